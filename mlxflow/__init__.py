@@ -1,0 +1,1 @@
+"""Make for models: one `workflow.toml`, an incremental and reproducible MLX training workflow."""

@@ -1,0 +1,97 @@
+"""The `mlxflow` command: looks at, runs and uses single stages. Building what is stale is `doit`'s work."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mlxflow.errors import MlxflowError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code: 0 fine, 1 a stage failed, 2 the file or the call is wrong."""
+    parsed = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(parsed.command(parsed) or 0)
+    except MlxflowError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End as by an exception, so that what was begun is cleaned up."""
+    raise SystemExit(128 + number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlxflow", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: object, help_: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_, description=help_)
+        command.set_defaults(command=function)
+        return command
+
+    def add_workflow(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--workflow", type=Path, default=Path("workflow.toml"), help="default: workflow.toml")
+
+    add_workflow(add("check", _check, "print the resolved workflow with every default, or every mistake at once"))
+    run = add("run", _run, "run one stage in this process, stale or not; doit calls this")
+    run.add_argument("stage", help="such as train or quantize:q4")
+    add_workflow(run)
+    add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
+    generate = add("generate", _generate, "let a trained or quantized model continue a text")
+    generate.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--max-tokens", type=int, default=100, help="default: 100")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    return parser
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    from mlxflow.workflow import load_workflow, resolved_toml
+
+    print(resolved_toml(load_workflow(parsed.workflow)), end="")
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    from mlxflow.run import run_stage
+    from mlxflow.workflow import load_workflow
+
+    workflow = load_workflow(parsed.workflow)
+    run_stage(workflow, workflow.find(parsed.stage))
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from mlxflow.doctor import examine
+
+    return examine()
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from mlxflow import cpu
+
+    cpu.prepare()
+    from mlxflow import models
+
+    for text in models.generate(
+        parsed.model,
+        prompt=parsed.prompt,
+        max_tokens=parsed.max_tokens,
+        temperature=parsed.temperature,
+        seed=parsed.seed,
+    ):
+        print(text, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The only reader and writer of artifacts: safetensors files, reports, and the folder that is moved into place whole.
+
+A file that exists is a file that is finished: a stage writes into a private folder beside its artifact, every byte is
+flushed to the disk, and then the folder takes the artifact's place in one step. Until then the old artifact serves.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxflow.errors import ArtifactError, StageError
+from mlxflow.identity import PROVENANCE_KEY, read_safetensors_header
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PARTIAL_SUFFIX = ".partial"
+
+# safetensors' names of the types that are mapped without a copy, by their numpy names
+_NUMPY_NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I64": "int64", "F32": "float32"}
+
+
+# --- folders
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """Give a private folder to write into; when the block ends well it becomes `folder`, else it is removed.
+
+    Args:
+        folder: the artifact; replaced whole, or made.
+
+    Yields:
+        an empty folder on the same file system.
+
+    Raises:
+        StageError: the disk is full or cannot be written; the old artifact is as it was.
+    """
+    private = folder.with_name(f".{folder.name}{_PARTIAL_SUFFIX}")
+    try:
+        remove_folder(private)  # what a crash left behind
+        private.mkdir(parents=True)
+        yield private
+        for path in sorted(private.rglob("*")):
+            _flush(path)
+        _flush(private)
+        _swap(private, folder)
+        _flush(folder.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        where = error.filename or folder
+        raise StageError(
+            f"{where}: cannot be written ({error.strerror}; {free:,} bytes free). Make room or choose another folder; "
+            f"{folder} is as it was."
+        ) from error
+    finally:
+        remove_folder(private)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of this module's making, if it is there."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def partial_folders(artifacts: Path) -> list[Path]:
+    """Return the private folders below an artifacts folder: of running stages, or left by a crash."""
+    return sorted(p for p in artifacts.glob(f"**/.*{_PARTIAL_SUFFIX}") if p.is_dir())
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _flush_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_descriptor(descriptor: int) -> None:
+    import fcntl
+
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's own cache
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+        except OSError:  # a file system that has no such call
+            pass
+        else:
+            return
+    os.fsync(descriptor)
+
+
+def _swap(private: Path, folder: Path) -> None:
+    """Put a folder in the place of another; the other ends up under the first one's name."""
+    if not folder.exists():
+        private.rename(folder)
+    elif not _exchange(private, folder):
+        # No single step here: for an instant there is no artifact, which the next run mends by building it again.
+        aside = private.with_name(f"{private.name}.old")
+        remove_folder(aside)
+        folder.rename(aside)
+        private.rename(folder)
+        remove_folder(aside)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step where the system can; return whether it did."""
+    library = ctypes.CDLL(None, use_errno=True)
+    exchange = 2  # RENAME_EXCHANGE on Linux and RENAME_SWAP on macOS have the same value
+    first, second = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(first, second, exchange) == 0)
+    if hasattr(library, "renameat2"):
+        here = -100  # AT_FDCWD
+        return bool(library.renameat2(here, first, here, second, exchange) == 0)
+    return False
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside its place, flush it and move it there; other readers see the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            _flush_descriptor(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- safetensors
+
+
+def write_arrays(path: Path, arrays: Mapping[str, "NDArray[Any]"], metadata: Mapping[str, str]) -> None:
+    """Write numpy arrays as a safetensors file: the same arrays and metadata are the same bytes.
+
+    Args:
+        path: the file.
+        arrays: by name; any shape; C order.
+        metadata: text by key, kept in the header.
+    """
+    from safetensors.numpy import save_file
+
+    save_file({name: arrays[name] for name in sorted(arrays)}, path, dict(sorted(metadata.items())))
+    path.chmod(0o666 & ~_umask())  # the library makes files that only their owner may read
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mapping[str, str]) -> None:
+    """Write MLX arrays as a safetensors file: names in sorted order, so that equal tensors are equal bytes.
+
+    Args:
+        path: the file; its name ends in `.safetensors`.
+        tensors: by name; any shape and type.
+        metadata: text by key, kept in the header.
+    """
+    import mlx.core as mx
+
+    mx.save_safetensors(
+        str(path), {name: tensors[name] for name in sorted(tensors)}, metadata=dict(sorted(metadata.items()))
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    metadata = _header(path)[0].get("__metadata__", {})
+    return dict(metadata) if isinstance(metadata, dict) else {}
+
+
+def map_tensor(path: Path, name: str) -> "np.memmap[Any, Any]":
+    """Return one tensor of a safetensors file as a memory map: nothing is read until it is looked at.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, or has no such tensor.
+    """
+    import numpy as np
+
+    header, begin = _header(path)
+    entry = header.get(name)
+    if not isinstance(entry, dict) or entry.get("dtype") not in _NUMPY_NAMES:
+        raise ArtifactError(f"{path}: has no tensor {name!r} of a type that can be mapped. Build it again.")
+    dtype = np.dtype(_NUMPY_NAMES[entry["dtype"]]).newbyteorder("<")
+    return np.memmap(path, dtype, mode="r", offset=begin + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    try:
+        return read_safetensors_header(path)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing. Build it again.") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}). Remove it and build it again.") from error
+
+
+def provenance_metadata(provenance: Mapping[str, str]) -> dict[str, str]:
+    """Return the header entry that tells where a file came from; `identity` leaves it out."""
+    import json
+
+    return {PROVENANCE_KEY: json.dumps(dict(sorted(provenance.items())), separators=(",", ":"))}
+
+
+# --- reports
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report as TOML. What differs between equal runs belongs in its `[run]` table."""
+    import tomli_w
+
+    write_whole(path, tomli_w.dumps(report).encode())
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return a report.
+
+    Raises:
+        ArtifactError: it is missing or no valid TOML.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing. Build it again.") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}). Remove it and build it again.") from error

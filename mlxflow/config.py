@@ -1,0 +1,181 @@
+"""From a TOML table to a frozen struct, with every problem found at once and worded in one place.
+
+Keys, types, ranges, defaults and one-line help are written once, in the fields of a `msgspec.Struct`:
+
+    num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 300
+
+A struct may also have a method `problems(self)` that yields a `Problem` for each pair of values that does not fit
+together; it is asked only when every value fits by itself.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class Problem(NamedTuple):
+    """One mistake: the key below its table, the value as written, what was expected and what to do."""
+
+    key: str
+    value: object
+    expected: str
+    advice: str
+
+
+class Checks(Protocol):
+    """A struct that knows which of its values do not fit together."""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit; keys are relative to the struct."""
+        ...
+
+
+def toml_value(value: object) -> str:
+    """Return a value as it is written in TOML, on one line."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return '"' + escaped.encode("unicode_escape").decode().replace("\\\\", "\\") + '"'
+        case list() | tuple():
+            return "[" + ", ".join(toml_value(item) for item in value) + "]"
+        case dict():
+            return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
+        case float() if math.isinf(value) or math.isnan(value):
+            return repr(value)
+        case msgspec.Struct():
+            return toml_value(msgspec.to_builtins(value))
+        case _:
+            return str(value)
+
+
+def word(problem: Problem, file: str, table: str) -> str:
+    """Return the one line that a user reads for a problem found in a table of a file."""
+    key = ".".join(part for part in (table, problem.key) if part)
+    value = "" if problem.value is msgspec.UNSET else f" = {toml_value(problem.value)}"
+    return f"{file}: {key}{value}: {problem.expected}. {problem.advice}"
+
+
+def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: list[str]) -> S | None:
+    """Convert a TOML table to a struct, or append a line for each mistake and return None.
+
+    Args:
+        table: what `tomllib` made of the table.
+        struct: the struct to make; nested structs and tuples of structs are looked into.
+        file: the file's name, for the messages.
+        key: the table's dotted key, for the messages.
+        lines: where the messages go, in the order of the file.
+    """
+    if not isinstance(table, dict):
+        problem = Problem("", table, "expected a table", f"Write [{key}] on a line of its own and its keys below it.")
+        lines.append(word(problem, file, key))
+        return None
+    before = len(lines)
+    fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
+    types = get_type_hints(struct, include_extras=True)
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        dotted = f"{key}.{name}" if key else name
+        if name not in fields:
+            lines.append(unknown_key(dotted, list(fields), file=file))
+            continue
+        values[fields[name].name] = _read_value(value, fields[name], types[fields[name].name], file, dotted, lines)
+    for name, field in fields.items():
+        if name not in table and field.required:
+            problem = Problem(name, msgspec.UNSET, "missing", f"Add {name} to [{key}].")
+            lines.append(word(problem, file, key))
+    if len(lines) > before:
+        return None
+    made = struct(**values)
+    checks: Callable[[], Iterator[Problem]] | None = getattr(made, "problems", None)
+    if checks is not None:
+        lines.extend(word(problem, file, key) for problem in checks())
+    return made if len(lines) == before else None
+
+
+def unknown_key(dotted: str, known: list[str], *, file: str) -> str:
+    """Return the line for a key that does not exist, with the nearest one that does."""
+    import difflib
+
+    parent, _, name = dotted.rpartition(".")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:
+        squeezed = {candidate.replace("_", ""): candidate for candidate in known}
+        near = [squeezed[name.replace("_", "")]] if name.replace("_", "") in squeezed else []
+    if near:
+        return f"{file}: {dotted}: unknown key. Did you mean {parent + '.' if parent else ''}{near[0]}?"
+    return f"{file}: {dotted}: unknown key. Known here: {', '.join(sorted(known))}."
+
+
+def _read_value(
+    value: object, field: msgspec.structs.FieldInfo, type_: Any, file: str, dotted: str, lines: list[str]
+) -> object:
+    bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
+    if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+        return read_struct(value, bare, file=file, key=dotted, lines=lines)
+    item = get_args(bare)[0] if get_origin(bare) is tuple else None
+    if isinstance(item, type) and issubclass(item, msgspec.Struct) and isinstance(value, list):
+        return tuple(
+            read_struct(one, item, file=file, key=f"{dotted}[{i}]", lines=lines) for i, one in enumerate(value)
+        )
+    try:
+        return msgspec.convert(value, type_)
+    except msgspec.ValidationError:
+        advice = f"Set {dotted} to one." if field.required else _advise_default(dotted, field)
+        lines.append(word(Problem("", value, f"expected {describe(type_)}", advice), file, dotted))
+        return None
+
+
+def _advise_default(dotted: str, field: msgspec.structs.FieldInfo) -> str:
+    default = default_of(field)
+    if default is None:
+        return f"Change it or remove {dotted}."
+    return f"Use {dotted} = {toml_value(default)} (the default) or remove the key."
+
+
+def default_of(field: msgspec.structs.FieldInfo) -> object:
+    """Return a field's default, or None where it has none."""
+    if field.default is not msgspec.NODEFAULT:
+        return field.default
+    if field.default_factory is not msgspec.NODEFAULT:
+        return field.default_factory()
+    return None
+
+
+def describe(type_: Any) -> str:
+    """Return a type with its range in a user's words, such as `a whole number from 1 to 64`."""
+    metas = [m for m in get_args(type_)[1:] if isinstance(m, msgspec.Meta)] if get_origin(type_) is Annotated else []
+    bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
+    if get_origin(bare) is Literal:
+        return "one of " + ", ".join(toml_value(choice) for choice in get_args(bare))
+    if get_origin(bare) is tuple:
+        least = next((m.min_length for m in metas if m.min_length), 0)
+        return f"a list{' of at least ' + str(least) if least else ''}, each {describe(get_args(bare)[0])}"
+    if type(None) in get_args(bare):
+        return " or ".join(describe(arg) for arg in get_args(bare) if arg is not type(None))
+    if get_args(bare):
+        return " or ".join(describe(arg) for arg in get_args(bare))
+    nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    noun = nouns.get(bare, "a table")
+    return " ".join([noun, *(_describe_range(meta) for meta in metas)]).rstrip()
+
+
+def _describe_range(meta: msgspec.Meta) -> str:
+    if meta.pattern is not None:
+        return f"such as {meta.examples[0]!r}" if meta.examples else f"of the form {meta.pattern}"
+    if meta.min_length is not None:
+        return "that is not empty"
+    if meta.ge is not None and meta.le is not None:
+        return f"from {meta.ge} to {meta.le}"
+    words = [
+        (meta.ge, "of at least"),
+        (meta.gt, "over"),
+        (meta.le, "of at most"),
+        (meta.lt, "under"),
+    ]
+    return " and ".join(f"{said} {bound}" for bound, said in words if bound is not None)

@@ -1,0 +1,90 @@
+"""Makes MLX's CPU backend as fast as the machine allows: a fast BLAS, and no denormal numbers.
+
+MLX's Linux wheel brings the reference BLAS, which does about 4 GFLOP/s. A BLAS that is loaded with its symbols made
+global before MLX is first imported answers MLX's calls instead. macOS has Accelerate built in and needs nothing.
+
+Gradients of a trained attention hold numbers under 1e-38. An x86 processor takes a hundred times as long over such
+denormals unless told to treat them as zero, as GPUs do; a step then takes 1.6 times as long after a few dozen updates
+(`benchmarks/denormals.py`). The setting belongs to a thread and is inherited by the threads it starts.
+"""
+
+import ctypes
+import functools
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+#: The command that mends what `missing` finds, on Debian and Ubuntu.
+INSTALL = "sudo apt-get install -y libopenblas0-pthread g++"
+
+_LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.2", "libmkl_rt.so")
+
+# Where glibc's fenv_t keeps the control word, in 32-bit words, and the bits that turn denormals off, both ways:
+# x86-64 has MXCSR with flush-to-zero and denormals-are-zero, 64-bit ARM has FPCR with FZ.
+_CONTROL_WORDS = {"x86_64": (7, 0x8040), "aarch64": (0, 1 << 24)}
+
+
+@functools.cache
+def prepare() -> str | None:
+    """Load a fast BLAS and start MLX's CPU threads without denormals, once a process.
+
+    Has no effect on an MLX that is already imported.
+
+    Returns:
+        the file name of the BLAS; None where none is found or none is needed.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    with _without_denormals():
+        library = _load_blas()
+        import mlx.core as mx
+
+        mx.eval(mx.add(mx.zeros(1, stream=mx.cpu), 1.0, stream=mx.cpu))  # starts the thread of the CPU's stream
+    return library
+
+
+def _load_blas() -> str | None:
+    for name in _LIBRARIES:
+        try:
+            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return name
+    return None
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Treat denormals as zero in this thread and the threads it starts, until the block ends."""
+    word, bits = _CONTROL_WORDS.get(platform.machine(), (0, 0))
+    library = ctypes.CDLL(None)
+    if not bits or not hasattr(library, "fegetenv"):
+        yield
+        return
+    before, changed = (ctypes.c_uint32 * 64)(), (ctypes.c_uint32 * 64)()
+    library.fegetenv(before)
+    library.fegetenv(changed)
+    changed[word] |= bits
+    library.fesetenv(changed)
+    try:
+        yield
+    finally:
+        library.fesetenv(before)
+
+
+def missing() -> list[str]:
+    """Return what makes MLX's CPU backend slow here: `OpenBLAS` and `g++`, where they are needed and not there."""
+    if not sys.platform.startswith("linux"):
+        return []
+    lacking = [] if prepare() else ["OpenBLAS (matrix products run about 15 times slower without it)"]
+    if not shutil.which("g++"):
+        lacking.append("g++ (mx.compile silently runs uncompiled without it)")
+    return lacking
+
+
+def notice() -> str | None:
+    """Return one line for the terminal where something is missing, with the command that installs it."""
+    lacking = missing()
+    return f"mlxflow: the CPU backend lacks {' and '.join(lacking)}. Run: {INSTALL}" if lacking else None

@@ -1,0 +1,1 @@
+"""From sources to documents, to tokens, to batches on the device."""

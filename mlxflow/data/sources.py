@@ -1,0 +1,103 @@
+"""Which files a source names, and the documents in them."""
+
+import glob
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxflow.errors import SourceError
+from mlxflow.identity import DigestCache, digest_json
+
+#: The text of the running Python's standard library sources: about 12 MB of English and code on every machine.
+PYTHON_STDLIB = "builtin:python-stdlib"
+
+BUILTINS = (PYTHON_STDLIB,)
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def source_files(source: str, root: Path) -> list[Path]:
+    """Return the files that a source names, in sorted order, relative to `root` where the source is.
+
+    Args:
+        source: a file, a glob or a folder; a folder is walked, hidden files and folders are left out.
+        root: the workflow's folder, from which relative sources begin.
+    """
+    place = root / source
+    if place.is_file():
+        found = [place]
+    elif place.is_dir():
+        found = [p for p in place.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(place))]
+    else:
+        found = [p for p in map(Path, glob.iglob(str(place), recursive=True)) if p.is_file()]  # noqa: PTH207
+    found.sort(key=lambda path: path.as_posix())
+    return [path.relative_to(root) if not Path(source).is_absolute() else path for path in found]
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def builtin_files(name: str) -> list[Path]:
+    """Return the files of a built-in corpus in a fixed order: sorted by their path below the corpus's folder.
+
+    Tests, installed packages and files that a build generated for one machine are left out.
+
+    Raises:
+        SourceError: there is no such corpus, or this Python came without its sources.
+    """
+    if name not in BUILTINS:
+        raise SourceError(f"{name}: no such built-in corpus. Known: {', '.join(BUILTINS)}.")
+    root = sysconfig.get_path("stdlib")
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        files += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    if not files:
+        raise SourceError(
+            f"{name}: Python {sys.version.split()[0]} has no library sources here. Name a source of yours."
+        )
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def builtin_identity(name: str, cache: DigestCache) -> str:
+    """Return the identity of a built-in corpus: the digest of its files' names and contents."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return digest_json([[p.relative_to(root).as_posix(), cache.digests(p).content] for p in builtin_files(name)])
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Yield the documents of one file: the `text` of each line of a .jsonl file, else the whole file.
+
+    Raises:
+        SourceError: the file is not UTF-8, or a line is no JSON object with a `text`; names the place.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path}: byte {error.start:,} is not UTF-8. Save the file as UTF-8 or leave it out of pretokenize.sources."
+        ) from error
+    if path.suffix != ".jsonl":
+        yield text
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield _record_text(path, number, line)
+
+
+def _record_text(path: Path, number: int, line: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise SourceError(f"{path}:{number}: not valid JSON ({error}). Fix the line.") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise SourceError(f'{path}:{number}: expected an object with a "text". Fix the line.')
+    return text

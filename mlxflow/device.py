@@ -1,0 +1,83 @@
+"""The device MLX computes on: which one, how much memory it may use, what it is called.
+
+Asks the device what it can do and never assumes anything from the platform's name.
+"""
+
+import functools
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+
+from mlxflow.errors import WorkflowError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[KMGT]?I?B)\s*", re.IGNORECASE)
+
+#: The form of a memory limit, for the workflow's schema.
+SIZE_PATTERN = r"^\s*\d+(\.\d+)?\s*(%|[KkMmGgTt]?[Ii]?[Bb])\s*$"
+
+
+def parse_size(text: str, whole_bytes: int) -> int:
+    """Return the bytes of a size such as `12 GB`, `512MiB` or `80%` of a whole.
+
+    Raises:
+        ValueError: the text is no size.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is no size such as '12 GB' or '80%'")
+    number, unit = float(match[1]), match[2].upper()
+    return int(whole_bytes * number / 100) if unit == "%" else int(number * _UNITS[unit])
+
+
+def select(device: str) -> str:
+    """Make a device MLX's default and return "gpu" or "cpu".
+
+    Args:
+        device: "auto" (the GPU where there is one), "gpu" or "cpu".
+
+    Raises:
+        WorkflowError: a GPU was asked for where MLX has none.
+    """
+    import mlx.core as mx
+
+    has_gpu = mx.metal.is_available() or (hasattr(mx, "cuda") and mx.cuda.is_available())
+    if device == "gpu" and not has_gpu:
+        raise WorkflowError('workflow.device = "gpu": MLX finds no GPU here. Use workflow.device = "auto".')
+    chosen = "gpu" if has_gpu and device != "cpu" else "cpu"
+    mx.set_default_device(mx.gpu if chosen == "gpu" else mx.cpu)
+    return chosen
+
+
+def working_set_bytes() -> int:
+    """Return the bytes that the default device can use well: its recommended working set, else the main memory."""
+    import mlx.core as mx
+
+    recommended = mx.device_info().get("max_recommended_working_set_size", 0)
+    return int(recommended) or int(psutil.virtual_memory().total)
+
+
+def name() -> str:
+    """Return the name of MLX's default device as MLX tells it, or the processor's."""
+    import mlx.core as mx
+
+    return str(mx.device_info().get("device_name") or processor())
+
+
+@functools.cache
+def processor() -> str:
+    """Return the processor's model as the system tells it; imports no mlx."""
+    if platform.system() == "Linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    elif platform.system() == "Darwin":
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return platform.machine()

@@ -1,0 +1,69 @@
+"""What this machine offers a workflow, what makes it slow, and the command that mends it."""
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.table import Table
+
+from mlxflow import cpu, device
+
+_PACKAGES = ("mlxflow", "mlx", "mlx-lm", "doit", "numpy", "safetensors", "tokenizers", "transformers")
+
+
+def examine() -> int:
+    """Print the device, its limits, the BLAS, the compiler and the versions; return 0."""
+    library = cpu.prepare()
+    table = Table(show_header=False, box=None)
+    for row in [*_describe_device(library), *_describe_versions()]:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for lacking in cpu.missing():
+        console.print(f"slow: no {lacking}. Run: {cpu.INSTALL}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _describe_device(library: str | None) -> list[tuple[str, str]]:
+    import mlx.core as mx
+
+    chosen = device.select("auto")
+    return [
+        ("device", f"{chosen}: {device.name()}"),
+        ("memory MLX can use well", f"{device.working_set_bytes() / 1e9:.1f} GB"),
+        ("matrix products, fp32", f"{_measure_gflops():.0f} GFLOP/s (1024 x 1024, best of 5)"),
+        ("BLAS", library or "built in"),
+        ("mx.compile", "available" if not _lacks_compiler() else "runs uncompiled"),
+        ("Metal", "yes" if mx.metal.is_available() else "no"),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+    ]
+
+
+def _lacks_compiler() -> bool:
+    return any(lacking.startswith("g++") for lacking in cpu.missing())
+
+
+def _describe_versions() -> list[tuple[str, str]]:
+    rows = []
+    for package in _PACKAGES:
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def _measure_gflops() -> float:
+    """Return the rate of MLX's fp32 matrix product on the default device, in GFLOP/s."""
+    import mlx.core as mx
+
+    size = 1024
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a, a @ a)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e9

@@ -1,0 +1,52 @@
+"""Every error that mlxflow raises on purpose.
+
+    MlxflowError          exit code 1: a stage failed
+    ├── StageError        a stage could not finish its work (a full disk, a loss that is not finite)
+    └── UserError         exit code 2: something the user wrote is wrong; one line a problem
+        ├── WorkflowError   the workflow file
+        ├── SourceError     a source text, or too little of it
+        ├── ArtifactError   an artifact that is missing, damaged or of the wrong kind
+        └── CallError       the command line, or arguments given from Python
+
+A message has the shape `file: key.path = value: what was expected. What to do.`
+"""
+
+
+class MlxflowError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is what the user reads."""
+
+    exit_code = 1
+
+
+class StageError(MlxflowError):
+    """A stage could not finish; its old artifact is as it was."""
+
+
+class UserError(MlxflowError):
+    """One or more mistakes in what the user wrote, all found at once.
+
+    Args:
+        problems: one finished line for each mistake, in the order of the file.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class WorkflowError(UserError):
+    """The workflow file cannot be understood."""
+
+
+class SourceError(UserError):
+    """A source of text cannot be used."""
+
+
+class ArtifactError(UserError):
+    """An artifact is missing, damaged or of the wrong kind."""
+
+
+class CallError(UserError):
+    """A command or function was called with arguments that do not fit."""

@@ -1,0 +1,228 @@
+"""What a file is, apart from its name and its dates.
+
+Two digests, both xxh3-128 in hexadecimal:
+
+- the *content digest* guards integrity: every byte counts;
+- the *identity* says whether a reader would notice: for a safetensors file it is made of the tensors (name, dtype,
+  shape, bytes) and the metadata that matters, for a report of everything but its `[run]` table, else it is the
+  content digest.
+
+Both come from one pass over the file, and `DigestCache` remembers them by path, size, mtime, ctime and inode, so that a
+file that did not change is never read again, whoever asks.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+#: The safetensors metadata key whose value tells where a file came from, not what it is.
+PROVENANCE_KEY = "mlxflow"
+
+#: The table of a report that holds times and host names.
+RUN_TABLE = "run"
+
+_CHUNK_BYTES = 1 << 22
+# A file changed again within one tick of the file system's clock keeps its mtime: such young files are not remembered.
+_CLOCK_TICK_NS = 20_000_000
+
+
+class Digests(NamedTuple):
+    """The content digest and the identity of one file."""
+
+    content: str
+    identity: str
+
+
+class _Stamp(NamedTuple):
+    """What the file system says about a file; equal stamps mean an unchanged file."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, stat: os.stat_result) -> "_Stamp":
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+def digest_text(text: str) -> str:
+    """Return the xxh3-128 of a text's UTF-8 bytes."""
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def digest_json(value: object) -> str:
+    """Return the digest of a JSON value; the order of keys does not count."""
+    return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, object], int]:
+    """Return the header of a safetensors file and the offset at which its tensors begin.
+
+    Raises:
+        ValueError: the file is cut off, longer than its header says, or no safetensors file at all.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, 100_000_000):
+            raise ValueError("its header is cut off, or it is no safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError("its header is not valid JSON") from error
+    begin = 8 + length
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table")
+    end = 0
+    for name, offsets in _tensor_offsets(header):
+        if offsets[0] != end or offsets[1] < offsets[0]:
+            raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+        end = offsets[1]
+    if begin + end != size:
+        raise ValueError(f"it has {size:,} bytes, its header says {begin + end:,}")
+    return header, begin
+
+
+def _tensor_offsets(header: Mapping[str, object]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield (name, (begin, end)) of every tensor in the order of the file."""
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int and o >= 0 for o in offsets)):
+            raise ValueError(f"tensor {name!r} has no valid data_offsets")
+        spans.append((name, (offsets[0], offsets[1])))
+    yield from sorted(spans, key=lambda span: (span[1], span[0]))
+
+
+def digest_file(path: Path) -> Digests:
+    """Read a file once and return both its digests.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a safetensors file whose header disagrees with its length.
+    """
+    if path.suffix == ".safetensors":
+        return _digest_safetensors(path)
+    if path.name == "report.toml":
+        return _digest_report(path)
+    with path.open("rb") as file:
+        content = _digest_span(file.fileno(), 0, None)
+    return Digests(content, content)
+
+
+def _digest_span(descriptor: int, begin: int, end: int | None) -> str:
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_CHUNK_BYTES if end is None else max(1, min(_CHUNK_BYTES, end - begin))))
+    position = begin
+    while end is None or position < end:
+        wanted = len(buffer) if end is None else min(len(buffer), end - position)
+        count = os.preadv(descriptor, [buffer[:wanted]], position)
+        if count == 0:
+            break
+        digest.update(buffer[:count])
+        position += count
+    return digest.hexdigest()
+
+
+def _digest_safetensors(path: Path) -> Digests:
+    header, begin = read_safetensors_header(path)
+    with path.open("rb") as file:
+        descriptor = file.fileno()
+        tensors = {
+            name: _digest_span(descriptor, begin + span[0], begin + span[1]) for name, span in _tensor_offsets(header)
+        }
+        content = digest_json([_digest_span(descriptor, 0, begin), *tensors.values()])
+    metadata = header.get("__metadata__", {})
+    matters = {k: v for k, v in metadata.items() if k != PROVENANCE_KEY} if isinstance(metadata, dict) else {}
+    described = {
+        name: [entry.get("dtype"), entry.get("shape"), tensors[name]]
+        for name, entry in header.items()
+        if name != "__metadata__" and isinstance(entry, dict)
+    }
+    return Digests(content, digest_json([described, matters]))
+
+
+def _digest_report(path: Path) -> Digests:
+    import tomllib
+
+    data = path.read_bytes()
+    content = xxhash.xxh3_128_hexdigest(data)
+    try:
+        report = tomllib.loads(data.decode())
+    except ValueError:
+        return Digests(content, content)
+    report.pop(RUN_TABLE, None)
+    return Digests(content, digest_text(json.dumps(report, sort_keys=True, default=str)))
+
+
+class DigestCache:
+    """Digests by path, kept in one file between runs.
+
+    The file is only a shortcut: a damaged or missing one costs reading the files again. Keys are paths as given to
+    `digests` made absolute, so the file belongs to one machine and is not worth copying.
+
+    Args:
+        path: where the digests are kept; the folder is made when there is something to keep.
+    """
+
+    _FORMAT = 1
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._changed = False
+        self._known: dict[str, tuple[_Stamp, Digests]] = {}
+        self.files_read = 0
+        try:
+            stored = json.loads(path.read_bytes())
+            if stored["format"] == self._FORMAT:
+                self._known = {k: (_Stamp(*v[:4]), Digests(*v[4:])) for k, v in stored["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+
+    def digests(self, path: str | os.PathLike[str], *, again: bool = False) -> Digests:
+        """Return the digests of a file, reading it only if the file system says that it changed.
+
+        Args:
+            path: the file.
+            again: read it whatever the file system says.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: a safetensors file whose header disagrees with its length.
+        """
+        key = os.path.abspath(path)  # noqa: PTH100 - a tenth of the time of Path.resolve, in the hot path of a no-op
+        stamp = _Stamp.of(os.stat(key))  # noqa: PTH116
+        known = self._known.get(key)
+        if known and known[0] == stamp and not again:
+            return known[1]
+        digests = digest_file(Path(key))
+        self.files_read += 1
+        after = _Stamp.of(os.stat(key))  # noqa: PTH116
+        young = time.time_ns() - max(after.mtime_ns, after.ctime_ns) < _CLOCK_TICK_NS
+        if after == stamp and not young:
+            self._known[key] = (stamp, digests)
+            self._changed = True
+        return digests
+
+    def save(self) -> None:
+        """Write what was learnt since the last time; a folder that cannot be written is left alone."""
+        if not self._changed:
+            return
+        files = {key: [*stamp, *digests] for key, (stamp, digests) in sorted(self._known.items())}
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"format": self._FORMAT, "files": files}))
+            temporary.replace(self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            return
+        self._changed = False

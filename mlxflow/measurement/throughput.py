@@ -1,0 +1,52 @@
+"""How fast steps run."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Timing(NamedTuple):
+    """The seconds of repeated steps, the first ones left out."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def fastest(self) -> float:
+        """In seconds."""
+        return min(self.seconds)
+
+    @property
+    def slowest(self) -> float:
+        """In seconds."""
+        return max(self.seconds)
+
+
+def time_steps(step: Callable[[], object], *, num_steps: int, warmup_steps: int) -> Timing:
+    """Run a step that waits for its own result, and time each run after the warm-up.
+
+    Args:
+        step: evaluates what it computes before it returns.
+        num_steps: runs timed.
+        warmup_steps: runs before them, for compilation and caches.
+    """
+    for _ in range(warmup_steps):
+        step()
+    return Timing(tuple(_time(step) for _ in range(num_steps)))
+
+
+def interleave(steps: Sequence[Callable[[], object]], *, num_rounds: int) -> list[Timing]:
+    """Time several steps in turns, so that a machine whose speed drifts treats them alike."""
+    rounds = [[_time(step) for step in steps] for _ in range(num_rounds)]
+    return [Timing(column) for column in zip(*rounds, strict=True)]
+
+
+def _time(step: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin

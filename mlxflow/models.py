@@ -1,0 +1,169 @@
+"""The one door to mlx-lm: build a model from its shape, load and save model folders.
+
+A model folder holds `config.json` (Hugging Face's keys), `model.safetensors` and the tokenizer files; mlx-lm,
+transformers (dense ones) and LM Studio open it unchanged.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes, dequantize_model, load_model
+
+from mlxflow import artifact
+from mlxflow.errors import ArtifactError
+
+#: The files of a tokenizer in a model folder.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def llama_config(
+    *,
+    vocab_size: int,
+    context_length: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    intermediate_size: int,
+    tie_word_embeddings: bool,
+    rope_theta: float,
+    end_of_text: int,
+) -> dict[str, Any]:
+    """Return the `config.json` of a Llama-shaped model in Hugging Face's keys.
+
+    Args:
+        vocab_size: rows of the embedding, V.
+        context_length: positions the model is made for, L.
+        hidden_size: width of the residual stream, D; divisible by `num_heads`.
+        num_layers: transformer blocks.
+        num_heads: attention heads, H; divisible by `num_kv_heads`.
+        num_kv_heads: heads of keys and values.
+        intermediate_size: width inside the gated MLP.
+        tie_word_embeddings: whether the head shares the embedding's weights.
+        rope_theta: base of the rotary embedding.
+        end_of_text: the token id that ends a document.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "head_dim": hidden_size // num_heads,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": context_length,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": num_kv_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tie_word_embeddings,
+        "torch_dtype": "float32",
+        "vocab_size": vocab_size,
+    }
+
+
+def build(config: Mapping[str, Any], *, seed: int) -> nn.Module:
+    """Return a freshly initialized model of an architecture that mlx-lm knows.
+
+    Args:
+        config: a `config.json`.
+        seed: of the initial weights; the global random state is set by it.
+    """
+    model_class, args_class = _get_classes(dict(config))
+    mx.random.seed(seed)
+    model: nn.Module = model_class(args_class.from_dict(dict(config)))
+    mx.eval(model.parameters())
+    return model
+
+
+def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a folder, in evaluation mode, and its `config.json`.
+
+    Raises:
+        ArtifactError: the folder is no model folder, or its weights do not fit its config.
+    """
+    try:
+        model, config = load_model(folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ArtifactError(f"{folder}: cannot be opened as a model ({error}). Build it again.") from error
+    return model, config
+
+
+def save(
+    *,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    config_file: Path,
+    model_file: Path,
+    provenance: Mapping[str, str],
+) -> None:
+    """Write `config.json` and `model.safetensors`; equal weights are equal bytes."""
+    config_file.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    artifact.write_tensors(model_file, weights, {"format": "mlx"} | artifact.provenance_metadata(provenance))
+
+
+def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
+    """Copy tokenizer files into a model folder."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of a dense model's parameters, tied ones once."""
+    return sum(value.size for _, value in tree_flatten(model.parameters()))
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters as they lie in memory."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
+def for_evaluation(model: nn.Module) -> nn.Module:
+    """Return a model that gives the same results and evaluates many tokens at once without undue delay.
+
+    MLX's packed matrix product on the CPU runs at a few GFLOP/s at any width; there the weights are dequantized first.
+    """
+    if mx.default_device() != mx.cpu:
+        return model
+    dequantized: nn.Module = dequantize_model(model)
+    return dequantized
+
+
+def generate(folder: Path, *, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+    """Yield the prompt and then the text that a model folder's model continues it with, piece by piece.
+
+    Args:
+        folder: a model folder, dense or quantized, with its tokenizer.
+        prompt: the text to continue, as it is (no chat template).
+        max_tokens: tokens at most; the model may end before.
+        temperature: 0 takes the likeliest token.
+        seed: of the choice of tokens.
+
+    Raises:
+        ArtifactError: the folder is no model folder.
+    """
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+    from mlx_lm.utils import load_tokenizer
+
+    model, _ = load(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({error}). Build it again.") from error
+    mx.random.seed(seed)
+    yield prompt
+    sampler = make_sampler(temp=temperature)
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler):
+        yield response.text

@@ -1,0 +1,98 @@
+"""Runs one stage in this process: device, limits, inputs, a private folder, the report, and the move into place."""
+
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlxflow import artifact, cpu, device, stage
+from mlxflow.errors import ArtifactError, CallError, StageError
+from mlxflow.identity import DigestCache
+from mlxflow.workflow import Stage, Workflow, shown_path
+
+
+def run_stage(workflow: Workflow, one: Stage) -> Path:
+    """Run one stage in this process and return its artifact folder.
+
+    Raises:
+        MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
+    """
+    cpu.prepare()
+    begin = time.perf_counter()
+    cache = DigestCache(workflow.state / "digests.json")
+    try:
+        identities = one.input_identities(cache)
+    except FileNotFoundError as error:
+        raise _missing_input(workflow, one, Path(error.filename)) from error
+    except ValueError as error:
+        raise ArtifactError(f"{one.task}: an input is damaged ({error}). Run: doit {one.task}") from error
+    finally:
+        cache.save()
+    provenance = {
+        "stage": one.task,
+        "settings_digest": stage.settings_digest(one.settings()),
+        "inputs_digest": stage.settings_digest(dict(identities)),
+        "seed": str(workflow.settings.seed),
+        "mlxflow": version("mlxflow"),
+        "mlx": version("mlx"),
+    }
+    chosen = device.select(workflow.settings.device)
+    limit = _limit_memory(workflow)
+    folder = workflow.root / one.folder
+    with artifact.publishing(folder) as private:
+        outputs = stage.rooted(one.module.Outputs(), private)
+        report = one.module.run(
+            config=one.config,
+            inputs=stage.rooted(one.inputs, workflow.root),
+            outputs=outputs,
+            context=stage.Context(
+                task=one.task,
+                seed=workflow.settings.seed,
+                device=chosen,
+                memory_limit_bytes=limit,
+                provenance=provenance,
+                folder=private,
+            ),
+        )
+        run = {"seconds": round(time.perf_counter() - begin, 3), **_describe_run(chosen)}
+        run |= report.pop("run", {})
+        artifact.write_report(outputs.report, {"stage": provenance, **report, "run": run})
+        unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
+        if unwritten:
+            raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
+    return folder
+
+
+def _missing_input(workflow: Workflow, one: Stage, path: Path) -> Exception:
+    for maker in workflow.stages:
+        if path in [workflow.root / output for output in maker.outputs]:
+            return CallError(f"{shown_path(path)}: missing. Run: doit {maker.task}")
+    return CallError(f"{shown_path(path)}: missing, and {one.task} reads it.")
+
+
+def _limit_memory(workflow: Workflow) -> int:
+    """Give MLX its memory limit and return it in bytes."""
+    import mlx.core as mx
+
+    limit = device.parse_size(workflow.settings.memory_limit, device.working_set_bytes())
+    mx.set_memory_limit(limit)
+    return limit
+
+
+def _describe_run(chosen: str) -> dict[str, Any]:
+    """Return what may differ between two equal runs."""
+    import mlx.core as mx
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "device": chosen,
+        "device_name": device.name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "blas": cpu.prepare() or "built in",
+        "peak_memory_bytes": mx.get_peak_memory(),
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }

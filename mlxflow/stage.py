@@ -1,0 +1,158 @@
+"""What a stage is. Nothing here reads a file, starts a process or knows doit.
+
+A stage is a module with five names; its file name is the TOML table, the doit task, the command's argument and the
+artifact folder, and the first line of its docstring is what `doit list` prints:
+
+    VERSION   a whole number, raised when artifacts that earlier code made are wrong now
+    Config    a frozen msgspec struct: keys, types, ranges, defaults, help
+    Inputs    a frozen msgspec struct of the paths the stage reads, made by its class method `of`
+    Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder
+    run       the work, returns what goes into its report; heavy imports happen inside it
+
+All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import msgspec
+
+from mlxflow.errors import ArtifactError
+from mlxflow.identity import digest_json
+
+#: The folder beside the workflow file in which all artifacts lie.
+ARTIFACTS = "artifacts"
+
+#: A variant's name is a folder name and a part of a task's name.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Corpus(NamedTuple):
+    """An input that is not a file of the project: `builtin:NAME`, known by its content alone."""
+
+    name: str
+
+
+class Artifacts(Protocol):
+    """What `Inputs.of` may ask of the workflow."""
+
+    def folder(self, reference: str, key: str) -> Path:
+        """Return the artifact folder of `stage` or `stage:variant`; a reference to nothing is noted as a problem."""
+        ...
+
+    def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
+        """Return references with each `stage:*` replaced by all of that stage's variants."""
+        ...
+
+    def sources(self, sources: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
+        """Return the files that sources name, in a fixed order; a source without files is noted as a problem."""
+        ...
+
+
+@runtime_checkable
+class StageModule(Protocol):
+    """The contract that every module in `mlxflow/stages` fulfils."""
+
+    __name__: str
+    __doc__: str | None
+    VERSION: int
+    Config: type[Any]
+    Inputs: type[Any]
+    Outputs: type[Any]
+
+    run: Callable[..., dict[str, Any]]
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running stage knows beside its own table.
+
+    Attributes:
+        task: the stage's name, with `:variant` where it has one.
+        seed: the workflow's seed; derive others from it with `derive_seed`.
+        device: "gpu" or "cpu", as resolved.
+        memory_limit_bytes: what MLX may use.
+        provenance: what goes into every artifact's header: stage, digests, versions, seed.
+        folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
+    """
+
+    task: str
+    seed: int
+    device: str
+    memory_limit_bytes: int
+    provenance: dict[str, str]
+    folder: Path
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """Return a 32-bit seed for one random choice, known by its name: the first bytes of SHA-256 of `seed:name`."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
+
+
+def stage_name(module: StageModule) -> str:
+    """Return the name of a stage: the last part of its module's name."""
+    return module.__name__.rpartition(".")[2]
+
+
+def summary(module: StageModule) -> str:
+    """Return the line that `doit list` prints."""
+    return (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def reference_folder(reference: str) -> Path:
+    """Return the artifact folder of `stage` or `stage:variant`, relative to the workflow's folder."""
+    return Path(ARTIFACTS, *reference.split(":"))
+
+
+def paths_of(struct: msgspec.Struct) -> Iterator[Path]:
+    """Yield every path in a struct of inputs or outputs, in the order of its fields."""
+    yield from (value for value in _values(struct) if isinstance(value, Path))
+
+
+def corpora_of(struct: msgspec.Struct) -> Iterator[Corpus]:
+    """Yield every input that is not a file of the project."""
+    yield from (value for value in _values(struct) if isinstance(value, Corpus))
+
+
+def _values(struct: msgspec.Struct) -> Iterator[object]:
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if isinstance(value, tuple) and not isinstance(value, Corpus):
+            yield from value
+        elif isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield value
+
+
+def rooted(struct: T, root: Path) -> T:
+    """Return a struct of inputs or outputs with every path made to begin at a folder."""
+    changes: dict[str, object] = {}
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if isinstance(value, Path):
+            changes[name] = root / value
+        elif isinstance(value, tuple) and not isinstance(value, Corpus):
+            changes[name] = tuple(root / item if isinstance(item, Path) else item for item in value)
+        elif isinstance(value, dict):
+            changes[name] = {key: root / item for key, item in value.items()}
+    return msgspec.structs.replace(struct, **changes)
+
+
+def settings_digest(settings: dict[str, object]) -> str:
+    """Return the digest of everything a stage depends on beside the content of its inputs."""
+    return digest_json(settings)
+
+
+def require(path: Path, task: str) -> Path:
+    """Return the path of an artifact's file that must be there.
+
+    Raises:
+        ArtifactError: it is missing; the message names the command that makes it.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing. Run: doit {task}")
+    return path

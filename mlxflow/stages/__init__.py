@@ -1,0 +1,1 @@
+"""One module a stage; `mlxflow.workflow.STAGES` lists them."""

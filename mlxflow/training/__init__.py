@@ -1,0 +1,1 @@
+"""The trainer: loss, compiled step, schedule and loop."""

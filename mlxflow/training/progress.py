@@ -1,0 +1,46 @@
+"""What a person sees while a model trains: a bar on a terminal, plain lines in a log."""
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlxflow.training.loop import Log
+
+
+@contextmanager
+def show_progress(*, num_steps: int) -> Iterator[Log]:
+    """Show training records on standard error until the block ends.
+
+    Yields:
+        a function that takes each record of `training.loop.train`.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _print_line
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=False) as progress:
+        bar = progress.add_task("", total=num_steps)
+        said = {"train": "", "validation": ""}
+
+        def log(record: dict[str, Any]) -> None:
+            said[record["kind"]] = _say(record)
+            progress.update(bar, completed=record["step"], description="  ".join(filter(None, said.values())))
+
+        yield log
+
+
+def _print_line(record: dict[str, Any]) -> None:
+    print(f"step {record['step']:>6}  {_say(record)}", file=sys.stderr, flush=True)
+
+
+def _say(record: dict[str, Any]) -> str:
+    if record["kind"] == "validation":
+        return f"validation perplexity {math.exp(record['loss']):,.1f}"
+    memory = record["peak_memory_bytes"] / 1e9
+    return f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  peak {memory:.2f} GB"

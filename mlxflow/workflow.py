@@ -1,0 +1,328 @@
+"""The workflow: every stage of one `workflow.toml` with its settings, inputs and outputs."""
+
+import importlib
+import os
+import platform
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+from msgspec import Meta
+
+from mlxflow import device, stage
+from mlxflow.config import Problem, read_struct, unknown_key, word
+from mlxflow.data import sources
+from mlxflow.device import SIZE_PATTERN
+from mlxflow.errors import CallError, WorkflowError
+from mlxflow.identity import DigestCache
+from mlxflow.stage import Corpus, StageModule
+
+#: Every stage, in the order in which `doit list` shows them. Adding one is a file in `stages/` and its name here.
+STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark")
+
+#: The folder for what mlxflow remembers between runs, inside the artifacts folder.
+STATE = ".mlxflow"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[workflow]` table."""
+
+    name: Annotated[str, Meta(min_length=1, description="shown in reports")] = "workflow"
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="every random choice derives from it, by name")] = 0
+    device: Annotated[Literal["auto", "gpu", "cpu"], Meta(description="what MLX computes on")] = "auto"
+    memory_limit: Annotated[
+        str,
+        Meta(
+            pattern=SIZE_PATTERN,
+            examples=["12 GB"],
+            description='of the device\'s recommended working set, or a size such as "12 GB"',
+        ),
+    ] = "80%"
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a memory limit of nothing."""
+        if device.parse_size(self.memory_limit, 10**12) == 0:
+            yield Problem("memory_limit", self.memory_limit, "expected more than nothing", 'Use "80%" (the default).')
+
+
+class Stage:
+    """One stage of a workflow, or one variant of it, ready to be asked or run.
+
+    Attributes:
+        module: the stage's module.
+        variant: its name, or None.
+        table: the table's key in the file, such as `train` or `quantize[0]`.
+        config: the resolved table.
+        inputs: what it reads; paths relative to the workflow's folder.
+    """
+
+    def __init__(
+        self, module: StageModule, variant: str | None, table: str, config: msgspec.Struct, workflow: "Workflow"
+    ) -> None:
+        self.module = module
+        self.variant = variant
+        self.table = table
+        self.config = config
+        self._workflow = workflow
+        self.inputs: msgspec.Struct = module.Inputs()
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the TOML table."""
+        return stage.stage_name(self.module)
+
+    @cached_property
+    def task(self) -> str:
+        """`stage` or `stage:variant`."""
+        return f"{self.name}:{self.variant}" if self.variant else self.name
+
+    @cached_property
+    def folder(self) -> Path:
+        """The artifact, relative to the workflow's folder."""
+        return stage.reference_folder(self.task)
+
+    @cached_property
+    def outputs(self) -> list[Path]:
+        """Every file the stage writes, relative to the workflow's folder."""
+        return [self.folder / path for path in stage.paths_of(self.module.Outputs())]
+
+    @cached_property
+    def input_files(self) -> list[Path]:
+        """Every file the stage reads, relative to the workflow's folder, each once."""
+        return list(dict.fromkeys(stage.paths_of(self.inputs)))
+
+    @cached_property
+    def corpora(self) -> list[Corpus]:
+        """Every built-in corpus the stage reads."""
+        return list(stage.corpora_of(self.inputs))
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything the artifact depends on beside the content of the inputs, as JSON values."""
+        settings = {
+            "version": self.module.VERSION,
+            "config": msgspec.to_builtins(self.config),
+            "seed": self._workflow.settings.seed,
+            "mlx": version("mlx"),
+        }
+        if getattr(self.module, "DEVICE_BOUND", False):
+            settings["device"] = [self._workflow.settings.device, platform.system(), device.processor()]
+        return settings
+
+    def input_identities(self, cache: DigestCache) -> dict[str, str]:
+        """Return the identity of every input by its name in the record.
+
+        Raises:
+            OSError: an input is missing or cannot be read.
+            ValueError: a safetensors input is damaged.
+        """
+        root = self._workflow.root
+        identities = {path.as_posix(): cache.digests(root / path).identity for path in self.input_files}
+        return identities | {corpus.name: sources.builtin_identity(corpus.name, cache) for corpus in self.corpora}
+
+
+class Workflow:
+    """A workflow file, read and checked.
+
+    Attributes:
+        path: the file.
+        root: its folder, from which every relative path begins.
+        settings: the `[workflow]` table.
+        stages: every stage and variant, each after the ones it reads from.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
+        self.root = path.parent
+        self.settings = settings
+        self.stages: list[Stage] = []
+
+    @property
+    def artifacts(self) -> Path:
+        """The folder of all artifacts."""
+        return self.root / stage.ARTIFACTS
+
+    @property
+    def state(self) -> Path:
+        """The folder for what is remembered between runs."""
+        return self.artifacts / STATE
+
+    def find(self, task: str) -> Stage:
+        """Return the stage of a name such as `train` or `quantize:q4`.
+
+        Raises:
+            CallError: there is none; the message lists those there are.
+        """
+        for one in self.stages:
+            if one.task == task:
+                return one
+        known = ", ".join(one.task for one in self.stages)
+        raise CallError(f"{task}: no such stage in {self.path}. Known: {known}.")
+
+
+def load_workflow(path: Path) -> Workflow:
+    """Read and check a workflow file; imports no mlx.
+
+    Args:
+        path: the TOML file.
+
+    Raises:
+        WorkflowError: the file is missing, no valid TOML or has mistakes: one line for each of them.
+    """
+    shown = shown_path(path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise WorkflowError(f"{shown}: missing. Write one (an empty file works), or name another.") from error
+    except UnicodeDecodeError as error:
+        raise WorkflowError(f"{shown}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise WorkflowError(_word_toml_error(shown, str(error))) from error
+    return _Loader(shown, document).load(path)
+
+
+def shown_path(path: Path) -> str:
+    """Return a path as a user would write it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _word_toml_error(shown: str, message: str) -> str:
+    match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message)
+    if match:
+        return f"{shown}:{match[2]}:{match[3]}: not valid TOML ({match[1]}). Fix the line."
+    return f"{shown}: not valid TOML ({message}). Fix the file."
+
+
+class _Loader:
+    """Turns a parsed document into a workflow, collecting a line for every mistake on the way."""
+
+    def __init__(self, shown: str, document: dict[str, Any]) -> None:
+        self.shown = shown
+        self.document = document
+        self.lines: list[str] = []
+        self.modules = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
+
+    def load(self, path: Path) -> Workflow:
+        settings = Settings()
+        read: dict[str, list[tuple[str | None, str, msgspec.Struct]]] = {}
+        for name, table in self.document.items():
+            if name == "workflow":
+                settings = read_struct(table, Settings, file=self.shown, key=name, lines=self.lines) or settings
+            elif name in STAGES:
+                read[name] = list(self._variants(name, table))
+            else:
+                self.lines.append(unknown_key(name, ["workflow", *STAGES], file=self.shown))
+        workflow = Workflow(path, settings)
+        for name in STAGES:
+            for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
+                workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
+        self._resolve(workflow)
+        if self.lines:
+            raise WorkflowError(*self.lines)
+        return workflow
+
+    def _variants(self, name: str, table: object) -> Iterator[tuple[str | None, str, msgspec.Struct]]:
+        tables = table if isinstance(table, list) else [table]
+        seen: set[str] = set()
+        if not tables:
+            self.lines.append(f"{self.shown}: {name} = []: expected a table. Write [{name}] or remove the key.")
+        for index, one in enumerate(tables):
+            key = f"{name}[{index}]" if isinstance(table, list) else name
+            variant = one.get("name") if isinstance(one, dict) else None
+            rest = {k: v for k, v in one.items() if k != "name"} if isinstance(one, dict) else one
+            if (variant is not None or isinstance(table, list)) and not self._check_name(key, name, variant, seen):
+                variant = None
+            config = read_struct(rest, self.modules[name].Config, file=self.shown, key=key, lines=self.lines)
+            if config is not None:
+                yield variant, key, config
+
+    def _check_name(self, key: str, table: str, variant: object, seen: set[str]) -> bool:
+        if variant is None:
+            problem = Problem("name", msgspec.UNSET, "missing", f'Each [[{table}]] needs one, such as name = "q4".')
+        elif not isinstance(variant, str) or not re.match(stage.NAME_PATTERN, variant):
+            problem = Problem(
+                "name", variant, "expected letters, digits, '.', '_' and '-', at most 64", 'Write one such as "q4".'
+            )
+        elif variant in seen:
+            problem = Problem("name", variant, f"named twice in [[{table}]]", "Give each variant a name of its own.")
+        else:
+            seen.add(variant)
+            return True
+        self.lines.append(word(problem, self.shown, key))
+        return False
+
+    def _resolve(self, workflow: Workflow) -> None:
+        """Find every stage's inputs, then order the stages by them."""
+        for one in workflow.stages:
+            one.inputs = one.module.Inputs.of(one.config, _References(workflow, one, self.shown, self.lines))
+
+
+class _References:
+    """Answers one stage's questions about the artifacts of the others and about sources; notes what is not there."""
+
+    def __init__(self, workflow: Workflow, asking: Stage, shown: str, lines: list[str]) -> None:
+        self._workflow = workflow
+        self._asking = asking
+        self._shown = shown
+        self._lines = lines
+        earlier = STAGES[: STAGES.index(asking.name)]
+        self._known = [one.task for one in workflow.stages if one.name in earlier]
+
+    def folder(self, reference: str, key: str) -> Path:
+        if reference not in self._known:
+            self._note(key, reference, "no stage before this one makes it", self._known)
+        return stage.reference_folder(reference)
+
+    def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
+        expanded: list[str] = []
+        for reference in references:
+            name, _, variant = reference.partition(":")
+            matching = [one for one in self._known if one.partition(":")[0] == name]
+            if variant == "*" and not matching:
+                self._note(key, reference, "no stage before this one makes it", self._known)
+            expanded += matching if variant == "*" else [reference]
+        return tuple(dict.fromkeys(expanded))
+
+    def sources(self, sources_: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
+        found: list[Path | Corpus] = []
+        for source in sources_:
+            if source.startswith("builtin:"):
+                found += self._builtin(source, key)
+                continue
+            files = sources.source_files(source, self._workflow.root)
+            if not files:
+                place = "is an empty folder" if (self._workflow.root / source).is_dir() else "names no file"
+                self._note(key, source, place, [])
+            elif not any((self._workflow.root / path).stat().st_size for path in files):
+                self._note(key, source, "holds no text", [])
+            found += files
+        return tuple(dict.fromkeys(found))
+
+    def _builtin(self, source: str, key: str) -> list[Path | Corpus]:
+        if source in sources.BUILTINS:
+            return [Corpus(source)]
+        self._note(key, source, "no such built-in corpus", list(sources.BUILTINS))
+        return []
+
+    def _note(self, key: str, value: str, expected: str, known: list[str]) -> None:
+        advice = f"Known: {', '.join(known)}." if known else "Name a file, a folder or a glob with text in it."
+        self._lines.append(word(Problem(key, value, expected, advice), self._shown, self._asking.table))
+
+
+def resolved_toml(workflow: Workflow) -> str:
+    """Return the workflow as a workflow file with every default written out."""
+    import tomli_w
+
+    document: dict[str, Any] = {"workflow": msgspec.to_builtins(workflow.settings)}
+    for one in workflow.stages:
+        table = msgspec.to_builtins(one.config)
+        if one.variant:
+            document.setdefault(one.name, []).append({"name": one.variant} | table)
+        else:
+            document[one.name] = table
+    return tomli_w.dumps(document)
