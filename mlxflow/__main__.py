@@ -63,9 +63,10 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from mlxflow.run import run_stage
+    from mlxflow.run import end_with_parent, run_stage
     from mlxflow.workflow import load_workflow
 
+    end_with_parent()
     workflow = load_workflow(parsed.workflow)
     run_stage(workflow, workflow.find(parsed.stage))
 

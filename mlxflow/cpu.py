@@ -5,7 +5,7 @@ global before MLX is first imported answers MLX's calls instead. macOS has Accel
 
 Gradients of a trained attention hold numbers under 1e-38. An x86 processor takes a hundred times as long over such
 denormals unless told to treat them as zero, as GPUs do; a step then takes 1.6 times as long after a few dozen updates
-(`benchmarks/denormals.py`). The setting belongs to a thread and is inherited by the threads it starts.
+(`benchmarks/cpu.py`). The setting belongs to a thread and is inherited by the threads it starts.
 """
 
 import ctypes

@@ -4,12 +4,11 @@ Asks the device what it can do and never assumes anything from the platform's na
 """
 
 import functools
-import platform
+import os
 import re
-import subprocess
+from importlib.metadata import version
 from pathlib import Path
-
-import psutil
+from typing import Any
 
 from mlxflow.errors import WorkflowError
 
@@ -55,6 +54,7 @@ def select(device: str) -> str:
 def working_set_bytes() -> int:
     """Return the bytes that the default device can use well: its recommended working set, else the main memory."""
     import mlx.core as mx
+    import psutil
 
     recommended = mx.device_info().get("max_recommended_working_set_size", 0)
     return int(recommended) or int(psutil.virtual_memory().total)
@@ -67,17 +67,29 @@ def name() -> str:
     return str(mx.device_info().get("device_name") or processor())
 
 
+def environment(device: str | None) -> dict[str, Any]:
+    """Return what of this machine an artifact depends on, as JSON values; imports no mlx.
+
+    Args:
+        device: the workflow's `device` for a stage whose artifact tells about the machine, else None.
+    """
+    found: dict[str, Any] = {"mlx": version("mlx")}
+    if device is not None:
+        found["device"] = [device, os.uname().sysname, processor()]
+    return found
+
+
 @functools.cache
 def processor() -> str:
     """Return the processor's model as the system tells it; imports no mlx."""
-    if platform.system() == "Linux":
-        try:
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
+    if Path("/proc/cpuinfo").exists():
+        with Path("/proc/cpuinfo").open() as file:
+            for line in file:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
-        except OSError:
-            pass
-    elif platform.system() == "Darwin":
+    elif os.uname().sysname == "Darwin":
+        import subprocess
+
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return platform.machine()
+    return os.uname().machine

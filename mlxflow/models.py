@@ -92,6 +92,8 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         ArtifactError: the folder is no model folder, or its weights do not fit its config.
     """
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(f"{folder}: no model folder (it has no config.json). Name one such as artifacts/train.")
     try:
         model, config = load_model(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -1,8 +1,11 @@
 """Runs one stage in this process: device, limits, inputs, a private folder, the report, and the move into place."""
 
+import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -33,13 +36,15 @@ def run_stage(workflow: Workflow, one: Stage) -> Path:
         cache.save()
     provenance = {
         "stage": one.task,
-        "settings_digest": stage.settings_digest(one.settings()),
+        "settings_digest": stage.settings_digest(one.settings() | device.environment(one.bound_device)),
         "inputs_digest": stage.settings_digest(dict(identities)),
         "seed": str(workflow.settings.seed),
         "mlxflow": version("mlxflow"),
         "mlx": version("mlx"),
     }
     chosen = device.select(workflow.settings.device)
+    if chosen == "cpu" and (notice := cpu.notice()):
+        print(notice, file=sys.stderr)
     limit = _limit_memory(workflow)
     folder = workflow.root / one.folder
     with artifact.publishing(folder) as private:
@@ -96,3 +101,19 @@ def _describe_run(chosen: str) -> dict[str, Any]:
         "peak_memory_bytes": mx.get_peak_memory(),
         "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
     }
+
+
+def end_with_parent() -> None:
+    """End this process at once when whoever started it is gone, so that no orphan goes on training.
+
+    What was begun is left in the private folder, which the next run removes.
+    """
+    descriptor = os.environ.pop(stage.PARENT_VARIABLE, None)
+    if descriptor is None:
+        return
+
+    def watch() -> None:
+        os.read(int(descriptor), 1)  # returns when the other end closes
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,13 +1,12 @@
 """The workflow: every stage of one `workflow.toml` with its settings, inputs and outputs."""
 
 import importlib
+import json
 import os
-import platform
 import re
 import tomllib
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -59,6 +58,7 @@ class Stage:
         table: the table's key in the file, such as `train` or `quantize[0]`.
         config: the resolved table.
         inputs: what it reads; paths relative to the workflow's folder.
+        source_patterns: the sources among the inputs, as written.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Stage:
         self.config = config
         self._workflow = workflow
         self.inputs: msgspec.Struct = module.Inputs()
+        self.source_patterns: list[str] = []
 
     @cached_property
     def name(self) -> str:
@@ -102,16 +103,21 @@ class Stage:
         return list(stage.corpora_of(self.inputs))
 
     def settings(self) -> dict[str, Any]:
-        """Return everything the artifact depends on beside the content of the inputs, as JSON values."""
-        settings = {
+        """Return what the workflow file and the code say of the artifact, as JSON values."""
+        return {
             "version": self.module.VERSION,
-            "config": msgspec.to_builtins(self.config),
+            "config": json.loads(msgspec.json.encode(self.config)),
             "seed": self._workflow.settings.seed,
-            "mlx": version("mlx"),
         }
-        if getattr(self.module, "DEVICE_BOUND", False):
-            settings["device"] = [self._workflow.settings.device, platform.system(), device.processor()]
-        return settings
+
+    @property
+    def bound_device(self) -> str | None:
+        """The workflow's `device` where the artifact tells about the machine it was made on, else None."""
+        return self._workflow.settings.device if getattr(self.module, "DEVICE_BOUND", False) else None
+
+    def corpus_identities(self, cache: DigestCache) -> dict[str, str]:
+        """Return the identity of every built-in corpus by its name."""
+        return {corpus.name: sources.builtin_identity(corpus.name, cache) for corpus in self.corpora}
 
     def input_identities(self, cache: DigestCache) -> dict[str, str]:
         """Return the identity of every input by its name in the record.
@@ -122,7 +128,7 @@ class Stage:
         """
         root = self._workflow.root
         identities = {path.as_posix(): cache.digests(root / path).identity for path in self.input_files}
-        return identities | {corpus.name: sources.builtin_identity(corpus.name, cache) for corpus in self.corpora}
+        return identities | self.corpus_identities(cache)
 
 
 class Workflow:
@@ -290,6 +296,7 @@ class _References:
 
     def sources(self, sources_: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
         found: list[Path | Corpus] = []
+        self._asking.source_patterns += sources_
         for source in sources_:
             if source.startswith("builtin:"):
                 found += self._builtin(source, key)

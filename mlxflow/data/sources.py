@@ -1,10 +1,8 @@
 """Which files a source names, and the documents in them."""
 
-import glob
 import json
 import os
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +30,8 @@ def source_files(source: str, root: Path) -> list[Path]:
     elif place.is_dir():
         found = [p for p in place.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(place))]
     else:
+        import glob
+
         found = [p for p in map(Path, glob.iglob(str(place), recursive=True)) if p.is_file()]  # noqa: PTH207
     found.sort(key=lambda path: path.as_posix())
     return [path.relative_to(root) if not Path(source).is_absolute() else path for path in found]
@@ -51,7 +51,7 @@ def builtin_files(name: str) -> list[Path]:
     """
     if name not in BUILTINS:
         raise SourceError(f"{name}: no such built-in corpus. Known: {', '.join(BUILTINS)}.")
-    root = sysconfig.get_path("stdlib")
+    root = str(_stdlib())
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
@@ -65,9 +65,14 @@ def builtin_files(name: str) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
+def _stdlib() -> Path:
+    """Return the folder of the running Python's library; asking `sysconfig` takes longer than a no-op may."""
+    return Path(os.__file__).parent
+
+
 def builtin_identity(name: str, cache: DigestCache) -> str:
     """Return the identity of a built-in corpus: the digest of its files' names and contents."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = _stdlib()
     return digest_json([[p.relative_to(root).as_posix(), cache.digests(p).content] for p in builtin_files(name)])
 
 

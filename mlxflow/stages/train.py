@@ -18,10 +18,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     architecture: Annotated[Literal["llama"], Meta(description="the model's kind, from mlx-lm")] = "llama"
     hidden_size: Annotated[int, Meta(ge=8, description="width of the residual stream")] = 128
-    num_layers: Annotated[int, Meta(ge=1, description="transformer blocks")] = 4
-    num_heads: Annotated[int, Meta(ge=1, description="attention heads")] = 4
-    num_kv_heads: Annotated[int, Meta(ge=1, description="heads of keys and values")] = 4
-    intermediate_size: Annotated[int, Meta(ge=8, description="width inside the gated MLP")] = 384
+    num_layers: Annotated[int, Meta(ge=1, description="transformer blocks")] = 2
+    num_heads: Annotated[int, Meta(ge=1, description="attention heads")] = 2
+    num_kv_heads: Annotated[int, Meta(ge=1, description="heads of keys and values")] = 2
+    intermediate_size: Annotated[int, Meta(ge=8, description="width inside the gated MLP")] = 256
     tie_word_embeddings: Annotated[bool, Meta(description="whether the head shares the embedding's weights")] = True
     rope_theta: Annotated[float, Meta(gt=0, description="base of the rotary embedding")] = 10_000.0
 
@@ -49,9 +49,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     input: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 300
     batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass")] = 32
-    learning_rate: Annotated[float, Meta(gt=0, description="at its highest, after the warm-up")] = 6e-3
+    learning_rate: Annotated[float, Meta(gt=0, description="at its highest, after the warm-up")] = 1.5e-2
     warmup_steps: Annotated[int, Meta(ge=0, description="steps over which the learning rate rises")] = 20
     weight_decay: Annotated[float, Meta(ge=0, description="of AdamW")] = 0.1
+    betas: Annotated[
+        tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]],
+        Meta(description="of AdamW: how slowly its two moments follow the gradient"),
+    ] = (0.9, 0.95)
     max_grad_norm: Annotated[float, Meta(gt=0, description="gradients of a larger norm are scaled down to it")] = 1.0
     log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
     eval_every: Annotated[int, Meta(ge=0, description="steps between two validations; 0: first and last only")] = 100
@@ -125,6 +129,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             learning_rate=config.learning_rate, num_steps=config.num_steps, warmup_steps=config.warmup_steps
         ),
         weight_decay=config.weight_decay,
+        betas=list(config.betas),
     )
     optimizer.init(model.trainable_parameters())
     compiled, state = step.compile_step(model, optimizer, max_grad_norm=config.max_grad_norm)

@@ -2,7 +2,7 @@
 
 `nn.losses.cross_entropy` computes the exponential of every logit twice, once for the log-sum and once more for the
 gradient. On the CPU backend the exponential is what a small model's step spends most of its time in, and `mx.power`
-is about three times as fast there as `mx.exp` (`benchmarks/loss.py`), so the CPU computes e^x as 2^(x log2 e).
+is about three times as fast there as `mx.exp` (`benchmarks/cpu.py`), so the CPU computes e^x as 2^(x log2 e).
 """
 
 import math

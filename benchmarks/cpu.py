@@ -1,0 +1,104 @@
+"""What mlxflow does for MLX's CPU backend, each row against MLX as it comes, in turns in the same run.
+
+    python benchmarks/cpu.py
+
+- blas: one 1024 x 1024 fp32 matrix product, OpenBLAS against the wheel's own BLAS (a process each);
+- loss: cross-entropy with its gradient over (2048, 2048) logits, ours against `mlx.nn.losses.cross_entropy`;
+- denormals: matrix product of attention probabilities as a trained model has them, denormals flushed and not.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROUNDS = 7
+
+MATMUL = """
+import time
+{prepare}
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+a = mx.random.normal((1024, 1024), key=mx.random.key(0))
+mx.eval(a @ a)
+seconds = []
+for _ in range(5):
+    begin = time.perf_counter()
+    mx.eval(a @ a)
+    seconds.append(time.perf_counter() - begin)
+print(sorted(seconds)[2])
+"""
+
+SMALL_NUMBERS = """
+import time
+{prepare}
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+a = mx.random.normal((1024, 1024), key=mx.random.key(0)) * 1e-20
+b = mx.random.normal((1024, 1024), key=mx.random.key(1)) * 1e-20
+mx.eval(a * b)
+seconds = []
+for _ in range(5):
+    begin = time.perf_counter()
+    mx.eval(a * b)
+    seconds.append(time.perf_counter() - begin)
+print(sorted(seconds)[2])
+"""
+
+PREPARE = "from mlxflow import cpu; cpu.prepare()"
+BLAS_ONLY = "from mlxflow import cpu; cpu._load_blas()"
+
+
+def main() -> None:
+    """Print a line for each row: medians and the ratio."""
+    compare_processes("blas: matrix product", MATMUL, PREPARE, "")
+    compare_processes("denormals: elementwise product", SMALL_NUMBERS, PREPARE, BLAS_ONLY)
+    compare_losses()
+
+
+def compare_processes(name: str, script: str, ours: str, theirs: str) -> None:
+    """Run a script in fresh processes, in turns, with two ways to prepare."""
+    pairs = [(_seconds(script.format(prepare=ours)), _seconds(script.format(prepare=theirs))) for _ in range(ROUNDS)]
+    _report(name, pairs)
+
+
+def compare_losses() -> None:
+    """Time both losses with their gradients, compiled, in this process."""
+    from mlxflow import cpu
+
+    cpu.prepare()
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlxflow.training.loss import cross_entropy
+
+    mx.set_default_device(mx.cpu)
+    logits = mx.random.normal((2048, 2048), key=mx.random.key(0))
+    targets = mx.random.randint(0, 2048, (2048,), key=mx.random.key(1))
+    ours = mx.compile(mx.value_and_grad(lambda x: cross_entropy(x, targets).mean()))
+    theirs = mx.compile(mx.value_and_grad(lambda x: nn.losses.cross_entropy(x, targets, reduction="mean")))
+    mx.eval(logits, targets, ours(logits), theirs(logits))
+    pairs = [(_time(lambda: mx.eval(ours(logits))), _time(lambda: mx.eval(theirs(logits)))) for _ in range(ROUNDS)]
+    _report("loss: cross-entropy with gradient", pairs)
+
+
+def _seconds(script: str) -> float:
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(run.stdout)
+
+
+def _time(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _report(name: str, pairs: list[tuple[float, float]]) -> None:
+    ours, theirs = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+    ratio = statistics.median(their / our for our, their in pairs)
+    print(f"{name:36} mlxflow {ours:8.2f} ms   MLX alone {theirs:8.2f} ms   {ratio:5.1f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""From a workflow to doit's tasks: one creator for every stage."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxflow.identity import DigestCache
+from tasks.freshness import reasons
+from tasks.node import Node
+
+
+class Freshness:
+    """Answers doit's question whether a task is up to date, and keeps the reasons for whoever prints them.
+
+    Attributes:
+        reasons: what makes the stage stale, as of the last time doit asked.
+    """
+
+    def __init__(self, node: Node, cache: DigestCache) -> None:
+        self._node = node
+        self._cache = cache
+        self.reasons: list[str] = []
+
+    def __call__(self, task: Any, values: dict[str, Any]) -> bool:
+        """Return whether the stage is fresh; doit passes what its last run saved."""
+        self.reasons = list(reasons(self._node, values, self._cache))
+        self._cache.save()
+        return not self.reasons
+
+
+def content_checker(cache: DigestCache) -> type:
+    """Return a doit checker class by which a file has changed when its identity has."""
+    from doit.dependency import FileChangedChecker
+
+    class ContentChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
+        """Compares identities; a file that cannot be identified counts as changed."""
+
+        def check_modified(self, file_path: str, file_stat: os.stat_result, state: str) -> bool:
+            return bool(self._identity(file_path) != state)
+
+        def get_state(self, dep: str, current_state: str | None) -> str | None:
+            identity = self._identity(dep)
+            return None if identity == current_state else identity
+
+        @staticmethod
+        def _identity(path: str) -> str:
+            try:
+                return cache.digests(path).identity
+            except ValueError:
+                return "damaged"
+
+    return ContentChecker
+
+
+def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, Any]]:
+    """Yield doit's description of each stage, and of each group of variants."""
+    from tasks.action import StageAction
+
+    grouped: set[str] = set()
+    for node in nodes:
+        name, _, variant = node.task.partition(":")
+        if variant and name not in grouped:
+            grouped.add(name)
+            yield {"basename": name, "name": None, "doc": node.doc}
+        freshness = Freshness(node, cache)
+        shown = _shown_paths(node.root)
+        yield {
+            "basename": name,
+            **({"name": variant} if variant else {}),
+            "doc": node.doc,
+            "actions": [StageAction(node, cache)],
+            "file_dep": [shown(path) for path in node.inputs],
+            "targets": [shown(path) for path in node.outputs],
+            "uptodate": [freshness],
+            "clean": [(_clean, (node,))],
+            "meta": {"freshness": freshness, "node": node},
+            "verbosity": 2,
+        }
+
+
+def _shown_paths(root: Path) -> Callable[[str], str]:
+    """Return a function from names below the workflow's folder to paths that doit understands from here."""
+    prefix = os.path.relpath(root)
+    return (lambda name: name) if prefix == "." else (lambda name: os.path.join(prefix, name))  # noqa: PTH118
+
+
+def _clean(node: Node, dryrun: bool) -> None:
+    """Remove a stage's artifact folder, and say so."""
+    from doit.globals import Globals
+
+    from mlxflow.artifact import remove_folder
+
+    folder = node.root / node.folder
+    if not folder.exists():
+        return
+    print(f"{node.task} - removing {node.folder}")
+    if not dryrun:
+        remove_folder(folder)
+        Globals.dep_manager.remove(node.task)

@@ -1,0 +1,39 @@
+"""What a dodo.py imports: doit's settings and the task creator, for the workflow that the command line names."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from doit import get_var
+
+from mlxflow.errors import UserError
+from mlxflow.identity import DigestCache
+from tasks.creator import content_checker, tasks_of
+from tasks.graph import load_nodes
+from tasks.reporter import StageReporter
+
+#: Where doit's state and the remembered digests lie, below the artifacts folder.
+STATE_FOLDER = ".mlxflow"
+
+_workflow = Path(get_var("workflow") or "workflow.toml")
+_state = _workflow.parent / "artifacts" / STATE_FOLDER
+_cache = DigestCache(_state / "digests.json")
+try:
+    _nodes = load_nodes(_workflow, _state)
+except UserError as error:
+    print(error, file=sys.stderr)
+    raise SystemExit(error.exit_code) from None  # doit would print a traceback and exit with 3
+
+DOIT_CONFIG = {
+    "backend": "mlxflow",
+    "dep_file": str(_state / "state.jsonl"),
+    "check_file_uptodate": content_checker(_cache),
+    "reporter": StageReporter,
+    "default_tasks": [node.task for node in _nodes],
+}
+
+
+def task_stages() -> Iterator[dict[str, Any]]:
+    """Yield every stage."""
+    yield from tasks_of(_nodes, _cache)

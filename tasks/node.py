@@ -1,0 +1,44 @@
+"""What doit's side needs to know of a stage, and nothing more."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage, or one variant of it.
+
+    Attributes:
+        task: `stage` or `stage:variant`.
+        doc: the line that `doit list` prints.
+        root: the workflow's folder; all names below are relative to it.
+        folder: the artifact, as a name.
+        inputs: names of the files read.
+        outputs: names of the files written.
+        settings: what the workflow file and the code say of the artifact, as JSON values.
+        command: the process that runs the stage.
+        corpora: names of built-in corpora read.
+        bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
+    """
+
+    task: str
+    doc: str
+    root: Path
+    folder: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    settings: dict[str, Any]
+    command: tuple[str, ...]
+    corpora: tuple[str, ...] = ()
+    bound_device: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the node as a JSON value."""
+        return asdict(self) | {"root": str(self.root)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Node":
+        """Return the node that `as_json` made a value of."""
+        lists = {name: tuple(value[name]) for name in ("inputs", "outputs", "command", "corpora")}
+        return cls(**{**value, **lists, "root": Path(value["root"])})

@@ -1,0 +1,101 @@
+"""A stage in a process of its own: what it prints goes to the terminal and to a log, and it never outlives doit."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlxflow.stage import PARENT_VARIABLE
+
+_GRACE_SECONDS = 10
+
+_running: set["subprocess.Popen[bytes]"] = set()
+
+
+def run_process(command: Sequence[str], log: Path) -> int:
+    """Run a command to its end and return its exit code.
+
+    Args:
+        command: program and arguments; no shell.
+        log: receives all that is printed, from the beginning.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    reading, writing = os.pipe()
+    on_terminal = sys.stderr.isatty()
+    output, child_output = _open_terminal() if on_terminal else os.pipe()
+    try:
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=child_output,
+                stderr=child_output,
+                start_new_session=True,
+                pass_fds=(reading,),
+                env={**os.environ, PARENT_VARIABLE: str(reading)},
+            )
+            os.close(child_output)
+            os.close(reading)
+            child_output = reading = -1
+            _running.add(process)
+            try:
+                _copy(output, file.fileno())
+                return process.wait()
+            except BaseException:
+                _end(process)
+                raise
+            finally:
+                _running.discard(process)
+    finally:
+        for descriptor in (reading, writing, output, child_output):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def end_all() -> None:
+    """End every process that is running, and wait for it."""
+    for process in list(_running):
+        _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask a process to end, then make it."""
+    if process.poll() is not None:
+        return
+    for number, patience in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _open_terminal() -> tuple[int, int]:
+    """Return both ends of a terminal as wide as ours, so that progress bars draw themselves."""
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    size = fcntl.ioctl(sys.stderr.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, size)
+    return ours, theirs
+
+
+def _copy(source: int, log: int) -> None:
+    """Copy what a process prints to standard error and to a log, until it closes its end."""
+    while True:
+        try:
+            data = os.read(source, 1 << 16)
+        except OSError:  # Linux: the other end of a terminal was closed
+            return
+        if not data:
+            return
+        os.write(log, data)
+        sys.stderr.flush()
+        os.write(2, data)

@@ -1,0 +1,36 @@
+"""What `doit` prints: one line for each stage that is fresh, one with the reason for each that runs."""
+
+from typing import Any
+
+from doit.exceptions import BaseFail
+from doit.reporter import ConsoleReporter
+
+
+class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
+    """Prints reasons; a stage's own process has already said why it failed."""
+
+    desc = "one line a stage, with the reason for each that runs"
+
+    def execute_task(self, task: Any) -> None:
+        """Say why a stage runs; groups of variants run nothing."""
+        if task.actions:
+            reasons = task.meta["freshness"].reasons if task.meta else []
+            self.write(f".  {task.name}: {'; '.join(reasons) or 'asked to run'}\n")
+            self.outstream.flush()
+
+    def skip_uptodate(self, task: Any) -> None:
+        """Say that a stage is fresh."""
+        if not task.has_subtask:
+            self.write(f"-- {task.name}\n")
+
+    def add_failure(self, task: Any, fail: BaseFail) -> None:
+        """Say which stage failed."""
+        if task.executed:
+            self.write(f"!! {task.name}: failed; its artifact is as it was\n")
+        else:
+            self.write(f"!! {task.name}: not run ({fail.message.strip()})\n")
+
+    def complete_run(self) -> None:
+        """Print what doit itself could not do."""
+        for line in self.runtime_errors:
+            self.write(f"{line}\n")
