@@ -6,6 +6,7 @@ flushed to the disk, and then the folder takes the artifact's place in one step.
 
 import ctypes
 import errno
+import json
 import os
 import shutil
 import sys
@@ -24,8 +25,15 @@ if TYPE_CHECKING:
 
 _PARTIAL_SUFFIX = ".partial"
 
-# safetensors' names of the types that are mapped without a copy, by their numpy names
-_NUMPY_NAMES = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "I64": "int64", "F32": "float32"}
+# safetensors' names of the types that numpy has, by numpy's names, and the other way round
+_SAFETENSORS_NAMES = {
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "int64": "I64",
+    "float32": "F32",
+}
+_NUMPY_NAMES = {name: numpy_name for numpy_name, name in _SAFETENSORS_NAMES.items()}
 
 
 # --- folders
@@ -148,13 +156,23 @@ def write_arrays(path: Path, arrays: Mapping[str, "NDArray[Any]"], metadata: Map
 
     Args:
         path: the file.
-        arrays: by name; any shape; C order.
+        arrays: by name; unsigned, int64 or floating; any shape.
         metadata: text by key, kept in the header.
     """
-    from safetensors.numpy import save_file
-
-    save_file({name: arrays[name] for name in sorted(arrays)}, path, dict(sorted(metadata.items())))
-    path.chmod(0o666 & ~_umask())  # the library makes files that only their owner may read
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in sorted(arrays):
+        begin, end = end, end + arrays[name].nbytes
+        dtype = _SAFETENSORS_NAMES[arrays[name].dtype.name]
+        entries[name] = {"dtype": dtype, "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
+    # The safetensors library writes metadata in the order of a hash table, another one in each process.
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in sorted(arrays):
+            array = arrays[name]
+            file.write(array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).data)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mapping[str, str]) -> None:
@@ -170,12 +188,6 @@ def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mappi
     mx.save_safetensors(
         str(path), {name: tensors[name] for name in sorted(tensors)}, metadata=dict(sorted(metadata.items()))
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -215,8 +227,6 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def provenance_metadata(provenance: Mapping[str, str]) -> dict[str, str]:
     """Return the header entry that tells where a file came from; `identity` leaves it out."""
-    import json
-
     return {PROVENANCE_KEY: json.dumps(dict(sorted(provenance.items())), separators=(",", ":"))}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow import artifact, cpu, device, stage
-from mlxflow.errors import ArtifactError, CallError, StageError
+from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import DigestCache
 from mlxflow.workflow import Stage, Workflow, shown_path
 
@@ -27,11 +27,7 @@ def run_stage(workflow: Workflow, one: Stage) -> Path:
     begin = time.perf_counter()
     cache = DigestCache(workflow.state / "digests.json")
     try:
-        identities = one.input_identities(cache)
-    except FileNotFoundError as error:
-        raise _missing_input(workflow, one, Path(error.filename)) from error
-    except ValueError as error:
-        raise ArtifactError(f"{one.task}: an input is damaged ({error}). Run: doit {one.task}") from error
+        identities = _identify_inputs(workflow, one, cache)
     finally:
         cache.save()
     provenance = {
@@ -71,11 +67,33 @@ def run_stage(workflow: Workflow, one: Stage) -> Path:
     return folder
 
 
-def _missing_input(workflow: Workflow, one: Stage, path: Path) -> Exception:
-    for maker in workflow.stages:
-        if path in [workflow.root / output for output in maker.outputs]:
-            return CallError(f"{shown_path(path)}: missing. Run: doit {maker.task}")
-    return CallError(f"{shown_path(path)}: missing, and {one.task} reads it.")
+def _identify_inputs(workflow: Workflow, one: Stage, cache: DigestCache) -> dict[str, str]:
+    """Return the identity of every input by name.
+
+    Raises:
+        ArtifactError: one or more are missing or damaged; each line names the command that makes it.
+    """
+    identities: dict[str, str] = {}
+    lines: list[str] = []
+    for name in one.input_files:
+        path = workflow.root / name
+        try:
+            identities[name.as_posix()] = cache.digests(path).identity
+        except FileNotFoundError:
+            gone = path if path.parent.is_dir() else path.parent
+            lines.append(f"{shown_path(gone)}: missing{_word_maker(workflow, name)}")
+        except OSError as error:
+            lines.append(f"{shown_path(path)}: cannot be read ({error.strerror}){_word_maker(workflow, name)}")
+        except ValueError as error:
+            lines.append(f"{shown_path(path)}: damaged ({error}){_word_maker(workflow, name)}")
+    if lines:
+        raise ArtifactError(*dict.fromkeys(lines))
+    return identities | one.corpus_identities(cache)
+
+
+def _word_maker(workflow: Workflow, name: Path) -> str:
+    maker = next((maker.task for maker in workflow.stages if name in maker.outputs), None)
+    return f". Run: doit {maker}" if maker else ". Mend it or change the workflow."
 
 
 def _limit_memory(workflow: Workflow) -> int:

@@ -119,17 +119,6 @@ class Stage:
         """Return the identity of every built-in corpus by its name."""
         return {corpus.name: sources.builtin_identity(corpus.name, cache) for corpus in self.corpora}
 
-    def input_identities(self, cache: DigestCache) -> dict[str, str]:
-        """Return the identity of every input by its name in the record.
-
-        Raises:
-            OSError: an input is missing or cannot be read.
-            ValueError: a safetensors input is damaged.
-        """
-        root = self._workflow.root
-        identities = {path.as_posix(): cache.digests(root / path).identity for path in self.input_files}
-        return identities | self.corpus_identities(cache)
-
 
 class Workflow:
     """A workflow file, read and checked.

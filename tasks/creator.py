@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from doit.dependency import FileChangedChecker
+
 from mlxflow.identity import DigestCache
 from tasks.freshness import reasons
 from tasks.node import Node
@@ -29,28 +31,15 @@ class Freshness:
         return not self.reasons
 
 
-def content_checker(cache: DigestCache) -> type:
-    """Return a doit checker class by which a file has changed when its identity has."""
-    from doit.dependency import FileChangedChecker
+class InputChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
+    """Leaves the question whether an input changed to `Freshness`, which asks it by content; see `tasks.state`."""
 
-    class ContentChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
-        """Compares identities; a file that cannot be identified counts as changed."""
+    def check_modified(self, file_path: str, file_stat: os.stat_result, state: object) -> bool:
+        """Return False: `Freshness` has said what there is to say."""
+        return False
 
-        def check_modified(self, file_path: str, file_stat: os.stat_result, state: str) -> bool:
-            return bool(self._identity(file_path) != state)
-
-        def get_state(self, dep: str, current_state: str | None) -> str | None:
-            identity = self._identity(dep)
-            return None if identity == current_state else identity
-
-        @staticmethod
-        def _identity(path: str) -> str:
-            try:
-                return cache.digests(path).identity
-            except ValueError:
-                return "damaged"
-
-    return ContentChecker
+    def get_state(self, dep: str, current_state: object) -> None:
+        """Return nothing: the record that counts is made by `tasks.action`."""
 
 
 def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, Any]]:

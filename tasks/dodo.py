@@ -9,7 +9,7 @@ from doit import get_var
 
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache
-from tasks.creator import content_checker, tasks_of
+from tasks.creator import InputChecker, tasks_of
 from tasks.graph import load_nodes
 from tasks.reporter import StageReporter
 
@@ -28,7 +28,7 @@ except UserError as error:
 DOIT_CONFIG = {
     "backend": "mlxflow",
     "dep_file": str(_state / "state.jsonl"),
-    "check_file_uptodate": content_checker(_cache),
+    "check_file_uptodate": InputChecker,
     "reporter": StageReporter,
     "default_tasks": [node.task for node in _nodes],
 }

@@ -12,6 +12,9 @@ _COMPACT_SLACK = 64
 #: The keys that doit sets last: of a finished task, and of one that the user told it to ignore.
 _LAST_KEYS = frozenset({"deps:", "ignore:"})
 
+#: The keys of a record that are kept; every other one is the path of an input as doit sees it.
+_KEPT_KEYS = frozenset({"_values_:", "result:", "checker:", "ignore:"})
+
 
 class Journal:
     """A doit backend that loses no finished stage and trusts no unfinished one.
@@ -19,6 +22,9 @@ class Journal:
     Every record is appended and flushed to the disk when doit has set its last key; a record that is dropped is dropped
     on the disk at once. A torn last line is as if it had not been written; any other line that cannot be read costs the
     stage it was about a rebuild.
+
+    doit's own record of a task's inputs is not kept: it holds paths that depend on where doit was called. A task's
+    `uptodate` object compares its inputs under names of its own, and the journal tells doit that they are unchanged.
 
     Args:
         name: the file.
@@ -40,9 +46,8 @@ class Journal:
             data = Path(self.name).read_bytes()
         except FileNotFoundError:
             return
-        whole, newline, torn = data.rpartition(b"\n")
-        self._torn = bool(torn)
-        for line in whole.split(b"\n") if newline else ():
+        self._torn = not data.endswith(b"\n")
+        for line in data.splitlines():
             self._lines += 1
             try:
                 entry = json.loads(line)
@@ -50,9 +55,9 @@ class Journal:
             except (ValueError, TypeError, KeyError):
                 continue
             if isinstance(record, dict):
-                self._records[task] = record
+                self._records[str(task)] = record
             else:
-                self._records.pop(task, None)
+                self._records.pop(str(task), None)
 
     def _append(self, task_id: str) -> None:
         line = json.dumps({"task": task_id, "record": self._records.get(task_id)}, separators=(",", ":"))
@@ -67,12 +72,16 @@ class Journal:
         self._lines += 1
 
     def get(self, task_id: str, dependency: str) -> Any:
-        """Return one value of a task's record, or None."""
-        return self._records.get(task_id, {}).get(dependency)
+        """Return one value of a task's record, or None; of an input, whether there is a record at all."""
+        if dependency in _KEPT_KEYS or dependency in _LAST_KEYS:
+            return self._records.get(task_id, {}).get(dependency)
+        return self.in_(task_id) or None
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         """Set one value; the record is written when its last one is set."""
-        self._records.setdefault(task_id, {})[dependency] = value
+        record = self._records.setdefault(task_id, {})
+        if dependency in _KEPT_KEYS:
+            record[dependency] = value
         if dependency in _LAST_KEYS:
             self._append(task_id)
 

@@ -18,11 +18,11 @@ class Split(NamedTuple):
     duplicates: int
 
 
-def read_builtin(name: str) -> tuple[list[str], int]:
-    """Return the documents of a built-in corpus and the number of files left out because they are not UTF-8."""
+def read_builtins(names: Iterable[str]) -> tuple[list[str], int]:
+    """Return the documents of built-in corpora and the number of files left out because they are not UTF-8."""
     documents: list[str] = []
     skipped = 0
-    for path in builtin_files(name):
+    for path in (path for name in names for path in builtin_files(name)):
         try:
             documents += read_documents(path)
         except SourceError:
@@ -33,37 +33,30 @@ def read_builtin(name: str) -> tuple[list[str], int]:
 def split_documents(documents: Iterable[str], *, holdout: float) -> Split:
     """Leave out duplicates and empty documents, and choose the validation documents by the hash of their content.
 
-    A document's side depends on nothing but its text, so it never changes when the corpus grows. Where no document
-    falls on the validation side, as in a corpus of one, the end of the longest document is held out instead.
+    A document's side depends on nothing but its text, so it does not change when the corpus grows. Only where no
+    document falls on the validation side is the one with the smallest hash held out, or the end of the only one.
 
     Args:
         documents: texts in a fixed order, which is kept.
         holdout: share of the documents wanted for validation, over 0 and under 1.
     """
-    train: list[str] = []
-    validation: list[str] = []
-    seen: set[bytes] = set()
+    unique: dict[bytes, str] = {}
     duplicates = 0
     for text in documents:
-        digest = xxhash.xxh3_128_digest(text.encode())
-        if not text.strip():
-            continue
-        if digest in seen:
-            duplicates += 1
-            continue
-        seen.add(digest)
-        (validation if int.from_bytes(digest[:8], "big") < holdout * 2**64 else train).append(text)
-    if train and not validation:
-        _hold_out_tail(train, validation, holdout)
+        if text.strip():
+            digest = xxhash.xxh3_128_digest(text.encode())
+            duplicates += digest in unique
+            unique.setdefault(digest, text)
+    held_out = {digest for digest in unique if int.from_bytes(digest[:8], "big") < holdout * 2**64}
+    if not held_out and len(unique) > 1:
+        held_out = {min(unique)}
+    train = [text for digest, text in unique.items() if digest not in held_out]
+    validation = [text for digest, text in unique.items() if digest in held_out]
+    if len(unique) == 1:
+        text = (train or validation)[0]
+        cut = len(text) - max(1, round(len(text) * holdout))
+        train, validation = [text[:cut]], [text[cut:]]
     return Split(train, validation, duplicates)
-
-
-def _hold_out_tail(train: list[str], validation: list[str], holdout: float) -> None:
-    longest = max(range(len(train)), key=lambda index: len(train[index]))
-    text = train[longest]
-    cut = len(text) - max(1, round(len(text) * holdout))
-    train[longest] = text[:cut]
-    validation.append(text[cut:])
 
 
 def read_files(paths: Iterable[Path]) -> list[str]:

@@ -65,15 +65,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from mlxflow.data import documents, tokenizer
 
-    texts: list[str] = []
-    skipped_files = 0
-    for source in inputs.sources:
-        if isinstance(source, Corpus):
-            found, skipped = documents.read_builtin(source.name)
-            skipped_files += skipped
-        else:
-            found = documents.read_files([source])
-        texts += found
+    corpora = [source.name for source in inputs.sources if isinstance(source, Corpus)]
+    texts, skipped_files = documents.read_builtins(corpora)
+    texts += documents.read_files(source for source in inputs.sources if isinstance(source, Path))
     split = documents.split_documents(texts, holdout=config.holdout)
     if not split.train:
         raise SourceError("pretokenize.sources: hold no text. Name a file, a folder or a glob with text in it.")
@@ -109,7 +103,8 @@ def _write_side(
         raise SourceError(
             f"pretokenize.sources: the {side} documents have {len(tokens):,} tokens, one row of "
             f"pretokenize.context_length = {config.context_length} needs {config.context_length + 1:,}. "
-            "Add text or lower the context length."
+            "Add text, or lower the context length"
+            + (" or raise pretokenize.holdout." if side == "validation" else ".")
         )
     metadata = {
         "context_length": str(config.context_length),

@@ -55,7 +55,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: there are fewer rows than one batch holds.
     """
     import mlx.core as mx
-    import numpy as np
 
     from mlxflow import artifact, models
     from mlxflow.data.token_file import TokenFile
@@ -82,7 +81,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     ends = [phase.end for phase in phases]
     artifact.write_arrays(
         outputs.timeline,
-        {name: np.array([getattr(end, name) for end in ends]) for name in ends[0]._fields},
+        {name: _column([getattr(end, name) for end in ends]) for name in ends[0]._fields},
         artifact.provenance_metadata(context.provenance),
     )
     seconds = sorted(phase.end.seconds - phase.begin.seconds for phase in phases)
@@ -105,3 +104,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         ],
         "run": {"mlx_device_info": {key: str(value) for key, value in mx.device_info().items()}},
     }
+
+
+def _column(values: list[float]) -> Any:
+    """Return the values in a type that MLX reads too: whole numbers as int64, others as float32."""
+    import numpy as np
+
+    return np.array(values, np.float32 if isinstance(values[0], float) else np.int64)

@@ -1,0 +1,74 @@
+"""What the tests share: a small text, and the whole chain built from it once."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxflow import cpu
+
+cpu.prepare()  # before any test imports mlx
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = REPOSITORY / "tests" / "tiny.toml"
+STAGES = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark")
+
+
+def write_notes(folder: Path) -> None:
+    """Write a folder of short texts that a small model can learn from."""
+    folder.mkdir()
+    for number in range(20):
+        lines = [f"note {number} line {line}: the {line * number % 17}th thing to remember" for line in range(60)]
+        (folder / f"{number:02}.txt").write_text("\n".join(lines))
+
+
+def write_workflow(folder: Path, text: str | None = None) -> Path:
+    """Write a workflow over the notes, the tiny one unless another is given, and return its path."""
+    write_notes(folder / "notes")
+    shutil.copy(REPOSITORY / "dodo.py", folder)
+    path = folder / "workflow.toml"
+    path.write_text(text or TINY.read_text().replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]', 1))
+    return path
+
+
+def mlxflow(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder, as a user would."""
+    return _run(folder, "mlxflow", *arguments)
+
+
+def doit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run doit in a folder, as a user would."""
+    return _run(folder, "doit", *arguments)
+
+
+def _run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny workflow whose every stage was run; tests only look at it."""
+    folder = tmp_path_factory.mktemp("built")
+    write_workflow(folder)
+    for stage in STAGES:
+        result = mlxflow(folder, "run", stage)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A folder with a tiny workflow of which nothing is built."""
+    write_workflow(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def job_copy(built: Path, tmp_path: Path) -> Path:
+    """A copy of the built folder, to be spoilt."""
+    return Path(shutil.copytree(built, tmp_path / "copy"))

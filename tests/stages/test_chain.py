@@ -1,0 +1,163 @@
+"""The artifacts of the whole chain, as the tools they are made for see them."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import generate, load
+from mlx_lm.convert import convert
+from mlx_lm.perplexity import eval_ppl
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from mlxflow.artifact import read_report
+from mlxflow.data.token_file import TokenFile
+from tests.conftest import STAGES, mlxflow
+
+MODELS = ("train", "quantize/q4", "quantize/q8")
+
+
+def _tensors(path: Path) -> dict[str, mx.array]:
+    return cast("dict[str, mx.array]", mx.load(str(path)))
+
+
+def _report(built: Path, stage: str) -> dict[str, Any]:
+    return read_report(built / "artifacts" / stage / "report.toml")
+
+
+def test_token_files_hold_the_documents_of_both_sides(built: Path) -> None:
+    folder = built / "artifacts/pretokenize"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = set()
+    for side in ("train", "validation"):
+        tokens, offsets = TokenFile.open(folder / f"{side}.safetensors")[:2]
+        assert tokens.dtype == np.uint16
+        for begin, end in pairwise(offsets):
+            texts.add(tokenizer.decode(tokens[begin : end - 1].tolist()))
+        assert _report(built, "pretokenize")[side]["tokens"] == len(tokens)
+        assert _report(built, "pretokenize")[side]["documents"] == len(offsets) - 1
+    assert texts == {path.read_text() for path in (built / "notes").iterdir()}
+
+
+def test_training_learnt(built: Path) -> None:
+    report = _report(built, "train")
+    assert report["last_validation_perplexity"] < report["first_validation_perplexity"] / 3
+    assert report["tokens"] == 20 * 4 * 16
+    lines = [json.loads(line) for line in (built / "artifacts/train/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [0, 10, 20]
+    assert math.log(report["last_validation_perplexity"]) == pytest.approx(lines[-1]["loss"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mlx_lm_opens_a_model_folder_and_generates(built: Path, name: str) -> None:
+    model, tokenizer = load(str(built / "artifacts" / name))
+    assert generate(model, tokenizer, prompt="note 3", max_tokens=5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mlx_lm_measures_the_perplexity_that_the_benchmark_reports(built: Path, name: str) -> None:
+    model, _ = load(str(built / "artifacts" / name))
+    rows = TokenFile.open(built / "artifacts/pretokenize/validation.safetensors").rows()[:64]
+    expected, standard_error = eval_ppl(model, mx.array(rows.astype(np.int32)), batch_size=8)
+    found = next(row for row in _report(built, "benchmark")["models"] if row["model"] == name.replace("/", ":"))
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert found["perplexity_standard_error"] == pytest.approx(standard_error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "bits", "group_size"), [("q4", 4, 64), ("q8", 8, 32)])
+def test_quantized_tensors_equal_those_of_mlx_lm_bit_for_bit(
+    built: Path, tmp_path: Path, name: str, bits: int, group_size: int
+) -> None:
+    convert(str(built / "artifacts/train"), str(tmp_path / "q"), quantize=True, q_bits=bits, q_group_size=group_size)
+    ours, theirs = built / "artifacts/quantize" / name, tmp_path / "q"
+    _assert_same_tensors(ours / "model.safetensors", theirs / "model.safetensors")
+    configs = [json.loads((folder / "config.json").read_text())["quantization"] for folder in (ours, theirs)]
+    assert configs[0] == configs[1]
+
+
+def test_a_float_mode_equals_mlx_lm_too(built: Path, tmp_path: Path) -> None:
+    workflow = (built / "workflow.toml").read_text() + '\n[[quantize]]\nname = "fp"\nmode = "mxfp4"\ngroup_size = 32\n'
+    (built / "float.toml").write_text(workflow)
+    result = mlxflow(built, "run", "quantize:fp", "--workflow", "float.toml")
+    assert result.returncode == 0, result.stderr
+    convert(str(built / "artifacts/train"), str(tmp_path / "q"), quantize=True, q_mode="mxfp4")
+    _assert_same_tensors(built / "artifacts/quantize/fp/model.safetensors", tmp_path / "q/model.safetensors")
+
+
+def _assert_same_tensors(ours: Path, theirs: Path) -> None:
+    first, second = _tensors(ours), _tensors(theirs)
+    assert first.keys() == second.keys()
+    assert any(name.endswith(".scales") for name in first)
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert mx.array_equal(tensor, second[name]), name
+
+
+def test_training_twice_gives_the_same_bytes(built: Path, job_copy: Path) -> None:
+    before = (built / "artifacts/train/model.safetensors").read_bytes()
+    assert mlxflow(job_copy, "run", "train").returncode == 0
+    assert (job_copy / "artifacts/train/model.safetensors").read_bytes() == before
+
+
+def test_validation_changes_no_weight(job_copy: Path) -> None:
+    model = job_copy / "artifacts/train/model.safetensors"
+    before = _tensors(model)
+    mx.eval(before)
+    workflow = job_copy / "workflow.toml"
+    workflow.write_text(workflow.read_text().replace("eval_every = 10", "eval_every = 3"))
+    assert mlxflow(job_copy, "run", "train").returncode == 0
+    assert all(mx.array_equal(tensor, before[name]) for name, tensor in _tensors(model).items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_file_tells_where_it_came_from(built: Path, name: str) -> None:
+    with safe_open(built / "artifacts" / name / "model.safetensors", "numpy") as file:
+        provenance = json.loads(file.metadata()["mlxflow"])
+    assert provenance["stage"] == name.replace("/", ":")
+    assert provenance["seed"] == "0"
+    assert {"settings_digest", "inputs_digest", "mlx", "mlxflow"} < provenance.keys()
+
+
+def test_sizes_and_ratios_come_from_the_files(built: Path) -> None:
+    sizes = {name: (built / "artifacts" / name / "model.safetensors").stat().st_size for name in MODELS}
+    for row in _report(built, "benchmark")["models"]:
+        size = sizes[row["model"].replace(":", "/")]
+        assert row["model_bytes"] == size
+        assert row["compression_ratio"] == pytest.approx(sizes["train"] / size)
+    assert _report(built, "quantize/q4")["compression_ratio"] == pytest.approx(sizes["train"] / sizes["quantize/q4"])
+    assert sizes["quantize/q4"] < sizes["quantize/q8"] < sizes["train"]
+
+
+def test_the_benchmark_times_every_batch_size(built: Path) -> None:
+    rows = _report(built, "benchmark")["training"]
+    assert [row["batch_size"] for row in rows] == [2, 4]
+    for row in rows:
+        assert 0 < row["fastest_step_seconds"] <= row["median_step_seconds"] <= row["slowest_step_seconds"]
+        assert row["samples_per_second"] == pytest.approx(row["batch_size"] / row["median_step_seconds"])
+        assert row["tokens_per_second"] == pytest.approx(row["samples_per_second"] * 16)
+
+
+def test_the_profile_measures_weights_moments_and_activations(built: Path) -> None:
+    report = _report(built, "profile")
+    timeline = _tensors(built / "artifacts/profile/timeline.safetensors")
+    assert timeline["active_memory_bytes"].shape == (3,)
+    assert report["active_memory_bytes"] >= 3 * report["model_bytes"]  # weights and AdamW's two moments
+    assert report["peak_memory_bytes"] == timeline["peak_memory_bytes"].max().item() > report["active_memory_bytes"]
+    assert report["rss_bytes"] > report["rss_before_bytes"] > 0
+    assert report["growth_bytes_per_step"] == 0
+    assert report["median_step_seconds"] > 0
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ("profile", "benchmark")])
+def test_only_the_run_table_differs_between_equal_runs(stage: str, built: Path, job_copy: Path) -> None:
+    name = stage.replace(":", "/")
+    assert mlxflow(job_copy, "run", stage).returncode == 0
+    first, second = (read_report(folder / "artifacts" / name / "report.toml") for folder in (built, job_copy))
+    assert first.pop("run")["seconds"] > 0
+    second.pop("run")
+    assert first == second

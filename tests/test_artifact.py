@@ -1,0 +1,153 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from mlxflow import artifact
+from mlxflow.errors import ArtifactError, StageError
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    with artifact.publishing(folder) as private:
+        (private / "new").write_text("new")
+        assert (folder / "old").read_text() == "old"
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_a_failure_keeps_the_old_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+
+    def fail_half_way() -> None:
+        with artifact.publishing(folder) as private:
+            (private / "new").write_text("half")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
+    assert (folder / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_what_a_crash_left_behind_is_no_part_of_the_next_artifact(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    with artifact.publishing(folder) as private:
+        left = private
+    left.mkdir()
+    (left / "half").write_text("half")
+    assert artifact.partial_folders(tmp_path) == [left]
+    with artifact.publishing(folder) as private:
+        (private / "whole").write_text("whole")
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert artifact.partial_folders(tmp_path) == []
+
+
+def test_without_an_exchange_of_names_the_folder_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "_exchange", lambda one, other: False)
+    folder = tmp_path / "train"
+    for content in ("first", "second"):
+        with artifact.publishing(folder) as private:
+            (private / "file").write_text(content)
+    assert (folder / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_keeps_the_old_folder_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    folder.mkdir()
+    with pytest.raises(StageError) as caught, artifact.publishing(folder), Path("/dev/full").open("wb", 0) as full:
+        full.write(b"0")
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: cannot be written (No space left on device; ")
+    assert message.endswith(f" bytes free). Make room or choose another folder; {folder} is as it was.")
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_equal_tensors_are_equal_bytes_whatever_their_order(tmp_path: Path) -> None:
+    tensors = {"b": mx.arange(6).reshape(2, 3), "a": mx.ones((4,), mx.bfloat16)}
+    artifact.write_tensors(tmp_path / "1.safetensors", tensors, {"x": "1", "a": "2"})
+    artifact.write_tensors(tmp_path / "2.safetensors", dict(reversed(tensors.items())), {"a": "2", "x": "1"})
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    arrays: dict[str, NDArray[Any]] = {"b": np.arange(6), "a": np.ones(4, np.float32)}
+    artifact.write_arrays(tmp_path / "3.safetensors", arrays, {"x": "1", "a": "2"})
+    artifact.write_arrays(tmp_path / "4.safetensors", dict(reversed(arrays.items())), {"a": "2", "x": "1"})
+    assert (tmp_path / "3.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        artifact.write_arrays(tmp_path / "a.safetensors", {"a": np.ones(1, np.float32)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.write_arrays(path, {"a": np.ones(1, np.float32)}, {"context_length": "64", "word": "é"})
+    assert artifact.read_metadata(path) == {"context_length": "64", "word": "é"}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64", "float32"])
+def test_a_mapped_tensor_is_the_file_itself(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.write_arrays(path, {"a": np.arange(5, dtype=dtype), "b": np.arange(12, dtype=dtype).reshape(3, 4)}, {})
+    mapped = artifact.map_tensor(path, "b")
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, load_file(path)["b"])
+
+
+def test_a_tensor_that_is_not_there_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.write_arrays(path, {"a": np.ones(1, np.float32)}, {})
+    with pytest.raises(ArtifactError) as caught:
+        artifact.map_tensor(path, "b")
+    assert str(caught.value) == f"{path}: has no tensor 'b' of a type that can be mapped. Build it again."
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:-3], "it has 81 bytes, its header says 84"),
+        (lambda data: data + b"12345", "it has 89 bytes, its header says 84"),
+        (lambda data: data[:5], "its header is cut off, or it is no safetensors file"),
+        (lambda data: b"", "its header is cut off, or it is no safetensors file"),
+        (lambda data: b"\xff" * 40, "its header is cut off, or it is no safetensors file"),
+        (lambda data: data[:9] + b"?" + data[10:], "its header is not valid JSON"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: object, said: str) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.write_arrays(path, {"a": np.ones(1, np.float32)}, {})
+    assert path.stat().st_size == 84
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(ArtifactError) as caught:
+        artifact.read_metadata(path)
+    assert str(caught.value) == f"{path}: damaged ({said}). Remove it and build it again."
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    for read in (artifact.read_metadata, artifact.read_report):
+        with pytest.raises(ArtifactError) as caught:
+            read(tmp_path / "a.safetensors")
+        assert str(caught.value) == f"{tmp_path / 'a.safetensors'}: missing. Build it again."
+
+
+def test_a_report_comes_back(tmp_path: Path) -> None:
+    report = {"loss": 1.5, "run": {"seconds": 3}, "models": [{"name": "a"}]}
+    artifact.write_report(tmp_path / "report.toml", report)
+    assert artifact.read_report(tmp_path / "report.toml") == report

@@ -1,0 +1,49 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxflow import cpu
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has a fast BLAS of its own")
+
+DENORMAL_PRODUCT = """
+import mlx.core as mx
+print((mx.array([1e-20], mx.float32) * mx.array([1e-20], mx.float32)).item() == 0, 5e-324 > 0, 1e-310 * 0.5 > 0)
+"""
+
+
+def _run(script: str, **environment: str) -> str:
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    return result.stdout.strip()
+
+
+def test_a_blas_of_the_system_is_loaded_before_mlx() -> None:
+    script = "from mlxflow import cpu; print(cpu.prepare()); print(open('/proc/self/maps').read())"
+    name, _, maps = _run(script).partition("\n")
+    if name == "None":
+        pytest.skip("no OpenBLAS or MKL on this system")
+    loaded = next(line.split()[-1] for line in maps.splitlines() if Path(line.split()[-1]).name.startswith(name[:9]))
+    assert maps.index(loaded) >= 0
+    assert "libmlx.so" in maps
+
+
+def test_mlx_takes_denormals_for_zero_and_python_does_not() -> None:
+    assert _run("from mlxflow import cpu; cpu.prepare()" + DENORMAL_PRODUCT) == "True True True"
+    assert _run(DENORMAL_PRODUCT) == "False True True"
+
+
+def test_what_is_missing_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "prepare", lambda: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert cpu.notice() == (
+        "mlxflow: the CPU backend lacks OpenBLAS (matrix products run about 15 times slower without it) and "
+        "g++ (mx.compile silently runs uncompiled without it). Run: sudo apt-get install -y libopenblas0-pthread g++"
+    )
+
+
+def test_nothing_is_said_when_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "prepare", lambda: "libopenblas.so.0")
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    assert cpu.notice() is None

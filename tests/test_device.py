@@ -1,0 +1,37 @@
+import mlx.core as mx
+import pytest
+
+from mlxflow import device
+from mlxflow.errors import WorkflowError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80%", 800), ("12 GB", 12 * 10**9), ("512MiB", 512 * 2**20), ("1.5 kb", 1500), (" 7 B ", 7), ("100 %", 1000)],
+)
+def test_a_size_is_a_share_or_a_number_of_bytes(text: str, size: int) -> None:
+    assert device.parse_size(text, 1000) == size
+
+
+@pytest.mark.parametrize("text", ["", "12", "GB", "-1 GB", "1 XB", "80%%"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size such as '12 GB' or '80%'"):
+        device.parse_size(text, 1000)
+
+
+@pytest.mark.skipif(mx.metal.is_available() or mx.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told() -> None:
+    with pytest.raises(WorkflowError) as caught:
+        device.select("gpu")
+    assert str(caught.value) == 'workflow.device = "gpu": MLX finds no GPU here. Use workflow.device = "auto".'
+
+
+def test_the_device_has_a_name_and_memory() -> None:
+    assert device.select("cpu") == "cpu"
+    assert device.name()
+    assert device.working_set_bytes() > 10**8
+
+
+def test_the_environment_names_the_machine_only_where_it_matters() -> None:
+    assert device.environment(None).keys() == {"mlx"}
+    assert device.environment("auto").keys() == {"mlx", "device"}

@@ -1,0 +1,45 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+
+def _lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name("lint-imports")
+    command = [str(program), "--no-cache"]
+    environment = {"PYTHONPATH": str(folder), "PATH": ""}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    for name in ("mlxflow", "tasks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_modules_import_only_from_lower_floors(copied: Path) -> None:
+    result = _lint(copied)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("mlxflow/artifact.py", "import mlxflow.workflow"),
+        ("mlxflow/data/batches.py", "import mlxflow.training.loop"),
+        ("mlxflow/errors.py", "import mlxflow.config"),
+        ("tasks/creator.py", "import numpy"),
+    ],
+)
+def test_an_import_from_above_is_found(copied: Path, module: str, line: str) -> None:
+    with (copied / module).open("a") as file:
+        file.write(f"\n{line}\n")
+    result = _lint(copied)
+    assert result.returncode == 1
+    assert line.split()[1] in result.stdout

@@ -1,0 +1,131 @@
+"""Which stages run after which edit: real doit, the real stages, in a folder of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PRETOKENIZE, TRAIN, Q4, Q8, PROFILE, BENCHMARK = ALL = (
+    "pretokenize",
+    "train",
+    "quantize:q4",
+    "quantize:q8",
+    "profile",
+    "benchmark",
+)
+
+
+class Job:
+    """A folder with a workflow, and doit in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.workflow = folder / "workflow.toml"
+
+    def doit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "doit", *arguments]
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=False)
+
+    def stages_that_run(self) -> list[str]:
+        result = self.doit()
+        assert result.returncode == 0, result.stdout + result.stderr
+        return re.findall(r"^\.  ([\w:]+): ", result.stdout, re.MULTILINE)
+
+    def replace(self, old: str, new: str) -> None:
+        text = self.workflow.read_text()
+        assert text.count(old) == 1, old
+        self.workflow.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("staleness")
+    shutil.copy(REPOSITORY / "dodo.py", folder)
+    text = (REPOSITORY / "tests" / "tiny.toml").read_text()
+    (folder / "workflow.toml").write_text(text.replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]', 1))
+    (folder / "notes").mkdir()
+    for number in range(20):
+        lines = [f"note {number} line {line}: the {line * number % 17}th thing to remember" for line in range(60)]
+        (folder / "notes" / f"{number:02}.txt").write_text("\n".join(lines))
+    made = Job(folder)
+    assert made.stages_that_run() == list(ALL)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _fresh_before(job: Job) -> Iterator[None]:
+    """Every row begins with nothing stale, whatever the row before it was."""
+    assert job.doit("list", "--all", "--status").returncode == 0
+    yield
+    assert job.stages_that_run() == []
+
+
+def _touch(path: Path) -> None:
+    os.utime(path, (1, 1))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _flip_last_bit_unseen(path: Path) -> None:
+    stat = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
+    "nothing": (lambda job: None, ()),
+    "a comment": (lambda job: job.replace("[profile]", "# measured again\n[profile]"), ()),
+    "the order of keys": (
+        lambda job: job.replace("num_steps = 20\nwarmup_steps = 2\n", "warmup_steps = 2\nnum_steps = 20\n"),
+        (),
+    ),
+    "the name shown in reports": (lambda job: job.replace('name = "tiny"', 'name = "small"'), ()),
+    "touched source": (lambda job: _touch(job.folder / "notes/03.txt"), ()),
+    "touched artifact": (lambda job: _touch(job.folder / "artifacts/train/model.safetensors"), ()),
+    "a default written out": (lambda job: job.replace("[profile]", '[profile]\ninput = "train"'), ()),
+    "the benchmark's table": (lambda job: job.replace("batch_sizes = [2, 4]", "batch_sizes = [2]"), (BENCHMARK,)),
+    "the profile's table": (
+        lambda job: job.replace("batch_size = 4\nnum_steps = 3", "batch_size = 3\nnum_steps = 3"),
+        (PROFILE,),
+    ),
+    "a variant's table": (lambda job: job.replace("bits = 8", "bits = 6"), (Q8, BENCHMARK)),
+    "train's table": (
+        lambda job: job.replace("warmup_steps = 2", "warmup_steps = 3"),
+        (TRAIN, Q4, Q8, PROFILE, BENCHMARK),
+    ),
+    "train's logging, which leaves the weights as they are": (
+        lambda job: job.replace("eval_every = 10", "eval_every = 0"),
+        (TRAIN,),
+    ),
+    "pretokenize's table": (lambda job: job.replace("context_length = 16", "context_length = 12"), ALL),
+    "a source's text": (lambda job: (job.folder / "notes/03.txt").write_text("another note entirely " * 60), ALL),
+    "a new source": (lambda job: (job.folder / "notes/new.txt").write_text("a new note in the folder " * 60), ALL),
+    "a source gone": (lambda job: (job.folder / "notes/07.txt").unlink(), ALL),
+    "the seed": (lambda job: job.replace("[workflow]", "[workflow]\nseed = 7"), ALL),
+    "deleted pretokenize file": (lambda job: (job.folder / "artifacts/pretokenize/tokenizer.json").unlink(), ALL[:1]),
+    "deleted train artifact": (lambda job: shutil.rmtree(job.folder / "artifacts/train"), (TRAIN,)),
+    "deleted variant": (lambda job: shutil.rmtree(job.folder / "artifacts/quantize/q4"), (Q4,)),
+    "deleted benchmark": (lambda job: shutil.rmtree(job.folder / "artifacts/benchmark"), (BENCHMARK,)),
+    "truncated model": (lambda job: _truncate(job.folder / "artifacts/train/model.safetensors"), (TRAIN,)),
+    "flipped bit, mtime put back": (
+        lambda job: _flip_last_bit_unseen(job.folder / "artifacts/quantize/q8/model.safetensors"),
+        (Q8,),
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_reruns_the_stages_it_makes_stale_and_no_other(job: Job, edit: str) -> None:
+    change, expected = EDITS[edit]
+    change(job)
+    assert job.stages_that_run() == list(expected)

@@ -1,0 +1,175 @@
+from pathlib import Path
+
+import pytest
+
+from mlxflow.errors import CallError, WorkflowError
+from mlxflow.workflow import STAGES, load_workflow, resolved_toml
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mistakes(folder: Path, text: str) -> list[str]:
+    (folder / "workflow.toml").write_text(text)
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(Path("workflow.toml"))
+    return str(caught.value).splitlines()
+
+
+def test_an_empty_file_is_a_whole_workflow(folder: Path) -> None:
+    (folder / "workflow.toml").write_text("")
+    workflow = load_workflow(Path("workflow.toml"))
+    assert [stage.task for stage in workflow.stages] == list(STAGES)
+
+
+def test_every_problem_is_told_at_once_in_the_order_of_the_file(folder: Path) -> None:
+    text = """
+[train]
+num_stepz = 3
+batch_size = 0
+[workflow]
+sed = 1
+[quantize]
+bits = 7
+"""
+    assert mistakes(folder, text) == [
+        "workflow.toml: train.num_stepz: unknown key. Did you mean train.num_steps?",
+        "workflow.toml: train.batch_size = 0: expected a whole number of at least 1. "
+        "Use train.batch_size = 32 (the default) or remove the key.",
+        "workflow.toml: workflow.sed: unknown key. Did you mean workflow.seed?",
+        "workflow.toml: quantize.bits = 7: expected one of 2, 3, 4, 5, 6, 8. "
+        "Use quantize.bits = 4 (the default) or remove the key.",
+    ]
+
+
+ONE_MISTAKE = {
+    "[tarin]\nnum_steps = 1": "workflow.toml: tarin: unknown key. Did you mean train?",
+    "colour = 1": "workflow.toml: colour: unknown key. "
+    "Known here: benchmark, pretokenize, profile, quantize, train, workflow.",
+    "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
+    "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: batch_size, betas, eval_every, input, "
+    "learning_rate, log_every, max_grad_norm, max_validation_rows, model, num_steps, warmup_steps, weight_decay.",
+    "[train.model]\nlayers = 1": "workflow.toml: train.model.layers: unknown key. Did you mean train.model.num_layers?",
+    'train = "fast"': 'workflow.toml: train = "fast": expected a table. '
+    "Write [train] on a line of its own and its keys below it.",
+    '[train]\nnum_steps = "many"': 'workflow.toml: train.num_steps = "many": expected a whole number of at least 1. '
+    "Use train.num_steps = 300 (the default) or remove the key.",
+    "[train]\nnum_steps = 2.5": "workflow.toml: train.num_steps = 2.5: expected a whole number of at least 1. "
+    "Use train.num_steps = 300 (the default) or remove the key.",
+    "[train]\nlearning_rate = -0.1": "workflow.toml: train.learning_rate = -0.1: expected a number over 0. "
+    "Use train.learning_rate = 0.015 (the default) or remove the key.",
+    "[train]\nlearning_rate = nan": "workflow.toml: train.learning_rate = nan: expected a number over 0. "
+    "Use train.learning_rate = 0.015 (the default) or remove the key.",
+    "[train.model]\nnum_heads = 3": "workflow.toml: train.model.hidden_size = 128: "
+    "expected a multiple of twice num_heads = 3. Change one of the two.\n"
+    "workflow.toml: train.model.num_kv_heads = 2: expected a divisor of num_heads = 3. Change one of the two.",
+    "[pretokenize]\nholdout = 1.0": "workflow.toml: pretokenize.holdout = 1.0: expected a number over 0 and under 1. "
+    "Use pretokenize.holdout = 0.02 (the default) or remove the key.",
+    "[pretokenize]\nworkers = 0": "workflow.toml: pretokenize.workers = 0: expected a whole number from 1 to 256. "
+    "Use pretokenize.workers = 8 (the default) or remove the key.",
+    "[pretokenize]\nsources = []": "workflow.toml: pretokenize.sources = []: "
+    "expected a list of at least 1, each text. "
+    'Use pretokenize.sources = ["builtin:python-stdlib"] (the default) or remove the key.',
+    '[pretokenize]\nsources = ["no/such.txt"]': 'workflow.toml: pretokenize.sources = "no/such.txt": names no file. '
+    "Name a file, a folder or a glob with text in it.",
+    '[pretokenize]\nsources = ["*.md"]': 'workflow.toml: pretokenize.sources = "*.md": names no file. '
+    "Name a file, a folder or a glob with text in it.",
+    '[pretokenize]\nsources = ["builtin:novels"]': 'workflow.toml: pretokenize.sources = "builtin:novels": '
+    "no such built-in corpus. Known: builtin:python-stdlib.",
+    '[quantize]\nmode = "mxfp4"': 'workflow.toml: quantize.group_size = 64: mode "mxfp4" needs group_size 32. '
+    'Set group_size = 32 or mode = "affine".',
+    '[quantize]\nmode = "mxfp8"\ngroup_size = 32': 'workflow.toml: quantize.bits = 4: mode "mxfp8" needs bits 8. '
+    'Set bits = 8 or mode = "affine".',
+    "[quantize]\ngroup_size = 16": 'workflow.toml: quantize.group_size = 16: mode "affine" needs one of 32, 64, 128. '
+    "Set group_size = 64.",
+    '[quantize]\ninput = "tarin"': 'workflow.toml: quantize.input = "tarin": no stage before this one makes it. '
+    "Known: pretokenize, train.",
+    '[train]\ninput = "train"': 'workflow.toml: train.input = "train": no stage before this one makes it. '
+    "Known: pretokenize.",
+    '[benchmark]\nmodels = ["quantize:q9"]': 'workflow.toml: benchmark.models = "quantize:q9": '
+    "no stage before this one makes it. Known: pretokenize, train, quantize, profile.",
+    '[benchmark]\nmodels = ["quantise:*"]': 'workflow.toml: benchmark.models = "quantise:*": '
+    "no stage before this one makes it. Known: pretokenize, train, quantize, profile.",
+    "[benchmark]\nbatch_sizes = [16, 0]": "workflow.toml: benchmark.batch_sizes = [16, 0]: "
+    "expected a list of at least 1, each a whole number of at least 1. "
+    "Use benchmark.batch_sizes = [16, 32, 64] (the default) or remove the key.",
+    '[[quantize]]\nname = "a"\n[[quantize]]\nname = "a"': 'workflow.toml: quantize[1].name = "a": '
+    "named twice in [[quantize]]. Give each variant a name of its own.",
+    "[[quantize]]\nbits = 4": "workflow.toml: quantize[0].name: missing. "
+    'Each [[quantize]] needs one, such as name = "q4".',
+    '[[quantize]]\nname = "../q4"': 'workflow.toml: quantize[0].name = "../q4": '
+    "expected letters, digits, '.', '_' and '-', at most 64. Write one such as \"q4\".",
+    "quantize = []": "workflow.toml: quantize = []: expected a table. Write [quantize] or remove the key.",
+    "quantize = [4]": "workflow.toml: quantize[0].name: missing. "
+    'Each [[quantize]] needs one, such as name = "q4".\n'
+    "workflow.toml: quantize[0] = 4: expected a table. Write [quantize[0]] on a line of its own and its keys below it.",
+    '[workflow]\nmemory_limit = "much"': 'workflow.toml: workflow.memory_limit = "much": expected text such as '
+    "'12 GB'. Use workflow.memory_limit = \"80%\" (the default) or remove the key.",
+    '[workflow]\nmemory_limit = "0%"': 'workflow.toml: workflow.memory_limit = "0%": expected more than nothing. '
+    'Use "80%" (the default).',
+    '[workflow]\ndevice = "tpu"': 'workflow.toml: workflow.device = "tpu": expected one of "auto", "gpu", "cpu". '
+    'Use workflow.device = "auto" (the default) or remove the key.',
+    "[workflow]\nseed = true": "workflow.toml: workflow.seed = true: "
+    "expected a whole number from 0 to 9223372036854775807. "
+    "Use workflow.seed = 0 (the default) or remove the key.",
+    "[train\nnum_steps = 3": "workflow.toml:1:7: not valid TOML (Expected ']' at the end of a table declaration). "
+    "Fix the line.",
+}
+
+
+@pytest.mark.parametrize("text", ONE_MISTAKE)
+def test_a_mistake_is_told_whole(folder: Path, text: str) -> None:
+    assert "\n".join(mistakes(folder, text)) == ONE_MISTAKE[text]
+
+
+def test_a_missing_file_is_told(folder: Path) -> None:
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(Path("other.toml"))
+    assert str(caught.value) == "other.toml: missing. Write one (an empty file works), or name another."
+
+
+def test_a_file_that_is_not_utf_8_is_told(folder: Path) -> None:
+    (folder / "workflow.toml").write_bytes(b"# caf\xe9\n")
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(Path("workflow.toml"))
+    assert str(caught.value) == "workflow.toml: byte 5 is not UTF-8. Save the file as UTF-8."
+
+
+@pytest.mark.parametrize(("name", "expected"), [("empty", "is an empty folder"), ("blank", "holds no text")])
+def test_a_source_without_text_is_told(folder: Path, name: str, expected: str) -> None:
+    (folder / "empty").mkdir()
+    (folder / "blank").mkdir()
+    (folder / "blank" / "a.txt").touch()
+    assert mistakes(folder, f'[pretokenize]\nsources = ["{name}"]') == [
+        f'workflow.toml: pretokenize.sources = "{name}": {expected}. Name a file, a folder or a glob with text in it.'
+    ]
+
+
+def test_an_unknown_stage_is_told_with_those_there_are(folder: Path) -> None:
+    (folder / "workflow.toml").write_text('[[quantize]]\nname = "q4"')
+    with pytest.raises(CallError) as caught:
+        load_workflow(Path("workflow.toml")).find("quantize")
+    assert str(caught.value) == (
+        "quantize: no such stage in workflow.toml. Known: pretokenize, train, quantize:q4, profile, benchmark."
+    )
+
+
+def test_variants_get_tasks_folders_and_settings_of_their_own(folder: Path) -> None:
+    (folder / "workflow.toml").write_text('[[quantize]]\nname = "a"\n[[quantize]]\nname = "b"\nbits = 8')
+    workflow = load_workflow(Path("workflow.toml"))
+    first, second = workflow.find("quantize:a"), workflow.find("quantize:b")
+    assert (first.folder.as_posix(), second.folder.as_posix()) == ("artifacts/quantize/a", "artifacts/quantize/b")
+    assert first.settings() != second.settings()
+    assert {"quantize:a", "quantize:b"} < workflow.find("benchmark").inputs.models.keys()  # type: ignore[attr-defined]
+
+
+def test_the_resolved_workflow_is_a_workflow_file_that_resolves_to_itself(folder: Path) -> None:
+    (folder / "workflow.toml").write_text('[train]\nnum_steps = 50\n[[quantize]]\nname = "q8"\nbits = 8')
+    resolved = resolved_toml(load_workflow(Path("workflow.toml")))
+    (folder / "resolved.toml").write_text(resolved)
+    assert resolved_toml(load_workflow(Path("resolved.toml"))) == resolved
+    assert "num_steps = 50" in resolved
+    assert "context_length = 64" in resolved
