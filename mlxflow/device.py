@@ -73,10 +73,15 @@ def environment(device: str | None) -> dict[str, Any]:
     Args:
         device: the workflow's `device` for a stage whose artifact tells about the machine, else None.
     """
-    found: dict[str, Any] = {"mlx": version("mlx")}
+    found: dict[str, Any] = {"mlx": _mlx_version()}
     if device is not None:
         found["device"] = [device, os.uname().sysname, processor()]
     return found
+
+
+@functools.cache
+def _mlx_version() -> str:
+    return version("mlx")
 
 
 @functools.cache

@@ -1,7 +1,10 @@
 """From a workflow to doit's tasks: one creator for every stage."""
 
+import atexit
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from doit.dependency import FileChangedChecker
 from mlxflow.identity import DigestCache
 from tasks.freshness import reasons
 from tasks.node import Node
+from tasks.reporter import StageReporter
 
 
 class Freshness:
@@ -19,6 +23,9 @@ class Freshness:
         reasons: what makes the stage stale, as of the last time doit asked.
     """
 
+    #: doit asks for the signature of every task's object on every run; made once, that takes no time.
+    __signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("task", "values")])
+
     def __init__(self, node: Node, cache: DigestCache) -> None:
         self._node = node
         self._cache = cache
@@ -27,7 +34,6 @@ class Freshness:
     def __call__(self, task: Any, values: dict[str, Any]) -> bool:
         """Return whether the stage is fresh; doit passes what its last run saved."""
         self.reasons = list(reasons(self._node, values, self._cache))
-        self._cache.save()
         return not self.reasons
 
 
@@ -42,10 +48,27 @@ class InputChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no typ
         """Return nothing: the record that counts is made by `tasks.action`."""
 
 
+def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
+    """Return doit's settings for a graph of stages.
+
+    Args:
+        nodes: the stages that a plain `doit` builds.
+        state: the folder for what doit remembers.
+    """
+    return {
+        "backend": "mlxflow",
+        "dep_file": str(state / "state.jsonl"),
+        "check_file_uptodate": InputChecker,
+        "reporter": StageReporter,
+        "default_tasks": [node.task for node in nodes],
+    }
+
+
 def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, Any]]:
     """Yield doit's description of each stage, and of each group of variants."""
     from tasks.action import StageAction
 
+    atexit.register(cache.save)  # once: what is lost to a crash is read again
     grouped: set[str] = set()
     for node in nodes:
         name, _, variant = node.task.partition(":")
@@ -68,6 +91,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
         }
 
 
+@functools.cache
 def _shown_paths(root: Path) -> Callable[[str], str]:
     """Return a function from names below the workflow's folder to paths that doit understands from here."""
     prefix = os.path.relpath(root)

@@ -9,9 +9,8 @@ from doit import get_var
 
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache
-from tasks.creator import InputChecker, tasks_of
+from tasks.creator import configuration, tasks_of
 from tasks.graph import load_nodes
-from tasks.reporter import StageReporter
 
 #: Where doit's state and the remembered digests lie, below the artifacts folder.
 STATE_FOLDER = ".mlxflow"
@@ -25,13 +24,7 @@ except UserError as error:
     print(error, file=sys.stderr)
     raise SystemExit(error.exit_code) from None  # doit would print a traceback and exit with 3
 
-DOIT_CONFIG = {
-    "backend": "mlxflow",
-    "dep_file": str(_state / "state.jsonl"),
-    "check_file_uptodate": InputChecker,
-    "reporter": StageReporter,
-    "default_tasks": [node.task for node in _nodes],
-}
+DOIT_CONFIG = configuration(_nodes, _state)
 
 
 def task_stages() -> Iterator[dict[str, Any]]:

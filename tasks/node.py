@@ -1,5 +1,6 @@
 """What doit's side needs to know of a stage, and nothing more."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,10 @@ class Node:
     command: tuple[str, ...]
     corpora: tuple[str, ...] = ()
     bound_device: str | None = None
+
+    def path(self, name: str) -> str:
+        """Return where a file of the workflow lies, seen from here."""
+        return os.path.join(self.root, name)  # noqa: PTH118 - see `DigestCache.digests`
 
     def as_json(self) -> dict[str, Any]:
         """Return the node as a JSON value."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxflow.errors import SourceError
-from mlxflow.identity import DigestCache, digest_json
+from mlxflow.identity import DigestCache, digest_file, digest_json
 
 #: The text of the running Python's standard library sources: about 12 MB of English and code on every machine.
 PYTHON_STDLIB = "builtin:python-stdlib"
@@ -51,29 +51,42 @@ def builtin_files(name: str) -> list[Path]:
     """
     if name not in BUILTINS:
         raise SourceError(f"{name}: no such built-in corpus. Known: {', '.join(BUILTINS)}.")
-    root = str(_stdlib())
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        files += [
-            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
-        ]
+    files = [Path(entry.path) for entry in _library_entries(_library())]
     if not files:
         raise SourceError(
             f"{name}: Python {sys.version.split()[0]} has no library sources here. Name a source of yours."
         )
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(files, key=lambda path: path.as_posix())
 
 
-def _stdlib() -> Path:
+def _library() -> str:
     """Return the folder of the running Python's library; asking `sysconfig` takes longer than a no-op may."""
-    return Path(os.__file__).parent
+    return os.path.dirname(os.__file__)  # noqa: PTH120
+
+
+def _library_entries(folder: str) -> Iterator["os.DirEntry[str]"]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".py"):
+                if not entry.name.startswith("_sysconfigdata"):
+                    yield entry
+            elif entry.name not in _SKIPPED_FOLDERS and entry.is_dir(follow_symlinks=False):
+                yield from _library_entries(entry.path)
 
 
 def builtin_identity(name: str, cache: DigestCache) -> str:
-    """Return the identity of a built-in corpus: the digest of its files' names and contents."""
-    root = _stdlib()
-    return digest_json([[p.relative_to(root).as_posix(), cache.digests(p).content] for p in builtin_files(name)])
+    """Return the identity of a built-in corpus: the digest of its files' names and contents.
+
+    The files are read only when the file system says of any of them that it changed.
+    """
+    stats = [(entry.path, entry.stat()) for entry in _library_entries(_library())]
+    stamps = sorted((path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats)
+
+    def compute() -> str:
+        root = Path(_library())
+        return digest_json([[p.relative_to(root).as_posix(), digest_file(p).content] for p in builtin_files(name)])
+
+    return cache.recall(name, digest_json(stamps), compute)
 
 
 def read_documents(path: Path) -> Iterator[str]:
