@@ -11,6 +11,7 @@ Both come from one pass over the file, and `DigestCache` remembers them by path,
 file that did not change is never read again, whoever asks.
 """
 
+import io
 import json
 import os
 import time
@@ -113,41 +114,48 @@ def digest_file(path: Path) -> Digests:
         return _digest_safetensors(path)
     if path.name == "report.toml":
         return _digest_report(path)
-    with path.open("rb") as file:
-        content = _digest_span(file.fileno(), 0, None)
+    with io.FileIO(path) as file:
+        content = _digest_span(file, 0, os.fstat(file.fileno()).st_size)
     return Digests(content, content)
 
 
-def _digest_span(descriptor: int, begin: int, end: int | None) -> str:
+def _digest_span(file: io.FileIO, begin: int, end: int) -> str:
     digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_CHUNK_BYTES if end is None else max(1, min(_CHUNK_BYTES, end - begin))))
-    position = begin
-    while end is None or position < end:
-        wanted = len(buffer) if end is None else min(len(buffer), end - position)
-        count = os.preadv(descriptor, [buffer[:wanted]], position)
-        if count == 0:
-            break
+    buffer = memoryview(bytearray(max(1, min(_CHUNK_BYTES, end - begin))))
+    file.seek(begin)
+    while begin < end:
+        count = file.readinto(buffer[: min(len(buffer), end - begin)])
+        if not count:
+            raise ValueError("it was cut off while it was read")
         digest.update(buffer[:count])
-        position += count
+        begin += count
     return digest.hexdigest()
+
+
+def tensor_digests(path: Path) -> dict[str, tuple[object, object, str]]:
+    """Return type, shape and digest of every tensor of a safetensors file, by name.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its header disagrees with its length.
+    """
+    header, begin = read_safetensors_header(path)
+    with io.FileIO(path) as file:
+        return {
+            name: (entry.get("dtype"), entry.get("shape"), _digest_span(file, begin + span[0], begin + span[1]))
+            for name, span in _tensor_offsets(header)
+            if isinstance(entry := header[name], dict)
+        }
 
 
 def _digest_safetensors(path: Path) -> Digests:
     header, begin = read_safetensors_header(path)
-    with path.open("rb") as file:
-        descriptor = file.fileno()
-        tensors = {
-            name: _digest_span(descriptor, begin + span[0], begin + span[1]) for name, span in _tensor_offsets(header)
-        }
-        content = digest_json([_digest_span(descriptor, 0, begin), *tensors.values()])
+    tensors = tensor_digests(path)
+    with io.FileIO(path) as file:
+        content = digest_json([_digest_span(file, 0, begin), *(digest for _, _, digest in tensors.values())])
     metadata = header.get("__metadata__", {})
     matters = {k: v for k, v in metadata.items() if k != PROVENANCE_KEY} if isinstance(metadata, dict) else {}
-    described = {
-        name: [entry.get("dtype"), entry.get("shape"), tensors[name]]
-        for name, entry in header.items()
-        if name != "__metadata__" and isinstance(entry, dict)
-    }
-    return Digests(content, digest_json([described, matters]))
+    return Digests(content, digest_json([tensors, matters]))
 
 
 def _digest_report(path: Path) -> Digests:

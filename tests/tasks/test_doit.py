@@ -38,7 +38,7 @@ def test_one_stage_builds_what_it_needs_and_no_more(job: Path) -> None:
         "quantize",
         "train",
     ]
-    assert doit(job, "quantize").stdout.splitlines()[-1] == ".  quantize:q8: never built"
+    assert ".  quantize:q8: never built" in doit(job, "quantize").stdout.splitlines()
 
 
 def test_what_a_stage_prints_is_kept_in_its_log(job: Path) -> None:

@@ -1,0 +1,42 @@
+"""Every key of a workflow file as a Markdown table, made from the structs that read it.
+
+    python -m mlxflow.reference
+
+The README holds what this prints; a test says so.
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import get_args, get_type_hints
+
+import msgspec
+
+from mlxflow.config import default_of, describe, toml_value
+from mlxflow.workflow import STAGES, Settings
+
+
+def reference() -> str:
+    """Return the table of every key with its default, what it takes and what it is for."""
+    lines = ["| key | default | takes | is |", "|---|---|---|---|"]
+    lines += _rows("workflow", Settings)
+    for name in STAGES:
+        lines += _rows(name, importlib.import_module(f"mlxflow.stages.{name}").Config)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
+    types = get_type_hints(struct, include_extras=True)
+    for field in msgspec.structs.fields(struct):
+        type_ = types[field.name]
+        key = f"{table}.{field.name}"
+        bare = (get_args(type_) or (type_,))[0]
+        if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+            yield from _rows(key, bare)
+            continue
+        help_ = next(meta.description for meta in get_args(type_) if isinstance(meta, msgspec.Meta))
+        cells = (f"`{key}`", f"`{toml_value(default_of(field))}`", describe(type_), help_ or "")
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
