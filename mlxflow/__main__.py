@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add_workflow(add("check", _check, "print the resolved workflow with every default, or every mistake at once"))
     run = add("run", _run, "run one stage in this process, stale or not; doit calls this")
     run.add_argument("stage", help="such as train or quantize:q4")
+    run.add_argument("--into", type=Path, help="write the artifact there instead; the workflow's own is left alone")
     add_workflow(run)
     add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
     generate = add("generate", _generate, "let a trained or quantized model continue a text")
@@ -68,7 +69,7 @@ def _run(parsed: argparse.Namespace) -> None:
 
     end_with_parent()
     workflow = load_workflow(parsed.workflow)
-    run_stage(workflow, workflow.find(parsed.stage))
+    run_stage(workflow, workflow.find(parsed.stage), parsed.into)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -17,8 +17,13 @@ from mlxflow.identity import DigestCache
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
-def run_stage(workflow: Workflow, one: Stage) -> Path:
+def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
     """Run one stage in this process and return its artifact folder.
+
+    Args:
+        workflow: the workflow.
+        one: one of its stages.
+        into: the folder to write instead of the stage's own.
 
     Raises:
         MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
@@ -42,7 +47,7 @@ def run_stage(workflow: Workflow, one: Stage) -> Path:
     if chosen == "cpu" and (notice := cpu.notice()):
         print(notice, file=sys.stderr)
     limit = _limit_memory(workflow)
-    folder = workflow.root / one.folder
+    folder = into or workflow.root / one.folder
     with artifact.publishing(folder) as private:
         outputs = stage.rooted(one.module.Outputs(), private)
         report = one.module.run(

@@ -9,6 +9,9 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder
     run       the work, returns what goes into its report; heavy imports happen inside it
 
+It may have two more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on, and
+`USES_DEVICE = False` where it does not compute on MLX's device.
+
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """
 

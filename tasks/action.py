@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from doit.action import BaseAction
@@ -21,11 +22,17 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     The record of its last run is dropped first, so that a run which is cut off is never trusted. Inputs are looked at
     before the process starts: one that is edited meanwhile makes the stage stale next time.
+
+    Args:
+        node: the stage.
+        cache: digests by path.
+        known: the names of all stages of the workflow, for the lock file.
     """
 
-    def __init__(self, node: Node, cache: DigestCache) -> None:
+    def __init__(self, node: Node, cache: DigestCache, known: set[str]) -> None:
         self.node = node
         self.cache = cache
+        self.known = known
         self.task: Any = None
         self.out = ""
         self.err = ""
@@ -37,33 +44,59 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     def execute(self, out: object = None, err: object = None) -> BaseFail | None:
         """Run the stage; doit saves `values` when all went well."""
-        from tasks.process import run_process
-
-        node = self.node
-        Globals.dep_manager.remove(node.task)
+        Globals.dep_manager.remove(self.node.task)
         try:
-            inputs = observe_inputs(node, self.cache)
+            inputs = observe_inputs(self.node, self.cache)
         except (OSError, ValueError) as error:
-            return self._fail(TaskFailed, f"{node.task}: an input is missing or damaged ({error})")
-        log = node.root / "artifacts" / "logs" / f"{node.task.replace(':', '-')}.log"
-        begin = time.perf_counter()
-        code = run_process(node.command, log)
-        seconds = time.perf_counter() - begin
+            return self._fail(TaskFailed, f"{self.node.task}: an input is missing or damaged ({error})")
+        code, seconds = self._run()
         if code:
-            said = "" if 0 < code <= _USER_MISTAKE else f"{node.task}: the stage's process ended with {_word(code)}"
+            said = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
             return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
         try:
-            outputs = observe_outputs(node, self.cache)
+            outputs = observe_outputs(self.node, self.cache)
         except (OSError, ValueError) as error:
-            return self._fail(TaskFailed, f"{node.task}: an output is missing or damaged ({error})")
+            return self._fail(TaskFailed, f"{self.node.task}: an output is missing or damaged ({error})")
         self.cache.save()
+        self._record(inputs, outputs, seconds)
+        return None
+
+    def _run(self) -> tuple[int, float]:
+        """Run the process, alone on the device where it uses one; return its exit code and the seconds it took."""
+        from tasks.locking import device_lock, hold
+        from tasks.process import run_process
+
+        waiting = f"{self.node.task}: waits for the device, which process {{holder}} uses"
+        token = hold(device_lock(), waiting, wait=True) if self.node.uses_device else nullcontext()
+        log = self.node.root / "artifacts" / "logs" / f"{self.node.task.replace(':', '-')}.log"
+        with token:
+            begin = time.perf_counter()
+            code = run_process(self.node.command, log)
+            return code, time.perf_counter() - begin
+
+    def _record(self, inputs: dict[str, str], outputs: dict[str, list[Any]], seconds: float) -> None:
+        from tasks import lockfile
+
         self.values = {
-            "settings": observe_settings(node),
+            "settings": observe_settings(self.node),
             "inputs": inputs,
             "outputs": outputs,
             "seconds": round(seconds, 3),
+            "device": self._device(),
+            "commit": lockfile.source_commit(self.node.root),
         }
-        return None
+        lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known)
+
+    def _device(self) -> str:
+        """Return the device that the stage's own report names."""
+        from mlxflow.artifact import read_report
+        from mlxflow.errors import ArtifactError
+
+        try:
+            run = read_report(self.node.root / self.node.folder / "report.toml")["run"]
+            return f"{run['device']}: {run['device_name']}"
+        except (ArtifactError, KeyError):
+            return "unknown"
 
     def _fail(self, kind: type[BaseFail], message: str) -> BaseFail:
         self.cache.save()

@@ -70,6 +70,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
 
     atexit.register(cache.save)  # once: what is lost to a crash is read again
     grouped: set[str] = set()
+    known = {node.task for node in nodes}
     for node in nodes:
         name, _, variant = node.task.partition(":")
         if variant and name not in grouped:
@@ -81,12 +82,12 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
             "basename": name,
             **({"name": variant} if variant else {}),
             "doc": node.doc,
-            "actions": [StageAction(node, cache)],
+            "actions": [StageAction(node, cache, known)],
             "file_dep": [shown(path) for path in node.inputs],
             "targets": [shown(path) for path in node.outputs],
             "uptodate": [freshness],
             "clean": [(_clean, (node,))],
-            "meta": {"freshness": freshness, "node": node},
+            "meta": {"freshness": freshness, "node": node, "cache": cache},
             "verbosity": 2,
         }
 

@@ -17,10 +17,11 @@ def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
         OSError: one is missing.
         ValueError: a safetensors file is damaged.
     """
-    return {name: cache.digests(node.path(name)).identity for name in node.inputs} | _observe_corpora(node, cache)
+    return {name: cache.digests(node.path(name)).identity for name in node.inputs} | observe_corpora(node, cache)
 
 
-def _observe_corpora(node: Node, cache: DigestCache) -> dict[str, str]:
+def observe_corpora(node: Node, cache: DigestCache) -> dict[str, str]:
+    """Return the identity of every built-in corpus that a stage reads, by name."""
     return {name: builtin_identity(name, cache) for name in node.corpora}
 
 
@@ -35,13 +36,16 @@ def observe_outputs(node: Node, cache: DigestCache) -> dict[str, list[Any]]:
     return {name: [path.stat().st_size, cache.digests(path).content] for name, path in paths.items()}
 
 
-def reasons(node: Node, record: dict[str, Any], cache: DigestCache) -> Iterator[str]:
+def reasons(
+    node: Node, record: dict[str, Any], cache: DigestCache, *, leave_out: frozenset[str] = frozenset()
+) -> Iterator[str]:
     """Yield every fact that makes a stage stale; nothing when it is fresh.
 
     Args:
         node: the stage.
         record: what its last run left, empty where there was none.
         cache: digests by path.
+        leave_out: inputs that are not looked at.
     """
     if "outputs" not in record:
         yield "never built" if not record else "its record is of an older version"
@@ -50,7 +54,7 @@ def reasons(node: Node, record: dict[str, Any], cache: DigestCache) -> Iterator[
     if settings != record["settings"]:
         yield from _changed_settings(node.task, record["settings"], settings)
     yield from damaged_outputs(node, record, cache)
-    yield from _changed_inputs(node, record["inputs"], cache)
+    yield from _changed_inputs(node, record["inputs"], cache, leave_out)
 
 
 def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, again: bool = False) -> Iterator[str]:
@@ -80,14 +84,16 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
             yield f"{name} cannot be read ({error})"
 
 
-def _changed_inputs(node: Node, before: dict[str, str], cache: DigestCache) -> Iterator[str]:
-    now: dict[str, str | None] = dict(_observe_corpora(node, cache))
+def _changed_inputs(node: Node, before: dict[str, str], cache: DigestCache, leave_out: frozenset[str]) -> Iterator[str]:
+    now: dict[str, str | None] = dict(observe_corpora(node, cache))
     for name in node.inputs:
+        if name in leave_out:
+            continue
         try:
             now[name] = cache.digests(node.path(name)).identity
         except (OSError, ValueError):
             now[name] = None
-    for name in sorted({*before, *now}):
+    for name in sorted({*before, *now} - leave_out):
         if name not in now:
             yield f"source {name} is gone"
         elif name not in before:

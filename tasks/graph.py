@@ -120,6 +120,7 @@ def _resolve(path: Path) -> tuple[list[Node], dict[str, list[str]]]:
             command=_command(one.task, path),
             corpora=tuple(corpus.name for corpus in one.corpora),
             bound_device=one.bound_device,
+            uses_device=getattr(one.module, "USES_DEVICE", True),
         )
         for one in workflow.stages
     ]

@@ -21,6 +21,7 @@ class Node:
         command: the process that runs the stage.
         corpora: names of built-in corpora read.
         bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
+        uses_device: whether the stage computes on the device, which it then has for itself.
     """
 
     task: str
@@ -33,6 +34,7 @@ class Node:
     command: tuple[str, ...]
     corpora: tuple[str, ...] = ()
     bound_device: str | None = None
+    uses_device: bool = True
 
     def path(self, name: str) -> str:
         """Return where a file of the workflow lies, seen from here."""

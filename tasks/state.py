@@ -36,12 +36,13 @@ class Journal:
 
     def __init__(self, name: str, codec: object, *, module_name: str | None = None) -> None:
         self.name = name
+        self.load()
+
+    def load(self) -> None:
+        """Read the journal, forgetting what was known before."""
         self._records: dict[str, dict[str, Any]] = {}
         self._lines = 0
         self._torn = False
-        self._load()
-
-    def _load(self) -> None:
         try:
             data = Path(self.name).read_bytes()
         except FileNotFoundError:

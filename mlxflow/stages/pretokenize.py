@@ -12,6 +12,9 @@ from mlxflow.stage import Artifacts, Context, Corpus
 
 VERSION = 1
 
+#: Tokenizing is the processor's work: it may go on beside a stage that has the device.
+USES_DEVICE = False
+
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[pretokenize.tokenizer]` table."""

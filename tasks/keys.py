@@ -1,0 +1,25 @@
+"""Keys for caches outside: known before anything is built."""
+
+from collections.abc import Sequence
+
+from mlxflow.identity import DigestCache, digest_json
+from tasks.freshness import observe_corpora, observe_settings
+from tasks.node import Node
+
+
+def cache_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:
+    """Return a digest of everything that a stage follows from: settings and sources, its own and of all before it.
+
+    Artifacts are not looked at, so that the key is known in a fresh checkout.
+
+    Args:
+        node: the stage.
+        nodes: every stage.
+        cache: digests by path.
+    """
+    makers = {name: maker for maker in nodes for name in maker.outputs}
+    inputs: dict[str, str] = observe_corpora(node, cache)
+    for name in node.inputs:
+        maker = makers.get(name)
+        inputs[name] = cache_key(maker, nodes, cache) if maker else cache.digests(node.path(name)).identity
+    return digest_json([node.task, observe_settings(node), inputs])

@@ -1,0 +1,59 @@
+"""What a run would do, followed through the whole chain."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from mlxflow.identity import DigestCache
+from tasks.freshness import reasons
+from tasks.node import Node
+
+#: Returns what a stage's last run left, empty where there is no record.
+Records = Callable[[str], dict[str, Any]]
+
+
+class Planned(NamedTuple):
+    """A stage that will run: the facts that make it stale, and the seconds that it took last time, if known."""
+
+    node: Node
+    reasons: list[str]
+    seconds: float | None
+
+
+def plan(nodes: Iterable[Node], records: Records, cache: DigestCache) -> list[Planned]:
+    """Return the stages that a run would run, in its order.
+
+    A stage whose input comes from one that will run is taken to run too; it does not when that one comes out equal.
+
+    Args:
+        nodes: every stage, each after the ones it reads from.
+        records: see `Records`.
+        cache: digests by path.
+    """
+    planned: list[Planned] = []
+    makers: dict[str, str] = {}  # of the files that will be made anew
+    for node in nodes:
+        renewed = frozenset(makers).intersection(node.inputs)
+        record = records(node.task)
+        found = list(reasons(node, record, cache, leave_out=renewed))
+        found += dict.fromkeys(f"because {makers[name]} runs" for name in node.inputs if name in renewed)
+        if found:
+            planned.append(Planned(node, found, record.get("seconds")))
+            makers.update(dict.fromkeys(node.outputs, node.task))
+    return planned
+
+
+def with_upstream(nodes: Iterable[Node], wanted: Iterable[str]) -> list[Node]:
+    """Return the stages of the given names and all that they read from, in the order given.
+
+    Args:
+        nodes: every stage, each after the ones it reads from.
+        wanted: names of stages or variants; `quantize` stands for all its variants.
+    """
+    names = set(wanted)
+    needed: set[str] = set()
+    chosen: list[Node] = []
+    for node in reversed(list(nodes)):
+        if node.task in names or node.task.partition(":")[0] in names or needed.intersection(node.outputs):
+            chosen.append(node)
+            needed.update(node.inputs)
+    return chosen[::-1]

@@ -1,0 +1,54 @@
+"""Whether a stage, built again, comes out the same."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlxflow.identity import digest_file, tensor_digests
+from tasks.node import Node
+from tasks.process import run_process
+
+#: Files that tell of the run itself: times and rates.
+_ABOUT_THE_RUN = frozenset({"metrics.jsonl", "report.toml"})
+
+
+def reproduce(node: Node) -> int:
+    """Build a stage in a scratch folder beside the artifacts, print what differs, and return the exit code."""
+    state = node.root / "artifacts" / ".mlxflow"
+    with tempfile.TemporaryDirectory(prefix="reproduce-", dir=state) as scratch:
+        into = Path(scratch, "artifact")
+        code = run_process([*node.command, "--into", str(into)], Path(scratch, "log"))
+        if code:
+            return code
+        differences = list(differing(node, into))
+    for line in differences:
+        print(f"{node.task}: {line}")
+    if not differences:
+        print(f"{node.task}: reproduced, every tensor is equal")
+    return int(bool(differences))
+
+
+def differing(node: Node, folder: Path) -> Iterator[str]:
+    """Yield a line for each file of a stage that is not equal in another folder; of tensors, the first one.
+
+    Args:
+        node: the stage.
+        folder: holds the other files under the same names.
+    """
+    for name in node.outputs:
+        path = Path(name)
+        if path.name in _ABOUT_THE_RUN:
+            continue
+        ours, theirs = node.root / path, folder / path.relative_to(node.folder)
+        if path.suffix == ".safetensors":
+            yield from _differing_tensor(name, ours, theirs)
+        elif digest_file(ours) != digest_file(theirs):
+            yield f"{name} differs"
+
+
+def _differing_tensor(name: str, ours: Path, theirs: Path) -> Iterator[str]:
+    first, second = tensor_digests(ours), tensor_digests(theirs)
+    for tensor in sorted({*first, *second}):
+        if first.get(tensor) != second.get(tensor):
+            yield f"{name}: tensor {tensor} differs"
+            return
