@@ -20,6 +20,7 @@ from mlxflow.device import SIZE_PATTERN
 from mlxflow.errors import CallError, WorkflowError
 from mlxflow.identity import DigestCache
 from mlxflow.stage import Corpus, StageModule
+from mlxflow.variants import expand_matrix
 
 #: Every stage, in the order in which `doit list` shows them. Adding one is a file in `stages/` and its name here.
 STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark")
@@ -226,15 +227,18 @@ class _Loader:
         seen: set[str] = set()
         if not tables:
             self.lines.append(f"{self.shown}: {name} = []: expected a table. Write [{name}] or remove the key.")
-        for index, one in enumerate(tables):
+        for index, written in enumerate(tables):
             key = f"{name}[{index}]" if isinstance(table, list) else name
-            variant = one.get("name") if isinstance(one, dict) else None
-            rest = {k: v for k, v in one.items() if k != "name"} if isinstance(one, dict) else one
-            if (variant is not None or isinstance(table, list)) and not self._check_name(key, name, variant, seen):
-                variant = None
-            config = read_struct(rest, self.modules[name].Config, file=self.shown, key=key, lines=self.lines)
-            if config is not None:
-                yield variant, key, config
+            problems: list[Problem] = []
+            for one in list(expand_matrix(written, problems)) if isinstance(written, dict) else [written]:
+                variant = one.get("name") if isinstance(one, dict) else None
+                rest = {k: v for k, v in one.items() if k != "name"} if isinstance(one, dict) else one
+                if (variant is not None or isinstance(table, list)) and not self._check_name(key, name, variant, seen):
+                    variant = None
+                config = read_struct(rest, self.modules[name].Config, file=self.shown, key=key, lines=self.lines)
+                if config is not None:
+                    yield variant, key, config
+            self.lines += [word(problem, self.shown, key) for problem in problems]
 
     def _check_name(self, key: str, table: str, variant: object, seen: set[str]) -> bool:
         if variant is None:
@@ -248,7 +252,8 @@ class _Loader:
         else:
             seen.add(variant)
             return True
-        self.lines.append(word(problem, self.shown, key))
+        if (line := word(problem, self.shown, key)) not in self.lines:
+            self.lines.append(line)
         return False
 
     def _resolve(self, workflow: Workflow) -> None:

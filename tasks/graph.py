@@ -102,12 +102,29 @@ def _remember(remembered: Path, key: str | None, nodes: list[Node], patterns: di
         temporary.unlink(missing_ok=True)
 
 
+def _refuse_command_names(stages: set[str]) -> None:
+    """Refuse stages that doit would take for a command of its own.
+
+    Raises:
+        WorkflowError: there are some; each is named.
+    """
+    from doit.doit_cmd import DoitMain
+
+    from mlxflow.errors import WorkflowError
+
+    if clashing := sorted(stages & set(DoitMain().get_cmds())):
+        raise WorkflowError(
+            *(f"{name}: is a doit command and cannot be a stage. Rename the stage." for name in clashing)
+        )
+
+
 def _resolve(path: Path) -> tuple[list[Node], dict[str, list[str]]]:
     """Read the workflow file; also return the sources of each stage, as written."""
     from mlxflow.stage import summary
     from mlxflow.workflow import load_workflow
 
     workflow = load_workflow(path)
+    _refuse_command_names({one.name for one in workflow.stages})
     nodes = [
         Node(
             task=one.task,

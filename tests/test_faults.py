@@ -1,0 +1,145 @@
+"""Faults of every kind, after which the next run must mend all or refuse: real processes, real signals."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.chain import Chain
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chain = Chain(tmp_path_factory.mktemp("template") / "chain")
+    assert chain.numbers_that_run() == [1, 2, 3, 4, 5, 6]
+    chain.assert_correct()
+    return chain.folder
+
+
+@pytest.fixture
+def chain(template: Path, tmp_path: Path) -> Chain:
+    shutil.copytree(template, tmp_path / "chain", symlinks=True)
+    return Chain(tmp_path / "chain")
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _unseen(change: Callable[[Path], None], path: Path) -> None:
+    stat = path.stat()
+    change(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _edit(chain: Chain) -> None:
+    (chain.folder / "source").write_bytes(b"another source")
+
+
+def _all_mtimes_new(chain: Chain) -> None:
+    for path in chain.folder.rglob("*"):
+        os.utime(path, (2_000_000_000, 2_000_000_000))
+
+
+def _move(chain: Chain) -> None:
+    chain.folder = Path(shutil.move(chain.folder, chain.folder.with_name("moved")))
+
+
+def _stopped(
+    how: str, *, edited: bool = False, deleted: bool = False, put_back: bool = False
+) -> Callable[[Chain], None]:
+    def damage(chain: Chain) -> None:
+        if edited:
+            _edit(chain)
+        if deleted:
+            chain.path(3).unlink()
+        assert chain.stop_in(3, how) != 0
+        if put_back:
+            (chain.folder / "source").write_bytes(b"the source")
+
+    return damage
+
+
+def _first_build_killed(chain: Chain) -> None:
+    shutil.rmtree(chain.folder / "artifacts")
+    chain.stop_in(3, "kill -9")
+
+
+CASES: dict[str, tuple[Callable[[Chain], object], list[int]]] = {
+    "touched source": (lambda chain: (chain.folder / "source").touch(), []),
+    "touched artifact": (lambda chain: chain.path(3).touch(), []),
+    "deleted artifact": (lambda chain: chain.path(3).unlink(), [3]),
+    "flipped bit": (lambda chain: _flip(chain.path(3)), [3]),
+    "flipped bit, mtime put back": (lambda chain: _unseen(_flip, chain.path(3)), [3]),
+    "truncated": (lambda chain: _truncate(chain.path(3)), [3]),
+    "truncated, mtime put back": (lambda chain: _unseen(_truncate, chain.path(3)), [3]),
+    "flipped bit in the last artifact": (lambda chain: _flip(chain.path(6)), [6]),
+    "deleted last artifact": (lambda chain: chain.path(6).unlink(), [6]),
+    "first build, kill -9": (_first_build_killed, [3, 4, 5, 6]),
+    "artifact deleted, kill -9": (_stopped("kill -9", deleted=True), [3]),
+    "artifact deleted, Ctrl-C": (_stopped("Ctrl-C", deleted=True), [3]),
+    "artifact deleted, stage killed": (_stopped("stage killed", deleted=True), [3]),
+    "source edited, kill -9": (_stopped("kill -9", edited=True), [3, 4, 5, 6]),
+    "source edited, stage killed": (_stopped("stage killed", edited=True), [3, 4, 5, 6]),
+    "source edited, kill -9, source put back": (_stopped("kill -9", edited=True, put_back=True), [1, 2, 3]),
+    "source edited, Ctrl-C, source put back": (_stopped("Ctrl-C", edited=True, put_back=True), [1, 2, 3]),
+    "source edited, SIGTERM, source put back": (_stopped("SIGTERM", edited=True, put_back=True), [1, 2, 3]),
+    "stage 3's settings edited": (lambda chain: (chain.folder / "salt-s3").write_text("x"), [3, 4, 5, 6]),
+    "all mtimes new": (_all_mtimes_new, []),
+    "project moved": (_move, []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_a_fault_the_next_run_mends_what_is_damaged_and_no_more(chain: Chain, case: str) -> None:
+    damage, expected = CASES[case]
+    damage(chain)
+    assert chain.numbers_that_run() == expected
+    chain.assert_correct()
+    assert chain.numbers_that_run() == []
+    assert list(chain.folder.glob("artifacts/.*.partial")) == []
+
+
+@pytest.mark.parametrize(("how", "code"), [("Ctrl-C", 130), ("SIGTERM", 143), ("stage killed", 1)])
+def test_a_run_that_is_ended_says_how(chain: Chain, how: str, code: int) -> None:
+    _edit(chain)
+    assert chain.stop_in(2, how) == code
+
+
+def test_until_a_stage_ends_its_old_artifact_serves(chain: Chain) -> None:
+    before = chain.path(3).read_bytes()
+    _edit(chain)
+    process, _ = chain.pause_in(3)
+    assert chain.path(3).read_bytes() == before
+    (chain.folder / "go").write_text("")
+    process.communicate()
+    assert process.returncode == 0
+    chain.assert_correct()
+
+
+def test_an_input_edited_while_its_stage_runs_makes_it_stale_next_time(chain: Chain) -> None:
+    _edit(chain)
+    process, _ = chain.pause_in(1)
+    (chain.folder / "source").write_bytes(b"a third source")
+    (chain.folder / "go").write_text("")
+    process.communicate()
+    assert process.returncode == 0
+    assert chain.numbers_that_run() == [1, 2, 3, 4, 5, 6]
+    chain.assert_correct()
+
+
+def test_a_fresh_checkout_is_read_once(chain: Chain) -> None:
+    _all_mtimes_new(chain)
+    assert chain.numbers_that_run() == []
+    digests = chain.folder / "artifacts/.mlxflow/digests.json"
+    before = digests.stat().st_mtime_ns
+    assert chain.numbers_that_run() == []
+    assert digests.stat().st_mtime_ns == before
