@@ -168,6 +168,7 @@ def write_arrays(path: Path, arrays: Mapping[str, "NDArray[Any]"], metadata: Map
     # The safetensors library writes metadata in the order of a hash table, another one in each process.
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    _require_space(path, 8 + len(header) + end)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in sorted(arrays):
@@ -185,9 +186,38 @@ def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mappi
     """
     import mlx.core as mx
 
+    _require_space(path, sum(tensor.nbytes for tensor in tensors.values()))
     mx.save_safetensors(
         str(path), {name: tensors[name] for name in sorted(tensors)}, metadata=dict(sorted(metadata.items()))
     )
+
+
+def _require_space(path: Path, needed_bytes: int) -> None:
+    """Refuse to begin a file that will not fit: MLX's writer does not notice a full disk.
+
+    Raises:
+        StageError: there is less room than the file needs.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if needed_bytes > free:
+        raise StageError(
+            f"{path.name}: needs {needed_bytes:,} bytes, {free:,} are free in {path.parent.parent}. Make room."
+        )
+
+
+def check_whole(path: Path) -> None:
+    """Make sure that a safetensors file was written to its end.
+
+    Raises:
+        StageError: it was not.
+    """
+    try:
+        read_safetensors_header(path)
+    except (OSError, ValueError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise StageError(
+            f"{path.name}: was not written to its end ({error}; {free:,} bytes free). Make room."
+        ) from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

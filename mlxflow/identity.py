@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,7 +179,7 @@ class DigestCache:
     `digests` made absolute, so the file belongs to one machine and is not worth copying.
 
     Args:
-        path: where the digests are kept; the folder is made when there is something to keep.
+        path: where the digests are kept; nowhere, as long as its folder is not there.
     """
 
     _FORMAT = 1
@@ -238,16 +239,16 @@ class DigestCache:
         return self._computed[name][1]
 
     def save(self) -> None:
-        """Write what was learnt since the last time; a folder that cannot be written is left alone."""
-        if not self._changed:
+        """Write what was learnt since the last time; a folder that is missing or cannot be written is left alone."""
+        if not self._changed or not self._path.parent.is_dir():
             return
         files = {key: [*stamp, *digests] for key, (stamp, digests) in sorted(self._known.items())}
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"format": self._FORMAT, "files": files, "computed": self._computed}))
             temporary.replace(self._path)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             return
         self._changed = False

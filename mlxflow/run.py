@@ -69,6 +69,9 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
         if unwritten:
             raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
+        for path in stage.paths_of(outputs):
+            if path.suffix == ".safetensors":
+                artifact.check_whole(path)
     return folder
 
 

@@ -85,6 +85,10 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         except LockedError as error:
             print(error, file=sys.stderr)
             return 1
+        except OSError as error:  # doit's own state cannot be written
+            where = error.filename or Path(journal.name).parent
+            print(f"{where}: {error.strerror}. Make room, or let it be written.", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted: finished stages are kept, the one that ran is as it was before", file=sys.stderr)
             return 128 + signal.SIGINT

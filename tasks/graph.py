@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def _remember(remembered: Path, key: str | None, nodes: list[Node], patterns: di
         temporary.write_text(json.dumps(stored))
         temporary.replace(remembered)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _refuse_command_names(stages: set[str]) -> None:

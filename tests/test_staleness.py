@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Job:
     def stages_that_run(self) -> list[str]:
         result = self.doit()
         assert result.returncode == 0, result.stdout + result.stderr
-        return re.findall(r"^\.  ([\w:]+): ", result.stdout, re.MULTILINE)
+        return re.findall(r"^\.  ([\w:.-]+): ", result.stdout, re.MULTILINE)
 
     def replace(self, old: str, new: str) -> None:
         text = self.workflow.read_text()
@@ -82,6 +83,13 @@ def _flip_last_bit_unseen(path: Path) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def _as_if_built_with_another_mlx(job: Job) -> None:
+    journal = job.folder / "artifacts/.mlxflow/state.jsonl"
+    text = journal.read_text()
+    assert f'"mlx":"{version("mlx")}"' in text
+    journal.write_text(text.replace(f'"mlx":"{version("mlx")}"', '"mlx":"0.30.1"'))
+
+
 EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
     "nothing": (lambda job: None, ()),
     "a comment": (lambda job: job.replace("[profile]", "# measured again\n[profile]"), ()),
@@ -99,6 +107,29 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         (PROFILE,),
     ),
     "a variant's table": (lambda job: job.replace("bits = 8", "bits = 6"), (Q8, BENCHMARK)),
+    "a new variant": (
+        lambda job: job.replace("[profile]", '[[quantize]]\nname = "q5"\nbits = 5\n[profile]'),
+        ("quantize:q5", BENCHMARK),
+    ),
+    "a variant that becomes a matrix": (
+        lambda job: job.replace('name = "q5"\nbits = 5', 'name = "q"\nmatrix = { bits = [5, 6], group_size = [32] }'),
+        ("quantize:q-bits5-group_size32", "quantize:q-bits6-group_size32", BENCHMARK),
+    ),
+    "a value more in a matrix": (
+        lambda job: job.replace("bits = [5, 6]", "bits = [3, 5, 6]"),
+        ("quantize:q-bits3-group_size32", BENCHMARK),
+    ),
+    "an exclusion": (
+        lambda job: job.replace("group_size = [32] }", "group_size = [32] }\nexclude = [{ bits = 5 }]"),
+        (BENCHMARK,),
+    ),
+    "no matrix any more": (
+        lambda job: job.workflow.write_text(
+            re.sub(r'\[\[quantize\]\]\nname = "q"\n.*\n.*\n', "", job.workflow.read_text())
+        ),
+        (BENCHMARK,),
+    ),
+    "another mlx, with equal results": (_as_if_built_with_another_mlx, ALL),
     "train's table": (
         lambda job: job.replace("warmup_steps = 2", "warmup_steps = 3"),
         (TRAIN, Q4, Q8, PROFILE, BENCHMARK),

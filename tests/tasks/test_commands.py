@@ -1,0 +1,382 @@
+"""plan, verify, reproduce, pack, unpack, cache-key and the lock file, on the cheap chain and on real stages."""
+
+import io
+import json
+import shutil
+import tarfile
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxflow.workflow import STAGES
+from tests.chain import Chain
+from tests.conftest import doit
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chain = Chain(tmp_path_factory.mktemp("template") / "chain")
+    assert chain.doit()[0] == 0
+    return chain.folder
+
+
+@pytest.fixture
+def chain(template: Path, tmp_path: Path) -> Chain:
+    shutil.copytree(template, tmp_path / "chain")
+    return Chain(tmp_path / "chain")
+
+
+def _without_seconds(line: str) -> str:
+    return line.partition("  (")[0]
+
+
+# --- plan
+
+
+def test_a_plan_of_nothing_says_so(chain: Chain) -> None:
+    assert chain.doit("plan", "--exit-code") == (0, "nothing to do: 6 stages are fresh\n", "")
+
+
+def test_a_plan_follows_the_chain_with_a_fact_for_each_stage(chain: Chain) -> None:
+    chain.path(6).write_bytes(chain.path(6).read_bytes()[:-1])
+    (chain.folder / "salt-s4").write_text("x")
+    code, out, _ = chain.doit("plan")
+    lines = out.splitlines()
+    assert code == 0
+    assert [_without_seconds(line) for line in lines[:-1]] == [
+        's4: s4.salt: "" -> "x"',
+        "s5: because s4 runs",
+        "s6: artifacts/s6/a has 999 bytes, the run left 1,000; because s5 runs",
+    ]
+    assert all(line.endswith(" s last time)") for line in lines[:-1])
+    assert lines[-1].startswith("3 of 6 stages will run; 3 of them took ")
+    assert chain.doit("plan", "--exit-code")[0] == 1
+
+
+def test_a_plan_of_one_stage_holds_what_it_needs(chain: Chain) -> None:
+    (chain.folder / "source").write_bytes(b"another")
+    code, out, _ = chain.doit("plan", "s2")
+    assert code == 0
+    assert [_without_seconds(line) for line in out.splitlines()[:-1]] == [
+        "s1: source source changed",
+        "s2: because s1 runs",
+    ]
+    assert chain.doit("plan", "s9")[::2] == (2, "s9: no such stage. Known: s1, s2, s3, s4, s5, s6.\n")
+
+
+def test_a_plan_changes_nothing_and_the_run_does_what_it_says(chain: Chain) -> None:
+    chain.path(2).unlink()
+    assert chain.doit("plan")[1].startswith("s2: artifacts/s2/a is missing; ") is False
+    assert not chain.path(2).exists()
+    assert chain.doit("plan")[1].startswith("s2: artifacts/s2/a is missing  (")
+    assert chain.numbers_that_run() == [2]
+
+
+def test_the_facts_are_in_a_users_words(job_copy: Path) -> None:
+    assert doit(job_copy).returncode == 0
+    workflow = job_copy / "workflow.toml"
+    text = workflow.read_text().replace("warmup_steps = 2", "warmup_steps = 2\nlearning_rate = 0.001")
+    workflow.write_text(text.replace("[workflow]", "[workflow]\nseed = 3"))
+    (job_copy / "notes/03.txt").write_text("another note")
+    lines = dict(line.split(": ", 1) for line in doit(job_copy, "plan").stdout.splitlines()[:-1])
+    assert _without_seconds(lines["pretokenize"]) == "workflow.seed: 0 -> 3; source notes/03.txt changed"
+    assert _without_seconds(lines["train"]) == (
+        "train.learning_rate: 0.015 -> 0.001; workflow.seed: 0 -> 3; because pretokenize runs"
+    )
+
+
+def test_another_mlx_makes_every_stage_stale(chain: Chain) -> None:
+    now = version("mlx")
+    journal = chain.folder / "artifacts/.mlxflow/state.jsonl"
+    journal.write_text(journal.read_text().replace(f'"mlx":"{now}"', '"mlx":"0.30.1"'))
+    lines = [_without_seconds(line) for line in chain.doit("plan")[1].splitlines()[:-1]]
+    changed = f'mlx: "0.30.1" -> "{now}"'
+    assert lines == [f"s1: {changed}", *(f"s{i}: {changed}; because s{i - 1} runs" for i in range(2, 7))]
+
+
+# --- verify
+
+
+def test_verify_finds_damage_that_the_file_system_does_not_tell(chain: Chain) -> None:
+    assert chain.doit("verify") == (0, "6 files of 6 stages read, 0 damaged\n", "")
+    path = chain.path(3)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    stat = path.stat()
+    digests = chain.folder / "artifacts/.mlxflow/digests.json"
+    stored = json.loads(digests.read_text())
+    key = next(name for name in stored["files"] if name.startswith(str(chain.folder)) and name.endswith("s3/a"))
+    stored["files"][key][:4] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    digests.write_text(json.dumps(stored))
+    assert chain.numbers_that_run() == []  # as if the disk had lied
+    assert chain.doit("verify") == (
+        1,
+        "artifacts/s3/a is not what the run left\n6 files of 6 stages read, 1 damaged\n",
+        "",
+    )
+
+
+# --- the lock file
+
+
+def test_the_lock_tells_what_each_stage_was_made_of(chain: Chain) -> None:
+    text = (chain.folder / "mlxflow.lock").read_text()
+    lock = tomllib.loads(text)
+    assert list(lock) == [f"s{i}" for i in range(1, 7)]
+    for number in range(2, 7):
+        table = lock[f"s{number}"]
+        assert table["inputs"] == {
+            f"artifacts/s{number - 1}/a": lock[f"s{number - 1}"]["outputs"][f"artifacts/s{number - 1}/a"]
+        }
+        assert table["seconds"] > 0
+        assert {"mlx", "python", "device", "commit", "seed", "config"} <= table.keys()
+    assert text.index("[s1]") < text.index("[s2]")
+
+
+def test_an_unchanged_run_leaves_the_lock_alone(chain: Chain) -> None:
+    before = (chain.folder / "mlxflow.lock").stat().st_mtime_ns
+    assert chain.numbers_that_run() == []
+    assert (chain.folder / "mlxflow.lock").stat().st_mtime_ns == before
+
+
+def test_a_damaged_lock_is_told_and_begun_anew(chain: Chain) -> None:
+    (chain.folder / "mlxflow.lock").write_text("[s1\n")
+    chain.path(6).unlink()
+    code, _, err = chain.doit()
+    assert code == 0
+    assert "mlxflow.lock: damaged (" in err
+    assert "It is written anew." in err
+    assert list(tomllib.loads((chain.folder / "mlxflow.lock").read_text())) == ["s6"]
+
+
+# --- reproduce
+
+
+def test_reproduce_says_that_a_real_stage_comes_out_equal_and_leaves_the_artifact_alone(job_copy: Path) -> None:
+    assert doit(job_copy, "train").returncode == 0
+    before = (job_copy / "artifacts/train/report.toml").read_bytes()
+    result = doit(job_copy, "reproduce", "train")
+    assert (result.returncode, result.stdout) == (0, "train: reproduced, every tensor is equal\n")
+    assert (job_copy / "artifacts/train/report.toml").read_bytes() == before
+    assert list((job_copy / "artifacts/.mlxflow").glob("reproduce-*")) == []
+
+
+def test_reproduce_names_the_first_tensor_that_differs(job_copy: Path) -> None:
+    assert doit(job_copy, "train").returncode == 0
+    tokens = job_copy / "artifacts/pretokenize/train.safetensors"
+    data = bytearray(tokens.read_bytes())
+    for position in range(len(data) // 2 * 2 // 2, len(data), 2):
+        data[position] ^= 1
+    tokens.write_bytes(data)
+    result = doit(job_copy, "reproduce", "train")
+    assert (result.returncode, result.stdout) == (
+        1,
+        "train: artifacts/train/model.safetensors: tensor model.embed_tokens.weight differs\n",
+    )
+
+
+def test_what_measures_the_machine_cannot_be_reproduced(job_copy: Path) -> None:
+    result = doit(job_copy, "reproduce", "profile")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "profile: measures the machine; there is nothing to reproduce.\n",
+    )
+
+
+# --- pack and unpack
+
+
+def test_an_artifact_moves_to_another_machine(chain: Chain, tmp_path: Path) -> None:
+    assert chain.doit("pack", "s1", str(tmp_path / "s1.tar")) == (
+        0,
+        f"s1: 1 files packed into {tmp_path / 's1.tar'}\n",
+        "",
+    )
+    other = Chain(tmp_path / "other")
+    assert other.doit("unpack", str(tmp_path / "s1.tar"))[:2] == (0, "s1: 1 files unpacked into artifacts/s1\n")
+    assert other.path(1).read_bytes() == chain.path(1).read_bytes()
+    assert other.numbers_that_run() == [2, 3, 4, 5, 6]
+    other.assert_correct()
+
+
+def test_an_unpacked_artifact_of_other_settings_is_stale(chain: Chain, tmp_path: Path) -> None:
+    assert chain.doit("pack", "s1", str(tmp_path / "s1.tar"))[0] == 0
+    other = Chain(tmp_path / "other")
+    (other.folder / "source").write_bytes(b"another source")
+    assert other.doit("unpack", str(tmp_path / "s1.tar"))[0] == 0
+    assert other.numbers_that_run() == [1, 2, 3, 4, 5, 6]
+    other.assert_correct()
+
+
+def test_equal_artifacts_are_equal_archives(chain: Chain, tmp_path: Path) -> None:
+    for name in ("1.tar", "2.tar"):
+        assert chain.doit("pack", "s2", str(tmp_path / name))[0] == 0
+    assert (tmp_path / "1.tar").read_bytes() == (tmp_path / "2.tar").read_bytes()
+
+
+def test_a_damaged_artifact_is_not_packed(chain: Chain, tmp_path: Path) -> None:
+    chain.path(1).write_bytes(b"x" * 1000)
+    assert chain.doit("pack", "s1", str(tmp_path / "s1.tar")) == (
+        1,
+        "",
+        "artifacts/s1/a is not what the run left\ns1: is not what its run left. Run: doit s1\n",
+    )
+    assert not (tmp_path / "s1.tar").exists()
+
+
+def _rewrite(path: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]) -> None:
+    with tarfile.open(path) as archive:
+        members = [(m, content.read() if (content := archive.extractfile(m)) else b"") for m in archive.getmembers()]
+    change(members)
+    with tarfile.open(path, "w") as archive:
+        for member, data in members:
+            archive.addfile(member, io.BytesIO(data))
+
+
+def _renamed(name: str) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        members[1][0].name = name
+
+    return change
+
+
+def _linked(kind: bytes) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        members[1][0].type, members[1][0].linkname, members[1][0].size = kind, "../../source", 0
+
+    return change
+
+
+def _with_record(edit: Callable[[dict[str, Any]], None]) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        record = json.loads(members[0][1])
+        edit(record)
+        data = json.dumps(record).encode()
+        members[0][0].size = len(data)
+        members[0] = (members[0][0], data)
+
+    return change
+
+
+def _changed_content(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    members[1] = (members[1][0], b"!" + members[1][1][1:])
+
+
+def _without(index: int) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
+    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        del members[index]
+
+    return change
+
+
+def _two_more(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+    members.append(members[1])
+
+
+HOSTILE: dict[str, tuple[Callable[[list[tuple[tarfile.TarInfo, bytes]]], None], str]] = {
+    "absolute path": (_renamed("/etc/passwd"), "holds '/etc/passwd', which is no file of s1. Nothing was taken."),
+    "path upwards": (_renamed("../../source"), "holds '../../source', which is no file of s1. Nothing was taken."),
+    "symbolic link": (_linked(tarfile.SYMTYPE), "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
+    "hard link": (_linked(tarfile.LNKTYPE), "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
+    "device": (_linked(tarfile.CHRTYPE), "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
+    "a file twice": (_two_more, "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
+    "no file": (_without(1), "lacks artifacts/s1/a. Pack it again."),
+    "no record": (_without(0), "does not begin with a record. Name a file that doit pack wrote."),
+    "other content": (_changed_content, "artifacts/s1/a is not what its record says. Nothing was taken."),
+    "record of another size": (
+        _with_record(lambda record: record["values"]["outputs"].update({"artifacts/s1/a": [999, "x"]})),
+        "artifacts/s1/a has 1,000 bytes, its record says 999.",
+    ),
+    "record of other files": (
+        _with_record(lambda record: record["values"]["outputs"].update({"../x": [1, "x"]})),
+        "holds other files than s1 writes here. Pack it again with this version.",
+    ),
+    "record of another stage": (
+        _with_record(lambda record: record.update(task="s9")),
+        "holds 's9', which is no stage here. Known: s1, s2, s3, s4, s5, s6.",
+    ),
+    "record of another version": (
+        _with_record(lambda record: record.update(format=2)),
+        "was packed by another version. Pack it again with this one.",
+    ),
+    "record of the wrong shape": (
+        _with_record(lambda record: record.update(values=[1])),
+        "its record cannot be read. Pack it again.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_archive_is_refused_and_nothing_is_touched(chain: Chain, tmp_path: Path, kind: str) -> None:
+    change, said = HOSTILE[kind]
+    archive = tmp_path / "s1.tar"
+    assert chain.doit("pack", "s1", str(archive))[0] == 0
+    _rewrite(archive, change)
+    assert chain.doit("unpack", str(archive)) == (2, "", f"{archive}: {said}\n")
+    assert chain.numbers_that_run() == []
+    assert sorted(path.name for path in (chain.folder / "artifacts").iterdir() if path.name.startswith(".")) == [
+        ".mlxflow"
+    ]
+
+
+@pytest.mark.parametrize("length", [0, 1, 512, 700, 2000])
+def test_an_archive_that_is_cut_off_is_refused(chain: Chain, tmp_path: Path, length: int) -> None:
+    archive = tmp_path / "s1.tar"
+    assert chain.doit("pack", "s1", str(archive))[0] == 0
+    archive.write_bytes(archive.read_bytes()[:length])
+    code, out, err = chain.doit("unpack", str(archive))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"{archive}: ")
+    assert len(err.splitlines()) == 1
+    assert chain.numbers_that_run() == []
+
+
+def test_a_missing_archive_is_told(chain: Chain) -> None:
+    assert chain.doit("unpack", "none.tar") == (2, "", "none.tar: missing. Name a file that doit pack wrote.\n")
+
+
+# --- cache-key
+
+
+def test_a_cache_key_changes_exactly_when_what_a_stage_follows_from_does(job: Path) -> None:
+    def keys() -> list[str]:
+        return [doit(job, "cache-key", stage).stdout for stage in ("pretokenize", "train", "quantize:q4")]
+
+    first = keys()
+    assert first[2].startswith("quantize-q4-")
+    assert not (job / "artifacts").exists()
+    (job / "workflow.toml").write_text((job / "workflow.toml").read_text() + "# a comment\n")
+    (job / "notes/03.txt").touch()
+    assert keys() == first
+    (job / "workflow.toml").write_text(
+        (job / "workflow.toml").read_text().replace("warmup_steps = 2", "warmup_steps = 3")
+    )
+    second = keys()
+    assert (second[0] == first[0], second[1] == first[1], second[2] == first[2]) == (True, False, False)
+    (job / "notes/03.txt").write_text("another")
+    assert not set(keys()) & set(second)
+
+
+def test_a_command_wants_one_stage(job: Path) -> None:
+    assert doit(job, "cache-key").stderr == "expected one stage. Use: doit cache-key STAGE\n"
+    assert doit(job, "cache-key", "quantize").stderr == (
+        "quantize: has variants. Name one of quantize:q4, quantize:q8.\n"
+    )
+
+
+def test_no_stage_bears_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, job: Path) -> None:
+    from doit.doit_cmd import DoitMain
+
+    from mlxflow.errors import WorkflowError
+    from tasks import graph
+
+    assert not set(STAGES) & set(DoitMain().get_cmds())
+    with pytest.raises(WorkflowError) as caught:
+        graph._refuse_command_names({"train", "plan", "clean"})
+    assert str(caught.value).splitlines() == [
+        "clean: is a doit command and cannot be a stage. Rename the stage.",
+        "plan: is a doit command and cannot be a stage. Rename the stage.",
+    ]

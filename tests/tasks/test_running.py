@@ -1,0 +1,222 @@
+"""Several doits and several stages at once."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.chain import Chain
+from tests.conftest import mlxflow
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return Chain(tmp_path / "chain")
+
+
+def _go_on(chain: Chain) -> None:
+    (chain.folder / "go").write_text("")
+
+
+def test_a_second_doit_waits_for_the_first_and_finds_its_work_done(chain: Chain) -> None:
+    first, _ = chain.pause_in(3)
+    second = chain.start()
+    assert second.stderr
+    line = second.stderr.readline()
+    assert line == (
+        f"another doit (process {first.pid}) is at work on these artifacts; doit run --no-wait does not wait for it\n"
+    )
+    _go_on(chain)
+    assert first.communicate()[0].count("never built") == 6
+    out, _ = second.communicate()
+    assert second.returncode == 0
+    assert out.splitlines() == [f"-- s{i}" for i in range(1, 7)]
+    chain.assert_correct()
+
+
+def test_a_second_doit_that_may_not_wait_fails(chain: Chain) -> None:
+    first, _ = chain.pause_in(1)
+    assert chain.doit("run", "--no-wait") == (
+        1,
+        "",
+        f"another doit (process {first.pid}) is at work on these artifacts\n",
+    )
+    _go_on(chain)
+    first.communicate()
+    assert first.returncode == 0
+
+
+def test_looking_needs_no_lock(chain: Chain) -> None:
+    first, _ = chain.pause_in(2)
+    assert chain.doit("plan")[0] == 0
+    _go_on(chain)
+    first.communicate()
+
+
+def test_a_stage_alone_on_stale_inputs_is_refused(chain: Chain) -> None:
+    assert chain.doit()[0] == 0
+    (chain.folder / "source").write_bytes(b"another")
+    code, out, err = chain.doit("run", "-s", "s3")
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [
+        "s3: reads from s1, which is stale (source source changed). Run: doit s3",
+        "s3: reads from s2, which is stale (because s1 runs). Run: doit s3",
+    ]
+    (chain.folder / "source").write_bytes(b"the source")
+    chain.path(3).unlink()
+    assert chain.doit("run", "-s", "s3")[:2] == (0, ".  s3: artifacts/s3/a is missing\n")
+
+
+def test_the_device_is_used_by_one_stage_at_a_time_across_workflows(tmp_path: Path) -> None:
+    one, other = Chain(tmp_path / "one", uses_device=True), Chain(tmp_path / "other", uses_device=True)
+    (other.folder / "cache").symlink_to(one.folder / "cache")
+    first, _ = one.pause_in(2)
+    second = other.start("s1")
+    assert second.stderr
+    assert second.stderr.readline() == f"s1: waits for the device, which process {first.pid} uses\n"
+    assert not other.path(1).exists()
+    _go_on(one)
+    assert first.wait() == 0
+    assert second.wait() == 0
+    for process in (first, second):
+        process.communicate()
+    assert other.path(1).exists()
+
+
+PARALLEL = """
+import sys
+from pathlib import Path
+from mlxflow.identity import DigestCache
+from tasks.creator import configuration, tasks_of
+from tasks.node import Node
+
+state = Path("artifacts/.mlxflow")
+cache = DigestCache(state / "digests.json")
+nodes = [
+    Node(task=f"s{i}", doc="", root=Path("."), folder=f"artifacts/s{i}", inputs=("source",),
+         outputs=(f"artifacts/s{i}/a",), settings={}, uses_device=False,
+         command=(sys.executable, "-c", MEET, f"s{i}"))
+    for i in (1, 2)
+]
+DOIT_CONFIG = configuration(nodes, state)
+
+def task_stages():
+    yield from tasks_of(nodes, cache)
+"""
+
+# Each of two stages opens one pipe to read and the other to write, which neither can do alone.
+MEET = """
+import sys
+from pathlib import Path
+name = sys.argv[1]
+for pipe, mode in (("p", "r"), ("q", "w")) if name == "s1" else (("p", "w"), ("q", "r")):
+    open(pipe, mode).close()
+Path(f"artifacts/{name}").mkdir()
+Path(f"artifacts/{name}/a").write_text(name)
+"""
+
+
+@pytest.mark.parametrize("options", [["-n", "2", "-P", "thread"], ["-n", "2"]])
+def test_independent_stages_run_side_by_side(chain: Chain, options: list[str]) -> None:
+    for name in ("p", "q"):
+        os.mkfifo(chain.folder / name)
+    (chain.folder / "dodo.py").write_text(f"MEET = {MEET!r}\n{PARALLEL}")
+    code, out, err = chain.doit("run", *options)
+    assert code == 0, out + err
+    assert sorted(out.splitlines()) == [".  s1: never built", ".  s2: never built"]
+    assert sorted(chain.doit()[1].splitlines()) == ["-- s1", "-- s2"]
+
+
+def test_after_a_failure_what_does_not_need_it_is_not_harmed(chain: Chain) -> None:
+    assert chain.doit()[0] == 0
+    (chain.folder / "source").write_bytes(b"another")
+    assert chain.stop_in(2, "stage killed") == 1
+    code, out, _ = chain.doit("plan")
+    assert code == 0
+    assert out.startswith("s2: never built\n")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _fill(folder: Path) -> Path:
+    filler = folder / "filler"
+    with filler.open("wb", 0) as file, suppress(OSError):
+        while file.write(b"x" * 1024):
+            pass
+    return filler
+
+
+def test_a_full_disk_fails_the_stage_and_keeps_the_old_artifact(chain: Chain, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "96k") as small:
+        (chain.folder / "artifacts").symlink_to(small)
+        assert chain.doit()[0] == 0
+        before = chain.path(1).read_bytes()
+        filler = _fill(small)
+        (chain.folder / "source").write_bytes(b"another")
+        code, _, err = chain.doit()
+        assert code != 0
+        assert "No space left on device" in err
+        assert chain.path(1).read_bytes() == before
+        filler.unlink()
+        assert chain.numbers_that_run() == [1, 2, 3, 4, 5, 6]
+        chain.assert_correct()
+
+
+def test_a_real_stage_on_a_full_disk_says_in_one_line_what_it_needs(job_copy: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "1200k") as small:
+        shutil.copytree(job_copy / "artifacts/pretokenize", small / "pretokenize")
+        shutil.copytree(job_copy / "artifacts/train", small / "train")
+        shutil.rmtree(job_copy / "artifacts")
+        (job_copy / "artifacts").symlink_to(small)
+        before = (small / "train/model.safetensors").read_bytes()
+        with (small / "filler").open("wb") as filler:
+            filler.write(b"x" * (shutil.disk_usage(small).free - 200_000))
+        result = mlxflow(job_copy, "run", "train")
+        assert result.returncode == 1
+        line = result.stderr.splitlines()[-1]
+        assert re.fullmatch(
+            r"model\.safetensors: needs [\d,]+ bytes, [\d,]+ are free in .*artifacts\. Make room\.", line
+        )
+        assert "Traceback" not in result.stderr
+        assert (small / "train/model.safetensors").read_bytes() == before
+        assert sorted(path.name for path in small.iterdir()) == ["filler", "pretokenize", "train"]
+
+
+def test_a_read_only_disk_fails_the_stage_in_one_line(job_copy: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "8m") as small:
+        shutil.copytree(job_copy / "artifacts", small, dirs_exist_ok=True)
+        shutil.rmtree(job_copy / "artifacts")
+        (job_copy / "artifacts").symlink_to(small)
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        result = mlxflow(job_copy, "run", "quantize:q4")
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert "cannot be written (Read-only file system; " in result.stderr
+        assert result.stderr.endswith("artifacts/quantize/q4 is as it was.\n")
+
+
+def test_on_a_read_only_disk_doit_looks_and_fails_in_one_line_when_it_must_write(chain: Chain, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "1m") as small:
+        (chain.folder / "artifacts").symlink_to(small)
+        assert chain.doit()[0] == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+        assert chain.numbers_that_run() == []
+        (chain.folder / "source").write_bytes(b"another")
+        code, out, err = chain.doit()
+        assert (code, out) == (1, ".  s1: source source changed\n")
+        assert err == "artifacts/.mlxflow/state.jsonl: Read-only file system. Make room, or let it be written.\n"
