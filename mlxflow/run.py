@@ -44,7 +44,7 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         "mlx": version("mlx"),
     }
     chosen = device.select(workflow.settings.device)
-    if chosen == "cpu" and (notice := cpu.notice()):
+    if chosen == "cpu" and getattr(one.module, "USES_DEVICE", True) and (notice := cpu.notice()):
         print(notice, file=sys.stderr)
     limit = _limit_memory(workflow)
     folder = into or workflow.root / one.folder

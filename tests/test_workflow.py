@@ -56,9 +56,9 @@ ONE_MISTAKE = {
     'train = "fast"': 'workflow.toml: train = "fast": expected a table. '
     "Write [train] on a line of its own and its keys below it.",
     '[train]\nnum_steps = "many"': 'workflow.toml: train.num_steps = "many": expected a whole number of at least 1. '
-    "Use train.num_steps = 300 (the default) or remove the key.",
+    "Use train.num_steps = 240 (the default) or remove the key.",
     "[train]\nnum_steps = 2.5": "workflow.toml: train.num_steps = 2.5: expected a whole number of at least 1. "
-    "Use train.num_steps = 300 (the default) or remove the key.",
+    "Use train.num_steps = 240 (the default) or remove the key.",
     "[train]\nlearning_rate = -0.1": "workflow.toml: train.learning_rate = -0.1: expected a number over 0. "
     "Use train.learning_rate = 0.015 (the default) or remove the key.",
     "[train]\nlearning_rate = nan": "workflow.toml: train.learning_rate = nan: expected a number over 0. "

@@ -27,7 +27,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=1, description="rows in one forward pass, each timed")
     ] = (16, 32, 64)
     num_steps: Annotated[int, Meta(ge=1, description="training steps timed for each batch size")] = 100
-    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used for the perplexity")] = 512
+    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used for the perplexity")] = 256
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):

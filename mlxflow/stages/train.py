@@ -47,7 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The `[train]` table."""
 
     input: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
-    num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 300
+    num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 240
     batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass")] = 32
     learning_rate: Annotated[float, Meta(gt=0, description="at its highest, after the warm-up")] = 1.5e-2
     warmup_steps: Annotated[
@@ -61,7 +61,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_grad_norm: Annotated[float, Meta(gt=0, description="gradients of a larger norm are scaled down to it")] = 1.0
     log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
     eval_every: Annotated[int, Meta(ge=0, description="steps between two validations; 0: first and last only")] = 100
-    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used")] = 512
+    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used")] = 256
     model: Annotated[ModelConfig, Meta(description="the model's shape")] = ModelConfig()
 
 

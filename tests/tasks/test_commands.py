@@ -322,6 +322,26 @@ def test_a_hostile_archive_is_refused_and_nothing_is_touched(chain: Chain, tmp_p
     ]
 
 
+def test_a_packed_model_whose_header_lies_is_refused(job: Path, tmp_path: Path) -> None:
+    assert doit(job, "pretokenize").returncode == 0
+    archive = tmp_path / "p.tar"
+    assert doit(job, "pack", "pretokenize", str(archive)).returncode == 0
+
+    def lie(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
+        for index, (member, data) in enumerate(members):
+            if member.name.endswith("/train.safetensors"):
+                members[index] = (member, (2**40).to_bytes(8, "little") + data[8:])
+
+    _rewrite(archive, lie)
+    result = doit(job, "unpack", str(archive))
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"{archive}: artifacts/pretokenize/train.safetensors is damaged "
+        "(its header is cut off, or it is no safetensors file). Nothing was taken.\n"
+    )
+    assert doit(job, "pretokenize").stdout == "-- pretokenize\n"
+
+
 @pytest.mark.parametrize("length", [0, 1, 512, 700, 2000])
 def test_an_archive_that_is_cut_off_is_refused(chain: Chain, tmp_path: Path, length: int) -> None:
     archive = tmp_path / "s1.tar"
