@@ -52,12 +52,16 @@ def select(device: str) -> str:
 
 
 def working_set_bytes() -> int:
-    """Return the bytes that the default device can use well: its recommended working set, else the main memory."""
+    """Return the bytes that the default device can use well.
+
+    That is its recommended working set where it tells one (Metal), else its own memory (CUDA), else the main memory.
+    """
     import mlx.core as mx
     import psutil
 
-    recommended = mx.device_info().get("max_recommended_working_set_size", 0)
-    return int(recommended) or int(psutil.virtual_memory().total)
+    told = mx.device_info()
+    keys = ("max_recommended_working_set_size", "total_memory", "memory_size")
+    return next((int(told[key]) for key in keys if told.get(key)), 0) or int(psutil.virtual_memory().total)
 
 
 def name() -> str:

@@ -73,6 +73,16 @@ class StageModule(Protocol):
     run: Callable[..., dict[str, Any]]
 
 
+class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a model folder and its report; the outputs of every stage that makes a model."""
+
+    config: Path = Path("config.json")
+    model: Path = Path("model.safetensors")
+    tokenizer: Path = Path("tokenizer.json")
+    tokenizer_config: Path = Path("tokenizer_config.json")
+    report: Path = Path("report.toml")
+
+
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """What a running stage knows beside its own table.
 

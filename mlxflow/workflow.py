@@ -19,6 +19,7 @@ from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
 from mlxflow.errors import CallError, WorkflowError
 from mlxflow.identity import DigestCache
+from mlxflow.references import References
 from mlxflow.stage import Corpus, StageModule
 from mlxflow.variants import expand_matrix
 
@@ -259,60 +260,11 @@ class _Loader:
     def _resolve(self, workflow: Workflow) -> None:
         """Find every stage's inputs, then order the stages by them."""
         for one in workflow.stages:
-            one.inputs = one.module.Inputs.of(one.config, _References(workflow, one, self.shown, self.lines))
-
-
-class _References:
-    """Answers one stage's questions about the artifacts of the others and about sources; notes what is not there."""
-
-    def __init__(self, workflow: Workflow, asking: Stage, shown: str, lines: list[str]) -> None:
-        self._workflow = workflow
-        self._asking = asking
-        self._shown = shown
-        self._lines = lines
-        earlier = STAGES[: STAGES.index(asking.name)]
-        self._known = [one.task for one in workflow.stages if one.name in earlier]
-
-    def folder(self, reference: str, key: str) -> Path:
-        if reference not in self._known:
-            self._note(key, reference, "no stage before this one makes it", self._known)
-        return stage.reference_folder(reference)
-
-    def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
-        expanded: list[str] = []
-        for reference in references:
-            name, _, variant = reference.partition(":")
-            matching = [one for one in self._known if one.partition(":")[0] == name]
-            if variant == "*" and not matching:
-                self._note(key, reference, "no stage before this one makes it", self._known)
-            expanded += matching if variant == "*" else [reference]
-        return tuple(dict.fromkeys(expanded))
-
-    def sources(self, sources_: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
-        found: list[Path | Corpus] = []
-        self._asking.source_patterns += sources_
-        for source in sources_:
-            if source.startswith("builtin:"):
-                found += self._builtin(source, key)
-                continue
-            files = sources.source_files(source, self._workflow.root)
-            if not files:
-                place = "is an empty folder" if (self._workflow.root / source).is_dir() else "names no file"
-                self._note(key, source, place, [])
-            elif not any((self._workflow.root / path).stat().st_size for path in files):
-                self._note(key, source, "holds no text", [])
-            found += files
-        return tuple(dict.fromkeys(found))
-
-    def _builtin(self, source: str, key: str) -> list[Path | Corpus]:
-        if source in sources.BUILTINS:
-            return [Corpus(source)]
-        self._note(key, source, "no such built-in corpus", list(sources.BUILTINS))
-        return []
-
-    def _note(self, key: str, value: str, expected: str, known: list[str]) -> None:
-        advice = f"Known: {', '.join(known)}." if known else "Name a file, a folder or a glob with text in it."
-        self._lines.append(word(Problem(key, value, expected, advice), self._shown, self._asking.table))
+            earlier = STAGES[: STAGES.index(one.name)]
+            known = [maker.task for maker in workflow.stages if maker.name in earlier]
+            asked = References(workflow.root, known, self.shown, one.table, self.lines)
+            one.inputs = one.module.Inputs.of(one.config, asked)
+            one.source_patterns = asked.source_patterns
 
 
 def resolved_toml(workflow: Workflow) -> str:

@@ -32,6 +32,21 @@ def test_the_device_has_a_name_and_memory() -> None:
     assert device.working_set_bytes() > 10**8
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"max_recommended_working_set_size": 5, "memory_size": 9}, 5),
+        ({"total_memory": 85, "free_memory": 84}, 85),
+        ({"memory_size": 9}, 9),
+    ],
+)
+def test_the_working_set_is_what_the_device_tells(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, int], expected: int
+) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: told)
+    assert device.working_set_bytes() == expected
+
+
 def test_the_environment_names_the_machine_only_where_it_matters() -> None:
     assert device.environment(None).keys() == {"mlx"}
     assert device.environment("auto").keys() == {"mlx", "device"}

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import Problem
-from mlxflow.stage import Artifacts, Context
+from mlxflow.stage import Artifacts, Context, ModelFolder
 
 VERSION = 1
 
@@ -63,14 +63,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Outputs(msgspec.Struct, frozen=True, kw_only=True):
+class Outputs(ModelFolder, frozen=True, kw_only=True):
     """A quantized model folder."""
-
-    config: Path = Path("config.json")
-    model: Path = Path("model.safetensors")
-    tokenizer: Path = Path("tokenizer.json")
-    tokenizer_config: Path = Path("tokenizer_config.json")
-    report: Path = Path("report.toml")
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

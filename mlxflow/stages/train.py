@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import Problem
-from mlxflow.stage import Artifacts, Context, derive_seed
+from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
 VERSION = 1
 
@@ -83,15 +83,10 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Outputs(msgspec.Struct, frozen=True, kw_only=True):
+class Outputs(ModelFolder, frozen=True, kw_only=True):
     """A model folder and the learning curve."""
 
-    config: Path = Path("config.json")
-    model: Path = Path("model.safetensors")
-    tokenizer: Path = Path("tokenizer.json")
-    tokenizer_config: Path = Path("tokenizer_config.json")
     metrics: Path = Path("metrics.jsonl")
-    report: Path = Path("report.toml")
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+"""doit's own `run`, with locks and clean ends."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from doit.cmd_run import Run
+
+from tasks.state import Journal
+
+_NO_WAIT = {
+    "name": "no_wait",
+    "long": "no-wait",
+    "type": bool,
+    "default": False,
+    "help": "fail when another doit is at work on the same artifacts, instead of waiting for it",
+}
+
+
+class StageRun(Run):  # type: ignore[misc]  # doit has no types
+    """`doit run`: one at a time on an artifacts folder, and nothing goes on after it ends.
+
+    Graphs that are not of stages run as doit runs them.
+    """
+
+    name = "run"
+    cmd_options = (*Run.cmd_options, _NO_WAIT)
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Remember whether to wait, which doit's own signature has no place for."""
+        self._no_wait = bool(params.get("no_wait"))
+        return int(super().execute(params, args) or 0)
+
+    def _execute(  # type: ignore[no-untyped-def]  # doit passes options by the names in this signature
+        self,
+        outfile,
+        verbosity=None,
+        always=False,
+        continue_=False,
+        reporter="console",
+        num_process=0,
+        par_type="process",
+        single=False,
+        auto_delayed_regex=False,
+        force_verbosity=False,
+        failure_verbosity=0,
+        pdb=False,
+    ) -> int:
+        def run(par_type: str) -> int:
+            options = (auto_delayed_regex, force_verbosity, failure_verbosity, pdb)
+            return int(
+                super(StageRun, self)._execute(
+                    outfile, verbosity, always, continue_, reporter, num_process, par_type, single, *options
+                )
+            )
+
+        journal = self.dep_manager.backend
+        if not isinstance(journal, Journal):
+            return run(par_type)
+        from tasks.locking import LockedError, hold
+
+        waiting = "another doit (process {holder}) is at work on these artifacts"
+        waiting += "; doit run --no-wait does not wait for it" if not self._no_wait else ""
+        try:
+            with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
+                journal.load()  # the other doit may have finished stages
+                if single and (stale := self._stale_upstream()):
+                    print(*stale, sep="\n", file=sys.stderr)
+                    return 1
+                return run("thread")  # stages are processes already
+        except LockedError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except OSError as error:  # doit's own state cannot be written
+            where = error.filename or Path(journal.name).parent
+            print(f"{where}: {error.strerror}. Make room, or let it be written.", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted: finished stages are kept, the one that ran is as it was before", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+    def _stale_upstream(self) -> list[str]:
+        """Return a line for each selected stage that reads from a stale one."""
+        from tasks.planning import plan, with_upstream
+        from tasks.selection import Selection
+
+        graph = Selection(self)
+        lines = []
+        for name in self.sel_tasks or ():
+            upstream = with_upstream(graph.nodes, [name])
+            selected = {node.task for node in upstream if node.task == name or node.task.partition(":")[0] == name}
+            planned = plan([node for node in upstream if node.task not in selected], graph.record, graph.cache)
+            lines += [
+                f"{name}: reads from {one.node.task}, which is stale ({'; '.join(one.reasons)}). Run: doit {name}"
+                for one in planned
+            ]
+        return lines
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """End the stages that run when doit ends by SIGTERM, Ctrl-C or an error."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except BaseException:
+        from tasks.process import end_all
+
+        end_all()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

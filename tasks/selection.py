@@ -1,0 +1,75 @@
+"""The stages that a command was given, by name, and what is known of them."""
+
+import sys
+from typing import Any, NoReturn
+
+from doit.cmd_base import DoitCmdBase
+
+from mlxflow.identity import DigestCache
+from tasks.node import Node
+from tasks.state import Journal
+
+
+class Selection:
+    """The stages that a command was given, and what is known of them.
+
+    Attributes:
+        nodes: every stage, each after the ones it reads from.
+        cache: digests by path.
+    """
+
+    def __init__(self, command: DoitCmdBase) -> None:
+        metas = [task.meta for task in command.task_list if task.meta and "node" in task.meta]
+        self.nodes: list[Node] = [meta["node"] for meta in metas]
+        self.cache: DigestCache = metas[0]["cache"]
+        self.journal: Journal = command.dep_manager.backend
+
+    def record(self, task: str) -> dict[str, Any]:
+        """Return what a stage's last run left, empty where there is no record."""
+        return self.journal.get(task, "_values_:") or {}
+
+    def select(self, names: list[str]) -> list[Node]:
+        """Return the stages of the given names, all of them where there are none.
+
+        Raises:
+            SystemExit: a name is no stage; said, with exit code 2.
+        """
+        for name in names:
+            if not any(node.task == name or node.task.startswith(f"{name}:") for node in self.nodes):
+                known = ", ".join(node.task for node in self.nodes)
+                refuse(f"{name}: no such stage. Known: {known}.")
+        return [node for node in self.nodes if not names or node.task in names or node.task.partition(":")[0] in names]
+
+    def one(self, names: list[str], usage: str) -> Node:
+        """Return the one stage of the given name.
+
+        Raises:
+            SystemExit: not one name was given, or it is no stage or several; said, with exit code 2.
+        """
+        if len(names) != 1:
+            refuse(f"expected one stage. Use: {usage}")
+        chosen = self.select(names)
+        if len(chosen) > 1:
+            refuse(f"{names[0]}: has variants. Name one of {', '.join(node.task for node in chosen)}.")
+        return chosen[0]
+
+    def fresh_record(self, node: Node) -> dict[str, Any]:
+        """Return the record of a stage whose artifact is what its last run left.
+
+        Raises:
+            SystemExit: there is none, or the artifact is damaged; said, with exit code 1.
+        """
+        from tasks.freshness import damaged_outputs
+
+        record = self.record(node.task)
+        if not record:
+            refuse(f"{node.task}: never built here. Run: doit {node.task}", 1)
+        if damage := list(damaged_outputs(node, record, self.cache, again=True)):
+            refuse("\n".join([*damage, f"{node.task}: is not what its run left. Run: doit {node.task}"]), 1)
+        return record
+
+
+def refuse(line: str, code: int = 2) -> NoReturn:
+    """Print a line and end with an exit code."""
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
