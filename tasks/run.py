@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from doit.cmd_run import Run
+from doit.exceptions import InvalidCommand
 
 from tasks.state import Journal
 
@@ -32,7 +33,28 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
     def execute(self, params: Any, args: list[str]) -> int:
         """Remember whether to wait, which doit's own signature has no place for."""
         self._no_wait = bool(params.get("no_wait"))
-        return int(super().execute(params, args) or 0)
+        try:
+            return int(super().execute(params, args) or 0)
+        except InvalidCommand as error:
+            if error.not_found is None or not isinstance(self.dep_manager.backend, Journal):
+                raise
+            print(self._word_unknown(str(error.not_found)), file=sys.stderr)
+            return 2
+
+    def _check_names(self) -> None:
+        """Refuse an unknown stage before anything is written; doit itself would notice it under the lock."""
+        known = {name for task in self.task_list for name in (task.name, *task.targets)}
+        for name in self.sel_tasks or ():
+            if not name.startswith("-") and "*" not in name and name not in known:
+                raise InvalidCommand(not_found=name)
+
+    def _word_unknown(self, name: str) -> str:
+        from difflib import get_close_matches
+
+        known = [task.name for task in self.task_list]
+        if near := get_close_matches(name, known, n=1):
+            return f"{name}: no such stage. Did you mean {near[0]}?"
+        return f"{name}: no such stage. Known: {', '.join(known)}."
 
     def _execute(  # type: ignore[no-untyped-def]  # doit passes options by the names in this signature
         self,
@@ -62,8 +84,9 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
             return run(par_type)
         from tasks.locking import LockedError, hold
 
+        self._check_names()
         waiting = "another doit (process {holder}) is at work on these artifacts"
-        waiting += "; doit run --no-wait does not wait for it" if not self._no_wait else ""
+        waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
         try:
             with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
                 journal.load()  # the other doit may have finished stages

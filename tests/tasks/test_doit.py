@@ -98,6 +98,15 @@ def test_a_missing_workflow_is_told(job: Path) -> None:
     assert result.stderr == "none.toml: missing. Write one (an empty file works), or name another.\n"
 
 
+def test_an_unknown_stage_is_told_with_the_nearest_one(job: Path) -> None:
+    result = doit(job, "trian")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "trian: no such stage. Did you mean train?\n")
+    assert doit(job, "xyz").stderr == (
+        "xyz: no such stage. Known: pretokenize, train, quantize, quantize:q4, quantize:q8, profile, benchmark.\n"
+    )
+    assert not (job / "artifacts").exists()
+
+
 def test_a_stage_that_fails_over_a_mistake_ends_doit_with_2_and_one_line(job: Path) -> None:
     text = (job / "workflow.toml").read_text()
     (job / "workflow.toml").write_text(text.replace("batch_size = 4\neval_every", "batch_size = 4000\neval_every"))

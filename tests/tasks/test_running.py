@@ -29,7 +29,7 @@ def test_a_second_doit_waits_for_the_first_and_finds_its_work_done(chain: Chain)
     assert second.stderr
     line = second.stderr.readline()
     assert line == (
-        f"another doit (process {first.pid}) is at work on these artifacts; doit run --no-wait does not wait for it\n"
+        f"another doit (process {first.pid}) is at work on these artifacts; doit --no-wait does not wait for it\n"
     )
     _go_on(chain)
     assert first.communicate()[0].count("never built") == 6
@@ -41,7 +41,7 @@ def test_a_second_doit_waits_for_the_first_and_finds_its_work_done(chain: Chain)
 
 def test_a_second_doit_that_may_not_wait_fails(chain: Chain) -> None:
     first, _ = chain.pause_in(1)
-    assert chain.doit("run", "--no-wait") == (
+    assert chain.doit("--no-wait") == (
         1,
         "",
         f"another doit (process {first.pid}) is at work on these artifacts\n",
@@ -61,7 +61,7 @@ def test_looking_needs_no_lock(chain: Chain) -> None:
 def test_a_stage_alone_on_stale_inputs_is_refused(chain: Chain) -> None:
     assert chain.doit()[0] == 0
     (chain.folder / "source").write_bytes(b"another")
-    code, out, err = chain.doit("run", "-s", "s3")
+    code, out, err = chain.doit("-s", "s3")
     assert (code, out) == (1, "")
     assert err.splitlines() == [
         "s3: reads from s1, which is stale (source source changed). Run: doit s3",
@@ -69,7 +69,7 @@ def test_a_stage_alone_on_stale_inputs_is_refused(chain: Chain) -> None:
     ]
     (chain.folder / "source").write_bytes(b"the source")
     chain.path(3).unlink()
-    assert chain.doit("run", "-s", "s3")[:2] == (0, ".  s3: artifacts/s3/a is missing\n")
+    assert chain.doit("-s", "s3")[:2] == (0, ".  s3: artifacts/s3/a is missing\n")
 
 
 def test_the_device_is_used_by_one_stage_at_a_time_across_workflows(tmp_path: Path) -> None:
