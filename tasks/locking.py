@@ -50,7 +50,6 @@ def hold(path: Path, waiting: str, *, wait: bool) -> Iterator[None]:
 
 
 def device_lock() -> Path:
-    """Return the lock of this machine's device, the same for every workflow of a user."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlxflow" / "device.lock"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxflow" / "device.lock"
+    """Return the lock of this machine's device, the same for every workflow of a user: in the user's cache folder."""
+    usual = Path("Library/Caches") if sys.platform == "darwin" else Path(".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / usual) / "mlxflow" / "device.lock"
