@@ -64,12 +64,13 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from mlxflow.run import end_with_parent, run_stage
+    from mlxflow.run import end_with_parent, run_alone, run_stage
     from mlxflow.workflow import load_workflow
 
-    end_with_parent()
+    started_by_doit = end_with_parent()
     workflow = load_workflow(parsed.workflow)
-    run_stage(workflow, workflow.find(parsed.stage), parsed.into)
+    run = run_stage if started_by_doit else run_alone
+    run(workflow, workflow.find(parsed.stage), parsed.into)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

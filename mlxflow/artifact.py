@@ -82,8 +82,16 @@ def remove_folder(folder: Path) -> None:
 
 
 def partial_folders(artifacts: Path) -> list[Path]:
-    """Return the private folders below an artifacts folder: of running stages, or left by a crash."""
-    return sorted(p for p in artifacts.glob(f"**/.*{_PARTIAL_SUFFIX}") if p.is_dir())
+    """Return the private folders of stages and variants: of running ones, or left by a crash."""
+    found: list[Path] = []
+    for folder in (artifacts, *(Path(entry.path) for entry in _folders(artifacts) if entry.name[0] != ".")):
+        found += [Path(entry.path) for entry in _folders(folder) if entry.name.endswith(_PARTIAL_SUFFIX)]
+    return sorted(found)
+
+
+def _folders(folder: Path) -> list["os.DirEntry[str]"]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _flush(path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from mlxflow import artifact, cpu, device, stage
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import DigestCache
+from mlxflow.locking import device_lock, hold
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
@@ -129,17 +131,37 @@ def _describe_run(chosen: str) -> dict[str, Any]:
     }
 
 
-def end_with_parent() -> None:
+def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
+    """Run one stage with the locks that doit would hold for it; waits for them.
+
+    Args:
+        workflow: the workflow.
+        one: one of its stages.
+        into: see `run_stage`.
+    """
+    waiting = f"{one.task}: waits for {{what}}, which process {{{{holder}}}} uses"
+    with ExitStack() as held:
+        held.enter_context(hold(workflow.state / "lock", waiting.format(what="the artifacts"), wait=True))
+        if getattr(one.module, "USES_DEVICE", True):
+            held.enter_context(hold(device_lock(), waiting.format(what="the device"), wait=True))
+        run_stage(workflow, one, into)
+
+
+def end_with_parent() -> bool:
     """End this process at once when whoever started it is gone, so that no orphan goes on training.
 
     What was begun is left in the private folder, which the next run removes.
+
+    Returns:
+        whether it was started by doit, which then holds the locks.
     """
     descriptor = os.environ.pop(stage.PARENT_VARIABLE, None)
     if descriptor is None:
-        return
+        return False
 
     def watch() -> None:
         os.read(int(descriptor), 1)  # returns when the other end closes
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+    return True

@@ -63,7 +63,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     def _run(self) -> tuple[int, float]:
         """Run the process, alone on the device where it uses one; return its exit code and the seconds it took."""
-        from tasks.locking import device_lock, hold
+        from mlxflow.locking import device_lock, hold
         from tasks.process import run_process
 
         waiting = f"{self.node.task}: waits for the device, which process {{holder}} uses"

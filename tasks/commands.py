@@ -134,6 +134,7 @@ class Reproduce(DoitCmdBase):  # type: ignore[misc]
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
+        from mlxflow.locking import hold
         from tasks.reproduction import reproduce
         from tasks.run import ended_cleanly
 
@@ -142,5 +143,8 @@ class Reproduce(DoitCmdBase):  # type: ignore[misc]
         if node.bound_device is not None:
             refuse(f"{node.task}: measures the machine; there is nothing to reproduce.")
         graph.fresh_record(node)
-        with ended_cleanly():
+        with (
+            ended_cleanly(),
+            hold(node.root / "artifacts/.mlxflow/lock", f"{node.task}: waits for {{holder}}", wait=True),
+        ):
             return reproduce(node)

@@ -82,7 +82,7 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         journal = self.dep_manager.backend
         if not isinstance(journal, Journal):
             return run(par_type)
-        from tasks.locking import LockedError, hold
+        from mlxflow.locking import LockedError, hold
 
         self._check_names()
         waiting = "another doit (process {holder}) is at work on these artifacts"
@@ -90,6 +90,7 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         try:
             with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
                 journal.load()  # the other doit may have finished stages
+                _remove_left_behind(Path(journal.name).parents[1])
                 if single and (stale := self._stale_upstream()):
                     print(*stale, sep="\n", file=sys.stderr)
                     return 1
@@ -121,6 +122,14 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
                 for one in planned
             ]
         return lines
+
+
+def _remove_left_behind(artifacts: Path) -> None:
+    """Remove what stages that were cut off left behind; nobody is at work while the lock is held."""
+    from mlxflow.artifact import partial_folders, remove_folder
+
+    for folder in (*partial_folders(artifacts), *artifacts.glob(".mlxflow/reproduce-*")):
+        remove_folder(folder)
 
 
 @contextmanager

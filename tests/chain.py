@@ -97,13 +97,22 @@ class Chain:
         assert code == 0, out + err
         return [int(number) for number in re.findall(r"^\.  s(\d): ", out, re.MULTILINE)]
 
-    def assert_correct(self) -> None:
-        """Every artifact is what the sources of now make of it."""
-        data = (self.folder / "source").read_bytes()
+    def expected(self) -> dict[int, bytes]:
+        """Return what the sources of now make of each artifact."""
+        data, expected = (self.folder / "source").read_bytes(), {}
         for number in range(1, 7):
             salt = self.folder / f"salt-s{number}"
             data = transform(data, f"s{number}" + (salt.read_text() if salt.exists() else ""))
-            assert self.path(number).read_bytes() == data, number
+            expected[number] = data
+        return expected
+
+    def found(self) -> dict[int, bytes]:
+        """Return each artifact as it is."""
+        return {number: self.path(number).read_bytes() for number in range(1, 7)}
+
+    def assert_correct(self) -> None:
+        """Every artifact is what the sources of now make of it."""
+        assert self.found() == self.expected()
 
     def pause_in(self, number: int, *arguments: str) -> tuple[subprocess.Popen[str], int]:
         """Start doit and return it with the process of a stage that has stopped half-way."""

@@ -45,7 +45,10 @@ def test_what_a_crash_left_behind_is_no_part_of_the_next_artifact(tmp_path: Path
         left = private
     left.mkdir()
     (left / "half").write_text("half")
-    assert artifact.partial_folders(tmp_path) == [left]
+    variant = tmp_path / "quantize" / ".q4.partial"
+    variant.mkdir(parents=True)
+    assert artifact.partial_folders(tmp_path) == [left, variant]
+    variant.rmdir()
     with artifact.publishing(folder) as private:
         (private / "whole").write_text("whole")
     assert [path.name for path in folder.iterdir()] == ["whole"]

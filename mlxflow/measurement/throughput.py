@@ -27,19 +27,6 @@ class Timing(NamedTuple):
         return max(self.seconds)
 
 
-def time_steps(step: Callable[[], object], *, num_steps: int, warmup_steps: int) -> Timing:
-    """Run a step that waits for its own result, and time each run after the warm-up.
-
-    Args:
-        step: evaluates what it computes before it returns.
-        num_steps: runs timed.
-        warmup_steps: runs before them, for compilation and caches.
-    """
-    for _ in range(warmup_steps):
-        step()
-    return Timing(tuple(_time(step) for _ in range(num_steps)))
-
-
 def interleave(steps: Sequence[Callable[[], object]], *, num_rounds: int) -> list[Timing]:
     """Time several steps in turns, so that a machine whose speed drifts treats them alike."""
     rounds = [[_time(step) for step in steps] for _ in range(num_rounds)]

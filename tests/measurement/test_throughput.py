@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mlxflow.measurement import throughput
+from mlxflow.measurement.throughput import interleave
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def _steps(clock: list[float], durations: list[float]) -> Callable[[], None]:
+def _step(clock: list[float], durations: list[float]) -> Callable[[], None]:
     remaining = iter(durations)
 
     def step() -> None:
@@ -22,14 +22,14 @@ def _steps(clock: list[float], durations: list[float]) -> Callable[[], None]:
     return step
 
 
-def test_the_warmup_is_left_out(clock: list[float]) -> None:
-    timing = throughput.time_steps(_steps(clock, [100, 50, 3, 1, 2]), num_steps=3, warmup_steps=2)
-    assert timing.seconds == (3, 1, 2)
-    assert (timing.median, timing.fastest, timing.slowest) == (2, 1, 3)
+def test_each_step_is_timed_by_itself(clock: list[float]) -> None:
+    first, second = interleave([_step(clock, [3, 1, 2]), _step(clock, [10, 30, 20])], num_rounds=3)
+    assert first.seconds == (3, 1, 2)
+    assert (first.median, first.fastest, first.slowest) == (2, 1, 3)
+    assert second.median == 20
 
 
-def test_steps_take_turns(clock: list[float]) -> None:
+def test_steps_take_turns() -> None:
     order: list[str] = []
-    first, second = throughput.interleave([lambda: order.append("a"), lambda: order.append("b")], num_rounds=3)
+    interleave([lambda: order.append("a"), lambda: order.append("b")], num_rounds=3)
     assert order == ["a", "b"] * 3
-    assert len(first.seconds) == len(second.seconds) == 3
