@@ -40,8 +40,7 @@ def toml_value(value: object) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return '"' + escaped.encode("unicode_escape").decode().replace("\\\\", "\\") + '"'
+            return '"' + "".join(_toml_character(character) for character in value) + '"'
         case list() | tuple():
             return "[" + ", ".join(toml_value(item) for item in value) + "]"
         case dict():
@@ -52,6 +51,13 @@ def toml_value(value: object) -> str:
             return toml_value(msgspec.to_builtins(value))
         case _:
             return str(value)
+
+
+def _toml_character(character: str) -> str:
+    short = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    if character in short or character.isprintable():
+        return short.get(character, character)
+    return f"\\u{ord(character):04X}" if ord(character) < 0x10000 else f"\\U{ord(character):08X}"
 
 
 def word(problem: Problem, file: str, table: str) -> str:
@@ -155,7 +161,8 @@ def describe(type_: Any) -> str:
         return "one of " + ", ".join(toml_value(choice) for choice in get_args(bare))
     if get_origin(bare) is tuple:
         least = next((m.min_length for m in metas if m.min_length), 0)
-        return f"a list{' of at least ' + str(least) if least else ''}, each {describe(get_args(bare)[0])}"
+        exactly = "" if Ellipsis in get_args(bare) else f" of {len(get_args(bare))}"
+        return f"a list{f' of at least {least}' if least else exactly}, each {describe(get_args(bare)[0])}"
     if type(None) in get_args(bare):
         return " or ".join(describe(arg) for arg in get_args(bare) if arg is not type(None))
     if get_args(bare):

@@ -1,5 +1,6 @@
 """Answers one stage's questions about the artifacts of the others and about sources, and notes what is not there."""
 
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 from mlxflow.config import Problem, word
@@ -7,6 +8,7 @@ from mlxflow.data import sources
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
+_NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
 
 class References:
@@ -14,7 +16,8 @@ class References:
 
     Args:
         root: the workflow's folder.
-        known: the stages and variants that the asking stage may read from.
+        known: the stages and variants that the asking stage may read from, with the names of the files they make.
+        broken: names of stages of which not every variant is known.
         shown: the workflow file's name, for the messages.
         table: the asking stage's table, for the messages.
         lines: where the messages go.
@@ -23,9 +26,13 @@ class References:
         source_patterns: the sources that were asked for, as written.
     """
 
-    def __init__(self, root: Path, known: list[str], shown: str, table: str, lines: list[str]) -> None:
+    def __init__(
+        self, root: Path, known: Mapping[str, Set[str]], broken: Set[str], shown: str, table: str, lines: list[str]
+    ) -> None:
         self._root = root
         self._known = known
+        self._broken = broken
+        self._asked: list[tuple[str, str]] = []
         self._shown = shown
         self._table = table
         self._lines = lines
@@ -33,9 +40,28 @@ class References:
 
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`."""
-        if reference not in self._known:
-            self._note(key, reference, _NO_MAKER, self._known)
+        self._asked.append((reference, key))
         return reference_folder(reference)
+
+    def check_makers(self, files: Iterable[Path], written: Set[str]) -> None:
+        """Note every reference that was asked for whose stage is not there or does not make the files.
+
+        Args:
+            files: all that the stage reads.
+            written: keys of which the value is not the default; of several for one artifact, these are to blame.
+        """
+        files = list(files)
+        to_blame = {reference for reference, key in self._asked if key in written}
+        for reference, key in dict.fromkeys(self._asked):
+            if reference in to_blame and key not in written:
+                continue
+            wanted = {file.name for file in files if file.parent == reference_folder(reference)}
+            lacking = wanted - self._known.get(reference, set())
+            fitting = [one for one, made in self._known.items() if lacking <= made]
+            if reference in fitting or reference.partition(":")[0] in self._broken:
+                continue
+            expected = f"makes no {min(lacking)}" if reference in self._known else _NO_MAKER
+            self._note(key, reference, expected, _list(fitting))
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
         """Return references with each `stage:*` replaced by all of that stage's variants."""
@@ -43,8 +69,8 @@ class References:
         for reference in references:
             name, _, variant = reference.partition(":")
             matching = [one for one in self._known if one.partition(":")[0] == name]
-            if variant == "*" and not matching:
-                self._note(key, reference, _NO_MAKER, self._known)
+            if variant == "*" and not matching and name not in self._broken:
+                self._note(key, reference, _NO_MAKER, _list(self._known))
             expanded += matching if variant == "*" else [reference]
         return tuple(dict.fromkeys(expanded))
 
@@ -57,19 +83,27 @@ class References:
         return tuple(dict.fromkeys(found))
 
     def _files(self, pattern: str, key: str) -> list[Path]:
-        files = sources.source_files(pattern, self._root)
+        try:
+            files = sources.source_files(pattern, self._root) if pattern else []
+        except OSError as error:
+            self._note(key, pattern, f"cannot be looked up ({error.strerror})", _NAME_TEXT)
+            return []
         if not files:
-            self._note(key, pattern, "is an empty folder" if (self._root / pattern).is_dir() else "names no file", [])
+            empty = bool(pattern) and (self._root / pattern).is_dir()
+            self._note(key, pattern, "is an empty folder" if empty else "names no file", _NAME_TEXT)
         elif not any((self._root / path).stat().st_size for path in files):
-            self._note(key, pattern, "holds no text", [])
+            self._note(key, pattern, "holds no text", _NAME_TEXT)
         return files
 
     def _builtin(self, name: str, key: str) -> list[Corpus]:
         if name in sources.BUILTINS:
             return [Corpus(name)]
-        self._note(key, name, "no such built-in corpus", list(sources.BUILTINS))
+        self._note(key, name, "no such built-in corpus", _list(sources.BUILTINS))
         return []
 
-    def _note(self, key: str, value: str, expected: str, known: list[str]) -> None:
-        advice = f"Known: {', '.join(known)}." if known else "Name a file, a folder or a glob with text in it."
+    def _note(self, key: str, value: str, expected: str, advice: str) -> None:
         self._lines.append(word(Problem(key, value, expected, advice), self._shown, self._table))
+
+
+def _list(known: Iterable[str]) -> str:
+    return f"Known: {', '.join(known) or 'none'}."

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow import device, stage
-from mlxflow.config import Problem, read_struct, unknown_key, word
+from mlxflow.config import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
 from mlxflow.errors import CallError, WorkflowError
@@ -172,13 +172,19 @@ def load_workflow(path: Path) -> Workflow:
     """
     shown = shown_path(path)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise WorkflowError(f"{shown}: missing. Write one (an empty file works), or name another.") from error
+    except OSError as error:
+        raise WorkflowError(f"{shown}: cannot be read ({error.strerror}). Mend it, or name another.") from error
     except UnicodeDecodeError as error:
         raise WorkflowError(f"{shown}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
+    try:
+        document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise WorkflowError(_word_toml_error(shown, str(error))) from error
+        raise WorkflowError(_word_toml_error(shown, str(error), len(text.rstrip().splitlines()))) from error
+    except RecursionError as error:
+        raise WorkflowError(f"{shown}: not valid TOML (nested too deeply). Fix the file.") from error
     return _Loader(shown, document).load(path)
 
 
@@ -188,11 +194,12 @@ def shown_path(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _word_toml_error(shown: str, message: str) -> str:
+def _word_toml_error(shown: str, message: str, last_line: int) -> str:
     match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message)
     if match:
         return f"{shown}:{match[2]}:{match[3]}: not valid TOML ({match[1]}). Fix the line."
-    return f"{shown}: not valid TOML ({message}). Fix the file."
+    said = message.removesuffix(" (at end of document)")
+    return f"{shown}:{last_line}: not valid TOML ({said}). Fix the line or one before it."
 
 
 class _Loader:
@@ -201,7 +208,7 @@ class _Loader:
     def __init__(self, shown: str, document: dict[str, Any]) -> None:
         self.shown = shown
         self.document = document
-        self.lines: list[str] = []
+        self.told: dict[str, list[str]] = {name: [] for name in (*document, *STAGES)}  # by table, in the file's order
         self.modules = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
 
     def load(self, path: Path) -> Workflow:
@@ -209,62 +216,81 @@ class _Loader:
         read: dict[str, list[tuple[str | None, str, msgspec.Struct]]] = {}
         for name, table in self.document.items():
             if name == "workflow":
-                settings = read_struct(table, Settings, file=self.shown, key=name, lines=self.lines) or settings
+                settings = read_struct(table, Settings, file=self.shown, key=name, lines=self.told[name]) or settings
             elif name in STAGES:
                 read[name] = list(self._variants(name, table))
             else:
-                self.lines.append(unknown_key(name, ["workflow", *STAGES], file=self.shown))
+                self.told[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown))
         workflow = Workflow(path, settings)
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
-        self._resolve(workflow)
-        if self.lines:
-            raise WorkflowError(*self.lines)
+        self._resolve(workflow, {name for name, made in read.items() if not made})
+        if any(self.told.values()):
+            raise WorkflowError(*(line for lines in self.told.values() for line in lines))
         return workflow
 
     def _variants(self, name: str, table: object) -> Iterator[tuple[str | None, str, msgspec.Struct]]:
         tables = table if isinstance(table, list) else [table]
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
+        lines = self.told[name]
         if not tables:
-            self.lines.append(f"{self.shown}: {name} = []: expected a table. Write [{name}] or remove the key.")
+            lines.append(f"{self.shown}: {name} = []: expected a table. Write [{name}] or remove the key.")
         for index, written in enumerate(tables):
             key = f"{name}[{index}]" if isinstance(table, list) else name
             problems: list[Problem] = []
+            if isinstance(table, list) and not isinstance(written, dict):
+                advice = f"Write [[{name}]] on a line of its own and its keys below it."
+                lines.append(word(Problem("", written, "expected a table", advice), self.shown, key))
+                continue
             for one in list(expand_matrix(written, problems)) if isinstance(written, dict) else [written]:
                 variant = one.get("name") if isinstance(one, dict) else None
                 rest = {k: v for k, v in one.items() if k != "name"} if isinstance(one, dict) else one
                 if (variant is not None or isinstance(table, list)) and not self._check_name(key, name, variant, seen):
                     variant = None
-                config = read_struct(rest, self.modules[name].Config, file=self.shown, key=key, lines=self.lines)
+                config = read_struct(rest, self.modules[name].Config, file=self.shown, key=key, lines=lines)
                 if config is not None:
                     yield variant, key, config
-            self.lines += [word(problem, self.shown, key) for problem in problems]
+            lines += [word(problem, self.shown, key) for problem in problems]
 
-    def _check_name(self, key: str, table: str, variant: object, seen: set[str]) -> bool:
+    def _check_name(self, key: str, table: str, variant: object, seen: dict[str, str]) -> bool:
         if variant is None:
             problem = Problem("name", msgspec.UNSET, "missing", f'Each [[{table}]] needs one, such as name = "q4".')
-        elif not isinstance(variant, str) or not re.match(stage.NAME_PATTERN, variant):
+        elif not isinstance(variant, str) or not re.fullmatch(stage.NAME_PATTERN, variant):
             problem = Problem(
                 "name", variant, "expected letters, digits, '.', '_' and '-', at most 64", 'Write one such as "q4".'
             )
-        elif variant in seen:
-            problem = Problem("name", variant, f"named twice in [[{table}]]", "Give each variant a name of its own.")
+        elif variant.casefold() in seen:  # one folder on a Mac
+            other = seen[variant.casefold()]
+            twice = variant == other
+            expected = f"named twice in [[{table}]]" if twice else f"differs only by case from {toml_value(other)}"
+            problem = Problem("name", variant, expected, "Give each variant a name of its own.")
         else:
-            seen.add(variant)
+            seen[variant.casefold()] = variant
             return True
-        if (line := word(problem, self.shown, key)) not in self.lines:
-            self.lines.append(line)
+        if (line := word(problem, self.shown, key)) not in self.told[table]:
+            self.told[table].append(line)
         return False
 
-    def _resolve(self, workflow: Workflow) -> None:
-        """Find every stage's inputs, then order the stages by them."""
-        for one in workflow.stages:
+    def _resolve(self, workflow: Workflow, unread: set[str]) -> None:
+        """Find every stage's inputs.
+
+        Args:
+            workflow: its stages are changed.
+            unread: stages that stand in for tables of which nothing could be read; nobody wrote what they ask for.
+        """
+        broken = {name for name in STAGES if self.told[name]}
+        for one in (one for one in workflow.stages if one.name not in unread):
             earlier = STAGES[: STAGES.index(one.name)]
-            known = [maker.task for maker in workflow.stages if maker.name in earlier]
-            asked = References(workflow.root, known, self.shown, one.table, self.lines)
+            known = {m.task: {path.name for path in m.outputs} for m in workflow.stages if m.name in earlier}
+            asked = References(workflow.root, known, broken, self.shown, one.table, self.told[one.name])
             one.inputs = one.module.Inputs.of(one.config, asked)
             one.source_patterns = asked.source_patterns
+            default = one.module.Config()
+            asked.check_makers(
+                one.input_files,
+                {key for key in default.__struct_fields__ if getattr(one.config, key) != getattr(default, key)},
+            )
 
 
 def resolved_toml(workflow: Workflow) -> str:

@@ -1,4 +1,6 @@
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,27 @@ def test_without_an_exchange_of_names_the_folder_is_replaced_all_the_same(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    place = Path(tempfile.mkdtemp(dir="/tmp"))  # others may not look into tmp_path
+    (place / "train").mkdir()
+    place.chmod(0o555)
+    (place / "train").chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(StageError) as caught, artifact.publishing(place / "train"):
+            pass
+    finally:
+        if root:
+            os.seteuid(0)
+        place.chmod(0o755)
+        shutil.rmtree(place)
+    message = str(caught.value)
+    assert message.startswith(f"{place}/.train.partial: cannot be written (Permission denied; ")
+    assert message.endswith(f" bytes free). Make room or choose another folder; {place}/train is as it was.")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_keeps_the_old_folder_and_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "train"
@@ -88,6 +111,29 @@ def test_equal_tensors_are_equal_bytes_whatever_their_order(tmp_path: Path) -> N
     artifact.write_arrays(tmp_path / "3.safetensors", arrays, {"x": "1", "a": "2"})
     artifact.write_arrays(tmp_path / "4.safetensors", dict(reversed(arrays.items())), {"a": "2", "x": "1"})
     assert (tmp_path / "3.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
+
+
+def test_a_file_that_will_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    path = tmp_path / "train" / "a.safetensors"
+    path.parent.mkdir()
+    with pytest.raises(StageError) as caught:
+        artifact.write_tensors(path, {"a": mx.zeros((50,))}, {})
+    assert str(caught.value) == f"a.safetensors: needs 200 bytes, 100 are free in {tmp_path}. Make room."
+    assert not path.exists()
+
+
+def test_a_file_that_was_not_written_to_its_end_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    artifact.write_tensors(path, {"a": mx.zeros((50,))}, {})
+    artifact.check_whole(path)
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(StageError) as caught:
+        artifact.check_whole(path)
+    said = f"it has {size - 1:,} bytes, its header says {size:,}; "
+    assert str(caught.value).startswith(f"a.safetensors: was not written to its end ({said}")
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ bits = 7
     ]
 
 
+LONG = 300 * "a"
+
 ONE_MISTAKE = {
     "[tarin]\nnum_steps = 1": "workflow.toml: tarin: unknown key. Did you mean train?",
     "colour = 1": "workflow.toml: colour: unknown key. "
@@ -86,11 +88,17 @@ ONE_MISTAKE = {
     "[quantize]\ngroup_size = 16": 'workflow.toml: quantize.group_size = 16: mode "affine" needs one of 32, 64, 128. '
     "Set group_size = 64.",
     '[quantize]\ninput = "tarin"': 'workflow.toml: quantize.input = "tarin": no stage before this one makes it. '
-    "Known: pretokenize, train.",
+    "Known: train.",
+    '[quantize]\ninput = "pretokenize"': 'workflow.toml: quantize.input = "pretokenize": makes no config.json. '
+    "Known: train.",
+    '[profile]\ninput = "pretokenize"': 'workflow.toml: profile.input = "pretokenize": makes no config.json. '
+    "Known: train, quantize.",
+    '[[train]]\nname = "a"\n[quantize]\ninput = "train:a"\n[benchmark]\ninput = "train:a"\nmodels = ["train:*"]': ""
+    'workflow.toml: profile.input = "train": no stage before this one makes it. Known: train:a, quantize.',
     '[train]\ninput = "train"': 'workflow.toml: train.input = "train": no stage before this one makes it. '
     "Known: pretokenize.",
     '[benchmark]\nmodels = ["quantize:q9"]': 'workflow.toml: benchmark.models = "quantize:q9": '
-    "no stage before this one makes it. Known: pretokenize, train, quantize, profile.",
+    "no stage before this one makes it. Known: train, quantize.",
     '[benchmark]\nmodels = ["quantise:*"]': 'workflow.toml: benchmark.models = "quantise:*": '
     "no stage before this one makes it. Known: pretokenize, train, quantize, profile.",
     "[benchmark]\nbatch_sizes = [16, 0]": "workflow.toml: benchmark.batch_sizes = [16, 0]: "
@@ -103,9 +111,23 @@ ONE_MISTAKE = {
     '[[quantize]]\nname = "../q4"': 'workflow.toml: quantize[0].name = "../q4": '
     "expected letters, digits, '.', '_' and '-', at most 64. Write one such as \"q4\".",
     "quantize = []": "workflow.toml: quantize = []: expected a table. Write [quantize] or remove the key.",
-    "quantize = [4]": "workflow.toml: quantize[0].name: missing. "
-    'Each [[quantize]] needs one, such as name = "q4".\n'
-    "workflow.toml: quantize[0] = 4: expected a table. Write [quantize[0]] on a line of its own and its keys below it.",
+    "quantize = [4]": "workflow.toml: quantize[0] = 4: expected a table. "
+    "Write [[quantize]] on a line of its own and its keys below it.",
+    '[[quantize]]\nname = "Q4"\n[[quantize]]\nname = "q4"': 'workflow.toml: quantize[1].name = "q4": '
+    'differs only by case from "Q4". Give each variant a name of its own.',
+    '[quantize]\nname = "q4\\n"': 'workflow.toml: quantize.name = "q4\\n": '
+    "expected letters, digits, '.', '_' and '-', at most 64. Write one such as \"q4\".",
+    "[train]\nbetas = [0.9]": "workflow.toml: train.betas = [0.9]: "
+    "expected a list of 2, each a number of at least 0 and under 1. "
+    "Use train.betas = [0.9, 0.95] (the default) or remove the key.",
+    "[[workflow]]\nseed = 1": "workflow.toml: workflow = [{ seed = 1 }]: expected a table. "
+    "Write [workflow] on a line of its own and its keys below it.",
+    '[pretokenize]\nsources = ["café/中\\t"]': 'workflow.toml: pretokenize.sources = "café/中\\t": names no file. '
+    "Name a file, a folder or a glob with text in it.",
+    '[pretokenize]\nsources = [""]': 'workflow.toml: pretokenize.sources = "": names no file. '
+    "Name a file, a folder or a glob with text in it.",
+    f'[pretokenize]\nsources = ["{LONG}"]': f'workflow.toml: pretokenize.sources = "{LONG}": '
+    "cannot be looked up (File name too long). Name a file, a folder or a glob with text in it.",
     '[workflow]\nmemory_limit = "much"': 'workflow.toml: workflow.memory_limit = "much": expected text such as '
     "'12 GB'. Use workflow.memory_limit = \"80%\" (the default) or remove the key.",
     '[workflow]\nmemory_limit = "0%"': 'workflow.toml: workflow.memory_limit = "0%": expected more than nothing. '
@@ -117,12 +139,68 @@ ONE_MISTAKE = {
     "Use workflow.seed = 0 (the default) or remove the key.",
     "[train\nnum_steps = 3": "workflow.toml:1:7: not valid TOML (Expected ']' at the end of a table declaration). "
     "Fix the line.",
+    "[train]\nnum_steps = 3\nnum_steps = 4\n": "workflow.toml:3:14: not valid TOML "
+    "(Cannot overwrite a value). Fix the line.",
+    "[train]\nnum_steps = 3\nnum_steps = 4": "workflow.toml:3: not valid TOML (Cannot overwrite a value). "
+    "Fix the line or one before it.",
+    "a = " + 5000 * "[": "workflow.toml: not valid TOML (nested too deeply). Fix the file.",
 }
 
 
 @pytest.mark.parametrize("text", ONE_MISTAKE)
 def test_a_mistake_is_told_whole(folder: Path, text: str) -> None:
     assert "\n".join(mistakes(folder, text)) == ONE_MISTAKE[text]
+
+
+def test_mistakes_of_every_kind_are_told_in_the_order_of_the_file(folder: Path) -> None:
+    text = """
+[benchmark]
+models = ["quantize:q9"]
+[[quantize]]
+name = "q4"
+input = "tarin"
+[tarin]
+[pretokenize]
+sources = ["gone"]
+"""
+    assert [line.partition(":")[2].partition(" =")[0].strip() for line in mistakes(folder, text)] == [
+        "benchmark.models",
+        "quantize[0].input",
+        "tarin: unknown key. Did you mean train?",
+        "pretokenize.sources",
+    ]
+
+
+@pytest.mark.parametrize(
+    "variant", ['name = "q4"\nbits = 7', 'name = "q 4"', 'name = "q"\nmatrix = {}', 'name = "q4"\ninput = 3']
+)
+def test_a_reference_to_a_variant_that_could_not_be_read_is_no_second_mistake(folder: Path, variant: str) -> None:
+    text = f'[[quantize]]\n{variant}\n[benchmark]\nmodels = ["quantize:q4", "quantize:q 4"]\n'
+    assert len(mistakes(folder, text)) == 1
+
+
+def test_a_table_that_could_not_be_read_is_asked_for_nothing(folder: Path) -> None:
+    text = '[[train]]\nname = "a"\n[quantize]\nbits = 7\n[profile]\ninput = "train:a"\n'
+    text += '[benchmark]\ninput = "train:a"\nmodels = ["train:a"]'
+    assert [line.partition(" =")[0] for line in mistakes(folder, text)] == ["workflow.toml: quantize.bits"]
+
+
+def test_a_byte_order_mark_does_no_harm(folder: Path) -> None:
+    (folder / "workflow.toml").write_bytes(b"\xef\xbb\xbf[train]\nnum_steps = 7\n")
+    assert "num_steps = 7" in resolved_toml(load_workflow(Path("workflow.toml")))
+
+
+def test_a_file_that_cannot_be_read_is_told(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(Path("file/workflow.toml"))
+    assert str(caught.value) == "file/workflow.toml: cannot be read (Not a directory). Mend it, or name another."
+
+
+@pytest.mark.parametrize("size", ["1 TiB", "12GB", "512 MiB", "80 %", "0.5gb"])
+def test_a_memory_limit_is_a_share_or_a_size(folder: Path, size: str) -> None:
+    (folder / "workflow.toml").write_text(f'[workflow]\nmemory_limit = "{size}"')
+    assert load_workflow(Path("workflow.toml")).settings.memory_limit == size
 
 
 def test_a_missing_file_is_told(folder: Path) -> None:

@@ -32,6 +32,23 @@ def test_any_text_comes_back_unchanged(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokens[:-1].tolist(), skip_special_tokens=False) == text
 
 
+def test_the_saved_files_give_transformers_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(
+        tokenizer,
+        tokenizer_file=tmp_path / "tokenizer.json",
+        config_file=tmp_path / "tokenizer_config.json",
+        context_length=64,
+    )
+    opened = AutoTokenizer.from_pretrained(tmp_path)
+    assert (opened.eos_token_id, opened.model_max_length) == (0, 64)
+    for text in (text for text in (*TEXTS, *AWKWARD) if END_OF_TEXT not in text):
+        tokens, _ = encode_documents(tokenizer, [text])
+        assert opened(text)["input_ids"] == tokens[:-1].tolist()
+        assert opened.decode(tokens[:-1].tolist()) == text
+
+
 def test_offsets_tell_where_each_document_lies(tokenizer: Tokenizer) -> None:
     texts = TEXTS * 200 + [""]
     tokens, offsets = encode_documents(tokenizer, texts)

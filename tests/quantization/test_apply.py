@@ -1,7 +1,12 @@
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
 
+from mlxflow import models
 from mlxflow.errors import CallError
 from mlxflow.quantization.apply import quantize
 
@@ -32,6 +37,48 @@ def test_a_group_size_that_divides_nothing_is_told() -> None:
     assert str(caught.value) == (
         "quantize:q4.group_size = 128: divides the width of no layer. Use a smaller one or wider layers."
     )
+
+
+def _llama() -> tuple[nn.Module, dict[str, Any]]:
+    config = models.llama_config(
+        vocab_size=60,
+        context_length=8,
+        hidden_size=128,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=96,
+        tie_word_embeddings=True,
+        rope_theta=1e4,
+        end_of_text=0,
+    )
+    return models.build(config, seed=0), config
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "mode"),
+    [
+        *[(bits, 32, "affine") for bits in (2, 3, 4, 5, 6, 8)],
+        (4, 64, "affine"),
+        (4, 128, "affine"),
+        (4, 32, "mxfp4"),
+        (8, 32, "mxfp8"),
+        (4, 16, "nvfp4"),
+    ],
+)
+def test_every_setting_gives_the_tensors_and_the_config_of_mlx_lm(bits: int, group_size: int, mode: str) -> None:
+    (ours, config), (theirs, their_config) = _llama(), _llama()
+    done = quantize(ours, config, bits=bits, group_size=group_size, mode=mode, key="quantize")
+    theirs, their_config = quantize_model(theirs, their_config, group_size, bits, mode)
+    first, second = dict(tree_flatten(ours.parameters())), dict(tree_flatten(theirs.parameters()))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype == second[name].dtype, name
+        assert mx.array_equal(value, second[name]), name
+    assert done.config["quantization"] == their_config["quantization"]
+    assert done.config["quantization_config"] == their_config["quantization_config"]
+    packed = {path for path, module in ours.named_modules() if hasattr(module, "scales")}
+    assert set(done.layers) == packed != set()
 
 
 @pytest.mark.parametrize(("bits", "largest_error"), [(8, 0.01), (4, 0.15)])

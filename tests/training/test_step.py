@@ -66,6 +66,25 @@ def test_a_compiled_step_does_what_the_operations_do_one_by_one() -> None:
         assert not mx.array_equal(value, before[name]), name
 
 
+def test_a_gradient_of_a_larger_norm_is_scaled_down_to_it() -> None:
+    batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
+    moved = []
+    for max_grad_norm in (1e9, 0.01):
+        model = _model()
+        optimizer = optim.SGD(1.0)
+        optimizer.init(model.trainable_parameters())
+        before = {name: mx.array(value) for name, value in _weights(model).items()}
+        step, state = compile_step(model, optimizer, max_grad_norm=max_grad_norm)
+        _, norm = step(batch)
+        mx.eval(norm, state)
+        squares = [float(mx.square(value - before[name]).sum()) for name, value in _weights(model).items()]
+        moved.append((math.sqrt(sum(squares)), float(norm)))
+    (free, whole), (clipped, told) = moved
+    assert whole == pytest.approx(told) == pytest.approx(free, rel=1e-3)
+    assert whole > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-2)
+
+
 def test_a_step_learns_rows_by_heart() -> None:
     model = _model()
     table = np.random.default_rng(0).integers(0, 50, (4, 9)).astype(np.uint16)
