@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mlxflow.errors import MlxflowError
+from mlxflow.errors import CallError, MlxflowError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +79,29 @@ def _doctor(parsed: argparse.Namespace) -> int:
     return examine()
 
 
+def _check_generate(parsed: argparse.Namespace) -> None:
+    """Refuse what mlx-lm would answer with a traceback, or without end."""
+    wanted = (
+        ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a text to continue", "Write a word at least"),
+        ("--max-tokens", parsed.max_tokens, parsed.max_tokens > 0, "expected at least 1", "Use 100 (the default)"),
+        ("--temperature", parsed.temperature, parsed.temperature >= 0, "expected 0 or more", "Use 0 (the default)"),
+        (
+            "--seed",
+            parsed.seed,
+            0 <= parsed.seed < 2**64,
+            "expected a number from 0 to 2^64 - 1",
+            "Use 0 (the default)",
+        ),
+    )
+    lines = [
+        f"generate: {name} = {value!r}: {said}. {advice}." for name, value, fits, said, advice in wanted if not fits
+    ]
+    if lines:
+        raise CallError(*lines)
+
+
 def _generate(parsed: argparse.Namespace) -> None:
+    _check_generate(parsed)
     from mlxflow import cpu
 
     cpu.prepare()

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 _PARTIAL_SUFFIX = ".partial"
 
+# A full disk, one that may not be written, and a file where a folder has to be
+_UNWRITABLE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+)
+
 # safetensors' names of the types that numpy has, by numpy's names, and the other way round
 _SAFETENSORS_NAMES = {
     "uint8": "U8",
@@ -63,9 +68,9 @@ def publishing(folder: Path) -> Iterator[Path]:
         _swap(private, folder)
         _flush(folder.parent)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in _UNWRITABLE:
             raise
-        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if os.access(p, os.F_OK))).free
         where = error.filename or folder
         raise StageError(
             f"{where}: cannot be written ({error.strerror}; {free:,} bytes free). Make room or choose another folder; "

@@ -29,9 +29,9 @@ def hold(path: Path, waiting: str, *, wait: bool) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = path.open("a+")
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise
-        yield  # where nothing can be written nobody else is at work
+        yield  # where nothing can be written nobody else is at work; whoever must write says so
         return
     with opened as file:
         try:

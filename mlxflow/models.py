@@ -101,6 +101,22 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
+def load_dense(folder: Path, key: str) -> nn.Module:
+    """Return the model of a folder for training.
+
+    Args:
+        folder: a model folder.
+        key: the setting that names it, for the message.
+
+    Raises:
+        ArtifactError: the folder is no model folder, or its model is quantized.
+    """
+    model, config = load(folder)
+    if "quantization" in config:
+        raise ArtifactError(f"{key}: {folder} is quantized, and training steps need a dense model. Name a train stage.")
+    return model
+
+
 def save(
     *,
     model: nn.Module,
@@ -163,7 +179,8 @@ def generate(folder: Path, *, prompt: str, max_tokens: int, temperature: float, 
     try:
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({error}). Build it again.") from error
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error
     mx.random.seed(seed)
     yield prompt
     sampler = make_sampler(temp=temperature)

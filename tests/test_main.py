@@ -119,6 +119,54 @@ def test_generate_from_what_is_no_model_folder_is_told(built: Path) -> None:
     assert result.stderr == "notes: no model folder (it has no config.json). Name one such as artifacts/train.\n"
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--prompt", "", "generate: --prompt = '': expected a text to continue. Write a word at least."),
+        ("--max-tokens", "0", "generate: --max-tokens = 0: expected at least 1. Use 100 (the default)."),
+        ("--max-tokens", "-3", "generate: --max-tokens = -3: expected at least 1. Use 100 (the default)."),
+        ("--temperature", "-1", "generate: --temperature = -1.0: expected 0 or more. Use 0 (the default)."),
+        ("--temperature", "nan", "generate: --temperature = nan: expected 0 or more. Use 0 (the default)."),
+        ("--seed", "-1", "generate: --seed = -1: expected a number from 0 to 2^64 - 1. Use 0 (the default)."),
+    ],
+)
+def test_generate_refuses_a_call_that_does_not_fit(built: Path, option: str, value: str, said: str) -> None:
+    arguments = {"--prompt": "note", option: value}
+    call = [f"{name}={given}" for name, given in arguments.items()]
+    result = mlxflow(built, "generate", "artifacts/train", *call)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{said}\n")
+
+
+def test_generate_without_a_tokenizer_is_told_in_one_line(job_copy: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (job_copy / "artifacts/train" / name).unlink()
+    result = mlxflow(job_copy, "generate", "artifacts/train", "--prompt", "note")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("artifacts/train: its tokenizer cannot be opened (")
+
+
+@pytest.mark.parametrize("stage", ["profile", "benchmark"])
+def test_training_steps_on_a_quantized_model_are_refused(job_copy: Path, stage: str) -> None:
+    workflow = job_copy / "workflow.toml"
+    workflow.write_text(workflow.read_text().replace(f"[{stage}]", f'[{stage}]\ninput = "quantize:q4"'))
+    result = mlxflow(job_copy, "run", stage)
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"{stage}.input: artifacts/quantize/q4 is quantized, and training steps need a dense model. "
+        "Name a train stage.\n",
+    )
+
+
+def test_a_file_where_artifacts_belong_is_told(job: Path) -> None:
+    (job / "artifacts").write_text("a file")
+    result = mlxflow(job, "run", "pretokenize")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "cannot be written (" in result.stderr
+    assert (job / "artifacts").read_text() == "a file"
+
+
 def test_doctor_tells_the_device_and_the_versions(tmp_path: Path) -> None:
     result = mlxflow(tmp_path, "doctor")
     assert result.returncode == 0, result.stderr

@@ -21,7 +21,8 @@ def source_files(source: str, root: Path) -> list[Path]:
     """Return the files that a source names, in sorted order, relative to `root` where the source is.
 
     Args:
-        source: a file, a glob or a folder; a folder is walked, hidden files and folders are left out.
+        source: a file, a glob or a folder; a folder is walked, hidden files and folders are left out;
+            what the workflow itself writes is no source unless it is named outright.
         root: the workflow's folder, from which relative sources begin.
     """
     place = root / source
@@ -32,9 +33,18 @@ def source_files(source: str, root: Path) -> list[Path]:
     else:
         import glob
 
-        found = [p for p in map(Path, glob.iglob(str(place), recursive=True)) if p.is_file()]  # noqa: PTH207
+        matching = (root / name for name in glob.iglob(source, root_dir=root, recursive=True))  # noqa: PTH207
+        found = [path for path in matching if path.is_file()]
+    found = [path for path in found if not _is_made_here(path, source, root)]
     found.sort(key=lambda path: path.as_posix())
     return [path.relative_to(root) if not Path(source).is_absolute() else path for path in found]
+
+
+def _is_made_here(path: Path, source: str, root: Path) -> bool:
+    """Return whether a file is written by the workflow itself, and the source does not name that place outright."""
+    if Path(source).parts[:1] in (("artifacts",), ("mlxflow.lock",)) or not path.is_relative_to(root):
+        return False
+    return path.relative_to(root).parts[0] in ("artifacts", "mlxflow.lock")
 
 
 def _is_hidden(relative: Path) -> bool:

@@ -64,7 +64,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     profiler = MemoryProfiler()
     before = profiler.read()
     with profile_memory(profiler, "load_model"):
-        model, _ = models.load(inputs.model.parent)
+        model = models.load_dense(inputs.model.parent, f"{context.task}.input")
     seed = derive_seed(context.seed, context.task)
     step = steps_on(
         model,

@@ -27,6 +27,19 @@ def test_a_glob_and_a_file_name_what_they_match(tmp_path: Path) -> None:
     assert source_files("none", tmp_path) == []
 
 
+def test_a_folder_with_brackets_in_its_name_is_only_a_folder(tmp_path: Path) -> None:
+    root = tmp_path / "a[1]"
+    _write(root, "b.txt")
+    assert [p.as_posix() for p in source_files("*.txt", root)] == ["b.txt"]
+
+
+@pytest.mark.parametrize("source", [".", "**/*.txt"])
+def test_what_the_workflow_writes_is_no_source_of_its_own(tmp_path: Path, source: str) -> None:
+    _write(tmp_path, "a.txt", "artifacts/logs/train.txt", "deep/artifacts/b.txt")
+    assert [p.as_posix() for p in source_files(source, tmp_path)] == ["a.txt", "deep/artifacts/b.txt"]
+    assert [p.as_posix() for p in source_files("artifacts/logs", tmp_path)] == ["artifacts/logs/train.txt"]
+
+
 def test_the_standard_library_is_sorted_large_and_without_tests_or_packages() -> None:
     files = builtin_files(PYTHON_STDLIB)
     relative = [path.relative_to(Path(os.__file__).parent) for path in files]
