@@ -47,6 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("stage", help="such as train or quantize:q4")
     run.add_argument("--into", type=Path, help="write the artifact there instead; the workflow's own is left alone")
     add_workflow(run)
+    show = add("show", _show, "print an artifact for a person: packed rows with their documents and loss masks")
+    show.add_argument("stage", help="such as pretokenize")
+    show.add_argument("--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones")
+    add_workflow(show)
     add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
     generate = add("generate", _generate, "let a trained or quantized model continue a text")
     generate.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
@@ -71,6 +75,14 @@ def _run(parsed: argparse.Namespace) -> None:
     workflow = load_workflow(parsed.workflow)
     run = run_stage if started_by_doit else run_alone
     run(workflow, workflow.find(parsed.stage), parsed.into)
+
+
+def _show(parsed: argparse.Namespace) -> None:
+    from mlxflow.show import show
+    from mlxflow.workflow import load_workflow
+
+    workflow = load_workflow(parsed.workflow)
+    show(workflow, workflow.find(parsed.stage), parsed.row)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

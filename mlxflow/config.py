@@ -93,7 +93,8 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
         values[fields[name].name] = _read_value(value, fields[name], types[fields[name].name], file, dotted, lines)
     for name, field in fields.items():
         if name not in table and field.required:
-            problem = Problem(name, msgspec.UNSET, "missing", f"Add {name} to [{key}].")
+            where = key if key.endswith("]") else f"[{key}]"
+            problem = Problem(name, msgspec.UNSET, "missing", f"Add {name} to {where}.")
             lines.append(word(problem, file, key))
     if len(lines) > before:
         return None
@@ -124,17 +125,52 @@ def _read_value(
     bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
         return read_struct(value, bare, file=file, key=dotted, lines=lines)
-    item = get_args(bare)[0] if get_origin(bare) is tuple else None
-    if isinstance(item, type) and issubclass(item, msgspec.Struct) and isinstance(value, list):
-        return tuple(
-            read_struct(one, item, file=file, key=f"{dotted}[{i}]", lines=lines) for i, one in enumerate(value)
-        )
+    item = struct_in(bare)
+    if (
+        item is not None
+        and isinstance(value, list)
+        and (get_args(bare)[0] is item or any(isinstance(one, dict) for one in value))
+    ):
+        return _read_items(value, item, field, type_, file, dotted, lines)
     try:
         return msgspec.convert(value, type_)
     except msgspec.ValidationError:
         advice = f"Set {dotted} to one." if field.required else _advise_default(dotted, field)
         lines.append(word(Problem("", value, f"expected {describe(type_)}", advice), file, dotted))
         return None
+
+
+def struct_in(type_: Any) -> type[msgspec.Struct] | None:
+    """Return the struct that the entries of a tuple type are or may be, or None."""
+    if get_origin(type_) is not tuple:
+        return None
+    item = get_args(type_)[0]
+    for one in (item, *get_args(item)):
+        if isinstance(one, type) and issubclass(one, msgspec.Struct):
+            return one
+    return None
+
+
+def _read_items(
+    value: list[object],
+    item: type[msgspec.Struct],
+    field: msgspec.structs.FieldInfo,
+    type_: Any,
+    file: str,
+    dotted: str,
+    lines: list[str],
+) -> tuple[object, ...]:
+    """Read a list of tables, or of tables and plain values."""
+    bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
+    takes_tables_only = get_args(bare)[0] is item
+    read: list[object] = []
+    for index, one in enumerate(value):
+        if isinstance(one, dict) or takes_tables_only:
+            read.append(read_struct(one, item, file=file, key=f"{dotted}[{index}]", lines=lines))
+        else:
+            found = _read_value([one], field, type_, file, f"{dotted}[{index}]", lines)
+            read += found if isinstance(found, tuple) else [None]
+    return tuple(read)
 
 
 def _advise_default(dotted: str, field: msgspec.structs.FieldInfo) -> str:

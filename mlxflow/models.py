@@ -117,6 +117,19 @@ def load_dense(folder: Path, key: str) -> nn.Module:
     return model
 
 
+def vocab_size(folder: Path) -> int:
+    """Return how many ids the model of a folder knows, as its config tells; without limit where it does not.
+
+    Raises:
+        ArtifactError: the folder has no config.json.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder}: no model folder (its config.json: {error}). Build it again.") from error
+    return int(config.get("vocab_size", 2**62))
+
+
 def save(
     *,
     model: nn.Module,

@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 
 import msgspec
 
-from mlxflow.config import default_of, describe, toml_value
+from mlxflow.config import default_of, describe, struct_in, toml_value
 from mlxflow.workflow import STAGES, Settings
 
 
@@ -28,14 +28,22 @@ def _rows(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
     types = get_type_hints(struct, include_extras=True)
     for field in msgspec.structs.fields(struct):
         type_ = types[field.name]
-        key = f"{table}.{field.name}"
+        key = f"{table}.{field.encode_name}"
         bare = (get_args(type_) or (type_,))[0]
         if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
             yield from _rows(key, bare)
             continue
+        item = struct_in(bare)
+        nested = list(_rows(f"{key}[]", item)) if item is not None else []
         help_ = next(meta.description for meta in get_args(type_) if isinstance(meta, msgspec.Meta))
-        cells = (f"`{key}`", f"`{toml_value(default_of(field))}`", describe(type_), help_ or "")
+        cells = (
+            f"`{key}`",
+            f"`{toml_value(default_of(field))}`" if not field.required else "required",
+            describe(type_),
+            help_ or "",
+        )
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        yield from nested
 
 
 if __name__ == "__main__":

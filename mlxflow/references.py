@@ -1,5 +1,7 @@
 """Answers one stage's questions about the artifacts of the others and about sources, and notes what is not there."""
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
@@ -23,7 +25,7 @@ class References:
         lines: where the messages go.
 
     Attributes:
-        source_patterns: the sources that were asked for, as written.
+        source_patterns: the sources that were asked for, as written, and whether each has to name a file.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class References:
         self._shown = shown
         self._table = table
         self._lines = lines
-        self.source_patterns: list[str] = []
+        self.source_patterns: list[tuple[str, bool]] = []
 
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`."""
@@ -76,17 +78,47 @@ class References:
 
     def sources(self, patterns: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
         """Return the files that sources name, in a fixed order."""
-        self.source_patterns += patterns
         found: list[Path | Corpus] = []
         for pattern in patterns:
-            found += self._builtin(pattern, key) if pattern.startswith("builtin:") else self._files(pattern, key)
+            if pattern.startswith("builtin:"):
+                found += self._builtin(pattern, key)
+            elif pattern.startswith(sources.HF) and not (self._root / pattern.removeprefix(sources.HF)).is_dir():
+                found += self._data_set(pattern, key)
+            else:
+                self.source_patterns.append((pattern, True))
+                found += self._files(pattern, key)
         return tuple(dict.fromkeys(found))
+
+    def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
+        """Return single files."""
+        for name in names:
+            self.source_patterns.append((name, True))
+            if not (self._root / name).is_file():
+                self._note(key, name, "names no file", "Name one, relative to the workflow file.")
+        return tuple(Path(name) for name in names)
+
+    def tokenizer(self, name: str, key: str) -> tuple[Path, ...]:
+        """Return the tokenizer files of a folder."""
+        if not (self._root / name).is_dir():
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name) or name.startswith("."):
+                self._note(key, name, "no such folder", "Name a folder with a tokenizer.json, or a hub id.")
+            return ()
+        found = []
+        for file in sources.TOKENIZER_FILES:
+            pattern = f"{name.rstrip('/')}/{file}"
+            self.source_patterns.append((pattern, False))
+            found += sources.source_files(pattern, self._root)
+        if not any(path.name == "tokenizer.json" for path in found):
+            self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
+        return tuple(found)
 
     def _files(self, pattern: str, key: str) -> list[Path]:
         try:
             files = sources.source_files(pattern, self._root) if pattern else []
         except OSError as error:
-            self._note(key, pattern, f"cannot be looked up ({error.strerror})", _NAME_TEXT)
+            folder = os.path.relpath(error.filename, self._root) if error.filename else pattern
+            where = f": {folder}" if folder != pattern else ""
+            self._note(key, pattern, f"cannot be looked up ({error.strerror}{where})", _NAME_TEXT)
             return []
         if not files:
             empty = bool(pattern) and (self._root / pattern).is_dir()
@@ -94,6 +126,12 @@ class References:
         elif not any((self._root / path).stat().st_size for path in files):
             self._note(key, pattern, "holds no text", _NAME_TEXT)
         return files
+
+    def _data_set(self, name: str, key: str) -> list[Corpus]:
+        if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name):
+            return [Corpus(name)]
+        self._note(key, name, "no such folder and no data set's name", 'Write "hf:FOLDER" or "hf:OWNER/NAME@REVISION".')
+        return []
 
     def _builtin(self, name: str, key: str) -> list[Corpus]:
         if name in sources.BUILTINS:

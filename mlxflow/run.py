@@ -30,8 +30,10 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
     Raises:
         MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
     """
-    cpu.prepare()
     begin = time.perf_counter()
+    uses_device = getattr(one.module, "USES_DEVICE", True)
+    if uses_device:
+        cpu.prepare()
     cache = DigestCache(workflow.state / "digests.json")
     try:
         identities = _identify_inputs(workflow, one, cache)
@@ -45,10 +47,10 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         "mlxflow": version("mlxflow"),
         "mlx": version("mlx"),
     }
-    chosen = device.select(workflow.settings.device)
-    if chosen == "cpu" and getattr(one.module, "USES_DEVICE", True) and (notice := cpu.notice()):
+    chosen = device.select(workflow.settings.device) if uses_device else "cpu"
+    if chosen == "cpu" and uses_device and (notice := cpu.notice()):
         print(notice, file=sys.stderr)
-    limit = _limit_memory(workflow)
+    limit = _limit_memory(workflow) if uses_device else 0
     folder = into or workflow.root / one.folder
     with artifact.publishing(folder) as private:
         outputs = stage.rooted(one.module.Outputs(), private)
@@ -62,10 +64,13 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
                 device=chosen,
                 memory_limit_bytes=limit,
                 provenance=provenance,
+                root=workflow.root,
+                state=workflow.state,
+                tasks=tuple(one.task for one in workflow.stages),
                 folder=private,
             ),
         )
-        run = {"seconds": round(time.perf_counter() - begin, 3), **_describe_run(chosen)}
+        run = {"seconds": round(time.perf_counter() - begin, 3), **_describe_run(chosen if uses_device else None)}
         run |= report.pop("run", {})
         artifact.write_report(outputs.report, {"stage": provenance, **report, "run": run})
         unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
@@ -115,19 +120,28 @@ def _limit_memory(workflow: Workflow) -> int:
     return limit
 
 
-def _describe_run(chosen: str) -> dict[str, Any]:
-    """Return what may differ between two equal runs."""
+def _describe_run(chosen: str | None) -> dict[str, Any]:
+    """Return what may differ between two equal runs.
+
+    Args:
+        chosen: the device, or None where the stage does without; then MLX is not even imported.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }
+    if chosen is None:
+        return {"device_name": device.processor(), **told}
     import mlx.core as mx
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "device": chosen,
         "device_name": device.name(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+        **told,
         "blas": cpu.prepare() or "built in",
         "peak_memory_bytes": mx.get_peak_memory(),
-        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
     }
 
 

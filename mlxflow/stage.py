@@ -9,8 +9,9 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder
     run       the work, returns what goes into its report; heavy imports happen inside it
 
-It may have two more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on, and
-`USES_DEVICE = False` where it does not compute on MLX's device.
+It may have three more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
+`USES_DEVICE = False` where it does not compute on MLX's device, and `MANNER`, the keys of its table that say how the
+work is done and change nothing of what comes out: the artifact is not stale when they change.
 
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """
@@ -58,6 +59,14 @@ class Artifacts(Protocol):
         """Return the files that sources name, in a fixed order; a source without files is noted as a problem."""
         ...
 
+    def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
+        """Return single files; one that is not there is noted as a problem."""
+        ...
+
+    def tokenizer(self, name: str, key: str) -> tuple[Path, ...]:
+        """Return the tokenizer files of a folder; none where the name is one of the hub."""
+        ...
+
 
 @runtime_checkable
 class StageModule(Protocol):
@@ -90,8 +99,11 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         task: the stage's name, with `:variant` where it has one.
         seed: the workflow's seed; derive others from it with `derive_seed`.
         device: "gpu" or "cpu", as resolved.
-        memory_limit_bytes: what MLX may use.
+        memory_limit_bytes: what MLX may use; 0 for a stage that does without.
         provenance: what goes into every artifact's header: stage, digests, versions, seed.
+        root: the workflow's folder.
+        state: the folder for what is remembered between runs.
+        tasks: every stage and variant of the workflow.
         folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
     """
 
@@ -100,6 +112,9 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     memory_limit_bytes: int
     provenance: dict[str, str]
+    root: Path
+    state: Path
+    tasks: tuple[str, ...]
     folder: Path
 
 

@@ -60,7 +60,7 @@ class Stage:
         table: the table's key in the file, such as `train` or `quantize[0]`.
         config: the resolved table.
         inputs: what it reads; paths relative to the workflow's folder.
-        source_patterns: the sources among the inputs, as written.
+        source_patterns: the sources among the inputs, as written, and whether each has to name a file.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Stage:
         self.config = config
         self._workflow = workflow
         self.inputs: msgspec.Struct = module.Inputs()
-        self.source_patterns: list[str] = []
+        self.source_patterns: list[tuple[str, bool]] = []
 
     @cached_property
     def name(self) -> str:
@@ -106,9 +106,10 @@ class Stage:
 
     def settings(self) -> dict[str, Any]:
         """Return what the workflow file and the code say of the artifact, as JSON values."""
+        config = json.loads(msgspec.json.encode(self.config))
         return {
             "version": self.module.VERSION,
-            "config": json.loads(msgspec.json.encode(self.config)),
+            "config": {k: v for k, v in config.items() if k not in getattr(self.module, "MANNER", ())},
             "seed": self._workflow.settings.seed,
         }
 
@@ -119,7 +120,7 @@ class Stage:
 
     def corpus_identities(self, cache: DigestCache) -> dict[str, str]:
         """Return the identity of every built-in corpus by its name."""
-        return {corpus.name: sources.builtin_identity(corpus.name, cache) for corpus in self.corpora}
+        return {corpus.name: sources.corpus_identity(corpus.name, cache) for corpus in self.corpora}
 
 
 class Workflow:

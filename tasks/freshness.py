@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mlxflow.data.sources import builtin_identity
+from mlxflow.data.sources import corpus_identity
 from mlxflow.device import environment
 from mlxflow.identity import DigestCache
 from tasks.node import Node
@@ -21,8 +21,8 @@ def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
 
 
 def observe_corpora(node: Node, cache: DigestCache) -> dict[str, str]:
-    """Return the identity of every built-in corpus that a stage reads, by name."""
-    return {name: builtin_identity(name, cache) for name in node.corpora}
+    """Return the identity of every corpus that a stage reads, by name."""
+    return {name: corpus_identity(name, cache) for name in node.corpora}
 
 
 def observe_settings(node: Node) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mlxflow.data.sources import BUILTINS, source_files
 from mlxflow.identity import digest_json
 from tasks.node import Node
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def load_nodes(path: Path, state: Path) -> list[Node]:
@@ -70,15 +70,17 @@ def _recall(remembered: Path, key: str | None, path: Path) -> list[Node] | None:
         if key is None or stored["key"] != key:
             return None
         nodes = [Node.from_json(value) for value in stored["nodes"]]
-        patterns: dict[str, list[str]] = stored["patterns"]
+        patterns: dict[str, list[tuple[str, bool]]] = stored["patterns"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     recalled = []
     for node in nodes:
-        found = [
-            source_files(pattern, path.parent) for pattern in patterns.get(node.task, ()) if pattern not in BUILTINS
-        ]
-        if not all(found):
+        asked = [one for one in patterns.get(node.task, ()) if one[0] not in BUILTINS]
+        try:
+            found = [source_files(pattern, path.parent) for pattern, _ in asked]
+        except OSError:
+            return None  # a folder may not be read: the full reading says it best
+        if not all(files or not required for files, (_, required) in zip(found, asked, strict=True)):
             return None  # a source is gone: the full reading says it best
         names = dict.fromkeys(name.as_posix() for files in found for name in files)
         recalled.append(replace(node, inputs=(*names, *node.inputs), command=_command(node.task, path)))
@@ -89,7 +91,9 @@ def _command(task: str, path: Path) -> tuple[str, ...]:
     return (sys.executable, "-m", "mlxflow", "run", task, "--workflow", str(path))
 
 
-def _remember(remembered: Path, key: str | None, nodes: list[Node], patterns: dict[str, list[str]]) -> None:
+def _remember(
+    remembered: Path, key: str | None, nodes: list[Node], patterns: dict[str, list[tuple[str, bool]]]
+) -> None:
     """Keep the graph, without the files that sources name; a folder that cannot be written is left alone."""
     stored: dict[str, Any] = {"key": key, "patterns": patterns, "nodes": []}
     for node in nodes:
@@ -120,7 +124,7 @@ def _refuse_command_names(stages: set[str]) -> None:
         )
 
 
-def _resolve(path: Path) -> tuple[list[Node], dict[str, list[str]]]:
+def _resolve(path: Path) -> tuple[list[Node], dict[str, list[tuple[str, bool]]]]:
     """Read the workflow file; also return the sources of each stage, as written."""
     from mlxflow.stage import summary
     from mlxflow.workflow import load_workflow

@@ -84,22 +84,21 @@ def test_a_corpus_too_small_for_a_batch_keeps_the_old_artifact(
     assert text.count(old) == 1
     workflow.write_text(text.replace(old, new))
     before = (job_copy / "artifacts" / stage / "report.toml").read_bytes()
-    tokens = artifact.read_report(job_copy / "artifacts/pretokenize/report.toml")["train"]["tokens"]
+    rows = artifact.read_report(job_copy / "artifacts/pretokenize/report.toml")["train"]["rows"]
     result = mlxflow(job_copy, "run", stage)
-    assert (result.returncode, result.stderr) == (2, said.format(rows=(tokens - 1) // 16))
+    assert (result.returncode, result.stderr) == (2, said.format(rows=rows))
     assert (job_copy / "artifacts" / stage / "report.toml").read_bytes() == before
     assert artifact.partial_folders(job_copy / "artifacts") == []
 
 
 def test_a_corpus_too_small_for_a_row_is_told(job: Path) -> None:
     for path in (job / "notes").iterdir():
-        path.write_text(path.name)
+        path.write_text("a")
     result = mlxflow(job, "run", "pretokenize")
     assert result.returncode == 2
-    assert result.stderr.startswith("pretokenize.sources: the validation documents have ")
-    assert result.stderr.endswith(
-        " tokens, one row of pretokenize.context_length = 16 needs 17. "
-        "Add text, or lower the context length or raise pretokenize.holdout.\n"
+    assert result.stderr == (
+        "pretokenize.sources: the train documents have 2 tokens, one row of pretokenize.context_length = 16 needs 17. "
+        "Add text, or lower the context length.\n"
     )
     assert not (job / "artifacts/pretokenize").exists()
 
@@ -180,7 +179,7 @@ def test_the_builtin_corpus_is_tokenized(tmp_path: Path) -> None:
     result = mlxflow(tmp_path, "run", "pretokenize")
     assert result.returncode == 0, result.stderr
     report = artifact.read_report(tmp_path / "artifacts/pretokenize/report.toml")
-    assert report["train"]["text_bytes"] + report["validation"]["text_bytes"] > 8_000_000
+    assert report["sources"][0]["text_bytes"] > 8_000_000
     assert report["train"]["documents"] > 300
 
 

@@ -52,8 +52,9 @@ ONE_MISTAKE = {
     "colour = 1": "workflow.toml: colour: unknown key. "
     "Known here: benchmark, pretokenize, profile, quantize, train, workflow.",
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
-    "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: batch_size, betas, eval_every, input, "
-    "learning_rate, log_every, max_grad_norm, max_validation_rows, model, num_steps, warmup_steps, weight_decay.",
+    "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: batch_size, betas, "
+    "document_mask, eval_every, input, learning_rate, log_every, max_grad_norm, max_validation_rows, model, num_steps, "
+    "prefetch_batches, warmup_steps, weight_decay, workers.",
     "[train.model]\nlayers = 1": "workflow.toml: train.model.layers: unknown key. Did you mean train.model.num_layers?",
     'train = "fast"': 'workflow.toml: train = "fast": expected a table. '
     "Write [train] on a line of its own and its keys below it.",
@@ -73,7 +74,7 @@ ONE_MISTAKE = {
     "[pretokenize]\nworkers = 0": "workflow.toml: pretokenize.workers = 0: expected a whole number from 1 to 256. "
     "Use pretokenize.workers = 8 (the default) or remove the key.",
     "[pretokenize]\nsources = []": "workflow.toml: pretokenize.sources = []: "
-    "expected a list of at least 1, each text. "
+    "expected a list of at least 1, each text or a table. "
     'Use pretokenize.sources = ["builtin:python-stdlib"] (the default) or remove the key.',
     '[pretokenize]\nsources = ["no/such.txt"]': 'workflow.toml: pretokenize.sources = "no/such.txt": names no file. '
     "Name a file, a folder or a glob with text in it.",

@@ -1,54 +1,215 @@
-"""Which files a source names, and the documents in them."""
+"""Which files a source names. Imported by every `doit`, so it imports nothing heavy."""
 
-import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from mlxflow.errors import SourceError
-from mlxflow.identity import DigestCache, digest_file, digest_json
+from mlxflow.identity import DigestCache, digest_file, digest_json, digest_text
 
 #: The text of the running Python's standard library sources: about 12 MB of English and code on every machine.
 PYTHON_STDLIB = "builtin:python-stdlib"
 
 BUILTINS = (PYTHON_STDLIB,)
 
+#: What a data set of the `datasets` library begins with.
+HF = "hf:"
+
+#: The files of a folder made for `mlx_lm.lora`, by the side that each of them is.
+SPLIT_FILES = {"train.jsonl": "train", "valid.jsonl": "validation", "test.jsonl": "test"}
+
+#: What a folder may hold of a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
+# In a folder these are no text, and too large to open just to learn it; every other file is asked for its first bytes.
+_BINARY_SUFFIXES = frozenset(
+    [
+        ".7z",
+        ".a",
+        ".avi",
+        ".bin",
+        ".bmp",
+        ".bz2",
+        ".class",
+        ".db",
+        ".dll",
+        ".dmg",
+        ".doc",
+        ".docx",
+        ".dylib",
+        ".exe",
+        ".flac",
+        ".gguf",
+        ".gif",
+        ".ico",
+        ".iso",
+        ".jar",
+        ".jpeg",
+        ".jpg",
+        ".m4a",
+        ".mkv",
+        ".mov",
+        ".mp3",
+        ".mp4",
+        ".npy",
+        ".npz",
+        ".o",
+        ".ogg",
+        ".onnx",
+        ".otf",
+        ".pdf",
+        ".pickle",
+        ".pkl",
+        ".png",
+        ".ppt",
+        ".pptx",
+        ".pt",
+        ".pth",
+        ".pyc",
+        ".pyd",
+        ".rar",
+        ".safetensors",
+        ".so",
+        ".sqlite",
+        ".tar",
+        ".tgz",
+        ".tiff",
+        ".ttf",
+        ".wasm",
+        ".wav",
+        ".webm",
+        ".webp",
+        ".whl",
+        ".woff",
+        ".woff2",
+        ".xls",
+        ".xlsx",
+        ".xz",
+        ".zip",
+    ]
+)
 
-def source_files(source: str, root: Path) -> list[Path]:
-    """Return the files that a source names, in sorted order, relative to `root` where the source is.
+
+class Found(NamedTuple):
+    """What a source names.
+
+    Attributes:
+        files: in sorted order, relative to the workflow's folder where the source is.
+        hidden: files and folders left out because their names begin with a dot.
+        binary: files left out because of their suffix.
+        broken_links: symbolic links left out because they lead nowhere or in a circle.
+    """
+
+    files: list[Path]
+    hidden: int = 0
+    binary: int = 0
+    broken_links: int = 0
+
+
+def find(source: str, root: Path) -> Found:
+    """Look up a source.
+
+    A folder is walked; symbolic links are followed, each folder once. One that holds `train.jsonl` beside
+    `valid.jsonl` or `test.jsonl` was made for `mlx_lm.lora` and is those files alone. What the workflow itself
+    writes is no source unless it is named outright.
 
     Args:
-        source: a file, a glob or a folder; a folder is walked, hidden files and folders are left out;
-            what the workflow itself writes is no source unless it is named outright.
+        source: a file, a glob, a folder, or `hf:FOLDER`.
         root: the workflow's folder, from which relative sources begin.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
-    place = root / source
+    place = root / source.removeprefix(HF)
     if place.is_file():
-        found = [place]
+        found = Found([place])
+    elif place.is_dir() and source.startswith(HF):
+        found = _Walk(binary=True).walk(place)
+    elif is_split(place):
+        found = Found([place / name for name in SPLIT_FILES if (place / name).is_file()])
     elif place.is_dir():
-        found = [p for p in place.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(place))]
+        found = _Walk().walk(place)
+    elif source.startswith(HF):
+        found = Found([])
     else:
         import glob
 
+        if os.path.islink(place):  # noqa: PTH114 - one in a circle: say so
+            os.stat(place)  # noqa: PTH116
         matching = (root / name for name in glob.iglob(source, root_dir=root, recursive=True))  # noqa: PTH207
-        found = [path for path in matching if path.is_file()]
-    found = [path for path in found if not _is_made_here(path, source, root)]
-    found.sort(key=lambda path: path.as_posix())
-    return [path.relative_to(root) if not Path(source).is_absolute() else path for path in found]
+        found = Found([path for path in matching if path.is_file()])
+    files = [path for path in found.files if not _is_made_here(path, source, root)]
+    files.sort(key=lambda path: path.as_posix())
+    outside = Path(source.removeprefix(HF)).is_absolute()
+    return found._replace(files=files if outside else [path.relative_to(root) for path in files])
+
+
+def source_files(source: str, root: Path) -> list[Path]:
+    """Return the files that a source names; see `find`."""
+    return find(source, root).files
+
+
+def is_split(folder: Path) -> bool:
+    """Return whether a folder was made for `mlx_lm.lora`, with the sides of its own."""
+    return (folder / "train.jsonl").is_file() and any((folder / name).is_file() for name in list(SPLIT_FILES)[1:])
+
+
+class _Walk:
+    """Walks a folder and what links in it lead to, each folder once."""
+
+    def __init__(self, *, binary: bool = False) -> None:
+        self._takes_binary = binary
+        self._seen: set[tuple[int, int]] = set()
+        self._files: list[Path] = []
+        self._hidden = self._binary = self._broken = 0
+
+    def walk(self, folder: Path) -> Found:
+        self._enter(str(folder), os.stat(folder))  # noqa: PTH116
+        return Found(self._files, self._hidden, self._binary, self._broken)
+
+    def _enter(self, folder: str, status: os.stat_result) -> None:
+        if (status.st_dev, status.st_ino) in self._seen:
+            return
+        self._seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda one: one.name):
+                self._look_at(entry)
+
+    def _look_at(self, entry: "os.DirEntry[str]") -> None:
+        if entry.name.startswith("."):
+            self._hidden += 1
+        elif entry.is_symlink():
+            try:
+                status = entry.stat()
+            except OSError:
+                self._broken += 1
+                return
+            if stat.S_ISDIR(status.st_mode):
+                self._enter(entry.path, status)
+            elif stat.S_ISREG(status.st_mode):
+                self._take(entry)
+        elif entry.is_dir():
+            self._enter(entry.path, entry.stat())
+        elif entry.is_file():
+            self._take(entry)
+
+    def _take(self, entry: "os.DirEntry[str]") -> None:
+        if not self._takes_binary and os.path.splitext(entry.name)[1].lower() in _BINARY_SUFFIXES:  # noqa: PTH122
+            self._binary += 1
+        else:
+            self._files.append(Path(entry.path))
 
 
 def _is_made_here(path: Path, source: str, root: Path) -> bool:
     """Return whether a file is written by the workflow itself, and the source does not name that place outright."""
-    if Path(source).parts[:1] in (("artifacts",), ("mlxflow.lock",)) or not path.is_relative_to(root):
+    if Path(source.removeprefix(HF)).parts[:1] in (("artifacts",), ("mlxflow.lock",)) or not path.is_relative_to(root):
         return False
     return path.relative_to(root).parts[0] in ("artifacts", "mlxflow.lock")
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
 
 
 def builtin_files(name: str) -> list[Path]:
@@ -84,11 +245,15 @@ def _library_entries(folder: str) -> Iterator["os.DirEntry[str]"]:
                 yield from _library_entries(entry.path)
 
 
-def builtin_identity(name: str, cache: DigestCache) -> str:
-    """Return the identity of a built-in corpus: the digest of its files' names and contents.
+def corpus_identity(name: str, cache: DigestCache) -> str:
+    """Return the identity of a corpus that is no file of the project.
 
-    The files are read only when the file system says of any of them that it changed.
+    Of a built-in corpus it is the digest of its files' names and contents; they are read only when the file system
+    says of any of them that it changed. Of a data set on the hub, `hf:NAME@REVISION`, it is the name: what a
+    revision holds does not change, and what the newest one is cannot be asked at every run.
     """
+    if name.startswith(HF):
+        return digest_text(name)
     stats = [(entry.path, entry.stat()) for entry in _library_entries(_library())]
     stamps = sorted((path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in stats)
 
@@ -97,35 +262,3 @@ def builtin_identity(name: str, cache: DigestCache) -> str:
         return digest_json([[p.relative_to(root).as_posix(), digest_file(p).content] for p in builtin_files(name)])
 
     return cache.recall(name, digest_json(stamps), compute)
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """Yield the documents of one file: the `text` of each line of a .jsonl file, else the whole file.
-
-    Raises:
-        SourceError: the file is not UTF-8, or a line is no JSON object with a `text`; names the place.
-    """
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{path}: byte {error.start:,} is not UTF-8. Save the file as UTF-8 or leave it out of pretokenize.sources."
-        ) from error
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _record_text(path, number, line)
-
-
-def _record_text(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise SourceError(f"{path}:{number}: not valid JSON ({error}). Fix the line.") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise SourceError(f'{path}:{number}: expected an object with a "text". Fix the line.')
-    return text

@@ -3,31 +3,93 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
+
 from mlxflow import artifact
-from mlxflow.data.batches import rows
 from mlxflow.errors import ArtifactError, SourceError
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
-class TokenFile(NamedTuple):
-    """The tokens of one side of a corpus.
+class Batch(NamedTuple):
+    """Rows of tokens on their way to the device.
 
     Attributes:
-        tokens: (T,) memory-mapped ids in the smallest unsigned type.
-        document_offsets: (D + 1,) document d is tokens[document_offsets[d]:document_offsets[d + 1]].
-        context_length: positions the model is to see, L.
-        vocab_size: ids there are.
-        end_of_text: the id that ends every document.
+        tokens: (B, L + 1) ids.
+        marks: (B, L + 1) of each token twice the number of its piece in the row, from 1, and 1 if it is trained on;
+            0 where there is no token. Tokens of one piece, and no others, belong to one document.
     """
 
     tokens: "NDArray[Any]"
-    document_offsets: "NDArray[np.int64]"
+    marks: "NDArray[Any]"
+
+    @property
+    def targets(self) -> int:
+        """Tokens that the model learns to predict."""
+        return int(np.count_nonzero(self.marks[:, 1:] & 1))
+
+
+class Rows(NamedTuple):
+    """Rows of tokens, mapped into memory or not; see `Batch`."""
+
+    tokens: "NDArray[Any]"
+    marks: "NDArray[Any]"
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows, R."""
+        return len(self.tokens)
+
+    def head(self, count: int) -> "Rows":
+        """Return the first rows, as a view."""
+        return Rows(self.tokens[:count], self.marks[:count])
+
+    def take(self, indices: "NDArray[np.int64]") -> Batch:
+        """Return rows by their numbers, (B,), as a copy."""
+        return Batch(self.tokens.take(indices, axis=0), self.marks.take(indices, axis=0))
+
+    def batch(self, begin: int, end: int) -> Batch:
+        """Return rows that follow one another."""
+        return Batch(self.tokens[begin:end], self.marks[begin:end])
+
+
+class PieceAt(NamedTuple):
+    """A part of a document in a row.
+
+    Attributes:
+        document: its number.
+        document_begin: the piece's first token within the document.
+        begin: the piece's first token within the row.
+        end: one past its last.
+    """
+
+    document: int
+    document_begin: int
+    begin: int
+    end: int
+
+
+class TokenFile(NamedTuple):
+    """The rows of one side of a corpus.
+
+    Attributes:
+        path: the file.
+        rows: (R, L + 1) memory-mapped, ids in the smallest unsigned type.
+        context_length: positions the model is to see, L.
+        vocab_size: ids there are.
+        end_of_text: the id that ends a document.
+        has_conversations: whether some of the documents are conversations.
+        targets: tokens that a model learns to predict.
+    """
+
+    path: Path
+    rows: Rows
     context_length: int
     vocab_size: int
     end_of_text: int
+    has_conversations: bool
+    targets: int
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -38,24 +100,14 @@ class TokenFile(NamedTuple):
         """
         metadata = artifact.read_metadata(path)
         try:
-            context_length, vocab_size, end_of_text = (
-                int(metadata[key]) for key in ("context_length", "vocab_size", "end_of_text")
-            )
+            numbers = [int(metadata[key]) for key in ("context_length", "vocab_size", "end_of_text", "targets")]
+            has_conversations = metadata["has_conversations"] == "true"
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: no token file (its metadata lacks {error}). Run: doit pretokenize") from error
-        return cls(
-            artifact.map_tensor(path, "tokens"),
-            artifact.map_tensor(path, "document_offsets"),
-            context_length,
-            vocab_size,
-            end_of_text,
-        )
+        rows = Rows(artifact.map_tensor(path, "tokens"), artifact.map_tensor(path, "marks"))
+        return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3])
 
-    def rows(self) -> "NDArray[Any]":
-        """Return the tokens as rows of inputs and targets, (R, L + 1), without a copy."""
-        return rows(self.tokens, context_length=self.context_length)
-
-    def full_rows(self, batch_size: int, key: str) -> "NDArray[Any]":
+    def full_rows(self, batch_size: int, key: str) -> Rows:
         """Return the rows, at least one batch of them.
 
         Args:
@@ -65,10 +117,57 @@ class TokenFile(NamedTuple):
         Raises:
             SourceError: there are fewer rows.
         """
-        table = self.rows()
-        if len(table) < batch_size:
+        if self.rows.num_rows < batch_size:
             raise SourceError(
-                f"{key} = {batch_size}: the training text fills {len(table)} rows of {self.context_length} tokens. "
-                f"Lower {key} or add text to pretokenize.sources."
+                f"{key} = {batch_size}: the training text fills {self.rows.num_rows} rows of {self.context_length} "
+                f"tokens. Lower {key} or add text to pretokenize.sources."
             )
-        return table
+        return self.rows
+
+    def pieces(self, row: int) -> "list[PieceAt]":
+        """Return the pieces of documents in one row, in their order."""
+        counts = artifact.map_tensor(self.path, "row_pieces")
+        first = int(counts[:row].sum(dtype=np.int64))
+        documents = artifact.map_tensor(self.path, "piece_documents")[first : first + int(counts[row])]
+        begins = artifact.map_tensor(self.path, "piece_begins")[first : first + int(counts[row])]
+        numbers = np.asarray(self.rows.marks[row] >> 1)
+        starts = np.flatnonzero(np.diff(numbers.astype(np.int64), prepend=0))
+        starts = starts[numbers[starts] > 0]
+        lengths = np.bincount(numbers)[numbers[starts]]
+        return [
+            PieceAt(int(document), int(begin), int(start), int(start + length))
+            for document, begin, start, length in zip(documents, begins, starts, lengths, strict=True)
+        ]
+
+    def place(self, document: int) -> tuple[int, int]:
+        """Return the number of a document's file in `files.txt` and its line there; 0 where it is all of the file."""
+        files, places = (artifact.map_tensor(self.path, name) for name in ("document_files", "document_places"))
+        return int(files[document]), int(places[document])
+
+    def documents(self) -> "list[NDArray[Any]]":
+        """Return the tokens of every document, in their order; for small files."""
+        parts: dict[int, list[tuple[int, NDArray[Any]]]] = {}
+        for row in range(self.rows.num_rows):
+            for piece in self.pieces(row):
+                tokens = np.array(self.rows.tokens[row, piece.begin : piece.end])
+                parts.setdefault(piece.document, []).append((piece.document_begin, tokens))
+        return [
+            np.concatenate([tokens for _, tokens in sorted(parts[document], key=lambda one: one[0])])
+            for document in sorted(parts)
+        ]
+
+    def require_vocabulary(self, vocab_size: int, key: str) -> None:
+        """Make sure that a model knows every id.
+
+        Args:
+            vocab_size: of the model.
+            key: the setting that names the model, for the message.
+
+        Raises:
+            ArtifactError: it does not.
+        """
+        if self.vocab_size > vocab_size:
+            raise ArtifactError(
+                f"{key}: the tokens of {self.path.parent} have ids up to {self.vocab_size - 1:,}, the model knows "
+                f"{vocab_size:,}. Name the pretokenize stage that the model was trained on."
+            )

@@ -1,43 +1,80 @@
-"""A byte-level BPE tokenizer, trained here and saved in Hugging Face's form."""
+"""Tokenizers: a byte-level BPE trained here, or one that exists; kept in Hugging Face's form."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mlxflow.data import sources
+from mlxflow.data.chat import CHATML, ChatTemplate, TemplateProblem
+from mlxflow.errors import SourceError
+from mlxflow.identity import digest_json
 
-#: Ends every document; the only special token.
+#: Ends every document that no template ends; the first special token of a tokenizer trained here.
 END_OF_TEXT = "<|endoftext|>"
 
 #: The 256 bytes and END_OF_TEXT: no byte-level vocabulary is smaller.
 SMALLEST_VOCAB_SIZE = 257
 
-# Enough documents for every thread, few enough that their Encoding objects stay small.
-_DOCUMENTS_PER_CALL = 256
+#: The files that a tokenizer's folder may have.
+FILES = sources.TOKENIZER_FILES
 
 
-def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
+class Vocabulary(NamedTuple):
+    """A tokenizer with all that goes with it.
+
+    Attributes:
+        definition: `tokenizer.json`, without truncation or padding.
+        config: `tokenizer_config.json`.
+        size: the largest id and one.
+        end_of_text: the id that ends a document.
+        prefix: the ids that the tokenizer puts before a text.
+        template: of conversations, or None.
+    """
+
+    definition: str
+    config: dict[str, Any]
+    size: int
+    end_of_text: int
+    prefix: tuple[int, ...]
+    template: ChatTemplate | None
+
+    @property
+    def dtype(self) -> "np.dtype[Any]":
+        """The smallest unsigned type that holds every id."""
+        return smallest_dtype(self.size)
+
+    @property
+    def identity(self) -> str:
+        """The digest of all that ids depend on, but for the template."""
+        return digest_json([json.loads(self.definition), self.end_of_text, self.prefix])
+
+
+def smallest_dtype(size: int) -> "np.dtype[Any]":
+    """Return the smallest unsigned type that holds every id of a vocabulary."""
+    return np.min_scalar_type(size - 1)
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens: Iterable[str] = ()) -> Tokenizer:
     """Train a byte-level BPE (GPT-2's pre-tokenizer) on documents.
 
     Any valid UTF-8 text comes back unchanged after decoding. Ids run from 0 to the vocabulary's size less one;
-    END_OF_TEXT is 0.
+    END_OF_TEXT is 0, the other special tokens follow.
 
     Args:
-        documents: the texts; the same texts in the same order give the same tokenizer.
-        vocab_size: ids wanted, END_OF_TEXT included; a small corpus may yield fewer.
+        documents: the texts; the same texts give the same tokenizer.
+        vocab_size: ids wanted, special tokens included; a small corpus may yield fewer.
+        special_tokens: control tokens beside END_OF_TEXT.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[AddedToken(text, special=True) for text in (END_OF_TEXT, *special_tokens)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -45,43 +82,163 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, *, tokenizer_file: Path, config_file: Path, context_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` as transformers and mlx-lm read them."""
-    tokenizer.save(str(tokenizer_file))
-    config = {
+def trained_vocabulary(definition: str, *, context_length: int, template: str | None) -> Vocabulary:
+    """Return a tokenizer trained here with its settings.
+
+    Args:
+        definition: its `tokenizer.json`.
+        context_length: positions the model sees.
+        template: of conversations, where there are any.
+
+    Raises:
+        SourceError: the template is none.
+    """
+    config: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
         "eos_token": END_OF_TEXT,
         "model_max_length": context_length,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    if template is not None:
+        config["chat_template"] = template
+        if template == CHATML:
+            config["eos_token"] = "<|im_end|>"  # noqa: S105 - what generation stops at
+    tokenizer = Tokenizer.from_str(definition)
+    return _vocabulary(tokenizer, config, END_OF_TEXT, "pretokenize.chat_template")
 
 
-def smallest_dtype(vocab_size: int) -> "np.dtype[Any]":
-    """Return the smallest unsigned type that holds every id of a vocabulary."""
-    return np.min_scalar_type(vocab_size - 1)
+def open_vocabulary(files: Mapping[str, Path], *, template: str | None, name: str) -> Vocabulary:
+    """Return a tokenizer that exists.
 
+    Args:
+        files: of its folder, by name; see FILES.
+        template: of conversations, instead of its own.
+        name: the folder or hub id, for the messages.
 
-def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> "tuple[NDArray[Any], NDArray[np.int64]]":
-    """Tokenize documents one after another, each followed by END_OF_TEXT.
-
-    The text END_OF_TEXT inside a document is text, not the special token. The library's own threads do the work.
-
-    Returns:
-        tokens: (T,) in the smallest unsigned type that holds the vocabulary.
-        offsets: (D + 1,) document d is tokens[offsets[d]:offsets[d + 1]].
+    Raises:
+        SourceError: the files are no tokenizer, or one without an end of text.
     """
-    dtype = smallest_dtype(tokenizer.get_vocab_size())
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    pieces = [np.array([*ids, end], dtype) for ids in _encode_all(tokenizer, documents)]
-    offsets = np.zeros(len(pieces) + 1, np.int64)
-    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype), offsets
+    key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
+    if "tokenizer.json" not in files:
+        raise SourceError(
+            f"{key}: has no tokenizer.json. Save it once with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing more precise
+        raise SourceError(f"{key}: its tokenizer.json cannot be read ({error}). Name another.") from error
+    config = _read_json(files.get("tokenizer_config.json"), key)
+    special = _read_json(files.get("special_tokens_map.json"), key)
+    end = _content(config.get("eos_token")) or _content(special.get("eos_token"))
+    if end is None:
+        raise SourceError(f'{key}: names no eos_token. Add "eos_token" to its tokenizer_config.json.')
+    if template is None and "chat_template.jinja" in files:
+        template = files["chat_template.jinja"].read_text(encoding="utf-8")
+    config = {**config, "eos_token": end}
+    if template is not None:
+        config["chat_template"] = template
+    return _vocabulary(tokenizer, config, end, key)
 
 
-def _encode_all(tokenizer: Tokenizer, documents: Sequence[str]) -> Iterator[list[int]]:
-    tokenizer.encode_special_tokens = True
-    remaining = iter(documents)
-    while batch := list(islice(remaining, _DOCUMENTS_PER_CALL)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield encoding.ids
+def _vocabulary(tokenizer: Tokenizer, config: dict[str, Any], end: str, key: str) -> Vocabulary:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        source = next((one["template"] for one in source if one.get("name") == "default"), None)
+    template = None
+    if source is not None:
+        names = {k: text for k, v in config.items() if k.endswith("_token") and (text := _content(v)) is not None}
+        template = compile_template(source, key, names)
+        _check_markers(tokenizer, template, key)
+    end_of_text = tokenizer.token_to_id(end)
+    if end_of_text is None:
+        raise SourceError(f'{key}: its eos_token {end!r} is not in its vocabulary. Name another "eos_token".')
+    return Vocabulary(tokenizer.to_str(), config, size, end_of_text, _prefix(tokenizer), template)
+
+
+def compile_template(source: str, key: str, names: Mapping[str, str] | None = None) -> ChatTemplate:
+    """Return a compiled chat template.
+
+    Args:
+        source: the Jinja text.
+        key: the setting that names it, for the message.
+        names: special tokens that it may name.
+
+    Raises:
+        SourceError: it is no valid template.
+    """
+    try:
+        return ChatTemplate(source, names or {})
+    except TemplateProblem as error:
+        raise SourceError(f"{key}: the chat template is not valid ({error}). Mend it.") from error
+
+
+def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, key: str) -> None:
+    """Refuse a template whose control tokens the tokenizer takes for plain text.
+
+    Raises:
+        SourceError: there are some; they are named.
+    """
+    wrong = [text for text in template.markers() if text[0] == "<" and tokenizer.token_to_id(text) is None]
+    if wrong:
+        said = ", ".join(repr(text) for text in wrong[:5])
+        raise SourceError(
+            f"{key}: the chat template writes {said}, not a token of this tokenizer. "
+            "Name the template that belongs to it."
+        )
+
+
+def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return what the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    for begin in range(len(whole) - len(plain) + 1):
+        if whole[begin : begin + len(plain)] == plain:
+            return tuple(whole[:begin])
+    return ()
+
+
+def _read_json(path: Path | None, key: str) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SourceError(f"{key}: its {path.name} is not valid JSON ({error}). Name another.") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _content(token: object) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` as transformers and mlx-lm read them."""
+    Tokenizer.from_str(vocabulary.definition).save(str(tokenizer_file))
+    config_file.write_text(json.dumps(dict(sorted(vocabulary.config.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def hub_files(name: str) -> dict[str, Path]:
+    """Return the tokenizer files of a model on the hub, from the local cache where they are, else downloaded.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+
+    Raises:
+        SourceError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
+    except Exception as error:  # of many kinds: no such model, no network, no permission
+        said = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f'pretokenize.tokenizer.from = "{name}": cannot be had from the hub ({said}). '
+            "Name a folder, or fetch it first."
+        ) from error
+    return {file: folder / file for file in FILES if (folder / file).is_file()}

@@ -1,6 +1,7 @@
 """Measure the speed of training, and the size and quality of every model."""
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -9,7 +10,7 @@ from msgspec import Meta
 
 from mlxflow.stage import Artifacts, Context, derive_seed
 
-VERSION = 2
+VERSION = 3
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
@@ -73,7 +74,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     return {
         "training": _benchmark_training(config, inputs, context),
-        "models": _benchmark_models(config, inputs),
+        "models": _benchmark_models(config, inputs, context.task),
     }
 
 
@@ -86,19 +87,23 @@ def _benchmark_training(config: Config, inputs: Inputs, context: Context) -> lis
     from mlxflow.training.step import steps_on
 
     tokens = TokenFile.open(inputs.tokens)
-    table = tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
+    tokens.require_vocabulary(models.vocab_size(inputs.model.parent), f"{context.task}.input")
+    rows = tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
     steps: list[Callable[[], object]] = []
     peaks: list[int] = []
-    for batch_size in config.batch_sizes:
-        before = mx.get_active_memory()  # the models of the other batch sizes are still there
-        model = models.load_dense(inputs.model.parent, f"{context.task}.input")
-        step = steps_on(model, table, batch_size=batch_size, seed=derive_seed(context.seed, context.task))
-        step()  # compiles, and makes the optimizer's state
-        mx.reset_peak_memory()
-        step()
-        peaks.append(max(mx.get_active_memory(), mx.get_peak_memory()) - before)
-        steps.append(step)
-    timings = interleave(steps, num_rounds=config.num_steps)
+    with ExitStack() as running:
+        for batch_size in config.batch_sizes:
+            before = mx.get_active_memory()  # the models of the other batch sizes are still there
+            model = models.load_dense(inputs.model.parent, f"{context.task}.input")
+            seed = derive_seed(context.seed, context.task)
+            step = running.enter_context(steps_on(model, rows, batch_size=batch_size, seed=seed))
+            step()  # compiles, and makes the optimizer's state
+            mx.reset_peak_memory()
+            step()
+            peaks.append(max(mx.get_active_memory(), mx.get_peak_memory()) - before)
+            steps.append(step)
+        timings = interleave(steps, num_rounds=config.num_steps)
+    targets_per_row = tokens.targets / max(1, tokens.rows.num_rows)
     return [
         {
             "batch_size": batch_size,
@@ -107,26 +112,28 @@ def _benchmark_training(config: Config, inputs: Inputs, context: Context) -> lis
             "fastest_step_seconds": timing.fastest,
             "slowest_step_seconds": timing.slowest,
             "samples_per_second": batch_size / timing.median,
-            "tokens_per_second": batch_size * tokens.context_length / timing.median,
+            "tokens_per_second": batch_size * targets_per_row / timing.median,
             "peak_memory_bytes": peak,
         }
         for batch_size, timing, peak in zip(config.batch_sizes, timings, peaks, strict=True)
     ]
 
 
-def _benchmark_models(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
+def _benchmark_models(config: Config, inputs: Inputs, task: str) -> list[dict[str, Any]]:
     from mlxflow import models
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.perplexity import measure_perplexity
 
-    table = TokenFile.open(inputs.validation).rows()[: config.max_validation_rows]
+    tokens = TokenFile.open(inputs.validation)
+    rows = tokens.rows.head(config.max_validation_rows)
     dense_bytes = _file_bytes([inputs.model])
-    rows = []
+    measurements = []
     for reference, path in inputs.models.items():
+        tokens.require_vocabulary(models.vocab_size(path.parent), f"{task}.models")
         model, _ = models.load(path.parent)
-        measured = measure_perplexity(models.for_evaluation(model), table, batch_size=32)
+        measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32)
         model_bytes = _file_bytes([path])
-        rows.append(
+        measurements.append(
             {
                 "model": reference,
                 "model_bytes": model_bytes,
@@ -136,7 +143,7 @@ def _benchmark_models(config: Config, inputs: Inputs) -> list[dict[str, Any]]:
                 "validation_tokens": measured.tokens,
             }
         )
-    return rows
+    return measurements
 
 
 def _file_bytes(paths: Iterable[Path]) -> int:

@@ -1,128 +1,322 @@
-"""Tokenize the corpus once and keep it as memory-mapped token files."""
+"""Tokenize the corpus once and pack it into memory-mapped token files."""
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
+from mlxflow.config import Problem
 from mlxflow.errors import SourceError
-from mlxflow.stage import Artifacts, Context, Corpus
+from mlxflow.stage import Artifacts, Context, Corpus, derive_seed
 
-VERSION = 1
+VERSION = 2
 
 #: Tokenizing is the processor's work: it may go on beside a stage that has the device.
 USES_DEVICE = False
+
+#: Keys that say how the work is done and change nothing of what comes out.
+MANNER = ("workers",)
+
+Format = Literal["auto", "text", "chat", "completions"]
+
+
+class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of `pretokenize.sources` that is a table."""
+
+    path: Annotated[str, Meta(description="as an entry that is text")]
+    weight: Annotated[float, Meta(gt=0, le=1000, description="how often an epoch shows its documents")] = 1.0
+    format: Annotated[Format, Meta(description="of its records; auto: pretokenize.format")] = "auto"
+    text_key: Annotated[str, Meta(description="of a text in a record; empty: pretokenize.text_key")] = ""
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[pretokenize.tokenizer]` table."""
 
+    from_: Annotated[str, Meta(description="a folder with a tokenizer.json, or a hub id; empty: train one here")] = (
+        msgspec.field(default="", name="from")
+    )
     vocab_size: Annotated[
         int, Meta(ge=257, le=1_000_000, description="ids of the byte-level BPE that is trained here")
     ] = 2048
+    max_training_bytes: Annotated[
+        int, Meta(ge=1, description="of a larger corpus, a sample of this size trains the tokenizer")
+    ] = 50_000_000
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a size for a tokenizer that exists."""
+        if self.from_ and self.vocab_size != 2048:
+            expected = "is for a tokenizer trained here, and tokenizer.from names one that exists"
+            yield Problem("vocab_size", self.vocab_size, expected, "Remove one of the two.")
+
+
+Source = str | SourceConfig
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[pretokenize]` table."""
 
     sources: Annotated[
-        tuple[str, ...],
-        Meta(min_length=1, description='files, folders, globs of UTF-8 text or .jsonl, or "builtin:python-stdlib"'),
+        tuple[Source, ...],
+        Meta(
+            min_length=1,
+            description='files, folders, globs, "builtin:python-stdlib" or "hf:NAME"; or tables with a path',
+        ),
     ] = ("builtin:python-stdlib",)
+    validation_sources: Annotated[
+        tuple[Source, ...], Meta(description="documents for validation; none: a share is held out")
+    ] = ()
     holdout: Annotated[float, Meta(gt=0, lt=1, description="share of documents kept for validation, by content")] = 0.02
-    workers: Annotated[int, Meta(ge=1, le=256, description="threads that tokenize")] = 8
+    format: Annotated[Format, Meta(description="what records hold; auto asks each of them")] = "auto"
+    text_key: Annotated[str, Meta(min_length=1, description="of a text in a record, or a table's column")] = "text"
+    chat_template: Annotated[str, Meta(description="a Jinja file; empty: the tokenizer's own, or ChatML")] = ""
+    train_on: Annotated[
+        Literal["completion", "all"], Meta(description="of conversations: what assistants wrote, or every token")
+    ] = "completion"
+    deduplicate: Annotated[bool, Meta(description="leave out all but one of equal documents")] = True
+    on_bad_record: Annotated[
+        Literal["error", "skip"], Meta(description="whether a record that cannot be used ends the stage")
+    ] = "error"
+    max_bad_records: Annotated[
+        float, Meta(ge=0, le=1, description="share of records that may be skipped; the stage fails over it")
+    ] = 0.01
     context_length: Annotated[int, Meta(ge=2, le=1_048_576, description="positions the model sees")] = 64
+    packing: Annotated[Literal["best-fit", "concat", "none"], Meta(description="how documents are laid into rows")] = (
+        "best-fit"
+    )
+    on_long: Annotated[
+        Literal["split", "truncate", "drop"], Meta(description="what becomes of conversations longer than a row")
+    ] = "split"
+    workers: Annotated[int, Meta(ge=1, le=256, description="files tokenized at a time")] = 8
     tokenizer: Annotated[TokenizerConfig, Meta(description="the tokenizer")] = TokenizerConfig()
+
+    def entries(self) -> tuple[SourceConfig, ...]:
+        """Return all sources as tables with their defaults filled in, the ones for validation last."""
+        return tuple(
+            msgspec.structs.replace(
+                one,
+                format=one.format if one.format != "auto" else self.format,
+                text_key=one.text_key or self.text_key,
+            )
+            for one in (
+                SourceConfig(path=entry) if isinstance(entry, str) else entry
+                for entry in (*self.sources, *self.validation_sources)
+            )
+        )
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """The sources, in the order of the table."""
+    """The sources, in the order of the table, and what goes with the tokenizer.
+
+    Attributes:
+        sources: files and corpora.
+        owners: for each of them the number of the entry that named it.
+        tokenizer: files of a tokenizer that exists.
+        template: the chat template, or nothing.
+    """
 
     sources: tuple[Path | Corpus, ...] = ()
+    owners: tuple[int, ...] = ()
+    tokenizer: tuple[Path, ...] = ()
+    template: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Find the files that the sources name."""
-        return cls(sources=artifacts.sources(config.sources, "sources"))
+        """Find the files that the sources name; one that several name belongs to the first."""
+        owners: dict[Path | Corpus, int] = {}
+        for number, entry in enumerate(config.entries()):
+            key = "sources" if number < len(config.sources) else "validation_sources"
+            for source in artifacts.sources((entry.path,), key):
+                owners.setdefault(source, number)
+        return cls(
+            sources=tuple(owners),
+            owners=tuple(owners.values()),
+            tokenizer=artifacts.tokenizer(config.tokenizer.from_, "tokenizer.from") if config.tokenizer.from_ else (),
+            template=artifacts.files((config.chat_template,), "chat_template") if config.chat_template else (),
+        )
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Token files and the tokenizer in Hugging Face's form."""
+    """Token files, the names of the files they were made of, and the tokenizer in Hugging Face's form."""
 
     tokenizer: Path = Path("tokenizer.json")
     tokenizer_config: Path = Path("tokenizer_config.json")
     train: Path = Path("train.safetensors")
     validation: Path = Path("validation.safetensors")
+    files: Path = Path("files.txt")
     report: Path = Path("report.toml")
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
-    """Read the sources, train the tokenizer on the training documents, tokenize both sides.
+    """Tokenize what has no shard yet, choose the documents of each side, pack them into rows.
 
     Raises:
-        SourceError: a source cannot be read, or the corpus has not one row for each side.
+        SourceError: a source cannot be used, or there is not one row of text.
+        StageError: the disk is full.
     """
-    os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # read by the tokenizers library when it is imported
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from mlxflow.data import documents, tokenizer
+    from mlxflow.data import corpus, selection, shards, tokenization
+    from mlxflow.data.encoder import choose_encoder
+    from mlxflow.data.progress import show_progress
+    from mlxflow.locking import hold
 
-    corpora = [source.name for source in inputs.sources if isinstance(source, Corpus)]
-    texts, skipped_files = documents.read_builtins(corpora)
-    texts += documents.read_files(source for source in inputs.sources if isinstance(source, Path))
-    split = documents.split_documents(texts, holdout=config.holdout)
-    if not split.train:
-        raise SourceError("pretokenize.sources: hold no text. Name a file, a folder or a glob with text in it.")
-    trained = tokenizer.train_tokenizer(split.train, vocab_size=config.tokenizer.vocab_size)
-    tokenizer.save_tokenizer(
-        trained,
-        tokenizer_file=outputs.tokenizer,
-        config_file=outputs.tokenizer_config,
-        context_length=config.context_length,
-    )
-    report: dict[str, Any] = {
-        "vocab_size": trained.get_vocab_size(),
+    settings = [
+        corpus.SourceSettings(
+            entry.path, entry.weight, entry.format, entry.text_key, number >= len(config.sources), context.root
+        )
+        for number, entry in enumerate(config.entries())
+    ]
+    files = corpus.list_files(inputs.sources, inputs.owners, settings, state=context.state)
+    holdout = 0.0 if config.validation_sources else config.holdout
+    store = shards.ShardStore(context.state / "shards")
+    waiting = f"{context.task}: waits for the shards, which process {{holder}} uses"
+    with hold(context.state / "shards" / "lock", waiting, wait=True):
+        vocabulary = _vocabulary(config, inputs, context, files, holdout)
+        encoder = choose_encoder(vocabulary.definition, threads=config.workers)
+        tokenizing = tokenization.Tokenizing(
+            vocabulary=vocabulary,
+            encoder=encoder,
+            masks_prompts=config.train_on == "completion",
+            store=store,
+            workers=config.workers,
+        )
+        with show_progress("tokenizing", sum(file.size for file in files)) as (progress, watch):
+            tokenized = tokenizing.run(files, progress, watch)
+        opened = tokenization.open_shards(store, tokenized.keys)
+        corpus.check(files, opened, skips=config.on_bad_record == "skip", max_share=config.max_bad_records)
+        chosen = selection.select(
+            opened,
+            fixed_sides=[file.side for file in files],
+            sources=[file.source for file in files],
+            weights=[one.weight for one in settings],
+            holdout=holdout,
+            deduplicate=config.deduplicate,
+        )
+        sides = _write_sides(config, outputs, context, vocabulary, opened, chosen)
+        store.collect(context.task, tokenized.keys, context.tasks)
+    _write_tokenizer(vocabulary, outputs)
+    outputs.files.write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
+    return {
+        "vocab_size": vocabulary.size,
         "context_length": config.context_length,
-        "duplicates": split.duplicates,
-        "skipped_files": skipped_files,
+        "duplicates": sum(int((side == selection.DUPLICATE).sum()) for side in chosen.sides),
+        "test_documents": sum(int((side == selection.TEST).sum()) for side in chosen.sides),
+        **sides,
+        **corpus.accounts(files, opened, chosen, settings),
+        "run": {
+            "tokenized_files": tokenized.num_tokenized,
+            "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
+            "engine": encoder.name,
+        },
     }
-    for side, path, side_texts in (
-        ("train", outputs.train, split.train),
-        ("validation", outputs.validation, split.validation),
-    ):
-        report[side] = _write_side(side, path, side_texts, trained, config, context)
-    return report
 
 
-def _write_side(
-    side: str, path: Path, texts: list[str], trained: Any, config: Config, context: Context
-) -> dict[str, Any]:
-    from mlxflow import artifact
+def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[Any], holdout: float) -> Any:
+    """Return the tokenizer that the table asks for, trained here or opened."""
     from mlxflow.data import tokenizer
 
-    tokens, offsets = tokenizer.encode_documents(trained, texts)
-    if len(tokens) <= config.context_length:
-        raise SourceError(
-            f"pretokenize.sources: the {side} documents have {len(tokens):,} tokens, one row of "
-            f"pretokenize.context_length = {config.context_length} needs {config.context_length + 1:,}. "
-            "Add text, or lower the context length"
-            + (" or raise pretokenize.holdout." if side == "validation" else ".")
+    template = inputs.template[0].read_text(encoding="utf-8") if inputs.template else None
+    name = config.tokenizer.from_
+    if not name:
+        return _trained(config, context, files, holdout, template)
+    found = {path.name: path for path in inputs.tokenizer} or tokenizer.hub_files(name)
+    return tokenizer.open_vocabulary(found, template=template, name=name)
+
+
+def _trained(config: Config, context: Context, files: list[Any], holdout: float, template: str | None) -> Any:
+    """Return a tokenizer trained on the training documents, or on a sample of them, unless it is there already."""
+    from mlxflow.artifact import write_whole
+    from mlxflow.data import chat, sampling, tokenizer
+    from mlxflow.data.progress import show_progress
+    from mlxflow.identity import digest_json
+
+    compiled = tokenizer.compile_template(template, "pretokenize.chat_template") if template else None
+    with show_progress("reading", sum(file.size for file in files)) as (progress, watch):
+
+        def on_read(count: int) -> None:
+            progress.count(read_bytes=count)
+            watch()
+
+        sample = sampling.sample(
+            files,
+            template=compiled,
+            holdout=holdout,
+            max_bytes=config.tokenizer.max_training_bytes,
+            on_read=on_read,
         )
-    metadata = {
-        "context_length": str(config.context_length),
-        "vocab_size": str(trained.get_vocab_size()),
-        "end_of_text": str(trained.token_to_id(tokenizer.END_OF_TEXT)),
-    }
-    artifact.write_arrays(
-        path,
-        {"tokens": tokens, "document_offsets": offsets},
-        metadata | artifact.provenance_metadata(context.provenance),
+    if not sample.texts:
+        no_text = "pretokenize.sources: hold no text. Name a file, a folder or a glob with text in it."
+        raise SourceError(*(sample.problems or [no_text]))
+    if template is None and sample.has_conversations:
+        template = chat.CHATML
+    special = chat.ChatTemplate(template, {}).markers() if template else []
+    key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests]])
+    kept = context.state / "shards" / f"{key}.tokenizer.json"
+    if not kept.exists():
+        made = tokenizer.train_tokenizer(sample.texts, vocab_size=config.tokenizer.vocab_size, special_tokens=special)
+        write_whole(kept, made.to_str().encode())
+    return tokenizer.trained_vocabulary(
+        kept.read_text(encoding="utf-8"), context_length=config.context_length, template=template
     )
-    text_bytes = sum(len(text.encode()) for text in texts)
-    return {
-        "documents": len(texts),
-        "tokens": len(tokens),
-        "text_bytes": text_bytes,
-        "bytes_per_token": round(text_bytes / len(tokens), 4),
-    }
+
+
+def _write_sides(
+    config: Config, outputs: Outputs, context: Context, vocabulary: Any, opened: Any, chosen: Any
+) -> dict[str, Any]:
+    """Write both token files and return what became of the documents of each."""
+    from mlxflow import artifact
+    from mlxflow.data import assembly, selection
+    from mlxflow.data.progress import show_waiting
+
+    parts = selection.parts(chosen, config.holdout)
+    reports = {}
+    for side, number, path in (
+        ("train", selection.TRAIN, outputs.train),
+        ("validation", selection.VALIDATION, outputs.validation),
+    ):
+        metadata = {
+            "context_length": str(config.context_length),
+            "vocab_size": str(vocabulary.size),
+            "end_of_text": str(vocabulary.end_of_text),
+        }
+        with show_waiting(f"packing {side} rows") as watch:
+            counts = assembly.write_rows(
+                path,
+                shards=opened,
+                selection=chosen,
+                side=selection.TRAIN if parts[side] != (0.0, 1.0) else number,
+                part=parts[side],
+                capacity=config.context_length + 1,
+                packing=config.packing,
+                on_long=config.on_long,
+                padding=vocabulary.end_of_text,
+                dtype=vocabulary.dtype,
+                seed=derive_seed(context.seed, f"pretokenize.{side}"),
+                metadata=metadata | artifact.provenance_metadata(context.provenance),
+                watch=watch,
+            )
+        _check_length(side, counts, config)
+        reports[side] = counts.report()
+    return reports
+
+
+def _check_length(side: str, counts: Any, config: Config) -> None:
+    """Refuse a side with nothing to learn or to measure."""
+    wanted = config.context_length + 1 if side == "train" else 2
+    if counts.tokens < wanted or not counts.targets:
+        raise SourceError(
+            f"pretokenize.sources: the {side} documents have {counts.tokens:,} tokens, "
+            + (
+                f"one row of pretokenize.context_length = {config.context_length} needs {wanted:,}"
+                if side == "train"
+                else "2 are needed"
+            )
+            + ". Add text, or "
+            + ("lower the context length." if side == "train" else "raise pretokenize.holdout.")
+        )
+
+
+def _write_tokenizer(vocabulary: Any, outputs: Outputs) -> None:
+    from mlxflow.data import tokenizer
+
+    tokenizer.save_vocabulary(vocabulary, tokenizer_file=outputs.tokenizer, config_file=outputs.tokenizer_config)

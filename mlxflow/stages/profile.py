@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from mlxflow.stage import Artifacts, Context, derive_seed
 
-VERSION = 1
+VERSION = 2
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
@@ -66,17 +66,15 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     with profile_memory(profiler, "load_model"):
         model = models.load_dense(inputs.model.parent, f"{context.task}.input")
     seed = derive_seed(context.seed, context.task)
-    step = steps_on(
-        model,
-        TokenFile.open(inputs.tokens).full_rows(config.batch_size, f"{context.task}.batch_size"),
-        batch_size=config.batch_size,
-        seed=seed,
-    )
-    with profile_memory(profiler, "first_step"):
-        step()  # compiles, and makes the optimizer's state
-    for _ in range(config.num_steps):
-        with profile_memory(profiler, "training_step"):
-            step()
+    tokens = TokenFile.open(inputs.tokens)
+    tokens.require_vocabulary(models.vocab_size(inputs.model.parent), f"{context.task}.input")
+    rows = tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
+    with steps_on(model, rows, batch_size=config.batch_size, seed=seed) as step:
+        with profile_memory(profiler, "first_step"):
+            step()  # compiles, and makes the optimizer's state
+        for _ in range(config.num_steps):
+            with profile_memory(profiler, "training_step"):
+                step()
     phases = profiler.phases[2:]
     ends = [phase.end for phase in phases]
     artifact.write_arrays(

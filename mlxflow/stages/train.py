@@ -8,9 +8,13 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import Problem
+from mlxflow.errors import StageError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
-VERSION = 1
+VERSION = 2
+
+#: Keys that say how the work is done and change nothing of what comes out.
+MANNER = ("workers", "prefetch_batches")
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +66,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
     eval_every: Annotated[int, Meta(ge=0, description="steps between two validations; 0: first and last only")] = 100
     max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used")] = 256
+    document_mask: Annotated[
+        Literal["auto"] | bool,
+        Meta(description="whether a token sees only its own document; auto: where there are conversations"),
+    ] = "auto"
+    workers: Annotated[int, Meta(ge=1, le=64, description="threads that gather batches")] = 8
+    prefetch_batches: Annotated[int, Meta(ge=1, le=64, description="batches gathered ahead")] = 4
     model: Annotated[ModelConfig, Meta(description="the model's shape")] = ModelConfig()
 
 
@@ -102,7 +112,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     import mlx.optimizers as optim
 
     from mlxflow import models
-    from mlxflow.data.batches import batches
+    from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import TokenFile
     from mlxflow.training import loop, progress, step
 
@@ -121,9 +131,17 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         betas=list(config.betas),
     )
     optimizer.init(model.trainable_parameters())
-    compiled, state = step.compile_step(model, optimizer, max_grad_norm=config.max_grad_norm)
+    masks = _masks_documents(config, train_file, model, context.task)
+    compiled, state = step.compile_step(model, optimizer, max_grad_norm=config.max_grad_norm, masks_documents=masks)
+    loader = Loader(
+        rows,
+        batch_size=config.batch_size,
+        seed=derive_seed(context.seed, "train.batches"),
+        workers=config.workers,
+        prefetch_batches=config.prefetch_batches,
+    )
     mx.reset_peak_memory()
-    with progress.show_progress(num_steps=config.num_steps) as show, outputs.metrics.open("w") as metrics:
+    with progress.show_progress(num_steps=config.num_steps) as show, outputs.metrics.open("w") as metrics, loader:
 
         def log(record: dict[str, Any]) -> None:
             metrics.write(json.dumps(record) + "\n")
@@ -134,12 +152,13 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             model=model,
             step=compiled,
             state=state,
-            batches=batches(rows, batch_size=config.batch_size, seed=derive_seed(context.seed, "train.batches")),
-            validation_rows=validation_file.rows()[: config.max_validation_rows],
+            loader=loader,
+            validation_rows=validation_file.rows.head(config.max_validation_rows),
             num_steps=config.num_steps,
             log_every=config.log_every,
             eval_every=config.eval_every,
             eval_batch_size=config.batch_size,
+            masks_documents=masks,
             learning_rate=lambda: optimizer.learning_rate,
             log=log,
         )
@@ -156,8 +175,30 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "tokens": result.tokens,
         "first_validation_perplexity": math.exp(result.first_validation_loss),
         "last_validation_perplexity": math.exp(result.last_validation_loss),
-        "run": {"tokens_per_second": result.tokens / result.seconds, "training_seconds": result.seconds},
+        "document_mask": masks,
+        "run": {
+            "tokens_per_second": result.tokens / result.seconds,
+            "training_seconds": result.seconds,
+            "data_wait_seconds": loader.waited_seconds,
+        },
     }
+
+
+def _masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:
+    """Return whether tokens see only their own document.
+
+    Raises:
+        StageError: they are to, and the model's architecture cannot tell documents apart.
+    """
+    from mlxflow import packed
+
+    wanted = tokens.has_conversations if config.document_mask == "auto" else config.document_mask
+    if wanted and not packed.can_mask_documents(model, tokens.vocab_size):
+        raise StageError(
+            f"{task}.document_mask: this architecture counts positions through the whole row and cannot keep the "
+            f'documents in it apart. Set {task}.document_mask = false, or pretokenize.packing = "none".'
+        )
+    return bool(wanted)
 
 
 def _model_config(shape: ModelConfig, tokens: Any) -> dict[str, Any]:

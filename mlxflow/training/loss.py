@@ -11,17 +11,23 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.packed import apply
+
 _LOG2_E = math.log2(math.e)
 
 
-def next_token_loss(model: nn.Module, batch: mx.array) -> mx.array:
-    """Return the mean cross-entropy in nats of each token of a batch after the ones before it, summed in fp32.
+def next_token_loss(model: nn.Module, tokens: mx.array, marks: mx.array, *, masks_documents: bool) -> mx.array:
+    """Return the mean cross-entropy in nats of the tokens of a batch that are trained on, summed in fp32.
 
     Args:
         model: maps (B, L) token ids to (B, L, V) logits.
-        batch: (B, L + 1) token ids.
+        tokens: (B, L + 1) ids.
+        marks: (B, L + 1); see `data.token_file.Batch`.
+        masks_documents: no token attends to another document in its row.
     """
-    return cross_entropy(model(batch[:, :-1]), batch[:, 1:]).mean()
+    weights = (marks[:, 1:] & 1).astype(mx.float32)
+    logits = apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+    return (cross_entropy(logits, tokens[:, 1:]) * weights).sum() / mx.maximum(weights.sum(), 1.0)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

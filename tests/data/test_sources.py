@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.data.sources import PYTHON_STDLIB, builtin_files, builtin_identity, read_documents, source_files
+from mlxflow.data.sources import (
+    PYTHON_STDLIB,
+    Found,
+    builtin_files,
+    corpus_identity,
+    find,
+    is_split,
+    source_files,
+)
 from mlxflow.errors import SourceError
 from mlxflow.identity import DigestCache
 
@@ -14,30 +22,88 @@ def _write(folder: Path, *names: str) -> None:
         (folder / name).write_text(name)
 
 
-def test_a_folder_is_walked_in_sorted_order_without_hidden_files(tmp_path: Path) -> None:
-    _write(tmp_path, "notes/b.txt", "notes/a/z.md", "notes/.hidden", "notes/.git/x", "other.txt")
-    assert [p.as_posix() for p in source_files("notes", tmp_path)] == ["notes/a/z.md", "notes/b.txt"]
+def _names(found: Found) -> list[str]:
+    return [path.as_posix() for path in found.files]
+
+
+def test_a_folder_is_walked_in_sorted_order_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    _write(tmp_path, "notes/b.txt", "notes/a/z.md", "notes/.hidden", "notes/.git/x", "notes/photo.JPG", "other.txt")
+    found = find("notes", tmp_path)
+    assert _names(found) == ["notes/a/z.md", "notes/b.txt"]
+    assert found[1:] == (2, 1, 0)
 
 
 def test_a_glob_and_a_file_name_what_they_match(tmp_path: Path) -> None:
     _write(tmp_path, "b.txt", "a.txt", "a.md", "deep/c.txt")
-    assert [p.as_posix() for p in source_files("*.txt", tmp_path)] == ["a.txt", "b.txt"]
-    assert [p.as_posix() for p in source_files("**/*.txt", tmp_path)] == ["a.txt", "b.txt", "deep/c.txt"]
-    assert [p.as_posix() for p in source_files("a.md", tmp_path)] == ["a.md"]
+    assert _names(find("*.txt", tmp_path)) == ["a.txt", "b.txt"]
+    assert _names(find("**/*.txt", tmp_path)) == ["a.txt", "b.txt", "deep/c.txt"]
+    assert _names(find("a.md", tmp_path)) == ["a.md"]
     assert source_files("none", tmp_path) == []
 
 
 def test_a_folder_with_brackets_in_its_name_is_only_a_folder(tmp_path: Path) -> None:
     root = tmp_path / "a[1]"
     _write(root, "b.txt")
-    assert [p.as_posix() for p in source_files("*.txt", root)] == ["b.txt"]
+    assert _names(find("*.txt", root)) == ["b.txt"]
+
+
+def test_links_are_followed_each_folder_once_and_circles_end(tmp_path: Path) -> None:
+    _write(tmp_path, "notes/a.txt", "elsewhere/b.txt")
+    for name, target in (
+        ("notes/more", "../elsewhere"),
+        ("notes/again", "../elsewhere"),
+        ("notes/up", ".."),
+        ("notes/self", "self"),
+        ("notes/nowhere", "gone"),
+        ("elsewhere/back", "../notes"),
+    ):
+        (tmp_path / name).symlink_to(target)
+    found = find("notes", tmp_path)
+    assert sorted(path.name for path in found.files) == ["a.txt", "b.txt"]
+    assert found.broken_links == 2
+
+
+def test_a_link_in_a_circle_is_told_when_it_is_the_source(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        find("loop", tmp_path)
+
+
+def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
+    _write(tmp_path, "notes/a.txt", "notes/locked/b.txt")
+    (tmp_path / "notes/locked").chmod(0)
+    user = os.geteuid()
+    if user == 0:  # root may read everything
+        for folder in (tmp_path, *tmp_path.parents[:-1]):
+            folder.chmod(folder.stat().st_mode | 0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError) as caught:
+            find("notes", tmp_path)
+    finally:
+        os.seteuid(user)
+        (tmp_path / "notes/locked").chmod(0o755)
+    assert caught.value.filename == str(tmp_path / "notes/locked")
 
 
 @pytest.mark.parametrize("source", [".", "**/*.txt"])
 def test_what_the_workflow_writes_is_no_source_of_its_own(tmp_path: Path, source: str) -> None:
     _write(tmp_path, "a.txt", "artifacts/logs/train.txt", "deep/artifacts/b.txt")
-    assert [p.as_posix() for p in source_files(source, tmp_path)] == ["a.txt", "deep/artifacts/b.txt"]
-    assert [p.as_posix() for p in source_files("artifacts/logs", tmp_path)] == ["artifacts/logs/train.txt"]
+    assert _names(find(source, tmp_path)) == ["a.txt", "deep/artifacts/b.txt"]
+    assert _names(find("artifacts/logs", tmp_path)) == ["artifacts/logs/train.txt"]
+
+
+def test_a_folder_made_for_mlx_lm_is_its_three_files(tmp_path: Path) -> None:
+    _write(tmp_path, "data/train.jsonl", "data/valid.jsonl", "data/test.jsonl", "data/readme.md", "other/train.jsonl")
+    assert _names(find("data", tmp_path)) == ["data/test.jsonl", "data/train.jsonl", "data/valid.jsonl"]
+    assert is_split(tmp_path / "data")
+    assert not is_split(tmp_path / "other")
+
+
+def test_a_data_set_is_every_file_of_its_folder(tmp_path: Path) -> None:
+    _write(tmp_path, "set/data-0.arrow", "set/state.json", "set/part.bin")
+    assert _names(find("hf:set", tmp_path)) == ["set/data-0.arrow", "set/part.bin", "set/state.json"]
+    assert _names(find("hf:owner/name", tmp_path)) == []
 
 
 def test_the_standard_library_is_sorted_large_and_without_tests_or_packages() -> None:
@@ -58,45 +124,14 @@ def test_a_corpus_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     _write(tmp_path, "lib/a.py", "lib/b.py", "lib/os.py")
     monkeypatch.setattr(os, "__file__", str(tmp_path / "lib" / "os.py"))
     cache = DigestCache(tmp_path / "digests.json")
-    before = builtin_identity(PYTHON_STDLIB, cache)
+    before = corpus_identity(PYTHON_STDLIB, cache)
     os.utime(tmp_path / "lib/a.py", (1, 1))
-    assert builtin_identity(PYTHON_STDLIB, cache) == before
+    assert corpus_identity(PYTHON_STDLIB, cache) == before
     (tmp_path / "lib/a.py").write_text("another")
-    assert builtin_identity(PYTHON_STDLIB, cache) != before
+    assert corpus_identity(PYTHON_STDLIB, cache) != before
 
 
-def test_a_file_is_a_document_and_a_byte_order_mark_is_none_of_it(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\r\nmore")
-    assert list(read_documents(tmp_path / "a.txt")) == ["text\r\nmore"]
-
-
-def test_each_line_of_jsonl_is_a_document(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two\\u2028", "id": 2}\n')
-    assert list(read_documents(tmp_path / "a.jsonl")) == ["one", "two\u2028"]
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ('{"text": "two"', "not valid JSON (Expecting ',' delimiter: line 1 column 15 (char 14)). Fix the line."),
-        ('{"txt": "two"}', 'expected an object with a "text". Fix the line.'),
-        ('{"text": null}', 'expected an object with a "text". Fix the line.'),
-        ('["text"]', 'expected an object with a "text". Fix the line.'),
-    ],
-)
-def test_a_bad_line_is_told_with_its_number(tmp_path: Path, line: str, said: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n' + line)
-    with pytest.raises(SourceError) as caught:
-        list(read_documents(path))
-    assert str(caught.value) == f"{path}:2: {said}"
-
-
-def test_a_file_that_is_not_utf_8_is_told_with_the_byte(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(SourceError) as caught:
-        list(read_documents(path))
-    assert str(caught.value) == (
-        f"{path}: byte 3 is not UTF-8. Save the file as UTF-8 or leave it out of pretokenize.sources."
-    )
+def test_a_data_set_of_the_hub_is_known_by_its_revision(tmp_path: Path) -> None:
+    cache = DigestCache(tmp_path / "digests.json")
+    assert corpus_identity("hf:owner/name@1", cache) == corpus_identity("hf:owner/name@1", cache)
+    assert corpus_identity("hf:owner/name@1", cache) != corpus_identity("hf:owner/name@2", cache)

@@ -168,7 +168,7 @@ def test_reproduce_names_the_first_tensor_that_differs(job_copy: Path) -> None:
     assert doit(job_copy, "train").returncode == 0
     tokens = job_copy / "artifacts/pretokenize/train.safetensors"
     data = bytearray(tokens.read_bytes())
-    for position in range(len(data) // 2 * 2 // 2, len(data), 2):
+    for position in range(8192, len(data) // 2, 2):  # other tokens, of which the model knows every one
         data[position] ^= 1
     tokens.write_bytes(data)
     result = doit(job_copy, "reproduce", "train")

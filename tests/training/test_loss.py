@@ -1,3 +1,5 @@
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -56,6 +58,19 @@ def test_the_loss_is_of_each_token_after_the_ones_before_it() -> None:
             seen.append(ids.tolist())
             return mx.zeros((2, 2, 3))
 
-    loss = next_token_loss(Model(), batch)
+    loss = next_token_loss(Model(), batch, mx.full((2, 3), 3), masks_documents=False)
     assert seen == [[[1, 2], [2, 2]]]
     assert float(loss) == pytest.approx(1.0986123)
+
+
+def test_a_token_that_is_no_target_counts_for_nothing() -> None:
+    tokens = mx.array([[1, 2, 0, 1]])
+
+    class Model(nn.Module):  # type: ignore[misc]
+        def __call__(self, ids: mx.array) -> mx.array:
+            return mx.array([[[0.0, 1.0, 2.0], [5.0, 0.0, 0.0], [9.0, 9.0, 0.0]]])
+
+    loss = next_token_loss(Model(), tokens, mx.array([[2, 3, 2, 5]]), masks_documents=False)
+    first, third = math.log(1 + math.e + math.e**2) - 2, math.log(2 + math.exp(-9))
+    assert float(loss) == pytest.approx((first + third) / 2, rel=1e-5)
+    assert float(next_token_loss(Model(), tokens, mx.array([[2, 2, 2, 4]]), masks_documents=False)) == 0

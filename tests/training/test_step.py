@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow import models
-from mlxflow.training.loss import next_token_loss
+from mlxflow.data.token_file import Rows
 from mlxflow.training.step import compile_step, steps_on, warmup_cosine
 
 
@@ -28,8 +28,18 @@ def _model(seed: int = 0) -> nn.Module:
     return models.build(config, seed=seed)
 
 
+def _marks(*shape: int) -> mx.array:
+    """Return marks of rows of one document each; the first token of each is no target."""
+    return mx.full(shape, 3, dtype=mx.uint8)
+
+
 def _weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))
+
+
+def _plain_loss(model: nn.Module, batch: mx.array) -> mx.array:
+    losses: mx.array = nn.losses.cross_entropy(model(batch[:, :-1]), batch[:, 1:], reduction="mean")
+    return losses
 
 
 def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine() -> None:
@@ -50,12 +60,12 @@ def test_a_compiled_step_does_what_the_operations_do_one_by_one() -> None:
     ours, theirs = _model(), _model()
     optimizer = optim.AdamW(1e-2)
     optimizer.init(ours.trainable_parameters())
-    step, state = compile_step(ours, optimizer, max_grad_norm=0.5)
+    step, state = compile_step(ours, optimizer, max_grad_norm=0.5, masks_documents=False)
     plain = optim.AdamW(1e-2)
     for _ in range(3):
-        loss, norm = step(batch)
+        loss, norm = step(batch, _marks(4, 9))
         mx.eval(state)
-        expected, gradients = nn.value_and_grad(theirs, next_token_loss)(theirs, batch)
+        expected, gradients = nn.value_and_grad(theirs, _plain_loss)(theirs, batch)
         gradients, expected_norm = optim.clip_grad_norm(gradients, 0.5)
         plain.update(theirs, gradients)
         assert float(loss) == pytest.approx(float(expected), rel=1e-4)
@@ -74,8 +84,8 @@ def test_a_gradient_of_a_larger_norm_is_scaled_down_to_it() -> None:
         optimizer = optim.SGD(1.0)
         optimizer.init(model.trainable_parameters())
         before = {name: mx.array(value) for name, value in _weights(model).items()}
-        step, state = compile_step(model, optimizer, max_grad_norm=max_grad_norm)
-        _, norm = step(batch)
+        step, state = compile_step(model, optimizer, max_grad_norm=max_grad_norm, masks_documents=False)
+        _, norm = step(batch, _marks(4, 9))
         mx.eval(norm, state)
         squares = [float(mx.square(value - before[name]).sum()) for name, value in _weights(model).items()]
         moved.append((math.sqrt(sum(squares)), float(norm)))
@@ -90,10 +100,10 @@ def test_a_step_learns_rows_by_heart() -> None:
     table = np.random.default_rng(0).integers(0, 50, (4, 9)).astype(np.uint16)
     optimizer = optim.AdamW(2e-2)
     optimizer.init(model.trainable_parameters())
-    step, state = compile_step(model, optimizer, max_grad_norm=1.0)
+    step, state = compile_step(model, optimizer, max_grad_norm=1.0, masks_documents=False)
     losses = []
     for _ in range(60):
-        loss, _ = step(mx.array(table))
+        loss, _ = step(mx.array(table), _marks(4, 9))
         mx.eval(loss, state)
         losses.append(float(loss))
     assert losses[0] > 3
@@ -104,7 +114,8 @@ def test_a_measured_step_really_trains() -> None:
     model = _model()
     before = {name: mx.array(value) for name, value in _weights(model).items()}
     table = np.random.default_rng(0).integers(0, 50, (10, 9)).astype(np.uint16)
-    steps_on(model, table, batch_size=4, seed=0)()
+    with steps_on(model, Rows(table, np.full((10, 9), 3, np.uint8)), batch_size=4, seed=0) as step:
+        assert step() == 4 * 8
     assert all(not mx.array_equal(value, before[name]) for name, value in _weights(model).items())
 
 

@@ -1,0 +1,212 @@
+"""Batches on the device before they are wanted.
+
+Worker threads gather rows from the mapped file, a few batches ahead; the batch after the one in use is on the device
+already. MLX's streams belong to a thread, so the workers hand numpy arrays over and the caller's thread makes MLX
+arrays of them.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+import mlx.core as mx
+import numpy as np
+
+from mlxflow.data.permutation import Permutation
+from mlxflow.data.token_file import Batch, Rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Orders are computed for this many rows at a time: a handful of numpy calls costs as much for one as for thousands.
+_ORDERED_ROWS = 4096
+
+
+class DeviceBatch(NamedTuple):
+    """A batch as the training step takes it.
+
+    Attributes:
+        tokens: (B, L + 1) ids.
+        marks: (B, L + 1); see `Batch`.
+        targets: tokens that the model learns to predict.
+    """
+
+    tokens: mx.array
+    marks: mx.array
+    targets: int
+
+
+class Order:
+    """Which row comes at which place of an endless stream: each epoch every row once, in an order of its own.
+
+    Of a distributed run each rank takes its share of every batch: the shares are disjoint and together everything.
+
+    Args:
+        count: of rows, R.
+        seed: with the number of the epoch it gives the order.
+    """
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self._known: dict[int, NDArray[np.int64]] = {}
+
+    def rows(self, begin: int, count: int) -> "NDArray[np.int64]":
+        """Return (count,) the rows at places from `begin` on; takes the same time for any place."""
+        blocks = range(begin // _ORDERED_ROWS, (begin + count - 1) // _ORDERED_ROWS + 1)
+        for number in [number for number in self._known if number < blocks[0] - 1]:
+            self._known.pop(number, None)
+        found = [self._block(number) for number in blocks]
+        whole = found[0] if len(found) == 1 else np.concatenate(found)
+        first = begin - blocks[0] * _ORDERED_ROWS
+        return whole[first : first + count]
+
+    def _block(self, number: int) -> "NDArray[np.int64]":
+        known = self._known.get(number)
+        if known is None:
+            places = np.arange(number * _ORDERED_ROWS, (number + 1) * _ORDERED_ROWS)
+            epochs = places // self._count
+            known = np.empty(len(places), np.int64)
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+                mine = epochs == epoch
+                permutation = Permutation(self._count, seed=self._seed, epoch=epoch)
+                known[mine] = permutation(places[mine] - epoch * self._count)
+            self._known[number] = known
+        return known
+
+
+class Loader(Iterator[DeviceBatch]):
+    """Batches without end, ready before they are asked for. Use it in a `with` block, which ends its threads.
+
+    Args:
+        rows: mapped into memory or not.
+        batch_size: rows a batch, B.
+        seed: of the order; see `Order`.
+        workers: threads that gather rows.
+        prefetch_batches: gathered ahead at most.
+        cursor: rows of the stream that were used already; a run goes on from there in the same time from anywhere.
+        rank: of this process in a distributed run.
+        num_ranks: processes in it.
+
+    Attributes:
+        cursor: rows of the stream that were handed out, those of all ranks: all that a checkpoint has to keep.
+        waited_seconds: how long the caller has waited for rows so far.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        prefetch_batches: int,
+        cursor: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.cursor = cursor
+        self.waited_seconds = 0.0
+        self._rows = rows
+        self._batch_size = batch_size
+        self._first = cursor
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._order = Order(rows.num_rows, seed=seed)
+        self._order_lock = threading.Lock()
+        self._state = threading.Lock()
+        self._room, self._filled = threading.Condition(self._state), threading.Condition(self._state)
+        self._prefetch = prefetch_batches
+        self._claimed = self._taken = 0  # batches
+        self._ready: dict[int, Batch | Exception] = {}
+        self._ended = False
+        self._next: DeviceBatch | None = None
+        self._workers = [threading.Thread(target=self._work, name=f"loader-{i}", daemon=True) for i in range(workers)]
+
+    def __enter__(self) -> Self:
+        _read_ahead(self._rows)
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._state:
+            self._ended = True
+            self._room.notify_all()
+        for worker in self._workers:
+            worker.join()
+
+    def __next__(self) -> DeviceBatch:
+        """Return the next batch, and put the one after it on the device if it is gathered.
+
+        Raises:
+            OSError: a worker could not read the rows.
+        """
+        batch = self._next or self._upload(self._take())
+        self._next = None
+        self.cursor += self._batch_size * self._num_ranks
+        with self._state:
+            is_ready = self._taken in self._ready
+        if is_ready:
+            self._next = self._upload(self._take())
+        return batch
+
+    def _take(self) -> Batch:
+        with self._state:
+            number = self._taken
+            if number not in self._ready:
+                begin = time.perf_counter()
+                self._filled.wait_for(lambda: number in self._ready)
+                self.waited_seconds += time.perf_counter() - begin
+            batch = self._ready.pop(number)
+            self._taken += 1
+            self._room.notify()
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
+
+    @staticmethod
+    def _upload(batch: Batch) -> DeviceBatch:
+        return DeviceBatch(mx.array(batch.tokens), mx.array(batch.marks), batch.targets)
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                self._room.wait_for(lambda: self._ended or self._claimed < self._taken + self._prefetch)
+                if self._ended:
+                    return
+                number = self._claimed
+                self._claimed += 1
+            gathered = self._gather(number)
+            with self._state:
+                self._ready[number] = gathered
+                self._filled.notify()
+
+    def _gather(self, number: int) -> Batch | Exception:
+        share = self._batch_size * self._num_ranks
+        begin = self._first + number * share + self._rank * self._batch_size
+        with self._order_lock:
+            indices = self._order.rows(begin, self._batch_size)
+        try:
+            return self._rows.take(indices)
+        except Exception as error:  # handed to the caller's thread
+            error.add_note(f"while rows {indices.tolist()} were gathered; see: mlxflow show pretokenize --row N")
+            return error
+
+
+def _read_ahead(rows: Rows) -> None:
+    """Ask the system to read mapped rows in order now: a cold disk is slow at random rows, whatever the queue."""
+    import mmap
+
+    import psutil
+
+    if rows.tokens.nbytes + rows.marks.nbytes > psutil.virtual_memory().available // 2:
+        return
+    for array in rows:
+        mapped = getattr(array, "_mmap", None)
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
+            mapped.madvise(mmap.MADV_WILLNEED)

@@ -1,0 +1,103 @@
+"""What a person sees while a corpus is read: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from mlxflow.data.tokenization import Progress
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BEFORE_BAR = 0.3
+
+
+@contextmanager
+def show_progress(doing: str, total_bytes: int) -> Iterator[tuple[Progress, Callable[[], None]]]:
+    """Show how far the work is on standard error until the block ends.
+
+    Args:
+        doing: what is done, in one word.
+        total_bytes: of all files, as they lie on the disk.
+
+    Yields:
+        the counts, and a function that shows them when it is time to.
+    """
+    progress = Progress()
+    shown = _Bar(doing, total_bytes) if sys.stderr.isatty() else _Lines(doing, total_bytes)
+    begin = time.perf_counter()
+
+    def watch() -> None:
+        seconds = time.perf_counter() - begin
+        if seconds > _SECONDS_BEFORE_BAR:  # what is done at once needs no bar
+            shown.show(progress, seconds)
+
+    try:
+        yield progress, watch
+        watch()
+    finally:
+        shown.close()
+
+
+@contextmanager
+def show_waiting(doing: str) -> Iterator[Callable[[], None]]:
+    """Say once what is done, if it takes long."""
+    begin = time.perf_counter()
+    said = False
+
+    def watch() -> None:
+        nonlocal said
+        if not said and time.perf_counter() - begin > 5:
+            said = True
+            print(doing, file=sys.stderr, flush=True)
+
+    yield watch
+
+
+def _say(progress: Progress, seconds: float) -> str:
+    said = f"{progress.read_bytes / 1e6:,.0f} MB"
+    if progress.documents:
+        said += f"  {progress.documents:,} documents  {progress.tokens / seconds:,.0f} tokens/s"
+    return said
+
+
+class _Lines:
+    """A line every ten seconds."""
+
+    def __init__(self, doing: str, total_bytes: int) -> None:
+        self._doing = doing
+        self._total = total_bytes
+        self._last = 0.0
+
+    def show(self, progress: Progress, seconds: float) -> None:
+        if seconds - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = seconds
+        left = seconds * (self._total / max(1, progress.read_bytes) - 1)
+        print(f"{self._doing}  {_say(progress, seconds)}  {left:,.0f} s left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    """A bar that is redrawn in place."""
+
+    def __init__(self, doing: str, total_bytes: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn(doing), BarColumn(16), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=Console(stderr=True))
+        self._bar = self._bars.add_task("", total=max(1, total_bytes))
+        self._begun = False
+
+    def show(self, progress: Progress, seconds: float) -> None:
+        if not self._begun:
+            self._bars.start()
+            self._begun = True
+        self._bars.update(self._bar, completed=progress.read_bytes, description=_say(progress, seconds))
+
+    def close(self) -> None:
+        if self._begun:
+            self._bars.stop()

@@ -1,0 +1,340 @@
+"""From the bytes of a source file to its records: lines of JSON, rows of a table, or one text.
+
+What is wrong with a single record is a `Bad` beside the good ones; what is wrong with the whole file is a
+`streams.FileProblem`. Both say where and why; the caller decides what that means.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from mlxflow.data.streams import PIECE_BYTES, FileProblem, read_pieces
+from mlxflow.errors import SourceError
+from mlxflow.identity import digest_file
+
+#: A line of JSON, a JSON file or a field of a table over this is refused: it has to be in memory whole, several times.
+MAX_RECORD_BYTES = 1 << 26
+
+_SNIFFED_BYTES = 8192
+_ROWS_PER_BATCH = 1024
+
+#: How files are read, by the last suffix that is no compression; any other file is text.
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Record(NamedTuple):
+    """One record and its place: the line it begins on, or its number in files without lines, from 1."""
+
+    place: int
+    value: Any
+
+
+class Text(NamedTuple):
+    """A text, or a piece of one too long to be held: pieces end where a line does, if one does."""
+
+    text: str
+    begins: bool
+    ends: bool
+
+
+class Bad(NamedTuple):
+    """A record that cannot be used: its place and why."""
+
+    place: int
+    reason: str
+
+
+class Shape(NamedTuple):
+    """What tells how a file is read, and nothing else of it: part of the key of its shard.
+
+    Attributes:
+        kind: "text", "jsonl", "json", "csv" or "parquet".
+        compression: "", "gz" or "zst".
+    """
+
+    kind: str
+    compression: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Shape":
+        """Return the shape that a file's name promises."""
+        suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+        compression = suffixes.pop()[1:] if suffixes and suffixes[-1] in (".gz", ".zst") else ""
+        kind = _KINDS.get(suffixes[-1], "text") if suffixes else "text"
+        return cls("text" if compression and kind == "parquet" else kind, compression)
+
+
+class Binary(FileProblem):
+    """A file with a NUL byte near its beginning: no text."""
+
+
+def read_file(
+    path: Path,
+    shape: Shape,
+    *,
+    expected_digest: str,
+    record_keys: frozenset[str],
+    strict: bool,
+    on_read: Callable[[int], None],
+) -> Iterator[list[Record | Text | Bad]]:
+    """Yield the records of a file in batches of a few megabytes.
+
+    Args:
+        path: the file.
+        shape: how it is read.
+        expected_digest: xxh3-128 of its bytes; another one means that it changed meanwhile.
+        record_keys: a .json or .csv file with none of these keys is a text like any other file ...
+        strict: ... unless this is set; then it is a problem.
+        on_read: called with each number of bytes read.
+
+    Raises:
+        FileProblem: the file as a whole cannot be used.
+        SourceError: it changed, vanished or became unreadable, or a library is missing.
+    """
+    if shape.kind == "parquet":
+        yield from _read_parquet(path, record_keys)
+        on_read(path.stat().st_size)
+        if digest_file(path).content != expected_digest:
+            raise SourceError(f"{path}: changed while it was read. Run the stage again.")
+        return
+    pieces = read_pieces(path, compression=shape.compression, expected_digest=expected_digest, on_read=on_read)
+    if shape.kind == "jsonl":
+        yield from _read_lines(pieces)
+    elif shape.kind == "json":
+        yield from _read_json(pieces, record_keys, strict=strict)
+    elif shape.kind == "csv":
+        yield from _read_csv(pieces, record_keys, strict=strict)
+    else:
+        yield from _read_text(pieces)
+
+
+# --- text
+
+
+def _read_text(pieces: Iterable[bytes]) -> Iterator[list[Record | Text | Bad]]:
+    """Yield a text in pieces that end where a line ends, else a word, else a character."""
+    offset, rest, begins = 0, b"", True
+    for piece in pieces:
+        data = rest + piece
+        if begins and offset == 0:
+            _refuse_binary(data[:_SNIFFED_BYTES])
+        cut = len(data) if len(data) < PIECE_BYTES else _last_break(data)
+        text, rest = data[:cut], data[cut:]
+        if cut == len(data) and len(data) < PIECE_BYTES:
+            rest, text = data, b""  # it may be the last one
+        if text:
+            yield [Text(_decode(text, offset, bom=begins), begins, ends=False)]
+            offset, begins = offset + len(text), False
+    if rest or not begins:
+        yield [Text(_decode(rest, offset, bom=begins), begins, ends=True)]
+
+
+def _last_break(data: bytes) -> int:
+    for mark in (b"\n", b" "):
+        if found := data.rfind(mark) + 1:
+            return found
+    end = len(data)
+    while end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:  # inside a character
+        end -= 1
+    return end - 1 if data[end - 1] >= 0xC0 else len(data)
+
+
+def _decode(data: bytes, offset: int, *, bom: bool) -> str:
+    nul = data.find(b"\0")
+    try:
+        text = data.decode("utf-8-sig" if bom else "utf-8")
+    except UnicodeDecodeError as error:
+        skipped = 3 if bom and data.startswith(b"\xef\xbb\xbf") else 0
+        at = error.start + skipped
+        if nul < 0 or at < nul:
+            raise FileProblem(f"byte {offset + at:,} is not UTF-8. Save the file as UTF-8") from error
+    if nul >= 0:
+        raise FileProblem(f"byte {offset + nul:,} is NUL. Remove it")
+    return text
+
+
+def _refuse_binary(head: bytes) -> None:
+    if (nul := head.find(b"\0")) >= 0:
+        raise Binary(f"byte {nul:,} is NUL: no text. Leave the file out")
+
+
+# --- lines of JSON
+
+
+def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[Record | Text | Bad]]:
+    rest: list[bytes] = []
+    number, first, dropping, size = 1, True, 0, 0
+    for whole in pieces:
+        piece = whole.removeprefix(b"\xef\xbb\xbf") if first else whole
+        first = False
+        cut = piece.rfind(b"\n") + 1
+        if not cut:
+            size += len(piece)
+            rest = [*rest, piece] if size <= MAX_RECORD_BYTES else []
+            dropping = size if size > MAX_RECORD_BYTES else 0
+            continue
+        batch: list[Record | Text | Bad] = []
+        data = piece[:cut]
+        if dropping:
+            end = data.index(b"\n") + 1
+            batch.append(_too_long(number, dropping + end))
+            data, number, dropping = data[end:], number + 1, 0
+            lines = data.split(b"\n")[:-1]
+        else:
+            lines = b"".join([*rest, data]).split(b"\n")[:-1]
+        batch += _parse_lines(lines, number)
+        number += len(lines)
+        rest, size = [piece[cut:]], len(piece) - cut
+        yield batch
+    if dropping:
+        yield [_too_long(number, dropping)]
+    else:
+        yield list(_parse_lines([b"".join(rest)], number))
+
+
+def _too_long(number: int, size: int) -> Bad:
+    return Bad(number, f"has {size:,} bytes, {MAX_RECORD_BYTES:,} are the most. Split the record")
+
+
+_decode_fast = msgspec.json.Decoder().decode
+
+
+def _decode_json(data: bytes) -> Any:
+    """Return a JSON value; msgspec reads it, and the standard library where that finds a fault, to say it better.
+
+    Raises:
+        ValueError: it is none; the text is for people.
+    """
+    try:
+        return _decode_fast(data)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        pass  # the standard library also takes NaN
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start:,} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno:,} " if error.lineno > 1 else ""
+        raise ValueError(f"{error.msg} at {line}column {error.colno:,}") from error
+
+
+def _parse_lines(lines: list[bytes], number: int) -> Iterator[Record | Bad]:
+    for at, line in enumerate(lines, number):
+        if len(line) > MAX_RECORD_BYTES:
+            yield _too_long(at, len(line))
+            continue
+        try:
+            yield Record(at, _decode_json(line))
+        except ValueError as error:
+            if line and not line.isspace():
+                yield Bad(at, f"not valid JSON ({error}). Fix the line")
+
+
+# --- whole JSON files and tables
+
+
+def _read_json(
+    pieces: Iterable[bytes], record_keys: frozenset[str], *, strict: bool
+) -> Iterator[list[Record | Text | Bad]]:
+    data = b""
+    for piece in pieces:
+        data += piece
+        if len(data) > MAX_RECORD_BYTES:
+            raise FileProblem(f"is a JSON file of over {MAX_RECORD_BYTES:,} bytes. Write its records as .jsonl")
+    if not data.strip():
+        return
+    try:
+        value = _decode_json(data.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as error:
+        raise FileProblem(f"not valid JSON ({error}). Fix the file") from error
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(one, dict) and record_keys & one.keys() for one in values[:100]):
+        records = [Record(number, one) for number, one in enumerate(values, 1)]
+        for begin in range(0, len(records), _ROWS_PER_BATCH):
+            yield list(records[begin : begin + _ROWS_PER_BATCH])
+    elif strict:
+        raise FileProblem(f"expected a list of objects with {_list(record_keys)}. Change the file or its format")
+    else:
+        yield from _read_text([data])
+
+
+def _list(names: Iterable[str]) -> str:
+    return " or ".join(f'"{name}"' for name in sorted(names))
+
+
+def _read_csv(
+    pieces: Iterable[bytes], record_keys: frozenset[str], *, strict: bool
+) -> Iterator[list[Record | Text | Bad]]:
+    import itertools
+
+    iterator = iter(pieces)
+    head = next(iterator, b"")
+    _refuse_binary(head[:_SNIFFED_BYTES])
+    first = head.partition(b"\n")[0].decode("utf-8-sig", errors="replace")
+    if not record_keys & set(next(csv.reader([first]), [])):
+        if strict:
+            raise FileProblem(f"has no column {_list(record_keys)}. Change the file or name its column in text_key")
+        yield from _read_text(itertools.chain([head], iterator))
+        return
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    reader = csv.DictReader(_lines_of(itertools.chain([head], iterator)))
+    batch: list[Record | Text | Bad] = []
+    begin = 2
+    try:
+        for row in reader:
+            batch.append(Record(begin, row))
+            begin = reader.line_num + 1
+            if len(batch) == _ROWS_PER_BATCH:
+                yield batch
+                batch = []
+    except csv.Error as error:
+        raise FileProblem(f"line {begin:,}: not valid CSV ({error}). Fix the line") from error
+    yield batch
+
+
+def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield lines with their ends as the csv module wants them."""
+    offset, rest = 0, b""
+    for piece in pieces:
+        data = rest + piece
+        cut = data.rfind(b"\n") + 1
+        yield from io.StringIO(_decode(data[:cut], offset, bom=offset == 0), newline="")
+        offset, rest = offset + cut, data[cut:]
+    if rest:
+        yield _decode(rest, offset, bom=offset == 0)
+
+
+def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Record | Text | Bad]]:
+    try:
+        import pyarrow.lib
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise SourceError(f"{path}: needs pyarrow. Run: pip install 'mlxflow[parquet]'") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in record_keys]
+            if not columns:
+                raise FileProblem(
+                    f"has no column {_list(record_keys)}; its columns: {', '.join(file.schema_arrow.names)}. "
+                    "Name one in text_key"
+                )
+            number = 1
+            for rows in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[*columns, *_present(file, "tools")]):
+                values = rows.to_pylist()
+                yield [Record(number + index, value) for index, value in enumerate(values)]
+                number += len(values)
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: vanished before it was read. Run the stage again.") from error
+    except pyarrow.lib.ArrowException as error:
+        raise FileProblem(f"is no valid parquet file ({' '.join(str(error).split())})") from error
+
+
+def _present(file: Any, name: str) -> list[str]:
+    return [name] if name in file.schema_arrow.names else []

@@ -1,0 +1,180 @@
+"""Which documents there are, each once, on which side of the holdout each one falls, and how often it is seen.
+
+Everything follows from the hashes of the documents' contents, so a document never changes sides when the corpus
+grows. Hashes are looked at in parts, so that any number of documents fits into bounded memory.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mlxflow.data.shards import Shard
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: What becomes of a document.
+DUPLICATE, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
+
+#: By the names that sources have for their sides; "" lets the hash decide.
+SIDES = {"": 0, "train": TRAIN, "validation": VALIDATION, "test": TEST}
+
+_DOCUMENTS_PER_PART = 1 << 21
+
+
+class Selection(NamedTuple):
+    """What becomes of every document.
+
+    Attributes:
+        sides: for each shard (D,) DUPLICATE, TRAIN, VALIDATION or TEST.
+        repeats: for each shard (D,) how often a document is seen in an epoch; 1 on the other sides.
+    """
+
+    sides: "list[NDArray[np.uint8]]"
+    repeats: "list[NDArray[np.uint16]]"
+
+
+def is_held_out(digest: bytes, holdout: float) -> bool:
+    """Return whether a document's hash puts it on the validation side."""
+    return int.from_bytes(digest[:8], "big") < holdout * 2**64
+
+
+def select(
+    shards: Sequence[Shard],
+    *,
+    fixed_sides: Sequence[str],
+    sources: Sequence[int],
+    weights: Sequence[float],
+    holdout: float,
+    deduplicate: bool,
+) -> Selection:
+    """Decide what becomes of every document.
+
+    Of equal documents one stays: on the test side if any is there, else on the validation side, else the first.
+
+    Args:
+        shards: in the order of the corpus.
+        fixed_sides: for each shard the side that its source tells, or "".
+        sources: for each shard the number of its source.
+        weights: for each source how often its training documents are seen in an epoch; of a fraction, that share of
+            them, the ones with the smallest hashes.
+        holdout: share of the documents of shards without a side of their own that is held out; where none falls
+            there, or all do, the one with the smallest hash is; 0 for none.
+        deduplicate: leave out all but one of equal documents.
+    """
+    sides = [_sides(shard, SIDES[fixed], holdout) for shard, fixed in zip(shards, fixed_sides, strict=True)]
+    if holdout:
+        if not any((side == TRAIN).any() for side in sides):  # a few documents, all of them held out
+            sides = [np.full_like(side, SIDES[fixed] or TRAIN) for side, fixed in zip(sides, fixed_sides, strict=True)]
+        if not any((side == VALIDATION).any() for side in sides):
+            _hold_out_one(shards, fixed_sides, sides)
+    if deduplicate:
+        _drop_duplicates(shards, sides)
+    repeats = [np.ones(len(side), np.uint16) for side in sides]
+    for source, weight in enumerate(weights):
+        if weight != 1:
+            _repeat([i for i, one in enumerate(sources) if one == source], shards, sides, repeats, weight)
+    return Selection(sides, repeats)
+
+
+def parts(selection: Selection, holdout: float) -> dict[str, tuple[float, float]]:
+    """Return which part of its documents each side takes: all, but of the only document the end is for validation.
+
+    Args:
+        selection: what becomes of every document.
+        holdout: the share that validation takes of the only document.
+    """
+    counts = {side: sum(int((one == side).sum()) for one in selection.sides) for side in (TRAIN, VALIDATION)}
+    if counts == {TRAIN: 1, VALIDATION: 0}:
+        return {"train": (0.0, 1 - holdout), "validation": (1 - holdout, 1.0)}
+    return {"train": (0.0, 1.0), "validation": (0.0, 1.0)}
+
+
+def _sides(shard: Shard, fixed: int, holdout: float) -> "NDArray[np.uint8]":
+    if fixed or not shard.num_documents:
+        return np.full(shard.num_documents, fixed or TRAIN, np.uint8)
+    border = min(int(holdout * 2**64), 2**64 - 1)
+    return np.where(shard.documents().hashes[:, 0] < np.uint64(border), VALIDATION, TRAIN).astype(np.uint8)
+
+
+def _hold_out_one(shards: Sequence[Shard], fixed_sides: Sequence[str], sides: "list[NDArray[np.uint8]]") -> None:
+    """Move the document with the smallest hash, and all its equals, to the validation side, if another one stays."""
+    smallest: tuple[int, int] | None = None
+    hashes = {
+        i: shard.documents().hashes for i, shard in enumerate(shards) if not fixed_sides[i] and shard.num_documents
+    }
+    for found in hashes.values():
+        row = found[np.lexsort((found[:, 1], found[:, 0]))[0]]
+        smallest = min(smallest or (2**64, 0), (int(row[0]), int(row[1])))
+    if smallest is None:
+        return
+    equal = {i: (found == np.array(smallest, np.uint64)).all(axis=1) for i, found in hashes.items()}
+    total = sum(len(side) for side in sides)
+    if sum(int(one.sum()) for one in equal.values()) < total:
+        for i, mask in equal.items():
+            sides[i][mask] = VALIDATION
+
+
+def _drop_duplicates(shards: Sequence[Shard], sides: "list[NDArray[np.uint8]]") -> None:
+    total = sum(len(side) for side in sides)
+    num_parts = -(-total // _DOCUMENTS_PER_PART)
+    for part in range(num_parts):
+        hashes, owners = [], []
+        for number, shard in enumerate(shards):
+            if not shard.num_documents:
+                continue
+            found = shard.documents().hashes
+            members = np.flatnonzero(found[:, 0] % np.uint64(num_parts) == part) if num_parts > 1 else None
+            index = np.arange(len(found)) if members is None else members
+            hashes.append(found if members is None else found[members])
+            owners.append(np.stack([np.full(len(index), number), index], axis=1))
+        if hashes:
+            _drop_equal(np.concatenate(hashes), np.concatenate(owners), sides)
+
+
+def _drop_equal(hashes: "NDArray[np.uint64]", owners: "NDArray[np.int64]", sides: "list[NDArray[np.uint8]]") -> None:
+    """Mark all but one of equal documents.
+
+    Args:
+        hashes: (N, 2)
+        owners: (N, 2) shard and document of each, in the order of the corpus.
+        sides: is changed.
+    """
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in the order of the corpus
+    ordered = hashes[order]
+    again = np.concatenate([[False], (ordered[1:] == ordered[:-1]).all(axis=1)])
+    if not again.any():
+        return
+    starts = np.flatnonzero(~again)
+    ends = np.concatenate([starts[1:], [len(order)]])
+    for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
+        group = [(int(shard), int(document)) for shard, document in owners[order[start:end]]]
+        best = max(range(len(group)), key=lambda i: (sides[group[i][0]][group[i][1]], -i))
+        for i, (shard, document) in enumerate(group):
+            if i != best:
+                sides[shard][document] = DUPLICATE
+
+
+def _repeat(
+    members: list[int],
+    shards: Sequence[Shard],
+    sides: "list[NDArray[np.uint8]]",
+    repeats: "list[NDArray[np.uint16]]",
+    weight: float,
+) -> None:
+    """Set how often the training documents of one source are seen."""
+    whole = int(weight)
+    trained = [np.flatnonzero(sides[i] == TRAIN) for i in members]
+    total = sum(len(one) for one in trained)
+    extra = round(total * weight) - total * whole
+    for i, documents in zip(members, trained, strict=True):
+        repeats[i][documents] = whole
+    if extra > 0:
+        hashes = np.concatenate([shards[i].documents().hashes[d, 0] for i, d in zip(members, trained, strict=True)])
+        chosen = np.zeros(total, np.bool_)
+        chosen[np.argsort(hashes, kind="stable")[:extra]] = True
+        begin = 0
+        for i, documents in zip(members, trained, strict=True):
+            repeats[i][documents[chosen[begin : begin + len(documents)]]] += 1
+            begin += len(documents)

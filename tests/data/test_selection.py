@@ -1,0 +1,106 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlxflow.data import selection
+from mlxflow.data.selection import DUPLICATE, TEST, TRAIN, VALIDATION, Selection, parts, select
+from mlxflow.data.shards import Shard, ShardStore
+from tests.data.test_shards import KEYS, write
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ShardStore:
+    return ShardStore(tmp_path / "shards")
+
+
+def _select(
+    opened: Sequence[Shard],
+    *,
+    fixed: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    holdout: float = 0.1,
+    deduplicate: bool = True,
+) -> Selection:
+    return select(
+        opened,
+        fixed_sides=fixed or [""] * len(opened),
+        sources=list(range(len(opened))),
+        weights=weights or [1.0] * len(opened),
+        holdout=holdout,
+        deduplicate=deduplicate,
+    )
+
+
+def _texts(texts: list[str], sides: np.ndarray, side: int) -> set[str]:
+    return {text for text, one in zip(texts, sides.tolist(), strict=True) if one == side}
+
+
+def test_a_document_never_changes_sides_when_the_corpus_grows(store: ShardStore) -> None:
+    few, many = [f"document {i}" for i in range(500)], [f"document {i}" for i in reversed(range(2000))]
+    small = _select([write(store, KEYS[0], few)]).sides[0]
+    large = _select([write(store, KEYS[1], many)]).sides[0]
+    assert _texts(few, small, TRAIN) < _texts(many, large, TRAIN)
+    assert _texts(few, small, VALIDATION) < _texts(many, large, VALIDATION)
+    assert 30 < (small == VALIDATION).sum() < 70
+
+
+@pytest.mark.parametrize("per_part", [1 << 21, 3])
+def test_of_equal_documents_the_first_stays(store: ShardStore, monkeypatch: pytest.MonkeyPatch, per_part: int) -> None:
+    monkeypatch.setattr(selection, "_DOCUMENTS_PER_PART", per_part)  # many small parts give the same
+    opened = [write(store, KEYS[0], ["a", "b", "a"]), write(store, KEYS[1], ["c", "b", "d", "a"])]
+    chosen = _select(opened, holdout=1e-9)
+    kept = [(i, j) for i, side in enumerate(chosen.sides) for j, one in enumerate(side.tolist()) if one != DUPLICATE]
+    assert kept == [(0, 0), (0, 1), (1, 0), (1, 2)]
+    everything = _select(opened, holdout=1e-9, deduplicate=False)
+    assert not any((side == DUPLICATE).any() for side in everything.sides)
+
+
+def test_duplicates_never_straddle_the_line(store: ShardStore) -> None:
+    texts = [f"document {i % 40}" for i in range(400)]
+    for deduplicate in (True, False):
+        sides = _select([write(store, KEYS[0], texts)], holdout=0.3, deduplicate=deduplicate).sides[0]
+        assert not _texts(texts, sides, TRAIN) & _texts(texts, sides, VALIDATION)
+
+
+def test_a_side_that_the_source_tells_is_kept_and_a_copy_in_training_goes(store: ShardStore) -> None:
+    opened = [write(store, KEYS[0], ["a", "b", "c"]), write(store, KEYS[1], ["b", "x"]), write(store, KEYS[2], ["c"])]
+    chosen = _select(opened, fixed=["train", "validation", "test"], holdout=0.5)
+    assert [side.tolist() for side in chosen.sides] == [[TRAIN, DUPLICATE, DUPLICATE], [VALIDATION] * 2, [TEST]]
+
+
+def test_in_a_small_corpus_one_whole_document_is_held_out(store: ShardStore) -> None:
+    sides = _select([write(store, KEYS[0], ["one", "two", "three"])], holdout=1e-9).sides[0]
+    assert sorted(sides.tolist()) == [TRAIN, TRAIN, VALIDATION]
+    again = _select([write(store, KEYS[1], ["three", "one", "two"])], holdout=1e-9).sides[0]
+    assert _texts(["one", "two", "three"], sides, VALIDATION) == _texts(["three", "one", "two"], again, VALIDATION)
+
+
+def test_some_documents_always_stay_for_training(store: ShardStore) -> None:
+    sides = _select([write(store, KEYS[0], ["one", "two", "three"])], holdout=0.999999).sides[0]
+    assert sorted(sides.tolist()) == [TRAIN, TRAIN, VALIDATION]
+
+
+def test_of_the_only_document_the_end_is_held_out(store: ShardStore) -> None:
+    alone = _select([write(store, KEYS[0], ["one"])], holdout=0.25)
+    assert parts(alone, 0.25) == {"train": (0.0, 0.75), "validation": (0.75, 1.0)}
+    twice = _select([write(store, KEYS[1], ["one", "two"])], holdout=0.25)
+    assert parts(twice, 0.25) == {"train": (0.0, 1.0), "validation": (0.0, 1.0)}
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.0, 1.7, 2.0, 3.5])
+def test_weights_are_honoured_exactly(store: ShardStore, weight: float) -> None:
+    first, second = [f"a {i}" for i in range(101)], [f"b {i}" for i in range(50)]
+    opened = [write(store, KEYS[0], first), write(store, KEYS[1], second)]
+    chosen = _select(opened, weights=[weight, 1.0], holdout=0.1)
+    trained = chosen.sides[0] == TRAIN
+    assert chosen.repeats[0][trained].sum() == round(int(trained.sum()) * weight)
+    assert set(chosen.repeats[0][trained].tolist()) <= {int(weight), int(weight) + 1}
+    assert (chosen.repeats[0][~trained] == 1).all()
+    assert (chosen.repeats[1] == 1).all()
+
+
+def test_an_empty_shard_takes_part(store: ShardStore) -> None:
+    chosen = _select([write(store, KEYS[0], []), write(store, KEYS[1], ["a", "b"])], weights=[2.0, 1.0])
+    assert [len(side) for side in chosen.sides] == [0, 2]

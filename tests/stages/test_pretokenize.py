@@ -1,0 +1,632 @@
+"""The whole of pretokenizing, on real files: formats, the cache, sides, and what cannot be used."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from tokenizers import Tokenizer
+
+from mlxflow.artifact import read_report
+from mlxflow.data.token_file import TokenFile
+from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+from mlxflow.errors import MlxflowError, SourceError, WorkflowError
+from mlxflow.run import run_stage
+from mlxflow.workflow import load_workflow
+
+TEXTS = [f"note {i}: the {i * 7 % 13}th thing to remember, and {i * i} more of it\n" * 3 for i in range(40)]
+
+TRAINING = """
+[train]
+num_steps = 2
+batch_size = 2
+max_validation_rows = 4
+[train.model]
+hidden_size = 32
+num_heads = 2
+num_kv_heads = 2
+intermediate_size = 32
+"""
+
+
+class Job:
+    """A folder with a workflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.artifact = folder / "artifacts/pretokenize"
+
+    def configure(self, text: str) -> None:
+        settings = text if "context_length" in text else f"context_length = 16\n{text}"
+        tokenizer = "" if "tokenizer" in text else "\ntokenizer = { vocab_size = 300 }"
+        (self.folder / "workflow.toml").write_text(f"[pretokenize]\n{settings}{tokenizer}\n{TRAINING}")
+
+    def run(self, text: str | None = None, stage: str = "pretokenize") -> dict[str, Any]:
+        """Run a stage in this process and return its report."""
+        if text is not None:
+            self.configure(text)
+        workflow = load_workflow(self.folder / "workflow.toml")
+        return read_report(run_stage(workflow, workflow.find(stage)) / "report.toml")
+
+    def fails(self, text: str) -> str:
+        """Run pretokenize, which must refuse, and return what it says."""
+        with pytest.raises(MlxflowError) as caught:
+            self.run(text)
+        assert not self.artifact.exists()
+        assert isinstance(caught.value, SourceError | WorkflowError)
+        return str(caught.value)
+
+    def texts(self, side: str = "train") -> list[str]:
+        """Return the documents of a side as they decode."""
+        tokenizer = Tokenizer.from_file(str(self.artifact / "tokenizer.json"))
+        documents = TokenFile.open(self.artifact / f"{side}.safetensors").documents()
+        return [tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in documents]
+
+    def bytes(self) -> dict[str, bytes]:
+        """Return the artifact without what may differ between equal runs."""
+        files = {path.name: path.read_bytes() for path in self.artifact.iterdir() if path.name != "report.toml"}
+        report = read_report(self.artifact / "report.toml")
+        del report["run"]
+        return files | {"report.toml": json.dumps(report).encode()}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def _conversation(number: int) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": f"What is {number} and one?"},
+        {"role": "assistant", "content": f"It is {number + 1}."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "Quite."},
+    ]
+
+
+def _write_jsonl(path: Path, records: list[Any]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write_folder(folder: Path) -> str:
+    for number, text in enumerate(TEXTS):
+        (folder / "notes" / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        (folder / "notes" / str(number % 3) / f"{number:02}.md").write_text(text)
+    return "notes"
+
+
+def _write_compressed(folder: Path, name: str, compress: Callable[[bytes], bytes]) -> str:
+    plain = folder / "plain.jsonl"
+    _write_jsonl(plain, [{"text": text} for text in TEXTS])
+    (folder / name).write_bytes(compress(plain.read_bytes()))
+    return name
+
+
+def _write_jsonl_of_texts(folder: Path) -> str:
+    _write_jsonl(folder / "a.jsonl", [{"text": text} for text in TEXTS])
+    return "a.jsonl"
+
+
+def _write_json(folder: Path) -> str:
+    (folder / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    return "a.json"
+
+
+def _write_csv(folder: Path) -> str:
+    with (folder / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["id", "text"], *enumerate(TEXTS)])
+    return "a.csv"
+
+
+def _write_parquet(folder: Path) -> str:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": TEXTS, "id": range(len(TEXTS))}), folder / "a.parquet")
+    return "a.parquet"
+
+
+def _write_data_set(folder: Path) -> str:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder / "set"))
+    return "hf:set"
+
+
+SOURCES: dict[str, Callable[[Path], str]] = {
+    "folder": _write_folder,
+    "jsonl": _write_jsonl_of_texts,
+    "jsonl.gz": lambda folder: _write_compressed(folder, "a.jsonl.gz", gzip.compress),
+    "jsonl.zst": lambda folder: _write_compressed(folder, "a.jsonl.zst", zstandard.ZstdCompressor().compress),
+    "json": _write_json,
+    "csv": _write_csv,
+    "parquet": _write_parquet,
+    "data set": _write_data_set,
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_source_of_each_format_goes_through_the_chain(job: Job, kind: str) -> None:
+    source = SOURCES[kind](job.folder)
+    report = job.run(f'sources = ["{source}"]\nholdout = 0.2')
+    assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
+    assert report["sources"][0]["documents"] == 40
+    assert report["sources"][0]["text_bytes"] == sum(map(len, TEXTS))
+    assert job.run(stage="train")["tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_conversations_go_through_the_chain_with_masks_for_loss_and_documents(job: Job, kind: str) -> None:
+    records: list[Any] = [{"messages": _conversation(i)} for i in range(40)]
+    if kind == "completions":
+        records = [{"prompt": f"What is {i} and one?", "completion": f"It is {i + 1}."} for i in range(40)]
+    _write_jsonl(job.folder / "a.jsonl", records)
+    job.run('sources = ["a.jsonl"]\ncontext_length = 96')
+    opened = TokenFile.open(job.artifact / "train.safetensors")
+    tokenizer = Tokenizer.from_file(str(job.artifact / "tokenizer.json"))
+    trained = [
+        tokenizer.decode(np.array(opened.rows.tokens[row])[np.array(opened.rows.marks[row] & 1) > 0].tolist(), False)
+        for row in range(opened.rows.num_rows)
+    ]
+    answers = "".join(trained)
+    assert "What is" not in answers
+    assert "Be short" not in answers
+    assert answers.count("It is") == len(opened.documents())
+    assert answers.count("<|im_end|>") == len(opened.documents()) * (2 if kind == "chat" else 1)
+    assert job.run(stage="train")["document_mask"] is True
+    everything = job.run('sources = ["a.jsonl"]\ncontext_length = 96\ntrain_on = "all"')
+    assert everything["train"]["targets"] > 2 * opened.targets
+
+
+def test_the_template_of_the_workflow_is_used(job: Job) -> None:
+    _write_jsonl(job.folder / "a.jsonl", [{"messages": _conversation(i)} for i in range(40)])
+    (job.folder / "own.jinja").write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    job.run('sources = ["a.jsonl"]\nchat_template = "own.jinja"\ncontext_length = 96\ntokenizer.vocab_size = 310')
+    assert json.loads((job.artifact / "tokenizer_config.json").read_text())["chat_template"].startswith("{% for m")
+    before = (job.artifact / "train.safetensors").read_bytes()
+    (job.folder / "own.jinja").write_text((job.folder / "own.jinja").read_text().replace("<|end|>", "<|over|>"))
+    job.run()
+    assert (job.artifact / "train.safetensors").read_bytes() != before
+
+
+def test_a_folder_made_for_mlx_lm_keeps_its_split(job: Job) -> None:
+    (job.folder / "data").mkdir()
+    for name, texts in (("train", TEXTS[:30] + TEXTS[-1:]), ("valid", TEXTS[30:36]), ("test", TEXTS[36:])):
+        _write_jsonl(job.folder / f"data/{name}.jsonl", [{"text": text} for text in texts])
+    report = job.run('sources = ["data"]')
+    assert sorted(job.texts()) == sorted(TEXTS[:30])  # one was in the test file too
+    assert sorted(job.texts("validation")) == sorted(TEXTS[30:36])
+    assert (report["duplicates"], report["test_documents"]) == (1, 4)
+
+
+def test_sources_for_validation_are_all_of_it(job: Job) -> None:
+    _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
+    _write_jsonl(job.folder / "b.jsonl", [{"text": text} for text in [*TEXTS[:5], "one more of them, quite new"]])
+    job.run('sources = ["a.jsonl"]\nvalidation_sources = ["b.jsonl"]')
+    assert sorted(job.texts()) == sorted(TEXTS[5:])
+    assert sorted(job.texts("validation")) == sorted([*TEXTS[:5], "one more of them, quite new"])
+
+
+def test_an_entry_may_be_a_table_with_a_weight_a_format_and_a_key(job: Job) -> None:
+    _write_jsonl(job.folder / "a.jsonl", [{"body": text, "text": 3} for text in TEXTS[:20]])
+    _write_jsonl(job.folder / "b.jsonl", [{"text": text} for text in TEXTS[20:]])
+    entry = '{ path = "a.jsonl", weight = 2.0, format = "text", text_key = "body" }'
+    report = job.run(f'sources = [{entry}, "b.jsonl"]')
+    first, second = report["sources"]
+    opened = TokenFile.open(job.artifact / "train.safetensors")
+    shown = [
+        piece.document
+        for row in range(opened.rows.num_rows)
+        for piece in opened.pieces(row)
+        if not piece.document_begin
+    ]
+    assert len(shown) == 2 * first["train_documents"] + second["train_documents"]
+    assert [first["weight"], second["weight"]] == [2.0, 1.0]
+
+
+def test_a_tokenizer_that_exists_is_used_and_kept_as_it_is(job: Job) -> None:
+    _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
+    _save_tokenizer(job.folder / "mine", 280)
+    report = job.run('sources = ["a.jsonl"]\ntokenizer.from = "mine"')
+    assert report["vocab_size"] == 280
+    assert (job.artifact / "tokenizer.json").read_bytes() == (job.folder / "mine/tokenizer.json").read_bytes()
+    assert report["run"]["engine"] == "fastokens"
+
+
+def _save_tokenizer(folder: Path, vocab_size: int) -> None:
+    folder.mkdir(exist_ok=True)
+    trained = train_tokenizer(TEXTS, vocab_size=vocab_size)
+    save_vocabulary(
+        trained_vocabulary(trained.to_str(), context_length=16, template=None),
+        tokenizer_file=folder / "tokenizer.json",
+        config_file=folder / "tokenizer_config.json",
+    )
+
+
+# --- the cache
+
+
+@pytest.fixture
+def cached(job: Job) -> Job:
+    """A job of twenty files with a tokenizer that exists, built once."""
+    (job.folder / "notes").mkdir()
+    for number, text in enumerate(TEXTS[:20]):
+        (job.folder / f"notes/{number:02}.txt").write_text(text)
+    _save_tokenizer(job.folder / "mine", 280)
+    _save_tokenizer(job.folder / "other", 270)
+    (job.folder / "a.jinja").write_text("{{ messages[0].content }}")
+    (job.folder / "b.jinja").write_text("{{ messages[1].content }}")
+    assert job.run(CACHED)["run"]["tokenized_files"] == 20
+    return job
+
+
+CACHED = 'sources = ["notes"]\ntokenizer.from = "mine"'
+
+
+def _edit(job: Job) -> None:
+    (job.folder / "notes/03.txt").write_text("quite another text")
+
+
+CHANGES: dict[str, tuple[Callable[[Job], object], int]] = {
+    "nothing": (lambda job: None, 0),
+    "edit": (_edit, 1),
+    "rename": (lambda job: (job.folder / "notes/03.txt").rename(job.folder / "notes/zz.md"), 0),
+    "touch": (lambda job: os.utime(job.folder / "notes/03.txt", (1, 1)), 0),
+    "one more": (lambda job: (job.folder / "notes/20.txt").write_text("one more"), 1),
+    "one less": (lambda job: (job.folder / "notes/03.txt").unlink(), 0),
+    "a copy": (lambda job: shutil.copy(job.folder / "notes/03.txt", job.folder / "notes/33.txt"), 0),
+    "new tokenizer": (lambda job: job.configure(CACHED.replace("mine", "other")), 20),
+    "new template": (lambda job: job.configure(f'{CACHED}\nchat_template = "b.jinja"'), 20),
+    "other key": (lambda job: job.configure(f'{CACHED}\ntext_key = "body"'), 20),
+    "other workers": (lambda job: job.configure(f"{CACHED}\nworkers = 1"), 0),
+    "other rows": (lambda job: job.configure(f"{CACHED}\ncontext_length = 24"), 0),
+    "other packing": (lambda job: job.configure(f'{CACHED}\npacking = "concat"'), 0),
+    "other holdout": (lambda job: job.configure(f"{CACHED}\nholdout = 0.3"), 0),
+    "other weight": (lambda job: job.configure(CACHED.replace('"notes"', '{ path = "notes", weight = 3 }')), 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_a_change_concerns_is_tokenized_again(cached: Job, change: str) -> None:
+    act, expected = CHANGES[change]
+    act(cached)
+    assert cached.run()["run"]["tokenized_files"] == expected
+    found = cached.bytes()
+    shutil.rmtree(cached.folder / "artifacts")  # what a run from nothing makes
+    cached.run()
+    assert cached.bytes() == found
+
+
+def test_a_revert_costs_nothing(cached: Job) -> None:
+    before, text = cached.bytes(), (cached.folder / "notes/03.txt").read_text()
+    _edit(cached)
+    cached.run()
+    (cached.folder / "notes/03.txt").write_text(text)
+    assert cached.run()["run"]["tokenized_files"] == 0
+    assert cached.bytes() == before
+
+
+def test_a_damaged_shard_costs_its_file(cached: Job) -> None:
+    before = cached.bytes()
+    shard = next((cached.folder / "artifacts/.mlxflow/shards").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    assert cached.run()["run"]["tokenized_files"] == 1
+    assert cached.bytes() == before
+
+
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_the_bytes_do_not_depend_on_the_workers(job: Job, workers: int) -> None:
+    _write_folder(job.folder)
+    _write_jsonl_of_texts(job.folder)
+    settings = 'sources = ["notes", "a.jsonl"]\ndeduplicate = false\nworkers = '
+    job.run(f"{settings}8")
+    expected = job.bytes()
+    shutil.rmtree(job.folder / "artifacts")
+    job.run(f"{settings}{workers}")
+    assert job.bytes() == expected
+
+
+def test_the_number_of_workers_makes_no_stage_stale(job: Job) -> None:
+    _write_folder(job.folder)
+    digests = []
+    for workers in (1, 8):
+        job.configure(f'sources = ["notes"]\nworkers = {workers}')
+        digests.append(load_workflow(job.folder / "workflow.toml").find("pretokenize").settings())
+    assert digests[0] == digests[1]
+    assert "holdout" in digests[0]["config"]
+
+
+def test_a_run_that_is_killed_goes_on_from_the_last_whole_shard(job: Job) -> None:
+    (job.folder / "notes").mkdir()
+    for number in range(300):
+        (job.folder / f"notes/{number:03}.txt").write_text(f"{number} " * 20_000)
+    _save_tokenizer(job.folder / "mine", 280)
+    job.configure(f"{CACHED}\nworkers = 1")
+    store = job.folder / "artifacts/.mlxflow/shards"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(job.folder / "cache")}
+    command = [sys.executable, "-m", "mlxflow", "run", "pretokenize"]
+    process = subprocess.Popen(command, cwd=job.folder, env=environment, stderr=subprocess.DEVNULL)
+    while len(list(store.glob("*.safetensors"))) < 5 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = len(list(store.glob("*.safetensors")))
+    assert 5 <= done < 300
+    report = job.run()
+    assert report["run"]["tokenized_files"] == 300 - done
+    assert not list(store.glob(".*.partial"))
+
+
+def test_a_tokenizer_trained_on_a_sample_stays_when_another_document_comes(job: Job) -> None:
+    _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
+    settings = 'sources = ["*.jsonl"]\ntokenizer = { vocab_size = 300, max_training_bytes = 600 }'
+    job.run(settings)
+    before = (job.artifact / "tokenizer.json").read_bytes()
+    changed = 0
+    for number in range(8):
+        _write_jsonl(job.folder / f"b{number}.jsonl", [{"text": f"{number} is quite another text"}])
+        report = job.run()
+        assert report["run"]["tokenized_files"] in (1, number + 2)
+        changed += (job.artifact / "tokenizer.json").read_bytes() != before
+        before = (job.artifact / "tokenizer.json").read_bytes()
+    assert changed < 4
+
+
+# --- what cannot be used
+
+SKIP = 'or set pretokenize.on_bad_record = "skip".'
+
+
+def _bad_record(job: Job, line: str) -> str:
+    good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (job.folder / "a.jsonl").write_text(good + line + "\n")
+    return job.fails('sources = ["a.jsonl"]')
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "two"', "not valid JSON (Expecting ',' delimiter at column 15). Fix the line"),
+        ('{"txt": "two"}', 'has no "text" (it has txt). Fix the record or name its key'),
+        ('{"text": null}', '"text" is null: expected text. Fix the record'),
+        ('{"text": 3}', '"text" is a int: expected text. Fix the record'),
+        ('["text"]', "expected an object. Fix the record"),
+        ("[" * 100_000, "not valid JSON (nested too deeply). Fix the line"),
+        ('{"text": "\\ud800"}', "character 0 is half of a surrogate pair. Fix the record"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "has no assistant turn. Fix the record"),
+        ('{"messages": []}', 'expected "messages", a list that is not empty. Fix the record'),
+        ('{"prompt": "a", "completion": null}', '"completion" is null: expected text. Fix the record'),
+    ],
+)
+def test_a_bad_record_is_told_with_its_line(job: Job, line: str, said: str) -> None:
+    assert _bad_record(job, line) == f"a.jsonl:41: {said}, {SKIP}"
+
+
+def test_every_bad_record_is_told_at_once_up_to_twenty(job: Job) -> None:
+    (job.folder / "a.jsonl").write_text("{\n" * 30)
+    (job.folder / "b.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
+    lines = job.fails('sources = ["a.jsonl", "b.jsonl"]\ntokenizer.from = "mine"' if _mine(job) else "").splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("a.jsonl:1: not valid JSON (")
+    assert lines[-1] == "and 11 more"
+
+
+def _mine(job: Job) -> bool:
+    _save_tokenizer(job.folder / "mine", 280)
+    return True
+
+
+def test_skipped_records_are_counted_and_listed(job: Job) -> None:
+    good = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (job.folder / "a.jsonl").write_text(good + "{\n" + '{"text": 1}\n')
+    report = job.run('sources = ["a.jsonl"]\non_bad_record = "skip"\nmax_bad_records = 0.05')
+    assert report["sources"][0]["bad_records"] == 2
+    assert report["bad_records"] == [
+        "a.jsonl:41: not valid JSON (Expecting property name enclosed in double quotes at column 2). Fix the line",
+        'a.jsonl:42: "text" is a int: expected text. Fix the record',
+    ]
+    assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
+
+
+def test_too_many_skipped_records_fail_the_stage(job: Job) -> None:
+    (job.folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "{\n")
+    said = job.fails('sources = ["a.jsonl"]\non_bad_record = "skip"')
+    assert said.splitlines()[0] == (
+        "pretokenize.max_bad_records = 0.01: 1 of 41 records cannot be used, a share of 0.0244. Mend them or raise it."
+    )
+    assert said.splitlines()[1].startswith("a.jsonl:41: not valid JSON")
+
+
+def _truncated(data: bytes, name: str) -> bytes:
+    compressed = gzip.compress(data) if name.endswith(".gz") else zstandard.ZstdCompressor().compress(data)
+    return compressed[: len(compressed) // 2]
+
+
+FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "not UTF-8": ("x.txt", lambda: b"caf\xe9 au lait", "byte 3 is not UTF-8. Save the file as UTF-8"),
+    "NUL": ("x.txt", lambda: b"a" * 9000 + b"\0", "byte 9,000 is NUL. Remove it"),
+    "binary": ("x.txt", lambda: b"\x7fELF\0", "byte 4 is NUL: no text. Leave the file out"),
+    "truncated gzip": (
+        "x.jsonl.gz",
+        lambda: _truncated(json.dumps({"text": TEXTS}).encode() * 50, ".gz"),
+        "ends before its gzip stream does (byte ",
+    ),
+    "truncated zstd": (
+        "x.jsonl.zst",
+        lambda: _truncated(json.dumps({"text": TEXTS}).encode() * 50, ".zst"),
+        "ends before its zstd frame does (byte ",
+    ),
+    "no gzip": ("x.txt.gz", lambda: b"plain text", "is no valid gzip file ("),
+    "bomb": (
+        "x.txt.gz",
+        lambda: gzip.compress(bytes(10) + b" " * 90_000_000),
+        "byte 0 is NUL: no text. Leave the file out",
+    ),
+    "endless": ("x.txt.gz", lambda: gzip.compress(b" " * 90_000_000), "inflates to over 400 times its size ("),
+    "json": ("x.json", lambda: b'[{"text": ', "not valid JSON (Expecting value at column 11). Fix the file"),
+    "no parquet": ("x.parquet", lambda: b"PAR1 but no more", "is no valid parquet file ("),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_cannot_be_used_is_told_and_may_be_skipped(job: Job, kind: str) -> None:
+    name, make, said = FILES[kind]
+    (job.folder / name).write_bytes(make())
+    _write_jsonl_of_texts(job.folder)
+    settings = f'sources = ["a.jsonl", "{name}"]'
+    told = job.fails(settings)
+    assert told.startswith(f"{name}: {said}")
+    assert told.endswith(SKIP)
+    report = job.run(f'{settings}\non_bad_record = "skip"\nmax_bad_records = 0.1')
+    assert len(job.texts()) + len(job.texts("validation")) == 40
+    assert report["bad_records"][0].startswith(f"{name}: {said}")
+
+
+def test_a_table_of_another_schema_is_told_with_its_columns(job: Job) -> None:
+    _write_parquet(job.folder)
+    assert job.fails('sources = ["a.parquet"]\nformat = "text"\ntext_key = "body"') == (
+        'a.parquet: has no column "body"; its columns: text, id. Name one in text_key.'
+    )
+
+
+def test_binary_and_empty_files_of_a_folder_are_passed_over_and_counted(job: Job) -> None:
+    _write_folder(job.folder)
+    (job.folder / "notes/photo").write_bytes(b"\x89PNG\0\0")
+    (job.folder / "notes/photo.png").write_bytes(b"\x89PNG\0\0")
+    (job.folder / "notes/empty.txt").write_bytes(b"")
+    (job.folder / "notes/blank.txt").write_bytes(b" \n\n")
+    (job.folder / "notes/.hidden").write_bytes(b"hidden")
+    (job.folder / "notes/nowhere").symlink_to("gone")
+    source = job.run('sources = ["notes"]')["sources"][0]
+    counted = [source[f"{name}_files"] for name in ("binary", "empty", "hidden")]
+    assert counted == [2, 1, 1]
+    assert (source["blank_documents"], source["broken_links"], source["documents"]) == (1, 1, 40)
+
+
+def test_marks_of_byte_order_and_ends_of_lines_are_no_fault(job: Job) -> None:
+    _write_folder(job.folder)
+    (job.folder / "notes/windows.txt").write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    job.run('sources = ["notes"]')
+    assert "first\r\nsecond\r\n" in job.texts() + job.texts("validation")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            'sources = ["short.txt"]',
+            "pretokenize.sources: the train documents have 4 tokens, one row of pretokenize.context_length = 16 needs "
+            "17. Add text, or lower the context length.",
+        ),
+        (
+            'sources = ["blank.txt"]',
+            "pretokenize.sources: hold no text. Name a file, a folder or a glob with text in it.",
+        ),
+    ],
+)
+def test_a_corpus_that_is_too_short_is_told(job: Job, settings: str, said: str) -> None:
+    (job.folder / "short.txt").write_text("a b c")
+    (job.folder / "blank.txt").write_text(" \n")
+    assert job.fails(settings) == said
+
+
+def test_conversations_without_a_template_are_told(job: Job) -> None:
+    _write_jsonl(job.folder / "a.jsonl", [{"messages": _conversation(i)} for i in range(4)])
+    _save_tokenizer(job.folder / "mine", 280)
+    assert job.fails('sources = ["a.jsonl"]\ntokenizer.from = "mine"') == (
+        "a.jsonl: holds conversations, and the tokenizer has no chat template. "
+        'Set pretokenize.chat_template = "FILE.jinja".'
+    )
+
+
+def test_roles_that_the_template_refuses_are_told(job: Job) -> None:
+    (job.folder / "own.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    _write_jsonl(job.folder / "a.jsonl", [*({"text": text} for text in TEXTS), {"messages": _conversation(1)}])
+    assert job.fails('sources = ["a.jsonl"]\nchat_template = "own.jinja"') == (
+        f"a.jsonl:41: the template refuses it (System role not supported). Fix the record, {SKIP}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            'sources = [{ path = "notes", wieght = 2 }]',
+            "pretokenize.sources[0].wieght: unknown key. Did you mean pretokenize.sources[0].weight?",
+        ),
+        (
+            'sources = ["notes", { path = "notes", weight = 0 }]',
+            "pretokenize.sources[1].weight = 0: expected a number over 0 and of at most 1000. "
+            "Use pretokenize.sources[1].weight = 1.0 (the default) or remove the key.",
+        ),
+        ("sources = [{ weight = 2 }]", "pretokenize.sources[0].path: missing. Add path to pretokenize.sources[0]."),
+        (
+            'tokenizer = { from = "./nowhere" }',
+            'pretokenize.tokenizer.from = "./nowhere": no such folder. '
+            "Name a folder with a tokenizer.json, or a hub id.",
+        ),
+        (
+            'tokenizer = { from = "mine", vocab_size = 300 }',
+            "pretokenize.tokenizer.vocab_size = 300: is for a tokenizer trained here, and tokenizer.from names one "
+            "that exists. Remove one of the two.",
+        ),
+        (
+            'chat_template = "own.jinja"',
+            'pretokenize.chat_template = "own.jinja": names no file. Name one, relative to the workflow file.',
+        ),
+        (
+            'sources = ["hf:no such thing"]',
+            'pretokenize.sources = "hf:no such thing": no such folder and no data set\'s name. '
+            'Write "hf:FOLDER" or "hf:OWNER/NAME@REVISION".',
+        ),
+        (
+            'sources = ["loop"]',
+            'pretokenize.sources = "loop": cannot be looked up (Too many levels of symbolic links). '
+            "Name a file, a folder or a glob with text in it.",
+        ),
+    ],
+)
+def test_a_mistake_in_the_table_is_told_before_anything_runs(job: Job, settings: str, said: str) -> None:
+    _write_folder(job.folder)
+    (job.folder / "loop").symlink_to("loop")
+    job.configure(settings)
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(job.folder / "workflow.toml")
+    assert said in [line.partition("workflow.toml: ")[2] for line in str(caught.value).splitlines()]
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxflow.data import corpus
+
+    _write_jsonl_of_texts(job.folder)
+    _save_tokenizer(job.folder / "mine", 280)
+    listed = corpus.list_files
+
+    def list_and_edit(*arguments: Any, **settings: Any) -> Any:
+        files = listed(*arguments, **settings)
+        with (job.folder / "a.jsonl").open("a") as file:
+            file.write('{"text": "late"}\n')
+        return files
+
+    monkeypatch.setattr(corpus, "list_files", list_and_edit)
+    said = job.fails('sources = ["a.jsonl"]\ntokenizer.from = "mine"')
+    assert said == f"{job.folder}/a.jsonl: changed while it was read. Run the stage again."
