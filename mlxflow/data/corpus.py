@@ -196,13 +196,28 @@ def _problems(file: SourceFile, shard: Shard) -> list[str]:
 
 
 def accounts(
-    files: Sequence[SourceFile], shards: Sequence[Shard], selection: Selection, settings: Sequence[SourceSettings]
+    files: Sequence[SourceFile],
+    shards: Sequence[Shard],
+    selection: Selection,
+    settings: Sequence[SourceSettings],
+    *,
+    capacity: int,
 ) -> dict[str, Any]:
-    """Return what is told of the corpus: of each source, and of what was left out."""
+    """Return what is told of the corpus: of each source, and of what was left out.
+
+    Args:
+        files: in the order of the corpus.
+        shards: of each.
+        selection: what became of the documents.
+        settings: the sources.
+        capacity: tokens that a row holds.
+    """
     bad = [line for file, shard in zip(files, shards, strict=True) for line in _problems(file, shard)]
     return {
         "sources": [
-            _account(one, [i for i, file in enumerate(files) if file.source == number], files, shards, selection)
+            _account(
+                one, [i for i, file in enumerate(files) if file.source == number], files, shards, selection, capacity
+            )
             for number, one in enumerate(settings)
         ],
         "bad_records": bad[: 5 * _MOST_TOLD],
@@ -215,6 +230,7 @@ def _account(
     files: Sequence[SourceFile],
     shards: Sequence[Shard],
     selection: Selection,
+    capacity: int,
 ) -> dict[str, Any]:
     mine = [shards[i] for i in members]
     found = sources.find(entry.path, entry.root) if not entry.path.startswith("builtin:") else sources.Found([])
@@ -236,6 +252,7 @@ def _account(
         "text_bytes": text_bytes,
         "bytes_per_token": round(text_bytes / max(1, int(lengths.sum())), 4),
         "tokens_per_document": _quantiles(lengths),
+        "longer_than_a_row": int((lengths > capacity).sum()),
         "blank_documents": sum(shard.blank for shard in mine),
         "bad_records": sum(shard.num_bad for shard in mine),
         "binary_files": found.binary + sum(shard.is_binary for shard in mine),

@@ -7,7 +7,7 @@ arrays of them.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -89,6 +89,7 @@ class Loader(Iterator[DeviceBatch]):
         cursor: rows of the stream that were used already; a run goes on from there in the same time from anywhere.
         rank: of this process in a distributed run.
         num_ranks: processes in it.
+        name_rows: says which documents lie in rows, for a failure's message.
 
     Attributes:
         cursor: rows of the stream that were handed out, those of all ranks: all that a checkpoint has to keep.
@@ -106,6 +107,7 @@ class Loader(Iterator[DeviceBatch]):
         cursor: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
+        name_rows: Callable[["NDArray[np.int64]"], str] = lambda rows: f"rows {rows.tolist()}",
     ) -> None:
         self.cursor = cursor
         self.waited_seconds = 0.0
@@ -113,6 +115,7 @@ class Loader(Iterator[DeviceBatch]):
         self._batch_size = batch_size
         self._first = cursor
         self._rank = rank
+        self._name_rows = name_rows
         self._num_ranks = num_ranks
         self._order = Order(rows.num_rows, seed=seed)
         self._order_lock = threading.Lock()
@@ -194,7 +197,7 @@ class Loader(Iterator[DeviceBatch]):
         try:
             return self._rows.take(indices)
         except Exception as error:  # handed to the caller's thread
-            error.add_note(f"while rows {indices.tolist()} were gathered; see: mlxflow show pretokenize --row N")
+            error.add_note(f"while {self._name_rows(indices)} were gathered")
             return error
 
 

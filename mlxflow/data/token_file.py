@@ -144,6 +144,14 @@ class TokenFile(NamedTuple):
         files, places = (artifact.map_tensor(self.path, name) for name in ("document_files", "document_places"))
         return int(files[document]), int(places[document])
 
+    def name_rows(self, rows: "NDArray[np.int64]") -> str:
+        """Return the documents in some rows, as far as they can be read, in words."""
+        names = self.path.with_name("files.txt").read_text(encoding="utf-8").splitlines()
+        documents = dict.fromkeys(piece.document for row in rows.tolist() for piece in self.pieces(row))
+        places = [(names[file], place) for file, place in map(self.place, documents)]
+        shown = ", ".join(f"{name}:{place}" if place else name for name, place in places)
+        return f"rows {rows.tolist()} (documents {shown})"
+
     def documents(self) -> "list[NDArray[Any]]":
         """Return the tokens of every document, in their order; for small files."""
         parts: dict[int, list[tuple[int, NDArray[Any]]]] = {}

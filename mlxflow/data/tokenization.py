@@ -174,6 +174,9 @@ class Tokenizing:
             with self._store.write(key, self._vocabulary.dtype) as writer:
                 writer.problem, writer.is_binary = str(problem), isinstance(problem, Binary)
                 writer.num_bad = 0 if writer.is_binary else 1
+        except Exception as error:
+            error.add_note(f"while {file.name} was tokenized")
+            raise
         return True
 
     def _tokenize(self, file: SourceFile, writer: ShardWriter, progress: Progress) -> None:

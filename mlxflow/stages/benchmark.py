@@ -81,7 +81,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 def _benchmark_training(config: Config, inputs: Inputs, context: Context) -> list[dict[str, Any]]:
     import mlx.core as mx
 
-    from mlxflow import models
+    from mlxflow import models, packed
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.throughput import interleave
     from mlxflow.training.step import steps_on
@@ -96,7 +96,9 @@ def _benchmark_training(config: Config, inputs: Inputs, context: Context) -> lis
             before = mx.get_active_memory()  # the models of the other batch sizes are still there
             model = models.load_dense(inputs.model.parent, f"{context.task}.input")
             seed = derive_seed(context.seed, context.task)
-            step = running.enter_context(steps_on(model, rows, batch_size=batch_size, seed=seed))
+            masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
+            steps_of = steps_on(model, rows, batch_size=batch_size, masks_documents=masks, seed=seed)
+            step = running.enter_context(steps_of)
             step()  # compiles, and makes the optimizer's state
             mx.reset_peak_memory()
             step()
@@ -120,7 +122,7 @@ def _benchmark_training(config: Config, inputs: Inputs, context: Context) -> lis
 
 
 def _benchmark_models(config: Config, inputs: Inputs, task: str) -> list[dict[str, Any]]:
-    from mlxflow import models
+    from mlxflow import models, packed
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.perplexity import measure_perplexity
 
@@ -131,7 +133,8 @@ def _benchmark_models(config: Config, inputs: Inputs, task: str) -> list[dict[st
     for reference, path in inputs.models.items():
         tokens.require_vocabulary(models.vocab_size(path.parent), f"{task}.models")
         model, _ = models.load(path.parent)
-        measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32)
+        masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
+        measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
         model_bytes = _file_bytes([path])
         measurements.append(
             {

@@ -202,7 +202,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "duplicates": sum(int((side == selection.DUPLICATE).sum()) for side in chosen.sides),
         "test_documents": sum(int((side == selection.TEST).sum()) for side in chosen.sides),
         **sides,
-        **corpus.accounts(files, opened, chosen, settings),
+        **corpus.accounts(files, opened, chosen, settings, capacity=config.context_length + 1),
         "run": {
             "tokenized_files": tokenized.num_tokenized,
             "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,

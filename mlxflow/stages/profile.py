@@ -56,7 +56,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     import mlx.core as mx
 
-    from mlxflow import artifact, models
+    from mlxflow import artifact, models, packed
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.memory import MemoryProfiler, profile_memory
     from mlxflow.training.step import steps_on
@@ -69,7 +69,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens = TokenFile.open(inputs.tokens)
     tokens.require_vocabulary(models.vocab_size(inputs.model.parent), f"{context.task}.input")
     rows = tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
-    with steps_on(model, rows, batch_size=config.batch_size, seed=seed) as step:
+    masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
+    with steps_on(model, rows, batch_size=config.batch_size, masks_documents=masks, seed=seed) as step:
         with profile_memory(profiler, "first_step"):
             step()  # compiles, and makes the optimizer's state
         for _ in range(config.num_steps):

@@ -139,6 +139,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         seed=derive_seed(context.seed, "train.batches"),
         workers=config.workers,
         prefetch_batches=config.prefetch_batches,
+        name_rows=train_file.name_rows,
     )
     mx.reset_peak_memory()
     with progress.show_progress(num_steps=config.num_steps) as show, outputs.metrics.open("w") as metrics, loader:

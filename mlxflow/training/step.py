@@ -61,7 +61,9 @@ def compile_step(
 
 
 @contextmanager
-def steps_on(model: nn.Module, rows: Rows, *, batch_size: int, seed: int) -> Iterator[Callable[[], int]]:
+def steps_on(
+    model: nn.Module, rows: Rows, *, batch_size: int, masks_documents: bool, seed: int
+) -> Iterator[Callable[[], int]]:
     """Give a function that trains a model one step further on rows of tokens and waits for the result.
 
     For measurements: AdamW at a small constant learning rate, everything else as in training. The function returns how
@@ -71,12 +73,13 @@ def steps_on(model: nn.Module, rows: Rows, *, batch_size: int, seed: int) -> Ite
         model: changed by every call.
         rows: at least one batch of them.
         batch_size: rows a step, B.
+        masks_documents: no token attends to another document in its row.
         seed: of the order of the rows.
     """
     model.train()
     optimizer = optim.AdamW(learning_rate=1e-5)
     optimizer.init(model.trainable_parameters())
-    compiled, state = compile_step(model, optimizer, max_grad_norm=1.0, masks_documents=False)
+    compiled, state = compile_step(model, optimizer, max_grad_norm=1.0, masks_documents=masks_documents)
     with Loader(rows, batch_size=batch_size, seed=seed, workers=2, prefetch_batches=4) as loader:
 
         def step() -> int:

@@ -32,6 +32,14 @@ TRAINING = """
 num_steps = 2
 batch_size = 2
 max_validation_rows = 4
+[profile]
+num_steps = 2
+batch_size = 2
+[benchmark]
+num_steps = 2
+batch_sizes = [2]
+models = ["train"]
+max_validation_rows = 4
 [train.model]
 hidden_size = 32
 num_heads = 2
@@ -187,6 +195,11 @@ def test_conversations_go_through_the_chain_with_masks_for_loss_and_documents(jo
     assert answers.count("It is") == len(opened.documents())
     assert answers.count("<|im_end|>") == len(opened.documents()) * (2 if kind == "chat" else 1)
     assert job.run(stage="train")["document_mask"] is True
+    assert job.run(stage="profile")["num_steps"] == 2
+    measured = job.run(stage="benchmark")["models"][0]
+    assert measured["perplexity"] == pytest.approx(
+        read_report(job.folder / "artifacts/train/report.toml")["last_validation_perplexity"], rel=1e-4
+    )
     everything = job.run('sources = ["a.jsonl"]\ncontext_length = 96\ntrain_on = "all"')
     assert everything["train"]["targets"] > 2 * opened.targets
 
@@ -257,6 +270,57 @@ def _save_tokenizer(folder: Path, vocab_size: int) -> None:
         tokenizer_file=folder / "tokenizer.json",
         config_file=folder / "tokenizer_config.json",
     )
+
+
+def test_a_hub_id_that_cannot_be_had_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _write_jsonl_of_texts(job.folder)
+    said = job.fails('sources = ["a.jsonl"]\ntokenizer.from = "owner/no-such-model@1"')
+    assert said.startswith('pretokenize.tokenizer.from = "owner/no-such-model@1": cannot be had from the hub (')
+    assert said.endswith("). Name a folder, or fetch it first.")
+
+
+def test_a_data_set_of_plain_files_keeps_its_splits(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(job.folder / "cache"))
+    (job.folder / "set").mkdir()
+    for name, texts in (("train", TEXTS[:30]), ("validation", TEXTS[30:35]), ("test", TEXTS[35:])):
+        _write_jsonl(job.folder / f"set/{name}.jsonl", [{"text": text} for text in texts])
+    report = job.run('sources = ["hf:set"]')
+    assert sorted(job.texts()) == sorted(TEXTS[:30])
+    assert sorted(job.texts("validation")) == sorted(TEXTS[30:35])
+    assert report["test_documents"] == 5
+    assert (job.artifact / "files.txt").read_text().splitlines()[0] == "hf:set/train[0:30]"
+
+
+def test_a_failure_of_a_worker_names_the_file_it_worked_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxflow.data.encoder import FastEncoder
+
+    _write_folder(job.folder)
+    _save_tokenizer(job.folder / "mine", 280)
+    encode = FastEncoder.encode
+
+    def fail(self: FastEncoder, texts: Any, *, special: bool) -> Any:
+        if texts[0] == TEXTS[5]:
+            raise RuntimeError("out of luck")
+        return encode(self, texts, special=special)
+
+    monkeypatch.setattr(FastEncoder, "encode", fail)
+    with pytest.raises(RuntimeError, match="out of luck") as caught:
+        job.run('sources = ["notes"]\ntokenizer.from = "mine"')
+    assert caught.value.__notes__ == ["while notes/2/05.md was tokenized"]
+    assert not job.artifact.exists()
+
+
+def test_rows_name_their_documents(job: Job) -> None:
+    _write_jsonl_of_texts(job.folder)
+    (job.folder / "b.txt").write_text(TEXTS[0] + "and more")
+    job.run('sources = ["a.jsonl", "b.txt"]')
+    opened = TokenFile.open(job.artifact / "train.safetensors")
+    named = {opened.name_rows(np.array([row])) for row in range(opened.rows.num_rows)}
+    assert any("b.txt" in name for name in named)
+    assert any(name.startswith("rows [0] (documents ") for name in named)
+    assert any("a.jsonl:2" in name for name in named)
 
 
 # --- the cache

@@ -224,6 +224,26 @@ def test_a_real_stage_on_a_full_disk_says_in_one_line_what_it_needs(job_copy: Pa
         assert artifact.partial_folders(small) == []
 
 
+@pytest.mark.parametrize("room", [20_000, 100_000, 180_000])
+def test_a_corpus_that_fills_the_disk_fails_in_one_line_and_goes_on_when_there_is_room(
+    job: Path, tmp_path: Path, room: int
+) -> None:
+    with small_disk(tmp_path / "small", "3m") as small:
+        (job / "artifacts").symlink_to(small)
+        filler = small / "filler"
+        filler.write_bytes(b"x" * (shutil.disk_usage(small).free - room))
+        result = mlxflow(job, "run", "pretokenize")
+        assert result.returncode == 1, result.stderr
+        assert "No space left on device" in result.stderr or "Make room." in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert not (small / "pretokenize").exists()
+        assert artifact.partial_folders(small) == []
+        assert list(small.glob(".mlxflow/shards/.*.partial")) == []
+        filler.unlink()
+        again = mlxflow(job, "run", "pretokenize")
+        assert again.returncode == 0, again.stderr
+
+
 def test_a_read_only_disk_fails_the_stage_in_one_line(job_copy: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "8m") as small:
         shutil.copytree(job_copy / "artifacts", small, dirs_exist_ok=True)
