@@ -208,7 +208,7 @@ def change(folder: Path) -> None:
         whole = run(OURS, engine, cwd=job)[0]
         changed = []
         for number in range(ROUNDS):
-            (notes / "0500.txt").write_text(f"another text, number {number}")
+            (notes / "0500.txt").write_text(f"another text for {engine}, number {number}")
             changed.append(run(again, engine, cwd=job)[0])
             assert "tokenized_files = 1\n" in (job / "artifacts/pretokenize/report.toml").read_text()
         median = statistics.median(changed)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _BYTES_PER_CALL = 1 << 18
 
 # fastokens remembers words, up to hundreds of megabytes of them; a new tokenizer has forgotten them.
-_TOKENS_PER_TOKENIZER = 1 << 24
+_TOKENS_PER_TOKENIZER = 1 << 23
 
 _PIECES = (  # noqa: SIM905 - a list of a hundred lines would say no more
     "a b the ing 's 'S I'll don't \n \n\n \t \r\n \xa0 \u3000 \u200b 1 12 123 1234 12345 3.14 -7 0x1F é "

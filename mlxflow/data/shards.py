@@ -203,6 +203,7 @@ class ShardStore:
         self._folder = folder
         self._notes = folder / "notes.json"
         self._known = _read_notes(self._notes)
+        self._opened: dict[str, Shard] = {}
 
     def find(self, key: str) -> Shard | None:
         """Return a shard if it is there and whole; a damaged one is removed.
@@ -211,16 +212,15 @@ class ShardStore:
         """
         path = self._path(key)
         try:
-            status = path.stat()
+            stamp = _stamp(path)
         except FileNotFoundError:
             return None
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         try:
             shard, digests = _open(path)
-            if self._known["stamps"].get(key) == stamp:
-                return shard
-            if {name: found[2] for name, found in tensor_digests(path).items()} == digests:
+            is_known = self._known["stamps"].get(key) == stamp
+            if is_known or {name: found[2] for name, found in tensor_digests(path).items()} == digests:
                 self._known["stamps"][key] = stamp
+                self._opened[key] = shard
                 return shard
         except (OSError, ValueError, LookupError, TypeError):
             pass
@@ -239,12 +239,13 @@ class ShardStore:
                 yield writer
                 writer.finish()
             temporary.replace(self._path(key))
+            self._known["stamps"][key] = _stamp(self._path(key))
         finally:
             temporary.unlink(missing_ok=True)
 
     def open(self, key: str) -> Shard:
         """Return a shard that was just written or found."""
-        return _open(self._path(key))[0]
+        return self._opened.get(key) or _open(self._path(key))[0]
 
     def collect(self, task: str, used: Iterable[str], live: Iterable[str]) -> int:
         """Note what a stage uses, and remove the oldest of what no stage uses any more; return how many.
@@ -287,6 +288,12 @@ class ShardStore:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}{_SUFFIX}"
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what the file system says of a file; equal stamps mean an unchanged file."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _read_notes(path: Path) -> dict[str, Any]:

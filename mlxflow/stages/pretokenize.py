@@ -156,8 +156,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: the disk is full.
     """
     from mlxflow.data import corpus, selection, shards, tokenization
-    from mlxflow.data.encoder import choose_encoder
-    from mlxflow.data.progress import show_progress
     from mlxflow.locking import hold
 
     settings = [
@@ -172,16 +170,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     waiting = f"{context.task}: waits for the shards, which process {{holder}} uses"
     with hold(context.state / "shards" / "lock", waiting, wait=True):
         vocabulary = _vocabulary(config, inputs, context, files, holdout)
-        encoder = choose_encoder(vocabulary.definition, threads=config.workers)
-        tokenizing = tokenization.Tokenizing(
-            vocabulary=vocabulary,
-            encoder=encoder,
-            masks_prompts=config.train_on == "completion",
-            store=store,
-            workers=config.workers,
-        )
-        with show_progress("tokenizing", sum(file.size for file in files)) as (progress, watch):
-            tokenized = tokenizing.run(files, progress, watch)
+        tokenized, engine = _tokenize(config, vocabulary, store, files)
         opened = tokenization.open_shards(store, tokenized.keys)
         corpus.check(files, opened, skips=config.on_bad_record == "skip", max_share=config.max_bad_records)
         chosen = selection.select(
@@ -206,9 +195,27 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "run": {
             "tokenized_files": tokenized.num_tokenized,
             "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
-            "engine": encoder.name,
+            "engine": engine,
         },
     }
+
+
+def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> tuple[Any, str]:
+    """Make sure that every file has a shard; return their keys and the engine's name. What the engine held is free."""
+    from mlxflow.data.encoder import choose_encoder
+    from mlxflow.data.progress import show_progress
+    from mlxflow.data.tokenization import Tokenizing
+
+    encoder = choose_encoder(vocabulary.definition, threads=config.workers)
+    tokenizing = Tokenizing(
+        vocabulary=vocabulary,
+        encoder=encoder,
+        masks_prompts=config.train_on == "completion",
+        store=store,
+        workers=config.workers,
+    )
+    with show_progress("tokenizing", sum(file.size for file in files)) as (progress, watch):
+        return tokenizing.run(files, progress, watch), encoder.name
 
 
 def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[Any], holdout: float) -> Any:
