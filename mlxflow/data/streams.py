@@ -13,7 +13,7 @@ import xxhash
 from mlxflow.errors import SourceError
 
 #: Bytes that are read, parsed and tokenized at a time.
-PIECE_BYTES = 1 << 21
+PIECE_BYTES = 1 << 20
 
 # Text shrinks 3 to 10 times, a log of one repeated line 200 times; what grows more than this is no text.
 _MAX_INFLATION = 400

@@ -1,6 +1,7 @@
 """Tokenize the corpus once and pack it into memory-mapped token files."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -200,6 +201,15 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     }
 
 
+def _share_one_heap() -> None:
+    """Keep glibc from giving each thread a heap of its own, none of which it ever returns; others have no such call."""
+    import ctypes
+
+    arena_max = -8
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
 def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> tuple[Any, str]:
     """Make sure that every file has a shard; return their keys and the engine's name. What the engine held is free."""
     from mlxflow.data.encoder import choose_encoder
@@ -207,6 +217,8 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
     from mlxflow.data.tokenization import Tokenizing
 
     encoder = choose_encoder(vocabulary.definition, threads=config.workers)
+    if encoder.name == "fastokens":  # the other one makes so many small objects that its threads would wait
+        _share_one_heap()
     tokenizing = Tokenizing(
         vocabulary=vocabulary,
         encoder=encoder,
