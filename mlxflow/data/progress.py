@@ -87,7 +87,7 @@ class _Bar:
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        columns = (TextColumn(doing), BarColumn(16), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (TextColumn(doing), BarColumn(10), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bars = Bars(*columns, console=Console(stderr=True))
         self._bar = self._bars.add_task("", total=max(1, total_bytes))
         self._begun = False

@@ -6,6 +6,7 @@ What is wrong with a single record is a `Bad` beside the good ones; what is wron
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from mlxflow.data.streams import PIECE_BYTES, FileProblem, read_pieces
+from mlxflow.data.streams import PIECE_BYTES, FileProblem, read_pieces, telling
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_file
 
@@ -97,10 +98,11 @@ def read_file(
         SourceError: it changed, vanished or became unreadable, or a library is missing.
     """
     if shape.kind == "parquet":
-        yield from _read_parquet(path, record_keys)
-        on_read(path.stat().st_size)
-        if digest_file(path).content != expected_digest:
-            raise SourceError(f"{path}: changed while it was read. Run the stage again.")
+        with telling(path):
+            yield from _read_parquet(path, record_keys)
+            on_read(path.stat().st_size)
+            if digest_file(path).content != expected_digest:
+                raise SourceError(f"{path}: changed while it was read. Run the stage again.")
         return
     pieces = read_pieces(path, compression=shape.compression, expected_digest=expected_digest, on_read=on_read)
     if shape.kind == "jsonl":
@@ -181,9 +183,9 @@ def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[Record | Text | Bad]]:
         batch: list[Record | Text | Bad] = []
         data = piece[:cut]
         if dropping:
-            end = data.index(b"\n") + 1
+            end = data.index(b"\n")
             batch.append(_too_long(number, dropping + end))
-            data, number, dropping = data[end:], number + 1, 0
+            data, number, dropping = data[end + 1 :], number + 1, 0
             lines = data.split(b"\n")[:-1]
         else:
             lines = b"".join([*rest, data]).split(b"\n")[:-1]
@@ -215,14 +217,15 @@ def _decode_json(data: bytes) -> Any:
     except (msgspec.DecodeError, ValueError, RecursionError):
         pass  # the standard library also takes NaN
     try:
-        return json.loads(data)
+        return json.loads(data.decode("utf-8-sig"))  # of bytes it would guess the encoding
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start:,} is not UTF-8") from error
     except json.JSONDecodeError as error:
         line = f"line {error.lineno:,} " if error.lineno > 1 else ""
-        raise ValueError(f"{error.msg} at {line}column {error.colno:,}") from error
+        said = error.msg.rstrip(": ").removesuffix(" at")
+        raise ValueError(f"{said} at {line}column {error.colno:,}") from error
 
 
 def _parse_lines(lines: list[bytes], number: int) -> Iterator[Record | Bad]:
@@ -248,10 +251,11 @@ def _read_json(
         data += piece
         if len(data) > MAX_RECORD_BYTES:
             raise FileProblem(f"is a JSON file of over {MAX_RECORD_BYTES:,} bytes. Write its records as .jsonl")
-    if not data.strip():
+    body = data.removeprefix(b"\xef\xbb\xbf")
+    if not body.strip():
         return
     try:
-        value = _decode_json(data.removeprefix(b"\xef\xbb\xbf"))
+        value = _decode_json(body)
     except ValueError as error:
         raise FileProblem(f"not valid JSON ({error}). Fix the file") from error
     values = value if isinstance(value, list) else [value]
@@ -272,24 +276,24 @@ def _list(names: Iterable[str]) -> str:
 def _read_csv(
     pieces: Iterable[bytes], record_keys: frozenset[str], *, strict: bool
 ) -> Iterator[list[Record | Text | Bad]]:
-    import itertools
-
+    csv.field_size_limit(MAX_RECORD_BYTES)
     iterator = iter(pieces)
     head = next(iterator, b"")
     _refuse_binary(head[:_SNIFFED_BYTES])
-    first = head.partition(b"\n")[0].decode("utf-8-sig", errors="replace")
-    if not record_keys & set(next(csv.reader([first]), [])):
+    if not record_keys & set(_header_of(head)):
         if strict:
             raise FileProblem(f"has no column {_list(record_keys)}. Change the file or name its column in text_key")
         yield from _read_text(itertools.chain([head], iterator))
         return
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    reader = csv.DictReader(_lines_of(itertools.chain([head], iterator)))
+    reader = csv.reader(_lines_of(itertools.chain([head], iterator)))
     batch: list[Record | Text | Bad] = []
-    begin = 2
+    begin = 1
     try:
+        names = next(reader)
+        begin = reader.line_num + 1
         for row in reader:
-            batch.append(Record(begin, row))
+            if row:  # no blank line
+                batch.append(_row(begin, names, row))
             begin = reader.line_num + 1
             if len(batch) == _ROWS_PER_BATCH:
                 yield batch
@@ -299,16 +303,34 @@ def _read_csv(
     yield batch
 
 
+def _header_of(head: bytes) -> list[str]:
+    try:
+        return next(csv.reader(io.StringIO(head.decode("utf-8-sig", errors="replace"), newline="")), [])
+    except csv.Error:
+        return []
+
+
+def _row(place: int, names: list[str], row: list[str]) -> Record | Bad:
+    if any(row[len(names) :]):
+        return Bad(place, f"has {len(row):,} fields, the header {len(names):,}. Quote a field with commas in it")
+    return Record(place, dict(itertools.zip_longest(names, row[: len(names)])))
+
+
 def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield lines with their ends as the csv module wants them."""
+    """Yield lines with their ends as the csv module wants them.
+
+    Raises:
+        csv.Error: a line is too long to be held.
+    """
     offset, rest = 0, b""
     for piece in pieces:
         data = rest + piece
         cut = data.rfind(b"\n") + 1
         yield from io.StringIO(_decode(data[:cut], offset, bom=offset == 0), newline="")
         offset, rest = offset + cut, data[cut:]
-    if rest:
-        yield _decode(rest, offset, bom=offset == 0)
+        if len(rest) > MAX_RECORD_BYTES:
+            raise csv.Error(f"over {MAX_RECORD_BYTES:,} bytes without an end")
+    yield from io.StringIO(_decode(rest, offset, bom=offset == 0), newline="")
 
 
 def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Record | Text | Bad]]:
@@ -327,12 +349,18 @@ def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Reco
                 )
             number = 1
             for rows in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[*columns, *_present(file, "tools")]):
-                values = rows.to_pylist()
-                yield [Record(number + index, value) for index, value in enumerate(values)]
-                number += len(values)
-    except FileNotFoundError as error:
-        raise SourceError(f"{path}: vanished before it was read. Run the stage again.") from error
-    except pyarrow.lib.ArrowException as error:
+                end = number + rows.num_rows
+                try:
+                    values = rows.to_pylist()
+                except UnicodeDecodeError as error:
+                    raise FileProblem(
+                        f"a text in rows {number:,} to {end - 1:,} is not UTF-8. Write it anew"
+                    ) from error
+                yield [Record(place, value) for place, value in enumerate(values, number)]
+                number = end
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the operating system says it, not the format
         raise FileProblem(f"is no valid parquet file ({' '.join(str(error).split())})") from error
 
 

@@ -1,8 +1,9 @@
 """The bytes of a source file, inflated where it is compressed, in pieces of bounded size."""
 
+import os
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from gzip import BadGzipFile, GzipFile
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -47,7 +48,7 @@ class _HashingFile(FileIO):
 def read_pieces(
     path: Path, *, compression: str, expected_digest: str, on_read: Callable[[int], None]
 ) -> Iterator[bytes]:
-    """Yield a file's bytes in pieces of at most `PIECE_BYTES`, but for the last of a compressed one.
+    """Yield a file's bytes in pieces of `PIECE_BYTES`; those of a .zst are larger, the last one is smaller.
 
     Args:
         path: the file.
@@ -59,20 +60,26 @@ def read_pieces(
         FileProblem: it cannot be inflated to its end, or inflates without end.
         SourceError: it changed, vanished or became unreadable since its digest was taken.
     """
+    with telling(path), _HashingFile(path, on_read) as file:
+        pieces = {"gz": _inflate_gzip, "zst": _inflate_zstd}.get(compression, _read_plain)(file)
+        with closing(pieces):  # before the file is, also when the caller stops half-way
+            yield from pieces if not compression else _bounded(pieces, file)
+        if file.digest.hexdigest() != expected_digest:
+            raise SourceError(f"{path}: changed while it was read. Run the stage again.")
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Tell what the operating system says of a file as a `SourceError`."""
     try:
-        with _HashingFile(path, on_read) as file:
-            pieces = {"gz": _inflate_gzip, "zst": _inflate_zstd}.get(compression, _read_plain)(file)
-            with closing(pieces):  # before the file is, also when the caller stops half-way
-                yield from pieces if not compression else _bounded(pieces, file)
-            if file.digest.hexdigest() != expected_digest:
-                raise SourceError(f"{path}: changed while it was read. Run the stage again.")
+        yield
     except FileNotFoundError as error:
         raise SourceError(f"{path}: vanished before it was read. Run the stage again.") from error
     except OSError as error:
-        if error.strerror is None:
+        if error.errno is None:
             raise
         raise SourceError(
-            f"{path}: cannot be read ({error.strerror}). Mend it or leave it out of pretokenize.sources."
+            f"{path}: cannot be read ({os.strerror(error.errno)}). Mend it or leave it out of pretokenize.sources."
         ) from error
 
 

@@ -247,7 +247,7 @@ def test_a_line_that_is_too_long_is_told_and_its_neighbours_are_read(
         (b'{"text": "two"', "not valid JSON (Expecting ',' delimiter at column 15). Fix the line"),
         (b'{"text": "\xff"}', "not valid JSON (byte 10 is not UTF-8). Fix the line"),
         (b"[" * 100_000, "not valid JSON (nested too deeply). Fix the line"),
-        (b'{"text": "a\0"}', "not valid JSON (Invalid control character at at column 12). Fix the line"),
+        (b'{"text": "a\0"}', "not valid JSON (Invalid control character at column 12). Fix the line"),
     ],
 )
 def test_a_line_that_is_no_json_is_told(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -326,3 +326,32 @@ def test_a_parquet_file_gives_a_record_a_row(tmp_path: Path) -> None:
         list(
             read_file(path, Shape.of(path), expected_digest="0", record_keys=KEYS, strict=True, on_read=lambda _: None)
         )
+
+
+def test_a_row_wider_than_its_header_is_told_and_a_blank_one_is_none(tmp_path: Path) -> None:
+    wide = "has 3 fields, the header 2. Quote a field with commas in it"
+    assert _read(_write(tmp_path, "a.csv", b"text,id\na,1\n\nb, and more,2\nc,3,\n")) == [
+        Record(2, {"text": "a", "id": "1"}),
+        Bad(4, wide),
+        Record(5, {"text": "c", "id": "3"}),
+    ]
+    quoted = _write(tmp_path, "b.csv", b'"a\nname",text\n1,x\n')
+    assert _read(quoted) == [Record(3, {"a\nname": "1", "text": "x"})]
+
+
+def test_utf_16_is_told_and_never_guessed(tmp_path: Path) -> None:
+    line = _write(tmp_path, "a.jsonl", '{"text": "NaN"}'.encode("utf-16-le") + b"\n")
+    assert all(isinstance(item, Bad) for item in _read(line))
+    whole = _write(tmp_path, "a.json", '{"text": "a"}'.encode("utf-16"))
+    assert _problem(whole).startswith("not valid JSON (byte 0 is not UTF-8")
+
+
+def test_a_parquet_text_that_is_no_utf_8_is_told(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.array([b"a", b"\xff"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), len(texts), texts.buffers())
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    assert _problem(path) == "a text in rows 1 to 2 is not UTF-8. Write it anew"
