@@ -313,7 +313,9 @@ def _train(folder: Path) -> None:
 
     from mlxflow import models
     from mlxflow.data.loader import Loader
-    from mlxflow.training.step import compile_step
+    from mlxflow.training.objective import plain_objective
+    from mlxflow.training.optimizers import Update
+    from mlxflow.training.step import Step
 
     is_gpu = mx.default_device() == mx.gpu  # there a model whose step takes about 15 ms
     context_length, width, num_layers = (512, 512, 8) if is_gpu else (64, 128, 2)
@@ -331,9 +333,8 @@ def _train(folder: Path) -> None:
         end_of_text=0,
     )
     model = models.build(config, seed=0)
-    optimizer = optim.AdamW(1e-4)
-    optimizer.init(model.trainable_parameters())
-    step, state = compile_step(model, optimizer, max_grad_norm=1.0, masks_documents=False)
+    update = Update(model, optim.AdamW(1e-4), max_grad_norm=1.0, has_masters=False)
+    step = Step(model, update, plain_objective(masks_documents=False))
     ratios, waits = [], []
     with Loader(rows, batch_size=32, seed=0, workers=8, prefetch_batches=4) as loader:
         fixed = next(loader)
@@ -342,9 +343,9 @@ def _train(folder: Path) -> None:
             begin = time.perf_counter()
             for _ in range(8):
                 batch = next_batch()
-                loss, norm = step(batch.tokens, batch.marks)
-                mx.async_eval(loss, norm, state)
-            mx.eval(state)
+                outcome = step.update(step.compute(batch.tokens, batch.marks))
+                mx.async_eval(outcome, step.state)
+            mx.eval(step.state)
             return time.perf_counter() - begin
 
         seconds(lambda: fixed)

@@ -130,6 +130,56 @@ def vocab_size(folder: Path) -> int:
     return int(config.get("vocab_size", 2**62))
 
 
+def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
+    """Make sure that tokens were made with a model's own tokenizer, where it brings one.
+
+    Args:
+        folder: a model folder.
+        tokenizer_file: the `tokenizer.json` that the tokens were made with.
+        key: the setting that names the folder, for the message.
+
+    Raises:
+        ArtifactError: its ids mean something else.
+    """
+    own = folder / "tokenizer.json"
+    if not own.is_file():
+        return
+    try:
+        vocabularies = [
+            json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"] for path in (own, tokenizer_file)
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). Name another.") from error
+    if vocabularies[0] != vocabularies[1]:
+        raise ArtifactError(
+            f"{key}: the tokens were not made with the tokenizer of {folder}. "
+            "Set pretokenize.tokenizer.from to the same folder."
+        )
+
+
+def from_hub(name: str, key: str) -> Path:
+    """Return the folder of a model on the hub, from the local cache where it is, else downloaded.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        key: the setting that names it, for the message.
+
+    Raises:
+        ArtifactError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # of many kinds: no such model, no network, no permission
+        said = " ".join(str(error).split())[:200]
+        raise ArtifactError(
+            f'{key} = "{name}": cannot be had from the hub ({said}). Name a folder, or fetch it first.'
+        ) from error
+
+
 def save(
     *,
     model: nn.Module,

@@ -35,9 +35,24 @@ def apply(model: nn.Module, tokens: mx.array, marks: mx.array | None) -> mx.arra
         tokens: (B, L) ids.
         marks: (B, L) which tokens of a row belong together; see `data.token_file.Batch`. None: all of them.
     """
+    return _run(model, tokens, marks, model)
+
+
+def apply_body(model: nn.Module, tokens: mx.array, marks: mx.array | None) -> mx.array:
+    """Return what a model applies its head to, (B, L, D).
+
+    Args:
+        model: one whose body is its attribute `model`.
+        tokens: see `apply`.
+        marks: see `apply`.
+    """
+    return _run(model.model, tokens, marks, model)
+
+
+def _run(module: nn.Module, tokens: mx.array, marks: mx.array | None, model: nn.Module) -> mx.array:
     caches = None if marks is None else [_PackedRows(marks >> 1)] * len(model.layers)
-    logits: mx.array = model(tokens) if caches is None else model(tokens, cache=caches)
-    return logits
+    result: mx.array = module(tokens) if caches is None else module(tokens, cache=caches)
+    return result
 
 
 def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:

@@ -112,6 +112,22 @@ class References:
             self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
         return tuple(found)
 
+    def model(self, name: str, key: str) -> tuple[Path, ...]:
+        """Return the files of a model folder."""
+        folder = self._root / name
+        if not folder.is_dir():
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith("."):
+                self._note(key, name, "no such folder", "Name a folder with a config.json, or a hub id.")
+            return ()
+        self.source_patterns.append((f"{name.rstrip('/')}/*.safetensors", True))
+        weights = sorted(path.relative_to(self._root) for path in folder.glob("*.safetensors"))
+        config = Path(name.rstrip("/"), "config.json")
+        if not (self._root / config).is_file() or not weights:
+            lacking = "config.json" if weights or not (self._root / config).is_file() else "*.safetensors"
+            self._note(key, name, f"has no {lacking}", "Name a model folder.")
+            return ()
+        return (config, *weights)
+
     def _files(self, pattern: str, key: str) -> list[Path]:
         try:
             files = sources.source_files(pattern, self._root) if pattern else []

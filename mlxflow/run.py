@@ -52,8 +52,12 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         print(notice, file=sys.stderr)
     limit = _limit_memory(workflow) if uses_device else 0
     folder = into or workflow.root / one.folder
+    unfinished = workflow.state / "unfinished" / one.task.replace(":", "/") / _key_of(provenance)
+    if into:  # from the beginning, and nothing is left behind
+        unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
+        artifact.remove_folder(unfinished)
     with artifact.publishing(folder) as private:
-        outputs = stage.rooted(one.module.Outputs(), private)
+        outputs = stage.rooted(stage.outputs_of(one.module, one.config), private)
         report = one.module.run(
             config=one.config,
             inputs=stage.rooted(one.inputs, workflow.root),
@@ -68,18 +72,25 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
                 state=workflow.state,
                 tasks=tuple(one.task for one in workflow.stages),
                 folder=private,
+                unfinished=unfinished,
             ),
         )
         run = {"seconds": round(time.perf_counter() - begin, 3), **_describe_run(chosen if uses_device else None)}
         run |= report.pop("run", {})
-        artifact.write_report(outputs.report, {"stage": provenance, **report, "run": run})
+        artifact.write_report(private / "report.toml", {"stage": provenance, **report, "run": run})
         unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
         if unwritten:
             raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
         for path in stage.paths_of(outputs):
             if path.suffix == ".safetensors":
                 artifact.check_whole(path)
+    artifact.remove_folder(unfinished)
     return folder
+
+
+def _key_of(provenance: dict[str, str]) -> str:
+    """Return a short name for the settings and inputs of a run."""
+    return stage.settings_digest({key: provenance[key] for key in ("settings_digest", "inputs_digest")})[:12]
 
 
 def _identify_inputs(workflow: Workflow, one: Stage, cache: DigestCache) -> dict[str, str]:
@@ -112,11 +123,17 @@ def _word_maker(workflow: Workflow, name: Path) -> str:
 
 
 def _limit_memory(workflow: Workflow) -> int:
-    """Give MLX its memory limit and return it in bytes."""
+    """Give MLX its limits and return the one of its memory in bytes."""
     import mlx.core as mx
 
-    limit = device.parse_size(workflow.settings.memory_limit, device.working_set_bytes())
+    settings = workflow.settings
+    limit = device.parse_size(settings.memory_limit, device.working_set_bytes())
     mx.set_memory_limit(limit)
+    if settings.cache_limit:
+        mx.set_cache_limit(device.parse_size(settings.cache_limit, limit))
+    if mx.metal.is_available():  # elsewhere it does nothing
+        most = int(mx.device_info().get("max_recommended_working_set_size", 0))
+        mx.set_wired_limit(min(device.parse_size(settings.wired_limit, limit), most))
     return limit
 
 

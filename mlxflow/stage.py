@@ -6,7 +6,8 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     VERSION   a whole number, raised when artifacts that earlier code made are wrong now
     Config    a frozen msgspec struct: keys, types, ranges, defaults, help
     Inputs    a frozen msgspec struct of the paths the stage reads, made by its class method `of`
-    Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder
+    Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder; a class method `of`
+              may make it from the Config
     run       the work, returns what goes into its report; heavy imports happen inside it
 
 It may have three more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
@@ -67,6 +68,10 @@ class Artifacts(Protocol):
         """Return the tokenizer files of a folder; none where the name is one of the hub."""
         ...
 
+    def model(self, name: str, key: str) -> tuple[Path, ...]:
+        """Return the files of a model folder; none where the name is one of the hub."""
+        ...
+
 
 @runtime_checkable
 class StageModule(Protocol):
@@ -105,6 +110,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         state: the folder for what is remembered between runs.
         tasks: every stage and variant of the workflow.
         folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
+        unfinished: a folder for what lets a later run go on where this one was cut off; removed when the stage ends
+            well. Another one for every other configuration of the stage.
     """
 
     task: str
@@ -116,6 +123,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     state: Path
     tasks: tuple[str, ...]
     folder: Path
+    unfinished: Path
 
 
 def derive_seed(seed: int, name: str) -> int:
@@ -131,6 +139,12 @@ def stage_name(module: StageModule) -> str:
 def summary(module: StageModule) -> str:
     """Return the line that `doit list` prints."""
     return (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def outputs_of(module: StageModule, config: msgspec.Struct) -> msgspec.Struct:
+    """Return the files that a stage writes with a configuration; `Outputs` may have a class method `of`."""
+    made: Callable[[msgspec.Struct], msgspec.Struct] = getattr(module.Outputs, "of", lambda _: module.Outputs())
+    return made(config)
 
 
 def reference_folder(reference: str) -> Path:

@@ -44,6 +44,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description='of the device\'s recommended working set, or a size such as "12 GB"',
         ),
     ] = "80%"
+    cache_limit: Annotated[
+        str,
+        Meta(
+            pattern=rf"^$|{SIZE_PATTERN}",
+            examples=["2 GB"],
+            description="what MLX keeps of freed memory for reuse: of the memory limit, or a size; empty: as MLX likes",
+        ),
+    ] = ""
+    wired_limit: Annotated[
+        str,
+        Meta(
+            pattern=SIZE_PATTERN,
+            examples=["8 GB"],
+            description="what stays resident on a Mac: of the memory limit, or a size",
+        ),
+    ] = "100%"
 
     def problems(self) -> Iterator[Problem]:
         """Yield a memory limit of nothing."""
@@ -92,7 +108,7 @@ class Stage:
     @cached_property
     def outputs(self) -> list[Path]:
         """Every file the stage writes, relative to the workflow's folder."""
-        return [self.folder / path for path in stage.paths_of(self.module.Outputs())]
+        return [self.folder / path for path in stage.paths_of(stage.outputs_of(self.module, self.config))]
 
     @cached_property
     def input_files(self) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlxflow.stage import PARENT_VARIABLE
 
-_GRACE_SECONDS = 10
+_GRACE_SECONDS = 30
 
 _running: set["subprocess.Popen[bytes]"] = set()
 

@@ -52,9 +52,13 @@ ONE_MISTAKE = {
     "colour = 1": "workflow.toml: colour: unknown key. "
     "Known here: benchmark, pretokenize, profile, quantize, train, workflow.",
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
-    "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: batch_size, betas, "
-    "document_mask, eval_every, input, learning_rate, log_every, max_grad_norm, max_validation_rows, model, num_steps, "
-    "prefetch_batches, warmup_steps, weight_decay, workers.",
+    "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
+    "checkpointing, constant_tokens_per_step, decay_steps, document_mask, dynamic_batch_size, "
+    "eval_every, final_learning_rate, fused_loss, grad_accum_steps, grow_below, input, keep, "
+    "keep_checkpoints, lazy_eval_every, learning_rate, log_every, lora, max_bad_steps, "
+    "max_batch_size, max_grad_norm, max_validation_rows, method, model, num_steps, optimizer, "
+    "optimizer_options, patience, precision, prefetch_batches, replay, save_every, schedule, "
+    "shrink_above, warmup_steps, weight_decay, workers.",
     "[train.model]\nlayers = 1": "workflow.toml: train.model.layers: unknown key. Did you mean train.model.num_layers?",
     'train = "fast"': 'workflow.toml: train = "fast": expected a table. '
     "Write [train] on a line of its own and its keys below it.",

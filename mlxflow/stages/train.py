@@ -8,18 +8,35 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import Problem
-from mlxflow.errors import StageError
+from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
-VERSION = 2
+VERSION = 3
 
 #: Keys that say how the work is done and change nothing of what comes out.
-MANNER = ("workers", "prefetch_batches")
+MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
+
+_OPTIMIZERS = Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "lion", "adafactor", "muon"]
+
+
+class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[train.lora]` table: low-rank adapters, for the methods "lora" and "dora"."""
+
+    rank: Annotated[int, Meta(ge=1, description="columns of the low-rank factors")] = 8
+    scale: Annotated[float, Meta(gt=0, description="what their product is multiplied by")] = 20.0
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="share of an adapter's inputs zeroed in training")] = 0.0
+    num_layers: Annotated[int, Meta(ge=0, description="the last so many blocks get adapters; 0: all")] = 0
+    keys: Annotated[
+        tuple[str, ...], Meta(min_length=1, description='patterns of layers within a block, such as "self_attn.*"')
+    ] = ("*",)
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[train.model]` table: the model's shape."""
+    """The `[train.model]` table: the model's shape, or the model to go on from."""
 
+    from_: Annotated[
+        str, Meta(description="a model folder or a hub id to go on from; empty: a new model of the shape below")
+    ] = msgspec.field(default="", name="from")
     architecture: Annotated[Literal["llama"], Meta(description="the model's kind, from mlx-lm")] = "llama"
     hidden_size: Annotated[int, Meta(ge=8, description="width of the residual stream")] = 128
     num_layers: Annotated[int, Meta(ge=1, description="transformer blocks")] = 2
@@ -52,51 +69,148 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     input: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 240
-    batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass")] = 32
+    batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass, to begin with")] = 32
+    grad_accum_steps: Annotated[int, Meta(ge=1, description="forward passes of batch_size rows an update sums")] = 1
+    dynamic_batch_size: Annotated[bool, Meta(description="whether batch_size follows the memory")] = True
+    max_batch_size: Annotated[int, Meta(ge=1, description="rows it may grow to; it may shrink to half")] = 64
+    constant_tokens_per_step: Annotated[
+        bool, Meta(description="whether an update sums the same rows whatever the batch size")
+    ] = True
+    grow_below: Annotated[float, Meta(ge=0, le=1, description="share of the memory limit under which it grows")] = 0.5
+    shrink_above: Annotated[float, Meta(gt=0, le=1, description="share of the limit over which it shrinks")] = 0.8
+    adjust_every: Annotated[int, Meta(ge=1, description="steps between two looks at the memory")] = 50
+    replay: Annotated[str, Meta(description="the metrics.jsonl of a run whose batch sizes are followed")] = ""
+
+    optimizer: Annotated[_OPTIMIZERS, Meta(description="one of mlx.optimizers")] = "adamw"
+    optimizer_options: Annotated[dict[str, Any], Meta(description="its other options, by MLX's names")] = {}
     learning_rate: Annotated[float, Meta(gt=0, description="at its highest, after the warm-up")] = 1.5e-2
+    final_learning_rate: Annotated[float, Meta(ge=0, description="at the last step, where it falls")] = 0.0
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant", "wsd"],
+        Meta(description="of the learning rate; wsd: constant, then linear over the last decay_steps"),
+    ] = "cosine"
     warmup_steps: Annotated[
         int, Meta(ge=0, description="steps over which the learning rate rises; at most half of num_steps")
     ] = 20
-    weight_decay: Annotated[float, Meta(ge=0, description="of AdamW")] = 0.1
+    decay_steps: Annotated[int, Meta(ge=0, description="last steps, over which wsd falls")] = 48
+    weight_decay: Annotated[
+        Literal["auto"] | Annotated[float, Meta(ge=0)],
+        Meta(description="of matrices; auto: 0.1 where the optimizer knows it"),
+    ] = "auto"
     betas: Annotated[
         tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]],
-        Meta(description="of AdamW: how slowly its two moments follow the gradient"),
+        Meta(description="of optimizers that have them: how slowly their two moments follow the gradient"),
     ] = (0.9, 0.95)
-    max_grad_norm: Annotated[float, Meta(gt=0, description="gradients of a larger norm are scaled down to it")] = 1.0
+    max_grad_norm: Annotated[
+        float, Meta(ge=0, description="gradients of a larger norm are scaled down to it; 0: none, nor is it measured")
+    ] = 1.0
+    max_bad_steps: Annotated[
+        int, Meta(ge=1, description="steps in a row skipped for a loss or gradient that is not finite; then it ends")
+    ] = 10
+
+    precision: Annotated[
+        Literal["fp32", "bf16", "bf16-pure"],
+        Meta(description="bf16 keeps weights and moments in fp32 beside the bf16 model; bf16-pure does not"),
+    ] = "fp32"
+    checkpointing: Annotated[
+        Literal["none", "layers"] | Annotated[int, Meta(ge=1)],
+        Meta(description="whether activations are computed anew in the backward pass: of layers, of every k-th one"),
+    ] = "none"
+    fused_loss: Annotated[
+        Literal["auto"] | bool, Meta(description="whether head and loss are one, without the whole logits")
+    ] = "auto"
+    lazy_eval_every: Annotated[int, Meta(ge=1, description="steps between two waits for the device")] = 4
+
     log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
     eval_every: Annotated[int, Meta(ge=0, description="steps between two validations; 0: first and last only")] = 100
     max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used")] = 256
+    patience: Annotated[int, Meta(ge=0, description="validations without a better one that end it; 0: none do")] = 0
+    keep: Annotated[
+        Literal["last", "best"], Meta(description="the weights that come out: the last, or of the best validation")
+    ] = "last"
+    save_every: Annotated[int, Meta(ge=0, description="steps between two checkpoints; 0: only when stopped")] = 100
+    keep_checkpoints: Annotated[int, Meta(ge=1, description="checkpoints kept while it runs")] = 2
     document_mask: Annotated[
         Literal["auto"] | bool,
         Meta(description="whether a token sees only its own document; auto: where there are conversations"),
     ] = "auto"
     workers: Annotated[int, Meta(ge=1, le=64, description="threads that gather batches")] = 8
     prefetch_batches: Annotated[int, Meta(ge=1, le=64, description="batches gathered ahead")] = 4
-    model: Annotated[ModelConfig, Meta(description="the model's shape")] = ModelConfig()
+    method: Annotated[
+        Literal["full", "lora", "dora"], Meta(description="what is trained: all weights, or adapters beside them")
+    ] = "full"
+    model: Annotated[ModelConfig, Meta(description="the model's shape, or where it comes from")] = ModelConfig()
+    lora: Annotated[LoraConfig, Meta(description="the adapters, for lora and dora")] = LoraConfig()
+
+    def problems(self) -> Any:
+        """Yield what does not fit together."""
+        if self.grow_below >= self.shrink_above:
+            yield Problem(
+                "grow_below",
+                self.grow_below,
+                f"expected less than shrink_above = {self.shrink_above}",
+                "Change one of the two.",
+            )
+        if self.final_learning_rate > self.learning_rate:
+            yield Problem(
+                "final_learning_rate",
+                self.final_learning_rate,
+                f"expected at most learning_rate = {self.learning_rate}",
+                "Change one of the two.",
+            )
+        if self.method != "full" and not self.model.from_:
+            yield Problem(
+                "method",
+                self.method,
+                "adapters need a model beside which to lie",
+                'Set train.model.from, or method = "full".',
+            )
+        if self.weight_decay not in ("auto", 0) and self.optimizer in _WITHOUT_DECAY:
+            yield Problem(
+                "weight_decay",
+                self.weight_decay,
+                f"the optimizer {self.optimizer!r} knows none",
+                'Set weight_decay = 0, or optimizer = "adamw".',
+            )
+
+
+_WITHOUT_DECAY = ("adam", "rmsprop", "adagrad", "adadelta", "adamax")
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Token files and tokenizer."""
+    """Token files and tokenizer, and what training goes on from."""
 
     train: Path = Path()
     validation: Path = Path()
     tokenizer: tuple[Path, ...] = ()
+    base: tuple[Path, ...] = ()
+    replay: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Take them from a pretokenize stage."""
+        """Take tokens from a pretokenize stage; base and replay from where they are said to be."""
         folder = artifacts.folder(config.input, "input")
         return cls(
             train=folder / "train.safetensors",
             validation=folder / "validation.safetensors",
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
+            base=artifacts.model(config.model.from_, "model.from") if config.model.from_ else (),
+            replay=artifacts.files((config.replay,), "replay") if config.replay else (),
         )
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
-    """A model folder and the learning curve."""
+    """A model folder and the learning curve; beside them the adapter, where one was trained."""
 
     metrics: Path = Path("metrics.jsonl")
+    adapters: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Name the adapter's files where there are some."""
+        folder = Path("adapters")
+        made = () if config.method == "full" else (folder / "adapters.safetensors", folder / "adapter_config.json")
+        return cls(adapters=made)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
@@ -104,65 +218,67 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     Raises:
         SourceError: there are fewer rows than one batch holds.
-        StageError: the loss is not finite.
+        StageError: the loss stays without a finite value.
+        UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     import math
 
-    import mlx.core as mx
-    import mlx.optimizers as optim
-
     from mlxflow import models
-    from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training import loop, progress, step
+    from mlxflow.training import adapters, progress, recompute
+    from mlxflow.training.interrupt import heeding_signals
+    from mlxflow.training.loop import Stopped, Trainer
 
     train_file, validation_file = TokenFile.open(inputs.train), TokenFile.open(inputs.validation)
     rows = train_file.full_rows(config.batch_size, f"{context.task}.batch_size")
-    model_config = _model_config(config.model, train_file)
-    model = models.build(model_config, seed=derive_seed(context.seed, "train.model"))
-    model.train()
-    optimizer = optim.AdamW(
-        learning_rate=step.warmup_cosine(
-            learning_rate=config.learning_rate,
-            num_steps=config.num_steps,
-            warmup_steps=min(config.warmup_steps, config.num_steps // 2),
-        ),
-        weight_decay=config.weight_decay,
-        betas=list(config.betas),
-    )
-    optimizer.init(model.trainable_parameters())
+    model, model_config, adapter_config = _make_model(config, inputs, train_file, context)
     masks = _masks_documents(config, train_file, model, context.task)
-    compiled, state = step.compile_step(model, optimizer, max_grad_norm=config.max_grad_norm, masks_documents=masks)
-    loader = Loader(
-        rows,
-        batch_size=config.batch_size,
-        seed=derive_seed(context.seed, "train.batches"),
-        workers=config.workers,
-        prefetch_batches=config.prefetch_batches,
-        name_rows=train_file.name_rows,
-    )
-    mx.reset_peak_memory()
-    with progress.show_progress(num_steps=config.num_steps) as show, outputs.metrics.open("w") as metrics, loader:
+    every = config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
+    fused, objective = _objective(config, model, train_file, masks)
+    checkpoints = _checkpoints(config, context)
+    found = checkpoints.latest()
+    with (
+        progress.show_progress(num_steps=config.num_steps) as show,
+        outputs.metrics.open("w") as metrics,
+        heeding_signals() as asked_to_stop,
+        recompute.recomputed(model, every=every),
+    ):
 
         def log(record: dict[str, Any]) -> None:
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
             show(record)
 
-        result = loop.train(
+        trainer = Trainer(
             model=model,
-            step=compiled,
-            state=state,
-            loader=loader,
+            step=_step(config, model, objective, context),
+            sizes=_batch_sizes(config, inputs, context),
+            open_loader=lambda size, cursor: _loader(config, train_file, rows, context, size, cursor),
             validation_rows=validation_file.rows.head(config.max_validation_rows),
-            num_steps=config.num_steps,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            eval_batch_size=config.batch_size,
-            masks_documents=masks,
-            learning_rate=lambda: optimizer.learning_rate,
+            plan=_plan(config, masks, context),
+            checkpoints=checkpoints,
             log=log,
+            asked_to_stop=asked_to_stop,
         )
+        if found is not None:
+            _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
+        try:
+            result = trainer.run(found)
+        except Stopped as stopped:
+            kept = f"; {stopped.checkpoint} lets the next run go on from there" if stopped.checkpoint else ""
+            _say(f"{context.task}: stopped after step {stopped.step}{kept}")
+            raise SystemExit(128 + asked_to_stop.signal) from stopped
+    if adapter_config:
+        weights_file, config_file = outputs.adapters
+        weights_file.parent.mkdir()
+        adapters.save_adapters(
+            model,
+            adapter_config,
+            weights_file=weights_file,
+            config_file=config_file,
+            provenance=context.provenance,
+        )
+        adapters.fuse_adapters(model)
     models.save(
         model=model,
         config=model_config,
@@ -173,16 +289,221 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     return {
         "parameters": models.num_parameters(model),
+        "steps": result.steps,
         "tokens": result.tokens,
+        "skipped_steps": result.skipped_steps,
         "first_validation_perplexity": math.exp(result.first_validation_loss),
         "last_validation_perplexity": math.exp(result.last_validation_loss),
+        "best_validation_perplexity": math.exp(result.best_validation_loss),
+        "best_validation_step": result.best_step,
         "document_mask": masks,
+        "fused_loss": fused,
         "run": {
-            "tokens_per_second": result.tokens / result.seconds,
+            "tokens_per_second": result.tokens_per_second,
             "training_seconds": result.seconds,
-            "data_wait_seconds": loader.waited_seconds,
+            "compile_seconds": result.compile_seconds,
+            "data_wait_seconds": result.data_wait_seconds,
+            "device_wait_seconds": result.device_wait_seconds,
+            "training_peak_memory_bytes": result.peak_memory_bytes,
         },
     }
+
+
+def _say(line: str) -> None:
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any], Any]:
+    """Return the model in training mode, its `config.json`, and its adapters' where it has some."""
+    import mlx.core as mx
+
+    from mlxflow import models
+    from mlxflow.training import adapters
+
+    seed = derive_seed(context.seed, "train.model")
+    dtype = mx.float32 if config.precision == "fp32" else mx.bfloat16
+    if config.model.from_:
+        model, model_config = _base_model(config, inputs, tokens, context)
+    else:
+        model_config = _model_config(config.model, tokens)
+        model = models.build(model_config, seed=seed)
+    model.set_dtype(dtype)
+    for name in {"torch_dtype", "dtype"} & set(model_config):
+        model_config[name] = str(dtype).rpartition(".")[2]
+    adapter_config = None
+    if config.method != "full":
+        shape = adapters.AdapterShape(
+            method=config.method,
+            rank=config.lora.rank,
+            scale=config.lora.scale,
+            dropout=config.lora.dropout,
+            num_layers=config.lora.num_layers,
+            keys=config.lora.keys,
+        )
+        adapter_config = adapters.add_adapters(model, shape, seed=seed, key=f"{context.task}.lora.keys")
+        model.apply_to_modules(lambda _, layer: _cast_adapter(layer, dtype))
+    model.train()
+    mx.eval(model.parameters())
+    return model, model_config, adapter_config
+
+
+def _cast_adapter(layer: Any, dtype: Any) -> None:
+    for name in ("lora_a", "lora_b", "m"):
+        if name in layer:
+            layer[name] = layer[name].astype(dtype)
+
+
+def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any]]:
+    """Return the model to go on from and its `config.json`.
+
+    Raises:
+        ArtifactError: it is none, does not know the tokens, or is quantized where all weights are to be trained.
+    """
+    from mlxflow import models
+
+    key = f"{context.task}.model.from"
+    folder = context.root / config.model.from_
+    if not inputs.base:
+        folder = models.from_hub(config.model.from_, key)
+    model, model_config = models.load(folder)
+    tokens.require_vocabulary(models.vocab_size(folder), key)
+    models.require_tokenizer(folder, inputs.tokenizer[0], key)
+    positions = int(model_config.get("max_position_embeddings") or 2**62)
+    if tokens.context_length > positions:
+        raise ArtifactError(
+            f"{key}: {folder} is made for {positions:,} positions, the rows have {tokens.context_length:,}. "
+            "Lower pretokenize.context_length."
+        )
+    if config.method == "full" and "quantization" in model_config:
+        raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
+    return model, model_config
+
+
+def _objective(config: Config, model: Any, tokens: Any, masks: bool) -> tuple[bool, Any]:
+    """Return whether head and loss are one, and the objective."""
+    from mlxflow.models import num_parameters
+    from mlxflow.training import objective
+
+    head = objective.find_head(model, tokens.vocab_size) if config.fused_loss is not False else None
+    if config.fused_loss is True and head is None:
+        raise StageError(
+            "train.fused_loss = true: this model does more to its logits than one product. "
+            "Set train.fused_loss = false."
+        )
+    pays = config.fused_loss is True or objective.fused_loss_pays(
+        vocab_size=tokens.vocab_size,
+        tokens=config.batch_size * tokens.context_length,
+        parameters=num_parameters(model),
+    )
+    if head is None or not pays:
+        return False, objective.plain_objective(masks_documents=masks)
+    chunk = objective.chunk_rows(tokens.vocab_size)
+    return True, objective.fused_objective(head, masks_documents=masks, chunk_rows=chunk)
+
+
+def _step(config: Config, model: Any, objective: Any, context: Context) -> Any:
+    from mlxflow.training import optimizers
+    from mlxflow.training.step import Step
+
+    known = optimizers.options_of(config.optimizer)
+    for name in config.optimizer_options:
+        if name not in known or name in ("weight_decay", "betas"):
+            others = sorted(set(known) - {"weight_decay", "betas"})
+            raise ArtifactError(
+                f"{context.task}.optimizer_options.{name}: unknown to {config.optimizer}. Known: {', '.join(others)}."
+            )
+    schedule = optimizers.make_schedule(
+        name=config.schedule,
+        learning_rate=config.learning_rate,
+        final_learning_rate=config.final_learning_rate,
+        num_steps=config.num_steps,
+        warmup_steps=min(config.warmup_steps, config.num_steps // 2),
+        decay_steps=config.decay_steps,
+    )
+    betas = {"betas": list(config.betas)} if "betas" in known else {}
+    optimizer = optimizers.make_optimizer(
+        name=config.optimizer,
+        schedule=schedule,
+        weight_decay=0.1 if config.weight_decay == "auto" else config.weight_decay,
+        options=betas | config.optimizer_options,
+    )
+    update = optimizers.Update(
+        model, optimizer, max_grad_norm=config.max_grad_norm, has_masters=config.precision == "bf16"
+    )
+    return Step(model, update, objective)
+
+
+def _batch_sizes(config: Config, inputs: Inputs, context: Context) -> Any:
+    from mlxflow.training.batch_size import BatchSizes, read_decisions
+
+    is_constant = config.constant_tokens_per_step or not config.dynamic_batch_size
+    return BatchSizes(
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        rows_per_update=config.batch_size * config.grad_accum_steps if is_constant else None,
+        grad_accum_steps=config.grad_accum_steps,
+        grow_below=config.grow_below,
+        shrink_above=config.shrink_above,
+        is_fixed=not config.dynamic_batch_size,
+        replay=read_decisions(inputs.replay[0], f"{context.task}.replay") if inputs.replay else (),
+    )
+
+
+def _loader(config: Config, tokens: Any, rows: Any, context: Context, size: int, cursor: int) -> Any:
+    from mlxflow.data.loader import Loader
+
+    return Loader(
+        rows,
+        batch_size=size,
+        seed=derive_seed(context.seed, "train.batches"),
+        workers=config.workers,
+        prefetch_batches=config.prefetch_batches,
+        cursor=cursor,
+        name_rows=tokens.name_rows,
+    )
+
+
+def _plan(config: Config, masks: bool, context: Context) -> Any:
+    from mlxflow.training.loop import Plan
+
+    return Plan(
+        num_steps=config.num_steps,
+        lazy_eval_every=config.lazy_eval_every,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        eval_batch_size=config.batch_size,
+        masks_documents=masks,
+        adjust_every=config.adjust_every,
+        save_every=config.save_every,
+        max_bad_steps=config.max_bad_steps,
+        patience=config.patience,
+        keeps_best=config.keep == "best",
+        memory_limit_bytes=context.memory_limit_bytes,
+    )
+
+
+def _checkpoints(config: Config, context: Context) -> Any:
+    """Return where checkpoints go."""
+    from mlxflow.training.checkpoints import CheckpointStore
+
+    table = {name: value for name, value in msgspec.to_builtins(config).items() if name not in MANNER}
+    told = dict(_flat(table, context.task))
+    settings = told | {
+        "seed": context.seed,
+        "mlx": context.provenance["mlx"],
+        "inputs": context.provenance["inputs_digest"],
+    }
+    return CheckpointStore(context.unfinished, keep=config.keep_checkpoints, settings=settings, say=_say)
+
+
+def _flat(table: dict[str, Any], key: str) -> Any:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{key}.{name}")
+        else:
+            yield f"{key}.{name}", value
 
 
 def _masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:

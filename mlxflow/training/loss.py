@@ -1,33 +1,22 @@
-"""Cross-entropy whose gradient reuses the forward pass's exponentials.
+"""Cross-entropy, with the head's product in it or after it, whose gradients reuse the forward pass's exponentials.
 
 `nn.losses.cross_entropy` computes the exponential of every logit twice, once for the log-sum and once more for the
 gradient. On the CPU backend the exponential is what a small model's step spends most of its time in, and `mx.power`
-is about three times as fast there as `mx.exp` (`benchmarks/cpu.py`), so the CPU computes e^x as 2^(x log2 e).
+is about three times as fast there as `mx.exp` (`benchmarks/cpu.py`), so the CPU computes e^x as 2^(x log2 e). On a GPU
+MLX's fused kernels read the logits once for the losses and once for the gradient, in their own type.
+
+`linear_cross_entropy` never holds the logits of all rows: it computes the gradients chunk by chunk in the forward pass,
+each chunk after the one before it, as Liger Kernel does (Hsu et al. 2024, arXiv:2410.10989).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
-
-from mlxflow.packed import apply
 
 _LOG2_E = math.log2(math.e)
-
-
-def next_token_loss(model: nn.Module, tokens: mx.array, marks: mx.array, *, masks_documents: bool) -> mx.array:
-    """Return the mean cross-entropy in nats of the tokens of a batch that are trained on, summed in fp32.
-
-    Args:
-        model: maps (B, L) token ids to (B, L, V) logits.
-        tokens: (B, L + 1) ids.
-        marks: (B, L + 1); see `data.token_file.Batch`.
-        masks_documents: no token attends to another document in its row.
-    """
-    weights = (marks[:, 1:] & 1).astype(mx.float32)
-    logits = apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
-    return (cross_entropy(logits, tokens[:, 1:]) * weights).sum() / mx.maximum(weights.sum(), 1.0)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
@@ -39,22 +28,24 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
         logits: (..., V)
         targets: (...) ids from 0 to V - 1.
     """
-    return cast("tuple[mx.array, mx.array]", _cross_entropy(logits, targets))[0]
+    if mx.default_device() == mx.cpu:
+        return cast("tuple[mx.array, mx.array]", _cross_entropy_cpu(logits, targets))[0]
+    return cast("mx.array", _cross_entropy_gpu(logits, targets))
 
 
 @mx.custom_function
-def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+def _cross_entropy_cpu(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Return the losses and the softmax, which only the gradient looks at."""
     shifted = logits.astype(mx.float32)
     shifted = shifted - mx.stop_gradient(shifted.max(axis=-1, keepdims=True))
-    exponentials = _exp(shifted)
+    exponentials = mx.power(2.0, shifted * _LOG2_E)
     sums = exponentials.sum(axis=-1, keepdims=True)
     at_target = mx.take_along_axis(shifted, targets[..., None], axis=-1)
     return (mx.log(sums) - at_target).squeeze(-1), exponentials / sums
 
 
-@_cross_entropy.vjp
-def _cross_entropy_vjp(
+@_cross_entropy_cpu.vjp
+def _cross_entropy_cpu_vjp(
     primals: tuple[mx.array, mx.array],
     cotangents: tuple[mx.array, mx.array],
     outputs: tuple[mx.array, mx.array],
@@ -67,5 +58,101 @@ def _cross_entropy_vjp(
     return mx.put_along_axis(gradient, index, at_target, axis=-1).astype(logits.dtype), mx.zeros_like(targets)
 
 
-def _exp(x: mx.array) -> mx.array:
-    return mx.power(2.0, x * _LOG2_E) if mx.default_device() == mx.cpu else mx.exp(x)
+@mx.custom_function
+def _cross_entropy_gpu(logits: mx.array, targets: mx.array) -> mx.array:
+    return mx.fast.cross_entropy(logits, targets)
+
+
+@_cross_entropy_gpu.vjp
+def _cross_entropy_gpu_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    logits, targets = primals
+    return _logits_gradient(logits, targets, cotangent), mx.zeros_like(targets)
+
+
+def _logits_gradient(logits: mx.array, targets: mx.array, incoming: mx.array) -> mx.array:
+    """Return (softmax - one at the target) times what comes in, in the type of the logits, by one fused pass."""
+    probabilities = mx.softmax(logits, axis=-1, precise=True)
+    at_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    gradient = mx.where(at_target, probabilities - 1, probabilities) * incoming[..., None]
+    return gradient.astype(logits.dtype)
+
+
+# --- the head's product and the loss in one
+
+
+def linear_cross_entropy(
+    hidden: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    chunk_rows: int,
+    trains_weight: bool,
+) -> mx.array:
+    """Return the weighted sum of the cross-entropies of `hidden @ weight.T`, a scalar in fp32.
+
+    Holds the logits of one chunk at a time. Its value and gradients are those of `cross_entropy` after the product;
+    the gradient of `weight` is summed over the chunks in fp32. Meant for training: the gradients are computed with the
+    value, whether they are asked for or not.
+
+    Args:
+        hidden: (N, D), what the head is applied to.
+        weight: (V, D) of the head; in the type of `hidden`.
+        targets: (N,) ids from 0 to V - 1.
+        weights: (N,) of each row in the sum, in fp32; 0 leaves it out.
+        chunk_rows: rows whose logits are held at a time.
+        trains_weight: whether the gradient of `weight` is needed.
+    """
+    function = _linear_cross_entropy(chunk_rows, trains_weight)
+    return function(hidden, weight, targets, weights)[0]
+
+
+@functools.cache
+def _linear_cross_entropy(chunk_rows: int, trains_weight: bool) -> Callable[..., tuple[mx.array, ...]]:
+    def forward(hidden: mx.array, weight: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
+        total = mx.array(0.0)
+        parts: list[mx.array] = []
+        weight_gradient = mx.zeros(weight.shape, mx.float32)
+        for begin in range(0, len(hidden), chunk_rows):
+            rows = slice(begin, begin + chunk_rows)
+            part = hidden[rows]
+            if parts:  # without an order all chunks would be computed, and held, at the same time
+                part = mx.depends(part, [total, parts[-1], weight_gradient])
+            losses, gradient = _losses_and_gradient(part @ weight.T, targets[rows], weights[rows])
+            total = total + losses
+            parts.append(gradient @ weight)
+            if trains_weight:
+                weight_gradient = weight_gradient + (gradient.T @ part).astype(mx.float32)
+        return total, mx.concatenate(parts), weight_gradient.astype(weight.dtype)
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        _, weight, targets, weights = primals
+        incoming = cotangents[0]
+        hidden_gradient = (outputs[1] * incoming).astype(outputs[1].dtype)
+        weight_gradient = (outputs[2] * incoming).astype(weight.dtype) if trains_weight else mx.zeros_like(weight)
+        return hidden_gradient, weight_gradient, mx.zeros_like(targets), mx.zeros_like(weights)
+
+    return cast("Callable[..., tuple[mx.array, ...]]", function)
+
+
+def _losses_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the weighted sum of the losses, in fp32, and its gradient with respect to the logits, in their type."""
+    if mx.default_device() != mx.cpu:
+        losses = (mx.fast.cross_entropy(logits, targets) * weights).sum()
+        return losses, _logits_gradient(logits, targets, weights)
+    index = targets[:, None]
+    shifted = logits.astype(mx.float32)
+    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    exponentials = mx.power(2.0, shifted * _LOG2_E)
+    sums = exponentials.sum(axis=-1, keepdims=True)
+    losses = (mx.log(sums) - mx.take_along_axis(shifted, index, axis=-1)).squeeze(-1)
+    gradient = exponentials * (weights[:, None] / sums)
+    at_target = mx.take_along_axis(gradient, index, axis=-1) - weights[:, None]
+    return (losses * weights).sum(), mx.put_along_axis(gradient, index, at_target, axis=-1).astype(logits.dtype)

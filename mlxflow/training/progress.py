@@ -23,10 +23,10 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
     if not console.is_terminal:
         yield _print_line
         return
-    columns = (MofNCompleteColumn(), BarColumn(8), TextColumn("{task.description}"), TimeRemainingColumn())
+    columns = (MofNCompleteColumn(), BarColumn(8), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=False) as progress:
         bar = progress.add_task("", total=num_steps)
-        said = {"train": "", "validation": ""}  # the last of each, perplexity being of the validation text
+        said = {"train": "", "validation": "", "batch_size": ""}  # the last of each; perplexity is of validation
 
         def log(record: dict[str, Any]) -> None:
             said[record["kind"]] = _say(record)
@@ -42,6 +42,10 @@ def _print_line(record: dict[str, Any]) -> None:
 def _say(record: dict[str, Any]) -> str:
     """Return a record in few enough letters for a bar on a terminal 80 wide."""
     if record["kind"] == "validation":
-        return f"perplexity {math.exp(record['loss']):,.1f}"
+        return f"perplexity {math.exp(min(record['loss'], 700)):,.1f}"
+    if record["kind"] == "batch_size":
+        return f"batch {record['batch_size']}"
     memory = record["peak_memory_bytes"] / 1e9
-    return f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s  {memory:.2f} GB"
+    loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
+    rate = f"{record['learning_rate']:.1e}"
+    return f"loss {loss}  lr {rate}  {record['tokens_per_second']:,.0f} tokens/s  {memory:.2f} GB"

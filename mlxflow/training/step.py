@@ -1,63 +1,115 @@
-"""One optimizer update, compiled as a whole."""
+"""One optimizer update in compiled pieces: gradients of some rows, more of them, and the update itself.
 
+The pieces are apart so that an update may take any number of forward passes, and so that a forward pass for which the
+memory does not suffice leaves the model as it was and can be tried again with fewer rows.
+"""
+
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
+from mlx.utils import tree_map
 
 from mlxflow.data.loader import Loader
 from mlxflow.data.token_file import Rows
-from mlxflow.training.loss import next_token_loss
-
-#: Takes the tokens and marks of a batch, (B, L + 1) each, updates the model, returns the loss and the gradient's norm,
-#: both lazy.
-Step = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
-
-#: Takes the number of the update, from 0, and returns the learning rate.
-Schedule = Callable[[mx.array], mx.array]
+from mlxflow.training.objective import Objective, plain_objective
+from mlxflow.training.optimizers import Update, make_optimizer
 
 
-def warmup_cosine(*, learning_rate: float, num_steps: int, warmup_steps: int) -> Schedule:
-    """Return a learning rate that rises linearly over `warmup_steps` and falls along a cosine to nothing."""
-    decay_steps = max(1, num_steps - warmup_steps)
-    cosine: Schedule = optim.schedulers.cosine_decay(learning_rate, decay_steps)
-    if warmup_steps == 0:
-        return cosine
-    warmup = optim.schedulers.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
-    joined: Schedule = optim.schedulers.join_schedules([warmup, cosine], [warmup_steps])
-    return joined
+class Gradients(NamedTuple):
+    """Sums over the tokens that are trained on; all lazy.
+
+    Attributes:
+        total: of the losses in nats, a scalar in fp32.
+        targets: how many, a scalar in fp32.
+        tree: of the gradients of the losses, as the model's trainable parameters.
+    """
+
+    total: mx.array
+    targets: mx.array
+    tree: Any
 
 
-def compile_step(
-    model: nn.Module, optimizer: optim.Optimizer, *, max_grad_norm: float, masks_documents: bool
-) -> tuple[Step, list[Any]]:
-    """Return the compiled update and the state that it changes in place.
+class Outcome(NamedTuple):
+    """What an update came to: scalars, lazy.
+
+    Attributes:
+        loss: mean over the tokens trained on, in nats.
+        norm: of the mean loss's gradient, before it was scaled down.
+        learning_rate: of this update.
+        is_finite: whether loss and norm were finite; if not, nothing was changed.
+    """
+
+    loss: mx.array
+    norm: mx.array
+    learning_rate: mx.array
+    is_finite: mx.array
+
+
+class Step:
+    """The compiled pieces of an update.
 
     Args:
-        model: in training mode.
-        optimizer: initialized with the model's trainable parameters.
-        max_grad_norm: gradients of a larger global norm are scaled down to it.
-        masks_documents: no token attends to another document in its row.
+        model: in training mode; its parameters are evaluated.
+        update: of the same model.
+        objective: what is made small.
 
-    Returns:
-        step: see `Step`.
-        state: what to evaluate with the loss: parameters, optimizer state, random state.
+    Attributes:
+        state: all that changes from update to update, random numbers included: what to evaluate, and to save.
     """
-    state = [model.state, optimizer.state, mx.random.state]
-    loss_and_gradients = nn.value_and_grad(model, partial(next_token_loss, masks_documents=masks_documents))
 
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
-        loss, gradients = loss_and_gradients(model, tokens, marks)
-        gradients, norm = optim.clip_grad_norm(gradients, max_grad_norm)
-        optimizer.update(model, gradients)
-        return loss, norm
+    def __init__(self, model: nn.Module, update: Update, objective: Objective) -> None:
+        self.state: list[Any] = [model.state, update.state, mx.random.state]
 
-    return step, state
+        def loss(weights: Any, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+            model.update(weights)
+            return objective(model, tokens, marks)
+
+        def compute(tokens: mx.array, marks: mx.array) -> Gradients:
+            weights = model.trainable_parameters()
+            (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
+            model.update(weights)  # not those that the transformation put in their place
+            return Gradients(total, count, tree)
+
+        def add(tokens: mx.array, marks: mx.array, total: mx.array, count: mx.array, tree: Any) -> Gradients:
+            more = compute(tokens, marks)
+            summed = tree_map(lambda one, other: one + other.astype(mx.float32), tree, more.tree)
+            return Gradients(total + more.total, count + more.targets, summed)
+
+        read, drawn = [model.state, mx.random.state], [mx.random.state]
+        self._compute = cast("Callable[..., Gradients]", mx.compile(compute, inputs=read, outputs=drawn))
+        self._add = cast("Callable[..., Gradients]", mx.compile(add, inputs=read, outputs=drawn))
+        self._update = mx.compile(
+            lambda total, count, tree: Outcome(*update(total, count, tree)), inputs=self.state, outputs=self.state
+        )
+        self._model = model
+
+    def compute(self, tokens: mx.array, marks: mx.array) -> Gradients:
+        """Return the gradients of a batch, (B, L + 1) each, in the types of the weights."""
+        return Gradients(*self._compute(tokens, marks))
+
+    def add(self, tokens: mx.array, marks: mx.array, so_far: Gradients | None) -> Gradients:
+        """Return the gradients of a batch added to others in fp32."""
+        if so_far is None:
+            zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
+            so_far = Gradients(mx.array(0.0), mx.array(0.0), zeros)
+        return Gradients(*self._add(tokens, marks, *so_far))
+
+    def update(self, gradients: Gradients) -> Outcome:
+        """Update the model from the gradients of all its batches."""
+        return Outcome(*self._update(*gradients))
+
+
+def out_of_memory_bytes(error: RuntimeError) -> int | None:
+    """Return the bytes of the allocation that MLX says it could not make, 0 where it tells none, None otherwise."""
+    said = str(error)
+    if not re.search(r"malloc|unable to allocate|out of memory|attempting to allocate|insufficient memory", said, re.I):
+        return None
+    number = re.search(r"(\d+) bytes", said)
+    return int(number[1]) if number else 0
 
 
 @contextmanager
@@ -77,14 +129,14 @@ def steps_on(
         seed: of the order of the rows.
     """
     model.train()
-    optimizer = optim.AdamW(learning_rate=1e-5)
-    optimizer.init(model.trainable_parameters())
-    compiled, state = compile_step(model, optimizer, max_grad_norm=1.0, masks_documents=masks_documents)
+    optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-5), weight_decay=0.0, options={})
+    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
+    step = Step(model, update, plain_objective(masks_documents=masks_documents))
     with Loader(rows, batch_size=batch_size, seed=seed, workers=2, prefetch_batches=4) as loader:
 
-        def step() -> int:
+        def run() -> int:
             batch = next(loader)
-            mx.eval(*compiled(batch.tokens, batch.marks), state)
+            mx.eval(*step.update(step.compute(batch.tokens, batch.marks)), step.state)
             return batch.targets
 
-        yield step
+        yield run

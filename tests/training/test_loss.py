@@ -1,10 +1,8 @@
-import math
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxflow.training.loss import cross_entropy, next_token_loss
+from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 
 
 def _relative(a: mx.array, b: mx.array) -> float:
@@ -49,28 +47,82 @@ def test_extreme_logits_stay_finite() -> None:
     assert mx.isfinite(gradient).all()
 
 
-def test_the_loss_is_of_each_token_after_the_ones_before_it() -> None:
-    batch = mx.array([[1, 2, 0], [2, 2, 1]])
-    seen = []
-
-    class Model(nn.Module):  # type: ignore[misc]
-        def __call__(self, ids: mx.array) -> mx.array:
-            seen.append(ids.tolist())
-            return mx.zeros((2, 2, 3))
-
-    loss = next_token_loss(Model(), batch, mx.full((2, 3), 3), masks_documents=False)
-    assert seen == [[[1, 2], [2, 2]]]
-    assert float(loss) == pytest.approx(1.0986123)
+# --- the head's product and the loss in one
 
 
-def test_a_token_that_is_no_target_counts_for_nothing() -> None:
-    tokens = mx.array([[1, 2, 0, 1]])
+def _problem(rows: int, width: int, vocab_size: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    keys = [mx.random.key(number) for number in range(4)]
+    hidden = mx.random.normal((rows, width), key=keys[0])
+    weight = mx.random.normal((vocab_size, width), key=keys[1]) * 0.3
+    targets = mx.random.randint(0, vocab_size, (rows,), key=keys[2])
+    weights = (mx.random.uniform(shape=(rows,), key=keys[3]) > 0.3).astype(mx.float32)
+    return hidden, weight, targets, weights
 
-    class Model(nn.Module):  # type: ignore[misc]
-        def __call__(self, ids: mx.array) -> mx.array:
-            return mx.array([[[0.0, 1.0, 2.0], [5.0, 0.0, 0.0], [9.0, 9.0, 0.0]]])
 
-    loss = next_token_loss(Model(), tokens, mx.array([[2, 3, 2, 5]]), masks_documents=False)
-    first, third = math.log(1 + math.e + math.e**2) - 2, math.log(2 + math.exp(-9))
-    assert float(loss) == pytest.approx((first + third) / 2, rel=1e-5)
-    assert float(next_token_loss(Model(), tokens, mx.array([[2, 2, 2, 4]]), masks_documents=False)) == 0
+@pytest.mark.parametrize("chunk_rows", [1, 7, 50, 64])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_loss_and_its_gradients_are_those_of_the_plain_one(chunk_rows: int, compiled: bool) -> None:
+    hidden, weight, targets, weights = _problem(50, 16, 97)
+
+    def fused(hidden: mx.array, weight: mx.array) -> mx.array:
+        loss = linear_cross_entropy(hidden, weight, targets, weights, chunk_rows=chunk_rows, trains_weight=True)
+        return loss * 0.5
+
+    def plain(hidden: mx.array, weight: mx.array) -> mx.array:
+        total: mx.array = (nn.losses.cross_entropy(hidden @ weight.T, targets) * weights).sum()
+        return total * 0.5
+
+    ours = mx.value_and_grad(fused, argnums=(0, 1))
+    loss, gradients = (mx.compile(ours) if compiled else ours)(hidden, weight)
+    expected, expected_gradients = mx.value_and_grad(plain, argnums=(0, 1))(hidden, weight)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert _relative(gradient, wanted) < 1e-5
+
+
+def test_the_fused_loss_in_bf16_is_as_near_as_bf16_is() -> None:
+    hidden, weight, targets, weights = _problem(200, 32, 500)
+    half = [part.astype(mx.bfloat16) for part in (hidden, weight)]
+
+    def fused(hidden: mx.array, weight: mx.array) -> mx.array:
+        return linear_cross_entropy(hidden, weight, targets, weights, chunk_rows=64, trains_weight=True)
+
+    def exact(hidden: mx.array, weight: mx.array) -> mx.array:
+        total: mx.array = (nn.losses.cross_entropy(hidden @ weight.T, targets) * weights).sum()
+        return total
+
+    loss, gradients = mx.value_and_grad(fused, argnums=(0, 1))(*half)
+    expected, wanted = mx.value_and_grad(exact, argnums=(0, 1))(*(part.astype(mx.float32) for part in half))
+    assert loss.dtype == mx.float32
+    assert float(loss) == pytest.approx(float(expected), rel=2**-8)
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == mx.bfloat16
+        difference = mx.linalg.norm(gradient.astype(mx.float32) - other) / mx.linalg.norm(other)
+        assert float(difference) < 2**-6
+
+
+def test_the_fused_loss_holds_the_logits_of_a_chunk_and_not_of_all_rows() -> None:
+    hidden, weight, targets, weights = _problem(24_576, 16, 4096)
+    mx.eval(hidden, weight, targets, weights)
+
+    def peak(chunk_rows: int) -> int:
+        function = mx.value_and_grad(
+            lambda h: linear_cross_entropy(h, weight, targets, weights, chunk_rows=chunk_rows, trains_weight=False)
+        )
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(function(hidden))
+        return int(mx.get_peak_memory() - before)
+
+    logits_bytes = 24_576 * 4096 * 4
+    assert peak(24_576) > logits_bytes
+    assert peak(128) < logits_bytes / 2  # the host runs some chunks ahead
+
+
+def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
+    hidden, weight, targets, weights = _problem(20, 8, 30)
+
+    def fused(weight: mx.array) -> mx.array:
+        return linear_cross_entropy(hidden, weight, targets, weights, chunk_rows=8, trains_weight=False)
+
+    assert not mx.any(mx.grad(fused)(weight))

@@ -9,7 +9,10 @@ from mlx.utils import tree_flatten
 
 from mlxflow import models
 from mlxflow.data.token_file import Rows
-from mlxflow.training.step import compile_step, steps_on, warmup_cosine
+from mlxflow.training.objective import plain_objective
+from mlxflow.training.optimizers import Update
+from mlxflow.training.recompute import recomputed
+from mlxflow.training.step import Gradients, Step, out_of_memory_bytes, steps_on
 
 
 def _model(seed: int = 0) -> nn.Module:
@@ -28,6 +31,11 @@ def _model(seed: int = 0) -> nn.Module:
     return models.build(config, seed=seed)
 
 
+def _step(model: nn.Module, optimizer: optim.Optimizer, *, max_grad_norm: float, has_masters: bool = False) -> Step:
+    update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=has_masters)
+    return Step(model, update, plain_objective(masks_documents=False))
+
+
 def _marks(*shape: int) -> mx.array:
     """Return marks of rows of one document each; the first token of each is no target."""
     return mx.full(shape, 3, dtype=mx.uint8)
@@ -42,29 +50,14 @@ def _plain_loss(model: nn.Module, batch: mx.array) -> mx.array:
     return losses
 
 
-def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine() -> None:
-    schedule = warmup_cosine(learning_rate=2.0, num_steps=100, warmup_steps=10)
-    rates = [float(schedule(mx.array(step))) for step in range(100)]
-    for step, rate in enumerate(rates):
-        expected = 2.0 / 11 + (2.0 - 2.0 / 11) * step / 10 if step < 10 else 1.0 + math.cos(math.pi * (step - 10) / 90)
-        assert rate == pytest.approx(expected, abs=1e-5)
-
-
-def test_without_warmup_the_first_update_is_the_largest() -> None:
-    schedule = warmup_cosine(learning_rate=2.0, num_steps=100, warmup_steps=0)
-    assert float(schedule(mx.array(0))) == 2.0
-
-
 def test_a_compiled_step_does_what_the_operations_do_one_by_one() -> None:
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
     ours, theirs = _model(), _model()
-    optimizer = optim.AdamW(1e-2)
-    optimizer.init(ours.trainable_parameters())
-    step, state = compile_step(ours, optimizer, max_grad_norm=0.5, masks_documents=False)
+    step = _step(ours, optim.AdamW(1e-2), max_grad_norm=0.5)
     plain = optim.AdamW(1e-2)
     for _ in range(3):
-        loss, norm = step(batch, _marks(4, 9))
-        mx.eval(state)
+        loss, norm, *_ = step.update(step.compute(batch, _marks(4, 9)))
+        mx.eval(step.state)
         expected, gradients = nn.value_and_grad(theirs, _plain_loss)(theirs, batch)
         gradients, expected_norm = optim.clip_grad_norm(gradients, 0.5)
         plain.update(theirs, gradients)
@@ -81,12 +74,10 @@ def test_a_gradient_of_a_larger_norm_is_scaled_down_to_it() -> None:
     moved = []
     for max_grad_norm in (1e9, 0.01):
         model = _model()
-        optimizer = optim.SGD(1.0)
-        optimizer.init(model.trainable_parameters())
         before = {name: mx.array(value) for name, value in _weights(model).items()}
-        step, state = compile_step(model, optimizer, max_grad_norm=max_grad_norm, masks_documents=False)
-        _, norm = step(batch, _marks(4, 9))
-        mx.eval(norm, state)
+        step = _step(model, optim.SGD(1.0), max_grad_norm=max_grad_norm)
+        norm = step.update(step.compute(batch, _marks(4, 9))).norm
+        mx.eval(norm, step.state)
         squares = [float(mx.square(value - before[name]).sum()) for name, value in _weights(model).items()]
         moved.append((math.sqrt(sum(squares)), float(norm)))
     (free, whole), (clipped, told) = moved
@@ -98,13 +89,11 @@ def test_a_gradient_of_a_larger_norm_is_scaled_down_to_it() -> None:
 def test_a_step_learns_rows_by_heart() -> None:
     model = _model()
     table = np.random.default_rng(0).integers(0, 50, (4, 9)).astype(np.uint16)
-    optimizer = optim.AdamW(2e-2)
-    optimizer.init(model.trainable_parameters())
-    step, state = compile_step(model, optimizer, max_grad_norm=1.0, masks_documents=False)
+    step = _step(model, optim.AdamW(2e-2), max_grad_norm=1.0)
     losses = []
     for _ in range(60):
-        loss, _ = step(mx.array(table), _marks(4, 9))
-        mx.eval(loss, state)
+        loss = step.update(step.compute(mx.array(table), _marks(4, 9))).loss
+        mx.eval(loss, step.state)
         losses.append(float(loss))
     assert losses[0] > 3
     assert losses[-1] < 0.5
@@ -126,3 +115,94 @@ def test_the_same_seed_is_the_same_model() -> None:
     assert not mx.array_equal(
         _weights(_model(1))["model.embed_tokens.weight"], _weights(_model())["model.embed_tokens.weight"]
     )
+
+
+# --- any number of forward passes
+
+
+def _difference(one: Gradients, other: Gradients) -> float:
+    """Return the largest relative difference of any tensor's gradient, by its norm."""
+    wanted = dict(tree_flatten(other.tree))
+    return max(
+        float(mx.linalg.norm(gradient - wanted[name]) / mx.linalg.norm(wanted[name]))
+        for name, gradient in tree_flatten(one.tree)
+    )
+
+
+@pytest.mark.parametrize("size", [32, 16, 24, 7])
+def test_any_split_of_the_rows_gives_the_same_gradient(size: int) -> None:
+    tokens = mx.random.randint(0, 50, (64, 9), key=mx.random.key(3))
+    lengths = mx.random.randint(1, 9, (64, 1), key=mx.random.key(4))  # each row with another number of targets
+    marks = mx.where(mx.arange(9) <= lengths, 3, 2)
+    step = _step(_model(), optim.SGD(1.0), max_grad_norm=1.0)
+    whole = step.compute(tokens, marks)
+    parts = None
+    for begin in range(0, 64, size):
+        parts = step.add(tokens[begin : begin + size], marks[begin : begin + size], parts)
+    assert parts is not None
+    assert float(parts.targets) == float(whole.targets) == float(lengths.sum())
+    assert _difference(parts, whole) < 1e-6
+    assert float(parts.total) == pytest.approx(float(whole.total), rel=1e-6)
+
+
+def test_gradients_alone_leave_the_model_as_it_is() -> None:
+    model = _model()
+    step = _step(model, optim.SGD(1.0), max_grad_norm=1.0)
+    batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
+    mx.eval(step.compute(batch, _marks(4, 9)), step.add(batch, _marks(4, 9), None))
+    assert all(mx.array_equal(value, _weights(_model())[name]) for name, value in _weights(model).items())
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_at_all() -> None:
+    model = _model()
+    step = _step(model, optim.AdamW(1e-2), max_grad_norm=1.0)
+    batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
+    mx.eval(step.update(step.compute(batch, _marks(4, 9))), step.state)
+    before = {name: np.array(value) for name, value in tree_flatten(step.state[:2])}
+    gradients = step.compute(batch, _marks(4, 9))
+    poisoned = gradients._replace(total=mx.array(float("nan")))
+    outcome = step.update(poisoned)
+    mx.eval(outcome, step.state)
+    assert not bool(outcome.is_finite)
+    after = dict(tree_flatten(step.state[:2]))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(value, np.array(after[name])) for name, value in before.items())
+    assert bool(step.update(gradients).is_finite)
+
+
+def test_bf16_with_masters_learns_what_pure_bf16_rounds_away() -> None:
+    batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
+    moved = {}
+    for has_masters in (False, True):
+        model = _model()
+        model.set_dtype(mx.bfloat16)
+        before = {name: mx.array(value) for name, value in _weights(model).items()}
+        step = _step(model, optim.SGD(1e-4), max_grad_norm=1e9, has_masters=has_masters)
+        for _ in range(300):
+            mx.eval(step.update(step.compute(batch, _marks(4, 9))), step.state)
+        assert all(value.dtype == mx.bfloat16 for value in _weights(model).values())
+        moved[has_masters] = sum(int((value != before[name]).sum()) for name, value in _weights(model).items())
+    masters = dict(tree_flatten(step.state[1]["masters"]))
+    assert all(value.dtype == mx.float32 for value in masters.values())
+    assert all(mx.array_equal(masters[name].astype(mx.bfloat16), value) for name, value in _weights(model).items())
+    assert moved[True] > 1.2 * moved[False]
+
+
+def test_layers_computed_anew_give_the_same_gradient_and_are_as_before_afterwards() -> None:
+    batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
+    model = _model()
+    kind = type(model.layers[0])
+    plain = _step(model, optim.SGD(1.0), max_grad_norm=1.0).compute(batch, _marks(4, 9))
+    calls = []
+    for every, expected in ((1, [True, True]), (2, [True, False])):
+        with recomputed(model, every=every):
+            calls.append([type(layer) is not kind for layer in model.layers])
+            again = _step(model, optim.SGD(1.0), max_grad_norm=1.0).compute(batch, _marks(4, 9))
+            assert _difference(again, plain) < 1e-6
+        assert calls[-1] == expected
+        assert all(type(layer) is kind for layer in model.layers)
+
+
+def test_an_allocation_that_fails_is_known_from_other_errors() -> None:
+    assert out_of_memory_bytes(RuntimeError("[malloc] Unable to allocate 123 bytes.")) == 123
+    assert out_of_memory_bytes(RuntimeError("[matmul] shapes do not fit")) is None

@@ -1,0 +1,393 @@
+"""Training against its peers: tokens a second and peak memory, each row in a process of its own, paired in one run.
+
+    python benchmarks/train.py gpu [ROW ...]    the reference job: SmolLM2-135M's shape, 16 x 1,024 random tokens a step
+    python benchmarks/train.py cpu              the built-in corpus as documents of their natural lengths
+
+Prints one line of JSON a row. `gpu` needs a GPU (and PyTorch for its rows), `cpu` takes about ten minutes on two cores.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxflow import cpu
+
+BATCH, LENGTH, STEPS, WARM, VOCAB = 16, 1024, 30, 6, 49_152
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 2048,
+    "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+}
+
+
+def _tell(row: str, tokens_per_second: float, peak_bytes: float, **more: Any) -> None:
+    told = {"row": row, "tokens_per_second": round(tokens_per_second), "peak_gb": round(peak_bytes / 1e9, 2)}
+    print(json.dumps(told | more), flush=True)
+
+
+# --- the reference job
+
+
+def _random_rows() -> Any:
+    return np.random.default_rng(0).integers(0, VOCAB, size=((STEPS + WARM) * BATCH, LENGTH + 1)).astype(np.int32)
+
+
+def _model(dtype: str) -> Any:
+    import mlx.core as mx
+
+    from mlxflow import models
+
+    model = models.build(SHAPE, seed=0)
+    model.set_dtype(getattr(mx, dtype))
+    mx.eval(model.parameters())
+    return model
+
+
+def _mlx_lm(row: str) -> None:
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    model = _model("bfloat16")
+    data = [(line.tolist(), 0) for line in _random_rows()]
+    logs: list[dict[str, Any]] = []
+
+    class Callback:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            logs.append(info)
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            pass
+
+    mx.reset_peak_memory()
+    arguments = TrainingArgs(
+        batch_size=BATCH,
+        iters=STEPS + WARM,
+        steps_per_report=6,
+        max_seq_length=LENGTH + 1,
+        adapter_file=tempfile.mkdtemp() + "/a.safetensors",
+        steps_per_save=10**6,
+    )
+    with contextlib.redirect_stdout(sys.stderr):
+        train(model, optim.AdamW(1e-4), data, None, arguments, training_callback=Callback())
+    rate = statistics.median(log["iterations_per_second"] for log in logs[1:])
+    _tell(row, rate * BATCH * LENGTH, logs[-1]["peak_memory"] * 1e9)
+
+
+def _naive(row: str) -> None:
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+
+    model = _model("float32")
+    optimizer = optim.AdamW(1e-4)
+    compute = nn.value_and_grad(
+        model, lambda model, x: nn.losses.cross_entropy(model(x[:, :-1]), x[:, 1:], reduction="mean")
+    )
+    rows = _random_rows()
+    mx.reset_peak_memory()
+    begin = 0.0
+    for number in range(STEPS + WARM):
+        if number == WARM:
+            begin = time.perf_counter()
+        loss, gradients = compute(model, mx.array(rows[number * BATCH : (number + 1) * BATCH]))
+        optimizer.update(model, gradients)
+        mx.eval(loss, model.state, optimizer.state)
+    _tell(row, STEPS * BATCH * LENGTH / (time.perf_counter() - begin), mx.get_peak_memory())
+
+
+def _torch(row: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {key: value for key, value in SHAPE.items() if key != "model_type"}
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).cuda().to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model)
+    rows = _random_rows()
+    torch.cuda.reset_peak_memory_stats()
+    begin = 0.0
+    for number in range(STEPS + WARM):
+        if number == WARM:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+        batch = torch.from_numpy(rows[number * BATCH : (number + 1) * BATCH]).long().cuda(non_blocking=True)
+        logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    _tell(row, STEPS * BATCH * LENGTH / (time.perf_counter() - begin), torch.cuda.max_memory_allocated())
+
+
+def _ours(
+    row: str,
+    *,
+    accum: int = 1,
+    precision: str = "bf16-pure",
+    fused: bool = False,
+    every: int = 0,
+    limit_gb: float = 0,
+    lazy: int = 1,
+    max_grad_norm: float = 0.0,
+) -> None:
+    """Run this project's own trainer: loader, compiled update, memory limit and all."""
+    import mlx.core as mx
+
+    from mlxflow import device
+    from mlxflow.data.loader import Loader
+    from mlxflow.data.token_file import Rows
+    from mlxflow.training import objective, recompute
+    from mlxflow.training.batch_size import BatchSizes
+    from mlxflow.training.loop import Plan, Trainer
+    from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
+    from mlxflow.training.step import Step
+
+    limit = int(limit_gb * 1e9) or int(device.working_set_bytes() * 0.8)
+    mx.set_memory_limit(limit)
+    model = _model("float32" if precision == "fp32" else "bfloat16")
+    model.train()
+    schedule = make_schedule(
+        name="constant", learning_rate=1e-4, final_learning_rate=0, num_steps=1, warmup_steps=0, decay_steps=0
+    )
+    optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.01, options={})
+    update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16")
+    head = objective.find_head(model, VOCAB)
+    goal = objective.plain_objective(masks_documents=False)
+    if fused and head is not None:
+        chunk = objective.chunk_rows(VOCAB)
+        goal = objective.fused_objective(head, masks_documents=False, chunk_rows=chunk)
+    tokens = _random_rows()
+    rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
+    size = BATCH // accum
+    plan = Plan(
+        num_steps=STEPS + WARM,
+        lazy_eval_every=lazy,
+        log_every=WARM,
+        eval_every=0,
+        eval_batch_size=1,
+        masks_documents=False,
+        adjust_every=0 if not limit_gb else STEPS,
+        save_every=0,
+        max_bad_steps=1,
+        patience=0,
+        keeps_best=False,
+        memory_limit_bytes=limit,
+    )
+    logs: list[dict[str, Any]] = []
+    with recompute.recomputed(model, every=every):
+        trainer = Trainer(
+            model=model,
+            step=Step(model, update, goal),
+            sizes=BatchSizes(
+                batch_size=size,
+                max_batch_size=size,
+                rows_per_update=BATCH,
+                grad_accum_steps=accum,
+                grow_below=0.5,
+                shrink_above=0.8,
+                is_fixed=True,
+            ),
+            open_loader=lambda count, cursor: Loader(
+                rows, batch_size=count, seed=0, workers=4, prefetch_batches=4, cursor=cursor
+            ),
+            validation_rows=rows.head(1),
+            plan=plan,
+            checkpoints=None,
+            log=logs.append,
+        )
+        result = trainer.run()
+    first, *_, last = [record for record in logs if record["kind"] == "train"]
+    seconds = last["seconds"] - first["seconds"]
+    _tell(
+        row,
+        (last["tokens"] - first["tokens"]) / seconds,
+        result.peak_memory_bytes,
+        limit_gb=limit_gb,
+        rows_a_pass=size,
+        compile_seconds=round(result.compile_seconds, 1),
+        data_wait_share=round((last["data_wait_seconds"] - first["data_wait_seconds"]) / seconds, 5),
+        device_wait_share=round((last["device_wait_seconds"] - first["device_wait_seconds"]) / seconds, 3),
+    )
+
+
+# None of the peers measures or clips the gradient's norm, nor do ours but where it is said.
+GPU_ROWS: dict[str, Callable[[str], None]] = {
+    "mlx-lm trainer, bf16": _mlx_lm,
+    "naive: fp32, uncompiled, evaluated each step": _naive,
+    "PyTorch compiled, bf16": _torch,
+    "mlxflow bf16-pure": _ours,
+    "mlxflow bf16-pure, norm clipped": partial(_ours, max_grad_norm=1.0),
+    "mlxflow bf16-pure, limit 20 GB": partial(_ours, limit_gb=20),
+    "mlxflow bf16-pure, limit 16.9 GB": partial(_ours, limit_gb=16.9),
+    "mlxflow bf16-pure, fused loss, limit 16 GB": partial(_ours, fused=True, limit_gb=16),
+    "mlxflow bf16-pure, every layer anew, fused loss, limit 5.9 GB": partial(_ours, every=1, fused=True, limit_gb=5.9),
+    "mlxflow bf16-pure, 2 passes, every 2nd layer anew, fused loss, limit 5.9 GB": partial(
+        _ours, accum=2, every=2, fused=True, limit_gb=5.9
+    ),
+    "mlxflow bf16 with fp32 masters": partial(_ours, precision="bf16"),
+    "mlxflow fp32": partial(_ours, precision="fp32"),
+}
+
+
+# --- the built-in corpus on the CPU
+
+
+def _corpus(folder: Path) -> Path:
+    """Tokenize the built-in corpus as the default workflow does; return its artifact."""
+    from mlxflow.run import run_stage
+    from mlxflow.workflow import load_workflow
+
+    (folder / "workflow.toml").write_text("[pretokenize]\nworkers = 2\n")
+    workflow = load_workflow(folder / "workflow.toml")
+    return run_stage(workflow, workflow.find("pretokenize"))
+
+
+def _small(tokens: Any) -> dict[str, Any]:
+    from mlxflow import models
+
+    return models.llama_config(
+        vocab_size=tokens.vocab_size,
+        context_length=tokens.context_length,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        intermediate_size=256,
+        tie_word_embeddings=True,
+        rope_theta=1e4,
+        end_of_text=tokens.end_of_text,
+    )
+
+
+def _cpu_mlx_lm(folder: Path) -> None:
+    """Train mlx-lm's way: each document padded or cut to the context, the trainer as it is shipped."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.datasets import CacheDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    from mlxflow import models
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.measurement.perplexity import measure_perplexity
+
+    tokens, validation = TokenFile.open(folder / "train.safetensors"), TokenFile.open(folder / "validation.safetensors")
+    documents = [document.tolist() for document in tokens.documents()]
+    model = models.build(_small(tokens), seed=0)
+
+    class Documents:
+        def __len__(self) -> int:
+            return len(documents)
+
+        def __getitem__(self, index: int) -> list[int]:
+            found: list[int] = documents[index]
+            return found
+
+        def process(self, item: list[int]) -> tuple[list[int], int]:
+            return item, 0
+
+    logs: list[dict[str, Any]] = []
+
+    class Callback:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            logs.append(info)
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            pass
+
+    arguments = TrainingArgs(
+        batch_size=32,
+        iters=int(os.environ["STEPS"]),
+        steps_per_report=10,
+        max_seq_length=tokens.context_length + 1,
+        adapter_file=tempfile.mkdtemp() + "/a.safetensors",
+        steps_per_save=10**6,
+    )
+    mx.reset_peak_memory()
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        train(model, optim.AdamW(3e-3), CacheDataset(Documents()), None, arguments, training_callback=Callback())
+    seconds = time.perf_counter() - begin
+    peak = mx.get_peak_memory()
+    measured = measure_perplexity(model, validation.rows.head(256), batch_size=32)
+    real = logs[-1]["trained_tokens"]
+    _tell("mlx-lm trainer", real / seconds, peak, tokens=real, validation_loss=round(measured.loss, 4))
+
+
+def _cpu_ours(folder: Path) -> None:
+    """Train this project's way: packed rows, the stage's own settings."""
+    import shutil
+
+    from mlxflow import artifact
+    from mlxflow.run import run_stage
+    from mlxflow.workflow import load_workflow
+
+    job = Path(tempfile.mkdtemp())
+    (job / "artifacts").mkdir()
+    shutil.copytree(folder, job / "artifacts" / "pretokenize")
+    (job / "workflow.toml").write_text(
+        f'[train]\nnum_steps = {os.environ["STEPS"]}\nlearning_rate = 3e-3\nschedule = "constant"\nwarmup_steps = 0\n'
+        "eval_every = 0\nweight_decay = 0.01\nbetas = [0.9, 0.999]\nmax_grad_norm = 1e9\nsave_every = 0\n"
+    )
+    workflow = load_workflow(job / "workflow.toml")
+    made = run_stage(workflow, workflow.find("train"))
+    report = artifact.read_report(made / "report.toml")
+    run = report["run"]
+    _tell(
+        "mlxflow",
+        report["tokens"] / run["training_seconds"],
+        run["training_peak_memory_bytes"],
+        tokens=report["tokens"],
+        validation_loss=round(float(np.log(report["last_validation_perplexity"])), 4),
+        data_wait_share=round(run["data_wait_seconds"] / run["training_seconds"], 5),
+    )
+
+
+def _main() -> None:
+    match sys.argv[1:]:
+        case ["row", name]:
+            GPU_ROWS[name](name)
+        case ["gpu", *names]:
+            for name in names or GPU_ROWS:
+                done = subprocess.run([sys.executable, __file__, "row", name], check=False)
+                if done.returncode:
+                    print(json.dumps({"row": name, "failed": done.returncode}), flush=True)
+        case ["cpu-mlx-lm", made]:
+            _cpu_mlx_lm(Path(made))
+        case ["cpu-mlxflow", made]:
+            _cpu_ours(Path(made))
+        case ["cpu", *rounds]:
+            with tempfile.TemporaryDirectory() as room:
+                folder = _corpus(Path(room))
+                for _ in range(int(rounds[0]) if rounds else 3):  # in turn: what else the machine does hits both
+                    # steps for about the same number of real tokens
+                    for row, steps in (("cpu-mlxflow", 100), ("cpu-mlx-lm", 100)):
+                        command = [sys.executable, __file__, row, str(folder)]
+                        subprocess.run(command, check=True, env={**os.environ, "STEPS": str(steps)})
+        case _:
+            print(__doc__)
+
+
+if __name__ == "__main__":
+    cpu.prepare()
+    _main()

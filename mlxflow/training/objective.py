@@ -1,0 +1,141 @@
+"""What training makes small: the loss of a model on rows of tokens, as a sum and the number of tokens in it."""
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow import packed
+from mlxflow.training.loss import cross_entropy, linear_cross_entropy
+
+#: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats, in fp32, and how many tokens
+#: it is of, in fp32 too.
+Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+# Rows whose logits are held at a time: on a GPU enough for the matrix units, on a CPU what stays in its cache
+_CHUNK_BYTES = {"gpu": 1 << 28, "cpu": 1 << 22}
+
+
+class Head(NamedTuple):
+    """Where hidden states become logits.
+
+    Attributes:
+        is_tied: it is the embedding's weight.
+    """
+
+    is_tied: bool
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the layer that holds the weight."""
+        return model.model.embed_tokens if self.is_tied else model.lm_head
+
+    def weight(self, model: nn.Module, dtype: mx.Dtype) -> mx.array:
+        """Return the weight, (V, D), dequantized where it is quantized."""
+        layer = self.module(model)
+        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            weight = mx.dequantize(
+                layer.weight,
+                layer.scales,
+                layer.get("biases"),
+                group_size=layer.group_size,
+                bits=layer.bits,
+                mode=layer.mode,
+            )
+            return weight.astype(dtype)
+        return cast("mx.array", layer.weight)
+
+    def is_trained(self, model: nn.Module) -> bool:
+        """Return whether the weight is one of the trainable parameters."""
+        return "weight" in self.module(model).trainable_parameters()
+
+
+def find_head(model: nn.Module, vocab_size: int) -> Head | None:
+    """Return a model's head, if it is a plain product with one weight.
+
+    Asked of the model itself on a few tokens: logits that are scaled, capped or given a bias afterwards fail it.
+
+    Args:
+        model: of any architecture that mlx-lm knows.
+        vocab_size: ids that may be used to try it.
+    """
+    body = getattr(model, "model", None)
+    is_tied = "lm_head" not in model
+    layer = getattr(body, "embed_tokens", None) if is_tied else model.lm_head
+    plain = (nn.Embedding, nn.QuantizedEmbedding) if is_tied else (nn.Linear, nn.QuantizedLinear)
+    if not isinstance(layer, nn.Module) or type(layer) not in plain or "bias" in layer:
+        return None
+    head = Head(is_tied)
+    was_training = model.training
+    model.eval()
+    tokens = mx.arange(1, 9)[None] % vocab_size
+    try:
+        hidden = cast("Callable[[mx.array], mx.array]", body)(tokens)
+        ours = (hidden @ head.weight(model, hidden.dtype).T).astype(mx.float32)
+        theirs = model(tokens).astype(mx.float32)
+        fits = ours.shape == theirs.shape and float(mx.abs(ours - theirs).max()) < 0.02 * float(mx.abs(theirs).max())
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    model.train(was_training)
+    return head if fits else None
+
+
+def plain_objective(*, masks_documents: bool) -> Objective:
+    """Return the objective that holds all logits of a batch.
+
+    Args:
+        masks_documents: no token attends to another document in its row.
+    """
+
+    def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+        weights = (marks[:, 1:] & 1).astype(mx.float32)
+        logits = packed.apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+        return (cross_entropy(logits, tokens[:, 1:]) * weights).sum(), weights.sum()
+
+    return objective
+
+
+def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int) -> Objective:
+    """Return the objective that computes the head's product and the loss together, some tokens at a time.
+
+    Args:
+        head: of the model.
+        masks_documents: no token attends to another document in its row.
+        chunk_rows: tokens whose logits are held at a time.
+    """
+
+    def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+        weights = (marks[:, 1:] & 1).astype(mx.float32)
+        hidden = packed.apply_body(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+        total = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head.weight(model, hidden.dtype),
+            tokens[:, 1:].reshape(-1),
+            weights.reshape(-1),
+            chunk_rows=chunk_rows,
+            trains_weight=head.is_trained(model),
+        )
+        return total, weights.sum()
+
+    return objective
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Return how many tokens' logits the fused loss holds at a time on the default device."""
+    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    rows = _CHUNK_BYTES[device] // (2 * vocab_size)
+    return int(max(64, rows // 64 * 64))
+
+
+def fused_loss_pays(*, vocab_size: int, tokens: int, parameters: int) -> bool:
+    """Return whether the logits are worth not to be held.
+
+    On the CPU always: it costs nothing. On a GPU, where holding them is a little faster (`benchmarks/train.py`), they
+    are where the logits and their gradient take more memory than weights, gradients and moments do.
+
+    Args:
+        vocab_size: V.
+        tokens: of one forward pass.
+        parameters: of the model.
+    """
+    return mx.default_device() == mx.cpu or 2 * vocab_size * tokens > 4 * parameters

@@ -1,0 +1,215 @@
+"""Every optimizer of `mlx.optimizers` by its name, and the learning rate over the steps."""
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+#: Takes the number of the update, from 0, and returns the learning rate.
+Schedule = Callable[[mx.array], mx.array]
+
+
+def make_schedule(
+    *, name: str, learning_rate: float, final_learning_rate: float, num_steps: int, warmup_steps: int, decay_steps: int
+) -> Schedule:
+    """Return the learning rate as a function of the step.
+
+    It rises linearly from nothing over the warm-up. Then: "constant" stays; "linear" and "cosine" fall until the last
+    step; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays and falls linearly over the last
+    `decay_steps`.
+
+    Args:
+        name: one of those four.
+        learning_rate: at its highest.
+        final_learning_rate: after the last step, where it falls.
+        num_steps: updates in all.
+        warmup_steps: the first of them.
+        decay_steps: the last of them; only "wsd" looks at it.
+    """
+    begin = {"wsd": max(warmup_steps, num_steps - decay_steps)}.get(name, warmup_steps)
+    length = max(1, num_steps - begin)
+
+    def schedule(step: mx.array) -> mx.array:
+        at = step.astype(mx.float32)
+        done = mx.clip((at - begin) / length, 0.0, 1.0)
+        if name == "constant":
+            left = mx.array(1.0)
+        elif name == "cosine":
+            left = 0.5 * (1 + mx.cos(mx.pi * done))
+        else:
+            left = 1 - done
+        rate = final_learning_rate + (learning_rate - final_learning_rate) * left
+        return mx.where(at < warmup_steps, learning_rate * (at + 1) / (warmup_steps + 1), rate)
+
+    return schedule
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options of an optimizer with their defaults, the learning rate left out.
+
+    Args:
+        name: of a class of `mlx.optimizers`, in small letters.
+    """
+    parameters = inspect.signature(_class_of(name).__init__).parameters.values()
+    return {one.name: one.default for one in parameters if one.name not in ("self", "learning_rate")}
+
+
+def _class_of(name: str) -> type[optim.Optimizer]:
+    known: dict[str, type[optim.Optimizer]] = {
+        key.lower(): value
+        for key, value in vars(optim).items()
+        if isinstance(value, type) and issubclass(value, optim.Optimizer)
+    }
+    return known[name]
+
+
+def make_optimizer(
+    *, name: str, schedule: Schedule, weight_decay: float, options: Mapping[str, Any]
+) -> optim.Optimizer:
+    """Return an optimizer in which weight decay spares norms and biases, that is all vectors.
+
+    Args:
+        name: of a class of `mlx.optimizers`, in small letters.
+        schedule: the learning rate.
+        weight_decay: of matrices; 0 for an optimizer that knows none.
+        options: others of its options, by name.
+    """
+    made = _class_of(name)
+    kind: dict[str, Any] = dict(options)
+    if name == "adafactor":
+        kind = {"relative_step": False, "scale_parameter": False} | kind
+    if "weight_decay" not in options_of(name):
+        return made(learning_rate=schedule, **kind)
+    decayed = made(learning_rate=schedule, weight_decay=weight_decay, **kind)
+    spared = made(learning_rate=schedule, weight_decay=0.0, **kind)
+    return optim.MultiOptimizer([decayed, spared], [lambda path, weight: weight.ndim > 1])
+
+
+def learning_rate_of(optimizer: optim.Optimizer) -> mx.array:
+    """Return the learning rate of the last update."""
+    rate: mx.array = optimizer.learning_rate
+    return rate
+
+
+class Update:
+    """One optimizer step on a model, from a sum of gradients.
+
+    Losses and norms are summed in fp32. Where `has_masters` the optimizer works on fp32 copies of the trainable
+    weights and keeps its moments in fp32; the model gets the rounded values. A step whose loss or gradient is not
+    finite changes nothing at all.
+
+    Args:
+        model: its trainable parameters are updated.
+        optimizer: not yet initialized.
+        max_grad_norm: gradients of a larger global norm are scaled down to it; 0 for none, and then the norm is not
+            measured: the loss alone tells whether a step is finite.
+        has_masters: whether fp32 copies are kept of weights in another type.
+
+    Attributes:
+        state: what it changes beside the model: a tree to capture, save and restore.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: optim.Optimizer, *, max_grad_norm: float, has_masters: bool
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        trainable = model.trainable_parameters()
+        self.state: dict[str, Any] = {}
+        if has_masters:
+            self.state["masters"] = _map(lambda weight: weight.astype(mx.float32), trainable)
+        optimizer.init(self.state.get("masters", trainable))
+        self.state["optimizer"] = optimizer.state
+
+    def __call__(
+        self, total: mx.array, count: mx.array, gradients: Any
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Update the model; return the mean loss, the gradient's norm, the learning rate, and whether both were finite.
+
+        Args:
+            total: sum of the losses.
+            count: tokens in the sum.
+            gradients: tree of the sum's gradients; any type.
+        """
+        count = mx.maximum(count, 1.0)
+        loss = total / count
+        norm, scale = mx.array(0.0), 1 / count
+        if self._max_grad_norm:
+            squares = [gradient.astype(mx.float32).square().sum() for gradient in leaves(gradients)]
+            norm = mx.sqrt(_sum(squares)) / count
+            scale = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0) / count
+        is_finite = mx.isfinite(loss) & mx.isfinite(norm)
+        masters = self.state.get("masters")
+        weights = self._model.trainable_parameters() if masters is None else masters
+        scaled = _map(lambda weight, gradient: _scaled(gradient, scale, weight.dtype), weights, gradients)
+        before = _map(lambda leaf: leaf, self._optimizer.state)
+        updated = self._optimizer.apply_gradients(scaled, weights)
+        rate = learning_rate_of(self._optimizer)
+        updated = _map(lambda old, new: mx.where(is_finite, new.astype(old.dtype), old), weights, updated)
+        _keep_where(is_finite, self._optimizer.state, before)
+        if masters is not None:
+            self.state["masters"] = updated
+            updated = _map(lambda old, new: new.astype(old.dtype), self._model.trainable_parameters(), updated)
+        self._model.update(updated)
+        return loss, norm, rate, is_finite
+
+
+def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Return the first tree with each leaf replaced; the others may lack what is empty in it."""
+    if isinstance(tree, dict):
+        return {
+            key: _map(function, value, *(other[key] for other in others)) if _has_leaves(value) else value
+            for key, value in tree.items()
+        }
+    if isinstance(tree, list | tuple):
+        return [
+            _map(function, value, *(other[place] for other in others)) if _has_leaves(value) else value
+            for place, value in enumerate(tree)
+        ]
+    return function(tree, *others)
+
+
+def leaves(tree: Any) -> Iterator[mx.array]:
+    """Yield the arrays of a tree."""
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from leaves(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from leaves(value)
+    else:
+        yield tree
+
+
+def _sum(scalars: list[mx.array]) -> mx.array:
+    """Return a sum of scalars, by fused additions of a few at a time: a stack of them would be a copy for each."""
+    while len(scalars) > 1:
+        scalars = [functools.reduce(operator.add, scalars[begin : begin + 8]) for begin in range(0, len(scalars), 8)]
+    return scalars[0]
+
+
+def _scaled(gradient: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
+    # MLX fuses chains of eleven operations: an optimizer's own and as few of ours as can be
+    if gradient.dtype == dtype:
+        return gradient * scale.astype(dtype)
+    return (gradient.astype(mx.float32) * scale).astype(dtype)
+
+
+def _has_leaves(tree: Any) -> bool:
+    return next(leaves(tree), None) is not None
+
+
+def _keep_where(condition: mx.array, state: Any, before: Any) -> None:
+    """Put back, in place, what was before wherever a condition does not hold."""
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    for key, value in list(items):
+        if isinstance(value, dict | list):
+            _keep_where(condition, value, before[key])
+        else:
+            state[key] = mx.where(condition, value, before[key])

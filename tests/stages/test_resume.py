@@ -1,0 +1,123 @@
+"""Real processes, really killed: the next run goes on and comes to the same bytes."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import mlxflow
+
+TEXT = """
+[pretokenize]
+sources = ["notes"]
+context_length = 16
+tokenizer = { vocab_size = 300 }
+[train]
+num_steps = 60
+batch_size = 4
+grad_accum_steps = 4
+adjust_every = 7
+save_every = 3
+eval_every = 20
+keep = "best"
+max_validation_rows = 8
+model = { hidden_size = 32, intermediate_size = 32 }
+"""
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    return {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in names}  # noqa: S324
+
+
+def _start(folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlxflow", "run", "train"],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(folder.parent / "cache")},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.conftest import write_workflow
+
+    folder = tmp_path_factory.mktemp("whole")
+    write_workflow(folder, TEXT)
+    for stage in ("pretokenize", "train"):
+        made = mlxflow(folder, "run", stage)
+        assert made.returncode == 0, made.stderr
+    assert not (folder / "artifacts" / ".mlxflow" / "unfinished" / "train").is_dir() or not list(
+        (folder / "artifacts" / ".mlxflow" / "unfinished" / "train").iterdir()
+    )
+    return folder
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "artifacts" / ".mlxflow" / "unfinished" / "train").glob("*/step-*/state.json"))
+
+
+def _again(whole: Path, folder: Path) -> Path:
+    import shutil
+
+    copy = Path(shutil.copytree(whole, folder / "copy"))
+    shutil.rmtree(copy / "artifacts" / "train")
+    return copy
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment_and_run_again_it_comes_to_the_same_bytes(whole: Path, tmp_path: Path, seed: int) -> None:
+    folder = _again(whole, tmp_path)
+    generator = random.Random(seed)
+    for _ in range(3):
+        before = _checkpoints(folder)
+        process = _start(folder)
+        while process.poll() is None and _checkpoints(folder) == before:
+            time.sleep(0.01)
+        time.sleep(generator.random() * 0.3)
+        process.kill()
+        process.communicate()
+    last = mlxflow(folder, "run", "train")
+    assert last.returncode == 0, last.stderr
+    assert "goes on from step" in last.stderr
+    assert _digests(folder / "artifacts" / "train") == _digests(whole / "artifacts" / "train")
+    assert not _checkpoints(folder)
+
+
+def test_asked_to_stop_it_saves_and_says_so(whole: Path, tmp_path: Path) -> None:
+    folder = _again(whole, tmp_path)
+    process = _start(folder)
+    while process.poll() is None and not _checkpoints(folder):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "train: stopped after step " in said
+    assert "lets the next run go on from there" in said
+    assert "Traceback" not in said
+    last = mlxflow(folder, "run", "train")
+    assert last.returncode == 0, last.stderr
+    assert _digests(folder / "artifacts" / "train") == _digests(whole / "artifacts" / "train")
+
+
+def test_another_configuration_leaves_the_checkpoint_alone_and_says_so(whole: Path, tmp_path: Path) -> None:
+    folder = _again(whole, tmp_path)
+    process = _start(folder)
+    while process.poll() is None and not _checkpoints(folder):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    kept = _checkpoints(folder)
+    (folder / "workflow.toml").write_text(TEXT.replace("num_steps = 60", "num_steps = 4"))
+    other = mlxflow(folder, "run", "train")
+    assert other.returncode == 0, other.stderr
+    assert "a checkpoint of another configuration (train.num_steps: 60 -> 4); it is left alone" in other.stderr
+    assert _checkpoints(folder) == kept

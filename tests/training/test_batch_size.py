@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxflow.errors import SourceError, WorkflowError
+from mlxflow.training.batch_size import BatchSizes, Decision, Reading, ladder, read_decisions, split
+
+
+def _sizes(**changes: Any) -> BatchSizes:
+    settings = {
+        "batch_size": 32,
+        "max_batch_size": 64,
+        "rows_per_update": 128,
+        "grad_accum_steps": 4,
+        "grow_below": 0.5,
+        "shrink_above": 0.8,
+    }
+    return BatchSizes(**(settings | changes))
+
+
+def _reading(used: float, active: float = 0.1) -> Reading:
+    return Reading(int(active * 1e9), int(used * 1e9), 0, 10**9)
+
+
+def test_the_ladder_goes_from_half_to_the_most() -> None:
+    assert ladder(32, 64) == [16, 24, 32, 48, 64]
+    assert ladder(1, 1) == [1]
+    assert ladder(5, 9) == [2, 3, 4, 5, 6, 8, 9]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(64, 64), (64, 24), (60, 16), (3, 8)])
+def test_every_row_is_in_one_pass(rows: int, size: int) -> None:
+    parts = list(split(rows, size))
+    assert [row for begin, end in parts for row in range(begin, end)] == list(range(rows))
+    assert all(end - begin == size for begin, end in parts[:-1])
+
+
+def test_a_batch_grows_while_memory_is_free_and_shrinks_when_it_is_short() -> None:
+    sizes = _sizes()
+    assert sizes.look(1, _reading(0.3)) == Decision(1, 48, "grow", _reading(0.3)._asdict())
+    assert sizes.look(2, _reading(0.6)) is None
+    shrunk = sizes.look(3, _reading(0.9))
+    assert shrunk is not None
+    assert (shrunk.batch_size, shrunk.reason) == (32, "shrink")
+    assert sizes.look(4, _reading(0.2)) is None, "48 was too large once"
+    assert [one.batch_size for one in sizes.decisions] == [32, 48, 32]
+
+
+def test_a_batch_stays_between_half_and_the_most() -> None:
+    low, high = _sizes(), _sizes()
+    for step in range(10):
+        low.look(step, _reading(0.95))
+        high.look(step, _reading(0.11))
+    assert (low.size, high.size) == (16, 64)
+
+
+def test_a_batch_grows_only_where_it_is_expected_to_fit() -> None:
+    assert _sizes(grow_below=0.7).look(1, _reading(0.65)) is None
+    assert _sizes(grow_below=0.7).look(1, _reading(0.65, active=0.4)) is not None
+
+
+def test_rows_per_update_stay_the_same_unless_they_are_to_follow() -> None:
+    constant, following = _sizes(), _sizes(rows_per_update=None)
+    for sizes in (constant, following):
+        sizes.look(1, _reading(0.2))
+    assert (constant.size, constant.rows_per_update) == (48, 128)
+    assert (following.size, following.rows_per_update) == (48, 192)
+
+
+def test_a_pass_never_takes_more_rows_than_an_update_has() -> None:
+    sizes = _sizes(rows_per_update=32)
+    assert sizes.look(1, _reading(0.1)) is None
+    assert sizes.size == 32
+
+
+def test_running_out_of_memory_shrinks_to_the_end_and_then_says_what_is_needed() -> None:
+    sizes = _sizes(batch_size=4, max_batch_size=4, rows_per_update=4)
+    assert sizes.run_out(7, _reading(0.9), 10).batch_size == 3
+    assert sizes.run_out(7, _reading(0.9), 10).batch_size == 2
+    with pytest.raises(WorkflowError) as caught:
+        sizes.run_out(7, _reading(0.9), 1_500_000_000)
+    assert str(caught.value) == (
+        "train.batch_size: a forward pass of 2 rows, the fewest, needs 1,500,000,000 bytes and may use 1,000,000,000. "
+        "Lower train.batch_size or pretokenize.context_length, set "
+        'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
+    )
+
+
+def test_decisions_are_followed_whatever_the_memory_says(tmp_path: Path) -> None:
+    first = _sizes()
+    first.look(1, _reading(0.2))
+    first.run_out(5, _reading(0.9), 1)
+    path = tmp_path / "metrics.jsonl"
+    records: list[dict[str, Any]] = [{"kind": "train", "step": 1}, *(one.record() for one in first.decisions)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    again = _sizes(replay=read_decisions(path, "train.replay"))
+    sizes = []
+    for step in range(8):
+        if again.must_shrink(step):
+            again.follow_shrink(step)
+        sizes.append(again.size)
+        again.look(step + 1, _reading(0.99))
+    assert sizes == [32, 48, 48, 48, 48, 32, 32, 32]
+    assert [one[:3] for one in again.decisions] == [one[:3] for one in first.decisions]
+
+
+def test_a_file_without_decisions_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n')
+    with pytest.raises(SourceError, match=r"^train\.replay: .* holds no batch size\. Name the metrics\.jsonl of a run"):
+        read_decisions(path, "train.replay")
+    with pytest.raises(SourceError, match=r"cannot be read as a run's metrics\.jsonl"):
+        read_decisions(tmp_path / "none", "train.replay")
+
+
+def test_a_checkpoint_keeps_what_was_decided() -> None:
+    first, second = _sizes(), _sizes()
+    first.look(1, _reading(0.2))
+    first.look(2, _reading(0.9))
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.decisions == first.decisions
+    assert second.look(3, _reading(0.2)) is None

@@ -1,0 +1,103 @@
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxflow import models
+from mlxflow.training.objective import Head, find_head, fused_objective, plain_objective
+
+
+def _plain(model: nn.Module, tokens: mx.array, marks: mx.array) -> float:
+    total, count = plain_objective(masks_documents=False)(model, tokens, marks)
+    return float(total / mx.maximum(count, 1.0))
+
+
+def test_the_loss_is_of_each_token_after_the_ones_before_it() -> None:
+    batch = mx.array([[1, 2, 0], [2, 2, 1]])
+    seen = []
+
+    class Model(nn.Module):  # type: ignore[misc]
+        def __call__(self, ids: mx.array) -> mx.array:
+            seen.append(ids.tolist())
+            return mx.zeros((2, 2, 3))
+
+    loss = _plain(Model(), batch, mx.full((2, 3), 3))
+    assert seen == [[[1, 2], [2, 2]]]
+    assert loss == pytest.approx(1.0986123)
+
+
+def test_a_token_that_is_no_target_counts_for_nothing() -> None:
+    tokens = mx.array([[1, 2, 0, 1]])
+
+    class Model(nn.Module):  # type: ignore[misc]
+        def __call__(self, ids: mx.array) -> mx.array:
+            return mx.array([[[0.0, 1.0, 2.0], [5.0, 0.0, 0.0], [9.0, 9.0, 0.0]]])
+
+    loss = _plain(Model(), tokens, mx.array([[2, 3, 2, 5]]))
+    first, third = math.log(1 + math.e + math.e**2) - 2, math.log(2 + math.exp(-9))
+    assert loss == pytest.approx((first + third) / 2, rel=1e-5)
+    assert (_plain(Model(), tokens, mx.array([[2, 2, 2, 4]]))) == 0
+
+
+# --- with the head in it
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "rms_norm_eps": 1e-5,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rope_theta": 1e4,
+}
+
+
+def _model(model_type: str = "llama", **changes: Any) -> nn.Module:
+    return models.build(SMALL | {"model_type": model_type, "tie_word_embeddings": True} | changes, seed=0)
+
+
+def _batch() -> tuple[mx.array, mx.array]:
+    tokens = mx.random.randint(0, 97, (4, 17), key=mx.random.key(1))
+    marks = mx.where(mx.random.uniform(shape=(4, 17), key=mx.random.key(2)) > 0.4, 3, 2)
+    return tokens, marks
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_model(model_type: str, tied: bool) -> None:
+    model = _model(model_type, tie_word_embeddings=tied)
+    head = find_head(model, 97)
+    assert head == Head(is_tied=tied)
+    fused = fused_objective(head, masks_documents=True, chunk_rows=10)
+    plain = plain_objective(masks_documents=True)
+    (first, count), one = nn.value_and_grad(model, fused)(model, *_batch())
+    (second, other_count), other = nn.value_and_grad(model, plain)(model, *_batch())
+    assert float(count) == float(other_count)
+    assert float(first) == pytest.approx(float(second), rel=1e-5)
+    wanted = dict(tree_flatten(other))
+    for name, gradient in tree_flatten(one):
+        assert float(mx.abs(gradient - wanted[name]).max() / mx.abs(wanted[name]).max()) < 1e-5, name
+
+
+def test_logits_that_are_capped_afterwards_are_found_out() -> None:
+    gemma = _model("gemma2", final_logit_softcapping=0.5, attn_logit_softcapping=50.0, query_pre_attn_scalar=16)
+    assert find_head(gemma, 97) is None
+
+
+def test_a_quantized_head_is_dequantized_and_not_trained() -> None:
+    model = _model(hidden_size=64, head_dim=32)
+    nn.quantize(model, 32, 8)
+    model.freeze()
+    head = find_head(model, 97)
+    assert head is not None
+    assert not head.is_trained(model)
+    tokens, marks = _batch()
+    fused, _ = fused_objective(head, masks_documents=False, chunk_rows=16)(model, tokens, marks)
+    plain, _ = plain_objective(masks_documents=False)(model, tokens, marks)
+    assert float(fused) == pytest.approx(float(plain), rel=1e-4)
