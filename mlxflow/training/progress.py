@@ -30,7 +30,9 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
 
         def log(record: dict[str, Any]) -> None:
             said[record["kind"]] = _say(record)
-            progress.update(bar, completed=record["step"], description="  ".join(filter(None, said.values())))
+            first, *others = filter(None, [said["train"], said["validation"], said["batch_size"]])
+            described = first + "\n" + "  ".join(others)  # two lines: one would not fit
+            progress.update(bar, completed=record["step"], description=described)
 
         yield log
 

@@ -19,7 +19,7 @@ sources = ["notes"]
 context_length = 16
 tokenizer = { vocab_size = 300 }
 [train]
-num_steps = 60
+num_steps = 240
 batch_size = 4
 grad_accum_steps = 4
 adjust_every = 7
@@ -82,12 +82,13 @@ def test_killed_at_any_moment_and_run_again_it_comes_to_the_same_bytes(whole: Pa
         process = _start(folder)
         while process.poll() is None and _checkpoints(folder) == before:
             time.sleep(0.01)
-        time.sleep(generator.random() * 0.3)
+        time.sleep(generator.random() * 0.15)
         process.kill()
         process.communicate()
+    was_cut_off = bool(_checkpoints(folder))  # a fast machine may have come to the end in between
     last = mlxflow(folder, "run", "train")
     assert last.returncode == 0, last.stderr
-    assert "goes on from step" in last.stderr
+    assert ("goes on from step" in last.stderr) == was_cut_off
     assert _digests(folder / "artifacts" / "train") == _digests(whole / "artifacts" / "train")
     assert not _checkpoints(folder)
 
@@ -116,8 +117,8 @@ def test_another_configuration_leaves_the_checkpoint_alone_and_says_so(whole: Pa
     process.kill()
     process.communicate()
     kept = _checkpoints(folder)
-    (folder / "workflow.toml").write_text(TEXT.replace("num_steps = 60", "num_steps = 4"))
+    (folder / "workflow.toml").write_text(TEXT.replace("num_steps = 240", "num_steps = 4"))
     other = mlxflow(folder, "run", "train")
     assert other.returncode == 0, other.stderr
-    assert "a checkpoint of another configuration (train.num_steps: 60 -> 4); it is left alone" in other.stderr
+    assert "a checkpoint of another configuration (train.num_steps: 240 -> 4); it is left alone" in other.stderr
     assert _checkpoints(folder) == kept
