@@ -44,6 +44,19 @@ def _tell(row: str, tokens_per_second: float, peak_bytes: float, **more: Any) ->
     print(json.dumps(told | more), flush=True)
 
 
+class _Reports:
+    """Keeps what mlx-lm's trainer reports."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        self.logs.append(info)
+
+    def on_val_loss_report(self, info: dict[str, Any]) -> None:
+        pass
+
+
 # --- the reference job
 
 
@@ -69,15 +82,7 @@ def _mlx_lm(row: str) -> None:
 
     model = _model("bfloat16")
     data = [(line.tolist(), 0) for line in _random_rows()]
-    logs: list[dict[str, Any]] = []
-
-    class Callback:
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            logs.append(info)
-
-        def on_val_loss_report(self, info: dict[str, Any]) -> None:
-            pass
-
+    told = _Reports()
     mx.reset_peak_memory()
     arguments = TrainingArgs(
         batch_size=BATCH,
@@ -88,9 +93,9 @@ def _mlx_lm(row: str) -> None:
         steps_per_save=10**6,
     )
     with contextlib.redirect_stdout(sys.stderr):
-        train(model, optim.AdamW(1e-4), data, None, arguments, training_callback=Callback())
-    rate = statistics.median(log["iterations_per_second"] for log in logs[1:])
-    _tell(row, rate * BATCH * LENGTH, logs[-1]["peak_memory"] * 1e9)
+        train(model, optim.AdamW(1e-4), data, None, arguments, training_callback=told)
+    rate = statistics.median(log["iterations_per_second"] for log in told.logs[1:])
+    _tell(row, rate * BATCH * LENGTH, told.logs[-1]["peak_memory"] * 1e9)
 
 
 def _naive(row: str) -> None:
@@ -159,6 +164,7 @@ def _ours(
     from mlxflow.data.token_file import Rows
     from mlxflow.training import objective, recompute
     from mlxflow.training.batch_size import BatchSizes
+    from mlxflow.training.checkpoints import CheckpointStore
     from mlxflow.training.loop import Plan, Trainer
     from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
     from mlxflow.training.step import Step
@@ -207,13 +213,15 @@ def _ours(
                 grow_below=0.5,
                 shrink_above=0.8,
                 is_fixed=True,
+                replay=(),
             ),
             open_loader=lambda count, cursor: Loader(
                 rows, batch_size=count, seed=0, workers=4, prefetch_batches=4, cursor=cursor
             ),
             validation_rows=rows.head(1),
             plan=plan,
-            checkpoints=None,
+            checkpoints=CheckpointStore(Path(tempfile.mkdtemp()), keep=1, settings={}, say=print),
+            asked_to_stop=lambda: False,
             log=logs.append,
         )
         result = trainer.run()
@@ -252,13 +260,16 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
 
 # --- the built-in corpus on the CPU
 
+# A context in which documents end, so that their lengths matter: mlx-lm's own limit is 2,048
+CPU_LENGTH, CPU_BATCH = 2048, 4
+
 
 def _corpus(folder: Path) -> Path:
     """Tokenize the built-in corpus as the default workflow does; return its artifact."""
     from mlxflow.run import run_stage
     from mlxflow.workflow import load_workflow
 
-    (folder / "workflow.toml").write_text("[pretokenize]\nworkers = 2\n")
+    (folder / "workflow.toml").write_text(f"[pretokenize]\nworkers = 2\ncontext_length = {CPU_LENGTH}\n")
     workflow = load_workflow(folder / "workflow.toml")
     return run_stage(workflow, workflow.find("pretokenize"))
 
@@ -306,17 +317,9 @@ def _cpu_mlx_lm(folder: Path) -> None:
         def process(self, item: list[int]) -> tuple[list[int], int]:
             return item, 0
 
-    logs: list[dict[str, Any]] = []
-
-    class Callback:
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            logs.append(info)
-
-        def on_val_loss_report(self, info: dict[str, Any]) -> None:
-            pass
-
+    told = _Reports()
     arguments = TrainingArgs(
-        batch_size=32,
+        batch_size=CPU_BATCH,
         iters=int(os.environ["STEPS"]),
         steps_per_report=10,
         max_seq_length=tokens.context_length + 1,
@@ -326,11 +329,11 @@ def _cpu_mlx_lm(folder: Path) -> None:
     mx.reset_peak_memory()
     begin = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        train(model, optim.AdamW(3e-3), CacheDataset(Documents()), None, arguments, training_callback=Callback())
+        train(model, optim.AdamW(3e-3), CacheDataset(Documents()), None, arguments, training_callback=told)
     seconds = time.perf_counter() - begin
     peak = mx.get_peak_memory()
-    measured = measure_perplexity(model, validation.rows.head(256), batch_size=32)
-    real = logs[-1]["trained_tokens"]
+    measured = measure_perplexity(model, validation.rows.head(8), batch_size=CPU_BATCH)
+    real = told.logs[-1]["trained_tokens"]
     _tell("mlx-lm trainer", real / seconds, peak, tokens=real, validation_loss=round(measured.loss, 4))
 
 
@@ -345,10 +348,20 @@ def _cpu_ours(folder: Path) -> None:
     job = Path(tempfile.mkdtemp())
     (job / "artifacts").mkdir()
     shutil.copytree(folder, job / "artifacts" / "pretokenize")
-    (job / "workflow.toml").write_text(
-        f'[train]\nnum_steps = {os.environ["STEPS"]}\nlearning_rate = 3e-3\nschedule = "constant"\nwarmup_steps = 0\n'
-        "eval_every = 0\nweight_decay = 0.01\nbetas = [0.9, 0.999]\nmax_grad_norm = 1e9\nsave_every = 0\n"
-    )
+    settings = {
+        "num_steps": os.environ["STEPS"],
+        "batch_size": CPU_BATCH,
+        "max_validation_rows": 8,
+        "learning_rate": 3e-3,
+        "schedule": '"constant"',
+        "warmup_steps": 0,
+        "eval_every": 0,
+        "weight_decay": 0.01,
+        "betas": [0.9, 0.999],
+        "max_grad_norm": 0.0,
+        "save_every": 0,
+    }
+    (job / "workflow.toml").write_text("\n".join(["[train]", *(f"{key} = {value}" for key, value in settings.items())]))
     workflow = load_workflow(job / "workflow.toml")
     made = run_stage(workflow, workflow.find("train"))
     report = artifact.read_report(made / "report.toml")
@@ -381,7 +394,7 @@ def _main() -> None:
                 folder = _corpus(Path(room))
                 for _ in range(int(rounds[0]) if rounds else 3):  # in turn: what else the machine does hits both
                     # steps for about the same number of real tokens
-                    for row, steps in (("cpu-mlxflow", 100), ("cpu-mlx-lm", 100)):
+                    for row, steps in (("cpu-mlxflow", 24), ("cpu-mlx-lm", 36)):
                         command = [sys.executable, __file__, row, str(folder)]
                         subprocess.run(command, check=True, env={**os.environ, "STEPS": str(steps)})
         case _:

@@ -18,6 +18,9 @@ from mlx_lm.utils import _get_classes, dequantize_model, load_model
 from mlxflow import artifact
 from mlxflow.errors import ArtifactError
 
+#: The files of a model on the hub that make a model folder.
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+
 #: The files of a tokenizer in a model folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -155,29 +158,6 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
             f"{key}: the tokens were not made with the tokenizer of {folder}. "
             "Set pretokenize.tokenizer.from to the same folder."
         )
-
-
-def from_hub(name: str, key: str) -> Path:
-    """Return the folder of a model on the hub, from the local cache where it is, else downloaded.
-
-    Args:
-        name: `owner/name`, or `owner/name@revision`.
-        key: the setting that names it, for the message.
-
-    Raises:
-        ArtifactError: it cannot be had.
-    """
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-    except Exception as error:  # of many kinds: no such model, no network, no permission
-        said = " ".join(str(error).split())[:200]
-        raise ArtifactError(
-            f'{key} = "{name}": cannot be had from the hub ({said}). Name a folder, or fetch it first.'
-        ) from error
 
 
 def save(

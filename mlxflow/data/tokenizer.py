@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mlxflow import hub
 from mlxflow.data import sources
 from mlxflow.data.chat import CHATML, ChatTemplate, TemplateProblem
 from mlxflow.errors import SourceError
@@ -230,15 +231,5 @@ def hub_files(name: str) -> dict[str, Path]:
     Raises:
         SourceError: it cannot be had.
     """
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(FILES)))
-    except Exception as error:  # of many kinds: no such model, no network, no permission
-        said = " ".join(str(error).split())[:200]
-        raise SourceError(
-            f'pretokenize.tokenizer.from = "{name}": cannot be had from the hub ({said}). '
-            "Name a folder, or fetch it first."
-        ) from error
+    folder = hub.fetch(name, patterns=FILES, key="pretokenize.tokenizer.from")
     return {file: folder / file for file in FILES if (folder / file).is_file()}

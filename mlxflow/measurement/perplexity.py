@@ -18,6 +18,11 @@ class Perplexity(NamedTuple):
     tokens: int
 
 
+def perplexity_of(loss: float) -> float:
+    """Return the exponential of a loss in nats; of one that is beyond all measure, a number that still is one."""
+    return math.exp(min(loss, 700.0))
+
+
 class TokenRows(Protocol):
     """Rows of tokens with their marks, such as `data.token_file.Rows`."""
 
@@ -57,5 +62,5 @@ def measure_perplexity(
     model.train(was_training)
     mean = total / count
     variance = max(0.0, squares / count - mean * mean) * count / max(1, count - 1)
-    perplexity = math.exp(min(mean, 700.0))
+    perplexity = perplexity_of(mean)
     return Perplexity(mean, perplexity, perplexity * math.sqrt(variance / count), count)

@@ -221,22 +221,58 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: the loss stays without a finite value.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
-    import math
-
     from mlxflow import models
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training import adapters, progress, recompute
+    from mlxflow.training.objective import choose_objective
+
+    tokens = TokenFile.open(inputs.train)
+    tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
+    model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
+    masks = _masks_documents(config, tokens, model, context.task)
+    fused, objective = choose_objective(
+        model,
+        fused=None if config.fused_loss == "auto" else config.fused_loss,
+        vocab_size=tokens.vocab_size,
+        tokens=config.batch_size * tokens.context_length,
+        masks_documents=masks,
+    )
+    result = _train(config, inputs, outputs, context, model=model, objective=objective, tokens=tokens, masks=masks)
+    if adapter_config:
+        _save_adapters(model, adapter_config, outputs, context)
+    models.save(
+        model=model,
+        config=model_config,
+        config_file=outputs.config,
+        model_file=outputs.model,
+        provenance=context.provenance,
+    )
+    models.copy_tokenizer(inputs.tokenizer, context.folder)
+    facts = {"parameters": models.num_parameters(model), "document_mask": masks, "fused_loss": fused}
+    return facts | _report(result)
+
+
+def _train(
+    config: Config,
+    inputs: Inputs,
+    outputs: Outputs,
+    context: Context,
+    *,
+    model: Any,
+    objective: Any,
+    tokens: Any,
+    masks: bool,
+) -> Any:
+    """Train, from a checkpoint where there is one; return the loop's result."""
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.training import progress, recompute
     from mlxflow.training.interrupt import heeding_signals
     from mlxflow.training.loop import Stopped, Trainer
 
-    train_file, validation_file = TokenFile.open(inputs.train), TokenFile.open(inputs.validation)
-    rows = train_file.full_rows(config.batch_size, f"{context.task}.batch_size")
-    model, model_config, adapter_config = _make_model(config, inputs, train_file, context)
-    masks = _masks_documents(config, train_file, model, context.task)
     every = config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
-    fused, objective = _objective(config, model, train_file, masks)
     checkpoints = _checkpoints(config, context)
     found = checkpoints.latest()
+    if found is not None:
+        _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
     with (
         progress.show_progress(num_steps=config.num_steps) as show,
         outputs.metrics.open("w") as metrics,
@@ -253,51 +289,48 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             model=model,
             step=_step(config, model, objective, context),
             sizes=_batch_sizes(config, inputs, context),
-            open_loader=lambda size, cursor: _loader(config, train_file, rows, context, size, cursor),
-            validation_rows=validation_file.rows.head(config.max_validation_rows),
+            open_loader=lambda size, cursor: _loader(config, tokens, context, size, cursor),
+            validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
             plan=_plan(config, masks, context),
             checkpoints=checkpoints,
             log=log,
             asked_to_stop=asked_to_stop,
         )
-        if found is not None:
-            _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
         try:
-            result = trainer.run(found)
+            return trainer.run(found)
         except Stopped as stopped:
-            kept = f"; {stopped.checkpoint} lets the next run go on from there" if stopped.checkpoint else ""
-            _say(f"{context.task}: stopped after step {stopped.step}{kept}")
+            _say(f"{context.task}: stopped after step {stopped.step}; {stopped.checkpoint} lets the next run go on")
             raise SystemExit(128 + asked_to_stop.signal) from stopped
-    if adapter_config:
-        weights_file, config_file = outputs.adapters
-        weights_file.parent.mkdir()
-        adapters.save_adapters(
-            model,
-            adapter_config,
-            weights_file=weights_file,
-            config_file=config_file,
-            provenance=context.provenance,
-        )
-        adapters.fuse_adapters(model)
-    models.save(
-        model=model,
-        config=model_config,
-        config_file=outputs.config,
-        model_file=outputs.model,
+
+
+def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:
+    """Write the adapters and fuse them into the model."""
+    from mlxflow.training import adapters
+
+    weights_file, config_file = outputs.adapters
+    weights_file.parent.mkdir()
+    adapters.save_adapters(
+        model,
+        adapter_config,
+        weights_file=weights_file,
+        config_file=config_file,
         provenance=context.provenance,
     )
-    models.copy_tokenizer(inputs.tokenizer, context.folder)
+    adapters.fuse_adapters(model)
+
+
+def _report(result: Any) -> dict[str, Any]:
+    """Return what a training run came to, for the report."""
+    from mlxflow.measurement.perplexity import perplexity_of
+
     return {
-        "parameters": models.num_parameters(model),
         "steps": result.steps,
         "tokens": result.tokens,
         "skipped_steps": result.skipped_steps,
-        "first_validation_perplexity": math.exp(result.first_validation_loss),
-        "last_validation_perplexity": math.exp(result.last_validation_loss),
-        "best_validation_perplexity": math.exp(result.best_validation_loss),
+        "first_validation_perplexity": perplexity_of(result.first_validation_loss),
+        "last_validation_perplexity": perplexity_of(result.last_validation_loss),
+        "best_validation_perplexity": perplexity_of(result.best_validation_loss),
         "best_validation_step": result.best_step,
-        "document_mask": masks,
-        "fused_loss": fused,
         "run": {
             "tokens_per_second": result.tokens_per_second,
             "training_seconds": result.seconds,
@@ -329,9 +362,6 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     else:
         model_config = _model_config(config.model, tokens)
         model = models.build(model_config, seed=seed)
-    model.set_dtype(dtype)
-    for name in {"torch_dtype", "dtype"} & set(model_config):
-        model_config[name] = str(dtype).rpartition(".")[2]
     adapter_config = None
     if config.method != "full":
         shape = adapters.AdapterShape(
@@ -343,16 +373,12 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
             keys=config.lora.keys,
         )
         adapter_config = adapters.add_adapters(model, shape, seed=seed, key=f"{context.task}.lora.keys")
-        model.apply_to_modules(lambda _, layer: _cast_adapter(layer, dtype))
+    model.set_dtype(dtype)
+    for name in {"torch_dtype", "dtype"} & set(model_config):
+        model_config[name] = str(dtype).rpartition(".")[2]
     model.train()
     mx.eval(model.parameters())
     return model, model_config, adapter_config
-
-
-def _cast_adapter(layer: Any, dtype: Any) -> None:
-    for name in ("lora_a", "lora_b", "m"):
-        if name in layer:
-            layer[name] = layer[name].astype(dtype)
 
 
 def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any]]:
@@ -361,12 +387,12 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     Raises:
         ArtifactError: it is none, does not know the tokens, or is quantized where all weights are to be trained.
     """
-    from mlxflow import models
+    from mlxflow import hub, models
 
     key = f"{context.task}.model.from"
     folder = context.root / config.model.from_
     if not inputs.base:
-        folder = models.from_hub(config.model.from_, key)
+        folder = hub.fetch(config.model.from_, patterns=models.HUB_FILES, key=key)
     model, model_config = models.load(folder)
     tokens.require_vocabulary(models.vocab_size(folder), key)
     models.require_tokenizer(folder, inputs.tokenizer[0], key)
@@ -379,28 +405,6 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     if config.method == "full" and "quantization" in model_config:
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
     return model, model_config
-
-
-def _objective(config: Config, model: Any, tokens: Any, masks: bool) -> tuple[bool, Any]:
-    """Return whether head and loss are one, and the objective."""
-    from mlxflow.models import num_parameters
-    from mlxflow.training import objective
-
-    head = objective.find_head(model, tokens.vocab_size) if config.fused_loss is not False else None
-    if config.fused_loss is True and head is None:
-        raise StageError(
-            "train.fused_loss = true: this model does more to its logits than one product. "
-            "Set train.fused_loss = false."
-        )
-    pays = config.fused_loss is True or objective.fused_loss_pays(
-        vocab_size=tokens.vocab_size,
-        tokens=config.batch_size * tokens.context_length,
-        parameters=num_parameters(model),
-    )
-    if head is None or not pays:
-        return False, objective.plain_objective(masks_documents=masks)
-    chunk = objective.chunk_rows(tokens.vocab_size)
-    return True, objective.fused_objective(head, masks_documents=masks, chunk_rows=chunk)
 
 
 def _step(config: Config, model: Any, objective: Any, context: Context) -> Any:
@@ -451,11 +455,11 @@ def _batch_sizes(config: Config, inputs: Inputs, context: Context) -> Any:
     )
 
 
-def _loader(config: Config, tokens: Any, rows: Any, context: Context, size: int, cursor: int) -> Any:
+def _loader(config: Config, tokens: Any, context: Context, size: int, cursor: int) -> Any:
     from mlxflow.data.loader import Loader
 
     return Loader(
-        rows,
+        tokens.rows,
         batch_size=size,
         seed=derive_seed(context.seed, "train.batches"),
         workers=config.workers,

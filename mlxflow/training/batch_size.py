@@ -106,8 +106,8 @@ class BatchSizes:
         grad_accum_steps: int,
         grow_below: float,
         shrink_above: float,
-        is_fixed: bool = False,
-        replay: Iterable[Decision] = (),
+        is_fixed: bool,
+        replay: Iterable[Decision],
     ) -> None:
         self._rows_per_update = rows_per_update
         self._grad_accum_steps = grad_accum_steps
@@ -132,11 +132,6 @@ class BatchSizes:
     def rows_per_update(self) -> int:
         """Rows whose gradients the next update sums."""
         return self._rows_per_update or self.size * self._grad_accum_steps
-
-    @property
-    def smallest(self) -> int:
-        """The fewest rows a forward pass may take."""
-        return self._sizes[0]
 
     def look(self, step: int, reading: Reading) -> Decision | None:
         """Decide after an update, from the memory it took; return the decision if it changes the size.
@@ -179,13 +174,17 @@ class BatchSizes:
         """
         place = self._sizes.index(self.size) if self.size in self._sizes else 0
         if place == 0:
-            raise WorkflowError(
-                f"train.batch_size: a forward pass of {self.size} rows, the fewest, needs {needed_bytes:,} bytes and "
-                f"may use {reading.limit_bytes:,}. Lower train.batch_size or pretokenize.context_length, set "
-                'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
-            )
+            raise self.too_large(needed_bytes, reading.limit_bytes)
         self._too_large = min(self._too_large, self.size)
         return self._decide(Decision(step, self._sizes[place - 1], "out of memory", reading._asdict()))
+
+    def too_large(self, needed_bytes: int, limit_bytes: int) -> WorkflowError:
+        """Return what to raise where not even the fewest rows fit."""
+        return WorkflowError(
+            f"train.batch_size: forward passes of {self.size} rows, the fewest, need {needed_bytes:,} bytes and "
+            f"may use {limit_bytes:,}. Lower train.batch_size or pretokenize.context_length, set "
+            'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
+        )
 
     def _decide(self, decision: Decision) -> Decision:
         self.size = decision.batch_size

@@ -1,7 +1,6 @@
 """Asked to stop by Ctrl-C or SIGTERM, training ends at a point from which it can go on."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,9 +24,6 @@ class Asked:
 def heeding_signals() -> Iterator[Asked]:
     """Note SIGINT and SIGTERM instead of ending by them; the second one ends as ever. Only in the main thread."""
     asked = Asked()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 

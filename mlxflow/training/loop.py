@@ -9,15 +9,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
-from mlxflow.errors import StageError, WorkflowError
+from mlxflow.errors import StageError
 from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
@@ -25,6 +26,9 @@ from mlxflow.training.step import Gradients, Outcome, Step, out_of_memory_bytes
 
 #: Called with one record for each log line; the key "kind" is "train", "validation" or "batch_size".
 Log = Callable[[dict[str, Any]], None]
+
+# How often MLX is told a lower limit, a quarter lower each time, before a step is taken to need what it takes
+_MOST_THROTTLES = 4
 
 
 class Plan(NamedTuple):
@@ -88,10 +92,10 @@ class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
 
     Attributes:
         step: the last whole update.
-        checkpoint: where it lies, or None where there is no place for one.
+        checkpoint: where it lies.
     """
 
-    def __init__(self, step: int, checkpoint: Any) -> None:
+    def __init__(self, step: int, checkpoint: Path) -> None:
         super().__init__(f"stopped after step {step}")
         self.step = step
         self.checkpoint = checkpoint
@@ -139,7 +143,7 @@ class Trainer:
         open_loader: takes rows a batch and rows used so far; returns the loader that goes on from there.
         validation_rows: measured before the first step, every `eval_every` steps and after the last.
         plan: when what happens.
-        checkpoints: where checkpoints go; None for none.
+        checkpoints: where checkpoints and the best weights go.
         log: takes each record.
         asked_to_stop: tells whether somebody did; asked between forward passes.
     """
@@ -153,9 +157,9 @@ class Trainer:
         open_loader: Callable[[int, int], Loader],
         validation_rows: Rows,
         plan: Plan,
-        checkpoints: CheckpointStore | None,
+        checkpoints: CheckpointStore,
         log: Log,
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        asked_to_stop: Callable[[], bool],
     ) -> None:
         self._model = model
         self._step = step
@@ -207,7 +211,7 @@ class Trainer:
             self._close_loader()
         self._settle(0)
         self._note_peak()
-        if plan.keeps_best and self._checkpoints is not None and facts.best_step < facts.step:
+        if plan.keeps_best and facts.best_step < facts.step:
             self._model.load_weights(list(self._checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
         return self._result()
@@ -250,7 +254,7 @@ class Trainer:
         """Send one update to the device; wait for it where memory is looked at and where something is compiled."""
         facts, plan = self._facts, self._plan
         number = facts.step + 1
-        batch = self._next_batch()
+        batch, cursor = self._next_batch()
         looks = bool(plan.adjust_every) and (number == 1 or number % plan.adjust_every == 0)
         compiles = self._new_shapes(len(batch.tokens))
         if looks or compiles:
@@ -261,8 +265,7 @@ class Trainer:
         outcome = self._step.update(self._accumulate(batch, waits=looks or compiles))
         mx.async_eval(outcome, self._step.state)
         self._pending.append(_Pending(number, outcome, batch.targets))
-        facts.step, facts.rows_done = number, 0
-        facts.cursor = 0 if self._loader is None else self._loader.cursor
+        facts.step, facts.rows_done, facts.cursor = number, 0, cursor
         facts.tokens += batch.targets
         if looks or compiles:
             self._wait(self._step.state)
@@ -275,7 +278,7 @@ class Trainer:
     def _new_shapes(self, rows: int) -> bool:
         """Note the shapes of an update; return whether one of them comes for the first time."""
         sizes = {end - begin for begin, end in split(rows, self._sizes.size)}
-        kind = "add" if rows > self._sizes.size or self._partial is not None else "compute"
+        kind = "compute" if self._is_one_pass(rows) else "add"
         new = {(kind, size) for size in sizes} - self._shapes
         self._shapes |= new
         return bool(new)
@@ -299,7 +302,7 @@ class Trainer:
 
     def _pass_over(self, batch: DeviceBatch, *, waits: bool) -> Gradients:
         rows, facts = len(batch.tokens), self._facts
-        if rows <= self._sizes.size and self._partial is None:
+        if self._is_one_pass(rows):
             gradients = self._step.compute(batch.tokens, batch.marks)
             self._send(gradients, waits=waits)
             return gradients
@@ -315,13 +318,17 @@ class Trainer:
         self._partial = None
         return cast("Gradients", so_far)
 
+    def _is_one_pass(self, rows: int) -> bool:
+        return rows <= self._sizes.size and self._partial is None
+
     def _send(self, gradients: Gradients, *, waits: bool) -> None:
         if waits:
             self._wait(gradients)
         else:
             mx.async_eval(gradients)
 
-    def _next_batch(self) -> DeviceBatch:
+    def _next_batch(self) -> tuple[DeviceBatch, int]:
+        """Return the rows of the next update, and the rows used with them."""
         rows = self._sizes.rows_per_update
         if self._loader is None or rows != self._loader_rows:
             self._close_loader()
@@ -329,7 +336,7 @@ class Trainer:
             self._loader_rows = rows
         batch = next(self._loader)
         self._facts.data_wait_seconds = self._waited_before + self._loader.waited_seconds
-        return batch
+        return batch, self._loader.cursor
 
     def _close_loader(self) -> None:
         if self._loader is not None:
@@ -341,6 +348,7 @@ class Trainer:
 
     def _look(self) -> None:
         """Read the memory that the last update took by itself, and choose the batch size for the next ones."""
+        mx.synchronize()  # a result is there before the buffers behind it are given back
         reading = Reading.take(self._plan.memory_limit_bytes)
         decision = self._sizes.look(self._facts.step, reading)
         if decision is not None:
@@ -355,12 +363,8 @@ class Trainer:
             WorkflowError: that was done and did not help.
         """
         self._throttled += 1
-        if self._throttled > 4:
-            raise WorkflowError(
-                f"train.batch_size: a step with {self._sizes.size} rows a pass needs {reading.peak_bytes:,} bytes "
-                f"and may use {reading.limit_bytes:,}. Lower train.batch_size or pretokenize.context_length, set "
-                'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
-            )
+        if self._throttled > _MOST_THROTTLES:
+            raise self._sizes.too_large(reading.peak_bytes, reading.limit_bytes)
         self._told_limit = max(reading.active_bytes, self._told_limit * 3 // 4)
         mx.set_memory_limit(self._told_limit)
         mx.clear_cache()
@@ -466,7 +470,7 @@ class Trainer:
         facts.last_loss = measured.loss
         if not measured.loss >= facts.best_loss:
             facts.best_loss, facts.best_step, facts.validations_since_best = measured.loss, facts.step, 0
-            if plan.keeps_best and self._checkpoints is not None:
+            if plan.keeps_best:
                 weights = dict(tree_flatten(self._model.trainable_parameters()))
                 self._checkpoints.save_best(facts.step, weights)
         else:
@@ -475,11 +479,9 @@ class Trainer:
 
     # --- checkpoints
 
-    def _save(self) -> Any:
-        """Write a checkpoint; return its folder, or None where there is no place for one."""
+    def _save(self) -> Path:
+        """Write a checkpoint and return its folder."""
         self._settle(0)
-        if self._checkpoints is None:
-            return None
         with self._paused():
             self._note_peak()
             facts = self._facts
@@ -506,7 +508,7 @@ class Trainer:
         if self._facts.rows_done:
             weights = self._model.trainable_parameters()
             zero = mx.array(0.0)
-            self._partial = Gradients(zero, zero, _copy(weights))
+            self._partial = Gradients(zero, zero, tree_map(lambda weight: weight, weights))
         target = self._arrays()
         if self._partial is not None:
             target["partial"] = [self._partial.total, self._partial.targets, self._partial.tree]
@@ -518,12 +520,6 @@ class Trainer:
             self._partial = Gradients(*target["partial"])
         mx.eval(self._step.state)
         checkpoint.arrays.clear()  # whoever holds the checkpoint must not hold the old weights
-
-
-def _copy(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _copy(value) for key, value in tree.items()}
-    return [_copy(value) for value in tree] if isinstance(tree, list | tuple) else tree
 
 
 def _assign(tree: Any, path: str, arrays: Mapping[str, mx.array]) -> None:

@@ -5,8 +5,10 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxflow import packed
+from mlxflow.errors import WorkflowError
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 
 #: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats, in fp32, and how many tokens
@@ -120,22 +122,43 @@ def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int) -> Ob
     return objective
 
 
+def choose_objective(
+    model: nn.Module, *, fused: bool | None, vocab_size: int, tokens: int, masks_documents: bool
+) -> tuple[bool, Objective]:
+    """Return whether head and loss are one, and the objective.
+
+    Left to itself it takes the fused one on the CPU always, where it costs nothing, and on a GPU, where holding the
+    logits is a little faster (`benchmarks/train.py`), if logits and their gradient take more memory than weights,
+    gradients and moments do.
+
+    Args:
+        model: of any architecture that mlx-lm knows.
+        fused: True, False, or None to choose.
+        vocab_size: V.
+        tokens: of one forward pass.
+        masks_documents: no token attends to another document in its row.
+
+    Raises:
+        WorkflowError: the fused one is wanted, and the model does more to its logits than one product.
+    """
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    pays = mx.default_device() == mx.cpu or 2 * vocab_size * tokens > 4 * parameters
+    if fused is False or (fused is None and not pays):
+        return False, plain_objective(masks_documents=masks_documents)
+    head = find_head(model, vocab_size)
+    if head is not None:
+        chunk = chunk_rows(vocab_size)
+        return True, fused_objective(head, masks_documents=masks_documents, chunk_rows=chunk)
+    if fused:
+        raise WorkflowError(
+            "train.fused_loss = true: this model does more to its logits than one product. "
+            "Set train.fused_loss = false."
+        )
+    return False, plain_objective(masks_documents=masks_documents)
+
+
 def chunk_rows(vocab_size: int) -> int:
     """Return how many tokens' logits the fused loss holds at a time on the default device."""
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
     rows = _CHUNK_BYTES[device] // (2 * vocab_size)
     return int(max(64, rows // 64 * 64))
-
-
-def fused_loss_pays(*, vocab_size: int, tokens: int, parameters: int) -> bool:
-    """Return whether the logits are worth not to be held.
-
-    On the CPU always: it costs nothing. On a GPU, where holding them is a little faster (`benchmarks/train.py`), they
-    are where the logits and their gradient take more memory than weights, gradients and moments do.
-
-    Args:
-        vocab_size: V.
-        tokens: of one forward pass.
-        parameters: of the model.
-    """
-    return mx.default_device() == mx.cpu or 2 * vocab_size * tokens > 4 * parameters

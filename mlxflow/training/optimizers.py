@@ -3,12 +3,13 @@
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map
 
 #: Takes the number of the update, from 0, and returns the learning rate.
 Schedule = Callable[[mx.array], mx.array]
@@ -90,12 +91,6 @@ def make_optimizer(
     return optim.MultiOptimizer([decayed, spared], [lambda path, weight: weight.ndim > 1])
 
 
-def learning_rate_of(optimizer: optim.Optimizer) -> mx.array:
-    """Return the learning rate of the last update."""
-    rate: mx.array = optimizer.learning_rate
-    return rate
-
-
 class Update:
     """One optimizer step on a model, from a sum of gradients.
 
@@ -141,16 +136,16 @@ class Update:
         loss = total / count
         norm, scale = mx.array(0.0), 1 / count
         if self._max_grad_norm:
-            squares = [gradient.astype(mx.float32).square().sum() for gradient in leaves(gradients)]
+            squares = [gradient.astype(mx.float32).square().sum() for _, gradient in tree_flatten(gradients)]
             norm = mx.sqrt(_sum(squares)) / count
             scale = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0) / count
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
         masters = self.state.get("masters")
         weights = self._model.trainable_parameters() if masters is None else masters
         scaled = _map(lambda weight, gradient: _scaled(gradient, scale, weight.dtype), weights, gradients)
-        before = _map(lambda leaf: leaf, self._optimizer.state)
+        before = tree_map(lambda leaf: leaf, self._optimizer.state)
         updated = self._optimizer.apply_gradients(scaled, weights)
-        rate = learning_rate_of(self._optimizer)
+        rate = self._optimizer.learning_rate
         updated = _map(lambda old, new: mx.where(is_finite, new.astype(old.dtype), old), weights, updated)
         _keep_where(is_finite, self._optimizer.state, before)
         if masters is not None:
@@ -164,27 +159,15 @@ def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Return the first tree with each leaf replaced; the others may lack what is empty in it."""
     if isinstance(tree, dict):
         return {
-            key: _map(function, value, *(other[key] for other in others)) if _has_leaves(value) else value
+            key: _map(function, value, *(other[key] for other in others)) if tree_flatten(value) else value
             for key, value in tree.items()
         }
     if isinstance(tree, list | tuple):
         return [
-            _map(function, value, *(other[place] for other in others)) if _has_leaves(value) else value
+            _map(function, value, *(other[place] for other in others)) if tree_flatten(value) else value
             for place, value in enumerate(tree)
         ]
     return function(tree, *others)
-
-
-def leaves(tree: Any) -> Iterator[mx.array]:
-    """Yield the arrays of a tree."""
-    if isinstance(tree, dict):
-        for value in tree.values():
-            yield from leaves(value)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
-            yield from leaves(value)
-    else:
-        yield tree
 
 
 def _sum(scalars: list[mx.array]) -> mx.array:
@@ -199,10 +182,6 @@ def _scaled(gradient: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
     if gradient.dtype == dtype:
         return gradient * scale.astype(dtype)
     return (gradient.astype(mx.float32) * scale).astype(dtype)
-
-
-def _has_leaves(tree: Any) -> bool:
-    return next(leaves(tree), None) is not None
 
 
 def _keep_where(condition: mx.array, state: Any, before: Any) -> None:

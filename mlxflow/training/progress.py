@@ -1,6 +1,5 @@
 """What a person sees while a model trains: a bar on a terminal, plain lines in a log."""
 
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ def _print_line(record: dict[str, Any]) -> None:
 def _say(record: dict[str, Any]) -> str:
     """Return a record in few enough letters for a bar on a terminal 80 wide."""
     if record["kind"] == "validation":
-        return f"perplexity {math.exp(min(record['loss'], 700)):,.1f}"
+        return f"perplexity {record['perplexity']:,.1f}"
     if record["kind"] == "batch_size":
         return f"batch {record['batch_size']}"
     memory = record["peak_memory_bytes"] / 1e9

@@ -6,9 +6,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
-from mlxflow import models
 from mlxflow.errors import CallError
 from mlxflow.quantization.apply import quantize
+from tests.small_models import llama
 
 
 def _model(width: int) -> nn.Module:
@@ -40,19 +40,7 @@ def test_a_group_size_that_divides_nothing_is_told() -> None:
 
 
 def _llama() -> tuple[nn.Module, dict[str, Any]]:
-    config = models.llama_config(
-        vocab_size=60,
-        context_length=8,
-        hidden_size=128,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=96,
-        tie_word_embeddings=True,
-        rope_theta=1e4,
-        end_of_text=0,
-    )
-    return models.build(config, seed=0), config
+    return llama(vocab_size=60, hidden_size=128, num_layers=1, intermediate_size=96)
 
 
 @pytest.mark.parametrize(

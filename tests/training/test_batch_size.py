@@ -9,13 +9,15 @@ from mlxflow.training.batch_size import BatchSizes, Decision, Reading, ladder, r
 
 
 def _sizes(**changes: Any) -> BatchSizes:
-    settings = {
+    settings: dict[str, Any] = {
         "batch_size": 32,
         "max_batch_size": 64,
         "rows_per_update": 128,
         "grad_accum_steps": 4,
         "grow_below": 0.5,
         "shrink_above": 0.8,
+        "is_fixed": False,
+        "replay": (),
     }
     return BatchSizes(**(settings | changes))
 
@@ -82,7 +84,7 @@ def test_running_out_of_memory_shrinks_to_the_end_and_then_says_what_is_needed()
     with pytest.raises(WorkflowError) as caught:
         sizes.run_out(7, _reading(0.9), 1_500_000_000)
     assert str(caught.value) == (
-        "train.batch_size: a forward pass of 2 rows, the fewest, needs 1,500,000,000 bytes and may use 1,000,000,000. "
+        "train.batch_size: forward passes of 2 rows, the fewest, need 1,500,000,000 bytes and may use 1,000,000,000. "
         "Lower train.batch_size or pretokenize.context_length, set "
         'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
     )
@@ -122,3 +124,10 @@ def test_a_checkpoint_keeps_what_was_decided() -> None:
     second.restore(json.loads(json.dumps(first.state())))
     assert second.decisions == first.decisions
     assert second.look(3, _reading(0.2)) is None
+
+
+def test_a_fixed_batch_looks_at_no_memory() -> None:
+    sizes = _sizes(is_fixed=True)
+    assert sizes.look(1, _reading(0.1)) is None
+    assert sizes.look(2, _reading(0.95)) is None
+    assert sizes.size == 32

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow import models
 from mlxflow.data.loader import Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.errors import StageError, WorkflowError
@@ -22,25 +21,23 @@ from mlxflow.training.loop import Plan, Result, Stopped, Trainer
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
 from mlxflow.training.step import Step
+from tests.small_models import llama
 
 GB = 10**9
 Records = list[dict[str, Any]]
 
 
-def _model(hidden_size: int = 16) -> nn.Module:
-    config = models.llama_config(
-        vocab_size=50,
-        context_length=8,
-        hidden_size=hidden_size,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=16,
-        tie_word_embeddings=True,
-        rope_theta=1e4,
-        end_of_text=0,
-    )
-    return models.build(config, seed=0)
+@pytest.fixture(autouse=True)
+def _room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give runs that are told of no store one that ends with the test."""
+    monkeypatch.setitem(ROOM, "folder", tmp_path / "room")
+
+
+ROOM: dict[str, Path] = {}
+
+
+def _model() -> nn.Module:
+    return llama()[0]
 
 
 def _rows(count: int = 40, length: int = 9) -> Rows:
@@ -93,6 +90,7 @@ def _trainer(
             grad_accum_steps=accum,
             grow_below=0.5,
             shrink_above=0.8,
+            is_fixed=False,
             replay=replay or (),
         ),
         open_loader=lambda size, cursor: Loader(
@@ -100,7 +98,7 @@ def _trainer(
         ),
         validation_rows=rows.head(6),
         plan=Plan(**(settings | plan)),
-        checkpoints=store,
+        checkpoints=store or _store(ROOM["folder"]),
         log=log,
         asked_to_stop=asked,
     )
@@ -215,11 +213,12 @@ def test_rows_per_update_follow_the_batch_where_they_are_to(tmp_path: Path) -> N
 def test_a_batch_that_cannot_fit_says_what_it_needs_and_has() -> None:
     with pytest.raises(WorkflowError) as caught:
         _run(memory_limit_bytes=1000, num_steps=30)
-    assert str(caught.value).startswith("train.batch_size: a step with 4 rows a pass needs ")
+    assert str(caught.value).startswith("train.batch_size: forward passes of 4 rows, the fewest, need ")
     assert " bytes and may use 1,000. Lower train.batch_size" in str(caught.value)
 
 
 def test_a_step_that_runs_out_of_memory_is_tried_again_with_fewer_rows() -> None:
+    """The error is made here: MLX's GPU backends raise it, its CPU backend ends by a segmentation fault instead."""
     records: Records = []
     model = _model()
     trainer = _trainer(records.append, model=model, num_steps=3, adjust_every=0)
@@ -265,8 +264,8 @@ def test_a_run_that_is_stopped_between_any_two_passes_goes_on_to_the_same_bytes(
     first: Records = []
     with pytest.raises(Stopped) as stopped:
         _trainer(first.append, store=store, asked=lambda: next(asked), eval_every=2, save_every=2).run()
-    assert stopped.value.checkpoint is not None
-    model = _model(16)
+    assert stopped.value.checkpoint.is_dir()
+    model = _model()
     mx.random.seed(99)
     checkpoint = store.latest()
     records: Records = []

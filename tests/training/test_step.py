@@ -7,28 +7,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow import models
 from mlxflow.data.token_file import Rows
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
 from mlxflow.training.recompute import recomputed
 from mlxflow.training.step import Gradients, Step, out_of_memory_bytes, steps_on
+from tests.small_models import llama
 
 
 def _model(seed: int = 0) -> nn.Module:
-    config = models.llama_config(
-        vocab_size=50,
-        context_length=8,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=16,
-        tie_word_embeddings=True,
-        rope_theta=1e4,
-        end_of_text=0,
-    )
-    return models.build(config, seed=seed)
+    return llama(seed=seed)[0]
 
 
 def _step(model: nn.Module, optimizer: optim.Optimizer, *, max_grad_norm: float, has_masters: bool = False) -> Step:

@@ -1,0 +1,29 @@
+"""The one door to the Hugging Face hub."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlxflow.errors import SourceError
+
+
+def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
+    """Return a folder with files of a model on the hub, from the local cache where they are, else downloaded.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        patterns: of the files that are wanted.
+        key: the setting that names it, for the message.
+
+    Raises:
+        SourceError: it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
+    except Exception as error:  # of many kinds: no such model, no network, no permission
+        said = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f'{key} = "{name}": cannot be had from the hub ({said}). Name a folder, or fetch it first.'
+        ) from error
