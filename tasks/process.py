@@ -45,6 +45,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
                 return process.wait()
             except BaseException:
                 _end(process)
+                _copy(output, file.fileno())  # what it said of its end
                 raise
             finally:
                 _running.discard(process)

@@ -296,10 +296,15 @@ def _train(
             log=log,
             asked_to_stop=asked_to_stop,
         )
+        if found is not None:
+            metrics.write(found.metrics)
         try:
             return trainer.run(found)
         except Stopped as stopped:
-            _say(f"{context.task}: stopped after step {stopped.step}; {stopped.checkpoint} lets the next run go on")
+            _say(
+                f"{context.task}: stopped after step {stopped.step}; {stopped.checkpoint} "
+                "lets the next run go on from there"
+            )
             raise SystemExit(128 + asked_to_stop.signal) from stopped
 
 

@@ -188,7 +188,7 @@ class Trainer:
         """Train to the end.
 
         Args:
-            checkpoint: to go on from.
+            checkpoint: to go on from; its records are not logged again.
 
         Raises:
             StageError: the loss stays without a finite value.
@@ -503,8 +503,6 @@ class Trainer:
         vars(self._facts).update(told)
         self._waited_before = self._facts.data_wait_seconds
         self._lines = checkpoint.metrics.splitlines()
-        for line in self._lines:
-            self._log(json.loads(line))
         if self._facts.rows_done:
             weights = self._model.trainable_parameters()
             zero = mx.array(0.0)

@@ -1,6 +1,7 @@
 """Real processes, really killed: the next run goes on and comes to the same bytes."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -122,3 +123,24 @@ def test_another_configuration_leaves_the_checkpoint_alone_and_says_so(whole: Pa
     assert other.returncode == 0, other.stderr
     assert "a checkpoint of another configuration (train.num_steps: 240 -> 4); it is left alone" in other.stderr
     assert _checkpoints(folder) == kept
+
+
+def test_a_doit_that_is_interrupted_tells_where_training_goes_on(whole: Path, tmp_path: Path) -> None:
+    folder = _again(whole, tmp_path)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder.parent / "cache")}
+    command = [sys.executable, "-m", "doit", "train"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
+    while process.poll() is None and not _checkpoints(folder):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert "train: stopped after step " in said
+    assert "interrupted: finished stages are kept" in said
+    metrics = folder / "artifacts" / "train" / "metrics.jsonl"
+    last = mlxflow(folder, "run", "train")
+    assert last.returncode == 0, last.stderr
+    assert "step      0" not in last.stderr, "what was told is not told again"
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"train"' in line]
+    assert steps == list(range(10, 241, 10))
+    assert _digests(folder / "artifacts" / "train") == _digests(whole / "artifacts" / "train")

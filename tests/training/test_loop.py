@@ -268,7 +268,8 @@ def test_a_run_that_is_stopped_between_any_two_passes_goes_on_to_the_same_bytes(
     model = _model()
     mx.random.seed(99)
     checkpoint = store.latest()
-    records: Records = []
+    assert checkpoint is not None
+    records: Records = [json.loads(line) for line in checkpoint.metrics.splitlines()]
     result = _trainer(records.append, model=model, store=store, eval_every=2, save_every=2).run(checkpoint)
     assert _bytes(model) == whole
     assert result.steps == 6
