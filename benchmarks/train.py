@@ -1,7 +1,8 @@
 """Training against its peers: tokens a second and peak memory, each row in a process of its own, paired in one run.
 
     python benchmarks/train.py gpu [ROW ...]    the reference job: SmolLM2-135M's shape, 16 x 1,024 random tokens a step
-    python benchmarks/train.py cpu              the built-in corpus as documents of their natural lengths
+    python benchmarks/train.py cpu              the built-in corpus, each document a row for mlx-lm, packed for us
+    CONTEXT=2048 python benchmarks/train.py cpu ... in mlx-lm's own longest rows
 
 Prints one line of JSON a row. `gpu` needs a GPU (and PyTorch for its rows), `cpu` takes about ten minutes on two cores.
 """
@@ -260,8 +261,12 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
 
 # --- the built-in corpus on the CPU
 
-# A context in which documents end, so that their lengths matter: mlx-lm's own limit is 2,048
-CPU_LENGTH, CPU_BATCH = 2048, 4
+# In a context of 64 most documents are cut, in one of 2,048, mlx-lm's own limit, most end in it
+CPU_LENGTH = int(os.environ.get("CONTEXT", "64"))
+CPU_BATCH = max(4, 2048 // CPU_LENGTH)
+
+# that come to about 200,000 real tokens in either
+STEPS_OF = {64: (("cpu-mlxflow", 100), ("cpu-mlx-lm", 100)), 2048: (("cpu-mlxflow", 24), ("cpu-mlx-lm", 36))}
 
 
 def _corpus(folder: Path) -> Path:
@@ -393,8 +398,7 @@ def _main() -> None:
             with tempfile.TemporaryDirectory() as room:
                 folder = _corpus(Path(room))
                 for _ in range(int(rounds[0]) if rounds else 3):  # in turn: what else the machine does hits both
-                    # steps for about the same number of real tokens
-                    for row, steps in (("cpu-mlxflow", 24), ("cpu-mlx-lm", 36)):
+                    for row, steps in STEPS_OF[CPU_LENGTH]:
                         command = [sys.executable, __file__, row, str(folder)]
                         subprocess.run(command, check=True, env={**os.environ, "STEPS": str(steps)})
         case _:
