@@ -1,0 +1,196 @@
+"""From a matrix to MLX's packed form and back, by one setting; symmetric codes in affine storage included."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+#: The group sizes and bits that each mode has; the first of each is the usual one.
+GROUP_SIZES = {"affine": (64, 32, 128), "symmetric": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+BITS = {"affine": (4, 2, 3, 5, 6, 8), "symmetric": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+
+#: The least multiple of the scale that loses nothing, by bits: below it, clipping costs more than it saves.
+_LEAST_MULTIPLE = {2: 0.4, 3: 0.5, 4: 0.65, 5: 0.75, 6: 0.85, 8: 0.93}
+_MOST_MULTIPLE = 1.03
+_MULTIPLES = 28
+
+
+class Setting(NamedTuple):
+    """How one matrix is quantized.
+
+    Attributes:
+        mode: "affine", "symmetric", "mxfp4", "mxfp8" or "nvfp4".
+        bits: of a code.
+        group_size: weights along the last axis that share a scale.
+    """
+
+    mode: str
+    bits: int
+    group_size: int
+
+    @property
+    def stored_mode(self) -> str:
+        """The mode that a reader is told: symmetric codes lie in affine storage."""
+        return "affine" if self.mode == "symmetric" else self.mode
+
+
+class Packed(NamedTuple):
+    """A matrix in MLX's form.
+
+    Attributes:
+        weight: codes, little-endian bit streams of each row in uint32 words, (..., N * bits / 32).
+        scales: (..., N / group_size).
+        biases: the same shape; None in modes without.
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three."""
+        return self.weight.nbytes + self.scales.nbytes + (0 if self.biases is None else self.biases.nbytes)
+
+
+def pack(weight: mx.array, setting: Setting, scales: mx.array | None = None) -> Packed:
+    """Return the codes, scales and biases of a matrix, as MLX stores them.
+
+    Args:
+        weight: (..., N) in fp32, fp16 or bf16; the group size divides N.
+        setting: how.
+        scales: for the symmetric mode, those to use, (..., N / group_size); found by `symmetric_scales` if None.
+
+    Raises:
+        ValueError: MLX does not have the setting.
+    """
+    if setting.mode == "symmetric":
+        found = symmetric_scales(weight, setting) if scales is None else scales
+        return Packed(*_pack_symmetric(setting.bits)(weight, found))
+    parts = mx.quantize(weight, group_size=setting.group_size, bits=setting.bits, mode=setting.mode)
+    return Packed(*parts) if len(parts) > 2 else Packed(parts[0], parts[1], None)
+
+
+def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> mx.array:
+    """Return the matrix that packed codes stand for; in the type of the scales, or in `dtype` for modes without."""
+    return mx.dequantize(
+        packed.weight,
+        packed.scales,
+        packed.biases,
+        group_size=setting.group_size,
+        bits=setting.bits,
+        mode=setting.stored_mode,
+        dtype=dtype,
+    )
+
+
+def round_trip(weight: mx.array, setting: Setting, scales: mx.array | None = None) -> mx.array:
+    """Return the matrix that comes back, in the type that went in."""
+    return unpack(pack(weight, setting, scales), setting, weight.dtype)
+
+
+def packed_bytes(shape: tuple[int, ...], setting: Setting, dtype: mx.Dtype) -> int:
+    """Return the bytes of a packed matrix without packing one.
+
+    Args:
+        shape: of the dense matrix.
+        setting: how it is packed.
+        dtype: of the dense matrix, and so of affine scales and biases.
+    """
+    count = 1
+    for length in shape:
+        count *= length
+    groups = count // setting.group_size
+    per_group = 2 * dtype.size if setting.stored_mode == "affine" else 1
+    return count * setting.bits // 8 + groups * per_group
+
+
+def symmetric_scales(weight: mx.array, setting: Setting) -> mx.array:
+    """Return for each group the scale with the least squared error, in the type of the weights.
+
+    Codes run from -2^(bits-1) to 2^(bits-1) - 1, so that a scale has a sign: either end may be the longer one. Tried
+    are multiples of the scale that maps the largest weight to the last code, each with its least-squares refit.
+
+    Args:
+        weight: (..., N).
+        setting: a symmetric one.
+    """
+    return _symmetric_scales(setting.bits, setting.group_size)(weight)
+
+
+@cache
+def _symmetric_scales(bits: int, group_size: int) -> Callable[[mx.array], mx.array]:
+    half = 2 ** (bits - 1)
+
+    def error_of(groups: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
+        codes = _codes(groups, scale, half)
+        return (groups - codes * scale).square().sum(-1, keepdims=True), codes
+
+    def one(groups: mx.array, candidate: mx.array, least: mx.array, best: mx.array) -> tuple[mx.array, mx.array]:
+        error, codes = error_of(groups, candidate)
+        best = mx.where(error < least, candidate, best)
+        least = mx.minimum(error, least)
+        refit = (groups * codes).sum(-1, keepdims=True) / mx.maximum(codes.square().sum(-1, keepdims=True), 1.0)
+        error, _ = error_of(groups, refit)
+        return mx.minimum(error, least), mx.where(error < least, refit, best)
+
+    compiled = mx.compile(one)
+
+    def search(weight: mx.array) -> mx.array:
+        groups = weight.astype(mx.float32).reshape(*weight.shape[:-1], -1, group_size)
+        place = mx.argmax(mx.abs(groups), axis=-1, keepdims=True)
+        largest = mx.take_along_axis(groups, place, axis=-1) / half
+        best, least = mx.zeros_like(largest), groups.square().sum(-1, keepdims=True)
+        step = (_MOST_MULTIPLE - _LEAST_MULTIPLE[bits]) / (_MULTIPLES - 1)
+        for number in range(_MULTIPLES):
+            multiple = _LEAST_MULTIPLE[bits] + number * step
+            for sign in (-1, 1):
+                least, best = compiled(groups, largest * (sign * multiple), least, best)
+            mx.eval(least, best)  # else the graph holds every candidate's codes
+        return best.squeeze(-1).astype(weight.dtype)
+
+    return search
+
+
+def _codes(groups: mx.array, scale: mx.array, half: int) -> mx.array:
+    """Return codes around zero of groups in fp32, (..., G); a scale of zero gives zeros."""
+    return mx.clip(mx.round(groups / mx.where(scale == 0, 1.0, scale)), -half, half - 1)
+
+
+@cache
+def _pack_symmetric(bits: int) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]:
+    half = 2 ** (bits - 1)
+
+    def packed(weight: mx.array, scales: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        group_size = weight.shape[-1] // scales.shape[-1]
+        groups = weight.astype(mx.float32).reshape(*scales.shape, group_size)
+        codes = _codes(groups, scales.astype(mx.float32)[..., None], half) + half
+        return _bit_stream(codes.astype(mx.uint32), bits).reshape(*weight.shape[:-1], -1), scales, scales * -half
+
+    return mx.compile(packed)
+
+
+def _bit_stream(codes: mx.array, bits: int) -> mx.array:
+    """Return codes as MLX packs them: code i of a row in the bits from i * bits on of its little-endian words.
+
+    Args:
+        codes: uint32, their last axis a multiple of 32, so that words begin anew with each 32 of them.
+        bits: of a code.
+
+    Returns:
+        uint32, (..., codes / 32, bits).
+    """
+    columns = codes.reshape(*codes.shape[:-2], -1, 32)
+    words: list[mx.array | None] = [None] * bits
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        column = columns[..., place]
+        words[word] = _joined(words[word], column << shift)
+        if shift + bits > 32:
+            words[word + 1] = _joined(words[word + 1], column >> (32 - shift))
+    return mx.stack([word for word in words if word is not None], axis=-1)
+
+
+def _joined(word: mx.array | None, more: mx.array) -> mx.array:
+    return more if word is None else word | more
