@@ -491,8 +491,7 @@ class Trainer:
             return self._checkpoints.save(name, arrays, told, "".join(line + "\n" for line in self._lines))
 
     def _arrays(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"weights": self._model.trainable_parameters()}
-        found["update"], found["random"] = self._step.state[1], list(self._step.state[2])
+        found: dict[str, Any] = {"update": self._step.state[1], "random": list(self._step.state[2])}
         if self._partial is not None:
             found["partial"] = list(self._partial)
         return found
@@ -511,7 +510,7 @@ class Trainer:
         if self._partial is not None:
             target["partial"] = [self._partial.total, self._partial.targets, self._partial.tree]
         _assign(target, "", checkpoint.arrays)
-        self._model.update(target["weights"])
+        self._step.publish()
         high, low = (int(half) for half in target["random"][0].tolist())
         mx.random.seed((high << 32) | low)  # MLX makes a key of the two halves of a seed
         if self._partial is not None:

@@ -11,6 +11,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from mlxflow.training.flat import FlatLayout, sum_of_squares
+
 #: Takes the number of the update, from 0, and returns the learning rate.
 Schedule = Callable[[mx.array], mx.array]
 
@@ -96,7 +98,8 @@ class Update:
 
     Losses and norms are summed in fp32. Where `has_masters` the optimizer works on fp32 copies of the trainable
     weights and keeps its moments in fp32; the model gets the rounded values. A step whose loss or gradient is not
-    finite changes nothing at all.
+    finite changes nothing at all. An optimizer that treats every number by itself works on all matrices at once and
+    on all vectors at once; the model's weights are then views of what it wrote.
 
     Args:
         model: its trainable parameters are updated.
@@ -106,7 +109,8 @@ class Update:
         has_masters: whether fp32 copies are kept of weights in another type.
 
     Attributes:
-        state: what it changes beside the model: a tree to capture, save and restore.
+        state: what it changes beside the model: a tree to capture, save and restore. The model's trainable weights
+            follow from it: `publish` puts them there.
     """
 
     def __init__(
@@ -116,11 +120,20 @@ class Update:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         trainable = model.trainable_parameters()
-        self.state: dict[str, Any] = {}
+        self._types = _map(lambda weight: weight.dtype, trainable)
         if has_masters:
-            self.state["masters"] = _map(lambda weight: weight.astype(mx.float32), trainable)
-        optimizer.init(self.state.get("masters", trainable))
-        self.state["optimizer"] = optimizer.state
+            trainable = _map(lambda weight: weight.astype(mx.float32), trainable)
+        self._layout = FlatLayout(trainable) if _is_elementwise(optimizer) else None
+        weights = self._gathered(trainable)
+        optimizer.init(weights)
+        self.state: dict[str, Any] = {"weights": weights, "optimizer": optimizer.state}
+        self.publish()
+
+    def publish(self) -> None:
+        """Give the model the weights of the state."""
+        weights = self.state["weights"]
+        tree = weights if self._layout is None else self._layout.scatter(weights)
+        self._model.update(_map(lambda weight, dtype: weight.astype(dtype), tree, self._types))
 
     def __call__(
         self, total: mx.array, count: mx.array, gradients: Any
@@ -134,25 +147,31 @@ class Update:
         """
         count = mx.maximum(count, 1.0)
         loss = total / count
+        weights, gradients = self.state["weights"], self._gathered(gradients)
         norm, scale = mx.array(0.0), 1 / count
         if self._max_grad_norm:
-            squares = [gradient.astype(mx.float32).square().sum() for _, gradient in tree_flatten(gradients)]
-            norm = mx.sqrt(_sum(squares)) / count
+            norm = mx.sqrt(_sum([sum_of_squares(gradient) for _, gradient in tree_flatten(gradients)])) / count
             scale = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0) / count
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
-        masters = self.state.get("masters")
-        weights = self._model.trainable_parameters() if masters is None else masters
         scaled = _map(lambda weight, gradient: _scaled(gradient, scale, weight.dtype), weights, gradients)
         before = tree_map(lambda leaf: leaf, self._optimizer.state)
         updated = self._optimizer.apply_gradients(scaled, weights)
         rate = self._optimizer.learning_rate
-        updated = _map(lambda old, new: mx.where(is_finite, new.astype(old.dtype), old), weights, updated)
         _keep_where(is_finite, self._optimizer.state, before)
-        if masters is not None:
-            self.state["masters"] = updated
-            updated = _map(lambda old, new: new.astype(old.dtype), self._model.trainable_parameters(), updated)
-        self._model.update(updated)
+        self.state["weights"] = _map(lambda old, new: mx.where(is_finite, new.astype(old.dtype), old), weights, updated)
+        self.publish()
         return loss, norm, rate, is_finite
+
+    def _gathered(self, tree: Any) -> Any:
+        return tree if self._layout is None else self._layout.gather(tree)
+
+
+def _is_elementwise(optimizer: optim.Optimizer) -> bool:
+    """Return whether what becomes of a number depends on that number's own gradients alone."""
+    if isinstance(optimizer, optim.MultiOptimizer):
+        return all(_is_elementwise(one) for one in optimizer.optimizers)
+    known = (optim.SGD, optim.RMSprop, optim.Adagrad, optim.AdaDelta, optim.Adam, optim.Adamax, optim.Lion)
+    return isinstance(optimizer, known)
 
 
 def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

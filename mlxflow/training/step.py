@@ -86,6 +86,11 @@ class Step:
             lambda total, count, tree: Outcome(*update(total, count, tree)), inputs=self.state, outputs=self.state
         )
         self._model = model
+        self._publish = update.publish
+
+    def publish(self) -> None:
+        """Give the model the weights that the state tells: after a state was put in place."""
+        self._publish()
 
     def compute(self, tokens: mx.array, marks: mx.array) -> Gradients:
         """Return the gradients of a batch, (B, L + 1) each, in the types of the weights."""

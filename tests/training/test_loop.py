@@ -354,5 +354,5 @@ def test_checkpoints_are_plain_files(tmp_path: Path) -> None:
     folder = tmp_path / "own" / "step-000004"
     arrays = mx.load(str(folder / "state.safetensors"))
     assert isinstance(arrays, dict)
-    assert {name.split(".")[0] for name in arrays} == {"weights", "update", "random"}
+    assert {name.split(".")[0] for name in arrays} == {"update", "random"}
     assert json.loads((folder / "state.json").read_text())["facts"]["step"] == 4

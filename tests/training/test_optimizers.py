@@ -61,6 +61,23 @@ def test_every_optimizer_of_mlx_moves_every_weight(name: str) -> None:
         assert (value != before[key]).all(), key
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_is_that_of_mlx_s_optimizer_on_each_array_by_itself(name: str) -> None:
+    model, plain = Tiny(), Tiny()
+    ours, theirs = (
+        make_optimizer(name=name, schedule=lambda _: mx.array(0.1), weight_decay=0.2, options={}) for _ in range(2)
+    )
+    update = Update(model, ours, max_grad_norm=0.0, has_masters=False)
+    for step in range(4):
+        gradients = {
+            key: mx.random.normal(value.shape, key=mx.random.key(step)) for key, value in plain.parameters().items()
+        }
+        mx.eval(update(mx.array(1.0), mx.array(1.0), gradients), model.state, update.state)
+        theirs.update(plain, gradients)
+    for key, value in tree_flatten(plain.parameters()):
+        assert np.allclose(np.array(value), np.array(model[key]), rtol=1e-6, atol=1e-7), key
+
+
 def test_there_is_no_other_optimizer_in_mlx() -> None:
     known = {key.lower() for key, value in vars(optim).items() if isinstance(value, type)}
     assert known - {"optimizer", "multioptimizer", "module"} >= set(NAMES)

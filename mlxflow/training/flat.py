@@ -1,0 +1,65 @@
+"""Many small arrays as a few long ones, so that what is done to all of them takes a few launches."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+#: Sums begin anew after so many numbers: one long sum in fp32 loses digits.
+_SUMMED_AT_ONCE = 1024
+
+
+class FlatLayout:
+    """Where each array of a tree lies in long ones: matrices in one of shape (1, N), vectors in one of shape (N,).
+
+    Arrays of different types lie apart. The views that `scatter` gives share the memory of the long arrays.
+
+    Args:
+        tree: of arrays; their shapes and types are noted.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self._places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for path, leaf in tree_flatten(tree):
+            kind = "vectors" if leaf.ndim < 2 else "matrices"
+            self._places.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
+
+    def gather(self, tree: Any) -> dict[str, mx.array]:
+        """Return long arrays made of the leaves of a tree; their types may differ from the noted ones."""
+        leaves = dict(tree_flatten(tree))
+        return {
+            name: _long([leaves[path] for path, _ in places], name.startswith("matrices"))
+            for name, places in self._places.items()
+        }
+
+    def scatter(self, arrays: dict[str, mx.array]) -> Any:
+        """Return the tree that long arrays hold, its leaves views of them."""
+        leaves = []
+        for name, places in self._places.items():
+            flat, begin = arrays[name].reshape(-1), 0
+            for path, shape in places:
+                end = begin + _size(shape)
+                leaves.append((path, flat[begin:end].reshape(shape)))
+                begin = end
+        return tree_unflatten(leaves)
+
+
+def _long(leaves: list[mx.array], is_matrix: bool) -> mx.array:
+    flat = mx.concatenate([leaf.reshape(-1) for leaf in leaves])
+    return flat[None] if is_matrix else flat
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def sum_of_squares(array: mx.array) -> mx.array:
+    """Return the sum of the squares of all numbers in fp32, a scalar."""
+    squares = array.reshape(-1).astype(mx.float32).square()
+    whole = squares.size // _SUMMED_AT_ONCE * _SUMMED_AT_ONCE
+    if whole in (0, squares.size):
+        return squares.reshape(-1, _SUMMED_AT_ONCE if whole else squares.size).sum(-1).sum()
+    return squares[:whole].reshape(-1, _SUMMED_AT_ONCE).sum(-1).sum() + squares[whole:].sum()
