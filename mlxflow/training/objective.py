@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow import packed
 from mlxflow.errors import WorkflowError
+from mlxflow.quantization.fake import fake_weight, plain_type
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 
 #: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats, in fp32, and how many tokens
@@ -33,7 +34,7 @@ class Head(NamedTuple):
         return model.model.embed_tokens if self.is_tied else model.lm_head
 
     def weight(self, model: nn.Module, dtype: mx.Dtype) -> mx.array:
-        """Return the weight, (V, D), dequantized where it is quantized."""
+        """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
         layer = self.module(model)
         if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
             weight = mx.dequantize(
@@ -45,7 +46,8 @@ class Head(NamedTuple):
                 mode=layer.mode,
             )
             return weight.astype(dtype)
-        return cast("mx.array", layer.weight)
+        faked = fake_weight(layer)
+        return cast("mx.array", layer.weight) if faked is None else faked
 
     def is_trained(self, model: nn.Module) -> bool:
         """Return whether the weight is one of the trainable parameters."""
@@ -65,7 +67,7 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
     is_tied = "lm_head" not in model
     layer = getattr(body, "embed_tokens", None) if is_tied else model.lm_head
     plain = (nn.Embedding, nn.QuantizedEmbedding) if is_tied else (nn.Linear, nn.QuantizedLinear)
-    if not isinstance(layer, nn.Module) or type(layer) not in plain or "bias" in layer:
+    if not isinstance(layer, nn.Module) or plain_type(layer) not in plain or "bias" in layer:
         return None
     head = Head(is_tied)
     was_training = model.training

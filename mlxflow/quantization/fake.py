@@ -1,0 +1,138 @@
+"""Fake quantization for training: layers compute with what their packed weights will be, gradients go straight through.
+
+The straight-through gradient is of Bengio et al. 2013 (arXiv:1308.3432), its use here of Jacob et al. 2018
+(arXiv:1712.05877).
+The forward pass takes exactly what the export stores, through the same functions of MLX; so nothing is lost between
+the last forward pass and the file.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.quantization.codec import Packed, Setting, pack, round_trip, symmetric_scales
+
+
+@contextmanager
+def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[Callable[[], dict[str, Packed]]]:
+    """Let layers compute with their quantized weights until the block ends; give a function that packs them.
+
+    Each layer becomes of a class of its own that inherits from its class; parameters keep their names. Begin before a
+    step is compiled: what is compiled does not see a change of classes. A layer with an adapter beside it computes
+    with the quantized sum of both, without the adapter's dropout.
+
+    Args:
+        model: dense, with adapters or without.
+        layers: module path to setting.
+
+    Raises:
+        KeyError: a path is none of the model's.
+    """
+    modules = dict(model.named_modules())
+    chosen = {path: modules[path] for path in layers}
+    for path, module in chosen.items():
+        if layers[path].mode == "symmetric":
+            module["_ratios"] = _ratios(_dense_weight(module), layers[path])
+        module.__class__ = _faking(cast("Hashable", type(module)), layers[path])
+    mx.eval(model.state)
+    try:
+        yield lambda: {path: _packed(module, layers[path]) for path, module in chosen.items()}
+    finally:
+        for module in chosen.values():
+            module.__class__ = plain_type(module)
+            module.pop("_ratios", None)
+
+
+def fake_weight(module: nn.Module) -> mx.array | None:
+    """Return the weight that a layer computes with, if it is within `fake_quantized`; None otherwise."""
+    setting: Setting | None = getattr(type(module), "fake_setting", None)
+    return None if setting is None else _straight_through(setting)(_dense_weight(module), *_scale_ratios(module))
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """Return a layer's class as it is outside of `fake_quantized`."""
+    kind: type[nn.Module] = type(module)
+    return kind.__mro__[1] if hasattr(kind, "fake_setting") else kind
+
+
+@functools.cache
+def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
+    def through(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+            weight = fake_weight(self)
+            if hasattr(plain, "fuse"):  # an adapter: one product with the sum
+                fused = plain.fuse(self)
+                fused.weight = weight
+                return fused(*arguments, **named)
+            dense = self["weight"]
+            self["weight"] = weight
+            try:
+                return method(self, *arguments, **named)
+            finally:
+                self["weight"] = dense
+
+        return call
+
+    methods = {"__call__": through(plain.__call__), "fake_setting": setting}
+    if hasattr(plain, "as_linear"):
+        methods["as_linear"] = through(plain.as_linear)
+    return type(f"FakeQuantized{plain.__name__}", (plain,), methods)
+
+
+@functools.cache
+def _straight_through(setting: Setting) -> Callable[..., mx.array]:
+    """Return `round_trip` whose gradient is that of the identity.
+
+    Not `w + stop_gradient(q - w)`: in bf16 that sum is not always q.
+    """
+
+    def forward(weight: mx.array, *ratios: mx.array) -> mx.array:
+        return round_trip(weight, setting, _scales(weight, ratios, setting))
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        if isinstance(primals, mx.array):
+            return cotangent
+        return (cotangent, *(mx.zeros_like(one) for one in primals[1:]))
+
+    return cast("Callable[..., mx.array]", function)
+
+
+def _packed(module: nn.Module, setting: Setting) -> Packed:
+    weight = _dense_weight(module)
+    return pack(weight, setting, _scales(weight, _scale_ratios(module), setting))
+
+
+def _dense_weight(module: nn.Module) -> mx.array:
+    """Return a layer's weight; with an adapter, their sum."""
+    weight = module["weight"] if "weight" in module else module.fuse().weight
+    return cast("mx.array", weight)
+
+
+def _scale_ratios(module: nn.Module) -> tuple[mx.array, ...]:
+    return (module["_ratios"],) if "_ratios" in module else ()
+
+
+def _ratios(weight: mx.array, setting: Setting) -> mx.array:
+    """Return the best scales over the largest weight of each group, in fp32.
+
+    A search in every step would cost more than the step: the ratio is found once, the scale follows the weights.
+    """
+    largest = _largest(weight, setting)
+    scales = symmetric_scales(weight, setting).astype(mx.float32)
+    return mx.where(largest == 0, 2.0 ** (1 - setting.bits), scales / mx.where(largest == 0, 1.0, largest))
+
+
+def _scales(weight: mx.array, ratios: tuple[mx.array, ...], setting: Setting) -> mx.array | None:
+    return (ratios[0] * _largest(weight, setting)).astype(weight.dtype) if ratios else None
+
+
+def _largest(weight: mx.array, setting: Setting) -> mx.array:
+    groups = mx.abs(weight.astype(mx.float32)).reshape(*weight.shape[:-1], -1, setting.group_size)
+    return groups.max(axis=-1)
