@@ -228,7 +228,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
-    masks = _masks_documents(config, tokens, model, context.task)
+    masks = masks_documents(config, tokens, model, context.task)
     fused, objective = choose_objective(
         model,
         fused=None if config.fused_loss == "auto" else config.fused_loss,
@@ -236,7 +236,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         tokens=config.batch_size * tokens.context_length,
         masks_documents=masks,
     )
-    result = _train(config, inputs, outputs, context, model=model, objective=objective, tokens=tokens, masks=masks)
+    result = fit(config, inputs, outputs.metrics, context, model=model, objective=objective, tokens=tokens, masks=masks)
     if adapter_config:
         _save_adapters(model, adapter_config, outputs, context)
     models.save(
@@ -248,13 +248,13 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     )
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     facts = {"parameters": models.num_parameters(model), "document_mask": masks, "fused_loss": fused}
-    return facts | _report(result)
+    return facts | report_of(result)
 
 
-def _train(
+def fit(
     config: Config,
     inputs: Inputs,
-    outputs: Outputs,
+    metrics_file: Path,
     context: Context,
     *,
     model: Any,
@@ -262,7 +262,23 @@ def _train(
     tokens: Any,
     masks: bool,
 ) -> Any:
-    """Train, from a checkpoint where there is one; return the loop's result."""
+    """Train a model that is there, from a checkpoint where there is one; return the loop's result.
+
+    Args:
+        config: the table; what says which model it is, is not looked at.
+        inputs: of them the validation tokens and the batch sizes to replay.
+        metrics_file: gets the learning curve.
+        context: of the stage; the checkpoints are its own.
+        model: in training mode, evaluated; changed.
+        objective: what is made small.
+        tokens: the training tokens.
+        masks: whether documents are kept apart in validation.
+
+    Raises:
+        SystemExit: it was asked to stop; a checkpoint is saved.
+        StageError: the loss stays without a finite value.
+        UserError: no batch fits into the memory.
+    """
     from mlxflow.data.token_file import TokenFile
     from mlxflow.training import progress, recompute
     from mlxflow.training.interrupt import heeding_signals
@@ -275,7 +291,7 @@ def _train(
         _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
     with (
         progress.show_progress(num_steps=config.num_steps) as show,
-        outputs.metrics.open("w") as metrics,
+        metrics_file.open("w") as metrics,
         heeding_signals() as asked_to_stop,
         recompute.recomputed(model, every=every),
     ):
@@ -324,7 +340,7 @@ def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs,
     adapters.fuse_adapters(model)
 
 
-def _report(result: Any) -> dict[str, Any]:
+def report_of(result: Any) -> dict[str, Any]:
     """Return what a training run came to, for the report."""
     from mlxflow.measurement.perplexity import perplexity_of
 
@@ -515,7 +531,7 @@ def _flat(table: dict[str, Any], key: str) -> Any:
             yield f"{key}.{name}", value
 
 
-def _masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:
+def masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:
     """Return whether tokens see only their own document.
 
     Raises:

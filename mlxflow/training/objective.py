@@ -99,6 +99,28 @@ def plain_objective(*, masks_documents: bool) -> Objective:
     return objective
 
 
+def distilling_objective(teacher: nn.Module, *, masks_documents: bool) -> Objective:
+    """Return the objective that makes a model's distributions those of another one; holds all logits of both.
+
+    The loss of a token is the cross-entropy against the teacher's probabilities: the divergence (Hinton et al. 2015,
+    arXiv:1503.02531, at temperature 1) plus the teacher's own entropy, which has no gradient.
+
+    Args:
+        teacher: in evaluation mode; its logits are over the same vocabulary.
+        masks_documents: no token attends to another document in its row.
+    """
+
+    def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+        weights = (marks[:, 1:] & 1).astype(mx.float32)
+        pieces = marks[:, :-1] if masks_documents else None
+        wanted = mx.stop_gradient(packed.apply(teacher, tokens[:, :-1], pieces)).astype(mx.float32)
+        logits = packed.apply(model, tokens[:, :-1], pieces).astype(mx.float32)
+        expected = (mx.softmax(wanted, axis=-1) * logits).sum(axis=-1)
+        return ((mx.logsumexp(logits, axis=-1) - expected) * weights).sum(), weights.sum()
+
+    return objective
+
+
 def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int) -> Objective:
     """Return the objective that computes the head's product and the loss together, some tokens at a time.
 

@@ -3,11 +3,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow import models
-from mlxflow.training.objective import Head, find_head, fused_objective, plain_objective
+from mlxflow.training.objective import Head, distilling_objective, find_head, fused_objective, plain_objective
+from tests.small_models import llama
 
 
 def _plain(model: nn.Module, tokens: mx.array, marks: mx.array) -> float:
@@ -101,3 +103,29 @@ def test_a_quantized_head_is_dequantized_and_not_trained() -> None:
     fused, _ = fused_objective(head, masks_documents=False, chunk_rows=16)(model, tokens, marks)
     plain, _ = plain_objective(masks_documents=False)(model, tokens, marks)
     assert float(fused) == pytest.approx(float(plain), rel=1e-4)
+
+
+def test_distilling_takes_the_gradient_of_the_divergence_from_the_teacher() -> None:
+    (model, _), (teacher, _) = (llama(vocab_size=40, hidden_size=32, num_layers=1, seed=seed) for seed in (0, 1))
+    tokens = mx.random.randint(0, 40, (2, 9), key=mx.random.key(0))
+    marks = mx.array(np.array([[3] * 9, [3] * 6 + [0] * 3], np.uint8))
+    objective = distilling_objective(teacher, masks_documents=False)
+
+    def divergence(weights: Any) -> mx.array:
+        model.update(weights)
+        ours, theirs = (nn.log_softmax(one(tokens[:, :-1]), axis=-1) for one in (model, teacher))
+        each = (mx.exp(theirs) * (theirs - ours)).sum(-1) * (marks[:, 1:] & 1)
+        total: mx.array = each.sum()
+        return total
+
+    def loss(weights: Any) -> mx.array:
+        model.update(weights)
+        return objective(model, tokens, marks)[0]
+
+    weights = model.trainable_parameters()
+    expected, gradient = (dict(tree_flatten(mx.grad(one)(weights))) for one in (divergence, loss))
+    assert all(np.allclose(np.array(gradient[name]), np.array(value), atol=1e-5) for name, value in expected.items())
+    assert float(objective(model, tokens, marks)[1]) == 13
+    model.update(teacher.parameters())
+    at_rest = dict(tree_flatten(mx.grad(loss)(model.trainable_parameters())))
+    assert max(float(mx.abs(value).max()) for value in at_rest.values()) < 1e-5
