@@ -1,1 +1,23 @@
-"""Make for models: one `workflow.toml`, an incremental and reproducible MLX training workflow."""
+"""Make for models: one `workflow.toml`, an incremental and reproducible MLX training workflow.
+
+    from mlxflow import quantize_model_for_inference
+
+What is public is imported when it is asked for, so that `import mlxflow` alone loads no mlx.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlxflow.quantization.apply import quantize_model_for_inference
+
+__all__ = ["quantize_model_for_inference"]
+
+_HOMES = {"quantize_model_for_inference": "mlxflow.quantization.apply"}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -40,6 +40,10 @@ _SAFETENSORS_NAMES = {
     "int64": "I64",
     "float32": "F32",
 }
+
+# the same by MLX's names
+_MLX_NAMES = {"bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "float16": "F16", "bfloat16": "BF16"}
+_MLX_NAMES |= _SAFETENSORS_NAMES
 _NUMPY_NAMES = {name: numpy_name for numpy_name, name in _SAFETENSORS_NAMES.items()}
 
 
@@ -313,6 +317,75 @@ def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mappi
     mx.save_safetensors(
         str(path), {name: tensors[name] for name in sorted(tensors)}, metadata=dict(sorted(metadata.items()))
     )
+
+
+class TensorFile:
+    """A safetensors file whose tensors come one by one, in any order; used in a `with` block.
+
+        with TensorFile(path, {"weight": (mx.bfloat16, (64, 64))}, {"format": "mlx"}) as file:
+            file.put("weight", weight)
+
+    The tensors lie in the order of their names, so that equal tensors are equal bytes.
+
+    Args:
+        path: the file.
+        entries: type and shape of every tensor, by name.
+        metadata: text by key, kept in the header.
+
+    Raises:
+        StageError: the disk has less room than the file needs.
+    """
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple["mx.Dtype", tuple[int, ...]]], metadata: Mapping[str, str]
+    ) -> None:
+        self._path = path
+        self._offsets: dict[str, int] = {}
+        told: dict[str, object] = {}
+        end = 0
+        for name in sorted(entries):
+            dtype, shape = entries[name]
+            begin, end = end, end + dtype.size * math.prod(shape)
+            self._offsets[name] = begin
+            kind = _MLX_NAMES[str(dtype).rpartition(".")[2]]
+            told[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+        self._entries = dict(entries)
+        header = _header_json(told, metadata)
+        self._header = header + b" " * (-len(header) % 8)
+        self._end = end
+
+    def __enter__(self) -> "TensorFile":
+        _require_space(self._path, 8 + len(self._header) + self._end)
+        self._file = self._path.open("wb")
+        self._file.write(len(self._header).to_bytes(8, "little") + self._header)
+        return self
+
+    def put(self, name: str, tensor: "mx.array") -> None:
+        """Write one of the tensors; its memory may be given back afterwards.
+
+        Raises:
+            ValueError: it is not of the type and shape that were told.
+        """
+        if (tensor.dtype, tensor.shape) != self._entries[name]:
+            raise ValueError(f"{name}: told {self._entries[name]}, got {(tensor.dtype, tensor.shape)}")
+        del self._entries[name]
+        self._file.seek(8 + len(self._header) + self._offsets[name])
+        self._file.write(_raw_bytes(tensor))
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        self._file.close()
+        if kind is None and self._entries:
+            raise ValueError(f"{self._path}: without {', '.join(sorted(self._entries))}")
+
+
+def _raw_bytes(tensor: "mx.array") -> "memoryview[int]":
+    """Return the bytes of a tensor without a copy where it lies in one piece."""
+    import mlx.core as mx
+    import numpy as np
+
+    # numpy has no bf16, and what is viewed as bytes needs an axis
+    flat = mx.contiguous(tensor).reshape(-1)
+    return np.array(flat if flat.dtype.size == 1 else flat.view(mx.uint8), copy=False).data.cast("B")
 
 
 def _require_space(path: Path, needed_bytes: int) -> None:

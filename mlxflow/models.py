@@ -6,13 +6,14 @@ transformers (dense ones) and LM Studio open it unchanged.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
 from mlxflow import artifact
@@ -20,6 +21,17 @@ from mlxflow.errors import ArtifactError
 
 #: The files of a model on the hub that make a model folder.
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+
+# What is not weights, config, or somebody's description of another model
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+    "*.jinja",
+)
 
 #: The files of a tokenizer in a model folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -89,8 +101,12 @@ def build(config: Mapping[str, Any], *, seed: int) -> nn.Module:
     return model
 
 
-def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a folder, in evaluation mode, and its `config.json`.
+
+    Args:
+        folder: a model folder.
+        lazy: whether weights stay on the disk until they are needed.
 
     Raises:
         ArtifactError: the folder is no model folder, or its weights do not fit its config.
@@ -98,7 +114,7 @@ def load(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: no model folder (it has no config.json). Name one such as artifacts/train.")
     try:
-        model, config = load_model(folder)
+        model, config = load_model(folder, lazy=lazy)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ArtifactError(f"{folder}: cannot be opened as a model ({error}). Build it again.") from error
     return model, config
@@ -169,9 +185,70 @@ def save(
     provenance: Mapping[str, str],
 ) -> None:
     """Write `config.json` and `model.safetensors`; equal weights are equal bytes."""
-    config_file.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")
+    write_config(config_file, config)
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     artifact.write_tensors(model_file, weights, {"format": "mlx"} | artifact.provenance_metadata(provenance))
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write a `config.json` with its keys in order."""
+    path.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")
+
+
+def copy_companions(folder: Path, to: Path) -> None:
+    """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation."""
+    for pattern in _COMPANIONS:
+        for file in sorted(folder.glob(pattern)):
+            shutil.copyfile(file, to / file.name)
+
+
+def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model whose floating weights are of a type, and its config that says so; weights may stay lazy.
+
+    Args:
+        model: changed in place.
+        config: its `config.json`.
+        dtype: "fp32", "fp16", "bf16", or "keep" for what the config says, as mlx-lm's converter does it.
+    """
+    names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    said = names.get(dtype) or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    if said not in names.values():
+        return model, dict(config)
+    wanted = getattr(mx, said)
+    is_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def casted(name: str, value: mx.array) -> mx.array:
+        fits = mx.issubdtype(value.dtype, mx.floating) and is_cast(name)
+        return value.astype(wanted) if fits else value
+
+    model.update(tree_map_with_path(casted, model.parameters()))
+    return model, {key: said if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
+
+
+def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a quantized model with dense weights, and its config without a word of quantization."""
+    dense: nn.Module = dequantize_model(model)
+    return dense, {key: value for key, value in config.items() if not key.startswith("quantization")}
+
+
+def dense_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Callable[[], mx.array]]:
+    """Return what gives the weight that each of some layers computes with, dequantized where it is packed."""
+    modules = dict(model.named_modules())
+    return {path: partial(_dense_weight, modules[path]) for path in paths}
+
+
+def _dense_weight(layer: nn.Module) -> mx.array:
+    if "scales" not in layer:
+        weight: mx.array = layer.weight
+        return weight
+    return mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
 
 
 def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:

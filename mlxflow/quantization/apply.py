@@ -1,74 +1,97 @@
-"""Quantize a model in place, as mlx-lm's converter does it."""
+"""Packed layers in the place of dense ones, in a model in memory."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.errors import CallError
-
-
-class Quantized(NamedTuple):
-    """What was done to a model.
-
-    Attributes:
-        config: its `config.json` with the quantization settings in both places where readers look.
-        layers: module paths that were quantized, in the model's order.
-        dense_layers: module paths that could have been but whose width the group size does not divide.
-        bits_per_weight: stored bits over parameters, scales and biases included.
-        dense_bits_per_weight: the same before.
-    """
-
-    config: dict[str, Any]
-    layers: list[str]
-    dense_layers: list[str]
-    bits_per_weight: float
-    dense_bits_per_weight: float
+from mlxflow.errors import CallError, UserError
+from mlxflow.quantization.codec import Packed, pack
+from mlxflow.quantization.plan import Rule, check_supported, quantizable, resolve
+from mlxflow.quantization.settings import BITS, Setting
 
 
-def quantize(
-    model: nn.Module, config: Mapping[str, Any], *, bits: int, group_size: int, mode: str, key: str
-) -> Quantized:
-    """Replace every layer that can be quantized by its packed form.
+def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[str, Packed] | None = None) -> None:
+    """Replace layers by their packed form, one after the other.
 
     Args:
         model: dense; changed in place.
-        config: its `config.json`.
-        bits: bits of a code.
-        group_size: weights along the last axis that share a scale.
-        mode: one of MLX's quantization modes.
-        key: the table's name, for the message.
+        layers: module path to setting.
+        packed: codes that are there already, by path; the others are made by rounding.
+    """
+    dense = quantizable(model)
+    for path, setting in layers.items():
+        made = (packed or {}).get(path) or pack(dense[path].weight, setting)
+        layer = dense.pop(path).to_quantized(**setting.stored())
+        layer.weight, layer.scales = made.weight, made.scales
+        if made.biases is not None:
+            layer.biases = made.biases
+        mx.eval(layer.parameters())
+        model.update_modules(tree_unflatten([(path, layer)]))
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Return stored bits over parameters, scales and biases included, of a dense or quantized model."""
+    stored: int = 8 * sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    return stored / _num_parameters(model)
+
+
+def _num_parameters(model: nn.Module) -> int:
+    count = 0
+    for _, layer in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
+        sizes = {name: value.size for name, value in tree_flatten(layer.parameters())}
+        if "scales" in sizes:
+            sizes.pop("scales")
+            sizes.pop("biases", None)
+            sizes["weight"] = sizes["weight"] * 32 // layer.bits
+        count += sum(sizes.values())
+    return count
+
+
+def quantize_model_for_inference(
+    model: nn.Module,
+    bits: int = 4,
+    group_size: int = 64,
+    mode: str = "affine",
+    layers: Sequence[Mapping[str, Any]] = (),
+) -> nn.Module:
+    """Quantize a model in memory and return it; every `mlx.nn` module whose layers can be quantized is taken.
+
+        >>> import mlx.core as mx, mlx.nn as nn
+        >>> from mlxflow import quantize_model_for_inference
+        >>> model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64))
+        >>> model = quantize_model_for_inference(model, bits=4, layers=[{"match": "layers.2", "bits": 8}])
+        >>> [layer.bits for layer in model.layers if isinstance(layer, nn.QuantizedLinear)]
+        [4, 8]
+        >>> model(mx.ones((1, 128))).shape
+        (1, 64)
+
+    Weights are rounded to the nearest code. What comes of other methods, and what it costs in perplexity, the stage
+    `quantize` of a workflow tells.
+
+    Args:
+        model: dense; its layers are replaced in place. Call `mx.compile` after this, not before.
+        bits: of a code: 2, 3, 4, 5, 6 or 8.
+        group_size: weights along the last axis that share a scale: 32, 64 or 128 ("nvfp4" has 16).
+        mode: "affine", "symmetric", "mxfp4", "mxfp8" or "nvfp4".
+        layers: settings by layer, the first that matches holds: `match`, a pattern of module paths, and any of `bits`,
+            `group_size`, `mode` and `skip`.
 
     Raises:
-        CallError: no layer's width divides by the group size.
+        CallError: a setting that a mode or the installed MLX does not have, a pattern that matches no layer, a group
+            that does not divide a named layer, a model of which nothing would be quantized.
     """
-    before = list(tree_flatten(model.parameters()))
-    parameters = sum(value.size for _, value in before)
-    dense_bits = 8 * sum(value.nbytes for _, value in before)
-    layers: list[str] = []
-    dense_layers: list[str] = []
-
-    def wanted(path: str, module: nn.Module) -> bool:
-        if not hasattr(module, "to_quantized"):
-            return False
-        divides: bool = module.weight.shape[-1] % group_size == 0
-        (layers if divides else dense_layers).append(path)
-        return divides
-
-    nn.quantize(model, group_size=group_size, bits=bits, mode=mode, class_predicate=wanted)
-    if not layers:
-        raise CallError(
-            f"{key}.group_size = {group_size}: divides the width of no layer. Use a smaller one or wider layers."
-        )
-    mx.eval(model.parameters())
-    settings = {"group_size": group_size, "bits": bits, "mode": mode}
-    stored_bits = 8 * sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-    return Quantized(
-        {**config, "quantization": settings, "quantization_config": settings},
-        layers,
-        dense_layers,
-        stored_bits / parameters,
-        dense_bits / parameters,
-    )
+    if mode not in BITS:
+        raise CallError(f'mode = "{mode}": expected one of {", ".join(BITS)}. Use mode = "affine" (the default).')
+    try:
+        rules = [Rule(**rule) for rule in layers]
+        plan = resolve(model, default=Setting(mode, bits, group_size), rules=rules, key="quantize_model_for_inference")
+        check_supported(plan.layers, "quantize_model_for_inference")
+    except TypeError as error:
+        raise CallError(f"layers: {error}. A rule has match, bits, group_size, mode and skip.") from error
+    except UserError as error:
+        raise CallError(*error.problems) from error
+    apply_plan(model, cast("Mapping[str, Setting]", plan.layers))
+    return model

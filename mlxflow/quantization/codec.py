@@ -6,33 +6,12 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-#: The group sizes and bits that each mode has; the first of each is the usual one.
-GROUP_SIZES = {"affine": (64, 32, 128), "symmetric": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
-BITS = {"affine": (4, 2, 3, 5, 6, 8), "symmetric": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+from mlxflow.quantization.settings import Setting
 
 #: The least multiple of the scale that loses nothing, by bits: below it, clipping costs more than it saves.
 _LEAST_MULTIPLE = {2: 0.4, 3: 0.5, 4: 0.65, 5: 0.75, 6: 0.85, 8: 0.93}
 _MOST_MULTIPLE = 1.03
 _MULTIPLES = 28
-
-
-class Setting(NamedTuple):
-    """How one matrix is quantized.
-
-    Attributes:
-        mode: "affine", "symmetric", "mxfp4", "mxfp8" or "nvfp4".
-        bits: of a code.
-        group_size: weights along the last axis that share a scale.
-    """
-
-    mode: str
-    bits: int
-    group_size: int
-
-    @property
-    def stored_mode(self) -> str:
-        """The mode that a reader is told: symmetric codes lie in affine storage."""
-        return "affine" if self.mode == "symmetric" else self.mode
 
 
 class Packed(NamedTuple):
@@ -88,6 +67,15 @@ def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> m
 def round_trip(weight: mx.array, setting: Setting, scales: mx.array | None = None) -> mx.array:
     """Return the matrix that comes back, in the type that went in."""
     return unpack(pack(weight, setting, scales), setting, weight.dtype)
+
+
+def is_supported(setting: Setting) -> bool:
+    """Return whether the installed MLX can pack with a setting and come back, asked of it on the default device."""
+    try:
+        mx.eval(round_trip(mx.ones((1, 2 * setting.group_size)), setting))
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 def packed_bytes(shape: tuple[int, ...], setting: Setting, dtype: mx.Dtype) -> int:

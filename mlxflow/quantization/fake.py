@@ -14,7 +14,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.quantization.codec import Packed, Setting, pack, round_trip, symmetric_scales
+from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_scales
+from mlxflow.quantization.settings import Setting
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""Quantize the trained model into mlx-lm's own form."""
+"""Quantize a model into mlx-lm's own form, and say what it costs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -7,22 +8,52 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import Problem
+from mlxflow.device import SIZE_PATTERN
+from mlxflow.errors import ArtifactError, StageError
+from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
+from mlxflow.stages import quantize_methods, train
 
-VERSION = 1
+VERSION = 2
 
-#: The group sizes and bits that each mode has; the first of each is the default.
-_GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
-_BITS = {"affine": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+_MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
+
+# Rows on which single layers are blamed when a gate closes: a rank among them needs few
+_BLAMING_ROWS = 8
+_EVAL_BATCH = 32
+
+
+class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of `layers`: what is said of the layers that a pattern matches."""
+
+    match: Annotated[str, Meta(min_length=1, description="a pattern of module paths, such as `*.mlp.*`")]
+    skip: Annotated[bool, Meta(description="whether they stay dense")] = False
+    mode: Annotated[Literal["same"] | _MODES, Meta(description="as above; same: the table's")] = "same"
+    bits: Annotated[
+        Literal["same"] | Literal[2, 3, 4, 5, 6, 8], Meta(description="as above; same: the table's, or the mode's own")
+    ] = "same"
+    group_size: Annotated[
+        Literal["same"] | Literal[16, 32, 64, 128],
+        Meta(description="as above; same: the table's, or the mode's own"),
+    ] = "same"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `[quantize]` table, or one of `[[quantize]]`."""
 
     input: Annotated[str, Meta(description="the dense model: a train stage")] = "train"
-    mode: Annotated[
-        Literal["affine", "mxfp4", "mxfp8", "nvfp4"], Meta(description="how codes become weights; MLX's names")
-    ] = "affine"
+    model: Annotated[str, Meta(description="instead of the input, a model folder or a hub id")] = ""
+    data: Annotated[
+        str,
+        Meta(description='the token files: a pretokenize stage; auto: "pretokenize" for a trained model, else none'),
+    ] = "auto"
+    method: Annotated[
+        Literal["rtn", "gptq", "awq", "dwq", "qat"],
+        Meta(description="rtn rounds to the nearest, the others learn: mlx-lm's three, and training"),
+    ] = "rtn"
+    mode: Annotated[_MODES, Meta(description="how codes become weights; MLX's names, and a fixed zero point")] = (
+        "affine"
+    )
     bits: Annotated[
         Literal[2, 3, 4, 5, 6, 8], Meta(description="bits of a code; mxfp4 and nvfp4 have 4, mxfp8 has 8")
     ] = 4
@@ -30,72 +61,308 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal[16, 32, 64, 128],
         Meta(description="weights that share a scale; mxfp4 and mxfp8 have 32, nvfp4 has 16"),
     ] = 64
+    layers: Annotated[
+        tuple[LayerRule, ...], Meta(description="settings by layer; of several that match, the first holds")
+    ] = ()
+    dtype: Annotated[
+        Literal["keep", "fp32", "fp16", "bf16"],
+        Meta(description="of what is not packed, scales too; keep: what the model's config says"),
+    ] = "keep"
+    requantize: Annotated[bool, Meta(description="whether a model that is quantized already may be taken")] = False
+
+    target_bits_per_weight: Annotated[
+        float, Meta(ge=0, le=32, description="a budget under which each layer's bits are chosen; 0: none")
+    ] = 0.0
+    target_size: Annotated[
+        str, Meta(pattern=rf"^$|{SIZE_PATTERN}", examples=["200 MB"], description="the same as a size; empty: none")
+    ] = ""
+    candidate_bits: Annotated[
+        tuple[Literal[2, 3, 4, 5, 6, 8], ...], Meta(min_length=1, description="bits that a budget may choose from")
+    ] = (2, 3, 4, 6, 8)
+    calibration_rows: Annotated[int, Meta(ge=1, description="training rows that the learned methods look at")] = 64
+
+    num_steps: Annotated[int, Meta(ge=1, description="of qat: optimizer updates")] = 36
+    learning_rate: Annotated[float, Meta(gt=0, description="of qat: at its highest, after the warm-up")] = 2e-3
+    batch_size: Annotated[int, Meta(ge=1, description="of qat: rows in one forward pass")] = 32
+    grad_accum_steps: Annotated[int, Meta(ge=1, description="of qat: forward passes an update sums")] = 1
+    distill: Annotated[
+        bool, Meta(description="of qat: whether it learns the dense model's distributions instead of the text")
+    ] = False
+    training: Annotated[
+        Literal["full", "lora", "dora"], Meta(description="of qat: what is trained: all weights, or adapters")
+    ] = "full"
+    checkpointing: Annotated[
+        Literal["none", "layers"] | Annotated[int, Meta(ge=1)],
+        Meta(description="of qat: whether activations are computed anew, as in train"),
+    ] = "none"
+    lora: Annotated[train.LoraConfig, Meta(description="the adapters of qat, where some are trained")] = (
+        train.LoraConfig()
+    )
+
+    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows on which the cost is measured")] = 256
+    max_perplexity_increase: Annotated[
+        float, Meta(ge=0, description="relative; over it the stage fails and publishes nothing; 0: no gate")
+    ] = 0.0
+    max_kl: Annotated[
+        float, Meta(ge=0, description="mean divergence in nats; over it the stage fails likewise; 0: no gate")
+    ] = 0.0
 
     def problems(self) -> Any:
-        """Yield bits and group sizes that the mode does not have."""
-        for key, value, choices in (
-            ("bits", self.bits, _BITS[self.mode]),
-            ("group_size", self.group_size, _GROUP_SIZES[self.mode]),
-        ):
-            if value not in choices:
-                one_of = (
-                    f"{key} {choices[0]}" if len(choices) == 1 else f"one of {', '.join(map(str, sorted(choices)))}"
-                )
-                advice = f"Set {key} = {choices[0]}" + (' or mode = "affine".' if self.mode != "affine" else ".")
-                yield Problem(key, value, f'mode "{self.mode}" needs {one_of}', advice)
+        """Yield bits and group sizes that the mode does not have, and what does not fit together."""
+        for one in mistakes_in(Setting(self.mode, self.bits, self.group_size)):
+            advice = f"Set {one.key} = {one.usual}" + (' or mode = "affine".' if self.mode != "affine" else ".")
+            yield Problem(one.key, one.value, one.expected, advice)
+        if self.target_bits_per_weight and self.target_size:
+            yield Problem(
+                "target_size", self.target_size, "expected one budget, not two", "Remove target_bits_per_weight."
+            )
+        if (self.target_bits_per_weight or self.target_size) and self.mode not in ("affine", "symmetric"):
+            yield Problem("mode", self.mode, "a budget needs a mode with several bits", 'Set mode = "affine".')
+        if self.target_size and self.target_size.strip().endswith("%"):
+            yield Problem("target_size", self.target_size, "expected a size in bytes", 'Write such as "200 MB".')
+        if self.needs_tokens and not self.token_stage:
+            asking = next(iter(self.needs_tokens))
+            yield Problem(
+                asking, getattr(self, asking), "needs tokens, and data names none", 'Set data = "pretokenize".'
+            )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether bits are chosen under a budget."""
+        return bool(self.target_bits_per_weight or self.target_size)
+
+    @property
+    def token_stage(self) -> str:
+        """The pretokenize stage whose tokens are used; empty where none are."""
+        if self.data == "auto":
+            return "" if self.model else "pretokenize"
+        return self.data
+
+    @property
+    def needs_tokens(self) -> dict[str, None]:
+        """The keys that ask for something that cannot be had without tokens."""
+        asked = {
+            "method": self.method != "rtn",
+            "target_bits_per_weight": bool(self.target_bits_per_weight),
+            "target_size": bool(self.target_size),
+            "max_perplexity_increase": bool(self.max_perplexity_increase),
+            "max_kl": bool(self.max_kl),
+        }
+        return dict.fromkeys(key for key, is_asked in asked.items() if is_asked)
+
+    @property
+    def default(self) -> Setting:
+        """The setting of layers that nothing names."""
+        return Setting(self.mode, self.bits, self.group_size)
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """A dense model folder."""
+    """A dense model folder, and tokens to measure it on.
 
-    config: Path = Path()
-    model: Path = Path()
+    Attributes:
+        model: its files; none where it comes from the hub.
+        tokens: training and validation rows; none where nothing is measured.
+    """
+
+    model: tuple[Path, ...] = ()
     tokenizer: tuple[Path, ...] = ()
+    tokens: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Take the model from a train stage."""
+        """Take the model from a train stage or a folder, tokens from a pretokenize stage."""
+        tokens: tuple[Path, ...] = ()
+        if config.token_stage:
+            data = artifacts.folder(config.token_stage, "data")
+            tokens = (data / "train.safetensors", data / "validation.safetensors")
+        if config.model:
+            return cls(model=artifacts.model(config.model, "model"), tokens=tokens)
         folder = artifacts.folder(config.input, "input")
         return cls(
-            config=folder / "config.json",
-            model=folder / "model.safetensors",
+            model=(folder / "config.json", folder / "model.safetensors"),
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
+            tokens=tokens,
         )
 
 
-class Outputs(ModelFolder, frozen=True, kw_only=True):
-    """A quantized model folder."""
+class Outputs(msgspec.Struct, frozen=True, kw_only=True):
+    """A quantized model folder; of a model of one's own, whatever tokenizer files it has lie in it too."""
+
+    config: Path = Path("config.json")
+    model: Path = Path("model.safetensors")
+    tokenizer: tuple[Path, ...] = ()
+    report: Path = Path("report.toml")
+    metrics: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Name the tokenizer's files where they are known, and the learning curve where one is drawn."""
+        known = () if config.model else (ModelFolder().tokenizer, ModelFolder().tokenizer_config)
+        return cls(tokenizer=known, metrics=(Path("metrics.jsonl"),) if config.method == "qat" else ())
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
-    """Quantize every layer that mlx-lm's converter would, and write the model folder.
+    """Quantize the layers of the plan, write the model folder, and measure it against the dense model.
 
     Raises:
-        SourceError: no layer's width divides by the group size.
+        ArtifactError: the model cannot be opened, is quantized already, or has a weight that is not finite.
+        StageError: it costs more than a gate allows.
+        WorkflowError: the plan or the method does not fit the model.
     """
-    from mlxflow import models
-    from mlxflow.quantization.apply import quantize
+    from mlxflow import artifact, models
+    from mlxflow.quantization.export import export
+    from mlxflow.quantization.progress import show_layers
 
-    model, model_config = models.load(inputs.model.parent)
-    dense_bytes = inputs.model.stat().st_size
-    quantized = quantize(
-        model, model_config, bits=config.bits, group_size=config.group_size, mode=config.mode, key=context.task
-    )
-    models.save(
-        model=model,
-        config=quantized.config,
-        config_file=outputs.config,
-        model_file=outputs.model,
-        provenance=context.provenance,
-    )
-    models.copy_tokenizer(inputs.tokenizer, context.folder)
+    folder = _source(config, inputs, context)
+    model, model_config = _load(config, folder, context)
+    tokens = _open_tokens(config, inputs, folder, model_config, context)
+    plan, chosen = quantize_methods.choose_plan(config, model, tokens, context)
+    made = quantize_methods.make(config, inputs, outputs, context, model=model, plan=plan, tokens=tokens)
+    with show_layers(context.task, len(made.plan.layers)) as watch:
+        exported = export(
+            made.model,
+            made.plan.layers,
+            file=outputs.model,
+            metadata={"format": "mlx"} | artifact.provenance_metadata(context.provenance),
+            packed=lambda path: made.packed.pop(path, None),
+            source=str(folder),
+            watch=watch,
+        )
+    table = made.plan.config()
+    models.write_config(outputs.config, {**model_config, "quantization": table, "quantization_config": table})
+    models.copy_companions(folder, context.folder)
+    report = {"method": config.method, **_sizes(exported, made.plan, outputs)} | chosen | made.report
+    if tokens is not None:
+        report["quality"] = _quality(config, tokens, folder, plan=made.plan, context=context)
+    return report
+
+
+def _source(config: Config, inputs: Inputs, context: Context) -> Path:
+    """Return the folder of the dense model."""
+    from mlxflow import hub, models
+
+    if inputs.model:
+        return inputs.model[0].parent
+    return hub.fetch(config.model, patterns=models.HUB_FILES, key=f"{context.task}.model")
+
+
+def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any]]:
+    """Return the dense model, its weights still on the disk, and its `config.json`."""
+    from mlxflow import models
+
+    model, model_config = models.load(folder, lazy=True)
+    if "quantization" in model_config or "quantization_config" in model_config:
+        key = f'{context.task}.model = "{config.model}"' if config.model else f'{context.task}.input = "{config.input}"'
+        if not config.requantize:
+            raise ArtifactError(
+                f"{key}: is quantized already, and what was lost does not come back. Name a dense model, or set "
+                f"{context.task}.requantize = true."
+            )
+        model, model_config = models.dequantized(model, model_config)
+    return models.cast(model, model_config, config.dtype)
+
+
+def _open_tokens(
+    config: Config, inputs: Inputs, folder: Path, model_config: Mapping[str, Any], context: Context
+) -> Any:
+    """Return training and validation tokens; None where none are named.
+
+    Raises:
+        ArtifactError: they are of another vocabulary, or longer than the model's positions.
+    """
+    if not inputs.tokens:
+        return None
+    from mlxflow import models
+    from mlxflow.data.token_file import TokenFile
+
+    key = f"{context.task}.data"
+    train_tokens, validation = (TokenFile.open(path) for path in inputs.tokens)
+    train_tokens.require_vocabulary(models.vocab_size(folder), key)
+    positions = int(model_config.get("max_position_embeddings") or 2**62)
+    if train_tokens.context_length > positions:
+        raise ArtifactError(
+            f'{key} = "{config.token_stage}": its rows have {train_tokens.context_length:,} tokens, {folder} is made '
+            f"for {positions:,} positions. Lower pretokenize.context_length."
+        )
+    return quantize_methods.Tokens(train_tokens, validation)
+
+
+def _sizes(exported: Any, plan: Any, outputs: Outputs) -> dict[str, Any]:
+    """Return sizes from what was written, by layer and whole."""
     file_bytes = outputs.model.stat().st_size
+    default = plan.default
     return {
-        "bits_per_weight": quantized.bits_per_weight,
-        "dense_bits_per_weight": quantized.dense_bits_per_weight,
+        "mode": default.mode,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "parameters": exported.parameters,
+        "bits_per_weight": 8 * exported.num_bytes / exported.parameters,
+        "dense_bits_per_weight": 8 * exported.dense_bytes / exported.parameters,
         "model_bytes": file_bytes,
-        "dense_model_bytes": dense_bytes,
-        "compression_ratio": dense_bytes / file_bytes,
-        "quantized_layers": quantized.layers,
-        "dense_layers": quantized.dense_layers,
+        "compression_ratio_fp32": 4 * exported.parameters / file_bytes,
+        "compression_ratio_bf16": 2 * exported.parameters / file_bytes,
+        "quantized_layers": list(plan.layers),
+        "dense_layers": [*plan.skipped, *plan.undivided],
+        "layers": [_layer_row(layer) for layer in exported.layers],
     }
+
+
+def _layer_row(layer: Any) -> dict[str, Any]:
+    setting = layer.setting
+    return {
+        "path": layer.path,
+        "shape": list(layer.shape),
+        "mode": setting.mode if setting else "dense",
+        "bits": setting.bits if setting else 0,
+        "group_size": setting.group_size if setting else 0,
+        "bytes": layer.num_bytes,
+        "parameters": layer.parameters,
+        "bits_per_weight": 8 * layer.num_bytes / layer.parameters,
+        "relative_error": layer.relative_error,
+    }
+
+
+def _quality(config: Config, tokens: Any, folder: Path, *, plan: Any, context: Context) -> dict[str, Any]:
+    """Return what quantization costs, measured on the files.
+
+    Raises:
+        StageError: more than a gate allows; the layers that cost most are named.
+    """
+    from mlxflow import models, packed
+    from mlxflow.measurement.divergence import costs_by_layer, measure_divergence
+
+    dense, quantized = (models.for_evaluation(models.load(one)[0]) for one in (folder, context.folder))
+    rows = tokens.validation.rows.head(config.max_validation_rows)
+    masks = tokens.validation.has_conversations and packed.can_mask_documents(dense, tokens.validation.vocab_size)
+    found = measure_divergence(dense, quantized, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
+    problems = list(_closed_gates(config, found, context.task))
+    if problems:
+        weights = models.dense_weights(quantized, plan.layers)
+        few = rows.head(_BLAMING_ROWS)
+        costs = costs_by_layer(dense, weights, few, batch_size=_BLAMING_ROWS, masks_documents=masks)
+        worst = ", ".join(f"{path} ({cost:.2g} nats)" for path, cost in list(costs.items())[:3])
+        raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
+    return {
+        "tokens": found.dense.tokens,
+        "dense_perplexity": found.dense.perplexity,
+        "dense_perplexity_standard_error": found.dense.standard_error,
+        "perplexity": found.quantized.perplexity,
+        "perplexity_standard_error": found.quantized.standard_error,
+        "perplexity_increase": found.perplexity_increase,
+        "kl": found.kl,
+        "kl_standard_error": found.kl_standard_error,
+        "top1_agreement": found.top1_agreement,
+    }
+
+
+def _closed_gates(config: Config, found: Any, task: str) -> Any:
+    """Yield a line for each gate that the costs are over."""
+    advice = "Give the layers that cost most more bits, or raise the limit."
+    gate = config.max_perplexity_increase
+    if gate and not found.perplexity_increase <= gate:
+        yield (
+            f"{task}.max_perplexity_increase = {gate}: perplexity went from {found.dense.perplexity:.4g} to "
+            f"{found.quantized.perplexity:.4g} (+{found.perplexity_increase:.1%}). {advice}"
+        )
+    if config.max_kl and not found.kl <= config.max_kl:
+        yield f"{task}.max_kl = {config.max_kl}: the divergence is {found.kl:.4g} nats a token. {advice}"

@@ -1,3 +1,4 @@
+import doctest
 from typing import Any
 
 import mlx.core as mx
@@ -6,37 +7,14 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
+import mlxflow
 from mlxflow.errors import CallError
-from mlxflow.quantization.apply import quantize
+from mlxflow.quantization import apply
+from mlxflow.quantization.apply import apply_plan, bits_per_weight, quantize_model_for_inference
+from mlxflow.quantization.codec import round_trip
+from mlxflow.quantization.plan import resolve
+from mlxflow.quantization.settings import Setting
 from tests.small_models import llama
-
-
-def _model(width: int) -> nn.Module:
-    return nn.Sequential(nn.Embedding(10, width), nn.Linear(width, 32, bias=False), nn.LayerNorm(32))
-
-
-def test_bits_per_weight_count_scales_and_biases() -> None:
-    model = nn.Sequential(nn.Linear(64, 32, bias=False))
-    done = quantize(model, {}, bits=4, group_size=64, mode="affine", key="quantize")
-    assert done.bits_per_weight == 4 + 64 / 64  # fp32 scale and bias for each group of 64
-    assert done.dense_bits_per_weight == 32
-    assert done.layers == ["layers.0"]
-    assert done.config["quantization"] == {"bits": 4, "group_size": 64, "mode": "affine"}
-
-
-def test_a_layer_whose_width_does_not_divide_stays_dense_and_is_listed() -> None:
-    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 8, bias=False))
-    done = quantize(model, {}, bits=8, group_size=64, mode="affine", key="quantize")
-    assert (done.layers, done.dense_layers) == (["layers.0"], ["layers.1"])
-    assert isinstance(model.layers[1], nn.Linear)
-
-
-def test_a_group_size_that_divides_nothing_is_told() -> None:
-    with pytest.raises(CallError) as caught:
-        quantize(_model(48), {}, bits=4, group_size=128, mode="affine", key="quantize:q4")
-    assert str(caught.value) == (
-        "quantize:q4.group_size = 128: divides the width of no layer. Use a smaller one or wider layers."
-    )
 
 
 def _llama() -> tuple[nn.Module, dict[str, Any]]:
@@ -55,26 +33,76 @@ def _llama() -> tuple[nn.Module, dict[str, Any]]:
     ],
 )
 def test_every_setting_gives_the_tensors_and_the_config_of_mlx_lm(bits: int, group_size: int, mode: str) -> None:
-    (ours, config), (theirs, their_config) = _llama(), _llama()
-    done = quantize(ours, config, bits=bits, group_size=group_size, mode=mode, key="quantize")
+    (ours, _), (theirs, their_config) = _llama(), _llama()
+    plan = resolve(ours, default=Setting(mode, bits, group_size), rules=(), key="quantize")
+    apply_plan(ours, plan.layers)
     theirs, their_config = quantize_model(theirs, their_config, group_size, bits, mode)
     first, second = dict(tree_flatten(ours.parameters())), dict(tree_flatten(theirs.parameters()))
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert value.dtype == second[name].dtype, name
         assert mx.array_equal(value, second[name]), name
-    assert done.config["quantization"] == their_config["quantization"]
-    assert done.config["quantization_config"] == their_config["quantization_config"]
+    assert plan.config() == their_config["quantization"]
     packed = {path for path, module in ours.named_modules() if hasattr(module, "scales")}
-    assert set(done.layers) == packed != set()
+    assert set(plan.layers) == packed != set()
 
 
-@pytest.mark.parametrize(("bits", "largest_error"), [(8, 0.01), (4, 0.15)])
-def test_weights_come_back_within_the_step_of_their_bits(bits: int, largest_error: float) -> None:
-    model = nn.Sequential(nn.Linear(64, 256, bias=False))
-    dense = mx.random.normal((256, 64), key=mx.random.key(0))
-    model.layers[0].weight = dense
-    quantize(model, {}, bits=bits, group_size=64, mode="affine", key="quantize")
-    packed = model.layers[0]
-    restored = mx.dequantize(packed.weight, packed.scales, packed.biases, 64, bits)
-    assert float(mx.linalg.norm(restored - dense) / mx.linalg.norm(dense)) < largest_error
+def test_bits_per_weight_count_scales_and_biases() -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    assert bits_per_weight(model) == 32
+    quantize_model_for_inference(model)
+    assert bits_per_weight(model) == 4 + 64 / 64  # fp32 scale and bias for each group of 64
+
+
+def test_the_example_of_the_public_function_runs() -> None:
+    found = doctest.DocTestFinder().find(apply.quantize_model_for_inference, "quantize", globs={})
+    results = doctest.DocTestRunner().run(found[0])
+    assert results.attempted == 6
+    assert results.failed == 0
+
+
+def test_a_model_computes_with_the_weights_its_codes_stand_for() -> None:
+    model = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 64))
+    dense = model.layers[0].weight
+    x = mx.random.normal((3, 128), key=mx.random.key(0))
+    bias = model.layers[0].bias
+    quantized = mlxflow.quantize_model_for_inference(
+        model, bits=3, group_size=32, mode="symmetric", layers=[{"match": "layers.2", "skip": True}]
+    )
+    first, _, last = quantized.layers
+    assert quantized is model
+    assert isinstance(first, nn.QuantizedLinear)
+    assert isinstance(last, nn.Linear)
+    expected = x @ round_trip(dense, Setting("symmetric", 3, 32)).T + bias
+    assert mx.allclose(first(x), expected, atol=1e-4)
+    assert mx.array_equal(first.biases, first.scales * -4)  # the fixed zero point of 3 bits
+
+
+_NAME = "quantize_model_for_inference"
+_MODES = "affine, symmetric, mxfp4, mxfp8, nvfp4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1}, f'{_NAME}.bits = 1: mode "affine" needs one of 2, 3, 4, 5, 6, 8. Set bits = 4.'),
+        ({"mode": "int4"}, f'mode = "int4": expected one of {_MODES}. Use mode = "affine" (the default).'),
+        (
+            {"group_size": 128, "mode": "nvfp4"},
+            f'{_NAME}.group_size = 128: mode "nvfp4" needs group_size 16. Set group_size = 16.',
+        ),
+        (
+            {"layers": [{"match": "*", "bit": 4}]},
+            "layers: Rule.__new__() got an unexpected keyword argument 'bit'. "
+            "A rule has match, bits, group_size, mode and skip.",
+        ),
+        (
+            {"layers": [{"match": "*", "mode": "int4"}]},
+            f'{_NAME}.layers[0].mode = "int4": expected one of {_MODES}. Use mode = "affine".',
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(CallError) as caught:
+        quantize_model_for_inference(nn.Sequential(nn.Linear(64, 8)), **arguments)
+    assert str(caught.value) == message

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.quantization.codec import Setting, round_trip, unpack
+from mlxflow.quantization.codec import round_trip, unpack
 from mlxflow.quantization.fake import fake_quantized, fake_weight
+from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
 from mlxflow.training.objective import choose_objective, plain_objective
 from mlxflow.training.optimizers import Update

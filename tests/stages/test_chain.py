@@ -135,7 +135,10 @@ def test_sizes_and_ratios_come_from_the_files(built: Path) -> None:
         size = sizes[row["model"].replace(":", "/")]
         assert row["model_bytes"] == size
         assert row["compression_ratio"] == pytest.approx(sizes["train"] / size)
-    assert _report(built, "quantize/q4")["compression_ratio"] == pytest.approx(sizes["train"] / sizes["quantize/q4"])
+    report = _report(built, "quantize/q4")
+    assert report["model_bytes"] == sizes["quantize/q4"]
+    assert report["compression_ratio_fp32"] == pytest.approx(4 * report["parameters"] / sizes["quantize/q4"])
+    assert report["compression_ratio_bf16"] == pytest.approx(report["compression_ratio_fp32"] / 2)
     assert sizes["quantize/q4"] < sizes["quantize/q8"] < sizes["train"]
 
 

@@ -1,0 +1,177 @@
+"""From a dense model to the file of the packed one, layer by layer: memory holds one layer, not the model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.artifact import TensorFile
+from mlxflow.errors import ArtifactError
+from mlxflow.quantization.codec import Packed, pack, unpack
+from mlxflow.quantization.settings import Setting
+
+
+class LayerFacts(NamedTuple):
+    """What became of one layer's matrix.
+
+    Attributes:
+        path: of the layer.
+        shape: of the dense matrix.
+        setting: how it is packed; None where it stays dense.
+        num_bytes: of its weight as it is stored, scales and biases included.
+        relative_error: Frobenius norm of what was lost over that of the matrix; 0 where it stays dense.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    setting: Setting | None
+    num_bytes: int
+    relative_error: float
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the matrix."""
+        return _count(self.shape)
+
+
+class Exported(NamedTuple):
+    """A written model.
+
+    Attributes:
+        layers: every matrix, in the model's order.
+        parameters: of the whole model, tied ones once.
+        num_bytes: of all tensors.
+        dense_bytes: of all tensors of the dense model.
+    """
+
+    layers: list[LayerFacts]
+    parameters: int
+    num_bytes: int
+    dense_bytes: int
+
+
+def export(
+    model: nn.Module,
+    layers: Mapping[str, Setting],
+    *,
+    file: Path,
+    metadata: Mapping[str, str],
+    packed: Callable[[str], Packed | None],
+    source: str,
+    watch: Callable[[str], None],
+) -> Exported:
+    """Write a model's parameters with some layers packed; each is computed, written and given back before the next.
+
+    Args:
+        model: dense; lazily loaded weights stay on the disk until it is their turn. Its parameters are taken away.
+        layers: module path to setting.
+        file: the safetensors file to write.
+        metadata: text by key, kept in the header.
+        packed: gives codes that are there already, by path; None where the layer is to be rounded.
+        source: what the model was read from, for messages.
+        watch: is told the path of each layer that was packed.
+
+    Raises:
+        ArtifactError: a weight that is not finite; the tensor is named.
+        StageError: the disk has less room than the file needs.
+    """
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    owned = {path for path, _ in leaves}
+    loose = {name: value for name, value in tree_flatten(model.parameters()) if name.rpartition(".")[0] not in owned}
+    entries = dict(_entries(model, layers))
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    dense_bytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    found: list[LayerFacts] = []
+    with TensorFile(file, entries, metadata) as out:
+        for name in list(loose):
+            _put(out, name, loose.pop(name), source)
+        for path, layer in leaves:
+            found += _write_layer(out, path, layer, layers.get(path), packed, source)
+            for name in [name for name, value in layer.items() if isinstance(value, mx.array)]:
+                layer.pop(name)
+            mx.clear_cache()
+            if path in layers:
+                watch(path)
+    return Exported(
+        found, parameters, sum(dtype.size * _count(shape) for dtype, shape in entries.values()), dense_bytes
+    )
+
+
+def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[str, tuple[mx.Dtype, tuple[int, ...]]]]:
+    """Yield name, type and shape of every tensor of the packed model."""
+    for name, value in tree_flatten(model.parameters()):
+        path, _, own = name.rpartition(".")
+        setting = layers.get(path) if own == "weight" else None
+        if setting is None:
+            yield name, (value.dtype, value.shape)
+            continue
+        *rows, width = value.shape
+        groups = (*rows, width // setting.group_size)
+        yield name, (mx.uint32, (*rows, width * setting.bits // 32))
+        has_biases = setting.stored_mode == "affine"
+        yield f"{path}.scales", (value.dtype if has_biases else mx.uint8, groups)
+        if has_biases:
+            yield f"{path}.biases", (value.dtype, groups)
+
+
+def _write_layer(
+    out: TensorFile,
+    path: str,
+    layer: nn.Module,
+    setting: Setting | None,
+    packed: Callable[[str], Packed | None],
+    source: str,
+) -> Iterator[LayerFacts]:
+    for own, value in tree_flatten(layer.parameters()):
+        name = f"{path}.{own}" if path else own
+        if own == "weight" and setting is not None:
+            yield _write_packed(out, path, value, setting, packed(path), source)
+            continue
+        _put(out, name, value, source)
+        if own == "weight" and value.ndim > 1:
+            yield LayerFacts(path, value.shape, None, value.nbytes, 0.0)
+
+
+def _write_packed(
+    out: TensorFile, path: str, weight: mx.array, setting: Setting, made: Packed | None, source: str
+) -> LayerFacts:
+    parts = made or pack(weight, setting)
+    lost, norm = _loss_of(weight, parts, setting)
+    mx.eval(parts, lost, norm)
+    if not mx.isfinite(norm).item():
+        raise _not_finite(source, f"{path}.weight", weight)
+    for own, part in zip(("weight", "scales", "biases"), parts, strict=True):
+        if part is not None:
+            out.put(f"{path}.{own}", part)
+    error = float(lost) / float(norm) if float(norm) else 0.0
+    return LayerFacts(path, weight.shape, setting, parts.nbytes, error)
+
+
+def _loss_of(weight: mx.array, parts: Packed, setting: Setting) -> tuple[mx.array, mx.array]:
+    """Return the norms of what is lost and of the whole, in fp32, summed row by row."""
+    exact = weight.astype(mx.float32)
+    lost = exact - unpack(parts, setting, weight.dtype).astype(mx.float32)
+    return tuple(mx.sqrt(one.square().sum(axis=-1).sum()) for one in (lost, exact))  # type: ignore[return-value]
+
+
+def _put(out: TensorFile, name: str, value: mx.array, source: str) -> None:
+    if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+        raise _not_finite(source, name, value)
+    out.put(name, value)
+
+
+def _not_finite(source: str, name: str, value: mx.array) -> ArtifactError:
+    count = round(float((~mx.isfinite(value)).sum()))
+    return ArtifactError(
+        f"{source}: {name}: {count:,} of {value.size:,} values are not finite. Train or fetch the model again."
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

@@ -1,0 +1,27 @@
+"""What a person sees while layers are packed: a bar on a terminal, nothing in a log."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
+    """Show on standard error which layer is done until the block ends.
+
+    Args:
+        task: what is done.
+        count: layers in all.
+
+    Yields:
+        a function that takes the path of each layer that is done.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(task), MofNCompleteColumn(), BarColumn(10), TextColumn("{task.description}"))
+    with Progress(
+        *columns, TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal
+    ) as bars:
+        bar = bars.add_task("", total=count)
+        yield lambda path: bars.update(bar, advance=1, description=path[-40:])

@@ -1,0 +1,67 @@
+"""How a matrix is quantized: the modes, their bits and group sizes; imports no mlx."""
+
+from typing import NamedTuple
+
+#: The group sizes and bits that each mode has; the first of each is the usual one.
+GROUP_SIZES = {"affine": (64, 32, 128), "symmetric": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
+BITS = {"affine": (4, 2, 3, 5, 6, 8), "symmetric": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
+
+
+class Setting(NamedTuple):
+    """How one matrix is quantized.
+
+    Attributes:
+        mode: "affine", "symmetric", "mxfp4", "mxfp8" or "nvfp4".
+        bits: of a code.
+        group_size: weights along the last axis that share a scale.
+    """
+
+    mode: str
+    bits: int
+    group_size: int
+
+    @property
+    def stored_mode(self) -> str:
+        """The mode that a reader is told: symmetric codes lie in affine storage."""
+        return "affine" if self.mode == "symmetric" else self.mode
+
+    def stored(self) -> dict[str, str | int]:
+        """Return the setting as `config.json` tells it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.stored_mode}
+
+
+class Mistake(NamedTuple):
+    """A value that the mode does not have.
+
+    Attributes:
+        key: "bits" or "group_size".
+        value: as given.
+        expected: what the mode needs, in words.
+        usual: the value to use instead.
+    """
+
+    key: str
+    value: int
+    expected: str
+    usual: int
+
+
+def mistakes_in(setting: Setting) -> list[Mistake]:
+    """Return bits and group size where the setting's mode does not have them."""
+    found = []
+    for key, value, choices in (
+        ("bits", setting.bits, BITS[setting.mode]),
+        ("group_size", setting.group_size, GROUP_SIZES[setting.mode]),
+    ):
+        if value not in choices:
+            listed = f"{key} {choices[0]}" if len(choices) == 1 else f"one of {', '.join(map(str, sorted(choices)))}"
+            found.append(Mistake(key, value, f'mode "{setting.mode}" needs {listed}', choices[0]))
+    return found
+
+
+def completed(default: Setting, *, mode: str | None, bits: int | None, group_size: int | None) -> Setting:
+    """Return a setting of which some was said: the rest is the default's, or the usual where the mode has not that."""
+    mode = mode or default.mode
+    usual_bits = default.bits if default.bits in BITS[mode] else BITS[mode][0]
+    usual_size = default.group_size if default.group_size in GROUP_SIZES[mode] else GROUP_SIZES[mode][0]
+    return Setting(mode, bits or usual_bits, group_size or usual_size)
