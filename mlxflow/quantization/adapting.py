@@ -1,0 +1,132 @@
+"""What lets mlx-lm's own quantizing functions follow a plan and run well: layers of a changed class, for a while."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxflow.quantization.codec import Setting, pack
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every layer that MLX can quantize by its path, in the model's order."""
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    return {path: layer for path, layer in leaves if hasattr(layer, "to_quantized")}
+
+
+def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:
+    """Return the quantized form of a dense layer, rounded to nearest; symmetric ones lie in affine storage."""
+    made: nn.Module = layer.to_quantized(group_size=setting.group_size, bits=setting.bits, mode=setting.stored_mode)
+    if setting.mode == "symmetric":
+        made.weight, made.scales, made.biases = pack(layer.weight, setting)
+    return made
+
+
+@contextlib.contextmanager
+def following(model: nn.Module, plan: Mapping[str, Setting], *, free: set[str], hides: bool) -> Iterator[None]:
+    """Let all layers but the free ones answer `to_quantized` as the plan says; leave the model dense at the end.
+
+    Args:
+        model: dense.
+        plan: module path to setting; layers that are not in it stay dense.
+        free: paths of the layers that mlx-lm quantizes by itself.
+        hides: whether a layer that stays dense has no `to_quantized`, where mlx-lm's function looks for it; if not, it
+            answers with itself.
+    """
+    layers = quantizable_layers(model)
+    kinds = {path: type(layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
+        if path not in free:
+            layer.__class__ = _rounded(kinds[path], plan[path]) if path in plan else _dense(kinds[path], hides=hides)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.__class__ = kinds[path]
+            for kept in ("input_feat", "indices"):
+                layer.pop(kept, None)
+        model.update_modules(tree_unflatten(list(layers.items())))
+
+
+def _rounded(kind: type[nn.Module], setting: Setting) -> type[nn.Module]:
+    def to_quantized(self: nn.Module, **_: Any) -> nn.Module:
+        self.__class__ = kind
+        return packed_layer(self, setting)
+
+    return type(kind.__name__, (kind,), {"to_quantized": to_quantized})
+
+
+def _dense(kind: type[nn.Module], *, hides: bool) -> type[nn.Module]:
+    def hidden(self: nn.Module) -> Any:
+        raise AttributeError("stays dense")
+
+    answer: Any = property(hidden) if hides else lambda self, **_: self
+    return type(kind.__name__, (kind,), {"to_quantized": answer})
+
+
+@contextlib.contextmanager
+def dense_products(model: nn.Module) -> Iterator[None]:
+    """On the CPU, let quantized layers multiply by their dequantized weights: the packed product is 39 times slower."""
+    chosen = [one for one in model.modules() if type(one) in (nn.QuantizedLinear, nn.QuantizedEmbedding)]
+    if mx.default_device() != mx.cpu:
+        chosen = []
+    chosen = [one for one in chosen if one.mode == "affine"]
+    for layer in chosen:
+        layer.__class__ = _DENSE_PRODUCT[type(layer)]
+    try:
+        yield
+    finally:
+        for layer in chosen:
+            layer.__class__ = type(layer).__mro__[1]
+
+
+def _differentiable(layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    """Return codes times scales plus biases, (..., N), with a gradient for both."""
+    codes = mx.dequantize(
+        weight, mx.ones_like(scales), mx.zeros_like(biases), group_size=layer.group_size, bits=layer.bits
+    )
+    groups = codes.reshape(*scales.shape, layer.group_size) * scales[..., None] + biases[..., None]
+    return groups.reshape(codes.shape)
+
+
+class _DenseProductLinear(nn.QuantizedLinear):  # type: ignore[misc]
+    def __call__(self, x: mx.array) -> mx.array:
+        made = x @ _differentiable(self, self.weight, self.scales, self.biases).T
+        return made + self["bias"] if "bias" in self else made
+
+
+class _DenseProductEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
+    def __call__(self, x: mx.array) -> mx.array:
+        return _differentiable(self, self.weight[x], self.scales[x], self.biases[x])
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ _differentiable(self, self.weight, self.scales, self.biases).T
+
+
+_DENSE_PRODUCT = {nn.QuantizedLinear: _DenseProductLinear, nn.QuantizedEmbedding: _DenseProductEmbedding}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what mlx-lm prints to itself; its bars are shown where a terminal is."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if not sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
+def numpy_random_kept() -> Iterator[None]:
+    """Put NumPy's global generator, which mlx-lm seeds, back as it was."""
+    before = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

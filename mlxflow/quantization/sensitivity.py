@@ -1,0 +1,91 @@
+"""What quantizing each layer costs, from squared gradients: one backward pass a row prices every setting at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.quantization.codec import Setting, round_trip
+
+#: See `training.objective.Objective`: takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses
+#: and how many tokens it is of.
+Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+#: What a layer costs at each of its candidates, in nats per token.
+Costs = dict[str, dict[Setting, float]]
+
+
+def measure_costs(
+    model: nn.Module,
+    candidates: Mapping[str, Sequence[Setting]],
+    tokens: mx.array,
+    marks: mx.array,
+    *,
+    objective: Objective,
+    dtype: mx.Dtype | None,
+) -> Costs:
+    """Return for each layer and candidate an estimate of the divergence from the dense model, in nats per token.
+
+    To the second order the divergence is half of the squared error of each weight times its Fisher information, for
+    which stand the squared gradients of the loss (Dong et al. 2019, arXiv:1905.03696, with the diagonal alone). Layers
+    add up.
+
+    Args:
+        model: dense, in evaluation mode; unchanged.
+        candidates: module path to the settings that are looked at.
+        tokens: (R, L + 1) ids.
+        marks: (R, L + 1); see `data.token_file.Batch`.
+        objective: the loss.
+        dtype: that the weights are stored in, and so scales and biases; None for their own.
+    """
+    squares, count = _mean_squares(model, list(candidates), tokens, marks, objective)
+    modules = dict(model.named_modules())
+    costs: Costs = {}
+    for path, settings in candidates.items():
+        weight = modules[path].weight
+        stored = weight if dtype is None else weight.astype(dtype)
+        told = [_cost(weight, round_trip(stored, setting), squares.get(path), count) for setting in settings]
+        mx.eval(told)
+        costs[path] = {setting: float(one) for setting, one in zip(settings, told, strict=True)}
+        squares.pop(path, None)
+    return costs
+
+
+def _cost(weight: mx.array, stored: mx.array, squares: mx.array | None, count: mx.array) -> mx.array:
+    lost = (weight.astype(mx.float32) - stored.astype(mx.float32)).square()
+    return (lost * squares).sum() / (2 * count) if squares is not None else mx.array(0.0)
+
+
+def _mean_squares(
+    model: nn.Module, paths: Sequence[str], tokens: mx.array, marks: mx.array, objective: Objective
+) -> tuple[dict[str, mx.array], mx.array]:
+    """Return the sum over rows of the squared gradient of each weight, in fp32, and the tokens they are of.
+
+    The gradients of a row's tokens point every way: the square of their sum is nearly the sum of their squares.
+    """
+    modules = dict(model.named_modules())
+    weights = {path: modules[path].weight for path in paths}
+
+    def loss(weights: dict[str, mx.array], tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
+        for path, weight in weights.items():
+            modules[path].weight = weight
+        return objective(model, tokens, marks)
+
+    def add(
+        weights: dict[str, mx.array], sums: dict[str, mx.array], count: mx.array, tokens: mx.array, marks: mx.array
+    ) -> tuple[dict[str, mx.array], mx.array]:
+        (_, targets), gradients = mx.value_and_grad(loss)(weights, tokens, marks)
+        more = {path: total + gradients[path].astype(mx.float32).square() for path, total in sums.items()}
+        return more, count + targets
+
+    compiled = mx.compile(add)
+    sums = {path: mx.zeros(weight.shape, mx.float32) for path, weight in weights.items()}
+    count = mx.array(0.0)
+    try:
+        for row in range(len(tokens)):
+            sums, count = compiled(weights, sums, count, tokens[row : row + 1], marks[row : row + 1])
+            mx.eval(sums, count)
+    finally:
+        for path, weight in weights.items():
+            modules[path].weight = weight
+    return sums, mx.maximum(count, 1.0)
