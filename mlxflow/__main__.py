@@ -47,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("stage", help="such as train or quantize:q4")
     run.add_argument("--into", type=Path, help="write the artifact there instead; the workflow's own is left alone")
     add_workflow(run)
-    show = add("show", _show, "print an artifact for a person: packed rows with their documents and loss masks")
-    show.add_argument("stage", help="such as pretokenize")
+    show = add("show", _show, "print an artifact for a person: packed rows with loss masks, or each layer's bits")
+    show.add_argument("stage", help="such as pretokenize or quantize:q4")
     show.add_argument("--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones")
     add_workflow(show)
     add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
 def _check(parsed: argparse.Namespace) -> None:
     from mlxflow.workflow import load_workflow, resolved_toml
 
-    print(resolved_toml(load_workflow(parsed.workflow)), end="")
+    workflow = load_workflow(parsed.workflow)
+    from mlxflow.plans import check_plans
+
+    check_plans(workflow)
+    print(resolved_toml(workflow), end="")
 
 
 def _run(parsed: argparse.Namespace) -> None:

@@ -94,10 +94,23 @@ def build(config: Mapping[str, Any], *, seed: int) -> nn.Module:
         config: a `config.json`.
         seed: of the initial weights; the global random state is set by it.
     """
-    model_class, args_class = _get_classes(dict(config))
     mx.random.seed(seed)
-    model: nn.Module = model_class(args_class.from_dict(dict(config)))
+    model = skeleton(config)
     mx.eval(model.parameters())
+    return model
+
+
+def skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """Return a model of an architecture that mlx-lm knows, its weights not computed yet: for its shapes.
+
+    Raises:
+        ArtifactError: mlx-lm does not know the architecture, or the config lacks what it needs.
+    """
+    try:
+        model_class, args_class = _get_classes(dict(config))
+        model: nn.Module = model_class(args_class.from_dict(dict(config)))
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise ArtifactError(f"config.json: no architecture that mlx-lm knows ({error}). Name another model.") from error
     return model
 
 

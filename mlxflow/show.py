@@ -20,19 +20,61 @@ def show(workflow: Workflow, one: Stage, row: int | None) -> None:
 
     Args:
         workflow: the workflow.
-        one: a pretokenize stage.
-        row: of its training rows, the one to print; None for a summary and the first ones.
+        one: a pretokenize or quantize stage.
+        row: of a pretokenize stage's training rows, the one to print; None for a summary and the first ones.
 
     Raises:
         CallError: there is nothing to show of such a stage, or no such row.
         ArtifactError: it was not built.
     """
-    if one.name != "pretokenize":
-        raise CallError(f"{one.task}: there is nothing to show of it. Name a pretokenize stage.")
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    _show_tokens(console, workflow.root / one.folder, one.task, row)
+    if one.name == "quantize":
+        _show_layers(console, workflow.root / one.folder, one.task)
+    elif one.name == "pretokenize":
+        _show_tokens(console, workflow.root / one.folder, one.task, row)
+    else:
+        raise CallError(f"{one.task}: there is nothing to show of it. Name a pretokenize or a quantize stage.")
+
+
+def _show_layers(console: "Console", folder: Path, task: str) -> None:
+    """Print the plan as it was carried out: a line for each layer, and what all of it comes to."""
+    from rich.table import Table
+
+    from mlxflow import artifact
+    from mlxflow.stage import require
+
+    report = artifact.read_report(require(folder / "report.toml", task))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in report["layers"]:
+        is_packed = layer["bits"] > 0
+        table.add_row(
+            layer["path"],
+            " x ".join(map(str, layer["shape"])),
+            layer["mode"],
+            str(layer["bits"]) if is_packed else "-",
+            str(layer["group_size"]) if is_packed else "-",
+            f"{layer['bytes']:,}",
+            f"{layer['bits_per_weight']:.2f}",
+            f"{layer['relative_error']:.3g}" if is_packed else "-",
+        )
+    console.width = max(console.width, 80 + max(len(layer["path"]) for layer in report["layers"]))  # nothing is cut
+    console.print(table)
+    console.print(
+        f"{task}: {report['parameters']:,} parameters in {report['model_bytes']:,} bytes, "
+        f"{report['bits_per_weight']:.2f} bits a weight; {report['compression_ratio_fp32']:.2f} times smaller than "
+        f"fp32, {report['compression_ratio_bf16']:.2f} than bf16"
+    )
+    if quality := report.get("quality"):
+        console.print(
+            f"perplexity {quality['dense_perplexity']:.4g} -> {quality['perplexity']:.4g} "
+            f"(+- {quality['perplexity_standard_error']:.2g}), divergence {quality['kl']:.3g} nats a token, "
+            f"{quality['top1_agreement']:.1%} of the likeliest tokens equal"
+        )
 
 
 def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -> None:

@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.quantization.codec import Setting, pack
+from mlxflow.quantization.codec import pack
+from mlxflow.quantization.settings import Setting
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,8 +9,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflow.errors import WorkflowError
-from mlxflow.quantization.codec import Setting, packed_bytes, round_trip
+from mlxflow.quantization.codec import packed_bytes, round_trip
 from mlxflow.quantization.sensitivity import Costs, Objective
+from mlxflow.quantization.settings import Setting
 
 #: Bytes of a layer at each of its candidates.
 Sizes = dict[str, dict[Setting, int]]

@@ -24,7 +24,8 @@ from mlxflow.quantization.adapting import (
     quantizable_layers,
     quiet,
 )
-from mlxflow.quantization.codec import Packed, Setting
+from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.settings import Setting
 
 _GPTQ_BITS = (2, 4, 8)
 

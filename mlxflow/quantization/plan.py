@@ -63,6 +63,12 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     return {path: layer for path, layer in leaves if hasattr(layer, "to_quantized")}
 
 
+def names_bits(path: str, rules: Sequence[Rule]) -> bool:
+    """Return whether the rule that holds for a path says its bits."""
+    rule = next((rule for rule in rules if fnmatchcase(path, rule.match)), None)
+    return rule is not None and rule.bits is not None
+
+
 def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: str) -> Plan:
     """Return the plan for a model; looks at shapes only.
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.quantization.codec import Setting, round_trip
+from mlxflow.quantization.codec import round_trip
+from mlxflow.quantization.settings import Setting
 
 #: See `training.objective.Objective`: takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses
 #: and how many tokens it is of.

@@ -217,7 +217,16 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     model, model_config = _load(config, folder, context)
     tokens = _open_tokens(config, inputs, folder, model_config, context)
     plan, chosen = quantize_methods.choose_plan(config, model, tokens, context)
-    made = quantize_methods.make(config, inputs, outputs, context, model=model, plan=plan, tokens=tokens)
+    made = quantize_methods.make(
+        config,
+        inputs,
+        outputs,
+        context,
+        model=model,
+        model_type=str(model_config.get("model_type")),
+        plan=plan,
+        tokens=tokens,
+    )
     with show_layers(context.task, len(made.plan.layers)) as watch:
         exported = export(
             made.model,

@@ -3,9 +3,23 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlxflow.errors import ArtifactError
+from mlxflow.config import toml_value
+from mlxflow.device import parse_size
+from mlxflow.quantization.settings import Setting
 from mlxflow.stage import Context, derive_seed
 from mlxflow.stages import train
+
+# Rows that the learned methods look at together
+_CALIBRATION_BATCH = 4
+
+# mlx-lm's own: scales that AWQ tries
+_AWQ_STEPS = 20
+
+# Of a safetensors header: what stands around the name of a tensor, and what tells where the file came from
+_ENTRY_BYTES = 80
+_HEADER_BYTES = 1024
+
+_DWQ_LEARNING_RATE = 1e-5
 
 
 class Tokens(NamedTuple):
@@ -41,7 +55,54 @@ def choose_plan(config: Any, model: Any, tokens: Tokens | None, context: Context
 
     plan = resolve(model, default=config.default, rules=rules_of(config), key=context.task)
     check_supported(plan.layers, context.task)
-    return plan, {}
+    if not config.has_budget or tokens is None:
+        return plan, {}
+    layers, losses = _within_budget(config, model, plan, tokens, context)
+    plan = plan._replace(layers=layers)
+    return plan, {"layers_toml": layers_toml(plan), "budget_losses": losses}
+
+
+def _within_budget(
+    config: Any, model: Any, plan: Any, tokens: Tokens, context: Context
+) -> tuple[dict[str, Setting], list[float]]:
+    """Return the layers of a plan with bits chosen under the budget, and the losses of the plans that were tried."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlxflow.quantization import budget
+    from mlxflow.quantization import plan as plans
+    from mlxflow.quantization.sensitivity import measure_costs
+
+    rules, modules = rules_of(config), dict(model.named_modules())
+    candidates = {
+        path: [setting]
+        if plans.names_bits(path, rules)
+        else [setting._replace(bits=bits) for bits in sorted(config.candidate_bits)]
+        for path, setting in plan.layers.items()
+    }
+    plans.check_supported({str(one): one for some in candidates.values() for one in some}, context.task)
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    key = "target_size" if config.target_size else "target_bits_per_weight"
+    total = int(config.target_bits_per_weight * parameters / 8)
+    if config.target_size:
+        total = parse_size(config.target_size, 0) - _header_bytes(model, candidates)
+    objective = _objective(model, None, tokens, config.batch_size, masks_of(tokens, model))
+    rows, marks = (mx.array(part) for part in calibration_rows(config, tokens, context))
+    sizes = budget.sizes_of(model, candidates, dtype=None)
+    room = total - budget.fixed_bytes(model, candidates, dtype=None)
+    costs = measure_costs(model, candidates, rows, marks, objective=objective, dtype=None)
+    asked = f"{context.task}.{key} = {toml_value(getattr(config, key))}"
+    cheapest = budget.cheapest_plan(
+        costs,
+        sizes,
+        budget_bytes=room,
+        asked=asked,
+        parameters=sum(modules[path].weight.size for path in candidates),
+    )
+    tried = [cheapest, *budget.uniform_plans(sizes, budget_bytes=room)]
+    return budget.best_measured(
+        model, tried, rows, marks, objective=objective, dtype=None, batch_size=_CALIBRATION_BATCH
+    )
 
 
 def rules_of(config: Any) -> list[Any]:
@@ -61,24 +122,73 @@ def rules_of(config: Any) -> list[Any]:
 
 
 def make(
-    config: Any, inputs: Any, outputs: Any, context: Context, *, model: Any, plan: Any, tokens: Tokens | None
+    config: Any,
+    inputs: Any,
+    outputs: Any,
+    context: Context,
+    *,
+    model: Any,
+    model_type: str,
+    plan: Any,
+    tokens: Tokens | None,
 ) -> Made:
     """Return a model and the codes of its layers, made as `method` says; rounding is left to the export."""
     if config.method == "rtn" or tokens is None:
         return Made(model, plan, {}, {})
     if config.method == "qat":
         return _trained(config, inputs, outputs, context, model=model, plan=plan, tokens=tokens)
-    raise ArtifactError(f'{context.task}.method = "{config.method}": not yet.')
+    return Made(model, plan, _learned(config, model, model_type, plan.layers, tokens, context), {})
+
+
+def _learned(
+    config: Any, model: Any, model_type: str, layers: Mapping[str, Setting], tokens: Tokens, context: Context
+) -> dict[str, Any]:
+    """Return the codes that one of mlx-lm's methods learns from calibration rows."""
+    import mlx.core as mx
+
+    from mlxflow.quantization import learned
+
+    rows = mx.array(calibration_rows(config, tokens, context).tokens).astype(mx.int32)
+    mx.eval(model.parameters(), rows)
+    key = context.task
+    if config.method == "gptq":
+        return learned.gptq(model, layers, rows[:, :-1], batch_size=_CALIBRATION_BATCH, key=key)
+    if config.method == "awq":
+        return learned.awq(model, layers, rows[:, :-1], model_type=model_type, search_steps=_AWQ_STEPS, key=key)
+    return learned.dwq(
+        model,
+        layers,
+        rows,
+        batch_size=_CALIBRATION_BATCH,
+        learning_rate=_DWQ_LEARNING_RATE,
+        seed=derive_seed(context.seed, "quantize.rows"),
+        key=key,
+    )
 
 
 def calibration_rows(config: Any, tokens: Tokens, context: Context) -> Any:
     """Return token rows and their marks, (R, L + 1) each, for what looks at data, chosen by seed."""
-    import numpy as np
+    from mlxflow.quantization.learned import choose_rows
 
     rows = tokens.train.rows
-    random = np.random.default_rng(derive_seed(context.seed, "quantize.calibration"))
-    count = min(config.calibration_rows, rows.num_rows)
-    return rows.take(np.sort(random.choice(rows.num_rows, size=count, replace=False)))
+    seed = derive_seed(context.seed, "quantize.calibration")
+    return rows.take(choose_rows(rows.marks, count=config.calibration_rows, seed=seed))
+
+
+def masks_of(tokens: Tokens, model: Any) -> bool:
+    """Return whether documents are kept apart: where there are conversations and the architecture can."""
+    from mlxflow import packed
+
+    return tokens.train.has_conversations and packed.can_mask_documents(model, tokens.train.vocab_size)
+
+
+def _header_bytes(model: Any, packed: Mapping[str, Any]) -> int:
+    """Return the most that names, shapes and provenance take at the head of the file."""
+    from mlx.utils import tree_flatten
+
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    names += [f"{path}.{own}" for path in packed for own in ("scales", "biases")]
+    return _HEADER_BYTES + sum(len(name) + _ENTRY_BYTES for name in names)
 
 
 # --- training
@@ -112,7 +222,7 @@ def _trained(
             outputs.metrics[0],
             context,
             model=model,
-            objective=_objective(model, teacher, tokens, settings, masks),
+            objective=_objective(model, teacher, tokens, config.batch_size, masks),
             tokens=tokens.train,
             masks=masks,
         )
@@ -153,7 +263,7 @@ def _teacher(inputs: Any) -> Any:
     return teacher
 
 
-def _objective(model: Any, teacher: Any, tokens: Tokens, settings: Any, masks: bool) -> Any:
+def _objective(model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks: bool) -> Any:
     from mlxflow.training import objective
 
     if teacher is not None:
@@ -162,18 +272,17 @@ def _objective(model: Any, teacher: Any, tokens: Tokens, settings: Any, masks: b
         model,
         fused=None,
         vocab_size=tokens.train.vocab_size,
-        tokens=settings.batch_size * tokens.train.context_length,
+        tokens=batch_size * tokens.train.context_length,
         masks_documents=masks,
     )
     return chosen
 
 
-def layers_toml(table: Mapping[str, Any]) -> str:
-    """Return a plan as a `layers` table ready to paste."""
+def layers_toml(plan: Any) -> str:
+    """Return a plan as a `layers` table ready to paste into a `[quantize]` table."""
     entries = [
-        "    { "
-        + f'match = "{path}", bits = {setting.bits}, group_size = {setting.group_size}, mode = "{setting.mode}"'
-        + " },"
-        for path, setting in table.items()
+        f'    {{ match = "{path}", bits = {one.bits}, group_size = {one.group_size}, mode = "{one.mode}" }},'
+        for path, one in plan.layers.items()
     ]
+    entries += [f'    {{ match = "{path}", skip = true }},' for path in plan.skipped]
     return "\n".join(["layers = [", *entries, "]"]) + "\n"

@@ -1,0 +1,343 @@
+"""The stage `quantize` on the tiny model that the session has trained."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.convert import convert
+from mlx_lm.utils import load_model
+
+from mlxflow.artifact import read_report
+from mlxflow.config import toml_value
+from mlxflow.data.token_file import TokenFile
+from mlxflow.errors import ArtifactError, StageError, UserError, WorkflowError
+from mlxflow.measurement.divergence import measure_divergence
+from mlxflow.measurement.perplexity import measure_perplexity
+from mlxflow.models import dense_weights, for_evaluation, load
+from mlxflow.plans import check_plans
+from mlxflow.run import run_stage
+from mlxflow.workflow import load_workflow
+from tests.conftest import TINY, mlxflow
+
+
+class Job:
+    """A folder in which the built models lie, and one quantize stage."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.artifact = folder / "artifacts/quantize"
+
+    def write(self, **table: Any) -> None:
+        """Write the workflow with a `[quantize]` table."""
+        head = (
+            TINY.read_text().partition("[[quantize]]")[0].replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]')
+        )
+        lines = [f"{key} = {toml_value(value)}" for key, value in table.items()]
+        (self.folder / "workflow.toml").write_text("\n".join([head, "[quantize]", *lines]) + "\n")
+
+    def run(self, **table: Any) -> dict[str, Any]:
+        """Run the stage in this process and return its report."""
+        self.write(**table)
+        workflow = load_workflow(self.folder / "workflow.toml")
+        run_stage(workflow, workflow.find("quantize"))
+        return read_report(self.artifact / "report.toml")
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Return what was written."""
+        return cast("dict[str, mx.array]", mx.load(str(self.artifact / "model.safetensors")))
+
+    def problems(self, kind: type[Exception], **table: Any) -> list[str]:
+        """Return the lines that the stage ends with."""
+        with pytest.raises(kind) as caught:
+            self.run(**table)
+        return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def job(built: Path, tmp_path: Path) -> Job:
+    (tmp_path / "artifacts").mkdir()
+    for name in ("pretokenize", "train"):
+        shutil.copytree(built / "artifacts" / name, tmp_path / "artifacts" / name)
+    shutil.copytree(built / "notes", tmp_path / "notes")
+    return Job(tmp_path)
+
+
+def test_layers_by_pattern_are_what_mlx_lm_makes_of_the_same_predicate(job: Job, tmp_path: Path) -> None:
+    def predicate(path: str, _: Any) -> bool | dict[str, Any]:
+        if path.endswith("embed_tokens"):
+            return {"group_size": 32, "bits": 8, "mode": "affine"}
+        if path.endswith("o_proj"):
+            return False
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"} if ".1.mlp." in path else True
+
+    layers = [
+        {"match": "*embed_tokens", "bits": 8, "group_size": 32},
+        {"match": "*.o_proj", "skip": True},
+        {"match": "*.1.mlp.*", "mode": "mxfp4"},
+    ]
+    report = job.run(bits=3, layers=layers)
+    convert(
+        str(job.folder / "artifacts/train"), str(tmp_path / "q"), quantize=True, q_bits=3, q_group_size=64,
+        quant_predicate=predicate,
+    )  # fmt: skip
+    ours, theirs = job.tensors(), cast("dict[str, mx.array]", mx.load(str(tmp_path / "q/model.safetensors")))
+    assert ours.keys() == theirs.keys()
+    assert all(
+        mx.array_equal(value, theirs[name]) and value.dtype == theirs[name].dtype for name, value in ours.items()
+    )
+    load_model(job.artifact, strict=True)
+    rows = {row["path"]: row for row in report["layers"]}
+    assert rows["model.embed_tokens"]["bits"] == 8
+    assert rows["model.layers.0.self_attn.o_proj"]["bits"] == 0
+    assert rows["model.layers.1.mlp.up_proj"]["mode"] == "mxfp4"
+    assert report["dense_layers"] == ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
+    for path, row in rows.items():
+        names = [name for name in ours if name.rpartition(".")[0] == path]
+        assert row["bytes"] == sum(ours[name].nbytes for name in names)
+
+
+def test_symmetric_codes_have_a_fixed_zero_point_in_the_stored_bytes(job: Job) -> None:
+    report = job.run(mode="symmetric", bits=3, group_size=32)
+    tensors = job.tensors()
+    scales = {name: value for name, value in tensors.items() if name.endswith(".scales")}
+    assert len(scales) == len(report["quantized_layers"]) > 0
+    for name, value in scales.items():
+        assert mx.array_equal(tensors[name.replace(".scales", ".biases")], -4 * value)
+    model, config = load_model(job.artifact, strict=True)
+    assert config["quantization"]["mode"] == "affine"
+    dense, _ = load(job.folder / "artifacts/train")
+    exact = {path: weight() for path, weight in dense_weights(dense, report["quantized_layers"]).items()}
+    for path, weight in dense_weights(model, report["quantized_layers"]).items():
+        lost = float(mx.linalg.norm(weight() - exact[path]) / mx.linalg.norm(exact[path]))
+        row = next(row for row in report["layers"] if row["path"] == path)
+        assert lost == pytest.approx(row["relative_error"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"bits": 2},
+        {"bits": 3, "mode": "symmetric", "dtype": "bf16", "distill": True},
+        {"mode": "mxfp4", "group_size": 32, "layers": [{"match": "*embed*", "mode": "affine", "bits": 8}]},
+        {"bits": 4, "training": "lora", "checkpointing": "layers"},
+    ],
+)
+def test_what_training_validated_is_what_was_written(job: Job, table: dict[str, Any]) -> None:
+    report = job.run(method="qat", num_steps=4, batch_size=4, max_validation_rows=64, **table)
+    lines = [json.loads(line) for line in (job.artifact / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["kind"] == "validation"][-1]
+    rows = TokenFile.open(job.folder / "artifacts/pretokenize/validation.safetensors").rows.head(64)
+    model = for_evaluation(load(job.artifact)[0])
+    assert measure_perplexity(model, rows, batch_size=4).loss == pytest.approx(last["loss"], rel=1e-6)
+    # and training moved the weights: rounding the dense model gives other codes
+    trained = job.tensors()
+    rounded = {key: value for key, value in table.items() if key not in ("distill", "training", "checkpointing")}
+    assert report["training"]["steps"] == 4
+    job.run(**rounded)
+    plain = job.tensors()
+    assert trained.keys() == plain.keys()
+    assert any(not mx.array_equal(trained[name], value) for name, value in plain.items())
+
+
+def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxflow.training import loop
+
+    table = {"method": "qat", "mode": "symmetric", "bits": 3, "num_steps": 6, "batch_size": 4}
+    job.run(**table)
+    whole = (job.artifact / "model.safetensors").read_bytes()
+    shutil.rmtree(job.artifact)
+    update = loop.Trainer._after_update
+
+    def stopped(self: Any) -> None:
+        if self._facts.step == 3:
+            raise loop.Stopped(3, self._save())
+        update(self)
+
+    monkeypatch.setattr(loop.Trainer, "_after_update", stopped)
+    with pytest.raises(SystemExit):
+        job.run(**table)
+    assert not job.artifact.exists()
+    monkeypatch.undo()
+    job.run(**table)
+    assert (job.artifact / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
+def test_a_learned_method_beats_its_own_refusals_and_is_opened_by_mlx_lm(job: Job, method: str) -> None:
+    job.run(bits=2, group_size=32, max_validation_rows=64)
+    rounded = job.tensors()
+    report = job.run(method=method, bits=2, group_size=32, calibration_rows=16, max_validation_rows=64)
+    learned = job.tensors()
+    load_model(job.artifact, strict=True)
+    assert report["method"] == method
+    assert learned.keys() == rounded.keys()
+    path = "model.layers.0.mlp.down_proj"
+    assert not mx.array_equal(learned[f"{path}.scales"], rounded[f"{path}.scales"]) or not mx.array_equal(
+        learned[f"{path}.weight"], rounded[f"{path}.weight"]
+    )
+
+
+def test_a_budget_is_met_and_its_table_gives_the_same_model_again(job: Job) -> None:
+    report = job.run(target_bits_per_weight=4.7, calibration_rows=16)
+    assert 0.99 * 4.7 <= report["bits_per_weight"] <= 4.7
+    assert len({row["bits"] for row in report["layers"]} - {0}) > 1
+    tensors = job.tensors()
+    mx.eval(tensors)
+    import tomllib
+
+    layers = tomllib.loads(report["layers_toml"])["layers"]
+    job.run(layers=layers)
+    assert all(mx.array_equal(value, tensors[name]) for name, value in job.tensors().items())
+    by_size = job.run(target_size="48 KB", calibration_rows=16)
+    assert 0.95 * 48_000 < by_size["model_bytes"] <= 48_000  # of the file, its header included
+
+
+def test_quality_is_measured_against_the_dense_model(job: Job) -> None:
+    quality = job.run(bits=2, max_validation_rows=64)["quality"]
+    rows = TokenFile.open(job.folder / "artifacts/pretokenize/validation.safetensors").rows.head(64)
+    dense, quantized = (for_evaluation(load(path)[0]) for path in (job.folder / "artifacts/train", job.artifact))
+    logits = [model(mx.array(rows.tokens[:, :-1].astype(np.int32))).astype(mx.float32) for model in (dense, quantized)]
+    logs = [np.array(one - mx.logsumexp(one, axis=-1, keepdims=True), np.float64) for one in logits]
+    counted = (rows.marks[:, 1:] & 1) == 1
+    kl = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)[counted].mean()
+    same = (logs[0].argmax(-1) == logs[1].argmax(-1))[counted].mean()
+    assert quality["kl"] == pytest.approx(kl, rel=1e-4)
+    assert quality["top1_agreement"] == pytest.approx(same)
+    for key, model in (("dense_perplexity", dense), ("perplexity", quantized)):
+        measured = measure_perplexity(model, rows, batch_size=32)
+        assert quality[key] == pytest.approx(measured.perplexity, rel=1e-5)
+        assert quality[f"{key}_standard_error"] == pytest.approx(measured.standard_error, rel=1e-3)
+    assert quality["perplexity"] > quality["dense_perplexity"]
+    again = measure_divergence(dense, dense, rows, batch_size=32, masks_documents=False)
+    assert (again.kl, again.top1_agreement) == (0, 1)
+
+
+def test_a_gate_that_closes_publishes_nothing_and_blames_three_layers(job: Job) -> None:
+    job.run(bits=8)
+    before = (job.artifact / "model.safetensors").read_bytes()
+    lines = job.problems(StageError, bits=2, max_perplexity_increase=0.001, max_kl=0.01)
+    assert [line.partition(":")[0] for line in lines] == [
+        "quantize.max_perplexity_increase = 0.001",
+        "quantize.max_kl = 0.01",
+    ]
+    for line in lines:
+        assert line.count("nats)") == 3
+        assert "Costs most: model." in line
+    assert (job.artifact / "model.safetensors").read_bytes() == before
+    assert job.run(bits=8, max_perplexity_increase=0.5, max_kl=0.5)["quality"]["kl"] < 0.5
+
+
+def test_a_model_of_ones_own_needs_no_training_and_no_tokens(job: Job) -> None:
+    own = job.folder / "own"
+    shutil.copytree(job.folder / "artifacts/train", own)
+    (own / "generation_config.json").write_text("{}")
+    (own / "README.md").write_text("another model's")
+    shutil.rmtree(job.folder / "artifacts")
+    report = job.run(model="own", dtype="bf16")
+    assert "quality" not in report
+    assert report["compression_ratio_fp32"] == pytest.approx(2 * report["compression_ratio_bf16"])
+    assert {path.name for path in job.artifact.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "report.toml", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
+    assert json.loads((job.artifact / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {str(value.dtype) for name, value in job.tensors().items() if "scales" in name} == {"mlx.core.bfloat16"}
+    shutil.copytree(job.artifact, job.folder / "small")
+    assert job.problems(ArtifactError, model="small") == [
+        'quantize.model = "small": is quantized already, and what was lost does not come back. Name a dense model, or '
+        "set quantize.requantize = true."
+    ]
+    assert job.run(model="small", requantize=True, bits=2)["bits_per_weight"] < report["bits_per_weight"]
+
+
+def test_a_weight_that_is_not_finite_is_named(job: Job) -> None:
+    path = job.folder / "artifacts/train/model.safetensors"
+    tensors = cast("dict[str, mx.array]", mx.load(str(path)))
+    mx.eval(tensors)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = float("inf")
+    mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+    assert job.problems(ArtifactError) == [
+        f"{path.parent}: {name}: 1 of 4,096 values are not finite. Train or fetch the model again."
+    ]
+    assert not job.artifact.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "table", "line"),
+    [
+        (
+            WorkflowError,
+            {"layers": [{"match": "lm_head", "bits": 8}]},
+            'quantize.layers[0].match = "lm_head": matches no layer. The head of this model is its embedding. '
+            "Match model.embed_tokens.",
+        ),
+        (
+            WorkflowError,
+            {"target_bits_per_weight": 1.5},
+            "quantize.target_bits_per_weight = 1.5: the least possible is 3.000 bits per weight",
+        ),
+        (
+            UserError,
+            {"method": "gptq", "bits": 3},
+            'quantize.method = "gptq": mlx-lm\'s GPTQ has 2, 4 and 8 bits, and the plan has 3. Choose one of these.',
+        ),
+        (UserError, {"method": "dwq", "mode": "symmetric"}, 'quantize.method = "dwq": trains scales and biases apart'),
+        (UserError, {"model": "nowhere"}, 'quantize.model = "nowhere": no such folder'),
+        (UserError, {"model": "notes"}, 'quantize.model = "notes": has no config.json. Name a model folder.'),
+        (
+            UserError,
+            {"model": "artifacts/train", "method": "awq"},
+            'quantize.method = "awq": needs tokens, and data names none. Set data = "pretokenize".',
+        ),
+        (
+            UserError,
+            {"target_size": "1 MB", "target_bits_per_weight": 4.0},
+            'quantize.target_size = "1 MB": expected one budget, not two. Remove target_bits_per_weight.',
+        ),
+    ],
+)
+def test_a_table_that_does_not_fit_is_told(job: Job, kind: type[Exception], table: dict[str, Any], line: str) -> None:
+    (found,) = job.problems(kind, **table)
+    assert found.rpartition("workflow.toml: ")[2].startswith(line)
+    assert not job.artifact.exists()
+
+
+def test_rows_longer_than_the_models_positions_are_told(job: Job) -> None:
+    config = job.folder / "artifacts/train/config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 16', '"max_position_embeddings": 8'))
+    (line,) = job.problems(ArtifactError)
+    assert line == (
+        f'quantize.data = "pretokenize": its rows have 16 tokens, {config.parent} is made for 8 positions. '
+        "Lower pretokenize.context_length."
+    )
+
+
+def test_check_looks_at_the_plan_without_any_artifact(job: Job) -> None:
+    shutil.rmtree(job.folder / "artifacts")
+    job.write(layers=[{"match": "*.embed_tokens", "bits": 8}, {"match": "*.mlp.upproj", "bits": 2}])
+    with pytest.raises(WorkflowError) as caught:
+        check_plans(load_workflow(job.folder / "workflow.toml"))
+    assert str(caught.value).rpartition("workflow.toml: ")[2] == (
+        'quantize.layers[1].match = "*.mlp.upproj": matches no layer. Did you mean model.layers.1.mlp.up_proj?'
+    )
+    result = mlxflow(job.folder, "check")
+    assert (result.returncode, result.stdout) == (2, "")
+    job.write(layers=[{"match": "*.embed_tokens", "bits": 8}])
+    check_plans(load_workflow(job.folder / "workflow.toml"))
+
+
+def test_show_prints_each_layer_with_its_bits_and_error(job: Job) -> None:
+    report = job.run(bits=3, layers=[{"match": "*embed*", "skip": True}])
+    result = mlxflow(job.folder, "show", "quantize")
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.startswith("model.")}
+    assert lines.keys() == {row["path"] for row in report["layers"]}
+    assert lines["model.embed_tokens"][4:7] == ["dense", "-", "-"]
+    shown = lines["model.layers.0.mlp.up_proj"]
+    assert shown[1:7] == ["64", "x", "64", "affine", "3", "64"]
+    assert float(shown[-1]) == pytest.approx(report["layers"][-1]["relative_error"], rel=0.2)
