@@ -47,6 +47,18 @@ intermediate_size = 384
 tie_word_embeddings = false
 """
 STEPS, BATCH, CALIBRATION = 300, 16, 64
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 49_152,
+    "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+}
 
 
 def _tell(row: str, **told: Any) -> None:
@@ -307,11 +319,10 @@ def sizes() -> None:
     """Print the bytes of all tensors of SmolLM2-135M's shape, embedding quantized, scales of 16 bits."""
     import mlx.core as mx
 
-    from benchmarks.train import SHAPE
     from mlxflow import models
     from mlxflow.quantization import budget as budgets
 
-    model = models.build(SHAPE, seed=0)
+    model = models.build(SMOLLM2_135M, seed=0)
     count = models.num_parameters(model)
     for bits in (4, 8):
         plan = _uniform(model, "affine", bits)
