@@ -55,11 +55,9 @@ def gptq(
         path: layer for path, layer in quantizable_layers(model).items() if type(layer) in (nn.Linear, SwitchLinear)
     }
     inside = _inside_blocks(model)
-    common = _common({path: plan[path] for path in linear if path in plan and path in inside}, name)
+    common = _common({path: one for path, one in plan.items() if path in linear and path in inside}, name)
     if common.bits not in _GPTQ_BITS:
-        raise CallError(
-            f"{name}: mlx-lm's GPTQ has 2, 4 and 8 bits, and the plan has {common.bits}. Choose one of these."
-        )
+        raise CallError(f"{name}: mlx-lm's GPTQ has 2, 4 and 8 bits, and the plan has {common.bits}. Use one of them.")
     learned = {path for path in linear if plan.get(path) == common}
     with following(model, plan, free=learned, hides=True), quiet():
         try:

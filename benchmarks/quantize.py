@@ -1,0 +1,400 @@
+"""Quantization: quality against rounding and mlx-lm's methods, sizes, and what it costs; each part in one run.
+
+    python benchmarks/quantize.py base FOLDER          trains the model, 1.1 million parameters, of most parts
+    python benchmarks/quantize.py qat FOLDER [RATE]    perplexities by method and bits, against a control; an hour
+    python benchmarks/quantize.py step FOLDER          a step of quantization-aware training over a plain one, paired
+    python benchmarks/quantize.py budget FOLDER        bits by layer against uniform ones and mlx-lm's dynamic_quant
+    python benchmarks/quantize.py symmetric            errors of symmetric and affine codes on random matrices
+    python benchmarks/quantize.py sizes                bytes of a model of 135 million parameters
+    python benchmarks/quantize.py evaluate FOLDER      evaluation of a quantized model on the CPU over the dense one
+    python benchmarks/quantize.py convert FOLDER       time, peak memory, bytes against mlx_lm.convert on a model
+
+Prints one line of JSON a row. Everything is on the CPU.
+"""
+
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from mlxflow import cpu
+
+WORKFLOW = """
+[workflow]
+device = "cpu"
+[pretokenize]
+context_length = 128
+tokenizer = { vocab_size = 1024 }
+[train]
+num_steps = 2000
+batch_size = 16
+dynamic_batch_size = false
+learning_rate = 6e-3
+warmup_steps = 100
+[train.model]
+hidden_size = 128
+num_layers = 4
+num_heads = 4
+num_kv_heads = 4
+intermediate_size = 384
+tie_word_embeddings = false
+"""
+STEPS, BATCH, CALIBRATION = 300, 16, 64
+SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 49_152,
+    "rope_theta": 1e5,
+    "tie_word_embeddings": True,
+}
+
+
+def _tell(row: str, **told: Any) -> None:
+    shown = {name: round(one, 4) if isinstance(one, float) else one for name, one in told.items()}
+    print(json.dumps({"row": row} | shown), flush=True)
+
+
+def base(folder: str) -> None:
+    """Train the dense model."""
+    where = Path(folder)
+    where.mkdir(parents=True, exist_ok=True)
+    (where / "workflow.toml").write_text(WORKFLOW)
+    for stage in ("pretokenize", "train"):
+        subprocess.run([sys.executable, "-m", "mlxflow", "run", stage], cwd=where, check=True)
+
+
+class _Job:
+    """The dense model, its tokens, and the perplexity on held-out ones."""
+
+    def __init__(self, folder: str) -> None:
+        import mlx.core as mx
+
+        from mlxflow.data.token_file import TokenFile
+        from mlxflow.quantization.learned import choose_rows
+
+        self._folder = Path(folder) / "artifacts"
+        self.tokens = TokenFile.open(self._folder / "pretokenize" / "train.safetensors")
+        self._held_out = TokenFile.open(self._folder / "pretokenize" / "validation.safetensors").rows.head(400)
+        rows = self.tokens.rows
+        batch = rows.take(choose_rows(rows.marks, count=CALIBRATION, seed=0))
+        self.calibration, self.marks = mx.array(batch.tokens.astype("int32")), mx.array(batch.marks)
+
+    def model(self) -> Any:
+        from mlxflow import models
+
+        return models.load(self._folder / "train")[0]
+
+    def perplexity(self, model: Any) -> float:
+        from mlxflow.measurement.perplexity import measure_perplexity
+
+        return measure_perplexity(model, self._held_out, batch_size=50).perplexity
+
+    def perplexity_of(self, model: Any, packed: Any, plan: Any) -> float:
+        """Return the perplexity of packed layers; the model's weights are replaced."""
+        import mlx.core as mx
+
+        from mlxflow.quantization.codec import unpack
+
+        weights = [(f"{path}.weight", unpack(packed[path], plan[path]).astype(mx.float32)) for path in plan]
+        model.load_weights(weights, strict=False)
+        return self.perplexity(model)
+
+    def rounded(self, model: Any, plan: Any, dtype: Any = None) -> float:
+        """Return the perplexity of rounding to nearest; the model stays as it was."""
+        from mlxflow.quantization.codec import pack
+
+        one = copy.deepcopy(model)
+        layers = dict(one.named_modules())
+        weights = {path: layers[path].weight for path in plan}
+        packed = {path: pack(weights[path].astype(dtype or weights[path].dtype), plan[path]) for path in plan}
+        return self.perplexity_of(one, packed, plan)
+
+    @contextmanager
+    def trained(self, model: Any, plan: Any, rate: float, steps: int) -> Iterator[tuple[Any, list[float]]]:
+        """Train a model, with fake quantization where there is a plan; give the packing function and seconds a step."""
+        import mlx.core as mx
+
+        from mlxflow.data.loader import Loader
+        from mlxflow.quantization.fake import fake_quantized
+        from mlxflow.training.objective import choose_objective
+        from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
+        from mlxflow.training.step import Step
+
+        model.train()
+        seconds = []
+        with fake_quantized(model, plan) as packed:
+            _, objective = choose_objective(
+                model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
+            )
+            schedule = make_schedule(
+                name="cosine",
+                learning_rate=rate,
+                final_learning_rate=0.0,
+                num_steps=steps,
+                warmup_steps=20,
+                decay_steps=0,
+            )
+            optimizer = make_optimizer(
+                name="adamw", schedule=schedule, weight_decay=0.1, options={"betas": [0.9, 0.95]}
+            )
+            step = Step(model, Update(model, optimizer, max_grad_norm=1.0, has_masters=False), objective)
+            with Loader(self.tokens.rows, batch_size=BATCH, seed=1, workers=1, prefetch_batches=4) as loader:
+                for _ in range(steps):
+                    batch = next(loader)
+                    begin = time.perf_counter()
+                    mx.eval(*step.update(step.compute(batch.tokens, batch.marks)), step.state)
+                    seconds.append(time.perf_counter() - begin)
+            yield packed, seconds
+
+
+def _uniform(model: Any, mode: str, bits: int, group_size: int = 64) -> dict[str, Any]:
+    from mlxflow.quantization.codec import Setting
+
+    setting = Setting(mode, bits, group_size)
+    return {path: setting for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
+
+
+def qat(folder: str, rate: str = "2e-3") -> None:
+    """Compare perplexities: of the control, rounded and not, of QAT, and of mlx-lm's methods on the dense model."""
+    from mlxflow.quantization import learned
+
+    job = _Job(folder)
+    control = job.model()
+    _tell("dense model", perplexity=job.perplexity(control))
+    with job.trained(control, {}, float(rate), STEPS):
+        pass
+    control.eval()
+    best = job.perplexity(control)
+    _tell("control, dense", perplexity=best, learning_rate=rate)
+    for mode, bits in (
+        ("affine", 4),
+        ("affine", 3),
+        ("affine", 2),
+        ("symmetric", 4),
+        ("symmetric", 3),
+        ("symmetric", 2),
+    ):
+        model = job.model()
+        plan = _uniform(model, mode, bits)
+        rounded = job.rounded(control, plan)
+        with job.trained(model, plan, float(rate), STEPS) as (packed, _):
+            parts = packed()
+        ours = job.perplexity_of(model, parts, plan)
+        _tell(f"{mode} {bits}", rtn_of_control=rounded, qat=ours, recovered=(rounded - ours) / (rounded - best))
+        told = {"rtn": job.rounded(job.model(), plan)}
+        if mode == "affine":
+            tokens = job.calibration
+            if bits != 3:
+                model = job.model()
+                told["gptq"] = job.perplexity_of(
+                    model, learned.gptq(model, plan, tokens[:, :-1], batch_size=8, key="quantize"), plan
+                )
+            model = job.model()
+            made = learned.awq(model, plan, tokens[:, :-1], model_type="llama", search_steps=20, key="quantize")
+            told["awq"] = job.perplexity_of(model, made, plan)
+            model = job.model()
+            made = learned.dwq(model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")
+            told["dwq"] = job.perplexity_of(model, made, plan)
+        _tell(f"{mode} {bits}, of the dense model", **told)
+
+
+def step(folder: str) -> None:
+    """Time steps in pairs of short runs."""
+    job = _Job(folder)
+    for mode, bits in (("affine", 4), ("affine", 2), ("symmetric", 4)):
+        ratios = []
+        for _ in range(5):
+            medians = []
+            for faked in (False, True):
+                model = job.model()
+                with job.trained(model, _uniform(model, mode, bits) if faked else {}, 1e-3, 12) as (_, seconds):
+                    medians.append(statistics.median(seconds[2:]))
+            ratios.append(medians[1] / medians[0])
+        _tell(f"step, {mode} {bits}", median_ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))
+
+
+def budget(folder: str) -> None:
+    """Compare plans of equal size; scales and biases of 16 bits count."""
+    import mlx.core as mx
+
+    from mlxflow.quantization import budget as budgets
+    from mlxflow.quantization.codec import Setting
+    from mlxflow.quantization.sensitivity import measure_costs
+    from mlxflow.training.objective import plain_objective
+
+    job = _Job(folder)
+    model, objective = job.model(), plain_objective(masks_documents=False)
+    layers = {path: layer for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
+    settings = [Setting("affine", bits, size) for bits in (2, 3, 4, 6, 8) for size in (64, 32, 128)]
+    candidates = dict.fromkeys(layers, settings)
+    parameters = sum(layer.weight.size for layer in layers.values())
+    dense = job.perplexity(model)
+    begin = time.perf_counter()
+    costs = measure_costs(model, candidates, job.calibration, job.marks, objective=objective, dtype=mx.bfloat16)
+    sizes = budgets.sizes_of(model, candidates, dtype=mx.bfloat16)
+    _tell("costs", seconds=time.perf_counter() - begin, layers=len(layers), settings=len(settings), dense=dense)
+    sensitivities: dict[float, Any] = {}
+    for target in (3.0, 3.5, 4.0, 4.5):
+        begin = time.perf_counter()
+        room = int(target * parameters / 8)
+        plan = budgets.cheapest_plan(costs, sizes, budget_bytes=room, asked="", parameters=parameters)
+        uniform = budgets.uniform_plans(sizes, budget_bytes=room)
+        plan, _ = budgets.best_measured(
+            model,
+            [plan, *uniform],
+            job.calibration,
+            job.marks,
+            objective=objective,
+            dtype=mx.bfloat16,
+            batch_size=16,
+        )
+        seconds = time.perf_counter() - begin
+        ours = job.rounded(model, plan, mx.bfloat16)
+        theirs = min(job.rounded(model, one, mx.bfloat16) for one in uniform)
+        dynamic, bits = _dynamic(job, model, target, sensitivities)
+        _tell(
+            f"budget {target}",
+            bits_per_weight=8 * budgets.plan_bytes(plan, sizes) / parameters,
+            perplexity=ours,
+            uniform=theirs,
+            gone=(theirs - ours) / (theirs - dense),
+            dynamic_quant=dynamic,
+            dynamic_quant_bits_per_weight=bits,
+            plan_seconds=seconds,
+        )
+
+
+def _dynamic(job: _Job, model: Any, target: float, known: dict[float, Any]) -> tuple[float, float]:
+    """Return the perplexity of mlx-lm's dynamic_quant, one bit up and one down from the target, and its size."""
+    import mlx.core as mx
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+
+    from mlxflow.quantization.budget import plan_bytes, sizes_of
+    from mlxflow.quantization.codec import Setting
+
+    low = int(target - 0.5)
+    low, high = (low, low + 1) if target - 0.5 != low else (low - 1 if low > 2 else low, low + 1)
+    if low not in known:
+        found = estimate_sensitivities(copy.deepcopy(model), job.calibration[:, :-1], low, 64, high, 64)
+        known[low] = dict(found)
+    stored = copy.deepcopy(model)
+    stored.set_dtype(mx.bfloat16)
+    threshold = estimate_threshold(stored, known[low], target, low, 64, high, 64)
+    plan = {path: Setting("affine", high if one > threshold else low, 64) for path, one in known[low].items()}
+    sizes = sizes_of(model, {path: [one] for path, one in plan.items()}, dtype=mx.bfloat16)
+    parameters = sum(dict(model.named_modules())[path].weight.size for path in plan)
+    return job.rounded(model, plan, mx.bfloat16), 8 * plan_bytes(plan, sizes) / parameters
+
+
+def symmetric() -> None:
+    """Compare relative errors on matrices of normal and of Laplace numbers."""
+    import mlx.core as mx
+
+    from mlxflow.quantization.codec import Setting, round_trip
+
+    normal = mx.random.normal((1024, 1024), key=mx.random.key(0))
+    matrices = {"normal": normal, "laplace": mx.random.laplace((1024, 1024), key=mx.random.key(1))}
+    for name, weight in matrices.items():
+        for bits in (2, 3, 4):
+            lost = [
+                float(mx.linalg.norm(round_trip(weight, Setting(mode, bits, 64)) - weight) / mx.linalg.norm(weight))
+                for mode in ("affine", "symmetric")
+            ]
+            _tell(f"{name}, {bits} bits", affine=lost[0], symmetric=lost[1])
+
+
+def sizes() -> None:
+    """Print the bytes of all tensors of SmolLM2-135M's shape, embedding quantized, scales of 16 bits."""
+    import mlx.core as mx
+
+    from mlxflow import models
+    from mlxflow.quantization import budget as budgets
+
+    model = models.build(SMOLLM2_135M, seed=0)
+    count = models.num_parameters(model)
+    for bits in (4, 8):
+        plan = _uniform(model, "affine", bits)
+        candidates = {path: [setting] for path, setting in plan.items()}
+        packed = budgets.plan_bytes(plan, budgets.sizes_of(model, candidates, dtype=mx.bfloat16))
+        packed += budgets.fixed_bytes(model, candidates, dtype=mx.bfloat16)
+        _tell(
+            f"{bits} bits", parameters=count, bytes=packed, times_fp32=4 * count / packed, times_bf16=2 * count / packed
+        )
+
+
+def evaluate(folder: str) -> None:
+    """Time the perplexity of a packed model, dequantized for it, against the dense one's, in turns."""
+    from mlx.nn import quantize
+
+    from mlxflow.models import for_evaluation
+
+    job, ratios, gap = _Job(folder), [], 0.0
+    for _ in range(5):
+        packed, dense = job.model(), job.model()
+        quantize(packed, group_size=64, bits=4)
+        begin = time.perf_counter()
+        job.perplexity(dense)
+        middle = time.perf_counter()
+        gap = job.perplexity(for_evaluation(packed))
+        ratios.append((time.perf_counter() - middle) / (middle - begin))
+    _tell(
+        "evaluation, 4 bits", median_ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), perplexity=gap
+    )
+
+
+def convert(folder: str) -> None:
+    """Run `mlxflow run quantize` and `mlx_lm.convert -q` on one folder, a process each, and compare."""
+    import mlx.core as mx
+
+    with tempfile.TemporaryDirectory() as temporary:
+        where = Path(temporary)
+        (where / "workflow.toml").write_text(
+            f'[workflow]\ndevice = "cpu"\n[quantize]\nmodel = "{Path(folder).resolve()}"\n'
+        )
+        python = [sys.executable, "-m"]
+        ours = _run_measured([*python, "mlxflow", "run", "quantize"], where)
+        theirs = _run_measured(
+            [*python, "mlx_lm", "convert", "--hf-path", str(Path(folder).resolve()), "--mlx-path", "theirs", "-q"],
+            where,
+        )
+        files = [where / "artifacts" / "quantize" / "model.safetensors", where / "theirs" / "model.safetensors"]
+        one, other = (cast("dict[str, mx.array]", mx.load(str(file))) for file in files)
+        same = one.keys() == other.keys() and all(bool(mx.array_equal(one[name], other[name])) for name in one)
+        for name, (seconds, peak) in {"mlxflow": ours, "mlx_lm.convert": theirs}.items():
+            _tell(name, seconds=seconds, peak_rss_bytes=peak, tensors_equal=same)
+
+
+def _run_measured(command: list[str], folder: Path) -> tuple[float, int]:
+    """Return the seconds of a process and the most memory it held, in bytes."""
+    import os
+
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return time.perf_counter() - begin, usage.ru_maxrss * (1024 if sys.platform.startswith("linux") else 1)
+
+
+PARTS = {one.__name__: one for one in (base, qat, step, budget, symmetric, sizes, evaluate, convert)}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
+        sys.exit(__doc__)
+    cpu.prepare()
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+    part: Any = PARTS[sys.argv[1]]
+    part(*sys.argv[2:])
