@@ -55,7 +55,7 @@ def _of_shares(shares: Mapping[str, float]) -> Iterable[Change]:
     if graph > _GRAPH_SHARE:
         yield Change(
             1 / (1 - graph),
-            f"raise train.batch_size: the host takes {graph:.0%} of a step to tell the device what to compute",
+            f"raise train.batch_size: the host takes {graph:.0%} of a step to build its graph",
         )
 
 

@@ -10,7 +10,7 @@ _LITTLE_WAIT = 0.02
 def keep_promises(
     training: Sequence[Mapping[str, Any]],
     models: Iterable[Mapping[str, Any]],
-    data_share: float,
+    data_share: float | None,
     own_batch_size: int,
 ) -> dict[str, dict[str, Any]]:
     """Return the report's `promises`: text, measured figure and whether it holds, by name.
@@ -20,7 +20,7 @@ def keep_promises(
     Args:
         training: rows of the report.
         models: rows of the report.
-        data_share: of a step, waiting for data.
+        data_share: of a step, waiting for data; None where no step could be done.
         own_batch_size: rows a step, at which the workflow is compared with the baseline.
     """
     timed = {row["name"]: row for row in training if row["batch_size"] == own_batch_size and "error" not in row}
@@ -36,13 +36,7 @@ def keep_promises(
     }
     if workflow is not None and baseline is not None:
         told["training_speed"] |= _speed(baseline, workflow)
-        saved = 1 - workflow["peak_memory_bytes"] / baseline["peak_memory_bytes"]
-        told["training_memory"] |= {
-            "measured": saved,
-            "holds": saved >= 0.3,
-            "figure": f"{saved:.0%} less: {workflow['peak_memory_bytes']:,} bytes instead of "
-            f"{baseline['peak_memory_bytes']:,} at {own_batch_size} rows",
-        }
+        told["training_memory"] |= _memory(baseline["peak_memory_bytes"], workflow["peak_memory_bytes"], own_batch_size)
     smallest = max(
         (row for row in models if "compression_ratio_fp32" in row),
         key=lambda row: row["compression_ratio_fp32"],
@@ -56,11 +50,9 @@ def keep_promises(
             "figure": f"{smallest['model']} {ratio:.1f} times smaller than fp32, perplexity "
             f"{smallest['perplexity']:.2f} ± {smallest['perplexity_standard_error']:.2f}",
         }
-    told["data_wait"] |= {
-        "measured": data_share,
-        "holds": data_share < _LITTLE_WAIT,
-        "figure": f"{data_share:.2%} of a step",
-    }
+    if data_share is not None:
+        figure = f"{data_share:.2%} of a step"
+        told["data_wait"] |= {"measured": data_share, "holds": data_share < _LITTLE_WAIT, "figure": figure}
     return told
 
 
@@ -77,3 +69,10 @@ def _speed(baseline: Mapping[str, Any], workflow: Mapping[str, Any]) -> dict[str
         "figure": f"{ratio:.2f} times ({low:.2f} to {high:.2f}): {workflow['tokens_per_second']:,.0f} tokens a second "
         f"instead of {baseline['tokens_per_second']:,.0f} at {workflow['batch_size']} rows",
     }
+
+
+def _memory(baseline: int, workflow: int, batch_size: int) -> dict[str, Any]:
+    saved = 1 - workflow / baseline
+    word = "less" if saved >= 0 else "more"
+    figure = f"{abs(saved):.0%} {word}: {workflow:,} bytes instead of {baseline:,} at {batch_size} rows"
+    return {"measured": saved, "holds": saved >= 0.3, "figure": figure}

@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -12,6 +13,8 @@ from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stage import Artifacts, Context, derive_seed
 
 VERSION = 4
+
+T = TypeVar("T")
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
@@ -99,21 +102,33 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     suite = _suite(config, inputs, context)
     report: dict[str, Any] = {"version": VERSION, "device": _device(context), **suite.measure()}
     if config.convergence_steps:
-        report["convergence"] = suite.converge(config.convergence_steps)
+        report["convergence"] = _if_it_fits(lambda: suite.converge(config.convergence_steps)) or []
     report["models"] = _benchmark_models(config, inputs, context)
-    parts = suite.take_apart()
-    shares = {name: seconds / sum(parts) for name, seconds in parts._asdict().items()}
     own = suite.own_batch_size
-    report["bottleneck"] = {
-        **{f"{name}_share": share for name, share in shares.items()},
-        **_against_ceilings(report, inputs, suite),
-        "advice": advise(shares, report["training"], own),
-    }
-    report["promises"] = keep_promises(report["training"], report["models"], shares["data"], own)
+    parts = _if_it_fits(suite.take_apart)
+    shares = {name: seconds / sum(parts) for name, seconds in parts._asdict().items()} if parts else {}
+    report["bottleneck"] = {f"{name}_share": share for name, share in shares.items()}
+    report["bottleneck"] |= _if_it_fits(lambda: suite.against_ceilings(report, _dense_row(report, inputs))) or {}
+    if shares:
+        report["bottleneck"]["advice"] = advise(shares, report["training"], own)
+    report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
     print(markdown_of_report(report), end="")
     if baseline is not None:
         _hold_against(baseline, report, config, context)
     return report
+
+
+def _if_it_fits(compute: Callable[[], T]) -> T | None:
+    """Return what is computed; None, and a word in the terminal, where the memory does not suffice."""
+    from mlxflow.training.step import out_of_memory_bytes
+
+    try:
+        return compute()
+    except RuntimeError as error:
+        if out_of_memory_bytes(error) is None:
+            raise
+        print(f"benchmark: left out, it does not fit into the memory ({error})", file=sys.stderr)
+        return None
 
 
 def read_benchmark(path: Path) -> dict[str, Any]:
@@ -237,35 +252,9 @@ def _rate(prefix: str, rate: Any) -> dict[str, float]:
     return {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
 
 
-def _against_ceilings(report: dict[str, Any], inputs: Inputs, suite: Any) -> dict[str, float]:
-    """Return what the workflow's steps and the dense model's decode reach of what the device can do."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    from mlxflow import models
-    from mlxflow.measurement import ceilings
-
-    model = suite.load()
-    shape = json.loads((inputs.model.parent / "config.json").read_text())
-    dtype = mx.float32 if suite.settings["precision"] == "fp32" else mx.bfloat16
-    told = {"ceiling_flops_per_second": ceilings.flops_ceiling(dtype)}
-    timed = [row for row in report["training"] if row["name"] == "workflow" and "error" not in row]
-    own = next((row for row in timed if row["batch_size"] == suite.own_batch_size), None)
-    if own is not None and "hidden_size" in shape:
-        slots = own["samples_per_second"] * suite.tokens.context_length  # padding is computed too
-        per_token = ceilings.flops_per_token(
-            model.parameters(),
-            hidden_size=shape["hidden_size"],
-            num_layers=len(model.layers),
-            context_length=suite.tokens.context_length,
-        )
-        told["flops_per_second"] = slots * per_token
-    _, weight = max(tree_flatten(model.parameters()), key=lambda leaf: leaf[1].size)
-    told["ceiling_bytes_per_second"] = ceilings.bytes_ceiling(weight.dtype)
-    dense: dict[str, Any] = next((row for row in report["models"] if inputs.models[row["model"]] == inputs.model), {})
-    if "decode_tokens_per_second" in dense:
-        told["decode_bytes_per_second"] = models.num_bytes(model) * dense["decode_tokens_per_second"]
-    return told
+def _dense_row(report: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Return the row of the model that is trained on, if it is one of those compared."""
+    return next((row for row in report["models"] if inputs.models[row["model"]] == inputs.model), {})
 
 
 def _hold_against(baseline: dict[str, Any], report: dict[str, Any], config: Config, context: Context) -> None:

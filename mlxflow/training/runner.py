@@ -30,8 +30,9 @@ class Parts(NamedTuple):
 
     Attributes:
         data: until the batch was there.
-        graph: until the host had told the device what to compute.
-        compute: until the results were there.
+        graph: until the host had built the graph of what to compute.
+        compute: until the results were there. To send a graph is a part of it: how long that takes cannot be told from
+            waiting, as MLX lets the host send so much at a time only.
         synchronize: until the buffers behind them were given back.
     """
 
@@ -90,7 +91,6 @@ class Runner:
         batch = self._next()
         loaded = time.perf_counter()
         loss = self._advance(batch.tokens, batch.marks)
-        mx.async_eval(loss, self._state)
         told = time.perf_counter()
         mx.eval(loss, self._state)
         there = time.perf_counter()

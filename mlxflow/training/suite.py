@@ -1,15 +1,19 @@
 """The training side of a benchmark: which recipes, on which rows, and what comes of them."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
+from mlxflow import models
 from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.measurement import ceilings
 from mlxflow.training.contest import measure_recipes, rows_of
 from mlxflow.training.convergence import converge
 from mlxflow.training.pieces import apart, holds_several
@@ -118,7 +122,11 @@ class Suite:
         return told | ({"drift": drift._asdict()} if drift else {})
 
     def converge(self, num_steps: int) -> list[dict[str, Any]]:
-        """Train a new model the naive way and the workflow's; return the report's `convergence`."""
+        """Train a new model the naive way and the workflow's; return the report's `convergence`.
+
+        Raises:
+            RuntimeError: the two do not fit into the memory.
+        """
         workflow = self.workflow(self.own_batch_size)
         with ExitStack() as held:
             runners = {
@@ -128,8 +136,54 @@ class Suite:
             return converge(runners, num_steps=num_steps)
 
     def take_apart(self) -> Parts:
-        """Return where the seconds of a step of the workflow go, each the median of several steps."""
+        """Return where the seconds of a step of the workflow go, each the median of several steps.
+
+        Raises:
+            RuntimeError: it does not fit into the memory.
+        """
         with self.open(self.workflow(self.own_batch_size)) as runner:
             runner.run(2)
             steps = [runner.take_apart() for _ in range(min(_PARTED_STEPS, max(3, self.num_steps)))]
         return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
+
+    def against_ceilings(self, report: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:
+        """Return what the workflow's steps and the dense model's decode reach of what the device can do.
+
+        Args:
+            report: with its `training`.
+            dense: the row of the report's `models` that is the model trained on; empty where there is none.
+
+        Raises:
+            RuntimeError: the matrices to measure with do not fit into the memory.
+        """
+        model = self.load()
+        told = {
+            "ceiling_flops_per_second": ceilings.flops_ceiling(
+                mx.float32 if self.settings["precision"] == "fp32" else mx.bfloat16
+            ),
+            "ceiling_bytes_per_second": ceilings.bytes_ceiling(_main_type(model)),
+        }
+        own = [
+            row
+            for row in report["training"]
+            if (row["name"], row["batch_size"]) == ("workflow", self.own_batch_size) and "error" not in row
+        ]
+        width = getattr(getattr(model, "args", None), "hidden_size", None)
+        if own and width:
+            per_token = ceilings.flops_per_token(
+                model.parameters(),
+                hidden_size=width,
+                num_layers=len(model.layers),
+                context_length=self.tokens.context_length,
+            )
+            slots = own[0]["samples_per_second"] * self.tokens.context_length  # empty ones are computed too
+            told["flops_per_second"] = slots * per_token
+        if "decode_tokens_per_second" in dense:
+            told["decode_bytes_per_second"] = models.num_bytes(model) * dense["decode_tokens_per_second"]
+        return told
+
+
+def _main_type(model: nn.Module) -> mx.Dtype:
+    """Return the type of a model's largest weight."""
+    leaves: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    return max((leaf for _, leaf in leaves), key=lambda leaf: leaf.size).dtype
