@@ -252,3 +252,11 @@ def test_what_does_not_fit_beside_the_rows_is_left_out_and_another_failure_is_no
     )
     with pytest.raises(RuntimeError, match="a mistake"):
         benchmark._if_it_fits(lambda: fail("a mistake"))
+
+
+def test_train_says_how_its_steps_were_done_with_every_choice_resolved(built: Path) -> None:
+    settings = artifact.read_report(built / "artifacts/train/report.toml")["settings"]
+    assert settings["fused_loss"] is True  # "auto" on the CPU
+    assert settings["weight_decay"] == 0.1  # "auto" with AdamW
+    assert settings["options"] == {"betas": [0.9, 0.95]}
+    assert (settings["batch_size"], settings["masks_documents"], settings["precision"]) == (4, False, "fp32")

@@ -13,8 +13,9 @@ _LOOKED_AT = 4096
 
 
 def holds_several(rows: Rows) -> bool:
-    """Return whether some of the first rows hold pieces of more than one document."""
-    return bool((np.asarray(rows.marks[:_LOOKED_AT]) >> 1).max(initial=0) > 1)
+    """Return whether some rows, of those all over a file, hold pieces of more than one document."""
+    every = max(1, rows.num_rows // _LOOKED_AT)  # rows that are full of one document may all come first
+    return bool((np.asarray(rows.marks[::every]) >> 1).max(initial=0) > 1)
 
 
 def apart(rows: Rows, *, count: int, seed: int) -> Rows:
@@ -34,7 +35,8 @@ def apart(rows: Rows, *, count: int, seed: int) -> Rows:
             if not (np.asarray(rows.marks[row])[places[1:]] & 1).any():
                 continue  # nothing to learn
             tokens.append(_padded(np.asarray(rows.tokens[row])[places], rows.tokens.shape[1]))
-            marks.append(_padded(np.asarray(rows.marks[row])[places], rows.marks.shape[1]))
+            alone = np.asarray(rows.marks[row])[places] & 1 | 2  # the first piece of its row
+            marks.append(_padded(alone, rows.marks.shape[1]))
         if len(tokens) >= count:
             break
     return Rows(np.stack(tokens[:count]), np.stack(marks[:count]))

@@ -132,6 +132,7 @@ def test_rows_of_one_piece_each_hold_every_token_that_is_learnt() -> None:
     rows = apart(packed, count=10**6, seed=3)
     assert rows.num_rows == 48
     assert holds_several(packed)
+    assert not holds_several(rows)
     assert (rows.marks & 1).sum() == (packed.marks & 1).sum()
     ends = sorted(tuple(row[row > 0]) for row in rows.tokens.astype(int))
     assert ends == sorted([tuple(r[:5]) for r in packed.tokens.astype(int)] + [tuple(r[5:8]) for r in packed.tokens])
@@ -255,3 +256,11 @@ def test_a_new_model_learns_both_ways() -> None:
         assert curve["loss"][-1] < curve["loss"][0]
         assert curve["tokens"] == sorted(curve["tokens"])
         assert curve["seconds"][0] == 0.0 < curve["seconds"][1]
+
+
+def test_full_rows_at_the_beginning_do_not_hide_packed_ones() -> None:
+    packed = _packed()
+    alone = np.full((9000, 9), 3, np.uint8)
+    marks = np.concatenate([alone, np.tile(packed.marks, (40, 1))])
+    assert holds_several(Rows(np.zeros_like(marks), marks))
+    assert not holds_several(Rows(np.zeros_like(alone), alone))
