@@ -52,6 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones")
     add_workflow(show)
     add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
+    compare = add(
+        "compare", _compare, "compare two benchmarks, figure by figure; what is within the noise is called that"
+    )
+    for name in ("before", "after"):
+        compare.add_argument(name, help="a report.toml, a folder that holds one, or COMMIT:FILE")
+    compare.add_argument("--force", action="store_true", help="compare even if they were measured on different devices")
+    promises = add(
+        "promises", _promises, "print each promise with its figure on this machine; exit code 1 if one fails"
+    )
+    promises.add_argument("--stage", default="benchmark", help="default: benchmark")
+    promises.add_argument("--measure", action="store_true", help="measure now; default: what doit benchmark measured")
+    add_workflow(promises)
     generate = add("generate", _generate, "let a trained or quantized model continue a text")
     generate.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
     generate.add_argument("--prompt", required=True, help="the text to continue")
@@ -93,6 +105,25 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from mlxflow.doctor import examine
 
     return examine()
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from mlxflow.compare import compare
+
+    print(compare(parsed.before, parsed.after, force=parsed.force), end="")
+
+
+def _promises(parsed: argparse.Namespace) -> int:
+    from mlxflow.compare import promises
+    from mlxflow.workflow import load_workflow
+
+    workflow = load_workflow(parsed.workflow)
+    one = workflow.find(parsed.stage)
+    if one.name != "benchmark":
+        raise CallError(f"promises: --stage = {parsed.stage}: expected a benchmark stage. Use benchmark (the default).")
+    text, all_hold = promises(workflow, one, measure=parsed.measure)
+    print(text, end="")
+    return 0 if all_hold else 1
 
 
 def _check_generate(parsed: argparse.Namespace) -> None:

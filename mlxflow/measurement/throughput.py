@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from mlxflow.measurement.statistics import Interval, median_interval
+
 
 class Timing(NamedTuple):
     """The seconds of repeated steps, the first ones left out."""
@@ -25,6 +27,11 @@ class Timing(NamedTuple):
     def slowest(self) -> float:
         """In seconds."""
         return max(self.seconds)
+
+    @property
+    def interval(self) -> Interval:
+        """The middle one and what it may be, in seconds."""
+        return median_interval(self.seconds)
 
 
 def interleave(steps: Sequence[Callable[[], object]], *, num_rounds: int) -> list[Timing]:

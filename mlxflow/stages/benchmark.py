@@ -1,22 +1,26 @@
 """Measure the speed of training, and the size and quality of every model."""
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stage import Artifacts, Context, derive_seed
 
-VERSION = 3
+VERSION = 4
+
+T = TypeVar("T")
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
 
-# How far the host runs ahead within a step is chance, so its peak is the most of several
-_PEAK_STEPS = 4
+# Rounds in which generation is timed, and tokens written in each
+_GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,8 +34,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     batch_sizes: Annotated[
         tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=1, description="rows in one forward pass, each timed")
     ] = (16, 32, 64)
-    num_steps: Annotated[int, Meta(ge=1, description="training steps timed for each batch size")] = 100
+    num_steps: Annotated[int, Meta(ge=1, description="training steps timed of each way at each batch size")] = 100
+    convergence_steps: Annotated[
+        int, Meta(ge=0, description="steps that a new model trains, the naive way and the workflow's; 0: none")
+    ] = 100
+    prompt_lengths: Annotated[
+        tuple[Annotated[int, Meta(ge=1)], ...],
+        Meta(description="tokens of the prompts that models read; empty: a quarter, half and all of the context"),
+    ] = ()
     max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used for the perplexity")] = 256
+    baseline: Annotated[str, Meta(description="the report.toml of an earlier run that this one is held against")] = ""
+    max_regression: Annotated[
+        float, Meta(ge=0, description="share by which a figure may be worse than the baseline's, beyond the noise")
+    ] = 0.05
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +61,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Path = Path()
     validation: Path = Path()
     models: dict[str, Path] = {}
+    baseline: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
@@ -60,6 +76,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             tokens=tokens / "train.safetensors",
             validation=tokens / "validation.safetensors",
             models={reference: folder / "model.safetensors" for reference, folder in folders.items()},
+            baseline=artifacts.files((config.baseline,), "baseline") if config.baseline else (),
         )
 
 
@@ -70,88 +87,200 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
-    """Time training steps at every batch size, then measure every model.
+    """Time training by every recipe, train a new model for a while, then measure every model.
 
     Raises:
+        ArtifactError: the dense model's stage does not say how it was trained, or the baseline is of another version.
         SourceError: there are fewer rows than the largest batch holds.
+        StageError: a figure is worse than the baseline's.
     """
-    return {
-        "training": _benchmark_training(config, inputs, context),
-        "models": _benchmark_models(config, inputs, context.task),
-    }
+    from mlxflow.measurement.bottleneck import advise
+    from mlxflow.measurement.comparison import markdown_of_report
+    from mlxflow.measurement.promises import keep_promises
+
+    baseline = read_benchmark(inputs.baseline[0]) if inputs.baseline else None
+    suite = _suite(config, inputs, context)
+    report: dict[str, Any] = {"version": VERSION, "device": _device(context), **suite.measure()}
+    if config.convergence_steps:
+        report["convergence"] = _if_it_fits(lambda: suite.converge(config.convergence_steps)) or []
+    report["models"] = _benchmark_models(config, inputs, context)
+    own = suite.own_batch_size
+    parts = _if_it_fits(suite.take_apart)
+    shares = {name: seconds / sum(parts) for name, seconds in parts._asdict().items()} if parts else {}
+    report["bottleneck"] = {f"{name}_share": share for name, share in shares.items()}
+    report["bottleneck"] |= _if_it_fits(lambda: suite.against_ceilings(report, _dense_row(report, inputs))) or {}
+    if shares:
+        report["bottleneck"]["advice"] = advise(shares, report["training"], own)
+    report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
+    print(markdown_of_report(report), end="")
+    if baseline is not None:
+        _hold_against(baseline, report, config, context)
+    return report
 
 
-def _benchmark_training(config: Config, inputs: Inputs, context: Context) -> list[dict[str, Any]]:
+def _if_it_fits(compute: Callable[[], T]) -> T | None:
+    """Return what is computed; None, and a word in the terminal, where the memory does not suffice."""
+    from mlxflow.training.step import out_of_memory_bytes
+
+    try:
+        return compute()
+    except RuntimeError as error:
+        if out_of_memory_bytes(error) is None:
+            raise
+        print(f"benchmark: left out, it does not fit into the memory ({error})", file=sys.stderr)
+        return None
+
+
+def read_benchmark(path: Path) -> dict[str, Any]:
+    """Return a benchmark's report.
+
+    Raises:
+        ArtifactError: it is missing, damaged, none, or of another version.
+    """
+    from mlxflow import artifact
+
+    report = artifact.read_report(path)
+    if "training" not in report or "models" not in report:
+        raise ArtifactError(f"{path}: no benchmark's report (it has no training and models). Name one.")
+    if report.get("version") != VERSION:
+        raise ArtifactError(
+            f"{path}: version = {report.get('version', 'none')}: expected {VERSION}. "
+            "Measure it again with this version of mlxflow: doit benchmark"
+        )
+    return report
+
+
+def _suite(config: Config, inputs: Inputs, context: Context) -> Any:
+    from mlxflow import artifact, models, packed
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.training.recipe import read_job
+    from mlxflow.training.suite import Suite
+
+    tokens = TokenFile.open(inputs.tokens)
+    folder = inputs.model.parent
+    tokens.require_vocabulary(models.vocab_size(folder), f"{context.task}.input")
+    tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
+    model = models.load_dense(folder, f"{context.task}.input")
+    report = folder / "report.toml"
+    job, settings = read_job(artifact.read_report(report), str(report.relative_to(context.root)), config.input)
+    masks = job.masks_documents and packed.can_mask_documents(model, tokens.vocab_size)
+    model_config = json.loads((folder / "config.json").read_text())
+    seed = derive_seed(context.seed, context.task)
+    return Suite(
+        load=lambda: models.load_dense(folder, f"{context.task}.input"),
+        build=lambda: models.build(model_config, seed=seed),
+        tokens=tokens,
+        job=job._replace(masks_documents=masks),
+        settings=settings,
+        batch_sizes=config.batch_sizes,
+        num_steps=config.num_steps,
+        memory_limit_bytes=context.memory_limit_bytes,
+        seed=seed,
+    )
+
+
+def _device(context: Context) -> dict[str, str]:
+    from mlxflow import device
+
+    return {"kind": context.device, "name": device.name(), "processor": device.processor()}
+
+
+def _benchmark_models(config: Config, inputs: Inputs, context: Context) -> list[dict[str, Any]]:
+    import gc
+
+    import mlx.core as mx
+
+    from mlxflow.training.step import out_of_memory_bytes
+
+    rows = []
+    for reference, path in inputs.models.items():
+        try:
+            rows.append({"model": reference, **_benchmark_model(path, config, inputs, context)})
+        except RuntimeError as error:
+            needed = out_of_memory_bytes(error)
+            if needed is None:
+                raise
+            said = f"does not fit: {needed:,} bytes more may not be had ({context.memory_limit_bytes:,} are the limit)"
+            rows.append({"model": reference, "model_bytes": path.stat().st_size, "error": said})
+        gc.collect()
+        mx.clear_cache()
+    return rows
+
+
+def _benchmark_model(path: Path, config: Config, inputs: Inputs, context: Context) -> dict[str, Any]:
     import mlx.core as mx
 
     from mlxflow import models, packed
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.measurement.throughput import interleave
-    from mlxflow.training.step import steps_on
-
-    tokens = TokenFile.open(inputs.tokens)
-    tokens.require_vocabulary(models.vocab_size(inputs.model.parent), f"{context.task}.input")
-    rows = tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
-    steps: list[Callable[[], object]] = []
-    peaks: list[int] = []
-    with ExitStack() as running:
-        for batch_size in config.batch_sizes:
-            before = mx.get_active_memory()  # the models of the other batch sizes are still there
-            model = models.load_dense(inputs.model.parent, f"{context.task}.input")
-            seed = derive_seed(context.seed, context.task)
-            masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
-            steps_of = steps_on(model, rows, batch_size=batch_size, masks_documents=masks, seed=seed)
-            step = running.enter_context(steps_of)
-            step()  # compiles, and makes the optimizer's state
-            mx.reset_peak_memory()
-            for _ in range(_PEAK_STEPS):
-                step()
-            peaks.append(max(mx.get_active_memory(), mx.get_peak_memory()) - before)
-            steps.append(step)
-        timings = interleave(steps, num_rounds=config.num_steps)
-    targets_per_row = tokens.targets / max(1, tokens.rows.num_rows)
-    return [
-        {
-            "batch_size": batch_size,
-            "num_steps": config.num_steps,
-            "median_step_seconds": timing.median,
-            "fastest_step_seconds": timing.fastest,
-            "slowest_step_seconds": timing.slowest,
-            "samples_per_second": batch_size / timing.median,
-            "tokens_per_second": batch_size * targets_per_row / timing.median,
-            "peak_memory_bytes": peak,
-        }
-        for batch_size, timing, peak in zip(config.batch_sizes, timings, peaks, strict=True)
-    ]
-
-
-def _benchmark_models(config: Config, inputs: Inputs, task: str) -> list[dict[str, Any]]:
-    from mlxflow import models, packed
-    from mlxflow.data.token_file import TokenFile
+    from mlxflow.measurement.generation import measure_generation
     from mlxflow.measurement.perplexity import measure_perplexity
 
     tokens = TokenFile.open(inputs.validation)
+    tokens.require_vocabulary(models.vocab_size(path.parent), f"{context.task}.models")
+    length = tokens.context_length
+    before = mx.get_active_memory()
+    model, _ = models.load(path.parent)
+    speed = measure_generation(
+        model,
+        prompt_lengths=sorted(set(config.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
+        decode_tokens=min(_DECODE_TOKENS, length),
+        num_rounds=_GENERATION_ROUNDS,
+        vocab_size=tokens.vocab_size,
+        before=before,
+    )
+    masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
     rows = tokens.rows.head(config.max_validation_rows)
-    dense_bytes = _file_bytes([inputs.model])
-    measurements = []
-    for reference, path in inputs.models.items():
-        tokens.require_vocabulary(models.vocab_size(path.parent), f"{task}.models")
-        model, _ = models.load(path.parent)
-        masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
-        measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
-        model_bytes = _file_bytes([path])
-        measurements.append(
-            {
-                "model": reference,
-                "model_bytes": model_bytes,
-                "compression_ratio": dense_bytes / model_bytes,
-                "perplexity": measured.perplexity,
-                "perplexity_standard_error": measured.standard_error,
-                "validation_tokens": measured.tokens,
-            }
+    measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
+    model_bytes, dense_bytes = path.stat().st_size, inputs.model.stat().st_size
+    parameters = models.num_parameters(models.load(inputs.model.parent)[0])
+    return {
+        "model_bytes": model_bytes,
+        "compression_ratio": dense_bytes / model_bytes,
+        "compression_ratio_fp32": 4 * parameters / model_bytes,
+        "compression_ratio_bf16": 2 * parameters / model_bytes,
+        "prefill": [{"prompt_tokens": tokens, **_rate("", rate)} for tokens, rate in speed.prefill.items()],
+        **_rate("decode_", speed.decode),
+        "peak_memory_bytes": speed.peak_memory_bytes,
+        "perplexity": measured.perplexity,
+        "perplexity_standard_error": measured.standard_error,
+        "validation_tokens": measured.tokens,
+    }
+
+
+def _rate(prefix: str, rate: Any) -> dict[str, float]:
+    name = f"{prefix}tokens_per_second"
+    return {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
+
+
+def _dense_row(report: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """Return the row of the model that is trained on, if it is one of those compared."""
+    return next((row for row in report["models"] if inputs.models[row["model"]] == inputs.model), {})
+
+
+def _hold_against(baseline: dict[str, Any], report: dict[str, Any], config: Config, context: Context) -> None:
+    """Compare with an earlier run.
+
+    Raises:
+        StageError: a figure is worse by more than is allowed, and it is not noise.
+    """
+    from mlxflow.measurement.comparison import compare_reports, markdown_of_differences, regressions
+
+    if baseline.get("device") != report["device"]:
+        name, own = (one.get("device", {}).get("name", "unknown") for one in (baseline, report))
+        print(
+            f'{context.task}.baseline = "{config.baseline}": not compared, it was measured on {name}, this on {own}. '
+            "mlxflow compare --force compares them.",
+            file=sys.stderr,
         )
-    return measurements
-
-
-def _file_bytes(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+        report["comparison"] = {"baseline": config.baseline, "compared": False}
+        return
+    differences = compare_reports(baseline, report)
+    print(markdown_of_differences(differences), end="")
+    worse = regressions(differences, config.max_regression)
+    if worse:
+        lines = [f"{one.what}: {one.figure} {one.change:+.1%} ({one.before:,.6g} -> {one.after:,.6g})" for one in worse]
+        raise StageError(
+            f"{context.task}: worse than {config.baseline} beyond the noise and {context.task}.max_regression = "
+            f"{config.max_regression:g}:\n" + "\n".join(lines)
+        )
+    report["comparison"] = {"baseline": config.baseline, "compared": True, "figures": len(differences)}

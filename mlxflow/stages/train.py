@@ -11,7 +11,7 @@ from mlxflow.config import Problem
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
-VERSION = 3
+VERSION = 4
 
 #: Keys that say how the work is done and change nothing of what comes out.
 MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
@@ -248,7 +248,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     )
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     facts = {"parameters": models.num_parameters(model), "document_mask": masks, "fused_loss": fused}
-    return facts | report_of(result)
+    return facts | report_of(result) | {"settings": settings_of(config, masks=masks, fused=fused)}
 
 
 def fit(
@@ -340,6 +340,29 @@ def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs,
     adapters.fuse_adapters(model)
 
 
+def settings_of(config: Config, *, masks: bool, fused: bool) -> dict[str, Any]:
+    """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
+    from mlxflow.training import optimizers
+
+    betas = {"betas": list(config.betas)} if "betas" in optimizers.options_of(config.optimizer) else {}
+    return {
+        "method": config.method,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "checkpointing": config.checkpointing,
+        "fused_loss": fused,
+        "masks_documents": masks,
+        "workers": config.workers,
+        "prefetch_batches": config.prefetch_batches,
+        "lazy_eval_every": config.lazy_eval_every,
+        "optimizer": config.optimizer,
+        "options": betas | config.optimizer_options,
+        "weight_decay": 0.1 if config.weight_decay == "auto" else config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "learning_rate": config.learning_rate,
+    } | ({} if config.method == "full" else {"lora": _adapter_shape(config)._asdict()})
+
+
 def report_of(result: Any) -> dict[str, Any]:
     """Return what a training run came to, for the report."""
     from mlxflow.measurement.perplexity import perplexity_of
@@ -385,21 +408,27 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
         model = models.build(model_config, seed=seed)
     adapter_config = None
     if config.method != "full":
-        shape = adapters.AdapterShape(
-            method=config.method,
-            rank=config.lora.rank,
-            scale=config.lora.scale,
-            dropout=config.lora.dropout,
-            num_layers=config.lora.num_layers,
-            keys=config.lora.keys,
-        )
-        adapter_config = adapters.add_adapters(model, shape, seed=seed, key=f"{context.task}.lora.keys")
+        key = f"{context.task}.lora.keys"
+        adapter_config = adapters.add_adapters(model, _adapter_shape(config), seed=seed, key=key)
     model.set_dtype(dtype)
     for name in {"torch_dtype", "dtype"} & set(model_config):
         model_config[name] = str(dtype).rpartition(".")[2]
     model.train()
     mx.eval(model.parameters())
     return model, model_config, adapter_config
+
+
+def _adapter_shape(config: Config) -> Any:
+    from mlxflow.training.adapters import AdapterShape
+
+    return AdapterShape(
+        method=config.method,
+        rank=config.lora.rank,
+        scale=config.lora.scale,
+        dropout=config.lora.dropout,
+        num_layers=config.lora.num_layers,
+        keys=config.lora.keys,
+    )
 
 
 def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""What holds a step up, and the one change most worth making: from figures alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+# Shares of a step from which on a part of it is worth a word
+_DATA_SHARE, _GRAPH_SHARE = 0.02, 0.2
+
+#: The key of train that switches an optimization off, by the name of its row.
+_SWITCHES = {
+    "without fused_loss": "train.fused_loss = false",
+    "without checkpointing": 'train.checkpointing = "none"',
+    "without bf16": 'train.precision = "fp32"',
+    "without bf16-pure": 'train.precision = "fp32"',
+    "without packing": 'pretokenize.packing = "none"',
+}
+
+
+class Change(NamedTuple):
+    """One change.
+
+    Attributes:
+        gain: how many times as many tokens a second it promises.
+        advice: what to do, and the evidence.
+    """
+
+    gain: float
+    advice: str
+
+
+def advise(shares: Mapping[str, float], rows: Sequence[Mapping[str, Any]], own_batch_size: int) -> str:
+    """Return the change most worth making.
+
+    Args:
+        shares: of a step, by part: data, graph, compute and synchronize.
+        rows: of the report's `training`.
+        own_batch_size: rows a step of the workflow.
+    """
+    changes = [*_of_shares(shares), *_of_switches(rows), *_of_batch_sizes(rows, own_batch_size)]
+    if not changes:
+        return (
+            f"{shares['compute']:.0%} of a step is computing, and nothing that was measured makes it faster: "
+            "a smaller model or a faster device would."
+        )
+    return max(changes).advice
+
+
+def _of_shares(shares: Mapping[str, float]) -> Iterable[Change]:
+    data, graph = shares["data"], shares["graph"]
+    if data > _DATA_SHARE:
+        yield Change(
+            1 / (1 - data),
+            f"raise train.workers and train.prefetch_batches: {data:.0%} of a step is spent waiting for data",
+        )
+    if graph > _GRAPH_SHARE:
+        yield Change(
+            1 / (1 - graph),
+            f"raise train.batch_size: the host takes {graph:.0%} of a step to build its graph",
+        )
+
+
+def _of_switches(rows: Iterable[Mapping[str, Any]]) -> Iterable[Change]:
+    for row in rows:
+        high = row.get("high_workflow_speedup", 1.0)
+        if row["name"] in _SWITCHES and high < 1:
+            gain = 1 / row["workflow_speedup"]
+            yield Change(gain, f"set {_SWITCHES[row['name']]}: steps {row['name']} were {gain:.2f} times as fast")
+
+
+def _of_batch_sizes(rows: Sequence[Mapping[str, Any]], own: int) -> Iterable[Change]:
+    timed = {row["batch_size"]: row for row in rows if row["name"] == "workflow" and "error" not in row}
+    if own not in timed:
+        return
+    for size, row in timed.items():
+        if row["low_tokens_per_second"] > timed[own]["high_tokens_per_second"]:
+            gain = row["tokens_per_second"] / timed[own]["tokens_per_second"]
+            yield Change(
+                gain,
+                f"set train.batch_size = {size}: {gain:.2f} times the tokens a second of {own} rows, "
+                f"in {row['peak_memory_bytes'] / 1e9:.2f} GB",
+            )

@@ -1,0 +1,78 @@
+"""What mlxflow promises, each beside its measured figure; from a benchmark's figures alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+# A wait for data shorter than this share of a step is as good as none
+_LITTLE_WAIT = 0.02
+
+
+def keep_promises(
+    training: Sequence[Mapping[str, Any]],
+    models: Iterable[Mapping[str, Any]],
+    data_share: float | None,
+    own_batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Return the report's `promises`: text, measured figure and whether it holds, by name.
+
+    What could not be measured has no `measured`, and does not hold.
+
+    Args:
+        training: rows of the report.
+        models: rows of the report.
+        data_share: of a step, waiting for data; None where no step could be done.
+        own_batch_size: rows a step, at which the workflow is compared with the baseline.
+    """
+    timed = {row["name"]: row for row in training if row["batch_size"] == own_batch_size and "error" not in row}
+    baseline, workflow = timed.get("baseline"), timed.get("workflow")
+    told: dict[str, dict[str, Any]] = {
+        name: {"promise": promise, "holds": False}
+        for name, promise in (
+            ("training_speed", "training 1.5 to 2.5 times as fast as the baseline"),
+            ("training_memory", "30 to 50 % less memory in training"),
+            ("model_size", "models 4 to 8 times smaller"),
+            ("data_wait", "waiting for data close to none"),
+        )
+    }
+    if workflow is not None and baseline is not None:
+        told["training_speed"] |= _speed(baseline, workflow)
+        told["training_memory"] |= _memory(baseline["peak_memory_bytes"], workflow["peak_memory_bytes"], own_batch_size)
+    smallest = max(
+        (row for row in models if "compression_ratio_fp32" in row),
+        key=lambda row: row["compression_ratio_fp32"],
+        default=None,
+    )
+    if smallest is not None:
+        ratio = smallest["compression_ratio_fp32"]
+        told["model_size"] |= {
+            "measured": ratio,
+            "holds": ratio >= 4,
+            "figure": f"{smallest['model']} {ratio:.1f} times smaller than fp32, perplexity "
+            f"{smallest['perplexity']:.2f} ± {smallest['perplexity_standard_error']:.2f}",
+        }
+    if data_share is not None:
+        figure = f"{data_share:.2%} of a step"
+        told["data_wait"] |= {"measured": data_share, "holds": data_share < _LITTLE_WAIT, "figure": figure}
+    return told
+
+
+def _speed(baseline: Mapping[str, Any], workflow: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ratio of real tokens a second, from rounds taken together where there are some."""
+    ratio = baseline.get("workflow_speedup", workflow["tokens_per_second"] / baseline["tokens_per_second"])
+    low = baseline.get("low_workflow_speedup", ratio)
+    high = baseline.get("high_workflow_speedup", ratio)
+    return {
+        "measured": ratio,
+        "low": low,
+        "high": high,
+        "holds": low >= 1.5,
+        "figure": f"{ratio:.2f} times ({low:.2f} to {high:.2f}): {workflow['tokens_per_second']:,.0f} tokens a second "
+        f"instead of {baseline['tokens_per_second']:,.0f} at {workflow['batch_size']} rows",
+    }
+
+
+def _memory(baseline: int, workflow: int, batch_size: int) -> dict[str, Any]:
+    saved = 1 - workflow / baseline
+    word = "less" if saved >= 0 else "more"
+    figure = f"{abs(saved):.0%} {word}: {workflow:,} bytes instead of {baseline:,} at {batch_size} rows"
+    return {"measured": saved, "holds": saved >= 0.3, "figure": figure}

@@ -1,0 +1,189 @@
+"""The training side of a benchmark: which recipes, on which rows, and what comes of them."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow import models
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.measurement import ceilings
+from mlxflow.training.contest import measure_recipes, rows_of
+from mlxflow.training.convergence import converge
+from mlxflow.training.pieces import apart, holds_several
+from mlxflow.training.recipe import Job, Recipe
+from mlxflow.training.runner import Parts, Runner
+
+# Enough rows of one piece each that a batch is seldom seen twice, and few enough to be made in a moment
+_ROWS_APART = 2048
+
+# Steps whose parts are timed one by one
+_PARTED_STEPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured, and on what.
+
+    Attributes:
+        load: gives the model to train, anew each time.
+        build: gives one of the same shape that has learnt nothing.
+        tokens: the training tokens.
+        job: what is trained.
+        settings: the workflow's own, as train's report has them.
+        batch_sizes: rows a step, each timed.
+        num_steps: timed of each recipe.
+        memory_limit_bytes: what MLX may hold.
+        seed: of the order of the rows.
+    """
+
+    load: Callable[[], nn.Module]
+    build: Callable[[], nn.Module]
+    tokens: TokenFile
+    job: Job
+    settings: dict[str, Any]
+    batch_sizes: Sequence[int]
+    num_steps: int
+    memory_limit_bytes: int
+    seed: int
+
+    @property
+    def own_batch_size(self) -> int:
+        """The workflow's own, or the nearest to it that is timed: there each optimization is switched off in turn."""
+        own = int(self.settings["batch_size"])
+        return min(self.batch_sizes, key=lambda size: abs(size - own))
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether some row holds more than one document."""
+        return holds_several(self.tokens.rows)
+
+    @cached_property
+    def _rows_apart(self) -> Rows:
+        return apart(self.tokens.rows, count=max(_ROWS_APART, 4 * max(self.batch_sizes)), seed=self.seed)
+
+    def recipes(self) -> Iterator[Recipe]:
+        """Yield what is timed, in the order of the report."""
+        parted = self.own_batch_size
+        for place, batch_size in enumerate(self.batch_sizes):
+            workflow = self.workflow(batch_size)
+            yield workflow.baseline()
+            yield workflow
+            if batch_size == parted and batch_size not in self.batch_sizes[:place]:
+                yield from workflow.ablations()
+
+    def workflow(self, batch_size: int) -> Recipe:
+        """Return the workflow's own way."""
+        return Recipe.of(self.settings, batch_size=batch_size, is_packed=self.is_packed)
+
+    @contextmanager
+    def open(self, recipe: Recipe, *, learns: bool = False) -> Iterator[Runner]:
+        """Give a runner of a recipe on a model of its own.
+
+        Args:
+            recipe: how a step is done.
+            learns: a new model, at the job's learning rate; else the trained one, which hardly changes any more.
+        """
+        job = self.job if learns else self.job._replace(learning_rate=1e-5)
+        with Runner.running(
+            self.build() if learns else self.load(),
+            self.rows(recipe),
+            recipe=recipe,
+            job=job,
+            vocab_size=self.tokens.vocab_size,
+            warmup_steps=10 if learns else 0,
+            seed=self.seed,
+        ) as runner:
+            yield runner
+
+    def rows(self, recipe: Recipe) -> Rows:
+        """Return the rows that a recipe takes."""
+        return self.tokens.rows if recipe.is_packed or not self.is_packed else self._rows_apart
+
+    def targets_per_row(self, recipe: Recipe) -> float:
+        """Return the tokens learnt from in a row, the mean over all of a recipe's rows."""
+        rows = self.rows(recipe)
+        if rows is self.tokens.rows:
+            return self.tokens.targets / max(1, rows.num_rows)
+        return float((rows.marks[:, 1:] & 1).sum()) / max(1, rows.num_rows)
+
+    def measure(self) -> dict[str, Any]:
+        """Time every recipe; return the report's `training` and `drift`."""
+        measured, drift = measure_recipes(
+            self.recipes(), self.open, num_steps=self.num_steps, memory_limit_bytes=self.memory_limit_bytes
+        )
+        told: dict[str, Any] = {"training": rows_of(measured, targets_per_row=self.targets_per_row)}
+        return told | ({"drift": drift._asdict()} if drift else {})
+
+    def converge(self, num_steps: int) -> list[dict[str, Any]]:
+        """Train a new model the naive way and the workflow's; return the report's `convergence`.
+
+        Raises:
+            RuntimeError: the two do not fit into the memory.
+        """
+        workflow = self.workflow(self.own_batch_size)
+        with ExitStack() as held:
+            runners = {
+                recipe.name: held.enter_context(self.open(recipe, learns=True))
+                for recipe in (workflow.baseline(), workflow)
+            }
+            return converge(runners, num_steps=num_steps)
+
+    def take_apart(self) -> Parts:
+        """Return where the seconds of a step of the workflow go, each the median of several steps.
+
+        Raises:
+            RuntimeError: it does not fit into the memory.
+        """
+        with self.open(self.workflow(self.own_batch_size)) as runner:
+            runner.run(2)
+            steps = [runner.take_apart() for _ in range(min(_PARTED_STEPS, max(3, self.num_steps)))]
+        return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
+
+    def against_ceilings(self, report: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:
+        """Return what the workflow's steps and the dense model's decode reach of what the device can do.
+
+        Args:
+            report: with its `training`.
+            dense: the row of the report's `models` that is the model trained on; empty where there is none.
+
+        Raises:
+            RuntimeError: the matrices to measure with do not fit into the memory.
+        """
+        model = self.load()
+        told = {
+            "ceiling_flops_per_second": ceilings.flops_ceiling(
+                mx.float32 if self.settings["precision"] == "fp32" else mx.bfloat16
+            ),
+            "ceiling_bytes_per_second": ceilings.bytes_ceiling(_main_type(model)),
+        }
+        own = [
+            row
+            for row in report["training"]
+            if (row["name"], row["batch_size"]) == ("workflow", self.own_batch_size) and "error" not in row
+        ]
+        width = getattr(getattr(model, "args", None), "hidden_size", None)
+        if own and width:
+            per_token = ceilings.flops_per_token(
+                model.parameters(),
+                hidden_size=width,
+                num_layers=len(model.layers),
+                context_length=self.tokens.context_length,
+            )
+            slots = own[0]["samples_per_second"] * self.tokens.context_length  # empty ones are computed too
+            told["flops_per_second"] = slots * per_token
+        if "decode_tokens_per_second" in dense:
+            told["decode_bytes_per_second"] = models.num_bytes(model) * dense["decode_tokens_per_second"]
+        return told
+
+
+def _main_type(model: nn.Module) -> mx.Dtype:
+    """Return the type of a model's largest weight."""
+    leaves: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    return max((leaf for _, leaf in leaves), key=lambda leaf: leaf.size).dtype

@@ -1,0 +1,50 @@
+from typing import Any
+
+import pytest
+
+from mlxflow.measurement.promises import keep_promises
+
+
+def _row(name: str, rate: float, peak: int) -> dict[str, Any]:
+    return {"name": name, "batch_size": 8, "tokens_per_second": rate, "peak_memory_bytes": peak}
+
+
+def _kept(speedup: float = 2.0, low: float = 1.6, peak: int = 60, ratio: float = 6.0, share: float = 0.001) -> Any:
+    baseline = _row("baseline", 100, 100) | {
+        "workflow_speedup": speedup,
+        "low_workflow_speedup": low,
+        "high_workflow_speedup": speedup + 1,
+    }
+    model = {"model": "q4", "compression_ratio_fp32": ratio, "perplexity": 9.0, "perplexity_standard_error": 0.5}
+    dense = model | {"model": "train", "compression_ratio_fp32": 1.0}
+    rows = [baseline, _row("workflow", 100 * speedup, peak)]
+    return {name: told["holds"] for name, told in keep_promises(rows, [dense, model], share, 8).items()}
+
+
+def test_every_promise_is_measured_by_its_own_figure() -> None:
+    assert all(_kept().values())
+
+
+@pytest.mark.parametrize(
+    ("broken", "name"),
+    [
+        ({"speedup": 1.6, "low": 1.4}, "training_speed"),  # not sure enough
+        ({"peak": 75}, "training_memory"),
+        ({"ratio": 3.5}, "model_size"),
+        ({"share": 0.1}, "data_wait"),
+    ],
+)
+def test_a_promise_that_does_not_hold_is_told_and_the_others_stand(broken: dict[str, Any], name: str) -> None:
+    assert [one for one, holds in _kept(**broken).items() if not holds] == [name]
+
+
+def test_what_did_not_fit_proves_nothing() -> None:
+    rows = [{"name": "baseline", "batch_size": 8, "error": "does not fit"}, _row("workflow", 100, 10)]
+    told = keep_promises(rows, [], 0.0, 8)
+    assert [one for one in told if told[one]["holds"]] == ["data_wait"]
+    assert "measured" not in told["training_speed"]
+
+
+def test_more_memory_is_not_called_less() -> None:
+    rows = [_row("baseline", 100, 100), _row("workflow", 100, 120)]
+    assert keep_promises(rows, [], 0.0, 8)["training_memory"]["figure"].startswith("20% more: 120 bytes instead of")
