@@ -248,7 +248,14 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     )
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     facts = {"parameters": models.num_parameters(model), "document_mask": masks, "fused_loss": fused}
-    return facts | report_of(result)
+    return facts | {"settings": _memory_settings(config, fused)} | report_of(result)
+
+
+def _memory_settings(config: Config, fused: bool) -> dict[str, Any]:
+    """Return what decides the memory of a step, for stages that measure the same steps."""
+    table = msgspec.to_builtins(config)
+    names = ("batch_size", "grad_accum_steps", "optimizer", "optimizer_options", "precision", "checkpointing", "method")
+    return {name: table[name] for name in names} | {"fused_loss": fused} | {"lora": table["lora"]}
 
 
 def fit(
