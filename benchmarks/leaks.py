@@ -23,8 +23,6 @@ BASE = 1e9  # bytes
 MB = 1e6
 LEAKS = (0.0, 0.02, 0.05, 0.1, 0.2)
 
-Series = "NDArray[np.float64]"
-
 
 def flat(random: np.random.Generator) -> "NDArray[np.float64]":
     """White noise of half a percent."""
@@ -32,7 +30,7 @@ def flat(random: np.random.Generator) -> "NDArray[np.float64]":
 
 
 def warm_up(random: np.random.Generator) -> "NDArray[np.float64]":
-    """A third of the base comes within the first hundred steps."""
+    """Return a rise by a third of the base within the first hundred steps."""
     steps = np.arange(NUM_STEPS)
     return -300 * MB * np.exp(-steps / random.uniform(15, 40)) + random.normal(0, 3 * MB, NUM_STEPS)
 
@@ -64,7 +62,7 @@ def autoregressive(random: np.random.Generator) -> "NDArray[np.float64]":
 
 
 def one_jump(random: np.random.Generator) -> "NDArray[np.float64]":
-    """A buffer is made once and kept."""
+    """Return the jump of a buffer that is made once and kept."""
     at = random.integers(NUM_STEPS // 10, NUM_STEPS * 9 // 10)
     jumped = np.arange(NUM_STEPS) >= at
     return jumped * random.uniform(50, 300) * MB + random.normal(0, 3 * MB, NUM_STEPS)
@@ -88,14 +86,16 @@ def phases(random: np.random.Generator) -> "NDArray[np.float64]":
 SHAPES = (flat, warm_up, sawtooth, varying_length, autoregressive, one_jump, logarithmic, phases)
 
 
-def simulate(shape: Callable[[np.random.Generator], "NDArray[np.float64]"], seed: int, leak: float) -> Series:  # type: ignore[valid-type]
+def simulate(
+    shape: Callable[[np.random.Generator], "NDArray[np.float64]"], seed: int, leak: float
+) -> "NDArray[np.float64]":
     """Return a series: base, shape, and a leak of a share of the base over the run."""
     random = np.random.default_rng([seed, SHAPES.index(shape)])
     return BASE + shape(random) + leak * BASE * np.arange(NUM_STEPS) / NUM_STEPS
 
 
 def ours(values: "NDArray[np.float64]") -> bool:
-    """The profiler's test, as it is asked about the memory of the process."""
+    """Return whether the profiler, asked about the memory of a process, finds a leak."""
     found = find_leak(values, floor_bytes_per_step=4096, floor_share=0.01, limit_bytes=None)
     return found.verdict == "leak"
 

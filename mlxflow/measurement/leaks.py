@@ -203,8 +203,10 @@ def _slows_down(times: "NDArray[np.float64]", values: "NDArray[np.float64]", lin
     early, late = _fit(times[:half], values[:half]), _fit(times[half:], values[half:])
     lacks = _STEEP_LATE * early.slope - late.slope
     is_clear = lacks > math.hypot(_STEEP_LATE * early.error, late.error)
-    return is_clear or late.slope <= _STEEP_LATE_LEAST * line.slope or (
-        slowing.residual + _tiny(values) < _CURVE_IS_BETTER * line.residual
+    return (
+        is_clear
+        or late.slope <= _STEEP_LATE_LEAST * line.slope
+        or (slowing.residual + _tiny(values) < _CURVE_IS_BETTER * line.residual)
     )
 
 

@@ -22,7 +22,7 @@ from mlxflow.training import adapters
 from mlxflow.training.measured import MeasuredSteps, Settings, logits_bytes, measured_steps
 
 #: Steps of a trial: the first makes the optimizer's state, and how far buffers are reused is chance.
-_TRIAL_STEPS = 3
+_TRIAL_STEPS = 4
 
 STEP = "training_step"
 PASS = f"{STEP}/forward_backward"
@@ -75,10 +75,22 @@ class Peaks(NamedTuple):
         return max(self)
 
 
-def take_steps(
-    job: Job, rows: Rows, settings: Settings, profiler: MemoryProfiler, *, num_steps: int
-) -> tuple[int, dict[str, int], dict[str, int]]:
-    """Train a model under a profiler; return the bytes of the model, and the composition of the peak.
+class Measured(NamedTuple):
+    """What the steps under a profiler came to.
+
+    Attributes:
+        model_bytes: of the parameters.
+        peaks: of the steps.
+        composition: of the highest peak; see `compose`.
+    """
+
+    model_bytes: int
+    peaks: Peaks
+    composition: dict[str, int]
+
+
+def take_steps(job: Job, rows: Rows, settings: Settings, profiler: MemoryProfiler, *, num_steps: int) -> Measured:
+    """Train a model under a profiler.
 
     Args:
         job: the model.
@@ -87,6 +99,7 @@ def take_steps(
         profiler: gets the phases "load_model", "first_step" and "training_step", and the steps' ends.
         num_steps: measured, after the first one.
     """
+    before = mx.get_active_memory()
     with profile_memory(profiler, "load_model"):
         model = job.open()
     model_bytes = models.num_bytes(model)
@@ -99,7 +112,12 @@ def take_steps(
                 steps.run()
             profiler.end_step()
         composition = _compose(job, model, settings, profiler, steps)
-    return model_bytes, steps.tree_bytes(job.context_length), composition
+    return Measured(model_bytes, _peaks(profiler, before), composition)
+
+
+def _peaks(profiler: MemoryProfiler, before: int) -> Peaks:
+    totals = profiler.totals
+    return Peaks(totals[PASS].peak_memory_bytes - before, totals[UPDATE].peak_memory_bytes - before)
 
 
 def _steps(
@@ -161,8 +179,7 @@ def trial(job: Job, settings: Settings) -> Peaks:
             for _ in range(_TRIAL_STEPS):
                 with profile_memory(profiler, STEP):
                     steps.run()
-        peaks = (profiler.totals[name].peak_memory_bytes - before for name in (PASS, UPDATE))
-        return Peaks(*peaks)
+        return _peaks(profiler, before)
     finally:
         profiler.close()
         mx.clear_cache()
@@ -182,8 +199,5 @@ def predict(job: Job, settings: Settings, trials: Callable[[Job, Settings], Peak
         trials(job, settings._replace(batch_size=size, chunk_share=settings.chunk_share * size / rows))
         for size in (few, more)
     )
-    slope = (other.forward_backward - one.forward_backward) / (more - few)
-    return Peaks(
-        other.forward_backward + slope * (rows - more),
-        other.update + (rows - more) * (other.update - one.update) / (more - few),
-    )
+    further = (rows - more) / (more - few)
+    return Peaks(*(far + (far - near) * further for near, far in zip(one, other, strict=True)))

@@ -35,7 +35,8 @@ def test_a_leaks_rate_and_end_are_told() -> None:
 @pytest.mark.parametrize("base", [0, 10**6, 10**10])
 def test_a_small_leak_is_found_where_there_is_no_noise_whatever_the_base(base: int) -> None:
     found = _test(base + 256.0 * np.arange(300), floor=64)
-    assert (found.verdict, found.bytes_per_step) == ("leak", pytest.approx(256, rel=0.01))
+    assert found.verdict == "leak"
+    assert found.bytes_per_step == pytest.approx(256, rel=0.01)
     assert _test(base + np.zeros(300), floor=64).verdict == "none"
     assert _test(base + 256.0 * np.arange(300), floor=512).verdict == "none"
 
