@@ -1,6 +1,6 @@
 """Make for models: one `workflow.toml`, an incremental and reproducible MLX training workflow.
 
-    from mlxflow import quantize_model_for_inference
+    from mlxflow import MemoryProfiler, profile_memory, quantize_model_for_inference
 
 What is public is imported when it is asked for, so that `import mlxflow` alone loads no mlx.
 """
@@ -8,11 +8,16 @@ What is public is imported when it is asked for, so that `import mlxflow` alone 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlxflow.measurement.memory import MemoryProfiler, profile_memory
     from mlxflow.quantization.apply import quantize_model_for_inference
 
-__all__ = ["quantize_model_for_inference"]
+__all__ = ["MemoryProfiler", "profile_memory", "quantize_model_for_inference"]
 
-_HOMES = {"quantize_model_for_inference": "mlxflow.quantization.apply"}
+_HOMES = {
+    "MemoryProfiler": "mlxflow.measurement.memory",
+    "profile_memory": "mlxflow.measurement.memory",
+    "quantize_model_for_inference": "mlxflow.quantization.apply",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("stage", help="such as pretokenize or quantize:q4")
     show.add_argument("--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones")
     add_workflow(show)
+    fits = add("fit", _fit, "print which batch sizes and context lengths fit into the memory, from a few trials")
+    fits.add_argument("stage", nargs="?", default="profile", help="a profile stage; default: profile")
+    fits.add_argument("--batch-sizes", type=int, nargs="+", default=[], help="default: around the stage's own")
+    fits.add_argument("--context-lengths", type=int, nargs="+", default=[], help="default: around the data's own")
+    add_workflow(fits)
     add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
     compare = add(
         "compare", _compare, "compare two benchmarks, figure by figure; what is within the noise is called that"
@@ -99,6 +104,15 @@ def _show(parsed: argparse.Namespace) -> None:
 
     workflow = load_workflow(parsed.workflow)
     show(workflow, workflow.find(parsed.stage), parsed.row)
+
+
+def _fit(parsed: argparse.Namespace) -> None:
+    from mlxflow.fit import fit
+    from mlxflow.workflow import load_workflow
+
+    workflow = load_workflow(parsed.workflow)
+    one = workflow.find(parsed.stage)
+    fit(workflow, one, batch_sizes=parsed.batch_sizes, context_lengths=parsed.context_lengths)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

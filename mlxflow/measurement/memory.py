@@ -1,91 +1,233 @@
-"""Where memory goes: MLX's own counters, the process and the system, read together by phase."""
+"""Where memory goes: MLX's own counters, the process and the system, read together by step and by phase.
 
-import time
+profiler = MemoryProfiler()
+with profiler.sampling():
+    for batch in batches:
+        with profile_memory(profiler, "training_step"):
+            ...
+        profiler.end_step()
+profiler.totals["training_step"].peak_memory_bytes
+"""
+
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
-import mlx.core as mx
-import psutil
+from mlxflow.measurement import peaks
+from mlxflow.measurement.columns import Columns
+from mlxflow.measurement.readings import Reader, Reading
 
+__all__ = ["MemoryProfiler", "Phase", "PhaseTotal", "Reading", "profile_memory"]
 
-class Reading(NamedTuple):
-    """One look at the memory, all in bytes but the time.
+#: Samples a second of the thread; at this rate it takes under one percent of a core (`benchmarks/profiler.py`).
+DEFAULT_SAMPLES_PER_SECOND = 20.0
 
-    Attributes:
-        seconds: since the profiler was made.
-        active_memory_bytes: MLX arrays that are alive.
-        peak_memory_bytes: the most they were since the last reset, never less than what is alive now.
-        cache_memory_bytes: freed buffers that MLX keeps to use again.
-        rss_bytes: what of the process lies in main memory.
-        available_bytes: what the system could still give.
-    """
-
-    seconds: float
-    active_memory_bytes: int
-    peak_memory_bytes: int
-    cache_memory_bytes: int
-    rss_bytes: int
-    available_bytes: int
+_KEPT_ROWS = 1 << 13
+_KEPT_PHASES = 1 << 12
+_HIGHEST = 8
+_FRACTIONS = ("seconds", "pressure")
+_MOST = ("peak_memory_bytes", "rss_bytes", "footprint_bytes")
 
 
 class Phase(NamedTuple):
-    """One pass through a `profile_memory` block."""
+    """One pass through a `profile_memory` block.
+
+    Attributes:
+        name: as it was given; of a phase within another one, that one's and its own, such as "training_step/update".
+        error: the type of the exception that ended it, or nothing.
+    """
 
     name: str
     begin: Reading
     end: Reading
+    error: str
 
     @property
     def growth_bytes(self) -> int:
         """Active memory that the phase left behind."""
         return self.end.active_memory_bytes - self.begin.active_memory_bytes
 
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end.seconds - self.begin.seconds
 
-class MemoryProfiler:
-    """Takes readings and keeps the phases of a program.
 
-        profiler = MemoryProfiler()
-        with profile_memory(profiler, "training_step"):
-            ...
-        profiler.phases[-1].end.peak_memory_bytes
+class PhaseTotal:
+    """All passes through phases of one name.
 
     Attributes:
-        phases: every finished phase, in the order in which they ended.
+        calls: how many.
+        seconds: that they took.
+        peak_memory_bytes: the most that MLX's arrays held in any of them.
+        growth_bytes: active memory that they left behind.
+        errors: how many ended by an exception.
+        last_error: the type of the last of those.
     """
 
     def __init__(self) -> None:
-        self._begin = time.perf_counter()
-        self._process = psutil.Process()
-        self.phases: list[Phase] = []
+        self.calls = 0
+        self.seconds = 0.0
+        self.peak_memory_bytes = 0
+        self.growth_bytes = 0
+        self.errors = 0
+        self.last_error = ""
+
+    def add(self, phase: Phase) -> None:
+        """Count one more."""
+        self.calls += 1
+        self.seconds += phase.seconds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, phase.end.peak_memory_bytes)
+        self.growth_bytes += phase.growth_bytes
+        self.errors += bool(phase.error)
+        self.last_error = phase.error or self.last_error
+
+
+class Peak(NamedTuple):
+    """A high point: of which step and phase."""
+
+    bytes: int
+    step: int
+    phase: str
+
+
+class MemoryProfiler:
+    """Takes readings and keeps the steps and phases of a program; keeps the same memory however long it runs.
+
+    Args:
+        samples_per_second: of the sampling thread.
+
+    Attributes:
+        phases: the latest finished phases, in the order in which they ended.
+        totals: by the phases' names, in the order in which they first ended.
+        steps: finished steps.
+    """
+
+    def __init__(self, *, samples_per_second: float = DEFAULT_SAMPLES_PER_SECOND) -> None:
+        self._reader = Reader()
+        self._every_seconds = 1 / samples_per_second
+        self._lock = threading.Lock()
+        self._names = threading.local()
+        self._steps = Columns(("step", *Reading._fields), capacity=_KEPT_ROWS, most=_MOST)
+        self._samples = Columns(Reading._fields, capacity=_KEPT_ROWS, most=_MOST)
+        self._step_peak = peaks.open_peak()
+        self._highest: list[Peak] = []
+        self._step_phase = Peak(0, 1, "")
+        self.phases: deque[Phase] = deque(maxlen=_KEPT_PHASES)
+        self.totals: dict[str, PhaseTotal] = {}
+        self.steps = 0
 
     def read(self) -> Reading:
-        """Return the memory as it is now."""
-        active = mx.get_active_memory()
-        return Reading(
-            time.perf_counter() - self._begin,
-            active,
-            max(active, mx.get_peak_memory()),  # a reset sets MLX's peak to nothing, not to what is alive
-            mx.get_cache_memory(),
-            self._process.memory_info().rss,
-            psutil.virtual_memory().available,
-        )
+        """Return the memory as it is now, all of it read anew."""
+        return self._reader.read(fresh=True)
+
+    def close(self) -> None:
+        """Give back the file it reads from; to be called when no more is measured."""
+        self._reader.close()
+        peaks.forget(self._step_peak)
+
+    def __del__(self) -> None:
+        self.close()
+
+    # --- steps
+
+    def begin_steps(self) -> None:
+        """Let the first step's peak begin here instead of at the profiler's making."""
+        peaks.note_peak(self._step_peak)
+        self._step_phase = Peak(0, 1, "")
+
+    def end_step(self) -> Reading:
+        """Keep a reading at the end of a step, with the peak since the last one's end, and return it."""
+        peak = peaks.note_peak(self._step_peak)
+        reading = self._reader.read(fresh=False)._replace(peak_memory_bytes=peak)
+        self.steps += 1
+        with self._lock:
+            self._steps.append((self.steps, *reading))
+            phase = self._step_phase.phase if self._step_phase.bytes >= peak else ""
+            self._highest = sorted([*self._highest, Peak(peak, self.steps, phase)], key=_by_height)[:_HIGHEST]
+            self._step_phase = Peak(0, self.steps + 1, "")
+        return reading
+
+    @property
+    def highest_peaks(self) -> list[Peak]:
+        """The highest steps' peaks, the highest first, each with the innermost phase that it fell into."""
+        return list(self._highest)
+
+    def timeline(self) -> dict[str, Any]:
+        """Return the columns of steps, and those of samples under names that begin with `sample_`."""
+        with self._lock:
+            columns = self._steps.arrays(fractions=_FRACTIONS)
+            samples = self._samples.arrays(fractions=_FRACTIONS)
+        return columns | {f"sample_{name}": values for name, values in samples.items()}
+
+    # --- samples
+
+    @contextmanager
+    def sampling(self) -> Iterator[Self]:
+        """Take readings in a thread, too, until the block ends."""
+        ended = threading.Event()
+
+        def sample() -> None:
+            while not ended.wait(self._every_seconds):
+                peaks.look()
+                with self._lock:
+                    self._samples.append(self._reader.read(fresh=False))
+
+        thread = threading.Thread(target=sample, name="memory-sampler", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            thread.join()
+
+    # --- phases
+
+    def enter(self, name: str) -> tuple[str, Reading, peaks.OpenPeak]:
+        """Begin a phase; returns what `leave` takes."""
+        stack: list[str] = self._names.__dict__.setdefault("stack", [])
+        stack.append(f"{stack[-1]}/{name}" if stack else name)
+        peak = peaks.open_peak()
+        return stack[-1], self._reader.read(fresh=False), peak
+
+    def leave(self, begun: tuple[str, Reading, peaks.OpenPeak], error: BaseException | None) -> None:
+        """End a phase and keep it."""
+        name, begin, open_peak = begun
+        peak = peaks.close_peak(open_peak)
+        end = self._reader.read(fresh=False)
+        end = end._replace(peak_memory_bytes=max(peak, end.active_memory_bytes))
+        self._names.stack.pop()
+        phase = Phase(name, begin, end, type(error).__name__ if error else "")
+        with self._lock:
+            self.phases.append(phase)
+            self.totals.setdefault(name, PhaseTotal()).add(phase)
+            if peak > self._step_phase.bytes:  # an outer one ends later with the same peak
+                self._step_phase = Peak(peak, self.steps + 1, name)
+
+
+def _by_height(peak: Peak) -> tuple[int, int]:
+    return -peak.bytes, peak.step
 
 
 @contextmanager
 def profile_memory(profiler: MemoryProfiler, phase: str) -> Iterator[None]:
     """Record one phase: the readings at its ends and MLX's peak within it, also when it ends by an exception.
 
-    MLX's peak counter is reset at the beginning. Evaluate what the phase computes inside the block: lazy work is
-    charged to whoever evaluates it.
+    Phases may lie within each other and in several threads. As a decorator, `@profile_memory(profiler, "load")`, it
+    records each call. Evaluate what the phase computes inside the block: lazy work is charged to whoever evaluates it.
 
     Args:
         profiler: keeps the phase.
         phase: its name.
     """
-    mx.reset_peak_memory()
-    begin = profiler.read()
+    begun = profiler.enter(phase)
+    error: BaseException | None = None
     try:
         yield
+    except BaseException as raised:
+        error = raised
+        raise
     finally:
-        profiler.phases.append(Phase(phase, begin, profiler.read()))
+        profiler.leave(begun, error)

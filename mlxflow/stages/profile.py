@@ -6,28 +6,58 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
+from mlxflow.device import SIZE_PATTERN, parse_size
+from mlxflow.errors import StageError
 from mlxflow.stage import Artifacts, Context, derive_seed
 
-VERSION = 2
+VERSION = 3
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
+
+# Growth of less is the allocator's; of the process's memory, whose readings are noisy, growth of less than a share too
+_ACTIVE_FLOOR_BYTES, _PROCESS_FLOOR_BYTES, _PROCESS_FLOOR_SHARE = 64, 4096, 0.01
+# Rows in which padding is counted
+_PADDING_ROWS = 1024
+# Fewer steps are all warm-up, seen from outside MLX
+_FEWEST_PROCESS_STEPS = 40
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[profile]` table."""
 
-    input: Annotated[str, Meta(description="the dense model: a train stage")] = "train"
+    input: Annotated[str, Meta(description="the dense model: a train stage, whose steps are taken")] = "train"
     data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     num_steps: Annotated[int, Meta(ge=1, description="training steps measured")] = 20
     batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass")] = 32
+    samples_per_second: Annotated[
+        float, Meta(gt=0, le=1000, description="readings that a thread takes beside those at the steps' ends")
+    ] = 20.0
+    suggestions: Annotated[bool, Meta(description="whether trials tell what would save memory")] = True
+    max_peak_memory: Annotated[
+        str,
+        Meta(
+            pattern=rf"^$|{SIZE_PATTERN}",
+            examples=["4 GB"],
+            description="the stage fails if MLX's arrays take more: of the memory limit, or a size; empty: any",
+        ),
+    ] = ""
+    max_leak_per_step: Annotated[
+        str,
+        Meta(
+            pattern=rf"^$|{SIZE_PATTERN}",
+            examples=["0 KB"],
+            description="the stage fails if MLX's arrays leak more at each step; empty: any",
+        ),
+    ] = ""
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """A dense model and tokens to train it on."""
+    """A dense model, how it was trained, and tokens to train it on."""
 
     config: Path = Path()
     model: Path = Path()
+    trained: Path = Path()
     tokens: Path = Path()
 
     @classmethod
@@ -37,6 +67,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             config=folder / "config.json",
             model=folder / "model.safetensors",
+            trained=folder / "report.toml",
             tokens=artifacts.folder(config.data, "data") / "train.safetensors",
         )
 
@@ -49,64 +80,218 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
-    """Train a copy of the model for some steps and read the memory at every step's ends.
+    """Train a copy of the model for some steps, as it was trained, and read the memory all the while.
 
     Raises:
-        SourceError: there are fewer rows than one batch holds.
+        SourceError: there are fewer rows than one step takes.
     """
     import mlx.core as mx
 
-    from mlxflow import artifact, models, packed
-    from mlxflow.data.token_file import TokenFile
-    from mlxflow.measurement.memory import MemoryProfiler, profile_memory
-    from mlxflow.training.step import steps_on
+    from mlxflow import artifact
+    from mlxflow.measurement.memory import MemoryProfiler
 
     profiler = MemoryProfiler()
     before = profiler.read()
-    with profile_memory(profiler, "load_model"):
-        model = models.load_dense(inputs.model.parent, f"{context.task}.input")
-    seed = derive_seed(context.seed, context.task)
-    tokens = TokenFile.open(inputs.tokens)
-    tokens.require_vocabulary(models.vocab_size(inputs.model.parent), f"{context.task}.input")
-    rows = tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
-    masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
-    with steps_on(model, rows, batch_size=config.batch_size, masks_documents=masks, seed=seed) as step:
-        with profile_memory(profiler, "first_step"):
-            step()  # compiles, and makes the optimizer's state
-        for _ in range(config.num_steps):
-            with profile_memory(profiler, "training_step"):
-                step()
-    phases = profiler.phases[2:]
-    ends = [phase.end for phase in phases]
-    artifact.write_arrays(
-        outputs.timeline,
-        {name: _column([getattr(end, name) for end in ends]) for name in ends[0]._fields},
-        artifact.provenance_metadata(context.provenance),
-    )
-    seconds = sorted(phase.end.seconds - phase.begin.seconds for phase in phases)
+    settings = settings_of(config, inputs)
+    parts = _take_steps(config, inputs, context, profiler, settings)
+    timeline = profiler.timeline()
+    artifact.write_arrays(outputs.timeline, timeline, artifact.provenance_metadata(context.provenance))
+    parts |= {"leak": _leak(timeline, context), "trend": _trend(timeline)}
+    figures = _figures(profiler, before)
+    _require_budgets(config, context, figures, parts)
     return {
         "batch_size": config.batch_size,
         "num_steps": config.num_steps,
-        "model_bytes": models.num_bytes(model),
+        "settings": settings._asdict(),
         "memory_limit_bytes": context.memory_limit_bytes,
-        "active_memory_bytes": ends[-1].active_memory_bytes,
-        "peak_memory_bytes": max(end.peak_memory_bytes for end in ends),
-        "cache_memory_bytes": max(end.cache_memory_bytes for end in ends),
-        "rss_before_bytes": before.rss_bytes,
-        "rss_bytes": max(end.rss_bytes for end in ends),
-        "available_bytes": min(end.available_bytes for end in ends),
-        "growth_bytes_per_step": (ends[-1].active_memory_bytes - ends[0].active_memory_bytes) / max(1, len(ends) - 1),
-        "median_step_seconds": seconds[len(seconds) // 2],
-        "phases": [
-            {"name": phase.name, "peak_memory_bytes": phase.end.peak_memory_bytes, "growth_bytes": phase.growth_bytes}
-            for phase in profiler.phases[:3]
-        ],
+        **figures,
+        **parts,
         "run": {"mlx_device_info": {key: str(value) for key, value in mx.device_info().items()}},
     }
 
 
-def _column(values: list[float]) -> Any:
-    """Return the values in a type that MLX reads too: whole numbers as int64, others as float32."""
+def settings_of(config: Config, inputs: Inputs) -> Any:
+    """Return the settings that the model was trained with."""
+    from mlxflow import artifact
+    from mlxflow.training.measured import Settings
+
+    told = artifact.read_report(inputs.trained).get("settings", {})
+    every = told.get("checkpointing", "none")
+    return Settings(
+        batch_size=config.batch_size,
+        grad_accum_steps=told.get("grad_accum_steps", 1),
+        optimizer=told.get("optimizer", "adamw"),
+        optimizer_options=told.get("options", {}),
+        precision=told.get("precision", "fp32"),
+        checkpoint_every=every if isinstance(every, int) else int(every == "layers"),
+        fused_loss=told.get("fused_loss", False),
+    )
+
+
+def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any:
+    """Return which model is trained on what.
+
+    Raises:
+        ArtifactError: the model is none, quantized, or does not know the tokens.
+    """
+    from mlxflow import artifact, models, packed
+    from mlxflow.training.adapters import AdapterShape
+    from mlxflow.training.profiling import Job
+
+    told = artifact.read_report(inputs.trained).get("settings", {})
+    folder, key = inputs.model.parent, f"{context.task}.input"
+    tokens.require_vocabulary(models.vocab_size(folder), key)
+    shape = AdapterShape(**told["lora"]) if "lora" in told else None
+    masks = tokens.has_conversations and packed.can_mask_documents(models.load_dense(folder, key), tokens.vocab_size)
+    return Job(
+        folder=folder,
+        key=key,
+        adapters=shape,
+        vocab_size=tokens.vocab_size,
+        context_length=tokens.context_length,
+        masks_documents=masks,
+        seed=derive_seed(context.seed, context.task),
+    )
+
+
+def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> dict[str, Any]:
     import numpy as np
 
-    return np.array(values, np.float32 if isinstance(values[0], float) else np.int64)
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.training import profiling, suggestions
+
+    tokens = TokenFile.open(inputs.tokens)
+    job = job_of(config, inputs, context, tokens)
+    rows = tokens.full_rows(settings.batch_size * settings.grad_accum_steps, f"{context.task}.batch_size")
+    with profiler.sampling():
+        measured = profiling.take_steps(job, rows, settings, profiler, num_steps=config.num_steps)
+    parts = {"model_bytes": measured.model_bytes, "composition": measured.composition}
+    if not config.suggestions:
+        return parts
+    marks = rows.marks[:_PADDING_ROWS]
+    situation = suggestions.Situation(
+        peaks=measured.peaks,
+        cache_memory_bytes=measured.composition["cache_bytes"],
+        real_share=np.count_nonzero(marks) / marks.size,
+        is_gpu=context.device == "gpu",
+    )
+    made = suggestions.suggest(job, settings, situation)
+    tables = {"packing": config.data, "cache_limit": "workflow"}
+    return parts | {
+        "suggestions": [
+            {
+                "key": f"{tables.get(one.name, config.input).partition(':')[0]}.{one.name}",
+                "value": one.value,
+                "saves_bytes": one.saves_bytes,
+                "evidence": one.evidence,
+            }
+            for one in made
+        ]
+    }
+
+
+def _leak(timeline: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Return what the readings at the steps' ends say of leaks: of arrays; softer, with MLX's cache; of the process."""
+    from mlxflow.measurement.leaks import LeakTest, find_leak
+
+    def told(found: LeakTest) -> dict[str, Any]:
+        return {name: value for name, value in found._asdict().items() if value is not None}
+
+    def softly(values: Any) -> dict[str, Any]:
+        if len(values) < _FEWEST_PROCESS_STEPS:
+            return {"verdict": "none", "bytes_per_step": 0.0, "note": f"{_FEWEST_PROCESS_STEPS} steps tell more"}
+        return told(
+            find_leak(
+                values,
+                floor_bytes_per_step=_PROCESS_FLOOR_BYTES,
+                floor_share=_PROCESS_FLOOR_SHARE,
+                limit_bytes=int(values[-1]) + int(timeline["available_bytes"][-1]),
+            )
+        )
+
+    active = timeline["active_memory_bytes"]
+    limit = context.memory_limit_bytes
+    strict = find_leak(active, floor_bytes_per_step=_ACTIVE_FLOOR_BYTES, floor_share=0.0, limit_bytes=limit)
+    reserved = softly(active + timeline["cache_memory_bytes"])
+    return told(strict) | {"reserved": reserved, "process": softly(timeline["rss_bytes"])}
+
+
+def _trend(timeline: dict[str, Any]) -> dict[str, float]:
+    """Return by how many bytes a step each reading rose or fell: the middle of the slopes between halves."""
+    import numpy as np
+
+    names = ("active_memory_bytes", "peak_memory_bytes", "cache_memory_bytes", "rss_bytes", "available_bytes")
+    half = len(timeline["step"]) // 2
+    if not half:
+        return {f"{name}_per_step": 0.0 for name in names}
+    apart = len(timeline["step"]) - half
+    return {
+        f"{name}_per_step": float(np.median(timeline[name][apart:] - timeline[name][:half])) / apart for name in names
+    }
+
+
+def _require_budgets(config: Config, context: Context, figures: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Fail, with the phase and what would help most, where more memory is used than is allowed.
+
+    Raises:
+        StageError: a line for each budget that is exceeded.
+    """
+    highest = figures["peaks"][0]
+    phase = f" in {highest['phase']}" if highest["phase"] else ""
+    over = (
+        ("max_peak_memory", figures["peak_memory_bytes"], f"step {highest['step']}{phase} took", ""),
+        ("max_leak_per_step", parts["leak"]["bytes_per_step"], "arrays leak", " a step"),
+    )
+    lines = []
+    for name, bytes_, said, unit in over:
+        budget = getattr(config, name)
+        if budget and bytes_ > parse_size(budget, context.memory_limit_bytes):
+            lines.append(
+                f'{context.task}.{name} = "{budget}": {said} {bytes_ / 1e6:,.3f} MB{unit}. {_advise(parts, name)}'
+            )
+    if lines:
+        raise StageError("\n".join(lines))
+
+
+def _advise(parts: dict[str, Any], name: str) -> str:
+    from mlxflow.config import toml_value
+
+    if name == "max_leak_per_step":
+        return "Look for arrays that are kept from step to step, or for sums that are never evaluated."
+    for one in parts.get("suggestions", []):
+        saves = f"which is predicted to save {one['saves_bytes'] / 1e6:,.3f} MB"
+        return f"Set {one['key']} = {toml_value(one['value'])}, {saves}."
+    return "Raise it, or use a smaller model."
+
+
+def _figures(profiler: Any, before: Any) -> dict[str, Any]:
+    """Return what the readings came to."""
+    import numpy as np
+
+    from mlxflow.training.profiling import STEP
+
+    steps = profiler.timeline()
+    active = steps["active_memory_bytes"]
+    seconds = [phase.seconds for phase in profiler.phases if phase.name == STEP]
+    return {
+        "active_memory_bytes": int(active[-1]),
+        "peak_memory_bytes": int(steps["peak_memory_bytes"].max()),
+        "cache_memory_bytes": int(steps["cache_memory_bytes"].max()),
+        "rss_before_bytes": before.rss_bytes,
+        "rss_bytes": int(steps["rss_bytes"].max()),
+        "footprint_bytes": int(steps["footprint_bytes"].max()),
+        "available_bytes": int(steps["available_bytes"].min()),
+        "growth_bytes_per_step": float(active[-1] - active[0]) / max(1, len(active) - 1),
+        "median_step_seconds": float(np.median(seconds)),
+        "phases": [
+            {
+                "name": name,
+                "calls": total.calls,
+                "seconds": total.seconds,
+                "peak_memory_bytes": total.peak_memory_bytes,
+                "growth_bytes": total.growth_bytes,
+            }
+            for name, total in profiler.totals.items()
+        ],
+        "peaks": [peak._asdict() for peak in profiler.highest_peaks],
+    }

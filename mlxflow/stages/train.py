@@ -348,6 +348,7 @@ def settings_of(config: Config, *, masks: bool, fused: bool) -> dict[str, Any]:
     return {
         "method": config.method,
         "batch_size": config.batch_size,
+        "grad_accum_steps": config.grad_accum_steps,
         "precision": config.precision,
         "checkpointing": config.checkpointing,
         "fused_loss": fused,

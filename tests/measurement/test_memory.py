@@ -1,7 +1,15 @@
+import subprocess
+import sys
+import threading
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
+import mlxflow
+from mlxflow.measurement.columns import Columns
 from mlxflow.measurement.memory import MemoryProfiler, profile_memory
+from mlxflow.measurement.readings import linux_sets
 
 HUNDRED_MB = 25_000_000  # numbers in fp32
 
@@ -55,3 +63,124 @@ def test_a_phase_that_fails_is_recorded_and_the_error_goes_on() -> None:
     with pytest.raises(ZeroDivisionError), profile_memory(profiler, "failing"):
         _ = 1 / 0
     assert [phase.name for phase in profiler.phases] == ["failing"]
+    assert profiler.phases[0].error == profiler.totals["failing"].last_error == "ZeroDivisionError"
+    assert profiler.totals["failing"].errors == 1
+
+
+def _spike(numbers: int) -> None:
+    array = mx.zeros((numbers,))
+    mx.eval(array)
+    del array
+
+
+def test_the_public_names_are_the_profiler_and_importing_the_package_loads_no_mlx() -> None:
+    assert mlxflow.MemoryProfiler is MemoryProfiler
+    assert mlxflow.profile_memory is profile_memory
+    with pytest.raises(AttributeError, match="has no attribute 'profile'"):
+        _ = mlxflow.profile
+    script = "import sys, mlxflow; print([name for name in ('mlx', 'numpy', 'psutil') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_phase_within_another_takes_no_peak_from_it() -> None:
+    profiler = MemoryProfiler()
+    base = mx.get_active_memory()
+    with profile_memory(profiler, "outer"):
+        _spike(HUNDRED_MB)
+        with profile_memory(profiler, "inner"):
+            _spike(HUNDRED_MB // 2)
+        with profile_memory(profiler, "inner"):
+            _spike(10)
+    peaks = {name: total.peak_memory_bytes - base for name, total in profiler.totals.items()}
+    assert peaks["outer"] == pytest.approx(1e8, rel=0.01)
+    assert peaks["outer/inner"] == pytest.approx(0.5e8, rel=0.01)
+    assert profiler.totals["outer/inner"].calls == 2
+    assert profiler.totals["outer"].seconds >= profiler.totals["outer/inner"].seconds > 0
+
+
+def test_two_profilers_share_the_one_counter() -> None:
+    one, other = MemoryProfiler(), MemoryProfiler()
+    base = mx.get_active_memory()
+    with profile_memory(one, "long"):
+        _spike(HUNDRED_MB)
+        with profile_memory(other, "short"):
+            _spike(10)
+    assert one.totals["long"].peak_memory_bytes - base == pytest.approx(1e8, rel=0.01)
+    assert other.totals["short"].peak_memory_bytes - base < 1e6
+
+
+def test_a_decorated_function_is_a_phase_at_each_call() -> None:
+    profiler = MemoryProfiler()
+
+    @profile_memory(profiler, "work")
+    def work(depth: int) -> int:
+        return depth and 1 + work(depth - 1)
+
+    assert work(2) == 2
+    assert [phase.name for phase in profiler.phases] == ["work/work/work", "work/work", "work"]
+
+
+def test_a_phase_of_another_thread_is_none_of_this_ones() -> None:
+    profiler = MemoryProfiler()
+
+    def work() -> None:
+        with profile_memory(profiler, "there"):
+            pass
+
+    with profile_memory(profiler, "here"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert set(profiler.totals) == {"here", "there"}
+
+
+def test_each_step_has_its_own_peak_and_the_highest_is_named_with_its_phase() -> None:
+    profiler = MemoryProfiler()
+    base = mx.get_active_memory()
+    profiler.begin_steps()
+    for numbers in (1_000_000, 4_000_000, 2_000_000):
+        with profile_memory(profiler, "step"), profile_memory(profiler, "forward"):
+            _spike(numbers)
+        profiler.end_step()
+    timeline = profiler.timeline()
+    assert timeline["step"].tolist() == [1, 2, 3]
+    assert timeline["peak_memory_bytes"] - base == pytest.approx([4e6, 16e6, 8e6], rel=0.01)
+    highest = profiler.highest_peaks
+    assert [(peak.step, peak.phase) for peak in highest] == [(n, "step/forward") for n in (2, 3, 1)]
+    assert highest[0].bytes == timeline["peak_memory_bytes"].max()
+
+
+def test_a_thread_samples_while_the_program_works() -> None:
+    profiler = MemoryProfiler(samples_per_second=500)
+    with profiler.sampling():
+        while not len(profiler.timeline()["sample_rss_bytes"]):
+            _spike(1000)
+    samples = profiler.timeline()
+    assert samples["sample_rss_bytes"].min() > 1e6
+    assert {len(values) for name, values in samples.items() if name.startswith("sample_")} == {
+        len(samples["sample_seconds"])
+    }
+    assert not any(thread.name == "memory-sampler" for thread in threading.enumerate())
+
+
+def test_all_four_sides_are_told() -> None:
+    reading = MemoryProfiler().read()
+    assert reading.rss_bytes > 1e7
+    assert reading.available_bytes > 1e7
+    assert reading.footprint_bytes > 1e6
+    assert 0 <= reading.pressure <= 100
+
+
+def test_a_run_of_any_length_takes_the_same_memory_and_keeps_its_peaks() -> None:
+    columns = Columns(("step", "peak"), capacity=8, most=("peak",))
+    for step in range(100):
+        columns.append((step, 1000 if step == 41 else step))
+    assert 4 <= len(columns) <= 8
+    assert columns.column("peak").max() == 1000
+    assert np.all(np.diff(columns.column("step")) == np.diff(columns.column("step"))[0])
+
+
+def test_the_sets_of_a_process_are_read_from_what_linux_writes() -> None:
+    text = "00-ff ---p [rollup]\nRss: 20 kB\nPss:  10 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 2 kB\n"
+    assert linux_sets(text) == (10 * 1024, 3 * 1024)
+    assert linux_sets("") == (0, 0)

@@ -1,0 +1,166 @@
+"""One look at the memory from four sides: the process, the system, MLX and the device.
+
+MLX's counters cost a fraction of a microsecond, the resident set some ten, the proportional and unique sets about a
+millisecond and more with the number of mappings. A `Reader` therefore reads the last two, and the system's, at most
+once a second, less often where that would take more than a thousandth of the time, and repeats what it read last.
+"""
+
+import ctypes
+import os
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import psutil
+
+_SLOW_EVERY_SECONDS = 1.0
+_SLOW_SHARE = 1e-3  # of the time, at most
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_FOOTPRINT_AT = 16 + 7 * 8  # in rusage_info_v0: a uuid, then ri_phys_footprint as the eighth 64-bit number
+
+
+class Reading(NamedTuple):
+    """One look at the memory, all in bytes but the time and the pressure; 0 where the system does not tell.
+
+    Attributes:
+        seconds: since the reader was made.
+        active_memory_bytes: MLX arrays that are alive.
+        peak_memory_bytes: the most they were since the last reset, never less than what is alive now.
+        cache_memory_bytes: freed buffers that MLX keeps to use again.
+        rss_bytes: what of the process lies in main memory.
+        available_bytes: what the system could still give.
+        footprint_bytes: what the process is charged for: macOS's physical footprint, Linux's proportional set.
+        unique_bytes: what would be free if the process ended (Linux).
+        swap_bytes: of the system's swap in use.
+        pressure: how short the system is of memory, in percent: of the last 10 s that some process waited for memory
+            (Linux); 0, 50 or 100 for normal, warning and critical (macOS).
+    """
+
+    seconds: float
+    active_memory_bytes: int
+    peak_memory_bytes: int
+    cache_memory_bytes: int
+    rss_bytes: int
+    available_bytes: int
+    footprint_bytes: int
+    unique_bytes: int
+    swap_bytes: int
+    pressure: float
+
+
+class _Slow(NamedTuple):
+    """What is too dear to be read each time."""
+
+    available_bytes: int
+    footprint_bytes: int
+    unique_bytes: int
+    swap_bytes: int
+    pressure: float
+
+
+class Reader:
+    """Takes readings of this process; may be asked from several threads."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._process = psutil.Process()
+        self._statm = _open("/proc/self/statm")
+        self._slow = self._read_slow()
+        self._slow_due = 0.0
+
+    def close(self) -> None:
+        """Give back what is open; readings can still be taken."""
+        if self._statm >= 0:
+            descriptor, self._statm = self._statm, -1
+            os.close(descriptor)
+
+    def read(self, *, fresh: bool) -> Reading:
+        """Return the memory as it is now.
+
+        Args:
+            fresh: whether what is dear to read is read now, too, whenever it was read last.
+        """
+        now = time.perf_counter()
+        if fresh or now >= self._slow_due:
+            self._slow = self._read_slow()
+            took = time.perf_counter() - now
+            self._slow_due = now + max(_SLOW_EVERY_SECONDS, took / _SLOW_SHARE)
+        slow = self._slow
+        active = mx.get_active_memory()
+        return Reading(
+            now - self._begin,
+            active,
+            max(active, mx.get_peak_memory()),  # a reset sets MLX's peak to nothing, not to what is alive
+            mx.get_cache_memory(),
+            self._rss(),
+            slow.available_bytes,
+            slow.footprint_bytes,
+            slow.unique_bytes,
+            slow.swap_bytes,
+            slow.pressure,
+        )
+
+    def _rss(self) -> int:
+        if self._statm >= 0:
+            return int(os.pread(self._statm, 256, 0).split()[1]) * _PAGE_BYTES
+        return int(self._process.memory_info().rss)
+
+    def _read_slow(self) -> _Slow:
+        footprint, unique = (mac_footprint(), 0) if sys.platform == "darwin" else linux_sets(_read("smaps_rollup"))
+        return _Slow(
+            int(psutil.virtual_memory().available),
+            footprint,
+            unique,
+            int(psutil.swap_memory().used),
+            _mac_pressure() if sys.platform == "darwin" else _linux_pressure(),
+        )
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _read(name: str) -> str:
+    try:
+        return Path("/proc/self", name).read_text()
+    except OSError:
+        return ""
+
+
+def linux_sets(rollup: str) -> tuple[int, int]:
+    """Return the proportional and the unique set in bytes, from the text of `/proc/self/smaps_rollup`."""
+    told: dict[str, int] = {}
+    for line in rollup.splitlines():
+        name, _, value = line.partition(":")
+        if value.endswith("kB"):
+            told[name] = int(value[:-2]) * 1024
+    return told.get("Pss", 0), told.get("Private_Clean", 0) + told.get("Private_Dirty", 0)
+
+
+def _linux_pressure() -> float:
+    try:
+        said = Path("/proc/pressure/memory").read_text()
+        return float(said.partition("avg10=")[2].partition(" ")[0])
+    except (OSError, ValueError):
+        return 0.0
+
+
+def mac_footprint() -> int:
+    """Return what macOS charges this process for, as Activity Monitor shows it: `ri_phys_footprint`."""
+    buffer = ctypes.create_string_buffer(512)
+    failed = ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(buffer))
+    return 0 if failed else int(struct.unpack_from("=Q", buffer, _FOOTPRINT_AT)[0])
+
+
+def _mac_pressure() -> float:
+    level, size = ctypes.c_int(0), ctypes.c_size_t(4)
+    name = b"kern.memorystatus_vm_pressure_level"
+    failed = ctypes.CDLL(None).sysctlbyname(name, ctypes.byref(level), ctypes.byref(size), None, 0)
+    return 0.0 if failed else {1: 0.0, 2: 50.0, 4: 100.0}.get(level.value, 0.0)

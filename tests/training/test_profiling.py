@@ -1,0 +1,100 @@
+"""Predictions of memory, held against what is then measured."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxflow import models
+from mlxflow.measurement.composition import compose
+from mlxflow.measurement.memory import MemoryProfiler
+from mlxflow.training.fitting import fit_law, held_chunk, measure_points, shapes_to_measure
+from mlxflow.training.measured import Settings
+from mlxflow.training.profiling import Job, Peaks, blank_rows, take_steps, trial
+from mlxflow.training.suggestions import Situation, suggest
+from tests.small_models import llama
+
+SETTINGS = Settings(32, 1, "adamw", {}, "fp32", 0, False)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("model")
+    model, config = llama(vocab_size=1000, context_length=32, hidden_size=32, intermediate_size=64)
+    files = {"config_file": folder / "config.json", "model_file": folder / "model.safetensors"}
+    models.save(model=model, config=config, provenance={}, **files)
+    return Job(Path(folder), "profile.input", None, 1000, 32, False, 0)
+
+
+def test_each_suggestion_saves_what_it_said_when_it_is_applied(job: Job) -> None:
+    now = trial(job, SETTINGS)
+    found = {one.name: one for one in suggest(job, SETTINGS, Situation(now, 8 << 20, 0.5, is_gpu=False))}
+    applied = {
+        "batch_size": SETTINGS._replace(batch_size=16, grad_accum_steps=2),
+        "fused_loss": SETTINGS._replace(fused_loss=True),
+        "checkpointing": SETTINGS._replace(checkpoint_every=1),
+        "packing": SETTINGS._replace(batch_size=16),
+    }
+    for name, settings in applied.items():
+        saved = now.whole - trial(job, settings).whole
+        if name in found:
+            assert found[name].saves_bytes == pytest.approx(saved, rel=0.15), name
+        else:
+            assert saved < 0.04 * now.whole, name
+    assert {"batch_size", "packing", "checkpointing", "cache_limit"} <= set(found)
+    savings = [one.saves_bytes for one in found.values()]
+    assert savings == sorted(savings, reverse=True)
+
+
+def test_a_lower_cache_limit_saves_what_was_said() -> None:
+    def cached() -> int:
+        mx.clear_cache()
+        arrays = [mx.zeros((1 << 18,)) for _ in range(16)]  # 1 MiB each
+        mx.eval(arrays)
+        del arrays
+        return mx.get_cache_memory()
+
+    before = cached()
+    situation = Situation(Peaks(0, 0), before, 1.0, is_gpu=False)
+    one = suggest(Job(Path(), "", None, 1, 1, False, 0), SETTINGS, situation, predicts=lambda *_: Peaks(0, 0))[0]
+    assert one.name == "cache_limit"
+    old = mx.set_cache_limit(int(one.value.removesuffix(" MiB")) << 20)
+    try:
+        assert before - cached() == pytest.approx(one.saves_bytes, rel=0.15)
+    finally:
+        mx.set_cache_limit(old)
+
+
+def test_what_fits_is_predicted_within_a_tenth(job: Job) -> None:
+    chunk = held_chunk(job, SETTINGS)
+    *points, judge = measure_points(job, SETTINGS, shapes_to_measure(16, 32, chunk=chunk))
+    law = fit_law(points, chunk=chunk)
+    others = measure_points(job, SETTINGS, [(32, 32), (8, 128)])
+    for size, length, peaks in [judge, *others]:
+        assert law.peak_bytes(size, length) == pytest.approx(peaks.whole, rel=0.1)
+    most = law.largest_batch_size(32, round(law.peak_bytes(40, 32)) + 1)
+    assert most == 40
+    assert law.largest_batch_size(32, 10) == 0
+
+
+def test_the_peak_of_real_steps_is_taken_apart_whole(job: Job) -> None:
+    before = mx.get_active_memory()
+    measured = take_steps(job, blank_rows(32, 32), SETTINGS, profiler := MemoryProfiler(), num_steps=2)
+    parts = measured.composition
+    assert parts["total_bytes"] == sum(value for name, value in parts.items() if name != "total_bytes")
+    assert parts["weights_bytes"] == parts["gradients_bytes"] == measured.model_bytes
+    assert parts["optimizer_bytes"] == pytest.approx(2 * measured.model_bytes, rel=0.01)
+    assert parts["logits_bytes"] >= 32 * 32 * 1000 * 4
+    assert parts["activations_bytes"] > 32 * 32 * 32 * 4
+    in_mlx = sum(
+        parts[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer", "activations", "logits", "data")
+    )
+    assert in_mlx == profiler.timeline()["peak_memory_bytes"].max()
+    assert in_mlx - before == pytest.approx(measured.peaks.whole, rel=0.01)
+
+
+def test_a_peak_in_the_update_has_no_logits() -> None:
+    known = dict.fromkeys(("weights_bytes", "optimizer_bytes", "data_bytes", "logits_bytes", "gradients_bytes"), 10)
+    parts = compose(known, peak_memory_bytes=55, cache_memory_bytes=3, outside_bytes=7, lies_in_update=True)
+    assert (parts["logits_bytes"], parts["activations_bytes"], parts["other_bytes"]) == (0, 0, 7 + 15)
+    assert parts["total_bytes"] == 55 + 3 + 7
