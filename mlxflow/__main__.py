@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones")
     add_workflow(show)
     add("doctor", _doctor, "print the device, limits and versions, and what is slow or missing")
+    report = add("report", _report, "draw the page of whatever is there of a run: artifacts/index.html")
+    report.add_argument("--open", action="store_true", help="show it in the browser")
+    report.add_argument("--compare", type=Path, metavar="FOLDER", help="another run beside it: artifacts/compare.html")
+    add_workflow(report)
     generate = add("generate", _generate, "let a trained or quantized model continue a text")
     generate.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
     generate.add_argument("--prompt", required=True, help="the text to continue")
@@ -83,6 +87,14 @@ def _show(parsed: argparse.Namespace) -> None:
 
     workflow = load_workflow(parsed.workflow)
     show(workflow, workflow.find(parsed.stage), parsed.row)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from mlxflow.report import report
+    from mlxflow.workflow import load_workflow, shown_path
+
+    page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
+    print(shown_path(page))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
