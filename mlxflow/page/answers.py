@@ -37,8 +37,10 @@ def _state(run: Run) -> Answer:
     seconds = [number(table(one.report, "run").get("seconds")) for one in run.stages]
     took = show_seconds(sum(one for one in seconds if one))
     rest = [f"{one.task} is {WORDS[one.state]}" for one in run.stages if one.state != "fresh"]
-    said = f"of {plural(len(run.stages), 'stage')} built; together they took {took}."
-    return Answer("Is it done?", str(fresh), said + (f" {'; '.join(rest)}." if rest else ""), "stages")
+    said = f"stages built; together they took {took}."
+    return Answer(
+        "Is it done?", f"{fresh} of {len(run.stages)}", said + (f" {'; '.join(rest)}." if rest else ""), "stages"
+    )
 
 
 def _data(run: Run) -> Iterator[Answer]:

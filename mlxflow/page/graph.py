@@ -8,8 +8,24 @@ from markupsafe import Markup
 from mlxflow.page.svg import tag
 from mlxflow.page.text import shorten
 
-_BOX_WIDTH, _BOX_HEIGHT = 176, 74
-_GAP_X, _GAP_Y = 56, 18
+
+class _Layout(NamedTuple):
+    """Sizes in pixels, how many letters fit, and whether later stages stand below instead of at the right."""
+
+    style: str
+    width: float
+    height: float
+    ahead: float
+    beside: float
+    letters: int
+    downwards: bool
+
+
+#: For a wide page, and for a phone; the style sheet shows one of them.
+_LAYOUTS = (
+    _Layout("graph", 176, 74, 56, 18, 19, False),
+    _Layout("graph tall", 112, 66, 34, 10, 13, True),
+)
 
 
 class Box(NamedTuple):
@@ -38,21 +54,29 @@ SIGNS = {
 
 
 def draw(boxes: Sequence[Box], label: str) -> Markup:
-    """Return the graph; edges that follow from others are left out."""
+    """Return the graph for a wide page and for a narrow one; edges that follow from others are left out."""
+    return Markup("").join(_draw(boxes, label, layout) for layout in _LAYOUTS)
+
+
+def _draw(boxes: Sequence[Box], label: str, layout: _Layout) -> Markup:
     columns = _columns(boxes)
-    heights = {column: [box.task for box in boxes if columns[box.task] == column] for column in columns.values()}
-    tallest = max((len(tasks) for tasks in heights.values()), default=1)
-    height = tallest * (_BOX_HEIGHT + _GAP_Y) - _GAP_Y
+    ranks = {column: [box.task for box in boxes if columns[box.task] == column] for column in columns.values()}
+    most = max((len(tasks) for tasks in ranks.values()), default=1)
+    length, breadth = (layout.height, layout.width) if layout.downwards else (layout.width, layout.height)
     places: dict[str, tuple[float, float]] = {}
-    for column, tasks in heights.items():
-        top = (height - (len(tasks) * (_BOX_HEIGHT + _GAP_Y) - _GAP_Y)) / 2
+    for column, tasks in ranks.items():
+        first = (most - len(tasks)) * (breadth + layout.beside) / 2
         for row, task in enumerate(tasks):
-            places[task] = (column * (_BOX_WIDTH + _GAP_X), top + row * (_BOX_HEIGHT + _GAP_Y))
-    width = (max(heights, default=0) + 1) * (_BOX_WIDTH + _GAP_X) - _GAP_X
-    edges = [_edge(places[one], places[box.task]) for box in boxes for one in _direct(box, boxes) if one in places]
-    drawn = [_box(box, *places[box.task]) for box in boxes]
-    attributes = {"class": "graph", "role": "img", "aria-label": label, "viewBox": f"-2 -2 {width + 4} {height + 4}"}
-    return tag("svg", attributes | {"width": width + 4, "height": height + 4}, *edges, *drawn)
+            place = (column * (length + layout.ahead), first + row * (breadth + layout.beside))
+            places[task] = (place[1], place[0]) if layout.downwards else place
+    width = max((x for x, _ in places.values()), default=0) + layout.width
+    height = max((y for _, y in places.values()), default=0) + layout.height
+    pairs = [(one, box.task) for box in boxes for one in _direct(box, boxes) if one in places]
+    drawn = [_edge(places[one], places[other], layout) for one, other in pairs]
+    drawn += [_box(box, *places[box.task], layout) for box in boxes]
+    attributes = {"class": layout.style, "role": "img", "aria-label": label}
+    size = {"viewBox": f"-2 -2 {width + 4:.0f} {height + 4:.0f}", "width": width + 4, "height": height + 4}
+    return tag("svg", attributes | size, *drawn)
 
 
 def _columns(boxes: Sequence[Box]) -> dict[str, int]:
@@ -76,27 +100,27 @@ def _direct(box: Box, boxes: Sequence[Box]) -> list[str]:
     return [one for one in box.reads if one not in above]
 
 
-def _edge(start: tuple[float, float], end: tuple[float, float]) -> Markup:
-    x, y = start[0] + _BOX_WIDTH, start[1] + _BOX_HEIGHT / 2
-    to_x, to_y = end[0], end[1] + _BOX_HEIGHT / 2
-    bend = _GAP_X * 0.6
-    return tag(
-        "path",
-        {
-            "class": "edge",
-            "d": f"M{x:.0f} {y:.0f}C{x + bend:.0f} {y:.0f} {to_x - bend:.0f} {to_y:.0f} {to_x:.0f} {to_y:.0f}",
-        },
-    )
+def _edge(start: tuple[float, float], end: tuple[float, float], layout: _Layout) -> Markup:
+    bend = layout.ahead * 0.6
+    if layout.downwards:
+        x, y, to_x, to_y = start[0] + layout.width / 2, start[1] + layout.height, end[0] + layout.width / 2, end[1]
+        path = f"M{x:.0f} {y:.0f}C{x:.0f} {y + bend:.0f} {to_x:.0f} {to_y - bend:.0f} {to_x:.0f} {to_y:.0f}"
+    else:
+        x, y, to_x, to_y = start[0] + layout.width, start[1] + layout.height / 2, end[0], end[1] + layout.height / 2
+        path = f"M{x:.0f} {y:.0f}C{x + bend:.0f} {y:.0f} {to_x - bend:.0f} {to_y:.0f} {to_x:.0f} {to_y:.0f}"
+    return tag("path", {"class": "edge", "d": path})
 
 
-def _box(box: Box, x: float, y: float) -> Markup:
-    shape = {"x": x, "y": y, "width": _BOX_WIDTH, "height": _BOX_HEIGHT, "rx": 8}
+def _box(box: Box, x: float, y: float, layout: _Layout) -> Markup:
+    pad = 8 if layout.downwards else 12
+    shape = {"x": x, "y": y, "width": layout.width, "height": layout.height, "rx": 8}
+    sign = {"class": "sign", "x": x + layout.width - pad, "y": y + 22, "text-anchor": "end"}
     words = [
-        tag("text", {"class": "box-name", "x": x + 12, "y": y + 23}, shorten(box.task, 19)),
-        tag("text", {"class": "sign", "x": x + _BOX_WIDTH - 12, "y": y + 23, "text-anchor": "end"}, SIGNS[box.state]),
+        tag("text", {"class": "box-name", "x": x + pad, "y": y + 22}, shorten(box.task, layout.letters)),
+        *([] if layout.downwards and box.state == "fresh" else [tag("text", sign, SIGNS[box.state])]),
         *(
-            tag("text", {"class": "box-line", "x": x + 12, "y": y + 43 + 17 * index}, shorten(line, 27))
-            for index, line in enumerate(box.lines)
+            tag("text", {"class": "box-line", "x": x + pad, "y": y + 40 + 16 * row}, shorten(line, layout.letters + 8))
+            for row, line in enumerate(box.lines)
         ),
     ]
-    return tag("g", {"class": f"box {box.state}"}, tag("title", {}, box.task), tag("rect", dict(shape)), *words)
+    return tag("g", {"class": f"box {box.state}"}, tag("title", {}, box.task), tag("rect", shape), *words)

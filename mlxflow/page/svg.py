@@ -71,6 +71,8 @@ def scale_of(values: Sequence[float], *, logarithmic: bool = False, from_zero: b
             low, high = low / 1.5, high * 1.5
         return Scale(low / (high / low) ** 0.04, high * (high / low) ** 0.04, True)
     low = min(0.0, low) if from_zero else low
+    if 0 < high - low < 0.002 * abs(high):  # what is the same but for a thousandth looks the same
+        low, high = low - 0.001 * abs(high), high + 0.001 * abs(high)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return Scale(low if from_zero and low == 0 else low - room, high + room)
 

@@ -61,7 +61,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_plot_is_drawn(page_file: Path, show: Open) -> None:
     page = show(page_file)
     sizes = page.eval_on_selector_all(
-        ".plot .line, .plot .dots, .graph .box, .bars .bar, .stacked .bar",
+        ".plot .line, .plot .dots, .graph:not(.tall) .box, .bars .bar, .stacked .bar",
         "all => all.map(one => [one.getBoundingClientRect().width, getComputedStyle(one).stroke, "
         "getComputedStyle(one).fill])",
     )
@@ -116,7 +116,7 @@ def test_a_zoom_goes_for_all_plots_of_a_kind_and_back(page_file: Path, show: Ope
     assert {float(width) for width in views("#learning")} == {1000}
     area.focus()
     page.keyboard.press("+")
-    assert {float(width) for width in views("#learning")} == {500}
+    assert [float(width) for width in views("#learning")] == pytest.approx([500] * len(views("#learning")))
     page.keyboard.press("0")
     assert {float(width) for width in views("#learning")} == {1000}
 

@@ -89,7 +89,8 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
                 (place, value) for place, value in points if value is not None and not (key == "bits" and value == 0)
             ]
             known = [(place, value) for place, value in known if value > 0 or not logarithmic]
-            x, y = np.array([float(place) for place, _ in known]), np.array([value for _, value in known])
+            aside = 0.16 * (index - (len(told) - 1) / 2)  # so that equal values do not hide each other
+            x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
             series.append(Series(task, x, y, f"c{index % 6}", points=True))
         if shown := [one for one in series if len(one.x)]:
             averages = " ".join(f"{one.name}: {show(float(one.y.mean()))} on average." for one in shown)

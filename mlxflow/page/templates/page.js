@@ -125,8 +125,8 @@
     show(at, clientX, clientY) {
       const found = this.data.series.map((one) => [one, nearest(one.x, at)]);
       const reach = found.map(([one, index]) => one.x[index]).reduce((a, b) => (Math.abs(a - at) <= Math.abs(b - at) ? a : b));
-      const name = this.data.names.length ? this.data.names[reach] : `${this.data.x} ${forms[this.data.xform](reach)}`;
-      const close = (this.data.high - this.data.low) / 60;
+      const name = this.data.names.length ? this.data.names[Math.round(reach)] : `${this.data.x} ${forms[this.data.xform](reach)}`;
+      const close = this.data.names.length ? 0.49 : (this.data.high - this.data.low) / 60;
       const lines = found.filter(([one, index]) => Math.abs(one.x[index] - reach) <= close)
         .map(([one, index]) => `${one.name}: ${forms[this.data.form](one.y[index])}`);
       this.at = reach;
