@@ -164,7 +164,8 @@ def _benchmark(name: str) -> dict[str, Any]:
         "convergence": [curve | {"name": name}],
         "bottleneck": {"data_share": 0.01, "graph_share": 0.1, "compute_share": 0.8, "synchronize_share": 0.09}
         | {"flops_per_second": 1e10, "ceiling_flops_per_second": 4e10, "advice": name},
-        "promises": {"training": {"held": True, "figure": 2.0, "words": name}},
+        "drift": {"name": name, "batch_size": 16, "ratio": 1.02, "is_noticed": False},
+        "promises": {"data_wait": {"promise": name, "measured": 0.01, "holds": True, "figure": name}},
     }
 
 

@@ -60,7 +60,7 @@ def test_the_answers_stand_first_in_a_line_each(root: Path) -> None:
         "38.5 perplexity on held-out text after 240 steps, from 2,079 before",
         "6,757 tokens a second while training; 0.2 % of the time it waited for data.",
         "7.10 times smaller than in fp32: 49.1 KB, 4.50 bits a weight; perplexity 39.11 ± 0.50, dense 38.5.",
-        "9 MB at the peak of a training step, most of it cache (2 MB); no leak.",
+        "9 MB at the peak of a training step, most of it weights (1 MB); no leak.",
         "2 times the speed of the plain baseline (1.86 to 2.16).",
     ):
         assert line in answers
@@ -101,6 +101,29 @@ def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
         assert words in text
     assert "9 MB in stage, step 66" in text  # the peak that is pointed out
     assert 'class="note"' not in page.decode()
+
+
+def test_a_row_that_did_not_fit_says_so_and_the_others_stand(root: Path) -> None:
+    failed = [{"model": "quantize:q2", "model_bytes": 10, "error": "does not fit: 5 bytes more may not be had"}]
+    edit(root, "benchmark", lambda report: report["models"].extend(failed))
+    big = {"name": "workflow", "batch_size": 64, "error": "does not fit"}
+    edit(root, "benchmark", lambda report: report["training"].append(big))
+    text = _text(root)
+    assert "quantize:q2: does not fit: 5 bytes more may not be had" in text
+    assert "workflow, 64 rows: does not fit" in text
+    assert "stage 49.1 KB 5.60" in text
+
+
+def test_a_device_that_slowed_down_is_told(root: Path) -> None:
+    edit(root, "benchmark", lambda report: report["drift"].update(ratio=1.21, is_noticed=True))
+    assert "took 1.21 times as long a step. The device slowed down meanwhile." in _text(root)
+
+
+def test_the_speed_of_rounds_taken_together_is_the_one_that_answers(root: Path) -> None:
+    told = {"promise": "fast", "measured": 1.9, "low": 1.8, "high": 2.0, "holds": True, "figure": "1.90 times"}
+    edit(root, "benchmark", lambda report: report["promises"].update(training_speed=told))
+    assert "1.90 times the speed of the plain baseline (1.80 to 2)." in _text(root)
+    assert "fast 1.90 times yes" in _text(root)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -31,7 +31,7 @@ def _blocks(run: Run) -> list[Block]:
         if not one.report:
             blocks.append(Note(f"No benchmark to show: {one.said}"))
             continue
-        for part in (_training, _models, _convergence, _bottleneck, _promises):
+        for part in (_training, _drift, _models, _convergence, _bottleneck, _promises):
             blocks += part(one)
     return blocks or [Note("No benchmark to show: the workflow has no benchmark stage.")]
 
@@ -69,8 +69,9 @@ def _training(one: StageRun) -> list[Block]:
                 show_seconds(row.get("compile_seconds")),
             )
         )
+    failures = _failures(rows(one.report, "training"))
     if not bars:
-        return [Note("The benchmark reported no speed of training.")]
+        return failures or [Note("The benchmark reported no speed of training.")]
     label = "Tokens per second while training. " + " ".join(f"{bar.name}: {show(bar.value)}." for bar in bars)
     head = ("Setting", "Tokens/s", "Interval", "Step", "Peak memory", "Tokens/s a GB", "Data wait", "Compiling")
     caption = "Training: real tokens per second"
@@ -79,7 +80,7 @@ def _training(one: StageRun) -> list[Block]:
     blocks: list[Block] = [Figure(caption, charts.bars(bars, label=label), figures, wide=True)]
     if not any(bar.low is not None for bar in bars):
         blocks.append(Note("The benchmark reported no intervals for these speeds."))
-    return blocks
+    return blocks + failures
 
 
 def _models(one: StageRun) -> list[Block]:
@@ -96,7 +97,7 @@ def _models(one: StageRun) -> list[Block]:
             (
                 clean(str(row.get("model", "a model"))),
                 show_bytes(row.get("model_bytes")),
-                show(row.get("compression_ratio")),
+                show(row.get("compression_ratio_fp32", row.get("compression_ratio"))),
                 show_interval(row.get("perplexity"), row.get("perplexity_standard_error")),
                 "; ".join(prefill) or show(None),
                 show(row.get("decode_tokens_per_second")),
@@ -117,16 +118,21 @@ def _models(one: StageRun) -> list[Block]:
         ("model_bytes", "Size of the model", "bytes"),
         ("decode_tokens_per_second", "Decode, tokens per second", "number"),
     ):
-        sizes = [(clean(str(row.get("model", "a model"))), number(row.get(key))) for row in found]
         bars = [
-            Bar(name, max(0.0, size), None, None, "c3" if form == "bytes" else "c2")
-            for name, size in sizes
-            if size is not None
+            Bar(
+                clean(str(row.get("model", "a model"))),
+                max(0.0, size),
+                number(row.get(f"low_{key}")),
+                number(row.get(f"high_{key}")),
+                "c3" if form == "bytes" else "c2",
+            )
+            for row in found
+            if (size := number(row.get(key))) is not None
         ]
         if bars:
             label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
             blocks.append(Figure(title, charts.bars(bars, label=label, form=form)))
-    return blocks
+    return blocks + _failures(found)
 
 
 def _convergence(one: StageRun) -> list[Block]:
@@ -177,20 +183,28 @@ def _bottleneck(one: StageRun) -> list[Block]:
     return blocks
 
 
-def _promises(one: StageRun) -> list[Block]:
-    told = one.report.get("promises")
-    found = (
-        rows(one.report, "promises")
-        if isinstance(told, list)
-        else [{"promise": k, "value": v} for k, v in table(one.report, "promises").items()]
-    )
-    if not found:
+def _failures(found: Sequence[dict[str, Any]]) -> list[Block]:
+    """Return why rows have no figures."""
+    named = [(str(row.get("model") or row_name(row)), row.get("error")) for row in found]
+    return [Note(f"{clean(name)}: {error}") for name, error in named if isinstance(error, str)]
+
+
+def _drift(one: StageRun) -> list[Block]:
+    told = table(one.report, "drift")
+    ratio = number(told.get("ratio"))
+    if ratio is None:
         return []
-    keys = tuple(dict.fromkeys(key for row in found for key in row))
-    cells = [tuple(_word(row.get(key)) for key in keys) for row in found]
-    return [
-        Table("Promises", tuple(clean(key).replace("_", " ") for key in keys), cells, words=tuple(range(len(keys))))
-    ]
+    said = f"The first setting, timed again at the end, took {show(ratio)} times as long a step."
+    return [Note(f"{said} The device slowed down meanwhile.") if told.get("is_noticed") is True else Text(said)]
+
+
+def _promises(one: StageRun) -> list[Block]:
+    cells = []
+    for name, told in table(one.report, "promises").items():
+        known = told if isinstance(told, dict) else {"figure": _word(told)}
+        figure = _word(known.get("figure", known.get("measured", "not measured")))
+        cells.append((str(known.get("promise", name.replace("_", " "))), figure, _word(known.get("holds"))))
+    return [Table("Promises", ("Promise", "Measured here", "Held"), cells, words=(0, 1, 2))] if cells else []
 
 
 def _word(value: object) -> str:

@@ -25,9 +25,9 @@ _MLX = (
 )
 _PROCESS = (
     ("rss_bytes", "resident", "c0"), ("footprint_bytes", "footprint", "c1"), ("pss_bytes", "proportional", "c2"),
-    ("uss_bytes", "unique", "c3"),
+    ("unique_bytes", "unique", "c3"),
 )  # fmt: skip
-_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"), ("swap_used_bytes", "swap", "c1"))
+_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"))
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "data", "cache", "other")
 
