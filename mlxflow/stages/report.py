@@ -71,7 +71,11 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             timelines=made(_TIMELINE),
             models={one: folder / "model.safetensors" for one, folder in models.items()},
             model_files=tuple(folder / name for folder in models.values() for name in files),
-            validation=tuple(artifacts.folder(one, "data") / "validation.safetensors" for one in data),
+            validation=tuple(
+                artifacts.folder(one, "data") / name
+                for one in data
+                for name in ("validation.safetensors", "tokenizer.json")
+            ),
         )
 
 
@@ -107,25 +111,26 @@ def _samples(config: Config, inputs: Inputs, context: Context) -> list[dict[str,
     from mlxflow import artifact, models
     from mlxflow.page.reading import model_key
 
-    samples = []
+    samples: list[dict[str, Any]] = []
+    prompts = list(config.prompts) or (_beginnings(config, inputs) if inputs.models else [])
     for reference, path in inputs.models.items():
-        prompts = list(config.prompts) or _beginnings(config, inputs, path.parent)
-        texts = models.continue_texts(
-            path.parent,
-            prompts=prompts,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            seed=derive_seed(context.seed, "report.samples"),
-        )
-        key = model_key(artifact.read_report(inputs.reports[reference])) if reference in inputs.reports else ""
-        samples += [
-            {"model": reference, "model_key": key, "prompt": prompt, "text": text}
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        about = {"model": reference, "model_key": model_key(artifact.read_report(inputs.reports[reference]))}
+        try:
+            texts = models.continue_texts(
+                path.parent,
+                prompts=prompts,
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                seed=derive_seed(context.seed, "report.samples"),
+            )
+        except RuntimeError as error:  # no room for the model: the page is drawn without it
+            samples.append(about | {"error": " ".join(str(error).split())})
+            continue
+        samples += [about | {"prompt": one, "text": text} for one, text in zip(prompts, texts, strict=True)]
     return samples
 
 
-def _beginnings(config: Config, inputs: Inputs, folder: Path) -> list[str]:
+def _beginnings(config: Config, inputs: Inputs) -> list[str]:
     """Return the first tokens of held-out documents, as text."""
     from tokenizers import Tokenizer
 
@@ -133,7 +138,7 @@ def _beginnings(config: Config, inputs: Inputs, folder: Path) -> list[str]:
     from mlxflow.data.token_file import TokenFile
 
     tokens = TokenFile.open(inputs.validation[0])
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(inputs.validation[1]))
     begins = artifact.map_tensor(inputs.validation[0], "piece_begins")
     ends = artifact.map_tensor(inputs.validation[0], "row_pieces").cumsum(dtype="int64")
     found: list[str] = []

@@ -185,6 +185,11 @@ def test_a_torn_line_of_the_learning_curve_is_told(root: Path) -> None:
     assert "train/metrics.jsonl: 1 of its lines cannot be read and are left out." in _text(root)
 
 
+def test_a_model_that_could_not_be_asked_is_told(root: Path) -> None:
+    run = read(root, samples=[{"model": "train", "error": "no room"}])
+    assert "train could not be asked: no room" in Seen(render([run])).text
+
+
 def test_samples_of_an_earlier_model_are_left_out(root: Path) -> None:
     edit(root, "train", lambda report: report["stage"].update(inputs_digest="another"))
     text = _text(root)

@@ -18,6 +18,11 @@ def _blocks(run: Run) -> list[Block]:
         for one in run.samples
         if all(isinstance(one.get(key), str) for key in ("model", "prompt", "text"))
     ]
+    shown += [
+        Note(f"{one.get('model')} could not be asked: {one['error']}")
+        for one in run.samples
+        if isinstance(one.get("error"), str)
+    ]
     if run.samples_problem:
         shown.append(Note(run.samples_problem))
     return shown or [Note("No model was asked for a sample: report.models is empty or no model is built.")]
