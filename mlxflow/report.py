@@ -63,8 +63,9 @@ def _described(root: Path) -> tuple[str, list[Member]]:
 
 def _found(root: Path) -> list[Member]:
     reports = sorted([*root.glob(f"{stage.ARTIFACTS}/*/{REPORT}"), *root.glob(f"{stage.ARTIFACTS}/*/*/{REPORT}")])
-    folders = [path.parent.relative_to(root) for path in reports if path.parent.name != "report"]
-    return [Member(":".join(folder.parts[1:]), folder) for folder in folders]
+    folders = [path.parent.relative_to(root) for path in reports]
+    named = {":".join(folder.parts[1:]): folder for folder in folders if not folder.parts[1].startswith(".")}
+    return [Member(task, folder) for task, folder in named.items() if task.partition(":")[0] != "report"]
 
 
 def _members(workflow: Workflow) -> list[Member]:

@@ -1,5 +1,6 @@
 """The page of a real run, and `mlxflow report`."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def test_two_folders_side_by_side(built: Path, job_copy: Path) -> None:
     assert (built / "artifacts/compare.html").exists()
     assert (job_copy / "artifacts/index.html").read_bytes() == before
     (job_copy / "workflow.toml").unlink()  # as of artifacts that were downloaded
-    assert _report(built, compare=job_copy).count("6 of 6 stages built") == 2
+    assert len(re.findall(r"(\d) of \1 stages built", _report(built, compare=job_copy))) == 2
 
 
 def test_a_folder_without_artifacts_cannot_be_compared_with(
