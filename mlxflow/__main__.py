@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     promises.add_argument("--stage", default="benchmark", help="default: benchmark")
     promises.add_argument("--measure", action="store_true", help="measure now; default: what doit benchmark measured")
     add_workflow(promises)
+    report = add("report", _report, "draw the page of whatever is there of a run: artifacts/index.html")
+    report.add_argument("--open", action="store_true", help="show it in the browser")
+    report.add_argument("--compare", type=Path, metavar="FOLDER", help="another run beside it: artifacts/compare.html")
+    add_workflow(report)
     generate = add("generate", _generate, "let a trained or quantized model continue a text")
     generate.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
     generate.add_argument("--prompt", required=True, help="the text to continue")
@@ -113,6 +117,14 @@ def _fit(parsed: argparse.Namespace) -> None:
     workflow = load_workflow(parsed.workflow)
     one = workflow.find(parsed.stage)
     fit(workflow, one, batch_sizes=parsed.batch_sizes, context_lengths=parsed.context_lengths)
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from mlxflow.report import report
+    from mlxflow.workflow import load_workflow, shown_path
+
+    page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
+    print(shown_path(page))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -64,6 +64,11 @@ def publishing(folder: Path) -> Iterator[Path]:
         StageError: the disk is full or cannot be written; the old artifact is as it was.
     """
     private = folder.with_name(f".{folder.name}{_PARTIAL_SUFFIX}")
+    with writable(folder):
+        yield from _publish(private, folder)
+
+
+def _publish(private: Path, folder: Path) -> Iterator[Path]:
     try:
         remove_folder(private)  # what a crash left behind
         private.mkdir(parents=True)
@@ -73,17 +78,28 @@ def publishing(folder: Path) -> Iterator[Path]:
         _flush(private)
         _swap(private, folder)
         _flush(folder.parent)
+    finally:
+        remove_folder(private)
+
+
+@contextmanager
+def writable(target: Path) -> Iterator[None]:
+    """Word what a disk that is full or cannot be written does to the writing of a file or folder in this block.
+
+    Raises:
+        StageError: the disk is full or cannot be written; the target is as it was.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if os.access(p, os.F_OK))).free
-        where = error.filename or folder
+        free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.access(p, os.F_OK))).free
+        where = error.filename or target
         raise StageError(
             f"{where}: cannot be written ({error.strerror}; {free:,} bytes free). Make room or choose another folder; "
-            f"{folder} is as it was."
+            f"{target} is as it was."
         ) from error
-    finally:
-        remove_folder(private)
 
 
 def remove_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ transformers (dense ones) and LM Studio open it unchanged.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,18 +304,43 @@ def generate(folder: Path, *, prompt: str, max_tokens: int, temperature: float, 
     Raises:
         ArtifactError: the folder is no model folder.
     """
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
+    model, tokenizer = _open_for_writing(folder)
+    yield prompt
+    yield from _write(model, tokenizer, prompt=prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+def continue_texts(
+    folder: Path, *, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    """Return what the model of a folder writes after each prompt, without the prompts; see `generate`.
+
+    Raises:
+        ArtifactError: the folder is no model folder.
+    """
+    model, tokenizer = _open_for_writing(folder)
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    return ["".join(_write(model, tokenizer, prompt=prompt, **how)) for prompt in prompts]
+
+
+def _open_for_writing(folder: Path) -> tuple[nn.Module, Any]:
+    """Return the model of a folder and its tokenizer."""
     from mlx_lm.utils import load_tokenizer
 
     model, _ = load(folder)
     try:
-        tokenizer = load_tokenizer(folder)
+        return model, load_tokenizer(folder)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error
+
+
+def _write(
+    model: nn.Module, tokenizer: Any, *, prompt: str, max_tokens: int, temperature: float, seed: int
+) -> Iterator[str]:
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
     mx.random.seed(seed)
-    yield prompt
     sampler = make_sampler(temp=temperature)
     for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler):
         yield response.text

@@ -76,6 +76,10 @@ class References:
             expanded += matching if variant == "*" else [reference]
         return tuple(dict.fromkeys(expanded))
 
+    def makers(self) -> Mapping[str, Set[str]]:
+        """Return every stage and variant before this one, with the names of the files it makes."""
+        return self._known
+
     def sources(self, patterns: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
         """Return the files that sources name, in a fixed order."""
         found: list[Path | Corpus] = []

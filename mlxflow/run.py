@@ -71,6 +71,8 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
                 root=workflow.root,
                 state=workflow.state,
                 tasks=tuple(one.task for one in workflow.stages),
+                members=workflow.members(),
+                name=workflow.settings.name,
                 folder=private,
                 unfinished=unfinished,
             ),
@@ -85,6 +87,9 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
             if path.suffix == ".safetensors":
                 artifact.check_whole(path)
     artifact.remove_folder(unfinished)
+    if into is None:
+        for copy, original in one.copies.items():
+            artifact.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
     return folder
 
 

@@ -10,15 +10,17 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
               may make it from the Config
     run       the work, returns what goes into its report; heavy imports happen inside it
 
-It may have three more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
-`USES_DEVICE = False` where it does not compute on MLX's device, and `MANNER`, the keys of its table that say how the
-work is done and change nothing of what comes out: the artifact is not stale when they change.
+It may have five more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
+`USES_DEVICE = False` where it does not compute on MLX's device, `MANNER`, the keys of its table that say how the
+work is done and change nothing of what comes out: the artifact is not stale when they change, `LAID_ON_TOP`, the
+outputs of which a copy lies in the folder of all artifacts (of a stage without variants), and `SHOWS_NAME = True` where
+the workflow's name is part of what comes out.
 
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -54,6 +56,10 @@ class Artifacts(Protocol):
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
         """Return references with each `stage:*` replaced by all of that stage's variants."""
+        ...
+
+    def makers(self) -> Mapping[str, Set[str]]:
+        """Return every stage and variant before this one, with the names of the files it makes."""
         ...
 
     def sources(self, sources: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
@@ -97,6 +103,22 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
     report: Path = Path("report.toml")
 
 
+class Made(NamedTuple):
+    """A stage of the workflow as others see it.
+
+    Attributes:
+        task: its name.
+        folder: the artifact, relative to the workflow's folder.
+        reads: the stages that make its inputs.
+        outputs: the files it writes, relative to the workflow's folder.
+    """
+
+    task: str
+    folder: Path
+    reads: tuple[str, ...]
+    outputs: tuple[Path, ...]
+
+
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """What a running stage knows beside its own table.
 
@@ -109,6 +131,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         root: the workflow's folder.
         state: the folder for what is remembered between runs.
         tasks: every stage and variant of the workflow.
+        members: the same with what each reads and writes.
+        name: of the workflow.
         folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
         unfinished: a folder for what lets a later run go on where this one was cut off; removed when the stage ends
             well. Another one for every other configuration of the stage.
@@ -122,6 +146,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     root: Path
     state: Path
     tasks: tuple[str, ...]
+    members: tuple[Made, ...]
+    name: str
     folder: Path
     unfinished: Path
 

@@ -24,7 +24,7 @@ from mlxflow.stage import Corpus, StageModule
 from mlxflow.variants import expand_matrix
 
 #: Every stage, in the order in which `doit list` shows them. Adding one is a file in `stages/` and its name here.
-STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark")
+STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark", "report")
 
 #: The folder for what mlxflow remembers between runs, inside the artifacts folder.
 STATE = ".mlxflow"
@@ -111,6 +111,12 @@ class Stage:
         return [self.folder / path for path in stage.paths_of(stage.outputs_of(self.module, self.config))]
 
     @cached_property
+    def copies(self) -> dict[Path, Path]:
+        """The output behind each copy in the folder of all artifacts; a variant has none, others would overwrite it."""
+        names = () if self.variant else getattr(self.module, "LAID_ON_TOP", ())
+        return {Path(stage.ARTIFACTS, name): self.folder / name for name in names}
+
+    @cached_property
     def input_files(self) -> list[Path]:
         """Every file the stage reads, relative to the workflow's folder, each once."""
         return list(dict.fromkeys(stage.paths_of(self.inputs)))
@@ -127,6 +133,7 @@ class Stage:
             "version": self.module.VERSION,
             "config": {k: v for k, v in config.items() if k not in getattr(self.module, "MANNER", ())},
             "seed": self._workflow.settings.seed,
+            **({"name": self._workflow.settings.name} if getattr(self.module, "SHOWS_NAME", False) else {}),
         }
 
     @property
@@ -164,6 +171,19 @@ class Workflow:
     def state(self) -> Path:
         """The folder for what is remembered between runs."""
         return self.artifacts / STATE
+
+    def members(self) -> tuple[stage.Made, ...]:
+        """Return every stage as others see it."""
+        makers = {path: one.task for one in self.stages for path in one.outputs}
+        return tuple(
+            stage.Made(
+                one.task,
+                one.folder,
+                tuple(dict.fromkeys(makers[path] for path in one.input_files if path in makers)),
+                tuple(one.outputs),
+            )
+            for one in self.stages
+        )
 
     def find(self, task: str) -> Stage:
         """Return the stage of a name such as `train` or `quantize:q4`.

@@ -58,6 +58,8 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
             node, values = _read_record(file, archive, nodes)
             with artifact.publishing(node.root / node.folder) as private:
                 _extract(file, archive, node, values, private)
+            for copy, original in node.copies.items():
+                artifact.write_whole(node.root / copy, (node.root / original).read_bytes())
     except (tarfile.TarError, EOFError) as error:
         raise ArtifactError(f"{file}: damaged ({error}). Pack it again.") from error
     except FileNotFoundError as error:

@@ -111,4 +111,6 @@ def _clean(node: Node, dryrun: bool) -> None:
     print(f"{node.task} - removing {node.folder}")
     if not dryrun:
         remove_folder(folder)
+        for name in node.copies:
+            (node.root / name).unlink(missing_ok=True)
         Globals.dep_manager.remove(node.task)

@@ -66,11 +66,12 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
         cache: digests by path.
         again: read every file, whatever the file system says of it.
     """
-    for name in node.outputs:
-        if name not in record["outputs"]:
+    for name in (*node.outputs, *node.copies):
+        original = node.copies.get(name, name)
+        if original not in record["outputs"]:
             yield f"{name} is new among its files"
             continue
-        size, content = record["outputs"][name]
+        size, content = record["outputs"][original]
         path = node.path(name)
         try:
             found = os.stat(path).st_size  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
@@ -106,6 +107,7 @@ def _changed_inputs(node: Node, before: dict[str, str], cache: DigestCache, leav
 
 def _changed_settings(task: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     names = {"version": "the stage's code", "seed": "workflow.seed", "mlx": "mlx", "device": "the device"}
+    names["name"] = "workflow.name"
     for key in sorted({*before, *now}):
         if before.get(key) == now.get(key):
             continue

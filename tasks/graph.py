@@ -18,7 +18,7 @@ from mlxflow.data.sources import BUILTINS, source_files
 from mlxflow.identity import digest_json
 from tasks.node import Node
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def load_nodes(path: Path, state: Path) -> list[Node]:
@@ -144,6 +144,7 @@ def _resolve(path: Path) -> tuple[list[Node], dict[str, list[tuple[str, bool]]]]
             corpora=tuple(corpus.name for corpus in one.corpora),
             bound_device=one.bound_device,
             uses_device=getattr(one.module, "USES_DEVICE", True),
+            copies={copy.as_posix(): original.as_posix() for copy, original in one.copies.items()},
         )
         for one in workflow.stages
     ]

@@ -1,7 +1,7 @@
 """What doit's side needs to know of a stage, and nothing more."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Node:
         corpora: names of built-in corpora read.
         bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
         uses_device: whether the stage computes on the device, which it then has for itself.
+        copies: names of copies of outputs, each with the output's name.
     """
 
     task: str
@@ -35,6 +36,7 @@ class Node:
     corpora: tuple[str, ...] = ()
     bound_device: str | None = None
     uses_device: bool = True
+    copies: dict[str, str] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
         """Return where a file of the workflow lies, seen from here."""

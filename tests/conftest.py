@@ -14,7 +14,7 @@ cpu.prepare()  # before any test imports mlx
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "tests" / "tiny.toml"
-STAGES = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark")
+STAGES = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark", "report")
 
 
 def write_notes(folder: Path) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PRETOKENIZE, TRAIN, Q4, Q8, PROFILE, BENCHMARK = ALL = (
+PRETOKENIZE, TRAIN, Q4, Q8, PROFILE, BENCHMARK, REPORT = ALL = (
     "pretokenize",
     "train",
     "quantize:q4",
     "quantize:q8",
     "profile",
     "benchmark",
+    "report",
 )
 
 
@@ -49,7 +50,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("staleness")
     shutil.copy(REPOSITORY / "dodo.py", folder)
     text = (REPOSITORY / "tests" / "tiny.toml").read_text()
-    (folder / "workflow.toml").write_text(text.replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]', 1))
+    text = text.replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]', 1)
+    (folder / "workflow.toml").write_text(text + "\n[report]\nmodels = []\nnum_prompts = 1\n")  # samples take long
     (folder / "notes").mkdir()
     for number in range(20):
         lines = [f"note {number} line {line}: the {line * number % 17}th thing to remember" for line in range(60)]
@@ -97,46 +99,49 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         lambda job: job.replace("num_steps = 20\nwarmup_steps = 2\n", "warmup_steps = 2\nnum_steps = 20\n"),
         (),
     ),
-    "the name shown in reports": (lambda job: job.replace('name = "tiny"', 'name = "small"'), ()),
+    "the name shown in reports": (lambda job: job.replace('name = "tiny"', 'name = "small"'), (REPORT,)),
     "touched source": (lambda job: _touch(job.folder / "notes/03.txt"), ()),
     "touched artifact": (lambda job: _touch(job.folder / "artifacts/train/model.safetensors"), ()),
     "a default written out": (lambda job: job.replace("[profile]", '[profile]\ninput = "train"'), ()),
-    "the benchmark's table": (lambda job: job.replace("batch_sizes = [2, 4]", "batch_sizes = [2]"), (BENCHMARK,)),
+    "the benchmark's table": (
+        lambda job: job.replace("batch_sizes = [2, 4]", "batch_sizes = [2]"),
+        (BENCHMARK, REPORT),
+    ),
     "the profile's table": (
         lambda job: job.replace("batch_size = 4\nnum_steps = 3", "batch_size = 3\nnum_steps = 3"),
-        (PROFILE,),
+        (PROFILE, REPORT),
     ),
-    "a variant's table": (lambda job: job.replace("bits = 8", "bits = 6"), (Q8, BENCHMARK)),
+    "a variant's table": (lambda job: job.replace("bits = 8", "bits = 6"), (Q8, BENCHMARK, REPORT)),
     "a new variant": (
         lambda job: job.replace("[profile]", '[[quantize]]\nname = "q5"\nbits = 5\n[profile]'),
-        ("quantize:q5", BENCHMARK),
+        ("quantize:q5", BENCHMARK, REPORT),
     ),
     "a variant that becomes a matrix": (
         lambda job: job.replace('name = "q5"\nbits = 5', 'name = "q"\nmatrix = { bits = [5, 6], group_size = [32] }'),
-        ("quantize:q-bits5-group_size32", "quantize:q-bits6-group_size32", BENCHMARK),
+        ("quantize:q-bits5-group_size32", "quantize:q-bits6-group_size32", BENCHMARK, REPORT),
     ),
     "a value more in a matrix": (
         lambda job: job.replace("bits = [5, 6]", "bits = [3, 5, 6]"),
-        ("quantize:q-bits3-group_size32", BENCHMARK),
+        ("quantize:q-bits3-group_size32", BENCHMARK, REPORT),
     ),
     "an exclusion": (
         lambda job: job.replace("group_size = [32] }", "group_size = [32] }\nexclude = [{ bits = 5 }]"),
-        (BENCHMARK,),
+        (BENCHMARK, REPORT),
     ),
     "no matrix any more": (
         lambda job: job.workflow.write_text(
             re.sub(r'\[\[quantize\]\]\nname = "q"\n.*\n.*\n', "", job.workflow.read_text())
         ),
-        (BENCHMARK,),
+        (BENCHMARK, REPORT),
     ),
     "another mlx, with equal results": (_as_if_built_with_another_mlx, ALL),
     "train's table": (
         lambda job: job.replace("warmup_steps = 2", "warmup_steps = 3"),
-        (TRAIN, Q4, Q8, PROFILE, BENCHMARK),
+        (TRAIN, Q4, Q8, PROFILE, BENCHMARK, REPORT),
     ),
     "train's logging, which leaves the weights as they are": (
         lambda job: job.replace("eval_every = 10", "eval_every = 0"),
-        (TRAIN,),
+        (TRAIN, REPORT),
     ),
     "pretokenize's table": (lambda job: job.replace("context_length = 16", "context_length = 12"), ALL),
     "a source's text": (lambda job: (job.folder / "notes/03.txt").write_text("another note entirely " * 60), ALL),
@@ -144,10 +149,13 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
     "a source gone": (lambda job: (job.folder / "notes/07.txt").unlink(), ALL),
     "the seed": (lambda job: job.replace("[workflow]", "[workflow]\nseed = 7"), ALL),
     "deleted pretokenize file": (lambda job: (job.folder / "artifacts/pretokenize/tokenizer.json").unlink(), ALL[:1]),
-    "deleted train artifact": (lambda job: shutil.rmtree(job.folder / "artifacts/train"), (TRAIN,)),
+    "deleted train artifact": (lambda job: shutil.rmtree(job.folder / "artifacts/train"), (TRAIN, REPORT)),
     "deleted variant": (lambda job: shutil.rmtree(job.folder / "artifacts/quantize/q4"), (Q4,)),
-    "deleted benchmark": (lambda job: shutil.rmtree(job.folder / "artifacts/benchmark"), (BENCHMARK,)),
-    "truncated model": (lambda job: _truncate(job.folder / "artifacts/train/model.safetensors"), (TRAIN,)),
+    "deleted benchmark": (lambda job: shutil.rmtree(job.folder / "artifacts/benchmark"), (BENCHMARK, REPORT)),
+    "a damaged page": (lambda job: _truncate(job.folder / "artifacts/report/index.html"), (REPORT,)),
+    "a page gone from where people look": (lambda job: (job.folder / "artifacts/index.html").unlink(), (REPORT,)),
+    "the report's table": (lambda job: job.replace("num_prompts = 1", "num_prompts = 3"), (REPORT,)),
+    "truncated model": (lambda job: _truncate(job.folder / "artifacts/train/model.safetensors"), (TRAIN, REPORT)),
     "flipped bit, mtime put back": (
         lambda job: _flip_last_bit_unseen(job.folder / "artifacts/quantize/q8/model.safetensors"),
         (Q8,),

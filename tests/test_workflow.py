@@ -50,7 +50,7 @@ LONG = 300 * "a"
 ONE_MISTAKE = {
     "[tarin]\nnum_steps = 1": "workflow.toml: tarin: unknown key. Did you mean train?",
     "colour = 1": "workflow.toml: colour: unknown key. "
-    "Known here: benchmark, pretokenize, profile, quantize, train, workflow.",
+    "Known here: benchmark, pretokenize, profile, quantize, report, train, workflow.",
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
     "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
     "checkpointing, constant_tokens_per_step, decay_steps, document_mask, dynamic_batch_size, "
@@ -236,7 +236,7 @@ def test_an_unknown_stage_is_told_with_those_there_are(folder: Path) -> None:
     with pytest.raises(CallError) as caught:
         load_workflow(Path("workflow.toml")).find("quantize")
     assert str(caught.value) == (
-        "quantize: no such stage in workflow.toml. Known: pretokenize, train, quantize:q4, profile, benchmark."
+        "quantize: no such stage in workflow.toml. Known: pretokenize, train, quantize:q4, profile, benchmark, report."
     )
 
 

@@ -102,7 +102,8 @@ def test_an_unknown_stage_is_told_with_the_nearest_one(job: Path) -> None:
     result = doit(job, "trian")
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "trian: no such stage. Did you mean train?\n")
     assert doit(job, "xyz").stderr == (
-        "xyz: no such stage. Known: pretokenize, train, quantize, quantize:q4, quantize:q8, profile, benchmark.\n"
+        "xyz: no such stage. "
+        "Known: pretokenize, train, quantize, quantize:q4, quantize:q8, profile, benchmark, report.\n"
     )
     assert not (job / "artifacts").exists()
 

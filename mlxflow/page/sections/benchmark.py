@@ -1,0 +1,215 @@
+"""The benchmark: speed of training with intervals, models, convergence, where a step's time goes, promises."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlxflow.page import charts
+from mlxflow.page.blocks import Block, Figure, Note, Section, Table, Text
+from mlxflow.page.charts import Bar, Series
+from mlxflow.page.reading import Run, StageRun, rows, table
+from mlxflow.page.sections import beside
+from mlxflow.page.text import clean, number, show, show_bytes, show_interval, show_percent, show_seconds
+
+_SHARES = (
+    ("data_share", "waiting for data"),
+    ("graph_share", "building the graph"),
+    ("compute_share", "computing"),
+    ("synchronize_share", "synchronizing"),
+)
+
+
+def section(runs: Sequence[Run]) -> Section:
+    """Return the section."""
+    return Section("benchmark", "Benchmark", beside(runs, _blocks))
+
+
+def _blocks(run: Run) -> list[Block]:
+    blocks: list[Block] = []
+    for one in run.of_kind("benchmark"):
+        if not one.report:
+            blocks.append(Note(f"No benchmark to show: {one.said}"))
+            continue
+        for part in (_training, _drift, _models, _convergence, _bottleneck, _promises):
+            blocks += part(one)
+    return blocks or [Note("No benchmark to show: the workflow has no benchmark stage.")]
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """Return the name of a row of training figures."""
+    name = row.get("name")
+    size = f"{show(row.get('batch_size'))} rows"
+    return f"{clean(name)}, {size}" if isinstance(name, str) else size
+
+
+def interval(row: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """Return tokens per second of a row with the ends of its interval."""
+    known = [number(row.get(key)) for key in ("tokens_per_second", "low_tokens_per_second", "high_tokens_per_second")]
+    return known[0], known[1], known[2]
+
+
+def _training(one: StageRun) -> list[Block]:
+    bars, cells = [], []
+    for row in rows(one.report, "training"):
+        speed, low, high = interval(row)
+        name = row_name(row)
+        if speed is not None:
+            style = "c1" if row.get("name") == "baseline" else "c0"
+            bars.append(Bar(name, max(0.0, speed), low, high, style))
+        cells.append(
+            (
+                name,
+                show(speed),
+                f"{show(low)} \N{EN DASH} {show(high)}" if low is not None else show(None),
+                show_seconds(row.get("median_step_seconds")),
+                show_bytes(row.get("peak_memory_bytes")),
+                show(row.get("tokens_per_second_per_gb")),
+                show_percent(row.get("data_wait_share")),
+                show_seconds(row.get("compile_seconds")),
+            )
+        )
+    failures = _failures(rows(one.report, "training"))
+    if not bars:
+        return failures or [Note("The benchmark reported no speed of training.")]
+    label = "Tokens per second while training. " + " ".join(f"{bar.name}: {show(bar.value)}." for bar in bars)
+    head = ("Setting", "Tokens/s", "Interval", "Step", "Peak memory", "Tokens/s a GB", "Data wait", "Compiling")
+    caption = "Training: real tokens per second"
+    caption += ", with intervals" if any(bar.low is not None for bar in bars) else ""
+    figures = Table("Training in figures", head, cells, folded=True)
+    blocks: list[Block] = [Figure(caption, charts.bars(bars, label=label), figures, wide=True)]
+    if not any(bar.low is not None for bar in bars):
+        blocks.append(Note("The benchmark reported no intervals for these speeds."))
+    return blocks + failures
+
+
+def _models(one: StageRun) -> list[Block]:
+    found = rows(one.report, "models")
+    if not found:
+        return [Note("The benchmark reported no models.")]
+    cells = []
+    for row in found:
+        prefill = [
+            f"{show(point.get('tokens_per_second'))} at {show(point.get('prompt_tokens'))}"
+            for point in rows(row, "prefill")
+        ]
+        cells.append(
+            (
+                clean(str(row.get("model", "a model"))),
+                show_bytes(row.get("model_bytes")),
+                show(row.get("compression_ratio_fp32", row.get("compression_ratio"))),
+                show_interval(row.get("perplexity"), row.get("perplexity_standard_error")),
+                "; ".join(prefill) or show(None),
+                show(row.get("decode_tokens_per_second")),
+                show_bytes(row.get("peak_memory_bytes")),
+            )
+        )
+    head = (
+        "Model",
+        "Size",
+        "Times smaller",
+        "Perplexity",
+        "Prefill, tokens/s at tokens",
+        "Decode, tokens/s",
+        "Peak memory",
+    )
+    blocks: list[Block] = [Table("Models", head, cells, words=(0, 4))]
+    for key, title, form in (
+        ("model_bytes", "Size of the model", "bytes"),
+        ("decode_tokens_per_second", "Decode, tokens per second", "number"),
+    ):
+        bars = [
+            Bar(
+                clean(str(row.get("model", "a model"))),
+                max(0.0, size),
+                number(row.get(f"low_{key}")),
+                number(row.get(f"high_{key}")),
+                "c3" if form == "bytes" else "c2",
+            )
+            for row in found
+            if (size := number(row.get(key))) is not None
+        ]
+        if bars:
+            label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
+            blocks.append(Figure(title, charts.bars(bars, label=label, form=form)))
+    return blocks + _failures(found)
+
+
+def _convergence(one: StageRun) -> list[Block]:
+    blocks: list[Block] = []
+    for key, title, form in (("tokens", "Loss over tokens", "number"), ("seconds", "Loss over seconds", "seconds")):
+        series = []
+        for index, row in enumerate(rows(one.report, "convergence")):
+            x, y = row.get(key), row.get("loss")
+            pairs = list(zip(x, y, strict=False)) if isinstance(x, list) and isinstance(y, list) else []
+            known = sorted((a, b) for p, q in pairs if (a := number(p)) is not None and (b := number(q)) is not None)
+            if known:
+                name = clean(str(row.get("name", "a run")))
+                across, up = np.array([a for a, _ in known]), np.array([b for _, b in known])
+                series.append(Series(name, across, up, f"c{index % 6}"))
+        if series:
+            label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} in the end." for s in series)
+            plot = charts.lines(series, label=label, x_name=key, x_form=form, height=180)
+            cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]
+            figures = Table("Where each ends", ("Run", key.capitalize(), "Loss"), cells, folded=True)
+            blocks.append(Figure(title, plot, figures, tuple((s.style, s.name) for s in series)))
+    return blocks or [Note("The benchmark reported no convergence.")]
+
+
+def _bottleneck(one: StageRun) -> list[Block]:
+    told = table(one.report, "bottleneck")
+    shares = [(name, number(told.get(key)), f"c{index}") for index, (key, name) in enumerate(_SHARES)]
+    known = [(name, max(0.0, share), style) for name, share, style in shares if share is not None]
+    if not known:
+        return [Note("The benchmark did not report where a step's time goes.")]
+    label = "Where a step's time goes: " + ", ".join(f"{name} {show_percent(share)}" for name, share, _ in known)
+    legend = tuple((f"{style} box", f"{name} {show_percent(share)}") for name, share, style in known)
+    blocks: list[Block] = [
+        Figure("Where a step's time goes", charts.stacked(known, label=label), legend=legend, wide=True)
+    ]
+    for rate, ceiling, what, unit in (
+        ("flops_per_second", "ceiling_flops_per_second", "Arithmetic", "FLOP/s"),
+        ("decode_bytes_per_second", "ceiling_bytes_per_second", "Decoding reads", "B/s"),
+    ):
+        found, most = number(told.get(rate)), number(told.get(ceiling))
+        if found is not None and most:
+            figures = f"{show(found / 1e9)} of {show(most / 1e9)} G{unit}"
+            blocks.append(
+                Text(f"{what}: {figures}, {show_percent(found / most)} of what this device was measured to do.")
+            )
+    advice = told.get("advice")
+    if isinstance(advice, str) and advice:
+        blocks.append(Text(f"Most worth changing: {advice}"))
+    return blocks
+
+
+def _failures(found: Sequence[dict[str, Any]]) -> list[Block]:
+    """Return why rows have no figures."""
+    named = [(str(row.get("model") or row_name(row)), row.get("error")) for row in found]
+    return [Note(f"{clean(name)}: {error}") for name, error in named if isinstance(error, str)]
+
+
+def _drift(one: StageRun) -> list[Block]:
+    told = table(one.report, "drift")
+    ratio = number(told.get("ratio"))
+    if ratio is None:
+        return []
+    said = f"The first setting, timed again at the end, took {show(ratio)} times as long a step."
+    return [Note(f"{said} The device slowed down meanwhile.") if told.get("is_noticed") is True else Text(said)]
+
+
+def _promises(one: StageRun) -> list[Block]:
+    cells = []
+    for name, told in table(one.report, "promises").items():
+        known = told if isinstance(told, dict) else {"figure": _word(told)}
+        figure = _word(known.get("figure", known.get("measured", "not measured")))
+        cells.append((str(known.get("promise", name.replace("_", " "))), figure, _word(known.get("holds"))))
+    return [Table("Promises", ("Promise", "Measured here", "Held"), cells, words=(0, 1, 2))] if cells else []
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_word(part)}" for key, part in value.items())
+    return clean(value) if isinstance(value, str) else show(value)

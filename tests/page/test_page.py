@@ -1,0 +1,270 @@
+import base64
+import hashlib
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mlxflow.page.reading import read_run
+from mlxflow.page.render import render
+from tests.page.runs import TASKS, edit, read, write_curve, write_run, write_timeline
+
+HOSTILE = (
+    "</script><script>window.hacked=1</script>",
+    "\"'><img src=x onerror=window.hacked=1>",
+    "{{ 7*7 }}{% raw %}",
+    "<!-- ]]> </svg></title></style>",
+    "long name " * 400,
+    "\u202eright to left \u05d0\u05d1\u05d2 \u0627\u0644\u0639",
+    "nul \x00 bell \x07 tab \t",
+)
+
+
+class Seen(HTMLParser):
+    """The elements, attributes and text of a page."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(page.decode())
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_run(tmp_path)
+    return tmp_path
+
+
+def _text(root: Path) -> str:
+    return Seen(render([read(root)])).text
+
+
+def test_the_answers_stand_first_in_a_line_each(root: Path) -> None:
+    text = _text(root)
+    answers = text[: text.index("What reads from what")]
+    for line in (
+        "6 of 6 stages built; together they took 75 s.",
+        "7.90 M tokens of 713 documents to learn from, 236,147 held out. 1 record could not be read.",
+        "38.5 perplexity on held-out text after 240 steps, from 2,079 before",
+        "6,757 tokens a second while training; 0.2 % of the time it waited for data.",
+        "7.10 times smaller than in fp32: 49.1 KB, 4.50 bits a weight; perplexity 39.11 ± 0.50, dense 38.5.",
+        "9 MB at the peak of a training step, most of it weights (1 MB); no leak.",
+        "2 times the speed of the plain baseline (1.86 to 2.16).",
+    ):
+        assert line in answers
+
+
+def test_a_gain_inside_the_noise_is_called_that(root: Path) -> None:
+    edit(
+        root,
+        "benchmark",
+        lambda report: report["training"][1].update(tokens_per_second=4100, low_tokens_per_second=3900),
+    )
+    assert "That is inside the noise." in _text(root)
+
+
+def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
+    page = render([read(root)])
+    text = Seen(page).text
+    for words in (
+        "Tokens in a document",
+        "documents cut into several rows 9",
+        "Records that could not be read",
+        "Loss, in nats a token",
+        "Bits of a weight's code, by layer",
+        "Relative error, by layer",
+        "MLX's memory, at each step's end",
+        "The process's memory, sampled",
+        "What the peak of 9 MB is made of",
+        "Peak memory by phase",
+        "What would save memory, most first",
+        "Training: real tokens per second, with intervals",
+        "Loss over tokens",
+        "Where a step's time goes",
+        "Arithmetic: 10 of 40 GFLOP/s, 25.0 %",
+        "stage and on",
+        "Machine and versions",
+        "mlxflow.lock: what each stage was made of",
+    ):
+        assert words in text
+    assert "9 MB in stage, step 66" in text  # the peak that is pointed out
+    assert 'class="note"' not in page.decode()
+
+
+def test_a_row_that_did_not_fit_says_so_and_the_others_stand(root: Path) -> None:
+    failed = [{"model": "quantize:q2", "model_bytes": 10, "error": "does not fit: 5 bytes more may not be had"}]
+    edit(root, "benchmark", lambda report: report["models"].extend(failed))
+    big = {"name": "workflow", "batch_size": 64, "error": "does not fit"}
+    edit(root, "benchmark", lambda report: report["training"].append(big))
+    text = _text(root)
+    assert "quantize:q2: does not fit: 5 bytes more may not be had" in text
+    assert "workflow, 64 rows: does not fit" in text
+    assert "stage 49.1 KB 5.60" in text
+
+
+def test_a_device_that_slowed_down_is_told(root: Path) -> None:
+    edit(root, "benchmark", lambda report: report["drift"].update(ratio=1.21, is_noticed=True))
+    assert "took 1.21 times as long a step. The device slowed down meanwhile." in _text(root)
+
+
+def test_the_speed_of_rounds_taken_together_is_the_one_that_answers(root: Path) -> None:
+    told = {"promise": "fast", "measured": 1.9, "low": 1.8, "high": 2.0, "holds": True, "figure": "1.90 times"}
+    edit(root, "benchmark", lambda report: report["promises"].update(training_speed=told))
+    assert "1.90 times the speed of the plain baseline (1.80 to 2)." in _text(root)
+    assert "fast 1.90 times yes" in _text(root)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_missing_is_said_and_the_rest_is_shown(root: Path, task: str) -> None:
+    (root / "artifacts" / Path(*task.split(":")) / "report.toml").unlink()
+    text = _text(root)
+    assert f"{task} is not built" in text
+    assert f"artifacts/{task.replace(':', '/')}/report.toml is missing. Run: doit {task}" in text
+    assert "5 of 6 stages built" in text
+
+
+def test_a_stage_that_failed_tells_its_last_words(root: Path) -> None:
+    (root / "artifacts/quantize/q4/report.toml").unlink()
+    (root / "artifacts/logs").mkdir()
+    (root / "artifacts/logs/quantize-q4.log").write_text("begun\nquantize:q4: perplexity is 12 % above the limit\n\n")
+    assert "Its last run ended with: quantize:q4: perplexity is 12 % above the limit" in _text(root)
+
+
+def test_an_empty_run_is_a_page_that_says_so(tmp_path: Path) -> None:
+    text = _text(tmp_path)
+    assert "0 of 6 stages built" in text
+    for words in ("No corpus to show", "No learning curve to show", "No memory profile", "No benchmark to show"):
+        assert words in text
+    assert "mlxflow.lock is missing" in text
+    assert Seen(render([read_run(tmp_path, [], name="nothing")])).text.startswith("nothing")
+
+
+def test_a_damaged_report_is_told_and_the_others_stand(root: Path) -> None:
+    (root / "artifacts/train/report.toml").write_text("steps = ")
+    text = _text(root)
+    assert "artifacts/train/report.toml is damaged" in text
+    assert "train is damaged" in text
+    assert "Peak memory by phase" in text
+
+
+def test_a_report_of_another_version_is_told_and_shown_as_far_as_it_goes(root: Path) -> None:
+    edit(root, "profile", lambda report: report["stage"].update(mlxflow="0.0.1"))
+    edit(root, "profile", lambda report: report.update(phases="none", composition=[1], leak=3, peaks={"a": 1}))
+    text = _text(root)
+    assert "artifacts/profile/report.toml was written by mlxflow 0.0.1" in text
+    assert "The profile did not report its phases." in text
+    assert "MLX's memory, at each step's end" in text
+
+
+def test_a_timeline_cut_off_by_a_crash_is_shown_until_there(root: Path) -> None:
+    path = root / "artifacts/profile/timeline.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
+    page = render([read(root)]).decode()
+    assert "profile/timeline.safetensors is damaged or was cut off in" in page
+    assert "MLX&#39;s memory, at each step&#39;s end" in page
+    path.write_bytes(b"\xff" * 40)
+    page = render([read(root)]).decode()
+    assert "profile/timeline.safetensors is damaged: its header cannot be read. Run: doit profile" in page
+
+
+def test_a_torn_line_of_the_learning_curve_is_told(root: Path) -> None:
+    with (root / "artifacts/train/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert "train/metrics.jsonl: 1 of its lines cannot be read and are left out." in _text(root)
+
+
+def test_a_model_that_could_not_be_asked_is_told(root: Path) -> None:
+    run = read(root, samples=[{"model": "train", "error": "no room"}])
+    assert "train could not be asked: no room" in Seen(render([run])).text
+
+
+def test_samples_of_an_earlier_model_are_left_out(root: Path) -> None:
+    edit(root, "train", lambda report: report["stage"].update(inputs_digest="another"))
+    text = _text(root)
+    assert "stage and on" not in text
+    assert "1 samples of earlier models are left out. Run: doit report" in text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_in_every_field_stay_text(tmp_path: Path, name: str) -> None:
+    write_run(tmp_path, name=name)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    write_run(plain)
+    seen, expected = Seen(render([read(tmp_path, name=name)])), Seen(render([read(plain)]))
+    assert sorted(set(seen.tags)) == sorted(set(expected.tags))
+    assert seen.tags.count("script") == expected.tags.count("script")
+    assert not [key for key, _ in seen.attributes if key.startswith("on") or key in ("style", "src")]
+    assert not re.search("[\x00-\x08\u202a-\u202e]", render([read(tmp_path, name=name)]).decode())
+
+
+def test_the_same_reports_give_the_same_bytes(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_run(other)
+    assert render([read(root)]) == render([read(root)]) == render([read(other)])
+
+
+def test_nothing_on_the_page_asks_for_anything_and_the_policy_says_so(root: Path) -> None:
+    page = render([read(root)]).decode()
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy
+    rules = dict(rule.split(" ", 1) for rule in policy[1].replace("&#39;", "'").split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for kind in ("style", "script"):
+        content = re.search(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        assert content
+        digest = base64.b64encode(hashlib.sha256(content[1].encode()).digest()).decode()
+        assert rules[f"{kind}-src"] == f"'sha256-{digest}'"
+    links = [value or "" for key, value in Seen(page.encode()).attributes if key in ("href", "src", "action", "data")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+
+
+def test_100_000_points_stay_under_500_kb(root: Path) -> None:
+    write_curve(root, 100_000)
+    write_timeline(root, 100_000)
+    begin = time.process_time()
+    page = render([read(root)])
+    assert len(page) < 500_000
+    assert time.process_time() - begin < 60  # no more than a guard against what never ends
+    assert "9000000" in page.decode()  # the peak, among 100,000 points
+
+
+def test_every_plot_has_a_name_for_a_screen_reader_and_can_be_reached_by_key(root: Path) -> None:
+    page = render([read(root)]).decode()
+    for drawing in re.findall(r'<svg class="(?:area|graph|stacked)"[^>]*>', page):
+        assert 'role="img"' in drawing
+        assert re.search(r'aria-label="[^"]{20,}"', drawing)
+    areas = re.findall(r'<svg class="area"[^>]*>', page)
+    assert len(areas) > 8
+    assert all('tabindex="0"' in area for area in areas)
+
+
+def test_two_runs_stand_side_by_side_and_their_curves_in_one_plot(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_run(other)
+    edit(other, "train", lambda report: report.update(last_validation_perplexity=21.5))
+    (other / "artifacts/benchmark/report.toml").unlink()
+    page = render([read(root, label="A: here"), read(other, label="B: there", name="other")])
+    text = Seen(page).text
+    assert "by hand and other" in text
+    assert "38.5 perplexity" in text
+    assert "21.5 perplexity" in text
+    assert "training, A: here" in text
+    assert "training, B: there" in text
+    assert 'class="line c0 b"' in page.decode()
+    assert "No benchmark to show: artifacts/benchmark/report.toml is missing" in text
