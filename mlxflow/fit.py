@@ -77,7 +77,9 @@ def _context(workflow: Workflow, one: Stage, chosen: str, limit: int) -> Context
         provenance={},
         root=workflow.root,
         state=workflow.state,
-        tasks=(),
+        tasks=tuple(one.task for one in workflow.stages),
+        members=workflow.members(),
+        name=workflow.settings.name,
         folder=Path(),
         unfinished=Path(),
     )

@@ -8,8 +8,9 @@ import pytest
 
 from mlxflow.errors import WorkflowError
 from mlxflow.quantization.budget import best_measured, cheapest_plan, fixed_bytes, plan_bytes, sizes_of, uniform_plans
-from mlxflow.quantization.codec import Setting, pack, round_trip
+from mlxflow.quantization.codec import pack, round_trip
 from mlxflow.quantization.sensitivity import measure_costs
+from mlxflow.quantization.settings import Setting
 from mlxflow.training.objective import plain_objective
 from tests.small_models import llama
 

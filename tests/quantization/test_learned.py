@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mlxflow.errors import CallError
-from mlxflow.quantization.codec import Packed, Setting, pack, unpack
+from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.learned import awq, choose_rows, dwq, gptq
+from mlxflow.quantization.settings import Setting
 
 FOUR, EIGHT, SYMMETRIC = Setting("affine", 4, 32), Setting("affine", 8, 64), Setting("symmetric", 4, 32)
 TOKENS = mx.random.randint(0, 60, (8, 9), key=mx.random.key(5))

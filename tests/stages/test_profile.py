@@ -21,6 +21,8 @@ CONTEXT = Context(
     root=Path(),
     state=Path(),
     tasks=(),
+    members=(),
+    name="tiny",
     folder=Path(),
     unfinished=Path(),
 )
