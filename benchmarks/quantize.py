@@ -7,13 +7,15 @@
     python benchmarks/quantize.py symmetric            errors of symmetric and affine codes on random matrices
     python benchmarks/quantize.py sizes                bytes of a model of 135 million parameters
     python benchmarks/quantize.py evaluate FOLDER      evaluation of a quantized model on the CPU over the dense one
-    python benchmarks/quantize.py convert FOLDER       time, peak memory, bytes against mlx_lm.convert on a model
+    python benchmarks/quantize.py convert [LAYERS]     time, peak memory, bytes against mlx_lm.convert, of 135 million
+                                                       parameters (30 layers) or more
 
 Prints one line of JSON a row. Everything is on the CPU.
 """
 
 import copy
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -160,7 +162,7 @@ class _Job:
 
 
 def _uniform(model: Any, mode: str, bits: int, group_size: int = 64) -> dict[str, Any]:
-    from mlxflow.quantization.codec import Setting
+    from mlxflow.quantization.settings import Setting
 
     setting = Setting(mode, bits, group_size)
     return {path: setting for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
@@ -230,8 +232,8 @@ def budget(folder: str) -> None:
     import mlx.core as mx
 
     from mlxflow.quantization import budget as budgets
-    from mlxflow.quantization.codec import Setting
     from mlxflow.quantization.sensitivity import measure_costs
+    from mlxflow.quantization.settings import Setting
     from mlxflow.training.objective import plain_objective
 
     job = _Job(folder)
@@ -282,7 +284,7 @@ def _dynamic(job: _Job, model: Any, target: float, known: dict[float, Any]) -> t
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
 
     from mlxflow.quantization.budget import plan_bytes, sizes_of
-    from mlxflow.quantization.codec import Setting
+    from mlxflow.quantization.settings import Setting
 
     low = int(target - 0.5)
     low, high = (low, low + 1) if target - 0.5 != low else (low - 1 if low > 2 else low, low + 1)
@@ -302,7 +304,8 @@ def symmetric() -> None:
     """Compare relative errors on matrices of normal and of Laplace numbers."""
     import mlx.core as mx
 
-    from mlxflow.quantization.codec import Setting, round_trip
+    from mlxflow.quantization.codec import round_trip
+    from mlxflow.quantization.settings import Setting
 
     normal = mx.random.normal((1024, 1024), key=mx.random.key(0))
     matrices = {"normal": normal, "laplace": mx.random.laplace((1024, 1024), key=mx.random.key(1))}
@@ -354,26 +357,65 @@ def evaluate(folder: str) -> None:
     )
 
 
-def convert(folder: str) -> None:
-    """Run `mlxflow run quantize` and `mlx_lm.convert -q` on one folder, a process each, and compare."""
-    import mlx.core as mx
-
+def convert(layers: str = "30", rounds: str = "3") -> None:
+    """Run `mlxflow run quantize` and `mlx_lm.convert -q` in turns on a bf16 model of SmolLM2-135M's width."""
     with tempfile.TemporaryDirectory() as temporary:
         where = Path(temporary)
-        (where / "workflow.toml").write_text(
-            f'[workflow]\ndevice = "cpu"\n[quantize]\nmodel = "{Path(folder).resolve()}"\n'
-        )
+        # in a process of its own: what this one holds would count as its children's peak
+        subprocess.run([sys.executable, __file__, "write", str(where / "dense"), layers], check=True)
+        (where / "workflow.toml").write_text('[workflow]\ndevice = "cpu"\n[quantize]\nmodel = "dense"\n')
         python = [sys.executable, "-m"]
-        ours = _run_measured([*python, "mlxflow", "run", "quantize"], where)
-        theirs = _run_measured(
-            [*python, "mlx_lm", "convert", "--hf-path", str(Path(folder).resolve()), "--mlx-path", "theirs", "-q"],
-            where,
-        )
-        files = [where / "artifacts" / "quantize" / "model.safetensors", where / "theirs" / "model.safetensors"]
-        one, other = (cast("dict[str, mx.array]", mx.load(str(file))) for file in files)
-        same = one.keys() == other.keys() and all(bool(mx.array_equal(one[name], other[name])) for name in one)
-        for name, (seconds, peak) in {"mlxflow": ours, "mlx_lm.convert": theirs}.items():
-            _tell(name, seconds=seconds, peak_rss_bytes=peak, tensors_equal=same)
+        ours = [*python, "mlxflow", "run", "quantize"]
+        theirs = [*python, "mlx_lm", "convert", "--hf-path", "dense", "--mlx-path", "theirs", "-q"]
+        measured: dict[str, list[tuple[float, int]]] = {"mlxflow": [], "mlx_lm.convert": []}
+        for _ in range(int(rounds)):
+            shutil.rmtree(where / "theirs", ignore_errors=True)
+            for name, command in zip(measured, (ours, theirs), strict=True):
+                measured[name].append(_run_measured(command, where))
+        _tell_conversion(where, measured)
+
+
+def _tell_conversion(where: Path, measured: dict[str, list[tuple[float, int]]]) -> None:
+    import mlx.core as mx
+
+    files = [where / "artifacts" / "quantize" / "model.safetensors", where / "theirs" / "model.safetensors"]
+    one, other = (cast("dict[str, mx.array]", mx.load(str(file))) for file in files)
+    same = one.keys() == other.keys() and all(bool(mx.array_equal(one[name], other[name])) for name in one)
+    dense = (where / "dense" / "model.safetensors").stat().st_size
+    for name, runs in measured.items():
+        seconds, peaks = zip(*runs, strict=True)
+        _tell(name, seconds=statistics.median(seconds), peak_rss_bytes=statistics.median(peaks), tensors_equal=same)
+    pairs = list(zip(*measured.values(), strict=True))
+    _tell(
+        "mlxflow over mlx_lm.convert",
+        seconds=statistics.median(ours[0] / theirs[0] for ours, theirs in pairs),
+        peak_rss=statistics.median(ours[1] / theirs[1] for ours, theirs in pairs),
+        dense_file_over_ours=dense / files[0].stat().st_size,
+    )
+
+
+def write(where: str, layers: str) -> None:
+    """Write a model folder with random bf16 weights and a tokenizer, such as mlx-lm asks for."""
+    import mlx.core as mx
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    from mlxflow import models
+
+    folder = Path(where)
+    folder.mkdir()
+    shape = SMOLLM2_135M | {"num_hidden_layers": int(layers), "torch_dtype": "bfloat16"}
+    model = models.build(shape, seed=0)
+    model.set_dtype(mx.bfloat16)
+    models.save(
+        model=model,
+        config=shape,
+        config_file=folder / "config.json",
+        model_file=folder / "model.safetensors",
+        provenance={},
+    )
+    Tokenizer(BPE()).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
 def _run_measured(command: list[str], folder: Path) -> tuple[float, int]:
@@ -381,13 +423,14 @@ def _run_measured(command: list[str], folder: Path) -> tuple[float, int]:
     import os
 
     begin = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "USE_TORCH": "0"}  # transformers would import it, for neither's use
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, command
     return time.perf_counter() - begin, usage.ru_maxrss * (1024 if sys.platform.startswith("linux") else 1)
 
 
-PARTS = {one.__name__: one for one in (base, qat, step, budget, symmetric, sizes, evaluate, convert)}
+PARTS = {one.__name__: one for one in (base, qat, step, budget, symmetric, sizes, evaluate, convert, write)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:

@@ -209,10 +209,24 @@ def write_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def copy_companions(folder: Path, to: Path) -> None:
-    """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation."""
+    """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation.
+
+    A tokenizer of another form than `tokenizer.json` is written in that form too.
+
+    Raises:
+        ArtifactError: there is no tokenizer.
+    """
     for pattern in _COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             shutil.copyfile(file, to / file.name)
+    if not all((to / name).is_file() for name in TOKENIZER_FILES):
+        from transformers import AutoTokenizer
+
+        try:
+            AutoTokenizer.from_pretrained(folder).save_pretrained(to)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise ArtifactError(f"{folder}: has no tokenizer that can be opened ({said}). Put one into it.") from error
 
 
 def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """From a dense model to the file of the packed one, layer by layer: memory holds one layer, not the model."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,9 @@ from mlxflow.artifact import TensorFile
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
+
+# Numbers that are packed and compared at a time: what is between is several times as large as they are
+_NUMBERS_AT_ONCE = 1 << 21
 
 
 class LayerFacts(NamedTuple):
@@ -138,23 +142,39 @@ def _write_layer(
 def _write_packed(
     out: TensorFile, path: str, weight: mx.array, setting: Setting, made: Packed | None, source: str
 ) -> LayerFacts:
-    parts = made or pack(weight, setting)
-    lost, norm = _loss_of(weight, parts, setting)
-    mx.eval(parts, lost, norm)
-    if not mx.isfinite(norm).item():
+    mx.eval(weight)
+    rows = weight.reshape(-1, weight.shape[-1])
+    step = max(1, _NUMBERS_AT_ONCE // rows.shape[-1])
+    pieces: list[Packed] = []
+    lost, norm = 0.0, 0.0
+    for begin in range(0, len(rows), step):
+        part = rows[begin : begin + step]
+        packed = pack(part, setting) if made is None else _rows_of(made, begin, begin + step)
+        sums = _squares(part, packed, setting)
+        mx.eval(packed, sums)
+        pieces.append(packed)
+        lost, norm = lost + float(sums[0]), norm + float(sums[1])
+    if not math.isfinite(norm):
         raise _not_finite(source, f"{path}.weight", weight)
-    for own, part in zip(("weight", "scales", "biases"), parts, strict=True):
-        if part is not None:
-            out.put(f"{path}.{own}", part)
-    error = float(lost) / float(norm) if float(norm) else 0.0
-    return LayerFacts(path, weight.shape, setting, parts.nbytes, error)
+    for place, own in enumerate(("weight", "scales", "biases")):
+        columns = [column for piece in pieces if (column := piece[place]) is not None]
+        if columns:
+            whole = mx.concatenate(columns)
+            out.put(f"{path}.{own}", whole.reshape(*weight.shape[:-1], whole.shape[-1]))
+    error = math.sqrt(lost / norm) if norm else 0.0
+    return LayerFacts(path, weight.shape, setting, sum(piece.nbytes for piece in pieces), error)
 
 
-def _loss_of(weight: mx.array, parts: Packed, setting: Setting) -> tuple[mx.array, mx.array]:
-    """Return the norms of what is lost and of the whole, in fp32, summed row by row."""
+def _rows_of(made: Packed, begin: int, end: int) -> Packed:
+    flat = [None if part is None else part.reshape(-1, part.shape[-1])[begin:end] for part in made]
+    return Packed(*flat)  # type: ignore[arg-type]
+
+
+def _squares(weight: mx.array, packed: Packed, setting: Setting) -> tuple[mx.array, mx.array]:
+    """Return the sums of the squares of what is lost and of the whole, in fp32, summed row by row."""
     exact = weight.astype(mx.float32)
-    lost = exact - unpack(parts, setting, weight.dtype).astype(mx.float32)
-    return tuple(mx.sqrt(one.square().sum(axis=-1).sum()) for one in (lost, exact))  # type: ignore[return-value]
+    lost = exact - unpack(packed, setting, weight.dtype).astype(mx.float32)
+    return lost.square().sum(axis=-1).sum(), exact.square().sum(axis=-1).sum()
 
 
 def _put(out: TensorFile, name: str, value: mx.array, source: str) -> None:

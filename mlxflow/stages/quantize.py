@@ -28,12 +28,15 @@ class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     match: Annotated[str, Meta(min_length=1, description="a pattern of module paths, such as `*.mlp.*`")]
     skip: Annotated[bool, Meta(description="whether they stay dense")] = False
-    mode: Annotated[Literal["same"] | _MODES, Meta(description="as above; same: the table's")] = "same"
+    mode: Annotated[
+        Literal["same", "affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"],
+        Meta(description="as above; same: the table's"),
+    ] = "same"
     bits: Annotated[
-        Literal["same"] | Literal[2, 3, 4, 5, 6, 8], Meta(description="as above; same: the table's, or the mode's own")
+        Literal["same", 2, 3, 4, 5, 6, 8], Meta(description="as above; same: the table's, or the mode's own")
     ] = "same"
     group_size: Annotated[
-        Literal["same"] | Literal[16, 32, 64, 128],
+        Literal["same", 16, 32, 64, 128],
         Meta(description="as above; same: the table's, or the mode's own"),
     ] = "same"
 
@@ -185,20 +188,15 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Outputs(msgspec.Struct, frozen=True, kw_only=True):
-    """A quantized model folder; of a model of one's own, whatever tokenizer files it has lie in it too."""
+class Outputs(ModelFolder, frozen=True, kw_only=True):
+    """A quantized model folder, what its tokenizer needs beside it, and the learning curve where one is drawn."""
 
-    config: Path = Path("config.json")
-    model: Path = Path("model.safetensors")
-    tokenizer: tuple[Path, ...] = ()
-    report: Path = Path("report.toml")
     metrics: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Name the tokenizer's files where they are known, and the learning curve where one is drawn."""
-        known = () if config.model else (ModelFolder().tokenizer, ModelFolder().tokenizer_config)
-        return cls(tokenizer=known, metrics=(Path("metrics.jsonl"),) if config.method == "qat" else ())
+        """Name the learning curve where there is one."""
+        return cls(metrics=(Path("metrics.jsonl"),) if config.method == "qat" else ())
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
