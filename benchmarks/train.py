@@ -156,6 +156,7 @@ def _ours(
     limit_gb: float = 0,
     lazy: int = 1,
     max_grad_norm: float = 0.0,
+    kernels: bool = True,
 ) -> None:
     """Run this project's own trainer: loader, compiled update, memory limit and all."""
     import mlx.core as mx
@@ -163,7 +164,7 @@ def _ours(
     from mlxflow import device
     from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import Rows
-    from mlxflow.training import objective, recompute
+    from mlxflow.training import objective, recompute, serving
     from mlxflow.training.batch_size import BatchSizes
     from mlxflow.training.checkpoints import CheckpointStore
     from mlxflow.training.loop import Plan, Trainer
@@ -178,12 +179,17 @@ def _ours(
         name="constant", learning_rate=1e-4, final_learning_rate=0, num_steps=1, warmup_steps=0, decay_steps=0
     )
     optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.01, options={})
-    update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16")
+    begin = time.perf_counter()
+    use = serving.choose_for(
+        model, uses_kernels=kernels, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1
+    )
+    proof_seconds = time.perf_counter() - begin
+    update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
     head = objective.find_head(model, VOCAB)
-    goal = objective.plain_objective(masks_documents=False)
+    goal = objective.plain_objective(masks_documents=False, uses_kernel=use.serves_loss)
     if fused and head is not None:
         chunk = objective.chunk_rows(VOCAB)
-        goal = objective.fused_objective(head, masks_documents=False, chunk_rows=chunk)
+        goal = objective.fused_objective(head, masks_documents=False, chunk_rows=chunk, uses_kernel=use.serves_loss)
     tokens = _random_rows()
     rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
     size = BATCH // accum
@@ -202,7 +208,7 @@ def _ours(
         memory_limit_bytes=limit,
     )
     logs: list[dict[str, Any]] = []
-    with recompute.recomputed(model, every=every):
+    with use.fitted(), recompute.recomputed(model, every=every):
         trainer = Trainer(
             model=model,
             step=Step(model, update, goal),
@@ -234,10 +240,18 @@ def _ours(
         result.peak_memory_bytes,
         limit_gb=limit_gb,
         rows_a_pass=size,
+        kernels=len(use.serving),
+        proof_seconds=round(proof_seconds, 2),
         compile_seconds=round(result.compile_seconds, 1),
         data_wait_share=round((last["data_wait_seconds"] - first["data_wait_seconds"]) / seconds, 5),
         device_wait_share=round((last["device_wait_seconds"] - first["device_wait_seconds"]) / seconds, 3),
     )
+
+
+def _compute_type(precision: str) -> Any:
+    import mlx.core as mx
+
+    return mx.float32 if precision == "fp32" else mx.bfloat16
 
 
 # None of the peers measures or clips the gradient's norm, nor do ours but where it is said.
@@ -246,8 +260,8 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
     "naive: fp32, uncompiled, evaluated each step": _naive,
     "PyTorch compiled, bf16": _torch,
     "mlxflow bf16-pure": _ours,
+    "mlxflow bf16-pure, without kernels": partial(_ours, kernels=False),
     "mlxflow bf16-pure, norm clipped": partial(_ours, max_grad_norm=1.0),
-    "mlxflow bf16-pure, limit 20 GB": partial(_ours, limit_gb=20),
     "mlxflow bf16-pure, limit 16.9 GB": partial(_ours, limit_gb=16.9),
     "mlxflow bf16-pure, fused loss, limit 16 GB": partial(_ours, fused=True, limit_gb=16),
     "mlxflow bf16-pure, every layer anew, fused loss, limit 5.9 GB": partial(_ours, every=1, fused=True, limit_gb=5.9),

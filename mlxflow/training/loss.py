@@ -19,7 +19,7 @@ import mlx.core as mx
 _LOG2_E = math.log2(math.e)
 
 
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = False) -> mx.array:
     """Return `logsumexp(logits) - logits[target]` for every row, in fp32 whatever the type of the logits.
 
     The gradient is softmax(logits) less one at the target, times the incoming one, in the type of the logits.
@@ -27,9 +27,12 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     Args:
         logits: (..., V)
         targets: (...) ids from 0 to V - 1.
+        uses_kernel: whether the gradient on a GPU is our kernel's, where that takes the logits.
     """
     if mx.default_device() == mx.cpu:
         return cast("tuple[mx.array, mx.array]", _cross_entropy_cpu(logits, targets))[0]
+    if uses_kernel:
+        return cast("mx.array", _cross_entropy_kernel(logits, targets))
     return cast("mx.array", _cross_entropy_gpu(logits, targets))
 
 
@@ -71,6 +74,31 @@ def _cross_entropy_gpu_vjp(
     return _logits_gradient(logits, targets, cotangent), mx.zeros_like(targets)
 
 
+@mx.custom_function
+def _cross_entropy_kernel(logits: mx.array, targets: mx.array) -> mx.array:
+    return mx.fast.cross_entropy(logits, targets)
+
+
+@_cross_entropy_kernel.vjp
+def _cross_entropy_kernel_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
+) -> tuple[mx.array, mx.array]:
+    logits, targets = primals
+    flat = [logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), cotangent.reshape(-1), losses.reshape(-1)]
+    return _kernel_gradient(*flat).reshape(logits.shape), mx.zeros_like(targets)
+
+
+def _kernel_gradient(logits: mx.array, targets: mx.array, incoming: mx.array, losses: mx.array) -> mx.array:
+    """Return what `_logits_gradient` does for (N, V) logits whose losses are known, by our kernel."""
+    from mlxflow.kernels import cross_entropy as kernels
+
+    if not kernels.supports(logits):
+        return _logits_gradient(logits, targets, incoming)
+    at_target = mx.take_along_axis(logits, targets[:, None], axis=-1).squeeze(-1)
+    sums = losses.astype(mx.float32) + at_target.astype(mx.float32)
+    return kernels.kernel_gradient(logits, sums, targets, incoming.astype(mx.float32))
+
+
 def _logits_gradient(logits: mx.array, targets: mx.array, incoming: mx.array) -> mx.array:
     """Return (softmax - one at the target) times what comes in, in the type of the logits, by one fused pass."""
     probabilities = mx.softmax(logits, axis=-1, precise=True)
@@ -90,6 +118,7 @@ def linear_cross_entropy(
     *,
     chunk_rows: int,
     trains_weight: bool,
+    uses_kernel: bool = False,
 ) -> mx.array:
     """Return the weighted sum of the cross-entropies of `hidden @ weight.T`, a scalar in fp32.
 
@@ -104,13 +133,16 @@ def linear_cross_entropy(
         weights: (N,) of each row in the sum, in fp32; 0 leaves it out.
         chunk_rows: rows whose logits are held at a time.
         trains_weight: whether the gradient of `weight` is needed.
+        uses_kernel: see `cross_entropy`.
     """
-    function = _linear_cross_entropy(chunk_rows, trains_weight)
+    function = _linear_cross_entropy(chunk_rows, trains_weight, uses_kernel)
     return function(hidden, weight, targets, weights)[0]
 
 
 @functools.cache
-def _linear_cross_entropy(chunk_rows: int, trains_weight: bool) -> Callable[..., tuple[mx.array, ...]]:
+def _linear_cross_entropy(
+    chunk_rows: int, trains_weight: bool, uses_kernel: bool
+) -> Callable[..., tuple[mx.array, ...]]:
     def forward(hidden: mx.array, weight: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
         total = mx.array(0.0)
         parts: list[mx.array] = []
@@ -120,7 +152,7 @@ def _linear_cross_entropy(chunk_rows: int, trains_weight: bool) -> Callable[...,
             part = hidden[rows]
             if parts:  # without an order all chunks would be computed, and held, at the same time
                 part = mx.depends(part, [total, parts[-1], weight_gradient])
-            losses, gradient = _losses_and_gradient(part @ weight.T, targets[rows], weights[rows])
+            losses, gradient = _losses_and_gradient(part @ weight.T, targets[rows], weights[rows], uses_kernel)
             total = total + losses
             parts.append(gradient @ weight)
             if trains_weight:
@@ -142,11 +174,15 @@ def _linear_cross_entropy(chunk_rows: int, trains_weight: bool) -> Callable[...,
     return cast("Callable[..., tuple[mx.array, ...]]", function)
 
 
-def _losses_and_gradient(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+def _losses_and_gradient(
+    logits: mx.array, targets: mx.array, weights: mx.array, uses_kernel: bool
+) -> tuple[mx.array, mx.array]:
     """Return the weighted sum of the losses, in fp32, and its gradient with respect to the logits, in their type."""
     if mx.default_device() != mx.cpu:
-        losses = (mx.fast.cross_entropy(logits, targets) * weights).sum()
-        return losses, _logits_gradient(logits, targets, weights)
+        losses = mx.fast.cross_entropy(logits, targets)
+        if uses_kernel:
+            return (losses * weights).sum(), _kernel_gradient(logits, targets, weights, losses)
+        return (losses * weights).sum(), _logits_gradient(logits, targets, weights)
     index = targets[:, None]
     shifted = logits.astype(mx.float32)
     shifted = shifted - shifted.max(axis=-1, keepdims=True)

@@ -84,17 +84,18 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
     return head if fits else None
 
 
-def plain_objective(*, masks_documents: bool) -> Objective:
+def plain_objective(*, masks_documents: bool, uses_kernel: bool = False) -> Objective:
     """Return the objective that holds all logits of a batch.
 
     Args:
         masks_documents: no token attends to another document in its row.
+        uses_kernel: see `loss.cross_entropy`.
     """
 
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
         logits = packed.apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
-        return (cross_entropy(logits, tokens[:, 1:]) * weights).sum(), weights.sum()
+        return (cross_entropy(logits, tokens[:, 1:], uses_kernel=uses_kernel) * weights).sum(), weights.sum()
 
     return objective
 
@@ -121,13 +122,14 @@ def distilling_objective(teacher: nn.Module, *, masks_documents: bool) -> Object
     return objective
 
 
-def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int) -> Objective:
+def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int, uses_kernel: bool = False) -> Objective:
     """Return the objective that computes the head's product and the loss together, some tokens at a time.
 
     Args:
         head: of the model.
         masks_documents: no token attends to another document in its row.
         chunk_rows: tokens whose logits are held at a time.
+        uses_kernel: see `loss.cross_entropy`.
     """
 
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
@@ -140,6 +142,7 @@ def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int) -> Ob
             weights.reshape(-1),
             chunk_rows=chunk_rows,
             trains_weight=head.is_trained(model),
+            uses_kernel=uses_kernel,
         )
         return total, weights.sum()
 
@@ -147,7 +150,13 @@ def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int) -> Ob
 
 
 def choose_objective(
-    model: nn.Module, *, fused: bool | None, vocab_size: int, tokens: int, masks_documents: bool
+    model: nn.Module,
+    *,
+    fused: bool | None,
+    vocab_size: int,
+    tokens: int,
+    masks_documents: bool,
+    uses_kernel: bool = False,
 ) -> tuple[bool, Objective]:
     """Return whether head and loss are one, and the objective.
 
@@ -161,6 +170,7 @@ def choose_objective(
         vocab_size: V.
         tokens: of one forward pass.
         masks_documents: no token attends to another document in its row.
+        uses_kernel: see `loss.cross_entropy`.
 
     Raises:
         WorkflowError: the fused one is wanted, and the model does more to its logits than one product.
@@ -168,17 +178,17 @@ def choose_objective(
     parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
     pays = mx.default_device() == mx.cpu or 2 * vocab_size * tokens > 4 * parameters
     if fused is False or (fused is None and not pays):
-        return False, plain_objective(masks_documents=masks_documents)
+        return False, plain_objective(masks_documents=masks_documents, uses_kernel=uses_kernel)
     head = find_head(model, vocab_size)
     if head is not None:
         chunk = chunk_rows(vocab_size)
-        return True, fused_objective(head, masks_documents=masks_documents, chunk_rows=chunk)
+        return True, fused_objective(head, masks_documents=masks_documents, chunk_rows=chunk, uses_kernel=uses_kernel)
     if fused:
         raise WorkflowError(
             "train.fused_loss = true: this model does more to its logits than one product. "
             "Set train.fused_loss = false."
         )
-    return False, plain_objective(masks_documents=masks_documents)
+    return False, plain_objective(masks_documents=masks_documents, uses_kernel=uses_kernel)
 
 
 def chunk_rows(vocab_size: int) -> int:

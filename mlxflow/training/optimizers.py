@@ -107,6 +107,7 @@ class Update:
         max_grad_norm: gradients of a larger global norm are scaled down to it; 0 for none, and then the norm is not
             measured: the loss alone tells whether a step is finite.
         has_masters: whether fp32 copies are kept of weights in another type.
+        serves: tells of the name of a kernel whether it may be used.
 
     Attributes:
         state: what it changes beside the model: a tree to capture, save and restore. The model's trainable weights
@@ -114,13 +115,22 @@ class Update:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: optim.Optimizer, *, max_grad_norm: float, has_masters: bool
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        *,
+        max_grad_norm: float,
+        has_masters: bool,
+        serves: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._serves = serves
         trainable = model.trainable_parameters()
         self._types = _map(lambda weight: weight.dtype, trainable)
+        types = {dtype for _, dtype in tree_flatten(self._types)}
+        self._model_type = types.pop() if len(types) == 1 else None
         if has_masters:
             trainable = _map(lambda weight: weight.astype(mx.float32), trainable)
         self._layout = FlatLayout(trainable) if _is_elementwise(optimizer) else None
@@ -132,7 +142,10 @@ class Update:
     def publish(self) -> None:
         """Give the model the weights of the state."""
         weights = self.state["weights"]
-        tree = weights if self._layout is None else self._layout.scatter(weights)
+        self._publish_arrays(weights)
+
+    def _publish_arrays(self, arrays: Any) -> None:
+        tree = arrays if self._layout is None else self._layout.scatter(arrays)
         self._model.update(_map(lambda weight, dtype: weight.astype(dtype), tree, self._types))
 
     def __call__(
@@ -150,9 +163,11 @@ class Update:
         weights, gradients = self.state["weights"], self._gathered(gradients)
         norm, scale = mx.array(0.0), 1 / count
         if self._max_grad_norm:
-            norm = mx.sqrt(_sum([sum_of_squares(gradient) for _, gradient in tree_flatten(gradients)])) / count
+            norm = mx.sqrt(_sum([self._squares(gradient) for _, gradient in tree_flatten(gradients)])) / count
             scale = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0) / count
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
+        if self._is_fused(weights, gradients):
+            return loss, norm, self._apply_fused(weights, gradients, scale, is_finite), is_finite
         scaled = _map(lambda weight, gradient: _scaled(gradient, scale, weight.dtype), weights, gradients)
         before = tree_map(lambda leaf: leaf, self._optimizer.state)
         updated = self._optimizer.apply_gradients(scaled, weights)
@@ -162,8 +177,53 @@ class Update:
         self.publish()
         return loss, norm, rate, is_finite
 
+    def _is_fused(self, weights: Any, gradients: Any) -> bool:
+        """Return whether the update is AdamW's, on long arrays, all of which the kernel takes."""
+        parts = getattr(self._optimizer, "optimizers", [self._optimizer])
+        if (
+            self._layout is None
+            or self._model_type is None
+            or any(type(part) not in (optim.AdamW, optim.Adam) for part in parts)
+        ):
+            return False
+        names = {_kernel_name(weights[name].dtype, gradients[name].dtype) for name in weights}
+        return all(self._serves(name) for name in names) and all(weights[name].size >= 8 for name in weights)
+
+    def _apply_fused(self, weights: Any, gradients: Any, scale: mx.array, is_finite: mx.array) -> mx.array:
+        """Update by one launch for each long array; return the learning rate."""
+        from mlxflow.training import fused_adamw
+
+        parts = getattr(self._optimizer, "optimizers", [self._optimizer])
+        rate = mx.array(0.0)
+        rounded: dict[str, mx.array] = {}
+        for part in parts:
+            part_rate, made = fused_adamw.apply(
+                part,
+                weights,
+                gradients,
+                scale=scale,
+                is_finite=is_finite,
+                model_type=self._model_type,
+            )
+            rate = part_rate if part is parts[0] else rate
+            rounded |= made
+        self._publish_arrays(rounded)
+        return rate
+
+    def _squares(self, gradient: mx.array) -> mx.array:
+        name = f"sum_of_squares/{str(gradient.dtype).rpartition('.')[2]}"
+        if not self._serves(name):
+            return sum_of_squares(gradient)
+        from mlxflow.kernels import adamw
+
+        return adamw.kernel_sum_of_squares(gradient)
+
     def _gathered(self, tree: Any) -> Any:
         return tree if self._layout is None else self._layout.gather(tree)
+
+
+def _kernel_name(*types: mx.Dtype) -> str:
+    return "/".join(["adamw", *(str(dtype).rpartition(".")[2] for dtype in types)])
 
 
 def _is_elementwise(optimizer: optim.Optimizer) -> bool:

@@ -1,0 +1,250 @@
+"""Gives the layers of a model the kernels for training, by what they compute and not by what they are called.
+
+A layer is tried on random inputs: what returns the root-mean-square norm of its input, or the down projection of a
+gated activation, is given a class of its own that inherits from its class. Parameters keep their names; adapters, fake
+quantization and quantized weights within a layer go on as they were. Undone when the block ends.
+"""
+
+import functools
+import itertools
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.kernels import gated, operations, rms_norm
+from mlxflow.kernels.choice import Choice
+
+
+class Norm(NamedTuple):
+    """A layer that is the norm of rows.
+
+    Attributes:
+        eps: added to the mean of the squares.
+        offset: what is added to its weight: 1 in some architectures.
+    """
+
+    eps: float
+    offset: float
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return operations.rms_norm_name(dtype, module.weight.size)
+
+
+class GatedMLP(NamedTuple):
+    """A layer that is down(act(gate(x)) * up(x)).
+
+    Attributes:
+        activation: the activation's name.
+        gate: the attribute that is activated.
+        up: the attribute of the other factor.
+        down: the attribute of the last projection.
+    """
+
+    activation: str
+    gate: str
+    up: str
+    down: str
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return operations.gated_name(self.activation, dtype)
+
+
+class GatedProduct(NamedTuple):
+    """A layer without weights that takes two arrays, one of which it activates.
+
+    Attributes:
+        activation: the activation's name.
+        gate: 0 where the first is activated, 1 where the second is.
+    """
+
+    activation: str
+    gate: int
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return operations.gated_name(self.activation, dtype)
+
+
+Fit = Norm | GatedMLP | GatedProduct
+
+
+def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
+    """Return the layers that kernels could serve, and as what.
+
+    Layers of one class with equal settings and shapes are tried once.
+
+    Args:
+        model: of any architecture; its weights are as before afterwards.
+    """
+    known: dict[Hashable, Fit | None] = {}
+    found = []
+    for _, module in model.named_modules():
+        key = _likeness(module)
+        if key not in known:
+            known[key] = _try_layer(module)
+        fit = known[key]
+        if fit is not None:
+            found.append((module, fit))
+    return found
+
+
+@contextmanager
+def fitted(fits: list[tuple[nn.Module, Fit]], choice: Choice, dtype: mx.Dtype) -> Iterator[None]:
+    """Let layers compute with the kernels that serve, until the block ends. Begin before a step is compiled.
+
+    Args:
+        fits: of `find_fits`.
+        choice: which kernels serve.
+        dtype: in which the model computes.
+    """
+    chosen = [(module, fit) for module, fit in fits if choice.serves(fit.name(module, dtype))]
+    plain = [type(module) for module, _ in chosen]
+    for module, fit in chosen:
+        module.__class__ = _fitting(cast("Hashable", type(module)), fit, dtype)
+    try:
+        yield
+    finally:
+        for (module, _), kind in zip(chosen, plain, strict=True):
+            module.__class__ = kind
+
+
+@functools.cache
+def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Module]:
+    if isinstance(fit, Norm):
+        function = rms_norm.rms_norm(fit.eps, dtype)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            if others or named:
+                return plain.__call__(self, x, *others, **named)
+            weight = self.weight + fit.offset if fit.offset else self.weight
+            return function(x, weight)
+
+    elif isinstance(fit, GatedMLP):
+        product = gated.gated(fit.activation, dtype)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            if others or named:
+                return plain.__call__(self, x, *others, **named)
+            return self[fit.down](product(self[fit.gate](x), self[fit.up](x)))
+
+    else:
+        both = gated.gated(fit.activation, dtype)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            if len(others) != 1 or named:
+                return plain.__call__(self, x, *others, **named)
+            pair = (x, others[0])
+            return both(pair[fit.gate], pair[1 - fit.gate])
+
+    return type(f"Fitted{plain.__name__}", (plain,), {"__call__": call})
+
+
+def _likeness(module: nn.Module) -> Hashable:
+    """Return what layers have in common that compute the same from their weights."""
+    shapes = tuple((path, value.shape, str(value.dtype)) for path, value in tree_flatten(module.parameters()))
+    kinds = tuple(type(child) for _, child in module.named_modules())
+    plain = {**{key: value for key, value in module.items() if _is_plain(value)}, **vars(module)}
+    settings = tuple(sorted((key, repr(value)) for key, value in plain.items() if _is_plain(value)))
+    return (type(module), shapes, kinds, settings)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | bool | None)
+
+
+def _try_layer(module: nn.Module) -> Fit | None:
+    children: list[tuple[str, nn.Module]] = [
+        (name, child) for name, child in module.children().items() if isinstance(child, nn.Module)
+    ]
+    parameters = tree_flatten(module.parameters())
+    try:
+        if not children and [(path, value.ndim) for path, value in parameters] == [("weight", 1)]:
+            return _try_norm(module)
+        if not children and not parameters:
+            return _try_product(module)
+        if len(children) == 3 and len(module.children()) == 3:
+            return _try_mlp(module, [name for name, _ in children])
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
+        return None
+    return None
+
+
+def _try_norm(module: nn.Module) -> Norm | None:
+    before = module.weight
+    width = before.size
+    x = _sample((3, width), 0) * mx.array([[1.0], [3e-3], [30.0]])
+    plain = {**{key: value for key, value in module.items() if _is_plain(value)}, **vars(module)}
+    candidates = sorted({float(value) for value in plain.values() if isinstance(value, float) and 0 <= value < 0.1})
+    module.weight = 1 + _sample((width,), 1) * 0.3
+    try:
+        for eps, offset in itertools.product(candidates, (0.0, 1.0)):
+            expected = rms_norm.reference(x, module.weight + offset, eps)
+            if _same(module(x), expected):
+                return Norm(eps, offset)
+    finally:
+        module.weight = before
+    return None
+
+
+def _try_product(module: nn.Module) -> GatedProduct | None:
+    pair = (_sample((3, 16), 0) * 2, _sample((3, 16), 1) * 2)
+    found = module(*pair)
+    for activation, gate in itertools.product(gated.ACTIVATIONS, (0, 1)):
+        if _same(found, gated.reference(activation, pair[gate], pair[1 - gate])):
+            return GatedProduct(activation, gate)
+    return None
+
+
+def _try_mlp(module: nn.Module, names: list[str]) -> GatedMLP | None:
+    was_training = module.training
+    module.eval()  # an adapter's dropout is not what it computes
+    try:
+        for down in names:
+            gate, up = (name for name in names if name != down)
+            width = _input_width(module[gate])
+            if width is None or width != _input_width(module[up]):
+                continue
+            x = _sample((3, width), 0).astype(_compute_type(module))
+            found = module(x)
+            for activation, (one, other) in itertools.product(gated.ACTIVATIONS, ((gate, up), (up, gate))):
+                product = gated.reference(activation, module[one](x), module[other](x))
+                if product.shape[-1] == _input_width(module[down]) and _same(found, module[down](product)):
+                    return GatedMLP(activation, one, other, down)
+    finally:
+        module.train(was_training)
+    return None
+
+
+def _input_width(layer: nn.Module) -> int | None:
+    """Return how many numbers a linear layer takes, quantized or with an adapter too."""
+    inner = layer.linear if "linear" in layer else layer
+    if not isinstance(inner, nn.Module) or "weight" not in inner:
+        return None
+    width: int = inner.weight.shape[-1]
+    return width * 32 // inner.bits if isinstance(inner, nn.QuantizedLinear) else width
+
+
+def _compute_type(module: nn.Module) -> mx.Dtype:
+    types = [value.dtype for _, value in tree_flatten(module.parameters())]
+    return next((dtype for dtype in types if mx.issubdtype(dtype, mx.floating)), mx.float32)
+
+
+def _sample(shape: tuple[int, ...], seed: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def _same(found: Any, expected: mx.array) -> bool:
+    """Return whether two results are equal but for rounding, row by row; a constant tells nothing."""
+    if not isinstance(found, mx.array) or found.shape != expected.shape:
+        return False
+    tolerance = 2e-5 if found.dtype == mx.float32 else 1e-2
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    largest = mx.abs(expected).max(-1)
+    error = mx.abs(found - expected).max(-1)
+    return bool((largest > 0).all()) and bool((error <= tolerance * largest).all())

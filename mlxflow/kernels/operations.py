@@ -1,0 +1,191 @@
+"""Every operation that has a kernel, as the self-proof sees it: inputs, kernel, reference, and MLX's own way."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlxflow.kernels import adamw, cross_entropy, gated, rms_norm
+from mlxflow.kernels.language import name_of
+
+Arrays = Sequence[mx.array]
+
+_EPS = 1e-5
+_TYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+_SETTINGS = adamw.Settings(b1=0.9, b2=0.95, eps=1e-8, decay=0.1)
+
+
+class Operation(NamedTuple):
+    """One kernel in one type and width.
+
+    Attributes:
+        inputs: takes a number of numbers; returns inputs of about that size, awkward ones among them.
+        kernel: what is to be proved.
+        reference: the same in plain operations and fp32.
+        own: MLX's own way to the same, to be faster than.
+        tolerance: of a result, relative to the largest number in its row.
+    """
+
+    inputs: Callable[[int], Arrays]
+    kernel: Callable[..., Arrays]
+    reference: Callable[..., Arrays]
+    own: Callable[..., Arrays]
+    tolerance: float
+
+
+def rms_norm_name(dtype: mx.Dtype, width: int) -> str:
+    """Return the name of the norm of rows of a width."""
+    return f"rms_norm/{name_of(dtype)}/{width}"
+
+
+def gated_name(activation: str, dtype: mx.Dtype) -> str:
+    """Return the name of a gated activation."""
+    return f"gated_{activation}/{name_of(dtype)}"
+
+
+def cross_entropy_name(dtype: mx.Dtype) -> str:
+    """Return the name of the gradient of the loss."""
+    return f"cross_entropy/{name_of(dtype)}"
+
+
+def adamw_name(weights: mx.Dtype, gradients: mx.Dtype) -> str:
+    """Return the name of the optimizer's update."""
+    return f"adamw/{name_of(weights)}/{name_of(gradients)}"
+
+
+def sum_of_squares_name(dtype: mx.Dtype) -> str:
+    """Return the name of the sum behind the gradient's norm."""
+    return f"sum_of_squares/{name_of(dtype)}"
+
+
+def operation(name: str) -> Operation:
+    """Return the operation of a name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    kind, *parts = name.split("/")
+    dtype = _TYPES[parts[0]]
+    tolerance = 2e-5 if dtype == mx.float32 else 2**-7
+    if kind == "rms_norm":
+        own = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
+        inputs = partial(_norm_inputs, dtype, int(parts[1]))
+        return Operation(inputs, _norm_kernel, _norm_reference, mx.compile(own), tolerance)
+    if kind.startswith("gated_"):
+        activation = kind.removeprefix("gated_")
+        gated.ACTIVATIONS[activation]
+        return Operation(
+            partial(_normal, dtype, 3),
+            partial(gated.kernel_gradients, activation),
+            partial(_wide, partial(gated.reference_gradients, activation)),
+            mx.compile(partial(_gated_own, activation)),
+            tolerance,
+        )
+    if kind == "cross_entropy":
+        inputs = partial(_loss_inputs, dtype)
+        return Operation(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_own), tolerance)
+    if kind == "adamw":
+        rounded = _TYPES[parts[1]]
+        inputs = partial(_update_inputs, dtype, rounded)
+        function = partial(_update, adamw.reference, rounded)
+        return Operation(inputs, partial(_update, adamw.kernel, rounded), function, mx.compile(function), tolerance)
+    if kind == "sum_of_squares":
+        squares = partial(_alone, adamw.reference_sum_of_squares)
+        kernel = partial(_alone, adamw.kernel_sum_of_squares)
+        return Operation(partial(_normal, dtype, 1), kernel, squares, mx.compile(squares), 2e-5)
+    raise KeyError(name)
+
+
+def _random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def _normal(dtype: mx.Dtype, count: int, size: int) -> Arrays:
+    """Return matrices with large, tiny and zero rows."""
+    width = 1024
+    sizes = _row_scales(max(2, size // width))
+    return [(_random((len(sizes), width), seed, mx.float32) * sizes).astype(dtype) for seed in range(count)]
+
+
+def _row_scales(rows: int) -> mx.array:
+    """Return (rows, 1): mostly 1, some rows tiny, some large, some zero."""
+    of_each = mx.array([1.0, 1.0, 1e-3, 1.0, 30.0, 0.0, 1.0])
+    return of_each[mx.arange(rows) % len(of_each)][:, None]
+
+
+def _wide(function: Callable[..., Arrays], *inputs: mx.array) -> Arrays:
+    return function(*(array.astype(mx.float32) for array in inputs))
+
+
+def _alone(function: Callable[..., mx.array], *inputs: mx.array) -> Arrays:
+    return [function(*inputs)]
+
+
+def _norm_inputs(dtype: mx.Dtype, width: int, size: int) -> Arrays:
+    rows = max(3, size // width)
+    scales = _row_scales(rows)
+    x = (_random((rows, width), 0, mx.float32) * scales * scales).astype(dtype)
+    return [x, 1 + _random((width,), 1, dtype) * 0.2, _random((rows, width), 2, dtype)]
+
+
+def _norm_kernel(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
+    return [rms_norm.kernel(x, w, _EPS), *rms_norm.kernel_gradients(x, w, _EPS, g)]
+
+
+def _norm_reference(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
+    x, w, g = (array.astype(mx.float32) for array in (x, w, g))
+    return [rms_norm.reference(x, w, _EPS), *rms_norm.reference_gradients(x, w, _EPS, g)]
+
+
+def _norm_and_gradients(function: Callable[..., mx.array], x: mx.array, w: mx.array, g: mx.array) -> Arrays:
+    values, gradients = mx.vjp(function, [x, w], [g])
+    return [*values, *gradients]
+
+
+def _gated_own(activation: str, a: mx.array, b: mx.array, g: mx.array) -> Arrays:
+    return mx.vjp(partial(gated.reference, activation), [a, b], [g])[1]
+
+
+def _loss_inputs(dtype: mx.Dtype, size: int) -> Arrays:
+    width = 4096
+    rows = max(4, size // width)
+    logits = (_random((rows, width), 0, mx.float32) * (1 + _row_scales(rows))).astype(dtype)
+    targets = mx.random.randint(0, width, (rows,), key=mx.random.key(1))
+    targets = mx.concatenate([mx.array([0, width - 1]), targets[2:]])
+    weights = mx.where(mx.arange(rows) % 5 == 0, 0.0, 0.5)
+    return [logits, mx.logsumexp(logits.astype(mx.float32), axis=-1), targets, weights]
+
+
+def _loss_kernel(z: mx.array, s: mx.array, t: mx.array, w: mx.array) -> Arrays:
+    return [cross_entropy.kernel_gradient(z, s, t, w)]
+
+
+def _loss_reference(z: mx.array, s: mx.array, t: mx.array, w: mx.array) -> Arrays:
+    return [cross_entropy.reference_gradient(z.astype(mx.float32), s, t, w)]
+
+
+def _loss_own(z: mx.array, s: mx.array, t: mx.array, w: mx.array) -> Arrays:
+    probabilities = mx.softmax(z, axis=-1, precise=True)
+    at_target = mx.arange(z.shape[-1], dtype=t.dtype) == t[:, None]
+    return [(mx.where(at_target, probabilities - 1, probabilities) * w[:, None]).astype(z.dtype)]
+
+
+def _update_inputs(weights: mx.Dtype, gradients: mx.Dtype, size: int) -> Arrays:
+    size = size // 8 * 8 + 3  # the last eight are not whole
+    moments = [_random((size,), seed, weights) * 1e-2 for seed in (2, 3)]
+    gradient = _random((size,), 1, gradients) * mx.array([1e-3, 1.0, 1e-6, 0.0, 1e3])[mx.arange(size) % 5]
+    scalars = [mx.array(0.01), mx.array(0.5), mx.array(1.0), mx.array(1.5)]
+    return [_random((size,), 0, weights), gradient.astype(gradients), moments[0], moments[1].square(), *scalars]
+
+
+def _update(function: Callable[..., Arrays], rounded: mx.Dtype, *inputs: mx.array) -> Arrays:
+    w, g, m, v, rate, scale, first, root = inputs
+    keep = rate > 0
+    return function(w, g, m, v, adamw.Scalars(rate, scale, keep, first, root), _SETTINGS, rounded)
+
+
+def is_known(name: str) -> bool:
+    """Return whether a kernel takes the type and width that a name tells."""
+    kind, dtype, *width = name.split("/")
+    return dtype in _TYPES and (kind != "rms_norm" or (int(width[0]) % 8 == 0 and int(width[0]) <= 8192))

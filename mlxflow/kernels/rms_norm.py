@@ -1,0 +1,232 @@
+"""The root-mean-square norm, forward and backward.
+
+For a row x of D numbers with weight w (Zhang and Sennrich 2019, arXiv:1910.07467), and r = 1 / sqrt(mean(x^2) + eps):
+
+    y = x r w          dx = g w r - x r^3 / D sum(g w x)          dw = sum over the rows of g x r
+
+A row is held in the registers of 32 to 256 threads, so x and g are read once. Each group of threads takes every
+so-manieth row and keeps its share of dw; the shares are added up afterwards, in a fixed order and without atomics, so
+that two runs are equal to the bit.
+
+| takes | |
+| --- | --- |
+| x, g | fp32 or bf16, (..., D), D a multiple of 8 up to 8192, less than 2^31 numbers |
+| w | any type, (D,) |
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlxflow.kernels.language import THREADS, Source
+
+#: Groups that share the rows of a backward pass: what a large GPU runs at the same time.
+_GROUPS = 264
+
+_ROW = """
+  constexpr int VECTORS = D / 8, LANES = 32 * WARPS, TIMES = (VECTORS + LANES - 1) / LANES, SLOTS = THREADS / LANES;
+  const int lane = worker % LANES, slot = worker / LANES;
+  int rows = 1;
+  for (int i = 0; i < x_ndim - 1; ++i) rows *= x_shape[i];
+  SHARED float partial[2][THREADS / 32];
+"""
+
+_FORWARD = Source(
+    name="rms_norm",
+    inputs=("x", "w", "eps"),
+    outputs=("y",),
+    body=_ROW
+    + """
+  for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
+    const int row = base + slot;
+    float xs[TIMES][8];
+    float squares = 0;
+    for (int t = 0; t < TIMES; ++t) {
+      const int vector = lane + t * LANES;
+      if (row < rows && vector < VECTORS) {
+        read_8(x + (row * VECTORS + vector) * 8, xs[t]);
+        for (int i = 0; i < 8; ++i) squares += xs[t][i] * xs[t][i];
+      }
+    }
+    squares = sum_32(squares);
+    if (WARPS > 1) {
+      BARRIER;
+      partial[0][worker / 32] = squares;
+      BARRIER;
+      squares = 0;
+      for (int i = 0; i < WARPS; ++i) squares += partial[0][slot * WARPS + i];
+    }
+    const float r = RSQRT(squares / D + eps[0]);
+    for (int t = 0; t < TIMES; ++t) {
+      const int vector = lane + t * LANES;
+      if (row < rows && vector < VECTORS) {
+        float ws[8];
+        read_8(w + vector * 8, ws);
+        for (int i = 0; i < 8; ++i) xs[t][i] *= r * ws[i];
+        write_8(y + (row * VECTORS + vector) * 8, xs[t]);
+      }
+    }
+  }
+""",
+)
+
+_BACKWARD = Source(
+    name="rms_norm_backward",
+    inputs=("x", "w", "g", "eps"),
+    outputs=("dx", "dw"),
+    body=_ROW
+    + """
+  float sums[TIMES][8];
+  for (int t = 0; t < TIMES; ++t) for (int i = 0; i < 8; ++i) sums[t][i] = 0;
+  for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
+    const int row = base + slot;
+    float xs[TIMES][8], gs[TIMES][8];
+    float squares = 0, products = 0;
+    for (int t = 0; t < TIMES; ++t) {
+      const int vector = lane + t * LANES;
+      if (row < rows && vector < VECTORS) {
+        read_8(x + (row * VECTORS + vector) * 8, xs[t]);
+        read_8(g + (row * VECTORS + vector) * 8, gs[t]);
+      } else {
+        for (int i = 0; i < 8; ++i) xs[t][i] = gs[t][i] = 0;
+      }
+    }
+    for (int t = 0; t < TIMES; ++t) {
+      const int vector = lane + t * LANES;
+      if (vector < VECTORS) {
+        float ws[8];
+        read_8(w + vector * 8, ws);
+        for (int i = 0; i < 8; ++i) {
+          squares += xs[t][i] * xs[t][i];
+          products += xs[t][i] * gs[t][i] * ws[i];
+        }
+      }
+    }
+    squares = sum_32(squares);
+    products = sum_32(products);
+    if (WARPS > 1) {
+      BARRIER;
+      partial[0][worker / 32] = squares;
+      partial[1][worker / 32] = products;
+      BARRIER;
+      squares = products = 0;
+      for (int i = 0; i < WARPS; ++i) {
+        squares += partial[0][slot * WARPS + i];
+        products += partial[1][slot * WARPS + i];
+      }
+    }
+    const float r = RSQRT(squares / D + eps[0]);
+    const float common = products / D * r * r * r;
+    for (int t = 0; t < TIMES; ++t) {
+      const int vector = lane + t * LANES;
+      if (row < rows && vector < VECTORS) {
+        float ws[8];
+        read_8(w + vector * 8, ws);
+        for (int i = 0; i < 8; ++i) {
+          sums[t][i] += gs[t][i] * xs[t][i] * r;
+          gs[t][i] = gs[t][i] * ws[i] * r - xs[t][i] * common;
+        }
+        write_8(dx + (row * VECTORS + vector) * 8, gs[t]);
+      }
+    }
+  }
+  SHARED float shares[SLOTS > 1 ? SLOTS * D : 1];
+  for (int t = 0; t < TIMES; ++t) {
+    const int vector = lane + t * LANES;
+    if (vector < VECTORS) {
+      for (int i = 0; i < 8; ++i) {
+        if (SLOTS > 1) shares[slot * D + vector * 8 + i] = sums[t][i];
+        else dw[group * D + vector * 8 + i] = sums[t][i];
+      }
+    }
+  }
+  BARRIER;
+  if (SLOTS > 1) {
+    for (int column = worker; column < D; column += THREADS) {
+      float sum = 0;
+      for (int i = 0; i < SLOTS; ++i) sum += shares[i * D + column];
+      dw[group * D + column] = sum;
+    }
+  }
+""",
+)
+
+
+def reference(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Return the norm of rows in plain operations, computed in fp32, in the type of x."""
+    wide = x.astype(mx.float32)
+    normal = wide * mx.rsqrt(wide.square().mean(-1, keepdims=True) + eps)
+    return (normal * weight.astype(mx.float32)).astype(x.dtype)
+
+
+def reference_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the gradients of x and of the weight in plain operations, computed in fp32."""
+    wide, weights, given = (array.astype(mx.float32) for array in (x, weight, incoming))
+    r = mx.rsqrt(wide.square().mean(-1, keepdims=True) + eps)
+    weighted = given * weights
+    along = (weighted * wide).mean(-1, keepdims=True)
+    d_weight = (given * wide * r).reshape(-1, x.shape[-1]).sum(0)
+    return (weighted * r - wide * along * r * r * r).astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+def supports(x: mx.array) -> bool:
+    """Return whether the kernels take rows of this shape and type."""
+    width = x.shape[-1]
+    return x.dtype in (mx.float32, mx.bfloat16) and x.ndim > 1 and width % 8 == 0 and width <= 8192 and x.size < 2**31
+
+
+def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Return what `reference` does, by the kernel."""
+    constants, slots = _split(x)
+    rows = x.size // x.shape[-1]
+    inputs = [x, weight, mx.array([eps] * 8)]
+    groups = -(-rows // slots)
+    return _FORWARD.launch(inputs, constants=constants, groups=groups, shapes=[x.shape], dtypes=[x.dtype])[0]
+
+
+def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.array) -> tuple[mx.array, mx.array]:
+    """Return what `reference_gradients` does, by the kernel."""
+    constants, slots = _split(x)
+    groups = min(_GROUPS, -(-(x.size // x.shape[-1]) // slots))
+    dx, shares = _BACKWARD.launch(
+        [x, weight, incoming, mx.array([eps] * 8)],
+        constants=constants,
+        groups=groups,
+        shapes=[x.shape, (groups, x.shape[-1])],
+        dtypes=[x.dtype, mx.float32],
+    )
+    return dx, shares.sum(0).astype(weight.dtype)
+
+
+def _split(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
+    """Return the constants of a row's split among threads, and how many rows a group takes at a time."""
+    width = x.shape[-1]
+    warps = next((count for count in (1, 2, 4) if width <= 768 * count), 8)
+    return [("D", width), ("WARPS", warps)], THREADS // (32 * warps)
+
+
+@functools.cache
+def rms_norm(eps: float, served: mx.Dtype | None) -> Callable[[mx.array, mx.array], mx.array]:
+    """Return a differentiable function of rows, (..., D), and weight, (D,).
+
+    Args:
+        eps: added to the mean of the squares.
+        served: the type in which the kernel serves; otherwise plain operations do.
+    """
+
+    def forward(x: mx.array, weight: mx.array) -> mx.array:
+        if x.dtype == served and supports(x):
+            return kernel(x, weight, eps)
+        return mx.fast.rms_norm(x, weight, eps)
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        x, weight = primals
+        gradients = kernel_gradients if x.dtype == served and supports(x) else reference_gradients
+        return gradients(x, weight, eps, cotangent)
+
+    return cast("Callable[[mx.array, mx.array], mx.array]", function)

@@ -1,0 +1,73 @@
+"""Which of our kernels serve a training run: those that its model, types and update could use, and that are proved."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Serving(NamedTuple):
+    """What serves.
+
+    Attributes:
+        serves: tells it of a kernel's name.
+        serves_loss: whether the gradient of the loss is a kernel's.
+        fitted: gives the model's layers their kernels until the block ends; begin before a step is compiled.
+        serving: names of the kernels that serve.
+        refused: why others do not, by name.
+    """
+
+    serves: Callable[[str], bool]
+    serves_loss: bool
+    fitted: Callable[[], AbstractContextManager[None]]
+    serving: list[str]
+    refused: dict[str, str]
+
+
+def nothing() -> Serving:
+    """Return that none serves; imports nothing of the kernels."""
+    return Serving(lambda _: False, False, nullcontext, [], {})
+
+
+def choose_for(
+    model: nn.Module,
+    *,
+    uses_kernels: bool,
+    dtype: mx.Dtype,
+    precision: str,
+    sums_gradients: bool,
+    recorded: Iterable[str] | None = None,
+) -> Serving:
+    """Return what serves the training of a model on the default device; prove what is not known yet.
+
+    Args:
+        model: evaluated.
+        uses_kernels: whether kernels are wanted at all.
+        dtype: in which it computes.
+        precision: "fp32", "bf16" or "bf16-pure".
+        sums_gradients: whether an update may take more than one forward pass.
+        recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
+    """
+    if not uses_kernels or mx.default_device() == mx.cpu:
+        return nothing()
+    from mlxflow.kernels import choice, fitting, operations
+
+    fits = fitting.find_fits(model)
+    weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
+    names = {fit.name(module, dtype) for module, fit in fits}
+    names |= {operations.cross_entropy_name(dtype), operations.adamw_name(weights, dtype)}
+    names.add(operations.sum_of_squares_name(dtype))
+    if sums_gradients:  # in fp32
+        names |= {operations.adamw_name(weights, mx.float32), operations.sum_of_squares_name(mx.float32)}
+    known = [name for name in names if operations.is_known(name)]
+    chosen = choice.choose(known) if recorded is None else choice.recorded(known, recorded)
+
+    @contextmanager
+    def fitted() -> Iterator[None]:
+        with fitting.fitted(fits, chosen, dtype):
+            yield
+
+    loss = chosen.serves(operations.cross_entropy_name(dtype))
+    return Serving(chosen.serves, loss, fitted, chosen.serving, chosen.refused)
