@@ -35,9 +35,22 @@ def _describe_device(library: str | None) -> list[tuple[str, str]]:
         ("matrix products, fp32", f"{_measure_gflops():.0f} GFLOP/s (1024 x 1024, best of 5)"),
         ("BLAS", library or "built in"),
         ("mx.compile", "available" if not _lacks_compiler() else "runs uncompiled"),
+        ("GPU kernels", _describe_kernels()),
         ("Metal", "yes" if mx.metal.is_available() else "no"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
+
+
+def _describe_kernels() -> str:
+    """Return what the self-proof of our kernels came to on this device, as far as it was run."""
+    from mlxflow.kernels.choice import environment, known_outcomes
+    from mlxflow.kernels.language import language
+
+    if language() is None:
+        return "none on this device"
+    known = known_outcomes(environment())
+    told = [f"{name}: {'serves' if one.serves else one.reason}" for name, one in known.items()]
+    return "\n".join(told) or "not proved yet; the first training run does it"
 
 
 def _lacks_compiler() -> bool:

@@ -75,6 +75,7 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
                 name=workflow.settings.name,
                 folder=private,
                 unfinished=unfinished,
+                published=_published(workflow.root / one.folder) if into else None,
             ),
         )
         run = {"seconds": round(time.perf_counter() - begin, 3), **_describe_run(chosen if uses_device else None)}
@@ -91,6 +92,10 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         for copy, original in one.copies.items():
             artifact.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
     return folder
+
+
+def _published(folder: Path) -> Path | None:
+    return folder if (folder / "report.toml").is_file() else None
 
 
 def _key_of(provenance: dict[str, str]) -> str:

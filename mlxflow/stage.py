@@ -136,6 +136,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
         unfinished: a folder for what lets a later run go on where this one was cut off; removed when the stage ends
             well. Another one for every other configuration of the stage.
+        published: the stage's artifact where it is built again beside it, to be compared; None otherwise.
     """
 
     task: str
@@ -150,6 +151,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     folder: Path
     unfinished: Path
+    published: Path | None = None
 
 
 def derive_seed(seed: int, name: str) -> int:

@@ -73,3 +73,15 @@ def job(tmp_path: Path) -> Path:
 def job_copy(built: Path, tmp_path: Path) -> Path:
     """A copy of the built folder, to be spoilt."""
     return Path(shutil.copytree(built, tmp_path / "copy"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a GPU where there is none."""
+    import mlx.core as mx
+
+    if mx.metal.is_available() or mx.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

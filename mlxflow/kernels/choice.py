@@ -176,7 +176,8 @@ def _run(command: Sequence[str], limit_seconds: float) -> tuple[dict[str, Outcom
             continue
         try:
             told = json.loads(line)
-            found[told.pop("name")] = Outcome(**told)
+            name = told.pop("name")
+            found[name] = Outcome(**told)
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return found, begun, end

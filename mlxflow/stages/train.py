@@ -119,6 +119,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fused_loss: Annotated[
         Literal["auto"] | bool, Meta(description="whether head and loss are one, without the whole logits")
     ] = "auto"
+    kernels: Annotated[
+        Literal["auto", "off", "require"],
+        Meta(description="our own GPU kernels: where they prove right and faster; never; or an error where one lacks"),
+    ] = "auto"
     lazy_eval_every: Annotated[int, Meta(ge=1, description="steps between two waits for the device")] = 4
 
     log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
@@ -229,14 +233,26 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
     masks = masks_documents(config, tokens, model, context.task)
+    kernels = _kernels(config, model, context)
     fused, objective = choose_objective(
         model,
         fused=None if config.fused_loss == "auto" else config.fused_loss,
         vocab_size=tokens.vocab_size,
         tokens=config.batch_size * tokens.context_length,
         masks_documents=masks,
+        uses_kernel=kernels.serves_loss,
     )
-    result = fit(config, inputs, outputs.metrics, context, model=model, objective=objective, tokens=tokens, masks=masks)
+    result = fit(
+        config,
+        inputs,
+        outputs.metrics,
+        context,
+        model=model,
+        objective=objective,
+        tokens=tokens,
+        masks=masks,
+        kernels=kernels,
+    )
     if adapter_config:
         _save_adapters(model, adapter_config, outputs, context)
     models.save(
@@ -247,8 +263,15 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         provenance=context.provenance,
     )
     models.copy_tokenizer(inputs.tokenizer, context.folder)
-    facts = {"parameters": models.num_parameters(model), "document_mask": masks, "fused_loss": fused}
-    return facts | report_of(result) | {"settings": settings_of(config, masks=masks, fused=fused)}
+    facts = {
+        "parameters": models.num_parameters(model),
+        "document_mask": masks,
+        "fused_loss": fused,
+        "kernels": kernels.serving,
+    }
+    report = report_of(result)
+    report["run"]["kernels_refused"] = [f"{name}: {reason}" for name, reason in kernels.refused.items()]
+    return facts | report | {"settings": settings_of(config, masks=masks, fused=fused)}
 
 
 def fit(
@@ -261,6 +284,7 @@ def fit(
     objective: Any,
     tokens: Any,
     masks: bool,
+    kernels: Any = None,
 ) -> Any:
     """Train a model that is there, from a checkpoint where there is one; return the loop's result.
 
@@ -273,6 +297,7 @@ def fit(
         objective: what is made small.
         tokens: the training tokens.
         masks: whether documents are kept apart in validation.
+        kernels: which of our kernels serve; None for none.
 
     Raises:
         SystemExit: it was asked to stop; a checkpoint is saved.
@@ -280,10 +305,11 @@ def fit(
         UserError: no batch fits into the memory.
     """
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training import progress, recompute
+    from mlxflow.training import progress, recompute, serving
     from mlxflow.training.interrupt import heeding_signals
     from mlxflow.training.loop import Stopped, Trainer
 
+    kernels = kernels or serving.nothing()
     every = config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
     checkpoints = _checkpoints(config, context)
     found = checkpoints.latest()
@@ -293,6 +319,7 @@ def fit(
         progress.show_progress(num_steps=config.num_steps) as show,
         metrics_file.open("w") as metrics,
         heeding_signals() as asked_to_stop,
+        kernels.fitted(),
         recompute.recomputed(model, every=every),
     ):
 
@@ -303,7 +330,7 @@ def fit(
 
         trainer = Trainer(
             model=model,
-            step=_step(config, model, objective, context),
+            step=_step(config, model, objective, context, kernels.serves),
             sizes=_batch_sizes(config, inputs, context),
             open_loader=lambda size, cursor: _loader(config, tokens, context, size, cursor),
             validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
@@ -322,6 +349,53 @@ def fit(
                 "lets the next run go on from there"
             )
             raise SystemExit(128 + asked_to_stop.signal) from stopped
+
+
+def _kernels(config: Config, model: Any, context: Context) -> Any:
+    """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
+
+    Raises:
+        StageError: all are required and one does not serve.
+    """
+    import mlx.core as mx
+
+    from mlxflow.training import serving
+
+    kept = context.unfinished / "kernels.json"
+    served = serving.choose_for(
+        model,
+        uses_kernels=config.kernels != "off",
+        dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
+        precision=config.precision,
+        sums_gradients=config.grad_accum_steps > 1 or config.dynamic_batch_size,
+        recorded=_recorded_kernels(kept, context),
+    )
+    if config.kernels == "require" and (served.refused or context.device == "cpu"):
+        lacking = ", ".join(f"{name} ({reason})" for name, reason in served.refused.items())
+        raise StageError(
+            f'{context.task}.kernels = "require": this device lacks {lacking or "a GPU to run them"}. '
+            f'Set {context.task}.kernels = "auto".'
+        )
+    if context.device != "cpu" and config.kernels != "off":
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(".tmp")
+        temporary.write_text(json.dumps(served.serving))
+        temporary.replace(kept)
+    return served
+
+
+def _recorded_kernels(kept: Path, context: Context) -> list[str] | None:
+    """Return the kernels that served the run that is gone on with or built again."""
+    from mlxflow import artifact
+
+    if context.published is not None:
+        report = artifact.read_report(context.published / "report.toml")
+        return list(report["kernels"]) if "kernels" in report else None
+    try:
+        names = json.loads(kept.read_text())
+    except (OSError, ValueError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
 
 
 def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:
@@ -458,7 +532,7 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     return model, model_config
 
 
-def _step(config: Config, model: Any, objective: Any, context: Context) -> Any:
+def _step(config: Config, model: Any, objective: Any, context: Context, serves: Any) -> Any:
     from mlxflow.training import optimizers
     from mlxflow.training.step import Step
 
@@ -485,7 +559,11 @@ def _step(config: Config, model: Any, objective: Any, context: Context) -> Any:
         options=betas | config.optimizer_options,
     )
     update = optimizers.Update(
-        model, optimizer, max_grad_norm=config.max_grad_norm, has_masters=config.precision == "bf16"
+        model,
+        optimizer,
+        max_grad_norm=config.max_grad_norm,
+        has_masters=config.precision == "bf16",
+        serves=serves,
     )
     return Step(model, update, objective)
 
