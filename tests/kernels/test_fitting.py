@@ -91,7 +91,7 @@ def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
 
 
 def test_quantization_aware_training_goes_on_within_a_fitted_layer() -> None:
-    from mlxflow.quantization.codec import Setting
+    from mlxflow.quantization.settings import Setting
 
     model, _ = llama(hidden_size=64, intermediate_size=64)
     fits = fitting.find_fits(model)
