@@ -262,11 +262,11 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
     "mlxflow bf16-pure": _ours,
     "mlxflow bf16-pure, without kernels": partial(_ours, kernels=False),
     "mlxflow bf16-pure, norm clipped": partial(_ours, max_grad_norm=1.0),
-    "mlxflow bf16-pure, limit 16.5 GB": partial(_ours, limit_gb=16.5),
+    "mlxflow bf16-pure, limit 16.9 GB": partial(_ours, limit_gb=16.9),
     "mlxflow bf16-pure, fused loss, limit 16 GB": partial(_ours, fused=True, limit_gb=16),
-    "mlxflow bf16-pure, every layer anew, fused loss, limit 5.6 GB": partial(_ours, every=1, fused=True, limit_gb=5.6),
-    "mlxflow bf16-pure, 2 passes, every 2nd layer anew, fused loss, limit 5.6 GB": partial(
-        _ours, accum=2, every=2, fused=True, limit_gb=5.6
+    "mlxflow bf16-pure, every layer anew, fused loss, limit 5.9 GB": partial(_ours, every=1, fused=True, limit_gb=5.9),
+    "mlxflow bf16-pure, 2 passes, every 2nd layer anew, fused loss, limit 5.9 GB": partial(
+        _ours, accum=2, every=2, fused=True, limit_gb=5.9
     ),
     "mlxflow bf16 with fp32 masters": partial(_ours, precision="bf16"),
     "mlxflow fp32": partial(_ours, precision="fp32"),

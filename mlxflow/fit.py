@@ -31,7 +31,7 @@ def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_l
 
     cpu.prepare()
     inputs = rooted(one.inputs, workflow.root)
-    for path in (inputs.config, inputs.model, inputs.trained, inputs.tokens):  # type: ignore[attr-defined]
+    for path in (inputs.config, inputs.model, inputs.tokens):  # type: ignore[attr-defined]
         if not path.exists():
             raise ArtifactError(f"{path}: missing. Run: doit {one.task}")
     _print(workflow, one, inputs, batch_sizes, context_lengths)

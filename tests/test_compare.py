@@ -114,6 +114,8 @@ def _context(folder: Path) -> Context:
             "memory_limit_bytes": 1,
             "provenance": {},
             "tasks": [],
+            "members": [],
+            "name": "tiny",
             **{name: str(folder) for name in ("root", "state", "folder", "unfinished")},
         },
         Context,

@@ -57,7 +57,6 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     config: Path = Path()
     model: Path = Path()
-    trained: Path = Path()
     tokens: Path = Path()
 
     @classmethod
@@ -67,7 +66,6 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             config=folder / "config.json",
             model=folder / "model.safetensors",
-            trained=folder / "report.toml",
             tokens=artifacts.folder(config.data, "data") / "train.safetensors",
         )
 
@@ -115,7 +113,7 @@ def settings_of(config: Config, inputs: Inputs) -> Any:
     from mlxflow import artifact
     from mlxflow.training.measured import Settings
 
-    told = artifact.read_report(inputs.trained).get("settings", {})
+    told = artifact.read_report(inputs.model.with_name("report.toml")).get("settings", {})
     every = told.get("checkpointing", "none")
     return Settings(
         batch_size=config.batch_size,
@@ -138,7 +136,7 @@ def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any
     from mlxflow.training.adapters import AdapterShape
     from mlxflow.training.profiling import Job
 
-    told = artifact.read_report(inputs.trained).get("settings", {})
+    told = artifact.read_report(inputs.model.with_name("report.toml")).get("settings", {})
     folder, key = inputs.model.parent, f"{context.task}.input"
     tokens.require_vocabulary(models.vocab_size(folder), key)
     shape = AdapterShape(**told["lora"]) if "lora" in told else None

@@ -15,7 +15,7 @@ from mlxflow.training.runner import Runner
 from mlxflow.training.step import out_of_memory_bytes
 
 # How far the host runs ahead within a step is chance, so a peak is the most of several
-_PEAK_STEPS = 3
+_PEAK_STEPS = 8
 
 #: Rounds that steps are timed in, where there are as many steps.
 ROUNDS = 20
