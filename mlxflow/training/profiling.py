@@ -5,6 +5,7 @@ of the update, which does not. A trial measures both with a part of the rows; th
 rows (with `linear_cross_entropy`'s chunk made smaller by the same factor), so two trials tell any other number.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -168,6 +169,7 @@ def trial(job: Job, settings: Settings) -> Peaks:
     Raises:
         RuntimeError: MLX found no memory.
     """
+    gc.collect()  # what is dead already must not be given back while this is measured
     mx.clear_cache()
     before = mx.get_active_memory()
     profiler = MemoryProfiler()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
+from mlxflow.training import contest
 from mlxflow.training import runner as runners
 from mlxflow.training.contest import Drift, Measured, measure_recipes, rows_of
 from mlxflow.training.convergence import converge, with_same_loss
@@ -220,7 +221,7 @@ def test_a_difference_inside_the_noise_is_called_that(monkeypatch: pytest.Monkey
 
 
 def test_a_machine_that_slows_down_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = 6 + 1 + 3  # the first step, those of the peak, those that are timed
+    turns = 6 + 1 + contest._PEAK_STEPS  # the first step, those of the peak, those that are timed
     taken = _Fake.run
 
     def throttled(self: _Fake, num_steps: int) -> list[float]:
