@@ -261,10 +261,11 @@ def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module,
 def dense_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Callable[[], mx.array]]:
     """Return what gives the weight that each of some layers computes with, dequantized where it is packed."""
     modules = dict(model.named_modules())
-    return {path: partial(_dense_weight, modules[path]) for path in paths}
+    return {path: partial(dense_weight, modules[path]) for path in paths}
 
 
-def _dense_weight(layer: nn.Module) -> mx.array:
+def dense_weight(layer: nn.Module) -> mx.array:
+    """Return the weight that a layer computes with, dequantized where it is packed."""
     if "scales" not in layer:
         weight: mx.array = layer.weight
         return weight

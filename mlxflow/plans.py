@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import WorkflowError
+from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.stages.train import shape_config
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
@@ -43,7 +44,8 @@ def _architecture(workflow: Workflow, one: Stage) -> dict[str, Any] | None:
     if trained.model.from_:
         return _read(workflow.root / trained.model.from_)
     tokens: Any = workflow.find(trained.input).config
-    return _shape(trained.model, tokens)
+    # of ids there are at most so many; a plan looks at widths alone
+    return shape_config(trained.model, tokens.tokenizer.vocab_size, tokens.context_length, 0)
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -51,21 +53,6 @@ def _read(folder: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except OSError:
         return None
+    except ValueError as error:
+        raise ArtifactError(f"{shown_path(folder)}: its config.json is no JSON ({error}). Mend it.") from error
     return found
-
-
-def _shape(shape: Any, tokens: Any) -> dict[str, Any]:
-    from mlxflow import models
-
-    return models.llama_config(
-        vocab_size=tokens.tokenizer.vocab_size,  # at most so many; a plan looks at widths alone
-        context_length=tokens.context_length,
-        hidden_size=shape.hidden_size,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        intermediate_size=shape.intermediate_size,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        rope_theta=shape.rope_theta,
-        end_of_text=0,
-    )

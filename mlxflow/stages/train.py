@@ -479,7 +479,7 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     if config.model.from_:
         model, model_config = _base_model(config, inputs, tokens, context)
     else:
-        model_config = _model_config(config.model, tokens)
+        model_config = shape_config(config.model, tokens.vocab_size, tokens.context_length, tokens.end_of_text)
         model = models.build(model_config, seed=seed)
     adapter_config = None
     if config.method != "full":
@@ -656,12 +656,13 @@ def masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:
     return bool(wanted)
 
 
-def _model_config(shape: ModelConfig, tokens: Any) -> dict[str, Any]:
+def shape_config(shape: ModelConfig, vocab_size: int, context_length: int, end_of_text: int) -> dict[str, Any]:
+    """Return the `config.json` of a new model of a shape."""
     from mlxflow import models
 
     return models.llama_config(
-        vocab_size=tokens.vocab_size,
-        context_length=tokens.context_length,
+        vocab_size=vocab_size,
+        context_length=context_length,
         hidden_size=shape.hidden_size,
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
@@ -669,5 +670,5 @@ def _model_config(shape: ModelConfig, tokens: Any) -> dict[str, Any]:
         intermediate_size=shape.intermediate_size,
         tie_word_embeddings=shape.tie_word_embeddings,
         rope_theta=shape.rope_theta,
-        end_of_text=tokens.end_of_text,
+        end_of_text=end_of_text,
     )

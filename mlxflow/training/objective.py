@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import packed
+from mlxflow import models, packed
 from mlxflow.errors import WorkflowError
 from mlxflow.quantization.fake import fake_weight, plain_type
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
@@ -37,15 +37,7 @@ class Head(NamedTuple):
         """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
         layer = self.module(model)
         if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            weight = mx.dequantize(
-                layer.weight,
-                layer.scales,
-                layer.get("biases"),
-                group_size=layer.group_size,
-                bits=layer.bits,
-                mode=layer.mode,
-            )
-            return weight.astype(dtype)
+            return models.dense_weight(layer).astype(dtype)
         faked = fake_weight(layer)
         return cast("mx.array", layer.weight) if faked is None else faked
 
