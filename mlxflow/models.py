@@ -14,9 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.utils import _get_classes, dequantize_model, load_model
 
-from mlxflow import artifact
+from mlxflow import artifact, bare
 from mlxflow.errors import ArtifactError
 
 #: The files of a model on the hub that make a model folder.
@@ -107,7 +106,7 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
         ArtifactError: mlx-lm does not know the architecture, or the config lacks what it needs.
     """
     try:
-        model_class, args_class = _get_classes(dict(config))
+        model_class, args_class = bare.mlx_lm_utils()._get_classes(dict(config))
         model: nn.Module = model_class(args_class.from_dict(dict(config)))
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise ArtifactError(f"config.json: no architecture that mlx-lm knows ({error}). Name another model.") from error
@@ -127,7 +126,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: no model folder (it has no config.json). Name one such as artifacts/train.")
     try:
-        model, config = load_model(folder, lazy=lazy)
+        model, config = bare.mlx_lm_utils().load_model(folder, lazy=lazy)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ArtifactError(f"{folder}: cannot be opened as a model ({error}). Build it again.") from error
     return model, config
@@ -254,7 +253,7 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
 
 def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Return a quantized model with dense weights, and its config without a word of quantization."""
-    dense: nn.Module = dequantize_model(model)
+    dense: nn.Module = bare.mlx_lm_utils().dequantize_model(model)
     return dense, {key: value for key, value in config.items() if not key.startswith("quantization")}
 
 
@@ -302,7 +301,7 @@ def for_evaluation(model: nn.Module) -> nn.Module:
     """
     if mx.default_device() != mx.cpu:
         return model
-    dequantized: nn.Module = dequantize_model(model)
+    dequantized: nn.Module = bare.mlx_lm_utils().dequantize_model(model)
     return dequantized
 
 
@@ -332,18 +331,49 @@ def continue_texts(
     Raises:
         ArtifactError: the folder is no model folder.
     """
-    model, tokenizer = _open_for_writing(folder)
-    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    return ["".join(_write(model, tokenizer, prompt=prompt, **how)) for prompt in prompts]
+    from tokenizers import Tokenizer
+
+    bare.prepare()
+    from mlx_lm.sample_utils import make_sampler
+
+    model, config = load(folder)
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises this very class
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({error}). Build it again.") from error
+    ends = config.get("eos_token_id")
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    sampler = make_sampler(temp=temperature)
+    texts = []
+    for prompt in prompts:
+        mx.random.seed(seed)
+        ids = tokenizer.encode(prompt).ids
+        texts.append(tokenizer.decode(list(_continue(model, ids, ends, max_tokens, sampler))))
+    return texts
+
+
+def _continue(
+    model: nn.Module, ids: list[int], ends: set[int], max_tokens: int, sampler: Callable[[mx.array], mx.array]
+) -> Iterator[int]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    tokens = mx.array([ids])
+    for _ in range(max_tokens):
+        logits = model(tokens, cache=cache)[:, -1]
+        chosen = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        token: int = chosen.item()  # type: ignore[assignment]
+        if token in ends:
+            return
+        yield token
+        tokens = chosen[None]
 
 
 def _open_for_writing(folder: Path) -> tuple[nn.Module, Any]:
     """Return the model of a folder and its tokenizer."""
-    from mlx_lm.utils import load_tokenizer
-
     model, _ = load(folder)
     try:
-        return model, load_tokenizer(folder)
+        return model, bare.mlx_lm_utils().load_tokenizer(folder)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error

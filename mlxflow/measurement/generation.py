@@ -6,12 +6,12 @@ token through at a time, reads every weight for it, and is bound by the memory's
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
 
+from mlxflow import bare
 from mlxflow.measurement.statistics import Interval, median_interval
 
 
@@ -63,15 +63,24 @@ def measure_generation(
     )
 
 
+def _prompt_cache(model: nn.Module) -> list[Any]:
+    """Return an empty cache of keys and values, of each layer's own kind."""
+    bare.prepare()
+    from mlx_lm.models.cache import make_prompt_cache
+
+    made: list[Any] = make_prompt_cache(model)
+    return made
+
+
 def _prefill(model: nn.Module, prompt: mx.array) -> float:
-    cache = make_prompt_cache(model)
+    cache = _prompt_cache(model)
     begin = time.perf_counter()
     mx.eval(model(prompt, cache=cache)[:, -1])
     return time.perf_counter() - begin
 
 
 def _decode(model: nn.Module, prompt: mx.array, num_tokens: int) -> float:
-    cache = make_prompt_cache(model)
+    cache = _prompt_cache(model)
     token = mx.argmax(model(prompt, cache=cache)[:, -1], axis=-1)
     mx.eval(token)
     begin = time.perf_counter()

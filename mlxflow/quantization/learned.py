@@ -13,7 +13,6 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxflow.errors import CallError
 from mlxflow.quantization.adapting import (
@@ -48,6 +47,7 @@ def gptq(
     Raises:
         CallError: a plan that mlx-lm's function cannot follow; a matrix whose inputs it cannot invert.
     """
+    from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.quant.gptq import gptq_quantize
 
     name = f'{key}.method = "gptq"'

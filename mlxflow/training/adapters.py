@@ -9,13 +9,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlxflow import artifact
+from mlxflow import artifact, bare
 from mlxflow.errors import WorkflowError
-
-_LAYERS = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
 
 
 class AdapterShape(NamedTuple):
@@ -53,7 +49,12 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
     Raises:
         WorkflowError: a pattern names no layer; the message lists those there are.
     """
-    names = {name for block in model.layers for name, layer in block.named_modules() if isinstance(layer, _LAYERS)}
+    bare.prepare()
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
+    names = {name for block in model.layers for name, layer in block.named_modules() if isinstance(layer, kinds)}
     for pattern in shape.keys:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise WorkflowError(f'{key}: "{pattern}" names no layer. Known: {", ".join(sorted(names))}.')

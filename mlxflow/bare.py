@@ -1,0 +1,72 @@
+"""mlx-lm's models without its tokenizers: its package imports transformers, and that PyTorch where it is installed.
+
+The import costs a second and 50 MB, with PyTorch four seconds and half a gigabyte, and a stage needs none of it to
+build or open a model. Here mlx-lm's own modules are imported with stand-ins for the few names that come from there;
+whoever uses one of these names gets the real thing, imported then.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+# What mlx_lm.utils takes from modules that are not to be imported with it: functions it calls, and a type it names
+_FUNCTIONS = {"mlx_lm.tokenizer_utils": ("load",), "huggingface_hub": ("snapshot_download",)}
+_TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",)}
+
+
+def prepare() -> None:
+    """Make `mlx_lm.models` and what they import available; the package's own names are imported when one is asked for.
+
+    Does nothing where mlx-lm is imported already.
+    """
+    if "mlx_lm" in sys.modules:
+        return
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError("No module named 'mlx_lm'", name="mlx_lm")
+    loader, package = spec.loader, importlib.util.module_from_spec(spec)
+
+    def whole(name: str) -> Any:
+        if name.startswith("__"):  # the import system asks for some
+            raise AttributeError(name)
+        del vars(package)["__getattr__"]
+        loader.exec_module(package)
+        return getattr(package, name)
+
+    vars(package)["__getattr__"] = whole
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as the package does
+    sys.modules["mlx_lm"] = package
+
+
+def mlx_lm_utils() -> types.ModuleType:
+    """Return `mlx_lm.utils`."""
+    prepare()
+    if "mlx_lm.utils" in sys.modules:
+        return sys.modules["mlx_lm.utils"]
+    stand_ins = {name: _stand_in(name) for name in _FUNCTIONS if name not in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("mlx_lm.utils")
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def _stand_in(name: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    for function in _FUNCTIONS[name]:
+        setattr(module, function, _deferred(name, function))
+    for kind in _TYPES.get(name, ()):
+        setattr(module, kind, type(kind, (), {}))
+    return module
+
+
+def _deferred(module: str, function: str) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments, **named)
+
+    return call

@@ -1,0 +1,47 @@
+"""mlx-lm without transformers, and the whole of it where it is asked for."""
+
+import subprocess
+import sys
+
+
+def _run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+LOADED = "sorted({'transformers', 'torch', 'httpx', 'huggingface_hub'} & set(sys.modules))"
+
+
+def test_models_are_built_and_opened_without_transformers() -> None:
+    told = _run(f"""
+import sys, tempfile
+from pathlib import Path
+from mlxflow import models
+from mlxflow.training import adapters, loop
+from mlxflow.quantization import export, learned
+from mlxflow.measurement import generation
+from tests.small_models import llama
+model, config = llama()
+folder = Path(tempfile.mkdtemp())
+models.save(model=model, config=config, provenance={{}}, config_file=folder / "config.json",
+            model_file=folder / "model.safetensors")
+models.for_evaluation(models.load(folder)[0])
+generation.measure_generation
+print({LOADED})
+""")
+    assert told == "[]"
+
+
+def test_the_whole_of_mlx_lm_is_there_when_it_is_asked_for() -> None:
+    told = _run("""
+import sys
+from mlxflow import bare
+utils = bare.mlx_lm_utils()
+from mlx_lm import load, stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper, load as load_tokenizer
+from huggingface_hub import snapshot_download
+import mlx_lm, mlx_lm.utils, mlx_lm.tokenizer_utils
+assert utils is mlx_lm.utils and load is mlx_lm.utils.load
+assert mlx_lm.tokenizer_utils.__file__ and TokenizerWrapper.__module__ == "mlx_lm.tokenizer_utils"
+print(mlx_lm.__version__ != "", "transformers" in sys.modules)
+""")
+    assert told == "True True"
