@@ -42,6 +42,9 @@ _SAFETENSORS_NAMES = {
 }
 
 # the same by MLX's names
+# What numpy reads a type as, and what MLX calls it
+_FLOATING = {"F32": ("<u4", "float32"), "F16": ("<u2", "float16"), "BF16": ("<u2", "bfloat16")}
+
 _MLX_NAMES = {"bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "float16": "F16", "bfloat16": "BF16"}
 _MLX_NAMES |= _SAFETENSORS_NAMES
 _NUMPY_NAMES = {name: numpy_name for numpy_name, name in _SAFETENSORS_NAMES.items()}
@@ -366,6 +369,7 @@ class TensorFile:
             kind = _MLX_NAMES[str(dtype).rpartition(".")[2]]
             told[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
         self._entries = dict(entries)
+        self._rows = dict.fromkeys(entries, 0)
         header = _header_json(told, metadata)
         self._header = header + b" " * (-len(header) % 8)
         self._end = end
@@ -384,14 +388,34 @@ class TensorFile:
         """
         if (tensor.dtype, tensor.shape) != self._entries[name]:
             raise ValueError(f"{name}: told {self._entries[name]}, got {(tensor.dtype, tensor.shape)}")
-        del self._entries[name]
-        self._file.seek(8 + len(self._header) + self._offsets[name])
-        self._file.write(_raw_bytes(tensor))
+        self._write(name, 0, tensor)
+
+    def put_rows(self, name: str, rows: "mx.array") -> None:
+        """Write the next rows of one of the tensors, all of whose axes but the last count as rows.
+
+        Args:
+            name: of the tensor.
+            rows: (R, N).
+
+        Raises:
+            ValueError: they are not of the type and width that were told, or too many.
+        """
+        dtype, shape = self._entries[name]
+        first = self._rows[name]
+        if (rows.dtype, rows.shape[-1]) != (dtype, shape[-1]) or first + len(rows) > math.prod(shape[:-1]):
+            raise ValueError(f"{name}: told {(dtype, shape)}, got {(rows.dtype, rows.shape)} after {first} rows")
+        self._write(name, first * shape[-1] * dtype.size, rows)
+
+    def _write(self, name: str, offset: int, rows: "mx.array") -> None:
+        self._file.seek(8 + len(self._header) + self._offsets[name] + offset)
+        self._file.write(_raw_bytes(rows))
+        self._rows[name] += math.prod(rows.shape[:-1])
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._file.close()
-        if kind is None and self._entries:
-            raise ValueError(f"{self._path}: without {', '.join(sorted(self._entries))}")
+        missing = [name for name, (_, shape) in self._entries.items() if self._rows[name] < math.prod(shape[:-1])]
+        if kind is None and missing:
+            raise ValueError(f"{self._path}: without {', '.join(sorted(missing))}")
 
 
 def _raw_bytes(tensor: "mx.array") -> "memoryview[int]":
@@ -456,6 +480,43 @@ def map_tensor(path: Path, name: str) -> "np.memmap[Any, Any]":
         raise ArtifactError(f"{path}: has no tensor {name!r} of a type that can be mapped. Build it again.")
     dtype = np.dtype(_NUMPY_NAMES[entry["dtype"]]).newbyteorder("<")
     return np.memmap(path, dtype, mode="r", offset=begin + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+
+
+class StoredRows:
+    """A matrix of floating numbers in a safetensors file, read some rows at a time; `stored_rows` makes them.
+
+    All of its axes but the last count as rows.
+    """
+
+    def __init__(self, path: Path, kind: str, width: int, begin: int) -> None:
+        self._path = path
+        self._numbers, self._dtype = _FLOATING[kind]
+        self._width = width
+        self._begin = begin
+
+    def read(self, begin: int, end: int) -> "mx.array":
+        """Return rows, (R, N), in the file's type."""
+        import mlx.core as mx
+        import numpy as np
+
+        count = (end - begin) * self._width
+        offset = self._begin + begin * self._width * np.dtype(self._numbers).itemsize
+        numbers = np.fromfile(self._path, self._numbers, count, offset=offset)
+        return mx.array(numbers).view(getattr(mx, self._dtype)).reshape(-1, self._width)
+
+
+def stored_rows(path: Path) -> dict[str, StoredRows]:
+    """Return the matrices of fp32, fp16 or bf16 in a safetensors file, by name; only its header is read.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    header, begin = _header(path)
+    return {
+        name: StoredRows(path, entry["dtype"], entry["shape"][-1], begin + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__" and entry["dtype"] in _FLOATING and len(entry["shape"]) > 1
+    }
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -132,6 +132,25 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     return model, config
 
 
+def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact.StoredRows]:
+    """Return the matrices of a folder that its model takes as they lie in the files, by the model's names.
+
+    A matrix that mlx-lm's class makes something else of while it loads is not among them.
+
+    Args:
+        folder: a model folder.
+        model: what `load` returned for it; dense.
+    """
+    stored: dict[str, artifact.StoredRows] = {}
+    weights: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found: Any = mx.load(str(path))  # lazy: nothing but the header is read
+        weights |= found
+        stored |= artifact.stored_rows(path)
+    taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
+    return {name: rows for name, rows in stored.items() if name in taken and taken[name] is weights[name]}
+
+
 def load_dense(folder: Path, key: str) -> nn.Module:
     """Return the model of a folder for training.
 

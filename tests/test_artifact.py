@@ -200,3 +200,28 @@ def test_a_report_comes_back(tmp_path: Path) -> None:
     report = {"loss": 1.5, "run": {"seconds": 3}, "models": [{"name": "a"}]}
     artifact.write_report(tmp_path / "report.toml", report)
     assert artifact.read_report(tmp_path / "report.toml") == report
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_rows_are_written_and_read_one_part_after_the_other(tmp_path: Path, dtype: mx.Dtype) -> None:
+    whole = mx.random.normal((2, 5, 3)).astype(dtype)
+    flat = whole.reshape(-1, 3)
+    with artifact.TensorFile(tmp_path / "a.safetensors", {"x": (dtype, (2, 5, 3))}, {}) as file:
+        file.put_rows("x", flat[:4])
+        file.put_rows("x", flat[4:])
+        with pytest.raises(ValueError, match="after 10 rows"):
+            file.put_rows("x", flat[:1])
+    found = mx.load(str(tmp_path / "a.safetensors"))
+    assert isinstance(found, dict)
+    assert mx.array_equal(found["x"], whole)
+    rows = artifact.stored_rows(tmp_path / "a.safetensors")["x"]
+    assert mx.array_equal(rows.read(3, 9), flat[3:9])
+    assert rows.read(3, 9).dtype == dtype
+
+
+def test_a_tensor_that_lacks_rows_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="without x"),
+        artifact.TensorFile(tmp_path / "a.safetensors", {"x": (mx.float32, (4, 3))}, {}) as file,
+    ):
+        file.put_rows("x", mx.zeros((3, 3)))

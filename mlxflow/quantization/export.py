@@ -1,7 +1,10 @@
 """From a dense model to the file of the packed one, layer by layer: memory holds one layer, not the model."""
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.artifact import TensorFile
+from mlxflow.artifact import StoredRows, TensorFile
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
 
 # Numbers that are packed and compared at a time: what is between is several times as large as they are
-_NUMBERS_AT_ONCE = 1 << 21
+_NUMBERS_AT_ONCE = 1 << 18
+
+# On the CPU one stream keeps one core busy
+_MOST_STREAMS = 4
+
+# Freed buffers of that many bytes are used again; more would be memory held for nothing
+_CACHE_BYTES = 16 << 20
 
 
 class LayerFacts(NamedTuple):
@@ -64,6 +73,7 @@ def export(
     file: Path,
     metadata: Mapping[str, str],
     packed: Callable[[str], Packed | None],
+    stored: Mapping[str, StoredRows],
     source: str,
     watch: Callable[[str], None],
 ) -> Exported:
@@ -75,6 +85,7 @@ def export(
         file: the safetensors file to write.
         metadata: text by key, kept in the header.
         packed: gives codes that are there already, by path; None where the layer is to be rounded.
+        stored: matrices that lie in a file just as the model has them, by name; they are read from there row by row.
         source: what the model was read from, for messages.
         watch: is told the path of each layer that was packed.
 
@@ -89,19 +100,44 @@ def export(
     parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
     dense_bytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     found: list[LayerFacts] = []
-    with TensorFile(file, entries, metadata) as out:
+    streams = _streams()
+    with TensorFile(file, entries, metadata) as out, _small_cache():
         for name in list(loose):
             _put(out, name, loose.pop(name), source)
         for path, layer in leaves:
-            found += _write_layer(out, path, layer, layers.get(path), packed, source)
+            for own, value in tree_flatten(layer.parameters()):
+                name = f"{path}.{own}" if path else own
+                if own == "weight" and path in layers:
+                    matrix = _Matrix(name, value, stored.get(name))
+                    found.append(_write_packed(out, path, matrix, layers[path], packed(path), source, streams))
+                    continue
+                _put(out, name, value, source)
+                if own == "weight" and value.ndim > 1:
+                    found.append(LayerFacts(path, value.shape, None, value.nbytes, 0.0))
             for name in [name for name, value in layer.items() if isinstance(value, mx.array)]:
                 layer.pop(name)
-            mx.clear_cache()
             if path in layers:
                 watch(path)
     return Exported(
         found, parameters, sum(dtype.size * _count(shape) for dtype, shape in entries.values()), dense_bytes
     )
+
+
+def _streams() -> list[mx.Stream]:
+    """Return what pieces of a matrix are packed on at the same time."""
+    device = mx.default_device()
+    if device != mx.cpu:
+        return [mx.default_stream(device)]
+    return [mx.new_stream(device) for _ in range(min(_MOST_STREAMS, os.cpu_count() or 1))]
+
+
+@contextmanager
+def _small_cache() -> Iterator[None]:
+    before = mx.set_cache_limit(_CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
 
 
 def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[str, tuple[mx.Dtype, tuple[int, ...]]]]:
@@ -121,48 +157,60 @@ def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[
             yield f"{path}.biases", (value.dtype, groups)
 
 
-def _write_layer(
-    out: TensorFile,
-    path: str,
-    layer: nn.Module,
-    setting: Setting | None,
-    packed: Callable[[str], Packed | None],
-    source: str,
-) -> Iterator[LayerFacts]:
-    for own, value in tree_flatten(layer.parameters()):
-        name = f"{path}.{own}" if path else own
-        if own == "weight" and setting is not None:
-            yield _write_packed(out, path, value, setting, packed(path), source)
-            continue
-        _put(out, name, value, source)
-        if own == "weight" and value.ndim > 1:
-            yield LayerFacts(path, value.shape, None, value.nbytes, 0.0)
+class _Matrix:
+    """The weight of a layer, read some rows at a time."""
+
+    def __init__(self, name: str, weight: mx.array, stored: StoredRows | None) -> None:
+        self.name, self.weight, self._stored = name, weight, stored
+        if stored is None:
+            mx.eval(weight)
+        self.num_rows = _count(weight.shape[:-1])
+
+    def rows(self, begin: int, end: int) -> mx.array:
+        if self._stored is None:
+            return self.weight.reshape(-1, self.weight.shape[-1])[begin:end]
+        return self._stored.read(begin, end).astype(self.weight.dtype)
 
 
 def _write_packed(
-    out: TensorFile, path: str, weight: mx.array, setting: Setting, made: Packed | None, source: str
+    out: TensorFile,
+    path: str,
+    matrix: _Matrix,
+    setting: Setting,
+    made: Packed | None,
+    source: str,
+    streams: list[mx.Stream],
 ) -> LayerFacts:
-    mx.eval(weight)
-    rows = weight.reshape(-1, weight.shape[-1])
-    step = max(1, _NUMBERS_AT_ONCE // rows.shape[-1])
-    pieces: list[Packed] = []
-    lost, norm = 0.0, 0.0
-    for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step]
-        packed = pack(part, setting) if made is None else _rows_of(made, begin, begin + step)
-        sums = _squares(part, packed, setting)
-        mx.eval(packed, sums)
-        pieces.append(packed)
+    size = matrix.weight.size
+    pieces = -(-size // (_NUMBERS_AT_ONCE * len(streams))) * len(streams)
+    step = -(-matrix.num_rows // pieces)
+    begun: deque[tuple[Packed, mx.array]] = deque()
+    num_bytes, lost, norm = 0, 0.0, 0.0
+
+    def end_one() -> None:
+        nonlocal num_bytes, lost, norm
+        packed, sums = begun.popleft()
+        for own, part in zip(("weight", "scales", "biases"), packed, strict=True):
+            if part is not None:
+                out.put_rows(f"{path}.{own}", part)
+                num_bytes += part.nbytes
         lost, norm = lost + float(sums[0]), norm + float(sums[1])
+
+    for place, begin in enumerate(range(0, matrix.num_rows, step)):
+        with mx.stream(streams[place % len(streams)]):
+            part = matrix.rows(begin, min(begin + step, matrix.num_rows))
+            packed = pack(part, setting) if made is None else _rows_of(made, begin, begin + step)
+            sums = _squares(part, packed, setting)
+            mx.async_eval(packed, sums)
+        begun.append((packed, sums))
+        if len(begun) > len(streams):
+            end_one()
+    while begun:
+        end_one()
     if not math.isfinite(norm):
-        raise _not_finite(source, f"{path}.weight", weight)
-    for place, own in enumerate(("weight", "scales", "biases")):
-        columns = [column for piece in pieces if (column := piece[place]) is not None]
-        if columns:
-            whole = mx.concatenate(columns)
-            out.put(f"{path}.{own}", whole.reshape(*weight.shape[:-1], whole.shape[-1]))
+        raise _not_finite(source, matrix.name, matrix.weight)
     error = math.sqrt(lost / norm) if norm else 0.0
-    return LayerFacts(path, weight.shape, setting, sum(piece.nbytes for piece in pieces), error)
+    return LayerFacts(path, matrix.weight.shape, setting, num_bytes, error)
 
 
 def _rows_of(made: Packed, begin: int, end: int) -> Packed:
@@ -170,11 +218,11 @@ def _rows_of(made: Packed, begin: int, end: int) -> Packed:
     return Packed(*flat)  # type: ignore[arg-type]
 
 
-def _squares(weight: mx.array, packed: Packed, setting: Setting) -> tuple[mx.array, mx.array]:
-    """Return the sums of the squares of what is lost and of the whole, in fp32, summed row by row."""
+def _squares(weight: mx.array, packed: Packed, setting: Setting) -> mx.array:
+    """Return the sums of the squares of what is lost and of the whole, (2,) in fp32, summed row by row."""
     exact = weight.astype(mx.float32)
     lost = exact - unpack(packed, setting, weight.dtype).astype(mx.float32)
-    return lost.square().sum(axis=-1).sum(), exact.square().sum(axis=-1).sum()
+    return mx.stack([lost.square().sum(axis=-1).sum(), exact.square().sum(axis=-1).sum()])
 
 
 def _put(out: TensorFile, name: str, value: mx.array, source: str) -> None:

@@ -212,7 +212,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.quantization.progress import show_layers
 
     folder = _source(config, inputs, context)
-    model, model_config = _load(config, folder, context)
+    model, model_config, stored = _load(config, folder, context)
     tokens = _open_tokens(config, inputs, folder, model_config, context)
     plan, chosen = quantize_methods.choose_plan(config, model, tokens, context)
     made = quantize_methods.make(
@@ -232,6 +232,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             file=outputs.model,
             metadata={"format": "mlx"} | artifact.provenance_metadata(context.provenance),
             packed=lambda path: made.packed.pop(path, None),
+            stored=stored if config.method == "rtn" else {},
             source=str(folder),
             watch=watch,
         )
@@ -253,8 +254,8 @@ def _source(config: Config, inputs: Inputs, context: Context) -> Path:
     return hub.fetch(config.model, patterns=models.HUB_FILES, key=f"{context.task}.model")
 
 
-def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any]]:
-    """Return the dense model, its weights still on the disk, and its `config.json`."""
+def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Return the dense model, its weights still on the disk, its `config.json`, and what can be read row by row."""
     from mlxflow import models
 
     model, model_config = models.load(folder, lazy=True)
@@ -265,8 +266,9 @@ def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str
                 f"{key}: is quantized already, and what was lost does not come back. Name a dense model, or set "
                 f"{context.task}.requantize = true."
             )
-        model, model_config = models.dequantized(model, model_config)
-    return models.cast(model, model_config, config.dtype)
+        return *models.cast(*models.dequantized(model, model_config), config.dtype), {}
+    stored = models.stored_matrices(folder, model)
+    return *models.cast(model, model_config, config.dtype), stored
 
 
 def _open_tokens(

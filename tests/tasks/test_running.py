@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -180,9 +181,12 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 def _fill(folder: Path) -> Path:
     filler = folder / "filler"
-    with filler.open("wb", 0) as file, suppress(OSError):
-        while file.write(b"x" * 1024):
-            pass
+    with filler.open("wb", 0) as file:
+        for _ in range(5):  # the kernel counts free pages by processor, and may find some later
+            with suppress(OSError):
+                while file.write(b"x" * 1024):
+                    pass
+            time.sleep(0.1)
     return filler
 
 
