@@ -32,6 +32,9 @@ _COMPANIONS = (
     "*.jinja",
 )
 
+# Of a prompt, read at a time: the memory of attention goes with it
+_PREFILL_TOKENS = 512
+
 #: The files of a tokenizer in a model folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -335,11 +338,11 @@ def generate(folder: Path, *, prompt: str, max_tokens: int, temperature: float, 
         seed: of the choice of tokens.
 
     Raises:
-        ArtifactError: the folder is no model folder.
+        ArtifactError: the folder is no model folder, or has no tokenizer.
     """
-    model, tokenizer = _open_for_writing(folder)
+    writer = _Writer(folder)
     yield prompt
-    yield from _write(model, tokenizer, prompt=prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    yield from writer.write(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
 def continue_texts(
@@ -348,63 +351,70 @@ def continue_texts(
     """Return what the model of a folder writes after each prompt, without the prompts; see `generate`.
 
     Raises:
-        ArtifactError: the folder is no model folder.
+        ArtifactError: the folder is no model folder, or has no tokenizer.
+    """
+    writer = _Writer(folder)
+    return [
+        "".join(writer.write(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)) for prompt in prompts
+    ]
+
+
+class _Writer:
+    """A model and its tokenizer, opened without transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model, config = load(folder)
+        self._tokenizer = _open_tokenizer(folder)
+        ends = config.get("eos_token_id")
+        self._ends = set(ends) if isinstance(ends, list) else {ends}
+
+    def write(self, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        ids = self._tokenizer.encode(prompt).ids or sorted(self._ends)  # nothing to read: as after a document's end
+        for token in self._continue(ids, max_tokens, temperature, seed):
+            if text := stream.step(self._tokenizer, token):
+                yield text
+
+    def _continue(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+        from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.sample_utils import make_sampler
+
+        mx.random.seed(seed)
+        sampler, cache = make_sampler(temp=temperature), make_prompt_cache(self._model)
+
+        def following(tokens: mx.array) -> mx.array:
+            logits = self._model(tokens, cache=cache)[:, -1]
+            chosen: mx.array = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+            return chosen
+
+        for begin in range(0, len(ids) - 1, _PREFILL_TOKENS):  # the last one gives the first new token
+            self._model(mx.array([ids[begin : min(begin + _PREFILL_TOKENS, len(ids) - 1)]]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+        token = following(mx.array([ids[-1:]]))
+        for _ in range(max_tokens):
+            mx.async_eval(token)
+            after = following(token[None])  # the host builds the next step meanwhile
+            chosen: int = token.item()  # type: ignore[assignment]
+            if chosen in self._ends:
+                return
+            yield chosen
+            token = after
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` of a model folder.
+
+    Raises:
+        ArtifactError: there is none that can be opened.
     """
     from tokenizers import Tokenizer
 
-    bare.prepare()
-    from mlx_lm.sample_utils import make_sampler
-
-    model, config = load(folder)
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises this very class
-        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({error}). Build it again.") from error
-    ends = config.get("eos_token_id")
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    sampler = make_sampler(temp=temperature)
-    texts = []
-    for prompt in prompts:
-        mx.random.seed(seed)
-        ids = tokenizer.encode(prompt).ids
-        texts.append(tokenizer.decode(list(_continue(model, ids, ends, max_tokens, sampler))))
-    return texts
-
-
-def _continue(
-    model: nn.Module, ids: list[int], ends: set[int], max_tokens: int, sampler: Callable[[mx.array], mx.array]
-) -> Iterator[int]:
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
-    tokens = mx.array([ids])
-    for _ in range(max_tokens):
-        logits = model(tokens, cache=cache)[:, -1]
-        chosen = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        token: int = chosen.item()  # type: ignore[assignment]
-        if token in ends:
-            return
-        yield token
-        tokens = chosen[None]
-
-
-def _open_for_writing(folder: Path) -> tuple[nn.Module, Any]:
-    """Return the model of a folder and its tokenizer."""
-    model, _ = load(folder)
-    try:
-        return model, bare.mlx_lm_utils().load_tokenizer(folder)
-    except (OSError, ValueError) as error:
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return bare.mlx_lm_utils().load_tokenizer(folder).backend_tokenizer
+    except Exception as error:  # tokenizers raises this very class
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error
-
-
-def _write(
-    model: nn.Module, tokenizer: Any, *, prompt: str, max_tokens: int, temperature: float, seed: int
-) -> Iterator[str]:
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(seed)
-    sampler = make_sampler(temp=temperature)
-    for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler):
-        yield response.text
