@@ -52,7 +52,7 @@ ARCHITECTURES = [
     ("gemma", 5, 2),
     ("gemma2", 9, 2),
     ("gemma3_text", 13, 2),
-    ("phi3", 5, 0),
+    ("phi3", 5, 2),
     ("granite", 5, 2),
     ("smollm3", 5, 2),
     ("olmo2", 9, 2),
