@@ -180,9 +180,9 @@ def _ours(
     )
     optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.01, options={})
     begin = time.perf_counter()
-    use = serving.choose_for(
-        model, uses_kernels=kernels, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1
-    )
+    use = serving.nothing()
+    if kernels:
+        use = serving.choose_for(model, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1)
     proof_seconds = time.perf_counter() - begin
     update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
     head = objective.find_head(model, VOCAB)

@@ -34,7 +34,6 @@ def nothing() -> Serving:
 def choose_for(
     model: nn.Module,
     *,
-    uses_kernels: bool,
     dtype: mx.Dtype,
     precision: str,
     sums_gradients: bool,
@@ -44,14 +43,11 @@ def choose_for(
 
     Args:
         model: evaluated.
-        uses_kernels: whether kernels are wanted at all.
         dtype: in which it computes.
         precision: "fp32", "bf16" or "bf16-pure".
         sums_gradients: whether an update may take more than one forward pass.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
     """
-    if not uses_kernels or mx.default_device() == mx.cpu:
-        return nothing()
     from mlxflow.kernels import choice, fitting, operations
 
     fits = fitting.find_fits(model)
