@@ -126,7 +126,7 @@ def kernel_gradients(name: str, a: mx.array, b: mx.array, incoming: mx.array) ->
 
 
 @functools.cache
-def gated(name: str, served: mx.Dtype | None) -> Callable[[mx.array, mx.array], mx.array]:
+def gated(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of a and b.
 
     Args:

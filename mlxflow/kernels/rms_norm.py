@@ -208,7 +208,7 @@ def _split(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
 
 
 @functools.cache
-def rms_norm(eps: float, served: mx.Dtype | None) -> Callable[[mx.array, mx.array], mx.array]:
+def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of rows, (..., D), and weight, (D,).
 
     Args:
