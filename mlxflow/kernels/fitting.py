@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.kernels import gated, operations, rms_norm
+from mlxflow.kernels import gated, names, rms_norm
 from mlxflow.kernels.choice import Choice
 
 
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.rms_norm_name(dtype, module.weight.size)
+        return names.rms_norm_name(dtype, module.weight.size)
 
 
 class GatedMLP(NamedTuple):
@@ -52,7 +52,7 @@ class GatedMLP(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.gated_name(self.activation, dtype)
+        return names.gated_name(self.activation, dtype)
 
 
 class JoinedMLP(NamedTuple):
@@ -72,7 +72,7 @@ class JoinedMLP(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.gated_name(self.activation, dtype)
+        return names.gated_name(self.activation, dtype)
 
 
 class GatedProduct(NamedTuple):
@@ -88,7 +88,7 @@ class GatedProduct(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.gated_name(self.activation, dtype)
+        return names.gated_name(self.activation, dtype)
 
 
 Fit = Norm | GatedMLP | JoinedMLP | GatedProduct
@@ -190,22 +190,24 @@ def _is_plain(value: Any) -> bool:
 
 
 def _may_fit(module: nn.Module) -> bool:
-    """Return whether a layer has as many layers within, and none deeper than an adapter's, as one that could fit."""
-    children = module.children()
-    if children:
-        return len(children) in (2, 3) and all(_input_width(child) is not None for child in children.values())
-    arrays = [value for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
-    return [array.ndim for array in arrays] in ([], [1])
+    """Return whether a layer holds what one that could fit holds: two or three linear layers, a vector, or nothing."""
+    within = [value for value in module.values() if isinstance(value, nn.Module)]
+    if within:
+        return len(within) in (2, 3) and all(_input_width(layer) is not None for layer in within)
+    shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
+    return shapes in ([], [1])
 
 
 def _try_layer(module: nn.Module) -> Fit | None:
-    names = list(module.children())
+    inner = [name for name, value in module.children().items() if isinstance(value, nn.Module)]
     parameters = tree_flatten(module.parameters())
     try:
-        if len(names) == 3:
-            return _try_mlp(module, names)
-        if len(names) == 2:
-            return _try_joined(module, names)
+        if len(inner) != len(module.children()):
+            return None
+        if len(inner) == 3:
+            return _try_mlp(module, inner)
+        if len(inner) == 2:
+            return _try_joined(module, inner)
         if [(path, value.ndim) for path, value in parameters] == [("weight", 1)]:
             return _try_norm(module)
         return None if parameters else _try_product(module)
@@ -239,10 +241,10 @@ def _try_product(module: nn.Module) -> GatedProduct | None:
     return None
 
 
-def _try_mlp(module: nn.Module, names: list[str]) -> GatedMLP | None:
+def _try_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
     with _evaluating(module):
-        for down in names:
-            gate, up = (name for name in names if name != down)
+        for down in inner:
+            gate, up = (name for name in inner if name != down)
             width = _input_width(module[gate])
             if width is None or width != _input_width(module[up]):
                 continue
@@ -255,9 +257,9 @@ def _try_mlp(module: nn.Module, names: list[str]) -> GatedMLP | None:
     return None
 
 
-def _try_joined(module: nn.Module, names: list[str]) -> JoinedMLP | None:
+def _try_joined(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
     with _evaluating(module):
-        for both, down in (names, reversed(names)):
+        for both, down in (inner, reversed(inner)):
             x = _sample((3, _input_width(module[both]) or 0), 0).astype(_compute_type(module))
             joined = module[both](x)
             if joined.shape[-1] != 2 * (_input_width(module[down]) or 0):

@@ -83,11 +83,6 @@ def language() -> str | None:
     return "cuda" if hasattr(mx, "cuda") and mx.cuda.is_available() else None
 
 
-def name_of(dtype: mx.Dtype) -> str:
-    """Return a type's name, such as "bfloat16"."""
-    return str(dtype).rpartition(".")[2]
-
-
 class Source(NamedTuple):
     """A kernel for any device.
 
