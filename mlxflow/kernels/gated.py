@@ -61,8 +61,7 @@ template <int ACT> INLINE void both(float x, LOCAL float& value, LOCAL float& sl
 }
 """,
     body="""
-  int size = 1;
-  for (int i = 0; i < a_ndim; ++i) size *= a_shape[i];
+  const int size = a_size;
   const int at = (group * THREADS + worker) * 8;
   if (at < size) {
     float as[8], bs[8], gs[8];

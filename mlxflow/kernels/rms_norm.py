@@ -28,8 +28,7 @@ _GROUPS = 264
 _ROW = """
   constexpr int VECTORS = D / 8, LANES = 32 * WARPS, TIMES = (VECTORS + LANES - 1) / LANES, SLOTS = THREADS / LANES;
   const int lane = worker % LANES, slot = worker / LANES;
-  int rows = 1;
-  for (int i = 0; i < x_ndim - 1; ++i) rows *= x_shape[i];
+  const int rows = x_size / D;
   SHARED float partial[2][THREADS / 32];
 """
 
