@@ -145,30 +145,38 @@ class Source(NamedTuple):
         """
         made = [("THREADS", THREADS), *constants]
         types = tuple(name_of(one.dtype) for one in inputs), tuple(name_of(one) for one in dtypes)
-        grid, threadgroup = (groups * THREADS, 1, 1), (THREADS, 1, 1)
         words = cast("str", language())
-        if words == "cuda" and (built := _built(self, *types, tuple((name, _shown(value)) for name, value in made))):
-            sizes = [size for array in inputs for size in (array.size, array.shape[-1])]
-            return mx.fast.precompiled_cuda_kernel(
-                name=built.symbol,
-                compiled_source=built.code,
-                inputs=list(inputs),
-                output_shapes=list(shapes),
-                output_dtypes=list(dtypes),
-                scalars=sizes,
-                grid=grid,
-                threadgroup=threadgroup,
-                ensure_row_contiguous=True,
-            )
-        kernel = _compiled(self, words, *types)
-        return kernel(
+        built = None
+        if words == "cuda" and (self is _TRIAL or _programs_run()):
+            built = _built(self, *types, tuple((name, _shown(value)) for name, value in made))
+        call = _compiled(self, words, *types) if built is None else mx.fast.precompiled_cuda_kernel
+        return call(
             inputs=list(inputs),
-            template=made,
-            grid=grid,
-            threadgroup=threadgroup,
+            grid=(groups * THREADS, 1, 1),
+            threadgroup=(THREADS, 1, 1),
             output_shapes=list(shapes),
             output_dtypes=list(dtypes),
+            **({"template": made} if built is None else built.call(inputs)),
         )
+
+
+#: Adds one to every number.
+_TRIAL = Source(
+    "trial", ("x",), ("y",), "const int at = group * THREADS + worker;\nif (at < x_size) y[at] = x[at] + 1;\n"
+)
+
+
+@functools.cache
+def _programs_run() -> bool:
+    """Return whether a program of our own runs on this device: tried on the simplest; what MLX offers may change."""
+    if _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),)) is None:
+        return False
+    x = mx.arange(5, dtype=mx.float32)
+    try:
+        (found,) = _TRIAL.launch([x], constants=[], groups=1, shapes=[(5,)], dtypes=[mx.float32])
+        return bool(found.tolist() == [1, 2, 3, 4, 5])
+    except Exception:  # whatever a driver says, MLX's own way is left
+        return False
 
 
 class Built(NamedTuple):
@@ -181,6 +189,15 @@ class Built(NamedTuple):
 
     symbol: str
     code: bytes
+
+    def call(self, inputs: Sequence[mx.array]) -> dict[str, Any]:
+        """Return what MLX is told of the program beside what it is told of any kernel."""
+        return {
+            "name": self.symbol,
+            "compiled_source": self.code,
+            "scalars": [size for array in inputs for size in (array.size, array.shape[-1])],
+            "ensure_row_contiguous": True,
+        }
 
 
 def program(
@@ -213,7 +230,7 @@ def program(
 
 
 def _shown(value: Any) -> str:
-    return _CUDA_NAMES[name_of(value)] if isinstance(value, mx.Dtype) else str(int(value))
+    return _CUDA_NAMES.get(name_of(value), "") if isinstance(value, mx.Dtype) else str(int(value))
 
 
 @functools.cache
@@ -223,7 +240,7 @@ def _built(
     """Return the compiled program; None where MLX is to make one: for want of a compiler or for a type."""
     from mlxflow.kernels import nvrtc
 
-    if not {*inputs, *outputs} <= _CUDA_NAMES.keys():
+    if not {*inputs, *outputs} <= _CUDA_NAMES.keys() or not all(value for _, value in constants):
         return None
     symbol, text = program(source, inputs, outputs, constants)
     code = nvrtc.compiled(text)
