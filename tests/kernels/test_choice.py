@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mlxflow import device
-from mlxflow.kernels import choice
+from mlxflow import device, doctor
+from mlxflow.kernels import choice, language
 from tests.conftest import REPOSITORY
 
 _GOOD = 'print(\'begin \' + NAME); print(\'{"name": "\' + NAME + \'", "serves": true, "reason": ""}\', flush=True)'
@@ -237,3 +237,12 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
         changed(Path, "read_bytes", lambda _: b"another source"),
     ]
     assert len({usual, *others}) == 5
+
+
+def test_the_doctor_shows_what_the_proof_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._describe_kernels() == "none on this device"
+    monkeypatch.setattr(language, "language", lambda: "metal")
+    assert doctor._describe_kernels() == "not proved yet; the first training run does it"
+    body = "NAME == 'b' and sys.exit(3); " + _GOOD
+    choice.prove_all(["a", "b"], choice.environment(), command=_prover(body), compiler=None, limit_seconds=20)
+    assert doctor._describe_kernels() == "a: serves\nb: its process ended with code 3"
