@@ -1,21 +1,28 @@
 """Measures each kernel against MLX's own way and against a plain addition that moves as many bytes.
 
-    python benchmarks/kernels.py [NAME...]        the shapes of the reference job of benchmarks/train.py; needs a GPU
+    python benchmarks/kernels.py [NAME...]   the shapes of the reference job of benchmarks/train.py; needs a GPU
+    python benchmarks/kernels.py start       what kernels cost a training run's start once they are proved; any device
+    python benchmarks/kernels.py compile     what NVIDIA's compiler takes for each, alone and behind headers such as MLX
+                                             puts before them (CUDA_HOME=...; needs the compiler and no GPU)
 
-One line of JSON a kernel: microseconds, and how often the memory's own pace that is.
+One line of JSON a kernel: microseconds, and how often the memory's own pace that is. Of the start a line for each of
+seven processes: milliseconds, of this process's own work and as the clock on the wall has it.
 """
 
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlxflow import cpu
-from mlxflow.kernels.operations import operation
 
 ROWS, CALLS, ROUNDS = 16 * 1024, 10, 7
 
@@ -56,7 +63,94 @@ def _copy_microseconds(size: int) -> float:
     return _microseconds(lambda a, b: a + b, [one, other])
 
 
+def _starts() -> None:
+    """Print what a later start costs, in processes that share a cache in which everything is proved."""
+    with tempfile.TemporaryDirectory() as cache:
+        for number in range(ROUNDS + 1):
+            command = [sys.executable, __file__, "start-once"]
+            done = subprocess.run(
+                command, env={**os.environ, "XDG_CACHE_HOME": cache}, check=True, capture_output=True, text=True
+            )
+            if number:  # the first process fills the cache
+                print(done.stdout, end="", flush=True)
+
+
+def _start_once() -> None:
+    """Do what `serving.choose_for` does, the proof's outcomes being known, in the reference job's shape."""
+    from benchmarks.train import SHAPE
+    from mlxflow import models
+    from mlxflow.stages import train  # noqa: F401 what a training run has imported anyway
+
+    model = models.build(SHAPE, seed=0)
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    begin, worked = time.perf_counter(), time.process_time()
+    from mlxflow.kernels import choice, fitting
+    from mlxflow.kernels.outcome import Outcome
+
+    fits = fitting.find_fits(model)
+    names = sorted({fit.name(module, mx.bfloat16) for module, fit in fits})
+    place = choice.environment()
+    known = choice.known_outcomes(place)
+    took = {"wall_ms": time.perf_counter() - begin, "process_ms": time.process_time() - worked}
+    if not known:
+        choice.cache_file().parent.mkdir(parents=True)
+        choice._keep(place, dict.fromkeys(names, Outcome(True, "")))
+    shown = {key: round(seconds * 1e3, 1) for key, seconds in took.items()}
+    print(json.dumps({"layers": len(fits), "known": len(known)} | shown), flush=True)
+
+
+_INCLUDES = "".join(
+    f"#include <{name}>\n"
+    for name in (
+        "cuda/std/array",
+        "cuda/std/limits",
+        "cuda/std/tuple",
+        "cuda_bf16.h",
+        "cuda_fp16.h",
+        "cooperative_groups.h",
+    )
+)
+
+
+def _compile() -> None:
+    from mlxflow.kernels import adamw, cross_entropy, gated, language, nvrtc, rms_norm
+
+    fp32, bf16 = "float32", "bfloat16"
+    programs = [
+        (rms_norm._FORWARD, [bf16, bf16, fp32], [bf16], [("D", "576"), ("WARPS", "1")]),
+        (rms_norm._BACKWARD, [bf16, bf16, bf16, fp32], [bf16, fp32], [("D", "576"), ("WARPS", "1")]),
+        (gated._SOURCE, [bf16] * 3, [bf16] * 2, [("ACT", "0")]),
+        (cross_entropy._SOURCE, [bf16, fp32, "uint32", fp32], [bf16], []),
+        (adamw._PLAIN, [bf16] * 4 + [fp32] * 2 + ["bool"] + [fp32] * 3, [bf16] * 3, [("W", bf16)]),
+        (adamw._SQUARES, [bf16], [fp32], []),
+    ]
+    folder = Path(os.environ["CUDA_HOME"]) / "include"
+    library = nvrtc._library()
+    for source, inputs, outputs, constants in programs:
+        _, text = language.program(source, inputs, outputs, [("THREADS", "256"), *constants])
+        took = {}
+        includes = [folder, folder / "cccl"]
+        for what, before, paths in (("ms", "", []), ("with_headers_ms", _INCLUDES, includes)):
+            begin = time.perf_counter()
+            assert nvrtc.compile_for(library, before + text, "sm_90", includes=paths), "it did not compile"
+            took[what] = round((time.perf_counter() - begin) * 1e3)
+        print(json.dumps({"kernel": source.name, "nvrtc": nvrtc._version(library)} | took), flush=True)
+
+
 def _main() -> None:
+    if sys.argv[1:] == ["compile"]:
+        return _compile()
+    if sys.argv[1:] == ["start"]:
+        return _starts()
+    if sys.argv[1:] == ["start-once"]:
+        return _start_once()
+    return _operations()
+
+
+def _operations() -> None:
+    from mlxflow.kernels.operations import operation
+
     for name, numbers, bytes_each in CASES:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue

@@ -1,10 +1,14 @@
 """Training against its peers: tokens a second and peak memory, each row in a process of its own, paired in one run.
 
     python benchmarks/train.py gpu [ROW ...]    the reference job: SmolLM2-135M's shape, 16 x 1,024 random tokens a step
+                                                (rows that begin with "1B": a 1-billion-parameter Llama, 8 x 2,048)
+    python benchmarks/train.py rows             their names
+    TINY=1 python benchmarks/train.py gpu ...   the same rows in a tiny shape, to try the script on any device
     python benchmarks/train.py cpu              the built-in corpus, each document a row for mlx-lm, packed for us
     CONTEXT=2048 python benchmarks/train.py cpu ... in mlx-lm's own longest rows
 
-Prints one line of JSON a row. `gpu` needs a GPU (and PyTorch for its rows), `cpu` takes about ten minutes on two cores.
+Prints one line of JSON a row; TFLOP/s are six times the parameters a token, against what the row of the matrix product
+reaches. `gpu` needs a GPU (and PyTorch for its rows), `cpu` takes about ten minutes on two cores.
 """
 
 import contextlib
@@ -18,13 +22,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlxflow import cpu
 
-BATCH, LENGTH, STEPS, WARM, VOCAB = 16, 1024, 30, 6, 49_152
+STEPS, WARM = 30, 6
 SHAPE = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -33,15 +37,71 @@ SHAPE = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "rms_norm_eps": 1e-5,
-    "vocab_size": VOCAB,
+    "vocab_size": 49_152,
     "max_position_embeddings": 2048,
     "rope_theta": 1e5,
     "tie_word_embeddings": True,
 }
+LARGE_SHAPE = SHAPE | {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32_768,
+}
+TINY_SHAPE = SHAPE | {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
 
 
-def _tell(row: str, tokens_per_second: float, peak_bytes: float, **more: Any) -> None:
+class Job(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        shape: of the model: its `config.json`.
+        batch: rows a step.
+        length: tokens of a row.
+    """
+
+    shape: dict[str, Any]
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.length
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of tokens."""
+        return int(self.shape["vocab_size"])
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the matrices, the embedding being the head too."""
+        hidden, heads = self.shape["hidden_size"], self.shape["num_attention_heads"]
+        attention = hidden * hidden * 2 + 2 * hidden * hidden * self.shape["num_key_value_heads"] // heads
+        block = attention + 3 * hidden * self.shape["intermediate_size"]
+        return int(self.shape["num_hidden_layers"] * block + self.vocab_size * hidden)
+
+
+REFERENCE, LARGE = Job(SHAPE, 16, 1024), Job(LARGE_SHAPE, 8, 2048)
+if os.environ.get("TINY"):
+    STEPS = 12
+    REFERENCE, LARGE = Job(TINY_SHAPE, 16, 16), Job(TINY_SHAPE, 8, 32)
+
+
+def _tell(row: str, tokens_per_second: float, peak_bytes: float, job: Job | None = None, **more: Any) -> None:
     told = {"row": row, "tokens_per_second": round(tokens_per_second), "peak_gb": round(peak_bytes / 1e9, 2)}
+    if job is not None:
+        told["tflops"] = round(6 * job.parameters * tokens_per_second / 1e12, 1)
     print(json.dumps(told | more), flush=True)
 
 
@@ -61,94 +121,100 @@ class _Reports:
 # --- the reference job
 
 
-def _random_rows() -> Any:
-    return np.random.default_rng(0).integers(0, VOCAB, size=((STEPS + WARM) * BATCH, LENGTH + 1)).astype(np.int32)
+def _random_rows(job: Job) -> Any:
+    size = ((STEPS + WARM) * job.batch, job.length + 1)
+    return np.random.default_rng(0).integers(0, job.vocab_size, size=size).astype(np.int32)
 
 
-def _model(dtype: str) -> Any:
+def _model(job: Job, dtype: str) -> Any:
     import mlx.core as mx
 
     from mlxflow import models
 
-    model = models.build(SHAPE, seed=0)
+    model = models.build(job.shape, seed=0)
     model.set_dtype(getattr(mx, dtype))
     mx.eval(model.parameters())
     return model
 
 
-def _mlx_lm(row: str) -> None:
+def _mlx_lm(row: str, *, job: Job = REFERENCE) -> None:
     import mlx.core as mx
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
-    model = _model("bfloat16")
-    data = [(line.tolist(), 0) for line in _random_rows()]
+    model = _model(job, "bfloat16")
+    data = [(line.tolist(), 0) for line in _random_rows(job)]
     told = _Reports()
     mx.reset_peak_memory()
     arguments = TrainingArgs(
-        batch_size=BATCH,
+        batch_size=job.batch,
         iters=STEPS + WARM,
         steps_per_report=6,
-        max_seq_length=LENGTH + 1,
+        max_seq_length=job.length + 1,
         adapter_file=tempfile.mkdtemp() + "/a.safetensors",
         steps_per_save=10**6,
     )
     with contextlib.redirect_stdout(sys.stderr):
         train(model, optim.AdamW(1e-4), data, None, arguments, training_callback=told)
     rate = statistics.median(log["iterations_per_second"] for log in told.logs[1:])
-    _tell(row, rate * BATCH * LENGTH, told.logs[-1]["peak_memory"] * 1e9)
+    _tell(row, rate * job.tokens, told.logs[-1]["peak_memory"] * 1e9, job)
 
 
-def _naive(row: str) -> None:
+def _naive(row: str, *, job: Job = REFERENCE) -> None:
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
 
-    model = _model("float32")
+    model = _model(job, "float32")
     optimizer = optim.AdamW(1e-4)
     compute = nn.value_and_grad(
         model, lambda model, x: nn.losses.cross_entropy(model(x[:, :-1]), x[:, 1:], reduction="mean")
     )
-    rows = _random_rows()
+    rows = _random_rows(job)
     mx.reset_peak_memory()
     begin = 0.0
     for number in range(STEPS + WARM):
         if number == WARM:
             begin = time.perf_counter()
-        loss, gradients = compute(model, mx.array(rows[number * BATCH : (number + 1) * BATCH]))
+        loss, gradients = compute(model, mx.array(rows[number * job.batch : (number + 1) * job.batch]))
         optimizer.update(model, gradients)
         mx.eval(loss, model.state, optimizer.state)
-    _tell(row, STEPS * BATCH * LENGTH / (time.perf_counter() - begin), mx.get_peak_memory())
+    _tell(row, STEPS * job.tokens / (time.perf_counter() - begin), mx.get_peak_memory(), job)
 
 
-def _torch(row: str) -> None:
+def _torch(row: str, *, job: Job = REFERENCE) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {key: value for key, value in SHAPE.items() if key != "model_type"}
-    model: Any = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).cuda().to(torch.bfloat16)
+    shape = {key: value for key, value in job.shape.items() if key != "model_type"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on which the row says nothing, but runs
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).to(device).to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model)
-    rows = _random_rows()
-    torch.cuda.reset_peak_memory_stats()
+    rows = _random_rows(job)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     begin = 0.0
     for number in range(STEPS + WARM):
         if number == WARM:
-            torch.cuda.synchronize()
+            wait()
             begin = time.perf_counter()
-        batch = torch.from_numpy(rows[number * BATCH : (number + 1) * BATCH]).long().cuda(non_blocking=True)
+        batch = (
+            torch.from_numpy(rows[number * job.batch : (number + 1) * job.batch]).long().to(device, non_blocking=True)
+        )
         logits = forward(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.float().reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(logits.float().reshape(-1, job.vocab_size), batch[:, 1:].reshape(-1))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    _tell(row, STEPS * BATCH * LENGTH / (time.perf_counter() - begin), torch.cuda.max_memory_allocated())
+    wait()
+    seconds = time.perf_counter() - begin
+    _tell(row, STEPS * job.tokens / seconds, torch.cuda.max_memory_allocated() if device == "cuda" else 0, job)
 
 
 def _ours(
     row: str,
     *,
+    job: Job = REFERENCE,
     accum: int = 1,
     precision: str = "bf16-pure",
     fused: bool = False,
@@ -173,26 +239,26 @@ def _ours(
 
     limit = int(limit_gb * 1e9) or int(device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
-    model = _model("float32" if precision == "fp32" else "bfloat16")
+    model = _model(job, "float32" if precision == "fp32" else "bfloat16")
     model.train()
     schedule = make_schedule(
         name="constant", learning_rate=1e-4, final_learning_rate=0, num_steps=1, warmup_steps=0, decay_steps=0
     )
     optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.01, options={})
     begin = time.perf_counter()
-    use = serving.choose_for(
-        model, uses_kernels=kernels, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1
-    )
+    use = serving.nothing()
+    if kernels:
+        use = serving.choose_for(model, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1)
     proof_seconds = time.perf_counter() - begin
     update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
-    head = objective.find_head(model, VOCAB)
+    head = objective.find_head(model, job.vocab_size)
     goal = objective.plain_objective(masks_documents=False, uses_kernel=use.serves_loss)
     if fused and head is not None:
-        chunk = objective.chunk_rows(VOCAB)
+        chunk = objective.chunk_rows(job.vocab_size)
         goal = objective.fused_objective(head, masks_documents=False, chunk_rows=chunk, uses_kernel=use.serves_loss)
-    tokens = _random_rows()
+    tokens = _random_rows(job)
     rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
-    size = BATCH // accum
+    size = job.batch // accum
     plan = Plan(
         num_steps=STEPS + WARM,
         lazy_eval_every=lazy,
@@ -215,7 +281,7 @@ def _ours(
             sizes=BatchSizes(
                 batch_size=size,
                 max_batch_size=size,
-                rows_per_update=BATCH,
+                rows_per_update=job.batch,
                 grad_accum_steps=accum,
                 grow_below=0.5,
                 shrink_above=0.8,
@@ -238,6 +304,7 @@ def _ours(
         row,
         (last["tokens"] - first["tokens"]) / seconds,
         result.peak_memory_bytes,
+        job,
         limit_gb=limit_gb,
         rows_a_pass=size,
         kernels=len(use.serving),
@@ -254,8 +321,29 @@ def _compute_type(precision: str) -> Any:
     return mx.float32 if precision == "fp32" else mx.bfloat16
 
 
+def _matrix_product(row: str) -> None:
+    """Measure what the matrix units reach: bf16 products of 8,192 x 8,192."""
+    import mlx.core as mx
+
+    size = 256 if os.environ.get("TINY") else 8192
+    a, b = (mx.random.normal((size, size), key=mx.random.key(seed)).astype(mx.bfloat16) for seed in (0, 1))
+    mx.eval(a, b)
+    times = []
+    for _ in range(STEPS):
+        mx.synchronize()
+        begin = time.perf_counter()
+        mx.eval([a @ b for _ in range(4)])
+        mx.synchronize()
+        times.append((time.perf_counter() - begin) / 4)
+    print(json.dumps({"row": row, "tflops": round(2 * size**3 / statistics.median(times) / 1e12, 1)}), flush=True)
+
+
+_anew = partial(_ours, every=1, fused=True)
+_large = partial(_ours, job=LARGE)
+
 # None of the peers measures or clips the gradient's norm, nor do ours but where it is said.
 GPU_ROWS: dict[str, Callable[[str], None]] = {
+    "matrix product, bf16": _matrix_product,
     "mlx-lm trainer, bf16": _mlx_lm,
     "naive: fp32, uncompiled, evaluated each step": _naive,
     "PyTorch compiled, bf16": _torch,
@@ -263,13 +351,33 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
     "mlxflow bf16-pure, without kernels": partial(_ours, kernels=False),
     "mlxflow bf16-pure, norm clipped": partial(_ours, max_grad_norm=1.0),
     "mlxflow bf16-pure, limit 16.9 GB": partial(_ours, limit_gb=16.9),
+    "mlxflow bf16-pure, limit 16.5 GB": partial(_ours, limit_gb=16.5),
     "mlxflow bf16-pure, fused loss, limit 16 GB": partial(_ours, fused=True, limit_gb=16),
-    "mlxflow bf16-pure, every layer anew, fused loss, limit 5.9 GB": partial(_ours, every=1, fused=True, limit_gb=5.9),
-    "mlxflow bf16-pure, 2 passes, every 2nd layer anew, fused loss, limit 5.9 GB": partial(
-        _ours, accum=2, every=2, fused=True, limit_gb=5.9
-    ),
+    **{
+        f"mlxflow bf16-pure, every layer anew, fused loss, limit {limit} GB": partial(_anew, limit_gb=limit)
+        for limit in (7.0, 5.9, 5.6, 5.5, 4.5)
+    },
+    **{
+        f"mlxflow bf16-pure, 2 passes, every 2nd layer anew, fused loss, limit {limit} GB": partial(
+            _anew, accum=2, every=2, limit_gb=limit
+        )
+        for limit in (5.9, 5.6, 5.5, 4.5)
+    },
     "mlxflow bf16 with fp32 masters": partial(_ours, precision="bf16"),
     "mlxflow fp32": partial(_ours, precision="fp32"),
+    "1B: mlx-lm trainer, bf16": partial(_mlx_lm, job=LARGE),
+    "1B: PyTorch compiled, bf16": partial(_torch, job=LARGE),
+    "1B: mlxflow bf16-pure": _large,
+    "1B: mlxflow bf16-pure, without kernels": partial(_large, kernels=False),
+    "1B: mlxflow bf16-pure, limit 45 GB": partial(_large, limit_gb=45),
+    "1B: mlxflow bf16-pure, fused loss, limit 45 GB": partial(_large, fused=True, limit_gb=45),
+    # the most that fits in 16 GB: of these the one with the most rows in a pass whose peak is under it
+    **{
+        f"1B: mlxflow bf16-pure, {8 // accum} rows a pass, every layer anew, fused loss, limit 15.5 GB": partial(
+            _large, accum=accum, every=1, fused=True, limit_gb=15.5
+        )
+        for accum in (1, 2, 4, 8)
+    },
 }
 
 
@@ -399,6 +507,10 @@ def _main() -> None:
     match sys.argv[1:]:
         case ["row", name]:
             GPU_ROWS[name](name)
+        case ["rows"]:
+            print("\n".join(GPU_ROWS))
+        case ["gpu", *names] if unknown := [name for name in names if name not in GPU_ROWS]:
+            sys.exit(f"no row {unknown[0]!r}; `python benchmarks/train.py rows` lists them")
         case ["gpu", *names]:
             for name in names or GPU_ROWS:
                 done = subprocess.run([sys.executable, __file__, "row", name], check=False)

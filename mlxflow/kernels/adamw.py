@@ -20,8 +20,7 @@ import mlx.core as mx
 from mlxflow.kernels.language import Source, groups_for
 
 _BODY = """
-  int size = 1;
-  for (int i = 0; i < w_ndim; ++i) size *= w_shape[i];
+  const int size = w_size;
   const float b1 = settings[0], b2 = settings[1], eps = settings[2];
   const float shrink = 1.0f - rate[0] * settings[3], moving = rate[0] * first[0], times = scale[0], widening = root[0];
   const int at = (group * THREADS + worker) * 8;
@@ -167,8 +166,7 @@ _SQUARES = Source(
     ("x",),
     ("sums",),
     """
-  int size = 1;
-  for (int i = 0; i < x_ndim; ++i) size *= x_shape[i];
+  const int size = x_size;
   const int step = groups * THREADS * 8;
   float sum = 0;
   int at = (group * THREADS + worker) * 8;

@@ -2,25 +2,23 @@
 
 import hashlib
 import json
-import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxflow import device
 from mlxflow.kernels.language import language
-from mlxflow.kernels.proof import Outcome
+from mlxflow.kernels.outcome import Outcome
 from mlxflow.locking import device_lock, hold
 
-#: Seconds that the proof of one kernel may take, its compilation included.
-LIMIT_SECONDS = 30.0
+#: Seconds without a word after which a kernel hangs: on CUDA MLX may compile three operations for one, 10 s each.
+LIMIT_SECONDS = 120.0
 
 _COMMAND = (sys.executable, "-m", "mlxflow.kernels.proof")
+
 _LACKING = Outcome(False, "MLX takes no kernels on this device")
 
 
@@ -65,18 +63,18 @@ def cache_file() -> Path:
     return device_lock().with_name("kernels.json")
 
 
-def choose(names: Iterable[str], *, command: Sequence[str] = _COMMAND, limit_seconds: float = LIMIT_SECONDS) -> Choice:
+def choose(names: Iterable[str]) -> Choice:
     """Return which of the wanted kernels serve on the default device; prove those of which nothing is known.
 
     Args:
         names: of the wanted kernels.
-        command: what proves the names that follow it.
-        limit_seconds: for each.
     """
     wanted = sorted(set(names))
-    if language() is None:
+    words = language()
+    if words is None:
         return Choice(dict.fromkeys(wanted, _LACKING))
-    return Choice(prove_all(wanted, environment(), command=command, limit_seconds=limit_seconds))
+    compiler = (*_COMMAND, "--compile") if words == "cuda" else None  # seconds each; Metal's takes a moment
+    return Choice(prove_all(wanted, environment(), command=_COMMAND, compiler=compiler, limit_seconds=LIMIT_SECONDS))
 
 
 def environment() -> str:
@@ -84,11 +82,14 @@ def environment() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return " | ".join([device.name(), platform.platform(), f"mlx {version('mlx')}", digest.hexdigest()[:16]])
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    return " | ".join([device.name(), system, f"mlx {device.environment(None)['mlx']}", digest.hexdigest()[:16]])
 
 
-def prove_all(names: Sequence[str], place: str, *, command: Sequence[str], limit_seconds: float) -> dict[str, Outcome]:
-    """Return the outcome of each kernel, from the cache where it is there.
+def prove_all(
+    names: Sequence[str], place: str, *, command: Sequence[str], compiler: Sequence[str] | None, limit_seconds: float
+) -> dict[str, Outcome]:
+    """Return the outcome of each kernel, from the cache where it is there; say of new ones why they do not serve.
 
     Where two processes want the same, one proves and the other waits. A cache that is damaged counts as empty, one
     that cannot be written is done without.
@@ -96,8 +97,10 @@ def prove_all(names: Sequence[str], place: str, *, command: Sequence[str], limit
     Args:
         names: of the wanted kernels.
         place: what the outcomes hold for.
-        command: see `choose`.
-        limit_seconds: see `choose`.
+        command: proves the kernels whose names follow it, and tells as `mlxflow.kernels.proof` does.
+        compiler: compiles the kernel whose name follows it, so that its proof finds it compiled; all are compiled at
+            the same time. None where that takes no time to speak of.
+        limit_seconds: that one kernel may take, of each of the two.
     """
     known = known_outcomes(place)
     if all(name in known for name in names):
@@ -107,7 +110,7 @@ def prove_all(names: Sequence[str], place: str, *, command: Sequence[str], limit
         known = known_outcomes(place)
         missing = [name for name in names if name not in known]
         if missing:
-            known |= _prove_alone(missing, command, limit_seconds)
+            known |= _prove_missing(missing, command, compiler, limit_seconds)
             _keep(place, known)
     return {name: known[name] for name in names}
 
@@ -118,9 +121,11 @@ def known_outcomes(place: str) -> dict[str, Outcome]:
     found = {}
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         try:
-            found[name] = Outcome(**entry)
+            outcome = Outcome(**entry)
         except TypeError:
             continue
+        if isinstance(outcome.serves, bool) and isinstance(outcome.reason, str):
+            found[name] = outcome
     return found
 
 
@@ -142,42 +147,18 @@ def _keep(place: str, outcomes: Mapping[str, Outcome]) -> None:
         return  # proved anew next time
 
 
-def _prove_alone(names: Sequence[str], command: Sequence[str], limit_seconds: float) -> dict[str, Outcome]:
-    """Prove kernels in a process of their own; go on after one that hangs or crashes."""
-    left = list(names)
-    outcomes: dict[str, Outcome] = {}
-    while left:
-        found, begun, end = _run([*command, *left], limit_seconds * len(left))
-        outcomes |= found
-        left = [name for name in left if name not in found]
-        if left:
-            failed = begun if begun in left else left[0]
-            outcomes[failed] = Outcome(False, end)
-            left.remove(failed)
+def _prove_missing(
+    names: Sequence[str], command: Sequence[str], compiler: Sequence[str] | None, limit_seconds: float
+) -> dict[str, Outcome]:
+    from mlxflow.kernels import processes
+
+    _say(f"proving {len(names)} GPU kernels, once on this device: {', '.join(names)}")
+    outcomes = processes.prove(names, command=command, compiler=compiler, limit_seconds=limit_seconds)
+    for name, outcome in sorted(outcomes.items()):
+        if not outcome.serves:
+            _say(f"GPU kernel {name} is not used on this device: {outcome.reason}")
     return outcomes
 
 
-def _run(command: Sequence[str], limit_seconds: float) -> tuple[dict[str, Outcome], str, str]:
-    """Return the outcomes that a process told, the name it began last, and how it ended."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=limit_seconds, env=dict(os.environ)
-        )
-        output = done.stdout
-        said = done.stderr.strip().splitlines()
-        end = f"its process ended with code {done.returncode}" + (f": {said[-1][:200]}" if said else "")
-    except subprocess.TimeoutExpired as expired:
-        output = (expired.stdout or b"").decode() if isinstance(expired.stdout, bytes) else (expired.stdout or "")
-        end = f"its proof did not end within {limit_seconds:.0f} s"
-    found, begun = {}, ""
-    for line in output.splitlines():
-        if line.startswith("begin "):
-            begun = line.removeprefix("begin ")
-            continue
-        try:
-            told = json.loads(line)
-            name = told.pop("name")
-            found[name] = Outcome(**told)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found, begun, end
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ _SOURCE = Source(
     inputs=("z", "s", "t", "w"),
     outputs=("dz",),
     body="""
-  const int wide = z_shape[1];
+  const int wide = z_width;
   const float sum = s[group], weight = w[group];
   const int target = static_cast<int>(t[group]);
   for (int at = worker * 8; at < wide; at += THREADS * 8) {

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.kernels import gated, operations, rms_norm
+from mlxflow.kernels import gated, names, rms_norm
 from mlxflow.kernels.choice import Choice
 
 
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.rms_norm_name(dtype, module.weight.size)
+        return names.rms_norm_name(dtype, module.weight.size)
 
 
 class GatedMLP(NamedTuple):
@@ -52,7 +52,27 @@ class GatedMLP(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.gated_name(self.activation, dtype)
+        return names.gated_name(self.activation, dtype)
+
+
+class JoinedMLP(NamedTuple):
+    """A layer that is down(act(a) * b), where one projection gives both a and b, its two halves.
+
+    Attributes:
+        activation: the activation's name.
+        gate: 0 where the first half is activated, 1 where the second is.
+        both: the attribute of the projection that gives both.
+        down: the attribute of the last projection.
+    """
+
+    activation: str
+    gate: int
+    both: str
+    down: str
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return names.gated_name(self.activation, dtype)
 
 
 class GatedProduct(NamedTuple):
@@ -68,10 +88,10 @@ class GatedProduct(NamedTuple):
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return operations.gated_name(self.activation, dtype)
+        return names.gated_name(self.activation, dtype)
 
 
-Fit = Norm | GatedMLP | GatedProduct
+Fit = Norm | GatedMLP | JoinedMLP | GatedProduct
 
 
 def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
@@ -85,6 +105,8 @@ def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
     known: dict[Hashable, Fit | None] = {}
     found = []
     for _, module in model.named_modules():
+        if not _may_fit(module):
+            continue
         key = _likeness(module)
         if key not in known:
             known[key] = _try_layer(module)
@@ -133,6 +155,15 @@ def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Modul
                 return plain.__call__(self, x, *others, **named)
             return self[fit.down](product(self[fit.gate](x), self[fit.up](x)))
 
+    elif isinstance(fit, JoinedMLP):
+        halves = gated.gated(fit.activation, dtype)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            if others or named:
+                return plain.__call__(self, x, *others, **named)
+            two = mx.split(self[fit.both](x), 2, axis=-1)
+            return self[fit.down](halves(two[fit.gate], two[1 - fit.gate]))
+
     else:
         both = gated.gated(fit.activation, dtype)
 
@@ -158,21 +189,30 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float | str | bool | None)
 
 
+def _may_fit(module: nn.Module) -> bool:
+    """Return whether a layer holds what one that could fit holds: two or three linear layers, a vector, or nothing."""
+    within = [value for value in module.values() if isinstance(value, nn.Module)]
+    if within:
+        return len(within) in (2, 3) and all(_input_width(layer) is not None for layer in within)
+    shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
+    return shapes in ([], [1])
+
+
 def _try_layer(module: nn.Module) -> Fit | None:
-    children: list[tuple[str, nn.Module]] = [
-        (name, child) for name, child in module.children().items() if isinstance(child, nn.Module)
-    ]
+    inner = [name for name, value in module.children().items() if isinstance(value, nn.Module)]
     parameters = tree_flatten(module.parameters())
     try:
-        if not children and [(path, value.ndim) for path, value in parameters] == [("weight", 1)]:
+        if len(inner) != len(module.children()):
+            return None
+        if len(inner) == 3:
+            return _try_mlp(module, inner)
+        if len(inner) == 2:
+            return _try_joined(module, inner)
+        if [(path, value.ndim) for path, value in parameters] == [("weight", 1)]:
             return _try_norm(module)
-        if not children and not parameters:
-            return _try_product(module)
-        if len(children) == 3 and len(module.children()) == 3:
-            return _try_mlp(module, [name for name, _ in children])
+        return None if parameters else _try_product(module)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
         return None
-    return None
 
 
 def _try_norm(module: nn.Module) -> Norm | None:
@@ -201,12 +241,10 @@ def _try_product(module: nn.Module) -> GatedProduct | None:
     return None
 
 
-def _try_mlp(module: nn.Module, names: list[str]) -> GatedMLP | None:
-    was_training = module.training
-    module.eval()  # an adapter's dropout is not what it computes
-    try:
-        for down in names:
-            gate, up = (name for name in names if name != down)
+def _try_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
+    with _evaluating(module):
+        for down in inner:
+            gate, up = (name for name in inner if name != down)
             width = _input_width(module[gate])
             if width is None or width != _input_width(module[up]):
                 continue
@@ -216,15 +254,39 @@ def _try_mlp(module: nn.Module, names: list[str]) -> GatedMLP | None:
                 product = gated.reference(activation, module[one](x), module[other](x))
                 if product.shape[-1] == _input_width(module[down]) and _same(found, module[down](product)):
                     return GatedMLP(activation, one, other, down)
-    finally:
-        module.train(was_training)
     return None
 
 
-def _input_width(layer: nn.Module) -> int | None:
-    """Return how many numbers a linear layer takes, quantized or with an adapter too."""
-    inner = layer.linear if "linear" in layer else layer
-    if not isinstance(inner, nn.Module) or "weight" not in inner:
+def _try_joined(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
+    with _evaluating(module):
+        for both, down in (inner, reversed(inner)):
+            x = _sample((3, _input_width(module[both]) or 0), 0).astype(_compute_type(module))
+            joined = module[both](x)
+            if joined.shape[-1] != 2 * (_input_width(module[down]) or 0):
+                continue
+            found, two = module(x), mx.split(joined, 2, axis=-1)
+            for activation, gate in itertools.product(gated.ACTIVATIONS, (0, 1)):
+                product = gated.reference(activation, two[gate], two[1 - gate])
+                if _same(found, module[down](product)):
+                    return JoinedMLP(activation, gate, both, down)
+    return None
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a layer into evaluation mode until the block ends: an adapter's dropout is not what it computes."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def _input_width(layer: Any) -> int | None:
+    """Return how many numbers a linear layer takes, quantized or with an adapter too; None for what is none."""
+    inner = layer.linear if isinstance(layer, nn.Module) and "linear" in layer else layer
+    if not isinstance(inner, nn.Module) or "weight" not in inner or inner.weight.ndim != 2:
         return None
     width: int = inner.weight.shape[-1]
     return width * 32 // inner.bits if isinstance(inner, nn.QuantizedLinear) else width
@@ -247,4 +309,4 @@ def _same(found: Any, expected: mx.array) -> bool:
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     largest = mx.abs(expected).max(-1)
     error = mx.abs(found - expected).max(-1)
-    return bool((largest > 0).all()) and bool((error <= tolerance * largest).all())
+    return bool(((largest > 0) & (error <= tolerance * largest)).all())

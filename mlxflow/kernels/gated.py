@@ -61,8 +61,7 @@ template <int ACT> INLINE void both(float x, LOCAL float& value, LOCAL float& sl
 }
 """,
     body="""
-  int size = 1;
-  for (int i = 0; i < a_ndim; ++i) size *= a_shape[i];
+  const int size = a_size;
   const int at = (group * THREADS + worker) * 8;
   if (at < size) {
     float as[8], bs[8], gs[8];
@@ -126,7 +125,7 @@ def kernel_gradients(name: str, a: mx.array, b: mx.array, incoming: mx.array) ->
 
 
 @functools.cache
-def gated(name: str, served: mx.Dtype | None) -> Callable[[mx.array, mx.array], mx.array]:
+def gated(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of a and b.
 
     Args:

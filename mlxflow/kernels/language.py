@@ -1,15 +1,21 @@
 """One source for two languages: what CUDA and Metal call differently has one name in a kernel's body.
 
 A body is written for a group of `THREADS` threads. It knows `group` and `groups` (this one's number, how many there
-are), `worker` (its thread within the group), reads and writes eight numbers at a time
-as fp32, and sums over 32 neighbours.
+are), `worker` (its thread within the group), and of an input x `x_size` and `x_width`, how many numbers it has and its
+last dimension. It reads and writes eight numbers at a time as fp32, and sums over 32 neighbours.
+
+On CUDA it becomes a program of its own (`program`), compiled by `nvrtc`; where that cannot be, and on Metal, MLX makes
+one of it.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+
+from mlxflow.kernels.names import name_of
 
 #: Threads in a group, in every kernel.
 THREADS = 256
@@ -65,6 +71,25 @@ template <typename T> INLINE void write_8(device T* to, thread const float (&fro
 }
 """
 
+# What a program needs of bfloat16, as `cuda_bf16.h` has it
+_CUDA_TYPES = """
+struct bfloat16 {
+  unsigned short bits;
+  bfloat16() = default;
+  __device__ __forceinline__ explicit bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  __device__ __forceinline__ explicit operator float() const { return __uint_as_float(unsigned(bits) << 16); }
+};
+"""
+
+_CUDA_NAMES = {
+    "bool": "bool",
+    "int32": "int",
+    "uint32": "unsigned int",
+    "int64": "long long",
+    "float32": "float",
+    "bfloat16": "bfloat16",
+}
+
 _PLACE = {
     "cuda": "const int group = blockIdx.x, groups = gridDim.x, worker = threadIdx.x;\n",
     "metal": (
@@ -81,11 +106,6 @@ def language() -> str | None:
     if mx.metal.is_available():
         return "metal"
     return "cuda" if hasattr(mx, "cuda") and mx.cuda.is_available() else None
-
-
-def name_of(dtype: mx.Dtype) -> str:
-    """Return a type's name, such as "bfloat16"."""
-    return str(dtype).rpartition(".")[2]
 
 
 class Source(NamedTuple):
@@ -123,25 +143,132 @@ class Source(NamedTuple):
             shapes: of the results.
             dtypes: of the results.
         """
-        kernel = _compiled(self, cast("str", language()))
-        return kernel(
+        made = [("THREADS", THREADS), *constants]
+        types = tuple(name_of(one.dtype) for one in inputs), tuple(name_of(one) for one in dtypes)
+        words = cast("str", language())
+        built = None
+        if words == "cuda" and (self is _TRIAL or _programs_run()):
+            built = _built(self, *types, tuple((name, _shown(value)) for name, value in made))
+        call = _compiled(self, words, *types) if built is None else mx.fast.precompiled_cuda_kernel
+        return call(
             inputs=list(inputs),
-            template=[("THREADS", THREADS), *constants],
             grid=(groups * THREADS, 1, 1),
             threadgroup=(THREADS, 1, 1),
             output_shapes=list(shapes),
             output_dtypes=list(dtypes),
+            **({"template": made} if built is None else built.call(inputs)),
         )
 
 
+#: Adds one to every number.
+_TRIAL = Source(
+    "trial", ("x",), ("y",), "const int at = group * THREADS + worker;\nif (at < x_size) y[at] = x[at] + 1;\n"
+)
+
+
 @functools.cache
-def _compiled(source: Source, words: str) -> Callable[..., list[mx.array]]:
+def _programs_run() -> bool:
+    """Return whether a program of our own runs on this device: tried on the simplest; what MLX offers may change."""
+    if _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),)) is None:
+        return False
+    x = mx.arange(5, dtype=mx.float32)
+    try:
+        (found,) = _TRIAL.launch([x], constants=[], groups=1, shapes=[(5,)], dtypes=[mx.float32])
+        return bool(found.tolist() == [1, 2, 3, 4, 5])
+    except Exception:  # whatever a driver says, MLX's own way is left
+        return False
+
+
+class Built(NamedTuple):
+    """A compiled program.
+
+    Attributes:
+        symbol: the kernel's name in it.
+        code: the device's.
+    """
+
+    symbol: str
+    code: bytes
+
+    def call(self, inputs: Sequence[mx.array]) -> dict[str, Any]:
+        """Return what MLX is told of the program beside what it is told of any kernel."""
+        return {
+            "name": self.symbol,
+            "compiled_source": self.code,
+            "scalars": [size for array in inputs for size in (array.size, array.shape[-1])],
+            "ensure_row_contiguous": True,
+        }
+
+
+def program(
+    source: Source, inputs: Sequence[str], outputs: Sequence[str], constants: Sequence[tuple[str, str]]
+) -> tuple[str, str]:
+    """Return a kernel's name and the CUDA program that has it, which includes nothing.
+
+    Its arguments are the inputs, the outputs, and of each input how many numbers it has and its last dimension.
+
+    Args:
+        source: the kernel.
+        inputs: names of their types.
+        outputs: names of their types.
+        constants: names and values, as a program has them.
+
+    Raises:
+        KeyError: a type has no name here.
+    """
+    arguments = [f"const {_CUDA_NAMES[one]}* {name}" for name, one in zip(source.inputs, inputs, strict=True)]
+    arguments += [f"{_CUDA_NAMES[one]}* {name}" for name, one in zip(source.outputs, outputs, strict=True)]
+    arguments += [f"int {name}_{what}" for name in source.inputs for what in ("size", "width")]
+    known = "".join(
+        f"using {name} = {value};\n" if value in _CUDA_NAMES.values() else f"constexpr int {name} = {value};\n"
+        for name, value in constants
+    )
+    body = f"({', '.join(arguments)}) {{\n{known}{_PLACE['cuda']}{source.body}}}\n"
+    before = _CUDA_TYPES + _CUDA + source.header
+    symbol = f"mlxflow_{source.name}_{hashlib.sha256((before + body).encode()).hexdigest()[:16]}"
+    return symbol, f'{before}extern "C" __global__ void {symbol}{body}'
+
+
+def _shown(value: Any) -> str:
+    return _CUDA_NAMES.get(name_of(value), "") if isinstance(value, mx.Dtype) else str(int(value))
+
+
+@functools.cache
+def _built(
+    source: Source, inputs: tuple[str, ...], outputs: tuple[str, ...], constants: tuple[tuple[str, str], ...]
+) -> Built | None:
+    """Return the compiled program; None where MLX is to make one: for want of a compiler or for a type."""
+    from mlxflow.kernels import nvrtc
+
+    if not {*inputs, *outputs} <= _CUDA_NAMES.keys() or not all(value for _, value in constants):
+        return None
+    symbol, text = program(source, inputs, outputs, constants)
+    code = nvrtc.compiled(text)
+    return None if code is None else Built(symbol, code)
+
+
+def _sizes(source: Source) -> str:
+    """Return what tells a kernel that MLX makes of `x_size` and `x_width`, where it asks for them."""
+    told = ""
+    for name in source.inputs:
+        if f"{name}_size" in source.body:
+            told += f"int {name}_size = 1;\nfor (int i = 0; i < {name}_ndim; ++i) {name}_size *= {name}_shape[i];\n"
+        if f"{name}_width" in source.body:
+            told += f"const int {name}_width = {name}_shape[{name}_ndim - 1];\n"
+    return told
+
+
+@functools.cache
+def _compiled(
+    source: Source, words: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Callable[..., list[mx.array]]:
+    # MLX up to 0.32.1 knows a kernel by its name alone: one for other types must have another
     make = mx.fast.cuda_kernel if words == "cuda" else mx.fast.metal_kernel
     made = make(
-        name=f"mlxflow_{source.name}",
+        name="_".join(["mlxflow", source.name, *inputs, *outputs]),
         input_names=list(source.inputs),
         output_names=list(source.outputs),
-        source=_PLACE[words] + source.body,
+        source=_PLACE[words] + _sizes(source) + source.body,
         header=(_CUDA if words == "cuda" else _METAL) + source.header,
     )
     return cast("Callable[..., list[mx.array]]", made)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxflow.kernels import adamw, cross_entropy, gated, rms_norm
-from mlxflow.kernels.language import name_of
+from mlxflow.kernels.names import TYPES
 
 Arrays = Sequence[mx.array]
 
 _EPS = 1e-5
-_TYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 _SETTINGS = adamw.Settings(b1=0.9, b2=0.95, eps=1e-8, decay=0.1)
 
 
@@ -34,31 +33,6 @@ class Operation(NamedTuple):
     tolerance: float
 
 
-def rms_norm_name(dtype: mx.Dtype, width: int) -> str:
-    """Return the name of the norm of rows of a width."""
-    return f"rms_norm/{name_of(dtype)}/{width}"
-
-
-def gated_name(activation: str, dtype: mx.Dtype) -> str:
-    """Return the name of a gated activation."""
-    return f"gated_{activation}/{name_of(dtype)}"
-
-
-def cross_entropy_name(dtype: mx.Dtype) -> str:
-    """Return the name of the gradient of the loss."""
-    return f"cross_entropy/{name_of(dtype)}"
-
-
-def adamw_name(weights: mx.Dtype, gradients: mx.Dtype) -> str:
-    """Return the name of the optimizer's update."""
-    return f"adamw/{name_of(weights)}/{name_of(gradients)}"
-
-
-def sum_of_squares_name(dtype: mx.Dtype) -> str:
-    """Return the name of the sum behind the gradient's norm."""
-    return f"sum_of_squares/{name_of(dtype)}"
-
-
 def operation(name: str) -> Operation:
     """Return the operation of a name.
 
@@ -66,7 +40,7 @@ def operation(name: str) -> Operation:
         KeyError: there is none.
     """
     kind, *parts = name.split("/")
-    dtype = _TYPES[parts[0]]
+    dtype = TYPES[parts[0]]
     tolerance = 2e-5 if dtype == mx.float32 else 2**-7
     if kind == "rms_norm":
         own = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
@@ -86,7 +60,7 @@ def operation(name: str) -> Operation:
         inputs = partial(_loss_inputs, dtype)
         return Operation(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_own), tolerance)
     if kind == "adamw":
-        rounded = _TYPES[parts[1]]
+        rounded = TYPES[parts[1]]
         inputs = partial(_update_inputs, dtype, rounded)
         function = partial(_update, adamw.reference, rounded)
         return Operation(inputs, partial(_update, adamw.kernel, rounded), function, mx.compile(function), tolerance)
@@ -183,9 +157,3 @@ def _update(function: Callable[..., Arrays], rounded: mx.Dtype, *inputs: mx.arra
     w, g, m, v, rate, scale, first, root = inputs
     keep = rate > 0
     return function(w, g, m, v, adamw.Scalars(rate, scale, keep, first, root), _SETTINGS, rounded)
-
-
-def is_known(name: str) -> bool:
-    """Return whether a kernel takes the type and width that a name tells."""
-    kind, dtype, *width = name.split("/")
-    return dtype in _TYPES and (kind != "rms_norm" or (int(width[0]) % 8 == 0 and int(width[0]) <= 8192))

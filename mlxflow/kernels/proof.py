@@ -1,6 +1,7 @@
 """The self-proof: a kernel is compiled, compared with its reference in fp32 and timed against MLX's own way.
 
-    python -m mlxflow.kernels.proof NAME...      prints "begin NAME" and then its outcome, one line of JSON each
+    python -m mlxflow.kernels.proof NAME...             prints "begin NAME" and its outcome, one line of JSON each
+    python -m mlxflow.kernels.proof --compile NAME...   compiles only; prints the outcome of what does not compile
 
 It runs in a process of its own, so that a kernel that hangs or brings down the device's context takes nobody with it.
 """
@@ -10,35 +11,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import mlx.core as mx
 
 from mlxflow.kernels.operations import Arrays, Operation, operation
+from mlxflow.kernels.outcome import Outcome
 
 #: A kernel must take at most this share of the time of MLX's own way, so that noise does not flip the choice.
 MARGIN = 0.9
 
 _CHECKED, _TIMED = 1 << 18, 1 << 24
 _ROUNDS, _CALLS = 5, 8
-
-
-class Outcome(NamedTuple):
-    """What the proof of a kernel came to.
-
-    Attributes:
-        serves: whether it is right and clearly faster.
-        reason: why not, in words; empty where it serves.
-        error: the largest deviation, relative to the largest number in its row; -1 where there is none.
-        seconds: of a call.
-        own_seconds: of MLX's own way.
-    """
-
-    serves: bool
-    reason: str
-    error: float = -1.0
-    seconds: float = 0.0
-    own_seconds: float = 0.0
 
 
 def prove(tried: Operation, *, clock: Callable[[], float] = time.perf_counter) -> Outcome:
@@ -51,9 +34,7 @@ def prove(tried: Operation, *, clock: Callable[[], float] = time.perf_counter) -
     try:
         error = _error(tried)
     except Exception as failure:
-        # whatever a compiler or a driver says, it is a reason not to use the kernel and none to stop
-        said = " ".join(str(failure).split())[:300] or type(failure).__name__
-        return Outcome(False, f"it does not run: {said}")
+        return _failed(failure)
     if not error <= tried.tolerance:
         return Outcome(False, f"it is wrong by {error:.2g} (at most {tried.tolerance:.2g})", error)
     inputs = tried.inputs(_TIMED)
@@ -63,6 +44,28 @@ def prove(tried: Operation, *, clock: Callable[[], float] = time.perf_counter) -
         reason = f"it takes {seconds * 1e6:.0f} us, MLX's own way {own * 1e6:.0f} us"
         return Outcome(False, reason, error, seconds, own)
     return Outcome(True, "", error, seconds, own)
+
+
+def compile_only(tried: Operation) -> Outcome | None:
+    """Let MLX compile a kernel and what it is measured against, and keep both for the process that proves it.
+
+    Args:
+        tried: the operation.
+
+    Returns:
+        None, or the outcome of a kernel that does not run.
+    """
+    inputs = tried.inputs(_CHECKED)
+    try:
+        mx.eval(mx.compile(tried.kernel)(*inputs), tried.reference(*inputs), tried.own(*inputs))
+    except Exception as failure:
+        return _failed(failure)
+    return None
+
+
+def _failed(failure: Exception) -> Outcome:
+    """Return the outcome of a kernel that raised: a reason not to use it, and none to stop, whoever says it."""
+    return Outcome(False, f"it does not run: {' '.join(str(failure).split())[:300] or type(failure).__name__}")
 
 
 def _error(tried: Operation) -> float:
@@ -100,17 +103,20 @@ def _time(tried: Operation, inputs: Arrays, clock: Callable[[], float]) -> tuple
             for _ in range(_CALLS):
                 mx.async_eval(function(*inputs))
             mx.synchronize()
+            seconds = (clock() - begin) / _CALLS
             if number:  # the first round compiles
-                kept.append((clock() - begin) / _CALLS)
+                kept.append(seconds)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-def main(names: list[str]) -> None:
-    """Prove kernels by name and print what comes out as it comes."""
-    for name in names:
+def main(arguments: list[str]) -> None:
+    """Prove kernels by name, or compile them, and print what comes out as it comes."""
+    compiles = arguments[:1] == ["--compile"]
+    for name in arguments[compiles:]:
         print(f"begin {name}", flush=True)
-        outcome = prove(operation(name))
-        print(json.dumps({"name": name, **outcome._asdict()}), flush=True)
+        outcome = compile_only(operation(name)) if compiles else prove(operation(name))
+        if outcome is not None:
+            print(json.dumps({"name": name, **outcome._asdict()}), flush=True)
         mx.clear_cache()
 
 

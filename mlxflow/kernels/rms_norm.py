@@ -28,8 +28,7 @@ _GROUPS = 264
 _ROW = """
   constexpr int VECTORS = D / 8, LANES = 32 * WARPS, TIMES = (VECTORS + LANES - 1) / LANES, SLOTS = THREADS / LANES;
   const int lane = worker % LANES, slot = worker / LANES;
-  int rows = 1;
-  for (int i = 0; i < x_ndim - 1; ++i) rows *= x_shape[i];
+  const int rows = x_size / D;
   SHARED float partial[2][THREADS / 32];
 """
 
@@ -208,7 +207,7 @@ def _split(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
 
 
 @functools.cache
-def rms_norm(eps: float, served: mx.Dtype | None) -> Callable[[mx.array, mx.array], mx.array]:
+def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of rows, (..., D), and weight, (D,).
 
     Args:

@@ -98,6 +98,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["none", "layers"] | Annotated[int, Meta(ge=1)],
         Meta(description="of qat: whether activations are computed anew, as in train"),
     ] = "none"
+    kernels: Annotated[
+        Literal["auto", "off", "require"], Meta(description="of qat: our own GPU kernels, as in train")
+    ] = "auto"
     lora: Annotated[train.LoraConfig, Meta(description="the adapters of qat, where some are trained")] = (
         train.LoraConfig()
     )

@@ -216,22 +216,25 @@ def _trained(
     mx.eval(model.parameters())
     masks = train.masks_documents(settings, tokens.train, model, context.task)
     with fake_quantized(model, plan.layers) as pack:
+        kernels = train.choose_kernels(settings, model, context)
         result = train.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),
             outputs.metrics[0],
             context,
             model=model,
-            objective=_objective(model, teacher, tokens, config.batch_size, masks),
+            objective=_objective(model, teacher, tokens, config.batch_size, masks, kernels.serves_loss),
             tokens=tokens.train,
             masks=masks,
+            kernels=kernels,
         )
         packed = pack()
         mx.eval(packed)
     adapters.fuse_adapters(model)
     model.eval()
-    told = train.report_of(result)
-    return Made(model, plan, packed, {"training": {k: v for k, v in told.items() if k != "run"}, "run": told["run"]})
+    told = train.report_of(result, kernels)
+    training = {key: value for key, value in told.items() if key != "run"}
+    return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
 
 
 def _training_settings(config: Any, model: Any) -> Any:
@@ -249,6 +252,7 @@ def _training_settings(config: Any, model: Any) -> Any:
         precision="fp32" if types == {mx.float32} else "bf16",
         method=config.training,
         checkpointing=config.checkpointing,
+        kernels=config.kernels,
         max_validation_rows=config.max_validation_rows,
         eval_every=max(1, config.num_steps // 2),
     )
@@ -263,7 +267,9 @@ def _teacher(inputs: Any) -> Any:
     return teacher
 
 
-def _objective(model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks: bool) -> Any:
+def _objective(
+    model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks: bool, uses_kernel: bool = False
+) -> Any:
     from mlxflow.training import objective
 
     if teacher is not None:
@@ -274,6 +280,7 @@ def _objective(model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks:
         vocab_size=tokens.train.vocab_size,
         tokens=batch_size * tokens.train.context_length,
         masks_documents=masks,
+        uses_kernel=uses_kernel,
     )
     return chosen
 

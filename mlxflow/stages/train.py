@@ -1,14 +1,16 @@
 """Train a language model on the token files."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
+from mlxflow import device
 from mlxflow.config import Problem
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.errors import ArtifactError, StageError, WorkflowError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
 VERSION = 4
@@ -233,7 +235,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
     masks = masks_documents(config, tokens, model, context.task)
-    kernels = _kernels(config, model, context)
+    kernels = choose_kernels(config, model, context)
     fused, objective = choose_objective(
         model,
         fused=None if config.fused_loss == "auto" else config.fused_loss,
@@ -269,8 +271,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "fused_loss": fused,
         "kernels": kernels.serving,
     }
-    report = report_of(result)
-    report["run"]["kernels_refused"] = [f"{name}: {reason}" for name, reason in kernels.refused.items()]
+    report = report_of(result, kernels)
     return facts | report | {"settings": settings_of(config, masks=masks, fused=fused)}
 
 
@@ -284,7 +285,7 @@ def fit(
     objective: Any,
     tokens: Any,
     masks: bool,
-    kernels: Any = None,
+    kernels: Any,
 ) -> Any:
     """Train a model that is there, from a checkpoint where there is one; return the loop's result.
 
@@ -297,7 +298,7 @@ def fit(
         objective: what is made small.
         tokens: the training tokens.
         masks: whether documents are kept apart in validation.
-        kernels: which of our kernels serve; None for none.
+        kernels: which of our kernels serve: of `choose_kernels`.
 
     Raises:
         SystemExit: it was asked to stop; a checkpoint is saved.
@@ -305,11 +306,10 @@ def fit(
         UserError: no batch fits into the memory.
     """
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training import progress, recompute, serving
+    from mlxflow.training import progress, recompute
     from mlxflow.training.interrupt import heeding_signals
     from mlxflow.training.loop import Stopped, Trainer
 
-    kernels = kernels or serving.nothing()
     every = config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
     checkpoints = _checkpoints(config, context)
     found = checkpoints.latest()
@@ -351,37 +351,47 @@ def fit(
             raise SystemExit(128 + asked_to_stop.signal) from stopped
 
 
-def _kernels(config: Config, model: Any, context: Context) -> Any:
+def choose_kernels(config: Config, model: Any, context: Context) -> Any:
     """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
 
+    Args:
+        config: the table.
+        model: as it is trained, evaluated.
+        context: of the stage.
+
     Raises:
-        StageError: all are required and one does not serve.
+        WorkflowError: all are required and one does not serve.
     """
     import mlx.core as mx
 
+    from mlxflow import artifact
     from mlxflow.training import serving
 
+    if config.kernels == "off" or (config.kernels == "auto" and context.device == "cpu"):
+        return serving.nothing()
     kept = context.unfinished / "kernels.json"
     served = serving.choose_for(
         model,
-        uses_kernels=config.kernels != "off",
         dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
         precision=config.precision,
         sums_gradients=config.grad_accum_steps > 1 or config.dynamic_batch_size,
         recorded=_recorded_kernels(kept, context),
     )
-    if config.kernels == "require" and (served.refused or context.device == "cpu"):
-        lacking = ", ".join(f"{name} ({reason})" for name, reason in served.refused.items())
-        raise StageError(
-            f'{context.task}.kernels = "require": this device lacks {lacking or "a GPU to run them"}. '
+    if config.kernels == "require" and served.refused:
+        raise WorkflowError(
+            f'{context.task}.kernels = "require": {device.name()} lacks {_lacking(served.refused)}. '
             f'Set {context.task}.kernels = "auto".'
         )
-    if context.device != "cpu" and config.kernels != "off":
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps(served.serving))
-        temporary.replace(kept)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    artifact.write_whole(kept, json.dumps(served.serving).encode())
     return served
+
+
+def _lacking(refused: Mapping[str, str]) -> str:
+    """Return the kernels that do not serve, and why, each reason once."""
+    reasons = dict.fromkeys(refused.values())
+    names = {reason: [name for name, why in refused.items() if why == reason] for reason in reasons}
+    return "; ".join(f"{', '.join(names[reason])} ({reason})" for reason in reasons)
 
 
 def _recorded_kernels(kept: Path, context: Context) -> list[str] | None:
@@ -438,8 +448,13 @@ def settings_of(config: Config, *, masks: bool, fused: bool) -> dict[str, Any]:
     } | ({} if config.method == "full" else {"lora": _adapter_shape(config)._asdict()})
 
 
-def report_of(result: Any) -> dict[str, Any]:
-    """Return what a training run came to, for the report."""
+def report_of(result: Any, kernels: Any) -> dict[str, Any]:
+    """Return what a training run came to, for the report.
+
+    Args:
+        result: of `fit`.
+        kernels: of `choose_kernels`.
+    """
     from mlxflow.measurement.perplexity import perplexity_of
 
     return {
@@ -457,6 +472,7 @@ def report_of(result: Any) -> dict[str, Any]:
             "data_wait_seconds": result.data_wait_seconds,
             "device_wait_seconds": result.device_wait_seconds,
             "training_peak_memory_bytes": result.peak_memory_bytes,
+            "kernels_refused": [f"{name}: {reason}" for name, reason in kernels.refused.items()],
         },
     }
 

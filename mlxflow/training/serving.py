@@ -34,7 +34,6 @@ def nothing() -> Serving:
 def choose_for(
     model: nn.Module,
     *,
-    uses_kernels: bool,
     dtype: mx.Dtype,
     precision: str,
     sums_gradients: bool,
@@ -44,24 +43,20 @@ def choose_for(
 
     Args:
         model: evaluated.
-        uses_kernels: whether kernels are wanted at all.
         dtype: in which it computes.
         precision: "fp32", "bf16" or "bf16-pure".
         sums_gradients: whether an update may take more than one forward pass.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
     """
-    if not uses_kernels or mx.default_device() == mx.cpu:
-        return nothing()
-    from mlxflow.kernels import choice, fitting, operations
+    from mlxflow.kernels import choice, fitting, names
 
     fits = fitting.find_fits(model)
     weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
-    names = {fit.name(module, dtype) for module, fit in fits}
-    names |= {operations.cross_entropy_name(dtype), operations.adamw_name(weights, dtype)}
-    names.add(operations.sum_of_squares_name(dtype))
+    wanted = {fit.name(module, dtype) for module, fit in fits}
+    wanted |= {names.cross_entropy_name(dtype), names.adamw_name(weights, dtype), names.sum_of_squares_name(dtype)}
     if sums_gradients:  # in fp32
-        names |= {operations.adamw_name(weights, mx.float32), operations.sum_of_squares_name(mx.float32)}
-    known = [name for name in names if operations.is_known(name)]
+        wanted |= {names.adamw_name(weights, mx.float32), names.sum_of_squares_name(mx.float32)}
+    known = [name for name in wanted if names.is_known(name)]
     chosen = choice.choose(known) if recorded is None else choice.recorded(known, recorded)
 
     @contextmanager
@@ -69,5 +64,5 @@ def choose_for(
         with fitting.fitted(fits, chosen, dtype):
             yield
 
-    loss = chosen.serves(operations.cross_entropy_name(dtype))
+    loss = chosen.serves(names.cross_entropy_name(dtype))
     return Serving(chosen.serves, loss, fitted, chosen.serving, chosen.refused)

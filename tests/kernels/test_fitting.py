@@ -1,11 +1,21 @@
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow import models
 from mlxflow.kernels import fitting
 from mlxflow.kernels.choice import recorded
 from mlxflow.quantization.fake import fake_quantized
+from mlxflow.quantization.settings import Setting
+from mlxflow.training import adapters
+from mlxflow.training.adapters import AdapterShape
+from mlxflow.training.recompute import recomputed
 from tests.small_models import llama
 
 _SHAPE = {
@@ -44,6 +54,52 @@ _SHAPE = {
     "n_positions": 64,
 }
 
+Loss = tuple[mx.array, dict[str, mx.array]]
+
+
+def _loss_and_gradients(model: nn.Module) -> Loss:
+    """Return a loss and its gradients by name."""
+    tokens = mx.arange(1, 13)[None]
+
+    def loss(weights: Any) -> mx.array:
+        model.update(weights)
+        total: mx.array = (model(tokens).astype(mx.float32) ** 2).mean()
+        return total
+
+    weights = model.trainable_parameters()
+    value, gradients = mx.value_and_grad(loss)(weights)
+    mx.eval(value, gradients)
+    model.update(weights)
+    return value, dict(tree_flatten(gradients))
+
+
+def _same(found: Loss, wanted: Loss) -> None:
+    assert float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in found[1].items():
+        assert mx.allclose(gradient, wanted[1][name], rtol=1e-3, atol=1e-5), name
+
+
+@contextmanager
+def _fitted(model: nn.Module) -> Iterator[None]:
+    """Fit all layers that can be, as if all kernels served, in a type in which none does: references compute."""
+    fits = fitting.find_fits(model)
+    every = [fit.name(module, mx.float16) for module, fit in fits]
+    with fitting.fitted(fits, recorded(every, every), mx.float16):
+        yield
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [path for path, _ in tree_flatten(model.parameters())]
+
+
+def _saved(model: nn.Module, config: dict[str, Any], folder: Path) -> list[bytes]:
+    """Return the files of a model folder."""
+    files = [folder / "config.json", folder / "model.safetensors"]
+    models.save(model=model, config=config, config_file=files[0], model_file=files[1], provenance={})
+    return [file.read_bytes() for file in files]
+
+
 #: Architecture, norms and gated layers that kernels could serve in two blocks.
 ARCHITECTURES = [
     ("llama", 5, 2),
@@ -52,7 +108,7 @@ ARCHITECTURES = [
     ("gemma", 5, 2),
     ("gemma2", 9, 2),
     ("gemma3_text", 13, 2),
-    ("phi3", 5, 0),
+    ("phi3", 5, 2),
     ("granite", 5, 2),
     ("smollm3", 5, 2),
     ("olmo2", 9, 2),
@@ -63,44 +119,141 @@ ARCHITECTURES = [
 
 @pytest.mark.parametrize(("architecture", "norms", "gated"), ARCHITECTURES)
 def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
-    architecture: str, norms: int, gated: int
+    architecture: str, norms: int, gated: int, tmp_path: Path
 ) -> None:
-    model = models.build({**_SHAPE, "model_type": architecture}, seed=0)
-    names = [path for path, _ in tree_flatten(model.parameters())]
+    config = {**_SHAPE, "model_type": architecture}
+    model = models.build(config, seed=0)
+    names = _names(model)
     kinds = [type(module) for _, module in model.named_modules()]
-    tokens = mx.arange(1, 13)[None]
-
-    def loss(weights: object) -> mx.array:
-        model.update(weights)
-        total: mx.array = (model(tokens).astype(mx.float32) ** 2).mean()
-        return total
-
-    before = mx.value_and_grad(loss)(model.trainable_parameters())
+    saved = _saved(model, config, tmp_path)
+    before = _loss_and_gradients(model)
     fits = fitting.find_fits(model)
     found = [isinstance(fit, fitting.Norm) for _, fit in fits]
     assert (sum(found), len(found) - sum(found)) == (norms, gated)
-    every = [fit.name(module, mx.float32) for module, fit in fits]
-    with fitting.fitted(fits, recorded(every, every), mx.float16):  # no kernel in that type: references serve
-        after = mx.value_and_grad(loss)(model.trainable_parameters())
-        assert [path for path, _ in tree_flatten(model.parameters())] == names
+    with _fitted(model):
+        assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == norms + gated
+        after = _loss_and_gradients(model)
+        assert _names(model) == names
+        assert _saved(model, config, tmp_path) == saved
     assert [type(module) for _, module in model.named_modules()] == kinds
-    assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-5)
-    wanted = dict(tree_flatten(before[1]))
-    for path, gradient in tree_flatten(after[1]):
-        assert mx.allclose(gradient, wanted[path], rtol=1e-3, atol=1e-5), path
+    assert _names(model) == names
+    assert _saved(model, config, tmp_path) == saved
+    _same(after, before)
 
 
-def test_quantization_aware_training_goes_on_within_a_fitted_layer() -> None:
-    from mlxflow.quantization.settings import Setting
+def test_layers_come_back_when_what_is_done_with_them_fails() -> None:
+    model, _ = llama()
+    kinds = [type(module) for _, module in model.named_modules()]
+    with pytest.raises(RuntimeError, match="out of memory"), _fitted(model):
+        raise RuntimeError("out of memory")
+    assert [type(module) for _, module in model.named_modules()] == kinds
 
+
+def test_a_layer_called_in_another_way_computes_as_it_was() -> None:
+    class Norm(nn.RMSNorm):  # type: ignore[misc]
+        def __call__(self, x: mx.array, scale: float = 1.0) -> mx.array:
+            return mx.fast.rms_norm(x, self.weight, self.eps) * scale
+
+    model = Norm(8)
+    x = mx.random.normal((2, 8), key=mx.random.key(0))
+    with _fitted(model):
+        assert type(model).__name__ == "FittedNorm"
+        assert mx.allclose(model(x, scale=2.0), 2 * model(x), rtol=1e-5)
+
+
+class _LayerLike(nn.Module):  # type: ignore[misc]
+    def __init__(self, activation: Callable[[mx.array], mx.array], bias: bool, more: float) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16, bias=bias), nn.Linear(16, 8), nn.Linear(8, 16)
+        self.activation, self.more = activation, more
+
+    def __call__(self, x: mx.array) -> mx.array:
+        found: mx.array = self.b(self.activation(self.c(x)) * self.a(x) + self.more)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("activation", "more", "expected"),
+    [
+        (nn.silu, 0.0, fitting.GatedMLP("silu", "c", "a", "b")),
+        (nn.gelu, 0.0, fitting.GatedMLP("gelu", "c", "a", "b")),
+        (nn.gelu_approx, 0.0, fitting.GatedMLP("gelu_approx", "c", "a", "b")),
+        (nn.relu, 0.0, None),
+        (nn.silu, 0.1, None),
+    ],
+)
+def test_a_gated_layer_is_known_by_what_it_computes_whatever_its_parts_are_called(
+    activation: Callable[[mx.array], mx.array], more: float, expected: object
+) -> None:
+    mx.random.seed(0)
+    fits = fitting.find_fits(_LayerLike(activation, True, more))
+    assert [fit for _, fit in fits] == ([] if expected is None else [expected])
+
+
+# --- what else changes layers for training goes on within fitted ones
+
+
+def _lora(model: nn.Module, method: str, dropout: float = 0.0) -> None:
+    adapters.add_adapters(model, AdapterShape(method, 4, 20.0, dropout, 0, ["*"]), seed=1, key="lora.keys")
+    for name, value in tree_flatten(model.trainable_parameters()):
+        if name.endswith("lora_b"):  # zero at first, with which the other factor has no gradient
+            model.update(tree_unflatten([(name, mx.random.normal(value.shape, key=mx.random.key(2)) * 0.01)]))
+
+
+@contextmanager
+def _quantization_aware(model: nn.Module, mode: str = "affine") -> Iterator[None]:
+    setting = Setting(bits=4, group_size=32, mode=mode)
+    layers = [name for name, module in model.named_modules() if name.endswith("_proj") and "weight" in module]
+    layers = layers or [name for name, module in model.named_modules() if hasattr(module, "fuse")]
+    with fake_quantized(model, dict.fromkeys(layers, setting)):
+        yield
+
+
+@contextmanager
+def _change(model: nn.Module, kind: str) -> Iterator[None]:
+    if kind in ("lora", "dora"):
+        _lora(model, kind)
+    elif kind == "lora beside quantized weights":
+        nn.quantize(model, group_size=32, bits=4)
+        _lora(model, "lora")
+    elif kind.startswith("quantization-aware"):
+        if "lora" in kind:
+            adapters.add_adapters(model, AdapterShape("lora", 4, 20.0, 0.0, 0, ["mlp.*"]), seed=1, key="lora.keys")
+        with _quantization_aware(model, "symmetric" if "symmetric" in kind else "affine"):
+            yield
+        return
+    yield
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "lora",
+        "dora",
+        "lora beside quantized weights",
+        "quantization-aware",
+        "quantization-aware, symmetric",
+        "quantization-aware, lora",
+    ],
+)
+def test_gradients_are_those_of_layers_as_they_were(kind: str, every: int) -> None:
     model, _ = llama(hidden_size=64, intermediate_size=64)
-    fits = fitting.find_fits(model)
-    every = [fit.name(module, mx.float32) for module, fit in fits]
-    setting = Setting(bits=4, group_size=32, mode="affine")
-    tokens = mx.arange(1, 7)[None]
-    plain = model(tokens)
-    with fake_quantized(model, {"model.layers.0.mlp.down_proj": setting}):
-        expected = model(tokens)
-        with fitting.fitted(fits, recorded(every, every), mx.float16):
-            assert mx.allclose(model(tokens), expected, rtol=1e-4, atol=1e-5)
-    assert not mx.allclose(plain, expected, rtol=1e-4, atol=1e-5)
+    plain = _loss_and_gradients(model)
+    with _change(model, kind):
+        before = _loss_and_gradients(model)
+        assert (float(before[0]) == float(plain[0])) == (kind == "plain"), "the change does something"
+        with _fitted(model), recomputed(model, every=every):
+            assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == 7
+            after = _loss_and_gradients(model)
+    assert len(after[1]) == len(before[1]) > 0
+    _same(after, before)
+
+
+def test_dropout_of_an_adapter_does_not_hide_a_layer() -> None:
+    model, _ = llama()
+    _lora(model, "lora", dropout=0.5)
+    model.train()
+    assert len(fitting.find_fits(model)) == 7
+    assert all(module.training for module in model.modules())

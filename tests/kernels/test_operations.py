@@ -1,30 +1,145 @@
+import math
+from collections.abc import Callable, Sequence
+
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 
+from mlxflow.kernels import adamw, cross_entropy, gated, rms_norm
 from mlxflow.kernels.operations import operation
 from mlxflow.kernels.proof import _deviation, prove
+from tests.kernels.stand_ins import uncompiled  # noqa: F401
 
-NAMES = [
-    f"{kind}/{dtype}{rest}"
-    for dtype in ("float32", "bfloat16")
-    for kind, rest in [
-        ("rms_norm", "/64"),
-        ("gated_silu", ""),
-        ("gated_gelu", ""),
-        ("gated_gelu_approx", ""),
-        ("cross_entropy", ""),
-        ("adamw", "/bfloat16"),
-        ("sum_of_squares", ""),
-    ]
+# Of the norm a width for each number of threads that share a row, none a power of two but the largest
+_REST = [
+    ("rms_norm", "/72"),
+    ("rms_norm", "/776"),
+    ("rms_norm", "/2056"),
+    ("rms_norm", "/8192"),
+    ("gated_silu", ""),
+    ("gated_gelu", ""),
+    ("gated_gelu_approx", ""),
+    ("cross_entropy", ""),
+    ("adamw", "/float32"),
+    ("adamw", "/bfloat16"),
+    ("sum_of_squares", ""),
 ]
+NAMES = [f"{kind}/{dtype}{rest}" for dtype in ("float32", "bfloat16") for kind, rest in _REST]
+WIDTHS = [7, 8, 12, 576]
+TYPES = [mx.float32, mx.bfloat16]
+PLAIN = mx.float16  #: a type in which no kernel serves, whatever arrays come
 
 
+def _random(shape: Sequence[int], seed: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def _scaled(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:
+    """Return numbers whose rows are, in turn, usual, tiny, large and zero."""
+    scales = mx.array([1.0, 1e-4, 1e3, 0.0])[mx.arange(shape[0]) % 4]
+    return (_random(shape, seed) * scales.reshape(-1, *[1] * (len(shape) - 1))).astype(dtype)
+
+
+def _close(found: Sequence[mx.array], wanted: Sequence[mx.array], tolerance: float) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype
+        assert _deviation(one, other) <= tolerance
+
+
+def _tolerance(dtype: mx.Dtype) -> float:
+    return 2e-5 if dtype == mx.float32 else 2**-6
+
+
+# --- the references are MLX's own operations, gradients included
+
+
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", [name for name in NAMES if "float32" in name])
 def test_the_reference_is_what_mlx_computes(name: str) -> None:
     tried = operation(name)
     inputs = tried.inputs(1 << 12)
     for ours, theirs in zip(tried.reference(*inputs), tried.own(*inputs), strict=True):
-        assert _deviation(ours, theirs) < 2e-5
+        assert _deviation(ours, theirs) < (2e-5 if name.count("bfloat16") == 0 else 2**-7)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_norm_and_its_gradients_are_those_of_mlx(width: int, dtype: mx.Dtype) -> None:
+    x, w, g = _scaled((2, 8, width), 0, dtype), _random((width,), 1, dtype), _random((2, 8, width), 2, dtype)
+    for function in (lambda x, w: rms_norm.reference(x, w, 1e-5), rms_norm.rms_norm(1e-5, PLAIN)):
+        found = mx.vjp(function, [x, w], [g])
+        wanted = mx.vjp(lambda x, w: mx.fast.rms_norm(x, w, 1e-5), [x, w], [g])
+        for ours, theirs in zip(found, wanted, strict=True):
+            _close(ours, theirs, _tolerance(dtype))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("activation", gated.ACTIVATIONS)
+def test_the_gradients_of_a_gated_activation_are_those_of_mlx(activation: str, dtype: mx.Dtype) -> None:
+    a, b, g = (_scaled((8, 7), seed, dtype) for seed in range(3))
+    found = mx.vjp(gated.gated(activation, PLAIN), [a, b], [g])
+    wanted = mx.vjp(lambda a, b: gated.ACTIVATIONS[activation](a) * b, [a, b], [g])
+    for ours, theirs in zip(found, wanted, strict=True):
+        _close(ours, theirs, _tolerance(dtype) if dtype == mx.float32 else 2**-5)  # MLX rounds in between
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_gradient_of_the_loss_is_that_of_mlx() -> None:
+    logits, targets = _random((9, 13), 0) * 20, mx.array([0, 12, 5, 3, 3, 1, 7, 8, 11])
+    weights = mx.array([1.0, 0.0, 0.5, 2.0, 1.0, 1.0, 0.25, 1.0, 3.0])
+
+    def loss(z: mx.array) -> mx.array:
+        total: mx.array = (nn.losses.cross_entropy(z, targets) * weights).sum()
+        return total
+
+    found = cross_entropy.reference_gradient(logits, mx.logsumexp(logits, axis=-1), targets, weights)
+    assert mx.allclose(found, mx.grad(loss)(logits), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("corrects", [True, False])
+def test_the_update_is_that_of_mlx(corrects: bool) -> None:
+    rate, settings = 0.01, adamw.Settings(0.9, 0.95, 1e-8, 0.1)
+    optimizer = optim.AdamW(rate, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, bias_correction=corrects)
+    theirs = {"w": _random((37,), 0)}
+    optimizer.init(theirs)
+    w, m, v = theirs["w"], mx.zeros(37), mx.zeros(37)
+    for step in range(1, 6):
+        gradient = _random((37,), step) * 10.0 ** (step - 3)
+        theirs = optimizer.apply_gradients({"w": gradient}, theirs)
+        first, root = (1 / (1 - 0.9**step), 1 / math.sqrt(1 - 0.95**step)) if corrects else (1.0, 1.0)
+        scalars = adamw.Scalars(*(mx.array(one) for one in (rate, 0.5, True, first, root)))
+        w, m, v, _ = adamw.reference(w, 2 * gradient, m, v, scalars, settings, mx.float32)
+    assert mx.allclose(w, theirs["w"], rtol=1e-5, atol=1e-7)
+    kept = adamw.reference(w, w, m, v, scalars._replace(keep=mx.array(False)), settings, mx.bfloat16)
+    assert all(mx.array_equal(new, old) for new, old in zip(kept[:3], (w, m, v), strict=True))
+    assert mx.array_equal(kept[3], w.astype(mx.bfloat16))
+
+
+def test_the_sum_of_squares_is_that_of_the_numbers() -> None:
+    x = mx.array([3.0, -4.0, 12.0], mx.bfloat16)
+    assert float(adamw.reference_sum_of_squares(x)) == 169
+
+
+@pytest.mark.parametrize(
+    ("x", "is_taken"),
+    [
+        (mx.zeros((3, 8)), True),
+        (mx.zeros((3, 8), mx.bfloat16), True),
+        (mx.zeros((3, 8), mx.float16), False),
+        (mx.zeros((3, 12)), False),
+        (mx.zeros((3, 8200)), False),
+        (mx.zeros(8), False),
+    ],
+)
+def test_what_the_norm_does_not_take_goes_to_the_reference(x: mx.array, is_taken: bool) -> None:
+    assert rms_norm.supports(x) == is_taken
+
+
+# --- the kernels are their references: needs a GPU
 
 
 @pytest.mark.gpu
@@ -33,3 +148,76 @@ def test_the_kernel_is_what_the_reference_computes(name: str) -> None:
     outcome = prove(operation(name))
     assert 0 <= outcome.error <= operation(name).tolerance, outcome
     mx.clear_cache()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_of_a_kernel_are_equal_to_the_bit(name: str) -> None:
+    tried = operation(name)
+    inputs = tried.inputs(1 << 20)
+    first = tried.kernel(*inputs)
+    mx.eval(first)
+    for _ in range(5):
+        again = tried.kernel(*inputs)
+        assert all(mx.array_equal(one, other, equal_nan=True) for one, other in zip(first, again, strict=True))
+
+
+def _functions(dtype: mx.Dtype, width: int) -> dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]]:
+    """Return each differentiable function of rows as the kernel serves it, and in plain operations."""
+    weight = 1 + _random((width,), 9, dtype) * 0.2
+    found: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {
+        activation: (gated.gated(activation, dtype), gated.gated(activation, PLAIN)) for activation in gated.ACTIVATIONS
+    }
+    norm, plain = rms_norm.rms_norm(1e-5, dtype), rms_norm.rms_norm(1e-5, PLAIN)
+    found["norm"] = (lambda a, b: norm(a, weight) + b, lambda a, b: plain(a, weight) + b)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["plain", "compiled", "checkpointed", "compiled and checkpointed"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [72, 12])  # one that the kernels take and one that they may leave to the reference
+def test_gradients_are_the_references_compiled_and_checkpointed_too(width: int, dtype: mx.Dtype, way: str) -> None:
+    a, b, g = (_scaled((2, 6, width), seed, dtype) for seed in range(3))
+    for name, (ours, plain) in _functions(dtype, width).items():
+        inner = mx.checkpoint(ours) if "checkpointed" in way else ours
+
+        def gradients(a: mx.array, b: mx.array, g: mx.array, inner: Callable[..., mx.array] = inner) -> list[mx.array]:
+            return mx.vjp(inner, [a, b], [g])[1]
+
+        found = (mx.compile(gradients) if "compiled" in way else gradients)(a, b, g)
+        wanted = mx.vjp(plain, [a, b], [g])[1]
+        for one, other in zip(found, wanted, strict=True):
+            assert one.dtype == dtype
+            assert _deviation(one, other) <= 2 * _tolerance(dtype), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+def test_views_that_begin_anywhere_and_transposed_arrays_are_taken(dtype: mx.Dtype) -> None:
+    whole = _random((3 * 41 * 72 + 5,), 0, dtype)
+    begin = whole[5:].reshape(3, 41, 72)
+    for x in (begin, begin[:, 1:], begin[:, ::2], _random((72, 41), 1, dtype).T, begin[:, :, 1:65]):
+        g = mx.ones_like(x) * 0.5
+        for name, (ours, plain) in _functions(dtype, x.shape[-1]).items():
+            found, wanted = mx.vjp(ours, [x, g], [g]), mx.vjp(plain, [x, g], [g])
+            for one, other in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
+                assert _deviation(one, other) <= 2 * _tolerance(dtype), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [8, 9, 15, 16, 4097, 100_003])
+@pytest.mark.parametrize("types", [(mx.float32, mx.float32), (mx.float32, mx.bfloat16), (mx.bfloat16, mx.bfloat16)])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_update_takes_any_length_and_keeps_what_is_not_finite(
+    size: int, types: tuple[mx.Dtype, mx.Dtype], keeps: bool
+) -> None:
+    weights, gradients = types
+    w, m, v = (_random((size,), seed, weights) for seed in (0, 1, 2))
+    g = _random((size,), 3, gradients)
+    scalars = adamw.Scalars(*(mx.array(one) for one in (0.01, 0.5, keeps, 1.5, 1.2)))
+    arguments = (w, g, m, v.square(), scalars, adamw.Settings(0.9, 0.95, 1e-8, 0.1), mx.bfloat16)
+    for one, other in zip(adamw.kernel(*arguments), adamw.reference(*arguments), strict=True):
+        assert one.dtype == other.dtype
+        limit = 1e-5 if one.dtype == mx.float32 else 2**-7
+        assert _deviation(one, other) <= limit

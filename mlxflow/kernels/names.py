@@ -1,0 +1,42 @@
+"""The names of kernels: the operation, its types, and its width where one is compiled for each."""
+
+import mlx.core as mx
+
+#: The types that kernels take, by name.
+TYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Return a type's name, such as "bfloat16"."""
+    return str(dtype).rpartition(".")[2]
+
+
+def rms_norm_name(dtype: mx.Dtype, width: int) -> str:
+    """Return the name of the norm of rows of a width."""
+    return f"rms_norm/{name_of(dtype)}/{width}"
+
+
+def gated_name(activation: str, dtype: mx.Dtype) -> str:
+    """Return the name of a gated activation."""
+    return f"gated_{activation}/{name_of(dtype)}"
+
+
+def cross_entropy_name(dtype: mx.Dtype) -> str:
+    """Return the name of the gradient of the loss."""
+    return f"cross_entropy/{name_of(dtype)}"
+
+
+def adamw_name(weights: mx.Dtype, gradients: mx.Dtype) -> str:
+    """Return the name of the optimizer's update."""
+    return f"adamw/{name_of(weights)}/{name_of(gradients)}"
+
+
+def sum_of_squares_name(dtype: mx.Dtype) -> str:
+    """Return the name of the sum behind the gradient's norm."""
+    return f"sum_of_squares/{name_of(dtype)}"
+
+
+def is_known(name: str) -> bool:
+    """Return whether a kernel takes the type and width that a name tells."""
+    kind, dtype, *width = name.split("/")
+    return dtype in TYPES and (kind != "rms_norm" or (int(width[0]) % 8 == 0 and int(width[0]) <= 8192))

@@ -1,0 +1,116 @@
+"""CUDA's own compiler on a kernel that includes nothing, and what came out kept in the user's cache.
+
+MLX puts its headers and CUDA's before a kernel of ours and keeps no compiled one, so that each process would compile
+each anew. Behind such headers one takes about 1.1 s of one core, alone 0.05 to 0.16 (`benchmarks/kernels.py compile`).
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxflow.locking import device_lock
+
+_VERSIONS = ("13", "12")
+
+
+def compiled(text: str) -> bytes | None:
+    """Return the device's code of a program; None where there is no such compiler, or it does not take it.
+
+    Args:
+        text: the program.
+    """
+    library = _library()
+    if library is None:
+        return None
+    architecture = _architecture()
+    digest = hashlib.sha256(f"{_version(library)} {architecture} {text}".encode()).hexdigest()[:32]
+    path = device_lock().with_name("kernels") / f"{digest}.cubin"
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    code = compile_for(library, text, architecture)
+    if code is not None:
+        _write(path, code)
+    return code
+
+
+def _architecture() -> str:
+    told = mx.device_info()
+    return f"sm_{told['compute_capability_major']}{told['compute_capability_minor']}"
+
+
+def _read(path: Path) -> bytes | None:
+    """Return what a file holds behind its digest; None where it is not there or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:32], data[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(hashlib.sha256(code).digest() + code)
+        temporary.replace(path)
+    except OSError:
+        return  # compiled anew next time
+
+
+@functools.cache
+def _library() -> Any:
+    """Return NVRTC, which MLX's own backend has loaded, or that lies in one of NVIDIA's packages; None without."""
+    names = [f"libnvrtc.so.{version}" for version in _VERSIONS]
+    spec = find_spec("nvidia") if sys.platform == "linux" else None
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    found = [path for folder in folders for name in names for path in sorted(folder.glob(f"*/lib/{name}"))]
+    for name in [*names, *map(str, found)]:
+        try:
+            for part in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else ():
+                ctypes.CDLL(str(part))  # which it looks for by name alone
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+def _version(library: Any) -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+def compile_for(library: Any, text: str, architecture: str, includes: Sequence[Path] = ()) -> bytes | None:
+    """Return a program's code for an architecture; None where the compiler does not take it.
+
+    Args:
+        library: NVRTC.
+        text: the program.
+        architecture: such as "sm_90".
+        includes: folders of headers.
+    """
+    program = ctypes.c_void_p()
+    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"mlxflow.cu", 0, None, None):
+        return None
+    try:
+        options = [f"--gpu-architecture={architecture}", *(f"--include-path={folder}" for folder in includes)]
+        told = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        size = ctypes.c_size_t()
+        if library.nvrtcCompileProgram(program, len(options), told) or library.nvrtcGetCUBINSize(
+            program, ctypes.byref(size)
+        ):
+            return None
+        code = ctypes.create_string_buffer(size.value)
+        return None if library.nvrtcGetCUBIN(program, code) else code.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))

@@ -1,0 +1,133 @@
+"""Programs for CUDA are compiled here too, where there is NVIDIA's compiler: it needs no GPU."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxflow.kernels import language, nvrtc
+from mlxflow.kernels.operations import operation
+
+NAMES = [
+    f"{kind}/{dtype}{rest}"
+    for dtype in ("float32", "bfloat16")
+    for kind, rest in [
+        ("rms_norm", "/72"),
+        ("rms_norm", "/8192"),
+        ("gated_silu", ""),
+        ("gated_gelu", ""),
+        ("gated_gelu_approx", ""),
+        ("cross_entropy", ""),
+        ("adamw", "/bfloat16"),
+        ("sum_of_squares", ""),
+    ]
+]
+
+Launched = list[dict[str, Any]]
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """A device for which programs are compiled, and the launches that it would get."""
+    if nvrtc._library() is None:
+        pytest.skip("NVIDIA's compiler is not installed")
+    launches: Launched = []
+
+    def launch(**arguments: Any) -> list[mx.array]:
+        if arguments["name"].startswith("mlxflow_trial_"):
+            return [arguments["inputs"][0] + 1]
+        launches.append(arguments)
+        shapes, dtypes = arguments["output_shapes"], arguments["output_dtypes"]
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(language, "language", lambda: "cuda")
+    monkeypatch.setattr(nvrtc, "_architecture", lambda: "sm_90")
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
+    language._built.cache_clear()
+    language._programs_run.cache_clear()
+    return launches
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_is_a_program_that_the_compiler_takes(launched: Launched, name: str) -> None:
+    tried = operation(name)
+    tried.kernel(*tried.inputs(1 << 12))
+    assert launched
+    for one in launched:
+        assert one["compiled_source"].startswith(b"\x7fELF")
+        assert one["name"].encode() in one["compiled_source"]
+        sizes = [size for array in one["inputs"] for size in (array.size, array.shape[-1])]
+        assert one["scalars"] == sizes
+
+
+def test_kernels_for_other_types_and_widths_have_other_names(launched: Launched) -> None:
+    for name in ("rms_norm/float32/72", "rms_norm/bfloat16/72", "rms_norm/bfloat16/776", "gated_silu/float32"):
+        tried = operation(name)
+        tried.kernel(*tried.inputs(1 << 12))
+    assert len({one["name"] for one in launched}) == len(launched) == 7
+
+
+def _program(launched: Launched) -> bytes:
+    language._built.cache_clear()
+    tried = operation("sum_of_squares/float32")
+    tried.kernel(*tried.inputs(1 << 12))
+    code: bytes = launched[-1]["compiled_source"]
+    return code
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"!"])
+def test_a_compiled_program_is_kept_unless_its_file_is_damaged(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
+) -> None:
+    code = _program(launched)
+    kept = next(path for path in (tmp_path / "mlxflow/kernels").iterdir() if nvrtc._read(path) == code)
+    with monkeypatch.context() as patch:
+        patch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled again"))
+        assert _program(launched) == code
+    kept.write_bytes(spoil(kept.read_bytes()))
+    assert _program(launched) == code
+    assert nvrtc._read(kept) == code
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_each_time(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert _program(launched) == _program(launched)
+
+
+def _fails(**arguments: Any) -> list[mx.array]:
+    raise RuntimeError("Failed to load compiled kernel")
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "architecture", "launch", "right numbers"])
+def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    def make(**arguments: Any) -> Any:
+        made.append(arguments)
+        return lambda **launch: [mx.zeros(launch["output_shapes"][0])]
+
+    language._compiled.cache_clear()
+    monkeypatch.setattr(mx.fast, "cuda_kernel", make)
+    if lacking == "compiler":
+        monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    elif lacking == "architecture":
+        monkeypatch.setattr(nvrtc, "_architecture", lambda: "sm_1")
+    elif lacking == "launch":
+        monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", _fails)
+    else:
+        monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", lambda **launch: [launch["inputs"][0]])
+    for dtype in ("float32", "bfloat16"):
+        tried = operation(f"sum_of_squares/{dtype}")
+        tried.kernel(*tried.inputs(1 << 12))
+    language._compiled.cache_clear()
+    assert not launched
+    names = [f"mlxflow_sum_of_squares_{dtype}_float32" for dtype in ("float32", "bfloat16")]
+    assert [one["name"] for one in made] == names
+    assert all("x_size *= x_shape[i]" in one["source"] for one in made)

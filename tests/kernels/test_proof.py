@@ -1,0 +1,156 @@
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxflow.kernels import choice, proof
+from mlxflow.kernels.operations import Arrays, operation
+from mlxflow.kernels.proof import compile_only, prove
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_CHECKED", 1 << 14)
+    monkeypatch.setattr(proof, "_TIMED", 1 << 10)
+
+
+def _takes(kernel: float, own: float) -> Callable[[], float]:
+    """Return a clock by which each round of the kernel and of MLX's own way, in turn, take so many seconds."""
+    return itertools.accumulate(itertools.cycle([0.0, kernel, 0.0, own])).__next__
+
+
+_RIGHT = operation("gated_silu/float32")
+
+
+def _spoilt(spoil: Callable[[mx.array], mx.array]) -> Callable[..., Arrays]:
+    def kernel(*inputs: mx.array) -> Arrays:
+        da, db = _RIGHT.reference(*inputs)
+        return [spoil(da), db]
+
+    return kernel
+
+
+def test_one_that_is_right_and_clearly_faster_serves() -> None:
+    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(1.0, 2.0))
+    assert outcome.serves
+    assert outcome.reason == ""
+    assert outcome.seconds == pytest.approx(0.125)
+    assert outcome.own_seconds == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("seconds", "serves"), [(0.85, True), (0.95, False), (1.0, False), (3.0, False)])
+def test_one_that_is_slow_or_hardly_faster_does_not_serve(seconds: float, serves: bool) -> None:
+    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(8 * seconds, 8.0))
+    assert outcome.serves == serves
+    reason = f"it takes {seconds * 1e6:.0f} us, MLX's own way 1000000 us"
+    assert outcome.reason == ("" if serves else reason)
+
+
+def _one_more(x: mx.array) -> mx.array:
+    return x + mx.where(mx.arange(x.shape[-1]) == x.shape[-1] - 1, 1e-3, 0.0)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x * 1.001,
+        lambda x: x + 1e-6,  # told by the rows of tiny and of no numbers alone
+        lambda x: mx.where(mx.abs(x).max(-1, keepdims=True) == 0, float("nan"), x),
+        lambda x: mx.where(mx.abs(x) > 20, 20.0, x),  # told by the rows of large numbers alone
+        _one_more,
+        lambda x: x[:-1],
+        lambda x: x.astype(mx.bfloat16),
+    ],
+    ids=["scaled", "tiny rows", "zero rows", "large rows", "last column", "shape", "rounding"],
+)
+def test_one_that_is_wrong_somewhere_is_found_out(spoil: Callable[[mx.array], mx.array]) -> None:
+    outcome = prove(_RIGHT._replace(kernel=_spoilt(spoil)), clock=_takes(1.0, 2.0))
+    assert not outcome.serves
+    assert outcome.reason.startswith("it is wrong by ")
+    assert outcome.seconds == 0, "what is wrong is not timed"
+
+
+def test_one_that_leaves_out_what_is_beyond_whole_eights_is_found_out() -> None:
+    right = operation("adamw/float32/float32")
+
+    def kernel(*inputs: mx.array) -> Arrays:
+        whole = inputs[0].size // 8 * 8
+        parts = right.reference(*inputs)
+        return [mx.concatenate([new[:whole], old[whole:]]) for new, old in zip(parts, [inputs[0]] * 4, strict=True)]
+
+    assert prove(right._replace(kernel=kernel)).reason.startswith("it is wrong by ")
+
+
+def test_one_whose_two_runs_differ_is_found_out() -> None:
+    calls = itertools.count()
+    kernel = _spoilt(lambda x: x * (1 + 1e-7 * next(calls)))
+    assert prove(_RIGHT._replace(kernel=kernel)).reason == "it is wrong by inf (at most 2e-05)"
+
+
+def _fails(said: str) -> Callable[..., Arrays]:
+    def kernel(*inputs: mx.array) -> Arrays:
+        raise RuntimeError(said)
+
+    return kernel
+
+
+def test_one_that_does_not_compile_is_told_in_the_compilers_words() -> None:
+    broken = _RIGHT._replace(kernel=_fails("Failed to compile kernel:\n  error: identifier 'x' is undefined"))
+    said = "it does not run: Failed to compile kernel: error: identifier 'x' is undefined"
+    assert prove(broken).reason == said
+    assert compile_only(broken) == prove(broken)
+
+
+def test_what_compiles_has_no_outcome_yet() -> None:
+    assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference)) is None
+
+
+_STAND_INS = """
+import sys
+import mlx.core as mx
+from mlxflow.kernels import proof
+from mlxflow.kernels.operations import operation
+
+proof._CHECKED = proof._TIMED = 1 << 12
+right = operation("sum_of_squares/float32")
+proof._time = lambda tried, inputs, clock: (2e-3, 1e-3) if tried.kernel is slow else (1e-3, 2e-3)
+
+def slow(x): return right.reference(x)
+def wrong(x): return [right.reference(x)[0] * 1.01]
+def uncompiled(x): raise RuntimeError("[nvrtc] cannot open source file cuda_runtime.h; set CUDA_HOME")
+
+cases = {"good": right.reference, "slow": slow, "wrong": wrong, "uncompiled": uncompiled}
+proof.operation = lambda name: right._replace(kernel=cases[name])
+proof.main(sys.argv[1:])
+"""
+
+
+def test_the_process_of_the_proof_tells_good_from_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ["good", "slow", "uncompiled", "wrong"]
+    command = [sys.executable, "-c", _STAND_INS]
+    found = choice.prove_all(names, "here", command=command, compiler=None, limit_seconds=60.0)
+    assert {name: outcome.reason for name, outcome in found.items()} == {
+        "good": "",
+        "slow": "it takes 2000 us, MLX's own way 1000 us",
+        "uncompiled": "it does not run: [nvrtc] cannot open source file cuda_runtime.h; set CUDA_HOME",
+        "wrong": "it is wrong by 0.01 (at most 2e-05)",
+    }
+    assert [name for name, outcome in found.items() if outcome.serves] == ["good"]
+
+
+def test_the_process_tells_of_kernels_that_the_device_does_not_run() -> None:
+    name = "sum_of_squares/float32"
+    program = "import mlx.core as mx; mx.set_default_device(mx.cpu); from mlxflow.kernels import proof; "
+    program += f"proof.main(['--compile', '{name}'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60
+    )
+    begun, outcome = done.stdout.splitlines()
+    assert begun == f"begin {name}"
+    assert outcome.startswith(f'{{"name": "{name}", "serves": false, "reason": "it does not run: ')

@@ -1,0 +1,244 @@
+"""`train.kernels` and `quantize.kernels` in whole stages, the references standing in for the kernels."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from mlxflow import artifact, device
+from mlxflow.errors import WorkflowError
+from mlxflow.kernels import adamw, choice
+from mlxflow.kernels.outcome import Outcome
+from mlxflow.run import run_stage
+from mlxflow.workflow import load_workflow
+from tests.conftest import REPOSITORY, mlxflow
+from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
+
+TEXT = """
+[pretokenize]
+sources = ["notes"]
+context_length = 16
+tokenizer = { vocab_size = 300 }
+[train]
+num_steps = 8
+warmup_steps = 1
+batch_size = 4
+eval_every = 0
+save_every = 0
+max_validation_rows = 8
+model = { hidden_size = 32, intermediate_size = 64 }
+kernels = "auto"
+[quantize]
+method = "qat"
+group_size = 32
+num_steps = 4
+batch_size = 4
+max_validation_rows = 8
+kernels = "auto"
+"""
+
+NAMES = [
+    "adamw/float32/float32",
+    "cross_entropy/float32",
+    "gated_silu/float32",
+    "rms_norm/float32/32",
+    "sum_of_squares/float32",
+]
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A workflow whose tokens are there."""
+    for name in ("notes", "artifacts/pretokenize"):
+        shutil.copytree(built / name, tmp_path / "job" / name)
+    (tmp_path / "job" / "workflow.toml").write_text(TEXT)
+    return tmp_path / "job"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Counter[str]:  # noqa: F811
+    """A device that takes kernels, as far as the stages know."""
+    monkeypatch.setattr(device, "select", lambda _: "gpu")
+    return let_references_serve(monkeypatch)
+
+
+def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool) -> list[list[str]]:
+    """Let all kernels come out of the proof as serving, or none; return what was asked for."""
+    asked: list[list[str]] = []
+
+    def choose(names: Iterable[str]) -> choice.Choice:
+        asked.append(sorted(names))
+        return choice.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
+
+    monkeypatch.setattr(choice, "choose", choose)
+    return asked
+
+
+def _run(folder: Path, stage: str, into: Path | None = None) -> Path:
+    workflow = load_workflow(folder / "workflow.toml")
+    return run_stage(workflow, workflow.find(stage), into)
+
+
+def _kernels(made: Path) -> tuple[list[str], list[str]]:
+    report = artifact.read_report(made / "report.toml")
+    return report["kernels"], report["run"]["kernels_refused"]
+
+
+def test_those_that_prove_themselves_serve_and_the_report_tells_them(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = _choose(monkeypatch, serve=True)
+    assert _kernels(_run(folder, "train")) == (NAMES, [])
+    assert asked == [NAMES]
+    assert calls.keys() == {
+        "rms_norm.kernel",
+        "rms_norm.kernel_gradients",
+        "gated.kernel_gradients",
+        "adamw.kernel",
+        "adamw.kernel_sum_of_squares",
+    }
+
+
+def test_those_that_do_not_are_told_with_the_reason(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _choose(monkeypatch, serve=False)
+    assert _kernels(_run(folder, "train")) == ([], [f"{name}: it is slow" for name in NAMES])
+    assert not calls
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_built_again_takes_the_choice_of_the_first_run_and_comes_to_the_same_bytes(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    _choose(monkeypatch, serve=first)
+    made = _run(folder, "train")
+    chosen, _ = _kernels(made)
+    calls.clear()
+    asked = _choose(monkeypatch, serve=not first)
+    again = _run(folder, "train", folder / "again")  # what doit reproduce does
+    assert not asked
+    assert _kernels(again)[0] == chosen == (NAMES if first else [])
+    assert bool(calls) == first
+    assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_what_is_resumed_takes_the_choice_it_began_with(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _choose(monkeypatch, serve=True)
+    whole = (_run(folder, "train") / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "artifacts/train")
+
+    update = adamw.kernel
+
+    def stopping(*arguments: object) -> object:
+        if calls["adamw.kernel"] == 4:  # two arrays an update
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*arguments)  # type: ignore[arg-type]
+
+    calls.clear()
+    monkeypatch.setattr(adamw, "kernel", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        _run(folder, "train")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(adamw, "kernel", update)
+    asked = _choose(monkeypatch, serve=False)
+    made = _run(folder, "train")
+    assert not asked
+    assert _kernels(made)[0] == NAMES
+    assert (made / "model.safetensors").read_bytes() == whole
+
+
+def test_quantization_aware_training_uses_them(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _choose(monkeypatch, serve=False)
+    _run(folder, "train")
+    unfitted = _run(folder, "quantize", folder / "plain")
+    assert not calls
+    asked = _choose(monkeypatch, serve=True)
+    made = _run(folder, "quantize")
+    assert asked == [NAMES]
+    assert _kernels(made) == (NAMES, [])
+    assert {"rms_norm.kernel_gradients", "gated.kernel_gradients", "adamw.kernel"} <= calls.keys()
+    reports = [artifact.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
+    found, expected = (report["last_validation_perplexity"] for report in reports)
+    assert found == pytest.approx(expected, rel=1e-3)
+    _choose(monkeypatch, serve=False)
+    again = _run(folder, "quantize", folder / "again")
+    assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+# --- "require" and "off"
+
+
+def test_required_where_the_device_takes_none_it_says_so_by_name(folder: Path) -> None:
+    path = folder / "workflow.toml"
+    path.write_text('[workflow]\ndevice = "cpu"\n' + TEXT.replace('kernels = "auto"', 'kernels = "require"', 1))
+    done = mlxflow(folder, "run", "train")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1:] == [
+        f'train.kernels = "require": {device.processor()} lacks {", ".join(NAMES)} '
+        '(MLX takes no kernels on this device). Set train.kernels = "auto".'
+    ]
+    assert "Traceback" not in done.stderr
+    assert not (folder / "artifacts/train").exists()
+
+
+def test_required_each_that_does_not_serve_is_told_with_its_reason(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "workflow.toml"
+    path.write_text(TEXT.replace('kernels = "auto"', 'kernels = "require"'))
+    outcomes = dict.fromkeys(NAMES, Outcome(True, "")) | {
+        "cross_entropy/float32": Outcome(False, "it is slow"),
+        "gated_silu/float32": Outcome(False, "it is wrong"),
+        "rms_norm/float32/32": Outcome(False, "it is slow"),
+    }
+    monkeypatch.setattr(choice, "choose", lambda _: choice.Choice(outcomes))
+    lacking = "cross_entropy/float32, rms_norm/float32/32 (it is slow); gated_silu/float32 (it is wrong)"
+    with pytest.raises(WorkflowError) as raised:
+        _run(folder, "train")
+    advice = f'{device.name()} lacks {lacking}. Set train.kernels = "auto".'
+    assert str(raised.value) == f'train.kernels = "require": {advice}'
+    path.write_text(TEXT)
+    outcomes |= dict.fromkeys(NAMES, Outcome(True, ""))
+    _run(folder, "train")
+    outcomes["gated_silu/float32"] = Outcome(False, "it hangs")
+    path.write_text(TEXT.replace('batch_size = 4\nmax_validation_rows = 8\nkernels = "auto"', 'kernels = "require"'))
+    with pytest.raises(WorkflowError, match=r'^quantize.kernels = "require": .* lacks gated_silu/float32 \(it hangs\)'):
+        _run(folder, "quantize")
+
+
+def test_switched_off_nothing_of_them_is_imported(folder: Path) -> None:
+    program = f"""
+import sys
+from pathlib import Path
+
+from mlxflow import device
+from mlxflow.run import run_stage
+from mlxflow.workflow import load_workflow
+
+device.select = lambda _: "gpu"
+text = {TEXT!r}
+for kernels, stage in [("off", "train"), ("off", "quantize"), ("auto", "quantize")]:
+    Path("workflow.toml").write_text(text.replace('"auto"', f'"{{kernels}}"'))
+    workflow = load_workflow(Path("workflow.toml"))
+    run_stage(workflow, workflow.find(stage))
+    print(sorted(name for name in sys.modules if name.startswith("mlxflow.kernels")))
+"""
+    environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    *off, wanted = done.stdout.splitlines()
+    assert off == ["[]", "[]"]
+    assert "mlxflow.kernels.fitting" in wanted, "the test would see it"
