@@ -1,6 +1,8 @@
+import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -184,3 +186,41 @@ def test_the_sets_of_a_process_are_read_from_what_linux_writes() -> None:
     text = "00-ff ---p [rollup]\nRss: 20 kB\nPss:  10 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 2 kB\n"
     assert linux_sets(text) == (10 * 1024, 3 * 1024)
     assert linux_sets("") == (0, 0)
+
+
+def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    profiler = MemoryProfiler(samples_per_second=500, journal=path)
+
+    def told() -> list[list[object]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    with profile_memory(profiler, "step"):
+        assert told()[-1][:2] == ["enter", "step"]
+    reading = profiler.end_step()
+    assert told()[0][1:] == list(reading._fields)
+    assert told()[-1] == ["step", 1, *reading]
+    phase = profiler.phases[0]
+    assert ["phase", "step", phase.begin.seconds, phase.end.seconds, phase.end.peak_memory_bytes] in told()
+    with profiler.sampling():
+        while told()[-1][0] != "sample":
+            _spike(1000)
+    samples = profiler.timeline()
+    assert told()[-1][1:4] == [
+        pytest.approx(samples[f"sample_{name}"][-1]) for name in ("seconds", "active_memory_bytes", "peak_memory_bytes")
+    ]
+    profiler.close()
+    profiler.end_step()
+    assert told()[-1] == ["end"]
+
+
+def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxflow.measurement.memory._KEPT_PHASES", 4)
+    monkeypatch.setattr("mlxflow.measurement.memory._FIRST_PHASES", 1)
+    profiler = MemoryProfiler()
+    for name in ("load", *"abab", "update", "a"):
+        with profile_memory(profiler, name):
+            pass
+    timeline, names = profiler.timeline(), list(profiler.totals)
+    assert [names[number] for number in timeline["phase_number"]] == ["load", "a", "b", "update", "a"]
+    assert np.all(timeline["phase_begin_seconds"] <= timeline["phase_end_seconds"])

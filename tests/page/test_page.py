@@ -1,5 +1,7 @@
 import base64
 import hashlib
+import json
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -177,6 +179,49 @@ def test_a_timeline_cut_off_by_a_crash_is_shown_until_there(root: Path) -> None:
     path.write_bytes(b"\xff" * 40)
     page = render([read(root)]).decode()
     assert "profile/timeline.safetensors is damaged: its header cannot be read. Run: doit profile" in page
+
+
+def _leave_a_journal(root: Path, *, end: bool = False) -> Path:
+    left = root / "artifacts/.mlxflow/unfinished/profile/0123456789ab/timeline.jsonl"
+    left.parent.mkdir(parents=True)
+    told: list[list[object]] = [["columns", "seconds", "active_memory_bytes"], ["enter", "load_model", 0.0]]
+    told += [["phase", "load_model", 0.0, 0.5, 5e8], ["sample", 0.6, 1e8], ["step", 1, 0.7, 3e8], ["step", 2, 0.9, 2e8]]
+    told += [["enter", "training_step", 0.9], ["enter", "training_step/update", 1.0]]
+    told += [["end"]] if end else []
+    left.write_text("".join(f"{json.dumps(line)}\n" for line in told) + '["sample", 1.1, 2')
+    return left
+
+
+def test_what_a_killed_profile_saw_is_shown_beside_the_artifact(root: Path) -> None:
+    _leave_a_journal(root)
+    page = Seen(render([read(root)]))
+    said = "The last run of profile was cut off in training_step/update after step 2; all that it measured until then"
+    assert said in page.text
+    labels = " ".join(value or "" for key, value in page.attributes if key == "aria-label")
+    assert "MLX's memory, at each step's end until then. active: 300 MB at most." in labels
+    assert "active: 100 MB at most. Phases: load_model, training_step, training_step/update." in labels
+    assert "9 MB at the peak of a training step" in page.text  # the artifact is as it was
+    assert page.text.count("MLX's memory, sampled") == 1
+
+
+def test_a_profile_that_failed_is_not_called_cut_off_and_a_newer_artifact_ends_it(root: Path) -> None:
+    left = _leave_a_journal(root, end=True)
+    assert "The last run of profile failed or was stopped in training_step/update after step 2" in _text(root)
+    report = root / "artifacts/profile/report.toml"
+    os.utime(report, ns=(0, left.stat().st_mtime_ns + 1))
+    assert "The last run of profile" not in _text(root)
+    report.unlink()
+    assert "500 MB at most until the profile ended: it failed" in _text(root)
+
+
+def test_a_journal_of_nonsense_is_shown_as_far_as_it_can_be_read(root: Path) -> None:
+    left = _leave_a_journal(root)
+    left.write_bytes(
+        b'\xff\n[]\n3\n["step"]\n["phase",1]\n["enter"]\n["columns"]\n{"a":1}\n["step",null]\n["enter",2,"x"]'
+    )
+    text = _text(root)
+    assert "The last run of profile was cut off before the first step's end" in text
+    assert "profile left a timeline that holds no readings." in text
 
 
 def test_a_torn_line_of_the_learning_curve_is_told(root: Path) -> None:
