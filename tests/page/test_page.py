@@ -6,6 +6,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -201,7 +202,7 @@ def test_what_a_killed_profile_saw_is_shown_beside_the_artifact(root: Path) -> N
     assert "MLX's memory, at each step's end until then. active: 300 MB at most." in labels
     assert "active: 100 MB at most. Phases: load_model, training_step, training_step/update." in labels
     assert "9 MB at the peak of a training step" in page.text  # the artifact is as it was
-    assert page.text.count("MLX's memory, sampled") == 1
+    assert page.text.count("MLX's memory, sampled until then") == 1
 
 
 def test_a_profile_that_failed_is_not_called_cut_off_and_a_newer_artifact_ends_it(root: Path) -> None:
@@ -304,8 +305,11 @@ def test_two_runs_stand_side_by_side_and_their_curves_in_one_plot(
     write_run(other)
     edit(other, "train", lambda report: report.update(last_validation_perplexity=21.5))
     (other / "artifacts/benchmark/report.toml").unlink()
-    page = render([read(root, label="A: here"), read(other, label="B: there", name="other")])
+    runs = [read(root, label="A: here"), read(other, label="B: there", name="other")]
+    page = render(runs)
     text = Seen(page).text
+    assert page == render(runs)
+    assert len(page) < 500_000
     assert "by hand and other" in text
     assert "38.5 perplexity" in text
     assert "21.5 perplexity" in text
@@ -313,3 +317,57 @@ def test_two_runs_stand_side_by_side_and_their_curves_in_one_plot(
     assert "training, B: there" in text
     assert 'class="line c0 b"' in page.decode()
     assert "No benchmark to show: artifacts/benchmark/report.toml is missing" in text
+
+
+def test_two_runs_have_their_answers_timelines_and_bars_together(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_run(other)
+    edit(other, "train", lambda report: report.update(last_validation_perplexity=21.5))
+
+    def faster(report: dict[str, Any]) -> None:
+        speed = {"tokens_per_second": 12000, "low_tokens_per_second": 11000, "high_tokens_per_second": 13000}
+        report["training"][1].update(speed)
+        report["training"].append({"name": "only here", "batch_size": 16, **speed})
+
+    edit(other, "benchmark", faster)
+    page = render([read(root, label="A: here"), read(other, label="B: there")])
+    text = Seen(page).text
+    after = "perplexity on held-out text after 240 steps, from 2,079 before."
+    assert f"Did it learn? A: here 38.5 {after} B: there 21.5 {after}" in text
+    assert "workflow, 16 rows 8,000 12,000 1.50 times (1.34 to 1.67)" in text
+    assert "baseline, 16 rows 4,000 4,000 1 times (0.905 to 1.11), inside the noise" in text
+    assert "stage 410 410 1 times" in text
+    both = page.decode().partition("MLX&#39;s memory of both runs, at each step&#39;s end")[2].partition("</figure>")[0]
+    for name in ("active, A: here", "peak, A: here", "active, B: there", "peak, B: there"):
+        assert f'"name":"{name}"' in both
+    assert 'class="line c1 b"' in both
+    assert "The process&#39;s memory of both runs, sampled" in page.decode()
+
+
+def test_phases_lie_over_the_timeline_with_their_peaks(root: Path) -> None:
+    page = render([read(root)]).decode()
+    sampled = page.partition("<figcaption>MLX&#39;s memory, sampled")[2].partition("</figure>")[0]
+    told = json.loads(re.search(r"<script[^>]*>(.*?)</script>", sampled)[1])["bands"]  # type: ignore[index]
+    assert told[0] == ["load_model", 0, 1, 3_000_000]
+    assert ["step", 1, 1.1, 0] in told  # its parts have the heights
+    assert ["step/update", 1.08, 1.1, 2_400_000] in told
+    assert sampled.count('class="band bar') == len({name.rpartition("/")[2] for name, *_ in told})
+    by_step = page.partition("<figcaption>MLX&#39;s memory, at each step&#39;s end")[2].partition("</figure>")[0]
+    assert "peak in forward_backward" in by_step
+    assert "peak in load_model" not in by_step
+
+
+def test_very_many_phases_are_drawn_together(root: Path) -> None:
+    write_timeline(root, 100_000)
+    page = render([read(root)]).decode()
+    assert len(page) < 500_000
+    sampled = page.partition("<figcaption>MLX&#39;s memory, sampled")[2].partition("</figure>")[0]
+    told = json.loads(re.search(r"<script[^>]*>(.*?)</script>", sampled)[1])["bands"]  # type: ignore[index]
+    assert len(told) < 500
+    counts = [
+        int(name.removeprefix("step, ").removesuffix(" times").replace(",", "")) for name, *_ in told if "times" in name
+    ]
+    assert sum(counts) == 100_000
+    assert max(value for *_, value in told) == 9_000_000

@@ -194,11 +194,12 @@ def _bands(phases: Sequence[Span]) -> list[Band]:
         place = int(np.searchsorted(begins, phase.begin_seconds, side="right")) - 1
         if place >= 0 and phase.end_seconds <= wide[place].end_seconds and phase.name.startswith(wide[place].name):
             shown.append((phase, 1))
-    styles: dict[str, str] = {}
+    styles: tuple[dict[str, str], dict[str, str]] = ({}, {})
     bands = []
     for phase, count in shown:
         part = _last_part(phase.name)
-        style = styles.setdefault(part, f"c{(3 + len(styles)) % 6}" + (" b" if len(styles) > 5 else ""))
+        of_lane = styles["/" in phase.name]
+        style = of_lane.setdefault(part, f"c{(3 + len(of_lane)) % 6}" + ("" if "/" in phase.name else " b"))
         name = clean(phase.name) + (f", {count} times" if count > 1 else "")
         is_whole = phase.name.count("/") == 0
         # Where the parts of a phase are drawn, theirs are the heights
@@ -250,7 +251,9 @@ def over_each_other(runs: Sequence[Run]) -> list[Block]:
             series = [
                 one._replace(name=f"{one.name}, {run.label}", style=one.style + (" b" if index else ""))
                 for index, (run, timeline) in enumerate(zip(runs, told, strict=True))
-                for one in _series(timeline.columns, keys, prefix, timeline.columns.get(prefix + x_name))
+                for one in _series(
+                    timeline.columns, keys, prefix, _from_zero(timeline.columns.get(prefix + x_name), prefix)
+                )
             ]
             if len({one.style[3:] for one in series}) < len(runs):
                 continue
@@ -261,10 +264,15 @@ def over_each_other(runs: Sequence[Run]) -> list[Block]:
                 x_name=x_name,
                 form="bytes",
                 x_form="seconds" if prefix else "number",
-                group=f"memory {task} {x_name}",
+                group=f"memory {task} {x_name}{' of both' if prefix else ''}",
                 from_zero=keys is not _OVERLAID[-1][-1],
             )
             legend = tuple((one.style, one.name) for one in series)
             wide = not prefix
             blocks.append(Figure(title, plot, _ends_table(series), legend, wide=wide, hint=_HINT if wide else ""))
     return blocks
+
+
+def _from_zero(x: "NDArray[np.float64] | None", prefix: str) -> "NDArray[np.float64] | None":
+    """Return seconds since the first sample: two runs do not take as long until then."""
+    return x - x[0] if prefix and x is not None and len(x) else x
