@@ -1,4 +1,4 @@
-"""What a profiler sees, written down line by line as it goes: a program that is killed leaves all that was seen.
+"""What a profiler sees, written down as it goes: a program that is killed leaves all but the samples of a last second.
 
 Each line is a JSON list, its first word the kind:
 
@@ -15,13 +15,19 @@ The file is locked as long as its writer lives, so that a reader can tell a run 
 import fcntl
 import json
 import os
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 
+#: Samples wait so long for a line that is written at once: one write for many costs less than one each.
+_WAIT_SECONDS = 1.0
+
+
 class Journal:
-    """Appends lines to a file, each with one write: what was written outlives the process.
+    """Appends lines to a file; what was written outlives the process. May be used from several threads.
 
     Args:
         path: begun anew.
@@ -33,15 +39,31 @@ class Journal:
         self._descriptor = os.open(path, flags, 0o666)
         with suppress(OSError):  # somebody looks just now, or the file system has no locks
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[object, ...]] = []
+        self._due = 0.0
         self.append("columns", *columns)
 
     def append(self, kind: str, *values: object) -> None:
-        """Write one line; a disk that takes no more ends the journal, not the program."""
-        if self._descriptor < 0:
-            return
-        line = json.dumps([kind, *values], separators=(",", ":"))
+        """Write a line, and those that wait before it; a disk that takes no more ends the journal, not the program."""
+        with self._lock:
+            self._waiting.append((kind, *values))
+            self._write()
+
+    def keep(self, kind: str, *values: object) -> None:
+        """Let a line wait for the next one that is written, a second at most."""
+        with self._lock:
+            self._waiting.append((kind, *values))
+            if time.monotonic() >= self._due:
+                self._write()
+
+    def _write(self) -> None:
+        text = "".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in self._waiting)
+        self._waiting.clear()
+        self._due = time.monotonic() + _WAIT_SECONDS
         try:
-            os.write(self._descriptor, f"{line}\n".encode())
+            if self._descriptor >= 0:
+                os.write(self._descriptor, text.encode())
         except OSError:
             self._close()
 

@@ -198,7 +198,7 @@ class MemoryProfiler:
                 with self._lock:
                     self._samples.append(reading)
                 if self._journal:
-                    self._journal.append("sample", *reading)
+                    self._journal.keep("sample", *reading)
 
         thread = threading.Thread(target=sample, name="memory-sampler", daemon=True)
         thread.start()

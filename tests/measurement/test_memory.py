@@ -10,6 +10,7 @@ import pytest
 
 import mlxflow
 from mlxflow.measurement.columns import Columns
+from mlxflow.measurement.journal import Journal
 from mlxflow.measurement.memory import MemoryProfiler, profile_memory
 from mlxflow.measurement.readings import linux_sets
 
@@ -188,7 +189,8 @@ def test_the_sets_of_a_process_are_read_from_what_linux_writes() -> None:
     assert linux_sets("") == (0, 0)
 
 
-def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path) -> None:
+def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxflow.measurement.journal._WAIT_SECONDS", 0.0)
     path = tmp_path / "journal.jsonl"
     profiler = MemoryProfiler(samples_per_second=500, journal=path)
 
@@ -212,6 +214,18 @@ def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path) ->
     profiler.close()
     profiler.end_step()
     assert told()[-1] == ["end"]
+
+
+def test_samples_wait_for_the_next_line_and_come_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, ["seconds"])
+    journal.keep("sample", 0.1)
+    assert path.read_text() == '["columns","seconds"]\n'
+    journal.append("step", 1, 0.2)
+    assert path.read_text() == '["columns","seconds"]\n["sample",0.1]\n["step",1,0.2]\n'
+    journal.keep("sample", 0.3)
+    journal.close()
+    assert path.read_text().endswith('["sample",0.3]\n["end"]\n')
 
 
 def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.MonkeyPatch) -> None:
