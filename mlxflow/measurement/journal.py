@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-
 #: Samples wait so long for a line that is written at once: one write for many costs less than one each.
 _WAIT_SECONDS = 1.0
 
