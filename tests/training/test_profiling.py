@@ -94,6 +94,16 @@ def test_packing_saves_what_was_said_when_the_documents_are_really_packed(job: J
     assert one.saves_bytes == pytest.approx(now.whole - peaks(packed).whole, rel=0.15)
 
 
+def test_packing_is_suggested_for_an_odd_number_of_rows_too() -> None:
+    def predicts(job: Job, settings: Settings) -> Peaks:
+        return Peaks(100.0 * settings.batch_size, 50.0)
+
+    situation = Situation(Peaks(700, 50), 0, 0.5, is_gpu=False)
+    job, settings = Job(Path(), "", None, 1, 1, False, 0), SETTINGS._replace(batch_size=7)
+    found = {one.name: one.saves_bytes for one in suggest(job, settings, situation, predicts=predicts)}
+    assert found == {"packing": 350}  # half of the rows
+
+
 def test_a_lower_cache_limit_saves_what_was_said() -> None:
     def cached() -> int:
         mx.clear_cache()

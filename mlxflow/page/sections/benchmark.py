@@ -211,7 +211,22 @@ def _convergence(one: StageRun) -> list[Block]:
             cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]
             figures = Table("Where each ends", ("Run", key.capitalize(), "Loss"), cells, folded=True)
             blocks.append(Figure(title, plot, figures, tuple((s.style, s.name) for s in series)))
-    return blocks or [Note("The benchmark reported no convergence.")]
+    return blocks + _to_the_same_loss(one) if blocks else [Note("The benchmark reported no convergence.")]
+
+
+def _to_the_same_loss(one: StageRun) -> list[Block]:
+    """Return what each run took to a loss that all of them reached."""
+    curves = rows(one.report, "convergence")
+    known = [row for row in curves if number(row.get("tokens_to_loss")) is not None]
+    loss = number(known[0].get("same_loss")) if known else None
+    if loss is None:
+        return []
+    took = [
+        f"{clean(str(row.get('name', 'a run')))} {show(row['tokens_to_loss'])} tokens "
+        f"and {show_seconds(row.get('seconds_to_loss'))}"
+        for row in known
+    ]
+    return [Text(f"To a loss of {show(loss)} it took {'; '.join(took)}.")]
 
 
 def _bottleneck(one: StageRun) -> list[Block]:
