@@ -12,13 +12,16 @@ Prints three things, each with a 95 % interval of the median where it was repeat
 import argparse
 import importlib.util
 import itertools
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +49,7 @@ run()
 begin = time.perf_counter()
 for _ in range({steps}):
     run()
-print(time.perf_counter() - begin)
+print(time.perf_counter() - begin, flush=True)
 """
 PROFILED = """
 from pathlib import Path
@@ -59,7 +62,7 @@ with profiler.sampling():
         with profile_memory(profiler, "step"):
             run()
         profiler.end_step()
-print(time.perf_counter() - begin)
+print(time.perf_counter() - begin, flush=True)
 """
 #: Steps of one half of a pair, some tenths of a second: several samples of the thread fall into it.
 BLOCK_STEPS = 5
@@ -161,9 +164,16 @@ def peers(num_rounds: int, folder: str) -> None:
 
 
 def _seconds(command: Iterable[str]) -> float | None:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    numbers = [line for line in done.stdout.splitlines() if line.replace(".", "", 1).isdigit()]
-    return float(numbers[-1]) if numbers else None
+    """Return the seconds that the program tells; what a profiler does after it, perhaps for minutes, is cut short."""
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        told = (line.strip() for line in process.stdout)
+        found = next((float(line) for line in told if line.replace(".", "", 1).isdigit()), None)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return found
 
 
 def _show(interval: Interval, form: str) -> str:
