@@ -1,21 +1,32 @@
-"""What the memory profiler costs: the same training steps with it and without it, in turns.
+"""What the memory profiler costs: the same training steps with it and without it, in turns, and beside its peers.
 
-    python benchmarks/profiler.py [--rounds 30]
+    python benchmarks/profiler.py [--pairs 100] [--rounds 7]
 
-Prints the median of the ratios with an interval, the sampling thread's share of a core, and, where they are installed,
-the time that memray and scalene take for the same program.
+Prints three things, each with a 95 % interval of the median where it was repeated:
+- steps with the profiler against steps without, in many short pairs, so that what else the machine does meets both;
+- what the profiler's own threads took of a core while the steps ran, from the system's count of each thread's time, on
+  which no other program has a say: the sampling thread, and the readings between the steps;
+- the same program run under mlxflow, memray and scalene (where they are installed), each against a plain run beside it.
 """
 
 import argparse
-import shutil
-import statistics
+import importlib.util
+import itertools
+import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mlxflow import cpu
+from mlxflow.measurement.statistics import Interval, median_interval, ratio_interval
 
 PROGRAM = """
 from mlxflow import cpu
@@ -33,103 +44,151 @@ x = mx.random.normal((512, 512))
 def run():
     mx.eval(step(layers, x))
 """
-TIMED = "run()\nbegin = time.perf_counter()\nfor _ in range(80): run()\nprint(time.perf_counter() - begin)\n"
+TIMED = """
+run()
+begin = time.perf_counter()
+for _ in range({steps}):
+    run()
+print(time.perf_counter() - begin, flush=True)
+"""
+PROFILED = """
+from pathlib import Path
+from mlxflow import MemoryProfiler, profile_memory
+profiler = MemoryProfiler(journal=Path({folder!r}, "journal.jsonl"))
+run()
+begin = time.perf_counter()
+with profiler.sampling():
+    for _ in range({steps}):
+        with profile_memory(profiler, "step"):
+            run()
+        profiler.end_step()
+print(time.perf_counter() - begin, flush=True)
+"""
+#: Steps of one half of a pair, some tenths of a second: several samples of the thread fall into it.
+BLOCK_STEPS = 5
+PEER_STEPS = 40
 
 
-def paired(num_rounds: int) -> None:
-    """Time blocks of steps with and without the profiler in turns."""
+def paired(num_pairs: int, folder: str) -> None:
+    """Time short blocks of steps with and without the profiler, in pairs, and count what its threads take."""
     cpu.prepare()
     from mlxflow.measurement.memory import MemoryProfiler, profile_memory
 
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(PROGRAM, names)  # noqa: S102 - the program that the peers run, too
-    run = names["run"]
-    assert callable(run)
-    profiler = MemoryProfiler()
+    run: Callable[[], None] = names["run"]
+    profiler = MemoryProfiler(journal=Path(folder, "journal.jsonl"))
+    thread_times = _watch_sampler(profiler)
+    between: list[float] = []  # seconds of this thread's own time that a step's readings took
 
     def plain() -> None:
-        for _ in range(20):
+        for _ in range(BLOCK_STEPS):
             run()
 
     def profiled() -> None:
         with profiler.sampling():
-            for _ in range(20):
-                with profile_memory(profiler, "step"):
-                    run()
+            for _ in range(BLOCK_STEPS):
+                begin = time.thread_time()
+                phase = profile_memory(profiler, "step")
+                phase.__enter__()
+                inside = time.thread_time()
+                run()
+                after = time.thread_time()
+                phase.__exit__(None, None, None)
                 profiler.end_step()
+                between.append(inside - begin + time.thread_time() - after)
 
+    seconds: dict[Callable[[], None], list[float]] = {plain: [], profiled: []}
     plain()
     profiled()
-    ratios = []
-    for number in range(num_rounds):
-        order = (plain, profiled) if number % 2 else (profiled, plain)
-        took = {}
-        for block in order:
+    between.clear()
+    thread_times.clear()
+    generator = random.Random(0)
+    for _ in range(num_pairs):
+        for block in generator.sample((plain, profiled), 2):
             begin = time.perf_counter()
             block()
-            took[block] = time.perf_counter() - begin
-        ratios.append(took[profiled] / took[plain])
-    ratios.sort()
-    low, high = ratios[num_rounds // 4], ratios[num_rounds * 3 // 4]
-    print(f"with / without: {statistics.median(ratios):.4f} (middle half {low:.4f} to {high:.4f}, {num_rounds} rounds)")
+            seconds[block].append(time.perf_counter() - begin)
+    ratio = ratio_interval(seconds[profiled], seconds[plain])
+    print(f"steps with / without: {_show(ratio, '.4f')}, {num_pairs} pairs of {BLOCK_STEPS} steps")
+    whole = sum(seconds[profiled])
+    sampler, readings = sum(thread_times.values()) / whole, sum(between) / whole
+    step = median_interval([taken / BLOCK_STEPS for taken in seconds[plain]]).median
+    print(
+        f"processor time while the steps ran ({step * 1e3:.1f} ms each): the sampling thread {sampler:.3%} of a core, "
+        f"a step's readings {readings:.3%} ({_show(median_interval(between).scaled(1e6), '.0f')} us); "
+        f"both {sampler + readings:.3%}"
+    )
 
 
-def thread_share() -> None:
-    """Print what the sampling thread takes of a core while nothing else runs, and what a step's readings take."""
-    from mlxflow.measurement.memory import MemoryProfiler, profile_memory
+def _watch_sampler(profiler: Any) -> dict[int, float]:
+    """Return, by its number, the processor time of each sampling thread up to its latest reading; filled as it goes."""
+    found: dict[int, float] = {}
+    numbers = itertools.count()
+    local = threading.local()
+    read = profiler._reader.read
 
-    profiler = MemoryProfiler()
-    begin, cpu_begin = time.perf_counter(), time.process_time()
-    with profiler.sampling():
-        time.sleep(10)
-    share = (time.process_time() - cpu_begin) / (time.perf_counter() - begin)
-    begin = time.perf_counter()
-    for _ in range(1000):
-        with profile_memory(profiler, "step"):
-            pass
-        profiler.end_step()
-    each = (time.perf_counter() - begin) / 1000
-    print(f"sampling thread: {share:.2%} of a core; a phase and a step's end: {each * 1e6:.0f} us")
+    def watched(*, fresh: bool) -> Any:
+        reading = read(fresh=fresh)
+        if threading.current_thread().name == "memory-sampler":
+            if not hasattr(local, "number"):
+                local.number = next(numbers)
+            found[local.number] = time.thread_time()
+        return reading
 
-
-def peers() -> None:
-    """Print how much longer the program takes under other profilers."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "program.py")
-        program.write_text(PROGRAM + TIMED)
-        commands = {
-            "memray": ["-m", "memray", "run", "-q", "-f", "-o", f"{folder}/out.bin"],
-            "scalene": ["-m", "scalene", "run", "-o", f"{folder}/out.json"],
-        }
-        ratios: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(5):
-            plain = _seconds([str(program)])
-            for name, command in commands.items():
-                took = (
-                    _seconds([*command, str(program)])
-                    if shutil.which(name, path=str(Path(sys.executable).parent))
-                    else None
-                )
-                if took and plain:
-                    ratios[name].append(took / plain)
-        for name, found in ratios.items():
-            print(f"{name}: " + (f"{statistics.median(found):.2f} times" if found else "not installed, or did not run"))
+    profiler._reader.read = watched
+    return found
 
 
-def _seconds(command: list[str]) -> float | None:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
-    numbers = [line for line in done.stdout.splitlines() if line.replace(".", "", 1).isdigit()]
-    return float(numbers[-1]) if numbers else None
+def peers(num_rounds: int, folder: str) -> None:
+    """Print how much longer the program takes under each profiler, each run against the plain one of its round."""
+    for name, text in (("plain", TIMED), ("profiled", PROFILED)):
+        Path(folder, f"{name}.py").write_text(PROGRAM + text.format(steps=PEER_STEPS, folder=folder))
+    plain = f"{folder}/plain.py"
+    commands = {"plain": [plain], "mlxflow": [f"{folder}/profiled.py"]}
+    if importlib.util.find_spec("memray"):
+        commands["memray"] = ["-m", "memray", "run", "-q", "-f", "-o", f"{folder}/out.bin", plain]
+    if importlib.util.find_spec("scalene"):
+        commands["scalene"] = ["-m", "scalene", "run", "-o", f"{folder}/out.json", plain]
+    generator = random.Random(0)
+    rounds: list[dict[str, float]] = []
+    for _ in range(num_rounds):
+        order = generator.sample(list(commands), len(commands))
+        rounds.append({name: taken for name in order if (taken := _seconds(commands[name]))})
+    for name in ("mlxflow", "memray", "scalene"):
+        pairs = [(one[name], one["plain"]) for one in rounds if name in one and "plain" in one]
+        if pairs:
+            print(f"under {name}: {_show(ratio_interval(*zip(*pairs, strict=True)), '.3f')} times, {len(pairs)} rounds")
+        else:
+            print(f"under {name}: {'did not run' if name in commands else 'not installed'}")
+
+
+def _seconds(command: Iterable[str]) -> float | None:
+    """Return the seconds that the program tells; what a profiler does after it, perhaps for minutes, is cut short."""
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        told = (line.strip() for line in process.stdout)
+        found = next((float(line) for line in told if line.replace(".", "", 1).isdigit()), None)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return found
+
+
+def _show(interval: Interval, form: str) -> str:
+    return f"{interval.median:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def main() -> None:
     """Print all of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="default: 30")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=100, help="of short blocks, with and without; default: 100")
+    parser.add_argument("--rounds", type=int, default=7, help="runs under each profiler; default: 7")
     parsed = parser.parse_args()
-    paired(parsed.rounds)
-    thread_share()
-    peers()
+    with tempfile.TemporaryDirectory() as folder:
+        paired(parsed.pairs, folder)
+        peers(parsed.rounds, folder)
 
 
 if __name__ == "__main__":

@@ -228,16 +228,21 @@ def test_curves_bottleneck_device_and_speeds_are_reported(report: dict[str, Any]
 def test_a_model_that_does_not_fit_says_so_and_the_others_stand(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(path: Path, *_: Any) -> dict[str, Any]:
-        if path.parent.name == "q4":
-            raise RuntimeError("[malloc] Unable to allocate 777777 bytes.")
-        return {"perplexity": 2.0}
+    load = benchmark._load
 
-    monkeypatch.setattr(benchmark, "_benchmark_model", measure)
+    def loads(folder: Path) -> Any:
+        if folder.name == "q4":
+            raise RuntimeError("[malloc] Unable to allocate 777777 bytes.")
+        return load(folder)
+
+    monkeypatch.setattr(benchmark, "_load", loads)
     folders = {"train": built / "artifacts/train", "quantize:q4": built / "artifacts/quantize/q4"}
-    inputs = benchmark.Inputs(models={name: folder / "model.safetensors" for name, folder in folders.items()})
-    dense, q4 = benchmark._benchmark_models(benchmark.Config(), inputs, _context(tmp_path))
-    assert dense == {"model": "train", "perplexity": 2.0}
+    tokens = built / "artifacts/pretokenize/validation.safetensors"
+    models = {name: folder / "model.safetensors" for name, folder in folders.items()}
+    inputs = benchmark.Inputs(model=models["train"], validation=tokens, models=models)
+    dense, q4 = benchmark._benchmark_models(benchmark.Config(max_validation_rows=8), inputs, _context(tmp_path))
+    assert dense["perplexity"] > 1
+    assert dense["decode_tokens_per_second"] > 0
     assert q4["error"] == "does not fit: 777,777 bytes more may not be had (1 are the limit)"
 
 

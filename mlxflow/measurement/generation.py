@@ -1,11 +1,12 @@
-"""How fast a model reads a prompt and writes after it.
+"""How fast models read a prompt and write after it, in turns, so that a device whose speed drifts treats them alike.
 
 Reading (prefill) puts all of a prompt through the model at once and is bound by arithmetic; writing (decode) puts one
 token through at a time, reads every weight for it, and is bound by the memory's bandwidth.
 """
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +15,9 @@ import mlx.nn as nn
 from mlxflow import bare
 from mlxflow.measurement.statistics import Interval, median_interval
 
+#: Gives a model in evaluation mode, its weights perhaps still on the disk.
+Load = Callable[[], nn.Module]
+
 
 class GenerationSpeed(NamedTuple):
     """How fast one model generates.
@@ -21,7 +25,7 @@ class GenerationSpeed(NamedTuple):
     Attributes:
         prefill: tokens a second, by the tokens of the prompt.
         decode: tokens a second.
-        peak_memory_bytes: most that arrays held meanwhile, those held before left out.
+        peak_memory_bytes: most that its arrays held, those of other models left out.
     """
 
     prefill: dict[int, Interval]
@@ -29,38 +33,108 @@ class GenerationSpeed(NamedTuple):
     peak_memory_bytes: int
 
 
+class _Turns:
+    """The turns of one model."""
+
+    def __init__(self, load: Load, prompts: dict[int, mx.array], decode_tokens: int) -> None:
+        self._load = load
+        self._prompts = prompts
+        self._decode_tokens = decode_tokens
+        self._model: nn.Module | None = None
+        self._own_bytes = self._peak_bytes = 0
+        self._seconds: list[tuple[list[float], float]] = []
+        self.failure: RuntimeError | None = None
+
+    def take(self) -> None:
+        """Time one more turn; a model that is not there is loaded, and passes once before, which may compile."""
+        if self._model is None:
+            before = mx.get_active_memory()
+            self._model = self._load()
+            mx.eval(self._model.parameters())
+            self._own_bytes = mx.get_active_memory() - before
+            self._pass(self._model)
+        beside = mx.get_active_memory() - self._own_bytes
+        mx.reset_peak_memory()
+        self._seconds.append(self._pass(self._model))
+        self._peak_bytes = max(self._peak_bytes, mx.get_peak_memory() - beside)
+
+    def _pass(self, model: nn.Module) -> tuple[list[float], float]:
+        shortest = next(iter(self._prompts.values()))
+        reading = [_prefill(model, prompt) for prompt in self._prompts.values()]
+        return reading, _decode(model, shortest, self._decode_tokens)
+
+    def release(self) -> None:
+        """Give the model's memory back."""
+        if self._model is not None:
+            self._model = None
+            gc.collect()
+        mx.clear_cache()
+
+    def speed(self) -> GenerationSpeed:
+        """Return what the turns came to."""
+        reading = zip(*(prefill for prefill, _ in self._seconds), strict=True)
+        return GenerationSpeed(
+            prefill={
+                length: median_interval(taken).inverse(length)
+                for length, taken in zip(self._prompts, reading, strict=True)
+            },
+            decode=median_interval([decoding for _, decoding in self._seconds]).inverse(self._decode_tokens),
+            peak_memory_bytes=max(self._peak_bytes, self._own_bytes),
+        )
+
+
 def measure_generation(
-    model: nn.Module,
+    loads: Sequence[Load],
     *,
     prompt_lengths: Sequence[int],
     decode_tokens: int,
     num_rounds: int,
     vocab_size: int,
-    before: int,
-) -> GenerationSpeed:
-    """Return how fast a model generates; the first round, which may compile, is left out.
+    holds: bool,
+) -> list[GenerationSpeed | RuntimeError]:
+    """Return how fast each model generates, from rounds in which they take turns.
 
     Args:
-        model: in evaluation mode.
+        loads: gives each model.
         prompt_lengths: tokens of each prompt, from the shortest to the longest.
         decode_tokens: written after the shortest prompt.
         num_rounds: that are timed.
         vocab_size: V.
-        before: bytes that MLX held before the model was there.
+        holds: whether all are held in memory meanwhile, else each is loaded anew for its turn. Where one finds no
+            room beside the others, none is held any more.
+
+    Returns:
+        for each model its speed, or why it could not be run even alone.
     """
-    mx.reset_peak_memory()
     prompts = {length: (mx.arange(length) * 7919 % vocab_size)[None] for length in prompt_lengths}
-    seconds: dict[int, list[float]] = {length: [] for length in prompt_lengths}
-    decoding: list[float] = []
-    for _ in range(num_rounds + 1):
-        for length, prompt in prompts.items():
-            seconds[length].append(_prefill(model, prompt))
-        decoding.append(_decode(model, prompts[prompt_lengths[0]], decode_tokens))
-    return GenerationSpeed(
-        prefill={length: median_interval(taken[1:]).inverse(length) for length, taken in seconds.items()},
-        decode=median_interval(decoding[1:]).inverse(decode_tokens),
-        peak_memory_bytes=max(mx.get_peak_memory(), mx.get_active_memory()) - before,
-    )
+    mx.eval(prompts)
+    gc.collect()  # what dies later would be missed in what a model takes
+    models = [_Turns(load, prompts, decode_tokens) for load in loads]
+    try:
+        for _ in range(num_rounds):
+            for one in (one for one in models if one.failure is None):
+                holds = _take(one, models, holds)
+    finally:
+        for one in models:
+            one.release()
+    return [one.failure or one.speed() for one in models]
+
+
+def _take(one: _Turns, models: Sequence[_Turns], holds: bool) -> bool:
+    """Let a model take its turn; return whether the next ones may still hold theirs."""
+    try:
+        one.take()
+    except RuntimeError as error:
+        if not holds:
+            one.failure = error.with_traceback(None)  # its frames hold the model
+    else:
+        if holds:
+            return True
+        one.release()
+        return False
+    for other in models:
+        other.release()
+    return _take(one, models, False) if holds else False
 
 
 def _prompt_cache(model: nn.Module) -> list[Any]:

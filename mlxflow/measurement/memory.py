@@ -13,11 +13,18 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
 
 from mlxflow.measurement import peaks
 from mlxflow.measurement.columns import Columns
+from mlxflow.measurement.journal import Journal
 from mlxflow.measurement.readings import Reader, Reading
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["MemoryProfiler", "Phase", "PhaseTotal", "Reading", "profile_memory"]
 
@@ -25,7 +32,7 @@ __all__ = ["MemoryProfiler", "Phase", "PhaseTotal", "Reading", "profile_memory"]
 DEFAULT_SAMPLES_PER_SECOND = 20.0
 
 _KEPT_ROWS = 1 << 13
-_KEPT_PHASES = 1 << 12
+_KEPT_PHASES, _FIRST_PHASES = 1 << 12, 1 << 6
 _HIGHEST = 8
 _FRACTIONS = ("seconds", "pressure")
 _MOST = ("peak_memory_bytes", "rss_bytes", "footprint_bytes")
@@ -98,6 +105,8 @@ class MemoryProfiler:
 
     Args:
         samples_per_second: of the sampling thread.
+        journal: a file that every reading and phase is written to as it is seen, so that a program that is killed
+            leaves them (`mlxflow.measurement.journal`); None: none.
 
     Attributes:
         phases: the latest finished phases, in the order in which they ended.
@@ -105,8 +114,9 @@ class MemoryProfiler:
         steps: finished steps.
     """
 
-    def __init__(self, *, samples_per_second: float = DEFAULT_SAMPLES_PER_SECOND) -> None:
+    def __init__(self, *, samples_per_second: float = DEFAULT_SAMPLES_PER_SECOND, journal: Path | None = None) -> None:
         self._reader = Reader()
+        self._journal = Journal(journal, Reading._fields) if journal else None
         self._every_seconds = 1 / samples_per_second
         self._lock = threading.Lock()
         self._names = threading.local()
@@ -115,6 +125,7 @@ class MemoryProfiler:
         self._step_peak = peaks.open_peak()
         self._highest: list[Peak] = []
         self._step_phase = Peak(0, 1, "")
+        self._first_phases: list[Phase] = []
         self.phases: deque[Phase] = deque(maxlen=_KEPT_PHASES)
         self.totals: dict[str, PhaseTotal] = {}
         self.steps = 0
@@ -124,12 +135,15 @@ class MemoryProfiler:
         return self._reader.read(fresh=True)
 
     def close(self) -> None:
-        """Give back the file it reads from; to be called when no more is measured."""
+        """Give back the files it reads from and writes to; to be called when no more is measured."""
         self._reader.close()
         peaks.forget(self._step_peak)
+        if self._journal:
+            self._journal.close()
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "steps"):  # else it was not made whole
+            self.close()
 
     # --- steps
 
@@ -148,6 +162,8 @@ class MemoryProfiler:
             phase = self._step_phase.phase if self._step_phase.bytes >= peak else ""
             self._highest = sorted([*self._highest, Peak(peak, self.steps, phase)], key=_by_height)[:_HIGHEST]
             self._step_phase = Peak(0, self.steps + 1, "")
+        if self._journal:
+            self._journal.append("step", self.steps, *reading)
         return reading
 
     @property
@@ -156,11 +172,17 @@ class MemoryProfiler:
         return list(self._highest)
 
     def timeline(self) -> dict[str, Any]:
-        """Return the columns of steps, and those of samples under names that begin with `sample_`."""
+        """Return the columns of steps, those of samples (`sample_...`) and those of phases (`phase_...`).
+
+        A phase's number is its name's place in `totals`. Of very many phases the first and the latest are there.
+        """
         with self._lock:
             columns = self._steps.arrays(fractions=_FRACTIONS)
             samples = self._samples.arrays(fractions=_FRACTIONS)
-        return columns | {f"sample_{name}": values for name, values in samples.items()}
+            phases = [*self._first_phases, *self.phases]
+            numbers = {name: number for number, name in enumerate(self.totals)}
+        columns |= {f"sample_{name}": values for name, values in samples.items()}
+        return columns | {f"phase_{name}": values for name, values in _phase_columns(phases, numbers).items()}
 
     # --- samples
 
@@ -172,8 +194,11 @@ class MemoryProfiler:
         def sample() -> None:
             while not ended.wait(self._every_seconds):
                 peaks.look()
+                reading = self._reader.read(fresh=False)
                 with self._lock:
-                    self._samples.append(self._reader.read(fresh=False))
+                    self._samples.append(reading)
+                if self._journal:
+                    self._journal.keep("sample", *reading)
 
         thread = threading.Thread(target=sample, name="memory-sampler", daemon=True)
         thread.start()
@@ -190,7 +215,10 @@ class MemoryProfiler:
         stack: list[str] = self._names.__dict__.setdefault("stack", [])
         stack.append(f"{stack[-1]}/{name}" if stack else name)
         peak = peaks.open_peak()
-        return stack[-1], self._reader.read(fresh=False), peak
+        begin = self._reader.read(fresh=False)
+        if self._journal:
+            self._journal.append("enter", stack[-1], begin.seconds)
+        return stack[-1], begin, peak
 
     def leave(self, begun: tuple[str, Reading, peaks.OpenPeak], error: BaseException | None) -> None:
         """End a phase and keep it."""
@@ -200,11 +228,24 @@ class MemoryProfiler:
         end = end._replace(peak_memory_bytes=max(peak, end.active_memory_bytes))
         self._names.stack.pop()
         phase = Phase(name, begin, end, type(error).__name__ if error else "")
+        if self._journal:
+            self._journal.append("phase", name, begin.seconds, end.seconds, end.peak_memory_bytes)
         with self._lock:
+            if len(self.phases) == _KEPT_PHASES and len(self._first_phases) < _FIRST_PHASES:
+                self._first_phases.append(self.phases[0])
             self.phases.append(phase)
             self.totals.setdefault(name, PhaseTotal()).add(phase)
             if peak > self._step_phase.bytes:  # an outer one ends later with the same peak
                 self._step_phase = Peak(peak, self.steps + 1, name)
+
+
+def _phase_columns(phases: list[Phase], numbers: dict[str, int]) -> "dict[str, NDArray[np.generic]]":
+    return {
+        "number": np.array([numbers[phase.name] for phase in phases], np.int64),
+        "begin_seconds": np.array([phase.begin.seconds for phase in phases], np.float32),
+        "end_seconds": np.array([phase.end.seconds for phase in phases], np.float32),
+        "peak_memory_bytes": np.array([phase.end.peak_memory_bytes for phase in phases], np.int64),
+    }
 
 
 def _by_height(peak: Peak) -> tuple[int, int]:

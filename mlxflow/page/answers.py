@@ -20,6 +20,8 @@ from mlxflow.page.text import (
     show_seconds,
 )
 
+_PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
+
 
 def answers(run: Run) -> list[Answer]:
     """Return the answers that the reports hold; what is not known is said."""
@@ -113,7 +115,9 @@ def _memory(run: Run) -> Iterator[Answer]:
     if not run.of_kind("profile"):
         return
     if not (one := _first(run, "profile")):
-        yield Answer("Where does memory go?", UNKNOWN, "No memory profile was reported.", "memory")
+        yield _memory_until_the_end(run) or Answer(
+            "Where does memory go?", UNKNOWN, "No memory profile was reported.", "memory"
+        )
         return
     peak = one.report.get("peak_memory_bytes")
     made = {
@@ -132,6 +136,17 @@ def _memory(run: Run) -> Iterator[Answer]:
         else ""
     )
     yield Answer("Where does memory go?", show_bytes(peak), f"{said}.", "memory")
+
+
+def _memory_until_the_end(run: Run) -> Answer | None:
+    """Return the most that a profile which did not come to its end saw."""
+    for one in run.of_kind("profile"):
+        if left := run.cut_off.get(one.task):
+            peaks = [float(left.columns[key].max()) for key in _PEAKS if len(left.columns.get(key, ()))]
+            peaks += [phase.peak_bytes for phase in left.phases]
+            said = f"at most until the profile ended: it {clean(left.ended)}."
+            return Answer("Where does memory go?", show_bytes(max(peaks, default=None)), said, "memory")
+    return None
 
 
 def _gain(run: Run) -> Iterator[Answer]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH = 1000.0
 _HEIGHT = 220.0
+_LANE = 13.0
 
 #: How values are written, by the name that the page's script knows too.
 FORMATS: dict[str, Callable[[Any], str]] = {
@@ -46,6 +47,26 @@ class Series(NamedTuple):
     points: bool = False
 
 
+class Band(NamedTuple):
+    """A stretch of the axis that has a name, such as a phase.
+
+    Attributes:
+        name: under the pointer.
+        begin: on the axis.
+        end: on the axis.
+        value: a height that is drawn over the stretch; 0: none.
+        lane: bands of one lane lie beside each other, the first one's highest.
+        style: a CSS class.
+    """
+
+    name: str
+    begin: float
+    end: float
+    value: float
+    lane: int
+    style: str
+
+
 class Mark(NamedTuple):
     """A point that is pointed out, such as a peak."""
 
@@ -65,6 +86,7 @@ def lines(
     logarithmic: bool = False,
     from_zero: bool = False,
     marks: Sequence[Mark] = (),
+    bands: Sequence[Band] = (),
     names: Sequence[str] = (),
     height: float = _HEIGHT,
 ) -> Markup:
@@ -80,19 +102,25 @@ def lines(
         logarithmic: whether values go by their logarithm, where all are above zero.
         from_zero: whether values begin at zero.
         marks: points to point out.
+        bands: stretches of the axis to name, in lanes above the lines.
         names: of the places on the axis, where they have some.
         height: in pixels.
     """
     thinned = [one._replace(x=x, y=y) for one in series for x, y in [svg.thin(one.x, one.y)] if len(x)]
     all_x = [value for one in thinned for value in (float(one.x[0]), float(one.x[-1]))]
     all_y = [float(value) for one in thinned for value in (one.y.min(), one.y.max())]
-    up = svg.scale_of([*all_y, *(mark.y for mark in marks)], logarithmic=logarithmic, from_zero=from_zero)
+    all_x += [end for band in bands for end in (band.begin, band.end)]
+    all_y += [mark.y for mark in marks] + [band.value for band in bands if band.value]
+    up = svg.scale_of(all_y, logarithmic=logarithmic, from_zero=from_zero)
     room = 0.5 if names else 0.0
     across = Scale(min(all_x) - room, max(all_x) + room)
     if across.low == across.high:
         across = Scale(across.low - 0.5, across.high + 0.5)
     ticks = up.ticks(5)
-    drawn = [_grid(ticks, up, height), *(_line(one, across, up, height) for one in thinned)]
+    lanes = (max(band.lane for band in bands) + 1) * _LANE if bands else 0.0
+    up = up._replace(high=up.low + (up.high - up.low) * height / (height - lanes))
+    drawn = [_grid(ticks, up, height), *_bands(bands, across, up, height)]
+    drawn += [_line(one, across, up, height) for one in thinned]
     drawn += [_mark(mark, across, up, height) for mark in marks]
     area = tag(
         "svg",
@@ -119,6 +147,8 @@ def lines(
             for one in thinned
         ],
     }
+    if bands:
+        data["bands"] = [[text.clean(one.name), *(float(f"{part:.7g}") for part in one[1:4])] for one in bands]
     kept = tag("script", {"type": "application/json"}, htmlsafe_json_dumps(data, separators=(",", ":")))
     attributes = {"class": "plot", "data-group": group or None}
     return tag("div", attributes, _y_axis(ticks, up, form, height), area, _x_axis(across, x_name, x_form, names), kept)
@@ -142,6 +172,24 @@ def _line(one: Series, across: Scale, up: Scale, height: float) -> Markup:
         path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h0" for a, b in dots)
         return tag("path", {"class": f"dots {one.style}", "d": path})
     return tag("path", {"class": f"line {one.style}", "d": svg.path_of(x, y, across, up, WIDTH, height)})
+
+
+def _bands(bands: Sequence[Band], across: Scale, up: Scale, height: float) -> list[Markup]:
+    """Return a path for the lanes of each style, and one for the heights: paths are shorter than as many elements."""
+    drawn = []
+    for style in dict.fromkeys(band.style for band in bands):
+        lanes = heights = ""
+        for band in bands:
+            if band.style != style:
+                continue
+            begin, end = (svg.trim(across(place) * WIDTH) for place in (band.begin, band.end))
+            top = band.lane * _LANE
+            lanes += f"M{begin} {svg.trim(top)}H{end}v{svg.trim(_LANE - 2)}H{begin}z"
+            heights += f"M{begin} {svg.trim((1 - up(band.value)) * height)}H{end}" if band.value else ""
+        drawn.append(tag("path", {"class": f"band bar {style}", "d": lanes}))
+        if heights:
+            drawn.append(tag("path", {"class": f"line {style}", "d": heights}))
+    return drawn
 
 
 def _mark(mark: Mark, across: Scale, up: Scale, height: float) -> Markup:

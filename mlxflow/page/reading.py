@@ -6,16 +6,14 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from mlxflow.page.timelines import TIMELINE, Timeline, read_cut_off, read_timeline
 
-REPORT, METRICS, TIMELINE = "report.toml", "metrics.jsonl", "timeline.safetensors"
+REPORT, METRICS = "report.toml", "metrics.jsonl"
 LOCK = "mlxflow.lock"
 
 _LARGEST_BYTES = 256_000_000
-_DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
 
 
 class Member(NamedTuple):
@@ -71,13 +69,6 @@ class Curve(NamedTuple):
     problem: str
 
 
-class Timeline(NamedTuple):
-    """The columns of a memory timeline, as far as the file goes, and what is wrong with it."""
-
-    columns: "dict[str, NDArray[Any]]"
-    problem: str
-
-
 class Run(NamedTuple):
     """One run, read.
 
@@ -87,6 +78,7 @@ class Run(NamedTuple):
         stages: in the order of the workflow.
         curves: by task.
         timelines: by task.
+        cut_off: by task, what a later run left that did not come to its end.
         lock: `mlxflow.lock`, by task; empty where there is none.
         lock_problem: why it is empty.
         samples: generated texts, as the report stage's report holds them.
@@ -98,6 +90,7 @@ class Run(NamedTuple):
     stages: list[StageRun]
     curves: dict[str, Curve]
     timelines: dict[str, Timeline]
+    cut_off: dict[str, Timeline]
     lock: dict[str, Any]
     lock_problem: str
     samples: list[dict[str, Any]]
@@ -123,8 +116,9 @@ def read_run(
     stages = [_read_stage(root, member) for member in members]
     curves = {one.task: _read_curve(root / one.member.folder / METRICS) for one in stages if _has(one, METRICS, root)}
     timelines = {
-        one.task: _read_timeline(root / one.member.folder / TIMELINE) for one in stages if _has(one, TIMELINE, root)
+        one.task: read_timeline(root / one.member.folder / TIMELINE) for one in stages if _has(one, TIMELINE, root)
     }
+    cut_off = {one.task: left for one in stages if (left := _read_cut_off(root, one))}
     lock, lock_problem = read_toml(root / LOCK)
     if not lock_problem and not all(isinstance(table, dict) for table in lock.values()):
         lock, lock_problem = {}, "is not a lock of stages"
@@ -132,7 +126,12 @@ def read_run(
     if samples is None:
         samples, samples_problem = _recall_samples(root, stages)
     lock = {task: lock[task] for task in (one.task for one in stages) if task in lock}
-    return Run(name, label, stages, curves, timelines, lock, lock_problem, samples, samples_problem)
+    return Run(name, label, stages, curves, timelines, cut_off, lock, lock_problem, samples, samples_problem)
+
+
+def _read_cut_off(root: Path, one: StageRun) -> Timeline | None:
+    unfinished = root / "artifacts" / ".mlxflow" / "unfinished" / one.task.replace(":", "/")
+    return read_cut_off(unfinished, root / one.member.folder / REPORT)
 
 
 def _has(one: StageRun, name: str, root: Path) -> bool:
@@ -223,45 +222,6 @@ def _read_curve(path: Path) -> Curve:
         return Curve([], f"{path.parent.name}/{path.name} cannot be read ({error.strerror}).")
     said = f"{path.parent.name}/{path.name}: {bad} of its lines cannot be read and are left out." if bad else ""
     return Curve(records, said)
-
-
-def _read_timeline(path: Path) -> Timeline:
-    """Return the columns of a safetensors file; of one that was cut off, what is there of each."""
-    import numpy as np
-
-    shown = f"{path.parent.name}/{path.name}"
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_BYTES)
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        if not isinstance(header, dict):
-            raise ValueError("its header is no table")
-    except OSError as error:
-        return Timeline({}, f"{shown} cannot be read ({error.strerror}).")
-    except (ValueError, RecursionError):
-        return Timeline({}, f"{shown} is damaged: its header cannot be read. Run: doit profile")
-    columns, cut = {}, []
-    for name, entry in sorted(header.items()):
-        if name == "__metadata__":
-            continue
-        try:
-            begin, end = (int(offset) for offset in entry["data_offsets"])
-            dtype = np.dtype(_DTYPES[entry["dtype"]])
-            one_dimension = len(entry["shape"]) == 1 and 0 <= begin <= end
-            wanted = int(entry["shape"][0]) * dtype.itemsize
-        except (KeyError, TypeError, ValueError):
-            cut.append(name)
-            continue
-        if not one_dimension or wanted != end - begin:
-            cut.append(name)
-            continue
-        part = data[8 + length + begin : 8 + length + end]
-        if len(part) < wanted:
-            cut.append(name)
-        columns[name] = np.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype).astype(np.float64)
-    said = f"{shown} is damaged or was cut off in {', '.join(cut)}; what is there is shown." if cut else ""
-    return Timeline(columns, said)
 
 
 def _recall_samples(root: Path, stages: Sequence[StageRun]) -> tuple[list[dict[str, Any]], str]:

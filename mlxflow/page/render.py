@@ -9,6 +9,7 @@ from jinja2 import BaseLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mlxflow.page.answers import answers
+from mlxflow.page.blocks import Answer
 from mlxflow.page.reading import Run
 from mlxflow.page.sections import (
     benchmark,
@@ -55,10 +56,18 @@ def render(runs: Sequence[Run]) -> bytes:
         policy=policy,
         style=Markup(style),  # noqa: S704 - our own files
         script=Markup(script),  # noqa: S704
-        runs=[(run.label, answers(run)) for run in runs],
+        labels=[run.label for run in runs if run.label],
+        answers=_lines([answers(run) for run in runs]),
         sections=[module.section(runs) for module in _SECTIONS],
     )
     return page.encode()
+
+
+def _lines(runs: Sequence[Sequence[Answer]]) -> list[tuple[Answer, list[Answer | None]]]:
+    """Return a line for each question, with the answers of all runs; a run that was not asked has none."""
+    asked = {one.question: one for found in runs for one in found}
+    by_run = [{one.question: one for one in found} for found in runs]
+    return [(one, [known.get(question) for known in by_run]) for question, one in asked.items()]
 
 
 def _shown(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -21,6 +22,8 @@ DEVICE_BOUND = True
 
 # Rounds in which generation is timed, and tokens written in each
 _GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
+# Models whose files together take less of the memory limit are held together; larger ones are loaded for each turn
+_HELD_SHARE = 0.25
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -186,53 +189,77 @@ def _device(context: Context) -> dict[str, str]:
 
 
 def _benchmark_models(config: Config, inputs: Inputs, context: Context) -> list[dict[str, Any]]:
+    from mlxflow.training.step import out_of_memory_bytes
+
+    def lacking(reference: str, error: RuntimeError) -> dict[str, Any]:
+        needed = out_of_memory_bytes(error)
+        if needed is None:
+            raise error
+        said = f"does not fit: {needed:,} bytes more may not be had ({context.memory_limit_bytes:,} are the limit)"
+        return {"model": reference, "model_bytes": inputs.models[reference].stat().st_size, "error": said}
+
+    rows = []
+    for (reference, path), speed in zip(inputs.models.items(), _generation(config, inputs, context), strict=True):
+        if isinstance(speed, RuntimeError):
+            rows.append(lacking(reference, speed))
+            continue
+        try:
+            rows.append({"model": reference, **_benchmark_model(path, speed, config, inputs)})
+        except RuntimeError as error:
+            rows.append(lacking(reference, error))
+        _give_back()
+    return rows
+
+
+def _give_back() -> None:
     import gc
 
     import mlx.core as mx
 
-    from mlxflow.training.step import out_of_memory_bytes
-
-    rows = []
-    for reference, path in inputs.models.items():
-        try:
-            rows.append({"model": reference, **_benchmark_model(path, config, inputs, context)})
-        except RuntimeError as error:
-            needed = out_of_memory_bytes(error)
-            if needed is None:
-                raise
-            said = f"does not fit: {needed:,} bytes more may not be had ({context.memory_limit_bytes:,} are the limit)"
-            rows.append({"model": reference, "model_bytes": path.stat().st_size, "error": said})
-        gc.collect()
-        mx.clear_cache()
-    return rows
+    gc.collect()
+    mx.clear_cache()
 
 
-def _benchmark_model(path: Path, config: Config, inputs: Inputs, context: Context) -> dict[str, Any]:
-    import mlx.core as mx
-
-    from mlxflow import models, packed
+def _generation(config: Config, inputs: Inputs, context: Context) -> list[Any]:
+    """Return how fast each model generates, or why it cannot; all are held together where they are small."""
+    from mlxflow import models
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.generation import measure_generation
-    from mlxflow.measurement.perplexity import measure_perplexity
 
     tokens = TokenFile.open(inputs.validation)
-    tokens.require_vocabulary(models.vocab_size(path.parent), f"{context.task}.models")
+    for path in inputs.models.values():
+        tokens.require_vocabulary(models.vocab_size(path.parent), f"{context.task}.models")
     length = tokens.context_length
-    before = mx.get_active_memory()
-    model, _ = models.load(path.parent)
-    speed = measure_generation(
-        model,
+    whole = sum(path.stat().st_size for path in inputs.models.values())
+    return measure_generation(
+        [partial(_load, path.parent) for path in inputs.models.values()],
         prompt_lengths=sorted(set(config.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
         decode_tokens=min(_DECODE_TOKENS, length),
         num_rounds=_GENERATION_ROUNDS,
         vocab_size=tokens.vocab_size,
-        before=before,
+        holds=whole < _HELD_SHARE * context.memory_limit_bytes,
     )
+
+
+def _load(folder: Path) -> Any:
+    """Return a model, its weights still on the disk: whoever reads them is told if they do not fit."""
+    from mlxflow import models
+
+    return models.load(folder, lazy=True)[0]
+
+
+def _benchmark_model(path: Path, speed: Any, config: Config, inputs: Inputs) -> dict[str, Any]:
+    from mlxflow import models, packed
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.measurement.perplexity import measure_perplexity
+
+    tokens = TokenFile.open(inputs.validation)
+    model = _load(path.parent)
     masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
     rows = tokens.rows.head(config.max_validation_rows)
     measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
     model_bytes, dense_bytes = path.stat().st_size, inputs.model.stat().st_size
-    parameters = models.num_parameters(models.load(inputs.model.parent)[0])
+    parameters = models.num_parameters(_load(inputs.model.parent))
     return {
         "model_bytes": model_bytes,
         "compression_ratio": dense_bytes / model_bytes,

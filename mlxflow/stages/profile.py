@@ -1,5 +1,6 @@
 """Measure the memory of real training steps."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,7 +11,7 @@ from mlxflow.device import SIZE_PATTERN, parse_size
 from mlxflow.errors import StageError
 from mlxflow.stage import Artifacts, Context, derive_seed
 
-VERSION = 3
+VERSION = 4
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
@@ -21,6 +22,8 @@ _ACTIVE_FLOOR_BYTES, _PROCESS_FLOOR_BYTES, _PROCESS_FLOOR_SHARE = 64, 4096, 0.01
 _PADDING_ROWS = 1024
 # Fewer steps are all warm-up, seen from outside MLX
 _FEWEST_PROCESS_STEPS = 40
+# What is left of a run that was cut off; the page looks for it
+_JOURNAL = "timeline.jsonl"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,12 +91,18 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow import artifact
     from mlxflow.measurement.memory import MemoryProfiler
 
-    profiler = MemoryProfiler()
+    with artifact.writable(context.unfinished):
+        context.unfinished.mkdir(parents=True, exist_ok=True)
+        profiler = MemoryProfiler(samples_per_second=config.samples_per_second, journal=context.unfinished / _JOURNAL)
     before = profiler.read()
     settings = settings_of(config, inputs)
-    parts = _take_steps(config, inputs, context, profiler, settings)
+    try:
+        parts = _take_steps(config, inputs, context, profiler, settings)
+    finally:
+        profiler.close()
     timeline = profiler.timeline()
-    artifact.write_arrays(outputs.timeline, timeline, artifact.provenance_metadata(context.provenance))
+    told = {"phases": json.dumps(list(profiler.totals))}
+    artifact.write_arrays(outputs.timeline, timeline, artifact.provenance_metadata(context.provenance) | told)
     parts |= {"leak": _leak(timeline, context), "trend": _trend(timeline)}
     figures = _figures(profiler, before)
     _require_budgets(config, context, figures, parts)

@@ -83,6 +83,7 @@ def _by_settings(
     job: Job, settings: Settings, situation: Situation, predicts: Callable[[Job, Settings], Peaks]
 ) -> Iterator[Suggestion]:
     now = situation.peaks.whole
+    halved: float | None = None
     for name, value, changed, cost in _candidates(settings, situation.is_gpu):
         then = predicts(job, changed).whole
         evidence = (
@@ -90,11 +91,17 @@ def _by_settings(
             f"instead of {now / 1e6:,.1f} MB; {cost}"
         )
         yield Suggestion(name, value, round(now - then), evidence)
-        if name == "batch_size" and situation.real_share < 0.9:
-            by_rows = (situation.peaks.forward_backward - then) * 2 * (1 - situation.real_share)
-            padding = f"{1 - situation.real_share:.0%} of the positions are padding; as many tokens fit into fewer rows"
-            saved = max(0.0, min(by_rows, now - situation.peaks.update))
-            yield Suggestion("packing", "best-fit", round(saved), padding)
+        if name == "batch_size":
+            halved = then
+    size = settings.batch_size
+    if situation.real_share < 0.9 and size > 1:
+        if halved is None:  # an odd number of rows
+            fewer = settings._replace(batch_size=size // 2, grad_accum_steps=2 * settings.grad_accum_steps)
+            halved = predicts(job, fewer).whole
+        a_row = (situation.peaks.forward_backward - halved) / (size - size // 2)
+        saved = min(a_row * size * (1 - situation.real_share), now - situation.peaks.update)
+        padding = f"{1 - situation.real_share:.0%} of the positions are padding; as many tokens fit into fewer rows"
+        yield Suggestion("packing", "best-fit", round(max(0.0, saved)), padding)
 
 
 def _by_cache(situation: Situation) -> Iterator[Suggestion]:

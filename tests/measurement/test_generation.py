@@ -1,35 +1,110 @@
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxflow.measurement import generation
+from mlxflow.measurement.generation import GenerationSpeed, measure_generation
 from tests.small_models import llama
 
 
 class _Counting(nn.Module):  # type: ignore[misc]
-    """Notes how many tokens each pass takes, and lets a clock run by it."""
+    """Notes its name and how many tokens each pass takes, and lets a clock run by it."""
 
-    def __init__(self, model: nn.Module, clock: list[float]) -> None:
+    def __init__(self, name: str, passes: list[tuple[str, int]], clock: list[float]) -> None:
         super().__init__()
-        self.inner, self._clock = model, clock
-        self._passes: list[int] = []
-        self.layers = model.layers
+        self.inner, self._name, self._passes, self._clock = llama()[0], name, passes, clock
+        self.layers = self.inner.layers
 
     def __call__(self, tokens: mx.array, cache: object = None) -> mx.array:
-        self._passes.append(tokens.shape[1])
-        self._clock[0] += 2.0
+        self._passes.append((self._name, tokens.shape[1]))
+        self._clock[0] += 2.0 if self._name == "a" else 4.0
         result: mx.array = self.inner(tokens, cache=cache)
         return result
 
 
-def test_prefill_is_one_pass_over_a_prompt_and_decode_one_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    model = _Counting(llama()[0], clock)
-    found = generation.measure_generation(
-        model, prompt_lengths=[4, 8], decode_tokens=3, num_rounds=2, vocab_size=50, before=0
-    )
-    assert model._passes == [4, 8, 4, 1, 1, 1] * 3  # the first round is left out
+class _Bench:
+    """Two models, a clock that only they move, and what was done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = [0.0]
+        self.passes: list[tuple[str, int]] = []
+        self.loaded: list[str] = []
+        monkeypatch.setattr("time.perf_counter", lambda: self.clock[0])
+
+    def load(self, name: str) -> Callable[[], nn.Module]:
+        def load() -> nn.Module:
+            self.loaded.append(name)
+            return _Counting(name, self.passes, self.clock)
+
+        return load
+
+    def measure(self, *loads: Callable[[], nn.Module], holds: bool) -> list[GenerationSpeed | RuntimeError]:
+        return measure_generation(
+            loads, prompt_lengths=[4, 8], decode_tokens=3, num_rounds=2, vocab_size=50, holds=holds
+        )
+
+    @property
+    def turns(self) -> str:
+        """The models in the order in which they took turns."""
+        return "".join(name for name, tokens in self.passes if tokens == 8)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> _Bench:
+    return _Bench(monkeypatch)
+
+
+def test_prefill_is_one_pass_over_a_prompt_and_decode_one_for_each_token(bench: _Bench) -> None:
+    (found,) = bench.measure(bench.load("a"), holds=True)
+    assert isinstance(found, GenerationSpeed)
+    assert [tokens for _, tokens in bench.passes] == [4, 8, 4, 1, 1, 1] * 3  # the first time is left out
     assert {length: rate.median for length, rate in found.prefill.items()} == {4: 2.0, 8: 4.0}
     assert found.decode.median == 3 / 6
-    assert found.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize(("holds", "loaded", "turns"), [(True, "ab", "aabbab"), (False, "abab", "aabbaabb")])
+def test_models_take_turns_round_by_round(bench: _Bench, holds: bool, loaded: str, turns: str) -> None:
+    a, b = bench.measure(bench.load("a"), bench.load("b"), holds=holds)
+    assert isinstance(a, GenerationSpeed)
+    assert isinstance(b, GenerationSpeed)
+    assert "".join(bench.loaded) == loaded
+    assert bench.turns == turns  # twice where one was just loaded
+    assert a.prefill[8].median == 2 * b.prefill[8].median
+
+
+def test_a_models_memory_is_its_own_also_beside_others(bench: _Bench) -> None:
+    held = mx.ones((1 << 20,))
+    mx.eval(held)
+    (alone,) = bench.measure(bench.load("a"), holds=False)
+    for together in (*bench.measure(bench.load("a"), bench.load("b"), holds=True),):
+        assert isinstance(alone, GenerationSpeed)
+        assert isinstance(together, GenerationSpeed)
+        assert together.peak_memory_bytes == pytest.approx(alone.peak_memory_bytes, rel=0.05)
+        assert 0 < together.peak_memory_bytes < held.nbytes
+
+
+def test_where_there_is_no_room_beside_the_others_each_is_loaded_for_its_turn(bench: _Bench) -> None:
+    def load_alone() -> nn.Module:
+        bench.loaded.append("b")
+        if bench.loaded == ["a", "b"]:
+            raise RuntimeError("[malloc] Unable to allocate 5 bytes.")
+        return _Counting("b", bench.passes, bench.clock)
+
+    a, b = bench.measure(bench.load("a"), load_alone, holds=True)
+    assert isinstance(a, GenerationSpeed)
+    assert isinstance(b, GenerationSpeed)
+    assert "".join(bench.loaded) == "abbab"
+
+
+def test_a_model_that_cannot_be_run_even_alone_says_why_and_the_others_go_on(bench: _Bench) -> None:
+    def fail() -> nn.Module:
+        bench.loaded.append("x")
+        raise RuntimeError("no room")
+
+    failed, b = bench.measure(fail, bench.load("b"), holds=True)
+    assert isinstance(failed, RuntimeError)
+    assert str(failed) == "no room"
+    assert isinstance(b, GenerationSpeed)
+    assert bench.loaded.count("x") == 2
+    assert bench.turns == "bbbb"

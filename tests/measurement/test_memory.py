@@ -1,6 +1,8 @@
+import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import mlxflow
 from mlxflow.measurement.columns import Columns
+from mlxflow.measurement.journal import Journal
 from mlxflow.measurement.memory import MemoryProfiler, profile_memory
 from mlxflow.measurement.readings import linux_sets
 
@@ -184,3 +187,54 @@ def test_the_sets_of_a_process_are_read_from_what_linux_writes() -> None:
     text = "00-ff ---p [rollup]\nRss: 20 kB\nPss:  10 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 2 kB\n"
     assert linux_sets(text) == (10 * 1024, 3 * 1024)
     assert linux_sets("") == (0, 0)
+
+
+def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxflow.measurement.journal._WAIT_SECONDS", 0.0)
+    path = tmp_path / "journal.jsonl"
+    profiler = MemoryProfiler(samples_per_second=500, journal=path)
+
+    def told() -> list[list[object]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    with profile_memory(profiler, "step"):
+        assert told()[-1][:2] == ["enter", "step"]
+    reading = profiler.end_step()
+    assert told()[0][1:] == list(reading._fields)
+    assert told()[-1] == ["step", 1, *reading]
+    phase = profiler.phases[0]
+    assert ["phase", "step", phase.begin.seconds, phase.end.seconds, phase.end.peak_memory_bytes] in told()
+    with profiler.sampling():
+        while told()[-1][0] != "sample":
+            _spike(1000)
+    samples = profiler.timeline()
+    assert told()[-1][1:4] == [
+        pytest.approx(samples[f"sample_{name}"][-1]) for name in ("seconds", "active_memory_bytes", "peak_memory_bytes")
+    ]
+    profiler.close()
+    profiler.end_step()
+    assert told()[-1] == ["end"]
+
+
+def test_samples_wait_for_the_next_line_and_come_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, ["seconds"])
+    journal.keep("sample", 0.1)
+    assert path.read_text() == '["columns","seconds"]\n'
+    journal.append("step", 1, 0.2)
+    assert path.read_text() == '["columns","seconds"]\n["sample",0.1]\n["step",1,0.2]\n'
+    journal.keep("sample", 0.3)
+    journal.close()
+    assert path.read_text().endswith('["sample",0.3]\n["end"]\n')
+
+
+def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxflow.measurement.memory._KEPT_PHASES", 4)
+    monkeypatch.setattr("mlxflow.measurement.memory._FIRST_PHASES", 1)
+    profiler = MemoryProfiler()
+    for name in ("load", *"abab", "update", "a"):
+        with profile_memory(profiler, name):
+            pass
+    timeline, names = profiler.timeline(), list(profiler.totals)
+    assert [names[number] for number in timeline["phase_number"]] == ["load", "a", "b", "update", "a"]
+    assert np.all(timeline["phase_begin_seconds"] <= timeline["phase_end_seconds"])

@@ -93,10 +93,31 @@ def write_timeline(root: Path, points: int) -> None:
     active = (2_000_000 + 1000 * (steps % 5)).astype(np.int64)
     peak = active + 500_000
     peak[points // 3] = 9_000_000
-    columns = {"step": steps, "active_memory_bytes": active, "peak_memory_bytes": peak, "cache_memory_bytes": active}
+    columns: dict[str, Any] = {
+        "step": steps,
+        "seconds": (1.1 + steps / 10).astype(np.float32),
+        "active_memory_bytes": active,
+        "peak_memory_bytes": peak,
+        "cache_memory_bytes": active,
+    }
     columns |= {"rss_bytes": active + 10**8, "available_bytes": active + 10**10}
     columns |= {"sample_seconds": (steps / 10).astype(np.float32), "sample_rss_bytes": active + 10**8}
-    artifact.write_arrays(root / "artifacts/profile/timeline.safetensors", columns, {})
+    columns |= {"sample_active_memory_bytes": active} | _phases(peak)
+    told = {"phases": json.dumps(["load_model", "step/forward_backward", "step/update", "step"])}
+    artifact.write_arrays(root / "artifacts/profile/timeline.safetensors", columns, told)
+
+
+def _phases(peaks: Any) -> dict[str, Any]:
+    """Return a phase of loading, then steps of a tenth of a second, each with two parts, of which one has the peak."""
+    steps = [
+        [(1, b, b + 0.08, peak), (2, b + 0.08, b + 0.1, 2_400_000), (3, b, b + 0.1, peak)]
+        for b, peak in zip((1 + np.arange(len(peaks)) / 10).tolist(), peaks.tolist(), strict=True)
+    ]
+    rows = [(0, 0.0, 1.0, 3_000_000), *(row for step in steps for row in step)]
+    names = ("number", "begin_seconds", "end_seconds", "peak_memory_bytes")
+    types = (np.int64, np.float32, np.float32, np.int64)
+    columns = zip(*rows, strict=True)
+    return {f"phase_{name}": np.array(column, type_) for name, type_, column in zip(names, types, columns, strict=True)}
 
 
 def _pretokenize(name: str) -> dict[str, Any]:
@@ -157,6 +178,7 @@ def _benchmark(name: str) -> dict[str, Any]:
         return {"name": who, "batch_size": 16, "median_step_seconds": 0.1, "peak_memory_bytes": 10**7} | figures
 
     curve = {"steps": [1, 2, 3], "tokens": [10, 20, 30], "seconds": [1.0, 2.0, 3.0], "loss": [3.0, 2.5, 2.2]}
+    curve |= {"same_loss": 2.2, "tokens_to_loss": 30, "seconds_to_loss": 3.0}
     model = {"model_bytes": 49144, "compression_ratio": 5.6, "decode_tokens_per_second": 410.0, "perplexity": 39.1}
     return {
         "training": [row("baseline", 4000.0), row("workflow", 8000.0), row(name, 7000.0)],

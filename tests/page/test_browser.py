@@ -191,12 +191,42 @@ def test_100_000_points_open_and_answer(tmp_path: Path, show: Open) -> None:
     assert "step 99,999" in page.locator("#tip").inner_text()
 
 
-def test_two_runs_side_by_side_fit(page_file: Path, tmp_path: Path, show: Open) -> None:
+def test_two_runs_fit_and_each_answer_stands_beside_the_others(page_file: Path, tmp_path: Path, show: Open) -> None:
     runs = [read(page_file.parent, label=label) for label in ("A: here", "B: there")]
     path = tmp_path / "compare.html"
     path.write_bytes(render(runs))
     page = show(path)
     assert page.evaluate("document.documentElement.scrollWidth") == 1200
-    left, right = (page.locator("#answers .side").nth(index).bounding_box() for index in (0, 1))
-    assert right["x"] >= left["x"] + left["width"]
-    assert left["y"] == right["y"]
+    for line in page.locator("#answers .answers > div").all():
+        left, right = (line.locator("dd").nth(index).bounding_box() for index in (0, 1))
+        assert right["x"] >= left["x"] + left["width"]
+        assert abs(left["y"] - right["y"]) < 2
+    phone = show(path, width=390)
+    assert phone.evaluate("document.documentElement.scrollWidth") == 390
+    assert phone.locator("#answers dd:visible").first.inner_text().startswith("A: here")
+
+
+def test_the_timelines_of_two_runs_are_zoomed_together(page_file: Path, tmp_path: Path, show: Open) -> None:
+    path = tmp_path / "compare.html"
+    path.write_bytes(render([read(page_file.parent, label=label) for label in ("A: here", "B: there")]))
+    page = show(path)
+    page.locator("#memory .area").first.focus()
+    page.keyboard.press("+")
+    widths = page.eval_on_selector_all(
+        '#memory .plot[data-group="memory profile step"] .area',
+        "all => all.map(one => Math.round(one.getAttribute('viewBox').split(' ')[2]))",
+    )
+    assert len(widths) >= 7  # the one of both runs, and three of each
+    assert set(widths) == {500}
+
+
+def test_the_phase_under_the_pointer_is_told(page_file: Path, show: Open) -> None:
+    page = show(page_file)
+    area = page.locator("#memory figure", has_text="MLX's memory, sampled").locator(".area")
+    area.focus()
+    page.keyboard.press("End")
+    said = page.locator("#tip").inner_text()
+    assert said.splitlines() == ["seconds 19.9 s", "active: 2.004 MB", "in step", "in step/update: 2.4 MB at most"]
+    sizes = area.locator(".band").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
+    assert len(sizes) == 4
+    assert all(size > 0 for size in sizes)

@@ -1,9 +1,12 @@
 import base64
 import hashlib
+import json
+import os
 import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +95,7 @@ def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
         "What would save memory, most first",
         "Training: real tokens per second, with intervals",
         "Loss over tokens",
+        "To a loss of 2.20 it took stage 30 tokens and 3 s.",
         "Where a step's time goes",
         "Arithmetic: 10 of 40 GFLOP/s, 25.0 %",
         "stage and on",
@@ -179,6 +183,49 @@ def test_a_timeline_cut_off_by_a_crash_is_shown_until_there(root: Path) -> None:
     assert "profile/timeline.safetensors is damaged: its header cannot be read. Run: doit profile" in page
 
 
+def _leave_a_journal(root: Path, *, end: bool = False) -> Path:
+    left = root / "artifacts/.mlxflow/unfinished/profile/0123456789ab/timeline.jsonl"
+    left.parent.mkdir(parents=True)
+    told: list[list[object]] = [["columns", "seconds", "active_memory_bytes"], ["enter", "load_model", 0.0]]
+    told += [["phase", "load_model", 0.0, 0.5, 5e8], ["sample", 0.6, 1e8], ["step", 1, 0.7, 3e8], ["step", 2, 0.9, 2e8]]
+    told += [["enter", "training_step", 0.9], ["enter", "training_step/update", 1.0]]
+    told += [["end"]] if end else []
+    left.write_text("".join(f"{json.dumps(line)}\n" for line in told) + '["sample", 1.1, 2')
+    return left
+
+
+def test_what_a_killed_profile_saw_is_shown_beside_the_artifact(root: Path) -> None:
+    _leave_a_journal(root)
+    page = Seen(render([read(root)]))
+    said = "The last run of profile was cut off in training_step/update after step 2; all that it measured until then"
+    assert said in page.text
+    labels = " ".join(value or "" for key, value in page.attributes if key == "aria-label")
+    assert "MLX's memory, at each step's end until then. active: 300 MB at most." in labels
+    assert "active: 100 MB at most. Phases: load_model, training_step, training_step/update." in labels
+    assert "9 MB at the peak of a training step" in page.text  # the artifact is as it was
+    assert page.text.count("MLX's memory, sampled until then") == 1
+
+
+def test_a_profile_that_failed_is_not_called_cut_off_and_a_newer_artifact_ends_it(root: Path) -> None:
+    left = _leave_a_journal(root, end=True)
+    assert "The last run of profile failed or was stopped in training_step/update after step 2" in _text(root)
+    report = root / "artifacts/profile/report.toml"
+    os.utime(report, ns=(0, left.stat().st_mtime_ns + 1))
+    assert "The last run of profile" not in _text(root)
+    report.unlink()
+    assert "500 MB at most until the profile ended: it failed" in _text(root)
+
+
+def test_a_journal_of_nonsense_is_shown_as_far_as_it_can_be_read(root: Path) -> None:
+    left = _leave_a_journal(root)
+    left.write_bytes(
+        b'\xff\n[]\n3\n["step"]\n["phase",1]\n["enter"]\n["columns"]\n{"a":1}\n["step",null]\n["enter",2,"x"]'
+    )
+    text = _text(root)
+    assert "The last run of profile was cut off before the first step's end" in text
+    assert "profile left a timeline that holds no readings." in text
+
+
 def test_a_torn_line_of_the_learning_curve_is_told(root: Path) -> None:
     with (root / "artifacts/train/metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
@@ -259,8 +306,11 @@ def test_two_runs_stand_side_by_side_and_their_curves_in_one_plot(
     write_run(other)
     edit(other, "train", lambda report: report.update(last_validation_perplexity=21.5))
     (other / "artifacts/benchmark/report.toml").unlink()
-    page = render([read(root, label="A: here"), read(other, label="B: there", name="other")])
+    runs = [read(root, label="A: here"), read(other, label="B: there", name="other")]
+    page = render(runs)
     text = Seen(page).text
+    assert page == render(runs)
+    assert len(page) < 500_000
     assert "by hand and other" in text
     assert "38.5 perplexity" in text
     assert "21.5 perplexity" in text
@@ -268,3 +318,57 @@ def test_two_runs_stand_side_by_side_and_their_curves_in_one_plot(
     assert "training, B: there" in text
     assert 'class="line c0 b"' in page.decode()
     assert "No benchmark to show: artifacts/benchmark/report.toml is missing" in text
+
+
+def test_two_runs_have_their_answers_timelines_and_bars_together(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_run(other)
+    edit(other, "train", lambda report: report.update(last_validation_perplexity=21.5))
+
+    def faster(report: dict[str, Any]) -> None:
+        speed = {"tokens_per_second": 12000, "low_tokens_per_second": 11000, "high_tokens_per_second": 13000}
+        report["training"][1].update(speed)
+        report["training"].append({"name": "only here", "batch_size": 16, **speed})
+
+    edit(other, "benchmark", faster)
+    page = render([read(root, label="A: here"), read(other, label="B: there")])
+    text = Seen(page).text
+    after = "perplexity on held-out text after 240 steps, from 2,079 before."
+    assert f"Did it learn? A: here 38.5 {after} B: there 21.5 {after}" in text
+    assert "workflow, 16 rows 8,000 12,000 1.50 times (1.34 to 1.67)" in text
+    assert "baseline, 16 rows 4,000 4,000 1 times (0.905 to 1.11), inside the noise" in text
+    assert "stage 410 410 1 times" in text
+    both = page.decode().partition("MLX&#39;s memory of both runs, at each step&#39;s end")[2].partition("</figure>")[0]
+    for name in ("active, A: here", "peak, A: here", "active, B: there", "peak, B: there"):
+        assert f'"name":"{name}"' in both
+    assert 'class="line c1 b"' in both
+    assert "The process&#39;s memory of both runs, sampled" in page.decode()
+
+
+def test_phases_lie_over_the_timeline_with_their_peaks(root: Path) -> None:
+    page = render([read(root)]).decode()
+    sampled = page.partition("<figcaption>MLX&#39;s memory, sampled")[2].partition("</figure>")[0]
+    told = json.loads(re.search(r"<script[^>]*>(.*?)</script>", sampled)[1])["bands"]  # type: ignore[index]
+    assert told[0] == ["load_model", 0, 1, 3_000_000]
+    assert ["step", 1, 1.1, 0] in told  # its parts have the heights
+    assert ["step/update", 1.08, 1.1, 2_400_000] in told
+    assert sampled.count('class="band bar') == len({name.rpartition("/")[2] for name, *_ in told})
+    by_step = page.partition("<figcaption>MLX&#39;s memory, at each step&#39;s end")[2].partition("</figure>")[0]
+    assert "peak in forward_backward" in by_step
+    assert "peak in load_model" not in by_step
+
+
+def test_very_many_phases_are_drawn_together(root: Path) -> None:
+    write_timeline(root, 100_000)
+    page = render([read(root)]).decode()
+    assert len(page) < 500_000
+    sampled = page.partition("<figcaption>MLX&#39;s memory, sampled")[2].partition("</figure>")[0]
+    told = json.loads(re.search(r"<script[^>]*>(.*?)</script>", sampled)[1])["bands"]  # type: ignore[index]
+    assert len(told) < 500
+    counts = [
+        int(name.removeprefix("step, ").removesuffix(" times").replace(",", "")) for name, *_ in told if "times" in name
+    ]
+    assert sum(counts) == 100_000
+    assert max(value for *_, value in told) == 9_000_000

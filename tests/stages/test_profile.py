@@ -1,7 +1,13 @@
 """The profile stage's report, its budgets, and what fits."""
 
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -9,7 +15,7 @@ from mlxflow.__main__ import main
 from mlxflow.artifact import read_report
 from mlxflow.errors import StageError
 from mlxflow.stage import Context
-from mlxflow.stages.profile import Config, _require_budgets
+from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run
 from tests.conftest import mlxflow
 
 CONTEXT = Context(
@@ -69,6 +75,52 @@ def test_a_stage_over_its_budget_fails_and_leaves_its_old_artifact(job_copy: Pat
     assert result.stderr.startswith('profile.max_peak_memory = "1 MB": step ')
     assert "Traceback" not in result.stderr
     assert (job_copy / "artifacts/profile/report.toml").read_bytes() == before
+
+
+def test_the_thread_samples_as_often_as_the_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class MadeError(Exception):
+        pass
+
+    def make(*, samples_per_second: float, journal: Path) -> None:
+        raise MadeError(samples_per_second, journal.parent)
+
+    monkeypatch.setattr("mlxflow.measurement.memory.MemoryProfiler", make)
+    context = msgspec.structs.replace(CONTEXT, unfinished=tmp_path / "unfinished")
+    with pytest.raises(MadeError) as caught:
+        run(config=Config(samples_per_second=3.0), inputs=Inputs(), outputs=Outputs(), context=context)
+    assert caught.value.args == (3.0, context.unfinished)
+
+
+def test_killed_it_leaves_all_that_it_saw_and_the_page_shows_it(
+    job_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workflow, unfinished = job_copy / "workflow.toml", job_copy / "artifacts/.mlxflow/unfinished/profile"
+    assert not list(unfinished.glob("*")), "a run that came to its end leaves nothing"
+    workflow.write_text(workflow.read_text().replace("num_steps = 3\n", "num_steps = 1000000\n", 1))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(job_copy.parent / "cache")}
+    command = [sys.executable, "-m", "mlxflow", "run", "profile"]
+    process = subprocess.Popen(command, cwd=job_copy, env=environment, stderr=subprocess.DEVNULL)
+    monkeypatch.chdir(job_copy)
+
+    def page() -> str:
+        assert main(["report"]) == 0
+        return re.sub(r"\s+", " ", (job_copy / "artifacts/index.html").read_text())
+
+    try:
+        while process.poll() is None and not any('"step",5,' in path.read_text() for path in unfinished.glob("*/*")):
+            time.sleep(0.01)
+        assert "The last run of profile is still running" in page()
+    finally:
+        process.kill()
+        process.wait()
+    (left,) = unfinished.glob("*/timeline.jsonl")
+    steps = re.findall(r'^\["step",(\d+),.*\]$', left.read_text(), re.MULTILINE)
+    shown = page()
+    assert re.search(rf"The last run of profile was cut off (in \S+ )?after step {steps[-1]};", shown)
+    assert "MLX&#39;s memory, at each step&#39;s end until then" in shown
+    (job_copy / "artifacts/profile/report.toml").unlink()
+    assert "at most until the profile ended: it was cut off" in page()
+    assert capsys.readouterr().err == ""
 
 
 def test_fit_refuses_what_is_no_profile_stage_and_what_is_no_size(

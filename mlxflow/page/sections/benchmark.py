@@ -22,7 +22,65 @@ _SHARES = (
 
 def section(runs: Sequence[Run]) -> Section:
     """Return the section."""
-    return Section("benchmark", "Benchmark", beside(runs, _blocks))
+    return Section("benchmark", "Benchmark", _pairs(runs) + beside(runs, _blocks))
+
+
+def _pairs(runs: Sequence[Run]) -> list[Block]:
+    """Return the figures that two runs both have as pairs of bars on one scale."""
+    if len(runs) < 2:
+        return []
+    blocks: list[Block] = []
+    figures = (
+        ("training", "tokens_per_second", "Training: real tokens per second, both runs", "number"),
+        ("models", "decode_tokens_per_second", "Decode, tokens per second, both runs", "number"),
+        ("models", "model_bytes", "Size of the model, both runs", "bytes"),
+    )
+    for key, figure, title, form in figures:
+        known, other = (_intervals(run, key, figure) for run in runs)
+        bars, cells = [], []
+        for name in (name for name in known if name in other):
+            for run, style, told in zip(runs, ("c0", "c0 b"), (known[name], other[name]), strict=True):
+                bars.append(Bar(f"{name}, {_letter(run)}", max(0.0, told[0]), told[1], told[2], style))
+            words = [charts.FORMATS[form](told[0]) for told in (known[name], other[name])]
+            cells.append((name, *words, _ratio(known[name], other[name])))
+        if bars:
+            label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
+            head = ("Setting", *(run.label for run in runs), f"{_letter(runs[1])} against {_letter(runs[0])}")
+            table_ = Table(f"{title}, in figures", head, cells, folded=True, words=(0, 3))
+            legend = tuple((f"{style} box", run.label) for run, style in zip(runs, ("c0", "c0 b"), strict=True))
+            drawn = charts.bars(bars, label=label, form=form)
+            blocks.append(Figure(title, drawn, table_, legend, wide=key == "training"))
+    return blocks
+
+
+_Known = tuple[float, float | None, float | None]
+
+
+def _intervals(run: Run, key: str, figure: str) -> dict[str, _Known]:
+    """Return a figure with the ends of its interval by the name of its row."""
+    found: dict[str, _Known] = {}
+    for one in run.of_kind("benchmark"):
+        for row in rows(one.report, key):
+            name = row_name(row) if key == "training" else clean(str(row.get("model", "a model")))
+            if (value := number(row.get(figure))) is not None:
+                found.setdefault(name, (value, number(row.get(f"low_{figure}")), number(row.get(f"high_{figure}"))))
+    return found
+
+
+def _letter(run: Run) -> str:
+    return run.label.partition(":")[0]
+
+
+def _ratio(one: _Known, other: _Known) -> str:
+    """Return how many times the second is the first, in words."""
+    if not one[0]:
+        return show(None)
+    said = f"{show(other[0] / one[0])} times"
+    (low, high), (other_low, other_high) = one[1:], other[1:]
+    if not low or not high or other_low is None or other_high is None:
+        return said
+    least, most = other_low / high, other_high / low
+    return f"{said} ({show(least)} to {show(most)})" + (", inside the noise" if least <= 1 <= most else "")
 
 
 def _blocks(run: Run) -> list[Block]:
@@ -153,7 +211,22 @@ def _convergence(one: StageRun) -> list[Block]:
             cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]
             figures = Table("Where each ends", ("Run", key.capitalize(), "Loss"), cells, folded=True)
             blocks.append(Figure(title, plot, figures, tuple((s.style, s.name) for s in series)))
-    return blocks or [Note("The benchmark reported no convergence.")]
+    return blocks + _to_the_same_loss(one) if blocks else [Note("The benchmark reported no convergence.")]
+
+
+def _to_the_same_loss(one: StageRun) -> list[Block]:
+    """Return what each run took to a loss that all of them reached."""
+    curves = rows(one.report, "convergence")
+    known = [row for row in curves if number(row.get("tokens_to_loss")) is not None]
+    loss = number(known[0].get("same_loss")) if known else None
+    if loss is None:
+        return []
+    took = [
+        f"{clean(str(row.get('name', 'a run')))} {show(row['tokens_to_loss'])} tokens "
+        f"and {show_seconds(row.get('seconds_to_loss'))}"
+        for row in known
+    ]
+    return [Text(f"To a loss of {show(loss)} it took {'; '.join(took)}.")]
 
 
 def _bottleneck(one: StageRun) -> list[Block]:

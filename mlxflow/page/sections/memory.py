@@ -1,136 +1,34 @@
 """Memory: the timeline with its peaks, phases, what the peak is made of, the leak verdict, suggestions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from mlxflow.page import charts
 from mlxflow.page.blocks import Block, Figure, Note, Section, Table, Text
-from mlxflow.page.charts import Mark, Series
-from mlxflow.page.reading import Run, StageRun, Timeline, rows, table
-from mlxflow.page.sections import beside
+from mlxflow.page.reading import Run, rows, table
+from mlxflow.page.sections import beside, timelines
 from mlxflow.page.text import clean, number, plural, show, show_bytes, show_seconds
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_HINT = "Drag to zoom all timelines of a kind, double-click to go back."
-
-#: Columns drawn over the steps of a profile, in plots of their own scale.
-_MLX = (
-    ("active_memory_bytes", "active", "c0"),
-    ("peak_memory_bytes", "peak", "c1"),
-    ("cache_memory_bytes", "cache", "c2"),
-)
-_PROCESS = (
-    ("rss_bytes", "resident", "c0"), ("footprint_bytes", "footprint", "c1"), ("pss_bytes", "proportional", "c2"),
-    ("unique_bytes", "unique", "c3"),
-)  # fmt: skip
-_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"))
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "data", "cache", "other")
 
 
 def section(runs: Sequence[Run]) -> Section:
     """Return the section."""
-    return Section("memory", "Memory", beside(runs, _blocks))
+    return Section("memory", "Memory", timelines.over_each_other(runs) + beside(runs, _blocks))
 
 
 def _blocks(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for one in run.of_kind("profile"):
-        timeline = run.timelines.get(one.task)
+        timeline, cut_off = run.timelines.get(one.task), run.cut_off.get(one.task)
+        if cut_off:
+            blocks += timelines.draw_cut_off(one, cut_off)
         if not one.report and not timeline:
             blocks.append(Note(f"No memory profile to show: {one.said}"))
             continue
-        blocks += _leak(one.report) + _timeline(one, timeline) + _composition(one.report)
+        blocks += _leak(one.report) + timelines.draw(one, timeline) + _composition(one.report)
         blocks += _phases(one.report) + _peaks(one.report) + _suggestions(one.report)
     return blocks or [Note("No memory profile to show: the workflow has no profile stage.")]
-
-
-def _timeline(one: StageRun, timeline: Timeline | None) -> list[Block]:
-    if timeline is None:
-        return [Note(f"No memory timeline to show: {one.task} left no timeline.safetensors. Run: doit {one.task}")]
-    blocks: list[Block] = [Note(timeline.problem)] if timeline.problem else []
-    marks = [
-        Mark(step, size, f"{show_bytes(size)} in {clean(str(row.get('phase', 'an unnamed phase')))}, step {show(step)}")
-        for row in rows(one.report, "peaks")
-        if (step := number(row.get("step"))) is not None and (size := number(row.get("bytes"))) is not None
-    ]
-    for prefix, x_name, x_form, what in (
-        ("", "step", "number", "at each step's end"),
-        ("sample_", "seconds", "seconds", "sampled"),
-    ):
-        axis = _Axis(prefix, x_name, x_form, f"memory {one.task} {x_name}", what)
-        for keys, title in (
-            (_MLX, "MLX's memory"),
-            (_PROCESS, "The process's memory"),
-            (_SYSTEM, "The system's memory"),
-        ):
-            blocks += _plot(timeline.columns, keys, title, axis, marks if keys is _MLX and not prefix else [])
-    if len(blocks) == bool(timeline.problem):
-        blocks.append(Note(f"{one.task}/timeline.safetensors holds no readings."))
-    return blocks
-
-
-class _Axis(NamedTuple):
-    """How readings lie: the beginning of their columns' names, what they are counted by, and in which words."""
-
-    prefix: str
-    name: str
-    form: str
-    group: str
-    what: str
-
-
-def _plot(
-    columns: "dict[str, NDArray[Any]]", keys: Sequence[tuple[str, str, str]], title: str, axis: _Axis, marks: list[Mark]
-) -> list[Block]:
-    x = columns.get(axis.prefix + axis.name)
-    series = _series(columns, keys, axis.prefix, x)
-    if not series:
-        return []
-    of_mlx = keys is _MLX
-    ends = (min(float(one.x[0]) for one in series), max(float(one.x[-1]) for one in series))
-    most = " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
-    plot = charts.lines(
-        series,
-        label=f"{title}, {axis.what}. {most}",
-        x_name=axis.name if x is not None else "reading",
-        form="bytes",
-        x_form=axis.form if x is not None else "number",
-        group=axis.group,
-        from_zero=of_mlx,
-        marks=[mark for mark in marks if ends[0] <= mark.x <= ends[1]],
-    )
-    legend = tuple((one.style, one.name) for one in series)
-    figures = _ends_table(series)
-    return [Figure(f"{title}, {axis.what}", plot, figures, legend, wide=of_mlx, hint=_HINT if of_mlx else "")]
-
-
-def _series(
-    columns: "dict[str, NDArray[Any]]", keys: Sequence[tuple[str, str, str]], prefix: str, x: "NDArray[Any] | None"
-) -> list[Series]:
-    series = []
-    for key, name, style in keys:
-        y = columns.get(prefix + key)
-        if y is None:
-            continue
-        # A file that was cut off may have lost the steps and still have the readings
-        across = np.arange(len(y), dtype=np.float64) if x is None or len(x) < len(y) else x[: len(y)]
-        known = np.isfinite(y) & np.isfinite(across)
-        if known.any():
-            series.append(Series(name, across[known], y[known], style))
-    return series
-
-
-def _ends_table(series: Sequence[Series]) -> Table:
-    cells = [
-        (one.name, *(show_bytes(float(value)) for value in (one.y[0], one.y.min(), one.y.max(), one.y[-1])))
-        for one in series
-    ]
-    return Table("Each line in figures", ("Line", "First", "Least", "Most", "Last"), cells, folded=True)
 
 
 def _leak(report: dict[str, Any]) -> list[Block]:

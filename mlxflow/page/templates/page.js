@@ -129,9 +129,11 @@
       const close = this.data.names.length ? 0.49 : (this.data.high - this.data.low) / 60;
       const lines = found.filter(([one, index]) => Math.abs(one.x[index] - reach) <= close)
         .map(([one, index]) => `${one.name}: ${forms[this.data.form](one.y[index])}`);
+      const bands = (this.data.bands || []).filter(([, begin, end]) => begin <= at && at <= end)
+        .map(([within, , , value]) => `in ${within}` + (value ? `: ${forms[this.data.form](value)} at most` : ""));
       this.at = reach;
       for (const [key, value] of [["x1", this.to(reach)], ["x2", this.to(reach)], ["visibility", "visible"]]) this.cursor.setAttribute(key, value);
-      tip.textContent = [name, ...lines].join("\n");
+      tip.textContent = [name, ...lines, ...bands].join("\n");
       place(clientX, clientY);
     }
     leave() {

@@ -1,0 +1,161 @@
+"""Reads memory timelines: finished ones, damaged ones as far as they go, and what a run that was cut off left."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TIMELINE, JOURNAL = "timeline.safetensors", "timeline.jsonl"
+
+_LARGEST_BYTES = 256_000_000
+_DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
+_PHASE_COLUMNS = ("phase_number", "phase_begin_seconds", "phase_end_seconds", "phase_peak_memory_bytes")
+
+
+class Span(NamedTuple):
+    """One pass through a phase."""
+
+    name: str
+    begin_seconds: float
+    end_seconds: float
+    peak_bytes: float
+
+
+class Timeline(NamedTuple):
+    """The columns and phases of a memory timeline, as far as the file goes, and what is wrong with it.
+
+    Attributes:
+        columns: by name.
+        phases: in the order in which they ended.
+        problem: a sentence, or nothing.
+        ended: in a few words how and where a run that was cut off ended; empty for one that was not.
+    """
+
+    columns: "dict[str, NDArray[Any]]"
+    problem: str
+    phases: tuple[Span, ...] = ()
+    ended: str = ""
+
+
+def read_timeline(path: Path) -> Timeline:
+    """Return the columns of a safetensors file; of one that was cut off, what is there of each."""
+    import numpy as np
+
+    shown = f"{path.parent.name}/{path.name}"
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_BYTES)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table")
+    except OSError as error:
+        return Timeline({}, f"{shown} cannot be read ({error.strerror}).")
+    except (ValueError, RecursionError):
+        return Timeline({}, f"{shown} is damaged: its header cannot be read. Run: doit profile")
+    columns, cut = {}, []
+    for name, entry in sorted(header.items()):
+        if name == "__metadata__":
+            continue
+        try:
+            begin, end = (int(offset) for offset in entry["data_offsets"])
+            dtype = np.dtype(_DTYPES[entry["dtype"]])
+            one_dimension = len(entry["shape"]) == 1 and 0 <= begin <= end
+            wanted = int(entry["shape"][0]) * dtype.itemsize
+        except (KeyError, TypeError, ValueError):
+            cut.append(name)
+            continue
+        if not one_dimension or wanted != end - begin:
+            cut.append(name)
+            continue
+        part = data[8 + length + begin : 8 + length + end]
+        if len(part) < wanted:
+            cut.append(name)
+        columns[name] = np.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype).astype(np.float64)
+    said = f"{shown} is damaged or was cut off in {', '.join(cut)}; what is there is shown." if cut else ""
+    return Timeline(columns, said, _phases(columns, header.get("__metadata__")))
+
+
+def _phases(columns: "dict[str, NDArray[Any]]", metadata: object) -> tuple[Span, ...]:
+    """Return the phases that a finished timeline tells."""
+    try:
+        names = json.loads(metadata["phases"])  # type: ignore[index]
+        told = zip(*(columns[name].tolist() for name in _PHASE_COLUMNS), strict=False)
+        return tuple(Span(str(names[int(number)]), *rest) for number, *rest in told if number >= 0)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError):
+        return ()
+
+
+def read_cut_off(unfinished: Path, report: Path) -> Timeline | None:
+    """Return what the stage's latest run left, if it did not come to its end; None if it did.
+
+    Args:
+        unfinished: the folder of what the stage's unfinished runs left, one folder for each way it was set.
+        report: of the stage's artifact; what is older than it is of no interest any more.
+    """
+    try:
+        times = {path: path.stat().st_mtime_ns for path in sorted(unfinished.glob(f"*/{JOURNAL}"))}
+        latest = max(times, key=lambda path: times[path], default=None)
+        if latest is None or (report.exists() and report.stat().st_mtime_ns >= times[latest]):
+            return None
+        with latest.open("rb") as file:
+            runs = _is_held(file)
+            lines = file.read(_LARGEST_BYTES).splitlines()
+    except OSError:
+        return None
+    return _replay(lines, runs=runs)
+
+
+def _is_held(file: BinaryIO) -> bool:
+    """Return whether the process that writes a journal is still there."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    return False
+
+
+def _replay(lines: list[bytes], *, runs: bool) -> Timeline:
+    """Return the timeline that a journal's lines tell; a line that is torn is left out."""
+    import numpy as np
+
+    names: list[str] = []
+    steps: list[list[float]] = []
+    samples: list[list[float]] = []
+    phases: list[Span] = []
+    entered: list[tuple[str, float]] = []
+    closed = False
+    for line in lines:
+        try:
+            kind, *values = json.loads(line)
+            if kind == "columns":
+                names = [str(name) for name in values]
+            elif kind == "step" and len(values) == 1 + len(names):
+                steps.append([float(value) for value in values])
+            elif kind == "sample" and len(values) == len(names):
+                samples.append([float(value) for value in values])
+            elif kind == "enter":
+                entered.append((str(values[0]), float(values[1])))
+            elif kind == "phase":
+                name, begin, end, peak = values
+                entered.remove((str(name), float(begin)))
+                phases.append(Span(str(name), float(begin), float(end), float(peak)))
+            closed = closed or kind == "end"
+        except (ValueError, TypeError, IndexError, RecursionError):
+            continue
+    columns: dict[str, NDArray[Any]] = {}
+    for prefix, head, table in (("", ["step", *names], steps), ("sample_", names, samples)):
+        array = np.array(table, np.float64).reshape(len(table), len(head))
+        columns |= {prefix + name: array[:, index] for index, name in enumerate(head)}
+    seconds = [row[0] for row in samples] + [row[1] for row in steps] + [phase.end_seconds for phase in phases]
+    last = max([*seconds, *(begin for _, begin in entered)], default=0.0)
+    phases += [Span(name, begin, max(begin, last), 0.0) for name, begin in entered]
+    where = f"in {entered[-1][0]}" if entered else ""
+    after = f"after step {int(steps[-1][0])}" if steps else "before the first step's end"
+    how = "is still running" if runs else "failed or was stopped" if closed else "was cut off"
+    return Timeline(columns, "", tuple(phases), " ".join(word for word in (how, where, after) if word))
