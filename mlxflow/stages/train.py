@@ -272,7 +272,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "kernels": kernels.serving,
     }
     report = report_of(result, kernels)
-    return facts | report | {"settings": settings_of(config, masks=masks, fused=fused)}
+    return facts | report | {"settings": settings_of(config, context, masks=masks, fused=fused)}
 
 
 def fit(
@@ -424,12 +424,14 @@ def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs,
     adapters.fuse_adapters(model)
 
 
-def settings_of(config: Config, *, masks: bool, fused: bool) -> dict[str, Any]:
+def settings_of(config: Config, context: Context, *, masks: bool, fused: bool) -> dict[str, Any]:
     """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
     from mlxflow.training import optimizers
 
     betas = {"betas": list(config.betas)} if "betas" in optimizers.options_of(config.optimizer) else {}
+    by_blocks = context.device == "cpu" and config.precision == "fp32" and not masks
     return {
+        "attention": "blocks" if by_blocks else "mlx",
         "method": config.method,
         "batch_size": config.batch_size,
         "grad_accum_steps": config.grad_accum_steps,

@@ -1,22 +1,21 @@
 """Cross-entropy, with the head's product in it or after it, whose gradients reuse the forward pass's exponentials.
 
 `nn.losses.cross_entropy` computes the exponential of every logit twice, once for the log-sum and once more for the
-gradient. On the CPU backend the exponential is what a small model's step spends most of its time in, and `mx.power`
-is about three times as fast there as `mx.exp` (`benchmarks/cpu.py`), so the CPU computes e^x as 2^(x log2 e). On a GPU
-MLX's fused kernels read the logits once for the losses and once for the gradient, in their own type.
+gradient. On the CPU backend the exponential is what a small model's step spends most of its time in; there it is that
+of `training.exponential`. On a GPU MLX's fused kernels read the logits once for the losses and once for the gradient,
+in their own type.
 
 `linear_cross_entropy` never holds the logits of all rows: it computes the gradients chunk by chunk in the forward pass,
 each chunk after the one before it, as Liger Kernel does (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
 
-_LOG2_E = math.log2(math.e)
+from mlxflow.training.exponential import LOG2_E, exp2_below
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = False) -> mx.array:
@@ -39,12 +38,8 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = Fa
 @mx.custom_function
 def _cross_entropy_cpu(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Return the losses and the softmax, which only the gradient looks at."""
-    shifted = logits.astype(mx.float32)
-    shifted = shifted - mx.stop_gradient(shifted.max(axis=-1, keepdims=True))
-    exponentials = mx.power(2.0, shifted * _LOG2_E)
-    sums = exponentials.sum(axis=-1, keepdims=True)
-    at_target = mx.take_along_axis(shifted, targets[..., None], axis=-1)
-    return (mx.log(sums) - at_target).squeeze(-1), exponentials / sums
+    exponentials, sums, losses = _exponentials(logits.astype(mx.float32), targets)
+    return losses, exponentials / sums
 
 
 @_cross_entropy_cpu.vjp
@@ -184,11 +179,16 @@ def _losses_and_gradient(
             return (losses * weights).sum(), _kernel_gradient(logits, targets, weights, losses)
         return (losses * weights).sum(), _logits_gradient(logits, targets, weights)
     index = targets[:, None]
-    shifted = logits.astype(mx.float32)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    exponentials = mx.power(2.0, shifted * _LOG2_E)
-    sums = exponentials.sum(axis=-1, keepdims=True)
-    losses = (mx.log(sums) - mx.take_along_axis(shifted, index, axis=-1)).squeeze(-1)
+    exponentials, sums, losses = _exponentials(logits.astype(mx.float32), targets)
     gradient = exponentials * (weights[:, None] / sums)
     at_target = mx.take_along_axis(gradient, index, axis=-1) - weights[:, None]
     return (losses * weights).sum(), mx.put_along_axis(gradient, index, at_target, axis=-1).astype(logits.dtype)
+
+
+def _exponentials(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Return e^(logit - largest), (..., V), their sums over a row, (..., 1), and the rows' losses, (...)."""
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = exp2_below(logits, largest, LOG2_E)
+    sums = exponentials.sum(axis=-1, keepdims=True)
+    at_target = mx.take_along_axis(logits, targets[..., None], axis=-1)
+    return exponentials, sums, (mx.log(sums) + (largest - at_target)).squeeze(-1)

@@ -17,7 +17,7 @@ from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 # Rows whose logits are held at a time: on a GPU enough for the matrix units, on a CPU what stays in its cache
-_CHUNK_BYTES = {"gpu": 1 << 28, "cpu": 1 << 22}
+_CHUNK_BYTES = {"gpu": 1 << 28, "cpu": 1 << 20}
 
 
 class Head(NamedTuple):

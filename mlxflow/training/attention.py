@@ -1,0 +1,197 @@
+"""Causal attention for training on the CPU: by blocks of queries, without the keys that a block does not see.
+
+MLX's own attention computes all L x L scores of a row there, masks half of them and takes 13 ns for each exponential.
+Here a block of queries multiplies with the keys up to its own end, the exponentials are those of
+`training.exponential`, and rows are divided by their sums after the product with the values. The backward pass is that
+of FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 4), with the exponentials kept instead of computed anew.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from mlxflow.training.exponential import LOG2_E, exp2_below
+
+# Queries of a block: fewer waste less on the diagonal, more keep the matrix products large
+_BLOCK = 256
+
+
+@contextmanager
+def causal_by_blocks() -> Iterator[None]:
+    """Let what calls MLX's attention in this block get ours where that serves: on the CPU, causal, in fp32.
+
+    What is traced within it keeps it.
+    """
+    if mx.default_device() != mx.cpu:
+        yield
+        return
+    fast: Any = mx.fast
+    plain: Callable[..., mx.array] = fast.scaled_dot_product_attention
+
+    def attention(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
+        if not _serves(queries, keys, values, **named):
+            return plain(queries, keys, values, **named)
+        return causal_attention(queries, keys, values, scale=named["scale"])
+
+    fast.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        fast.scaled_dot_product_attention = plain
+
+
+def _serves(
+    queries: mx.array, keys: mx.array, values: mx.array, *, mask: Any = None, sinks: Any = None, **others: Any
+) -> bool:
+    is_causal = isinstance(mask, str) and mask == "causal" and queries.shape[2] == keys.shape[2]
+    in_fp32 = queries.dtype == keys.dtype == values.dtype == mx.float32
+    return is_causal and in_fp32 and sinks is None and others.keys() == {"scale"}
+
+
+def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) -> mx.array:
+    """Return softmax(scale queries keys^T) values, each query over the keys up to its own place.
+
+    Args:
+        queries: (B, H, L, D) in fp32.
+        keys: (B, K, L, D); K divides H, and each of them serves H / K queries in a row.
+        values: (B, K, L, E).
+        scale: of the scores.
+
+    Returns:
+        (B, H, L, E)
+    """
+    batch, heads, length, _ = queries.shape
+    grouped = keys.shape[1]
+    # the heads that share a key become rows beside each other
+    folded = queries.reshape(batch, grouped, heads // grouped, length, -1)
+    out = _causal(float(scale))(folded, keys[:, :, None], values[:, :, None])[0]
+    return out.reshape(batch, heads, length, -1)
+
+
+class _Block(NamedTuple):
+    """What a block of queries keeps for its gradient.
+
+    Attributes:
+        before: exponentials of the scores of the keys before the block, (..., T, begin); None for the first.
+        within: of those within it, (..., T, T).
+        inverse: one over the sums of the rows, (..., T, 1).
+    """
+
+    before: mx.array | None
+    within: mx.array
+    inverse: mx.array
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
+
+
+def _transposed(x: mx.array) -> mx.array:
+    return x.swapaxes(-1, -2)
+
+
+@functools.cache
+def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
+    """Return the function of folded queries, keys and values, (B, K, G or 1, L, D), with its gradient."""
+    factor = scale * LOG2_E
+
+    def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+        outs, kept = [], []
+        for begin, end in _blocks(queries.shape[-2]):
+            out, block = _attend(queries[..., begin:end, :], keys[..., :end, :], values[..., :end, :], begin, factor)
+            outs.append(out)
+            kept += [block.within, block.inverse] + ([] if block.before is None else [block.before])
+        return mx.concatenate(outs, axis=-2), *kept
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        queries, keys, values = primals
+        out, *kept = outputs
+        query_gradients, key_gradients, value_gradients = [], [], []
+        key_sum = value_sum = None  # what later blocks give the keys and values before them
+        for begin, end in reversed(_blocks(queries.shape[-2])):
+            before = kept.pop() if begin else None
+            inverse, within = kept.pop(), kept.pop()
+            block = _Block(before, within, inverse)
+            rows = slice(begin, end)
+            found = _gradients(
+                queries[..., rows, :],
+                keys[..., :end, :],
+                values[..., :end, :],
+                out[..., rows, :],
+                cotangents[0][..., rows, :],
+                block,
+                scale,
+            )
+            query_gradients.append(found[0])
+            key_total = found[1] if key_sum is None else found[1] + key_sum
+            value_total = found[2] if value_sum is None else found[2] + value_sum
+            key_gradients.append(key_total[..., rows, :])
+            value_gradients.append(value_total[..., rows, :])
+            key_sum, value_sum = key_total[..., :begin, :], value_total[..., :begin, :]
+        joined = (
+            mx.concatenate(list(reversed(parts)), axis=-2)
+            for parts in (query_gradients, key_gradients, value_gradients)
+        )
+        return tuple(joined)
+
+    return cast("Callable[..., tuple[mx.array, ...]]", function)
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, begin: int, factor: float) -> tuple[mx.array, _Block]:
+    """Return a block's result and what its gradient needs; exponents are to the base of 2."""
+    rows = queries.shape[-2]
+    sees = mx.arange(rows)[:, None] >= mx.arange(rows)[None]
+    within = mx.where(sees, queries @ _transposed(keys[..., begin:, :]), -mx.inf)
+    largest = within.max(axis=-1, keepdims=True)
+    before = queries @ _transposed(keys[..., :begin, :]) if begin else None
+    if before is not None:
+        largest = mx.maximum(largest, before.max(axis=-1, keepdims=True))
+    within = exp2_below(within, largest, factor) * sees
+    out, sums = within @ values[..., begin:, :], within.sum(axis=-1, keepdims=True)
+    if before is not None:
+        before = exp2_below(before, largest, factor)
+        out, sums = out + before @ values[..., :begin, :], sums + before.sum(axis=-1, keepdims=True)
+    inverse = 1 / sums + 0 * largest  # a score that is no number shows
+    return out * inverse, _Block(before, within, inverse)
+
+
+def _gradients(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    out: mx.array,
+    incoming: mx.array,
+    block: _Block,
+    scale: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return a block's gradients for its queries, and for the keys and values up to its end."""
+    begin = keys.shape[-2] - queries.shape[-2]
+    delta = (incoming * out).sum(axis=-1, keepdims=True)
+    weighted = incoming * block.inverse
+    factor = block.inverse * scale
+
+    def of(exponentials: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        scores = exponentials * (incoming @ _transposed(values) - delta) * factor
+        return scores @ keys, _over_heads(scores, queries), _over_heads(exponentials, weighted)
+
+    for_queries, for_keys, for_values = of(block.within, keys[..., begin:, :], values[..., begin:, :])
+    if block.before is not None:
+        more = of(block.before, keys[..., :begin, :], values[..., :begin, :])
+        for_queries = for_queries + more[0]
+        for_keys = mx.concatenate([more[1], for_keys], axis=-2)
+        for_values = mx.concatenate([more[2], for_values], axis=-2)
+    return for_queries, for_keys, for_values
+
+
+def _over_heads(scores: mx.array, rows: mx.array) -> mx.array:
+    """Return scores^T rows, summed over the heads that share a key: (B, K, 1, keys, D)."""
+    each = _transposed(scores) @ rows
+    return each if each.shape[2] == 1 else each.sum(axis=2, keepdims=True)

@@ -1,0 +1,105 @@
+"""Attention by blocks, against MLX's own."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxflow.training import attention
+from mlxflow.training.attention import causal_attention, causal_by_blocks
+from mlxflow.training.objective import plain_objective
+from mlxflow.training.optimizers import Update, make_optimizer
+from mlxflow.training.step import Step
+from tests.small_models import llama
+
+pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="serves on the CPU only")
+
+
+def _inputs(heads: int, grouped: int, length: int) -> tuple[mx.array, ...]:
+    keys = mx.random.split(mx.random.key(length), 4)
+    shapes = [(2, heads, length, 8), (2, grouped, length, 8), (2, grouped, length, 8), (2, heads, length, 8)]
+    return tuple(mx.random.normal(shape, key=key) * 2 for shape, key in zip(shapes, keys, strict=True))
+
+
+def _largest(x: mx.array) -> mx.array:
+    return mx.maximum(mx.abs(x).max(), 1.0)
+
+
+def _theirs(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.4, mask="causal")
+
+
+def _ours(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return causal_attention(queries, keys, values, scale=0.4)
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 40])
+@pytest.mark.parametrize(("heads", "grouped"), [(2, 2), (6, 2), (3, 1)])
+def test_result_and_gradients_are_those_of_mlx(
+    heads: int, grouped: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    *inputs, incoming = _inputs(heads, grouped, length)
+
+    def both(function: Callable[..., mx.array]) -> list[mx.array]:
+        loss = mx.value_and_grad(lambda *inputs: (function(*inputs) * incoming).sum(), argnums=(0, 1, 2))
+        total, gradients = mx.compile(loss)(*inputs)
+        return [function(*inputs), total, *gradients]
+
+    for found, expected in zip(both(_ours), both(_theirs), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(_largest(expected)))
+
+
+def test_no_later_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    queries, keys, values, _ = _inputs(2, 2, 40)
+    before = _ours(queries, keys, values)
+    keys[:, :, 21:], values[:, :, 21:] = 9.0, 9.0
+    after = _ours(queries, keys, values)
+    assert mx.array_equal(before[:, :, :21], after[:, :, :21])
+    assert not mx.allclose(before[:, :, 21:], after[:, :, 21:])
+
+
+def test_a_score_that_is_no_number_shows() -> None:
+    queries, keys, values, _ = _inputs(2, 2, 20)
+    queries[0, 0, 5, 0] = float("nan")
+    assert mx.isnan(_ours(queries, keys, values)[0, 0, 5]).all()
+    keys[0, 1, 3, 2] = float("inf")
+    assert not mx.isfinite(_ours(queries, keys, values)[0, 1, 3:]).all()
+
+
+def test_mlx_serves_what_is_not_causal_or_not_in_fp32() -> None:
+    *inputs, _ = _inputs(2, 2, 12)
+    half = [part.astype(mx.bfloat16) for part in inputs]
+    mask = mx.random.bernoulli(0.7, (12, 12), key=mx.random.key(0)) | mx.eye(12, dtype=mx.bool_)
+
+    def results() -> list[mx.array]:
+        masked = mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, mask=mask)
+        free = mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, mask=None)
+        return [masked, free, mx.fast.scaled_dot_product_attention(*half, scale=0.4, mask="causal")]
+
+    plain = mx.fast.scaled_dot_product_attention
+    with causal_by_blocks():
+        assert mx.fast.scaled_dot_product_attention is not plain
+        within = results()
+    assert mx.fast.scaled_dot_product_attention is plain
+    assert all(mx.array_equal(one, other) for one, other in zip(within, results(), strict=True))
+
+
+def test_a_step_by_blocks_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    tokens = mx.random.randint(0, 50, (3, 41), key=mx.random.key(0))
+    marks = mx.full((3, 41), 3, mx.uint8)
+
+    def first_norm_and_loss(*, blocks: bool) -> list[float]:
+        model, _ = llama(context_length=40)
+        model.train()
+        optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-2), weight_decay=0.0, options={})
+        update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
+        step = Step(model, update, plain_objective(masks_documents=False), blocks_attention=blocks)
+        outcomes = [step.update(step.compute(tokens, marks)) for _ in range(3)]
+        return [float(value) for outcome in outcomes for value in (outcome.loss, outcome.norm)]
+
+    assert first_norm_and_loss(blocks=True) == pytest.approx(first_norm_and_loss(blocks=False), rel=1e-4)
