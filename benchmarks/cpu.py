@@ -4,6 +4,9 @@
 
 - blas: one 1024 x 1024 fp32 matrix product, OpenBLAS against the wheel's own BLAS (a process each);
 - loss: cross-entropy with its gradient over (2048, 2048) logits, ours against `mlx.nn.losses.cross_entropy`;
+- exponential: of (512, 2048) numbers, ours against `mx.exp`;
+- attention: causal, with its gradients, 2 rows of 2,048 tokens, 2 heads of 64, ours against `mx.fast`;
+- SwiGLU: with its gradients, (4096, 512), ours against mlx-lm's;
 - denormals: matrix product of attention probabilities as a trained model has them, denormals flushed and not.
 """
 
@@ -54,7 +57,7 @@ def main() -> None:
     """Print a line for each row: medians and the ratio."""
     compare_processes("blas: matrix product", MATMUL, PREPARE, "")
     compare_processes("denormals: elementwise product", SMALL_NUMBERS, PREPARE, BLAS_ONLY)
-    compare_losses()
+    compare_arithmetic()
 
 
 def compare_processes(name: str, script: str, ours: str, theirs: str) -> None:
@@ -63,24 +66,56 @@ def compare_processes(name: str, script: str, ours: str, theirs: str) -> None:
     _report(name, pairs)
 
 
-def compare_losses() -> None:
-    """Time both losses with their gradients, compiled, in this process."""
-    from mlxflow import cpu
+def compare_arithmetic() -> None:
+    """Time what is computed another way, with gradients where it has some, compiled, in this process."""
+    from mlxflow import bare, cpu
 
     cpu.prepare()
+    bare.prepare()
     import mlx.core as mx
     import mlx.nn as nn
+    from mlx_lm.models import activations
 
+    from mlxflow.training.activation import swiglu
+    from mlxflow.training.attention import causal_attention
+    from mlxflow.training.exponential import LOG2_E, exp2
     from mlxflow.training.loss import cross_entropy
 
     mx.set_default_device(mx.cpu)
     logits = mx.random.normal((2048, 2048), key=mx.random.key(0))
     targets = mx.random.randint(0, 2048, (2048,), key=mx.random.key(1))
-    ours = mx.compile(mx.value_and_grad(lambda x: cross_entropy(x, targets).mean()))
-    theirs = mx.compile(mx.value_and_grad(lambda x: nn.losses.cross_entropy(x, targets, reduction="mean")))
-    mx.eval(logits, targets, ours(logits), theirs(logits))
-    pairs = [(_time(lambda: mx.eval(ours(logits))), _time(lambda: mx.eval(theirs(logits)))) for _ in range(ROUNDS)]
-    _report("loss: cross-entropy with gradient", pairs)
+
+    def with_gradients(function: Callable[..., mx.array], count: int) -> Callable[..., object]:
+        def loss(*inputs: mx.array) -> mx.array:
+            return function(*inputs).sum()
+
+        return mx.compile(mx.value_and_grad(loss, argnums=tuple(range(count))))
+
+    _compare(
+        "loss: cross-entropy with gradient",
+        with_gradients(lambda x: cross_entropy(x, targets), 1),
+        with_gradients(lambda x: nn.losses.cross_entropy(x, targets), 1),
+        logits,
+    )
+    _compare("exponential", mx.compile(lambda x: exp2(x * LOG2_E)), mx.exp, logits[:512])
+    rows = [mx.random.normal((2, 2, 2048, 64), key=mx.random.key(number)) for number in range(3)]
+    _compare(
+        "attention: causal, with gradients",
+        with_gradients(lambda *inputs: causal_attention(*inputs, scale=0.125), 3),
+        with_gradients(lambda *inputs: mx.fast.scaled_dot_product_attention(*inputs, scale=0.125, mask="causal"), 3),
+        *rows,
+    )
+    pair = [mx.random.normal((4096, 512), key=mx.random.key(number)) for number in range(2)]
+    _compare("SwiGLU, with gradients", with_gradients(swiglu, 2), with_gradients(activations.swiglu, 2), *pair)
+
+
+def _compare(name: str, ours: Callable[..., object], theirs: Callable[..., object], *inputs: object) -> None:
+    import mlx.core as mx
+
+    mx.eval(inputs, ours(*inputs), theirs(*inputs))
+    _report(
+        name, [(_time(lambda: mx.eval(ours(*inputs))), _time(lambda: mx.eval(theirs(*inputs)))) for _ in range(ROUNDS)]
+    )
 
 
 def _seconds(script: str) -> float:

@@ -429,9 +429,9 @@ def settings_of(config: Config, context: Context, *, masks: bool, fused: bool) -
     from mlxflow.training import optimizers
 
     betas = {"betas": list(config.betas)} if "betas" in optimizers.options_of(config.optimizer) else {}
-    by_blocks = context.device == "cpu" and config.precision == "fp32" and not masks
+    is_own = context.device == "cpu" and config.precision == "fp32"
     return {
-        "attention": "blocks" if by_blocks else "mlx",
+        "arithmetic": "own" if is_own else "mlx",
         "method": config.method,
         "batch_size": config.batch_size,
         "grad_accum_steps": config.grad_accum_steps,

@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
         is_compiled: the step is one compiled graph.
         runs_ahead: the host builds the next step while the device computes this one; else it waits for each.
         loss: "fused" with the head, "own" cross-entropy of all logits, or "plain": MLX's.
-        blocks_attention: causal attention goes by blocks of queries; else it is MLX's.
+        does_own_arithmetic: the CPU computes attention and gated activations our way; else MLX's.
         joins_updates: the optimizer works on all matrices as one; else on each.
         checkpoint_every: every so-manieth layer's activations are computed anew; 0 for none.
         is_packed: rows as the token file has them; else each piece of a document is a row of its own, padded.
@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
     is_compiled: bool
     runs_ahead: bool
     loss: str
-    blocks_attention: bool
+    does_own_arithmetic: bool
     joins_updates: bool
     checkpoint_every: int
     is_packed: bool
@@ -78,7 +78,7 @@ class Recipe(NamedTuple):
             is_compiled=True,
             runs_ahead=True,
             loss="fused" if settings["fused_loss"] else "own",
-            blocks_attention=settings["attention"] == "blocks",
+            does_own_arithmetic=settings["arithmetic"] == "own",
             joins_updates=True,
             checkpoint_every=checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers"),
             is_packed=is_packed,
@@ -95,7 +95,7 @@ class Recipe(NamedTuple):
             is_compiled=False,
             runs_ahead=False,
             loss="plain",
-            blocks_attention=False,
+            does_own_arithmetic=False,
             joins_updates=False,
             checkpoint_every=0,
             is_packed=False,
@@ -110,8 +110,8 @@ class Recipe(NamedTuple):
         yield self._replace(name="without run-ahead", runs_ahead=False)
         loss = "fused_loss" if self.loss == "fused" else "own cross-entropy"
         yield self._replace(name=f"without {loss}", loss="plain")
-        if self.blocks_attention:
-            yield self._replace(name="without attention by blocks", blocks_attention=False)
+        if self.does_own_arithmetic:
+            yield self._replace(name="without own arithmetic", does_own_arithmetic=False)
         if self.precision != "bf16":  # there the optimizer's copies of the weights are a part of it
             yield self._replace(name="without joined updates", joins_updates=False)
         if self.is_packed:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, Self, cast
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from mlxflow import packed
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.training.adapters import AdapterShape, add_adapters
-from mlxflow.training.attention import causal_by_blocks
+from mlxflow.training.arithmetic import own_arithmetic
 from mlxflow.training.objective import Objective, chunk_rows, find_head, fused_objective, plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.pieces import InlineLoader
@@ -177,14 +177,14 @@ def _advance(
     if recipe.joins_updates:
         joined = Update(model, optimizer, max_grad_norm=job.max_grad_norm, has_masters=recipe.precision == "bf16")
         if recipe.is_compiled:
-            step = Step(model, joined, objective, blocks_attention=recipe.blocks_attention)
+            step = Step(model, joined, objective, does_own_arithmetic=recipe.does_own_arithmetic)
             return lambda tokens, marks: step.update(step.compute(tokens, marks)).loss, step.state
         update, updated = (lambda total, count, tree: joined(total, count, tree)[0]), joined.state
     else:
         optimizer.init(model.trainable_parameters())
         update, updated = _plain_update(model, optimizer, job.max_grad_norm), optimizer.state
     state = [model.state, updated, mx.random.state]
-    advance = _plain_step(model, objective, update, blocks_attention=recipe.blocks_attention)
+    advance = _plain_step(model, objective, update, does_own_arithmetic=recipe.does_own_arithmetic)
     if recipe.is_compiled:
         advance = cast("_Advance", mx.compile(advance, inputs=state, outputs=state))
     return advance, state
@@ -195,7 +195,7 @@ def _plain_step(
     objective: Objective,
     update: Callable[[mx.array, mx.array, Any], mx.array],
     *,
-    blocks_attention: bool,
+    does_own_arithmetic: bool,
 ) -> _Advance:
     def loss(weights: Any, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         model.update(weights)
@@ -203,7 +203,7 @@ def _plain_step(
 
     def advance(tokens: mx.array, marks: mx.array) -> mx.array:
         weights = model.trainable_parameters()
-        with causal_by_blocks() if blocks_attention else nullcontext():
+        with own_arithmetic(wanted=does_own_arithmetic):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
         model.update(weights)  # not those that the transformation put in their place
         return update(total, count, tree)

@@ -6,7 +6,7 @@ memory does not suffice leaves the model as it was and can be tried again with f
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from mlxflow.data.loader import Loader
 from mlxflow.data.token_file import Rows
-from mlxflow.training.attention import causal_by_blocks
+from mlxflow.training.arithmetic import own_arithmetic
 from mlxflow.training.objective import Objective, plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 
@@ -57,14 +57,14 @@ class Step:
         model: in training mode; its parameters are evaluated.
         update: of the same model.
         objective: what is made small.
-        blocks_attention: whether causal attention goes by blocks where that serves: see `training.attention`.
+        does_own_arithmetic: see `training.arithmetic`; else all is MLX's.
 
     Attributes:
         state: all that changes from update to update, random numbers included: what to evaluate, and to save.
     """
 
     def __init__(
-        self, model: nn.Module, update: Update, objective: Objective, *, blocks_attention: bool = True
+        self, model: nn.Module, update: Update, objective: Objective, *, does_own_arithmetic: bool = True
     ) -> None:
         self.state: list[Any] = [model.state, update.state, mx.random.state]
 
@@ -74,7 +74,7 @@ class Step:
 
         def compute(tokens: mx.array, marks: mx.array) -> Gradients:
             weights = model.trainable_parameters()
-            with causal_by_blocks() if blocks_attention else nullcontext():
+            with own_arithmetic(wanted=does_own_arithmetic):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
             model.update(weights)  # not those that the transformation put in their place
             return Gradients(total, count, tree)

@@ -98,7 +98,7 @@ def test_a_step_by_blocks_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         model.train()
         optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-2), weight_decay=0.0, options={})
         update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
-        step = Step(model, update, plain_objective(masks_documents=False), blocks_attention=blocks)
+        step = Step(model, update, plain_objective(masks_documents=False), does_own_arithmetic=blocks)
         outcomes = [step.update(step.compute(tokens, marks)) for _ in range(3)]
         return [float(value) for outcome in outcomes for value in (outcome.loss, outcome.norm)]
 

@@ -10,7 +10,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 4,
     "precision": "fp32",
     "checkpointing": "none",
-    "attention": "blocks",
+    "arithmetic": "own",
     "fused_loss": True,
     "masks_documents": False,
     "workers": 2,
@@ -36,7 +36,7 @@ def test_each_ablation_differs_from_the_workflow_in_the_one_thing_it_names() -> 
         "without compile": {"is_compiled"},
         "without run-ahead": {"runs_ahead"},
         "without fused_loss": {"loss"},
-        "without attention by blocks": {"blocks_attention"},
+        "without own arithmetic": {"does_own_arithmetic"},
         "without joined updates": {"joins_updates"},
         "without packing": {"is_packed"},
         "without prefetch": {"workers", "prefetch_batches"},
@@ -46,7 +46,7 @@ def test_each_ablation_differs_from_the_workflow_in_the_one_thing_it_names() -> 
 
 
 def test_what_a_workflow_does_not_use_is_not_switched_off() -> None:
-    names = {one.name for one in _recipe(is_packed=False, fused_loss=False, attention="mlx").ablations()}
+    names = {one.name for one in _recipe(is_packed=False, fused_loss=False, arithmetic="mlx").ablations()}
     assert names == {
         "without compile",
         "without run-ahead",
