@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 ROUNDS = 7
 
@@ -101,8 +102,8 @@ def compare_arithmetic() -> None:
     rows = [mx.random.normal((2, 2, 2048, 64), key=mx.random.key(number)) for number in range(3)]
     _compare(
         "attention: causal, with gradients",
-        with_gradients(lambda *inputs: causal_attention(*inputs, scale=0.125), 3),
-        with_gradients(lambda *inputs: mx.fast.scaled_dot_product_attention(*inputs, scale=0.125, mask="causal"), 3),
+        with_gradients(partial(causal_attention, scale=0.125), 3),
+        with_gradients(partial(mx.fast.scaled_dot_product_attention, scale=0.125, mask="causal"), 3),
         *rows,
     )
     pair = [mx.random.normal((4096, 512), key=mx.random.key(number)) for number in range(2)]
