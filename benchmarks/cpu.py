@@ -94,11 +94,15 @@ def compare_arithmetic() -> None:
 
     _compare(
         "loss: cross-entropy with gradient",
-        with_gradients(lambda x: cross_entropy(x, targets), 1),
-        with_gradients(lambda x: nn.losses.cross_entropy(x, targets), 1),
+        with_gradients(partial(cross_entropy, targets=targets), 1),
+        with_gradients(partial(nn.losses.cross_entropy, targets=targets), 1),
         logits,
     )
-    _compare("exponential", mx.compile(lambda x: exp2(x * LOG2_E)), mx.exp, logits[:512])
+
+    def exponential(x: mx.array) -> mx.array:
+        return exp2(x * LOG2_E)
+
+    _compare("exponential", mx.compile(exponential), mx.exp, logits[:512])
     rows = [mx.random.normal((2, 2, 2048, 64), key=mx.random.key(number)) for number in range(3)]
     _compare(
         "attention: causal, with gradients",
