@@ -21,7 +21,7 @@ import numpy as np
 from mlxflow.measurement import peaks
 from mlxflow.measurement.columns import Columns
 from mlxflow.measurement.journal import Journal
-from mlxflow.measurement.readings import Reader, Reading
+from mlxflow.measurement.readings import Limits, Reader, Reading, read_limits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,6 +133,11 @@ class MemoryProfiler:
     def read(self) -> Reading:
         """Return the memory as it is now, all of it read anew."""
         return self._reader.read(fresh=True)
+
+    @property
+    def limits(self) -> Limits:
+        """What MLX was told to keep to."""
+        return read_limits()
 
     def close(self) -> None:
         """Give back the files it reads from and writes to; to be called when no more is measured."""

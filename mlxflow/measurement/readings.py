@@ -62,6 +62,28 @@ class _Slow(NamedTuple):
     pressure: float
 
 
+class Limits(NamedTuple):
+    """What MLX was told to keep to, in bytes.
+
+    Attributes:
+        memory: that its arrays may hold before the host waits for the device.
+        cache: of freed buffers that it may keep.
+    """
+
+    memory: int
+    cache: int
+
+
+def read_limits() -> Limits:
+    """Return MLX's limits. It tells one only to whoever sets it: each is set very large for a moment."""
+    very_large = 1 << 62
+    memory = mx.set_memory_limit(very_large)
+    mx.set_memory_limit(memory)
+    cache = mx.set_cache_limit(very_large)
+    mx.set_cache_limit(cache)
+    return Limits(memory, cache)
+
+
 class Reader:
     """Takes readings of this process; may be asked from several threads."""
 

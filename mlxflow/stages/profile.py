@@ -111,6 +111,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "num_steps": config.num_steps,
         "settings": settings._asdict(),
         "memory_limit_bytes": context.memory_limit_bytes,
+        "cache_limit_bytes": profiler.limits.cache,
         **figures,
         **parts,
         "run": {"mlx_device_info": {key: str(value) for key, value in mx.device_info().items()}},

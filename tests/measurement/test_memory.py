@@ -238,3 +238,15 @@ def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.Monk
     timeline, names = profiler.timeline(), list(profiler.totals)
     assert [names[number] for number in timeline["phase_number"]] == ["load", "a", "b", "update", "a"]
     assert np.all(timeline["phase_begin_seconds"] <= timeline["phase_end_seconds"])
+
+
+def test_the_limits_are_those_that_were_set_and_stay_so() -> None:
+    memory, cache = mx.set_memory_limit(123 << 20), mx.set_cache_limit(45 << 20)
+    profiler = MemoryProfiler()
+    try:
+        for _ in range(2):
+            assert profiler.limits == (123 << 20, 45 << 20)
+    finally:
+        profiler.close()
+        mx.set_memory_limit(memory)
+        mx.set_cache_limit(cache)

@@ -161,6 +161,8 @@ def _profile(name: str) -> dict[str, Any]:
     return {
         "peak_memory_bytes": 9_000_000,
         "phases": [phase],
+        "memory_limit_bytes": 3 * 10**9,
+        "cache_limit_bytes": 2 * 10**9,
         "composition": made | {"cache_bytes": 2 * 10**6, "other_bytes": 10**6, "total_bytes": 9 * 10**6},
         "leak": {"verdict": "none", "process": {"verdict": name}},
         "peaks": [{"bytes": 9_000_000, "step": 66, "phase": name}],

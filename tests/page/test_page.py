@@ -91,6 +91,7 @@ def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
         "MLX's memory, at each step's end",
         "The process's memory, sampled",
         "What the peak of 9 MB is made of",
+        "MLX's limits: 3 GB of arrays, 2 GB of freed buffers kept.",
         "Peak memory by phase",
         "What would save memory, most first",
         "Training: real tokens per second, with intervals",

@@ -45,6 +45,8 @@ def test_the_report_tells_phases_composition_leaks_peaks_and_trends(built: Path)
     assert report["leak"]["verdict"] == report["leak"]["process"]["verdict"] == "none"
     assert report["peaks"][0]["bytes"] == report["peak_memory_bytes"]
     assert report["settings"]["fused_loss"] is read_report(built / "artifacts/train/report.toml")["fused_loss"]
+    assert report["memory_limit_bytes"] > 0
+    assert report["cache_limit_bytes"] > 0
     assert np.isfinite(report["trend"]["rss_bytes_per_step"])
 
 

@@ -27,7 +27,7 @@ def _blocks(run: Run) -> list[Block]:
             blocks.append(Note(f"No memory profile to show: {one.said}"))
             continue
         blocks += _leak(one.report) + timelines.draw(one, timeline) + _composition(one.report)
-        blocks += _phases(one.report) + _peaks(one.report) + _suggestions(one.report)
+        blocks += _limits(one.report) + _phases(one.report) + _peaks(one.report) + _suggestions(one.report)
     return blocks or [Note("No memory profile to show: the workflow has no profile stage.")]
 
 
@@ -65,6 +65,13 @@ def _composition(report: dict[str, Any]) -> list[Block]:
     legend = tuple((f"{style} box", f"{part} {show_bytes(size)}") for part, size, style in parts)
     figures = Table("What the peak is made of", ("Part", "Size", "Share"), cells, folded=True)
     return [Figure(f"What the peak of {show_bytes(total)} is made of", drawn, figures, legend, wide=True)]
+
+
+def _limits(report: dict[str, Any]) -> list[Block]:
+    memory, cache = (number(report.get(f"{kind}_limit_bytes")) for kind in ("memory", "cache"))
+    if memory is None or cache is None:
+        return []
+    return [Text(f"MLX's limits: {show_bytes(memory)} of arrays, {show_bytes(cache)} of freed buffers kept.")]
 
 
 def _phases(report: dict[str, Any]) -> list[Block]:
