@@ -1,7 +1,9 @@
 """Quantization: quality against rounding and mlx-lm's methods, sizes, and what it costs; each part in one run.
 
     python benchmarks/quantize.py base FOLDER          trains the model, 1.1 million parameters, of most parts
-    python benchmarks/quantize.py qat FOLDER [RATE]    perplexities by method and bits, against a control; an hour
+    python benchmarks/quantize.py qat FOLDER [SEED [MODES [BITS]]]
+                                                       perplexities of QAT against a control; half an hour
+    python benchmarks/quantize.py learned FOLDER       perplexities of rounding, GPTQ, AWQ and DWQ, the same model
     python benchmarks/quantize.py step FOLDER          a step of quantization-aware training over a plain one, paired
     python benchmarks/quantize.py budget FOLDER        bits by layer against uniform ones and mlx-lm's dynamic_quant
     python benchmarks/quantize.py symmetric            errors of symmetric and affine codes on random matrices
@@ -124,41 +126,46 @@ class _Job:
         return self.perplexity_of(one, packed, plan)
 
     @contextmanager
-    def trained(self, model: Any, plan: Any, rate: float, steps: int) -> Iterator[tuple[Any, list[float]]]:
-        """Train a model, with fake quantization where there is a plan; give the packing function and seconds a step."""
+    def trained(
+        self, model: Any, plan: Any, *, steps: int = STEPS, seed: int = 1, **table: Any
+    ) -> Iterator[tuple[Any, list[float]]]:
+        """Train a model as `method = "qat"` does, with fake quantization where there is a plan.
+
+        Args:
+            model: dense.
+            plan: of the layers; empty for a control.
+            steps: of training.
+            seed: of the order of the rows.
+            table: what else the `[quantize]` table says.
+
+        Yields:
+            The packing function, and the seconds of every step.
+        """
         import mlx.core as mx
 
         from mlxflow.data.loader import Loader
         from mlxflow.quantization.fake import fake_quantized
+        from mlxflow.stages import quantize, train
+        from mlxflow.stages.quantize_methods import training_settings
         from mlxflow.training.objective import choose_objective
-        from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
-        from mlxflow.training.step import Step
 
+        config = quantize.Config(method="qat", num_steps=steps, batch_size=BATCH, **table)
         model.train()
         seconds = []
         with fake_quantized(model, plan) as packed:
             _, objective = choose_objective(
                 model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
             )
-            schedule = make_schedule(
-                name="cosine",
-                learning_rate=rate,
-                final_learning_rate=0.0,
-                num_steps=steps,
-                warmup_steps=20,
-                decay_steps=0,
-            )
-            optimizer = make_optimizer(
-                name="adamw", schedule=schedule, weight_decay=0.1, options={"betas": [0.9, 0.95]}
-            )
-            step = Step(model, Update(model, optimizer, max_grad_norm=1.0, has_masters=False), objective)
-            with Loader(self.tokens.rows, batch_size=BATCH, seed=1, workers=1, prefetch_batches=4) as loader:
+            settings = training_settings(config, model)
+            step = train.make_step(settings, model, objective, key="quantize", serves=lambda _: False)
+            with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
                 for _ in range(steps):
                     batch = next(loader)
                     begin = time.perf_counter()
                     mx.eval(*step.update(step.compute(batch.tokens, batch.marks)), step.state)
                     seconds.append(time.perf_counter() - begin)
             yield packed, seconds
+        model.eval()
 
 
 def _uniform(model: Any, mode: str, bits: int, group_size: int = 64) -> dict[str, Any]:
@@ -168,48 +175,47 @@ def _uniform(model: Any, mode: str, bits: int, group_size: int = 64) -> dict[str
     return {path: setting for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
 
 
-def qat(folder: str, rate: str = "2e-3") -> None:
-    """Compare perplexities: of the control, rounded and not, of QAT, and of mlx-lm's methods on the dense model."""
-    from mlxflow.quantization import learned
+def qat(folder: str, seed: str = "1", modes: str = "affine,symmetric", bits: str = "4,3,2") -> None:
+    """Compare perplexities of a control, dense and rounded, and of QAT, at the stage's own settings."""
+    job = _Job(folder)
+    _tell("dense model", perplexity=job.perplexity(job.model()))
+    control = job.model()
+    with job.trained(control, {}, seed=int(seed)):
+        pass
+    best = job.perplexity(control)
+    _tell("control, dense", perplexity=best, seed=seed)
+    for mode in modes.split(","):
+        for width in map(int, bits.split(",")):
+            model = job.model()
+            plan = _uniform(model, mode, width)
+            rounded = job.rounded(control, plan)
+            with job.trained(model, plan, seed=int(seed)) as (packed, _):
+                parts = packed()
+            ours = job.perplexity_of(model, parts, plan)
+            recovered = (rounded - ours) / (rounded - best)
+            _tell(f"{mode} {width}", rtn_of_control=rounded, qat=ours, recovered=recovered)
+
+
+def learned(folder: str) -> None:
+    """Compare perplexities of rounding and of mlx-lm's methods on the dense model."""
+    from mlxflow.quantization import learned as methods
 
     job = _Job(folder)
-    control = job.model()
-    _tell("dense model", perplexity=job.perplexity(control))
-    with job.trained(control, {}, float(rate), STEPS):
-        pass
-    control.eval()
-    best = job.perplexity(control)
-    _tell("control, dense", perplexity=best, learning_rate=rate)
-    for mode, bits in (
-        ("affine", 4),
-        ("affine", 3),
-        ("affine", 2),
-        ("symmetric", 4),
-        ("symmetric", 3),
-        ("symmetric", 2),
-    ):
-        model = job.model()
-        plan = _uniform(model, mode, bits)
-        rounded = job.rounded(control, plan)
-        with job.trained(model, plan, float(rate), STEPS) as (packed, _):
-            parts = packed()
-        ours = job.perplexity_of(model, parts, plan)
-        _tell(f"{mode} {bits}", rtn_of_control=rounded, qat=ours, recovered=(rounded - ours) / (rounded - best))
+    tokens = job.calibration
+    for bits in (4, 3, 2):
+        plan = _uniform(job.model(), "affine", bits)
         told = {"rtn": job.rounded(job.model(), plan)}
-        if mode == "affine":
-            tokens = job.calibration
-            if bits != 3:
-                model = job.model()
-                told["gptq"] = job.perplexity_of(
-                    model, learned.gptq(model, plan, tokens[:, :-1], batch_size=8, key="quantize"), plan
-                )
+        if bits != 3:  # mlx-lm's GPTQ does not have it
             model = job.model()
-            made = learned.awq(model, plan, tokens[:, :-1], model_type="llama", search_steps=20, key="quantize")
-            told["awq"] = job.perplexity_of(model, made, plan)
-            model = job.model()
-            made = learned.dwq(model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")
-            told["dwq"] = job.perplexity_of(model, made, plan)
-        _tell(f"{mode} {bits}, of the dense model", **told)
+            made = methods.gptq(model, plan, tokens[:, :-1], batch_size=8, key="quantize")
+            told["gptq"] = job.perplexity_of(model, made, plan)
+        model = job.model()
+        made = methods.awq(model, plan, tokens[:, :-1], model_type="llama", search_steps=20, key="quantize")
+        told["awq"] = job.perplexity_of(model, made, plan)
+        model = job.model()
+        made = methods.dwq(model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")
+        told["dwq"] = job.perplexity_of(model, made, plan)
+        _tell(f"affine {bits}, of the dense model", **told)
 
 
 def step(folder: str) -> None:
@@ -221,7 +227,7 @@ def step(folder: str) -> None:
             medians = []
             for faked in (False, True):
                 model = job.model()
-                with job.trained(model, _uniform(model, mode, bits) if faked else {}, 1e-3, 12) as (_, seconds):
+                with job.trained(model, _uniform(model, mode, bits) if faked else {}, steps=12) as (_, seconds):
                     medians.append(statistics.median(seconds[2:]))
             ratios.append(medians[1] / medians[0])
         _tell(f"step, {mode} {bits}", median_ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))
@@ -430,7 +436,7 @@ def _run_measured(command: list[str], folder: Path) -> tuple[float, int]:
     return time.perf_counter() - begin, usage.ru_maxrss * (1024 if sys.platform.startswith("linux") else 1)
 
 
-PARTS = {one.__name__: one for one in (base, qat, step, budget, symmetric, sizes, evaluate, convert, write)}
+PARTS = {one.__name__: one for one in (base, qat, learned, step, budget, symmetric, sizes, evaluate, convert, write)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:

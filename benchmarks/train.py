@@ -296,6 +296,7 @@ def _ours(
             checkpoints=CheckpointStore(Path(tempfile.mkdtemp()), keep=1, settings={}, say=print),
             asked_to_stop=lambda: False,
             log=logs.append,
+            key="train",
         )
         result = trainer.run()
     first, *_, last = [record for record in logs if record["kind"] == "train"]

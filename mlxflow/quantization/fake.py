@@ -14,8 +14,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.quantization.clipping import best_limits, clip
 from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_scales
 from mlxflow.quantization.settings import Setting
+
+# Of a layer: what is found once of its grid, limits or ratios of scales; no parameter
+_GRID = "_grid"
 
 
 @contextmanager
@@ -24,7 +28,8 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
 
     Each layer becomes of a class of its own that inherits from its class; parameters keep their names. Begin before a
     step is compiled: what is compiled does not see a change of classes. A layer with an adapter beside it computes
-    with the quantized sum of both, without the adapter's dropout.
+    with the quantized sum of both, without the adapter's dropout. Each group's grid starts where it loses least: its
+    limits are found here and stay; the symmetric mode's scales follow the weights.
 
     Args:
         model: dense, with adapters or without.
@@ -36,8 +41,8 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
     modules = dict(model.named_modules())
     chosen = {path: modules[path] for path in layers}
     for path, module in chosen.items():
-        if layers[path].mode == "symmetric":
-            module["_ratios"] = _ratios(_dense_weight(module), layers[path])
+        symmetric = layers[path].mode == "symmetric"
+        module[_GRID] = (_ratios if symmetric else best_limits)(_dense_weight(module), layers[path])
         module.__class__ = _faking(cast("Hashable", type(module)), layers[path])
     mx.eval(model.state)
     try:
@@ -45,13 +50,13 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
     finally:
         for module in chosen.values():
             module.__class__ = plain_type(module)
-            module.pop("_ratios", None)
+            module.pop(_GRID, None)
 
 
 def fake_weight(module: nn.Module) -> mx.array | None:
     """Return the weight that a layer computes with, if it is within `fake_quantized`; None otherwise."""
     setting: Setting | None = getattr(type(module), "fake_setting", None)
-    return None if setting is None else _straight_through(setting)(_dense_weight(module), *_scale_ratios(module))
+    return None if setting is None else _straight_through(setting)(_dense_weight(module), module[_GRID])
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
@@ -91,33 +96,35 @@ def _straight_through(setting: Setting) -> Callable[..., mx.array]:
     Not `w + stop_gradient(q - w)`: in bf16 that sum is not always q.
     """
 
-    def forward(weight: mx.array, *ratios: mx.array) -> mx.array:
-        return round_trip(weight, setting, _scales(weight, ratios, setting))
+    def forward(weight: mx.array, grid: mx.array) -> mx.array:
+        weight, scales = _on_grid(weight, grid, setting)
+        return round_trip(weight, setting, scales)
 
     function = mx.custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        if isinstance(primals, mx.array):
-            return cotangent
-        return (cotangent, *(mx.zeros_like(one) for one in primals[1:]))
+        return cotangent, mx.zeros_like(primals[1])
 
     return cast("Callable[..., mx.array]", function)
 
 
 def _packed(module: nn.Module, setting: Setting) -> Packed:
-    weight = _dense_weight(module)
-    return pack(weight, setting, _scales(weight, _scale_ratios(module), setting))
+    weight, scales = _on_grid(_dense_weight(module), module[_GRID], setting)
+    return pack(weight, setting, scales)
+
+
+def _on_grid(weight: mx.array, grid: mx.array, setting: Setting) -> tuple[mx.array, mx.array | None]:
+    """Return what is packed of a weight, and the scales of the symmetric mode."""
+    if setting.mode == "symmetric":
+        return weight, (grid * _largest(weight, setting)).astype(weight.dtype)
+    return clip(weight, grid), None
 
 
 def _dense_weight(module: nn.Module) -> mx.array:
     """Return a layer's weight; with an adapter, their sum."""
     weight = module["weight"] if "weight" in module else module.fuse().weight
     return cast("mx.array", weight)
-
-
-def _scale_ratios(module: nn.Module) -> tuple[mx.array, ...]:
-    return (module["_ratios"],) if "_ratios" in module else ()
 
 
 def _ratios(weight: mx.array, setting: Setting) -> mx.array:
@@ -128,10 +135,6 @@ def _ratios(weight: mx.array, setting: Setting) -> mx.array:
     largest = _largest(weight, setting)
     scales = symmetric_scales(weight, setting).astype(mx.float32)
     return mx.where(largest == 0, 2.0 ** (1 - setting.bits), scales / mx.where(largest == 0, 1.0, largest))
-
-
-def _scales(weight: mx.array, ratios: tuple[mx.array, ...], setting: Setting) -> mx.array | None:
-    return (ratios[0] * _largest(weight, setting)).astype(weight.dtype) if ratios else None
 
 
 def _largest(weight: mx.array, setting: Setting) -> mx.array:

@@ -14,7 +14,7 @@ from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
 from mlxflow.stages import quantize_methods, train
 
-VERSION = 2
+VERSION = 3
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
 

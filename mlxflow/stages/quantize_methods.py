@@ -203,7 +203,7 @@ def _trained(
     from mlxflow.quantization.fake import fake_quantized
     from mlxflow.training import adapters
 
-    settings = _training_settings(config, model)
+    settings = training_settings(config, model)
     tokens.train.full_rows(config.batch_size, f"{context.task}.batch_size")
     teacher = _teacher(inputs) if config.distill else None
     if config.training != "full":
@@ -237,7 +237,7 @@ def _trained(
     return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
 
 
-def _training_settings(config: Any, model: Any) -> Any:
+def training_settings(config: Any, model: Any) -> Any:
     """Return the trainer's table for quantization-aware training."""
     import mlx.core as mx
     from mlx.utils import tree_flatten

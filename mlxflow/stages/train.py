@@ -330,7 +330,7 @@ def fit(
 
         trainer = Trainer(
             model=model,
-            step=_step(config, model, objective, context, kernels.serves),
+            step=make_step(config, model, objective, key=context.task, serves=kernels.serves),
             sizes=_batch_sizes(config, inputs, context),
             open_loader=lambda size, cursor: _loader(config, tokens, context, size, cursor),
             validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
@@ -338,6 +338,7 @@ def fit(
             checkpoints=checkpoints,
             log=log,
             asked_to_stop=asked_to_stop,
+            key=context.task,
         )
         if found is not None:
             metrics.write(found.metrics)
@@ -550,7 +551,19 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     return model, model_config
 
 
-def _step(config: Config, model: Any, objective: Any, context: Context, serves: Any) -> Any:
+def make_step(config: Config, model: Any, objective: Any, *, key: str, serves: Any) -> Any:
+    """Return the step that the table asks for.
+
+    Args:
+        config: the table.
+        model: in training mode.
+        objective: what is made small.
+        key: of the table, for messages.
+        serves: tells of the name of a kernel whether it may be used.
+
+    Raises:
+        ArtifactError: an option that the optimizer does not know.
+    """
     from mlxflow.training import optimizers
     from mlxflow.training.step import Step
 
@@ -559,7 +572,7 @@ def _step(config: Config, model: Any, objective: Any, context: Context, serves: 
         if name not in known or name in ("weight_decay", "betas"):
             others = sorted(set(known) - {"weight_decay", "betas"})
             raise ArtifactError(
-                f"{context.task}.optimizer_options.{name}: unknown to {config.optimizer}. Known: {', '.join(others)}."
+                f"{key}.optimizer_options.{name}: unknown to {config.optimizer}. Known: {', '.join(others)}."
             )
     schedule = optimizers.make_schedule(
         name=config.schedule,

@@ -146,6 +146,7 @@ class Trainer:
         checkpoints: where checkpoints and the best weights go.
         log: takes each record.
         asked_to_stop: tells whether somebody did; asked between forward passes.
+        key: of the table with the settings, for messages.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Trainer:
         checkpoints: CheckpointStore,
         log: Log,
         asked_to_stop: Callable[[], bool],
+        key: str,
     ) -> None:
         self._model = model
         self._step = step
@@ -170,6 +172,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._log = log
         self._asked_to_stop = asked_to_stop
+        self._key = key
         self._facts = _Facts()
         self._loader: Loader | None = None
         self._loader_rows = 0
@@ -402,9 +405,9 @@ class Trainer:
                 facts.skipped_steps += 1
                 if facts.bad_in_a_row >= plan.max_bad_steps:
                     raise StageError(
-                        f"train: {facts.bad_in_a_row} steps in a row had no finite loss and gradient, the last "
+                        f"{self._key}: {facts.bad_in_a_row} steps in a row had no finite loss and gradient, the last "
                         f"being step {done.step} (loss {loss}, gradient norm {norm}) with learning rate {rate:.3g}. "
-                        "Lower train.learning_rate or train.max_grad_norm."
+                        f"Lower {self._key}.learning_rate."
                     )
             if done.step % plan.log_every == 0 or done.step == plan.num_steps:
                 self._record(self._train_record(done.step, norm, rate))

@@ -117,7 +117,7 @@ def test_only_the_layers_of_the_plan_change_and_only_within_the_block() -> None:
         changed = {name for name, module in model.named_modules() if type(module) is not kinds[name]}
     assert changed == {path}
     assert {name: type(module) for name, module in model.named_modules()} == kinds
-    assert "_ratios" not in dict(model.named_modules())[path]
+    assert "_grid" not in dict(model.named_modules())[path]
 
 
 def test_the_fused_loss_takes_the_quantized_head() -> None:

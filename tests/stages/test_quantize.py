@@ -166,6 +166,13 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypat
     assert (job.artifact / "model.safetensors").read_bytes() == whole
 
 
+def test_a_rate_that_is_far_too_high_is_told_by_this_stages_key(job: Job) -> None:
+    (line,) = job.problems(StageError, method="qat", learning_rate=1e38, num_steps=20, batch_size=2)
+    assert line.startswith("quantize: 10 steps in a row had no finite loss and gradient")
+    assert line.endswith(" Lower quantize.learning_rate.")
+    assert not job.artifact.exists()
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
 def test_a_learned_method_beats_its_own_refusals_and_is_opened_by_mlx_lm(job: Job, method: str) -> None:
     job.run(bits=2, group_size=32, max_validation_rows=64)
