@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflow.artifact import StoredRows, TensorFile
@@ -18,7 +19,10 @@ from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
 
 # Numbers that are packed and compared at a time: what is between is several times as large as they are
-_NUMBERS_AT_ONCE = 1 << 18
+_NUMBERS_AT_ONCE = 1 << 19
+
+# Numbers of a matrix that are compared with what was packed, in rows spread evenly: unpacking costs as much as packing
+_COMPARED_NUMBERS = 1 << 17
 
 # On the CPU one stream keeps one core busy
 _MOST_STREAMS = 4
@@ -35,7 +39,8 @@ class LayerFacts(NamedTuple):
         shape: of the dense matrix.
         setting: how it is packed; None where it stays dense.
         num_bytes: of its weight as it is stored, scales and biases included.
-        relative_error: Frobenius norm of what was lost over that of the matrix; 0 where it stays dense.
+        relative_error: Frobenius norm of what was lost over that of the matrix, in every k-th row of a piece, so many
+            that about 131,000 numbers are compared; 0 where it stays dense.
     """
 
     path: str
@@ -184,30 +189,34 @@ def _write_packed(
     size = matrix.weight.size
     pieces = -(-size // (_NUMBERS_AT_ONCE * len(streams))) * len(streams)
     step = -(-matrix.num_rows // pieces)
-    begun: deque[tuple[Packed, mx.array]] = deque()
-    num_bytes, lost, norm = 0, 0.0, 0.0
+    every = max(1, size // _COMPARED_NUMBERS)
+    begun: deque[tuple[Packed, mx.array, mx.array, mx.array]] = deque()
+    num_bytes, lost, norm, whole = 0, 0.0, 0.0, 0.0
 
     def end_one() -> None:
-        nonlocal num_bytes, lost, norm
-        packed, sums = begun.popleft()
+        nonlocal num_bytes, lost, norm, whole
+        packed, exact, compared, missed = begun.popleft()
         for own, part in zip(("weight", "scales", "biases"), packed, strict=True):
             if part is not None:
                 out.put_rows(f"{path}.{own}", part)
                 num_bytes += part.nbytes
-        lost, norm = lost + float(sums[0]), norm + float(sums[1])
+        lost, norm, whole = lost + _square(missed), norm + _square(compared), whole + _square(exact)
 
     for place, begin in enumerate(range(0, matrix.num_rows, step)):
         with mx.stream(streams[place % len(streams)]):
             part = matrix.rows(begin, min(begin + step, matrix.num_rows))
             packed = pack(part, setting) if made is None else _rows_of(made, begin, begin + step)
-            sums = _squares(part, packed, setting)
-            mx.async_eval(packed, sums)
-        begun.append((packed, sums))
+            exact = part.astype(mx.float32)
+            compared = exact[::every]
+            some = Packed(*(None if column is None else column[::every] for column in packed))  # type: ignore[arg-type]
+            missed = compared - unpack(some, setting, part.dtype).astype(mx.float32)
+            mx.async_eval(packed, exact, compared, missed)
+        begun.append((packed, exact, compared, missed))
         if len(begun) > len(streams):
             end_one()
     while begun:
         end_one()
-    if not math.isfinite(norm):
+    if not math.isfinite(whole):
         raise _not_finite(source, matrix.name, matrix.weight)
     error = math.sqrt(lost / norm) if norm else 0.0
     return LayerFacts(path, matrix.weight.shape, setting, num_bytes, error)
@@ -218,11 +227,10 @@ def _rows_of(made: Packed, begin: int, end: int) -> Packed:
     return Packed(*flat)  # type: ignore[arg-type]
 
 
-def _squares(weight: mx.array, packed: Packed, setting: Setting) -> mx.array:
-    """Return the sums of the squares of what is lost and of the whole, (2,) in fp32, summed row by row."""
-    exact = weight.astype(mx.float32)
-    lost = exact - unpack(packed, setting, weight.dtype).astype(mx.float32)
-    return mx.stack([lost.square().sum(axis=-1).sum(), exact.square().sum(axis=-1).sum()])
+def _square(x: mx.array) -> float:
+    """Return the sum of the squares of an array in fp32; NumPy's product does it at once, MLX's in two passes."""
+    numbers = np.array(x, copy=False).reshape(-1)
+    return float(np.dot(numbers, numbers))
 
 
 def _put(out: TensorFile, name: str, value: mx.array, source: str) -> None:
