@@ -176,10 +176,11 @@ def _gradients(
     begin = keys.shape[-2] - queries.shape[-2]
     delta = (incoming * out).sum(axis=-1, keepdims=True)
     weighted = incoming * block.inverse
-    factor = block.inverse * scale
+    factor = block.inverse * scale  # of each row: on what is small instead of on its scores
+    queries = queries * factor
 
     def of(exponentials: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        scores = exponentials * (incoming @ _transposed(values) - delta) * factor
+        scores = exponentials * (incoming @ _transposed(values) - delta)
         return scores @ keys, _over_heads(scores, queries), _over_heads(exponentials, weighted)
 
     for_queries, for_keys, for_values = of(block.within, keys[..., begin:, :], values[..., begin:, :])
@@ -188,7 +189,7 @@ def _gradients(
         for_queries = for_queries + more[0]
         for_keys = mx.concatenate([more[1], for_keys], axis=-2)
         for_values = mx.concatenate([more[2], for_values], axis=-2)
-    return for_queries, for_keys, for_values
+    return for_queries * factor, for_keys, for_values
 
 
 def _over_heads(scores: mx.array, rows: mx.array) -> mx.array:
