@@ -10,6 +10,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class Reading(NamedTuple):
         swap_bytes: of the system's swap in use.
         pressure: how short the system is of memory, in percent: of the last 10 s that some process waited for memory
             (Linux); 0, 50 or 100 for normal, warning and critical (macOS).
+        device_bytes: of an NVIDIA GPU's memory in use, by whomever; 0 where the device has no memory of its own.
     """
 
     seconds: float
@@ -50,6 +52,7 @@ class Reading(NamedTuple):
     unique_bytes: int
     swap_bytes: int
     pressure: float
+    device_bytes: int
 
 
 class _Slow(NamedTuple):
@@ -60,6 +63,7 @@ class _Slow(NamedTuple):
     unique_bytes: int
     swap_bytes: int
     pressure: float
+    device_bytes: int
 
 
 class Limits(NamedTuple):
@@ -91,6 +95,7 @@ class Reader:
         self._begin = time.perf_counter()
         self._process = psutil.Process()
         self._statm = _open("/proc/self/statm")
+        self._device = device_memory() if mx.default_device() != mx.cpu else lambda: 0
         self._slow = self._read_slow()
         self._slow_due = 0.0
 
@@ -124,6 +129,7 @@ class Reader:
             slow.unique_bytes,
             slow.swap_bytes,
             slow.pressure,
+            slow.device_bytes,
         )
 
     def _rss(self) -> int:
@@ -139,6 +145,7 @@ class Reader:
             unique,
             int(psutil.swap_memory().used),
             _mac_pressure() if sys.platform == "darwin" else _linux_pressure(),
+            self._device(),
         )
 
 
@@ -164,6 +171,34 @@ def linux_sets(rollup: str) -> tuple[int, int]:
         if value.endswith("kB"):
             told[name] = int(value[:-2]) * 1024
     return told.get("Pss", 0), told.get("Private_Clean", 0) + told.get("Private_Dirty", 0)
+
+
+class _DeviceMemory(ctypes.Structure):
+    """NVML's nvmlMemory_t, in bytes."""
+
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+def device_memory(library: str = "libnvidia-ml.so.1") -> Callable[[], int]:
+    """Return what tells the bytes in use of the first GPU, as NVIDIA's management library (NVML) has them, or 0.
+
+    Args:
+        library: to load; where there is none, or it finds no GPU, 0 is told.
+    """
+    handle = ctypes.c_void_p()
+    try:
+        nvml = ctypes.CDLL(library)
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+            return lambda: 0
+        ask = nvml.nvmlDeviceGetMemoryInfo
+    except (OSError, AttributeError):
+        return lambda: 0
+
+    def used() -> int:
+        memory = _DeviceMemory()
+        return 0 if ask(handle, ctypes.byref(memory)) else int(memory.used)
+
+    return used
 
 
 def _linux_pressure() -> float:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import mlxflow
 from mlxflow.measurement.columns import Columns
 from mlxflow.measurement.journal import Journal
 from mlxflow.measurement.memory import MemoryProfiler, profile_memory
-from mlxflow.measurement.readings import linux_sets
+from mlxflow.measurement.readings import device_memory, linux_sets
 
 HUNDRED_MB = 25_000_000  # numbers in fp32
 
@@ -250,3 +251,30 @@ def test_the_limits_are_those_that_were_set_and_stay_so() -> None:
         profiler.close()
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
+
+
+_NVML = """
+typedef struct { unsigned long long total, free, used; } Memory;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** handle) { *handle = (void*)77; return index; }
+int nvmlDeviceGetMemoryInfo(void* handle, Memory* memory) {
+  static unsigned long long calls = 0;
+  if (handle != (void*)77 || ++calls > 2) return 999;
+  memory->total = 80000000000ull, memory->free = 50000000000ull, memory->used = 30000000000ull;
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_the_memory_of_a_gpu_is_what_its_library_tells(tmp_path: Path) -> None:
+    (tmp_path / "nvml.c").write_text(_NVML)
+    library = tmp_path / "libnvml.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
+    used = device_memory(str(library))
+    assert [used(), used()] == [30_000_000_000, 30_000_000_000]
+    assert used() == 0  # a GPU that is lost
+
+
+def test_without_a_library_no_device_is_told() -> None:
+    assert device_memory("libno-such-library.so")() == 0

@@ -27,7 +27,7 @@ _PROCESS = (
     ("rss_bytes", "resident", "c0"), ("footprint_bytes", "footprint", "c1"), ("pss_bytes", "proportional", "c2"),
     ("unique_bytes", "unique", "c3"),
 )  # fmt: skip
-_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"))
+_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"), ("device_bytes", "device", "c2"))
 
 #: What is drawn of two runs in one plot: title, columns' prefix, axis, and columns.
 _OVERLAID = (
