@@ -139,7 +139,7 @@ def _series(
     series = []
     for key, name, style in keys:
         y = columns.get(prefix + key)
-        if y is None:
+        if y is None or (key == "device_bytes" and not y.any()):  # a device without memory of its own
             continue
         # A file that was cut off may have lost the steps and still have the readings
         across = np.arange(len(y), dtype=np.float64) if x is None or len(x) < len(y) else x[: len(y)]
