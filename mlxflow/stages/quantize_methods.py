@@ -249,6 +249,7 @@ def training_settings(config: Any, model: Any) -> Any:
         grad_accum_steps=config.grad_accum_steps,
         learning_rate=config.learning_rate,
         warmup_steps=max(1, config.num_steps // 10),
+        schedule="linear",
         # weights are pulled to the grid's points, not to zero, and the rounded forward pass makes gradients noisier
         weight_decay=0.0,
         betas=(0.9, 0.99),
