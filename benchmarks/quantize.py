@@ -145,7 +145,7 @@ class _Job:
 
         from mlxflow.data.loader import Loader
         from mlxflow.quantization.fake import fake_quantized
-        from mlxflow.stages import quantize, train
+        from mlxflow.stages import quantize, train_methods
         from mlxflow.stages.quantize_methods import training_settings
         from mlxflow.training.objective import choose_objective
 
@@ -157,7 +157,7 @@ class _Job:
                 model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
             )
             settings = training_settings(config, model)
-            step = train.make_step(settings, model, objective, key="quantize", serves=lambda _: False)
+            step = train_methods.make_step(settings, model, objective, key="quantize", serves=lambda _: False)
             with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
                 for _ in range(steps):
                     batch = next(loader)

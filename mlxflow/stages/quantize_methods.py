@@ -7,7 +7,7 @@ from mlxflow.config import toml_value
 from mlxflow.device import parse_size
 from mlxflow.quantization.settings import Setting
 from mlxflow.stage import Context, derive_seed
-from mlxflow.stages import train
+from mlxflow.stages import train, train_methods
 
 # Rows that the learned methods look at together
 _CALIBRATION_BATCH = 4
@@ -214,10 +214,10 @@ def _trained(
         )
     model.train()
     mx.eval(model.parameters())
-    masks = train.masks_documents(settings, tokens.train, model, context.task)
+    masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
     with fake_quantized(model, plan.layers) as pack:
-        kernels = train.choose_kernels(settings, model, context)
-        result = train.fit(
+        kernels = train_methods.choose_kernels(settings, model, context)
+        result = train_methods.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),
             outputs.metrics[0],
@@ -232,7 +232,7 @@ def _trained(
         mx.eval(packed)
     adapters.fuse_adapters(model)
     model.eval()
-    told = train.report_of(result, kernels)
+    told = train_methods.report_of(result, kernels)
     training = {key: value for key, value in told.items() if key != "run"}
     return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
 

@@ -1,17 +1,15 @@
 """Train a language model on the token files."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
-from mlxflow import device
 from mlxflow.config import Problem
-from mlxflow.errors import ArtifactError, StageError, WorkflowError
+from mlxflow.errors import ArtifactError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
+from mlxflow.stages import train_methods
 
 VERSION = 4
 
@@ -234,8 +232,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
-    masks = masks_documents(config, tokens, model, context.task)
-    kernels = choose_kernels(config, model, context)
+    masks = train_methods.masks_documents(config, tokens, model, context.task)
+    kernels = train_methods.choose_kernels(config, model, context)
     fused, objective = choose_objective(
         model,
         fused=None if config.fused_loss == "auto" else config.fused_loss,
@@ -244,7 +242,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         masks_documents=masks,
         uses_kernel=kernels.serves_loss,
     )
-    result = fit(
+    result = train_methods.fit(
         config,
         inputs,
         outputs.metrics,
@@ -271,142 +269,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "fused_loss": fused,
         "kernels": kernels.serving,
     }
-    report = report_of(result, kernels)
+    report = train_methods.report_of(result, kernels)
     return facts | report | {"settings": settings_of(config, context, masks=masks, fused=fused)}
-
-
-def fit(
-    config: Config,
-    inputs: Inputs,
-    metrics_file: Path,
-    context: Context,
-    *,
-    model: Any,
-    objective: Any,
-    tokens: Any,
-    masks: bool,
-    kernels: Any,
-) -> Any:
-    """Train a model that is there, from a checkpoint where there is one; return the loop's result.
-
-    Args:
-        config: the table; what says which model it is, is not looked at.
-        inputs: of them the validation tokens and the batch sizes to replay.
-        metrics_file: gets the learning curve.
-        context: of the stage; the checkpoints are its own.
-        model: in training mode, evaluated; changed.
-        objective: what is made small.
-        tokens: the training tokens.
-        masks: whether documents are kept apart in validation.
-        kernels: which of our kernels serve: of `choose_kernels`.
-
-    Raises:
-        SystemExit: it was asked to stop; a checkpoint is saved.
-        StageError: the loss stays without a finite value.
-        UserError: no batch fits into the memory.
-    """
-    from mlxflow.data.token_file import TokenFile
-    from mlxflow.training import progress, recompute
-    from mlxflow.training.interrupt import heeding_signals
-    from mlxflow.training.loop import Stopped, Trainer
-
-    every = config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
-    checkpoints = _checkpoints(config, context)
-    found = checkpoints.latest()
-    if found is not None:
-        _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
-    with (
-        progress.show_progress(num_steps=config.num_steps) as show,
-        metrics_file.open("w") as metrics,
-        heeding_signals() as asked_to_stop,
-        kernels.fitted(),
-        recompute.recomputed(model, every=every),
-    ):
-
-        def log(record: dict[str, Any]) -> None:
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-            show(record)
-
-        trainer = Trainer(
-            model=model,
-            step=make_step(config, model, objective, key=context.task, serves=kernels.serves),
-            sizes=_batch_sizes(config, inputs, context),
-            open_loader=lambda size, cursor: _loader(config, tokens, context, size, cursor),
-            validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
-            plan=_plan(config, masks, context),
-            checkpoints=checkpoints,
-            log=log,
-            asked_to_stop=asked_to_stop,
-            key=context.task,
-        )
-        if found is not None:
-            metrics.write(found.metrics)
-        try:
-            return trainer.run(found)
-        except Stopped as stopped:
-            _say(
-                f"{context.task}: stopped after step {stopped.step}; {stopped.checkpoint} "
-                "lets the next run go on from there"
-            )
-            raise SystemExit(128 + asked_to_stop.signal) from stopped
-
-
-def choose_kernels(config: Config, model: Any, context: Context) -> Any:
-    """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
-
-    Args:
-        config: the table.
-        model: as it is trained, evaluated.
-        context: of the stage.
-
-    Raises:
-        WorkflowError: all are required and one does not serve.
-    """
-    import mlx.core as mx
-
-    from mlxflow import artifact
-    from mlxflow.training import serving
-
-    if config.kernels == "off" or (config.kernels == "auto" and context.device == "cpu"):
-        return serving.nothing()
-    kept = context.unfinished / "kernels.json"
-    served = serving.choose_for(
-        model,
-        dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
-        precision=config.precision,
-        sums_gradients=config.grad_accum_steps > 1 or config.dynamic_batch_size,
-        recorded=_recorded_kernels(kept, context),
-    )
-    if config.kernels == "require" and served.refused:
-        raise WorkflowError(
-            f'{context.task}.kernels = "require": {device.name()} lacks {_lacking(served.refused)}. '
-            f'Set {context.task}.kernels = "auto".'
-        )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_whole(kept, json.dumps(served.serving).encode())
-    return served
-
-
-def _lacking(refused: Mapping[str, str]) -> str:
-    """Return the kernels that do not serve, and why, each reason once."""
-    reasons = dict.fromkeys(refused.values())
-    names = {reason: [name for name, why in refused.items() if why == reason] for reason in reasons}
-    return "; ".join(f"{', '.join(names[reason])} ({reason})" for reason in reasons)
-
-
-def _recorded_kernels(kept: Path, context: Context) -> list[str] | None:
-    """Return the kernels that served the run that is gone on with or built again."""
-    from mlxflow import artifact
-
-    if context.published is not None:
-        report = artifact.read_report(context.published / "report.toml")
-        return list(report["kernels"]) if "kernels" in report else None
-    try:
-        names = json.loads(kept.read_text())
-    except (OSError, ValueError):
-        return None
-    return [str(name) for name in names] if isinstance(names, list) else None
 
 
 def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:
@@ -449,41 +313,6 @@ def settings_of(config: Config, context: Context, *, masks: bool, fused: bool) -
         "max_grad_norm": config.max_grad_norm,
         "learning_rate": config.learning_rate,
     } | ({} if config.method == "full" else {"lora": _adapter_shape(config)._asdict()})
-
-
-def report_of(result: Any, kernels: Any) -> dict[str, Any]:
-    """Return what a training run came to, for the report.
-
-    Args:
-        result: of `fit`.
-        kernels: of `choose_kernels`.
-    """
-    from mlxflow.measurement.perplexity import perplexity_of
-
-    return {
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "skipped_steps": result.skipped_steps,
-        "first_validation_perplexity": perplexity_of(result.first_validation_loss),
-        "last_validation_perplexity": perplexity_of(result.last_validation_loss),
-        "best_validation_perplexity": perplexity_of(result.best_validation_loss),
-        "best_validation_step": result.best_step,
-        "run": {
-            "tokens_per_second": result.tokens_per_second,
-            "training_seconds": result.seconds,
-            "compile_seconds": result.compile_seconds,
-            "data_wait_seconds": result.data_wait_seconds,
-            "device_wait_seconds": result.device_wait_seconds,
-            "training_peak_memory_bytes": result.peak_memory_bytes,
-            "kernels_refused": [f"{name}: {reason}" for name, reason in kernels.refused.items()],
-        },
-    }
-
-
-def _say(line: str) -> None:
-    import sys
-
-    print(line, file=sys.stderr, flush=True)
 
 
 def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any], Any]:
@@ -549,142 +378,6 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     if config.method == "full" and "quantization" in model_config:
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
     return model, model_config
-
-
-def make_step(config: Config, model: Any, objective: Any, *, key: str, serves: Any) -> Any:
-    """Return the step that the table asks for.
-
-    Args:
-        config: the table.
-        model: in training mode.
-        objective: what is made small.
-        key: of the table, for messages.
-        serves: tells of the name of a kernel whether it may be used.
-
-    Raises:
-        ArtifactError: an option that the optimizer does not know.
-    """
-    from mlxflow.training import optimizers
-    from mlxflow.training.step import Step
-
-    known = optimizers.options_of(config.optimizer)
-    for name in config.optimizer_options:
-        if name not in known or name in ("weight_decay", "betas"):
-            others = sorted(set(known) - {"weight_decay", "betas"})
-            raise ArtifactError(
-                f"{key}.optimizer_options.{name}: unknown to {config.optimizer}. Known: {', '.join(others)}."
-            )
-    schedule = optimizers.make_schedule(
-        name=config.schedule,
-        learning_rate=config.learning_rate,
-        final_learning_rate=config.final_learning_rate,
-        num_steps=config.num_steps,
-        warmup_steps=min(config.warmup_steps, config.num_steps // 2),
-        decay_steps=config.decay_steps,
-    )
-    betas = {"betas": list(config.betas)} if "betas" in known else {}
-    optimizer = optimizers.make_optimizer(
-        name=config.optimizer,
-        schedule=schedule,
-        weight_decay=0.1 if config.weight_decay == "auto" else config.weight_decay,
-        options=betas | config.optimizer_options,
-    )
-    update = optimizers.Update(
-        model,
-        optimizer,
-        max_grad_norm=config.max_grad_norm,
-        has_masters=config.precision == "bf16",
-        serves=serves,
-    )
-    return Step(model, update, objective)
-
-
-def _batch_sizes(config: Config, inputs: Inputs, context: Context) -> Any:
-    from mlxflow.training.batch_size import BatchSizes, read_decisions
-
-    is_constant = config.constant_tokens_per_step or not config.dynamic_batch_size
-    return BatchSizes(
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-        rows_per_update=config.batch_size * config.grad_accum_steps if is_constant else None,
-        grad_accum_steps=config.grad_accum_steps,
-        grow_below=config.grow_below,
-        shrink_above=config.shrink_above,
-        is_fixed=not config.dynamic_batch_size,
-        replay=read_decisions(inputs.replay[0], f"{context.task}.replay") if inputs.replay else (),
-    )
-
-
-def _loader(config: Config, tokens: Any, context: Context, size: int, cursor: int) -> Any:
-    from mlxflow.data.loader import Loader
-
-    return Loader(
-        tokens.rows,
-        batch_size=size,
-        seed=derive_seed(context.seed, "train.batches"),
-        workers=config.workers,
-        prefetch_batches=config.prefetch_batches,
-        cursor=cursor,
-        name_rows=tokens.name_rows,
-    )
-
-
-def _plan(config: Config, masks: bool, context: Context) -> Any:
-    from mlxflow.training.loop import Plan
-
-    return Plan(
-        num_steps=config.num_steps,
-        lazy_eval_every=config.lazy_eval_every,
-        log_every=config.log_every,
-        eval_every=config.eval_every,
-        eval_batch_size=config.batch_size,
-        masks_documents=masks,
-        adjust_every=config.adjust_every,
-        save_every=config.save_every,
-        max_bad_steps=config.max_bad_steps,
-        patience=config.patience,
-        keeps_best=config.keep == "best",
-        memory_limit_bytes=context.memory_limit_bytes,
-    )
-
-
-def _checkpoints(config: Config, context: Context) -> Any:
-    """Return where checkpoints go."""
-    from mlxflow.training.checkpoints import CheckpointStore
-
-    table = {name: value for name, value in msgspec.to_builtins(config).items() if name not in MANNER}
-    told = dict(_flat(table, context.task))
-    settings = told | {
-        "seed": context.seed,
-        "mlx": context.provenance["mlx"],
-        "inputs": context.provenance["inputs_digest"],
-    }
-    return CheckpointStore(context.unfinished, keep=config.keep_checkpoints, settings=settings, say=_say)
-
-
-def _flat(table: dict[str, Any], key: str) -> Any:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{key}.{name}")
-        else:
-            yield f"{key}.{name}", value
-
-
-def masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:
-    """Return whether tokens see only their own document.
-
-    Raises:
-        StageError: they are to, and the model's architecture cannot tell documents apart.
-    """
-    from mlxflow import packed
-
-    wanted = tokens.has_conversations if config.document_mask == "auto" else config.document_mask
-    if wanted and not packed.can_mask_documents(model, tokens.vocab_size):
-        raise StageError(
-            f"{task}.document_mask: this architecture counts positions through the whole row and cannot keep the "
-            f'documents in it apart. Set {task}.document_mask = false, or pretokenize.packing = "none".'
-        )
-    return bool(wanted)
 
 
 def shape_config(shape: ModelConfig, vocab_size: int, context_length: int, end_of_text: int) -> dict[str, Any]:
