@@ -20,6 +20,13 @@ def clip(weight: mx.array, limits: mx.array) -> mx.array:
     return mx.clip(groups, limits[0], limits[1]).reshape(weight.shape)
 
 
+def where_kept(weight: mx.array, limits: mx.array, gradient: mx.array) -> mx.array:
+    """Return the gradient of `clip`: that of its result, (..., N), where the weight lies within its limits, else 0."""
+    groups, incoming = (one.reshape(*limits.shape[1:-1], -1) for one in (weight, gradient))
+    is_kept = (groups >= limits[0]) & (groups <= limits[1])
+    return mx.where(is_kept, incoming, 0).reshape(gradient.shape)
+
+
 def best_limits(weight: mx.array, setting: Setting) -> mx.array:
     """Return for each group the limits with the least squared error of its rounded weights.
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.quantization.clipping import best_limits, clip
+from mlxflow.quantization.clipping import best_limits, clip, where_kept
 from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_scales
 from mlxflow.quantization.settings import Setting
 
@@ -91,7 +91,7 @@ def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
 
 @functools.cache
 def _straight_through(setting: Setting) -> Callable[..., mx.array]:
-    """Return `round_trip` whose gradient is that of the identity.
+    """Return `round_trip` whose gradient is that of the identity, and 0 for what is cut off.
 
     Not `w + stop_gradient(q - w)`: in bf16 that sum is not always q.
     """
@@ -104,7 +104,9 @@ def _straight_through(setting: Setting) -> Callable[..., mx.array]:
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
-        return cotangent, mx.zeros_like(primals[1])
+        weight, grid = primals
+        gradient = cotangent if setting.mode == "symmetric" else where_kept(weight, grid, cotangent)
+        return gradient, mx.zeros_like(grid)
 
     return cast("Callable[..., mx.array]", function)
 
