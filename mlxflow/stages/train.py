@@ -270,7 +270,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "kernels": kernels.serving,
     }
     report = train_methods.report_of(result, kernels)
-    return facts | report | {"settings": settings_of(config, context, masks=masks, fused=fused)}
+    return facts | report | {"settings": settings_of(config, context, masks=masks, fused=fused, kernels=kernels)}
 
 
 def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:
@@ -289,7 +289,7 @@ def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs,
     adapters.fuse_adapters(model)
 
 
-def settings_of(config: Config, context: Context, *, masks: bool, fused: bool) -> dict[str, Any]:
+def settings_of(config: Config, context: Context, *, masks: bool, fused: bool, kernels: Any) -> dict[str, Any]:
     """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
     from mlxflow.training import optimizers
 
@@ -297,6 +297,7 @@ def settings_of(config: Config, context: Context, *, masks: bool, fused: bool) -
     is_own = context.device == "cpu" and config.precision == "fp32"
     return {
         "arithmetic": "own" if is_own else "mlx",
+        "kernels": kernels.serving,
         "method": config.method,
         "batch_size": config.batch_size,
         "grad_accum_steps": config.grad_accum_steps,

@@ -1,6 +1,6 @@
 """The steps that a training run takes, with its settings, in phases that a memory profiler can tell apart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
-from mlxflow.training import objective, recompute
+from mlxflow.training import objective, recompute, serving
 from mlxflow.training.batch_size import split
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.optimizers import Update, make_optimizer
@@ -28,6 +28,7 @@ class Settings(NamedTuple):
         precision: "fp32", "bf16" (fp32 weights and moments beside the model) or "bf16-pure".
         checkpoint_every: of so many layers one computes its activations anew; 0 for none.
         fused_loss: whether head and loss are one.
+        kernels: names of our own that serve.
         chunk_share: of the fused loss's chunk of rows that is held at a time; 1 but in trials with fewer rows.
     """
 
@@ -38,6 +39,7 @@ class Settings(NamedTuple):
     precision: str
     checkpoint_every: int
     fused_loss: bool
+    kernels: tuple[str, ...] = ()
     chunk_share: float = 1.0
 
 
@@ -58,10 +60,17 @@ class MeasuredSteps:
         settings: of the step.
         loss: what is made small.
         phases: opens a phase around each part: "data", "forward_backward", "update".
+        serves: tells of the name of a kernel whether it may be used.
     """
 
     def __init__(
-        self, model: nn.Module, loader: Loader, settings: Settings, loss: objective.Objective, phases: Phases
+        self,
+        model: nn.Module,
+        loader: Loader,
+        settings: Settings,
+        loss: objective.Objective,
+        phases: Phases,
+        serves: Callable[[str], bool],
     ) -> None:
         optimizer = make_optimizer(
             name=settings.optimizer,
@@ -69,7 +78,9 @@ class MeasuredSteps:
             weight_decay=0.0,
             options=settings.optimizer_options,
         )
-        self._update = Update(model, optimizer, max_grad_norm=1.0, has_masters=settings.precision == "bf16")
+        self._update = Update(
+            model, optimizer, max_grad_norm=1.0, has_masters=settings.precision == "bf16", serves=serves
+        )
         self._step = Step(model, self._update, loss)
         self._model = model
         self._loader = loader
@@ -153,20 +164,26 @@ def measured_steps(
         model.set_dtype(mx.bfloat16)
         mx.eval(model.parameters())
     model.train()
-    loss = _objective(model, settings, vocab_size, masks_documents)
+    sums = settings.grad_accum_steps > 1
+    served = serving.recorded_for(model, precision=settings.precision, names=settings.kernels, sums_gradients=sums)
+    loss = _objective(model, settings, vocab_size, masks_documents, served.serves_loss)
     size = settings.batch_size * settings.grad_accum_steps
     with (
+        served.fitted(),
         recompute.recomputed(model, every=settings.checkpoint_every),
         Loader(rows, batch_size=size, seed=seed, workers=2, prefetch_batches=4) as loader,
     ):
-        yield MeasuredSteps(model, loader, settings, loss, phases)
+        yield MeasuredSteps(model, loader, settings, loss, phases, served.serves)
 
 
-def _objective(model: nn.Module, settings: Settings, vocab_size: int, masks: bool) -> objective.Objective:
+def _objective(
+    model: nn.Module, settings: Settings, vocab_size: int, masks: bool, uses_kernel: bool
+) -> objective.Objective:
     head = objective.find_head(model, vocab_size) if settings.fused_loss else None
     if head is None:
-        return objective.plain_objective(masks_documents=masks)
-    return objective.fused_objective(head, masks_documents=masks, chunk_rows=_chunk_rows(settings, vocab_size))
+        return objective.plain_objective(masks_documents=masks, uses_kernel=uses_kernel)
+    chunk = _chunk_rows(settings, vocab_size)
+    return objective.fused_objective(head, masks_documents=masks, chunk_rows=chunk, uses_kernel=uses_kernel)
 
 
 def _chunk_rows(settings: Settings, vocab_size: int) -> int:

@@ -40,6 +40,7 @@ class Recipe(NamedTuple):
         loss: "fused" with the head, "own" cross-entropy of all logits, or "plain": MLX's.
         does_own_arithmetic: the CPU computes attention and gated activations our way; else MLX's.
         joins_updates: the optimizer works on all matrices as one; else on each.
+        kernels: names of our own that serve on this device, as `train` recorded them; those of another type do not.
         checkpoint_every: every so-manieth layer's activations are computed anew; 0 for none.
         is_packed: rows as the token file has them; else each piece of a document is a row of its own, padded.
         is_trimmed: padded rows are cut to the longest of their batch; else all are of one length.
@@ -55,6 +56,7 @@ class Recipe(NamedTuple):
     loss: str
     does_own_arithmetic: bool
     joins_updates: bool
+    kernels: tuple[str, ...]
     checkpoint_every: int
     is_packed: bool
     is_trimmed: bool
@@ -80,6 +82,7 @@ class Recipe(NamedTuple):
             loss="fused" if settings["fused_loss"] else "own",
             does_own_arithmetic=settings["arithmetic"] == "own",
             joins_updates=True,
+            kernels=tuple(settings["kernels"]),
             checkpoint_every=checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers"),
             is_packed=is_packed,
             is_trimmed=False,
@@ -97,6 +100,7 @@ class Recipe(NamedTuple):
             loss="plain",
             does_own_arithmetic=False,
             joins_updates=False,
+            kernels=(),
             checkpoint_every=0,
             is_packed=False,
             is_trimmed=True,
@@ -112,6 +116,8 @@ class Recipe(NamedTuple):
         yield self._replace(name=f"without {loss}", loss="plain")
         if self.does_own_arithmetic:
             yield self._replace(name="without own arithmetic", does_own_arithmetic=False)
+        if self.kernels:
+            yield self._replace(name="without own kernels", kernels=())
         if self.precision != "bf16":  # there the optimizer's copies of the weights are a part of it
             yield self._replace(name="without joined updates", joins_updates=False)
         if self.is_packed:

@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 from mlxflow import packed
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
+from mlxflow.training import serving
 from mlxflow.training.adapters import AdapterShape, add_adapters
 from mlxflow.training.arithmetic import own_arithmetic
 from mlxflow.training.objective import Objective, chunk_rows, find_head, fused_objective, plain_objective
@@ -122,8 +123,10 @@ class Runner:
             model.train()
             mx.eval(model.parameters())
             held.enter_context(recomputed(model, every=recipe.checkpoint_every))
-            objective = _objective(model, recipe, job, vocab_size)
-            advance, state = _advance(model, objective, recipe, job, warmup_steps)
+            served = serving.recorded_for(model, precision=recipe.precision, names=recipe.kernels)
+            held.enter_context(served.fitted())
+            objective = _objective(model, recipe, job, vocab_size, uses_kernel=served.serves_loss)
+            advance, state = _advance(model, objective, recipe, job, warmup_steps, served.serves)
             loader = held.enter_context(_loading(rows, recipe, seed))
             yield cls(advance, state, loader, runs_ahead=recipe.runs_ahead)
 
@@ -143,12 +146,15 @@ def _loading(rows: Rows, recipe: Recipe, seed: int) -> Iterator[Iterator[DeviceB
         yield loader
 
 
-def _objective(model: nn.Module, recipe: Recipe, job: Job, vocab_size: int) -> Objective:
+def _objective(model: nn.Module, recipe: Recipe, job: Job, vocab_size: int, *, uses_kernel: bool) -> Objective:
     masks = job.masks_documents and recipe.is_packed  # alone in its row, a document needs no mask
     head = find_head(model, vocab_size) if recipe.loss == "fused" else None
     if head is not None:
-        return fused_objective(head, masks_documents=masks, chunk_rows=chunk_rows(vocab_size))
-    return _mlx_objective(masks) if recipe.loss == "plain" else plain_objective(masks_documents=masks)
+        chunk = chunk_rows(vocab_size)
+        return fused_objective(head, masks_documents=masks, chunk_rows=chunk, uses_kernel=uses_kernel)
+    if recipe.loss == "plain":
+        return _mlx_objective(masks)
+    return plain_objective(masks_documents=masks, uses_kernel=uses_kernel)
 
 
 def _mlx_objective(masks: bool) -> Objective:
@@ -164,7 +170,12 @@ def _mlx_objective(masks: bool) -> Objective:
 
 
 def _advance(
-    model: nn.Module, objective: Objective, recipe: Recipe, job: Job, warmup_steps: int
+    model: nn.Module,
+    objective: Objective,
+    recipe: Recipe,
+    job: Job,
+    warmup_steps: int,
+    serves: Callable[[str], bool],
 ) -> tuple[_Advance, list[Any]]:
     """Return a step of a recipe, and all that it changes."""
     optimizer = make_optimizer(
@@ -175,7 +186,13 @@ def _advance(
     )
     update: Callable[[mx.array, mx.array, Any], mx.array]
     if recipe.joins_updates:
-        joined = Update(model, optimizer, max_grad_norm=job.max_grad_norm, has_masters=recipe.precision == "bf16")
+        joined = Update(
+            model,
+            optimizer,
+            max_grad_norm=job.max_grad_norm,
+            has_masters=recipe.precision == "bf16",
+            serves=serves,
+        )
         if recipe.is_compiled:
             step = Step(model, joined, objective, does_own_arithmetic=recipe.does_own_arithmetic)
             return lambda tokens, marks: step.update(step.compute(tokens, marks)).loss, step.state

@@ -31,6 +31,22 @@ def nothing() -> Serving:
     return Serving(lambda _: False, False, nullcontext, [], {})
 
 
+def recorded_for(model: nn.Module, *, precision: str, names: Iterable[str], sums_gradients: bool = False) -> Serving:
+    """Return what serves where training recorded what did: those of these names, unproved; none is imported for none.
+
+    Args:
+        model: evaluated, in the type in which it computes.
+        precision: "fp32", "bf16" or "bf16-pure".
+        names: of the kernels.
+        sums_gradients: whether an update may take more than one forward pass.
+    """
+    recorded = list(names)
+    if not recorded:
+        return nothing()
+    dtype = mx.float32 if precision == "fp32" else mx.bfloat16
+    return choose_for(model, dtype=dtype, precision=precision, sums_gradients=sums_gradients, recorded=recorded)
+
+
 def choose_for(
     model: nn.Module,
     *,

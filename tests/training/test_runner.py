@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
-from mlxflow.training import contest
+from mlxflow.training import contest, serving
 from mlxflow.training import runner as runners
 from mlxflow.training.contest import Drift, Measured, measure_recipes, rows_of
 from mlxflow.training.convergence import converge, with_same_loss
 from mlxflow.training.pieces import InlineLoader, apart, holds_several
 from mlxflow.training.recipe import Recipe, read_job
 from mlxflow.training.runner import Runner
+from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
 from tests.small_models import llama
 from tests.training.test_recipe import SETTINGS
 
@@ -50,6 +51,24 @@ def test_every_way_of_a_step_gives_the_same_losses(change: Recipe) -> None:
             losses.append(runner.run(4))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] != losses[0][0]
+
+
+def test_recorded_kernels_serve_until_they_are_switched_off(
+    monkeypatch: pytest.MonkeyPatch,
+    uncompiled: None,  # noqa: F811
+) -> None:
+    calls = let_references_serve(monkeypatch)
+    known = serving.choose_for(llama()[0], dtype=mx.float32, precision="fp32", sums_gradients=False, recorded=[])
+    recipe = _workflow(kernels=list(known.refused))
+    (without,) = (one for one in recipe.ablations() if one.name == "without own kernels")
+    with _open(recipe) as runner:
+        losses = runner.run(3)
+    assert {"rms_norm.kernel_gradients", "gated.kernel_gradients", "adamw.kernel"} <= calls.keys()
+    calls.clear()
+    for one in (without, recipe.baseline()):
+        with _open(one, _packed()) as runner:
+            assert runner.run(3) == pytest.approx(losses, rel=1e-4)
+    assert not calls
 
 
 def test_the_naive_way_learns_the_same_from_rows_of_one_document_each() -> None:
