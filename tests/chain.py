@@ -136,7 +136,7 @@ class Chain:
             os.kill(stage, signal.SIGKILL)
         else:
             process.send_signal({"kill -9": signal.SIGKILL, "Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}[how])
-        process.communicate()
+        process.communicate(timeout=60)
         psutil.wait_procs([watched], timeout=20)
         assert not watched.is_running(), "the stage outlived doit"
         return process.returncode
