@@ -291,7 +291,6 @@ def _figures(profiler: Any, before: Any) -> dict[str, Any]:
         "footprint_bytes": int(steps["footprint_bytes"].max()),
         "available_bytes": int(steps["available_bytes"].min()),
         "device_bytes": int(steps["device_bytes"].max()),
-        "growth_bytes_per_step": float(active[-1] - active[0]) / max(1, len(active) - 1),
         "median_step_seconds": float(np.median(seconds)),
         "phases": [
             {

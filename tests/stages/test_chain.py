@@ -171,9 +171,6 @@ def test_the_profile_measures_weights_moments_and_activations(built: Path) -> No
     assert report["active_memory_bytes"] >= 3 * report["model_bytes"]  # weights and AdamW's two moments
     assert report["peak_memory_bytes"] == timeline["peak_memory_bytes"].max().item() > report["active_memory_bytes"]
     assert report["rss_bytes"] > report["rss_before_bytes"] > 0
-    # nothing is left behind; MLX counts a buffer that is used again by its own size, not by what was asked for
-    assert abs(report["growth_bytes_per_step"]) <= 1024
-    assert report["leak"]["verdict"] == "none"
     assert report["median_step_seconds"] > 0
 
 
