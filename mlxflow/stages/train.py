@@ -291,9 +291,6 @@ def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs,
 
 def settings_of(config: Config, context: Context, *, masks: bool, fused: bool, kernels: Any) -> dict[str, Any]:
     """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
-    from mlxflow.training import optimizers
-
-    betas = {"betas": list(config.betas)} if "betas" in optimizers.options_of(config.optimizer) else {}
     is_own = context.device == "cpu" and config.precision == "fp32"
     return {
         "arithmetic": "own" if is_own else "mlx",
@@ -309,8 +306,7 @@ def settings_of(config: Config, context: Context, *, masks: bool, fused: bool, k
         "prefetch_batches": config.prefetch_batches,
         "lazy_eval_every": config.lazy_eval_every,
         "optimizer": config.optimizer,
-        "options": betas | config.optimizer_options,
-        "weight_decay": 0.1 if config.weight_decay == "auto" else config.weight_decay,
+        **train_methods.optimizer_settings(config),
         "max_grad_norm": config.max_grad_norm,
         "learning_rate": config.learning_rate,
     } | ({} if config.method == "full" else {"lora": _adapter_shape(config)._asdict()})

@@ -226,13 +226,7 @@ def make_step(config: "Config", model: Any, objective: Any, *, key: str, serves:
         warmup_steps=min(config.warmup_steps, config.num_steps // 2),
         decay_steps=config.decay_steps,
     )
-    betas = {"betas": list(config.betas)} if "betas" in known else {}
-    optimizer = optimizers.make_optimizer(
-        name=config.optimizer,
-        schedule=schedule,
-        weight_decay=0.1 if config.weight_decay == "auto" else config.weight_decay,
-        options=betas | config.optimizer_options,
-    )
+    optimizer = optimizers.make_optimizer(name=config.optimizer, schedule=schedule, **optimizer_settings(config))
     update = optimizers.Update(
         model,
         optimizer,
@@ -241,6 +235,17 @@ def make_step(config: "Config", model: Any, objective: Any, *, key: str, serves:
         serves=serves,
     )
     return Step(model, update, objective)
+
+
+def optimizer_settings(config: "Config") -> dict[str, Any]:
+    """Return the optimizer's weight decay, and its options by MLX's names, every choice resolved."""
+    from mlxflow.training import optimizers
+
+    betas = {"betas": list(config.betas)} if "betas" in optimizers.options_of(config.optimizer) else {}
+    return {
+        "weight_decay": 0.1 if config.weight_decay == "auto" else config.weight_decay,
+        "options": betas | config.optimizer_options,
+    }
 
 
 def _batch_sizes(config: "Config", inputs: "Inputs", context: Context) -> Any:

@@ -16,13 +16,10 @@ from mlxflow.training.exponential import LOG2_E, exp2
 
 @contextmanager
 def own_swiglu() -> Iterator[None]:
-    """Let models of mlx-lm that call its `swiglu` in this block get ours where that serves: on the CPU, in fp32.
+    """Let models of mlx-lm that call its `swiglu` in this block get ours where that serves: in fp32.
 
     What is traced within it keeps it.
     """
-    if mx.default_device() != mx.cpu:
-        yield
-        return
     bare.prepare()
     from mlx_lm.models import activations
 
