@@ -10,6 +10,7 @@ one of it.
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -175,7 +176,11 @@ def _programs_run() -> bool:
     try:
         (found,) = _TRIAL.launch([x], constants=[], groups=1, shapes=[(5,)], dtypes=[mx.float32])
         return bool(found.tolist() == [1, 2, 3, 4, 5])
-    except Exception:  # whatever a driver says, MLX's own way is left
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        print(
+            f"mlxflow: kernels are compiled by MLX, anew in each process: own programs fail ({said})", file=sys.stderr
+        )
         return False
 
 
