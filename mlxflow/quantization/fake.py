@@ -67,7 +67,7 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
 
 @functools.cache
 def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
-    def through(method: Callable[..., Any]) -> Callable[..., Any]:
+    def through(name: str) -> Callable[..., Any]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
             weight = fake_weight(self)
             if hasattr(plain, "fuse"):  # an adapter: one product with the sum
@@ -77,15 +77,15 @@ def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
             dense = self["weight"]
             self["weight"] = weight
             try:
-                return method(self, *arguments, **named)
+                return getattr(plain, name)(self, *arguments, **named)
             finally:
                 self["weight"] = dense
 
         return call
 
-    methods = {"__call__": through(plain.__call__), "fake_setting": setting}
+    methods = {"__call__": through("__call__"), "fake_setting": setting}
     if hasattr(plain, "as_linear"):
-        methods["as_linear"] = through(plain.as_linear)
+        methods["as_linear"] = through("as_linear")
     return type(f"FakeQuantized{plain.__name__}", (plain,), methods)
 
 
