@@ -86,6 +86,11 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
 
 
+def _with_ones(values: mx.array) -> mx.array:
+    """Return values, (..., L, E), with a column of ones, by which a product has the sums of its rows, too."""
+    return mx.concatenate([values, mx.ones((*values.shape[:-1], 1))], axis=-1)
+
+
 def _transposed(x: mx.array) -> mx.array:
     return x.swapaxes(-1, -2)
 
@@ -97,6 +102,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
 
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
         outs, kept = [], []
+        values = _with_ones(values)
         for begin, end in _blocks(queries.shape[-2]):
             out, block = _attend(queries[..., begin:end, :], keys[..., :end, :], values[..., :end, :], begin, factor)
             outs.append(out)
@@ -111,6 +117,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
     ) -> tuple[mx.array, ...]:
         queries, keys, values = primals
         out, *kept = outputs
+        values = _with_ones(values)
         query_gradients, key_gradients, value_gradients = [], [], []
         key_sum = value_sum = None  # what later blocks give the keys and values before them
         for begin, end in reversed(_blocks(queries.shape[-2])):
@@ -143,7 +150,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, begin: int, factor: float) -> tuple[mx.array, _Block]:
-    """Return a block's result and what its gradient needs; exponents are to the base of 2."""
+    """Return a block's result and what its gradient needs; exponents are to the base of 2, values have their ones."""
     rows = queries.shape[-2]
     sees = mx.arange(rows)[:, None] >= mx.arange(rows)[None]
     within = mx.where(sees, queries @ _transposed(keys[..., begin:, :]), -mx.inf)
@@ -152,12 +159,12 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, begin: int, fac
     if before is not None:
         largest = mx.maximum(largest, before.max(axis=-1, keepdims=True))
     within = exp2_below(within, largest, factor) * sees
-    out, sums = within @ values[..., begin:, :], within.sum(axis=-1, keepdims=True)
+    found = within @ values[..., begin:, :]
     if before is not None:
         before = exp2_below(before, largest, factor)
-        out, sums = out + before @ values[..., :begin, :], sums + before.sum(axis=-1, keepdims=True)
-    inverse = 1 / sums + 0 * largest  # a score that is no number shows
-    return out * inverse, _Block(before, within, inverse)
+        found = found + before @ values[..., :begin, :]
+    inverse = 1 / found[..., -1:] + 0 * largest  # a score that is no number shows
+    return found[..., :-1] * inverse, _Block(before, within, inverse)
 
 
 def _gradients(
@@ -169,15 +176,15 @@ def _gradients(
     block: _Block,
     scale: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return a block's gradients for its queries, and for the keys and values up to its end."""
+    """Return a block's gradients for its queries, and for the keys and values up to its end; values have their ones."""
     begin = keys.shape[-2] - queries.shape[-2]
-    delta = (incoming * out).sum(axis=-1, keepdims=True)
+    less_delta = mx.concatenate([incoming, -(incoming * out).sum(axis=-1, keepdims=True)], axis=-1)
     weighted = incoming * block.inverse
     factor = block.inverse * scale  # of each row: on what is small instead of on its scores
     queries = queries * factor
 
     def of(exponentials: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        scores = exponentials * (incoming @ _transposed(values) - delta)
+        scores = exponentials * (less_delta @ _transposed(values))
         return scores @ keys, _over_heads(scores, queries), _over_heads(exponentials, weighted)
 
     for_queries, for_keys, for_values = of(block.within, keys[..., begin:, :], values[..., begin:, :])

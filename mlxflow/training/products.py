@@ -1,4 +1,4 @@
-"""Linear layers on a GPU whose weight's gradient comes as the weight lies in memory.
+"""Linear layers whose weight's gradient comes as the weight lies in memory, and embeddings that are summed in order.
 
 MLX's gradient of `x @ w.T` is a product that lies transposed to w, and is copied before the update reads it: for every
 matrix, in every step.
@@ -16,9 +16,8 @@ from mlxflow.lookup import lookup
 
 @contextmanager
 def own_products() -> Iterator[None]:
-    """Let linear layers and embeddings that are traced in this block compute their gradients our way."""
-    linear, embedding = nn.Linear.__call__, nn.Embedding.__call__
-    head = nn.Embedding.as_linear
+    """Let linear layers, and embeddings as heads, that are traced in this block compute their gradients our way."""
+    linear, head = nn.Linear.__call__, nn.Embedding.as_linear
 
     def as_product(layer: Any, x: mx.array) -> mx.array:
         if not _serves(x, layer["weight"]):
@@ -32,12 +31,21 @@ def own_products() -> Iterator[None]:
         return product(x, weight) if _serves(x, weight) else cast("mx.array", head(layer, x))
 
     nn.Linear.__call__, nn.Embedding.as_linear = as_product, as_head
+    try:
+        yield
+    finally:
+        nn.Linear.__call__, nn.Embedding.as_linear = linear, head
+
+
+@contextmanager
+def ordered_lookups() -> Iterator[None]:
+    """Let embeddings that are traced in this block have a gradient that is the same every time: `mlxflow.lookup`."""
+    plain = nn.Embedding.__call__
     nn.Embedding.__call__ = lambda layer, numbers: lookup(layer["weight"], numbers)
     try:
         yield
     finally:
-        nn.Linear.__call__, nn.Embedding.__call__ = linear, embedding
-        nn.Embedding.as_linear = head
+        nn.Embedding.__call__ = plain
 
 
 def _serves(x: mx.array, weight: mx.array) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow import models
-from mlxflow.training.products import own_products
+from mlxflow.training.products import ordered_lookups, own_products
 from tests.small_models import llama
 
 
@@ -18,7 +18,7 @@ def test_gradients_are_those_of_mlx_and_layers_compute_as_before_afterwards(chan
     model = models.build(llama()[1] | changes, seed=0)
     methods = nn.Linear.__call__, nn.Embedding.__call__, nn.Embedding.as_linear
     wanted = dict(tree_flatten(nn.value_and_grad(model, _loss)(model)[1]))
-    with own_products():
+    with own_products(), ordered_lookups():
         assert nn.Linear.__call__ is not methods[0]
         value, gradients = nn.value_and_grad(model, _loss)(model)
     found = dict(tree_flatten(gradients))
