@@ -31,6 +31,8 @@ CASES = (
     ("rms_norm/bfloat16/576", ROWS * 576, 2 * 5),
     ("rms_norm/bfloat16/2048", ROWS * 2048, 2 * 5),
     ("rms_norm/float32/576", ROWS * 576, 4 * 5),
+    ("rotary/bfloat16/64", ROWS * 576, 2 * 4),
+    ("embedding/bfloat16", ROWS * 576, 2 * 3),
     ("gated_silu/bfloat16", ROWS * 1536, 2 * 5),
     ("gated_gelu_approx/bfloat16", ROWS * 1536, 2 * 5),
     ("gated_gelu/bfloat16", ROWS * 1536, 2 * 5),

@@ -1,8 +1,9 @@
 """Gives the layers of a model the kernels for training, by what they compute and not by what they are called.
 
-A layer is tried on random inputs: what returns the root-mean-square norm of its input, or the down projection of a
-gated activation, is given a class of its own that inherits from its class. Parameters keep their names; adapters, fake
-quantization and quantized weights within a layer go on as they were. Undone when the block ends.
+A layer is tried on random inputs: what returns the root-mean-square norm of its input, the down projection of a gated
+activation, its input turned by the angles of its positions, or rows of its weight, is given a class of its own that
+inherits from its class. Parameters keep their names; adapters, fake quantization and quantized weights within a layer
+go on as they were. Undone when the block ends.
 """
 
 import functools
@@ -15,8 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.kernels import gated, names, rms_norm
+from mlxflow.kernels import embedding, gated, names, rms_norm, rotary
 from mlxflow.kernels.choice import Choice
+from mlxflow.lookup import lookup, ordered_gradient
 
 
 class Norm(NamedTuple):
@@ -91,7 +93,31 @@ class GatedProduct(NamedTuple):
         return names.gated_name(self.activation, dtype)
 
 
-Fit = Norm | GatedMLP | JoinedMLP | GatedProduct
+class Rotary(NamedTuple):
+    """A layer that turns the heads of each position, (B, H, L, E), by that position's angles.
+
+    Attributes:
+        width: how many numbers of a head are turned.
+        interleaved: how the pairs lie: see `rotary`.
+    """
+
+    width: int
+    interleaved: bool
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return names.rotary_name(dtype, self.width, interleaved=self.interleaved)
+
+
+class Embedding(NamedTuple):
+    """A layer that returns rows of its weight."""
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return names.embedding_name(dtype)
+
+
+Fit = Norm | GatedMLP | JoinedMLP | GatedProduct | Rotary | Embedding
 
 
 def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
@@ -164,6 +190,26 @@ def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Modul
             two = mx.split(self[fit.both](x), 2, axis=-1)
             return self[fit.down](halves(two[fit.gate], two[1 - fit.gate]))
 
+    elif isinstance(fit, Rotary):
+        turned = rotary.rotary(fit.interleaved, dtype)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            begins_at_zero = (others, named) in (((), {}), ((0,), {}), ((), {"offset": 0}))
+            if not begins_at_zero or x.dtype != dtype or not rotary.supports(x, fit.width):
+                return plain.__call__(self, x, *others, **named)
+            return turned(x, *_cosines_and_sines(self, plain, fit, x.shape[2]))
+
+    elif isinstance(fit, Embedding):
+
+        def gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.array:
+            serves = incoming.dtype == dtype and embedding.supports(incoming, count)
+            return (embedding.kernel_gradient if serves else ordered_gradient)(numbers, incoming, count)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            if others or named:
+                return plain.__call__(self, x, *others, **named)
+            return lookup(self["weight"], x, gradient)
+
     else:
         both = gated.gated(fit.activation, dtype)
 
@@ -176,13 +222,36 @@ def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Modul
     return type(f"Fitted{plain.__name__}", (plain,), {"__call__": call})
 
 
+def _cosines_and_sines(
+    module: nn.Module, plain: type[nn.Module], fit: Rotary, length: int
+) -> tuple[mx.array, mx.array]:
+    """Return what a layer turns its positions by, (L, D / 2) each: once for all layers that are alike."""
+    hidden = tuple((key, value.tolist()) for key, value in module.items() if isinstance(value, mx.array))
+    key = (plain, fit, length, repr(hidden), _settings(module))
+    if key not in _TURNS:
+        x = rotary.ones_and_zeros(fit.width, length, interleaved=fit.interleaved)
+        cosine, sine = (part[0, 0] for part in rotary.pairs(plain.__call__(module, x), interleaved=fit.interleaved))
+        _TURNS[key] = mx.contiguous(cosine), mx.contiguous(sine)
+        mx.eval(_TURNS[key])
+    return _TURNS[key]
+
+
+_TURNS: dict[Hashable, tuple[mx.array, mx.array]] = {}
+
+
 def _likeness(module: nn.Module) -> Hashable:
     """Return what layers have in common that compute the same from their weights."""
     shapes = tuple((path, value.shape, str(value.dtype)) for path, value in tree_flatten(module.parameters()))
     kinds = tuple(type(child) for _, child in module.named_modules())
-    plain = {**{key: value for key, value in module.items() if _is_plain(value)}, **vars(module)}
-    settings = tuple(sorted((key, repr(value)) for key, value in plain.items() if _is_plain(value)))
-    return (type(module), shapes, kinds, settings)
+    return (type(module), shapes, kinds, _settings(module))
+
+
+def _settings(module: nn.Module) -> Hashable:
+    return tuple(sorted((key, repr(value)) for key, value in _plain_values(module).items()))
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in {**module, **vars(module)}.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -190,12 +259,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def _may_fit(module: nn.Module) -> bool:
-    """Return whether a layer holds what one that could fit holds: two or three linear layers, a vector, or nothing."""
+    """Return whether a layer holds what one that could fit holds: two or three linear layers, one array, or nothing."""
     within = [value for value in module.values() if isinstance(value, nn.Module)]
     if within:
         return len(within) in (2, 3) and all(_input_width(layer) is not None for layer in within)
     shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
-    return shapes in ([], [1])
+    return shapes in ([], [1], [2])
 
 
 def _try_layer(module: nn.Module) -> Fit | None:
@@ -209,8 +278,14 @@ def _try_layer(module: nn.Module) -> Fit | None:
         if len(inner) == 2:
             return _try_joined(module, inner)
         if [(path, value.ndim) for path, value in parameters] == [("weight", 1)]:
-            return _try_norm(module)
-        return None if parameters else _try_product(module)
+            with mx.stream(mx.cpu):
+                return _try_norm(module)
+        if [(path, value.ndim) for path, value in parameters] == [("weight", 2)]:
+            return _try_embedding(module)
+        if parameters:
+            return None
+        with mx.stream(mx.cpu):  # a GPU takes a while for the first operation of each kind
+            return _try_rotary(module) or _try_product(module)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
         return None
 
@@ -219,8 +294,8 @@ def _try_norm(module: nn.Module) -> Norm | None:
     before = module.weight
     width = before.size
     x = _sample((3, width), 0) * mx.array([[1.0], [3e-3], [30.0]])
-    plain = {**{key: value for key, value in module.items() if _is_plain(value)}, **vars(module)}
-    candidates = sorted({float(value) for value in plain.values() if isinstance(value, float) and 0 <= value < 0.1})
+    values = _plain_values(module).values()
+    candidates = sorted({float(value) for value in values if isinstance(value, float) and 0 <= value < 0.1})
     module.weight = 1 + _sample((width,), 1) * 0.3
     try:
         for eps, offset in itertools.product(candidates, (0.0, 1.0)):
@@ -238,6 +313,30 @@ def _try_product(module: nn.Module) -> GatedProduct | None:
     for activation, gate in itertools.product(gated.ACTIVATIONS, (0, 1)):
         if _same(found, gated.reference(activation, pair[gate], pair[1 - gate])):
             return GatedProduct(activation, gate)
+    return None
+
+
+def _try_embedding(module: nn.Module) -> Embedding | None:
+    numbers = mx.array([[0, 2, 1], [len(module.weight) - 1, 1, 1]])
+    found = module(numbers)
+    fits = isinstance(found, mx.array) and mx.array_equal(found, module.weight[numbers])
+    return Embedding() if fits else None
+
+
+def _try_rotary(module: nn.Module) -> Rotary | None:
+    values = _plain_values(module).values()
+    for width in sorted({value for value in values if type(value) is int and 0 < value <= 512 and value % 16 == 0}):
+        x = _sample((2, 3, 5, width + 8), 0)
+        try:
+            found = module(x)
+        except (TypeError, ValueError):
+            continue
+        for interleaved in (False, True):
+            parts = module(rotary.ones_and_zeros(width, 5, interleaved=interleaved))
+            cosine, sine = (part[0, 0] for part in rotary.pairs(parts, interleaved=interleaved))
+            is_turned = float(mx.abs(sine).max()) > 0
+            if is_turned and _same(found, rotary.reference(x, cosine, sine, interleaved, False)):
+                return Rotary(width, interleaved)
     return None
 
 

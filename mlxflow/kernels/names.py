@@ -21,6 +21,16 @@ def gated_name(activation: str, dtype: mx.Dtype) -> str:
     return f"gated_{activation}/{name_of(dtype)}"
 
 
+def rotary_name(dtype: mx.Dtype, width: int, *, interleaved: bool) -> str:
+    """Return the name of the rotary embedding of so many numbers of a head."""
+    return f"rotary{'_interleaved' * interleaved}/{name_of(dtype)}/{width}"
+
+
+def embedding_name(dtype: mx.Dtype) -> str:
+    """Return the name of the gradient of looked-up rows."""
+    return f"embedding/{name_of(dtype)}"
+
+
 def cross_entropy_name(dtype: mx.Dtype) -> str:
     """Return the name of the gradient of the loss."""
     return f"cross_entropy/{name_of(dtype)}"
@@ -39,4 +49,6 @@ def sum_of_squares_name(dtype: mx.Dtype) -> str:
 def is_known(name: str) -> bool:
     """Return whether a kernel takes the type and width that a name tells."""
     kind, dtype, *width = name.split("/")
-    return dtype in TYPES and (kind != "rms_norm" or (int(width[0]) % 8 == 0 and int(width[0]) <= 8192))
+    if kind == "rms_norm":
+        return dtype in TYPES and int(width[0]) % 8 == 0 and int(width[0]) <= 8192
+    return dtype in TYPES and (not kind.startswith("rotary") or int(width[0]) % 16 == 0)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.kernels import adamw, cross_entropy, gated, rms_norm
+from mlxflow.kernels import adamw, cross_entropy, embedding, gated, rms_norm, rotary
 from mlxflow.kernels.names import TYPES
+from mlxflow.lookup import ordered_gradient
 
 Arrays = Sequence[mx.array]
 
@@ -56,6 +57,18 @@ def operation(name: str) -> Operation:
             mx.compile(partial(_gated_own, activation)),
             tolerance,
         )
+    if kind.startswith("rotary"):
+        width, interleaved = int(parts[1]), kind.endswith("_interleaved")
+        there_and_back = partial(_turn_and_back, rotary.kernel, interleaved)
+        wide = partial(_wide_turns, interleaved)
+        theirs = mx.compile(partial(_turn_and_back_own, interleaved))
+        return Operation(partial(_turned_inputs, dtype, width), there_and_back, wide, theirs, tolerance)
+    if kind == "embedding":
+        inputs = partial(_lookup_inputs, dtype)
+        gradients = partial(_lookup_gradient, embedding.kernel_gradient)
+        plain = partial(_lookup_gradient, embedding.reference_gradient)
+        ordered = partial(_lookup_gradient, ordered_gradient)  # compiled it is as fast, and takes 20 s of compilation
+        return Operation(inputs, gradients, plain, ordered, tolerance)
     if kind == "cross_entropy":
         inputs = partial(_loss_inputs, dtype)
         return Operation(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_own), tolerance)
@@ -84,8 +97,12 @@ def _normal(dtype: mx.Dtype, count: int, size: int) -> Arrays:
 
 def _row_scales(rows: int) -> mx.array:
     """Return (rows, 1): mostly 1, some rows tiny, some large, some zero."""
-    of_each = mx.array([1.0, 1.0, 1e-3, 1.0, 30.0, 0.0, 1.0])
-    return of_each[mx.arange(rows) % len(of_each)][:, None]
+    return _in_turn([1.0, 1.0, 1e-3, 1.0, 30.0, 0.0, 1.0], rows)[:, None]
+
+
+def _in_turn(values: list[float], count: int) -> mx.array:
+    """Return some numbers over and over, (N,); without indexing, which MLX compiles on CUDA for seconds."""
+    return mx.tile(mx.array(values), -(-count // len(values)))[:count]
 
 
 def _wide(function: Callable[..., Arrays], *inputs: mx.array) -> Arrays:
@@ -121,6 +138,63 @@ def _gated_own(activation: str, a: mx.array, b: mx.array, g: mx.array) -> Arrays
     return mx.vjp(partial(gated.reference, activation), [a, b], [g])[1]
 
 
+#: Of the angles that the rotary embedding is proved with.
+_BASE = 10_000.0
+
+
+def _turned_inputs(dtype: mx.Dtype, width: int, size: int) -> Arrays:
+    """Return queries as a projection made them, what comes in for them, and cosines and sines; heads are scaled."""
+    heads = 9
+    length = max(4, min(1024, size // (heads * width)))
+    batch = max(1, size // (heads * width * length))
+    scales = mx.array([1.0, 30.0, 1e-3, 1.0, 0.0, 1.0, 1.0, 1e3, 1.0])[:, None]
+    x, g = (
+        (_random((batch, length, heads, width), seed, mx.float32) * scales).astype(dtype).transpose(0, 2, 1, 3)
+        for seed in (0, 1)
+    )
+    angles = mx.arange(length)[:, None] * mx.power(_BASE, -mx.arange(width // 2) * 2.0 / width)
+    return [x, g, mx.cos(angles), mx.sin(angles)]
+
+
+def _turn_and_back(
+    function: Callable[..., mx.array], interleaved: bool, x: mx.array, g: mx.array, c: mx.array, s: mx.array
+) -> Arrays:
+    return [function(x, c, s, interleaved, False), function(g, c, s, interleaved, True)]
+
+
+def _wide_turns(interleaved: bool, *inputs: mx.array) -> Arrays:
+    return _wide(partial(_turn_and_back, rotary.reference, interleaved), *inputs)
+
+
+def _turn_and_back_own(interleaved: bool, x: mx.array, g: mx.array, c: mx.array, s: mx.array) -> Arrays:
+    turn = partial(mx.fast.rope, dims=x.shape[-1], traditional=interleaved, base=_BASE, scale=1.0, offset=0)
+    values, gradients = mx.vjp(turn, [x], [g])
+    return [*values, *gradients]
+
+
+def _lookup_inputs(dtype: mx.Dtype, size: int) -> Arrays:
+    """Return numbers of a table, some of them many times, some never, and what comes in for them."""
+    width = 576
+    rows = max(8, size // width)
+    numbers = mx.random.randint(0, _TABLE, (rows,), key=mx.random.key(1))
+    often = mx.where(mx.arange(rows) % 16 == 0, 3, numbers)
+    ends = mx.array([0, _TABLE - 1, _TABLE - 1])
+    return [
+        mx.concatenate([ends, often[3:]]),
+        (_random((rows, width), 0, mx.float32) * _row_scales(rows)).astype(dtype),
+    ]
+
+
+#: Rows of the table whose gradient is proved.
+_TABLE = 32_768
+
+
+def _lookup_gradient(
+    function: Callable[[mx.array, mx.array, int], mx.array], numbers: mx.array, incoming: mx.array
+) -> Arrays:
+    return [function(numbers, incoming, _TABLE)]
+
+
 def _loss_inputs(dtype: mx.Dtype, size: int) -> Arrays:
     width = 4096
     rows = max(4, size // width)
@@ -148,7 +222,7 @@ def _loss_own(z: mx.array, s: mx.array, t: mx.array, w: mx.array) -> Arrays:
 def _update_inputs(weights: mx.Dtype, gradients: mx.Dtype, size: int) -> Arrays:
     size = size // 8 * 8 + 3  # the last eight are not whole
     moments = [_random((size,), seed, weights) * 1e-2 for seed in (2, 3)]
-    gradient = _random((size,), 1, gradients) * mx.array([1e-3, 1.0, 1e-6, 0.0, 1e3])[mx.arange(size) % 5]
+    gradient = _random((size,), 1, gradients) * _in_turn([1e-3, 1.0, 1e-6, 0.0, 1e3], size)
     scalars = [mx.array(0.01), mx.array(0.5), mx.array(1.0), mx.array(1.5)]
     return [_random((size,), 0, weights), gradient.astype(gradients), moments[0], moments[1].square(), *scalars]
 

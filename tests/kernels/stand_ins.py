@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import adamw, cross_entropy, gated, rms_norm
+from mlxflow.kernels import adamw, cross_entropy, embedding, gated, rms_norm, rotary
 
 
 def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -28,6 +28,8 @@ def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     put(rms_norm, "kernel", "reference")
     put(rms_norm, "kernel_gradients", "reference_gradients")
     put(gated, "kernel_gradients", "reference_gradients")
+    put(rotary, "kernel", "reference")
+    put(embedding, "kernel_gradient", "reference_gradient")
     put(cross_entropy, "kernel_gradient", "reference_gradient")
     put(adamw, "kernel", "reference")
     put(adamw, "kernel_sum_of_squares", "reference_sum_of_squares")

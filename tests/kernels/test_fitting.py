@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.rope_utils import initialize_rope
 
 from mlxflow import models
 from mlxflow.kernels import fitting
@@ -16,15 +17,16 @@ from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
 from mlxflow.training.adapters import AdapterShape
 from mlxflow.training.recompute import recomputed
+from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
 from tests.small_models import llama
 
 _SHAPE = {
-    "hidden_size": 32,
+    "hidden_size": 128,
     "num_hidden_layers": 2,
     "intermediate_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 32,
     "rms_norm_eps": 1e-6,
     "vocab_size": 50,
     "max_position_embeddings": 64,
@@ -48,7 +50,7 @@ _SHAPE = {
     "hidden_act": "silu",
     "logit_scale": 1.0,
     "n_ctx": 64,
-    "n_embd": 32,
+    "n_embd": 128,
     "n_head": 4,
     "n_layer": 2,
     "n_positions": 64,
@@ -100,26 +102,28 @@ def _saved(model: nn.Module, config: dict[str, Any], folder: Path) -> list[bytes
     return [file.read_bytes() for file in files]
 
 
-#: Architecture, norms and gated layers that kernels could serve in two blocks.
+#: Architecture, and the layers that kernels could serve in two blocks: norms, gated, embeddings, rotary and how wide.
 ARCHITECTURES = [
-    ("llama", 5, 2),
-    ("qwen2", 5, 2),
-    ("qwen3", 9, 2),
-    ("gemma", 5, 2),
-    ("gemma2", 9, 2),
-    ("gemma3_text", 13, 2),
-    ("phi3", 5, 2),
-    ("granite", 5, 2),
-    ("smollm3", 5, 2),
-    ("olmo2", 9, 2),
-    ("stablelm", 0, 2),
-    ("gpt2", 0, 0),
+    ("llama", (5, 2, 1, 2), 32),
+    ("qwen2", (5, 2, 1, 2), 32),
+    ("qwen3", (9, 2, 1, 2), 32),
+    ("gemma", (5, 2, 1, 2), 32),
+    ("gemma2", (9, 2, 1, 2), 32),
+    ("gemma3_text", (13, 2, 1, 2), 32),
+    ("phi3", (5, 2, 1, 2), 16),
+    ("granite", (5, 2, 1, 2), 32),
+    ("smollm3", (5, 2, 1, 2), 32),
+    ("olmo2", (9, 2, 1, 2), 32),
+    ("stablelm", (0, 2, 1, 2), 16),
+    ("gpt2", (0, 0, 2, 0), 0),
 ]
 
+_GATED = (fitting.GatedMLP, fitting.JoinedMLP, fitting.GatedProduct)
 
-@pytest.mark.parametrize(("architecture", "norms", "gated"), ARCHITECTURES)
+
+@pytest.mark.parametrize(("architecture", "counts", "turned"), ARCHITECTURES)
 def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
-    architecture: str, norms: int, gated: int, tmp_path: Path
+    architecture: str, counts: tuple[int, ...], turned: int, tmp_path: Path
 ) -> None:
     config = {**_SHAPE, "model_type": architecture}
     model = models.build(config, seed=0)
@@ -128,10 +132,12 @@ def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
     saved = _saved(model, config, tmp_path)
     before = _loss_and_gradients(model)
     fits = fitting.find_fits(model)
-    found = [isinstance(fit, fitting.Norm) for _, fit in fits]
-    assert (sum(found), len(found) - sum(found)) == (norms, gated)
+    kinds_found = [sum(isinstance(fit, kind) for _, fit in fits) for kind in (fitting.Norm, _GATED, fitting.Embedding)]
+    widths = [fit.width for _, fit in fits if isinstance(fit, fitting.Rotary)]
+    assert (*kinds_found, len(widths)) == counts
+    assert widths == [turned] * len(widths)
     with _fitted(model):
-        assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == norms + gated
+        assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == sum(counts)
         after = _loss_and_gradients(model)
         assert _names(model) == names
         assert _saved(model, config, tmp_path) == saved
@@ -159,6 +165,34 @@ def test_a_layer_called_in_another_way_computes_as_it_was() -> None:
     with _fitted(model):
         assert type(model).__name__ == "FittedNorm"
         assert mx.allclose(model(x, scale=2.0), 2 * model(x), rtol=1e-5)
+
+
+_SCALED = {
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+}
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("scaling", [None, *_SCALED])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_are_turned_as_the_layer_has_it(
+    scaling: str | None, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = initialize_rope(32, 1e4, interleaved, _SCALED.get(scaling or ""), max_position_embeddings=64)
+    x = mx.random.normal((2, 3, 50, 40), key=mx.random.key(0))
+    wanted, later = layer(x), layer(x, offset=7)
+    calls = let_references_serve(monkeypatch)
+    fits = fitting.find_fits(layer)
+    assert [fit for _, fit in fits] == [fitting.Rotary(32, interleaved)]
+    names = [fit.name(module, mx.float32) for module, fit in fits]
+    with fitting.fitted(fits, recorded(names, names), mx.float32):
+        for found in (layer(x), layer(x, offset=0), layer(x, 0)):
+            assert mx.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        assert calls["rotary.kernel"] == 3
+        assert mx.array_equal(layer(x, offset=7), later), "further on, in a text that is written, the layer turns"
+        assert calls["rotary.kernel"] == 3
 
 
 class _LayerLike(nn.Module):  # type: ignore[misc]
@@ -245,15 +279,16 @@ def test_gradients_are_those_of_layers_as_they_were(kind: str, every: int) -> No
         before = _loss_and_gradients(model)
         assert (float(before[0]) == float(plain[0])) == (kind == "plain"), "the change does something"
         with _fitted(model), recomputed(model, every=every):
-            assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == 7
+            layers = 9 if "quantized weights" in kind else 10  # MLX's quantized embedding has no gradient
+            assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == layers
             after = _loss_and_gradients(model)
     assert len(after[1]) == len(before[1]) > 0
     _same(after, before)
 
 
 def test_dropout_of_an_adapter_does_not_hide_a_layer() -> None:
-    model, _ = llama()
+    model, _ = llama(hidden_size=64, intermediate_size=64)
     _lora(model, "lora", dropout=0.5)
     model.train()
-    assert len(fitting.find_fits(model)) == 7
+    assert len(fitting.find_fits(model)) == 10
     assert all(module.training for module in model.modules())

@@ -15,6 +15,9 @@ NAMES = [
     for kind, rest in [
         ("rms_norm", "/72"),
         ("rms_norm", "/8192"),
+        ("rotary", "/64"),
+        ("rotary_interleaved", "/32"),
+        ("embedding", ""),
         ("gated_silu", ""),
         ("gated_gelu", ""),
         ("gated_gelu_approx", ""),

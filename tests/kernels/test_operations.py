@@ -6,7 +6,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-from mlxflow.kernels import adamw, cross_entropy, gated, rms_norm
+from mlxflow.kernels import adamw, cross_entropy, embedding, gated, rms_norm, rotary
 from mlxflow.kernels.operations import operation
 from mlxflow.kernels.proof import _deviation, prove
 from tests.kernels.stand_ins import uncompiled  # noqa: F401
@@ -17,6 +17,9 @@ _REST = [
     ("rms_norm", "/776"),
     ("rms_norm", "/2056"),
     ("rms_norm", "/8192"),
+    ("rotary", "/48"),
+    ("rotary_interleaved", "/64"),
+    ("embedding", ""),
     ("gated_silu", ""),
     ("gated_gelu", ""),
     ("gated_gelu_approx", ""),
@@ -73,6 +76,22 @@ def test_the_norm_and_its_gradients_are_those_of_mlx(width: int, dtype: mx.Dtype
         wanted = mx.vjp(lambda x, w: mx.fast.rms_norm(x, w, 1e-5), [x, w], [g])
         for ours, theirs in zip(found, wanted, strict=True):
             _close(ours, theirs, _tolerance(dtype))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("width", [16, 24])
+def test_heads_are_turned_as_mlx_turns_them(width: int, interleaved: bool, dtype: mx.Dtype) -> None:
+    x, g = _random((2, 3, 7, width), 0, dtype), _random((2, 3, 7, width), 1, dtype)
+    layer = nn.RoPE(16, traditional=interleaved)
+    known = layer(rotary.ones_and_zeros(16, 7, interleaved=interleaved))
+    cosine, sine = (part[0, 0] for part in rotary.pairs(known, interleaved=interleaved))
+    function = rotary.rotary(interleaved, PLAIN)
+    found = mx.vjp(lambda x: function(x, cosine, sine), [x], [g])
+    wanted = mx.vjp(layer, [x], [g])
+    for ours, theirs in zip(found, wanted, strict=True):
+        _close(ours, theirs, _tolerance(dtype))
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -203,6 +222,36 @@ def test_views_that_begin_anywhere_and_transposed_arrays_are_taken(dtype: mx.Dty
             found, wanted = mx.vjp(ours, [x, g], [g]), mx.vjp(plain, [x, g], [g])
             for one, other in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
                 assert _deviation(one, other) <= 2 * _tolerance(dtype), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("width", [8, 72, 2040, 2048, 4104])
+def test_looked_up_rows_are_summed_whatever_their_width(width: int, dtype: mx.Dtype) -> None:
+    often = mx.where(mx.arange(700) % 3 == 0, 5, mx.random.randint(0, 40, (700,), key=mx.random.key(0)))
+    for numbers in (often, mx.array([0, 40, 40]), mx.zeros((17,), mx.int32), mx.arange(16) // 16):
+        incoming = _random((len(numbers), width), 1, dtype)
+        found, wanted = (
+            function(numbers, incoming, 41) for function in (embedding.kernel_gradient, embedding.reference_gradient)
+        )
+        _close([found], [wanted], _tolerance(dtype))
+        assert mx.array_equal(found, embedding.kernel_gradient(numbers, incoming, 41))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("width", "turned"), [(16, 16), (64, 64), (80, 32), (96, 16), (256, 256)])
+def test_heads_of_any_width_are_turned_wholly_or_in_part(
+    width: int, turned: int, interleaved: bool, dtype: mx.Dtype
+) -> None:
+    angles = mx.arange(7)[:, None] * mx.power(10.0, -mx.arange(turned // 2) / turned)
+    function = rotary.rotary(interleaved, dtype)
+    for x in (_random((2, 7, 3, width), 0, dtype).transpose(0, 2, 1, 3), _random((2, 3, 7, width), 1, dtype)):
+        found = mx.vjp(lambda x: function(x, mx.cos(angles), mx.sin(angles)), [x], [x * 2])
+        there = rotary.reference(x, mx.cos(angles), mx.sin(angles), interleaved, False)
+        back = rotary.reference(x * 2, mx.cos(angles), mx.sin(angles), interleaved, True)
+        _close([found[0][0], found[1][0]], [there, back], _tolerance(dtype))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,142 @@
+"""The rotary position embedding, forward and backward (Su et al. 2021, arXiv:2104.09864).
+
+For a pair of numbers (a, b) of a head at a position, with that position's cosine c and sine s of the pair's angle:
+
+    a' = a c - b s          b' = b c + a s
+
+The gradient is the rotation back: the same with -s. A pair is i and i + D / 2, or, interleaved, 2 i and 2 i + 1.
+Cosines and sines are what the model's own layer makes of ones and zeros, whatever its frequencies and scales.
+
+Queries and keys come as a projection made them, (B, L, H, E) seen as (B, H, L, E). The kernel reads and writes them
+in that order, so that nothing is copied: neither here, nor before the attention, nor after it. A thread turns the same
+pairs of all heads of a position.
+
+| takes | |
+| --- | --- |
+| x | fp32 or bf16, (B, H, L, E), E a multiple of 8, of which D are turned, a multiple of 16; less than 2^31 numbers |
+| c, s | fp32, (L, D / 2) |
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlxflow.kernels.language import THREADS, Source
+
+_SOURCE = Source(
+    name="rotary",
+    inputs=("x", "c", "s"),
+    outputs=("y",),
+    body="""
+  constexpr int VECTORS = HALF / 8;
+  const int heads = x_width / WIDTH, rows = x_size / x_width, length = c_size / HALF;
+  const int at = group * THREADS + worker;
+  const int row = at / VECTORS, vector = at % VECTORS;
+  if (row < rows) {
+    float cs[8], ss[8];
+    read_8(c + ((row % length) * VECTORS + vector) * 8, cs);
+    read_8(s + ((row % length) * VECTORS + vector) * 8, ss);
+    if (BACK) for (int i = 0; i < 8; ++i) ss[i] = -ss[i];
+    for (int head = 0; head < heads; ++head) {
+      const int begin = (row * heads + head) * WIDTH;
+      const int one = begin + vector * (INTERLEAVED ? 16 : 8), other = one + (INTERLEAVED ? 8 : HALF);
+      float as[8], bs[8];
+      read_8(x + one, as);
+      read_8(x + other, bs);
+      if (INTERLEAVED) {
+        for (int i = 0; i < 4; ++i) {
+          const float a = as[2 * i], b = as[2 * i + 1], d = bs[2 * i], e = bs[2 * i + 1];
+          as[2 * i] = a * cs[i] - b * ss[i];
+          as[2 * i + 1] = b * cs[i] + a * ss[i];
+          bs[2 * i] = d * cs[i + 4] - e * ss[i + 4];
+          bs[2 * i + 1] = e * cs[i + 4] + d * ss[i + 4];
+        }
+      } else {
+        for (int i = 0; i < 8; ++i) {
+          const float a = as[i], b = bs[i];
+          as[i] = a * cs[i] - b * ss[i];
+          bs[i] = b * cs[i] + a * ss[i];
+        }
+      }
+      write_8(y + one, as);
+      write_8(y + other, bs);
+      for (int rest = 2 * HALF + vector * 8; rest < WIDTH; rest += HALF) {
+        read_8(x + begin + rest, as);
+        write_8(y + begin + rest, as);
+      }
+    }
+  }
+""",
+)
+
+
+def pairs(x: mx.array, *, interleaved: bool) -> tuple[mx.array, mx.array]:
+    """Return the first and the second numbers of all pairs, (..., D / 2) each, of what is turned, (..., D)."""
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def ones_and_zeros(width: int, length: int, *, interleaved: bool) -> mx.array:
+    """Return what a layer that rotates makes cosines and sines of, (1, 1, L, D): pairs of one and zero."""
+    places = mx.arange(width)
+    one = places % 2 == 0 if interleaved else places < width // 2
+    # no view: MLX gives a rotary embedding's result the strides of its input on CUDA, and writes one row over all
+    return mx.contiguous(mx.broadcast_to(one.astype(mx.float32), (1, 1, length, width)))
+
+
+def reference(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, back: bool) -> mx.array:
+    """Return x, (B, H, L, E), rotated, or rotated back, in plain operations, computed in fp32."""
+    width = 2 * cosine.shape[-1]
+    a, b = pairs(x[..., :width].astype(mx.float32), interleaved=interleaved)
+    sine = -sine if back else sine
+    turned = [a * cosine - b * sine, b * cosine + a * sine]
+    found = mx.stack(turned, axis=-1).flatten(-2) if interleaved else mx.concatenate(turned, axis=-1)
+    return mx.concatenate([found.astype(x.dtype), x[..., width:]], axis=-1)
+
+
+def supports(x: mx.array, width: int) -> bool:
+    """Return whether the kernel takes arrays of this shape and type of which so many numbers are turned."""
+    fits = x.dtype in (mx.float32, mx.bfloat16) and x.ndim == 4 and x.shape[-1] % 8 == 0 and width % 16 == 0
+    return fits and 0 < width <= x.shape[-1] and 0 < x.size < 2**31
+
+
+def kernel(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, back: bool) -> mx.array:
+    """Return what `reference` does, by the kernel, in memory (B, L, H, E)."""
+    batch, heads, length, width = x.shape
+    half = cosine.shape[-1]
+    rows = x.transpose(0, 2, 1, 3).reshape(batch * length, heads * width)
+    (found,) = _SOURCE.launch(
+        [rows, cosine, sine],
+        constants=[("HALF", half), ("WIDTH", width), ("INTERLEAVED", interleaved), ("BACK", back)],
+        groups=-(-(batch * length * (half // 8)) // THREADS),
+        shapes=[rows.shape],
+        dtypes=[x.dtype],
+    )
+    return found.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
+
+
+@functools.cache
+def rotary(interleaved: bool, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Return a function of x, cosines and sines that is differentiable in x.
+
+    Args:
+        interleaved: how the pairs lie.
+        served: the type in which the kernel serves; otherwise plain operations do.
+    """
+
+    def turn(x: mx.array, cosine: mx.array, sine: mx.array, *, back: bool) -> mx.array:
+        serves = x.dtype == served and supports(x, 2 * cosine.shape[-1])
+        return (kernel if serves else reference)(x, cosine, sine, interleaved, back)
+
+    function = mx.custom_function(functools.partial(turn, back=False))
+
+    @function.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        _, cosine, sine = primals
+        return turn(cotangent, cosine, sine, back=True), mx.zeros_like(cosine), mx.zeros_like(sine)
+
+    return cast("Callable[[mx.array, mx.array, mx.array], mx.array]", function)
