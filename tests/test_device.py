@@ -1,3 +1,5 @@
+import os
+
 import mlx.core as mx
 import pytest
 
@@ -50,3 +52,19 @@ def test_the_working_set_is_what_the_device_tells(
 def test_the_environment_names_the_machine_only_where_it_matters() -> None:
     assert device.environment(None).keys() == {"mlx"}
     assert device.environment("auto").keys() == {"mlx", "device"}
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "is_told", "recomputes", "size"),
+    [(True, False, False, "30"), (True, False, True, "10"), (True, True, True, "77"), (False, False, False, None)],
+)
+def test_graphs_are_small_on_cuda_unless_the_environment_tells_their_size(
+    is_cuda: bool, is_told: bool, recomputes: bool, size: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "77")  # afterwards the environment is as it was
+    if not is_told:
+        monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER")
+    monkeypatch.setattr(device, "_IS_TOLD", is_told)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: is_cuda)
+    device.bound_graphs(recomputes=recomputes)
+    assert os.environ.get("MLX_MAX_OPS_PER_BUFFER") == size

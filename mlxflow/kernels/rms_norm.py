@@ -11,7 +11,7 @@ that two runs are equal to the bit.
 | takes | |
 | --- | --- |
 | x, g | fp32 or bf16, (..., D), D a multiple of 8 up to 8192, less than 2^31 numbers |
-| w | any type, (D,) |
+| w | fp32 or bf16, (D,) |
 """
 
 import functools
@@ -153,6 +153,27 @@ _BACKWARD = Source(
 )
 
 
+_ADD_SHARES = Source(
+    name="rms_norm_shares",
+    inputs=("shares",),
+    outputs=("dw",),
+    body="""
+  constexpr int SLOTS = THREADS / 32;
+  const int wide = shares_width, rows = shares_size / wide;
+  const int column = group * 32 + worker % 32;
+  float sum = 0;
+  if (column < wide) for (int row = worker / 32; row < rows; row += SLOTS) sum += shares[row * wide + column];
+  SHARED float sums[THREADS];
+  sums[worker] = sum;
+  BARRIER;
+  if (worker < 32 && column < wide) {
+    for (int slot = 1; slot < SLOTS; ++slot) sum += sums[slot * 32 + worker];
+    dw[column] = static_cast<W>(sum);
+  }
+""",
+)
+
+
 def reference(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Return the norm of rows in plain operations, computed in fp32, in the type of x."""
     wide = x.astype(mx.float32)
@@ -196,7 +217,14 @@ def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.arr
         shapes=[x.shape, (groups, x.shape[-1])],
         dtypes=[x.dtype, mx.float32],
     )
-    return dx, shares.sum(0).astype(weight.dtype)
+    (dw,) = _ADD_SHARES.launch(
+        [shares],
+        constants=[("W", weight.dtype)],
+        groups=-(-x.shape[-1] // 32),
+        shapes=[weight.shape],
+        dtypes=[weight.dtype],
+    )
+    return dx, dw
 
 
 def _split(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
@@ -215,8 +243,11 @@ def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.
         served: the type in which the kernel serves; otherwise plain operations do.
     """
 
+    def serves(x: mx.array, weight: mx.array) -> bool:
+        return x.dtype == served and supports(x) and weight.dtype in (mx.float32, mx.bfloat16)
+
     def forward(x: mx.array, weight: mx.array) -> mx.array:
-        if x.dtype == served and supports(x):
+        if serves(x, weight):
             return kernel(x, weight, eps)
         return mx.fast.rms_norm(x, weight, eps)
 
@@ -225,7 +256,7 @@ def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         x, weight = primals
-        gradients = kernel_gradients if x.dtype == served and supports(x) else reference_gradients
+        gradients = kernel_gradients if serves(x, weight) else reference_gradients
         return gradients(x, weight, eps, cotangent)
 
     return cast("Callable[[mx.array, mx.array], mx.array]", function)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
+from mlxflow import device
 from mlxflow.config import Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
@@ -229,6 +230,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.data.token_file import TokenFile
     from mlxflow.training.objective import choose_objective
 
+    device.bound_graphs(recomputes=config.checkpointing not in ("none", 0))
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
@@ -270,7 +272,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "kernels": kernels.serving,
     }
     report = train_methods.report_of(result, kernels)
-    return facts | report | {"settings": settings_of(config, context, masks=masks, fused=fused, kernels=kernels)}
+    return facts | report | {"settings": settings_of(config, masks=masks, fused=fused, kernels=kernels)}
 
 
 def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:
@@ -289,11 +291,10 @@ def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs,
     adapters.fuse_adapters(model)
 
 
-def settings_of(config: Config, context: Context, *, masks: bool, fused: bool, kernels: Any) -> dict[str, Any]:
+def settings_of(config: Config, *, masks: bool, fused: bool, kernels: Any) -> dict[str, Any]:
     """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
-    is_own = context.device == "cpu" and config.precision == "fp32"
     return {
-        "arithmetic": "own" if is_own else "mlx",
+        "arithmetic": "own",
         "kernels": kernels.serving,
         "method": config.method,
         "batch_size": config.batch_size,
