@@ -45,6 +45,7 @@ def parse_size(text: str, whole_bytes: int) -> int:
 # MLX's CUDA backend hands the device graphs of so many operations, by an environment variable that it reads once. All
 # that a graph works on is held until its last operation is done. With MLX's own 100 on an H100 a training step holds a
 # quarter more memory and is no faster; one that computes layers anew is slower under a limit (`benchmarks/train.py`).
+# Of other devices MLX has 20, but of those of compute capability 10.0 and 12.0, for which it has 100, too.
 _GRAPH_SIZE = "MLX_MAX_OPS_PER_BUFFER"
 _IS_TOLD = _GRAPH_SIZE in os.environ
 
@@ -59,7 +60,11 @@ def bound_graphs(*, recomputes: bool = False) -> None:
     """
     import mlx.core as mx
 
-    if not _IS_TOLD and hasattr(mx, "cuda") and mx.cuda.is_available():
+    if _IS_TOLD or not (hasattr(mx, "cuda") and mx.cuda.is_available()):
+        return
+    told = mx.device_info()
+    has_large = int(told.get("compute_capability_major", 0)) >= 9 and int(told.get("compute_capability_minor", 1)) == 0
+    if has_large:
         os.environ[_GRAPH_SIZE] = "10" if recomputes else "30"
 
 

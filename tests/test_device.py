@@ -54,17 +54,27 @@ def test_the_environment_names_the_machine_only_where_it_matters() -> None:
     assert device.environment("auto").keys() == {"mlx", "device"}
 
 
+_H100, _A100 = ({"compute_capability_major": major, "compute_capability_minor": 0} for major in (9, 8))
+
+
 @pytest.mark.parametrize(
-    ("is_cuda", "is_told", "recomputes", "size"),
-    [(True, False, False, "30"), (True, False, True, "10"), (True, True, True, "77"), (False, False, False, None)],
+    ("told", "is_told", "recomputes", "size"),
+    [
+        (_H100, False, False, "30"),
+        (_H100, False, True, "10"),
+        (_H100, True, True, "77"),
+        (_A100, False, False, None),
+        ({}, False, False, None),
+    ],
 )
-def test_graphs_are_small_on_cuda_unless_the_environment_tells_their_size(
-    is_cuda: bool, is_told: bool, recomputes: bool, size: str | None, monkeypatch: pytest.MonkeyPatch
+def test_graphs_are_small_on_a_large_cuda_device_unless_the_environment_tells_their_size(
+    told: dict[str, int], is_told: bool, recomputes: bool, size: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "77")  # afterwards the environment is as it was
     if not is_told:
         monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER")
     monkeypatch.setattr(device, "_IS_TOLD", is_told)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: is_cuda)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: bool(told))
+    monkeypatch.setattr(mx, "device_info", lambda: told)
     device.bound_graphs(recomputes=recomputes)
     assert os.environ.get("MLX_MAX_OPS_PER_BUFFER") == size
