@@ -14,7 +14,7 @@ from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
 from mlxflow.stages import quantize_methods, train
 
-VERSION = 3
+VERSION = 4
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
 

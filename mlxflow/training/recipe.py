@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
         is_compiled: the step is one compiled graph.
         runs_ahead: the host builds the next step while the device computes this one; else it waits for each.
         loss: "fused" with the head, "own" cross-entropy of all logits, or "plain": MLX's.
-        does_own_arithmetic: the CPU computes attention and gated activations our way; else MLX's.
+        does_own_arithmetic: see `training.arithmetic`; else all is MLX's.
         joins_updates: the optimizer works on all matrices as one; else on each.
         kernels: names of our own that serve on this device, as `train` recorded them; those of another type do not.
         checkpoint_every: every so-manieth layer's activations are computed anew; 0 for none.
