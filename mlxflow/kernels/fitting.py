@@ -45,16 +45,18 @@ class GatedMLP(NamedTuple):
         gate: the attribute that is activated.
         up: the attribute of the other factor.
         down: the attribute of the last projection.
+        is_plain: whether gate and up are products with a weight and nothing else: no adapter, no bias, no codes.
     """
 
     activation: str
     gate: str
     up: str
     down: str
+    is_plain: bool
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
         """Return the name of the kernel that would serve a layer."""
-        return names.gated_name(self.activation, dtype)
+        return (names.mlp_name if self.is_plain else names.gated_name)(self.activation, dtype)
 
 
 class JoinedMLP(NamedTuple):
@@ -174,12 +176,15 @@ def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Modul
             return function(x, weight)
 
     elif isinstance(fit, GatedMLP):
-        product = gated.gated(fit.activation, dtype)
+        product, projected = gated.gated(fit.activation, dtype), gated.projected(fit.activation, dtype)
 
         def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
-            if others or named:
+            gate, up = self[fit.gate], self[fit.up]
+            if others or named or fit.is_plain != (_is_product(gate) and _is_product(up)):
                 return plain.__call__(self, x, *others, **named)
-            return self[fit.down](product(self[fit.gate](x), self[fit.up](x)))
+            if fit.is_plain:
+                return self[fit.down](projected(x, gate.weight, up.weight))
+            return self[fit.down](product(gate(x), up(x)))
 
     elif isinstance(fit, JoinedMLP):
         halves = gated.gated(fit.activation, dtype)
@@ -352,7 +357,8 @@ def _try_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
             for activation, (one, other) in itertools.product(gated.ACTIVATIONS, ((gate, up), (up, gate))):
                 product = gated.reference(activation, module[one](x), module[other](x))
                 if product.shape[-1] == _input_width(module[down]) and _same(found, module[down](product)):
-                    return GatedMLP(activation, one, other, down)
+                    is_plain = _is_product(module[one]) and _is_product(module[other])
+                    return GatedMLP(activation, one, other, down, is_plain)
     return None
 
 
@@ -369,6 +375,10 @@ def _try_joined(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
                 if _same(found, module[down](product)):
                     return JoinedMLP(activation, gate, both, down)
     return None
+
+
+def _is_product(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and "bias" not in layer
 
 
 @contextmanager

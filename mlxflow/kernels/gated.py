@@ -10,9 +10,15 @@
 The forward pass is MLX's own, which `mx.compile` fuses well; the backward pass reads a, b and g once. P is computed
 with the approximation 7.1.26 of Abramowitz and Stegun, whose error is under 1.5e-7.
 
+Where a and b are projections of one x, a = x A' and b = x B', a kernel writes da and db side by side, so that one
+product gives the gradient of x and another those of both weights, and nothing has to be added:
+
+    dx = (da db) (A B)          (dA dB) = (da db)' x
+
 | takes | |
 | --- | --- |
 | a, b, g | fp32 or bf16, of one shape, at least 8 numbers, a multiple of 8, less than 2^31 |
+| side by side | besides: rows of a multiple of 8, less than 2^30 numbers |
 """
 
 import functools
@@ -32,11 +38,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu_approx": nn.gelu_approx,
 }
 
-_SOURCE = Source(
-    name="gated_backward",
-    inputs=("a", "b", "g"),
-    outputs=("da", "db"),
-    header="""
+_HEADER = """
 template <int ACT> INLINE void both(float x, LOCAL float& value, LOCAL float& slope) {
   if (ACT == 0) {
     const float s = 1.0f / (1.0f + EXP(-x));
@@ -59,8 +61,10 @@ template <int ACT> INLINE void both(float x, LOCAL float& value, LOCAL float& sl
     slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * 0.79788456f * (1.0f + 0.134145f * square);
   }
 }
-""",
-    body="""
+"""
+
+# What stands for the two places is where da and db go
+_BODY = """
   const int size = a_size;
   const int at = (group * THREADS + worker) * 8;
   if (at < size) {
@@ -74,10 +78,25 @@ template <int ACT> INLINE void both(float x, LOCAL float& value, LOCAL float& sl
       as[i] = gs[i] * bs[i] * slope;
       bs[i] = gs[i] * value;
     }
-    write_8(da + at, as);
-    write_8(db + at, bs);
+    write_8(%s, as);
+    write_8(%s, bs);
   }
-""",
+"""
+
+_SOURCE = Source(
+    name="gated_backward",
+    inputs=("a", "b", "g"),
+    outputs=("da", "db"),
+    header=_HEADER,
+    body=_BODY % ("da + at", "db + at"),
+)
+
+_JOINED = Source(
+    name="gated_backward_joined",
+    inputs=("a", "b", "g"),
+    outputs=("d",),
+    header=_HEADER,
+    body=_BODY % ("d + at + at / a_width * a_width", "d + at + (at / a_width + 1) * a_width"),
 )
 
 
@@ -122,6 +141,57 @@ def kernel_gradients(name: str, a: mx.array, b: mx.array, incoming: mx.array) ->
         dtypes=[a.dtype, b.dtype],
     )
     return da, db
+
+
+def supports_joined(a: mx.array, b: mx.array) -> bool:
+    """Return whether the kernel that writes both gradients side by side takes arrays of these shapes and types."""
+    return supports(a, b) and a.shape[-1] % 8 == 0 and a.size < 2**30
+
+
+def reference_joined(name: str, a: mx.array, b: mx.array, incoming: mx.array) -> mx.array:
+    """Return the gradients of a and b side by side, (..., 2 F) for (..., F), in plain operations."""
+    return mx.concatenate([*reference_gradients(name, a, b, incoming)], axis=-1)
+
+
+def kernel_joined(name: str, a: mx.array, b: mx.array, incoming: mx.array) -> mx.array:
+    """Return what `reference_joined` does, by the kernel."""
+    (both,) = _JOINED.launch(
+        [a, b, incoming],
+        constants=[("ACT", list(ACTIVATIONS).index(name))],
+        groups=groups_for(a.size),
+        shapes=[(*a.shape[:-1], 2 * a.shape[-1])],
+        dtypes=[a.dtype],
+    )
+    return both
+
+
+@functools.cache
+def projected(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Return a differentiable function of x, (..., D), and two weights, (F, D): act(x A') (x B'), (..., F).
+
+    Args:
+        name: of the activation.
+        served: the type in which the kernel serves; otherwise plain operations do.
+    """
+
+    def forward(x: mx.array, gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        a, b = x @ gate.T, x @ up.T
+        return reference(name, a, b), a, b  # a and b only for the backward pass
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        x, gate, up = primals
+        _, a, b = outputs
+        if a.dtype == served and supports_joined(a, b):
+            both = kernel_joined(name, a, b, cotangents[0])
+        else:
+            both = reference_joined(name, a, b, cotangents[0])
+        weights = both.reshape(-1, both.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        return both @ mx.concatenate([gate, up]), weights[: len(gate)], weights[len(gate) :]
+
+    return lambda x, gate, up: cast("tuple[mx.array, ...]", function(x, gate, up))[0]
 
 
 @functools.cache

@@ -21,6 +21,11 @@ def gated_name(activation: str, dtype: mx.Dtype) -> str:
     return f"gated_{activation}/{name_of(dtype)}"
 
 
+def mlp_name(activation: str, dtype: mx.Dtype) -> str:
+    """Return the name of a gated activation of two projections of one array."""
+    return f"mlp_{activation}/{name_of(dtype)}"
+
+
 def rotary_name(dtype: mx.Dtype, width: int, *, interleaved: bool) -> str:
     """Return the name of the rotary embedding of so many numbers of a head."""
     return f"rotary{'_interleaved' * interleaved}/{name_of(dtype)}/{width}"

@@ -47,12 +47,12 @@ def operation(name: str) -> Operation:
         own = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
         inputs = partial(_norm_inputs, dtype, int(parts[1]))
         return Operation(inputs, _norm_kernel, _norm_reference, mx.compile(own), tolerance)
-    if kind.startswith("gated_"):
-        activation = kind.removeprefix("gated_")
+    if kind.startswith(("gated_", "mlp_")):
+        form, _, activation = kind.partition("_")
         gated.ACTIVATIONS[activation]
         return Operation(
             partial(_normal, dtype, 3),
-            partial(gated.kernel_gradients, activation),
+            partial(gated.kernel_gradients if form == "gated" else _joined_gradients, activation),
             partial(_wide, partial(gated.reference_gradients, activation)),
             mx.compile(partial(_gated_own, activation)),
             tolerance,
@@ -132,6 +132,10 @@ def _norm_reference(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
 def _norm_and_gradients(function: Callable[..., mx.array], x: mx.array, w: mx.array, g: mx.array) -> Arrays:
     values, gradients = mx.vjp(function, [x, w], [g])
     return [*values, *gradients]
+
+
+def _joined_gradients(activation: str, a: mx.array, b: mx.array, g: mx.array) -> Arrays:
+    return [*mx.split(gated.kernel_joined(activation, a, b, g), 2, axis=-1)]
 
 
 def _gated_own(activation: str, a: mx.array, b: mx.array, g: mx.array) -> Arrays:

@@ -220,7 +220,7 @@ def _plain_step(
 
     def advance(tokens: mx.array, marks: mx.array) -> mx.array:
         weights = model.trainable_parameters()
-        with own_arithmetic(wanted=does_own_arithmetic):
+        with own_arithmetic(model, tokens, wanted=does_own_arithmetic):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
         model.update(weights)  # not those that the transformation put in their place
         return update(total, count, tree)

@@ -74,7 +74,7 @@ class Step:
 
         def compute(tokens: mx.array, marks: mx.array) -> Gradients:
             weights = model.trainable_parameters()
-            with own_arithmetic(wanted=does_own_arithmetic):
+            with own_arithmetic(model, tokens, wanted=does_own_arithmetic):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
             model.update(weights)  # not those that the transformation put in their place
             return Gradients(total, count, tree)

@@ -28,6 +28,7 @@ def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     put(rms_norm, "kernel", "reference")
     put(rms_norm, "kernel_gradients", "reference_gradients")
     put(gated, "kernel_gradients", "reference_gradients")
+    put(gated, "kernel_joined", "reference_joined")
     put(rotary, "kernel", "reference")
     put(embedding, "kernel_gradient", "reference_gradient")
     put(cross_entropy, "kernel_gradient", "reference_gradient")

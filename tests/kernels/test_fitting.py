@@ -209,9 +209,9 @@ class _LayerLike(nn.Module):  # type: ignore[misc]
 @pytest.mark.parametrize(
     ("activation", "more", "expected"),
     [
-        (nn.silu, 0.0, fitting.GatedMLP("silu", "c", "a", "b")),
-        (nn.gelu, 0.0, fitting.GatedMLP("gelu", "c", "a", "b")),
-        (nn.gelu_approx, 0.0, fitting.GatedMLP("gelu_approx", "c", "a", "b")),
+        (nn.silu, 0.0, fitting.GatedMLP("silu", "c", "a", "b", False)),
+        (nn.gelu, 0.0, fitting.GatedMLP("gelu", "c", "a", "b", False)),
+        (nn.gelu_approx, 0.0, fitting.GatedMLP("gelu_approx", "c", "a", "b", False)),
         (nn.relu, 0.0, None),
         (nn.silu, 0.1, None),
     ],
@@ -222,6 +222,22 @@ def test_a_gated_layer_is_known_by_what_it_computes_whatever_its_parts_are_calle
     mx.random.seed(0)
     fits = fitting.find_fits(_LayerLike(activation, True, more))
     assert [fit for _, fit in fits] == ([] if expected is None else [expected])
+
+
+def test_of_a_gated_layer_it_is_told_whether_its_projections_are_products_alone() -> None:
+    layer = _LayerLike(nn.silu, False, 0.0)
+    layer.c = nn.Linear(8, 16, bias=False)
+    ((_, fit),) = fitting.find_fits(layer)
+    assert fit == fitting.GatedMLP("silu", "c", "a", "b", True)
+    assert fit.name(layer, mx.bfloat16) == "mlp_silu/bfloat16"
+    name = fit.name(layer, mx.float32)
+    x = mx.random.normal((2, 8), key=mx.random.key(0))
+    wanted = layer(x)
+    with fitting.fitted([(layer, fit)], recorded([name], [name]), mx.float32):
+        layer.a = nn.Linear(8, 16, bias=True)  # no longer a product alone: computes as its class has it
+        layer.a.weight, layer.a.bias = mx.zeros((16, 8)), mx.ones(16)
+        assert mx.allclose(layer(x), layer.b(nn.silu(layer.c(x))), rtol=1e-5)
+        assert not mx.allclose(layer(x), wanted)
 
 
 # --- what else changes layers for training goes on within fitted ones

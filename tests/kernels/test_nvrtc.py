@@ -21,6 +21,8 @@ NAMES = [
         ("gated_silu", ""),
         ("gated_gelu", ""),
         ("gated_gelu_approx", ""),
+        ("mlp_silu", ""),
+        ("mlp_gelu", ""),
         ("cross_entropy", ""),
         ("adamw", "/bfloat16"),
         ("sum_of_squares", ""),

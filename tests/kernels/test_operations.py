@@ -23,6 +23,9 @@ _REST = [
     ("gated_silu", ""),
     ("gated_gelu", ""),
     ("gated_gelu_approx", ""),
+    ("mlp_silu", ""),
+    ("mlp_gelu", ""),
+    ("mlp_gelu_approx", ""),
     ("cross_entropy", ""),
     ("adamw", "/float32"),
     ("adamw", "/bfloat16"),
@@ -103,6 +106,17 @@ def test_the_gradients_of_a_gated_activation_are_those_of_mlx(activation: str, d
     wanted = mx.vjp(lambda a, b: gated.ACTIVATIONS[activation](a) * b, [a, b], [g])
     for ours, theirs in zip(found, wanted, strict=True):
         _close(ours, theirs, _tolerance(dtype) if dtype == mx.float32 else 2**-5)  # MLX rounds in between
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("activation", gated.ACTIVATIONS)
+def test_the_gradients_of_two_projections_side_by_side_are_those_of_mlx(activation: str) -> None:
+    x, g = _random((2, 3, 16), 0), _random((2, 3, 24), 1)
+    weights = [_random((24, 16), seed) for seed in (2, 3)]
+    found = mx.vjp(gated.projected(activation, PLAIN), [x, *weights], [g])
+    wanted = mx.vjp(lambda x, a, b: gated.ACTIVATIONS[activation](x @ a.T) * (x @ b.T), [x, *weights], [g])
+    for ours, theirs in zip(found, wanted, strict=True):
+        _close(ours, theirs, _tolerance(mx.float32))
 
 
 @pytest.mark.usefixtures("uncompiled")

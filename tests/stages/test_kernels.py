@@ -47,13 +47,13 @@ NAMES = [
     "adamw/float32/float32",
     "cross_entropy/float32",
     "embedding/float32",
-    "gated_silu/float32",
+    "mlp_silu/float32",
     "rms_norm/float32/32",
     "rotary/float32/16",
     "sum_of_squares/float32",
 ]
-#: Of quantization-aware training, whose embedding returns rows of rounded weights and is summed in plain operations.
-QAT_NAMES = [name for name in NAMES if not name.startswith("embedding")]
+#: Of quantization-aware training, in which nothing is a plain product: its embedding is summed in plain operations.
+QAT_NAMES = sorted({*NAMES, "gated_silu/float32"} - {"embedding/float32", "mlp_silu/float32"})
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_those_that_prove_themselves_serve_and_the_report_tells_them(
     assert calls.keys() == {
         "rms_norm.kernel",
         "rms_norm.kernel_gradients",
-        "gated.kernel_gradients",
+        "gated.kernel_joined",
         "rotary.kernel",
         "embedding.kernel_gradient",
         "adamw.kernel",
@@ -205,11 +205,11 @@ def test_required_each_that_does_not_serve_is_told_with_its_reason(
     path.write_text(TEXT.replace('kernels = "auto"', 'kernels = "require"'))
     outcomes = dict.fromkeys(NAMES, Outcome(True, "")) | {
         "cross_entropy/float32": Outcome(False, "it is slow"),
-        "gated_silu/float32": Outcome(False, "it is wrong"),
+        "mlp_silu/float32": Outcome(False, "it is wrong"),
         "rms_norm/float32/32": Outcome(False, "it is slow"),
     }
     monkeypatch.setattr(choice, "choose", lambda _: choice.Choice(outcomes))
-    lacking = "cross_entropy/float32, rms_norm/float32/32 (it is slow); gated_silu/float32 (it is wrong)"
+    lacking = "cross_entropy/float32, rms_norm/float32/32 (it is slow); mlp_silu/float32 (it is wrong)"
     with pytest.raises(WorkflowError) as raised:
         _run(folder, "train")
     advice = f'{device.name()} lacks {lacking}. Set train.kernels = "auto".'
