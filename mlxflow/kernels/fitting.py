@@ -2,13 +2,15 @@
 
 A layer is tried on random inputs: what returns the root-mean-square norm of its input, the down projection of a gated
 activation, its input turned by the angles of its positions, or rows of its weight, is given a class of its own that
-inherits from its class. Parameters keep their names; adapters, fake quantization and quantized weights within a layer
-go on as they were. Undone when the block ends.
+inherits from its class. So is a block of which a trial with stand-ins for its layers shows what it adds to what.
+Parameters keep their names; adapters, fake quantization and quantized weights within a layer go on as they were. Undone
+when the block ends.
 """
 
 import functools
+import inspect
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -119,7 +121,25 @@ class Embedding(NamedTuple):
         return names.embedding_name(dtype)
 
 
-Fit = Norm | GatedMLP | JoinedMLP | GatedProduct | Rotary | Embedding
+class Block(NamedTuple):
+    """A layer that is h + second(norm(h)), h being x + first(norm(x)), in which both norms are of rows.
+
+    Attributes:
+        norms: the attributes of the norms.
+        inner: the attributes of what follows each.
+        fits: the norms themselves.
+    """
+
+    norms: tuple[str, str]
+    inner: tuple[str, str]
+    fits: tuple[Norm, Norm]
+
+    def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
+        """Return the name of the kernel that would serve a layer."""
+        return names.block_name(dtype, module[self.norms[0]].weight.size)
+
+
+Fit = Block | Norm | GatedMLP | JoinedMLP | GatedProduct | Rotary | Embedding
 
 
 def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
@@ -131,11 +151,12 @@ def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
         model: of any architecture; its weights are as before afterwards.
     """
     known: dict[Hashable, Fit | None] = {}
+    seen: dict[int, Hashable] = {}
     found = []
     for _, module in model.named_modules():
         if not _may_fit(module):
             continue
-        key = _likeness(module)
+        key = _likeness(module, seen)
         if key not in known:
             known[key] = _try_layer(module)
         fit = known[key]
@@ -172,8 +193,18 @@ def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Modul
         def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
             if others or named:
                 return plain.__call__(self, x, *others, **named)
-            weight = self.weight + fit.offset if fit.offset else self.weight
-            return function(x, weight)
+            return function(x, _norm_weight(self, fit))
+
+    elif isinstance(fit, Block):
+        before = rms_norm.past_and_norm(fit.fits[0].eps, dtype)
+        between = rms_norm.sum_and_norm(fit.fits[1].eps, dtype)
+
+        def call(self: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:
+            _, *rest = _in_order(plain, x, *others, **named)
+            first, second = (_norm_weight(self[name], one) for name, one in zip(fit.norms, fit.fits, strict=True))
+            past, normal = before(x, first)
+            past, normal = between(past, self[fit.inner[0]](normal, *rest), second)
+            return past + self[fit.inner[1]](normal)
 
     elif isinstance(fit, GatedMLP):
         product, projected = gated.gated(fit.activation, dtype), gated.projected(fit.activation, dtype)
@@ -227,6 +258,18 @@ def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Modul
     return type(f"Fitted{plain.__name__}", (plain,), {"__call__": call})
 
 
+def _norm_weight(module: nn.Module, fit: Norm) -> mx.array:
+    weight: mx.array = module.weight
+    return weight + fit.offset if fit.offset else weight
+
+
+def _in_order(plain: type[nn.Module], *others: Any, **named: Any) -> tuple[Any, ...]:
+    """Return what a layer is called with by its places, defaults included."""
+    bound = inspect.signature(plain.__call__).bind(None, *others, **named)
+    bound.apply_defaults()
+    return bound.args[1:]
+
+
 def _cosines_and_sines(
     module: nn.Module, plain: type[nn.Module], fit: Rotary, length: int
 ) -> tuple[mx.array, mx.array]:
@@ -244,11 +287,23 @@ def _cosines_and_sines(
 _TURNS: dict[Hashable, tuple[mx.array, mx.array]] = {}
 
 
-def _likeness(module: nn.Module) -> Hashable:
-    """Return what layers have in common that compute the same from their weights."""
-    shapes = tuple((path, value.shape, str(value.dtype)) for path, value in tree_flatten(module.parameters()))
-    kinds = tuple(type(child) for _, child in module.named_modules())
-    return (type(module), shapes, kinds, _settings(module))
+def _likeness(value: Any, seen: dict[int, Hashable]) -> Hashable:
+    """Return what layers have in common that compute the same from their weights; None for what is no part of a layer.
+
+    Args:
+        value: a layer, or what one holds.
+        seen: what was returned for the layers of a model so far.
+    """
+    if isinstance(value, mx.array):
+        return (value.shape, value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple(_likeness(one, seen) for one in value)
+    if not isinstance(value, dict):
+        return None
+    if id(value) not in seen:
+        held = tuple((key, _likeness(one, seen)) for key, one in value.items())
+        seen[id(value)] = (type(value), held, _settings(value) if isinstance(value, nn.Module) else None)
+    return seen[id(value)]
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -266,6 +321,8 @@ def _is_plain(value: Any) -> bool:
 def _may_fit(module: nn.Module) -> bool:
     """Return whether a layer holds what one that could fit holds: two or three linear layers, one array, or nothing."""
     within = [value for value in module.values() if isinstance(value, nn.Module)]
+    if len(within) == 4:
+        return sum(_is_norm_like(layer) for layer in within) == 2
     if within:
         return len(within) in (2, 3) and all(_input_width(layer) is not None for layer in within)
     shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
@@ -278,11 +335,14 @@ def _try_layer(module: nn.Module) -> Fit | None:
     try:
         if len(inner) != len(module.children()):
             return None
+        if len(inner) == 4:
+            with mx.stream(mx.cpu):
+                return _try_block(module, inner)
         if len(inner) == 3:
             return _try_mlp(module, inner)
         if len(inner) == 2:
             return _try_joined(module, inner)
-        if [(path, value.ndim) for path, value in parameters] == [("weight", 1)]:
+        if _is_norm_like(module):
             with mx.stream(mx.cpu):
                 return _try_norm(module)
         if [(path, value.ndim) for path, value in parameters] == [("weight", 2)]:
@@ -310,6 +370,51 @@ def _try_norm(module: nn.Module) -> Norm | None:
     finally:
         module.weight = before
     return None
+
+
+def _try_block(module: nn.Module, inner: list[str]) -> Block | None:
+    """Try a block's own pass with stand-ins for its layers: what it adds to what, and what it hands on to which."""
+    norms = [name for name in inner if _is_norm_like(module[name])]
+    layers = [name for name in inner if name not in norms]
+    fits = {name: _try_norm(module[name]) for name in norms}
+    if None in fits.values() or len({module[name].weight.size for name in norms}) > 1:
+        return None
+    told = [object() for _ in _in_order(type(module), *[0] * _places(type(module)))][1:]
+    functions = dict(zip(inner, (mx.sin, mx.exp, mx.tanh, mx.square), strict=True))
+    handed: dict[str, list[Any]] = {}
+
+    def stand_in(name: str) -> Callable[..., mx.array]:
+        def call(x: mx.array, *others: Any) -> mx.array:
+            handed[name] = [*others]
+            found: mx.array = functions[name](x)
+            return found
+
+        return call
+
+    kept, x = {name: module[name] for name in inner}, _sample((2, 8), 0)
+    try:
+        for name in inner:
+            module[name] = stand_in(name)
+        found = module(x, *told)
+    finally:
+        for name in inner:
+            module[name] = kept[name]
+    for (one, other), (first, second) in itertools.product(
+        itertools.permutations(norms), itertools.permutations(layers)
+    ):
+        h = x + functions[first](functions[one](x))
+        is_handed_on = handed.get(first) == told and handed.get(second) == []
+        if is_handed_on and _same(found, h + functions[second](functions[other](h))):
+            return Block((one, other), (first, second), (cast("Norm", fits[one]), cast("Norm", fits[other])))
+    return None
+
+
+def _places(kind: type[nn.Module]) -> int:
+    return len(inspect.signature(kind.__call__).parameters) - 1
+
+
+def _is_norm_like(module: nn.Module) -> bool:
+    return [(path, value.ndim) for path, value in tree_flatten(module.parameters())] == [("weight", 1)]
 
 
 def _try_product(module: nn.Module) -> GatedProduct | None:

@@ -16,6 +16,11 @@ def rms_norm_name(dtype: mx.Dtype, width: int) -> str:
     return f"rms_norm/{name_of(dtype)}/{width}"
 
 
+def block_name(dtype: mx.Dtype, width: int) -> str:
+    """Return the name of the norm of rows of a width that go on past it."""
+    return f"sum_rms_norm/{name_of(dtype)}/{width}"
+
+
 def gated_name(activation: str, dtype: mx.Dtype) -> str:
     """Return the name of a gated activation."""
     return f"gated_{activation}/{name_of(dtype)}"
@@ -54,6 +59,6 @@ def sum_of_squares_name(dtype: mx.Dtype) -> str:
 def is_known(name: str) -> bool:
     """Return whether a kernel takes the type and width that a name tells."""
     kind, dtype, *width = name.split("/")
-    if kind == "rms_norm":
+    if kind.endswith("rms_norm"):
         return dtype in TYPES and int(width[0]) % 8 == 0 and int(width[0]) <= 8192
     return dtype in TYPES and (not kind.startswith("rotary") or int(width[0]) % 16 == 0)

@@ -47,6 +47,9 @@ def operation(name: str) -> Operation:
         own = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
         inputs = partial(_norm_inputs, dtype, int(parts[1]))
         return Operation(inputs, _norm_kernel, _norm_reference, mx.compile(own), tolerance)
+    if kind == "sum_rms_norm":
+        inputs = partial(_sum_inputs, dtype, int(parts[1]))
+        return Operation(inputs, _sum_kernel, _sum_reference, _sum_own, tolerance)
     if kind.startswith(("gated_", "mlp_")):
         form, _, activation = kind.partition("_")
         gated.ACTIVATIONS[activation]
@@ -127,6 +130,32 @@ def _norm_kernel(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
 def _norm_reference(x: mx.array, w: mx.array, g: mx.array) -> Arrays:
     x, w, g = (array.astype(mx.float32) for array in (x, w, g))
     return [rms_norm.reference(x, w, _EPS), *rms_norm.reference_gradients(x, w, _EPS, g)]
+
+
+def _sum_inputs(dtype: mx.Dtype, width: int, size: int) -> Arrays:
+    x, w, g = _norm_inputs(dtype, width, size)
+    r, e = (_random(x.shape, seed, dtype) * _row_scales(len(x)).astype(dtype) for seed in (3, 4))
+    return [x, r, w, e, g]
+
+
+def _sum_kernel(x: mx.array, r: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:
+    h, y = rms_norm.kernel_sum(x, r, w, _EPS)
+    return [h, y, rms_norm.kernel(x, w, _EPS), *rms_norm.kernel_sum_gradients(x, w, _EPS, e, g)]
+
+
+def _sum_reference(x: mx.array, r: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:
+    h = (x + r).astype(mx.float32)  # rounded: what follows is told apart from it
+    x, w, e, g = (array.astype(mx.float32) for array in (x, w, e, g))
+    norms = [rms_norm.reference(rows, w, _EPS) for rows in (h, x)]
+    return [h, *norms, *rms_norm.reference_sum_gradients(x, w, _EPS, e, g)]
+
+
+def _sum_own(x: mx.array, r: mx.array, w: mx.array, e: mx.array, g: mx.array) -> Arrays:
+    """Return the same as MLX has it; what it adds is an operation of its own in a compiled step, too."""
+    h = x + r
+    norms = [mx.fast.rms_norm(rows, w, _EPS) for rows in (h, x)]
+    _, (dx, dw) = mx.vjp(lambda x, w: mx.fast.rms_norm(x, w, _EPS), [x, w], [g])
+    return [h, *norms, e + dx, dw]
 
 
 def _norm_and_gradients(function: Callable[..., mx.array], x: mx.array, w: mx.array, g: mx.array) -> Arrays:

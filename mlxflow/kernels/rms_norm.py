@@ -8,9 +8,12 @@ A row is held in the registers of 32 to 256 threads, so x and g are read once. E
 so-manieth row and keeps its share of dw; the shares are added up afterwards, in a fixed order and without atomics, so
 that two runs are equal to the bit.
 
+In a block of a transformer the norm's input goes on past it, too: h = x + r, y = norm(h), and later h + ... So the sum
+and its norm are one kernel, and what comes back past the norm, e, is added to dx where that is written.
+
 | takes | |
 | --- | --- |
-| x, g | fp32 or bf16, (..., D), D a multiple of 8 up to 8192, less than 2^31 numbers |
+| x, r, e, g | fp32 or bf16, (..., D), D a multiple of 8 up to 8192, less than 2^31 numbers |
 | w | fp32 or bf16, (D,) |
 """
 
@@ -32,11 +35,8 @@ _ROW = """
   SHARED float partial[2][THREADS / 32];
 """
 
-_FORWARD = Source(
-    name="rms_norm",
-    inputs=("x", "w", "eps"),
-    outputs=("y",),
-    body=_ROW
+_FORWARD_BODY = (
+    _ROW
     + """
   for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
     const int row = base + slot;
@@ -46,6 +46,7 @@ _FORWARD = Source(
       const int vector = lane + t * LANES;
       if (row < rows && vector < VECTORS) {
         read_8(x + (row * VECTORS + vector) * 8, xs[t]);
+        AFTER_READING
         for (int i = 0; i < 8; ++i) squares += xs[t][i] * xs[t][i];
       }
     }
@@ -68,14 +69,11 @@ _FORWARD = Source(
       }
     }
   }
-""",
+"""
 )
 
-_BACKWARD = Source(
-    name="rms_norm_backward",
-    inputs=("x", "w", "g", "eps"),
-    outputs=("dx", "dw"),
-    body=_ROW
+_BACKWARD_BODY = (
+    _ROW
     + """
   float sums[TIMES][8];
   for (int t = 0; t < TIMES; ++t) for (int i = 0; i < 8; ++i) sums[t][i] = 0;
@@ -127,6 +125,7 @@ _BACKWARD = Source(
           sums[t][i] += gs[t][i] * xs[t][i] * r;
           gs[t][i] = gs[t][i] * ws[i] * r - xs[t][i] * common;
         }
+        BEFORE_WRITING
         write_8(dx + (row * VECTORS + vector) * 8, gs[t]);
       }
     }
@@ -149,9 +148,50 @@ _BACKWARD = Source(
       dw[group * D + column] = sum;
     }
   }
-""",
+"""
 )
 
+_FORWARD = Source(
+    name="rms_norm", inputs=("x", "w", "eps"), outputs=("y",), body=_FORWARD_BODY.replace("AFTER_READING", "")
+)
+
+_BACKWARD = Source(
+    name="rms_norm_backward",
+    inputs=("x", "w", "g", "eps"),
+    outputs=("dx", "dw"),
+    body=_BACKWARD_BODY.replace("BEFORE_WRITING", ""),
+)
+
+# The sum of two arrays, rounded as MLX rounds it, and its norm
+_SUM_FORWARD = Source(
+    name="sum_rms_norm",
+    inputs=("x", "r", "w", "eps"),
+    outputs=("h", "y"),
+    body=_FORWARD_BODY.replace(
+        "AFTER_READING",
+        """
+        float rs[8];
+        read_8(r + (row * VECTORS + vector) * 8, rs);
+        for (int i = 0; i < 8; ++i) xs[t][i] = static_cast<float>(static_cast<T>(xs[t][i] + rs[i]));
+        write_8(h + (row * VECTORS + vector) * 8, xs[t]);
+""",
+    ),
+)
+
+# What comes in for the norm goes back through it, and what comes in for its input past it is added
+_SUM_BACKWARD = Source(
+    name="sum_rms_norm_backward",
+    inputs=("x", "w", "e", "g", "eps"),
+    outputs=("dx", "dw"),
+    body=_BACKWARD_BODY.replace(
+        "BEFORE_WRITING",
+        """
+        float es[8];
+        read_8(e + (row * VECTORS + vector) * 8, es);
+        for (int i = 0; i < 8; ++i) gs[t][i] += es[i];
+""",
+    ),
+)
 
 _ADD_SHARES = Source(
     name="rms_norm_shares",
@@ -191,6 +231,20 @@ def reference_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.
     return (weighted * r - wide * along * r * r * r).astype(x.dtype), d_weight.astype(weight.dtype)
 
 
+def reference_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """Return x + r and its norm."""
+    h = x + r
+    return h, reference(h, weight, eps)
+
+
+def reference_sum_gradients(
+    h: mx.array, weight: mx.array, eps: float, past: mx.array, incoming: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return the gradients of h, which goes on past its norm and through it, and of the weight."""
+    dx, d_weight = reference_gradients(h.astype(mx.float32), weight, eps, incoming)
+    return (dx + past.astype(mx.float32)).astype(h.dtype), d_weight
+
+
 def supports(x: mx.array) -> bool:
     """Return whether the kernels take rows of this shape and type."""
     width = x.shape[-1]
@@ -208,10 +262,35 @@ def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.array) -> tuple[mx.array, mx.array]:
     """Return what `reference_gradients` does, by the kernel."""
+    return _launch_backward(_BACKWARD, [x, weight, incoming, mx.array([eps] * 8)])
+
+
+def kernel_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """Return what `reference_sum` does, by the kernel."""
+    constants, slots = _split(x)
+    h, y = _SUM_FORWARD.launch(
+        [x, r, weight, mx.array([eps] * 8)],
+        constants=[*constants, ("T", x.dtype)],
+        groups=-(-(x.size // x.shape[-1]) // slots),
+        shapes=[x.shape] * 2,
+        dtypes=[x.dtype] * 2,
+    )
+    return h, y
+
+
+def kernel_sum_gradients(
+    h: mx.array, weight: mx.array, eps: float, past: mx.array, incoming: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Return what `reference_sum_gradients` does, by the kernel."""
+    return _launch_backward(_SUM_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
+
+
+def _launch_backward(source: Source, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
+    x, weight = inputs[:2]
     constants, slots = _split(x)
     groups = min(_GROUPS, -(-(x.size // x.shape[-1]) // slots))
-    dx, shares = _BACKWARD.launch(
-        [x, weight, incoming, mx.array([eps] * 8)],
+    dx, shares = source.launch(
+        inputs,
         constants=constants,
         groups=groups,
         shapes=[x.shape, (groups, x.shape[-1])],
@@ -243,11 +322,8 @@ def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.
         served: the type in which the kernel serves; otherwise plain operations do.
     """
 
-    def serves(x: mx.array, weight: mx.array) -> bool:
-        return x.dtype == served and supports(x) and weight.dtype in (mx.float32, mx.bfloat16)
-
     def forward(x: mx.array, weight: mx.array) -> mx.array:
-        if serves(x, weight):
+        if _serves(x, weight, served):
             return kernel(x, weight, eps)
         return mx.fast.rms_norm(x, weight, eps)
 
@@ -256,7 +332,67 @@ def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         x, weight = primals
-        gradients = kernel_gradients if serves(x, weight) else reference_gradients
+        gradients = kernel_gradients if _serves(x, weight, served) else reference_gradients
         return gradients(x, weight, eps, cotangent)
 
     return cast("Callable[[mx.array, mx.array], mx.array]", function)
+
+
+@functools.cache
+def sum_and_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """Return a differentiable function of x and r, (..., D), and weight, (D,), that returns x + r and its norm.
+
+    Args:
+        eps: added to the mean of the squares.
+        served: the type in which the kernel serves; otherwise plain operations do.
+    """
+
+    def forward(x: mx.array, r: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+        if _serves(x, weight, served) and r.dtype == x.dtype:
+            return kernel_sum(x, r, weight, eps)
+        h = x + r
+        return h, mx.fast.rms_norm(h, weight, eps)
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        h, weight = outputs[0], primals[2]
+        dh, d_weight = _past_and_through(h, weight, eps, served, cotangents)
+        return dh, dh, d_weight
+
+    return cast("Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]", function)
+
+
+@functools.cache
+def past_and_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """Return a differentiable function of x, (..., D), and weight, (D,), that returns x, to go on past, and its norm.
+
+    Args:
+        eps: added to the mean of the squares.
+        served: the type in which the kernel serves; otherwise plain operations do.
+    """
+
+    def forward(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
+        serves = _serves(x, weight, served)
+        return x, kernel(x, weight, eps) if serves else mx.fast.rms_norm(x, weight, eps)
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangents: Any, _: Any) -> Any:
+        x, weight = primals
+        return _past_and_through(x, weight, eps, served, cotangents)
+
+    return cast("Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]", function)
+
+
+def _past_and_through(
+    h: mx.array, weight: mx.array, eps: float, served: mx.Dtype, cotangents: Any
+) -> tuple[mx.array, mx.array]:
+    gradients = kernel_sum_gradients if _serves(h, weight, served) else reference_sum_gradients
+    return gradients(h, weight, eps, *cotangents)
+
+
+def _serves(x: mx.array, weight: mx.array, served: mx.Dtype) -> bool:
+    return x.dtype == served and supports(x) and weight.dtype in (mx.float32, mx.bfloat16)

@@ -27,6 +27,8 @@ def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     put(rms_norm, "kernel", "reference")
     put(rms_norm, "kernel_gradients", "reference_gradients")
+    put(rms_norm, "kernel_sum", "reference_sum")
+    put(rms_norm, "kernel_sum_gradients", "reference_sum_gradients")
     put(gated, "kernel_gradients", "reference_gradients")
     put(gated, "kernel_joined", "reference_joined")
     put(rotary, "kernel", "reference")

@@ -102,20 +102,20 @@ def _saved(model: nn.Module, config: dict[str, Any], folder: Path) -> list[bytes
     return [file.read_bytes() for file in files]
 
 
-#: Architecture, and the layers that kernels could serve in two blocks: norms, gated, embeddings, rotary and how wide.
+#: Architecture, and what kernels could serve in two blocks: norms, gated, embeddings, blocks, rotary and how wide.
 ARCHITECTURES = [
-    ("llama", (5, 2, 1, 2), 32),
-    ("qwen2", (5, 2, 1, 2), 32),
-    ("qwen3", (9, 2, 1, 2), 32),
-    ("gemma", (5, 2, 1, 2), 32),
-    ("gemma2", (9, 2, 1, 2), 32),
-    ("gemma3_text", (13, 2, 1, 2), 32),
-    ("phi3", (5, 2, 1, 2), 16),
-    ("granite", (5, 2, 1, 2), 32),
-    ("smollm3", (5, 2, 1, 2), 32),
-    ("olmo2", (9, 2, 1, 2), 32),
-    ("stablelm", (0, 2, 1, 2), 16),
-    ("gpt2", (0, 0, 2, 0), 0),
+    ("llama", (5, 2, 1, 2, 2), 32),
+    ("qwen2", (5, 2, 1, 2, 2), 32),
+    ("qwen3", (9, 2, 1, 2, 2), 32),
+    ("gemma", (5, 2, 1, 2, 2), 32),
+    ("gemma2", (9, 2, 1, 0, 2), 32),
+    ("gemma3_text", (13, 2, 1, 0, 2), 32),
+    ("phi3", (5, 2, 1, 2, 2), 16),
+    ("granite", (5, 2, 1, 2, 2), 32),
+    ("smollm3", (5, 2, 1, 2, 2), 32),
+    ("olmo2", (9, 2, 1, 0, 2), 32),
+    ("stablelm", (0, 2, 1, 0, 2), 16),
+    ("gpt2", (0, 0, 2, 0, 0), 0),
 ]
 
 _GATED = (fitting.GatedMLP, fitting.JoinedMLP, fitting.GatedProduct)
@@ -132,7 +132,8 @@ def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
     saved = _saved(model, config, tmp_path)
     before = _loss_and_gradients(model)
     fits = fitting.find_fits(model)
-    kinds_found = [sum(isinstance(fit, kind) for _, fit in fits) for kind in (fitting.Norm, _GATED, fitting.Embedding)]
+    sought = (fitting.Norm, _GATED, fitting.Embedding, fitting.Block)
+    kinds_found = [sum(isinstance(fit, kind) for _, fit in fits) for kind in sought]
     widths = [fit.width for _, fit in fits if isinstance(fit, fitting.Rotary)]
     assert (*kinds_found, len(widths)) == counts
     assert widths == [turned] * len(widths)
@@ -224,6 +225,42 @@ def test_a_gated_layer_is_known_by_what_it_computes_whatever_its_parts_are_calle
     assert [fit for _, fit in fits] == ([] if expected is None else [expected])
 
 
+class _BlockLike(nn.Module):  # type: ignore[misc]
+    def __init__(self, *, scale: float = 1.0, hands_on: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = nn.RMSNorm(8, eps=1e-5), nn.RMSNorm(8, eps=1e-3)
+        self.c, self.d = _Mixer(), _LayerLike(nn.silu, False, 0.0)
+        self.scale, self.hands_on = scale, hands_on
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: object = None) -> mx.array:
+        h = x + self.c(self.b(x), mask if self.hands_on else None, cache) * self.scale
+        found: mx.array = self.d(self.a(h)) + h
+        return found
+
+
+class _Mixer(nn.Module):  # type: ignore[misc]
+    def __call__(self, x: mx.array, mask: mx.array | None, cache: object) -> mx.array:
+        return mx.cumsum(x, axis=-2) if mask is None else mx.cumsum(x * mask, axis=-2)
+
+
+def test_a_block_is_known_by_its_pass_whatever_its_parts_are_called() -> None:
+    block = _BlockLike()
+    fit = {type(module): fit for module, fit in fitting.find_fits(block)}[_BlockLike]
+    assert fit == fitting.Block(("b", "a"), ("c", "d"), (fitting.Norm(1e-3, 0.0), fitting.Norm(1e-5, 0.0)))
+    x, mask = mx.random.normal((2, 4, 8), key=mx.random.key(0)), mx.array([[1.0], [0.0], [1.0], [1.0]])
+    for others, named in (((), {}), ((mask,), {}), ((None,), {"cache": None}), ((), {"mask": mask})):
+        wanted = block(x, *others, **named)
+        with _fitted(block):
+            assert type(block).__name__ == "Fitted_BlockLike"
+            assert mx.allclose(block(x.astype(mx.float32), *others, **named), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [_BlockLike(scale=0.5), _BlockLike(hands_on=False)])
+def test_a_block_that_computes_or_hands_on_something_else_is_left_alone(block: nn.Module) -> None:
+    assert not any(isinstance(fit, fitting.Block) for _, fit in fitting.find_fits(block))
+    assert type(block.c) is _Mixer
+
+
 def test_of_a_gated_layer_it_is_told_whether_its_projections_are_products_alone() -> None:
     layer = _LayerLike(nn.silu, False, 0.0)
     layer.c = nn.Linear(8, 16, bias=False)
@@ -295,7 +332,8 @@ def test_gradients_are_those_of_layers_as_they_were(kind: str, every: int) -> No
         before = _loss_and_gradients(model)
         assert (float(before[0]) == float(plain[0])) == (kind == "plain"), "the change does something"
         with _fitted(model), recomputed(model, every=every):
-            layers = 9 if "quantized weights" in kind else 10  # MLX's quantized embedding has no gradient
+            layers = 11 if "quantized weights" in kind else 12  # MLX's quantized embedding has no gradient
+            layers -= {0: 0, 1: 2, 2: 1}[every]  # blocks that are computed anew have the class that does it
             assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == layers
             after = _loss_and_gradients(model)
     assert len(after[1]) == len(before[1]) > 0
@@ -306,5 +344,5 @@ def test_dropout_of_an_adapter_does_not_hide_a_layer() -> None:
     model, _ = llama(hidden_size=64, intermediate_size=64)
     _lora(model, "lora", dropout=0.5)
     model.train()
-    assert len(fitting.find_fits(model)) == 10
+    assert len(fitting.find_fits(model)) == 12
     assert all(module.training for module in model.modules())

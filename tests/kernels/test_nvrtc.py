@@ -15,6 +15,7 @@ NAMES = [
     for kind, rest in [
         ("rms_norm", "/72"),
         ("rms_norm", "/8192"),
+        ("sum_rms_norm", "/576"),
         ("rotary", "/64"),
         ("rotary_interleaved", "/32"),
         ("embedding", ""),

@@ -17,6 +17,8 @@ _REST = [
     ("rms_norm", "/776"),
     ("rms_norm", "/2056"),
     ("rms_norm", "/8192"),
+    ("sum_rms_norm", "/72"),
+    ("sum_rms_norm", "/2056"),
     ("rotary", "/48"),
     ("rotary_interleaved", "/64"),
     ("embedding", ""),
@@ -106,6 +108,24 @@ def test_the_gradients_of_a_gated_activation_are_those_of_mlx(activation: str, d
     wanted = mx.vjp(lambda a, b: gated.ACTIVATIONS[activation](a) * b, [a, b], [g])
     for ours, theirs in zip(found, wanted, strict=True):
         _close(ours, theirs, _tolerance(dtype) if dtype == mx.float32 else 2**-5)  # MLX rounds in between
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sums_and_norms_whose_input_goes_on_past_them_are_those_of_mlx(dtype: mx.Dtype) -> None:
+    x, r, past, g = (_scaled((2, 4, 24), seed, dtype) for seed in range(4))
+    weight = (1 + 0.3 * _random((24,), 5)).astype(dtype)
+
+    def of_mlx(x: mx.array, r: mx.array, weight: mx.array) -> list[mx.array]:
+        h = x + r
+        return [h, mx.fast.rms_norm(h, weight, 1e-5)]
+
+    found = mx.vjp(rms_norm.sum_and_norm(1e-5, PLAIN), [x, r, weight], [past, g])
+    wanted = mx.vjp(of_mlx, [x, r, weight], [past, g])
+    alone = mx.vjp(rms_norm.past_and_norm(1e-5, PLAIN), [x + r, weight], [past, g])
+    for ours, theirs, without in zip(found, wanted, alone, strict=True):
+        _close(ours, theirs, _tolerance(dtype))
+        _close(without, theirs if len(without) == len(theirs) else [theirs[0], theirs[2]], _tolerance(dtype))
 
 
 @pytest.mark.usefixtures("uncompiled")

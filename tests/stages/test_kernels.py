@@ -51,6 +51,7 @@ NAMES = [
     "rms_norm/float32/32",
     "rotary/float32/16",
     "sum_of_squares/float32",
+    "sum_rms_norm/float32/32",
 ]
 #: Of quantization-aware training, in which nothing is a plain product: its embedding is summed in plain operations.
 QAT_NAMES = sorted({*NAMES, "gated_silu/float32"} - {"embedding/float32", "mlp_silu/float32"})
@@ -103,6 +104,8 @@ def test_those_that_prove_themselves_serve_and_the_report_tells_them(
     assert calls.keys() == {
         "rms_norm.kernel",
         "rms_norm.kernel_gradients",
+        "rms_norm.kernel_sum",
+        "rms_norm.kernel_sum_gradients",
         "gated.kernel_joined",
         "rotary.kernel",
         "embedding.kernel_gradient",
