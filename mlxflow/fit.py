@@ -38,12 +38,14 @@ def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_l
 
 
 def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], lengths: Sequence[int]) -> None:
-    from mlxflow import device
+    from mlxflow import cpu, device
     from mlxflow.data.token_file import TokenFile
     from mlxflow.stages import profile
     from mlxflow.training import fitting
 
     chosen = device.select(workflow.settings.device)
+    if chosen == "cpu":
+        cpu.prepare_compiler()
     limit = device.parse_size(workflow.settings.memory_limit, device.working_set_bytes())
     config: Any = one.config
     context = _context(workflow, one, chosen, limit)

@@ -48,8 +48,10 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         "mlx": version("mlx"),
     }
     chosen = device.select(workflow.settings.device) if uses_device else "cpu"
-    if chosen == "cpu" and uses_device and (notice := cpu.notice()):
-        print(notice, file=sys.stderr)
+    if chosen == "cpu" and uses_device:
+        cpu.prepare_compiler()
+        if notice := cpu.notice():
+            print(notice, file=sys.stderr)
     limit = _limit_memory(workflow) if uses_device else 0
     folder = into or workflow.root / one.folder
     unfinished = workflow.state / "unfinished" / one.task.replace(":", "/") / _key_of(provenance)

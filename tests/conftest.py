@@ -11,6 +11,7 @@ import pytest
 from mlxflow import cpu
 
 cpu.prepare()  # before any test imports mlx
+cpu.prepare_compiler()
 os.environ["MLX_ENABLE_TF32"] = "0"  # fp32 is fp32 in the tests: on CUDA products of it have 10 bits of mantissa else
 
 REPOSITORY = Path(__file__).parents[1]

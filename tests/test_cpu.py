@@ -1,3 +1,5 @@
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,46 @@ def test_the_matrix_products_of_mlx_are_those_of_the_blas(tmp_path: Path) -> Non
 def test_mlx_takes_denormals_for_zero_and_python_does_not() -> None:
     assert _run("from mlxflow import cpu; cpu.prepare()" + DENORMAL_PRODUCT) == "True True"
     assert _run(DENORMAL_PRODUCT) == "False True"
+
+
+KERNEL = """
+from mlxflow import cpu
+cpu.prepare_compiler()
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+print(mx.compile(lambda x: mx.exp(x) * 2)(mx.array([0.0])).item())
+"""
+
+
+def test_the_header_of_mlx_is_read_once_for_all_kernels(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on this system")
+    told = tmp_path / "told"
+    wrapper = tmp_path / "bin/g++"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec "{compiler}" -H "$@" 2>> "{told}"\n')  # -H tells of each file that is read
+    wrapper.chmod(0o755)
+    environment = {"TMPDIR": str(tmp_path), "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
+    assert _run(KERNEL, **environment) == "2.0"
+    kept = [line for line in told.read_text().splitlines() if line.startswith("! ")]  # a precompiled header that fits
+    assert [Path(line[2:]).name for line in kept] == ["compiled_preamble.h.gch"]
+    told.unlink()
+    assert _run(KERNEL.replace("2)", "3)"), **environment) == "3.0"
+    assert [line for line in told.read_text().splitlines() if line.endswith(".h")] == []
+
+
+def test_kernels_are_made_where_the_header_cannot_be_kept(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on this system")
+    wrapper = tmp_path / "bin/g++"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *c++-header*) exit 1 ;; esac\nexec "{compiler}" "$@"\n')
+    wrapper.chmod(0o755)
+    environment = {"TMPDIR": str(tmp_path), "PATH": f"{wrapper.parent}:{os.environ['PATH']}"}
+    assert _run(KERNEL, **environment) == "2.0"
+    assert list(tmp_path.rglob("*.gch")) == []
 
 
 def test_what_is_missing_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
