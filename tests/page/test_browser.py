@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlxflow.page.render import render
-from tests.page.runs import edit, read, write_curve, write_run, write_timeline
+from tests.page.runs import edit, read, write_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the interop extra")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -179,13 +179,8 @@ def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, show: Open) -> No
     assert "<script>window.hacked=1</script>" in page.locator("h1").inner_text()
 
 
-def test_100_000_points_open_and_answer(tmp_path: Path, show: Open) -> None:
-    write_run(tmp_path)
-    write_curve(tmp_path, 100_000)
-    write_timeline(tmp_path, 100_000)
-    path = tmp_path / "index.html"
-    path.write_bytes(render([read(tmp_path)]))
-    page = show(path)
+def test_100_000_points_open_and_answer(long_page: Path, show: Open) -> None:
+    page = show(long_page)
     page.locator("#memory .area").first.focus()
     page.keyboard.press("End")
     assert "step 99,999" in page.locator("#tip").inner_text()
