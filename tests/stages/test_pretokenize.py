@@ -35,8 +35,10 @@ max_validation_rows = 4
 [profile]
 num_steps = 2
 batch_size = 2
+suggestions = false
 [benchmark]
 num_steps = 2
+convergence_steps = 0
 batch_sizes = [2]
 models = ["train"]
 max_validation_rows = 4

@@ -77,12 +77,12 @@ def test_a_plan_changes_nothing_and_the_run_does_what_it_says(chain: Chain) -> N
 
 
 def test_the_facts_are_in_a_users_words(job_copy: Path) -> None:
-    assert doit(job_copy).returncode == 0
+    assert doit(job_copy, "train").returncode == 0
     workflow = job_copy / "workflow.toml"
     text = workflow.read_text().replace("warmup_steps = 2", "warmup_steps = 2\nlearning_rate = 0.001")
     workflow.write_text(text.replace("[workflow]", "[workflow]\nseed = 3"))
     (job_copy / "notes/03.txt").write_text("another note")
-    lines = dict(line.split(": ", 1) for line in doit(job_copy, "plan").stdout.splitlines()[:-1])
+    lines = dict(line.split(": ", 1) for line in doit(job_copy, "plan", "train").stdout.splitlines()[:-1])
     assert _without_seconds(lines["pretokenize"]) == "workflow.seed: 0 -> 3; source notes/03.txt changed"
     assert _without_seconds(lines["train"]) == (
         "train.learning_rate: 0.015 -> 0.001; workflow.seed: 0 -> 3; because pretokenize runs"
