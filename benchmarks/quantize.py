@@ -3,26 +3,33 @@
     python benchmarks/quantize.py base FOLDER          trains the model, 1.1 million parameters, of most parts
     python benchmarks/quantize.py qat FOLDER [SEED [MODES [BITS]]]
                                                        perplexities of QAT against a control; half an hour
+    python benchmarks/quantize.py recovery FOLDER [BASES [ORDERS]]
+                                                       the same over several base models and orders of the data, on the
+                                                       GPU where there is one: five minutes there, hours on a CPU
     python benchmarks/quantize.py learned FOLDER       perplexities of rounding, GPTQ, AWQ and DWQ, the same model
     python benchmarks/quantize.py step FOLDER          a step of quantization-aware training over a plain one, paired
     python benchmarks/quantize.py budget FOLDER        bits by layer against uniform ones and mlx-lm's dynamic_quant
-    python benchmarks/quantize.py symmetric            errors of symmetric and affine codes on random matrices
+    python benchmarks/quantize.py symmetric FOLDER     errors of symmetric and affine codes on random matrices and the
+                                                       model's, and of the best of 800 symmetric scales
     python benchmarks/quantize.py sizes                bytes of a model of 135 million parameters
     python benchmarks/quantize.py evaluate FOLDER      evaluation of a quantized model on the CPU over the dense one
     python benchmarks/quantize.py convert [LAYERS]     time, peak memory, bytes against mlx_lm.convert, of 135 million
                                                        parameters (30 layers) or more
 
-Prints one line of JSON a row. Everything is on the CPU.
+Prints one line of JSON a row. Everything but `recovery` is on the CPU.
 """
 
 import copy
+import itertools
 import json
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +89,7 @@ def base(folder: str) -> None:
 class _Job:
     """The dense model, its tokens, and the perplexity on held-out ones."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, *, held_out: int = 400) -> None:
         import mlx.core as mx
 
         from mlxflow.data.token_file import TokenFile
@@ -90,7 +97,7 @@ class _Job:
 
         self._folder = Path(folder) / "artifacts"
         self.tokens = TokenFile.open(self._folder / "pretokenize" / "train.safetensors")
-        self._held_out = TokenFile.open(self._folder / "pretokenize" / "validation.safetensors").rows.head(400)
+        self._held_out = TokenFile.open(self._folder / "pretokenize" / "validation.safetensors").rows.head(held_out)
         rows = self.tokens.rows
         batch = rows.take(choose_rows(rows.marks, count=CALIBRATION, seed=0))
         self.calibration, self.marks = mx.array(batch.tokens.astype("int32")), mx.array(batch.marks)
@@ -99,6 +106,17 @@ class _Job:
         from mlxflow import models
 
         return models.load(self._folder / "train")[0]
+
+    def another(self, seed: int) -> Any:
+        """Return a dense model of the same shape, trained in the same way from other numbers and in another order."""
+        from mlxflow import models
+        from mlxflow.stages import train
+
+        table = tomllib.loads(WORKFLOW)["train"]
+        table = {key: table[key] for key in ("num_steps", "batch_size", "learning_rate", "warmup_steps")}
+        model = models.build(json.loads((self._folder / "train" / "config.json").read_text()), seed=seed)
+        self._train(model, train.Config(**table), seed=seed)
+        return model
 
     def perplexity(self, model: Any) -> float:
         from mlxflow.measurement.perplexity import measure_perplexity
@@ -141,31 +159,44 @@ class _Job:
         Yields:
             The packing function, and the seconds of every step.
         """
+        from mlxflow.quantization.fake import fake_quantized
+        from mlxflow.stages import quantize
+        from mlxflow.stages.quantize_methods import training_settings
+
+        config = quantize.Config(method="qat", num_steps=steps, batch_size=BATCH, **table)
+        with fake_quantized(model, plan) as packed:
+            yield packed, self._train(model, training_settings(config, model), seed=seed)
+
+    def continued(self, model: Any, *, seed: int) -> None:
+        """Train a model on as `[train]` would by its own defaults, as long and as fast as the quantize table has it."""
+        from mlxflow.stages import quantize, train
+
+        rate = quantize.Config(method="qat").learning_rate
+        settings = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
+        self._train(model, settings, seed=seed)
+
+    def _train(self, model: Any, settings: Any, *, seed: int) -> list[float]:
+        """Train a model; return the seconds of every step."""
         import mlx.core as mx
 
         from mlxflow.data.loader import Loader
-        from mlxflow.quantization.fake import fake_quantized
-        from mlxflow.stages import quantize, train_methods
-        from mlxflow.stages.quantize_methods import training_settings
+        from mlxflow.stages import train_methods
         from mlxflow.training.objective import choose_objective
 
-        config = quantize.Config(method="qat", num_steps=steps, batch_size=BATCH, **table)
         model.train()
         seconds = []
-        with fake_quantized(model, plan) as packed:
-            _, objective = choose_objective(
-                model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
-            )
-            settings = training_settings(config, model)
-            step = train_methods.make_step(settings, model, objective, key="quantize", serves=lambda _: False)
-            with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
-                for _ in range(steps):
-                    batch = next(loader)
-                    begin = time.perf_counter()
-                    mx.eval(*step.update(step.compute(batch.tokens, batch.marks)), step.state)
-                    seconds.append(time.perf_counter() - begin)
-            yield packed, seconds
+        _, objective = choose_objective(
+            model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
+        )
+        step = train_methods.make_step(settings, model, objective, key="quantize", serves=lambda _: False)
+        with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
+            for _ in range(settings.num_steps):
+                batch = next(loader)
+                begin = time.perf_counter()
+                mx.eval(*step.update(step.compute(batch.tokens, batch.marks)), step.state)
+                seconds.append(time.perf_counter() - begin)
         model.eval()
+        return seconds
 
 
 def _uniform(model: Any, mode: str, bits: int, group_size: int = 64) -> dict[str, Any]:
@@ -194,6 +225,47 @@ def qat(folder: str, seed: str = "1", modes: str = "affine,symmetric", bits: str
             ours = job.perplexity_of(model, parts, plan)
             recovered = (rounded - ours) / (rounded - best)
             _tell(f"{mode} {width}", rtn_of_control=rounded, qat=ours, recovered=recovered)
+
+
+def recovery(folder: str, bases: str = "4", orders: str = "2") -> None:
+    """Tell what QAT recovers over several base models, of which the folder's is the first, and orders of the rows."""
+    job = _Job(folder, held_out=1_000_000)
+    shares: dict[str, list[tuple[float, float]]] = {}
+    for number in range(int(bases)):
+        base_model = job.model() if number == 0 else job.another(number)
+        for order in range(1, int(orders) + 1):
+            control, continued = copy.deepcopy(base_model), copy.deepcopy(base_model)
+            with job.trained(control, {}, seed=order):
+                pass
+            job.continued(continued, seed=order)
+            _tell(
+                f"base {number}, order {order}",
+                base=job.perplexity(base_model),
+                control=job.perplexity(control),
+                trained_on=job.perplexity(continued),
+            )
+            for mode, bits in itertools.product(("affine", "symmetric"), (4, 3, 2)):
+                model = copy.deepcopy(base_model)
+                plan = _uniform(model, mode, bits)
+                with job.trained(model, plan, seed=order) as (packed, _):
+                    parts = packed()
+                ours = job.perplexity_of(model, parts, plan)
+                told, recovered = {"qat": ours}, []
+                for name, dense in (("control", control), ("trained_on", continued)):
+                    told[f"rtn_of_{name}"] = rounded = job.rounded(dense, plan)
+                    recovered.append((rounded - ours) / (rounded - job.perplexity(dense)))
+                shares.setdefault(f"{mode} {bits}", []).append((recovered[0], recovered[1]))
+                _tell(f"base {number}, order {order}, {mode} {bits}", **told, recovered=recovered[0])
+    for name, found in shares.items():
+        ours_all, others = zip(*found, strict=True)
+        error = statistics.stdev(ours_all) / len(ours_all) ** 0.5 if len(ours_all) > 1 else math.nan
+        _tell(
+            name,
+            recovered=statistics.mean(ours_all),
+            standard_error=error,
+            runs=len(ours_all),
+            recovered_of_trained_on=statistics.mean(others),
+        )
 
 
 def learned(folder: str) -> None:
@@ -306,8 +378,8 @@ def _dynamic(job: _Job, model: Any, target: float, known: dict[float, Any]) -> t
     return job.rounded(model, plan, mx.bfloat16), 8 * plan_bytes(plan, sizes) / parameters
 
 
-def symmetric() -> None:
-    """Compare relative errors on matrices of normal and of Laplace numbers."""
+def symmetric(folder: str) -> None:
+    """Compare relative errors on matrices of normal and of Laplace numbers, and on a trained model's together."""
     import mlx.core as mx
 
     from mlxflow.quantization.codec import round_trip
@@ -321,7 +393,33 @@ def symmetric() -> None:
                 float(mx.linalg.norm(round_trip(weight, Setting(mode, bits, 64)) - weight) / mx.linalg.norm(weight))
                 for mode in ("affine", "symmetric")
             ]
-            _tell(f"{name}, {bits} bits", affine=lost[0], symmetric=lost[1])
+            best = float(mx.sqrt(_best_symmetric(weight, bits) / weight.square().sum()))
+            _tell(f"{name}, {bits} bits", affine=lost[0], symmetric=lost[1], best_of_800_scales=best)
+    layers = [layer.weight for _, layer in _Job(folder).model().named_modules() if hasattr(layer, "to_quantized")]
+    whole = sum(float(weight.square().sum()) for weight in layers)
+    for bits in (2, 3, 4):
+        settings = [Setting(mode, bits, 64) for mode in ("affine", "symmetric")]
+        errors = [
+            sum(float((round_trip(weight, one) - weight).square().sum()) for weight in layers) for one in settings
+        ]
+        _tell(
+            f"trained model, {bits} bits", affine=math.sqrt(errors[0] / whole), symmetric=math.sqrt(errors[1] / whole)
+        )
+
+
+def _best_symmetric(weight: Any, bits: int) -> Any:
+    """Return the squared error of the best of 800 scales for each group."""
+    import mlx.core as mx
+
+    groups, half = weight.reshape(-1, 64), 2 ** (bits - 1)
+    largest = mx.abs(groups).max(-1, keepdims=True)
+    best = mx.full((len(groups),), mx.inf)
+    for share in (sign * number / 400 for sign in (1, -1) for number in range(100, 500)):
+        scale = share * largest / half
+        rounded = mx.clip(mx.round(groups / scale), -half, half - 1) * scale
+        best = mx.minimum(best, (rounded - groups).square().sum(-1))
+        mx.eval(best)
+    return best.sum()
 
 
 def sizes() -> None:
@@ -436,7 +534,10 @@ def _run_measured(command: list[str], folder: Path) -> tuple[float, int]:
     return time.perf_counter() - begin, usage.ru_maxrss * (1024 if sys.platform.startswith("linux") else 1)
 
 
-PARTS = {one.__name__: one for one in (base, qat, learned, step, budget, symmetric, sizes, evaluate, convert, write)}
+PARTS = {
+    one.__name__: one
+    for one in (base, qat, recovery, learned, step, budget, symmetric, sizes, evaluate, convert, write)
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
@@ -444,6 +545,7 @@ if __name__ == "__main__":
     cpu.prepare()
     import mlx.core as mx
 
-    mx.set_default_device(mx.cpu)
+    if sys.argv[1] != "recovery":
+        mx.set_default_device(mx.cpu)
     part: Any = PARTS[sys.argv[1]]
     part(*sys.argv[2:])

@@ -7,8 +7,8 @@ Gradients of a trained attention hold numbers under 1e-38. An x86 processor take
 denormals unless told to treat them as zero, as GPUs do; a step then takes 1.6 times as long after a few dozen updates
 (`benchmarks/cpu.py`). The setting belongs to a thread and is inherited by the threads it starts.
 
-`mx.compile` has g++ make each kernel, which takes 1.2 s, of which 0.8 s go into reading one header of MLX. Read once
-and kept beside the kernels, in the temporary folder, it leaves the first training after a boot half of its time.
+`mx.compile` has g++ make each kernel, which takes 1.2 s, of which 0.8 s go into reading one header of MLX. So it is
+read once and kept beside the kernels, in the temporary folder.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """Where to cut a group's weights off, so that the finer steps in between save more than the cut costs.
 
-MLX takes the steps of a group from its smallest and its largest weight: with few bits, one far weight makes all others
-coarse. OmniQuant learns such limits (Shao et al. 2023, arXiv:2308.13137), AWQ searches for them; so do we.
+For the modes whose scales are MLX's alone: it takes them from the extremes, and one far weight makes all others coarse.
+OmniQuant learns such limits (Shao et al. 2023, arXiv:2308.13137), AWQ searches for them; so do we.
 """
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.settings import Setting
 
 #: The least share of a range that is tried, by bits: below it, cutting costs more than it saves.
-_LEAST_SHARE = {2: 0.35, 3: 0.5, 4: 0.65, 5: 0.75, 6: 0.85, 8: 0.93}
+_LEAST_SHARE = {4: 0.65, 8: 0.93}
 _SHARES = 12
 
 
@@ -34,7 +34,7 @@ def best_limits(weight: mx.array, setting: Setting) -> mx.array:
 
     Args:
         weight: (..., N); the group size divides N.
-        setting: of a mode that takes its steps from the weights: any but the symmetric.
+        setting: of mode "mxfp4", "mxfp8" or "nvfp4".
 
     Returns:
         The lowest and the highest weight that is kept, (2, ..., N / G, 1), in the type of the weights.

@@ -33,20 +33,22 @@ class Packed(NamedTuple):
         return self.weight.nbytes + self.scales.nbytes + (0 if self.biases is None else self.biases.nbytes)
 
 
-def pack(weight: mx.array, setting: Setting, scales: mx.array | None = None) -> Packed:
+def pack(weight: mx.array, setting: Setting, grid: mx.array | None = None) -> Packed:
     """Return the codes, scales and biases of a matrix, as MLX stores them.
 
     Args:
         weight: (..., N) in fp32, fp16 or bf16; the group size divides N.
         setting: how.
-        scales: for the symmetric mode, those to use, (..., N / group_size); found by `symmetric_scales` if None.
+        grid: for the affine and the symmetric mode, the scales and biases to use, (2, ..., N / group_size); if None,
+            MLX's own, and that of `symmetric_grid`.
 
     Raises:
         ValueError: MLX does not have the setting.
     """
-    if setting.mode == "symmetric":
-        found = symmetric_scales(weight, setting) if scales is None else scales
-        return Packed(*_pack_symmetric(setting.bits)(weight, found))
+    if grid is None and setting.mode == "symmetric":
+        grid = symmetric_grid(weight, setting)
+    if grid is not None:
+        return Packed(_pack_on(setting.bits)(weight, grid), grid[0], grid[1])
     parts = mx.quantize(weight, group_size=setting.group_size, bits=setting.bits, mode=setting.mode)
     return Packed(*parts) if len(parts) > 2 else Packed(parts[0], parts[1], None)
 
@@ -64,9 +66,25 @@ def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> m
     )
 
 
-def round_trip(weight: mx.array, setting: Setting, scales: mx.array | None = None) -> mx.array:
+def round_trip(weight: mx.array, setting: Setting) -> mx.array:
     """Return the matrix that comes back, in the type that went in."""
-    return unpack(pack(weight, setting, scales), setting, weight.dtype)
+    return unpack(pack(weight, setting), setting, weight.dtype)
+
+
+def places_on(groups: mx.array, grid: mx.array) -> mx.array:
+    """Return where weights lie among a grid's points, 0 for the first, in fp32; on a scale of zero, all at 0.
+
+    Args:
+        groups: (..., G).
+        grid: their scales and biases, (2, ...).
+    """
+    scales, biases = grid.astype(mx.float32)[..., None]
+    return (groups.astype(mx.float32) - biases) / mx.where(scales == 0, mx.inf, scales)
+
+
+def codes_on(groups: mx.array, grid: mx.array, bits: int) -> mx.array:
+    """Return the codes of weights on a grid, as whole numbers in fp32; see `places_on`."""
+    return mx.clip(mx.round(places_on(groups, grid)), 0, 2**bits - 1)
 
 
 def is_supported(setting: Setting) -> bool:
@@ -94,17 +112,22 @@ def packed_bytes(shape: tuple[int, ...], setting: Setting, dtype: mx.Dtype) -> i
     return count * setting.bits // 8 + groups * per_group
 
 
-def symmetric_scales(weight: mx.array, setting: Setting) -> mx.array:
-    """Return for each group the scale with the least squared error, in the type of the weights.
+def symmetric_grid(weight: mx.array, setting: Setting) -> mx.array:
+    """Return for each group the scale with the least squared error and the bias with it, in the type of the weights.
 
-    Codes run from -2^(bits-1) to 2^(bits-1) - 1, so that a scale has a sign: either end may be the longer one. Tried
-    are multiples of the scale that maps the largest weight to the last code, each with its least-squares refit.
+    Codes around zero run from -2^(bits-1) to 2^(bits-1) - 1, so that a scale has a sign: either end may be the longer
+    one. Tried are multiples of the scale that maps the largest weight to the last code, each with its least-squares
+    refit.
 
     Args:
         weight: (..., N).
         setting: a symmetric one.
+
+    Returns:
+        Scales and biases, (2, ..., N / group_size): the biases are -2^(bits-1) times the scales.
     """
-    return _symmetric_scales(setting.bits, setting.group_size)(weight)
+    scales = _symmetric_scales(setting.bits, setting.group_size)(weight)
+    return mx.stack([scales, scales * -(2 ** (setting.bits - 1))])
 
 
 @cache
@@ -147,14 +170,10 @@ def _codes(groups: mx.array, scale: mx.array, half: int) -> mx.array:
 
 
 @cache
-def _pack_symmetric(bits: int) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]:
-    half = 2 ** (bits - 1)
-
-    def packed(weight: mx.array, scales: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        group_size = weight.shape[-1] // scales.shape[-1]
-        groups = weight.astype(mx.float32).reshape(*scales.shape, group_size)
-        codes = _codes(groups, scales.astype(mx.float32)[..., None], half) + half
-        return _bit_stream(codes.astype(mx.uint32), bits).reshape(*weight.shape[:-1], -1), scales, scales * -half
+def _pack_on(bits: int) -> Callable[[mx.array, mx.array], mx.array]:
+    def packed(weight: mx.array, grid: mx.array) -> mx.array:
+        codes = codes_on(weight.reshape(*grid.shape[1:], -1), grid, bits)
+        return _bit_stream(codes.astype(mx.uint32), bits).reshape(*weight.shape[:-1], -1)
 
     return mx.compile(packed)
 

@@ -15,10 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.quantization.clipping import best_limits, clip, where_kept
-from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_scales
+from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_grid
+from mlxflow.quantization.grid import best_grid, round_on, where_on
 from mlxflow.quantization.settings import Setting
 
-# Of a layer: what is found once of its grid, limits or ratios of scales; no parameter
+# Of a layer: scales and biases, or limits in a mode that has its own; no parameter
 _GRID = "_grid"
 
 
@@ -28,8 +29,8 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
 
     Each layer becomes of a class of its own that inherits from its class; parameters keep their names. Begin before a
     step is compiled: what is compiled does not see a change of classes. A layer with an adapter beside it computes
-    with the quantized sum of both, without the adapter's dropout. Each group's grid starts where it loses least: its
-    limits are found here and stay; the symmetric mode's scales follow the weights.
+    with the quantized sum of both, without the adapter's dropout. Each group's grid is found here, where it loses
+    least, and stays: a search in every step would cost more than the step.
 
     Args:
         model: dense, with adapters or without.
@@ -41,8 +42,7 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
     modules = dict(model.named_modules())
     chosen = {path: modules[path] for path in layers}
     for path, module in chosen.items():
-        symmetric = layers[path].mode == "symmetric"
-        module[_GRID] = (_ratios if symmetric else best_limits)(_dense_weight(module), layers[path])
+        module[_GRID] = _find_grid(_dense_weight(module), layers[path])
         module.__class__ = _faking(cast("Hashable", type(module)), layers[path])
     mx.eval(model.state)
     try:
@@ -91,54 +91,38 @@ def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
 
 @functools.cache
 def _straight_through(setting: Setting) -> Callable[..., mx.array]:
-    """Return `round_trip` whose gradient is that of the identity, and 0 for what is cut off.
+    """Return the rounding of a weight, whose gradient is that of the identity, and 0 for what is cut off.
 
     Not `w + stop_gradient(q - w)`: in bf16 that sum is not always q.
     """
+    has_grid = setting.stored_mode == "affine"
 
     def forward(weight: mx.array, grid: mx.array) -> mx.array:
-        weight, scales = _on_grid(weight, grid, setting)
-        return round_trip(weight, setting, scales)
+        return round_on(weight, setting, grid) if has_grid else round_trip(clip(weight, grid), setting)
 
     function = mx.custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         weight, grid = primals
-        gradient = cotangent if setting.mode == "symmetric" else where_kept(weight, grid, cotangent)
+        gradient = where_on(weight, setting, grid, cotangent) if has_grid else where_kept(weight, grid, cotangent)
         return gradient, mx.zeros_like(grid)
 
     return cast("Callable[..., mx.array]", function)
 
 
+def _find_grid(weight: mx.array, setting: Setting) -> mx.array:
+    if setting.stored_mode != "affine":
+        return best_limits(weight, setting)
+    return (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+
+
 def _packed(module: nn.Module, setting: Setting) -> Packed:
-    weight, scales = _on_grid(_dense_weight(module), module[_GRID], setting)
-    return pack(weight, setting, scales)
-
-
-def _on_grid(weight: mx.array, grid: mx.array, setting: Setting) -> tuple[mx.array, mx.array | None]:
-    """Return what is packed of a weight, and the scales of the symmetric mode."""
-    if setting.mode == "symmetric":
-        return weight, (grid * _largest(weight, setting)).astype(weight.dtype)
-    return clip(weight, grid), None
+    weight, grid = _dense_weight(module), module[_GRID]
+    return pack(weight, setting, grid) if setting.stored_mode == "affine" else pack(clip(weight, grid), setting)
 
 
 def _dense_weight(module: nn.Module) -> mx.array:
     """Return a layer's weight; with an adapter, their sum."""
     weight = module["weight"] if "weight" in module else module.fuse().weight
     return cast("mx.array", weight)
-
-
-def _ratios(weight: mx.array, setting: Setting) -> mx.array:
-    """Return the best scales over the largest weight of each group, in fp32.
-
-    A search in every step would cost more than the step: the ratio is found once, the scale follows the weights.
-    """
-    largest = _largest(weight, setting)
-    scales = symmetric_scales(weight, setting).astype(mx.float32)
-    return mx.where(largest == 0, 2.0 ** (1 - setting.bits), scales / mx.where(largest == 0, 1.0, largest))
-
-
-def _largest(weight: mx.array, setting: Setting) -> mx.array:
-    groups = mx.abs(weight.astype(mx.float32)).reshape(*weight.shape[:-1], -1, setting.group_size)
-    return groups.max(axis=-1)

@@ -14,7 +14,7 @@ from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
 from mlxflow.stages import quantize_methods, train
 
-VERSION = 4
+VERSION = 5
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -85,7 +85,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     calibration_rows: Annotated[int, Meta(ge=1, description="training rows that the learned methods look at")] = 64
 
     num_steps: Annotated[int, Meta(ge=1, description="of qat: optimizer updates")] = 36
-    learning_rate: Annotated[float, Meta(gt=0, description="of qat: at its highest, after the warm-up")] = 5e-4
+    learning_rate: Annotated[float, Meta(gt=0, description="of qat: at its highest, after the warm-up")] = 8e-4
     batch_size: Annotated[int, Meta(ge=1, description="of qat: rows in one forward pass")] = 32
     grad_accum_steps: Annotated[int, Meta(ge=1, description="of qat: forward passes an update sums")] = 1
     distill: Annotated[

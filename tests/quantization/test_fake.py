@@ -8,8 +8,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow.quantization.clipping import best_limits
-from mlxflow.quantization.codec import round_trip, unpack
+from mlxflow.quantization.codec import round_trip, symmetric_grid, unpack
 from mlxflow.quantization.fake import fake_quantized, fake_weight
+from mlxflow.quantization.grid import best_grid
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
 from mlxflow.training.objective import choose_objective, plain_objective
@@ -55,6 +56,17 @@ def _train(model: nn.Module, *, steps: int, has_masters: bool = False) -> None:
         mx.eval(step.update(step.compute(tokens, mx.full(tokens.shape, 3, mx.uint8))), step.state)
 
 
+def _ends(weight: mx.array, setting: Setting) -> tuple[Any, Any]:
+    """Return below and above what the weights of a group are cut off, (..., 1) each."""
+    if setting.stored_mode != "affine":
+        low, high = (np.array(one.astype(mx.float32)) for one in best_limits(weight, setting))
+        return low, high
+    grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+    scales, biases = np.array(grid.astype(mx.float32))[..., None]
+    ends = np.stack([biases - scales / 2, biases + scales * (2**setting.bits - 0.5)])
+    return ends.min(axis=0), ends.max(axis=0)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_the_gradient_goes_straight_through_what_is_not_cut_off(setting: Setting, dtype: mx.Dtype) -> None:
@@ -68,12 +80,10 @@ def test_the_gradient_goes_straight_through_what_is_not_cut_off(setting: Setting
         made: mx.array = (layer(x) * towards).astype(mx.float32).sum()
         return made
 
-    cut_off = np.zeros((32, 128), bool)
-    if setting.mode != "symmetric":
-        low, high = (np.array(one.astype(mx.float32)) for one in best_limits(layer.weight, setting))
-        groups = np.array(layer.weight.astype(mx.float32)).reshape(32, -1, setting.group_size)
-        cut_off = ((groups < low) | (groups > high)).reshape(32, 128)
-        assert cut_off.any() or setting.bits > 3 or setting.mode != "affine"
+    low, high = _ends(layer.weight, setting)
+    groups = np.array(layer.weight.astype(mx.float32)).reshape(32, -1, setting.group_size)
+    cut_off = ((groups < low) | (groups > high)).reshape(32, 128)
+    assert cut_off.any() or setting.bits > 3
     with fake_quantized(nn.Sequential(layer), {"layers.0": setting}):
         weights = layer.trainable_parameters()
         gradient = mx.grad(loss)(weights)["weight"]
