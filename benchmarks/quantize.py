@@ -170,8 +170,9 @@ class _Job:
     def continued(self, model: Any, *, seed: int) -> None:
         """Train a model on as `[train]` would by its own defaults, as long and as fast as the quantize table has it."""
         from mlxflow.stages import quantize, train
+        from mlxflow.stages.quantize_methods import training_settings
 
-        rate = quantize.Config(method="qat").learning_rate
+        rate = training_settings(quantize.Config(method="qat", num_steps=STEPS), model).learning_rate
         settings = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
         self._train(model, settings, seed=seed)
 

@@ -85,7 +85,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     calibration_rows: Annotated[int, Meta(ge=1, description="training rows that the learned methods look at")] = 64
 
     num_steps: Annotated[int, Meta(ge=1, description="of qat: optimizer updates")] = 36
-    learning_rate: Annotated[float, Meta(gt=0, description="of qat: at its highest, after the warm-up")] = 8e-4
+    learning_rate: Annotated[
+        Literal["auto"] | Annotated[float, Meta(gt=0)],
+        Meta(description="of qat: at its highest, after the warm-up; auto: 8e-4, less for fewer than 300 num_steps"),
+    ] = "auto"
     batch_size: Annotated[int, Meta(ge=1, description="of qat: rows in one forward pass")] = 32
     grad_accum_steps: Annotated[int, Meta(ge=1, description="of qat: forward passes an update sums")] = 1
     distill: Annotated[

@@ -1,5 +1,6 @@
 """How the stage `quantize` comes to a plan and to codes: rounding, mlx-lm's learned methods, training, a budget."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ _ENTRY_BYTES = 80
 _HEADER_BYTES = 1024
 
 _DWQ_LEARNING_RATE = 1e-5
+
+# Of quantization-aware training: found best for so many steps, by `benchmarks/quantize.py recovery`
+_QAT_LEARNING_RATE, _QAT_STEPS = 8e-4, 300
 
 
 class Tokens(NamedTuple):
@@ -247,7 +251,7 @@ def training_settings(config: Any, model: Any) -> Any:
         num_steps=config.num_steps,
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
-        learning_rate=config.learning_rate,
+        learning_rate=_highest_rate(config) if config.learning_rate == "auto" else config.learning_rate,
         warmup_steps=max(1, config.num_steps // 10),
         schedule="linear",
         # weights go to the grid's points, not to zero; and what a rounding costs is answered late if gradients linger
@@ -260,6 +264,11 @@ def training_settings(config: Any, model: Any) -> Any:
         max_validation_rows=config.max_validation_rows,
         eval_every=max(1, config.num_steps // 2),
     )
+
+
+def _highest_rate(config: Any) -> float:
+    """Return the learning rate for a number of steps: in few of them the noise of a high one is not averaged out."""
+    return _QAT_LEARNING_RATE * math.sqrt(min(1.0, config.num_steps / _QAT_STEPS))
 
 
 def _teacher(inputs: Any) -> Any:

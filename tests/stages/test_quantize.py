@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.convert import convert
@@ -20,6 +21,8 @@ from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.models import dense_weights, for_evaluation, load
 from mlxflow.plans import check_plans
 from mlxflow.run import run_stage
+from mlxflow.stages.quantize import Config
+from mlxflow.stages.quantize_methods import training_settings
 from mlxflow.workflow import load_workflow
 from tests.conftest import TINY, mlxflow
 
@@ -164,6 +167,15 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypat
     monkeypatch.undo()
     job.run(**table)
     assert (job.artifact / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("table", "rate"), [({}, 8e-4 * 0.12**0.5), ({"num_steps": 300}, 8e-4), ({"num_steps": 9000}, 8e-4)]
+)
+def test_few_steps_train_at_a_lower_rate(table: dict[str, Any], rate: float) -> None:
+    model = nn.Linear(4, 4)
+    assert training_settings(Config(method="qat", **table), model).learning_rate == pytest.approx(rate)
+    assert training_settings(Config(method="qat", learning_rate=0.1, **table), model).learning_rate == 0.1
 
 
 def test_a_rate_that_is_far_too_high_is_told_by_this_stages_key(job: Job) -> None:
