@@ -182,6 +182,7 @@ class _Job:
 
         from mlxflow.data.loader import Loader
         from mlxflow.stages import train_methods
+        from mlxflow.training import serving
         from mlxflow.training.objective import choose_objective
 
         model.train()
@@ -189,7 +190,7 @@ class _Job:
         _, objective = choose_objective(
             model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
         )
-        step = train_methods.make_step(settings, model, objective, key="quantize", serves=lambda _: False)
+        step = train_methods.make_step(settings, model, objective, key="quantize", kernels=serving.nothing())
         with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
             for _ in range(settings.num_steps):
                 batch = next(loader)

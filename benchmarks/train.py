@@ -223,6 +223,7 @@ def _ours(
     lazy: int = 1,
     max_grad_norm: float = 0.0,
     kernels: bool = True,
+    deterministic: bool = True,
 ) -> None:
     """Run this project's own trainer: loader, compiled update, memory limit and all."""
     import mlx.core as mx
@@ -231,6 +232,7 @@ def _ours(
     from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import Rows
     from mlxflow.training import objective, recompute, serving
+    from mlxflow.training.arithmetic import Arithmetic
     from mlxflow.training.batch_size import BatchSizes
     from mlxflow.training.checkpoints import CheckpointStore
     from mlxflow.training.loop import Plan, Trainer
@@ -275,10 +277,11 @@ def _ours(
         memory_limit_bytes=limit,
     )
     logs: list[dict[str, Any]] = []
+    how = Arithmetic(is_deterministic=deterministic, attention=use.attention)
     with use.fitted(), recompute.recomputed(model, every=every):
         trainer = Trainer(
             model=model,
-            step=Step(model, update, goal),
+            step=Step(model, update, goal, arithmetic=how),
             sizes=BatchSizes(
                 batch_size=size,
                 max_batch_size=size,
@@ -351,6 +354,8 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
     "PyTorch compiled, bf16": _torch,
     "mlxflow bf16-pure": _ours,
     "mlxflow bf16-pure, without kernels": partial(_ours, kernels=False),
+    "mlxflow bf16-pure, not deterministic": partial(_ours, deterministic=False),
+    "mlxflow bf16-pure, without kernels, not deterministic": partial(_ours, kernels=False, deterministic=False),
     "mlxflow bf16-pure, norm clipped": partial(_ours, max_grad_norm=1.0),
     "mlxflow bf16-pure, limit 16.9 GB": partial(_ours, limit_gb=16.9),
     "mlxflow bf16-pure, limit 16.5 GB": partial(_ours, limit_gb=16.5),

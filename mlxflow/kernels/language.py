@@ -134,6 +134,9 @@ class Source(NamedTuple):
         groups: int,
         shapes: Sequence[tuple[int, ...]],
         dtypes: Sequence[mx.Dtype],
+        threads: int = THREADS,
+        resident: int = 1,
+        shared_bytes: int = 0,
     ) -> list[mx.array]:
         """Return the results, lazy.
 
@@ -143,21 +146,24 @@ class Source(NamedTuple):
             groups: of threads.
             shapes: of the results.
             dtypes: of the results.
+            threads: of a group.
+            resident: groups that are to fit on a processor of the device at once; what it leaves of registers is used.
+            shared_bytes: of memory that a group's threads share beyond what the body declares; CUDA only.
         """
-        made = [("THREADS", THREADS), *constants]
+        made = [("THREADS", threads), *constants]
         types = tuple(name_of(one.dtype) for one in inputs), tuple(name_of(one) for one in dtypes)
         words = cast("str", language())
         built = None
         if words == "cuda" and (self is _TRIAL or _programs_run()):
-            built = _built(self, *types, tuple((name, _shown(value)) for name, value in made))
-        call = _compiled(self, words, *types) if built is None else mx.fast.precompiled_cuda_kernel
+            built = _built(self, *types, tuple((name, _shown(value)) for name, value in made), resident)
+        call = _compiled(self, words, *types, shared_bytes) if built is None else mx.fast.precompiled_cuda_kernel
         return call(
             inputs=list(inputs),
-            grid=(groups * THREADS, 1, 1),
-            threadgroup=(THREADS, 1, 1),
+            grid=(groups * threads, 1, 1),
+            threadgroup=(threads, 1, 1),
             output_shapes=list(shapes),
             output_dtypes=list(dtypes),
-            **({"template": made} if built is None else built.call(inputs)),
+            **({"template": made} if built is None else built.call(inputs, shared_bytes)),
         )
 
 
@@ -170,7 +176,7 @@ _TRIAL = Source(
 @functools.cache
 def _programs_run() -> bool:
     """Return whether a program of our own runs on this device: tried on the simplest; what MLX offers may change."""
-    if _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),)) is None:
+    if _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),), 1) is None:
         return False
     x = mx.arange(5, dtype=mx.float32)
     try:
@@ -195,18 +201,23 @@ class Built(NamedTuple):
     symbol: str
     code: bytes
 
-    def call(self, inputs: Sequence[mx.array]) -> dict[str, Any]:
+    def call(self, inputs: Sequence[mx.array], shared_bytes: int) -> dict[str, Any]:
         """Return what MLX is told of the program beside what it is told of any kernel."""
         return {
             "name": self.symbol,
             "compiled_source": self.code,
             "scalars": [size for array in inputs for size in (array.size, array.shape[-1])],
             "ensure_row_contiguous": True,
+            "shared_memory": shared_bytes,
         }
 
 
 def program(
-    source: Source, inputs: Sequence[str], outputs: Sequence[str], constants: Sequence[tuple[str, str]]
+    source: Source,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    constants: Sequence[tuple[str, str]],
+    resident: int = 1,
 ) -> tuple[str, str]:
     """Return a kernel's name and the CUDA program that has it, which includes nothing.
 
@@ -216,7 +227,8 @@ def program(
         source: the kernel.
         inputs: names of their types.
         outputs: names of their types.
-        constants: names and values, as a program has them.
+        constants: names and values, as a program has them; THREADS among them.
+        resident: see `Source.launch`.
 
     Raises:
         KeyError: a type has no name here.
@@ -230,8 +242,9 @@ def program(
     )
     body = f"({', '.join(arguments)}) {{\n{known}{_PLACE['cuda']}{source.body}}}\n"
     before = _CUDA_TYPES + _CUDA + source.header
-    symbol = f"mlxflow_{source.name}_{hashlib.sha256((before + body).encode()).hexdigest()[:16]}"
-    return symbol, f'{before}extern "C" __global__ void {symbol}{body}'
+    bounds = f"__launch_bounds__({dict(constants)['THREADS']}, {resident})"
+    symbol = f"mlxflow_{source.name}_{hashlib.sha256((before + bounds + body).encode()).hexdigest()[:16]}"
+    return symbol, f'{before}extern "C" __global__ void {bounds} {symbol}{body}'
 
 
 def _shown(value: Any) -> str:
@@ -240,14 +253,18 @@ def _shown(value: Any) -> str:
 
 @functools.cache
 def _built(
-    source: Source, inputs: tuple[str, ...], outputs: tuple[str, ...], constants: tuple[tuple[str, str], ...]
+    source: Source,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    constants: tuple[tuple[str, str], ...],
+    resident: int,
 ) -> Built | None:
     """Return the compiled program; None where MLX is to make one: for want of a compiler or for a type."""
     from mlxflow.kernels import nvrtc
 
     if not {*inputs, *outputs} <= _CUDA_NAMES.keys() or not all(value for _, value in constants):
         return None
-    symbol, text = program(source, inputs, outputs, constants)
+    symbol, text = program(source, inputs, outputs, constants, resident)
     code = nvrtc.compiled(text)
     return None if code is None else Built(symbol, code)
 
@@ -265,16 +282,18 @@ def _sizes(source: Source) -> str:
 
 @functools.cache
 def _compiled(
-    source: Source, words: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    source: Source, words: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
 ) -> Callable[..., list[mx.array]]:
     # MLX up to 0.32.1 knows a kernel by its name alone: one for other types must have another
     make = mx.fast.cuda_kernel if words == "cuda" else mx.fast.metal_kernel
+    told: dict[str, Any] = {"shared_memory": shared_bytes} if shared_bytes else {}
     made = make(
         name="_".join(["mlxflow", source.name, *inputs, *outputs]),
         input_names=list(source.inputs),
         output_names=list(source.outputs),
         source=_PLACE[words] + _sizes(source) + source.body,
         header=(_CUDA if words == "cuda" else _METAL) + source.header,
+        **told,
     )
     return cast("Callable[..., list[mx.array]]", made)
 

@@ -36,6 +36,11 @@ def rotary_name(dtype: mx.Dtype, width: int, *, interleaved: bool) -> str:
     return f"rotary{'_interleaved' * interleaved}/{name_of(dtype)}/{width}"
 
 
+def attention_name(dtype: mx.Dtype, width: int) -> str:
+    """Return the name of the causal attention of heads of a width; for up to 64 numbers it is cut as for 64."""
+    return f"attention/{name_of(dtype)}/{64 if width <= 64 else 128 if width <= 128 else width}"
+
+
 def embedding_name(dtype: mx.Dtype) -> str:
     """Return the name of the gradient of looked-up rows."""
     return f"embedding/{name_of(dtype)}"
@@ -59,6 +64,8 @@ def sum_of_squares_name(dtype: mx.Dtype) -> str:
 def is_known(name: str) -> bool:
     """Return whether a kernel takes the type and width that a name tells."""
     kind, dtype, *width = name.split("/")
+    if kind == "attention":
+        return dtype == "bfloat16" and int(width[0]) <= 128
     if kind.endswith("rms_norm"):
         return dtype in TYPES and int(width[0]) % 8 == 0 and int(width[0]) <= 8192
     return dtype in TYPES and (not kind.startswith("rotary") or int(width[0]) % 16 == 0)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.kernels import adamw, cross_entropy, embedding, gated, rms_norm, rotary
+from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated, rms_norm, rotary
 from mlxflow.kernels.names import TYPES
 from mlxflow.lookup import ordered_gradient
 
@@ -66,6 +66,11 @@ def operation(name: str) -> Operation:
         wide = partial(_wide_turns, interleaved)
         theirs = mx.compile(partial(_turn_and_back_own, interleaved))
         return Operation(partial(_turned_inputs, dtype, width), there_and_back, wide, theirs, tolerance)
+    if kind == "attention":
+        inputs = partial(_attention_inputs, dtype, int(parts[1]))
+        plain = partial(_attended_and_gradients, lambda q, k, v: attention.reference(q, k, v, _SCALE)[0])
+        # MLX's way to the same bits every time; compiled it is as fast, and takes long to compile
+        return Operation(inputs, _attended_by_kernel, partial(_wide, plain), plain, 2**-6)
     if kind == "embedding":
         inputs = partial(_lookup_inputs, dtype)
         gradients = partial(_lookup_gradient, embedding.kernel_gradient)
@@ -203,6 +208,37 @@ def _turn_and_back_own(interleaved: bool, x: mx.array, g: mx.array, c: mx.array,
     turn = partial(mx.fast.rope, dims=x.shape[-1], traditional=interleaved, base=_BASE, scale=1.0, offset=0)
     values, gradients = mx.vjp(turn, [x], [g])
     return [*values, *gradients]
+
+
+#: Of the scores of attention.
+_SCALE = 0.11
+
+
+def _attention_inputs(dtype: mx.Dtype, width: int, size: int) -> Arrays:
+    """Return queries, keys, values and what comes in; heads are scaled, and the last block is not full."""
+    length = 333 if size > _AWKWARD else 77
+    batch = max(1, size // (6 * length * width))
+    scales = ([1.0, 2.0, 1e-3, 1.0, 0.0, 3.0], [1.0, 0.5], [1.0, 30.0], [1.0, 1e3, 1.0, 1e-3, 1.0, 1.0])
+    arrays = []
+    for seed, each in enumerate(scales):
+        x = _random((batch, length, len(each), width), seed, mx.float32) * mx.array(each)[:, None]
+        arrays.append(x.astype(dtype).transpose(0, 2, 1, 3))
+    return arrays
+
+
+#: Numbers of awkward inputs, of which every value is looked at, and no time is taken.
+_AWKWARD = 1 << 20
+
+
+def _attended_and_gradients(function: Callable[..., mx.array], *inputs: mx.array) -> Arrays:
+    """Return the result and the gradients, a row a head: where a query sees few keys its gradient cancels out."""
+    *primals, g = inputs
+    values, gradients = mx.vjp(function, primals, [g])
+    return [array.flatten(2) for array in (*values, *gradients)]
+
+
+def _attended_by_kernel(*inputs: mx.array) -> Arrays:
+    return _attended_and_gradients(attention.attention(_SCALE), *inputs)
 
 
 def _lookup_inputs(dtype: mx.Dtype, size: int) -> Arrays:

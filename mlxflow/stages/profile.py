@@ -133,6 +133,7 @@ def settings_of(config: Config, inputs: Inputs) -> Any:
         precision=told.get("precision", "fp32"),
         checkpoint_every=every if isinstance(every, int) else int(every == "layers"),
         fused_loss=told.get("fused_loss", False),
+        is_deterministic=told.get("deterministic", True),
         kernels=tuple(told.get("kernels", ())),
     )
 

@@ -14,7 +14,7 @@ from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
 from mlxflow.stages import quantize_methods, train
 
-VERSION = 5
+VERSION = 6
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -104,6 +104,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernels: Annotated[
         Literal["auto", "off", "require"], Meta(description="of qat: our own GPU kernels, as in train")
     ] = "auto"
+    deterministic: Annotated[
+        bool, Meta(description="of qat: whether gradients are added up in one order, as in train")
+    ] = True
     lora: Annotated[train.LoraConfig, Meta(description="the adapters of qat, where some are trained")] = (
         train.LoraConfig()
     )

@@ -261,6 +261,7 @@ def training_settings(config: Any, model: Any) -> Any:
         method=config.training,
         checkpointing=config.checkpointing,
         kernels=config.kernels,
+        deterministic=config.deterministic,
         max_validation_rows=config.max_validation_rows,
         eval_every=max(1, config.num_steps // 2),
     )

@@ -12,7 +12,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
 
-VERSION = 6
+VERSION = 7
 
 #: Keys that say how the work is done and change nothing of what comes out.
 MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
@@ -124,6 +124,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "off", "require"],
         Meta(description="our own GPU kernels: where they prove right and faster; never; or an error where one lacks"),
     ] = "auto"
+    deterministic: Annotated[
+        bool,
+        Meta(
+            description="whether gradients are added up in one order, so that runs are equal to the bit; "
+            "false: MLX's attention and lookups on CUDA, which add in any order"
+        ),
+    ] = True
     lazy_eval_every: Annotated[int, Meta(ge=1, description="steps between two waits for the device")] = 4
 
     log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
@@ -295,6 +302,7 @@ def settings_of(config: Config, *, masks: bool, fused: bool, kernels: Any) -> di
     """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
     return {
         "arithmetic": "own",
+        "deterministic": config.deterministic,
         "kernels": kernels.serving,
         "method": config.method,
         "batch_size": config.batch_size,

@@ -70,7 +70,7 @@ def fit(
 
         trainer = Trainer(
             model=model,
-            step=make_step(config, model, objective, key=context.task, serves=kernels.serves),
+            step=make_step(config, model, objective, key=context.task, kernels=kernels),
             sizes=_batch_sizes(config, inputs, context),
             open_loader=lambda size, cursor: _loader(config, tokens, context, size, cursor),
             validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
@@ -195,7 +195,7 @@ def report_of(result: Any, kernels: Any) -> dict[str, Any]:
     }
 
 
-def make_step(config: "Config", model: Any, objective: Any, *, key: str, serves: Any) -> Any:
+def make_step(config: "Config", model: Any, objective: Any, *, key: str, kernels: Any) -> Any:
     """Return the step that the table asks for.
 
     Args:
@@ -203,12 +203,13 @@ def make_step(config: "Config", model: Any, objective: Any, *, key: str, serves:
         model: in training mode.
         objective: what is made small.
         key: of the table, for messages.
-        serves: tells of the name of a kernel whether it may be used.
+        kernels: which of our kernels serve: of `choose_kernels`.
 
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
     from mlxflow.training import optimizers
+    from mlxflow.training.arithmetic import Arithmetic
     from mlxflow.training.step import Step
 
     known = optimizers.options_of(config.optimizer)
@@ -232,9 +233,10 @@ def make_step(config: "Config", model: Any, objective: Any, *, key: str, serves:
         optimizer,
         max_grad_norm=config.max_grad_norm,
         has_masters=config.precision == "bf16",
-        serves=serves,
+        serves=kernels.serves,
     )
-    return Step(model, update, objective)
+    how = Arithmetic(is_deterministic=config.deterministic, attention=kernels.attention)
+    return Step(model, update, objective, arithmetic=how)
 
 
 def optimizer_settings(config: "Config") -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Causal attention for training on the CPU: by blocks of queries, without the keys that a block does not see.
+"""Attention for training: by blocks of queries on the CPU, and in a fixed order on CUDA.
 
-MLX's own attention computes all L x L scores of a row there, masks half of them and takes 13 ns for each exponential.
-Here a block of queries multiplies with the keys up to its own end, the exponentials are those of
-`training.exponential`, and rows are divided by their sums after the product with the values. The backward pass is that
-of FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 4), with the exponentials kept instead of computed anew.
+On the CPU, where it is causal and in fp32, a block of queries does without the keys that it does not see. MLX's own
+attention computes all L x L scores of a row there, masks half of them and takes 13 ns for each exponential. Here a
+block multiplies with the keys up to its own end, the exponentials are those of `training.exponential`, and rows are
+divided by their sums after the product with the values. The backward pass is that of FlashAttention (Dao et al. 2022,
+arXiv:2205.14135, algorithm 4), with the exponentials kept instead of computed anew.
 """
 
 import functools
@@ -12,11 +13,18 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlxflow.training.exponential import LOG2_E, exp2_below
 
 # Queries of a block: fewer waste less on the diagonal, more keep the matrix products large
 _BLOCK = 256
+
+
+#: Takes queries, keys, values and the scores' scale; returns causal attention, or None where it does not serve.
+Causal = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
+
+Attention = Callable[..., mx.array]
 
 
 @contextmanager
@@ -25,27 +33,127 @@ def causal_by_blocks() -> Iterator[None]:
 
     What is traced within it keeps it.
     """
-    fast: Any = mx.fast
-    plain: Callable[..., mx.array] = fast.scaled_dot_product_attention
 
-    def attention(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
+    def by_blocks(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
         if not _serves(queries, keys, values, **named):
             return plain(queries, keys, values, **named)
         return causal_attention(queries, keys, values, scale=named["scale"])
 
-    fast.scaled_dot_product_attention = attention
+    with _replaced(by_blocks):
+        yield
+
+
+@contextmanager
+def in_fixed_order(causal: Causal | None) -> Iterator[None]:
+    """Let attention in types of 16 bits that is traced in this block have a gradient that is the same every time.
+
+    On CUDA MLX takes cuDNN's, which adds to the gradient of the queries by atomics. Instead a kernel serves, or else
+    plain operations, which hold all L x L scores.
+
+    Args:
+        causal: the kernel's.
+    """
+
+    def ordered(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
+        if queries.dtype not in (mx.bfloat16, mx.float16) or named.keys() - {"scale", "mask", "sinks"}:
+            return plain(queries, keys, values, **named)
+        found = None
+        if causal is not None and _is_causal(queries, keys, **named):
+            found = causal(queries, keys, values, named["scale"])
+        return plain_attention(queries, keys, values, **named) if found is None else found
+
+    with _replaced(ordered):
+        yield
+
+
+def first_causal_width(model: nn.Module) -> int | None:
+    """Return the width of a head in the first causal attention of a model; None where it has none.
+
+    The model is called on two tokens until it comes to attention; nothing is evaluated.
+
+    Args:
+        model: of any architecture.
+    """
+
+    def found(_: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
+        is_one = queries.shape[-1] == values.shape[-1] and _is_causal(queries, keys, **named)
+        raise _FoundError(queries.shape[-1] if is_one else None)
+
+    try:
+        with _replaced(found):
+            model(mx.zeros((1, 2), mx.int32))
+    except _FoundError as told:
+        width: int | None = told.args[0]
+        return width
+    return None
+
+
+class _FoundError(Exception):
+    """Ends a model's call at its attention."""
+
+
+@contextmanager
+def _replaced(attention: Callable[..., mx.array]) -> Iterator[None]:
+    """Let a function that is given MLX's attention and its arguments stand in for it until the block ends."""
+    fast: Any = mx.fast
+    plain = fast.scaled_dot_product_attention
+    fast.scaled_dot_product_attention = functools.partial(attention, plain)
     try:
         yield
     finally:
         fast.scaled_dot_product_attention = plain
 
 
-def _serves(
-    queries: mx.array, keys: mx.array, values: mx.array, *, mask: Any = None, sinks: Any = None, **others: Any
-) -> bool:
+def _is_causal(queries: mx.array, keys: mx.array, *, mask: Any = None, sinks: Any = None, **_: Any) -> bool:
     is_causal = isinstance(mask, str) and mask == "causal" and queries.shape[2] == keys.shape[2]
+    return is_causal and sinks is None
+
+
+def plain_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Return what MLX's attention does, in plain operations.
+
+    Args:
+        queries: (B, H, L, D).
+        keys: (B, K, S, D); K divides H.
+        values: (B, K, S, E).
+        scale: of the scores.
+        mask: truths or what is added, of a shape that broadcasts to (B, H, L, S); "causal"; or None.
+        sinks: (H,), of each head a score that takes its share and has no value; or None.
+
+    Returns:
+        (B, H, L, E)
+    """
+    batch, heads, length, width = queries.shape
+    grouped = (batch, keys.shape[1], heads // keys.shape[1], length)
+    scores = (queries * scale).reshape(*grouped, width) @ _transposed(keys[:, :, None])
+    scores = scores.reshape(batch, heads, length, -1)
+    if isinstance(mask, str):
+        places = mx.arange(keys.shape[2])
+        mask = places[-length:, None] >= places
+    if mask is not None and mask.dtype == mx.bool_:
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        shares = mx.broadcast_to(sinks.astype(scores.dtype)[:, None, None], (batch, heads, length, 1))
+        scores = mx.concatenate([shares, scores], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    if sinks is not None:
+        weights = weights[..., 1:]
+    return (weights.reshape(*grouped, -1) @ values[:, :, None]).reshape(batch, heads, length, -1)
+
+
+def _serves(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> bool:
     in_fp32 = queries.dtype == keys.dtype == values.dtype == mx.float32
-    return is_causal and in_fp32 and sinks is None and others.keys() == {"scale"}
+    return in_fp32 and _is_causal(queries, keys, **named) and named.keys() - {"mask", "sinks"} == {"scale"}
 
 
 def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) -> mx.array:

@@ -1,6 +1,6 @@
 """The steps that a training run takes, with its settings, in phases that a memory profiler can tell apart."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.training import objective, recompute, serving
+from mlxflow.training.arithmetic import Arithmetic
 from mlxflow.training.batch_size import split
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.optimizers import Update, make_optimizer
@@ -28,6 +29,7 @@ class Settings(NamedTuple):
         precision: "fp32", "bf16" (fp32 weights and moments beside the model) or "bf16-pure".
         checkpoint_every: of so many layers one computes its activations anew; 0 for none.
         fused_loss: whether head and loss are one.
+        is_deterministic: every gradient is added up in one order: see `training.arithmetic`.
         kernels: names of our own that serve.
         chunk_share: of the fused loss's chunk of rows that is held at a time; 1 but in trials with fewer rows.
     """
@@ -39,6 +41,7 @@ class Settings(NamedTuple):
     precision: str
     checkpoint_every: int
     fused_loss: bool
+    is_deterministic: bool = True
     kernels: tuple[str, ...] = ()
     chunk_share: float = 1.0
 
@@ -60,7 +63,7 @@ class MeasuredSteps:
         settings: of the step.
         loss: what is made small.
         phases: opens a phase around each part: "data", "forward_backward", "update".
-        serves: tells of the name of a kernel whether it may be used.
+        served: which kernels may be used.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class MeasuredSteps:
         settings: Settings,
         loss: objective.Objective,
         phases: Phases,
-        serves: Callable[[str], bool],
+        served: serving.Serving,
     ) -> None:
         optimizer = make_optimizer(
             name=settings.optimizer,
@@ -79,9 +82,10 @@ class MeasuredSteps:
             options=settings.optimizer_options,
         )
         self._update = Update(
-            model, optimizer, max_grad_norm=1.0, has_masters=settings.precision == "bf16", serves=serves
+            model, optimizer, max_grad_norm=1.0, has_masters=settings.precision == "bf16", serves=served.serves
         )
-        self._step = Step(model, self._update, loss)
+        how = Arithmetic(is_deterministic=settings.is_deterministic, attention=served.attention)
+        self._step = Step(model, self._update, loss, arithmetic=how)
         self._model = model
         self._loader = loader
         self._settings = settings
@@ -173,7 +177,7 @@ def measured_steps(
         recompute.recomputed(model, every=settings.checkpoint_every),
         Loader(rows, batch_size=size, seed=seed, workers=2, prefetch_batches=4) as loader,
     ):
-        yield MeasuredSteps(model, loader, settings, loss, phases, served.serves)
+        yield MeasuredSteps(model, loader, settings, loss, phases, served)
 
 
 def _objective(

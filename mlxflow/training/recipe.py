@@ -39,6 +39,7 @@ class Recipe(NamedTuple):
         runs_ahead: the host builds the next step while the device computes this one; else it waits for each.
         loss: "fused" with the head, "own" cross-entropy of all logits, or "plain": MLX's.
         does_own_arithmetic: see `training.arithmetic`; else all is MLX's.
+        is_deterministic: every gradient is added up in one order: see there.
         joins_updates: the optimizer works on all matrices as one; else on each.
         kernels: names of our own that serve on this device, as `train` recorded them; those of another type do not.
         checkpoint_every: every so-manieth layer's activations are computed anew; 0 for none.
@@ -55,6 +56,7 @@ class Recipe(NamedTuple):
     runs_ahead: bool
     loss: str
     does_own_arithmetic: bool
+    is_deterministic: bool
     joins_updates: bool
     kernels: tuple[str, ...]
     checkpoint_every: int
@@ -81,6 +83,7 @@ class Recipe(NamedTuple):
             runs_ahead=True,
             loss="fused" if settings["fused_loss"] else "own",
             does_own_arithmetic=settings["arithmetic"] == "own",
+            is_deterministic=settings["deterministic"],
             joins_updates=True,
             kernels=tuple(settings["kernels"]),
             checkpoint_every=checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers"),

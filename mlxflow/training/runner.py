@@ -15,7 +15,7 @@ from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.training import serving
 from mlxflow.training.adapters import AdapterShape, add_adapters
-from mlxflow.training.arithmetic import own_arithmetic
+from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
 from mlxflow.training.objective import Objective, chunk_rows, find_head, fused_objective, plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.pieces import InlineLoader
@@ -126,7 +126,7 @@ class Runner:
             served = serving.recorded_for(model, precision=recipe.precision, names=recipe.kernels)
             held.enter_context(served.fitted())
             objective = _objective(model, recipe, job, vocab_size, uses_kernel=served.serves_loss)
-            advance, state = _advance(model, objective, recipe, job, warmup_steps, served.serves)
+            advance, state = _advance(model, objective, recipe, job, warmup_steps, served)
             loader = held.enter_context(_loading(rows, recipe, seed))
             yield cls(advance, state, loader, runs_ahead=recipe.runs_ahead)
 
@@ -175,9 +175,10 @@ def _advance(
     recipe: Recipe,
     job: Job,
     warmup_steps: int,
-    serves: Callable[[str], bool],
+    served: serving.Serving,
 ) -> tuple[_Advance, list[Any]]:
     """Return a step of a recipe, and all that it changes."""
+    arithmetic = Arithmetic(recipe.does_own_arithmetic, recipe.is_deterministic, served.attention)
     optimizer = make_optimizer(
         name=job.optimizer,
         schedule=lambda step: job.learning_rate * mx.minimum(1.0, (step + 1) / max(1, warmup_steps)),
@@ -191,17 +192,17 @@ def _advance(
             optimizer,
             max_grad_norm=job.max_grad_norm,
             has_masters=recipe.precision == "bf16",
-            serves=serves,
+            serves=served.serves,
         )
         if recipe.is_compiled:
-            step = Step(model, joined, objective, does_own_arithmetic=recipe.does_own_arithmetic)
+            step = Step(model, joined, objective, arithmetic=arithmetic)
             return lambda tokens, marks: step.update(step.compute(tokens, marks)).loss, step.state
         update, updated = (lambda total, count, tree: joined(total, count, tree)[0]), joined.state
     else:
         optimizer.init(model.trainable_parameters())
         update, updated = _plain_update(model, optimizer, job.max_grad_norm), optimizer.state
     state = [model.state, updated, mx.random.state]
-    advance = _plain_step(model, objective, update, does_own_arithmetic=recipe.does_own_arithmetic)
+    advance = _plain_step(model, objective, update, arithmetic)
     if recipe.is_compiled:
         advance = cast("_Advance", mx.compile(advance, inputs=state, outputs=state))
     return advance, state
@@ -211,8 +212,7 @@ def _plain_step(
     model: nn.Module,
     objective: Objective,
     update: Callable[[mx.array, mx.array, Any], mx.array],
-    *,
-    does_own_arithmetic: bool,
+    arithmetic: Arithmetic,
 ) -> _Advance:
     def loss(weights: Any, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         model.update(weights)
@@ -220,7 +220,7 @@ def _plain_step(
 
     def advance(tokens: mx.array, marks: mx.array) -> mx.array:
         weights = model.trainable_parameters()
-        with own_arithmetic(model, tokens, wanted=does_own_arithmetic):
+        with own_arithmetic(model, tokens, arithmetic):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
         model.update(weights)  # not those that the transformation put in their place
         return update(total, count, tree)

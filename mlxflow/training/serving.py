@@ -7,6 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.training.attention import Causal, first_causal_width
+
 
 class Serving(NamedTuple):
     """What serves.
@@ -17,6 +19,7 @@ class Serving(NamedTuple):
         fitted: gives the model's layers their kernels until the block ends; begin before a step is compiled.
         serving: names of the kernels that serve.
         refused: why others do not, by name.
+        attention: causal attention by a kernel; None where none serves.
     """
 
     serves: Callable[[str], bool]
@@ -24,6 +27,7 @@ class Serving(NamedTuple):
     fitted: Callable[[], AbstractContextManager[None]]
     serving: list[str]
     refused: dict[str, str]
+    attention: Causal | None = None
 
 
 def nothing() -> Serving:
@@ -64,7 +68,7 @@ def choose_for(
         sums_gradients: whether an update may take more than one forward pass.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
     """
-    from mlxflow.kernels import choice, fitting, names
+    from mlxflow.kernels import attention, choice, fitting, names
 
     fits = fitting.find_fits(model)
     weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
@@ -72,6 +76,9 @@ def choose_for(
     wanted |= {names.cross_entropy_name(dtype), names.adamw_name(weights, dtype), names.sum_of_squares_name(dtype)}
     if sums_gradients:  # in fp32
         wanted |= {names.adamw_name(weights, mx.float32), names.sum_of_squares_name(mx.float32)}
+    width = None if mx.metal.is_available() else first_causal_width(model)
+    if width is not None:
+        wanted.add(names.attention_name(dtype, width))
     known = [name for name in wanted if names.is_known(name)]
     chosen = choice.choose(known) if recorded is None else choice.recorded(known, recorded)
 
@@ -80,5 +87,10 @@ def choose_for(
         with fitting.fitted(fits, chosen, dtype):
             yield
 
+    def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array | None:
+        serves = attention.supports(q, k, v, scale) and chosen.serves(names.attention_name(q.dtype, q.shape[3]))
+        return attention.attention(scale)(q, k, v) if serves else None
+
     loss = chosen.serves(names.cross_entropy_name(dtype))
-    return Serving(chosen.serves, loss, fitted, chosen.serving, chosen.refused)
+    attends = width is not None and chosen.serves(names.attention_name(dtype, width))
+    return Serving(chosen.serves, loss, fitted, chosen.serving, chosen.refused, attend if attends else None)

@@ -5,19 +5,18 @@ memory does not suffice leaves the model as it was and can be tried again with f
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxflow.data.loader import Loader
-from mlxflow.data.token_file import Rows
-from mlxflow.training.arithmetic import own_arithmetic
-from mlxflow.training.objective import Objective, plain_objective
-from mlxflow.training.optimizers import Update, make_optimizer
+from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
+from mlxflow.training.objective import Objective
+from mlxflow.training.optimizers import Update
+
+_OWN = Arithmetic()
 
 
 class Gradients(NamedTuple):
@@ -57,14 +56,14 @@ class Step:
         model: in training mode; its parameters are evaluated.
         update: of the same model.
         objective: what is made small.
-        does_own_arithmetic: see `training.arithmetic`; else all is MLX's.
+        arithmetic: how it computes.
 
     Attributes:
         state: all that changes from update to update, random numbers included: what to evaluate, and to save.
     """
 
     def __init__(
-        self, model: nn.Module, update: Update, objective: Objective, *, does_own_arithmetic: bool = True
+        self, model: nn.Module, update: Update, objective: Objective, *, arithmetic: Arithmetic = _OWN
     ) -> None:
         self.state: list[Any] = [model.state, update.state, mx.random.state]
 
@@ -74,7 +73,7 @@ class Step:
 
         def compute(tokens: mx.array, marks: mx.array) -> Gradients:
             weights = model.trainable_parameters()
-            with own_arithmetic(model, tokens, wanted=does_own_arithmetic):
+            with own_arithmetic(model, tokens, arithmetic):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
             model.update(weights)  # not those that the transformation put in their place
             return Gradients(total, count, tree)
@@ -120,34 +119,3 @@ def out_of_memory_bytes(error: RuntimeError) -> int | None:
         return None
     number = re.search(r"(\d+) bytes", said)
     return int(number[1]) if number else 0
-
-
-@contextmanager
-def steps_on(
-    model: nn.Module, rows: Rows, *, batch_size: int, masks_documents: bool, seed: int
-) -> Iterator[Callable[[], int]]:
-    """Give a function that trains a model one step further on rows of tokens and waits for the result.
-
-    For measurements: AdamW at a small constant learning rate, fp32 or as the model is, all logits held. The function
-    returns how many tokens it has trained on.
-
-    Args:
-        model: changed by every call.
-        rows: at least one batch of them.
-        batch_size: rows a step, B.
-        masks_documents: no token attends to another document in its row.
-        seed: of the order of the rows.
-    """
-    model.train()
-    optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-5), weight_decay=0.0, options={})
-    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
-    step = Step(model, update, plain_objective(masks_documents=masks_documents))
-    with Loader(rows, batch_size=batch_size, seed=seed, workers=2, prefetch_batches=4) as loader:
-
-        def run() -> int:
-            batch = next(loader)
-            mx.eval(*step.update(step.compute(batch.tokens, batch.marks)), step.state)
-            mx.synchronize()  # a result is there before the buffers behind it are given back
-            return batch.targets
-
-        yield run

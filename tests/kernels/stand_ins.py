@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import adamw, cross_entropy, embedding, gated, rms_norm, rotary
+from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated, rms_norm, rotary
 
 
 def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -32,6 +32,8 @@ def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     put(gated, "kernel_gradients", "reference_gradients")
     put(gated, "kernel_joined", "reference_joined")
     put(rotary, "kernel", "reference")
+    put(attention, "kernel", "reference")
+    put(attention, "kernel_gradients", "reference_gradients")
     put(embedding, "kernel_gradient", "reference_gradient")
     put(cross_entropy, "kernel_gradient", "reference_gradient")
     put(adamw, "kernel", "reference")

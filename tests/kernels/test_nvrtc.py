@@ -30,6 +30,8 @@ NAMES = [
     ]
 ]
 
+NAMES += ["attention/bfloat16/64", "attention/bfloat16/128"]
+
 Launched = list[dict[str, Any]]
 
 

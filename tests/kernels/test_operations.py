@@ -6,7 +6,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-from mlxflow.kernels import adamw, cross_entropy, embedding, gated, rms_norm, rotary
+from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated, rms_norm, rotary
 from mlxflow.kernels.operations import operation
 from mlxflow.kernels.proof import _deviation, prove
 from tests.kernels.stand_ins import uncompiled  # noqa: F401
@@ -34,6 +34,7 @@ _REST = [
     ("sum_of_squares", ""),
 ]
 NAMES = [f"{kind}/{dtype}{rest}" for dtype in ("float32", "bfloat16") for kind, rest in _REST]
+NAMES += ["attention/bfloat16/64", "attention/bfloat16/128"]
 WIDTHS = [7, 8, 12, 576]
 TYPES = [mx.float32, mx.bfloat16]
 PLAIN = mx.float16  #: a type in which no kernel serves, whatever arrays come
@@ -137,6 +138,51 @@ def test_the_gradients_of_two_projections_side_by_side_are_those_of_mlx(activati
     wanted = mx.vjp(lambda x, a, b: gated.ACTIVATIONS[activation](x @ a.T) * (x @ b.T), [x, *weights], [g])
     for ours, theirs in zip(found, wanted, strict=True):
         _close(ours, theirs, _tolerance(mx.float32))
+
+
+def _attention_of_mlx(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
+
+
+def _heads(
+    batch: int, heads: int, shared_by: int, length: int, width: int, dtype: mx.Dtype = mx.float32
+) -> list[mx.array]:
+    """Return queries, keys, values and what comes in, as projections leave them."""
+    each = (heads, heads // shared_by, heads // shared_by, heads)
+    shapes = [(batch, length, count, width) for count in each]
+    return [_random(shape, seed, dtype).transpose(0, 2, 1, 3) for seed, shape in enumerate(shapes)]
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(("heads", "shared_by", "length"), [(2, 1, 1), (3, 1, 9), (6, 3, 17)])
+def test_attention_and_its_gradients_are_those_of_mlx(heads: int, shared_by: int, length: int) -> None:
+    q, k, v, g = _heads(2, heads, shared_by, length, 8)
+    out, lse = attention.reference(q, k, v, 0.3)
+    values, gradients = mx.vjp(_attention_of_mlx, [q, k, v], [g])
+    found = [out, *attention.reference_gradients(q, k, v, 0.3, out, lse, g)]
+    for one, other in zip(found, [*values, *gradients], strict=True):
+        assert float(mx.abs(one - other).max()) < 2e-5 * max(1.0, float(mx.abs(other).max()))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "scale", "is_taken"),
+    [
+        ((2, 6, 40, 64), (2, 2, 40, 64), (2, 2, 40, 64), 0.1, True),
+        ((2, 6, 40, 16), (2, 6, 40, 16), (2, 6, 40, 16), 0.1, True),
+        ((2, 6, 40, 24), (2, 6, 40, 24), (2, 6, 40, 24), 0.1, False),
+        ((2, 6, 40, 144), (2, 6, 40, 144), (2, 6, 40, 144), 0.1, False),
+        ((2, 6, 40, 64), (2, 4, 40, 64), (2, 4, 40, 64), 0.1, False),
+        ((2, 6, 40, 64), (2, 2, 80, 64), (2, 2, 80, 64), 0.1, False),
+        ((2, 6, 40, 64), (2, 2, 40, 64), (2, 2, 40, 32), 0.1, False),
+        ((2, 6, 40, 64), (2, 2, 40, 64), (2, 2, 40, 64), 0.0, False),
+    ],
+)
+def test_what_attention_takes(
+    q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], scale: float, is_taken: bool
+) -> None:
+    queries, keys, values = (mx.zeros(shape, mx.bfloat16) for shape in (q, k, v))
+    assert attention.supports(queries, keys, values, scale) == is_taken
+    assert not attention.supports(queries.astype(mx.float16), keys, values, scale)
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -304,3 +350,47 @@ def test_the_update_takes_any_length_and_keeps_what_is_not_finite(
         assert one.dtype == other.dtype
         limit = 1e-5 if one.dtype == mx.float32 else 2**-7
         assert _deviation(one, other) <= limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize(
+    ("heads", "shared_by", "length"), [(1, 1, 1), (6, 3, 63), (4, 1, 64), (8, 4, 129), (9, 3, 700)]
+)
+def test_attention_of_any_length_and_its_gradients_are_the_references(
+    heads: int, shared_by: int, length: int, width: int
+) -> None:
+    *primals, g = _heads(2, heads, shared_by, length, width, mx.bfloat16)
+    found = mx.vjp(attention.attention(0.3), primals, [g])
+    wide = [array.astype(mx.float32) for array in primals]
+    wanted = mx.vjp(lambda q, k, v: attention.reference(q, k, v, 0.3)[0], wide, [g.astype(mx.float32)])
+    for one, other in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
+        assert one.dtype == mx.bfloat16
+        flat = [array.astype(mx.float32).flatten(2) for array in (one, other)]  # a query alone has no gradient
+        assert float(mx.abs(flat[0] - flat[1]).max()) <= 2**-6 * max(1.0, float(mx.abs(flat[1]).max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["compiled", "checkpointed", "begins anywhere", "rows of heads"])
+def test_attention_takes_arrays_as_they_come(way: str) -> None:
+    *primals, g = _heads(2, 6, 3, 200, 64, mx.bfloat16)
+    ours = attention.attention(0.1)
+    wanted = mx.vjp(ours, primals, [g])
+    if way == "checkpointed":
+        found = mx.vjp(mx.checkpoint(ours), primals, [g])
+    elif way == "compiled":
+        compiled = mx.compile(lambda *inputs: mx.vjp(ours, [*inputs[:3]], [*inputs[3:]]))
+        found = compiled(*primals, g)
+    else:
+        *primals, g = (_moved(array) if way == "begins anywhere" else mx.contiguous(array) for array in (*primals, g))
+        found = mx.vjp(ours, primals, [g])
+    for one, other in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
+        assert mx.array_equal(one, other)
+
+
+def _moved(array: mx.array) -> mx.array:
+    """Return an array whose first number is the sixth of a buffer."""
+    rows = array.transpose(0, 2, 1, 3)
+    whole = mx.concatenate([mx.zeros((5,), array.dtype), rows.flatten()])
+    mx.eval(whole)
+    return whole[5:].reshape(rows.shape).transpose(0, 2, 1, 3)

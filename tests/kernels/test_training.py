@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow.training import recompute, serving
+from mlxflow.training.arithmetic import Arithmetic
 from mlxflow.training.objective import choose_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
 from mlxflow.training.step import Step
@@ -32,10 +33,18 @@ def _all(model: Any, dtype: mx.Dtype, precision: str) -> serving.Serving:
     return chosen(list(chosen([]).refused))
 
 
-def _train(*, kernels: bool, precision: str = "fp32", fused: bool = False, every: int = 0, steps: int = STEPS) -> Run:
+def _train(
+    *,
+    kernels: bool,
+    precision: str = "fp32",
+    fused: bool = False,
+    every: int = 0,
+    steps: int = STEPS,
+    length: int = LENGTH,
+) -> Run:
     mx.random.seed(0)
     shape = {"hidden_size": 96, "intermediate_size": 88, "num_heads": 3, "num_kv_heads": 1}  # no powers of two
-    model, _ = llama(vocab_size=VOCAB, context_length=LENGTH, **shape)
+    model, _ = llama(vocab_size=VOCAB, context_length=length, **shape)
     dtype = mx.float32 if precision == "fp32" else mx.bfloat16
     model.set_dtype(dtype)
     model.train()
@@ -50,15 +59,15 @@ def _train(*, kernels: bool, precision: str = "fp32", fused: bool = False, every
         model,
         fused=fused,
         vocab_size=VOCAB,
-        tokens=ROWS * LENGTH,
+        tokens=ROWS * length,
         masks_documents=False,
         uses_kernel=use.serves_loss,
     )
-    rows = mx.random.randint(0, VOCAB, (10, ROWS, LENGTH + 1), key=mx.random.key(1))
-    marks = mx.full((ROWS, LENGTH + 1), 3, mx.uint8)
+    rows = mx.random.randint(0, VOCAB, (10, ROWS, length + 1), key=mx.random.key(1))
+    marks = mx.full((ROWS, length + 1), 3, mx.uint8)
     losses = []
     with use.fitted(), recompute.recomputed(model, every=every):
-        step = Step(model, update, objective)
+        step = Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
         for number in range(steps):
             outcome = step.update(step.compute(rows[number % len(rows)], marks))
             mx.eval(outcome, step.state)
@@ -106,6 +115,14 @@ def test_a_hundred_steps_with_kernels_come_to_the_losses_without(precision: str,
     assert ours.losses == pytest.approx(plain.losses, rel=_TOLERANCES[precision])
     assert _same(ours, ours_again)
     assert _same(plain, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
+def test_long_rows_too_come_to_the_same_bits(precision: str, kernels: bool) -> None:
+    first, second = (_train(kernels=kernels, precision=precision, steps=20, length=700) for _ in range(2))
+    assert _same(first, second)
 
 
 @pytest.mark.gpu

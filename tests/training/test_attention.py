@@ -3,10 +3,12 @@
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mlxflow.training import attention
+from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
 from mlxflow.training.attention import causal_attention, causal_by_blocks
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
@@ -98,8 +100,90 @@ def test_a_step_by_blocks_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         model.train()
         optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-2), weight_decay=0.0, options={})
         update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
-        step = Step(model, update, plain_objective(masks_documents=False), does_own_arithmetic=blocks)
+        step = Step(model, update, plain_objective(masks_documents=False), arithmetic=Arithmetic(is_own=blocks))
         outcomes = [step.update(step.compute(tokens, marks)) for _ in range(3)]
         return [float(value) for outcome in outcomes for value in (outcome.loss, outcome.norm)]
 
     assert first_norm_and_loss(blocks=True) == pytest.approx(first_norm_and_loss(blocks=False), rel=1e-4)
+
+
+# --- in a fixed order: what is for CUDA, on the CPU
+
+
+def _half(heads: int = 6, grouped: int = 2, length: int = 9) -> list[mx.array]:
+    return [part.astype(mx.bfloat16) for part in _inputs(heads, grouped, length)]
+
+
+@pytest.mark.parametrize("mask", ["causal", None, "truths", "a row's own", "added"])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_plain_attention_is_what_mlx_computes(mask: str | None, has_sinks: bool) -> None:
+    queries, keys, values, incoming = _inputs(6, 2, 9)
+    sees = mx.random.bernoulli(0.7, (9, 9), key=mx.random.key(0)) | mx.eye(9, dtype=mx.bool_)
+    rows = mx.stack([sees, mx.tril(mx.ones((9, 9), mx.bool_))])[:, None]
+    masks = {"truths": sees, "a row's own": rows, "added": mx.where(sees, 0.5, -3.0)}
+    named = {"scale": 0.4, "mask": masks.get(mask or "", mask)}
+    if has_sinks:
+        named["sinks"] = mx.random.normal((6,), key=mx.random.key(1))
+
+    def both(function: Callable[..., mx.array]) -> list[mx.array]:
+        values_, gradients = mx.vjp(lambda *inputs: function(*inputs, **named), [queries, keys, values], [incoming])
+        return [*values_, *gradients]
+
+    theirs = both(mx.fast.scaled_dot_product_attention)
+    for found, expected in zip(both(attention.plain_attention), theirs, strict=True):
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(_largest(expected)))
+
+
+def test_queries_that_are_the_last_of_more_keys_see_those_before_them() -> None:
+    queries, keys, values, _ = _inputs(2, 2, 9)
+    last = attention.plain_attention(queries[:, :, 6:], keys, values, scale=0.4, mask="causal")
+    assert mx.allclose(last, _theirs(queries, keys, values)[:, :, 6:], atol=1e-5)
+
+
+def test_in_a_fixed_order_a_kernel_serves_what_is_causal_and_of_16_bits() -> None:
+    asked = []
+
+    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array | None:
+        asked.append((queries.dtype, queries.shape[2], scale))
+        return mx.zeros_like(queries) if queries.shape[2] > 4 else None
+
+    fast, half = mx.fast, _half()[:3]
+    with attention.in_fixed_order(kernel):
+        served = fast.scaled_dot_product_attention(*half, scale=0.4, mask="causal")
+        too_short = fast.scaled_dot_product_attention(*(part[:, :, :3] for part in half), scale=0.4, mask="causal")
+        free = fast.scaled_dot_product_attention(*half, scale=0.4, mask=None)
+        full = fast.scaled_dot_product_attention(*_inputs(6, 2, 9)[:3], scale=0.4, mask="causal")
+    assert asked == [(mx.bfloat16, 9, 0.4), (mx.bfloat16, 3, 0.4)]
+    assert not served.any()
+    short = [part[:, :, :3] for part in half]
+    assert mx.array_equal(too_short, attention.plain_attention(*short, scale=0.4, mask="causal"))
+    assert mx.array_equal(free, attention.plain_attention(*half, scale=0.4))
+    assert mx.array_equal(full, _theirs(*_inputs(6, 2, 9)[:3])), "MLX's own adds up in one order there"
+
+
+def test_the_width_of_heads_is_found_without_computing() -> None:
+    plain = mx.fast.scaled_dot_product_attention
+    model, _ = llama(hidden_size=48, num_heads=3, num_kv_heads=1)
+    assert attention.first_causal_width(model) == 16
+    assert attention.first_causal_width(nn.Linear(2, 3)) is None
+    assert mx.fast.scaled_dot_product_attention is plain
+
+
+@pytest.mark.parametrize(
+    ("on_metal", "is_deterministic", "expected"), [(False, True, True), (False, False, False), (True, True, False)]
+)
+def test_on_cuda_attention_is_in_a_fixed_order_unless_it_need_not_be(
+    on_metal: bool, is_deterministic: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
+    served: list[mx.array] = []
+
+    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        served.append(queries)
+        return queries
+
+    model, _ = llama()
+    with own_arithmetic(model, mx.zeros((1, 5), mx.int32), Arithmetic(True, is_deterministic, kernel)):
+        mx.fast.scaled_dot_product_attention(*_half()[:3], scale=0.4, mask="causal")
+    assert bool(served) == expected

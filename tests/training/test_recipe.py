@@ -11,6 +11,7 @@ SETTINGS: dict[str, Any] = {
     "precision": "fp32",
     "checkpointing": "none",
     "arithmetic": "own",
+    "deterministic": True,
     "kernels": [],
     "fused_loss": True,
     "masks_documents": False,

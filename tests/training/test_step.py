@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.data.token_file import Rows
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
 from mlxflow.training.recompute import recomputed
-from mlxflow.training.step import Gradients, Step, out_of_memory_bytes, steps_on
+from mlxflow.training.step import Gradients, Step, out_of_memory_bytes
 from tests.small_models import llama
 
 
@@ -85,17 +84,6 @@ def test_a_step_learns_rows_by_heart() -> None:
         losses.append(float(loss))
     assert losses[0] > 3
     assert losses[-1] < 0.5
-
-
-def test_a_measured_step_really_trains() -> None:
-    model = _model()
-    before = {name: mx.array(value) for name, value in _weights(model).items()}
-    table = np.random.default_rng(0).integers(0, 50, (10, 9)).astype(np.uint16)
-    with steps_on(
-        model, Rows(table, np.full((10, 9), 3, np.uint8)), batch_size=4, masks_documents=False, seed=0
-    ) as step:
-        assert step() == 4 * 8
-    assert all(not mx.array_equal(value, before[name]) for name, value in _weights(model).items())
 
 
 def test_the_same_seed_is_the_same_model() -> None:
