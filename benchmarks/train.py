@@ -224,6 +224,7 @@ def _ours(
     max_grad_norm: float = 0.0,
     kernels: bool = True,
     deterministic: bool = True,
+    document_length: int = 0,
 ) -> None:
     """Run this project's own trainer: loader, compiled update, memory limit and all."""
     import mlx.core as mx
@@ -251,16 +252,26 @@ def _ours(
     begin = time.perf_counter()
     use = serving.nothing()
     if kernels:
-        use = serving.choose_for(model, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1)
+        use = serving.choose_for(
+            model,
+            dtype=_compute_type(precision),
+            precision=precision,
+            sums_gradients=accum > 1,
+            context_length=job.length,
+            masks_documents=document_length > 0,
+            is_deterministic=deterministic,
+        )
     proof_seconds = time.perf_counter() - begin
     update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
     head = objective.find_head(model, job.vocab_size)
-    goal = objective.plain_objective(masks_documents=False, uses_kernel=use.serves_loss)
+    masks = document_length > 0
+    goal = objective.plain_objective(masks_documents=masks, uses_kernel=use.serves_loss)
     if fused and head is not None:
         chunk = objective.chunk_rows(job.vocab_size)
-        goal = objective.fused_objective(head, masks_documents=False, chunk_rows=chunk, uses_kernel=use.serves_loss)
+        goal = objective.fused_objective(head, masks_documents=masks, chunk_rows=chunk, uses_kernel=use.serves_loss)
     tokens = _random_rows(job)
-    rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
+    pieces = np.arange(tokens.shape[1]) // (document_length or tokens.shape[1]) + 1
+    rows = Rows(tokens, np.broadcast_to(2 * pieces + 1, tokens.shape).astype(np.uint8))
     size = job.batch // accum
     plan = Plan(
         num_steps=STEPS + WARM,
@@ -268,7 +279,7 @@ def _ours(
         log_every=WARM,
         eval_every=0,
         eval_batch_size=1,
-        masks_documents=False,
+        masks_documents=document_length > 0,
         adjust_every=0 if not limit_gb else STEPS,
         save_every=0,
         max_bad_steps=1,
@@ -356,6 +367,10 @@ GPU_ROWS: dict[str, Callable[[str], None]] = {
     "mlxflow bf16-pure, without kernels": partial(_ours, kernels=False),
     "mlxflow bf16-pure, not deterministic": partial(_ours, deterministic=False),
     "mlxflow bf16-pure, without kernels, not deterministic": partial(_ours, kernels=False, deterministic=False),
+    "mlxflow bf16-pure, documents of 200 apart": partial(_ours, document_length=200),
+    "mlxflow bf16-pure, documents of 200 apart, not deterministic": partial(
+        _ours, document_length=200, deterministic=False
+    ),
     "mlxflow bf16-pure, norm clipped": partial(_ours, max_grad_norm=1.0),
     "mlxflow bf16-pure, limit 16.9 GB": partial(_ours, limit_gb=16.9),
     "mlxflow bf16-pure, limit 16.5 GB": partial(_ours, limit_gb=16.5),

@@ -1,7 +1,62 @@
 """Models on rows in which several documents lie."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
+
+
+class Bounds:
+    """What is known of masks: where the keys that a query sees begin. They end at the query.
+
+    An attention that leaves out what nobody sees asks for it; a mask that was changed on its way is not known.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[mx.array, mx.array]] = []
+
+    def note(self, mask: mx.array, first: mx.array) -> None:
+        """Keep the first keys, (B or 1, L), of a mask."""
+        self._known.append((mask, first))
+
+    def of(self, mask: Any) -> mx.array | None:
+        """Return the first key that each query sees, (B or 1, L) in int32; None for what is not known."""
+        return next((first for known, first in self._known if known is mask), None)
+
+
+_NOTING: list[Bounds] = []
+
+
+@contextmanager
+def noted_bounds() -> Iterator[Bounds]:
+    """Give what is known of the masks that are made in this block: of documents, and of windows."""
+    bounds = Bounds()
+    base: Any = sys.modules.get("mlx_lm.models.base", SimpleNamespace(create_causal_mask=None))  # where its models are
+    plain = base.create_causal_mask
+
+    def create(length: int, offset: int = 0, window_size: int | None = None, **others: Any) -> mx.array:
+        mask: mx.array = plain(length, offset, window_size, **others)
+        if not offset and not others:
+            bounds.note(mask, _first_seen(length, window_size)[None])
+        return mask
+
+    _NOTING.append(bounds)
+    base.create_causal_mask = create
+    try:
+        yield bounds
+    finally:
+        _NOTING.remove(bounds)
+        base.create_causal_mask = plain
+
+
+def _first_seen(length: int, window_size: int | None) -> mx.array:
+    """Return the first key in the window of each query, (L,)."""
+    places = mx.arange(length, dtype=mx.int32)
+    return mx.zeros_like(places) if window_size is None else mx.maximum(places - window_size + 1, 0)
 
 
 class _PackedRows:
@@ -13,6 +68,7 @@ class _PackedRows:
     offset = 0
 
     def __init__(self, pieces: mx.array) -> None:
+        self._pieces = pieces
         self._same = pieces[:, None, :, None] == pieces[:, None, None, :]
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
@@ -20,7 +76,16 @@ class _PackedRows:
         places = mx.arange(length)
         behind = places[:, None] - places[None, :]
         seen = behind >= 0 if window_size is None else (behind >= 0) & (behind < window_size)
-        return self._same & seen
+        mask = self._same & seen
+        for bounds in _NOTING:
+            bounds.note(mask, mx.maximum(self._begins(), _first_seen(length, window_size)))
+        return mask
+
+    def _begins(self) -> mx.array:
+        """Return where the document of each position begins, (B, L); a document lies in one piece."""
+        places = mx.arange(1, self._pieces.shape[1], dtype=mx.int32)
+        begins = mx.where(self._pieces[:, 1:] != self._pieces[:, :-1], places, 0)
+        return mx.pad(mx.cummax(begins, axis=1), [(0, 0), (1, 0)])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return what was given: nothing is kept."""

@@ -1,6 +1,7 @@
 """Document masks in real architectures, against each document alone."""
 
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,8 +10,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from mlxflow.packed import apply, can_mask_documents
+from mlxflow.kernels.attention import reference
+from mlxflow.packed import _PackedRows, apply, can_mask_documents, noted_bounds
+from mlxflow.training.attention import Causal, Heads, first_causal_heads, in_fixed_order
 from mlxflow.training.objective import plain_objective
+from mlxflow.training.recompute import recomputed
 
 SHAPE = {
     "vocab_size": 97,
@@ -99,6 +103,71 @@ def test_so_do_the_gradients(name: str) -> None:
     for key, gradient in tree_flatten(one):
         scale = float(mx.abs(expected[key]).max())
         assert float(mx.abs(gradient - expected[key]).max()) < 1e-4 * scale, key
+
+
+class Asked(NamedTuple):
+    """What stands in for a kernel, and how often it was asked with first keys and without."""
+
+    kernel: Causal
+    times: Counter[str]
+
+
+def _asked() -> Asked:
+    times: Counter[str] = Counter()
+
+    def kernel(q: mx.array, k: mx.array, v: mx.array, scale: float, first: mx.array | None) -> mx.array:
+        times["causal" if first is None else "bounded"] += 1
+        return reference(q, k, v, scale, first)[0]
+
+    return Asked(kernel, times)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("name", sorted(ROTARY.keys() - {"gemma2"}))
+def test_a_kernel_is_told_where_the_keys_begin(name: str, is_packed: bool, every: int) -> None:
+    model = _model(name, **ROTARY[name])
+    model.set_dtype(mx.bfloat16)
+    tokens, marks = _packed()
+    has_window = name == "gemma3_text"  # in every second layer, from the first on
+
+    def loss(model: nn.Module) -> mx.array:
+        return apply(model, tokens, marks if is_packed else None).astype(mx.float32).square().mean()
+
+    asked = _asked()
+    with recomputed(model, every=every):
+        plain, gradients = nn.value_and_grad(model, loss)(model)
+        with in_fixed_order(asked.kernel):
+            ours, ours_gradients = nn.value_and_grad(model, loss)(model)
+        heads = first_causal_heads(model, context_length=tokens.shape[1], masks_documents=is_packed)
+    assert heads == Heads(8, is_bounded=is_packed or has_window)
+    passes = 1 + (every == 1)  # a recomputed layer asks again
+    bounded = 3 if is_packed else 2 * has_window
+    assert asked.times == +Counter({"bounded": bounded * passes, "causal": (3 - bounded) * passes})
+    assert float(ours) == pytest.approx(float(plain), rel=1e-2)
+    expected = dict(tree_flatten(gradients))
+    for key, gradient in tree_flatten(ours_gradients):
+        scale = float(mx.abs(expected[key]).max())
+        assert float(mx.abs(gradient - expected[key]).max()) < 0.1 * scale, key
+
+
+def test_masks_that_are_not_handed_on_as_they_were_made_are_not_known() -> None:
+    model = _model("gemma2", **ROTARY["gemma2"])  # has an attention of its own
+    asked = _asked()
+    tokens, marks = _packed()
+    with in_fixed_order(asked.kernel):
+        apply(model, tokens, marks)
+    assert not asked.times
+    with noted_bounds() as bounds:
+        mask = _PackedRows(marks).make_mask(tokens.shape[1])
+        known = bounds.of(mask)
+        assert known is not None
+        assert known[0].tolist() == [0] * 5 + [5] * 9 + [14] + [15] * 6
+        assert bounds.of(mask & mask) is None
+        window = _PackedRows(marks).make_mask(tokens.shape[1], window_size=4)
+        sees = np.array(window)[0, 0]
+        assert np.array(bounds.of(window))[0].tolist() == sees.argmax(axis=1).tolist()
+    assert bounds.of(_PackedRows(marks).make_mask(tokens.shape[1])) is None, "the block has ended"
 
 
 def test_an_architecture_that_counts_positions_through_the_row_is_found_out() -> None:

@@ -2,14 +2,16 @@
 
 Of queries Q, keys K and values V, (L, D) each, and the scores' scale s (Dao 2023, arXiv:2307.08691):
 
-    P = softmax over keys not after the query of s Q K^T          O = P V
+    P = softmax over the keys that a query sees of s Q K^T        O = P V
     dV = P^T dO      dS = P * (dO V^T - rows' sums of dO * O)      dQ = s dS K      dK = s dS^T Q
 
-No L x L array is kept: of each row its logarithm of the sum of exponentials is, from which the backward pass computes P
-anew. cuDNN, which MLX takes on CUDA, has each block of keys add to the gradient of the queries by atomics, so that two
-runs differ. Here one kernel has the queries' gradient, for which a group goes over the keys, and one that of keys and
-values, for which a group goes over the queries of all heads that share them: seven products for five, and nothing that
-two groups add to. MLX's attention on Metal has no atomics in its gradient, and there is no source for it here.
+A query sees the keys up to its own place, all or those from a place of its own on: where its document begins, or its
+window. Blocks that nobody sees are left out. No L x L array is kept: of each row its logarithm of the sum of
+exponentials is, from which the backward pass computes P anew. cuDNN, which MLX takes on CUDA, has each block of keys
+add to the gradient of the queries by atomics, so that two runs differ. Here one kernel has the queries' gradient, for
+which a group goes over the keys, and one that of keys and values, for which a group goes over the queries of all heads
+that share them: seven products for five, and nothing that two groups add to. MLX's attention on Metal has no atomics
+in its gradient, and there is no source for it here.
 
 A warp multiplies 16 rows with rows in shared memory on the matrix units (`mma.sync`, Ampere and later); exponentials
 and products stay in its registers. Shared memory is filled by `cp.async`, the next block while one is computed; a row's
@@ -19,6 +21,7 @@ pieces of 16 bytes are swapped by its number, so that eight rows are read from d
 | --- | --- |
 | Q, dO, O | bf16, (B, H, L, D), D a multiple of 16 up to 128, less than 2^31 numbers |
 | K, V | bf16, (B, H / G, L, D) |
+| the first keys seen | int32, (B, L), that of a query not before that of the query before it |
 
 They are read in the order (B, L, H, D), in which projections and rotary embeddings leave them.
 """
@@ -175,45 +178,60 @@ _QUERIES = (
   const int stride = HEADS * D, other_stride = HEADS / SHARED_BY * D;
   const long long offset = begin * stride + head * D, other_offset = begin * other_stride + head / SHARED_BY * D;
   const long long row_offset = ((long long)batch * HEADS + head) * length;
-  const int last = min(first + ROWS, length), tiles = (last + KEYS - 1) / KEYS;
+  const int last = min(first + ROWS, length), tiles = (last + KEYS - 1) / KEYS, begins = LOW(begin + first) / KEYS;
+  int lows[2];
+  UNROLL for (int half = 0; half < 2; ++half) lows[half] = row + half * 8 < length ? LOW(begin + row + half * 8) : 0;
+  const int lowest = LOW(begin + min(first + warp * 16, length - 1));  // of the warp's rows
 """
 )
 
-_FORWARD = Source(
-    name="attention",
-    inputs=("q", "k", "v"),
-    outputs=("o", "lse"),
-    header=_HEADER,
-    body=_QUERIES
+
+def _sources(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], body: str) -> tuple[Source, Source]:
+    """Return a kernel for queries that see all keys before them, and one for those that see the last of these."""
+    unbounded, bounded = "#define BOUNDED false\n#define LOW(at) 0\n", "#define BOUNDED true\n#define LOW(at) low[at]\n"
+    return (
+        Source(name, inputs, outputs, body, unbounded + _HEADER),
+        Source(f"{name}_bounded", (*inputs, "low"), outputs, body, bounded + _HEADER),
+    )
+
+
+_FORWARD = _sources(
+    "attention",
+    ("q", "k", "v"),
+    ("o", "lse"),
+    _QUERIES
     + """
   const unsigned queries = shared_address(memory), keys = queries + ROWS * TILE, values = keys + 2 * KEYS * TILE;
   load<D, ROWS, WORKERS>(queries, q + offset, first, length, stride, worker);
-  load<D, KEYS, WORKERS>(keys, k + other_offset, 0, length, other_stride, worker);
-  load<D, KEYS, WORKERS>(values, v + other_offset, 0, length, other_stride, worker);
+  load<D, KEYS, WORKERS>(keys, k + other_offset, begins * KEYS, length, other_stride, worker);
+  load<D, KEYS, WORKERS>(values, v + other_offset, begins * KEYS, length, other_stride, worker);
   unsigned a[D / 16][4];
   float out[D / 8][4] = {}, largest[2] = {-INFINITE, -INFINITE}, sums[2] = {0, 0};
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = begins; tile < tiles; ++tile) {
     copies_end();
     __syncthreads();
-    const unsigned at = tile % 2 * KEYS * TILE, next = KEYS * TILE - at;
-    if (tile == 0) hold<D>(a, queries, warp * 16, lane);
+    const unsigned at = (tile - begins) % 2 * KEYS * TILE, next = KEYS * TILE - at;
+    if (tile == begins) hold<D>(a, queries, warp * 16, lane);
     if (tile + 1 < tiles) {
       load<D, KEYS, WORKERS>(keys + next, k + other_offset, (tile + 1) * KEYS, length, other_stride, worker);
       load<D, KEYS, WORKERS>(values + next, v + other_offset, (tile + 1) * KEYS, length, other_stride, worker);
     }
-    if (tile * KEYS > first + warp * 16 + 15) continue;
+    if (tile * KEYS > first + warp * 16 + 15 || tile * KEYS + KEYS <= lowest) continue;
     float s[KEYS / 8][4];
     by_rows<D, KEYS / 8, true>(s, a, queries, warp * 16, keys + at, 0, lane);
-    if (tile * KEYS + KEYS > first + warp * 16) {
-      UNROLL for (int n = 0; n < KEYS / 8; ++n) UNROLL for (int i = 0; i < 4; ++i)
-        if (tile * KEYS + n * 8 + lane % 4 * 2 + i % 2 > row + i / 2 * 8) s[n][i] = -INFINITE;
+    if (BOUNDED || tile * KEYS + KEYS > first + warp * 16) {
+      UNROLL for (int n = 0; n < KEYS / 8; ++n) UNROLL for (int i = 0; i < 4; ++i) {
+        const int key = tile * KEYS + n * 8 + lane % 4 * 2 + i % 2;
+        if (key > row + i / 2 * 8 || key < lows[i / 2]) s[n][i] = -INFINITE;
+      }
     }
     UNROLL for (int half = 0; half < 2; ++half) {
       float most = largest[half];
       UNROLL for (int n = 0; n < KEYS / 8; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const float less = exp2_of((largest[half] - most) * factor), subtracted = most * factor;
+      const float known = most > -INFINITE ? most : 0;  // a row may see none of a block's keys
+      const float less = exp2_of((largest[half] - known) * factor), subtracted = known * factor;
       largest[half] = most;
       sums[half] *= less;
       UNROLL for (int n = 0; n < D / 8; ++n) { out[n][2 * half] *= less; out[n][2 * half + 1] *= less; }
@@ -234,19 +252,18 @@ _FORWARD = Source(
 """,
 )
 
-_BACKWARD_QUERIES = Source(
-    name="attention_backward_queries",
-    inputs=("q", "k", "v", "o", "g", "lse"),
-    outputs=("dq", "delta"),
-    header=_HEADER,
-    body=_QUERIES
+_BACKWARD_QUERIES = _sources(
+    "attention_backward_queries",
+    ("q", "k", "v", "o", "g", "lse"),
+    ("dq", "delta"),
+    _QUERIES
     + """
   const unsigned queries = shared_address(memory), incoming = queries + ROWS * TILE;
   const unsigned keys = incoming + ROWS * TILE, values = keys + 2 * KEYS * TILE;
   load<D, ROWS, WORKERS>(queries, q + offset, first, length, stride, worker);
   load<D, ROWS, WORKERS>(incoming, g + offset, first, length, stride, worker);
-  load<D, KEYS, WORKERS>(keys, k + other_offset, 0, length, other_stride, worker);
-  load<D, KEYS, WORKERS>(values, v + other_offset, 0, length, other_stride, worker);
+  load<D, KEYS, WORKERS>(keys, k + other_offset, begins * KEYS, length, other_stride, worker);
+  load<D, KEYS, WORKERS>(values, v + other_offset, begins * KEYS, length, other_stride, worker);
   float deltas[2], logs[2];
   {
     const int mine = first + warp * 16 + lane / 2;  // two threads a row
@@ -269,11 +286,11 @@ _BACKWARD_QUERIES = Source(
   }
   unsigned a[D / 16][4], b[D / 16][4];
   float found[D / 8][4] = {};
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = begins; tile < tiles; ++tile) {
     copies_end();
     __syncthreads();
-    const unsigned at = tile % 2 * KEYS * TILE, next = KEYS * TILE - at;
-    if (HOLDS && tile == 0) {
+    const unsigned at = (tile - begins) % 2 * KEYS * TILE, next = KEYS * TILE - at;
+    if (HOLDS && tile == begins) {
       hold<D>(a, queries, warp * 16, lane);
       hold<D>(b, incoming, warp * 16, lane);
     }
@@ -283,13 +300,14 @@ _BACKWARD_QUERIES = Source(
     }
     LOOP for (int part = 0; part < KEYS; part += PART) {
       const int key = tile * KEYS + part;
-      if (key > first + warp * 16 + 15) continue;
+      if (key > first + warp * 16 + 15 || key + PART <= lowest) continue;
       float s[PART / 8][4], d[PART / 8][4];
       by_rows<D, PART / 8, HOLDS>(s, a, queries, warp * 16, keys + at, part, lane);
       by_rows<D, PART / 8, HOLDS>(d, b, incoming, warp * 16, values + at, part, lane);
-      const bool masks = key + PART > first + warp * 16;
+      const bool masks = BOUNDED || key + PART > first + warp * 16;
       UNROLL for (int n = 0; n < PART / 8; ++n) UNROLL for (int i = 0; i < 4; ++i) {
-        const bool sees = !masks || key + n * 8 + lane % 4 * 2 + i % 2 <= row + i / 2 * 8;
+        const int column = key + n * 8 + lane % 4 * 2 + i % 2;
+        const bool sees = !masks || (column <= row + i / 2 * 8 && column >= lows[i / 2]);
         d[n][i] = (sees ? exp2_of(s[n][i] * factor - logs[i / 2]) : 0.0f) * (d[n][i] - deltas[i / 2]);
       }
       by_columns<D, PART / 8>(found, d, keys + at, part, lane);
@@ -300,12 +318,11 @@ _BACKWARD_QUERIES = Source(
 """,
 )
 
-_BACKWARD_KEYS = Source(
-    name="attention_backward_keys",
-    inputs=("q", "k", "v", "g", "lse", "delta"),
-    outputs=("dk", "dv"),
-    header=_HEADER,
-    body=_PLACE
+_BACKWARD_KEYS = _sources(
+    "attention_backward_keys",
+    ("q", "k", "v", "g", "lse", "delta"),
+    ("dk", "dv"),
+    _PLACE
     + """
   constexpr int SHARING = HEADS / SHARED_BY;
   const int block = group / (batches * SHARING), batch = group / SHARING % batches, head = group % SHARING;
@@ -317,9 +334,18 @@ _BACKWARD_KEYS = Source(
   const unsigned queries = values + ROWS * TILE, incoming = queries + 2 * QUERIES * TILE;
   float* logs = reinterpret_cast<float*>(memory + 2 * ROWS * TILE + 4 * QUERIES * TILE);
   float* deltas = logs + 2 * QUERIES;
+  int* lows = reinterpret_cast<int*>(deltas + 2 * QUERIES);
   load<D, ROWS, WORKERS>(keys, k + offset, first, length, stride, worker);
   load<D, ROWS, WORKERS>(values, v + offset, first, length, stride, worker);
-  const int begins = first / QUERIES, each = (length + QUERIES - 1) / QUERIES - begins, tiles = SHARED_BY * each;
+  const int begins = first / QUERIES;
+  int each = (length + QUERIES - 1) / QUERIES - begins;
+  if (BOUNDED) {  // blocks of queries up to the last that sees one of these keys
+    int seeing = 0;
+    for (int i = lane; i < each; i += 32) seeing += LOW(begin + (begins + i) * QUERIES) < first + ROWS;
+    for (int step = 16; step > 0; step >>= 1) seeing += __shfl_xor_sync(0xffffffffu, seeing, step);
+    each = seeing;
+  }
+  const int tiles = SHARED_BY * each;
   auto next_tile = [&](int tile, int buffer) {
     const int which = head * SHARED_BY + tile / each, from = (begins + tile % each) * QUERIES;
     const long long other_offset = begin * other_stride + which * D;
@@ -330,6 +356,7 @@ _BACKWARD_KEYS = Source(
       const bool is_there = from + i < length;
       logs[buffer * QUERIES + i] = is_there ? lse[row_offset + from + i] : INFINITE;
       deltas[buffer * QUERIES + i] = is_there ? delta[row_offset + from + i] : 0.0f;
+      if (BOUNDED) lows[buffer * QUERIES + i] = is_there ? LOW(begin + from + i) : 0;
     }
   };
   next_tile(0, 0);
@@ -350,10 +377,12 @@ _BACKWARD_KEYS = Source(
       if (query + PART <= key) continue;
       float s[PART / 8][4], d[PART / 8][4];
       by_rows<D, PART / 8, HOLDS>(s, a, keys, warp * 16, queries + at, part, lane);
-      const bool masks = query < key + 15;
+      const bool masks = BOUNDED || query < key + 15;
       UNROLL for (int n = 0; n < PART / 8; ++n) UNROLL for (int i = 0; i < 4; ++i) {
         const int column = n * 8 + lane % 4 * 2 + i % 2;
-        const bool sees = !masks || key + lane / 4 + i / 2 * 8 <= query + column;
+        const int own = key + lane / 4 + i / 2 * 8;
+        const bool is_late = BOUNDED && own < lows[buffer * QUERIES + part + column];
+        const bool sees = !masks || (own <= query + column && !is_late);
         s[n][i] = sees ? exp2_of(s[n][i] * factor - logs[buffer * QUERIES + part + column]) : 0.0f;
       }
       by_rows<D, PART / 8, HOLDS>(d, b, values, warp * 16, incoming + at, part, lane);
@@ -391,12 +420,14 @@ _BLOCK = 64
 
 #: For heads of up to so many numbers: forward, the queries' gradient, that of keys and values.
 _TILINGS = {
-    64: (Tiling(8, 2), Tiling(4, 3, 32), Tiling(4, 2, 32)),
+    64: (Tiling(4, 3), Tiling(4, 3, 32), Tiling(4, 3, 32)),
     128: (Tiling(4, 2), Tiling(4, 2, holds=False), Tiling(4, 2, holds=False)),
 }
 
 
-def reference(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+def reference(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, low: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """Return each query's mean of values and log2 of its sum of exponentials, in plain operations.
 
     Args:
@@ -404,24 +435,32 @@ def reference(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.a
         k: (B, H / G, L, D).
         v: as k.
         scale: of the scores.
+        low: the first key that each query sees, (B, L); None for the first of all.
 
     Returns:
         (B, H, L, D), and (B, H, L) in fp32.
     """
-    scores = _scores(q, k, scale)
+    scores = _scores(q, k, scale, low)
     weights = mx.softmax(scores, axis=-1, precise=True)
     lse = mx.logsumexp(scores.astype(mx.float32), axis=-1) * _LOG2_E
     return (weights @ v[:, :, None]).reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 def reference_gradients(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, out: mx.array, lse: mx.array, incoming: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    out: mx.array,
+    lse: mx.array,
+    incoming: mx.array,
+    low: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return the gradients of Q, K and V in plain operations; arguments as those of `kernel_gradients`."""
     batch, heads, length, width = q.shape
     grouped = (batch, k.shape[1], heads // k.shape[1], length)
     given, wide = incoming.reshape(*grouped, width), mx.float32
-    weights = mx.exp(_scores(q, k, scale).astype(wide) - lse.reshape(*grouped, 1) / _LOG2_E)
+    weights = mx.exp(_scores(q, k, scale, low).astype(wide) - lse.reshape(*grouped, 1) / _LOG2_E)
     delta = (incoming.astype(wide) * out.astype(wide)).sum(axis=-1).reshape(*grouped, 1)
     scores = (weights * ((given @ v[:, :, None].swapaxes(-1, -2)).astype(wide) - delta) * scale).astype(q.dtype)
     for_values = weights.astype(q.dtype).swapaxes(-1, -2) @ given
@@ -429,45 +468,57 @@ def reference_gradients(
     return (scores @ k[:, :, None]).reshape(q.shape), for_keys.sum(axis=2), for_values.sum(axis=2)
 
 
-def _scores(q: mx.array, k: mx.array, scale: float) -> mx.array:
+def _scores(q: mx.array, k: mx.array, scale: float, low: mx.array | None) -> mx.array:
     """Return (B, H / G, G, L, L)."""
     batch, _, length, width = q.shape
     scores = (q * scale).reshape(batch, k.shape[1], -1, length, width) @ k[:, :, None].swapaxes(-1, -2)
     places = mx.arange(length)
-    return mx.where(places[:, None] >= places, scores, mx.finfo(scores.dtype).min)
+    sees = places[:, None] >= places
+    if low is not None:
+        sees = sees & (places >= low[:, None, None, :, None])
+    return mx.where(sees, scores, mx.finfo(scores.dtype).min)
 
 
 _LOG2_E = 1.4426950408889634
 
 
-def supports(q: mx.array, k: mx.array, v: mx.array, scale: float) -> bool:
+def supports(q: mx.array, k: mx.array, v: mx.array, scale: float, low: mx.array | None = None) -> bool:
     """Return whether the kernels take arrays of these shapes and types."""
     is_bf16 = q.dtype == k.dtype == v.dtype == mx.bfloat16
     if not is_bf16 or q.ndim != 4 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
+        return False
+    if low is not None and (low.dtype != mx.int32 or low.shape != (q.shape[0], q.shape[2])):
         return False
     fits = q.shape[3] % 16 == 0 and q.shape[3] <= 128 and q.shape[1] % k.shape[1] == 0
     return fits and scale > 0 and 0 < q.size < 2**31
 
 
-def kernel(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array]:
-    """Return what `reference` does, by the kernel, in memory (B, L, H, D), and log2 of its rows' sums, (B, H, L)."""
-    rows = q.shape[0], q.shape[1], q.shape[2]
-    tiling = _tilings(q)[0]
+def kernel(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, low: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """Return what `reference` does, by the kernel; the first in memory (B, L, H, D)."""
     out, lse = _launch(
         _FORWARD,
-        tiling,
+        _tilings(q)[0],
         q,
         k,
         scale,
         inputs=[_rows(q), _rows(k), _rows(v)],
-        blocked=("KEYS", 1, 2),
-        outputs=[(_rows_shape(q), q.dtype), (rows, mx.float32)],
+        low=low,
+        outputs=[(_rows_shape(q), q.dtype), (q.shape[:3], mx.float32)],
     )
     return _heads(out, q), lse
 
 
 def kernel_gradients(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, out: mx.array, lse: mx.array, incoming: mx.array
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    out: mx.array,
+    lse: mx.array,
+    incoming: mx.array,
+    low: mx.array | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return the gradients of Q, K and V, by the kernels, in memory (B, L, H, D).
 
@@ -479,6 +530,7 @@ def kernel_gradients(
         out: of `kernel`.
         lse: of `kernel`.
         incoming: the gradient of `out`.
+        low: see `reference`.
     """
     _, for_queries, for_keys = _tilings(q)
     rows, keys, values, given = (_rows(array) for array in (q, k, v, incoming))
@@ -489,7 +541,7 @@ def kernel_gradients(
         k,
         scale,
         inputs=[rows, keys, values, _rows(out), given, lse],
-        blocked=("KEYS", 2, 2),
+        low=low,
         outputs=[(_rows_shape(q), q.dtype), (lse.shape, mx.float32)],
     )
     dk, dv = _launch(
@@ -499,7 +551,7 @@ def kernel_gradients(
         k,
         scale,
         inputs=[rows, keys, values, given, lse, delta],
-        blocked=("QUERIES", 2, 2),
+        low=low,
         outputs=[(_rows_shape(k), k.dtype)] * 2,
     )
     return _heads(dq, q), _heads(dk, k), _heads(dv, v)
@@ -510,43 +562,42 @@ def _tilings(q: mx.array) -> tuple[Tiling, Tiling, Tiling]:
 
 
 def _launch(
-    source: Source,
+    sources: tuple[Source, Source],
     tiling: Tiling,
     q: mx.array,
     k: mx.array,
     scale: float,
     *,
     inputs: Sequence[mx.array],
-    blocked: tuple[str, int, int],
+    low: mx.array | None,
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
 ) -> list[mx.array]:
     """Launch a kernel.
 
     Args:
-        source: the kernel.
+        sources: of the kernel, without first keys and with them.
         tiling: how its work is cut.
         q: (B, H, L, D).
         k: (B, H / G, L, D).
         scale: of the scores.
         inputs: of the kernel.
-        blocked: the name of the block's rows, and how many tiles of a group's own rows and pairs of blocks it holds.
+        low: see `reference`.
         outputs: shapes and types.
     """
     batch, heads, length, width = q.shape
-    shared_by = heads // k.shape[1]
-    name, own, pairs = blocked
-    owners = k.shape[1] if source is _BACKWARD_KEYS else heads
+    owners = k.shape[1] if sources is _BACKWARD_KEYS else heads
+    own_tiles = 1 if sources is _FORWARD else 2
     row_bytes = 128 if width <= 64 else 256
-    shared = row_bytes * (own * 16 * tiling.warps + 2 * pairs * _BLOCK) + 16 * _BLOCK
-    return source.launch(
-        inputs,
+    return sources[low is not None].launch(
+        [*inputs, *([] if low is None else [low])],
         constants=[
             ("D", width),
             ("HEADS", heads),
-            ("SHARED_BY", shared_by),
+            ("SHARED_BY", heads // k.shape[1]),
             ("SCALE", struct.unpack("i", struct.pack("f", scale))[0]),
             ("WARPS", tiling.warps),
-            (name, _BLOCK),
+            ("KEYS", _BLOCK),
+            ("QUERIES", _BLOCK),
             ("PART", tiling.part),
             ("HOLDS", tiling.holds),
         ],
@@ -555,7 +606,8 @@ def _launch(
         dtypes=[dtype for _, dtype in outputs],
         threads=32 * tiling.warps,
         resident=tiling.resident,
-        shared_bytes=shared,
+        # own rows, two pairs of blocks, and three numbers for each row of two blocks
+        shared_bytes=row_bytes * (own_tiles * 16 * tiling.warps + 4 * _BLOCK) + 24 * _BLOCK,
     )
 
 
@@ -574,22 +626,23 @@ def _heads(rows: mx.array, like: mx.array) -> mx.array:
 
 
 @functools.cache
-def attention(scale: float) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
-    """Return a differentiable function of Q, K and V for arrays that the kernels take.
+def attention(scale: float) -> Callable[..., mx.array]:
+    """Return a differentiable function of Q, K and V, and of first keys if there are any, that the kernels take.
 
     Args:
         scale: of the scores.
     """
 
-    def forward(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        return kernel(q, k, v, scale)
+    def forward(q: mx.array, k: mx.array, v: mx.array, *low: mx.array) -> tuple[mx.array, mx.array]:
+        return kernel(q, k, v, scale, *low)
 
     function = mx.custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        q, k, v = primals
+        q, k, v, *low = primals
         out, lse = outputs
-        return kernel_gradients(q, k, v, scale, out, lse, cotangents[0])
+        gradients = kernel_gradients(q, k, v, scale, out, lse, cotangents[0], *low)
+        return *gradients, *(mx.zeros_like(array) for array in low)
 
-    return lambda q, k, v: cast("tuple[mx.array, ...]", function(q, k, v))[0]
+    return lambda *inputs: cast("tuple[mx.array, ...]", function(*inputs))[0]

@@ -36,9 +36,16 @@ def rotary_name(dtype: mx.Dtype, width: int, *, interleaved: bool) -> str:
     return f"rotary{'_interleaved' * interleaved}/{name_of(dtype)}/{width}"
 
 
-def attention_name(dtype: mx.Dtype, width: int) -> str:
-    """Return the name of the causal attention of heads of a width; for up to 64 numbers it is cut as for 64."""
-    return f"attention/{name_of(dtype)}/{64 if width <= 64 else 128 if width <= 128 else width}"
+def attention_name(dtype: mx.Dtype, width: int, *, is_bounded: bool) -> str:
+    """Return the name of the causal attention of heads of a width; for up to 64 numbers it is cut as for 64.
+
+    Args:
+        dtype: of queries, keys and values.
+        width: of a head.
+        is_bounded: a query does not see all keys before it.
+    """
+    cut = 64 if width <= 64 else 128 if width <= 128 else width
+    return f"attention{'_bounded' * is_bounded}/{name_of(dtype)}/{cut}"
 
 
 def embedding_name(dtype: mx.Dtype) -> str:
@@ -64,7 +71,7 @@ def sum_of_squares_name(dtype: mx.Dtype) -> str:
 def is_known(name: str) -> bool:
     """Return whether a kernel takes the type and width that a name tells."""
     kind, dtype, *width = name.split("/")
-    if kind == "attention":
+    if kind.startswith("attention"):
         return dtype == "bfloat16" and int(width[0]) <= 128
     if kind.endswith("rms_norm"):
         return dtype in TYPES and int(width[0]) % 8 == 0 and int(width[0]) <= 8192

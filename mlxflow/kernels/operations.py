@@ -66,11 +66,13 @@ def operation(name: str) -> Operation:
         wide = partial(_wide_turns, interleaved)
         theirs = mx.compile(partial(_turn_and_back_own, interleaved))
         return Operation(partial(_turned_inputs, dtype, width), there_and_back, wide, theirs, tolerance)
-    if kind == "attention":
-        inputs = partial(_attention_inputs, dtype, int(parts[1]))
-        plain = partial(_attended_and_gradients, lambda q, k, v: attention.reference(q, k, v, _SCALE)[0])
+    if kind.startswith("attention"):
+        width, is_bounded = int(parts[1]), kind.endswith("_bounded")
+        inputs, scale = partial(_attention_inputs, dtype, width, is_bounded), width**-0.5
+        plain = partial(_attended_and_gradients, lambda q, k, v, *low: attention.reference(q, k, v, scale, *low)[0])
         # MLX's way to the same bits every time; compiled it is as fast, and takes long to compile
-        return Operation(inputs, _attended_by_kernel, partial(_wide, plain), plain, 2**-6)
+        ours = partial(_attended_and_gradients, attention.attention(scale))
+        return Operation(inputs, ours, partial(_wide_attention, plain), plain, 2**-6)
     if kind == "embedding":
         inputs = partial(_lookup_inputs, dtype)
         gradients = partial(_lookup_gradient, embedding.kernel_gradient)
@@ -210,12 +212,8 @@ def _turn_and_back_own(interleaved: bool, x: mx.array, g: mx.array, c: mx.array,
     return [*values, *gradients]
 
 
-#: Of the scores of attention.
-_SCALE = 0.11
-
-
-def _attention_inputs(dtype: mx.Dtype, width: int, size: int) -> Arrays:
-    """Return queries, keys, values and what comes in; heads are scaled, and the last block is not full."""
+def _attention_inputs(dtype: mx.Dtype, width: int, is_bounded: bool, size: int) -> Arrays:
+    """Return queries, keys, values, what comes in, and first keys; heads are scaled, and the last block is not full."""
     length = 333 if size > _AWKWARD else 77
     batch = max(1, size // (6 * length * width))
     scales = ([1.0, 2.0, 1e-3, 1.0, 0.0, 3.0], [1.0, 0.5], [1.0, 30.0], [1.0, 1e3, 1.0, 1e-3, 1.0, 1.0])
@@ -223,6 +221,12 @@ def _attention_inputs(dtype: mx.Dtype, width: int, size: int) -> Arrays:
     for seed, each in enumerate(scales):
         x = _random((batch, length, len(each), width), seed, mx.float32) * mx.array(each)[:, None]
         arrays.append(x.astype(dtype).transpose(0, 2, 1, 3))
+    if is_bounded:  # by documents of 1 to 150 tokens, and in some rows by a window
+        places = mx.arange(length)[None]
+        begins = mx.array([0, 1, 2, 30, 63, 64, 70, 140, 180, 330])
+        document = mx.where(places[..., None] >= begins, begins, 0).max(axis=-1)
+        is_window = mx.arange(batch)[:, None] % 3 == 2
+        arrays.append(mx.where(is_window, mx.maximum(places - 40, 0), document).astype(mx.int32))
     return arrays
 
 
@@ -232,13 +236,13 @@ _AWKWARD = 1 << 20
 
 def _attended_and_gradients(function: Callable[..., mx.array], *inputs: mx.array) -> Arrays:
     """Return the result and the gradients, a row a head: where a query sees few keys its gradient cancels out."""
-    *primals, g = inputs
-    values, gradients = mx.vjp(function, primals, [g])
+    q, k, v, g, *low = inputs
+    values, gradients = mx.vjp(lambda q, k, v: function(q, k, v, *low), [q, k, v], [g])
     return [array.flatten(2) for array in (*values, *gradients)]
 
 
-def _attended_by_kernel(*inputs: mx.array) -> Arrays:
-    return _attended_and_gradients(attention.attention(_SCALE), *inputs)
+def _wide_attention(function: Callable[..., Arrays], *inputs: mx.array) -> Arrays:
+    return [*_wide(lambda *wide: function(*wide, *inputs[4:]), *inputs[:4])]
 
 
 def _lookup_inputs(dtype: mx.Dtype, size: int) -> Arrays:

@@ -220,7 +220,8 @@ def _trained(
     mx.eval(model.parameters())
     masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
     with fake_quantized(model, plan.layers) as pack:
-        kernels = train_methods.choose_kernels(settings, model, context)
+        length = tokens.train.context_length
+        kernels = train_methods.choose_kernels(settings, model, context, context_length=length, masks=masks)
         result = train_methods.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),

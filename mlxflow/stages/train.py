@@ -242,7 +242,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
     masks = train_methods.masks_documents(config, tokens, model, context.task)
-    kernels = train_methods.choose_kernels(config, model, context)
+    length = tokens.context_length
+    kernels = train_methods.choose_kernels(config, model, context, context_length=length, masks=masks)
     fused, objective = choose_objective(
         model,
         fused=None if config.fused_loss == "auto" else config.fused_loss,

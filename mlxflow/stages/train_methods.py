@@ -92,13 +92,15 @@ def fit(
             raise SystemExit(128 + asked_to_stop.signal) from stopped
 
 
-def choose_kernels(config: "Config", model: Any, context: Context) -> Any:
+def choose_kernels(config: "Config", model: Any, context: Context, *, context_length: int, masks: bool) -> Any:
     """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
 
     Args:
         config: the table.
         model: as it is trained, evaluated.
         context: of the stage.
+        context_length: tokens in a row.
+        masks: whether documents are kept apart.
 
     Raises:
         WorkflowError: all are required and one does not serve.
@@ -116,6 +118,9 @@ def choose_kernels(config: "Config", model: Any, context: Context) -> Any:
         dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
         precision=config.precision,
         sums_gradients=config.grad_accum_steps > 1 or config.dynamic_batch_size,
+        context_length=context_length,
+        masks_documents=masks,
+        is_deterministic=config.deterministic,
         recorded=_recorded_kernels(kept, context),
     )
     if config.kernels == "require" and served.refused:

@@ -15,14 +15,17 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow import packed
 from mlxflow.training.exponential import LOG2_E, exp2_below
+from mlxflow.training.mode import evaluating
 
 # Queries of a block: fewer waste less on the diagonal, more keep the matrix products large
 _BLOCK = 256
 
 
-#: Takes queries, keys, values and the scores' scale; returns causal attention, or None where it does not serve.
-Causal = Callable[[mx.array, mx.array, mx.array, float], mx.array | None]
+#: Takes queries, keys, values, the scores' scale, and the first key that each query sees, (B, L), or None for the first
+#: of all; returns causal attention, or None where it does not serve.
+Causal = Callable[[mx.array, mx.array, mx.array, float, mx.array | None], mx.array | None]
 
 Attention = Callable[..., mx.array]
 
@@ -58,33 +61,51 @@ def in_fixed_order(causal: Causal | None) -> Iterator[None]:
         if queries.dtype not in (mx.bfloat16, mx.float16) or named.keys() - {"scale", "mask", "sinks"}:
             return plain(queries, keys, values, **named)
         found = None
-        if causal is not None and _is_causal(queries, keys, **named):
-            found = causal(queries, keys, values, named["scale"])
+        if causal is not None and _is_causal(queries, keys, bounds, **named):
+            first = bounds.of(named["mask"])
+            if first is not None:
+                first = mx.broadcast_to(first, (len(queries), queries.shape[2]))
+            found = causal(queries, keys, values, named["scale"], first)
         return plain_attention(queries, keys, values, **named) if found is None else found
 
-    with _replaced(ordered):
+    with packed.noted_bounds() as bounds, _replaced(ordered):
         yield
 
 
-def first_causal_width(model: nn.Module) -> int | None:
-    """Return the width of a head in the first causal attention of a model; None where it has none.
+class Heads(NamedTuple):
+    """What the attention of a model is of.
 
-    The model is called on two tokens until it comes to attention; nothing is evaluated.
+    Attributes:
+        width: of a head.
+        is_bounded: a query does not see all keys before it: those of its document, or of a window.
+    """
+
+    width: int
+    is_bounded: bool
+
+
+def first_causal_heads(model: nn.Module, *, context_length: int, masks_documents: bool) -> Heads | None:
+    """Return what the first attention of a model is of; None where that is not causal.
+
+    The model is called, without dropout, until it comes to attention; nothing is evaluated.
 
     Args:
         model: of any architecture.
+        context_length: tokens in a row, L.
+        masks_documents: no token attends to another document in its row.
     """
 
     def found(_: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
-        is_one = queries.shape[-1] == values.shape[-1] and _is_causal(queries, keys, **named)
-        raise _FoundError(queries.shape[-1] if is_one else None)
+        serves = queries.shape[-1] == values.shape[-1] and _is_causal(queries, keys, bounds, **named)
+        raise _FoundError(Heads(queries.shape[-1], bounds.of(named["mask"]) is not None) if serves else None)
 
+    tokens = mx.zeros((1, max(2, context_length)), mx.int32)
     try:
-        with _replaced(found):
-            model(mx.zeros((1, 2), mx.int32))
+        with evaluating(model), packed.noted_bounds() as bounds, _replaced(found):
+            packed.apply(model, tokens, tokens if masks_documents else None)
     except _FoundError as told:
-        width: int | None = told.args[0]
-        return width
+        heads: Heads | None = told.args[0]
+        return heads
     return None
 
 
@@ -104,9 +125,11 @@ def _replaced(attention: Callable[..., mx.array]) -> Iterator[None]:
         fast.scaled_dot_product_attention = plain
 
 
-def _is_causal(queries: mx.array, keys: mx.array, *, mask: Any = None, sinks: Any = None, **_: Any) -> bool:
-    is_causal = isinstance(mask, str) and mask == "causal" and queries.shape[2] == keys.shape[2]
-    return is_causal and sinks is None
+def _is_causal(
+    queries: mx.array, keys: mx.array, bounds: packed.Bounds, *, mask: Any = None, sinks: Any = None, **_: Any
+) -> bool:
+    is_causal = bounds.of(mask) is not None or (isinstance(mask, str) and mask == "causal")
+    return is_causal and queries.shape[2] == keys.shape[2] and sinks is None
 
 
 def plain_attention(
@@ -153,7 +176,8 @@ def plain_attention(
 
 def _serves(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> bool:
     in_fp32 = queries.dtype == keys.dtype == values.dtype == mx.float32
-    return in_fp32 and _is_causal(queries, keys, **named) and named.keys() - {"mask", "sinks"} == {"scale"}
+    is_causal = _is_causal(queries, keys, packed.Bounds(), **named)
+    return in_fp32 and is_causal and named.keys() - {"mask", "sinks"} == {"scale"}
 
 
 def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) -> mx.array:

@@ -169,7 +169,14 @@ def measured_steps(
         mx.eval(model.parameters())
     model.train()
     sums = settings.grad_accum_steps > 1
-    served = serving.recorded_for(model, precision=settings.precision, names=settings.kernels, sums_gradients=sums)
+    served = serving.recorded_for(
+        model,
+        precision=settings.precision,
+        names=settings.kernels,
+        context_length=rows.tokens.shape[1] - 1,
+        masks_documents=masks_documents,
+        sums_gradients=sums,
+    )
     loss = _objective(model, settings, vocab_size, masks_documents, served.serves_loss)
     size = settings.batch_size * settings.grad_accum_steps
     with (

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.lookup import lookup
+from mlxflow.training.mode import evaluating
 
 
 def find_siblings(model: nn.Module, tokens: mx.array) -> list[tuple[nn.Linear, ...]]:
@@ -28,20 +29,18 @@ def find_siblings(model: nn.Module, tokens: mx.array) -> list[tuple[nn.Linear, .
         tokens: (B, L) for that call.
     """
     calls: list[tuple[nn.Linear, mx.array]] = []
-    plain, in_training = nn.Linear.__call__, [module for module in model.modules() if module.training]
+    plain = nn.Linear.__call__
 
     def noted(layer: Any, x: mx.array) -> Any:
         calls.append((layer, x))
         return plain(layer, x)
 
     nn.Linear.__call__ = noted
-    model.eval()
     try:
-        model(tokens)
+        with evaluating(model):
+            model(tokens)
     finally:
         nn.Linear.__call__ = plain
-        for module in in_training:
-            module._training = True
     times = Counter(id(layer) for layer, _ in calls)
     groups = [tuple(layer for layer, _ in group) for _, group in itertools.groupby(calls, key=lambda call: id(call[1]))]
     return [group for group in groups if _pays(group) and all(times[id(layer)] == 1 for layer in group)]

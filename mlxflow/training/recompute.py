@@ -33,8 +33,8 @@ def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
 @functools.cache
 def _recomputing(plain: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        # Only arrays are told to the transformation: masks may be words and caches are objects of any kind.
-        places = [place for place, value in enumerate(arguments) if isinstance(value, mx.array)]
+        # Only what may have a gradient is told to the transformation: masks stay the arrays, or words, that they are.
+        places = [place for place, value in enumerate(arguments) if _is_floating(value)]
 
         def inner(parameters: Any, *arrays: mx.array) -> Any:
             self.update(parameters)
@@ -46,3 +46,7 @@ def _recomputing(plain: type[nn.Module]) -> type[nn.Module]:
         return mx.checkpoint(inner)(self.trainable_parameters(), *(arguments[place] for place in places))
 
     return type(f"Recomputed{plain.__name__}", (plain,), {"__call__": call})
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)

@@ -123,7 +123,13 @@ class Runner:
             model.train()
             mx.eval(model.parameters())
             held.enter_context(recomputed(model, every=recipe.checkpoint_every))
-            served = serving.recorded_for(model, precision=recipe.precision, names=recipe.kernels)
+            served = serving.recorded_for(
+                model,
+                precision=recipe.precision,
+                names=recipe.kernels,
+                context_length=rows.tokens.shape[1] - 1,
+                masks_documents=job.masks_documents,
+            )
             held.enter_context(served.fitted())
             objective = _objective(model, recipe, job, vocab_size, uses_kernel=served.serves_loss)
             advance, state = _advance(model, objective, recipe, job, warmup_steps, served)

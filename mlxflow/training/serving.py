@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.training.attention import Causal, first_causal_width
+from mlxflow.training.attention import Causal, first_causal_heads
 
 
 class Serving(NamedTuple):
@@ -35,20 +35,38 @@ def nothing() -> Serving:
     return Serving(lambda _: False, False, nullcontext, [], {})
 
 
-def recorded_for(model: nn.Module, *, precision: str, names: Iterable[str], sums_gradients: bool = False) -> Serving:
+def recorded_for(
+    model: nn.Module,
+    *,
+    precision: str,
+    names: Iterable[str],
+    context_length: int,
+    masks_documents: bool,
+    sums_gradients: bool = False,
+) -> Serving:
     """Return what serves where training recorded what did: those of these names, unproved; none is imported for none.
 
     Args:
         model: evaluated, in the type in which it computes.
         precision: "fp32", "bf16" or "bf16-pure".
         names: of the kernels.
+        context_length: tokens in a row.
+        masks_documents: no token attends to another document in its row.
         sums_gradients: whether an update may take more than one forward pass.
     """
     recorded = list(names)
     if not recorded:
         return nothing()
     dtype = mx.float32 if precision == "fp32" else mx.bfloat16
-    return choose_for(model, dtype=dtype, precision=precision, sums_gradients=sums_gradients, recorded=recorded)
+    return choose_for(
+        model,
+        dtype=dtype,
+        precision=precision,
+        sums_gradients=sums_gradients,
+        context_length=context_length,
+        masks_documents=masks_documents,
+        recorded=recorded,
+    )
 
 
 def choose_for(
@@ -57,6 +75,9 @@ def choose_for(
     dtype: mx.Dtype,
     precision: str,
     sums_gradients: bool,
+    context_length: int,
+    masks_documents: bool = False,
+    is_deterministic: bool = True,
     recorded: Iterable[str] | None = None,
 ) -> Serving:
     """Return what serves the training of a model on the default device; prove what is not known yet.
@@ -66,6 +87,9 @@ def choose_for(
         dtype: in which it computes.
         precision: "fp32", "bf16" or "bf16-pure".
         sums_gradients: whether an update may take more than one forward pass.
+        context_length: tokens in a row.
+        masks_documents: no token attends to another document in its row.
+        is_deterministic: whether gradients are to be added up in one order; else MLX's attention serves.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
     """
     from mlxflow.kernels import attention, choice, fitting, names
@@ -76,9 +100,12 @@ def choose_for(
     wanted |= {names.cross_entropy_name(dtype), names.adamw_name(weights, dtype), names.sum_of_squares_name(dtype)}
     if sums_gradients:  # in fp32
         wanted |= {names.adamw_name(weights, mx.float32), names.sum_of_squares_name(mx.float32)}
-    width = None if mx.metal.is_available() else first_causal_width(model)
-    if width is not None:
-        wanted.add(names.attention_name(dtype, width))
+    heads = None
+    if is_deterministic and not mx.metal.is_available():
+        heads = first_causal_heads(model, context_length=context_length, masks_documents=masks_documents)
+    if heads is not None:  # where it is a window that bounds one layer, another may have none
+        kinds = {heads.is_bounded, masks_documents}
+        wanted |= {names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
     known = [name for name in wanted if names.is_known(name)]
     chosen = choice.choose(known) if recorded is None else choice.recorded(known, recorded)
 
@@ -87,10 +114,12 @@ def choose_for(
         with fitting.fitted(fits, chosen, dtype):
             yield
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array | None:
-        serves = attention.supports(q, k, v, scale) and chosen.serves(names.attention_name(q.dtype, q.shape[3]))
-        return attention.attention(scale)(q, k, v) if serves else None
+    def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, low: mx.array | None) -> mx.array | None:
+        name = names.attention_name(q.dtype, q.shape[3], is_bounded=low is not None)
+        if not chosen.serves(name) or not attention.supports(q, k, v, scale, low):
+            return None
+        return attention.attention(scale)(q, k, v, *([] if low is None else [low]))
 
     loss = chosen.serves(names.cross_entropy_name(dtype))
-    attends = width is not None and chosen.serves(names.attention_name(dtype, width))
+    attends = any(name.startswith("attention") for name in chosen.serving)
     return Serving(chosen.serves, loss, fitted, chosen.serving, chosen.refused, attend if attends else None)

@@ -30,7 +30,7 @@ NAMES = [
     ]
 ]
 
-NAMES += ["attention/bfloat16/64", "attention/bfloat16/128"]
+NAMES += [f"attention{kind}/bfloat16/{width}" for kind in ("", "_bounded") for width in (64, 128)]
 
 Launched = list[dict[str, Any]]
 

@@ -34,7 +34,7 @@ _REST = [
     ("sum_of_squares", ""),
 ]
 NAMES = [f"{kind}/{dtype}{rest}" for dtype in ("float32", "bfloat16") for kind, rest in _REST]
-NAMES += ["attention/bfloat16/64", "attention/bfloat16/128"]
+NAMES += [f"attention{kind}/bfloat16/{width}" for kind in ("", "_bounded") for width in (64, 128)]
 WIDTHS = [7, 8, 12, 576]
 TYPES = [mx.float32, mx.bfloat16]
 PLAIN = mx.float16  #: a type in which no kernel serves, whatever arrays come
@@ -140,10 +140,6 @@ def test_the_gradients_of_two_projections_side_by_side_are_those_of_mlx(activati
         _close(ours, theirs, _tolerance(mx.float32))
 
 
-def _attention_of_mlx(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
-
-
 def _heads(
     batch: int, heads: int, shared_by: int, length: int, width: int, dtype: mx.Dtype = mx.float32
 ) -> list[mx.array]:
@@ -153,13 +149,28 @@ def _heads(
     return [_random(shape, seed, dtype).transpose(0, 2, 1, 3) for seed, shape in enumerate(shapes)]
 
 
+def _low(length: int, size: int) -> mx.array:
+    """Return the first keys that queries see, (2, L): in one row by documents, in the other by a window."""
+    places = mx.arange(length)
+    return mx.stack([places // size * size, mx.maximum(places - size + 2, 0)]).astype(mx.int32)
+
+
 @pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("is_bounded", [False, True])
 @pytest.mark.parametrize(("heads", "shared_by", "length"), [(2, 1, 1), (3, 1, 9), (6, 3, 17)])
-def test_attention_and_its_gradients_are_those_of_mlx(heads: int, shared_by: int, length: int) -> None:
+def test_attention_and_its_gradients_are_those_of_mlx(
+    heads: int, shared_by: int, length: int, is_bounded: bool
+) -> None:
     q, k, v, g = _heads(2, heads, shared_by, length, 8)
-    out, lse = attention.reference(q, k, v, 0.3)
-    values, gradients = mx.vjp(_attention_of_mlx, [q, k, v], [g])
-    found = [out, *attention.reference_gradients(q, k, v, 0.3, out, lse, g)]
+    low, places = _low(length, 5) if is_bounded else None, mx.arange(length)
+    sees = (places[:, None] >= places) & (places >= _low(length, 5)[:, None, :, None])
+
+    def of_mlx(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=sees if is_bounded else "causal")
+
+    out, lse = attention.reference(q, k, v, 0.3, low)
+    values, gradients = mx.vjp(of_mlx, [q, k, v], [g])
+    found = [out, *attention.reference_gradients(q, k, v, 0.3, out, lse, g, low)]
     for one, other in zip(found, [*values, *gradients], strict=True):
         assert float(mx.abs(one - other).max()) < 2e-5 * max(1.0, float(mx.abs(other).max()))
 
@@ -353,17 +364,20 @@ def test_the_update_takes_any_length_and_keeps_what_is_not_finite(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_bounded", [False, True])
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 128])
 @pytest.mark.parametrize(
     ("heads", "shared_by", "length"), [(1, 1, 1), (6, 3, 63), (4, 1, 64), (8, 4, 129), (9, 3, 700)]
 )
 def test_attention_of_any_length_and_its_gradients_are_the_references(
-    heads: int, shared_by: int, length: int, width: int
+    heads: int, shared_by: int, length: int, width: int, is_bounded: bool
 ) -> None:
     *primals, g = _heads(2, heads, shared_by, length, width, mx.bfloat16)
-    found = mx.vjp(attention.attention(0.3), primals, [g])
+    low = [_low(length, 90)] if is_bounded else []  # of which some see nothing of a block's first keys
+    scale = width**-0.5
+    found = mx.vjp(lambda q, k, v: attention.attention(scale)(q, k, v, *low), primals, [g])
     wide = [array.astype(mx.float32) for array in primals]
-    wanted = mx.vjp(lambda q, k, v: attention.reference(q, k, v, 0.3)[0], wide, [g.astype(mx.float32)])
+    wanted = mx.vjp(lambda q, k, v: attention.reference(q, k, v, scale, *low)[0], wide, [g.astype(mx.float32)])
     for one, other in zip([*found[0], *found[1]], [*wanted[0], *wanted[1]], strict=True):
         assert one.dtype == mx.bfloat16
         flat = [array.astype(mx.float32).flatten(2) for array in (one, other)]  # a query alone has no gradient

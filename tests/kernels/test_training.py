@@ -24,11 +24,19 @@ class Run(NamedTuple):
     state: dict[str, mx.array]
 
 
-def _all(model: Any, dtype: mx.Dtype, precision: str) -> serving.Serving:
+def _all(model: Any, dtype: mx.Dtype, precision: str, length: int, masks: bool) -> serving.Serving:
     """Let every kernel serve that could."""
 
     def chosen(names: list[str]) -> serving.Serving:
-        return serving.choose_for(model, dtype=dtype, precision=precision, sums_gradients=False, recorded=names)
+        return serving.choose_for(
+            model,
+            dtype=dtype,
+            precision=precision,
+            sums_gradients=False,
+            context_length=length,
+            masks_documents=masks,
+            recorded=names,
+        )
 
     return chosen(list(chosen([]).refused))
 
@@ -41,6 +49,7 @@ def _train(
     every: int = 0,
     steps: int = STEPS,
     length: int = LENGTH,
+    masks: bool = False,
 ) -> Run:
     mx.random.seed(0)
     shape = {"hidden_size": 96, "intermediate_size": 88, "num_heads": 3, "num_kv_heads": 1}  # no powers of two
@@ -49,7 +58,7 @@ def _train(
     model.set_dtype(dtype)
     model.train()
     mx.eval(model.parameters())
-    use = _all(model, dtype, precision) if kernels else serving.nothing()
+    use = _all(model, dtype, precision, length, masks) if kernels else serving.nothing()
     schedule = make_schedule(
         name="cosine", learning_rate=1e-3, final_learning_rate=0, num_steps=steps, warmup_steps=5, decay_steps=0
     )
@@ -60,11 +69,12 @@ def _train(
         fused=fused,
         vocab_size=VOCAB,
         tokens=ROWS * length,
-        masks_documents=False,
+        masks_documents=masks,
         uses_kernel=use.serves_loss,
     )
     rows = mx.random.randint(0, VOCAB, (10, ROWS, length + 1), key=mx.random.key(1))
-    marks = mx.full((ROWS, length + 1), 3, mx.uint8)
+    documents = mx.arange(length + 1) // 150 + 1 if masks else mx.ones(length + 1, mx.int32)
+    marks = mx.broadcast_to((2 * documents + 1).astype(mx.uint8), (ROWS, length + 1))
     losses = []
     with use.fitted(), recompute.recomputed(model, every=every):
         step = Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
@@ -118,11 +128,17 @@ def test_a_hundred_steps_with_kernels_come_to_the_losses_without(precision: str,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
-def test_long_rows_too_come_to_the_same_bits(precision: str, kernels: bool) -> None:
-    first, second = (_train(kernels=kernels, precision=precision, steps=20, length=700) for _ in range(2))
-    assert _same(first, second)
+def test_long_rows_and_documents_in_them_too_come_to_the_same_bits(precision: str, every: int, masks: bool) -> None:
+    def train(*, kernels: bool) -> Run:
+        return _train(kernels=kernels, precision=precision, steps=20, length=700, every=every, masks=masks)
+
+    plain, ours = train(kernels=False), train(kernels=True)
+    assert _same(plain, train(kernels=False))
+    assert _same(ours, train(kernels=True))
+    assert ours.losses == pytest.approx(plain.losses, rel=_TOLERANCES[precision])
 
 
 @pytest.mark.gpu
@@ -131,8 +147,8 @@ def test_the_first_run_on_this_device_proves_every_kernel_it_wants(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, _ = llama(hidden_size=64, intermediate_size=64)
-    use = serving.choose_for(model, dtype=mx.float32, precision="fp32", sums_gradients=False)
+    use = serving.choose_for(model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH)
     broken = {name: reason for name, reason in use.refused.items() if not reason.startswith("it takes ")}
     assert not broken, "each is right, and only its speed may speak against it"
-    again = serving.choose_for(model, dtype=mx.float32, precision="fp32", sums_gradients=False)
+    again = serving.choose_for(model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH)
     assert (again.serving, again.refused) == (use.serving, use.refused)

@@ -1,6 +1,8 @@
 """Attention by blocks, against MLX's own."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +11,7 @@ import pytest
 
 from mlxflow.training import attention
 from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
-from mlxflow.training.attention import causal_attention, causal_by_blocks
+from mlxflow.training.attention import Heads, causal_attention, causal_by_blocks, first_causal_heads
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Step
@@ -143,8 +145,11 @@ def test_queries_that_are_the_last_of_more_keys_see_those_before_them() -> None:
 def test_in_a_fixed_order_a_kernel_serves_what_is_causal_and_of_16_bits() -> None:
     asked = []
 
-    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array | None:
+    def kernel(
+        queries: mx.array, keys: mx.array, values: mx.array, scale: float, first: mx.array | None
+    ) -> mx.array | None:
         asked.append((queries.dtype, queries.shape[2], scale))
+        assert first is None
         return mx.zeros_like(queries) if queries.shape[2] > 4 else None
 
     fast, half = mx.fast, _half()[:3]
@@ -161,12 +166,18 @@ def test_in_a_fixed_order_a_kernel_serves_what_is_causal_and_of_16_bits() -> Non
     assert mx.array_equal(full, _theirs(*_inputs(6, 2, 9)[:3])), "MLX's own adds up in one order there"
 
 
-def test_the_width_of_heads_is_found_without_computing() -> None:
-    plain = mx.fast.scaled_dot_product_attention
-    model, _ = llama(hidden_size=48, num_heads=3, num_kv_heads=1)
-    assert attention.first_causal_width(model) == 16
-    assert attention.first_causal_width(nn.Linear(2, 3)) is None
+def test_what_attention_is_of_is_found_without_computing() -> None:
+    model, other = llama(hidden_size=48, num_heads=3, num_kv_heads=1)[0], nn.Linear(8, 3)
+    random: Any = mx.random
+    plain, state = mx.fast.scaled_dot_product_attention, mx.array(random.state[0])
+    model.train()
+    find = partial(first_causal_heads, context_length=8)
+    assert find(model, masks_documents=False) == Heads(16, is_bounded=False)
+    assert find(model, masks_documents=True) == Heads(16, is_bounded=True)
+    assert find(other, masks_documents=False) is None
     assert mx.fast.scaled_dot_product_attention is plain
+    assert mx.array_equal(random.state[0], state)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +190,7 @@ def test_on_cuda_attention_is_in_a_fixed_order_unless_it_need_not_be(
     monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
     served: list[mx.array] = []
 
-    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float, first: mx.array | None) -> mx.array:
         served.append(queries)
         return queries
 

@@ -58,7 +58,9 @@ def test_recorded_kernels_serve_until_they_are_switched_off(
     uncompiled: None,  # noqa: F811
 ) -> None:
     calls = let_references_serve(monkeypatch)
-    known = serving.choose_for(llama()[0], dtype=mx.float32, precision="fp32", sums_gradients=False, recorded=[])
+    known = serving.choose_for(
+        llama()[0], dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=8, recorded=[]
+    )
     recipe = _workflow(kernels=list(known.refused))
     (without,) = (one for one in recipe.ablations() if one.name == "without own kernels")
     with _open(recipe) as runner:
