@@ -1,5 +1,6 @@
 """Which kernels serve on this device: proved once, kept in the user's cache."""
 
+import functools
 import hashlib
 import json
 import platform
@@ -79,11 +80,16 @@ def choose(names: Iterable[str]) -> Choice:
 
 def environment() -> str:
     """Return what an outcome depends on beside the kernel's name: device, system, MLX and the kernels' sources."""
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    return " | ".join([device.name(), system, f"mlx {device.environment(None)['mlx']}", _sources()])
+
+
+@functools.cache
+def _sources() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
-    return " | ".join([device.name(), system, f"mlx {device.environment(None)['mlx']}", digest.hexdigest()[:16]])
+    return digest.hexdigest()[:16]
 
 
 def prove_all(

@@ -2,10 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 
 from mlxflow.kernels import embedding, gated, names, rms_norm, rotary
 from mlxflow.kernels.likeness import settings
@@ -14,7 +15,7 @@ from mlxflow.lookup import lookup, ordered_gradient
 Call = Callable[..., Any]
 
 
-class Norm(NamedTuple):
+class Norm(msgspec.Struct, frozen=True, tag=True):
     """A layer that is the norm of rows.
 
     Attributes:
@@ -46,7 +47,7 @@ class Norm(NamedTuple):
         return weight + self.offset if self.offset else weight
 
 
-class GatedMLP(NamedTuple):
+class GatedMLP(msgspec.Struct, frozen=True, tag=True):
     """A layer that is down(act(gate(x)) * up(x)).
 
     Attributes:
@@ -82,7 +83,7 @@ class GatedMLP(NamedTuple):
         return call
 
 
-class JoinedMLP(NamedTuple):
+class JoinedMLP(msgspec.Struct, frozen=True, tag=True):
     """A layer that is down(act(a) * b), where one projection gives both a and b, its two halves.
 
     Attributes:
@@ -114,7 +115,7 @@ class JoinedMLP(NamedTuple):
         return call
 
 
-class GatedProduct(NamedTuple):
+class GatedProduct(msgspec.Struct, frozen=True, tag=True):
     """A layer without weights that takes two arrays, one of which it activates.
 
     Attributes:
@@ -142,7 +143,7 @@ class GatedProduct(NamedTuple):
         return call
 
 
-class Rotary(NamedTuple):
+class Rotary(msgspec.Struct, frozen=True, tag=True):
     """A layer that turns the heads of each position, (B, H, L, E), by that position's angles.
 
     Attributes:
@@ -185,7 +186,7 @@ class Rotary(NamedTuple):
 _TURNS: dict[Hashable, tuple[mx.array, mx.array]] = {}
 
 
-class Embedding(NamedTuple):
+class Embedding(msgspec.Struct, frozen=True, tag=True):
     """A layer that returns rows of its weight."""
 
     def name(self, module: nn.Module, dtype: mx.Dtype) -> str:
@@ -207,7 +208,7 @@ class Embedding(NamedTuple):
         return call
 
 
-class Block(NamedTuple):
+class Block(msgspec.Struct, frozen=True, tag=True):
     """A layer that is h + second(norm(h)), h being x + first(norm(x)), in which both norms are of rows.
 
     Attributes:

@@ -14,34 +14,57 @@ from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 
-from mlxflow.kernels.choice import Choice
+from mlxflow.kernels import findings
+from mlxflow.kernels.choice import Choice, environment
 from mlxflow.kernels.fits import Fit
-from mlxflow.kernels.likeness import likeness
+from mlxflow.kernels.likeness import Untold, alike, sources, told
 from mlxflow.kernels.trials import may_fit, try_layer
 
 
 def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
     """Return the layers that kernels could serve, and as what.
 
-    Layers of one class with equal settings and shapes are tried once.
+    Of layers of one class with equal settings and shapes one is tried, unless what came out is kept in the user's
+    cache, under all that it follows from: the device, MLX, our sources and the layer's own.
 
     Args:
         model: of any architecture; its weights are as before afterwards.
     """
-    known: dict[Hashable, Fit | None] = {}
-    seen: dict[int, Hashable] = {}
-    found = []
-    for _, module in model.named_modules():
-        if not may_fit(module):
-            continue
-        key = likeness(module, seen)
-        if key not in known:
-            known[key] = try_layer(module)
-        fit = known[key]
+    groups = [group for group in alike(model) if may_fit(group[0])]
+    keys = _keys([group[0] for group in groups])
+    kept, new, found = findings.read(), {}, []
+    for group, key in zip(groups, keys, strict=True):
+        try:
+            fit = msgspec.convert(kept[key or ""], Fit | None)
+        except (KeyError, msgspec.ValidationError):
+            fit, is_lasting = try_layer(group[0])
+            if key is not None and is_lasting:
+                new[key] = msgspec.to_builtins(fit)
         if fit is not None:
-            found.append((module, fit))
+            found += [(module, fit) for module in group]
+    if new:
+        findings.keep(new)
     return found
+
+
+def _keys(layers: list[nn.Module]) -> list[str | None]:
+    """Return what findings about layers are kept under; None for one of which nothing can be said elsewhere."""
+    modules: set[str] = set()
+    texts = [_told(layer, modules) for layer in layers]
+    try:
+        where = (environment(), sources(modules))
+    except (Untold, OSError):
+        return [None] * len(layers)
+    return [None if text is None else findings.key_of("layer", *where, text) for text in texts]
+
+
+def _told(layer: nn.Module, modules: set[str]) -> str | None:
+    try:
+        return told(layer, modules)
+    except Untold:
+        return None
 
 
 @contextmanager

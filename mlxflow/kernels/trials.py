@@ -2,9 +2,10 @@
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,46 +27,67 @@ from mlxflow.kernels.fits import (
 from mlxflow.kernels.likeness import plain_values
 
 
+class Trial(NamedTuple):
+    """What came out of a trial.
+
+    Attributes:
+        fit: what the layer is; None for none that a kernel could serve.
+        is_lasting: whether it follows from the layer's classes, settings and shapes, whatever its weights are.
+    """
+
+    fit: Fit | None
+    is_lasting: bool
+
+
 def may_fit(module: nn.Module) -> bool:
-    """Return whether a layer holds what one that could fit holds: two or three linear layers, one array, or nothing."""
+    """Return whether a layer holds what one that could fit holds: two or three linear layers, one array, or nothing.
+
+    One that holds layers and an array of its own does not: what it computes may change with that array.
+    """
     within = [value for value in module.values() if isinstance(value, nn.Module)]
+    shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
+    if within and shapes:
+        return False
     if len(within) == 4:
         return sum(_is_norm_like(layer) for layer in within) == 2
     if within:
         return len(within) in (2, 3) and all(_input_width(layer) is not None for layer in within)
-    shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
     return shapes in ([], [1], [2])
 
 
-def try_layer(module: nn.Module) -> Fit | None:
-    """Return what a layer is that a kernel could serve; None for no such layer.
+def try_layer(module: nn.Module) -> Trial:
+    """Try what a layer is that a kernel could serve.
 
     Args:
         module: as it is trained, evaluated; as before afterwards.
     """
     inner = [name for name, value in module.children().items() if isinstance(value, nn.Module)]
-    parameters = tree_flatten(module.parameters())
+    takes_weights = len(inner) in (2, 3)
     try:
-        if len(inner) != len(module.children()):
-            return None
+        fit = _try_with(module, inner)
+    except RuntimeError:  # for want of memory, maybe
+        return Trial(None, False)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return Trial(None, not takes_weights)
+    return Trial(fit, fit is not None or not takes_weights)
+
+
+def _try_with(module: nn.Module, inner: list[str]) -> Fit | None:
+    parameters = tree_flatten(module.parameters())
+    if len(inner) != len(module.children()):
+        return None
+    if len(inner) == 3:
+        return _try_mlp(module, inner)
+    if len(inner) == 2:
+        return _try_joined(module, inner)
+    with mx.stream(mx.cpu):  # a GPU takes a while for the first operation of each kind
         if len(inner) == 4:
-            with mx.stream(mx.cpu):
-                return _try_block(module, inner)
-        if len(inner) == 3:
-            return _try_mlp(module, inner)
-        if len(inner) == 2:
-            return _try_joined(module, inner)
+            return _try_block(module, inner)
         if _is_norm_like(module):
-            with mx.stream(mx.cpu):
-                return _try_norm(module)
+            return _try_norm(module)
         if [(path, value.ndim) for path, value in parameters] == [("weight", 2)]:
             return _try_embedding(module)
-        if parameters:
-            return None
-        with mx.stream(mx.cpu):  # a GPU takes a while for the first operation of each kind
-            return _try_rotary(module) or _try_product(module)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
-        return None
+        return None if parameters else _try_rotary(module) or _try_product(module)
 
 
 def _try_norm(module: nn.Module) -> Norm | None:
@@ -140,9 +162,14 @@ def _try_product(module: nn.Module) -> GatedProduct | None:
 
 
 def _try_embedding(module: nn.Module) -> Embedding | None:
-    numbers = mx.array([[0, 2, 1], [len(module.weight) - 1, 1, 1]])
-    found = module(numbers)
-    fits = isinstance(found, mx.array) and mx.array_equal(found, module.weight[numbers])
+    before = module.weight
+    module.weight = _sample((8, before.shape[1]), 0)
+    numbers = mx.array([[0, 2, 1], [7, 1, 1]])
+    try:
+        found = module(numbers)
+        fits = isinstance(found, mx.array) and mx.array_equal(found, module.weight[numbers])
+    finally:
+        module.weight = before
     return Embedding() if fits else None
 
 
@@ -175,6 +202,8 @@ def _try_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
             for activation, (one, other) in itertools.product(gated.ACTIVATIONS, ((gate, up), (up, gate))):
                 product = gated.reference(activation, module[one](x), module[other](x))
                 if product.shape[-1] == _input_width(module[down]) and _same(found, module[down](product)):
+                    if _is_ambiguous(activation, module[one](x), module[other](x)):
+                        return None
                     is_plain = is_product(module[one]) and is_product(module[other])
                     return GatedMLP(activation, one, other, down, is_plain)
     return None
@@ -191,8 +220,23 @@ def _try_joined(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
             for activation, gate in itertools.product(gated.ACTIVATIONS, (0, 1)):
                 product = gated.reference(activation, two[gate], two[1 - gate])
                 if _same(found, module[down](product)):
+                    if _is_ambiguous(activation, two[gate], two[1 - gate]):
+                        return None
                     return JoinedMLP(activation, gate, both, down)
     return None
+
+
+def _is_ambiguous(activation: str, a: mx.array, b: mx.array) -> bool:
+    """Return whether other products of two factors are the same: where weights are equal, or next to nothing.
+
+    In operations that no compiler is asked for; the two forms of GELU, in bf16 one but for rounding, count as one.
+    """
+    with mx.stream(mx.cpu):
+        x, y = a.astype(mx.float32), b.astype(mx.float32)
+        silu, gelu = x * mx.sigmoid(x) * y, x * (1 + mx.erf(x / math.sqrt(2))) / 2 * y
+        product, unlike = (silu, gelu) if activation == "silu" else (gelu, silu)
+        turned = y * mx.sigmoid(y) * x if activation == "silu" else y * (1 + mx.erf(y / math.sqrt(2))) / 2 * x
+        return any(_same(product.astype(a.dtype), other) for other in (unlike, turned))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_a_cache_whose_folder_is_a_file_is_done_without(tmp_path: Path, monkeypa
 
 
 @contextmanager
-def _read_only() -> Iterator[Path]:
+def read_only_cache() -> Iterator[Path]:
     """Give a cache folder that may be read and not written, by root neither."""
     room = Path(tempfile.mkdtemp())
     (room / "mlxflow").mkdir()
@@ -120,7 +120,7 @@ def _read_only() -> Iterator[Path]:
 
 def test_a_read_only_cache_folder_is_read_and_what_it_lacks_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     told = 'echo \'{"name": "b", "serves": true, "reason": ""}\''
-    with _read_only() as room:
+    with read_only_cache() as room:
         monkeypatch.setenv("XDG_CACHE_HOME", str(room))
         for _ in range(2):
             found = choice.prove_all(
@@ -226,6 +226,7 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
     def changed(target: Any, name: str, value: Any) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
+            choice._sources.cache_clear()
             return choice.environment()
 
     usual = choice.environment()
@@ -236,6 +237,7 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
         changed(device, "environment", lambda _: {"mlx": "another version"}),
         changed(Path, "read_bytes", lambda _: b"another source"),
     ]
+    choice._sources.cache_clear()
     assert len({usual, *others}) == 5
 
 
