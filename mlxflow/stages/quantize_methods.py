@@ -219,8 +219,8 @@ def _trained(
     model.train()
     mx.eval(model.parameters())
     masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
-    with fake_quantized(model, plan.layers) as pack:
-        kernels = train_methods.choose_kernels(settings, model, context)
+    with train_methods.begin_proof(settings, context) as ahead, fake_quantized(model, plan.layers) as pack:
+        kernels = train_methods.choose_kernels(settings, model, context, ahead)
         result = train_methods.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),

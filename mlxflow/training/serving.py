@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+
+if TYPE_CHECKING:
+    from mlxflow.kernels.choice import Ahead
 
 
 class Serving(NamedTuple):
@@ -47,6 +50,16 @@ def recorded_for(model: nn.Module, *, precision: str, names: Iterable[str], sums
     return choose_for(model, dtype=dtype, precision=precision, sums_gradients=sums_gradients, recorded=recorded)
 
 
+def begin_proof() -> "Ahead":
+    """Start the process that proves kernels, where none is known on the default device; it ends with the block.
+
+    It makes itself ready while the model is built, and is told what to prove by `choose_for`.
+    """
+    from mlxflow.kernels import choice
+
+    return choice.begin()
+
+
 def choose_for(
     model: nn.Module,
     *,
@@ -54,6 +67,7 @@ def choose_for(
     precision: str,
     sums_gradients: bool,
     recorded: Iterable[str] | None = None,
+    ahead: "Ahead | None" = None,
 ) -> Serving:
     """Return what serves the training of a model on the default device; prove what is not known yet.
 
@@ -63,6 +77,7 @@ def choose_for(
         precision: "fp32", "bf16" or "bf16-pure".
         sums_gradients: whether an update may take more than one forward pass.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
+        ahead: of `begin_proof`.
     """
     from mlxflow.kernels import choice, fitting, names
 
@@ -73,7 +88,7 @@ def choose_for(
     if sums_gradients:  # in fp32
         wanted |= {names.adamw_name(weights, mx.float32), names.sum_of_squares_name(mx.float32)}
     known = [name for name in wanted if names.is_known(name)]
-    chosen = choice.choose(known) if recorded is None else choice.recorded(known, recorded)
+    chosen = choice.choose(known, ahead) if recorded is None else choice.recorded(known, recorded)
 
     @contextmanager
     def fitted() -> Iterator[None]:
