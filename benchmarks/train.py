@@ -240,6 +240,7 @@ def _ours(
     device.bound_graphs(recomputes=bool(every))
     limit = int(limit_gb * 1e9) or int(device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
+    ahead = serving.begin_proof() if kernels else None
     model = _model(job, "float32" if precision == "fp32" else "bfloat16")
     model.train()
     schedule = make_schedule(
@@ -249,7 +250,9 @@ def _ours(
     begin = time.perf_counter()
     use = serving.nothing()
     if kernels:
-        use = serving.choose_for(model, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1)
+        use = serving.choose_for(
+            model, dtype=_compute_type(precision), precision=precision, sums_gradients=accum > 1, ahead=ahead
+        )
     proof_seconds = time.perf_counter() - begin
     update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
     head = objective.find_head(model, job.vocab_size)

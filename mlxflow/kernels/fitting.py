@@ -19,7 +19,7 @@ import msgspec
 from mlxflow.kernels import findings
 from mlxflow.kernels.choice import Choice, environment
 from mlxflow.kernels.fits import Fit
-from mlxflow.kernels.likeness import Untold, alike, sources, told
+from mlxflow.kernels.likeness import Telling, Untold, alike, sources
 from mlxflow.kernels.trials import may_fit, try_layer
 
 
@@ -51,18 +51,18 @@ def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
 
 def _keys(layers: list[nn.Module]) -> list[str | None]:
     """Return what findings about layers are kept under; None for one of which nothing can be said elsewhere."""
-    modules: set[str] = set()
-    texts = [_told(layer, modules) for layer in layers]
+    telling = Telling()
+    texts = [_told(layer, telling) for layer in layers]
     try:
-        where = (environment(), sources(modules))
+        where = (environment(), sources(telling.modules))
     except (Untold, OSError):
         return [None] * len(layers)
     return [None if text is None else findings.key_of("layer", *where, text) for text in texts]
 
 
-def _told(layer: nn.Module, modules: set[str]) -> str | None:
+def _told(layer: nn.Module, telling: Telling) -> str | None:
     try:
-        return told(layer, modules)
+        return telling.told(layer)
     except Untold:
         return None
 

@@ -2,9 +2,10 @@
 
 import functools
 import hashlib
+import os
 import sys
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -76,84 +77,84 @@ class Untold(Exception):  # noqa: N818 nobody's mistake
     """What a layer is cannot be said for another process."""
 
 
-def told(layer: nn.Module, modules: set[str]) -> str:
-    """Return what a layer is: its class, settings and shapes, and those of the layers in it, in words.
+class Telling:
+    """Tells what layers are: their classes, settings and shapes, and those of the layers in them, in words.
 
-    With the digest of `sources` this says what it computes from its weights.
+    With the digest of `sources` this says what a layer computes from its weights.
 
-    Args:
-        layer: any.
-        modules: gets the names of the modules in which its classes and functions are defined.
-
-    Raises:
-        Untold: it holds what was made at run time, such as a class that is not found by its name.
+    Attributes:
+        modules: names of those in which the classes and functions are defined that were told so far.
     """
-    return repr(_told(layer, modules, 0))
+
+    def __init__(self) -> None:
+        self.modules: set[str] = set()
+        self._kinds: dict[type, list[str]] = {}
+
+    def told(self, layer: nn.Module) -> str:
+        """Return what a layer is.
+
+        Raises:
+            Untold: it holds what was made at run time, such as a class that is not found by its name.
+        """
+        return repr(self._told(layer, 0))
+
+    def _told(self, value: Any, depth: int) -> Any:
+        if depth > 16:
+            raise Untold
+        further = functools.partial(self._told, depth=depth + 1)
+        if isinstance(value, mx.array):
+            return list(value.shape), str(value.dtype)
+        if type(value) in _PLAIN or type(value) is mx.Dtype:
+            return str(value) if type(value) is mx.Dtype else value
+        if type(value) in (list, tuple):
+            return [further(one) for one in value]
+        if type(value) in (set, frozenset):
+            return sorted(repr(further(one)) for one in value)
+        if type(value) is dict:
+            return [(further(key), further(one)) for key, one in value.items()]
+        if isinstance(value, functools.partial):
+            return "partial", further(value.func), further(value.args), further(value.keywords)
+        if isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
+            return self._named(value)
+        if not hasattr(value, "__dict__"):
+            raise Untold
+        aside = [(key, further(one)) for key, one in vars(value).items() if key not in _ASIDE]
+        held = [(key, _held(key, one, further)) for key, one in value.items()] if isinstance(value, nn.Module) else []
+        return self._kind(type(value)), held, aside
+
+    def _kind(self, kind: type) -> list[str]:
+        """Return the names of a class and of those that it inherits from; a layer's functions lie where these do."""
+        if kind not in self._kinds:
+            self._kinds[kind] = [self._named(one) for one in kind.__mro__ if one.__module__ != "builtins"]
+        return self._kinds[kind]
+
+    def _named(self, value: Any) -> str:
+        """Return by which name a class or a function is found in its module."""
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise Untold
+        found: Any = sys.modules.get(module)
+        if module not in self.modules and module != "mlx.core" and not _is_as_read(found):
+            raise Untold
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not value:
+            raise Untold
+        is_layer = isinstance(value, type) and issubclass(value, nn.Module)
+        for function in vars(value).values() if is_layer else (value,):
+            if isinstance(function, types.FunctionType):
+                _require_source(function, module)
+        self.modules.add(module)
+        return f"{module}.{name}"
 
 
-def _told(value: Any, modules: set[str], depth: int) -> Any:
-    if depth > 16:
-        raise Untold
-    further = functools.partial(_told, modules=modules, depth=depth + 1)
-    if isinstance(value, mx.array):
-        return list(value.shape), str(value.dtype)
-    if type(value) in _PLAIN or type(value) is mx.Dtype:
-        return str(value) if type(value) is mx.Dtype else value
-    if type(value) in (list, tuple):
-        return [further(one) for one in value]
-    if type(value) in (set, frozenset):
-        return sorted(repr(further(one)) for one in value)
-    if type(value) is dict:
-        return [(further(key), further(one)) for key, one in value.items()]
-    if isinstance(value, functools.partial):
-        return "partial", further(value.func), further(value.args), further(value.keywords)
-    if isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
-        return _named(value, modules)
-    if not hasattr(value, "__dict__"):
-        raise Untold
-    aside = [(key, further(one)) for key, one in vars(value).items() if key not in _ASIDE]
-    held = [(key, _held(key, one, further)) for key, one in value.items()] if isinstance(value, nn.Module) else []
-    return _kind(type(value), modules), held, aside
-
-
-def _held(key: str, value: Any, further: Any) -> Any:
+def _held(key: str, value: Any, further: Callable[[Any], Any]) -> Any:
     """Return what a layer holds under a name; of hidden arrays, which are no weights, their numbers too."""
     if not key.startswith("_") or not isinstance(value, mx.array):
         return further(value)
     if value.size > _MOST_NUMBERS:
         raise Untold
     return further(value), repr(value.tolist())
-
-
-def _kind(kind: type, modules: set[str]) -> list[str]:
-    """Return the names of a class and of those that it inherits from; a layer's functions lie where these do."""
-    names = []
-    for one in kind.__mro__:
-        if one.__module__ == "builtins":
-            continue
-        names.append(_named(one, modules))
-        for function in vars(one).values() if issubclass(one, nn.Module) else ():
-            if isinstance(function, types.FunctionType):
-                _require_source(function, one.__module__)
-    return names
-
-
-def _named(value: Any, modules: set[str]) -> str:
-    """Return by which name a class or a function is found in its module."""
-    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    found = sys.modules.get(module) if isinstance(module, str) else None
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise Untold
-    if module not in modules and module != "mlx.core" and not _is_as_read(found):
-        raise Untold
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if found is not value:
-        raise Untold
-    if isinstance(value, types.FunctionType):
-        _require_source(value, module)
-    modules.add(module)
-    return f"{module}.{name}"
 
 
 def _is_as_read(module: types.ModuleType | None) -> bool:
@@ -186,16 +187,19 @@ def sources(modules: set[str]) -> str:
 
     Raises:
         Untold: a file changed since this process began.
+        OSError: one cannot be read.
     """
     digest = hashlib.sha256(sys.version.encode())
     for name in sorted(_reached(modules)):
-        module = sys.modules[name]
+        path = getattr(sys.modules[name], "__file__", None) or ""
         digest.update(f"{name} ".encode())
-        if not (getattr(module, "__file__", None) or "").endswith(".py"):
+        if not path.endswith(".py"):
             continue  # MLX itself, of a version, or compiled code that a module of Python calls
-        if not _is_as_read(module):
-            raise Untold
-        digest.update(hashlib.sha256(Path(str(module.__file__)).read_bytes()).digest())
+        with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime >= _began():
+                raise Untold
+            text = file.read()
+        digest.update(f"{len(text)} ".encode() + text)
     return digest.hexdigest()
 
 
@@ -214,8 +218,7 @@ def _reached(modules: set[str]) -> set[str]:
     return reached
 
 
-def _named_in(module: types.ModuleType) -> Iterator[str]:
-    for value in list(vars(module).values()):
-        name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-        if isinstance(name, str):
-            yield name
+def _named_in(module: types.ModuleType) -> set[str]:
+    values = list(vars(module).values())
+    names = [one.__name__ if isinstance(one, types.ModuleType) else getattr(one, "__module__", None) for one in values]
+    return {name for name in names if isinstance(name, str)}

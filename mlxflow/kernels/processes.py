@@ -43,9 +43,15 @@ class Prover:
 
     def __init__(self, command: Sequence[str]) -> None:
         with ExitStack() as opened:
-            self._said = opened.enter_context(tempfile.TemporaryFile("w+"))
+            self._said = opened.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, bufsize=1
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                text=True,
+                bufsize=1,
+                errors="replace",
             )
             self._opened = opened.pop_all()
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
