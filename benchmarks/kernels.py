@@ -6,9 +6,11 @@
                                              puts before them (CUDA_HOME=...; needs the compiler and no GPU)
 
 One line of JSON a kernel: microseconds, and how often the memory's own pace that is. Of the start a line for each of
-seven processes: milliseconds, of this process's own work and as the clock on the wall has it.
+seven processes and one of their medians: milliseconds of the imports (from bytecode), of everything else, and of its
+parts; of this process's own work too.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -69,37 +71,60 @@ def _copy_microseconds(size: int) -> float:
 
 def _starts() -> None:
     """Print what a later start costs, in processes that share a cache in which everything is proved."""
+    rows = []
     with tempfile.TemporaryDirectory() as cache:
+        told = {"XDG_CACHE_HOME": cache, "PYTHONPYCACHEPREFIX": f"{cache}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}
         for number in range(ROUNDS + 1):
             command = [sys.executable, "-m", "benchmarks.kernels", "start-once"]
-            environment, root = {**os.environ, "XDG_CACHE_HOME": cache}, Path(__file__).parents[1]
+            environment, root = {**os.environ, **told}, Path(__file__).parents[1]
             done = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True)
             if number:  # the first process fills the cache
                 print(done.stdout, end="", flush=True)
+                rows.append(json.loads(done.stdout))
+    print(json.dumps({f"median_{key}": statistics.median(row[key] for row in rows) for key in rows[0]}), flush=True)
 
 
 def _start_once() -> None:
     """Do what `serving.choose_for` does, the proof's outcomes being known, in the reference job's shape."""
     from benchmarks.train import SHAPE
-    from mlxflow import models
+    from mlxflow import device, models
     from mlxflow.stages import train  # noqa: F401 what a training run has imported anyway
 
     model = models.build(SHAPE, seed=0)
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
-    begin, worked = time.perf_counter(), time.process_time()
-    from mlxflow.kernels import choice, fitting
+    device.environment(None), device.working_set_bytes()  # asked before, too
+    times, works = [time.perf_counter()], [time.process_time()]
+
+    def lap() -> None:
+        times.append(time.perf_counter())
+        works.append(time.process_time())
+
+    from mlxflow.kernels import choice, fitting, language
+    from mlxflow.kernels.likeness import alike
     from mlxflow.kernels.outcome import Outcome
 
-    fits = fitting.find_fits(model)
-    names = sorted({fit.name(module, mx.bfloat16) for module, fit in fits})
+    lap()
     place = choice.environment()
+    lap()
+    fits = fitting.find_fits(model)
+    lap()
     known = choice.known_outcomes(place)
-    took = {"wall_ms": time.perf_counter() - begin, "process_ms": time.process_time() - worked}
+    lap()
+    if language.language() == "cuda":
+        language._programs_run()
+    lap()
+    names = sorted({fit.name(module, mx.bfloat16) for module, fit in fits})
+    imports, *parts = [(later - sooner) * 1e3 for sooner, later in itertools.pairwise(times)]
+    took = {"imports_ms": imports, "else_ms": sum(parts), "else_process_ms": (works[-1] - works[1]) * 1e3}
+    took |= dict(zip(("environment_ms", "fits_ms", "outcomes_ms", "programs_ms"), parts, strict=True))
+    begin = time.perf_counter()
+    alike(model)
+    took["likeness_ms"] = (time.perf_counter() - begin) * 1e3  # a part of fits_ms
     if not known:
-        choice.cache_file().parent.mkdir(parents=True)
+        choice.cache_file().parent.mkdir(parents=True, exist_ok=True)
         choice._keep(place, dict.fromkeys(names, Outcome(True, "")))
-    shown = {key: round(seconds * 1e3, 1) for key, seconds in took.items()}
+    shown = {key: round(milliseconds, 1) for key, milliseconds in took.items()}
     print(json.dumps({"layers": len(fits), "known": len(known)} | shown), flush=True)
 
 

@@ -243,6 +243,7 @@ def _ours(
     device.bound_graphs(recomputes=bool(every))
     limit = int(limit_gb * 1e9) or int(device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
+    ahead = serving.begin_proof() if kernels else None
     model = _model(job, "float32" if precision == "fp32" else "bfloat16")
     model.train()
     schedule = make_schedule(
@@ -260,6 +261,7 @@ def _ours(
             context_length=job.length,
             masks_documents=document_length > 0,
             is_deterministic=deterministic,
+            ahead=ahead,
         )
     proof_seconds = time.perf_counter() - begin
     update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)

@@ -1,23 +1,30 @@
 """Which kernels serve on this device: proved once, kept in the user's cache."""
 
+import functools
 import hashlib
 import json
 import platform
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxflow import device
 from mlxflow.kernels.language import language
 from mlxflow.kernels.outcome import Outcome
-from mlxflow.locking import device_lock, hold
+from mlxflow.locking import LockedError, device_lock, hold
+
+if TYPE_CHECKING:
+    from mlxflow.kernels.processes import Prover
 
 #: Seconds without a word after which a kernel hangs: on CUDA MLX may compile three operations for one, 10 s each.
 LIMIT_SECONDS = 120.0
 
-_COMMAND = (sys.executable, "-m", "mlxflow.kernels.proof")
+_COMMAND = (sys.executable, "-m", "mlxflow.kernels.proof", "-")
+
+_WAITING = "process {holder} is proving the GPU kernels; waiting for it"
 
 _LACKING = Outcome(False, "MLX takes no kernels on this device")
 
@@ -63,31 +70,90 @@ def cache_file() -> Path:
     return device_lock().with_name("kernels.json")
 
 
-def choose(names: Iterable[str]) -> Choice:
+class Ahead(ExitStack):
+    """Holds a process that will prove kernels, and the lock for it, until it has, or until the block ends.
+
+    Attributes:
+        prover: the process; None where none is needed or another process proves.
+    """
+
+    prover: "Prover | None" = None
+
+
+def begin(command: Sequence[str] = _COMMAND) -> Ahead:
+    """Start the process that proves kernels before it is known which, where none was proved yet.
+
+    So it makes itself ready while the model is built.
+
+    Args:
+        command: see `prove_all`.
+    """
+    from mlxflow.kernels import processes
+
+    ahead = Ahead()
+    if language() is None or known_outcomes(environment()):
+        return ahead
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(_lock(), _WAITING, wait=False))
+        except LockedError:
+            return ahead
+        if not known_outcomes(environment()):  # nor proved just now
+            ahead.prover = held.enter_context(processes.Prover(command))
+            ahead.push(held.pop_all())
+    return ahead
+
+
+def _lock() -> Path:
+    return cache_file().with_name("kernels.lock")
+
+
+def choose(names: Iterable[str], ahead: Ahead | None = None) -> Choice:
     """Return which of the wanted kernels serve on the default device; prove those of which nothing is known.
 
     Args:
         names: of the wanted kernels.
+        ahead: of `begin`; ended.
     """
     wanted = sorted(set(names))
     words = language()
-    if words is None:
-        return Choice(dict.fromkeys(wanted, _LACKING))
-    compiler = (*_COMMAND, "--compile") if words == "cuda" else None  # seconds each; Metal's takes a moment
-    return Choice(prove_all(wanted, environment(), command=_COMMAND, compiler=compiler, limit_seconds=LIMIT_SECONDS))
+    with ahead or nullcontext():
+        if words is None:
+            return Choice(dict.fromkeys(wanted, _LACKING))
+        compiler = (*_COMMAND, "--compile") if words == "cuda" else None  # seconds each; Metal's takes a moment
+        outcomes = prove_all(
+            wanted,
+            environment(),
+            command=_COMMAND,
+            compiler=compiler,
+            limit_seconds=LIMIT_SECONDS,
+            prover=None if ahead is None else ahead.prover,
+        )
+    return Choice(outcomes)
 
 
 def environment() -> str:
     """Return what an outcome depends on beside the kernel's name: device, system, MLX and the kernels' sources."""
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    return " | ".join([device.name(), system, f"mlx {device.environment(None)['mlx']}", _sources()])
+
+
+@functools.cache
+def _sources() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
-    return " | ".join([device.name(), system, f"mlx {device.environment(None)['mlx']}", digest.hexdigest()[:16]])
+    return digest.hexdigest()[:16]
 
 
 def prove_all(
-    names: Sequence[str], place: str, *, command: Sequence[str], compiler: Sequence[str] | None, limit_seconds: float
+    names: Sequence[str],
+    place: str,
+    *,
+    command: Sequence[str],
+    compiler: Sequence[str] | None,
+    limit_seconds: float,
+    prover: "Prover | None" = None,
 ) -> dict[str, Outcome]:
     """Return the outcome of each kernel, from the cache where it is there; say of new ones why they do not serve.
 
@@ -97,21 +163,29 @@ def prove_all(
     Args:
         names: of the wanted kernels.
         place: what the outcomes hold for.
-        command: proves the kernels whose names follow it, and tells as `mlxflow.kernels.proof` does.
-        compiler: compiles the kernel whose name follows it, so that its proof finds it compiled; all are compiled at
-            the same time. None where that takes no time to speak of.
+        command: proves the kernels whose names it reads, and tells as `mlxflow.kernels.proof` does.
+        compiler: compiles the kernel whose name it reads, so that its proof finds it compiled; where compiling takes
+            long, all are compiled at the same time. None where it takes no time to speak of.
         limit_seconds: that one kernel may take, of each of the two.
+        prover: a process of the command that was started already; then the lock is held.
     """
     known = known_outcomes(place)
     if all(name in known for name in names):
         return {name: known[name] for name in names}
-    waiting = "process {holder} is proving the GPU kernels; waiting for it"
-    with hold(cache_file().with_name("kernels.lock"), waiting, wait=True):
+    with hold(_lock(), _WAITING, wait=True) if prover is None else nullcontext():
         known = known_outcomes(place)
         missing = [name for name in names if name not in known]
         if missing:
-            known |= _prove_missing(missing, command, compiler, limit_seconds)
+            from mlxflow.kernels import processes
+
+            _say(f"proving {len(missing)} GPU kernels, once on this device: {', '.join(missing)}")
+            known |= processes.prove(
+                missing, command=command, compiler=compiler, limit_seconds=limit_seconds, ahead=prover
+            )
             _keep(place, known)
+            for name in missing:
+                if not known[name].serves:
+                    _say(f"GPU kernel {name} is not used on this device: {known[name].reason}")
     return {name: known[name] for name in names}
 
 
@@ -145,19 +219,6 @@ def _keep(place: str, outcomes: Mapping[str, Outcome]) -> None:
         Path(file.name).replace(cache_file())
     except OSError:
         return  # proved anew next time
-
-
-def _prove_missing(
-    names: Sequence[str], command: Sequence[str], compiler: Sequence[str] | None, limit_seconds: float
-) -> dict[str, Outcome]:
-    from mlxflow.kernels import processes
-
-    _say(f"proving {len(names)} GPU kernels, once on this device: {', '.join(names)}")
-    outcomes = processes.prove(names, command=command, compiler=compiler, limit_seconds=limit_seconds)
-    for name, outcome in sorted(outcomes.items()):
-        if not outcome.serves:
-            _say(f"GPU kernel {name} is not used on this device: {outcome.reason}")
-    return outcomes
 
 
 def _say(line: str) -> None:

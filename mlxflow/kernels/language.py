@@ -12,6 +12,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -175,19 +176,41 @@ _TRIAL = Source(
 
 @functools.cache
 def _programs_run() -> bool:
-    """Return whether a program of our own runs on this device: tried on the simplest; what MLX offers may change."""
-    if _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),), 1) is None:
+    """Return whether a program of our own runs on this device: tried on the simplest; what MLX offers may change.
+
+    That it does is kept in the user's cache: the next process launches none to see it.
+    """
+    from mlxflow.kernels import findings
+    from mlxflow.kernels.choice import environment
+
+    built = _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),), 1)
+    if built is None:
         return False
+    driver = _driver()
+    key = findings.key_of("programs run", environment(), driver, hashlib.sha256(built.code).hexdigest())
+    if driver and findings.read().get(key) is True:
+        return True
     x = mx.arange(5, dtype=mx.float32)
     try:
         (found,) = _TRIAL.launch([x], constants=[], groups=1, shapes=[(5,)], dtypes=[mx.float32])
-        return bool(found.tolist() == [1, 2, 3, 4, 5])
+        runs = bool(found.tolist() == [1, 2, 3, 4, 5])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         said = " ".join(str(error).split())[:200]
         print(
             f"mlxflow: kernels are compiled by MLX, anew in each process: own programs fail ({said})", file=sys.stderr
         )
         return False
+    if runs and driver:
+        findings.keep({key: True})
+    return runs
+
+
+def _driver() -> str:
+    """Return what the system tells of NVIDIA's driver; nothing where it does not."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
 
 
 class Built(NamedTuple):

@@ -2,23 +2,32 @@
 
 MLX puts its headers and CUDA's before a kernel of ours and keeps no compiled one, so that each process would compile
 each anew. Behind such headers one takes about 1.1 s of one core, alone 0.05 to 0.16 (`benchmarks/kernels.py compile`).
+NVRTC compiles one program at a time, whatever the threads: several at once take processes.
+
+    python -m mlxflow.kernels.nvrtc ARCHITECTURE LIBRARY   compiles the programs of its input, a list in JSON, by the
+                                                           NVRTC at a path; imports no mlx
 """
 
 import ctypes
 import functools
 import hashlib
+import json
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
+from typing import IO, Any, cast
 
 from mlxflow.locking import device_lock
 
 _VERSIONS = ("13", "12")
+
+_GATHERED: ContextVar[list[str] | None] = ContextVar("gathered", default=None)
 
 
 def compiled(text: str) -> bytes | None:
@@ -27,12 +36,18 @@ def compiled(text: str) -> bytes | None:
     Args:
         text: the program.
     """
+    gathered = _GATHERED.get()
+    if gathered is not None:
+        gathered.append(text)
+        return b""
     library = _library()
     if library is None:
         return None
-    architecture = _architecture()
-    digest = hashlib.sha256(f"{_version(library)} {architecture} {text}".encode()).hexdigest()[:32]
-    path = device_lock().with_name("kernels") / f"{digest}.cubin"
+    return _kept_or_compiled(library, text, _architecture())
+
+
+def _kept_or_compiled(library: Any, text: str, architecture: str) -> bytes | None:
+    path = _path(library, text, architecture)
     kept = _read(path)
     if kept is not None:
         return kept
@@ -42,7 +57,53 @@ def compiled(text: str) -> bytes | None:
     return code
 
 
+def _path(library: Any, text: str, architecture: str) -> Path:
+    digest = hashlib.sha256(f"{_version(library)} {architecture} {text}".encode()).hexdigest()[:32]
+    return device_lock().with_name("kernels") / f"{digest}.cubin"
+
+
+@contextmanager
+def gathering() -> Iterator[list[str]]:
+    """Give a list that gets the programs that would be compiled in this block, where `compiled` returns no code."""
+    gathered: list[str] = []
+    before = _GATHERED.set(gathered)
+    try:
+        yield gathered
+    finally:
+        _GATHERED.reset(before)
+
+
+def compile_at_once(texts: Iterable[str]) -> None:
+    """Compile programs at the same time, in a process for each processor, and keep what comes out.
+
+    One that does not compile says so when it is wanted.
+
+    Args:
+        texts: the programs.
+    """
+    library = _library()
+    if library is None:
+        return
+    architecture = _architecture()
+    missing = [text for text in dict.fromkeys(texts) if _read(_path(library, text, architecture)) is None]
+    workers = min(len(missing), os.cpu_count() or 1)
+    if workers < 2:
+        return  # this process does
+    command = [sys.executable, "-m", __spec__.name, architecture, _file(library)]
+    quiet = subprocess.DEVNULL
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True) for _ in range(workers)
+    ]
+    for number, process in enumerate(started):
+        with suppress(BrokenPipeError), cast("IO[str]", process.stdin) as given:
+            given.write(json.dumps(missing[number::workers]))
+    for process in started:
+        process.wait()
+
+
 def _architecture() -> str:
+    import mlx.core as mx
+
     told = mx.device_info()
     return f"sm_{told['compute_capability_major']}{told['compute_capability_minor']}"
 
@@ -58,7 +119,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(hashlib.sha256(code).digest() + code)
@@ -76,12 +137,39 @@ def _library() -> Any:
     found = [path for folder in folders for name in names for path in sorted(folder.glob(f"*/lib/{name}"))]
     for name in [*names, *map(str, found)]:
         try:
-            for part in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else ():
-                ctypes.CDLL(str(part))  # which it looks for by name alone
-            return ctypes.CDLL(name)
+            return _opened(name)
         except OSError:
             continue
     return None
+
+
+def _opened(name: str) -> Any:
+    """Return a library by its name or path.
+
+    Raises:
+        OSError: there is none.
+    """
+    for part in sorted(Path(name).parent.glob("libnvrtc-builtins.so.*")) if "/" in name else ():
+        ctypes.CDLL(str(part))  # which it looks for by name alone
+    return ctypes.CDLL(name)
+
+
+class _Place(ctypes.Structure):
+    """The C library's `Dl_info`."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("begin", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _file(library: Any) -> str:
+    """Return where a library was loaded from: of two that have one name, MLX may have loaded either."""
+    place = _Place()
+    found = ctypes.CDLL(None).dladdr(ctypes.cast(library.nvrtcVersion, ctypes.c_void_p), ctypes.byref(place))
+    return os.fsdecode(place.file) if found and place.file else str(library._name)
 
 
 def _version(library: Any) -> str:
@@ -114,3 +202,15 @@ def compile_for(library: Any, text: str, architecture: str, includes: Sequence[P
         return None if library.nvrtcGetCUBIN(program, code) else code.raw
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compile the programs of the input for an architecture by a library, and keep them."""
+    architecture, path = arguments
+    library = _opened(path)
+    for text in json.load(sys.stdin):
+        _kept_or_compiled(library, text, architecture)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,14 +2,20 @@
 
 import json
 import os
+import queue
 import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from contextlib import ExitStack, suppress
+from typing import IO, NamedTuple, Self, cast
 
 from mlxflow.kernels.outcome import Outcome
+
+#: Seconds after which a kernel that was begun is taken for one that waits for MLX to compile its own operations, which
+#: takes 4 to 25 s each; where they are compiled already, a proof takes a fifth of a second.
+COLD_SECONDS = 2.0
 
 
 class Told(NamedTuple):
@@ -18,102 +24,183 @@ class Told(NamedTuple):
     Attributes:
         outcomes: of the kernels that it told of.
         begun: the kernel that it began last; empty for none.
-        end: how it ended, in words; empty where it ended well.
+        end: how it ended, in words; empty where it ended well, or has not ended.
+        is_cold: whether it has not ended, and is at a kernel for too long to have found everything compiled.
     """
 
     outcomes: dict[str, Outcome]
     begun: str
     end: str
+    is_cold: bool = False
+
+
+class Prover:
+    """A process that tells of kernels, started before it is told of which. It ends with this one, and with the block.
+
+    It reads their names from a line of its input, and then, maybe, a line that tells it to stop: to finish what it is
+    compiling, and to time nothing. It ends when its input does.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        with ExitStack() as opened:
+            self._said = opened.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                text=True,
+                bufsize=1,
+                errors="replace",
+            )
+            self._opened = opened.pop_all()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            cast("IO[str]", self._process.stdin).close()
+        self._reader.join(1.0)  # longer only where it left a process behind that holds its output
+        self._opened.close()
+
+    def _read(self) -> None:
+        with cast("IO[str]", self._process.stdout) as told:
+            for line in told:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def is_there(self) -> bool:
+        """Return whether it has not ended."""
+        return self._process.poll() is None
+
+    def tell(self, names: Sequence[str]) -> None:
+        """Tell it the names of the kernels."""
+        self._write(" ".join(names))
+
+    def stop(self) -> None:
+        """Tell it to finish what it is compiling, and to time nothing."""
+        self._write("stop")
+
+    def _write(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # it has ended; how, its end says
+            cast("IO[str]", self._process.stdin).write(line + "\n")
+
+    def listen(self, limit_seconds: float, cold_seconds: float | None = None) -> Told:
+        """Return what it told until it ended; end it when it says nothing for too long.
+
+        Args:
+            limit_seconds: between two lines.
+            cold_seconds: after the beginning of a kernel; then it goes on. None for as long as the limit.
+        """
+        outcomes: dict[str, Outcome] = {}
+        begun, is_at_it = "", False
+        while True:
+            is_short = is_at_it and cold_seconds is not None
+            try:
+                line = self._lines.get(timeout=cold_seconds if is_short else limit_seconds)
+            except queue.Empty:
+                if is_short:
+                    return Told(outcomes, begun, "", is_cold=True)
+                return Told(outcomes, begun, f"its process told nothing for {limit_seconds:g} s")
+            if line is None:
+                return Told(outcomes, begun, self._end())
+            if line.startswith("begin "):
+                begun, is_at_it = line.removeprefix("begin ").strip(), True
+                continue
+            found = _outcome(line)
+            if found is not None:
+                outcomes[found[0]] = found[1]
+                is_at_it = False
+
+    def _end(self) -> str:
+        code = self._process.wait()
+        if not code:
+            return ""
+        self._said.seek(0)
+        last = (self._said.read().strip().splitlines() or [""])[-1][:200]
+        return f"its process ended with code {code}" + (last and f": {last}")
+
+
+def _outcome(line: str) -> tuple[str, Outcome] | None:
+    try:
+        told = json.loads(line)
+        return told.pop("name"), Outcome(**told)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def prove(
-    names: Sequence[str], *, command: Sequence[str], compiler: Sequence[str] | None, limit_seconds: float
+    names: Sequence[str],
+    *,
+    command: Sequence[str],
+    compiler: Sequence[str] | None,
+    limit_seconds: float,
+    ahead: Prover | None = None,
 ) -> dict[str, Outcome]:
     """Return the outcome of each kernel.
 
-    All are compiled at the same time, and then proved one after another by one process with the device to itself:
-    what is measured beside a compilation is no measurement.
+    One process proves them one after another. Where it turns out to wait for MLX's compilations, it stops, all are
+    compiled at the same time, and then proved by another that has the device to itself: what is measured beside a
+    compilation is no measurement.
 
     Args:
         names: of the kernels.
         command: see `choice.prove_all`.
         compiler: see `choice.prove_all`.
         limit_seconds: see `choice.prove_all`.
+        ahead: a process of the command that was started already and told no names.
     """
-    outcomes = {} if compiler is None else _compile(names, compiler, limit_seconds)
-    left = [name for name in names if name not in outcomes]
+    outcomes: dict[str, Outcome] = {}
+    left, cold_seconds, is_alone = list(names), COLD_SECONDS if compiler else None, False
     while left:  # after one that hangs or crashes it goes on with the others
-        told = run([*command, *left], limit_seconds)
-        outcomes |= {name: outcome for name, outcome in told.outcomes.items() if name in left}
+        asked = left[:1] if is_alone else left
+        with ahead if ahead is not None and ahead.is_there() else Prover(command) as prover:
+            ahead = None
+            prover.tell(asked)
+            told = prover.listen(limit_seconds, cold_seconds)
+            outcomes |= {name: outcome for name, outcome in told.outcomes.items() if name in asked}
+            if told.is_cold and compiler:
+                cold_seconds = None
+                at_hand = [name for name in left if name not in outcomes]
+                outcomes |= _compile(at_hand, prover, told.begun, compiler, limit_seconds)
         left = [name for name in left if name not in outcomes]
-        if left:
-            failed = told.begun if told.begun in left else left[0]
-            outcomes[failed] = Outcome(False, told.end or "its proof told nothing")
-            left.remove(failed)
+        missing = [name for name in asked if name in left]
+        if told.is_cold or not missing:
+            continue
+        if told.end and not told.begun and len(missing) > 1:  # whose fault it was shows when each is alone
+            is_alone = True
+            continue
+        failed = told.begun if told.begun in missing else missing[0]
+        outcomes[failed] = Outcome(False, told.end or "its proof told nothing")
+        left.remove(failed)
     return outcomes
 
 
-def _compile(names: Sequence[str], compiler: Sequence[str], limit_seconds: float) -> dict[str, Outcome]:
-    """Return the outcomes of the kernels that do not compile."""
-    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1)) as pool:
-        found = list(pool.map(lambda name: run([*compiler, name], limit_seconds), names))
-    return {
-        name: told.outcomes.get(name, Outcome(False, told.end))
-        for name, told in zip(names, found, strict=True)
-        if name in told.outcomes or told.end
-    }
+def _compile(
+    names: Sequence[str], prover: Prover, begun: str, compiler: Sequence[str], limit_seconds: float
+) -> dict[str, Outcome]:
+    """Let all compile at the same time, the prover what it has begun; return the outcomes of those that do not."""
+    prover.stop()
+    others = [name for name in names if name != begun]
+    with ThreadPoolExecutor(1 + max(1, min(len(others), os.cpu_count() or 1))) as pool:
+        at_it = pool.submit(prover.listen, limit_seconds)
+        found = dict(zip(others, pool.map(lambda name: _run(compiler, name, limit_seconds), others), strict=True))
+        found[begun] = at_it.result()
+    refused = {}
+    for name, told in found.items():
+        outcome = told.outcomes.get(name, Outcome(False, told.end) if told.end else None)
+        if outcome is not None and not outcome.seconds:  # what was timed beside compilations is timed again
+            refused[name] = outcome
+    return refused
 
 
-def run(command: Sequence[str], limit_seconds: float) -> Told:
-    """Run a process that tells of kernels; end it when it says nothing for too long.
-
-    Args:
-        command: the process.
-        limit_seconds: between two lines.
-    """
-    lines: list[str] = []
-    is_late = threading.Event()
-    with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True) as process,
-    ):
-
-        def watch() -> threading.Timer:
-            def end() -> None:
-                is_late.set()
-                process.kill()
-
-            timer = threading.Timer(limit_seconds, end)
-            timer.start()
-            return timer
-
-        timer = watch()
-        for line in process.stdout or ():
-            timer.cancel()
-            lines.append(line)
-            timer = watch()
-        process.wait()
-        timer.cancel()
-        said.seek(0)
-        last = (said.read().strip().splitlines() or [""])[-1][:200]
-    outcomes, begun = _parse(lines)
-    if is_late.is_set():
-        return Told(outcomes, begun, f"its process told nothing for {limit_seconds:g} s")
-    if process.returncode:
-        return Told(outcomes, begun, f"its process ended with code {process.returncode}" + (last and f": {last}"))
-    return Told(outcomes, begun, "")
-
-
-def _parse(lines: Sequence[str]) -> tuple[dict[str, Outcome], str]:
-    found, begun = {}, ""
-    for line in lines:
-        if line.startswith("begin "):
-            begun = line.removeprefix("begin ").strip()
-            continue
-        try:
-            told = json.loads(line)
-            name = told.pop("name")
-            found[name] = Outcome(**told)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found, begun
+def _run(command: Sequence[str], name: str, limit_seconds: float) -> Told:
+    with Prover(command) as process:
+        process.tell([name])
+        return process.listen(limit_seconds)

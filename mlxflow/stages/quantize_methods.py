@@ -219,9 +219,8 @@ def _trained(
     model.train()
     mx.eval(model.parameters())
     masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
-    with fake_quantized(model, plan.layers) as pack:
-        length = tokens.train.context_length
-        kernels = train_methods.choose_kernels(settings, model, context, context_length=length, masks=masks)
+    with train_methods.begin_proof(settings, context) as ahead, fake_quantized(model, plan.layers) as pack:
+        kernels = train_methods.choose_kernels(settings, model, context, tokens.train.context_length, masks, ahead)
         result = train_methods.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),

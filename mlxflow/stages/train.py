@@ -240,10 +240,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     device.bound_graphs(recomputes=config.checkpointing not in ("none", 0))
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
-    model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
-    masks = train_methods.masks_documents(config, tokens, model, context.task)
-    length = tokens.context_length
-    kernels = train_methods.choose_kernels(config, model, context, context_length=length, masks=masks)
+    with train_methods.begin_proof(config, context) as ahead:
+        model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
+        masks = train_methods.masks_documents(config, tokens, model, context.task)
+        kernels = train_methods.choose_kernels(config, model, context, tokens.context_length, masks, ahead)
     fused, objective = choose_objective(
         model,
         fused=None if config.fused_loss == "auto" else config.fused_loss,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,30 @@ def fit(
             raise SystemExit(128 + asked_to_stop.signal) from stopped
 
 
-def choose_kernels(config: "Config", model: Any, context: Context, *, context_length: int, masks: bool) -> Any:
+def begin_proof(config: "Config", context: Context) -> AbstractContextManager[Any]:
+    """Start what proves our kernels on a device of which nothing is known, while the model is built.
+
+    Args:
+        config: the table.
+        context: of the stage.
+
+    Returns:
+        what `choose_kernels` takes; the process ends with the block.
+    """
+    if _uses_none(config, context) or _recorded_kernels(context) is not None:
+        return nullcontext()
+    from mlxflow.training import serving
+
+    return serving.begin_proof()
+
+
+def _uses_none(config: "Config", context: Context) -> bool:
+    return config.kernels == "off" or (config.kernels == "auto" and context.device == "cpu")
+
+
+def choose_kernels(
+    config: "Config", model: Any, context: Context, context_length: int, masks: bool, ahead: Any = None
+) -> Any:
     """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
 
     Args:
@@ -101,6 +125,7 @@ def choose_kernels(config: "Config", model: Any, context: Context, *, context_le
         context: of the stage.
         context_length: tokens in a row.
         masks: whether documents are kept apart.
+        ahead: of `begin_proof`.
 
     Raises:
         WorkflowError: all are required and one does not serve.
@@ -110,9 +135,8 @@ def choose_kernels(config: "Config", model: Any, context: Context, *, context_le
     from mlxflow import artifact
     from mlxflow.training import serving
 
-    if config.kernels == "off" or (config.kernels == "auto" and context.device == "cpu"):
+    if _uses_none(config, context):
         return serving.nothing()
-    kept = context.unfinished / "kernels.json"
     served = serving.choose_for(
         model,
         dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
@@ -121,13 +145,15 @@ def choose_kernels(config: "Config", model: Any, context: Context, *, context_le
         context_length=context_length,
         masks_documents=masks,
         is_deterministic=config.deterministic,
-        recorded=_recorded_kernels(kept, context),
+        recorded=_recorded_kernels(context),
+        ahead=ahead,
     )
     if config.kernels == "require" and served.refused:
         raise WorkflowError(
             f'{context.task}.kernels = "require": {device.name()} lacks {_lacking(served.refused)}. '
             f'Set {context.task}.kernels = "auto".'
         )
+    kept = _kept_choice(context)
     kept.parent.mkdir(parents=True, exist_ok=True)
     artifact.write_whole(kept, json.dumps(served.serving).encode())
     return served
@@ -140,7 +166,11 @@ def _lacking(refused: Mapping[str, str]) -> str:
     return "; ".join(f"{', '.join(names[reason])} ({reason})" for reason in reasons)
 
 
-def _recorded_kernels(kept: Path, context: Context) -> list[str] | None:
+def _kept_choice(context: Context) -> Path:
+    return context.unfinished / "kernels.json"
+
+
+def _recorded_kernels(context: Context) -> list[str] | None:
     """Return the kernels that served the run that is gone on with or built again."""
     from mlxflow import artifact
 
@@ -148,7 +178,7 @@ def _recorded_kernels(kept: Path, context: Context) -> list[str] | None:
         report = artifact.read_report(context.published / "report.toml")
         return list(report["kernels"]) if "kernels" in report else None
     try:
-        names = json.loads(kept.read_text())
+        names = json.loads(_kept_choice(context).read_text())
     except (OSError, ValueError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.training.attention import Causal, first_causal_heads
+
+if TYPE_CHECKING:
+    from mlxflow.kernels.choice import Ahead
 
 
 class Serving(NamedTuple):
@@ -69,6 +72,16 @@ def recorded_for(
     )
 
 
+def begin_proof() -> "Ahead":
+    """Start the process that proves kernels, where none is known on the default device; it ends with the block.
+
+    It makes itself ready while the model is built, and is told what to prove by `choose_for`.
+    """
+    from mlxflow.kernels import choice
+
+    return choice.begin()
+
+
 def choose_for(
     model: nn.Module,
     *,
@@ -79,6 +92,7 @@ def choose_for(
     masks_documents: bool = False,
     is_deterministic: bool = True,
     recorded: Iterable[str] | None = None,
+    ahead: "Ahead | None" = None,
 ) -> Serving:
     """Return what serves the training of a model on the default device; prove what is not known yet.
 
@@ -91,6 +105,7 @@ def choose_for(
         masks_documents: no token attends to another document in its row.
         is_deterministic: whether gradients are to be added up in one order; else MLX's attention serves.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
+        ahead: of `begin_proof`.
     """
     from mlxflow.kernels import attention, choice, fitting, names
 
@@ -107,7 +122,7 @@ def choose_for(
         kinds = {heads.is_bounded, masks_documents}
         wanted |= {names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
     known = [name for name in wanted if names.is_known(name)]
-    chosen = choice.choose(known) if recorded is None else choice.recorded(known, recorded)
+    chosen = choice.choose(known, ahead) if recorded is None else choice.recorded(known, recorded)
 
     @contextmanager
     def fitted() -> Iterator[None]:

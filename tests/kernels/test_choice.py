@@ -2,9 +2,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 
 from mlxflow import device, doctor
-from mlxflow.kernels import choice, language
+from mlxflow.kernels import choice, language, processes
+from mlxflow.locking import hold
 from tests.conftest import REPOSITORY
 
 _GOOD = 'print(\'begin \' + NAME); print(\'{"name": "\' + NAME + \'", "serves": true, "reason": ""}\', flush=True)'
@@ -27,7 +30,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _prover(body: str) -> list[str]:
-    return [sys.executable, "-c", f"import sys\nfor NAME in sys.argv[1:]:\n    {body}"]
+    return [sys.executable, "-c", f"import sys\nfor NAME in sys.stdin.readline().split():\n    {body}"]
 
 
 def _outcomes(body: str, *names: str, compiler: str | None = None, limit: float = 20.0) -> dict[str, bool]:
@@ -98,7 +101,7 @@ def test_a_cache_whose_folder_is_a_file_is_done_without(tmp_path: Path, monkeypa
 
 
 @contextmanager
-def _read_only() -> Iterator[Path]:
+def read_only_cache() -> Iterator[Path]:
     """Give a cache folder that may be read and not written, by root neither."""
     room = Path(tempfile.mkdtemp())
     (room / "mlxflow").mkdir()
@@ -120,7 +123,7 @@ def _read_only() -> Iterator[Path]:
 
 def test_a_read_only_cache_folder_is_read_and_what_it_lacks_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     told = 'echo \'{"name": "b", "serves": true, "reason": ""}\''
-    with _read_only() as room:
+    with read_only_cache() as room:
         monkeypatch.setenv("XDG_CACHE_HOME", str(room))
         for _ in range(2):
             found = choice.prove_all(
@@ -184,33 +187,205 @@ def test_one_that_ends_without_a_word_does_not_serve() -> None:
     assert _reason("a") == "its proof told nothing"
 
 
-# --- compiling first
+# --- compiling first, where a kernel that was begun tells nothing for a while
 
 
+@pytest.fixture
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "COLD_SECONDS", 0.2)
+
+
+def _cold(tmp_path: Path, then: str = "break") -> str:
+    """Return what proves kernels, but the first time compiles until it is told to stop, and does `then`."""
+    first = f"pathlib.Path({str(tmp_path)!r}) / 'first'"
+    return (
+        f"{_BEGIN}import pathlib\n    if not ({first}).exists():\n        ({first}).write_text('')\n"
+        f"        assert sys.stdin.readline() == 'stop\\n'\n        {then}\n    {_GOOD}"
+    )
+
+
+@pytest.mark.usefixtures("_hasty")
 def test_all_are_compiled_at_the_same_time_before_any_is_proved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    # each compilation waits for the other's beginning, and a proof for the end of both
+    # each compilation waits for the others' beginnings, the prover's that it has begun too, and a proof for all ends
+    waiting = "exec('while len(list(here.glob(\"[abc]\"))) < 3: threading.Event().wait(0.01)')"
     compiler = (
         f"import pathlib, threading; here = pathlib.Path({str(tmp_path)!r}); (here / NAME).write_text('');"
-        "exec('while len(list(here.glob(\"[ab]\"))) < 2: threading.Event().wait(0.01)');"
-        "(here / (NAME + '.done')).write_text('')"
+        f"{waiting}; (here / (NAME + '.done')).write_text('')"
     )
-    body = f"assert len(list(__import__('pathlib').Path({str(tmp_path)!r}).glob('*.done'))) == 2; {_GOOD}"
-    assert _outcomes(body, "a", "b", compiler=compiler) == {"a": True, "b": True}
+    body = _cold(tmp_path, f"{compiler}; break").replace(
+        f"\n    {_GOOD}", f"\n    assert len(list(pathlib.Path({str(tmp_path)!r}).glob('*.done'))) == 3; {_GOOD}"
+    )
+    assert _outcomes(body, "a", "b", "c", compiler=compiler) == {"a": True, "b": True, "c": True}
 
 
-def test_one_that_does_not_compile_is_not_proved_and_the_others_are() -> None:
+def test_where_all_is_compiled_already_one_process_proves_and_none_compiles(tmp_path: Path) -> None:
+    process = f"open({str(tmp_path / 'processes')!r}, 'a').write(str(__import__('os').getpid()) + ' '); "
+    assert _outcomes(process + _GOOD, "a", "b", compiler=process) == {"a": True, "b": True}
+    assert len({*(tmp_path / "processes").read_text().split()}) == 1
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_what_was_timed_beside_compilations_is_timed_again(tmp_path: Path) -> None:
+    slow = json.dumps({"name": "a", "serves": False, "reason": "slow", "error": 0, "seconds": 2, "own_seconds": 1})
+    assert _outcomes(_cold(tmp_path, f"print({slow!r}); break"), "a", "b", compiler="pass") == {"a": True, "b": True}
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_one_that_does_not_compile_is_not_proved_and_the_others_are(tmp_path: Path) -> None:
     said = "it does not run: no headers"
     told = json.dumps({"name": "b", "serves": False, "reason": said})
     compiler = f"NAME == 'b' and print({told!r}); NAME == 'c' and sys.exit(5); NAME == 'd' and {_HANG}"
-    body = f"assert NAME == 'a'; {_GOOD}"
+    body = _cold(tmp_path).replace(f"\n    {_GOOD}", f"\n    assert NAME == 'a'; {_GOOD}")
     expected = {"a": True, "b": False, "c": False, "d": False}
     assert _outcomes(body, "a", "b", "c", "d", compiler=compiler, limit=1.5) == expected
     assert _reason("b") == said
     assert _reason("c") == "its process ended with code 5"
     assert _reason("d") == "its process told nothing for 1.5 s"
+
+
+@pytest.mark.usefixtures("_hasty")
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (_HANG, "its process told nothing for 1.5 s"),
+        ("sys.exit(7)", "its process ended with code 7"),
+        ("raise RuntimeError('no device')", "its process ended with code 1: RuntimeError: no device"),
+    ],
+)
+def test_the_one_that_was_begun_may_be_the_one_that_hangs_or_crashes(tmp_path: Path, then: str, reason: str) -> None:
+    body = _cold(tmp_path, then)
+    assert _outcomes(body, "a", "b", "c", compiler="pass", limit=1.5) == {"a": False, "b": True, "c": True}
+    assert _reason("a") == reason
+
+
+def test_who_brings_down_its_process_before_it_is_begun_is_found_alone() -> None:
+    body = f"'b' in NAMES and sys.exit(7); {_GOOD}"
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys\nNAMES = sys.stdin.readline().split()\nfor NAME in NAMES:\n    {body}",
+    ]
+    found = choice.prove_all(["a", "b", "c"], "here", command=command, compiler=None, limit_seconds=20)
+    assert [outcome.serves for outcome in found.values()] == [True, False, True]
+
+
+# --- a process that is started ahead
+
+
+@pytest.fixture
+def _takes_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "language", lambda: "cuda")
+
+
+def _is_running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{number}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def _wait_for_end(number: int) -> None:
+    for _ in range(2000):
+        if not _is_running(number):
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it was left behind")
+
+
+def _number(ahead: choice.Ahead) -> int:
+    assert ahead.prover is not None
+    return ahead.prover._process.pid
+
+
+@pytest.mark.usefixtures("_takes_kernels")
+def test_a_process_started_ahead_is_the_one_that_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = f"open({str(tmp_path / 'provers')!r}, 'a').write(str(__import__('os').getpid()) + ' '); "
+    command = _prover(record + _GOOD)
+    monkeypatch.setattr(choice, "_COMMAND", command)
+    with choice.begin(command) as ahead:
+        number = _number(ahead)
+        assert choice.choose(["a", "b"], ahead).serving == ["a", "b"]
+        assert {*(tmp_path / "provers").read_text().split()} == {str(number)}
+        assert not _is_running(number)
+        with hold(choice._lock(), "", wait=False):
+            pass  # the lock is free, though the block goes on
+    with choice.begin(command) as ahead:
+        assert ahead.prover is None, "all is known"
+
+
+def test_the_proof_itself_may_be_started_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "language", lambda: "metal")
+    with choice.begin() as ahead:
+        found = choice.choose(["sum_of_squares/float32"], ahead).outcomes["sum_of_squares/float32"]
+    assert found.reason.startswith("it does not run: "), "on the CPU"
+
+
+@pytest.mark.usefixtures("_takes_kernels")
+def test_a_process_started_ahead_that_ended_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_COMMAND", _prover(_GOOD))
+    with choice.begin([sys.executable, "-c", "raise SystemExit(9)"]) as ahead:
+        _wait_for_end(_number(ahead))
+        assert choice.choose(["a"], ahead).serving == ["a"]
+
+
+@pytest.mark.usefixtures("_takes_kernels")
+def test_a_process_started_ahead_and_told_nothing_ends_with_the_block() -> None:
+    with choice.begin() as ahead:
+        number = _number(ahead)
+        assert _is_running(number)
+    assert not _is_running(number)
+
+
+@pytest.mark.usefixtures("_takes_kernels")
+def test_of_two_that_begin_at_once_one_starts_a_process() -> None:
+    with choice.begin(_prover(_GOOD)) as first, choice.begin(_prover(_GOOD)) as second:
+        assert first.prover is not None
+        assert second.prover is None
+    with choice.begin(_prover(_GOOD)) as third:
+        assert third.prover is not None
+
+
+def test_a_device_without_kernels_starts_nothing() -> None:
+    with choice.begin() as ahead:
+        assert ahead.prover is None
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signals, is_told: bool) -> None:
+    command = [sys.executable, "-m", "mlxflow.kernels.proof", "-"]
+    if is_told:  # at work on a kernel that hangs
+        command = [sys.executable, "-c", _HANGING_PROOF, "-"]
+    program = (
+        "import sys, threading\nfrom mlxflow.kernels import choice\nchoice.language = lambda: 'metal'\n"
+        f"with choice.begin({command!r}) as ahead:\n    print(ahead.prover._process.pid, flush=True)\n"
+        f"    if {is_told}:\n        ahead.prover.tell(['a']); print(ahead.prover._lines.get(), end='', flush=True)\n"
+        "    threading.Event().wait()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    with parent:
+        assert parent.stdout is not None
+        number = int(parent.stdout.readline())
+        if is_told:
+            assert parent.stdout.readline() == "begin a\n"
+        parent.send_signal(ending)
+    _wait_for_end(number)
+
+
+_HANGING_PROOF = """
+import sys, threading
+from mlxflow.kernels import proof
+proof.compile_programs = lambda names: None
+proof.operation = lambda name: threading.Event().wait()
+proof.main(sys.argv[1:])
+"""
 
 
 # --- the device
@@ -226,6 +401,7 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
     def changed(target: Any, name: str, value: Any) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
+            choice._sources.cache_clear()
             return choice.environment()
 
     usual = choice.environment()
@@ -236,6 +412,7 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
         changed(device, "environment", lambda _: {"mlx": "another version"}),
         changed(Path, "read_bytes", lambda _: b"another source"),
     ]
+    choice._sources.cache_clear()
     assert len({usual, *others}) == 5
 
 

@@ -12,6 +12,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlxflow import models
 from mlxflow.kernels import fitting
 from mlxflow.kernels.choice import recorded
+from mlxflow.kernels.fits import Block, Embedding, GatedMLP, GatedProduct, JoinedMLP, Norm, Rotary
 from mlxflow.quantization.fake import fake_quantized
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
@@ -118,7 +119,7 @@ ARCHITECTURES = [
     ("gpt2", (0, 0, 2, 0, 0), 0),
 ]
 
-_GATED = (fitting.GatedMLP, fitting.JoinedMLP, fitting.GatedProduct)
+_GATED = (GatedMLP, JoinedMLP, GatedProduct)
 
 
 @pytest.mark.parametrize(("architecture", "counts", "turned"), ARCHITECTURES)
@@ -132,9 +133,9 @@ def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
     saved = _saved(model, config, tmp_path)
     before = _loss_and_gradients(model)
     fits = fitting.find_fits(model)
-    sought = (fitting.Norm, _GATED, fitting.Embedding, fitting.Block)
+    sought = (Norm, _GATED, Embedding, Block)
     kinds_found = [sum(isinstance(fit, kind) for _, fit in fits) for kind in sought]
-    widths = [fit.width for _, fit in fits if isinstance(fit, fitting.Rotary)]
+    widths = [fit.width for _, fit in fits if isinstance(fit, Rotary)]
     assert (*kinds_found, len(widths)) == counts
     assert widths == [turned] * len(widths)
     with _fitted(model):
@@ -157,14 +158,14 @@ def test_layers_come_back_when_what_is_done_with_them_fails() -> None:
 
 
 def test_a_layer_called_in_another_way_computes_as_it_was() -> None:
-    class Norm(nn.RMSNorm):  # type: ignore[misc]
+    class Scaled(nn.RMSNorm):  # type: ignore[misc]
         def __call__(self, x: mx.array, scale: float = 1.0) -> mx.array:
             return mx.fast.rms_norm(x, self.weight, self.eps) * scale
 
-    model = Norm(8)
+    model = Scaled(8)
     x = mx.random.normal((2, 8), key=mx.random.key(0))
     with _fitted(model):
-        assert type(model).__name__ == "FittedNorm"
+        assert type(model).__name__ == "FittedScaled"
         assert mx.allclose(model(x, scale=2.0), 2 * model(x), rtol=1e-5)
 
 
@@ -186,7 +187,7 @@ def test_positions_are_turned_as_the_layer_has_it(
     wanted, later = layer(x), layer(x, offset=7)
     calls = let_references_serve(monkeypatch)
     fits = fitting.find_fits(layer)
-    assert [fit for _, fit in fits] == [fitting.Rotary(32, interleaved)]
+    assert [fit for _, fit in fits] == [Rotary(32, interleaved)]
     names = [fit.name(module, mx.float32) for module, fit in fits]
     with fitting.fitted(fits, recorded(names, names), mx.float32):
         for found in (layer(x), layer(x, offset=0), layer(x, 0)):
@@ -210,9 +211,9 @@ class _LayerLike(nn.Module):  # type: ignore[misc]
 @pytest.mark.parametrize(
     ("activation", "more", "expected"),
     [
-        (nn.silu, 0.0, fitting.GatedMLP("silu", "c", "a", "b", False)),
-        (nn.gelu, 0.0, fitting.GatedMLP("gelu", "c", "a", "b", False)),
-        (nn.gelu_approx, 0.0, fitting.GatedMLP("gelu_approx", "c", "a", "b", False)),
+        (nn.silu, 0.0, GatedMLP("silu", "c", "a", "b", False)),
+        (nn.gelu, 0.0, GatedMLP("gelu", "c", "a", "b", False)),
+        (nn.gelu_approx, 0.0, GatedMLP("gelu_approx", "c", "a", "b", False)),
         (nn.relu, 0.0, None),
         (nn.silu, 0.1, None),
     ],
@@ -246,7 +247,7 @@ class _Mixer(nn.Module):  # type: ignore[misc]
 def test_a_block_is_known_by_its_pass_whatever_its_parts_are_called() -> None:
     block = _BlockLike()
     fit = {type(module): fit for module, fit in fitting.find_fits(block)}[_BlockLike]
-    assert fit == fitting.Block(("b", "a"), ("c", "d"), (fitting.Norm(1e-3, 0.0), fitting.Norm(1e-5, 0.0)))
+    assert fit == Block(("b", "a"), ("c", "d"), (Norm(1e-3, 0.0), Norm(1e-5, 0.0)))
     x, mask = mx.random.normal((2, 4, 8), key=mx.random.key(0)), mx.array([[1.0], [0.0], [1.0], [1.0]])
     for others, named in (((), {}), ((mask,), {}), ((None,), {"cache": None}), ((), {"mask": mask})):
         wanted = block(x, *others, **named)
@@ -257,7 +258,7 @@ def test_a_block_is_known_by_its_pass_whatever_its_parts_are_called() -> None:
 
 @pytest.mark.parametrize("block", [_BlockLike(scale=0.5), _BlockLike(hands_on=False)])
 def test_a_block_that_computes_or_hands_on_something_else_is_left_alone(block: nn.Module) -> None:
-    assert not any(isinstance(fit, fitting.Block) for _, fit in fitting.find_fits(block))
+    assert not any(isinstance(fit, Block) for _, fit in fitting.find_fits(block))
     assert type(block.c) is _Mixer
 
 
@@ -265,7 +266,7 @@ def test_of_a_gated_layer_it_is_told_whether_its_projections_are_products_alone(
     layer = _LayerLike(nn.silu, False, 0.0)
     layer.c = nn.Linear(8, 16, bias=False)
     ((_, fit),) = fitting.find_fits(layer)
-    assert fit == fitting.GatedMLP("silu", "c", "a", "b", True)
+    assert fit == GatedMLP("silu", "c", "a", "b", True)
     assert fit.name(layer, mx.bfloat16) == "mlp_silu/bfloat16"
     name = fit.name(layer, mx.float32)
     x = mx.random.normal((2, 8), key=mx.random.key(0))

@@ -1,12 +1,14 @@
 """Programs for CUDA are compiled here too, where there is NVIDIA's compiler: it needs no GPU."""
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import language, nvrtc
+from mlxflow.kernels import language, nvrtc, proof
 from mlxflow.kernels.operations import operation
 
 NAMES = [
@@ -140,3 +142,97 @@ def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
     names = [f"mlxflow_sum_of_squares_{dtype}_float32" for dtype in ("float32", "bfloat16")]
     assert [one["name"] for one in made] == names
     assert all("x_size *= x_shape[i]" in one["source"] for one in made)
+
+
+@pytest.fixture
+def trials(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The launches of the trial of this way, on a device with a driver."""
+    names: list[str] = []
+    usual = mx.fast.precompiled_cuda_kernel
+
+    def launch(**arguments: Any) -> list[mx.array]:
+        if arguments["name"].startswith("mlxflow_trial_"):
+            names.append(arguments["name"])
+        return usual(**arguments)
+
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
+    monkeypatch.setattr(language, "_driver", lambda: "driver 1")
+    return names
+
+
+def _runs_in_another_process() -> bool:
+    language._programs_run.cache_clear()
+    return language._programs_run()
+
+
+def test_that_programs_run_is_tried_once_and_kept(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        assert _runs_in_another_process()
+    assert len(trials) == 1
+    monkeypatch.setattr(language, "_driver", lambda: "driver 2")
+    for _ in range(2):
+        assert _runs_in_another_process()
+    assert len(trials) == 2
+    monkeypatch.setattr(language, "_driver", lambda: "")
+    for _ in range(2):
+        assert _runs_in_another_process()
+    assert len(trials) == 4, "of a driver that is not told nothing is known"
+
+
+def test_that_programs_fail_is_tried_each_time(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.fast, "precompiled_cuda_kernel", _fails)
+        assert not _runs_in_another_process()
+    assert _runs_in_another_process()
+    assert len(trials) == 1
+
+
+def test_that_programs_run_does_not_hold_without_the_compiler(
+    trials: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _runs_in_another_process()
+    monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    language._built.cache_clear()
+    assert not _runs_in_another_process()
+
+
+def test_the_programs_of_several_kernels_are_compiled_before_they_are_called(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["rms_norm/float32/72", "rms_norm/bfloat16/72", "sum_of_squares/float32", "adamw/float32/bfloat16"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    proof.compile_programs(names)
+    assert {one["compiled_source"] for one in launched} == {b""}, "built, and not computed"
+    launched.clear()
+    monkeypatch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled one by one"))
+    for name in names:
+        tried = operation(name)
+        for size in (1 << 12, proof._CHECKED):
+            tried.kernel(*tried.inputs(size))
+    assert all(one["compiled_source"].startswith(b"\x7fELF") for one in launched)
+
+
+def test_of_programs_compiled_at_once_one_that_is_broken_leaves_the_others(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    programs = [f'extern "C" __global__ void f{number}() {{}}' for number in range(3)]
+    nvrtc.compile_at_once([programs[0], "no program", *programs[1:], programs[0]])
+    monkeypatch.setattr(nvrtc, "compile_for", lambda *_: None)
+    assert [bool(nvrtc.compiled(text)) for text in programs] == [True] * 3
+    assert nvrtc.compiled("no program") is None
+
+
+@pytest.mark.parametrize("kept", ["nowhere", "here"])
+def test_programs_that_cannot_be_kept_or_are_kept_are_left_alone(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    programs = [f'extern "C" __global__ void g{number}() {{}}' for number in range(3)]
+    if kept == "here":
+        assert all(nvrtc.compiled(text) for text in programs)
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("it starts a process"))
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    nvrtc.compile_at_once(programs)
+    assert all(nvrtc.compiled(text) for text in programs)

@@ -1,4 +1,5 @@
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 
 from mlxflow.kernels import choice, proof
 from mlxflow.kernels.operations import Arrays, operation
-from mlxflow.kernels.proof import compile_only, prove
+from mlxflow.kernels.proof import Orders, Stopped, compile_only, prove
 from tests.conftest import REPOSITORY
 
 
@@ -106,6 +107,53 @@ def test_one_that_does_not_compile_is_told_in_the_compilers_words() -> None:
     assert compile_only(broken) == prove(broken)
 
 
+def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
+    called: list[str] = []
+
+    def seen(name: str) -> Callable[..., Arrays]:
+        def call(*inputs: mx.array) -> Arrays:
+            called.append(name)
+            return _RIGHT.reference(*inputs)
+
+        return call
+
+    tried = _RIGHT._replace(kernel=seen("kernel"), own=seen("own"))
+    with pytest.raises(Stopped):
+        prove(tried, is_stopped=lambda: bool(called))
+    assert called.count("own") == 8, "one round, in which MLX compiles it"
+    assert "kernel" in called
+
+
+def test_one_that_is_wrong_is_told_though_it_was_stopped() -> None:
+    outcome = prove(_RIGHT._replace(kernel=_spoilt(lambda x: x * 2)), is_stopped=lambda: True)
+    assert outcome.reason.startswith("it is wrong by ")
+
+
+def test_orders_are_names_and_then_to_stop() -> None:
+    read, write = os.pipe()
+    orders = Orders(read)
+    os.write(write, b"a b/c/1")
+    os.write(write, b" d\n")
+    assert orders.names() == ["a", "b/c/1", "d"]
+    assert not orders.is_stopped.is_set()
+    os.write(write, b"stop\n")
+    assert orders.is_stopped.wait(20)  # both ends stay open: the end of the input would end this process
+
+
+def test_where_no_names_come_there_are_none() -> None:
+    read, write = os.pipe()
+    os.close(write)
+    assert Orders(read).names() == []
+    os.close(read)
+
+
+def test_its_parts_are_timed_when_asked_for() -> None:
+    command = [sys.executable, "-c", _STAND_INS, "--times", "good"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
+    parts = [line.partition(" s  ")[2] for line in done.stderr.splitlines()]
+    assert parts == ["the device's beginning", "all programs", "good: check", "good: timing"]
+
+
 def test_what_compiles_has_no_outcome_yet() -> None:
     assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference)) is None
 
@@ -118,7 +166,7 @@ from mlxflow.kernels.operations import operation
 
 proof._CHECKED = proof._TIMED = 1 << 12
 right = operation("sum_of_squares/float32")
-proof._time = lambda tried, inputs, clock: (2e-3, 1e-3) if tried.kernel is slow else (1e-3, 2e-3)
+proof._time = lambda tried, inputs, clock, is_stopped: (2e-3, 1e-3) if tried.kernel is slow else (1e-3, 2e-3)
 
 def slow(x): return right.reference(x)
 def wrong(x): return [right.reference(x)[0] * 1.01]
@@ -133,7 +181,7 @@ proof.main(sys.argv[1:])
 def test_the_process_of_the_proof_tells_good_from_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     names = ["good", "slow", "uncompiled", "wrong"]
-    command = [sys.executable, "-c", _STAND_INS]
+    command = [sys.executable, "-c", _STAND_INS, "-"]
     found = choice.prove_all(names, "here", command=command, compiler=None, limit_seconds=60.0)
     assert {name: outcome.reason for name, outcome in found.items()} == {
         "good": "",

@@ -8,10 +8,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlxflow import artifact, device
+from mlxflow import artifact, device, models
 from mlxflow.errors import WorkflowError
 from mlxflow.kernels import adamw, choice
 from mlxflow.kernels.outcome import Outcome
@@ -77,7 +78,7 @@ def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool) -> list[list[str]]:
     """Let all kernels come out of the proof as serving, or none; return what was asked for."""
     asked: list[list[str]] = []
 
-    def choose(names: Iterable[str]) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: choice.Ahead | None) -> choice.Choice:
         asked.append(sorted(names))
         return choice.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
 
@@ -165,6 +166,45 @@ def test_what_is_resumed_takes_the_choice_it_began_with(
     assert (made / "model.safetensors").read_bytes() == whole
 
 
+def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_is_recorded(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    build = models.build
+
+    def begin() -> choice.Ahead:
+        told.append("begin")
+        ahead = choice.Ahead()
+        ahead.callback(told.append, "end")
+        return ahead
+
+    def built(*arguments: Any, **named: Any) -> Any:
+        told.append("model")
+        return build(*arguments, **named)
+
+    def choose(names: Iterable[str], ahead: choice.Ahead) -> choice.Choice:
+        told.append("choose")
+        with ahead:
+            return choice.Choice(dict.fromkeys(names, Outcome(False, "it is slow")))
+
+    monkeypatch.setattr(choice, "begin", begin)
+    monkeypatch.setattr(choice, "choose", choose)
+    monkeypatch.setattr(models, "build", built)
+    _run(folder, "train")
+    assert told == ["begin", "model", "choose", "end"]
+    told.clear()
+    _run(folder, "train", folder / "again")
+    assert told == ["model"]
+    _run(folder, "quantize")
+    assert told == ["model", "begin", "choose", "end"]
+    shutil.rmtree(folder / "artifacts/train")
+    told.clear()
+    monkeypatch.setattr(models, "build", lambda *_, **__: None)
+    with pytest.raises(AttributeError):
+        _run(folder, "train")
+    assert told == ["begin", "end"], "it ends with a stage that fails before it knows its kernels"
+
+
 def test_quantization_aware_training_uses_them(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +251,7 @@ def test_required_each_that_does_not_serve_is_told_with_its_reason(
         "mlp_silu/float32": Outcome(False, "it is wrong"),
         "rms_norm/float32/32": Outcome(False, "it is slow"),
     }
-    monkeypatch.setattr(choice, "choose", lambda _: choice.Choice(outcomes))
+    monkeypatch.setattr(choice, "choose", lambda *_: choice.Choice(outcomes))
     lacking = "cross_entropy/float32, rms_norm/float32/32 (it is slow); mlp_silu/float32 (it is wrong)"
     with pytest.raises(WorkflowError) as raised:
         _run(folder, "train")
