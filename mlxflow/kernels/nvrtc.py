@@ -73,8 +73,9 @@ def gathering() -> Iterator[list[str]]:
         _GATHERED.reset(before)
 
 
-def compile_at_once(texts: Iterable[str]) -> None:
-    """Compile programs at the same time, in a process for each processor, and keep what comes out.
+@contextmanager
+def compiling_at_once(texts: Iterable[str]) -> Iterator[None]:
+    """Compile programs at the same time, in a process for each processor, while the block runs, and keep each.
 
     One that does not compile says so when it is wanted.
 
@@ -82,23 +83,25 @@ def compile_at_once(texts: Iterable[str]) -> None:
         texts: the programs.
     """
     library = _library()
-    if library is None:
-        return
-    architecture = _architecture()
-    missing = [text for text in dict.fromkeys(texts) if _read(_path(library, text, architecture)) is None]
+    missing = []
+    if library is not None:
+        architecture = _architecture()
+        missing = [text for text in dict.fromkeys(texts) if _read(_path(library, text, architecture)) is None]
     workers = min(len(missing), os.cpu_count() or 1)
-    if workers < 2:
-        return  # this process does
-    command = [sys.executable, "-m", __spec__.name, architecture, _file(library)]
-    quiet = subprocess.DEVNULL
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True) for _ in range(workers)
-    ]
-    for number, process in enumerate(started):
-        with suppress(BrokenPipeError), cast("IO[str]", process.stdin) as given:
-            given.write(json.dumps(missing[number::workers]))
-    for process in started:
-        process.wait()
+    started = []
+    if workers > 1:  # else this process does
+        command = [sys.executable, "-m", __spec__.name, architecture, _file(library)]
+        quiet = subprocess.DEVNULL
+        for number in range(workers):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True)
+            started.append(process)
+            with suppress(BrokenPipeError), cast("IO[str]", process.stdin) as given:
+                given.write(json.dumps(missing[number::workers]))
+    try:
+        yield
+    finally:
+        for process in started:
+            process.wait()
 
 
 def _architecture() -> str:

@@ -62,11 +62,9 @@ class Prover:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self._process.kill()  # and is not waited for: a device takes a while to be given back
         with suppress(BrokenPipeError):
             cast("IO[str]", self._process.stdin).close()
-        self._reader.join(1.0)  # longer only where it left a process behind that holds its output
         self._opened.close()
 
     def _read(self) -> None:
@@ -74,6 +72,7 @@ class Prover:
             for line in told:
                 self._lines.put(line)
         self._lines.put(None)
+        self._process.wait()
 
     def is_there(self) -> bool:
         """Return whether it has not ended."""
@@ -91,16 +90,17 @@ class Prover:
         with suppress(BrokenPipeError):  # it has ended; how, its end says
             cast("IO[str]", self._process.stdin).write(line + "\n")
 
-    def listen(self, limit_seconds: float, cold_seconds: float | None = None) -> Told:
-        """Return what it told until it ended; end it when it says nothing for too long.
+    def listen(self, names: Sequence[str], limit_seconds: float, cold_seconds: float | None = None) -> Told:
+        """Return what it told until it had told of all kernels, or ended, or said nothing for too long.
 
         Args:
+            names: of the kernels.
             limit_seconds: between two lines.
             cold_seconds: after the beginning of a kernel; then it goes on. None for as long as the limit.
         """
         outcomes: dict[str, Outcome] = {}
         begun, is_at_it = "", False
-        while True:
+        while not outcomes.keys() >= set(names):
             is_short = is_at_it and cold_seconds is not None
             try:
                 line = self._lines.get(timeout=cold_seconds if is_short else limit_seconds)
@@ -117,6 +117,7 @@ class Prover:
             if found is not None:
                 outcomes[found[0]] = found[1]
                 is_at_it = False
+        return Told(outcomes, begun, "")
 
     def _end(self) -> str:
         code = self._process.wait()
@@ -163,7 +164,7 @@ def prove(
         with ahead if ahead is not None and ahead.is_there() else Prover(command) as prover:
             ahead = None
             prover.tell(asked)
-            told = prover.listen(limit_seconds, cold_seconds)
+            told = prover.listen(asked, limit_seconds, cold_seconds)
             outcomes |= {name: outcome for name, outcome in told.outcomes.items() if name in asked}
             if told.is_cold and compiler:
                 cold_seconds = None
@@ -189,7 +190,7 @@ def _compile(
     prover.stop()
     others = [name for name in names if name != begun]
     with ThreadPoolExecutor(1 + max(1, min(len(others), os.cpu_count() or 1))) as pool:
-        at_it = pool.submit(prover.listen, limit_seconds)
+        at_it = pool.submit(prover.listen, [begun], limit_seconds)
         found = dict(zip(others, pool.map(lambda name: _run(compiler, name, limit_seconds), others), strict=True))
         found[begun] = at_it.result()
     refused = {}
@@ -203,4 +204,4 @@ def _compile(
 def _run(command: Sequence[str], name: str, limit_seconds: float) -> Told:
     with Prover(command) as process:
         process.tell([name])
-        return process.listen(limit_seconds)
+        return process.listen([name], limit_seconds)

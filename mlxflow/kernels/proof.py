@@ -30,6 +30,8 @@ MARGIN = 0.9
 
 _CHECKED, _TIMED = 1 << 18, 1 << 24
 _ROUNDS, _CALLS = 5, 8
+#: Of the calls of a round; one that takes longer is called once.
+_ROUND_SECONDS = 2e-3
 
 
 Tell = Callable[[str, float], None]
@@ -124,38 +126,56 @@ def _time(
     tried: Operation, inputs: Arrays, clock: Callable[[], float], is_stopped: Callable[[], bool]
 ) -> tuple[float, float]:
     """Return seconds of a call of the kernel and of MLX's own way, in turn."""
-    compiled = mx.compile(tried.kernel)  # as in a step: its constants are made once
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(_ROUNDS + 1):
-        for function, kept in zip((compiled, tried.own), times, strict=True):
-            mx.synchronize()
-            begin = clock()
-            for _ in range(_CALLS):
-                mx.async_eval(function(*inputs))
-            mx.synchronize()
-            seconds = (clock() - begin) / _CALLS
-            if number:  # the first round compiles
-                kept.append(seconds)
+
+    def measure(function: Callable[..., Arrays], calls: int) -> float:
+        mx.synchronize()
+        begin = clock()
+        for _ in range(calls):
+            mx.async_eval(function(*inputs))
+        mx.synchronize()
+        return (clock() - begin) / calls
+
+    functions = (mx.compile(tried.kernel), tried.own)  # as in a step: its constants are made once
+    for function in functions:
+        measure(function, 1)  # compiles
+    calls = [max(1, min(_CALLS, int(_ROUND_SECONDS / max(1e-9, measure(function, 1))))) for function in functions]
+    rounds = []
+    for _ in range(_ROUNDS):
         if is_stopped():
             raise Stopped
-    return statistics.median(times[0]), statistics.median(times[1])
+        rounds.append([measure(*one) for one in zip(functions, calls, strict=True)])
+    kernel, own = zip(*rounds, strict=True)
+    return statistics.median(kernel), statistics.median(own)
 
 
-def compile_programs(names: Sequence[str]) -> None:
-    """Let NVIDIA's compiler make the programs of kernels at the same time; nothing is computed.
+def make_ready(names: Sequence[str], is_stopped: Callable[[], bool] = lambda: False) -> None:
+    """Let NVIDIA's compiler make the programs of kernels at the same time, and MLX load its operations meanwhile.
+
+    Each kernel is told as begun when MLX's operations for it are: these it may have to compile, which takes long.
 
     Args:
-        names: of the kernels; one that does not compile says so when it is proved.
+        names: of the kernels; one that does not compile or compute says so when it is proved.
+        is_stopped: whether others compile at this time.
+
+    Raises:
+        Stopped: it was stopped.
     """
     if language.language() != "cuda" or not language._programs_run():
         return
+    inputs = {name: operation(name).inputs(_CHECKED) for name in names}
     with nvrtc.gathering() as programs:
         for name in names:
+            with suppress(Exception):
+                operation(name).kernel(*inputs[name])  # lazy
+    language._built.cache_clear()
+    with nvrtc.compiling_at_once(programs):
+        for name in names:
+            print(f"begin {name}", flush=True)
             tried = operation(name)
             with suppress(Exception):
-                tried.kernel(*tried.inputs(_CHECKED))  # lazy
-    language._built.cache_clear()
-    nvrtc.compile_at_once(programs)
+                mx.eval(tried.reference(*inputs[name]), tried.own(*inputs[name]))
+            if is_stopped():
+                raise Stopped
 
 
 class Orders:
@@ -202,20 +222,18 @@ def main(arguments: list[str]) -> None:
     if names == ["-"]:
         orders = Orders(sys.stdin.fileno())
         names, is_stopped = orders.names(), orders.is_stopped.is_set
-    with _timed("all programs", tell):
-        compile_programs(names)
-    for name in names:
-        print(f"begin {name}", flush=True)
-        if "--compile" in flags:
-            outcome = compile_only(operation(name))
-        else:
-            try:
+    with suppress(Stopped):
+        with _timed("all programs and MLX's operations", tell):
+            make_ready(names, is_stopped)
+        for name in names:
+            print(f"begin {name}", flush=True)
+            if "--compile" in flags:
+                outcome = compile_only(operation(name))
+            else:
                 outcome = prove(operation(name), is_stopped=is_stopped, tell=partial(_say_part, tell, name))
-            except Stopped:
-                return
-        if outcome is not None:
-            print(json.dumps({"name": name, **outcome._asdict()}), flush=True)
-        mx.clear_cache()
+            if outcome is not None:
+                print(json.dumps({"name": name, **outcome._asdict()}), flush=True)
+            mx.clear_cache()
 
 
 @contextmanager

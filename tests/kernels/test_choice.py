@@ -311,7 +311,7 @@ def test_a_process_started_ahead_is_the_one_that_proves(tmp_path: Path, monkeypa
         number = _number(ahead)
         assert choice.choose(["a", "b"], ahead).serving == ["a", "b"]
         assert {*(tmp_path / "provers").read_text().split()} == {str(number)}
-        assert not _is_running(number)
+        _wait_for_end(number)
         with hold(choice._lock(), "", wait=False):
             pass  # the lock is free, though the block goes on
     with choice.begin(command) as ahead:
@@ -338,7 +338,7 @@ def test_a_process_started_ahead_and_told_nothing_ends_with_the_block() -> None:
     with choice.begin() as ahead:
         number = _number(ahead)
         assert _is_running(number)
-    assert not _is_running(number)
+    _wait_for_end(number)
 
 
 @pytest.mark.usefixtures("_takes_kernels")
@@ -382,7 +382,7 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
 _HANGING_PROOF = """
 import sys, threading
 from mlxflow.kernels import proof
-proof.compile_programs = lambda names: None
+proof.make_ready = lambda names, is_stopped: None
 proof.operation = lambda name: threading.Event().wait()
 proof.main(sys.argv[1:])
 """

@@ -197,12 +197,13 @@ def test_that_programs_run_does_not_hold_without_the_compiler(
 
 
 def test_the_programs_of_several_kernels_are_compiled_before_they_are_called(
-    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["rms_norm/float32/72", "rms_norm/bfloat16/72", "sum_of_squares/float32", "adamw/float32/bfloat16"]
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    proof.compile_programs(names)
+    proof.make_ready(names)
     assert {one["compiled_source"] for one in launched} == {b""}, "built, and not computed"
+    assert capsys.readouterr().out.split() == [word for name in names for word in ("begin", name)]
     launched.clear()
     monkeypatch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled one by one"))
     for name in names:
@@ -217,7 +218,8 @@ def test_of_programs_compiled_at_once_one_that_is_broken_leaves_the_others(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     programs = [f'extern "C" __global__ void f{number}() {{}}' for number in range(3)]
-    nvrtc.compile_at_once([programs[0], "no program", *programs[1:], programs[0]])
+    with nvrtc.compiling_at_once([programs[0], "no program", *programs[1:], programs[0]]):
+        pass
     monkeypatch.setattr(nvrtc, "compile_for", lambda *_: None)
     assert [bool(nvrtc.compiled(text)) for text in programs] == [True] * 3
     assert nvrtc.compiled("no program") is None
@@ -234,5 +236,6 @@ def test_programs_that_cannot_be_kept_or_are_kept_are_left_alone(
     else:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    nvrtc.compile_at_once(programs)
+    with nvrtc.compiling_at_once(programs):
+        pass
     assert all(nvrtc.compiled(text) for text in programs)
