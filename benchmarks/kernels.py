@@ -101,6 +101,7 @@ def _start_once() -> None:
         works.append(time.process_time())
 
     from mlxflow.kernels import choice, fitting, language
+    from mlxflow.kernels.ahead import cache_file
     from mlxflow.kernels.likeness import alike
     from mlxflow.kernels.outcome import Outcome
 
@@ -122,7 +123,7 @@ def _start_once() -> None:
     alike(model)
     took["likeness_ms"] = (time.perf_counter() - begin) * 1e3  # a part of fits_ms
     if not known:
-        choice.cache_file().parent.mkdir(parents=True, exist_ok=True)
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
         choice._keep(place, dict.fromkeys(names, Outcome(True, "")))
     shown = {key: round(milliseconds, 1) for key, milliseconds in took.items()}
     print(json.dumps({"layers": len(fits), "known": len(known)} | shown), flush=True)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
     Raises:
         MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
     """
-    begin = time.perf_counter()
+    started = time.perf_counter()
+    begin = getattr(one.module, "begin", None)
+    with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
+        return _run(workflow, one, into, begun, started)
+
+
+def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started: float) -> Path:
     uses_device = getattr(one.module, "USES_DEVICE", True)
     if uses_device:
         cpu.prepare()
@@ -78,9 +84,10 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
                 folder=private,
                 unfinished=unfinished,
                 published=_published(workflow.root / one.folder) if into else None,
+                begun=begun,
             ),
         )
-        run = {"seconds": round(time.perf_counter() - begin, 3), **_describe_run(chosen if uses_device else None)}
+        run = {"seconds": round(time.perf_counter() - started, 3), **_describe_run(chosen if uses_device else None)}
         run |= report.pop("run", {})
         artifact.write_report(private / "report.toml", {"stage": provenance, **report, "run": run})
         unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]

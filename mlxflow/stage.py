@@ -81,7 +81,11 @@ class Artifacts(Protocol):
 
 @runtime_checkable
 class StageModule(Protocol):
-    """The contract that every module in `mlxflow/stages` fulfils."""
+    """The contract that every module in `mlxflow/stages` fulfils.
+
+    It may also have `begin(config, device)`, a context manager in which the stage runs: what is to be started before
+    its device is looked for, as told by `workflow.device`; the stage finds it in its context.
+    """
 
     __name__: str
     __doc__: str | None
@@ -137,6 +141,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         unfinished: a folder for what lets a later run go on where this one was cut off; removed when the stage ends
             well. Another one for every other configuration of the stage.
         published: the stage's artifact where it is built again beside it, to be compared; None otherwise.
+        begun: what the stage's module began before its device was looked for; None for nothing.
     """
 
     task: str
@@ -152,6 +157,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path
     unfinished: Path
     published: Path | None = None
+    begun: Any = None
 
 
 def derive_seed(seed: int, name: str) -> int:

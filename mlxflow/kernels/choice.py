@@ -7,24 +7,21 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxflow import device
+from mlxflow.kernels.ahead import COMMAND, WAITING, Ahead, cache_file, lock_file
 from mlxflow.kernels.language import language
 from mlxflow.kernels.outcome import Outcome
-from mlxflow.locking import LockedError, device_lock, hold
+from mlxflow.locking import hold
 
 if TYPE_CHECKING:
     from mlxflow.kernels.processes import Prover
 
 #: Seconds without a word after which a kernel hangs: on CUDA MLX may compile three operations for one, 10 s each.
 LIMIT_SECONDS = 120.0
-
-_COMMAND = (sys.executable, "-m", "mlxflow.kernels.proof", "-")
-
-_WAITING = "process {holder} is proving the GPU kernels; waiting for it"
 
 _LACKING = Outcome(False, "MLX takes no kernels on this device")
 
@@ -65,47 +62,21 @@ def recorded(names: Iterable[str], serving: Iterable[str]) -> Choice:
     return Choice({name: Outcome(name in chosen, "" if name in chosen else "it did not serve then") for name in names})
 
 
-def cache_file() -> Path:
-    """Return where outcomes are kept: in the user's cache folder."""
-    return device_lock().with_name("kernels.json")
-
-
-class Ahead(ExitStack):
-    """Holds a process that will prove kernels, and the lock for it, until it has, or until the block ends.
-
-    Attributes:
-        prover: the process; None where none is needed or another process proves.
-    """
-
-    prover: "Prover | None" = None
-
-
-def begin(command: Sequence[str] = _COMMAND) -> Ahead:
+def begin(ahead: Ahead | None = None, command: Sequence[str] = COMMAND) -> Ahead:
     """Start the process that proves kernels before it is known which, where none was proved yet.
 
     So it makes itself ready while the model is built.
 
     Args:
+        ahead: of `ahead.begin_early`; ended where something was proved.
         command: see `prove_all`.
     """
-    from mlxflow.kernels import processes
-
-    ahead = Ahead()
+    ahead = ahead or Ahead()
     if language() is None or known_outcomes(environment()):
-        return ahead
-    with ExitStack() as held:
-        try:
-            held.enter_context(hold(_lock(), _WAITING, wait=False))
-        except LockedError:
-            return ahead
-        if not known_outcomes(environment()):  # nor proved just now
-            ahead.prover = held.enter_context(processes.Prover(command))
-            ahead.push(held.pop_all())
+        ahead.stop()
+    elif ahead.prover is None:
+        ahead.start(command, lambda: not known_outcomes(environment()))  # nor proved just now
     return ahead
-
-
-def _lock() -> Path:
-    return cache_file().with_name("kernels.lock")
 
 
 def choose(names: Iterable[str], ahead: Ahead | None = None) -> Choice:
@@ -120,11 +91,11 @@ def choose(names: Iterable[str], ahead: Ahead | None = None) -> Choice:
     with ahead or nullcontext():
         if words is None:
             return Choice(dict.fromkeys(wanted, _LACKING))
-        compiler = (*_COMMAND, "--compile") if words == "cuda" else None  # seconds each; Metal's takes a moment
+        compiler = (*COMMAND, "--compile") if words == "cuda" else None  # seconds each; Metal's takes a moment
         outcomes = prove_all(
             wanted,
             environment(),
-            command=_COMMAND,
+            command=COMMAND,
             compiler=compiler,
             limit_seconds=LIMIT_SECONDS,
             prover=None if ahead is None else ahead.prover,
@@ -172,7 +143,7 @@ def prove_all(
     known = known_outcomes(place)
     if all(name in known for name in names):
         return {name: known[name] for name in names}
-    with hold(_lock(), _WAITING, wait=True) if prover is None else nullcontext():
+    with hold(lock_file(), WAITING, wait=True) if prover is None else nullcontext():
         known = known_outcomes(place)
         missing = [name for name in names if name not in known]
         if missing:

@@ -148,7 +148,9 @@ def _time(
     return statistics.median(kernel), statistics.median(own)
 
 
-def make_ready(names: Sequence[str], is_stopped: Callable[[], bool] = lambda: False) -> None:
+def make_ready(
+    names: Sequence[str], is_stopped: Callable[[], bool] = lambda: False, tell: Tell = lambda *_: None
+) -> None:
     """Let NVIDIA's compiler make the programs of kernels at the same time, and MLX load its operations meanwhile.
 
     Each kernel is told as begun when MLX's operations for it are: these it may have to compile, which takes long.
@@ -156,23 +158,25 @@ def make_ready(names: Sequence[str], is_stopped: Callable[[], bool] = lambda: Fa
     Args:
         names: of the kernels; one that does not compile or compute says so when it is proved.
         is_stopped: whether others compile at this time.
+        tell: see `prove`.
 
     Raises:
         Stopped: it was stopped.
     """
     if language.language() != "cuda" or not language._programs_run():
         return
-    inputs = {name: operation(name).inputs(_CHECKED) for name in names}
-    with nvrtc.gathering() as programs:
-        for name in names:
-            with suppress(Exception):
-                operation(name).kernel(*inputs[name])  # lazy
-    language._built.cache_clear()
-    with nvrtc.compiling_at_once(programs):
+    with _timed("finding all programs", tell):
+        inputs = {name: operation(name).inputs(_CHECKED) for name in names}
+        with nvrtc.gathering() as programs:
+            for name in names:
+                with suppress(Exception):
+                    operation(name).kernel(*inputs[name])  # lazy
+        language._built.cache_clear()
+    with _timed("compiling them", tell), nvrtc.compiling_at_once(programs):
         for name in names:
             print(f"begin {name}", flush=True)
             tried = operation(name)
-            with suppress(Exception):
+            with _timed(f"{name}: MLX's operations", tell), suppress(Exception):
                 mx.eval(tried.reference(*inputs[name]), tried.own(*inputs[name]))
             if is_stopped():
                 raise Stopped
@@ -223,8 +227,7 @@ def main(arguments: list[str]) -> None:
         orders = Orders(sys.stdin.fileno())
         names, is_stopped = orders.names(), orders.is_stopped.is_set
     with suppress(Stopped):
-        with _timed("all programs and MLX's operations", tell):
-            make_ready(names, is_stopped)
+        make_ready(names, is_stopped, tell)
         for name in names:
             print(f"begin {name}", flush=True)
             if "--compile" in flags:

@@ -1,6 +1,7 @@
 """Quantize a model into mlx-lm's own form, and say what it costs."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,7 +13,7 @@ from mlxflow.device import SIZE_PATTERN
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
-from mlxflow.stages import quantize_methods, train
+from mlxflow.stages import quantize_methods, train, train_methods
 
 VERSION = 6
 
@@ -206,6 +207,11 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
     def of(cls, config: Config) -> Self:
         """Name the learning curve where there is one."""
         return cls(metrics=(Path("metrics.jsonl"),) if config.method == "qat" else ())
+
+
+def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
+    """Start what takes a while and needs none of the inputs; see `train_methods.begin`."""
+    return train_methods.begin(config.kernels if config.method == "qat" else "off", device_asked_for)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Train a language model on the token files."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -223,6 +224,11 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
         folder = Path("adapters")
         made = () if config.method == "full" else (folder / "adapters.safetensors", folder / "adapter_config.json")
         return cls(adapters=made)
+
+
+def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
+    """Start what takes a while and needs none of the inputs; see `train_methods.begin`."""
+    return train_methods.begin(config.kernels, device_asked_for)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

@@ -93,6 +93,23 @@ def fit(
             raise SystemExit(128 + asked_to_stop.signal) from stopped
 
 
+def begin(kernels: str, device_asked_for: str) -> AbstractContextManager[Any]:
+    """Start what proves our kernels before MLX is imported, where there may be a GPU on which none was ever proved.
+
+    Args:
+        kernels: of the table.
+        device_asked_for: of the workflow: "auto", "gpu" or "cpu".
+
+    Returns:
+        what `begin_proof` looks for in the stage's context; the process ends with the block.
+    """
+    if kernels == "off" or device_asked_for == "cpu":
+        return nullcontext()
+    from mlxflow.kernels import ahead
+
+    return ahead.begin_early()
+
+
 def begin_proof(config: "Config", context: Context) -> AbstractContextManager[Any]:
     """Start what proves our kernels on a device of which nothing is known, while the model is built.
 
@@ -104,10 +121,12 @@ def begin_proof(config: "Config", context: Context) -> AbstractContextManager[An
         what `choose_kernels` takes; the process ends with the block.
     """
     if _uses_none(config, context) or _recorded_kernels(context) is not None:
+        if context.begun is not None:
+            context.begun.stop()
         return nullcontext()
     from mlxflow.training import serving
 
-    return serving.begin_proof()
+    return serving.begin_proof(context.begun)
 
 
 def _uses_none(config: "Config", context: Context) -> bool:

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlxflow.training.attention import Causal, first_causal_heads
 
 if TYPE_CHECKING:
-    from mlxflow.kernels.choice import Ahead
+    from mlxflow.kernels.ahead import Ahead
 
 
 class Serving(NamedTuple):
@@ -72,14 +72,17 @@ def recorded_for(
     )
 
 
-def begin_proof() -> "Ahead":
+def begin_proof(ahead: "Ahead | None" = None) -> "Ahead":
     """Start the process that proves kernels, where none is known on the default device; it ends with the block.
 
     It makes itself ready while the model is built, and is told what to prove by `choose_for`.
+
+    Args:
+        ahead: that process, where it was started earlier.
     """
     from mlxflow.kernels import choice
 
-    return choice.begin()
+    return choice.begin(ahead)
 
 
 def choose_for(

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from mlxflow import device, doctor
+from mlxflow.kernels import ahead as ahead_of
 from mlxflow.kernels import choice, language, processes
+from mlxflow.kernels.ahead import Ahead, cache_file, lock_file
 from mlxflow.locking import hold
 from tests.conftest import REPOSITORY
 
@@ -81,8 +83,8 @@ def test_why_one_does_not_serve_is_said_once(capfd: pytest.CaptureFixture[str]) 
     ],
 )
 def test_a_damaged_or_foreign_cache_counts_as_empty(damaged: bytes) -> None:
-    choice.cache_file().parent.mkdir(parents=True)
-    choice.cache_file().write_bytes(damaged)
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_bytes(damaged)
     assert _outcomes(_GOOD, "a") == {"a": True}
     assert _outcomes("raise SystemExit(1)", "a") == {"a": True}, "what came out is kept in its place"
 
@@ -297,7 +299,7 @@ def _wait_for_end(number: int) -> None:
     raise AssertionError("it was left behind")
 
 
-def _number(ahead: choice.Ahead) -> int:
+def _number(ahead: Ahead) -> int:
     assert ahead.prover is not None
     return ahead.prover._process.pid
 
@@ -306,15 +308,15 @@ def _number(ahead: choice.Ahead) -> int:
 def test_a_process_started_ahead_is_the_one_that_proves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = f"open({str(tmp_path / 'provers')!r}, 'a').write(str(__import__('os').getpid()) + ' '); "
     command = _prover(record + _GOOD)
-    monkeypatch.setattr(choice, "_COMMAND", command)
-    with choice.begin(command) as ahead:
+    monkeypatch.setattr(choice, "COMMAND", command)
+    with choice.begin(command=command) as ahead:
         number = _number(ahead)
         assert choice.choose(["a", "b"], ahead).serving == ["a", "b"]
         assert {*(tmp_path / "provers").read_text().split()} == {str(number)}
         _wait_for_end(number)
-        with hold(choice._lock(), "", wait=False):
+        with hold(lock_file(), "", wait=False):
             pass  # the lock is free, though the block goes on
-    with choice.begin(command) as ahead:
+    with choice.begin(command=command) as ahead:
         assert ahead.prover is None, "all is known"
 
 
@@ -326,9 +328,45 @@ def test_the_proof_itself_may_be_started_ahead(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("_takes_kernels")
+def test_the_process_may_be_started_before_mlx_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = _prover(_GOOD)
+    monkeypatch.setattr(choice, "COMMAND", command)
+    monkeypatch.setattr(ahead_of, "_may_have_gpu", lambda: False)
+    assert ahead_of.begin_early(command).prover is None, "there is no GPU"
+    monkeypatch.setattr(ahead_of, "_may_have_gpu", lambda: True)
+    with ahead_of.begin_early(command) as early:
+        number = _number(early)
+        with choice.begin(early, command) as ahead:
+            assert _number(ahead) == number
+            assert choice.choose(["a"], ahead).serving == ["a"]
+        _wait_for_end(number)
+    assert ahead_of.begin_early(command).prover is None, "something was proved before"
+
+
+@pytest.mark.usefixtures("_takes_kernels")
+def test_a_process_started_too_early_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead_of, "_may_have_gpu", lambda: True)
+    with ahead_of.begin_early(_prover(_GOOD)) as early:
+        number = _number(early)
+        monkeypatch.setattr(choice, "language", lambda: None)
+        with choice.begin(early):
+            _wait_for_end(number)
+        with hold(lock_file(), "", wait=False):
+            pass
+
+
+def test_it_is_started_without_mlx() -> None:
+    imports = "import sys, mlxflow.run, mlxflow.stages.train, mlxflow.kernels.ahead; "
+    loaded = imports + "print({name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=60)
+    assert "'mlxflow'" in done.stdout
+    assert "'mlx'" not in done.stdout
+
+
+@pytest.mark.usefixtures("_takes_kernels")
 def test_a_process_started_ahead_that_ended_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_COMMAND", _prover(_GOOD))
-    with choice.begin([sys.executable, "-c", "raise SystemExit(9)"]) as ahead:
+    monkeypatch.setattr(choice, "COMMAND", _prover(_GOOD))
+    with choice.begin(command=[sys.executable, "-c", "raise SystemExit(9)"]) as ahead:
         _wait_for_end(_number(ahead))
         assert choice.choose(["a"], ahead).serving == ["a"]
 
@@ -343,10 +381,10 @@ def test_a_process_started_ahead_and_told_nothing_ends_with_the_block() -> None:
 
 @pytest.mark.usefixtures("_takes_kernels")
 def test_of_two_that_begin_at_once_one_starts_a_process() -> None:
-    with choice.begin(_prover(_GOOD)) as first, choice.begin(_prover(_GOOD)) as second:
+    with choice.begin(command=_prover(_GOOD)) as first, choice.begin(command=_prover(_GOOD)) as second:
         assert first.prover is not None
         assert second.prover is None
-    with choice.begin(_prover(_GOOD)) as third:
+    with choice.begin(command=_prover(_GOOD)) as third:
         assert third.prover is not None
 
 
@@ -363,7 +401,7 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
         command = [sys.executable, "-c", _HANGING_PROOF, "-"]
     program = (
         "import sys, threading\nfrom mlxflow.kernels import choice\nchoice.language = lambda: 'metal'\n"
-        f"with choice.begin({command!r}) as ahead:\n    print(ahead.prover._process.pid, flush=True)\n"
+        f"with choice.begin(command={command!r}) as ahead:\n    print(ahead.prover._process.pid, flush=True)\n"
         f"    if {is_told}:\n        ahead.prover.tell(['a']); print(ahead.prover._lines.get(), end='', flush=True)\n"
         "    threading.Event().wait()"
     )
@@ -382,7 +420,7 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
 _HANGING_PROOF = """
 import sys, threading
 from mlxflow.kernels import proof
-proof.make_ready = lambda names, is_stopped: None
+proof.make_ready = lambda names, is_stopped, tell: None
 proof.operation = lambda name: threading.Event().wait()
 proof.main(sys.argv[1:])
 """
@@ -394,7 +432,7 @@ proof.main(sys.argv[1:])
 def test_a_device_without_kernels_proves_nothing() -> None:
     found = choice.choose(["rms_norm/float32/64"])
     assert found.refused == {"rms_norm/float32/64": "MLX takes no kernels on this device"}
-    assert not choice.cache_file().exists()
+    assert not cache_file().exists()
 
 
 def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:

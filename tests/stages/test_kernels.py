@@ -15,6 +15,8 @@ import pytest
 from mlxflow import artifact, device, models
 from mlxflow.errors import WorkflowError
 from mlxflow.kernels import adamw, choice
+from mlxflow.kernels import ahead as ahead_of
+from mlxflow.kernels.ahead import Ahead
 from mlxflow.kernels.outcome import Outcome
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
@@ -78,7 +80,7 @@ def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool) -> list[list[str]]:
     """Let all kernels come out of the proof as serving, or none; return what was asked for."""
     asked: list[list[str]] = []
 
-    def choose(names: Iterable[str], ahead: choice.Ahead | None) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: Ahead | None) -> choice.Choice:
         asked.append(sorted(names))
         return choice.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
 
@@ -172,9 +174,9 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
     told: list[str] = []
     build = models.build
 
-    def begin() -> choice.Ahead:
+    def begin(early: Ahead | None) -> Ahead:
         told.append("begin")
-        ahead = choice.Ahead()
+        ahead = Ahead()
         ahead.callback(told.append, "end")
         return ahead
 
@@ -182,7 +184,7 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
         told.append("model")
         return build(*arguments, **named)
 
-    def choose(names: Iterable[str], ahead: choice.Ahead) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: Ahead) -> choice.Choice:
         told.append("choose")
         with ahead:
             return choice.Choice(dict.fromkeys(names, Outcome(False, "it is slow")))
@@ -203,6 +205,45 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
     with pytest.raises(AttributeError):
         _run(folder, "train")
     assert told == ["begin", "end"], "it ends with a stage that fails before it knows its kernels"
+
+
+@pytest.mark.parametrize("stage", ["train", "quantize"])
+def test_what_proves_is_started_before_the_device_is_looked_for(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    _choose(monkeypatch, serve=False)
+    if stage == "quantize":
+        _run(folder, "train")
+    told: list[str] = []
+    early = Ahead()
+
+    def begin_early() -> Ahead:
+        told.append("early")
+        early.callback(told.append, "end")
+        return early
+
+    def select(_: str) -> str:
+        told.append("device")
+        return "gpu"
+
+    def begin(ahead: Ahead | None) -> Ahead:
+        assert ahead is early
+        told.append("begin")
+        return early
+
+    monkeypatch.setattr(ahead_of, "begin_early", begin_early)
+    monkeypatch.setattr(choice, "begin", begin)
+    monkeypatch.setattr(device, "select", select)
+    _run(folder, stage)
+    assert told == ["early", "device", "begin", "end"]
+    told.clear()
+    _run(folder, stage, folder / "again")
+    assert told == ["early", "device", "end"] if stage == "train" else ["early", "device", "begin", "end"]
+    told.clear()
+    text = TEXT.replace('kernels = "auto"', 'kernels = "off"')
+    (folder / "workflow.toml").write_text(text)
+    _run(folder, stage, folder / "off")
+    assert told == ["device"]
 
 
 def test_quantization_aware_training_uses_them(
