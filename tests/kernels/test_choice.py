@@ -420,7 +420,7 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
 _HANGING_PROOF = """
 import sys, threading
 from mlxflow.kernels import proof
-proof.make_ready = lambda names, is_stopped, tell: None
+proof.make_ready = proof.load_usual_operations = lambda *_: None
 proof.operation = lambda name: threading.Event().wait()
 proof.main(sys.argv[1:])
 """

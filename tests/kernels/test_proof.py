@@ -1,5 +1,6 @@
 import itertools
 import os
+import queue
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,10 +52,27 @@ def test_what_is_over_soon_is_called_several_times() -> None:
         called.append("kernel")
         return _RIGHT.reference(*inputs)
 
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference, own=kernel), clock=_takes(1e-5, 4e-4))
-    assert outcome.seconds == pytest.approx(1e-5 / 8)
-    assert outcome.own_seconds == pytest.approx(4e-4 / 5)
-    assert len(called) == 2 + 5 * 5
+    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference, own=kernel), clock=_takes(3e-4, 3e-4))
+    assert outcome.seconds == outcome.own_seconds == pytest.approx(3e-4 / 6)
+    assert len(called) == 2 + 5 * 6
+
+
+def test_what_is_over_before_the_next_call_gets_more_numbers() -> None:
+    asked: list[int] = []
+
+    def inputs(size: int) -> Arrays:
+        asked.append(size)
+        return _RIGHT.inputs(1 << 12)
+
+    prove(_RIGHT._replace(kernel=_RIGHT.reference, inputs=inputs), clock=_takes(1e-5, 1e-5))
+    assert asked == [1 << 14, 1 << 10, 1 << 12]
+
+
+def test_the_least_of_the_rounds_counts() -> None:
+    rounds = [1.0] * 4 + [3.0, 2.0, 1.0, 2.0, 5.0, 2.0, 1.5, 2.0, 3.0, 4.0]  # compiling, counting, and five in turn
+    clock = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)).__next__
+    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=clock)
+    assert (outcome.seconds, outcome.own_seconds) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(("seconds", "serves"), [(0.85, True), (0.95, False), (1.0, False), (3.0, False)])
@@ -133,7 +151,7 @@ def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
     tried = _RIGHT._replace(kernel=seen("kernel"), own=seen("own"))
     with pytest.raises(Stopped):
         prove(tried, is_stopped=lambda: bool(called))
-    assert called.count("own") == 2, "which MLX compiles at the first"
+    assert called.count("own") == 3, "which MLX compiles, and of which a round is counted"
     assert "kernel" in called
 
 
@@ -153,10 +171,16 @@ def test_orders_are_names_and_then_to_stop() -> None:
     assert orders.is_stopped.wait(20)  # both ends stay open: the end of the input would end this process
 
 
-def test_where_no_names_come_there_are_none() -> None:
+@pytest.mark.parametrize("told", [b"", b"a b\n", b"a b\nstop\n"])
+def test_it_ends_when_its_input_does(told: bytes) -> None:
     read, write = os.pipe()
+    ended = queue.SimpleQueue[int]()
+    orders = Orders(read, ended.put)
+    os.write(write, told)
     os.close(write)
-    assert Orders(read).names() == []
+    assert ended.get(timeout=20) == 0
+    assert orders.have_come.is_set() == bool(told)
+    assert orders.is_stopped.is_set() == (b"stop" in told)
     os.close(read)
 
 
@@ -179,7 +203,7 @@ from mlxflow.kernels.operations import operation
 
 proof._CHECKED = proof._TIMED = 1 << 12
 right = operation("sum_of_squares/float32")
-proof._time = lambda tried, inputs, clock, is_stopped: (2e-3, 1e-3) if tried.kernel is slow else (1e-3, 2e-3)
+proof._time = lambda tried, clock, is_stopped: (2e-3, 1e-3) if tried.kernel is slow else (1e-3, 2e-3)
 
 def slow(x): return right.reference(x)
 def wrong(x): return [right.reference(x)[0] * 1.01]
