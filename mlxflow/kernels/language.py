@@ -85,6 +85,8 @@ struct bfloat16 {
 
 _CUDA_NAMES = {
     "bool": "bool",
+    "uint8": "unsigned char",
+    "uint16": "unsigned short",
     "int32": "int",
     "uint32": "unsigned int",
     "int64": "long long",

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ import pytest
 
 from mlxflow.kernels import language, nvrtc, proof
 from mlxflow.kernels.operations import operation
+from mlxflow.training import serving
+from mlxflow.training.arithmetic import Arithmetic
+from mlxflow.training.objective import plain_objective
+from mlxflow.training.optimizers import Update, make_optimizer
+from mlxflow.training.step import Step
+from tests.kernels.stand_ins import uncompiled  # noqa: F401
+from tests.small_models import llama
 
 NAMES = [
     f"{kind}/{dtype}{rest}"
@@ -70,6 +78,35 @@ def test_every_kernel_is_a_program_that_the_compiler_takes(launched: Launched, n
         assert one["name"].encode() in one["compiled_source"]
         sizes = [size for array in one["inputs"] for size in (array.size, array.shape[-1])]
         assert one["scalars"] == sizes
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("tokens", [mx.uint16, mx.uint32])  # as a token file has them
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
+def test_a_training_step_needs_no_kernel_that_mlx_compiles(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch, precision: str, tokens: mx.Dtype
+) -> None:
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **_: pytest.fail("it is made by MLX"), raising=False)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    model, _ = llama(hidden_size=64, intermediate_size=64, vocab_size=104)
+    dtype = mx.float32 if precision == "fp32" else mx.bfloat16
+    model.set_dtype(dtype)
+    choose = partial(
+        serving.choose_for, model, dtype=dtype, precision=precision, sums_gradients=True, context_length=16
+    )
+    use = choose(recorded=choose(recorded=[]).refused)
+    optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-3), weight_decay=0.1, options={})
+    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", serves=use.serves)
+    with use.fitted():
+        how = Arithmetic(attention=use.attention)
+        step = Step(model, update, plain_objective(masks_documents=False, uses_kernel=True), arithmetic=how)
+        rows = mx.zeros((2, 17), tokens)
+        marks = mx.full(rows.shape, 3, mx.uint8)
+        step.update(step.add(rows, marks, step.compute(rows, marks)))
+    symbols = {one["name"].rpartition("_")[0] for one in launched}
+    kinds = ["rms_norm", "rotary", "gated_backward_joined", "cross_entropy", "adamw", "sum_of_squares", "embedding"]
+    kinds += ["attention_backward_keys"] if dtype == mx.bfloat16 else []
+    assert not [kind for kind in kinds if not any(kind in symbol for symbol in symbols)], symbols
 
 
 def test_kernels_for_other_types_and_widths_have_other_names(launched: Launched) -> None:
