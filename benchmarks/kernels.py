@@ -1,6 +1,10 @@
 """Measures each kernel against MLX's own way and against a plain addition that moves as many bytes.
 
     python benchmarks/kernels.py [NAME...]   the shapes of the reference job of benchmarks/train.py; needs a GPU
+    python benchmarks/kernels.py attention   attention, forward and backward, in microseconds: ours, MLX's own way, and
+                                             plain operations, which like ours come to the same bits every time
+    python benchmarks/kernels.py first       seconds of `mlxflow run train`, two steps, in the reference job's shape:
+                                             without kernels, a first start with them, and a later one, in turn
     python benchmarks/kernels.py start       what kernels cost a training run's start once they are proved; any device
     python benchmarks/kernels.py compile     what NVIDIA's compiler takes for each, alone and behind headers such as MLX
                                              puts before them (CUDA_HOME=...; needs the compiler and no GPU)
@@ -13,12 +17,14 @@ parts; of this process's own work too.
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +73,92 @@ def _copy_microseconds(size: int) -> float:
     other = mx.random.normal((count,), key=mx.random.key(1)).astype(mx.bfloat16)
     mx.eval(one, other)
     return _microseconds(lambda a, b: a + b, [one, other])
+
+
+#: Rows, heads, heads of keys, tokens of a row, width of a head; and tokens of a document, 0 for whole rows.
+ATTENTION = [
+    (*shape, document)
+    for shape in ((16, 9, 3, 1024, 64), (8, 32, 8, 2048, 64), (4, 16, 4, 2048, 128))
+    for document in (0, 200)
+]
+
+
+def _attention() -> None:
+    from mlxflow.kernels.attention import attention
+    from mlxflow.training.attention import plain_attention
+
+    for rows, heads, grouped, length, width, document in ATTENTION:
+        scale, places = width**-0.5, mx.arange(length)
+        low = mx.broadcast_to(places // document * document if document else mx.zeros_like(places), (rows, length))
+        sees = (places[:, None] >= places) & (places >= low[:, None, :, None])
+        shapes = [(rows, length, count, width) for count in (heads, grouped, grouped, heads)]
+        random = [
+            mx.random.normal(shape, key=mx.random.key(seed)).astype(mx.bfloat16) for seed, shape in enumerate(shapes)
+        ]
+        first, mask = mx.contiguous(low.astype(mx.int32)), mx.contiguous(sees)
+        mx.eval(random, first, mask)
+        inputs = [array.transpose(0, 2, 1, 3) for array in random]
+        named: dict[str, Any] = {"scale": scale, "mask": mask if document else "causal"}
+        ways: dict[str, Callable[..., mx.array]] = {
+            "us": lambda q, k, v, s=scale, f=first if document else None: attention(s)(q, k, v, *[f] * (f is not None)),
+            "mlx_us": partial(mx.fast.scaled_dot_product_attention, **named),
+            "plain_us": partial(plain_attention, **named),
+        }
+        took = {}
+        for name, way in ways.items():
+            both = mx.compile(lambda q, k, v, g, way=way: mx.vjp(way, [q, k, v], [g]))
+            took[name] = round(_microseconds(both, inputs), 1)
+            mx.clear_cache()
+        told = {"rows": rows, "heads": heads, "keys": grouped, "length": length, "width": width, "document": document}
+        print(json.dumps(told | took), flush=True)
+
+
+_WORKFLOW = """
+[pretokenize]
+sources = ["mlxflow"]
+context_length = 1024
+tokenizer = { vocab_size = 4096 }
+[train]
+num_steps = 2
+warmup_steps = 1
+batch_size = 16
+precision = "bf16"
+eval_every = 0
+save_every = 0
+max_validation_rows = 2
+kernels = "KERNELS"
+[train.model]
+hidden_size = 576
+num_layers = 30
+num_heads = 9
+num_kv_heads = 3
+intermediate_size = 1536
+"""
+
+
+def _first_starts() -> None:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as known:
+        shutil.copytree(Path(__file__).parents[1] / "mlxflow", Path(folder) / "mlxflow")
+
+        def seconds(stage: str, kernels: str, cache: str) -> float:
+            Path(folder, "workflow.toml").write_text(_WORKFLOW.replace("KERNELS", kernels))
+            begin = time.perf_counter()
+            command = [sys.executable, "-m", "mlxflow", "run", stage]
+            told = {**os.environ, "XDG_CACHE_HOME": cache}
+            subprocess.run(command, cwd=folder, env=told, check=True, capture_output=True)
+            return round(time.perf_counter() - begin, 2)
+
+        seconds("pretokenize", "off", known)
+        for kernels in ("off", "auto"):  # MLX compiles its own operations
+            seconds("train", kernels, known)
+        rounds = []
+        for _ in range(5):
+            with tempfile.TemporaryDirectory() as nothing:
+                ways = {"off_s": ("off", known), "first_s": ("auto", nothing), "later_s": ("auto", known)}
+                rounds.append({name: seconds("train", *way) for name, way in ways.items()})
+            print(json.dumps(rounds[-1]), flush=True)
+        later = {name: statistics.median(one[name] - one["off_s"] for one in rounds) for name in ("first_s", "later_s")}
+        print(json.dumps({f"{name.removesuffix('_s')}_later_by_s": round(took, 2) for name, took in later.items()}))
 
 
 def _starts() -> None:
@@ -170,6 +262,10 @@ def _compile() -> None:
 def _main() -> None:
     if sys.argv[1:] == ["compile"]:
         return _compile()
+    if sys.argv[1:] == ["attention"]:
+        return _attention()
+    if sys.argv[1:] == ["first"]:
+        return _first_starts()
     if sys.argv[1:] == ["start"]:
         return _starts()
     if sys.argv[1:] == ["start-once"]:
