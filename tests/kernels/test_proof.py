@@ -68,6 +68,13 @@ def test_what_is_over_before_the_next_call_gets_more_numbers() -> None:
     assert asked == [1 << 14, 1 << 10, 1 << 12]
 
 
+def test_where_there_is_no_question_one_round_is_enough() -> None:
+    rounds = iter([1.0] * 4 + [1.0, 3.0])
+    ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)
+    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
+    assert (outcome.serves, outcome.seconds, outcome.own_seconds) == (True, 1.0, 3.0)
+
+
 def test_the_least_of_the_rounds_counts() -> None:
     rounds = [1.0] * 4 + [3.0, 2.0, 1.0, 2.0, 5.0, 2.0, 1.5, 2.0, 3.0, 4.0]  # compiling, counting, and five in turn
     clock = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)).__next__
