@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mlxflow import device, doctor
@@ -284,11 +285,9 @@ def _takes_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _is_running(number: int) -> bool:
     try:
-        os.kill(number, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(number).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    status = Path(f"/proc/{number}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def _wait_for_end(number: int) -> None:
