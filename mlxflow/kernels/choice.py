@@ -5,13 +5,12 @@ import hashlib
 import json
 import platform
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlxflow import device
+from mlxflow import artifact, device
 from mlxflow.kernels.ahead import COMMAND, WAITING, Ahead, cache_file, lock_file
 from mlxflow.kernels.language import language
 from mlxflow.kernels.outcome import Outcome
@@ -184,12 +183,8 @@ def _read() -> dict[str, Any]:
 
 def _keep(place: str, outcomes: Mapping[str, Outcome]) -> None:
     told = _read() | {place: {name: outcome._asdict() for name, outcome in sorted(outcomes.items())}}
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=cache_file().parent, delete=False) as file:
-            file.write(json.dumps(told, indent=1))
-        Path(file.name).replace(cache_file())
-    except OSError:
-        return  # proved anew next time
+    with suppress(OSError):  # proved anew next time
+        artifact.write_whole(cache_file(), json.dumps(told, indent=1).encode())
 
 
 def _say(line: str) -> None:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlxflow import artifact
 from mlxflow.locking import device_lock
 
 # Findings that are kept: those of versions long gone make room
@@ -45,10 +46,6 @@ def keep(found: Mapping[str, Any]) -> None:
     """
     merged = list(({key: value for key, value in read().items() if key not in found} | dict(found)).items())
     data = json.dumps(dict(merged[-_MOST:]), indent=1).encode()
-    try:
+    with suppress(OSError):
         file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file().parent, delete=False) as written:
-            written.write(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
-        Path(written.name).replace(file())
-    except OSError:
-        return
+        artifact.write_whole(file(), hashlib.sha256(data).hexdigest().encode() + b"\n" + data)

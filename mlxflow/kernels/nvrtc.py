@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
+from mlxflow import artifact
 from mlxflow.locking import device_lock
 
 _VERSIONS = ("13", "12")
@@ -122,13 +122,9 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
+    with suppress(OSError):  # compiled anew next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(hashlib.sha256(code).digest() + code)
-        temporary.replace(path)
-    except OSError:
-        return  # compiled anew next time
+        artifact.write_whole(path, hashlib.sha256(code).digest() + code)
 
 
 @functools.cache
