@@ -5,7 +5,7 @@ import hashlib
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,12 +78,16 @@ def begin(ahead: Ahead | None = None, command: Sequence[str] = COMMAND) -> Ahead
     return ahead
 
 
-def choose(names: Iterable[str], ahead: Ahead | None = None) -> Choice:
+def choose(
+    names: Iterable[str], ahead: Ahead | None = None, meanwhile: Callable[[Choice], object] = lambda _: None
+) -> Choice:
     """Return which of the wanted kernels serve on the default device; prove those of which nothing is known.
 
     Args:
         names: of the wanted kernels.
         ahead: of `begin`; ended.
+        meanwhile: called where what is proved must be compiled by MLX first, which takes a minute, with what is to
+            be expected: that all serve. They are not proved yet, and nothing may be timed.
     """
     wanted = sorted(set(names))
     words = language()
@@ -98,6 +102,7 @@ def choose(names: Iterable[str], ahead: Ahead | None = None) -> Choice:
             compiler=compiler,
             limit_seconds=LIMIT_SECONDS,
             prover=None if ahead is None else ahead.prover,
+            meanwhile=lambda: meanwhile(recorded(wanted, wanted)),
         )
     return Choice(outcomes)
 
@@ -124,6 +129,7 @@ def prove_all(
     compiler: Sequence[str] | None,
     limit_seconds: float,
     prover: "Prover | None" = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> dict[str, Outcome]:
     """Return the outcome of each kernel, from the cache where it is there; say of new ones why they do not serve.
 
@@ -138,6 +144,7 @@ def prove_all(
             long, all are compiled at the same time. None where it takes no time to speak of.
         limit_seconds: that one kernel may take, of each of the two.
         prover: a process of the command that was started already; then the lock is held.
+        meanwhile: see `processes.prove`.
     """
     known = known_outcomes(place)
     if all(name in known for name in names):
@@ -146,17 +153,31 @@ def prove_all(
         known = known_outcomes(place)
         missing = [name for name in names if name not in known]
         if missing:
-            from mlxflow.kernels import processes
-
-            _say(f"proving {len(missing)} GPU kernels, once on this device: {', '.join(missing)}")
-            known |= processes.prove(
-                missing, command=command, compiler=compiler, limit_seconds=limit_seconds, ahead=prover
+            known |= _proved(
+                missing,
+                command=command,
+                compiler=compiler,
+                limit_seconds=limit_seconds,
+                ahead=prover,
+                meanwhile=meanwhile,
             )
             _keep(place, known)
             for name in missing:
                 if not known[name].serves:
                     _say(f"GPU kernel {name} is not used on this device: {known[name].reason}")
     return {name: known[name] for name in names}
+
+
+def _proved(names: Sequence[str], *, meanwhile: Callable[[], object], **how: Any) -> dict[str, Outcome]:
+    """Return what the processes come to, and say what is waited for."""
+    from mlxflow.kernels import processes
+
+    def waiting() -> None:
+        _say("MLX compiles its own operations for that and for training, once on this machine: about a minute")
+        meanwhile()
+
+    _say(f"proving {len(names)} GPU kernels, once on this device: {', '.join(names)}")
+    return processes.prove(names, meanwhile=waiting, **how)
 
 
 def known_outcomes(place: str) -> dict[str, Outcome]:

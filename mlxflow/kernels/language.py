@@ -11,7 +11,9 @@ one of it.
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -158,7 +160,8 @@ class Source(NamedTuple):
         words = cast("str", language())
         built = None
         if words == "cuda" and (self is _TRIAL or _programs_run()):
-            built = _built(self, *types, tuple((name, _shown(value)) for name, value in made), resident)
+            told = tuple((name, _shown(value)) for name, value in made)
+            built = _nothing(shared_bytes) if _DOES_NOTHING.get() else _built(self, *types, told, resident)
         call = _compiled(self, words, *types, shared_bytes) if built is None else mx.fast.precompiled_cuda_kernel
         return call(
             inputs=list(inputs),
@@ -170,10 +173,54 @@ class Source(NamedTuple):
         )
 
 
+_DOES_NOTHING: ContextVar[bool] = ContextVar("does_nothing", default=False)
+
+
+@contextmanager
+def doing_nothing() -> Iterator[None]:
+    """Let a program that leaves its results as the memory was stand in for each kernel that is launched in this block.
+
+    So what is around kernels can be computed, and compiled by MLX, before they are proved.
+
+    Raises:
+        RuntimeError: a device does not run programs of our own.
+    """
+    words = language()
+    if words is not None and not (words == "cuda" and _programs_run()):
+        raise RuntimeError("this device runs no programs of our own")
+    before = _DOES_NOTHING.set(True)
+    try:
+        yield
+    finally:
+        _DOES_NOTHING.reset(before)
+
+
+def _nothing(shared_bytes: int) -> "Built":
+    """Return a program that does nothing; MLX settles once for each how much memory its threads share.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    from mlxflow.kernels import nvrtc
+
+    symbol = f"mlxflow_nothing_{shared_bytes}"
+    code = nvrtc.compiled(f'extern "C" __global__ void {symbol}() {{}}\n')
+    if code is None:
+        raise RuntimeError("a program that does nothing does not compile")
+    return Built(symbol, code)
+
+
 #: Adds one to every number.
 _TRIAL = Source(
     "trial", ("x",), ("y",), "const int at = group * THREADS + worker;\nif (at < x_size) y[at] = x[at] + 1;\n"
 )
+
+
+def build_trial() -> "Built | None":
+    """Return the program on which it is tried whether programs run; None where MLX is to make one."""
+    if language() != "cuda":
+        return None
+    return _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),), 1)
 
 
 @functools.cache
@@ -185,7 +232,7 @@ def _programs_run() -> bool:
     from mlxflow.kernels import findings
     from mlxflow.kernels.choice import environment
 
-    built = _built(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),), 1)
+    built = build_trial()
     if built is None:
         return False
     driver = _driver()

@@ -6,7 +6,7 @@ import queue
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import IO, NamedTuple, Self, cast
@@ -143,6 +143,7 @@ def prove(
     compiler: Sequence[str] | None,
     limit_seconds: float,
     ahead: Prover | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> dict[str, Outcome]:
     """Return the outcome of each kernel.
 
@@ -156,6 +157,7 @@ def prove(
         compiler: see `choice.prove_all`.
         limit_seconds: see `choice.prove_all`.
         ahead: a process of the command that was started already and told no names.
+        meanwhile: called once while all are compiled at the same time, and waited for; not called where none are.
     """
     outcomes: dict[str, Outcome] = {}
     left, cold_seconds, is_alone = list(names), COLD_SECONDS if compiler else None, False
@@ -169,7 +171,7 @@ def prove(
             if told.is_cold and compiler:
                 cold_seconds = None
                 at_hand = [name for name in left if name not in outcomes]
-                outcomes |= _compile(at_hand, prover, told.begun, compiler, limit_seconds)
+                outcomes |= _compile(at_hand, prover, told.begun, compiler, limit_seconds, meanwhile)
         left = [name for name in left if name not in outcomes]
         missing = [name for name in asked if name in left]
         if told.is_cold or not missing:
@@ -184,14 +186,21 @@ def prove(
 
 
 def _compile(
-    names: Sequence[str], prover: Prover, begun: str, compiler: Sequence[str], limit_seconds: float
+    names: Sequence[str],
+    prover: Prover,
+    begun: str,
+    compiler: Sequence[str],
+    limit_seconds: float,
+    meanwhile: Callable[[], object],
 ) -> dict[str, Outcome]:
     """Let all compile at the same time, the prover what it has begun; return the outcomes of those that do not."""
     prover.stop()
     others = [name for name in names if name != begun]
     with ThreadPoolExecutor(1 + max(1, min(len(others), os.cpu_count() or 1))) as pool:
         at_it = pool.submit(prover.listen, [begun], limit_seconds)
-        found = dict(zip(others, pool.map(lambda name: _run(compiler, name, limit_seconds), others), strict=True))
+        at_others = pool.map(lambda name: _run(compiler, name, limit_seconds), others)
+        meanwhile()
+        found = dict(zip(others, at_others, strict=True))
         found[begun] = at_it.result()
     refused = {}
     for name, told in found.items():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from mlxflow.config import toml_value
@@ -90,7 +91,7 @@ def _within_budget(
     total = int(config.target_bits_per_weight * parameters / 8)
     if config.target_size:
         total = parse_size(config.target_size, 0) - _header_bytes(model, candidates)
-    objective = _objective(model, None, tokens, config.batch_size, masks_of(tokens, model))
+    objective = _objective(model, None, tokens, config.batch_size, masks_of(tokens, model), False)
     rows, marks = (mx.array(part) for part in calibration_rows(config, tokens, context))
     sizes = budget.sizes_of(model, candidates, dtype=None)
     room = total - budget.fixed_bytes(model, candidates, dtype=None)
@@ -220,14 +221,17 @@ def _trained(
     mx.eval(model.parameters())
     masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
     with train_methods.begin_proof(settings, context) as ahead, fake_quantized(model, plan.layers) as pack:
-        kernels = train_methods.choose_kernels(settings, model, context, tokens.train.context_length, masks, ahead)
+        objective = partial(_objective, model, teacher, tokens, config.batch_size, masks)
+        kernels = train_methods.choose_kernels(
+            settings, context, model=model, tokens=tokens.train, masks=masks, objective=objective, ahead=ahead
+        )
         result = train_methods.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),
             outputs.metrics[0],
             context,
             model=model,
-            objective=_objective(model, teacher, tokens, config.batch_size, masks, kernels.serves_loss),
+            objective=objective(kernels.serves_loss),
             tokens=tokens.train,
             masks=masks,
             kernels=kernels,
@@ -281,9 +285,7 @@ def _teacher(inputs: Any) -> Any:
     return teacher
 
 
-def _objective(
-    model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks: bool, uses_kernel: bool = False
-) -> Any:
+def _objective(model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks: bool, uses_kernel: bool) -> Any:
     from mlxflow.training import objective
 
     if teacher is not None:

@@ -1,6 +1,7 @@
 """Train a language model on the token files."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -241,7 +242,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     from mlxflow import models
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training.objective import choose_objective
 
     device.bound_graphs(recomputes=config.checkpointing not in ("none", 0))
     tokens = TokenFile.open(inputs.train)
@@ -249,22 +249,24 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     with train_methods.begin_proof(config, context) as ahead:
         model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
         masks = train_methods.masks_documents(config, tokens, model, context.task)
-        kernels = train_methods.choose_kernels(config, model, context, tokens.context_length, masks, ahead)
-    fused, objective = choose_objective(
-        model,
-        fused=None if config.fused_loss == "auto" else config.fused_loss,
-        vocab_size=tokens.vocab_size,
-        tokens=config.batch_size * tokens.context_length,
-        masks_documents=masks,
-        uses_kernel=kernels.serves_loss,
-    )
+        objective = partial(_objective, config, model, tokens, masks)
+        kernels = train_methods.choose_kernels(
+            config,
+            context,
+            model=model,
+            tokens=tokens,
+            masks=masks,
+            objective=lambda uses_kernel: objective(uses_kernel)[1],
+            ahead=ahead,
+        )
+    fused, chosen = objective(kernels.serves_loss)
     result = train_methods.fit(
         config,
         inputs,
         outputs.metrics,
         context,
         model=model,
-        objective=objective,
+        objective=chosen,
         tokens=tokens,
         masks=masks,
         kernels=kernels,
@@ -287,6 +289,20 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     }
     report = train_methods.report_of(result, kernels)
     return facts | report | {"settings": settings_of(config, masks=masks, fused=fused, kernels=kernels)}
+
+
+def _objective(config: Config, model: Any, tokens: Any, masks: bool, uses_kernel: bool) -> tuple[bool, Any]:
+    """Return whether head and loss are one, and what is made small."""
+    from mlxflow.training.objective import choose_objective
+
+    return choose_objective(
+        model,
+        fused=None if config.fused_loss == "auto" else config.fused_loss,
+        vocab_size=tokens.vocab_size,
+        tokens=config.batch_size * tokens.context_length,
+        masks_documents=masks,
+        uses_kernel=uses_kernel,
+    )
 
 
 def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:

@@ -1,7 +1,7 @@
 """How the stages `train` and `quantize` train: kernels, steps, batch sizes, checkpoints, and the loop over them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,6 @@ def fit(
     from mlxflow.training.interrupt import heeding_signals
     from mlxflow.training.loop import Stopped, Trainer
 
-    every = config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
     checkpoints = _checkpoints(config, context)
     found = checkpoints.latest()
     if found is not None:
@@ -61,7 +60,7 @@ def fit(
         metrics_file.open("w") as metrics,
         heeding_signals() as asked_to_stop,
         kernels.fitted(),
-        recompute.recomputed(model, every=every),
+        recompute.recomputed(model, every=_recomputed_every(config)),
     ):
 
         def log(record: dict[str, Any]) -> None:
@@ -91,6 +90,33 @@ def fit(
                 "lets the next run go on from there"
             )
             raise SystemExit(128 + asked_to_stop.signal) from stopped
+
+
+def _recomputed_every(config: "Config") -> int:
+    return config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
+
+
+def _rehearse(
+    config: "Config",
+    context: Context,
+    *,
+    model: Any,
+    tokens: Any,
+    masks: bool,
+    objective: Callable[[bool], Any],
+    kernels: Any,
+) -> None:
+    """Let MLX compile what the first step and validation need."""
+    from mlxflow.training import recompute, rehearsal
+
+    with kernels.fitted(), recompute.recomputed(model, every=_recomputed_every(config)):
+        rehearsal.rehearse(
+            model,
+            lambda: make_step(config, model, objective(kernels.serves_loss), key=context.task, kernels=kernels),
+            tokens.rows.head(config.batch_size),
+            is_one_pass=config.grad_accum_steps == 1,
+            masks_documents=masks,
+        )
 
 
 def begin(kernels: str, device_asked_for: str) -> AbstractContextManager[Any]:
@@ -134,16 +160,24 @@ def _uses_none(config: "Config", context: Context) -> bool:
 
 
 def choose_kernels(
-    config: "Config", model: Any, context: Context, context_length: int, masks: bool, ahead: Any = None
+    config: "Config",
+    context: Context,
+    *,
+    model: Any,
+    tokens: Any,
+    masks: bool,
+    objective: Callable[[bool], Any],
+    ahead: Any = None,
 ) -> Any:
     """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
 
     Args:
         config: the table.
-        model: as it is trained, evaluated.
         context: of the stage.
-        context_length: tokens in a row.
+        model: as it is trained, evaluated.
+        tokens: the training tokens.
         masks: whether documents are kept apart.
+        objective: takes whether the gradient of the loss is a kernel's; returns what is made small.
         ahead: of `begin_proof`.
 
     Raises:
@@ -161,11 +195,14 @@ def choose_kernels(
         dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
         precision=config.precision,
         sums_gradients=config.grad_accum_steps > 1 or config.dynamic_batch_size,
-        context_length=context_length,
+        context_length=tokens.context_length,
         masks_documents=masks,
         is_deterministic=config.deterministic,
         recorded=_recorded_kernels(context),
         ahead=ahead,
+        rehearse=lambda expected: _rehearse(
+            config, context, model=model, tokens=tokens, masks=masks, objective=objective, kernels=expected
+        ),
     )
     if config.kernels == "require" and served.refused:
         raise WorkflowError(

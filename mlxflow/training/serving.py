@@ -11,6 +11,8 @@ from mlxflow.training.attention import Causal, first_causal_heads
 
 if TYPE_CHECKING:
     from mlxflow.kernels.ahead import Ahead
+    from mlxflow.kernels.choice import Choice
+    from mlxflow.kernels.fits import Fit
 
 
 class Serving(NamedTuple):
@@ -96,6 +98,7 @@ def choose_for(
     is_deterministic: bool = True,
     recorded: Iterable[str] | None = None,
     ahead: "Ahead | None" = None,
+    rehearse: Callable[[Serving], object] = lambda _: None,
 ) -> Serving:
     """Return what serves the training of a model on the default device; prove what is not known yet.
 
@@ -109,8 +112,9 @@ def choose_for(
         is_deterministic: whether gradients are to be added up in one order; else MLX's attention serves.
         recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
         ahead: of `begin_proof`.
+        rehearse: called with what is to serve if all is right, where the proof waits for MLX's compiler.
     """
-    from mlxflow.kernels import attention, choice, fitting, names
+    from mlxflow.kernels import choice, fitting, names
 
     fits = fitting.find_fits(model)
     weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
@@ -125,7 +129,14 @@ def choose_for(
         kinds = {heads.is_bounded, masks_documents}
         wanted |= {names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
     known = [name for name in wanted if names.is_known(name)]
-    chosen = choice.choose(known, ahead) if recorded is None else choice.recorded(known, recorded)
+    if recorded is not None:
+        return _serving_by(choice.recorded(known, recorded), fits, dtype)
+    chosen = choice.choose(known, ahead, lambda expected: rehearse(_serving_by(expected, fits, dtype)))
+    return _serving_by(chosen, fits, dtype)
+
+
+def _serving_by(chosen: "Choice", fits: "list[tuple[nn.Module, Fit]]", dtype: mx.Dtype) -> Serving:
+    from mlxflow.kernels import attention, fitting, names
 
     @contextmanager
     def fitted() -> Iterator[None]:

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,15 @@ def _prover(body: str) -> list[str]:
     return [sys.executable, "-c", f"import sys\nfor NAME in sys.stdin.readline().split():\n    {body}"]
 
 
-def _outcomes(body: str, *names: str, compiler: str | None = None, limit: float = 20.0) -> dict[str, bool]:
-    first = None if compiler is None else _prover(compiler)
-    found = choice.prove_all(names, "here", command=_prover(body), compiler=first, limit_seconds=limit)
+def _outcomes(
+    body: str,
+    *names: str,
+    compiler: str | None = None,
+    limit: float = 20.0,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> dict[str, bool]:
+    first, command = None if compiler is None else _prover(compiler), _prover(body)
+    found = choice.prove_all(names, "here", command=command, compiler=first, limit_seconds=limit, meanwhile=meanwhile)
     return {name: outcome.serves for name, outcome in found.items()}
 
 
@@ -228,6 +235,35 @@ def test_where_all_is_compiled_already_one_process_proves_and_none_compiles(tmp_
     process = f"open({str(tmp_path / 'processes')!r}, 'a').write(str(__import__('os').getpid()) + ' '); "
     assert _outcomes(process + _GOOD, "a", "b", compiler=process) == {"a": True, "b": True}
     assert len({*(tmp_path / "processes").read_text().split()}) == 1
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_while_all_are_compiled_something_else_is_done_and_nothing_is_proved_until_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "others").mkdir()
+    done = tmp_path / "done"
+
+    def meanwhile() -> None:
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "others").iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        done.write_text("")
+
+    compiler = f"import pathlib; (pathlib.Path({str(tmp_path)!r}) / 'others' / NAME).write_text('')"
+    body = _cold(tmp_path).replace(f"\n    {_GOOD}", f"\n    assert pathlib.Path({str(done)!r}).exists(); {_GOOD}")
+    names = {"a": True, "b": True, "c": True}
+    assert _outcomes(body, *names, compiler=compiler, meanwhile=meanwhile) == names
+    assert capfd.readouterr().err.splitlines()[1:] == [
+        "MLX compiles its own operations for that and for training, once on this machine: about a minute"
+    ]
+    assert sorted(path.name for path in (tmp_path / "others").iterdir()) == ["b", "c"], "the prover compiles its own"
+
+
+def test_where_nothing_has_to_be_compiled_nothing_is_done_meanwhile() -> None:
+    asked: list[int] = []
+    assert _outcomes(_GOOD, "a", "b", compiler="pass", meanwhile=lambda: asked.append(1)) == {"a": True, "b": True}
+    assert not asked
 
 
 @pytest.mark.usefixtures("_hasty")

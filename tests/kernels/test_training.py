@@ -3,10 +3,14 @@
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.training import recompute, serving
+from mlxflow.data.token_file import Rows
+from mlxflow.kernels import language
+from mlxflow.measurement import perplexity
+from mlxflow.training import recompute, rehearsal, serving
 from mlxflow.training.arithmetic import Arithmetic
 from mlxflow.training.objective import choose_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
@@ -50,6 +54,7 @@ def _train(
     steps: int = STEPS,
     length: int = LENGTH,
     masks: bool = False,
+    rehearses: bool = False,
 ) -> Run:
     mx.random.seed(0)
     shape = {"hidden_size": 96, "intermediate_size": 88, "num_heads": 3, "num_kv_heads": 1}  # no powers of two
@@ -62,8 +67,6 @@ def _train(
     schedule = make_schedule(
         name="cosine", learning_rate=1e-3, final_learning_rate=0, num_steps=steps, warmup_steps=5, decay_steps=0
     )
-    optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.1, options={"betas": [0.9, 0.95]})
-    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", serves=use.serves)
     _, objective = choose_objective(
         model,
         fused=fused,
@@ -76,8 +79,17 @@ def _train(
     documents = mx.arange(length + 1) // 150 + 1 if masks else mx.ones(length + 1, mx.int32)
     marks = mx.broadcast_to((2 * documents + 1).astype(mx.uint8), (ROWS, length + 1))
     losses = []
+
+    def make_step() -> Step:
+        optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.1, options={"betas": [0.9, 0.95]})
+        update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", serves=use.serves)
+        return Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
+
     with use.fitted(), recompute.recomputed(model, every=every):
-        step = Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
+        if rehearses:
+            few = Rows(np.array(rows[0], np.uint16), np.array(marks))
+            rehearsal.rehearse(model, make_step, few, is_one_pass=True, masks_documents=masks)
+        step = make_step()
         for number in range(steps):
             outcome = step.update(step.compute(rows[number % len(rows)], marks))
             mx.eval(outcome, step.state)
@@ -139,6 +151,35 @@ def test_long_rows_and_documents_in_them_too_come_to_the_same_bits(precision: st
     assert _same(plain, train(kernels=False))
     assert _same(ours, train(kernels=True))
     assert ours.losses == pytest.approx(plain.losses, rel=_TOLERANCES[precision])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, precision: str, masks: bool
+) -> None:
+    plain = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks)
+    launched: list[int] = []
+    nothing = language._nothing
+
+    def counted(shared_bytes: int) -> language.Built:
+        launched.append(shared_bytes)
+        return nothing(shared_bytes)
+
+    measured: list[float] = []
+
+    def measure_too(*arguments: Any, **named: Any) -> Any:
+        found = perplexity.measure_perplexity(*arguments, **named)
+        measured.append(found.loss)
+        return found
+
+    monkeypatch.setattr(language, "_nothing", counted)
+    monkeypatch.setattr(rehearsal, "measure_perplexity", measure_too)
+    rehearsed = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks, rehearses=True)
+    assert len(launched) > 20
+    assert len(measured) == 1, "it came to its end"
+    assert _same(rehearsed, plain)
 
 
 @pytest.mark.gpu

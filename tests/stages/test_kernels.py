@@ -1,12 +1,13 @@
 """`train.kernels` and `quantize.kernels` in whole stages, the references standing in for the kernels."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,22 @@ def calls(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Counter[str]:  #
     return let_references_serve(monkeypatch)
 
 
-def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool) -> list[list[str]]:
-    """Let all kernels come out of the proof as serving, or none; return what was asked for."""
+Meanwhile = Callable[[choice.Choice], object]
+
+
+def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = False) -> list[list[str]]:
+    """Let all kernels come out of the proof as serving, or none; return what was asked for.
+
+    Args:
+        serve: what they come out as.
+        is_cold: whether the proof waits for MLX's compiler.
+    """
     asked: list[list[str]] = []
 
-    def choose(names: Iterable[str], ahead: Ahead | None) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: Ahead | None, meanwhile: Meanwhile) -> choice.Choice:
         asked.append(sorted(names))
+        if is_cold:
+            meanwhile(choice.recorded(asked[-1], asked[-1]))
         return choice.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
 
     monkeypatch.setattr(choice, "choose", choose)
@@ -123,6 +134,36 @@ def test_those_that_do_not_are_told_with_the_reason(
     _choose(monkeypatch, serve=False)
     assert _kernels(_run(folder, "train")) == ([], [f"{name}: it is slow" for name in NAMES])
     assert not calls
+
+
+_MODEL = "model = { hidden_size = 32, intermediate_size = 64 }"
+_ADAPTERS = 'grad_accum_steps = 2\nmethod = "lora"\nmodel = { from = "base" }\nlora = { dropout = 0.5, rank = 2 }'
+
+
+@pytest.mark.parametrize("serve", [True, False])
+@pytest.mark.parametrize(("stage", "settings"), [("train", _MODEL), ("train", _ADAPTERS), ("quantize", _MODEL)])
+def test_where_the_proof_waits_a_step_is_rehearsed_and_what_comes_out_is_the_same(
+    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch, serve: bool, stage: str, settings: str
+) -> None:
+    _choose(monkeypatch, serve=False)
+    _run(folder, "train", folder / "base")
+    if stage == "quantize":
+        _run(folder, "train")
+    (folder / "workflow.toml").write_text(TEXT.replace(_MODEL, settings))
+    _choose(monkeypatch, serve=serve)
+    plain = _run(folder, stage, folder / "plain")
+    before = calls.copy()
+    calls.clear()
+    _choose(monkeypatch, serve=serve, is_cold=True)
+    made = _run(folder, stage, folder / "made")
+    assert calls["rotary.kernel"] > before["rotary.kernel"], "it is rehearsed with kernels"
+    assert calls["adamw.kernel"] > before["adamw.kernel"] or settings == _ADAPTERS, "its vectors are too short"
+    assert _losses(made) == _losses(plain)
+    assert (made / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
+def _losses(made: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (made / "metrics.jsonl").read_text().splitlines() if "loss" in line]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -184,7 +225,7 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
         told.append("model")
         return build(*arguments, **named)
 
-    def choose(names: Iterable[str], ahead: Ahead) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: Ahead, _: Meanwhile) -> choice.Choice:
         told.append("choose")
         with ahead:
             return choice.Choice(dict.fromkeys(names, Outcome(False, "it is slow")))
