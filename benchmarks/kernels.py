@@ -4,7 +4,9 @@
     python benchmarks/kernels.py attention   attention, forward and backward, in microseconds: ours, MLX's own way, and
                                              plain operations, which like ours come to the same bits every time
     python benchmarks/kernels.py first       seconds of `mlxflow run train`, two steps, in the reference job's shape:
-                                             without kernels, a first start with them, and a later one, in turn
+                                             without kernels, a first start with them, and a later one, in turn; and
+                                             of the proof, from the names of the kernels and with all of its process
+    python benchmarks/kernels.py cold        the same where MLX has compiled none of its own operations; minutes
     python benchmarks/kernels.py start       what kernels cost a training run's start once they are proved; any device
     python benchmarks/kernels.py compile     what NVIDIA's compiler takes for each, alone and behind headers such as MLX
                                              puts before them (CUDA_HOME=...; needs the compiler and no GPU)
@@ -23,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,19 +139,27 @@ intermediate_size = 1536
 """
 
 
-def _first_starts() -> None:
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as known:
+@contextmanager
+def _training() -> Iterator[Callable[..., float]]:
+    """Give what runs a stage in a process, with kernels or without, and returns its wall seconds."""
+    with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(Path(__file__).parents[1] / "mlxflow", Path(folder) / "mlxflow")
 
-        def seconds(stage: str, kernels: str, cache: str) -> float:
+        def seconds(stage: str, kernels: str, cache: str, **told: str) -> float:
             Path(folder, "workflow.toml").write_text(_WORKFLOW.replace("KERNELS", kernels))
             begin = time.perf_counter()
             command = [sys.executable, "-m", "mlxflow", "run", stage]
-            told = {**os.environ, "XDG_CACHE_HOME": cache}
-            subprocess.run(command, cwd=folder, env=told, check=True, capture_output=True)
+            environment = {**os.environ, "XDG_CACHE_HOME": cache, **told}
+            subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
             return round(time.perf_counter() - begin, 2)
 
-        seconds("pretokenize", "off", known)
+        with tempfile.TemporaryDirectory() as cache:
+            seconds("pretokenize", "off", cache)
+        yield seconds
+
+
+def _first_starts() -> None:
+    with _training() as seconds, tempfile.TemporaryDirectory() as known:
         for kernels in ("off", "auto"):  # MLX compiles its own operations
             seconds("train", kernels, known)
         rounds = []
@@ -159,6 +170,42 @@ def _first_starts() -> None:
             print(json.dumps(rounds[-1]), flush=True)
         later = {name: statistics.median(one[name] - one["off_s"] for one in rounds) for name in ("first_s", "later_s")}
         print(json.dumps({f"{name.removesuffix('_s')}_later_by_s": round(took, 2) for name, took in later.items()}))
+        _proofs(Path(known, "mlxflow/kernels.json"))
+
+
+def _proofs(outcomes: Path) -> None:
+    """Print what the proof of the kernels in a cache takes: from their names, and with all of its process."""
+    from mlxflow.kernels import ahead, processes
+
+    (proved,) = json.loads(outcomes.read_text()).values()
+    rows = []
+    for _ in range(5):
+        row = {}
+        for part, wait_seconds in (("from_names_s", 2.0), ("with_its_process_s", 0.0)):
+            with tempfile.TemporaryDirectory() as nothing:
+                os.environ["XDG_CACHE_HOME"] = nothing
+                begin = time.perf_counter()
+                with processes.Prover(ahead.COMMAND) as prover:
+                    time.sleep(wait_seconds)  # as while the model is built
+                    prover.tell(list(proved))
+                    told = prover.listen(list(proved), 60)
+                row[part] = round(time.perf_counter() - begin - wait_seconds, 2)
+                assert told.outcomes.keys() == proved.keys(), told
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    print(
+        json.dumps({"proved": len(proved), **{part: statistics.median(row[part] for row in rows) for part in rows[0]}})
+    )
+
+
+def _cold_starts() -> None:
+    with _training() as seconds:
+        for _ in range(2):
+            row = {}
+            for name, kernels in (("off_s", "off"), ("first_s", "auto")):
+                with tempfile.TemporaryDirectory() as nothing, tempfile.TemporaryDirectory() as compiled:
+                    row[name] = seconds("train", kernels, nothing, MLX_PTX_CACHE_DIR=compiled)
+            print(json.dumps(row), flush=True)
 
 
 def _starts() -> None:
@@ -266,6 +313,8 @@ def _main() -> None:
         return _attention()
     if sys.argv[1:] == ["first"]:
         return _first_starts()
+    if sys.argv[1:] == ["cold"]:
+        return _cold_starts()
     if sys.argv[1:] == ["start"]:
         return _starts()
     if sys.argv[1:] == ["start-once"]:

@@ -10,6 +10,7 @@ That process may be started before it is known which kernels there are to prove:
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -31,8 +32,10 @@ _CHECKED, _TIMED = 1 << 18, 1 << 24
 _ROUNDS, _CALLS = 5, 32
 #: Of the calls of a round; one that takes longer is called once.
 _ROUND_SECONDS = 2e-3
-#: How often a kernel's time must go into that of MLX's own way for one round to be enough.
-_NO_QUESTION = 2.5
+#: How often a kernel's time must go into that of MLX's own way for one round to be enough, and for two.
+_NO_QUESTION = (2.5, 1.4)
+#: Of memory that is kept for the next kernel's arrays: to get some takes longer than to fill it.
+_CACHE_BYTES = 1 << 30
 #: Of a call that is over before the host has made the next one: it is given more numbers.
 _SHORT_SECONDS = 2e-4
 
@@ -86,12 +89,19 @@ def compile_only(tried: Operation) -> Outcome | None:
     Returns:
         None, or the outcome of a kernel that does not run.
     """
-    inputs = tried.inputs(_CHECKED)
     try:
-        mx.eval(mx.compile(tried.kernel)(*inputs), tried.reference(*inputs), tried.own(*inputs))
+        for size in (_CHECKED, _TIMED):  # some take other operations where there is more
+            inputs = tried.inputs(size)
+            mx.eval(_as_timed(tried)(*inputs), tried.own(*inputs))
+        mx.eval(tried.reference(*tried.inputs(_CHECKED)))
     except Exception as failure:
         return _failed(failure)
     return None
+
+
+def _as_timed(tried: Operation) -> Callable[..., Arrays]:
+    """Return the kernel as in a step, its constants made once, or as MLX's own way is."""
+    return mx.compile(tried.kernel) if tried.is_compiled else tried.kernel
 
 
 def _failed(failure: Exception) -> Outcome:
@@ -126,8 +136,8 @@ def _deviation(found: mx.array, wanted: mx.array) -> float:
 def _time(tried: Operation, clock: Callable[[], float], is_stopped: Callable[[], bool]) -> tuple[float, float]:
     """Return seconds of a call of the kernel and of MLX's own way, the least of several rounds in turn.
 
-    What else a machine does makes a round longer, never shorter. Where one round shows that there is no question, there
-    is no other.
+    What else a machine does makes a round longer, never shorter. Where one round or two show that there is no question,
+    there are no more.
     """
 
     def measure(function: Callable[..., Arrays], inputs: Arrays, calls: int = 1) -> float:
@@ -138,7 +148,7 @@ def _time(tried: Operation, clock: Callable[[], float], is_stopped: Callable[[],
         mx.synchronize()
         return (clock() - begin) / calls
 
-    functions = (mx.compile(tried.kernel), tried.own)  # as in a step: its constants are made once
+    functions = (_as_timed(tried), tried.own)
     inputs = tried.inputs(_TIMED)
     mx.eval(inputs)
     for function in functions:
@@ -149,14 +159,14 @@ def _time(tried: Operation, clock: Callable[[], float], is_stopped: Callable[[],
         mx.eval(inputs)
         seconds = [measure(function, inputs) for function in functions]
     calls = [max(1, min(_CALLS, int(_ROUND_SECONDS / max(1e-9, one)))) for one in seconds]
-    rounds = []
-    for _ in range(_ROUNDS):
+    kernel, own = [], []
+    for factor in (*_NO_QUESTION, *[math.inf] * (_ROUNDS - len(_NO_QUESTION))):
         if is_stopped():
             raise Stopped
-        rounds.append([measure(function, inputs, count) for function, count in zip(functions, calls, strict=True)])
-        if _NO_QUESTION * rounds[-1][0] < rounds[-1][1]:
+        kernel.append(measure(functions[0], inputs, calls[0]))
+        own.append(measure(functions[1], inputs, calls[1]))
+        if factor * max(kernel) < min(own):
             break
-    kernel, own = zip(*rounds, strict=True)
     return min(kernel), min(own)
 
 
@@ -206,6 +216,7 @@ def make_ready(
             with _timed(f"{name}: MLX's operations", tell), suppress(Exception):
                 mx.eval(tried.reference(*inputs[name]), tried.own(*inputs[name]))
             if is_stopped():
+                compile_only(tried)
                 raise Stopped
 
 
@@ -248,9 +259,11 @@ def main(arguments: list[str]) -> None:
     tell: Tell = _say_seconds if "--times" in flags else lambda *_: None
     with _timed("the device's beginning", tell):
         mx.eval(mx.zeros(8) + 1)  # a GPU takes a while
+    mx.set_cache_limit(_CACHE_BYTES)
     is_stopped: Callable[[], bool] = lambda: False  # noqa: E731
     if names == ["-"]:
         orders = Orders(sys.stdin.fileno())
+        threading.Thread(target=language.build_trial, daemon=True).start()
         with _timed("loading while it waits", tell):
             load_usual_operations(orders.have_come.is_set)
         names, is_stopped = orders.names(), orders.is_stopped.is_set
@@ -264,7 +277,6 @@ def main(arguments: list[str]) -> None:
                 outcome = prove(operation(name), is_stopped=is_stopped, tell=partial(_say_part, tell, name))
             if outcome is not None:
                 print(json.dumps({"name": name, **outcome._asdict()}), flush=True)
-            mx.clear_cache()
 
 
 @contextmanager

@@ -91,11 +91,14 @@ def ones_and_zeros(width: int, length: int, *, interleaved: bool) -> mx.array:
 def reference(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, back: bool) -> mx.array:
     """Return x, (B, H, L, E), rotated, or rotated back, in plain operations, computed in fp32."""
     width = 2 * cosine.shape[-1]
-    a, b = pairs(x[..., :width].astype(mx.float32), interleaved=interleaved)
-    sine = -sine if back else sine
-    turned = [a * cosine - b * sine, b * cosine + a * sine]
-    found = mx.stack(turned, axis=-1).flatten(-2) if interleaved else mx.concatenate(turned, axis=-1)
-    return mx.concatenate([found.astype(x.dtype), x[..., width:]], axis=-1)
+    axis = -1 if interleaved else -2  # of pairs in (..., D / 2, 2) or (..., 2, D / 2)
+    a, b = (mx.expand_dims(one, axis) for one in pairs(x[..., :width].astype(mx.float32), interleaved=interleaved))
+    cosine, sine = (mx.expand_dims(one, axis) for one in (cosine, -sine if back else sine))
+    first, second = (mx.array(one).reshape(2, *[1] * (-1 - axis)) for one in ([1.0, 0.0], [0.0, 1.0]))
+    # not concatenated: all that MLX can do that with takes longer to load on CUDA than most kernels to be proved
+    turned = a * (cosine * first + sine * second) + b * (cosine * second - sine * first)
+    found = turned.flatten(-2).astype(x.dtype)
+    return found if width == x.shape[-1] else mx.concatenate([found, x[..., width:]], axis=-1)
 
 
 def supports(x: mx.array, width: int) -> bool:

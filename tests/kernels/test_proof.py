@@ -75,6 +75,14 @@ def test_where_there_is_no_question_one_round_is_enough() -> None:
     assert (outcome.serves, outcome.seconds, outcome.own_seconds) == (True, 1.0, 3.0)
 
 
+def test_two_rounds_are_enough_where_both_say_the_same_clearly() -> None:
+    rounds = iter([1.0] * 4 + [1.0, 1.6, 1.1, 1.6])
+    ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)
+    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
+    assert outcome.serves
+    assert [outcome.seconds, outcome.own_seconds] == pytest.approx([1.0, 1.6])
+
+
 def test_the_least_of_the_rounds_counts() -> None:
     rounds = [1.0] * 4 + [3.0, 2.0, 1.0, 2.0, 5.0, 2.0, 1.5, 2.0, 3.0, 4.0]  # compiling, counting, and five in turn
     clock = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)).__next__
@@ -200,6 +208,19 @@ def test_its_parts_are_timed_when_asked_for() -> None:
 
 def test_what_compiles_has_no_outcome_yet() -> None:
     assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference)) is None
+
+
+def test_what_timing_needs_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_CHECKED", 1 << 12)
+    monkeypatch.setattr(proof, "_TIMED", 1 << 14)
+    seen = []
+
+    def own(*inputs: mx.array) -> Arrays:
+        seen.append(inputs[0].size)
+        return _RIGHT.own(*inputs)
+
+    assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference, own=own)) is None
+    assert len({*seen}) == 2, "what MLX takes depends on how much there is"
 
 
 _STAND_INS = """
