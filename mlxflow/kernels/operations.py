@@ -44,57 +44,105 @@ def operation(name: str) -> Operation:
         KeyError: there is none.
     """
     kind, *parts = name.split("/")
-    dtype = TYPES[parts[0]]
-    tolerance = 2e-5 if dtype == mx.float32 else 2**-7
-    if kind == "rms_norm":
-        own = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
-        inputs = partial(_norm_inputs, dtype, int(parts[1]))
-        return Operation(inputs, _norm_kernel, _norm_reference, mx.compile(own), tolerance)
-    if kind == "sum_rms_norm":
-        inputs = partial(_sum_inputs, dtype, int(parts[1]))
-        return Operation(inputs, _sum_kernel, _sum_reference, _sum_own, tolerance)
-    if kind.startswith(("gated_", "mlp_")):
-        form, _, activation = kind.partition("_")
-        gated.ACTIVATIONS[activation]
-        return Operation(
-            partial(_normal, dtype, 3),
-            partial(gated.kernel_gradients if form == "gated" else _joined_gradients, activation),
-            partial(_wide, partial(gated.reference_gradients, activation)),
-            mx.compile(partial(_gated_own, activation)),
-            tolerance,
-        )
-    if kind.startswith("rotary"):
-        width, interleaved = int(parts[1]), kind.endswith("_interleaved")
-        there_and_back = partial(_turn_and_back, rotary.kernel, interleaved)
-        wide = partial(_wide_turns, interleaved)
-        theirs = mx.compile(partial(_turn_and_back_own, interleaved))
-        return Operation(partial(_turned_inputs, dtype, width), there_and_back, wide, theirs, tolerance)
-    if kind.startswith("attention"):
-        width, is_bounded = int(parts[1]), kind.endswith("_bounded")
-        inputs, scale = partial(_attention_inputs, dtype, width, is_bounded), width**-0.5
-        plain = partial(_attended_and_gradients, lambda q, k, v, *low: attention.reference(q, k, v, scale, *low)[0])
-        # MLX's way to the same bits every time; compiled it is as fast, and takes long to compile
-        ours = partial(_attended_and_gradients, attention.attention(scale))
-        return Operation(inputs, ours, partial(_wide_attention, plain), plain, 2**-6, is_compiled=False)
-    if kind == "embedding":
-        inputs = partial(_lookup_inputs, dtype)
-        gradients = partial(_lookup_gradient, embedding.kernel_gradient)
-        plain = partial(_lookup_gradient, embedding.reference_gradient)
-        ordered = partial(_lookup_gradient, ordered_gradient)  # compiled it is as fast, and takes 20 s of compilation
-        return Operation(inputs, gradients, plain, ordered, tolerance, is_compiled=False)
-    if kind == "cross_entropy":
-        inputs = partial(_loss_inputs, dtype)
-        return Operation(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_own), tolerance)
-    if kind == "adamw":
-        rounded = TYPES[parts[1]]
-        inputs = partial(_update_inputs, dtype, rounded)
-        function = partial(_update, adamw.reference, rounded)
-        return Operation(inputs, partial(_update, adamw.kernel, rounded), function, mx.compile(function), tolerance)
-    if kind == "sum_of_squares":
-        squares = partial(_alone, adamw.reference_sum_of_squares)
-        kernel = partial(_alone, adamw.kernel_sum_of_squares)
-        return Operation(partial(_normal, dtype, 1), kernel, squares, mx.compile(squares), 2e-5)
-    raise KeyError(name)
+    found = [make for prefix, make in _MAKERS.items() if kind.startswith(prefix)]
+    if not found:
+        raise KeyError(name)
+    return found[0](kind, TYPES[parts[0]], parts[1:])
+
+
+def _tolerance(dtype: mx.Dtype) -> float:
+    return 2e-5 if dtype == mx.float32 else 2**-7
+
+
+def _norm(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Operation:
+    own = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
+    inputs = partial(_norm_inputs, dtype, int(rest[0]))
+    return Operation(inputs, _norm_kernel, _norm_reference, mx.compile(own), _tolerance(dtype))
+
+
+def _sum(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Operation:
+    inputs = partial(_sum_inputs, dtype, int(rest[0]))
+    return Operation(inputs, _sum_kernel, _sum_reference, _sum_own, _tolerance(dtype))
+
+
+def _gated(kind: str, dtype: mx.Dtype, _: Sequence[str]) -> Operation:
+    form, _, activation = kind.partition("_")
+    gated.ACTIVATIONS[activation]
+    return Operation(
+        partial(_normal, dtype, 3),
+        partial(gated.kernel_gradients if form == "gated" else _joined_gradients, activation),
+        partial(_wide, partial(gated.reference_gradients, activation)),
+        mx.compile(partial(_gated_own, activation)),
+        _tolerance(dtype),
+    )
+
+
+def _rotary(kind: str, dtype: mx.Dtype, rest: Sequence[str]) -> Operation:
+    interleaved = kind.endswith("_interleaved")
+    return Operation(
+        partial(_turned_inputs, dtype, int(rest[0])),
+        partial(_turn_and_back, rotary.kernel, interleaved),
+        partial(_wide_turns, interleaved),
+        mx.compile(partial(_turn_and_back_own, interleaved)),
+        _tolerance(dtype),
+    )
+
+
+def _attention(kind: str, dtype: mx.Dtype, rest: Sequence[str]) -> Operation:
+    width = int(rest[0])
+    scale = width**-0.5
+    plain = partial(_attended_and_gradients, lambda q, k, v, *low: attention.reference(q, k, v, scale, *low)[0])
+    return Operation(
+        partial(_attention_inputs, dtype, width, kind.endswith("_bounded")),
+        partial(_attended_and_gradients, attention.attention(scale)),
+        partial(_wide_attention, plain),
+        plain,  # MLX's way to the same bits every time; compiled it is as fast, and takes long to compile
+        2**-6,
+        is_compiled=False,
+    )
+
+
+def _embedding(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Operation:
+    return Operation(
+        partial(_lookup_inputs, dtype),
+        partial(_lookup_gradient, embedding.kernel_gradient),
+        partial(_lookup_gradient, embedding.reference_gradient),
+        partial(_lookup_gradient, ordered_gradient),  # compiled it is as fast, and takes 20 s of compilation
+        _tolerance(dtype),
+        is_compiled=False,
+    )
+
+
+def _cross_entropy(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Operation:
+    inputs = partial(_loss_inputs, dtype)
+    return Operation(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_own), _tolerance(dtype))
+
+
+def _adamw(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Operation:
+    rounded = TYPES[rest[0]]
+    inputs = partial(_update_inputs, dtype, rounded)
+    function, kernel = (partial(_update, one, rounded) for one in (adamw.reference, adamw.kernel))
+    return Operation(inputs, kernel, function, mx.compile(function), _tolerance(dtype))
+
+
+def _sum_of_squares(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Operation:
+    squares, kernel = (partial(_alone, one) for one in (adamw.reference_sum_of_squares, adamw.kernel_sum_of_squares))
+    return Operation(partial(_normal, dtype, 1), kernel, squares, mx.compile(squares), 2e-5)
+
+
+#: By what a kind begins with: takes the kind, the first type and the other parts of a name.
+_MAKERS: dict[str, Callable[[str, mx.Dtype, Sequence[str]], Operation]] = {
+    "rms_norm": _norm,
+    "sum_rms_norm": _sum,
+    "gated_": _gated,
+    "mlp_": _gated,
+    "rotary": _rotary,
+    "attention": _attention,
+    "embedding": _embedding,
+    "cross_entropy": _cross_entropy,
+    "adamw": _adamw,
+    "sum_of_squares": _sum_of_squares,
+}
 
 
 def _random(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:

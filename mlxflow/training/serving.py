@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.training.attention import Causal, first_causal_heads
+from mlxflow.training.attention import Causal, Heads, first_causal_heads
 
 if TYPE_CHECKING:
     from mlxflow.kernels.ahead import Ahead
@@ -117,22 +117,37 @@ def choose_for(
     from mlxflow.kernels import choice, fitting, names
 
     fits = fitting.find_fits(model)
-    weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
-    wanted = {fit.name(module, dtype) for module, fit in fits}
-    wanted |= {names.cross_entropy_name(dtype), names.adamw_name(weights, dtype), names.sum_of_squares_name(dtype)}
-    if sums_gradients:  # in fp32
-        wanted |= {names.adamw_name(weights, mx.float32), names.sum_of_squares_name(mx.float32)}
     heads = None
     if is_deterministic and not mx.metal.is_available():
         heads = first_causal_heads(model, context_length=context_length, masks_documents=masks_documents)
-    if heads is not None:  # where it is a window that bounds one layer, another may have none
-        kinds = {heads.is_bounded, masks_documents}
-        wanted |= {names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
+    wanted = {fit.name(module, dtype) for module, fit in fits}
+    wanted |= _names_of_update(dtype, precision, sums_gradients) | _names_of_attention(dtype, heads, masks_documents)
     known = [name for name in wanted if names.is_known(name)]
     if recorded is not None:
         return _serving_by(choice.recorded(known, recorded), fits, dtype)
     chosen = choice.choose(known, ahead, lambda expected: rehearse(_serving_by(expected, fits, dtype)))
     return _serving_by(chosen, fits, dtype)
+
+
+def _names_of_update(dtype: mx.Dtype, precision: str, sums_gradients: bool) -> set[str]:
+    """Return the kernels of the loss and the optimizer."""
+    from mlxflow.kernels import names
+
+    weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
+    gradients = [dtype, mx.float32] if sums_gradients else [dtype]  # sums are in fp32
+    updates = {names.adamw_name(weights, one) for one in gradients} | {
+        names.sum_of_squares_name(one) for one in gradients
+    }
+    return updates | {names.cross_entropy_name(dtype)}
+
+
+def _names_of_attention(dtype: mx.Dtype, heads: Heads | None, masks_documents: bool) -> set[str]:
+    from mlxflow.kernels import names
+
+    if heads is None:
+        return set()
+    kinds = {heads.is_bounded, masks_documents}  # where it is a window that bounds one layer, another may have none
+    return {names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
 
 
 def _serving_by(chosen: "Choice", fits: "list[tuple[nn.Module, Fit]]", dtype: mx.Dtype) -> Serving:
