@@ -222,18 +222,14 @@ def _trained(
     masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
     with train_methods.begin_proof(settings, context) as ahead, fake_quantized(model, plan.layers) as pack:
         objective = partial(_objective, model, teacher, tokens, config.batch_size, masks)
-        kernels = train_methods.choose_kernels(
-            settings, context, model=model, tokens=tokens.train, masks=masks, objective=objective, ahead=ahead
-        )
+        subject = train_methods.Subject(model, tokens.train, masks, objective)
+        kernels = train_methods.choose_kernels(settings, context, subject, ahead)
         result = train_methods.fit(
             settings,
             train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),
             outputs.metrics[0],
             context,
-            model=model,
-            objective=objective(kernels.serves_loss),
-            tokens=tokens.train,
-            masks=masks,
+            subject=subject,
             kernels=kernels,
         )
         packed = pack()

@@ -1,7 +1,7 @@
 """Train a language model on the token files."""
 
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -249,26 +249,16 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     with train_methods.begin_proof(config, context) as ahead:
         model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
         masks = train_methods.masks_documents(config, tokens, model, context.task)
-        objective = partial(_objective, config, model, tokens, masks)
-        kernels = train_methods.choose_kernels(
-            config,
-            context,
-            model=model,
-            tokens=tokens,
-            masks=masks,
-            objective=lambda uses_kernel: objective(uses_kernel)[1],
-            ahead=ahead,
-        )
-    fused, chosen = objective(kernels.serves_loss)
+        objective = cache(partial(_objective, config, model, tokens, masks))
+        subject = train_methods.Subject(model, tokens, masks, lambda uses_kernel: objective(uses_kernel)[1])
+        kernels = train_methods.choose_kernels(config, context, subject, ahead)
+    fused, _ = objective(kernels.serves_loss)
     result = train_methods.fit(
         config,
         inputs,
         outputs.metrics,
         context,
-        model=model,
-        objective=chosen,
-        tokens=tokens,
-        masks=masks,
+        subject=subject,
         kernels=kernels,
     )
     if adapter_config:

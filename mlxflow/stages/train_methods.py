@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -16,16 +16,30 @@ if TYPE_CHECKING:
     from mlxflow.stages.train import Config, Inputs
 
 
+class Subject(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        model: in training mode, evaluated.
+        tokens: the training tokens.
+        masks: whether documents are kept apart.
+        objective: takes whether the gradient of the loss is a kernel's; returns what is made small. It looks at the
+            model's layers: to be called before these are given kernels.
+    """
+
+    model: Any
+    tokens: Any
+    masks: bool
+    objective: Callable[[bool], Any]
+
+
 def fit(
     config: "Config",
     inputs: "Inputs",
     metrics_file: Path,
     context: Context,
     *,
-    model: Any,
-    objective: Any,
-    tokens: Any,
-    masks: bool,
+    subject: Subject,
     kernels: Any,
 ) -> Any:
     """Train a model that is there, from a checkpoint where there is one; return the loop's result.
@@ -35,10 +49,7 @@ def fit(
         inputs: of them the validation tokens and the batch sizes to replay.
         metrics_file: gets the learning curve.
         context: of the stage; the checkpoints are its own.
-        model: in training mode, evaluated; changed.
-        objective: what is made small.
-        tokens: the training tokens.
-        masks: whether documents are kept apart in validation.
+        subject: what is trained; its model is changed.
         kernels: which of our kernels serve: of `choose_kernels`.
 
     Raises:
@@ -51,6 +62,7 @@ def fit(
     from mlxflow.training.interrupt import heeding_signals
     from mlxflow.training.loop import Stopped, Trainer
 
+    objective = subject.objective(kernels.serves_loss)
     checkpoints = _checkpoints(config, context)
     found = checkpoints.latest()
     if found is not None:
@@ -60,7 +72,7 @@ def fit(
         metrics_file.open("w") as metrics,
         heeding_signals() as asked_to_stop,
         kernels.fitted(),
-        recompute.recomputed(model, every=_recomputed_every(config)),
+        recompute.recomputed(subject.model, every=_recomputed_every(config)),
     ):
 
         def log(record: dict[str, Any]) -> None:
@@ -69,12 +81,12 @@ def fit(
             show(record)
 
         trainer = Trainer(
-            model=model,
-            step=make_step(config, model, objective, key=context.task, kernels=kernels),
+            model=subject.model,
+            step=make_step(config, subject.model, objective, key=context.task, kernels=kernels),
             sizes=_batch_sizes(config, inputs, context),
-            open_loader=lambda size, cursor: _loader(config, tokens, context, size, cursor),
+            open_loader=lambda size, cursor: _loader(config, subject.tokens, context, size, cursor),
             validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
-            plan=_plan(config, masks, context),
+            plan=_plan(config, subject.masks, context),
             checkpoints=checkpoints,
             log=log,
             asked_to_stop=asked_to_stop,
@@ -96,26 +108,18 @@ def _recomputed_every(config: "Config") -> int:
     return config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
 
 
-def _rehearse(
-    config: "Config",
-    context: Context,
-    *,
-    model: Any,
-    tokens: Any,
-    masks: bool,
-    objective: Callable[[bool], Any],
-    kernels: Any,
-) -> None:
+def _rehearse(config: "Config", context: Context, subject: Subject, kernels: Any) -> None:
     """Let MLX compile what the first step and validation need."""
     from mlxflow.training import recompute, rehearsal
 
-    with kernels.fitted(), recompute.recomputed(model, every=_recomputed_every(config)):
+    objective = subject.objective(kernels.serves_loss)
+    with kernels.fitted(), recompute.recomputed(subject.model, every=_recomputed_every(config)):
         rehearsal.rehearse(
-            model,
-            lambda: make_step(config, model, objective(kernels.serves_loss), key=context.task, kernels=kernels),
-            tokens.rows.head(config.batch_size),
+            subject.model,
+            lambda: make_step(config, subject.model, objective, key=context.task, kernels=kernels),
+            subject.tokens.rows.head(config.batch_size),
             is_one_pass=config.grad_accum_steps == 1,
-            masks_documents=masks,
+            masks_documents=subject.masks,
         )
 
 
@@ -159,25 +163,13 @@ def _uses_none(config: "Config", context: Context) -> bool:
     return config.kernels == "off" or (config.kernels == "auto" and context.device == "cpu")
 
 
-def choose_kernels(
-    config: "Config",
-    context: Context,
-    *,
-    model: Any,
-    tokens: Any,
-    masks: bool,
-    objective: Callable[[bool], Any],
-    ahead: Any = None,
-) -> Any:
+def choose_kernels(config: "Config", context: Context, subject: Subject, ahead: Any = None) -> Any:
     """Return which of our kernels serve; what the first run of this configuration chose, where there was one.
 
     Args:
         config: the table.
         context: of the stage.
-        model: as it is trained, evaluated.
-        tokens: the training tokens.
-        masks: whether documents are kept apart.
-        objective: takes whether the gradient of the loss is a kernel's; returns what is made small.
+        subject: what is to be trained.
         ahead: of `begin_proof`.
 
     Raises:
@@ -191,18 +183,16 @@ def choose_kernels(
     if _uses_none(config, context):
         return serving.nothing()
     served = serving.choose_for(
-        model,
+        subject.model,
         dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
         precision=config.precision,
         sums_gradients=config.grad_accum_steps > 1 or config.dynamic_batch_size,
-        context_length=tokens.context_length,
-        masks_documents=masks,
+        context_length=subject.tokens.context_length,
+        masks_documents=subject.masks,
         is_deterministic=config.deterministic,
         recorded=_recorded_kernels(context),
         ahead=ahead,
-        rehearse=lambda expected: _rehearse(
-            config, context, model=model, tokens=tokens, masks=masks, objective=objective, kernels=expected
-        ),
+        rehearse=lambda expected: _rehearse(config, context, subject, expected),
     )
     if config.kernels == "require" and served.refused:
         raise WorkflowError(
