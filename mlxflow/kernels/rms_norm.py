@@ -27,6 +27,9 @@ from mlxflow.kernels.language import THREADS, Source
 
 #: Groups that share the rows of a backward pass: what a large GPU runs at the same time.
 _GROUPS = 264
+#: Groups on a processor at once: left to itself the compiler gives a thread of the sum's kernels so many registers that
+#: one group has a processor alone, and nothing is read while it waits.
+_RESIDENT = 2
 
 _ROW = """
   constexpr int VECTORS = D / 8, LANES = 32 * WARPS, TIMES = (VECTORS + LANES - 1) / LANES, SLOTS = THREADS / LANES;
@@ -257,7 +260,10 @@ def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     rows = x.size // x.shape[-1]
     inputs = [x, weight, mx.array([eps] * 8)]
     groups = -(-rows // slots)
-    return _FORWARD.launch(inputs, constants=constants, groups=groups, shapes=[x.shape], dtypes=[x.dtype])[0]
+    (y,) = _FORWARD.launch(
+        inputs, constants=constants, groups=groups, shapes=[x.shape], dtypes=[x.dtype], resident=_RESIDENT
+    )
+    return y
 
 
 def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.array) -> tuple[mx.array, mx.array]:
@@ -274,6 +280,7 @@ def kernel_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[
         groups=-(-(x.size // x.shape[-1]) // slots),
         shapes=[x.shape] * 2,
         dtypes=[x.dtype] * 2,
+        resident=_RESIDENT,
     )
     return h, y
 
@@ -295,6 +302,7 @@ def _launch_backward(source: Source, inputs: list[mx.array]) -> tuple[mx.array, 
         groups=groups,
         shapes=[x.shape, (groups, x.shape[-1])],
         dtypes=[x.dtype, mx.float32],
+        resident=_RESIDENT,
     )
     (dw,) = _ADD_SHARES.launch(
         [shares],
