@@ -23,8 +23,8 @@ def rehearse(
 ) -> None:
     """Do a step and a validation as training will, with kernels that do nothing; the model is left as it was.
 
-    MLX compiles the operations of a step on CUDA when it comes to them, 2 s each, and keeps them in a folder of its
-    own. A rehearsal that fails has compiled what came before.
+    MLX compiles the operations of a step on CUDA when it comes to them, 3 to 5 s each, and keeps them in a folder of
+    its own. A rehearsal that fails has compiled what came before.
 
     Args:
         model: in training mode, evaluated.
