@@ -143,7 +143,13 @@ _ADAPTERS = 'grad_accum_steps = 2\nmethod = "lora"\nmodel = { from = "base" }\nl
 @pytest.mark.parametrize("serve", [True, False])
 @pytest.mark.parametrize(("stage", "settings"), [("train", _MODEL), ("train", _ADAPTERS), ("quantize", _MODEL)])
 def test_where_the_proof_waits_a_step_is_rehearsed_and_what_comes_out_is_the_same(
-    folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch, serve: bool, stage: str, settings: str
+    folder: Path,
+    calls: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    serve: bool,
+    stage: str,
+    settings: str,
 ) -> None:
     _choose(monkeypatch, serve=False)
     _run(folder, "train", folder / "base")
@@ -156,6 +162,7 @@ def test_where_the_proof_waits_a_step_is_rehearsed_and_what_comes_out_is_the_sam
     calls.clear()
     _choose(monkeypatch, serve=serve, is_cold=True)
     made = _run(folder, stage, folder / "made")
+    assert "compiled ahead" not in capfd.readouterr().err, "it came to its end"
     assert calls["rotary.kernel"] > before["rotary.kernel"], "it is rehearsed with kernels"
     assert calls["adamw.kernel"] > before["adamw.kernel"] or settings == _ADAPTERS, "its vectors are too short"
     assert _losses(made) == _losses(plain)

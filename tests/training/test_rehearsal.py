@@ -47,13 +47,14 @@ def _random_key() -> list[int]:
 
 
 @pytest.mark.parametrize("is_one_pass", [True, False])
-def test_a_step_is_done_and_taken_back(is_one_pass: bool) -> None:
+def test_a_step_is_done_and_taken_back(is_one_pass: bool, capfd: pytest.CaptureFixture[str]) -> None:
     model = _model()
     steps: list[Step] = []
     before = dict(tree_flatten(model.parameters()))
     mx.random.seed(7)
     key = _random_key()
     rehearse(model, _maker(model, steps), ROWS, is_one_pass=is_one_pass, masks_documents=False)
+    assert not capfd.readouterr().err
     (step,) = steps
     moments = dict(tree_flatten(step.state[1]["optimizer"]))
     assert any(bool(mx.any(value != 0)) for name, value in moments.items() if name.rpartition(".")[2] == "m")
@@ -65,8 +66,8 @@ def test_a_step_is_done_and_taken_back(is_one_pass: bool) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("no such option")])
-def test_one_that_fails_says_nothing_and_takes_back_what_it_did(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_one_that_fails_says_so_and_takes_back_what_it_did(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     model = _model()
     steps: list[Step] = []
@@ -78,6 +79,7 @@ def test_one_that_fails_says_nothing_and_takes_back_what_it_did(
 
     monkeypatch.setattr("mlxflow.training.rehearsal.measure_perplexity", failing)
     rehearse(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
+    assert capfd.readouterr().err == f"mlxflow: not all of the first step was compiled ahead ({error})\n"
     after = dict(tree_flatten(model.parameters()))
     assert len(steps) == 1
     assert all(mx.array_equal(value, before[name]) for name, value in after.items())
@@ -86,7 +88,7 @@ def test_one_that_fails_says_nothing_and_takes_back_what_it_did(
 
 @pytest.mark.parametrize("words", ["metal", "cuda"])
 def test_where_no_program_of_our_own_runs_no_kernel_is_launched_unproved(
-    monkeypatch: pytest.MonkeyPatch, words: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: str
 ) -> None:
     model = _model()
     steps: list[Step] = []
@@ -94,3 +96,4 @@ def test_where_no_program_of_our_own_runs_no_kernel_is_launched_unproved(
     monkeypatch.setattr(language, "_programs_run", lambda: False)
     rehearse(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
     assert not steps
+    assert "runs no programs of our own" in capfd.readouterr().err
