@@ -14,6 +14,7 @@ from mlxflow.stage import Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.stages.train import Config, Inputs
+    from mlxflow.training.loop import Trainer
 
 
 class Subject(NamedTuple):
@@ -57,10 +58,9 @@ def fit(
         StageError: the loss stays without a finite value.
         UserError: no batch fits into the memory.
     """
-    from mlxflow.data.token_file import TokenFile
     from mlxflow.training import progress, recompute
     from mlxflow.training.interrupt import heeding_signals
-    from mlxflow.training.loop import Stopped, Trainer
+    from mlxflow.training.loop import Stopped
 
     objective = subject.objective(kernels.serves_loss)
     checkpoints = _checkpoints(config, context)
@@ -80,17 +80,9 @@ def fit(
             metrics.flush()
             show(record)
 
-        trainer = Trainer(
-            model=subject.model,
-            step=make_step(config, subject.model, objective, key=context.task, kernels=kernels),
-            sizes=_batch_sizes(config, inputs, context),
-            open_loader=lambda size, cursor: _loader(config, subject.tokens, context, size, cursor),
-            validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
-            plan=_plan(config, subject.masks, context),
-            checkpoints=checkpoints,
-            log=log,
-            asked_to_stop=asked_to_stop,
-            key=context.task,
+        step = make_step(config, subject.model, objective, key=context.task, kernels=kernels)
+        trainer = _trainer(
+            config, inputs, context, subject, step=step, checkpoints=checkpoints, log=log, asked_to_stop=asked_to_stop
         )
         if found is not None:
             metrics.write(found.metrics)
@@ -102,6 +94,34 @@ def fit(
                 "lets the next run go on from there"
             )
             raise SystemExit(128 + asked_to_stop.signal) from stopped
+
+
+def _trainer(
+    config: "Config", inputs: "Inputs", context: Context, subject: Subject, *, step: Any, **told: Any
+) -> "Trainer":
+    """Return the loop over a step.
+
+    Args:
+        config: the table.
+        inputs: of them the validation tokens and the batch sizes to replay.
+        context: of the stage.
+        subject: what is trained.
+        step: of its model.
+        told: what else the loop takes: where checkpoints, records and the wish to stop are.
+    """
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.training.loop import Trainer
+
+    return Trainer(
+        model=subject.model,
+        step=step,
+        sizes=_batch_sizes(config, inputs, context),
+        open_loader=lambda size, cursor: _loader(config, subject.tokens, context, size, cursor),
+        validation_rows=TokenFile.open(inputs.validation).rows.head(config.max_validation_rows),
+        plan=_plan(config, subject.masks, context),
+        key=context.task,
+        **told,
+    )
 
 
 def _recomputed_every(config: "Config") -> int:
