@@ -19,7 +19,7 @@ from mlxflow.locking import hold
 if TYPE_CHECKING:
     from mlxflow.kernels.processes import Prover
 
-#: Seconds without a word after which a kernel hangs: on CUDA MLX may compile three operations for one, 10 s each.
+#: Seconds without a word after which a kernel hangs: on CUDA MLX may compile six operations for one, 3 to 5 s each.
 LIMIT_SECONDS = 120.0
 
 _LACKING = Outcome(False, "MLX takes no kernels on this device")

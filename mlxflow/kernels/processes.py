@@ -14,7 +14,7 @@ from typing import IO, NamedTuple, Self, cast
 from mlxflow.kernels.outcome import Outcome
 
 #: Seconds after which a kernel that was begun is taken for one that waits for MLX to compile its own operations, which
-#: takes 4 to 25 s each; where they are compiled already, a proof takes a fifth of a second.
+#: takes 4 to 25 s a kernel; where they are compiled already, a proof takes a tenth of a second.
 COLD_SECONDS = 2.0
 
 

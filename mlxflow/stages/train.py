@@ -242,8 +242,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     from mlxflow import models
     from mlxflow.data.token_file import TokenFile
+    from mlxflow.training.recipe import checkpoint_every
 
-    device.bound_graphs(recomputes=config.checkpointing not in ("none", 0))
+    device.bound_graphs(recomputes=checkpoint_every(config.checkpointing) > 0)
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     with train_methods.begin_proof(config, context) as ahead:

@@ -61,6 +61,7 @@ def fit(
     from mlxflow.training import progress, recompute
     from mlxflow.training.interrupt import heeding_signals
     from mlxflow.training.loop import Stopped
+    from mlxflow.training.recipe import checkpoint_every
 
     objective = subject.objective(kernels.serves_loss)
     checkpoints = _checkpoints(config, context)
@@ -72,7 +73,7 @@ def fit(
         metrics_file.open("w") as metrics,
         heeding_signals() as asked_to_stop,
         kernels.fitted(),
-        recompute.recomputed(subject.model, every=_recomputed_every(config)),
+        recompute.recomputed(subject.model, every=checkpoint_every(config.checkpointing)),
     ):
 
         def log(record: dict[str, Any]) -> None:
@@ -124,16 +125,13 @@ def _trainer(
     )
 
 
-def _recomputed_every(config: "Config") -> int:
-    return config.checkpointing if isinstance(config.checkpointing, int) else int(config.checkpointing == "layers")
-
-
 def _rehearse(config: "Config", context: Context, subject: Subject, kernels: Any) -> None:
     """Let MLX compile what the first step and validation need."""
     from mlxflow.training import recompute, rehearsal
+    from mlxflow.training.recipe import checkpoint_every
 
     objective = subject.objective(kernels.serves_loss)
-    with kernels.fitted(), recompute.recomputed(subject.model, every=_recomputed_every(config)):
+    with kernels.fitted(), recompute.recomputed(subject.model, every=checkpoint_every(config.checkpointing)):
         rehearsal.rehearse(
             subject.model,
             lambda: make_step(config, subject.model, objective, key=context.task, kernels=kernels),

@@ -22,7 +22,7 @@ from mlxflow.errors import StageError
 from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
-from mlxflow.training.step import Gradients, Outcome, Step, out_of_memory_bytes
+from mlxflow.training.step import Gradients, Outcome, Step, out_of_memory_bytes, put_random_key
 
 #: Called with one record for each log line; the key "kind" is "train", "validation" or "batch_size".
 Log = Callable[[dict[str, Any]], None]
@@ -514,8 +514,7 @@ class Trainer:
             target["partial"] = [self._partial.total, self._partial.targets, self._partial.tree]
         _assign(target, "", checkpoint.arrays)
         self._step.publish()
-        high, low = (int(half) for half in target["random"][0].tolist())
-        mx.random.seed((high << 32) | low)  # MLX makes a key of the two halves of a seed
+        put_random_key(target["random"][0])
         if self._partial is not None:
             self._partial = Gradients(*target["partial"])
         mx.eval(self._step.state)

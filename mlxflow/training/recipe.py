@@ -6,6 +6,11 @@ from typing import Any, NamedTuple, Self
 from mlxflow.errors import ArtifactError
 
 
+def checkpoint_every(checkpointing: str | int) -> int:
+    """Return every so-manieth layer is computed anew in the backward pass by the key `checkpointing`; 0 for none."""
+    return checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers")
+
+
 class Job(NamedTuple):
     """What is trained; the same for every recipe, whatever the speed.
 
@@ -74,7 +79,6 @@ class Recipe(NamedTuple):
             batch_size: rows a step.
             is_packed: whether some row holds more than one document.
         """
-        checkpointing = settings["checkpointing"]
         return cls(
             name="workflow",
             batch_size=batch_size,
@@ -86,7 +90,7 @@ class Recipe(NamedTuple):
             is_deterministic=settings["deterministic"],
             joins_updates=True,
             kernels=tuple(settings["kernels"]),
-            checkpoint_every=checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers"),
+            checkpoint_every=checkpoint_every(settings["checkpointing"]),
             is_packed=is_packed,
             is_trimmed=False,
             workers=settings["workers"],

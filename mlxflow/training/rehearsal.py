@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlxflow.data.token_file import Rows
 from mlxflow.measurement.perplexity import measure_perplexity
-from mlxflow.training.step import Step
+from mlxflow.training.step import Step, put_random_key
 
 
 def rehearse(
@@ -62,5 +62,4 @@ def _restored(model: nn.Module) -> Iterator[None]:
     finally:
         model.update(weights)
         model.train()
-        high, low = (int(half) for half in key.tolist())
-        mx.random.seed((high << 32) | low)  # MLX makes a key of the two halves of a seed
+        put_random_key(key)

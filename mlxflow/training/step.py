@@ -112,6 +112,12 @@ class Step:
         return Outcome(*self._update(*gradients))
 
 
+def put_random_key(key: mx.array) -> None:
+    """Let MLX draw random numbers from a key on, (2,), such as `mx.random.state` holds."""
+    high, low = cast("list[int]", key.tolist())
+    mx.random.seed((high << 32) | low)  # MLX makes a key of the two halves of a seed
+
+
 def out_of_memory_bytes(error: RuntimeError) -> int | None:
     """Return the bytes of the allocation that MLX says it could not make, 0 where it tells none, None otherwise."""
     said = str(error)

@@ -35,7 +35,6 @@ def show(browser: Any) -> Iterator[Open]:
     def open_(path: Path, *, width: int = 1200, **how: Any) -> Any:
         contexts.append(browser.new_context(viewport={"width": width, "height": 800}, **how))
         page = contexts[-1].new_page()
-        page.set_default_navigation_timeout(120_000)  # milliseconds; of two cores others may use both
         page.on("console", lambda message: told.append(message.text))
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("request", lambda request: told.append(request.url) if request.url != path.as_uri() else None)

@@ -140,10 +140,11 @@ _MODEL = "model = { hidden_size = 32, intermediate_size = 64 }"
 _ADAPTERS = 'grad_accum_steps = 2\nmethod = "lora"\nmodel = { from = "base" }\nlora = { dropout = 0.5, rank = 2 }'
 
 
+@pytest.mark.parametrize("serve", [True, False], ids=["all serve", "none serves"])
 @pytest.mark.parametrize(
-    ("serve", "stage", "settings"),
-    [(True, "train", _MODEL), (False, "train", _MODEL), (True, "train", _ADAPTERS), (True, "quantize", _MODEL)],
-    ids=["train", "train, none serves", "adapters", "quantize"],
+    ("stage", "settings"),
+    [("train", _MODEL), ("train", _ADAPTERS), ("quantize", _MODEL)],
+    ids=["train", "adapters", "quantize"],
 )
 def test_where_the_proof_waits_a_step_is_rehearsed_and_what_comes_out_is_the_same(
     folder: Path,
