@@ -154,16 +154,6 @@ def test_the_benchmark_times_every_batch_size(built: Path) -> None:
         assert row["tokens_per_second"] == pytest.approx(row["samples_per_second"] * share)
 
 
-def test_the_peak_of_a_batch_size_does_not_depend_on_the_ones_before_it(job_copy: Path) -> None:
-    workflow = job_copy / "workflow.toml"
-    workflow.write_text(workflow.read_text().replace("batch_sizes = [2, 4]", "batch_sizes = [2, 2, 2]"))
-    assert mlxflow(job_copy, "run", "benchmark").returncode == 0
-    first, *others = (
-        row["peak_memory_bytes"] for row in _report(job_copy, "benchmark")["training"] if row["name"] == "workflow"
-    )
-    assert others == pytest.approx([first] * 2, rel=0.1)
-
-
 def test_the_profile_measures_weights_moments_and_activations(built: Path) -> None:
     report = _report(built, "profile")
     timeline = _tensors(built / "artifacts/profile/timeline.safetensors")

@@ -174,14 +174,15 @@ def test_a_step_is_taken_apart_without_a_gap(monkeypatch: pytest.MonkeyPatch) ->
 
 
 class _Fake:
-    """A runner that takes no time and holds what it is told to."""
+    """A runner that takes no time, holds what it is told to and needs so much more in a step."""
 
-    def __init__(self, clock: list[float], seconds: float, held: int) -> None:
+    def __init__(self, clock: list[float], seconds: float, held: int, needed: int = 0) -> None:
         self._clock, self._seconds, self.targets, self.waited_seconds = clock, seconds, 0, 0.0
-        self.array = mx.zeros(held // 4)
-        mx.eval(self.array)
+        self._needed = needed
+        self.array = mx.array(np.zeros(held, np.uint8))  # copied at once, by no thread of MLX's
 
     def run(self, num_steps: int) -> list[float]:
+        mx.array(np.zeros(self._needed, np.uint8))
         self._clock[0] += self._seconds * num_steps
         self.waited_seconds += 0.1 * self._seconds * num_steps
         self.targets += 12 * num_steps
@@ -230,6 +231,26 @@ def test_recipes_that_do_not_fit_together_are_timed_one_after_another(monkeypatc
     assert all(one.peak_memory_bytes == pytest.approx(each, rel=0.01) for one in measured)
     too_large, _ = _measure(monkeypatch, {"baseline": (1.0, 2 * each), "workflow": (2.0, each)}, limit=limit)
     assert [bool(one.error) for one in too_large] == [True, False]
+
+
+def test_a_peak_is_a_recipes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    mb = 1 << 20
+    plan = {"workflow": (1.0, 3 * mb, 5 * mb), "baseline": (1.0, 9 * mb, 20 * mb), "without compile": (1.0, mb, 2 * mb)}
+    for names in (list(plan), list(plan)[::-1]):
+        measured, _ = _measure(monkeypatch, {name: plan[name] for name in names})
+        found = {one.recipe.name: one.peak_memory_bytes for one in measured}
+        assert found == {name: held + needed for name, (_, held, needed) in plan.items()}
+
+
+def test_the_peak_of_real_steps_does_not_depend_on_the_recipes_before_it() -> None:
+    # how far the host is ahead of the device within a step is chance, the less so the larger a batch
+    random = np.random.default_rng(0)
+    rows = Rows(random.integers(1, 50, (64, 65)).astype(np.uint16), np.full((64, 65), 3, np.uint8))
+    recipes = [_workflow()._replace(batch_size=size) for size in (32, 16, 32, 16)]
+    measured, _ = measure_recipes(recipes, lambda recipe: _open(recipe, rows), num_steps=1, memory_limit_bytes=1 << 40)
+    large, small, *later = (one.peak_memory_bytes for one in measured)
+    assert later == pytest.approx([large, small], rel=0.1)
+    assert small < 0.7 * large
 
 
 def test_a_difference_inside_the_noise_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
