@@ -127,7 +127,7 @@ def _adamw(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Operation:
 
 def _sum_of_squares(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Operation:
     squares, kernel = (partial(_alone, one) for one in (adamw.reference_sum_of_squares, adamw.kernel_sum_of_squares))
-    return Operation(partial(_normal, dtype, 1), kernel, squares, mx.compile(squares), 2e-5)
+    return Operation(partial(_normal, dtype, 1), kernel, squares, mx.compile(squares), _tolerance(mx.float32))
 
 
 #: By what a kind begins with: takes the kind, the first type and the other parts of a name.
