@@ -236,6 +236,7 @@ def _ours(
     from mlxflow.training.arithmetic import Arithmetic
     from mlxflow.training.batch_size import BatchSizes
     from mlxflow.training.checkpoints import CheckpointStore
+    from mlxflow.training.head import find_head
     from mlxflow.training.loop import Plan, Trainer
     from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
     from mlxflow.training.step import Step
@@ -265,7 +266,7 @@ def _ours(
         )
     proof_seconds = time.perf_counter() - begin
     update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
-    head = objective.find_head(model, job.vocab_size)
+    head = find_head(model, job.vocab_size)
     masks = document_length > 0
     goal = objective.plain_objective(masks_documents=masks, uses_kernel=use.serves_loss)
     if fused and head is not None:

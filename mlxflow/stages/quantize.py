@@ -15,7 +15,7 @@ from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
 from mlxflow.stages import quantize_methods, train, train_methods
 
-VERSION = 6
+VERSION = 7
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
 

@@ -14,7 +14,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
 
-VERSION = 7
+VERSION = 8
 
 #: Keys that say how the work is done and change nothing of what comes out.
 MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")

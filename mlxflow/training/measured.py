@@ -13,6 +13,7 @@ from mlxflow.data.token_file import Rows
 from mlxflow.training import objective, recompute, serving
 from mlxflow.training.arithmetic import Arithmetic
 from mlxflow.training.batch_size import split
+from mlxflow.training.head import find_head
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Gradients, Step
@@ -190,7 +191,7 @@ def measured_steps(
 def _objective(
     model: nn.Module, settings: Settings, vocab_size: int, masks: bool, uses_kernel: bool
 ) -> objective.Objective:
-    head = objective.find_head(model, vocab_size) if settings.fused_loss else None
+    head = find_head(model, vocab_size) if settings.fused_loss else None
     if head is None:
         return objective.plain_objective(masks_documents=masks, uses_kernel=uses_kernel)
     chunk = _chunk_rows(settings, vocab_size)
@@ -215,7 +216,7 @@ def logits_bytes(model: nn.Module, settings: Settings, *, vocab_size: int, conte
         vocab_size: V.
         context_length: of the rows, L.
     """
-    head = objective.find_head(model, vocab_size)
+    head = find_head(model, vocab_size)
     tokens = settings.batch_size * context_length
     if head is None:
         weights = tree_flatten(model.parameters())

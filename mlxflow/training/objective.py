@@ -1,15 +1,14 @@
 """What training makes small: the loss of a model on rows of tokens, as a sum and the number of tokens in it."""
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import models, packed
+from mlxflow import packed
 from mlxflow.errors import WorkflowError
-from mlxflow.quantization.fake import fake_weight, plain_type
+from mlxflow.training.head import Head, find_head
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 
 #: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats, in fp32, and how many tokens
@@ -18,62 +17,6 @@ Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 # Rows whose logits are held at a time: on a GPU enough for the matrix units, on a CPU what stays in its cache
 _CHUNK_BYTES = {"gpu": 1 << 28, "cpu": 1 << 20}
-
-
-class Head(NamedTuple):
-    """Where hidden states become logits.
-
-    Attributes:
-        is_tied: it is the embedding's weight.
-    """
-
-    is_tied: bool
-
-    def module(self, model: nn.Module) -> nn.Module:
-        """Return the layer that holds the weight."""
-        return model.model.embed_tokens if self.is_tied else model.lm_head
-
-    def weight(self, model: nn.Module, dtype: mx.Dtype) -> mx.array:
-        """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
-        layer = self.module(model)
-        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            return models.dense_weight(layer).astype(dtype)
-        faked = fake_weight(layer)
-        return cast("mx.array", layer.weight) if faked is None else faked
-
-    def is_trained(self, model: nn.Module) -> bool:
-        """Return whether the weight is one of the trainable parameters."""
-        return "weight" in self.module(model).trainable_parameters()
-
-
-def find_head(model: nn.Module, vocab_size: int) -> Head | None:
-    """Return a model's head, if it is a plain product with one weight.
-
-    Asked of the model itself on a few tokens: logits that are scaled, capped or given a bias afterwards fail it.
-
-    Args:
-        model: of any architecture that mlx-lm knows.
-        vocab_size: ids that may be used to try it.
-    """
-    body = getattr(model, "model", None)
-    is_tied = "lm_head" not in model
-    layer = getattr(body, "embed_tokens", None) if is_tied else model.lm_head
-    plain = (nn.Embedding, nn.QuantizedEmbedding) if is_tied else (nn.Linear, nn.QuantizedLinear)
-    if not isinstance(layer, nn.Module) or plain_type(layer) not in plain or "bias" in layer:
-        return None
-    head = Head(is_tied)
-    was_training = model.training
-    model.eval()
-    tokens = mx.arange(1, 9)[None] % vocab_size
-    try:
-        hidden = cast("Callable[[mx.array], mx.array]", body)(tokens)
-        ours = (hidden @ head.weight(model, hidden.dtype).T).astype(mx.float32)
-        theirs = model(tokens).astype(mx.float32)
-        fits = ours.shape == theirs.shape and float(mx.abs(ours - theirs).max()) < 0.02 * float(mx.abs(theirs).max())
-    except (AttributeError, TypeError, ValueError):
-        fits = False
-    model.train(was_training)
-    return head if fits else None
 
 
 def plain_objective(*, masks_documents: bool, uses_kernel: bool = False) -> Objective:

@@ -16,7 +16,8 @@ from mlxflow.data.token_file import Rows
 from mlxflow.training import serving
 from mlxflow.training.adapters import AdapterShape, add_adapters
 from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
-from mlxflow.training.objective import Objective, chunk_rows, find_head, fused_objective, plain_objective
+from mlxflow.training.head import find_head
+from mlxflow.training.objective import Objective, chunk_rows, fused_objective, plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.pieces import InlineLoader
 from mlxflow.training.recipe import Job, Recipe
