@@ -73,28 +73,48 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
 def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: mx.array, method: str) -> bool:
     """Return whether a model's logits are what its head returns for the very array that its body returned."""
     numbers = _numbers_of_every_size((*tokens.shape, layer.weight.shape[0]))
-    hidden: list[mx.array] = []
-    given: list[mx.array] = []
+    seen = _Seen([], [])
 
     def note(result: mx.array) -> mx.array:
-        hidden.append(result)
+        seen.hidden.append(result)
         return result
 
     def answer(x: mx.array) -> mx.array:
-        given.append(x)
+        seen.given.append(x)
         return mx.array(numbers).astype(x.dtype)
 
-    with (
-        _replaced(body, "__call__", lambda call: lambda self, *inputs, **named: note(call(self, *inputs, **named))),
-        _replaced(layer, method, lambda _: lambda self, x: answer(x)),
-    ):
-        logits = model(tokens)
-    if len(given) != 1 or len(hidden) != 1 or given[0] is not hidden[0]:
+    try:
+        with (
+            _replaced(body, "__call__", lambda call: lambda self, *inputs, **named: note(call(self, *inputs, **named))),
+            _replaced(layer, method, lambda _: lambda self, x: answer(x)),
+        ):
+            logits = model(tokens)
+        return _is_plain(logits, seen, body(tokens), numbers)  # the body as `packed.apply_body` calls it
+    finally:
+        seen.hidden.clear()  # the replaced classes are garbage in a cycle, and arrays must not wait for its collection
+        seen.given.clear()
+
+
+class _Seen(NamedTuple):
+    """Arrays of one forward pass.
+
+    Attributes:
+        hidden: what the body returned.
+        given: what the head was applied to.
+    """
+
+    hidden: list[mx.array]
+    given: list[mx.array]
+
+
+def _is_plain(
+    logits: mx.array, seen: _Seen, direct: mx.array, numbers: "np.ndarray[Any, np.dtype[np.float32]]"
+) -> bool:
+    if len(seen.given) != 1 or len(seen.hidden) != 1 or seen.given[0] is not seen.hidden[0]:
         return False
-    wanted = mx.array(numbers).astype(given[0].dtype).astype(mx.float32)
-    direct = body(tokens)  # as `packed.apply_body` calls it
-    difference = mx.abs(direct - hidden[0]).max().astype(mx.float32)
-    is_same_body = float(difference) < 0.02 * float(mx.abs(hidden[0]).max().astype(mx.float32))
+    hidden = seen.hidden[0].astype(mx.float32)
+    is_same_body = float(mx.abs(direct.astype(mx.float32) - hidden).max()) < 0.02 * float(mx.abs(hidden).max())
+    wanted = mx.array(numbers).astype(direct.dtype).astype(mx.float32)
     return is_same_body and bool(mx.array_equal(logits.astype(mx.float32), wanted))
 
 
