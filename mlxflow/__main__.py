@@ -89,6 +89,13 @@ def _check(parsed: argparse.Namespace) -> None:
     from mlxflow.plans import check_plans
 
     check_plans(workflow)
+    for name, reasons in workflow.left_out.items():
+        print(
+            f"{name}: left out, for no [{name}] is written and its defaults do not fit:",
+            *reasons,
+            sep="\n",
+            file=sys.stderr,
+        )
     print(resolved_toml(workflow), end="")
 
 

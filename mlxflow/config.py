@@ -16,6 +16,9 @@ import msgspec
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+#: The most of what tables count: optimizer updates, rows of a batch or of a file, positions and other dimensions.
+MAX_STEPS, MAX_ROWS, MAX_SIZE = 10**9, 2**20, 2**20
+
 
 class Problem(NamedTuple):
     """One mistake: the key below its table, the value as written, what was expected and what to do."""
@@ -194,11 +197,14 @@ def describe(type_: Any) -> str:
     metas = [m for m in get_args(type_)[1:] if isinstance(m, msgspec.Meta)] if get_origin(type_) is Annotated else []
     bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
     if get_origin(bare) is Literal:
-        return "one of " + ", ".join(toml_value(choice) for choice in get_args(bare))
+        choices = [toml_value(choice) for choice in get_args(bare)]
+        return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if get_origin(bare) is tuple:
         least = next((m.min_length for m in metas if m.min_length), 0)
         exactly = "" if Ellipsis in get_args(bare) else f" of {len(get_args(bare))}"
         return f"a list{f' of at least {least}' if least else exactly}, each {describe(get_args(bare)[0])}"
+    if get_origin(bare) is dict:
+        return "a table"
     if type(None) in get_args(bare):
         return " or ".join(describe(arg) for arg in get_args(bare) if arg is not type(None))
     if get_args(bare):
@@ -214,11 +220,16 @@ def _describe_range(meta: msgspec.Meta) -> str:
     if meta.min_length is not None:
         return "that is not empty"
     if meta.ge is not None and meta.le is not None:
-        return f"from {meta.ge} to {meta.le}"
+        return f"from {_bound(meta.ge)} to {_bound(meta.le)}"
     words = [
         (meta.ge, "of at least"),
         (meta.gt, "over"),
         (meta.le, "of at most"),
         (meta.lt, "under"),
     ]
-    return " and ".join(f"{said} {bound}" for bound, said in words if bound is not None)
+    return " and ".join(f"{said} {_bound(bound)}" for bound, said in words if bound is not None)
+
+
+def _bound(value: float) -> str:
+    """Return a bound as TOML takes it, large ones in a form that can be read."""
+    return f"{value:_}" if isinstance(value, int) and value >= 10_000 else f"{value:g}"

@@ -35,11 +35,31 @@ def parse_size(text: str, whole_bytes: int) -> int:
     Raises:
         ValueError: the text is no size.
     """
+    number, unit = _read_size(text)
+    return int(whole_bytes * number / 100) if unit == "%" else int(number * _UNITS[unit])
+
+
+def _read_size(text: str) -> tuple[float, str]:
     match = _SIZE.fullmatch(text)
     if not match:
         raise ValueError(f"{text!r} is no size such as '12 GB' or '80%'")
-    number, unit = float(match[1]), match[2].upper()
-    return int(whole_bytes * number / 100) if unit == "%" else int(number * _UNITS[unit])
+    return float(match[1]), match[2].upper()
+
+
+#: The most that a size may be; MLX takes its limits as 64-bit numbers.
+_MAX_SIZE_BYTES, _MAX_SIZE = 2**50, "1024 TiB"
+
+
+def size_mistake(text: str) -> str | None:
+    """Return what was expected of a size such as `12 GB` or `80%` where it is out of bounds, else None.
+
+    Args:
+        text: of the form `SIZE_PATTERN`.
+    """
+    number, unit = _read_size(text)
+    if unit == "%":
+        return "expected at most 100%" if number > 100 else None
+    return f"expected at most {_MAX_SIZE}" if number * _UNITS[unit] > _MAX_SIZE_BYTES else None
 
 
 # MLX's CUDA backend hands the device graphs of so many operations, by an environment variable that it reads once. All

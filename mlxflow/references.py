@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
-from mlxflow.config import Problem, word
+from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
 from mlxflow.stage import Corpus, reference_folder
 
@@ -20,6 +20,7 @@ class References:
         root: the workflow's folder.
         known: the stages and variants that the asking stage may read from, with the names of the files they make.
         broken: names of stages of which not every variant is known.
+        left_out: names of stages that nobody wrote and that could not be part of the workflow.
         shown: the workflow file's name, for the messages.
         table: the asking stage's table, for the messages.
         lines: where the messages go.
@@ -29,12 +30,21 @@ class References:
     """
 
     def __init__(
-        self, root: Path, known: Mapping[str, Set[str]], broken: Set[str], shown: str, table: str, lines: list[str]
+        self,
+        root: Path,
+        known: Mapping[str, Set[str]],
+        broken: Set[str],
+        left_out: Set[str],
+        shown: str,
+        table: str,
+        lines: list[str],
     ) -> None:
         self._root = root
         self._known = known
         self._broken = broken
+        self._left_out = left_out
         self._asked: list[tuple[str, str]] = []
+        self._list_keys: set[str] = set()
         self._shown = shown
         self._table = table
         self._lines = lines
@@ -43,7 +53,16 @@ class References:
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`."""
         self._asked.append((reference, key))
-        return reference_folder(reference)
+        return reference_folder(self._resolved(reference))
+
+    def _variants(self, name: str) -> list[str]:
+        """Return the variants of a stage before this one."""
+        return [one for one in self._known if one.partition(":")[0] == name and one != name]
+
+    def _resolved(self, reference: str) -> str:
+        """Return the stage or variant of a reference: a stage's name stands for its only variant, too."""
+        variants = self._variants(reference)
+        return variants[0] if len(variants) == 1 and reference not in {*self._known, *self._broken} else reference
 
     def check_makers(self, files: Iterable[Path], written: Set[str]) -> None:
         """Note every reference that was asked for whose stage is not there or does not make the files.
@@ -57,23 +76,33 @@ class References:
         for reference, key in dict.fromkeys(self._asked):
             if reference in to_blame and key not in written:
                 continue
-            wanted = {file.name for file in files if file.parent == reference_folder(reference)}
-            lacking = wanted - self._known.get(reference, set())
+            stage = self._resolved(reference)
+            wanted = {file.name for file in files if file.parent == reference_folder(stage)}
+            lacking = wanted - self._known.get(stage, set())
             fitting = [one for one, made in self._known.items() if lacking <= made]
-            if reference in fitting or reference.partition(":")[0] in self._broken:
+            if stage in fitting or reference.partition(":")[0] in self._broken:
                 continue
-            expected = f"makes no {min(lacking)}" if reference in self._known else _NO_MAKER
+            if variants := self._variants(reference):
+                self._note(key, reference, "expected one of its variants", self._advise_variants(variants, key))
+                continue
+            expected = f"makes no {min(lacking)}" if stage in self._known else _NO_MAKER
             self._note(key, reference, expected, _list(fitting))
+
+    def _advise_variants(self, variants: list[str], key: str) -> str:
+        """Return what to write instead of the name of a stage with several variants."""
+        every = [f"{variants[0].partition(':')[0]}:*"] if key in self._list_keys else []
+        return f"Write {' or '.join(toml_value(one) for one in [*variants, *every])}."
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
         """Return references with each `stage:*` replaced by all of that stage's variants."""
+        self._list_keys.add(key)
         expanded: list[str] = []
         for reference in references:
             name, _, variant = reference.partition(":")
             matching = [one for one in self._known if one.partition(":")[0] == name]
-            if variant == "*" and not matching and name not in self._broken:
+            if variant == "*" and not matching and name not in {*self._broken, *self._left_out}:
                 self._note(key, reference, _NO_MAKER, _list(self._known))
-            expanded += matching if variant == "*" else [reference]
+            expanded += matching if variant == "*" else [self._resolved(reference)]
         return tuple(dict.fromkeys(expanded))
 
     def makers(self) -> Mapping[str, Set[str]]:

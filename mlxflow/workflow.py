@@ -62,8 +62,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "100%"
 
     def problems(self) -> Iterator[Problem]:
-        """Yield a memory limit of nothing."""
-        if device.parse_size(self.memory_limit, 10**12) == 0:
+        """Yield a memory limit of nothing, and limits of more than all."""
+        for key in ("memory_limit", "cache_limit", "wired_limit"):
+            value, default = getattr(self, key), toml_value(getattr(Settings(), key))
+            if value and (expected := device.size_mistake(value)):
+                yield Problem(key, value, expected, f"Use {default} (the default).")
+        if not device.size_mistake(self.memory_limit) and device.parse_size(self.memory_limit, 10**12) == 0:
             yield Problem("memory_limit", self.memory_limit, "expected more than nothing", 'Use "80%" (the default).')
 
 
@@ -154,6 +158,7 @@ class Workflow:
         root: its folder, from which every relative path begins.
         settings: the `[workflow]` table.
         stages: every stage and variant, each after the ones it reads from.
+        left_out: by name, why a stage that the file does not mention is not among them: lines for people.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -161,6 +166,7 @@ class Workflow:
         self.root = path.parent
         self.settings = settings
         self.stages: list[Stage] = []
+        self.left_out: dict[str, list[str]] = {}
 
     @property
     def artifacts(self) -> Path:
@@ -186,7 +192,7 @@ class Workflow:
         )
 
     def find(self, task: str) -> Stage:
-        """Return the stage of a name such as `train` or `quantize:q4`.
+        """Return the stage of a name such as `train` or `quantize:q4`; a stage's name means its only variant, too.
 
         Raises:
             CallError: there is none; the message lists those there are.
@@ -194,6 +200,11 @@ class Workflow:
         for one in self.stages:
             if one.task == task:
                 return one
+        variants = [one for one in self.stages if one.name == task]
+        if len(variants) == 1:
+            return variants[0]
+        if task in self.left_out:
+            raise CallError(*self.left_out[task])
         known = ", ".join(one.task for one in self.stages)
         raise CallError(f"{task}: no such stage in {self.path}. Known: {known}.")
 
@@ -310,17 +321,18 @@ class _Loader:
         return False
 
     def _resolve(self, workflow: Workflow, unread: set[str]) -> None:
-        """Find every stage's inputs.
+        """Find every stage's inputs; leave out stages that the file does not mention and whose defaults do not fit.
 
         Args:
             workflow: its stages are changed.
             unread: stages that stand in for tables of which nothing could be read; nobody wrote what they ask for.
         """
         broken = {name for name in STAGES if self.told[name]}
-        for one in (one for one in workflow.stages if one.name not in unread):
+        for one in [one for one in workflow.stages if one.name not in unread]:
             earlier = STAGES[: STAGES.index(one.name)]
             known = {m.task: {path.name for path in m.outputs} for m in workflow.stages if m.name in earlier}
-            asked = References(workflow.root, known, broken, self.shown, one.table, self.told[one.name])
+            lines = self.told[one.name] if one.name in self.document else []
+            asked = References(workflow.root, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
             one.inputs = one.module.Inputs.of(one.config, asked)
             one.source_patterns = asked.source_patterns
             default = one.module.Config()
@@ -328,6 +340,9 @@ class _Loader:
                 one.input_files,
                 {key for key in default.__struct_fields__ if getattr(one.config, key) != getattr(default, key)},
             )
+            if lines and one.name not in self.document:
+                workflow.left_out[one.name] = lines
+                workflow.stages.remove(one)
 
 
 def resolved_toml(workflow: Workflow) -> str:

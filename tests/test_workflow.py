@@ -37,7 +37,7 @@ bits = 7
 """
     assert mistakes(folder, text) == [
         "workflow.toml: train.num_stepz: unknown key. Did you mean train.num_steps?",
-        "workflow.toml: train.batch_size = 0: expected a whole number of at least 1. "
+        "workflow.toml: train.batch_size = 0: expected a whole number from 1 to 1_048_576. "
         "Use train.batch_size = 32 (the default) or remove the key.",
         "workflow.toml: workflow.sed: unknown key. Did you mean workflow.seed?",
         "workflow.toml: quantize.bits = 7: expected one of 2, 3, 4, 5, 6, 8. "
@@ -62,13 +62,16 @@ ONE_MISTAKE = {
     "[train.model]\nlayers = 1": "workflow.toml: train.model.layers: unknown key. Did you mean train.model.num_layers?",
     'train = "fast"': 'workflow.toml: train = "fast": expected a table. '
     "Write [train] on a line of its own and its keys below it.",
-    '[train]\nnum_steps = "many"': 'workflow.toml: train.num_steps = "many": expected a whole number of at least 1. '
+    '[train]\nnum_steps = "many"': 'workflow.toml: train.num_steps = "many": '
+    "expected a whole number from 1 to 1_000_000_000. "
     "Use train.num_steps = 240 (the default) or remove the key.",
-    "[train]\nnum_steps = 2.5": "workflow.toml: train.num_steps = 2.5: expected a whole number of at least 1. "
+    "[train]\nnum_steps = 2.5": "workflow.toml: train.num_steps = 2.5: "
+    "expected a whole number from 1 to 1_000_000_000. "
     "Use train.num_steps = 240 (the default) or remove the key.",
-    "[train]\nlearning_rate = -0.1": "workflow.toml: train.learning_rate = -0.1: expected a number over 0. "
+    "[train]\nlearning_rate = -0.1": "workflow.toml: train.learning_rate = -0.1: "
+    "expected a number from 1e-12 to 1e+06. "
     "Use train.learning_rate = 0.015 (the default) or remove the key.",
-    "[train]\nlearning_rate = nan": "workflow.toml: train.learning_rate = nan: expected a number over 0. "
+    "[train]\nlearning_rate = nan": "workflow.toml: train.learning_rate = nan: expected a number from 1e-12 to 1e+06. "
     "Use train.learning_rate = 0.015 (the default) or remove the key.",
     "[train.model]\nnum_heads = 3": "workflow.toml: train.model.hidden_size = 128: "
     "expected a multiple of twice num_heads = 3. Change one of the two.\n"
@@ -98,8 +101,6 @@ ONE_MISTAKE = {
     "Known: train.",
     '[profile]\ninput = "pretokenize"': 'workflow.toml: profile.input = "pretokenize": makes no config.json. '
     "Known: train, quantize.",
-    '[[train]]\nname = "a"\n[quantize]\ninput = "train:a"\n[benchmark]\ninput = "train:a"\nmodels = ["train:*"]': ""
-    'workflow.toml: profile.input = "train": no stage before this one makes it. Known: train:a, quantize.',
     '[train]\ninput = "train"': 'workflow.toml: train.input = "train": no stage before this one makes it. '
     "Known: pretokenize.",
     '[benchmark]\nmodels = ["quantize:q9"]': 'workflow.toml: benchmark.models = "quantize:q9": '
@@ -107,7 +108,7 @@ ONE_MISTAKE = {
     '[benchmark]\nmodels = ["quantise:*"]': 'workflow.toml: benchmark.models = "quantise:*": '
     "no stage before this one makes it. Known: pretokenize, train, quantize, profile.",
     "[benchmark]\nbatch_sizes = [16, 0]": "workflow.toml: benchmark.batch_sizes = [16, 0]: "
-    "expected a list of at least 1, each a whole number of at least 1. "
+    "expected a list of at least 1, each a whole number from 1 to 1_048_576. "
     "Use benchmark.batch_sizes = [16, 32, 64] (the default) or remove the key.",
     '[[quantize]]\nname = "a"\n[[quantize]]\nname = "a"': 'workflow.toml: quantize[1].name = "a": '
     "named twice in [[quantize]]. Give each variant a name of its own.",
@@ -140,7 +141,7 @@ ONE_MISTAKE = {
     '[workflow]\ndevice = "tpu"': 'workflow.toml: workflow.device = "tpu": expected one of "auto", "gpu", "cpu". '
     'Use workflow.device = "auto" (the default) or remove the key.',
     "[workflow]\nseed = true": "workflow.toml: workflow.seed = true: "
-    "expected a whole number from 0 to 9223372036854775807. "
+    "expected a whole number from 0 to 9_223_372_036_854_775_807. "
     "Use workflow.seed = 0 (the default) or remove the key.",
     "[train\nnum_steps = 3": "workflow.toml:1:7: not valid TOML (Expected ']' at the end of a table declaration). "
     "Fix the line.",
@@ -232,11 +233,12 @@ def test_a_source_without_text_is_told(folder: Path, name: str, expected: str) -
 
 
 def test_an_unknown_stage_is_told_with_those_there_are(folder: Path) -> None:
-    (folder / "workflow.toml").write_text('[[quantize]]\nname = "q4"')
+    (folder / "workflow.toml").write_text('[[quantize]]\nname = "q4"\n[[quantize]]\nname = "q8"\nbits = 8')
     with pytest.raises(CallError) as caught:
         load_workflow(Path("workflow.toml")).find("quantize")
     assert str(caught.value) == (
-        "quantize: no such stage in workflow.toml. Known: pretokenize, train, quantize:q4, profile, benchmark, report."
+        "quantize: no such stage in workflow.toml. "
+        "Known: pretokenize, train, quantize:q4, quantize:q8, profile, benchmark, report."
     )
 
 
@@ -247,6 +249,42 @@ def test_variants_get_tasks_folders_and_settings_of_their_own(folder: Path) -> N
     assert (first.folder.as_posix(), second.folder.as_posix()) == ("artifacts/quantize/a", "artifacts/quantize/b")
     assert first.settings() != second.settings()
     assert {"quantize:a", "quantize:b"} < workflow.find("benchmark").inputs.models.keys()  # type: ignore[attr-defined]
+
+
+TWO = '[[train]]\nname = "a"\n[[train]]\nname = "b"\nnum_steps = 9\n'
+
+
+def test_a_stage_with_one_variant_is_found_by_its_name_alone(folder: Path) -> None:
+    (folder / "workflow.toml").write_text('[[pretokenize]]\nname = "p"\n[[train]]\nname = "a"\n')
+    workflow = load_workflow(Path("workflow.toml"))
+    tasks = ["pretokenize:p", "train:a", "quantize", "profile", "benchmark", "report"]
+    assert [one.task for one in workflow.stages] == tasks
+    reads = {one.task: one.reads for one in workflow.members()}
+    assert reads["train:a"] == ("pretokenize:p",)
+    assert set(reads["quantize"]) == set(reads["profile"]) == {"pretokenize:p", "train:a"}
+    assert set(workflow.find("benchmark").inputs.models) == {"train:a", "quantize"}  # type: ignore[attr-defined]
+    assert workflow.find("train").task == "train:a"
+
+
+def test_stages_that_nobody_wrote_are_left_out_where_their_input_has_variants(folder: Path) -> None:
+    (folder / "workflow.toml").write_text(TWO)
+    workflow = load_workflow(Path("workflow.toml"))
+    assert [one.task for one in workflow.stages] == ["pretokenize", "train:a", "train:b", "report"]
+    line = 'workflow.toml: quantize.input = "train": expected one of its variants. Write "train:a" or "train:b".'
+    assert workflow.left_out["quantize"] == [line]
+    with pytest.raises(CallError) as caught:
+        workflow.find("quantize")
+    assert str(caught.value) == line
+    (folder / "resolved.toml").write_text(resolved_toml(workflow))
+    assert resolved_toml(load_workflow(Path("resolved.toml"))) == resolved_toml(workflow)
+
+
+def test_a_written_stage_is_told_the_variants_of_its_input(folder: Path) -> None:
+    assert mistakes(folder, f'{TWO}[profile]\nnum_steps = 9\n[benchmark]\ninput = "train:b"\n') == [
+        'workflow.toml: profile.input = "train": expected one of its variants. Write "train:a" or "train:b".',
+        'workflow.toml: benchmark.models = "train": expected one of its variants. '
+        'Write "train:a" or "train:b" or "train:*".',
+    ]
 
 
 def test_the_resolved_workflow_is_a_workflow_file_that_resolves_to_itself(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 import msgspec
 from msgspec import Meta
 
+from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stage import Artifacts, Context, derive_seed
 
@@ -35,20 +36,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[str, ...], Meta(min_length=1, description='model stages compared; "stage:*" is all variants')
     ] = ("train", "quantize:*")
     batch_sizes: Annotated[
-        tuple[Annotated[int, Meta(ge=1)], ...], Meta(min_length=1, description="rows in one forward pass, each timed")
+        tuple[Annotated[int, Meta(ge=1, le=MAX_ROWS)], ...],
+        Meta(min_length=1, description="rows in one forward pass, each timed"),
     ] = (16, 32, 64)
-    num_steps: Annotated[int, Meta(ge=1, description="training steps timed of each way at each batch size")] = 100
+    num_steps: Annotated[
+        int, Meta(ge=1, le=MAX_STEPS, description="training steps timed of each way at each batch size")
+    ] = 100
     convergence_steps: Annotated[
-        int, Meta(ge=0, description="steps that a new model trains, the naive way and the workflow's; 0: none")
+        int,
+        Meta(
+            ge=0, le=MAX_STEPS, description="steps that a new model trains, the naive way and the workflow's; 0: none"
+        ),
     ] = 100
     prompt_lengths: Annotated[
-        tuple[Annotated[int, Meta(ge=1)], ...],
+        tuple[Annotated[int, Meta(ge=1, le=MAX_SIZE)], ...],
         Meta(description="tokens of the prompts that models read; empty: a quarter, half and all of the context"),
     ] = ()
-    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used for the perplexity")] = 256
+    max_validation_rows: Annotated[
+        int, Meta(ge=1, le=MAX_ROWS, description="validation rows used for the perplexity")
+    ] = 256
     baseline: Annotated[str, Meta(description="the report.toml of an earlier run that this one is held against")] = ""
     max_regression: Annotated[
-        float, Meta(ge=0, description="share by which a figure may be worse than the baseline's, beyond the noise")
+        float,
+        Meta(ge=0, le=1e6, description="share by which a figure may be worse than the baseline's, beyond the noise"),
     ] = 0.05
 
 

@@ -42,7 +42,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         int, Meta(ge=257, le=1_000_000, description="ids of the byte-level BPE that is trained here")
     ] = 2048
     max_training_bytes: Annotated[
-        int, Meta(ge=1, description="of a larger corpus, a sample of this size trains the tokenizer")
+        int, Meta(ge=1, le=10**12, description="of a larger corpus, a sample of this size trains the tokenizer")
     ] = 50_000_000
 
     def problems(self) -> Iterator[Problem]:
@@ -91,6 +91,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "split"
     workers: Annotated[int, Meta(ge=1, le=256, description="files tokenized at a time")] = 8
     tokenizer: Annotated[TokenizerConfig, Meta(description="the tokenizer")] = TokenizerConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a holdout beside documents for validation."""
+        if self.validation_sources and self.holdout != Config().holdout:
+            expected = "is for a corpus without documents for validation, and validation_sources names some"
+            yield Problem("holdout", self.holdout, expected, "Remove one of the two.")
 
     def entries(self) -> tuple[SourceConfig, ...]:
         """Return all sources as tables with their defaults filled in, the ones for validation last."""

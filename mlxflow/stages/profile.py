@@ -1,13 +1,15 @@
 """Measure the memory of real training steps."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import msgspec
 from msgspec import Meta
 
-from mlxflow.device import SIZE_PATTERN, parse_size
+from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
+from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import StageError
 from mlxflow.stage import Artifacts, Context, derive_seed
 
@@ -31,10 +33,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     input: Annotated[str, Meta(description="the dense model: a train stage, whose steps are taken")] = "train"
     data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
-    num_steps: Annotated[int, Meta(ge=1, description="training steps measured")] = 20
-    batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass")] = 32
+    num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="training steps measured")] = 20
+    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="rows in one forward pass")] = 32
     samples_per_second: Annotated[
-        float, Meta(gt=0, le=1000, description="readings that a thread takes beside those at the steps' ends")
+        float, Meta(ge=0.001, le=1000, description="readings that a thread takes beside those at the steps' ends")
     ] = 20.0
     suggestions: Annotated[bool, Meta(description="whether trials tell what would save memory")] = True
     max_peak_memory: Annotated[
@@ -53,6 +55,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             description="the stage fails if MLX's arrays leak more at each step; empty: any",
         ),
     ] = ""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield gates that nothing could ever fail."""
+        for key in ("max_peak_memory", "max_leak_per_step"):
+            if (value := getattr(self, key)) and (expected := size_mistake(value)):
+                yield Problem(key, value, expected, "Lower it or remove the key.")
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):

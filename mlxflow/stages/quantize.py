@@ -1,6 +1,6 @@
 """Quantize a model into mlx-lm's own form, and say what it costs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow.config import Problem
-from mlxflow.device import SIZE_PATTERN
+from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
+from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.quantization.settings import Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
@@ -83,15 +83,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     candidate_bits: Annotated[
         tuple[Literal[2, 3, 4, 5, 6, 8], ...], Meta(min_length=1, description="bits that a budget may choose from")
     ] = (2, 3, 4, 6, 8)
-    calibration_rows: Annotated[int, Meta(ge=1, description="training rows that the learned methods look at")] = 64
+    calibration_rows: Annotated[
+        int, Meta(ge=1, le=MAX_ROWS, description="training rows that the learned methods look at")
+    ] = 64
 
-    num_steps: Annotated[int, Meta(ge=1, description="of qat: optimizer updates")] = 36
+    num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="of qat: optimizer updates")] = 36
     learning_rate: Annotated[
-        Literal["auto"] | Annotated[float, Meta(gt=0)],
+        Literal["auto"] | Annotated[float, Meta(ge=1e-12, le=1e6)],
         Meta(description="of qat: at its highest, after the warm-up; auto: 8e-4, less for fewer than 300 num_steps"),
     ] = "auto"
-    batch_size: Annotated[int, Meta(ge=1, description="of qat: rows in one forward pass")] = 32
-    grad_accum_steps: Annotated[int, Meta(ge=1, description="of qat: forward passes an update sums")] = 1
+    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="of qat: rows in one forward pass")] = 32
+    grad_accum_steps: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="of qat: forward passes an update sums")] = 1
     distill: Annotated[
         bool, Meta(description="of qat: whether it learns the dense model's distributions instead of the text")
     ] = False
@@ -99,7 +101,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["full", "lora", "dora"], Meta(description="of qat: what is trained: all weights, or adapters")
     ] = "full"
     checkpointing: Annotated[
-        Literal["none", "layers"] | Annotated[int, Meta(ge=1)],
+        Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
         Meta(description="of qat: whether activations are computed anew, as in train"),
     ] = "none"
     kernels: Annotated[
@@ -112,12 +114,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         train.LoraConfig()
     )
 
-    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows on which the cost is measured")] = 256
+    max_validation_rows: Annotated[
+        int, Meta(ge=1, le=MAX_ROWS, description="validation rows on which the cost is measured")
+    ] = 256
     max_perplexity_increase: Annotated[
-        float, Meta(ge=0, description="relative; over it the stage fails and publishes nothing; 0: no gate")
+        float, Meta(ge=0, le=1e6, description="relative; over it the stage fails and publishes nothing; 0: no gate")
     ] = 0.0
     max_kl: Annotated[
-        float, Meta(ge=0, description="mean divergence in nats; over it the stage fails likewise; 0: no gate")
+        float, Meta(ge=0, le=1e6, description="mean divergence in nats; over it the stage fails likewise; 0: no gate")
     ] = 0.0
 
     def problems(self) -> Any:
@@ -131,13 +135,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             )
         if (self.target_bits_per_weight or self.target_size) and self.mode not in ("affine", "symmetric"):
             yield Problem("mode", self.mode, "a budget needs a mode with several bits", 'Set mode = "affine".')
-        if self.target_size and self.target_size.strip().endswith("%"):
-            yield Problem("target_size", self.target_size, "expected a size in bytes", 'Write such as "200 MB".')
+        yield from self._budget_problems()
         if self.needs_tokens and not self.token_stage:
             asking = next(iter(self.needs_tokens))
             yield Problem(
                 asking, getattr(self, asking), "needs tokens, and data names none", 'Set data = "pretokenize".'
             )
+
+    def _budget_problems(self) -> Iterator[Problem]:
+        """Yield budgets that no choice of bits can keep."""
+        example = 'Write such as "200 MB".'
+        if self.target_size.strip().endswith("%"):
+            yield Problem("target_size", self.target_size, "expected a size in bytes", example)
+        elif self.target_size and (expected := size_mistake(self.target_size)):
+            yield Problem("target_size", self.target_size, expected, example)
+        elif self.target_size and not parse_size(self.target_size, 0):
+            yield Problem("target_size", self.target_size, "expected more than nothing", example)
+        least = min(self.candidate_bits)
+        if 0 < self.target_bits_per_weight < least:
+            expected = f"expected at least the lowest of candidate_bits = {least}"
+            yield Problem("target_bits_per_weight", self.target_bits_per_weight, expected, "Change one of the two.")
 
     @property
     def has_budget(self) -> bool:

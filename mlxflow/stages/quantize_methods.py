@@ -252,7 +252,7 @@ def training_settings(config: Any, model: Any) -> Any:
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
         learning_rate=_highest_rate(config) if config.learning_rate == "auto" else config.learning_rate,
-        warmup_steps=max(1, config.num_steps // 10),
+        warmup_steps=min(max(1, config.num_steps // 10), config.num_steps // 2),
         schedule="linear",
         # weights go to the grid's points, not to zero; and what a rounding costs is answered late if gradients linger
         weight_decay=0.0,

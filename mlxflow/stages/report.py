@@ -6,6 +6,7 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
+from mlxflow.config import MAX_SIZE
 from mlxflow.stage import Artifacts, Context, derive_seed, reference_folder
 
 VERSION = 1
@@ -33,7 +34,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[Annotated[str, Meta(min_length=1)], ...], Meta(description="texts to go on with instead")
     ] = ()
     num_prompts: Annotated[int, Meta(ge=1, le=20, description="held-out documents gone on with")] = 2
-    prompt_tokens: Annotated[int, Meta(ge=1, description="tokens of a document that the models are given")] = 12
+    prompt_tokens: Annotated[
+        int, Meta(ge=1, le=MAX_SIZE, description="tokens of a document that the models are given")
+    ] = 12
     max_tokens: Annotated[int, Meta(ge=1, le=2048, description="tokens that a model writes at most")] = 48
     temperature: Annotated[float, Meta(ge=0, le=10, description="0 takes the likeliest token")] = 0.8
 

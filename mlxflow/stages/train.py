@@ -1,5 +1,6 @@
 """Train a language model on the token files."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow import device
-from mlxflow.config import Problem
+from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
@@ -25,10 +26,10 @@ _OPTIMIZERS = Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "adadelta", 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[train.lora]` table: low-rank adapters, for the methods "lora" and "dora"."""
 
-    rank: Annotated[int, Meta(ge=1, description="columns of the low-rank factors")] = 8
-    scale: Annotated[float, Meta(gt=0, description="what their product is multiplied by")] = 20.0
+    rank: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="columns of the low-rank factors")] = 8
+    scale: Annotated[float, Meta(gt=0, le=1e6, description="what their product is multiplied by")] = 20.0
     dropout: Annotated[float, Meta(ge=0, lt=1, description="share of an adapter's inputs zeroed in training")] = 0.0
-    num_layers: Annotated[int, Meta(ge=0, description="the last so many blocks get adapters; 0: all")] = 0
+    num_layers: Annotated[int, Meta(ge=0, le=MAX_SIZE, description="the last so many blocks get adapters; 0: all")] = 0
     keys: Annotated[
         tuple[str, ...], Meta(min_length=1, description='patterns of layers within a block, such as "self_attn.*"')
     ] = ("*",)
@@ -41,16 +42,22 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         str, Meta(description="a model folder or a hub id to go on from; empty: a new model of the shape below")
     ] = msgspec.field(default="", name="from")
     architecture: Annotated[Literal["llama"], Meta(description="the model's kind, from mlx-lm")] = "llama"
-    hidden_size: Annotated[int, Meta(ge=8, description="width of the residual stream")] = 128
-    num_layers: Annotated[int, Meta(ge=1, description="transformer blocks")] = 2
-    num_heads: Annotated[int, Meta(ge=1, description="attention heads")] = 2
-    num_kv_heads: Annotated[int, Meta(ge=1, description="heads of keys and values")] = 2
-    intermediate_size: Annotated[int, Meta(ge=8, description="width inside the gated MLP")] = 256
+    hidden_size: Annotated[int, Meta(ge=8, le=MAX_SIZE, description="width of the residual stream")] = 128
+    num_layers: Annotated[int, Meta(ge=1, le=10_000, description="transformer blocks")] = 2
+    num_heads: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="attention heads")] = 2
+    num_kv_heads: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="heads of keys and values")] = 2
+    intermediate_size: Annotated[int, Meta(ge=8, le=MAX_SIZE, description="width inside the gated MLP")] = 256
     tie_word_embeddings: Annotated[bool, Meta(description="whether the head shares the embedding's weights")] = True
-    rope_theta: Annotated[float, Meta(gt=0, description="base of the rotary embedding")] = 10_000.0
+    rope_theta: Annotated[float, Meta(ge=1, le=1e12, description="base of the rotary embedding")] = 10_000.0
 
     def problems(self) -> Any:
-        """Yield what does not divide."""
+        """Yield what does not divide, or a shape beside a model that has one."""
+        if self.from_:
+            shaped = [key for key in self.__struct_fields__ if key != "from_"]
+            for key in (key for key in shaped if getattr(self, key) != getattr(ModelConfig(), key)):
+                expected = "is for a new model, and model.from names one that exists"
+                yield Problem(key, getattr(self, key), expected, "Remove one of the two.")
+            return
         if self.hidden_size % (2 * self.num_heads):
             yield Problem(
                 "hidden_size",
@@ -71,33 +78,44 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The `[train]` table."""
 
     input: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
-    num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 240
-    batch_size: Annotated[int, Meta(ge=1, description="rows in one forward pass, to begin with")] = 32
-    grad_accum_steps: Annotated[int, Meta(ge=1, description="forward passes of batch_size rows an update sums")] = 1
+    num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="optimizer updates")] = 240
+    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="rows in one forward pass, to begin with")] = 32
+    grad_accum_steps: Annotated[
+        int, Meta(ge=1, le=MAX_ROWS, description="forward passes of batch_size rows an update sums")
+    ] = 1
     dynamic_batch_size: Annotated[bool, Meta(description="whether batch_size follows the memory")] = True
-    max_batch_size: Annotated[int, Meta(ge=1, description="rows it may grow to; it may shrink to half")] = 64
+    max_batch_size: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_ROWS)],
+        Meta(description="rows it may grow to, and it may shrink to half; auto: 64, or batch_size where that is more"),
+    ] = "auto"
     constant_tokens_per_step: Annotated[
         bool, Meta(description="whether an update sums the same rows whatever the batch size")
     ] = True
     grow_below: Annotated[float, Meta(ge=0, le=1, description="share of the memory limit under which it grows")] = 0.5
     shrink_above: Annotated[float, Meta(gt=0, le=1, description="share of the limit over which it shrinks")] = 0.8
-    adjust_every: Annotated[int, Meta(ge=1, description="steps between two looks at the memory")] = 50
+    adjust_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two looks at the memory")] = 50
     replay: Annotated[str, Meta(description="the metrics.jsonl of a run whose batch sizes are followed")] = ""
 
     optimizer: Annotated[_OPTIMIZERS, Meta(description="one of mlx.optimizers")] = "adamw"
     optimizer_options: Annotated[dict[str, Any], Meta(description="its other options, by MLX's names")] = {}
-    learning_rate: Annotated[float, Meta(gt=0, description="at its highest, after the warm-up")] = 1.5e-2
-    final_learning_rate: Annotated[float, Meta(ge=0, description="at the last step, where it falls")] = 0.0
+    learning_rate: Annotated[float, Meta(ge=1e-12, le=1e6, description="at its highest, after the warm-up")] = 1.5e-2
+    final_learning_rate: Annotated[
+        float, Meta(ge=0, le=1e6, description="reached after the last step, by the schedules that fall")
+    ] = 0.0
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"],
         Meta(description="of the learning rate; wsd: constant, then linear over the last decay_steps"),
     ] = "cosine"
     warmup_steps: Annotated[
-        int, Meta(ge=0, description="steps over which the learning rate rises; at most half of num_steps")
-    ] = 20
-    decay_steps: Annotated[int, Meta(ge=0, description="last steps, over which wsd falls")] = 48
+        Literal["auto"] | Annotated[int, Meta(ge=0, le=MAX_STEPS)],
+        Meta(description="steps over which the learning rate rises; auto: 20, but at most half of num_steps"),
+    ] = "auto"
+    decay_steps: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],
+        Meta(description="last steps, over which wsd falls; auto: a fifth of num_steps"),
+    ] = "auto"
     weight_decay: Annotated[
-        Literal["auto"] | Annotated[float, Meta(ge=0)],
+        Literal["auto"] | Annotated[float, Meta(ge=0, le=1000)],
         Meta(description="of matrices; auto: 0.1 where the optimizer knows it"),
     ] = "auto"
     betas: Annotated[
@@ -105,10 +123,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="of optimizers that have them: how slowly their two moments follow the gradient"),
     ] = (0.9, 0.95)
     max_grad_norm: Annotated[
-        float, Meta(ge=0, description="gradients of a larger norm are scaled down to it; 0: none, nor is it measured")
+        float,
+        Meta(
+            ge=0, le=1e12, description="gradients of a larger norm are scaled down to it; 0: none, nor is it measured"
+        ),
     ] = 1.0
     max_bad_steps: Annotated[
-        int, Meta(ge=1, description="steps in a row skipped for a loss or gradient that is not finite; then it ends")
+        int,
+        Meta(
+            ge=1,
+            le=MAX_STEPS,
+            description="steps in a row skipped for a loss or gradient that is not finite; then it ends",
+        ),
     ] = 10
 
     precision: Annotated[
@@ -116,7 +142,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="bf16 keeps weights and moments in fp32 beside the bf16 model; bf16-pure does not"),
     ] = "fp32"
     checkpointing: Annotated[
-        Literal["none", "layers"] | Annotated[int, Meta(ge=1)],
+        Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
         Meta(description="whether activations are computed anew in the backward pass: of layers, of every k-th one"),
     ] = "none"
     fused_loss: Annotated[
@@ -133,17 +159,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "false: MLX's attention and lookups on CUDA, which add in any order"
         ),
     ] = True
-    lazy_eval_every: Annotated[int, Meta(ge=1, description="steps between two waits for the device")] = 4
+    lazy_eval_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two waits for the device")] = 4
 
-    log_every: Annotated[int, Meta(ge=1, description="steps between two lines of metrics.jsonl")] = 10
-    eval_every: Annotated[int, Meta(ge=0, description="steps between two validations; 0: first and last only")] = 100
-    max_validation_rows: Annotated[int, Meta(ge=1, description="validation rows used")] = 256
-    patience: Annotated[int, Meta(ge=0, description="validations without a better one that end it; 0: none do")] = 0
+    log_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two lines of metrics.jsonl")] = 10
+    eval_every: Annotated[
+        int, Meta(ge=0, le=MAX_STEPS, description="steps between two validations; 0: first and last only")
+    ] = 100
+    max_validation_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="validation rows used")] = 256
+    patience: Annotated[
+        int, Meta(ge=0, le=MAX_STEPS, description="validations without a better one that end it; 0: none do")
+    ] = 0
     keep: Annotated[
         Literal["last", "best"], Meta(description="the weights that come out: the last, or of the best validation")
     ] = "last"
-    save_every: Annotated[int, Meta(ge=0, description="steps between two checkpoints; 0: only when stopped")] = 100
-    keep_checkpoints: Annotated[int, Meta(ge=1, description="checkpoints kept while it runs")] = 2
+    save_every: Annotated[
+        int, Meta(ge=0, le=MAX_STEPS, description="steps between two checkpoints; 0: only when stopped")
+    ] = 100
+    keep_checkpoints: Annotated[int, Meta(ge=1, le=1000, description="checkpoints kept while it runs")] = 2
     document_mask: Annotated[
         Literal["auto"] | bool,
         Meta(description="whether a token sees only its own document; auto: where there are conversations"),
@@ -158,6 +190,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def problems(self) -> Any:
         """Yield what does not fit together."""
+        yield from self._step_problems()
+        yield from self._optimizer_problems()
+        if self.method != "full" and not self.model.from_:
+            yield Problem(
+                "method",
+                self.method,
+                "adapters need a model beside which to lie",
+                'Set train.model.from, or method = "full".',
+            )
+
+    def _step_problems(self) -> Iterator[Problem]:
+        """Yield numbers of steps and rows that do not fit together."""
         if self.grow_below >= self.shrink_above:
             yield Problem(
                 "grow_below",
@@ -165,19 +209,29 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"expected less than shrink_above = {self.shrink_above}",
                 "Change one of the two.",
             )
+        if self.max_batch_size != "auto" and self.max_batch_size < self.batch_size:
+            expected = f"expected at least batch_size = {self.batch_size}"
+            yield Problem("max_batch_size", self.max_batch_size, expected, f"Set it to {self.batch_size} or remove it.")
+        if self.warmup_steps != "auto" and self.warmup_steps >= self.num_steps:
+            expected = f"expected less than num_steps = {self.num_steps}"
+            yield Problem("warmup_steps", self.warmup_steps, expected, "Lower it or remove the key.")
+        elif self.schedule == "wsd" and self.decay_steps != "auto":
+            room = self.num_steps - self.resolved_warmup_steps
+            if self.decay_steps > room:
+                expected = f"expected at most num_steps - warmup_steps = {room}"
+                yield Problem("decay_steps", self.decay_steps, expected, "Lower it or remove the key.")
+        if self.patience and not self.eval_every:
+            expected = "needs validations on the way, and eval_every = 0 makes none"
+            yield Problem("patience", self.patience, expected, "Set eval_every, or remove patience.")
+
+    def _optimizer_problems(self) -> Iterator[Problem]:
+        """Yield settings of the optimizer that contradict each other, and options out of bounds."""
         if self.final_learning_rate > self.learning_rate:
             yield Problem(
                 "final_learning_rate",
                 self.final_learning_rate,
                 f"expected at most learning_rate = {self.learning_rate}",
                 "Change one of the two.",
-            )
-        if self.method != "full" and not self.model.from_:
-            yield Problem(
-                "method",
-                self.method,
-                "adapters need a model beside which to lie",
-                'Set train.model.from, or method = "full".',
             )
         if self.weight_decay not in ("auto", 0) and self.optimizer in _WITHOUT_DECAY:
             yield Problem(
@@ -186,9 +240,38 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"the optimizer {self.optimizer!r} knows none",
                 'Set weight_decay = 0, or optimizer = "adamw".',
             )
+        if self.betas != (0.9, 0.95) and self.optimizer not in WITH_BETAS:
+            expected = f"the optimizer {self.optimizer!r} has none"
+            yield Problem("betas", self.betas, expected, 'Remove the key, or set optimizer = "adamw".')
+        for name, value in self.optimizer_options.items():
+            if not all(_is_option(one) for one in (value if isinstance(value, list) else [value])):
+                expected = f"expected true, false, a number from -{_MAX_OPTION} to {_MAX_OPTION}, or a list of such"
+                yield Problem(f"optimizer_options.{name}", value, expected, "Change it or remove the key.")
+
+    @property
+    def resolved_max_batch_size(self) -> int:
+        """Rows that a batch may grow to, where `auto` is a number."""
+        return max(64, self.batch_size) if self.max_batch_size == "auto" else self.max_batch_size
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        """Steps over which the learning rate rises, where `auto` is a number."""
+        return min(20, self.num_steps // 2) if self.warmup_steps == "auto" else self.warmup_steps
+
+    @property
+    def resolved_decay_steps(self) -> int:
+        """Last steps over which the learning rate of the schedule "wsd" falls, where `auto` is a number."""
+        return max(1, self.num_steps // 5) if self.decay_steps == "auto" else self.decay_steps
 
 
 _WITHOUT_DECAY = ("adam", "rmsprop", "adagrad", "adadelta", "adamax")
+WITH_BETAS = ("adamw", "adam", "adamax", "lion")
+_MAX_OPTION = 1_000_000
+
+
+def _is_option(value: object) -> bool:
+    """Return whether a value can be one of an optimizer's options: true, false or a number within bounds."""
+    return isinstance(value, bool | int | float) and -_MAX_OPTION <= value <= _MAX_OPTION  # never true of nan
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from mlxflow import device
-from mlxflow.errors import ArtifactError, StageError, WorkflowError
+from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stage import Context, derive_seed
 
 if TYPE_CHECKING:
@@ -252,13 +252,13 @@ def masks_documents(config: "Config", tokens: Any, model: Any, task: str) -> boo
     """Return whether tokens see only their own document.
 
     Raises:
-        StageError: they are to, and the model's architecture cannot tell documents apart.
+        WorkflowError: they are to, and the model's architecture cannot tell documents apart.
     """
     from mlxflow import packed
 
     wanted = tokens.has_conversations if config.document_mask == "auto" else config.document_mask
     if wanted and not packed.can_mask_documents(model, tokens.vocab_size):
-        raise StageError(
+        raise WorkflowError(
             f"{task}.document_mask: this architecture counts positions through the whole row and cannot keep the "
             f'documents in it apart. Set {task}.document_mask = false, or pretokenize.packing = "none".'
         )
@@ -323,8 +323,8 @@ def make_step(config: "Config", model: Any, objective: Any, *, key: str, kernels
         learning_rate=config.learning_rate,
         final_learning_rate=config.final_learning_rate,
         num_steps=config.num_steps,
-        warmup_steps=min(config.warmup_steps, config.num_steps // 2),
-        decay_steps=config.decay_steps,
+        warmup_steps=config.resolved_warmup_steps,
+        decay_steps=config.resolved_decay_steps,
     )
     optimizer = optimizers.make_optimizer(name=config.optimizer, schedule=schedule, **optimizer_settings(config))
     update = optimizers.Update(
@@ -355,7 +355,7 @@ def _batch_sizes(config: "Config", inputs: "Inputs", context: Context) -> Any:
     is_constant = config.constant_tokens_per_step or not config.dynamic_batch_size
     return BatchSizes(
         batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
+        max_batch_size=config.resolved_max_batch_size,
         rows_per_update=config.batch_size * config.grad_accum_steps if is_constant else None,
         grad_accum_steps=config.grad_accum_steps,
         grow_below=config.grow_below,

@@ -22,9 +22,9 @@ def make_schedule(
 ) -> Schedule:
     """Return the learning rate as a function of the step.
 
-    It rises linearly from nothing over the warm-up. Then: "constant" stays; "linear" and "cosine" fall until the last
-    step; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays and falls linearly over the last
-    `decay_steps`.
+    It rises linearly from nothing over the warm-up. Then: "constant" stays; "linear" and "cosine" fall; "wsd"
+    (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays and falls linearly over the last `decay_steps`.
+    What falls reaches `final_learning_rate` after the last step, so that with 0 the last update still moves weights.
 
     Args:
         name: one of those four.

@@ -120,9 +120,9 @@ def test_the_learning_rate_warms_up_and_falls(built: Path, tmp_path: Path) -> No
     assert rates[5] > rates[6] > rates[7]
 
 
-def test_a_warm_up_takes_at_most_half_of_the_steps(built: Path, tmp_path: Path) -> None:
+def test_a_warm_up_that_nobody_wrote_takes_at_most_half_of_the_steps(built: Path, tmp_path: Path) -> None:
     half = _train(built, tmp_path / "half", "warmup_steps = 2")
-    whole = _train(built, tmp_path / "whole", "warmup_steps = 400")
+    whole = _train(built, tmp_path / "whole", 'warmup_steps = "auto"')
     assert _same(_weights(half), _weights(whole))
 
 
@@ -134,6 +134,6 @@ def test_a_rate_that_is_far_too_high_fails_and_keeps_the_old_artifact(built: Pat
         r"^train: 10 steps in a row had no finite loss and gradient, the last being step \d+ \(loss .*\) with learning"
     )
     with pytest.raises(StageError, match=said):
-        _train(built, folder, "learning_rate = 1e38", "warmup_steps = 0", "num_steps = 40")
+        _train(built, folder, "learning_rate = 1e6", "warmup_steps = 0", "num_steps = 40")
     assert [path.name for path in folder.iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -1,0 +1,173 @@
+"""Every number that a workflow file may hold is finite and bounded; settings that contradict each other are refused."""
+
+import importlib
+import tomllib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import mlx.core as mx
+import msgspec
+import pytest
+from msgspec import Meta
+
+from mlxflow.config import read_struct, toml_value
+from mlxflow.device import SIZE_PATTERN
+from mlxflow.stages import train
+from mlxflow.training.optimizers import make_schedule, options_of
+from mlxflow.workflow import STAGES, Settings
+
+TABLES: dict[str, type[msgspec.Struct]] = {
+    "workflow": Settings,
+    **{name: importlib.import_module(f"mlxflow.stages.{name}").Config for name in STAGES},
+}
+
+
+def _leaves(key: str, type_: Any, metas: tuple[Meta, ...] = ()) -> Iterator[tuple[str, Any, tuple[Meta, ...]]]:
+    """Yield every key with each type that its value, or an item of it, may have, and what bounds it."""
+    if get_origin(type_) is Annotated:
+        bare, *more = get_args(type_)
+        yield from _leaves(key, bare, (*metas, *(one for one in more if isinstance(one, Meta))))
+    elif isinstance(type_, type) and issubclass(type_, msgspec.Struct):
+        types = get_type_hints(type_, include_extras=True)
+        for field in msgspec.structs.fields(type_):
+            yield from _leaves(f"{key}.{field.encode_name}", types[field.name])
+    elif get_origin(type_) is not Literal and get_args(type_):
+        for item in (one for one in get_args(type_) if one is not Ellipsis):
+            yield from _leaves(key, item, () if get_origin(type_) in (tuple, dict) else metas)
+    elif get_origin(type_) is not Literal:
+        yield key, type_, metas
+
+
+LEAVES = [leaf for name, struct in TABLES.items() for leaf in _leaves(name, struct)]
+NUMBERS = [(key, type_, metas) for key, type_, metas in LEAVES if type_ in (int, float)]
+
+
+def test_every_number_is_looked_at() -> None:
+    keys = {key for key, *_ in NUMBERS}
+    assert {"workflow.seed", "train.num_steps", "train.checkpointing", "train.betas", "train.lora.rank"} <= keys
+    assert {"pretokenize.sources.weight", "quantize.learning_rate", "benchmark.batch_sizes"} <= keys
+    assert {key for key, type_, _ in LEAVES if type_ not in (int, float, str, bool)} == {"train.optimizer_options"}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 10**22, -(10**22)])
+def test_every_number_has_bounds(value: float) -> None:
+    taken = []
+    for key, type_, metas in NUMBERS:
+        annotated: Any = type_
+        for meta in metas:
+            annotated = Annotated[annotated, meta]
+        try:
+            msgspec.convert(value, annotated)
+            taken.append(key)
+        except msgspec.ValidationError:
+            pass
+    assert taken == []
+
+
+def mistakes(text: str) -> str:
+    """Return what is wrong with the one table of a workflow file."""
+    lines: list[str] = []
+    ((name, table),) = tomllib.loads(text).items()
+    read_struct(table, TABLES[name], file="workflow.toml", key=name, lines=lines)
+    return "\n".join(lines)
+
+
+SIZES = [key for key, _, metas in LEAVES if any(SIZE_PATTERN in (meta.pattern or "") for meta in metas)]
+
+
+def test_every_size_is_looked_at() -> None:
+    assert {"workflow.memory_limit", "quantize.target_size", "profile.max_leak_per_step"} < set(SIZES)
+
+
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("value", ["900%", "100.5%", "9999999 TB", f"{400 * '9'} GB"])
+def test_no_size_is_more_than_all(key: str, value: str) -> None:
+    table, _, name = key.partition(".")
+    shares = "a size in bytes" if name == "target_size" else "at most 100%"
+    expected = f"expected {shares if '%' in value else 'at most 1024 TiB'}. "
+    line = mistakes(f"[{table}]\n{name} = {toml_value(value)}")
+    assert line.startswith(f"workflow.toml: {key} = {toml_value(value)}: {expected}")
+    assert "\n" not in line
+
+
+CONTRADICTIONS = {
+    "[train]\nlearning_rate = inf": "workflow.toml: train.learning_rate = inf: expected a number from 1e-12 to 1e+06. "
+    "Use train.learning_rate = 0.015 (the default) or remove the key.",
+    "[train]\nnum_steps = 10000000000000000000000": "workflow.toml: train.num_steps = 10000000000000000000000: "
+    "expected a whole number from 1 to 1_000_000_000. Use train.num_steps = 240 (the default) or remove the key.",
+    "[train]\nbatch_size = 16\nmax_batch_size = 8": "workflow.toml: train.max_batch_size = 8: "
+    "expected at least batch_size = 16. Set it to 16 or remove it.",
+    '[workflow]\nmemory_limit = "900%"': 'workflow.toml: workflow.memory_limit = "900%": expected at most 100%. '
+    'Use "80%" (the default).',
+    "[train]\nnum_steps = 10\nwarmup_steps = 10": "workflow.toml: train.warmup_steps = 10: "
+    "expected less than num_steps = 10. Lower it or remove the key.",
+    '[train]\nnum_steps = 10\nschedule = "wsd"\nwarmup_steps = 4\ndecay_steps = 7': "workflow.toml: "
+    "train.decay_steps = 7: expected at most num_steps - warmup_steps = 6. Lower it or remove the key.",
+    "[train]\nlearning_rate = 1e-3\nfinal_learning_rate = 1e-2": "workflow.toml: train.final_learning_rate = 0.01: "
+    "expected at most learning_rate = 0.001. Change one of the two.",
+    "[train]\neval_every = 0\npatience = 2": "workflow.toml: train.patience = 2: "
+    "needs validations on the way, and eval_every = 0 makes none. Set eval_every, or remove patience.",
+    '[train]\noptimizer = "sgd"\nbetas = [0.5, 0.9]': "workflow.toml: train.betas = [0.5, 0.9]: "
+    "the optimizer 'sgd' has none. Remove the key, or set optimizer = \"adamw\".",
+    "[train]\noptimizer_options = { eps = inf, bias_correction = true }": "workflow.toml: "
+    "train.optimizer_options.eps = inf: "
+    "expected true, false, a number from -1000000 to 1000000, or a list of such. Change it or remove the key.",
+    '[train.model]\nfrom = "base"\nhidden_size = 64': "workflow.toml: train.model.hidden_size = 64: "
+    "is for a new model, and model.from names one that exists. Remove one of the two.",
+    '[pretokenize]\nholdout = 0.1\nvalidation_sources = ["v.txt"]': "workflow.toml: pretokenize.holdout = 0.1: "
+    "is for a corpus without documents for validation, and validation_sources names some. Remove one of the two.",
+    "[quantize]\ntarget_bits_per_weight = 3\ncandidate_bits = [4, 8]": "workflow.toml: "
+    "quantize.target_bits_per_weight = 3.0: "
+    "expected at least the lowest of candidate_bits = 4. Change one of the two.",
+    '[quantize]\ntarget_size = "0 GB"': 'workflow.toml: quantize.target_size = "0 GB": expected more than nothing. '
+    'Write such as "200 MB".',
+}
+
+
+@pytest.mark.parametrize("text", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(text: str) -> None:
+    assert mistakes(text) == CONTRADICTIONS[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[train]\nbatch_size = 500",
+        "[train]\nnum_steps = 1",
+        "[train]\nnum_steps = 1\nwarmup_steps = 0",
+        '[train]\nnum_steps = 10\nschedule = "wsd"\nwarmup_steps = 4\ndecay_steps = 6',
+        '[train]\nnum_steps = 3\nschedule = "wsd"',
+        "[train]\noptimizer_options = { eps = [1e-30, 1e-3], scale_parameter = true }",
+    ],
+)
+def test_defaults_follow_what_is_written(text: str) -> None:
+    assert mistakes(text) == ""
+
+
+def test_defaults_that_follow_are_numbers() -> None:
+    resolved = [train.Config(num_steps=n, batch_size=b) for n, b in ((240, 32), (1, 500), (30, 1))]
+    assert [one.resolved_warmup_steps for one in resolved] == [20, 0, 15]
+    assert [one.resolved_decay_steps for one in resolved] == [48, 1, 6]
+    assert [one.resolved_max_batch_size for one in resolved] == [64, 500, 64]
+
+
+def test_the_optimizers_with_betas_are_mlx_s() -> None:
+    names = get_args(get_type_hints(train.Config)["optimizer"])
+    assert [name for name in names if "betas" in options_of(name)] == list(train.WITH_BETAS)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("num_steps", [1, 2, 30, 240])
+def test_the_final_learning_rate_is_reached_right_after_the_last_step(name: str, num_steps: int) -> None:
+    config = train.Config(num_steps=num_steps)
+    schedule = make_schedule(
+        name=name,
+        learning_rate=2.0,
+        final_learning_rate=0.5,
+        num_steps=num_steps,
+        warmup_steps=config.resolved_warmup_steps,
+        decay_steps=config.resolved_decay_steps,
+    )
+    last, after = (float(schedule(mx.array(step, mx.uint64))) for step in (num_steps - 1, num_steps))
+    assert after == pytest.approx(0.5, abs=1e-6)
+    assert last > after
