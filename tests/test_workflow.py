@@ -1,3 +1,4 @@
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,8 @@ bits = 7
         "workflow.toml: train.batch_size = 0: expected a whole number from 1 to 1_048_576. "
         "Use train.batch_size = 32 (the default) or remove the key.",
         "workflow.toml: workflow.sed: unknown key. Did you mean workflow.seed?",
-        "workflow.toml: quantize.bits = 7: expected one of 2, 3, 4, 5, 6, 8. "
-        "Use quantize.bits = 4 (the default) or remove the key.",
+        'workflow.toml: quantize.bits = 7: expected one of "auto", 2, 3, 4, 5, 6, 8. '
+        'Use quantize.bits = "auto" (the default) or remove the key.',
     ]
 
 
@@ -89,9 +90,10 @@ ONE_MISTAKE = {
     "Name a file, a folder or a glob with text in it.",
     '[pretokenize]\nsources = ["builtin:novels"]': 'workflow.toml: pretokenize.sources = "builtin:novels": '
     "no such built-in corpus. Known: builtin:python-stdlib.",
-    '[quantize]\nmode = "mxfp4"': 'workflow.toml: quantize.group_size = 64: mode "mxfp4" needs group_size 32. '
+    '[quantize]\nmode = "mxfp4"\ngroup_size = 64': ""
+    'workflow.toml: quantize.group_size = 64: mode "mxfp4" needs group_size 32. '
     'Set group_size = 32 or mode = "affine".',
-    '[quantize]\nmode = "mxfp8"\ngroup_size = 32': 'workflow.toml: quantize.bits = 4: mode "mxfp8" needs bits 8. '
+    '[quantize]\nmode = "mxfp8"\nbits = 4': 'workflow.toml: quantize.bits = 4: mode "mxfp8" needs bits 8. '
     'Set bits = 8 or mode = "affine".',
     "[quantize]\ngroup_size = 16": 'workflow.toml: quantize.group_size = 16: mode "affine" needs one of 32, 64, 128. '
     "Set group_size = 64.",
@@ -284,6 +286,61 @@ def test_a_written_stage_is_told_the_variants_of_its_input(folder: Path) -> None
         'workflow.toml: profile.input = "train": expected one of its variants. Write "train:a" or "train:b".',
         'workflow.toml: benchmark.models = "train": expected one of its variants. '
         'Write "train:a" or "train:b" or "train:*".',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected", "rules"),
+    [
+        ("", ("affine", 4, 64), []),
+        ('mode = "symmetric"', ("symmetric", 4, 64), []),
+        ('mode = "mxfp4"', ("mxfp4", 4, 32), []),
+        ('mode = "mxfp8"', ("mxfp8", 8, 32), []),
+        ('mode = "nvfp4"', ("nvfp4", 4, 16), []),
+        ('bits = 3\nlayers = [{ match = "*", mode = "mxfp8" }]', ("affine", 3, 64), [("mxfp8", 8, 32)]),
+        ('group_size = 32\nlayers = [{ match = "*", mode = "nvfp4" }]', ("affine", 4, 32), [("nvfp4", 4, 16)]),
+        # what neither wrote: of the table where the modes have the same choices, else of the own mode
+        (
+            'bits = 3\nlayers = [{ match = "*", mode = "symmetric" }]',
+            ("affine", 3, 64),
+            [("symmetric", "same", "same")],
+        ),
+        ('mode = "mxfp8"\nlayers = [{ match = "*", mode = "affine" }]', ("mxfp8", 8, 32), [("affine", 4, 64)]),
+        (
+            'mode = "mxfp4"\ngroup_size = 32\nlayers = [{ match = "*", mode = "affine", bits = 6 }]',
+            ("mxfp4", 4, 32),
+            [("affine", 6, 32)],
+        ),
+        ('layers = [{ match = "*", bits = 8 }]', ("affine", 4, 64), [("same", 8, "same")]),
+    ],
+)
+def test_a_mode_brings_its_own_bits_and_group_size(
+    folder: Path, table: str, expected: tuple[str, int, int], rules: list[tuple[object, ...]]
+) -> None:
+    (folder / "workflow.toml").write_text(f"[quantize]\n{table}\n")
+    text = resolved_toml(load_workflow(Path("workflow.toml")))
+    shown = tomllib.loads(text)["quantize"]
+    assert tuple(shown[key] for key in ("mode", "bits", "group_size")) == expected
+    assert [tuple(rule[key] for key in ("mode", "bits", "group_size")) for rule in shown["layers"]] == rules
+    (folder / "resolved.toml").write_text(text)
+    assert resolved_toml(load_workflow(Path("resolved.toml"))) == text
+
+
+def test_a_mode_alone_is_the_same_artifact_as_with_its_bits_and_group_size_written(folder: Path) -> None:
+    settings = []
+    for table in ('mode = "mxfp4"', 'mode = "mxfp4"\nbits = 4\ngroup_size = 32'):
+        (folder / "workflow.toml").write_text(f"[quantize]\n{table}\n")
+        settings.append(load_workflow(Path("workflow.toml")).find("quantize").settings())
+    assert settings[0] == settings[1]
+
+
+def test_modes_of_a_matrix_bring_their_own_group_sizes(folder: Path) -> None:
+    (folder / "workflow.toml").write_text('[quantize]\nmatrix = { mode = ["affine", "mxfp4", "nvfp4"] }\n')
+    tables = tomllib.loads(resolved_toml(load_workflow(Path("workflow.toml"))))["quantize"]
+    assert [(one["name"], one["bits"], one["group_size"]) for one in tables] == [
+        ("mode-affine", 4, 64),
+        ("mode-mxfp4", 4, 32),
+        ("mode-nvfp4", 4, 16),
     ]
 
 

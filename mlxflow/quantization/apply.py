@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxflow.errors import CallError, UserError
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.plan import Rule, check_supported, quantizable, resolve
-from mlxflow.quantization.settings import BITS, Setting
+from mlxflow.quantization.settings import BITS, Asked, Setting
 
 
 def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[str, Packed] | None = None) -> None:
@@ -52,8 +52,8 @@ def _num_parameters(model: nn.Module) -> int:
 
 def quantize_model_for_inference(
     model: nn.Module,
-    bits: int = 4,
-    group_size: int = 64,
+    bits: int | None = None,
+    group_size: int | None = None,
     mode: str = "affine",
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> nn.Module:
@@ -73,11 +73,12 @@ def quantize_model_for_inference(
 
     Args:
         model: dense; its layers are replaced in place. Call `mx.compile` after this, not before.
-        bits: of a code: 2, 3, 4, 5, 6 or 8.
-        group_size: weights along the last axis that share a scale: 32, 64 or 128 ("nvfp4" has 16).
+        bits: of a code: 2, 3, 4, 5, 6 or 8; None: the mode's own, 4 ("mxfp8" has 8).
+        group_size: weights along the last axis that share a scale: 32, 64 or 128; None: the mode's own, 64 ("mxfp4"
+            and "mxfp8" have 32, "nvfp4" has 16).
         mode: "affine", "symmetric", "mxfp4", "mxfp8" or "nvfp4".
         layers: settings by layer, the first that matches holds: `match`, a pattern of module paths, and any of `bits`,
-            `group_size`, `mode` and `skip`.
+            `group_size`, `mode` and `skip`; a mode brings its own bits and group size, too.
 
     Raises:
         CallError: a setting that a mode or the installed MLX does not have, a pattern that matches no layer, a group
@@ -86,8 +87,9 @@ def quantize_model_for_inference(
     if mode not in BITS:
         raise CallError(f'mode = "{mode}": expected one of {", ".join(BITS)}. Use mode = "affine" (the default).')
     try:
-        rules = [Rule(**rule) for rule in layers]
-        plan = resolve(model, default=Setting(mode, bits, group_size), rules=rules, key="quantize_model_for_inference")
+        asked = Asked(mode, bits, group_size)
+        rules = [_with_own(Rule(**rule), asked) for rule in layers]
+        plan = resolve(model, default=asked.setting, rules=rules, key="quantize_model_for_inference")
         check_supported(plan.layers, "quantize_model_for_inference")
     except TypeError as error:
         raise CallError(f"layers: {error}. A rule has match, bits, group_size, mode and skip.") from error
@@ -95,3 +97,11 @@ def quantize_model_for_inference(
         raise CallError(*error.problems) from error
     apply_plan(model, cast("Mapping[str, Setting]", plan.layers))
     return model
+
+
+def _with_own(rule: Rule, table: Asked) -> Rule:
+    """Return a rule with the bits and the group size that its mode brings; an unknown mode is left to `resolve`."""
+    if rule.mode is None or rule.mode not in BITS:
+        return rule
+    own = table.by_rule(rule.mode, rule.bits, rule.group_size)
+    return rule._replace(bits=own["bits"], group_size=own["group_size"])

@@ -30,6 +30,39 @@ class Setting(NamedTuple):
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.stored_mode}
 
 
+class Asked(NamedTuple):
+    """A mode with the bits and the group size that were written for it; None where they were not.
+
+    Attributes:
+        mode: see `Setting`.
+        bits: of a code.
+        group_size: weights that share a scale.
+    """
+
+    mode: str
+    bits: int | None = None
+    group_size: int | None = None
+
+    @property
+    def setting(self) -> Setting:
+        """The setting: the mode's usual bits and group size where none were written."""
+        return Setting(self.mode, self.bits or BITS[self.mode][0], self.group_size or GROUP_SIZES[self.mode][0])
+
+    def by_rule(self, mode: str, bits: int | None, group_size: int | None) -> dict[str, int | None]:
+        """Return bits and group size of a rule with a mode of its own, beside a table that asks for this.
+
+        What neither wrote is the usual of the rule's mode, or stays None where both modes have the same choices: then
+        a rule follows the table, whose bits a budget may choose.
+        """
+        table = self.setting
+        told: dict[str, int | None] = {"bits": bits, "group_size": group_size}
+        for key, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
+            written = getattr(self, key)
+            if told[key] is None and choices[mode] != choices[table.mode]:
+                told[key] = written if written in choices[mode] else choices[mode][0]
+        return told
+
+
 class Mistake(NamedTuple):
     """A value that the mode does not have.
 

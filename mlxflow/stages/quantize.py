@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import msgspec
 from msgspec import Meta
@@ -11,7 +11,7 @@ from msgspec import Meta
 from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.quantization.settings import Setting, mistakes_in
+from mlxflow.quantization.settings import Asked, Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
 from mlxflow.stages import quantize_methods, train, train_methods
 
@@ -59,12 +59,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "affine"
     )
     bits: Annotated[
-        Literal[2, 3, 4, 5, 6, 8], Meta(description="bits of a code; mxfp4 and nvfp4 have 4, mxfp8 has 8")
-    ] = 4
+        Literal["auto", 2, 3, 4, 5, 6, 8], Meta(description="bits of a code; auto: the mode's own, 4, of mxfp8 8")
+    ] = "auto"
     group_size: Annotated[
-        Literal[16, 32, 64, 128],
-        Meta(description="weights that share a scale; mxfp4 and mxfp8 have 32, nvfp4 has 16"),
-    ] = 64
+        Literal["auto", 16, 32, 64, 128],
+        Meta(description="weights that share a scale; auto: the mode's own, 64, of mxfp4 and mxfp8 32, of nvfp4 16"),
+    ] = "auto"
     layers: Annotated[
         tuple[LayerRule, ...], Meta(description="settings by layer; of several that match, the first holds")
     ] = ()
@@ -124,9 +124,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(ge=0, le=1e6, description="mean divergence in nats; over it the stage fails likewise; 0: no gate")
     ] = 0.0
 
+    def __post_init__(self) -> None:
+        """Write out what the modes of the table and of its rules bring where the keys are left out."""
+        asked = Asked(self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size)))
+        own = asked.setting
+        msgspec.structs.force_setattr(self, "bits", own.bits)
+        msgspec.structs.force_setattr(self, "group_size", own.group_size)
+        msgspec.structs.force_setattr(self, "layers", tuple(_with_own(rule, asked) for rule in self.layers))
+
     def problems(self) -> Any:
         """Yield bits and group sizes that the mode does not have, and what does not fit together."""
-        for one in mistakes_in(Setting(self.mode, self.bits, self.group_size)):
+        for one in mistakes_in(self.default):
             advice = f"Set {one.key} = {one.usual}" + (' or mode = "affine".' if self.mode != "affine" else ".")
             yield Problem(one.key, one.value, one.expected, advice)
         if self.target_bits_per_weight and self.target_size:
@@ -183,7 +191,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def default(self) -> Setting:
         """The setting of layers that nothing names."""
-        return Setting(self.mode, self.bits, self.group_size)
+        return Asked(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
+
+
+def _with_own(rule: LayerRule, table: Asked) -> LayerRule:
+    """Return a rule with what its mode brings where the mode is of another kind than the table's."""
+    if rule.mode == "same":
+        return rule
+    own = table.by_rule(rule.mode, *(None if one == "same" else one for one in (rule.bits, rule.group_size)))
+    changes = {name: value for name, value in own.items() if value is not None}
+    return msgspec.structs.replace(rule, **changes)
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,6 +47,17 @@ def test_every_setting_gives_the_tensors_and_the_config_of_mlx_lm(bits: int, gro
     assert set(plan.layers) == packed != set()
 
 
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"), [("affine", 4, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+)
+def test_a_mode_alone_quantizes_with_its_own_bits_and_group_size(mode: str, bits: int, group_size: int) -> None:
+    model = nn.Sequential(nn.Linear(128, 32), nn.Linear(32, 64), nn.Linear(64, 8))
+    rules: list[dict[str, Any]] = [{"match": "layers.2", "mode": "affine"}, {"match": "layers.1", "skip": True}]
+    made = quantize_model_for_inference(model, mode=mode, layers=rules).layers
+    assert (made[0].mode, made[0].bits, made[0].group_size) == (mode, bits, group_size)
+    assert (made[2].mode, made[2].bits, made[2].group_size) == ("affine", 4, 64)
+
+
 def test_bits_per_weight_count_scales_and_biases() -> None:
     model = nn.Sequential(nn.Linear(64, 32, bias=False))
     assert bits_per_weight(model) == 32
