@@ -19,6 +19,7 @@ from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
 from mlxflow.errors import CallError, WorkflowError
 from mlxflow.identity import DigestCache
+from mlxflow.paths import printable
 from mlxflow.references import References
 from mlxflow.stage import Corpus, StageModule
 from mlxflow.variants import expand_matrix
@@ -237,9 +238,9 @@ def load_workflow(path: Path) -> Workflow:
 
 
 def shown_path(path: Path) -> str:
-    """Return a path as a user would write it."""
+    """Return a path as a user would write it, on one line."""
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+    return printable(str(path) if relative.startswith("..") else relative)
 
 
 def _word_toml_error(shown: str, message: str, last_line: int) -> str:

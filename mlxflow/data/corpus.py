@@ -14,6 +14,7 @@ from mlxflow.data.shards import Shard
 from mlxflow.data.tokenization import SourceFile
 from mlxflow.errors import SourceError
 from mlxflow.identity import DigestCache, digest_json, digest_text
+from mlxflow.paths import locate
 from mlxflow.stage import Corpus
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def list_files(
         elif entry.path.startswith(sources.HF):
             data_sets.setdefault(owner, []).extend([] if isinstance(one, Corpus) else [one])
         elif isinstance(one, Path):
-            named = os.path.abspath(entry.root / entry.path) == os.path.abspath(one)  # noqa: PTH100
+            named = os.path.abspath(locate(entry.path, entry.root)) == os.path.abspath(one)  # noqa: PTH100
             files.append(_file(one, _shown(one, entry.root), owner, entry, cache, is_named=named))
     for owner, paths in data_sets.items():
         files += _data_set(settings[owner], owner, paths, cache)
@@ -95,7 +96,7 @@ def _file(
             f"{name}: cannot be read ({said}). Mend it or leave it out of pretokenize.sources."
         ) from error
     side = "validation" if entry.is_validation else ""
-    if not side and sources.is_split(entry.root / entry.path):
+    if not side and sources.is_split(locate(entry.path, entry.root)):
         side = sources.SPLIT_FILES[path.name]
     return SourceFile(name, path, Shape.of(path), digest, size, owner, side, is_named, entry.format_, entry.text_key)
 
@@ -111,7 +112,7 @@ def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: Diges
             end = min(begin + _ROWS_PER_SHARD, len(data))
             yield SourceFile(
                 f"{entry.path}/{split}[{begin}:{end}]",
-                entry.root / entry.path,
+                locate(entry.path.removeprefix(sources.HF), entry.root),
                 Shape("hf", ""),
                 digest_json([digest, split, begin, end]),
                 0,
@@ -146,7 +147,7 @@ def _load_data_set(entry: SourceSettings, *, is_local: bool) -> dict[str, Any]:
     name, _, revision = entry.path.removeprefix(sources.HF).partition("@")
     try:
         if is_local:
-            folder = entry.root / entry.path.removeprefix(sources.HF)
+            folder = locate(entry.path.removeprefix(sources.HF), entry.root)
             saved = any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
             loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
         else:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mlxflow.errors import SourceError
 from mlxflow.identity import DigestCache, digest_file, digest_json, digest_text
+from mlxflow.paths import escape_existing, expand
 
 #: The text of the running Python's standard library sources: about 12 MB of English and code on every machine.
 PYTHON_STDLIB = "builtin:python-stdlib"
@@ -119,13 +120,15 @@ def find(source: str, root: Path) -> Found:
     writes is no source unless it is named outright.
 
     Args:
-        source: a file, a glob, a folder, or `hf:FOLDER`.
+        source: a file, a glob, a folder, or `hf:FOLDER`, as written: with `~` and `$VAR`. The leading folders of a
+            glob are taken literally where they exist.
         root: the workflow's folder, from which relative sources begin.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    place = root / source.removeprefix(HF)
+    name = expand(source.removeprefix(HF))
+    place = root / name
     if place.is_file():
         found = Found([place])
     elif place.is_dir() and source.startswith(HF):
@@ -141,12 +144,11 @@ def find(source: str, root: Path) -> Found:
 
         if os.path.islink(place):  # noqa: PTH114 - one in a circle: say so
             os.stat(place)  # noqa: PTH116
-        matching = (root / name for name in glob.iglob(source, root_dir=root, recursive=True))  # noqa: PTH207
+        pattern = escape_existing(name, root)
+        matching = (root / name for name in glob.iglob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
         found = Found([path for path in matching if path.is_file()])
-    files = [path for path in found.files if not _is_made_here(path, source, root)]
-    files.sort(key=lambda path: path.as_posix())
-    outside = Path(source.removeprefix(HF)).is_absolute()
-    return found._replace(files=files if outside else [path.relative_to(root) for path in files])
+    files = sorted(_not_made_here(found.files, place, root), key=lambda path: path.as_posix())
+    return found._replace(files=files if Path(name).is_absolute() else [path.relative_to(root) for path in files])
 
 
 def source_files(source: str, root: Path) -> list[Path]:
@@ -205,11 +207,21 @@ class _Walk:
             self._files.append(Path(entry.path))
 
 
-def _is_made_here(path: Path, source: str, root: Path) -> bool:
-    """Return whether a file is written by the workflow itself, and the source does not name that place outright."""
-    if Path(source.removeprefix(HF)).parts[:1] in (("artifacts",), ("mlxflow.lock",)) or not path.is_relative_to(root):
-        return False
-    return path.relative_to(root).parts[0] in ("artifacts", "mlxflow.lock")
+def _not_made_here(files: list[Path], place: Path, root: Path) -> list[Path]:
+    """Return the files without those that the workflow itself writes, unless `place` leads there.
+
+    Args:
+        files: below `place`.
+        place: where a source leads, however it is spelled.
+        root: the workflow's folder.
+    """
+    written = [os.path.abspath(root / name) for name in ("artifacts", "mlxflow.lock")]  # noqa: PTH100
+
+    def is_written(path: Path) -> bool:
+        absolute = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named
+        return any(absolute == one or absolute.startswith(one + os.sep) for one in written)
+
+    return files if is_written(place) else [path for path in files if not is_written(path)]
 
 
 def builtin_files(name: str) -> list[Path]:

@@ -47,6 +47,24 @@ def test_a_folder_with_brackets_in_its_name_is_only_a_folder(tmp_path: Path) -> 
     assert _names(find("*.txt", root)) == ["b.txt"]
 
 
+def test_home_and_variables_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, other = tmp_path / "project", tmp_path / "other [v2]"
+    _write(other, "a.txt", "set/data-0.arrow")
+    root.mkdir()
+    monkeypatch.setenv("HOME", str(other))
+    monkeypatch.setenv("OTHER", str(other))
+    for source in ("~", "~/a.txt", "$OTHER/*.txt", "${OTHER}/**/a.*"):
+        assert str(other / "a.txt") in _names(find(source, root)), source
+    assert _names(find("hf:$OTHER/set", root)) == [str(other / "set/data-0.arrow")]
+    assert _names(find("$OTHER/none", root)) == []
+
+
+def test_a_name_found_on_the_disk_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTHER", "elsewhere")
+    _write(tmp_path, "notes/$OTHER.txt", "notes/~")
+    assert _names(find("notes", tmp_path)) == ["notes/$OTHER.txt", "notes/~"]
+
+
 def test_links_are_followed_each_folder_once_and_circles_end(tmp_path: Path) -> None:
     _write(tmp_path, "notes/a.txt", "elsewhere/b.txt")
     for name, target in (
@@ -91,6 +109,19 @@ def test_what_the_workflow_writes_is_no_source_of_its_own(tmp_path: Path, source
     _write(tmp_path, "a.txt", "artifacts/logs/train.txt", "deep/artifacts/b.txt")
     assert _names(find(source, tmp_path)) == ["a.txt", "deep/artifacts/b.txt"]
     assert _names(find("artifacts/logs", tmp_path)) == ["artifacts/logs/train.txt"]
+
+
+@pytest.mark.parametrize("spelling", ["{root}", "{root}/**/*.txt", "../project", "../project/**/*.txt", "notes/.."])
+def test_what_the_workflow_writes_is_no_source_however_the_source_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    root = tmp_path / "project"
+    _write(root, "notes/a.txt", "artifacts/logs/train.txt", "mlxflow.lock")
+    monkeypatch.chdir(root)
+    source = spelling.format(root=root)
+    for place in (root, Path()):
+        assert [path.name for path in find(source, place).files] == ["a.txt"]
+    assert [path.name for path in find(f"{root}/artifacts/logs", Path()).files] == ["train.txt"]
 
 
 def test_a_folder_made_for_mlx_lm_is_its_three_files(tmp_path: Path) -> None:

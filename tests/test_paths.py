@@ -1,0 +1,53 @@
+import glob
+from pathlib import Path
+
+import pytest
+
+from mlxflow.paths import escape_existing, expand, locate, printable, unset_variables
+
+
+def test_home_and_variables_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of one")
+    monkeypatch.setenv("MODELS", "/disk/models")
+    assert expand("~/base") == "/home/of one/base"
+    assert expand("$MODELS/base") == "/disk/models/base"
+    assert expand("${MODELS}2/$MODELS") == "/disk/models2//disk/models"
+    assert expand("plain ~ name") == "plain ~ name"
+
+
+def test_a_variable_that_is_not_set_stays_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    monkeypatch.setenv("MODELS", "/disk/models")
+    assert expand("$NO_SUCH/x") == "$NO_SUCH/x"
+    assert unset_variables("$NO_SUCH/${NO_SUCH}/$MODELS/$") == ["$NO_SUCH"]
+
+
+def test_paths_begin_at_the_workflow_unless_they_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELS", "/disk/models")
+    assert locate("base", tmp_path) == tmp_path / "base"
+    assert locate("../base", tmp_path) == tmp_path / "../base"
+    assert locate("$MODELS/base", tmp_path) == Path("/disk/models/base")
+
+
+@pytest.mark.parametrize("folder", ["project [v2]", "a*b", "what?", "[!x]", "**", "[", "notes"])
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_folders_that_exist_are_taken_literally(tmp_path: Path, folder: str, is_absolute: bool) -> None:
+    for name in (folder, "project v", "axb", "whatt", "y"):  # what the patterns match
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").touch()
+    pattern = f"{folder}/*.txt"
+    if is_absolute:
+        pattern = f"{tmp_path}/{pattern}"
+    found = glob.glob(escape_existing(pattern, tmp_path), root_dir=tmp_path, recursive=True)  # noqa: PTH207
+    assert [tmp_path / one for one in found] == [tmp_path / folder / "a.txt"]
+
+
+def test_folders_that_do_not_exist_stay_patterns(tmp_path: Path) -> None:
+    (tmp_path / "notes [1]").mkdir()
+    assert escape_existing("notes*/*.txt", tmp_path) == "notes*/*.txt"
+    assert escape_existing("notes [1]/**/*.txt", tmp_path) == "notes [[]1]/**/*.txt"
+    assert escape_existing("*.txt", tmp_path) == "*.txt"
+
+
+def test_a_printed_name_is_one_line() -> None:
+    assert printable("a\nb\tc\udcffé 字") == "a\\nb\\tc\\udcffé 字"
