@@ -120,6 +120,19 @@ def _run(module: nn.Module, tokens: mx.array, marks: mx.array | None, model: nn.
     return result
 
 
+def has_row_state(model: nn.Module) -> bool:
+    """Return whether the structure alone shows that documents in a row cannot be kept apart; computes nothing.
+
+    True of a table of absolute positions and of a layer that carries a state from token to token. False does not mean
+    that documents can be kept apart: `can_mask_documents` tries.
+    """
+    from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+    caches = [part for cache in make_prompt_cache(model) for part in getattr(cache, "caches", [cache])]
+    is_recurrent = any(isinstance(cache, ArraysCache) for cache in caches)
+    return is_recurrent or any(path.endswith("wpe") for path, _ in model.named_modules())
+
+
 def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:
     """Return whether documents packed into one row get the logits that each gets alone.
 

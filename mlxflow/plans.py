@@ -1,20 +1,45 @@
 """Quantization plans checked against the architecture alone: no artifact is needed and no weight is made."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxflow.config import Problem, word
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train import shape_config
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
 def check_plans(workflow: Workflow) -> None:
-    """Resolve the plan of every quantize stage whose architecture is known here.
+    """Hold the settings of every train and quantize stage against the architecture, where that is known here.
 
     Raises:
-        WorkflowError: one line for each entry of `layers` that does not fit.
+        WorkflowError: one line for each entry of `layers`, and each `document_mask`, that does not fit.
     """
+    lines = [*_mask_mistakes(workflow), *_plan_mistakes(workflow)]
+    if lines:
+        raise WorkflowError(*lines)
+
+
+def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
+    """Yield a line for every `document_mask` that the model to go on from cannot have."""
+    from mlxflow import models, packed
+
+    for one in (one for one in workflow.stages if one.name == "train"):
+        config: Any = one.config
+        architecture = _read(workflow.root / config.model.from_) if config.model.from_ else None
+        tokens: Any = workflow.find(config.input).config
+        if architecture is None or config.document_mask is not True or tokens.packing == "none":
+            continue
+        if packed.has_row_state(models.skeleton(architecture)):
+            expected = f"{architecture['model_type']} counts positions through the whole row"
+            advice = 'Set document_mask = false, or pretokenize.packing = "none".'
+            yield word(Problem("document_mask", True, expected, advice), shown_path(workflow.path), one.table)
+
+
+def _plan_mistakes(workflow: Workflow) -> list[str]:
+    """Return a line for each entry of `layers` that does not fit."""
     from mlxflow import models
     from mlxflow.quantization.plan import check_supported, resolve
     from mlxflow.stages.quantize_methods import rules_of
@@ -31,8 +56,7 @@ def check_plans(workflow: Workflow) -> None:
             check_supported(resolve(skeleton, default=config.default, rules=rules_of(config), key=key).layers, key)
         except WorkflowError as error:
             lines += error.problems
-    if lines:
-        raise WorkflowError(*lines)
+    return lines
 
 
 def _architecture(workflow: Workflow, one: Stage) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def test_check_tells_every_mistake_and_exits_with_2(job: Path) -> None:
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "workflow.toml: train.num_step: unknown key. Did you mean train.num_steps?",
-        "workflow.toml: profile.batch_size = 0: expected a whole number of at least 1. "
+        "workflow.toml: profile.batch_size = 0: expected a whole number from 1 to 1_048_576. "
         "Use profile.batch_size = 32 (the default) or remove the key.",
     ]
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from mlxflow.kernels.attention import reference
-from mlxflow.packed import _PackedRows, apply, can_mask_documents, noted_bounds
+from mlxflow.packed import _PackedRows, apply, can_mask_documents, has_row_state, noted_bounds
 from mlxflow.training.attention import Causal, Heads, first_causal_heads, in_fixed_order
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.recompute import recomputed
@@ -74,6 +74,7 @@ def test_packed_documents_get_the_logits_of_each_alone(name: str) -> None:
     assert float(mx.abs(packed - alone).max()) < 1e-5 * scale
     assert float(mx.abs(apply(model, tokens, None) - alone).max()) > 0.02 * scale  # without the mask they differ
     assert can_mask_documents(model, 97)
+    assert not has_row_state(model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -173,6 +174,14 @@ def test_masks_that_are_not_handed_on_as_they_were_made_are_not_known() -> None:
 def test_an_architecture_that_counts_positions_through_the_row_is_found_out() -> None:
     gpt2 = _model("gpt2", n_ctx=64, n_embd=32, n_head=4, n_layer=2, n_positions=64, layer_norm_epsilon=1e-5)
     assert not can_mask_documents(gpt2, 97)
+    assert has_row_state(gpt2)
+
+
+def test_layers_that_carry_a_state_through_the_row_are_found_out() -> None:
+    shape = {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
+    mamba = _model("mamba", **shape)
+    assert not can_mask_documents(mamba, 97)
+    assert has_row_state(mamba)
 
 
 def test_a_model_that_takes_no_cache_is_found_out() -> None:

@@ -124,6 +124,11 @@ class TokenFile(NamedTuple):
             )
         return self.rows
 
+    @property
+    def packs_documents(self) -> bool:
+        """Whether some row holds parts of several documents."""
+        return bool((artifact.map_tensor(self.path, "row_pieces") > 1).any())
+
     def pieces(self, row: int) -> "list[PieceAt]":
         """Return the pieces of documents in one row, in their order."""
         counts = artifact.map_tensor(self.path, "row_pieces")

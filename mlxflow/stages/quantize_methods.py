@@ -219,7 +219,7 @@ def _trained(
         )
     model.train()
     mx.eval(model.parameters())
-    masks = train_methods.masks_documents(settings, tokens.train, model, context.task)
+    masks = masks_of(tokens, model)
     with train_methods.begin_proof(settings, context) as ahead, fake_quantized(model, plan.layers) as pack:
         objective = partial(_objective, model, teacher, tokens, config.batch_size, masks)
         subject = train_methods.Subject(model, tokens.train, masks, objective)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from mlxflow import device
+from mlxflow.config import toml_value
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stage import Context, derive_seed
 
@@ -249,7 +250,7 @@ def _recorded_kernels(context: Context) -> list[str] | None:
 
 
 def masks_documents(config: "Config", tokens: Any, model: Any, task: str) -> bool:
-    """Return whether tokens see only their own document.
+    """Return whether a mask keeps the documents of a row apart.
 
     Raises:
         WorkflowError: they are to, and the model's architecture cannot tell documents apart.
@@ -257,12 +258,15 @@ def masks_documents(config: "Config", tokens: Any, model: Any, task: str) -> boo
     from mlxflow import packed
 
     wanted = tokens.has_conversations if config.document_mask == "auto" else config.document_mask
-    if wanted and not packed.can_mask_documents(model, tokens.vocab_size):
+    if not wanted or packed.can_mask_documents(model, tokens.vocab_size):
+        return bool(wanted)
+    if tokens.packs_documents:
         raise WorkflowError(
-            f"{task}.document_mask: this architecture counts positions through the whole row and cannot keep the "
-            f'documents in it apart. Set {task}.document_mask = false, or pretokenize.packing = "none".'
+            f"{task}.document_mask = {toml_value(config.document_mask)}: this architecture counts positions through "
+            f"the whole row and cannot keep the documents in it apart. Set {task}.document_mask = false, or "
+            'pretokenize.packing = "none".'
         )
-    return bool(wanted)
+    return False  # a row holds one document
 
 
 def report_of(result: Any, kernels: Any) -> dict[str, Any]:
