@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow import artifact, bare
+from mlxflow import artifact, bare, config_json
 from mlxflow.errors import ArtifactError
 
 #: The files of a model on the hub that make a model folder.
@@ -131,8 +131,51 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     try:
         model, config = bare.mlx_lm_utils().load_model(folder, lazy=lazy)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ArtifactError(f"{folder}: cannot be opened as a model ({error}). Build it again.") from error
-    return model, config
+        raise ArtifactError(_word_unopened(folder, error)) from error
+    _require_readable_codes(folder, model)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    return model, config_json.describing(config, weights=names, is_quantized=is_quantized(model))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether some layer of a model holds codes instead of weights."""
+    return any(_holds_codes(layer) for layer in model.modules())
+
+
+def _holds_codes(layer: nn.Module) -> bool:
+    return "scales" in layer or _is_integer(layer.get("weight"))
+
+
+def _is_integer(weight: Any) -> bool:
+    return isinstance(weight, mx.array) and mx.issubdtype(weight.dtype, mx.integer)
+
+
+def _require_readable_codes(folder: Path, model: nn.Module) -> None:
+    """Refuse a model whose layers take codes for weights: they fit in shape, and what they compute is noise.
+
+    Raises:
+        ArtifactError: names the first such layer.
+    """
+    for path, layer in model.named_modules():
+        if "scales" not in layer and hasattr(layer, "to_quantized") and _is_integer(layer.get("weight")):
+            raise ArtifactError(
+                f"{folder}: {path}.weight holds codes ({str(layer.weight.dtype).rpartition('.')[2]}), and mlx-lm takes "
+                "them for numbers. Convert the model to bf16 first."
+            )
+
+
+def _word_unopened(folder: Path, error: Exception) -> str:
+    """Return why a folder cannot be opened; how its weights are packed, where mlx-lm does not know that."""
+    said = " ".join(str(error).split())
+    config = config_json.read(folder)
+    packed = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    method = packed.get("quant_method") if isinstance(packed, dict) else None
+    if method is None or "quantization" in config:
+        return f"{folder}: cannot be opened as a model ({said}). Build it again."
+    return (
+        f'{folder}/config.json: quantization_config.quant_method = "{method}": mlx-lm does not read weights of '
+        f"{config.get('model_type')} that are packed so ({said[:200]}). Convert the model to bf16 first."
+    )
 
 
 def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact.StoredRows]:
@@ -164,8 +207,8 @@ def load_dense(folder: Path, key: str) -> nn.Module:
     Raises:
         ArtifactError: the folder is no model folder, or its model is quantized.
     """
-    model, config = load(folder)
-    if "quantization" in config:
+    model, _ = load(folder)
+    if is_quantized(model):
         raise ArtifactError(f"{key}: {folder} is quantized, and training steps need a dense model. Name a train stage.")
     return model
 
@@ -176,11 +219,7 @@ def vocab_size(folder: Path) -> int:
     Raises:
         ArtifactError: the folder has no config.json.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: no model folder (its config.json: {error}). Build it again.") from error
-    return int(config.get("vocab_size", 2**62))
+    return config_json.vocab_size(config_json.read(folder))
 
 
 def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
@@ -219,14 +258,9 @@ def save(
     provenance: Mapping[str, str],
 ) -> None:
     """Write `config.json` and `model.safetensors`; equal weights are equal bytes."""
-    write_config(config_file, config)
+    config_json.write(config_file, config)
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     artifact.write_tensors(model_file, weights, {"format": "mlx"} | artifact.provenance_metadata(provenance))
-
-
-def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a `config.json` with its keys in order."""
-    path.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")
 
 
 def copy_companions(folder: Path, to: Path) -> None:
@@ -259,8 +293,8 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
         dtype: "fp32", "fp16", "bf16", or "keep" for what the config says, as mlx-lm's converter does it.
     """
     names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    said = names.get(dtype) or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
-    if said not in names.values():
+    said = names.get(dtype) or config_json.dtype(config)
+    if said is None or said not in names.values():
         return model, dict(config)
     wanted = getattr(mx, said)
     is_cast = getattr(model, "cast_predicate", lambda _: True)
@@ -270,13 +304,21 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
         return value.astype(wanted) if fits else value
 
     model.update(tree_map_with_path(casted, model.parameters()))
-    return model, {key: said if key in ("torch_dtype", "dtype") else value for key, value in config.items()}
+    return model, config_json.with_dtype(config, said)
 
 
 def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a quantized model with dense weights, and its config without a word of quantization."""
+    """Return a quantized model with dense weights, and its config without a word of quantization.
+
+    Raises:
+        ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
+    """
     dense: nn.Module = bare.mlx_lm_utils().dequantize_model(model)
-    return dense, {key: value for key, value in config.items() if not key.startswith("quantization")}
+    for path, layer in dense.named_modules():
+        if _holds_codes(layer):
+            raise ArtifactError(f"{path}: mlx-lm cannot unpack a {type(layer).__name__}. Name a dense model.")
+    names = [name for name, _ in tree_flatten(dense.parameters())]
+    return dense, config_json.describing(config, weights=names, is_quantized=False)
 
 
 def dense_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Callable[[], mx.array]]:
@@ -365,8 +407,7 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self._model, config = load(folder)
         self._tokenizer = _open_tokenizer(folder)
-        ends = config.get("eos_token_id")
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        self._ends = config_json.end_of_text(config)
 
     def write(self, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         from tokenizers.decoders import DecodeStream

@@ -256,7 +256,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: it costs more than a gate allows.
         WorkflowError: the plan or the method does not fit the model.
     """
-    from mlxflow import artifact, models
+    from mlxflow import artifact, config_json, models
     from mlxflow.quantization.export import export
     from mlxflow.quantization.progress import show_layers
 
@@ -286,7 +286,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             watch=watch,
         )
     table = made.plan.config()
-    models.write_config(outputs.config, {**model_config, "quantization": table, "quantization_config": table})
+    config_json.write(outputs.config, {**model_config, "quantization": table, "quantization_config": table})
     models.copy_companions(folder, context.folder)
     report = {"method": config.method, **_sizes(exported, made.plan, outputs)} | chosen | made.report
     if tokens is not None:
@@ -308,7 +308,7 @@ def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str
     from mlxflow import models
 
     model, model_config = models.load(folder, lazy=True)
-    if "quantization" in model_config or "quantization_config" in model_config:
+    if models.is_quantized(model):
         key = f'{context.task}.model = "{config.model}"' if config.model else f'{context.task}.input = "{config.input}"'
         if not config.requantize:
             raise ArtifactError(
@@ -330,13 +330,13 @@ def _open_tokens(
     """
     if not inputs.tokens:
         return None
-    from mlxflow import models
+    from mlxflow import config_json, models
     from mlxflow.data.token_file import TokenFile
 
     key = f"{context.task}.data"
     train_tokens, validation = (TokenFile.open(path) for path in inputs.tokens)
     train_tokens.require_vocabulary(models.vocab_size(folder), key)
-    positions = int(model_config.get("max_position_embeddings") or 2**62)
+    positions = config_json.num_positions(model_config)
     if train_tokens.context_length > positions:
         raise ArtifactError(
             f'{key} = "{config.token_stage}": its rows have {train_tokens.context_length:,} tokens, {folder} is made '

@@ -422,7 +422,7 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     """Return the model in training mode, its `config.json`, and its adapters' where it has some."""
     import mlx.core as mx
 
-    from mlxflow import models
+    from mlxflow import config_json, models
     from mlxflow.training import adapters
 
     seed = derive_seed(context.seed, "train.model")
@@ -437,11 +437,9 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
         key = f"{context.task}.lora.keys"
         adapter_config = adapters.add_adapters(model, _adapter_shape(config), seed=seed, key=key)
     model.set_dtype(dtype)
-    for name in {"torch_dtype", "dtype"} & set(model_config):
-        model_config[name] = str(dtype).rpartition(".")[2]
     model.train()
     mx.eval(model.parameters())
-    return model, model_config, adapter_config
+    return model, config_json.with_dtype(model_config, str(dtype).rpartition(".")[2]), adapter_config
 
 
 def _adapter_shape(config: Config) -> Any:
@@ -463,7 +461,7 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     Raises:
         ArtifactError: it is none, does not know the tokens, or is quantized where all weights are to be trained.
     """
-    from mlxflow import hub, models
+    from mlxflow import config_json, hub, models
 
     key = f"{context.task}.model.from"
     folder = context.root / config.model.from_
@@ -472,13 +470,13 @@ def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
     model, model_config = models.load(folder)
     tokens.require_vocabulary(models.vocab_size(folder), key)
     models.require_tokenizer(folder, inputs.tokenizer[0], key)
-    positions = int(model_config.get("max_position_embeddings") or 2**62)
+    positions = config_json.num_positions(model_config)
     if tokens.context_length > positions:
         raise ArtifactError(
             f"{key}: {folder} is made for {positions:,} positions, the rows have {tokens.context_length:,}. "
             "Lower pretokenize.context_length."
         )
-    if config.method == "full" and "quantization" in model_config:
+    if config.method == "full" and models.is_quantized(model):
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
     return model, model_config
 
