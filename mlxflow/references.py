@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
+from mlxflow.disk import Disk
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
@@ -17,21 +18,18 @@ class References:
     """What `Inputs.of` may ask of the workflow; see `mlxflow.stage.Artifacts`.
 
     Args:
-        root: the workflow's folder.
+        disk: the files of the workflow; whatever an answer depends on is asked there.
         known: the stages and variants that the asking stage may read from, with the names of the files they make.
         broken: names of stages of which not every variant is known.
         left_out: names of stages that nobody wrote and that could not be part of the workflow.
         shown: the workflow file's name, for the messages.
         table: the asking stage's table, for the messages.
         lines: where the messages go.
-
-    Attributes:
-        source_patterns: the sources that were asked for, as written, and whether each has to name a file.
     """
 
     def __init__(
         self,
-        root: Path,
+        disk: Disk,
         known: Mapping[str, Set[str]],
         broken: Set[str],
         left_out: Set[str],
@@ -39,7 +37,7 @@ class References:
         table: str,
         lines: list[str],
     ) -> None:
-        self._root = root
+        self._disk = disk
         self._known = known
         self._broken = broken
         self._left_out = left_out
@@ -48,7 +46,6 @@ class References:
         self._shown = shown
         self._table = table
         self._lines = lines
-        self.source_patterns: list[tuple[str, bool]] = []
 
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`."""
@@ -115,66 +112,64 @@ class References:
         for pattern in patterns:
             if pattern.startswith("builtin:"):
                 found += self._builtin(pattern, key)
-            elif pattern.startswith(sources.HF) and not (self._root / pattern.removeprefix(sources.HF)).is_dir():
+            elif pattern.startswith(sources.HF) and not self._is_folder(pattern.removeprefix(sources.HF)):
                 found += self._data_set(pattern, key)
             else:
-                self.source_patterns.append((pattern, True))
                 found += self._files(pattern, key)
         return tuple(dict.fromkeys(found))
 
     def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
         """Return single files."""
         for name in names:
-            self.source_patterns.append((name, True))
-            if not (self._root / name).is_file():
+            if not self._disk.is_file(name):
                 self._note(key, name, "names no file", "Name one, relative to the workflow file.")
         return tuple(Path(name) for name in names)
 
     def tokenizer(self, name: str, key: str) -> tuple[Path, ...]:
         """Return the tokenizer files of a folder."""
-        if not (self._root / name).is_dir():
+        if not self._disk.is_dir(name):
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name) or name.startswith("."):
                 self._note(key, name, "no such folder", "Name a folder with a tokenizer.json, or a hub id.")
             return ()
-        found = []
-        for file in sources.TOKENIZER_FILES:
-            pattern = f"{name.rstrip('/')}/{file}"
-            self.source_patterns.append((pattern, False))
-            found += sources.source_files(pattern, self._root)
-        if not any(path.name == "tokenizer.json" for path in found):
+        folder = name.rstrip("/")
+        found = [file for file in sources.TOKENIZER_FILES if self._disk.is_file(f"{folder}/{file}")]
+        if "tokenizer.json" not in found:
             self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
-        return tuple(found)
+        return tuple(Path(folder, file) for file in found)
 
     def model(self, name: str, key: str) -> tuple[Path, ...]:
         """Return the files of a model folder."""
-        folder = self._root / name
-        if not folder.is_dir():
+        if not self._disk.is_dir(name):
             if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith("."):
                 self._note(key, name, "no such folder", "Name a folder with a config.json, or a hub id.")
             return ()
-        self.source_patterns.append((f"{name.rstrip('/')}/*.safetensors", True))
-        weights = sorted(path.relative_to(self._root) for path in folder.glob("*.safetensors"))
-        config = Path(name.rstrip("/"), "config.json")
-        if not (self._root / config).is_file() or not weights:
-            lacking = "config.json" if weights or not (self._root / config).is_file() else "*.safetensors"
+        folder = name.rstrip("/")
+        weights = self._disk.names(folder, ".safetensors")
+        has_config = self._disk.is_file(f"{folder}/config.json")
+        if not has_config or not weights:
+            lacking = "*.safetensors" if has_config else "config.json"
             self._note(key, name, f"has no {lacking}", "Name a model folder.")
             return ()
-        return (config, *weights)
+        return tuple(Path(folder, file) for file in ("config.json", *weights))
+
+    def _is_folder(self, written: str) -> bool:
+        return self._disk.is_dir(self._disk.expand(written))
 
     def _files(self, pattern: str, key: str) -> list[Path]:
         try:
-            files = sources.source_files(pattern, self._root) if pattern else []
+            files = self._disk.source(pattern) if pattern else []
+            has_text = bool(files) and self._disk.has_text(pattern)
         except OSError as error:
-            folder = os.path.relpath(error.filename, self._root) if error.filename else pattern
+            folder = os.path.relpath(error.filename, self._disk.root) if error.filename else pattern
             where = f": {folder}" if folder != pattern else ""
             self._note(key, pattern, f"cannot be looked up ({error.strerror}{where})", _NAME_TEXT)
             return []
         if not files:
-            empty = bool(pattern) and (self._root / pattern).is_dir()
+            empty = bool(pattern) and self._is_folder(pattern)
             self._note(key, pattern, "is an empty folder" if empty else "names no file", _NAME_TEXT)
-        elif not any((self._root / path).stat().st_size for path in files):
+        elif not has_text:
             self._note(key, pattern, "holds no text", _NAME_TEXT)
-        return files
+        return [Path(file) for file in files]
 
     def _data_set(self, name: str, key: str) -> list[Corpus]:
         if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name):

@@ -17,6 +17,7 @@ from mlxflow import device, stage
 from mlxflow.config import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
+from mlxflow.disk import Disk
 from mlxflow.errors import CallError, WorkflowError
 from mlxflow.identity import DigestCache
 from mlxflow.paths import printable
@@ -81,7 +82,6 @@ class Stage:
         table: the table's key in the file, such as `train` or `quantize[0]`.
         config: the resolved table.
         inputs: what it reads; paths relative to the workflow's folder.
-        source_patterns: the sources among the inputs, as written, and whether each has to name a file.
     """
 
     def __init__(
@@ -93,7 +93,6 @@ class Stage:
         self.config = config
         self._workflow = workflow
         self.inputs: msgspec.Struct = module.Inputs()
-        self.source_patterns: list[tuple[str, bool]] = []
 
     @cached_property
     def name(self) -> str:
@@ -160,11 +159,13 @@ class Workflow:
         settings: the `[workflow]` table.
         stages: every stage and variant, each after the ones it reads from.
         left_out: by name, why a stage that the file does not mention is not among them: lines for people.
+        disk: every question that was asked of the disk to find the stages' inputs, with its answer.
     """
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: Settings, disk: Disk) -> None:
         self.path = path
         self.root = path.parent
+        self.disk = disk
         self.settings = settings
         self.stages: list[Stage] = []
         self.left_out: dict[str, list[str]] = {}
@@ -210,11 +211,12 @@ class Workflow:
         raise CallError(f"{task}: no such stage in {self.path}. Known: {known}.")
 
 
-def load_workflow(path: Path) -> Workflow:
+def load_workflow(path: Path, disk: Disk | None = None) -> Workflow:
     """Read and check a workflow file; imports no mlx.
 
     Args:
         path: the TOML file.
+        disk: answers what is asked of the other files; None for those that are there now.
 
     Raises:
         WorkflowError: the file is missing, no valid TOML or has mistakes: one line for each of them.
@@ -234,7 +236,7 @@ def load_workflow(path: Path) -> Workflow:
         raise WorkflowError(_word_toml_error(shown, str(error), len(text.rstrip().splitlines()))) from error
     except RecursionError as error:
         raise WorkflowError(f"{shown}: not valid TOML (nested too deeply). Fix the file.") from error
-    return _Loader(shown, document).load(path)
+    return _Loader(shown, document).load(path, disk or Disk(path.parent))
 
 
 def shown_path(path: Path) -> str:
@@ -260,7 +262,7 @@ class _Loader:
         self.told: dict[str, list[str]] = {name: [] for name in (*document, *STAGES)}  # by table, in the file's order
         self.modules = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
 
-    def load(self, path: Path) -> Workflow:
+    def load(self, path: Path, disk: Disk) -> Workflow:
         settings = Settings()
         read: dict[str, list[tuple[str | None, str, msgspec.Struct]]] = {}
         for name, table in self.document.items():
@@ -270,7 +272,7 @@ class _Loader:
                 read[name] = list(self._variants(name, table))
             else:
                 self.told[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown))
-        workflow = Workflow(path, settings)
+        workflow = Workflow(path, settings, disk)
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
@@ -333,9 +335,8 @@ class _Loader:
             earlier = STAGES[: STAGES.index(one.name)]
             known = {m.task: {path.name for path in m.outputs} for m in workflow.stages if m.name in earlier}
             lines = self.told[one.name] if one.name in self.document else []
-            asked = References(workflow.root, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
+            asked = References(workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
             one.inputs = one.module.Inputs.of(one.config, asked)
-            one.source_patterns = asked.source_patterns
             default = one.module.Config()
             asked.check_makers(
                 one.input_files,

@@ -1,24 +1,25 @@
 """The stages of a workflow file, resolved once and remembered for as long as nothing they follow from has changed.
 
-Reading the workflow means importing every stage and the library that checks types, which takes longer than all that
-doit does when there is nothing to do. What was read is therefore kept beside doit's state, together with the exact
-bytes of the workflow file and the stamps of the code; the files that sources name are looked up anew each time.
+Resolving a workflow imports every stage and the library that checks types, which takes longer than all that doit does
+when there is nothing to do. The complete graph is therefore kept beside doit's state, together with everything that it
+follows from: the bytes of the workflow file, the stamps of the code, and each question that was asked of the disk with
+its answer (`mlxflow.disk`). Where any of these differs the workflow is resolved again, so a remembered graph is always
+the one that resolving would return.
 """
 
 import json
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxflow.data.sources import BUILTINS, source_files
+from mlxflow import disk
 from mlxflow.identity import digest_json
 from tasks.node import Node
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 def load_nodes(path: Path, state: Path) -> list[Node]:
@@ -35,73 +36,64 @@ def load_nodes(path: Path, state: Path) -> list[Node]:
     key = _key(path)
     nodes = _recall(remembered, key, path)
     if nodes is None:
-        nodes, patterns = _resolve(path)
-        if state.is_dir():
-            _remember(remembered, key, nodes, patterns)
+        nodes, lookups = _resolve(path)
+        if state.is_dir() and key == _key(path):
+            _remember(remembered, {"key": key, "code": _code_stamps(_code_files()), "lookups": lookups}, nodes)
     return nodes
 
 
 def _key(path: Path) -> str | None:
-    """Return a digest of everything that the graph follows from, but for the sources; None without a file."""
+    """Return a digest of the workflow file and of where the code lies; None without a file."""
+    import mlxflow
+
     try:
         text = path.read_bytes().hex()
     except OSError:
         return None
-    return digest_json([_FORMAT, text, str(path), list(_code_stamps())])
+    return digest_json([_FORMAT, text, str(path), sys.version, mlxflow.__file__, __file__])
 
 
-def _code_stamps() -> Iterator[list[int | str]]:
-    """Yield name, size and time of every file that takes part in reading a workflow."""
-    import mlxflow
+def _code_files() -> list[str]:
+    """Return every file of this project that was imported, which resolving a workflow does with all it needs."""
+    loaded = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    return sorted(file for name, file in loaded.items() if name.partition(".")[0] in ("mlxflow", "tasks") and file)
 
-    package = os.path.dirname(str(mlxflow.__file__))  # noqa: PTH120 - pathlib doubles the time of a no-op here
-    for folder in (package, os.path.join(package, "stages"), os.path.join(package, "data"), os.path.dirname(__file__)):  # noqa: PTH118, PTH120
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda one: one.name):
-                if entry.name.endswith(".py"):
-                    stat = entry.stat()
-                    yield [entry.path, stat.st_size, stat.st_mtime_ns]
+
+def _code_stamps(files: list[str]) -> list[list[int | str]]:
+    """Return name, size and times of files.
+
+    Raises:
+        OSError: one is gone.
+    """
+    stats = [(file, os.stat(file)) for file in files]  # noqa: PTH116 - pathlib doubles the time of a no-op here
+    return [[file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
 
 def _recall(remembered: Path, key: str | None, path: Path) -> list[Node] | None:
-    """Return the remembered graph if it still holds, with its sources looked up anew."""
+    """Return the remembered graph if everything that it follows from is as it was."""
     try:
         stored = json.loads(remembered.read_bytes())
         if key is None or stored["key"] != key:
             return None
+        if stored["code"] != _code_stamps([stamp[0] for stamp in stored["code"]]):
+            return None
+        if not disk.unchanged(path.parent, stored["lookups"]):
+            return None
         nodes = [Node.from_json(value) for value in stored["nodes"]]
-        patterns: dict[str, list[tuple[str, bool]]] = stored["patterns"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    recalled = []
-    for node in nodes:
-        asked = [one for one in patterns.get(node.task, ()) if one[0] not in BUILTINS]
-        try:
-            found = [source_files(pattern, path.parent) for pattern, _ in asked]
-        except OSError:
-            return None  # a folder may not be read: the full reading says it best
-        if not all(files or not required for files, (_, required) in zip(found, asked, strict=True)):
-            return None  # a source is gone: the full reading says it best
-        names = dict.fromkeys(name.as_posix() for files in found for name in files)
-        recalled.append(replace(node, inputs=(*names, *node.inputs), command=_command(node.task, path)))
-    return recalled
+    return [replace(node, command=_command(node.task, path)) for node in nodes]
 
 
 def _command(task: str, path: Path) -> tuple[str, ...]:
     return (sys.executable, "-m", "mlxflow", "run", task, "--workflow", str(path))
 
 
-def _remember(
-    remembered: Path, key: str | None, nodes: list[Node], patterns: dict[str, list[tuple[str, bool]]]
-) -> None:
-    """Keep the graph, without the files that sources name; a folder that cannot be written is left alone."""
-    stored: dict[str, Any] = {"key": key, "patterns": patterns, "nodes": []}
-    for node in nodes:
-        files = tuple(name for name in node.inputs if not patterns.get(node.task))
-        stored["nodes"].append(replace(node, inputs=files).as_json())
+def _remember(remembered: Path, basis: dict[str, Any], nodes: list[Node]) -> None:
+    """Keep the graph with what it follows from; a folder that cannot be written is left alone."""
     temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(stored))
+        temporary.write_text(json.dumps(basis | {"nodes": [node.as_json() for node in nodes]}))
         temporary.replace(remembered)
     except OSError:
         with suppress(OSError):
@@ -124,8 +116,8 @@ def _refuse_command_names(stages: set[str]) -> None:
         )
 
 
-def _resolve(path: Path) -> tuple[list[Node], dict[str, list[tuple[str, bool]]]]:
-    """Read the workflow file; also return the sources of each stage, as written."""
+def _resolve(path: Path) -> tuple[list[Node], list[disk.Lookup]]:
+    """Read the workflow file; also return what was asked of the disk."""
     from mlxflow.stage import summary
     from mlxflow.workflow import load_workflow
 
@@ -148,4 +140,4 @@ def _resolve(path: Path) -> tuple[list[Node], dict[str, list[tuple[str, bool]]]]
         )
         for one in workflow.stages
     ]
-    return nodes, {one.task: one.source_patterns for one in workflow.stages if one.source_patterns}
+    return nodes, workflow.disk.lookups

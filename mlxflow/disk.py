@@ -1,0 +1,136 @@
+"""What resolving a workflow asks of the disk and the environment, each question recorded with its answer.
+
+A resolved workflow may be remembered for exactly as long as every one of these questions has the same answer; see
+`tasks.graph`. So whatever resolving depends on is asked here and nowhere else: a new question is a new method of `Disk`
+with `@_question` above it.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from mlxflow import paths
+from mlxflow.data import sources
+
+#: A question's name, its arguments and its answer, as JSON values.
+Lookup = list[Any]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_QUESTIONS: set[str] = set()
+
+
+def _question(method: Callable[Concatenate["Disk", P], T]) -> Callable[Concatenate["Disk", P], T]:
+    """Record what a method of `Disk` answers; the same question again has the same answer without a look.
+
+    Arguments are positional. They and the answer are JSON values: text, numbers, booleans, None, and lists of them. An
+    `OSError` is an answer too.
+    """
+    name = method.__name__
+    _QUESTIONS.add(name)
+
+    @wraps(method)
+    def ask(self: "Disk", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (name, *args)
+        if key not in self._answers:
+            self._answers[key] = _answer_of(lambda: method(self, *args, **kwargs))
+        answer, error = self._answers[key]
+        if error is not None:
+            raise OSError(*error)
+        return cast("T", answer)
+
+    return ask
+
+
+def _answer_of(look: Callable[[], object]) -> tuple[object, list[Any] | None]:
+    try:
+        return look(), None
+    except OSError as error:
+        return None, [error.errno, error.strerror, error.filename]
+
+
+class Disk:
+    """The files below a workflow's folder, and those that absolute names lead to.
+
+    Args:
+        root: the workflow's folder, from which relative names begin.
+        lookups: answers to give without a look.
+    """
+
+    def __init__(self, root: Path, lookups: Iterable[Lookup] = ()) -> None:
+        self.root = root
+        self._answers: dict[tuple[object, ...], tuple[object, list[Any] | None]] = {
+            (name, *args): (answer, error) for name, args, answer, error in lookups
+        }
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """Every question so far with its answer, as JSON values."""
+        return [[key[0], list(key[1:]), answer, error] for key, (answer, error) in self._answers.items()]
+
+    @_question
+    def expand(self, name: str) -> str:
+        """Return a path as written with `~` and environment variables replaced; see `mlxflow.paths.expand`."""
+        return paths.expand(name)
+
+    @_question
+    def is_file(self, name: str) -> bool:
+        """Return whether there is a file of this name."""
+        return os.path.isfile(os.path.join(self.root, name))  # noqa: PTH113, PTH118 - asked at every no-op
+
+    @_question
+    def is_dir(self, name: str) -> bool:
+        """Return whether there is a folder of this name."""
+        return os.path.isdir(os.path.join(self.root, name))  # noqa: PTH112, PTH118 - asked at every no-op
+
+    @_question
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Return the names of the files in a folder that end in a suffix and do not begin with a dot, sorted.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        with os.scandir(os.path.join(self.root, folder)) as entries:  # noqa: PTH118
+            return sorted(e.name for e in entries if e.name.endswith(suffix) and e.name[0] != "." and e.is_file())
+
+    @_question
+    def source(self, pattern: str) -> list[str]:
+        """Return the files that a source names; see `mlxflow.data.sources.find`.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        return [path.as_posix() for path in sources.source_files(pattern, self.root)]
+
+    @_question
+    def has_text(self, pattern: str) -> bool:
+        """Return whether any of the files that a source names has a byte in it.
+
+        Raises:
+            OSError: a file cannot be looked up.
+        """
+        return any(os.stat(os.path.join(self.root, name)).st_size for name in self.source(pattern))  # noqa: PTH116, PTH118
+
+
+def unchanged(root: Path, lookups: Iterable[Lookup]) -> bool:
+    """Return whether each question has the answer that was recorded.
+
+    Args:
+        root: the workflow's folder.
+        lookups: of an earlier `Disk`, through JSON.
+    """
+    disk = Disk(root)
+    for name, args, answer, error in lookups:
+        if name not in _QUESTIONS:
+            return False
+        found: tuple[object, list[Any] | None]
+        try:
+            found = getattr(disk, name)(*args), None
+        except OSError as problem:
+            found = None, [problem.errno, problem.strerror, problem.filename]
+        if found != (answer, error):
+            return False
+    return True

@@ -1,0 +1,286 @@
+"""A remembered graph never changes a decision: random workflows, random edits, with the memory and without it."""
+
+import json
+import os
+import random
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxflow.disk import Disk
+from mlxflow.errors import UserError
+from mlxflow.identity import DigestCache, digest_json
+from mlxflow.workflow import load_workflow
+from tasks.freshness import observe_inputs, observe_outputs, observe_settings
+from tasks.graph import load_nodes
+from tasks.node import Node
+from tasks.planning import plan
+from tests.conftest import doit
+
+TREE = {
+    "notes": ["a.txt", "b.txt", "deeper/c.md", ".hidden.txt"],
+    "docs": ["one.txt", "two.txt", "three.md"],
+    "hub": ["data.jsonl"],
+    "base": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
+    "tok": ["tokenizer.json", "special_tokens_map.json"],
+    ".": ["single.txt", "chat.jinja", "replay.jsonl", "baseline.toml"],
+}
+SOURCES = ("notes", "docs/*.txt", "docs", "notes/**/*.md", "single.txt", "$CORPUS", "builtin:python-stdlib", "hf:hub")
+
+
+def _content(path: Path, number: int) -> bytes:
+    if path.suffix != ".safetensors":
+        return f"text {number}".encode()
+    header = json.dumps({"w": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    return len(header).to_bytes(8, "little") + header + number.to_bytes(8, "little")
+
+
+def _write(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_content(path, number))
+
+
+def random_workflow(choose: random.Random) -> str:
+    """Return a workflow file that reads from some of the files of the tree, in every way that there is."""
+    sources = choose.sample(SOURCES, choose.randint(1, 3))
+    lines = ["[pretokenize]", f"sources = {json.dumps(sources)}"]
+    if choose.random() < 0.3:
+        lines.append(f"validation_sources = {json.dumps(choose.sample(SOURCES, 1))}")
+    if choose.random() < 0.3:
+        lines.append('chat_template = "chat.jinja"')
+    if choose.random() < 0.4:
+        lines.append(f'tokenizer = {{ from = "{choose.choice(["tok", "base", "base/"])}" }}')
+    for variant in choose.choice([[""], ["x", "y"]]):
+        lines += [f"[[train]]\nname = {json.dumps(variant)}" if variant else "[train]"]
+        lines += ['replay = "replay.jsonl"'] if choose.random() < 0.4 else []
+        lines += [f"num_steps = {choose.randint(10, 20)}"]
+        lines += ["[train.model]", 'from = "base"'] if choose.random() < 0.5 else []
+        dense = f"train:{variant}" if variant else "train"
+    for variant in choose.choice([[""], ["q4", "q8"]]):
+        lines += [f"[[quantize]]\nname = {json.dumps(variant)}" if variant else "[quantize]"]
+        lines += ['model = "base"\ndata = "pretokenize"' if choose.random() < 0.4 else f'input = "{dense}"']
+    lines += [f'[profile]\ninput = "{dense}"', f'[benchmark]\ninput = "{dense}"\nmodels = ["{dense}"]']
+    lines += ['baseline = "baseline.toml"'] if choose.random() < 0.5 else []
+    return "\n".join([*lines, '[report]\nmodels = ["train:*"]', ""])
+
+
+class Project:
+    """A folder with a random workflow over random files, in which random edits are made.
+
+    Runs are pretended: each stage's outputs are a function of its settings and the identities of its inputs.
+    """
+
+    cache = DigestCache(Path("/nowhere"))  # of all projects: the built-in corpus is read once
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.choose = random.Random(seed)
+        self.records: dict[str, dict[str, Any]] = {}
+        for parent, names in TREE.items():
+            for name in names:
+                _write(folder / parent / name, 0)
+        self.workflow = folder / "workflow.toml"
+        self.workflow.write_text(random_workflow(self.choose))
+
+    def files(self) -> list[Path]:
+        """Return every file that is nobody's artifact."""
+        artifacts = self.folder / "artifacts"
+        return sorted(p for p in self.folder.rglob("*") if p.is_file() and artifacts not in p.parents)
+
+    def nodes(self, *, remembering: bool) -> list[Node] | str:
+        """Return the stages, or what is wrong with the workflow."""
+        state = self.folder / ("artifacts/.mlxflow" if remembering else "nowhere")
+        try:
+            return load_nodes(self.workflow, state)
+        except UserError as error:
+            return str(error)
+
+    def decision(self, *, remembering: bool) -> object:
+        """Return the stages and what a run would do, with the reasons; or what is wrong with the workflow."""
+        nodes = self.nodes(remembering=remembering)
+        if isinstance(nodes, str):
+            return nodes
+        planned = plan(nodes, lambda task: self.records.get(task, {}), self.cache)
+        return nodes, [(one.node.task, one.reasons) for one in planned]
+
+    def run(self) -> None:
+        """Pretend to run what is stale, as the remembered graph has it."""
+        nodes = self.nodes(remembering=True)
+        if isinstance(nodes, str):
+            return
+        (self.folder / "artifacts/.mlxflow").mkdir(parents=True, exist_ok=True)
+        stale = {one.node.task for one in plan(nodes, lambda task: self.records.get(task, {}), self.cache)}
+        for node in (node for node in nodes if node.task in stale):
+            try:
+                inputs = observe_inputs(node, self.cache)
+            except (OSError, ValueError):  # damaged: the real run ends here too
+                return
+            number = int(digest_json([node.settings, inputs]), 16) % 2**60
+            for name in node.outputs:
+                _write(self.folder / name, number)
+            self.records[node.task] = {
+                "settings": observe_settings(node),
+                "inputs": inputs,
+                "outputs": observe_outputs(node, self.cache),
+            }
+
+    def edit(self) -> str:
+        """Make one random edit and return what it was."""
+        kinds = [self._edit, self._edit, self._delete, self._add, self._rename, self._empty, self._point]
+        return self.choose.choice(kinds)()
+
+    def _edit(self) -> str:
+        path = self.choose.choice(self.files())
+        if path == self.workflow:
+            path.write_text(random_workflow(self.choose))
+        else:
+            _write(path, self.choose.randint(1, 10**6))
+        return f"edit {path}"
+
+    def _delete(self) -> str:
+        path = self.choose.choice([path for path in self.files() if path != self.workflow])
+        path.unlink()
+        return f"delete {path}"
+
+    def _add(self) -> str:
+        folder = self.choose.choice(["notes", "notes/new", "docs", "hub", "base", "tok"])
+        name = self.choose.choice(["n.txt", "n.md", "n.safetensors", "chat_template.jinja", "tokenizer_config.json"])
+        _write(self.folder / folder / name, self.choose.randint(1, 10**6))
+        return f"add {folder}/{name}"
+
+    def _rename(self) -> str:
+        path = self.choose.choice([*(self.folder / name for name in TREE), *self.files()])
+        if path in (self.folder, self.workflow) or not path.exists():
+            return self._edit()
+        away = self.choose.random() < 0.5
+        path.rename(path.with_name(f"renamed-{path.name}") if away else path.with_name(f"{path.stem}-2{path.suffix}"))
+        return f"rename {path}"
+
+    def _empty(self) -> str:
+        path = self.choose.choice([path for path in self.files() if path != self.workflow])
+        path.write_bytes(b"")
+        return f"empty {path}"
+
+    def _point(self) -> str:
+        os.environ["CORPUS"] = self.choose.choice(["docs", "notes", "nowhere"])
+        return f"CORPUS = {os.environ['CORPUS']}"
+
+    def undo(self) -> str:
+        """Put every file of the tree back that is not there."""
+        os.environ["CORPUS"] = "docs"
+        for parent, names in TREE.items():
+            for name in names:
+                if not (self.folder / parent / name).is_file():
+                    _write(self.folder / parent / name, 0)
+        return "undo"
+
+
+@pytest.fixture(autouse=True)
+def _corpus_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORPUS", "docs")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_remembering_never_changes_a_decision(tmp_path: Path, seed: int) -> None:
+    project = Project(tmp_path, seed)
+    history: list[str] = []
+    for _ in range(5):
+        for _ in range(project.choose.randint(1, 5)):
+            project.run()
+            history.append("run")
+            assert project.decision(remembering=True) == project.decision(remembering=False), history
+        for _ in range(project.choose.randint(1, 2)):
+            history.append(project.edit())
+            assert project.decision(remembering=True) == project.decision(remembering=False), history
+        if isinstance(project.nodes(remembering=False), str):
+            history.append(project.undo())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_resolving_asks_the_disk_only_what_is_recorded(tmp_path: Path, seed: int) -> None:
+    project = Project(tmp_path / "project", seed)
+    asked = load_workflow(project.workflow)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.move(project.workflow, alone)
+    shutil.rmtree(project.folder)
+    answered = load_workflow(alone / "workflow.toml", Disk(alone, json.loads(json.dumps(asked.disk.lookups))))
+    assert [one.inputs for one in answered.stages] == [one.inputs for one in asked.stages]
+
+
+REMEMBERED = """
+[pretokenize]
+sources = ["notes"]
+context_length = 16
+tokenizer = { vocab_size = 300 }
+[train]
+num_steps = 2
+batch_size = 4
+warmup_steps = 0
+eval_every = 0
+max_validation_rows = 8
+replay = "replay.jsonl"
+model = { from = "base" }
+[quantize]
+model = "base"
+"""
+
+
+def _set_rope_theta(job: Path) -> None:
+    path = job / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 500_000}))
+
+
+def _flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+LATER_EDITS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "the corpus": (
+        lambda job: (job / "notes/03.txt").write_text("another note"),
+        ["pretokenize: source notes/03.txt changed", "train: because pretokenize runs"],
+    ),
+    "the base's config": (
+        _set_rope_theta,
+        ["train: source base/config.json changed", "quantize: source base/config.json changed"],
+    ),
+    "the base's weights": (
+        lambda job: _flip_last_bit(job / "base/model.safetensors"),
+        ["train: source base/model.safetensors changed", "quantize: source base/model.safetensors changed"],
+    ),
+    "the run that is followed": (
+        lambda job: (job / "replay.jsonl").write_text('{"step": 1, "batch_size": 4}\n'),
+        ["train: source replay.jsonl changed"],
+    ),
+}
+
+
+def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy: Path) -> None:
+    shutil.move(job_copy / "artifacts/train", job_copy / "base")
+    shutil.copy(job_copy / "base/metrics.jsonl", job_copy / "replay.jsonl")
+    shutil.rmtree(job_copy / "artifacts")
+    (job_copy / "workflow.toml").write_text(REMEMBERED)
+    assert doit(job_copy, "train", "quantize").returncode == 0
+    for _ in range(3):
+        assert doit(job_copy, "train", "quantize").stdout == "-- pretokenize\n-- train\n-- quantize\n"
+    base = ["base/config.json", "base/model.safetensors"]
+    lock = tomllib.loads((job_copy / "mlxflow.lock").read_text())
+    made = [f"artifacts/pretokenize/{name}" for name in ("tokenizer.json", "tokenizer_config.json")]
+    made += [f"artifacts/pretokenize/{side}.safetensors" for side in ("train", "validation")]
+    assert list(lock["train"]["inputs"]) == [*made, *base, "replay.jsonl"]
+    assert list(lock["quantize"]["inputs"]) == base
+    for name, (change, expected) in LATER_EDITS.items():
+        kept = {path: path.read_bytes() for path in job_copy.rglob("*") if path.is_file() and path.suffix != ".log"}
+        change(job_copy)
+        lines = doit(job_copy, "plan", "train", "quantize").stdout.splitlines()
+        assert [line.partition("  (")[0] for line in lines[:-1]] == expected, name
+        for path, data in kept.items():
+            if path.read_bytes() != data:
+                path.write_bytes(data)
+    assert doit(job_copy, "train", "quantize").stdout == "-- pretokenize\n-- train\n-- quantize\n"
