@@ -4,6 +4,7 @@ A model folder holds `config.json` (Hugging Face's keys), `model.safetensors` an
 transformers (dense ones) and LM Studio open it unchanged.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow import artifact, bare, config_json
+from mlxflow import artifact, bare, config_json, gather
 from mlxflow.errors import ArtifactError
 
 #: The files of a model on the hub that make a model folder.
@@ -108,9 +109,11 @@ def skeleton(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ArtifactError: mlx-lm does not know the architecture, or the config lacks what it needs.
     """
+    gather.install()
     try:
-        model_class, args_class = bare.mlx_lm_utils()._get_classes(dict(config))
-        model: nn.Module = model_class(args_class.from_dict(dict(config)))
+        own = copy.deepcopy(dict(config))  # some architectures complete the tables within it
+        model_class, args_class = bare.mlx_lm_utils()._get_classes(own)
+        model: nn.Module = model_class(args_class.from_dict(own))
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise ArtifactError(f"config.json: no architecture that mlx-lm knows ({error}). Name another model.") from error
     return model
@@ -128,6 +131,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: no model folder (it has no config.json). Name one such as artifacts/train.")
+    gather.install()
     try:
         model, config = bare.mlx_lm_utils().load_model(folder, lazy=lazy)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -1,7 +1,7 @@
 """Which layer is quantized how: patterns resolved to a table of module paths before any weight is touched."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.errors import WorkflowError
 from mlxflow.quantization.codec import is_supported
-from mlxflow.quantization.settings import BITS, Setting, completed, mistakes_in
+from mlxflow.quantization.settings import BITS, GROUP_SIZES, Setting, completed, mistakes_in
 
 
 class Rule(NamedTuple):
@@ -46,6 +46,21 @@ class Plan(NamedTuple):
     skipped: list[str]
     undivided: list[str]
 
+    def warning(self, key: str) -> str | None:
+        """Return what to say of layers that stay dense for their widths alone; None where there are none.
+
+        Args:
+            key: of the table with the settings.
+        """
+        if not self.undivided:
+            return None
+        listed = ", ".join(self.undivided[:3]) + (", ..." if len(self.undivided) > 3 else "")
+        total = len(self.undivided) + len(self.layers) + len(self.skipped)
+        return (
+            f"{key}: {len(self.undivided)} of {total} layers stay dense, their widths are no multiples of group_size "
+            f"{self.default.group_size}: {listed}"
+        )
+
     def config(self) -> dict[str, Any]:
         """Return the table by which readers build the layers: `quantization` in `config.json`.
 
@@ -72,8 +87,9 @@ def names_bits(path: str, rules: Sequence[Rule]) -> bool:
 def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: str) -> Plan:
     """Return the plan for a model; looks at shapes only.
 
-    Where no rule says otherwise it follows what the architecture says of itself, as mlx-lm's converter does
-    (`quant_predicate`: routers that need more bits, for example).
+    Layers that no rule names get what mlx-lm's converter gives them. Where the default's group size does not divide
+    their width they stay dense; else the architecture's own `quant_predicate` holds where it has one. It asks for 8-bit
+    affine routers, for example, whatever the mode is.
 
     Args:
         model: dense; its weights need not be evaluated.
@@ -97,15 +113,19 @@ def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: s
         raise WorkflowError(*dict.fromkeys(lines))
     plan = Plan(default, {}, [], [])
     for path, layer in layers.items():
-        setting = _setting_of(path, layer, model, default, first[path])
+        rule, width = first[path], layer.weight.shape[-1]
+        if rule is None and width % default.group_size:
+            plan.undivided.append(path)
+            continue
+        setting = _setting_of(path, layer, model, default, rule)
         if setting is None:
             plan.skipped.append(path)
-        elif layer.weight.shape[-1] % setting.group_size:
+        elif width % setting.group_size:
             plan.undivided.append(path)
         else:
             plan.layers[path] = setting
     if not plan.layers:
-        raise WorkflowError(_word_nothing(plan, key))
+        raise WorkflowError(_word_nothing(plan, key, layers))
     return plan
 
 
@@ -133,9 +153,19 @@ def _setting_of(path: str, layer: nn.Module, model: nn.Module, default: Setting,
     predicate = getattr(model, "quant_predicate", None)
     said = True if predicate is None else predicate(path, layer)
     if isinstance(said, dict):
-        told = {name: said.get(name) for name in ("mode", "bits", "group_size")}
-        return completed(default, **told)
+        return _own_setting(said, default)
     return default if said else None
+
+
+def _own_setting(said: Mapping[str, Any], default: Setting) -> Setting:
+    """Return what an architecture asks for a layer: affine where it names no mode, as in `to_quantized` of MLX.
+
+    Codes with a fixed zero point are not MLX's, so an architecture cannot ask for them; a table that does gets them.
+    """
+    usual = Setting(
+        "symmetric" if default.mode == "symmetric" else "affine", BITS["affine"][0], GROUP_SIZES["affine"][0]
+    )
+    return completed(usual, mode=said.get("mode"), bits=said.get("bits"), group_size=said.get("group_size"))
 
 
 def _completed(rule: Rule, default: Setting) -> Setting:
@@ -168,8 +198,20 @@ def _mistakes_of(
         if first[path] is rule and width % setting.group_size:
             yield (
                 f'{where}.match = "{rule.match}": group_size {setting.group_size} does not divide the width {width:,} '
-                f"of {path}. Name another group_size, or set skip = true."
+                f"of {path}. {_divider(setting, {width}, 'Name')}set skip = true."
             )
+
+
+def _divider(setting: Setting, widths: Iterable[int], verb: str) -> str:
+    """Return the start of an advice: the group sizes, of the mode or of another one, that divide some width."""
+
+    def dividing(mode: str) -> list[int]:
+        return sorted(size for size in GROUP_SIZES[mode] if any(width % size == 0 for width in widths))
+
+    if own := dividing(setting.mode):
+        return f"{verb} group_size = {' or '.join(map(str, own))}, or "
+    other = next((mode for mode in BITS if dividing(mode)), None)
+    return f'{verb} mode = "{other}" with group_size = {dividing(other)[-1]}, or ' if other else ""
 
 
 def _near(pattern: str, layers: Mapping[str, nn.Module]) -> str:
@@ -185,10 +227,13 @@ def _near(pattern: str, layers: Mapping[str, nn.Module]) -> str:
     return f"Layers are, for example, {', '.join(dict.fromkeys(names.values()))}."
 
 
-def _word_nothing(plan: Plan, key: str) -> str:
-    if plan.undivided:
-        return (
-            f"{key}.group_size = {plan.default.group_size}: divides the width of no layer. "
-            "Use a smaller one or wider layers."
-        )
-    return f"{key}.layers: every layer stays dense, nothing would be quantized. Leave one to be quantized."
+def _word_nothing(plan: Plan, key: str, layers: Mapping[str, nn.Module]) -> str:
+    if not plan.undivided:
+        return f"{key}.layers: every layer stays dense, nothing would be quantized. Leave one to be quantized."
+    widths = {layers[path].weight.shape[-1] for path in plan.undivided}
+    listed = ", ".join(f"{width:,}" for width in sorted(widths))
+    advice = _divider(plan.default, widths, "Set").removesuffix(", or ") or "Quantize a model with wider layers"
+    return (
+        f'{key}: groups of {plan.default.group_size} weights (mode "{plan.default.mode}") divide the width of no layer '
+        f"({listed}). {advice}."
+    )

@@ -1,6 +1,7 @@
 """How the stage `quantize` comes to a plan and to codes: rounding, mlx-lm's learned methods, training, a budget."""
 
 import math
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -60,6 +61,8 @@ def choose_plan(config: Any, model: Any, tokens: Tokens | None, context: Context
 
     plan = resolve(model, default=config.default, rules=rules_of(config), key=context.task)
     check_supported(plan.layers, context.task)
+    if warning := plan.warning(context.task):
+        print(warning, file=sys.stderr, flush=True)
     if not config.has_budget or tokens is None:
         return plan, {}
     layers, losses = _within_budget(config, model, plan, tokens, context)

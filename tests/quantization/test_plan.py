@@ -43,6 +43,15 @@ def test_readers_are_told_every_layer_that_differs_and_every_one_left_dense() ->
     }
 
 
+def test_layers_that_stay_dense_for_their_width_are_announced() -> None:
+    plan = resolve(_model(), default=DEFAULT, rules=[Rule("*.q_proj", skip=True)], key="quantize")
+    assert plan.warning("quantize:q4") == (
+        "quantize:q4: 2 of 15 layers stay dense, their widths are no multiples of group_size 64: "
+        "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
+    )
+    assert resolve(_model(width=128), default=DEFAULT, rules=(), key="quantize").warning("quantize") is None
+
+
 def test_what_the_architecture_says_of_itself_holds_unless_a_rule_says_otherwise() -> None:
     class Model(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -82,7 +91,14 @@ def test_what_the_architecture_says_of_itself_holds_unless_a_rule_says_otherwise
             [Rule("*.0.mlp.down_proj", bits=8)],
             [
                 'quantize.layers[0].match = "*.0.mlp.down_proj": group_size 64 does not divide the width 96 of '
-                "model.layers.0.mlp.down_proj. Name another group_size, or set skip = true."
+                "model.layers.0.mlp.down_proj. Name group_size = 32, or set skip = true."
+            ],
+        ),
+        (
+            [Rule("*.0.mlp.down_proj", mode="affine", group_size=128), Rule("*.1.mlp.down_proj", mode="mxfp4")],
+            [
+                'quantize.layers[0].match = "*.0.mlp.down_proj": group_size 128 does not divide the width 96 of '
+                "model.layers.0.mlp.down_proj. Name group_size = 32, or set skip = true."
             ],
         ),
         (
@@ -106,13 +122,67 @@ def test_a_head_of_its_own_may_be_matched() -> None:
     assert plan.layers["lm_head"].bits == 8
 
 
-def test_a_group_size_that_divides_nothing_is_told() -> None:
-    model = nn.Sequential(nn.Embedding(10, 48), nn.Linear(48, 32, bias=False), nn.LayerNorm(32))
+@pytest.mark.parametrize(
+    ("width", "setting", "advice"),
+    [
+        (96, Setting("affine", 4, 64), "Set group_size = 32."),
+        (48, Setting("affine", 4, 128), 'Set mode = "nvfp4" with group_size = 16.'),
+        (48, Setting("mxfp4", 4, 32), 'Set mode = "nvfp4" with group_size = 16.'),
+        (40, Setting("nvfp4", 4, 16), "Quantize a model with wider layers."),
+    ],
+)  # fmt: skip
+def test_groups_that_divide_no_width_are_refused_with_a_size_that_does(
+    width: int, setting: Setting, advice: str
+) -> None:
+    model = nn.Sequential(nn.Embedding(10, width), nn.Linear(width, 32, bias=False), nn.LayerNorm(32))
     with pytest.raises(WorkflowError) as caught:
-        resolve(model, default=Setting("affine", 4, 128), rules=(), key="quantize:q4")
+        resolve(model, default=setting, rules=(), key="quantize:q4")
     assert str(caught.value) == (
-        "quantize:q4.group_size = 128: divides the width of no layer. Use a smaller one or wider layers."
+        f'quantize:q4: groups of {setting.group_size} weights (mode "{setting.mode}") divide the width of no layer '
+        f"({width}). {advice}"
     )
+
+
+class _Mixture(nn.Module):  # type: ignore[misc]
+    """Two layers and a router for which the architecture asks for 8 bits in groups of 64, as mlx-lm's mixtures do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, 8, bias=False), nn.Linear(256, 8, bias=False)
+
+    def quant_predicate(self, path: str, _: nn.Module) -> bool | dict[str, int]:
+        return {"bits": 8, "group_size": 64} if path == "gate" else True
+
+
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("affine", 4, 32), Setting("affine", 3, 64), Setting("affine", 2, 128), Setting("mxfp4", 4, 32),
+        Setting("mxfp8", 8, 32), Setting("nvfp4", 4, 16),
+    ],
+)  # fmt: skip
+def test_a_plan_without_rules_is_what_mlx_lms_converter_does(setting: Setting, width: int) -> None:
+    from mlx_lm.utils import quantize_model
+
+    plan = resolve(_Mixture(width), default=setting, rules=(), key="quantize")
+    try:
+        theirs, _ = quantize_model(_Mixture(width), {}, setting.group_size, setting.bits, mode=setting.mode)
+    except ValueError:  # it tries groups of 64 on a router of another width
+        assert (width % 64, width % setting.group_size) == (32, 0)
+        assert plan.undivided == ["gate"]
+        return
+    packed = {
+        path: Setting(layer.mode, layer.bits, layer.group_size)
+        for path, layer in theirs.named_modules()
+        if "scales" in layer
+    }
+    assert plan.layers == packed
+
+
+def test_an_architecture_that_asks_for_bits_gets_the_fixed_zero_point_of_the_table() -> None:
+    plan = resolve(_Mixture(128), default=Setting("symmetric", 4, 32), rules=(), key="quantize")
+    assert plan.layers["gate"] == Setting("symmetric", 8, 64)
 
 
 def test_what_the_installed_mlx_lacks_is_asked_of_it() -> None:
