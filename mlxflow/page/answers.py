@@ -69,8 +69,11 @@ def _quality(run: Run) -> Iterator[Answer]:
     first, last = (number(one.report.get(f"{which}_validation_perplexity")) for which in ("first", "last"))
     said = f"perplexity on held-out text after {plural(one.report.get('steps'), 'step')}"
     said += f", from {show(first)} before." if first is not None else "."
+    kept, trained = (number(one.report.get(key)) for key in ("gain_kept", "trained_validation_perplexity"))
     best = number(one.report.get("best_validation_perplexity"))
-    if best is not None and last is not None and best < last * 0.999:
+    if kept is not None and round(kept, 2) < 1:
+        said += f" The trained model had {show(trained)}: its files keep {show_percent(max(0.0, kept))} of the gain."
+    elif best is not None and last is not None and best < last * 0.999:
         said += f" The best was {show(best)}, at step {show(one.report.get('best_validation_step'))}."
     yield Answer("Did it learn?", show(last), said, "learning")
 

@@ -239,7 +239,7 @@ def _trained(
         mx.eval(packed)
     adapters.fuse_adapters(model)
     model.eval()
-    told = train_methods.report_of(result, kernels)
+    told = train_methods.report_of(result, kernels, keeps_best=False)
     training = {key: value for key, value in told.items() if key != "run"}
     return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
 

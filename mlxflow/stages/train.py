@@ -1,5 +1,6 @@
 """Train a language model on the token files."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
@@ -14,8 +15,9 @@ from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
+from mlxflow.stages.train_artifact import measure_artifact, quality_of, warn_of_loss
 
-VERSION = 8
+VERSION = 9
 
 #: Keys that say how the work is done and change nothing of what comes out.
 MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
@@ -316,20 +318,31 @@ def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
-    """Train and write the model folder.
+    """Train, write the model folder, and measure what was written.
 
     Raises:
         SourceError: there are fewer rows than one batch holds.
         StageError: the loss stays without a finite value.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
-    from mlxflow import models
     from mlxflow.data.token_file import TokenFile
     from mlxflow.training.recipe import checkpoint_every
 
     device.bound_graphs(recomputes=checkpoint_every(config.checkpointing) > 0)
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
+    report = _make(config, inputs, outputs, context, tokens)
+    # the trained model is freed by now: there is room to open the one in the files
+    report |= quality_of(report, measure_artifact(config, inputs, context, masks=report["document_mask"]))
+    if warning := warn_of_loss(report, context.task):
+        print(warning, file=sys.stderr, flush=True)
+    return report
+
+
+def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, tokens: Any) -> dict[str, Any]:
+    """Train and write the model folder; return the report of the training."""
+    from mlxflow import models
+
     with train_methods.begin_proof(config, context) as ahead:
         model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
         masks = train_methods.masks_documents(config, tokens, model, context.task)
@@ -361,7 +374,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         "fused_loss": fused,
         "kernels": kernels.serving,
     }
-    report = train_methods.report_of(result, kernels)
+    report = train_methods.report_of(result, kernels, keeps_best=config.keep == "best")
     return facts | report | {"settings": settings_of(config, masks=masks, fused=fused, kernels=kernels)}
 
 

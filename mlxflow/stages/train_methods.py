@@ -269,12 +269,13 @@ def masks_documents(config: "Config", tokens: Any, model: Any, task: str) -> boo
     return False  # a row holds one document
 
 
-def report_of(result: Any, kernels: Any) -> dict[str, Any]:
-    """Return what a training run came to, for the report.
+def report_of(result: Any, kernels: Any, *, keeps_best: bool) -> dict[str, Any]:
+    """Return the figures of a training run, for the report; perplexities are those of the model in memory.
 
     Args:
         result: of `fit`.
         kernels: of `choose_kernels`.
+        keeps_best: whether the trained model has the weights of the best validation; else of the last.
     """
     from mlxflow.measurement.perplexity import perplexity_of
 
@@ -283,7 +284,9 @@ def report_of(result: Any, kernels: Any) -> dict[str, Any]:
         "tokens": result.tokens,
         "skipped_steps": result.skipped_steps,
         "first_validation_perplexity": perplexity_of(result.first_validation_loss),
-        "last_validation_perplexity": perplexity_of(result.last_validation_loss),
+        "trained_validation_perplexity": perplexity_of(
+            result.best_validation_loss if keeps_best else result.last_validation_loss
+        ),
         "best_validation_perplexity": perplexity_of(result.best_validation_loss),
         "best_validation_step": result.best_step,
         "run": {

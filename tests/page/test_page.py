@@ -316,6 +316,14 @@ def test_two_runs_stand_side_by_side_and_their_curves_in_one_plot(
     assert "No benchmark to show: artifacts/benchmark/report.toml is missing" in text
 
 
+def test_the_answer_says_what_the_files_lost_of_the_gain(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("lossy")
+    write_run(folder)
+    edit(folder, "train", lambda report: report.update(trained_validation_perplexity=30.0, gain_kept=0.293))
+    text = Seen(render([read(folder)])).text
+    assert "from 2,079 before. The trained model had 30: its files keep 29.3 % of the gain." in text
+
+
 def test_two_runs_have_their_answers_timelines_and_bars_together(
     root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

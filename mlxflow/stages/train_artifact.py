@@ -1,0 +1,78 @@
+"""How good the model is that training left in its folder: measured on the files, beside the model that was trained."""
+
+import gc
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlxflow.stage import Context
+
+if TYPE_CHECKING:
+    from mlxflow.stages.train import Config, Inputs
+
+# Of what training gained: less than this is worth a warning
+_LEAST_KEPT = 0.95
+
+
+def measure_artifact(config: "Config", inputs: "Inputs", context: Context, *, masks: bool) -> Any:
+    """Return the perplexity of the model in the stage's folder on the validation rows.
+
+    Whatever lies between the trained model and the files (fusing, rounding, another dtype) is part of the result: the
+    model is opened from the disk.
+
+    Args:
+        config: the table; its limit of validation rows and its batch size hold here too.
+        inputs: of them the validation tokens.
+        context: of the stage; its folder holds the written model.
+        masks: whether no token attends to another document in its row.
+
+    Raises:
+        ArtifactError: the files cannot be opened as a model.
+    """
+    import mlx.core as mx
+
+    from mlxflow import models
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.measurement.perplexity import measure_perplexity
+
+    gc.collect()  # the trained model and its optimizer are in reference cycles
+    mx.clear_cache()
+    model = models.for_evaluation(models.load(context.folder)[0])
+    rows = TokenFile.open(inputs.validation).rows.head(config.max_validation_rows)
+    return measure_perplexity(model, rows, batch_size=config.batch_size, masks_documents=masks)
+
+
+def quality_of(report: Mapping[str, Any], measured: Any) -> dict[str, Any]:
+    """Return the artifact's quality for the report.
+
+    Args:
+        report: with the perplexities before training and of the trained model, as `train_methods.report_of` returns it.
+        measured: of `measure_artifact`.
+
+    Returns:
+        `last_validation_perplexity` with its standard error, and `gain_kept`: of the loss in nats by which training
+        made the model better, the share that the artifact has. It is left out where training made nothing better.
+    """
+    before, trained = (math.log(report[f"{which}_validation_perplexity"]) for which in ("first", "trained"))
+    quality = {
+        "last_validation_perplexity": measured.perplexity,
+        "last_validation_perplexity_standard_error": measured.standard_error,
+    }
+    if before > trained:
+        quality["gain_kept"] = (before - measured.loss) / (before - trained)
+    return quality
+
+
+def warn_of_loss(report: Mapping[str, Any], task: str) -> str | None:
+    """Return a line for the terminal where the artifact is clearly worse than the trained model; None otherwise.
+
+    Args:
+        report: with the artifact's quality.
+        task: the stage's name.
+    """
+    kept = report.get("gain_kept", 1.0)
+    if kept >= _LEAST_KEPT:
+        return None
+    first, trained, last = (report[f"{which}_validation_perplexity"] for which in ("first", "trained", "last"))
+    how = f"the artifact keeps {kept:.0%} of what training gained" if kept > 0 else "the artifact lost what was gained"
+    return f"{task}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files."
