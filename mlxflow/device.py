@@ -5,12 +5,16 @@ Asks the device what it can do and never assumes anything from the platform's na
 
 import functools
 import os
+import platform
 import re
+import sys
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlxflow.errors import WorkflowError
+from mlxflow.locking import device_lock, hold
 
 _UNITS = {
     "B": 1,
@@ -86,6 +90,32 @@ def bound_graphs(*, recomputes: bool = False) -> None:
     has_large = int(told.get("compute_capability_major", 0)) >= 9 and int(told.get("compute_capability_minor", 1)) == 0
     if has_large:
         os.environ[_GRAPH_SIZE] = "10" if recomputes else "30"
+
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def may_have_gpu() -> bool:
+    """Return whether this machine may have a GPU that MLX uses; imports no mlx."""
+    return _DRIVER.exists() or (sys.platform == "darwin" and platform.machine() == "arm64")
+
+
+def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractContextManager[None]:
+    """Return what holds this machine's device for a stage until the block ends; imports no mlx.
+
+    A GPU is one stage's at a time: each takes the memory that is there. Processors are shared, but by a stage that
+    measures them: it waits for the others, and they wait for it.
+
+    Args:
+        task: the stage, for the lines that this process and others print while they wait.
+        root: the workflow's folder, for the lines that others print.
+        device: the workflow's `device`.
+        measures: whether the artifact says how fast this machine is.
+    """
+    shared = not measures and (device == "cpu" or not may_have_gpu())
+    what = "the device" if not shared else "measurements on this machine to end"
+    waiting = f"{task}: waits for {what}, which process {{holder}} uses"
+    return hold(device_lock(), waiting, wait=True, shared=shared, about=f"({task} of {root.resolve()})")
 
 
 def select(device: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from mlxflow import artifact, cpu, device, stage
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import DigestCache
-from mlxflow.locking import device_lock, hold
+from mlxflow.locking import hold
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
@@ -189,11 +189,12 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
         one: one of its stages.
         into: see `run_stage`.
     """
-    waiting = f"{one.task}: waits for {{what}}, which process {{{{holder}}}} uses"
+    waiting = f"{one.task}: waits for the artifacts, which process {{holder}} uses"
     with ExitStack() as held:
-        held.enter_context(hold(workflow.state / "lock", waiting.format(what="the artifacts"), wait=True))
+        held.enter_context(hold(workflow.state / "lock", waiting, wait=True))
         if getattr(one.module, "USES_DEVICE", True):
-            held.enter_context(hold(device_lock(), waiting.format(what="the device"), wait=True))
+            chosen, measures = workflow.settings.device, one.bound_device is not None
+            held.enter_context(device.turn(one.task, workflow.root, chosen, measures=measures))
         run_stage(workflow, one, into)
 
 

@@ -1,20 +1,26 @@
 """What doit executes for a stage: its process, between a look at its inputs and a look at its outputs."""
 
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 from doit.globals import Globals
 
+from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache
 from tasks.freshness import observe_inputs, observe_outputs, observe_settings
 from tasks.node import Node
 
 #: The exit code of a stage that failed over something the user wrote.
 _USER_MISTAKE = 2
+
+#: Held by the one stage of this process that uses the device.
+_own_turns = threading.Lock()
 
 
 class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
@@ -49,7 +55,10 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             inputs = observe_inputs(self.node, self.cache)
         except (OSError, ValueError) as error:
             return self._fail(TaskFailed, f"{self.node.task}: an input is missing or damaged ({error})")
-        code, seconds = self._run()
+        try:
+            code, seconds = self._run()
+        except UserError as error:
+            return self._fail(TaskError, str(error))
         if code:
             said = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
             return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
@@ -62,17 +71,24 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         return None
 
     def _run(self) -> tuple[int, float]:
-        """Run the process, alone on the device where it uses one; return its exit code and the seconds it took."""
-        from mlxflow.locking import device_lock, hold
+        """Run the process, in its turn where it uses the device; return its exit code and the seconds it took."""
         from tasks.process import run_process
 
-        waiting = f"{self.node.task}: waits for the device, which process {{holder}} uses"
-        token = hold(device_lock(), waiting, wait=True) if self.node.uses_device else nullcontext()
+        token = self._turn() if self.node.uses_device else nullcontext()
         log = self.node.root / "artifacts" / "logs" / f"{self.node.task.replace(':', '-')}.log"
         with token:
             begin = time.perf_counter()
             code = run_process(self.node.command, log)
             return code, time.perf_counter() - begin
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the device: one stage of this doit at a time, and as `device.turn` has it among all others."""
+        from mlxflow.device import turn
+
+        node = self.node
+        with _own_turns, turn(node.task, node.root, node.device, measures=node.bound_device is not None):
+            yield
 
     def _record(self, inputs: dict[str, str], outputs: dict[str, list[Any]], seconds: float) -> None:
         from tasks import lockfile

@@ -134,7 +134,7 @@ class Reproduce(DoitCmdBase):  # type: ignore[misc]
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.locking import hold
+        from mlxflow.locking import LockUnsupportedError, hold
         from tasks.reproduction import reproduce
         from tasks.run import ended_cleanly
 
@@ -143,8 +143,9 @@ class Reproduce(DoitCmdBase):  # type: ignore[misc]
         if node.bound_device is not None:
             refuse(f"{node.task}: measures the machine; there is nothing to reproduce.")
         graph.fresh_record(node)
-        with (
-            ended_cleanly(),
-            hold(node.root / "artifacts/.mlxflow/lock", f"{node.task}: waits for {{holder}}", wait=True),
-        ):
-            return reproduce(node)
+        waiting = f"{node.task}: waits for the artifacts, which process {{holder}} uses"
+        try:
+            with ended_cleanly(), hold(node.root / "artifacts/.mlxflow/lock", waiting, wait=True):
+                return reproduce(node)
+        except LockUnsupportedError as error:
+            refuse(str(error), error.exit_code)

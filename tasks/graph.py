@@ -135,6 +135,7 @@ def _resolve(path: Path) -> tuple[list[Node], list[disk.Lookup]]:
             command=_command(one.task, path),
             corpora=tuple(corpus.name for corpus in one.corpora),
             bound_device=one.bound_device,
+            device=workflow.settings.device,
             uses_device=getattr(one.module, "USES_DEVICE", True),
             copies={copy.as_posix(): original.as_posix() for copy, original in one.copies.items()},
         )

@@ -21,7 +21,8 @@ class Node:
         command: the process that runs the stage.
         corpora: names of built-in corpora read.
         bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
-        uses_device: whether the stage computes on the device, which it then has for itself.
+        device: the workflow's `device`.
+        uses_device: whether the stage computes on the device.
         copies: names of copies of outputs, each with the output's name.
     """
 
@@ -35,6 +36,7 @@ class Node:
     command: tuple[str, ...]
     corpora: tuple[str, ...] = ()
     bound_device: str | None = None
+    device: str = "auto"
     uses_device: bool = True
     copies: dict[str, str] = field(default_factory=dict)
 

@@ -82,7 +82,7 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         journal = self.dep_manager.backend
         if not isinstance(journal, Journal):
             return run(par_type)
-        from mlxflow.locking import LockedError, hold
+        from mlxflow.locking import LockedError, LockUnsupportedError, hold
 
         self._check_names()
         waiting = "another doit (process {holder}) is at work on these artifacts"
@@ -98,6 +98,9 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         except LockedError as error:
             print(error, file=sys.stderr)
             return 1
+        except LockUnsupportedError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
         except OSError as error:  # doit's own state cannot be written
             where = error.filename or Path(journal.name).parent
             print(f"{where}: {error.strerror}. Make room, or let it be written.", file=sys.stderr)

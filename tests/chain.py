@@ -26,7 +26,7 @@ nodes = [
         task=f"s{i}", doc=f"stage {i}", root=Path("."), folder=f"artifacts/s{i}",
         inputs=("source" if i == 1 else f"artifacts/s{i - 1}/a",), outputs=(f"artifacts/s{i}/a",),
         settings={"config": {"salt": Path(f"salt-s{i}").read_text() if Path(f"salt-s{i}").exists() else ""}},
-        command=(sys.executable, "stage.py", f"s{i}"), uses_device=USES_DEVICE,
+        command=(sys.executable, "stage.py", f"s{i}"), **KIND,
     )
     for i in range(1, 7)
 ]
@@ -70,10 +70,10 @@ def transform(data: bytes, name: str) -> bytes:
 class Chain:
     """The chain in a folder."""
 
-    def __init__(self, folder: Path, *, uses_device: bool = False) -> None:
+    def __init__(self, folder: Path, *, uses_device: bool = False, **kind: str) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
-        (folder / "dodo.py").write_text(DODO.replace("USES_DEVICE", str(uses_device)))
+        (folder / "dodo.py").write_text(DODO.replace("KIND", repr({"uses_device": uses_device, **kind})))
         (folder / "stage.py").write_text(STAGE)
         (folder / "source").write_bytes(b"the source")
 

@@ -3,13 +3,13 @@
 Imports no mlx: it may be started before this process has.
 """
 
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxflow.device import may_have_gpu
 from mlxflow.locking import LockedError, device_lock, hold
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ COMMAND = (sys.executable, "-m", "mlxflow.kernels.proof", "-")
 
 #: Said where another process proves.
 WAITING = "process {holder} is proving the GPU kernels; waiting for it"
-
-_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def cache_file() -> Path:
@@ -74,10 +72,6 @@ def begin_early(command: Sequence[str] = COMMAND) -> Ahead:
         command: see `choice.prove_all`.
     """
     ahead = Ahead()
-    if _may_have_gpu() and not cache_file().exists():
+    if may_have_gpu() and not cache_file().exists():
         ahead.start(command, lambda: not cache_file().exists())
     return ahead
-
-
-def _may_have_gpu() -> bool:
-    return _DRIVER.exists() or (sys.platform == "darwin" and platform.machine() == "arm64")

@@ -366,9 +366,9 @@ def test_the_proof_itself_may_be_started_ahead(monkeypatch: pytest.MonkeyPatch) 
 def test_the_process_may_be_started_before_mlx_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     command = _prover(_GOOD)
     monkeypatch.setattr(choice, "COMMAND", command)
-    monkeypatch.setattr(ahead_of, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(ahead_of, "may_have_gpu", lambda: False)
     assert ahead_of.begin_early(command).prover is None, "there is no GPU"
-    monkeypatch.setattr(ahead_of, "_may_have_gpu", lambda: True)
+    monkeypatch.setattr(ahead_of, "may_have_gpu", lambda: True)
     with ahead_of.begin_early(command) as early:
         number = _number(early)
         with choice.begin(early, command) as ahead:
@@ -380,7 +380,7 @@ def test_the_process_may_be_started_before_mlx_is_imported(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("_takes_kernels")
 def test_a_process_started_too_early_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead_of, "_may_have_gpu", lambda: True)
+    monkeypatch.setattr(ahead_of, "may_have_gpu", lambda: True)
     with ahead_of.begin_early(_prover(_GOOD)) as early:
         number = _number(early)
         monkeypatch.setattr(choice, "language", lambda: None)

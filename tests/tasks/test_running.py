@@ -98,20 +98,55 @@ def test_a_stage_alone_on_stale_inputs_is_refused(chain: Chain) -> None:
     assert chain.doit("-s", "s3")[:2] == (0, ".  s3: artifacts/s3/a is missing\n")
 
 
-def test_the_device_is_used_by_one_stage_at_a_time_across_workflows(tmp_path: Path) -> None:
-    one, other = Chain(tmp_path / "one", uses_device=True), Chain(tmp_path / "other", uses_device=True)
-    (other.folder / "cache").symlink_to(one.folder / "cache")
+def _two(tmp_path: Path, one: dict[str, str], other: dict[str, str]) -> tuple[Chain, Chain]:
+    """Return two workflows of one user, whose stages use the device."""
+    first = Chain(tmp_path / "one", uses_device=True, **one)
+    second = Chain(tmp_path / "other", uses_device=True, **other)
+    (second.folder / "cache").symlink_to(first.folder / "cache")
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "what"),
+    [
+        ({"device": "cpu", "bound_device": "cpu"}, {"device": "cpu"}, "measurements on this machine to end"),
+        ({"device": "cpu"}, {"device": "cpu", "bound_device": "cpu"}, "the device"),
+    ],
+    ids=["others wait for a measurement", "a measurement waits for others"],
+)
+def test_a_measurement_has_the_processors_for_itself_across_workflows(
+    tmp_path: Path, kind: dict[str, str], other: dict[str, str], what: str
+) -> None:
+    one, two = _two(tmp_path, kind, other)
     first, _ = one.pause_in(2)
-    second = other.start("s1")
+    second = two.start("s1")
     assert second.stderr
-    assert second.stderr.readline() == f"s1: waits for the device, which process {first.pid} uses\n"
-    assert not other.path(1).exists()
+    holder = f"process {first.pid} (s2 of {one.folder})"
+    assert second.stderr.readline() == f"s1: waits for {what}, which {holder} uses\n"
+    assert not two.path(1).exists()
     _go_on(one)
     assert first.wait() == 0
     assert second.wait() == 0
     for process in (first, second):
         process.communicate()
-    assert other.path(1).exists()
+    assert two.path(1).exists()
+
+
+def test_stages_that_measure_nothing_share_the_processors_across_workflows(tmp_path: Path) -> None:
+    one, other = _two(tmp_path, {"device": "cpu"}, {"device": "cpu"})
+    first, _ = one.pause_in(2)
+    assert other.doit("s1") == (0, ".  s1: never built\n", "at work on s1\n")
+    _go_on(one)
+    first.communicate()
+    assert first.returncode == 0
+
+
+@pytest.mark.parametrize("options", [["-n", "2", "-P", "thread"], ["-n", "2"]])
+def test_stages_of_one_doit_use_the_device_one_at_a_time(chain: Chain, options: list[str]) -> None:
+    (chain.folder / "dodo.py").write_text(f"MEET = {ALONE!r}\n{PARALLEL}".replace("uses_device=False", "device='cpu'"))
+    code, out, err = chain.doit("run", *options)
+    assert code == 0, out + err
+    assert sorted(out.splitlines()) == [".  s1: never built", ".  s2: never built"]
 
 
 PARALLEL = """
@@ -142,6 +177,18 @@ from pathlib import Path
 name = sys.argv[1]
 for pipe, mode in (("p", "r"), ("q", "w")) if name == "s1" else (("p", "w"), ("q", "r")):
     open(pipe, mode).close()
+Path(f"artifacts/{name}").mkdir()
+Path(f"artifacts/{name}/a").write_text(name)
+"""
+
+# One that finds the other at work fails.
+ALONE = """
+import sys, time
+from pathlib import Path
+name = sys.argv[1]
+Path("at-work").mkdir()
+time.sleep(0.3)
+Path("at-work").rmdir()
 Path(f"artifacts/{name}").mkdir()
 Path(f"artifacts/{name}/a").write_text(name)
 """
