@@ -79,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-tokens", type=int, default=100, help="default: 100")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    generate.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the folder brings; read it first"
+    )
     return parser
 
 
@@ -185,16 +188,17 @@ def _generate(parsed: argparse.Namespace) -> None:
     from mlxflow import cpu
 
     cpu.prepare()
-    from mlxflow import models
+    from mlxflow import model_files, models
 
-    for text in models.generate(
-        parsed.model,
-        prompt=parsed.prompt,
-        max_tokens=parsed.max_tokens,
-        temperature=parsed.temperature,
-        seed=parsed.seed,
-    ):
-        print(text, end="", flush=True)
+    with model_files.trusting_code(parsed.trust_remote_code):
+        for text in models.generate(
+            parsed.model,
+            prompt=parsed.prompt,
+            max_tokens=parsed.max_tokens,
+            temperature=parsed.temperature,
+            seed=parsed.seed,
+        ):
+            print(text, end="", flush=True)
     print()
 
 

@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from mlxflow import paths
+from mlxflow import model_files, paths
 from mlxflow.data import sources
 
 #: A question's name, its arguments and its answer, as JSON values.
@@ -77,6 +77,11 @@ class Disk:
         return paths.expand(name)
 
     @_question
+    def unset_variables(self, name: str) -> list[str]:
+        """Return the environment variables that a path names and that are not set."""
+        return paths.unset_variables(name)
+
+    @_question
     def is_file(self, name: str) -> bool:
         """Return whether there is a file of this name."""
         return os.path.isfile(os.path.join(self.root, name))  # noqa: PTH113, PTH118 - asked at every no-op
@@ -87,14 +92,27 @@ class Disk:
         return os.path.isdir(os.path.join(self.root, name))  # noqa: PTH112, PTH118 - asked at every no-op
 
     @_question
-    def names(self, folder: str, suffix: str) -> list[str]:
-        """Return the names of the files in a folder that end in a suffix and do not begin with a dot, sorted.
+    def model_folder(self, folder: str) -> list[Any]:
+        """Return the fields of `mlxflow.model_files.Found` for a folder.
 
         Raises:
             OSError: the folder is missing or cannot be read.
         """
-        with os.scandir(os.path.join(self.root, folder)) as entries:  # noqa: PTH118
-            return sorted(e.name for e in entries if e.name.endswith(suffix) and e.name[0] != "." and e.is_file())
+        return list(model_files.find(self.root / folder))
+
+    @_question
+    def tokenizer_files(self, folder: str) -> list[str]:
+        """Return the names of the tokenizer's files in a folder, sorted.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        return model_files.tokenizer_files(self.root / folder)
+
+    @_question
+    def tokenizer_code(self, folder: str) -> str:
+        """Return the Python class that a folder's tokenizer is opened with; empty where it needs none of its own."""
+        return model_files.tokenizer_code(self.root / folder)
 
     @_question
     def source(self, pattern: str) -> list[str]:

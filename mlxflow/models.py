@@ -16,22 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow import artifact, bare, config_json, gather
+from mlxflow import artifact, bare, config_json, gather, hub, model_code, model_files
 from mlxflow.errors import ArtifactError
-
-#: The files of a model on the hub that make a model folder.
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
-
-# What is not weights, config, or somebody's description of another model
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "generation_config.json",
-    "*.jinja",
-)
 
 # Of a prompt, read at a time: the memory of attention goes with it
 _PREFILL_TOKENS = 512
@@ -90,29 +76,35 @@ def llama_config(
     }
 
 
-def build(config: Mapping[str, Any], *, seed: int) -> nn.Module:
-    """Return a freshly initialized model of an architecture that mlx-lm knows.
+def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> nn.Module:
+    """Return a freshly initialized model; see `skeleton`.
 
     Args:
         config: a `config.json`.
         seed: of the initial weights; the global random state is set by it.
+        code: see `skeleton`.
     """
     mx.random.seed(seed)
-    model = skeleton(config)
+    model = skeleton(config, code=code)
     mx.eval(model.parameters())
     return model
 
 
-def skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """Return a model of an architecture that mlx-lm knows, its weights not computed yet: for its shapes.
+def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Module:
+    """Return a model whose weights are not computed yet: for its shapes.
+
+    Args:
+        config: a `config.json`.
+        code: the model folder in which the Python file lies that the config names, where it names one.
 
     Raises:
-        ArtifactError: mlx-lm does not know the architecture, or the config lacks what it needs.
+        ArtifactError: mlx-lm does not know the architecture, its code is not trusted or fails, or the config lacks what
+            it needs.
     """
     gather.install()
     try:
         own = copy.deepcopy(dict(config))  # some architectures complete the tables within it
-        model_class, args_class = bare.mlx_lm_utils()._get_classes(own)
+        model_class, args_class = model_code.classes(own, code)
         model: nn.Module = model_class(args_class.from_dict(own))
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise ArtifactError(f"config.json: no architecture that mlx-lm knows ({error}). Name another model.") from error
@@ -127,16 +119,29 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         lazy: whether weights stay on the disk until they are needed.
 
     Raises:
-        ArtifactError: the folder is no model folder, or its weights do not fit its config.
+        ArtifactError: the folder is no model folder, needs code that may not be run, or its weights do not fit its
+            config.
     """
-    if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder}: no model folder (it has no config.json). Name one such as artifacts/train.")
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
+    found = model_files.find(folder)
+    if found.problem:
+        raise ArtifactError(f"{folder}: {found.problem}. {found.advice}")
+    if found.code and not model_files.trusts_code():
+        raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, found.code)}")
     gather.install()
-    try:
-        model, config = bare.mlx_lm_utils().load_model(folder, lazy=lazy)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ArtifactError(_word_unopened(folder, error)) from error
+    with model_files.opened(folder, [name for name in found.read if not name.endswith(".py")]) as links:
+        try:
+            model, config = bare.mlx_lm_utils().load_model(
+                links,
+                lazy=lazy,
+                model_config={"model_file": None} if found.code else {},  # `classes` runs it
+                get_model_classes=lambda config: model_code.classes({**config, "model_file": found.code}, folder),
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
     _require_readable_codes(folder, model)
+    config |= {"model_file": found.code} if found.code else {}
     names = [name for name, _ in tree_flatten(model.parameters())]
     return model, config_json.describing(config, weights=names, is_quantized=is_quantized(model))
 
@@ -168,9 +173,9 @@ def _require_readable_codes(folder: Path, model: nn.Module) -> None:
             )
 
 
-def _word_unopened(folder: Path, error: Exception) -> str:
+def _word_unopened(folder: Path, error: str) -> str:
     """Return why a folder cannot be opened; how its weights are packed, where mlx-lm does not know that."""
-    said = " ".join(str(error).split())
+    said = " ".join(error.split())
     config = config_json.read(folder)
     packed = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     method = packed.get("quant_method") if isinstance(packed, dict) else None
@@ -193,10 +198,12 @@ def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact.Stored
     """
     stored: dict[str, artifact.StoredRows] = {}
     weights: dict[str, mx.array] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        found: Any = mx.load(str(path))  # lazy: nothing but the header is read
-        weights |= found
-        stored |= artifact.stored_rows(path)
+    files = [name for name in model_files.find(folder).weights if name.endswith(".safetensors")]
+    with model_files.opened(folder, files) as links:
+        for file in files:
+            found: Any = mx.load(str(links / file))  # lazy: nothing but the header is read
+            weights |= found
+            stored |= artifact.stored_rows(folder / file)
     taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
     return {name: rows for name, rows in stored.items() if name in taken and taken[name] is weights[name]}
 
@@ -272,20 +279,33 @@ def copy_companions(folder: Path, to: Path) -> None:
 
     A tokenizer of another form than `tokenizer.json` is written in that form too.
 
-    Raises:
-        ArtifactError: there is no tokenizer.
-    """
-    for pattern in _COMPANIONS:
-        for file in sorted(folder.glob(pattern)):
-            shutil.copyfile(file, to / file.name)
-    if not all((to / name).is_file() for name in TOKENIZER_FILES):
-        from transformers import AutoTokenizer
+    Args:
+        folder: a model folder.
+        to: another one.
 
-        try:
-            AutoTokenizer.from_pretrained(folder).save_pretrained(to)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise ArtifactError(f"{folder}: has no tokenizer that can be opened ({said}). Put one into it.") from error
+    Raises:
+        ArtifactError: there is no tokenizer, or it needs code that may not be run.
+    """
+    model_files.copy(folder, model_files.companions(folder), to)
+    if not all((to / name).is_file() for name in TOKENIZER_FILES):
+        _open_in_transformers(folder).save_pretrained(to)
+
+
+def _open_in_transformers(folder: Path) -> Any:
+    """Return the transformers tokenizer of a model folder.
+
+    Raises:
+        ArtifactError: there is none that can be opened, or it needs code that may not be run.
+    """
+    if not model_files.trusts_code() and (code := model_files.tokenizer_code(folder)):
+        raise ArtifactError(f"{folder}: {model_code.word_untrusted('tokenizer_config.json', code)}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model_files.trusts_code())
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Put one into it.") from error
 
 
 def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -344,6 +364,27 @@ def dense_weight(layer: nn.Module) -> mx.array:
         bits=layer.bits,
         mode=layer.mode,
     )
+
+
+def fetch(name: str, *, key: str, trust_key: str) -> Path:
+    """Return the folder of a model on the hub, from the local cache where it is, else downloaded.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        key: the setting that names it, for messages.
+        trust_key: the setting by which its Python code may be run, for messages.
+
+    Raises:
+        ArtifactError: it is no model folder, or needs code that is not trusted.
+        SourceError: it cannot be had.
+    """
+    folder = hub.fetch(name, patterns=model_files.HUB_PATTERNS, key=key)
+    found = model_files.find(folder)
+    if found.problem:
+        raise ArtifactError(f'{key} = "{name}": {found.problem}. {found.advice}')
+    if found.code and not model_files.trusts_code():
+        raise ArtifactError(f'{key} = "{name}": {model_code.word_untrusted(model_files.CONFIG, found.code, trust_key)}')
+    return folder
 
 
 def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
@@ -454,12 +495,15 @@ def _open_tokenizer(folder: Path) -> Any:
     Raises:
         ArtifactError: there is none that can be opened.
     """
+    if not (folder / "tokenizer.json").is_file():
+        opened = _open_in_transformers(folder)
+        if getattr(opened, "backend_tokenizer", None) is None:
+            raise ArtifactError(f"{folder}: its tokenizer has no form as a tokenizer.json. Name another folder.")
+        return opened.backend_tokenizer
     from tokenizers import Tokenizer
 
     try:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return bare.mlx_lm_utils().load_tokenizer(folder).backend_tokenizer
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises this very class
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxflow import model_files
 from mlxflow.config import Problem, word
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train import shape_config
@@ -28,11 +29,14 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
 
     for one in (one for one in workflow.stages if one.name == "train"):
         config: Any = one.config
-        architecture = _read(workflow.root / config.model.from_) if config.model.from_ else None
+        folder = _named_folder(workflow, one)
         tokens: Any = workflow.find(config.input).config
-        if architecture is None or config.document_mask is not True or tokens.packing == "none":
+        if folder is None or config.document_mask is not True or tokens.packing == "none":
             continue
-        if packed.has_row_state(models.skeleton(architecture)):
+        architecture = _read(folder)
+        with model_files.trusting_code(workflow.trusts_code(one)):
+            skeleton = models.skeleton(architecture, code=folder)
+        if packed.has_row_state(skeleton):
             expected = f"{architecture['model_type']} counts positions through the whole row"
             advice = 'Set document_mask = false, or pretokenize.packing = "none".'
             yield word(Problem("document_mask", True, expected, advice), shown_path(workflow.path), one.table)
@@ -46,37 +50,47 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
 
     lines: list[str] = []
     for one in (one for one in workflow.stages if one.name == "quantize"):
-        architecture = _architecture(workflow, one)
+        architecture, folder = _architecture(workflow, one)
         if architecture is None:
             continue
         config: Any = one.config
         key = f"{shown_path(workflow.path)}: {one.table}"
         try:
-            skeleton = models.skeleton(architecture)
+            with model_files.trusting_code(workflow.trusts_code(one)):
+                skeleton = models.skeleton(architecture, code=folder)
             check_supported(resolve(skeleton, default=config.default, rules=rules_of(config), key=key).layers, key)
         except WorkflowError as error:
             lines += error.problems
     return lines
 
 
-def _architecture(workflow: Workflow, one: Stage) -> dict[str, Any] | None:
-    """Return the `config.json` of what a stage quantizes; None where only the hub knows it."""
+def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the `config.json` of what a stage quantizes and its folder, where there is one; None of the hub's."""
     config: Any = one.config
-    if config.model:
-        return _read(workflow.root / config.model)
-    trained: Any = workflow.find(config.input).config
-    if trained.model.from_:
-        return _read(workflow.root / trained.model.from_)
-    tokens: Any = workflow.find(trained.input).config
+    maker = one if config.model else workflow.find(config.input)
+    folder = _named_folder(workflow, maker)
+    if folder is not None:
+        return _read(folder), folder
+    shape: Any = maker.config
+    if config.model or shape.model.from_:
+        return None, None
+    tokens: Any = workflow.find(shape.input).config
     # of ids there are at most so many; a plan looks at widths alone
-    return shape_config(trained.model, tokens.tokenizer.vocab_size, tokens.context_length, 0)
+    return shape_config(shape.model, tokens.tokenizer.vocab_size, tokens.context_length, 0), None
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _named_folder(workflow: Workflow, one: Stage) -> Path | None:
+    """Return the model folder that a train or quantize stage goes on from; None where it names none, or the hub."""
+    inputs: Any = one.inputs
+    files = inputs.base if one.name == "train" else inputs.model
+    return workflow.root / files[0].parent if files else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except OSError:
-        return None
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{shown_path(folder)}: its config.json cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise ArtifactError(f"{shown_path(folder)}: its config.json is no JSON ({error}). Mend it.") from error
     return found

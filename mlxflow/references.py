@@ -8,6 +8,7 @@ from pathlib import Path
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
 from mlxflow.disk import Disk
+from mlxflow.model_files import CONFIG, Found
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
@@ -120,37 +121,68 @@ class References:
 
     def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
         """Return single files."""
-        for name in names:
-            if not self._disk.is_file(name):
-                self._note(key, name, "names no file", "Name one, relative to the workflow file.")
-        return tuple(Path(name) for name in names)
+        places = {name: self._disk.expand(name) for name in names}
+        for name, place in places.items():
+            if not self._disk.is_file(place):
+                self._note_missing(key, name, "names no file", "Name one, relative to the workflow file.")
+        return tuple(Path(place) for place in places.values())
 
-    def tokenizer(self, name: str, key: str) -> tuple[Path, ...]:
+    def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
         """Return the tokenizer files of a folder."""
-        if not self._disk.is_dir(name):
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name) or name.startswith("."):
-                self._note(key, name, "no such folder", "Name a folder with a tokenizer.json, or a hub id.")
+        hub_id, advice = r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", "Name a folder with a tokenizer.json, or a hub id."
+        folder = self._folder_or_hub(name, key, hub_id, advice)
+        if folder is None:
             return ()
-        folder = name.rstrip("/")
-        found = [file for file in sources.TOKENIZER_FILES if self._disk.is_file(f"{folder}/{file}")]
-        if "tokenizer.json" not in found:
-            self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
-        return tuple(Path(folder, file) for file in found)
+        try:
+            files, code = self._disk.tokenizer_files(folder), self._disk.tokenizer_code(folder)
+        except OSError as error:
+            return self._note_unreadable(key, name, error, advice)
+        if "tokenizer.json" not in files:
+            if code and not trusts_code:
+                self._note_untrusted(key, name, "tokenizer_config.json", code)
+            elif not code:
+                self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
+        return tuple(Path(folder, file) for file in files)
 
-    def model(self, name: str, key: str) -> tuple[Path, ...]:
-        """Return the files of a model folder."""
-        if not self._disk.is_dir(name):
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or name.startswith("."):
-                self._note(key, name, "no such folder", "Name a folder with a config.json, or a hub id.")
+    def model(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+        """Return the files of a model folder, its configuration first."""
+        advice = "Name a folder with a config.json, or a hub id."
+        folder = self._folder_or_hub(name, key, r"[\w.-]+/[\w.-]+(@[\w.-]+)?", advice)
+        if folder is None:
             return ()
-        folder = name.rstrip("/")
-        weights = self._disk.names(folder, ".safetensors")
-        has_config = self._disk.is_file(f"{folder}/config.json")
-        if not has_config or not weights:
-            lacking = "*.safetensors" if has_config else "config.json"
-            self._note(key, name, f"has no {lacking}", "Name a model folder.")
-            return ()
-        return tuple(Path(folder, file) for file in ("config.json", *weights))
+        try:
+            found = Found(*self._disk.model_folder(folder))
+        except OSError as error:
+            return self._note_unreadable(key, name, error, advice)
+        if found.problem:
+            self._note(key, name, found.problem, found.advice)
+        elif found.code and not trusts_code:
+            self._note_untrusted(key, name, CONFIG, found.code)
+        return tuple(Path(folder, file) for file in found.read)
+
+    def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:
+        """Return the folder that a name leads to; None where it is one of the hub, or nothing, which is noted."""
+        place = self._disk.expand(name)
+        if self._disk.is_dir(place):
+            return place.rstrip("/") or "/"
+        if not re.fullmatch(hub_id, name) or name.startswith("."):
+            self._note_missing(key, name, "no such folder", advice)
+        return None
+
+    def _note_missing(self, key: str, name: str, expected: str, advice: str) -> None:
+        """Note that a path leads nowhere; why, where an environment variable is not set."""
+        unset = self._disk.unset_variables(name)
+        because = f"{expected} ({', '.join(unset)} is not set)" if unset else expected
+        self._note(key, name, because, advice)
+
+    def _note_unreadable(self, key: str, name: str, error: OSError, advice: str) -> tuple[Path, ...]:
+        self._note(key, name, f"cannot be looked up ({error.strerror})", advice)
+        return ()
+
+    def _note_untrusted(self, key: str, name: str, file: str, code: str) -> None:
+        trust = ".".join([self._table, *key.split(".")[:-1], "trust_remote_code"])
+        advice = f"Read it, then set {trust} = true to run it."
+        self._note(key, name, f"its {file} names Python code of its own, {code}", advice)
 
     def _is_folder(self, written: str) -> bool:
         return self._disk.is_dir(self._disk.expand(written))
@@ -166,7 +198,7 @@ class References:
             return []
         if not files:
             empty = bool(pattern) and self._is_folder(pattern)
-            self._note(key, pattern, "is an empty folder" if empty else "names no file", _NAME_TEXT)
+            self._note_missing(key, pattern, "is an empty folder" if empty else "names no file", _NAME_TEXT)
         elif not has_text:
             self._note(key, pattern, "holds no text", _NAME_TEXT)
         return [Path(file) for file in files]

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlxflow import artifact, cpu, device, stage
+from mlxflow import artifact, cpu, device, model_files, stage
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import DigestCache
 from mlxflow.locking import hold
@@ -64,7 +64,7 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
     if into:  # from the beginning, and nothing is left behind
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         artifact.remove_folder(unfinished)
-    with artifact.publishing(folder) as private:
+    with model_files.trusting_code(workflow.trusts_code(one)), artifact.publishing(folder) as private:
         outputs = stage.rooted(stage.outputs_of(one.module, one.config), private)
         report = one.module.run(
             config=one.config,

@@ -70,12 +70,18 @@ class Artifacts(Protocol):
         """Return single files; one that is not there is noted as a problem."""
         ...
 
-    def tokenizer(self, name: str, key: str) -> tuple[Path, ...]:
-        """Return the tokenizer files of a folder; none where the name is one of the hub."""
+    def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+        """Return the tokenizer files of a folder; none where the name is one of the hub.
+
+        A folder that needs Python code of its own is noted as a problem unless that is trusted.
+        """
         ...
 
-    def model(self, name: str, key: str) -> tuple[Path, ...]:
-        """Return the files of a model folder; none where the name is one of the hub."""
+    def model(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+        """Return the files of a model folder, its configuration first; none where the name is one of the hub.
+
+        A folder that needs Python code of its own is noted as a problem unless that is trusted.
+        """
         ...
 
 

@@ -193,6 +193,19 @@ class Workflow:
             for one in self.stages
         )
 
+    def trusts_code(self, one: Stage) -> bool:
+        """Return whether a stage may run Python code of model folders: its table says so, or one of those it reads."""
+        reads = {member.task: member.reads for member in self.members()}
+        trusting = {each.task for each in self.stages if getattr(each.config, "trusts_code", False)}
+        waiting, seen = [one.task], set[str]()
+        while waiting:
+            task = waiting.pop()
+            if task in trusting:
+                return True
+            seen.add(task)
+            waiting += [name for name in reads[task] if name not in seen]
+        return False
+
     def find(self, task: str) -> Stage:
         """Return the stage of a name such as `train` or `quantize:q4`; a stage's name means its only variant, too.
 

@@ -115,7 +115,7 @@ def test_generate_prints_the_prompt_and_what_the_model_makes_of_it(built: Path) 
 def test_generate_from_what_is_no_model_folder_is_told(built: Path) -> None:
     result = mlxflow(built, "generate", "notes", "--prompt", "x")
     assert result.returncode == 2
-    assert result.stderr == "notes: no model folder (it has no config.json). Name one such as artifacts/train.\n"
+    assert result.stderr == "notes: has no config.json. Name a model folder.\n"
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,6 @@ HF = "hf:"
 #: The files of a folder made for `mlx_lm.lora`, by the side that each of them is.
 SPLIT_FILES = {"train.jsonl": "train", "valid.jsonl": "validation", "test.jsonl": "test"}
 
-#: What a folder may hold of a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 # In a folder these are no text, and too large to open just to learn it; every other file is asked for its first bytes.

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlxflow import hub
-from mlxflow.data import sources
+from mlxflow import hub, model_files
 from mlxflow.data.chat import CHATML, ChatTemplate, TemplateProblem
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json
@@ -19,9 +18,6 @@ END_OF_TEXT = "<|endoftext|>"
 
 #: The 256 bytes and END_OF_TEXT: no byte-level vocabulary is smaller.
 SMALLEST_VOCAB_SIZE = 257
-
-#: The files that a tokenizer's folder may have.
-FILES = sources.TOKENIZER_FILES
 
 
 class Vocabulary(NamedTuple):
@@ -112,7 +108,7 @@ def open_vocabulary(files: Mapping[str, Path], *, template: str | None, name: st
     """Return a tokenizer that exists.
 
     Args:
-        files: of its folder, by name; see FILES.
+        files: of its folder, by their names below it; see `mlxflow.model_files.tokenizer_files`.
         template: of conversations, instead of its own.
         name: the folder or hub id, for the messages.
 
@@ -134,12 +130,23 @@ def open_vocabulary(files: Mapping[str, Path], *, template: str | None, name: st
     end = _content(config.get("eos_token")) or _content(special.get("eos_token"))
     if end is None:
         raise SourceError(f'{key}: names no eos_token. Add "eos_token" to its tokenizer_config.json.')
-    if template is None and "chat_template.jinja" in files:
-        template = files["chat_template.jinja"].read_text(encoding="utf-8")
-    config = {**config, "eos_token": end}
-    if template is not None:
+    config = {**{key: value for key, value in special.items() if key.endswith("_token")}, **config, "eos_token": end}
+    if template is None:
+        config |= _templates_of(files, config)
+    else:
         config["chat_template"] = template
     return _vocabulary(tokenizer, config, end, key)
+
+
+def _templates_of(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the chat templates that lie in files of their own, as `tokenizer_config.json` names them."""
+    texts = {Path(name).stem: files[name].read_text(encoding="utf-8") for name in files if name.endswith(".jinja")}
+    named = {Path(name).stem: texts[Path(name).stem] for name in files if "/" in name}
+    default = texts.get("chat_template") or config.get("chat_template")
+    if not named or isinstance(default, list):
+        return {} if default is None else {"chat_template": default}
+    every = {**({} if default is None else {"default": default}), **named}
+    return {"chat_template": [{"name": name, "template": text} for name, text in every.items()]}
 
 
 def _vocabulary(tokenizer: Tokenizer, config: dict[str, Any], end: str, key: str) -> Vocabulary:
@@ -231,5 +238,40 @@ def hub_files(name: str) -> dict[str, Path]:
     Raises:
         SourceError: it cannot be had.
     """
-    folder = hub.fetch(name, patterns=FILES, key="pretokenize.tokenizer.from")
-    return {file: folder / file for file in FILES if (folder / file).is_file()}
+    patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if model_files.trusts_code() else [])]
+    folder = hub.fetch(name, patterns=patterns, key="pretokenize.tokenizer.from")
+    return {file: folder / file for file in model_files.tokenizer_files(folder)}
+
+
+def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]:
+    """Return the files of a tokenizer with a `tokenizer.json`, which is written by the folder's own code.
+
+    Args:
+        files: of its folder, by their names below it.
+        to: an empty folder, for what is written.
+        name: the folder or hub id, for the messages.
+
+    Returns:
+        the files as they are where there is a `tokenizer.json`, or none and no code to write one.
+
+    Raises:
+        SourceError: its code is not trusted or fails.
+    """
+    config = files.get("tokenizer_config.json")
+    code = model_files.tokenizer_code(config.parent) if config else ""
+    if config is None or not code:
+        return dict(files)
+    key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
+    if not model_files.trusts_code():
+        raise SourceError(
+            f"{key}: its tokenizer_config.json names Python code of its own, {code}. Read it, then set "
+            "pretokenize.tokenizer.trust_remote_code = true to run it."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(config.parent, trust_remote_code=True).save_pretrained(to)
+    except Exception as error:  # code of others: anything
+        said = " ".join(str(error).split())[:200]
+        raise SourceError(f"{key}: its code cannot be run ({type(error).__name__}: {said}). Name another.") from error
+    return {file: to / file for file in model_files.tokenizer_files(to)}

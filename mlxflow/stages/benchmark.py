@@ -181,7 +181,7 @@ def _suite(config: Config, inputs: Inputs, context: Context) -> Any:
     seed = derive_seed(context.seed, context.task)
     return Suite(
         load=lambda: models.load_dense(folder, f"{context.task}.input"),
-        build=lambda: models.build(model_config, seed=seed),
+        build=lambda: models.build(model_config, seed=seed, code=folder),
         tokens=tokens,
         job=job._replace(masks_documents=masks),
         settings=settings,

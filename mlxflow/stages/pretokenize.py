@@ -38,6 +38,9 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     from_: Annotated[str, Meta(description="a folder with a tokenizer.json, or a hub id; empty: train one here")] = (
         msgspec.field(default="", name="from")
     )
+    trust_remote_code: Annotated[
+        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
+    ] = False
     vocab_size: Annotated[
         int, Meta(ge=257, le=1_000_000, description="ids of the byte-level BPE that is trained here")
     ] = 2048
@@ -139,9 +142,13 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             sources=tuple(owners),
             owners=tuple(owners.values()),
-            tokenizer=artifacts.tokenizer(config.tokenizer.from_, "tokenizer.from") if config.tokenizer.from_ else (),
+            tokenizer=_tokenizer_files(config.tokenizer, artifacts) if config.tokenizer.from_ else (),
             template=artifacts.files((config.chat_template,), "chat_template") if config.chat_template else (),
         )
+
+
+def _tokenizer_files(tokenizer: TokenizerConfig, artifacts: Artifacts) -> tuple[Path, ...]:
+    return artifacts.tokenizer(tokenizer.from_, "tokenizer.from", trusts_code=tokenizer.trust_remote_code)
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,14 +245,20 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
 
 def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[Any], holdout: float) -> Any:
     """Return the tokenizer that the table asks for, trained here or opened."""
+    from tempfile import TemporaryDirectory
+
+    from mlxflow import model_files
     from mlxflow.data import tokenizer
 
     template = inputs.template[0].read_text(encoding="utf-8") if inputs.template else None
     name = config.tokenizer.from_
     if not name:
         return _trained(config, context, files, holdout, template)
-    found = {path.name: path for path in inputs.tokenizer} or tokenizer.hub_files(name)
-    return tokenizer.open_vocabulary(found, template=template, name=name)
+    with model_files.trusting_code(config.tokenizer.trust_remote_code), TemporaryDirectory() as scratch:
+        folder = inputs.tokenizer[0].parent if inputs.tokenizer else Path()
+        found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer} or tokenizer.hub_files(name)
+        found = tokenizer.converted(found, Path(scratch), name)
+        return tokenizer.open_vocabulary(found, template=template, name=name)
 
 
 def _trained(config: Config, context: Context, files: list[Any], holdout: float, template: str | None) -> Any:

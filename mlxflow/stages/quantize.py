@@ -47,6 +47,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     input: Annotated[str, Meta(description="the dense model: a train stage")] = "train"
     model: Annotated[str, Meta(description="instead of the input, a model folder or a hub id")] = ""
+    trust_remote_code: Annotated[
+        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
+    ] = False
     data: Annotated[
         str,
         Meta(description='the token files: a pretokenize stage; auto: "pretokenize" for a trained model, else none'),
@@ -165,6 +168,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             yield Problem("target_bits_per_weight", self.target_bits_per_weight, expected, "Change one of the two.")
 
     @property
+    def trusts_code(self) -> bool:
+        """Whether Python code of the model, and of what is made of it, may be run."""
+        return self.trust_remote_code
+
+    @property
     def has_budget(self) -> bool:
         """Whether bits are chosen under a budget."""
         return bool(self.target_bits_per_weight or self.target_size)
@@ -223,7 +231,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             data = artifacts.folder(config.token_stage, "data")
             tokens = (data / "train.safetensors", data / "validation.safetensors")
         if config.model:
-            return cls(model=artifacts.model(config.model, "model"), tokens=tokens)
+            return cls(
+                model=artifacts.model(config.model, "model", trusts_code=config.trust_remote_code), tokens=tokens
+            )
         folder = artifacts.folder(config.input, "input")
         return cls(
             model=(folder / "config.json", folder / "model.safetensors"),
@@ -296,11 +306,12 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _source(config: Config, inputs: Inputs, context: Context) -> Path:
     """Return the folder of the dense model."""
-    from mlxflow import hub, models
+    from mlxflow import models
 
     if inputs.model:
         return inputs.model[0].parent
-    return hub.fetch(config.model, patterns=models.HUB_FILES, key=f"{context.task}.model")
+    trust_key = f"{context.task}.trust_remote_code"
+    return models.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
 
 
 def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -43,6 +43,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     from_: Annotated[
         str, Meta(description="a model folder or a hub id to go on from; empty: a new model of the shape below")
     ] = msgspec.field(default="", name="from")
+    trust_remote_code: Annotated[
+        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
+    ] = False
     architecture: Annotated[Literal["llama"], Meta(description="the model's kind, from mlx-lm")] = "llama"
     hidden_size: Annotated[int, Meta(ge=8, le=MAX_SIZE, description="width of the residual stream")] = 128
     num_layers: Annotated[int, Meta(ge=1, le=10_000, description="transformer blocks")] = 2
@@ -55,7 +58,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def problems(self) -> Any:
         """Yield what does not divide, or a shape beside a model that has one."""
         if self.from_:
-            shaped = [key for key in self.__struct_fields__ if key != "from_"]
+            shaped = [key for key in self.__struct_fields__ if key not in ("from_", "trust_remote_code")]
             for key in (key for key in shaped if getattr(self, key) != getattr(ModelConfig(), key)):
                 expected = "is for a new model, and model.from names one that exists"
                 yield Problem(key, getattr(self, key), expected, "Remove one of the two.")
@@ -265,6 +268,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Last steps over which the learning rate of the schedule "wsd" falls, where `auto` is a number."""
         return max(1, self.num_steps // 5) if self.decay_steps == "auto" else self.decay_steps
 
+    @property
+    def trusts_code(self) -> bool:
+        """Whether Python code of the model to go on from, and of what is made of it, may be run."""
+        return self.model.trust_remote_code
+
 
 _WITHOUT_DECAY = ("adam", "rmsprop", "adagrad", "adadelta", "adamax")
 WITH_BETAS = ("adamw", "adam", "adamax", "lion")
@@ -293,9 +301,13 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             train=folder / "train.safetensors",
             validation=folder / "validation.safetensors",
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
-            base=artifacts.model(config.model.from_, "model.from") if config.model.from_ else (),
+            base=_base_files(config.model, artifacts) if config.model.from_ else (),
             replay=artifacts.files((config.replay,), "replay") if config.replay else (),
         )
+
+
+def _base_files(model: ModelConfig, artifacts: Artifacts) -> tuple[Path, ...]:
+    return artifacts.model(model.from_, "model.from", trusts_code=model.trust_remote_code)
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
@@ -341,10 +353,11 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, tokens: Any) -> dict[str, Any]:
     """Train and write the model folder; return the report of the training."""
-    from mlxflow import models
+    from mlxflow import model_files, models
 
+    base = _base_folder(config, inputs, context)
     with train_methods.begin_proof(config, context) as ahead:
-        model, model_config, adapter_config = _make_model(config, inputs, tokens, context)
+        model, model_config, adapter_config = _make_model(config, base, inputs, tokens, context)
         masks = train_methods.masks_documents(config, tokens, model, context.task)
         objective = cache(partial(_objective, config, model, tokens, masks))
         subject = train_methods.Subject(model, tokens, masks, lambda uses_kernel: objective(uses_kernel)[1])
@@ -368,6 +381,8 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         provenance=context.provenance,
     )
     models.copy_tokenizer(inputs.tokenizer, context.folder)
+    if base is not None:
+        model_files.copy(base, model_files.defaults_and_code(base), context.folder)
     facts = {
         "parameters": models.num_parameters(model),
         "document_mask": masks,
@@ -431,7 +446,9 @@ def settings_of(config: Config, *, masks: bool, fused: bool, kernels: Any) -> di
     } | ({} if config.method == "full" else {"lora": _adapter_shape(config)._asdict()})
 
 
-def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any], Any]:
+def _make_model(
+    config: Config, base: Path | None, inputs: Inputs, tokens: Any, context: Context
+) -> tuple[Any, dict[str, Any], Any]:
     """Return the model in training mode, its `config.json`, and its adapters' where it has some."""
     import mlx.core as mx
 
@@ -440,8 +457,8 @@ def _make_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -
 
     seed = derive_seed(context.seed, "train.model")
     dtype = mx.float32 if config.precision == "fp32" else mx.bfloat16
-    if config.model.from_:
-        model, model_config = _base_model(config, inputs, tokens, context)
+    if base is not None:
+        model, model_config = _base_model(config, base, inputs, tokens, context)
     else:
         model_config = shape_config(config.model, tokens.vocab_size, tokens.context_length, tokens.end_of_text)
         model = models.build(model_config, seed=seed)
@@ -468,18 +485,29 @@ def _adapter_shape(config: Config) -> Any:
     )
 
 
-def _base_model(config: Config, inputs: Inputs, tokens: Any, context: Context) -> tuple[Any, dict[str, Any]]:
+def _base_folder(config: Config, inputs: Inputs, context: Context) -> Path | None:
+    """Return the folder of the model to go on from; None for a new model."""
+    from mlxflow import models
+
+    if not config.model.from_:
+        return None
+    table = f"{context.task}.model"
+    if inputs.base:
+        return inputs.base[0].parent
+    return models.fetch(config.model.from_, key=f"{table}.from", trust_key=f"{table}.trust_remote_code")
+
+
+def _base_model(
+    config: Config, folder: Path, inputs: Inputs, tokens: Any, context: Context
+) -> tuple[Any, dict[str, Any]]:
     """Return the model to go on from and its `config.json`.
 
     Raises:
         ArtifactError: it is none, does not know the tokens, or is quantized where all weights are to be trained.
     """
-    from mlxflow import config_json, hub, models
+    from mlxflow import config_json, models
 
     key = f"{context.task}.model.from"
-    folder = context.root / config.model.from_
-    if not inputs.base:
-        folder = hub.fetch(config.model.from_, patterns=models.HUB_FILES, key=key)
     model, model_config = models.load(folder)
     tokens.require_vocabulary(models.vocab_size(folder), key)
     models.require_tokenizer(folder, inputs.tokenizer[0], key)

@@ -269,7 +269,7 @@ def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy
     assert doit(job_copy, "train", "quantize").returncode == 0
     for _ in range(3):
         assert doit(job_copy, "train", "quantize").stdout == "-- pretokenize\n-- train\n-- quantize\n"
-    base = ["base/config.json", "base/model.safetensors"]
+    base = [f"base/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")]
     lock = tomllib.loads((job_copy / "mlxflow.lock").read_text())
     made = [f"artifacts/pretokenize/{name}" for name in ("tokenizer.json", "tokenizer_config.json")]
     made += [f"artifacts/pretokenize/{side}.safetensors" for side in ("train", "validation")]

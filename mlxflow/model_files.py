@@ -1,0 +1,275 @@
+"""Which files make a model folder: the one statement of it, for everything that reads, copies, records or opens one.
+
+A model folder holds a configuration, weights and a tokenizer in Hugging Face's form. What else lies in it, such as a
+README or weights of other formats, decides nothing and is left alone. Imported by every `doit`: nothing heavy here.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+#: Defaults of generation, among them the tokens that end it; they override those of the configuration.
+GENERATION = "generation_config.json"
+
+#: What mlx-lm reads beside `CONFIG` to build a model.
+_CONFIGS = (CONFIG, GENERATION, "hf_quant_config.json")
+
+#: What makes a tokenizer and its chat templates, in every form that transformers opens.
+TOKENIZER_PATTERNS = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+)
+
+#: What lies beside configuration and weights and goes along when a model is written again.
+COMPANION_PATTERNS = (*TOKENIZER_PATTERNS, GENERATION)
+
+#: What is fetched of a model on the hub.
+HUB_PATTERNS = (*_CONFIGS, INDEX, "model*.safetensors", *TOKENIZER_PATTERNS, "*.py")
+
+_FOLDERS = ("additional_chat_templates",)
+_SHARD = re.compile(r"(model|model\.safetensors)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+class Found(NamedTuple):
+    """The files of a model folder, by their names below it.
+
+    Attributes:
+        weights: in sorted order; the index, where there is one, comes first.
+        others: every other file that decides the model, in sorted order.
+        code: the Python file that the model's architecture is defined in; empty where mlx-lm knows it.
+        problem: why this is no model folder; empty where it is one.
+        advice: what to do about that.
+    """
+
+    weights: list[str]
+    others: list[str]
+    code: str
+    problem: str
+    advice: str
+
+    @property
+    def read(self) -> list[str]:
+        """Every file that decides the model, the configuration first."""
+        return [CONFIG, *(name for name in self.others if name != CONFIG), *self.weights]
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a file, by its name below a model folder, goes along when the model is written again."""
+    return _matches(name, (*COMPANION_PATTERNS, "*.py"))
+
+
+def decides(name: str) -> bool:
+    """Return whether a file, by its name below a model folder, decides what the model or its tokenizer does."""
+    return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, "model*.safetensors"))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the files in a model folder, sorted, then those of its templates below it; no hidden ones.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = list(_files(folder, ""))
+    for below in _FOLDERS:
+        if (folder / below).is_dir():
+            names += _files(folder, f"{below}/")
+    return sorted(names, key=lambda name: (name.count("/"), name))
+
+
+def _files(folder: Path, below: str) -> Iterator[str]:
+    with os.scandir(folder / below) as entries:
+        for entry in entries:
+            if entry.name[0] != "." and entry.is_file():
+                yield f"{below}{entry.name}"
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the tokenizer's files in a folder, sorted.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    return [name for name in names_in(folder) if _matches(name, TOKENIZER_PATTERNS)]
+
+
+def companions(folder: Path) -> list[str]:
+    """Return the names of what lies beside configuration and weights and decides the model too, sorted.
+
+    Python files count where a configuration names code.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = names_in(folder)
+    runs_code = names_code(folder)
+    return [name for name in names if _matches(name, COMPANION_PATTERNS) or (runs_code and _matches(name, ("*.py",)))]
+
+
+def defaults_and_code(folder: Path) -> list[str]:
+    """Return the companions that belong to the model itself and not to its tokenizer, sorted."""
+    return [name for name in companions(folder) if not _matches(name, TOKENIZER_PATTERNS)]
+
+
+def names_code(folder: Path) -> bool:
+    """Return whether a configuration in a folder names Python code of its own: `model_file` or `auto_map`."""
+    configs = [_read(folder / name) for name in (CONFIG, "tokenizer_config.json")]
+    return any(config.get(key) for config in configs for key in ("model_file", "auto_map"))
+
+
+def model_code(folder: Path) -> str:
+    """Return the Python file that a folder's configuration names for its architecture; empty where it names none."""
+    return str(_read(folder / CONFIG).get("model_file") or "")
+
+
+def tokenizer_code(folder: Path) -> str:
+    """Return the Python class that a folder's tokenizer is opened with; empty where it needs no code of its own."""
+    if (folder / "tokenizer.json").is_file():
+        return ""
+    named = _read(folder / "tokenizer_config.json").get("auto_map")
+    classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
+    return str(next(filter(None, classes), "")) if isinstance(classes, list) else str(classes or "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a JSON file's table; an empty one where it is missing or something else, which its reader will say."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def find(folder: Path) -> Found:
+    """Return the files of a model folder, or why it is none.
+
+    With an index the weights are the files that it lists, else `model.safetensors`, else a whole set of shards. Two
+    sets of weights are refused: mlx-lm would mix them, and transformers would take one of them.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = names_in(folder)
+    others = sorted({name for name in _CONFIGS if name in names} | set(companions(folder)))
+    code = model_code(folder)
+    if CONFIG not in names:
+        return Found([], others, code, f"has no {CONFIG}", "Name a model folder.")
+    weights, problem = _index_weights(folder, names) if INDEX in names else _weights_without_index(names)
+    if code and code not in names:
+        problem = problem or f"lacks {code}, which its {CONFIG} names"
+    return Found(weights, others, code, problem, _advise(problem))
+
+
+def _advise(problem: str) -> str:
+    if "two sets" in problem:
+        return "Remove the set that is not the model."
+    return "Put it there, or name another folder." if problem.startswith("lacks") else "Name a model folder."
+
+
+def _index_weights(folder: Path, names: list[str]) -> tuple[list[str], str]:
+    """Return the weights that an index lists, itself first, and what is wrong with them."""
+    table = _read(folder / INDEX).get("weight_map")
+    listed = sorted(set(table.values())) if isinstance(table, dict) and _are_names(table.values()) else []
+    if not listed:
+        return [], f"has a {INDEX} that lists no model*.safetensors"
+    if lacking := [name for name in listed if name not in names]:
+        return [], f"lacks {lacking[0]}, which its {INDEX} lists"
+    if WEIGHTS in names and WEIGHTS not in listed:
+        return [], f"holds two sets of weights, {WEIGHTS} and what {INDEX} lists"
+    return [INDEX, *listed], ""
+
+
+def _are_names(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) and _matches(value, ("model*.safetensors",)) for value in values)
+
+
+def _weights_without_index(names: list[str]) -> tuple[list[str], str]:
+    """Return `model.safetensors` or a whole set of shards, and what is wrong with them."""
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if not shards:
+        return ([WEIGHTS], "") if WEIGHTS in names else ([], f"has no {WEIGHTS}")
+    if WEIGHTS in names:
+        return [], f"holds two sets of weights, {WEIGHTS} and {shards[0][0]}"
+    if len({(match[1], match[3]) for match in shards}) > 1:
+        return [], f"holds shards of two sets of weights, {shards[0][0]} and {shards[-1][0]}"
+    stem, _, count = shards[0].groups()
+    whole = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+    if lacking := [name for name in whole if name not in names]:
+        return [], f"lacks {lacking[0]}"
+    return whole, ""
+
+
+def copy(folder: Path, names: Iterable[str], to: Path) -> None:
+    """Copy files of a model folder into another one.
+
+    Args:
+        folder: a model folder.
+        names: of files below it.
+        to: the other folder.
+    """
+    import shutil
+
+    for name in names:
+        (to / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, to / name)
+
+
+_trusts_code = False
+
+
+@contextmanager
+def trusting_code(trusts: bool) -> Iterator[None]:
+    """Let Python code of model folders be run in this block, or not: a stage is a process, which trusts as a whole."""
+    global _trusts_code
+    before, _trusts_code = _trusts_code, trusts
+    try:
+        yield
+    finally:
+        _trusts_code = before
+
+
+def trusts_code() -> bool:
+    """Return whether Python code of model folders may be run; it may not unless somebody says so."""
+    return _trusts_code
+
+
+@contextmanager
+def opened(folder: Path, files: Iterable[str]) -> Iterator[Path]:
+    """Yield a folder with links to some of a folder's files and nothing else.
+
+    mlx-lm opens every `model*.safetensors` of a folder and takes `[` in the folder's name for a pattern.
+
+    Args:
+        folder: a model folder.
+        files: names of the files below it.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="mlxflow-") as name:
+        for file in files:
+            link = Path(name, file)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to((folder / file).absolute())
+        yield Path(name)
