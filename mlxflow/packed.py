@@ -141,11 +141,15 @@ def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:
     """
     was_training = model.training
     model.eval()
-    tokens = mx.arange(1, 13)[None] % vocab_size
-    marks = mx.array([[2] * 5 + [4] * 7])
+    tokens = mx.stack([mx.arange(first, first + 12) % vocab_size for first in (1, 2, 3)])
+    ends = (5, 3, 8)  # of the first document in each row; a mask that fits one row alone fails with several
+    marks = mx.array([[2] * end + [4] * (12 - end) for end in ends])
     try:
         packed = apply(model, tokens, marks)
-        alone = mx.concatenate([model(tokens[:, :5]), model(tokens[:, 5:])], axis=1)
+        rows = [(tokens[row : row + 1], end) for row, end in enumerate(ends)]
+        alone = mx.concatenate(
+            [mx.concatenate([model(row[:, :end]), model(row[:, end:])], axis=1) for row, end in rows], axis=0
+        )
         difference = mx.abs(packed - alone).astype(mx.float32).max() / mx.abs(alone).astype(mx.float32).max()
         fits = float(difference) < 0.05  # bf16 differs by 0.01, another position by about 1
     except (AttributeError, TypeError, ValueError):

@@ -1,14 +1,25 @@
-"""How far a quantized model's predictions are from those of the dense one."""
+"""How far a quantized model's predictions are from those of the dense one.
 
-import math
-from collections.abc import Callable, Mapping
+Both models' logits of the same positions are needed, and only those of a slice at a time; see `reference` for a dense
+side that is computed once for many quantized models.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
 
-from mlxflow.measurement.perplexity import Perplexity, TokenRows, perplexity_of
-from mlxflow.packed import apply
+from mlxflow.measurement.body import Body
+from mlxflow.measurement.perplexity import Perplexity, mean_and_error, perplexity_from
+from mlxflow.measurement.positions import Part, TokenRows, hidden_states, parts, rows_for
+from mlxflow.measurement.reference import Reference
+from mlxflow.measurement.slices import positions_at_once
+
+# The logits of both models, in their type and in fp32, and what the sums make of them
+_ARRAYS = 6
 
 
 class Divergence(NamedTuple):
@@ -35,35 +46,35 @@ class Divergence(NamedTuple):
 
 
 def measure_divergence(
-    dense: nn.Module, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
+    dense: nn.Module | Reference, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
 ) -> Divergence:
     """Compare two models over rows of tokens, every target weighted alike; draws no random number.
 
+    The memory and the rounding are as `perplexity.measure_perplexity` says.
+
     Args:
-        dense: maps (B, L) token ids to (B, L, V) logits.
+        dense: maps (B, L) token ids to (B, L, V) logits; or what was kept of such a model on these very rows.
         quantized: likewise.
         rows: of tokens and marks.
-        batch_size: rows a forward pass.
+        batch_size: rows a forward pass at most.
         masks_documents: no token attends to another document in its row.
+
+    Raises:
+        StageError: no token of the rows counts.
     """
-    for model in (dense, quantized):
-        model.eval()
-    sums = [0.0] * 8
-    for begin in range(0, rows.num_rows, batch_size):
-        tokens, marks = (mx.array(part) for part in rows.batch(begin, begin + batch_size))
-        pieces = marks[:, :-1] if masks_documents else None
-        logits = [apply(model, tokens[:, :-1], pieces).astype(mx.float32) for model in (dense, quantized)]
-        found = _sums(logits[0], logits[1], tokens[:, 1:], (marks[:, 1:] & 1).astype(mx.float32))
-        mx.eval(found)
-        sums = [total + float(one) for total, one in zip(sums, found, strict=True)]
-    loss, loss_squares, other, other_squares, kl, kl_squares, same, count = sums
-    return Divergence(
-        _perplexity(loss, loss_squares, count),
-        _perplexity(other, other_squares, count),
-        max(0.0, kl / count),
-        _standard_error(kl, kl_squares, count),
-        same / count,
-    )
+    reference = dense if isinstance(dense, Reference) else Reference.of(dense)
+    quantized.eval()
+    body = Body.of(quantized)
+    at_once = rows_for(quantized, body, rows, batch_size)
+    found, count = [np.empty((4, 0))], 0
+    for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
+        sides = reference.hidden(part, count), hidden_states(body, part)
+        found += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
+        count += len(part.targets)
+    losses, other, kl, same = np.concatenate(found, axis=1)
+    dense_side = perplexity_from(losses)
+    mean, error = mean_and_error(kl)
+    return Divergence(dense_side, perplexity_from(other), max(0.0, mean), error, float(same.mean()))
 
 
 def costs_by_layer(
@@ -79,47 +90,58 @@ def costs_by_layer(
     Args:
         dense: as it is; put back afterwards.
         weights: by module path, what gives the weight that a quantized layer computes with.
-        rows: of tokens and marks.
-        batch_size: rows a forward pass.
+        rows: of tokens and marks; their hidden states are held.
+        batch_size: rows a forward pass at most.
         masks_documents: no token attends to another document in its row.
     """
+    dense.eval()
     modules = dict(dense.named_modules())
+    body = Body.of(dense)
+    at_once = rows_for(dense, body, rows, batch_size)
+    exact = [
+        (part, hidden_states(body, part)) for part in parts(rows, at_once=at_once, masks_documents=masks_documents)
+    ]
     costs = {}
     for path, weight in weights.items():
-        kept = modules[path]["weight"]
-        quantized = weight()
-        total, count = 0.0, 0.0
-        for begin in range(0, rows.num_rows, batch_size):
-            tokens, marks = (mx.array(part) for part in rows.batch(begin, begin + batch_size))
-            pieces = marks[:, :-1] if masks_documents else None
-            exact = apply(dense, tokens[:, :-1], pieces).astype(mx.float32)
-            modules[path]["weight"] = quantized
-            rounded = apply(dense, tokens[:, :-1], pieces).astype(mx.float32)
-            modules[path]["weight"] = kept
-            found = _sums(exact, rounded, tokens[:, 1:], (marks[:, 1:] & 1).astype(mx.float32))
-            total, count = total + float(found[4]), count + float(found[7])
-        costs[path] = max(0.0, total / max(1.0, count))
+        layer, kept, quantized = modules[path], modules[path]["weight"], weight()
+        total, count = 0.0, 0
+        for part, hidden in exact:
+            layer["weight"] = quantized
+            changed = hidden_states(body, part)
+            layer["weight"] = kept
+            for begin, end in _spans(body, hidden):
+                logits = body.logits(hidden[begin:end])
+                layer["weight"] = quantized
+                other = body.logits(changed[begin:end])
+                layer["weight"] = kept
+                total += float(_compared(logits, other, part.targets[begin:end])[2].sum())
+            count += len(part.targets)
+        costs[path] = max(0.0, total / max(1, count))
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
 
 
+def _slices(
+    dense: Body, quantized: Body, sides: tuple[mx.array, mx.array], part: Part
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Yield both models' logits and the targets of some positions at a time."""
+    for begin, end in _spans(dense, sides[0]):
+        yield dense.logits(sides[0][begin:end]), quantized.logits(sides[1][begin:end]), part.targets[begin:end]
+
+
+def _spans(body: Body, hidden: mx.array) -> Iterator[tuple[int, int]]:
+    step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
+    return ((begin, begin + step) for begin in range(0, len(hidden), step))
+
+
+def _compared(exact: mx.array, rounded: mx.array, targets: mx.array) -> NDArray[np.float64]:
+    """Return for each position both losses, the divergence, and whether both agree, (4, N)."""
+    values: list[mx.array] = _compare(exact.astype(mx.float32), rounded.astype(mx.float32), targets)
+    return np.array([np.array(value) for value in values], np.float64)
+
+
 @mx.compile
-def _sums(exact: mx.array, rounded: mx.array, targets: mx.array, weights: mx.array) -> list[mx.array]:
-    """Return weighted sums: both losses and their squares, divergence and its squares, agreements, tokens."""
+def _compare(exact: mx.array, rounded: mx.array, targets: mx.array) -> list[mx.array]:
     logs = [logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (exact, rounded)]
     losses = [-mx.take_along_axis(log, targets[..., None], axis=-1).squeeze(-1) for log in logs]
     kl = (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1)
-    same = exact.argmax(axis=-1) == rounded.argmax(axis=-1)
-    values = [losses[0], losses[0].square(), losses[1], losses[1].square(), kl, kl.square(), same]
-    return [(value * weights).sum() for value in values] + [weights.sum()]
-
-
-def _standard_error(total: float, squares: float, count: float) -> float:
-    mean = total / count
-    variance = max(0.0, squares / count - mean * mean) * count / max(1.0, count - 1)
-    return math.sqrt(variance / count)
-
-
-def _perplexity(loss: float, squares: float, count: float) -> Perplexity:
-    mean = loss / count
-    perplexity = perplexity_of(mean)
-    return Perplexity(mean, perplexity, perplexity * _standard_error(loss, squares, count), round(count))
+    return [*losses, kl, exact.argmax(axis=-1) == rounded.argmax(axis=-1)]
