@@ -67,12 +67,17 @@ class _PackedRows:
 
     offset = 0
 
-    def __init__(self, pieces: mx.array) -> None:
+    def __init__(self, pieces: mx.array, *, groups_heads: bool = False) -> None:
         self._pieces = pieces
         self._same = pieces[:, None, :, None] == pieces[:, None, None, :]
+        if groups_heads:  # without an axis of its own the row's would be taken for that of the heads of keys
+            self._same = self._same[:, None]
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Return (B, 1, L, L): each position sees those before it, of its own document, within the window."""
+        """Return (B, 1, L, L): each position sees those before it, of its own document, within the window.
+
+        Where scores lie by heads of keys, (B, 1, 1, L, L).
+        """
         places = mx.arange(length)
         behind = places[:, None] - places[None, :]
         seen = behind >= 0 if window_size is None else (behind >= 0) & (behind < window_size)
@@ -115,9 +120,17 @@ def apply_body(model: nn.Module, tokens: mx.array, marks: mx.array | None) -> mx
 
 
 def _run(module: nn.Module, tokens: mx.array, marks: mx.array | None, model: nn.Module) -> mx.array:
-    caches = None if marks is None else [_PackedRows(marks >> 1)] * len(model.layers)
+    caches = None
+    if marks is not None:
+        caches = [_PackedRows(marks >> 1, groups_heads=_groups_heads(model))] * len(model.layers)
     result: mx.array = module(tokens) if caches is None else module(tokens, cache=caches)
     return result
+
+
+def _groups_heads(model: nn.Module) -> bool:
+    """Return whether attention has an axis for heads of keys and one for the queries of each, as Gemma 2's."""
+    layers = model.layers[0].modules() if len(model.layers) else []
+    return any(hasattr(one, "attn_logit_softcapping") and getattr(one, "repeats", 1) > 1 for one in layers)
 
 
 def has_row_state(model: nn.Module) -> bool:

@@ -77,6 +77,20 @@ def test_packed_documents_get_the_logits_of_each_alone(name: str) -> None:
     assert not has_row_state(model)
 
 
+@pytest.mark.parametrize("num_rows", [2, 3])  # as many as there are heads of keys, and another number
+@pytest.mark.parametrize("name", ROTARY)
+def test_each_row_has_the_mask_of_its_own_documents(name: str, num_rows: int) -> None:
+    model = _model(name, **ROTARY[name])
+    tokens = mx.array(np.random.default_rng(0).integers(0, 97, (num_rows, 12)))
+    ends = (4, 9, 6)[:num_rows]
+    marks = mx.array([[2] * end + [4] * (12 - end) for end in ends])
+    packed = apply(model, tokens, marks)
+    for row, end in enumerate(ends):
+        one = tokens[row : row + 1]
+        alone = mx.concatenate([model(one[:, :end]), model(one[:, end:])], axis=1)
+        assert float(mx.abs(packed[row : row + 1] - alone).max()) < 1e-5 * float(mx.abs(alone).max())
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_so_do_the_gradients(name: str) -> None:
     model = _model(name, **ROTARY[name])

@@ -10,18 +10,14 @@ from msgspec import Meta
 
 from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
 from mlxflow.stage import Artifacts, Context, ModelFolder
-from mlxflow.stages import quantize_methods, train, train_methods
+from mlxflow.stages import quantize_methods, quantize_quality, train, train_methods
 
 VERSION = 7
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
-
-# Rows on which single layers are blamed when a gate closes: a rank among them needs few
-_BLAMING_ROWS = 8
-_EVAL_BATCH = 32
 
 
 class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -300,7 +296,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     models.copy_companions(folder, context.folder)
     report = {"method": config.method, **_sizes(exported, made.plan, outputs)} | chosen | made.report
     if tokens is not None:
-        report["quality"] = _quality(config, tokens, folder, plan=made.plan, context=context)
+        report["quality"] = quantize_quality.measure(
+            config, tokens.validation, folder, layers=made.plan.layers, context=context
+        )
     return report
 
 
@@ -389,49 +387,3 @@ def _layer_row(layer: Any) -> dict[str, Any]:
         "bits_per_weight": 8 * layer.num_bytes / layer.parameters,
         "relative_error": layer.relative_error,
     }
-
-
-def _quality(config: Config, tokens: Any, folder: Path, *, plan: Any, context: Context) -> dict[str, Any]:
-    """Return what quantization costs, measured on the files.
-
-    Raises:
-        StageError: more than a gate allows; the layers that cost most are named.
-    """
-    from mlxflow import models, packed
-    from mlxflow.measurement.divergence import costs_by_layer, measure_divergence
-
-    dense, quantized = (models.for_evaluation(models.load(one)[0]) for one in (folder, context.folder))
-    rows = tokens.validation.rows.head(config.max_validation_rows)
-    masks = tokens.validation.has_conversations and packed.can_mask_documents(dense, tokens.validation.vocab_size)
-    found = measure_divergence(dense, quantized, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
-    problems = list(_closed_gates(config, found, context.task))
-    if problems:
-        weights = models.dense_weights(quantized, plan.layers)
-        few = rows.head(_BLAMING_ROWS)
-        costs = costs_by_layer(dense, weights, few, batch_size=_BLAMING_ROWS, masks_documents=masks)
-        worst = ", ".join(f"{path} ({cost:.2g} nats)" for path, cost in list(costs.items())[:3])
-        raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
-    return {
-        "tokens": found.dense.tokens,
-        "dense_perplexity": found.dense.perplexity,
-        "dense_perplexity_standard_error": found.dense.standard_error,
-        "perplexity": found.quantized.perplexity,
-        "perplexity_standard_error": found.quantized.standard_error,
-        "perplexity_increase": found.perplexity_increase,
-        "kl": found.kl,
-        "kl_standard_error": found.kl_standard_error,
-        "top1_agreement": found.top1_agreement,
-    }
-
-
-def _closed_gates(config: Config, found: Any, task: str) -> Any:
-    """Yield a line for each gate that the costs are over."""
-    advice = "Give the layers that cost most more bits, or raise the limit."
-    gate = config.max_perplexity_increase
-    if gate and not found.perplexity_increase <= gate:
-        yield (
-            f"{task}.max_perplexity_increase = {gate}: perplexity went from {found.dense.perplexity:.4g} to "
-            f"{found.quantized.perplexity:.4g} (+{found.perplexity_increase:.1%}). {advice}"
-        )
-    if config.max_kl and not found.kl <= config.max_kl:
-        yield f"{task}.max_kl = {config.max_kl}: the divergence is {found.kl:.4g} nats a token. {advice}"
