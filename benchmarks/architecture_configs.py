@@ -10,7 +10,7 @@ VOCAB_SIZE = 128
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

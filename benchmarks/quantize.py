@@ -284,7 +284,7 @@ def learned(folder: str) -> None:
             made = methods.gptq(model, plan, tokens[:, :-1], batch_size=8, key="quantize")
             told["gptq"] = job.perplexity_of(model, made, plan)
         model = job.model()
-        made = methods.awq(model, plan, tokens[:, :-1], model_type="llama", search_steps=20, key="quantize")
+        made = methods.awq(model, plan, tokens[:, :-1], search_steps=20, key="quantize")
         told["awq"] = job.perplexity_of(model, made, plan)
         model = job.model()
         made = methods.dwq(model, plan, tokens, batch_size=4, learning_rate=1e-4, seed=0, key="quantize")

@@ -1,7 +1,7 @@
-"""Codes learned from text: GPTQ, AWQ and DWQ, each by mlx-lm's own function, on a plan and on rows of tokens.
+"""Codes learned from text, on a plan and on rows of tokens: GPTQ and DWQ by mlx-lm's functions, AWQ by its search.
 
-Each function gives the packed layers of a dense model and leaves the model dense. What mlx-lm's function cannot do of a
-plan is refused by name; layers that it only rounds, such as embeddings, follow the plan whatever it says of them.
+Each function gives the packed layers of a dense model and leaves the model dense. What a method cannot do of a plan is
+refused by name; layers that it only rounds, such as embeddings, follow the plan whatever it says of them.
 """
 
 import copy
@@ -23,10 +23,34 @@ from mlxflow.quantization.adapting import (
     quantizable_layers,
     quiet,
 )
-from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.codec import Packed, pack
+from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import Setting
 
 _GPTQ_BITS = (2, 4, 8)
+
+_MORE_ROWS = "Calibrate on more rows (calibration_rows)."
+
+
+def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting], *, key: str) -> None:
+    """Make sure that a method can follow a plan; looks at shapes and classes only.
+
+    Args:
+        method: "gptq", "awq", "dwq", or one that learns nothing.
+        model: dense; its weights need not be evaluated.
+        plan: module path to setting.
+        key: of the table with the settings, for messages.
+
+    Raises:
+        CallError: it cannot; the first layer that it cannot learn is named.
+    """
+    name = _named(method, key)
+    if method in ("gptq", "awq") and not plan.keys() & _inside_blocks(model):
+        raise CallError(f"{name}: the plan has no layer that it could learn. Leave one of the blocks' to be quantized.")
+    if method == "gptq":
+        _check_gptq(model, plan, name)
+    if method == "dwq":
+        _check_trainable(plan, name)
 
 
 def gptq(
@@ -34,8 +58,8 @@ def gptq(
 ) -> dict[str, Packed]:
     """Return layers whose codes make up for each other's errors (Frantar et al. 2022, arXiv:2210.17323).
 
-    The linear layers of the blocks have one affine setting with 2, 4 or 8 bits between them; those outside, such as the
-    head, are learned too if theirs is the same, and rounded otherwise, as embeddings are.
+    Linear layers and those of experts are learned, each by its own setting. Those outside of the blocks, such as the
+    head, are rounded where they have a setting that GPTQ does not have, and embeddings always.
 
     Args:
         model: dense, evaluated, in evaluation mode; unchanged.
@@ -45,28 +69,27 @@ def gptq(
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: a plan that mlx-lm's function cannot follow; a matrix whose inputs it cannot invert.
+        CallError: a plan that mlx-lm's function cannot follow; a matrix whose inputs it cannot invert; codes that are
+            not finite.
     """
-    from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.quant.gptq import gptq_quantize
 
-    name = f'{key}.method = "gptq"'
-    linear = {
-        path: layer for path, layer in quantizable_layers(model).items() if type(layer) in (nn.Linear, SwitchLinear)
-    }
-    inside = _inside_blocks(model)
-    common = _common({path: one for path, one in plan.items() if path in linear and path in inside}, name)
-    if common.bits not in _GPTQ_BITS:
-        raise CallError(f"{name}: mlx-lm's GPTQ has 2, 4 and 8 bits, and the plan has {common.bits}. Use one of them.")
-    learned = {path for path in linear if plan.get(path) == common}
-    with following(model, plan, free=learned, hides=True), quiet():
-        try:
-            gptq_quantize(model, tokens, common.bits, common.group_size, common.bits, common.group_size, batch_size)
-        except (RuntimeError, ValueError) as error:
-            if "cholesky" not in str(error).lower():
-                raise
-            raise CallError(f"{name}: {error}. Calibrate on more rows (calibration_rows).") from error
-        return _packed_layers(model, plan)
+    require_learnable("gptq", model, plan, key=key)
+    packed: dict[str, Packed] = {}
+    for setting, paths in _by_setting(model, plan).items():
+        own = dict.fromkeys(paths, setting)
+        with following(model, own, free=set(paths), hides=True), quiet():
+            try:
+                bits, group_size = setting.bits, setting.group_size
+                gptq_quantize(model, tokens, bits, group_size, bits, group_size, batch_size)
+            except (RuntimeError, ValueError) as error:
+                if "cholesky" not in str(error).lower():
+                    raise
+                raise CallError(f"{_named('gptq', key)}: {error}. {_MORE_ROWS}") from error
+            packed |= _packed_layers(model, own)
+    _require_finite(packed, _named("gptq", key))
+    layers = quantizable_layers(model)
+    return packed | {path: pack(layers[path].weight, setting) for path, setting in plan.items() if path not in packed}
 
 
 def awq(
@@ -74,43 +97,33 @@ def awq(
     plan: Mapping[str, Setting],
     tokens: mx.array,
     *,
-    model_type: str,
     search_steps: int,
     key: str,
 ) -> dict[str, Packed]:
     """Return layers scaled and clipped so that what matters loses least (Lin et al. 2023, arXiv:2306.00978).
 
-    All layers of the blocks have one affine setting between them; embedding and head are rounded, by their own. Norms
-    and dense weights of the model change with the scales: save the model as it is afterwards.
+    Layers of the blocks are learned, each by its own setting of any mode; embedding and head are rounded. Norms and
+    dense weights of the model change with the scales: save the model as it is afterwards.
 
     Args:
-        model: dense, evaluated, in evaluation mode; norms and dense weights are scaled in place.
-        plan: module path to setting.
+        model: dense, evaluated, in evaluation mode; norms and weights of its blocks are changed in place.
+        plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on; all of them are held as activations of a block.
-        model_type: the architecture, as `config.json` names it.
         search_steps: scales tried for each group of layers.
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: an architecture or a plan that mlx-lm's function cannot follow.
+        CallError: a plan that has no layer of the blocks.
     """
-    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
+    from mlxflow.quantization.awq import scale_and_clip
 
-    name = f'{key}.method = "awq"'
-    known = AWQ_MODEL_CONFIGS.get(model_type)
-    if known is None:
-        raise CallError(
-            f'{name}: mlx-lm\'s AWQ does not know the architecture "{model_type}". It knows '
-            f'{", ".join(sorted(AWQ_MODEL_CONFIGS))}. Use method = "gptq", or "rtn".'
-        )
-    inside = {path for path in quantizable_layers(model) if path in _inside_blocks(model)}
-    dense = sorted(inside - plan.keys())
-    if dense:
-        raise CallError(f"{name}: mlx-lm's AWQ quantizes every layer of a block, and the plan leaves {dense[0]} dense.")
-    common = _common({path: plan[path] for path in plan if path in inside}, name)
-    with following(model, plan, free=inside, hides=False), quiet():
-        awq_quantize(model, tokens, known, group_size=common.group_size, bits=common.bits, n_grid=search_steps)
-        return _packed_layers(model, plan)
+    require_learnable("awq", model, plan, key=key)
+    with show_layers(key, len(model.layers)) as watch:
+        scale_and_clip(model, plan, tokens, search_steps=search_steps, watch=watch)
+    layers = quantizable_layers(model)
+    packed = {path: pack(layers[path].weight, setting) for path, setting in plan.items()}
+    mx.eval(packed)
+    return packed
 
 
 def dwq(
@@ -141,8 +154,8 @@ def dwq(
     """
     from mlx_lm.quant.dwq import dwq_quantize
 
-    name = f'{key}.method = "dwq"'
-    _check_trainable(plan, name)
+    name = _named("dwq", key)
+    require_learnable("dwq", model, plan, key=key)
     if len(tokens) < 2 * batch_size:
         raise CallError(
             f"{name}: needs {2 * batch_size} calibration rows, two batches, and has {len(tokens)}. "
@@ -192,25 +205,34 @@ def _inside_blocks(model: nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if id(module) in ids}
 
 
-def _common(settings: Mapping[str, Setting], name: str) -> Setting:
-    """Return the one affine setting of the linear layers in the blocks.
+def _by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, list[str]]:
+    """Return the layers that GPTQ learns, by their settings."""
+    from mlx_lm.models.switch_layers import SwitchLinear
 
-    Raises:
-        CallError: there is none, or not one only.
-    """
-    if not settings:
-        raise CallError(f"{name}: the plan has no layer that it could learn. Leave one of the blocks' to be quantized.")
-    first, common = next(iter(settings.items()))
-    for path, setting in settings.items():
-        if setting.mode != "affine":
-            raise CallError(f'{name}: learns affine layers, and {path} is {setting.mode}. Set mode = "affine".')
-        if setting != common:
+    found: dict[Setting, list[str]] = {}
+    for path, layer in quantizable_layers(model).items():
+        setting = plan.get(path)
+        if (
+            setting
+            and type(layer) in (nn.Linear, SwitchLinear)
+            and setting.mode == "affine"
+            and setting.bits in _GPTQ_BITS
+        ):
+            found.setdefault(setting, []).append(path)
+    return found
+
+
+def _check_gptq(model: nn.Module, plan: Mapping[str, Setting], name: str) -> None:
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    layers, inside = quantizable_layers(model), _inside_blocks(model)
+    for path in (path for path in plan if path in inside and type(layers[path]) in (nn.Linear, SwitchLinear)):
+        if plan[path].mode != "affine":
+            raise CallError(f'{name}: learns affine layers, and {path} is {plan[path].mode}. Set mode = "affine".')
+        if plan[path].bits not in _GPTQ_BITS:
             raise CallError(
-                f"{name}: takes one setting for all layers of the blocks, and {first} has bits {common.bits} and "
-                f"group_size {common.group_size}, {path} bits {setting.bits} and group_size {setting.group_size}. "
-                'Give them the same, or use method = "dwq" or "qat".'
+                f"{name}: mlx-lm's GPTQ has 2, 4 and 8 bits, and {path} has {plan[path].bits}. Use one of them."
             )
-    return common
 
 
 def _check_trainable(plan: Mapping[str, Setting], name: str) -> None:
@@ -222,6 +244,16 @@ def _check_trainable(plan: Mapping[str, Setting], name: str) -> None:
             )
     if not any(setting.mode == "affine" and setting.bits < 8 for setting in plan.values()):
         raise CallError(f"{name}: trains affine layers under 8 bits, and the plan has none. Use fewer bits.")
+
+
+def _named(method: str, key: str) -> str:
+    return f'{key}.method = "{method}"'
+
+
+def _require_finite(packed: Mapping[str, Packed], name: str) -> None:
+    for path, parts in packed.items():
+        if not mx.isfinite(parts.scales).all().item():
+            raise CallError(f"{name}: {path} has scales that are not finite. {_MORE_ROWS}")
 
 
 def _packed_layers(model: nn.Module, plan: Mapping[str, Setting]) -> dict[str, Packed]:

@@ -276,7 +276,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         outputs,
         context,
         model=model,
-        model_type=str(model_config.get("model_type")),
         plan=plan,
         tokens=tokens,
     )

@@ -15,7 +15,7 @@ from mlxflow.stages import train, train_methods
 # Rows that the learned methods look at together
 _CALIBRATION_BATCH = 4
 
-# mlx-lm's own: scales that AWQ tries
+# As mlx-lm's: scales that AWQ tries
 _AWQ_STEPS = 20
 
 # Of a safetensors header: what stands around the name of a tensor, and what tells where the file came from
@@ -57,10 +57,12 @@ def choose_plan(config: Any, model: Any, tokens: Tokens | None, context: Context
     Raises:
         WorkflowError: the table does not fit the model, or the budget cannot be met.
     """
+    from mlxflow.quantization.learned import require_learnable
     from mlxflow.quantization.plan import check_supported, resolve
 
     plan = resolve(model, default=config.default, rules=rules_of(config), key=context.task)
     check_supported(plan.layers, context.task)
+    require_learnable(config.method, model, plan.layers, key=context.task)
     if warning := plan.warning(context.task):
         print(warning, file=sys.stderr, flush=True)
     if not config.has_budget or tokens is None:
@@ -136,7 +138,6 @@ def make(
     context: Context,
     *,
     model: Any,
-    model_type: str,
     plan: Any,
     tokens: Tokens | None,
 ) -> Made:
@@ -145,13 +146,13 @@ def make(
         return Made(model, plan, {}, {})
     if config.method == "qat":
         return _trained(config, inputs, outputs, context, model=model, plan=plan, tokens=tokens)
-    return Made(model, plan, _learned(config, model, model_type, plan.layers, tokens, context), {})
+    return Made(model, plan, _learned(config, model, plan.layers, tokens, context), {})
 
 
 def _learned(
-    config: Any, model: Any, model_type: str, layers: Mapping[str, Setting], tokens: Tokens, context: Context
+    config: Any, model: Any, layers: Mapping[str, Setting], tokens: Tokens, context: Context
 ) -> dict[str, Any]:
-    """Return the codes that one of mlx-lm's methods learns from calibration rows."""
+    """Return the codes that GPTQ, AWQ or DWQ learns from calibration rows."""
     import mlx.core as mx
 
     from mlxflow.quantization import learned
@@ -162,7 +163,7 @@ def _learned(
     if config.method == "gptq":
         return learned.gptq(model, layers, rows[:, :-1], batch_size=_CALIBRATION_BATCH, key=key)
     if config.method == "awq":
-        return learned.awq(model, layers, rows[:, :-1], model_type=model_type, search_steps=_AWQ_STEPS, key=key)
+        return learned.awq(model, layers, rows[:, :-1], search_steps=_AWQ_STEPS, key=key)
     return learned.dwq(
         model,
         layers,

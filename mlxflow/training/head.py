@@ -1,7 +1,5 @@
 """Where hidden states become logits, and whether the logits are that product and nothing else."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -10,6 +8,7 @@ import numpy as np
 
 from mlxflow import models
 from mlxflow.quantization.fake import fake_weight, plain_type
+from mlxflow.replaced import replaced
 from mlxflow.training.mode import evaluating
 
 # Of the numbers that a head returns instead of its product: powers of ten that every floating type holds
@@ -85,8 +84,8 @@ def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: 
 
     try:
         with (
-            _replaced(body, "__call__", lambda call: lambda self, *inputs, **named: note(call(self, *inputs, **named))),
-            _replaced(layer, method, lambda _: lambda self, x: answer(x)),
+            replaced(body, "__call__", lambda call: lambda self, *inputs, **named: note(call(self, *inputs, **named))),
+            replaced(layer, method, lambda _: lambda self, x: answer(x)),
         ):
             logits = model(tokens)
         return _is_plain(logits, seen, body(tokens), numbers)  # the body as `packed.apply_body` calls it
@@ -116,23 +115,6 @@ def _is_plain(
     is_same_body = float(mx.abs(direct.astype(mx.float32) - hidden).max()) < 0.02 * float(mx.abs(hidden).max())
     wanted = mx.array(numbers).astype(direct.dtype).astype(mx.float32)
     return is_same_body and bool(mx.array_equal(logits.astype(mx.float32), wanted))
-
-
-@contextmanager
-def _replaced(module: nn.Module, method: str, make: Any) -> Iterator[None]:
-    """Give one layer another method until the block ends.
-
-    Args:
-        module: that layer; others of its class keep theirs.
-        method: its name.
-        make: takes the method and returns the one to use.
-    """
-    kind: Any = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {method: make(getattr(kind, method))})
-    try:
-        yield
-    finally:
-        module.__class__ = kind
 
 
 def _numbers_of_every_size(shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.float32]]":

@@ -1,0 +1,189 @@
+"""AWQ: scales and limits by which rounding loses least of what a block computes (Lin et al. 2023, arXiv:2306.00978).
+
+The search for scales is that of mlx-lm's `awq`, held against the output of the whole block; the search for limits is
+mlx-lm's own function. mlx-lm has a table of the architectures it knows. Here the layers that share a scale come from
+the block itself (`scalable`), and blocks are reached in a forward pass of the whole model, which gives them the inputs,
+masks and positions that the architecture gives them.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlxflow.quantization.codec import round_trip
+from mlxflow.quantization.scalable import Group, apply_scales, find_groups, noted, weighted
+from mlxflow.quantization.settings import Setting
+from mlxflow.replaced import replaced
+
+# Layers whose weights are not cut off: what goes into the products of attention reacts to outliers (as in AWQ's code)
+_NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv", "c_attn", "kv_a", "kv_b", "embed_q")
+
+_LEAST_SCALE = 1e-4
+
+
+def scale_and_clip(
+    model: nn.Module,
+    plan: Mapping[str, Setting],
+    tokens: mx.array,
+    *,
+    search_steps: int,
+    watch: Callable[[str], None],
+) -> None:
+    """Scale and clip the weights of a model's blocks, so that rounding them afterwards loses less of their outputs.
+
+    Args:
+        model: dense, evaluated, in evaluation mode; weights and norms of its blocks are changed in place, so that it
+            computes nearly the same.
+        plan: module path to setting; layers that are not in it are scaled where they must be, and not rounded.
+        tokens: (R, L) ids to calibrate on; all of them are held as activations of a block.
+        search_steps: scales and limits tried for each group of layers.
+        watch: is told the path of each block that is done.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    recipes: dict[Any, list[Group]] = {}
+
+    def learning(block: nn.Module) -> Callable[[Any], Any]:
+        prefix = paths[id(block)]
+        settings = {path: plan[f"{prefix}.{path}"] for path in weighted(block) if f"{prefix}.{path}" in plan}
+        waiting = [block] if settings else []  # a block may be called more than once
+
+        def make(call: Any) -> Any:
+            def learned_call(self: Any, *inputs: Any, **named: Any) -> Any:
+                outputs = call(self, *inputs, **named)
+                mx.eval(outputs)
+                if waiting:
+                    _Block(waiting.pop(), settings, call, inputs, named).learn(recipes, search_steps)
+                    watch(prefix)
+                return outputs
+
+            return learned_call
+
+        return make
+
+    with ExitStack() as stack:
+        for block in {id(block): block for block in model.layers}.values():
+            stack.enter_context(replaced(block, "__call__", learning(block)))
+        mx.eval(model(tokens))
+
+
+class _Block:
+    """A block with the inputs that a forward pass gave it.
+
+    Args:
+        block: changed by `learn`.
+        settings: of its layers that are rounded.
+        call: computes the block: takes it and its inputs.
+        inputs: for `call`.
+        named: for `call`.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        settings: Mapping[str, Setting],
+        call: Callable[..., Any],
+        inputs: tuple[Any, ...],
+        named: Mapping[str, Any],
+    ) -> None:
+        self._block, self._settings, self._call = block, settings, call
+        self._inputs = (inputs, dict(named))
+
+    def run(self) -> list[mx.array]:
+        """Return the block's outputs, in the type of its weights."""
+        dtype = next(iter(weighted(self._block).values())).weight.dtype
+
+        def cast(value: Any) -> Any:
+            is_floating = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+            return value.astype(dtype) if is_floating else value
+
+        inputs, named = tree_map(cast, self._inputs)
+        outputs = [value for _, value in tree_flatten(self._call(self._block, *inputs, **named))]
+        mx.eval(outputs)
+        return outputs
+
+    def learn(self, recipes: dict[Any, list[Group]], search_steps: int) -> None:
+        """Scale and clip; leave the block as it was if rounding loses no less then.
+
+        Args:
+            recipes: the groups of blocks that are alike; more are added.
+            search_steps: tried for each.
+        """
+        calls = noted(self._block, self.run)
+        alike = tuple((path, type(one), one.weight.shape) for path, one in weighted(self._block).items())
+        if alike not in recipes:
+            recipes[alike] = find_groups(self._block, self.run, calls)
+        dense, wanted = self._block.parameters(), self.run()
+        before = self._lost(wanted, dict.fromkeys(self._settings, 1.0))
+        x = {path: one.x for path, one in calls.items()}
+        for group in recipes[alike]:
+            rounded = [path for path in group.layers if path in self._settings]
+            if not rounded or group.source not in calls:
+                continue
+            scales = self._best_scales(rounded, x[group.layers[0]], wanted, search_steps)
+            apply_scales(self._block, group, scales)
+            x |= {path: (x[path] / scales).astype(x[path].dtype) for path in group.layers}
+        self._clip(x, search_steps)
+        if not self._lost(wanted, dict.fromkeys(self._settings, 1.0)) < before:
+            self._block.update(dense)
+        mx.eval(self._block.parameters())
+        mx.clear_cache()
+
+    def _best_scales(self, paths: list[str], x: mx.array, wanted: list[mx.array], search_steps: int) -> mx.array:
+        """Return the scales, (D,), of those tried with which rounding some layers changes the outputs least.
+
+        Tried are powers of the mean size of each channel, from 0 to 1.
+
+        Args:
+            paths: of the layers.
+            x: what they read, (..., D).
+            wanted: the outputs.
+            search_steps: scales tried.
+        """
+        sizes = mx.abs(x.reshape(-1, x.shape[-1]).astype(mx.float32)).mean(axis=0)
+        tried = []
+        for step in range(search_steps):
+            scales = mx.maximum(sizes ** (step / search_steps), _LEAST_SCALE)
+            scales = scales / mx.sqrt(scales.max() * scales.min())
+            tried.append((self._lost(wanted, dict.fromkeys(paths, scales)), step, scales))
+        return min(tried, key=lambda one: one[:2])[2]
+
+    def _lost(self, wanted: list[mx.array], scales: Mapping[str, Any]) -> float:
+        """Return the squared error of the outputs with some layers rounded, their columns scaled meanwhile."""
+        layers = weighted(self._block)
+        dense = {path: layers[path].weight for path in scales}
+        for path, own in scales.items():
+            rounded = round_trip((dense[path] * own).astype(dense[path].dtype), self._settings[path])
+            layers[path].weight = (rounded / own).astype(rounded.dtype)
+        try:
+            found = self.run()
+        finally:
+            for path, weight in dense.items():
+                layers[path].weight = weight
+        pairs = zip(found, wanted, strict=True)
+        lost = sum(float((one - other).astype(mx.float32).square().sum()) for one, other in pairs)
+        return lost if math.isfinite(lost) else math.inf
+
+    def _clip(self, x: Mapping[str, mx.array], search_steps: int) -> None:
+        """Cut the weights of the block's layers off where that loses less of their products."""
+        from mlx_lm.quant.awq import search_best_clip
+
+        layers = weighted(self._block)
+        for path, setting in self._settings.items():
+            weight = layers[path].weight
+            is_product = path in x and x[path].shape[-1] == weight.shape[-1]
+            if not is_product or any(word in path for word in _NOT_CLIPPED):
+                continue
+            rows = SimpleNamespace(weight=weight, input_feat=x[path].reshape(1, -1, weight.shape[-1]))
+            clipped = search_best_clip(
+                rows,
+                quantize_func=lambda part, setting=setting: round_trip(part, setting),
+                group_size=setting.group_size,
+                n_grid=search_steps,
+            )
+            layers[path].weight = clipped.astype(weight.dtype)

@@ -1,0 +1,173 @@
+"""AWQ on any architecture: which layers share scales, that scaling alone changes nothing, and what is gained."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from benchmarks.architecture_configs import VOCAB_SIZE, config_of
+from mlxflow import models
+from mlxflow.quantization import scalable
+from mlxflow.quantization.awq import scale_and_clip
+from mlxflow.quantization.codec import round_trip
+from mlxflow.quantization.settings import Setting
+from mlxflow.replaced import replaced
+
+TOKENS = mx.random.randint(0, VOCAB_SIZE, (8, 16), key=mx.random.key(0))
+
+#: Of the last block: what is scaled, and the layers that are scaled with it.
+GROUPS: dict[str, dict[str, str]] = {
+    "llama": {
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "post_attention_layernorm": "mlp.gate_proj mlp.up_proj",
+        "mlp.up_proj": "mlp.down_proj",
+    },
+    "gemma2": {  # norms that add one, and others behind attention and MLP, which nothing linear reads
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "pre_feedforward_layernorm": "mlp.gate_proj mlp.up_proj",
+        "mlp.up_proj": "mlp.down_proj",
+    },
+    "phi": {  # one norm for attention and MLP, biases, as many heads of keys as of queries, a GELU
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj mlp.fc1",
+        "self_attn.v_proj": "self_attn.dense",
+    },
+    "phi3": {  # projections in one matrix
+        "input_layernorm": "self_attn.qkv_proj",
+        "post_attention_layernorm": "mlp.gate_up_proj",
+        "mlp.gate_up_proj": "mlp.down_proj",
+    },
+    "olmo2": {"mlp.up_proj": "mlp.down_proj"},  # its norms stand behind
+    "mixtral": {  # experts read rows in another order, twice
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "post_attention_layernorm": (
+            "block_sparse_moe.gate block_sparse_moe.switch_mlp.up_proj block_sparse_moe.switch_mlp.gate_proj"
+        ),
+        "block_sparse_moe.switch_mlp.up_proj": "block_sparse_moe.switch_mlp.down_proj",
+    },
+    "gpt_oss": {  # what up returns is clipped, so it is not to be scaled
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "post_attention_layernorm": "mlp.router mlp.experts.up_proj mlp.experts.gate_proj",
+    },
+    "jamba": {
+        "input_layernorm": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+        "pre_ff_layernorm": ("feed_forward.router feed_forward.switch_mlp.up_proj feed_forward.switch_mlp.gate_proj"),
+        "feed_forward.switch_mlp.up_proj": "feed_forward.switch_mlp.down_proj",
+    },
+}
+
+
+def _model(architecture: str) -> nn.Module:
+    """Return a model whose activations differ in size by channel, as those of trained ones do."""
+    model = models.build(config_of(architecture), seed=0)
+    model.eval()
+    for path, layer in model.named_modules():
+        if "weight" in layer and layer.weight.ndim == 1:
+            key = mx.random.key(len(path))
+            layer.weight = layer.weight + mx.exp(mx.random.normal(layer.weight.shape, key=key)) - 1
+    return model
+
+
+def _on_last_block(model: nn.Module, work: Any) -> Any:
+    """Run a model, and some work on its last block with the inputs that come to it; return what the work returns."""
+    results: list[Any] = []
+
+    def make(call: Any) -> Any:
+        def worked_on(self: Any, *inputs: Any, **named: Any) -> Any:
+            results.append(work(self, lambda: [one for _, one in tree_flatten(call(self, *inputs, **named))]))
+            return call(self, *inputs, **named)
+
+        return worked_on
+
+    with replaced(model.layers[-1], "__call__", make):
+        mx.eval(model(TOKENS))
+    return results[0]
+
+
+def _groups(block: nn.Module, run: scalable.Run) -> list[scalable.Group]:
+    return scalable.find_groups(block, run, scalable.noted(block, run))
+
+
+@pytest.mark.parametrize("architecture", GROUPS)
+def test_layers_that_share_a_scale_are_found_from_what_the_block_computes(architecture: str) -> None:
+    found = _on_last_block(_model(architecture), _groups)
+    assert {group.source: " ".join(group.layers) for group in found} == GROUPS[architecture]
+
+
+@pytest.mark.parametrize("architecture", GROUPS)
+def test_scales_that_are_divided_out_again_leave_the_logits_as_they_were(architecture: str) -> None:
+    model = _model(architecture)
+    wanted = model(TOKENS)
+
+    def scale(block: nn.Module, run: scalable.Run) -> int:
+        groups = _groups(block, run)
+        layers = dict(block.named_modules())
+        for number, group in enumerate(groups):
+            width = layers[group.layers[0]].weight.shape[-1]
+            scalable.apply_scales(block, group, mx.exp(mx.random.normal((width,), key=mx.random.key(number))))
+        return len(groups)
+
+    before = {name: mx.array(value) for name, value in tree_flatten(model.parameters())}
+    assert _on_last_block(model, scale) == len(GROUPS[architecture])
+    assert any(not mx.array_equal(value, before[name]) for name, value in tree_flatten(model.parameters()))
+    assert float(mx.abs(model(TOKENS) - wanted).max()) < 1e-4 * float(mx.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "setting"),
+    [
+        ("llama", Setting("affine", 3, 32)),
+        ("llama", Setting("symmetric", 3, 32)),
+        ("phi3", Setting("nvfp4", 4, 16)),
+        ("gemma2", Setting("affine", 2, 64)),
+        ("cohere", Setting("affine", 3, 32)),
+    ],
+)
+def test_what_is_scaled_and_clipped_loses_less_when_it_is_rounded(architecture: str, setting: Setting) -> None:
+    model = _model(architecture)
+    wanted = model(TOKENS)
+    plan = {
+        path: setting for path, layer in model.named_modules() if ".layers." in path and "to_quantized" in dir(layer)
+    }
+    plan = {path: one for path, one in plan.items() if dict(model.named_modules())[path].weight.shape[-1] % 32 == 0}
+
+    def lost() -> float:
+        modules = dict(model.named_modules())
+        dense = {path: modules[path].weight for path in plan}
+        for path, weight in dense.items():
+            modules[path].weight = round_trip(weight, plan[path])
+        found = model(TOKENS)
+        for path, weight in dense.items():
+            modules[path].weight = weight
+        return float((found - wanted).square().mean())
+
+    rounded = lost()
+    blocks: list[str] = []
+    scale_and_clip(model, plan, TOKENS, search_steps=10, watch=blocks.append)
+    assert blocks == ["model.layers.0", "model.layers.1"]
+    assert lost() < 0.9 * rounded
+
+
+def test_a_block_that_gains_nothing_is_left_as_it_was() -> None:
+    model = _model("llama")
+    before = {name: mx.array(value) for name, value in tree_flatten(model.parameters())}
+    plan = {"model.layers.0.mlp.up_proj": Setting("affine", 8, 32)}  # scaled alone, with nothing tried but ones
+    scale_and_clip(model, plan, TOKENS, search_steps=1, watch=lambda _: None)
+    assert all(mx.array_equal(value, before[name]) for name, value in tree_flatten(model.parameters()))
+
+
+def test_calibrating_leaves_classes_and_memory_as_they_were() -> None:
+    model = _model("mixtral")
+    kinds = [type(layer) for layer in model.modules()]
+    plan = {"model.layers.1.self_attn.q_proj": Setting("affine", 4, 32)}
+    mx.eval(model.parameters())
+    limit = mx.set_cache_limit(0)
+    try:
+        scale_and_clip(model, plan, TOKENS, search_steps=2, watch=lambda _: None)
+        before = mx.get_active_memory()
+        scale_and_clip(model, plan, TOKENS, search_steps=2, watch=lambda _: None)
+        assert mx.get_active_memory() == before
+    finally:
+        mx.set_cache_limit(limit)
+    assert [type(layer) for layer in model.modules()] == kinds
