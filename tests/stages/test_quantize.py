@@ -308,7 +308,7 @@ def test_a_weight_that_is_not_finite_is_named(job: Job) -> None:
         (
             UserError,
             {"method": "gptq", "bits": 3},
-            'quantize.method = "gptq": mlx-lm\'s GPTQ has 2, 4 and 8 bits, and model.layers.0.mlp.down_proj has 3. '
+            'quantize.method = "gptq": mlx-lm\'s GPTQ has 2, 4 and 8 bits, and model.layers.0.self_attn.q_proj has 3. '
             "Use one of them.",
         ),
         (UserError, {"method": "dwq", "mode": "symmetric"}, 'quantize.method = "dwq": trains scales and biases apart'),
