@@ -110,6 +110,17 @@ def describing(config: Mapping[str, Any], *, weights: Iterable[str], is_quantize
     return kept
 
 
+def keeps_codes(config: Mapping[str, Any]) -> bool:
+    """Return whether a config says that weights are codes, and mlx-lm leaves them so while it loads them."""
+    if isinstance(config.get("quantization"), dict):
+        return True
+    said = _of_text(config, ("quantization_config",))
+    if not isinstance(said, dict):
+        return False
+    is_packed_fp8 = said.get("scale_fmt") == "ue8m0" and list(said.get("weight_block_size") or ()) == [32, 32]
+    return said.get("quant_method") != "fp8" or is_packed_fp8
+
+
 def _of_text(config: Mapping[str, Any], names: Iterable[str]) -> Any:
     """Return the first of some settings that a config has, itself or in the table of its text model."""
     tables = [config, *(config[table] for table in _TEXT if isinstance(config.get(table), dict))]

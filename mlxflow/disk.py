@@ -11,8 +11,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from mlxflow import model_files, paths
+from mlxflow import config_json, model_files, paths
 from mlxflow.data import sources
+from mlxflow.errors import ArtifactError
 
 #: A question's name, its arguments and its answer, as JSON values.
 Lookup = list[Any]
@@ -113,6 +114,14 @@ class Disk:
     def tokenizer_code(self, folder: str) -> str:
         """Return the Python class that a folder's tokenizer is opened with; empty where it needs none of its own."""
         return model_files.tokenizer_code(self.root / folder)
+
+    @_question
+    def is_quantized(self, folder: str) -> bool | None:
+        """Return whether the `config.json` of a model folder says that its weights are codes; None without one."""
+        try:
+            return config_json.keeps_codes(config_json.read(Path(self.root, folder)))
+        except ArtifactError:
+            return None
 
     @_question
     def source(self, pattern: str) -> list[str]:

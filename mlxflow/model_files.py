@@ -17,11 +17,14 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+#: Adapters that lie beside a model and belong to it, as mlx-lm writes them: their weights and their configuration.
+ADAPTERS = ("adapters.safetensors", "adapter_config.json")
+
 #: Defaults of generation, among them the tokens that end it; they override those of the configuration.
 GENERATION = "generation_config.json"
 
 #: What mlx-lm reads beside `CONFIG` to build a model.
-_CONFIGS = (CONFIG, GENERATION, "hf_quant_config.json")
+_CONFIGS = (CONFIG, GENERATION, "hf_quant_config.json", *ADAPTERS)
 
 #: What makes a tokenizer and its chat templates, in every form that transformers opens.
 TOKENIZER_PATTERNS = (

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow import artifact, bare, config_json, gather, hub, model_code, model_files
+from mlxflow import adapter_files, artifact, bare, config_json, gather, hub, model_code, model_files
 from mlxflow.errors import ArtifactError
 
 # Of a prompt, read at a time: the memory of attention goes with it
@@ -114,13 +114,15 @@ def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Modul
 def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a folder, in evaluation mode, and its `config.json`.
 
+    Where adapters lie in the folder the model has them: nothing in mlxflow opens such a folder without.
+
     Args:
         folder: a model folder.
         lazy: whether weights stay on the disk until they are needed.
 
     Raises:
-        ArtifactError: the folder is no model folder, needs code that may not be run, or its weights do not fit its
-            config.
+        ArtifactError: the folder is no model folder, needs code that may not be run, or its weights or adapters do not
+            fit its config.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
@@ -142,6 +144,10 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
             raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
     _require_readable_codes(folder, model)
     config |= {"model_file": found.code} if found.code else {}
+    if adapter_files.are_in(folder):
+        model = adapter_files.apply(model, folder)
+        if not lazy:
+            mx.eval(model.parameters())
     names = [name for name, _ in tree_flatten(model.parameters())]
     return model, config_json.describing(config, weights=names, is_quantized=is_quantized(model))
 
@@ -190,12 +196,13 @@ def _word_unopened(folder: Path, error: str) -> str:
 def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact.StoredRows]:
     """Return the matrices of a folder that its model takes as they lie in the files, by the model's names.
 
-    A matrix that mlx-lm's class makes something else of while it loads is not among them.
+    A matrix that mlx-lm's class makes something else of while it loads is not among them, nor one that has an adapter.
 
     Args:
         folder: a model folder.
         model: what `load` returned for it; dense.
     """
+    adapted = {f"{path}.weight" for path in adapter_files.layers_of(model)}
     stored: dict[str, artifact.StoredRows] = {}
     weights: dict[str, mx.array] = {}
     files = [name for name in model_files.find(folder).weights if name.endswith(".safetensors")]
@@ -205,21 +212,26 @@ def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact.Stored
             weights |= found
             stored |= artifact.stored_rows(folder / file)
     taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
-    return {name: rows for name, rows in stored.items() if name in taken and taken[name] is weights[name]}
+    return {
+        name: rows
+        for name, rows in stored.items()
+        if name in taken and taken[name] is weights[name] and name not in adapted
+    }
 
 
-def load_dense(folder: Path, key: str) -> nn.Module:
-    """Return the model of a folder for training.
+def load_for_steps(folder: Path, key: str, *, trains_adapters: bool) -> nn.Module:
+    """Return the model of a folder for training steps.
 
     Args:
         folder: a model folder.
         key: the setting that names it, for the message.
+        trains_adapters: whether the steps train adapters, beside weights that may be quantized; else all weights.
 
     Raises:
-        ArtifactError: the folder is no model folder, or its model is quantized.
+        ArtifactError: the folder is no model folder, or its model is quantized and all weights are trained.
     """
     model, _ = load(folder)
-    if is_quantized(model):
+    if is_quantized(model) and not trains_adapters:
         raise ArtifactError(f"{key}: {folder} is quantized, and training steps need a dense model. Name a train stage.")
     return model
 
@@ -331,18 +343,45 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
     return model, config_json.with_dtype(config, said)
 
 
-def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a quantized model with dense weights, and its config without a word of quantization.
+def made_dense(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model whose every layer has a dense weight, and its config: adapters are added in, codes unpacked.
+
+    Args:
+        model: changed; lazily loaded weights stay on the disk.
+        config: its `config.json`.
 
     Raises:
         ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
     """
-    dense: nn.Module = bare.mlx_lm_utils().dequantize_model(model)
-    for path, layer in dense.named_modules():
-        if _holds_codes(layer):
-            raise ArtifactError(f"{path}: mlx-lm cannot unpack a {type(layer).__name__}. Name a dense model.")
+    return dequantized(model, config) if is_quantized(model) else (adapter_files.fuse(model), dict(config))
+
+
+def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a quantized model with dense weights, and its config without a word of quantization.
+
+    Adapters are added into the dense weights.
+
+    Raises:
+        ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
+    """
+    require_unpackable(model)
+    dense: nn.Module = bare.mlx_lm_utils().dequantize_model(adapter_files.fuse(model, dequantize=True))
     names = [name for name, _ in tree_flatten(dense.parameters())]
     return dense, config_json.describing(config, weights=names, is_quantized=False)
+
+
+def require_unpackable(model: nn.Module) -> None:
+    """Make sure that every quantized layer of a model can become a dense one.
+
+    Raises:
+        ArtifactError: mlx-lm computes with a layer, such as BitNet's, but cannot unpack it.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+    for path, layer in model.named_modules():
+        if _holds_codes(layer) and not isinstance(layer, kinds):
+            raise ArtifactError(f"{path}: mlx-lm cannot unpack a {type(layer).__name__}. Name a dense model.")
 
 
 def dense_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Callable[[], mx.array]]:
@@ -394,8 +433,18 @@ def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the number of a dense model's parameters, tied ones once."""
-    return sum(value.size for _, value in tree_flatten(model.parameters()))
+    """Return the number of a model's parameters, tied ones once: of packed matrices the weights, adapters left out."""
+    modules = dict(model.named_modules())
+    count = 0
+    for name, value in tree_flatten(model.parameters()):
+        path, _, own = name.rpartition(".")
+        layer = modules.get(path, {})
+        if own in ("scales", "biases") and "scales" in layer:
+            continue
+        if "lora_a" in layer or "lora_a" in path.split(".") or "lora_b" in path.split("."):
+            continue
+        count += value.size * 32 // modules[path].bits if own == "weight" and "scales" in layer else value.size
+    return count
 
 
 def num_bytes(model: nn.Module) -> int:

@@ -4,14 +4,18 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
+from typing import Literal
+
+import msgspec
 
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
 from mlxflow.disk import Disk
-from mlxflow.model_files import CONFIG, Found
+from mlxflow.model_files import ADAPTERS, CONFIG, Found
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
+_HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 _NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
 
@@ -21,6 +25,7 @@ class References:
     Args:
         disk: the files of the workflow; whatever an answer depends on is asked there.
         known: the stages and variants that the asking stage may read from, with the names of the files they make.
+        tables: of the same stages, resolved.
         broken: names of stages of which not every variant is known.
         left_out: names of stages that nobody wrote and that could not be part of the workflow.
         shown: the workflow file's name, for the messages.
@@ -32,6 +37,7 @@ class References:
         self,
         disk: Disk,
         known: Mapping[str, Set[str]],
+        tables: Mapping[str, msgspec.Struct],
         broken: Set[str],
         left_out: Set[str],
         shown: str,
@@ -40,6 +46,7 @@ class References:
     ) -> None:
         self._disk = disk
         self._known = known
+        self._tables = tables
         self._broken = broken
         self._left_out = left_out
         self._asked: list[tuple[str, str]] = []
@@ -52,6 +59,17 @@ class References:
         """Return the artifact folder of `stage` or `stage:variant`."""
         self._asked.append((reference, key))
         return reference_folder(self._resolved(reference))
+
+    def table(self, reference: str) -> msgspec.Struct | None:
+        """Return the resolved table of a stage or variant before this one; None where there is none."""
+        return self._tables.get(self._resolved(reference))
+
+    def trained(self, reference: str, key: str) -> tuple[Path, ...]:
+        """Return config, weights and adapter files, where it has such, of a stage that makes a model."""
+        folder = self.folder(reference, key)
+        makes = self._known.get(self._resolved(reference), set())
+        adapters = [name for name in ADAPTERS if name in makes]
+        return tuple(folder / name for name in ("config.json", "model.safetensors", *adapters))
 
     def _variants(self, name: str) -> list[str]:
         """Return the variants of a stage before this one."""
@@ -147,7 +165,7 @@ class References:
     def model(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
         """Return the files of a model folder, its configuration first."""
         advice = "Name a folder with a config.json, or a hub id."
-        folder = self._folder_or_hub(name, key, r"[\w.-]+/[\w.-]+(@[\w.-]+)?", advice)
+        folder = self._folder_or_hub(name, key, _HUB_MODEL, advice)
         if folder is None:
             return ()
         try:
@@ -165,7 +183,7 @@ class References:
         place = self._disk.expand(name)
         if self._disk.is_dir(place):
             return place.rstrip("/") or "/"
-        if not re.fullmatch(hub_id, name) or name.startswith("."):
+        if not _is_hub_id(name, hub_id):
             self._note_missing(key, name, "no such folder", advice)
         return None
 
@@ -183,6 +201,18 @@ class References:
         trust = ".".join([self._table, *key.split(".")[:-1], "trust_remote_code"])
         advice = f"Read it, then set {trust} = true to run it."
         self._note(key, name, f"its {file} names Python code of its own, {code}", advice)
+
+    def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
+        """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
+        place = self._disk.expand(name)
+        if not self._disk.is_dir(place):
+            return "hub" if _is_hub_id(name) else "unknown"
+        quantized = self._disk.is_quantized(place)
+        return "unknown" if quantized is None else "quantized" if quantized else "dense"
+
+    def note(self, problem: Problem) -> None:
+        """Note a mistake in the stage's table."""
+        self._lines.append(word(problem, self._shown, self._table))
 
     def _is_folder(self, written: str) -> bool:
         return self._disk.is_dir(self._disk.expand(written))
@@ -216,7 +246,11 @@ class References:
         return []
 
     def _note(self, key: str, value: str, expected: str, advice: str) -> None:
-        self._lines.append(word(Problem(key, value, expected, advice), self._shown, self._table))
+        self.note(Problem(key, value, expected, advice))
+
+
+def _is_hub_id(name: str, pattern: str = _HUB_MODEL) -> bool:
+    return bool(re.fullmatch(pattern, name)) and not name.startswith(".")
 
 
 def _list(known: Iterable[str]) -> str:

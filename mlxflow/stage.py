@@ -10,7 +10,8 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
               may make it from the Config
     run       the work, returns what goes into its report; heavy imports happen inside it
 
-It may have five more: `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
+It may have six more: `resolve(config, artifacts)`, which returns the table with choices made that follow from other
+files; `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
 `USES_DEVICE = False` where it does not compute on MLX's device, `MANNER`, the keys of its table that say how the
 work is done and change nothing of what comes out: the artifact is not stale when they change, `LAID_ON_TOP`, the
 outputs of which a copy lies in the folder of all artifacts (of a stage without variants), and `SHOWS_NAME = True` where
@@ -22,10 +23,11 @@ All paths in `Inputs` are relative to the workflow's folder, so that a record of
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
+from mlxflow.config import Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.identity import digest_json
 
@@ -52,6 +54,14 @@ class Artifacts(Protocol):
 
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`; a reference to nothing is noted as a problem."""
+        ...
+
+    def table(self, reference: str) -> msgspec.Struct | None:
+        """Return the resolved table of a stage or variant before this one; None where there is none."""
+        ...
+
+    def trained(self, reference: str, key: str) -> tuple[Path, ...]:
+        """Return the config, the weights and the adapter files, where it has such, of a stage that makes a model."""
         ...
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
@@ -82,6 +92,14 @@ class Artifacts(Protocol):
 
         A folder that needs Python code of its own is noted as a problem unless that is trusted.
         """
+        ...
+
+    def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
+        """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
+        ...
+
+    def note(self, problem: Problem) -> None:
+        """Note a mistake in the stage's table."""
         ...
 
 

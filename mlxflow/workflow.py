@@ -114,6 +114,11 @@ class Stage:
         """Every file the stage writes, relative to the workflow's folder."""
         return [self.folder / path for path in stage.paths_of(stage.outputs_of(self.module, self.config))]
 
+    @property
+    def file_names(self) -> set[str]:
+        """The names of the files it writes, relative to the artifact."""
+        return {path.relative_to(self.folder).as_posix() for path in self.outputs}
+
     @cached_property
     def copies(self) -> dict[Path, Path]:
         """The output behind each copy in the folder of all artifacts; a variant has none, others would overwrite it."""
@@ -346,9 +351,12 @@ class _Loader:
         broken = {name for name in STAGES if self.told[name]}
         for one in [one for one in workflow.stages if one.name not in unread]:
             earlier = STAGES[: STAGES.index(one.name)]
-            known = {m.task: {path.name for path in m.outputs} for m in workflow.stages if m.name in earlier}
+            before = [m for m in workflow.stages if m.name in earlier]
+            known, tables = {m.task: m.file_names for m in before}, {m.task: m.config for m in before}
             lines = self.told[one.name] if one.name in self.document else []
-            asked = References(workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
+            left_out = workflow.left_out.keys()
+            asked = References(workflow.disk, known, tables, broken, left_out, self.shown, one.table, lines)
+            one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, asked)
             one.inputs = one.module.Inputs.of(one.config, asked)
             default = one.module.Config()
             asked.check_makers(

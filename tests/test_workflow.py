@@ -55,7 +55,7 @@ ONE_MISTAKE = {
     "[train]\nbatchsize = 1": "workflow.toml: train.batchsize: unknown key. Did you mean train.batch_size?",
     "[train]\nzzz = 1": "workflow.toml: train.zzz: unknown key. Known here: adjust_every, batch_size, betas, "
     "checkpointing, constant_tokens_per_step, decay_steps, deterministic, document_mask, dynamic_batch_size, "
-    "eval_every, final_learning_rate, fused_loss, grad_accum_steps, grow_below, input, keep, "
+    "eval_every, final_learning_rate, fuse, fused_loss, grad_accum_steps, grow_below, input, keep, "
     "keep_checkpoints, kernels, lazy_eval_every, learning_rate, log_every, lora, max_bad_steps, "
     "max_batch_size, max_grad_norm, max_validation_rows, method, model, num_steps, optimizer, "
     "optimizer_options, patience, precision, prefetch_batches, replay, save_every, schedule, "

@@ -66,11 +66,13 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """A model to train, models to compare, tokens for both.
 
     Attributes:
+        adapters: the files of adapters that lie beside a model.
         models: by reference, such as "quantize:q4".
     """
 
     model: Path = Path()
     configs: tuple[Path, ...] = ()
+    adapters: tuple[Path, ...] = ()
     tokens: Path = Path()
     validation: Path = Path()
     models: dict[str, Path] = {}
@@ -80,15 +82,17 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the models from train and quantize stages and the tokens from a pretokenize stage."""
         tokens = artifacts.folder(config.data, "data")
-        trained = artifacts.folder(config.input, "input")
+        trained = artifacts.trained(config.input, "input")
         references = artifacts.expand(config.models, "models")
-        folders = {reference: artifacts.folder(reference, "models") for reference in references}
+        files = {reference: artifacts.trained(reference, "models") for reference in references}
+        every = [trained, *files.values()]
         return cls(
-            model=trained / "model.safetensors",
-            configs=tuple(folder / "config.json" for folder in dict.fromkeys([trained, *folders.values()])),
+            model=trained[1],
+            configs=tuple(dict.fromkeys(one[0] for one in every)),
+            adapters=tuple(dict.fromkeys(path for one in every for path in one[2:])),
             tokens=tokens / "train.safetensors",
             validation=tokens / "validation.safetensors",
-            models={reference: folder / "model.safetensors" for reference, folder in folders.items()},
+            models={reference: one[1] for reference, one in files.items()},
             baseline=artifacts.files((config.baseline,), "baseline") if config.baseline else (),
         )
 
@@ -173,14 +177,15 @@ def _suite(config: Config, inputs: Inputs, context: Context) -> Any:
     folder = inputs.model.parent
     tokens.require_vocabulary(models.vocab_size(folder), f"{context.task}.input")
     tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
-    model = models.load_dense(folder, f"{context.task}.input")
     report = folder / "report.toml"
     job, settings = read_job(artifact.read_report(report), str(report.relative_to(context.root)), config.input)
+    load = partial(models.load_for_steps, folder, f"{context.task}.input", trains_adapters=job.lora is not None)
+    model = load()
     masks = job.masks_documents and packed.can_mask_documents(model, tokens.vocab_size)
     model_config = json.loads((folder / "config.json").read_text())
     seed = derive_seed(context.seed, context.task)
     return Suite(
-        load=lambda: models.load_dense(folder, f"{context.task}.input"),
+        load=load,
         build=lambda: models.build(model_config, seed=seed, code=folder),
         tokens=tokens,
         job=job._replace(masks_documents=masks),
@@ -206,7 +211,7 @@ def _benchmark_models(config: Config, inputs: Inputs, context: Context) -> list[
         if needed is None:
             raise error
         said = f"does not fit: {needed:,} bytes more may not be had ({context.memory_limit_bytes:,} are the limit)"
-        return {"model": reference, "model_bytes": inputs.models[reference].stat().st_size, "error": said}
+        return {"model": reference, "model_bytes": _stored_bytes(inputs.models[reference], inputs), "error": said}
 
     rows = []
     for (reference, path), speed in zip(inputs.models.items(), _generation(config, inputs, context), strict=True):
@@ -240,7 +245,7 @@ def _generation(config: Config, inputs: Inputs, context: Context) -> list[Any]:
     for path in inputs.models.values():
         tokens.require_vocabulary(models.vocab_size(path.parent), f"{context.task}.models")
     length = tokens.context_length
-    whole = sum(path.stat().st_size for path in inputs.models.values())
+    whole = sum(_stored_bytes(path, inputs) for path in inputs.models.values())
     return measure_generation(
         [partial(_load, path.parent) for path in inputs.models.values()],
         prompt_lengths=sorted(set(config.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
@@ -268,7 +273,7 @@ def _benchmark_model(path: Path, speed: Any, config: Config, inputs: Inputs) -> 
     masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
     rows = tokens.rows.head(config.max_validation_rows)
     measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
-    model_bytes, dense_bytes = path.stat().st_size, inputs.model.stat().st_size
+    model_bytes, dense_bytes = (_stored_bytes(one, inputs) for one in (path, inputs.model))
     parameters = models.num_parameters(_load(inputs.model.parent))
     return {
         "model_bytes": model_bytes,
@@ -282,6 +287,12 @@ def _benchmark_model(path: Path, speed: Any, config: Config, inputs: Inputs) -> 
         "perplexity_standard_error": measured.standard_error,
         "validation_tokens": measured.tokens,
     }
+
+
+def _stored_bytes(path: Path, inputs: Inputs) -> int:
+    """Return the bytes of a model's weights on the disk, those of adapters beside them included."""
+    beside = [one for one in inputs.adapters if one.parent == path.parent and one.suffix == path.suffix]
+    return sum(file.stat().st_size for file in (path, *beside))
 
 
 def _rate(prefix: str, rate: Any) -> dict[str, float]:

@@ -68,15 +68,17 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     config: Path = Path()
     model: Path = Path()
+    adapters: tuple[Path, ...] = ()
     tokens: Path = Path()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the model from a train stage and the tokens from a pretokenize stage."""
-        folder = artifacts.folder(config.input, "input")
+        model_config, model, *adapters = artifacts.trained(config.input, "input")
         return cls(
-            config=folder / "config.json",
-            model=folder / "model.safetensors",
+            config=model_config,
+            model=model,
+            adapters=tuple(adapters),
             tokens=artifacts.folder(config.data, "data") / "train.safetensors",
         )
 
@@ -160,7 +162,8 @@ def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any
     folder, key = inputs.model.parent, f"{context.task}.input"
     tokens.require_vocabulary(models.vocab_size(folder), key)
     shape = AdapterShape(**told["lora"]) if "lora" in told else None
-    masks = tokens.has_conversations and packed.can_mask_documents(models.load_dense(folder, key), tokens.vocab_size)
+    model = models.load_for_steps(folder, key, trains_adapters=shape is not None)
+    masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
     return Job(
         folder=folder,
         key=key,

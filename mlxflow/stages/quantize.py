@@ -232,7 +232,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             )
         folder = artifacts.folder(config.input, "input")
         return cls(
-            model=(folder / "config.json", folder / "model.safetensors"),
+            model=artifacts.trained(config.input, "input"),
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
             tokens=tokens,
         )
@@ -247,6 +247,25 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
     def of(cls, config: Config) -> Self:
         """Name the learning curve where there is one."""
         return cls(metrics=(Path("metrics.jsonl"),) if config.method == "qat" else ())
+
+
+def resolve(config: Config, artifacts: Artifacts) -> Config:
+    """Return the table as it is; a model that is quantized before is noted where that is not asked for."""
+    trained = artifacts.table(config.input)
+    name = config.model
+    if not name and isinstance(trained, train.Config) and trained.keeps_quantized:
+        name = trained.model.from_
+    if name and not config.requantize and artifacts.kind_of_model(name) == "quantized":
+        artifacts.note(_already_quantized(config))
+    return config
+
+
+def _already_quantized(config: Config) -> Problem:
+    """Return what is wrong with a table whose model is quantized before."""
+    expected = "is quantized already, and what was lost does not come back"
+    if config.model:
+        return Problem("model", config.model, expected, "Name a dense model, or set requantize = true.")
+    return Problem("input", config.input, expected, f'Set {config.input}.fuse = "dense", or requantize = true.')
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
@@ -312,20 +331,21 @@ def _source(config: Config, inputs: Inputs, context: Context) -> Path:
 
 
 def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Return the dense model, its weights still on the disk, its `config.json`, and what can be read row by row."""
+    """Return the dense model, its weights still on the disk, its `config.json`, and what can be read row by row.
+
+    Adapters that lie in the folder are added into the dense weights.
+
+    Raises:
+        ArtifactError: the model cannot be opened, or is quantized where that is not asked for.
+    """
     from mlxflow import models
 
     model, model_config = models.load(folder, lazy=True)
-    if models.is_quantized(model):
-        key = f'{context.task}.model = "{config.model}"' if config.model else f'{context.task}.input = "{config.input}"'
-        if not config.requantize:
-            raise ArtifactError(
-                f"{key}: is quantized already, and what was lost does not come back. Name a dense model, or set "
-                f"{context.task}.requantize = true."
-            )
-        return *models.cast(*models.dequantized(model, model_config), config.dtype), {}
-    stored = models.stored_matrices(folder, model)
-    return *models.cast(model, model_config, config.dtype), stored
+    if models.is_quantized(model) and not config.requantize:
+        key, value, expected, advice = _already_quantized(config)
+        raise ArtifactError(f'{context.task}.{key} = "{value}": {expected}. {advice}')
+    stored = {} if models.is_quantized(model) else models.stored_matrices(folder, model)
+    return *models.cast(*models.made_dense(model, model_config), config.dtype), stored
 
 
 def _open_tokens(

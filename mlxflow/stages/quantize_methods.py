@@ -209,6 +209,7 @@ def _trained(
     """Train with the rounded weights in place, and pack what the last forward pass took."""
     import mlx.core as mx
 
+    from mlxflow import adapter_files
     from mlxflow.quantization.fake import fake_quantized
     from mlxflow.training import adapters
 
@@ -238,8 +239,7 @@ def _trained(
         )
         packed = pack()
         mx.eval(packed)
-    adapters.fuse_adapters(model)
-    model.eval()
+    adapter_files.fuse(model)
     told = train_methods.report_of(result, kernels, keeps_best=False)
     training = {key: value for key, value in told.items() if key != "run"}
     return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
@@ -280,7 +280,7 @@ def _teacher(inputs: Any) -> Any:
     """Return the dense model whose distributions are learnt."""
     from mlxflow import models
 
-    teacher, _ = models.load(inputs.model[0].parent)
+    teacher, _ = models.made_dense(*models.load(inputs.model[0].parent))
     teacher.freeze()
     return teacher
 

@@ -36,11 +36,14 @@ def measure(
     from mlxflow.measurement.divergence import measure_divergence
     from mlxflow.measurement.reference import kept_reference
 
+    def load_dense() -> Any:
+        return models.for_evaluation(models.made_dense(*models.load(folder, lazy=True))[0])
+
     quantized = models.for_evaluation(models.load(context.folder)[0])
     rows = validation.rows.head(config.max_validation_rows)
     masks = validation.has_conversations and packed.can_mask_documents(quantized, validation.vocab_size)
     reference = kept_reference(
-        lambda: models.for_evaluation(models.load(folder, lazy=True)[0]),
+        load_dense,
         rows,
         folder=context.state / _KEPT_FOLDER,
         key=_key(folder, validation.path, rows.num_rows, masks=masks, context=context),
@@ -67,11 +70,11 @@ def measure(
 
 def _key(folder: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:
     """Return a name for all that the dense side of a comparison follows from."""
-    from mlxflow import device
+    from mlxflow import device, model_files
     from mlxflow.identity import DigestCache, digest_json
 
     cache = DigestCache(context.state / "digests.json")
-    files = [file for pattern in ("*.json", "*.safetensors", "adapters/*") for file in sorted(folder.glob(pattern))]
+    files = [folder / name for name in model_files.find(folder).read]
     return digest_json(
         {
             "model": {file.relative_to(folder).as_posix(): cache.digests(file).identity for file in files},
@@ -89,7 +92,7 @@ def _worst_layers(folder: Path, quantized: Any, layers: Mapping[str, Any], rows:
     from mlxflow import models
     from mlxflow.measurement.divergence import costs_by_layer
 
-    dense = models.for_evaluation(models.load(folder)[0])
+    dense = models.for_evaluation(models.made_dense(*models.load(folder))[0])
     weights = models.dense_weights(quantized, layers)
     few = rows.head(_BLAMING_ROWS)
     costs = costs_by_layer(dense, weights, few, batch_size=_BLAMING_ROWS, masks_documents=masks)

@@ -13,9 +13,10 @@ from msgspec import Meta
 from mlxflow import device
 from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, Problem
 from mlxflow.errors import ArtifactError
+from mlxflow.model_files import ADAPTERS
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
-from mlxflow.stages.train_artifact import measure_artifact, quality_of, warn_of_loss
+from mlxflow.stages.train_artifact import measure_artifact, quality_of, warn_of_loss, write_model
 
 VERSION = 9
 
@@ -190,6 +191,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     method: Annotated[
         Literal["full", "lora", "dora"], Meta(description="what is trained: all weights, or adapters beside them")
     ] = "full"
+    fuse: Annotated[
+        Literal["auto", "never", "requantize", "dense"],
+        Meta(
+            description="what becomes of trained adapters: files beside the model; added to weights that are quantized "
+            "again; added to dense weights; auto: dense beside a dense model, never beside a quantized one"
+        ),
+    ] = "auto"
     model: Annotated[ModelConfig, Meta(description="the model's shape, or where it comes from")] = ModelConfig()
     lora: Annotated[LoraConfig, Meta(description="the adapters, for lora and dora")] = LoraConfig()
 
@@ -204,6 +212,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 "adapters need a model beside which to lie",
                 'Set train.model.from, or method = "full".',
             )
+        if self.method == "full" and self.fuse != "auto":
+            expected = 'method = "full" trains no adapters'
+            yield Problem("fuse", self.fuse, expected, 'Remove the key, or set method = "lora".')
 
     def _step_problems(self) -> Iterator[Problem]:
         """Yield numbers of steps and rows that do not fit together."""
@@ -269,6 +280,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return max(1, self.num_steps // 5) if self.decay_steps == "auto" else self.decay_steps
 
     @property
+    def keeps_quantized(self) -> bool:
+        """Whether a quantized model to go on from is quantized in the artifact, too."""
+        return bool(self.model.from_) and self.method != "full" and self.fuse != "dense"
+
+    @property
     def trusts_code(self) -> bool:
         """Whether Python code of the model to go on from, and of what is made of it, may be run."""
         return self.model.trust_remote_code
@@ -311,7 +327,11 @@ def _base_files(model: ModelConfig, artifacts: Artifacts) -> tuple[Path, ...]:
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
-    """A model folder and the learning curve; beside them the adapter, where one was trained."""
+    """A model folder and the learning curve, and the adapters where some were trained.
+
+    Adapters that belong to the model lie beside it. A copy of those that were added into its weights lies in a folder
+    of its own, so that nobody adds them again.
+    """
 
     metrics: Path = Path("metrics.jsonl")
     adapters: tuple[Path, ...] = ()
@@ -319,9 +339,26 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
     @classmethod
     def of(cls, config: Config) -> Self:
         """Name the adapter's files where there are some."""
-        folder = Path("adapters")
-        made = () if config.method == "full" else (folder / "adapters.safetensors", folder / "adapter_config.json")
-        return cls(adapters=made)
+        if config.method == "full":
+            return cls()
+        folder = Path() if config.fuse == "never" else Path("adapters")
+        return cls(adapters=tuple(folder / name for name in ADAPTERS))
+
+
+def resolve(config: Config, artifacts: Artifacts) -> Config:
+    """Return the table with `fuse` decided by what lies at `model.from`; what does not fit is noted."""
+    if config.method == "full" or not config.model.from_:
+        return config
+    kind = artifacts.kind_of_model(config.model.from_)
+    if config.fuse == "auto" and kind == "hub":
+        expected = f"whether {config.model.from_} is quantized is not known before it is fetched"
+        advice = 'Set fuse = "dense" for a dense model, "never" for a quantized one.'
+        artifacts.note(Problem("fuse", config.fuse, expected, advice))
+    if config.fuse == "requantize" and kind == "dense":
+        artifacts.note(Problem("fuse", config.fuse, f"{config.model.from_} is dense", 'Set fuse = "dense".'))
+    if config.fuse != "auto":
+        return config
+    return msgspec.structs.replace(config, fuse="never" if kind == "quantized" else "dense")
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
@@ -371,19 +408,12 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         subject=subject,
         kernels=kernels,
     )
-    if adapter_config:
-        _save_adapters(model, adapter_config, outputs, context)
-    models.save(
-        model=model,
-        config=model_config,
-        config_file=outputs.config,
-        model_file=outputs.model,
-        provenance=context.provenance,
-    )
+    model = write_model(config, outputs, context, model=model, config_json=model_config, adapter_config=adapter_config)
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     if base is not None:
         model_files.copy(base, model_files.defaults_and_code(base), context.folder)
     facts = {
+        **({"fuse": config.fuse} if adapter_config else {}),
         "parameters": models.num_parameters(model),
         "document_mask": masks,
         "fused_loss": fused,
@@ -405,22 +435,6 @@ def _objective(config: Config, model: Any, tokens: Any, masks: bool, uses_kernel
         masks_documents=masks,
         uses_kernel=uses_kernel,
     )
-
-
-def _save_adapters(model: Any, adapter_config: dict[str, Any], outputs: Outputs, context: Context) -> None:
-    """Write the adapters and fuse them into the model."""
-    from mlxflow.training import adapters
-
-    weights_file, config_file = outputs.adapters
-    weights_file.parent.mkdir()
-    adapters.save_adapters(
-        model,
-        adapter_config,
-        weights_file=weights_file,
-        config_file=config_file,
-        provenance=context.provenance,
-    )
-    adapters.fuse_adapters(model)
 
 
 def settings_of(config: Config, *, masks: bool, fused: bool, kernels: Any) -> dict[str, Any]:
@@ -452,7 +466,7 @@ def _make_model(
     """Return the model in training mode, its `config.json`, and its adapters' where it has some."""
     import mlx.core as mx
 
-    from mlxflow import config_json, models
+    from mlxflow import adapter_files, config_json, models
     from mlxflow.training import adapters
 
     seed = derive_seed(context.seed, "train.model")
@@ -462,11 +476,17 @@ def _make_model(
     else:
         model_config = shape_config(config.model, tokens.vocab_size, tokens.context_length, tokens.end_of_text)
         model = models.build(model_config, seed=seed)
+    model.set_dtype(dtype)
+    if not models.is_quantized(model):
+        adapter_files.fuse(model)  # adapters of an earlier training become a part of the weights
     adapter_config = None
     if config.method != "full":
-        key = f"{context.task}.lora.keys"
-        adapter_config = adapters.add_adapters(model, _adapter_shape(config), seed=seed, key=key)
-    model.set_dtype(dtype)
+        shape = _adapter_shape(config)
+        if base is not None and adapter_files.layers_of(model):
+            adapter_config = adapters.continue_adapters(model, shape, folder=base, task=context.task)
+        else:
+            adapter_config = adapters.add_adapters(model, shape, seed=seed, key=f"{context.task}.lora.keys")
+        model.set_dtype(dtype)
     model.train()
     mx.eval(model.parameters())
     return model, config_json.with_dtype(model_config, str(dtype).rpartition(".")[2]), adapter_config
@@ -503,7 +523,7 @@ def _base_model(
     """Return the model to go on from and its `config.json`.
 
     Raises:
-        ArtifactError: it is none, does not know the tokens, or is quantized where all weights are to be trained.
+        ArtifactError: it is none, does not know the tokens, or does not fit `method` or `fuse`.
     """
     from mlxflow import config_json, models
 
@@ -519,6 +539,12 @@ def _base_model(
         )
     if config.method == "full" and models.is_quantized(model):
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
+    if config.fuse == "requantize" and not models.is_quantized(model):
+        raise ArtifactError(
+            f'{context.task}.fuse = "requantize": {folder} is dense. Set {context.task}.fuse = "dense".'
+        )
+    if config.fuse == "dense":
+        models.require_unpackable(model)
     return model, model_config
 
 

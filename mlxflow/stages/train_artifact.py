@@ -1,4 +1,7 @@
-"""How good the model is that training left in its folder: measured on the files, beside the model that was trained."""
+"""What training leaves in its folder: the model with its adapters fused or beside it, and how good that is.
+
+Quality is measured on the files and held against that of the model that was trained.
+"""
 
 import gc
 import math
@@ -8,10 +11,58 @@ from typing import TYPE_CHECKING, Any
 from mlxflow.stage import Context
 
 if TYPE_CHECKING:
-    from mlxflow.stages.train import Config, Inputs
+    from mlxflow.stages.train import Config, Inputs, Outputs
 
 # Of what training gained: less than this is worth a warning
 _LEAST_KEPT = 0.95
+
+
+def write_model(
+    config: "Config",
+    outputs: "Outputs",
+    context: Context,
+    *,
+    model: Any,
+    config_json: Mapping[str, Any],
+    adapter_config: Mapping[str, Any] | None,
+) -> Any:
+    """Write the model folder, adapters as `fuse` says; return the model whose weights are in `model.safetensors`.
+
+    Args:
+        config: the table.
+        outputs: of them the config, the weights and the adapters.
+        context: of the stage.
+        model: as it was trained; changed.
+        config_json: its `config.json`.
+        adapter_config: the `adapter_config.json`, where adapters were trained.
+    """
+    from mlxflow import adapter_files, models
+    from mlxflow.training.adapters import save_adapters
+
+    if adapter_config is not None:
+        weights_file, config_file = outputs.adapters
+        weights_file.parent.mkdir(exist_ok=True)
+        save_adapters(
+            model,
+            adapter_config,
+            weights_file=weights_file,
+            config_file=config_file,
+            provenance=context.provenance,
+        )
+        if config.fuse == "never":
+            model = adapter_files.take_out(model)
+        elif config.fuse == "requantize":
+            model = adapter_files.fuse(model)
+        else:
+            model, config_json = models.made_dense(model, config_json)
+    models.save(
+        model=model,
+        config=config_json,
+        config_file=outputs.config,
+        model_file=outputs.model,
+        provenance=context.provenance,
+    )
+    return model
 
 
 def measure_artifact(config: "Config", inputs: "Inputs", context: Context, *, masks: bool) -> Any:
@@ -73,6 +124,8 @@ def warn_of_loss(report: Mapping[str, Any], task: str) -> str | None:
     kept = report.get("gain_kept", 1.0)
     if kept >= _LEAST_KEPT:
         return None
+    about = f'{task}.fuse = "requantize"' if report.get("fuse") == "requantize" else task
+    advice = f' {task}.fuse = "never" or "dense" keeps all of it.' if about != task else ""
     first, trained, last = (report[f"{which}_validation_perplexity"] for which in ("first", "trained", "last"))
     how = f"the artifact keeps {kept:.0%} of what training gained" if kept > 0 else "the artifact lost what was gained"
-    return f"{task}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files."
+    return f"{about}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files.{advice}"

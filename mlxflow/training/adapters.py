@@ -1,16 +1,17 @@
-"""Low-rank adapters through mlx-lm's own layers: put in, saved in mlx-lm's form, fused into the weights."""
+"""Low-rank adapters through mlx-lm's own layers: put in and trained, trained further, saved in mlx-lm's form."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlxflow import artifact, bare
+from mlxflow import adapter_files, artifact, bare
+from mlxflow.config import toml_value
 from mlxflow.errors import WorkflowError
 
 
@@ -50,25 +51,115 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
         WorkflowError: a pattern names no layer; the message lists those there are.
     """
     bare.prepare()
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
-    names = {name for block in model.layers for name, layer in block.named_modules() if isinstance(layer, kinds)}
+    config = _config_of(model, shape, key)
+    model.freeze()
+    mx.random.seed(seed)
+    try:
+        linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=shape.method == "dora")
+    except ValueError as error:
+        raise WorkflowError(f"{key}: {error}. Name other layers, or use another method.") from error
+    mx.eval(model.parameters())
+    return config
+
+
+def continue_adapters(model: nn.Module, shape: AdapterShape, *, folder: Path, task: str) -> dict[str, Any]:
+    """Freeze a model but for the adapters that it has, so that these are trained further.
+
+    Args:
+        model: of `models.load`, with the adapters of its folder; changed.
+        shape: what they have to be like; their dropout becomes that of the shape.
+        folder: the model's, for the comparison and the message.
+        task: the stage with the settings, for the message.
+
+    Returns:
+        the `adapter_config.json` by which mlx-lm builds the same layers.
+
+    Raises:
+        WorkflowError: they are of another shape.
+    """
+    config = _config_of(model, shape, f"{task}.lora.keys")
+    there = adapter_files.read_config(folder)
+    own: dict[str, Any] = there.get("lora_parameters", {})
+    pairs = {
+        "method": (shape.method, there.get("fine_tune_type", "lora")),
+        "lora.rank": (shape.rank, own.get("rank")),
+        "lora.scale": (shape.scale, own.get("scale")),
+    }
+    for setting, (wanted, found) in pairs.items():
+        if wanted != found:
+            raise WorkflowError(
+                f"{task}.{setting} = {toml_value(wanted)}: {folder} has adapters with {toml_value(found)}, and these "
+                f"are trained further. Set {task}.{setting} = {toml_value(found)}, or name a model without adapters."
+            )
+    if set(_chosen_layers(model, config)) != set(adapter_files.layers_of(model)):
+        raise WorkflowError(
+            f"{task}.lora: {folder} has adapters beside other layers than lora.keys and lora.num_layers name, and "
+            "these are trained further. Set both as they were, or name a model without adapters."
+        )
+    _train_only(model)
+    for layer in adapter_files.layers_of(model).values():
+        layer.dropout = nn.Dropout(p=shape.dropout)
+    return config
+
+
+def ensure_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) -> None:
+    """Let only adapters of a model be trained: those that it has, or new ones where it has none.
+
+    Args:
+        model: changed.
+        shape: of new ones.
+        seed: of their initial weights.
+        key: the setting with the patterns, for the message.
+    """
+    if adapter_files.layers_of(model):
+        _train_only(model)
+    else:
+        add_adapters(model, shape, seed=seed, key=key)
+
+
+def _train_only(model: nn.Module) -> None:
+    """Freeze a model but for the adapters that it has."""
+    model.freeze()
+    for layer in adapter_files.layers_of(model).values():
+        layer.unfreeze(keys=list(adapter_files.PARAMETERS), recurse=False)
+
+
+def _config_of(model: nn.Module, shape: AdapterShape, key: str) -> dict[str, Any]:
+    """Return the `adapter_config.json` of a shape for a model, with the names of the layers.
+
+    Raises:
+        WorkflowError: a pattern names no layer; the message lists those there are.
+    """
+    names = {name for block in model.layers for name in _adaptable(block)}
     for pattern in shape.keys:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise WorkflowError(f'{key}: "{pattern}" names no layer. Known: {", ".join(sorted(names))}.')
     chosen = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in shape.keys))
     parameters = {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": chosen}
     num_layers = shape.num_layers or len(model.layers)
-    model.freeze()
-    mx.random.seed(seed)
-    try:
-        linear_to_lora_layers(model, num_layers, parameters, use_dora=shape.method == "dora")
-    except ValueError as error:
-        raise WorkflowError(f"{key}: {error}. Name other layers, or use another method.") from error
-    mx.eval(model.parameters())
     return {"fine_tune_type": shape.method, "num_layers": num_layers, "lora_parameters": parameters}
+
+
+def _adaptable(block: nn.Module) -> set[str]:
+    """Return the names of the layers within a block that can have an adapter, or have one."""
+    bare.prepare()
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
+    adapted = set(adapter_files.layers_of(block))
+    names = {name for name, layer in block.named_modules() if isinstance(layer, kinds)}
+    return {name for name in names if name.rpartition(".")[0] not in adapted} | adapted
+
+
+def _chosen_layers(model: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paths of the layers beside which adapters of a config lie."""
+    chosen = set(config["lora_parameters"]["keys"])
+    last = model.layers[-config["num_layers"] :]
+    blocks = {path: block for path, block in model.named_modules() if any(block is one for one in last)}
+    for path, block in blocks.items():
+        yield from (f"{path}.{name}" for name in chosen & _adaptable(block))
 
 
 def save_adapters(
@@ -78,9 +169,3 @@ def save_adapters(
     weights: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     artifact.write_tensors(weights_file, weights, artifact.provenance_metadata(provenance))
     config_file.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")
-
-
-def fuse_adapters(model: nn.Module) -> None:
-    """Add the adapters into the weights beside them; quantized ones are quantized again with their own settings."""
-    fused = [(name, layer.fuse()) for name, layer in model.named_modules() if hasattr(layer, "fuse")]
-    model.update_modules(tree_unflatten(fused))

@@ -36,7 +36,7 @@ class Job(NamedTuple):
     """Which model is trained on what.
 
     Attributes:
-        folder: a model folder, dense.
+        folder: a model folder; its model is dense, or adapters are trained beside it.
         key: the setting that names it, for messages.
         adapters: what is trained instead of all weights, or None.
         vocab_size: V.
@@ -59,9 +59,9 @@ class Job(NamedTuple):
         Raises:
             ArtifactError: it is none, or quantized.
         """
-        model = models.load_dense(self.folder, self.key)
+        model = models.load_for_steps(self.folder, self.key, trains_adapters=self.adapters is not None)
         if self.adapters is not None:
-            adapters.add_adapters(model, self.adapters, seed=self.seed, key=self.key)
+            adapters.ensure_adapters(model, self.adapters, seed=self.seed, key=self.key)
         mx.eval(model.parameters())
         return model
 

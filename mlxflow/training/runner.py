@@ -14,7 +14,7 @@ from mlxflow import packed
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.training import serving
-from mlxflow.training.adapters import AdapterShape, add_adapters
+from mlxflow.training.adapters import AdapterShape, ensure_adapters
 from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
 from mlxflow.training.head import find_head
 from mlxflow.training.objective import Objective, chunk_rows, fused_objective, plain_objective
@@ -108,7 +108,7 @@ class Runner:
         """Give a runner of a recipe, until the block ends.
 
         Args:
-            model: dense; changed by every step.
+            model: dense, or with adapters where such are trained; changed by every step.
             rows: packed, or of one piece each, as the recipe says.
             recipe: how a step is done.
             job: what is done.
@@ -119,7 +119,7 @@ class Runner:
         with ExitStack() as held:
             if job.lora is not None:
                 shape = AdapterShape(**{**job.lora, "keys": tuple(job.lora["keys"])})
-                add_adapters(model, shape, seed=seed, key="train.lora.keys")
+                ensure_adapters(model, shape, seed=seed, key="train.lora.keys")
             model.set_dtype(mx.float32 if recipe.precision == "fp32" else mx.bfloat16)
             model.train()
             mx.eval(model.parameters())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxflow import adapter_files
 from mlxflow.quantization.clipping import best_limits
 from mlxflow.quantization.codec import round_trip, symmetric_grid, unpack
 from mlxflow.quantization.fake import fake_quantized, fake_weight
@@ -164,7 +165,7 @@ def test_adapters_are_quantized_with_the_weights_they_lie_beside(method: str) ->
         _train(model, steps=3)
         logits = model(tokens)
         exported = unpack(packed()[path], setting, mx.float32)
-    adapters.fuse_adapters(model)
+    adapter_files.fuse(model)
     fused = dict(tree_flatten(model.parameters()))[f"{path}.weight"]
     assert not np.allclose(np.array(fused), base)
     model.load_weights([(f"{path}.weight", exported)], strict=False)

@@ -68,8 +68,9 @@ def test_an_adapter_is_saved_in_mlx_lms_form_and_fused_into_the_model(built: Pat
     assert report["last_validation_perplexity"] < report["first_validation_perplexity"]
 
 
-def test_adapters_lie_beside_a_quantized_model_which_stays_quantized(built: Path, tmp_path: Path) -> None:
-    made = _train(built, tmp_path / "made", 'method = "lora"\nmodel.from = "artifacts/quantize/q4"\n')
+def test_adapters_fused_into_a_quantized_model_leave_it_quantized(built: Path, tmp_path: Path) -> None:
+    text = 'method = "lora"\nmodel.from = "artifacts/quantize/q4"\nfuse = "requantize"\n'
+    made = _train(built, tmp_path / "made", text)
     base, fused = _weights(built / "artifacts" / "quantize" / "q4"), _weights(made)
     assert {name: value.shape for name, value in base.items()} == {name: value.shape for name, value in fused.items()}
     assert json.loads((made / "config.json").read_text())["quantization"]["bits"] == 4
