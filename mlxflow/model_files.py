@@ -127,8 +127,17 @@ def companions(folder: Path) -> list[str]:
         OSError: the folder is missing or cannot be read.
     """
     names = names_in(folder)
-    runs_code = names_code(folder)
-    return [name for name in names if _matches(name, COMPANION_PATTERNS) or (runs_code and _matches(name, ("*.py",)))]
+    code = [name for name in names if _matches(name, ("*.py",))]
+    left_out = set() if code and names_code(folder) else set(code)
+    return [name for name in names if _matches(name, (*COMPANION_PATTERNS, "*.py")) and name not in left_out]
+
+
+def beside(folder: Path) -> list[str]:
+    """Return the companions in the folder of an artifact, which may not be built yet."""
+    try:
+        return companions(folder)
+    except OSError:
+        return []
 
 
 def defaults_and_code(folder: Path) -> list[str]:

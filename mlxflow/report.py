@@ -94,7 +94,8 @@ def _staleness(workflow: Workflow, one: Stage, cache: DigestCache) -> str:
     if about.get("settings_digest") != stage.settings_digest(one.settings() | device.environment(one.bound_device)):
         return "its settings, its code or MLX changed"
     try:
-        identities = {path.as_posix(): cache.digests(workflow.root / path).identity for path in one.input_files}
+        read = one.files_read(workflow.root)
+        identities = {path.as_posix(): cache.digests(workflow.root / path).identity for path in read}
         identities |= one.corpus_identities(cache)
     except (OSError, ValueError):
         return "an input is missing or damaged"

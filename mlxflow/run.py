@@ -120,7 +120,7 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: DigestCache) -> dict
     """
     identities: dict[str, str] = {}
     lines: list[str] = []
-    for name in one.input_files:
+    for name in one.files_read(workflow.root):
         path = workflow.root / name
         try:
             identities[name.as_posix()] = cache.digests(path).identity

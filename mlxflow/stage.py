@@ -49,6 +49,15 @@ class Corpus(NamedTuple):
     name: str
 
 
+class Beside(NamedTuple):
+    """What lies beside the model in an artifact's folder: which files those are is known when it is built.
+
+    They are what `mlxflow.model_files.companions` finds.
+    """
+
+    folder: Path
+
+
 class Artifacts(Protocol):
     """What `Inputs.of` may ask of the workflow."""
 
@@ -220,10 +229,15 @@ def corpora_of(struct: msgspec.Struct) -> Iterator[Corpus]:
     yield from (value for value in _values(struct) if isinstance(value, Corpus))
 
 
+def folders_of(struct: msgspec.Struct) -> Iterator[Path]:
+    """Yield every artifact folder of which what lies beside the model is an input, too."""
+    yield from (value.folder for value in _values(struct) if isinstance(value, Beside))
+
+
 def _values(struct: msgspec.Struct) -> Iterator[object]:
     for name in struct.__struct_fields__:
         value = getattr(struct, name)
-        if isinstance(value, tuple) and not isinstance(value, Corpus):
+        if isinstance(value, tuple) and not isinstance(value, Corpus | Beside):
             yield from value
         elif isinstance(value, dict):
             yield from value.values()
@@ -238,7 +252,7 @@ def rooted(struct: T, root: Path) -> T:
         value = getattr(struct, name)
         if isinstance(value, Path):
             changes[name] = root / value
-        elif isinstance(value, tuple) and not isinstance(value, Corpus):
+        elif isinstance(value, tuple) and not isinstance(value, Corpus | Beside):
             changes[name] = tuple(root / item if isinstance(item, Path) else item for item in value)
         elif isinstance(value, dict):
             changes[name] = {key: root / item for key, item in value.items()}

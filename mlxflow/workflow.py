@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow import device, stage
+from mlxflow import device, model_files, stage
 from mlxflow.config import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
@@ -129,6 +129,20 @@ class Stage:
     def input_files(self) -> list[Path]:
         """Every file the stage reads, relative to the workflow's folder, each once."""
         return list(dict.fromkeys(stage.paths_of(self.inputs)))
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Every artifact folder of which what lies beside the model is read, too."""
+        return list(dict.fromkeys(stage.folders_of(self.inputs)))
+
+    def files_read(self, root: Path) -> list[Path]:
+        """Return every file the stage reads as of now, relative to the workflow's folder, each once.
+
+        Args:
+            root: the workflow's folder.
+        """
+        beside = (folder / name for folder in self.folders for name in model_files.beside(root / folder))
+        return list(dict.fromkeys([*self.input_files, *beside]))
 
     @cached_property
     def corpora(self) -> list[Corpus]:

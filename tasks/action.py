@@ -13,8 +13,9 @@ from doit.globals import Globals
 
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache
-from tasks.freshness import observe_inputs, observe_outputs, observe_settings
+from tasks.freshness import observe_inputs, observe_settings
 from tasks.node import Node
+from tasks.outputs import observe_outputs
 
 #: The exit code of a stage that failed over something the user wrote.
 _USER_MISTAKE = 2

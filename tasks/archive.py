@@ -10,6 +10,7 @@ from mlxflow import artifact
 from mlxflow.errors import ArtifactError
 from mlxflow.identity import digest_file
 from tasks.node import Node
+from tasks.outputs import may_hold
 
 _RECORD = "record.json"
 _FORMAT = 1
@@ -29,7 +30,7 @@ def pack(node: Node, values: dict[str, Any], file: Path) -> None:
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
             archive.addfile(_member(_RECORD, len(record)), io.BytesIO(record))
-            for name in sorted(node.outputs):
+            for name in sorted(values["outputs"]):
                 with open(node.path(name), "rb") as content:  # noqa: PTH123
                     archive.addfile(_member(name, values["outputs"][name][0]), content)
         temporary.replace(file)
@@ -82,13 +83,14 @@ def _read_record(file: Path, archive: tarfile.TarFile, nodes: dict[str, Node]) -
         raise ArtifactError(f"{file}: was packed by another version. Pack it again with this one.")
     if task not in nodes:
         raise ArtifactError(f"{file}: holds {task!r}, which is no stage here. Known: {', '.join(nodes)}.")
-    if set(outputs) != set(nodes[task].outputs):
+    node = nodes[task]
+    if not set(node.outputs) <= set(outputs) or not all(may_hold(node, name) for name in outputs):
         raise ArtifactError(f"{file}: holds other files than {task} writes here. Pack it again with this version.")
-    return nodes[task], values
+    return node, values
 
 
 def _extract(file: Path, archive: tarfile.TarFile, node: Node, values: dict[str, Any], private: Path) -> None:
-    wanted = set(node.outputs)
+    wanted = set(values["outputs"])
     while member := archive.next():
         if member.name not in wanted or not member.isreg():
             raise ArtifactError(f"{file}: holds {member.name!r}, which is no file of {node.task}. Nothing was taken.")
@@ -97,6 +99,7 @@ def _extract(file: Path, archive: tarfile.TarFile, node: Node, values: dict[str,
         if member.size != size:
             raise ArtifactError(f"{file}: {member.name} has {member.size:,} bytes, its record says {size:,}.")
         target = private / Path(member.name).relative_to(node.folder)
+        target.parent.mkdir(exist_ok=True)
         with target.open("wb") as written:
             _copy(_content(archive, member), written)
         _verify(file, member.name, target, content)

@@ -49,7 +49,7 @@ class Verify(DoitCmdBase):  # type: ignore[misc]
     doc_usage = "[STAGE ...]"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from tasks.freshness import damaged_outputs
+        from tasks.outputs import damaged_outputs
 
         graph = Selection(self)
         damage: list[str] = []
@@ -58,7 +58,7 @@ class Verify(DoitCmdBase):  # type: ignore[misc]
             damage += damaged_outputs(node, graph.record(node.task), graph.cache, again=True)
         for line in damage:
             print(line)
-        files = sum(len(node.outputs) for node in built)
+        files = sum(len(graph.record(node.task)["outputs"]) for node in built)
         print(f"{files} files of {len(built)} stages read, {len(damage)} damaged")
         return int(bool(damage))
 
@@ -98,7 +98,7 @@ class Pack(DoitCmdBase):  # type: ignore[misc]
             pack(node, record, Path(pos_args[1]))
         except OSError as error:
             refuse(f"{pos_args[1]}: cannot be written ({error.strerror}). Name another file.")
-        print(f"{node.task}: {len(node.outputs)} files packed into {pos_args[1]}")
+        print(f"{node.task}: {len(record['outputs'])} files packed into {pos_args[1]}")
         return 0
 
 
@@ -122,7 +122,7 @@ class Unpack(DoitCmdBase):  # type: ignore[misc]
             refuse(str(error), error.exit_code)
         graph.journal.set(node.task, "_values_:", values)
         graph.journal.set(node.task, "deps:", [])
-        print(f"{node.task}: {len(node.outputs)} files unpacked into {node.folder}")
+        print(f"{node.task}: {len(values['outputs'])} files unpacked into {node.folder}")
         return 0
 
 

@@ -1,13 +1,15 @@
 """Whether a stage is stale, and the fact that makes it so, in a user's words."""
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from mlxflow import model_files
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device import environment
 from mlxflow.identity import DigestCache
 from tasks.node import Node
+from tasks.outputs import damaged_outputs
 
 
 def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
@@ -17,7 +19,13 @@ def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
         OSError: one is missing.
         ValueError: a safetensors file is damaged.
     """
-    return {name: cache.digests(node.path(name)).identity for name in node.inputs} | observe_corpora(node, cache)
+    return {name: cache.digests(node.path(name)).identity for name in files_read(node)} | observe_corpora(node, cache)
+
+
+def files_read(node: Node) -> list[str]:
+    """Return the name of every file that a stage reads as of now."""
+    beside = (f"{folder}/{name}" for folder in node.beside for name in model_files.beside(Path(node.path(folder))))
+    return list(dict.fromkeys([*node.inputs, *beside]))
 
 
 def observe_corpora(node: Node, cache: DigestCache) -> dict[str, str]:
@@ -30,14 +38,8 @@ def observe_settings(node: Node) -> dict[str, Any]:
     return node.settings | environment(node.bound_device)
 
 
-def observe_outputs(node: Node, cache: DigestCache) -> dict[str, list[Any]]:
-    """Return size and content digest of every output by name, as they are now."""
-    paths = {name: node.root / name for name in node.outputs}
-    return {name: [path.stat().st_size, cache.digests(path).content] for name, path in paths.items()}
-
-
 def reasons(
-    node: Node, record: dict[str, Any], cache: DigestCache, *, leave_out: frozenset[str] = frozenset()
+    node: Node, record: dict[str, Any], cache: DigestCache, *, leave_out: tuple[str, ...] = ()
 ) -> Iterator[str]:
     """Yield every fact that makes a stage stale; nothing when it is fresh.
 
@@ -45,7 +47,7 @@ def reasons(
         node: the stage.
         record: what its last run left, empty where there was none.
         cache: digests by path.
-        leave_out: inputs that are not looked at.
+        leave_out: artifact folders of which no input is looked at.
     """
     if "outputs" not in record:
         yield "never built" if not record else "its record is of an older version"
@@ -57,52 +59,28 @@ def reasons(
     yield from _changed_inputs(node, record["inputs"], cache, leave_out)
 
 
-def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, again: bool = False) -> Iterator[str]:
-    """Yield what is wrong with the files that a run left.
-
-    Args:
-        node: the stage.
-        record: what the run left.
-        cache: digests by path.
-        again: read every file, whatever the file system says of it.
-    """
-    for name in (*node.outputs, *node.copies):
-        original = node.copies.get(name, name)
-        if original not in record["outputs"]:
-            yield f"{name} is new among its files"
-            continue
-        size, content = record["outputs"][original]
-        path = node.path(name)
-        try:
-            found = os.stat(path).st_size  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
-            if found != size:
-                yield f"{name} has {found:,} bytes, the run left {size:,}"
-            elif cache.digests(path, again=again).content != content:
-                yield f"{name} is not what the run left"
-        except FileNotFoundError:
-            yield f"{name} is missing"
-        except (OSError, ValueError) as error:
-            yield f"{name} cannot be read ({error})"
-
-
-def _changed_inputs(node: Node, before: dict[str, str], cache: DigestCache, leave_out: frozenset[str]) -> Iterator[str]:
+def _changed_inputs(
+    node: Node, before: dict[str, str], cache: DigestCache, leave_out: tuple[str, ...]
+) -> Iterator[str]:
+    left_out = tuple(f"{folder}/" for folder in leave_out)
     now: dict[str, str | None] = dict(observe_corpora(node, cache))
-    for name in node.inputs:
-        if name in leave_out:
+    for name in files_read(node):
+        if name.startswith(left_out):
             continue
         try:
             now[name] = cache.digests(node.path(name)).identity
         except (OSError, ValueError):
             now[name] = None
-    for name in sorted({*before, *now} - leave_out):
+    for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
+        shown = name if name.startswith("artifacts/") else f"source {name}"
         if name not in now:
-            yield f"source {name} is gone"
+            yield f"{shown} is gone"
         elif name not in before:
-            yield f"source {name} is new"
+            yield f"{shown} is new"
         elif now[name] is None:
             yield f"{name} is missing or damaged"
         elif now[name] != before[name]:
-            yield f"{name if name.startswith('artifacts/') else 'source ' + name} changed"
+            yield f"{shown} changed"
 
 
 def _changed_settings(task: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -133,6 +133,7 @@ def _resolve(path: Path) -> tuple[list[Node], list[disk.Lookup]]:
             outputs=tuple(name.as_posix() for name in one.outputs),
             settings=one.settings(),
             command=_command(one.task, path),
+            beside=tuple(folder.as_posix() for folder in one.folders),
             corpora=tuple(corpus.name for corpus in one.corpora),
             bound_device=one.bound_device,
             device=workflow.settings.device,

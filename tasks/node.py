@@ -20,6 +20,7 @@ class Node:
         settings: what the workflow file and the code say of the artifact, as JSON values.
         command: the process that runs the stage.
         corpora: names of built-in corpora read.
+        beside: artifact folders of which what lies beside the model is read, too.
         bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
         device: the workflow's `device`.
         uses_device: whether the stage computes on the device.
@@ -35,6 +36,7 @@ class Node:
     settings: dict[str, Any]
     command: tuple[str, ...]
     corpora: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     bound_device: str | None = None
     device: str = "auto"
     uses_device: bool = True
@@ -51,5 +53,5 @@ class Node:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Node":
         """Return the node that `as_json` made a value of."""
-        lists = {name: tuple(value[name]) for name in ("inputs", "outputs", "command", "corpora")}
+        lists = {name: tuple(value[name]) for name in ("inputs", "outputs", "command", "corpora", "beside")}
         return cls(**{**value, **lists, "root": Path(value["root"])})

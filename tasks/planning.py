@@ -34,7 +34,8 @@ def plan(nodes: Iterable[Node], records: Records, cache: DigestCache) -> list[Pl
     for node in nodes:
         renewed = frozenset(makers).intersection(node.inputs)
         record = records(node.task)
-        found = list(reasons(node, record, cache, leave_out=renewed))
+        folders = tuple(one.node.folder for one in planned)
+        found = list(reasons(node, record, cache, leave_out=folders))
         found += dict.fromkeys(f"because {makers[name]} runs" for name in node.inputs if name in renewed)
         if found:
             planned.append(Planned(node, found, record.get("seconds")))

@@ -2,10 +2,12 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mlxflow.identity import digest_file, tensor_digests
 from tasks.node import Node
+from tasks.outputs import files_in, may_hold
 from tasks.process import run_process
 
 #: Files that tell of the run itself: times and rates.
@@ -35,12 +37,16 @@ def differing(node: Node, folder: Path) -> Iterator[str]:
         node: the stage.
         folder: holds the other files under the same names.
     """
-    for name in node.outputs:
+    again = replace(node, root=folder, folder=".", outputs=())
+    theirs_alone = [f"{node.folder}/{name.removeprefix('./')}" for name in files_in(again)]
+    for name in dict.fromkeys([*node.outputs, *files_in(node), *theirs_alone]):
         path = Path(name)
-        if path.name in _ABOUT_THE_RUN:
+        if path.name in _ABOUT_THE_RUN or not may_hold(node, name):
             continue
         ours, theirs = node.root / path, folder / path.relative_to(node.folder)
-        if path.suffix == ".safetensors":
+        if ours.exists() != theirs.exists():
+            yield f"{name} is in one of the two alone"
+        elif path.suffix == ".safetensors":
             yield from _differing_tensor(name, ours, theirs)
         elif digest_file(ours) != digest_file(theirs):
             yield f"{name} differs"

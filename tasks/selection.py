@@ -59,7 +59,7 @@ class Selection:
         Raises:
             SystemExit: there is none, or the artifact is damaged; said, with exit code 1.
         """
-        from tasks.freshness import damaged_outputs
+        from tasks.outputs import damaged_outputs
 
         record = self.record(node.task)
         if not record:

@@ -12,7 +12,7 @@ from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
-from mlxflow.stage import Artifacts, Context, ModelFolder
+from mlxflow.stage import Artifacts, Beside, Context, ModelFolder
 from mlxflow.stages import quantize_methods, quantize_quality, train, train_methods
 
 VERSION = 7
@@ -212,11 +212,14 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: its files; none where it comes from the hub.
+        tokenizer: of a train stage's model.
+        beside: what else goes along with it.
         tokens: training and validation rows; none where nothing is measured.
     """
 
     model: tuple[Path, ...] = ()
     tokenizer: tuple[Path, ...] = ()
+    beside: tuple[Beside, ...] = ()
     tokens: tuple[Path, ...] = ()
 
     @classmethod
@@ -234,6 +237,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             model=artifacts.trained(config.input, "input"),
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
+            beside=(Beside(folder),),
             tokens=tokens,
         )
 

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import MAX_SIZE
-from mlxflow.stage import Artifacts, Context, derive_seed, reference_folder
+from mlxflow.stage import Artifacts, Beside, Context, derive_seed, reference_folder
 
 VERSION = 1
 
@@ -54,6 +54,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     timelines: dict[str, Path] = {}
     models: dict[str, Path] = {}
     model_files: tuple[Path, ...] = ()
+    beside: tuple[Beside, ...] = ()
     validation: tuple[Path, ...] = ()
 
     @classmethod
@@ -78,6 +79,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
                 for config_file, _, *adapters in models.values()
                 for path in (config_file, *(config_file.with_name(name) for name in tokenizer), *adapters)
             ),
+            beside=tuple(Beside(files[0].parent) for files in models.values()),
             validation=tuple(
                 artifacts.folder(one, "data") / name
                 for one in data

@@ -10,8 +10,8 @@ from doit.globals import Globals
 from mlxflow.identity import DigestCache
 from tasks.archive import pack, unpack
 from tasks.creator import _clean
-from tasks.freshness import damaged_outputs, observe_outputs
 from tasks.node import Node
+from tasks.outputs import damaged_outputs, observe_outputs
 
 
 @pytest.fixture

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from mlxflow import models
 from mlxflow.disk import Disk
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache, digest_json
 from mlxflow.workflow import load_workflow
-from tasks.freshness import observe_inputs, observe_outputs, observe_settings
+from tasks.freshness import observe_inputs, observe_settings
 from tasks.graph import load_nodes
 from tasks.node import Node
+from tasks.outputs import observe_outputs
 from tasks.planning import plan
 from tests.conftest import doit
 
@@ -25,8 +27,8 @@ TREE = {
     "notes": ["a.txt", "b.txt", "deeper/c.md", ".hidden.txt"],
     "docs": ["one.txt", "two.txt", "three.md"],
     "hub": ["data.jsonl"],
-    "base": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
-    "tok": ["tokenizer.json", "special_tokens_map.json"],
+    "base": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"],
+    "tok": ["tokenizer.json", "special_tokens_map.json", "vocab.json", "additional_chat_templates/t.jinja"],
     ".": ["single.txt", "chat.jinja", "replay.jsonl", "baseline.toml"],
 }
 SOURCES = ("notes", "docs/*.txt", "docs", "notes/**/*.md", "single.txt", "$CORPUS", "builtin:python-stdlib", "hf:hub")
@@ -148,7 +150,9 @@ class Project:
 
     def _add(self) -> str:
         folder = self.choose.choice(["notes", "notes/new", "docs", "hub", "base", "tok"])
-        name = self.choose.choice(["n.txt", "n.md", "n.safetensors", "chat_template.jinja", "tokenizer_config.json"])
+        name = self.choose.choice(
+            ["n.txt", "n.md", "n.safetensors", "chat_template.jinja", "tokenizer_config.json", "n.py", "merges.txt"]
+        )
         _write(self.folder / folder / name, self.choose.randint(1, 10**6))
         return f"add {folder}/{name}"
 
@@ -225,9 +229,17 @@ eval_every = 0
 max_validation_rows = 8
 replay = "replay.jsonl"
 model = { from = "base" }
-[quantize]
+[[quantize]]
+name = "q4"
 model = "base"
+[[quantize]]
+name = "q8"
+bits = 8
 """
+FRESH = "-- pretokenize\n-- train\n-- quantize:q4\n-- quantize:q8\n"
+
+#: What lies beside the base's configuration and weights.
+BESIDE = ("generation_config.json", "vocab.json", "additional_chat_templates/tool_use.jinja")
 
 
 def _set_rope_theta(job: Path) -> None:
@@ -241,22 +253,70 @@ def _flip_last_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+Q8 = "quantize:q8: because train runs"
+
 LATER_EDITS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "the corpus": (
         lambda job: (job / "notes/03.txt").write_text("another note"),
-        ["pretokenize: source notes/03.txt changed", "train: because pretokenize runs"],
+        [
+            "pretokenize: source notes/03.txt changed",
+            "train: because pretokenize runs",
+            "quantize:q8: because train runs; because pretokenize runs",
+        ],
     ),
     "the base's config": (
         _set_rope_theta,
-        ["train: source base/config.json changed", "quantize: source base/config.json changed"],
+        ["train: source base/config.json changed", "quantize:q4: source base/config.json changed", Q8],
     ),
     "the base's weights": (
         lambda job: _flip_last_bit(job / "base/model.safetensors"),
-        ["train: source base/model.safetensors changed", "quantize: source base/model.safetensors changed"],
+        ["train: source base/model.safetensors changed", "quantize:q4: source base/model.safetensors changed", Q8],
     ),
+    "the base's end tokens": (
+        lambda job: (job / "base/generation_config.json").write_text('{"eos_token_id": [1, 2]}'),
+        [
+            "train: source base/generation_config.json changed",
+            "quantize:q4: source base/generation_config.json changed",
+            Q8,
+        ],
+    ),
+    "a vocabulary of the base": (
+        lambda job: (job / "base/vocab.json").write_text('{"a": 1}'),
+        ["train: source base/vocab.json changed", "quantize:q4: source base/vocab.json changed", Q8],
+    ),
+    "a named template of the base that is gone": (
+        lambda job: (job / "base/additional_chat_templates/tool_use.jinja").unlink(),
+        [
+            "train: source base/additional_chat_templates/tool_use.jinja is gone",
+            "quantize:q4: source base/additional_chat_templates/tool_use.jinja is gone",
+            Q8,
+        ],
+    ),
+    "a template of the base that is new": (
+        lambda job: (job / "base/chat_template.jinja").write_text("{{ messages }}"),
+        ["train: source base/chat_template.jinja is new", "quantize:q4: source base/chat_template.jinja is new", Q8],
+    ),
+    "what decides nothing": (lambda job: (job / "base/README.md").write_text("a model"), []),
+    "end tokens gone from an artifact": (
+        lambda job: (job / "artifacts/train/generation_config.json").unlink(),
+        ["train: artifacts/train/generation_config.json is missing", Q8],
+    ),
+    "a vocabulary gone from an artifact": (
+        lambda job: (job / "artifacts/quantize/q4/vocab.json").unlink(),
+        ["quantize:q4: artifacts/quantize/q4/vocab.json is missing"],
+    ),
+    "a template put into an artifact": (
+        lambda job: (job / "artifacts/train/chat_template.jinja").write_text("{{ messages }}"),
+        ["train: artifacts/train/chat_template.jinja was put there after the run", Q8],
+    ),
+    "an index put into an artifact": (
+        lambda job: (job / "artifacts/quantize/q8/model.safetensors.index.json").write_text("{}"),
+        ["quantize:q8: artifacts/quantize/q8/model.safetensors.index.json was put there after the run"],
+    ),
+    "a note put into an artifact": (lambda job: (job / "artifacts/train/README.md").write_text("a model"), []),
     "the run that is followed": (
         lambda job: (job / "replay.jsonl").write_text('{"step": 1, "batch_size": 4}\n'),
-        ["train: source replay.jsonl changed"],
+        ["train: source replay.jsonl changed", Q8],
     ),
 }
 
@@ -265,22 +325,30 @@ def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy
     shutil.move(job_copy / "artifacts/train", job_copy / "base")
     shutil.copy(job_copy / "base/metrics.jsonl", job_copy / "replay.jsonl")
     shutil.rmtree(job_copy / "artifacts")
+    (job_copy / "base/additional_chat_templates").mkdir()
+    for name in BESIDE:
+        (job_copy / "base" / name).write_text("{}")
     (job_copy / "workflow.toml").write_text(REMEMBERED)
     assert doit(job_copy, "train", "quantize").returncode == 0
     for _ in range(3):
-        assert doit(job_copy, "train", "quantize").stdout == "-- pretokenize\n-- train\n-- quantize\n"
-    base = [f"base/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")]
+        assert doit(job_copy, "train", "quantize").stdout == FRESH
+    base = sorted(f"base/{name}" for name in (*BESIDE, *models.TOKENIZER_FILES, "config.json", "model.safetensors"))
     lock = tomllib.loads((job_copy / "mlxflow.lock").read_text())
     made = [f"artifacts/pretokenize/{name}" for name in ("tokenizer.json", "tokenizer_config.json")]
     made += [f"artifacts/pretokenize/{side}.safetensors" for side in ("train", "validation")]
     assert list(lock["train"]["inputs"]) == [*made, *base, "replay.jsonl"]
-    assert list(lock["quantize"]["inputs"]) == base
+    assert list(lock["quantize:q4"]["inputs"]) == base
+    assert {f"artifacts/quantize/q4/{name}" for name in BESIDE} < lock["quantize:q4"]["outputs"].keys()
+    assert "artifacts/train/generation_config.json" in lock["quantize:q8"]["inputs"]
     for name, (change, expected) in LATER_EDITS.items():
         kept = {path: path.read_bytes() for path in job_copy.rglob("*") if path.is_file() and path.suffix != ".log"}
         change(job_copy)
+        added = {path for path in job_copy.rglob("*") if path.is_file()} - kept.keys()
         lines = doit(job_copy, "plan", "train", "quantize").stdout.splitlines()
         assert [line.partition("  (")[0] for line in lines[:-1]] == expected, name
         for path, data in kept.items():
-            if path.read_bytes() != data:
+            if not path.exists() or path.read_bytes() != data:
                 path.write_bytes(data)
-    assert doit(job_copy, "train", "quantize").stdout == "-- pretokenize\n-- train\n-- quantize\n"
+        for path in (path for path in added if path.suffix != ".log"):
+            path.unlink()
+    assert doit(job_copy, "train", "quantize").stdout == FRESH
