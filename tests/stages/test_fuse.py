@@ -16,7 +16,7 @@ from mlxflow.errors import MlxflowError
 from mlxflow.identity import DigestCache
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
-from tasks import archive, freshness
+from tasks import archive, outputs
 from tasks.graph import load_nodes
 from tests.conftest import mlxflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
@@ -364,13 +364,13 @@ def test_a_deleted_adapter_makes_the_stage_stale(chain: Path) -> None:
     (chain / "workflow.toml").write_text(HEAD + CHAIN)
     node = next(node for node in load_nodes(chain / "workflow.toml", chain / "none") if node.task == "train")
     cache = DigestCache(chain / "digests.json")
-    record = {"outputs": freshness.observe_outputs(node, cache)}
-    assert list(freshness.damaged_outputs(node, record, cache)) == []
+    record = {"outputs": outputs.observe_outputs(node, cache)}
+    assert list(outputs.damaged_outputs(node, record, cache)) == []
     for name in ("adapters.safetensors", "adapter_config.json"):
         file = chain / "artifacts/train" / name
         kept = file.read_bytes()
         file.unlink()
-        assert list(freshness.damaged_outputs(node, record, cache)) == [f"artifacts/train/{name} is missing"]
+        assert list(outputs.damaged_outputs(node, record, cache)) == [f"artifacts/train/{name} is missing"]
         file.write_bytes(kept)
 
 
@@ -387,7 +387,7 @@ def test_an_unfused_artifact_moves_between_machines(chain: Path, tmp_path: Path)
     (chain / "workflow.toml").write_text(HEAD + CHAIN)
     node = next(node for node in load_nodes(chain / "workflow.toml", chain / "none") if node.task == "train")
     cache = DigestCache(chain / "digests.json")
-    values = {"settings": {}, "inputs": {}, "seconds": 0.0, "outputs": freshness.observe_outputs(node, cache)}
+    values = {"settings": {}, "inputs": {}, "seconds": 0.0, "outputs": outputs.observe_outputs(node, cache)}
     archive.pack(node, values, tmp_path / "train.tar")
     moved = replace(node, root=tmp_path / "moved")
     (moved.root / "artifacts").mkdir(parents=True)
