@@ -20,6 +20,9 @@ INDEX = "model.safetensors.index.json"
 #: Adapters that lie beside a model and belong to it, as mlx-lm writes them: their weights and their configuration.
 ADAPTERS = ("adapters.safetensors", "adapter_config.json")
 
+#: Where a copy lies of adapters that were added into the weights of the model.
+ADDED_ADAPTERS = "adapters"
+
 #: Defaults of generation, among them the tokens that end it; they override those of the configuration.
 GENERATION = "generation_config.json"
 
@@ -81,8 +84,12 @@ def is_companion(name: str) -> bool:
 
 
 def decides(name: str) -> bool:
-    """Return whether a file, by its name below a model folder, decides what the model or its tokenizer does."""
-    return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, "model*.safetensors"))
+    """Return whether a file, by its name below a model folder, decides what the model or its tokenizer does.
+
+    A copy of adapters that were added into the weights counts: it says what became of them.
+    """
+    added = (f"{ADDED_ADAPTERS}/{file}" for file in ADAPTERS)
+    return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, "model*.safetensors", *added))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -133,9 +140,9 @@ def companions(folder: Path) -> list[str]:
 
 
 def beside(folder: Path) -> list[str]:
-    """Return the companions in the folder of an artifact, which may not be built yet."""
+    """Return the companions and adapters in the folder of an artifact, which may not be built yet."""
     try:
-        return companions(folder)
+        return [*companions(folder), *(name for name in names_in(folder) if name in ADAPTERS)]
     except OSError:
         return []
 

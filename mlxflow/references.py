@@ -11,7 +11,7 @@ import msgspec
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
 from mlxflow.disk import Disk
-from mlxflow.model_files import ADAPTERS, CONFIG, Found
+from mlxflow.model_files import CONFIG, Found
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
@@ -63,13 +63,6 @@ class References:
     def table(self, reference: str) -> msgspec.Struct | None:
         """Return the resolved table of a stage or variant before this one; None where there is none."""
         return self._tables.get(self._resolved(reference))
-
-    def trained(self, reference: str, key: str) -> tuple[Path, ...]:
-        """Return config, weights and adapter files, where it has such, of a stage that makes a model."""
-        folder = self.folder(reference, key)
-        makes = self._known.get(self._resolved(reference), set())
-        adapters = [name for name in ADAPTERS if name in makes]
-        return tuple(folder / name for name in ("config.json", "model.safetensors", *adapters))
 
     def _variants(self, name: str) -> list[str]:
         """Return the variants of a stage before this one."""

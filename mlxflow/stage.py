@@ -52,7 +52,7 @@ class Corpus(NamedTuple):
 class Beside(NamedTuple):
     """What lies beside the model in an artifact's folder: which files those are is known when it is built.
 
-    They are what `mlxflow.model_files.companions` finds.
+    They are what `mlxflow.model_files.beside` finds.
     """
 
     folder: Path
@@ -67,10 +67,6 @@ class Artifacts(Protocol):
 
     def table(self, reference: str) -> msgspec.Struct | None:
         """Return the resolved table of a stage or variant before this one; None where there is none."""
-        ...
-
-    def trained(self, reference: str, key: str) -> tuple[Path, ...]:
-        """Return the config, the weights and the adapter files, where it has such, of a stage that makes a model."""
         ...
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:

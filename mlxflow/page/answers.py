@@ -76,6 +76,8 @@ def _quality(run: Run) -> Iterator[Answer]:
         said += f" The trained model had {show(trained)}: its files keep {show_percent(max(0.0, kept))} of the gain."
     elif best is not None and last is not None and best < last * 0.999:
         said += f" The best was {show(best)}, at step {show(one.report.get('best_validation_step'))}."
+    if one.report.get("fuse") == "never":
+        said += " Its adapters lie beside the base model: a tool that does not apply them opens the base model."
     yield Answer("Did it learn?", show(last), said, "learning")
 
 

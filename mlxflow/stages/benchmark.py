@@ -12,7 +12,8 @@ from msgspec import Meta
 
 from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.stage import Artifacts, Context, derive_seed
+from mlxflow.model_files import ADAPTERS
+from mlxflow.stage import Artifacts, Beside, Context, derive_seed
 
 VERSION = 4
 
@@ -66,13 +67,13 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """A model to train, models to compare, tokens for both.
 
     Attributes:
-        adapters: the files of adapters that lie beside a model.
+        beside: what lies beside each of the models, such as adapters.
         models: by reference, such as "quantize:q4".
     """
 
     model: Path = Path()
     configs: tuple[Path, ...] = ()
-    adapters: tuple[Path, ...] = ()
+    beside: tuple[Beside, ...] = ()
     tokens: Path = Path()
     validation: Path = Path()
     models: dict[str, Path] = {}
@@ -82,17 +83,17 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the models from train and quantize stages and the tokens from a pretokenize stage."""
         tokens = artifacts.folder(config.data, "data")
-        trained = artifacts.trained(config.input, "input")
+        trained = artifacts.folder(config.input, "input")
         references = artifacts.expand(config.models, "models")
-        files = {reference: artifacts.trained(reference, "models") for reference in references}
-        every = [trained, *files.values()]
+        folders = {reference: artifacts.folder(reference, "models") for reference in references}
+        every = dict.fromkeys([trained, *folders.values()])
         return cls(
-            model=trained[1],
-            configs=tuple(dict.fromkeys(one[0] for one in every)),
-            adapters=tuple(dict.fromkeys(path for one in every for path in one[2:])),
+            model=trained / "model.safetensors",
+            configs=tuple(folder / "config.json" for folder in every),
+            beside=tuple(Beside(folder) for folder in every),
             tokens=tokens / "train.safetensors",
             validation=tokens / "validation.safetensors",
-            models={reference: one[1] for reference, one in files.items()},
+            models={reference: folder / "model.safetensors" for reference, folder in folders.items()},
             baseline=artifacts.files((config.baseline,), "baseline") if config.baseline else (),
         )
 
@@ -212,7 +213,7 @@ def _benchmark_models(config: Config, inputs: Inputs, context: Context) -> list[
         if needed is None:
             raise error
         said = f"does not fit: {needed:,} bytes more may not be had ({context.memory_limit_bytes:,} are the limit)"
-        return {"model": reference, "model_bytes": _stored_bytes(inputs.models[reference], inputs), "error": said}
+        return {"model": reference, "model_bytes": _stored_bytes(inputs.models[reference]), "error": said}
 
     rows = []
     for (reference, path), speed in zip(inputs.models.items(), _generation(config, inputs, context), strict=True):
@@ -246,7 +247,7 @@ def _generation(config: Config, inputs: Inputs, context: Context) -> list[Any]:
     for path in inputs.models.values():
         tokens.require_vocabulary(models.vocab_size(path.parent), f"{context.task}.models")
     length = tokens.context_length
-    whole = sum(_stored_bytes(path, inputs) for path in inputs.models.values())
+    whole = sum(_stored_bytes(path) for path in inputs.models.values())
     return measure_generation(
         [partial(_load, path.parent) for path in inputs.models.values()],
         prompt_lengths=sorted(set(config.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
@@ -274,7 +275,7 @@ def _benchmark_model(path: Path, speed: Any, config: Config, inputs: Inputs) -> 
     masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
     rows = tokens.rows.head(config.max_validation_rows)
     measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
-    model_bytes, dense_bytes = (_stored_bytes(one, inputs) for one in (path, inputs.model))
+    model_bytes, dense_bytes = (_stored_bytes(one) for one in (path, inputs.model))
     parameters = models.num_parameters(_load(inputs.model.parent))
     return {
         "model_bytes": model_bytes,
@@ -290,10 +291,10 @@ def _benchmark_model(path: Path, speed: Any, config: Config, inputs: Inputs) -> 
     }
 
 
-def _stored_bytes(path: Path, inputs: Inputs) -> int:
+def _stored_bytes(path: Path) -> int:
     """Return the bytes of a model's weights on the disk, those of adapters beside them included."""
-    beside = [one for one in inputs.adapters if one.parent == path.parent and one.suffix == path.suffix]
-    return sum(file.stat().st_size for file in (path, *beside))
+    beside = path.with_name(ADAPTERS[0])
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
 
 
 def _rate(prefix: str, rate: Any) -> dict[str, float]:

@@ -11,7 +11,7 @@ from msgspec import Meta
 from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import StageError
-from mlxflow.stage import Artifacts, Context, derive_seed
+from mlxflow.stage import Artifacts, Beside, Context, derive_seed
 
 VERSION = 5
 
@@ -70,17 +70,17 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     config: Path = Path()
     model: Path = Path()
-    adapters: tuple[Path, ...] = ()
+    beside: tuple[Beside, ...] = ()
     tokens: Path = Path()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the model from a train stage and the tokens from a pretokenize stage."""
-        model_config, model, *adapters = artifacts.trained(config.input, "input")
+        folder = artifacts.folder(config.input, "input")
         return cls(
-            config=model_config,
-            model=model,
-            adapters=tuple(adapters),
+            config=folder / "config.json",
+            model=folder / "model.safetensors",
+            beside=(Beside(folder),),
             tokens=artifacts.folder(config.data, "data") / "train.safetensors",
         )
 

@@ -235,7 +235,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             )
         folder = artifacts.folder(config.input, "input")
         return cls(
-            model=artifacts.trained(config.input, "input"),
+            model=(folder / "config.json", folder / "model.safetensors"),
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
             beside=(Beside(folder),),
             tokens=tokens,

@@ -65,21 +65,17 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         def made(name: str) -> dict[str, Path]:
             return {task: reference_folder(task) / name for task, names in makers.items() if name in names}
 
-        models = {one: artifacts.trained(one, "models") for one in artifacts.expand(config.models, "models")}
-        tokenizer = ("tokenizer.json", "tokenizer_config.json")
+        models = {one: artifacts.folder(one, "models") for one in artifacts.expand(config.models, "models")}
+        files = ("config.json", "tokenizer.json", "tokenizer_config.json")
         from_documents = bool(models) and not config.prompts
         data = artifacts.expand((config.data,), "data")[:1] if from_documents else ()
         return cls(
             reports=made("report.toml"),
             curves=made(_METRICS),
             timelines=made(_TIMELINE),
-            models={one: files[1] for one, files in models.items()},
-            model_files=tuple(
-                path
-                for config_file, _, *adapters in models.values()
-                for path in (config_file, *(config_file.with_name(name) for name in tokenizer), *adapters)
-            ),
-            beside=tuple(Beside(files[0].parent) for files in models.values()),
+            models={one: folder / "model.safetensors" for one, folder in models.items()},
+            model_files=tuple(folder / name for folder in models.values() for name in files),
+            beside=tuple(Beside(folder) for folder in models.values()),
             validation=tuple(
                 artifacts.folder(one, "data") / name
                 for one in data

@@ -16,7 +16,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.model_files import ADAPTERS
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
-from mlxflow.stages.train_artifact import measure_artifact, quality_of, warn_of_loss, write_model
+from mlxflow.stages.train_artifact import adapters_folder, measure_artifact, quality_of, warn_of_loss, write_model
 
 VERSION = 9
 
@@ -341,24 +341,29 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
         """Name the adapter's files where there are some."""
         if config.method == "full":
             return cls()
-        folder = Path() if config.fuse == "never" else Path("adapters")
-        return cls(adapters=tuple(folder / name for name in ADAPTERS))
+        if config.fuse == "auto":  # a model of the hub: where they lie is decided when it is known
+            return cls()
+        return cls(adapters=tuple(adapters_folder(config.fuse) / name for name in ADAPTERS))
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table with `fuse` decided by what lies at `model.from`; what does not fit is noted."""
+    """Return the table with `fuse` decided by what lies at `model.from`; what does not fit is noted.
+
+    Of a model of the hub it is decided when it has been fetched: see `with_fuse`.
+    """
     if config.method == "full" or not config.model.from_:
         return config
     kind = artifacts.kind_of_model(config.model.from_)
-    if config.fuse == "auto" and kind == "hub":
-        expected = f"whether {config.model.from_} is quantized is not known before it is fetched"
-        advice = 'Set fuse = "dense" for a dense model, "never" for a quantized one.'
-        artifacts.note(Problem("fuse", config.fuse, expected, advice))
     if config.fuse == "requantize" and kind == "dense":
         artifacts.note(Problem("fuse", config.fuse, f"{config.model.from_} is dense", 'Set fuse = "dense".'))
+    return config if kind == "hub" else with_fuse(config, is_quantized=kind == "quantized")
+
+
+def with_fuse(config: Config, *, is_quantized: bool) -> Config:
+    """Return the table with "auto" of `fuse` decided."""
     if config.fuse != "auto":
         return config
-    return msgspec.structs.replace(config, fuse="never" if kind == "quantized" else "dense")
+    return msgspec.structs.replace(config, fuse="never" if is_quantized else "dense")
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
@@ -408,12 +413,15 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         subject=subject,
         kernels=kernels,
     )
-    model = write_model(config, outputs, context, model=model, config_json=model_config, adapter_config=adapter_config)
+    fuse = with_fuse(config, is_quantized=models.is_quantized(model)).fuse
+    model = write_model(
+        outputs, context, model=model, config_json=model_config, adapter_config=adapter_config, fuse=fuse
+    )
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     if base is not None:
         model_files.copy(base, model_files.defaults_and_code(base), context.folder)
     facts = {
-        **({"fuse": config.fuse} if adapter_config else {}),
+        **({"fuse": fuse} if adapter_config else {}),
         "parameters": models.num_parameters(model),
         "document_mask": masks,
         "fused_loss": fused,

@@ -6,8 +6,10 @@ Quality is measured on the files and held against that of the model that was tra
 import gc
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow.model_files import ADAPTERS, ADDED_ADAPTERS
 from mlxflow.stage import Context
 
 if TYPE_CHECKING:
@@ -17,31 +19,37 @@ if TYPE_CHECKING:
 _LEAST_KEPT = 0.95
 
 
+def adapters_folder(fuse: str) -> Path:
+    """Return where adapters lie in the artifact: beside the model, or apart where they were added into its weights."""
+    return Path() if fuse == "never" else Path(ADDED_ADAPTERS)
+
+
 def write_model(
-    config: "Config",
     outputs: "Outputs",
     context: Context,
     *,
     model: Any,
     config_json: Mapping[str, Any],
     adapter_config: Mapping[str, Any] | None,
+    fuse: str,
 ) -> Any:
     """Write the model folder, adapters as `fuse` says; return the model whose weights are in `model.safetensors`.
 
     Args:
-        config: the table.
-        outputs: of them the config, the weights and the adapters.
+        outputs: of them the config and the weights.
         context: of the stage.
         model: as it was trained; changed.
         config_json: its `config.json`.
         adapter_config: the `adapter_config.json`, where adapters were trained.
+        fuse: what becomes of them; decided.
     """
     from mlxflow import adapter_files, models
     from mlxflow.training.adapters import save_adapters
 
     if adapter_config is not None:
-        weights_file, config_file = outputs.adapters
-        weights_file.parent.mkdir(exist_ok=True)
+        folder = context.folder / adapters_folder(fuse)
+        folder.mkdir(exist_ok=True)
+        weights_file, config_file = (folder / name for name in ADAPTERS)
         save_adapters(
             model,
             adapter_config,
@@ -49,9 +57,9 @@ def write_model(
             config_file=config_file,
             provenance=context.provenance,
         )
-        if config.fuse == "never":
+        if fuse == "never":
             model = adapter_files.take_out(model)
-        elif config.fuse == "requantize":
+        elif fuse == "requantize":
             model = adapter_files.fuse(model)
         else:
             model, config_json = models.made_dense(model, config_json)
@@ -124,8 +132,9 @@ def warn_of_loss(report: Mapping[str, Any], task: str) -> str | None:
     kept = report.get("gain_kept", 1.0)
     if kept >= _LEAST_KEPT:
         return None
-    about = f'{task}.fuse = "requantize"' if report.get("fuse") == "requantize" else task
-    advice = f' {task}.fuse = "never" or "dense" keeps all of it.' if about != task else ""
+    is_fused = report.get("fuse", "never") != "never"
+    about = f'{task}.fuse = "{report["fuse"]}"' if is_fused else task
+    advice = f' {task}.fuse = "never" keeps all of it.' if is_fused else ""
     first, trained, last = (report[f"{which}_validation_perplexity"] for which in ("first", "trained", "last"))
     how = f"the artifact keeps {kept:.0%} of what training gained" if kept > 0 else "the artifact lost what was gained"
     return f"{about}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files.{advice}"

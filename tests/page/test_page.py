@@ -325,7 +325,9 @@ def test_the_answer_says_what_the_files_lost_of_the_gain(tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("lossy")
     write_run(folder)
     edit(folder, "train", lambda report: report.update(trained_validation_perplexity=30.0, gain_kept=0.293))
+    edit(folder, "train", lambda report: report.update(fuse="never"))
     text = Seen(render([read(folder)])).text
+    assert "beside the base model: a tool that does not apply them opens the base model." in text
     assert "from 2,079 before. The trained model had 30: its files keep 29.3 % of the gain." in text
 
 

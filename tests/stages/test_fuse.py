@@ -16,7 +16,7 @@ from mlxflow.errors import MlxflowError
 from mlxflow.identity import DigestCache
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
-from tasks import archive, outputs
+from tasks import archive, freshness, outputs
 from tasks.graph import load_nodes
 from tests.conftest import mlxflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
@@ -123,7 +123,7 @@ def test_requantized_adapters_are_warned_of(project: Path, tmp_path: Path, capfd
     first, trained, last = (f"{report[f'{one}_validation_perplexity']:.4g}" for one in ("first", "trained", "last"))
     assert (
         f'train.fuse = "requantize": the artifact keeps {report["gain_kept"]:.0%} of what training gained: perplexity '
-        f'{first} before, {trained} trained, {last} in the files. train.fuse = "never" or "dense" keeps all of it.\n'
+        f'{first} before, {trained} trained, {last} in the files. train.fuse = "never" keeps all of it.\n'
     ) in capfd.readouterr().err
 
 
@@ -137,9 +137,9 @@ def test_the_default_follows_from_the_model(project: Path, base: str, expected: 
     result = mlxflow(project, "check")
     assert result.returncode == 0, result.stderr
     assert f'\nfuse = "{expected}"\n' in result.stdout
-    outputs = {path.relative_to("artifacts/train").as_posix() for path in load_workflow(path).find("train").outputs}
+    names = {path.relative_to("artifacts/train").as_posix() for path in load_workflow(path).find("train").outputs}
     where = "" if expected == "never" else "adapters/"
-    assert {f"{where}adapters.safetensors", f"{where}adapter_config.json"} <= outputs
+    assert {f"{where}adapters.safetensors", f"{where}adapter_config.json"} <= names
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,6 @@ def test_the_default_follows_from_the_model(project: Path, base: str, expected: 
         (
             'fuse = "requantize"\nmethod = "lora"\nmodel.from = "artifacts/train"',
             'train.fuse = "requantize": artifacts/train is dense. Set fuse = "dense".',
-        ),
-        (
-            'method = "lora"\nmodel.from = "owner/name"',
-            'train.fuse = "auto": whether owner/name is quantized is not known before it is fetched. Set fuse = '
-            '"dense" for a dense model, "never" for a quantized one.',
         ),
     ],
 )
@@ -377,10 +372,28 @@ def test_a_deleted_adapter_makes_the_stage_stale(chain: Path) -> None:
 def test_a_changed_adapter_makes_every_reader_stale(chain: Path) -> None:
     (chain / "workflow.toml").write_text(HEAD + CHAIN)
     adapters = {"artifacts/train/adapters.safetensors", "artifacts/train/adapter_config.json"}
-    readers = {
-        node.task for node in load_nodes(chain / "workflow.toml", chain / "none") if adapters <= set(node.inputs)
-    }
+    nodes = load_nodes(chain / "workflow.toml", chain / "none")
+    readers = {node.task for node in nodes if adapters <= set(freshness.files_read(node))}
     assert readers == {"quantize", "profile", "benchmark", "report"}
+
+
+@pytest.mark.parametrize(("base", "expected"), [("artifacts/train", "dense"), ("q4", "never")])
+def test_a_model_of_the_hub_decides_when_it_is_there(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, expected: str
+) -> None:
+    monkeypatch.setattr(models, "fetch", lambda *_, **__: project / base)
+    made = _train(project, tmp_path / "made", 'method = "lora"\nmodel.from = "owner/name"\n')
+    report = read_report(made / "report.toml")
+    assert report["fuse"] == expected
+    assert math.log(report["last_validation_perplexity"]) == pytest.approx(
+        _loss(project, open_with_mlx_lm(made)[0]), abs=LOSS_TOLERANCE["fp32"]
+    )
+    node = next(node for node in load_nodes(project / "workflow.toml", project / "none") if node.task == "train")
+    (tmp_path / "artifacts").mkdir()
+    made.rename(tmp_path / "artifacts/train")
+    where = "artifacts/train/adapters" if expected == "dense" else "artifacts/train"
+    recorded = outputs.observe_outputs(replace(node, root=tmp_path), DigestCache(tmp_path / "digests.json"))
+    assert {f"{where}/adapters.safetensors", f"{where}/adapter_config.json"} <= recorded.keys()
 
 
 def test_an_unfused_artifact_moves_between_machines(chain: Path, tmp_path: Path) -> None:
@@ -395,3 +408,17 @@ def test_an_unfused_artifact_moves_between_machines(chain: Path, tmp_path: Path)
     one, other = (models.load(root / "artifacts/train")[0] for root in (chain, moved.root))
     tokens = mx.arange(1, 9)[None]
     assert mx.array_equal(one(tokens), other(tokens)).item()
+
+
+def test_a_fused_artifact_moves_between_machines(project: Path, tmp_path: Path) -> None:
+    text = TRAIN + 'method = "lora"\nmodel.from = "q2"\nfuse = "dense"\n'
+    made = _run(project, "train", text, tmp_path / "artifacts/train")
+    node = next(node for node in load_nodes(project / "workflow.toml", project / "none") if node.task == "train")
+    here, moved = replace(node, root=tmp_path), replace(node, root=tmp_path / "moved")
+    recorded = outputs.observe_outputs(here, DigestCache(tmp_path / "digests.json"))
+    values = {"settings": {}, "inputs": {}, "seconds": 0.0, "outputs": recorded}
+    archive.pack(here, values, tmp_path / "train.tar")
+    (moved.root / "artifacts").mkdir(parents=True)
+    archive.unpack(tmp_path / "train.tar", {"train": moved})
+    name = "adapters/adapters.safetensors"
+    assert (moved.root / "artifacts/train" / name).read_bytes() == (made / name).read_bytes()

@@ -1,6 +1,7 @@
 """The stage `quantize` on the tiny model that the session has trained."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from mlxflow.stages.quantize import Config
 from mlxflow.stages.quantize_methods import training_settings
 from mlxflow.workflow import load_workflow
 from tests.conftest import TINY, mlxflow
+from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 
 
 class Job:
@@ -218,6 +220,30 @@ def test_a_budget_is_met_and_its_table_gives_the_same_model_again(job: Job) -> N
     assert all(mx.array_equal(value, tensors[name]) for name, value in job.tensors().items())
     by_size = job.run(target_size="48 KB", calibration_rows=16)
     assert 0.95 * 48_000 < by_size["model_bytes"] <= 48_000  # of the file, its header included
+
+
+@pytest.mark.parametrize(
+    ("table", "dtype"),
+    [
+        ({"bits": 2, "dtype": "bf16"}, "bf16"),
+        ({"mode": "mxfp4"}, "fp32"),
+        ({"bits": 2, "method": "gptq"}, "fp32"),
+        ({"bits": 3, "method": "awq"}, "fp32"),
+        ({"bits": 3, "method": "dwq"}, "fp32"),
+        ({"bits": 2, "method": "qat", "num_steps": 4, "batch_size": 4}, "fp32"),
+        ({"bits": 2, "method": "qat", "num_steps": 4, "batch_size": 4, "dtype": "bf16", "training": "lora"}, "bf16"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_reported_perplexity_is_that_of_the_files(job: Job, table: dict[str, Any], dtype: str) -> None:
+    quality = job.run(max_validation_rows=24, calibration_rows=16, **table)["quality"]
+    validation = job.folder / "artifacts/pretokenize/validation.safetensors"
+    for key, folder, tolerance in (
+        ("perplexity", job.artifact, LOSS_TOLERANCE[dtype]),
+        ("dense_perplexity", job.folder / "artifacts/train", LOSS_TOLERANCE["fp32"]),
+    ):
+        expected = validation_loss(open_with_mlx_lm(folder)[0], validation, 24)
+        assert math.log(quality[key]) == pytest.approx(expected, abs=tolerance)
 
 
 def test_quality_is_measured_against_the_dense_model(job: Job) -> None:
