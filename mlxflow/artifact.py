@@ -4,32 +4,25 @@ A file that exists is a file that is finished: a stage writes into a private fol
 flushed to the disk, and then the folder takes the artifact's place in one step. Until then the old artifact serves.
 """
 
-import ctypes
-import errno
 import json
 import math
-import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflow.errors import ArtifactError, StageError
+from mlxflow.folders import partial_folders as partial_folders
+from mlxflow.folders import publishing as publishing
+from mlxflow.folders import remove_folder as remove_folder
+from mlxflow.folders import writable as writable
+from mlxflow.folders import write_whole as write_whole
 from mlxflow.identity import PROVENANCE_KEY, read_safetensors_header
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
     from numpy.typing import NDArray
-
-_PARTIAL_SUFFIX = ".partial"
-
-# A full disk, one that may not be written, and a file where a folder has to be
-_UNWRITABLE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-)
 
 # safetensors' names of the types that numpy has, by numpy's names, and the other way round
 _SAFETENSORS_NAMES = {
@@ -48,142 +41,6 @@ _FLOATING = {"F32": ("<u4", "float32"), "F16": ("<u2", "float16"), "BF16": ("<u2
 _MLX_NAMES = {"bool": "BOOL", "int8": "I8", "int16": "I16", "int32": "I32", "float16": "F16", "bfloat16": "BF16"}
 _MLX_NAMES |= _SAFETENSORS_NAMES
 _NUMPY_NAMES = {name: numpy_name for numpy_name, name in _SAFETENSORS_NAMES.items()}
-
-
-# --- folders
-
-
-@contextmanager
-def publishing(folder: Path) -> Iterator[Path]:
-    """Give a private folder to write into; when the block ends well it becomes `folder`, else it is removed.
-
-    Args:
-        folder: the artifact; replaced whole, or made.
-
-    Yields:
-        an empty folder on the same file system.
-
-    Raises:
-        StageError: the disk is full or cannot be written; the old artifact is as it was.
-    """
-    private = folder.with_name(f".{folder.name}{_PARTIAL_SUFFIX}")
-    with writable(folder):
-        yield from _publish(private, folder)
-
-
-def _publish(private: Path, folder: Path) -> Iterator[Path]:
-    try:
-        remove_folder(private)  # what a crash left behind
-        private.mkdir(parents=True)
-        yield private
-        for path in sorted(private.rglob("*")):
-            _flush(path)
-        _flush(private)
-        _swap(private, folder)
-        _flush(folder.parent)
-    finally:
-        remove_folder(private)
-
-
-@contextmanager
-def writable(target: Path) -> Iterator[None]:
-    """Word what a disk that is full or cannot be written does to the writing of a file or folder in this block.
-
-    Raises:
-        StageError: the disk is full or cannot be written; the target is as it was.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.access(p, os.F_OK))).free
-        where = error.filename or target
-        raise StageError(
-            f"{where}: cannot be written ({error.strerror}; {free:,} bytes free). Make room or choose another folder; "
-            f"{target} is as it was."
-        ) from error
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of this module's making, if it is there."""
-    if folder.is_dir():
-        shutil.rmtree(folder)
-
-
-def partial_folders(artifacts: Path) -> list[Path]:
-    """Return the private folders of stages and variants: of running ones, or left by a crash."""
-    found: list[Path] = []
-    for folder in (artifacts, *(Path(entry.path) for entry in _folders(artifacts) if entry.name[0] != ".")):
-        found += [Path(entry.path) for entry in _folders(folder) if entry.name.endswith(_PARTIAL_SUFFIX)]
-    return sorted(found)
-
-
-def _folders(folder: Path) -> list["os.DirEntry[str]"]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
-
-
-def _flush(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _flush_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flush_descriptor(descriptor: int) -> None:
-    import fcntl
-
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's own cache
-    if full is not None:
-        try:
-            fcntl.fcntl(descriptor, full)
-        except OSError:  # a file system that has no such call
-            pass
-        else:
-            return
-    os.fsync(descriptor)
-
-
-def _swap(private: Path, folder: Path) -> None:
-    """Put a folder in the place of another; the other ends up under the first one's name."""
-    if not folder.exists():
-        private.rename(folder)
-    elif not _exchange(private, folder):
-        # No single step here: for an instant there is no artifact, which the next run mends by building it again.
-        aside = private.with_name(f"{private.name}.old")
-        remove_folder(aside)
-        folder.rename(aside)
-        private.rename(folder)
-        remove_folder(aside)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step where the system can; return whether it did."""
-    library = ctypes.CDLL(None, use_errno=True)
-    exchange = 2  # RENAME_EXCHANGE on Linux and RENAME_SWAP on macOS have the same value
-    first, second = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
-        return bool(library.renamex_np(first, second, exchange) == 0)
-    if hasattr(library, "renameat2"):
-        here = -100  # AT_FDCWD
-        return bool(library.renameat2(here, first, here, second, exchange) == 0)
-    return False
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it and move it there; other readers see the old bytes or the new ones."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            _flush_descriptor(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- safetensors

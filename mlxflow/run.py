@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlxflow import artifact, cpu, device, model_files, stage
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow import artifact, cpu, device, folders, model_files, ownership, stage
+from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.identity import DigestCache
 from mlxflow.locking import hold
 from mlxflow.workflow import Stage, Workflow, shown_path
@@ -28,9 +28,12 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         into: the folder to write instead of the stage's own.
 
     Raises:
+        CallError: `into` holds what is no artifact.
         MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
     """
     started = time.perf_counter()
+    if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
+        raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
     begin = getattr(one.module, "begin", None)
     with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
         return _run(workflow, one, into, begun, started)
@@ -64,7 +67,8 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
     if into:  # from the beginning, and nothing is left behind
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         artifact.remove_folder(unfinished)
-    with model_files.trusting_code(workflow.trusts_code(one)), artifact.publishing(folder) as private:
+    publishing = artifact.publishing(folder, keep=lambda: ownership.foreign_names(folder))
+    with model_files.trusting_code(workflow.trusts_code(one)), publishing as private:
         outputs = stage.rooted(stage.outputs_of(one.module, one.config), private)
         report = one.module.run(
             config=one.config,
@@ -89,6 +93,7 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
         )
         run = {"seconds": round(time.perf_counter() - started, 3), **_describe_run(chosen if uses_device else None)}
         run |= report.pop("run", {})
+        run[ownership.FILES_KEY] = sorted({*ownership.written_names(private), "report.toml"})
         artifact.write_report(private / "report.toml", {"stage": provenance, **report, "run": run})
         unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
         if unwritten:
@@ -99,7 +104,8 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
     artifact.remove_folder(unfinished)
     if into is None:
         for copy, original in one.copies.items():
-            artifact.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
+            with artifact.writable(workflow.root / copy):
+                artifact.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
     return folder
 
 
@@ -170,14 +176,14 @@ def _describe_run(chosen: str | None) -> dict[str, Any]:
     }
     if chosen is None:
         return {"device_name": device.processor(), **told}
-    from mlxflow.measurement.peaks import process_peak
+    import mlx.core as mx
 
     return {
         "device": chosen,
         "device_name": device.name(),
         **told,
         "blas": cpu.prepare() or "built in",
-        "peak_memory_bytes": process_peak(),
+        "peak_memory_bytes": mx.get_peak_memory(),
     }
 
 
@@ -190,6 +196,7 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
         into: see `run_stage`.
     """
     waiting = f"{one.task}: waits for the artifacts, which process {{holder}} uses"
+    folders.make_link_target(workflow.artifacts)
     with ExitStack() as held:
         held.enter_context(hold(workflow.state / "lock", waiting, wait=True))
         if getattr(one.module, "USES_DEVICE", True):

@@ -1,5 +1,6 @@
 """What doit executes for a stage: its process, between a look at its inputs and a look at its outputs."""
 
+import os
 import sys
 import threading
 import time
@@ -34,12 +35,16 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         node: the stage.
         cache: digests by path.
         known: the names of all stages of the workflow, for the lock file.
+
+    Attributes:
+        is_untouched: whether a run that failed left every file of the artifact as it was.
     """
 
     def __init__(self, node: Node, cache: DigestCache, known: set[str]) -> None:
         self.node = node
         self.cache = cache
         self.known = known
+        self.is_untouched = True
         self.task: Any = None
         self.out = ""
         self.err = ""
@@ -56,10 +61,12 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             inputs = observe_inputs(self.node, self.cache)
         except (OSError, ValueError) as error:
             return self._fail(TaskFailed, f"{self.node.task}: an input is missing or damaged ({error})")
+        before = self._stamps()
         try:
             code, seconds = self._run()
         except UserError as error:
             return self._fail(TaskError, str(error))
+        self.is_untouched = before == self._stamps()
         if code:
             said = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
             return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
@@ -91,6 +98,10 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         with _own_turns, turn(node.task, node.root, node.device, measures=node.bound_device is not None):
             yield
 
+    def _stamps(self) -> list[tuple[int, ...] | None]:
+        """Return what tells the files of the artifact that are there now from others in their place."""
+        return [_stamp(self.node.path(name)) for name in (*self.node.outputs, *self.node.copies)]
+
     def _record(self, inputs: dict[str, str], outputs: dict[str, list[Any]], seconds: float) -> None:
         from tasks import lockfile
 
@@ -120,6 +131,14 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         if message:
             print(message, file=sys.stderr)
         return kind(message)
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _word(code: int) -> str:

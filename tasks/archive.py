@@ -9,6 +9,7 @@ from typing import Any
 from mlxflow import artifact
 from mlxflow.errors import ArtifactError
 from mlxflow.identity import digest_file
+from mlxflow.ownership import foreign_names
 from tasks.node import Node
 from tasks.outputs import may_hold
 
@@ -57,7 +58,8 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
     try:
         with tarfile.open(file, "r:") as archive:
             node, values = _read_record(file, archive, nodes)
-            with artifact.publishing(node.root / node.folder) as private:
+            folder = node.root / node.folder
+            with artifact.publishing(folder, keep=lambda: foreign_names(folder, node.output_names)) as private:
                 _extract(file, archive, node, values, private)
             for copy, original in node.copies.items():
                 artifact.write_whole(node.root / copy, (node.root / original).read_bytes())

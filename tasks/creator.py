@@ -15,6 +15,9 @@ from tasks.freshness import reasons
 from tasks.node import Node
 from tasks.reporter import StageReporter
 
+#: The most files that `doit clean` names of those that it leaves alone.
+_MOST_NAMED = 5
+
 
 class Freshness:
     """Answers doit's question whether a task is up to date, and keeps the reasons for whoever prints them.
@@ -100,17 +103,20 @@ def _shown_paths(root: Path) -> Callable[[str], str]:
 
 
 def _clean(node: Node, dryrun: bool) -> None:
-    """Remove a stage's artifact folder, and say so."""
+    """Remove a stage's artifact, and say so; files in its folder that no run of it wrote stay, and are named."""
     from doit.globals import Globals
 
-    from mlxflow.artifact import remove_folder
+    from mlxflow.ownership import remove_own_files
 
     folder = node.root / node.folder
     if not folder.exists():
         return
     print(f"{node.task} - removing {node.folder}")
     if not dryrun:
-        remove_folder(folder)
+        for name in (kept := remove_own_files(folder, node.output_names))[:_MOST_NAMED]:
+            print(f"{node.folder}/{name}: left alone, {node.task} did not write it")
+        if len(kept) > _MOST_NAMED:
+            print(f"{node.folder}: {len(kept) - _MOST_NAMED:,} more files left alone")
         for name in node.copies:
             (node.root / name).unlink(missing_ok=True)
         Globals.dep_manager.remove(node.task)

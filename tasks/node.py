@@ -46,6 +46,11 @@ class Node:
         """Return where a file of the workflow lies, seen from here."""
         return os.path.join(self.root, name)  # noqa: PTH118 - see `DigestCache.digests`
 
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the files written, relative to the artifact."""
+        return [os.path.relpath(name, self.folder) for name in self.outputs]
+
     def as_json(self) -> dict[str, Any]:
         """Return the node as a JSON value."""
         return asdict(self) | {"root": str(self.root)}

@@ -26,7 +26,8 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def add_failure(self, task: Any, fail: BaseFail) -> None:
         """Say which stage failed."""
         if task.executed:
-            self.write(f"!! {task.name}: failed; its artifact is as it was\n")
+            kept = all(getattr(action, "is_untouched", True) for action in task.actions)
+            self.write(f"!! {task.name}: failed; its artifact {'is as it was' if kept else 'was replaced before'}\n")
         else:
             self.write(f"!! {task.name}: not run ({fail.message.strip()})\n")
 

@@ -82,20 +82,24 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         journal = self.dep_manager.backend
         if not isinstance(journal, Journal):
             return run(par_type)
+        from mlxflow.errors import StageError
+        from mlxflow.folders import make_link_target
         from mlxflow.locking import LockedError, LockUnsupportedError, hold
 
         self._check_names()
+        artifacts = Path(journal.name).parents[1]
         waiting = "another doit (process {holder}) is at work on these artifacts"
         waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
         try:
+            make_link_target(artifacts)
             with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
                 journal.load()  # the other doit may have finished stages
-                _remove_left_behind(Path(journal.name).parents[1])
+                _remove_left_behind(artifacts)
                 if single and (stale := self._stale_upstream()):
                     print(*stale, sep="\n", file=sys.stderr)
                     return 1
                 return run("thread")  # stages are processes already
-        except LockedError as error:
+        except (LockedError, StageError) as error:
             print(error, file=sys.stderr)
             return 1
         except LockUnsupportedError as error:

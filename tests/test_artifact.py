@@ -1,6 +1,5 @@
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,94 +13,7 @@ from mlxflow import artifact
 from mlxflow.errors import ArtifactError, StageError
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "train"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-    with artifact.publishing(folder) as private:
-        (private / "new").write_text("new")
-        assert (folder / "old").read_text() == "old"
-    assert [path.name for path in folder.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["train"]
-
-
-def test_a_failure_keeps_the_old_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    folder = tmp_path / "train"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-
-    def fail_half_way() -> None:
-        with artifact.publishing(folder) as private:
-            (private / "new").write_text("half")
-            raise RuntimeError("half-way")
-
-    with pytest.raises(RuntimeError, match="half-way"):
-        fail_half_way()
-    assert (folder / "old").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["train"]
-
-
-def test_what_a_crash_left_behind_is_no_part_of_the_next_artifact(tmp_path: Path) -> None:
-    folder = tmp_path / "train"
-    with artifact.publishing(folder) as private:
-        left = private
-    left.mkdir()
-    (left / "half").write_text("half")
-    variant = tmp_path / "quantize" / ".q4.partial"
-    variant.mkdir(parents=True)
-    assert artifact.partial_folders(tmp_path) == [left, variant]
-    variant.rmdir()
-    with artifact.publishing(folder) as private:
-        (private / "whole").write_text("whole")
-    assert [path.name for path in folder.iterdir()] == ["whole"]
-    assert artifact.partial_folders(tmp_path) == []
-
-
-def test_without_an_exchange_of_names_the_folder_is_replaced_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(artifact, "_exchange", lambda one, other: False)
-    folder = tmp_path / "train"
-    for content in ("first", "second"):
-        with artifact.publishing(folder) as private:
-            (private / "file").write_text(content)
-    assert (folder / "file").read_text() == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["train"]
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    place = Path(tempfile.mkdtemp(dir="/tmp"))  # others may not look into tmp_path
-    (place / "train").mkdir()
-    place.chmod(0o555)
-    (place / "train").chmod(0o555)
-    root = os.geteuid() == 0
-    try:
-        if root:
-            os.seteuid(65534)
-        with pytest.raises(StageError) as caught, artifact.publishing(place / "train"):
-            pass
-    finally:
-        if root:
-            os.seteuid(0)
-        place.chmod(0o755)
-        shutil.rmtree(place)
-    message = str(caught.value)
-    assert message.startswith(f"{place}/.train.partial: cannot be written (Permission denied; ")
-    assert message.endswith(f" bytes free). Make room or choose another folder; {place}/train is as it was.")
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_keeps_the_old_folder_and_says_so(tmp_path: Path) -> None:
-    folder = tmp_path / "train"
-    folder.mkdir()
-    with pytest.raises(StageError) as caught, artifact.publishing(folder), Path("/dev/full").open("wb", 0) as full:
-        full.write(b"0")
-    message = str(caught.value)
-    assert message.startswith(f"{folder}: cannot be written (No space left on device; ")
-    assert message.endswith(f" bytes free). Make room or choose another folder; {folder} is as it was.")
-    assert [path.name for path in tmp_path.iterdir()] == ["train"]
-
-
 def test_equal_tensors_are_equal_bytes_whatever_their_order(tmp_path: Path) -> None:
     tensors = {"b": mx.arange(6).reshape(2, 3), "a": mx.ones((4,), mx.bfloat16)}
     artifact.write_tensors(tmp_path / "1.safetensors", tensors, {"x": "1", "a": "2"})

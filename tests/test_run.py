@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow import artifact, stage
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.run import run_stage
 from mlxflow.stages import pretokenize
 from mlxflow.workflow import Workflow, load_workflow
@@ -51,6 +51,32 @@ def test_a_stage_can_be_written_elsewhere(workflow: Workflow, tmp_path: Path) ->
     assert folder == tmp_path / "elsewhere"
     assert (folder / "report.toml").exists()
     assert not (workflow.root / "artifacts/pretokenize").exists()
+
+
+def test_a_stage_that_loses_its_variants_keeps_their_artifacts_and_a_users_files(workflow: Workflow) -> None:
+    path = Path("workflow.toml")
+    variants = path.read_text().replace("[pretokenize]", '[[pretokenize]]\nname = "a"', 1)
+    path.write_text(variants.replace("[train]", '[train]\ninput = "pretokenize:a"', 1))
+    loaded = load_workflow(path)
+    made = run_stage(loaded, loaded.find("pretokenize:a"))
+    before = {file.name: (file.read_bytes(), file.stat().st_ino) for file in made.iterdir()}
+    folder = _pretokenize(workflow)
+    (folder / "notes.txt").write_text("mine")
+    assert _pretokenize(workflow) == folder
+    assert {file.name: (file.read_bytes(), file.stat().st_ino) for file in made.iterdir()} == before
+    listed = artifact.read_report(folder / "report.toml")["run"]["files"]
+    assert "report.toml" in listed
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*listed, "a", "notes.txt"])
+
+
+def test_a_folder_that_no_stage_wrote_is_not_written_into(workflow: Workflow, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(CallError) as caught:
+        run_stage(workflow, workflow.find("pretokenize"), mine)
+    assert str(caught.value) == f"--into {mine}: holds files that no stage wrote. Name a new or an empty folder."
+    assert [file.name for file in mine.iterdir()] == ["thesis.txt"]
 
 
 def test_mlx_gets_the_memory_limit(workflow: Workflow) -> None:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import mlx.core as mx
 import numpy as np
 
 from mlxflow.measurement import peaks
@@ -101,31 +100,8 @@ class Peak(NamedTuple):
     phase: str
 
 
-class Highest(NamedTuple):
-    """The most of whole readings, in bytes.
-
-    Attributes:
-        reserved_bytes: that MLX took from the system: its arrays and the freed buffers that it kept beside them.
-        process_bytes: that the system charged the process for: resident, or macOS's footprint where that is more.
-    """
-
-    reserved_bytes: int
-    process_bytes: int
-
-    def with_reading(self, reading: Reading) -> "Highest":
-        """Return the most with one more reading."""
-        return Highest(
-            max(self.reserved_bytes, reading.active_memory_bytes + reading.cache_memory_bytes),
-            max(self.process_bytes, reading.rss_bytes, reading.footprint_bytes),
-        )
-
-
 class MemoryProfiler:
     """Takes readings and keeps the steps and phases of a program; keeps the same memory however long it runs.
-
-    MLX has one peak counter, which can be reset and not set. A profiler resets it at each step's end and wherever a
-    phase begins or ends, so afterwards `mx.get_peak_memory()` is less than the program's peak: read `peak_memory_bytes`
-    instead.
 
     Args:
         samples_per_second: of the sampling thread.
@@ -133,7 +109,6 @@ class MemoryProfiler:
             leaves them (`mlxflow.measurement.journal`); None: none.
 
     Attributes:
-        highest: the most of all readings since `begin_steps`.
         phases: the latest finished phases, in the order in which they ended.
         totals: by the phases' names, in the order in which they first ended.
         steps: finished steps.
@@ -147,11 +122,8 @@ class MemoryProfiler:
         self._names = threading.local()
         self._steps = Columns(("step", *Reading._fields), capacity=_KEPT_ROWS, most=_MOST)
         self._samples = Columns(Reading._fields, capacity=_KEPT_ROWS, most=_MOST)
-        self._peak_before = mx.get_peak_memory()
-        self._whole_peak, self._step_peak = peaks.open_peak(), peaks.open_peak()
-        self._is_closed = False
+        self._step_peak = peaks.open_peak()
         self._highest: list[Peak] = []
-        self.highest = Highest(0, 0)
         self._step_phase = Peak(0, 1, "")
         self._first_phases: list[Phase] = []
         self.phases: deque[Phase] = deque(maxlen=_KEPT_PHASES)
@@ -167,33 +139,16 @@ class MemoryProfiler:
         """What MLX was told to keep to."""
         return read_limits()
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        """What `mx.get_peak_memory()` would say had nothing in mlxflow reset it since this profiler was made.
-
-        That is the most of what it said then and of what MLX's arrays held since, until `close`.
-        """
-        since = self._whole_peak.bytes if self._is_closed else peaks.so_far(self._whole_peak)
-        return max(self._peak_before, since)
-
     def close(self) -> None:
         """Give back the files it reads from and writes to; to be called when no more is measured."""
-        if not self._is_closed:
-            peaks.close_peak(self._whole_peak)
-            self._is_closed = True
-        self._release()
-
-    def _release(self) -> None:
-        """Give back what is held without asking MLX: also while the interpreter ends."""
         self._reader.close()
-        peaks.forget(self._whole_peak)
         peaks.forget(self._step_peak)
         if self._journal:
             self._journal.close()
 
     def __del__(self) -> None:
         if hasattr(self, "steps"):  # else it was not made whole
-            self._release()
+            self.close()
 
     # --- steps
 
@@ -201,7 +156,6 @@ class MemoryProfiler:
         """Let the first step's peak begin here instead of at the profiler's making."""
         peaks.note_peak(self._step_peak)
         self._step_phase = Peak(0, 1, "")
-        self.highest = Highest(0, 0).with_reading(self._reader.read(fresh=True))
 
     def end_step(self) -> Reading:
         """Keep a reading at the end of a step, with the peak since the last one's end, and return it."""
@@ -209,7 +163,6 @@ class MemoryProfiler:
         reading = self._reader.read(fresh=False)._replace(peak_memory_bytes=peak)
         self.steps += 1
         with self._lock:
-            self.highest = self.highest.with_reading(reading)
             self._steps.append((self.steps, *reading))
             phase = self._step_phase.phase if self._step_phase.bytes >= peak else ""
             self._highest = sorted([*self._highest, Peak(peak, self.steps, phase)], key=_by_height)[:_HIGHEST]
@@ -248,7 +201,6 @@ class MemoryProfiler:
                 peaks.look()
                 reading = self._reader.read(fresh=False)
                 with self._lock:
-                    self.highest = self.highest.with_reading(reading)
                     self._samples.append(reading)
                 if self._journal:
                     self._journal.keep("sample", *reading)
@@ -284,7 +236,6 @@ class MemoryProfiler:
         if self._journal:
             self._journal.append("phase", name, begin.seconds, end.seconds, end.peak_memory_bytes)
         with self._lock:
-            self.highest = self.highest.with_reading(end)
             if len(self.phases) == _KEPT_PHASES and len(self._first_phases) < _FIRST_PHASES:
                 self._first_phases.append(self.phases[0])
             self.phases.append(phase)
@@ -310,8 +261,7 @@ def _by_height(peak: Peak) -> tuple[int, int]:
 def profile_memory(profiler: MemoryProfiler, phase: str) -> Iterator[None]:
     """Record one phase: the readings at its ends and MLX's peak within it, also when it ends by an exception.
 
-    Phases may lie within each other and in several threads. MLX's own peak counter is reset at both ends; see
-    `MemoryProfiler.peak_memory_bytes`. As a decorator, `@profile_memory(profiler, "load")`, it
+    Phases may lie within each other and in several threads. As a decorator, `@profile_memory(profiler, "load")`, it
     records each call. Evaluate what the phase computes inside the block: lazy work is charged to whoever evaluates it.
 
     Args:

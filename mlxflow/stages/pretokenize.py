@@ -202,7 +202,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     return {
         "vocab_size": vocabulary.size,
         "context_length": config.context_length,
-        "packing": config.packing,
         "duplicates": sum(int((side == selection.DUPLICATE).sum()) for side in chosen.sides),
         "test_documents": sum(int((side == selection.TEST).sum()) for side in chosen.sides),
         **sides,

@@ -19,7 +19,6 @@ from mlx.utils import tree_flatten, tree_map
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.errors import StageError
-from mlxflow.measurement import peaks
 from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
@@ -200,7 +199,7 @@ class Trainer:
             Stopped: somebody asked for it; the checkpoint is saved.
         """
         facts, plan = self._facts, self._plan
-        peaks.reset()
+        mx.reset_peak_memory()
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -264,7 +263,7 @@ class Trainer:
         if looks or compiles:
             self._settle(0)
             self._note_peak()
-            peaks.reset()
+            mx.reset_peak_memory()
         begin = time.perf_counter()
         outcome = self._step.update(self._accumulate(batch, waits=looks or compiles))
         mx.async_eval(outcome, self._step.state)

@@ -1,0 +1,48 @@
+"""Artifacts of stages and variants that the workflow no longer has. They stay until a user asks for their removal."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxflow import ownership
+from mlxflow.stage import reference_folder
+from tasks.node import Node
+
+
+class Leftover(NamedTuple):
+    """The artifact of a stage that is no more: its folder, relative to the workflow's, its files and their size."""
+
+    folder: Path
+    num_files: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder.as_posix()}: no stage makes it any more ({self.num_files} files, {self.num_bytes:,} bytes). "
+            "Remove it with: doit clean --leftovers"
+        )
+
+
+def find_leftovers(root: Path, nodes: Iterable[Node]) -> Iterator[Leftover]:
+    """Yield what stages and variants left that are no more.
+
+    A folder counts where the report in it names the stage whose folder this is; a copy under another name does not.
+
+    Args:
+        root: the workflow's folder.
+        nodes: every stage that there is.
+    """
+    known = {Path(node.folder) for node in nodes}
+    reports = [*root.glob("artifacts/*/report.toml"), *root.glob("artifacts/*/*/report.toml")]
+    for report in sorted(reports):
+        folder = report.parent.relative_to(root)
+        if folder in known or reference_folder(ownership.maker(root / folder)) != folder:
+            continue
+        names = set(ownership.written_names(root / folder)).difference(ownership.foreign_names(root / folder))
+        sizes = [(root / folder / name).lstat().st_size for name in names]
+        yield Leftover(folder, len(sizes), sum(sizes))
+
+
+def remove_leftover(root: Path, leftover: Leftover) -> None:
+    """Remove a leftover; files in its folder that its own run did not write stay."""
+    ownership.remove_own_files(root / leftover.folder)
