@@ -1,0 +1,101 @@
+"""Which side of a corpus a file or a split of a data set is, by its name: training, validation or test.
+
+Files of records (`.jsonl`, `.parquet` and so on) are asked by every word of their names and by the folders they lie in:
+`test-00000-of-00001.parquet`, `squad_dev.jsonl`, `data/validation/part.json`. The name of a text says so only where
+another text is its training part (`wiki.train.txt` beside `wiki.test.txt`): a text called `test.txt` or
+`validation.py` may be about anything.
+
+Imported by every `doit`, so it imports nothing heavy.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+
+#: The suffixes of files of records, without that of their compression.
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+
+_TEXT_SUFFIXES = ("", ".txt", ".text", ".tokens", ".raw")
+_COMPRESSIONS = (".gz", ".zst")
+
+# A word and what may be written together with it, as in `testset`
+_TOGETHER = r"(?:s|set|sets|split|data)?"
+_SIDES = {
+    "test": re.compile(rf"(?:test|testing){_TOGETHER}"),
+    "validation": re.compile(rf"(?:validation|valid|val|dev|eval|evaluation|heldout|holdout){_TOGETHER}"),
+    "train": re.compile(rf"(?:train|training){_TOGETHER}"),
+}
+
+
+# What is in every one of the words above: most names have none of it and are not looked at any further
+_HINT = re.compile(r"test|val|dev|held|hold|train", re.IGNORECASE)
+
+
+def side_of(name: str) -> str:
+    """Return the side that a name tells, "train", "validation" or "test"; "" where it tells none.
+
+    A name with words of several sides is the test's, else the validation's: what may be measured on is not trained on.
+
+    Args:
+        name: of a split, or of a file without its suffixes; in any case and spelling.
+    """
+    words = _words(name)
+    return next((side for side, word in _SIDES.items() if any(word.fullmatch(one) for one in words)), "")
+
+
+def is_records(name: str) -> bool:
+    """Return whether a file holds records, by its name."""
+    return _split_suffix(name)[1] in RECORD_SUFFIXES
+
+
+def sides_of(paths: Sequence[PurePath]) -> list[str]:
+    """Return the side of each file of a source, "" where its name tells none.
+
+    Args:
+        paths: relative to the folder that the source names.
+    """
+    told = [_told(path) for path in paths]
+    trained = {rest for side, rest in told if side == "train"}
+    return [
+        side if is_records(path.name) or rest in trained else "" for path, (side, rest) in zip(paths, told, strict=True)
+    ]
+
+
+def is_divided(paths: Iterable[PurePath]) -> bool:
+    """Return whether files are a data set with sides of its own: records to train on, and others to measure with."""
+    sides: set[str] = set()
+    for path in paths:
+        if _HINT.search(str(path)) and is_records(path.name):
+            sides.add(_told(path)[0])
+            if "train" in sides and sides & {"validation", "test"}:
+                return True
+    return False
+
+
+def _told(path: PurePath) -> tuple[str, str]:
+    """Return the side that the name of a file tells, or else the nearest of its folders, and the path without it."""
+    stem, suffix = _split_suffix(path.name)
+    if suffix not in RECORD_SUFFIXES + _TEXT_SUFFIXES or not _HINT.search(str(path)):
+        return "", ""
+    if side := side_of(stem):
+        rest = [word for word in _words(stem) if not side_of(word)]
+        return side, "/".join([*path.parts[:-1], " ".join(rest)])
+    for depth in range(len(path.parts) - 2, -1, -1):
+        folder = path.parts[depth]
+        if all(side_of(word) for word in _words(folder)) and (side := side_of(folder)):
+            return side, "/".join([*path.parts[:depth], ""])
+    return "", ""
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in small letters, without numbers."""
+    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower()
+    return re.sub(r"\b(held|hold) out\b", "heldout", " ".join(re.split(r"[^a-z]+", apart))).split()
+
+
+def _split_suffix(name: str) -> tuple[str, str]:
+    """Return a file's name without its last suffix that is no compression, and that suffix in small letters."""
+    path = PurePath(name)
+    if path.suffix.lower() in _COMPRESSIONS:
+        path = path.with_suffix("")
+    return path.stem, path.suffix.lower()
