@@ -133,6 +133,15 @@ class Disk:
         return [path.as_posix() for path in sources.source_files(pattern, self.root)]
 
     @_question
+    def left_out(self, pattern: str) -> list[int]:
+        """Return how many files a source leaves out: hidden ones, binary ones, broken links, those beside records.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        return list(sources.find(pattern, self.root)[1:])
+
+    @_question
     def has_text(self, pattern: str) -> bool:
         """Return whether any of the files that a source names has a byte in it.
 

@@ -55,7 +55,7 @@ class _Stamp(NamedTuple):
 
 def digest_text(text: str) -> str:
     """Return the xxh3-128 of a text's UTF-8 bytes."""
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass"))  # as in names that are no UTF-8
 
 
 def digest_json(value: object) -> str:

@@ -220,11 +220,19 @@ class References:
             self._note(key, pattern, f"cannot be looked up ({error.strerror}{where})", _NAME_TEXT)
             return []
         if not files:
-            empty = bool(pattern) and self._is_folder(pattern)
-            self._note_missing(key, pattern, "is an empty folder" if empty else "names no file", _NAME_TEXT)
+            is_folder = bool(pattern) and self._is_folder(pattern)
+            expected = self._without_files(pattern) if is_folder else "names no file"
+            self._note_missing(key, pattern, expected, _NAME_TEXT)
         elif not has_text:
-            self._note(key, pattern, "holds no text", _NAME_TEXT)
+            self._note(key, pattern, "all its files are empty" if self._is_folder(pattern) else "is empty", _NAME_TEXT)
         return [Path(file) for file in files]
+
+    def _without_files(self, folder: str) -> str:
+        """Return what is wrong with a folder in which no file can be read."""
+        counts = self._disk.left_out(folder)
+        kinds = ("hidden", "binary by suffix", "links to nothing", "beside records")
+        found = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]
+        return f"is a folder without text ({', '.join(found)})" if found else "is an empty folder"
 
     def _data_set(self, name: str, key: str) -> list[Corpus]:
         if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name):

@@ -8,6 +8,7 @@ from mlxflow import model_files
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device import environment
 from mlxflow.identity import DigestCache
+from mlxflow.paths import printable
 from tasks.node import Node
 from tasks.outputs import damaged_outputs
 
@@ -72,7 +73,7 @@ def _changed_inputs(
         except (OSError, ValueError):
             now[name] = None
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
-        shown = name if name.startswith("artifacts/") else f"source {name}"
+        shown = name if name.startswith("artifacts/") else f"source {printable(name)}"
         if name not in now:
             yield f"{shown} is gone"
         elif name not in before:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from mlxflow.paths import printable
 from tasks.node import Node
 
 NAME = "mlxflow.lock"
@@ -31,7 +32,7 @@ def describe(node: Node, values: dict[str, Any]) -> dict[str, Any]:
         "commit": values.get("commit", "unknown"),
         "seconds": values["seconds"],
         "config": settings.get("config", {}),
-        "inputs": values["inputs"],
+        "inputs": {printable(name): content for name, content in values["inputs"].items()},
         "outputs": {name: content for name, (_, content) in values["outputs"].items()},
     }
 

@@ -224,7 +224,7 @@ def test_a_file_that_is_not_utf_8_is_told(folder: Path) -> None:
     assert str(caught.value) == "workflow.toml: byte 5 is not UTF-8. Save the file as UTF-8."
 
 
-@pytest.mark.parametrize(("name", "expected"), [("empty", "is an empty folder"), ("blank", "holds no text")])
+@pytest.mark.parametrize(("name", "expected"), [("empty", "is an empty folder"), ("blank", "all its files are empty")])
 def test_a_source_without_text_is_told(folder: Path, name: str, expected: str) -> None:
     (folder / "empty").mkdir()
     (folder / "blank").mkdir()

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mlxflow.artifact import ArrayStream
 from mlxflow.data.packer import Counts, OnLong, Packer, Stored
 from mlxflow.data.packing import Packing
-from mlxflow.data.selection import Selection
+from mlxflow.data.selection import Selection, tail_begin
 from mlxflow.data.shards import CONVERSATION, MASKED, Shard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+Part = Literal["all", "rest", "end"]
 
 
 def write_rows(
@@ -22,7 +24,8 @@ def write_rows(
     shards: Sequence[Shard],
     selection: Selection,
     side: int,
-    part: tuple[float, float],
+    part: Part,
+    held_out: float,
     capacity: int,
     packing: Packing,
     on_long: OnLong,
@@ -39,7 +42,8 @@ def write_rows(
         shards: in the order of the corpus.
         selection: what becomes of each document.
         side: TRAIN or VALIDATION.
-        part: the share of each document that is taken, from and to; (0, 1) but for a corpus of one document.
+        part: what is taken of each document: all of it, what is left where its end is held out, or that end.
+        held_out: the share of each document that is its end.
         capacity: tokens that a row holds.
         packing: how documents are laid into rows.
         on_long: what becomes of conversations longer than a row.
@@ -64,7 +68,7 @@ def write_rows(
         Packer(stream, capacity=capacity, packing=packing, on_long=on_long, padding=padding, seed=seed) as packer,
     ):
         _write_documents(stream, shards, selection, side)
-        for document in _documents(shards, selection, side, part):
+        for document in _documents(shards, selection, side, part, held_out):
             packer.add(document)
             watch()
         counts = packer.finish()
@@ -89,21 +93,23 @@ def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: Se
             stream.append("document_places", shard.documents().places[kept])
 
 
-def _documents(shards: Sequence[Shard], selection: Selection, side: int, part: tuple[float, float]) -> Iterator[Stored]:
+def _documents(
+    shards: Sequence[Shard], selection: Selection, side: int, part: Part, held_out: float
+) -> Iterator[Stored]:
     """Yield documents in the order of the corpus, then again those that an epoch shows twice, and so on."""
-    most = max((int(one.max(initial=0)) for one in selection.repeats), default=0)
+    most = max((int(one.max(initial=0)) for one in selection.repeats), default=0) if part != "end" else 1
     for showing in range(most):
         number = 0
         for index, shard in enumerate(shards):
             kept = _kept(selection, side, index)
             shown = kept & (selection.repeats[index] > showing)
             if shown.any():
-                yield from _stored(shard, shown, number + np.cumsum(kept) - 1, part)
+                yield from _stored(shard, shown, number + np.cumsum(kept) - 1, part, held_out)
             number += int(kept.sum())
 
 
 def _stored(
-    shard: Shard, shown: "NDArray[np.bool_]", numbers: "NDArray[np.int64]", part: tuple[float, float]
+    shard: Shard, shown: "NDArray[np.bool_]", numbers: "NDArray[np.int64]", part: Part, held_out: float
 ) -> Iterator[Stored]:
     documents = shard.documents()
     lengths, flags, span_counts = documents.lengths, documents.flags, documents.span_counts
@@ -115,10 +121,12 @@ def _stored(
             targets = np.zeros(len(ids), np.bool_)
             for low, high in spans[span_ends[document] - span_counts[document] : span_ends[document]]:
                 targets[low:high] = True
-        if part != (0.0, 1.0):
-            low, high = round(len(ids) * part[0]), round(len(ids) * part[1])
-            ids, targets = ids[low:high], None if targets is None else targets[low:high]
-        yield Stored(int(numbers[document]), ids, bool(int(flags[document]) & CONVERSATION), targets)
+        if part != "all":
+            cut = tail_begin(len(ids), targets, held_out)
+            taken = slice(cut, None) if part == "end" else slice(cut)
+            ids, targets = ids[taken], None if targets is None else targets[taken]
+        if len(ids):
+            yield Stored(int(numbers[document]), ids, bool(int(flags[document]) & CONVERSATION), targets)
 
 
 def _tokens(

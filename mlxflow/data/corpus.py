@@ -1,53 +1,59 @@
-"""From the inputs of a stage to files to read, and what is told of them afterwards."""
+"""From the inputs of a stage to files to read, each with its side, and which of them cannot be used."""
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
-import numpy as np
-
-from mlxflow.data import sources
-from mlxflow.data.records import Record, Shape
-from mlxflow.data.selection import DUPLICATE, TRAIN, VALIDATION, Selection
+from mlxflow.data import sources, splits
+from mlxflow.data.records import Shape
 from mlxflow.data.shards import Shard
+from mlxflow.data.slices import parse_slices
 from mlxflow.data.tokenization import SourceFile
 from mlxflow.errors import SourceError
 from mlxflow.identity import DigestCache, digest_json, digest_text
-from mlxflow.paths import locate
+from mlxflow.paths import locate, printable
 from mlxflow.stage import Corpus
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_MOST_TOLD = 20
-_ROWS_PER_SHARD = 20_000
+#: The most lines of one kind that a message or a report has.
+MOST_TOLD = 20
 
 
 class SourceSettings(NamedTuple):
     """One entry of the sources.
 
     Attributes:
+        key: of the entry, for messages.
         path: as written.
         weight: how often an epoch shows its documents.
         format_: of its records.
         text_key: of a text.
+        config: of a data set, its configuration.
+        split: of a data set, the rows that are wanted.
         is_validation: its documents are for validation.
         root: the workflow's folder.
     """
 
+    key: str
     path: str
     weight: float
     format_: str
     text_key: str
+    config: str
+    split: str
     is_validation: bool
     root: Path
+
+    @property
+    def place(self) -> Path:
+        """Where it leads: a file, a folder, or nowhere for a glob and for what is not on this disk."""
+        return locate(self.path.removeprefix(sources.HF), self.root)
 
 
 def list_files(
     inputs: Sequence[Path | Corpus], owners: Sequence[int], settings: Sequence[SourceSettings], *, state: Path
 ) -> list[SourceFile]:
-    """Return what there is to read, in the order of the corpus.
+    """Return what there is to read, in the order of the corpus, each file with the side that its name tells.
 
     Args:
         inputs: files and corpora.
@@ -56,35 +62,105 @@ def list_files(
         state: the folder in which digests are remembered.
 
     Raises:
-        SourceError: a file cannot be read.
+        SourceError: a file or a data set cannot be read.
     """
     cache = DigestCache(state / "digests.json")
     files: list[SourceFile] = []
-    data_sets: dict[int, list[Path]] = {}
-    for one, owner in zip(inputs, owners, strict=True):
-        entry = settings[owner]
-        if isinstance(one, Corpus) and one.name in sources.BUILTINS:
-            library = Path(os.__file__).parent
-            for path in sources.builtin_files(one.name):
-                name = f"{one.name}/{path.relative_to(library).as_posix()}"
-                files.append(_file(path, name, owner, entry, cache, is_named=False))
+    for number, entry in enumerate(settings):
+        members = [one for one, owner in zip(inputs, owners, strict=True) if owner == number]
+        paths = [one for one in members if isinstance(one, Path)]
+        if entry.path in sources.BUILTINS:
+            files += _builtin(entry, number, cache) if members else []
         elif entry.path.startswith(sources.HF):
-            data_sets.setdefault(owner, []).extend([] if isinstance(one, Corpus) else [one])
-        elif isinstance(one, Path):
-            named = os.path.abspath(locate(entry.path, entry.root)) == os.path.abspath(one)  # noqa: PTH100
-            files.append(_file(one, _shown(one, entry.root), owner, entry, cache, is_named=named))
-    for owner, paths in data_sets.items():
-        files += _data_set(settings[owner], owner, paths, cache)
+            files += _data_set(entry, number, paths, cache) if members else []
+        else:
+            files += _files(entry, number, paths, cache)
     cache.save()
-    return files
+    return _owned(files, settings)
+
+
+def _owned(files: Sequence[SourceFile], settings: Sequence[SourceSettings]) -> list[SourceFile]:
+    """Return each file once for each way in which it is read, in the order of the corpus.
+
+    Of entries with a file in common those that name it alone have it, else those for validation, else the first.
+    """
+
+    def rank(one: SourceFile) -> tuple[bool, bool]:
+        return not one.is_named, not settings[one.source].is_validation
+
+    groups: dict[str | Path, list[SourceFile]] = {}
+    for file in files:
+        groups.setdefault(file.digest if file.read else Path(os.path.abspath(file.path)), []).append(file)  # noqa: PTH100
+    owned = set()
+    for group in groups.values():
+        best = sorted(group, key=rank)
+        named = [one for one in best if one.is_named] or best[:1]
+        owned |= {id(one) for one in {(one.format_, one.text_key): one for one in reversed(named)}.values()}
+    return [file for file in files if id(file) in owned]
+
+
+def _builtin(entry: SourceSettings, owner: int, cache: DigestCache) -> Iterator[SourceFile]:
+    library = Path(os.__file__).parent
+    side = "validation" if entry.is_validation else ""
+    for path in sources.builtin_files(entry.path):
+        name = f"{entry.path}/{path.relative_to(library).as_posix()}"
+        yield _file(path, name, owner, side, entry, cache, is_named=False)
+
+
+def _files(entry: SourceSettings, owner: int, paths: list[Path], cache: DigestCache) -> Iterator[SourceFile]:
+    place = Path(os.path.abspath(entry.place))  # noqa: PTH100 - links stay as they are named
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
+    told = [""] * len(paths)
+    if named_side(entry) not in ("test", "validation"):  # what the entry names itself is used as the entry says
+        folder = _folder(entry)
+        told = splits.sides_of([PurePath(os.path.relpath(path, folder)) for path in absolute])
+    for path, at, side in zip(paths, absolute, _sides(told, is_validation=entry.is_validation), strict=True):
+        if side is not None:
+            yield _file(path, _shown(path, entry.root), owner, side, entry, cache, is_named=place == at)
+
+
+def _folder(entry: SourceSettings) -> Path:
+    """Return the folder that an entry names; of a file or a glob the nearest that is one."""
+    place = Path(os.path.abspath(entry.place))  # noqa: PTH100 - links stay as they are named
+    return next(folder for folder in (place, *place.parents) if folder.is_dir())
+
+
+def named_side(entry: SourceSettings) -> str:
+    """Return the side that an entry's own words tell, such as the name of its file, folder or split; "" for none."""
+    if entry.path.startswith(sources.HF):
+        named = [splits.side_of(one.split) for one in parse_slices(entry.split)] if entry.split else []
+        return next((side for side in ("test", "validation") if side in named), "")
+    place, folder = Path(os.path.abspath(entry.place)), _folder(entry)  # noqa: PTH100
+    if place == folder:
+        return splits.side_of_folder(place.name)
+    return splits.side_of(str(place.relative_to(folder)))
+
+
+def _sides(told: Sequence[str], *, is_validation: bool) -> list[str | None]:
+    """Return the side on which each part of an entry is used; None where it is not read at all.
+
+    What is called a test is trained on by nobody. Where there is something to validate on, all others are trained on;
+    else the hashes of the documents decide. Of an entry for validation only what is made to measure with is read, and
+    all of it where nothing in it is.
+
+    Args:
+        told: the side that each name tells, or "".
+        is_validation: whether the entry is one of `validation_sources`.
+    """
+    if is_validation:
+        chosen = next((side for side in ("validation", "test") if side in told), None)
+        return ["validation" if chosen in (None, side) else None for side in told]
+    rest = "train" if "validation" in told else ""
+    return [side if side in ("validation", "test") else rest for side in told]
 
 
 def _shown(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    """Return a file's name as the user would write it, on one line."""
+    return printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix())
 
 
 def _file(
-    path: Path, name: str, owner: int, entry: SourceSettings, cache: DigestCache, *, is_named: bool
+    path: Path, name: str, owner: int, side: str, entry: SourceSettings, cache: DigestCache, *, is_named: bool
 ) -> SourceFile:
     try:
         digest, size = cache.digests(path).content, path.stat().st_size
@@ -95,67 +171,36 @@ def _file(
         raise SourceError(
             f"{name}: cannot be read ({said}). Mend it or leave it out of pretokenize.sources."
         ) from error
-    side = "validation" if entry.is_validation else ""
-    if not side and sources.is_split(locate(entry.path, entry.root)):
-        side = sources.SPLIT_FILES[path.name]
     return SourceFile(name, path, Shape.of(path), digest, size, owner, side, is_named, entry.format_, entry.text_key)
 
 
 def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: DigestCache) -> Iterator[SourceFile]:
-    """Yield parts of a data set of the `datasets` library, each with a side where the data set has splits."""
-    sides = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+    """Yield parts of a data set of the `datasets` library, each with the side that its split's name tells."""
+    from mlxflow.data import data_sets
+
     digest = digest_json([cache.digests(path).content for path in paths]) if paths else digest_text(entry.path)
-    splits = _load_data_set(entry, is_local=bool(paths))
-    for split, data in splits.items():
-        side = "validation" if entry.is_validation else sides.get(split, "") if len(splits) > 1 else ""
-        for begin in range(0, len(data), _ROWS_PER_SHARD):
-            end = min(begin + _ROWS_PER_SHARD, len(data))
-            yield SourceFile(
-                f"{entry.path}/{split}[{begin}:{end}]",
-                locate(entry.path.removeprefix(sources.HF), entry.root),
-                Shape("hf", ""),
-                digest_json([digest, split, begin, end]),
-                0,
-                owner,
-                side,
-                False,
-                entry.format_,
-                entry.text_key,
-                _row_reader(data, begin, end),
-            )
-
-
-def _row_reader(data: Any, begin: int, end: int) -> Any:
-    def read() -> Iterator[list[Record]]:
-        for first in range(begin, end, 1000):
-            columns = data[first : min(first + 1000, end)]
-            names = list(columns)
-            yield [
-                Record(first + i + 1, dict(zip(names, values, strict=True)))
-                for i, values in enumerate(zip(*columns.values(), strict=True))
-            ]
-
-    return read
-
-
-def _load_data_set(entry: SourceSettings, *, is_local: bool) -> dict[str, Any]:
-    """Return the splits of a data set by name."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise SourceError(f"{entry.path}: needs datasets. Run: pip install 'mlxflow[hf]'") from error
-    name, _, revision = entry.path.removeprefix(sources.HF).partition("@")
-    try:
-        if is_local:
-            folder = locate(entry.path.removeprefix(sources.HF), entry.root)
-            saved = any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
-            loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
-        else:
-            loaded = datasets.load_dataset(name, revision=revision or None)
-    except Exception as error:  # of many kinds: no such data set, no network, a file of another form
-        said = " ".join(str(error).split())[:200]
-        raise SourceError(f"{entry.path}: cannot be loaded ({said}). Name a folder, or fetch it first.") from error
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    loaded = data_sets.load(entry.path, entry.place if paths else None, config=entry.config, key=entry.key)
+    named = [] if entry.split else list(loaded)  # a split that the entry names is used as the entry says
+    sides = dict(
+        zip(named, _sides([splits.side_of(one) for one in named], is_validation=entry.is_validation), strict=True)
+    )
+    for part in data_sets.parts_of(loaded, entry.split, key=entry.key):
+        side = sides.get(part.split, "validation" if entry.is_validation else "")
+        if side is None:
+            continue
+        yield SourceFile(
+            f"{printable(entry.path)}/{part.split}[{part.begin}:{part.end}]",
+            entry.place,
+            Shape("hf", ""),
+            digest_json([digest, entry.config, part.split, part.begin, part.end]),
+            0,
+            owner,
+            side,
+            bool(entry.split),
+            entry.format_,
+            entry.text_key,
+            part.read,
+        )
 
 
 def check(files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, max_share: float) -> None:
@@ -170,108 +215,27 @@ def check(files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, 
     Raises:
         SourceError: one line for each of the first bad records.
     """
-    bad = [(file, line) for file, shard in zip(files, shards, strict=True) for line in _problems(file, shard)]
+    bad = [(file, line) for file, shard in zip(files, shards, strict=True) for line in problems_of(file, shard)]
     if not bad:
         return
-    count = sum(shard.num_bad or 1 for file, shard in zip(files, shards, strict=True) if _problems(file, shard))
-    more = [f"and {count - _MOST_TOLD:,} more"] if count > _MOST_TOLD else []
+    count = sum(shard.num_bad or 1 for file, shard in zip(files, shards, strict=True) if problems_of(file, shard))
+    more = [f"and {count - MOST_TOLD:,} more"] if count > MOST_TOLD else []
     if not skips:
         how = ', or set pretokenize.on_bad_record = "skip".'
-        raise SourceError(*(f"{line}{how}" for _, line in bad[:_MOST_TOLD]), *more)
+        raise SourceError(*(f"{line}{how}" for _, line in bad[:MOST_TOLD]), *more)
     total = count + sum(shard.num_documents for shard in shards)
     if count > max_share * total:
         raise SourceError(
             f"pretokenize.max_bad_records = {max_share}: {count:,} of {total:,} records cannot be used, "
             f"a share of {count / total:.4f}. Mend them or raise it.",
-            *(f"{line}." for _, line in bad[:_MOST_TOLD]),
+            *(f"{line}." for _, line in bad[:MOST_TOLD]),
             *more,
         )
 
 
-def _problems(file: SourceFile, shard: Shard) -> list[str]:
+def problems_of(file: SourceFile, shard: Shard) -> list[str]:
     """Return what is wrong with a file, each with its place; a file of a folder that is no text is no problem."""
     if shard.problem:
         is_skipped = (shard.is_binary and not file.is_named) or file.name.startswith("builtin:")
         return [] if is_skipped else [f"{file.name}: {shard.problem}"]
     return [f"{file.name}:{place}: {reason}" if place else f"{file.name}: {reason}" for place, reason in shard.bad]
-
-
-def accounts(
-    files: Sequence[SourceFile],
-    shards: Sequence[Shard],
-    selection: Selection,
-    settings: Sequence[SourceSettings],
-    *,
-    capacity: int,
-) -> dict[str, Any]:
-    """Return what is told of the corpus: of each source, and of what was left out.
-
-    Args:
-        files: in the order of the corpus.
-        shards: of each.
-        selection: what became of the documents.
-        settings: the sources.
-        capacity: tokens that a row holds.
-    """
-    bad = [line for file, shard in zip(files, shards, strict=True) for line in _problems(file, shard)]
-    return {
-        "sources": [
-            _account(
-                one, [i for i, file in enumerate(files) if file.source == number], files, shards, selection, capacity
-            )
-            for number, one in enumerate(settings)
-        ],
-        "bad_records": bad[: 5 * _MOST_TOLD],
-    }
-
-
-def _account(
-    entry: SourceSettings,
-    members: list[int],
-    files: Sequence[SourceFile],
-    shards: Sequence[Shard],
-    selection: Selection,
-    capacity: int,
-) -> dict[str, Any]:
-    mine = [shards[i] for i in members]
-    found = sources.find(entry.path, entry.root) if not entry.path.startswith("builtin:") else sources.Found([])
-    parts, text_bytes = [np.zeros(0, np.int64)], 0
-    for shard in mine:
-        documents = shard.documents()
-        parts.append(documents.lengths)
-        text_bytes += int(documents.sizes.sum())
-    lengths = np.concatenate(parts)
-    return {
-        "path": entry.path,
-        "weight": entry.weight,
-        "files": len(members),
-        "documents": len(lengths),
-        "train_documents": _count(members, selection, TRAIN),
-        "validation_documents": _count(members, selection, VALIDATION),
-        "duplicates": _count(members, selection, DUPLICATE),
-        "tokens": int(lengths.sum()),
-        "text_bytes": text_bytes,
-        "bytes_per_token": round(text_bytes / max(1, int(lengths.sum())), 4),
-        "tokens_per_document": _quantiles(lengths),
-        "longer_than_a_row": int((lengths > capacity).sum()),
-        "blank_documents": sum(shard.blank for shard in mine),
-        "bad_records": sum(shard.num_bad for shard in mine),
-        "binary_files": found.binary + sum(shard.is_binary for shard in mine),
-        "empty_files": sum(files[i].size == 0 and files[i].read is None for i in members),
-        "hidden_files": found.hidden,
-        "broken_links": found.broken_links,
-    }
-
-
-def _count(members: list[int], selection: Selection, side: int) -> int:
-    return sum(int((selection.sides[i] == side).sum()) for i in members)
-
-
-def _quantiles(lengths: "NDArray[np.int64]") -> dict[str, int]:
-    if not len(lengths):
-        return {}
-    shares = {"smallest": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "largest": 1.0}
-    return {
-        name: int(value)
-        for name, value in zip(shares, np.quantile(lengths, list(shares.values()), method="lower"), strict=True)
-    }

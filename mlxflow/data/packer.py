@@ -44,6 +44,7 @@ class Counts(NamedTuple):
         needlessly_cut: of these, the ones that would fit a row.
         truncated: conversations of which the end was left out.
         dropped: conversations left out because they are longer than a row.
+        rows_without_targets: rows left out because the model learns to predict no token of theirs.
     """
 
     documents: int
@@ -56,6 +57,7 @@ class Counts(NamedTuple):
     needlessly_cut: int
     truncated: int
     dropped: int
+    rows_without_targets: int
 
     def report(self) -> dict[str, Any]:
         """Return the counts for a report, with the share of slots that hold a token."""
@@ -120,7 +122,7 @@ class Packer:
         self._waiting: list[_Part] = []
         self._num_waiting = 0
         self._highest = -1
-        self._counts = Counts(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._counts = Counts(*[0] * len(Counts._fields))
         self._writing: Future[dict[str, int]] | None = None
 
     def add(self, document: Stored) -> None:
@@ -292,23 +294,40 @@ class Packer:
         self._writing = self._writer.submit(self._append_now, tokens, marks, documents, begins, row_pieces)
 
     def _append_now(self, tokens: Any, marks: Any, documents: Any, begins: Any, row_pieces: Any) -> dict[str, int]:
-        """Write rows and return what to add to the counts."""
-        self._stream.append("tokens", tokens.reshape(-1, self._capacity))
-        self._stream.append("marks", marks.reshape(-1, self._capacity))
-        self._stream.append("piece_documents", documents.astype(np.uint64))
-        self._stream.append("piece_begins", begins.astype(np.uint64))
-        self._stream.append("row_pieces", row_pieces.astype(np.uint64))
+        """Write the rows in which there is something to learn, and return what to add to the counts."""
+        tokens, marks = tokens.reshape(-1, self._capacity), marks.reshape(-1, self._capacity)
+        kept = has_targets(marks)
+        if not kept.all():
+            kept_pieces = np.repeat(kept, row_pieces)
+            tokens, marks, row_pieces = tokens[kept], marks[kept], row_pieces[kept]
+            documents, begins = documents[kept_pieces], begins[kept_pieces]
+        if len(row_pieces):
+            self._stream.append("tokens", tokens)
+            self._stream.append("marks", marks)
+            self._stream.append("piece_documents", documents.astype(np.uint64))
+            self._stream.append("piece_begins", begins.astype(np.uint64))
+            self._stream.append("row_pieces", row_pieces.astype(np.uint64))
         return {
             "tokens": int(np.count_nonzero(marks)),
             "targets": int(np.count_nonzero(marks & 1)),
             "rows": len(row_pieces),
             "slots": tokens.size,
+            "rows_without_targets": int(np.count_nonzero(~kept)),
         }
 
     def _wait_for_writer(self) -> None:
         if self._writing is not None:
             self._count(**self._writing.result())
         self._writing = None
+
+
+def has_targets(marks: "NDArray[Any]") -> "NDArray[np.bool_]":
+    """Return which rows, (R,), hold a token that the model learns to predict.
+
+    Args:
+        marks: (R, L + 1); see `token_file.Batch`.
+    """
+    return np.asarray((marks & 1).any(axis=1))
 
 
 def _marks(

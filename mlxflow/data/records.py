@@ -4,6 +4,7 @@ What is wrong with a single record is a `Bad` beside the good ones; what is wron
 `streams.FileProblem`. Both say where and why; the caller decides what that means.
 """
 
+import codecs
 import csv
 import io
 import itertools
@@ -17,11 +18,19 @@ import msgspec
 from mlxflow.data.streams import PIECE_BYTES, FileProblem, read_pieces, telling
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_file
+from mlxflow.paths import printable
 
 #: A line of JSON, a JSON file or a field of a table over this is refused: it has to be in memory whole, several times.
 MAX_RECORD_BYTES = 1 << 26
 
 _SNIFFED_BYTES = 8192
+# UTF-32 before UTF-16: the mark of one begins with that of the other
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
 _ROWS_PER_BATCH = 1024
 
 #: How files are read, by the last suffix that is no compression; any other file is text.
@@ -102,7 +111,7 @@ def read_file(
             yield from _read_parquet(path, record_keys)
             on_read(path.stat().st_size)
             if digest_file(path).content != expected_digest:
-                raise SourceError(f"{path}: changed while it was read. Run the stage again.")
+                raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")
         return
     pieces = read_pieces(path, compression=shape.compression, expected_digest=expected_digest, on_read=on_read)
     if shape.kind == "jsonl":
@@ -161,8 +170,25 @@ def _decode(data: bytes, offset: int, *, bom: bool) -> str:
 
 
 def _refuse_binary(head: bytes) -> None:
+    _refuse_encoding(head)
     if (nul := head.find(b"\0")) >= 0:
         raise Binary(f"byte {nul:,} is NUL: no text. Leave the file out")
+
+
+def _refuse_encoding(head: bytes) -> None:
+    """Refuse text in UTF-16 or UTF-32, known by its mark, or without one by the places of its NUL bytes.
+
+    Raises:
+        FileProblem: the beginning of a file is such text.
+    """
+    codec = next((codec for mark, codec in _WIDE_MARKS.items() if head.startswith(mark)), None)
+    nuls = [half.count(0) > 0.6 * len(half) for half in (head[::2], head[1::2])]
+    if codec is None and len(head) >= 4 and nuls[0] != nuls[1]:
+        codec = "utf-16-be" if nuls[0] else "utf-16-le"
+    text = head[: len(head) // 4 * 4].decode(codec, errors="replace") if codec else ""
+    printable = sum(one.isprintable() or one.isspace() for one in text.lstrip("\ufeff"))
+    if codec and printable >= 0.9 * len(text.lstrip("\ufeff")):
+        raise FileProblem(f"is {codec[:6].upper()}, not UTF-8. Save the file as UTF-8")
 
 
 # --- lines of JSON
@@ -172,6 +198,8 @@ def _read_lines(pieces: Iterable[bytes]) -> Iterator[list[Record | Text | Bad]]:
     rest: list[bytes] = []
     number, first, dropping, size = 1, True, 0, 0
     for whole in pieces:
+        if first:
+            _refuse_encoding(whole[:_SNIFFED_BYTES])
         piece = whole.removeprefix(b"\xef\xbb\xbf") if first else whole
         first = False
         cut = piece.rfind(b"\n") + 1
@@ -251,6 +279,7 @@ def _read_json(
         data += piece
         if len(data) > MAX_RECORD_BYTES:
             raise FileProblem(f"is a JSON file of over {MAX_RECORD_BYTES:,} bytes. Write its records as .jsonl")
+    _refuse_encoding(data[:_SNIFFED_BYTES])
     body = data.removeprefix(b"\xef\xbb\xbf")
     if not body.strip():
         return
@@ -338,7 +367,7 @@ def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Reco
         import pyarrow.lib
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise SourceError(f"{path}: needs pyarrow. Run: pip install 'mlxflow[parquet]'") from error
+        raise SourceError(f"{printable(str(path))}: needs pyarrow. Run: pip install 'mlxflow[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name in record_keys]

@@ -9,28 +9,24 @@ import xxhash
 
 from mlxflow.data.chat import CHATML, ChatTemplate
 from mlxflow.data.formats import Document, Formatter
-from mlxflow.data.records import Bad, Binary
+from mlxflow.data.records import Bad
 from mlxflow.data.selection import is_held_out
 from mlxflow.data.streams import FileProblem
 from mlxflow.data.tokenization import SourceFile
-
-_MOST_TOLD = 20
 
 
 class Sample(NamedTuple):
     """Texts in the order of their hashes.
 
     Attributes:
-        texts: each once.
+        texts: each once; none where no file holds any.
         digests: of each.
         has_conversations: whether there are any in the corpus.
-        problems: lines about what could not be read, the first of them.
     """
 
     texts: list[str]
     digests: list[bytes]
     has_conversations: bool
-    problems: list[str]
 
 
 def sample(
@@ -44,7 +40,8 @@ def sample(
     """Return the training documents with the smallest hashes, as many as fit.
 
     A document that comes or goes changes the sample only if it is among them, so a large corpus that grows a little
-    mostly keeps its tokenizer. A text of several megabytes is sampled by its pieces.
+    mostly keeps its tokenizer. A text of several megabytes is sampled by its pieces. What cannot be read is passed
+    over.
 
     Args:
         files: of the corpus; those of a validation or test side are passed over.
@@ -54,12 +51,27 @@ def sample(
         on_read: called with each number of bytes read.
     """
     template = template or ChatTemplate(CHATML, {})
+    sampled, any_held_out = _sample(files, template, holdout, max_bytes, on_read)
+    if any_held_out and not sampled.texts:  # `selection.select` does not hold all documents out
+        sampled, any_held_out = _sample(files, template, 0.0, max_bytes, lambda _: None)
+    if holdout and not any_held_out and len(sampled.texts) > 1:  # the first is the one that it holds out
+        return sampled._replace(texts=sampled.texts[1:], digests=sampled.digests[1:])
+    return sampled
+
+
+def _sample(
+    files: Sequence[SourceFile],
+    template: ChatTemplate,
+    holdout: float,
+    max_bytes: int,
+    on_read: Callable[[int], None],
+) -> tuple[Sample, bool]:
+    """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
     markers = re.compile("|".join(re.escape(text) for text in template.markers()) or r"(?!)")
     heap: list[tuple[int, str]] = []  # the largest hash first
     known: set[bytes] = set()
     total, has_conversations, any_held_out = 0, False, False
-    problems: list[str] = []
-    for document in _documents(files, template, on_read, problems):
+    for document in _documents(files, template, on_read):
         has_conversations |= document.is_conversation
         digest = document.digest or xxhash.xxh3_128_digest(document.text.encode())
         if digest in known or not document.text or document.text.isspace():
@@ -76,18 +88,12 @@ def sample(
             total -= len(dropped.encode())
             known.discard((-number).to_bytes(16, "big"))
     chosen = sorted((-number, text) for number, text in heap)
-    if holdout and not any_held_out and len(chosen) > 1:
-        chosen = chosen[1:]  # the one that `selection.select` holds out
-    return Sample(
-        [text for _, text in chosen],
-        [number.to_bytes(16, "big") for number, _ in chosen],
-        has_conversations,
-        problems,
-    )
+    texts, digests = [text for _, text in chosen], [number.to_bytes(16, "big") for number, _ in chosen]
+    return Sample(texts, digests, has_conversations), any_held_out
 
 
 def _documents(
-    files: Sequence[SourceFile], template: ChatTemplate, on_read: Callable[[int], None], problems: list[str]
+    files: Sequence[SourceFile], template: ChatTemplate, on_read: Callable[[int], None]
 ) -> Iterator[Document]:
     for file in files:
         if file.side in ("validation", "test"):
@@ -101,11 +107,6 @@ def _documents(
         )
         try:
             for items in file.items(formatter, on_read):
-                for one in formatter.documents(items):
-                    if not isinstance(one, Bad):
-                        yield one
-                    elif len(problems) < _MOST_TOLD:
-                        problems.append(f"{file.name}:{one.place}: {one.reason}.")
-        except FileProblem as problem:
-            if len(problems) < _MOST_TOLD and not isinstance(problem, Binary):
-                problems.append(f"{file.name}: {problem}.")
+                yield from (one for one in formatter.documents(items) if not isinstance(one, Bad))
+        except FileProblem:
+            continue

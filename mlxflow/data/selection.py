@@ -40,6 +40,34 @@ def is_held_out(digest: bytes, holdout: float) -> bool:
     return int.from_bytes(digest[:8], "big") < holdout * 2**64
 
 
+def held_out_share(selection: Selection, holdout: float) -> float:
+    """Return the share of each training document that is held out because no whole document is for validation.
+
+    That is so of the only document, and of documents that are all equal.
+
+    Args:
+        selection: what becomes of every document.
+        holdout: the share that is to be held out.
+    """
+    return 0.0 if any((side == VALIDATION).any() for side in selection.sides) else holdout
+
+
+def tail_begin(length: int, targets: "NDArray[np.bool_] | None", share: float) -> int:
+    """Return where the end of a document begins that is held out; its length where nothing can be.
+
+    At least one token is predicted in the end, and one in what is left. The first token of each is never predicted.
+
+    Args:
+        length: of the document, in tokens.
+        targets: (length,) whether each token is trained on, or None for all of them.
+        share: of the tokens that are trained on.
+    """
+    learnt = np.arange(1, length) if targets is None else 1 + np.flatnonzero(targets[1:])
+    possible = learnt[learnt > learnt[0] + 1] if len(learnt) else learnt
+    count = min(max(1, round(share * len(learnt))), len(possible))
+    return int(possible[-count]) - 1 if count else length
+
+
 def select(
     shards: Sequence[Shard],
     *,
@@ -48,6 +76,7 @@ def select(
     weights: Sequence[float],
     holdout: float,
     deduplicate: bool,
+    asked: Sequence[bool],
 ) -> Selection:
     """Decide what becomes of every document.
 
@@ -55,40 +84,41 @@ def select(
 
     Args:
         shards: in the order of the corpus.
-        fixed_sides: for each shard the side that its source tells, or "".
+        fixed_sides: for each shard the side that its source tells, or ""; "train" holds only where the same source has
+            documents for validation.
         sources: for each shard the number of its source.
         weights: for each source how often its training documents are seen in an epoch; of a fraction, that share of
             them, the ones with the smallest hashes.
         holdout: share of the documents of shards without a side of their own that is held out; where none falls
             there, or all do, the one with the smallest hash is; 0 for none.
-        deduplicate: leave out all but one of equal documents.
+        deduplicate: leave out all but one of equal documents; else only those that are for training and stand on
+            another side, too.
+        asked: for each shard whether it is named for validation outright: that comes before a test side.
     """
+    measured = {
+        source
+        for shard, fixed, source in zip(shards, fixed_sides, sources, strict=True)
+        if fixed == "validation" and shard.num_documents
+    }
+    fixed_sides = [
+        "" if fixed == "train" and source not in measured else fixed
+        for fixed, source in zip(fixed_sides, sources, strict=True)
+    ]
     sides = [_sides(shard, SIDES[fixed], holdout) for shard, fixed in zip(shards, fixed_sides, strict=True)]
     if holdout:
         if not any((side == TRAIN).any() for side in sides):  # a few documents, all of them held out
             sides = [np.full_like(side, SIDES[fixed] or TRAIN) for side, fixed in zip(sides, fixed_sides, strict=True)]
         if not any((side == VALIDATION).any() for side in sides):
             _hold_out_one(shards, fixed_sides, sides)
-    if deduplicate:
-        _drop_duplicates(shards, sides)
+    ranks = [
+        np.where(side == VALIDATION, TEST + 1, side) if one else side for side, one in zip(sides, asked, strict=True)
+    ]
+    _drop_duplicates(shards, sides, ranks, keeps_copies=not deduplicate)
     repeats = [np.ones(len(side), np.uint16) for side in sides]
     for source, weight in enumerate(weights):
         if weight != 1:
             _repeat([i for i, one in enumerate(sources) if one == source], shards, sides, repeats, weight)
     return Selection(sides, repeats)
-
-
-def parts(selection: Selection, holdout: float) -> dict[str, tuple[float, float]]:
-    """Return which part of its documents each side takes: all, but of the only document the end is for validation.
-
-    Args:
-        selection: what becomes of every document.
-        holdout: the share that validation takes of the only document.
-    """
-    counts = {side: sum(int((one == side).sum()) for one in selection.sides) for side in (TRAIN, VALIDATION)}
-    if counts == {TRAIN: 1, VALIDATION: 0}:
-        return {"train": (0.0, 1 - holdout), "validation": (1 - holdout, 1.0)}
-    return {"train": (0.0, 1.0), "validation": (0.0, 1.0)}
 
 
 def _sides(shard: Shard, fixed: int, holdout: float) -> "NDArray[np.uint8]":
@@ -116,7 +146,13 @@ def _hold_out_one(shards: Sequence[Shard], fixed_sides: Sequence[str], sides: "l
             sides[i][mask] = VALIDATION
 
 
-def _drop_duplicates(shards: Sequence[Shard], sides: "list[NDArray[np.uint8]]") -> None:
+def _drop_duplicates(
+    shards: Sequence[Shard],
+    sides: "list[NDArray[np.uint8]]",
+    ranks: "list[NDArray[np.uint8]]",
+    *,
+    keeps_copies: bool,
+) -> None:
     total = sum(len(side) for side in sides)
     num_parts = -(-total // _DOCUMENTS_PER_PART)
     for part in range(num_parts):
@@ -130,16 +166,25 @@ def _drop_duplicates(shards: Sequence[Shard], sides: "list[NDArray[np.uint8]]") 
             hashes.append(found if members is None else found[members])
             owners.append(np.stack([np.full(len(index), number), index], axis=1))
         if hashes:
-            _drop_equal(np.concatenate(hashes), np.concatenate(owners), sides)
+            _drop_equal(np.concatenate(hashes), np.concatenate(owners), sides, ranks, keeps_copies=keeps_copies)
 
 
-def _drop_equal(hashes: "NDArray[np.uint64]", owners: "NDArray[np.int64]", sides: "list[NDArray[np.uint8]]") -> None:
-    """Mark all but one of equal documents.
+def _drop_equal(
+    hashes: "NDArray[np.uint64]",
+    owners: "NDArray[np.int64]",
+    sides: "list[NDArray[np.uint8]]",
+    ranks: "list[NDArray[np.uint8]]",
+    *,
+    keeps_copies: bool,
+) -> None:
+    """Mark all but one of equal documents, the one with the highest rank.
 
     Args:
         hashes: (N, 2)
         owners: (N, 2) shard and document of each, in the order of the corpus.
         sides: is changed.
+        ranks: of each document; it follows from the side.
+        keeps_copies: mark only documents for training of which another side has an equal.
     """
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in the order of the corpus
     ordered = hashes[order]
@@ -150,9 +195,10 @@ def _drop_equal(hashes: "NDArray[np.uint64]", owners: "NDArray[np.int64]", sides
     ends = np.concatenate([starts[1:], [len(order)]])
     for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
         group = [(int(shard), int(document)) for shard, document in owners[order[start:end]]]
-        best = max(range(len(group)), key=lambda i: (sides[group[i][0]][group[i][1]], -i))
+        best = max(range(len(group)), key=lambda i: (ranks[group[i][0]][group[i][1]], -i))
+        is_trained = sides[group[best][0]][group[best][1]] == TRAIN
         for i, (shard, document) in enumerate(group):
-            if i != best:
+            if i != best and (not keeps_copies or (not is_trained and sides[shard][document] == TRAIN)):
                 sides[shard][document] = DUPLICATE
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Raised when shards that earlier code wrote are wrong now.
-FORMAT = 1
+FORMAT = 2
 
 #: Of a document's flags: it is a conversation; only its spans are trained on.
 CONVERSATION, MASKED = 1, 2
@@ -87,6 +87,7 @@ class Shard(NamedTuple):
         begin: where its tensors begin in the file.
         columns: type, shape and offset of each column.
         blank: documents left out because there is no text in them.
+        masked: documents left out because no token of theirs is trained on.
         bad: records left out: (place, reason), the first of them.
         num_bad: how many they are.
         problem: why the whole file is left out, or "".
@@ -97,6 +98,7 @@ class Shard(NamedTuple):
     begin: int
     columns: dict[str, tuple[str, tuple[int, ...], int]]
     blank: int
+    masked: int
     bad: list[tuple[int, str]]
     num_bad: int
     problem: str
@@ -147,6 +149,7 @@ class ShardWriter:
 
     Attributes:
         blank: documents left out because there is no text in them.
+        masked: documents left out because no token of theirs is trained on.
         bad: records left out: (place, reason).
         problem: why the whole file is left out, or "".
         is_binary: whether that is because it is no text.
@@ -159,6 +162,7 @@ class ShardWriter:
         self._dtypes = {name: dtype for name, (dtype, _) in columns.items()}
         self._hashes = {name: xxhash.xxh3_128() for name in columns}
         self.blank = 0
+        self.masked = 0
         self.bad: list[tuple[int, str]] = []
         self.num_bad = 0
         self.problem = ""
@@ -183,6 +187,7 @@ class ShardWriter:
         told = {
             "format": FORMAT,
             "blank": self.blank,
+            "masked": self.masked,
             "bad": self.bad,
             "num_bad": self.num_bad,
             "problem": self.problem,
@@ -319,6 +324,7 @@ def _open(path: Path) -> tuple[Shard, dict[str, str]]:
         begin,
         {name: (_NUMPY[c["dtype"]], tuple(c["shape"]), c["data_offsets"][0]) for name, c in columns.items()},
         stored["blank"],
+        stored["masked"],
         [(place, reason) for place, reason in stored["bad"]],
         stored["num_bad"],
         stored["problem"],

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mlxflow.data import splits
 from mlxflow.errors import SourceError
 from mlxflow.identity import DigestCache, digest_file, digest_json, digest_text
 from mlxflow.paths import escape_existing, expand
@@ -18,9 +19,6 @@ BUILTINS = (PYTHON_STDLIB,)
 
 #: What a data set of the `datasets` library begins with.
 HF = "hf:"
-
-#: The files of a folder made for `mlx_lm.lora`, by the side that each of them is.
-SPLIT_FILES = {"train.jsonl": "train", "valid.jsonl": "validation", "test.jsonl": "test"}
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -101,20 +99,22 @@ class Found(NamedTuple):
         hidden: files and folders left out because their names begin with a dot.
         binary: files left out because of their suffix.
         broken_links: symbolic links left out because they lead nowhere or in a circle.
+        beside_records: files left out because they lie beside the records of a data set with sides of its own.
     """
 
     files: list[Path]
     hidden: int = 0
     binary: int = 0
     broken_links: int = 0
+    beside_records: int = 0
 
 
 def find(source: str, root: Path) -> Found:
     """Look up a source.
 
-    A folder is walked; symbolic links are followed, each folder once. One that holds `train.jsonl` beside
-    `valid.jsonl` or `test.jsonl` was made for `mlx_lm.lora` and is those files alone. What the workflow itself
-    writes is no source unless it is named outright.
+    A folder is walked; symbolic links are followed, each folder once. Of a data set with sides of its own, such as
+    `train.jsonl` beside `valid.jsonl`, the records alone are files: what lies beside them is about the data set. What
+    the workflow itself writes is no source unless it is named outright.
 
     Args:
         source: a file, a glob, a folder, or `hf:FOLDER`, as written: with `~` and `$VAR`. The leading folders of a
@@ -130,10 +130,8 @@ def find(source: str, root: Path) -> Found:
         found = Found([place])
     elif place.is_dir() and source.startswith(HF):
         found = _Walk(binary=True).walk(place)
-    elif is_split(place):
-        found = Found([place / name for name in SPLIT_FILES if (place / name).is_file()])
     elif place.is_dir():
-        found = _Walk().walk(place)
+        found = _records_of(_Walk().walk(place), place)
     elif source.startswith(HF):
         found = Found([])
     else:
@@ -153,9 +151,13 @@ def source_files(source: str, root: Path) -> list[Path]:
     return find(source, root).files
 
 
-def is_split(folder: Path) -> bool:
-    """Return whether a folder was made for `mlx_lm.lora`, with the sides of its own."""
-    return (folder / "train.jsonl").is_file() and any((folder / name).is_file() for name in list(SPLIT_FILES)[1:])
+def _records_of(found: Found, folder: Path) -> Found:
+    """Return the records alone where the files of a folder are a data set with sides of its own."""
+    begin = len(str(folder)) + 1
+    if not splits.is_divided(str(path)[begin:] for path in found.files):
+        return found
+    records = [path for path in found.files if splits.is_records(path.name)]
+    return found._replace(files=records, beside_records=len(found.files) - len(records))
 
 
 class _Walk:

@@ -43,6 +43,11 @@ def side_of(name: str) -> str:
     return next((side for side, word in _SIDES.items() if any(word.fullmatch(one) for one in words)), "")
 
 
+def side_of_folder(name: str) -> str:
+    """Return the side that a folder's name tells and says nothing else: `test` and `held-out`, not `test-drives`."""
+    return side_of(name) if all(side_of(word) for word in _words(name)) else ""
+
+
 def is_records(name: str) -> bool:
     """Return whether a file holds records, by its name."""
     return _split_suffix(name)[1] in RECORD_SUFFIXES
@@ -61,12 +66,16 @@ def sides_of(paths: Sequence[PurePath]) -> list[str]:
     ]
 
 
-def is_divided(paths: Iterable[PurePath]) -> bool:
-    """Return whether files are a data set with sides of its own: records to train on, and others to measure with."""
+def is_divided(names: Iterable[str]) -> bool:
+    """Return whether files are a data set with sides of its own: records to train on, and others to measure with.
+
+    Args:
+        names: relative to the folder that the source names.
+    """
     sides: set[str] = set()
-    for path in paths:
-        if _HINT.search(str(path)) and is_records(path.name):
-            sides.add(_told(path)[0])
+    for name in names:
+        if _HINT.search(name) and is_records(name):
+            sides.add(_told(PurePath(name))[0])
             if "train" in sides and sides & {"validation", "test"}:
                 return True
     return False
@@ -81,8 +90,7 @@ def _told(path: PurePath) -> tuple[str, str]:
         rest = [word for word in _words(stem) if not side_of(word)]
         return side, "/".join([*path.parts[:-1], " ".join(rest)])
     for depth in range(len(path.parts) - 2, -1, -1):
-        folder = path.parts[depth]
-        if all(side_of(word) for word in _words(folder)) and (side := side_of(folder)):
+        if side := side_of_folder(path.parts[depth]):
             return side, "/".join([*path.parts[:depth], ""])
     return "", ""
 

@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from mlxflow.errors import SourceError
+from mlxflow.paths import printable
 
 #: Bytes that are read, parsed and tokenized at a time.
 PIECE_BYTES = 1 << 20
@@ -65,7 +66,7 @@ def read_pieces(
         with closing(pieces):  # before the file is, also when the caller stops half-way
             yield from pieces if not compression else _bounded(pieces, file)
         if file.digest.hexdigest() != expected_digest:
-            raise SourceError(f"{path}: changed while it was read. Run the stage again.")
+            raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")
 
 
 @contextmanager
@@ -74,13 +75,12 @@ def telling(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise SourceError(f"{path}: vanished before it was read. Run the stage again.") from error
+        raise SourceError(f"{printable(str(path))}: vanished before it was read. Run the stage again.") from error
     except OSError as error:
         if error.errno is None:
             raise
-        raise SourceError(
-            f"{path}: cannot be read ({os.strerror(error.errno)}). Mend it or leave it out of pretokenize.sources."
-        ) from error
+        said = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
+        raise SourceError(f"{said}. Mend it or leave it out of pretokenize.sources.") from error
 
 
 def _read_plain(file: _HashingFile) -> Generator[bytes]:

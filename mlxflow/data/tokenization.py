@@ -221,7 +221,7 @@ class Tokenizing:
                     found = np.concatenate([np.zeros(len(prefix), np.bool_), found, np.ones(1, np.bool_)])
                 spans = _runs(found)
                 if not len(spans):
-                    writer.refuse(document.place, "has no token to train on: the template leaves its answers out")
+                    writer.masked += 1
                     continue
             pieces += parts
             done = long.add(document, sum(len(part) for part in parts), spans)

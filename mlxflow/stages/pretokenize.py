@@ -9,10 +9,11 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.config import Problem
-from mlxflow.errors import SourceError
+from mlxflow.data.slices import parse_slices
+from mlxflow.data.sources import HF
 from mlxflow.stage import Artifacts, Context, Corpus, derive_seed
 
-VERSION = 2
+VERSION = 3
 
 #: Tokenizing is the processor's work: it may go on beside a stage that has the device.
 USES_DEVICE = False
@@ -30,6 +31,21 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     weight: Annotated[float, Meta(gt=0, le=1000, description="how often an epoch shows its documents")] = 1.0
     format: Annotated[Format, Meta(description="of its records; auto: pretokenize.format")] = "auto"
     text_key: Annotated[str, Meta(description="of a text in a record; empty: pretokenize.text_key")] = ""
+    config: Annotated[str, Meta(description="of hf: the configuration; empty: the only one")] = ""
+    split: Annotated[
+        str, Meta(description='of hf: splits and slices, such as "train[:1%]"; empty: all, each on the side it tells')
+    ] = ""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield parts of a data set that cannot be, or of something that is none."""
+        for key in ("config", "split"):
+            if (value := getattr(self, key)) and not self.path.startswith(HF):
+                yield Problem(key, value, "is for a data set, and path names none", f'Write path = "{HF}...".')
+                return
+        try:
+            parse_slices(self.split or "all")
+        except ValueError as error:
+            yield Problem("split", self.split, str(error), "Change it or remove the key.")
 
 
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,6 +117,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             expected = "is for a corpus without documents for validation, and validation_sources names some"
             yield Problem("holdout", self.holdout, expected, "Remove one of the two.")
 
+    def key(self, number: int) -> str:
+        """Return the dotted key of the entry of a number in `entries`."""
+        count = len(self.sources)
+        return (
+            f"pretokenize.sources[{number}]" if number < count else f"pretokenize.validation_sources[{number - count}]"
+        )
+
     def entries(self) -> tuple[SourceConfig, ...]:
         """Return all sources as tables with their defaults filled in, the ones for validation last."""
         return tuple(
@@ -133,15 +156,14 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Find the files that the sources name; one that several name belongs to the first."""
-        owners: dict[Path | Corpus, int] = {}
+        """Find the files that the sources name; one that several name is there for each of them."""
+        pairs = []
         for number, entry in enumerate(config.entries()):
             key = "sources" if number < len(config.sources) else "validation_sources"
-            for source in artifacts.sources((entry.path,), key):
-                owners.setdefault(source, number)
+            pairs += [(source, number) for source in artifacts.sources((entry.path,), key)]
         return cls(
-            sources=tuple(owners),
-            owners=tuple(owners.values()),
+            sources=tuple(source for source, _ in pairs),
+            owners=tuple(number for _, number in pairs),
             tokenizer=_tokenizer_files(config.tokenizer, artifacts) if config.tokenizer.from_ else (),
             template=artifacts.files((config.chat_template,), "chat_template") if config.chat_template else (),
         )
@@ -169,15 +191,12 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: a source cannot be used, or there is not one row of text.
         StageError: the disk is full.
     """
-    from mlxflow.data import corpus, selection, shards, tokenization
+    import sys
+
+    from mlxflow.data import accounts, corpus, selection, shards, shortage, tokenization
     from mlxflow.locking import hold
 
-    settings = [
-        corpus.SourceSettings(
-            entry.path, entry.weight, entry.format, entry.text_key, number >= len(config.sources), context.root
-        )
-        for number, entry in enumerate(config.entries())
-    ]
+    settings = [_source_settings(config, number, entry, context) for number, entry in enumerate(config.entries())]
     files = corpus.list_files(inputs.sources, inputs.owners, settings, state=context.state)
     holdout = 0.0 if config.validation_sources else config.holdout
     store = shards.ShardStore(context.state / "shards")
@@ -194,24 +213,46 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             weights=[one.weight for one in settings],
             holdout=holdout,
             deduplicate=config.deduplicate,
+            asked=[settings[file.source].is_validation for file in files],
         )
-        sides = _write_sides(config, outputs, context, vocabulary, opened, chosen)
+        contents = accounts.Contents(settings, files, opened, chosen, selection.held_out_share(chosen, holdout))
+        shortage.require_documents(contents, "train")
+        shortage.require_documents(contents, "validation")
+        counts = _write_sides(config, outputs, context, vocabulary, contents)
         store.collect(context.task, tokenized.keys, context.tasks)
     _write_tokenizer(vocabulary, outputs)
     outputs.files.write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
+    warnings = list(accounts.warnings(contents, counts))
+    lines = (*warnings, accounts.summary(contents, counts))
+    print(*(f"{context.task}: {line}" for line in lines), sep="\n", file=sys.stderr)
     return {
         "vocab_size": vocabulary.size,
         "context_length": config.context_length,
-        "duplicates": sum(int((side == selection.DUPLICATE).sum()) for side in chosen.sides),
-        "test_documents": sum(int((side == selection.TEST).sum()) for side in chosen.sides),
-        **sides,
-        **corpus.accounts(files, opened, chosen, settings, capacity=config.context_length + 1),
+        "warnings": warnings,
+        **{side: one.report() for side, one in counts.items()},
+        **accounts.accounts(contents, capacity=config.context_length + 1),
         "run": {
             "tokenized_files": tokenized.num_tokenized,
             "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
             "engine": engine,
         },
     }
+
+
+def _source_settings(config: Config, number: int, entry: SourceConfig, context: Context) -> Any:
+    from mlxflow.data.corpus import SourceSettings
+
+    return SourceSettings(
+        key=config.key(number),
+        path=entry.path,
+        weight=entry.weight,
+        format_=entry.format,
+        text_key=entry.text_key,
+        config=entry.config,
+        split=entry.split,
+        is_validation=number >= len(config.sources),
+        root=context.root,
+    )
 
 
 def _share_one_heap() -> None:
@@ -282,9 +323,6 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
             max_bytes=config.tokenizer.max_training_bytes,
             on_read=on_read,
         )
-    if not sample.texts:
-        no_text = "pretokenize.sources: hold no text. Name a file, a folder or a glob with text in it."
-        raise SourceError(*(sample.problems or [no_text]))
     if template is None and sample.has_conversations:
         template = chat.CHATML
     special = chat.ChatTemplate(template, {}).markers() if template else []
@@ -298,32 +336,34 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     )
 
 
-def _write_sides(
-    config: Config, outputs: Outputs, context: Context, vocabulary: Any, opened: Any, chosen: Any
-) -> dict[str, Any]:
+def _write_sides(config: Config, outputs: Outputs, context: Context, vocabulary: Any, contents: Any) -> dict[str, Any]:
     """Write both token files and return what became of the documents of each."""
     from mlxflow import artifact
-    from mlxflow.data import assembly, selection
+    from mlxflow.data import assembly, selection, shortage
     from mlxflow.data.progress import show_waiting
 
-    parts = selection.parts(chosen, config.holdout)
-    reports = {}
-    for side, number, path in (
-        ("train", selection.TRAIN, outputs.train),
-        ("validation", selection.VALIDATION, outputs.validation),
-    ):
-        metadata = {
-            "context_length": str(config.context_length),
-            "vocab_size": str(vocabulary.size),
-            "end_of_text": str(vocabulary.end_of_text),
-        }
+    sides: dict[str, tuple[int, assembly.Part, Path]] = {
+        "train": (selection.TRAIN, "all", outputs.train),
+        "validation": (selection.VALIDATION, "all", outputs.validation),
+    }
+    if contents.held_out:
+        sides["train"] = (selection.TRAIN, "rest", outputs.train)
+        sides["validation"] = (selection.TRAIN, "end", outputs.validation)
+    metadata = {
+        "context_length": str(config.context_length),
+        "vocab_size": str(vocabulary.size),
+        "end_of_text": str(vocabulary.end_of_text),
+    }
+    counts = {}
+    for side, (number, part, path) in sides.items():
         with show_waiting(f"packing {side} rows") as watch:
-            counts = assembly.write_rows(
+            counts[side] = assembly.write_rows(
                 path,
-                shards=opened,
-                selection=chosen,
-                side=selection.TRAIN if parts[side] != (0.0, 1.0) else number,
-                part=parts[side],
+                shards=contents.shards,
+                selection=contents.selection,
+                side=number,
+                part=part,
+                held_out=contents.held_out,
                 capacity=config.context_length + 1,
                 packing=config.packing,
                 on_long=config.on_long,
@@ -333,25 +373,10 @@ def _write_sides(
                 metadata=metadata | artifact.provenance_metadata(context.provenance),
                 watch=watch,
             )
-        _check_length(side, counts, config)
-        reports[side] = counts.report()
-    return reports
-
-
-def _check_length(side: str, counts: Any, config: Config) -> None:
-    """Refuse a side with nothing to learn or to measure."""
-    wanted = config.context_length + 1 if side == "train" else 2
-    if counts.tokens < wanted or not counts.targets:
-        raise SourceError(
-            f"pretokenize.sources: the {side} documents have {counts.tokens:,} tokens, "
-            + (
-                f"one row of pretokenize.context_length = {config.context_length} needs {wanted:,}"
-                if side == "train"
-                else "2 are needed"
-            )
-            + ". Add text, or "
-            + ("lower the context length." if side == "train" else "raise pretokenize.holdout.")
+        shortage.require_rows(
+            contents, side, counts[side], context_length=config.context_length, on_long=config.on_long
         )
+    return counts
 
 
 def _write_tokenizer(vocabulary: Any, outputs: Outputs) -> None:

@@ -16,6 +16,14 @@ from mlxflow.data.token_file import TokenFile
 from tests.data.test_shards import KEYS
 
 PADDING = 0
+
+
+@pytest.fixture
+def keeps_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the rows in which nothing is learnt too, so that every token can be looked for."""
+    monkeypatch.setattr(packer, "has_targets", lambda marks: np.ones(len(marks), np.bool_))
+
+
 METADATA = {"context_length": "0", "vocab_size": "60000", "end_of_text": "0"}
 
 
@@ -67,7 +75,8 @@ class Corpus:
             shards=self.shards,
             selection=chosen,
             side=TRAIN,
-            part=(0.0, 1.0),
+            part="all",
+            held_out=0.0,
             padding=PADDING,
             dtype=np.dtype(np.uint16),
             metadata=METADATA,
@@ -106,6 +115,7 @@ def _check(corpus: Corpus, opened: TokenFile, counts: Counts, *, repeats: int = 
     assert counts.documents == len(corpus.documents)
 
 
+@pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("packing", ["best-fit", "concat", "none"])
 @pytest.mark.parametrize("seed", range(12))
 def test_every_token_of_every_document_comes_exactly_once_in_order(
@@ -118,6 +128,7 @@ def test_every_token_of_every_document_comes_exactly_once_in_order(
     _check(corpus, opened, counts)
 
 
+@pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_a_document_that_an_epoch_shows_again_comes_again(tmp_path: Path, repeats: int) -> None:
     corpus = Corpus(tmp_path, 3, longest=25)
@@ -125,6 +136,7 @@ def test_a_document_that_an_epoch_shows_again_comes_again(tmp_path: Path, repeat
     _check(corpus, opened, counts, repeats=repeats)
 
 
+@pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("seed", range(8))
 def test_best_fit_cuts_no_document_that_would_fit_a_row(tmp_path: Path, seed: int) -> None:
     corpus = Corpus(tmp_path, seed, longest=25)
@@ -144,6 +156,7 @@ def test_concat_leaves_no_room_but_in_the_last_row_and_counts_what_it_cuts(tmp_p
     assert counts.needlessly_cut > 0
 
 
+@pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("packing", ["best-fit", "concat", "none"])
 def test_a_conversation_that_fits_a_row_is_never_cut(tmp_path: Path, packing: str) -> None:
     corpus = Corpus(tmp_path, 2, longest=9, conversations=1.0)
@@ -153,6 +166,7 @@ def test_a_conversation_that_fits_a_row_is_never_cut(tmp_path: Path, packing: st
     assert opened.has_conversations
 
 
+@pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("on_long", ["split", "truncate", "drop"])
 def test_what_becomes_of_a_long_conversation_is_the_users_choice_and_counted(tmp_path: Path, on_long: str) -> None:
     corpus = Corpus(tmp_path, 4, longest=25, conversations=1.0)
@@ -174,6 +188,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(tmp_path
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 
+@pytest.mark.usefixtures("keeps_every_row")
 def test_a_row_may_hold_more_pieces_than_a_byte_counts(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, 6, longest=1)
     opened, counts = corpus.write(tmp_path / "rows.safetensors", capacity=700, repeats=60)
@@ -187,3 +202,23 @@ def test_a_document_knows_where_it_came_from(tmp_path: Path) -> None:
     opened, _ = corpus.write(tmp_path / "rows.safetensors")
     places = [(number, i + 1) for number, shard in enumerate(corpus.shards) for i in range(shard.num_documents)]
     assert [opened.place(document) for document in range(len(corpus.documents))] == places
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat", "none"])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_in_which_nothing_is_learnt_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, seed: int
+) -> None:
+    monkeypatch.setattr(packer, "_WINDOW_TOKENS", 40)  # several windows
+    monkeypatch.setattr(packer, "_WINDOW_ROWS", 1)
+    corpus = Corpus(tmp_path, seed, longest=25, conversations=0.7)
+    opened, counts = corpus.write(tmp_path / "rows.safetensors", packing=packing)
+    monkeypatch.setattr(packer, "has_targets", lambda marks: np.ones(len(marks), np.bool_))
+    every, _ = corpus.write(tmp_path / "every.safetensors", packing=packing)
+    kept = [row for row in range(every.rows.num_rows) if (every.rows.marks[row] & 1).any()]
+    assert counts.rows_without_targets == every.rows.num_rows - len(kept) > 0
+    assert np.array_equal(opened.rows.tokens, every.rows.tokens[kept])
+    assert np.array_equal(opened.rows.marks, every.rows.marks[kept])
+    assert [opened.pieces(i) for i in range(len(kept))] == [every.pieces(row) for row in kept]
+    assert counts.targets == opened.targets == every.targets
+    assert counts.rows == len(kept)

@@ -340,10 +340,15 @@ def test_a_row_wider_than_its_header_is_told_and_a_blank_one_is_none(tmp_path: P
 
 
 def test_utf_16_is_told_and_never_guessed(tmp_path: Path) -> None:
-    line = _write(tmp_path, "a.jsonl", '{"text": "NaN"}'.encode("utf-16-le") + b"\n")
-    assert all(isinstance(item, Bad) for item in _read(line))
-    whole = _write(tmp_path, "a.json", '{"text": "a"}'.encode("utf-16"))
-    assert _problem(whole).startswith("not valid JSON (byte 0 is not UTF-8")
+    for name, text in (("a.txt", "a text"), ("a.jsonl", '{"text": "NaN"}\n'), ("a.json", "[1]"), ("a.csv", "text\na")):
+        for codec in ("utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+            said = _problem(_write(tmp_path, name, text.encode(codec)))
+            assert said == f"is {codec[:6].upper()}, not UTF-8. Save the file as UTF-8", (name, codec)
+
+
+def test_small_whole_numbers_are_binary_and_no_utf_16(tmp_path: Path) -> None:
+    with pytest.raises(Binary):
+        _read(_write(tmp_path, "a.txt", bytes([1, 0, 2, 0, 3, 0, 4, 0])))
 
 
 def test_a_parquet_text_that_is_no_utf_8_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from mlxflow.data.sources import (
     builtin_files,
     corpus_identity,
     find,
-    is_split,
     source_files,
 )
 from mlxflow.errors import SourceError
@@ -30,7 +29,7 @@ def test_a_folder_is_walked_in_sorted_order_and_what_is_left_out_is_counted(tmp_
     _write(tmp_path, "notes/b.txt", "notes/a/z.md", "notes/.hidden", "notes/.git/x", "notes/photo.JPG", "other.txt")
     found = find("notes", tmp_path)
     assert _names(found) == ["notes/a/z.md", "notes/b.txt"]
-    assert found[1:] == (2, 1, 0)
+    assert found[1:] == (2, 1, 0, 0)
 
 
 def test_a_glob_and_a_file_name_what_they_match(tmp_path: Path) -> None:
@@ -124,11 +123,13 @@ def test_what_the_workflow_writes_is_no_source_however_the_source_is_spelled(
     assert [path.name for path in find(f"{root}/artifacts/logs", Path()).files] == ["train.txt"]
 
 
-def test_a_folder_made_for_mlx_lm_is_its_three_files(tmp_path: Path) -> None:
-    _write(tmp_path, "data/train.jsonl", "data/valid.jsonl", "data/test.jsonl", "data/readme.md", "other/train.jsonl")
-    assert _names(find("data", tmp_path)) == ["data/test.jsonl", "data/train.jsonl", "data/valid.jsonl"]
-    assert is_split(tmp_path / "data")
-    assert not is_split(tmp_path / "other")
+def test_of_a_data_set_with_sides_of_its_own_only_the_records_are_files(tmp_path: Path) -> None:
+    _write(tmp_path, "data/train.jsonl", "data/valid.jsonl", "data/more.csv", "data/readme.md", "data/LICENSE")
+    _write(tmp_path, "other/train.jsonl", "other/readme.md")
+    found = find("data", tmp_path)
+    assert _names(found) == ["data/more.csv", "data/train.jsonl", "data/valid.jsonl"]
+    assert found.beside_records == 2
+    assert _names(find("other", tmp_path)) == ["other/readme.md", "other/train.jsonl"]
 
 
 def test_a_data_set_is_every_file_of_its_folder(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_texts_are_asked_only_beside_a_training_part() -> None:
 
 def test_a_data_set_with_sides_is_known_by_its_records() -> None:
     def divided(*names: str) -> bool:
-        return is_divided(PurePath(name) for name in names)
+        return is_divided(names)
 
     assert divided("README.md", "data/train-0.parquet", "data/test-0.parquet")
     assert divided("train.jsonl", "val.jsonl")

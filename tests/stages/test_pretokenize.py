@@ -230,6 +230,279 @@ def test_a_folder_made_for_mlx_lm_keeps_its_split(job: Job) -> None:
     assert (report["duplicates"], report["test_documents"]) == (1, 4)
 
 
+SIDES: dict[str, dict[str, str]] = {
+    "JSONL": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test_gen.jsonl"},
+    "a name for each word": {"train": "set_train.jsonl", "validation": "set_DEV.jsonl", "test": "set-test-2.jsonl"},
+    "shards in a folder": {
+        "train": "data/train-00000-of-00001.jsonl",
+        "validation": "data/validation_matched-00000-of-00001.jsonl",
+        "test": "data/test-00000-of-00001.jsonl",
+    },
+    "folders": {"train": "train/0.jsonl", "validation": "held-out/0.jsonl", "test": "test/0.jsonl"},
+    "evaluation": {"train": "records.jsonl", "validation": "eval.jsonl", "test": "Test.jsonl"},
+    "texts": {"train": "wiki.train.txt", "validation": "wiki.valid.txt", "test": "wiki.test.txt"},
+}
+
+
+@pytest.mark.parametrize("kind", SIDES)
+@pytest.mark.parametrize("source", ["d", "d/**/*.*"])
+def test_names_tell_what_is_trained_on_and_what_is_not(job: Job, kind: str, source: str) -> None:
+    parts = {"train": TEXTS[:20], "validation": TEXTS[20:26], "test": TEXTS[26:]}
+    for side, name in SIDES[kind].items():
+        path = job.folder / "d" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "texts":
+            parts[side] = ["".join(parts[side])]
+            path.write_text(parts[side][0])
+        else:
+            _write_jsonl(path, [{"text": text} for text in parts[side]])
+    report = job.run(f'sources = ["{source}"]')
+    assert sorted(job.texts()) == sorted(parts["train"])
+    assert sorted(job.texts("validation")) == sorted(parts["validation"])
+    assert report["test_documents"] == len(parts["test"])
+    names = {side: f"d/{name}" for side, name in SIDES[kind].items()}
+    assert report["warnings"] == [
+        f"kept out of training, a test side by name: {names['test']} (used only to find duplicates)",
+        f"kept out of training, a validation side by name: {names['validation']} (used for validation)",
+    ]
+    assert (report["test_files"], report["validation_files"]) == ([names["test"]], [names["validation"]])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("name", ["val", "dev-0001", "eval"])
+def test_a_file_called_validation_is_so_in_every_container(job: Job, suffix: str, name: str) -> None:
+    for stem, texts in ((name, TEXTS[:5]), ("train", TEXTS[5:])):
+        _write_container(job.folder / f"d/{stem}.{suffix}", texts)
+    job.run('sources = ["d"]')
+    assert sorted(job.texts("validation")) == sorted(TEXTS[:5])
+    assert sorted(job.texts()) == sorted(TEXTS[5:])
+
+
+def _write_container(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    else:
+        path.write_bytes(zstandard.ZstdCompressor().compress(lines) if path.suffix == ".zst" else lines)
+
+
+def test_without_anything_for_validation_a_share_of_the_training_file_is_held_out(job: Job) -> None:
+    _write_container(job.folder / "d/train.jsonl", TEXTS[:35])
+    _write_container(job.folder / "d/test.jsonl", TEXTS[35:])
+    report = job.run('sources = ["d"]\nholdout = 0.2')
+    trained, held_out = job.texts(), job.texts("validation")
+    assert sorted(trained + held_out) == sorted(TEXTS[:35])
+    assert 2 < len(held_out) < 15
+    assert report["warnings"] == [
+        "kept out of training, a test side by name: d/test.jsonl (used only to find duplicates)"
+    ]
+
+
+def test_a_validation_file_without_documents_holds_nothing_back(job: Job) -> None:
+    _write_container(job.folder / "d/train.jsonl", TEXTS[1:])
+    _write_container(job.folder / "d/valid.jsonl", [" "])
+    job.run('sources = ["d"]\nholdout = 0.2')
+    assert len(job.texts("validation")) > 2
+    assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS[1:])
+
+
+@pytest.mark.parametrize("source", ["d/test.jsonl", "d/test*.jsonl", "d/*test*"])
+def test_a_test_file_that_is_named_itself_is_trained_on_and_that_is_said(job: Job, source: str) -> None:
+    _write_container(job.folder / "d/test.jsonl", TEXTS)
+    report = job.run(f'sources = ["{source}"]\nholdout = 0.2')
+    assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
+    assert report["warnings"] == [
+        f"{source} is trained on because pretokenize.sources[0] names it, though its name tells a test side"
+    ]
+
+
+def test_of_entries_with_a_file_in_common_the_one_that_names_it_or_is_for_validation_has_it(job: Job) -> None:
+    _write_container(job.folder / "d/a.jsonl", TEXTS[:20])
+    _write_container(job.folder / "d/b.jsonl", TEXTS[20:30])
+    _write_container(job.folder / "d/c/e.jsonl", TEXTS[30:])
+    job.run('sources = ["d"]\nvalidation_sources = ["d/c"]')
+    assert sorted(job.texts("validation")) == sorted(TEXTS[30:])
+    assert sorted(job.texts()) == sorted(TEXTS[:30])
+    job.run('sources = ["d/a.jsonl"]\nvalidation_sources = ["d"]')
+    assert sorted(job.texts()) == sorted(TEXTS[:20])
+    report = job.run('sources = ["d", { path = "d/b.jsonl", weight = 3 }]')
+    assert [source["documents"] for source in report["sources"]] == [30, 10]
+
+
+def test_of_a_source_for_validation_the_part_to_measure_with_is_read(job: Job) -> None:
+    for stem, texts in (("train", TEXTS[:20]), ("test", TEXTS[20:])):
+        _write_container(job.folder / f"d/{stem}.jsonl", texts)
+    job.run('sources = ["d"]\nvalidation_sources = ["d"]')
+    assert sorted(job.texts()) == sorted(TEXTS[:20])
+    assert sorted(job.texts("validation")) == sorted(TEXTS[20:])
+
+
+# --- few documents
+
+
+@pytest.mark.parametrize("holdout", [0.02, 0.5, 0.9])
+def test_one_text_is_trained_on_and_its_end_held_out_whatever_its_hash(job: Job, holdout: float) -> None:
+    text = " ".join(f"word{i}" for i in range(400))
+    (job.folder / "a.txt").write_text(text)
+    report = job.run(f'sources = ["a.txt"]\nholdout = {holdout}')
+    (trained,), (held_out,) = job.texts(), job.texts("validation")
+    assert text.startswith(trained)
+    assert text.endswith(held_out)
+    assert 0 <= len(text) - len(trained) - len(held_out) < 9  # a last token, alone in its row, is left out
+    tokens = report["validation"]["tokens"]
+    assert report["warnings"] == [
+        f"no whole document can be held out: validation is the end of the only document, {tokens:,} tokens"
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_texts_that_are_all_held_out_by_their_hashes_are_trained_on_but_for_one(job: Job, count: int) -> None:
+    (job.folder / "n").mkdir()
+    for number, text in enumerate(TEXTS[:count]):
+        (job.folder / f"n/{number}.txt").write_text(text)
+    job.run('sources = ["n"]\nholdout = 0.999999')
+    assert len(job.texts()) == count - 1
+    assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS[:count])
+
+
+def test_of_equal_documents_that_are_kept_the_same_end_is_held_out(job: Job) -> None:
+    text = " ".join(f"word{i}" for i in range(60))
+    _write_container(job.folder / "a.jsonl", [text] * 5)
+    report = job.run('sources = ["a.jsonl"]\ndeduplicate = false\nholdout = 0.1')
+    (trained,), (held_out,) = set(job.texts()), set(job.texts("validation"))
+    assert trained + held_out == text
+    assert report["warnings"][0].startswith("no whole document can be held out: validation is the end of each document")
+
+
+# --- data sets
+
+
+@pytest.fixture
+def data_sets(job: Job, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job beside a data set of two configurations, each with splits."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(job.folder / "cache"))
+    pytest.importorskip("datasets")
+    metadata = ["---", "configs:"]
+    for config, texts in (("one", TEXTS[:20]), ("two", TEXTS[20:])):
+        metadata += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in (("train", texts[:15]), ("test_sft", texts[15:])):
+            (job.folder / f"set/{config}").mkdir(parents=True, exist_ok=True)
+            _write_jsonl(job.folder / f"set/{config}/{split}.jsonl", [{"text": text} for text in rows])
+            metadata += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
+    (job.folder / "set/README.md").write_text("\n".join([*metadata, "---"]))
+    return job
+
+
+def test_entries_name_configurations_splits_and_slices_of_one_data_set(data_sets: Job) -> None:
+    report = data_sets.run(
+        'sources = [{ path = "hf:set", config = "one" }, { path = "hf:set", config = "two", split = "train[:20%]" }]\n'
+        'validation_sources = [{ path = "hf:set", config = "two", split = "test_sft[1:3]" }]'
+    )
+    assert sorted(data_sets.texts()) == sorted([*TEXTS[:15], *TEXTS[20:23]])
+    assert sorted(data_sets.texts("validation")) == sorted(TEXTS[36:38])
+    assert report["test_files"] == ["hf:set/test_sft"]
+    assert (data_sets.artifact / "files.txt").read_text().splitlines() == [
+        "hf:set/train[0:15]",
+        "hf:set/test_sft[0:5]",
+        "hf:set/train[0:3]",
+        "hf:set/test_sft[1:3]",
+    ]
+
+
+def test_a_test_split_that_is_named_is_trained_on_and_that_is_said(data_sets: Job) -> None:
+    report = data_sets.run('sources = [{ path = "hf:set", config = "one", split = "train+test_sft" }]\nholdout = 0.1')
+    assert sorted(data_sets.texts() + data_sets.texts("validation")) == sorted(TEXTS[:20])
+    assert report["warnings"] == [
+        "hf:set, split train+test_sft, is trained on because pretokenize.sources[0] names it, though its name tells a "
+        "test side"
+    ]
+
+
+def test_a_saved_data_set_has_slices_too(job: Job) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"train": TEXTS[:30], "dev": TEXTS[30:35], "test": TEXTS[35:]}
+    made = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in rows.items()}
+    datasets.DatasetDict(made).save_to_disk(str(job.folder / "set"))
+    job.run('sources = ["hf:set"]')
+    assert (sorted(job.texts()), sorted(job.texts("validation"))) == (sorted(TEXTS[:30]), sorted(TEXTS[30:35]))
+    job.run('sources = [{ path = "hf:set", split = "train[-10:]" }]\nvalidation_sources = ["hf:set"]')
+    assert (sorted(job.texts()), sorted(job.texts("validation"))) == (sorted(TEXTS[20:30]), sorted(TEXTS[30:35]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ('path = "hf:set"', 'hf:set: has the configurations one, two. Name one: { path = "hf:set", config = "one" }.'),
+        (
+            'path = "hf:set", config = "three"',
+            'pretokenize.sources[0].config = "three": has no such configuration. Known: one, two.',
+        ),
+        (
+            'path = "hf:set", config = "one", split = "tset"',
+            'pretokenize.sources[0].split = "tset": has no split "tset". Known: train, test_sft.',
+        ),
+        (
+            'path = "hf:set", config = "one", split = "train[:99]"',
+            'pretokenize.sources[0].split = "train[:99]": train has 15 rows. Name rows that are there.',
+        ),
+    ],
+)
+def test_parts_that_a_data_set_has_not_are_told_before_any_work(data_sets: Job, entry: str, said: str) -> None:
+    assert data_sets.fails(f"sources = [{{ {entry} }}]") == said
+    assert not list((data_sets.folder / "artifacts").glob("**/*.safetensors"))
+
+
+# --- names
+
+
+def test_names_that_are_no_utf_8_or_hold_line_breaks_are_names_like_others(job: Job) -> None:
+    names = [b"caf\xe9.txt", b"two\nlines.txt", b"x [v2].txt", b"z.txt"]
+    (job.folder / "n").mkdir()
+    for name, text in zip(names, TEXTS, strict=False):
+        with open(os.path.join(os.fsencode(job.folder / "n"), name), "w") as file:  # noqa: PTH118, PTH123
+            file.write(text)
+    job.run('sources = ["n"]\nholdout = 0.3')
+    assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS[:4])
+    lines = (job.artifact / "files.txt").read_text().splitlines()
+    assert lines == ["n/caf\\udce9.txt", "n/two\\nlines.txt", "n/x [v2].txt", "n/z.txt"]
+    tokenizer = Tokenizer.from_file(str(job.artifact / "tokenizer.json"))
+    shown: dict[str, str] = {}
+    for side in ("train", "validation"):
+        opened = TokenFile.open(job.artifact / f"{side}.safetensors")
+        texts = [tokenizer.decode(ids.tolist()) for ids in opened.documents()]
+        shown |= {lines[opened.place(number)[0]]: text for number, text in enumerate(texts)}
+    assert shown == dict(zip(lines, TEXTS, strict=False))
+
+
+def test_a_folder_with_brackets_and_links_in_circles_is_read_once(job: Job) -> None:
+    (job.folder / "x [v2]/deep").mkdir(parents=True)
+    _write_jsonl(job.folder / "x [v2]/deep/a.jsonl", [{"text": text} for text in TEXTS])
+    (job.folder / "x [v2]/deep/again").symlink_to("..")
+    (job.folder / "link").symlink_to("x [v2]")
+    for source in ("x [v2]", "x [v2]/deep/*.jsonl", "link", str(job.folder / "x [v2]")):
+        report = job.run(f'sources = ["{source}"]')
+        assert (report["sources"][0]["files"], report["sources"][0]["documents"]) == (1, 40), source
+
+
+def test_a_home_and_variables_are_expanded_for_data_sets_too(data_sets: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(data_sets.folder))
+    monkeypatch.setenv("SETS", str(data_sets.folder))
+    for path in ("hf:~/set", "hf:$SETS/set"):
+        data_sets.run(f'sources = [{{ path = "{path}", config = "one", split = "train" }}]')
+        assert sorted(data_sets.texts() + data_sets.texts("validation")) == sorted(TEXTS[:15])
+
+
 def test_sources_for_validation_are_all_of_it(job: Job) -> None:
     _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
     _write_jsonl(job.folder / "b.jsonl", [{"text": text} for text in [*TEXTS[:5], "one more of them, quite new"]])
@@ -567,7 +840,7 @@ def test_a_file_that_cannot_be_used_is_told_and_may_be_skipped(job: Job, kind: s
 def test_a_table_of_another_schema_is_told_with_its_columns(job: Job) -> None:
     _write_parquet(job.folder)
     assert job.fails('sources = ["a.parquet"]\nformat = "text"\ntext_key = "body"') == (
-        'a.parquet: has no column "body"; its columns: text, id. Name one in text_key.'
+        f'a.parquet: has no column "body"; its columns: text, id. Name one in text_key, {SKIP}'
     )
 
 
@@ -597,12 +870,13 @@ def test_marks_of_byte_order_and_ends_of_lines_are_no_fault(job: Job) -> None:
     [
         (
             'sources = ["short.txt"]',
-            "pretokenize.sources: the train documents have 4 tokens, one row of pretokenize.context_length = 16 needs "
-            "17. Add text, or lower the context length.",
+            "pretokenize.sources: the train documents have 2 tokens beside the end that is held out, one row of "
+            "pretokenize.context_length = 16 needs 17. Add text, or lower the context length.",
         ),
         (
             'sources = ["blank.txt"]',
-            "pretokenize.sources: hold no text. Name a file, a folder or a glob with text in it.",
+            "pretokenize.sources: no document is left to train on: 1 document is blank. "
+            "Name a file, a folder or a glob with text in it.",
         ),
     ],
 )
@@ -610,6 +884,180 @@ def test_a_corpus_that_is_too_short_is_told(job: Job, settings: str, said: str) 
     (job.folder / "short.txt").write_text("a b c")
     (job.folder / "blank.txt").write_text(" \n")
     assert job.fails(settings) == said
+
+
+def _write_masked(folder: Path, count: int, *, template: str = "") -> None:
+    """Write conversations, and a template that leaves answers out, all of them or those to a question of zero."""
+    leave_out = "m.role == 'user'" + template
+    (folder / "own.jinja").write_text(
+        f"{{% for m in messages %}}{{% if {leave_out} %}}{{{{ m.content }}}} {{% endif %}}{{% endfor %}}"
+    )
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i % 4} and {i}?"},
+                {"role": "assistant", "content": f"{i} it is."},
+            ]
+        }
+        for i in range(count)
+    ]
+    _write_jsonl(folder / "a.jsonl", records)
+
+
+def test_conversations_without_a_token_to_train_on_are_left_out_and_counted(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_masked(job.folder, 40, template=" or not messages[0].content.startswith('0')")
+    report = job.run('sources = ["a.jsonl"]\nchat_template = "own.jinja"\nholdout = 0.2')
+    assert (report["masked_documents"], report["sources"][0]["masked_documents"]) == (10, 10)
+    assert report["train"]["documents"] + report["validation"]["documents"] == 30
+    assert "left out: 10 documents without a token to learn" in capsys.readouterr().err
+
+
+NOTHING_LEFT = "pretokenize.sources: no document is left to train on: "
+NAME_TEXT = "Name a file, a folder or a glob with text in it."
+
+
+def _bad_lines(folder: Path) -> None:
+    (folder / "a.jsonl").write_text("[1]\n" * 40)
+
+
+def _only_a_test(folder: Path) -> None:
+    _write_container(folder / "d/test.jsonl", TEXTS)
+
+
+def _binary(folder: Path) -> None:
+    _write_container(folder / "d/x", [])
+    (folder / "d/x").write_bytes(b"\x7fELF\0\1\2" * 5)
+    (folder / "d/empty.txt").touch()
+
+
+def _measured(folder: Path) -> None:
+    _write_container(folder / "d/train.jsonl", TEXTS)
+    _write_container(folder / "d/valid.jsonl", TEXTS)
+
+
+NOTHING: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "masked": (
+        lambda folder: _write_masked(folder, 20),
+        'sources = ["a.jsonl"]\nchat_template = "own.jinja"',
+        f"{NOTHING_LEFT}20 documents are without a token to train on. "
+        'Mend the chat template, which leaves the answers out, or set pretokenize.train_on = "all".',
+    ),
+    "skipped": (
+        _bad_lines,
+        'sources = ["a.jsonl"]\non_bad_record = "skip"\nmax_bad_records = 1.0',
+        f"{NOTHING_LEFT}40 records are skipped, the first: a.jsonl:1: expected an object. Fix the record. Mend them.",
+    ),
+    "kept out by name": (
+        _only_a_test,
+        'sources = ["d"]',
+        f"{NOTHING_LEFT}40 documents are on the test side (d/test.jsonl). "
+        "Name the file itself, or the split of a data set, to train on it.",
+    ),
+    "binary": (
+        _binary,
+        'sources = ["d"]',
+        f"{NOTHING_LEFT}1 file is binary, with NUL bytes (d/x); 1 file is empty (d/empty.txt). {NAME_TEXT}",
+    ),
+    "measured": (
+        _measured,
+        'sources = ["d"]',
+        f"{NOTHING_LEFT}40 documents are equal to others; 40 documents are on the validation side (d/valid.jsonl). "
+        "Name the file itself, or the split of a data set, to train on it.",
+    ),
+    "duplicates": (
+        lambda folder: _write_jsonl(folder / "a.jsonl", [{"text": "a b c d"}] * 20),
+        'sources = ["a.jsonl"]',
+        "pretokenize.sources: the train documents have 3 tokens beside the end that is held out (19 documents are "
+        "equal to others), one row of pretokenize.context_length = 16 needs 17. Add text, or lower the context length.",
+    ),
+    "cut short": (
+        lambda folder: _write_jsonl(
+            folder / "a.jsonl", [{"prompt": f"{i} " * 40, "completion": f"{i} it is"} for i in range(20)]
+        ),
+        'sources = ["a.jsonl"]\non_long = "truncate"',
+        "pretokenize.sources: no row of the train documents holds a token to train on: 19 of 19 conversations are "
+        'longer than the 17 tokens of a row, and pretokenize.on_long = "truncate" leaves their answers out. '
+        'Raise pretokenize.context_length, or set pretokenize.on_long = "split".',
+    ),
+    "dropped": (
+        lambda folder: _write_jsonl(
+            folder / "a.jsonl", [{"prompt": f"{i} " * 40, "completion": f"{i} it is"} for i in range(20)]
+        ),
+        'sources = ["a.jsonl"]\non_long = "drop"',
+        "pretokenize.sources: no row of the train documents holds a token to train on: 19 of 19 conversations are "
+        'longer than the 17 tokens of a row, and pretokenize.on_long = "drop" leaves them out. '
+        'Raise pretokenize.context_length, or set pretokenize.on_long = "split".',
+    ),
+    "UTF-16": (
+        lambda folder: (folder / "a.txt").write_bytes("a text of some words".encode("utf-16")),
+        'sources = ["*.txt"]',
+        f"a.txt: is UTF-16, not UTF-8. Save the file as UTF-8, {SKIP}",
+    ),
+    "validation": (
+        lambda folder: (_write_jsonl_of_texts(folder), (folder / "v.txt").write_text(" \n")),
+        'sources = ["a.jsonl"]\nvalidation_sources = ["v.txt"]',
+        "pretokenize.validation_sources: no document is left to validate on: 1 document is blank. " + NAME_TEXT,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_where_no_text_is_left_the_real_cause_is_told(job: Job, kind: str) -> None:
+    write, settings, said = NOTHING[kind]
+    write(job.folder)
+    assert job.fails(settings) == said
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "said"),
+    [
+        (("d/a.pdf", "d/.hidden"), "d", "is a folder without text (1 hidden, 1 binary by suffix)"),
+        (("d/a.txt",), "d", "all its files are empty"),
+        (("d/a.txt",), "d/a.txt", "is empty"),
+        (("d/a.txt",), "$NO_SUCH/a.txt", "names no file ($NO_SUCH is not set)"),
+    ],
+)
+def test_a_source_without_a_file_to_read_is_told_why(job: Job, files: tuple[str, ...], source: str, said: str) -> None:
+    (job.folder / "d").mkdir()
+    for name in files:
+        (job.folder / name).touch()
+    job.configure(f'sources = ["{source}"]')
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(job.folder / "workflow.toml")
+    line = str(caught.value).partition("workflow.toml: ")[2]
+    assert line == f'pretokenize.sources = "{source}": {said}. {NAME_TEXT}'
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (
+            'path = "a.jsonl", split = "train"',
+            'split = "train": is for a data set, and path names none. Write path = "hf:...".',
+        ),
+        (
+            'path = "a.jsonl", config = "en"',
+            'config = "en": is for a data set, and path names none. Write path = "hf:...".',
+        ),
+        (
+            'path = "hf:owner/name", split = "train[9:3]"',
+            'split = "train[9:3]": train[9:3] is empty. Change it or remove the key.',
+        ),
+        (
+            'path = "hf:owner/name", split = "train[:1"',
+            'split = "train[:1": expected splits such as "train", "train[:1%]" or "train[10:20]+validation". '
+            "Change it or remove the key.",
+        ),
+    ],
+)
+def test_a_part_that_no_data_set_can_have_is_found_by_the_check(job: Job, entry: str, said: str) -> None:
+    _write_jsonl_of_texts(job.folder)
+    job.configure(f"sources = [{{ {entry} }}]")
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(job.folder / "workflow.toml")
+    assert str(caught.value).partition("workflow.toml: ")[2] == f"pretokenize.sources[0].{said}"
 
 
 def test_conversations_without_a_template_are_told(job: Job) -> None:

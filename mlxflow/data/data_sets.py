@@ -1,0 +1,127 @@
+"""Data sets of the `datasets` library: on the hub, saved to a folder, or a folder of plain files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxflow.config import toml_value
+from mlxflow.data.records import Record
+from mlxflow.data.slices import parse_slices
+from mlxflow.errors import SourceError
+
+# Rows that are tokenized and kept as one shard
+_ROWS_PER_PART = 20_000
+_ROWS_PER_READ = 1000
+
+
+class Part(NamedTuple):
+    """Some rows of a split, of which one shard is made.
+
+    Attributes:
+        split: its name.
+        begin: the first row.
+        end: one past the last.
+        rows: the whole split, a `datasets.Dataset`.
+    """
+
+    split: str
+    begin: int
+    end: int
+    rows: Any
+
+    def read(self) -> Iterator[list[Record]]:
+        """Yield the rows as records, numbered from 1 as the split numbers them."""
+        for first in range(self.begin, self.end, _ROWS_PER_READ):
+            columns = self.rows[first : min(first + _ROWS_PER_READ, self.end)]
+            names = list(columns)
+            yield [
+                Record(first + i + 1, dict(zip(names, values, strict=True)))
+                for i, values in enumerate(zip(*columns.values(), strict=True))
+            ]
+
+
+def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Part]:
+    """Yield the parts of a data set, in the order in which they are asked for.
+
+    Args:
+        splits: by name.
+        split: the rows that are wanted, such as `train[:1%]+validation`; empty for all.
+        key: the entry's key, for messages.
+
+    Raises:
+        SourceError: there is no such split, or no such row in it.
+    """
+    wanted = [(name, 0, len(rows)) for name, rows in splits.items()] if not split else []
+    for one in parse_slices(split) if split else []:
+        if one.split not in splits:
+            known = ", ".join(splits)
+            raise SourceError(
+                f"{key}.split = {toml_value(split)}: has no split {toml_value(one.split)}. Known: {known}."
+            )
+        try:
+            wanted.append((one.split, *one.bounds(len(splits[one.split]))))
+        except ValueError as error:
+            raise SourceError(f"{key}.split = {toml_value(split)}: {error}. Name rows that are there.") from error
+    for name, begin, end in wanted:
+        while begin < end:  # parts end at the same rows whatever is asked for, so that shards are used again
+            until = min(end, begin - begin % _ROWS_PER_PART + _ROWS_PER_PART)
+            yield Part(name, begin, until, splits[name])
+            begin = until
+
+
+def load(source: str, folder: Path | None, *, config: str, key: str) -> dict[str, Any]:
+    """Return the splits of a data set by name.
+
+    Args:
+        source: as written, for messages.
+        folder: where it lies; None for a data set of the hub.
+        config: the name of a configuration; empty for the only one.
+        key: the entry's key, for messages.
+
+    Raises:
+        SourceError: it cannot be loaded, or has not this configuration, or several and none was named.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise SourceError(f"{source}: needs datasets. Run: pip install 'mlxflow[hf]'") from error
+    name, _, revision = source.partition(":")[2].partition("@")
+    try:
+        if folder is not None and any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
+            if config:
+                raise SourceError(_no_config(key, config, []))
+            loaded = datasets.load_from_disk(str(folder))
+        elif folder is not None:
+            loaded = datasets.load_dataset(str(folder), config or None)
+        else:
+            loaded = datasets.load_dataset(name, config or None, revision=revision or None)
+    except SourceError:
+        raise
+    except Exception as error:  # of many kinds: no such data set, no network, a file of another form
+        known = _configurations(str(folder) if folder else name, revision)
+        if config and known and config not in known:
+            raise SourceError(_no_config(key, config, known)) from error
+        if not config and len(known) > 1:
+            listed = ", ".join(known)
+            table = f"{{ path = {toml_value(source)}, config = {toml_value(known[0])} }}"
+            raise SourceError(f"{source}: has the configurations {listed}. Name one: {table}.") from error
+        said = " ".join(str(error).split())[:200]
+        raise SourceError(f"{source}: cannot be loaded ({said}). Name a folder, or fetch it first.") from error
+    if isinstance(loaded, dict):
+        return {str(split): rows for split, rows in loaded.items()}
+    return {str(loaded.split or "train"): loaded}
+
+
+def _no_config(key: str, config: str, known: Sequence[str]) -> str:
+    advice = f"Known: {', '.join(known)}." if known else "Remove the key."
+    return f"{key}.config = {toml_value(config)}: has no such configuration. {advice}"
+
+
+def _configurations(name: str, revision: str) -> list[str]:
+    """Return the names of a data set's configurations, none where they cannot be looked up."""
+    import datasets
+
+    try:
+        return [str(one) for one in datasets.get_dataset_config_names(name, revision=revision or None)]
+    except Exception:  # of many kinds, and what went wrong at first says more
+        return []

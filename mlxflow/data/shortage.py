@@ -1,0 +1,115 @@
+"""Why there is no document on a side of a corpus, or too little in its rows."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from mlxflow.data.accounts import Contents, count_of, list_some
+from mlxflow.data.corpus import problems_of
+from mlxflow.data.packer import Counts
+from mlxflow.data.selection import DUPLICATE, TEST, TRAIN, VALIDATION
+from mlxflow.errors import SourceError
+
+_ACT = {"train": "train on", "validation": "validate on"}
+
+
+def require_documents(contents: Contents, side: Literal["train", "validation"]) -> None:
+    """Refuse a corpus without a document on a side.
+
+    Raises:
+        SourceError: there is none; the message says what became of those there were.
+    """
+    number = TRAIN if side == "train" or contents.held_out else VALIDATION
+    if contents.count(number):
+        return
+    facts = list(_facts(contents, side))
+    key = "sources" if side == "train" else "validation_sources"
+    raise SourceError(
+        f"pretokenize.{key}: no document is left to {_ACT[side]}: {'; '.join(facts)}. {_advise(contents, side)}"
+    )
+
+
+def _advise(contents: Contents, side: str) -> str:
+    """Return what to do about a side without documents."""
+    if any(shard.masked for shard in contents.shards):
+        return 'Mend the chat template, which leaves the answers out, or set pretokenize.train_on = "all".'
+    if side == "train" and (contents.names("test") or contents.names("validation")):
+        return "Name the file itself, or the split of a data set, to train on it."
+    if any(shard.num_bad for shard in contents.shards):
+        return "Mend them."
+    return "Name a file, a folder or a glob with text in it."
+
+
+def require_rows(contents: Contents, side: str, counts: Counts, *, context_length: int, on_long: str) -> None:
+    """Refuse rows that are too few, or in which there is nothing to learn or to measure.
+
+    Args:
+        contents: the corpus.
+        side: "train" or "validation".
+        counts: what became of its documents.
+        context_length: positions that the model sees.
+        on_long: what becomes of conversations longer than a row.
+
+    Raises:
+        SourceError: the message says why.
+    """
+    wanted = context_length + 1 if side == "train" else 2
+    if counts.targets and counts.tokens >= wanted:
+        return
+    lost = counts.truncated + counts.dropped
+    if counts.documents and not counts.targets and lost:
+        raise SourceError(
+            f"pretokenize.sources: no row of the {side} documents holds a token to train on: {lost:,} of "
+            f"{counts.documents:,} conversations are longer than the {context_length + 1:,} tokens of a row, and "
+            f'pretokenize.on_long = "{on_long}" leaves {"them" if counts.dropped else "their answers"} out. '
+            'Raise pretokenize.context_length, or set pretokenize.on_long = "split".'
+        )
+    facts = [fact for fact in _facts(contents, side) if contents.count(DUPLICATE)]
+    more = f" ({'; '.join(facts)})" if facts else ""
+    if side == "validation":
+        what = "the end of the only document is too short to be held out" if contents.held_out else ""
+        raise SourceError(
+            f"pretokenize.sources: {what or f'the validation documents have {counts.tokens:,} tokens, 2 are needed'}"
+            f"{more}. Add text, or name documents in pretokenize.validation_sources."
+        )
+    raise SourceError(
+        f"pretokenize.sources: the train documents have {counts.tokens:,} tokens"
+        f"{' beside the end that is held out' if contents.held_out else ''}{more}, one row of "
+        f"pretokenize.context_length = {context_length} needs {wanted:,}. Add text, or lower the context length."
+    )
+
+
+def _facts(contents: Contents, side: str) -> Iterator[str]:
+    """Yield what became of the documents, records and files that are on neither side."""
+    asked = {
+        file.source
+        for file in contents.files
+        if side == "train" or contents.settings[file.source].is_validation or not _has_validation_sources(contents)
+    }
+    pairs = [(file, shard) for file, shard in zip(contents.files, contents.shards, strict=True) if file.source in asked]
+    if count := contents.count(DUPLICATE):
+        yield f"{_are(count, 'document')} equal to others"
+    if side == "train":
+        for number, name in ((TEST, "test"), (VALIDATION, "validation")):
+            if count := contents.count(number):
+                where = f" ({list_some(names)})" if (names := contents.names(name)) else ""
+                yield f"{_are(count, 'document')} on the {name} side{where}"
+    bad = [line for file, shard in pairs for line in problems_of(file, shard)]
+    if bad:
+        count = sum(shard.num_bad for _, shard in pairs)
+        yield f"{_are(count, 'record')} skipped, the first: {bad[0]}"
+    if count := sum(shard.masked for _, shard in pairs):
+        yield f"{_are(count, 'document')} without a token to train on"
+    if count := sum(shard.blank for _, shard in pairs):
+        yield f"{_are(count, 'document')} blank"
+    if names := [file.name for file, shard in pairs if shard.is_binary and not problems_of(file, shard)]:
+        yield f"{_are(len(names), 'file')} binary, with NUL bytes ({list_some(names)})"
+    if names := [file.name for file, _ in pairs if file.size == 0 and file.read is None]:
+        yield f"{_are(len(names), 'file')} empty ({list_some(names)})"
+
+
+def _are(count: int, noun: str) -> str:
+    return f"{count_of(count, noun)} {'is' if count == 1 else 'are'}"
+
+
+def _has_validation_sources(contents: Contents) -> bool:
+    return any(entry.is_validation for entry in contents.settings)

@@ -1,0 +1,76 @@
+"""Parts of a data set as the `datasets` library writes them: `train`, `train[:1%]`, `train[10:20]+validation`.
+
+Imported when a workflow is read, so it imports nothing heavy.
+"""
+
+import re
+from typing import NamedTuple
+
+_PART = re.compile(r"(?P<split>\w+(?:[.-]\w+)*)(?:\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?", re.ASCII)
+_MOST_ROWS = 10**12
+
+
+class Slice(NamedTuple):
+    """Some rows of a split.
+
+    Attributes:
+        split: its name.
+        begin: the first row, counted from the end where it is negative; None for the first of all.
+        end: one past the last, likewise.
+        is_percent: whether both are percentages of the split's rows.
+    """
+
+    split: str
+    begin: int | None
+    end: int | None
+    is_percent: bool
+
+    def bounds(self, num_rows: int) -> tuple[int, int]:
+        """Return the first row and one past the last of a split with a number of rows.
+
+        Raises:
+            ValueError: they lie beyond the split, or there is no row between them; the text is for people.
+        """
+        asked = [self._row(one, num_rows) for one in (self.begin, self.end)]
+        if any(one is not None and abs(one) > num_rows for one in asked):
+            raise ValueError(f"{self.split} has {num_rows:,} rows")
+        begin, end = (one + num_rows if one is not None and one < 0 else one for one in asked)
+        begin, end = begin or 0, num_rows if end is None else end
+        if begin >= end:
+            raise ValueError(f"no row is left of the {num_rows:,} of {self.split}")
+        return begin, end
+
+    def _row(self, bound: int | None, num_rows: int) -> int | None:
+        return round(bound * num_rows / 100) if bound is not None and self.is_percent else bound
+
+
+def parse_slices(text: str) -> list[Slice]:
+    """Return the parts that a text such as `train[:1%]+validation` names.
+
+    Raises:
+        ValueError: it names none, or one without a row whatever the split holds; the text is for people.
+    """
+    return [_parse(part.strip()) for part in text.split("+")]
+
+
+def _parse(text: str) -> Slice:
+    match = _PART.fullmatch(text)
+    if not match:
+        raise ValueError('expected splits such as "train", "train[:1%]" or "train[10:20]+validation"')
+    bounds = [match["begin"], match["end"]]
+    units = {bound.endswith("%") for bound in bounds if bound}
+    if len(units) == 2:
+        raise ValueError(f"{text} mixes rows and percentages")
+    is_percent = True in units
+    begin, end = (int(bound.rstrip("%")) if bound else None for bound in bounds)
+    most = 100 if is_percent else _MOST_ROWS
+    if any(bound is not None and abs(bound) > most for bound in (begin, end)):
+        raise ValueError(f"{text} goes beyond {'100%' if is_percent else 'any split'}")
+    have_order = begin is None or end is None or (begin < 0) == (end < 0)
+    if (
+        end == 0
+        or (is_percent and begin == 100)
+        or (have_order and begin is not None and end is not None and begin >= end)
+    ):
+        raise ValueError(f"{text} is empty")
+    return Slice(match["split"], begin, end, is_percent)
