@@ -140,5 +140,7 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError):
             return "which cannot be read"
         keys = [key for key in {**theirs, **self._settings} if theirs.get(key) != self._settings.get(key)]
+        if not keys:
+            return "made by another version of the stage"
         told = [f"{key}: {theirs.get(key)} -> {self._settings.get(key)}" for key in keys[:3]]
         return ", ".join(told) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -29,7 +29,7 @@ from tests.journey import facts, pretrained
 pytestmark = pytest.mark.journey
 
 VARIANTS = ("lora", "dora", "full", "qlora")
-NUM_STEPS = 16
+NUM_STEPS = 20
 
 WORKFLOW = """
 [workflow]
@@ -58,6 +58,7 @@ log_every = 1
 weight_decay = 0.0
 max_grad_norm = 0
 betas = [0.9, 0.999]
+lora = { scale = 2.0 }
 """
 
 REST = """

@@ -312,6 +312,17 @@ def test_a_checkpoint_of_another_configuration_is_told_by_name_and_left_alone(tm
     ]
 
 
+def test_a_checkpoint_with_equal_settings_in_another_folder_is_of_another_version(tmp_path: Path) -> None:
+    _run(store=_store(tmp_path), save_every=4)
+    said: list[str] = []
+    other = CheckpointStore(tmp_path / "other", keep=2, settings={"train.num_steps": 6}, say=said.append)
+    assert other.latest() is None
+    assert said == [
+        f"{tmp_path / 'own' / 'step-000004'}: a checkpoint of another configuration "
+        "(made by another version of the stage); it is left alone and training begins anew."
+    ]
+
+
 def test_a_disk_that_is_full_while_saving_ends_training_and_keeps_what_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
