@@ -78,6 +78,12 @@ class Disk:
         return paths.expand(name)
 
     @_question
+    def spelling(self, name: str) -> list[str] | None:
+        """Return how the leading part of a path is expanded and written; see `mlxflow.paths.spelling`."""
+        leading = paths.spelling(name)
+        return list(leading) if leading else None
+
+    @_question
     def unset_variables(self, name: str) -> list[str]:
         """Return the environment variables that a path names and that are not set."""
         return paths.unset_variables(name)

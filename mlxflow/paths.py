@@ -6,6 +6,7 @@ may lead out of that folder. Only what a user wrote is expanded, never a name th
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})", re.ASCII)
@@ -32,6 +33,42 @@ def unset_variables(name: str) -> list[str]:
     return [f"${one}" for one in names if one not in os.environ]
 
 
+def spelling(name: str) -> tuple[str, str] | None:
+    """Return the leading part of a path up to the last thing in it that is expanded: expanded, and as written.
+
+    Args:
+        name: as written in the workflow file.
+
+    Returns:
+        None where nothing in it is expanded.
+    """
+    parts = name.split("/")
+    while parts and expand("/".join(parts)) == expand("/".join(parts[:-1])) + f"/{parts[-1]}":
+        parts.pop()
+    written = "/".join(parts)
+    place = expand(written)
+    return (Path(place).as_posix(), written) if place not in ("", written) else None
+
+
+def record_name(name: str, spellings: Mapping[str, str]) -> str:
+    r"""Return the name under which an input is recorded: the same on every machine, and valid UTF-8.
+
+    Args:
+        name: of the file, expanded.
+        spellings: leading parts of names, expanded, and what was written for each; see `spelling`.
+
+    Returns:
+        the name as a user would write it. Bytes that are no UTF-8 are written as `\xff`, and a backslash as two.
+    """
+    for place in sorted(spellings, key=len, reverse=True):
+        if name == place or name.startswith(f"{place.rstrip('/')}/"):
+            name = spellings[place] + name[len(place.rstrip("/")) :]
+            break
+    if name.isascii() and "\\" not in name:
+        return name
+    return os.fsencode(name.replace("\\", "\\\\")).decode(errors="backslashreplace")
+
+
 def escape_existing(pattern: str, root: Path) -> str:
     """Return a glob pattern whose leading folders are taken literally as far as they exist under these very names.
 
@@ -54,7 +91,19 @@ def escape_existing(pattern: str, root: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a file's name on one line: what cannot be printed is written as Python would escape it."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in name
-    )
+    """Return a file's name on one line: what cannot be printed is escaped as in Python, bytes that are no UTF-8 too."""
+    return "".join(one if one.isprintable() else _escaped(one) for one in name)
+
+
+def _escaped(character: str) -> str:
+    byte = ord(character) - 0xDC00  # as Python reads bytes of a name that are no UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
+
+
+def is_utf8(path: Path) -> bool:
+    """Return whether a path is valid UTF-8, as libraries in other languages than Python want it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -31,6 +31,9 @@ class References:
         shown: the workflow file's name, for the messages.
         table: the asking stage's table, for the messages.
         lines: where the messages go.
+
+    Attributes:
+        spellings: leading parts of the files' names, expanded, and what was written for each.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class References:
         lines: list[str],
     ) -> None:
         self._disk = disk
+        self.spellings: dict[str, str] = {}
         self._known = known
         self._tables = tables
         self._broken = broken
@@ -132,7 +136,7 @@ class References:
 
     def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
         """Return single files."""
-        places = {name: self._disk.expand(name) for name in names}
+        places = {name: self._expand(name) for name in names}
         for name, place in places.items():
             if not self._disk.is_file(place):
                 self._note_missing(key, name, "names no file", "Name one, relative to the workflow file.")
@@ -173,7 +177,7 @@ class References:
 
     def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:
         """Return the folder that a name leads to; None where it is one of the hub, or nothing, which is noted."""
-        place = self._disk.expand(name)
+        place = self._expand(name)
         if self._disk.is_dir(place):
             return place.rstrip("/") or "/"
         if not _is_hub_id(name, hub_id):
@@ -197,7 +201,7 @@ class References:
 
     def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
         """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
-        place = self._disk.expand(name)
+        place = self._expand(name)
         if not self._disk.is_dir(place):
             return "hub" if _is_hub_id(name) else "unknown"
         quantized = self._disk.is_quantized(place)
@@ -207,11 +211,19 @@ class References:
         """Note a mistake in the stage's table."""
         self._lines.append(word(problem, self._shown, self._table))
 
+    def _expand(self, written: str) -> str:
+        """Return a path as written with everything expanded, and keep how it was written."""
+        place = self._disk.expand(written)
+        if place != written and (leading := self._disk.spelling(written)):
+            self.spellings[leading[0]] = leading[1]
+        return place
+
     def _is_folder(self, written: str) -> bool:
-        return self._disk.is_dir(self._disk.expand(written))
+        return self._disk.is_dir(self._expand(written))
 
     def _files(self, pattern: str, key: str) -> list[Path]:
         try:
+            self._expand(pattern)
             files = self._disk.source(pattern) if pattern else []
             has_text = bool(files) and self._disk.has_text(pattern)
         except OSError as error:

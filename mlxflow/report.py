@@ -95,7 +95,7 @@ def _staleness(workflow: Workflow, one: Stage, cache: DigestCache) -> str:
         return "its settings, its code or MLX changed"
     try:
         read = one.files_read(workflow.root)
-        identities = {path.as_posix(): cache.digests(workflow.root / path).identity for path in read}
+        identities = {name: cache.digests(workflow.root / path).identity for name, path in read.items()}
         identities |= one.corpus_identities(cache)
     except (OSError, ValueError):
         return "an input is missing or damaged"

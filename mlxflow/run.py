@@ -126,10 +126,10 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: DigestCache) -> dict
     """
     identities: dict[str, str] = {}
     lines: list[str] = []
-    for name in one.files_read(workflow.root):
+    for record_name, name in one.files_read(workflow.root).items():
         path = workflow.root / name
         try:
-            identities[name.as_posix()] = cache.digests(path).identity
+            identities[record_name] = cache.digests(path).identity
         except FileNotFoundError:
             gone = path if path.parent.is_dir() else path.parent
             lines.append(f"{shown_path(gone)}: missing{_word_maker(workflow, name)}")

@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow import device, model_files, stage
+from mlxflow import device, model_files, paths, stage
 from mlxflow.config import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
 from mlxflow.disk import Disk
 from mlxflow.errors import CallError, WorkflowError
 from mlxflow.identity import DigestCache
-from mlxflow.paths import printable
 from mlxflow.references import References
 from mlxflow.stage import Corpus, StageModule
 from mlxflow.variants import expand_matrix
@@ -82,6 +81,7 @@ class Stage:
         table: the table's key in the file, such as `train` or `quantize[0]`.
         config: the resolved table.
         inputs: what it reads; paths relative to the workflow's folder.
+        spellings: see `mlxflow.paths.record_name`.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Stage:
         self.config = config
         self._workflow = workflow
         self.inputs: msgspec.Struct = module.Inputs()
+        self.spellings: dict[str, str] = {}
 
     @cached_property
     def name(self) -> str:
@@ -135,14 +136,14 @@ class Stage:
         """Every artifact folder of which what lies beside the model is read, too."""
         return list(dict.fromkeys(stage.folders_of(self.inputs)))
 
-    def files_read(self, root: Path) -> list[Path]:
-        """Return every file the stage reads as of now, relative to the workflow's folder, each once.
+    def files_read(self, root: Path) -> dict[str, Path]:
+        """Return every file the stage reads as of now, relative to the workflow's folder, by the name to record.
 
         Args:
             root: the workflow's folder.
         """
         beside = (folder / name for folder in self.folders for name in model_files.beside(root / folder))
-        return list(dict.fromkeys([*self.input_files, *beside]))
+        return {paths.record_name(path.as_posix(), self.spellings): path for path in (*self.input_files, *beside)}
 
     @cached_property
     def corpora(self) -> list[Corpus]:
@@ -251,9 +252,15 @@ def load_workflow(path: Path, disk: Disk | None = None) -> Workflow:
         disk: answers what is asked of the other files; None for those that are there now.
 
     Raises:
-        WorkflowError: the file is missing, no valid TOML or has mistakes: one line for each of them.
+        WorkflowError: the file is missing, no valid TOML, in a folder that cannot be used, or has mistakes: one line
+            for each of them.
     """
     shown = shown_path(path)
+    if not paths.is_utf8(path):
+        raise WorkflowError(
+            f"{shown}: its folder's name is not UTF-8, which MLX cannot open. Rename the folder, "
+            "or call this from inside."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -274,7 +281,7 @@ def load_workflow(path: Path, disk: Disk | None = None) -> Workflow:
 def shown_path(path: Path) -> str:
     """Return a path as a user would write it, on one line."""
     relative = os.path.relpath(path)
-    return printable(str(path) if relative.startswith("..") else relative)
+    return paths.printable(str(path) if relative.startswith("..") else relative)
 
 
 def _word_toml_error(shown: str, message: str, last_line: int) -> str:
@@ -372,6 +379,7 @@ class _Loader:
             asked = References(workflow.disk, known, tables, broken, left_out, self.shown, one.table, lines)
             one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, asked)
             one.inputs = one.module.Inputs.of(one.config, asked)
+            one.spellings = asked.spellings
             default = one.module.Config()
             asked.check_makers(
                 one.input_files,

@@ -8,7 +8,7 @@ from mlxflow import model_files
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device import environment
 from mlxflow.identity import DigestCache
-from mlxflow.paths import printable
+from mlxflow.paths import printable, record_name
 from tasks.node import Node
 from tasks.outputs import damaged_outputs
 
@@ -20,13 +20,14 @@ def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
         OSError: one is missing.
         ValueError: a safetensors file is damaged.
     """
-    return {name: cache.digests(node.path(name)).identity for name in files_read(node)} | observe_corpora(node, cache)
+    read = files_read(node)
+    return {name: cache.digests(path).identity for name, path in read.items()} | observe_corpora(node, cache)
 
 
-def files_read(node: Node) -> list[str]:
-    """Return the name of every file that a stage reads as of now."""
+def files_read(node: Node) -> dict[str, str]:
+    """Return where every file lies that a stage reads as of now, by the name under which it is recorded."""
     beside = (f"{folder}/{name}" for folder in node.beside for name in model_files.beside(Path(node.path(folder))))
-    return list(dict.fromkeys([*node.inputs, *beside]))
+    return {record_name(name, node.spellings): node.path(name) for name in (*node.inputs, *beside)}
 
 
 def observe_corpora(node: Node, cache: DigestCache) -> dict[str, str]:
@@ -65,21 +66,21 @@ def _changed_inputs(
 ) -> Iterator[str]:
     left_out = tuple(f"{folder}/" for folder in leave_out)
     now: dict[str, str | None] = dict(observe_corpora(node, cache))
-    for name in files_read(node):
+    for name, path in files_read(node).items():
         if name.startswith(left_out):
             continue
         try:
-            now[name] = cache.digests(node.path(name)).identity
+            now[name] = cache.digests(path).identity
         except (OSError, ValueError):
             now[name] = None
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
-        shown = name if name.startswith("artifacts/") else f"source {printable(name)}"
+        shown = printable(name if name.startswith("artifacts/") else f"source {name}")
         if name not in now:
             yield f"{shown} is gone"
         elif name not in before:
             yield f"{shown} is new"
         elif now[name] is None:
-            yield f"{name} is missing or damaged"
+            yield f"{printable(name)} is missing or damaged"
         elif now[name] != before[name]:
             yield f"{shown} changed"
 

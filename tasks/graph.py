@@ -86,7 +86,7 @@ def _recall(remembered: Path, key: str | None, path: Path) -> list[Node] | None:
 
 
 def _command(task: str, path: Path) -> tuple[str, ...]:
-    return (sys.executable, "-m", "mlxflow", "run", task, "--workflow", str(path))
+    return (sys.executable, "-m", "mlxflow", "run", task, f"--workflow={path}")
 
 
 def _remember(remembered: Path, basis: dict[str, Any], nodes: list[Node]) -> None:
@@ -134,6 +134,7 @@ def _resolve(path: Path) -> tuple[list[Node], list[disk.Lookup]]:
             settings=one.settings(),
             command=_command(one.task, path),
             beside=tuple(folder.as_posix() for folder in one.folders),
+            spellings=one.spellings,
             corpora=tuple(corpus.name for corpus in one.corpora),
             bound_device=one.bound_device,
             device=workflow.settings.device,

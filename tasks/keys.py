@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mlxflow.identity import DigestCache, digest_json
+from mlxflow.paths import record_name
 from tasks.freshness import observe_corpora, observe_settings
 from tasks.node import Node
 
@@ -21,5 +22,6 @@ def cache_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:
     inputs: dict[str, str] = observe_corpora(node, cache)
     for name in node.inputs:
         maker = makers.get(name)
-        inputs[name] = cache_key(maker, nodes, cache) if maker else cache.digests(node.path(name)).identity
+        key = record_name(name, node.spellings)
+        inputs[key] = cache_key(maker, nodes, cache) if maker else cache.digests(node.path(name)).identity
     return digest_json([node.task, observe_settings(node), inputs])

@@ -21,6 +21,7 @@ class Node:
         command: the process that runs the stage.
         corpora: names of built-in corpora read.
         beside: artifact folders of which what lies beside the model is read, too.
+        spellings: how the names of inputs are recorded; see `mlxflow.paths.record_name`.
         bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
         device: the workflow's `device`.
         uses_device: whether the stage computes on the device.
@@ -37,6 +38,7 @@ class Node:
     command: tuple[str, ...]
     corpora: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    spellings: dict[str, str] = field(default_factory=dict)
     bound_device: str | None = None
     device: str = "auto"
     uses_device: bool = True

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.paths import escape_existing, expand, locate, printable, unset_variables
+from mlxflow.paths import escape_existing, expand, locate, printable, record_name, spelling, unset_variables
 
 
 def test_home_and_variables_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,4 +50,43 @@ def test_folders_that_do_not_exist_stay_patterns(tmp_path: Path) -> None:
 
 
 def test_a_printed_name_is_one_line() -> None:
-    assert printable("a\nb\tc\udcffé 字") == "a\\nb\\tc\\udcffé 字"
+    assert printable("a\nb\tc\udcffé 字") == "a\\nb\\tc\\xffé 字"
+
+
+@pytest.mark.parametrize(
+    ("name", "leading"),
+    [
+        ("~/base", ("/home/one", "~")),
+        ("$DATA/texts/*.txt", ("/data", "$DATA")),
+        ("$DATA", ("/data", "$DATA")),
+        ("sub/${X}y/z", ("sub/xy", "sub/${X}y")),
+        ("$DATA/a/$X", ("/data/a/x", "$DATA/a/$X")),
+        ("plain/name", None),
+        ("$NO_SUCH/x", None),
+        ("$EMPTY/x", None),
+    ],
+)
+def test_the_leading_part_that_is_expanded_is_found(
+    name: str, leading: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {"HOME": "/home/one", "DATA": "/data/", "X": "x", "EMPTY": ""}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    assert spelling(name) == leading
+
+
+def test_an_input_is_recorded_as_it_was_written() -> None:
+    spellings = {"/data": "$DATA", "/data/deep": "$DEEP", "/home/one": "~"}
+    assert record_name("/data/a.txt", spellings) == "$DATA/a.txt"
+    assert record_name("/data/deep/a.txt", spellings) == "$DEEP/a.txt"
+    assert record_name("/data", spellings) == "$DATA"
+    assert record_name("/database/a.txt", spellings) == "/database/a.txt"
+    assert record_name("notes/a.txt", spellings) == "notes/a.txt"
+    assert record_name("/a.txt", {"/": "$ROOT"}) == "$ROOT/a.txt"
+
+
+def test_recorded_names_are_utf_8_and_differ_where_the_files_do() -> None:
+    names = ["a\udcff", "a\\xff", "a\\\\xff", "aÿ", "a\n", "a\\n", "字"]
+    recorded = [record_name(name, {}) for name in names]
+    assert recorded == ["a\\xff", "a\\\\xff", "a\\\\\\\\xff", "aÿ", "a\n", "a\\\\n", "字"]
+    assert len({name.encode() for name in recorded}) == len(names)

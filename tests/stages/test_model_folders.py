@@ -11,8 +11,12 @@ import pytest
 from mlxflow import model_files, models
 from mlxflow.__main__ import main
 from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.identity import DigestCache
 from mlxflow.run import run_stage
 from mlxflow.workflow import Workflow, load_workflow
+from tasks.freshness import observe_inputs
+from tasks.graph import load_nodes
+from tasks.keys import cache_key
 
 HEAD = """
 [pretokenize]
@@ -27,6 +31,8 @@ learning_rate = 1e-3
 eval_every = 0
 max_validation_rows = 4
 """
+#: What can be looked at without building anything but the tokens.
+BUILT = ("pretokenize", "train", "quantize")
 QUANTIZE = '\n[quantize]\ndata = ""\ngroup_size = 32\n'
 
 #: A llama whose class lies beside its weights; it counts how often it is imported.
@@ -139,6 +145,7 @@ PLACES = {
     "a newline": ("base\nnew", "base\nnew"),
     "a dash": ("-base", "-base"),
     "two dots": ("a..b", "a..b"),
+    "bytes that are no UTF-8": ("../odd\udcff/base", "$ODD/base"),
 }
 
 
@@ -146,13 +153,17 @@ PLACES = {
 def test_a_model_folder_may_lie_anywhere_under_any_name(job: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELS", str(job.parent / "models"))
     monkeypatch.setenv("HOME", str(job.parent / "models"))
+    monkeypatch.setenv("ODD", f"{job.parent}/odd\udcff")
     there, name = PLACES[place]
-    (job / there).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        (job / there).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        pytest.skip(f"this file system has no such names: {error}")
     (job / "base").rename(job / there)
     written = json.dumps(name.format(tmp=job.parent), ensure_ascii=False)
     made = _run(job, "quantize", f"{QUANTIZE}model = {written}\n")
     assert (made / "tokenizer.json").read_bytes() == (job / there / "tokenizer.json").read_bytes()
-    if place in ("absolute outside", "glob characters", "a newline"):
+    if place in ("absolute outside", "glob characters", "a newline", "bytes that are no UTF-8"):
         trained = _run(job, "train", f"model.from = {written}\n")
         models.load(trained)
         assert main(["check", f"--workflow={job}/workflow.toml"]) == 0
@@ -167,6 +178,29 @@ def test_a_project_may_have_any_name(job: Path, name: str, monkeypatch: pytest.M
     for stage in ("train", "quantize"):
         assert main(["run", stage, f"--workflow={workflow}"]) == 0
     models.load(root / "artifacts/quantize")
+
+
+def test_records_are_the_same_wherever_a_variable_leads(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So artifacts and the lock hold on a machine with other folders."""
+    shutil.copytree(job / "notes", job.parent / "one/texts")
+    (job / "base").rename(job.parent / "one/base")
+    text = f'model.from = "$MODELS/base"\n{QUANTIZE}model = "~/base"\n'
+    (job / "workflow.toml").write_text(HEAD.replace('["notes"]', '["$MODELS/texts/*.txt"]') + text)
+    told = []
+    for place in ("one", "another"):
+        if place == "another":
+            (job.parent / "one").rename(job.parent / place)
+        monkeypatch.setenv("MODELS", str(job.parent / place))
+        monkeypatch.setenv("HOME", str(job.parent / place))
+        nodes = load_nodes(job / "workflow.toml", job / "artifacts/.mlxflow")
+        cache = DigestCache(job / "none")
+        keys = {node.task: cache_key(node, nodes, cache) for node in nodes}
+        told.append((keys, {node.task: observe_inputs(node, cache) for node in nodes if node.task in BUILT}))
+    assert told[0] == told[1]
+    assert "$MODELS/texts/03.txt" in told[0][1]["pretokenize"]
+    assert "$MODELS/base/config.json" in told[0][1]["train"]
+    assert "~/base/model.safetensors" in told[0][1]["quantize"]
+    assert load_workflow(job / "workflow.toml").find("train").files_read(job).keys() == told[0][1]["train"].keys()
 
 
 def test_a_variable_that_is_not_set_is_named(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

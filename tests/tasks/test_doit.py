@@ -178,3 +178,40 @@ def test_on_a_terminal_a_stage_draws_its_progress_bar(job: Path) -> None:
     assert "20/20" in text
     assert "tokens/s" in text
     assert "\x1b[" in text
+
+
+def test_a_project_may_have_any_name(job: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    project = job.rename(outside / "-project [v2]\n*")
+    shutil.copy(project / "dodo.py", outside)
+    workflow = f"workflow={project.name}/workflow.toml"
+    assert doit(outside, workflow, "pretokenize").stdout == ".  pretokenize: never built\n"
+    for command, said in (
+        (["pretokenize"], "-- pretokenize"),
+        (["plan", "pretokenize"], "nothing to do: 1 stages are fresh"),
+        (["verify", "pretokenize"], "6 files of 1 stages read, 0 damaged"),
+        (["pack", "pretokenize", "packed.tar"], "pretokenize: 6 files packed into packed.tar"),
+        (["unpack", "packed.tar"], "pretokenize: 6 files unpacked into artifacts/pretokenize"),
+    ):
+        result = doit(outside, workflow, *command)
+        assert (result.returncode, result.stdout, result.stderr) == (0, f"{said}\n", "")
+
+
+def test_a_project_in_a_folder_that_is_no_utf_8_is_refused_from_outside(
+    job: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    try:
+        project = job.rename(outside / os.fsdecode(b"b\xff"))
+    except OSError as error:
+        pytest.skip(f"this file system has no such names: {error}")
+    shutil.copy(project / "dodo.py", outside)
+    result = doit(outside, f"workflow={project.name}/workflow.toml", "pretokenize")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        "",
+        "b\\xff/workflow.toml: its folder's name is not UTF-8, which MLX cannot open. Rename the folder, "
+        "or call this from inside.\n",
+    )
+    assert not (project / "artifacts").exists()
+    assert doit(project, "pretokenize").stdout == ".  pretokenize: never built\n"
