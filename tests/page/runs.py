@@ -124,7 +124,7 @@ def _pretokenize(name: str) -> dict[str, Any]:
     side = {"documents": 713, "tokens": 7904323, "targets": 7439032, "rows": 464966, "real_token_share": 0.999987}
     lengths = {"smallest": 34, "p05": 309, "p50": 5349, "p95": 39428, "largest": 440030}
     source = {"path": name, "documents": 730, "duplicates": 2, "bad_records": 1, "tokens_per_document": lengths}
-    lost = {"cut_documents": 9, "dropped": 3, "truncated": 0}
+    lost = {"cut_documents": 9, "dropped": 3, "truncated": 0, "rows_without_targets": 4}
     return {
         "context_length": 64,
         "train": side | lost,

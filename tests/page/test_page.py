@@ -226,6 +226,13 @@ def test_a_journal_of_nonsense_is_shown_as_far_as_it_can_be_read(root: Path) -> 
     assert "profile left a timeline that holds no readings." in text
 
 
+def test_what_was_kept_out_of_training_is_said(root: Path) -> None:
+    edit(root, "pretokenize", lambda report: report.update(warnings=["kept out of training: d/test.jsonl"]))
+    text = _text(root)
+    assert "kept out of training: d/test.jsonl" in text
+    assert "rows without a token to learn 4" in text
+
+
 def test_a_torn_line_of_the_learning_curve_is_told(root: Path) -> None:
     with (root / "artifacts/train/metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')

@@ -17,6 +17,8 @@ _SOURCE_LOSSES = (
     ("duplicates", "documents that were there before"),
     ("bad_records", "records that could not be read"),
     ("blank_documents", "documents without text"),
+    ("masked_documents", "documents without a token to learn"),
+    ("test_documents", "documents kept out by their names, as a test"),
     ("empty_files", "empty files"),
     ("binary_files", "files that are no text"),
     ("hidden_files", "hidden files"),
@@ -27,6 +29,7 @@ _SIDE_LOSSES = (
     ("needlessly_cut", "of these, cut though a row would have held them"),
     ("truncated", "documents cut short, their ends lost"),
     ("dropped", "documents dropped"),
+    ("rows_without_targets", "rows without a token to learn"),
 )
 
 
@@ -55,6 +58,8 @@ def _of_stage(one: StageRun) -> list[Block]:
     )
     head = ("Part", "Documents", "Tokens", "Learnt from", "Rows", "Real tokens")
     blocks: list[Block] = [Table(f"What {one.task} made", head, list(figures))]
+    warned = one.report.get("warnings")
+    blocks += [Note(shorten(clean(str(line)), 300)) for line in (warned if isinstance(warned, list) else [])]
     blocks += _lengths(one)
     blocks.append(_losses(one.report, sides))
     bad = one.report.get("bad_records")
