@@ -74,6 +74,31 @@ def end_of_text(config: Mapping[str, Any]) -> set[int]:
     return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
+def with_ends(config: Mapping[str, Any], ids: Iterable[int]) -> dict[str, Any]:
+    """Return a config, or defaults of generation, by which some ids end a text beside those that do already.
+
+    Args:
+        config: the table.
+        ids: tokens that the model learned to end with.
+    """
+    ends = sorted(end_of_text(config) | set(ids))
+    return {**config, "eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else dict(config)
+
+
+def write_generation(folder: Path, ends: Iterable[int]) -> None:
+    """Make a model folder's defaults of generation end a text at some ids; where it has none, they are made.
+
+    Raises:
+        ArtifactError: they are no JSON.
+    """
+    path = folder / "generation_config.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not valid JSON ({error}). Fix the file.") from error
+    write(path, with_ends(said, ends))
+
+
 def dtype(config: Mapping[str, Any]) -> str | None:
     """Return the type of the weights as mlx-lm's converter reads it, such as "bfloat16"; None where it finds none."""
     said = config.get("torch_dtype") or config.get("text_config", {}).get("dtype")

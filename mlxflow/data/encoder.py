@@ -199,17 +199,10 @@ class TokenSpans:
             ids: (T,) its tokens.
             spans: (begin, end) of characters, in order.
         """
-        found = np.zeros(len(ids), np.bool_)
         begins, ends, in_bytes = self._bounds(text, ids)
-        for begin, end in spans:
-            if in_bytes:
-                first_byte, end_byte = len(text[:begin].encode()), len(text[:end].encode())
-            else:
-                first_byte, end_byte = begin, end
-            first = int(np.searchsorted(ends, first_byte, side="right"))
-            last = int(np.searchsorted(begins, end_byte, side="left"))
-            found[first:last] = True
-        return found
+        if in_bytes:
+            spans = [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
+        return overlapping(begins, ends, spans)
 
     def _bounds(self, text: str, ids: "NDArray[np.uint32]") -> "tuple[NDArray[np.int64], NDArray[np.int64], bool]":
         """Return where each token begins and ends, and whether that is in bytes or in characters."""
@@ -219,6 +212,24 @@ class TokenSpans:
                 return ends - self._lengths[ids], ends, True
         offsets = np.array(self._tokenizer.encode(text, add_special_tokens=False).offsets, np.int64).reshape(-1, 2)
         return offsets[:, 0], offsets[:, 1], False
+
+
+def overlapping(
+    begins: "NDArray[np.int64]", ends: "NDArray[np.int64]", spans: Sequence[tuple[int, int]]
+) -> "NDArray[np.bool_]":
+    """Return (T,) whether each token holds a part of a span.
+
+    Args:
+        begins: (T,) where each token begins.
+        ends: (T,) where each token ends.
+        spans: (begin, end), in order.
+    """
+    found = np.zeros(len(begins), np.bool_)
+    for begin, end in spans:
+        first = int(np.searchsorted(ends, begin, side="right"))
+        last = int(np.searchsorted(begins, end, side="left"))
+        found[first:last] = True
+    return found
 
 
 def _is_byte_level(parsed: dict[str, Any]) -> bool:

@@ -6,12 +6,17 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from mlxflow.data.chat import ChatTemplate, TemplateProblem, check_messages
+from mlxflow.data import conversations
+from mlxflow.data.chat import ChatTemplate, Rendered
+from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.control_tokens import ReservedCharacterError
+from mlxflow.data.conversations import Conversation, RecordProblem
 from mlxflow.data.records import Bad, Record, Text
 
 Format = Literal["auto", "text", "chat", "completions"]
 
-_COMPLETION_KEYS = ("prompt", "completion")
+#: What of conversations is trained on: what assistants wrote, the last of their turns, or every token.
+TrainOn = Literal["completion", "last", "all"]
 
 
 class Document(NamedTuple):
@@ -24,6 +29,8 @@ class Document(NamedTuple):
         num_bytes: UTF-8 bytes of the text.
         is_templated: a template wrote its control tokens; in any other document they are plain text.
         spans: the characters trained on, where not all of them are.
+        literals: (begin, end) of control tokens that a message of a templated document holds: plain text.
+        needs_end: no control token ends what is trained on, so an end of text follows and is trained on.
         is_conversation: not to be cut where a row ends.
         begins: the text's first piece is this one.
         ends: the text's last piece is this one.
@@ -35,6 +42,8 @@ class Document(NamedTuple):
     num_bytes: int
     is_templated: bool = False
     spans: tuple[tuple[int, int], ...] | None = None
+    literals: tuple[tuple[int, int], ...] = ()
+    needs_end: bool = False
     is_conversation: bool = False
     begins: bool = True
     ends: bool = True
@@ -47,20 +56,32 @@ class Formatter:
         format_: what the records hold; "auto" asks each of them, in the order in which mlx-lm asks.
         text_key: the key of a text.
         template: writes conversations, or None.
-        masks_prompts: train on what assistants wrote alone.
+        train_on: what of conversations is trained on; None where only their text is wanted.
+
+    Attributes:
+        end_tokens: the control tokens that end a turn that is trained on, of all documents so far.
+        inner_tokens: those of them that also stand inside of such a turn.
     """
 
-    def __init__(self, *, format_: Format, text_key: str, template: ChatTemplate | None, masks_prompts: bool) -> None:
+    def __init__(
+        self, *, format_: Format, text_key: str, template: ChatTemplate | None, train_on: TrainOn | None
+    ) -> None:
         self._format = format_
         self._text_key = text_key
         self._template = template
-        self._masks = masks_prompts
+        self._train_on = train_on
         self._hash = xxhash.xxh3_128()
+        self.end_tokens: set[str] = set()
+        self.inner_tokens: set[str] = set()
 
     @property
     def record_keys(self) -> frozenset[str]:
         """The keys of which a record has one."""
-        known = {"text": {self._text_key}, "chat": {"messages"}, "completions": set(_COMPLETION_KEYS)}
+        known = {
+            "text": {self._text_key},
+            "chat": set(conversations.CHAT_KEYS),
+            "completions": {*conversations.COMPLETION_KEYS, conversations.ALPACA_KEYS[0]},
+        }
         return frozenset(known[self._format] if self._format != "auto" else set().union(*known.values()))
 
     def documents(self, items: Iterable[Record | Text | Bad]) -> Iterator[Document | Bad]:
@@ -73,8 +94,10 @@ class Formatter:
             else:
                 try:
                     yield self._document(item)
-                except _BadRecord as error:
-                    yield Bad(item.place, str(error))
+                except RecordProblem as error:
+                    yield Bad(item.place, f"{error}. {error.fix}")
+                except ReservedCharacterError:
+                    yield Bad(item.place, "holds one of U+FDD0 to U+FDD7, which are no characters. Fix the record")
                 except TemplateProblem as error:
                     yield Bad(item.place, f"the template refuses it ({error}). Fix the record")
 
@@ -89,77 +112,112 @@ class Formatter:
     def _document(self, record: Record) -> Document:
         value = record.value
         if not isinstance(value, dict):
-            raise _BadRecord("expected an object. Fix the record")
-        format_ = self._format if self._format != "auto" else self._guess(value)
-        if format_ == "text":
+            raise RecordProblem("expected an object")
+        form = conversations.form_of(value, self._format, self._text_key)
+        if form == "text":
             text = self._text(value, self._text_key)
             data = _encode(text)
             return Document(text, record.place, xxhash.xxh3_128_digest(data), len(data))
-        if format_ == "completions":
-            return self._completion(record.place, value)
-        return self._chat(record.place, value.get("messages"), value.get("tools"))
-
-    def _guess(self, value: dict[str, Any]) -> Format:
-        if all(key in value for key in _COMPLETION_KEYS):
-            return "completions"
-        return "chat" if "messages" in value else "text"
+        if form == "completions" and self._template is None and not conversations.has_messages(value):
+            return self._plain_completion(record.place, value)
+        return self._chat(record.place, conversations.READERS[form](value))
 
     def _text(self, value: dict[str, Any], key: str) -> str:
         if key not in value:
             has = ", ".join(list(value)[:8])
-            raise _BadRecord(f'has no "{key}"{f" (it has {has})" if has else ""}. Fix the record or name its key')
+            raise RecordProblem(
+                f'has no "{key}"{f" (it has {has})" if has else ""}', fix="Fix the record or name its key"
+            )
         if not isinstance(value[key], str):
-            said = "null" if value[key] is None else f"a {type(value[key]).__name__}"
-            raise _BadRecord(f'"{key}" is {said}: expected text. Fix the record')
+            raise RecordProblem(f'"{key}" is {conversations.kind(value[key])}: expected text')
         return str(value[key])
 
-    def _completion(self, place: int, value: dict[str, Any]) -> Document:
-        prompt, completion = (self._text(value, key) for key in _COMPLETION_KEYS)
-        if self._template is not None:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-            return self._chat(place, messages, value.get("tools"))
+    def _plain_completion(self, place: int, value: dict[str, Any]) -> Document:
+        prompt, completion = (self._text(value, key) for key in conversations.COMPLETION_KEYS)
         text = prompt + completion
         data = _encode(text)
         digest = xxhash.xxh3_128_digest(_encode(json.dumps([prompt, completion])))
-        spans = ((len(prompt), len(text)),) if self._masks else None
+        spans = ((len(prompt), len(text)),) if self._train_on != "all" else None
         return Document(text, place, digest, len(data), spans=spans, is_conversation=True)
 
-    def _chat(self, place: int, messages: Any, tools: Any) -> Document:
-        for problem in check_messages(messages):
-            raise _BadRecord(f"{problem}. Fix the record")
+    def _chat(self, place: int, talk: Conversation) -> Document:
         if self._template is None:
             raise NoTemplateError
-        if isinstance(tools, str):  # as tables keep them
-            try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                raise _BadRecord(f'its "tools" are not valid JSON ({error}). Fix the record') from error
-        if self._masks:
-            text, spans = self._template.render_turns(messages, tools=tools)
+        messages = conversations.shaped(talk.messages, self._template)
+        chooses = self._train_on == "last" or bool(talk.untrained)
+        said = [talk.messages, talk.tools, *([sorted(talk.untrained)] if talk.untrained else [])]
+        encoded = json.dumps(said, sort_keys=True)
+        digest = xxhash.xxh3_128_digest(encoded.encode())
+        if self._train_on is None:
+            text = self._template.render(messages, tools=talk.tools)
+            return Document(text, place, digest, len(_encode(text)), is_templated=True, is_conversation=True)
+        rendered = self._template.render_turns(messages, tools=talk.tools, owners=chooses, encoded=encoded)
+        trained = self._trained(talk, rendered)
+        if self._train_on != "all":
+            spans: tuple[tuple[int, int], ...] | None = trained
         else:
-            text, spans = self._template.render(messages, tools=tools), ()
-        digest = xxhash.xxh3_128_digest(_encode(json.dumps([messages, tools], sort_keys=True)))
+            spans = _others(rendered, trained) if talk.untrained else None
         return Document(
-            text,
+            rendered.text,
             place,
             digest,
-            len(_encode(text)),
+            len(_encode(rendered.text)),
             is_templated=True,
-            spans=spans if self._masks else None,
+            spans=spans,
+            literals=rendered.literals,
+            needs_end=self._needs_end(self._template, rendered, trained),
             is_conversation=True,
         )
+
+    def _trained(self, talk: Conversation, rendered: Rendered) -> tuple[tuple[int, int], ...]:
+        """Return the spans of the turns that are trained on; none where the template leaves the answers out.
+
+        Raises:
+            RecordProblem: the template does not show which turn is which.
+        """
+        turns = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        chosen = set(turns[-1:] if self._train_on == "last" else turns) - talk.untrained
+        if len(chosen) == len(turns) or not chosen:
+            return rendered.spans if chosen else ()
+        owners: tuple[int | None, ...] = rendered.owners
+        if None in owners:
+            if len(owners) != len(turns):
+                raise RecordProblem("the template does not show which of its {% generation %} blocks is which message")
+            owners = tuple(turns)
+        return tuple(span for span, owner in zip(rendered.spans, owners, strict=True) if owner in chosen)
+
+    def _needs_end(self, template: ChatTemplate, rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> bool:
+        """Return whether no control token ends any turn that is trained on and the text ends with such a turn.
+
+        The control tokens that do are noted.
+        """
+        found = False
+        for begin, end in trained:
+            token, at = template.control_tokens.ending(rendered.text, begin, end, rendered.literals)
+            if token:
+                found = True
+                self.end_tokens.add(token)
+                if token not in self.inner_tokens and rendered.text.find(token, begin, at) >= 0:
+                    self.inner_tokens.add(token)
+        return not found and bool(trained) and not rendered.text[trained[-1][1] :].strip()
 
 
 class NoTemplateError(Exception):
     """There are conversations, and the tokenizer has no template for them."""
 
 
-class _BadRecord(Exception):  # noqa: N818 - becomes a `Bad`
-    pass
+def _others(rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Return all of a text but for the turns that are not trained on."""
+    found, at = [], 0
+    for begin, end in rendered.spans:
+        if (begin, end) not in trained:
+            found.append((at, begin))
+            at = end
+    return tuple(span for span in [*found, (at, len(rendered.text))] if span[0] < span[1])
 
 
 def _encode(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise _BadRecord(f"character {error.start:,} is half of a surrogate pair. Fix the record") from error
+        raise RecordProblem(f"character {error.start:,} is half of a surrogate pair") from error

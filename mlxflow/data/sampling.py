@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from mlxflow.data.chat import CHATML, ChatTemplate
+from mlxflow.data.chat import ChatTemplate, markers
+from mlxflow.data.chatml import CHATML
 from mlxflow.data.formats import Document, Formatter
 from mlxflow.data.records import Bad
 from mlxflow.data.selection import is_held_out
@@ -67,7 +68,7 @@ def _sample(
     on_read: Callable[[int], None],
 ) -> tuple[Sample, bool]:
     """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
-    markers = re.compile("|".join(re.escape(text) for text in template.markers()) or r"(?!)")
+    control_tokens = re.compile("|".join(map(re.escape, markers(template.source))) or r"(?!)")
     heap: list[tuple[int, str]] = []  # the largest hash first
     known: set[bytes] = set()
     total, has_conversations, any_held_out = 0, False, False
@@ -79,7 +80,7 @@ def _sample(
         if document.digest and is_held_out(digest, holdout):
             any_held_out = True
             continue
-        text = markers.sub("", document.text) if document.is_templated else document.text
+        text = control_tokens.sub("", document.text) if document.is_templated else document.text
         known.add(digest)
         heapq.heappush(heap, (-int.from_bytes(digest, "big"), text))
         total += document.num_bytes
@@ -103,7 +104,7 @@ def _documents(
             format_=file.format_,  # type: ignore[arg-type]
             text_key=file.text_key,
             template=template,
-            masks_prompts=False,
+            train_on=None,
         )
         try:
             for items in file.items(formatter, on_read):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Raised when shards that earlier code wrote are wrong now.
-FORMAT = 2
+FORMAT = 3
 
 #: Of a document's flags: it is a conversation; only its spans are trained on.
 CONVERSATION, MASKED = 1, 2
@@ -92,6 +92,10 @@ class Shard(NamedTuple):
         num_bad: how many they are.
         problem: why the whole file is left out, or "".
         is_binary: whether that is because it is no text.
+        end_tokens: ids that end what is trained on of a conversation.
+        inner_tokens: those of them that stand inside of it too.
+        added_ends: conversations behind which an end of text was put because nothing else ended them.
+        literals: conversations with control tokens that are text.
     """
 
     path: Path
@@ -103,6 +107,10 @@ class Shard(NamedTuple):
     num_bad: int
     problem: str
     is_binary: bool
+    end_tokens: list[int]
+    inner_tokens: list[int]
+    added_ends: int
+    literals: int
 
     @property
     def num_documents(self) -> int:
@@ -153,6 +161,10 @@ class ShardWriter:
         bad: records left out: (place, reason).
         problem: why the whole file is left out, or "".
         is_binary: whether that is because it is no text.
+        end_tokens: ids that end what is trained on of a conversation.
+        inner_tokens: those of them that stand inside of it too.
+        added_ends: conversations behind which an end of text was put because nothing else ended them.
+        literals: conversations with control tokens that are text.
     """
 
     _MOST_TOLD = 20
@@ -167,6 +179,9 @@ class ShardWriter:
         self.num_bad = 0
         self.problem = ""
         self.is_binary = False
+        self.end_tokens: list[int] = []
+        self.inner_tokens: list[int] = []
+        self.added_ends = self.literals = 0
 
     def append(self, **columns: "NDArray[Any]") -> None:
         """Add entries to columns."""
@@ -192,6 +207,10 @@ class ShardWriter:
             "num_bad": self.num_bad,
             "problem": self.problem,
             "is_binary": self.is_binary,
+            "end_tokens": self.end_tokens,
+            "inner_tokens": self.inner_tokens,
+            "added_ends": self.added_ends,
+            "literals": self.literals,
             "digests": {name: hash_.hexdigest() for name, hash_ in self._hashes.items()},
         }
         self._stream.metadata["shard"] = json.dumps(told)
@@ -329,5 +348,9 @@ def _open(path: Path) -> tuple[Shard, dict[str, str]]:
         stored["num_bad"],
         stored["problem"],
         stored["is_binary"],
+        stored["end_tokens"],
+        stored["inner_tokens"],
+        stored["added_ends"],
+        stored["literals"],
     )
     return shard, stored["digests"]

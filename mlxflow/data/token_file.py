@@ -81,6 +81,7 @@ class TokenFile(NamedTuple):
         end_of_text: the id that ends a document.
         has_conversations: whether some of the documents are conversations.
         targets: tokens that a model learns to predict.
+        end_tokens: ids that end what is trained on: of documents, and of an assistant's turns.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class TokenFile(NamedTuple):
     end_of_text: int
     has_conversations: bool
     targets: int
+    end_tokens: tuple[int, ...]
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -102,10 +104,11 @@ class TokenFile(NamedTuple):
         try:
             numbers = [int(metadata[key]) for key in ("context_length", "vocab_size", "end_of_text", "targets")]
             has_conversations = metadata["has_conversations"] == "true"
+            ends = tuple(int(number) for number in metadata["end_tokens"].split())
         except (KeyError, ValueError) as error:
             raise ArtifactError(f"{path}: no token file (its metadata lacks {error}). Run: doit pretokenize") from error
         rows = Rows(artifact.map_tensor(path, "tokens"), artifact.map_tensor(path, "marks"))
-        return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3])
+        return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3], ends)
 
     def full_rows(self, batch_size: int, key: str) -> Rows:
         """Return the rows, at least one batch of them.

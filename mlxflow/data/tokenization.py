@@ -1,6 +1,5 @@
 """Files to shards: each file is read, parsed and tokenized by one of several workers, unless its shard is there."""
 
-import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from mlxflow.data.encoder import Encoder, TokenSpans
-from mlxflow.data.formats import Document, Formatter, NoTemplateError
+from mlxflow.data.document_encoder import DocumentEncoder, Unwritable
+from mlxflow.data.encoder import Encoder
+from mlxflow.data.formats import Document, Formatter, NoTemplateError, TrainOn
 from mlxflow.data.records import Bad, Binary, Record, Shape, Text, read_file
 from mlxflow.data.shards import CONVERSATION, FORMAT, MASKED, Shard, ShardStore, ShardWriter
 from mlxflow.data.streams import FileProblem
@@ -107,27 +107,23 @@ class Tokenizing:
     Args:
         vocabulary: the tokenizer.
         encoder: its engine.
-        masks_prompts: train on what assistants wrote alone.
+        train_on: what of conversations is trained on.
         store: where shards are kept.
         workers: files that are worked on at a time.
     """
 
     def __init__(
-        self, *, vocabulary: Vocabulary, encoder: Encoder, masks_prompts: bool, store: ShardStore, workers: int
+        self, *, vocabulary: Vocabulary, encoder: Encoder, train_on: TrainOn, store: ShardStore, workers: int
     ) -> None:
         self._vocabulary = vocabulary
-        self._encoder = encoder
-        self._masks = masks_prompts
+        self._encoder = DocumentEncoder(vocabulary, encoder)
+        self._train_on: TrainOn = train_on
         self._store = store
         self._workers = workers
         template = vocabulary.template.source if vocabulary.template else None
         names = {k: v for k, v in vocabulary.config.items() if k.endswith("_token")}
-        self._settings = [FORMAT, vocabulary.identity, template, names if template else None, masks_prompts]
+        self._settings = [FORMAT, vocabulary.identity, template, names if template else None, train_on]
         self._stopped = Event()
-
-    @functools.cached_property
-    def _spans(self) -> TokenSpans:
-        return TokenSpans(self._vocabulary.definition)
 
     def key(self, file: SourceFile) -> str:
         """Return the name of a file's shard: the digest of all that its tokens depend on."""
@@ -184,7 +180,7 @@ class Tokenizing:
             format_=file.format_,  # type: ignore[arg-type]  # checked by the stage's Config
             text_key=file.text_key,
             template=self._vocabulary.template,
-            masks_prompts=self._masks,
+            train_on=self._train_on,
         )
         long = _LongDocument()
         batches = file.items(formatter, lambda count: progress.count(read_bytes=count))
@@ -201,49 +197,39 @@ class Tokenizing:
                     documents.append(document)
             if documents:
                 self._encode(documents, writer, long, progress)
+        writer.end_tokens = sorted({*writer.end_tokens, *self._ids_of(formatter.end_tokens)})
+        writer.inner_tokens = self._ids_of(formatter.inner_tokens)
+
+    def _ids_of(self, texts: set[str]) -> list[int]:
+        ids = self._vocabulary.token_ids if texts else {}
+        return sorted(ids[text] for text in texts)
 
     def _encode(
         self, documents: list[Document], writer: ShardWriter, long: "_LongDocument", progress: Progress
     ) -> None:
-        vocabulary = self._vocabulary
-        dtype = vocabulary.dtype
-        prefix, end = np.array(vocabulary.prefix, dtype), np.array([vocabulary.end_of_text], dtype)
-        pieces: list[NDArray[Any]] = []
+        pieces: list[NDArray[Any]] = [np.zeros(0, self._vocabulary.dtype)]
         finished: list[_Finished] = []
-        for document, ids in zip(documents, self._ids(documents), strict=True):
-            parts = [ids]
-            if not document.is_templated:
-                parts = [*([prefix] if document.begins else []), ids, *([end] if document.ends else [])]
-            spans = None
-            if document.spans is not None:
-                found = self._spans.mask(document.text, ids, document.spans)
-                if not document.is_templated:
-                    found = np.concatenate([np.zeros(len(prefix), np.bool_), found, np.ones(1, np.bool_)])
-                spans = _runs(found)
-                if not len(spans):
-                    writer.masked += 1
-                    continue
-            pieces += parts
-            done = long.add(document, sum(len(part) for part in parts), spans)
+        for encoded in self._encoder.encode(documents):
+            document = encoded.document
+            if isinstance(encoded, Unwritable):
+                writer.refuse(
+                    document.place, "holds a control token that its tokenizer cannot write as text. Fix the record"
+                )
+                continue
+            if encoded.spans is not None and not len(encoded.spans):
+                writer.masked += 1
+                continue
+            if document.needs_end or not document.is_templated:
+                writer.end_tokens = [self._vocabulary.end_of_text]
+            writer.added_ends += document.needs_end
+            writer.literals += bool(document.literals)
+            pieces += encoded.parts
+            done = long.add(document, encoded.length, encoded.spans)
             if done is not None:
                 finished.append(done)
-        writer.append(tokens=np.concatenate(pieces) if pieces else np.zeros(0, dtype))
+        writer.append(tokens=np.concatenate(pieces))
         _append_documents(writer, finished)
         progress.count(documents=len(finished), tokens=sum(one.length for one in finished))
-
-    def _ids(self, documents: list[Document]) -> "Iterator[NDArray[Any]]":
-        """Yield each document's ids in the vocabulary's type, encoded in as few calls as can be."""
-        begin = 0
-        while begin < len(documents):
-            special = documents[begin].is_templated
-            end = begin + 1
-            while end < len(documents) and documents[end].is_templated == special:
-                end += 1
-            ids, offsets = self._encoder.encode([one.text for one in documents[begin:end]], special=special)
-            stored = ids.astype(self._vocabulary.dtype)
-            bounds = offsets.tolist()
-            yield from (stored[bounds[i] : bounds[i + 1]] for i in range(len(bounds) - 1))
-            begin = end
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -301,12 +287,6 @@ def _append_documents(writer: ShardWriter, finished: list[_Finished]) -> None:
 
 def _count(spans: "NDArray[np.int64] | None") -> int:
     return 0 if spans is None else len(spans)
-
-
-def _runs(found: "NDArray[np.bool_]") -> "NDArray[np.int64]":
-    """Return (S, 2) begin and end of each run of true values."""
-    changes = np.flatnonzero(np.diff(found, prepend=False, append=False))
-    return changes.reshape(-1, 2).astype(np.int64)
 
 
 def _wait_for(futures: Sequence[Future[bool]], watch: Callable[[], None]) -> None:

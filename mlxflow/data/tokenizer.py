@@ -9,7 +9,10 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlxflow import hub, model_files
-from mlxflow.data.chat import CHATML, ChatTemplate, TemplateProblem
+from mlxflow.data.chat import ChatTemplate, markers
+from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.chatml import CHATML
+from mlxflow.data.control_tokens import ControlTokens
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json
 
@@ -48,6 +51,25 @@ class Vocabulary(NamedTuple):
     def identity(self) -> str:
         """The digest of all that ids depend on, but for the template."""
         return digest_json([json.loads(self.definition), self.end_of_text, self.prefix])
+
+    @property
+    def control_tokens(self) -> ControlTokens:
+        """The tokens that only a template writes."""
+        return self.template.control_tokens if self.template else ControlTokens(())
+
+    @property
+    def eos_token(self) -> str:
+        """The token that its configuration says ends a text."""
+        return _content(self.config.get("eos_token")) or ""
+
+    def ending_with(self, text: str) -> "Vocabulary":
+        """Return the same tokenizer, whose configuration says that another token ends a text."""
+        return self._replace(config={**self.config, "eos_token": text})
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """The id of each added token, control tokens among them, by its text."""
+        return _added_tokens(self.definition)
 
 
 def smallest_dtype(size: int) -> "np.dtype[Any]":
@@ -159,7 +181,7 @@ def _vocabulary(tokenizer: Tokenizer, config: dict[str, Any], end: str, key: str
     template = None
     if source is not None:
         names = {k: text for k, v in config.items() if k.endswith("_token") and (text := _content(v)) is not None}
-        template = compile_template(source, key, names)
+        template = compile_template(source, key, names, _control_tokens(tokenizer, source))
         _check_markers(tokenizer, template, key)
     end_of_text = tokenizer.token_to_id(end)
     if end_of_text is None:
@@ -167,21 +189,35 @@ def _vocabulary(tokenizer: Tokenizer, config: dict[str, Any], end: str, key: str
     return Vocabulary(tokenizer.to_str(), config, size, end_of_text, _prefix(tokenizer), template)
 
 
-def compile_template(source: str, key: str, names: Mapping[str, str] | None = None) -> ChatTemplate:
+def compile_template(
+    source: str, key: str, names: Mapping[str, str] | None = None, control_tokens: Iterable[str] | None = None
+) -> ChatTemplate:
     """Return a compiled chat template.
 
     Args:
         source: the Jinja text.
         key: the setting that names it, for the message.
         names: special tokens that it may name.
+        control_tokens: of the tokenizer; those that the template names where there is no tokenizer yet.
 
     Raises:
         SourceError: it is no valid template.
     """
     try:
-        return ChatTemplate(source, names or {})
+        return ChatTemplate(source, names or {}, control_tokens)
     except TemplateProblem as error:
         raise SourceError(f"{key}: the chat template is not valid ({error}). Mend it.") from error
+
+
+def _control_tokens(tokenizer: Tokenizer, source: str) -> list[str]:
+    """Return the control tokens of a tokenizer: its special tokens, and added tokens that a template writes as such."""
+    named = set(markers(source))
+    added = tokenizer.get_added_tokens_decoder().values()
+    return [token.content for token in added if token.special or token.content in named]
+
+
+def _added_tokens(definition: str) -> dict[str, int]:
+    return {str(token["content"]): int(token["id"]) for token in json.loads(definition).get("added_tokens") or []}
 
 
 def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, key: str) -> None:
@@ -190,7 +226,7 @@ def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, key: str) -> No
     Raises:
         SourceError: there are some; they are named.
     """
-    wrong = [text for text in template.markers() if text[0] == "<" and tokenizer.token_to_id(text) is None]
+    wrong = [text for text in markers(template.source) if text[0] == "<" and tokenizer.token_to_id(text) is None]
     if wrong:
         said = ", ".join(repr(text) for text in wrong[:5])
         raise SourceError(

@@ -13,7 +13,7 @@ from mlxflow.data.slices import parse_slices
 from mlxflow.data.sources import HF
 from mlxflow.stage import Artifacts, Context, Corpus, derive_seed
 
-VERSION = 3
+VERSION = 4
 
 #: Tokenizing is the processor's work: it may go on beside a stage that has the device.
 USES_DEVICE = False
@@ -92,7 +92,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     text_key: Annotated[str, Meta(min_length=1, description="of a text in a record, or a table's column")] = "text"
     chat_template: Annotated[str, Meta(description="a Jinja file; empty: the tokenizer's own, or ChatML")] = ""
     train_on: Annotated[
-        Literal["completion", "all"], Meta(description="of conversations: what assistants wrote, or every token")
+        Literal["completion", "last", "all"],
+        Meta(description="of conversations: what assistants wrote, their last message alone, or every token"),
     ] = "completion"
     deduplicate: Annotated[bool, Meta(description="leave out all but one of equal documents")] = True
     on_bad_record: Annotated[
@@ -193,7 +194,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     import sys
 
-    from mlxflow.data import accounts, corpus, selection, shards, shortage, tokenization
+    from mlxflow.data import accounts, corpus, endings, selection, shards, shortage, tokenization
     from mlxflow.locking import hold
 
     settings = [_source_settings(config, number, entry, context) for number, entry in enumerate(config.entries())]
@@ -218,17 +219,21 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         contents = accounts.Contents(settings, files, opened, chosen, selection.held_out_share(chosen, holdout))
         shortage.require_documents(contents, "train")
         shortage.require_documents(contents, "validation")
-        counts = _write_sides(config, outputs, context, vocabulary, contents)
+        ends = endings.endings_of(opened, vocabulary)
+        counts = _write_sides(config, outputs, context, vocabulary, contents, ends)
         store.collect(context.task, tokenized.keys, context.tasks)
-    _write_tokenizer(vocabulary, outputs)
+    _write_tokenizer(vocabulary, outputs, ends)
     outputs.files.write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
-    warnings = list(accounts.warnings(contents, counts))
+    warnings = [*accounts.warnings(contents, counts), *ends.warnings()]
     lines = (*warnings, accounts.summary(contents, counts))
     print(*(f"{context.task}: {line}" for line in lines), sep="\n", file=sys.stderr)
     return {
         "vocab_size": vocabulary.size,
         "context_length": config.context_length,
         "warnings": warnings,
+        "end_tokens": list(ends.texts),
+        "added_ends": ends.added,
+        "conversations_with_control_tokens": ends.with_control_tokens,
         **{side: one.report() for side, one in counts.items()},
         **accounts.accounts(contents, capacity=config.context_length + 1),
         "run": {
@@ -276,7 +281,7 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
     tokenizing = Tokenizing(
         vocabulary=vocabulary,
         encoder=encoder,
-        masks_prompts=config.train_on == "completion",
+        train_on=config.train_on,
         store=store,
         workers=config.workers,
     )
@@ -306,6 +311,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     """Return a tokenizer trained on the training documents, or on a sample of them, unless it is there already."""
     from mlxflow.artifact import write_whole
     from mlxflow.data import chat, sampling, tokenizer
+    from mlxflow.data.chatml import CHATML
     from mlxflow.data.progress import show_progress
     from mlxflow.identity import digest_json
 
@@ -324,8 +330,8 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
             on_read=on_read,
         )
     if template is None and sample.has_conversations:
-        template = chat.CHATML
-    special = chat.ChatTemplate(template, {}).markers() if template else []
+        template = CHATML
+    special = chat.markers(template) if template else []
     key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests]])
     kept = context.state / "shards" / f"{key}.tokenizer.json"
     if not kept.exists():
@@ -336,7 +342,9 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     )
 
 
-def _write_sides(config: Config, outputs: Outputs, context: Context, vocabulary: Any, contents: Any) -> dict[str, Any]:
+def _write_sides(
+    config: Config, outputs: Outputs, context: Context, vocabulary: Any, contents: Any, ends: Any
+) -> dict[str, Any]:
     """Write both token files and return what became of the documents of each."""
     from mlxflow import artifact
     from mlxflow.data import assembly, selection, shortage
@@ -353,6 +361,7 @@ def _write_sides(config: Config, outputs: Outputs, context: Context, vocabulary:
         "context_length": str(config.context_length),
         "vocab_size": str(vocabulary.size),
         "end_of_text": str(vocabulary.end_of_text),
+        "end_tokens": " ".join(map(str, ends.tokens)),
     }
     counts = {}
     for side, (number, part, path) in sides.items():
@@ -379,7 +388,10 @@ def _write_sides(config: Config, outputs: Outputs, context: Context, vocabulary:
     return counts
 
 
-def _write_tokenizer(vocabulary: Any, outputs: Outputs) -> None:
+def _write_tokenizer(vocabulary: Any, outputs: Outputs, ends: Any) -> None:
+    """Write the tokenizer; its end-of-sequence token is one that the model learns to end with."""
     from mlxflow.data import tokenizer
 
+    if ends.texts and vocabulary.eos_token not in ends.texts:
+        vocabulary = vocabulary.ending_with(ends.texts[0])
     tokenizer.save_vocabulary(vocabulary, tokenizer_file=outputs.tokenizer, config_file=outputs.tokenizer_config)

@@ -395,7 +395,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, tokens: Any) -> dict[str, Any]:
     """Train and write the model folder; return the report of the training."""
-    from mlxflow import model_files, models
+    from mlxflow import config_json, model_files, models
 
     base = _base_folder(config, inputs, context)
     with train_methods.begin_proof(config, context) as ahead:
@@ -420,6 +420,7 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
     models.copy_tokenizer(inputs.tokenizer, context.folder)
     if base is not None:
         model_files.copy(base, model_files.defaults_and_code(base), context.folder)
+    config_json.write_generation(context.folder, config_json.end_of_text(model_config))
     facts = {
         **({"fuse": fuse} if adapter_config else {}),
         "parameters": models.num_parameters(model),
@@ -497,6 +498,7 @@ def _make_model(
         model.set_dtype(dtype)
     model.train()
     mx.eval(model.parameters())
+    model_config = config_json.with_ends(model_config, tokens.end_tokens)
     return model, config_json.with_dtype(model_config, str(dtype).rpartition(".")[2]), adapter_config
 
 

@@ -24,7 +24,7 @@ def keeps_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packer, "has_targets", lambda marks: np.ones(len(marks), np.bool_))
 
 
-METADATA = {"context_length": "0", "vocab_size": "60000", "end_of_text": "0"}
+METADATA = {"context_length": "0", "vocab_size": "60000", "end_of_text": "0", "end_tokens": "0"}
 
 
 class Corpus:

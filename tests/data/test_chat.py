@@ -10,11 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mlxflow.data.chat import CHATML, ChatTemplate, TemplateProblem
+from mlxflow.data.chat import ChatTemplate
+from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.chatml import CHATML
 from mlxflow.data.encoder import TokenSpans
 from mlxflow.data.formats import Document, Formatter
 from mlxflow.data.records import Bad, Record
 from mlxflow.data.tokenizer import train_tokenizer
+from tests.data.talks import without_marks
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -103,10 +106,6 @@ FAMILIES: dict[str, tuple[str, str]] = {
 }
 
 
-def _without_marks(source: str) -> str:
-    return re.sub(r"\{% (end)?generation %\}", "", source)
-
-
 def _learnt(source: str, messages: list[dict[str, Any]], tools: Any = None) -> list[str]:
     rendered = ChatTemplate(source, NAMES).render_turns(messages, tools=tools)
     return [rendered.text[begin:end] for begin, end in rendered.spans]
@@ -118,7 +117,7 @@ def test_each_turn_is_learnt_from_the_end_of_its_prompt_to_its_own_end(family: s
     source, expected = FAMILIES[family]
     messages = TALKS[talk]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    learnt = _learnt(_without_marks(source), messages)
+    learnt = _learnt(without_marks(source), messages)
     if family == "mistral":  # its prompt ends before the blank, which the model says itself
         learnt = [text.removeprefix(" ") for text in learnt]
     assert learnt == [expected.format(answer) for answer in answers]
@@ -181,9 +180,9 @@ MARKED = {
 @pytest.mark.parametrize("family", MARKED)
 def test_a_templates_own_marks_say_the_same_as_we_find_without_them(family: str, talk: str) -> None:
     source = MARKED[family]
-    assert "{% generation %}" in source
+    assert source != without_marks(source)
     told = ChatTemplate(source, NAMES).render_turns(TALKS[talk])
-    found = ChatTemplate(_without_marks(source), NAMES).render_turns(TALKS[talk])
+    found = ChatTemplate(without_marks(source), NAMES).render_turns(TALKS[talk])
     assert told == found
     _, theirs = render_jinja_template([TALKS[talk]], chat_template=source, return_assistant_tokens_mask=True, **NAMES)
     assert list(told.spans) == theirs[0]
@@ -216,7 +215,7 @@ def test_the_mask_of_tokens_is_the_one_that_transformers_makes(talk: str) -> Non
     expected = whole.apply_chat_template(
         TALKS[talk], chat_template=CHATML, return_assistant_tokens_mask=True, return_dict=True
     )
-    rendered = ChatTemplate(_without_marks(CHATML), {}).render_turns(TALKS[talk])
+    rendered = ChatTemplate(without_marks(CHATML), {}).render_turns(TALKS[talk])
     ids = np.array(tokenizer.encode(rendered.text, add_special_tokens=False).ids, np.uint32)
     assert ids.tolist() == expected["input_ids"]
     mask = TokenSpans(tokenizer.to_str()).mask(rendered.text, ids, rendered.spans)
@@ -243,7 +242,9 @@ def _format(
     value: object, *, template: str | None = CHATML, masks: bool = True, format_: Any = "auto"
 ) -> Document | Bad:
     compiled = ChatTemplate(template, NAMES) if template else None
-    formatter = Formatter(format_=format_, text_key="text", template=compiled, masks_prompts=masks)
+    formatter = Formatter(
+        format_=format_, text_key="text", template=compiled, train_on="completion" if masks else "all"
+    )
     return next(formatter.documents([Record(7, value)]))
 
 
@@ -287,13 +288,14 @@ def test_tools_may_be_text_as_tables_keep_them() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"messages": "hello"}, 'expected "messages", a list that is not empty. Fix the record'),
+        ({"messages": "hello"}, r'its "messages" are not valid JSON \(.*\)\. Fix the record'),
+        ({"messages": {}}, 'expected "messages", a list that is not empty. Fix the record'),
         ({"messages": [{"content": "a"}]}, 'message 1: expected an object with a "role". Fix the record'),
         ({"messages": [{"role": "user"}]}, 'message 1: expected a "content". Fix the record'),
         ({"messages": _talk("a")}, "has no assistant turn. Fix the record"),
         (
             {"messages": _talk("a\ufdd0", "b", system=None)},
-            "message 1: holds U+FDD0, U+FDD1 or U+FDD2, which are no characters. Fix the record",
+            "holds one of U+FDD0 to U+FDD7, which are no characters. Fix the record",
         ),
         ({"messages": _talk("a", "b"), "tools": "{"}, r"its \"tools\" are not valid JSON \(.*\)\. Fix the record"),
         ({"prompt": "a", "completion": 3}, '"completion" is a int: expected text. Fix the record'),

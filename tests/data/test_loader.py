@@ -147,7 +147,7 @@ def test_waiting_for_rows_is_counted_and_only_that() -> None:
 
 
 def _token_file(path: Path, count: int) -> Path:
-    metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "targets": "8"}
+    metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "end_tokens": "0", "targets": "8"}
     tokens = np.arange(count * 5, dtype=np.uint8).reshape(count, 5)
     arrays = {"tokens": tokens, "marks": np.full_like(tokens, 3)}
     artifact.write_arrays(path, arrays, metadata | {"has_conversations": "false"})
@@ -157,7 +157,7 @@ def _token_file(path: Path, count: int) -> Path:
 def test_a_token_file_is_mapped_with_its_settings(tmp_path: Path) -> None:
     opened = TokenFile.open(_token_file(tmp_path / "train.safetensors", 12))
     assert isinstance(opened.rows.tokens, np.memmap)
-    assert opened[2:] == (4, 100, 0, False, 8)
+    assert opened[2:] == (4, 100, 0, False, 8, (0,))
     assert opened.rows.num_rows == 12
     assert opened.rows.take(np.array([11, 0])).tokens.tolist() == [[55, 56, 57, 58, 59], [0, 1, 2, 3, 4]]
 

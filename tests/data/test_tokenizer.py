@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mlxflow.data.chat import CHATML
+from mlxflow.data.chatml import CHATML
 from mlxflow.data.encoder import Encoder, FastEncoder, LibraryEncoder, choose_encoder, probe_strings
 from mlxflow.data.tokenizer import (
     END_OF_TEXT,

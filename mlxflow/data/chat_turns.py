@@ -1,0 +1,237 @@
+"""Which characters of a conversation an assistant wrote.
+
+A template with `{% generation %}` marks says so itself. Of another one, an assistant wrote what the template writes in
+the iteration of its loop that is at the assistant's message, but for the header that the prompt for a turn ends with
+and for what other messages brought in, such as the answer of a tool.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from mlxflow.data.chat_compiler import CompiledTemplate, Message, TemplateProblem
+from mlxflow.data.chat_tracing import Trace
+from mlxflow.data.control_tokens import ControlTokens
+
+#: (begin, end, number of the message) of a part of a text that an assistant wrote.
+Span = tuple[int, int, int | None]
+
+# What opens an assistant's thoughts. Some prompts end with it; it is part of the answer all the same.
+_THOUGHTS = re.compile(r"[<\[][^<>\[\]]*(?:think|thought)", re.IGNORECASE)
+
+_TALKERS = ("system", "developer", "user", "assistant")
+
+_CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+
+# Conversations after each of which an assistant is to answer.
+_PROBES: tuple[list[Message], ...] = (
+    [{"role": "user", "content": "a"}],
+    [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "name": "f", "content": "a"},
+    ],
+)
+
+
+class TurnFinder:
+    """Finds the turns of assistants.
+
+    Args:
+        template: writes the conversations.
+        control_tokens: one of them may end a turn.
+        end_of_text: the text of the token that ends a document, or "".
+        has_marks: the template has `{% generation %}` marks.
+    """
+
+    def __init__(
+        self, template: CompiledTemplate, control_tokens: ControlTokens, *, end_of_text: str, has_marks: bool
+    ) -> None:
+        self._template = template
+        self._control_tokens = control_tokens
+        self._end_of_text = end_of_text
+        self._has_marks = has_marks
+
+    def needs_origins(self, messages: Sequence[Message]) -> bool:
+        """Return whether the turns of a conversation can be found only in a trace with segments."""
+        return not self._has_marks or any(message["role"] not in _TALKERS for message in messages)
+
+    def find(self, messages: Sequence[Message], tools: Any, trace: Trace) -> list[Span]:
+        """Return the spans in the trace of a conversation, in order.
+
+        Raises:
+            TemplateProblem: the template leaves a part of the conversation out.
+        """
+        _check_calls(messages, tools, trace.text)
+        answers = self._answers_elsewhere(messages, tools, trace)
+        if self._has_marks:
+            return [(begin, end, None) for begin, end in trace.generated if begin < end]
+        regions = list(_regions(trace, messages))
+        spans = [span for region in regions for span in self._turn(messages, tools, trace, *region)]
+        shown = {number for number, _, _ in regions}
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant" and number not in shown and message.get("content"):
+                spans += self._turn_elsewhere(messages, tools, trace, number)
+        for low, high in answers:
+            spans = [part for span in spans for part in _without(span, low, high)]
+        return sorted(spans)
+
+    @staticmethod
+    def owners(trace: Trace, spans: Sequence[Span]) -> list[int | None]:
+        """Return for each span the number of the message that it belongs to, None where that is not known."""
+        return [owner if owner is not None else _owner(trace, begin) for begin, _, owner in spans]
+
+    def _turn(
+        self, messages: Sequence[Message], tools: Any, trace: Trace, number: int, begin: int, end: int
+    ) -> Iterator[Span]:
+        """Yield what an assistant wrote of a part of the text that the template wrote for its message."""
+        text = trace.text
+        is_first = not any(owner == number and stop <= begin for _, stop, owner in trace.segments)
+        if is_first:
+            begin += self._header_length(messages, tools, number, text[begin:end])
+        end = begin + len(text[begin:end].rstrip(" "))
+        follows = self._end_of_text and text.startswith(self._end_of_text, end)
+        if follows and not self._control_tokens.ending(text, begin, end)[0]:
+            end += len(self._end_of_text)
+        if begin < end:
+            yield begin, end, number
+
+    # --- headers
+
+    def _header_length(self, messages: Sequence[Message], tools: Any, number: int, text: str) -> int:
+        """Return how many characters of what is written for a message are the header that its prompt ends with."""
+        if length := _length_of_one(self._headers, text):
+            return length
+        if not self._headers:
+            return 0
+        try:
+            return _length_of_one(self._headers_after(messages[:number], tools), text)
+        except TemplateProblem:  # a conversation that begins with an assistant
+            return 0
+
+    @cached_property
+    def _headers(self) -> list[str]:
+        """What the template ends its prompts with, the longest first; empty if it has no such thing."""
+        found: set[str] = set()
+        for probe in _PROBES:
+            try:
+                found.update(self._headers_after(probe, None))
+            except TemplateProblem:
+                continue
+        return sorted(found, key=lambda header: (-len(header), header))
+
+    def _headers_after(self, messages: Sequence[Message], tools: Any) -> list[str]:
+        """Return what may be the header that the template writes when it asks for an answer, without opened thoughts.
+
+        Most write it behind their loop over the messages, some in its last iteration.
+        """
+        trace = self._template.trace(messages, tools, prompt=True)
+        without = self._template.trace(messages, tools)
+        begin = max((end for _, end, owner in trace.segments if owner is not None), default=len(trace.text))
+        same = 0
+        while same < min(len(trace.blocks), len(without.blocks)) and trace.blocks[same] == without.blocks[same]:
+            same += 1
+        found = (trace.text[begin:], "".join(trace.blocks[same:]))
+        cut = (_THOUGHTS.split(header, maxsplit=1)[0] for header in found)
+        return [header for header in cut if header.strip()]
+
+    # --- templates that do not loop over the messages, or write one message where they are at another
+
+    def _answers_elsewhere(self, messages: Sequence[Message], tools: Any, trace: Trace) -> list[tuple[int, int]]:
+        """Return the parts of a text with answers of tools for which no iteration of a loop writes anything.
+
+        Raises:
+            TemplateProblem: the template leaves such an answer out.
+        """
+        told = [number for number, one in enumerate(messages) if one["role"] not in _TALKERS and one.get("content")]
+        shown = {owner for _, _, owner in trace.segments} if told else set()
+        found: list[tuple[int, int]] = []
+        for number in told:
+            if number in shown:
+                continue
+            marked = self._template.trace_marked(messages, tools, [number])
+            if marked.text == trace.text and not marked.marks:
+                role = messages[number]["role"]
+                raise TemplateProblem(f'it leaves out message {number + 1}, of role "{role}"')
+            found += marked.marked_blocks if marked.text == trace.text else ()
+        return found
+
+    def _turn_elsewhere(self, messages: Sequence[Message], tools: Any, trace: Trace, number: int) -> Iterator[Span]:
+        """Yield the answer of an assistant for which no iteration of a loop writes anything, with its end."""
+        marked = self._template.trace_marked(messages, tools, [number])
+        for begin, end in marked.marks if marked.text == trace.text else ():
+            yield begin, self._end_of_turn(trace.text, end), number
+
+    def _end_of_turn(self, text: str, end: int) -> int:
+        """Return where a turn ends whose content ends somewhere: behind a control token that follows it."""
+        for token in sorted(self._control_tokens.texts, key=len, reverse=True):
+            if text.startswith(token, end):
+                after = end + len(token)
+                return after + text.startswith("\n", after)
+        return end
+
+
+def _regions(trace: Trace, messages: Sequence[Message]) -> Iterator[tuple[int, int, int]]:
+    """Yield (number, begin, end) of the parts of a text that were written for an assistant's message."""
+    number, begin, end = -1, 0, 0
+    for low, high, owner in trace.segments:
+        if owner == number and low == end:
+            end = high
+            continue
+        if begin < end:
+            yield number, begin, end
+        is_turn = owner is not None and owner >= 0 and messages[owner]["role"] == "assistant"
+        number, begin, end = (owner, low, high) if is_turn and owner is not None else (-1, 0, 0)
+    if begin < end:
+        yield number, begin, end
+
+
+def _owner(trace: Trace, at: int) -> int | None:
+    return next((owner for begin, end, owner in trace.segments if begin <= at < end), None)
+
+
+def _length_of_one(headers: Iterable[str], text: str) -> int:
+    return next((length for header in headers if (length := _header_at(text, header))), 0)
+
+
+def _header_at(text: str, header: str) -> int:
+    """Return the length of the white space and the header that a text begins with, 0 if it begins otherwise."""
+    core = header.lstrip()
+    begin = len(text) - len(text.lstrip())
+    for wanted in (core, core.rstrip()):
+        if wanted and text.startswith(wanted, begin):
+            return begin + len(wanted)
+    return 0
+
+
+def _without(span: Span, begin: int, end: int) -> Iterator[Span]:
+    low, high, number = span
+    if end <= low or begin >= high:
+        yield span
+        return
+    if low < begin:
+        yield low, begin, number
+    if end < high:
+        yield end, high, number
+
+
+def _check_calls(messages: Sequence[Message], tools: Any, text: str) -> None:
+    """Refuse a text without the calls and the tools of its conversation.
+
+    Raises:
+        TemplateProblem: one of them is not in it.
+    """
+    for number, message in enumerate(messages, 1):
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in text:
+                raise TemplateProblem(f'it leaves out the call of "{call["function"]["name"]}" in message {number}')
+    names = _names(tools or ())
+    if names and not any(name in text for name in names):
+        raise TemplateProblem(f'it leaves out the tools ("{names[0]}")')
+
+
+def _names(tools: Iterable[Any]) -> list[str]:
+    parts = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
+    return [part["name"] for part in parts if isinstance(part, dict) and isinstance(part.get("name"), str)]

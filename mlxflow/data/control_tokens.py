@@ -1,0 +1,244 @@
+"""Control tokens that are part of a message: they are text, only a template writes control tokens.
+
+While a template runs, such a token stands between two noncharacters. They show afterwards which control tokens came
+out of a message; the text is then encoded by a tokenizer that knows the template's control tokens by other names, so
+that all others are text like any other to it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Noncharacters: no text holds them, Unicode keeps them for a program's own use.
+_LITERAL_BEGIN, _LITERAL_END, _MARK_BEGIN, _MARK_END, _NAME_BEGIN, _NAME_END = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
+
+#: Written around what a `{% generation %}` block writes.
+GENERATED_BEGIN, GENERATED_END = "\ufdd6\ufdd7"
+
+_OPENINGS = (_LITERAL_BEGIN, _MARK_BEGIN, GENERATED_BEGIN)
+_MARKERS = re.compile("([\ufdd0-\ufdd3\ufdd6\ufdd7])")
+_RESERVED = re.compile("[\ufdd0-\ufdd7]")
+_ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-3])")
+
+# Tokens around an assistant's thoughts, which end no turn even where they stand at its end.
+_THOUGHTS = re.compile("think|thought", re.IGNORECASE)
+
+
+class ReservedCharacterError(Exception):
+    """A text holds one of the noncharacters that are used here."""
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer.
+
+    Args:
+        texts: their texts.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = frozenset(texts) - {""}
+        longest_first = sorted(self.texts, key=lambda text: (-len(text), text))
+        tokens = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        self._pattern = re.compile(tokens)
+        escaped = (re.escape(json.dumps(text)[1:-1]) for text in longest_first)
+        self._suspects = re.compile("|".join([r"\\ufdd", *escaped]))
+        self._ends = frozenset(text for text in self.texts if not _THOUGHTS.search(text))
+        self._lengths = sorted({len(text) for text in self._ends}, reverse=True)
+
+    def may_be_in(self, encoded: str) -> bool:
+        """Return whether a JSON text, non-ASCII characters escaped, may hold a control token or a noncharacter."""
+        return self._suspects.search(encoded) is not None
+
+    def enclosed(self, value: Any) -> Any:
+        """Return a JSON value with each control token in its texts between noncharacters.
+
+        Raises:
+            ReservedCharacterError: it holds one of U+FDD0 to U+FDD7.
+        """
+        if isinstance(value, str):
+            if _RESERVED.search(value):
+                raise ReservedCharacterError
+            return self._pattern.sub(rf"{_LITERAL_BEGIN}\g<0>{_LITERAL_END}", value)
+        if isinstance(value, dict):
+            return {self.enclosed(key): self.enclosed(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self.enclosed(one) for one in value]
+        return value
+
+    def ending(self, text: str, begin: int, end: int, literals: Sequence[tuple[int, int]] = ()) -> tuple[str, int]:
+        """Return the control token that a part of a text closes with, white space aside, and where it begins.
+
+        Args:
+            text: what a template wrote.
+            begin: of the part.
+            end: of the part.
+            literals: (begin, end) of control tokens that are text; none of them closes anything.
+
+        Returns:
+            token: "" if there is none.
+            at: where it begins; the end of the part if there is none.
+        """
+        stop = begin + len(text[begin:end].rstrip())
+        for length in self._lengths:
+            token = text[max(begin, stop - length) : stop]
+            if token in self._ends and (stop - length, stop) not in literals:
+                return token, stop - length
+        return "", end
+
+    def written(self, text: str, literals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return (begin, end) of each control token of a text that is not one of the literals."""
+        found, at = [], 0
+        for begin, end in [*literals, (len(text), len(text))]:
+            found += [match.span() for match in self._pattern.finditer(text, at, begin)]
+            at = end
+        return found
+
+
+def marked(value: Any) -> Any:
+    """Return a JSON value whose texts are marked, inside of the white space that a template may strip."""
+    if isinstance(value, str):
+        core = value.strip()
+        begin = value.index(core)
+        return f"{value[:begin]}{_MARK_BEGIN}{core}{_MARK_END}{value[begin + len(core) :]}"
+    if isinstance(value, dict):
+        return {key: marked(one) for key, one in value.items()}
+    return [marked(one) for one in value] if isinstance(value, list) else value
+
+
+def unescaped(text: str) -> str:
+    """Return a JSON text with the noncharacters used here as they are, not as escape sequences."""
+    return _ESCAPED.sub(lambda match: match[1] + chr(int(match[2], 16)), text)
+
+
+class Stripper:
+    """Puts a text together from its blocks, without the noncharacters.
+
+    Attributes:
+        position: characters so far.
+        literals: (begin, end) of the control tokens that stood between noncharacters.
+        marks: (begin, end) of what was marked.
+        generated: (begin, end) of what an assistant wrote.
+        blocks: of the text.
+    """
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.literals: list[tuple[int, int]] = []
+        self.marks: list[tuple[int, int]] = []
+        self.generated: list[tuple[int, int]] = []
+        self.blocks: list[str] = []
+        self._begins: dict[str, int] = {}
+
+    def add(self, block: str) -> bool:
+        """Add a block; return whether a marked part ended in it."""
+        if block.isascii() or not _MARKERS.search(block):
+            self.blocks.append(block)
+            self.position += len(block)
+            return False
+        is_marked = False
+        for part in _MARKERS.split(block):
+            if part in _OPENINGS:
+                self._begins[part] = self.position
+            elif part == _LITERAL_END:
+                self._close(_LITERAL_BEGIN, self.literals)
+            elif part == GENERATED_END:
+                self.generated.append((self._begins.pop(GENERATED_BEGIN), self.position))
+            elif part == _MARK_END:
+                self._close(_MARK_BEGIN, self.marks)
+                is_marked = True
+            else:
+                self.blocks.append(part)
+                self.position += len(part)
+        return is_marked
+
+    def _close(self, opening: str, found: list[tuple[int, int]]) -> None:
+        begin = self._begins.pop(opening, self.position)  # a template may have parted a text
+        if begin < self.position:
+            found.append((begin, self.position))
+
+    def length(self, text: str) -> int:
+        """Return how many characters of a text are none of the noncharacters."""
+        return len(text) if text.isascii() else len(_MARKERS.sub("", text))
+
+
+class Encoded(NamedTuple):
+    """A text's tokens.
+
+    Attributes:
+        ids: (T,)
+        bounds: (T, 2) the characters that each token stands for.
+    """
+
+    ids: "NDArray[np.uint32]"
+    bounds: "NDArray[np.int64]"
+
+
+class LiteralEncoder:
+    """Encodes texts in which some control tokens are text.
+
+    Args:
+        definition: `tokenizer.json`.
+        control_tokens: of the tokenizer.
+    """
+
+    def __init__(self, definition: str, control_tokens: ControlTokens) -> None:
+        self._control_tokens = control_tokens
+        parsed = json.loads(definition)
+        self._names: dict[str, str] = {}
+        ids: dict[str, int] = {}
+        for number, token in enumerate(parsed.get("added_tokens") or []):
+            content = str(token["content"])
+            if content in control_tokens.texts:
+                self._names[content] = f"{_NAME_BEGIN}{number}{_NAME_END}"
+                token |= {"content": self._names[content], "normalized": False}
+            ids[str(token["content"])] = int(token["id"])
+        self._tokenizer = Tokenizer.from_str(json.dumps(parsed))
+        self._ids = np.arange(max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.uint32)
+        for content, index in ids.items():
+            self._ids[self._tokenizer.token_to_id(content)] = index
+        found = (self._tokenizer.token_to_id(content) for content in self._names)
+        self._forbidden = np.array([index for index in found if index is not None], np.uint32)
+
+    def encode(self, text: str, literals: Sequence[tuple[int, int]]) -> Encoded | None:
+        """Return the tokens of a text; None where the tokenizer makes a control token even of plain text.
+
+        Args:
+            text: what a template wrote.
+            literals: (begin, end) of the control tokens in it that are text, in order.
+        """
+        pieces: list[str] = []
+        begins, ends = [0], [0]  # of each piece, in the text and in what is encoded
+        at = size = 0
+        for begin, end in self._control_tokens.written(text, literals):
+            name = self._names.get(text[begin:end])
+            if name is None:
+                continue
+            pieces += [text[at:begin], name]
+            for piece, stop in zip(pieces[-2:], (begin, end), strict=True):
+                size += len(piece)
+                begins.append(stop)
+                ends.append(size)
+            at = end
+        encoding = self._tokenizer.encode("".join([*pieces, text[at:]]), add_special_tokens=False)
+        raw = np.array(encoding.ids, np.uint32)
+        if np.isin(raw, self._forbidden).any():
+            return None
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return Encoded(self._ids[raw], _translated(offsets, np.array(ends), np.array(begins), len(text)))
+
+
+def _translated(
+    offsets: "NDArray[np.int64]", source: "NDArray[np.int64]", target: "NDArray[np.int64]", length: int
+) -> "NDArray[np.int64]":
+    """Return positions of one text as positions of another, given where the pieces of both begin."""
+    piece = np.searchsorted(source, offsets, side="right") - 1
+    limits = np.append(target[1:], length)
+    moved: NDArray[np.int64] = np.minimum(target[piece] + offsets - source[piece], limits[piece])
+    return moved

@@ -1,0 +1,113 @@
+"""From documents to tokens, and which of them are trained on."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mlxflow.data.control_tokens import LiteralEncoder
+from mlxflow.data.encoder import Encoder, TokenSpans, overlapping
+from mlxflow.data.formats import Document
+from mlxflow.data.tokenizer import Vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Encoded(NamedTuple):
+    """The tokens of a document.
+
+    Attributes:
+        document: it.
+        parts: its ids, in several arrays.
+        spans: (S, 2) begin and end of each run of tokens that are trained on, or None for all of them.
+    """
+
+    document: Document
+    parts: "list[NDArray[Any]]"
+    spans: "NDArray[np.int64] | None"
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return sum(len(part) for part in self.parts)
+
+
+class Unwritable(NamedTuple):
+    """A document with a control token in a message that its tokenizer cannot write as text."""
+
+    document: Document
+
+
+class DocumentEncoder:
+    """Turns documents into tokens.
+
+    Args:
+        vocabulary: the tokenizer.
+        encoder: its engine.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, encoder: Encoder) -> None:
+        self._vocabulary = vocabulary
+        self._encoder = encoder
+        self._prefix = np.array(vocabulary.prefix, vocabulary.dtype)
+        self._end = np.array([vocabulary.end_of_text], vocabulary.dtype)
+
+    @functools.cached_property
+    def _spans(self) -> TokenSpans:
+        return TokenSpans(self._vocabulary.definition)
+
+    @functools.cached_property
+    def _literals(self) -> LiteralEncoder:
+        return LiteralEncoder(self._vocabulary.definition, self._vocabulary.control_tokens)
+
+    def encode(self, documents: Sequence[Document]) -> Iterator[Encoded | Unwritable]:
+        """Yield the tokens of each document, with what begins and ends one that no template writes."""
+        for document, ids in zip(documents, self._ids(documents), strict=True):
+            found = None
+            if document.literals:
+                encoded = self._literals.encode(document.text, document.literals)
+                if encoded is None:
+                    yield Unwritable(document)
+                    continue
+                ids = encoded.ids.astype(self._vocabulary.dtype)
+                if document.spans is not None:
+                    found = overlapping(encoded.bounds[:, 0], encoded.bounds[:, 1], document.spans)
+            elif document.spans is not None:
+                found = self._spans.mask(document.text, ids, document.spans)
+            yield self._framed(document, ids, found)
+
+    def _framed(self, document: Document, ids: "NDArray[Any]", found: "NDArray[np.bool_] | None") -> Encoded:
+        """Return a document's tokens with what is put around them; its end is trained on, its beginning is not."""
+        parts = [ids]
+        if not document.is_templated and document.begins and len(self._prefix):
+            parts.insert(0, self._prefix)
+            if found is not None:
+                found = np.concatenate([np.zeros(len(self._prefix), np.bool_), found])
+        if document.needs_end or (not document.is_templated and document.ends):
+            parts.append(self._end)
+            if found is not None:
+                found = np.append(found, True)
+        return Encoded(document, parts, None if found is None else _runs(found))
+
+    def _ids(self, documents: Sequence[Document]) -> "Iterator[NDArray[Any]]":
+        """Yield each document's ids in the vocabulary's type, encoded in as few calls as can be."""
+        begin = 0
+        while begin < len(documents):
+            special = documents[begin].is_templated
+            end = begin + 1
+            while end < len(documents) and documents[end].is_templated == special:
+                end += 1
+            texts = ["" if one.literals else one.text for one in documents[begin:end]]
+            ids, offsets = self._encoder.encode(texts, special=special)
+            stored = ids.astype(self._vocabulary.dtype)
+            bounds = offsets.tolist()
+            yield from (stored[bounds[i] : bounds[i + 1]] for i in range(len(bounds) - 1))
+            begin = end
+
+
+def _runs(found: "NDArray[np.bool_]") -> "NDArray[np.int64]":
+    """Return (S, 2) begin and end of each run of true values."""
+    changes = np.flatnonzero(np.diff(found, prepend=False, append=False))
+    return changes.reshape(-1, 2).astype(np.int64)
