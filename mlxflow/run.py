@@ -176,14 +176,14 @@ def _describe_run(chosen: str | None) -> dict[str, Any]:
     }
     if chosen is None:
         return {"device_name": device.processor(), **told}
-    import mlx.core as mx
+    from mlxflow.measurement.peaks import process_peak
 
     return {
         "device": chosen,
         "device_name": device.name(),
         **told,
         "blas": cpu.prepare() or "built in",
-        "peak_memory_bytes": mx.get_peak_memory(),
+        "peak_memory_bytes": process_peak(),
     }
 
 

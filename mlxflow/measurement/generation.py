@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow import bare
+from mlxflow.measurement import peaks
 from mlxflow.measurement.statistics import Interval, median_interval
 
 #: Gives a model in evaluation mode, its weights perhaps still on the disk.
@@ -54,9 +55,9 @@ class _Turns:
             self._own_bytes = mx.get_active_memory() - before
             self._pass(self._model)
         beside = mx.get_active_memory() - self._own_bytes
-        mx.reset_peak_memory()
-        self._seconds.append(self._pass(self._model))
-        self._peak_bytes = max(self._peak_bytes, mx.get_peak_memory() - beside)
+        with peaks.followed() as peak:
+            self._seconds.append(self._pass(self._model))
+        self._peak_bytes = max(self._peak_bytes, peak.bytes - beside)
 
     def _pass(self, model: nn.Module) -> tuple[list[float], float]:
         shortest = next(iter(self._prompts.values()))

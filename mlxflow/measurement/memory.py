@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import mlx.core as mx
 import numpy as np
 
 from mlxflow.measurement import peaks
@@ -103,6 +104,10 @@ class Peak(NamedTuple):
 class MemoryProfiler:
     """Takes readings and keeps the steps and phases of a program; keeps the same memory however long it runs.
 
+    MLX has one peak counter, which can be reset and not set. A profiler resets it at each step's end and wherever a
+    phase begins or ends, so afterwards `mx.get_peak_memory()` is less than the program's peak: read `peak_memory_bytes`
+    instead.
+
     Args:
         samples_per_second: of the sampling thread.
         journal: a file that every reading and phase is written to as it is seen, so that a program that is killed
@@ -122,7 +127,9 @@ class MemoryProfiler:
         self._names = threading.local()
         self._steps = Columns(("step", *Reading._fields), capacity=_KEPT_ROWS, most=_MOST)
         self._samples = Columns(Reading._fields, capacity=_KEPT_ROWS, most=_MOST)
-        self._step_peak = peaks.open_peak()
+        self._peak_before = mx.get_peak_memory()
+        self._whole_peak, self._step_peak = peaks.open_peak(), peaks.open_peak()
+        self._is_closed = False
         self._highest: list[Peak] = []
         self._step_phase = Peak(0, 1, "")
         self._first_phases: list[Phase] = []
@@ -139,16 +146,33 @@ class MemoryProfiler:
         """What MLX was told to keep to."""
         return read_limits()
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """What `mx.get_peak_memory()` would say had nothing in mlxflow reset it since this profiler was made.
+
+        That is the most of what it said then and of what MLX's arrays held since, until `close`.
+        """
+        since = self._whole_peak.bytes if self._is_closed else peaks.so_far(self._whole_peak)
+        return max(self._peak_before, since)
+
     def close(self) -> None:
         """Give back the files it reads from and writes to; to be called when no more is measured."""
+        if not self._is_closed:
+            peaks.close_peak(self._whole_peak)
+            self._is_closed = True
+        self._release()
+
+    def _release(self) -> None:
+        """Give back what is held without asking MLX: also while the interpreter ends."""
         self._reader.close()
+        peaks.forget(self._whole_peak)
         peaks.forget(self._step_peak)
         if self._journal:
             self._journal.close()
 
     def __del__(self) -> None:
         if hasattr(self, "steps"):  # else it was not made whole
-            self.close()
+            self._release()
 
     # --- steps
 
@@ -261,7 +285,8 @@ def _by_height(peak: Peak) -> tuple[int, int]:
 def profile_memory(profiler: MemoryProfiler, phase: str) -> Iterator[None]:
     """Record one phase: the readings at its ends and MLX's peak within it, also when it ends by an exception.
 
-    Phases may lie within each other and in several threads. As a decorator, `@profile_memory(profiler, "load")`, it
+    Phases may lie within each other and in several threads. MLX's own peak counter is reset at both ends; see
+    `MemoryProfiler.peak_memory_bytes`. As a decorator, `@profile_memory(profiler, "load")`, it
     records each call. Evaluate what the phase computes inside the block: lazy work is charged to whoever evaluates it.
 
     Args:

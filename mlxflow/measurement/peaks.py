@@ -1,10 +1,14 @@
 """MLX has one peak counter for the whole process; this shares it among phases that lie within each other.
 
 The counter is reset where a phase begins and ends. What it said until then is credited to every phase that is open,
-so no phase takes another one's peak away, whichever profiler or thread it belongs to.
+so no phase takes another one's peak away, whichever profiler or thread it belongs to. MLX can reset its counter and
+not set it: once a phase was open it no longer holds the whole process's peak, which `process_peak` does. So nothing
+else in mlxflow resets it.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -18,6 +22,19 @@ class OpenPeak:
 
 _lock = threading.Lock()
 _open: list[OpenPeak] = []
+_before_resets = 0  # the most that the counter held whenever it was reset
+
+
+def process_peak() -> int:
+    """Return the most that MLX's arrays ever held in this process, in bytes, whatever was reset here."""
+    with _lock:
+        return max(_before_resets, mx.get_peak_memory(), mx.get_active_memory())
+
+
+def reset() -> None:
+    """Let MLX's counter begin again from what is alive, without taking a peak from any phase or from the process."""
+    with _lock:
+        _credit()
 
 
 def open_peak() -> OpenPeak:
@@ -37,10 +54,26 @@ def close_peak(peak: OpenPeak) -> int:
         return peak.bytes
 
 
+def so_far(peak: OpenPeak) -> int:
+    """Return the peak so far in bytes, and let it go on."""
+    with _lock:
+        return max(peak.bytes, mx.get_peak_memory(), mx.get_active_memory())
+
+
 def forget(peak: OpenPeak) -> None:
     """End it, if that was not done, without asking MLX: also while the interpreter ends."""
     if peak in _open:
         _open.remove(peak)
+
+
+@contextmanager
+def followed() -> Iterator[OpenPeak]:
+    """Follow the peak until the block ends; then its `bytes` say what it was."""
+    peak = open_peak()
+    try:
+        yield peak
+    finally:
+        close_peak(peak)
 
 
 def note_peak(peak: OpenPeak) -> int:
@@ -60,7 +93,9 @@ def look() -> None:
 
 
 def _credit() -> None:
+    global _before_resets
     seen = max(mx.get_peak_memory(), mx.get_active_memory())
     for peak in _open:
         peak.bytes = max(peak.bytes, seen)
+    _before_resets = max(_before_resets, seen)
     mx.reset_peak_memory()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlxflow.measurement import peaks
 from mlxflow.measurement.statistics import ratio_interval
 from mlxflow.measurement.throughput import Timing, interleave
 from mlxflow.training.recipe import Recipe
@@ -101,15 +102,14 @@ class _Group:
                 begin = time.perf_counter()
                 runner.run(1)  # compiles, and makes the optimizer's state
                 first = time.perf_counter() - begin
-                mx.reset_peak_memory()
-                runner.run(_PEAK_STEPS)
+                with peaks.followed() as followed:
+                    runner.run(_PEAK_STEPS)
             except RuntimeError as error:
                 needed = out_of_memory_bytes(error)
                 if needed is None:
                     raise
                 raise _DoesNotFitError(_lacking(mx.get_active_memory() - before + needed, limit_bytes)) from None
-            active = mx.get_active_memory()
-            peak = max(active, mx.get_peak_memory())
+            active, peak = mx.get_active_memory(), followed.bytes
             if peak > limit_bytes:
                 raise _DoesNotFitError(_lacking(peak - before, limit_bytes))
             self.members.append(_Warm(recipe, runner, first, peak - before, active - before))

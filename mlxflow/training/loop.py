@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.errors import StageError
+from mlxflow.measurement import peaks
 from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
@@ -199,7 +200,7 @@ class Trainer:
             Stopped: somebody asked for it; the checkpoint is saved.
         """
         facts, plan = self._facts, self._plan
-        mx.reset_peak_memory()
+        peaks.reset()
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
@@ -263,7 +264,7 @@ class Trainer:
         if looks or compiles:
             self._settle(0)
             self._note_peak()
-            mx.reset_peak_memory()
+            peaks.reset()
         begin = time.perf_counter()
         outcome = self._step.update(self._accumulate(batch, waits=looks or compiles))
         mx.async_eval(outcome, self._step.state)

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
+from mlxflow.measurement import peaks
 from mlxflow.training import objective, recompute, serving
 from mlxflow.training.arithmetic import Arithmetic
 from mlxflow.training.batch_size import split
@@ -234,8 +235,8 @@ def logits_bytes(model: nn.Module, settings: Settings, *, vocab_size: int, conte
 
     mx.eval(hidden, weight, targets, ones)
     before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    compute = mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))
-    result = compute(hidden, weight)
-    mx.eval(result)
-    return max(0, mx.get_peak_memory() - before - num_bytes(result[1]))
+    with peaks.followed() as peak:
+        compute = mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))
+        result = compute(hidden, weight)
+        mx.eval(result)
+    return max(0, peak.bytes - before - num_bytes(result[1]))
