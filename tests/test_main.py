@@ -21,14 +21,14 @@ def test_check_prints_the_workflow_with_every_default(job: Path) -> None:
 
 
 def test_check_tells_every_mistake_and_exits_with_2(job: Path) -> None:
-    (job / "workflow.toml").write_text("[train]\nnum_step = 1\n[profile]\nbatch_size = 0\n")
+    (job / "workflow.toml").write_text("[train]\nnum_step = 1\n[profile]\nnum_steps = 0\n")
     result = mlxflow(job, "check")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.splitlines() == [
         "workflow.toml: train.num_step: unknown key. Did you mean train.num_steps?",
-        "workflow.toml: profile.batch_size = 0: expected a whole number from 1 to 1_048_576. "
-        "Use profile.batch_size = 32 (the default) or remove the key.",
+        "workflow.toml: profile.num_steps = 0: expected a whole number from 1 to 1_000_000_000. "
+        "Use profile.num_steps = 20 (the default) or remove the key.",
     ]
 
 

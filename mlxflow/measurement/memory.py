@@ -101,6 +101,25 @@ class Peak(NamedTuple):
     phase: str
 
 
+class Highest(NamedTuple):
+    """The most of whole readings, in bytes.
+
+    Attributes:
+        reserved_bytes: that MLX took from the system: its arrays and the freed buffers that it kept beside them.
+        process_bytes: that the system charged the process for: resident, or macOS's footprint where that is more.
+    """
+
+    reserved_bytes: int
+    process_bytes: int
+
+    def with_reading(self, reading: Reading) -> "Highest":
+        """Return the most with one more reading."""
+        return Highest(
+            max(self.reserved_bytes, reading.active_memory_bytes + reading.cache_memory_bytes),
+            max(self.process_bytes, reading.rss_bytes, reading.footprint_bytes),
+        )
+
+
 class MemoryProfiler:
     """Takes readings and keeps the steps and phases of a program; keeps the same memory however long it runs.
 
@@ -114,6 +133,7 @@ class MemoryProfiler:
             leaves them (`mlxflow.measurement.journal`); None: none.
 
     Attributes:
+        highest: the most of all readings since `begin_steps`.
         phases: the latest finished phases, in the order in which they ended.
         totals: by the phases' names, in the order in which they first ended.
         steps: finished steps.
@@ -131,6 +151,7 @@ class MemoryProfiler:
         self._whole_peak, self._step_peak = peaks.open_peak(), peaks.open_peak()
         self._is_closed = False
         self._highest: list[Peak] = []
+        self.highest = Highest(0, 0)
         self._step_phase = Peak(0, 1, "")
         self._first_phases: list[Phase] = []
         self.phases: deque[Phase] = deque(maxlen=_KEPT_PHASES)
@@ -180,6 +201,7 @@ class MemoryProfiler:
         """Let the first step's peak begin here instead of at the profiler's making."""
         peaks.note_peak(self._step_peak)
         self._step_phase = Peak(0, 1, "")
+        self.highest = Highest(0, 0).with_reading(self._reader.read(fresh=True))
 
     def end_step(self) -> Reading:
         """Keep a reading at the end of a step, with the peak since the last one's end, and return it."""
@@ -187,6 +209,7 @@ class MemoryProfiler:
         reading = self._reader.read(fresh=False)._replace(peak_memory_bytes=peak)
         self.steps += 1
         with self._lock:
+            self.highest = self.highest.with_reading(reading)
             self._steps.append((self.steps, *reading))
             phase = self._step_phase.phase if self._step_phase.bytes >= peak else ""
             self._highest = sorted([*self._highest, Peak(peak, self.steps, phase)], key=_by_height)[:_HIGHEST]
@@ -225,6 +248,7 @@ class MemoryProfiler:
                 peaks.look()
                 reading = self._reader.read(fresh=False)
                 with self._lock:
+                    self.highest = self.highest.with_reading(reading)
                     self._samples.append(reading)
                 if self._journal:
                     self._journal.keep("sample", *reading)
@@ -260,6 +284,7 @@ class MemoryProfiler:
         if self._journal:
             self._journal.append("phase", name, begin.seconds, end.seconds, end.peak_memory_bytes)
         with self._lock:
+            self.highest = self.highest.with_reading(end)
             if len(self.phases) == _KEPT_PHASES and len(self._first_phases) < _FIRST_PHASES:
                 self._first_phases.append(self.phases[0])
             self.phases.append(phase)

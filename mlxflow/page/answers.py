@@ -6,6 +6,7 @@ from typing import Any
 from mlxflow.page.blocks import Answer
 from mlxflow.page.reading import Run, StageRun, rows, table
 from mlxflow.page.sections.benchmark import interval
+from mlxflow.page.sections.memory import ARRAYS
 from mlxflow.page.sections.stages import WORDS
 from mlxflow.page.text import (
     UNKNOWN,
@@ -125,15 +126,7 @@ def _memory(run: Run) -> Iterator[Answer]:
         )
         return
     peak = one.report.get("peak_memory_bytes")
-    made = {
-        k.removesuffix("_bytes"): n
-        for k, v in table(one.report, "composition").items()
-        if k not in ("total_bytes", "cache_bytes", "other_bytes") and (n := number(v)) is not None  # of the arrays
-    }
-    said = "at the peak of a training step"
-    if made:
-        most = max(made, key=lambda part: made[part])
-        said += f", most of it {clean(most)} ({show_bytes(made[most])})"
+    said = "in MLX's arrays at the peak of a training step" + _largest_part(table(one.report, "composition"))
     verdict = table(one.report, "leak").get("verdict")
     said += (
         {"none": "; no leak", "leak": "; a leak was found"}.get(verdict, f"; {clean(verdict)}")
@@ -141,6 +134,17 @@ def _memory(run: Run) -> Iterator[Answer]:
         else ""
     )
     yield Answer("Where does memory go?", show_bytes(peak), f"{said}.", "memory")
+
+
+def _largest_part(composition: Mapping[str, Any]) -> str:
+    """Return which part of MLX's arrays is the largest, with its share of them."""
+    made = {part: size for part in ARRAYS if (size := number(composition.get(f"{part}_bytes")))}
+    if not made:
+        return ""
+    most = max(made, key=lambda part: made[part])
+    share = made[most] / sum(made.values())
+    word = "most of it" if share > 0.5 else "the largest part of it"
+    return f", {word} {most} ({show_bytes(made[most])}, {share:.0%})"
 
 
 def _memory_until_the_end(run: Run) -> Answer | None:

@@ -230,6 +230,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     return {
         "vocab_size": vocabulary.size,
         "context_length": config.context_length,
+        "packing": config.packing,
         "warnings": warnings,
         "end_tokens": list(ends.texts),
         "added_ends": ends.added,

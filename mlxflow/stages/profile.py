@@ -13,7 +13,7 @@ from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import StageError
 from mlxflow.stage import Artifacts, Beside, Context, derive_seed
 
-VERSION = 4
+VERSION = 5
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
@@ -34,7 +34,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     input: Annotated[str, Meta(description="the dense model: a train stage, whose steps are taken")] = "train"
     data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="training steps measured")] = 20
-    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="rows in one forward pass")] = 32
+    batch_size: Annotated[
+        int, Meta(ge=0, le=MAX_ROWS, description="rows in one forward pass; 0: as many as training took")
+    ] = 0
     samples_per_second: Annotated[
         float, Meta(ge=0.001, le=1000, description="readings that a thread takes beside those at the steps' ends")
     ] = 20.0
@@ -117,7 +119,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     figures = _figures(profiler, before)
     _require_budgets(config, context, figures, parts)
     return {
-        "batch_size": config.batch_size,
+        "batch_size": settings.batch_size,
         "num_steps": config.num_steps,
         "settings": settings._asdict(),
         "memory_limit_bytes": context.memory_limit_bytes,
@@ -130,13 +132,12 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def settings_of(config: Config, inputs: Inputs) -> Any:
     """Return the settings that the model was trained with."""
-    from mlxflow import artifact
     from mlxflow.training.measured import Settings
 
-    told = artifact.read_report(inputs.model.with_name("report.toml")).get("settings", {})
+    told = _trained_settings(inputs)
     every = told.get("checkpointing", "none")
     return Settings(
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or told.get("batch_size", 32),
         grad_accum_steps=told.get("grad_accum_steps", 1),
         optimizer=told.get("optimizer", "adamw"),
         optimizer_options=told.get("options", {}),
@@ -154,11 +155,11 @@ def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any
     Raises:
         ArtifactError: the model is none, quantized, or does not know the tokens.
     """
-    from mlxflow import artifact, models, packed
+    from mlxflow import models, packed
     from mlxflow.training.adapters import AdapterShape
     from mlxflow.training.profiling import Job
 
-    told = artifact.read_report(inputs.model.with_name("report.toml")).get("settings", {})
+    told = _trained_settings(inputs)
     folder, key = inputs.model.parent, f"{context.task}.input"
     tokens.require_vocabulary(models.vocab_size(folder), key)
     shape = AdapterShape(**told["lora"]) if "lora" in told else None
@@ -173,6 +174,23 @@ def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any
         masks_documents=masks,
         seed=derive_seed(context.seed, context.task),
     )
+
+
+def _trained_settings(inputs: Inputs) -> dict[str, Any]:
+    """Return how the model was trained, as its stage reported it."""
+    from mlxflow import artifact
+
+    found: dict[str, Any] = artifact.read_report(inputs.model.with_name("report.toml")).get("settings", {})
+    return found
+
+
+def _packing(inputs: Inputs, rows: Any) -> str:
+    """Return how documents were laid into rows, as their stage reported it; else as the rows look."""
+    from mlxflow import artifact
+    from mlxflow.training.pieces import holds_several
+
+    seen = "best-fit" if holds_several(rows) else "none"
+    return str(artifact.read_report(inputs.tokens.with_name("report.toml")).get("packing", seen))
 
 
 def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> dict[str, Any]:
@@ -195,6 +213,8 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
         cache_memory_bytes=measured.composition["cache_bytes"],
         real_share=np.count_nonzero(marks) / marks.size,
         is_gpu=context.device == "gpu",
+        packing=_packing(inputs, rows),
+        batch_size=_trained_settings(inputs).get("batch_size", settings.batch_size),
     )
     made = suggestions.suggest(job, settings, situation)
     tables = {"packing": config.data, "cache_limit": "workflow"}

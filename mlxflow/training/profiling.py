@@ -18,7 +18,7 @@ import numpy as np
 from mlxflow import models
 from mlxflow.data.token_file import Rows
 from mlxflow.measurement.composition import compose
-from mlxflow.measurement.memory import MemoryProfiler, Reading, profile_memory
+from mlxflow.measurement.memory import MemoryProfiler, profile_memory
 from mlxflow.training import adapters
 from mlxflow.training.measured import MeasuredSteps, Settings, logits_bytes, measured_steps
 
@@ -140,23 +140,16 @@ def _steps(
 def _compose(
     job: Job, model: nn.Module, settings: Settings, profiler: MemoryProfiler, steps: MeasuredSteps
 ) -> dict[str, int]:
-    timeline = profiler.timeline()
-    last = profiler.read()
-    cache = int(timeline["cache_memory_bytes"].max())
-    inside = 0 if mx.default_device() != mx.cpu and not mx.metal.is_available() else _mlx_bytes(last)
+    totals, highest = profiler.totals, profiler.highest  # before what follows takes memory of its own
     logits = logits_bytes(model, settings, vocab_size=job.vocab_size, context_length=job.context_length)
-    totals = profiler.totals
+    shares_memory = mx.default_device() == mx.cpu or mx.metal.is_available()  # else the arrays lie on the GPU alone
     return compose(
         steps.tree_bytes(job.context_length) | {"logits_bytes": logits},
-        peak_memory_bytes=int(timeline["peak_memory_bytes"].max()),
-        cache_memory_bytes=cache,
-        outside_bytes=max(0, (last.footprint_bytes or last.rss_bytes) - inside),
+        peak_memory_bytes=int(profiler.timeline()["peak_memory_bytes"].max()),
+        reserved_bytes=highest.reserved_bytes,
+        process_bytes=highest.process_bytes if shares_memory else 0,
         lies_in_update=totals[UPDATE].peak_memory_bytes > totals[PASS].peak_memory_bytes,
     )
-
-
-def _mlx_bytes(reading: Reading) -> int:
-    return reading.active_memory_bytes + reading.cache_memory_bytes
 
 
 def blank_rows(count: int, context_length: int) -> Rows:

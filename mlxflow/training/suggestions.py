@@ -31,15 +31,19 @@ class Situation(NamedTuple):
 
     Attributes:
         peaks: of the steps as they are.
-        cache_memory_bytes: the most that MLX kept of freed buffers.
+        cache_memory_bytes: the most that MLX kept of freed buffers beside the arrays of the peak.
         real_share: of the tokens in the rows; the rest is padding.
         is_gpu: whether bf16 is worth a try.
+        packing: how documents are laid into rows.
+        batch_size: rows in a forward pass of training, which may be another number than that of the steps measured.
     """
 
     peaks: Peaks
     cache_memory_bytes: int
     real_share: float
     is_gpu: bool
+    packing: str
+    batch_size: int
 
 
 def suggest(
@@ -49,7 +53,9 @@ def suggest(
     *,
     predicts: Callable[[Job, Settings], Peaks] = predict,
 ) -> list[Suggestion]:
-    """Return what to change, that with the largest effect first; one that would not save is left out.
+    """Return what to change, that with the largest effect first.
+
+    What would not save is left out, and so is what training does already.
 
     Args:
         job: the model.
@@ -62,10 +68,10 @@ def suggest(
     return sorted((one for one in found if one.saves_bytes > least), key=lambda one: -one.saves_bytes)
 
 
-def _candidates(settings: Settings, is_gpu: bool) -> Iterator[tuple[str, Any, Settings, str]]:
+def _candidates(settings: Settings, situation: Situation) -> Iterator[tuple[str, Any, Settings, str]]:
     """Yield the name, value and settings of each change, and what it costs."""
     size, passes = settings.batch_size, settings.grad_accum_steps
-    if size % 2 == 0:
+    if size % 2 == 0 and size // 2 < situation.batch_size:
         halved = settings._replace(batch_size=size // 2, grad_accum_steps=2 * passes)
         yield "batch_size", size // 2, halved, f"with grad_accum_steps = {2 * passes} an update sums the same rows"
     if not settings.fused_loss:
@@ -75,7 +81,7 @@ def _candidates(settings: Settings, is_gpu: bool) -> Iterator[tuple[str, Any, Se
         yield "checkpointing", "layers", checkpointed, "layers are computed twice, about a third more time"
     if passes > 1:
         yield "grad_accum_steps", 1, settings._replace(grad_accum_steps=1), "an update then sums fewer rows"
-    if is_gpu and settings.precision == "fp32":
+    if situation.is_gpu and settings.precision == "fp32":
         yield "precision", "bf16", settings._replace(precision="bf16"), "weights and moments stay in fp32 beside it"
 
 
@@ -84,7 +90,7 @@ def _by_settings(
 ) -> Iterator[Suggestion]:
     now = situation.peaks.whole
     halved: float | None = None
-    for name, value, changed, cost in _candidates(settings, situation.is_gpu):
+    for name, value, changed, cost in _candidates(settings, situation):
         then = predicts(job, changed).whole
         evidence = (
             f"trials with a quarter and a half of {changed.batch_size} rows predict a peak of {then / 1e6:,.1f} MB "
@@ -94,8 +100,8 @@ def _by_settings(
         if name == "batch_size":
             halved = then
     size = settings.batch_size
-    if situation.real_share < 0.9 and size > 1:
-        if halved is None:  # an odd number of rows
+    if situation.packing == "none" and situation.real_share < 0.9 and size > 1:
+        if halved is None:  # an odd number of rows, or more than training takes
             fewer = settings._replace(batch_size=size // 2, grad_accum_steps=2 * settings.grad_accum_steps)
             halved = predicts(job, fewer).whole
         a_row = (situation.peaks.forward_backward - halved) / (size - size // 2)
@@ -109,6 +115,7 @@ def _by_cache(situation: Situation) -> Iterator[Suggestion]:
     limit = held // 2 // 2**20
     if limit:
         evidence = (
-            f"MLX kept up to {held / 1e6:,.1f} MB of freed buffers; half of that is a limit it still can work with"
+            f"MLX kept {held / 1e6:,.1f} MB of freed buffers beside the arrays of the peak; half of that is a limit it "
+            "still can work with"
         )
         yield Suggestion("cache_limit", f"{limit} MiB", held - limit * 2**20, evidence)

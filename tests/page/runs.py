@@ -156,14 +156,15 @@ def _quantize(name: str) -> dict[str, Any]:
 
 
 def _profile(name: str) -> dict[str, Any]:
-    made = {f"{part}_bytes": 10**6 for part in ("weights", "gradients", "optimizer", "activations", "logits", "data")}
+    made = {f"{part}_bytes": 10**6 for part in ("gradients", "optimizer", "activations", "logits", "data")}
+    made["weights_bytes"] = 4 * 10**6
     phase = {"name": name, "calls": 20, "seconds": 1.5, "peak_memory_bytes": 9 * 10**6, "growth_bytes": 0}
     return {
         "peak_memory_bytes": 9_000_000,
         "phases": [phase],
         "memory_limit_bytes": 3 * 10**9,
         "cache_limit_bytes": 2 * 10**9,
-        "composition": made | {"cache_bytes": 2 * 10**6, "other_bytes": 10**6, "total_bytes": 9 * 10**6},
+        "composition": made | {"cache_bytes": 2 * 10**6, "other_bytes": 10**6, "total_bytes": 12 * 10**6},
         "leak": {"verdict": "none", "process": {"verdict": name}},
         "peaks": [{"bytes": 9_000_000, "step": 66, "phase": name}],
         "suggestions": [{"key": name, "value": name, "saves_bytes": 10**6, "evidence": name}],

@@ -62,10 +62,15 @@ def test_the_answers_stand_first_in_a_line_each(root: Path) -> None:
         "38.5 perplexity on held-out text after 240 steps, from 2,079 before",
         "6,757 tokens a second while training; 0.2 % of the time it waited for data.",
         "7.10 times smaller than in fp32: 49.1 KB, 4.50 bits a weight; perplexity 39.11 ± 0.50, dense 38.5.",
-        "9 MB at the peak of a training step, most of it weights (1 MB); no leak.",
+        "9 MB in MLX's arrays at the peak of a training step, the largest part of it weights (4 MB, 44%); no leak.",
         "2 times the speed of the plain baseline (1.86 to 2.16).",
     ):
         assert line in answers
+
+
+def test_the_largest_part_of_the_peak_is_called_most_of_it_from_a_half_on(root: Path) -> None:
+    edit(root, "profile", lambda report: report["composition"].update(weights_bytes=0, update_bytes=6 * 10**6))
+    assert "at the peak of a training step, most of it update (6 MB, 55%); no leak." in _text(root)
 
 
 def test_a_gain_inside_the_noise_is_called_that(root: Path) -> None:
@@ -89,7 +94,7 @@ def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
         "Relative error, by layer",
         "MLX's memory, at each step's end",
         "The process's memory, sampled",
-        "What the peak of 9 MB is made of",
+        "What the 12 MB at the peak are made of: 9 MB of MLX's arrays, 3 MB beside them",
         "MLX's limits: 3 GB of arrays, 2 GB of freed buffers kept.",
         "Peak memory by phase",
         "What would save memory, most first",
@@ -202,7 +207,7 @@ def test_what_a_killed_profile_saw_is_shown_beside_the_artifact(root: Path) -> N
     labels = " ".join(value or "" for key, value in page.attributes if key == "aria-label")
     assert "MLX's memory, at each step's end until then. active: 300 MB at most." in labels
     assert "active: 100 MB at most. Phases: load_model, training_step, training_step/update." in labels
-    assert "9 MB at the peak of a training step" in page.text  # the artifact is as it was
+    assert "9 MB in MLX's arrays at the peak of a training step" in page.text  # the artifact is as it was
     assert page.text.count("MLX's memory, sampled until then") == 1
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from mlxflow.__main__ import main
 from mlxflow.artifact import read_report
 from mlxflow.errors import StageError
 from mlxflow.stage import Context
-from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run
+from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run, settings_of
 from tests.conftest import mlxflow
 
 CONTEXT = Context(
@@ -42,12 +43,21 @@ def test_the_report_tells_phases_composition_leaks_peaks_and_trends(built: Path)
     assert max(phase["peak_memory_bytes"] for phase in inner) == phases["training_step"]["peak_memory_bytes"]
     parts = dict(report["composition"])
     assert parts.pop("total_bytes") == sum(parts.values())
+    assert sum(parts.values()) - parts["cache_bytes"] - parts["other_bytes"] == report["peak_memory_bytes"]
+    assert sum(parts.values()) <= 1.01 * max(report["peak_memory_bytes"], report["run"]["peak_rss_bytes"])
     assert report["leak"]["verdict"] == report["leak"]["process"]["verdict"] == "none"
     assert report["peaks"][0]["bytes"] == report["peak_memory_bytes"]
     assert report["settings"]["fused_loss"] is read_report(built / "artifacts/train/report.toml")["fused_loss"]
     assert report["memory_limit_bytes"] > 0
     assert report["cache_limit_bytes"] > 0
     assert np.isfinite(report["trend"]["rss_bytes_per_step"])
+
+
+def test_steps_have_as_many_rows_as_training_took(built: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built / "artifacts/train", tmp_path / "train"))
+    inputs = Inputs(model=folder / "model.safetensors")
+    assert settings_of(Config(), inputs).batch_size == 4
+    assert settings_of(Config(batch_size=3), inputs).batch_size == 3
 
 
 def test_a_budget_that_is_exceeded_is_told_with_the_phase_and_the_first_suggestion() -> None:

@@ -9,7 +9,9 @@ from mlxflow.page.reading import Run, rows, table
 from mlxflow.page.sections import beside, timelines
 from mlxflow.page.text import clean, number, plural, show, show_bytes, show_seconds
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "data", "cache", "other")
+# MLX's arrays at their peak, then what lies beside them
+ARRAYS = ("weights", "gradients", "optimizer", "activations", "update", "logits", "data")
+_PARTS = (*ARRAYS, "cache", "other")
 
 
 def section(runs: Sequence[Run]) -> Section:
@@ -58,13 +60,18 @@ def _composition(report: dict[str, Any]) -> list[Block]:
         return [Note("The profile did not report what its peak is made of.")]
     parts = [(part, size, f"c{index % 6}" + (" b" if index > 5 else "")) for index, (part, size) in enumerate(known)]
     label = "What the peak is made of: " + ", ".join(f"{part} {show_bytes(size)}" for part, size in known)
-    total = number(made.get("total_bytes")) or sum(size for _, size in known)
+    total = sum(size for _, size in known)
+    arrays = sum(size for part, size in known if part in ARRAYS)
+    title = f"What the {show_bytes(total)} at the peak are made of"
+    title += (
+        f": {show_bytes(arrays)} of MLX's arrays, {show_bytes(total - arrays)} beside them" if total > arrays else ""
+    )
     cells = [(part, show_bytes(size), f"{100 * size / total:.1f} %") for part, size in known]
     cells.append(("all of it", show_bytes(total), "100 %"))
     drawn = charts.stacked(parts, label=label, form="bytes")
     legend = tuple((f"{style} box", f"{part} {show_bytes(size)}") for part, size, style in parts)
     figures = Table("What the peak is made of", ("Part", "Size", "Share"), cells, folded=True)
-    return [Figure(f"What the peak of {show_bytes(total)} is made of", drawn, figures, legend, wide=True)]
+    return [Figure(title, drawn, figures, legend, wide=True)]
 
 
 def _limits(report: dict[str, Any]) -> list[Block]:
