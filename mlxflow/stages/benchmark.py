@@ -178,10 +178,11 @@ def _suite(config: Config, inputs: Inputs, context: Context) -> Any:
     folder = inputs.model.parent
     tokens.require_vocabulary(models.vocab_size(folder), f"{context.task}.input")
     tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
-    report = folder / "report.toml"
-    job, settings = read_job(artifact.read_report(report), str(report.relative_to(context.root)), config.input)
-    load = partial(models.load_for_steps, folder, f"{context.task}.input", trains_adapters=job.lora is not None)
+    report = artifact.read_report(folder / "report.toml")
+    has_adapters = "lora" in report.get("settings", {})
+    load = partial(models.load_for_steps, folder, f"{context.task}.input", trains_adapters=has_adapters)
     model = load()
+    job, settings = read_job(report, str((folder / "report.toml").relative_to(context.root)), config.input)
     masks = job.masks_documents and packed.can_mask_documents(model, tokens.vocab_size)
     model_config = json.loads((folder / "config.json").read_text())
     seed = derive_seed(context.seed, context.task)
