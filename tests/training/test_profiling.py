@@ -88,7 +88,8 @@ def test_packing_saves_what_was_said_when_the_documents_are_really_packed(job: J
         corpus.write(tmp_path / f"{packing}.safetensors", packing=packing, **told)[0].rows
         for packing in ("none", "best-fit")
     )
-    assert np.count_nonzero(padded.marks) == np.count_nonzero(packed.marks)
+    # a document of one token is no row of its own: there is nothing to learn in it
+    assert (padded.marks[:, 1:] & 1).sum() == (packed.marks[:, 1:] & 1).sum()
     assert packed.num_rows < 0.7 * padded.num_rows
 
     def peaks(rows: Rows) -> Peaks:
