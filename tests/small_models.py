@@ -5,6 +5,10 @@ from typing import Any
 import mlx.nn as nn
 
 from mlxflow import models
+from mlxflow.measurement.budget import Budget
+
+#: Time without end.
+FREE = Budget(0.0, task="test")
 
 
 def llama(*, seed: int = 0, **shape: Any) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`mlxflow compare`, `mlxflow promises` and the baseline of a workflow, on the report of a real benchmark."""
 
 import subprocess
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from mlxflow import artifact
 from mlxflow.__main__ import main
 from mlxflow.errors import ArtifactError, StageError
+from mlxflow.measurement.comparison import training_name
 from mlxflow.stage import Context
 from mlxflow.stages import benchmark
+from mlxflow.stages.benchmark_methods import REPETITIONS, hold_against
+from tests.small_models import FREE
 
 
 @pytest.fixture
@@ -24,6 +28,8 @@ def _write(path: Path, report: dict[str, Any], *, speed: float = 1.0, **changes:
     for row in report["training"]:
         for name in ("tokens_per_second", "low_tokens_per_second", "high_tokens_per_second"):
             row[name] = row["tokens_per_second"] * (speed if name == "tokens_per_second" else 1)
+        for name in ("low_relative_tokens_per_second", "high_relative_tokens_per_second"):
+            row[name] = row["tokens_per_second"]
     artifact.write_report(path, report | changes)
     return path
 
@@ -127,16 +133,34 @@ def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], t
     config = benchmark.Config(baseline="before.toml", max_regression=0.05)
     before = artifact.read_report(_write(tmp_path / "before.toml", report, speed=2.0))
     after = artifact.read_report(_write(tmp_path / "after.toml", report, speed=0.5))
+    asked: list[set[str]] = []
+
+    def again(report: dict[str, Any]) -> Callable[[Set[str]], dict[str, Any]]:
+        def measure_again(names: Set[str]) -> dict[str, Any]:
+            asked.append({*names})
+            return report
+
+        return measure_again
+
     with pytest.raises(StageError) as raised:
-        benchmark._hold_against(before, after, config, _context(tmp_path))
+        hold_against(before, after, again(after), config, _context(tmp_path))
+    names = {training_name(row) for row in report["training"]}
+    assert asked == [names] * REPETITIONS, "no more than so often"
     first, *lines = str(raised.value).splitlines()
-    assert first == ("benchmark: worse than before.toml beyond the noise and benchmark.max_regression = 0.05:")
+    assert first == (
+        "benchmark: worse than before.toml beyond the noise and benchmark.max_regression = 0.05, in 4 runs:"
+    )
     assert len(lines) == len(report["training"])
     assert lines[0].startswith("baseline, 2 rows: tokens_per_second -50.0% (")
-    benchmark._hold_against(after, before, config, _context(tmp_path))  # faster is no regression
+    asked.clear()
+    hold_against(after, before, again(after), config, _context(tmp_path))  # faster is no regression
     allowed = msgspec.structs.replace(config, max_regression=0.6)
-    benchmark._hold_against(before, after, allowed, _context(tmp_path))
-    assert after["comparison"]["compared"] is True
+    assert hold_against(before, after, again(after), allowed, _context(tmp_path))["compared"] is True
+    assert not asked
+    found = hold_against(before, after, again(before), config, _context(tmp_path))
+    assert asked == [names], "what is not there again is noise between runs"
+    assert found["repetitions"] == 1
+    assert len(found["noise_between_runs"]) == len(names)
 
 
 def test_a_baseline_of_another_device_is_said_and_not_compared(
@@ -145,8 +169,8 @@ def test_a_baseline_of_another_device_is_said_and_not_compared(
     device = {"kind": "gpu", "name": "Another", "processor": "one"}
     before = artifact.read_report(_write(tmp_path / "before.toml", report, speed=9.0, device=device))
     config = benchmark.Config(baseline="before.toml")
-    benchmark._hold_against(before, report, config, _context(tmp_path))
-    assert report["comparison"] == {"baseline": "before.toml", "compared": False}
+    found = hold_against(before, report, lambda _: {}, config, _context(tmp_path))
+    assert found == {"baseline": "before.toml", "compared": False}
     assert capsys.readouterr().err == (
         'benchmark.baseline = "before.toml": not compared, it was measured on Another, this on '
         f"{report['device']['name']}. mlxflow compare --force compares them.\n"
@@ -240,7 +264,7 @@ def test_a_model_that_does_not_fit_says_so_and_the_others_stand(
     tokens = built / "artifacts/pretokenize/validation.safetensors"
     models = {name: folder / "model.safetensors" for name, folder in folders.items()}
     inputs = benchmark.Inputs(model=models["train"], validation=tokens, models=models)
-    dense, q4 = benchmark._benchmark_models(benchmark.Config(max_validation_rows=8), inputs, _context(tmp_path))
+    dense, q4 = benchmark._benchmark_models(benchmark.Config(max_validation_rows=8), inputs, _context(tmp_path), FREE)
     assert dense["perplexity"] > 1
     assert dense["decode_tokens_per_second"] > 0
     assert q4["error"] == "does not fit: 777,777 bytes more may not be had (1 are the limit)"

@@ -1,10 +1,20 @@
-"""Two benchmark reports side by side: what changed, and what is noise."""
+"""Two benchmark reports side by side: what changed, and what is noise.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+A figure of speed has two kinds of noise. That within a run is in its interval. That between two runs is seen in the
+fixed work that both time in each of their rounds (`measurement.machine`): as far as it slowed down, the machine did. So
+speeds are compared by how long a step took against the fixed work of its round, and what the machine changed widens the
+interval: other work suffers more or less from the same cause.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 # Peaks depend a little on how far the host ran ahead
 _PEAK_BAND = 0.05
+
+# How exactly the fixed work follows what other work suffers: of a change of the machine this part stays in doubt
+_DOUBT = 0.2
 
 
 class Difference(NamedTuple):
@@ -18,6 +28,7 @@ class Difference(NamedTuple):
         change: relative; more than 0 is more.
         is_noise: the change is within the noise of the two.
         is_worse: it is not noise, and for the worse.
+        depends_on_time: it is a speed, which another run may find another.
     """
 
     what: str
@@ -27,6 +38,7 @@ class Difference(NamedTuple):
     change: float
     is_noise: bool
     is_worse: bool
+    depends_on_time: bool = False
 
     @property
     def verdict(self) -> str:
@@ -37,11 +49,21 @@ class Difference(NamedTuple):
 
 
 class Band(NamedTuple):
-    """A figure and what it may be."""
+    """A figure and what it may be.
+
+    Attributes:
+        value: the figure.
+        low: the least that it may be.
+        high: the most.
+        relative: steps in the time of the fixed work, with their interval; None: it is no speed, or none was timed.
+        machine_seconds: that the fixed work took.
+    """
 
     value: float
     low: float
     high: float
+    relative: tuple[float, float] | None = None
+    machine_seconds: float = 0.0
 
 
 def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
@@ -53,7 +75,7 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
     """
     found = []
     pairs = [
-        *_pairs(before, after, "training", lambda row: f"{row['name']}, {row['batch_size']} rows"),
+        *_pairs(before, after, "training", training_name),
         *_pairs(before, after, "models", lambda row: str(row["model"])),
     ]
     for what, old, new in pairs:
@@ -62,6 +84,58 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
             if name in figures:
                 found.append(_difference(what, name, figures[name][0], band, more_is_better))
     return found
+
+
+class Confirmation(NamedTuple):
+    """What became of differences that looked like regressions.
+
+    Attributes:
+        worse: those that stand: they were there in every repetition.
+        cleared: those that a repetition did not find again.
+        repetitions: that were taken.
+    """
+
+    worse: list[Difference]
+    cleared: list[Difference]
+    repetitions: int
+
+
+def confirm(
+    before: Mapping[str, Any],
+    suspects: Sequence[Difference],
+    measure_again: Callable[[Set[str]], Mapping[str, Any]],
+    *,
+    max_regression: float,
+    most_repetitions: int,
+) -> Confirmation:
+    """Measure again what looks like a regression, as long as there is some and up to a bound.
+
+    One run meets bursts and slow spells of the machine that its own interval does not show; a regression is there in
+    every run. A figure that does not depend on time is not measured again.
+
+    Args:
+        before: the baseline's report.
+        suspects: what `regressions` found of the first run.
+        measure_again: measures the rows of these names, and returns a report of them.
+        max_regression: share by which a figure may be worse.
+        most_repetitions: after which what is still found stands.
+    """
+    certain = [one for one in suspects if not one.depends_on_time]
+    doubtful = {(one.what, one.figure): one for one in suspects if one.depends_on_time}
+    cleared: list[Difference] = []
+    repetitions = 0
+    while doubtful and repetitions < most_repetitions:
+        again = compare_reports(before, measure_again({what for what, _ in doubtful}))
+        found = {(one.what, one.figure): one for one in regressions(again, max_regression)}
+        cleared += [one for key, one in doubtful.items() if key not in found]
+        doubtful = {key: found[key] for key in doubtful if key in found}
+        repetitions += 1
+    return Confirmation([*certain, *doubtful.values()], cleared, repetitions)
+
+
+def training_name(row: Mapping[str, Any]) -> str:
+    """Return what a row of a report's `training` is called in a comparison."""
+    return f"{row['name']}, {row['batch_size']} rows"
 
 
 def regressions(differences: Iterable[Difference], max_regression: float) -> list[Difference]:
@@ -82,10 +156,10 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Band, bool]]]:
     """Yield name, value with what it may be, and whether more is better."""
     for name in ("tokens_per_second", "decode_tokens_per_second"):
         if name in row:
-            yield name, (Band(row[name], row[f"low_{name}"], row[f"high_{name}"]), True)
+            yield name, (_speed(row, name, row.get("machine_seconds", 0.0)), True)
     for one in row.get("prefill", ()):
-        rate = Band(one["tokens_per_second"], one["low_tokens_per_second"], one["high_tokens_per_second"])
-        yield f"prefill of {one['prompt_tokens']}", (rate, True)
+        speed = _speed(one, "tokens_per_second", row.get("machine_seconds", 0.0))
+        yield f"prefill of {one['prompt_tokens']}", (speed, True)
     if "peak_memory_bytes" in row:
         peak = row["peak_memory_bytes"]
         yield "peak_memory_bytes", (Band(peak, peak * (1 - _PEAK_BAND), peak * (1 + _PEAK_BAND)), False)
@@ -97,11 +171,26 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Band, bool]]]:
         yield "perplexity", (Band(value, value - error, value + error), False)
 
 
+def _speed(row: Mapping[str, Any], name: str, machine_seconds: float) -> Band:
+    ends = (f"low_relative_{name}", f"high_relative_{name}")
+    relative = (row[ends[0]], row[ends[1]]) if machine_seconds and ends[0] in row else None
+    return Band(row[name], row[f"low_{name}"], row[f"high_{name}"], relative, machine_seconds)
+
+
 def _difference(what: str, figure: str, before: Band, after: Band, more_is_better: bool) -> Difference:
     change = after.value / before.value - 1
-    is_noise = after.low <= before.high and before.low <= after.high
-    is_worse = not is_noise and (change < 0) == more_is_better
-    return Difference(what, figure, before.value, after.value, change, is_noise, is_worse)
+    (low, high), (other_low, other_high) = _ends(before, after)
+    is_noise = other_low <= high and low <= other_high
+    is_worse = not is_noise and (other_high < low) == more_is_better
+    return Difference(what, figure, before.value, after.value, change, is_noise, is_worse, more_is_better)
+
+
+def _ends(before: Band, after: Band) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the intervals that are compared: those against the fixed work, where both have one."""
+    if before.relative is None or after.relative is None:
+        return (before.low, before.high), (after.low, after.high)
+    doubt = math.exp(_DOUBT * abs(math.log(after.machine_seconds / before.machine_seconds)))
+    return before.relative, (after.relative[0] / doubt, after.relative[1] * doubt)
 
 
 # --- tables to paste

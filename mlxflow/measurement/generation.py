@@ -5,6 +5,7 @@ token through at a time, reads every weight for it, and is bound by the memory's
 """
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ import mlx.nn as nn
 
 from mlxflow import bare
 from mlxflow.measurement import peaks
-from mlxflow.measurement.statistics import Interval, median_interval
+from mlxflow.measurement.budget import Budget
+from mlxflow.measurement.machine import fixed_work
+from mlxflow.measurement.statistics import Interval, median_interval, ratio_interval
+from mlxflow.measurement.throughput import FEWEST_ROUNDS, time_once
 
 #: Gives a model in evaluation mode, its weights perhaps still on the disk.
 Load = Callable[[], nn.Module]
@@ -27,11 +31,17 @@ class GenerationSpeed(NamedTuple):
         prefill: tokens a second, by the tokens of the prompt.
         decode: tokens a second.
         peak_memory_bytes: most that its arrays held, those of other models left out.
+        machine_seconds: that the fixed work of `measurement.machine` took meanwhile, the median.
+        relative_prefill: tokens in the time of the fixed work, by the tokens of the prompt.
+        relative_decode: tokens in the time of the fixed work.
     """
 
     prefill: dict[int, Interval]
     decode: Interval
     peak_memory_bytes: int
+    machine_seconds: float
+    relative_prefill: dict[int, Interval]
+    relative_decode: Interval
 
 
 class _Turns:
@@ -71,16 +81,27 @@ class _Turns:
             gc.collect()
         mx.clear_cache()
 
-    def speed(self) -> GenerationSpeed:
-        """Return what the turns came to."""
-        reading = zip(*(prefill for prefill, _ in self._seconds), strict=True)
+    def speed(self, machine: Sequence[float]) -> GenerationSpeed:
+        """Return what the turns came to.
+
+        Args:
+            machine: seconds that the fixed work took in each round.
+        """
+        reading = list(zip(*(prefill for prefill, _ in self._seconds), strict=True))
+        decoding = [seconds for _, seconds in self._seconds]
         return GenerationSpeed(
             prefill={
                 length: median_interval(taken).inverse(length)
                 for length, taken in zip(self._prompts, reading, strict=True)
             },
-            decode=median_interval([decoding for _, decoding in self._seconds]).inverse(self._decode_tokens),
+            decode=median_interval(decoding).inverse(self._decode_tokens),
             peak_memory_bytes=max(self._peak_bytes, self._own_bytes),
+            machine_seconds=statistics.median(machine),
+            relative_prefill={
+                length: ratio_interval(taken, machine).inverse(length)
+                for length, taken in zip(self._prompts, reading, strict=True)
+            },
+            relative_decode=ratio_interval(decoding, machine).inverse(self._decode_tokens),
         )
 
 
@@ -92,6 +113,7 @@ def measure_generation(
     num_rounds: int,
     vocab_size: int,
     holds: bool,
+    budget: Budget,
 ) -> list[GenerationSpeed | RuntimeError]:
     """Return how fast each model generates, from rounds in which they take turns.
 
@@ -103,6 +125,7 @@ def measure_generation(
         vocab_size: V.
         holds: whether all are held in memory meanwhile, else each is loaded anew for its turn. Where one finds no
             room beside the others, none is held any more.
+        budget: of time; rounds beyond its end are left out, after `FEWEST_ROUNDS`.
 
     Returns:
         for each model its speed, or why it could not be run even alone.
@@ -111,14 +134,23 @@ def measure_generation(
     mx.eval(prompts)
     gc.collect()  # what dies later would be missed in what a model takes
     models = [_Turns(load, prompts, decode_tokens) for load in loads]
+    work, machine = fixed_work(), []
     try:
-        for _ in range(num_rounds):
+        begin = time.perf_counter()
+        for number in range(num_rounds):
+            taken = time.perf_counter() - begin
+            if number == 1:
+                budget.announce(f"generation of {len(models)} models, {num_rounds} rounds", taken * num_rounds)
+            budget.progress("generation, round", number, num_rounds, taken)
+            if number >= FEWEST_ROUNDS and budget.is_over:
+                break
+            machine += [time_once(work)]
             for one in (one for one in models if one.failure is None):
                 holds = _take(one, models, holds)
     finally:
         for one in models:
             one.release()
-    return [one.failure or one.speed() for one in models]
+    return [one.failure or one.speed(machine) for one in models]
 
 
 def _take(one: _Turns, models: Sequence[_Turns], holds: bool) -> bool:

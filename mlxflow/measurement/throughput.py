@@ -34,13 +34,30 @@ class Timing(NamedTuple):
         return median_interval(self.seconds)
 
 
-def interleave(steps: Sequence[Callable[[], object]], *, num_rounds: int) -> list[Timing]:
-    """Time several steps in turns, so that a machine whose speed drifts treats them alike."""
-    rounds = [[_time(step) for step in steps] for _ in range(num_rounds)]
+#: Rounds that are taken though the time is over.
+FEWEST_ROUNDS = 3
+
+
+def interleave(
+    steps: Sequence[Callable[[], object]], *, num_rounds: int, goes_on: Callable[[int], bool] = lambda done: True
+) -> list[Timing]:
+    """Time several steps in turns, so that a machine whose speed drifts treats them alike.
+
+    Args:
+        steps: what is timed.
+        num_rounds: turns of each.
+        goes_on: asked after each round with how many are done; False ends it, after `FEWEST_ROUNDS` at the earliest.
+    """
+    rounds: list[list[float]] = []
+    while len(rounds) < num_rounds:
+        rounds.append([time_once(step) for step in steps])
+        if not goes_on(len(rounds)) and len(rounds) >= FEWEST_ROUNDS:
+            break
     return [Timing(column) for column in zip(*rounds, strict=True)]
 
 
-def _time(step: Callable[[], object]) -> float:
+def time_once(step: Callable[[], object]) -> float:
+    """Return the seconds that a step takes."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxflow.measurement import peaks
+from mlxflow.measurement.budget import Budget
+from mlxflow.measurement.machine import fixed_work
 from mlxflow.measurement.statistics import ratio_interval
 from mlxflow.measurement.throughput import Timing, interleave
 from mlxflow.training.recipe import Recipe
@@ -17,6 +19,9 @@ from mlxflow.training.step import out_of_memory_bytes
 
 # How far the host runs ahead within a step is chance, so a peak is the most of several
 _PEAK_STEPS = 8
+
+# Of the time that is left the peak of one recipe may take this part
+_ADDING_SHARE = 20
 
 #: Rounds that steps are timed in, where there are as many steps.
 ROUNDS = 20
@@ -38,6 +43,7 @@ class Measured(NamedTuple):
         num_steps: that were timed.
         error: why there is no timing.
         group: recipes of the same one took turns with one another.
+        machine: seconds that the fixed work of `measurement.machine` took in each round.
     """
 
     recipe: Recipe
@@ -49,6 +55,7 @@ class Measured(NamedTuple):
     num_steps: int = 0
     error: str = ""
     group: int = 0
+    machine: Timing | None = None
 
 
 class Drift(NamedTuple):
@@ -88,7 +95,7 @@ class _Group:
         self.members: list[_Warm] = []
         self._held = ExitStack()
 
-    def add(self, recipe: Recipe, open_runner: Open, limit_bytes: int) -> None:
+    def add(self, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
         """Make a recipe ready, and read what it takes.
 
         Raises:
@@ -103,7 +110,7 @@ class _Group:
                 runner.run(1)  # compiles, and makes the optimizer's state
                 first = time.perf_counter() - begin
                 with peaks.followed() as followed:
-                    runner.run(_PEAK_STEPS)
+                    runner.run(_PEAK_STEPS if first * _PEAK_STEPS < budget.left / _ADDING_SHARE else 1)
             except RuntimeError as error:
                 needed = out_of_memory_bytes(error)
                 if needed is None:
@@ -128,7 +135,7 @@ def _lacking(needed: int, limit: int) -> str:
 
 
 def measure_recipes(
-    recipes: Iterable[Recipe], open_runner: Open, *, num_steps: int, memory_limit_bytes: int
+    recipes: Iterable[Recipe], open_runner: Open, *, num_steps: int, memory_limit_bytes: int, budget: Budget
 ) -> tuple[list[Measured], Drift | None]:
     """Time recipes in turns, as many at once as the memory holds.
 
@@ -137,42 +144,53 @@ def measure_recipes(
         open_runner: gives a runner of each.
         num_steps: timed of each; warm-up and compilation are left out.
         memory_limit_bytes: what MLX may hold; what needs more is told as not fitting.
+        budget: recipes for which half of its time does not suffice are left out, and rounds that go beyond its end.
 
     Returns:
         a row for each recipe, and how the first one's speed changed.
     """
     rows: list[Measured] = []
     group, number, drift = _Group(), 0, None
+    enough = budget.left / 2
     for recipe in recipes:
+        if budget.left < enough and (group.members or rows):
+            rows.append(Measured(recipe, None, error=_out_of_time(budget), group=number))
+            continue
         try:
-            _add(group, recipe, open_runner, memory_limit_bytes)
+            _add(group, recipe, open_runner, memory_limit_bytes, budget)
             continue
         except _DoesNotFitError as error:
             told = str(error)
         if group.members:  # perhaps it fits alone
-            found, drift = _time(group, number, num_steps, drift)
+            found, drift = _time(group, number, num_steps, drift, budget)
             rows += found
             number += 1
             try:
-                _add(group, recipe, open_runner, memory_limit_bytes)
+                _add(group, recipe, open_runner, memory_limit_bytes, budget)
                 continue
             except _DoesNotFitError as error:
                 told = str(error)
         rows.append(Measured(recipe, None, error=told, group=number))
-    found, drift = _time(group, number, num_steps, drift)
+    found, drift = _time(group, number, num_steps, drift, budget)
     return rows + found, drift
 
 
-def _add(group: _Group, recipe: Recipe, open_runner: Open, limit_bytes: int) -> None:
+def _out_of_time(budget: Budget) -> str:
+    return f"not measured: max_seconds = {budget.seconds:g} did not suffice"
+
+
+def _add(group: _Group, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
     try:
-        group.add(recipe, open_runner, limit_bytes)
+        group.add(recipe, open_runner, limit_bytes, budget)
     except _DoesNotFitError:
         gc.collect()
         mx.clear_cache()
         raise
 
 
-def _time(group: _Group, number: int, num_steps: int, drift: Drift | None) -> tuple[list[Measured], Drift | None]:
+def _time(
+    group: _Group, number: int, num_steps: int, drift: Drift | None, budget: Budget
+) -> tuple[list[Measured], Drift | None]:
     """Time what is ready, and give its memory back."""
     members = list(group.members)
     if not members:
@@ -180,7 +198,18 @@ def _time(group: _Group, number: int, num_steps: int, drift: Drift | None) -> tu
     per_round = max(1, num_steps // ROUNDS)
     num_rounds = num_steps // per_round
     before = [(warm.runner.waited_seconds, warm.runner.targets) for warm in members]
-    timings = interleave([_turn(warm.runner, per_round) for warm in members], num_rounds=num_rounds)
+    turns = [_turn(warm.runner, per_round) for warm in members]
+    begin = time.perf_counter()
+
+    def goes_on(done: int) -> bool:
+        taken = time.perf_counter() - begin
+        if done == 1:
+            budget.announce(f"{len(turns)} ways of a training step, {num_rounds} rounds", taken * num_rounds)
+        budget.progress("training steps, round", done, num_rounds, taken)
+        return not budget.is_over
+
+    *timings, machine = interleave([*turns, fixed_work()], num_rounds=num_rounds, goes_on=goes_on)
+    num_rounds = len(machine.seconds)
     rows = []
     for warm, timing, (waited, targets) in zip(members, timings, before, strict=True):
         own = Timing(tuple(seconds / per_round for seconds in timing.seconds))
@@ -194,6 +223,7 @@ def _time(group: _Group, number: int, num_steps: int, drift: Drift | None) -> tu
                 compile_seconds=max(0.0, warm.first_seconds - own.median),
                 num_steps=num_rounds * per_round,
                 group=number,
+                machine=machine,
             )
         )
     if drift is None:
@@ -260,6 +290,16 @@ def _speed(one: Measured, timing: Timing, tokens_per_step: float) -> dict[str, A
         "peak_memory_bytes": one.peak_memory_bytes,
         "data_wait_share": one.data_wait_share,
         "compile_seconds": one.compile_seconds,
+    } | (_against_machine(timing, one.machine, tokens_per_step) if one.machine else {})
+
+
+def _against_machine(timing: Timing, machine: Timing, tokens_per_step: float) -> dict[str, float]:
+    """Return the tokens that a recipe does in the time of the fixed work, from rounds taken together."""
+    rate = ratio_interval(timing.seconds, machine.seconds).inverse(tokens_per_step)
+    return {
+        "machine_seconds": machine.median,
+        "low_relative_tokens_per_second": rate.low,
+        "high_relative_tokens_per_second": rate.high,
     }
 
 

@@ -5,13 +5,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from mlxflow.measurement.budget import Budget
 from mlxflow.training.runner import Runner
 
 # A run's points at most
 _POINTS = 20
 
 
-def converge(runners: Mapping[str, Runner], *, num_steps: int) -> list[dict[str, Any]]:
+def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -> list[dict[str, Any]]:
     """Train each for some steps and return its curve; the seconds of a first step, which compiles, are left out.
 
     A point's loss is the mean over the steps since the point before it. Of the losses that every run reached, the
@@ -19,14 +20,16 @@ def converge(runners: Mapping[str, Runner], *, num_steps: int) -> list[dict[str,
 
     Args:
         runners: on equal models that have learnt nothing, by name.
-        num_steps: of each.
+        num_steps: of each, or as many as there is time for.
+        budget: of time.
     """
     each = max(1, num_steps // _POINTS)
     curves: dict[str, dict[str, Any]] = {
         name: {"name": name, "steps": [], "tokens": [], "seconds": [], "loss": []} for name in runners
     }
     done, taken = 0, dict.fromkeys(runners, 0.0)
-    while done < num_steps:
+    begun = time.perf_counter()
+    while done < num_steps and not (budget.is_over and done > 1):
         count = 1 if done == 0 else min(each, num_steps - done)
         for name, runner in runners.items():
             begin = time.perf_counter()
@@ -39,6 +42,9 @@ def converge(runners: Mapping[str, Runner], *, num_steps: int) -> list[dict[str,
             curve["seconds"].append(taken[name])
             curve["loss"].append(statistics.fmean(losses))
         done += count
+        if done == 1 + each:
+            budget.announce(f"convergence, {num_steps} steps", (num_steps - 1) * sum(taken.values()) / each)
+        budget.progress("convergence, step", done, num_steps, time.perf_counter() - begun)
     return with_same_loss(list(curves.values()))
 
 

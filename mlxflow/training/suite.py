@@ -1,7 +1,7 @@
 """The training side of a benchmark: which recipes, on which rows, and what comes of them."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,9 @@ from mlx.utils import tree_flatten
 from mlxflow import models
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.measurement import ceilings
+from mlxflow.measurement.budget import Budget
+from mlxflow.measurement.comparison import training_name
+from mlxflow.measurement.throughput import FEWEST_ROUNDS
 from mlxflow.training.contest import measure_recipes, rows_of
 from mlxflow.training.convergence import converge
 from mlxflow.training.pieces import apart, holds_several
@@ -41,6 +44,7 @@ class Suite:
         num_steps: timed of each recipe.
         memory_limit_bytes: what MLX may hold.
         seed: of the order of the rows.
+        budget: of time, for all that is measured.
     """
 
     load: Callable[[], nn.Module]
@@ -52,6 +56,7 @@ class Suite:
     num_steps: int
     memory_limit_bytes: int
     seed: int
+    budget: Budget
 
     @property
     def own_batch_size(self) -> int:
@@ -113,10 +118,18 @@ class Suite:
             return self.tokens.targets / max(1, rows.num_rows)
         return float((rows.marks[:, 1:] & 1).sum()) / max(1, rows.num_rows)
 
-    def measure(self) -> dict[str, Any]:
-        """Time every recipe; return the report's `training` and `drift`."""
+    def measure(self, only: Set[str] | None = None) -> dict[str, Any]:
+        """Time recipes; return the report's `training` and `drift`.
+
+        Args:
+            only: rows, as a comparison names them; None: all.
+        """
         measured, drift = measure_recipes(
-            self.recipes(), self.open, num_steps=self.num_steps, memory_limit_bytes=self.memory_limit_bytes
+            [one for one in self.recipes() if only is None or training_name(one._asdict()) in only],
+            self.open,
+            num_steps=self.num_steps,
+            memory_limit_bytes=self.memory_limit_bytes,
+            budget=self.budget,
         )
         told: dict[str, Any] = {"training": rows_of(measured, targets_per_row=self.targets_per_row)}
         return told | ({"drift": drift._asdict()} if drift else {})
@@ -133,7 +146,7 @@ class Suite:
                 recipe.name: held.enter_context(self.open(recipe, learns=True))
                 for recipe in (workflow.baseline(), workflow)
             }
-            return converge(runners, num_steps=num_steps)
+            return converge(runners, num_steps=num_steps, budget=self.budget)
 
     def take_apart(self) -> Parts:
         """Return where the seconds of a step of the workflow go, each the median of several steps.
@@ -143,7 +156,10 @@ class Suite:
         """
         with self.open(self.workflow(self.own_batch_size)) as runner:
             runner.run(2)
-            steps = [runner.take_apart() for _ in range(min(_PARTED_STEPS, max(3, self.num_steps)))]
+            steps = [runner.take_apart()]
+            most = min(_PARTED_STEPS, max(3, self.num_steps))
+            while len(steps) < most and (len(steps) < FEWEST_ROUNDS or not self.budget.is_over):
+                steps.append(runner.take_apart())
         return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
 
     def against_ceilings(self, report: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:

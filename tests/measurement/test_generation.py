@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from mlxflow.measurement.generation import GenerationSpeed, measure_generation
-from tests.small_models import llama
+from tests.small_models import FREE, llama
 
 
 class _Counting(nn.Module):  # type: ignore[misc]
@@ -31,6 +31,7 @@ class _Bench:
         self.passes: list[tuple[str, int]] = []
         self.loaded: list[str] = []
         monkeypatch.setattr("time.perf_counter", lambda: self.clock[0])
+        monkeypatch.setattr("mlxflow.measurement.generation.fixed_work", lambda: self._fixed_work)
 
     def load(self, name: str, **shape: int) -> Callable[[], nn.Module]:
         def load() -> nn.Module:
@@ -39,9 +40,12 @@ class _Bench:
 
         return load
 
+    def _fixed_work(self) -> None:
+        self.clock[0] += 1
+
     def measure(self, *loads: Callable[[], nn.Module], holds: bool) -> list[GenerationSpeed | RuntimeError]:
         return measure_generation(
-            loads, prompt_lengths=[4, 8], decode_tokens=3, num_rounds=2, vocab_size=50, holds=holds
+            loads, prompt_lengths=[4, 8], decode_tokens=3, num_rounds=2, vocab_size=50, holds=holds, budget=FREE
         )
 
     @property

@@ -17,7 +17,7 @@ from mlxflow.training.pieces import InlineLoader, apart, holds_several
 from mlxflow.training.recipe import Recipe, read_job
 from mlxflow.training.runner import Runner
 from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
-from tests.small_models import llama
+from tests.small_models import FREE, llama
 from tests.training.test_recipe import SETTINGS
 
 JOB, _ = read_job({"settings": SETTINGS}, "", "")
@@ -195,6 +195,7 @@ def _measure(
     """Measure fake recipes: each takes so many seconds, or fails so."""
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mlxflow.training.contest.fixed_work", lambda: lambda: clock.__setitem__(0, clock[0] + 1))
 
     @contextmanager
     def opened(recipe: Recipe) -> Iterator[Any]:
@@ -204,7 +205,7 @@ def _measure(
         yield _Fake(clock, *found)
 
     recipes = [_workflow()._replace(name=name) for name in plan]
-    return measure_recipes(recipes, opened, num_steps=num_steps, memory_limit_bytes=limit)
+    return measure_recipes(recipes, opened, num_steps=num_steps, memory_limit_bytes=limit, budget=FREE)
 
 
 def test_a_recipe_that_does_not_fit_says_so_and_the_others_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,9 @@ def test_the_peak_of_real_steps_does_not_depend_on_the_recipes_before_it() -> No
     random = np.random.default_rng(0)
     rows = Rows(random.integers(1, 50, (64, 65)).astype(np.uint16), np.full((64, 65), 3, np.uint8))
     recipes = [_workflow()._replace(batch_size=size) for size in (32, 16, 32, 16)]
-    measured, _ = measure_recipes(recipes, lambda recipe: _open(recipe, rows), num_steps=1, memory_limit_bytes=1 << 40)
+    measured, _ = measure_recipes(
+        recipes, lambda recipe: _open(recipe, rows), num_steps=1, memory_limit_bytes=1 << 40, budget=FREE
+    )
     large, small, *later = (one.peak_memory_bytes for one in measured)
     assert later == pytest.approx([large, small], rel=0.1)
     assert small < 0.7 * large
@@ -293,7 +296,7 @@ def test_curves_tell_what_each_needed_for_the_loss_that_all_reached() -> None:
 
 def test_a_new_model_learns_both_ways() -> None:
     with _open(_workflow().baseline()) as baseline, _open(_workflow()) as workflow:
-        curves = converge({"baseline": baseline, "workflow": workflow}, num_steps=30)
+        curves = converge({"baseline": baseline, "workflow": workflow}, num_steps=30, budget=FREE)
     for curve in curves:
         assert curve["steps"] == list(range(1, 31))
         assert curve["loss"][-1] < curve["loss"][0]
