@@ -73,9 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--open", action="store_true", help="show it in the browser")
     report.add_argument("--compare", type=Path, metavar="FOLDER", help="another run beside it: artifacts/compare.html")
     add_workflow(report)
-    generate = add("generate", _generate, "let a trained or quantized model continue a text")
+    generate = add("generate", _generate, "ask a chat model through its template, or let a model continue a text")
     generate.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
-    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--prompt", required=True, help="the question, or the text to continue")
+    generate.add_argument(
+        "--raw",
+        "--no-chat-template",
+        action="store_true",
+        help="continue the text as it is, even where the folder has a chat template",
+    )
     generate.add_argument("--max-tokens", type=int, default=100, help="default: 100")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     generate.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -165,7 +171,7 @@ def _promises(parsed: argparse.Namespace) -> int:
 def _check_generate(parsed: argparse.Namespace) -> None:
     """Refuse what mlx-lm would answer with a traceback, or without end."""
     wanted = (
-        ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a text to continue", "Write a word at least"),
+        ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a question or a text", "Write a word at least"),
         ("--max-tokens", parsed.max_tokens, parsed.max_tokens > 0, "expected at least 1", "Use 100 (the default)"),
         ("--temperature", parsed.temperature, parsed.temperature >= 0, "expected 0 or more", "Use 0 (the default)"),
         (
@@ -188,17 +194,19 @@ def _generate(parsed: argparse.Namespace) -> None:
     from mlxflow import cpu
 
     cpu.prepare()
-    from mlxflow import model_files, models
+    from mlxflow import model_files
+    from mlxflow.generation import Sampling, generate
 
+    sampling = Sampling(parsed.max_tokens, parsed.temperature, parsed.seed)
     with model_files.trusting_code(parsed.trust_remote_code):
-        for text in models.generate(
-            parsed.model,
-            prompt=parsed.prompt,
-            max_tokens=parsed.max_tokens,
-            temperature=parsed.temperature,
-            seed=parsed.seed,
-        ):
-            print(text, end="", flush=True)
+        is_chat, texts = generate(parsed.model, prompt=parsed.prompt, sampling=sampling, raw=parsed.raw)
+    if is_chat:
+        said = "asked through its chat template; --raw continues the text as it is"
+    else:
+        said = "the text is continued as it is" + (" (--raw)" if parsed.raw else "; it has no chat template")
+    print(f"generate: {parsed.model}: {said}", file=sys.stderr, flush=True)
+    for text in texts:
+        print(text, end="", flush=True)
     print()
 
 

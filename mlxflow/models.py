@@ -7,7 +7,7 @@ transformers (dense ones) and LM Studio open it unchanged.
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,6 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxflow import adapter_files, artifact, bare, config_json, gather, hub, model_code, model_files
 from mlxflow.errors import ArtifactError
-
-# Of a prompt, read at a time: the memory of attention goes with it
-_PREFILL_TOKENS = 512
 
 #: The files of a tokenizer in a model folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -463,82 +460,7 @@ def for_evaluation(model: nn.Module) -> nn.Module:
     return dequantized
 
 
-def generate(folder: Path, *, prompt: str, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-    """Yield the prompt and then the text that a model folder's model continues it with, piece by piece.
-
-    Args:
-        folder: a model folder, dense or quantized, with its tokenizer.
-        prompt: the text to continue, as it is (no chat template).
-        max_tokens: tokens at most; the model may end before.
-        temperature: 0 takes the likeliest token.
-        seed: of the choice of tokens.
-
-    Raises:
-        ArtifactError: the folder is no model folder, or has no tokenizer.
-    """
-    writer = _Writer(folder)
-    yield prompt
-    yield from writer.write(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
-
-
-def continue_texts(
-    folder: Path, *, prompts: Sequence[str], max_tokens: int, temperature: float, seed: int
-) -> list[str]:
-    """Return what the model of a folder writes after each prompt, without the prompts; see `generate`.
-
-    Raises:
-        ArtifactError: the folder is no model folder, or has no tokenizer.
-    """
-    writer = _Writer(folder)
-    return [
-        "".join(writer.write(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)) for prompt in prompts
-    ]
-
-
-class _Writer:
-    """A model and its tokenizer, opened without transformers."""
-
-    def __init__(self, folder: Path) -> None:
-        self._model, config = load(folder)
-        self._tokenizer = _open_tokenizer(folder)
-        self._ends = config_json.end_of_text(config)
-
-    def write(self, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        ids = self._tokenizer.encode(prompt).ids or sorted(self._ends)  # nothing to read: as after a document's end
-        for token in self._continue(ids, max_tokens, temperature, seed):
-            if text := stream.step(self._tokenizer, token):
-                yield text
-
-    def _continue(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
-        from mlx_lm.models.cache import make_prompt_cache
-        from mlx_lm.sample_utils import make_sampler
-
-        mx.random.seed(seed)
-        sampler, cache = make_sampler(temp=temperature), make_prompt_cache(self._model)
-
-        def following(tokens: mx.array) -> mx.array:
-            logits = self._model(tokens, cache=cache)[:, -1]
-            chosen: mx.array = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-            return chosen
-
-        for begin in range(0, len(ids) - 1, _PREFILL_TOKENS):  # the last one gives the first new token
-            self._model(mx.array([ids[begin : min(begin + _PREFILL_TOKENS, len(ids) - 1)]]), cache=cache)
-            mx.eval([layer.state for layer in cache])
-        token = following(mx.array([ids[-1:]]))
-        for _ in range(max_tokens):
-            mx.async_eval(token)
-            after = following(token[None])  # the host builds the next step meanwhile
-            chosen: int = token.item()  # type: ignore[assignment]
-            if chosen in self._ends:
-                return
-            yield chosen
-            token = after
-
-
-def _open_tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
     """Return the `tokenizers.Tokenizer` of a model folder.
 
     Raises:

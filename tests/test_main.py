@@ -121,7 +121,7 @@ def test_generate_from_what_is_no_model_folder_is_told(built: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--prompt", "", "generate: --prompt = '': expected a text to continue. Write a word at least."),
+        ("--prompt", "", "generate: --prompt = '': expected a question or a text. Write a word at least."),
         ("--max-tokens", "0", "generate: --max-tokens = 0: expected at least 1. Use 100 (the default)."),
         ("--max-tokens", "-3", "generate: --max-tokens = -3: expected at least 1. Use 100 (the default)."),
         ("--temperature", "-1", "generate: --temperature = -1.0: expected 0 or more. Use 0 (the default)."),
