@@ -50,9 +50,8 @@ class Writer:
         self.tokenizer = models.open_tokenizer(folder)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        settings = _tokenizer_settings(folder)
-        self._template = _open_template(folder, settings)
-        end = self.tokenizer.token_to_id(settings.get("eos_token") or "")
+        self._template = open_template(folder)
+        end = self.tokenizer.token_to_id(_tokenizer_settings(folder).get("eos_token") or "")
         self._ends = set(config_json.end_of_text(config)) | ({end} if end is not None else set())
 
     @property
@@ -151,12 +150,16 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     return settings | {key: text for key, text in named.items() if text is not None}
 
 
-def _open_template(folder: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+def open_template(folder: Path) -> ChatTemplate | None:
     """Return the chat template of a folder, None where it has none; a file of its own overrides the settings.
+
+    Args:
+        folder: of a model, or of a tokenizer alone.
 
     Raises:
         ArtifactError: it is no valid template.
     """
+    settings = _tokenizer_settings(folder)
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(source, list):  # several by name

@@ -27,15 +27,15 @@ def test_the_stage_lays_its_page_beside_all_artifacts(built: Path) -> None:
 
 
 def test_samples_are_what_the_models_write(built: Path) -> None:
-    from mlxflow import models
+    from mlxflow.generation import Sampling, generate
     from mlxflow.stage import derive_seed
 
     samples = read_report(built / "artifacts/report/report.toml")["samples"]
     assert [one["model"] for one in samples] == ["train", "quantize:q4", "quantize:q8"]  # one note is held out
-    how = {"max_tokens": 48, "temperature": 0.8, "seed": derive_seed(0, "report.samples")}
+    sampling = Sampling(48, 0.8, derive_seed(0, "report.samples"))
     one = samples[1]
-    written = "".join(models.generate(built / "artifacts/quantize/q4", prompt=one["prompt"], **how))  # type: ignore[arg-type]
-    assert written == one["prompt"] + one["text"]
+    _, written = generate(built / "artifacts/quantize/q4", prompt=one["prompt"], sampling=sampling, raw=False)
+    assert "".join(written) == one["prompt"] + one["text"]
     notes = "".join(path.read_text() for path in sorted((built / "notes").iterdir()))
     assert all(one["prompt"] in notes for one in samples)
     text = Seen((built / "artifacts/index.html").read_bytes()).text

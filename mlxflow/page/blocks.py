@@ -69,6 +69,16 @@ class Sample(NamedTuple):
     kind: str = "sample"
 
 
+class Exchange(NamedTuple):
+    """A question, what a model answered, and the answer in the data; empty where nobody knows it."""
+
+    model: str
+    question: str
+    text: str
+    answer: str
+    kind: str = "exchange"
+
+
 class Code(NamedTuple):
     """Text to read or to copy as it is."""
 
@@ -86,7 +96,7 @@ class Sides(NamedTuple):
     kind: str = "sides"
 
 
-Block = Note | Text | Table | Figure | Sample | Code | Sides
+Block = Note | Text | Table | Figure | Sample | Exchange | Code | Sides
 
 
 class Section(NamedTuple):

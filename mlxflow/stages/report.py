@@ -1,15 +1,16 @@
 """Draw the page that shows the whole run."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
 from mlxflow.config import MAX_SIZE
-from mlxflow.stage import Artifacts, Beside, Context, derive_seed, reference_folder
+from mlxflow.stage import Artifacts, Beside, Context, reference_folder
+from mlxflow.stages import report_samples
 
-VERSION = 1
+VERSION = 2
 
 #: The page is laid beside the folders of all artifacts too, where people look first.
 LAID_ON_TOP = ("index.html",)
@@ -28,17 +29,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description='models asked for samples of text; "stage:*" is all variants; none: no samples'),
     ] = ("train:*", "quantize:*")
     data: Annotated[
-        str, Meta(description="the pretokenize stage whose held-out documents are gone on with; of several, the first")
+        str, Meta(description="the pretokenize stage whose held-out documents are continued; of several, the first")
     ] = "pretokenize:*"
     prompts: Annotated[
-        tuple[Annotated[str, Meta(min_length=1)], ...], Meta(description="texts to go on with instead")
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(description="texts to continue instead; questions for models with a chat template"),
     ] = ()
-    num_prompts: Annotated[int, Meta(ge=1, le=20, description="held-out documents gone on with")] = 2
+    num_prompts: Annotated[
+        int, Meta(ge=1, le=20, description="held-out documents continued, or conversations answered")
+    ] = 2
     prompt_tokens: Annotated[
         int, Meta(ge=1, le=MAX_SIZE, description="tokens of a document that the models are given")
     ] = 12
     max_tokens: Annotated[int, Meta(ge=1, le=2048, description="tokens that a model writes at most")] = 48
-    temperature: Annotated[float, Meta(ge=0, le=10, description="0 takes the likeliest token")] = 0.8
+    temperature: Annotated[
+        Literal["auto"] | Annotated[float, Meta(ge=0, le=10)],
+        Meta(description="0 takes the likeliest token; auto: 0 for answers, 0.8 for texts"),
+    ] = "auto"
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +86,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             validation=tuple(
                 artifacts.folder(one, "data") / name
                 for one in data
-                for name in ("validation.safetensors", "tokenizer.json")
+                for name in ("validation.safetensors", "tokenizer.json", "tokenizer_config.json")
             ),
         )
 
@@ -101,7 +108,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.page.reading import Member, read_run
     from mlxflow.page.render import render
 
-    samples = _samples(config, inputs, context)
+    samples = report_samples.samples(config, inputs, context)
     members = [
         Member(one.task, one.folder, one.reads, one.outputs) for one in context.members if one.task in inputs.reports
     ]
@@ -109,50 +116,3 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     page = render([read])
     artifact.write_whole(outputs.page, page)
     return {"page_bytes": len(page), "samples": samples}
-
-
-def _samples(config: Config, inputs: Inputs, context: Context) -> list[dict[str, Any]]:
-    """Return what every model writes after every prompt; the same models write the same."""
-    from mlxflow import artifact, models
-    from mlxflow.page.reading import model_key
-
-    samples: list[dict[str, Any]] = []
-    prompts = list(config.prompts) or (_beginnings(config, inputs) if inputs.models else [])
-    for reference, path in inputs.models.items():
-        about = {"model": reference, "model_key": model_key(artifact.read_report(inputs.reports[reference]))}
-        try:
-            texts = models.continue_texts(
-                path.parent,
-                prompts=prompts,
-                max_tokens=config.max_tokens,
-                temperature=config.temperature,
-                seed=derive_seed(context.seed, "report.samples"),
-            )
-        except RuntimeError as error:  # no room for the model: the page is drawn without it
-            samples.append(about | {"error": " ".join(str(error).split())})
-            continue
-        samples += [about | {"prompt": one, "text": text} for one, text in zip(prompts, texts, strict=True)]
-    return samples
-
-
-def _beginnings(config: Config, inputs: Inputs) -> list[str]:
-    """Return the first tokens of held-out documents, as text."""
-    from tokenizers import Tokenizer
-
-    from mlxflow import artifact
-    from mlxflow.data.token_file import TokenFile
-
-    tokens = TokenFile.open(inputs.validation[0])
-    tokenizer = Tokenizer.from_file(str(inputs.validation[1]))
-    begins = artifact.map_tensor(inputs.validation[0], "piece_begins")
-    ends = artifact.map_tensor(inputs.validation[0], "row_pieces").cumsum(dtype="int64")
-    found: list[str] = []
-    for row in ends.searchsorted((begins == 0).nonzero()[0], side="right").tolist():
-        for piece in tokens.pieces(row):
-            end = min(piece.end - 1, piece.begin + config.prompt_tokens)
-            text = tokenizer.decode(tokens.rows.tokens[row, piece.begin : end].tolist())
-            if piece.document_begin == 0 and text.strip() and text not in found:
-                found.append(text)
-        if len(found) >= config.num_prompts:
-            break
-    return found[: config.num_prompts]

@@ -13,6 +13,7 @@ import pytest
 from mlxflow import models
 from mlxflow.artifact import read_report
 from mlxflow.errors import MlxflowError
+from mlxflow.generation import Sampling, Writer, generate
 from mlxflow.identity import DigestCache
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
@@ -181,9 +182,8 @@ def test_generate_writes_what_mlx_lm_writes_with_the_adapters(project: Path, ada
         tokens = [one.token for one in stream_generate(model, tokenizer, prompt, max_tokens=24)]
         return str(tokenizer.decode([*prompt, *tokens]))
 
-    assert "".join(models.generate(adapted, prompt="note 3 line", max_tokens=24, temperature=0.0, seed=0)) == written(
-        adapted
-    )
+    _, texts = generate(adapted, prompt="note 3 line", sampling=Sampling(24, 0.0, 0), raw=True)
+    assert "".join(texts) == written(adapted)
     assert written(None) != written(adapted)
 
 
@@ -260,10 +260,8 @@ def test_every_later_stage_reads_the_trained_model(chain: Path) -> None:
     assert rows["train"]["model_bytes"] == sum(sizes)
     samples = {one["model"]: one for one in _stage(chain, "report")["samples"]}
     sample = samples["train"]
-    expected = models.continue_texts(
-        chain / "artifacts/train", prompts=[sample["prompt"]], max_tokens=48, temperature=0.8, seed=_sample_seed()
-    )
-    assert [sample["text"]] == expected
+    writer = Writer(chain / "artifacts/train")
+    assert sample["text"] == "".join(writer.write(writer.text_ids(sample["prompt"]), Sampling(48, 0.8, _sample_seed())))
 
 
 def _sample_seed() -> int:

@@ -1,8 +1,9 @@
-"""Text that the models really wrote, and what they were asked to go on with."""
+"""What the models wrote: answers to questions from held-out conversations, and texts continued."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mlxflow.page.blocks import Block, Note, Sample, Section
+from mlxflow.page.blocks import Block, Exchange, Note, Sample, Section
 from mlxflow.page.reading import Run
 from mlxflow.page.sections import beside
 
@@ -13,11 +14,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _blocks(run: Run) -> list[Block]:
-    shown: list[Block] = [
-        Sample(one["model"], one["prompt"], one["text"])
-        for one in run.samples
-        if all(isinstance(one.get(key), str) for key in ("model", "prompt", "text"))
-    ]
+    shown: list[Block] = [block for one in run.samples if (block := _block(one)) is not None]
     shown += [
         Note(f"{one.get('model')} could not be asked: {one['error']}")
         for one in run.samples
@@ -26,3 +23,12 @@ def _blocks(run: Run) -> list[Block]:
     if run.samples_problem:
         shown.append(Note(run.samples_problem))
     return shown or [Note("No model was asked for a sample: report.models is empty or no model is built.")]
+
+
+def _block(one: Mapping[str, Any]) -> Block | None:
+    model, text, prompt, question = (one.get(key) for key in ("model", "text", "prompt", "question"))
+    if not isinstance(model, str) or not isinstance(text, str):
+        return None
+    if isinstance(question, str):
+        return Exchange(model, question, text.strip(), str(one.get("answer", "")))
+    return Sample(model, prompt, text) if isinstance(prompt, str) else None

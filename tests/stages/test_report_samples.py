@@ -1,0 +1,134 @@
+"""Samples of a workflow of conversations: held-out questions, what the model answers, and what the data answers."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mlxflow.generation import Sampling, Writer
+from mlxflow.page.reading import Member, read_run
+from mlxflow.page.render import render
+from mlxflow.run import run_stage
+from mlxflow.stage import derive_seed
+from mlxflow.stages import report
+from mlxflow.stages.report_samples import samples
+from mlxflow.workflow import load_workflow
+from tests.page.test_page import Seen
+
+TRAINING = """
+[train]
+num_steps = 2
+warmup_steps = 1
+batch_size = 2
+dynamic_batch_size = false
+[train.model]
+hidden_size = 16
+num_layers = 1
+num_heads = 1
+num_kv_heads = 1
+intermediate_size = 16
+"""
+
+
+def _conversation(number: int) -> dict[str, Any]:
+    turns = [
+        ("system", "Be short."),
+        ("user", f"What is {number} and one?"),
+        ("assistant", f"It is {number + 1}."),
+        ("user", "Sure?"),
+        ("assistant", "Quite."),
+    ]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def _completion(number: int) -> dict[str, str]:
+    return {"prompt": f"What is {number} and one?", "completion": f" It is {number + 1}."}
+
+
+def _build(folder: Path, make: Any, settings: str = "") -> Path:
+    (folder / "data.jsonl").write_text("".join(json.dumps(make(number)) + "\n" for number in range(30)))
+    (folder / "workflow.toml").write_text(
+        '[pretokenize]\nsources = ["data.jsonl"]\ncontext_length = 96\nholdout = 0.3\n'
+        f"tokenizer = {{ vocab_size = 320 }}\n{settings}\n{TRAINING}"
+    )
+    workflow = load_workflow(folder / "workflow.toml")
+    for stage in ("pretokenize", "train"):
+        run_stage(workflow, workflow.find(stage))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _build(tmp_path_factory.mktemp("chats"), _conversation)
+
+
+def _samples(folder: Path, model: Path | None = None, **config: Any) -> list[dict[str, Any]]:
+    artifacts = folder / "artifacts"
+    names = ("validation.safetensors", "tokenizer.json", "tokenizer_config.json")
+    inputs = report.Inputs(
+        models={"train": (model or artifacts / "train") / "model.safetensors"},
+        reports={"train": artifacts / "train/report.toml"},
+        validation=tuple(artifacts / "pretokenize" / name for name in names),
+    )
+    return samples(report.Config(**({"max_tokens": 8} | config)), inputs, SimpleNamespace(seed=0))  # type: ignore[arg-type]
+
+
+def test_conversations_become_questions_with_both_answers(chats: Path) -> None:
+    found = _samples(chats, num_prompts=3)
+    assert len(found) == 3
+    writer = Writer(chats / "artifacts/train")
+    for one in found:
+        number = next(number for number in range(30) if one["question"] == f"What is {number} and one?")
+        assert one["answer"] == f"It is {number + 1}."
+        ids = writer.chat_ids(_conversation(number)["messages"][:2])
+        sampling = Sampling(8, 0.0, derive_seed(0, "report.samples"))
+        assert one["text"] == "".join(writer.write(ids, sampling))
+        assert "prompt" not in one
+
+
+def test_prompts_of_the_workflow_go_through_the_template(chats: Path) -> None:
+    (one,) = _samples(chats, prompts=("Why?",))
+    writer = Writer(chats / "artifacts/train")
+    ids = writer.chat_ids([{"role": "user", "content": "Why?"}])
+    assert one["question"] == "Why?"
+    assert one["text"] == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
+    assert "answer" not in one
+
+
+def test_a_model_with_another_tokenizer_is_asked_through_its_own_template(chats: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(chats / "artifacts/train", tmp_path / "other"))
+    tokenizer = other / "tokenizer.json"
+    definition = json.loads(tokenizer.read_text())
+    vocabulary = definition["model"]["vocab"]
+    low, high = [text for text in vocabulary if text.isalpha()][:2]
+    vocabulary[low], vocabulary[high] = vocabulary[high], vocabulary[low]
+    tokenizer.write_text(json.dumps(definition))
+    for one in _samples(chats, model=other):
+        writer = Writer(other)
+        ids = writer.chat_ids([{"role": "user", "content": one["question"]}])
+        assert one["text"] == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
+
+
+def test_completions_are_questions_too(tmp_path: Path) -> None:
+    folder = _build(tmp_path, _completion)
+    for one in _samples(folder):
+        number = next(number for number in range(30) if one["question"] == f"What is {number} and one?")
+        assert one["answer"] == f"It is {number + 1}."
+
+
+def test_where_every_token_is_trained_on_beginnings_are_continued(tmp_path: Path) -> None:
+    folder = _build(tmp_path, _conversation, 'train_on = "all"')
+    for one in _samples(folder):
+        assert one.keys() == {"model", "model_key", "prompt", "text"}
+
+
+def test_the_page_shows_question_answer_and_what_the_data_says(chats: Path) -> None:
+    found = _samples(chats, num_prompts=1)
+    found[0]["text"] = "It <is> wrong."
+    members = [Member("train", chats / "artifacts/train", (), ())]
+    page = render([read_run(chats, members, name="chats", samples=found)])
+    question, answer = found[0]["question"], found[0]["answer"]
+    assert f"train Question {question} Answer It <is> wrong. In the data {answer}" in Seen(page).text
