@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxflow import config_json, models
-from mlxflow.data.chat import ChatTemplate, TemplateProblem
+from mlxflow.data.chat import ChatTemplate
+from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.errors import ArtifactError, CallError
 
 # Of a prompt, read at a time: the memory of attention goes with it

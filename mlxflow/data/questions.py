@@ -6,7 +6,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlxflow import artifact
-from mlxflow.data.chat import ChatTemplate, TemplateProblem
+from mlxflow.data.chat import ChatTemplate
+from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.token_file import PieceAt, TokenFile
 
 # Stands for a user's message where a template is asked how it writes one; no template has it

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from mlxflow.artifact import read_report
 from mlxflow.data.token_file import TokenFile
-from mlxflow.models import continue_texts
+from mlxflow.generation import Sampling, Writer
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
 
@@ -190,14 +190,17 @@ def test_a_model_ends_its_answers_with_the_token_that_it_learned_to_end_with(tmp
     assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"  # noqa: S105
 
     prompt = PROMPT.format("4 bird?")
-    ours = continue_texts(folder, prompts=[prompt], max_tokens=40, temperature=0, seed=0)
-    assert ours == ["bird bird bird bird done"]
+    writer = Writer(folder)
+    ids = writer.chat_ids([{"role": "user", "content": "4 bird?"}])
+    assert ids == writer.text_ids(prompt)
+    ours = "".join(writer.write(ids, Sampling(40, 0.0, 0)))
+    assert ours == "bird bird bird bird done"
 
     import mlx_lm
 
     model, tokenizer = mlx_lm.load(str(folder))[:2]
     assert end in tokenizer.eos_token_ids
-    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=40) == ours[0]
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=40) == ours
 
     import torch
     from transformers import AutoModelForCausalLM
