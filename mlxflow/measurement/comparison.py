@@ -210,11 +210,12 @@ def markdown_of_differences(differences: Sequence[Difference]) -> str:
 def markdown_of_report(report: Mapping[str, Any]) -> str:
     """Return a report's training and models as two tables in Markdown."""
     lines = [
-        "| training | rows | tokens/s | | peak GB | waiting for data | the workflow is |",
-        "|---|--:|--:|---|--:|--:|---|",
+        "| training | rows | tokens learned from/s | | processed/s | peak GB | waiting for data | the workflow is |",
+        "|---|--:|--:|---|--:|--:|--:|---|",
     ]
     lines += [_training_line(row) for row in report.get("training", ())]
-    lines += ["", "| model | MB | smaller than fp32 | decode tokens/s | perplexity |", "|---|--:|--:|--:|--:|"]
+    lines += ["", "| model | MB | smaller than fp32 | than the trained model | decode tokens/s | perplexity |"]
+    lines += ["|---|--:|--:|--:|--:|--:|"]
     lines += [_model_line(row) for row in report.get("models", ())]
     return "\n".join(lines) + "\n"
 
@@ -222,23 +223,26 @@ def markdown_of_report(report: Mapping[str, Any]) -> str:
 def _training_line(row: Mapping[str, Any]) -> str:
     begin = f"| {_cell(row['name'])} | {row['batch_size']} |"
     if "error" in row:
-        return f"{begin} {_cell(row['error'])} | | | | |"
+        return f"{begin} {_cell(row['error'])} | | | | | |"
     against = ""
     if "workflow_speedup" in row:
         ratio = f"{row['workflow_speedup']:.2f} times as fast"
         against = f"{ratio} (noise)" if row["verdict"] == "noise" else ratio
     band = f"{_number(row['low_tokens_per_second'])} to {_number(row['high_tokens_per_second'])}"
     return (
-        f"{begin} {_number(row['tokens_per_second'])} | {band} | {row['peak_memory_bytes'] / 1e9:.2f} "
+        f"{begin} {_number(row['tokens_per_second'])} | {band} "
+        f"| {_number(row.get('processed_tokens_per_second', row['tokens_per_second']))} "
+        f"| {row['peak_memory_bytes'] / 1e9:.2f} "
         f"| {row['data_wait_share']:.1%} | {against} |"
     )
 
 
 def _model_line(row: Mapping[str, Any]) -> str:
     if "error" in row:
-        return f"| {_cell(row['model'])} | {_cell(row['error'])} | | | |"
+        return f"| {_cell(row['model'])} | {_cell(row['error'])} | | | | |"
     return (
         f"| {_cell(row['model'])} | {row['model_bytes'] / 1e6:.2f} | {row['compression_ratio_fp32']:.1f} times "
+        f"| {row['compression_ratio']:.1f} times "
         f"| {_number(row['decode_tokens_per_second'])} "
         f"| {row['perplexity']:.2f} ± {row['perplexity_standard_error']:.2f} |"
     )

@@ -1,5 +1,6 @@
 """The first lines of the page: each question a person comes with, and its answer in a figure and a sentence."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,10 +64,30 @@ def _data(run: Run) -> Iterator[Answer]:
     yield Answer("What was it made of?", show_large(train.get("tokens")), said, "data")
 
 
+def _of_each(run: Run, kind: str, one: str, several: str) -> Iterator[tuple[StageRun, str]]:
+    """Yield the variants of a stage that were reported, each with the question about it.
+
+    Args:
+        run: the run.
+        kind: the stage.
+        one: the question where the stage has no variants.
+        several: the question with `{name}` where it has.
+    """
+    stages = run.of_kind(kind)
+    for found in (stage for stage in stages if stage.report):
+        name = clean(found.member.task.partition(":")[2] or found.task)
+        yield found, one if len(stages) == 1 else several.format(name=name)
+
+
 def _quality(run: Run) -> Iterator[Answer]:
-    if not (one := _first(run, "train")):
+    if not _first(run, "train"):
         yield Answer("Did it learn?", UNKNOWN, "No training was reported.", "learning")
-        return
+    for one, question in _of_each(run, "train", "Did it learn?", "Did {name} learn?"):
+        yield Answer(question, show(number(one.report.get("last_validation_perplexity"))), _learned(one), "learning")
+
+
+def _learned(one: StageRun) -> str:
+    """Return what a training came to, in sentences."""
     first, last = (number(one.report.get(f"{which}_validation_perplexity")) for which in ("first", "last"))
     said = f"perplexity on held-out text after {plural(one.report.get('steps'), 'step')}"
     said += f", from {show(first)} before." if first is not None else "."
@@ -78,18 +99,18 @@ def _quality(run: Run) -> Iterator[Answer]:
         said += f" The best was {show(best)}, at step {show(one.report.get('best_validation_step'))}."
     if one.report.get("fuse") == "never":
         said += " Its adapters lie beside the base model: a tool that does not apply them opens the base model."
-    yield Answer("Did it learn?", show(last), said, "learning")
+    return said
 
 
 def _speed(run: Run) -> Iterator[Answer]:
-    if one := _first(run, "train"):
+    for one, question in _of_each(run, "train", "How fast was it?", "How fast was {name}?"):
         about = table(one.report, "run")
-        said = "tokens a second while training"
+        said = "tokens learned from a second while training"
         waited, whole = number(about.get("data_wait_seconds")), number(about.get("training_seconds"))
         said += (
             f"; {show_percent(waited / whole)} of the time it waited for data" if waited is not None and whole else ""
         )
-        yield Answer("How fast was it?", show(about.get("tokens_per_second")), f"{said}.", "learning")
+        yield Answer(question, show(about.get("tokens_per_second")), f"{said}.", "learning")
 
 
 def _size(run: Run) -> Iterator[Answer]:
@@ -102,11 +123,13 @@ def _size(run: Run) -> Iterator[Answer]:
         quality, row = table(one.report, "quality"), measured.get(one.task, {})
         of = quality if number(quality.get("perplexity")) is not None else row
         weight = f"{show(one.report.get('bits_per_weight'))} bits a weight"
-        said = f"times smaller than in fp32: {show_bytes(one.report.get('model_bytes'))}, {weight}"
+        said = f"times smaller than in fp32{_than_dense(one.report)}: "
+        said += f"{show_bytes(one.report.get('model_bytes'))}, {weight}"
         if number(of.get("perplexity")) is not None:
             said += f"; perplexity {show_interval(of.get('perplexity'), of.get('perplexity_standard_error'))}"
         dense = number(quality.get("dense_perplexity"))
         said += f", dense {show(dense)}" if dense is not None else ""
+        said += _another_model(quality)
         yield Answer(
             f"How small is {clean(one.member.task.partition(':')[2] or one.task)}?",
             show(ratio),
@@ -115,6 +138,33 @@ def _size(run: Run) -> Iterator[Answer]:
         )
     if run.of_kind("quantize") and not built:
         yield Answer("How small is it?", UNKNOWN, "No quantized model was reported.", "quantization")
+
+
+def _than_dense(report: Mapping[str, Any]) -> str:
+    """Return the size against the dense model as it was stored, where that was not fp32."""
+    dense, own = (number(report.get(key)) for key in ("dense_bits_per_weight", "bits_per_weight"))
+    if dense is None or not own or dense > 31:
+        return ""
+    return f", {show(dense / own)} times smaller than the dense model of {show(dense)} bits a weight"
+
+
+# Of a divergence so much must show in the perplexity, or be this small, to be called rounding
+_SHOWN_SHARE, _ROUNDING_NATS = 0.5, 0.03
+
+
+def _another_model(quality: Mapping[str, Any]) -> str:
+    """Return what a divergence says that the perplexity does not.
+
+    Were text what the dense model holds likely, rounding would raise the loss by the divergence. A model that was
+    trained meanwhile predicts the text better again, and still is another one.
+    """
+    kl, found, dense = (number(quality.get(key)) for key in ("kl", "perplexity", "dense_perplexity"))
+    if kl is None or not found or not dense or kl < _ROUNDING_NATS or math.log(found / dense) > _SHOWN_SHARE * kl:
+        return ""
+    said = f"; but its predictions diverge from the dense model's by {show(kl)} nats a token"
+    same = number(quality.get("top1_agreement"))
+    said += f" and share {show_percent(same)} of first choices" if same is not None else ""
+    return f"{said}: not the dense model made smaller, another one that fits this text"
 
 
 def _memory(run: Run) -> Iterator[Answer]:

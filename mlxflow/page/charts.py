@@ -29,6 +29,20 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
+#: Series that can be told apart in one plot.
+STYLES = 32
+_COLORS = 8
+
+
+def style_of(index: int) -> str:
+    """Return the CSS classes of one of many series: eight colors, each plain and in three patterns.
+
+    A pattern is how a line is dashed, what shape a mark has, how strong a bar is.
+    """
+    pattern = index // _COLORS % (STYLES // _COLORS)
+    return f"c{index % _COLORS}" + (f" p{pattern}" if pattern else "")
+
+
 class Series(NamedTuple):
     """One line of a plot.
 
@@ -36,7 +50,7 @@ class Series(NamedTuple):
         name: for the legend and under the pointer.
         x: (N,) in rising order.
         y: (N,).
-        style: a CSS class, `c0` to `c5`; with ` b` a dashed line.
+        style: of `style_of`; with ` b` a dashed line.
         points: whether each value has a mark of its own instead of a line through all.
     """
 
@@ -168,9 +182,12 @@ def _grid(ticks: Sequence[float], up: Scale, height: float) -> Markup:
 def _line(one: Series, across: Scale, up: Scale, height: float) -> Markup:
     x, y = one.x.tolist(), one.y.tolist()
     if one.points or len(x) == 1:
-        dots = [(across(a) * WIDTH, (1 - up(b)) * height) for a, b in zip(x, y, strict=True)]
-        path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h0" for a, b in dots)
-        return tag("path", {"class": f"dots {one.style}", "d": path})
+        places = [(across(a) * WIDTH, (1 - up(b)) * height) for a, b in zip(x, y, strict=True)]
+        path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h0" for a, b in places)
+        dots = tag("path", {"class": f"dots {one.style}", "d": path})
+        if one.style.endswith(("p2", "p3")):  # hollow
+            dots += tag("path", {"class": f"dots hole {one.style.rpartition(' ')[2]}", "d": path})
+        return dots
     return tag("path", {"class": f"line {one.style}", "d": svg.path_of(x, y, across, up, WIDTH, height)})
 
 

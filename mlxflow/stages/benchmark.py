@@ -356,12 +356,26 @@ def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, i
         "compression_ratio": dense_bytes / model_bytes,
         "compression_ratio_fp32": 4 * parameters / model_bytes,
         "compression_ratio_bf16": 2 * parameters / model_bytes,
+        **_asked_bits(path),
         **_speed_row(speed),
         "perplexity": measured.perplexity,
         "perplexity_standard_error": measured.standard_error,
         "validation_tokens": measured.tokens,
         "validation_rows": rows.num_rows,
         "has_fewer_rows": most_rows < min(wanted_rows, tokens.rows.num_rows),
+    }
+
+
+def _asked_bits(path: Path) -> dict[str, float]:
+    """Return the bits a weight that the plan of a quantized model asked for; nothing for a dense one."""
+    from mlxflow import artifact
+
+    layers = artifact.read_report(path.with_name("report.toml")).get("layers", [])
+    parameters = sum(layer["parameters"] for layer in layers)
+    if not parameters:
+        return {}
+    return {
+        "asked_bits_per_weight": sum(layer["bits_per_weight"] * layer["parameters"] for layer in layers) / parameters
     }
 
 

@@ -250,12 +250,18 @@ def _drift(row: Measured, runner: Runner, per_round: int, num_rounds: int) -> Dr
 # --- what is written of it
 
 
-def rows_of(measured: Sequence[Measured], *, targets_per_row: Callable[[Recipe], float]) -> list[dict[str, Any]]:
+def rows_of(
+    measured: Sequence[Measured],
+    *,
+    targets_per_row: Callable[[Recipe], float],
+    tokens_per_row: Callable[[Recipe], float],
+) -> list[dict[str, Any]]:
     """Return the rows of a report.
 
     Args:
         measured: what `measure_recipes` returned.
         targets_per_row: tokens learnt from in a row of a recipe's batches, the mean over all of them.
+        tokens_per_row: tokens that the model sees in a row, those it does not learn from too, padding left out.
     """
     workflows = {(one.recipe.batch_size, one.group): one for one in measured if one.recipe.name == "workflow"}
     rows = []
@@ -266,6 +272,8 @@ def rows_of(measured: Sequence[Measured], *, targets_per_row: Callable[[Recipe],
             continue
         per_step = one.recipe.batch_size * targets_per_row(one.recipe)
         row = told | _speed(one, one.timing, per_step)
+        processed = one.recipe.batch_size * tokens_per_row(one.recipe)
+        row["processed_tokens_per_second"] = processed / one.timing.median
         workflow = workflows.get((one.recipe.batch_size, one.group))
         if workflow is not None and workflow is not one and workflow.timing is not None:
             row |= _against(one, one.timing, per_step, workflow.timing, workflow.recipe, targets_per_row)

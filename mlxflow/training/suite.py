@@ -26,6 +26,9 @@ from mlxflow.training.runner import Parts, Runner
 # Enough rows of one piece each that a batch is seldom seen twice, and few enough to be made in a moment
 _ROWS_APART = 2048
 
+# Rows in which tokens are counted, all over a file: a large one is not read for it
+_COUNTED_ROWS = 4096
+
 # Steps whose parts are timed one by one
 _PARTED_STEPS = 8
 
@@ -118,6 +121,12 @@ class Suite:
             return self.tokens.targets / max(1, rows.num_rows)
         return float((rows.marks[:, 1:] & 1).sum()) / max(1, rows.num_rows)
 
+    def tokens_per_row(self, recipe: Recipe) -> float:
+        """Return the tokens that the model sees in a row, padding left out; the mean over some of a recipe's rows."""
+        rows = self.rows(recipe)
+        marks = rows.marks[:: max(1, rows.num_rows // _COUNTED_ROWS), :-1]
+        return float((marks != 0).sum()) / max(1, len(marks))
+
     def measure(self, only: Set[str] | None = None) -> dict[str, Any]:
         """Time recipes; return the report's `training` and `drift`.
 
@@ -131,7 +140,9 @@ class Suite:
             memory_limit_bytes=self.memory_limit_bytes,
             budget=self.budget,
         )
-        told: dict[str, Any] = {"training": rows_of(measured, targets_per_row=self.targets_per_row)}
+        told: dict[str, Any] = {
+            "training": rows_of(measured, targets_per_row=self.targets_per_row, tokens_per_row=self.tokens_per_row)
+        }
         return told | ({"drift": drift._asdict()} if drift else {})
 
     def converge(self, num_steps: int) -> list[dict[str, Any]]:

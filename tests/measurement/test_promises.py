@@ -38,6 +38,29 @@ def test_a_promise_that_does_not_hold_is_told_and_the_others_stand(broken: dict[
     assert [one for one, holds in _kept(**broken).items() if not holds] == [name]
 
 
+def _sized(**models: tuple[float, float]) -> dict[str, Any]:
+    """Return the promise of size for models of so many times smaller, with bits a weight that were asked for."""
+    rows = [
+        {"model": name, "compression_ratio_fp32": ratio, "asked_bits_per_weight": bits}
+        | {"perplexity": 9.0, "perplexity_standard_error": 0.5}
+        for name, (ratio, bits) in models.items()
+    ]
+    told: dict[str, Any] = keep_promises([], rows, None, 8)["model_size"]
+    return told
+
+
+def test_a_model_of_eight_bits_keeps_the_promise_that_its_bits_allow() -> None:
+    assert _sized(q8=(3.75, 8.5))["holds"]
+    assert not _sized(q8=(3.0, 8.5))["holds"], "its bits allow 3.8"
+    assert not _sized(q4=(3.9, 4.5))["holds"], "its bits allow 7.1, and four is the least"
+    told = _sized(q8=(3.75, 8.5), q4=(7.0, 4.5))
+    assert told["holds"]
+    assert told["figure"] == (
+        "q8 3.8 times (its bits allow 3.8), perplexity 9.00 ± 0.50; q4 7.0 times (its bits allow 7.1), "
+        "perplexity 9.00 ± 0.50"
+    )
+
+
 def test_what_did_not_fit_proves_nothing() -> None:
     rows = [{"name": "baseline", "batch_size": 8, "error": "does not fit"}, _row("workflow", 100, 10)]
     told = keep_promises(rows, [], 0.0, 8)

@@ -182,7 +182,13 @@ def _benchmark(name: str) -> dict[str, Any]:
 
     curve = {"steps": [1, 2, 3], "tokens": [10, 20, 30], "seconds": [1.0, 2.0, 3.0], "loss": [3.0, 2.5, 2.2]}
     curve |= {"same_loss": 2.2, "tokens_to_loss": 30, "seconds_to_loss": 3.0}
-    model = {"model_bytes": 49144, "compression_ratio": 5.6, "decode_tokens_per_second": 410.0, "perplexity": 39.1}
+    model = {
+        "model_bytes": 49144,
+        "compression_ratio": 5.6,
+        "compression_ratio_fp32": 7.1,
+        "decode_tokens_per_second": 410.0,
+        "perplexity": 39.1,
+    }
     return {
         "training": [row("baseline", 4000.0), row("workflow", 8000.0), row(name, 7000.0)],
         "models": [model | {"model": name, "prefill": [{"prompt_tokens": 64, "tokens_per_second": 9000.0}]}],

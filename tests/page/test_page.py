@@ -3,13 +3,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
-from mlxflow.page.reading import read_run
+from mlxflow.page.reading import Member, read_run
 from mlxflow.page.render import render
 from tests.page.runs import TASKS, edit, read, write_run
 
@@ -60,7 +63,7 @@ def test_the_answers_stand_first_in_a_line_each(root: Path) -> None:
         "6 of 6 stages built; together they took 75 s.",
         "7.90 M tokens of 713 documents to learn from, 236,147 held out. 1 record could not be read.",
         "38.5 perplexity on held-out text after 240 steps, from 2,079 before",
-        "6,757 tokens a second while training; 0.2 % of the time it waited for data.",
+        "6,757 tokens learned from a second while training; 0.2 % of the time it waited for data.",
         "7.10 times smaller than in fp32: 49.1 KB, 4.50 bits a weight; perplexity 39.11 ± 0.50, dense 38.5.",
         "9 MB in MLX's arrays at the peak of a training step, the largest part of it weights (4 MB, 44%); no leak.",
         "2 times the speed of the plain baseline (1.86 to 2.16).",
@@ -71,6 +74,50 @@ def test_the_answers_stand_first_in_a_line_each(root: Path) -> None:
 def test_the_largest_part_of_the_peak_is_called_most_of_it_from_a_half_on(root: Path) -> None:
     edit(root, "profile", lambda report: report["composition"].update(weights_bytes=0, update_bytes=6 * 10**6))
     assert "at the peak of a training step, most of it update (6 MB, 55%); no leak." in _text(root)
+
+
+def test_a_model_that_was_trained_meanwhile_is_called_another_one(root: Path) -> None:
+    quality = {"perplexity": 16.6, "dense_perplexity": 17.9, "kl": 0.42, "top1_agreement": 0.71}
+    edit(root, "quantize:q4", lambda report: report["quality"].update(quality))
+    said = (
+        "dense 17.9; but its predictions diverge from the dense model's by 0.420 nats a token and share 71.0 % of "
+        "first choices: not the dense model made smaller, another one that fits this text."
+    )
+    text = _text(root)
+    assert said in text
+    assert text.count("not the dense model made smaller") == 1, "rounding alone is not"
+    quality = {"perplexity": 17.9 * 1.4, "dense_perplexity": 17.9, "kl": 0.42}
+    edit(root, "quantize:q4", lambda report: report["quality"].update(quality))
+    assert "not the dense model made smaller" not in _text(root), "the perplexity shows as much"
+
+
+def test_sizes_are_held_against_the_dense_model_too(root: Path) -> None:
+    edit(root, "quantize:q4", lambda report: report.update(dense_bits_per_weight=16.0))
+    text = _text(root)
+    assert (
+        "7.10 times smaller than in fp32, 3.56 times smaller than the dense model of 16 bits a weight: 49.1 KB" in text
+    )
+    assert "Times smaller than fp32 Than the dense model" in text
+    assert "Times smaller than fp32 Than the trained model" in text
+
+
+def test_each_variant_of_train_has_its_answers(root: Path) -> None:
+    for name, perplexity in (("full", 12.5), ("lora", 14.5)):
+        shutil.copytree(root / "artifacts/train", root / "artifacts" / f"train-{name}")
+        path = root / "artifacts" / f"train-{name}/report.toml"
+        report = tomllib.loads(path.read_text())
+        path.write_text(tomli_w.dumps(report | {"last_validation_perplexity": perplexity}))
+    found = [
+        Member(
+            f"train:{name}", Path("artifacts", f"train-{name}"), (), (Path("artifacts", f"train-{name}/report.toml"),)
+        )
+        for name in ("full", "lora")
+    ]
+    text = Seen(render([read_run(root, found, name="two")])).text
+    assert "Did full learn? 12.5 perplexity on held-out text after 240 steps" in text
+    assert "Did lora learn? 14.5 perplexity on held-out text after 240 steps" in text
+    assert "How fast was full? 6,757" in text
+    assert "How fast was lora? 6,757" in text
 
 
 def test_a_gain_inside_the_noise_is_called_that(root: Path) -> None:
@@ -98,7 +145,7 @@ def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
         "MLX's limits: 3 GB of arrays, 2 GB of freed buffers kept.",
         "Peak memory by phase",
         "What would save memory, most first",
-        "Training: real tokens per second, with intervals",
+        "Training: tokens learned from, per second, with intervals",
         "Loss over tokens",
         "To a loss of 2.20 it took stage 30 tokens and 3 s.",
         "Where a step's time goes",
@@ -120,7 +167,7 @@ def test_a_row_that_did_not_fit_says_so_and_the_others_stand(root: Path) -> None
     text = _text(root)
     assert "quantize:q2: does not fit: 5 bytes more may not be had" in text
     assert "workflow, 64 rows: does not fit" in text
-    assert "stage 49.1 KB 5.60" in text
+    assert "stage 49.1 KB 7.10 5.60" in text
 
 
 def test_a_device_that_slowed_down_is_told(root: Path) -> None:

@@ -211,7 +211,7 @@ def _measure(
 def test_a_recipe_that_does_not_fit_says_so_and_the_others_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = RuntimeError("[malloc] Unable to allocate 123456 bytes.")
     measured, _ = _measure(monkeypatch, {"baseline": failure, "workflow": (2.0, 400), "without compile": (3.0, 400)})
-    rows = rows_of(measured, targets_per_row=lambda _: 3.0)
+    rows = rows_of(measured, targets_per_row=lambda _: 3.0, tokens_per_row=lambda _: 5.0)
     assert [row["name"] for row in rows] == ["baseline", "workflow", "without compile"]
     assert rows[0]["error"].startswith("does not fit: needs 123,456 bytes and may use ")
     assert rows[1]["tokens_per_second"] == 4 * 3 / 2.0
@@ -258,7 +258,11 @@ def test_the_peak_of_real_steps_does_not_depend_on_the_recipes_before_it() -> No
 
 def test_a_difference_inside_the_noise_is_called_that(monkeypatch: pytest.MonkeyPatch) -> None:
     measured, drift = _measure(monkeypatch, {"workflow": (2.0, 400), "without prefetch": (2.0, 400)})
-    (row,) = [row for row in rows_of(measured, targets_per_row=lambda _: 3.0) if row["name"] != "workflow"]
+    (row,) = [
+        row
+        for row in rows_of(measured, targets_per_row=lambda _: 3.0, tokens_per_row=lambda _: 5.0)
+        if row["name"] != "workflow"
+    ]
     assert row["verdict"] == "noise"
     assert row["data_wait_share"] == pytest.approx(0.1)
     assert row["num_steps"] == 6

@@ -31,7 +31,7 @@ def _pairs(runs: Sequence[Run]) -> list[Block]:
         return []
     blocks: list[Block] = []
     figures = (
-        ("training", "tokens_per_second", "Training: real tokens per second, both runs", "number"),
+        ("training", "tokens_per_second", "Training: tokens learned from per second, both runs", "number"),
         ("models", "decode_tokens_per_second", "Decode, tokens per second, both runs", "number"),
         ("models", "model_bytes", "Size of the model, both runs", "bytes"),
     )
@@ -118,6 +118,7 @@ def _training(one: StageRun) -> list[Block]:
         cells.append(
             (
                 name,
+                show(row.get("processed_tokens_per_second")),
                 show(speed),
                 f"{show(low)} \N{EN DASH} {show(high)}" if low is not None else show(None),
                 show_seconds(row.get("median_step_seconds")),
@@ -130,9 +131,21 @@ def _training(one: StageRun) -> list[Block]:
     failures = _failures(rows(one.report, "training"))
     if not bars:
         return failures or [Note("The benchmark reported no speed of training.")]
-    label = "Tokens per second while training. " + " ".join(f"{bar.name}: {show(bar.value)}." for bar in bars)
-    head = ("Setting", "Tokens/s", "Interval", "Step", "Peak memory", "Tokens/s a GB", "Data wait", "Compiling")
-    caption = "Training: real tokens per second"
+    label = "Tokens learned from per second while training. " + " ".join(
+        f"{bar.name}: {show(bar.value)}." for bar in bars
+    )
+    head = (
+        "Setting",
+        "Tokens processed/s",
+        "Learned from/s",
+        "Interval",
+        "Step",
+        "Peak memory",
+        "Tokens/s a GB",
+        "Data wait",
+        "Compiling",
+    )
+    caption = "Training: tokens learned from, per second"
     caption += ", with intervals" if any(bar.low is not None for bar in bars) else ""
     figures = Table("Training in figures", head, cells, folded=True)
     blocks: list[Block] = [Figure(caption, charts.bars(bars, label=label), figures, wide=True)]
@@ -155,7 +168,8 @@ def _models(one: StageRun) -> list[Block]:
             (
                 clean(str(row.get("model", "a model"))),
                 show_bytes(row.get("model_bytes")),
-                show(row.get("compression_ratio_fp32", row.get("compression_ratio"))),
+                show(row.get("compression_ratio_fp32")),
+                show(row.get("compression_ratio")),
                 show_interval(row.get("perplexity"), row.get("perplexity_standard_error")),
                 "; ".join(prefill) or show(None),
                 show(row.get("decode_tokens_per_second")),
@@ -165,13 +179,14 @@ def _models(one: StageRun) -> list[Block]:
     head = (
         "Model",
         "Size",
-        "Times smaller",
+        "Times smaller than fp32",
+        "Than the trained model",
         "Perplexity",
         "Prefill, tokens/s at tokens",
         "Decode, tokens/s",
         "Peak memory",
     )
-    blocks: list[Block] = [Table("Models", head, cells, words=(0, 4))]
+    blocks: list[Block] = [Table("Models", head, cells, words=(0, 5))]
     for key, title, form in (
         ("model_bytes", "Size of the model", "bytes"),
         ("decode_tokens_per_second", "Decode, tokens per second", "number"),
@@ -204,7 +219,7 @@ def _convergence(one: StageRun) -> list[Block]:
             if known:
                 name = clean(str(row.get("name", "a run")))
                 across, up = np.array([a for a, _ in known]), np.array([b for _, b in known])
-                series.append(Series(name, across, up, f"c{index % 6}"))
+                series.append(Series(name, across, up, charts.style_of(index)))
         if series:
             label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} in the end." for s in series)
             plot = charts.lines(series, label=label, x_name=key, x_form=form, height=180)

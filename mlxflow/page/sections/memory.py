@@ -58,7 +58,7 @@ def _composition(report: dict[str, Any]) -> list[Block]:
     known = [(part, size) for part, size in sizes if size]
     if not known:
         return [Note("The profile did not report what its peak is made of.")]
-    parts = [(part, size, f"c{index % 6}" + (" b" if index > 5 else "")) for index, (part, size) in enumerate(known)]
+    parts = [(part, size, charts.style_of(index)) for index, (part, size) in enumerate(known)]
     label = "What the peak is made of: " + ", ".join(f"{part} {show_bytes(size)}" for part, size in known)
     total = sum(size for _, size in known)
     arrays = sum(size for part, size in known if part in ARRAYS)

@@ -50,6 +50,7 @@ def _summary(built: Sequence[StageRun]) -> Table:
                 show(report.get("bits_per_weight")),
                 show_bytes(report.get("model_bytes")),
                 show(report.get("compression_ratio_fp32", report.get("compression_ratio"))),
+                show(_against_dense(report)),
                 show_interval(quality.get("perplexity"), quality.get("perplexity_standard_error")),
                 show_interval(quality.get("dense_perplexity"), quality.get("dense_perplexity_standard_error")),
                 show(quality.get("kl")),
@@ -61,13 +62,20 @@ def _summary(built: Sequence[StageRun]) -> Table:
         "Method",
         "Bits a weight",
         "Size",
-        "Times smaller",
+        "Times smaller than fp32",
+        "Than the dense model",
         "Perplexity",
         "Dense perplexity",
         "KL, nats",
         "Same first choice",
     )
     return Table("Each quantized model", head, cells, words=(0, 1))
+
+
+def _against_dense(report: dict[str, object]) -> float | None:
+    """Return how many times smaller the weights are than those of the dense model in its own type."""
+    dense, own = (number(report.get(key)) for key in ("dense_bits_per_weight", "bits_per_weight"))
+    return dense / own if dense is not None and own else None
 
 
 def _layers(built: Sequence[StageRun]) -> list[Block]:
@@ -83,15 +91,17 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
         ("relative_error", "Relative error, by layer", True),
     ):
         series = []
-        for index, (task, layers) in enumerate(told.items()):
+        for index, (task, layers) in enumerate([*told.items()][: charts.STYLES]):
             points = [(place, number(layers[name].get(key))) for place, name in enumerate(names) if name in layers]
             known = [
                 (place, value) for place, value in points if value is not None and not (key == "bits" and value == 0)
             ]
             known = [(place, value) for place, value in known if value > 0 or not logarithmic]
-            aside = 0.16 * (index - (len(told) - 1) / 2)  # so that equal values do not hide each other
+            aside = min(0.16, 0.8 / len(told)) * (
+                index - (len(told) - 1) / 2
+            )  # so that equal values do not hide each other
             x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
-            series.append(Series(task, x, y, f"c{index % 6}", points=True))
+            series.append(Series(task, x, y, charts.style_of(index), points=True))
         if shown := [one for one in series if len(one.x)]:
             averages = " ".join(f"{one.name}: {show(float(one.y.mean()))} on average." for one in shown)
             plot = charts.lines(
@@ -100,6 +110,8 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
             )  # fmt: skip
             legend = tuple((f"{one.style} dot", one.name) for one in shown)
             blocks.append(Figure(title, plot, legend=legend))
+    if len(told) > charts.STYLES:
+        blocks.append(Note(f"The plots show {charts.STYLES} of {len(told)} models; the table below has all of them."))
     blocks.append(_layer_table(told, names))
     return blocks
 
