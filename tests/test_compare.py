@@ -14,7 +14,7 @@ from mlxflow.errors import ArtifactError, StageError
 from mlxflow.measurement.comparison import training_name
 from mlxflow.stage import Context
 from mlxflow.stages import benchmark
-from mlxflow.stages.benchmark_methods import REPETITIONS, hold_against
+from mlxflow.stages.benchmark_methods import REPETITIONS, hold_against, lowered
 from tests.small_models import FREE
 
 
@@ -189,6 +189,28 @@ def test_a_baseline_of_another_version_is_refused_before_anything_is_measured(
             outputs=benchmark.Outputs(),
             context=_context(tmp_path),
         )
+
+
+def test_what_the_time_did_not_suffice_for_is_named() -> None:
+    config = benchmark.Config(num_steps=100, convergence_steps=50, max_validation_rows=64, max_seconds=60)
+    whole: dict[str, Any] = {
+        "training": [{"num_steps": 100}],
+        "convergence": [{"steps": [1, 50]}],
+        "models": [{"validation_rows": 64, "has_fewer_rows": False}],
+    }
+    assert list(lowered(whole, config)) == []
+    less: dict[str, Any] = {
+        "training": [{"num_steps": 15}, {"error": "not measured: max_seconds = 60 did not suffice"}],
+        "convergence": [{"steps": [1, 5]}, {"steps": [1, 5]}],
+        "models": [{"validation_rows": 8, "has_fewer_rows": True}, {"error": "does not fit"}],
+    }
+    because = "max_seconds = 60 did not suffice for more"
+    assert list(lowered(less, config)) == [
+        f"15 of 100 training steps timed: {because}",
+        f"1 ways of training left out: {because}",
+        f"5 of 50 steps of convergence: {because}",
+        f"perplexity of 8 of 64 validation rows: {because}",
+    ]
 
 
 # --- the promises

@@ -71,7 +71,7 @@ class Budget:
             of: parts in all.
             seconds: that the parts done took.
         """
-        if self._clock() - self._said < _SECONDS_BETWEEN_LINES or done >= of:
+        if self._clock() - self._said < _SECONDS_BETWEEN_LINES or done >= of or self.is_over:
             return
         self._said = self._clock()
         left = min(self.left, seconds / max(1, done) * (of - done))

@@ -20,6 +20,9 @@ from mlxflow.training.step import out_of_memory_bytes
 # How far the host runs ahead within a step is chance, so a peak is the most of several
 _PEAK_STEPS = 8
 
+# Recipes that are timed though the time is over: the naive way and the workflow's
+_FEWEST_RECIPES = 2
+
 # Of the time that is left the peak of one recipe may take this part
 _ADDING_SHARE = 20
 
@@ -152,9 +155,10 @@ def measure_recipes(
     rows: list[Measured] = []
     group, number, drift = _Group(), 0, None
     enough = budget.left / 2
+    left_out: list[Measured] = []
     for recipe in recipes:
-        if budget.left < enough and (group.members or rows):
-            rows.append(Measured(recipe, None, error=_out_of_time(budget), group=number))
+        if budget.left < enough and len(group.members) + len(rows) >= _FEWEST_RECIPES:
+            left_out.append(Measured(recipe, None, error=_out_of_time(budget), group=number))
             continue
         try:
             _add(group, recipe, open_runner, memory_limit_bytes, budget)
@@ -172,7 +176,7 @@ def measure_recipes(
                 told = str(error)
         rows.append(Measured(recipe, None, error=told, group=number))
     found, drift = _time(group, number, num_steps, drift, budget)
-    return rows + found, drift
+    return rows + found + left_out, drift
 
 
 def _out_of_time(budget: Budget) -> str:

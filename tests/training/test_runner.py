@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import Rows
+from mlxflow.measurement.budget import Budget
+from mlxflow.measurement.throughput import FEWEST_ROUNDS
 from mlxflow.training import contest, serving
 from mlxflow.training import runner as runners
 from mlxflow.training.contest import Drift, Measured, measure_recipes, rows_of
@@ -314,3 +316,26 @@ def test_full_rows_at_the_beginning_do_not_hide_packed_ones() -> None:
     marks = np.concatenate([alone, np.tile(packed.marks, (40, 1))])
     assert holds_several(Rows(np.zeros_like(marks), marks))
     assert not holds_several(Rows(np.zeros_like(alone), alone))
+
+
+def test_ways_for_which_there_is_no_time_are_left_out_and_the_first_two_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("mlxflow.training.contest.fixed_work", lambda: lambda: clock.__setitem__(0, clock[0] + 1))
+    lines: list[str] = []
+    budget = Budget(30, task="benchmark", clock=lambda: clock[0], say=lines.append)
+
+    @contextmanager
+    def opened(recipe: Recipe) -> Iterator[Any]:
+        yield _Fake(clock, 10.0, 1000)
+
+    recipes = [_workflow()._replace(name=name) for name in ("baseline", "workflow", "without compile")]
+    measured, _ = measure_recipes(recipes, opened, num_steps=20, memory_limit_bytes=1 << 40, budget=budget)
+    assert [one.recipe.name for one in measured] == ["baseline", "workflow", "without compile"]
+    assert [one.num_steps for one in measured] == [FEWEST_ROUNDS, FEWEST_ROUNDS, 0]
+    assert measured[2].error == "not measured: max_seconds = 30 did not suffice"
+    assert lines == [
+        "benchmark: 2 ways of a training step, 20 rounds: about 420 s, of which max_seconds = 30 leaves 0 s"
+    ]
