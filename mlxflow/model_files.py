@@ -13,6 +13,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+#: A model's name on the hub, perhaps with a revision.
+HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -123,6 +126,18 @@ def tokenizer_files(folder: Path) -> list[str]:
         OSError: the folder is missing or cannot be read.
     """
     return [name for name in names_in(folder) if _matches(name, TOKENIZER_PATTERNS)]
+
+
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Return whether a tokenizer's files hold a vocabulary, not settings and templates alone."""
+    settings = (
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.json",
+        "*.jinja",
+    )
+    return any(not _matches(name, settings) and not name.endswith(".jinja") for name in names)
 
 
 def companions(folder: Path) -> list[str]:

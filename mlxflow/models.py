@@ -5,7 +5,6 @@ transformers (dense ones) and LM Studio open it unchanged.
 """
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -16,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow import adapter_files, artifact, bare, config_json, gather, hub, model_code, model_files
+from mlxflow import adapter_files, artifact, bare, config_json, gather, hub, model_code, model_files, vocabularies
 from mlxflow.errors import ArtifactError
 
 #: The files of a tokenizer in a model folder.
@@ -255,14 +254,17 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
     """
     own = folder / "tokenizer.json"
     if not own.is_file():
+        if model_files.has_vocabulary(model_files.tokenizer_files(folder)) and not model_files.tokenizer_code(folder):
+            raise ArtifactError(
+                f"{key}: the tokenizer of {folder} has no tokenizer.json, to which that of the tokens could be "
+                "compared. Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
         return
     try:
-        vocabularies = [
-            json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"] for path in (own, tokenizer_file)
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_same = vocabularies.means_the_same(own, tokenizer_file)
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). Name another.") from error
-    if vocabularies[0] != vocabularies[1]:
+    if not is_same:
         raise ArtifactError(
             f"{key}: the tokens were not made with the tokenizer of {folder}. "
             "Set pretokenize.tokenizer.from to the same folder."

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxflow import model_files
-from mlxflow.config import Problem, word
+from mlxflow import model_files, vocabularies
+from mlxflow.config import Problem, toml_value, word
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train import shape_config
 from mlxflow.workflow import Stage, Workflow, shown_path
@@ -16,11 +16,41 @@ def check_plans(workflow: Workflow) -> None:
     """Hold the settings of every train and quantize stage against the architecture, where that is known here.
 
     Raises:
-        WorkflowError: one line for each entry of `layers`, and each `document_mask`, that does not fit.
+        WorkflowError: one line for each entry of `layers`, each `document_mask` and each tokenizer that does not fit.
     """
-    lines = [*_mask_mistakes(workflow), *_plan_mistakes(workflow)]
+    lines = [*_tokenizer_mistakes(workflow), *_mask_mistakes(workflow), *_plan_mistakes(workflow)]
     if lines:
         raise WorkflowError(*lines)
+
+
+def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
+    """Yield a line for every model whose ids mean something else than those of the tokens beside it.
+
+    Of a tokenizer that is trained here, and of what lies on the hub, the stages find it when they run.
+    """
+    for one in (one for one in workflow.stages if one.name in ("train", "quantize")):
+        config: Any = one.config
+        reference = config.input if one.name == "train" else config.token_stage if config.model else ""
+        folder = _named_folder(workflow, one)
+        if folder is None or not reference:
+            continue
+        tokens = workflow.find(reference)
+        settings: Any = tokens.config
+        inputs: Any = tokens.inputs
+        files = [workflow.root / path for path in inputs.tokenizer if path.name == "tokenizer.json"]
+        own = folder / "tokenizer.json"
+        if not files or not own.is_file():
+            continue
+        try:
+            is_same = vocabularies.means_the_same(own, files[0])
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{shown_path(folder)}: its tokenizer cannot be read ({error}). Mend it.") from error
+        if not is_same:
+            key, value = ("model.from", config.model.from_) if one.name == "train" else ("model", config.model)
+            said = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
+            expected = f"has another tokenizer than its tokens, which are made with {said}"
+            advice = f"Set {tokens.table}.tokenizer.from = {toml_value(value)}, or read tokens of another stage."
+            yield word(Problem(key, value, expected, advice), shown_path(workflow.path), one.table)
 
 
 def _mask_mistakes(workflow: Workflow) -> Iterator[str]:

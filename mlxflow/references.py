@@ -11,11 +11,10 @@ import msgspec
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
 from mlxflow.disk import Disk
-from mlxflow.model_files import CONFIG, Found
+from mlxflow.model_files import CONFIG, HUB_MODEL, Found
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
-_HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 _NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
 
@@ -162,7 +161,7 @@ class References:
     def model(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
         """Return the files of a model folder, its configuration first."""
         advice = "Name a folder with a config.json, or a hub id."
-        folder = self._folder_or_hub(name, key, _HUB_MODEL, advice)
+        folder = self._folder_or_hub(name, key, HUB_MODEL, advice)
         if folder is None:
             return ()
         try:
@@ -262,7 +261,7 @@ class References:
         self.note(Problem(key, value, expected, advice))
 
 
-def _is_hub_id(name: str, pattern: str = _HUB_MODEL) -> bool:
+def _is_hub_id(name: str, pattern: str = HUB_MODEL) -> bool:
     return bool(re.fullmatch(pattern, name)) and not name.startswith(".")
 
 

@@ -10,8 +10,9 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
               may make it from the Config
     run       the work, returns what goes into its report; heavy imports happen inside it
 
-It may have six more: `resolve(config, artifacts)`, which returns the table with choices made that follow from other
-files; `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
+It may have seven more: `resolve(config, artifacts)`, which returns the table with choices made that follow from other
+files; `follow(config, readers, disk)`, which returns it with choices made that follow from the tables that name it as
+their `input`; `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
 `USES_DEVICE = False` where it does not compute on MLX's device, `MANNER`, the keys of its table that say how the
 work is done and change nothing of what comes out: the artifact is not stale when they change, `LAID_ON_TOP`, the
 outputs of which a copy lies in the folder of all artifacts (of a stage without variants), and `SHOWS_NAME = True` where

@@ -315,6 +315,7 @@ class _Loader:
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
+        _follow_readers(workflow)
         self._resolve(workflow, {name for name, made in read.items() if not made})
         if any(self.told.values()):
             raise WorkflowError(*(line for lines in self.told.values() for line in lines))
@@ -388,6 +389,18 @@ class _Loader:
             if lines and one.name not in self.document:
                 workflow.left_out[one.name] = lines
                 workflow.stages.remove(one)
+
+
+def _follow_readers(workflow: Workflow) -> None:
+    """Let stages make choices that follow from the tables that name them as their `input`."""
+    for one in workflow.stages:
+        follow = getattr(one.module, "follow", None)
+        if follow is None:
+            continue
+        is_alone = sum(other.name == one.name for other in workflow.stages) == 1
+        names = {one.task, one.name} if is_alone else {one.task}
+        readers = [other.config for other in workflow.stages if getattr(other.config, "input", None) in names]
+        one.config = follow(one.config, readers, workflow.disk)
 
 
 def resolved_toml(workflow: Workflow) -> str:

@@ -1,6 +1,7 @@
 """Tokenize the corpus once and pack it into memory-mapped token files."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -11,7 +12,8 @@ from msgspec import Meta
 from mlxflow.config import Problem
 from mlxflow.data.slices import parse_slices
 from mlxflow.data.sources import HF
-from mlxflow.stage import Artifacts, Context, Corpus, derive_seed
+from mlxflow.model_files import HUB_MODEL
+from mlxflow.stage import ARTIFACTS, Artifacts, Context, Corpus, derive_seed
 
 VERSION = 4
 
@@ -51,9 +53,12 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[pretokenize.tokenizer]` table."""
 
-    from_: Annotated[str, Meta(description="a folder with a tokenizer.json, or a hub id; empty: train one here")] = (
-        msgspec.field(default="", name="from")
-    )
+    from_: Annotated[
+        str,
+        Meta(
+            description="a folder with a tokenizer.json, or a hub id; empty: that of train.model.from, else a new one"
+        ),
+    ] = msgspec.field(default="", name="from")
     trust_remote_code: Annotated[
         bool, Meta(description="whether Python code that the folder brings may be run; read it first")
     ] = False
@@ -138,6 +143,34 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 for entry in (*self.sources, *self.validation_sources)
             )
         )
+
+
+def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
+    """Return the table with the tokenizer of the model that training goes on from, where it asks for none of its own.
+
+    A base among the workflow's own artifacts has the tokenizer that was trained here.
+
+    Args:
+        config: a `[pretokenize]` table.
+        readers: the tables that name its tokens as their input.
+        disk: answers what there is.
+    """
+    own = config.tokenizer
+    models = [reader.model for reader in readers if hasattr(getattr(reader, "model", None), "from_")]
+    bases = [model for model in models if model.from_ and _brings_a_tokenizer(model.from_, disk)]
+    if own.from_ or own.vocab_size != TokenizerConfig().vocab_size or not bases:
+        return config
+    trusts = own.trust_remote_code or bases[0].trust_remote_code
+    followed = msgspec.structs.replace(own, from_=bases[0].from_, trust_remote_code=trusts)
+    return msgspec.structs.replace(config, tokenizer=followed)
+
+
+def _brings_a_tokenizer(name: str, disk: Any) -> bool:
+    """Return whether a model of this name has a tokenizer to follow: on the hub each is taken to have one."""
+    folder = disk.expand(name)
+    if not disk.is_dir(folder):
+        return re.fullmatch(HUB_MODEL, name) is not None
+    return Path(folder).parts[:1] != (ARTIFACTS,) and "tokenizer.json" in disk.tokenizer_files(folder)
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,47 @@
+"""Whether two tokenizers mean the same by their ids, from their `tokenizer.json` alone."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+def means_the_same(one: Path, other: Path) -> bool:
+    """Return whether two tokenizers give every id that both know to the same text.
+
+    Their vocabularies must be equal; either may have added tokens that the other lacks.
+
+    Args:
+        one: a `tokenizer.json`.
+        other: another one.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    if one.read_bytes() == other.read_bytes():
+        return True
+    first, second = _read(one), _read(other)
+    apart = first.added.keys() | second.added.keys()
+    core, other_core = ({t: n for t, n in read.ids.items() if t not in apart} for read in (first, second))
+    if core != other_core:
+        return False
+    texts = {number: text for text, number in first.ids.items()}
+    return all(first.ids.get(t, n) == n and texts.get(n, t) == t for t, n in second.ids.items())
+
+
+class _Ids(NamedTuple):
+    """Ids by text: all of them, and those of the added tokens."""
+
+    ids: dict[str, int]
+    added: dict[str, int]
+
+
+def _read(path: Path) -> _Ids:
+    try:
+        definition: Any = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = definition["model"]["vocab"]
+        added = {str(one["content"]): int(one["id"]) for one in definition.get("added_tokens") or []}
+        if isinstance(vocabulary, list):  # of pieces with their scores
+            vocabulary = {piece: number for number, (piece, *_) in enumerate(vocabulary)}
+        return _Ids({text: int(number) for text, number in vocabulary.items()} | added, added)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name}: {error!r}") from error
