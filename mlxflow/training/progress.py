@@ -49,4 +49,4 @@ def _say(record: dict[str, Any]) -> str:
     memory = record["peak_memory_bytes"] / 1e9
     loss = "-" if record["loss"] is None else f"{record['loss']:.3f}"
     rate = f"{record['learning_rate']:.1e}"
-    return f"loss {loss}  lr {rate}  {record['tokens_per_second']:,.0f} tokens/s  {memory:.2f} GB"
+    return f"loss {loss}  lr {rate}  {record['tokens_per_second']:,.0f} learned tokens/s  {memory:.2f} GB"

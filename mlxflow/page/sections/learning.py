@@ -15,7 +15,7 @@ _HINT = "Move over a plot for values; drag to zoom all of them, double-click to 
 
 #: Smaller plots: key of a line of metrics.jsonl, title, form.
 _FURTHER = (
-    ("tokens_per_second", "Tokens per second", "number"),
+    ("tokens_per_second", "Tokens learned from per second", "number"),
     ("learning_rate", "Learning rate", "number"),
     ("gradient_norm", "Gradient norm", "number"),
     ("batch_size", "Rows in a forward pass", "number"),
