@@ -152,6 +152,18 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
     "the seed": (lambda job: job.replace("[workflow]", "[workflow]\nseed = 7"), ALL),
     "deleted pretokenize file": (lambda job: (job.folder / "artifacts/pretokenize/tokenizer.json").unlink(), ALL[:1]),
     "deleted train artifact": (lambda job: shutil.rmtree(job.folder / "artifacts/train"), (TRAIN, REPORT)),
+    "a template put beside the trained model": (
+        lambda job: (job.folder / "artifacts/train/chat_template.jinja").write_text("{{ messages }}"),
+        (TRAIN, REPORT),
+    ),
+    "an index put beside a variant's model": (
+        lambda job: (job.folder / "artifacts/quantize/q4/model.safetensors.index.json").write_text("{}"),
+        (Q4,),
+    ),
+    "a note put beside the trained model": (
+        lambda job: (job.folder / "artifacts/train/README.md").write_text("mine"),
+        (),
+    ),
     "deleted variant": (lambda job: shutil.rmtree(job.folder / "artifacts/quantize/q4"), (Q4,)),
     "deleted benchmark": (lambda job: shutil.rmtree(job.folder / "artifacts/benchmark"), (BENCHMARK, REPORT)),
     "a damaged page": (lambda job: _truncate(job.folder / "artifacts/report/index.html"), (REPORT,)),

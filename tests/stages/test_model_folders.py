@@ -11,6 +11,7 @@ import pytest
 from mlxflow import model_files, models
 from mlxflow.__main__ import main
 from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.generation import Sampling, Writer
 from mlxflow.identity import DigestCache
 from mlxflow.run import run_stage
 from mlxflow.workflow import Workflow, load_workflow
@@ -233,6 +234,19 @@ def test_what_lies_beside_a_model_goes_along(job: Path) -> None:
     trained = _run(job, "train", 'model.from = "base"\n')
     assert json.loads((trained / "generation_config.json").read_text())["temperature"] == 0.6
     assert not (trained / "vocab.json").exists()  # the tokenizer is that of the tokens
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_every_end_that_a_folder_names_ends_a_text(job: Path, file: str) -> None:
+    sampling = Sampling(max_tokens=6, temperature=0.0, seed=0)
+    written = Writer(job / "base")
+    prompt = written.text_ids("note 3")
+    first = next(written.tokens(prompt, sampling))
+    if file == "tokenizer_config.json":
+        _change_json(job / "base" / file, eos_token=written.tokenizer.id_to_token(first))
+    else:
+        _change_json(job / "base" / file, eos_token_id=[7, first])
+    assert list(Writer(job / "base").tokens(prompt, sampling)) == []
 
 
 def _with_code(base: Path) -> None:
