@@ -247,7 +247,7 @@ def test_the_loss_falls_as_in_mlx_lms_own_training(folder: Path) -> None:
     ours = [
         record["loss"]
         for line in (folder / "artifacts" / "train" / "lora" / "metrics.jsonl").read_text().splitlines()
-        if "loss" in (record := json.loads(line))
+        if (record := json.loads(line))["kind"] == "train"
     ]
     theirs = _losses_of_mlx_lm(folder)
     assert len(ours) == len(theirs) == NUM_STEPS
