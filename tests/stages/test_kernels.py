@@ -312,7 +312,7 @@ def test_quantization_aware_training_uses_them(
     assert _kernels(made) == (QAT_NAMES, [])
     assert {"rms_norm.kernel_gradients", "gated.kernel_gradients", "adamw.kernel"} <= calls.keys()
     reports = [artifact.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
-    found, expected = (report["last_validation_perplexity"] for report in reports)
+    found, expected = (report["trained_validation_perplexity"] for report in reports)
     assert found == pytest.approx(expected, rel=1e-3)
     _choose(monkeypatch, serve=False)
     again = _run(folder, "quantize", folder / "again")

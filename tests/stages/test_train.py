@@ -129,11 +129,11 @@ def test_a_warm_up_that_nobody_wrote_takes_at_most_half_of_the_steps(built: Path
 def test_a_rate_that_is_far_too_high_fails_and_keeps_the_old_artifact(built: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()
-    (folder / "old").write_text("old")
+    (folder / "report.toml").write_text('[stage]\nstage = "train"\n')
     said = (
         r"^train: 10 steps in a row had no finite loss and gradient, the last being step \d+ \(loss .*\) with learning"
     )
     with pytest.raises(StageError, match=said):
         _train(built, folder, "learning_rate = 1e6", "warmup_steps = 0", "num_steps = 40")
-    assert [path.name for path in folder.iterdir()] == ["old"]
+    assert [path.name for path in folder.iterdir()] == ["report.toml"]
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -19,4 +19,4 @@ def test_names_that_are_no_utf_8_or_hold_line_breaks_are_written_escaped(tmp_pat
     }
     lockfile.update(tmp_path / lockfile.NAME, node, values, {"s"})
     inputs = tomllib.loads((tmp_path / lockfile.NAME).read_text())["s"]["inputs"]
-    assert inputs == {"caf\\udce9.txt": "0", "two\\nlines.txt": "1", "x [v2].txt": "2"}
+    assert inputs == {"caf\\xe9.txt": "0", "two\\nlines.txt": "1", "x [v2].txt": "2"}
