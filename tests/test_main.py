@@ -97,8 +97,9 @@ def test_a_corpus_too_small_for_a_row_is_told(job: Path) -> None:
     result = mlxflow(job, "run", "pretokenize")
     assert result.returncode == 2
     assert result.stderr == (
-        "pretokenize.sources: the train documents have 2 tokens, one row of pretokenize.context_length = 16 needs 17. "
-        "Add text, or lower the context length.\n"
+        "pretokenize.sources: the train documents have 2 tokens beside the end that is held out (19 documents are "
+        "equal to others), one row of pretokenize.context_length = 16 needs 17. Add text, or lower the context "
+        "length.\n"
     )
     assert not (job / "artifacts/pretokenize").exists()
 
