@@ -113,7 +113,8 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             "device": self._device(),
             "commit": lockfile.source_commit(self.node.root),
         }
-        lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known)
+        if line := lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known):
+            print(line, file=sys.stderr)
 
     def _device(self) -> str:
         """Return the device that the stage's own report names."""

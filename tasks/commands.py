@@ -1,10 +1,10 @@
 """The verbs that ask about artifacts or move them."""
 
+import sys
 from pathlib import Path
 
-from doit.cmd_base import DoitCmdBase
-
 from tasks.selection import Selection, refuse
+from tasks.verb import StageVerb
 
 _EXIT_CODE = {
     "name": "exit_code",
@@ -15,7 +15,7 @@ _EXIT_CODE = {
 }
 
 
-class Plan(DoitCmdBase):  # type: ignore[misc]
+class Plan(StageVerb):
     """`doit plan`."""
 
     name = "plan"
@@ -24,11 +24,12 @@ class Plan(DoitCmdBase):  # type: ignore[misc]
     cmd_options = (_EXIT_CODE,)
 
     def _execute(self, exit_code: bool, pos_args: list[str]) -> int:
+        from tasks.leftovers import find_leftovers
         from tasks.planning import plan, with_upstream
 
         graph = Selection(self)
         nodes = with_upstream(graph.nodes, [node.task for node in graph.select(pos_args)])
-        planned = plan(nodes, graph.record, graph.cache)
+        planned = plan(nodes, graph.record, graph.cache, graph.is_ignored)
         for node, reasons, seconds in planned:
             took = f"  ({seconds:,.1f} s last time)" if seconds is not None else ""
             print(f"{node.task}: {'; '.join(reasons)}{took}")
@@ -38,10 +39,14 @@ class Plan(DoitCmdBase):  # type: ignore[misc]
         else:
             took = f"; {len(known)} of them took {sum(known):,.1f} s last time" if known else ""
             print(f"{len(planned)} of {len(nodes)} stages will run{took}")
+        for node in (node for node in nodes if graph.is_ignored(node.task)):
+            print(f"{node.task}: ignored, and so are those that read from it, until doit ignore --undo {node.task}")
+        for leftover in find_leftovers(graph.nodes[0].root, graph.nodes):
+            print(leftover)
         return int(bool(planned) and exit_code)
 
 
-class Verify(DoitCmdBase):  # type: ignore[misc]
+class Verify(StageVerb):
     """`doit verify`."""
 
     name = "verify"
@@ -63,11 +68,11 @@ class Verify(DoitCmdBase):  # type: ignore[misc]
         return int(bool(damage))
 
 
-class CacheKey(DoitCmdBase):  # type: ignore[misc]
+class CacheKey(StageVerb):
     """`doit cache-key`."""
 
     name = "cache-key"
-    doc_purpose = "a key for a CI cache that changes exactly when a stage's inputs do"
+    doc_purpose = "a key for a CI cache that changes exactly when the inputs of a stage do"
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
@@ -79,11 +84,11 @@ class CacheKey(DoitCmdBase):  # type: ignore[misc]
         return 0
 
 
-class Pack(DoitCmdBase):  # type: ignore[misc]
+class Pack(StageVerb):
     """`doit pack`."""
 
     name = "pack"
-    doc_purpose = "write one stage's artifact with its record into a file"
+    doc_purpose = "write the artifact of one stage with its record into a file"
     doc_usage = "STAGE FILE"
 
     def _execute(self, pos_args: list[str]) -> int:
@@ -102,7 +107,7 @@ class Pack(DoitCmdBase):  # type: ignore[misc]
         return 0
 
 
-class Unpack(DoitCmdBase):  # type: ignore[misc]
+class Unpack(StageVerb):
     """`doit unpack`."""
 
     name = "unpack"
@@ -111,6 +116,7 @@ class Unpack(DoitCmdBase):  # type: ignore[misc]
 
     def _execute(self, pos_args: list[str]) -> int:
         from mlxflow.errors import MlxflowError
+        from tasks import lockfile
         from tasks.archive import unpack
 
         graph = Selection(self)
@@ -120,13 +126,16 @@ class Unpack(DoitCmdBase):  # type: ignore[misc]
             node, values = unpack(Path(pos_args[0]), {node.task: node for node in graph.nodes})
         except MlxflowError as error:
             refuse(str(error), error.exit_code)
+        known = {one.task for one in graph.nodes}
+        if line := lockfile.update(node.root / lockfile.NAME, node, values, known):
+            print(line, file=sys.stderr)
         graph.journal.set(node.task, "_values_:", values)
         graph.journal.set(node.task, "deps:", [])
         print(f"{node.task}: {len(values['outputs'])} files unpacked into {node.folder}")
         return 0
 
 
-class Reproduce(DoitCmdBase):  # type: ignore[misc]
+class Reproduce(StageVerb):
     """`doit reproduce`."""
 
     name = "reproduce"

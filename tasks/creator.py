@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from doit.dependency import FileChangedChecker
+from doit.globals import Globals
 
 from mlxflow.identity import DigestCache
+from tasks.adoption import Adoption
 from tasks.freshness import reasons
 from tasks.node import Node
 from tasks.reporter import StageReporter
+from tasks.state import BACKEND, Journal
 
 #: The most files that `doit clean` names of those that it leaves alone.
 _MOST_NAMED = 5
@@ -59,7 +62,7 @@ def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
         state: the folder for what doit remembers.
     """
     return {
-        "backend": "mlxflow",
+        "backend": BACKEND,
         "dep_file": str(state / "state.jsonl"),
         "check_file_uptodate": InputChecker,
         "reporter": StageReporter,
@@ -71,6 +74,8 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
     """Yield doit's description of each stage, and of each group of variants."""
     from tasks.action import StageAction
 
+    if Globals.dep_manager is not None and isinstance(Globals.dep_manager.backend, Journal):
+        Globals.dep_manager.backend.adopt = Adoption(nodes, cache)
     atexit.register(cache.save)  # once: what is lost to a crash is read again
     grouped: set[str] = set()
     known = {node.task for node in nodes}
@@ -89,7 +94,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
             "file_dep": [shown(path) for path in node.inputs],
             "targets": [shown(path) for path in node.outputs],
             "uptodate": [freshness],
-            "clean": [(_clean, (node,))],
+            "clean": [(remove_artifact, (node,))],
             "meta": {"freshness": freshness, "node": node, "cache": cache},
             "verbosity": 2,
         }
@@ -102,10 +107,8 @@ def _shown_paths(root: Path) -> Callable[[str], str]:
     return (lambda name: name) if prefix == "." else (lambda name: os.path.join(prefix, name))  # noqa: PTH118
 
 
-def _clean(node: Node, dryrun: bool) -> None:
+def remove_artifact(node: Node, dryrun: bool) -> None:
     """Remove a stage's artifact, and say so; files in its folder that no run of it wrote stay, and are named."""
-    from doit.globals import Globals
-
     from mlxflow.ownership import remove_own_files
 
     folder = node.root / node.folder

@@ -11,6 +11,10 @@ from mlxflow.identity import DigestCache
 from mlxflow.paths import printable, record_name
 from tasks.node import Node
 from tasks.outputs import damaged_outputs
+from tasks.state import FORGOTTEN
+
+_FORGOTTEN = "forgotten by doit forget"
+_OLDER = "its record is of an older version"
 
 
 def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
@@ -52,7 +56,7 @@ def reasons(
         leave_out: artifact folders of which no input is looked at.
     """
     if "outputs" not in record:
-        yield "never built" if not record else "its record is of an older version"
+        yield "never built" if not record else _FORGOTTEN if FORGOTTEN in record else _OLDER
         return
     settings = observe_settings(node)
     if settings != record["settings"]:

@@ -1,74 +1,196 @@
-"""`mlxflow.lock`: what each stage was made of, beside the workflow file, made to be committed."""
+"""`mlxflow.lock`: what each stage was made of, beside the workflow file, made to be committed.
 
-import platform
+Two people commit it, so it may come back with the marks of a merge. It is read all the same: a stage then has a table
+from each side, and the one that describes the artifact on the disk is right.
+"""
+
+import re
 import subprocess
-import sys
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxflow.paths import printable
 from tasks.node import Node
 
 NAME = "mlxflow.lock"
 
+_HEAD = "# What each stage was made of; written by doit, made to be committed.\n\n"
+
+#: The settings that have keys of their own in a stage's table; the others are in its table `settings`.
+_SETTINGS = {"seed": "seed", "version": "stage_version", "mlx": "mlx", "config": "config"}
+
+# The first key of a table's header: `[train.config]` or `["train:a".config]`
+_HEADER = re.compile(r'\[(?:"([^"]+)"|([\w-]+))[].]')
+
 _writing = threading.Lock()
 
+Table = dict[str, Any]
 
-def describe(node: Node, values: dict[str, Any]) -> dict[str, Any]:
+
+class Lock(NamedTuple):
+    """What a lock file holds.
+
+    Attributes:
+        tables: of each stage those that could be read, the first one as it is here; several after a merge.
+        damage: what is wrong with the file, empty where nothing is.
+    """
+
+    tables: dict[str, list[Table]]
+    damage: str = ""
+
+
+def describe(node: Node, values: dict[str, Any]) -> Table:
     """Return a stage's table for the lock file.
 
     Args:
         node: the stage.
         values: its record.
     """
+    import platform
+
     settings = values["settings"]
+    others = {key: value for key, value in settings.items() if key not in _SETTINGS}
     return {
-        "seed": settings.get("seed", 0),
-        "stage_version": settings.get("version", 0),
-        "mlx": settings["mlx"],
+        **{name: settings[key] for key, name in _SETTINGS.items() if key in settings},
+        **({"settings": others} if others else {}),
         "python": platform.python_version(),
         "device": values.get("device", "unknown"),
         "commit": values.get("commit", "unknown"),
         "seconds": values["seconds"],
-        "config": settings.get("config", {}),
         "inputs": {printable(name): content for name, content in values["inputs"].items()},
         "outputs": {name: content for name, (_, content) in values["outputs"].items()},
     }
 
 
-def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> None:
-    """Write a stage's table into the lock file; tables of stages that are no more are left out.
+def recorded(table: Table) -> dict[str, Any] | None:
+    """Return the record that a table was made of, as far as the table says it; None where it lacks a part.
 
-    A file that cannot be read as TOML is begun anew, with a line about it.
+    Its `outputs` are content digests by name, without sizes; the names of its `inputs` are on one line each.
+    """
+    inputs, outputs, others = table.get("inputs"), table.get("outputs"), table.get("settings", {})
+    if not _are_digests(inputs) or not _are_digests(outputs) or not isinstance(others, dict) or not outputs:
+        return None
+    if not isinstance(table.get("seconds"), int | float):
+        return None
+    settings = {key: table[name] for key, name in _SETTINGS.items() if name in table}
+    rest = {key: table.get(key, "unknown") for key in ("device", "commit", "seconds")}
+    return {"settings": settings | others, "inputs": inputs, "outputs": outputs, **rest}
+
+
+def _are_digests(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+
+
+def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> str:
+    """Write a stage's table into the lock file; tables of stages that are no more are left out.
 
     Args:
         path: the lock file.
         node: the stage.
         values: its record.
         known: the names of all stages of the workflow.
+
+    Returns:
+        a line about what was wrong with the file, empty where nothing was.
     """
+    with _writing:
+        lock = read(path)
+        tables = {name: found[0] for name, found in lock.tables.items() if name in known}
+        _write(path, tables | {node.task: describe(node, values)})
+    if not lock.damage:
+        return ""
+    kept = ", ".join(tables) or "no stage"
+    return f"{path}: {lock.damage}. What it says of {kept} is kept; the rest is written when its stages run."
+
+
+def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, Table], bool]) -> str:
+    """Write a lock file without the marks that a merge left in it.
+
+    Args:
+        path: the lock file; one without marks, or none, is left alone.
+        nodes: every stage.
+        describes: whether a table describes the artifact of a stage as it is now.
+
+    Returns:
+        a line about what was done, empty where nothing was.
+    """
+    try:
+        is_marked = re.search(rb"^<{7}", path.read_bytes(), re.MULTILINE)
+    except FileNotFoundError:
+        return ""
+    if not is_marked or not (lock := read(path)).damage:
+        return ""
+    tables: dict[str, Table] = {}
+    for node in nodes:
+        if found := lock.tables.get(node.task):
+            tables[node.task] = next((one for one in found if describes(node, one)), found[0])
+    with _writing:
+        _write(path, tables)
+    return f"{path}: {lock.damage}. For each stage the side that describes its artifact here is kept."
+
+
+def read(path: Path) -> Lock:
+    """Return what can be read of a lock file, nothing where there is none."""
+    import tomllib
+
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return Lock({})
+    try:
+        return Lock({name: [table] for name, table in tomllib.loads(text).items() if isinstance(table, dict)})
+    except tomllib.TOMLDecodeError as error:
+        sides = _sides(text)
+        tables: dict[str, list[Table]] = {}
+        for side in sides or [text]:
+            for name, table in _parse_parts(side):
+                if table not in tables.setdefault(name, []):
+                    tables[name].append(table)
+        return Lock(tables, "has the marks of a merge" if sides else f"damaged ({error})")
+
+
+def _sides(text: str) -> list[str]:
+    """Return a text as it was on both sides of a merge that left its marks in it; none where there are no marks."""
+    sides: tuple[list[str], list[str]] = ([], [])
+    taken: tuple[list[str], ...] = sides
+    is_marked = False
+    for line in text.splitlines(keepends=True):
+        if re.match(r"<{7}|>{7}|\|{7}|={7}\s*$", line):
+            taken = {"<": sides[:1], "|": (), "=": sides[1:], ">": sides}[line[0]]
+            is_marked = True
+            continue
+        for side in taken:
+            side.append(line)
+    return ["".join(side) for side in sides] if is_marked else []
+
+
+def _parse_parts(text: str) -> Iterator[tuple[str, Table]]:
+    """Yield the table of each stage whose part of a text is valid TOML by itself."""
+    import tomllib
+
+    parts: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines(keepends=True):
+        if header := _HEADER.match(line):
+            name = header[1] or header[2]
+        parts[name] = parts.get(name, "") + line
+    for name, part in parts.items():
+        try:
+            table = tomllib.loads(part).get(name)
+        except tomllib.TOMLDecodeError:
+            continue
+        if isinstance(table, dict):
+            yield name, table
+
+
+def _write(path: Path, tables: dict[str, Table]) -> None:
     import tomli_w
 
     from mlxflow.artifact import write_whole
 
-    with _writing:
-        tables = {name: table for name, table in _read(path).items() if name in known}
-        tables[node.task] = describe(node, values)
-        head = "# What each stage was made of; written by doit, made to be committed.\n\n"
-        write_whole(path, (head + tomli_w.dumps(_sorted(tables))).encode())
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import tomllib
-
-    try:
-        return tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        print(f"{path}: damaged ({error}). It is written anew.", file=sys.stderr)
-        return {}
+    write_whole(path, (_HEAD + tomli_w.dumps(_sorted(tables))).encode())
 
 
 def _sorted(value: Any) -> Any:

@@ -19,7 +19,9 @@ class Planned(NamedTuple):
     seconds: float | None
 
 
-def plan(nodes: Iterable[Node], records: Records, cache: DigestCache) -> list[Planned]:
+def plan(
+    nodes: Iterable[Node], records: Records, cache: DigestCache, is_ignored: Callable[[str], bool] = lambda task: False
+) -> list[Planned]:
     """Return the stages that a run would run, in its order.
 
     A stage whose input comes from one that will run is taken to run too; it does not when that one comes out equal.
@@ -28,10 +30,15 @@ def plan(nodes: Iterable[Node], records: Records, cache: DigestCache) -> list[Pl
         nodes: every stage, each after the ones it reads from.
         records: see `Records`.
         cache: digests by path.
+        is_ignored: whether a stage, and with it all that read from it, does not run.
     """
     planned: list[Planned] = []
     makers: dict[str, str] = {}  # of the files that will be made anew
+    ignored: set[str] = set()  # files of stages that do not run
     for node in nodes:
+        if is_ignored(node.task) or ignored.intersection(node.inputs):
+            ignored.update(node.outputs)
+            continue
         renewed = frozenset(makers).intersection(node.inputs)
         record = records(node.task)
         folders = tuple(one.node.folder for one in planned)

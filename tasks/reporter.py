@@ -3,6 +3,7 @@
 from typing import Any
 
 from doit.exceptions import BaseFail
+from doit.globals import Globals
 from doit.reporter import ConsoleReporter
 
 
@@ -22,6 +23,13 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         """Say that a stage is fresh."""
         if not task.has_subtask:
             self.write(f"-- {task.name}\n")
+
+    def skip_ignore(self, task: Any) -> None:
+        """Say that a stage is not run because the user told doit to ignore it, or one that it reads from."""
+        if not task.has_subtask:
+            is_told = Globals.dep_manager.status_is_ignore(task)
+            until = f", until doit ignore --undo {task.name}" if is_told else ", as is a stage that it reads from"
+            self.write(f"-- {task.name}: ignored{until}\n")
 
     def add_failure(self, task: Any, fail: BaseFail) -> None:
         """Say which stage failed."""

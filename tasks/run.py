@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from doit.cmd_run import Run
-from doit.exceptions import InvalidCommand
 
+from tasks.adoption import Adoption
+from tasks.selection import Selection, refuse, word_unknown
 from tasks.state import Journal
+from tasks.verb import Verb
 
 _NO_WAIT = {
     "name": "no_wait",
@@ -21,7 +23,7 @@ _NO_WAIT = {
 }
 
 
-class StageRun(Run):  # type: ignore[misc]  # doit has no types
+class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
     """`doit run`: one at a time on an artifacts folder, and nothing goes on after it ends.
 
     Graphs that are not of stages run as doit runs them.
@@ -33,28 +35,14 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
     def execute(self, params: Any, args: list[str]) -> int:
         """Remember whether to wait, which doit's own signature has no place for."""
         self._no_wait = bool(params.get("no_wait"))
-        try:
-            return int(super().execute(params, args) or 0)
-        except InvalidCommand as error:
-            if error.not_found is None or not isinstance(self.dep_manager.backend, Journal):
-                raise
-            print(self._word_unknown(str(error.not_found)), file=sys.stderr)
-            return 2
+        return super().execute(params, args)
 
     def _check_names(self) -> None:
         """Refuse an unknown stage before anything is written; doit itself would notice it under the lock."""
         known = {name for task in self.task_list for name in (task.name, *task.targets)}
         for name in self.sel_tasks or ():
             if not name.startswith("-") and "*" not in name and name not in known:
-                raise InvalidCommand(not_found=name)
-
-    def _word_unknown(self, name: str) -> str:
-        from difflib import get_close_matches
-
-        known = [task.name for task in self.task_list]
-        if near := get_close_matches(name, known, n=1):
-            return f"{name}: no such stage. Did you mean {near[0]}?"
-        return f"{name}: no such stage. Known: {', '.join(known)}."
+                refuse(word_unknown(name, self._names()))
 
     def _execute(  # type: ignore[no-untyped-def]  # doit passes options by the names in this signature
         self,
@@ -72,10 +60,19 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         pdb=False,
     ) -> int:
         def run(par_type: str) -> int:
+            out = outfile or sys.stdout  # None where doit was loaded with its output closed
             options = (auto_delayed_regex, force_verbosity, failure_verbosity, pdb)
             return int(
                 super(StageRun, self)._execute(
-                    outfile, verbosity, always, continue_, reporter, num_process, par_type, single, *options
+                    out,
+                    verbosity,
+                    always,
+                    continue_,
+                    reporter,
+                    num_process,
+                    par_type,
+                    single,
+                    *options,
                 )
             )
 
@@ -87,6 +84,8 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         from mlxflow.locking import LockedError, LockUnsupportedError, hold
 
         self._check_names()
+        graph = Selection(self)
+        adoption = Adoption(graph.nodes, graph.cache)
         artifacts = Path(journal.name).parents[1]
         waiting = "another doit (process {holder}) is at work on these artifacts"
         waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
@@ -94,6 +93,9 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
             make_link_target(artifacts)
             with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
                 journal.load()  # the other doit may have finished stages
+                journal.keeps_adopted = True
+                if line := adoption.settle_merge():
+                    print(line, file=sys.stderr)
                 _remove_left_behind(artifacts)
                 if single and (stale := self._stale_upstream()):
                     print(*stale, sep="\n", file=sys.stderr)
@@ -105,6 +107,8 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
         except LockUnsupportedError as error:
             print(error, file=sys.stderr)
             return error.exit_code
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
         except OSError as error:  # doit's own state cannot be written
             where = error.filename or Path(journal.name).parent
             print(f"{where}: {error.strerror}. Make room, or let it be written.", file=sys.stderr)
@@ -116,7 +120,6 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
     def _stale_upstream(self) -> list[str]:
         """Return a line for each selected stage that reads from a stale one."""
         from tasks.planning import plan, with_upstream
-        from tasks.selection import Selection
 
         graph = Selection(self)
         lines = []
@@ -133,7 +136,7 @@ class StageRun(Run):  # type: ignore[misc]  # doit has no types
 
 def _remove_left_behind(artifacts: Path) -> None:
     """Remove what stages that were cut off left behind; nobody is at work while the lock is held."""
-    from mlxflow.artifact import partial_folders, remove_folder
+    from mlxflow.folders import partial_folders, remove_folder
 
     for folder in (*partial_folders(artifacts), *artifacts.glob(".mlxflow/reproduce-*")):
         remove_folder(folder)

@@ -1,6 +1,7 @@
 """The stages that a command was given, by name, and what is known of them."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from doit.cmd_base import DoitCmdBase
@@ -20,6 +21,8 @@ class Selection:
 
     def __init__(self, command: DoitCmdBase) -> None:
         metas = [task.meta for task in command.task_list if task.meta and "node" in task.meta]
+        if not metas:
+            refuse(f"{command.name}: works on the stages of a workflow.toml, and this dodo.py has none.")
         self.nodes: list[Node] = [meta["node"] for meta in metas]
         self.cache: DigestCache = metas[0]["cache"]
         self.journal: Journal = command.dep_manager.backend
@@ -27,6 +30,10 @@ class Selection:
     def record(self, task: str) -> dict[str, Any]:
         """Return what a stage's last run left, empty where there is no record."""
         return self.journal.get(task, "_values_:") or {}
+
+    def is_ignored(self, task: str) -> bool:
+        """Return whether the user told doit to ignore a stage."""
+        return bool(self.journal.get(task, "ignore:"))
 
     def select(self, names: list[str]) -> list[Node]:
         """Return the stages of the given names, all of them where there are none.
@@ -36,8 +43,7 @@ class Selection:
         """
         for name in names:
             if not any(node.task == name or node.task.startswith(f"{name}:") for node in self.nodes):
-                known = ", ".join(node.task for node in self.nodes)
-                refuse(f"{name}: no such stage. Known: {known}.")
+                refuse(word_unknown(name, [node.task for node in self.nodes]))
         return [node for node in self.nodes if not names or node.task in names or node.task.partition(":")[0] in names]
 
     def one(self, names: list[str], usage: str) -> Node:
@@ -67,6 +73,21 @@ class Selection:
         if damage := list(damaged_outputs(node, record, self.cache, again=True)):
             refuse("\n".join([*damage, f"{node.task}: is not what its run left. Run: doit {node.task}"]), 1)
         return record
+
+
+def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:
+    """Return a line about a name that nothing has.
+
+    Args:
+        name: as written.
+        known: the names that there are.
+        kind: of what.
+    """
+    from difflib import get_close_matches
+
+    if near := get_close_matches(name, known, n=1):
+        return f"{name}: no such {kind}. Did you mean {near[0]}?"
+    return f"{name}: no such {kind}. Known: {', '.join(known)}."
 
 
 def refuse(line: str, code: int = 2) -> NoReturn:

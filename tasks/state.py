@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,19 @@ from typing import Any
 _COMPACT_FACTOR = 4
 _COMPACT_SLACK = 64
 
+#: The name of this backend, in the settings of doit and among its entry points.
+BACKEND = "mlxflow"
+
+_VALUES, _IGNORED = "_values_:", "ignore:"
+
+#: In the values of a task that the user told doit to forget.
+FORGOTTEN = "forgotten"
+
 #: The keys that doit sets last: of a finished task, and of one that the user told it to ignore.
-_LAST_KEYS = frozenset({"deps:", "ignore:"})
+_LAST_KEYS = frozenset({"deps:", _IGNORED})
 
 #: The keys of a record that are kept; every other one is the path of an input as doit sees it.
-_KEPT_KEYS = frozenset({"_values_:", "result:", "checker:", "ignore:"})
+_KEPT_KEYS = frozenset({_VALUES, "result:", "checker:", _IGNORED})
 
 
 class Journal:
@@ -30,17 +39,24 @@ class Journal:
         name: the file.
         codec: doit's codec for values; unused, records are JSON.
         module_name: part of doit's signature; unused.
+
+    Attributes:
+        adopt: returns the record of a task that the journal does not know, if it can be had elsewhere.
+        keeps_adopted: whether such a record is written into the journal; not by verbs that only look.
     """
 
     desc = "append-only journal, flushed for each finished stage"
 
     def __init__(self, name: str, codec: object, *, module_name: str | None = None) -> None:
         self.name = name
+        self.adopt: Callable[[str], dict[str, Any] | None] = lambda task: None
+        self.keeps_adopted = False
         self.load()
 
     def load(self) -> None:
         """Read the journal, forgetting what was known before."""
         self._records: dict[str, dict[str, Any]] = {}
+        self._asked: set[str] = set()
         self._lines = 0
         self._torn = False
         try:
@@ -72,14 +88,30 @@ class Journal:
         self._torn = False
         self._lines += 1
 
+    def record(self, task_id: str) -> dict[str, Any]:
+        """Return all that is known of a task."""
+        return dict(self._record(task_id))
+
+    def _record(self, task_id: str) -> dict[str, Any]:
+        """Return a task's record, empty where there is none here or elsewhere."""
+        if task_id not in self._records and task_id not in self._asked:
+            self._asked.add(task_id)
+            if values := self.adopt(task_id):
+                self._records[task_id] = {_VALUES: values}
+                if self.keeps_adopted:
+                    self._append(task_id)
+        return self._records.get(task_id, {})
+
     def get(self, task_id: str, dependency: str) -> Any:
         """Return one value of a task's record, or None; of an input, whether there is a record at all."""
         if dependency in _KEPT_KEYS or dependency in _LAST_KEYS:
-            return self._records.get(task_id, {}).get(dependency)
+            return self._record(task_id).get(dependency)
         return self.in_(task_id) or None
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         """Set one value; the record is written when its last one is set."""
+        if dependency == _IGNORED:
+            self._record(task_id)  # is ignored beside what is known of it
         record = self._records.setdefault(task_id, {})
         if dependency in _KEPT_KEYS:
             record[dependency] = value
@@ -88,10 +120,11 @@ class Journal:
 
     def in_(self, task_id: str) -> bool:
         """Return whether there is a record of a task."""
-        return task_id in self._records
+        return bool(self._record(task_id))
 
     def remove(self, task_id: str) -> None:
-        """Drop a task's record, on the disk too."""
+        """Drop a task's record, on the disk too; it is not adopted again by this process."""
+        self._asked.add(task_id)
         if self._records.pop(task_id, None) is not None:
             self._append(task_id)
 
@@ -99,6 +132,11 @@ class Journal:
         """Drop every record."""
         for task_id in list(self._records):
             self.remove(task_id)
+
+    def forget(self, task_id: str) -> None:
+        """Drop a task's record so that none is adopted in its place: the task is stale until it runs."""
+        self._records[task_id] = {_VALUES: {FORGOTTEN: True}}
+        self._append(task_id)
 
     def dump(self) -> None:
         """Rewrite the journal when most of its lines are about the past."""

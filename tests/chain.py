@@ -21,11 +21,13 @@ from tasks.node import Node
 
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")
+def salt(i):
+    return Path(f"salt-s{i}").read_text() if Path(f"salt-s{i}").exists() else ""
 nodes = [
     Node(
         task=f"s{i}", doc=f"stage {i}", root=Path("."), folder=f"artifacts/s{i}",
         inputs=("source" if i == 1 else f"artifacts/s{i - 1}/a",), outputs=(f"artifacts/s{i}/a",),
-        settings={"config": {"salt": Path(f"salt-s{i}").read_text() if Path(f"salt-s{i}").exists() else ""}},
+        settings={"seed": 0, "version": 1, "config": {"salt": salt(i)}},
         command=(sys.executable, "stage.py", f"s{i}"), **KIND,
     )
     for i in range(1, 7)

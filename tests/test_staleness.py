@@ -96,6 +96,20 @@ def _as_if_built_with_another_mlx(job: Job) -> None:
     journal.write_text(text.replace(f'"mlx":"{version("mlx")}"', '"mlx":"0.30.1"'))
 
 
+def _without_the_hidden_folder(job: Job) -> None:
+    shutil.rmtree(job.folder / "artifacts/.mlxflow")
+
+
+def _merge_conflict(job: Job) -> None:
+    """Commit another machine's lock on another branch, merge it, and lose the hidden folder."""
+    lock = job.folder / "mlxflow.lock"
+    ours = lock.read_text().splitlines(keepends=True)
+    theirs = [re.sub(r'"[0-9a-f]{32}"', f'"{0:032}"', line) for line in ours]
+    half = len(ours) // 2
+    lock.write_text("".join([*ours[:half], "<<<<<<< HEAD\n", *theirs[half:], "=======\n", *ours[half:], ">>>>>>> x\n"]))
+    _without_the_hidden_folder(job)
+
+
 EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
     "nothing": (lambda job: None, ()),
     "a look at what is stale": (_list, ()),
@@ -139,6 +153,8 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         ),
         (BENCHMARK, REPORT),
     ),
+    "artifacts and lock without the hidden folder": (_without_the_hidden_folder, ()),
+    "the same, and a merge's marks in the lock": (_merge_conflict, ()),
     "another mlx, with equal results": (_as_if_built_with_another_mlx, ALL),
     "train's table": (
         lambda job: job.replace("warmup_steps = 2", "warmup_steps = 3"),

@@ -142,16 +142,6 @@ def test_an_unchanged_run_leaves_the_lock_alone(chain: Chain) -> None:
     assert (chain.folder / "mlxflow.lock").stat().st_mtime_ns == before
 
 
-def test_a_damaged_lock_is_told_and_begun_anew(chain: Chain) -> None:
-    (chain.folder / "mlxflow.lock").write_text("[s1\n")
-    chain.path(6).unlink()
-    code, _, err = chain.doit()
-    assert code == 0
-    assert "mlxflow.lock: damaged (" in err
-    assert "It is written anew." in err
-    assert list(tomllib.loads((chain.folder / "mlxflow.lock").read_text())) == ["s6"]
-
-
 # --- reproduce
 
 

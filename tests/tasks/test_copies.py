@@ -9,7 +9,7 @@ from doit.globals import Globals
 
 from mlxflow.identity import DigestCache
 from tasks.archive import pack, unpack
-from tasks.creator import _clean
+from tasks.creator import remove_artifact
 from tasks.node import Node
 from tasks.outputs import damaged_outputs, observe_outputs
 
@@ -53,9 +53,9 @@ def test_a_copy_is_verified_like_what_it_is_a_copy_of(node: Node) -> None:
 
 def test_clean_removes_the_copy_too(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Globals, "dep_manager", SimpleNamespace(remove=lambda task: None))
-    _clean(node, dryrun=True)
+    remove_artifact(node, dryrun=True)
     assert (node.root / "artifacts/index.html").exists()
-    _clean(node, dryrun=False)
+    remove_artifact(node, dryrun=False)
     assert list((node.root / "artifacts").iterdir()) == []
 
 

@@ -66,7 +66,8 @@ def test_a_dry_clean_removes_nothing(job: Path) -> None:
 def test_forget_makes_a_stage_stale(job: Path) -> None:
     assert doit(job, "pretokenize").returncode == 0
     assert doit(job, "forget", "pretokenize").returncode == 0
-    assert doit(job, "pretokenize").stdout == ".  pretokenize: never built\n"
+    assert doit(job, "pretokenize").stdout == ".  pretokenize: forgotten by doit forget\n"
+    assert doit(job, "pretokenize").stdout == "-- pretokenize\n"
 
 
 def test_another_workflow_has_its_artifacts_beside_it(job: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -75,7 +75,7 @@ def test_cleaning_a_stage_on_another_disk_keeps_its_place(chain: Chain, disk: Pa
     link.parent.mkdir()
     link.symlink_to(disk / "s3")
     assert chain.doit("s3")[0] == 0
-    assert chain.doit("clean", "s3")[1].endswith("s3 - removing artifacts/s3\n")
+    assert chain.doit("clean", "s3") == (0, "s3 - removing artifacts/s3\n", "")
     assert list(disk.iterdir()) == []
     assert chain.doit("s3")[0] == 0
     assert (disk / "s3/a").exists()

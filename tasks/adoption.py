@@ -1,0 +1,70 @@
+"""Records made from `mlxflow.lock`, for artifacts that came here without the hidden folder of doit's state.
+
+The lock knows all that a record knows: settings, the identity of each input, the content of each output. Where every
+output that it lists is on the disk as it says, the artifact is the one that it describes, and whether that is fresh is
+then decided as for any other record.
+"""
+
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from mlxflow.identity import DigestCache
+from mlxflow.paths import printable
+from tasks import lockfile
+from tasks.freshness import files_read
+from tasks.lockfile import Lock, Table
+from tasks.node import Node
+
+
+class Adoption:
+    """Makes records of stages that the journal does not know.
+
+    Args:
+        nodes: every stage.
+        cache: digests by path.
+    """
+
+    def __init__(self, nodes: Iterable[Node], cache: DigestCache) -> None:
+        self._nodes = {node.task: node for node in nodes}
+        self._cache = cache
+
+    def __call__(self, task: str) -> dict[str, Any] | None:
+        """Return the record of a stage whose artifact the lock describes, else None."""
+        node = self._nodes.get(task)
+        if node is None or not all(os.path.exists(node.path(name)) for name in node.outputs[:1]):  # noqa: PTH110
+            return None
+        for table in self._lock.tables.get(task, []):
+            if (record := self._record(node, table)) is not None:
+                return record
+        return None
+
+    def settle_merge(self) -> str:
+        """Write the lock without the marks of a merge, if it has some; return a line about it, else nothing."""
+        nodes = list(self._nodes.values())
+        return lockfile.settle_merge(
+            nodes[0].root / lockfile.NAME, nodes, lambda node, table: self._record(node, table) is not None
+        )
+
+    @cached_property
+    def _lock(self) -> Lock:
+        root = next(iter(self._nodes.values())).root
+        return lockfile.read(root / lockfile.NAME)
+
+    def _record(self, node: Node, table: Table) -> dict[str, Any] | None:
+        record = lockfile.recorded(table)
+        if record is None or not set(node.outputs) <= record["outputs"].keys():
+            return None
+        outputs: dict[str, list[Any]] = {}
+        for name, content in record["outputs"].items():
+            path = node.path(name)
+            try:
+                if self._cache.digests(path).content != content:
+                    return None
+                outputs[name] = [os.stat(path).st_size, content]  # noqa: PTH116
+            except (OSError, ValueError):  # missing or damaged: not what the lock describes
+                return None
+        names = {printable(name): name for name in files_read(node)}
+        inputs = {names.get(name, name): identity for name, identity in record["inputs"].items()}
+        return record | {"inputs": inputs, "outputs": outputs}

@@ -1,0 +1,35 @@
+"""What `doit info` prints of a stage."""
+
+from collections.abc import Iterable, Iterator
+
+from tasks.freshness import files_read, reasons
+from tasks.node import Node
+from tasks.selection import Selection
+
+
+def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, list[str]]:
+    """Return whether a stage is stale, and lines about it.
+
+    Args:
+        node: the stage.
+        graph: what is known of it.
+        hide_status: leave out whether it is stale, which means looking at every file of it.
+    """
+    found = [] if hide_status else list(reasons(node, graph.record(node.task), graph.cache))
+    lines = [node.task, f"    {node.doc}", ""]
+    if not hide_status:
+        state = "ignored" if graph.is_ignored(node.task) else "stale" if found else "fresh"
+        lines += [f"status: {state}", *(f"  - {reason}" for reason in found)]
+    lines += _last_run(graph.record(node.task))
+    lines += _list("inputs", [*files_read(node), *node.corpora])
+    lines += _list("outputs", [*node.outputs, *node.copies])
+    return bool(found), lines
+
+
+def _last_run(record: dict[str, object]) -> Iterator[str]:
+    if "seconds" in record:
+        yield f"last run: {record['seconds']:,} s on {record.get('device')}, commit {record.get('commit')}"
+
+
+def _list(title: str, names: Iterable[str]) -> list[str]:
+    return [f"{title}:", *(f"  - {name}" for name in names)]

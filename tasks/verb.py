@@ -1,0 +1,145 @@
+"""What all verbs have in common: a call that is wrong is one line and exit code 2, and a closed pipe is no error.
+
+doit knows verbs by their entry points, for every project of an environment. On a graph that is not of stages each verb
+does what doit's own does.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from doit.cmd_base import DoitCmdBase
+from doit.cmdparse import CmdParseError
+from doit.exceptions import InvalidCommand, InvalidDodoFile
+
+from mlxflow.errors import MlxflowError
+from tasks.selection import refuse, word_unknown
+from tasks.state import BACKEND, Journal
+
+#: Options of doit that say how it remembers. Stages have a way of their own.
+_FIXED_OPTIONS = {"backend": "--backend", "dep_file": "--db-file", "check_file_uptodate": "--check_file_uptodate"}
+
+_CLOSED_PIPE = 128 + signal.SIGPIPE
+
+
+class Verb:
+    """To be inherited before a command of doit."""
+
+    name: str
+    loader: Any
+    dep_manager: Any
+    task_list: Any
+    outstream: Any
+
+    _params: Any = None
+
+    def parse_execute(self, in_args: list[str]) -> int:
+        """Execute the command and end quietly when nobody reads what it prints, as `doit list | head -1` does."""
+        if _open_closed_streams():
+            self.outstream = sys.stdout
+        try:
+            code = super().parse_execute(in_args)  # type: ignore[misc]
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_output()
+            return _CLOSED_PIPE
+        except CmdParseError as error:
+            line = str(error).partition(" (parsing options:")[0]  # which names every option that there is
+            if not self.is_of_stages:
+                raise CmdParseError(line) from error
+            refuse(f"{line.rstrip('.')}. See: doit help {self.name}")
+        return int(code or 0)
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Execute the command; of stages, unknown names and other mistakes of the call are one line."""
+        self._params = params
+        try:
+            return int(super().execute(params, args) or 0)  # type: ignore[misc]
+        except InvalidCommand as error:
+            if not self.is_of_stages:
+                raise
+            unknown = [name for name in args if "*" not in name and name not in self._names()]
+            refuse("\n".join(word_unknown(name, self._names()) for name in unknown) or str(error))
+        except MlxflowError as error:
+            refuse(str(error), error.exit_code)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self.is_of_stages:
+                raise
+            refuse(f"{error.filename}: {error.strerror}. Make room, or let it be written.", 1)
+
+    def get_checker_cls(self, check_file_uptodate: object) -> Any:
+        """Return doit's checker class; refuse options that stages have no use for before anything is opened."""
+        written: set[str] = getattr(self._params, "_non_default_keys", set())
+        for name in sorted(written & _FIXED_OPTIONS.keys() if self.is_of_stages else ()):
+            refuse(f"{_FIXED_OPTIONS[name]}: stages are remembered in a journal of their own. Leave it out.")
+        return super().get_checker_cls(check_file_uptodate)  # type: ignore[misc]
+
+    @property
+    def is_of_stages(self) -> bool:
+        """Whether the graph is one of stages."""
+        if self.loader.namespace is None:  # a mistake in the call was found before the graph was loaded
+            try:
+                self.loader.setup({option["name"]: option["default"] for option in self.loader.cmd_options})
+            except InvalidDodoFile:
+                return False
+        namespace = self.loader.namespace or {}
+        return bool(namespace.get("DOIT_CONFIG", {}).get("backend") == BACKEND)
+
+    @property
+    def journal(self) -> Journal:
+        """What is remembered of the stages."""
+        journal: Journal = self.dep_manager.backend
+        return journal
+
+    def _names(self) -> list[str]:
+        return [task.name for task in self.task_list]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait for any doit that is at work on the artifacts, and keep others out while something is changed."""
+        from mlxflow.locking import hold
+
+        state = Path(self.journal.name).parent
+        waiting = "another doit (process {holder}) is at work on these artifacts"
+        with hold(state / "lock", waiting, wait=True) if state.is_dir() else nullcontext():
+            self.journal.load()  # the other one may have finished stages
+            yield
+
+
+class StageVerb(Verb, DoitCmdBase):  # type: ignore[misc]  # doit has no types
+    """A verb that doit does not have."""
+
+
+def _open_closed_streams() -> bool:
+    """Open the standard streams that are closed, as by `>&-`, or the next file that is opened would get their number.
+
+    Returns:
+        whether there was one.
+    """
+    was_closed = False
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            was_closed = True
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    return was_closed
+
+
+def _discard_output() -> None:
+    """Let what is still to be printed go nowhere, or Python would complain as it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

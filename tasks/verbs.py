@@ -1,0 +1,254 @@
+"""doit's own verbs, on stages."""
+
+import json
+import sys
+from typing import Any
+
+from doit.cmd_clean import Clean
+from doit.cmd_completion import TabCompletion
+from doit.cmd_dumpdb import DumpDB
+from doit.cmd_forget import Forget
+from doit.cmd_help import Help
+from doit.cmd_ignore import Ignore
+from doit.cmd_info import Info
+from doit.cmd_list import List
+from doit.cmd_resetdep import ResetDep
+from doit.cmd_strace import Strace
+from doit.exceptions import InvalidDodoFile
+
+from tasks.selection import Selection, refuse, word_unknown
+from tasks.verb import StageVerb, Verb
+
+_LEFTOVERS = {
+    "name": "leftovers",
+    "long": "leftovers",
+    "type": bool,
+    "default": False,
+    "help": "remove the artifacts of stages and variants that are no more, and nothing else",
+}
+
+_UNDO = {
+    "name": "undo",
+    "long": "undo",
+    "type": bool,
+    "default": False,
+    "help": "end the ignoring of these stages",
+}
+
+
+class StageList(Verb, List):  # type: ignore[misc]  # doit has no types
+    """`doit list`; a group of variants is up to date when every variant is."""
+
+    name = "list"
+    doc_purpose = "list stages, with --status whether each is fresh"
+    doc_usage = "[STAGE ...]"
+
+    def _print_task(self, template: str, task: Any, status: bool, list_deps: bool, tasks: dict[str, Any]) -> None:
+        if not self.is_of_stages:
+            super()._print_task(template, task, status, list_deps, tasks)
+            return
+        values = {"name": task.name, "doc": task.doc} | ({"status": self._status(task, tasks)} if status else {})
+        try:
+            line = template.format(**values)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            known = ", ".join(f"{{{name}}}" for name in values)
+            refuse(f"--template {template.rstrip()!r}: cannot be filled in ({error}). Known: {known}.")
+        self.outstream.write(line)
+        for name in sorted(task.file_dep) if list_deps else ():
+            self.outstream.write(f" -  {name}\n")
+
+    def _status(self, task: Any, tasks: dict[str, Any]) -> str:
+        members = [tasks[name] for name in task.task_dep] if task.has_subtask else [task]
+        found = {self._status_of(one, tasks) for one in members}
+        return next((status for status in "RIU" if status in found), "U")
+
+    def _status_of(self, task: Any, tasks: dict[str, Any]) -> str:
+        if self.dep_manager.status_is_ignore(task):
+            return "I"
+        return "U" if self.dep_manager.get_status(task, tasks).status == "up-to-date" else "R"
+
+
+class StageInfo(Verb, Info):  # type: ignore[misc]
+    """`doit info`."""
+
+    name = "info"
+    doc_purpose = "show what a stage reads and writes, its last run, and why it is stale"
+    doc_usage = "STAGE"
+
+    def _execute(self, pos_args: list[str], hide_status: bool = False) -> int:
+        if not self.is_of_stages:
+            return int(super()._execute(pos_args, hide_status) or 0)
+        from tasks.description import describe
+
+        if len(pos_args) != 1:
+            refuse("expected one stage. Use: doit info STAGE")
+        graph = Selection(self)
+        is_stale = False
+        for number, node in enumerate(graph.select(pos_args)):
+            stale, lines = describe(node, graph, hide_status=hide_status)
+            lines = ["", *lines] if number else lines
+            is_stale |= stale
+            print(*lines, sep="\n")
+        return int(is_stale)
+
+
+class StageClean(Verb, Clean):  # type: ignore[misc]
+    """`doit clean`."""
+
+    name = "clean"
+    doc_purpose = "remove artifacts"
+    doc_usage = "[STAGE ...]"
+    cmd_options = (*Clean.cmd_options, _LEFTOVERS)
+
+    def clean_tasks(self, tasks: Any, dryrun: bool, cleanforget: bool) -> None:
+        """Remove the artifact of each stage once."""
+        if not self.is_of_stages:
+            super().clean_tasks(tasks, dryrun, cleanforget)
+            return
+        from tasks.creator import remove_artifact
+
+        for task in {task.name: task for task in tasks}.values():
+            if task.meta:
+                remove_artifact(task.meta["node"], dryrun)
+            if cleanforget and not dryrun:
+                self.journal.remove(task.name)
+        self.dep_manager.close()
+
+    def _execute(  # type: ignore[no-untyped-def]  # doit passes options by the names in this signature
+        self, dryrun, cleandep, cleanall, cleanforget, leftovers, pos_args=None
+    ) -> None:
+        def clean() -> None:
+            super(StageClean, self)._execute(dryrun, cleandep, cleanall, cleanforget, pos_args)
+
+        if not self.is_of_stages:
+            clean()
+            return
+        from tasks.leftovers import find_leftovers, remove_leftover
+
+        graph = Selection(self)
+        if leftovers and pos_args:
+            refuse("--leftovers: is about stages that are no more. Name no stage with it.")
+        with self.alone():
+            if not leftovers:
+                clean()
+            for found in find_leftovers(graph.nodes[0].root, graph.nodes):
+                print(f"removing {found.folder.as_posix()}" if leftovers else found)
+                if leftovers and not dryrun:
+                    remove_leftover(graph.nodes[0].root, found)
+
+
+class StageForget(Verb, Forget):  # type: ignore[misc]
+    """`doit forget`; what is forgotten is not found again in the lock file."""
+
+    name = "forget"
+    doc_purpose = "make stages run again although they are fresh"
+    doc_usage = "[STAGE ...]"
+
+    def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
+        if not self.is_of_stages:
+            super()._execute(forget_sub, forget_disable_default, forget_all)
+            return
+        stages = {node.task for node in Selection(self).nodes}
+
+        def forget(name: str) -> None:
+            if name in stages and self.journal.in_(name):
+                self.journal.forget(name)
+
+        def forget_every() -> None:
+            for name in stages:
+                forget(name)
+
+        self.dep_manager.remove, self.dep_manager.remove_all = forget, forget_every
+        with self.alone():
+            super()._execute(forget_sub, forget_disable_default, forget_all)
+
+
+class StageIgnore(Verb, Ignore):  # type: ignore[misc]
+    """`doit ignore`: neither a stage nor any that reads from it runs, until that is undone."""
+
+    name = "ignore"
+    doc_purpose = "let stages, and those that read from them, not run until doit ignore --undo"
+    doc_usage = "[--undo] STAGE [STAGE ...]"
+    cmd_options = (_UNDO,)
+
+    def _execute(self, pos_args: list[str], undo: bool) -> None:
+        if not self.is_of_stages:
+            if undo:
+                refuse("--undo: is about stages. Use: doit forget TASK")
+            super()._execute(pos_args)
+            return
+        if not pos_args:
+            refuse("expected a stage. Use: doit ignore STAGE")
+        nodes = Selection(self).select(pos_args)
+        with self.alone():
+            for node in nodes:
+                self.journal.set(node.task, "ignore:", None if undo else "1")
+                print(
+                    f"{node.task}: {'no longer ignored' if undo else 'ignored until doit ignore --undo ' + node.task}"
+                )
+
+
+class StageDumpDB(StageVerb):
+    """`doit dumpdb`: the journal as JSON."""
+
+    name = "dumpdb"
+    doc_purpose = "print what is remembered of each stage, as JSON"
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Print the journal; without a graph of stages what doit prints."""
+        try:
+            return super().execute(params, args)
+        except InvalidDodoFile:
+            DumpDB().execute(params, args)
+            return 0
+
+    def _execute(self, pos_args: list[str]) -> None:
+        if not self.is_of_stages:
+            DumpDB().execute({"dep_file": self.dep_manager.name}, pos_args)
+            return
+        nodes = Selection(self).select(pos_args)
+        json.dump({node.task: self.journal.record(node.task) for node in nodes}, sys.stdout, indent=2)
+        print()
+
+
+class StageResetDep(Verb, ResetDep):  # type: ignore[misc]
+    """`doit reset-dep`, which stages do not have."""
+
+    name = "reset-dep"
+
+    def _execute(self, pos_args: list[str] | None = None) -> None:
+        if self.is_of_stages:
+            refuse(
+                "reset-dep: a stage is fresh when its artifact is what its last run left, which only a run can say. "
+                "Use: doit plan"
+            )
+        super()._execute(pos_args)
+
+
+class StageStrace(Verb, Strace):  # type: ignore[misc]
+    """`doit strace`, which stages do not have."""
+
+    name = "strace"
+
+    def _execute(self, show_all: bool) -> int:
+        if self.is_of_stages:
+            refuse("strace: doit cannot trace the processes of stages. What one reads and writes: doit info STAGE")
+        return int(super()._execute(show_all) or 0)
+
+
+class StageTabCompletion(Verb, TabCompletion):  # type: ignore[misc]
+    """`doit tabcompletion`."""
+
+    name = "tabcompletion"
+
+
+class StageHelp(Verb, Help):  # type: ignore[misc]
+    """`doit help`."""
+
+    name = "help"
+
+    def _execute(self, pos_args: list[str]) -> bool:
+        found = bool(super()._execute(pos_args))
+        if not found and self.is_of_stages:
+            refuse(word_unknown(pos_args[0], [*self._names(), *self.cmds], "stage or command"))
+        return found

@@ -1,0 +1,281 @@
+"""Every verb of doit on stages: no traceback, one line for a mistake in the call, quiet when nobody reads."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from doit.doit_cmd import DoitMain
+
+from mlxflow import ownership
+from mlxflow.artifact import write_report
+from tests.chain import Chain
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    chain = Chain(tmp_path_factory.mktemp("template") / "chain")
+    assert chain.doit()[0] == 0
+    return chain.folder
+
+
+@pytest.fixture
+def chain(template: Path, tmp_path: Path) -> Chain:
+    shutil.copytree(template, tmp_path / "chain")
+    return Chain(tmp_path / "chain")
+
+
+@pytest.fixture(scope="module")
+def looked_at(template: Path) -> Chain:
+    """A chain that is built; tests only look at it."""
+    return Chain(template)
+
+
+_UNKNOWN = "s9: no such stage. Known: s1, s2, s3, s4, s5, s6.\n"
+_JOURNAL = "stages are remembered in a journal of their own. Leave it out.\n"
+_RESET = "reset-dep: a stage is fresh when its artifact is what its last run left, which only a run can say. "
+_RESET += "Use: doit plan\n"
+_STRACE = "strace: doit cannot trace the processes of stages. What one reads and writes: doit info STAGE\n"
+_OPTION = "Error parsing Command: option --nosuch not recognized. See: doit help"
+
+WRONG_CALLS = {
+    "nosuch": "nosuch: no such stage. Known: s1, s2, s3, s4, s5, s6.\n",
+    "s9 s1": _UNKNOWN,
+    "list s9": _UNKNOWN,
+    "info s9": _UNKNOWN,
+    "clean s9": _UNKNOWN,
+    "forget s9": _UNKNOWN,
+    "ignore s9": _UNKNOWN,
+    "ignore --undo s9": _UNKNOWN,
+    "dumpdb s9": _UNKNOWN,
+    "verify s9": _UNKNOWN,
+    "plan s9": _UNKNOWN,
+    "plan sn3": "sn3: no such stage. Did you mean s3?\n",
+    "help sn3": "sn3: no such stage or command. Did you mean s3?\n",
+    "info": "expected one stage. Use: doit info STAGE\n",
+    "info s1 s2": "expected one stage. Use: doit info STAGE\n",
+    "ignore": "expected a stage. Use: doit ignore STAGE\n",
+    "clean --leftovers s1": "--leftovers: is about stages that are no more. Name no stage with it.\n",
+    "reset-dep": _RESET,
+    "reset-dep s1": _RESET,
+    "strace s1": _STRACE,
+    "list --template {foo}": "--template '{foo}': cannot be filled in ('foo'). Known: {name}, {doc}.\n",
+    "list --template {": "--template '{': cannot be filled in (expected '}' before end of string). "
+    "Known: {name}, {doc}.\n",
+    "list --sort x": "Error parsing parameter 'sort'. Provided 'x' but available choices are: 'name', 'definition'. "
+    "See: doit help list\n",
+    "--nosuch": f"{_OPTION} run\n",
+    "plan --nosuch": f"{_OPTION} plan\n",
+    "dumpdb --nosuch": f"{_OPTION} dumpdb\n",
+    "--backend json": f"--backend: {_JOURNAL}",
+    "list --backend dbm": f"--backend: {_JOURNAL}",
+    "forget --db-file x": f"--db-file: {_JOURNAL}",
+    "run --check_file_uptodate md5": f"--check_file_uptodate: {_JOURNAL}",
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_wrong_call_is_one_line_and_changes_nothing(looked_at: Chain, call: str) -> None:
+    before = {path: path.read_bytes() for path in looked_at.folder.rglob("*") if path.is_file()}
+    assert looked_at.doit(*call.split()) == (2, "", WRONG_CALLS[call])
+    assert {path: path.read_bytes() for path in looked_at.folder.rglob("*") if path.is_file()} == before
+
+
+LOOKS = ["list", "list --status", "plan", "info s1", "dumpdb", "help", "help s1", "help list", "verify", "cache-key s1"]
+LOOKS += [
+    "tabcompletion",
+    "tabcompletion --shell zsh",
+    "tabcompletion --hardcode-tasks",
+    "clean -n",
+    "ignore --undo s1",
+]
+
+
+def test_every_verb_is_tried_here() -> None:
+    tried = {call.split()[0] for call in (*LOOKS, *WRONG_CALLS)} | {"run", "pack", "unpack", "reproduce"}
+    assert set(DoitMain().get_cmds()) <= tried
+
+
+@pytest.mark.parametrize("call", [*LOOKS, "", "-a s1"])
+def test_a_verb_ends_quietly_when_nobody_reads(looked_at: Chain, call: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "doit", *call.split()]
+    result = subprocess.run(
+        command, cwd=looked_at.folder, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=environment
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr.replace("at work on s1\n", "")) == (141, "")
+
+
+def test_a_run_that_nobody_reads_ends_without_a_half_built_stage(chain: Chain) -> None:
+    (chain.folder / "source").write_bytes(b"another")
+    command = f"{sys.executable} -m doit 2>&1 | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(command, shell=True, cwd=chain.folder, capture_output=True, text=True, env=environment)  # noqa: S602
+    assert (result.stdout, result.stderr) == (".  s1: source source changed\n", "")
+    assert chain.doit()[0] == 0
+    chain.assert_correct()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_with_closed_streams_the_journal_is_whole(chain: Chain, closed: str) -> None:
+    (chain.folder / "source").write_bytes(b"another")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = f"{sys.executable} -m doit {closed}"
+    assert subprocess.run(command, shell=True, cwd=chain.folder, check=False, env=environment).returncode == 0  # noqa: S602
+    assert chain.doit("plan")[1] == "nothing to do: 6 stages are fresh\n"
+    chain.assert_correct()
+    journal = (chain.folder / "artifacts/.mlxflow/state.jsonl").read_text()
+    assert all(json.loads(line)["task"] for line in journal.splitlines())
+
+
+def test_list_status_says_of_a_group_what_holds_for_its_variants(job: Path) -> None:
+    from tests.conftest import doit
+
+    lines = doit(job, "list", "--status", "quantize").stdout.splitlines()
+    assert [line[:10] for line in lines] == ["R quantize"]
+    assert doit(job, "ignore", "quantize").stdout == (
+        "quantize:q4: ignored until doit ignore --undo quantize:q4\n"
+        "quantize:q8: ignored until doit ignore --undo quantize:q8\n"
+    )
+    lines = doit(job, "list", "--status", "quantize").stdout.splitlines()
+    assert [line[:10] for line in lines] == ["I quantize"]
+
+
+def test_info_says_what_a_stage_reads_and_writes_and_why_it_is_stale(chain: Chain) -> None:
+    code, out, err = chain.doit("info", "s2")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[:4] == ["s2", "    stage 2", "", "status: fresh"]
+    assert lines[4].startswith("last run: ")
+    assert lines[5:] == ["inputs:", "  - artifacts/s1/a", "outputs:", "  - artifacts/s2/a"]
+    chain.path(2).unlink()
+    code, out, _ = chain.doit("info", "s2")
+    assert (code, out.splitlines()[3:5]) == (1, ["status: stale", "  - artifacts/s2/a is missing"])
+    assert "status" not in chain.doit("info", "--no-status", "s2")[1]
+
+
+def test_an_ignored_stage_and_those_that_read_from_it_do_not_run_until_that_is_undone(chain: Chain) -> None:
+    (chain.folder / "source").write_bytes(b"another")
+    assert chain.doit("ignore", "s3") == (0, "s3: ignored until doit ignore --undo s3\n", "")
+    plan = chain.doit("plan")[1].splitlines()
+    assert [line.partition("  (")[0] for line in plan[:2]] == ["s1: source source changed", "s2: because s1 runs"]
+    assert plan[3] == "s3: ignored, and so are those that read from it, until doit ignore --undo s3"
+    code, out, _ = chain.doit()
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            ".  s1: source source changed",
+            ".  s2: artifacts/s1/a changed",
+            "-- s3: ignored, until doit ignore --undo s3",
+            *(f"-- s{i}: ignored, as is a stage that it reads from" for i in (4, 5, 6)),
+        ],
+    )
+    assert chain.doit("ignore", "--undo", "s3") == (0, "s3: no longer ignored\n", "")
+    assert chain.numbers_that_run() == [3, 4, 5, 6]
+    chain.assert_correct()
+
+
+def test_ignoring_a_fresh_stage_and_undoing_it_leaves_it_fresh(chain: Chain) -> None:
+    assert chain.doit("ignore", "s3")[0] == 0
+    assert chain.doit("ignore", "--undo", "s3")[0] == 0
+    assert chain.numbers_that_run() == []
+
+
+def test_dumpdb_prints_what_is_remembered_as_json(looked_at: Chain) -> None:
+    code, out, err = looked_at.doit("dumpdb")
+    assert (code, err) == (0, "")
+    assert list(json.loads(out)) == [f"s{i}" for i in range(1, 7)]
+    assert json.loads(looked_at.doit("dumpdb", "s2")[1])["s2"]["_values_:"]["outputs"].keys() == {"artifacts/s2/a"}
+
+
+def test_verbs_that_change_something_wait_for_a_doit_that_is_at_work(chain: Chain) -> None:
+    (chain.folder / "source").write_bytes(b"another")
+    process, _ = chain.pause_in(2)
+    waiting = chain.start("clean", "s1")
+    assert waiting.stderr is not None
+    line = waiting.stderr.readline()
+    (chain.folder / "go").write_text("x")
+    process.communicate()
+    out, _ = waiting.communicate()
+    assert line.startswith("another doit (process ")
+    assert (process.returncode, waiting.returncode, out) == (0, 0, "s1 - removing artifacts/s1\n")
+
+
+def test_a_verb_on_stages_refuses_a_graph_without_any(tmp_path: Path) -> None:
+    (tmp_path / "dodo.py").write_text("def task_x():\n    return {'actions': ['true']}\n")
+    command = [sys.executable, "-m", "doit", "plan"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        "",
+        "plan: works on the stages of a workflow.toml, and this dodo.py has none.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "out"),
+    [
+        ("list", 0, "x   \n"),
+        ("x", 0, ".  x\n"),
+        ("ignore x", 0, "ignoring x\n"),
+        ("forget x", 0, "forgetting x\n"),
+        ("clean", 0, ""),
+        ("reset-dep x", 0, "processed x\n"),
+        ("list nosuch", 3, ""),
+        ("help x", 0, "x  \n"),
+    ],
+)
+def test_in_other_projects_doits_verbs_are_as_they_were(tmp_path: Path, call: str, code: int, out: str) -> None:
+    (tmp_path / "dodo.py").write_text("def task_x():\n    return {'actions': ['true']}\n")
+    command = [sys.executable, "-m", "doit", *call.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (code, out)
+
+
+# --- what stages that are no more left
+
+
+def _leave(folder: Path, task: str, size: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x" * size)
+    write_report(
+        folder / "report.toml",
+        {"stage": {"stage": task}, "run": {ownership.FILES_KEY: ["model.safetensors", "report.toml"]}},
+    )
+
+
+def test_what_stages_left_that_are_no_more_is_named_and_removed_only_when_asked(chain: Chain) -> None:
+    artifacts = chain.folder / "artifacts"
+    _leave(artifacts / "train/a", "train:a", 10_000)
+    _leave(artifacts / "my-backup", "train", 10)  # a copy under another name is a person's
+    (artifacts / "train/a/notes.txt").write_text("mine")
+    report = (artifacts / "train/a/report.toml").stat().st_size
+    line = (
+        f"artifacts/train/a: no stage makes it any more (2 files, {10_000 + report:,} bytes). "
+        "Remove it with: doit clean --leftovers\n"
+    )
+    assert chain.doit("plan") == (0, f"nothing to do: 6 stages are fresh\n{line}", "")
+    assert chain.doit("clean", "s6") == (0, f"s6 - removing artifacts/s6\n{line}", "")
+    assert chain.doit("clean", "--leftovers", "-n") == (0, "removing artifacts/train/a\n", "")
+    assert (artifacts / "train/a/model.safetensors").exists()
+    assert chain.doit("clean", "--leftovers") == (0, "removing artifacts/train/a\n", "")
+    assert [path.name for path in (artifacts / "train").rglob("*")] == ["a", "notes.txt"]
+    assert (artifacts / "my-backup/model.safetensors").exists()
+    assert chain.path(5).exists()
+    assert chain.doit("clean", "--leftovers") == (0, "", "")
+
+
+def test_clean_leaves_what_no_run_wrote_and_names_it(chain: Chain) -> None:
+    (chain.folder / "artifacts/s1/notes.txt").write_text("mine")
+    assert chain.doit("clean", "s1") == (
+        0,
+        "s1 - removing artifacts/s1\nartifacts/s1/notes.txt: left alone, s1 did not write it\n",
+        "",
+    )
+    assert [path.name for path in (chain.folder / "artifacts/s1").iterdir()] == ["notes.txt"]
