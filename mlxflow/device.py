@@ -5,7 +5,6 @@ Asks the device what it can do and never assumes anything from the platform's na
 
 import functools
 import os
-import platform
 import re
 import sys
 from contextlib import AbstractContextManager
@@ -97,7 +96,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 def may_have_gpu() -> bool:
     """Return whether this machine may have a GPU that MLX uses; imports no mlx."""
-    return _DRIVER.exists() or (sys.platform == "darwin" and platform.machine() == "arm64")
+    return _DRIVER.exists() or (sys.platform == "darwin" and os.uname().machine == "arm64")
 
 
 def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractContextManager[None]:

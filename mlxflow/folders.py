@@ -4,7 +4,6 @@ An artifact's folder may be a symbolic link, to another disk for instance. It st
 folder that it leads to and beside that one, so no move crosses from one file system to another.
 """
 
-import ctypes
 import errno
 import os
 import re
@@ -259,6 +258,8 @@ def _swap(private: Path, folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step where the system can; return whether it did."""
+    import ctypes  # a run of which every stage is fresh does without
+
     library = ctypes.CDLL(None, use_errno=True)
     exchange = 2  # RENAME_EXCHANGE on Linux and RENAME_SWAP on macOS have the same value
     first, second = os.fsencode(one), os.fsencode(other)
