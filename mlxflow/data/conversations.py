@@ -7,7 +7,7 @@ which tables have for every record, are left out everywhere, so that a record is
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 #: The key of a record's conversation, by form.
@@ -34,6 +34,7 @@ _ROLES = {
     "function_response": "tool",
 }
 _FLAGS = ("weight", "train")
+_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|from|content|value)"')
 
 
 class RecordProblem(Exception):  # noqa: N818 - becomes a bad record
@@ -345,20 +346,35 @@ def _tools(record: Mapping[str, Any]) -> list[Any] | None:
     return [_parsed(tool, "tools") if isinstance(tool, str) else without_empty(tool) for tool in tools]
 
 
-def looks_like_record(value: Any, text_key: str) -> bool:
-    """Return whether an object has all the keys of one of the known forms."""
+def looks_like_record(value: Any, format_: str, text_key: str) -> bool:
+    """Return whether a JSON value is an object with all the keys of a known form.
+
+    Args:
+        value: any.
+        format_: what records hold, as in `form_of`.
+        text_key: the key of a text.
+    """
     if not isinstance(value, dict):
         return False
-    given = {key for key, one in value.items() if _is_given(one)}
-    if text_key in given:
-        return isinstance(value[text_key], str)
-    return bool(given.intersection(CHAT_KEYS)) or given.issuperset(COMPLETION_KEYS) or given.issuperset(ALPACA_KEYS)
+    is_chat = any(isinstance(value.get(key), list) and value[key] for key in CHAT_KEYS)
+    is_completion = any(all(value.get(key) is not None for key in keys) for keys in (COMPLETION_KEYS, ALPACA_KEYS))
+    is_text = isinstance(value.get(text_key), str)
+    known = {"text": is_text, "chat": is_chat, "completions": is_completion}
+    return known.get(format_, is_text or is_chat or is_completion)
 
 
-def decoded_cells(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the cells of a CSV row; those that hold a list of messages as JSON, as that list."""
+def decoded_cells(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of CSV with its cells that hold messages as JSON decoded; an empty cell is one without a value.
+
+    The text of a prompt or a completion may be empty, so theirs stays as it is.
+
+    Raises:
+        ValueError: one is no valid JSON.
+    """
+    made: dict[str, Any] = {}
     for key, cell in row.items():
-        if key in COMPLETION_KEYS and isinstance(cell, str) and re.match(r'\s*\[\s*\{\s*"(?:role|from|content)"', cell):
-            yield key, _parsed(cell, key)
+        if key in COMPLETION_KEYS and isinstance(cell, str) and _MESSAGES.match(cell):
+            made[key] = json.loads(cell)
         else:
-            yield key, cell
+            made[key] = None if cell == "" and key in (*CHAT_KEYS, *COMPANION_KEYS) else cell
+    return made

@@ -11,7 +11,7 @@ from mlxflow.data.chat import ChatTemplate, Rendered
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.control_tokens import ReservedCharacterError
 from mlxflow.data.conversations import Conversation, RecordProblem
-from mlxflow.data.records import Bad, Record, Text
+from mlxflow.data.records import Bad, Record, RecordForm, Text
 
 Format = Literal["auto", "text", "chat", "completions"]
 
@@ -75,8 +75,20 @@ class Formatter:
         self.inner_tokens: set[str] = set()
 
     @property
-    def record_keys(self) -> frozenset[str]:
-        """The keys of which a record has one."""
+    def record_form(self) -> RecordForm:
+        """What the records look like."""
+        companions = frozenset(
+            [*conversations.COMPANION_KEYS, *conversations.COMPLETION_KEYS, *conversations.ALPACA_KEYS]
+        )
+        return RecordForm(
+            self._record_keys,
+            frozenset() if self._format == "text" else companions,
+            lambda value: conversations.looks_like_record(value, self._format, self._text_key),
+            conversations.decoded_cells,
+        )
+
+    @property
+    def _record_keys(self) -> frozenset[str]:
         known = {
             "text": {self._text_key},
             "chat": set(conversations.CHAT_KEYS),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from mlxflow.data import json_records
 from mlxflow.data.streams import PIECE_BYTES, FileProblem, read_pieces, telling
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_file
@@ -79,6 +80,22 @@ class Shape(NamedTuple):
         return cls("text" if compression and kind == "parquet" else kind, compression)
 
 
+class RecordForm(NamedTuple):
+    """What the records of a source look like.
+
+    Attributes:
+        keys: of which a record has one.
+        more_keys: what else of a record is read.
+        is_record: whether an object has all the keys of a known form.
+        decode_cells: makes what it stands for of a table's row whose cells are all text; raises ValueError.
+    """
+
+    keys: frozenset[str]
+    more_keys: frozenset[str]
+    is_record: Callable[[Any], bool]
+    decode_cells: Callable[[dict[str, Any]], dict[str, Any]]
+
+
 class Binary(FileProblem):
     """A file with a NUL byte near its beginning: no text."""
 
@@ -88,7 +105,7 @@ def read_file(
     shape: Shape,
     *,
     expected_digest: str,
-    record_keys: frozenset[str],
+    form: "RecordForm",
     strict: bool,
     on_read: Callable[[int], None],
 ) -> Iterator[list[Record | Text | Bad]]:
@@ -98,7 +115,7 @@ def read_file(
         path: the file.
         shape: how it is read.
         expected_digest: xxh3-128 of its bytes; another one means that it changed meanwhile.
-        record_keys: a .json or .csv file with none of these keys is a text like any other file ...
+        form: of its records; a .json or .csv file without any is a text like any other file ...
         strict: ... unless this is set; then it is a problem.
         on_read: called with each number of bytes read.
 
@@ -108,7 +125,7 @@ def read_file(
     """
     if shape.kind == "parquet":
         with telling(path):
-            yield from _read_parquet(path, record_keys)
+            yield from _read_parquet(path, form)
             on_read(path.stat().st_size)
             if digest_file(path).content != expected_digest:
                 raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")
@@ -117,9 +134,9 @@ def read_file(
     if shape.kind == "jsonl":
         yield from _read_lines(pieces)
     elif shape.kind == "json":
-        yield from _read_json(pieces, record_keys, strict=strict)
+        yield from _read_json(pieces, form, strict=strict)
     elif shape.kind == "csv":
-        yield from _read_csv(pieces, record_keys, strict=strict)
+        yield from _read_csv(pieces, form, strict=strict)
     else:
         yield from _read_text(pieces)
 
@@ -271,9 +288,7 @@ def _parse_lines(lines: list[bytes], number: int) -> Iterator[Record | Bad]:
 # --- whole JSON files and tables
 
 
-def _read_json(
-    pieces: Iterable[bytes], record_keys: frozenset[str], *, strict: bool
-) -> Iterator[list[Record | Text | Bad]]:
+def _read_json(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | Text | Bad]]:
     data = b""
     for piece in pieces:
         data += piece
@@ -286,14 +301,16 @@ def _read_json(
     try:
         value = _decode_json(body)
     except ValueError as error:
+        if json_records.first_line_is_object(body, _decode_json):
+            yield from _read_lines([data])
+            return
         raise FileProblem(f"not valid JSON ({error}). Fix the file") from error
-    values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, dict) and record_keys & one.keys() for one in values[:100]):
-        records = [Record(number, one) for number, one in enumerate(values, 1)]
-        for begin in range(0, len(records), _ROWS_PER_BATCH):
-            yield list(records[begin : begin + _ROWS_PER_BATCH])
+    found = json_records.find_records(value, form.keys, form.is_record)
+    if found is not None:
+        records = [Record(number, one) for number, one in enumerate(found, 1)]
+        yield from json_records.batches(records, _ROWS_PER_BATCH)
     elif strict:
-        raise FileProblem(f"expected a list of objects with {_list(record_keys)}. Change the file or its format")
+        raise FileProblem(f"expected a list of objects with {_list(form.keys)}. Change the file or its format")
     else:
         yield from _read_text([data])
 
@@ -302,16 +319,14 @@ def _list(names: Iterable[str]) -> str:
     return " or ".join(f'"{name}"' for name in sorted(names))
 
 
-def _read_csv(
-    pieces: Iterable[bytes], record_keys: frozenset[str], *, strict: bool
-) -> Iterator[list[Record | Text | Bad]]:
+def _read_csv(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | Text | Bad]]:
     csv.field_size_limit(MAX_RECORD_BYTES)
     iterator = iter(pieces)
     head = next(iterator, b"")
     _refuse_binary(head[:_SNIFFED_BYTES])
-    if not record_keys & set(_header_of(head)):
+    if not form.keys & set(_header_of(head)):
         if strict:
-            raise FileProblem(f"has no column {_list(record_keys)}. Change the file or name its column in text_key")
+            raise FileProblem(f"has no column {_list(form.keys)}. Change the file or name its column in text_key")
         yield from _read_text(itertools.chain([head], iterator))
         return
     reader = csv.reader(_lines_of(itertools.chain([head], iterator)))
@@ -322,7 +337,7 @@ def _read_csv(
         begin = reader.line_num + 1
         for row in reader:
             if row:  # no blank line
-                batch.append(_row(begin, names, row))
+                batch.append(_row(begin, names, row, form))
             begin = reader.line_num + 1
             if len(batch) == _ROWS_PER_BATCH:
                 yield batch
@@ -339,10 +354,13 @@ def _header_of(head: bytes) -> list[str]:
         return []
 
 
-def _row(place: int, names: list[str], row: list[str]) -> Record | Bad:
+def _row(place: int, names: list[str], row: list[str], form: RecordForm) -> Record | Bad:
     if any(row[len(names) :]):
         return Bad(place, f"has {len(row):,} fields, the header {len(names):,}. Quote a field with commas in it")
-    return Record(place, dict(itertools.zip_longest(names, row[: len(names)])))
+    try:
+        return Record(place, form.decode_cells(dict(itertools.zip_longest(names, row[: len(names)]))))
+    except ValueError as error:
+        return Bad(place, f"messages that are not valid JSON ({error}). Fix the line")
 
 
 def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
@@ -362,7 +380,7 @@ def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
     yield from io.StringIO(_decode(rest, offset, bom=offset == 0), newline="")
 
 
-def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Record | Text | Bad]]:
+def _read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
     try:
         import pyarrow.lib
         import pyarrow.parquet as parquet
@@ -370,14 +388,14 @@ def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Reco
         raise SourceError(f"{printable(str(path))}: needs pyarrow. Run: pip install 'mlxflow[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in record_keys]
-            if not columns:
+            columns = [name for name in file.schema_arrow.names if name in form.keys | form.more_keys]
+            if not form.keys.intersection(columns):
                 raise FileProblem(
-                    f"has no column {_list(record_keys)}; its columns: {', '.join(file.schema_arrow.names)}. "
+                    f"has no column {_list(form.keys)}; its columns: {', '.join(file.schema_arrow.names)}. "
                     "Name one in text_key"
                 )
             number = 1
-            for rows in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[*columns, *_present(file, "tools")]):
+            for rows in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
                 end = number + rows.num_rows
                 try:
                     values = rows.to_pylist()
@@ -391,7 +409,3 @@ def _read_parquet(path: Path, record_keys: frozenset[str]) -> Iterator[list[Reco
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the operating system says it, not the format
         raise FileProblem(f"is no valid parquet file ({' '.join(str(error).split())})") from error
-
-
-def _present(file: Any, name: str) -> list[str]:
-    return [name] if name in file.schema_arrow.names else []

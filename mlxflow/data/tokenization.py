@@ -67,7 +67,7 @@ class SourceFile(NamedTuple):
             self.path,
             self.shape,
             expected_digest=self.digest,
-            record_keys=formatter.record_keys,
+            form=formatter.record_form,
             strict=self.format_ != "auto",
             on_read=on_read,
         )

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from mlxflow.data import records, streams
-from mlxflow.data.records import Bad, Binary, Record, Shape, Text, read_file
+from mlxflow.data.records import Bad, Binary, Record, RecordForm, Shape, Text, read_file
 from mlxflow.data.streams import FileProblem, read_pieces
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_file
@@ -26,11 +26,16 @@ def _read(path: Path, *, strict: bool = True, keys: frozenset[str] = KEYS) -> li
         path,
         Shape.of(path),
         expected_digest=digest_file(path).content,
-        record_keys=keys,
+        form=_form(keys),
         strict=strict,
         on_read=lambda _: None,
     )
     return [item for batch in batches for item in batch]
+
+
+def _form(keys: frozenset[str]) -> RecordForm:
+    """Return a form whose records are objects with one of the keys."""
+    return RecordForm(keys, frozenset(), lambda value: isinstance(value, dict) and bool(keys & value.keys()), dict)
 
 
 def _problem(path: Path, *, strict: bool = True, keys: frozenset[str] = KEYS) -> str:
@@ -324,7 +329,7 @@ def test_a_parquet_file_gives_a_record_a_row(tmp_path: Path) -> None:
     assert _problem(_write(tmp_path, "b.parquet", b"PAR1 and no more")).startswith("is no valid parquet file (")
     with pytest.raises(SourceError, match=r"a\.parquet: changed while it was read\. Run the stage again\.$"):
         list(
-            read_file(path, Shape.of(path), expected_digest="0", record_keys=KEYS, strict=True, on_read=lambda _: None)
+            read_file(path, Shape.of(path), expected_digest="0", form=_form(KEYS), strict=True, on_read=lambda _: None)
         )
 
 
