@@ -1,21 +1,24 @@
 """Which architectures work with which method, tried on small random models.
 
-    python benchmarks/architectures.py [ARCHITECTURE ...] [--write docs/architectures.md]
+    python -m benchmarks.architectures [ARCHITECTURE ...] [--cases rtn,lora] [--write docs/architectures.md]
 
-Each case runs a stage on a model folder in bf16, and looks at what it wrote: mlx-lm must open it, and it must be what
-the stage reports. A case that is refused must be refused by name, with exit code 2, and leave nothing behind.
+Each case runs a stage on a model folder in bf16 and looks at what it wrote. mlx-lm must open it; what the stage reports
+of its quality must be what mlx-lm's model computes; rounded tensors must be those of `mlx_lm.convert`. A case that is
+refused must be refused by name, with exit code 2, and leave nothing behind.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from benchmarks.architecture_configs import DENSE, MIXTURES, config_of
+from benchmarks.architecture_configs import DENSE, MIXTURES, VOCAB_SIZE, config_of
 
 #: Rows that a report's validation was measured on, and a batch of them.
 _VALIDATION_ROWS = 4
@@ -57,11 +60,12 @@ SETTINGS = (
     ("affine", 4, 32), ("affine", 3, 64), ("affine", 8, 128), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)
 )  # fmt: skip
 
-TRAINING = ("full", "lora", "dora")
 QUANTIZING = ("gptq", "awq", "dwq", "qat")
+TRAINING = ("full", "lora", "dora")
+BESIDE_CODES = ("qlora", "qdora")
 
-#: Of the columns of the table.
-CASES = ("rtn", *QUANTIZING, *TRAINING)
+#: The columns of the table.
+CASES = ("rtn", *QUANTIZING, *TRAINING, *BESIDE_CODES)
 
 
 class Outcome(NamedTuple):
@@ -91,26 +95,38 @@ class Jobs:
             (folder / f"notes/{number}.txt").write_text("\n".join(lines))
         self._run("pretokenize", "")
 
-    def case(self, architecture: str, name: str) -> Outcome:
+    def case(self, architecture: str, name: str, settings: Sequence[tuple[str, int, int]] = SETTINGS) -> Outcome:
         """Run one case and look at what it wrote.
 
         Args:
             architecture: one of `architecture_configs`.
             name: one of `CASES`.
+            settings: tried where layers are rounded; the learned methods take the first of `SETTINGS`.
 
         Raises:
             AssertionError: what was written is not right.
         """
         base = self._base(architecture)
         if name == "rtn":
-            return self._each(lambda setting: self._quantize(base, "rtn", setting), SETTINGS)
+            outcomes = [self._quantize(base, "rtn", setting) for setting in settings]
+            return next((one for one in outcomes if not one.works), outcomes[0])
+        if name in BESIDE_CODES:
+            return self._train(self._quantized_base(base), name.removeprefix("q"))
         if name in TRAINING:
             return self._train(base, name)
         return self._quantize(base, name, SETTINGS[0])
 
-    def _each(self, run: Callable[[Any], Outcome], settings: Any) -> Outcome:
-        outcomes = [run(setting) for setting in settings]
-        return next((one for one in outcomes if not one.works), outcomes[0])
+    def _quantized_base(self, base: Path) -> Path:
+        """Return a folder with the same model in 4 bits, made once by mlx-lm."""
+        import mlx.core as mx
+
+        folder = base.with_name(f"{base.name}-4bit")
+        if not folder.exists():
+            shutil.copytree(base, folder)
+            tensors, config = _converted(base, SETTINGS[0])
+            mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+            (folder / "config.json").write_text(json.dumps(config))
+        return folder
 
     def _base(self, architecture: str) -> Path:
         """Return a folder with a random model of an architecture in bf16, made once."""
@@ -162,7 +178,8 @@ class Jobs:
             return Outcome(works=False, refusal=refusal)
         before, after = _tensors(base), _tensors(made)
         assert before.keys() == after.keys()
-        assert any(not _equal(before[name], after[name]) for name in before), "training changed no weight"
+        changed = any(not _equal(before[name], after[name]) for name in before)
+        assert changed or (made / "adapters.safetensors").is_file(), "training changed no weight"
         report = read_report(made / "report.toml")
         _assert_near(_perplexity(made, self.folder), report["last_validation_perplexity"])
         return Outcome(works=True)
@@ -175,9 +192,11 @@ class Jobs:
         name = str(base.relative_to(self.folder))
         text = _QUANTIZE.format(base=name, data="pretokenize", method=method, setting=wanted)
         made, refusal = self._attempt("quantize", text)
+        theirs, _ = _converted(base, setting)
         if refusal:
-            return Outcome(works=False, refusal=refusal)
-        ours, theirs = _tensors(made), _converted(base, setting)
+            is_same = not any(name.endswith(".scales") for name in theirs)  # mlx-lm finds nothing to quantize either
+            return Outcome(works=method == "rtn" and is_same, refusal=refusal)
+        ours = _tensors(made)
         assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
         different = [name for name, value in ours.items() if not _equal(value, theirs[name])]
         if method == "rtn":
@@ -201,8 +220,8 @@ def _equal(one: Any, other: Any) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bool(mx.array_equal(one, other))
 
 
-def _converted(folder: Path, setting: tuple[str, int, int]) -> dict[str, Any]:
-    """Return the tensors that `mlx_lm.convert` writes for a folder."""
+def _converted(folder: Path, setting: tuple[str, int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors that `mlx_lm.convert` writes for a folder, and the config."""
     import contextlib
     import io
 
@@ -212,8 +231,8 @@ def _converted(folder: Path, setting: tuple[str, int, int]) -> dict[str, Any]:
     mode, bits, group_size = setting
     with contextlib.redirect_stdout(io.StringIO()):
         model, config = load_model(folder)
-        quantized, _ = quantize_model(model, config, group_size, bits, mode=mode)
-    return dict(tree_flatten(quantized.parameters()))
+        quantized, config = quantize_model(model, config, group_size, bits, mode=mode)
+    return dict(tree_flatten(quantized.parameters())), config
 
 
 def _perplexity(folder: Path, jobs: Path) -> float:
@@ -221,11 +240,15 @@ def _perplexity(folder: Path, jobs: Path) -> float:
     import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
+    from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
     from mlxflow.data.token_file import TokenFile
 
     model, _ = load_model(folder, strict=True)
+    if (folder / "adapters.safetensors").is_file():
+        model = load_adapters(model, str(folder))
+        model.eval()
     rows = TokenFile.open(jobs / "artifacts/pretokenize/validation.safetensors").rows.head(_VALIDATION_ROWS)
     tokens = mx.array(rows.tokens.astype(np.int32))
     counted = mx.array((rows.marks[:, 1:] & 1).astype(np.float32))
@@ -238,29 +261,69 @@ def _assert_near(found: float, reported: float) -> None:
     assert math.isclose(math.log(found), math.log(reported), rel_tol=2e-2), f"{found} measured, {reported} reported"
 
 
+def facts(architecture: str) -> tuple[bool, bool]:
+    """Return whether documents in one row are kept apart, and whether head and loss are fused, for an architecture."""
+    from mlxflow import models, packed
+    from mlxflow.training.head import find_head
+
+    model = models.build(config_of(architecture), seed=0)
+    return packed.can_mask_documents(model, VOCAB_SIZE), find_head(model, VOCAB_SIZE) is not None
+
+
+_HEAD = """# Architectures
+
+Which architectures of mlx-lm {mlx_lm} were tried with which method, on small random models in bf16 on a CPU
+(MLX {mlx}). Written by `python -m benchmarks.architectures --write docs/architectures.md`. The same cases are tests:
+`pytest` runs some of them, `pytest -m matrix` the others.
+
+- `rtn`: quantized by rounding in {settings}.
+  Every tensor is equal to the bit to that of `mlx_lm.convert`.
+- `gptq`, `awq`, `dwq`, `qat`: learned codes of 4 bits. `full`, `lora`, `dora`: training. `qlora`, `qdora`: adapters
+  beside the model in 4 bits.
+- "yes": the stage ran, mlx-lm opens what it wrote, and computes the perplexity that the report states.
+- "documents apart": whether documents packed into one row can be masked from each other. "fused head": whether head and
+  loss are one, which needs no memory for all logits.
+"""
+
+
+def table(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
+    """Return the page: a row for each architecture, and the reasons of what is refused."""
+    settings = ", ".join(f"{mode} {bits} bits group {size}" for mode, bits, size in SETTINGS)
+    columns = ["architecture", *CASES, "documents apart", "fused head"]
+    lines = [_HEAD.format(settings=settings, mlx=version("mlx"), mlx_lm=version("mlx-lm"))]
+    lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    reasons: dict[str, int] = {}
+    for architecture, cases in outcomes.items():
+        cells = [architecture]
+        for name in CASES:
+            one = cases[name]
+            note = "" if one.works else f" [{reasons.setdefault(one.refusal, len(reasons) + 1)}]"
+            cells.append(f"{'yes' if one.works else 'no'}{note}")
+        cells += ["yes" if fact else "no" for fact in facts(architecture)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    works = sum(one.works for cases in outcomes.values() for one in cases.values())
+    total = sum(len(cases) for cases in outcomes.values())
+    lines += [f"{works} of {total} cases work; the others are refused by name before any work."]
+    lines += ["", "DoRA has no form for experts: in mixtures its adapters lie beside all other layers."]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Run the cases and print, or write, the table."""
+    """Run the cases; print them, and write the table where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", default=[*DENSE, *MIXTURES])
-    parser.add_argument("--write", type=Path)
-    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--cases", default=",".join(CASES), help="some of the columns, separated by commas")
+    parser.add_argument("--write", type=Path, help="the page to write; needs all cases")
     options = parser.parse_args()
+    outcomes: dict[str, dict[str, Outcome]] = {}
     with tempfile.TemporaryDirectory() as folder:
         jobs = Jobs(Path(folder))
-        for architecture in options.architectures:
-            for name in options.cases.split(","):
-                try:
-                    outcome = jobs.case(architecture, name)
-                    print(architecture, name, "works" if outcome.works else f"refused: {outcome.refusal}", flush=True)
-                except Exception as error:
-                    print(
-                        architecture,
-                        name,
-                        "FAILS",
-                        type(error).__name__,
-                        " ".join(str(error).split())[:300],
-                        flush=True,
-                    )
+        for architecture, name in itertools.product(options.architectures, options.cases.split(",")):
+            one = outcomes.setdefault(architecture, {})[name] = jobs.case(architecture, name)
+            print(architecture, name, "works" if one.works else f"is refused: {one.refusal}", flush=True)
+    if options.write:
+        options.write.write_text(table(outcomes))
 
 
 if __name__ == "__main__":

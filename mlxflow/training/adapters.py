@@ -1,6 +1,7 @@
 """Low-rank adapters through mlx-lm's own layers: put in and trained, trained further, saved in mlx-lm's form."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -54,6 +55,8 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     config = _config_of(model, shape, key)
+    if left_out := _left_out(model, shape):
+        print(f"{key}: DoRA has no form for experts, so none lie beside {', '.join(left_out)}", file=sys.stderr)
     model.freeze()
     mx.random.seed(seed)
     try:
@@ -132,25 +135,48 @@ def _config_of(model: nn.Module, shape: AdapterShape, key: str) -> dict[str, Any
     Raises:
         WorkflowError: a pattern names no layer; the message lists those there are.
     """
-    names = {name for block in model.layers for name in _adaptable(block)}
+    names = {name for block in model.layers for name in _adaptable(block, shape.method)}
+    experts = _experts(model) if shape.method == "dora" else []
     for pattern in shape.keys:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise WorkflowError(f'{key}: "{pattern}" names no layer. Known: {", ".join(sorted(names))}.')
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        known = f"Known: {', '.join(sorted(names))}."
+        if any(fnmatchcase(name, pattern) for name in experts):
+            raise WorkflowError(f'{key}: "{pattern}" names only experts, for which DoRA has no form. {known}')
+        raise WorkflowError(f'{key}: "{pattern}" names no layer. {known}')
     chosen = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in shape.keys))
     parameters = {"rank": shape.rank, "scale": shape.scale, "dropout": shape.dropout, "keys": chosen}
     num_layers = shape.num_layers or len(model.layers)
     return {"fine_tune_type": shape.method, "num_layers": num_layers, "lora_parameters": parameters}
 
 
-def _adaptable(block: nn.Module) -> set[str]:
+def _adaptable(block: nn.Module, method: str) -> set[str]:
     """Return the names of the layers within a block that can have an adapter, or have one."""
-    bare.prepare()
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
+    kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+    if method != "dora":
+        kinds += _expert_kinds()
     adapted = set(adapter_files.layers_of(block))
     names = {name for name, layer in block.named_modules() if isinstance(layer, kinds)}
     return {name for name in names if name.rpartition(".")[0] not in adapted} | adapted
+
+
+def _expert_kinds() -> tuple[type[nn.Module], ...]:
+    bare.prepare()
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    return SwitchLinear, QuantizedSwitchLinear
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Return the names of the layers within blocks that hold a matrix for each expert."""
+    kinds = _expert_kinds()
+    return sorted({name for block in model.layers for name, layer in block.named_modules() if isinstance(layer, kinds)})
+
+
+def _left_out(model: nn.Module, shape: AdapterShape) -> list[str]:
+    """Return the names of the layers that the patterns match and for which the method has no adapter."""
+    experts = _experts(model) if shape.method == "dora" else []
+    return [name for name in experts if any(fnmatchcase(name, pattern) for pattern in shape.keys)]
 
 
 def _chosen_layers(model: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
@@ -159,7 +185,7 @@ def _chosen_layers(model: nn.Module, config: Mapping[str, Any]) -> Iterator[str]
     last = model.layers[-config["num_layers"] :]
     blocks = {path: block for path, block in model.named_modules() if any(block is one for one in last)}
     for path, block in blocks.items():
-        yield from (f"{path}.{name}" for name in chosen & _adaptable(block))
+        yield from (f"{path}.{name}" for name in chosen & _adaptable(block, config["fine_tune_type"]))
 
 
 def save_adapters(

@@ -1,0 +1,68 @@
+"""Every architecture with every method: some of the cases by default, all of them with `pytest -m matrix`."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.architecture_configs import DENSE, MIXTURES
+from benchmarks.architectures import CASES, SETTINGS, Jobs, Outcome, table
+from mlxflow.stages import quantize_methods
+from tests.conftest import REPOSITORY
+
+ARCHITECTURES = [*DENSE, *MIXTURES]
+
+#: What each architecture is tried with by default, beside rounding: one case in turn.
+OTHERS = [name for name in CASES if name != "rtn"]
+
+
+def _cases() -> list[Any]:
+    """Return every pair of architecture and case; those that are not tried by default are marked."""
+    pairs = []
+    for place, architecture in enumerate(ARCHITECTURES):
+        default = {"rtn", OTHERS[place % len(OTHERS)]}
+        for name in CASES:
+            marks = [] if name in default else [pytest.mark.matrix]
+            pairs.append(pytest.param(architecture, name, marks=marks, id=f"{architecture}-{name}"))
+    return pairs
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory.mktemp("architectures"))
+
+
+@pytest.mark.parametrize(("architecture", "name"), _cases())
+def test_a_case_works(jobs: Jobs, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_methods, "_AWQ_STEPS", 4)  # few: the search is tested by itself
+    outcome = jobs.case(architecture, name, settings=(SETTINGS[0], SETTINGS[-1]))
+    assert outcome.works, outcome.refusal
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounding_is_mlx_lms_in_every_setting(jobs: Jobs, architecture: str) -> None:
+    assert jobs.case(architecture, "rtn").works
+
+
+def test_every_method_is_tried_on_dense_models_and_on_mixtures_by_default() -> None:
+    tried = {(one.values[0], one.values[1]) for one in _cases() if not one.marks}
+    for kind in (DENSE, MIXTURES):
+        assert {name for architecture, name in tried if architecture in kind} == set(CASES)
+
+
+def test_the_page_has_a_row_for_each_architecture_and_names_what_is_refused() -> None:
+    outcomes = {architecture: {name: Outcome(works=True) for name in CASES} for architecture in ("llama", "gpt2")}
+    outcomes["gpt2"] |= {"awq": Outcome(works=False, refusal="no such thing")}
+    page = table(outcomes)
+    rows = [line for line in page.splitlines() if line.startswith(("| llama", "| gpt2"))]
+    assert [row.count("| yes") for row in rows] == [len(CASES) + 2, len(CASES) - 1]
+    assert "| no [1] |" in rows[1]
+    assert "\n1. no such thing\n" in page
+    assert f"{2 * len(CASES) - 1} of {2 * len(CASES)} cases work" in page
+
+
+def test_the_page_in_docs_has_these_rows_and_columns() -> None:
+    page = (REPOSITORY / "docs/architectures.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    assert rows[0][: len(CASES) + 1] == ["architecture", *CASES]
+    assert [row[0] for row in rows[2:]] == ARCHITECTURES
