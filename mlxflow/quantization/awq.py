@@ -1,27 +1,29 @@
 """AWQ: scales and limits by which rounding loses least of what a block computes (Lin et al. 2023, arXiv:2306.00978).
 
-The search for scales is that of mlx-lm's `awq`, held against the output of the whole block; the search for limits is
-mlx-lm's own function. mlx-lm has a table of the architectures it knows. Here the layers that share a scale come from
-the block itself (`scalable`), and blocks are reached in a forward pass of the whole model, which gives them the inputs,
-masks and positions that the architecture gives them.
+The search for scales is that of mlx-lm's `awq`, held against what the smallest module that holds the layers computes;
+the search for limits is mlx-lm's own function. mlx-lm has a table of the architectures it knows. Here the layers that
+share a scale come from the block itself (`scalable`), and blocks are reached in a forward pass of the whole model,
+which gives them the inputs, masks and positions that the architecture gives them.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlxflow.quantization.codec import round_trip
-from mlxflow.quantization.scalable import Group, apply_scales, find_groups, noted, weighted
+from mlxflow.quantization.scalable import Group, Noted, Run, apply_scales, cast_to, find_groups, noted, weighted
 from mlxflow.quantization.settings import Setting
 from mlxflow.replaced import replaced
 
-# Layers whose weights are not cut off: what goes into the products of attention reacts to outliers (as in AWQ's code)
+# Names of layers whose weights are not cut off: what goes into the products of attention needs its outliers, as in AWQ
 _NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv", "c_attn", "kv_a", "kv_b", "embed_q")
 
 _LEAST_SCALE = 1e-4
@@ -96,16 +98,22 @@ class _Block:
 
     def run(self) -> list[mx.array]:
         """Return the block's outputs, in the type of its weights."""
+        return self._compute(lambda *inputs, **named: self._call(self._block, *inputs, **named), *self._inputs)
+
+    def _compute(self, call: Callable[..., Any], inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[mx.array]:
         dtype = next(iter(weighted(self._block).values())).weight.dtype
-
-        def cast(value: Any) -> Any:
-            is_floating = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-            return value.astype(dtype) if is_floating else value
-
-        inputs, named = tree_map(cast, self._inputs)
-        outputs = [value for _, value in tree_flatten(self._call(self._block, *inputs, **named))]
+        inputs, named = cast_to(dtype, (inputs, dict(named)))
+        outputs = [value for _, value in tree_flatten(call(*inputs, **named))]
         mx.eval(outputs)
         return outputs
+
+    def _run_of(self, paths: Sequence[str], calls: Mapping[str, Noted]) -> Run:
+        """Return what runs the smallest module that holds some layers, and was called once."""
+        modules = dict(self._block.named_modules())
+        path = os.path.commonpath([one.replace(".", "/") for one in paths]).replace("/", ".")
+        while path and path not in calls:
+            path = path.rpartition(".")[0]
+        return partial(self._compute, modules[path], calls[path].inputs, calls[path].named) if path else self.run
 
     def learn(self, recipes: dict[Any, list[Group]], search_steps: int) -> None:
         """Scale and clip; leave the block as it was if rounding loses no less then.
@@ -119,49 +127,50 @@ class _Block:
         if alike not in recipes:
             recipes[alike] = find_groups(self._block, self.run, calls)
         dense, wanted = self._block.parameters(), self.run()
-        before = self._lost(wanted, dict.fromkeys(self._settings, 1.0))
+        unscaled = dict.fromkeys(self._settings, 1.0)
+        before = self._lost(self.run, wanted, unscaled)
         x = {path: one.x for path, one in calls.items()}
         for group in recipes[alike]:
             rounded = [path for path in group.layers if path in self._settings]
-            if not rounded or group.source not in calls:
-                continue
-            scales = self._best_scales(rounded, x[group.layers[0]], wanted, search_steps)
-            apply_scales(self._block, group, scales)
-            x |= {path: (x[path] / scales).astype(x[path].dtype) for path in group.layers}
+            if rounded:
+                scales = self._best_scales(rounded, x[group.layers[0]], self._run_of(group.layers, calls), search_steps)
+                apply_scales(self._block, group, scales)
+                x |= {path: (x[path] / scales).astype(x[path].dtype) for path in group.layers}
         self._clip(x, search_steps)
-        if not self._lost(wanted, dict.fromkeys(self._settings, 1.0)) < before:
+        if not self._lost(self.run, wanted, unscaled) < before:
             self._block.update(dense)
         mx.eval(self._block.parameters())
         mx.clear_cache()
 
-    def _best_scales(self, paths: list[str], x: mx.array, wanted: list[mx.array], search_steps: int) -> mx.array:
-        """Return the scales, (D,), of those tried with which rounding some layers changes the outputs least.
+    def _best_scales(self, paths: Sequence[str], x: mx.array, run: Run, search_steps: int) -> mx.array:
+        """Return the scales, (D,), of those tried with which rounding some layers changes some outputs least.
 
         Tried are powers of the mean size of each channel, from 0 to 1.
 
         Args:
             paths: of the layers.
             x: what they read, (..., D).
-            wanted: the outputs.
+            run: computes the outputs.
             search_steps: scales tried.
         """
+        wanted = run()
         sizes = mx.abs(x.reshape(-1, x.shape[-1]).astype(mx.float32)).mean(axis=0)
         tried = []
         for step in range(search_steps):
             scales = mx.maximum(sizes ** (step / search_steps), _LEAST_SCALE)
             scales = scales / mx.sqrt(scales.max() * scales.min())
-            tried.append((self._lost(wanted, dict.fromkeys(paths, scales)), step, scales))
+            tried.append((self._lost(run, wanted, dict.fromkeys(paths, scales)), step, scales))
         return min(tried, key=lambda one: one[:2])[2]
 
-    def _lost(self, wanted: list[mx.array], scales: Mapping[str, Any]) -> float:
-        """Return the squared error of the outputs with some layers rounded, their columns scaled meanwhile."""
+    def _lost(self, run: Run, wanted: Sequence[mx.array], scales: Mapping[str, Any]) -> float:
+        """Return the squared error of some outputs with some layers rounded, their columns scaled meanwhile."""
         layers = weighted(self._block)
         dense = {path: layers[path].weight for path in scales}
         for path, own in scales.items():
             rounded = round_trip((dense[path] * own).astype(dense[path].dtype), self._settings[path])
             layers[path].weight = (rounded / own).astype(rounded.dtype)
         try:
-            found = self.run()
+            found = run()
         finally:
             for path, weight in dense.items():
                 layers[path].weight = weight
@@ -177,7 +186,7 @@ class _Block:
         for path, setting in self._settings.items():
             weight = layers[path].weight
             is_product = path in x and x[path].shape[-1] == weight.shape[-1]
-            if not is_product or any(word in path for word in _NOT_CLIPPED):
+            if not is_product or any(word in path.rpartition(".")[2] for word in _NOT_CLIPPED):
                 continue
             rows = SimpleNamespace(weight=weight, input_feat=x[path].reshape(1, -1, weight.shape[-1]))
             clipped = search_best_clip(

@@ -44,21 +44,28 @@ class Group(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """What went through a layer in one run of its block.
+    """One call of a module in a run of its block.
 
     Attributes:
-        place: of the call among those of the block's layers.
-        x: its first argument.
+        place: when it returned, among the calls of the block's modules.
+        inputs: its arguments.
+        named: its arguments by name.
         y: what it returned; None if that is no array.
     """
 
     place: int
-    x: mx.array
+    inputs: tuple[Any, ...]
+    named: dict[str, Any]
     y: mx.array | None
+
+    @property
+    def x(self) -> Any:
+        """The first argument."""
+        return self.inputs[0] if self.inputs else None
 
 
 def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
-    """Return what went through every layer of a block that holds a weight itself and is called once.
+    """Return the call of every module of a block that is called once.
 
     Args:
         block: a block of a model.
@@ -69,24 +76,34 @@ def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
 
     def noting(path: str) -> Callable[[Any], Any]:
         def make(call: Any) -> Any:
-            def noted_call(self: Any, x: mx.array, *others: Any, **named: Any) -> Any:
-                result = call(self, x, *others, **named)
+            def noted_call(self: Any, *inputs: Any, **named: Any) -> Any:
+                result = call(self, *inputs, **named)
                 y = result if isinstance(result, mx.array) else None
-                found.setdefault(path, []).append(Noted(next(count), x, y))
+                found.setdefault(path, []).append(Noted(next(count), inputs, named, y))
                 return result
 
             return noted_call
 
         return make
 
+    modules = {id(module): (path, module) for path, module in block.named_modules() if path and callable(module)}
     with ExitStack() as stack:
-        for path, layer in weighted(block).items():
-            stack.enter_context(replaced(layer, "__call__", noting(path)))
+        for path, module in modules.values():
+            stack.enter_context(replaced(module, "__call__", noting(path)))
         run()
     once = {path: calls[0] for path, calls in found.items() if len(calls) == 1}
     found.clear()  # see `replaced`
-    mx.eval([(one.x, one.y) for one in once.values()])
+    mx.eval([(one.x if isinstance(one.x, mx.array) else None, one.y) for one in once.values()])
     return once
+
+
+def cast_to(dtype: mx.Dtype, inputs: Any) -> Any:
+    """Return arguments with their floating arrays in a type."""
+
+    def cast(value: Any) -> Any:
+        return value.astype(dtype) if _is_floating(value) else value
+
+    return tree_map(cast, inputs)
 
 
 def weighted(block: nn.Module) -> dict[str, nn.Module]:
@@ -103,6 +120,7 @@ def find_groups(block: nn.Module, run: Run, calls: Mapping[str, Noted]) -> list[
         calls: of `noted`, by the same run.
     """
     layers = weighted(block)
+    calls = {path: one for path, one in calls.items() if path in layers}
     matrices = {path: one for path, one in calls.items() if layers[path].weight.ndim > 1 and _is_floating(one.x)}
     candidates = [*_after_norms(layers, calls, matrices), *_after_matrices(layers, matrices)]
     found: dict[tuple[str, ...], Group] = {}
@@ -212,12 +230,12 @@ def _is_near(found: mx.array, wanted: mx.array) -> bool:
 @contextmanager
 def _in_fp32(block: nn.Module) -> Iterator[None]:
     before = block.parameters()
-    block.update(tree_map(lambda value: value.astype(mx.float32) if _is_floating(value) else value, before))
+    block.update(cast_to(mx.float32, before))
     try:
         yield
     finally:
         block.update(before)
 
 
-def _is_floating(value: mx.array) -> bool:
-    return mx.issubdtype(value.dtype, mx.floating)
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
