@@ -298,6 +298,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         inputs,
         outputs,
         context,
+        folder=folder,
         model=model,
         plan=plan,
         tokens=tokens,

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxflow.config import toml_value
@@ -137,6 +138,7 @@ def make(
     outputs: Any,
     context: Context,
     *,
+    folder: Path,
     model: Any,
     plan: Any,
     tokens: Tokens | None,
@@ -145,7 +147,8 @@ def make(
     if config.method == "rtn" or tokens is None:
         return Made(model, plan, {}, {})
     if config.method == "qat":
-        return _trained(config, inputs, outputs, context, model=model, plan=plan, tokens=tokens)
+        teacher = _teacher(folder) if config.distill else None
+        return _trained(config, inputs, outputs, context, model=model, plan=plan, tokens=tokens, teacher=teacher)
     return Made(model, plan, _learned(config, model, plan.layers, tokens, context), {})
 
 
@@ -204,7 +207,7 @@ def _header_bytes(model: Any, packed: Mapping[str, Any]) -> int:
 
 
 def _trained(
-    config: Any, inputs: Any, outputs: Any, context: Context, *, model: Any, plan: Any, tokens: Tokens
+    config: Any, inputs: Any, outputs: Any, context: Context, *, model: Any, plan: Any, tokens: Tokens, teacher: Any
 ) -> Made:
     """Train with the rounded weights in place, and pack what the last forward pass took."""
     import mlx.core as mx
@@ -215,7 +218,6 @@ def _trained(
 
     settings = training_settings(config, model)
     tokens.train.full_rows(config.batch_size, f"{context.task}.batch_size")
-    teacher = _teacher(inputs) if config.distill else None
     if config.training != "full":
         lora = config.lora
         shape = adapters.AdapterShape(config.training, lora.rank, lora.scale, lora.dropout, lora.num_layers, lora.keys)
@@ -276,11 +278,11 @@ def _highest_rate(config: Any) -> float:
     return _QAT_LEARNING_RATE * math.sqrt(min(1.0, config.num_steps / _QAT_STEPS))
 
 
-def _teacher(inputs: Any) -> Any:
+def _teacher(folder: Path) -> Any:
     """Return the dense model whose distributions are learnt."""
     from mlxflow import models
 
-    teacher, _ = models.made_dense(*models.load(inputs.model[0].parent))
+    teacher, _ = models.made_dense(*models.load(folder))
     teacher.freeze()
     return teacher
 

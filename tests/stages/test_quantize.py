@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.convert import convert
 from mlx_lm.utils import load_model
 
+from mlxflow import models
 from mlxflow.artifact import read_report
 from mlxflow.config import toml_value
 from mlxflow.data.token_file import TokenFile
@@ -220,6 +221,13 @@ def test_a_budget_is_met_and_its_table_gives_the_same_model_again(job: Job) -> N
     assert all(mx.array_equal(value, tensors[name]) for name, value in job.tensors().items())
     by_size = job.run(target_size="48 KB", calibration_rows=16)
     assert 0.95 * 48_000 < by_size["model_bytes"] <= 48_000  # of the file, its header included
+
+
+def test_a_model_of_the_hub_is_its_own_teacher(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "fetch", lambda *_, **__: job.folder / "artifacts/train")
+    table = {"method": "qat", "bits": 2, "num_steps": 2, "batch_size": 4, "max_validation_rows": 8}
+    report = job.run(model="owner/name", data="pretokenize", distill=True, **table)
+    assert report["training"]["steps"] == 2
 
 
 @pytest.mark.parametrize(
