@@ -113,7 +113,7 @@ def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractConte
     """
     shared = not measures and (device == "cpu" or not may_have_gpu())
     what = "the device" if not shared else "measurements on this machine to end"
-    waiting = f"{task}: waits for {what}, which process {{holder}} uses"
+    waiting = f"{task}: waits for {what}, used by process {{holder}}"
     return hold(device_lock(), waiting, wait=True, shared=shared, about=f"({task} of {root.resolve()})")
 
 

@@ -195,7 +195,7 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
         one: one of its stages.
         into: see `run_stage`.
     """
-    waiting = f"{one.task}: waits for the artifacts, which process {{holder}} uses"
+    waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
     folders.make_link_target(workflow.artifacts)
     with ExitStack() as held:
         held.enter_context(hold(workflow.state / "lock", waiting, wait=True))

@@ -12,7 +12,7 @@ import pytest
 from mlxflow import device
 from mlxflow.locking import LockedError, LockUnsupportedError, device_lock, hold
 
-_WAITING = "train: waits for it, which process {holder} uses"
+_WAITING = "train: waits for it, used by process {holder}"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_whoever_holds_a_lock_is_named_with_what_it_does(tmp_path: Path) -> None
         hold(path, _WAITING, wait=False),
     ):
         pass
-    assert str(caught.value) == f"train: waits for it, which process {os.getpid()} (benchmark of /here) uses"
+    assert str(caught.value) == f"train: waits for it, used by process {os.getpid()} (benchmark of /here)"
 
 
 def test_a_shared_lock_is_held_by_several_and_named_by_all_of_them(tmp_path: Path) -> None:

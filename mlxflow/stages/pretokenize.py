@@ -234,7 +234,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     files = corpus.list_files(inputs.sources, inputs.owners, settings, state=context.state)
     holdout = 0.0 if config.validation_sources else config.holdout
     store = shards.ShardStore(context.state / "shards")
-    waiting = f"{context.task}: waits for the shards, which process {{holder}} uses"
+    waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
     with hold(context.state / "shards" / "lock", waiting, wait=True):
         vocabulary = _vocabulary(config, inputs, context, files, holdout)
         tokenized, engine = _tokenize(config, vocabulary, store, files)

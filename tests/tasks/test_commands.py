@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import tarfile
 import tomllib
 from collections.abc import Callable
@@ -15,19 +14,6 @@ import pytest
 from mlxflow.workflow import STAGES
 from tests.chain import Chain
 from tests.conftest import doit
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chain = Chain(tmp_path_factory.mktemp("template") / "chain")
-    assert chain.doit()[0] == 0
-    return chain.folder
-
-
-@pytest.fixture
-def chain(template: Path, tmp_path: Path) -> Chain:
-    shutil.copytree(template, tmp_path / "chain")
-    return Chain(tmp_path / "chain")
 
 
 def _without_seconds(line: str) -> str:

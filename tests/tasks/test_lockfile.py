@@ -170,13 +170,6 @@ def test_names_that_are_no_utf_8_or_hold_line_breaks_are_written_escaped(tmp_pat
 # --- artifacts that are known by the lock alone
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chain = Chain(tmp_path_factory.mktemp("template") / "chain")
-    assert chain.doit()[0] == 0
-    return chain.folder
-
-
 @pytest.fixture
 def restored(template: Path, tmp_path: Path) -> Chain:
     """Artifacts and lock, as a cache or a copy brings them, without the hidden folder."""

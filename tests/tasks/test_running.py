@@ -72,7 +72,7 @@ def test_a_stage_run_by_hand_waits_for_doit(job: Path) -> None:
         with subprocess.Popen(command, cwd=job, stderr=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stderr
             line = process.stderr.readline()
-            assert line == f"pretokenize: waits for the artifacts, which process {os.getpid()} uses\n"
+            assert line == f"pretokenize: waits for the artifacts, used by process {os.getpid()}\n"
             assert not (job / "artifacts/pretokenize").exists()
             process.kill()
 
@@ -122,7 +122,7 @@ def test_a_measurement_has_the_processors_for_itself_across_workflows(
     second = two.start("s1")
     assert second.stderr
     holder = f"process {first.pid} (s2 of {one.folder})"
-    assert second.stderr.readline() == f"s1: waits for {what}, which {holder} uses\n"
+    assert second.stderr.readline() == f"s1: waits for {what}, used by {holder}\n"
     assert not two.path(1).exists()
     _go_on(one)
     assert first.wait() == 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +12,6 @@ from doit.doit_cmd import DoitMain
 from mlxflow import ownership
 from mlxflow.artifact import write_report
 from tests.chain import Chain
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    chain = Chain(tmp_path_factory.mktemp("template") / "chain")
-    assert chain.doit()[0] == 0
-    return chain.folder
-
-
-@pytest.fixture
-def chain(template: Path, tmp_path: Path) -> Chain:
-    shutil.copytree(template, tmp_path / "chain")
-    return Chain(tmp_path / "chain")
 
 
 @pytest.fixture(scope="module")
