@@ -1,9 +1,11 @@
 """What the tests share: a small text, and the whole chain built from it once."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,14 +56,27 @@ def _run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a tiny workflow whose every stage was run; tests only look at it."""
     folder = tmp_path_factory.mktemp("built")
     write_workflow(folder)
     for stage in STAGES:
         result = mlxflow(folder, "run", stage)
         assert result.returncode == 0, result.stderr
-    return folder
+    before = _content(folder)
+    yield folder
+    assert _content(folder) == before, "a test changed the folder that the others look at: let it take job_copy"
+
+
+def _content(folder: Path) -> dict[str, str]:
+    """Return the digest of every file of a folder by its name, hidden ones left out."""
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in zip(names, files, strict=True)
+        if "/." not in name and "__pycache__" not in name
+    }
 
 
 @pytest.fixture
@@ -69,6 +84,12 @@ def job(tmp_path: Path) -> Path:
     """A folder with a tiny workflow of which nothing is built."""
     write_workflow(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def project(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the built folder in which the tests of one module put more workflow files and models."""
+    return Path(shutil.copytree(built, tmp_path_factory.mktemp("project"), dirs_exist_ok=True))
 
 
 @pytest.fixture

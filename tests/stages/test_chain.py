@@ -86,13 +86,13 @@ def test_quantized_tensors_equal_those_of_mlx_lm_bit_for_bit(
     assert configs[0] == configs[1]
 
 
-def test_a_float_mode_equals_mlx_lm_too(built: Path, tmp_path: Path) -> None:
-    workflow = (built / "workflow.toml").read_text() + '\n[[quantize]]\nname = "fp"\nmode = "mxfp4"\ngroup_size = 32\n'
-    (built / "float.toml").write_text(workflow)
-    result = mlxflow(built, "run", "quantize:fp", "--workflow", "float.toml")
+def test_a_float_mode_equals_mlx_lm_too(job_copy: Path, tmp_path: Path) -> None:
+    workflow = job_copy / "workflow.toml"
+    workflow.write_text(workflow.read_text() + '\n[[quantize]]\nname = "fp"\nmode = "mxfp4"\ngroup_size = 32\n')
+    result = mlxflow(job_copy, "run", "quantize:fp")
     assert result.returncode == 0, result.stderr
-    convert(str(built / "artifacts/train"), str(tmp_path / "q"), quantize=True, q_mode="mxfp4")
-    _assert_same_tensors(built / "artifacts/quantize/fp/model.safetensors", tmp_path / "q/model.safetensors")
+    convert(str(job_copy / "artifacts/train"), str(tmp_path / "q"), quantize=True, q_mode="mxfp4")
+    _assert_same_tensors(job_copy / "artifacts/quantize/fp/model.safetensors", tmp_path / "q/model.safetensors")
 
 
 def _assert_same_tensors(ours: Path, theirs: Path) -> None:

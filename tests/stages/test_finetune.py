@@ -29,8 +29,8 @@ max_validation_rows = 8
 """
 
 
-def _train(built: Path, folder: Path, text: str) -> Path:
-    workflow = built / f"{folder.parent.name}.toml"
+def _train(project: Path, folder: Path, text: str) -> Path:
+    workflow = project / f"{folder.parent.name}.toml"
     workflow.write_text(HEAD + text)
     loaded = load_workflow(workflow)
     return run_stage(loaded, loaded.find("train"), folder)
@@ -43,22 +43,24 @@ def _weights(folder: Path, name: str = "model.safetensors") -> dict[str, mx.arra
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_an_adapter_is_saved_in_mlx_lms_form_and_fused_into_the_model(built: Path, tmp_path: Path, method: str) -> None:
+def test_an_adapter_is_saved_in_mlx_lms_form_and_fused_into_the_model(
+    project: Path, tmp_path: Path, method: str
+) -> None:
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
     made = _train(
-        built,
+        project,
         tmp_path / "made",
         f'method = "{method}"\nmodel.from = "artifacts/train"\n[train.lora]\nrank = 4\nkeys = ["self_attn.*"]\n',
     )
-    base, fused = _weights(built / "artifacts" / "train"), _weights(made)
+    base, fused = _weights(project / "artifacts" / "train"), _weights(made)
     changed = {name for name in base if not mx.array_equal(base[name], fused[name])}
     assert changed == {f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (0, 1) for part in "qkvo"}
     config = json.loads((made / "adapters" / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == method
     assert config["lora_parameters"]["rank"] == 4
-    plain, _ = load_model(built / "artifacts" / "train")
+    plain, _ = load_model(project / "artifacts" / "train")
     adapted = load_adapters(plain, str(made / "adapters"))
     whole, _ = load_model(made)
     tokens = mx.arange(1, 13)[None]
@@ -68,39 +70,39 @@ def test_an_adapter_is_saved_in_mlx_lms_form_and_fused_into_the_model(built: Pat
     assert report["last_validation_perplexity"] < report["first_validation_perplexity"]
 
 
-def test_adapters_fused_into_a_quantized_model_leave_it_quantized(built: Path, tmp_path: Path) -> None:
+def test_adapters_fused_into_a_quantized_model_leave_it_quantized(project: Path, tmp_path: Path) -> None:
     text = 'method = "lora"\nmodel.from = "artifacts/quantize/q4"\nfuse = "requantize"\n'
-    made = _train(built, tmp_path / "made", text)
-    base, fused = _weights(built / "artifacts" / "quantize" / "q4"), _weights(made)
+    made = _train(project, tmp_path / "made", text)
+    base, fused = _weights(project / "artifacts" / "quantize" / "q4"), _weights(made)
     assert {name: value.shape for name, value in base.items()} == {name: value.shape for name, value in fused.items()}
     assert json.loads((made / "config.json").read_text())["quantization"]["bits"] == 4
     assert any(not mx.array_equal(base[name], fused[name]) for name in base)
 
 
-def test_all_weights_go_on_from_where_they_were(built: Path, tmp_path: Path) -> None:
-    made = _train(built, tmp_path / "made", 'model.from = "artifacts/train"\n')
+def test_all_weights_go_on_from_where_they_were(project: Path, tmp_path: Path) -> None:
+    made = _train(project, tmp_path / "made", 'model.from = "artifacts/train"\n')
     first = read_report(made / "report.toml")["first_validation_perplexity"]
     assert first == pytest.approx(
-        read_report(built / "artifacts/train/report.toml")["last_validation_perplexity"], rel=0.2
+        read_report(project / "artifacts/train/report.toml")["last_validation_perplexity"], rel=0.2
     )
     assert not (made / "adapters").exists()
 
 
-def test_only_the_last_blocks_get_adapters_where_that_is_asked(built: Path, tmp_path: Path) -> None:
-    made = _train(built, tmp_path / "made", 'method = "lora"\nmodel.from = "artifacts/train"\nlora.num_layers = 1\n')
+def test_only_the_last_blocks_get_adapters_where_that_is_asked(project: Path, tmp_path: Path) -> None:
+    made = _train(project, tmp_path / "made", 'method = "lora"\nmodel.from = "artifacts/train"\nlora.num_layers = 1\n')
     assert all(name.startswith("model.layers.1.") for name in _weights(made / "adapters", "adapters.safetensors"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
-def test_the_model_that_comes_out_has_the_type_it_was_trained_in(built: Path, tmp_path: Path, precision: str) -> None:
-    made = _train(built, tmp_path / "made", f'precision = "{precision}"\nmodel.from = "artifacts/train"\n')
+def test_the_model_that_comes_out_has_the_type_it_was_trained_in(project: Path, tmp_path: Path, precision: str) -> None:
+    made = _train(project, tmp_path / "made", f'precision = "{precision}"\nmodel.from = "artifacts/train"\n')
     assert {value.dtype for value in _weights(made).values()} == {mx.bfloat16}
     assert json.loads((made / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lion", "muon", "adafactor", "adam"])
-def test_other_optimizers_train_too(built: Path, tmp_path: Path, optimizer: str) -> None:
-    made = _train(built, tmp_path / "made", f'optimizer = "{optimizer}"\nschedule = "wsd"\ndecay_steps = 2\n')
+def test_other_optimizers_train_too(project: Path, tmp_path: Path, optimizer: str) -> None:
+    made = _train(project, tmp_path / "made", f'optimizer = "{optimizer}"\nschedule = "wsd"\ndecay_steps = 2\n')
     assert all(np.isfinite(np.array(value)).all() for value in _weights(made).values())
 
 
@@ -117,31 +119,31 @@ def test_the_table_knows_the_optimizers_of_mlx_and_which_decay() -> None:
 # --- mistakes
 
 
-def _copy(built: Path, name: str) -> Path:
-    return Path(shutil.copytree(built / "artifacts" / "train", built / name, dirs_exist_ok=True))
+def _copy(project: Path, name: str) -> Path:
+    return Path(shutil.copytree(project / "artifacts" / "train", project / name, dirs_exist_ok=True))
 
 
-def _said(built: Path, folder: Path, text: str, kind: type[MlxflowError] = ArtifactError) -> str:
+def _said(project: Path, folder: Path, text: str, kind: type[MlxflowError] = ArtifactError) -> str:
     with pytest.raises(kind) as caught:
-        _train(built, folder / "made", text)
+        _train(project, folder / "made", text)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
-def test_a_model_without_one_of_its_tensors_is_told_which(built: Path, tmp_path: Path) -> None:
-    folder = _copy(built, "lacking")
+def test_a_model_without_one_of_its_tensors_is_told_which(project: Path, tmp_path: Path) -> None:
+    folder = _copy(project, "lacking")
     weights = _weights(folder)
     weights.pop("model.norm.weight")
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    assert "model.norm.weight" in _said(built, tmp_path, 'model.from = "lacking"\n')
+    assert "model.norm.weight" in _said(project, tmp_path, 'model.from = "lacking"\n')
 
 
-def test_a_model_with_a_tensor_of_another_shape_is_told_which(built: Path, tmp_path: Path) -> None:
-    folder = _copy(built, "wrong")
+def test_a_model_with_a_tensor_of_another_shape_is_told_which(project: Path, tmp_path: Path) -> None:
+    folder = _copy(project, "wrong")
     weights = _weights(folder)
     weights["model.norm.weight"] = mx.zeros((3,))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    assert "model.norm.weight" in _said(built, tmp_path, 'model.from = "wrong"\n')
+    assert "model.norm.weight" in _said(project, tmp_path, 'model.from = "wrong"\n')
 
 
 def _edit(folder: Path, **changes: Any) -> None:
@@ -149,28 +151,28 @@ def _edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_a_context_longer_than_the_models_positions_is_told(built: Path, tmp_path: Path) -> None:
-    folder = _copy(built, "short")
+def test_a_context_longer_than_the_models_positions_is_told(project: Path, tmp_path: Path) -> None:
+    folder = _copy(project, "short")
     _edit(folder, max_position_embeddings=8)
-    said = _said(built, tmp_path, 'model.from = "short"\n')
+    said = _said(project, tmp_path, 'model.from = "short"\n')
     assert said == (
         f"train.model.from: {folder} is made for 8 positions, the rows have 16. Lower pretokenize.context_length."
     )
 
 
-def test_tokens_of_another_tokenizer_are_told(built: Path, tmp_path: Path) -> None:
-    folder = _copy(built, "foreign")
+def test_tokens_of_another_tokenizer_are_told(project: Path, tmp_path: Path) -> None:
+    folder = _copy(project, "foreign")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["!!"] = tokenizer["model"]["vocab"].pop("!")
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert _said(built, tmp_path, 'model.from = "foreign"\n') == (
+    assert _said(project, tmp_path, 'model.from = "foreign"\n') == (
         f"train.model.from: the tokens were not made with the tokenizer of {folder}. "
         "Set pretokenize.tokenizer.from to the same folder."
     )
 
 
-def test_all_weights_of_a_quantized_model_cannot_be_trained(built: Path, tmp_path: Path) -> None:
-    said = _said(built, tmp_path, 'model.from = "artifacts/quantize/q4"\n')
+def test_all_weights_of_a_quantized_model_cannot_be_trained(project: Path, tmp_path: Path) -> None:
+    said = _said(project, tmp_path, 'model.from = "artifacts/quantize/q4"\n')
     assert said.endswith('q4 is quantized. Set train.method = "lora", or name a dense model.')
 
 
@@ -187,17 +189,17 @@ def test_all_weights_of_a_quantized_model_cannot_be_trained(built: Path, tmp_pat
         ('replay = "none.jsonl"', 'train.replay = "none.jsonl": names no file.'),
     ],
 )
-def test_settings_that_do_not_fit_are_told(built: Path, tmp_path: Path, text: str, expected: str) -> None:
-    assert expected in _said(built, tmp_path, text + "\n", WorkflowError)
+def test_settings_that_do_not_fit_are_told(project: Path, tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in _said(project, tmp_path, text + "\n", WorkflowError)
 
 
-def test_a_pattern_that_names_no_layer_is_told(built: Path, tmp_path: Path) -> None:
+def test_a_pattern_that_names_no_layer_is_told(project: Path, tmp_path: Path) -> None:
     text = 'method = "lora"\nmodel.from = "artifacts/train"\nlora.keys = ["attn.*"]\n'
-    said = _said(built, tmp_path, text, WorkflowError)
+    said = _said(project, tmp_path, text, WorkflowError)
     assert said.startswith('train.lora.keys: "attn.*" names no layer. Known: mlp.down_proj, mlp.gate_proj, ')
 
 
-def test_an_option_that_an_optimizer_does_not_know_is_told(built: Path, tmp_path: Path) -> None:
-    assert _said(built, tmp_path, "optimizer_options = { momentum = 0.9 }\n") == (
+def test_an_option_that_an_optimizer_does_not_know_is_told(project: Path, tmp_path: Path) -> None:
+    assert _said(project, tmp_path, "optimizer_options = { momentum = 0.9 }\n") == (
         "train.optimizer_options.momentum: unknown to adamw. Known: bias_correction, eps."
     )

@@ -41,13 +41,13 @@ rope_theta = 10000.0
 """
 
 
-def _train(built: Path, folder: Path, *changes: str) -> Path:
+def _train(project: Path, folder: Path, *changes: str) -> Path:
     """Train with some lines of FEW_STEPS changed and return the artifact."""
     text = FEW_STEPS
     for change in changes:
         text, count = re.subn(rf"(?m)^{change.split(' = ')[0]} = .*$", change, text)
         assert count == 1, change
-    workflow = built / f"{folder.name}.toml"
+    workflow = project / f"{folder.name}.toml"
     workflow.write_text(text)
     loaded = load_workflow(workflow)
     return run_stage(loaded, loaded.find("train"), folder)
@@ -68,8 +68,8 @@ def _records(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def usual(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _train(built, tmp_path_factory.mktemp("few") / "usual")
+def usual(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _train(project, tmp_path_factory.mktemp("few") / "usual")
 
 
 @pytest.mark.parametrize(
@@ -93,13 +93,13 @@ def usual(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "rope_theta = 100.0",
     ],
 )
-def test_a_key_that_shapes_the_model_changes_it(built: Path, usual: Path, tmp_path: Path, change: str) -> None:
-    assert not _same(_weights(_train(built, tmp_path / "changed", change)), _weights(usual))
+def test_a_key_that_shapes_the_model_changes_it(project: Path, usual: Path, tmp_path: Path, change: str) -> None:
+    assert not _same(_weights(_train(project, tmp_path / "changed", change)), _weights(usual))
 
 
 @pytest.mark.parametrize("change", ["log_every = 3", "eval_every = 1", "max_validation_rows = 3"])
-def test_a_key_that_only_tells_changes_no_weight(built: Path, usual: Path, tmp_path: Path, change: str) -> None:
-    changed = _train(built, tmp_path / "changed", change)
+def test_a_key_that_only_tells_changes_no_weight(project: Path, usual: Path, tmp_path: Path, change: str) -> None:
+    changed = _train(project, tmp_path / "changed", change)
     assert _same(_weights(changed), _weights(usual))
     assert _records(changed) != _records(usual)
 
@@ -111,8 +111,8 @@ def test_the_config_has_the_shape_that_was_asked_for(usual: Path) -> None:
     assert wanted.items() <= config.items()
 
 
-def test_the_learning_rate_warms_up_and_falls(built: Path, tmp_path: Path) -> None:
-    folder = _train(built, tmp_path / "rates", "num_steps = 8", "warmup_steps = 4")
+def test_the_learning_rate_warms_up_and_falls(project: Path, tmp_path: Path) -> None:
+    folder = _train(project, tmp_path / "rates", "num_steps = 8", "warmup_steps = 4")
     rates = [record["learning_rate"] for record in _records(folder) if record["kind"] == "train"]
     assert rates.index(max(rates)) in (3, 4)
     assert max(rates) == pytest.approx(0.01, rel=1e-3)
@@ -120,13 +120,13 @@ def test_the_learning_rate_warms_up_and_falls(built: Path, tmp_path: Path) -> No
     assert rates[5] > rates[6] > rates[7]
 
 
-def test_a_warm_up_that_nobody_wrote_takes_at_most_half_of_the_steps(built: Path, tmp_path: Path) -> None:
-    half = _train(built, tmp_path / "half", "warmup_steps = 2")
-    whole = _train(built, tmp_path / "whole", 'warmup_steps = "auto"')
+def test_a_warm_up_that_nobody_wrote_takes_at_most_half_of_the_steps(project: Path, tmp_path: Path) -> None:
+    half = _train(project, tmp_path / "half", "warmup_steps = 2")
+    whole = _train(project, tmp_path / "whole", 'warmup_steps = "auto"')
     assert _same(_weights(half), _weights(whole))
 
 
-def test_a_rate_that_is_far_too_high_fails_and_keeps_the_old_artifact(built: Path, tmp_path: Path) -> None:
+def test_a_rate_that_is_far_too_high_fails_and_keeps_the_old_artifact(project: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "report.toml").write_text('[stage]\nstage = "train"\n')
@@ -134,6 +134,6 @@ def test_a_rate_that_is_far_too_high_fails_and_keeps_the_old_artifact(built: Pat
         r"^train: 10 steps in a row had no finite loss and gradient, the last being step \d+ \(loss .*\) with learning"
     )
     with pytest.raises(StageError, match=said):
-        _train(built, folder, "learning_rate = 1e6", "warmup_steps = 0", "num_steps = 40")
+        _train(project, folder, "learning_rate = 1e6", "warmup_steps = 0", "num_steps = 40")
     assert [path.name for path in folder.iterdir()] == ["report.toml"]
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -31,33 +31,33 @@ max_validation_rows = {MAX_ROWS}
 BASE = 'model.from = "artifacts/train"\n'
 
 
-def _train(built: Path, folder: Path, text: str, learning_rate: float = 3e-3) -> Path:
-    workflow = built / f"{folder.name}.toml"
+def _train(project: Path, folder: Path, text: str, learning_rate: float = 3e-3) -> Path:
+    workflow = project / f"{folder.name}.toml"
     workflow.write_text(HEAD.format(rate=learning_rate) + text)
     loaded = load_workflow(workflow)
     return run_stage(loaded, loaded.find("train"), folder / "made")
 
 
-def _loss_of_files(built: Path, made: Path) -> float:
+def _loss_of_files(project: Path, made: Path) -> float:
     """Return the loss of an artifact on the validation rows, computed by mlx-lm's model and NumPy."""
     model, _ = open_with_mlx_lm(made)
-    return validation_loss(model, built / "artifacts/pretokenize/validation.safetensors", MAX_ROWS)
+    return validation_loss(model, project / "artifacts/pretokenize/validation.safetensors", MAX_ROWS)
 
 
 @pytest.mark.parametrize(("method", "precision"), [("full", "bf16"), ("lora", "fp32"), ("dora", "bf16")])
-def test_reported_perplexity_is_that_of_the_files(built: Path, tmp_path: Path, method: str, precision: str) -> None:
-    made = _train(built, tmp_path, f'{BASE}method = "{method}"\nprecision = "{precision}"\n')
+def test_reported_perplexity_is_that_of_the_files(project: Path, tmp_path: Path, method: str, precision: str) -> None:
+    made = _train(project, tmp_path, f'{BASE}method = "{method}"\nprecision = "{precision}"\n')
     report = read_report(made / "report.toml")
-    expected = pytest.approx(_loss_of_files(built, made), abs=LOSS_TOLERANCE[precision])
+    expected = pytest.approx(_loss_of_files(project, made), abs=LOSS_TOLERANCE[precision])
     assert math.log(report["last_validation_perplexity"]) == expected
     assert report["gain_kept"] > 0.95
 
 
-def test_reported_perplexity_is_that_of_the_best_weights_where_they_are_kept(built: Path, tmp_path: Path) -> None:
-    made = _train(built, tmp_path, BASE + 'keep = "best"\n', learning_rate=0.5)
+def test_reported_perplexity_is_that_of_the_best_weights_where_they_are_kept(project: Path, tmp_path: Path) -> None:
+    made = _train(project, tmp_path, BASE + 'keep = "best"\n', learning_rate=0.5)
     report = read_report(made / "report.toml")
     found = math.log(report["last_validation_perplexity"])
-    assert found == pytest.approx(_loss_of_files(built, made), abs=LOSS_TOLERANCE["fp32"])
+    assert found == pytest.approx(_loss_of_files(project, made), abs=LOSS_TOLERANCE["fp32"])
     assert found == pytest.approx(math.log(report["best_validation_perplexity"]), abs=LOSS_TOLERANCE["fp32"])
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line["kind"] == "validation"][-1] > found + 0.1
