@@ -49,9 +49,15 @@ def _state(run: Run) -> Answer:
 
 
 def _data(run: Run) -> Iterator[Answer]:
-    if not (one := _first(run, "pretokenize")):
+    if not _first(run, "pretokenize"):
         yield Answer("What was it made of?", UNKNOWN, "No corpus was reported.", "data")
-        return
+    for one, question in _of_each(run, "pretokenize", "What was it made of?", "What is {name} made of?"):
+        tokens = table(one.report, "train").get("tokens")
+        yield Answer(question, show_large(tokens), _corpus(one), "data")
+
+
+def _corpus(one: StageRun) -> str:
+    """Return what a corpus holds, in sentences."""
     train, held = table(one.report, "train"), table(one.report, "validation")
     said = f"tokens of {plural(train.get('documents'), 'document')} to learn from, "
     said += f"{show_large(held.get('tokens'))} held out."
@@ -60,8 +66,7 @@ def _data(run: Run) -> Iterator[Answer]:
         count for side in (train, held) for key in ("dropped", "truncated") if (count := number(side.get(key)))
     )
     said += f" {plural(bad, 'record')} could not be read." if bad else ""
-    said += f" {plural(dropped, 'document')} dropped or cut short." if dropped else ""
-    yield Answer("What was it made of?", show_large(train.get("tokens")), said, "data")
+    return said + (f" {plural(dropped, 'document')} dropped or cut short." if dropped else "")
 
 
 def _of_each(run: Run, kind: str, one: str, several: str) -> Iterator[tuple[StageRun, str]]:
@@ -170,12 +175,16 @@ def _another_model(quality: Mapping[str, Any]) -> str:
 def _memory(run: Run) -> Iterator[Answer]:
     if not run.of_kind("profile"):
         return
-    if not (one := _first(run, "profile")):
+    if not _first(run, "profile"):
         yield _memory_until_the_end(run) or Answer(
             "Where does memory go?", UNKNOWN, "No memory profile was reported.", "memory"
         )
-        return
-    peak = one.report.get("peak_memory_bytes")
+    for one, question in _of_each(run, "profile", "Where does memory go?", "Where does memory go in {name}?"):
+        yield Answer(question, show_bytes(one.report.get("peak_memory_bytes")), _peak(one), "memory")
+
+
+def _peak(one: StageRun) -> str:
+    """Return what a profile found, in a sentence."""
     said = "in MLX's arrays at the peak of a training step" + _largest_part(table(one.report, "composition"))
     verdict = table(one.report, "leak").get("verdict")
     said += (
@@ -183,7 +192,7 @@ def _memory(run: Run) -> Iterator[Answer]:
         if isinstance(verdict, str)
         else ""
     )
-    yield Answer("Where does memory go?", show_bytes(peak), f"{said}.", "memory")
+    return f"{said}."
 
 
 def _largest_part(composition: Mapping[str, Any]) -> str:
@@ -211,16 +220,18 @@ def _memory_until_the_end(run: Run) -> Answer | None:
 def _gain(run: Run) -> Iterator[Answer]:
     if not run.of_kind("benchmark"):
         return
-    one = _first(run, "benchmark")
-    told = _promised_speed(one.report) or _compared_speed(one.report) if one else None
-    if told is None:
-        said = "No baseline was measured beside the workflow's own settings."
-        yield Answer("Is it worth it?", UNKNOWN, said, "benchmark")
-        return
-    ratio, low, high = told
-    noise = " That is inside the noise." if low <= 1 <= high else ""
-    said = f"times the speed of the plain baseline ({show(low)} to {show(high)}).{noise}"
-    yield Answer("Is it worth it?", show(ratio), said, "benchmark")
+    unknown = "No baseline was measured beside the workflow's own settings."
+    if not _first(run, "benchmark"):
+        yield Answer("Is it worth it?", UNKNOWN, unknown, "benchmark")
+    for one, question in _of_each(run, "benchmark", "Is it worth it?", "Is it worth it in {name}?"):
+        speed = _promised_speed(one.report) or _compared_speed(one.report)
+        if speed is None:
+            yield Answer(question, UNKNOWN, unknown, "benchmark")
+            continue
+        ratio, low, high = speed
+        noise = " That is inside the noise." if low <= 1 <= high else ""
+        text = f"times the speed of the plain baseline ({show(low)} to {show(high)}).{noise}"
+        yield Answer(question, show(ratio), text, "benchmark")
 
 
 def _promised_speed(report: Mapping[str, Any]) -> tuple[float, float, float] | None:

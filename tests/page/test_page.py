@@ -120,6 +120,35 @@ def test_each_variant_of_train_has_its_answers(root: Path) -> None:
     assert "How fast was lora? 6,757" in text
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "question"),
+    [
+        ("pretokenize", "train", "What is {} made of? {}"),
+        ("profile", "peak_memory_bytes", "Where does memory go in {}? {}"),
+        ("benchmark", "promises", "Is it worth it in {}? {}"),
+    ],
+)
+def test_each_variant_of_a_stage_has_its_answer(root: Path, task: str, key: str, question: str) -> None:
+    values: dict[str, list[tuple[Any, str]]] = {
+        "train": [({"tokens": 1234}, "1,234"), ({"tokens": 5678}, "5,678")],
+        "peak_memory_bytes": [(2_340_000, "2.34 MB"), (3_450_000, "3.45 MB")],
+        "promises": [
+            ({"training_speed": {"measured": ratio, "low": ratio - 0.1, "high": ratio + 0.1}}, shown)
+            for ratio, shown in ((1.5, "1.50"), (2.5, "2.50"))
+        ],
+    }
+    members = []
+    for name, (value, _) in zip(("one", "two"), values[key], strict=True):
+        folder = Path("artifacts", f"{task}-{name}")
+        shutil.copytree(root / "artifacts" / task, root / folder)
+        path = root / folder / "report.toml"
+        path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {key: value}))
+        members.append(Member(f"{task}:{name}", folder, (), (folder / "report.toml",)))
+    text = Seen(render([read_run(root, members, name="two")])).text
+    for name, (_, shown) in zip(("one", "two"), values[key], strict=True):
+        assert question.format(name, shown) in text
+
+
 def test_a_gain_inside_the_noise_is_called_that(root: Path) -> None:
     edit(
         root,
