@@ -1,8 +1,13 @@
 """The `mlxflow` command: looks at, runs and uses single stages. Building what is stale is `doit`'s work."""
 
-import argparse
-import signal
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    sys.path.append(sys.path.pop(0))  # `python -m` puts the project's folder first: its random.py would be Python's
+
+import argparse
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +18,7 @@ from mlxflow.errors import CallError, MlxflowError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code: 0 fine, 1 a stage failed, 2 the file or the call is wrong."""
     parsed = _parser().parse_args(arguments)
+    os.environ["PYTHONSAFEPATH"] = "1"  # of the processes that this one starts
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return int(parsed.command(parsed) or 0)

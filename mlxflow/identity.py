@@ -29,8 +29,11 @@ PROVENANCE_KEY = "mlxflow"
 RUN_TABLE = "run"
 
 _CHUNK_BYTES = 1 << 22
-# A file changed again within one tick of the file system's clock keeps its mtime: such young files are not remembered.
+# A file changed again within one tick of the file system's clock keeps its times. Times without a fraction of a second
+# are taken for those of a file system that has none (FAT counts in steps of two seconds).
 _CLOCK_TICK_NS = 20_000_000
+_COARSE_TICK_NS = 2_000_000_000
+_SECOND_NS = 1_000_000_000
 
 
 class Digests(NamedTuple):
@@ -51,6 +54,34 @@ class _Stamp(NamedTuple):
     @classmethod
     def of(cls, stat: os.stat_result) -> "_Stamp":
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+    def shows_changes_after(self, moment: int) -> bool:
+        """Return whether every change of the file after a moment gives it other times than these.
+
+        A time of modification in the future was set by hand, which leaves its trace in the time of change. If that one
+        is in the future, too, the file system's clock differs from ours, and nothing follows from the times.
+
+        Args:
+            moment: in nanoseconds since 1970, by the clock of this machine.
+        """
+        is_coarse = not self.mtime_ns % _SECOND_NS and not self.ctime_ns % _SECOND_NS
+        newest = self.ctime_ns if self.mtime_ns > moment else max(self.mtime_ns, self.ctime_ns)
+        return moment - newest >= (_COARSE_TICK_NS if is_coarse else _CLOCK_TICK_NS)
+
+
+class _Known(NamedTuple):
+    """What is remembered of a file.
+
+    Attributes:
+        stamp: as it was when the file was read.
+        digests: of its content.
+        doubted_since: when the file was first read with this stamp, in nanoseconds since 1970, where the file could
+            have changed again without another stamp: then it is read once more. 0 where it could not.
+    """
+
+    stamp: _Stamp
+    digests: Digests
+    doubted_since: int = 0
 
 
 def digest_text(text: str) -> str:
@@ -187,13 +218,15 @@ class DigestCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = False
-        self._known: dict[str, tuple[_Stamp, Digests]] = {}
+        self._known: dict[str, _Known] = {}
         self._computed: dict[str, list[str]] = {}
         self.files_read = 0
         try:
             stored = json.loads(path.read_bytes())
             if stored["format"] == self._FORMAT:
-                self._known = {k: (_Stamp(*v[:4]), Digests(*v[4:])) for k, v in stored["files"].items()}
+                self._known = {
+                    k: _Known(_Stamp(*v[:4]), Digests(*v[4:6]), *map(int, v[6:])) for k, v in stored["files"].items()
+                }
                 self._computed = {k: [str(v[0]), str(v[1])] for k, v in stored["computed"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             pass
@@ -212,14 +245,15 @@ class DigestCache:
         key = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118 - the hot path of a no-op; pathlib takes 10 times as long
         stamp = _Stamp.of(os.stat(key))  # noqa: PTH116
         known = self._known.get(key)
-        if known and known[0] == stamp and not again:
-            return known[1]
+        if known and known.stamp == stamp and not known.doubted_since and not again:
+            return known.digests
+        begin = time.time_ns()
         digests = digest_file(Path(key))
         self.files_read += 1
-        after = _Stamp.of(os.stat(key))  # noqa: PTH116
-        young = time.time_ns() - max(after.mtime_ns, after.ctime_ns) < _CLOCK_TICK_NS
-        if after == stamp and not young:
-            self._known[key] = (stamp, digests)
+        if _Stamp.of(os.stat(key)) == stamp:  # noqa: PTH116
+            first = known.doubted_since if known and known.stamp == stamp else begin
+            is_settled = stamp.shows_changes_after(begin) or begin - first >= _COARSE_TICK_NS
+            self._known[key] = _Known(stamp, digests, 0 if is_settled else first)
             self._changed = True
         return digests
 
@@ -242,7 +276,10 @@ class DigestCache:
         """Write what was learnt since the last time; a folder that is missing or cannot be written is left alone."""
         if not self._changed or not self._path.parent.is_dir():
             return
-        files = {key: [*stamp, *digests] for key, (stamp, digests) in sorted(self._known.items())}
+        files = {
+            key: [*one.stamp, *one.digests, *([one.doubted_since] if one.doubted_since else [])]
+            for key, one in sorted(self._known.items())
+        }
         temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_text(json.dumps({"format": self._FORMAT, "files": files, "computed": self._computed}))

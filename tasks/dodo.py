@@ -1,5 +1,10 @@
 """What a dodo.py imports: doit's settings and the task creator, for the workflow that the command line names."""
 
+from tasks.search_path import search_project_last
+
+search_project_last()  # before anything else is imported
+
+# ruff: noqa: E402
 import sys
 from collections.abc import Iterator
 from pathlib import Path

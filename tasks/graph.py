@@ -86,7 +86,7 @@ def _recall(remembered: Path, key: str | None, path: Path) -> list[Node] | None:
 
 
 def _command(task: str, path: Path) -> tuple[str, ...]:
-    return (sys.executable, "-m", "mlxflow", "run", task, f"--workflow={path}")
+    return (sys.executable, "-P", "-m", "mlxflow", "run", task, f"--workflow={path}")
 
 
 def _remember(remembered: Path, basis: dict[str, Any], nodes: list[Node]) -> None:

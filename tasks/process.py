@@ -34,7 +34,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
                 stderr=child_output,
                 start_new_session=True,
                 pass_fds=(reading,),
-                env={**os.environ, PARENT_VARIABLE: str(reading)},
+                env={**os.environ, "PYTHONSAFEPATH": "1", PARENT_VARIABLE: str(reading)},
             )
             os.close(child_output)
             os.close(reading)

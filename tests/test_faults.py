@@ -1,5 +1,6 @@
 """Faults of every kind, after which the next run must mend all or refuse: real processes, real signals."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -44,9 +45,9 @@ def _edit(chain: Chain) -> None:
     (chain.folder / "source").write_bytes(b"another source")
 
 
-def _all_mtimes_new(chain: Chain) -> None:
+def _all_mtimes_new(chain: Chain, seconds: int = 4_000_000_000) -> None:
     for path in chain.folder.rglob("*"):
-        os.utime(path, (2_000_000_000, 2_000_000_000))
+        os.utime(path, (seconds, seconds))
 
 
 def _move(chain: Chain) -> None:
@@ -136,10 +137,14 @@ def test_an_input_edited_while_its_stage_runs_makes_it_stale_next_time(chain: Ch
     chain.assert_correct()
 
 
-def test_a_fresh_checkout_is_read_once(chain: Chain) -> None:
-    _all_mtimes_new(chain)
+@pytest.mark.parametrize("seconds", [1_000_000_000, 4_000_000_000], ids=["2001", "2096"])
+def test_a_fresh_checkout_is_read_once(chain: Chain, seconds: int) -> None:
+    _all_mtimes_new(chain, seconds)
     assert chain.numbers_that_run() == []
     digests = chain.folder / "artifacts/.mlxflow/digests.json"
+    known = json.loads(digests.read_text())["files"]
+    mtimes = [known[name][1] for name in known if name.startswith(str(chain.folder))]
+    assert mtimes == [seconds * 10**9] * 7  # as they are now
     before = digests.stat().st_mtime_ns
     assert chain.numbers_that_run() == []
     assert digests.stat().st_mtime_ns == before

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxflow import artifact
-from mlxflow.identity import DigestCache, digest_file, digest_json
+from mlxflow.identity import DigestCache, _Stamp, digest_file, digest_json
 
 
 def _cache(folder: Path) -> DigestCache:
@@ -99,6 +99,79 @@ def test_a_file_changed_a_moment_ago_is_not_believed_to_stay(tmp_path: Path, mon
     cache.digests(path)
     cache.digests(path)
     assert cache.files_read == 2
+
+
+class _Clock:
+    """Time as a test sets it, and a file system whose times are whole seconds, or run ahead of ours."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, *, step_ns: int = 1, ahead_ns: int = 0) -> None:
+        self.now = path.stat().st_ctime_ns // 10**9 * 10**9 + 600_000_000
+        real = _Stamp.of
+
+        def stamp(stat: os.stat_result) -> _Stamp:
+            mtime, ctime = ((time + ahead_ns) // step_ns * step_ns for time in (stat.st_mtime_ns, stat.st_ctime_ns))
+            return real(stat)._replace(mtime_ns=mtime, ctime_ns=ctime)
+
+        monkeypatch.setattr("time.time_ns", lambda: self.now)
+        monkeypatch.setattr(_Stamp, "of", staticmethod(stamp))
+
+
+def _num_read(folder: Path, path: Path) -> int:
+    """Return how often a run reads a file."""
+    cache = _cache(folder)
+    cache.digests(path)
+    cache.digests(path)
+    cache.save()
+    return cache.files_read
+
+
+def test_what_was_read_within_two_seconds_of_a_whole_second_is_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _write(tmp_path / "a.safetensors")
+    clock = _Clock(monkeypatch, path, step_ns=10**9)
+    assert _num_read(tmp_path, path) == 2  # a same-size edit of now would not show
+    clock.now += 2 * 10**9
+    assert _num_read(tmp_path, path) == 1
+    assert _num_read(tmp_path, path) == 0
+
+
+def test_a_same_size_edit_within_the_second_of_a_reading_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    stat = path.stat()
+    monkeypatch.setattr(_Stamp, "of", staticmethod(lambda _: _Stamp(3, second, second, stat.st_ino)))
+    second = stat.st_ctime_ns // 10**9 * 10**9
+    monkeypatch.setattr("time.time_ns", lambda: second + 1_900_000_000)
+    cache = _cache(tmp_path)
+    first = cache.digests(path)
+    cache.save()
+    path.write_bytes(b"two")
+    monkeypatch.setattr("time.time_ns", lambda: second + 3_000_000_000)
+    assert _cache(tmp_path).digests(path) != first
+
+
+@pytest.mark.parametrize("seconds", [1, 2**31 - 1, 4_000_000_000])
+def test_a_file_of_any_date_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
+    path = _write(tmp_path / "a.safetensors")
+    os.utime(path, (seconds, seconds))
+    now = path.stat().st_ctime_ns + 30_000_000
+    monkeypatch.setattr("time.time_ns", lambda: now)
+    assert _num_read(tmp_path, path) == 1
+    assert _num_read(tmp_path, path) == 0
+
+
+def test_on_a_file_system_whose_clock_runs_ahead_files_are_read_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _write(tmp_path / "a.safetensors")
+    clock = _Clock(monkeypatch, path, ahead_ns=3600 * 10**9)
+    assert _num_read(tmp_path, path) == 2
+    clock.now += 2 * 10**9
+    assert _num_read(tmp_path, path) == 1
+    assert _num_read(tmp_path, path) == 0
 
 
 def test_a_change_is_seen_although_size_and_mtime_are_put_back(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlxflow.kernels.processes import Prover
 
 #: Reads the names of kernels, and proves them.
-COMMAND = (sys.executable, "-m", "mlxflow.kernels.proof", "-")
+COMMAND = (sys.executable, "-P", "-m", "mlxflow.kernels.proof", "-")
 
 #: Said where another process proves.
 WAITING = "process {holder} is proving the GPU kernels; waiting for it"

@@ -1,0 +1,16 @@
+"""The project's folder comes last on doit's own search path, so that no file in it replaces a module of Python.
+
+doit puts the folder of dodo.py first. A `random.py` in there would otherwise be imported wherever Python's is meant.
+"""
+
+import os
+import sys
+
+
+def search_project_last() -> None:
+    """Move the current folder, which is the project's while dodo.py is loaded, to the end of `sys.path`."""
+    folder = os.getcwd()  # noqa: PTH109
+    project = {"", folder, os.path.realpath(folder)}
+    ours = [place for place in sys.path if place in project]
+    if ours:
+        sys.path[:] = [*(place for place in sys.path if place not in project), folder]
