@@ -447,7 +447,7 @@ def evaluate(folder: str) -> None:
     """Time the perplexity of a packed model, dequantized for it, against the dense one's, in turns."""
     from mlx.nn import quantize
 
-    from mlxflow.models import for_evaluation
+    from mlxflow.codes import for_evaluation
 
     job, ratios, gap = _Job(folder), [], 0.0
     for _ in range(5):

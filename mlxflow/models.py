@@ -6,8 +6,7 @@ transformers (dense ones) and LM Studio open it unchanged.
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow import adapter_files, artifact, bare, config_json, gather, hub, model_code, model_files, vocabularies
+from mlxflow import (
+    adapter_files,
+    artifact,
+    bare,
+    codes,
+    config_json,
+    gather,
+    hub,
+    model_code,
+    model_files,
+    vocabularies,
+)
 from mlxflow.errors import ArtifactError
 
 #: The files of a tokenizer in a model folder.
@@ -145,20 +155,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         if not lazy:
             mx.eval(model.parameters())
     names = [name for name, _ in tree_flatten(model.parameters())]
-    return model, config_json.describing(config, weights=names, is_quantized=is_quantized(model))
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Return whether some layer of a model holds codes instead of weights."""
-    return any(_holds_codes(layer) for layer in model.modules())
-
-
-def _holds_codes(layer: nn.Module) -> bool:
-    return "scales" in layer or _is_integer(layer.get("weight"))
-
-
-def _is_integer(weight: Any) -> bool:
-    return isinstance(weight, mx.array) and mx.issubdtype(weight.dtype, mx.integer)
+    return model, config_json.describing(config, weights=names, is_quantized=codes.is_quantized(model))
 
 
 def _require_readable_codes(folder: Path, model: nn.Module) -> None:
@@ -168,7 +165,7 @@ def _require_readable_codes(folder: Path, model: nn.Module) -> None:
         ArtifactError: names the first such layer.
     """
     for path, layer in model.named_modules():
-        if "scales" not in layer and hasattr(layer, "to_quantized") and _is_integer(layer.get("weight")):
+        if "scales" not in layer and hasattr(layer, "to_quantized") and codes.holds_codes(layer):
             raise ArtifactError(
                 f"{folder}: {path}.weight holds codes ({str(layer.weight.dtype).rpartition('.')[2]}), and mlx-lm takes "
                 "them for numbers. Convert the model to bf16 first."
@@ -227,7 +224,7 @@ def load_for_steps(folder: Path, key: str, *, trains_adapters: bool) -> nn.Modul
         ArtifactError: the folder is no model folder, or its model is quantized and all weights are trained.
     """
     model, _ = load(folder)
-    if is_quantized(model) and not trains_adapters:
+    if codes.is_quantized(model) and not trains_adapters:
         raise ArtifactError(f"{key}: {folder} is quantized, and training steps need a dense model. Name a train stage.")
     return model
 
@@ -342,68 +339,6 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
     return model, config_json.with_dtype(config, said)
 
 
-def made_dense(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model whose every layer has a dense weight, and its config: adapters are added in, codes unpacked.
-
-    Args:
-        model: changed; lazily loaded weights stay on the disk.
-        config: its `config.json`.
-
-    Raises:
-        ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
-    """
-    return dequantized(model, config) if is_quantized(model) else (adapter_files.fuse(model), dict(config))
-
-
-def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a quantized model with dense weights, and its config without a word of quantization.
-
-    Adapters are added into the dense weights.
-
-    Raises:
-        ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
-    """
-    require_unpackable(model)
-    dense: nn.Module = bare.mlx_lm_utils().dequantize_model(adapter_files.fuse(model, dequantize=True))
-    names = [name for name, _ in tree_flatten(dense.parameters())]
-    return dense, config_json.describing(config, weights=names, is_quantized=False)
-
-
-def require_unpackable(model: nn.Module) -> None:
-    """Make sure that every quantized layer of a model can become a dense one.
-
-    Raises:
-        ArtifactError: mlx-lm computes with a layer, such as BitNet's, but cannot unpack it.
-    """
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-
-    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
-    for path, layer in model.named_modules():
-        if _holds_codes(layer) and not isinstance(layer, kinds):
-            raise ArtifactError(f"{path}: mlx-lm cannot unpack a {type(layer).__name__}. Name a dense model.")
-
-
-def dense_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Callable[[], mx.array]]:
-    """Return what gives the weight that each of some layers computes with, dequantized where it is packed."""
-    modules = dict(model.named_modules())
-    return {path: partial(dense_weight, modules[path]) for path in paths}
-
-
-def dense_weight(layer: nn.Module) -> mx.array:
-    """Return the weight that a layer computes with, dequantized where it is packed."""
-    if "scales" not in layer:
-        weight: mx.array = layer.weight
-        return weight
-    return mx.dequantize(
-        layer.weight,
-        layer.scales,
-        layer.get("biases"),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    )
-
-
 def fetch(name: str, *, key: str, trust_key: str) -> Path:
     """Return the folder of a model on the hub, from the local cache where it is, else downloaded.
 
@@ -449,17 +384,6 @@ def num_parameters(model: nn.Module) -> int:
 def num_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters as they lie in memory."""
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-
-
-def for_evaluation(model: nn.Module) -> nn.Module:
-    """Return a model that gives the same results and evaluates many tokens at once without undue delay.
-
-    MLX's packed matrix product on the CPU runs at a few GFLOP/s at any width; there the weights are dequantized first.
-    """
-    if mx.default_device() != mx.cpu:
-        return model
-    dequantized: nn.Module = bare.mlx_lm_utils().dequantize_model(model)
-    return dequantized
 
 
 def open_tokenizer(folder: Path) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow import adapter_files, models
+from mlxflow import adapter_files, codes, models
 from mlxflow.errors import ArtifactError
 from mlxflow.training.adapters import AdapterShape, add_adapters, save_adapters
 from tests.small_models import llama
@@ -57,7 +57,7 @@ def test_the_model_is_that_of_mlx_lm_without_dropout(folder: Path) -> None:
 def test_fused_it_computes_the_same(folder: Path) -> None:
     model, config = models.load(folder, lazy=True)
     expected = model(TOKENS)
-    dense, _ = models.made_dense(model, config)
+    dense, _ = codes.made_dense(model, config)
     assert not adapter_files.layers_of(dense)
     # logits near 1, chains of some thirty roundings
     assert mx.allclose(dense(TOKENS), expected, rtol=0, atol=30 * 2**-23).item()

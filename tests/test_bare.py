@@ -15,7 +15,7 @@ def test_models_are_built_and_opened_without_transformers() -> None:
     told = _run(f"""
 import sys, tempfile
 from pathlib import Path
-from mlxflow import models
+from mlxflow import codes, models
 from mlxflow.training import adapters, loop
 from mlxflow.quantization import export, learned
 from mlxflow.measurement import generation
@@ -24,7 +24,7 @@ model, config = llama()
 folder = Path(tempfile.mkdtemp())
 models.save(model=model, config=config, provenance={{}}, config_file=folder / "config.json",
             model_file=folder / "model.safetensors")
-models.for_evaluation(models.load(folder)[0])
+codes.for_evaluation(models.load(folder)[0])
 generation.measure_generation
 print({LOADED})
 """)

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import config_of
-from mlxflow import config_json, models
+from mlxflow import codes, config_json, models
 from mlxflow.errors import ArtifactError
 
 TEXT = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}
@@ -102,7 +102,7 @@ def test_fp8_weights_come_out_dense_and_the_config_says_so(tmp_path: Path, *, ne
     written = save_again(given, tmp_path / "written")
     assert "quant" not in json.dumps(written)
     model, _ = models.load(tmp_path / "written")
-    assert not models.is_quantized(model)
+    assert not codes.is_quantized(model)
     for name, value in tree_flatten(model.parameters()):
         assert value.dtype in (mx.bfloat16, mx.float32), name
         assert float(mx.abs(value - weights[name]).max()) <= 0.07 * float(mx.abs(weights[name]).max()), name
@@ -164,8 +164,25 @@ def test_a_model_of_autoawq_is_quantized_and_its_config_becomes_mlx_lms(tmp_path
     written = save_again(given, tmp_path / "written")
     assert written["quantization"] == written["quantization_config"] == {"group_size": 32, "bits": 4}
     (first, _), (second, _) = models.load(given), models.load(tmp_path / "written")
-    assert models.is_quantized(first)
+    assert codes.is_quantized(first)
     assert mx.array_equal(first(mx.arange(8)[None]), second(mx.arange(8)[None]))
+
+
+def test_every_layer_of_latent_attention_and_of_experts_is_unpacked() -> None:
+    from mlx_lm.utils import quantize_model
+
+    config = config_of("deepseek_v3")
+    model = models.build(config, seed=0)
+    model.eval()
+    quantized, told = quantize_model(model, config, 32, 8)
+    tokens = mx.arange(8)[None]
+    wanted = quantized(tokens)
+    made, dense_config = codes.dequantized(quantized, told)
+    assert not codes.is_quantized(made)
+    assert "quantization" not in dense_config
+    names = {name for name, _ in tree_flatten(models.build(config, seed=1).parameters())}
+    assert {name for name, _ in tree_flatten(made.parameters())} == names
+    assert mx.allclose(made(tokens), wanted, atol=1e-4)
 
 
 def test_dequantizing_names_a_layer_that_cannot_be_unpacked() -> None:
@@ -176,7 +193,7 @@ def test_dequantizing_names_a_layer_that_cannot_be_unpacked() -> None:
 
     model = nn.Sequential(BitLinear())
     with pytest.raises(ArtifactError) as caught:
-        models.dequantized(model, {})
+        codes.dequantized(model, {})
     assert str(caught.value) == "layers.0: mlx-lm cannot unpack a BitLinear. Name a dense model."
 
 

@@ -252,8 +252,8 @@ def _named(method: str, key: str) -> str:
 
 def _require_finite(packed: Mapping[str, Packed], name: str) -> None:
     for path, parts in packed.items():
-        if not mx.isfinite(parts.scales).all().item():
-            raise CallError(f"{name}: {path} has scales that are not finite. {_MORE_ROWS}")
+        if not all(mx.isfinite(part).all().item() for part in (parts.scales, parts.biases) if part is not None):
+            raise CallError(f"{name}: {path} has scales or biases that are not finite. {_MORE_ROWS}")
 
 
 def _packed_layers(model: nn.Module, plan: Mapping[str, Setting]) -> dict[str, Packed]:

@@ -340,7 +340,7 @@ def _load(folder: Path) -> Any:
 
 
 def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, inputs: Inputs) -> dict[str, Any]:
-    from mlxflow import models, packed
+    from mlxflow import codes, models, packed
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.perplexity import measure_perplexity
 
@@ -348,7 +348,7 @@ def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, i
     model = _load(path.parent)
     masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
     rows = tokens.rows.head(most_rows)
-    measured = measure_perplexity(models.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
+    measured = measure_perplexity(codes.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
     model_bytes, dense_bytes = (_stored_bytes(one) for one in (path, inputs.model))
     parameters = models.num_parameters(_load(inputs.model.parent))
     return {

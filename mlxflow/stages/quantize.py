@@ -343,14 +343,14 @@ def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str
     Raises:
         ArtifactError: the model cannot be opened, or is quantized where that is not asked for.
     """
-    from mlxflow import models
+    from mlxflow import codes, models
 
     model, model_config = models.load(folder, lazy=True)
-    if models.is_quantized(model) and not config.requantize:
+    if codes.is_quantized(model) and not config.requantize:
         key, value, expected, advice = _already_quantized(config)
         raise ArtifactError(f'{context.task}.{key} = "{value}": {expected}. {advice}')
-    stored = {} if models.is_quantized(model) else models.stored_matrices(folder, model)
-    return *models.cast(*models.made_dense(model, model_config), config.dtype), stored
+    stored = {} if codes.is_quantized(model) else models.stored_matrices(folder, model)
+    return *models.cast(*codes.made_dense(model, model_config), config.dtype), stored
 
 
 def _open_tokens(

@@ -280,9 +280,9 @@ def _highest_rate(config: Any) -> float:
 
 def _teacher(folder: Path) -> Any:
     """Return the dense model whose distributions are learnt."""
-    from mlxflow import models
+    from mlxflow import codes, models
 
-    teacher, _ = models.made_dense(*models.load(folder))
+    teacher, _ = codes.made_dense(*models.load(folder))
     teacher.freeze()
     return teacher
 

@@ -1,5 +1,6 @@
 """What quantization costs: the written model against the dense one, whose side is computed once for all variants."""
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,16 @@ def measure(
         context: of the stage, whose folder has the quantized model.
 
     Raises:
-        StageError: more than a gate allows; the layers that cost most are named.
+        StageError: more than a gate allows, and the layers that cost most are named; numbers that are not finite.
     """
-    from mlxflow import models, packed
+    from mlxflow import codes, models, packed
     from mlxflow.measurement.divergence import measure_divergence
     from mlxflow.measurement.reference import kept_reference
 
     def load_dense() -> Any:
-        return models.for_evaluation(models.made_dense(*models.load(folder, lazy=True))[0])
+        return codes.for_evaluation(codes.made_dense(*models.load(folder, lazy=True))[0])
 
-    quantized = models.for_evaluation(models.load(context.folder)[0])
+    quantized = codes.for_evaluation(models.load(context.folder)[0])
     rows = validation.rows.head(config.max_validation_rows)
     masks = validation.has_conversations and packed.can_mask_documents(quantized, validation.vocab_size)
     reference = kept_reference(
@@ -51,6 +52,11 @@ def measure(
         masks_documents=masks,
     )
     found = measure_divergence(reference, quantized, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
+    if not math.isfinite(found.kl):
+        raise StageError(
+            f"{context.task}: the quantized model returns numbers that are not finite on validation rows. "
+            "Use more bits, or another method."
+        )
     problems = list(_closed_gates(config, found, context.task))
     if problems:
         worst = _worst_layers(folder, quantized, layers, rows, masks=masks)
@@ -89,11 +95,11 @@ def _key(folder: Path, validation: Path, num_rows: int, *, masks: bool, context:
 
 def _worst_layers(folder: Path, quantized: Any, layers: Mapping[str, Any], rows: Any, *, masks: bool) -> str:
     """Return the layers whose quantized weights cost most alone, in words."""
-    from mlxflow import models
+    from mlxflow import codes, models
     from mlxflow.measurement.divergence import costs_by_layer
 
-    dense = models.for_evaluation(models.made_dense(*models.load(folder))[0])
-    weights = models.dense_weights(quantized, layers)
+    dense = codes.for_evaluation(codes.made_dense(*models.load(folder))[0])
+    weights = codes.dense_weights(quantized, layers)
     few = rows.head(_BLAMING_ROWS)
     costs = costs_by_layer(dense, weights, few, batch_size=_BLAMING_ROWS, masks_documents=masks)
     return ", ".join(f"{path} ({cost:.2g} nats)" for path, cost in list(costs.items())[:3])

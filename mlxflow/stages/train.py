@@ -395,7 +395,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, tokens: Any) -> dict[str, Any]:
     """Train and write the model folder; return the report of the training."""
-    from mlxflow import config_json, model_files, models
+    from mlxflow import codes, config_json, model_files, models
 
     base = _base_folder(config, inputs, context)
     with train_methods.begin_proof(config, context) as ahead:
@@ -413,7 +413,7 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         subject=subject,
         kernels=kernels,
     )
-    fuse = with_fuse(config, is_quantized=models.is_quantized(model)).fuse
+    fuse = with_fuse(config, is_quantized=codes.is_quantized(model)).fuse
     model = write_model(
         outputs, context, model=model, config_json=model_config, adapter_config=adapter_config, fuse=fuse
     )
@@ -475,7 +475,7 @@ def _make_model(
     """Return the model in training mode, its `config.json`, and its adapters' where it has some."""
     import mlx.core as mx
 
-    from mlxflow import adapter_files, config_json, models
+    from mlxflow import adapter_files, codes, config_json, models
     from mlxflow.training import adapters
 
     seed = derive_seed(context.seed, "train.model")
@@ -486,7 +486,7 @@ def _make_model(
         model_config = shape_config(config.model, tokens.vocab_size, tokens.context_length, tokens.end_of_text)
         model = models.build(model_config, seed=seed)
     model.set_dtype(dtype)
-    if not models.is_quantized(model):
+    if not codes.is_quantized(model):
         adapter_files.fuse(model)  # adapters of an earlier training become a part of the weights
     adapter_config = None
     if config.method != "full":
@@ -535,7 +535,7 @@ def _base_model(
     Raises:
         ArtifactError: it is none, does not know the tokens, or does not fit `method` or `fuse`.
     """
-    from mlxflow import config_json, models
+    from mlxflow import codes, config_json, models
 
     key = f"{context.task}.model.from"
     model, model_config = models.load(folder)
@@ -547,14 +547,14 @@ def _base_model(
             f"{key}: {folder} is made for {positions:,} positions, the rows have {tokens.context_length:,}. "
             "Lower pretokenize.context_length."
         )
-    if config.method == "full" and models.is_quantized(model):
+    if config.method == "full" and codes.is_quantized(model):
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
-    if config.fuse == "requantize" and not models.is_quantized(model):
+    if config.fuse == "requantize" and not codes.is_quantized(model):
         raise ArtifactError(
             f'{context.task}.fuse = "requantize": {folder} is dense. Set {context.task}.fuse = "dense".'
         )
     if config.fuse == "dense":
-        models.require_unpackable(model)
+        codes.require_unpackable(model)
     return model, model_config
 
 

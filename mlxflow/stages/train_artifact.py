@@ -43,7 +43,7 @@ def write_model(
         adapter_config: the `adapter_config.json`, where adapters were trained.
         fuse: what becomes of them; decided.
     """
-    from mlxflow import adapter_files, models
+    from mlxflow import adapter_files, codes, models
     from mlxflow.training.adapters import save_adapters
 
     if adapter_config is not None:
@@ -62,7 +62,7 @@ def write_model(
         elif fuse == "requantize":
             model = adapter_files.fuse(model)
         else:
-            model, config_json = models.made_dense(model, config_json)
+            model, config_json = codes.made_dense(model, config_json)
     models.save(
         model=model,
         config=config_json,
@@ -90,13 +90,13 @@ def measure_artifact(config: "Config", inputs: "Inputs", context: Context, *, ma
     """
     import mlx.core as mx
 
-    from mlxflow import models
+    from mlxflow import codes, models
     from mlxflow.data.token_file import TokenFile
     from mlxflow.measurement.perplexity import measure_perplexity
 
     gc.collect()  # the trained model and its optimizer are in reference cycles
     mx.clear_cache()
-    model = models.for_evaluation(models.load(context.folder)[0])
+    model = codes.for_evaluation(models.load(context.folder)[0])
     rows = TokenFile.open(inputs.validation).rows.head(config.max_validation_rows)
     return measure_perplexity(model, rows, batch_size=config.batch_size, masks_documents=masks)
 

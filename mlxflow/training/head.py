@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxflow import models
+from mlxflow import codes
 from mlxflow.quantization.fake import fake_weight, plain_type
 from mlxflow.replaced import replaced
 from mlxflow.training.mode import evaluating
@@ -32,7 +32,7 @@ class Head(NamedTuple):
         """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
         layer = self.module(model)
         if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            return models.dense_weight(layer).astype(dtype)
+            return codes.dense_weight(layer).astype(dtype)
         faked = fake_weight(layer)
         return cast("mx.array", layer.weight) if faked is None else faked
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import models
+from mlxflow import codes, models
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.measurement import ceilings
 from mlxflow.measurement.budget import Budget
@@ -185,7 +185,7 @@ class Suite:
         """
         model = self.load()
         stored_bytes = models.num_bytes(model)
-        model, _ = models.made_dense(model, {})  # packed matrices and adapters compute as dense ones; never evaluated
+        model, _ = codes.made_dense(model, {})  # packed matrices and adapters compute as dense ones; never evaluated
         told = {
             "ceiling_flops_per_second": ceilings.flops_ceiling(
                 mx.float32 if self.settings["precision"] == "fp32" else mx.bfloat16

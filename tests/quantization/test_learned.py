@@ -122,7 +122,8 @@ def test_every_layer_is_learned_by_its_own_setting(method: str) -> None:
         assert len(own - same) > len(own) / 2  # a search may find that nothing is better than rounding
 
 
-def test_scales_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spoilt_part", ["scales", "biases"])
+def test_codes_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, spoilt_part: str) -> None:
     from mlx_lm.quant import gptq as theirs
 
     plain = theirs.gptq_quantize
@@ -130,7 +131,7 @@ def test_scales_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
     def spoilt(model: nn.Module, *arguments: Any) -> Any:
         made = plain(model, *arguments)
         layer = dict(model.named_modules())["model.layers.1.mlp.up_proj"]
-        layer.scales = layer.scales * float("nan")
+        setattr(layer, spoilt_part, getattr(layer, spoilt_part) * float("nan"))
         return made
 
     monkeypatch.setattr(theirs, "gptq_quantize", spoilt)
@@ -138,7 +139,7 @@ def test_scales_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CallError) as caught:
         _learn("gptq", model, _plan(model, FOUR))
     assert str(caught.value) == (
-        'quantize.method = "gptq": model.layers.1.mlp.up_proj has scales that are not finite. '
+        'quantize.method = "gptq": model.layers.1.mlp.up_proj has scales or biases that are not finite. '
         "Calibrate on more rows (calibration_rows)."
     )
 

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from mlxflow.artifact import read_report
+from mlxflow.codes import for_evaluation
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.measurement.perplexity import measure_perplexity
-from mlxflow.models import for_evaluation
 from tests.conftest import STAGES, mlxflow
 
 MODELS = ("train", "quantize/q4", "quantize/q8")

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.convert import convert
 
 from benchmarks.architecture_configs import config_of
-from mlxflow import models
+from mlxflow import codes, models
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
 from tests.test_models import FP8, VISION, WRAPPERS, as_fp8, weights_of, write_folder
@@ -99,5 +99,5 @@ def test_training_writes_a_config_of_the_weights_beside_it(job: Path, method: st
     config = _config(made)
     assert not {"vision_config", "quantization", "quantization_config"} & set(config)
     model, _ = models.load(made)
-    assert not models.is_quantized(model)
+    assert not codes.is_quantized(model)
     assert {str(value.dtype) for name, value in _weights(made).items() if "bias" not in name} == {"mlx.core.float32"}

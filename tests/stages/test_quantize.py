@@ -15,12 +15,13 @@ from mlx_lm.utils import load_model
 
 from mlxflow import models
 from mlxflow.artifact import read_report
+from mlxflow.codes import dense_weights, for_evaluation
 from mlxflow.config import toml_value
 from mlxflow.data.token_file import TokenFile
 from mlxflow.errors import ArtifactError, StageError, UserError, WorkflowError
 from mlxflow.measurement.divergence import measure_divergence
 from mlxflow.measurement.perplexity import measure_perplexity
-from mlxflow.models import dense_weights, for_evaluation, load
+from mlxflow.models import load
 from mlxflow.plans import check_plans
 from mlxflow.run import run_stage
 from mlxflow.stages.quantize import Config
@@ -310,6 +311,19 @@ def test_a_model_of_ones_own_needs_no_training_and_no_tokens(job: Job) -> None:
         "set requantize = true."
     ]
     assert job.run(model="small", requantize=True, bits=2)["bits_per_weight"] < report["bits_per_weight"]
+
+
+def test_a_model_whose_numbers_are_not_finite_is_not_published(job: Job) -> None:
+    path = job.folder / "artifacts/train/model.safetensors"
+    tensors = cast("dict[str, mx.array]", mx.load(str(path)))
+    mx.eval(tensors)
+    tensors["model.norm.weight"] = mx.full(tensors["model.norm.weight"].shape, 1e38)  # finite, and no logit is
+    mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+    assert job.problems(StageError) == [
+        "quantize: the quantized model returns numbers that are not finite on validation rows. "
+        "Use more bits, or another method."
+    ]
+    assert not job.artifact.exists()
 
 
 def test_a_weight_that_is_not_finite_is_named(job: Job) -> None:
