@@ -4,6 +4,7 @@ Both models' logits of the same positions are needed, and only those of a slice 
 side that is computed once for many quantized models.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ def measure_divergence(
     losses, other, kl, same = np.concatenate(found, axis=1)
     dense_side = perplexity_from(losses)
     mean, error = mean_and_error(kl)
-    return Divergence(dense_side, perplexity_from(other), max(0.0, mean), error, float(same.mean()))
+    not_negative = float(np.maximum(0.0, mean))  # rounding may give less; a NaN stays one
+    return Divergence(dense_side, perplexity_from(other), not_negative, error, float(same.mean()))
 
 
 def costs_by_layer(
@@ -116,7 +118,7 @@ def costs_by_layer(
                 layer["weight"] = kept
                 total += float(_compared(logits, other, part.targets[begin:end])[2].sum())
             count += len(part.targets)
-        costs[path] = max(0.0, total / max(1, count))
+        costs[path] = max(0.0, total / max(1, count)) if math.isfinite(total) else math.inf
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
 
 
