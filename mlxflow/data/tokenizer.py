@@ -13,6 +13,7 @@ from mlxflow.data.chat import ChatTemplate, markers
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.chatml import CHATML
 from mlxflow.data.control_tokens import ControlTokens
+from mlxflow.data.long_words import cut_long_words
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json
 
@@ -81,7 +82,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens
     """Train a byte-level BPE (GPT-2's pre-tokenizer) on documents.
 
     Any valid UTF-8 text comes back unchanged after decoding. Ids run from 0 to the vocabulary's size less one;
-    END_OF_TEXT is 0, the other special tokens follow.
+    END_OF_TEXT is 0, the other special tokens follow. Words that would take too long to train on are cut first.
 
     Args:
         documents: the texts; the same texts give the same tokenizer.
@@ -97,7 +98,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.train_from_iterator(cut_long_words(documents), trainer)
     return tokenizer
 
 

@@ -346,6 +346,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     from mlxflow.artifact import write_whole
     from mlxflow.data import chat, sampling, tokenizer
     from mlxflow.data.chatml import CHATML
+    from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
     from mlxflow.data.progress import show_progress
     from mlxflow.identity import digest_json
 
@@ -366,7 +367,8 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     if template is None and sample.has_conversations:
         template = CHATML
     special = chat.markers(template) if template else []
-    key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests]])
+    cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.texts)) else []
+    key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests], *cut])
     kept = context.state / "shards" / f"{key}.tokenizer.json"
     if not kept.exists():
         made = tokenizer.train_tokenizer(sample.texts, vocab_size=config.tokenizer.vocab_size, special_tokens=special)
