@@ -200,11 +200,11 @@ def _generate(parsed: argparse.Namespace) -> None:
     from mlxflow import cpu
 
     cpu.prepare()
-    from mlxflow import model_files
+    from mlxflow import trust
     from mlxflow.generation import Sampling, generate
 
     sampling = Sampling(parsed.max_tokens, parsed.temperature, parsed.seed)
-    with model_files.trusting_code(parsed.trust_remote_code):
+    with trust.trusting_code(parsed.trust_remote_code):
         is_chat, texts = generate(parsed.model, prompt=parsed.prompt, sampling=sampling, raw=parsed.raw)
     if is_chat:
         said = "asked through its chat template; --raw continues the text as it is"

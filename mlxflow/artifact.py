@@ -376,6 +376,15 @@ def stored_rows(path: Path) -> dict[str, StoredRows]:
     }
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file; only its header is read.
+
+    Raises:
+        ArtifactError: the file is missing or damaged.
+    """
+    return _header(path)[0].keys() - {"__metadata__"}
+
+
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         return read_safetensors_header(path)

@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from mlxflow import config_json, model_files, paths
+from mlxflow import config_json, model_files, paths, trust
 from mlxflow.data import sources
 from mlxflow.errors import ArtifactError
 
@@ -117,9 +117,19 @@ class Disk:
         return model_files.tokenizer_files(self.root / folder)
 
     @_question
-    def tokenizer_code(self, folder: str) -> str:
-        """Return the Python class that a folder's tokenizer is opened with; empty where it needs none of its own."""
-        return model_files.tokenizer_code(self.root / folder)
+    def link_leading_out(self, folder: str) -> str:
+        """Return a tokenizer's file that is a link to a file outside of its folder; empty where there is none.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        place = self.root / folder
+        return model_files.leading_out(place, model_files.tokenizer_files(place))
+
+    @_question
+    def tokenizer_code(self, folder: str) -> list[str]:
+        """Return the file that names the Python code of a folder's tokenizer, and the code; empty texts without any."""
+        return list(trust.tokenizer_code(self.root / folder))
 
     @_question
     def is_quantized(self, folder: str) -> bool | None:

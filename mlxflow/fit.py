@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxflow import model_files
+from mlxflow import trust
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.stage import Context, rooted
 from mlxflow.workflow import Stage, Workflow
@@ -35,7 +35,7 @@ def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_l
     for path in (inputs.config, inputs.model, inputs.tokens):  # type: ignore[attr-defined]
         if not path.exists():
             raise ArtifactError(f"{path}: missing. Run: doit {one.task}")
-    with model_files.trusting_code(workflow.trusts_code(one)):
+    with trust.trusting_code(workflow.trusts_code(one)):
         _print(workflow, one, inputs, batch_sizes, context_lengths)
 
 

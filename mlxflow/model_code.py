@@ -1,14 +1,20 @@
 """Architectures that a model folder brings as Python code, run only where the workflow trusts it."""
 
+import ast
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlxflow import bare, model_files
+from mlxflow import bare, model_files, trust
 from mlxflow.errors import ArtifactError
+
+# A module's name in mlx-lm's folder of architectures, such as "lfm2-vl"; a dot would name a module within another
+_NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
 
 
 def classes(config: Mapping[str, Any], code: Path | None) -> Any:
@@ -24,8 +30,8 @@ def classes(config: Mapping[str, Any], code: Path | None) -> Any:
     """
     file = str(config.get("model_file") or "")
     if not file:
-        return bare.mlx_lm_utils()._get_classes(dict(config))
-    if code is None or not model_files.trusts_code():
+        return _known_classes(config)
+    if code is None or not trust.trusts_code():
         raise ArtifactError(f"{code or 'the model'}: {word_untrusted(model_files.CONFIG, file)}")
     bare.prepare()  # what it imports of mlx-lm
     try:
@@ -33,6 +39,46 @@ def classes(config: Mapping[str, Any], code: Path | None) -> Any:
         return module.Model, module.ModelArgs
     except Exception as error:  # code of others: anything
         raise ArtifactError(f"{code / file}: cannot be run ({type(error).__name__}: {error}). Mend it.") from error
+
+
+def _known_classes(config: Mapping[str, Any]) -> Any:
+    """Return the classes of one of mlx-lm's own architectures.
+
+    Raises:
+        KeyError: the config has no `model_type`.
+        ValueError: it names no architecture: mlx-lm would import any module of its own that has the name.
+    """
+    utils = bare.mlx_lm_utils()
+    name = config["model_type"]
+    if not isinstance(name, str) or not (name in utils.MODEL_REMAPPING or is_architecture(name)):
+        raise ValueError(f"Model type {str(name)[:100]} not supported.")
+    try:
+        return utils._get_classes(dict(config))
+    except SystemExit as error:  # how mlx-lm's olmo ends where a package of its own is not there
+        raise ValueError(f"Model type {name} needs a package that is not installed.") from error
+
+
+def is_architecture(name: str) -> bool:
+    """Return whether mlx-lm has a model of this name, not a helper such as "base" or "cache"; nothing is imported."""
+    bare.prepare()
+    package = importlib.util.find_spec("mlx_lm.models")
+    folders = package.submodule_search_locations if package else None
+    found = [Path(folder, f"{name}.py") for folder in folders or ()] if _NAME.fullmatch(name) else []
+    return any(file.is_file() and _defines_model(file) for file in found)
+
+
+@cache
+def _defines_model(file: Path) -> bool:
+    """Return whether a Python file defines or imports both classes of a model, by its syntax tree."""
+    names: set[str] = set()
+    for statement in ast.parse(file.read_bytes()).body:
+        if isinstance(statement, ast.ClassDef):
+            names.add(statement.name)
+        elif isinstance(statement, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in statement.names}
+        elif isinstance(statement, ast.Assign):
+            names |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
+    return names >= {"Model", "ModelArgs"}
 
 
 def _run_code(file: Path) -> types.ModuleType:

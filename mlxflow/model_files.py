@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from mlxflow import trust
 
 #: A model's name on the hub, perhaps with a revision.
 HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
@@ -19,6 +21,10 @@ HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+#: What mlx-lm reads of a folder as the weights of one model, whatever an index says.
+WEIGHT_PATTERNS = ("model*.safetensors",)
 
 #: Adapters that lie beside a model and belong to it, as mlx-lm writes them: their weights and their configuration.
 ADAPTERS = ("adapters.safetensors", "adapter_config.json")
@@ -52,7 +58,10 @@ TOKENIZER_PATTERNS = (
 COMPANION_PATTERNS = (*TOKENIZER_PATTERNS, GENERATION)
 
 #: What is fetched of a model on the hub.
-HUB_PATTERNS = (*_CONFIGS, INDEX, "model*.safetensors", *TOKENIZER_PATTERNS, "*.py")
+HUB_PATTERNS = (*_CONFIGS, INDEX, *WEIGHT_PATTERNS, *TOKENIZER_PATTERNS, "*.py")
+
+#: What to do about a link that leads out of a folder.
+ADVICE_LEADING_OUT = "Put the file itself there."
 
 _FOLDERS = ("additional_chat_templates",)
 _SHARD = re.compile(r"(model|model\.safetensors)-(\d{5})-of-(\d{5})\.safetensors")
@@ -92,7 +101,7 @@ def decides(name: str) -> bool:
     A copy of adapters that were added into the weights counts: it says what became of them.
     """
     added = (f"{ADDED_ADAPTERS}/{file}" for file in ADAPTERS)
-    return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, "model*.safetensors", *added))
+    return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, *WEIGHT_PATTERNS, *added))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -150,7 +159,7 @@ def companions(folder: Path) -> list[str]:
     """
     names = names_in(folder)
     code = [name for name in names if _matches(name, ("*.py",))]
-    left_out = set() if code and names_code(folder) else set(code)
+    left_out = set() if code and trust.names_code(folder) else set(code)
     return [name for name in names if _matches(name, (*COMPANION_PATTERNS, "*.py")) and name not in left_out]
 
 
@@ -167,76 +176,59 @@ def defaults_and_code(folder: Path) -> list[str]:
     return [name for name in companions(folder) if not _matches(name, TOKENIZER_PATTERNS)]
 
 
-def names_code(folder: Path) -> bool:
-    """Return whether a configuration in a folder names Python code of its own: `model_file` or `auto_map`."""
-    configs = [_read(folder / name) for name in (CONFIG, "tokenizer_config.json")]
-    return any(config.get(key) for config in configs for key in ("model_file", "auto_map"))
-
-
-def model_code(folder: Path) -> str:
-    """Return the Python file that a folder's configuration names for its architecture; empty where it names none."""
-    return str(_read(folder / CONFIG).get("model_file") or "")
-
-
-def tokenizer_code(folder: Path) -> str:
-    """Return the Python class that a folder's tokenizer is opened with; empty where it needs no code of its own."""
-    if (folder / "tokenizer.json").is_file():
-        return ""
-    named = _read(folder / "tokenizer_config.json").get("auto_map")
-    classes = named.get("AutoTokenizer") if isinstance(named, dict) else named
-    return str(next(filter(None, classes), "")) if isinstance(classes, list) else str(classes or "")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a JSON file's table; an empty one where it is missing or something else, which its reader will say."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def find(folder: Path) -> Found:
     """Return the files of a model folder, or why it is none.
 
     With an index the weights are the files that it lists, else `model.safetensors`, else a whole set of shards. Two
-    sets of weights are refused: mlx-lm would mix them, and transformers would take one of them.
+    sets of weights and stray files of weights are refused: mlx-lm would mix them, and transformers would take one of
+    them. So are links that lead out of the folder: what they lead to would be copied into artifacts.
 
     Raises:
         OSError: the folder is missing or cannot be read.
     """
     names = names_in(folder)
     others = sorted({name for name in _CONFIGS if name in names} | set(companions(folder)))
-    code = model_code(folder)
+    code = trust.model_code(folder)
     if CONFIG not in names:
         return Found([], others, code, f"has no {CONFIG}", "Name a model folder.")
     weights, problem = _index_weights(folder, names) if INDEX in names else _weights_without_index(names)
+    problem = problem or _stray_weights(weights, names)
     if code and code not in names:
         problem = problem or f"lacks {code}, which its {CONFIG} names"
-    return Found(weights, others, code, problem, _advise(problem))
+    if not problem and (out := leading_out(folder, [*others, *weights])):
+        problem = word_leading_out(out)
+    return Found([] if problem else weights, others, code, problem, _advise(problem))
+
+
+def word_leading_out(name: str) -> str:
+    """Return what is wrong with a folder's file that `leading_out` found."""
+    return f"holds {name}, a link to a file outside of the folder"
 
 
 def _advise(problem: str) -> str:
     if "two sets" in problem:
         return "Remove the set that is not the model."
+    if "would read both" in problem:
+        return "Move it out of the folder."
+    if problem.endswith("outside of the folder"):
+        return ADVICE_LEADING_OUT
     return "Put it there, or name another folder." if problem.startswith("lacks") else "Name a model folder."
 
 
 def _index_weights(folder: Path, names: list[str]) -> tuple[list[str], str]:
     """Return the weights that an index lists, itself first, and what is wrong with them."""
-    table = _read(folder / INDEX).get("weight_map")
-    listed = sorted(set(table.values())) if isinstance(table, dict) and _are_names(table.values()) else []
-    if not listed:
+    table = trust.read_table(folder / INDEX).get("weight_map")
+    values = list(table.values()) if isinstance(table, dict) else []
+    if wrong := [value for value in values if not isinstance(value, str) or not _matches(value, WEIGHT_PATTERNS)]:
+        return [], f"has a {INDEX} that lists {json.dumps(wrong[0])[:100]}, no model*.safetensors in the folder"
+    if not values:
         return [], f"has a {INDEX} that lists no model*.safetensors"
+    listed = sorted(set(values))
     if lacking := [name for name in listed if name not in names]:
         return [], f"lacks {lacking[0]}, which its {INDEX} lists"
     if WEIGHTS in names and WEIGHTS not in listed:
         return [], f"holds two sets of weights, {WEIGHTS} and what {INDEX} lists"
     return [INDEX, *listed], ""
-
-
-def _are_names(values: Iterable[object]) -> bool:
-    return all(isinstance(value, str) and _matches(value, ("model*.safetensors",)) for value in values)
 
 
 def _weights_without_index(names: list[str]) -> tuple[list[str], str]:
@@ -255,8 +247,37 @@ def _weights_without_index(names: list[str]) -> tuple[list[str], str]:
     return whole, ""
 
 
+def _stray_weights(weights: list[str], names: list[str]) -> str:
+    """Return what is wrong where a folder holds other files that mlx-lm would read as weights of the same model."""
+    stray = [name for name in names if name not in weights and _matches(name, WEIGHT_PATTERNS)]
+    return f"holds {stray[0]} beside its weights, and mlx-lm would read both" if weights and stray else ""
+
+
+def leading_out(folder: Path, names: Iterable[str]) -> str:
+    """Return the first of a folder's files that is a link to a file outside of it; empty where there is none.
+
+    The hub's cache is one place: its folders of a revision hold links to the files of all revisions beside them.
+
+    Args:
+        folder: a model folder, which may be a link itself.
+        names: of files below it.
+    """
+    for name in names:
+        path = os.path.join(folder, name)  # noqa: PTH118 - asked at every no-op
+        if os.path.islink(path) or "/" in name:  # noqa: PTH114
+            inside = os.path.realpath(folder)
+            revisions, blobs = os.path.split(os.path.dirname(inside))[1], f"{inside}/../../blobs"  # noqa: PTH120
+            roots = [inside, *([os.path.realpath(blobs)] if revisions == "snapshots" else [])]
+            if not any(os.path.realpath(path).startswith(f"{root.rstrip('/')}/") for root in roots):
+                return name
+    return ""
+
+
 def copy(folder: Path, names: Iterable[str], to: Path) -> None:
     """Copy files of a model folder into another one.
+
+    Where code of the folder is not trusted, Python files stay behind and the configurations name none: else every
+    program that opens the copy later would run what nobody trusted here.
 
     Args:
         folder: a model folder.
@@ -266,27 +287,13 @@ def copy(folder: Path, names: Iterable[str], to: Path) -> None:
     import shutil
 
     for name in names:
+        if name.endswith(".py") and not trust.trusts_code():
+            continue
         (to / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, to / name)
-
-
-_trusts_code = False
-
-
-@contextmanager
-def trusting_code(trusts: bool) -> Iterator[None]:
-    """Let Python code of model folders be run in this block, or not: a stage is a process, which trusts as a whole."""
-    global _trusts_code
-    before, _trusts_code = _trusts_code, trusts
-    try:
-        yield
-    finally:
-        _trusts_code = before
-
-
-def trusts_code() -> bool:
-    """Return whether Python code of model folders may be run; it may not unless somebody says so."""
-    return _trusts_code
+        table = trust.read_table(to / name) if name in (CONFIG, TOKENIZER_CONFIG) else {}
+        if table != (kept := trust.copied(table)):
+            (to / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

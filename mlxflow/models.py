@@ -8,6 +8,7 @@ import copy
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlxflow import (
     hub,
     model_code,
     model_files,
+    trust,
     vocabularies,
 )
 from mlxflow.errors import ArtifactError
@@ -135,27 +137,47 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     found = model_files.find(folder)
     if found.problem:
         raise ArtifactError(f"{folder}: {found.problem}. {found.advice}")
-    if found.code and not model_files.trusts_code():
+    if found.code and not trust.trusts_code():
         raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, found.code)}")
+    _require_each_once(folder, found.weights)
     gather.install()
     with model_files.opened(folder, [name for name in found.read if not name.endswith(".py")]) as links:
         try:
             model, config = bare.mlx_lm_utils().load_model(
                 links,
                 lazy=lazy,
-                model_config={"model_file": None} if found.code else {},  # `classes` runs it
+                model_config={"model_file": None},  # `classes` runs it
                 get_model_classes=lambda config: model_code.classes({**config, "model_file": found.code}, folder),
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
     _require_readable_codes(folder, model)
-    config |= {"model_file": found.code} if found.code else {}
+    config = trust.copied(config | {"model_file": found.code})
+    if not found.code:
+        config.pop("model_file", None)
     if adapter_files.are_in(folder):
         model = adapter_files.apply(model, folder)
         if not lazy:
             mx.eval(model.parameters())
     names = [name for name, _ in tree_flatten(model.parameters())]
     return model, config_json.describing(config, weights=names, is_quantized=codes.is_quantized(model))
+
+
+def _require_each_once(folder: Path, weights: Iterable[str]) -> None:
+    """Refuse shards of which two hold a tensor of the same name: mlx-lm would take either, whatever an index says.
+
+    Raises:
+        ArtifactError: names the tensor and both files.
+    """
+    files = [name for name in weights if name.endswith(".safetensors")]
+    holders: dict[str, str] = {}
+    for file in files if len(files) > 1 else ():
+        names = artifact.tensor_names(folder / file)
+        if twice := sorted(names & holders.keys()):
+            raise ArtifactError(
+                f"{folder}: {holders[twice[0]]} and {file} both hold {twice[0]}. Remove one of the two."
+            )
+        holders |= dict.fromkeys(names, file)
 
 
 def _require_readable_codes(folder: Path, model: nn.Module) -> None:
@@ -251,7 +273,7 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
     """
     own = folder / "tokenizer.json"
     if not own.is_file():
-        if model_files.has_vocabulary(model_files.tokenizer_files(folder)) and not model_files.tokenizer_code(folder):
+        if model_files.has_vocabulary(model_files.tokenizer_files(folder)) and not any(trust.tokenizer_code(folder)):
             raise ArtifactError(
                 f"{key}: the tokenizer of {folder} has no tokenizer.json, to which that of the tokens could be "
                 "compared. Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
@@ -285,6 +307,8 @@ def save(
 def copy_companions(folder: Path, to: Path) -> None:
     """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation.
 
+    Python code goes along, and is named, only where it is trusted; see `mlxflow.model_files.copy`.
+
     A tokenizer of another form than `tokenizer.json` is written in that form too.
 
     Args:
@@ -299,18 +323,38 @@ def copy_companions(folder: Path, to: Path) -> None:
         _open_in_transformers(folder).save_pretrained(to)
 
 
+def require_tokenizer_trust(folder: Path, trust_key: str = "") -> None:
+    """Refuse a model folder whose tokenizer needs Python code of the folder that may not be run.
+
+    Args:
+        folder: a model folder.
+        trust_key: the setting by which it may be run, for the message; empty where several may be meant.
+
+    Raises:
+        ArtifactError: the tokenizer needs code and it is not trusted.
+    """
+    file, code = trust.tokenizer_code(folder)
+    if code and not trust.trusts_code():
+        raise ArtifactError(f"{folder}: {model_code.word_untrusted(file, code, trust_key)}")
+
+
 def _open_in_transformers(folder: Path) -> Any:
-    """Return the transformers tokenizer of a model folder.
+    """Return the transformers tokenizer of a model folder; without trust, of a copy of its files that names no code.
 
     Raises:
         ArtifactError: there is none that can be opened, or it needs code that may not be run.
     """
-    if not model_files.trusts_code() and (code := model_files.tokenizer_code(folder)):
-        raise ArtifactError(f"{folder}: {model_code.word_untrusted('tokenizer_config.json', code)}")
+    require_tokenizer_trust(folder)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model_files.trusts_code())
+        if trust.trusts_code():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        with TemporaryDirectory(prefix="mlxflow-") as scratch:
+            copied = Path(scratch)
+            names = [model_files.CONFIG, *model_files.tokenizer_files(folder)]
+            model_files.copy(folder, [name for name in names if (folder / name).is_file()], copied)
+            return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         said = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Put one into it.") from error
@@ -355,7 +399,7 @@ def fetch(name: str, *, key: str, trust_key: str) -> Path:
     found = model_files.find(folder)
     if found.problem:
         raise ArtifactError(f'{key} = "{name}": {found.problem}. {found.advice}')
-    if found.code and not model_files.trusts_code():
+    if found.code and not trust.trusts_code():
         raise ArtifactError(f'{key} = "{name}": {model_code.word_untrusted(model_files.CONFIG, found.code, trust_key)}')
     return folder
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxflow import model_files, vocabularies
+from mlxflow import trust, vocabularies
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train import shape_config
@@ -64,7 +64,7 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
         if folder is None or config.document_mask is not True or tokens.packing == "none":
             continue
         architecture = _read(folder)
-        with model_files.trusting_code(workflow.trusts_code(one)):
+        with trust.trusting_code(workflow.trusts_code(one)):
             skeleton = models.skeleton(architecture, code=folder)
         if packed.has_row_state(skeleton):
             expected = f"{architecture['model_type']} counts positions through the whole row"
@@ -86,7 +86,7 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
         config: Any = one.config
         key = f"{shown_path(workflow.path)}: {one.table}"
         try:
-            with model_files.trusting_code(workflow.trusts_code(one)):
+            with trust.trusting_code(workflow.trusts_code(one)):
                 skeleton = models.skeleton(architecture, code=folder)
             check_supported(resolve(skeleton, default=config.default, rules=rules_of(config), key=key).layers, key)
         except WorkflowError as error:

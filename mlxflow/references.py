@@ -11,7 +11,7 @@ import msgspec
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.data import sources
 from mlxflow.disk import Disk
-from mlxflow.model_files import CONFIG, HUB_MODEL, Found
+from mlxflow.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, Found, word_leading_out
 from mlxflow.stage import Corpus, reference_folder
 
 _NO_MAKER = "no stage before this one makes it"
@@ -148,17 +148,19 @@ class References:
         if folder is None:
             return ()
         try:
-            files, code = self._disk.tokenizer_files(folder), self._disk.tokenizer_code(folder)
+            files, (file, code) = self._disk.tokenizer_files(folder), self._disk.tokenizer_code(folder)
         except OSError as error:
             return self._note_unreadable(key, name, error, advice)
-        if "tokenizer.json" not in files:
+        if out := self._disk.link_leading_out(folder):
+            self._note(key, name, word_leading_out(out), ADVICE_LEADING_OUT)
+        elif "tokenizer.json" not in files:
             if code and not trusts_code:
-                self._note_untrusted(key, name, "tokenizer_config.json", code)
+                self._note_untrusted(key, name, file, code)
             elif not code:
                 self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
         return tuple(Path(folder, file) for file in files)
 
-    def model(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+    def model(self, name: str, key: str, *, trusts_code: bool, needs_tokenizer: bool = False) -> tuple[Path, ...]:
         """Return the files of a model folder, its configuration first."""
         advice = "Name a folder with a config.json, or a hub id."
         folder = self._folder_or_hub(name, key, HUB_MODEL, advice)
@@ -172,6 +174,8 @@ class References:
             self._note(key, name, found.problem, found.advice)
         elif found.code and not trusts_code:
             self._note_untrusted(key, name, CONFIG, found.code)
+        elif needs_tokenizer and not trusts_code and any(code := self._disk.tokenizer_code(folder)):
+            self._note_untrusted(key, name, *code)
         return tuple(Path(folder, file) for file in found.read)
 
     def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:

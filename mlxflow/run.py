@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlxflow import artifact, cpu, device, folders, model_files, ownership, stage
+from mlxflow import artifact, cpu, device, folders, ownership, stage, trust
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.identity import DigestCache
 from mlxflow.locking import hold
@@ -68,7 +68,7 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         artifact.remove_folder(unfinished)
     publishing = artifact.publishing(folder, keep=lambda: ownership.foreign_names(folder))
-    with model_files.trusting_code(workflow.trusts_code(one)), publishing as private:
+    with trust.trusting_code(workflow.trusts_code(one)), publishing as private:
         outputs = stage.rooted(stage.outputs_of(one.module, one.config), private)
         report = one.module.run(
             config=one.config,

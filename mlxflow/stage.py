@@ -93,10 +93,11 @@ class Artifacts(Protocol):
         """
         ...
 
-    def model(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+    def model(self, name: str, key: str, *, trusts_code: bool, needs_tokenizer: bool = False) -> tuple[Path, ...]:
         """Return the files of a model folder, its configuration first; none where the name is one of the hub.
 
-        A folder that needs Python code of its own is noted as a problem unless that is trusted.
+        A folder that needs Python code of its own is noted as a problem unless that is trusted; code of its tokenizer
+        counts where the stage opens that too.
         """
         ...
 

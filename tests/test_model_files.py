@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow import model_files
+from mlxflow import model_files, trust
 from mlxflow.model_files import INDEX
 
 TWO = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -28,7 +28,7 @@ def test_one_file_of_weights_is_the_model(tmp_path: Path) -> None:
 
 
 def test_an_index_says_which_files_are_the_model(tmp_path: Path) -> None:
-    _write(tmp_path, "config.json", *TWO, "model_old.safetensors", "model-00003-of-00003.safetensors")
+    _write(tmp_path, "config.json", *TWO)
     _index(tmp_path, TWO[1], TWO[0], TWO[1])
     assert model_files.find(tmp_path).weights == [INDEX, *TWO]
 
@@ -80,8 +80,32 @@ def test_a_whole_set_of_shards_needs_no_index(tmp_path: Path, stem: str) -> None
         (
             ["config.json", *TWO],
             ("../model.safetensors",),
-            f"has a {INDEX} that lists no model*.safetensors",
+            f'has a {INDEX} that lists "../model.safetensors", no model*.safetensors in the folder',
             "Name a model folder.",
+        ),
+        (
+            ["config.json", *TWO],
+            (*TWO, "../../etc/passwd"),
+            f'has a {INDEX} that lists "../../etc/passwd", no model*.safetensors in the folder',
+            "Name a model folder.",
+        ),
+        (
+            ["config.json", "model.safetensors", "model copy.safetensors"],
+            None,
+            "holds model copy.safetensors beside its weights, and mlx-lm would read both",
+            "Move it out of the folder.",
+        ),
+        (
+            ["config.json", *TWO, "model-00001-of-00002 2.safetensors"],
+            None,
+            "holds model-00001-of-00002 2.safetensors beside its weights, and mlx-lm would read both",
+            "Move it out of the folder.",
+        ),
+        (
+            ["config.json", *TWO, "model_old.safetensors"],
+            TWO,
+            "holds model_old.safetensors beside its weights, and mlx-lm would read both",
+            "Move it out of the folder.",
         ),
     ],
 )
@@ -96,7 +120,7 @@ def test_a_folder_that_is_no_one_model_is_refused(
     assert found.weights == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\xff"])
+@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": []}', '{"weight_map": {}}', "\xff"])
 def test_an_index_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
     _write(tmp_path, "config.json", "model.safetensors")
     (tmp_path / INDEX).write_text(text, encoding="latin-1")
@@ -169,6 +193,61 @@ def test_code_goes_along_where_a_configuration_names_some(
     assert model_files.companions(tmp_path) == expected
 
 
+def test_without_trust_a_copy_has_no_code_and_names_none(tmp_path: Path) -> None:
+    folder, names = tmp_path / "model", ["config.json", "tokenizer_config.json", "modeling.py", "merges.txt"]
+    _write(folder, *names)
+    table = {
+        "auto_map": {"AutoTokenizer": ["tokenization.Own", None]},
+        "model_file": "modeling.py",
+        "custom_pipelines": {"own": {"impl": "pipeline.Own"}},
+        "text_config": {"auto_map": {"AutoConfig": "configuration.Own"}, "layers": 2},
+    }
+    for name in names[:2]:
+        (folder / name).write_text(json.dumps(table))
+    for trusts in (False, True):
+        to = tmp_path / f"copy-{trusts}"
+        to.mkdir()
+        with trust.trusting_code(trusts):
+            model_files.copy(folder, names, to)
+        assert model_files.names_in(to) == sorted(set(names) - (set() if trusts else {"modeling.py"}))
+        expected = table if trusts else {"text_config": {"layers": 2}}
+        assert [json.loads((to / name).read_text()) for name in names[:2]] == [expected, expected]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json"])
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder = _write(tmp_path / "model", "config.json", "model.safetensors")
+    (tmp_path / "secret").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../secret")
+    problem = f"holds {name}, a link to a file outside of the folder"
+    found = model_files.find(folder)
+    assert (found.problem, found.advice, found.weights) == (problem, "Put the file itself there.", [])
+
+
+def test_a_folder_of_templates_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "model", "config.json", "model.safetensors")
+    _write(tmp_path / "elsewhere", "tool_use.jinja")
+    (folder / "additional_chat_templates").symlink_to("../elsewhere")
+    assert model_files.find(folder).problem == (
+        "holds additional_chat_templates/tool_use.jinja, a link to a file outside of the folder"
+    )
+
+
+def test_links_within_a_folder_and_within_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    blobs = _write(tmp_path / "models--a--b/blobs", "1f", "2e")
+    folder = tmp_path / "models--a--b/snapshots/0123"
+    folder.mkdir(parents=True)
+    for name, blob in (("config.json", "1f"), ("model.safetensors", "2e")):
+        (folder / name).symlink_to(blobs / blob)
+    (folder / "tokenizer.json").symlink_to("config.json")
+    (tmp_path / "link").symlink_to(folder)
+    assert [model_files.find(place).problem for place in (folder, tmp_path / "link")] == ["", ""]
+    (folder / "merges.txt").symlink_to("../../../other")
+    (tmp_path / "other").write_text("")
+    assert model_files.find(folder).problem == "holds merges.txt, a link to a file outside of the folder"
+
+
 def test_code_that_is_named_and_not_there_is_a_problem(tmp_path: Path) -> None:
     _write(tmp_path, "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_file": "../modeling.py"}')
@@ -185,10 +264,10 @@ def test_links_show_the_chosen_files_alone(tmp_path: Path) -> None:
 
 
 def test_trust_holds_in_its_block_alone() -> None:
-    assert not model_files.trusts_code()
-    with model_files.trusting_code(True):
-        assert model_files.trusts_code()
-        with model_files.trusting_code(False):
-            assert not model_files.trusts_code()
-        assert model_files.trusts_code()
-    assert not model_files.trusts_code()
+    assert not trust.trusts_code()
+    with trust.trusting_code(True):
+        assert trust.trusts_code()
+        with trust.trusting_code(False):
+            assert not trust.trusts_code()
+        assert trust.trusts_code()
+    assert not trust.trusts_code()

@@ -10,10 +10,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import config_of
-from mlxflow import codes, config_json, models
+from mlxflow import bare, codes, config_json, model_code, models
 from mlxflow.errors import ArtifactError
 
 TEXT = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}
+#: Modules of mlx-lm that are no architecture, a module within one, and what is no name of a module.
+NO_ARCHITECTURES = ("base", "cache", "switch_layers", "pipeline", "llama.nn", ".llama", "../llama", "os", "")
+
 VISION = {"hidden_size": 32, "model_type": "siglip_vision_model"}
 
 #: Models of images and text that mlx-lm opens as models of text: config, and names of weights that it drops.
@@ -232,3 +235,47 @@ def test_a_type_is_named_wherever_one_was_named() -> None:
         "torch_dtype": "float32", "text_config": {"dtype": "float32", "n": 1}, "n": 2,
     }  # fmt: skip
     assert config_json.with_dtype({"n": 1}, "float32") == {"n": 1}
+
+
+@pytest.mark.parametrize("name", [*NO_ARCHITECTURES, ["llama"], None, 3])
+def test_a_model_type_names_an_architecture_and_no_other_module(name: object) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        models.skeleton(TEXT | {"model_type": name})
+    assert str(caught.value) == (
+        f"config.json: no architecture that mlx-lm knows (Model type {name} not supported.). Name another model."
+    )
+
+
+def test_every_architecture_and_every_other_name_of_one_is_known() -> None:
+    utils = bare.mlx_lm_utils()
+    files = sorted(Path(str(utils.__file__)).parent.glob("models/*.py"))
+    helpers = {file.stem for file in files if not model_code.is_architecture(file.stem)}
+    assert {"__init__", "base", "cache", "mla", "ssm"} <= helpers
+    assert len(files) - len(helpers) > 100
+    assert not helpers & {*utils.MODEL_REMAPPING.values(), *utils.MODEL_ARCHITECTURE_REMAPPING.values()}
+    assert models.skeleton(TEXT | {"model_type": "mistral"}).model_type == "mistral"
+
+
+def test_an_architecture_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ends(config: object) -> None:
+        raise SystemExit(1)  # as mlx-lm's olmo does
+
+    monkeypatch.setattr(bare.mlx_lm_utils(), "_get_classes", ends)
+    with pytest.raises(ArtifactError) as caught:
+        models.skeleton({"model_type": "olmo"})
+    assert str(caught.value) == (
+        "config.json: no architecture that mlx-lm knows (Model type olmo needs a package that is not installed.). "
+        "Name another model."
+    )
+
+
+def test_two_shards_with_a_tensor_of_one_name_are_refused(tmp_path: Path) -> None:
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (tmp_path / "config.json").write_text(json.dumps(TEXT))
+    for name in names:
+        mx.save_safetensors(str(tmp_path / name), {"model.norm.weight": mx.zeros(4)})
+    with pytest.raises(ArtifactError) as caught:
+        models.load(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: {names[0]} and {names[1]} both hold model.norm.weight. Remove one of the two."
+    )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlxflow import hub, model_files
+from mlxflow import hub, model_code, model_files, trust
 from mlxflow.data.chat import ChatTemplate, markers
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.chatml import CHATML
@@ -261,9 +261,13 @@ def _content(token: object) -> str | None:
 
 
 def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` as transformers and mlx-lm read them."""
+    """Write `tokenizer.json` and `tokenizer_config.json` as transformers and mlx-lm read them.
+
+    No Python code is named: a `tokenizer.json` needs none, and none is written beside it.
+    """
     Tokenizer.from_str(vocabulary.definition).save(str(tokenizer_file))
-    config_file.write_text(json.dumps(dict(sorted(vocabulary.config.items())), indent=2) + "\n", encoding="utf-8")
+    config = dict(sorted(trust.without_code(vocabulary.config).items()))
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def hub_files(name: str) -> dict[str, Path]:
@@ -275,7 +279,7 @@ def hub_files(name: str) -> dict[str, Path]:
     Raises:
         SourceError: it cannot be had.
     """
-    patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if model_files.trusts_code() else [])]
+    patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if trust.trusts_code() else [])]
     folder = hub.fetch(name, patterns=patterns, key="pretokenize.tokenizer.from")
     return {file: folder / file for file in model_files.tokenizer_files(folder)}
 
@@ -295,15 +299,13 @@ def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]
         SourceError: its code is not trusted or fails.
     """
     config = files.get("tokenizer_config.json")
-    code = model_files.tokenizer_code(config.parent) if config else ""
+    file, code = trust.tokenizer_code(config.parent) if config else ("", "")
     if config is None or not code:
         return dict(files)
     key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
-    if not model_files.trusts_code():
-        raise SourceError(
-            f"{key}: its tokenizer_config.json names Python code of its own, {code}. Read it, then set "
-            "pretokenize.tokenizer.trust_remote_code = true to run it."
-        )
+    if not trust.trusts_code():
+        trust_key = "pretokenize.tokenizer.trust_remote_code"
+        raise SourceError(f"{key}: {model_code.word_untrusted(file, code, trust_key)}")
     from transformers import AutoTokenizer
 
     try:

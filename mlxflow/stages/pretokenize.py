@@ -327,14 +327,14 @@ def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[An
     """Return the tokenizer that the table asks for, trained here or opened."""
     from tempfile import TemporaryDirectory
 
-    from mlxflow import model_files
+    from mlxflow import trust
     from mlxflow.data import tokenizer
 
     template = inputs.template[0].read_text(encoding="utf-8") if inputs.template else None
     name = config.tokenizer.from_
     if not name:
         return _trained(config, context, files, holdout, template)
-    with model_files.trusting_code(config.tokenizer.trust_remote_code), TemporaryDirectory() as scratch:
+    with trust.trusting_code(config.tokenizer.trust_remote_code), TemporaryDirectory() as scratch:
         folder = inputs.tokenizer[0].parent if inputs.tokenizer else Path()
         found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer} or tokenizer.hub_files(name)
         found = tokenizer.converted(found, Path(scratch), name)

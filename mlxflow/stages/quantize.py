@@ -230,8 +230,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             data = artifacts.folder(config.token_stage, "data")
             tokens = (data / "train.safetensors", data / "validation.safetensors")
         if config.model:
+            trusts = config.trust_remote_code
             return cls(
-                model=artifacts.model(config.model, "model", trusts_code=config.trust_remote_code), tokens=tokens
+                model=artifacts.model(config.model, "model", trusts_code=trusts, needs_tokenizer=True), tokens=tokens
             )
         folder = artifacts.folder(config.input, "input")
         return cls(
@@ -332,7 +333,9 @@ def _source(config: Config, inputs: Inputs, context: Context) -> Path:
     if inputs.model:
         return inputs.model[0].parent
     trust_key = f"{context.task}.trust_remote_code"
-    return models.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
+    folder = models.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
+    models.require_tokenizer_trust(folder, trust_key)
+    return folder
 
 
 def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any], dict[str, Any]]:

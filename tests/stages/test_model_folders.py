@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlxflow import model_files, models
+from mlxflow import models, trust
 from mlxflow.__main__ import main
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.generation import Sampling, Writer
@@ -105,10 +105,14 @@ def test_two_sets_of_weights_are_refused_and_an_index_is_followed(job: Path) -> 
         name: mx.zeros_like(value)
         for name, value in cast("dict[str, mx.array]", mx.load(str(job / "whole"), format="safetensors")).items()
     }
-    mx.save_safetensors(str(job / "base/model_old.safetensors"), stray)
-    model, _ = models.load(job / "base")
-    assert models.num_parameters(model) == sum(value.size for value in stray.values())
-    assert float(mx.abs(model.model.embed_tokens.weight).max()) > 0
+    for copy in ("model copy.safetensors", "model_old.safetensors"):
+        mx.save_safetensors(str(job / "base" / copy), stray)
+        with pytest.raises(ArtifactError) as held:
+            models.load(job / "base")
+        assert str(held.value) == (
+            f"{job}/base: holds {copy} beside its weights, and mlx-lm would read both. Move it out of the folder."
+        )
+        (job / "base" / copy).unlink()
     mx.save_safetensors(str(job / "base/model.safetensors"), stray)
     for table, key in (("[train]", "train.model.from"), ("[quantize]", "quantize.model")):
         with pytest.raises(WorkflowError) as caught:
@@ -294,7 +298,7 @@ def test_code_that_is_trusted_is_run_by_every_stage_after(job: Path, capsys: pyt
     assert "Python code of its own" in capsys.readouterr().err
     assert main(["generate", str(quantized), "--prompt", "note", "--max-tokens", "2", "--trust-remote-code"]) == 0
     assert main(["check", "--workflow", str(job / "workflow.toml")]) == 0
-    assert not model_files.trusts_code()
+    assert not trust.trusts_code()
 
 
 def test_code_that_fails_is_told_in_one_line(job: Path) -> None:
@@ -336,10 +340,55 @@ def _own_tokenizer(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: str) -> None:
+    base = job / "base"
+    for name in models.TOKENIZER_FILES:
+        (base / name).unlink()
+    _own_tokenizer(job / "words")
+    if file == "config.json":
+        _change_json(job / "words/tokenizer_config.json", auto_map=None)
+        _change_json(base / file, auto_map={"AutoConfig": "tokenization.Own"})
+    for name in ("vocab.own.json", "tokenization.py", "tokenizer_config.json"):
+        shutil.copy(job / "words" / name, base)
+    text = QUANTIZE + 'model = "base"\n'
+    with pytest.raises(WorkflowError) as caught:
+        _load(job, text)
+    assert str(caught.value) == (
+        f'{job}/workflow.toml: quantize.model = "base": its {file} names Python code of its own, tokenization.Own. '
+        "Read it, then set quantize.trust_remote_code = true to run it."
+    )
+    with pytest.raises(ArtifactError) as refused:
+        models.open_tokenizer(base)
+    assert str(refused.value) == (
+        f"{base}: its {file} names Python code of its own, tokenization.Own. Read it, then set "
+        "trust_remote_code = true where the workflow names the folder, or pass --trust-remote-code."
+    )
+
+
+def test_code_that_no_stage_needs_stays_behind(job: Path) -> None:
+    base = job / "base"
+    (base / "modeling.py").write_text("raise SystemExit('nothing may import this')")
+    for name in ("config.json", "tokenizer_config.json"):
+        _change_json(base / name, auto_map={"AutoConfig": "modeling.Own", "AutoTokenizer": ["modeling.Own", None]})
+    for made in (_run(job, "train", 'model.from = "base"\n'), _run(job, "quantize", QUANTIZE + 'model = "base"\n')):
+        assert not (made / "modeling.py").exists()
+        assert "auto_map" not in (made / "config.json").read_text() + (made / "tokenizer_config.json").read_text()
+
+
+def test_a_folders_files_are_opened_by_transformers_without_the_code_that_they_name(job: Path) -> None:
+    (job / "base/tokenizer_config.json").unlink()
+    (job / "base/tokenization.py").write_text("raise SystemExit('nothing may import this')")
+    _change_json(job / "base/config.json", auto_map={"AutoTokenizer": ["tokenization.Own", None]})
+    quantized = _run(job, "quantize", QUANTIZE + 'model = "base"\n')
+    assert "auto_map" not in (quantized / "tokenizer_config.json").read_text()
+
+
 def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(
     job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import transformers.dynamic_module_utils as modules
+    from transformers import AutoTokenizer
 
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     _own_tokenizer(job / "words")
@@ -356,3 +405,6 @@ def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(
     made = run_stage(workflow, workflow.find("pretokenize"))
     kept: dict[str, Any] = json.loads((made / "tokenizer.json").read_text())
     assert kept["model"]["vocab"]["remember"] == 6
+    assert "auto_map" not in json.loads((made / "tokenizer_config.json").read_text())
+    opened = AutoTokenizer.from_pretrained(made, trust_remote_code=False)
+    assert opened.encode("remember") == [6]
