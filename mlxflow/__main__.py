@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mlxflow.causes import is_about_a_file, word_cause
 from mlxflow.errors import CallError, MlxflowError
 
 
@@ -29,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except BrokenPipeError:
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if not is_about_a_file(error):
+            raise
+        print(word_cause(error, "mlxflow"), file=sys.stderr)
+        return 1
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

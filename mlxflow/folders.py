@@ -10,20 +10,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlxflow.causes import OF_WRITING, advise, is_about_a_file, named, naming
 from mlxflow.errors import StageError
 
 _PARTIAL_SUFFIX = ".partial"
 _ASIDE_SUFFIX = f"{_PARTIAL_SUFFIX}.old"
-
-# A disk that is full, may not be written, is gone or holds no file as large; a file where a folder has to be or the
-# other way round; a folder that cannot be moved.
-_UNWRITABLE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-    | {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EFBIG, errno.EBUSY, errno.EXDEV}
-)
 
 # What a file system answers that cannot flush a folder
 _CANNOT_FLUSH = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP})
@@ -41,11 +35,11 @@ def publishing(folder: Path, keep: Callable[[], Iterable[str]] = tuple) -> Itera
         an empty folder on the same file system.
 
     Raises:
-        StageError: the disk is full or cannot be written, or the folder cannot be replaced; the old artifact is as it
-            was.
+        StageError: a file call failed: the disk is full or cannot be written, or the folder cannot be replaced, say;
+            the old artifact is as it was, unless the line says that it was replaced.
     """
-    place = place_of(folder)
     with writable(folder):
+        place = place_of(folder)
         yield from _publish(_private(place), place, keep)
 
 
@@ -66,9 +60,14 @@ def _publish(private: Path, folder: Path, keep: Callable[[], Iterable[str]]) -> 
         _flush(private)
         _swap(private, folder)
     except BaseException:
-        remove_folder(private)
+        with suppress(OSError):  # the first error is the one to know, and the next run removes the folder
+            remove_folder(private)
         raise
-    _flush(folder.parent)
+    try:
+        _flush(folder.parent)
+    except OSError as error:
+        said = f"{folder.parent}: cannot be flushed to the disk ({error.strerror})"
+        raise StageError(f"{said}. {advise(error)}; {folder} was replaced.") from error
     _remove_replaced(private)
 
 
@@ -164,22 +163,28 @@ def _is_mounted(place: Path) -> bool:
 
 @contextmanager
 def writable(target: Path) -> Iterator[None]:
-    """Word what a disk that is full or cannot be written does to the writing of a file or folder in this block.
+    """Word a file call that fails in this block, which writes a file or folder.
 
     Raises:
-        StageError: the disk is full or cannot be written; the target is as it was.
+        StageError: one failed; the target is as it was.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if isinstance(error, BrokenPipeError) or not is_about_a_file(error):
             raise
-        free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.access(p, os.F_OK))).free
-        where = error.filename or target
-        raise StageError(
-            f"{where}: cannot be written ({error.strerror}; {free:,} bytes free). Make room or choose another folder; "
-            f"{target} is as it was."
-        ) from error
+        raise StageError(f"{_word_failure(error, target)}. {advise(error)}; {target} is as it was.") from error
+
+
+def _word_failure(error: OSError, target: Path) -> str:
+    """Return which file could not be written, or merely failed where it is not one that the target is made of."""
+    where = named(error, target)
+    file, place = Path(os.path.realpath(where)), Path(os.path.realpath(target))
+    is_own = file.parent == place.parent or any(file.is_relative_to(one) for one in (place, _private(place)))
+    if error.errno not in OF_WRITING and not is_own:
+        return f"{where}: {error.strerror}"
+    free = shutil.disk_usage(next(path for path in (target, *target.parents) if os.access(path, os.F_OK))).free
+    return f"{where}: cannot be written ({error.strerror}; {free:,} bytes free)"
 
 
 def remove_folder(folder: Path) -> None:
@@ -215,14 +220,15 @@ def _folders(folder: Path) -> list["os.DirEntry[str]"]:
 
 def _flush(path: Path) -> None:
     """Ask the system to put a file or folder on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        _flush_descriptor(descriptor)
-    except OSError as error:
-        if error.errno not in _CANNOT_FLUSH or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            _flush_descriptor(descriptor)
+        except OSError as error:
+            if error.errno not in _CANNOT_FLUSH or not path.is_dir():
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _flush_descriptor(descriptor: int) -> None:
@@ -279,10 +285,12 @@ def write_whole(path: Path, data: bytes) -> None:
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(place), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             _flush_descriptor(file.fileno())
         temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to know
+            temporary.unlink(missing_ok=True)
+        raise

@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import xxhash
 
+from mlxflow.causes import naming
+
 #: The safetensors metadata key whose value tells where a file came from, not what it is.
 PROVENANCE_KEY = "mlxflow"
 
@@ -142,13 +144,14 @@ def digest_file(path: Path) -> Digests:
         OSError: the file cannot be read.
         ValueError: a safetensors file whose header disagrees with its length.
     """
-    if path.suffix == ".safetensors":
-        return _digest_safetensors(path)
-    if path.name == "report.toml":
-        return _digest_report(path)
-    with io.FileIO(path) as file:
-        content = _digest_span(file, 0, os.fstat(file.fileno()).st_size)
-    return Digests(content, content)
+    with naming(path):
+        if path.suffix == ".safetensors":
+            return _digest_safetensors(path)
+        if path.name == "report.toml":
+            return _digest_report(path)
+        with io.FileIO(path) as file:
+            content = _digest_span(file, 0, os.fstat(file.fileno()).st_size)
+        return Digests(content, content)
 
 
 def _digest_span(file: io.FileIO, begin: int, end: int) -> str:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
+from mlxflow.causes import naming
 from mlxflow.errors import UserError
 
 # How file systems say that they have no locks: NFS without its lock service, Lustre without -o flock, FUSE
@@ -55,8 +56,10 @@ def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: s
         yield  # where nothing can be written nobody else is at work; whoever must write says so
         return
     with ExitStack() as held:
-        held.enter_context(file)
-        if refusal := _acquire(file, waiting, wait=wait, shared=shared):
+        held.enter_context(_closing(file, path))
+        with naming(path):
+            refusal = _acquire(file, waiting, wait=wait, shared=shared)
+        if refusal:
             file = held.enter_context(_stand_in(path, refusal))
             if _acquire(file, waiting, wait=wait, shared=shared):
                 raise _unsupported(path, refusal)
@@ -73,6 +76,16 @@ def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: s
             if line in others:
                 others.remove(line)
                 _write_holders(file, others)
+
+
+@contextmanager
+def _closing(file: TextIOWrapper, path: Path) -> Iterator[None]:
+    """Close a lock's file at the end, naming it where that fails; the lock is gone in any case."""
+    try:
+        yield
+    finally:
+        with naming(path):
+            file.close()
 
 
 def _open(path: Path) -> TextIOWrapper:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow.causes import naming
 from mlxflow.paths import printable
 from tasks.node import Node
 
@@ -117,7 +118,8 @@ def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, T
         a line about what was done, empty where nothing was.
     """
     try:
-        is_marked = re.search(rb"^<{7}", path.read_bytes(), re.MULTILINE)
+        with naming(path):
+            is_marked = re.search(rb"^<{7}", path.read_bytes(), re.MULTILINE)
     except FileNotFoundError:
         return ""
     if not is_marked or not (lock := read(path)).damage:
@@ -136,7 +138,8 @@ def read(path: Path) -> Lock:
     import tomllib
 
     try:
-        text = path.read_bytes().decode(errors="replace")
+        with naming(path):
+            text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return Lock({})
     try:

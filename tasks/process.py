@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from mlxflow.causes import naming
 from mlxflow.stage import PARENT_VARIABLE
 
 _GRACE_SECONDS = 30
@@ -26,7 +28,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
     on_terminal = sys.stderr.isatty()
     output, child_output = _open_terminal() if on_terminal else os.pipe()
     try:
-        with log.open("wb") as file:
+        with naming(log), log.open("wb") as file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -41,11 +43,11 @@ def run_process(command: Sequence[str], log: Path) -> int:
             child_output = reading = -1
             _running.add(process)
             try:
-                _copy(output, file.fileno())
+                _copy(output, file)
                 return process.wait()
             except BaseException:
                 _end(process)
-                _copy(output, file.fileno())  # what it said of its end
+                _copy(output, file)  # what it said of its end
                 raise
             finally:
                 _running.discard(process)
@@ -88,7 +90,7 @@ def _open_terminal() -> tuple[int, int]:
     return ours, theirs
 
 
-def _copy(source: int, log: int) -> None:
+def _copy(source: int, log: BinaryIO) -> None:
     """Copy what a process prints to standard error and to a log, until it closes its end."""
     while True:
         try:
@@ -97,6 +99,7 @@ def _copy(source: int, log: int) -> None:
             return
         if not data:
             return
-        os.write(log, data)
+        log.write(data)
+        log.flush()
         sys.stderr.flush()
         os.write(2, data)

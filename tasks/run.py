@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from doit.cmd_run import Run
 
+from mlxflow.causes import word_cause
 from tasks.adoption import Adoption
 from tasks.selection import Selection, refuse, word_unknown
 from tasks.state import Journal
@@ -110,8 +111,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         except BrokenPipeError:  # nobody reads what is printed
             raise
         except OSError as error:  # doit's own state cannot be written
-            where = error.filename or Path(journal.name).parent
-            print(f"{where}: {error.strerror}. Make room, or let it be written.", file=sys.stderr)
+            print(word_cause(error, Path(journal.name).parent), file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted: finished stages are kept, the one that ran is as it was before", file=sys.stderr)

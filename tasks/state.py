@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlxflow.causes import naming
+
 # A journal with this many lines for each task that it knows, and some more, is rewritten when doit ends.
 _COMPACT_FACTOR = 4
 _COMPACT_SLACK = 64
@@ -60,7 +62,8 @@ class Journal:
         self._lines = 0
         self._torn = False
         try:
-            data = Path(self.name).read_bytes()
+            with naming(self.name):
+                data = Path(self.name).read_bytes()
         except FileNotFoundError:
             return
         self._torn = not data.endswith(b"\n")
@@ -79,12 +82,12 @@ class Journal:
     def _append(self, task_id: str) -> None:
         line = json.dumps({"task": task_id, "record": self._records.get(task_id)}, separators=(",", ":"))
         Path(self.name).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(descriptor, (("\n" if self._torn else "") + line + "\n").encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        data = (("\n" if self._torn else "") + line + "\n").encode()
+        self._torn = True  # until all of it is there
+        with naming(self.name), open(self.name, "ab", buffering=0) as file:  # noqa: PTH123
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
         self._torn = False
         self._lines += 1
 

@@ -16,6 +16,7 @@ from doit.cmd_base import DoitCmdBase
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand, InvalidDodoFile
 
+from mlxflow.causes import word_cause
 from mlxflow.errors import MlxflowError
 from tasks.selection import refuse, word_unknown
 from tasks.state import BACKEND, Journal
@@ -71,7 +72,7 @@ class Verb:
         except OSError as error:
             if not self.is_of_stages:
                 raise
-            refuse(f"{error.filename}: {error.strerror}. Make room, or let it be written.", 1)
+            refuse(word_cause(error, "doit"), 1)
 
     def get_checker_cls(self, check_file_uptodate: object) -> Any:
         """Return doit's checker class; refuse options that stages have no use for before anything is opened."""

@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_moved_keeps_the_old_one_and_says_so(
         _publish(tmp_path / "train")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/.train.partial: cannot be written ({os.strerror(number)}; ")
-    assert message.endswith(f"Make room or choose another folder; {tmp_path}/train is as it was.")
+    assert message.endswith(f"Look whether its disk works, and run it again; {tmp_path}/train is as it was.")
     assert _tree(tmp_path) == {"train/file": "old"}
     assert len(moved) == 2  # aside, and back
 
@@ -287,7 +287,8 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         shutil.rmtree(place)
     message = str(caught.value)
     assert message.startswith(f"{place}/.train.partial: cannot be written (Permission denied; ")
-    assert message.endswith(f" bytes free). Make room or choose another folder; {place}/train is as it was.")
+    said = "Let it be written or choose another folder"
+    assert message.endswith(f" bytes free). {said}; {place}/train is as it was.")
 
 
 def test_a_full_disk_keeps_the_old_folder_and_says_so(tmp_path: Path) -> None:

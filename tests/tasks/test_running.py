@@ -315,4 +315,5 @@ def test_on_a_read_only_disk_doit_looks_and_fails_in_one_line_when_it_must_write
         (chain.folder / "source").write_bytes(b"another")
         code, out, err = chain.doit()
         assert (code, out) == (1, ".  s1: source source changed\n")
-        assert err == "artifacts/.mlxflow/state.jsonl: Read-only file system. Make room, or let it be written.\n"
+        said = "Let it be written or choose another folder."
+        assert err == f"artifacts/.mlxflow/state.jsonl: Read-only file system. {said}\n"

@@ -1,0 +1,63 @@
+"""What a file call that failed says to a user: the file, the system's reason, and what to do about that reason."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_ADVICE = {
+    "Make room or choose another folder": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "Let it be written or choose another folder": (errno.EROFS, errno.EACCES, errno.EPERM),
+    "Move away what is in its place": (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP),
+    "Look whether its disk works, and run it again": (
+        *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EXDEV),
+        *(errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),
+    ),
+    "Allow this process more open files (ulimit -n)": (errno.EMFILE,),
+    "Close files of other programs, and run it again": (errno.ENFILE,),
+    "Put it there, or name another": (errno.ENOENT,),
+    "Choose a shorter name": (errno.ENAMETOOLONG,),
+    "Run it again": (errno.EINTR, errno.EAGAIN, errno.ENOMEM),
+}
+
+_ADVICE_BY_NUMBER = {number: advice for advice, numbers in _ADVICE.items() for number in numbers}
+
+#: Reasons that only a call has that writes.
+OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+
+def is_about_a_file(error: OSError) -> bool:
+    """Return whether an error is what a file system answers, not a process or a network."""
+    return error.errno in _ADVICE_BY_NUMBER
+
+
+def advise(error: OSError) -> str:
+    """Return what to do about an error, without a full stop."""
+    return _ADVICE_BY_NUMBER.get(error.errno or 0, "Mend that, and run it again")
+
+
+def word_cause(error: OSError, place: str | os.PathLike[str]) -> str:
+    """Return the line about a file call that failed.
+
+    Args:
+        error: what it raised.
+        place: the file or folder, where the error names none.
+    """
+    return f"{named(error, place)}: {error.strerror or error}. {advise(error)}."
+
+
+def named(error: OSError, place: str | os.PathLike[str]) -> str:
+    """Return the file that an error is about, or else a place."""
+    name = error.filename2 or error.filename  # of two the one that is written
+    return os.fsdecode(place if name is None or isinstance(name, int) else name)
+
+
+@contextmanager
+def naming(place: str | os.PathLike[str]) -> Iterator[None]:
+    """Name a file in the errors of this block that name none, as those of reading, writing and flushing do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or isinstance(error.filename, int):
+            error.filename = os.fspath(place)
+        raise

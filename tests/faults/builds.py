@@ -1,0 +1,172 @@
+"""A build of two cheap stages, disturbed at a call and then run again: what has to be true of both."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.chain import DODO
+from tests.faults.injection import KINDS, Call, Fault, Outcome, python, run
+
+#: What is done to a template: the disturbed command, and those that bring the folder to its end.
+COMMANDS = {
+    "first": (("run",), (("run",),)),
+    "again": (("run",), (("run",),)),
+    "clean": (("clean",), (("clean",), ("run",))),
+    "forget": (("forget", "s1"), (("run",),)),
+    "pack": (("pack", "s2", "s2.tar"), (("pack", "s2", "s2.tar"), ("run",))),
+    "unpack": (("unpack", "s2.tar"), (("unpack", "s2.tar"), ("run",))),
+}
+
+
+# It goes through the door of the real command, which words what fails.
+STAGE = """
+import hashlib, sys
+from pathlib import Path
+from mlxflow import __main__ as door, artifact
+from mlxflow.run import end_with_parent
+
+def build(parsed):
+    end_with_parent()
+    number = int(parsed.stage[1:])
+    read = Path("source" if number == 1 else f"artifacts/s{number - 1}/a").read_bytes()
+    print("at work on", parsed.stage, flush=True)
+    folder = Path(f"artifacts/{parsed.stage}")
+    keep = lambda: [path.name for path in folder.glob("*.txt")]
+    with artifact.publishing(folder, keep) as private, (private / "a").open("wb") as file:
+        file.write(hashlib.shake_256(parsed.stage.encode() + read).digest(1000))
+
+door._run = build
+sys.exit(door.main(["run", sys.argv[1]]))
+"""
+
+
+class Scenario(NamedTuple):
+    """A command in a folder, and what the folder holds when it was never disturbed.
+
+    Attributes:
+        name: a key of `COMMANDS`.
+        template: the folder, copied for each run.
+        calls: the calls of the command.
+        expected: what lies in the folder at the end, by path.
+    """
+
+    name: str
+    template: Path
+    calls: tuple[Call, ...]
+    expected: dict[str, Any]
+
+    def numbers(self, kind: str) -> list[int]:
+        """Return the numbers of the calls that can meet a kind of fault."""
+        return [call.number for call in self.calls if kind in call.kinds]
+
+
+def prepare(library: Path, folder: Path, name: str) -> Scenario:
+    """Make the template of a scenario and run it undisturbed."""
+    template = folder / name
+    template.mkdir()
+    text = DODO.replace("KIND", repr({"uses_device": False})).replace("range(1, 7)", "range(1, 3)")
+    stage = folder / "stage.py"  # not below what is disturbed: in its place would be an installed module
+    stage.write_text(STAGE)
+    (template / "dodo.py").write_text(text.replace('"stage.py"', f'"-P", {str(stage)!r}'))
+    (template / "source").write_bytes(b"the source")
+    if name != "first":
+        _succeed(run(library, template, python("doit")))
+    if name == "again":
+        (template / "source").write_bytes(b"another source")
+        (template / "artifacts/s1/notes.txt").write_text("a file of the user's")
+    if name == "unpack":
+        _succeed(run(library, template, python("doit", "pack", "s2", "s2.tar")))
+        shutil.rmtree(template / "artifacts/s2")
+    copy = Path(shutil.copytree(template, folder / f"{name}-undisturbed"))
+    disturbed, mending = COMMANDS[name]
+    outcome = run(library, copy, python("doit", *disturbed))
+    _succeed(outcome)
+    for command in mending:
+        _succeed(run(library, copy, python("doit", *command)))
+    return Scenario(name, template, outcome.calls, contents(copy))
+
+
+def _succeed(outcome: Outcome) -> None:
+    assert outcome.code == 0, outcome
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Return what lies in a folder, by path; of what differs between equal builds only the part that does not."""
+    return {
+        str(path.relative_to(folder)): _content(path)
+        for path in sorted(folder.rglob("*"))
+        if "cache" not in path.relative_to(folder).parts
+    }
+
+
+def _content(path: Path) -> Any:
+    if path.is_dir():
+        return "folder"
+    if path.name in ("digests.json", "lock") or path.suffix == ".log":
+        return "of one run and machine"
+    data = path.read_bytes()
+    if path.name == "mlxflow.lock":
+        return re.sub(rb"(?m)^(seconds|commit) = .*$", b"", data)
+    if path.name == "state.jsonl":
+        return _records(data)
+    return data
+
+
+def _records(data: bytes) -> dict[str, Any]:
+    """Return the record of each task in a journal, without its seconds."""
+    entries = [json.loads(line) for line in data.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+    records = {entry["task"]: entry["record"] for entry in entries if entry["record"]}
+    values = {task: dict(record["_values_:"]) for task, record in records.items()}
+    return {task: {key: of[key] for key in ("settings", "inputs", "outputs")} for task, of in values.items()}
+
+
+def disturb(library: Path, scenario: Scenario, fault: Fault, folder: Path) -> Outcome:
+    """Run a scenario with a fault and then without.
+
+    Raises:
+        AssertionError: the disturbed run was a traceback, hid the fault or did not name it; or the folder is not what
+            undisturbed runs leave.
+    """
+    shutil.copytree(scenario.template, folder)
+    disturbed, mending = COMMANDS[scenario.name]
+    outcome = run(library, folder, python("doit", *disturbed), fault)
+    where = f"{fault} at {[(call.name, call.path) for call in outcome.calls]}: {outcome}"
+    assert outcome.calls, where
+    is_own = all(is_of_python(call, folder) for call in outcome.calls)
+    assert is_own or "Traceback" not in outcome.err + outcome.out, where
+    if outcome.code == 0 and scenario.name in ("first", "again") and not _says(fault, outcome.err):
+        assert contents(folder) == scenario.expected, where
+    if is_own:
+        assert outcome.code == 0 or outcome.err.strip() or fault.kind == "KILL", where
+    elif outcome.code != 0 and fault.kind not in ("KILL", "HALF"):
+        _assert_named(fault, outcome, where)
+    for command in mending:
+        code, out, err, _ = run(library, folder, python("doit", *command))
+        assert code == 0, f"{where}\n{command}: {out}{err}"
+    found = contents(folder)
+    differing = [
+        name for name in found.keys() | scenario.expected.keys() if found.get(name) != scenario.expected.get(name)
+    ]
+    assert not differing, f"{where}\n{[(name, found.get(name), scenario.expected.get(name)) for name in differing]}"
+    return outcome
+
+
+def is_of_python(call: Call, folder: Path) -> bool:
+    """Return whether a call is made by Python's import or by doit before the graph is known, who word its failure."""
+    return Path(call.path) == folder or Path(call.path).name in ("dodo.py", "doit.cfg", "pyproject.toml")
+
+
+def _assert_named(fault: Fault, outcome: Outcome, where: str) -> None:
+    """One line names the reason, and the file or the folder that it lies in."""
+    lines = _says(fault, outcome.err)
+    assert len(lines) == 1 or (lines and fault.times > 1), f"{len(lines)} lines say why: {where}"
+    names = {part for call in outcome.calls for part in (Path(call.path).name, Path(call.path).parent.name)}
+    assert any(name in lines[0] for name in names), f"{lines[0]!r} names no file: {where}"
+
+
+def _says(fault: Fault, err: str) -> list[str]:
+    """Return the lines that name the reason."""
+    return [line for line in err.splitlines() if KINDS[fault.kind] > 0 and os.strerror(KINDS[fault.kind]) in line]

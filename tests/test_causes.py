@@ -1,0 +1,44 @@
+"""What a file call that failed says: its file, the system's reason, and advice that fits the reason."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mlxflow.causes import is_about_a_file, naming, word_cause
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.ENOSPC, "a/b: No space left on device. Make room or choose another folder."),
+        (errno.EROFS, "a/b: Read-only file system. Let it be written or choose another folder."),
+        (errno.EIO, "a/b: Input/output error. Look whether its disk works, and run it again."),
+        (errno.EMFILE, "a/b: Too many open files. Allow this process more open files (ulimit -n)."),
+        (errno.EISDIR, "a/b: Is a directory. Move away what is in its place."),
+        (errno.ENOENT, "a/b: No such file or directory. Put it there, or name another."),
+    ],
+)
+def test_the_advice_fits_the_reason(number: int, line: str) -> None:
+    assert word_cause(OSError(number, os.strerror(number), "a/b"), "elsewhere") == line
+    assert word_cause(OSError(number, os.strerror(number)), "a/b") == line
+
+
+def test_of_two_files_the_one_that_is_written_is_named() -> None:
+    error = OSError(errno.EIO, os.strerror(errno.EIO), ".a.tmp", None, "a")
+    assert word_cause(error, "").startswith("a: ")
+
+
+def test_a_file_is_named_where_the_error_names_none_and_only_there(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Bad file descriptor") as caught, naming(tmp_path / "a"):
+        os.fsync(10_000)
+    assert caught.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError) as other, naming(tmp_path / "a"):
+        (tmp_path / "b").read_bytes()
+    assert other.value.filename == str(tmp_path / "b")
+
+
+def test_what_a_process_or_a_network_answers_is_not_about_a_file() -> None:
+    assert not is_about_a_file(ChildProcessError(errno.ECHILD, "No child processes"))
+    assert is_about_a_file(OSError(errno.EDQUOT, "Disk quota exceeded"))
