@@ -164,6 +164,7 @@ def _assert_named(fault: Fault, outcome: Outcome, where: str) -> None:
     lines = _says(fault, outcome.err)
     assert len(lines) == 1 or (lines and fault.times > 1), f"{len(lines)} lines say why: {where}"
     names = {part for call in outcome.calls for part in (Path(call.path).name, Path(call.path).parent.name)}
+    names |= {re.sub(r"^\.?(.+)\.\d+\.tmp$", r"\1", name) for name in names}  # of a file beside, the one that it is for
     assert any(name in lines[0] for name in names), f"{lines[0]!r} names no file: {where}"
 
 
