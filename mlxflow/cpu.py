@@ -8,7 +8,7 @@ denormals unless told to treat them as zero, as GPUs do; a step then takes 1.6 t
 (`benchmarks/cpu.py`). The setting belongs to a thread and is inherited by the threads it starts.
 
 `mx.compile` has g++ make each kernel, which takes 1.2 s, of which 0.8 s go into reading one header of MLX. So it is
-read once and kept beside the kernels, in the temporary folder.
+read once and kept beside the kernels, in a folder that `own_folders` has checked.
 """
 
 import ctypes
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+
+from mlxflow.own_folders import prepare_compiled_folder
 
 #: The command that mends what `missing` finds, on Debian and Ubuntu.
 INSTALL = "sudo apt-get install -y libopenblas0-pthread g++"
@@ -42,11 +44,15 @@ _MALLOC = {-3: 1 << 25, -1: 1 << 30}
 def prepare() -> str | None:
     """Load a fast BLAS and start MLX's CPU threads without denormals, once a process.
 
-    Has no effect on an MLX that is already imported.
+    Has no effect on an MLX that is already imported, but that it compiles in a folder of the user's own from now on.
 
     Returns:
         the file name of the BLAS; None where none is found or none is needed.
+
+    Raises:
+        NoFolderError: there is no place where MLX may compile.
     """
+    prepare_compiled_folder()
     if not sys.platform.startswith("linux"):
         return None
     with _without_denormals():
@@ -104,30 +110,32 @@ def _without_denormals() -> Iterator[None]:
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
 _OPTIONS = ("-std=c++17", "-O3", "-Wall", "-fPIC")
 
+# What must be free for the precompiled header, which takes half of it
+_HEADER_BYTES = 128 * 2**20
+
 
 def prepare_compiler() -> None:
     """Have g++ read MLX's header once, for all kernels to come; takes 3 s, and nothing when that was done before.
 
     What is included is looked for beside the kernel's source first, and there first of all as a precompiled header.
+
+    Raises:
+        NoFolderError: there is no place where MLX may compile.
     """
     if not sys.platform.startswith("linux") or not shutil.which("g++"):
         return
     import mlx.core as mx
 
     source = Path(mx.__file__).parent / "include"
-    path = _temporary_folder() / "mlx" / version("mlx") / "cpu" / f"{_HEADER}.gch"
-    if path.exists() or not (source / _HEADER).exists():
+    folder = prepare_compiled_folder()
+    path = folder / "mlx" / version("mlx") / "cpu" / f"{_HEADER}.gch"
+    if path.exists() or not (source / _HEADER).exists() or shutil.disk_usage(folder).free < _HEADER_BYTES:
         return
     with suppress(OSError, subprocess.CalledProcessError):  # kernels are made without it, too
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             if not path.exists():
                 _precompile(source, path)
-
-
-def _temporary_folder() -> Path:
-    """Return what `std::filesystem::temp_directory_path` does."""
-    return Path(next(filter(None, map(os.environ.get, ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))), "/tmp"))  # noqa: S108
 
 
 @contextmanager

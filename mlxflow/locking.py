@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlxflow.causes import naming
 from mlxflow.errors import UserError
+from mlxflow.own_folders import cache_folder
 
 # How file systems say that they have no locks: NFS without its lock service, Lustre without -o flock, FUSE
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -173,6 +174,9 @@ def _say(line: str) -> None:
 
 
 def device_lock() -> Path:
-    """Return the lock of this machine's device, the same for every workflow of a user: in the user's cache folder."""
-    usual = Path("Library/Caches") if sys.platform == "darwin" else Path(".cache")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / usual) / "mlxflow" / "device.lock"
+    """Return the lock of this machine's device, the same for every workflow of a user: in the user's cache folder.
+
+    Raises:
+        NoFolderError: there is no place for a cache folder.
+    """
+    return cache_folder() / "device.lock"

@@ -16,6 +16,7 @@ from mlxflow import artifact, cpu, device, folders, ownership, stage, trust
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.identity import DigestCache
 from mlxflow.locking import hold
+from mlxflow.own_folders import prepare_compiled_folder
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
@@ -34,6 +35,8 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
     started = time.perf_counter()
     if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
         raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
+    if getattr(one.module, "USES_DEVICE", True):
+        prepare_compiled_folder()  # before any process is started that compiles
     begin = getattr(one.module, "begin", None)
     with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
         return _run(workflow, one, into, begun, started)

@@ -91,7 +91,6 @@ def test_why_one_does_not_serve_is_said_once(capfd: pytest.CaptureFixture[str]) 
     ],
 )
 def test_a_damaged_or_foreign_cache_counts_as_empty(damaged: bytes) -> None:
-    cache_file().parent.mkdir(parents=True)
     cache_file().write_bytes(damaged)
     assert _outcomes(_GOOD, "a") == {"a": True}
     assert _outcomes("raise SystemExit(1)", "a") == {"a": True}, "what came out is kept in its place"
