@@ -3,19 +3,62 @@
 The import costs a second and 50 MB, with PyTorch four seconds and half a gigabyte, and a stage needs none of it to
 build or open a model. Here mlx-lm's own modules are imported with stand-ins for the few names that come from there;
 whoever uses one of these names gets the real thing, imported then.
+
+`mlx_lm.utils` sets the limit of open files to 2,048 and the most that it can be raised to to 4,096, which fails where
+less is allowed, and takes away what is allowed beyond. Here the limit is raised as far as is allowed, and no further.
 """
 
 import importlib
 import importlib.util
 import os
+import resource
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
 # What mlx_lm.utils takes from modules that are not to be imported with it: functions it calls, and a type it names
 _FUNCTIONS = {"mlx_lm.tokenizer_utils": ("load",), "huggingface_hub": ("snapshot_download",)}
 _TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",)}
+
+
+# Open files that mlx-lm wants to be able to have, for models of many files
+_OPEN_FILES = 2048
+
+
+def raise_open_files() -> None:
+    """Let this process have as many files open as mlx-lm wants, or as many as it may where that is fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _KeepingLimits(MetaPathFinder):
+    """Finds `mlx_lm.utils` such that its import leaves the limits of open files to `raise_open_files`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "mlx_lm.utils":
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_keeping_limits(module: types.ModuleType) -> None:
+            allowed, resource.setrlimit = resource.setrlimit, lambda *_: None
+            try:
+                execute(module)
+            finally:
+                resource.setrlimit = allowed
+            raise_open_files()
+
+        spec.loader.exec_module = execute_keeping_limits  # type: ignore[method-assign]
+        return spec
 
 
 def prepare() -> None:
@@ -39,6 +82,7 @@ def prepare() -> None:
 
     vars(package)["__getattr__"] = whole
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as the package does
+    sys.meta_path.insert(0, _KeepingLimits())
     sys.modules["mlx_lm"] = package
 
 

@@ -61,9 +61,11 @@ def prepare_compiled_folder() -> Path:
     places = [temporary_folder() / _own_name(), *(place / "compiled" / _own_name() for place in _cache_places())]
     folder = _first_usable("compiled code", places, needed_bytes=_COMPILED_BYTES)
     try:
-        tempfile.gettempdir()  # is remembered by Python
+        inherited = tempfile.gettempdir() == str(folder)  # Python remembers it
     except FileNotFoundError:
         tempfile.tempdir = str(folder)
+    else:
+        tempfile.tempdir = str(temporary_folder()) if inherited else tempfile.tempdir
     os.environ[_TEMPORARY_VARIABLES[0]] = str(folder)
     return folder
 

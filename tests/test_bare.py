@@ -3,9 +3,32 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def _run(program: str) -> str:
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "module"),
+    [
+        (100, 256, "bare.mlx_lm_utils()"),
+        (1024, 4000, "import mlx_lm.tuner.utils"),
+        (4096, 8192, "bare.mlx_lm_utils()"),
+        (1024, 8192, "bare.mlx_lm_utils()"),
+    ],
+)
+def test_open_files_are_limited_as_the_system_does_whatever_mlx_lm_wants(soft: int, hard: int, module: str) -> None:
+    told = _run(f"""
+import resource
+from mlxflow import bare
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+bare.prepare()
+{module}
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+""")
+    assert told == str((max(soft, min(2048, hard)), hard))
 
 
 LOADED = "sorted({'transformers', 'torch', 'httpx', 'huggingface_hub'} & set(sys.modules))"

@@ -119,7 +119,9 @@ def test_the_processes_of_a_process_compile_in_the_same_folder(tmp_path: Path) -
     assert os.environ["TMPDIR"] == str(folder)
     assert tempfile.gettempdir() == str(tmp_path / "tmp")
     assert prepare_compiled_folder() == folder
-    script = "from mlxflow.own_folders import *; print(prepare_compiled_folder(), temporary_folder())"
+    script = (
+        "import tempfile; from mlxflow.own_folders import *; print(prepare_compiled_folder(), tempfile.gettempdir())"
+    )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert told.split() == [str(folder), str(tmp_path / "tmp")]
 
