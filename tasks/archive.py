@@ -2,20 +2,31 @@
 
 import io
 import json
+import os
+import shutil
+import stat
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlxflow import artifact
-from mlxflow.errors import ArtifactError
+from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import digest_file
 from mlxflow.ownership import foreign_names
+from mlxflow.state_files import InvalidStateError, parse_json
 from tasks.node import Node
 from tasks.outputs import may_hold
+from tasks.records import read_values
+from tasks.tar_members import ArchiveError, Member, compression, members
 
 _RECORD = "record.json"
 _FORMAT = 1
-_LARGEST_RECORD_BYTES = 64_000_000
+_LARGEST_RECORD_BYTES = 32_000_000
+# Of a record: it is mostly text, and each of these takes some 20 times the memory that its text does.
+_MOST_CONTAINERS = 500_000
+_CHUNK_BYTES = 1 << 22
 
 
 def pack(node: Node, values: dict[str, Any], file: Path) -> None:
@@ -25,9 +36,14 @@ def pack(node: Node, values: dict[str, Any], file: Path) -> None:
         node: the stage.
         values: its record; the artifact is what it says.
         file: the archive, replaced whole.
+
+    Raises:
+        ArtifactError: the record is too large to be unpacked again.
     """
-    temporary = file.with_name(f".{file.name}.tmp")
     record = json.dumps({"format": _FORMAT, "task": node.task, "values": values}, sort_keys=True).encode()
+    if _is_too_large(record):
+        raise ArtifactError(f"{node.task}: its record has {len(record):,} bytes, more than an archive can hold.")
+    temporary = file.with_name(f".{file.name}.tmp")
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
             archive.addfile(_member(_RECORD, len(record)), io.BytesIO(record))
@@ -37,6 +53,10 @@ def pack(node: Node, values: dict[str, Any], file: Path) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_too_large(record: bytes) -> bool:
+    return len(record) > _LARGEST_RECORD_BYTES or record.count(b"[") + record.count(b"{") > _MOST_CONTAINERS
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
@@ -54,72 +74,108 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
     Raises:
         ArtifactError: the archive is damaged, hostile, of another version or of a stage that is not in the workflow;
             what was there before is as it was.
+        StageError: the disk has no room for it.
     """
     try:
-        with tarfile.open(file, "r:") as archive:
-            node, values = _read_record(file, archive, nodes)
+        with _opened(file) as archive:
+            found = members(archive)
+            node, values = _read_record(file, archive, next(found, None), nodes)
+            _require_room(file, node, values)
             folder = node.root / node.folder
             with artifact.publishing(folder, keep=lambda: foreign_names(folder, node.output_names)) as private:
-                _extract(file, archive, node, values, private)
+                _extract(file, archive, found, node, values, private)
             for copy, original in node.copies.items():
                 artifact.write_whole(node.root / copy, (node.root / original).read_bytes())
-    except (tarfile.TarError, EOFError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}). Pack it again.") from error
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{file}: missing. Name a file that doit pack wrote.") from error
+    except ArchiveError as error:
+        raise ArtifactError(f"{file}: {error}. Nothing was taken.") from error
     return node, values
 
 
-def _read_record(file: Path, archive: tarfile.TarFile, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
-    member = archive.next()
-    if member is None or member.name != _RECORD or not member.isreg() or member.size > _LARGEST_RECORD_BYTES:
-        raise ArtifactError(f"{file}: does not begin with a record. Name a file that doit pack wrote.")
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """Open an archive without waiting for the writer of a pipe.
+
+    Raises:
+        ArtifactError: it is missing, no regular file, cannot be read, or is compressed.
+    """
     try:
-        record = json.loads(_content(archive, member).read())
-        version, task, values = record["format"], record["task"], record["values"]
-        outputs = {str(name): (int(size), str(content)) for name, (size, content) in values["outputs"].items()}
-        complete = {"settings", "inputs", "outputs", "seconds"} <= values.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{file}: its record cannot be read. Pack it again.") from error
-    if version != _FORMAT or not complete:
-        raise ArtifactError(f"{file}: was packed by another version. Pack it again with this one.")
-    if task not in nodes:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file}: missing. Name a file that doit pack wrote.") from error
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}). Name a file that doit pack wrote.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ArtifactError(f"{file}: is no regular file. Name a file that doit pack wrote.")
+    with open(descriptor, "rb") as archive:  # noqa: PTH123
+        if method := compression(archive):
+            raise ArtifactError(f"{file}: is compressed with {method}. Decompress it first.")
+        yield archive
+
+
+def _read_record(
+    file: Path, archive: BinaryIO, member: Member | None, nodes: dict[str, Node]
+) -> tuple[Node, dict[str, Any]]:
+    if member is None or member.name != _RECORD or member.size > _LARGEST_RECORD_BYTES:
+        raise ArtifactError(f"{file}: does not begin with a record. Name a file that doit pack wrote.")
+    archive.seek(member.offset)
+    data = archive.read(member.size)
+    try:
+        record = {} if _is_too_large(data) else parse_json(data)
+        if not isinstance(record, dict) or record.get("format") != _FORMAT:
+            raise ArtifactError(f"{file}: was packed by another version. Pack it again with this one.")
+        task, values = record.get("task"), read_values(record.get("values"))
+    except InvalidStateError as error:
+        raise ArtifactError(f"{file}: its record is not valid ({error}). Pack it again.") from error
+    if not isinstance(task, str) or task not in nodes:
         raise ArtifactError(f"{file}: holds {task!r}, which is no stage here. Known: {', '.join(nodes)}.")
-    node = nodes[task]
-    if not set(node.outputs) <= set(outputs) or not all(may_hold(node, name) for name in outputs):
+    node, outputs = nodes[task], values["outputs"]
+    if not set(node.outputs) <= outputs.keys() or not all(_may_write(node, name) for name in outputs):
         raise ArtifactError(f"{file}: holds other files than {task} writes here. Pack it again with this version.")
     return node, values
 
 
-def _extract(file: Path, archive: tarfile.TarFile, node: Node, values: dict[str, Any], private: Path) -> None:
+def _may_write(node: Node, name: str) -> bool:
+    return may_hold(node, name) and not {"", ".", ".."}.intersection(name.split("/")) and "\0" not in name
+
+
+def _require_room(file: Path, node: Node, values: dict[str, Any]) -> None:
+    needed = sum(size for size, _ in values["outputs"].values())
+    place = node.root / node.folder
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    if needed > free:
+        raise StageError(f"{file}: needs {needed:,} bytes, {free:,} are free in {node.root}. Make room.")
+
+
+def _extract(
+    file: Path, archive: BinaryIO, found: Iterator[Member], node: Node, values: dict[str, Any], private: Path
+) -> None:
     wanted = set(values["outputs"])
-    while member := archive.next():
-        if member.name not in wanted or not member.isreg():
+    for member in found:
+        if member.name not in wanted:
             raise ArtifactError(f"{file}: holds {member.name!r}, which is no file of {node.task}. Nothing was taken.")
         wanted.remove(member.name)
         size, content = values["outputs"][member.name]
         if member.size != size:
             raise ArtifactError(f"{file}: {member.name} has {member.size:,} bytes, its record says {size:,}.")
         target = private / Path(member.name).relative_to(node.folder)
-        target.parent.mkdir(exist_ok=True)
-        with target.open("wb") as written:
-            _copy(_content(archive, member), written)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _copy(archive, member, target)
         _verify(file, member.name, target, content)
     if wanted:
         raise ArtifactError(f"{file}: lacks {', '.join(sorted(wanted))}. Pack it again.")
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
-    content = archive.extractfile(member)
-    if content is None:  # not a regular file, which was asked before
-        raise ArtifactError(f"{member.name}: has no content.")
-    return content
-
-
-def _copy(source: Any, target: Any) -> None:
-    import shutil
-
-    shutil.copyfileobj(source, target, 1 << 22)
+def _copy(archive: BinaryIO, member: Member, target: Path) -> None:
+    archive.seek(member.offset)
+    remaining = member.size
+    with target.open("wb") as written:
+        while remaining:
+            chunk = archive.read(min(remaining, _CHUNK_BYTES))
+            if not chunk:
+                raise ArchiveError("was cut off while it was read")
+            written.write(chunk)
+            remaining -= len(chunk)
 
 
 def _verify(file: Path, name: str, path: Path, content: str) -> None:

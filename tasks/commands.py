@@ -55,10 +55,11 @@ class Verify(StageVerb):
 
     def _execute(self, pos_args: list[str]) -> int:
         from tasks.outputs import damaged_outputs
+        from tasks.records import is_complete
 
         graph = Selection(self)
         damage: list[str] = []
-        built = [node for node in graph.select(pos_args) if graph.record(node.task)]
+        built = [node for node in graph.select(pos_args) if is_complete(graph.record(node.task))]
         for node in built:
             damage += damaged_outputs(node, graph.record(node.task), graph.cache, again=True)
         for line in damage:

@@ -11,7 +11,7 @@ from mlxflow.identity import DigestCache
 from mlxflow.paths import printable, record_name
 from tasks.node import Node
 from tasks.outputs import damaged_outputs
-from tasks.state import FORGOTTEN
+from tasks.records import FORGOTTEN, is_complete
 
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"
@@ -55,7 +55,7 @@ def reasons(
         cache: digests by path.
         leave_out: artifact folders of which no input is looked at.
     """
-    if "outputs" not in record:
+    if not is_complete(record):
         yield "never built" if not record else _FORGOTTEN if FORGOTTEN in record else _OLDER
         return
     settings = observe_settings(node)

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from mlxflow.causes import naming
 from mlxflow.paths import printable
+from mlxflow.state_files import InvalidStateError
 from tasks.node import Node
+from tasks.records import read_values
 
 NAME = "mlxflow.lock"
 
@@ -70,18 +72,17 @@ def recorded(table: Table) -> dict[str, Any] | None:
 
     Its `outputs` are content digests by name, without sizes; the names of its `inputs` are on one line each.
     """
-    inputs, outputs, others = table.get("inputs"), table.get("outputs"), table.get("settings", {})
-    if not _are_digests(inputs) or not _are_digests(outputs) or not isinstance(others, dict) or not outputs:
-        return None
-    if not isinstance(table.get("seconds"), int | float):
-        return None
+    others = table.get("settings", {})
     settings = {key: table[name] for key, name in _SETTINGS.items() if name in table}
-    rest = {key: table.get(key, "unknown") for key in ("device", "commit", "seconds")}
-    return {"settings": settings | others, "inputs": inputs, "outputs": outputs, **rest}
-
-
-def _are_digests(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+    rest = {key: table.get(key, "unknown") for key in ("inputs", "outputs", "device", "commit", "seconds")}
+    if not isinstance(others, dict) or not isinstance(rest["outputs"], dict):
+        return None
+    sized = {name: [0, content] for name, content in rest["outputs"].items()}
+    try:
+        record = read_values({"settings": settings | others, **rest, "outputs": sized})
+    except InvalidStateError:
+        return None
+    return record | {"outputs": rest["outputs"]}
 
 
 def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> str:

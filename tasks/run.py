@@ -94,6 +94,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
             make_link_target(artifacts)
             with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
                 journal.load()  # the other doit may have finished stages
+                journal.mend()
                 journal.keeps_adopted = True
                 if line := adoption.settle_merge():
                     print(line, file=sys.stderr)

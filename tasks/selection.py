@@ -8,6 +8,7 @@ from doit.cmd_base import DoitCmdBase
 
 from mlxflow.identity import DigestCache
 from tasks.node import Node
+from tasks.records import is_complete
 from tasks.state import Journal
 
 
@@ -68,7 +69,7 @@ class Selection:
         from tasks.outputs import damaged_outputs
 
         record = self.record(node.task)
-        if not record:
+        if not is_complete(record):
             refuse(f"{node.task}: never built here. Run: doit {node.task}", 1)
         if damage := list(damaged_outputs(node, record, self.cache, again=True)):
             refuse("\n".join([*damage, f"{node.task}: is not what its run left. Run: doit {node.task}"]), 1)

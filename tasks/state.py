@@ -2,11 +2,16 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlxflow import state_files
 from mlxflow.causes import naming
+from mlxflow.paths import printable
+from mlxflow.state_files import InvalidStateError
+from tasks.records import FORGOTTEN, check_values
 
 # A journal with this many lines for each task that it knows, and some more, is rewritten when doit ends.
 _COMPACT_FACTOR = 4
@@ -16,9 +21,6 @@ _COMPACT_SLACK = 64
 BACKEND = "mlxflow"
 
 _VALUES, _IGNORED = "_values_:", "ignore:"
-
-#: In the values of a task that the user told doit to forget.
-FORGOTTEN = "forgotten"
 
 #: The keys that doit sets last: of a finished task, and of one that the user told it to ignore.
 _LAST_KEYS = frozenset({"deps:", _IGNORED})
@@ -31,8 +33,9 @@ class Journal:
     """A doit backend that loses no finished stage and trusts no unfinished one.
 
     Every record is appended and flushed to the disk when doit has set its last key; a record that is dropped is dropped
-    on the disk at once. A torn last line is as if it had not been written; any other line that cannot be read costs the
-    stage it was about a rebuild.
+    on the disk at once. A torn last line is as if it had not been written; any other line that cannot be read, or that
+    holds no valid record, is as if it were not there, and costs the stage it was about a rebuild. That is said in one
+    line, and the journal is written again by the first verb that may write.
 
     doit's own record of a task's inputs is not kept: it holds paths that depend on where doit was called. A task's
     `uptodate` object compares its inputs under names of its own, and the journal tells doit that they are unchanged.
@@ -53,6 +56,7 @@ class Journal:
         self.name = name
         self.adopt: Callable[[str], dict[str, Any] | None] = lambda task: None
         self.keeps_adopted = False
+        self._said: set[str] = set()
         self.load()
 
     def load(self) -> None:
@@ -61,30 +65,52 @@ class Journal:
         self._asked: set[str] = set()
         self._lines = 0
         self._torn = False
+        self._damaged = False
         try:
-            with naming(self.name):
-                data = Path(self.name).read_bytes()
+            data = state_files.read_bytes(self.name)
         except FileNotFoundError:
             return
+        except InvalidStateError as error:
+            self._ignore(f"not valid state ({error})", "Every stage is as if it was never built.")
+            return
         self._torn = not data.endswith(b"\n")
-        for line in data.splitlines():
+        lines = data.splitlines()
+        damage: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
             self._lines += 1
             try:
-                entry = json.loads(line)
-                task, record = entry["task"], entry["record"]
-            except (ValueError, TypeError, KeyError):
+                task, record = _read_line(line, damage)
+            except InvalidStateError as error:
+                if not (self._torn and number == len(lines)):
+                    damage[f"line {number}"] = str(error)
                 continue
-            if isinstance(record, dict):
-                self._records[str(task)] = record
-            else:
-                self._records.pop(str(task), None)
+            self._records.pop(task, None)
+            if record is not None:
+                self._records[task] = record
+        for what, reason in damage.items():
+            self._ignore(f"{what} is not valid state ({reason})", "It is as if it were not there.")
+
+    def _ignore(self, what: str, effect: str) -> None:
+        """Say once what cannot be used; the next verb that writes replaces the file."""
+        self._damaged = True
+        if what not in self._said:
+            self._said.add(what)
+            print(f"{self.name}: {what}. {effect}", file=sys.stderr)
+
+    def mend(self) -> None:
+        """Write the journal again without what was not valid; to be called under the lock."""
+        if self._damaged:
+            self._rewrite()
 
     def _append(self, task_id: str) -> None:
-        line = json.dumps({"task": task_id, "record": self._records.get(task_id)}, separators=(",", ":"))
         Path(self.name).parent.mkdir(parents=True, exist_ok=True)
+        if self._damaged:
+            self._rewrite()
+            return
+        line = json.dumps({"task": task_id, "record": self._records.get(task_id)}, separators=(",", ":"))
         data = (("\n" if self._torn else "") + line + "\n").encode()
         self._torn = True  # until all of it is there
-        with naming(self.name), open(self.name, "ab", buffering=0) as file:  # noqa: PTH123
+        with naming(self.name), open(self.name, "ab", buffering=0, opener=_open_to_append) as file:  # noqa: PTH123
             while data:
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
@@ -145,11 +171,63 @@ class Journal:
         """Rewrite the journal when most of its lines are about the past."""
         if self._lines <= _COMPACT_FACTOR * len(self._records) + _COMPACT_SLACK:
             return
-        from mlxflow.artifact import write_whole
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        from mlxflow.folders import write_whole
 
         lines = [
             json.dumps({"task": task, "record": record}, separators=(",", ":"))
             for task, record in sorted(self._records.items())
         ]
-        write_whole(Path(self.name), "".join(line + "\n" for line in lines).encode())
+        place = Path(self.name)
+        if place.is_symlink():  # a link is no state, and what it leads to is no business of ours
+            place.unlink()
+        write_whole(place, "".join(line + "\n" for line in lines).encode())
         self._lines = len(lines)
+        self._torn = self._damaged = False
+
+
+def _open_to_append(name: str, flags: int) -> int:
+    return os.open(name, flags | state_files.NO_SURPRISES, 0o666)
+
+
+def _read_line(line: bytes, damage: dict[str, str]) -> tuple[str, dict[str, Any] | None]:
+    """Return a task and its record, None where it was dropped; a record that is not valid is dropped, too.
+
+    Args:
+        line: of the journal.
+        damage: by task, why its record is not valid; here it is noted, or forgotten where a valid one follows.
+
+    Raises:
+        InvalidStateError: the line is about no task.
+    """
+    entry = state_files.parse_json(line)
+    if not isinstance(entry, dict) or not isinstance(task := entry.get("task"), str) or "record" not in entry:
+        raise InvalidStateError("no task with its record")
+    record = entry["record"]
+    damage.pop(shown := f"the record of {printable(task)}", None)
+    if record is None:
+        return task, None
+    try:
+        return task, _checked(record)
+    except InvalidStateError as error:
+        damage[shown] = str(error)
+        return task, None
+
+
+def _checked(record: object) -> dict[str, Any]:
+    """Return what a record holds of the keys that are kept.
+
+    Raises:
+        InvalidStateError: one of them has no valid value.
+    """
+    if not isinstance(record, dict):
+        raise InvalidStateError("no table")
+    kept = {key: value for key, value in record.items() if key in _KEPT_KEYS}
+    for key, value in kept.items():
+        if key == _VALUES:
+            check_values(value)
+        elif not isinstance(value, str | None):
+            raise InvalidStateError(f"{key} expected text")
+    return kept

@@ -110,6 +110,7 @@ class Verb:
         waiting = "another doit (process {holder}) is at work on these artifacts"
         with hold(state / "lock", waiting, wait=True) if state.is_dir() else nullcontext():
             self.journal.load()  # the other one may have finished stages
+            self.journal.mend()
             yield
 
 

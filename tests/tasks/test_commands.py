@@ -1,13 +1,10 @@
 """plan, verify, reproduce, pack, unpack, cache-key and the lock file, on the cheap chain and on real stages."""
 
-import io
 import json
-import tarfile
+import re
 import tomllib
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -203,130 +200,12 @@ def test_a_damaged_artifact_is_not_packed(chain: Chain, tmp_path: Path) -> None:
     assert not (tmp_path / "s1.tar").exists()
 
 
-def _rewrite(path: Path, change: Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]) -> None:
-    with tarfile.open(path) as archive:
-        members = [(m, content.read() if (content := archive.extractfile(m)) else b"") for m in archive.getmembers()]
-    change(members)
-    with tarfile.open(path, "w") as archive:
-        for member, data in members:
-            archive.addfile(member, io.BytesIO(data))
-
-
-def _renamed(name: str) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
-    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-        members[1][0].name = name
-
-    return change
-
-
-def _linked(kind: bytes) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
-    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-        members[1][0].type, members[1][0].linkname, members[1][0].size = kind, "../../source", 0
-
-    return change
-
-
-def _with_record(edit: Callable[[dict[str, Any]], None]) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
-    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-        record = json.loads(members[0][1])
-        edit(record)
-        data = json.dumps(record).encode()
-        members[0][0].size = len(data)
-        members[0] = (members[0][0], data)
-
-    return change
-
-
-def _changed_content(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-    members[1] = (members[1][0], b"!" + members[1][1][1:])
-
-
-def _without(index: int) -> Callable[[list[tuple[tarfile.TarInfo, bytes]]], None]:
-    def change(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-        del members[index]
-
-    return change
-
-
-def _two_more(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-    members.append(members[1])
-
-
-HOSTILE: dict[str, tuple[Callable[[list[tuple[tarfile.TarInfo, bytes]]], None], str]] = {
-    "absolute path": (_renamed("/etc/passwd"), "holds '/etc/passwd', which is no file of s1. Nothing was taken."),
-    "path upwards": (_renamed("../../source"), "holds '../../source', which is no file of s1. Nothing was taken."),
-    "symbolic link": (_linked(tarfile.SYMTYPE), "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
-    "hard link": (_linked(tarfile.LNKTYPE), "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
-    "device": (_linked(tarfile.CHRTYPE), "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
-    "a file twice": (_two_more, "holds 'artifacts/s1/a', which is no file of s1. Nothing was taken."),
-    "no file": (_without(1), "lacks artifacts/s1/a. Pack it again."),
-    "no record": (_without(0), "does not begin with a record. Name a file that doit pack wrote."),
-    "other content": (_changed_content, "artifacts/s1/a is not what its record says. Nothing was taken."),
-    "record of another size": (
-        _with_record(lambda record: record["values"]["outputs"].update({"artifacts/s1/a": [999, "x"]})),
-        "artifacts/s1/a has 1,000 bytes, its record says 999.",
-    ),
-    "record of other files": (
-        _with_record(lambda record: record["values"]["outputs"].update({"../x": [1, "x"]})),
-        "holds other files than s1 writes here. Pack it again with this version.",
-    ),
-    "record of another stage": (
-        _with_record(lambda record: record.update(task="s9")),
-        "holds 's9', which is no stage here. Known: s1, s2, s3, s4, s5, s6.",
-    ),
-    "record of another version": (
-        _with_record(lambda record: record.update(format=2)),
-        "was packed by another version. Pack it again with this one.",
-    ),
-    "record of the wrong shape": (
-        _with_record(lambda record: record.update(values=[1])),
-        "its record cannot be read. Pack it again.",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_archive_is_refused_and_nothing_is_touched(chain: Chain, tmp_path: Path, kind: str) -> None:
-    change, said = HOSTILE[kind]
+def test_a_hostile_archive_is_one_line_and_nothing_is_touched(chain: Chain, tmp_path: Path) -> None:
     archive = tmp_path / "s1.tar"
     assert chain.doit("pack", "s1", str(archive))[0] == 0
-    _rewrite(archive, change)
-    assert chain.doit("unpack", str(archive)) == (2, "", f"{archive}: {said}\n")
-    assert chain.numbers_that_run() == []
-    assert sorted(path.name for path in (chain.folder / "artifacts").iterdir() if path.name.startswith(".")) == [
-        ".mlxflow"
-    ]
-
-
-def test_a_packed_model_whose_header_lies_is_refused(job: Path, tmp_path: Path) -> None:
-    assert doit(job, "pretokenize").returncode == 0
-    archive = tmp_path / "p.tar"
-    assert doit(job, "pack", "pretokenize", str(archive)).returncode == 0
-
-    def lie(members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
-        for index, (member, data) in enumerate(members):
-            if member.name.endswith("/train.safetensors"):
-                members[index] = (member, (2**40).to_bytes(8, "little") + data[8:])
-
-    _rewrite(archive, lie)
-    result = doit(job, "unpack", str(archive))
-    assert result.returncode == 2
-    assert result.stderr == (
-        f"{archive}: artifacts/pretokenize/train.safetensors is damaged "
-        "(its header is cut off, or it is no safetensors file). Nothing was taken.\n"
-    )
-    assert doit(job, "pretokenize").stdout == "-- pretokenize\n"
-
-
-@pytest.mark.parametrize("length", [0, 1, 512, 700, 2000])
-def test_an_archive_that_is_cut_off_is_refused(chain: Chain, tmp_path: Path, length: int) -> None:
-    archive = tmp_path / "s1.tar"
-    assert chain.doit("pack", "s1", str(archive))[0] == 0
-    archive.write_bytes(archive.read_bytes()[:length])
-    code, out, err = chain.doit("unpack", str(archive))
-    assert (code, out) == (2, "")
-    assert err.startswith(f"{archive}: ")
-    assert len(err.splitlines()) == 1
+    archive.write_bytes(archive.read_bytes().replace(b'"settings": {', b'"settingz": {'))
+    said = f"{archive}: its record is not valid (settings: missing). Pack it again.\n"
+    assert chain.doit("unpack", str(archive)) == (2, "", said)
     assert chain.numbers_that_run() == []
 
 
@@ -376,3 +255,29 @@ def test_no_stage_bears_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, j
         "clean: is a doit command and cannot be a stage. Rename the stage.",
         "plan: is a doit command and cannot be a stage. Rename the stage.",
     ]
+
+
+# --- state that is not valid
+
+
+def test_no_verb_ends_in_a_traceback_over_a_record_that_is_not_valid(chain: Chain) -> None:
+    journal = chain.folder / "artifacts/.mlxflow/state.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        if line["task"] == "s3" and line["record"]:
+            line["record"]["_values_:"]["settings"] = None
+    (chain.folder / "mlxflow.lock").unlink()
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reason = "the record of s3 is not valid state (settings: expected a table of settings)"
+    said = f"artifacts/.mlxflow/state.jsonl: {reason}. It is as if it were not there.\n"
+    assert chain.doit("verify") == (0, "5 files of 5 stages read, 0 damaged\n", said)
+    code, out, err = chain.doit()
+    assert (code, re.findall(r"^\.  (.*)$", out, re.MULTILINE), said in err) == (0, ["s3: never built"], True)
+    assert chain.doit() == (0, "".join(f"-- s{i}\n" for i in range(1, 7)), "")
+
+
+def test_a_forgotten_stage_is_neither_verified_nor_packed(chain: Chain, tmp_path: Path) -> None:
+    assert chain.doit("forget", "s2")[0] == 0
+    assert chain.doit("verify")[:2] == (0, "5 files of 5 stages read, 0 damaged\n")
+    said = "s2: never built here. Run: doit s2\n"
+    assert chain.doit("pack", "s2", str(tmp_path / "s2.tar")) == (1, "", said)

@@ -1,0 +1,108 @@
+"""The record of a stage's last run: its fields and their types, checked wherever a record is read.
+
+Written without a library of types, which would take longer to import than a `doit` with nothing to do may take.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from mlxflow.state_files import InvalidStateError
+
+#: In the values of a task that the user told doit to forget.
+FORGOTTEN = "forgotten"
+
+_DEEPEST = 32
+_LARGEST_INTEGER = 2**64
+_LARGEST_FILE_BYTES = 2**63
+_LONGEST_SECONDS = 1e10
+_DIGEST = re.compile(r"[0-9a-f]{1,64}")
+
+
+def _are_settings(value: object, deepest: int = _DEEPEST) -> bool:
+    """Return whether a value can stand in the lock file: tables, lists, texts and numbers, not nested for ever."""
+    match value:
+        case bool() | str():
+            return True
+        case int():
+            return abs(value) < _LARGEST_INTEGER
+        case float():
+            return not math.isnan(value)
+        case dict():
+            return deepest > 0 and all(isinstance(k, str) and _are_settings(v, deepest - 1) for k, v in value.items())
+        case list():
+            return deepest > 0 and all(_are_settings(one, deepest - 1) for one in value)
+        case _:
+            return False
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_output(value: object) -> bool:
+    match value:
+        case [int() as size, content] if not isinstance(size, bool):
+            return 0 <= size < _LARGEST_FILE_BYTES and _is_digest(content)
+        case _:
+            return False
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LONGEST_SECONDS
+
+
+_Check = Callable[[object], bool]
+
+
+def _table_of(check: _Check) -> _Check:
+    return lambda value: isinstance(value, dict) and all(_is_text(key) and check(value[key]) for key in value)
+
+
+#: Of each field: whether a record must have it, its check, and what is expected. Only these are taken from elsewhere.
+_FIELDS: dict[str, tuple[bool, _Check, str]] = {
+    "settings": (True, lambda value: isinstance(value, dict) and _are_settings(value), "a table of settings"),
+    "inputs": (True, _table_of(_is_digest), "a digest for each name"),
+    "outputs": (True, lambda value: bool(value) and _table_of(_is_output)(value), "[bytes, digest] for each name"),
+    "seconds": (True, _is_seconds, "a number of seconds"),
+    "device": (False, _is_text, "text"),
+    "commit": (False, _is_text, "text"),
+}
+
+
+def check_values(values: object) -> None:
+    """Refuse what is no record of a stage; one without outputs, of an earlier version or forgotten, may lack more.
+
+    Raises:
+        InvalidStateError: it is none; the message names the field.
+    """
+    if not isinstance(values, dict):
+        raise InvalidStateError("no table")
+    for name, (is_required, check, expected) in _FIELDS.items():
+        if name in values:
+            if not check(values[name]):
+                raise InvalidStateError(f"{name}: expected {expected}")
+        elif is_required and "outputs" in values:
+            raise InvalidStateError(f"{name}: missing")
+
+
+def read_values(values: object) -> dict[str, Any]:
+    """Return the fields of a complete record that came from elsewhere; others that it may have are left out.
+
+    Raises:
+        InvalidStateError: it is no complete record.
+    """
+    check_values(values)
+    if not isinstance(values, dict) or "outputs" not in values:
+        raise InvalidStateError("outputs: missing")
+    return {name: values[name] for name in _FIELDS if name in values}
+
+
+def is_complete(values: dict[str, Any]) -> bool:
+    """Return whether a record says what a run left, which that of an earlier version or a forgotten one does not."""
+    return "outputs" in values
