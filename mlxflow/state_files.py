@@ -58,7 +58,7 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> by
                 raise InvalidStateError("no regular file")
             if found.st_size > largest:
                 raise InvalidStateError(f"{found.st_size:,} bytes, at most {largest:,} are read")
-            with open(descriptor, "rb", closefd=False) as file:  # noqa: PTH123
+            with open(descriptor, "rb", closefd=False) as file:
                 return file.read()
         finally:
             os.close(descriptor)

@@ -110,7 +110,7 @@ class Journal:
         line = json.dumps({"task": task_id, "record": self._records.get(task_id)}, separators=(",", ":"))
         data = (("\n" if self._torn else "") + line + "\n").encode()
         self._torn = True  # until all of it is there
-        with naming(self.name), open(self.name, "ab", buffering=0, opener=_open_to_append) as file:  # noqa: PTH123
+        with naming(self.name), open(self.name, "ab", buffering=0, opener=_open_to_append) as file:
             while data:
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
