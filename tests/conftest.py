@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from mlxflow import cpu
@@ -15,6 +16,11 @@ from mlxflow import cpu
 cpu.prepare()  # before any test imports mlx
 cpu.prepare_compiler()
 os.environ["MLX_ENABLE_TF32"] = "0"  # fp32 is fp32 in the tests: on CUDA products of it have 10 bits of mantissa else
+
+# By default the same examples in every run; HYPOTHESIS_PROFILE=long looks for new ones.
+hypothesis.settings.register_profile("brief", max_examples=100, deadline=None, database=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "brief"))
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = REPOSITORY / "tests" / "tiny.toml"
