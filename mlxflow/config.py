@@ -10,14 +10,28 @@ together; it is asked only when every value fits by itself.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+
+#: Of a number for which infinity means that there is no limit: the value that means the same.
+#: `Meta(ge=0, description="... 0: none", extra={UNLIMITED: 0})`
+UNLIMITED = "unlimited"
 
 S = TypeVar("S", bound=msgspec.Struct)
 
 #: The most of what tables count: optimizer updates, rows of a batch or of a file, positions and other dimensions.
 MAX_STEPS, MAX_ROWS, MAX_SIZE = 10**9, 2**20, 2**20
+
+#: The most blocks of a model; more than ten times as many as published ones have.
+MAX_LAYERS = 1000
+
+# The most characters of a value or a key that a message shows
+_MAX_SHOWN = 1000
+
+# The longest name whose likes are looked for, and after how many mistakes that ends
+_MAX_GUESSED, _MAX_GUESSES = 64, 100
 
 
 class Problem(NamedTuple):
@@ -50,6 +64,8 @@ def toml_value(value: object) -> str:
             return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
         case float() if math.isinf(value) or math.isnan(value):
             return repr(value)
+        case int() if value.bit_length() > 1024:  # Python writes no number of very many decimal digits
+            return hex(value)
         case msgspec.Struct():
             return toml_value(msgspec.to_builtins(value))
         case _:
@@ -66,8 +82,20 @@ def _toml_character(character: str) -> str:
 def word(problem: Problem, file: str, table: str) -> str:
     """Return the one line that a user reads for a problem found in a table of a file."""
     key = ".".join(part for part in (table, problem.key) if part)
-    value = "" if problem.value is msgspec.UNSET else f" = {toml_value(problem.value)}"
+    value = "" if problem.value is msgspec.UNSET else f" = {_shortened(toml_value(problem.value))}"
     return f"{file}: {key}{value}: {problem.expected}. {problem.advice}"
+
+
+def _shortened(text: str) -> str:
+    """Return a text with its middle left out where it is very long."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 4 :]}"
+
+
+@cache
+def _fields_of(struct: type[msgspec.Struct]) -> tuple[dict[str, msgspec.structs.FieldInfo], dict[str, Any]]:
+    """Return a struct's fields by their keys, and their types by their names."""
+    fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
+    return fields, get_type_hints(struct, include_extras=True)
 
 
 def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: list[str]) -> S | None:
@@ -85,13 +113,12 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
         lines.append(word(problem, file, key))
         return None
     before = len(lines)
-    fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
-    types = get_type_hints(struct, include_extras=True)
+    fields, types = _fields_of(struct)
     values: dict[str, Any] = {}
     for name, value in table.items():
         dotted = f"{key}.{name}" if key else name
         if name not in fields:
-            lines.append(unknown_key(dotted, list(fields), file=file))
+            lines.append(unknown_key(dotted, list(fields), file=file, guesses=len(lines) < _MAX_GUESSES))
             continue
         values[fields[name].name] = _read_value(value, fields[name], types[fields[name].name], file, dotted, lines)
     for name, field in fields.items():
@@ -108,18 +135,29 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
     return made if len(lines) == before else None
 
 
-def unknown_key(dotted: str, known: list[str], *, file: str) -> str:
-    """Return the line for a key that does not exist, with the nearest one that does."""
+def unknown_key(dotted: str, known: list[str], *, file: str, guesses: bool = True) -> str:
+    """Return the line for a key that does not exist, with the nearest one that does.
+
+    Args:
+        dotted: the key.
+        known: the keys that there are.
+        file: the file's name.
+        guesses: whether a near one is looked for, which takes a millisecond.
+    """
+    parent, _, name = dotted.rpartition(".")
+    near = _nearest(name, known) if guesses and len(name) <= _MAX_GUESSED else ""
+    if near:
+        return f"{file}: {dotted}: unknown key. Did you mean {parent + '.' if parent else ''}{near}?"
+    return f"{file}: {_shortened(dotted)}: unknown key. Known here: {', '.join(sorted(known))}."
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Return the known name that is most like another one; empty where none is."""
     import difflib
 
-    parent, _, name = dotted.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:
-        squeezed = {candidate.replace("_", ""): candidate for candidate in known}
-        near = [squeezed[name.replace("_", "")]] if name.replace("_", "") in squeezed else []
-    if near:
-        return f"{file}: {dotted}: unknown key. Did you mean {parent + '.' if parent else ''}{near[0]}?"
-    return f"{file}: {dotted}: unknown key. Known here: {', '.join(sorted(known))}."
+    squeezed = {candidate.replace("_", ""): candidate for candidate in known}
+    return near[0] if near else squeezed.get(name.replace("_", ""), "")
 
 
 def _read_value(
@@ -136,11 +174,17 @@ def _read_value(
     ):
         return _read_items(value, item, field, type_, file, dotted, lines)
     try:
-        return msgspec.convert(value, type_)
+        return msgspec.convert(_without_limit(type_) if value == math.inf else value, type_)
     except msgspec.ValidationError:
         advice = f"Set {dotted} to one." if field.required else _advise_default(dotted, field)
         lines.append(word(Problem("", value, f"expected {describe(type_)}", advice), file, dotted))
         return None
+
+
+def _without_limit(type_: Any) -> float:
+    """Return the value of a key that means what infinity means there; infinity, where it means nothing."""
+    metas = get_args(type_)[1:] if get_origin(type_) is Annotated else ()
+    return next((meta.extra[UNLIMITED] for meta in metas if meta.extra and UNLIMITED in meta.extra), math.inf)
 
 
 def struct_in(type_: Any) -> type[msgspec.Struct] | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
 
     Of a tokenizer that is trained here, and of what lies on the hub, the stages find it when they run.
     """
+    means_the_same = cache(vocabularies.means_the_same)  # variants of one model are asked about the same files
     for one in (one for one in workflow.stages if one.name in ("train", "quantize")):
         config: Any = one.config
         reference = config.input if one.name == "train" else config.token_stage if config.model else ""
@@ -42,7 +44,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
         if not files or not own.is_file():
             continue
         try:
-            is_same = vocabularies.means_the_same(own, files[0])
+            is_same = means_the_same(own, files[0])
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{shown_path(folder)}: its tokenizer cannot be read ({error}). Mend it.") from error
         if not is_same:
@@ -79,16 +81,19 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
     from mlxflow.stages.quantize_methods import rules_of
 
     lines: list[str] = []
+    made: tuple[Any, Any] = (None, None)  # of variants of one model, which mostly follow each other
     for one in (one for one in workflow.stages if one.name == "quantize"):
         architecture, folder = _architecture(workflow, one)
         if architecture is None:
             continue
+        what = (architecture, folder, workflow.trusts_code(one))
         config: Any = one.config
         key = f"{shown_path(workflow.path)}: {one.table}"
         try:
             with trust.trusting_code(workflow.trusts_code(one)):
-                skeleton = models.skeleton(architecture, code=folder)
-            check_supported(resolve(skeleton, default=config.default, rules=rules_of(config), key=key).layers, key)
+                if made[0] != what:
+                    made = what, models.skeleton(architecture, code=folder)
+            check_supported(resolve(made[1], default=config.default, rules=rules_of(config), key=key).layers, key)
         except WorkflowError as error:
             lines += error.problems
     return lines

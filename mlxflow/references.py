@@ -18,13 +18,30 @@ _NO_MAKER = "no stage before this one makes it"
 _NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
 
+class Known:
+    """The stages and variants that a stage may read from; one for all variants of that stage.
+
+    Args:
+        makers: each with the names of the files it makes.
+        tables: of the same stages, resolved.
+    """
+
+    def __init__(self, makers: Mapping[str, Set[str]], tables: Mapping[str, msgspec.Struct]) -> None:
+        self.makers = makers
+        self.tables = tables
+        self.variants: dict[str, list[str]] = {}
+        for task in makers:
+            name, _, variant = task.partition(":")
+            if variant:
+                self.variants.setdefault(name, []).append(task)
+
+
 class References:
     """What `Inputs.of` may ask of the workflow; see `mlxflow.stage.Artifacts`.
 
     Args:
         disk: the files of the workflow; whatever an answer depends on is asked there.
-        known: the stages and variants that the asking stage may read from, with the names of the files they make.
-        tables: of the same stages, resolved.
+        known: the stages and variants that the asking stage may read from.
         broken: names of stages of which not every variant is known.
         left_out: names of stages that nobody wrote and that could not be part of the workflow.
         shown: the workflow file's name, for the messages.
@@ -38,8 +55,7 @@ class References:
     def __init__(
         self,
         disk: Disk,
-        known: Mapping[str, Set[str]],
-        tables: Mapping[str, msgspec.Struct],
+        known: Known,
         broken: Set[str],
         left_out: Set[str],
         shown: str,
@@ -48,8 +64,9 @@ class References:
     ) -> None:
         self._disk = disk
         self.spellings: dict[str, str] = {}
-        self._known = known
-        self._tables = tables
+        self._known = known.makers
+        self._tables = known.tables
+        self._variants_of = known.variants
         self._broken = broken
         self._left_out = left_out
         self._asked: list[tuple[str, str]] = []
@@ -69,7 +86,7 @@ class References:
 
     def _variants(self, name: str) -> list[str]:
         """Return the variants of a stage before this one."""
-        return [one for one in self._known if one.partition(":")[0] == name and one != name]
+        return self._variants_of.get(name, [])
 
     def _resolved(self, reference: str) -> str:
         """Return the stage or variant of a reference: a stage's name stands for its only variant, too."""
@@ -83,14 +100,17 @@ class References:
             files: all that the stage reads.
             written: keys of which the value is not the default; of several for one artifact, these are to blame.
         """
-        files = list(files)
+        made_in: dict[Path, set[str]] = {}
+        for file in files:
+            made_in.setdefault(file.parent, set()).add(file.name)
         to_blame = {reference for reference, key in self._asked if key in written}
         for reference, key in dict.fromkeys(self._asked):
             if reference in to_blame and key not in written:
                 continue
             stage = self._resolved(reference)
-            wanted = {file.name for file in files if file.parent == reference_folder(stage)}
-            lacking = wanted - self._known.get(stage, set())
+            lacking = made_in.get(reference_folder(stage), set()) - self._known.get(stage, set())
+            if stage in self._known and not lacking:
+                continue
             fitting = [one for one, made in self._known.items() if lacking <= made]
             if stage in fitting or reference.partition(":")[0] in self._broken:
                 continue
@@ -111,7 +131,7 @@ class References:
         expanded: list[str] = []
         for reference in references:
             name, _, variant = reference.partition(":")
-            matching = [one for one in self._known if one.partition(":")[0] == name]
+            matching = [name] if name in self._known else self._variants(name)
             if variant == "*" and not matching and name not in {*self._broken, *self._left_out}:
                 self._note(key, reference, _NO_MAKER, _list(self._known))
             expanded += matching if variant == "*" else [self._resolved(reference)]

@@ -10,6 +10,7 @@ makes the variants `bits4-group_size32`, `bits4-group_size64` and `bits8-group_s
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -40,15 +41,42 @@ def expand_matrix(table: dict[str, Any], problems: list[Problem]) -> Iterator[di
     if len(problems) > before:
         return
     rest = {key: value for key, value in table.items() if key not in ("matrix", "exclude")}
-    unused = list(excluded)
+    used: set[int] = set()
     for values in itertools.product(*matrix.values()):
         combination = dict(zip(matrix, values, strict=True))
-        matching = [one for one in excluded if all(combination[key] == value for key, value in one.items())]
-        unused = [one for one in unused if one not in matching]
+        matching = [
+            index for index, one in enumerate(excluded) if all(combination[key] == value for key, value in one.items())
+        ]
+        used.update(matching)
         if not matching:
             yield _combined(rest, combination)
-    for one in unused:
-        problems.append(Problem("exclude", one, "matches no combination of the matrix", "Remove it or mend it."))
+    for index, one in enumerate(excluded):
+        if index not in used:
+            problems.append(Problem("exclude", one, "matches no combination of the matrix", "Remove it or mend it."))
+
+
+def count(table: object) -> tuple[int, int]:
+    """Return how many variants a table makes at most, without making them, and how many values each of them has.
+
+    Args:
+        table: as read from TOML, right or wrong.
+    """
+    matrix = table.get("matrix") if isinstance(table, dict) else None
+    lists = [one for one in matrix.values() if isinstance(one, list)] if isinstance(matrix, dict) else []
+    excluded = table.get("exclude") if isinstance(table, dict) else None
+    compared = len(excluded) if isinstance(excluded, list) and lists else 0  # with every combination
+    return math.prod(len(one) for one in lists if one), _num_values(table) + compared
+
+
+def _num_values(value: object) -> int:
+    """Return how many values a table has, those of tables and lists within it too."""
+    waiting, found = [value], 0
+    while waiting:
+        one = waiting.pop()
+        found += 1
+        if isinstance(one, dict | list):
+            waiting += one.values() if isinstance(one, dict) else one
+    return found
 
 
 def _matrix_problems(matrix: Any, excluded: Any, table: dict[str, Any]) -> Iterator[Problem]:

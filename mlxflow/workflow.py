@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import re
-import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow import device, model_files, paths, stage
+from mlxflow import device, model_files, paths, stage, workflow_text
 from mlxflow.config import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.data import sources
 from mlxflow.device import SIZE_PATTERN
 from mlxflow.disk import Disk
 from mlxflow.errors import CallError, WorkflowError
 from mlxflow.identity import DigestCache
-from mlxflow.references import References
+from mlxflow.references import Known, References
 from mlxflow.stage import Corpus, StageModule
 from mlxflow.variants import expand_matrix
 
@@ -29,6 +29,12 @@ STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark", "report")
 
 #: The folder for what mlxflow remembers between runs, inside the artifacts folder.
 STATE = ".mlxflow"
+
+#: The most files that all stages may read together, the same one counted again for each stage that reads it.
+_MAX_FILES = 100_000
+
+#: The most mistakes that are listed at once.
+_MAX_LINES = 100
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,7 +207,11 @@ class Workflow:
         return self.artifacts / STATE
 
     def members(self) -> tuple[stage.Made, ...]:
-        """Return every stage as others see it."""
+        """Return every stage as others see it; asked when all stages are known."""
+        return self._members
+
+    @cached_property
+    def _members(self) -> tuple[stage.Made, ...]:
         makers = {path: one.task for one in self.stages for path in one.outputs}
         return tuple(
             stage.Made(
@@ -215,16 +225,23 @@ class Workflow:
 
     def trusts_code(self, one: Stage) -> bool:
         """Return whether a stage may run Python code of model folders: its table says so, or one of those it reads."""
-        reads = {member.task: member.reads for member in self.members()}
-        trusting = {each.task for each in self.stages if getattr(each.config, "trusts_code", False)}
-        waiting, seen = [one.task], set[str]()
-        while waiting:
-            task = waiting.pop()
-            if task in trusting:
-                return True
-            seen.add(task)
-            waiting += [name for name in reads[task] if name not in seen]
-        return False
+        return one.task in self._trusting
+
+    @cached_property
+    def _trusting(self) -> set[str]:
+        found: set[str] = set()
+        for one, member in zip(self.stages, self._members, strict=True):  # each after the ones it reads from
+            if getattr(one.config, "trusts_code", False) or not found.isdisjoint(member.reads):
+                found.add(one.task)
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Stage]]:
+        found: dict[str, list[Stage]] = {}
+        for one in self.stages:
+            for name in {one.task, one.name}:
+                found.setdefault(name, []).append(one)
+        return found
 
     def find(self, task: str) -> Stage:
         """Return the stage of a name such as `train` or `quantize:q4`; a stage's name means its only variant, too.
@@ -232,12 +249,10 @@ class Workflow:
         Raises:
             CallError: there is none; the message lists those there are.
         """
-        for one in self.stages:
-            if one.task == task:
-                return one
-        variants = [one for one in self.stages if one.name == task]
-        if len(variants) == 1:
-            return variants[0]
+        named = self._by_name.get(task, [])
+        exact = [one for one in named if one.task == task]
+        if exact or len(named) == 1:
+            return (exact or named)[0]
         if task in self.left_out:
             raise CallError(*self.left_out[task])
         known = ", ".join(one.task for one in self.stages)
@@ -256,25 +271,7 @@ def load_workflow(path: Path, disk: Disk | None = None) -> Workflow:
             for each of them.
     """
     shown = shown_path(path)
-    if not paths.is_utf8(path):
-        raise WorkflowError(
-            f"{shown}: its folder's name is not UTF-8, which MLX cannot open. Rename the folder, "
-            "or call this from inside."
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise WorkflowError(f"{shown}: missing. Write one (an empty file works), or name another.") from error
-    except OSError as error:
-        raise WorkflowError(f"{shown}: cannot be read ({error.strerror}). Mend it, or name another.") from error
-    except UnicodeDecodeError as error:
-        raise WorkflowError(f"{shown}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from error
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise WorkflowError(_word_toml_error(shown, str(error), len(text.rstrip().splitlines()))) from error
-    except RecursionError as error:
-        raise WorkflowError(f"{shown}: not valid TOML (nested too deeply). Fix the file.") from error
+    document = workflow_text.read(path, shown)
     return _Loader(shown, document).load(path, disk or Disk(path.parent))
 
 
@@ -282,14 +279,6 @@ def shown_path(path: Path) -> str:
     """Return a path as a user would write it, on one line."""
     relative = os.path.relpath(path)
     return paths.printable(str(path) if relative.startswith("..") else relative)
-
-
-def _word_toml_error(shown: str, message: str, last_line: int) -> str:
-    match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message)
-    if match:
-        return f"{shown}:{match[2]}:{match[3]}: not valid TOML ({match[1]}). Fix the line."
-    said = message.removesuffix(" (at end of document)")
-    return f"{shown}:{last_line}: not valid TOML ({said}). Fix the line or one before it."
 
 
 class _Loader:
@@ -310,7 +299,8 @@ class _Loader:
             elif name in STAGES:
                 read[name] = list(self._variants(name, table))
             else:
-                self.told[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown))
+                guesses = len(self.told) < _MAX_LINES
+                self.told[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown, guesses=guesses))
         workflow = Workflow(path, settings, disk)
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
@@ -318,8 +308,15 @@ class _Loader:
         _follow_readers(workflow)
         self._resolve(workflow, {name for name, made in read.items() if not made})
         if any(self.told.values()):
-            raise WorkflowError(*(line for lines in self.told.values() for line in lines))
+            raise WorkflowError(*self._lines())
         return workflow
+
+    def _lines(self) -> list[str]:
+        """Return the lines for all mistakes, or for the first ones of very many."""
+        lines = [line for lines in self.told.values() for line in lines]
+        more = len(lines) - _MAX_LINES
+        listed = lines[:_MAX_LINES]
+        return [*listed, f"{self.shown}: {more:,} more mistakes. Mend these first."] if more > 0 else listed
 
     def _variants(self, name: str, table: object) -> Iterator[tuple[str | None, str, msgspec.Struct]]:
         tables = table if isinstance(table, list) else [table]
@@ -371,36 +368,47 @@ class _Loader:
             unread: stages that stand in for tables of which nothing could be read; nobody wrote what they ask for.
         """
         broken = {name for name in STAGES if self.told[name]}
-        for one in [one for one in workflow.stages if one.name not in unread]:
-            earlier = STAGES[: STAGES.index(one.name)]
-            before = [m for m in workflow.stages if m.name in earlier]
-            known, tables = {m.task: m.file_names for m in before}, {m.task: m.config for m in before}
-            lines = self.told[one.name] if one.name in self.document else []
-            left_out = workflow.left_out.keys()
-            asked = References(workflow.disk, known, tables, broken, left_out, self.shown, one.table, lines)
-            one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, asked)
-            one.inputs = one.module.Inputs.of(one.config, asked)
-            one.spellings = asked.spellings
-            default = one.module.Config()
-            asked.check_makers(
-                one.input_files,
-                {key for key in default.__struct_fields__ if getattr(one.config, key) != getattr(default, key)},
-            )
-            if lines and one.name not in self.document:
-                workflow.left_out[one.name] = lines
-                workflow.stages.remove(one)
+        num_files = 0
+        for name in STAGES:
+            before = [one for one in workflow.stages if STAGES.index(one.name) < STAGES.index(name)]
+            known = Known({one.task: one.file_names for one in before}, {one.task: one.config for one in before})
+            is_written = name in self.document
+            for one in [one for one in workflow.stages if one.name == name and name not in unread]:
+                lines = self.told[name] if is_written else []
+                asked = References(workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
+                one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, asked)
+                one.inputs = one.module.Inputs.of(one.config, asked)
+                one.spellings = asked.spellings
+                num_files += len(one.input_files)
+                if num_files > _MAX_FILES:
+                    raise WorkflowError(
+                        f"{self.shown}: {one.table}: the stages up to here read {num_files:,} files: "
+                        f"expected at most {_MAX_FILES:,}. Let fewer variants read many files, or split the workflow."
+                    )
+                asked.check_makers(one.input_files, _changed_keys(one))
+                if lines and not is_written:
+                    workflow.left_out[name] = lines
+                    workflow.stages.remove(one)
+
+
+def _changed_keys(one: Stage) -> set[str]:
+    """Return the keys of a stage's table of which the value is not the default."""
+    default = one.module.Config()
+    return {key for key in default.__struct_fields__ if getattr(one.config, key) != getattr(default, key)}
 
 
 def _follow_readers(workflow: Workflow) -> None:
     """Let stages make choices that follow from the tables that name them as their `input`."""
+    readers: dict[str, list[msgspec.Struct]] = {}
+    for one in workflow.stages:
+        readers.setdefault(getattr(one.config, "input", ""), []).append(one.config)
+    counts = Counter(one.name for one in workflow.stages)
     for one in workflow.stages:
         follow = getattr(one.module, "follow", None)
         if follow is None:
             continue
-        is_alone = sum(other.name == one.name for other in workflow.stages) == 1
-        names = {one.task, one.name} if is_alone else {one.task}
-        readers = [other.config for other in workflow.stages if getattr(other.config, "input", None) in names]
-        one.config = follow(one.config, readers, workflow.disk)
+        names = dict.fromkeys([one.task, one.name] if counts[one.name] == 1 else [one.task])
+        one.config = follow(one.config, [reader for name in names for reader in readers.get(name, [])], workflow.disk)
 
 
 def resolved_toml(workflow: Workflow) -> str:

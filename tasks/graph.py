@@ -17,6 +17,7 @@ from typing import Any
 
 from mlxflow import disk
 from mlxflow.identity import digest_json
+from mlxflow.toml_text import MAX_WORKFLOW_BYTES
 from tasks.node import Node
 
 _FORMAT = 4
@@ -43,10 +44,12 @@ def load_nodes(path: Path, state: Path) -> list[Node]:
 
 
 def _key(path: Path) -> str | None:
-    """Return a digest of the workflow file and of where the code lies; None without a file."""
+    """Return a digest of the workflow file and of where the code lies; None without a file that can be read."""
     import mlxflow
 
     try:
+        if not path.is_file() or path.stat().st_size > MAX_WORKFLOW_BYTES:
+            return None
         text = path.read_bytes().hex()
     except OSError:
         return None

@@ -3,18 +3,21 @@
 import importlib
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 import msgspec
 import pytest
+import tomli_w
 from msgspec import Meta
 
 from mlxflow.config import read_struct, toml_value
 from mlxflow.device import SIZE_PATTERN
+from mlxflow.errors import WorkflowError
 from mlxflow.stages import train
 from mlxflow.training.optimizers import make_schedule, options_of
-from mlxflow.workflow import STAGES, Settings
+from mlxflow.workflow import STAGES, Settings, load_workflow, resolved_toml
 
 TABLES: dict[str, type[msgspec.Struct]] = {
     "workflow": Settings,
@@ -70,6 +73,65 @@ def mistakes(text: str) -> str:
     ((name, table),) = tomllib.loads(text).items()
     read_struct(table, TABLES[name], file="workflow.toml", key=name, lines=lines)
     return "\n".join(lines)
+
+
+UNLIMITED_KEYS = {
+    f"{table}.{key}": value
+    for table, values in {
+        "train": {
+            "max_grad_norm": 0.0,
+            "max_bad_steps": 10**9,
+            "eval_every": 0,
+            "patience": 0,
+            "save_every": 0,
+            "lora.num_layers": 0,
+        },
+        "quantize": {
+            "target_bits_per_weight": 0.0,
+            "max_perplexity_increase": 0.0,
+            "max_kl": 0.0,
+            "lora.num_layers": 0,
+        },
+        "benchmark": {"max_seconds": 0.0, "max_regression": 1e6},
+    }.items()
+    for key, value in values.items()
+}
+
+
+def test_every_key_that_may_be_infinite_is_looked_at() -> None:
+    assert {key for key, _, metas in NUMBERS if any(meta.extra for meta in metas)} == UNLIMITED_KEYS.keys()
+
+
+def _resolved(folder: Path, value: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of all stages, every key that may be infinite set to a value, as the lock has them."""
+    tables: dict[str, str] = {}
+    for key in UNLIMITED_KEYS:
+        table, _, name = key.partition(".")
+        tables[table] = tables.get(table, f"[{table}]\n") + f"{name} = {value}\n"
+    (folder / "notes.txt").write_text("some text")
+    path = folder / "workflow.toml"
+    path.write_text('[pretokenize]\nsources = ["notes.txt"]\n' + "".join(tables.values()))
+    workflow = load_workflow(path)
+    assert "inf" not in resolved_toml(workflow).split()
+    tomli_w.dumps({one.task: one.settings() for one in workflow.stages})  # which knows no None
+    return tomllib.loads(resolved_toml(workflow))
+
+
+def test_infinity_means_none_where_that_has_a_meaning(tmp_path: Path) -> None:
+    settings = _resolved(tmp_path, "inf")
+    for dotted, value in UNLIMITED_KEYS.items():
+        table, *keys = dotted.split(".")
+        found: Any = settings[table]
+        for key in keys:
+            found = found[key]
+        assert found == value, dotted
+
+
+@pytest.mark.parametrize("value", ["-inf", "nan"])
+def test_no_other_number_that_is_not_finite_is_taken(tmp_path: Path, value: str) -> None:
+    with pytest.raises(WorkflowError) as caught:
+        _resolved(tmp_path, value)
+    assert len(caught.value.problems) == len(UNLIMITED_KEYS)
 
 
 SIZES = [key for key, _, metas in LEAVES if any(SIZE_PATTERN in (meta.pattern or "") for meta in metas)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 import msgspec
 from msgspec import Meta
 
-from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS
+from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
 from mlxflow.errors import ArtifactError
 from mlxflow.model_files import ADAPTERS
 from mlxflow.stage import Artifacts, Beside, Context, derive_seed
@@ -66,13 +66,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=0,
             le=1e9,
-            description="after so many rounds, steps and validation rows get fewer, down to a few of each; 0: no bound",
+            description="after so many rounds, steps and validation rows get fewer, down to a few of each; "
+            "0 or inf: no bound",
+            extra={UNLIMITED: 0},
         ),
     ] = 900.0
     baseline: Annotated[str, Meta(description="the report.toml of an earlier run that this one is held against")] = ""
     max_regression: Annotated[
         float,
-        Meta(ge=0, le=1e6, description="share by which a figure may be worse than the baseline's, beyond the noise"),
+        Meta(
+            ge=0,
+            le=1e6,
+            description="share by which a figure may be worse than the baseline's, beyond the noise; inf: any",
+            extra={UNLIMITED: 1e6},
+        ),
     ] = 0.05
 
 

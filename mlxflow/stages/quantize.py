@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
+from mlxflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
 from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
@@ -74,7 +74,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     requantize: Annotated[bool, Meta(description="whether a model that is quantized already may be taken")] = False
 
     target_bits_per_weight: Annotated[
-        float, Meta(ge=0, le=32, description="a budget under which each layer's bits are chosen; 0: none")
+        float,
+        Meta(
+            ge=0,
+            le=32,
+            description="a budget under which each layer's bits are chosen; 0 or inf: none",
+            extra={UNLIMITED: 0},
+        ),
     ] = 0.0
     target_size: Annotated[
         str, Meta(pattern=rf"^$|{SIZE_PATTERN}", examples=["200 MB"], description="the same as a size; empty: none")
@@ -117,10 +123,22 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int, Meta(ge=1, le=MAX_ROWS, description="validation rows on which the cost is measured")
     ] = 256
     max_perplexity_increase: Annotated[
-        float, Meta(ge=0, le=1e6, description="relative; over it the stage fails and publishes nothing; 0: no gate")
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="relative; over it the stage fails and publishes nothing; 0 or inf: no gate",
+            extra={UNLIMITED: 0},
+        ),
     ] = 0.0
     max_kl: Annotated[
-        float, Meta(ge=0, le=1e6, description="mean divergence in nats; over it the stage fails likewise; 0: no gate")
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="mean divergence in nats; over it the stage fails likewise; 0 or inf: no gate",
+            extra={UNLIMITED: 0},
+        ),
     ] = 0.0
 
     def __post_init__(self) -> None:

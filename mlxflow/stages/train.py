@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow import device
-from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, Problem
+from mlxflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.model_files import ADAPTERS
 from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
@@ -32,7 +32,12 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rank: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="columns of the low-rank factors")] = 8
     scale: Annotated[float, Meta(gt=0, le=1e6, description="what their product is multiplied by")] = 20.0
     dropout: Annotated[float, Meta(ge=0, lt=1, description="share of an adapter's inputs zeroed in training")] = 0.0
-    num_layers: Annotated[int, Meta(ge=0, le=MAX_SIZE, description="the last so many blocks get adapters; 0: all")] = 0
+    num_layers: Annotated[
+        int,
+        Meta(
+            ge=0, le=MAX_SIZE, description="the last so many blocks get adapters; 0 or inf: all", extra={UNLIMITED: 0}
+        ),
+    ] = 0
     keys: Annotated[
         tuple[str, ...], Meta(min_length=1, description='patterns of layers within a block, such as "self_attn.*"')
     ] = ("*",)
@@ -49,7 +54,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = False
     architecture: Annotated[Literal["llama"], Meta(description="the model's kind, from mlx-lm")] = "llama"
     hidden_size: Annotated[int, Meta(ge=8, le=MAX_SIZE, description="width of the residual stream")] = 128
-    num_layers: Annotated[int, Meta(ge=1, le=10_000, description="transformer blocks")] = 2
+    num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS, description="transformer blocks")] = 2
     num_heads: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="attention heads")] = 2
     num_kv_heads: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="heads of keys and values")] = 2
     intermediate_size: Annotated[int, Meta(ge=8, le=MAX_SIZE, description="width inside the gated MLP")] = 256
@@ -131,7 +136,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_grad_norm: Annotated[
         float,
         Meta(
-            ge=0, le=1e12, description="gradients of a larger norm are scaled down to it; 0: none, nor is it measured"
+            ge=0,
+            le=1e12,
+            description="gradients of a larger norm are scaled down to it; 0 or inf: none, nor is it measured",
+            extra={UNLIMITED: 0},
         ),
     ] = 1.0
     max_bad_steps: Annotated[
@@ -139,7 +147,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             ge=1,
             le=MAX_STEPS,
-            description="steps in a row skipped for a loss or gradient that is not finite; then it ends",
+            description="steps in a row skipped for a loss or gradient that is not finite; then it ends; "
+            "inf: it never does",
+            extra={UNLIMITED: MAX_STEPS},
         ),
     ] = 10
 
@@ -169,17 +179,35 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     log_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two lines of metrics.jsonl")] = 10
     eval_every: Annotated[
-        int, Meta(ge=0, le=MAX_STEPS, description="steps between two validations; 0: first and last only")
+        int,
+        Meta(
+            ge=0,
+            le=MAX_STEPS,
+            description="steps between two validations; 0 or inf: first and last only",
+            extra={UNLIMITED: 0},
+        ),
     ] = 100
     max_validation_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="validation rows used")] = 256
     patience: Annotated[
-        int, Meta(ge=0, le=MAX_STEPS, description="validations without a better one that end it; 0: none do")
+        int,
+        Meta(
+            ge=0,
+            le=MAX_STEPS,
+            description="validations without a better one that end it; 0 or inf: none do",
+            extra={UNLIMITED: 0},
+        ),
     ] = 0
     keep: Annotated[
         Literal["last", "best"], Meta(description="the weights that come out: the last, or of the best validation")
     ] = "last"
     save_every: Annotated[
-        int, Meta(ge=0, le=MAX_STEPS, description="steps between two checkpoints; 0: only when stopped")
+        int,
+        Meta(
+            ge=0,
+            le=MAX_STEPS,
+            description="steps between two checkpoints; 0 or inf: only when stopped",
+            extra={UNLIMITED: 0},
+        ),
     ] = 100
     keep_checkpoints: Annotated[int, Meta(ge=1, le=1000, description="checkpoints kept while it runs")] = 2
     document_mask: Annotated[
