@@ -121,7 +121,8 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from mlxflow.run import end_with_parent, run_alone, run_stage
+    from mlxflow.orphans import end_with_parent
+    from mlxflow.run import run_alone, run_stage
     from mlxflow.workflow import load_workflow
 
     started_by_doit = end_with_parent()

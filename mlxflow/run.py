@@ -1,11 +1,8 @@
 """Runs one stage in this process: device, limits, inputs, a private folder, the report, and the move into place."""
 
-import os
 import platform
 import resource
-import signal
 import sys
-import threading
 import time
 from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
@@ -206,23 +203,3 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
             chosen, measures = workflow.settings.device, one.bound_device is not None
             held.enter_context(device.turn(one.task, workflow.root, chosen, measures=measures))
         run_stage(workflow, one, into)
-
-
-def end_with_parent() -> bool:
-    """End this process at once when whoever started it is gone, so that no orphan goes on training.
-
-    What was begun is left in the private folder, which the next run removes.
-
-    Returns:
-        whether it was started by doit, which then holds the locks.
-    """
-    descriptor = os.environ.pop(stage.PARENT_VARIABLE, None)
-    if descriptor is None:
-        return False
-
-    def watch() -> None:
-        os.read(int(descriptor), 1)  # returns when the other end closes
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-    return True

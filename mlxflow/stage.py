@@ -35,9 +35,6 @@ from mlxflow.identity import digest_json
 #: The folder beside the workflow file in which all artifacts lie.
 ARTIFACTS = "artifacts"
 
-#: Names the descriptor of a pipe that closes when whoever started `mlxflow run` ends; the stage ends with it.
-PARENT_VARIABLE = "MLXFLOW_PARENT_FD"
-
 #: A variant's name is a folder name and a part of a task's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 

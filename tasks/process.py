@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mlxflow.causes import naming
-from mlxflow.stage import PARENT_VARIABLE
+from mlxflow.orphans import start
 
 _GRACE_SECONDS = 30
 
@@ -24,23 +24,20 @@ def run_process(command: Sequence[str], log: Path) -> int:
         log: receives all that is printed, from the beginning.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    reading, writing = os.pipe()
     on_terminal = sys.stderr.isatty()
     output, child_output = _open_terminal() if on_terminal else os.pipe()
     try:
         with naming(log), log.open("wb") as file:
-            process = subprocess.Popen(
+            process = start(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=child_output,
                 stderr=child_output,
                 start_new_session=True,
-                pass_fds=(reading,),
-                env={**os.environ, "PYTHONSAFEPATH": "1", PARENT_VARIABLE: str(reading)},
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
             )
             os.close(child_output)
-            os.close(reading)
-            child_output = reading = -1
+            child_output = -1
             _running.add(process)
             try:
                 _copy(output, file)
@@ -52,7 +49,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
             finally:
                 _running.discard(process)
     finally:
-        for descriptor in (reading, writing, output, child_output):
+        for descriptor in (output, child_output):
             if descriptor >= 0:
                 os.close(descriptor)
 

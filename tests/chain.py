@@ -42,7 +42,7 @@ STAGE = """
 import os, sys
 from pathlib import Path
 from mlxflow import artifact
-from mlxflow.run import end_with_parent
+from mlxflow.orphans import end_with_parent
 from tests.chain import transform
 
 end_with_parent()

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
-from mlxflow import artifact
+from mlxflow import artifact, orphans
 from mlxflow.locking import device_lock
 
 _VERSIONS = ("13", "12")
@@ -93,7 +93,7 @@ def compiling_at_once(texts: Iterable[str]) -> Iterator[None]:
         command = [sys.executable, "-m", __spec__.name, architecture, _file(library)]
         quiet = subprocess.DEVNULL
         for number in range(workers):
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True)
+            process = orphans.start(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True)
             started.append(process)
             with suppress(BrokenPipeError), cast("IO[str]", process.stdin) as given:
                 given.write(json.dumps(missing[number::workers]))
@@ -205,6 +205,7 @@ def compile_for(library: Any, text: str, architecture: str, includes: Sequence[P
 
 def main(arguments: Sequence[str]) -> None:
     """Compile the programs of the input for an architecture by a library, and keep them."""
+    orphans.end_with_parent()
     architecture, path = arguments
     library = _opened(path)
     for text in json.load(sys.stdin):

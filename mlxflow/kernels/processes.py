@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import IO, NamedTuple, Self, cast
 
+from mlxflow import orphans
 from mlxflow.kernels.outcome import Outcome
 
 #: Seconds after which a kernel that was begun is taken for one that waits for MLX to compile its own operations, which
@@ -44,7 +45,7 @@ class Prover:
     def __init__(self, command: Sequence[str]) -> None:
         with ExitStack() as opened:
             self._said = opened.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-            self._process = subprocess.Popen(
+            self._process = orphans.start(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

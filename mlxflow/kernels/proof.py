@@ -21,6 +21,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlxflow import orphans
 from mlxflow.kernels import language, nvrtc
 from mlxflow.kernels.operations import Arrays, Operation, operation
 from mlxflow.kernels.outcome import Outcome
@@ -255,6 +256,7 @@ class Orders:
 
 def main(arguments: list[str]) -> None:
     """Prove kernels by name, or compile them, and print what comes out as it comes."""
+    orphans.end_with_parent()
     flags, names = {one for one in arguments if one.startswith("--")}, [one for one in arguments if one[:2] != "--"]
     tell: Tell = _say_seconds if "--times" in flags else lambda *_: None
     with _timed("the device's beginning", tell):
