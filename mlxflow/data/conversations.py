@@ -34,6 +34,7 @@ _ROLES = {
     "function_response": "tool",
 }
 _FLAGS = ("weight", "train")
+_MAX_ROLE_LENGTH = 100
 _MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|from|content|value)"')
 
 
@@ -103,7 +104,8 @@ def read_alpaca(record: Mapping[str, Any]) -> Conversation:
         question["content"] += "\n" + _said(record, "input", "user")["content"]
     earlier: list[dict[str, Any]] = []
     history = record.get("history") or []
-    for pair in _parsed(history, "history") if isinstance(history, str) else history:
+    pairs = _parsed(history, "history") if isinstance(history, str) else history
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)):
             raise RecordProblem('"history" is no list of pairs of texts')
         earlier += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -207,9 +209,25 @@ def _is_plain(message: Any) -> bool:
 
 def _parsed(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return _loads(text)
+    except ValueError as error:
         raise RecordProblem(f'its "{key}" are not valid JSON ({error})') from error
+
+
+def _loads(text: str) -> Any:
+    """Return the value of JSON that stands in a text.
+
+    Raises:
+        ValueError: it is not valid, or nobody can mean it; the text is for people.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # no other one is left
+        raise ValueError("a number has too many digits") from error
 
 
 def _rows(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -230,8 +248,9 @@ def _message(value: Any, number: int) -> dict[str, Any]:
     role = message.pop(speaker)
     if speaker == "from" and role in ("function_call", "tool_call"):
         role, message = "assistant", _with_call(message, number)
-    if not re.fullmatch(r"[\w.-]+", role):
-        raise RecordProblem(f"message {number}: role {role!r}: expected a name such as user or assistant")
+    if len(role) > _MAX_ROLE_LENGTH or not re.fullmatch(r"[\w.-]+", role):
+        shown = repr(role[:_MAX_ROLE_LENGTH]) + " ..." * (len(role) > _MAX_ROLE_LENGTH)
+        raise RecordProblem(f"message {number}: role {shown}: expected a name such as user or assistant")
     message = {"role": _ROLES.get(role, role), **message}
     _check_content(message, number)
     if calls := _calls(message, number):
@@ -270,7 +289,7 @@ def _with_call(message: dict[str, Any], number: int) -> dict[str, Any]:
     """Return a message of ShareGPT whose value is a call, or several, as one with tool_calls."""
     value = message.pop("content", None)
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        calls = _loads(value) if isinstance(value, str) else value
     except ValueError as error:
         raise RecordProblem(f"message {number}: its call is not valid JSON ({error})") from error
     return {**message, "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -297,7 +316,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = _loads(arguments) if arguments.strip() else {}
         except ValueError as error:
             raise RecordProblem(f"{place}: its arguments are not valid JSON ({error})") from error
     if not isinstance(arguments, dict):
@@ -374,7 +393,7 @@ def decoded_cells(row: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for key, cell in row.items():
         if key in COMPLETION_KEYS and isinstance(cell, str) and _MESSAGES.match(cell):
-            made[key] = json.loads(cell)
+            made[key] = _loads(cell)
         else:
             made[key] = None if cell == "" and key in (*CHAT_KEYS, *COMPANION_KEYS) else cell
     return made

@@ -219,7 +219,8 @@ def check(files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, 
     if not bad:
         return
     count = sum(shard.num_bad or 1 for file, shard in zip(files, shards, strict=True) if problems_of(file, shard))
-    more = [f"and {count - MOST_TOLD:,} more"] if count > MOST_TOLD else []
+    shown = min(len(bad), MOST_TOLD)
+    more = [f"and {count - shown:,} more"] if count > shown else []
     if not skips:
         how = ', or set pretokenize.on_bad_record = "skip".'
         raise SourceError(*(f"{line}{how}" for _, line in bad[:MOST_TOLD]), *more)

@@ -11,9 +11,15 @@ from mlxflow.data.chat import ChatTemplate, Rendered
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.control_tokens import ReservedCharacterError
 from mlxflow.data.conversations import Conversation, RecordProblem
-from mlxflow.data.records import Bad, Record, RecordForm, Text
+from mlxflow.data.items import LONG_TEXT_BYTES, MAX_CONVERSATION_BYTES, Bad, Record, RecordForm, Text
+from mlxflow.data.long_lines import LongText
+from mlxflow.data.texts import cut, same_size
+from mlxflow.paths import printable
 
 Format = Literal["auto", "text", "chat", "completions"]
+
+# Characters that are shown of what is wrong with a record, and of a key in it
+_MOST_SHOWN, _MOST_OF_A_KEY = 300, 40
 
 #: What of conversations is trained on: what assistants wrote, the last of their turns, or every token.
 TrainOn = Literal["completion", "last", "all"]
@@ -85,6 +91,7 @@ class Formatter:
             frozenset() if self._format == "text" else companions,
             lambda value: conversations.looks_like_record(value, self._format, self._text_key),
             conversations.decoded_cells,
+            self._text_key,
         )
 
     @property
@@ -105,13 +112,15 @@ class Formatter:
                 yield self._piece(item)
             else:
                 try:
-                    yield self._document(item)
+                    yield from self._documents_of(item)
                 except RecordProblem as error:
-                    yield Bad(item.place, f"{error}. {error.fix}")
+                    yield Bad(item.place, f"{_shortened(str(error))}. {error.fix}")
+                except RecursionError:
+                    yield Bad(item.place, "is nested too deeply. Fix the record")
                 except ReservedCharacterError:
                     yield Bad(item.place, "holds one of U+FDD0 to U+FDD7, which are no characters. Fix the record")
                 except TemplateProblem as error:
-                    yield Bad(item.place, f"the template refuses it ({error}). Fix the record")
+                    yield Bad(item.place, f"the template refuses it ({_shortened(str(error))}). Fix the record")
 
     def _piece(self, item: Text) -> Document:
         data = item.text.encode()
@@ -121,22 +130,43 @@ class Formatter:
         digest = self._hash.digest() if item.ends else b""
         return Document(item.text, 0, digest, len(data), begins=item.begins, ends=item.ends)
 
-    def _document(self, record: Record) -> Document:
+    def _documents_of(self, record: Record) -> Iterator[Document]:
+        """Yield the document of a record; a long text in pieces."""
         value = record.value
         if not isinstance(value, dict):
             raise RecordProblem("expected an object")
         form = conversations.form_of(value, self._format, self._text_key)
         if form == "text":
+            yield from self._texts(record.place, value)
+            return
+        if isinstance(text := value.get(self._text_key), LongText):
+            value = {**value, self._text_key: text.text()}
+        if form == "completions" and self._template is None and not conversations.has_messages(value):
+            yield self._plain_completion(record.place, value)
+        else:
+            yield self._chat(record.place, conversations.READERS[form](value))
+
+    def _texts(self, place: int, value: dict[str, Any]) -> Iterator[Document]:
+        """Yield the document of a record's text, in pieces if it is long: they are the same however it is stored."""
+        text = value.get(self._text_key)
+        if not isinstance(text, LongText):
             text = self._text(value, self._text_key)
             data = _encode(text)
-            return Document(text, record.place, xxhash.xxh3_128_digest(data), len(data))
-        if form == "completions" and self._template is None and not conversations.has_messages(value):
-            return self._plain_completion(record.place, value)
-        return self._chat(record.place, conversations.READERS[form](value))
+            if len(data) <= LONG_TEXT_BYTES:
+                yield Document(text, place, xxhash.xxh3_128_digest(data), len(data))
+                return
+            digest, parts = xxhash.xxh3_128_digest(data), iter([data])
+            del text, data
+        else:
+            digest, parts = _digest(text), text.parts()
+        begins = True
+        for piece, ends in cut(same_size(parts)):
+            yield Document(piece.decode(), place, digest if ends else b"", len(piece), begins=begins, ends=ends)
+            begins = False
 
     def _text(self, value: dict[str, Any], key: str) -> str:
         if key not in value:
-            has = ", ".join(list(value)[:8])
+            has = ", ".join(_shortened(key, _MOST_OF_A_KEY) for key in list(value)[:8])
             raise RecordProblem(
                 f'has no "{key}"{f" (it has {has})" if has else ""}', fix="Fix the record or name its key"
             )
@@ -148,6 +178,7 @@ class Formatter:
         prompt, completion = (self._text(value, key) for key in conversations.COMPLETION_KEYS)
         text = prompt + completion
         data = _encode(text)
+        _require_size(len(data))
         digest = xxhash.xxh3_128_digest(_encode(json.dumps([prompt, completion])))
         spans = ((len(prompt), len(text)),) if self._train_on != "all" else None
         return Document(text, place, digest, len(data), spans=spans, is_conversation=True)
@@ -159,6 +190,7 @@ class Formatter:
         chooses = self._train_on == "last" or bool(talk.untrained)
         said = [talk.messages, talk.tools, *([sorted(talk.untrained)] if talk.untrained else [])]
         encoded = json.dumps(said, sort_keys=True)
+        _require_size(len(encoded))
         digest = xxhash.xxh3_128_digest(encoded.encode())
         if self._train_on is None:
             text = self._template.render(messages, tools=talk.tools)
@@ -226,6 +258,29 @@ def _others(rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> tuple[t
             found.append((at, begin))
             at = end
     return tuple(span for span in [*found, (at, len(rendered.text))] if span[0] < span[1])
+
+
+def _digest(text: LongText) -> bytes:
+    """Return the xxh3-128 of a long text, so that all of it is known to be valid before any piece of it is used."""
+    digest = xxhash.xxh3_128()
+    try:
+        for part in text.parts():
+            digest.update(part)
+    except ValueError as error:
+        raise RecordProblem(f"not valid JSON ({error})") from error
+    return digest.digest()
+
+
+def _require_size(size: int) -> None:
+    if size > MAX_CONVERSATION_BYTES:
+        raise RecordProblem(
+            f"holds a conversation of {size:,} bytes, {MAX_CONVERSATION_BYTES:,} are the most", fix="Split the record"
+        )
+
+
+def _shortened(text: str, most: int = _MOST_SHOWN) -> str:
+    """Return the beginning of a text in which what a record holds may stand at any length, on one line."""
+    return printable(text if len(text) <= most else f"{text[:most]} ...")
 
 
 def _encode(text: str) -> bytes:

@@ -1,12 +1,158 @@
-"""The records of a JSON file that is read whole."""
+"""JSON: one value, a value a line, or the records of a file that is read whole."""
 
-from collections.abc import Callable, Iterator, Set
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
+import msgspec
+
+from mlxflow.data import items, texts
+from mlxflow.data.items import Bad, Record, RecordForm, Text
+from mlxflow.data.long_lines import LONG_LINE_BYTES, decode_long, require_few_values
 from mlxflow.data.streams import FileProblem
 
 # Objects that are looked at to tell a list of records from any other list
 _SEEN = 100
+_RECORDS_PER_BATCH = 1024
+_MAX_FILE_VALUES = 1 << 21
+
+_decode_fast = msgspec.json.Decoder().decode
+
+
+def decode_json(data: bytes | bytearray) -> Any:
+    """Return a JSON value; msgspec reads it, and the standard library where that finds a fault, to say it better.
+
+    Raises:
+        ValueError: it is none; the text is for people.
+    """
+    try:
+        return _decode_fast(data)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        pass  # the standard library also takes NaN
+    try:
+        return json.loads(data.decode("utf-8-sig"))  # of bytes it would guess the encoding
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start:,} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno:,} " if error.lineno > 1 else ""
+        reason = error.msg.rstrip(": ").removesuffix(" at")
+        raise ValueError(f"{reason} at {line}column {error.colno:,}") from error
+    except ValueError as error:  # no other one is left
+        raise ValueError("a number has too many digits") from error
+
+
+# --- a value a line
+
+
+def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
+    """Yield the records of a file with a JSON value a line; a line of several megabytes comes in a batch of its own.
+
+    Args:
+        pieces: of the file.
+        form: of its records.
+
+    Raises:
+        FileProblem: it is not UTF-8.
+    """
+    rest, dropped = bytearray(), 0  # of a line that began in an earlier piece: its bytes, and how many are not kept
+    number = 1
+    for index, whole in enumerate(pieces):
+        if index == 0:
+            texts.refuse_encoding(whole[: texts.SNIFFED_BYTES])
+        piece = whole.removeprefix(b"\xef\xbb\xbf") if index == 0 else whole
+        begin = 0
+        if rest or dropped:
+            end = piece.find(b"\n")
+            begin = len(piece) if end < 0 else end + 1
+            rest += memoryview(piece)[: begin if end < 0 else end]
+            if dropped or len(rest) > items.MAX_RECORD_BYTES:
+                rest, dropped = bytearray(), dropped + len(rest)
+            if end < 0:
+                continue
+            line, rest = rest, bytearray()
+            yield [_too_long(number, dropped)] if dropped else list(_parse_lines([line], number, form))
+            del line
+            number, dropped = number + 1, 0
+        stop = piece.rfind(b"\n", begin) + 1
+        if stop:
+            lines = piece[begin:stop].split(b"\n")[:-1]
+            yield list(_parse_lines(lines, number, form))
+            number += len(lines)
+        rest += memoryview(piece)[stop or begin :]
+        if len(rest) > items.MAX_RECORD_BYTES:
+            rest, dropped = bytearray(), len(rest)
+    yield [_too_long(number, dropped)] if dropped else list(_parse_lines([rest], number, form))
+
+
+def _too_long(number: int, size: int) -> Bad:
+    return Bad(number, f"has {size:,} bytes, {items.MAX_RECORD_BYTES:,} are the most. Split the record")
+
+
+def _parse_lines(lines: Sequence[bytes | bytearray], number: int, form: RecordForm) -> Iterator[Record | Bad]:
+    for at, line in enumerate(lines, number):
+        if not line or line.isspace():
+            continue
+        if len(line) > items.MAX_RECORD_BYTES:
+            yield _too_long(at, len(line))
+            continue
+        try:
+            yield Record(
+                at, decode_json(line) if len(line) <= LONG_LINE_BYTES else decode_long(line, form, decode_json)
+            )
+        except ValueError as error:
+            yield Bad(at, f"not valid JSON ({error}). Fix the line")
+        except items.TooLargeError as error:
+            yield Bad(at, f"{error}. Split the record")
+
+
+# --- a whole file
+
+
+def read_json(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | Text | Bad]]:
+    """Yield the records of a JSON file, or the file as a text where it holds none.
+
+    Args:
+        pieces: of the file.
+        form: of its records.
+        strict: a file without records is a problem.
+
+    Raises:
+        FileProblem: it is too large, or it is not valid JSON.
+    """
+    data = bytearray()
+    for piece in pieces:
+        data += piece
+        if len(data) > items.MAX_RECORD_BYTES:
+            raise FileProblem(f"is a JSON file of over {items.MAX_RECORD_BYTES:,} bytes. Write its records as .jsonl")
+    texts.refuse_encoding(bytes(data[: texts.SNIFFED_BYTES]))
+    body = data[3:] if data.startswith(b"\xef\xbb\xbf") else data
+    if not body.strip():
+        return
+    try:
+        if len(body) > LONG_LINE_BYTES:
+            require_few_values(body, _MAX_FILE_VALUES)
+        value = decode_json(body)
+    except items.TooLargeError as error:
+        raise FileProblem(f"is a JSON file that {error}. Write its records as .jsonl") from error
+    except ValueError as error:
+        if first_line_is_object(body, decode_json):
+            yield from read_lines([bytes(data)], form)
+            return
+        raise FileProblem(f"not valid JSON ({error}). Fix the file") from error
+    found = find_records(value, form.keys, form.is_record)
+    if found is not None:
+        yield from batches([Record(number, one) for number, one in enumerate(found, 1)], _RECORDS_PER_BATCH)
+    elif strict:
+        raise FileProblem(f"expected a list of objects with {listed(form.keys)}. Change the file or its format")
+    else:
+        yield from texts.read_text([bytes(data)])
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names of keys for messages."""
+    return " or ".join(f'"{name}"' for name in sorted(names))
 
 
 def find_records(value: Any, record_keys: Set[str], is_record: Callable[[Any], bool]) -> list[Any] | None:
@@ -39,7 +185,7 @@ def find_records(value: Any, record_keys: Set[str], is_record: Callable[[Any], b
     return next(iter(lists.values()), None)
 
 
-def first_line_is_object(data: bytes, decode: Callable[[bytes], Any]) -> bool:
+def first_line_is_object(data: bytes | bytearray, decode: Callable[[bytes | bytearray], Any]) -> bool:
     """Return whether a file that is no JSON value holds an object a line, as the datasets library writes `.json`."""
     line, _, rest = data.lstrip().partition(b"\n")
     if not rest.strip():

@@ -15,6 +15,9 @@ from mlxflow.data.selection import is_held_out
 from mlxflow.data.streams import FileProblem
 from mlxflow.data.tokenization import SourceFile
 
+# Each text takes some 300 bytes besides its own.
+_MAX_TEXTS = 1 << 21
+
 
 class Sample(NamedTuple):
     """Texts in the order of their hashes.
@@ -84,7 +87,7 @@ def _sample(
         known.add(digest)
         heapq.heappush(heap, (-int.from_bytes(digest, "big"), text))
         total += document.num_bytes
-        while total > max_bytes and len(heap) > 1:
+        while (total > max_bytes or len(heap) > _MAX_TEXTS) and len(heap) > 1:
             number, dropped = heapq.heappop(heap)
             total -= len(dropped.encode())
             known.discard((-number).to_bytes(16, "big"))

@@ -156,50 +156,53 @@ def _drop_duplicates(
     total = sum(len(side) for side in sides)
     num_parts = -(-total // _DOCUMENTS_PER_PART)
     for part in range(num_parts):
-        hashes, owners = [], []
+        hashes, members = [], []
         for number, shard in enumerate(shards):
             if not shard.num_documents:
                 continue
             found = shard.documents().hashes
-            members = np.flatnonzero(found[:, 0] % np.uint64(num_parts) == part) if num_parts > 1 else None
-            index = np.arange(len(found)) if members is None else members
-            hashes.append(found if members is None else found[members])
-            owners.append(np.stack([np.full(len(index), number), index], axis=1))
-        if hashes:
-            _drop_equal(np.concatenate(hashes), np.concatenate(owners), sides, ranks, keeps_copies=keeps_copies)
+            index = np.arange(len(found))
+            if num_parts > 1:
+                index = np.flatnonzero(found[:, 0] % np.uint64(num_parts) == part)
+                found = found[index]
+            hashes.append(found)
+            members.append((number, index))
+        if not hashes:
+            continue
+        rank, side = (np.concatenate([of[number][index] for number, index in members]) for of in (ranks, sides))
+        dropped = _find_dropped(np.concatenate(hashes), rank, side, keeps_copies=keeps_copies)
+        if dropped.any():
+            begin = 0
+            for number, index in members:
+                sides[number][index[dropped[begin : begin + len(index)]]] = DUPLICATE
+                begin += len(index)
 
 
-def _drop_equal(
-    hashes: "NDArray[np.uint64]",
-    owners: "NDArray[np.int64]",
-    sides: "list[NDArray[np.uint8]]",
-    ranks: "list[NDArray[np.uint8]]",
-    *,
-    keeps_copies: bool,
-) -> None:
-    """Mark all but one of equal documents, the one with the highest rank.
+def _find_dropped(
+    hashes: "NDArray[np.uint64]", ranks: "NDArray[np.uint8]", sides: "NDArray[np.uint8]", *, keeps_copies: bool
+) -> "NDArray[np.bool_]":
+    """Return (N,) whether each document is dropped: of equal ones the first with the highest rank stays.
 
     Args:
-        hashes: (N, 2)
-        owners: (N, 2) shard and document of each, in the order of the corpus.
-        sides: is changed.
-        ranks: of each document; it follows from the side.
-        keeps_copies: mark only documents for training of which another side has an equal.
+        hashes: (N, 2) in the order of the corpus.
+        ranks: (N,) they follow from the sides.
+        sides: (N,)
+        keeps_copies: drop only documents for training of which another side has an equal.
     """
-    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in the order of the corpus
-    ordered = hashes[order]
-    again = np.concatenate([[False], (ordered[1:] == ordered[:-1]).all(axis=1)])
-    if not again.any():
-        return
-    starts = np.flatnonzero(~again)
-    ends = np.concatenate([starts[1:], [len(order)]])
-    for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
-        group = [(int(shard), int(document)) for shard, document in owners[order[start:end]]]
-        best = max(range(len(group)), key=lambda i: (ranks[group[i][0]][group[i][1]], -i))
-        is_trained = sides[group[best][0]][group[best][1]] == TRAIN
-        for i, (shard, document) in enumerate(group):
-            if i != best and (not keeps_copies or (not is_trained and sides[shard][document] == TRAIN)):
-                sides[shard][document] = DUPLICATE
+    dropped = np.zeros(len(hashes), np.bool_)
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    equal = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+    if not equal.any():
+        return dropped
+    order = np.lexsort((255 - ranks, hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in the order of the corpus
+    again = np.concatenate([[False], equal])  # of a document whose equal comes before it
+    marked = again
+    if keeps_copies:
+        ordered = sides[order]
+        best = ordered[np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))]
+        marked = again & (best != TRAIN) & (ordered == TRAIN)
+    dropped[order[marked]] = True
+    return dropped
 
 
 def _repeat(

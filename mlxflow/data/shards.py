@@ -168,6 +168,8 @@ class ShardWriter:
     """
 
     _MOST_TOLD = 20
+    _REASON_BYTES = 2400  # of the header; the first reason always fits
+    _MOST_REASON_LENGTH = 500
 
     def __init__(self, stream: ArrayStream, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self._stream = stream
@@ -194,7 +196,9 @@ class ShardWriter:
     def refuse(self, place: int, reason: str) -> None:
         """Note a record that is left out."""
         self.num_bad += 1
-        if len(self.bad) < self._MOST_TOLD:
+        reason = reason[: self._MOST_REASON_LENGTH]
+        size = sum(len(known.encode()) for _, known in self.bad) + len(reason.encode())
+        if len(self.bad) < self._MOST_TOLD and size <= self._REASON_BYTES:
             self.bad.append((place, reason))
 
     def finish(self) -> None:
@@ -205,7 +209,7 @@ class ShardWriter:
             "masked": self.masked,
             "bad": self.bad,
             "num_bad": self.num_bad,
-            "problem": self.problem,
+            "problem": self.problem[: self._MOST_REASON_LENGTH],
             "is_binary": self.is_binary,
             "end_tokens": self.end_tokens,
             "inner_tokens": self.inner_tokens,
@@ -213,7 +217,7 @@ class ShardWriter:
             "literals": self.literals,
             "digests": {name: hash_.hexdigest() for name, hash_ in self._hashes.items()},
         }
-        self._stream.metadata["shard"] = json.dumps(told)
+        self._stream.metadata["shard"] = json.dumps(told, ensure_ascii=False)
 
 
 class ShardStore:

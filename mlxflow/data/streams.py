@@ -17,8 +17,8 @@ from mlxflow.paths import printable
 #: Bytes that are read, parsed and tokenized at a time.
 PIECE_BYTES = 1 << 20
 
-# Text shrinks 3 to 10 times, a log of one repeated line 200 times; what grows more than this is no text.
-_MAX_INFLATION = 400
+# Text shrinks 3 to 10 times, logs and records that repeat themselves 30 times; what grows more than this is a bomb.
+MAX_INFLATION = 100
 _FREE_INFLATION_BYTES = 1 << 26
 # zstd turns 4 bytes into 128 KB where all of them are alike, so it is fed little at a time.
 _ZSTD_FEED_BYTES = 1 << 10
@@ -49,7 +49,7 @@ class _HashingFile(FileIO):
 def read_pieces(
     path: Path, *, compression: str, expected_digest: str, on_read: Callable[[int], None]
 ) -> Iterator[bytes]:
-    """Yield a file's bytes in pieces of `PIECE_BYTES`; those of a .zst are larger, the last one is smaller.
+    """Yield a file's bytes in pieces of `PIECE_BYTES`; those of a .zst are up to 4 times as large, the last is smaller.
 
     Args:
         path: the file.
@@ -98,12 +98,24 @@ def _bounded(pieces: Iterator[bytes], file: _HashingFile) -> Iterator[bytes]:
     total = 0
     for piece in pieces:
         total += len(piece)
-        if total > max(_FREE_INFLATION_BYTES, _MAX_INFLATION * file.num_read):
-            raise FileProblem(
-                f"inflates to over {_MAX_INFLATION} times its size ({total:,} bytes and no end). "
-                "Unpack it and look at it"
-            )
+        require_plausible(total, file.num_read)
         yield piece
+
+
+def require_plausible(total: int, stored: int) -> None:
+    """Refuse data that takes far more room than text can have been packed into; a few megabytes always pass.
+
+    Args:
+        total: bytes so far.
+        stored: bytes of the file that hold them.
+
+    Raises:
+        FileProblem: it does.
+    """
+    if total > max(_FREE_INFLATION_BYTES, MAX_INFLATION * stored):
+        raise FileProblem(
+            f"inflates to over {MAX_INFLATION} times its size ({total:,} bytes and no end). Unpack it and look at it"
+        )
 
 
 def _inflate_gzip(file: _HashingFile) -> Generator[bytes]:
@@ -139,7 +151,7 @@ def _inflate_zstd(file: _HashingFile) -> Generator[bytes]:
             if frame.eof:
                 frame, begun = decompressor.decompressobj(), False
             if size >= PIECE_BYTES:
-                yield b"".join(waiting)
+                yield from _parted(b"".join(waiting))
                 waiting, size = [], 0
     except zstandard.ZstdError as error:
         raise FileProblem(f"is no valid zstd file ({error})") from error
@@ -149,3 +161,9 @@ def _inflate_zstd(file: _HashingFile) -> Generator[bytes]:
         raise FileProblem(f"ends before its zstd frame does (byte {file.num_read:,})")
     if size:
         yield b"".join(waiting)
+
+
+def _parted(data: bytes) -> Iterator[bytes]:
+    """Yield data as it is, or in pieces where a few bytes became many megabytes."""
+    size = PIECE_BYTES if len(data) > 4 * PIECE_BYTES else len(data)
+    yield from (data[begin : begin + size] for begin in range(0, len(data), size))

@@ -11,6 +11,7 @@ import numpy as np
 from mlxflow.data.document_encoder import DocumentEncoder, Unwritable
 from mlxflow.data.encoder import Encoder
 from mlxflow.data.formats import Document, Formatter, NoTemplateError, TrainOn
+from mlxflow.data.items import LONG_TEXT_BYTES
 from mlxflow.data.records import Bad, Binary, Record, Shape, Text, read_file
 from mlxflow.data.shards import CONVERSATION, FORMAT, MASKED, Shard, ShardStore, ShardWriter
 from mlxflow.data.streams import FileProblem
@@ -187,18 +188,32 @@ class Tokenizing:
         for items in ahead(batches) if file.size > _LARGE_BYTES else batches:
             if self._stopped.is_set():
                 raise InterruptedError
-            documents: list[Document] = []
-            for document in formatter.documents(items):
-                if isinstance(document, Bad):
-                    writer.refuse(*document)
-                elif document.begins and document.ends and (not document.text or document.text.isspace()):
-                    writer.blank += 1
-                else:
-                    documents.append(document)
-            if documents:
+            for documents in self._documents(formatter, items, writer):
                 self._encode(documents, writer, long, progress)
+            del items  # a batch may be one record of many megabytes, and the next one is being made
         writer.end_tokens = sorted({*writer.end_tokens, *self._ids_of(formatter.end_tokens)})
         writer.inner_tokens = self._ids_of(formatter.inner_tokens)
+
+    @staticmethod
+    def _documents(
+        formatter: Formatter, items: Sequence[Record | Text | Bad], writer: ShardWriter
+    ) -> Iterator[list[Document]]:
+        """Yield the documents of a batch, as many at a time as are tokenized in one call; the writer notes the rest."""
+        documents: list[Document] = []
+        size = 0
+        for document in formatter.documents(items):
+            if isinstance(document, Bad):
+                writer.refuse(*document)
+            elif document.begins and document.ends and (not document.text or document.text.isspace()):
+                writer.blank += 1
+            else:
+                documents.append(document)
+                size += document.num_bytes
+                if size > LONG_TEXT_BYTES:
+                    yield documents
+                    documents, size = [], 0
+        if documents:
+            yield documents
 
     def _ids_of(self, texts: set[str]) -> list[int]:
         ids = self._vocabulary.token_ids if texts else {}
