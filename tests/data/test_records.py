@@ -363,4 +363,4 @@ def test_a_parquet_text_that_is_no_utf_8_is_told(tmp_path: Path) -> None:
     texts = pyarrow.array([b"a", b"\xff"], pyarrow.binary())
     texts = pyarrow.Array.from_buffers(pyarrow.string(), len(texts), texts.buffers())
     parquet.write_table(pyarrow.table({"text": texts}), path)
-    assert _problem(path) == "a text in rows 1 to 2 is not UTF-8. Write it anew"
+    assert _problem(path) == "a text in rows 1 to 2 is not UTF-8. Write it as UTF-8"
