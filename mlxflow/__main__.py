@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_about_a_file(error):
             raise
-        print(word_cause(error, "mlxflow"), file=sys.stderr)
+        print(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))), file=sys.stderr)
         return 1
 
 

@@ -26,12 +26,15 @@ STAGE = """
 import hashlib, sys
 from pathlib import Path
 from mlxflow import __main__ as door, artifact
+from mlxflow.causes import naming
 from mlxflow.run import end_with_parent
 
 def build(parsed):
     end_with_parent()
     number = int(parsed.stage[1:])
-    read = Path("source" if number == 1 else f"artifacts/s{number - 1}/a").read_bytes()
+    source = Path("source" if number == 1 else f"artifacts/s{number - 1}/a")
+    with naming(source):
+        read = source.read_bytes()
     print("at work on", parsed.stage, flush=True)
     folder = Path(f"artifacts/{parsed.stage}")
     keep = lambda: [path.name for path in folder.glob("*.txt")]
