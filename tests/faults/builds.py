@@ -1,13 +1,15 @@
-"""A build of two cheap stages, disturbed at a call and then run again: what has to be true of both."""
+"""A build of two cheap stages, or one of real ones, disturbed at a call and run again: what has to be true of both."""
 
 import json
 import os
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.chain import DODO
+from tests.conftest import write_workflow
 from tests.faults.injection import KINDS, Call, Fault, Outcome, python, run
 
 #: What is done to a template: the disturbed command, and those that bring the folder to its end.
@@ -18,8 +20,13 @@ COMMANDS = {
     "forget": (("forget", "s1"), (("run",),)),
     "pack": (("pack", "s2", "s2.tar"), (("pack", "s2", "s2.tar"), ("run",))),
     "unpack": (("unpack", "s2.tar"), (("unpack", "s2.tar"), ("run",))),
+    "pretokenize": (("pretokenize",), (("pretokenize",),)),
+    "train": (("train",), (("train",),)),
 }
 
+
+#: Those of real stages; the others are of a chain of two cheap ones.
+REAL = ("pretokenize", "train")
 
 # It goes through the door of the real command, which words what fails.
 STAGE = """
@@ -27,7 +34,7 @@ import hashlib, sys
 from pathlib import Path
 from mlxflow import __main__ as door, artifact
 from mlxflow.causes import naming
-from mlxflow.run import end_with_parent
+from mlxflow.orphans import end_with_parent
 
 def build(parsed):
     end_with_parent()
@@ -70,6 +77,23 @@ def prepare(library: Path, folder: Path, name: str) -> Scenario:
     """Make the template of a scenario and run it undisturbed."""
     template = folder / name
     template.mkdir()
+    if name in REAL:
+        write_workflow(template)
+        if name == "train":
+            _succeed(run(library, template, python("doit", "pretokenize")))
+    else:
+        _prepare_cheap(library, folder, template)
+    copy = Path(shutil.copytree(template, folder / f"{name}-undisturbed"))
+    disturbed, mending = COMMANDS[name]
+    outcome = run(library, copy, python("doit", *disturbed))
+    _succeed(outcome)
+    for command in mending:
+        _succeed(run(library, copy, python("doit", *command)))
+    return Scenario(name, template, outcome.calls, contents(copy))
+
+
+def _prepare_cheap(library: Path, folder: Path, template: Path) -> None:
+    name = template.name
     text = DODO.replace("KIND", repr({"uses_device": False})).replace("range(1, 7)", "range(1, 3)")
     stage = folder / "stage.py"  # not below what is disturbed: in its place would be an installed module
     stage.write_text(STAGE)
@@ -83,13 +107,6 @@ def prepare(library: Path, folder: Path, name: str) -> Scenario:
     if name == "unpack":
         _succeed(run(library, template, python("doit", "pack", "s2", "s2.tar")))
         shutil.rmtree(template / "artifacts/s2")
-    copy = Path(shutil.copytree(template, folder / f"{name}-undisturbed"))
-    disturbed, mending = COMMANDS[name]
-    outcome = run(library, copy, python("doit", *disturbed))
-    _succeed(outcome)
-    for command in mending:
-        _succeed(run(library, copy, python("doit", *command)))
-    return Scenario(name, template, outcome.calls, contents(copy))
 
 
 def _succeed(outcome: Outcome) -> None:
@@ -108,9 +125,11 @@ def contents(folder: Path) -> dict[str, Any]:
 def _content(path: Path) -> Any:
     if path.is_dir():
         return "folder"
-    if path.name in ("digests.json", "lock") or path.suffix == ".log":
+    if path.name in ("digests.json", "graph.json", "lock", "metrics.jsonl") or path.suffix == ".log":
         return "of one run and machine"
     data = path.read_bytes()
+    if path.name == "report.toml":
+        return {key: value for key, value in tomllib.loads(data.decode()).items() if key != "run"}
     if path.name == "mlxflow.lock":
         return re.sub(rb"(?m)^(seconds|commit) = .*$", b"", data)
     if path.name == "state.jsonl":
@@ -140,7 +159,7 @@ def disturb(library: Path, scenario: Scenario, fault: Fault, folder: Path) -> Ou
     assert outcome.calls, where
     is_own = all(is_of_python(call, folder) for call in outcome.calls)
     assert is_own or "Traceback" not in outcome.err + outcome.out, where
-    if outcome.code == 0 and scenario.name in ("first", "again") and not _says(fault, outcome.err):
+    if outcome.code == 0 and scenario.name in ("first", "again", *REAL) and not _says(fault, outcome.err):
         assert contents(folder) == scenario.expected, where
     if is_own:
         assert outcome.code == 0 or outcome.err.strip() or fault.kind == "KILL", where
