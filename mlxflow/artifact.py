@@ -8,9 +8,11 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow.causes import naming
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.folders import partial_folders as partial_folders
 from mlxflow.folders import publishing as publishing
@@ -63,7 +65,7 @@ def write_arrays(path: Path, arrays: Mapping[str, "NDArray[Any]"], metadata: Map
     header = _header_json(entries, metadata)
     header += b" " * (-len(header) % 8)
     _require_space(path, 8 + len(header) + end)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in sorted(arrays):
             array = arrays[name]
@@ -130,16 +132,16 @@ class ArrayStream:
             return
         if name in self._growing and (needed := np.min_scalar_type(int(array.max()))) > self._dtypes[name]:
             self._widen(name, needed.newbyteorder("<"))
-        self._parts[name].write(np.ascontiguousarray(array, self._dtypes[name]).data.cast("B"))
+        with naming(self._path):
+            self._parts[name].write(np.ascontiguousarray(array, self._dtypes[name]).data.cast("B"))
         self._lengths[name] += len(array)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        try:
+        with naming(self._path), ExitStack() as parts:
+            for part in self._parts.values():
+                parts.callback(part.close)
             if kind is None:
                 self._finish()
-        finally:
-            for part in self._parts.values():
-                part.close()
 
     def _widen(self, name: str, dtype: "np.dtype[Any]") -> None:
         """Keep a column in a wider type from now on."""
@@ -264,12 +266,14 @@ class TensorFile:
         self._write(name, first * shape[-1] * dtype.size, rows)
 
     def _write(self, name: str, offset: int, rows: "mx.array") -> None:
-        self._file.seek(8 + len(self._header) + self._offsets[name] + offset)
-        self._file.write(_raw_bytes(rows))
+        with naming(self._path):
+            self._file.seek(8 + len(self._header) + self._offsets[name] + offset)
+            self._file.write(_raw_bytes(rows))
         self._rows[name] += math.prod(rows.shape[:-1])
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         missing = [name for name, (_, shape) in self._entries.items() if self._rows[name] < math.prod(shape[:-1])]
         if kind is None and missing:
             raise ValueError(f"{self._path}: without {', '.join(sorted(missing))}")

@@ -125,7 +125,7 @@ def contents(folder: Path) -> dict[str, Any]:
 def _content(path: Path) -> Any:
     if path.is_dir():
         return "folder"
-    if path.name in ("digests.json", "graph.json", "lock", "metrics.jsonl") or path.suffix == ".log":
+    if path.name in ("digests.json", "graph.json", "notes.json", "lock", "metrics.jsonl") or path.suffix == ".log":
         return "of one run and machine"
     data = path.read_bytes()
     if path.name == "report.toml":
