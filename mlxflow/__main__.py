@@ -121,11 +121,18 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    from mlxflow import handover
+    from mlxflow.disk import Disk
     from mlxflow.orphans import end_with_parent
     from mlxflow.run import run_alone, run_stage
     from mlxflow.workflow import load_workflow
 
     started_by_doit = end_with_parent()
+    if started_by_doit and (received := handover.receive()):
+        text, lookups = received.basis
+        workflow = load_workflow(parsed.workflow, Disk(parsed.workflow.parent, lookups), text.encode())
+        run_stage(workflow, workflow.find(parsed.stage), parsed.into, received)
+        return
     workflow = load_workflow(parsed.workflow)
     run = run_stage if started_by_doit else run_alone
     run(workflow, workflow.find(parsed.stage), parsed.into)

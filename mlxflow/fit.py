@@ -6,6 +6,7 @@ from typing import Any
 
 from mlxflow import trust
 from mlxflow.errors import ArtifactError, CallError
+from mlxflow.observed import ObservedInputs
 from mlxflow.stage import Context, rooted
 from mlxflow.workflow import Stage, Workflow
 
@@ -86,4 +87,5 @@ def _context(workflow: Workflow, one: Stage, chosen: str, limit: int) -> Context
         name=workflow.settings.name,
         folder=Path(),
         unfinished=Path(),
+        digests=ObservedInputs(workflow.state / "digests.json"),
     )

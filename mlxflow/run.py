@@ -11,19 +11,21 @@ from typing import Any
 
 from mlxflow import artifact, cpu, device, folders, ownership, stage, trust
 from mlxflow.errors import ArtifactError, CallError, StageError
-from mlxflow.identity import DigestCache
+from mlxflow.handover import Handover
 from mlxflow.locking import hold
+from mlxflow.observed import ObservedInputs
 from mlxflow.own_folders import prepare_compiled_folder
 from mlxflow.workflow import Stage, Workflow, shown_path
 
 
-def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
+def run_stage(workflow: Workflow, one: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
     """Run one stage in this process and return its artifact folder.
 
     Args:
         workflow: the workflow.
         one: one of its stages.
         into: the folder to write instead of the stage's own.
+        handover: what doit decided that the stage runs with; None where no doit did.
 
     Raises:
         CallError: `into` holds what is no artifact.
@@ -36,21 +38,26 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         prepare_compiled_folder()  # before any process is started that compiles
     begin = getattr(one.module, "begin", None)
     with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
-        return _run(workflow, one, into, begun, started)
+        return _run(workflow, one, into, begun, started, handover)
 
 
-def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started: float) -> Path:
+def _run(
+    workflow: Workflow, one: Stage, into: Path | None, begun: Any, started: float, handover: Handover | None
+) -> Path:
     uses_device = getattr(one.module, "USES_DEVICE", True)
     if uses_device:
         cpu.prepare()
-    cache = DigestCache(workflow.state / "digests.json")
+    digests = ObservedInputs(workflow.state / "digests.json")
     try:
-        identities = _identify_inputs(workflow, one, cache)
+        identities = _identify_inputs(workflow, one, digests)
     finally:
-        cache.save()
+        digests.save()
+    settings = one.settings() | device.environment(one.bound_device)
+    if handover:
+        handover.check(one.task, settings, identities)
     provenance = {
         "stage": one.task,
-        "settings_digest": stage.settings_digest(one.settings() | device.environment(one.bound_device)),
+        "settings_digest": stage.settings_digest(settings),
         "inputs_digest": stage.settings_digest(dict(identities)),
         "seed": str(workflow.settings.seed),
         "mlxflow": version("mlxflow"),
@@ -87,6 +94,7 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
                 name=workflow.settings.name,
                 folder=private,
                 unfinished=unfinished,
+                digests=digests,
                 published=_published(workflow.root / one.folder) if into else None,
                 begun=begun,
             ),
@@ -101,12 +109,33 @@ def _run(workflow: Workflow, one: Stage, into: Path | None, begun: Any, started:
         for path in stage.paths_of(outputs):
             if path.suffix == ".safetensors":
                 artifact.check_whole(path)
+        _require_unchanged(workflow, one, digests, identities, unfinished)
     artifact.remove_folder(unfinished)
     if into is None:
         for copy, original in one.copies.items():
             with artifact.writable(workflow.root / copy):
                 artifact.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
     return folder
+
+
+def _require_unchanged(
+    workflow: Workflow, one: Stage, digests: ObservedInputs, identities: dict[str, str], unfinished: Path
+) -> None:
+    """Refuse the result of a run whose inputs were changed, and remove what a later run would go on from.
+
+    Raises:
+        StageError: one or more were changed; each has a line.
+    """
+    try:
+        digests.require_unchanged(one.task, workflow.root)
+        now = dict.fromkeys(one.files_read(workflow.root)) | one.corpus_identities(digests)
+        changed = [name for name in identities if name not in now or now[name] not in (None, identities[name])]
+        if names := sorted({*changed, *now.keys() - identities.keys()}):
+            advice = f"changed while {one.task} ran, whose result is not kept. Run it again."
+            raise StageError("\n".join(f"{name}: {advice}" for name in names))
+    except StageError:
+        artifact.remove_folder(unfinished)
+        raise
 
 
 def _published(folder: Path) -> Path | None:
@@ -118,7 +147,7 @@ def _key_of(provenance: dict[str, str]) -> str:
     return stage.settings_digest({key: provenance[key] for key in ("settings_digest", "inputs_digest")})[:12]
 
 
-def _identify_inputs(workflow: Workflow, one: Stage, cache: DigestCache) -> dict[str, str]:
+def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> dict[str, str]:
     """Return the identity of every input by name.
 
     Raises:

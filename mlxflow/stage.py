@@ -31,6 +31,7 @@ import msgspec
 from mlxflow.config import Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.identity import digest_json
+from mlxflow.observed import ObservedInputs
 
 #: The folder beside the workflow file in which all artifacts lie.
 ARTIFACTS = "artifacts"
@@ -170,6 +171,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
             well. Another one for every other configuration of the stage.
         published: the stage's artifact where it is built again beside it, to be compared; None otherwise.
         begun: what the stage's module began before its device was looked for; None for nothing.
+        digests: of the inputs as the run saw them first.
     """
 
     task: str
@@ -184,6 +186,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     folder: Path
     unfinished: Path
+    digests: ObservedInputs
     published: Path | None = None
     begun: Any = None
 

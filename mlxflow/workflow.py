@@ -259,19 +259,20 @@ class Workflow:
         raise CallError(f"{task}: no such stage in {self.path}. Known: {known}.")
 
 
-def load_workflow(path: Path, disk: Disk | None = None) -> Workflow:
+def load_workflow(path: Path, disk: Disk | None = None, data: bytes | None = None) -> Workflow:
     """Read and check a workflow file; imports no mlx.
 
     Args:
         path: the TOML file.
         disk: answers what is asked of the other files; None for those that are there now.
+        data: what the file holds; None reads it.
 
     Raises:
         WorkflowError: the file is missing, no valid TOML, in a folder that cannot be used, or has mistakes: one line
             for each of them.
     """
     shown = shown_path(path)
-    document = workflow_text.read(path, shown)
+    document = workflow_text.read(path, shown, data)
     return _Loader(shown, document).load(path, disk or Disk(path.parent))
 
 

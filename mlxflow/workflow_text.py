@@ -15,12 +15,13 @@ from mlxflow.toml_text import MAX_WORKFLOW_BYTES
 MAX_VARIANTS, MAX_VALUES = 1000, 100_000
 
 
-def read(path: Path, shown: str) -> dict[str, Any]:
+def read(path: Path, shown: str, data: bytes | None = None) -> dict[str, Any]:
     """Return the tables of a workflow file.
 
     Args:
         path: the file.
         shown: its name, for the messages.
+        data: what it holds; None reads it.
 
     Raises:
         WorkflowError: it cannot be read, is too long or no valid TOML, or makes more variants than doit can bear.
@@ -30,7 +31,7 @@ def read(path: Path, shown: str) -> dict[str, Any]:
             f"{shown}: its folder's name is not UTF-8, which MLX cannot open. Rename the folder, "
             "or call this from inside."
         )
-    data = _read_bytes(path, shown)
+    data = _read_bytes(path, shown) if data is None else data
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
@@ -25,11 +25,20 @@ _USER_MISTAKE = 2
 _own_turns = threading.Lock()
 
 
+class _Ran(NamedTuple):
+    """A stage's process that ended, and what it was given."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    exit_code: int
+    seconds: float
+
+
 class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
     """Runs one stage in its own process.
 
-    The record of its last run is dropped first, so that a run which is cut off is never trusted. Inputs are looked at
-    before the process starts: one that is edited meanwhile makes the stage stale next time.
+    The record of its last run is dropped first, so that a run which is cut off is never trusted. Settings and inputs
+    are looked at before the process starts and handed to it: it fails where it finds others.
 
     Args:
         node: the stage.
@@ -57,17 +66,15 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
     def execute(self, out: object = None, err: object = None) -> BaseFail | None:
         """Run the stage; doit saves `values` when all went well."""
         Globals.dep_manager.remove(self.node.task)
-        try:
-            inputs = observe_inputs(self.node, self.cache)
-        except (OSError, ValueError) as error:
-            return self._fail(TaskFailed, f"{self.node.task}: an input is missing or damaged ({error})")
         before = self._stamps()
         try:
-            code, seconds = self._run()
+            ran = self._run()
         except UserError as error:
             return self._fail(TaskError, str(error))
+        if isinstance(ran, BaseFail):
+            return ran
         self.is_untouched = before == self._stamps()
-        if code:
+        if code := ran.exit_code:
             said = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
             return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
         try:
@@ -75,19 +82,24 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         except (OSError, ValueError) as error:
             return self._fail(TaskFailed, f"{self.node.task}: an output is missing or damaged ({error})")
         self.cache.save()
-        self._record(inputs, outputs, seconds)
+        self._record(ran, outputs)
         return None
 
-    def _run(self) -> tuple[int, float]:
-        """Run the process, in its turn where it uses the device; return its exit code and the seconds it took."""
+    def _run(self) -> "_Ran | BaseFail":
+        """Run the process, in its turn where it uses the device, with what is there when its turn comes."""
         from tasks.process import run_process
 
-        token = self._turn() if self.node.uses_device else nullcontext()
-        log = self.node.root / "artifacts" / "logs" / f"{self.node.task.replace(':', '-')}.log"
-        with token:
+        node = self.node
+        log = node.root / "artifacts" / "logs" / f"{node.task.replace(':', '-')}.log"
+        with self._turn() if node.uses_device else nullcontext():
+            try:
+                inputs = observe_inputs(node, self.cache)
+            except (OSError, ValueError) as error:
+                return self._fail(TaskFailed, f"{node.task}: an input is missing or damaged ({error})")
+            settings = observe_settings(node)
             begin = time.perf_counter()
-            code = run_process(self.node.command, log)
-            return code, time.perf_counter() - begin
+            code = run_process(node.command, log, node.handover(settings, inputs))
+            return _Ran(settings, inputs, code, time.perf_counter() - begin)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -102,14 +114,14 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         """Return what tells the files of the artifact that are there now from others in their place."""
         return [_stamp(self.node.path(name)) for name in (*self.node.outputs, *self.node.copies)]
 
-    def _record(self, inputs: dict[str, str], outputs: dict[str, list[Any]], seconds: float) -> None:
+    def _record(self, ran: "_Ran", outputs: dict[str, list[Any]]) -> None:
         from tasks import lockfile
 
         self.values = {
-            "settings": observe_settings(self.node),
-            "inputs": inputs,
+            "settings": ran.settings,
+            "inputs": ran.inputs,
             "outputs": outputs,
-            "seconds": round(seconds, 3),
+            "seconds": round(ran.seconds, 3),
             "device": self._device(),
             "commit": lockfile.source_commit(self.node.root),
         }

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow import disk
+from mlxflow.handover import Basis
 from mlxflow.identity import digest_json
 from mlxflow.toml_text import MAX_WORKFLOW_BYTES
 from tasks.node import Node
@@ -34,26 +35,34 @@ def load_nodes(path: Path, state: Path) -> list[Node]:
         UserError: the file has mistakes.
     """
     remembered = state / "graph.json"
-    key = _key(path)
-    nodes = _recall(remembered, key, path)
+    data = _read(path)
+    key = _key(path, data)
+    nodes = _recall(remembered, key, path, data)
     if nodes is None:
-        nodes, lookups = _resolve(path)
-        if state.is_dir() and key == _key(path):
+        nodes = _resolve(path, data)
+        if state.is_dir() and nodes and nodes[0].basis:
+            lookups = nodes[0].basis.lookups
             _remember(remembered, {"key": key, "code": _code_stamps(_code_files()), "lookups": lookups}, nodes)
     return nodes
 
 
-def _key(path: Path) -> str | None:
-    """Return a digest of the workflow file and of where the code lies; None without a file that can be read."""
-    import mlxflow
-
+def _read(path: Path) -> bytes | None:
+    """Return what the workflow file holds, once for all that follows from it; None where it cannot be read."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_WORKFLOW_BYTES:
             return None
-        text = path.read_bytes().hex()
+        return path.read_bytes()
     except OSError:
         return None
-    return digest_json([_FORMAT, text, str(path), sys.version, mlxflow.__file__, __file__])
+
+
+def _key(path: Path, data: bytes | None) -> str | None:
+    """Return a digest of the workflow file and of where the code lies; None without a file that can be read."""
+    import mlxflow
+
+    if data is None:
+        return None
+    return digest_json([_FORMAT, data.hex(), str(path), sys.version, mlxflow.__file__, __file__])
 
 
 def _code_files() -> list[str]:
@@ -72,20 +81,21 @@ def _code_stamps(files: list[str]) -> list[list[int | str]]:
     return [[file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
 
-def _recall(remembered: Path, key: str | None, path: Path) -> list[Node] | None:
+def _recall(remembered: Path, key: str | None, path: Path, data: bytes | None) -> list[Node] | None:
     """Return the remembered graph if everything that it follows from is as it was."""
     try:
         stored = json.loads(remembered.read_bytes())
-        if key is None or stored["key"] != key:
+        if data is None or key is None or stored["key"] != key:
             return None
         if stored["code"] != _code_stamps([stamp[0] for stamp in stored["code"]]):
             return None
         if not disk.unchanged(path.parent, stored["lookups"]):
             return None
         nodes = [Node.from_json(value) for value in stored["nodes"]]
+        basis = Basis(data.decode(), stored["lookups"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return [replace(node, command=_command(node.task, path)) for node in nodes]
+    return [replace(node, command=_command(node.task, path), basis=basis) for node in nodes]
 
 
 def _command(task: str, path: Path) -> tuple[str, ...]:
@@ -119,14 +129,15 @@ def _refuse_command_names(stages: set[str]) -> None:
         )
 
 
-def _resolve(path: Path) -> tuple[list[Node], list[disk.Lookup]]:
-    """Read the workflow file; also return what was asked of the disk."""
+def _resolve(path: Path, data: bytes | None) -> list[Node]:
+    """Return the stages of a workflow file of which the content is known."""
     from mlxflow.stage import summary
     from mlxflow.workflow import load_workflow
 
-    workflow = load_workflow(path)
+    workflow = load_workflow(path, data=data)
     _refuse_command_names({one.name for one in workflow.stages})
-    nodes = [
+    basis = None if data is None else Basis(data.decode(), workflow.disk.lookups)
+    return [
         Node(
             task=one.task,
             doc=summary(one.module),
@@ -143,7 +154,7 @@ def _resolve(path: Path) -> tuple[list[Node], list[disk.Lookup]]:
             device=workflow.settings.device,
             uses_device=getattr(one.module, "USES_DEVICE", True),
             copies={copy.as_posix(): original.as_posix() for copy, original in one.copies.items()},
+            basis=basis,
         )
         for one in workflow.stages
     ]
-    return nodes, workflow.disk.lookups

@@ -1,9 +1,11 @@
 """What doit's side needs to know of a stage, and nothing more."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from mlxflow.handover import Basis, Handover
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Node:
         device: the workflow's `device`.
         uses_device: whether the stage computes on the device.
         copies: names of copies of outputs, each with the output's name.
+        basis: what the workflow was resolved from; None of a stage that is of no workflow file.
     """
 
     task: str
@@ -43,10 +46,15 @@ class Node:
     device: str = "auto"
     uses_device: bool = True
     copies: dict[str, str] = field(default_factory=dict)
+    basis: Basis | None = field(default=None, compare=False, repr=False)
 
     def path(self, name: str) -> str:
         """Return where a file of the workflow lies, seen from here."""
         return os.path.join(self.root, name)  # noqa: PTH118 - see `DigestCache.digests`
+
+    def handover(self, settings: dict[str, Any], inputs: dict[str, str] | None) -> bytes:
+        """Return what the stage's process reads from its standard input; see `mlxflow.handover`."""
+        return Handover(self.basis, settings, inputs).as_bytes() if self.basis else b""
 
     @property
     def output_names(self) -> list[str]:
@@ -54,8 +62,10 @@ class Node:
         return [os.path.relpath(name, self.folder) for name in self.outputs]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the node as a JSON value."""
-        return asdict(self) | {"root": str(self.root)}
+        """Return the node as a JSON value, without its basis."""
+        value = asdict(replace(self, basis=None)) | {"root": str(self.root)}
+        del value["basis"]
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Node":

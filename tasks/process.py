@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,12 +17,13 @@ _GRACE_SECONDS = 30
 _running: set["subprocess.Popen[bytes]"] = set()
 
 
-def run_process(command: Sequence[str], log: Path) -> int:
+def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int:
     """Run a command to its end and return its exit code.
 
     Args:
         command: program and arguments; no shell.
         log: receives all that is printed, from the beginning.
+        handover: what the process reads from its standard input.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     on_terminal = sys.stderr.isatty()
@@ -30,7 +32,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
         with naming(log), log.open("wb") as file:
             process = start(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=child_output,
                 stderr=child_output,
                 start_new_session=True,
@@ -40,6 +42,7 @@ def run_process(command: Sequence[str], log: Path) -> int:
             child_output = -1
             _running.add(process)
             try:
+                _write(process, handover)
                 _copy(output, file)
                 return process.wait()
             except BaseException:
@@ -52,6 +55,14 @@ def run_process(command: Sequence[str], log: Path) -> int:
         for descriptor in (output, child_output):
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
+    """Write what a process reads from its standard input, and close that; one that ended says why itself."""
+    if process.stdin is None:
+        return
+    with suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(data)
 
 
 def end_all() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxflow.identity import digest_file, tensor_digests
+from tasks.freshness import observe_settings
 from tasks.node import Node
 from tasks.outputs import files_in, may_hold
 from tasks.process import run_process
@@ -19,7 +20,8 @@ def reproduce(node: Node) -> int:
     state = node.root / "artifacts" / ".mlxflow"
     with tempfile.TemporaryDirectory(prefix="reproduce-", dir=state) as scratch:
         into = Path(scratch, "artifact")
-        code = run_process([*node.command, "--into", str(into)], Path(scratch, "log"))
+        handover = node.handover(observe_settings(node), None)
+        code = run_process([*node.command, "--into", str(into)], Path(scratch, "log"), handover)
         if code:
             return code
         differences = list(differing(node, into))

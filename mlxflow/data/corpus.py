@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from mlxflow.data.shards import Shard
 from mlxflow.data.slices import parse_slices
 from mlxflow.data.tokenization import SourceFile
 from mlxflow.errors import SourceError
-from mlxflow.identity import DigestCache, digest_json, digest_text
+from mlxflow.identity import digest_json, digest_text
+from mlxflow.observed import ObservedInputs
 from mlxflow.paths import locate, printable
 from mlxflow.stage import Corpus
 
@@ -51,7 +53,11 @@ class SourceSettings(NamedTuple):
 
 
 def list_files(
-    inputs: Sequence[Path | Corpus], owners: Sequence[int], settings: Sequence[SourceSettings], *, state: Path
+    inputs: Sequence[Path | Corpus],
+    owners: Sequence[int],
+    settings: Sequence[SourceSettings],
+    *,
+    digests: ObservedInputs,
 ) -> list[SourceFile]:
     """Return what there is to read, in the order of the corpus, each file with the side that its name tells.
 
@@ -59,23 +65,22 @@ def list_files(
         inputs: files and corpora.
         owners: for each the number of the entry that named it.
         settings: the entries.
-        state: the folder in which digests are remembered.
+        digests: of the files, as this run saw them first.
 
     Raises:
         SourceError: a file or a data set cannot be read.
     """
-    cache = DigestCache(state / "digests.json")
     files: list[SourceFile] = []
     for number, entry in enumerate(settings):
         members = [one for one, owner in zip(inputs, owners, strict=True) if owner == number]
         paths = [one for one in members if isinstance(one, Path)]
         if entry.path in sources.BUILTINS:
-            files += _builtin(entry, number, cache) if members else []
+            files += _builtin(entry, number, digests) if members else []
         elif entry.path.startswith(sources.HF):
-            files += _data_set(entry, number, paths, cache) if members else []
+            files += _data_set(entry, number, paths, digests) if members else []
         else:
-            files += _files(entry, number, paths, cache)
-    cache.save()
+            files += _files(entry, number, paths, digests)
+    digests.save()
     return _owned(files, settings)
 
 
@@ -99,7 +104,7 @@ def _owned(files: Sequence[SourceFile], settings: Sequence[SourceSettings]) -> l
     return [file for file in files if id(file) in owned]
 
 
-def _builtin(entry: SourceSettings, owner: int, cache: DigestCache) -> Iterator[SourceFile]:
+def _builtin(entry: SourceSettings, owner: int, cache: ObservedInputs) -> Iterator[SourceFile]:
     library = Path(os.__file__).parent
     side = "validation" if entry.is_validation else ""
     for path in sources.builtin_files(entry.path):
@@ -107,7 +112,7 @@ def _builtin(entry: SourceSettings, owner: int, cache: DigestCache) -> Iterator[
         yield _file(path, name, owner, side, entry, cache, is_named=False)
 
 
-def _files(entry: SourceSettings, owner: int, paths: list[Path], cache: DigestCache) -> Iterator[SourceFile]:
+def _files(entry: SourceSettings, owner: int, paths: list[Path], cache: ObservedInputs) -> Iterator[SourceFile]:
     place = Path(os.path.abspath(entry.place))  # noqa: PTH100 - links stay as they are named
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
     told = [""] * len(paths)
@@ -160,7 +165,7 @@ def _shown(path: Path, root: Path) -> str:
 
 
 def _file(
-    path: Path, name: str, owner: int, side: str, entry: SourceSettings, cache: DigestCache, *, is_named: bool
+    path: Path, name: str, owner: int, side: str, entry: SourceSettings, cache: ObservedInputs, *, is_named: bool
 ) -> SourceFile:
     try:
         digest, size = cache.digests(path).content, path.stat().st_size
@@ -171,10 +176,22 @@ def _file(
         raise SourceError(
             f"{name}: cannot be read ({said}). Mend it or leave it out of pretokenize.sources."
         ) from error
-    return SourceFile(name, path, Shape.of(path), digest, size, owner, side, is_named, entry.format_, entry.text_key)
+    return SourceFile(
+        name,
+        path,
+        Shape.of(path),
+        digest,
+        size,
+        owner,
+        side,
+        is_named,
+        entry.format_,
+        entry.text_key,
+        is_unchanged=partial(cache.is_unchanged, path),
+    )
 
 
-def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: DigestCache) -> Iterator[SourceFile]:
+def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: ObservedInputs) -> Iterator[SourceFile]:
     """Yield parts of a data set of the `datasets` library, each with the side that its split's name tells."""
     from mlxflow.data import data_sets
 

@@ -18,6 +18,7 @@ from mlxflow.data.streams import FileProblem
 from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json
+from mlxflow.paths import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +45,7 @@ class SourceFile(NamedTuple):
         format_: what its records hold.
         text_key: the key of a text.
         read: yields its records where it is no file.
+        is_unchanged: whether it is as it was when its digest was taken.
     """
 
     name: str
@@ -57,6 +59,7 @@ class SourceFile(NamedTuple):
     format_: str
     text_key: str
     read: Callable[[], Iterator[list[Any]]] | None = None
+    is_unchanged: Callable[[], bool] = lambda: True
 
     def items(self, formatter: Formatter, on_read: Callable[[int], None]) -> "Iterator[list[Record | Text | Bad]]":
         """Yield the file's records; see `records.read_file`."""
@@ -64,14 +67,21 @@ class SourceFile(NamedTuple):
             yield from self.read()
             on_read(self.size)
             return
-        yield from read_file(
-            self.path,
-            self.shape,
-            expected_digest=self.digest,
-            form=formatter.record_form,
-            strict=self.format_ != "auto",
-            on_read=on_read,
-        )
+        try:
+            yield from read_file(
+                self.path,
+                self.shape,
+                expected_digest=self.digest,
+                form=formatter.record_form,
+                strict=self.format_ != "auto",
+                on_read=on_read,
+            )
+        except FileProblem as problem:  # a reader that stops half-way has not compared the digest
+            if self.is_unchanged():
+                raise
+            raise SourceError(
+                f"{printable(str(self.path))}: changed while it was read. Run the stage again."
+            ) from problem
 
 
 class Progress:

@@ -231,13 +231,14 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.locking import hold
 
     settings = [_source_settings(config, number, entry, context) for number, entry in enumerate(config.entries())]
-    files = corpus.list_files(inputs.sources, inputs.owners, settings, state=context.state)
+    files = corpus.list_files(inputs.sources, inputs.owners, settings, digests=context.digests)
     holdout = 0.0 if config.validation_sources else config.holdout
     store = shards.ShardStore(context.state / "shards")
     waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
     with hold(context.state / "shards" / "lock", waiting, wait=True):
         vocabulary = _vocabulary(config, inputs, context, files, holdout)
         tokenized, engine = _tokenize(config, vocabulary, store, files)
+        context.digests.settle(file.path for file in files if file.read is None)
         opened = tokenization.open_shards(store, tokenized.keys)
         corpus.check(files, opened, skips=config.on_bad_record == "skip", max_share=config.max_bad_records)
         chosen = selection.select(

@@ -33,7 +33,7 @@ def measure(
     Raises:
         StageError: more than a gate allows, and the layers that cost most are named; numbers that are not finite.
     """
-    from mlxflow import codes, models, packed
+    from mlxflow import artifact, codes, models, packed
     from mlxflow.measurement.divergence import measure_divergence
     from mlxflow.measurement.reference import kept_reference
 
@@ -52,6 +52,8 @@ def measure(
         masks_documents=masks,
     )
     found = measure_divergence(reference, quantized, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
+    if context.digests.changed():  # what is kept may be of another model than its name says
+        artifact.remove_folder(context.state / _KEPT_FOLDER)
     if not math.isfinite(found.kl):
         raise StageError(
             f"{context.task}: the quantized model returns numbers that are not finite on validation rows. "
@@ -77,14 +79,13 @@ def measure(
 def _key(folder: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:
     """Return a name for all that the dense side of a comparison follows from."""
     from mlxflow import device, model_files
-    from mlxflow.identity import DigestCache, digest_json
+    from mlxflow.identity import digest_json
 
-    cache = DigestCache(context.state / "digests.json")
     files = [folder / name for name in model_files.find(folder).read]
     return digest_json(
         {
-            "model": {file.relative_to(folder).as_posix(): cache.digests(file).identity for file in files},
-            "validation": cache.digests(validation).identity,
+            "model": {file.relative_to(folder).as_posix(): context.digests.digests(file).identity for file in files},
+            "validation": context.digests.digests(validation).identity,
             "rows": num_rows,
             "masks": masks,
             "device": [context.device, device.name()],

@@ -15,6 +15,7 @@ import pytest
 from mlxflow.__main__ import main
 from mlxflow.artifact import read_report
 from mlxflow.errors import StageError
+from mlxflow.observed import ObservedInputs
 from mlxflow.stage import Context
 from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run, settings_of
 from tests.conftest import mlxflow
@@ -32,6 +33,7 @@ CONTEXT = Context(
     name="tiny",
     folder=Path(),
     unfinished=Path(),
+    digests=ObservedInputs(Path("digests.json")),
 )
 
 
