@@ -2,6 +2,8 @@
 
 import sys
 
+from mlxflow import terminal
+
 if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.append(sys.path.pop(0))  # `python -m` puts the project's folder first: its random.py would be Python's
 
@@ -18,13 +20,18 @@ from mlxflow.errors import CallError, MlxflowError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code: 0 fine, 1 a stage failed, 2 the file or the call is wrong."""
+    with terminal.guarded():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     os.environ["PYTHONSAFEPATH"] = "1"  # of the processes that this one starts
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return int(parsed.command(parsed) or 0)
     except MlxflowError as error:
-        print(error, file=sys.stderr)
+        terminal.say_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -33,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_about_a_file(error):
             raise
-        print(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))), file=sys.stderr)
+        terminal.say(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))))
         return 1
 
 
@@ -111,13 +118,8 @@ def _check(parsed: argparse.Namespace) -> None:
 
     check_plans(workflow)
     for name, reasons in workflow.left_out.items():
-        print(
-            f"{name}: left out, for no [{name}] is written and its defaults do not fit:",
-            *reasons,
-            sep="\n",
-            file=sys.stderr,
-        )
-    print(resolved_toml(workflow), end="")
+        terminal.say(f"{name}: left out, for no [{name}] is written and its defaults do not fit:", *reasons)
+    terminal.write(resolved_toml(workflow))
 
 
 def _run(parsed: argparse.Namespace) -> None:
@@ -160,7 +162,7 @@ def _report(parsed: argparse.Namespace) -> None:
     from mlxflow.workflow import load_workflow, shown_path
 
     page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
-    print(shown_path(page))
+    terminal.show(shown_path(page))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
@@ -172,7 +174,7 @@ def _doctor(parsed: argparse.Namespace) -> int:
 def _compare(parsed: argparse.Namespace) -> None:
     from mlxflow.compare import compare
 
-    print(compare(parsed.before, parsed.after, force=parsed.force), end="")
+    terminal.write(compare(parsed.before, parsed.after, force=parsed.force))
 
 
 def _promises(parsed: argparse.Namespace) -> int:
@@ -184,7 +186,7 @@ def _promises(parsed: argparse.Namespace) -> int:
     if one.name != "benchmark":
         raise CallError(f"promises: --stage = {parsed.stage}: expected a benchmark stage. Use benchmark (the default).")
     text, all_hold = promises(workflow, one, measure=parsed.measure)
-    print(text, end="")
+    terminal.write(text)
     return 0 if all_hold else 1
 
 
@@ -224,10 +226,10 @@ def _generate(parsed: argparse.Namespace) -> None:
         said = "asked through its chat template; --raw continues the text as it is"
     else:
         said = "the text is continued as it is" + (" (--raw)" if parsed.raw else "; it has no chat template")
-    print(f"generate: {parsed.model}: {said}", file=sys.stderr, flush=True)
+    terminal.say(f"generate: {parsed.model}: {said}")
     for text in texts:
-        print(text, end="", flush=True)
-    print()
+        terminal.stream(text)
+    terminal.write("\n")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
 
-from rich.console import Console
 from rich.table import Table
 
-from mlxflow import cpu, device
+from mlxflow import cpu, device, terminal
 
 _PACKAGES = ("mlxflow", "mlx", "mlx-lm", "doit", "numpy", "safetensors", "tokenizers", "transformers")
 
@@ -18,10 +17,10 @@ def examine() -> int:
     table = Table(show_header=False, box=None)
     for row in [*_describe_device(library), *_describe_versions()]:
         table.add_row(*row)
-    console = Console()
+    console = terminal.console()
     console.print(table)
     for lacking in cpu.missing():
-        console.print(f"slow: no {lacking}. Run: {cpu.INSTALL}", highlight=False, soft_wrap=True)
+        console.print(f"slow: no {lacking}. Run: {cpu.INSTALL}", soft_wrap=True)
     return 0
 
 

@@ -11,6 +11,8 @@
 A message has the shape `file: key.path = value: what was expected. What to do.`
 """
 
+from mlxflow.terminal import one_line
+
 
 class MlxflowError(Exception):
     """Base of all errors raised on purpose; `str(error)` is what the user reads."""
@@ -32,8 +34,8 @@ class UserError(MlxflowError):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(map(one_line, problems))  # a name of a file may hold a newline
+        super().__init__("\n".join(self.problems))
 
 
 class WorkflowError(UserError):

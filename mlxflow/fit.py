@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxflow import trust
+from mlxflow import terminal, trust
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.observed import ObservedInputs
 from mlxflow.stage import Context, rooted
@@ -61,13 +61,15 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     off = law.peak_bytes(judge.batch_size, judge.context_length) / judge.peaks.whole - 1
     sizes = sizes or [max(1, size // 2), size, 2 * size, 4 * size, 8 * size]
     lengths = lengths or [max(1, length // 2), length, 2 * length]
-    print(f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB")
-    print("context_length " + "".join(f"{f'batch {one}':>14}" for one in sizes) + f"{'largest that fits':>20}")
+    terminal.show(
+        f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB"
+    )
+    terminal.show("context_length " + "".join(f"{f'batch {one}':>14}" for one in sizes) + f"{'largest that fits':>20}")
     for one_length in lengths:
         peaks = [law.peak_bytes(one_size, one_length) for one_size in sizes]
         told = "".join(f"{peak / 1e6:>13,.1f}{' ' if peak <= limit else '!'}" for peak in peaks)
-        print(f"{one_length:>14} {told}{law.largest_batch_size(one_length, limit):>20,}")
-    print(
+        terminal.show(f"{one_length:>14} {told}{law.largest_batch_size(one_length, limit):>20,}")
+    terminal.show(
         f"checked at batch {judge.batch_size}, context {judge.context_length}: "
         f"{judge.peaks.whole / 1e6:,.1f} MB measured, {off:+.1%} predicted; ! is over the limit"
     )

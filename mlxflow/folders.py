@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlxflow import terminal
 from mlxflow.causes import OF_WRITING, advise, is_about_a_file, named, naming
 from mlxflow.errors import StageError
 
@@ -97,7 +98,7 @@ def _remove_replaced(old: Path) -> None:
     try:
         remove_folder(old)
     except OSError as error:
-        print(f"{old}: cannot be removed ({error.strerror}). Remove it.", file=sys.stderr)
+        terminal.say(f"{old}: cannot be removed ({error.strerror}). Remove it.")
 
 
 def place_of(folder: Path) -> Path:

@@ -4,13 +4,13 @@ import errno
 import fcntl
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
+from mlxflow import terminal
 from mlxflow.causes import naming
 from mlxflow.errors import UserError
 from mlxflow.own_folders import cache_folder
@@ -170,7 +170,7 @@ def _unsupported(path: Path, refusal: str) -> LockUnsupportedError:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    terminal.say(line)
 
 
 def device_lock() -> Path:

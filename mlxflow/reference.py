@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 
 import msgspec
 
+from mlxflow import terminal
 from mlxflow.config import default_of, describe, struct_in, toml_value
 from mlxflow.workflow import STAGES, Settings
 
@@ -47,4 +48,4 @@ def _rows(table: str, struct: type[msgspec.Struct]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    terminal.write(reference())

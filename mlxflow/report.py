@@ -1,10 +1,9 @@
 """The page by hand: whatever there is of a run, whether or not all of it was built; of two runs, side by side."""
 
-import sys
 import webbrowser
 from pathlib import Path
 
-from mlxflow import artifact, device, stage
+from mlxflow import artifact, device, stage, terminal
 from mlxflow.errors import CallError, UserError
 from mlxflow.identity import DigestCache
 from mlxflow.page.reading import REPORT, Member, read_run, read_toml, table
@@ -39,7 +38,7 @@ def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = Fal
         page.parent.mkdir(exist_ok=True)
         artifact.write_whole(page, render(runs))
     if opens and not webbrowser.open(page.resolve().as_uri()):
-        print(f"{shown_path(page)}: no browser could be opened. Open the file yourself.", file=sys.stderr)
+        terminal.say(f"{shown_path(page)}: no browser could be opened. Open the file yourself.")
     return page
 
 

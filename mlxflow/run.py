@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlxflow import artifact, cpu, device, folders, ownership, stage, trust
+from mlxflow import artifact, cpu, device, folders, ownership, stage, terminal, trust
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.handover import Handover
 from mlxflow.locking import hold
@@ -67,7 +67,7 @@ def _run(
     if chosen == "cpu" and uses_device:
         cpu.prepare_compiler()
         if notice := cpu.notice():
-            print(notice, file=sys.stderr)
+            terminal.say(notice)
     limit = _limit_memory(workflow) if uses_device else 0
     folder = into or workflow.root / one.folder
     unfinished = workflow.state / "unfinished" / one.task.replace(":", "/") / _key_of(provenance)

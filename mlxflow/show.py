@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow import terminal
 from mlxflow.errors import CallError
 from mlxflow.workflow import Stage, Workflow
 
@@ -27,9 +28,7 @@ def show(workflow: Workflow, one: Stage, row: int | None) -> None:
         CallError: there is nothing to show of such a stage, or no such row.
         ArtifactError: it was not built.
     """
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal.console(soft_wrap=True)
     if one.name == "quantize":
         _show_layers(console, workflow.root / one.folder, one.task)
     elif one.name == "pretokenize":
@@ -126,7 +125,7 @@ def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], 
     )
     for piece in pieces:
         file, place = train.place(piece.document)
-        where = names[file] + (f":{place}" if place else "")
+        where = terminal.one_line(names[file]) + (f":{place}" if place else "")
         part = f", from its token {piece.document_begin:,}" if piece.document_begin else ""
         console.print(
             Text(f"--- document {piece.document:,} ({where}): {piece.end - piece.begin} tokens{part}", "cyan")
@@ -136,7 +135,7 @@ def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], 
             tokens[piece.begin : piece.end].tolist(), (marks[piece.begin : piece.end] & 1).tolist(), strict=True
         )
         for is_trained, run in groupby(spans, key=lambda one: one[1]):
-            text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+            text = terminal.escaped(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
             if is_trained:
                 shown.append(text)
             else:

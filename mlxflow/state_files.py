@@ -10,12 +10,12 @@ import errno
 import json
 import os
 import stat
-import sys
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from mlxflow import terminal
 from mlxflow.causes import naming
 
 #: The largest file of state that is read.
@@ -122,4 +122,4 @@ def say_ignored(path: str | os.PathLike[str], reason: object, effect: str) -> No
         reason: what is wrong with it.
         effect: what follows from that, and what to do.
     """
-    print(f"{os.fspath(path)}: not valid state ({reason}). {effect}", file=sys.stderr)
+    terminal.say(f"{os.fspath(path)}: not valid state ({reason}). {effect}")

@@ -1,7 +1,6 @@
 """What doit executes for a stage: its process, between a look at its inputs and a look at its outputs."""
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 from doit.globals import Globals
 
+from mlxflow import terminal
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache
 from tasks.freshness import observe_inputs, observe_settings
@@ -126,7 +126,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             "commit": lockfile.source_commit(self.node.root),
         }
         if line := lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known):
-            print(line, file=sys.stderr)
+            terminal.say(line)
 
     def _device(self) -> str:
         """Return the device that the stage's own report names."""
@@ -142,7 +142,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
     def _fail(self, kind: type[BaseFail], message: str) -> BaseFail:
         self.cache.save()
         if message:
-            print(message, file=sys.stderr)
+            terminal.say(*message.split("\n"))
         return kind(message)
 
 

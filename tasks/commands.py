@@ -1,8 +1,8 @@
 """The verbs that ask about artifacts or move them."""
 
-import sys
 from pathlib import Path
 
+from mlxflow import terminal
 from tasks.selection import Selection, refuse
 from tasks.verb import StageVerb
 
@@ -32,17 +32,19 @@ class Plan(StageVerb):
         planned = plan(nodes, graph.record, graph.cache, graph.is_ignored)
         for node, reasons, seconds in planned:
             took = f"  ({seconds:,.1f} s last time)" if seconds is not None else ""
-            print(f"{node.task}: {'; '.join(reasons)}{took}")
+            terminal.show(f"{node.task}: {'; '.join(reasons)}{took}")
         known = [one.seconds for one in planned if one.seconds is not None]
         if not planned:
-            print(f"nothing to do: {len(nodes)} stages are fresh")
+            terminal.show(f"nothing to do: {len(nodes)} stages are fresh")
         else:
             took = f"; {len(known)} of them took {sum(known):,.1f} s last time" if known else ""
-            print(f"{len(planned)} of {len(nodes)} stages will run{took}")
+            terminal.show(f"{len(planned)} of {len(nodes)} stages will run{took}")
         for node in (node for node in nodes if graph.is_ignored(node.task)):
-            print(f"{node.task}: ignored, and so are those that read from it, until doit ignore --undo {node.task}")
+            terminal.show(
+                f"{node.task}: ignored, and so are those that read from it, until doit ignore --undo {node.task}"
+            )
         for leftover in find_leftovers(graph.nodes[0].root, graph.nodes):
-            print(leftover)
+            terminal.show(leftover)
         return int(bool(planned) and exit_code)
 
 
@@ -63,9 +65,9 @@ class Verify(StageVerb):
         for node in built:
             damage += damaged_outputs(node, graph.record(node.task), graph.cache, again=True)
         for line in damage:
-            print(line)
+            terminal.show(line)
         files = sum(len(graph.record(node.task)["outputs"]) for node in built)
-        print(f"{files} files of {len(built)} stages read, {len(damage)} damaged")
+        terminal.show(f"{files} files of {len(built)} stages read, {len(damage)} damaged")
         return int(bool(damage))
 
 
@@ -81,7 +83,7 @@ class CacheKey(StageVerb):
 
         graph = Selection(self)
         node = graph.one(pos_args, "doit cache-key STAGE")
-        print(f"{node.task.replace(':', '-')}-{cache_key(node, graph.nodes, graph.cache)}")
+        terminal.show(f"{node.task.replace(':', '-')}-{cache_key(node, graph.nodes, graph.cache)}")
         return 0
 
 
@@ -104,7 +106,7 @@ class Pack(StageVerb):
             pack(node, record, Path(pos_args[1]))
         except OSError as error:
             refuse(f"{pos_args[1]}: cannot be written ({error.strerror}). Name another file.")
-        print(f"{node.task}: {len(record['outputs'])} files packed into {pos_args[1]}")
+        terminal.show(f"{node.task}: {len(record['outputs'])} files packed into {pos_args[1]}")
         return 0
 
 
@@ -129,10 +131,10 @@ class Unpack(StageVerb):
             refuse(str(error), error.exit_code)
         known = {one.task for one in graph.nodes}
         if line := lockfile.update(node.root / lockfile.NAME, node, values, known):
-            print(line, file=sys.stderr)
+            terminal.say(line)
         graph.journal.set(node.task, "_values_:", values)
         graph.journal.set(node.task, "deps:", [])
-        print(f"{node.task}: {len(values['outputs'])} files unpacked into {node.folder}")
+        terminal.show(f"{node.task}: {len(values['outputs'])} files unpacked into {node.folder}")
         return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from doit.dependency import FileChangedChecker
 from doit.globals import Globals
 
+from mlxflow import terminal
 from mlxflow.identity import DigestCache
 from tasks.adoption import Adoption
 from tasks.freshness import reasons
@@ -114,12 +115,12 @@ def remove_artifact(node: Node, dryrun: bool) -> None:
     folder = node.root / node.folder
     if not folder.exists():
         return
-    print(f"{node.task} - removing {node.folder}")
+    terminal.show(f"{node.task} - removing {node.folder}")
     if not dryrun:
         for name in (kept := remove_own_files(folder, node.output_names))[:_MOST_NAMED]:
-            print(f"{node.folder}/{name}: left alone, {node.task} did not write it")
+            terminal.show(f"{node.folder}/{name}: left alone, {node.task} did not write it")
         if len(kept) > _MOST_NAMED:
-            print(f"{node.folder}: {len(kept) - _MOST_NAMED:,} more files left alone")
+            terminal.show(f"{node.folder}: {len(kept) - _MOST_NAMED:,} more files left alone")
         for name in node.copies:
             (node.root / name).unlink(missing_ok=True)
         Globals.dep_manager.remove(node.task)

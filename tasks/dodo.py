@@ -1,11 +1,11 @@
 """What a dodo.py imports: doit's settings and the task creator, for the workflow that the command line names."""
 
+from mlxflow import terminal
 from tasks.search_path import search_project_last
 
 search_project_last()  # before anything else is imported
 
 # ruff: noqa: E402
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ _cache = DigestCache(_state / "digests.json")
 try:
     _nodes = load_nodes(_workflow, _state)
 except UserError as error:
-    print(error, file=sys.stderr)
+    terminal.say_error(error)
     raise SystemExit(error.exit_code) from None  # doit would print a traceback and exit with 3
 
 DOIT_CONFIG = configuration(_nodes, _state)

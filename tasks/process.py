@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mlxflow import terminal
 from mlxflow.causes import naming
 from mlxflow.orphans import start
 
@@ -99,15 +100,16 @@ def _open_terminal() -> tuple[int, int]:
 
 
 def _copy(source: int, log: BinaryIO) -> None:
-    """Copy what a process prints to standard error and to a log, until it closes its end."""
-    while True:
+    """Copy what a process prints to standard error and to a log, until it closes its end; what is unsafe is escaped."""
+    shown = terminal.Foreign()
+    data = b"-"
+    while data:
         try:
             data = os.read(source, 1 << 16)
         except OSError:  # Linux: the other end of a terminal was closed
-            return
-        if not data:
-            return
-        log.write(data)
-        log.flush()
-        sys.stderr.flush()
-        os.write(2, data)
+            data = b""
+        if text := shown.feed(data, ends=not data):
+            log.write(text)
+            log.flush()
+            sys.stderr.flush()
+            os.write(2, text)

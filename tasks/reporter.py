@@ -6,11 +6,17 @@ from doit.exceptions import BaseFail
 from doit.globals import Globals
 from doit.reporter import ConsoleReporter
 
+from mlxflow import terminal
+
 
 class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     """Prints reasons; a stage's own process has already said why it failed."""
 
     desc = "one line a stage, with the reason for each that runs"
+
+    def write(self, text: str) -> None:
+        """Write a line, with every control character in it escaped."""
+        super().write(terminal.one_line(text.removesuffix("\n")) + "\n")
 
     def execute_task(self, task: Any) -> None:
         """Say why a stage runs; groups of variants run nothing."""
@@ -41,5 +47,5 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
 
     def complete_run(self) -> None:
         """Print what doit itself could not do."""
-        for line in self.runtime_errors:
-            self.write(f"{line}\n")
+        for line in "".join(f"{error}\n" for error in self.runtime_errors).splitlines():
+            self.write(line)

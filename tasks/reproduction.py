@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from mlxflow import terminal
 from mlxflow.identity import digest_file, tensor_digests
 from tasks.freshness import observe_settings
 from tasks.node import Node
@@ -26,9 +27,9 @@ def reproduce(node: Node) -> int:
             return code
         differences = list(differing(node, into))
     for line in differences:
-        print(f"{node.task}: {line}")
+        terminal.show(f"{node.task}: {line}")
     if not differences:
-        print(f"{node.task}: reproduced, every tensor is equal")
+        terminal.show(f"{node.task}: reproduced, every tensor is equal")
     return int(bool(differences))
 
 

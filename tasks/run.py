@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from doit.cmd_run import Run
 
+from mlxflow import terminal
 from mlxflow.causes import word_cause
 from tasks.adoption import Adoption
 from tasks.selection import Selection, refuse, word_unknown
@@ -97,25 +98,25 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                 journal.mend()
                 journal.keeps_adopted = True
                 if line := adoption.settle_merge():
-                    print(line, file=sys.stderr)
+                    terminal.say(line)
                 _remove_left_behind(artifacts)
                 if single and (stale := self._stale_upstream()):
-                    print(*stale, sep="\n", file=sys.stderr)
+                    terminal.say(*stale)
                     return 1
                 return run("thread")  # stages are processes already
         except (LockedError, StageError) as error:
-            print(error, file=sys.stderr)
+            terminal.say_error(error)
             return 1
         except LockUnsupportedError as error:
-            print(error, file=sys.stderr)
+            terminal.say_error(error)
             return error.exit_code
         except BrokenPipeError:  # nobody reads what is printed
             raise
         except OSError as error:  # doit's own state cannot be written
-            print(word_cause(error, Path(journal.name).parent), file=sys.stderr)
+            terminal.say(word_cause(error, Path(journal.name).parent))
             return 1
         except KeyboardInterrupt:
-            print("interrupted: finished stages are kept, the one that ran is as it was before", file=sys.stderr)
+            terminal.say("interrupted: finished stages are kept, the one that ran is as it was before")
             return 128 + signal.SIGINT
 
     def _stale_upstream(self) -> list[str]:

@@ -1,11 +1,11 @@
 """The stages that a command was given, by name, and what is known of them."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from doit.cmd_base import DoitCmdBase
 
+from mlxflow import terminal
 from mlxflow.identity import DigestCache
 from tasks.node import Node
 from tasks.records import is_complete
@@ -92,6 +92,6 @@ def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:
 
 
 def refuse(line: str, code: int = 2) -> NoReturn:
-    """Print a line and end with an exit code."""
-    print(line, file=sys.stderr)
+    """Print a line, or several, and end with an exit code."""
+    terminal.say(*line.split("\n"))
     raise SystemExit(code)

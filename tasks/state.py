@@ -2,12 +2,11 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlxflow import state_files
+from mlxflow import state_files, terminal
 from mlxflow.causes import naming
 from mlxflow.paths import printable
 from mlxflow.state_files import InvalidStateError
@@ -95,7 +94,7 @@ class Journal:
         self._damaged = True
         if what not in self._said:
             self._said.add(what)
-            print(f"{self.name}: {what}. {effect}", file=sys.stderr)
+            terminal.say(f"{self.name}: {what}. {effect}")
 
     def mend(self) -> None:
         """Write the journal again without what was not valid; to be called under the lock."""

@@ -16,6 +16,7 @@ from doit.cmd_base import DoitCmdBase
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand, InvalidDodoFile
 
+from mlxflow import terminal
 from mlxflow.causes import word_cause
 from mlxflow.errors import MlxflowError
 from tasks.selection import refuse, word_unknown
@@ -75,7 +76,13 @@ class Verb:
             refuse(word_cause(error, "doit"), 1)
 
     def get_checker_cls(self, check_file_uptodate: object) -> Any:
-        """Return doit's checker class; refuse options that stages have no use for before anything is opened."""
+        """Return doit's checker class; refuse options that stages have no use for before anything is opened.
+
+        The first that doit asks once it knows the graph: from here on what it prints itself is escaped.
+        """
+        if self.is_of_stages:
+            terminal.guard()
+            self.outstream = sys.stdout
         written: set[str] = getattr(self._params, "_non_default_keys", set())
         for name in sorted(written & _FIXED_OPTIONS.keys() if self.is_of_stages else ()):
             refuse(f"{_FIXED_OPTIONS[name]}: stages are remembered in a journal of their own. Leave it out.")

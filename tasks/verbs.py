@@ -16,6 +16,7 @@ from doit.cmd_resetdep import ResetDep
 from doit.cmd_strace import Strace
 from doit.exceptions import InvalidDodoFile
 
+from mlxflow import terminal
 from tasks.selection import Selection, refuse, word_unknown
 from tasks.verb import StageVerb, Verb
 
@@ -88,7 +89,7 @@ class StageInfo(Verb, Info):  # type: ignore[misc]
             stale, lines = describe(node, graph, hide_status=hide_status)
             lines = ["", *lines] if number else lines
             is_stale |= stale
-            print(*lines, sep="\n")
+            terminal.show(*lines)
         return int(is_stale)
 
 
@@ -132,7 +133,7 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
             if not leftovers:
                 clean()
             for found in find_leftovers(graph.nodes[0].root, graph.nodes):
-                print(f"removing {found.folder.as_posix()}" if leftovers else found)
+                terminal.show(f"removing {found.folder.as_posix()}" if leftovers else found)
                 if leftovers and not dryrun:
                     remove_leftover(graph.nodes[0].root, found)
 
@@ -183,7 +184,7 @@ class StageIgnore(Verb, Ignore):  # type: ignore[misc]
         with self.alone():
             for node in nodes:
                 self.journal.set(node.task, "ignore:", None if undo else "1")
-                print(
+                terminal.show(
                     f"{node.task}: {'no longer ignored' if undo else 'ignored until doit ignore --undo ' + node.task}"
                 )
 
@@ -208,7 +209,7 @@ class StageDumpDB(StageVerb):
             return
         nodes = Selection(self).select(pos_args)
         json.dump({node.task: self.journal.record(node.task) for node in nodes}, sys.stdout, indent=2)
-        print()
+        terminal.show("")
 
 
 class StageResetDep(Verb, ResetDep):  # type: ignore[misc]

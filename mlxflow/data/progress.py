@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlxflow import terminal
 from mlxflow.data.tokenization import Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -48,7 +49,7 @@ def show_waiting(doing: str) -> Iterator[Callable[[], None]]:
         nonlocal said
         if not said and time.perf_counter() - begin > 5:
             said = True
-            print(doing, file=sys.stderr, flush=True)
+            terminal.say(doing)
 
     yield watch
 
@@ -73,7 +74,7 @@ class _Lines:
             return
         self._last = seconds
         left = seconds * (self._total / max(1, progress.read_bytes) - 1)
-        print(f"{self._doing}  {_say(progress, seconds)}  {left:,.0f} s left", file=sys.stderr, flush=True)
+        terminal.say(f"{self._doing}  {_say(progress, seconds)}  {left:,.0f} s left")
 
     def close(self) -> None:
         pass
@@ -83,12 +84,11 @@ class _Bar:
     """A bar that is redrawn in place."""
 
     def __init__(self, doing: str, total_bytes: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        columns = (TextColumn(doing), BarColumn(10), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=Console(stderr=True))
+        columns = (terminal.text_column(doing), BarColumn(10), terminal.text_column(), TimeRemainingColumn())
+        self._bars = Bars(*columns, console=terminal.console(stderr=True))
         self._bar = self._bars.add_task("", total=max(1, total_bytes))
         self._begun = False
 

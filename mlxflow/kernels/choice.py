@@ -4,13 +4,12 @@ import functools
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlxflow import artifact, device
+from mlxflow import artifact, device, terminal
 from mlxflow.kernels.ahead import COMMAND, WAITING, Ahead, cache_file, lock_file
 from mlxflow.kernels.language import language
 from mlxflow.kernels.outcome import Outcome
@@ -209,4 +208,4 @@ def _keep(place: str, outcomes: Mapping[str, Outcome]) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    terminal.say(line)

@@ -10,7 +10,6 @@ one of it.
 
 import functools
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from mlxflow import terminal
 from mlxflow.kernels.names import name_of
 
 #: Threads in a group, in every kernel.
@@ -245,9 +245,7 @@ def _programs_run() -> bool:
         runs = bool(found.tolist() == [1, 2, 3, 4, 5])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         said = " ".join(str(error).split())[:200]
-        print(
-            f"mlxflow: kernels are compiled by MLX, anew in each process: own programs fail ({said})", file=sys.stderr
-        )
+        terminal.say(f"mlxflow: kernels are compiled by MLX, anew in each process: own programs fail ({said})")
         return False
     if runs and driver:
         findings.keep({key: True})

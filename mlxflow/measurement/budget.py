@@ -1,8 +1,9 @@
 """How long a measurement may take, and what it says meanwhile."""
 
-import sys
 import time
 from collections.abc import Callable
+
+from mlxflow import terminal
 
 # Between two lines about one piece of work
 _SECONDS_BETWEEN_LINES = 10.0
@@ -26,7 +27,7 @@ class Budget:
         *,
         task: str,
         clock: Callable[[], float] = time.perf_counter,
-        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        say: Callable[[str], None] = terminal.say,
     ) -> None:
         self.seconds = seconds
         self._task = task

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlxflow import terminal
+
 
 @contextmanager
 def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
@@ -15,13 +17,12 @@ def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
     Yields:
         a function that takes the path of each layer that is done.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn(task), MofNCompleteColumn(), BarColumn(10), TextColumn("{task.description}"))
+    console = terminal.console(stderr=True)
+    columns = (terminal.text_column(task), MofNCompleteColumn(), BarColumn(10), terminal.text_column())
     with Progress(
         *columns, TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal
     ) as bars:
         bar = bars.add_task("", total=count)
-        yield lambda path: bars.update(bar, advance=1, description=path[-40:])
+        yield lambda path: bars.update(bar, advance=1, description=terminal.one_line(path)[-40:])

@@ -1,7 +1,6 @@
 """Measure the speed of training, and the size and quality of every model."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 import msgspec
 from msgspec import Meta
 
+from mlxflow import terminal
 from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
 from mlxflow.errors import ArtifactError
 from mlxflow.model_files import ADAPTERS
@@ -158,8 +158,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
     if lowered := list(benchmark_methods.lowered(report, config)):
         report["lowered"] = lowered
-        print(*(f"{context.task}: {line}" for line in lowered), sep="\n", file=sys.stderr)
-    print(markdown_of_report(report), end="")
+        terminal.say(*(f"{context.task}: {line}" for line in lowered))
+    terminal.write(markdown_of_report(report))
     if baseline is not None:
 
         def again(names: Set[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _if_it_fits(compute: Callable[[], T]) -> T | None:
     except RuntimeError as error:
         if out_of_memory_bytes(error) is None:
             raise
-        print(f"benchmark: left out, it does not fit into the memory ({error})", file=sys.stderr)
+        terminal.say(f"benchmark: left out, it does not fit into the memory ({error})")
         return None
 
 

@@ -1,9 +1,9 @@
 """What the benchmark stage says of its figures: beside an earlier run, and where the time did not suffice."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
+from mlxflow import terminal
 from mlxflow.errors import StageError
 from mlxflow.stage import Context
 
@@ -34,17 +34,16 @@ def hold_against(
 
     if baseline.get("device") != report["device"]:
         name, own = (one.get("device", {}).get("name", "unknown") for one in (baseline, report))
-        print(
+        terminal.say(
             f'{context.task}.baseline = "{config.baseline}": not compared, it was measured on {name}, this on {own}. '
-            "mlxflow compare --force compares them.",
-            file=sys.stderr,
+            "mlxflow compare --force compares them."
         )
         return {"baseline": config.baseline, "compared": False}
     differences = compare_reports(baseline, report)
-    print(markdown_of_differences(differences), end="")
+    terminal.write(markdown_of_differences(differences))
     suspects = regressions(differences, config.max_regression)
     if any(one.depends_on_time for one in suspects):
-        print(f"{context.task}: {len(suspects)} figures look worse and are measured again", file=sys.stderr, flush=True)
+        terminal.say(f"{context.task}: {len(suspects)} figures look worse and are measured again")
     found = confirm(
         baseline,
         suspects,
@@ -54,7 +53,7 @@ def hold_against(
     )
     cleared = [f"{one.what}: {one.figure} {one.change:+.1%}, which was not there again" for one in found.cleared]
     if cleared:
-        print(*(f"{context.task}: {line}: noise between runs" for line in cleared), sep="\n", file=sys.stderr)
+        terminal.say(*(f"{context.task}: {line}: noise between runs" for line in cleared))
     if found.worse:
         lines = [
             f"{one.what}: {one.figure} {one.change:+.1%} ({one.before:,.6g} -> {one.after:,.6g})" for one in found.worse

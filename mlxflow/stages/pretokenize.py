@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
+from mlxflow import terminal
 from mlxflow.config import Problem
 from mlxflow.data.slices import parse_slices
 from mlxflow.data.sources import HF
@@ -225,8 +226,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: a source cannot be used, or there is not one row of text.
         StageError: the disk is full.
     """
-    import sys
-
     from mlxflow.data import accounts, corpus, endings, selection, shards, shortage, tokenization
     from mlxflow.locking import hold
 
@@ -260,7 +259,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     outputs.files.write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
     warnings = [*accounts.warnings(contents, counts), *ends.warnings()]
     lines = (*warnings, accounts.summary(contents, counts))
-    print(*(f"{context.task}: {line}" for line in lines), sep="\n", file=sys.stderr)
+    terminal.say(*(f"{context.task}: {line}" for line in lines))
     return {
         "vocab_size": vocabulary.size,
         "context_length": config.context_length,

@@ -1,12 +1,12 @@
 """How the stage `quantize` comes to a plan and to codes: rounding, mlx-lm's learned methods, training, a budget."""
 
 import math
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow import terminal
 from mlxflow.config import toml_value
 from mlxflow.device import parse_size
 from mlxflow.quantization.settings import Setting
@@ -65,7 +65,7 @@ def choose_plan(config: Any, model: Any, tokens: Tokens | None, context: Context
     check_supported(plan.layers, context.task)
     require_learnable(config.method, model, plan.layers, key=context.task)
     if warning := plan.warning(context.task):
-        print(warning, file=sys.stderr, flush=True)
+        terminal.say(warning)
     if not config.has_budget or tokens is None:
         return plan, {}
     layers, losses = _within_budget(config, model, plan, tokens, context)

@@ -1,6 +1,5 @@
 """Train a language model on the token files."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow import device
+from mlxflow import device, terminal
 from mlxflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem
 from mlxflow.errors import ArtifactError
 from mlxflow.model_files import ADAPTERS
@@ -417,7 +416,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     # the trained model is freed by now: there is room to open the one in the files
     report |= quality_of(report, measure_artifact(config, inputs, context, masks=report["document_mask"]))
     if warning := warn_of_loss(report, context.task):
-        print(warning, file=sys.stderr, flush=True)
+        terminal.say(warning)
     return report
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from mlxflow import device
+from mlxflow import device, terminal
 from mlxflow.config import toml_value
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stage import Context, derive_seed
@@ -429,6 +429,5 @@ def _flat(table: dict[str, Any], key: str) -> Any:
 
 
 def _say(line: str) -> None:
-    import sys
 
-    print(line, file=sys.stderr, flush=True)
+    terminal.say(line)

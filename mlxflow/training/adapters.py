@@ -1,7 +1,6 @@
 """Low-rank adapters through mlx-lm's own layers: put in and trained, trained further, saved in mlx-lm's form."""
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import adapter_files, artifact, bare
+from mlxflow import adapter_files, artifact, bare, terminal
 from mlxflow.config import toml_value
 from mlxflow.errors import WorkflowError
 
@@ -56,7 +55,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
 
     config = _config_of(model, shape, key)
     if left_out := _left_out(model, shape):
-        print(f"{key}: DoRA has no form for experts, so none lie beside {', '.join(left_out)}", file=sys.stderr)
+        terminal.say(f"{key}: DoRA has no form for experts, so none lie beside {', '.join(left_out)}")
     model.freeze()
     mx.random.seed(seed)
     try:

@@ -1,13 +1,12 @@
 """What a person sees while a model trains: a bar on a terminal, plain lines in a log."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from mlxflow import terminal
 from mlxflow.training.loop import Log
 
 
@@ -18,11 +17,11 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
     Yields:
         a function that takes each record of `training.loop.train`.
     """
-    console = Console(stderr=True)
+    console = terminal.console(stderr=True)
     if not console.is_terminal:
         yield _print_line
         return
-    columns = (MofNCompleteColumn(), BarColumn(8), TextColumn("{task.description}"), TimeRemainingColumn(compact=True))
+    columns = (MofNCompleteColumn(), BarColumn(8), terminal.text_column(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=False) as progress:
         bar = progress.add_task("", total=num_steps)
         said = {"train": "", "validation": "", "batch_size": ""}  # the last of each; perplexity is of validation
@@ -37,7 +36,7 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
 
 
 def _print_line(record: dict[str, Any]) -> None:
-    print(f"step {record['step']:>6}  {_say(record)}", file=sys.stderr, flush=True)
+    terminal.say(f"step {record['step']:>6}  {_say(record)}")
 
 
 def _say(record: dict[str, Any]) -> str:

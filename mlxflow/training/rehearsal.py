@@ -1,6 +1,5 @@
 """A training step done for nothing but what it makes MLX compile, while it is not known yet which kernels serve."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -9,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlxflow import terminal
 from mlxflow.data.token_file import Rows
 from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.training.step import Step, put_random_key
@@ -42,7 +42,7 @@ def rehearse(
             measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
     except Exception as failure:  # whatever it is, training goes on or comes to it, too
         said = " ".join(str(failure).split())[:200]
-        print(f"mlxflow: not all of the first step was compiled ahead ({said})", file=sys.stderr, flush=True)
+        terminal.say(f"mlxflow: not all of the first step was compiled ahead ({said})")
     mx.clear_cache()
 
 
