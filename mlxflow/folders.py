@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlxflow import terminal
+from mlxflow import temporaries, terminal
 from mlxflow.causes import OF_WRITING, advise, is_about_a_file, named, naming
 from mlxflow.errors import StageError
 
@@ -284,7 +284,7 @@ def write_whole(path: Path, data: bytes) -> None:
     A link stays a link: the file that it leads to is written.
     """
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    temporary = temporaries.beside(place)
     try:
         with naming(place), temporary.open("wb") as file:
             file.write(data)

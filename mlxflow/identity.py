@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
+from mlxflow import state_files, temporaries
 from mlxflow.causes import naming
+from mlxflow.state_files import InvalidStateError, OutdatedStateError
 
 #: The safetensors metadata key whose value tells where a file came from, not what it is.
 PROVENANCE_KEY = "mlxflow"
@@ -210,28 +212,28 @@ class DigestCache:
     """Digests by path, kept in one file between runs.
 
     The file is only a shortcut: a damaged or missing one costs reading the files again. Keys are paths as given to
-    `digests` made absolute, so the file belongs to one machine and is not worth copying.
+    `digests` made absolute, so the file belongs to one machine and is not worth copying. Those of files that are no
+    more are dropped when it is written.
 
     Args:
         path: where the digests are kept; nowhere, as long as its folder is not there.
     """
-
-    _FORMAT = 1
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = False
         self._known: dict[str, _Known] = {}
         self._computed: dict[str, list[str]] = {}
+        self._there: set[str] = set()
         self.files_read = 0
         try:
-            stored = json.loads(path.read_bytes())
-            if stored["format"] == self._FORMAT:
-                self._known = {
-                    k: _Known(_Stamp(*v[:4]), Digests(*v[4:6]), *map(int, v[6:])) for k, v in stored["files"].items()
-                }
-                self._computed = {k: [str(v[0]), str(v[1])] for k, v in stored["computed"].items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            self._known, self._computed = _remembered(state_files.read(path))
+        except OutdatedStateError:
+            self._changed = True
+        except InvalidStateError as error:
+            self._changed = True
+            state_files.say_ignored(path, error, "Files are read again.")
+        except OSError:  # missing, most often
             pass
 
     def digests(self, path: str | os.PathLike[str], *, again: bool = False) -> Digests:
@@ -247,6 +249,7 @@ class DigestCache:
         """
         key = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118 - the hot path of a no-op; pathlib takes 10 times as long
         stamp = _Stamp.of(os.stat(key))  # noqa: PTH116
+        self._there.add(key)
         known = self._known.get(key)
         if known and known.stamp == stamp and not known.doubted_since and not again:
             return known.digests
@@ -279,16 +282,42 @@ class DigestCache:
         """Write what was learnt since the last time; a folder that is missing or cannot be written is left alone."""
         if not self._changed or not self._path.parent.is_dir():
             return
+        self._forget_missing()
         files = {
             key: [*one.stamp, *one.digests, *([one.doubted_since] if one.doubted_since else [])]
             for key, one in sorted(self._known.items())
         }
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        temporary = temporaries.beside(self._path)
         try:
-            temporary.write_text(json.dumps({"format": self._FORMAT, "files": files, "computed": self._computed}))
+            temporary.write_bytes(state_files.encode({"files": files, "computed": self._computed}))
             temporary.replace(self._path)
         except OSError:
             with suppress(OSError):
                 temporary.unlink()
             return
         self._changed = False
+
+    def _forget_missing(self) -> None:
+        """Drop the digests of files that are no more."""
+        for key in self._known.keys() - self._there:
+            if not os.path.lexists(key):
+                del self._known[key]
+
+
+_ENTRY = [int, int, int, int, str, str]
+
+
+def _remembered(stored: dict[str, Any]) -> tuple[dict[str, _Known], dict[str, list[str]]]:
+    """Return the digests by path, and those by name, that a file of state holds.
+
+    Raises:
+        InvalidStateError: it holds something else.
+    """
+    files, computed = stored.get("files"), stored.get("computed")
+    if not isinstance(files, dict) or not isinstance(computed, dict):
+        raise InvalidStateError("expected two tables")
+    for entries, kinds in ((files, (_ENTRY, [*_ENTRY, int])), (computed, ([str, str],))):
+        for name, entry in entries.items():
+            if not isinstance(entry, list) or [type(value) for value in entry] not in kinds:
+                raise InvalidStateError(f"{name!r}: expected a stamp and digests")
+    return {name: _Known(_Stamp(*e[:4]), Digests(*e[4:6]), *e[6:]) for name, e in files.items()}, computed

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxflow import trust
+from mlxflow.temporaries import scratch_folder
 
 #: A model's name on the hub, perhaps with a revision.
 HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
@@ -306,11 +307,9 @@ def opened(folder: Path, files: Iterable[str]) -> Iterator[Path]:
         folder: a model folder.
         files: names of the files below it.
     """
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="mlxflow-") as name:
+    with scratch_folder() as scratch:
         for file in files:
-            link = Path(name, file)
+            link = scratch / file
             link.parent.mkdir(exist_ok=True)
             link.symlink_to((folder / file).absolute())
-        yield Path(name)
+        yield scratch

@@ -8,7 +8,6 @@ import copy
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +28,7 @@ from mlxflow import (
     vocabularies,
 )
 from mlxflow.errors import ArtifactError
+from mlxflow.temporaries import scratch_folder
 
 #: The files of a tokenizer in a model folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -350,8 +350,7 @@ def _open_in_transformers(folder: Path) -> Any:
     try:
         if trust.trusts_code():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        with TemporaryDirectory(prefix="mlxflow-") as scratch:
-            copied = Path(scratch)
+        with scratch_folder() as copied:
             names = [model_files.CONFIG, *model_files.tokenizer_files(folder)]
             model_files.copy(folder, [name for name in names if (folder / name).is_file()], copied)
             return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlxflow import artifact, cpu, device, folders, ownership, stage, terminal, trust
+from mlxflow import artifact, cpu, device, folders, ownership, stage, temporaries, terminal, trust
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.handover import Handover
 from mlxflow.locking import hold
@@ -228,6 +228,8 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
     folders.make_link_target(workflow.artifacts)
     with ExitStack() as held:
         held.enter_context(hold(workflow.state / "lock", waiting, wait=True))
+        temporaries.remove_orphans(workflow.artifacts, ".")
+        temporaries.remove_orphans_below(workflow.state)
         if getattr(one.module, "USES_DEVICE", True):
             chosen, measures = workflow.settings.device, one.bound_device is not None
             held.enter_context(device.turn(one.task, workflow.root, chosen, measures=measures))

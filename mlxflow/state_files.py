@@ -23,6 +23,7 @@ LARGEST_BYTES = 256_000_000
 
 _KEY = b'{"checksum": "'
 _DIGITS = 32
+_OLDER = (b'{"format": ', b'{"key": ')  # how earlier versions began files without a checksum
 _BEGIN = len(_KEY) + _DIGITS + len(b'", ')
 
 #: Arguments of `os.open` that neither wait for the writer of a pipe nor follow a link.
@@ -31,6 +32,10 @@ NO_SURPRISES = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 class InvalidStateError(ValueError):
     """A file of state, or a part of it, is not what was written; the message is the reason."""
+
+
+class OutdatedStateError(InvalidStateError):
+    """A file of state is of an earlier version of mlxflow."""
 
 
 def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> bytes:
@@ -92,15 +97,22 @@ def decode(data: bytes) -> dict[str, Any]:
     """Return the object that `encode` made a text of.
 
     Raises:
-        InvalidStateError: a byte of it changed, or there is no checksum, as in files of earlier versions.
+        OutdatedStateError: it is an object without a checksum, as earlier versions wrote them.
+        InvalidStateError: a byte of it changed.
     """
     if not data.startswith(_KEY):
+        if data.startswith(_OLDER):
+            raise OutdatedStateError("of an earlier version")
         raise InvalidStateError("it has no checksum")
     if xxhash.xxh3_128_hexdigest(data[_BEGIN:]).encode() != data[len(_KEY) : len(_KEY) + _DIGITS]:
         raise InvalidStateError("its bytes do not fit its checksum")
-    value = parse_json(data)
-    if not isinstance(value, dict):  # a checksum that was made for other text
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # a checksum that was made for other text
+        raise InvalidStateError("no valid JSON") from error
+    if not isinstance(value, dict):
         raise InvalidStateError("no table")
+    del value["checksum"]
     return value
 
 
@@ -110,6 +122,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no file.
         InvalidStateError: it is not what was written.
+        OSError: it cannot be read now.
     """
     return decode(read_bytes(path))
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxflow import artifact
+from mlxflow import artifact, temporaries
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import digest_file
 from mlxflow.ownership import foreign_names
@@ -43,7 +43,8 @@ def pack(node: Node, values: dict[str, Any], file: Path) -> None:
     record = json.dumps({"format": _FORMAT, "task": node.task, "values": values}, sort_keys=True).encode()
     if _is_too_large(record):
         raise ArtifactError(f"{node.task}: its record has {len(record):,} bytes, more than an archive can hold.")
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = temporaries.beside(file)
+    temporaries.remove_orphans(file.parent, f".{file.name}.")
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
             archive.addfile(_member(_RECORD, len(record)), io.BytesIO(record))

@@ -7,7 +7,6 @@ its answer (`mlxflow.disk`). Where any of these differs the workflow is resolved
 the one that resolving would return.
 """
 
-import json
 import os
 import sys
 from contextlib import suppress
@@ -15,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxflow import disk
+from mlxflow import disk, state_files, temporaries
 from mlxflow.handover import Basis
 from mlxflow.identity import digest_json
+from mlxflow.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.toml_text import MAX_WORKFLOW_BYTES
 from tasks.node import Node
 
@@ -84,16 +84,22 @@ def _code_stamps(files: list[str]) -> list[list[int | str]]:
 def _recall(remembered: Path, key: str | None, path: Path, data: bytes | None) -> list[Node] | None:
     """Return the remembered graph if everything that it follows from is as it was."""
     try:
-        stored = json.loads(remembered.read_bytes())
-        if data is None or key is None or stored["key"] != key:
+        stored = state_files.read(remembered)
+        if data is None or key is None or stored.get("key") != key:
             return None
-        if stored["code"] != _code_stamps([stamp[0] for stamp in stored["code"]]):
-            return None
-        if not disk.unchanged(path.parent, stored["lookups"]):
+        if stored["code"] != _code_stamps([os.fsdecode(stamp[0]) for stamp in stored["code"]]):
             return None
         nodes = [Node.from_json(value) for value in stored["nodes"]]
+        if not disk.unchanged(path.parent, stored["lookups"]):
+            return None
         basis = Basis(data.decode(), stored["lookups"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OutdatedStateError:
+        return None
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        reason = error if isinstance(error, InvalidStateError) else "expected stages, stamps and questions"
+        state_files.say_ignored(remembered, reason, "The workflow is resolved again.")
+        return None
+    except OSError:  # missing, or so is a file of the code
         return None
     return [replace(node, command=_command(node.task, path), basis=basis) for node in nodes]
 
@@ -104,9 +110,9 @@ def _command(task: str, path: Path) -> tuple[str, ...]:
 
 def _remember(remembered: Path, basis: dict[str, Any], nodes: list[Node]) -> None:
     """Keep the graph with what it follows from; a folder that cannot be written is left alone."""
-    temporary = remembered.with_suffix(f".{os.getpid()}.tmp")
+    temporary = temporaries.beside(remembered)
     try:
-        temporary.write_text(json.dumps(basis | {"nodes": [node.as_json() for node in nodes]}))
+        temporary.write_bytes(state_files.encode(basis | {"nodes": [node.as_json() for node in nodes]}))
         temporary.replace(remembered)
     except OSError:
         with suppress(OSError):

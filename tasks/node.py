@@ -1,11 +1,14 @@
 """What doit's side needs to know of a stage, and nothing more."""
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlxflow.handover import Basis, Handover
+from mlxflow.state_files import InvalidStateError
+from tasks.records import are_settings
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,53 @@ class Node:
         return value
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "Node":
-        """Return the node that `as_json` made a value of."""
-        lists = {name: tuple(value[name]) for name in ("inputs", "outputs", "command", "corpora", "beside")}
-        return cls(**{**value, **lists, "root": Path(value["root"])})
+    def from_json(cls, value: object) -> "Node":
+        """Return the node that `as_json` made a value of.
+
+        Raises:
+            InvalidStateError: a field is missing or of another type, or an output lies outside of its artifact.
+        """
+        if not isinstance(value, dict) or value.keys() != _CHECKS.keys():
+            raise InvalidStateError("expected the fields of a stage")
+        for name, check in _CHECKS.items():
+            if not check(value[name]):
+                raise InvalidStateError(f"{name} of a stage is not valid")
+        fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
+        made = cls(**fields)
+        if made.folder != "/".join((_ARTIFACTS, *made.task.split(":"))) or not made._writes_artifacts():
+            raise InvalidStateError(f"{made.task!r} writes outside of its artifact")
+        return replace(made, root=Path(made.root))
+
+    def _writes_artifacts(self) -> bool:
+        """Return whether every file that the stage writes lies in the folder that it may lie in."""
+        own = ((name, self.folder) for name in self.outputs)
+        written = (*own, *((name, _ARTIFACTS) for name in self.copies), (self.folder, _ARTIFACTS))
+        return all(
+            name.startswith(f"{folder}/") and not {"", ".", ".."}.intersection(name.split("/"))
+            for name, folder in written
+        )
+
+
+_ARTIFACTS = "artifacts"
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _are_pairs(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+
+
+_CHECKS: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("task", "doc", "root", "folder", "device"), _is_text),
+    **dict.fromkeys(("inputs", "outputs", "command", "corpora", "beside"), _are_names),
+    **dict.fromkeys(("spellings", "copies"), _are_pairs),
+    "settings": are_settings,
+    "bound_device": lambda value: value is None or isinstance(value, str),
+    "uses_device": lambda value: isinstance(value, bool),
+}

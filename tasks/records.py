@@ -20,8 +20,12 @@ _LONGEST_SECONDS = 1e10
 _DIGEST = re.compile(r"[0-9a-f]{1,64}")
 
 
-def _are_settings(value: object, deepest: int = _DEEPEST) -> bool:
-    """Return whether a value can stand in the lock file: tables, lists, texts and numbers, not nested for ever."""
+def are_settings(value: object) -> bool:
+    """Return whether a value is a table that can stand in the lock file: of tables, lists, texts and numbers."""
+    return isinstance(value, dict) and _is_setting(value, _DEEPEST)
+
+
+def _is_setting(value: object, deepest: int) -> bool:
     match value:
         case bool() | str():
             return True
@@ -30,9 +34,9 @@ def _are_settings(value: object, deepest: int = _DEEPEST) -> bool:
         case float():
             return not math.isnan(value)
         case dict():
-            return deepest > 0 and all(isinstance(k, str) and _are_settings(v, deepest - 1) for k, v in value.items())
+            return deepest > 0 and all(isinstance(k, str) and _is_setting(v, deepest - 1) for k, v in value.items())
         case list():
-            return deepest > 0 and all(_are_settings(one, deepest - 1) for one in value)
+            return deepest > 0 and all(_is_setting(one, deepest - 1) for one in value)
         case _:
             return False
 
@@ -66,7 +70,7 @@ def _table_of(check: _Check) -> _Check:
 
 #: Of each field: whether a record must have it, its check, and what is expected. Only these are taken from elsewhere.
 _FIELDS: dict[str, tuple[bool, _Check, str]] = {
-    "settings": (True, lambda value: isinstance(value, dict) and _are_settings(value), "a table of settings"),
+    "settings": (True, are_settings, "a table of settings"),
     "inputs": (True, _table_of(_is_digest), "a digest for each name"),
     "outputs": (True, lambda value: bool(value) and _table_of(_is_output)(value), "[bytes, digest] for each name"),
     "seconds": (True, _is_seconds, "a number of seconds"),

@@ -139,9 +139,14 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 def _remove_left_behind(artifacts: Path) -> None:
     """Remove what stages that were cut off left behind; nobody is at work while the lock is held."""
     from mlxflow.folders import partial_folders, remove_folder
+    from mlxflow.temporaries import remove_orphans, remove_orphans_below
+    from tasks import lockfile
 
     for folder in (*partial_folders(artifacts), *artifacts.glob(".mlxflow/reproduce-*")):
         remove_folder(folder)
+    remove_orphans(artifacts.parent, f".{lockfile.NAME}.")
+    remove_orphans(artifacts, ".")
+    remove_orphans_below(artifacts / ".mlxflow")
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,3 +150,22 @@ def test_a_fresh_checkout_is_read_once(chain: Chain, seconds: int) -> None:
     before = digests.stat().st_mtime_ns
     assert chain.numbers_that_run() == []
     assert digests.stat().st_mtime_ns == before
+
+
+def test_what_a_killed_doit_was_writing_is_removed_by_the_next(chain: Chain) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    state = chain.folder / "artifacts/.mlxflow"
+    (state / "unfinished/train/0123").mkdir(parents=True)
+    orphans = [
+        state / f".digests.json.{process.pid}.tmp",
+        state / f"graph.{process.pid}.tmp",
+        state / f"unfinished/train/0123/.best-000002.safetensors.{process.pid}.tmp.safetensors",
+        chain.folder / f"artifacts/.index.html.{process.pid}.tmp",
+        chain.folder / f".mlxflow.lock.{process.pid}.tmp",
+    ]
+    kept = [chain.folder / f".notes.{process.pid}.tmp", state / f".digests.json.{os.getpid()}.tmp"]
+    for path in (*orphans, *kept):
+        path.touch()
+    assert chain.numbers_that_run() == []
+    assert [path for path in (*orphans, *kept) if path.exists()] == kept

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow import artifact
+from mlxflow import artifact, state_files
 from mlxflow.identity import DigestCache, _Stamp, digest_file, digest_json
 
 
@@ -192,6 +192,78 @@ def test_a_damaged_cache_only_costs_reading_again(tmp_path: Path, garbage: bytes
     path = tmp_path / "a"
     path.write_bytes(b"one")
     assert _cache(tmp_path).digests(path) == digest_file(path)
+
+
+def _remembered(folder: Path) -> tuple[Path, Path]:
+    """Return a file, and the cache that knows it."""
+    path = folder / "a"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(1, 1))
+    cache = _cache(folder)
+    cache.digests(path)
+    cache.save()
+    return path, folder / "digests.json"
+
+
+def test_every_flipped_byte_of_the_cache_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, file = _remembered(tmp_path)
+    data = file.read_bytes()
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1
+        file.write_bytes(flipped)
+        cache = _cache(tmp_path)
+        assert cache.digests(path) == digest_file(path)
+        assert cache.files_read == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    file.write_bytes(flipped)
+    _cache(tmp_path).save()
+    said = f"{file}: not valid state (its bytes do not fit its checksum). Files are read again.\n"
+    assert capsys.readouterr().err == said
+    assert _cache(tmp_path).files_read == 0
+    assert capsys.readouterr().err == ""
+
+
+STORED: dict[str, object] = {
+    "files are a list": {"files": [], "computed": {}},
+    "an entry is a table": {"files": {"a": {}}, "computed": {}},
+    "an entry is short": {"files": {"a": [1, 2]}, "computed": {}},
+    "a digest is a list": {"files": {"a": [1, 2, 3, 4, "x", []]}, "computed": {}},
+    "a stamp is true": {"files": {"a": [1, 2, 3, True, "x", "x"]}, "computed": {}},
+    "a doubt is text": {"files": {"a": [1, 2, 3, 4, "x", "x", "y"]}, "computed": {}},
+    "what was computed is a number": {"files": {}, "computed": {"a": ["x", 1]}},
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_a_cache_of_other_types_is_as_if_it_were_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    (tmp_path / "digests.json").write_bytes(state_files.encode(STORED[case]))  # type: ignore[arg-type]
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    assert _cache(tmp_path).digests(path) == digest_file(path)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_cache_of_an_earlier_version_is_replaced_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "digests.json").write_text('{"format": 1, "files": {}, "computed": {}}')
+    _cache(tmp_path).save()
+    assert state_files.read(tmp_path / "digests.json") == {"files": {}, "computed": {}}
+    assert capsys.readouterr().err == ""
+
+
+def test_digests_of_files_that_are_no_more_are_dropped(tmp_path: Path) -> None:
+    path, file = _remembered(tmp_path)
+    other = tmp_path / "other"
+    other.write_bytes(b"two")
+    path.unlink()
+    cache = _cache(tmp_path)
+    cache.digests(other)
+    cache.save()
+    assert list(state_files.read(file)["files"]) == [str(other)]
 
 
 def test_the_order_of_keys_does_not_count_and_the_type_of_values_does() -> None:

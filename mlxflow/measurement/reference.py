@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import artifact
+from mlxflow import artifact, temporaries
 from mlxflow.errors import ArtifactError
 from mlxflow.measurement.body import Body
 from mlxflow.measurement.positions import Part, TokenRows, count_positions, hidden_states, parts, rows_for
@@ -96,7 +96,7 @@ def kept_reference(
     if shape[0] * shape[1] * hidden.dtype.size > max(size, _ALWAYS_KEPT_BYTES):
         return Reference(body, None)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.partial")
+    temporary = temporaries.beside(file)
     with artifact.TensorFile(temporary, {_NAME: (hidden.dtype, shape)}, {"body": body.path}) as out:
         out.put_rows(_NAME, hidden)
         for part in begun:

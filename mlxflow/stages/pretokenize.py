@@ -325,19 +325,18 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
 
 def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[Any], holdout: float) -> Any:
     """Return the tokenizer that the table asks for, trained here or opened."""
-    from tempfile import TemporaryDirectory
-
     from mlxflow import trust
     from mlxflow.data import tokenizer
+    from mlxflow.temporaries import scratch_folder
 
     template = inputs.template[0].read_text(encoding="utf-8") if inputs.template else None
     name = config.tokenizer.from_
     if not name:
         return _trained(config, context, files, holdout, template)
-    with trust.trusting_code(config.tokenizer.trust_remote_code), TemporaryDirectory() as scratch:
+    with trust.trusting_code(config.tokenizer.trust_remote_code), scratch_folder() as scratch:
         folder = inputs.tokenizer[0].parent if inputs.tokenizer else Path()
         found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer} or tokenizer.hub_files(name)
-        found = tokenizer.converted(found, Path(scratch), name)
+        found = tokenizer.converted(found, scratch, name)
         return tokenizer.open_vocabulary(found, template=template, name=name)
 
 

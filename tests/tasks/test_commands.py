@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxflow import state_files
 from mlxflow.workflow import STAGES
 from tests.chain import Chain
 from tests.conftest import doit
@@ -90,10 +91,10 @@ def test_verify_finds_damage_that_the_file_system_does_not_tell(chain: Chain) ->
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     stat = path.stat()
     digests = chain.folder / "artifacts/.mlxflow/digests.json"
-    stored = json.loads(digests.read_text())
+    stored = state_files.read(digests)
     key = next(name for name in stored["files"] if name.startswith(str(chain.folder)) and name.endswith("s3/a"))
     stored["files"][key][:4] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    digests.write_text(json.dumps(stored))
+    digests.write_bytes(state_files.encode(stored))
     assert chain.numbers_that_run() == []  # as if the disk had lied
     assert chain.doit("verify") == (
         1,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow import models
+from mlxflow import models, state_files
 from mlxflow.disk import Disk
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache, digest_json
@@ -352,3 +352,80 @@ def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy
         for path in (path for path in added if path.suffix != ".log"):
             path.unlink()
     assert doit(job_copy, "train", "quantize").stdout == FRESH
+
+
+# --- a remembered graph that is not what was written
+
+
+class Remembered:
+    """A workflow whose graph is remembered."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "notes.txt").write_text("a note")
+        self.workflow, self.state = folder / "workflow.toml", folder / "artifacts/.mlxflow"
+        self.workflow.write_text('[pretokenize]\nsources = ["notes.txt"]\n[train]\nnum_steps = 10\n')
+        self.state.mkdir(parents=True)
+        self.file = self.state / "graph.json"
+        self.nodes = load_nodes(self.workflow, self.state)
+
+    def assert_not_used(self, capsys: pytest.CaptureFixture[str], reason: str) -> None:
+        """The graph is resolved and remembered again, and one line says why."""
+        assert load_nodes(self.workflow, self.state) == self.nodes
+        said = f"{self.file}: not valid state ({reason}). The workflow is resolved again.\n"
+        assert capsys.readouterr() == ("", said)
+        assert load_nodes(self.workflow, self.state) == self.nodes
+        assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def remembered(tmp_path: Path) -> Remembered:
+    return Remembered(tmp_path)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_a_flipped_byte_of_the_remembered_graph_is_noticed(
+    remembered: Remembered, capsys: pytest.CaptureFixture[str], part: int
+) -> None:
+    data = bytearray(remembered.file.read_bytes())
+    data[60 + part * (len(data) - 61) // 7] ^= 1
+    remembered.file.write_bytes(data)
+    remembered.assert_not_used(capsys, "its bytes do not fit its checksum")
+
+
+def _node(**fields: object) -> Callable[[dict[str, Any]], object]:
+    return lambda stored: stored["nodes"][1].update(fields)
+
+
+EXPECTED = "expected stages, stamps and questions"
+GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "stages are null": (lambda stored: stored.update(nodes=None), EXPECTED),
+    "no stamps": (lambda stored: stored.pop("code"), EXPECTED),
+    "stamps are numbers": (lambda stored: stored.update(code=[[1, 2, 3, 4]]), EXPECTED),
+    "questions are numbers": (lambda stored: stored.update(lookups=[1]), EXPECTED),
+    "a question without arguments": (lambda stored: stored.update(lookups=[["is_file", [], True, None]]), EXPECTED),
+    "a stage is a list": (lambda stored: stored.update(nodes=[[]]), "expected the fields of a stage"),
+    "a stage with another field": (_node(more=1), "expected the fields of a stage"),
+    "inputs are text": (_node(inputs="x"), "inputs of a stage is not valid"),
+    "settings are null": (_node(settings=None), "settings of a stage is not valid"),
+    "a setting is null": (_node(settings={"a": None}), "settings of a stage is not valid"),
+    "a device that is a number": (_node(bound_device=1), "bound_device of a stage is not valid"),
+    "a folder upwards": (_node(folder="../home"), "'train' writes outside of its artifact"),
+    "a stage that is a folder": (
+        _node(task="../../home", folder="artifacts/../../home", outputs=[]),
+        "'../../home' writes outside of its artifact",
+    ),
+    "an output upwards": (_node(outputs=["artifacts/train/../../x"]), "'train' writes outside of its artifact"),
+    "an output elsewhere": (_node(outputs=["/etc/x"]), "'train' writes outside of its artifact"),
+    "a copy elsewhere": (_node(copies={"x": "artifacts/train/report.toml"}), "'train' writes outside of its artifact"),
+}
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_a_remembered_graph_that_somebody_made_is_not_used(
+    remembered: Remembered, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    change, reason = GRAPHS[case]
+    stored = state_files.read(remembered.file)
+    change(stored)
+    remembered.file.write_bytes(state_files.encode(stored))
+    remembered.assert_not_used(capsys, reason)
