@@ -37,6 +37,9 @@ _SAFETENSORS_NAMES = {
 }
 
 # the same by MLX's names
+#: Types of the format that MLX does not read.
+UNREAD_TYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F64"})
+
 # What numpy reads a type as, and what MLX calls it
 _FLOATING = {"F32": ("<u4", "float32"), "F16": ("<u2", "float16"), "BF16": ("<u2", "bfloat16")}
 
@@ -380,13 +383,13 @@ def stored_rows(path: Path) -> dict[str, StoredRows]:
     }
 
 
-def tensor_names(path: Path) -> set[str]:
-    """Return the names of the tensors in a safetensors file; only its header is read.
+def tensor_types(path: Path) -> dict[str, str]:
+    """Return the type of each tensor in a safetensors file, as the format calls it; only its header is read.
 
     Raises:
         ArtifactError: the file is missing or damaged.
     """
-    return _header(path)[0].keys() - {"__metadata__"}
+    return {name: entry["dtype"] for name, entry in _header(path)[0].items() if name != "__metadata__"}
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:

@@ -6,7 +6,7 @@ model for one of images as soon as there is a `vision_config`.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,117 @@ _POSITIONS = ("max_position_embeddings", "max_sequence_length", "n_positions", "
 
 _UNLIMITED = 2**62
 
+# The longest configuration; those of large mixtures of experts, with settings for each layer, have a megabyte
+_MAX_BYTES = 16 * 2**20
+
 
 def read(folder: Path) -> dict[str, Any]:
     """Return the `config.json` of a model folder as it is written.
 
     Raises:
-        ArtifactError: there is none that can be read.
+        ArtifactError: there is none that can be read, or a value that every model has is not of its type.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = load(folder / "config.json")
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder}: no model folder (its config.json: {error}). Build it again.") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{folder}: no model folder (its config.json is no table). Build it again.")
+    require_types(config, str(folder / "config.json"))
     return config
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file of a model folder, in bounded time and memory.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, no table, too long, or has a number that is none.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES:,} bytes")
+    try:
+        table = json.loads(data.decode(), parse_constant=_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(table, dict):
+        raise ValueError("it is no table")
+    return table
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number for a setting")
+    return float(name)
+
+
+def require_types(config: Mapping[str, Any], file: str) -> None:
+    """Make sure that what is read of every model's config, whatever its architecture, is of its type.
+
+    Args:
+        config: the table.
+        file: its name, for the messages.
+
+    Raises:
+        ArtifactError: one line for each value that is not.
+    """
+    tables = {"": config} | {f"{key}.": config[key] for key in _TEXT if isinstance(config.get(key), Mapping)}
+    lines = [
+        f"{file}: {prefix}{key} = {_shown(table[key])}: expected {expected}. Mend the file, or name another model."
+        for prefix, table in tables.items()
+        for key, (fits, expected) in _EXPECTED.items()
+        if table.get(key) is not None and not fits(table[key])
+    ]
+    if lines:
+        raise ArtifactError(*lines)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _is_whole(value: Any, least: int = 0, most: int = 2**31 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value, least=1)
+
+
+def _are_ids(value: Any) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return len(ids) <= 1000 and all(_is_whole(one, least=-1) for one in ids)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _are_codes(value: Any) -> bool:
+    return isinstance(value, dict) and _is_whole(value.get("group_size"), 1) and _is_whole(value.get("bits"), 1, 16)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What every reader of a config takes for granted, whatever the architecture; null counts as missing
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_type": (_is_text, "text"),
+    "model_file": (_is_text, "text"),
+    "architectures": (_are_names, "a list, each text"),
+    "vocab_size": (_is_count, "a whole number from 1 to 2147483647"),
+    **dict.fromkeys(_POSITIONS, (_is_count, "a whole number from 1 to 2147483647")),
+    "eos_token_id": (_are_ids, "an id or a list of ids"),
+    **dict.fromkeys(_DTYPES, (_is_text, "text")),
+    **dict.fromkeys((*_TEXT, "quantization_config"), (_is_table, "a table")),
+    "quantization": (_are_codes, "a table with group_size and bits from 1 to 16"),
+}
 
 
 def write(path: Path, config: Mapping[str, Any]) -> None:
@@ -101,7 +198,7 @@ def write_generation(folder: Path, ends: Iterable[int]) -> None:
 
 def dtype(config: Mapping[str, Any]) -> str | None:
     """Return the type of the weights as mlx-lm's converter reads it, such as "bfloat16"; None where it finds none."""
-    said = config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    said = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     return said if isinstance(said, str) else None
 
 

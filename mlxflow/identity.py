@@ -15,7 +15,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ import xxhash
 from mlxflow import state_files, temporaries
 from mlxflow.causes import naming
 from mlxflow.state_files import InvalidStateError, OutdatedStateError
+from mlxflow.tensor_header import read_safetensors_header as read_safetensors_header
+from mlxflow.tensor_header import tensor_offsets
 
 #: The safetensors metadata key whose value tells where a file came from, not what it is.
 PROVENANCE_KEY = "mlxflow"
@@ -98,47 +100,6 @@ def digest_json(value: object) -> str:
     return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
 
 
-def read_safetensors_header(path: Path) -> tuple[dict[str, object], int]:
-    """Return the header of a safetensors file and the offset at which its tensors begin.
-
-    Raises:
-        ValueError: the file is cut off, longer than its header says, or no safetensors file at all.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError("its header is cut off, or it is no safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError("its header is not valid JSON") from error
-    begin = 8 + length
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a table")
-    end = 0
-    for name, offsets in _tensor_offsets(header):
-        if offsets[0] != end or offsets[1] < offsets[0]:
-            raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
-        end = offsets[1]
-    if begin + end != size:
-        raise ValueError(f"it has {size:,} bytes, its header says {begin + end:,}")
-    return header, begin
-
-
-def _tensor_offsets(header: Mapping[str, object]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield (name, (begin, end)) of every tensor in the order of the file."""
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-        if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int and o >= 0 for o in offsets)):
-            raise ValueError(f"tensor {name!r} has no valid data_offsets")
-        spans.append((name, (offsets[0], offsets[1])))
-    yield from sorted(spans, key=lambda span: (span[1], span[0]))
-
-
 def digest_file(path: Path) -> Digests:
     """Read a file once and return both its digests.
 
@@ -180,7 +141,7 @@ def tensor_digests(path: Path) -> dict[str, tuple[object, object, str]]:
     with io.FileIO(path) as file:
         return {
             name: (entry.get("dtype"), entry.get("shape"), _digest_span(file, begin + span[0], begin + span[1]))
-            for name, span in _tensor_offsets(header)
+            for name, span in tensor_offsets(header)
             if isinstance(entry := header[name], dict)
         }
 

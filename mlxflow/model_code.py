@@ -14,7 +14,7 @@ from mlxflow import bare, model_files, trust
 from mlxflow.errors import ArtifactError
 
 # A module's name in mlx-lm's folder of architectures, such as "lfm2-vl"; a dot would name a module within another
-_NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)
 
 
 def classes(config: Mapping[str, Any], code: Path | None) -> Any:

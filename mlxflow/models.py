@@ -19,6 +19,7 @@ from mlxflow import (
     artifact,
     bare,
     codes,
+    config_fields,
     config_json,
     gather,
     hub,
@@ -110,12 +111,14 @@ def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Modul
             it needs.
     """
     gather.install()
+    file = str(code / model_files.CONFIG) if code else model_files.CONFIG
+    own = copy.deepcopy(dict(config))  # some architectures complete the tables within it
     try:
-        own = copy.deepcopy(dict(config))  # some architectures complete the tables within it
         model_class, args_class = model_code.classes(own, code)
-        model: nn.Module = model_class(args_class.from_dict(own))
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise ArtifactError(f"config.json: no architecture that mlx-lm knows ({error}). Name another model.") from error
+    classes = config_fields.Guarded(model_class, args_class, file)
+    model: nn.Module = classes(classes.from_dict(own))
     return model
 
 
@@ -139,7 +142,23 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         raise ArtifactError(f"{folder}: {found.problem}. {found.advice}")
     if found.code and not trust.trusts_code():
         raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, found.code)}")
-    _require_each_once(folder, found.weights)
+    _require_sound(folder, found.weights)
+    file = str(folder / model_files.CONFIG)
+    config_json.read(folder)
+    generation = trust.read_table(folder / model_files.GENERATION)
+    config_json.require_types(generation, str(folder / model_files.GENERATION))
+
+    floating: dict[str, type[nn.Module]] = {}
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = model_code.classes({**config, "model_file": found.code}, folder)
+        guarded = config_fields.Guarded(model_class, args_class, file)
+        return lambda settings: made(guarded(settings)), guarded
+
+    def made(model: nn.Module) -> nn.Module:
+        floating.update(_floating(model))
+        return model
+
     gather.install()
     with model_files.opened(folder, [name for name in found.read if not name.endswith(".py")]) as links:
         try:
@@ -147,11 +166,12 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
                 links,
                 lazy=lazy,
                 model_config={"model_file": None},  # `classes` runs it
-                get_model_classes=lambda config: model_code.classes({**config, "model_file": found.code}, folder),
+                get_model_classes=classes,
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, *config_fields.BUILD_ERRORS) as error:
             raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
     _require_readable_codes(folder, model)
+    _require_numbers(folder, model, floating)
     config = trust.copied(config | {"model_file": found.code})
     if not found.code:
         config.pop("model_file", None)
@@ -163,21 +183,56 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     return model, config_json.describing(config, weights=names, is_quantized=codes.is_quantized(model))
 
 
-def _require_each_once(folder: Path, weights: Iterable[str]) -> None:
-    """Refuse shards of which two hold a tensor of the same name: mlx-lm would take either, whatever an index says.
+def _require_sound(folder: Path, weights: Iterable[str]) -> None:
+    """Refuse files of weights whose headers are wrong, or of which two hold a tensor of the same name.
+
+    MLX believes a header, and mlx-lm would take either of two tensors, whatever an index says.
 
     Raises:
-        ArtifactError: names the tensor and both files.
+        ArtifactError: names the file and the tensor.
     """
-    files = [name for name in weights if name.endswith(".safetensors")]
     holders: dict[str, str] = {}
-    for file in files if len(files) > 1 else ():
-        names = artifact.tensor_names(folder / file)
-        if twice := sorted(names & holders.keys()):
+    for file in (name for name in weights if name.endswith(".safetensors")):
+        types = artifact.tensor_types(folder / file)
+        if twice := sorted(types.keys() & holders.keys()):
             raise ArtifactError(
                 f"{folder}: {holders[twice[0]]} and {file} both hold {twice[0]}. Remove one of the two."
             )
-        holders |= dict.fromkeys(names, file)
+        if unread := sorted(name for name, kind in types.items() if kind in artifact.UNREAD_TYPES):
+            raise ArtifactError(
+                f"{folder / file}: {unread[0]} is of type {types[unread[0]]}, which MLX does not read. "
+                "Convert the model to bf16 first."
+            )
+        holders |= dict.fromkeys(types, file)
+
+
+def _floating(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """Return the class of the layer of each floating weight, by the weight's name."""
+    layers = dict(model.named_modules())
+    return {
+        name: type(layers.get(name.rpartition(".")[0], model))
+        for name, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+
+
+def _require_numbers(folder: Path, model: nn.Module, floating: Mapping[str, type[nn.Module]]) -> None:
+    """Refuse a model of which a weight is of other than floating numbers in a layer that computes with such.
+
+    Args:
+        folder: of the model.
+        model: as its files say.
+        floating: see `_floating`: of the model as its class makes it. A layer that took codes is of another class.
+
+    Raises:
+        ArtifactError: names the first such weight.
+    """
+    layers = dict(model.named_modules())
+    for name, value in tree_flatten(model.parameters()):
+        layer = layers.get(name.rpartition(".")[0], model)
+        if floating.get(name) is type(layer) and not mx.issubdtype(value.dtype, mx.floating):
+            kind = str(value.dtype).rpartition(".")[2]
+            raise ArtifactError(f"{folder}: {name} is of type {kind}: expected floating numbers. Name another model.")
 
 
 def _require_readable_codes(folder: Path, model: nn.Module) -> None:
@@ -198,7 +253,7 @@ def _word_unopened(folder: Path, error: str) -> str:
     """Return why a folder cannot be opened; how its weights are packed, where mlx-lm does not know that."""
     said = " ".join(error.split())
     config = config_json.read(folder)
-    packed = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    packed = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     method = packed.get("quant_method") if isinstance(packed, dict) else None
     if method is None or "quantization" in config:
         return f"{folder}: cannot be opened as a model ({said}). Build it again."

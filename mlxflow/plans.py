@@ -1,12 +1,11 @@
 """Quantization plans checked against the architecture alone: no artifact is needed and no weight is made."""
 
-import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlxflow import trust, vocabularies
+from mlxflow import config_json, trust, vocabularies
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train import shape_config
@@ -18,6 +17,7 @@ def check_plans(workflow: Workflow) -> None:
 
     Raises:
         WorkflowError: one line for each entry of `layers`, each `document_mask` and each tokenizer that does not fit.
+        ArtifactError: a `config.json` describes no model.
     """
     lines = [*_tokenizer_mistakes(workflow), *_mask_mistakes(workflow), *_plan_mistakes(workflow)]
     if lines:
@@ -56,19 +56,23 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
 
 
 def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
-    """Yield a line for every `document_mask` that the model to go on from cannot have."""
+    """Yield a line for every `document_mask` that the model to go on from cannot have.
+
+    Raises:
+        ArtifactError: the model's `config.json` describes no model.
+    """
     from mlxflow import models, packed
 
     for one in (one for one in workflow.stages if one.name == "train"):
         config: Any = one.config
         folder = _named_folder(workflow, one)
         tokens: Any = workflow.find(config.input).config
-        if folder is None or config.document_mask is not True or tokens.packing == "none":
+        if folder is None:
             continue
         architecture = _read(folder)
         with trust.trusting_code(workflow.trusts_code(one)):
             skeleton = models.skeleton(architecture, code=folder)
-        if packed.has_row_state(skeleton):
+        if config.document_mask is True and tokens.packing != "none" and packed.has_row_state(skeleton):
             expected = f"{architecture['model_type']} counts positions through the whole row"
             advice = 'Set document_mask = false, or pretokenize.packing = "none".'
             yield word(Problem("document_mask", True, expected, advice), shown_path(workflow.path), one.table)
@@ -123,9 +127,10 @@ def _named_folder(workflow: Workflow, one: Stage) -> Path | None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config_json.load(folder / "config.json")
     except OSError as error:
         raise ArtifactError(f"{shown_path(folder)}: its config.json cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise ArtifactError(f"{shown_path(folder)}: its config.json is no JSON ({error}). Mend it.") from error
+    config_json.require_types(found, shown_path(folder / "config.json"))
     return found

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# A longer file is cut, and so no JSON
+_MAX_BYTES = 16 * 2**20
+
 _CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 #: Keys of a configuration that name Python code: mlx-lm reads the first, transformers the others.
@@ -86,7 +89,8 @@ def copied(config: Mapping[str, Any]) -> dict[str, Any]:
 def read_table(path: Path) -> dict[str, Any]:
     """Return a JSON file's table; an empty one where it is missing or something else, which its reader will say."""
     try:
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            value = json.loads(file.read(_MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
