@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from mlxflow.errors import WorkflowError
 from mlxflow.own_folders import prepare_compiled_folder
 
 #: The command that mends what `missing` finds, on Debian and Ubuntu.
@@ -72,6 +73,54 @@ def _load_blas() -> str | None:
             continue
         return name
     return None
+
+
+#: Functions of a BLAS that set and return how many threads it computes with, by the beginning of its file's name.
+_THREAD_FUNCTIONS = {
+    "libopenblas": ("openblas_set_num_threads", "openblas_get_num_threads"),
+    "libmkl": ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads"),
+}
+
+# Where macOS's Accelerate reads, when it is loaded, how many threads it may use
+_ACCELERATE_THREADS = "VECLIB_MAXIMUM_THREADS"
+
+
+def thread_count() -> int:
+    """Return how many threads multiply matrices on the CPU, on which the last bits of a product depend.
+
+    That is as many as there are processors, unless `fix_threads` or the BLAS's own variable says otherwise. Imports no
+    mlx.
+    """
+    if sys.platform == "darwin":
+        return int(os.environ.get(_ACCELERATE_THREADS) or os.cpu_count() or 1)
+    name = _load_blas()
+    return int(getattr(ctypes.CDLL(name), _thread_functions(name)[1])()) if name else 1
+
+
+def fix_threads(threads: int) -> None:
+    """Let that many threads multiply matrices on the CPU, however many processors there are.
+
+    To be called before MLX is imported. MLX's own operations, and a BLAS that is built into it, take one thread each.
+
+    Raises:
+        WorkflowError: the BLAS cannot have so many.
+    """
+    if sys.platform == "darwin":
+        os.environ[_ACCELERATE_THREADS] = str(threads)
+    if not (name := _load_blas()):
+        return
+    library = ctypes.CDLL(name)
+    if name.startswith("libmkl"):
+        library.MKL_Set_Dynamic(0)  # else it takes fewer as it likes
+    getattr(library, _thread_functions(name)[0])(threads)
+    if (most := thread_count()) != threads:
+        raise WorkflowError(
+            f"workflow.threads = {threads}: {name} computes with {most} at most. Use workflow.threads = {most}."
+        )
+
+
+def _thread_functions(library: str) -> tuple[str, str]:
+    return next(names for beginning, names in _THREAD_FUNCTIONS.items() if library.startswith(beginning))
 
 
 def _keep_freed_memory() -> None:

@@ -32,7 +32,7 @@ def _describe_device(library: str | None) -> list[tuple[str, str]]:
         ("device", f"{chosen}: {device.name()}"),
         ("memory MLX can use well", f"{device.working_set_bytes() / 1e9:.1f} GB"),
         ("matrix products, fp32", f"{_measure_gflops():.0f} GFLOP/s (1024 x 1024, best of 5)"),
-        ("BLAS", library or "built in"),
+        ("BLAS", f"{library or 'built in'}, computes with {cpu.thread_count()} threads"),
         ("mx.compile", "available" if not _lacks_compiler() else "runs uncompiled"),
         ("GPU kernels", _describe_kernels()),
         ("Metal", "yes" if mx.metal.is_available() else "no"),

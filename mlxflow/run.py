@@ -46,6 +46,8 @@ def _run(
 ) -> Path:
     uses_device = getattr(one.module, "USES_DEVICE", True)
     if uses_device:
+        if workflow.settings.threads:
+            cpu.fix_threads(workflow.settings.threads)
         cpu.prepare()
     digests = ObservedInputs(workflow.state / "digests.json")
     try:
@@ -69,8 +71,9 @@ def _run(
         if notice := cpu.notice():
             terminal.say(notice)
     limit = _limit_memory(workflow) if uses_device else 0
+    threads = (workflow.settings.threads or cpu.thread_count()) if chosen == "cpu" and uses_device else None
     folder = into or workflow.root / one.folder
-    unfinished = workflow.state / "unfinished" / one.task.replace(":", "/") / _key_of(provenance)
+    unfinished = workflow.state / "unfinished" / one.task.replace(":", "/") / _key_of(provenance, threads)
     if into:  # from the beginning, and nothing is left behind
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         artifact.remove_folder(unfinished)
@@ -99,7 +102,10 @@ def _run(
                 begun=begun,
             ),
         )
-        run = {"seconds": round(time.perf_counter() - started, 3), **_describe_run(chosen if uses_device else None)}
+        run = {
+            "seconds": round(time.perf_counter() - started, 3),
+            **_describe_run(chosen if uses_device else None, threads),
+        }
         run |= report.pop("run", {})
         run[ownership.FILES_KEY] = sorted({*ownership.written_names(private), "report.toml"})
         artifact.write_report(private / "report.toml", {"stage": provenance, **report, "run": run})
@@ -142,9 +148,10 @@ def _published(folder: Path) -> Path | None:
     return folder if (folder / "report.toml").is_file() else None
 
 
-def _key_of(provenance: dict[str, str]) -> str:
-    """Return a short name for the settings and inputs of a run."""
-    return stage.settings_digest({key: provenance[key] for key in ("settings_digest", "inputs_digest")})[:12]
+def _key_of(provenance: dict[str, str], threads: int | None) -> str:
+    """Return a short name for the settings and inputs of a run, and for the threads that compute it."""
+    known = {key: provenance[key] for key in ("settings_digest", "inputs_digest")}
+    return stage.settings_digest(known | ({"threads": threads} if threads else {}))[:12]
 
 
 def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> dict[str, str]:
@@ -191,11 +198,12 @@ def _limit_memory(workflow: Workflow) -> int:
     return limit
 
 
-def _describe_run(chosen: str | None) -> dict[str, Any]:
+def _describe_run(chosen: str | None, threads: int | None) -> dict[str, Any]:
     """Return what may differ between two equal runs.
 
     Args:
         chosen: the device, or None where the stage does without; then MLX is not even imported.
+        threads: how many multiplied matrices on the CPU; None where that did not compute.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     told: dict[str, Any] = {
@@ -212,6 +220,7 @@ def _describe_run(chosen: str | None) -> dict[str, Any]:
         "device_name": device.name(),
         **told,
         "blas": cpu.prepare() or "built in",
+        **({"threads": threads} if threads else {}),
         "peak_memory_bytes": process_peak(),
     }
 

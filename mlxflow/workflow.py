@@ -43,6 +43,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     name: Annotated[str, Meta(min_length=1, description="shown in reports")] = "workflow"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="every random choice derives from it, by name")] = 0
     device: Annotated[Literal["auto", "gpu", "cpu"], Meta(description="what MLX computes on")] = "auto"
+    threads: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1024,
+            examples=[4],
+            description="threads that multiply matrices on the CPU, on which last bits depend; 0: one a processor",
+        ),
+    ] = 0
     memory_limit: Annotated[
         str,
         Meta(

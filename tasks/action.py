@@ -122,22 +122,23 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             "inputs": ran.inputs,
             "outputs": outputs,
             "seconds": round(ran.seconds, 3),
-            "device": self._device(),
+            **self._computed_by(),
             "commit": lockfile.source_commit(self.node.root),
         }
         if line := lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known):
             terminal.say(line)
 
-    def _device(self) -> str:
-        """Return the device that the stage's own report names."""
+    def _computed_by(self) -> dict[str, Any]:
+        """Return the device that the stage's own report names and, of a CPU, the number of threads."""
         from mlxflow.artifact import read_report
         from mlxflow.errors import ArtifactError
 
         try:
             run = read_report(self.node.root / self.node.folder / "report.toml")["run"]
-            return f"{run['device']}: {run['device_name']}"
+            threads = {"threads": run["threads"]} if "threads" in run else {}
+            return {"device": f"{run['device']}: {run['device_name']}", **threads}
         except (ArtifactError, KeyError):
-            return "unknown"
+            return {"device": "unknown"}
 
     def _fail(self, kind: type[BaseFail], message: str) -> BaseFail:
         self.cache.save()

@@ -56,8 +56,10 @@ class Verify(StageVerb):
     doc_usage = "[STAGE ...]"
 
     def _execute(self, pos_args: list[str]) -> int:
+        from mlxflow.cpu import thread_count
         from tasks.outputs import damaged_outputs
         from tasks.records import is_complete
+        from tasks.reproduction import word_other_threads
 
         graph = Selection(self)
         damage: list[str] = []
@@ -66,6 +68,10 @@ class Verify(StageVerb):
             damage += damaged_outputs(node, graph.record(node.task), graph.cache, again=True)
         for line in damage:
             terminal.show(line)
+        for node in built:
+            threads = node.threads or thread_count()
+            if line := word_other_threads(node.task, graph.record(node.task), threads, "here it would be"):
+                terminal.show(line)
         files = sum(len(graph.record(node.task)["outputs"]) for node in built)
         terminal.show(f"{files} files of {len(built)} stages read, {len(damage)} damaged")
         return int(bool(damage))
@@ -154,10 +160,10 @@ class Reproduce(StageVerb):
         node = graph.one(pos_args, "doit reproduce STAGE")
         if node.bound_device is not None:
             refuse(f"{node.task}: measures the machine; there is nothing to reproduce.")
-        graph.fresh_record(node)
+        record = graph.fresh_record(node)
         waiting = f"{node.task}: waits for the artifacts, which process {{holder}} uses"
         try:
             with ended_cleanly(), hold(node.root / "artifacts/.mlxflow/lock", waiting, wait=True):
-                return reproduce(node)
+                return reproduce(node, record)
         except LockUnsupportedError as error:
             refuse(str(error), error.exit_code)

@@ -28,7 +28,8 @@ def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, 
 
 def _last_run(record: dict[str, object]) -> Iterator[str]:
     if "seconds" in record:
-        yield f"last run: {record['seconds']:,} s on {record.get('device')}, commit {record.get('commit')}"
+        threads = f" ({record['threads']} threads)" if "threads" in record else ""
+        yield f"last run: {record['seconds']:,} s on {record.get('device')}{threads}, commit {record.get('commit')}"
 
 
 def _list(title: str, names: Iterable[str]) -> list[str]:

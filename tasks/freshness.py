@@ -61,6 +61,8 @@ def reasons(
     settings = observe_settings(node)
     if settings != record["settings"]:
         yield from _changed_settings(node.task, record["settings"], settings)
+    if node.threads and record.get("device", "").startswith("cpu") and record.get("threads") != node.threads:
+        yield f"workflow.threads: {record.get('threads', 'unknown')} -> {node.threads}"
     yield from damaged_outputs(node, record, cache)
     yield from _changed_inputs(node, record["inputs"], cache, leave_out)
 

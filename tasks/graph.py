@@ -158,6 +158,7 @@ def _resolve(path: Path, data: bytes | None) -> list[Node]:
             corpora=tuple(corpus.name for corpus in one.corpora),
             bound_device=one.bound_device,
             device=workflow.settings.device,
+            threads=workflow.settings.threads,
             uses_device=getattr(one.module, "USES_DEVICE", True),
             copies={copy.as_posix(): original.as_posix() for copy, original in one.copies.items()},
             basis=basis,

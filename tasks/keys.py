@@ -24,4 +24,5 @@ def cache_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:
         maker = makers.get(name)
         key = record_name(name, node.spellings)
         inputs[key] = cache_key(maker, nodes, cache) if maker else cache.digests(node.path(name)).identity
-    return digest_json([node.task, observe_settings(node), inputs])
+    threads = [node.threads] if node.threads and node.uses_device else []
+    return digest_json([node.task, observe_settings(node), inputs, *threads])

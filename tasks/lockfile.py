@@ -61,6 +61,7 @@ def describe(node: Node, values: dict[str, Any]) -> Table:
         "python": platform.python_version(),
         "device": values.get("device", "unknown"),
         "commit": values.get("commit", "unknown"),
+        **({"threads": values["threads"]} if "threads" in values else {}),
         "seconds": values["seconds"],
         "inputs": {printable(name): content for name, content in values["inputs"].items()},
         "outputs": {name: content for name, (_, content) in values["outputs"].items()},
@@ -75,6 +76,7 @@ def recorded(table: Table) -> dict[str, Any] | None:
     others = table.get("settings", {})
     settings = {key: table[name] for key, name in _SETTINGS.items() if name in table}
     rest = {key: table.get(key, "unknown") for key in ("inputs", "outputs", "device", "commit", "seconds")}
+    rest |= {"threads": table["threads"]} if "threads" in table else {}
     if not isinstance(others, dict) or not isinstance(rest["outputs"], dict):
         return None
     sized = {name: [0, content] for name, content in rest["outputs"].items()}

@@ -30,6 +30,7 @@ class Node:
         bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
         device: the workflow's `device`.
         uses_device: whether the stage computes on the device.
+        threads: the workflow's `threads`; 0 for as many as the machine has processors.
         copies: names of copies of outputs, each with the output's name.
         basis: what the workflow was resolved from; None of a stage that is of no workflow file.
     """
@@ -48,6 +49,7 @@ class Node:
     bound_device: str | None = None
     device: str = "auto"
     uses_device: bool = True
+    threads: int = 0
     copies: dict[str, str] = field(default_factory=dict)
     basis: Basis | None = field(default=None, compare=False, repr=False)
 

@@ -17,6 +17,7 @@ _DEEPEST = 32
 _LARGEST_INTEGER = 2**64
 _LARGEST_FILE_BYTES = 2**63
 _LONGEST_SECONDS = 1e10
+_MOST_THREADS = 2**20
 _DIGEST = re.compile(r"[0-9a-f]{1,64}")
 
 
@@ -61,6 +62,10 @@ def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LONGEST_SECONDS
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST_THREADS
+
+
 _Check = Callable[[object], bool]
 
 
@@ -76,6 +81,7 @@ _FIELDS: dict[str, tuple[bool, _Check, str]] = {
     "seconds": (True, _is_seconds, "a number of seconds"),
     "device": (False, _is_text, "text"),
     "commit": (False, _is_text, "text"),
+    "threads": (False, _is_count, "a number of threads"),
 }
 
 

@@ -4,8 +4,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mlxflow import terminal
+from mlxflow.artifact import read_report
 from mlxflow.identity import digest_file, tensor_digests
 from tasks.freshness import observe_settings
 from tasks.node import Node
@@ -16,8 +18,13 @@ from tasks.process import run_process
 _ABOUT_THE_RUN = frozenset({"metrics.jsonl", "report.toml"})
 
 
-def reproduce(node: Node) -> int:
-    """Build a stage in a scratch folder beside the artifacts, print what differs, and return the exit code."""
+def reproduce(node: Node, record: dict[str, Any]) -> int:
+    """Build a stage in a scratch folder beside the artifacts, print what differs, and return the exit code.
+
+    Args:
+        node: the stage.
+        record: what its last run left.
+    """
     state = node.root / "artifacts" / ".mlxflow"
     with tempfile.TemporaryDirectory(prefix="reproduce-", dir=state) as scratch:
         into = Path(scratch, "artifact")
@@ -26,11 +33,32 @@ def reproduce(node: Node) -> int:
         if code:
             return code
         differences = list(differing(node, into))
+        threads = read_report(into / "report.toml")["run"]["threads"] if "threads" in record else None
+    if line := word_other_threads(node.task, record, threads, "this build by"):
+        terminal.show(line)
     for line in differences:
         terminal.show(f"{node.task}: {line}")
     if not differences:
         terminal.show(f"{node.task}: reproduced, every tensor is equal")
     return int(bool(differences))
+
+
+def word_other_threads(task: str, record: dict[str, Any], threads: int | None, other: str) -> str:
+    """Return a line where an artifact was computed by another number of threads, else nothing.
+
+    Args:
+        task: the stage.
+        record: what its last run left.
+        threads: the other number; None where the CPU does not compute.
+        other: what it is the number of.
+    """
+    known = record.get("threads")
+    if known is None or threads is None or known == threads:
+        return ""
+    return (
+        f"{task}: the artifact was computed by {known} threads, {other} {threads}, so last bits may differ. "
+        f"Set workflow.threads = {known} for equal ones."
+    )
 
 
 def differing(node: Node, folder: Path) -> Iterator[str]:
