@@ -66,9 +66,6 @@ def fit(
 
     objective = subject.objective(kernels.serves_loss)
     checkpoints = _checkpoints(config, context)
-    found = checkpoints.latest()
-    if found is not None:
-        _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
     with (
         progress.show_progress(num_steps=config.num_steps) as show,
         metrics_file.open("w") as metrics,
@@ -86,7 +83,9 @@ def fit(
         trainer = _trainer(
             config, inputs, context, subject, step=step, checkpoints=checkpoints, log=log, asked_to_stop=asked_to_stop
         )
+        found = checkpoints.latest(trainer.unfit)
         if found is not None:
+            _say(f"{context.task}: goes on from step {found.facts['step']} ({found.folder})")
             metrics.write(found.metrics)
         try:
             return trainer.run(found)
@@ -237,13 +236,13 @@ def _kept_choice(context: Context) -> Path:
 
 def _recorded_kernels(context: Context) -> list[str] | None:
     """Return the kernels that served the run that is gone on with or built again."""
-    from mlxflow import artifact
+    from mlxflow import artifact, state_files
 
     if context.published is not None:
         report = artifact.read_report(context.published / "report.toml")
         return list(report["kernels"]) if "kernels" in report else None
     try:
-        names = json.loads(_kept_choice(context).read_text())
+        names = state_files.parse_json(state_files.read_bytes(_kept_choice(context)))
     except (OSError, ValueError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None

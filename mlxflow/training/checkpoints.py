@@ -1,11 +1,12 @@
 """Checkpoints: all that a run needs to go on to the same bytes that it would have come to without a break.
 
     step-000100/state.safetensors   weights, optimizer, random state, the sums of an update that was cut short
-    step-000100/state.json          step, place in the data, batch decisions, counts; what the run is of
+    step-000100/state.json          step, place in the data, batch decisions, counts; what the run is of; digests
     step-000100/metrics.jsonl       the records so far
     best-000080.safetensors         weights of the best validation so far, where they are wanted
 
-A checkpoint takes its place whole, after every byte is on the disk.
+A checkpoint takes its place whole, after every byte is on the disk. It carries a digest of each of its files and of the
+best weights that belong to it. One in which a bit differs is named, and the one before it is used.
 """
 
 import json
@@ -15,11 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import msgspec
 
-from mlxflow import artifact
-from mlxflow.errors import ArtifactError
+from mlxflow import artifact, state_files, temporaries
+from mlxflow.errors import ArtifactError, StageError
+from mlxflow.identity import digest_file
+from mlxflow.state_files import InvalidStateError, OutdatedStateError
 
 _STATE, _FACTS, _METRICS = "state.safetensors", "state.json", "metrics.jsonl"
+
+
+class _Kept(msgspec.Struct):
+    """What `state.json` holds.
+
+    Attributes:
+        settings: what the run is of, by dotted key.
+        facts: JSON values.
+        files: digests of the other files, by name.
+        best: digest of the best weights so far; empty where none were kept.
+    """
+
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    files: dict[str, str]
+    best: str
 
 
 class Checkpoint(NamedTuple):
@@ -53,6 +73,7 @@ class CheckpointStore:
         self._keep = keep
         self._settings = json.loads(json.dumps(settings))
         self._say = say
+        self._best_digests: dict[int, str] = {}
 
     def save(self, name: str, arrays: Mapping[str, mx.array], facts: Mapping[str, Any], metrics: str) -> Path:
         """Write a checkpoint, then remove the oldest ones.
@@ -71,23 +92,38 @@ class CheckpointStore:
             artifact.write_tensors(private / _STATE, arrays, {})
             artifact.check_whole(private / _STATE)
             (private / _METRICS).write_text(metrics)
-            told = {"settings": self._settings, "facts": facts, "bytes": (private / _STATE).stat().st_size}
-            (private / _FACTS).write_text(json.dumps(told))
+            files = {name: digest_file(private / name).content for name in (_STATE, _METRICS)}
+            best = self._best_digests.get(facts.get("best_step", -1), "")
+            kept = _Kept(self._settings, dict(facts), files, best)
+            (private / _FACTS).write_bytes(state_files.encode(msgspec.structs.asdict(kept)))
         for old in self._folders()[: -self._keep]:
             shutil.rmtree(old)
         return folder
 
-    def latest(self) -> Checkpoint | None:
-        """Return the last whole checkpoint; what is damaged or of another configuration is told and left alone."""
+    def latest(self, unfit: Callable[[Checkpoint], str] = lambda checkpoint: "") -> Checkpoint | None:
+        """Return the last checkpoint that is as it was written and fits; others are named and left alone.
+
+        What a run that was killed was writing here is removed.
+
+        Args:
+            unfit: returns why a run cannot go on from a checkpoint; empty where it can.
+        """
+        for partial in self._folder.glob(".step-*.partial*"):
+            artifact.remove_folder(partial)
+        temporaries.remove_orphans(self._folder)
         for folder in reversed(self._folders()):
             try:
-                return self._read(folder)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArtifactError) as error:
+                found = self._read(folder)
+                if reason := unfit(found):
+                    raise InvalidStateError(reason)
+            except (OSError, ValueError, RuntimeError, ArtifactError) as error:
                 self._say(f"{folder}: not a whole checkpoint ({error}); it is not used. Remove it.")
+            else:
+                return found
         for other in sorted(self._folder.parent.glob("*/step-*/state.json")):
             if other.parent.parent != self._folder:
                 self._say(
-                    f"{other.parent}: a checkpoint of another configuration ({self._difference(other)}); "
+                    f"{other.parent}: a checkpoint of another configuration ({self._word_other(other.parent)}); "
                     "it is left alone and training begins anew."
                 )
         return None
@@ -96,9 +132,10 @@ class CheckpointStore:
         """Keep the weights of the best validation so far; those before are kept as long as a checkpoint knows them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._best(step)
-        temporary = path.with_name(f".{path.name}.tmp.safetensors")
+        temporary = temporaries.beside(path, ".tmp.safetensors")
         artifact.write_tensors(temporary, weights, {})
         artifact.check_whole(temporary)
+        self._best_digests[step] = digest_file(temporary).content
         temporary.replace(path)
         needed = {step, *(self._best_step(folder) for folder in self._folders())}
         for old in self._folder.glob("best-*.safetensors"):
@@ -106,7 +143,13 @@ class CheckpointStore:
                 old.unlink()
 
     def read_best(self, step: int) -> dict[str, mx.array]:
-        """Return the weights that were kept at a step."""
+        """Return the weights that were kept at a step.
+
+        Raises:
+            StageError: they are not what was written.
+        """
+        if problem := _problem(self._best(step), self._best_digests.get(step, "")):
+            raise StageError(f"{self._best(step)}: {problem}. Run it again, which uses an earlier checkpoint.")
         return cast("dict[str, mx.array]", mx.load(str(self._best(step))))
 
     def _best(self, step: int) -> Path:
@@ -116,31 +159,63 @@ class CheckpointStore:
         return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
 
     def _read(self, folder: Path) -> Checkpoint:
-        told = json.loads((folder / _FACTS).read_text())
-        state = folder / _STATE
-        if told["settings"] != self._settings:
-            raise ValueError(f"another configuration: {self._difference(folder / _FACTS)}")
-        if state.stat().st_size != told["bytes"]:
-            raise ValueError(f"{_STATE} has {state.stat().st_size:,} bytes, {told['bytes']:,} were written")
-        artifact.read_metadata(state)
-        arrays = cast("dict[str, mx.array]", mx.load(str(state)))
+        kept = _read_kept(folder)
+        if kept.settings != self._settings:
+            raise InvalidStateError(f"another configuration: {self._difference(kept.settings)}")
+        files = {folder / name: kept.files.get(name, "") for name in (_STATE, _METRICS)}
+        best_step = kept.facts.get("best_step")
+        if kept.best and isinstance(best_step, int):
+            files[self._best(best_step)] = self._best_digests[best_step] = kept.best
+        for path, digest in files.items():
+            if problem := _problem(path, digest):
+                raise InvalidStateError(f"{path.name} {problem}")
+        arrays = cast("dict[str, mx.array]", mx.load(str(folder / _STATE)))
         mx.eval(arrays)  # the file may be removed while the run goes on
-        return Checkpoint(folder, arrays, told["facts"], (folder / _METRICS).read_text())
+        return Checkpoint(folder, arrays, kept.facts, (folder / _METRICS).read_text())
 
     def _best_step(self, folder: Path) -> int:
         try:
-            return int(json.loads((folder / _FACTS).read_text())["facts"]["best_step"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(_read_kept(folder).facts["best_step"])
+        except (OSError, ValueError, LookupError, TypeError):
             return -1
 
-    def _difference(self, facts: Path) -> str:
+    def _difference(self, theirs: Mapping[str, Any]) -> str:
         """Return in words how the settings of a checkpoint differ from this run's."""
-        try:
-            theirs = json.loads(facts.read_text())["settings"]
-        except (OSError, ValueError, KeyError):
-            return "which cannot be read"
         keys = [key for key in {**theirs, **self._settings} if theirs.get(key) != self._settings.get(key)]
         if not keys:
             return "made by another version of the stage"
         told = [f"{key}: {theirs.get(key)} -> {self._settings.get(key)}" for key in keys[:3]]
         return ", ".join(told) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+    def _word_other(self, folder: Path) -> str:
+        try:
+            return self._difference(_read_kept(folder).settings)
+        except (OSError, ValueError):
+            return "which cannot be read"
+
+
+def _problem(path: Path, digest: str) -> str:
+    """Return what is wrong with a file of a known digest; empty where nothing is."""
+    try:
+        return "" if digest_file(path).content == digest else "is not what was written"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError) as error:
+        return f"is damaged ({error})"
+
+
+def _read_kept(folder: Path) -> _Kept:
+    """Return what is kept in a checkpoint's `state.json`.
+
+    Raises:
+        OSError: it is missing or cannot be read now.
+        InvalidStateError: it is not what was written.
+    """
+    try:
+        return msgspec.convert(state_files.read(folder / _FACTS), _Kept)
+    except msgspec.ValidationError as error:
+        raise InvalidStateError(f"{_FACTS}: {error}") from error
+    except OutdatedStateError:
+        raise InvalidStateError(f"{_FACTS} is of an earlier version") from None
+    except InvalidStateError as error:
+        raise InvalidStateError(f"{_FACTS}: {error}") from error

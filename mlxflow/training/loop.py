@@ -23,6 +23,7 @@ from mlxflow.measurement import peaks
 from mlxflow.measurement.perplexity import measure_perplexity
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
+from mlxflow.training.restoring import unlike_arrays, unlike_facts, unlike_sizes
 from mlxflow.training.step import Gradients, Outcome, Step, out_of_memory_bytes, put_random_key
 
 #: Called with one record for each log line; the key "kind" is "train", "validation" or "batch_size".
@@ -500,23 +501,32 @@ class Trainer:
             found["partial"] = list(self._partial)
         return found
 
+    def unfit(self, checkpoint: Checkpoint) -> str:
+        """Return why this run cannot go on from a checkpoint; empty where it can."""
+        facts = dict(checkpoint.facts)
+        sizes = facts.pop("sizes", None)
+        problem = unlike_facts(facts, vars(self._facts)) or unlike_sizes(sizes)
+        return problem or unlike_arrays(checkpoint.arrays, self._target(facts["rows_done"]))
+
+    def _target(self, rows_done: int) -> dict[str, Any]:
+        """Return what the arrays of a checkpoint are put into, with the sums of an update that was cut short."""
+        target = self._arrays()
+        if rows_done:
+            zero = mx.array(0.0)
+            target["partial"] = [zero, zero, tree_map(lambda weight: weight, self._model.trainable_parameters())]
+        return target
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         told = dict(checkpoint.facts)
         self._sizes.restore(told.pop("sizes"))
         vars(self._facts).update(told)
         self._waited_before = self._facts.data_wait_seconds
         self._lines = checkpoint.metrics.splitlines()
-        if self._facts.rows_done:
-            weights = self._model.trainable_parameters()
-            zero = mx.array(0.0)
-            self._partial = Gradients(zero, zero, tree_map(lambda weight: weight, weights))
-        target = self._arrays()
-        if self._partial is not None:
-            target["partial"] = [self._partial.total, self._partial.targets, self._partial.tree]
+        target = self._target(self._facts.rows_done)
         _assign(target, "", checkpoint.arrays)
         self._step.publish()
         put_random_key(target["random"][0])
-        if self._partial is not None:
+        if self._facts.rows_done:
             self._partial = Gradients(*target["partial"])
         mx.eval(self._step.state)
         checkpoint.arrays.clear()  # whoever holds the checkpoint must not hold the old weights

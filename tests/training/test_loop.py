@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxflow import state_files
 from mlxflow.data.loader import Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.errors import StageError, WorkflowError
@@ -284,20 +285,104 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["step-000004", "step-000005"]
 
 
-def test_a_damaged_checkpoint_is_told_by_name_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
-    _run(store=_store(tmp_path), save_every=2)
-    damaged = tmp_path / "own" / "step-000004" / "state.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-5])
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _outdated(path: Path) -> None:
+    path.write_text('{"settings": {}, "facts": {"step": 4}, "bytes": 1}')
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "a flipped bit of the weights": ("state.safetensors", _flipped, "state.safetensors is not what was written"),
+    "a flipped bit of the facts": ("state.json", _flipped, "state.json: its bytes do not fit its checksum"),
+    "a flipped bit of the records": ("metrics.jsonl", _flipped, "metrics.jsonl is not what was written"),
+    "a flipped bit of the best weights": (
+        "../best-000004.safetensors",
+        _flipped,
+        "best-000004.safetensors is not what was written",
+    ),
+    "records cut off": ("metrics.jsonl", _cut, "metrics.jsonl is not what was written"),
+    "facts cut off": ("state.json", _cut, "state.json: its bytes do not fit its checksum"),
+    "facts without a checksum": ("state.json", _outdated, "state.json: it has no checksum"),
+    "no records": ("metrics.jsonl", Path.unlink, "metrics.jsonl is missing"),
+    "no best weights": ("../best-000004.safetensors", Path.unlink, "best-000004.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_is_told_by_name_and_the_one_before_it_is_taken(tmp_path: Path, case: str) -> None:
+    store = _store(tmp_path)
+    trainer = _trainer(lambda record: None, store=store, save_every=2, eval_every=2, keeps_best=True)
+    trainer.run()
+    name, damage, reason = DAMAGE[case]
+    damaged = tmp_path / "own" / "step-000004"
+    damage(damaged / name)
     said: list[str] = []
     store = CheckpointStore(tmp_path / "own", keep=2, settings={"train.num_steps": 6}, say=said.append)
-    found = store.latest()
+    found = store.latest(trainer.unfit)
     assert found is not None
     assert found.facts["step"] == 2
-    size = damaged.stat().st_size
-    assert said == [
-        f"{damaged.parent}: not a whole checkpoint (state.safetensors has {size:,} bytes, {size + 5:,} were written); "
-        "it is not used. Remove it."
-    ]
+    assert said == [f"{damaged}: not a whole checkpoint ({reason}); it is not used. Remove it."]
+
+
+MADE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a step that is text": (lambda facts: facts.update(step="4"), "step is no number"),
+    "a step below zero": (lambda facts: facts.update(step=-1), "step is out of range"),
+    "no loss": (lambda facts: facts.update(best_loss=None), "best_loss is no number"),
+    "an end that is a number": (lambda facts: facts.update(ended_early=1), "ended_early is neither true nor false"),
+    "a fact too many": (lambda facts: facts.update(more=1), "other facts than this version keeps"),
+    "sizes that are a list": (
+        lambda facts: facts.update(sizes=[]),
+        "its batch sizes: Expected `object`, got `array`",
+    ),
+    "an update that was not cut short": (
+        lambda facts: facts.update(rows_done=1),
+        "partial.0 is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MADE)
+def test_a_checkpoint_that_somebody_made_is_not_gone_on_from(tmp_path: Path, case: str) -> None:
+    trainer = _trainer(lambda record: None, store=_store(tmp_path), save_every=4)
+    trainer.run()
+    change, reason = MADE[case]
+    folder = tmp_path / "own" / "step-000004"
+    kept = state_files.read(folder / "state.json")
+    change(kept["facts"])
+    (folder / "state.json").write_bytes(state_files.encode(kept))
+    said: list[str] = []
+    store = CheckpointStore(tmp_path / "own", keep=2, settings={"train.num_steps": 6}, say=said.append)
+    assert store.latest(trainer.unfit) is None
+    assert said == [f"{folder}: not a whole checkpoint ({reason}); it is not used. Remove it."]
+
+
+def test_best_weights_that_are_damaged_while_training_runs_are_not_published(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    store.save_best(4, {"weight": mx.ones((8, 8))})
+    path = tmp_path / "own" / "best-000004.safetensors"
+    assert store.read_best(4)["weight"].shape == (8, 8)
+    _flipped(path)
+    with pytest.raises(StageError) as caught:
+        store.read_best(4)
+    expected = f"{path}: is not what was written. Run it again, which uses an earlier checkpoint."
+    assert str(caught.value) == expected
+
+
+def test_what_a_killed_run_was_writing_beside_its_checkpoints_is_removed(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    _run(store=store, save_every=4)
+    (tmp_path / "own" / ".step-000005.partial").mkdir()
+    (tmp_path / "own" / ".best-000004.safetensors.9999999999.tmp.safetensors").touch()
+    assert store.latest() is not None
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["step-000004"]
 
 
 def test_a_checkpoint_of_another_configuration_is_told_by_name_and_left_alone(tmp_path: Path) -> None:
