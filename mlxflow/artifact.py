@@ -191,13 +191,18 @@ def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mappi
         path: the file; its name ends in `.safetensors`.
         tensors: by name; any shape and type.
         metadata: text by key, kept in the header.
+
+    Raises:
+        StageError: the disk has less room than the file needs, or writing it failed.
     """
     import mlx.core as mx
 
     _require_space(path, sum(tensor.nbytes for tensor in tensors.values()))
-    mx.save_safetensors(
-        str(path), {name: tensors[name] for name in sorted(tensors)}, metadata=dict(sorted(metadata.items()))
-    )
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    try:
+        mx.save_safetensors(str(path), ordered, metadata=dict(sorted(metadata.items())))
+    except RuntimeError as error:  # MLX's writer keeps the system's reason to itself
+        raise _unfinished(path, error) from error
 
 
 class TensorFile:
@@ -314,10 +319,12 @@ def check_whole(path: Path) -> None:
     try:
         read_safetensors_header(path)
     except (OSError, ValueError) as error:
-        free = shutil.disk_usage(path.parent).free
-        raise StageError(
-            f"{path.name}: was not written to its end ({error}; {free:,} bytes free). Make room."
-        ) from error
+        raise _unfinished(path, error) from error
+
+
+def _unfinished(path: Path, error: Exception) -> StageError:
+    free = shutil.disk_usage(path.parent).free
+    return StageError(f"{path.name}: was not written to its end ({error}; {free:,} bytes free). Make room.")
 
 
 def read_metadata(path: Path) -> dict[str, str]:

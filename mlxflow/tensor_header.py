@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxflow.causes import naming
+
 #: The longest header: some 100,000 tensors. Each byte of it may take twenty of memory.
 MAX_BYTES = 16 * 2**20
 
@@ -37,7 +39,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         ValueError: the file is cut off, longer than its header says, or no safetensors file at all; or a tensor of its
             header is wrong, which is named.
     """
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:

@@ -12,6 +12,7 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from doit.globals import Globals
 
 from mlxflow import terminal
+from mlxflow.causes import word_cause
 from mlxflow.errors import UserError
 from mlxflow.identity import DigestCache
 from tasks.freshness import observe_inputs, observe_settings
@@ -79,8 +80,10 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
         try:
             outputs = observe_outputs(self.node, self.cache)
-        except (OSError, ValueError) as error:
-            return self._fail(TaskFailed, f"{self.node.task}: an output is missing or damaged ({error})")
+        except OSError as error:
+            return self._fail(TaskFailed, f"{self.node.task}: an output: {word_cause(error, self.node.folder)}")
+        except ValueError as error:
+            return self._fail(TaskFailed, f"{self.node.task}: an output is damaged ({error})")
         self.cache.save()
         self._record(ran, outputs)
         return None
@@ -94,8 +97,10 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         with self._turn() if node.uses_device else nullcontext():
             try:
                 inputs = observe_inputs(node, self.cache)
-            except (OSError, ValueError) as error:
-                return self._fail(TaskFailed, f"{node.task}: an input is missing or damaged ({error})")
+            except OSError as error:
+                return self._fail(TaskFailed, f"{node.task}: an input: {word_cause(error, node.task)}")
+            except ValueError as error:
+                return self._fail(TaskFailed, f"{node.task}: an input is damaged ({error})")
             settings = observe_settings(node)
             begin = time.perf_counter()
             code = run_process(node.command, log, node.handover(settings, inputs))
