@@ -5,7 +5,6 @@ whole with them. `mlxflow.models.load` opens it so; mlx-lm does where its `adapt
 """
 
 import json
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow import bare, model_files
+from mlxflow import bare, model_files, toml_text
 from mlxflow.errors import ArtifactError
 
 WEIGHTS, CONFIG = model_files.ADAPTERS
@@ -51,7 +50,7 @@ def are_in(folder: Path) -> bool:
 def _were_written(folder: Path) -> bool:
     """Return whether the report of a train stage says that its adapters lie in the folder."""
     try:
-        return tomllib.loads((folder / "report.toml").read_text(encoding="utf-8")).get("fuse") == "never"
+        return toml_text.loads((folder / "report.toml").read_text(encoding="utf-8")).get("fuse") == "never"
     except (OSError, ValueError):
         return False
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow import toml_text
 from mlxflow.causes import naming
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.folders import partial_folders as partial_folders
@@ -350,7 +351,8 @@ def map_tensor(path: Path, name: str) -> "np.memmap[Any, Any]":
     if not isinstance(entry, dict) or entry.get("dtype") not in _NUMPY_NAMES:
         raise ArtifactError(f"{path}: has no tensor {name!r} of a type that can be mapped. Build it again.")
     dtype = np.dtype(_NUMPY_NAMES[entry["dtype"]]).newbyteorder("<")
-    return np.memmap(path, dtype, mode="r", offset=begin + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+    with naming(path):
+        return np.memmap(path, dtype, mode="r", offset=begin + entry["data_offsets"][0], shape=tuple(entry["shape"]))
 
 
 class StoredRows:
@@ -429,10 +431,9 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is missing or no valid TOML.
     """
-    import tomllib
-
     try:
-        return tomllib.loads(path.read_text())
+        with naming(path):
+            return toml_text.loads(path.read_text())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing. Build it again.") from error
     except ValueError as error:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mlxflow import state_files, temporaries
+from mlxflow import state_files, temporaries, toml_text
 from mlxflow.causes import naming
 from mlxflow.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.tensor_header import read_safetensors_header as read_safetensors_header
@@ -157,12 +157,10 @@ def _digest_safetensors(path: Path) -> Digests:
 
 
 def _digest_report(path: Path) -> Digests:
-    import tomllib
-
     data = path.read_bytes()
     content = xxhash.xxh3_128_hexdigest(data)
     try:
-        report = tomllib.loads(data.decode())
+        report = toml_text.loads(data.decode())
     except ValueError:
         return Digests(content, content)
     report.pop(RUN_TABLE, None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow import toml_text
 from mlxflow.causes import naming
 from mlxflow.paths import printable
 from mlxflow.state_files import InvalidStateError
@@ -146,7 +147,7 @@ def read(path: Path) -> Lock:
     except FileNotFoundError:
         return Lock({})
     try:
-        return Lock({name: [table] for name, table in tomllib.loads(text).items() if isinstance(table, dict)})
+        return Lock({name: [table] for name, table in toml_text.loads(text).items() if isinstance(table, dict)})
     except tomllib.TOMLDecodeError as error:
         sides = _sides(text)
         tables: dict[str, list[Table]] = {}
@@ -184,7 +185,7 @@ def _parse_parts(text: str) -> Iterator[tuple[str, Table]]:
         parts[name] = parts.get(name, "") + line
     for name, part in parts.items():
         try:
-            table = tomllib.loads(part).get(name)
+            table = toml_text.loads(part).get(name)
         except tomllib.TOMLDecodeError:
             continue
         if isinstance(table, dict):

@@ -2,12 +2,12 @@
 
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow import toml_text
 from mlxflow.page.timelines import TIMELINE, Timeline, read_cut_off, read_timeline
 
 REPORT, METRICS = "report.toml", "metrics.jsonl"
@@ -145,7 +145,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], str]:
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             return {}, "is too large to be a report"
-        return tomllib.loads(path.read_text(encoding="utf-8")), ""
+        return toml_text.loads(path.read_text(encoding="utf-8")), ""
     except FileNotFoundError:
         return {}, "is missing"
     except OSError as error:

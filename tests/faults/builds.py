@@ -28,6 +28,9 @@ COMMANDS = {
 #: Those of real stages; the others are of a chain of two cheap ones.
 REAL = ("pretokenize", "train")
 
+#: Files that only save time, which nobody misses.
+CACHES = ("digests.json", "graph.json")
+
 # It goes through the door of the real command, which words what fails.
 STAGE = """
 import hashlib, sys
@@ -118,14 +121,14 @@ def contents(folder: Path) -> dict[str, Any]:
     return {
         str(path.relative_to(folder)): _content(path)
         for path in sorted(folder.rglob("*"))
-        if "cache" not in path.relative_to(folder).parts
+        if "cache" not in path.relative_to(folder).parts and path.name not in CACHES
     }
 
 
 def _content(path: Path) -> Any:
     if path.is_dir():
         return "folder"
-    if path.name in ("digests.json", "graph.json", "notes.json", "lock", "metrics.jsonl") or path.suffix == ".log":
+    if path.name in ("notes.json", "lock", "metrics.jsonl") or path.suffix == ".log":
         return "of one run and machine"
     data = path.read_bytes()
     if path.name == "report.toml":

@@ -14,7 +14,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxflow.identity import DigestCache
+from mlxflow.identity import DigestCache, digest_file
 from tasks import lockfile
 from tasks.adoption import Adoption
 from tasks.node import Node
@@ -73,6 +73,28 @@ def test_a_journal_is_read_or_passed_over(data: bytes) -> None:
 @given(st.lists(st.one_of(VALUES, changed(LINE)), max_size=3))
 def test_a_journal_of_any_lines_is_read_or_passed_over(lines: list[Any]) -> None:
     _try_journal("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _digests(folder: Path) -> tuple[Path, bytes]:
+    """Return a file of digests for a file that it knows."""
+    (folder / "a").write_bytes(b"text")
+    cache = DigestCache(folder / "digests.json")
+    cache.digests(folder / "a")
+    cache.recall("corpus", "stamp", lambda: "digest")
+    cache.save()
+    return folder / "digests.json", (folder / "digests.json").read_bytes()
+
+
+@given(st.data())
+def test_digests_are_those_of_the_files_or_read_again(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path, valid = _digests(Path(name))
+        path.write_bytes(data.draw(spoilt(valid)))
+        cache = DigestCache(path)
+        assert cache.digests(Path(name) / "a") == digest_file(Path(name) / "a")
+        assert isinstance(cache.recall("corpus", "other", lambda: "digest"), str)
+        cache.save()
+        assert DigestCache(path).digests(Path(name) / "a") == digest_file(Path(name) / "a")
 
 
 TABLE = {
