@@ -433,7 +433,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         with naming(path):
-            return toml_text.loads(path.read_text())
+            return toml_text.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing. Build it again.") from error
     except ValueError as error:

@@ -99,6 +99,25 @@ def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> 
     return model
 
 
+def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str) -> None:
+    """Make sure that the weights of a new model alone fit into the memory; MLX ends the process where they do not.
+
+    Args:
+        config: a `config.json`.
+        memory_limit_bytes: what MLX may use.
+        key: the setting that describes the model, for the message.
+
+    Raises:
+        ArtifactError: they do not.
+    """
+    needed = num_bytes(skeleton(config))
+    if needed > memory_limit_bytes:
+        raise ArtifactError(
+            f"{key}: its weights take {needed:,} bytes, memory limit {memory_limit_bytes:,}. "
+            "Make the model smaller, or raise workflow.memory_limit."
+        )
+
+
 def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Module:
     """Return a model whose weights are not computed yet: for its shapes.
 

@@ -171,6 +171,9 @@ CONTRADICTIONS = {
     "needs validations on the way, and eval_every = 0 makes none. Set eval_every, or remove patience.",
     '[train]\noptimizer = "sgd"\nbetas = [0.5, 0.9]': "workflow.toml: train.betas = [0.5, 0.9]: "
     "the optimizer 'sgd' has none. Remove the key, or set optimizer = \"adamw\".",
+    "[train.model]\nhidden_size = 1048576\nintermediate_size = 1048576\nnum_layers = 1000": "workflow.toml: "
+    "train.model.hidden_size = 1048576: expected, with intermediate_size = 1048576 and num_layers = 1000, "
+    "at most 1,000,000,000,000 weights, not 7,696,581,394,432,000. Lower one of the three.",
     "[train]\noptimizer_options = { eps = inf, bias_correction = true }": "workflow.toml: "
     "train.optimizer_options.eps = inf: "
     "expected true, false, a number from -1000000 to 1000000, or a list of such. Change it or remove the key.",

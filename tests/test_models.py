@@ -279,3 +279,14 @@ def test_two_shards_with_a_tensor_of_one_name_are_refused(tmp_path: Path) -> Non
     assert str(caught.value) == (
         f"{tmp_path}: {names[0]} and {names[1]} both hold model.norm.weight. Remove one of the two."
     )
+
+
+def test_a_new_model_that_cannot_fit_is_refused_before_a_weight_is_made() -> None:
+    config = config_of("llama") | {"hidden_size": 2**16, "intermediate_size": 2**16}
+    with pytest.raises(ArtifactError) as caught:
+        models.require_room(config, 10**9, "train.model")
+    assert str(caught.value).startswith("train.model: its weights take ")
+    assert str(caught.value).endswith(
+        " bytes, memory limit 1,000,000,000. Make the model smaller, or raise workflow.memory_limit."
+    )
+    models.require_room(config_of("llama"), 10**9, "train.model")

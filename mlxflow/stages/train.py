@@ -25,6 +25,10 @@ MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy
 _OPTIMIZERS = Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "lion", "adafactor", "muon"]
 
 
+# More than any one machine trains
+_MAX_WEIGHTS = 10**12
+
+
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[train.lora]` table: low-rank adapters, for the methods "lora" and "dora"."""
 
@@ -81,6 +85,16 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 self.num_kv_heads,
                 f"expected a divisor of num_heads = {self.num_heads}",
                 "Change one of the two.",
+            )
+        heads = 2 * self.hidden_size * (1 + self.num_kv_heads / self.num_heads)
+        num_weights = self.num_layers * self.hidden_size * (heads + 3 * self.intermediate_size)
+        if num_weights > _MAX_WEIGHTS:
+            yield Problem(
+                "hidden_size",
+                self.hidden_size,
+                f"expected, with intermediate_size = {self.intermediate_size} and num_layers = {self.num_layers}, "
+                f"at most {_MAX_WEIGHTS:,} weights, not {num_weights:,.0f}",
+                "Lower one of the three.",
             )
 
 
@@ -511,6 +525,7 @@ def _make_model(
         model, model_config = _base_model(config, base, inputs, tokens, context)
     else:
         model_config = shape_config(config.model, tokens.vocab_size, tokens.context_length, tokens.end_of_text)
+        models.require_room(model_config, context.memory_limit_bytes, f"{context.task}.model")
         model = models.build(model_config, seed=seed)
     model.set_dtype(dtype)
     if not codes.is_quantized(model):
