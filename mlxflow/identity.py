@@ -256,6 +256,14 @@ class DigestCache:
             return
         self._changed = False
 
+    def drop_missing(self) -> int:
+        """Drop the digests of files that are no more, and return how many there were."""
+        before = len(self._known)
+        self._there.clear()
+        self._forget_missing()
+        self._changed = self._changed or len(self._known) < before
+        return before - len(self._known)
+
     def _forget_missing(self) -> None:
         """Drop the digests of files that are no more."""
         for key in self._known.keys() - self._there:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow import artifact, cpu, device, folders, ownership, stage, temporaries, terminal, trust
+from mlxflow import unfinished as left
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.handover import Handover
 from mlxflow.locking import hold
@@ -73,7 +74,7 @@ def _run(
     limit = _limit_memory(workflow) if uses_device else 0
     threads = (workflow.settings.threads or cpu.thread_count()) if chosen == "cpu" and uses_device else None
     folder = into or workflow.root / one.folder
-    unfinished = workflow.state / "unfinished" / one.task.replace(":", "/") / _key_of(provenance, threads)
+    unfinished = left.folder_of(workflow.state, one.task, _key_of(provenance, threads))
     if into:  # from the beginning, and nothing is left behind
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         artifact.remove_folder(unfinished)
@@ -118,6 +119,10 @@ def _run(
         _require_unchanged(workflow, one, digests, identities, unfinished)
     artifact.remove_folder(unfinished)
     if into is None:
+        for found in left.prune(workflow.state, one.task):
+            terminal.say(
+                f"{found.folder}: removed, {found.num_bytes:,} bytes that a run of {one.task} with other settings left."
+            )
         for copy, original in one.copies.items():
             with artifact.writable(workflow.root / copy):
                 artifact.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())

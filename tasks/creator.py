@@ -108,13 +108,19 @@ def _shown_paths(root: Path) -> Callable[[str], str]:
     return (lambda name: name) if prefix == "." else (lambda name: os.path.join(prefix, name))  # noqa: PTH118
 
 
-def remove_artifact(node: Node, dryrun: bool) -> None:
-    """Remove a stage's artifact, and say so; files in its folder that no run of it wrote stay, and are named."""
+def remove_artifact(node: Node, dryrun: bool) -> int:
+    """Remove a stage's artifact, and say so; files in its folder that no run of it wrote stay, and are named.
+
+    Returns:
+        the bytes that were freed.
+    """
     from mlxflow.ownership import remove_own_files
+    from mlxflow.unfinished import size_of
 
     folder = node.root / node.folder
     if not folder.exists():
-        return
+        return 0
+    before = size_of(folder)
     terminal.show(f"{node.task} - removing {node.folder}")
     if not dryrun:
         for name in (kept := remove_own_files(folder, node.output_names))[:_MOST_NAMED]:
@@ -124,3 +130,4 @@ def remove_artifact(node: Node, dryrun: bool) -> None:
         for name in node.copies:
             (node.root / name).unlink(missing_ok=True)
         Globals.dep_manager.remove(node.task)
+    return 0 if dryrun else before - (size_of(folder) if folder.exists() else 0)

@@ -106,11 +106,13 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
         if not self.is_of_stages:
             super().clean_tasks(tasks, dryrun, cleanforget)
             return
+        from tasks.cleaning import remove_unfinished
         from tasks.creator import remove_artifact
 
         for task in {task.name: task for task in tasks}.values():
             if task.meta:
-                remove_artifact(task.meta["node"], dryrun)
+                self._freed_bytes += remove_artifact(task.meta["node"], dryrun)
+                self._freed_bytes += remove_unfinished(task.meta["node"], dryrun)
             if cleanforget and not dryrun:
                 self.journal.remove(task.name)
         self.dep_manager.close()
@@ -124,18 +126,18 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
         if not self.is_of_stages:
             clean()
             return
-        from tasks.leftovers import find_leftovers, remove_leftover
+        from tasks.cleaning import remove_leftovers, word_freed
 
+        self._freed_bytes = 0
         graph = Selection(self)
         if leftovers and pos_args:
             refuse("--leftovers: is about stages that are no more. Name no stage with it.")
         with self.alone():
             if not leftovers:
                 clean()
-            for found in find_leftovers(graph.nodes[0].root, graph.nodes):
-                terminal.show(f"removing {found.folder.as_posix()}" if leftovers else found)
-                if leftovers and not dryrun:
-                    remove_leftover(graph.nodes[0].root, found)
+            self._freed_bytes += remove_leftovers(graph.nodes, is_wanted=leftovers, dryrun=dryrun)
+            if not dryrun and (line := word_freed(self._freed_bytes, graph.cache)):
+                terminal.show(line)
 
 
 class StageForget(Verb, Forget):  # type: ignore[misc]

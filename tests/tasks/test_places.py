@@ -75,7 +75,12 @@ def test_cleaning_a_stage_on_another_disk_keeps_its_place(chain: Chain, disk: Pa
     link.parent.mkdir()
     link.symlink_to(disk / "s3")
     assert chain.doit("s3")[0] == 0
-    assert chain.doit("clean", "s3") == (0, "s3 - removing artifacts/s3\n", "")
+    freed = "freed 1,000 bytes and 1 digests of files that are no more"
+    assert chain.doit("clean", "s3") == (0, f"s3 - removing artifacts/s3\n{freed}\n", "")
+        0,
+        "s3 - removing artifacts/s3\nfreed 1,000 bytes and 1 digests of files that are no more\n",
+        "",
+    )
     assert list(disk.iterdir()) == []
     assert chain.doit("s3")[0] == 0
     assert (disk / "s3/a").exists()

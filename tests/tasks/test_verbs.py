@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from doit.doit_cmd import DoitMain
 
-from mlxflow import ownership
+from mlxflow import ownership, state_files
 from mlxflow.artifact import write_report
 from tests.chain import Chain
 
@@ -190,7 +190,7 @@ def test_verbs_that_change_something_wait_for_a_doit_that_is_at_work(chain: Chai
     process.communicate()
     out, _ = waiting.communicate()
     assert line.startswith("another doit (process ")
-    assert (process.returncode, waiting.returncode, out) == (0, 0, "s1 - removing artifacts/s1\n")
+    assert (process.returncode, waiting.returncode, out) == (0, 0, "s1 - removing artifacts/s1\nfreed 1,000 bytes\n")
 
 
 def test_a_verb_on_stages_refuses_a_graph_without_any(tmp_path: Path) -> None:
@@ -246,11 +246,13 @@ def test_what_stages_left_that_are_no_more_is_named_and_removed_only_when_asked(
         f"artifacts/train/a: no stage makes it any more (2 files, {10_000 + report:,} bytes). "
         "Remove it with: doit clean --leftovers\n"
     )
+    freed = "freed 1,000 bytes and 1 digests of files that are no more\n"
     assert chain.doit("plan") == (0, f"nothing to do: 6 stages are fresh\n{line}", "")
-    assert chain.doit("clean", "s6") == (0, f"s6 - removing artifacts/s6\n{line}", "")
+    assert chain.doit("clean", "s6") == (0, f"s6 - removing artifacts/s6\n{line}{freed}", "")
     assert chain.doit("clean", "--leftovers", "-n") == (0, "removing artifacts/train/a\n", "")
     assert (artifacts / "train/a/model.safetensors").exists()
-    assert chain.doit("clean", "--leftovers") == (0, "removing artifacts/train/a\n", "")
+    freed = f"freed {10_000 + report:,} bytes\n"
+    assert chain.doit("clean", "--leftovers") == (0, f"removing artifacts/train/a\n{freed}", "")
     assert [path.name for path in (artifacts / "train").rglob("*")] == ["a", "notes.txt"]
     assert (artifacts / "my-backup/model.safetensors").exists()
     assert chain.path(5).exists()
@@ -261,7 +263,35 @@ def test_clean_leaves_what_no_run_wrote_and_names_it(chain: Chain) -> None:
     (chain.folder / "artifacts/s1/notes.txt").write_text("mine")
     assert chain.doit("clean", "s1") == (
         0,
-        "s1 - removing artifacts/s1\nartifacts/s1/notes.txt: left alone, s1 did not write it\n",
+        "s1 - removing artifacts/s1\nartifacts/s1/notes.txt: left alone, s1 did not write it\nfreed 1,000 bytes\n",
         "",
     )
     assert [path.name for path in (chain.folder / "artifacts/s1").iterdir()] == ["notes.txt"]
+
+
+def test_clean_removes_what_runs_left_unfinished_and_says_what_it_freed(chain: Chain) -> None:
+    state = chain.folder / "artifacts/.mlxflow"
+    for name, size in (("s2/0123456789ab", 300), ("s2/123456789abc", 33), ("s9/a/0123456789ab", 77)):
+        (state / "unfinished" / name).mkdir(parents=True)
+        (state / "unfinished" / name / "state.json").write_bytes(b"x" * size)
+    left = "artifacts/.mlxflow/unfinished/s9/a/0123456789ab"
+    removing = "s2 - removing artifacts/s2\ns2 - removing what 2 runs left unfinished (333 bytes)\n"
+    named = f"{left}: of no stage any more (77 bytes). Remove it with: doit clean --leftovers\n"
+    assert chain.doit("clean", "-n", "s2") == (0, removing + named, "")
+    assert chain.doit("clean", "s2") == (0, f"{removing}{named}freed 1,333 bytes\n", "")
+    assert list((state / "unfinished/s2").iterdir()) == []
+    assert chain.doit("clean", "--leftovers") == (0, f"removing {left}\nfreed 77 bytes\n", "")
+    assert chain.doit("clean", "--leftovers") == (0, "", "")
+
+
+def test_clean_drops_digests_of_files_that_are_no_more(chain: Chain) -> None:
+    (chain.folder / "source").write_bytes(b"another source")
+    assert chain.numbers_that_run() == [1, 2, 3, 4, 5, 6]
+    for number in (5, 6):
+        chain.path(number).unlink()
+    said = "s6 - removing artifacts/s6\nfreed 2 digests of files that are no more\n"
+    assert chain.doit("clean", "s6") == (0, said, "")
+    assert (
+        sum("/s5/a" in name for name in state_files.read(chain.folder / "artifacts/.mlxflow/digests.json")["files"])
+        == 1
+    )

@@ -1,0 +1,60 @@
+"""What `doit clean` removes beside artifacts, and what it says that it freed."""
+
+from collections.abc import Sequence
+
+from mlxflow import terminal, unfinished
+from mlxflow.identity import DigestCache
+from mlxflow.unfinished import Unfinished
+from tasks.leftovers import find_leftovers, remove_leftover
+from tasks.node import Node
+
+_STATE = "artifacts/.mlxflow"
+
+
+def remove_unfinished(node: Node, dryrun: bool) -> int:
+    """Remove what runs of a stage that were cut off left, with any settings, and say so; return the bytes freed."""
+    found = unfinished.of_task(node.root / _STATE, node.task)
+    if found:
+        terminal.show(f"{node.task} - removing what {len(found)} runs left unfinished ({_num_bytes(found):,} bytes)")
+    return 0 if dryrun else _remove(found)
+
+
+def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) -> int:
+    """Remove what stages and variants left that are no more, or name it; return the bytes freed.
+
+    Args:
+        nodes: every stage.
+        is_wanted: whether it is to be removed.
+        dryrun: only say so.
+    """
+    root = nodes[0].root
+    freed_bytes = 0
+    for artifact in find_leftovers(root, nodes):
+        terminal.show(f"removing {artifact.folder.as_posix()}" if is_wanted else artifact)
+        if is_wanted and not dryrun:
+            remove_leftover(root, artifact)
+            freed_bytes += artifact.num_bytes
+    left = unfinished.of_no_task(root / _STATE, [node.task for node in nodes])
+    for found in left:
+        folder = found.folder.relative_to(root).as_posix()
+        advice = f"of no stage any more ({found.num_bytes:,} bytes). Remove it with: doit clean --leftovers"
+        terminal.show(f"removing {folder}" if is_wanted else f"{folder}: {advice}")
+    return freed_bytes + (_remove(left) if is_wanted and not dryrun else 0)
+
+
+def word_freed(num_bytes: int, cache: DigestCache) -> str:
+    """Drop digests of files that are no more; return the line about what was freed, empty where nothing was."""
+    num_digests = cache.drop_missing()
+    parts = [f"{num_bytes:,} bytes"] if num_bytes else []
+    parts += [f"{num_digests:,} digests of files that are no more"] if num_digests else []
+    return f"freed {' and '.join(parts)}" if parts else ""
+
+
+def _num_bytes(found: Sequence[Unfinished]) -> int:
+    return sum(one.num_bytes for one in found)
+
+
+def _remove(found: Sequence[Unfinished]) -> int:
+    for one in found:
+        one.remove()
+    return _num_bytes(found)
