@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow import bare, model_files, toml_text
+from mlxflow.causes import advise_on
 from mlxflow.errors import ArtifactError
 
 WEIGHTS, CONFIG = model_files.ADAPTERS
@@ -64,7 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder / CONFIG}: cannot be read ({error}). Build it again.") from error
+        advice = advise_on(error, "Build it again")
+        raise ArtifactError(f"{folder / CONFIG}: cannot be read ({error}). {advice}.") from error
     if not isinstance(config, dict):
         raise ArtifactError(f"{folder / CONFIG}: expected a table. Build it again.")
     return config
@@ -87,7 +89,10 @@ def apply(model: nn.Module, folder: Path) -> nn.Module:
     try:
         adapted: nn.Module = load_adapters(model, str(folder))
         stored: Any = mx.load(str(folder / WEIGHTS))  # lazy: nothing but the header is read
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except OSError as error:
+        advice = advise_on(error, "Build it again")
+        raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error.strerror or error}). {advice}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder / WEIGHTS}: does not fit the model ({said}). Build it again.") from error
     # mlx-lm leaves an adapter that has no weights in the file as it was made: as noise

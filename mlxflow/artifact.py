@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflow import toml_text
-from mlxflow.causes import naming
+from mlxflow.causes import advise_on, naming
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.folders import partial_folders as partial_folders
 from mlxflow.folders import publishing as publishing
@@ -325,7 +325,8 @@ def check_whole(path: Path) -> None:
 
 def _unfinished(path: Path, error: Exception) -> StageError:
     free = shutil.disk_usage(path.parent).free
-    return StageError(f"{path.name}: was not written to its end ({error}; {free:,} bytes free). Make room.")
+    advice = advise_on(error, "Make room")
+    return StageError(f"{path.name}: was not written to its end ({error}; {free:,} bytes free). {advice}.")
 
 
 def read_metadata(path: Path) -> dict[str, str]:

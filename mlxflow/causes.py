@@ -22,6 +22,12 @@ _ADVICE = {
 
 _ADVICE_BY_NUMBER = {number: advice for advice, numbers in _ADVICE.items() for number in numbers}
 
+# Reasons that lie in the machine or its limits, not in the file that a call was about
+_OF_MACHINE = frozenset(
+    {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.EAGAIN}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.ENOSPC, errno.EDQUOT}
+)
+
 #: Reasons that only a call has that writes.
 OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
@@ -34,6 +40,16 @@ def is_about_a_file(error: OSError) -> bool:
 def advise(error: OSError) -> str:
     """Return what to do about an error, without a full stop."""
     return _ADVICE_BY_NUMBER.get(error.errno or 0, "Mend that, and run it again")
+
+
+def advise_on(error: Exception, otherwise: str) -> str:
+    """Return what to do about something that cannot be used, without a full stop.
+
+    Args:
+        error: what using it raised.
+        otherwise: what to do where the reason lies in the thing itself, not in the machine or its limits.
+    """
+    return advise(error) if isinstance(error, OSError) and error.errno in _OF_MACHINE else otherwise
 
 
 def word_cause(error: OSError, place: str | os.PathLike[str]) -> str:

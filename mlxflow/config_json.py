@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlxflow.causes import advise_on
 from mlxflow.errors import ArtifactError
 
 # Tables that describe a part of a model, and what the names of that part's weights contain
@@ -39,7 +40,8 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         config = load(folder / "config.json")
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{folder}: no model folder (its config.json: {error}). Build it again.") from error
+        advice = advise_on(error, "Build it again")
+        raise ArtifactError(f"{folder}: no model folder (its config.json: {error}). {advice}.") from error
     require_types(config, str(folder / "config.json"))
     return config
 

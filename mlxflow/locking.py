@@ -160,7 +160,7 @@ def _stand_in(path: Path, refusal: str) -> TextIOWrapper:
     try:
         return _open(stand_in)
     except OSError as error:
-        raise _unsupported(path, refusal) from error
+        raise _unsupported(path, f"{refusal}; {stand_in} would do, but: {error.strerror}") from error
 
 
 def _unsupported(path: Path, refusal: str) -> LockUnsupportedError:

@@ -28,6 +28,7 @@ from mlxflow import (
     trust,
     vocabularies,
 )
+from mlxflow.causes import advise_on
 from mlxflow.errors import ArtifactError
 from mlxflow.temporaries import scratch_folder
 
@@ -356,7 +357,8 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
     try:
         is_same = vocabularies.means_the_same(own, tokenizer_file)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). Name another.") from error
+        advice = advise_on(error, "Name another")
+        raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). {advice}.") from error
     if not is_same:
         raise ArtifactError(
             f"{key}: the tokens were not made with the tokenizer of {folder}. "
@@ -430,7 +432,8 @@ def _open_in_transformers(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         said = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Put one into it.") from error
+        advice = advise_on(error, "Put one into it")
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). {advice}.") from error
 
 
 def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:

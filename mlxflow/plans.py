@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow import config_json, trust, vocabularies
+from mlxflow.causes import advise_on
 from mlxflow.config import Problem, toml_value, word
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train import shape_config
@@ -46,7 +47,8 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
         try:
             is_same = means_the_same(own, files[0])
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{shown_path(folder)}: its tokenizer cannot be read ({error}). Mend it.") from error
+            advice = advise_on(error, "Mend it")
+            raise ArtifactError(f"{shown_path(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
         if not is_same:
             key, value = ("model.from", config.model.from_) if one.name == "train" else ("model", config.model)
             said = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
@@ -129,7 +131,8 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         found = config_json.load(folder / "config.json")
     except OSError as error:
-        raise ArtifactError(f"{shown_path(folder)}: its config.json cannot be read ({error.strerror}).") from error
+        said = f"its config.json cannot be read ({error.strerror})"
+        raise ArtifactError(f"{shown_path(folder)}: {said}. {advise_on(error, 'Mend it')}.") from error
     except ValueError as error:
         raise ArtifactError(f"{shown_path(folder)}: its config.json is no JSON ({error}). Mend it.") from error
     config_json.require_types(found, shown_path(folder / "config.json"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxflow import artifact, cpu, device, folders, ownership, stage, temporaries, terminal, trust
 from mlxflow import unfinished as left
+from mlxflow.causes import advise_on
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.handover import Handover
 from mlxflow.locking import hold
@@ -175,12 +176,16 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> d
             gone = path if path.parent.is_dir() else path.parent
             lines.append(f"{shown_path(gone)}: missing{_word_maker(workflow, name)}")
         except OSError as error:
-            lines.append(f"{shown_path(path)}: cannot be read ({error.strerror}){_word_maker(workflow, name)}")
+            lines.append(f"{shown_path(path)}: cannot be read ({error.strerror}). {_advise(error, workflow, name)}")
         except ValueError as error:
             lines.append(f"{shown_path(path)}: damaged ({error}){_word_maker(workflow, name)}")
     if lines:
         raise ArtifactError(*dict.fromkeys(lines))
     return identities | one.corpus_identities(cache)
+
+
+def _advise(error: OSError, workflow: Workflow, name: Path) -> str:
+    return advise_on(error, _word_maker(workflow, name).removeprefix(". ").removesuffix(".")) + "."
 
 
 def _word_maker(workflow: Workflow, name: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow import paths, toml_text, variants
+from mlxflow.causes import advise_on
 from mlxflow.errors import WorkflowError
 from mlxflow.toml_text import MAX_WORKFLOW_BYTES
 
@@ -53,7 +54,8 @@ def _read_bytes(path: Path, shown: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise WorkflowError(f"{shown}: missing. Write one (an empty file works), or name another.") from error
     except OSError as error:
-        raise WorkflowError(f"{shown}: cannot be read ({error.strerror}). Mend it, or name another.") from error
+        advice = advise_on(error, "Mend it, or name another")
+        raise WorkflowError(f"{shown}: cannot be read ({error.strerror}). {advice}.") from error
     if len(data) > MAX_WORKFLOW_BYTES:
         raise WorkflowError(
             f"{shown}: has more than {MAX_WORKFLOW_BYTES:,} bytes. "

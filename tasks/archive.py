@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlxflow import artifact, temporaries
+from mlxflow.causes import advise_on
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.identity import digest_file
 from mlxflow.ownership import foreign_names
@@ -104,7 +105,8 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{file}: missing. Name a file that doit pack wrote.") from error
     except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror}). Name a file that doit pack wrote.") from error
+        advice = advise_on(error, "Name a file that doit pack wrote")
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror}). {advice}.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ArtifactError(f"{file}: is no regular file. Name a file that doit pack wrote.")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mlxflow import terminal
+from mlxflow.causes import advise_on
 from tasks.selection import Selection, refuse
 from tasks.verb import StageVerb
 
@@ -111,7 +112,7 @@ class Pack(StageVerb):
         try:
             pack(node, record, Path(pos_args[1]))
         except OSError as error:
-            refuse(f"{pos_args[1]}: cannot be written ({error.strerror}). Name another file.")
+            refuse(f"{pos_args[1]}: cannot be written ({error.strerror}). {advise_on(error, 'Name another file')}.")
         terminal.show(f"{node.task}: {len(record['outputs'])} files packed into {pos_args[1]}")
         return 0
 

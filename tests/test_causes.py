@@ -2,11 +2,17 @@
 
 import errno
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mlxflow.causes import is_about_a_file, naming, word_cause
+from mlxflow import adapter_files, config_json, workflow_text
+from mlxflow.causes import advise_on, is_about_a_file, naming, word_cause
+from mlxflow.data.streams import telling
+from mlxflow.errors import MlxflowError
+from mlxflow.training import batch_size
 
 
 @pytest.mark.parametrize(
@@ -42,3 +48,42 @@ def test_a_file_is_named_where_the_error_names_none_and_only_there(tmp_path: Pat
 def test_what_a_process_or_a_network_answers_is_not_about_a_file() -> None:
     assert not is_about_a_file(ChildProcessError(errno.ECHILD, "No child processes"))
     assert is_about_a_file(OSError(errno.EDQUOT, "Disk quota exceeded"))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOSPC, errno.ENOLCK, errno.EINTR])
+def test_advice_about_a_file_is_kept_for_reasons_that_lie_in_the_file(number: int) -> None:
+    assert advise_on(OSError(number, ""), "Mend it") != "Mend it"
+    for reason in (FileNotFoundError(errno.ENOENT, ""), PermissionError(errno.EACCES, ""), ValueError("no JSON")):
+        assert advise_on(reason, "Mend it") == "Mend it"
+
+
+def _open(path: Path) -> None:
+    with telling(path), path.open("rb"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: config_json.read(folder),
+        lambda folder: adapter_files.read_config(folder),
+        lambda folder: workflow_text.read(folder / "workflow.toml", "workflow.toml"),
+        lambda folder: batch_size.read_decisions(folder / "metrics.jsonl", "train.replay"),
+        lambda folder: _open(folder / "notes.txt"),
+    ],
+    ids=["config.json", "adapter_config.json", "workflow.toml", "metrics.jsonl", "source"],
+)
+def test_no_more_open_files_are_named_as_what_they_are(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    with pytest.raises(MlxflowError):  # the file is missing; what reading it imports is imported now
+        read(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        with pytest.raises(MlxflowError) as caught:
+            read(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "Too many open files" in str(caught.value)
+    assert str(caught.value).endswith("Allow this process more open files (ulimit -n).")

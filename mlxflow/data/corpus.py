@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from mlxflow.causes import advise_on
 from mlxflow.data import sources, splits
 from mlxflow.data.records import Shape
 from mlxflow.data.shards import Shard
@@ -174,7 +175,7 @@ def _file(
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         raise SourceError(
-            f"{name}: cannot be read ({said}). Mend it or leave it out of pretokenize.sources."
+            f"{name}: cannot be read ({said}). {advise_on(error, 'Mend it or leave it out of pretokenize.sources')}."
         ) from error
     return SourceFile(
         name,

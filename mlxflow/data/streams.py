@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from mlxflow.causes import advise_on
 from mlxflow.errors import SourceError
 from mlxflow.paths import printable
 
@@ -80,7 +81,8 @@ def telling(path: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         said = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
-        raise SourceError(f"{said}. Mend it or leave it out of pretokenize.sources.") from error
+        advice = advise_on(error, "Mend it or leave it out of pretokenize.sources")
+        raise SourceError(f"{said}. {advice}.") from error
 
 
 def _read_plain(file: _HashingFile) -> Generator[bytes]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from mlxflow.causes import advise_on
 from mlxflow.errors import SourceError, WorkflowError
 
 
@@ -218,7 +219,8 @@ def read_decisions(path: Path, key: str) -> list[Decision]:
             if record.get("kind") == "batch_size":
                 found.append(Decision(**{name: record[name] for name in Decision._fields}))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise SourceError(f"{key}: {path} cannot be read as a run's metrics.jsonl ({error}). Name one.") from error
+        advice = advise_on(error, "Name one")
+        raise SourceError(f"{key}: {path} cannot be read as a run's metrics.jsonl ({error}). {advice}.") from error
     if not found:
         raise SourceError(f"{key}: {path} holds no batch size. Name the metrics.jsonl of a run of this version.")
     return found
