@@ -21,7 +21,7 @@ _BATCH_BYTES = 1 << 25
 # What is kept of a row besides its values.
 _ROW_BYTES = 16
 _VALUE_BYTES = 8
-_NAMED_COLUMNS = 20
+_NAMED_COLUMNS, _MOST_OF_A_NAME = 10, 40
 
 
 def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
@@ -40,20 +40,27 @@ def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | Text | 
     try:
         with parquet.ParquetFile(path) as file:
             yield from _rows(file, path, form)
+    except UnicodeDecodeError as error:  # of a text of a row it is said where that is read
+        raise FileProblem("is no valid parquet file (a name in its footer is not UTF-8)") from error
     except (pyarrow.lib.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the operating system says it, not the format
-        raise FileProblem(f"is no valid parquet file ({' '.join(str(error).split())[:200]})") from error
+        raise FileProblem(f"is no valid parquet file ({printable(' '.join(str(error).split())[:200])})") from error
 
 
 def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
     names = file.schema_arrow.names
     columns = [name for name in names if name in form.keys | form.more_keys]
     if not form.keys.intersection(columns):
-        shown = ", ".join(names[:_NAMED_COLUMNS]) + (", ..." if len(names) > _NAMED_COLUMNS else "")
+        shown = printable(", ".join(name[:_MOST_OF_A_NAME] for name in names[:_NAMED_COLUMNS]))
+        shown += ", ..." * (len(names) > _NAMED_COLUMNS)
         raise FileProblem(f"has no column {listed(form.keys)}; its columns: {shown}. Name one in text_key")
     stored = path.stat().st_size
-    chunks = [_chunks_of(file, group, columns) for group in range(file.num_row_groups)]
+    groups = range(file.num_row_groups)
+    require_plausible(sum(file.metadata.row_group(group).total_byte_size for group in groups), stored)
+    for group in groups:  # pyarrow ends the process when it is asked for a damaged footer, and raises when it reads one
+        next(file.iter_batches(batch_size=1, row_groups=[group], columns=columns), None)
+    chunks = [_chunks_of(file, group, columns) for group in groups]
     require_plausible(sum(_decoded_bytes(one) for group in chunks for one in group), stored)
     number, total = 1, 0
     for group, members in enumerate(chunks):
