@@ -21,6 +21,7 @@ from mlxflow.folders import remove_folder as remove_folder
 from mlxflow.folders import writable as writable
 from mlxflow.folders import write_whole as write_whole
 from mlxflow.identity import PROVENANCE_KEY, read_safetensors_header
+from mlxflow.regular import read_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -434,7 +435,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         with naming(path):
-            return toml_text.loads(path.read_text(encoding="utf-8"))
+            return toml_text.loads(read_regular(path).decode())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing. Build it again.") from error
     except ValueError as error:

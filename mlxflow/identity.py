@@ -14,6 +14,7 @@ file that did not change is never read again, whoever asks.
 import io
 import json
 import os
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -207,11 +208,14 @@ class DigestCache:
             ValueError: a safetensors file whose header disagrees with its length.
         """
         key = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118 - the hot path of a no-op; pathlib takes 10 times as long
-        stamp = _Stamp.of(os.stat(key))  # noqa: PTH116
+        found = os.stat(key)  # noqa: PTH116
+        stamp = _Stamp.of(found)
         self._there.add(key)
         known = self._known.get(key)
         if known and known.stamp == stamp and not known.doubted_since and not again:
             return known.digests
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise ValueError("it is no regular file")
         begin = time.time_ns()
         digests = digest_file(Path(key))
         self.files_read += 1

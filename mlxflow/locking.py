@@ -14,6 +14,7 @@ from mlxflow import terminal
 from mlxflow.causes import naming
 from mlxflow.errors import UserError
 from mlxflow.own_folders import cache_folder
+from mlxflow.regular import open_own
 
 # How file systems say that they have no locks: NFS without its lock service, Lustre without -o flock, FUSE
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -48,6 +49,7 @@ def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: s
     Raises:
         LockedError: it is held and `wait` is false; the message is the line.
         LockUnsupportedError: neither the file system nor that of the user's cache folder has locks.
+        StageError: a link, a FIFO or a folder is in the place of the lock's file.
     """
     try:
         file = _open(path)
@@ -91,7 +93,13 @@ def _closing(file: TextIOWrapper, path: Path) -> Iterator[None]:
 
 def _open(path: Path) -> TextIOWrapper:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a+", encoding="utf-8", errors="surrogateescape")
+    try:
+        descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS) or not path.is_file():
+            raise
+        return path.open(encoding="utf-8", errors="surrogateescape")  # another user's: it can be locked all the same
+    return os.fdopen(descriptor, "a+", encoding="utf-8", errors="surrogateescape")
 
 
 def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> str:
@@ -121,7 +129,12 @@ def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> 
 
 
 def _write_holders(file: TextIOWrapper, lines: Sequence[str]) -> None:
-    """Write down who holds the lock; on a full disk that stays unknown, and the lock is held all the same."""
+    """Write down who holds the lock; on a full disk that stays unknown, and the lock is held all the same.
+
+    Nothing is written into a file that has a second name, which may be anybody's.
+    """
+    if os.fstat(file.fileno()).st_nlink > 1:
+        return
     with suppress(OSError):
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))

@@ -39,6 +39,9 @@ ARTIFACTS = "artifacts"
 #: A variant's name is a folder name and a part of a task's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+#: How the names of our own temporary folders and files end.
+OWN_ENDINGS = (".partial", ".partial.old", ".unfinished", ".tmp", ".lock")
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -210,6 +213,12 @@ def outputs_of(module: StageModule, config: msgspec.Struct) -> msgspec.Struct:
     """Return the files that a stage writes with a configuration; `Outputs` may have a class method `of`."""
     made: Callable[[msgspec.Struct], msgspec.Struct] = getattr(module.Outputs, "of", lambda _: module.Outputs())
     return made(config)
+
+
+def is_own_name(module: StageModule, variant: str) -> bool:
+    """Return whether a variant's folder would have the name of a file or folder of our own, whatever the case."""
+    outputs = {path.parts[0].casefold() for path in paths_of(outputs_of(module, module.Config()))}
+    return variant.casefold() in outputs or variant.casefold().endswith(OWN_ENDINGS)
 
 
 def reference_folder(reference: str) -> Path:

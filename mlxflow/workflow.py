@@ -358,6 +358,8 @@ class _Loader:
             problem = Problem(
                 "name", variant, "expected letters, digits, '.', '_' and '-', at most 64", 'Write one such as "q4".'
             )
+        elif stage.is_own_name(self.modules[table], variant):
+            problem = Problem("name", variant, "is how mlxflow names a file or folder of its own", "Write another one.")
         elif variant.casefold() in seen:  # one folder on a Mac
             other = seen[variant.casefold()]
             twice = variant == other

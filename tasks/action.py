@@ -13,7 +13,7 @@ from doit.globals import Globals
 
 from mlxflow import terminal
 from mlxflow.causes import word_cause
-from mlxflow.errors import UserError
+from mlxflow.errors import StageError, UserError
 from mlxflow.identity import DigestCache
 from tasks.freshness import observe_inputs, observe_settings
 from tasks.node import Node
@@ -72,6 +72,8 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             ran = self._run()
         except UserError as error:
             return self._fail(TaskError, str(error))
+        except StageError as error:
+            return self._fail(TaskFailed, str(error))
         if isinstance(ran, BaseFail):
             return ran
         self.is_untouched = before == self._stamps()

@@ -108,11 +108,13 @@ class Pack(StageVerb):
         if len(pos_args) != 2:
             refuse("expected a stage and a file. Use: doit pack STAGE FILE")
         node = graph.one(pos_args[:1], "doit pack STAGE FILE")
-        record = graph.fresh_record(node)
-        try:
-            pack(node, record, Path(pos_args[1]))
-        except OSError as error:
-            refuse(f"{pos_args[1]}: cannot be written ({error.strerror}). {advise_on(error, 'Name another file')}.")
+        with self.alone():
+            record = graph.fresh_record(node)
+            try:
+                pack(node, record, Path(pos_args[1]))
+            except OSError as error:
+                advice = advise_on(error, "Name another file")
+                refuse(f"{pos_args[1]}: cannot be written ({error.strerror}). {advice}.")
         terminal.show(f"{node.task}: {len(record['outputs'])} files packed into {pos_args[1]}")
         return 0
 
@@ -132,15 +134,16 @@ class Unpack(StageVerb):
         graph = Selection(self)
         if len(pos_args) != 1:
             refuse("expected one file. Use: doit unpack FILE")
-        try:
-            node, values = unpack(Path(pos_args[0]), {node.task: node for node in graph.nodes})
-        except MlxflowError as error:
-            refuse(str(error), error.exit_code)
-        known = {one.task for one in graph.nodes}
-        if line := lockfile.update(node.root / lockfile.NAME, node, values, known):
-            terminal.say(line)
-        graph.journal.set(node.task, "_values_:", values)
-        graph.journal.set(node.task, "deps:", [])
+        with self.alone(makes=True):
+            try:
+                node, values = unpack(Path(pos_args[0]), {node.task: node for node in graph.nodes})
+            except MlxflowError as error:
+                refuse(str(error), error.exit_code)
+            known = {one.task for one in graph.nodes}
+            if line := lockfile.update(node.root / lockfile.NAME, node, values, known):
+                terminal.say(line)
+            graph.journal.set(node.task, "_values_:", values)
+            graph.journal.set(node.task, "deps:", [])
         terminal.show(f"{node.task}: {len(values['outputs'])} files unpacked into {node.folder}")
         return 0
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mlxflow import toml_text
 from mlxflow.causes import naming
 from mlxflow.paths import printable
+from mlxflow.regular import read_regular
 from mlxflow.state_files import InvalidStateError
 from tasks.node import Node
 from tasks.records import read_values
@@ -123,7 +124,7 @@ def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, T
     """
     try:
         with naming(path):
-            is_marked = re.search(rb"^<{7}", path.read_bytes(), re.MULTILINE)
+            is_marked = re.search(rb"^<{7}", read_regular(path), re.MULTILINE)
     except FileNotFoundError:
         return ""
     if not is_marked or not (lock := read(path)).damage:
@@ -143,7 +144,7 @@ def read(path: Path) -> Lock:
 
     try:
         with naming(path):
-            text = path.read_bytes().decode(errors="replace")
+            text = read_regular(path).decode(errors="replace")
     except FileNotFoundError:
         return Lock({})
     try:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from mlxflow import terminal
 from mlxflow.causes import naming
 from mlxflow.orphans import start
+from mlxflow.regular import open_log
 
 _GRACE_SECONDS = 30
 
@@ -25,12 +26,14 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
         command: program and arguments; no shell.
         log: receives all that is printed, from the beginning.
         handover: what the process reads from its standard input.
+
+    Raises:
+        StageError: the log cannot be written.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     on_terminal = sys.stderr.isatty()
     output, child_output = _open_terminal() if on_terminal else os.pipe()
     try:
-        with naming(log), log.open("wb") as file:
+        with naming(log), open_log(log) as file:
             process = start(
                 command,
                 stdin=subprocess.PIPE,

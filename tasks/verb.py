@@ -109,13 +109,20 @@ class Verb:
         return [task.name for task in self.task_list]
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait for any doit that is at work on the artifacts, and keep others out while something is changed."""
+    def alone(self, *, makes: bool = False) -> Iterator[None]:
+        """Wait for any doit that is at work on the artifacts, and keep others out while something is changed.
+
+        Args:
+            makes: something is made where no artifacts may be yet.
+        """
+        from mlxflow.folders import make_link_target
         from mlxflow.locking import hold
 
         state = Path(self.journal.name).parent
+        if makes:
+            make_link_target(state.parent)
         waiting = "another doit (process {holder}) is at work on these artifacts"
-        with hold(state / "lock", waiting, wait=True) if state.is_dir() else nullcontext():
+        with hold(state / "lock", waiting, wait=True) if makes or state.parent.is_dir() else nullcontext():
             self.journal.load()  # the other one may have finished stages
             self.journal.mend()
             yield

@@ -118,6 +118,12 @@ ONE_MISTAKE = {
     'Each [[quantize]] needs one, such as name = "q4".',
     '[[quantize]]\nname = "../q4"': 'workflow.toml: quantize[0].name = "../q4": '
     "expected letters, digits, '.', '_' and '-', at most 64. Write one such as \"q4\".",
+    '[[quantize]]\nname = "x.partial"': 'workflow.toml: quantize[0].name = "x.partial": '
+    "is how mlxflow names a file or folder of its own. Write another one.",
+    '[[quantize]]\nname = "Report.toml"': 'workflow.toml: quantize[0].name = "Report.toml": '
+    "is how mlxflow names a file or folder of its own. Write another one.",
+    '[[quantize]]\nname = "x.partial.old"': 'workflow.toml: quantize[0].name = "x.partial.old": '
+    "is how mlxflow names a file or folder of its own. Write another one.",
     "quantize = []": "workflow.toml: quantize = []: expected a table. Write [quantize] or remove the key.",
     "quantize = [4]": "workflow.toml: quantize[0] = 4: expected a table. "
     "Write [[quantize]] on a line of its own and its keys below it.",
