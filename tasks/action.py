@@ -142,10 +142,12 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
         try:
             run = read_report(self.node.root / self.node.folder / "report.toml")["run"]
-            threads = {"threads": run["threads"]} if "threads" in run else {}
-            return {"device": f"{run['device']}: {run['device_name']}", **threads}
         except (ArtifactError, KeyError):
+            run = {}
+        if not isinstance(run, dict) or not {"device", "device_name"} <= run.keys():
             return {"device": "unknown"}
+        threads = {"threads": run["threads"]} if isinstance(run.get("threads"), int) else {}
+        return {"device": f"{run['device']}: {run['device_name']}", **threads}
 
     def _fail(self, kind: type[BaseFail], message: str) -> BaseFail:
         self.cache.save()

@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import xxhash
 
+from mlxflow import state_files
 from mlxflow.artifact import ArrayStream, write_whole
 from mlxflow.identity import read_safetensors_header, tensor_digests
 
@@ -250,7 +252,7 @@ class ShardStore:
                 self._known["stamps"][key] = stamp
                 self._opened[key] = shard
                 return shard
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             pass
         path.unlink(missing_ok=True)
         return None
@@ -324,37 +326,64 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
+class _Notes(msgspec.Struct):
+    """What is remembered of shards: of each stage those it uses, when each was used last, and what `_stamp` said."""
+
+    runs: Annotated[int, msgspec.Meta(ge=0, lt=2**62)] = 0
+    tasks: dict[str, list[str]] = {}
+    used_in: dict[str, int] = {}
+    stamps: dict[str, list[int]] = {}
+
+
+class _Stored(msgspec.Struct):
+    """What a shard's header says of it, see `Shard`; `digests` are those of its columns."""
+
+    format: int
+    blank: int
+    masked: int
+    bad: list[tuple[int, str]]
+    num_bad: int
+    problem: str
+    is_binary: bool
+    end_tokens: list[int]
+    inner_tokens: list[int]
+    added_ends: int
+    literals: int
+    digests: dict[str, str]
+
+
 def _read_notes(path: Path) -> dict[str, Any]:
     """Return what is remembered of shards; it is only a shortcut, so a damaged file is as good as none."""
-    empty: dict[str, Any] = {"runs": 0, "tasks": {}, "used_in": {}, "stamps": {}}
     try:
-        known = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return empty
-    is_whole = isinstance(known, dict) and all(type(known.get(name)) is type(value) for name, value in empty.items())
-    return known if is_whole else empty
+        known = msgspec.convert(state_files.parse_json(state_files.read_bytes(path)), _Notes)
+    except (OSError, ValueError) as error:
+        known = _Notes()
+        if not isinstance(error, FileNotFoundError):
+            state_files.say_ignored(path, error, "Shards are read again.")
+    return msgspec.structs.asdict(known)
 
 
 def _open(path: Path) -> tuple[Shard, dict[str, str]]:
     header, begin = read_safetensors_header(path)
     metadata: Any = header.pop("__metadata__")
     columns: Any = header
-    stored = json.loads(metadata["shard"])
-    if stored["format"] != FORMAT:
+    said = state_files.parse_json(metadata["shard"].encode())
+    if said["format"] != FORMAT:
         raise ValueError("it was written by other code")
+    stored = msgspec.convert(said, _Stored)
     shard = Shard(
         path,
         begin,
         {name: (_NUMPY[c["dtype"]], tuple(c["shape"]), c["data_offsets"][0]) for name, c in columns.items()},
-        stored["blank"],
-        stored["masked"],
-        [(place, reason) for place, reason in stored["bad"]],
-        stored["num_bad"],
-        stored["problem"],
-        stored["is_binary"],
-        stored["end_tokens"],
-        stored["inner_tokens"],
-        stored["added_ends"],
-        stored["literals"],
+        stored.blank,
+        stored.masked,
+        stored.bad,
+        stored.num_bad,
+        stored.problem,
+        stored.is_binary,
+        stored.end_tokens,
+        stored.inner_tokens,
+        stored.added_ends,
+        stored.literals,
     )
-    return shard, stored["digests"]
+    return shard, stored.digests

@@ -133,3 +133,37 @@ def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".x.1.partial").write_bytes(b"half")
     store.collect("pretokenize", KEYS[:1], ["pretokenize"])
     assert not (tmp_path / ".x.1.partial").exists()
+
+
+NOTES = {
+    "no JSON": b"{",
+    "a list": b"[]",
+    "stages that are numbers": b'{"runs": 1, "tasks": {"pretokenize": 3}, "used_in": {}, "stamps": {}}',
+    "uses that are text": b'{"runs": 1, "tasks": {}, "used_in": {"a": "b"}, "stamps": {}}',
+    "runs below zero": b'{"runs": -1, "tasks": {}, "used_in": {}, "stamps": {}}',
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_notes_that_are_not_valid_are_as_if_they_were_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    write(ShardStore(tmp_path), KEYS[0], ["one"])
+    (tmp_path / "notes.json").write_bytes(NOTES[case])
+    store = ShardStore(tmp_path)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert store.find(KEYS[0]) is not None
+    store.collect("pretokenize", [KEYS[0]], ["pretokenize"])
+    assert ShardStore(tmp_path).find(KEYS[0]) is not None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(b'masked\\": 0', b'masked\\":{}'), (b'literals\\": 0', b'literals\\":[]')]
+)
+def test_a_shard_with_a_fact_of_another_type_is_not_there(tmp_path: Path, before: bytes, after: bytes) -> None:
+    path = write(ShardStore(tmp_path), KEYS[0], ["one"]).path
+    data = path.read_bytes()
+    assert data.count(before) == 1
+    path.write_bytes(data.replace(before, after))
+    assert ShardStore(tmp_path).find(KEYS[0]) is None
