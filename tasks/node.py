@@ -122,4 +122,5 @@ _CHECKS: dict[str, Callable[[object], bool]] = {
     "settings": are_settings,
     "bound_device": lambda value: value is None or isinstance(value, str),
     "uses_device": lambda value: isinstance(value, bool),
+    "threads": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
 }

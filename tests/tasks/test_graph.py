@@ -6,6 +6,7 @@ import random
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -429,3 +430,27 @@ def test_a_remembered_graph_that_somebody_made_is_not_used(
     change(stored)
     remembered.file.write_bytes(state_files.encode(stored))
     remembered.assert_not_used(capsys, reason)
+
+
+def test_a_node_with_a_value_in_every_field_is_the_same_after_it_was_remembered() -> None:
+    node = Node(
+        task="train:a",
+        doc="doc",
+        root=Path("root"),
+        folder="artifacts/train/a",
+        inputs=("in",),
+        outputs=("artifacts/train/a/out",),
+        settings={"seed": 1},
+        command=("python",),
+        corpora=("builtin:a",),
+        beside=("artifacts/b",),
+        spellings={"/home/a": "~"},
+        bound_device="cpu",
+        device="cpu",
+        uses_device=False,
+        threads=3,
+        copies={"artifacts/out": "artifacts/train/a/out"},
+    )
+    unset = [field.name for field in fields(Node) if getattr(node, field.name) == field.default]
+    assert unset == ["basis"]
+    assert Node.from_json(json.loads(json.dumps(node.as_json()))) == node
