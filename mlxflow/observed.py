@@ -57,6 +57,11 @@ class ObservedInputs(DigestCache):
         """Note files of which all that was read has been compared with their digests."""
         self._settled.update(os.path.abspath(path) for path in paths)  # noqa: PTH100
 
+    def join(self, other: "ObservedInputs") -> None:
+        """Take over what a copy of this object noted in another process."""
+        self._seen |= other._seen
+        self._settled |= other._settled
+
     def is_unchanged(self, path: str | os.PathLike[str]) -> bool:
         """Return whether a file is as it was seen first; one that was not seen is not."""
         key = os.path.abspath(path)  # noqa: PTH100

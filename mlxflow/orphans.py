@@ -36,7 +36,8 @@ def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
         options: of `subprocess.Popen`.
     """
     reading = _life_pipe()[0]
-    options |= {"env": {**(options.get("env") or os.environ), PARENT_VARIABLE: str(reading)}, "pass_fds": (reading,)}
+    passed = (*options.get("pass_fds", ()), reading)
+    options |= {"env": {**(options.get("env") or os.environ), PARENT_VARIABLE: str(reading)}, "pass_fds": passed}
     if _HAS_DEATH_SIGNAL:
         return _starter().submit(lambda: subprocess.Popen(command, **options)).result()
     process = subprocess.Popen(command, **({"start_new_session": True} | options))

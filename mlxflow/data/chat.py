@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mlxflow.data.chat_compiler import CompiledTemplate, Message, TemplateProblem
 from mlxflow.data.chat_turns import TurnFinder
 from mlxflow.data.control_tokens import ControlTokens
+from mlxflow.watched import Work
 
 _MARKER = re.compile(r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|<(?:start|end)_of_turn>|\[/?INST\]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -39,16 +40,24 @@ class ChatTemplate:
         special_tokens: what the template may name, such as `bos_token`.
         control_tokens: texts that are control tokens where the template writes them, and text in a message; without
             them, those that the source names.
+        subject: the template's name, as a message begins.
 
     Raises:
         TemplateProblem: it is no valid template.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], control_tokens: Iterable[str] | None = None
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        control_tokens: Iterable[str] | None = None,
+        *,
+        subject: str = "the chat template",
     ) -> None:
         self.source = source
-        self._compiled = CompiledTemplate(source, special_tokens)
+        self.subject = subject
+        with Work(subject, size=len(source)):
+            self._compiled = CompiledTemplate(source, special_tokens)
         known = [*markers(source), *special_tokens.values()] if control_tokens is None else control_tokens
         self.control_tokens = ControlTokens(known)
         self._finder = TurnFinder(

@@ -51,8 +51,10 @@ class CompiledTemplate:
         try:
             self._plain = environment.from_string(source)
             self._traced = environment.from_string(tracing.instrumented(environment.parse(source)))
-        except jinja2.TemplateError as error:
-            raise TemplateProblem(str(error)) from error
+        except MemoryError:  # the work that goes on is named
+            raise
+        except Exception as error:  # a program of others, compiled by Python: anything
+            raise TemplateProblem(_said(error)) from error
         for template in (self._plain, self._traced):
             template.globals = dict(template.globals)  # a chain of mappings is copied slowly, for every conversation
         self._special_tokens = dict(special_tokens)
@@ -109,9 +111,15 @@ def _first_that_works(messages: Sequence[Message], run: Callable[[list[dict[str,
     for form in _forms(messages):
         try:
             return run(form)
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            first = first or TemplateProblem(" ".join(str(error).split()) or type(error).__name__)
+        except MemoryError:  # the work that goes on is named
+            raise
+        except Exception as error:  # a program of others: anything
+            first = first or TemplateProblem(_said(error))
     raise first or TemplateProblem("it is empty")
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
+from mlxflow.watched import is_panic
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -71,7 +73,9 @@ def choose_encoder(definition: str, *, threads: int) -> Encoder:
             (ids, offsets), found = right.encode(strings, special=special), fast.encode(strings, special=special)
             if not (np.array_equal(ids, found[0]) and np.array_equal(offsets, found[1])):
                 return LibraryEncoder(definition, threads=threads)
-    except (ImportError, ValueError, RuntimeError, OSError):
+    except BaseException as error:
+        if not isinstance(error, ImportError | ValueError | RuntimeError | OSError) and not is_panic(error):
+            raise
         return LibraryEncoder(definition, threads=threads)
     return fast
 
@@ -115,13 +119,20 @@ class FastEncoder:
 
     def encode(self, texts: Sequence[str], *, special: bool) -> "tuple[NDArray[np.uint32], NDArray[np.int64]]":
         """See `Encoder`."""
-        ids, offsets = self._tokenizer.encode_batch_flat(
-            list(texts), add_special_tokens=False, split_special_tokens=not special
-        )
+        try:
+            ids, offsets = self._tokenizer.encode_batch_flat(
+                list(texts), add_special_tokens=False, split_special_tokens=not special
+            )
+        except ValueError:  # a pattern goes over this library's limits, which are not those of the other
+            return self._library.encode(texts, special=special)
         self._encoded += len(ids) // 4
         if self._encoded > _TOKENS_PER_TOKENIZER:
             self._tokenizer, self._encoded = self._make(self._definition), 0
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+
+    @functools.cached_property
+    def _library(self) -> "LibraryEncoder":
+        return LibraryEncoder(self._definition, threads=1)
 
 
 class LibraryEncoder:

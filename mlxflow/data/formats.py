@@ -15,6 +15,7 @@ from mlxflow.data.items import LONG_TEXT_BYTES, MAX_CONVERSATION_BYTES, Bad, Rec
 from mlxflow.data.long_lines import LongText
 from mlxflow.data.texts import cut, same_size
 from mlxflow.paths import printable
+from mlxflow.watched import Work
 
 Format = Literal["auto", "text", "chat", "completions"]
 
@@ -63,6 +64,7 @@ class Formatter:
         text_key: the key of a text.
         template: writes conversations, or None.
         train_on: what of conversations is trained on; None where only their text is wanted.
+        name: of the records' file.
 
     Attributes:
         end_tokens: the control tokens that end a turn that is trained on, of all documents so far.
@@ -70,8 +72,15 @@ class Formatter:
     """
 
     def __init__(
-        self, *, format_: Format, text_key: str, template: ChatTemplate | None, train_on: TrainOn | None
+        self,
+        *,
+        format_: Format,
+        text_key: str,
+        template: ChatTemplate | None,
+        train_on: TrainOn | None,
+        name: str = "",
     ) -> None:
+        self._name = name
         self._format = format_
         self._text_key = text_key
         self._template = template
@@ -186,16 +195,23 @@ class Formatter:
     def _chat(self, place: int, talk: Conversation) -> Document:
         if self._template is None:
             raise NoTemplateError
-        messages = conversations.shaped(talk.messages, self._template)
+        with Work(self._template.subject, self._name) as work:
+            work.step(place)
+            return self._written(self._template, place, talk, work)
+
+    def _written(self, template: ChatTemplate, place: int, talk: Conversation, work: Work) -> Document:
+        """Return the document that a template makes of a conversation; the work that this is is announced."""
+        messages = conversations.shaped(talk.messages, template)
         chooses = self._train_on == "last" or bool(talk.untrained)
         said = [talk.messages, talk.tools, *([sorted(talk.untrained)] if talk.untrained else [])]
         encoded = json.dumps(said, sort_keys=True)
         _require_size(len(encoded))
         digest = xxhash.xxh3_128_digest(encoded.encode())
+        work.step(place, len(encoded))
         if self._train_on is None:
-            text = self._template.render(messages, tools=talk.tools)
+            text = template.render(messages, tools=talk.tools)
             return Document(text, place, digest, len(_encode(text)), is_templated=True, is_conversation=True)
-        rendered = self._template.render_turns(messages, tools=talk.tools, owners=chooses, encoded=encoded)
+        rendered = template.render_turns(messages, tools=talk.tools, owners=chooses, encoded=encoded)
         trained = self._trained(talk, rendered)
         if self._train_on != "all":
             spans: tuple[tuple[int, int], ...] | None = trained
@@ -209,7 +225,7 @@ class Formatter:
             is_templated=True,
             spans=spans,
             literals=rendered.literals,
-            needs_end=self._needs_end(self._template, rendered, trained),
+            needs_end=self._needs_end(template, rendered, trained),
             is_conversation=True,
         )
 

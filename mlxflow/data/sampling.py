@@ -108,6 +108,7 @@ def _documents(
             text_key=file.text_key,
             template=template,
             train_on=None,
+            name=file.name,
         )
         try:
             for items in file.items(formatter, on_read):

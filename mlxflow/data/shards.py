@@ -222,6 +222,12 @@ class ShardWriter:
         self._stream.metadata["shard"] = json.dumps(told, ensure_ascii=False)
 
 
+def remove_unfinished(folder: Path, pid: int) -> None:
+    """Remove what a process that was ended had begun to write into a folder of shards."""
+    for path in folder.glob(f".*.{pid}{_PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
 class ShardStore:
     """The folder of shards, shared by every pretokenize stage and variant of a workflow.
 

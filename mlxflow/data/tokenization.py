@@ -19,6 +19,7 @@ from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json
 from mlxflow.paths import printable
+from mlxflow.watched import Work
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -192,6 +193,7 @@ class Tokenizing:
             text_key=file.text_key,
             template=self._vocabulary.template,
             train_on=self._train_on,
+            name=file.name,
         )
         long = _LongDocument()
         batches = file.items(formatter, lambda count: progress.count(read_bytes=count))
@@ -199,7 +201,9 @@ class Tokenizing:
             if self._stopped.is_set():
                 raise InterruptedError
             for documents in self._documents(formatter, items, writer):
-                self._encode(documents, writer, long, progress)
+                size = sum(document.num_bytes for document in documents)
+                with Work(self._vocabulary.subject, file.name, size) as work:
+                    self._encode(documents, writer, long, progress, work)
             del items  # a batch may be one record of many megabytes, and the next one is being made
         writer.end_tokens = sorted({*writer.end_tokens, *self._ids_of(formatter.end_tokens)})
         writer.inner_tokens = self._ids_of(formatter.inner_tokens)
@@ -230,12 +234,13 @@ class Tokenizing:
         return sorted(ids[text] for text in texts)
 
     def _encode(
-        self, documents: list[Document], writer: ShardWriter, long: "_LongDocument", progress: Progress
+        self, documents: list[Document], writer: ShardWriter, long: "_LongDocument", progress: Progress, work: Work
     ) -> None:
         pieces: list[NDArray[Any]] = [np.zeros(0, self._vocabulary.dtype)]
         finished: list[_Finished] = []
         for encoded in self._encoder.encode(documents):
             document = encoded.document
+            work.step(document.place)
             if isinstance(encoded, Unwritable):
                 writer.refuse(
                     document.place, "holds a control token that its tokenizer cannot write as text. Fix the record"

@@ -16,6 +16,7 @@ from mlxflow.data.control_tokens import ControlTokens
 from mlxflow.data.long_words import cut_long_words
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json
+from mlxflow.watched import Work
 
 #: Ends every document that no template ends; the first special token of a tokenizer trained here.
 END_OF_TEXT = "<|endoftext|>"
@@ -34,6 +35,7 @@ class Vocabulary(NamedTuple):
         end_of_text: the id that ends a document.
         prefix: the ids that the tokenizer puts before a text.
         template: of conversations, or None.
+        subject: the tokenizer's name, as a message begins.
     """
 
     definition: str
@@ -42,6 +44,7 @@ class Vocabulary(NamedTuple):
     end_of_text: int
     prefix: tuple[int, ...]
     template: ChatTemplate | None
+    subject: str = "the tokenizer"
 
     @property
     def dtype(self) -> "np.dtype[Any]":
@@ -102,13 +105,16 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens
     return tokenizer
 
 
-def trained_vocabulary(definition: str, *, context_length: int, template: str | None) -> Vocabulary:
+def trained_vocabulary(
+    definition: str, *, context_length: int, template: str | None, template_key: str = "pretokenize.chat_template"
+) -> Vocabulary:
     """Return a tokenizer trained here with its settings.
 
     Args:
         definition: its `tokenizer.json`.
         context_length: positions the model sees.
         template: of conversations, where there are any.
+        template_key: the setting that names it, for messages.
 
     Raises:
         SourceError: the template is none.
@@ -124,19 +130,22 @@ def trained_vocabulary(definition: str, *, context_length: int, template: str | 
         if template == CHATML:
             config["eos_token"] = "<|im_end|>"  # noqa: S105 - what generation stops at
     tokenizer = Tokenizer.from_str(definition)
-    return _vocabulary(tokenizer, config, END_OF_TEXT, "pretokenize.chat_template")
+    return _vocabulary(tokenizer, config, key=template_key, template_key=template_key, end=END_OF_TEXT)
 
 
-def open_vocabulary(files: Mapping[str, Path], *, template: str | None, name: str) -> Vocabulary:
+def open_vocabulary(
+    files: Mapping[str, Path], *, template: str | None, name: str, template_key: str = "pretokenize.chat_template"
+) -> Vocabulary:
     """Return a tokenizer that exists.
 
     Args:
         files: of its folder, by their names below it; see `mlxflow.model_files.tokenizer_files`.
         template: of conversations, instead of its own.
         name: the folder or hub id, for the messages.
+        template_key: the setting that names the template, for messages.
 
     Raises:
-        SourceError: the files are no tokenizer, or one without an end of text.
+        SourceError: the files are no tokenizer, one without an end of text, or one whose ids differ between two runs.
     """
     key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
     if "tokenizer.json" not in files:
@@ -144,10 +153,43 @@ def open_vocabulary(files: Mapping[str, Path], *, template: str | None, name: st
             f"{key}: has no tokenizer.json. Save it once with transformers: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
+    subject = f"{key}: its tokenizer.json"
+    with Work(subject, size=files["tokenizer.json"].stat().st_size):
+        tokenizer = _opened(files["tokenizer.json"], key)
+    config = _config_of(files, template, key)
+    template_key = key if template is None else template_key
+    return _vocabulary(tokenizer, config, key=key, template_key=template_key, subject=subject)
+
+
+def _opened(path: Path, key: str) -> Tokenizer:
+    """Return a tokenizer that gives the same ids whenever it is asked.
+
+    Raises:
+        SourceError: the file is none.
+    """
     try:
-        tokenizer = Tokenizer.from_str(files["tokenizer.json"].read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing more precise
         raise SourceError(f"{key}: its tokenizer.json cannot be read ({error}). Name another.") from error
+    if problem := randomness(tokenizer):
+        raise SourceError(f"{key}: its tokenizer.json has {problem}")
+    return tokenizer
+
+
+def randomness(tokenizer: Tokenizer) -> str:
+    """Return what makes the ids of a tokenizer differ between two runs, and what to do; empty for nothing."""
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if not dropout:
+        return ""
+    return f"model.dropout = {dropout:g}: two runs would give different ids. Set it to null."
+
+
+def _config_of(files: Mapping[str, Path], template: str | None, key: str) -> dict[str, Any]:
+    """Return the settings of a tokenizer's files; the chat template and the token that ends a text are among them.
+
+    Raises:
+        SourceError: no token ends a text, or a file is no JSON.
+    """
     config = _read_json(files.get("tokenizer_config.json"), key)
     special = _read_json(files.get("special_tokens_map.json"), key)
     end = _content(config.get("eos_token")) or _content(special.get("eos_token"))
@@ -158,7 +200,7 @@ def open_vocabulary(files: Mapping[str, Path], *, template: str | None, name: st
         config |= _templates_of(files, config)
     else:
         config["chat_template"] = template
-    return _vocabulary(tokenizer, config, end, key)
+    return config
 
 
 def _templates_of(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,22 +214,34 @@ def _templates_of(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[
     return {"chat_template": [{"name": name, "template": text} for name, text in every.items()]}
 
 
-def _vocabulary(tokenizer: Tokenizer, config: dict[str, Any], end: str, key: str) -> Vocabulary:
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def _vocabulary(
+    tokenizer: Tokenizer,
+    config: dict[str, Any],
+    *,
+    key: str,
+    template_key: str,
+    end: str = "",
+    subject: str = "the tokenizer",
+) -> Vocabulary:
+    """Return a tokenizer with its settings; `end` is by default what they say ends a text."""
+    end = end or config["eos_token"]
+    with Work(subject, size=40 * tokenizer.get_vocab_size()):  # bytes of a file
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        definition, prefix = tokenizer.to_str(), _prefix(tokenizer)
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     source = config.get("chat_template")
     if isinstance(source, list):  # several by name
         source = next((one["template"] for one in source if one.get("name") == "default"), None)
     template = None
     if source is not None:
         names = {k: text for k, v in config.items() if k.endswith("_token") and (text := _content(v)) is not None}
-        template = compile_template(source, key, names, _control_tokens(tokenizer, source))
-        _check_markers(tokenizer, template, key)
+        template = compile_template(source, template_key, names, _control_tokens(tokenizer, source))
+        _check_markers(tokenizer, template, template_key)
     end_of_text = tokenizer.token_to_id(end)
     if end_of_text is None:
         raise SourceError(f'{key}: its eos_token {end!r} is not in its vocabulary. Name another "eos_token".')
-    return Vocabulary(tokenizer.to_str(), config, size, end_of_text, _prefix(tokenizer), template)
+    return Vocabulary(definition, config, size, end_of_text, prefix, template, subject)
 
 
 def compile_template(
@@ -205,7 +259,7 @@ def compile_template(
         SourceError: it is no valid template.
     """
     try:
-        return ChatTemplate(source, names or {}, control_tokens)
+        return ChatTemplate(source, names or {}, control_tokens, subject=f"{key}: the chat template")
     except TemplateProblem as error:
         raise SourceError(f"{key}: the chat template is not valid ({error}). Mend it.") from error
 

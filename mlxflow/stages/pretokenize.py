@@ -1,5 +1,6 @@
 """Tokenize the corpus once and pack it into memory-mapped token files."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -222,10 +223,36 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
     """Tokenize what has no shard yet, choose the documents of each side, pack them into rows.
 
+    A tokenizer or a chat template of others runs in a process whose time and memory are limited.
+
     Raises:
         SourceError: a source cannot be used, or there is not one row of text.
         StageError: the disk is full.
     """
+    if not config.tokenizer.from_ and not inputs.template:
+        return work(config, inputs, outputs, context)
+    from mlxflow.data.shards import remove_unfinished
+    from mlxflow.guard import Guard
+
+    with Guard() as process:
+        try:
+            report, digests = process.call(f"{__name__}:watched_work", config, inputs, outputs, context)
+        finally:
+            remove_unfinished(context.state / "shards", process.end())
+    context.digests.join(digests)
+    return dict(report)
+
+
+def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> tuple[dict[str, Any], Any]:
+    """Do the work of the stage in a watched process; return its report and what it noted of its inputs."""
+    return work(config, inputs, outputs, context), context.digests
+
+
+def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+    """Do the work of the stage in this process; see `run`."""
+    import resource
+    import sys
+
     from mlxflow.data import accounts, corpus, endings, selection, shards, shortage, tokenization
     from mlxflow.locking import hold
 
@@ -274,6 +301,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             "tokenized_files": tokenized.num_tokenized,
             "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
             "engine": engine,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
         },
     }
 
@@ -308,8 +337,10 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
     from mlxflow.data.encoder import choose_encoder
     from mlxflow.data.progress import show_progress
     from mlxflow.data.tokenization import Tokenizing
+    from mlxflow.watched import Work
 
-    encoder = choose_encoder(vocabulary.definition, threads=config.workers)
+    with Work(vocabulary.subject, size=len(vocabulary.definition)):
+        encoder = choose_encoder(vocabulary.definition, threads=config.workers)
     if encoder.name == "fastokens":  # the other one makes so many small objects that its threads would wait
         _share_one_heap()
     tokenizing = Tokenizing(
@@ -337,7 +368,7 @@ def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[An
         folder = inputs.tokenizer[0].parent if inputs.tokenizer else Path()
         found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer} or tokenizer.hub_files(name)
         found = tokenizer.converted(found, scratch, name)
-        return tokenizer.open_vocabulary(found, template=template, name=name)
+        return tokenizer.open_vocabulary(found, template=template, name=name, template_key=_template_key(config))
 
 
 def _trained(config: Config, context: Context, files: list[Any], holdout: float, template: str | None) -> Any:
@@ -349,7 +380,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     from mlxflow.data.progress import show_progress
     from mlxflow.identity import digest_json
 
-    compiled = tokenizer.compile_template(template, "pretokenize.chat_template") if template else None
+    compiled = tokenizer.compile_template(template, _template_key(config)) if template else None
     with show_progress("reading", sum(file.size for file in files)) as (progress, watch):
 
         def on_read(count: int) -> None:
@@ -373,8 +404,15 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
         made = tokenizer.train_tokenizer(sample.texts, vocab_size=config.tokenizer.vocab_size, special_tokens=special)
         write_whole(kept, made.to_str().encode())
     return tokenizer.trained_vocabulary(
-        kept.read_text(encoding="utf-8"), context_length=config.context_length, template=template
+        kept.read_text(encoding="utf-8"),
+        context_length=config.context_length,
+        template=template,
+        template_key=_template_key(config),
     )
+
+
+def _template_key(config: Config) -> str:
+    return f"pretokenize.chat_template = {json.dumps(config.chat_template)}"
 
 
 def _write_sides(
