@@ -438,5 +438,5 @@ def read_report(path: Path) -> dict[str, Any]:
             return toml_text.loads(read_regular(path).decode())
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing. Build it again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged ({error}). Remove it and build it again.") from error

@@ -6,8 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflow import terminal
-from mlxflow.errors import CallError
+from mlxflow import report_forms, terminal
+from mlxflow.errors import ArtifactError, CallError
 from mlxflow.workflow import Stage, Workflow
 
 if TYPE_CHECKING:
@@ -41,10 +41,9 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
     """Print the plan as it was carried out: a line for each layer, and what all of it comes to."""
     from rich.table import Table
 
-    from mlxflow import artifact
     from mlxflow.stage import require
 
-    report = artifact.read_report(require(folder / "report.toml", task))
+    report = report_forms.read(require(folder / "report.toml", task), report_forms.Quantized, task)
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
@@ -61,7 +60,9 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
             f"{layer['bits_per_weight']:.2f}",
             f"{layer['relative_error']:.3g}" if is_packed else "-",
         )
-    console.width = max(console.width, 80 + max(len(layer["path"]) for layer in report["layers"]))  # nothing is cut
+    console.width = max(
+        console.width, 80 + max((len(layer["path"]) for layer in report["layers"]), default=0)
+    )  # nothing is cut
     console.print(table)
     console.print(
         f"{task}: {report['parameters']:,} parameters in {report['model_bytes']:,} bytes, "
@@ -79,18 +80,21 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
 def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -> None:
     from tokenizers import Tokenizer
 
-    from mlxflow import artifact
     from mlxflow.data.token_file import TokenFile
     from mlxflow.stage import require
 
     train = TokenFile.open(require(folder / "train.safetensors", task))
-    tokenizer = Tokenizer.from_file(str(require(folder / "tokenizer.json", task)))
-    names = require(folder / "files.txt", task).read_text(encoding="utf-8").splitlines()
+    tokenizer_file = require(folder / "tokenizer.json", task)
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises nothing more precise
+        raise ArtifactError(f"{tokenizer_file}: no tokenizer ({error}). Run: doit {task}") from error
+    names = require(folder / "files.txt", task).read_text(encoding="utf-8", errors="replace").splitlines()
     count = train.rows.num_rows
     if row is not None and not 0 <= row < count:
         raise CallError(f"show {task}: --row = {row}: expected 0 to {count - 1:,}. Name one of the training rows.")
     if row is None:
-        for line in _summary(artifact.read_report(folder / "report.toml")):
+        for line in _summary(report_forms.read(folder / "report.toml", report_forms.Pretokenized, task)):
             console.print(line)
     for number in range(min(_SHOWN_ROWS, count)) if row is None else [row]:
         _show_row(console, train, tokenizer, names, number)
@@ -125,7 +129,7 @@ def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], 
     )
     for piece in pieces:
         file, place = train.place(piece.document)
-        where = terminal.one_line(names[file]) + (f":{place}" if place else "")
+        where = terminal.one_line(names[file] if file < len(names) else f"file {file}") + (f":{place}" if place else "")
         part = f", from its token {piece.document_begin:,}" if piece.document_begin else ""
         console.print(
             Text(f"--- document {piece.document:,} ({where}): {piece.end - piece.begin} tokens{part}", "cyan")

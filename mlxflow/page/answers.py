@@ -243,7 +243,8 @@ def _promised_speed(report: Mapping[str, Any]) -> tuple[float, float, float] | N
 
 def _compared_speed(report: Mapping[str, Any]) -> tuple[float, float, float] | None:
     """Return the same from the figures of the first batch size that both were timed at."""
-    timed = {(row.get("name"), row.get("batch_size")): interval(row) for row in rows(report, "training")}
+    named = [row for row in rows(report, "training") if isinstance(row.get("name"), str)]
+    timed = {(row["name"], number(row.get("batch_size"))): interval(row) for row in named}
     for (name, size), (speed, low, high) in timed.items():
         base, base_low, base_high = timed.get(("baseline", size), (None, None, None))
         if name == "workflow" and speed and base:

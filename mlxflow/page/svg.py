@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 #: Buckets that a series is thinned to; each gives its smallest and its largest value.
 BUCKETS = 360
 
+# Ends of an axis at most: a report of another may hold any number, and what is drawn is computed with room around it
+_LARGEST = 1e150
+
 
 def tag(name: str, attributes: Mapping[str, object] | None = None, *children: str) -> Markup:
     """Return an element; text is escaped, markup stands as it is.
@@ -65,8 +68,9 @@ def scale_of(values: Sequence[float], *, logarithmic: bool = False, from_zero: b
         logarithmic: by logarithm, where every value is above zero.
         from_zero: whether the low end is zero.
     """
-    low, high = min(values), max(values)
+    low, high = (min(_LARGEST, max(-_LARGEST, end)) for end in (min(values), max(values)))
     if logarithmic and low > 0:
+        low, high = max(low, 1 / _LARGEST), max(high, 1 / _LARGEST)
         if high / low < 2:
             low, high = low / 1.5, high * 1.5
         return Scale(low / (high / low) ** 0.04, high * (high / low) ** 0.04, True)

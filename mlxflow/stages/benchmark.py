@@ -192,7 +192,7 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is missing, damaged, none, or of another version.
     """
-    from mlxflow import artifact
+    from mlxflow import artifact, report_forms
 
     report = artifact.read_report(path)
     if "training" not in report or "models" not in report:
@@ -202,7 +202,7 @@ def read_benchmark(path: Path) -> dict[str, Any]:
             f"{path}: version = {report.get('version', 'none')}: expected {VERSION}. "
             "Measure it again with this version of mlxflow: doit benchmark"
         )
-    return report
+    return report_forms.read(path, report_forms.Benchmarked, "benchmark")
 
 
 def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any:

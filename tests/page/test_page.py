@@ -464,3 +464,33 @@ def test_very_many_phases_are_drawn_together(long_page: Path) -> None:
     ]
     assert sum(counts) == 100_000
     assert max(value for *_, value in told) == 9_000_000
+
+
+def _replaced(value: Any, number: Any) -> Any:
+    """Return a part of a report with something else in the place of every number."""
+    if isinstance(value, dict):
+        return {key: _replaced(one, number) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_replaced(one, number) for one in value]
+    return number if isinstance(value, int | float) else value
+
+
+@pytest.mark.parametrize(
+    "number",
+    ['7" onload="alert(1)" x="', "' onload='alert(1)", [], [{}], {}, True, -1, 0, 5e-324, 1e150, float("inf"), 10**18],
+)
+def test_whatever_stands_for_a_number_is_no_attribute_and_stops_no_page(root: Path, number: Any) -> None:
+    expected = {key for key, _ in Seen(render([read(root)])).attributes}
+    for task in TASKS:
+        edit(root, task, lambda report: report.update(_replaced(report, number)))
+    assert {key for key, _ in Seen(render([read(root)])).attributes} <= expected
+
+
+def test_names_that_are_none_and_ends_of_axes_beyond_what_is_computed(root: Path) -> None:
+    def change(report: dict[str, Any]) -> None:
+        for row in report["training"]:
+            row["name"] = [{}]
+
+    edit(root, "benchmark", change)
+    edit(root, "pretokenize", lambda report: report.update(_replaced(report, 5e-324)))
+    assert b"Is it worth it?" in render([read(root)])
