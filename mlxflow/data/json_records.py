@@ -14,7 +14,7 @@ from mlxflow.data.streams import FileProblem
 # Objects that are looked at to tell a list of records from any other list
 _SEEN = 100
 _RECORDS_PER_BATCH = 1024
-_MAX_FILE_VALUES = 1 << 21
+_MAX_FILE_VALUES = 1 << 22
 
 _decode_fast = msgspec.json.Decoder().decode
 

@@ -105,9 +105,15 @@ class TokenFile(NamedTuple):
             numbers = [int(metadata[key]) for key in ("context_length", "vocab_size", "end_of_text", "targets")]
             has_conversations = metadata["has_conversations"] == "true"
             ends = tuple(int(number) for number in metadata["end_tokens"].split())
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
             raise ArtifactError(f"{path}: no token file (its metadata lacks {error}). Run: doit pretokenize") from error
+        except ValueError as error:
+            raise ArtifactError(f"{path}: damaged (a number in its metadata is none). Run: doit pretokenize") from error
         rows = Rows(artifact.map_tensor(path, "tokens"), artifact.map_tensor(path, "marks"))
+        if rows.tokens.ndim != 2 or rows.marks.shape != rows.tokens.shape:
+            raise ArtifactError(f"{path}: damaged (its tokens and marks differ in shape). Run: doit pretokenize")
+        if min(numbers) < 0 or not all(0 <= one < numbers[1] for one in (numbers[2], *ends)):
+            raise ArtifactError(f"{path}: damaged (its metadata names ids that are none). Run: doit pretokenize")
         return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3], ends)
 
     def full_rows(self, batch_size: int, key: str) -> Rows:

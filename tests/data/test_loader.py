@@ -184,6 +184,28 @@ def test_a_model_that_does_not_know_every_id_is_told(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"targets": "x"}, "a number in its metadata is none"),
+        ({"context_length": "9" * 5000}, "a number in its metadata is none"),
+        ({"end_tokens": "100"}, "its metadata names ids that are none"),
+        ({"end_of_text": "-1"}, "its metadata names ids that are none"),
+        ({"vocab_size": "0"}, "its metadata names ids that are none"),
+        ({}, "its tokens and marks differ in shape"),
+    ],
+)
+def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], reason: str) -> None:
+    path = tmp_path / "train.safetensors"
+    metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "end_tokens": "0", "targets": "8"}
+    tokens = np.zeros((6, 5), np.uint8)
+    arrays = {"tokens": tokens, "marks": tokens if change else tokens.reshape(5, 6)}
+    artifact.write_arrays(path, arrays, metadata | {"has_conversations": "false"} | change)
+    with pytest.raises(ArtifactError) as caught:
+        TokenFile.open(path)
+    assert str(caught.value) == f"{path}: damaged ({reason}). Run: doit pretokenize"
+
+
 def test_another_safetensors_file_is_no_token_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     artifact.write_arrays(path, {"tokens": np.arange(5)}, {})
