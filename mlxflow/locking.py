@@ -99,7 +99,8 @@ def _open(path: Path) -> TextIOWrapper:
         if error.errno not in (errno.EACCES, errno.EROFS) or not path.is_file():
             raise
         return path.open(encoding="utf-8", errors="surrogateescape")  # another user's: it can be locked all the same
-    return os.fdopen(descriptor, "a+", encoding="utf-8", errors="surrogateescape")
+    # so that the file knows its name
+    return open(path, "a+", encoding="utf-8", errors="surrogateescape", opener=lambda *_: descriptor)
 
 
 def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> str:

@@ -68,7 +68,7 @@ def open_log(path: Path) -> BinaryIO:
             raise _in_the_way(path)
         if not stat.S_ISREG(there.st_mode) or there.st_nlink > 1:
             path.unlink()
-    return os.fdopen(open_own(path, os.O_WRONLY | os.O_TRUNC), "wb")
+    return open(path, "wb", opener=lambda *_: open_own(path, os.O_WRONLY | os.O_TRUNC))
 
 
 def _in_the_way(path: Path) -> StageError:

@@ -50,7 +50,7 @@ PLACES = {
     ("artifacts/s2/a", "FIFO"): "",
     ("artifacts/s2/a", "link to a file"): "",
     ("mlxflow.lock", "FIFO"): "mlxflow.lock: is no regular file. Mend that, and run it again.",
-    ("source", "FIFO"): "s1: an input is missing or damaged (it is no regular file)",
+    ("source", "FIFO"): "s1: an input is damaged (it is no regular file)",
 }
 
 
