@@ -140,7 +140,8 @@ def test_damaged_state_costs_at_most_a_rebuild(job: Path, name: str, garbage: by
     (job / "artifacts/.mlxflow" / name).write_bytes(garbage)
     result = doit(job, "pretokenize")
     assert result.returncode == 0
-    assert [line.partition(":")[0] for line in result.stderr.splitlines()] in ([], ["pretokenize"])
+    said = [line.partition(":")[0] for line in result.stderr.splitlines()]  # what is damaged may be said first
+    assert [one for one in said if one != f"artifacts/.mlxflow/{name}"] in ([], ["pretokenize"])
     assert doit(job, "pretokenize").stdout == "-- pretokenize\n"
 
 
