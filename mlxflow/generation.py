@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxflow import config_json, models
-from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.errors import ArtifactError, CallError
 
 # Of a prompt, read at a time: the memory of attention goes with it
@@ -151,7 +151,7 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     return settings | {key: text for key, text in named.items() if text is not None}
 
 
-def open_template(folder: Path) -> ChatTemplate | None:
+def open_template(folder: Path) -> GuardedTemplate | None:
     """Return the chat template of a folder, None where it has none; a file of its own overrides the settings.
 
     Args:
@@ -159,6 +159,7 @@ def open_template(folder: Path) -> ChatTemplate | None:
 
     Raises:
         ArtifactError: it is no valid template.
+        SourceError: compiling it takes too much time or memory.
     """
     settings = _tokenizer_settings(folder)
     file = folder / "chat_template.jinja"
@@ -171,7 +172,7 @@ def open_template(folder: Path) -> ChatTemplate | None:
         return None
     names = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
     try:
-        return ChatTemplate(source, names)
+        return GuardedTemplate(source, names, f"{folder}: its chat template")
     except TemplateProblem as error:
         raise ArtifactError(f"{folder}: its chat template is not valid ({error}). Mend it.") from error
 

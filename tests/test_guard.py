@@ -17,6 +17,7 @@ import pytest
 from mlxflow import guard
 from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
 from mlxflow.errors import SourceError, StageError
+from mlxflow.generation import open_template
 from mlxflow.guard import Guard, Limits, guarded
 from mlxflow.run import run_stage
 from mlxflow.workflow import load_workflow
@@ -200,3 +201,13 @@ def test_the_process_ends_with_its_parent_even_in_c_code() -> None:
             time.sleep(0.05)
         os.kill(parent.pid, signal.SIGKILL)
     child.wait(30)
+
+
+def test_a_model_folder_s_template_is_limited_too(job: _Job) -> None:
+    job.tokenizer()
+    (job.folder / "mine/chat_template.jinja").write_text("{{ 9**(9**9 * messages|length) }}")
+    template = open_template(job.folder / "mine")
+    assert template is not None
+    with pytest.raises(SourceError) as caught:
+        template.render([{"role": "user", "content": "x"}], prompt=True)
+    assert str(caught.value) == f"{job.folder}/mine: its chat template {_SECONDS}"

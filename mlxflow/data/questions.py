@@ -6,8 +6,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mlxflow import artifact
-from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.token_file import PieceAt, TokenFile
 
 # Stands for a user's message where a template is asked how it writes one; no template has it
@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
 
 def held_out_questions(
-    tokens: TokenFile, tokenizer: Tokenizer, template: ChatTemplate | None, *, count: int
+    tokens: TokenFile, tokenizer: Tokenizer, template: GuardedTemplate | None, *, count: int
 ) -> list[Question]:
     """Return questions from the conversations of a token file, in the order of their rows; none where it has none.
 
@@ -80,7 +80,7 @@ def _rows_with_beginnings(tokens: TokenFile) -> list[int]:
 
 
 def _question(
-    tokens: TokenFile, tokenizer: Tokenizer, template: ChatTemplate | None, row: int, piece: PieceAt
+    tokens: TokenFile, tokenizer: Tokenizer, template: GuardedTemplate | None, row: int, piece: PieceAt
 ) -> Question | None:
     """Return a piece of a row as a question; None where it does not begin a conversation with a turn to learn."""
     is_trained = np.asarray(tokens.rows.marks[row, piece.begin : piece.end]) & 1
@@ -95,7 +95,7 @@ def _question(
     return Question(ids[:begin], asked or tokenizer.decode(ids[:begin]).strip(), answer)
 
 
-def _last_message(text: str, template: ChatTemplate) -> str | None:
+def _last_message(text: str, template: GuardedTemplate) -> str | None:
     """Return the user's message at the end of a prompt; None where it cannot be told from what is around it."""
     header, footer = _around_a_message(template)
     if not header or not footer or not text.endswith(footer) or text.count(header) != 1:
@@ -103,7 +103,7 @@ def _last_message(text: str, template: ChatTemplate) -> str | None:
     return text[text.index(header) + len(header) : len(text) - len(footer)].strip()
 
 
-def _around_a_message(template: ChatTemplate) -> tuple[str, str]:
+def _around_a_message(template: GuardedTemplate) -> tuple[str, str]:
     """Return what a template writes before a user's message, wherever it stands, and after the last one."""
     user, other = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": "a"}
     try:
