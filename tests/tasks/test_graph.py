@@ -383,6 +383,11 @@ def remembered(tmp_path: Path) -> Remembered:
     return Remembered(tmp_path)
 
 
+def test_a_remembered_graph_is_used(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.graph._resolve", None)
+    assert load_nodes(remembered.workflow, remembered.state) == remembered.nodes
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_a_flipped_byte_of_the_remembered_graph_is_noticed(
     remembered: Remembered, capsys: pytest.CaptureFixture[str], part: int
