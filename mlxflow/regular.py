@@ -6,9 +6,11 @@ A FIFO makes whoever opens it wait, and a link in the place of a log or a lock w
 import errno
 import os
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
+from mlxflow.causes import naming
 from mlxflow.errors import StageError
 
 
@@ -45,9 +47,11 @@ def open_own(path: Path, flags: int) -> int:
         if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
             raise
         raise _in_the_way(path) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _in_the_way(path)
+    with ExitStack() as opened, naming(path):
+        opened.callback(os.close, descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _in_the_way(path)
+        opened.pop_all()
     return descriptor
 
 

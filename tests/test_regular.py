@@ -1,5 +1,6 @@
 """What lies in the place of a file of ours is neither waited for nor written through."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from mlxflow.artifact import read_report
 from mlxflow.errors import StageError
 from mlxflow.identity import DigestCache
 from mlxflow.locking import LockedError, hold
-from mlxflow.regular import open_log
+from mlxflow.regular import open_log, open_own
 
 IN_THE_WAY: dict[str, Callable[[Path, Path], object]] = {
     "link": lambda path, other: path.symlink_to(other),
@@ -91,3 +92,19 @@ def test_a_lock_of_another_user_is_locked_all_the_same(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "open", opened)
     with hold(path, "", wait=False), pytest.raises(LockedError), hold(path, "{holder} is at work", wait=False):
         pass
+
+
+def test_a_file_that_cannot_be_looked_at_is_named_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def fail(descriptor: int) -> os.stat_result:
+        opened.append(descriptor)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", fail)
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            open_own(tmp_path / "lock", os.O_RDWR)
+    assert caught.value.filename == str(tmp_path / "lock")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
