@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mlxflow.errors import CallError
+from mlxflow.quantization import codec
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.learned import awq, choose_rows, dwq, gptq
 from mlxflow.quantization.settings import Setting
