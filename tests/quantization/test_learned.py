@@ -123,6 +123,27 @@ def test_every_layer_is_learned_by_its_own_setting(method: str) -> None:
         assert len(own - same) > len(own) / 2  # a search may find that nothing is better than rounding
 
 
+def test_awq_searches_each_layer_by_its_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxflow.quantization import awq as searching
+    from tests.small_models import llama
+
+    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=2, intermediate_size=128)
+    model.eval()
+    two, four = Setting("affine", 2, 32), Setting("affine", 4, 64)
+    plan = _plan(model, two, down_proj=four, embed_tokens=EIGHT)
+    tried: list[tuple[int, Setting]] = []
+
+    def round_trip(weight: mx.array, setting: Setting) -> mx.array:
+        tried.append((weight.shape[-1], setting))
+        return codec.round_trip(weight, setting)
+
+    monkeypatch.setattr(searching, "round_trip", round_trip)
+    _learn("awq", model, plan)
+    assert set(tried) == {(64, two), (128, four)}  # the only layers that read 128 channels are the two down_proj
+    # in both blocks: four scales, two limits (mlx-lm tries the upper half), and the block's error before and after
+    assert tried.count((128, four)) == 2 * (4 + 2 + 2)
+
+
 @pytest.mark.parametrize("spoilt_part", ["scales", "biases"])
 def test_codes_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, spoilt_part: str) -> None:
     from mlx_lm.quant import gptq as theirs
