@@ -4,20 +4,22 @@ Opened without transformers, which takes a second and more to import; token by t
 """
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxflow import config_json, models
+from mlxflow import config_json, guard, models
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.guarded_template import GuardedTemplate
+from mlxflow.data.tokenizer import randomness
 from mlxflow.errors import ArtifactError, CallError
 
 # Of a prompt, read at a time: the memory of attention goes with it
 _PREFILL_TOKENS = 512
-
 Message = Mapping[str, Any]
 
 
@@ -49,6 +51,8 @@ class Writer:
         self._folder = folder
         self._model, config = models.load(folder)
         self.tokenizer = models.open_tokenizer(folder)
+        if random := randomness(self.tokenizer):
+            raise ArtifactError(f"{folder}: its tokenizer.json has {random}")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self._template = open_template(folder)
@@ -62,7 +66,7 @@ class Writer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue, with what the tokenizer puts before one."""
-        ids: list[int] = self.tokenizer.encode(text).ids
+        ids = self._encode(text, add_special_tokens=True)
         return ids or sorted(self._ends)[:1]  # nothing to read: as after a document's end
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -80,8 +84,35 @@ class Writer:
                 f"{self._folder}: its chat template refuses the conversation ({error}). Continue the text as it is "
                 "(--raw), or mend the template."
             ) from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text; what a tokenizer of others takes too long for, or panics at, is one line.
+
+        Raises:
+            ArtifactError: the tokenizer fails, or is not done in time.
+        """
+        results: SimpleQueue[list[int] | BaseException] = SimpleQueue()
+
+        def encode() -> None:
+            try:
+                # a batch, since a single text is encoded without releasing the interpreter
+                results.put(self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+            except BaseException as error:  # a panic of the library is no Exception
+                results.put(error)
+
+        threading.Thread(target=encode, daemon=True).start()
+        limit = guard.LIMITS.seconds + guard.LIMITS.seconds_per_byte * len(text.encode(errors="replace"))
+        try:
+            ids = results.get(timeout=limit)
+        except Empty:
+            raise self._failed(f"took over {limit:,.0f} s for a text of {len(text):,} characters") from None
+        if isinstance(ids, BaseException):
+            raise self._failed(" ".join(str(ids).split())[:200] or type(ids).__name__) from None
         return ids
+
+    def _failed(self, reason: str) -> ArtifactError:
+        return ArtifactError(f"{self._folder}: its tokenizer.json failed ({reason}). Mend it or name another model.")
 
     def tokens(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield the ids that the model writes after others, up to one that ends a text or a turn."""

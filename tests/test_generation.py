@@ -8,7 +8,7 @@ import pytest
 from mlx_lm import load
 from mlx_lm.generate import stream_generate
 
-from mlxflow import models
+from mlxflow import guard, models
 from mlxflow.__main__ import main
 from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
 from mlxflow.errors import ArtifactError
@@ -172,3 +172,26 @@ def test_a_template_that_refuses_or_is_none_is_an_error_of_one_line(
     with pytest.raises(ArtifactError) as caught:
         Writer(folder)
     assert str(caught.value).startswith(f"{folder}: its chat template is not valid (")
+
+
+def test_a_tokenizer_that_fails_or_takes_too_long_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"(?:a|a)*[^a\n]"}, "behavior": "Isolated", "invert": False}
+    both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    _change(folder / "tokenizer.json", pre_tokenizer=both)
+    monkeypatch.setattr(guard, "LIMITS", guard.Limits(seconds=1))
+    with pytest.raises(ArtifactError) as caught:
+        Writer(folder).text_ids("a" * 300)
+    said = str(caught.value)
+    assert said.startswith(f"{folder}: its tokenizer.json failed (")
+    assert said.endswith("). Mend it or name another model.")
+
+
+def test_a_tokenizer_with_dropout_writes_nothing(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    _change(folder / "tokenizer.json", model=tokenizer["model"] | {"dropout": 0.1})
+    with pytest.raises(ArtifactError) as caught:
+        Writer(folder)
+    assert str(caught.value) == (
+        f"{folder}: its tokenizer.json has model.dropout = 0.1: two runs would give different ids. Set it to null."
+    )
