@@ -20,15 +20,25 @@ from mlxflow.errors import CallError, MlxflowError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code: 0 fine, 1 a stage failed, 2 the file or the call is wrong."""
+    if arguments is None:
+        _read_names_as_utf8()
     with terminal.guarded():
         return _main(arguments)
 
 
+def _read_names_as_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding: MLX takes names of files as UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.ignore_environment:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606
+
+
 def _main(arguments: Sequence[str] | None) -> int:
-    parsed = _parser().parse_args(arguments)
+    parsed = argparse.Namespace()
     os.environ["PYTHONSAFEPATH"] = "1"  # of the processes that this one starts
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _parser().parse_args(arguments, parsed)
         return int(parsed.command(parsed) or 0)
     except MlxflowError as error:
         terminal.say_error(error)
@@ -36,11 +46,13 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:
+        terminal.discard_unwritable()
         return 128 + signal.SIGPIPE
     except OSError as error:
         if not is_about_a_file(error):
             raise
-        terminal.say(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))))
+        terminal.discard_unwritable()
+        terminal.say_last(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))))
         return 1
 
 
@@ -49,8 +61,16 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help fails where it cannot be printed; argparse itself passes over that."""
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help on standard output."""
+        terminal.write(self.format_help())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mlxflow", description=__doc__)
+    parser = _Parser(prog="mlxflow", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: object, help_: str) -> argparse.ArgumentParser:
@@ -194,6 +214,7 @@ def _check_generate(parsed: argparse.Namespace) -> None:
     """Refuse what mlx-lm would answer with a traceback, or without end."""
     wanted = (
         ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a question or a text", "Write a word at least"),
+        ("--prompt", parsed.prompt, _is_utf8(parsed.prompt), "expected UTF-8", "Write it as UTF-8"),
         ("--max-tokens", parsed.max_tokens, parsed.max_tokens > 0, "expected at least 1", "Use 100 (the default)"),
         ("--temperature", parsed.temperature, parsed.temperature >= 0, "expected 0 or more", "Use 0 (the default)"),
         (
@@ -209,6 +230,14 @@ def _check_generate(parsed: argparse.Namespace) -> None:
     ]
     if lines:
         raise CallError(*lines)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _generate(parsed: argparse.Namespace) -> None:

@@ -39,7 +39,8 @@ class Handover(NamedTuple):
 
     def as_bytes(self) -> bytes:
         """Return it in the form that `receive` reads."""
-        return json.dumps([list(self.basis), self.settings, self.inputs]).encode()
+        text = json.dumps([list(self.basis), self.settings, self.inputs], ensure_ascii=False)
+        return text.encode(errors="surrogateescape")  # names as bytes: the stage's process may spell them otherwise
 
     def check(self, task: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
         """Compare it with what the stage's process finds.
@@ -63,5 +64,5 @@ def receive() -> Handover | None:
     data = sys.stdin.buffer.read() if sys.stdin else b""
     if not data:
         return None
-    basis, settings, inputs = json.loads(data)
+    basis, settings, inputs = json.loads(data.decode(errors="surrogateescape"))
     return Handover(Basis(*basis), settings, inputs)

@@ -12,9 +12,19 @@ from pathlib import Path
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})", re.ASCII)
 
 
+def as_on_disk(name: str) -> str:
+    """Return a name as written in a UTF-8 file as Python spells it on the disk, whatever the locale's encoding is."""
+    return name if name.isascii() else os.fsdecode(name.encode(errors="surrogateescape"))
+
+
+def as_text(name: str) -> str:
+    """Return a name as found on the disk as UTF-8 has it, whatever the locale's encoding is."""
+    return name if name.isascii() else os.fsencode(name).decode(errors="surrogateescape")
+
+
 def expand(name: str) -> str:
     """Return a path as written with `~` and environment variables replaced; a variable that is not set stays."""
-    return os.path.expandvars(os.path.expanduser(name))  # noqa: PTH111 - pathlib refuses an unknown user
+    return os.path.expandvars(os.path.expanduser(as_on_disk(name)))  # noqa: PTH111 - pathlib refuses an unknown user
 
 
 def locate(name: str, root: Path) -> Path:
@@ -43,10 +53,11 @@ def spelling(name: str) -> tuple[str, str] | None:
         None where nothing in it is expanded.
     """
     parts = name.split("/")
-    while parts and expand("/".join(parts)) == expand("/".join(parts[:-1])) + f"/{parts[-1]}":
+    while parts and expand("/".join(parts)) == expand("/".join(parts[:-1])) + f"/{as_on_disk(parts[-1])}":
         parts.pop()
     written = "/".join(parts)
     place = expand(written)
+    written = as_on_disk(written)
     return (Path(place).as_posix(), written) if place not in ("", written) else None
 
 
@@ -103,7 +114,7 @@ def _escaped(character: str) -> str:
 def is_utf8(path: Path) -> bool:
     """Return whether a path is valid UTF-8, as libraries in other languages than Python want it."""
     try:
-        str(path).encode()
+        as_text(str(path)).encode()
     except UnicodeEncodeError:
         return False
     return True

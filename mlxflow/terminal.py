@@ -5,11 +5,14 @@ could retitle the terminal, move its cursor, hide or reorder what stands there, 
 U+001B is the four characters `\x1b`. Imported by every `doit`: nothing heavy here.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
+
+from mlxflow.causes import naming
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,8 +64,31 @@ def say(*lines: object) -> None:
 
 
 def say_error(error: BaseException) -> None:
-    """Print the message of an error on standard error, a line for each problem."""
-    say(*str(error).split("\n"))
+    """Print the message of an error on standard error, a line for each problem; see `say_last`."""
+    say_last(*str(error).split("\n"))
+
+
+def say_last(*lines: object) -> None:
+    """Print the lines that explain an exit code; where standard error cannot be written, the code stays the same."""
+    try:
+        say(*lines)
+    except OSError:
+        discard_unwritable()
+
+
+def discard_unwritable() -> None:
+    """Send what a standard stream still holds and cannot write to nowhere, or Python would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            with suppress(OSError):
+                stream.flush()
 
 
 def show(*lines: object) -> None:
@@ -82,14 +108,22 @@ def stream(text: str) -> None:
         write(text)
         return
     output = output.stream if isinstance(output, _Guarded) else output
-    output.write(_encodable(text, output))
-    output.flush()
+    with naming(_name_of(output)):
+        output.write(_encodable(text, output))
+        output.flush()
 
 
 def _print(stream: TextIO | None, text: str) -> None:
     if stream is not None:  # Python has none where it was closed
-        stream.write(_encodable(escaped(text), stream))
-        stream.flush()
+        with naming(_name_of(stream)):
+            stream.write(_encodable(escaped(text), stream))
+            stream.flush()
+
+
+def _name_of(stream: TextIO) -> str:
+    """Return what an error calls a stream that cannot be written."""
+    inner = stream.stream if isinstance(stream, _Guarded) else stream
+    return {"<stdout>": "standard output", "<stderr>": "standard error"}.get(getattr(inner, "name", ""), "the output")
 
 
 def _encodable(text: str, stream: TextIO) -> str:
@@ -128,8 +162,13 @@ class _Guarded:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        self.stream.write(_encodable(foreign(text), self.stream))
+        with naming(_name_of(self.stream)):
+            self.stream.write(_encodable(foreign(text), self.stream))
         return len(text)
+
+    def flush(self) -> None:
+        with naming(_name_of(self.stream)):
+            self.stream.flush()
 
     def writelines(self, lines: list[str]) -> None:
         for line in lines:
@@ -171,6 +210,9 @@ def console(*, stderr: bool = False, **settings: Any) -> "Console":
     from rich.text import Text
 
     class Escaping(rich.console.Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError, with which rich would exit with 1
+
         def render_str(self, text: str, **settings: Any) -> Text:
             return super().render_str(escaped(text), **settings)
 

@@ -114,5 +114,6 @@ def _copy(source: int, log: BinaryIO) -> None:
         if text := shown.feed(data, ends=not data):
             log.write(text)
             log.flush()
-            sys.stderr.flush()
-            os.write(2, text)
+            with naming("standard error"):
+                sys.stderr.flush()
+                os.write(2, text)

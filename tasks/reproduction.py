@@ -26,6 +26,7 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
         record: what its last run left.
     """
     state = node.root / "artifacts" / ".mlxflow"
+    state.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="reproduce-", dir=state) as scratch:
         into = Path(scratch, "artifact")
         handover = node.handover(observe_settings(node), None)

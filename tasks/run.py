@@ -62,7 +62,8 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         pdb=False,
     ) -> int:
         def run(par_type: str) -> int:
-            out = outfile or sys.stdout  # None where doit was loaded with its output closed
+            # doit's default is the stream of when it was loaded: None where that was closed, and not the guarded one
+            out = sys.stdout if outfile in (None, sys.__stdout__) else outfile
             options = (auto_delayed_regex, force_verbosity, failure_verbosity, pdb)
             return int(
                 super(StageRun, self)._execute(
@@ -113,10 +114,10 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         except BrokenPipeError:  # nobody reads what is printed
             raise
         except OSError as error:  # doit's own state cannot be written
-            terminal.say(word_cause(error, Path(journal.name).parent))
+            terminal.say_last(word_cause(error, Path(journal.name).parent))
             return 1
         except KeyboardInterrupt:
-            terminal.say("interrupted: finished stages are kept, the one that ran is as it was before")
+            terminal.say_last("interrupted: finished stages are kept, the one that ran is as it was before")
             return 128 + signal.SIGINT
 
     def _stale_upstream(self) -> list[str]:

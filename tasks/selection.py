@@ -93,5 +93,5 @@ def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:
 
 def refuse(line: str, code: int = 2) -> NoReturn:
     """Print a line, or several, and end with an exit code."""
-    terminal.say(*line.split("\n"))
+    terminal.say_last(*line.split("\n"))
     raise SystemExit(code)

@@ -17,7 +17,7 @@ from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand, InvalidDodoFile
 
 from mlxflow import terminal
-from mlxflow.causes import word_cause
+from mlxflow.causes import naming, word_cause
 from mlxflow.errors import MlxflowError
 from tasks.selection import refuse, word_unknown
 from tasks.state import BACKEND, Journal
@@ -29,9 +29,14 @@ _CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 class Verb:
-    """To be inherited before a command of doit."""
+    """To be inherited before a command of doit.
+
+    Attributes:
+        writes_to: what an error of a file call is about that names no file.
+    """
 
     name: str
+    writes_to = "doit"
     loader: Any
     dep_manager: Any
     task_list: Any
@@ -45,10 +50,16 @@ class Verb:
             self.outstream = sys.stdout
         try:
             code = super().parse_execute(in_args)  # type: ignore[misc]
-            sys.stdout.flush()
+            with naming("standard output"):
+                sys.stdout.flush()
         except BrokenPipeError:
-            _discard_output()
+            terminal.discard_unwritable()
             return _CLOSED_PIPE
+        except OSError as error:
+            if not self.is_of_stages:
+                raise
+            terminal.discard_unwritable()
+            refuse(word_cause(error, self.writes_to), 1)
         except CmdParseError as error:
             line = str(error).partition(" (parsing options:")[0]  # which names every option that there is
             if not self.is_of_stages:
@@ -73,7 +84,7 @@ class Verb:
         except OSError as error:
             if not self.is_of_stages:
                 raise
-            refuse(word_cause(error, "doit"), 1)
+            refuse(word_cause(error, self.writes_to), 1)
 
     def get_checker_cls(self, check_file_uptodate: object) -> Any:
         """Return doit's checker class; refuse options that stages have no use for before anything is opened.
@@ -148,14 +159,3 @@ def _open_closed_streams() -> bool:
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     return was_closed
-
-
-def _discard_output() -> None:
-    """Let what is still to be printed go nowhere, or Python would complain as it ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)

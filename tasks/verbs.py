@@ -249,6 +249,7 @@ class StageHelp(Verb, Help):  # type: ignore[misc]
     """`doit help`."""
 
     name = "help"
+    writes_to = "standard output"
 
     def _execute(self, pos_args: list[str]) -> bool:
         found = bool(super()._execute(pos_args))

@@ -15,7 +15,7 @@ from mlxflow.data.tokenization import SourceFile
 from mlxflow.errors import SourceError
 from mlxflow.identity import digest_json, digest_text
 from mlxflow.observed import ObservedInputs
-from mlxflow.paths import locate, printable
+from mlxflow.paths import as_text, locate, printable
 from mlxflow.stage import Corpus
 
 #: The most lines of one kind that a message or a report has.
@@ -162,7 +162,7 @@ def _sides(told: Sequence[str], *, is_validation: bool) -> list[str | None]:
 
 def _shown(path: Path, root: Path) -> str:
     """Return a file's name as the user would write it, on one line."""
-    return printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix())
+    return printable(as_text(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()))
 
 
 def _file(

@@ -221,7 +221,7 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
     model = load()
     job, settings = read_job(report, str((folder / "report.toml").relative_to(context.root)), config.input)
     masks = job.masks_documents and packed.can_mask_documents(model, tokens.vocab_size)
-    model_config = json.loads((folder / "config.json").read_text())
+    model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
     return Suite(
         load=load,
