@@ -87,7 +87,8 @@ def test_what_is_no_benchmark_is_refused_by_name(
     assert main(["compare", str(tmp_path), str(path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path}: no benchmark's report in it. Run: doit benchmark\n"
     empty = tmp_path / "empty.toml"
-    artifact.write_report(empty, {"version": benchmark.VERSION, "device": {}, "training": [], "models": []})
+    device = {"kind": "cpu", "name": "One", "processor": "one"}
+    artifact.write_report(empty, {"version": benchmark.VERSION, "device": device, "training": [], "models": []})
     assert main(["compare", str(empty), str(empty)]) == 2
     assert capsys.readouterr().err == (
         f"compare: {empty} and {empty} have no row in common. Measure the same batch sizes and models.\n"
@@ -122,6 +123,7 @@ def _context(folder: Path) -> Context:
             "tasks": [],
             "members": [],
             "name": "tiny",
+            "digests": str(folder / "digests.json"),
             **{name: str(folder) for name in ("root", "state", "folder", "unfinished")},
         },
         Context,

@@ -19,7 +19,7 @@ from mlxflow.paths import printable
 PIECE_BYTES = 1 << 20
 
 # Text shrinks 3 to 10 times, logs and records that repeat themselves 30 times; what grows more than this is a bomb.
-MAX_INFLATION = 100
+MAX_INFLATION = 400
 _FREE_INFLATION_BYTES = 1 << 24
 # zstd turns 4 bytes into 128 KB where all of them are alike, so it is fed little at a time.
 _ZSTD_FEED_BYTES = 1 << 10

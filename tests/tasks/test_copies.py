@@ -1,5 +1,6 @@
 """A copy of an output that lies beside the folders of all artifacts, such as the page."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,4 +69,4 @@ def test_unpack_puts_the_copy_into_its_place(node: Node, tmp_path: Path) -> None
 
 
 def test_a_node_remembers_its_copies(node: Node) -> None:
-    assert Node.from_json(node.as_json()) == node
+    assert Node.from_json(json.loads(json.dumps(node.as_json()))) == node

@@ -190,7 +190,11 @@ def test_verbs_that_change_something_wait_for_a_doit_that_is_at_work(chain: Chai
     process.communicate()
     out, _ = waiting.communicate()
     assert line.startswith("another doit (process ")
-    assert (process.returncode, waiting.returncode, out) == (0, 0, "s1 - removing artifacts/s1\nfreed 1,000 bytes\n")
+    assert (process.returncode, waiting.returncode, out) == (
+        0,
+        0,
+        "s1 - removing artifacts/s1\nfreed 1,000 bytes and 1 digests of files that are no more\n",
+    )
 
 
 def test_a_verb_on_stages_refuses_a_graph_without_any(tmp_path: Path) -> None:
