@@ -133,23 +133,23 @@ class Jobs:
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
-        from mlxflow import models
+        from mlxflow.models import model_folder
 
         folder = self.folder / "models" / architecture
         if not folder.exists():
             config = config_of(architecture) | {"vocab_size": 300, "torch_dtype": "bfloat16"}
-            weights: dict[str, mx.array] = dict(tree_flatten(models.build(config, seed=0).parameters()))
+            weights: dict[str, mx.array] = dict(tree_flatten(model_folder.build(config, seed=0).parameters()))
             folder.mkdir(parents=True)
             (folder / "config.json").write_text(json.dumps(config))
             half = {name: value.astype(mx.bfloat16) for name, value in weights.items()}
             mx.save_safetensors(str(folder / "model.safetensors"), half, {"format": "mlx"})
-            for name in models.TOKENIZER_FILES:
+            for name in model_folder.TOKENIZER_FILES:
                 shutil.copy(self.folder / "artifacts/pretokenize" / name, folder)
         return folder
 
     def _run(self, stage: str, text: str) -> Path:
-        from mlxflow.run import run_stage
-        from mlxflow.workflow import load_workflow
+        from mlxflow.workflow.execution import run_stage
+        from mlxflow.workflow.loader import load_workflow
 
         path = self.folder / "workflow.toml"
         path.write_text(_WORKFLOW + text)
@@ -170,7 +170,7 @@ class Jobs:
             return made, " ".join(str(error).split())
 
     def _train(self, base: Path, method: str) -> Outcome:
-        from mlxflow.artifact import read_report
+        from mlxflow.storage.artifact_files import read_report
 
         name = str(base.relative_to(self.folder))
         made, refusal = self._attempt("train", _TRAIN.format(base=name, method=method))
@@ -185,7 +185,7 @@ class Jobs:
         return Outcome(works=True)
 
     def _quantize(self, base: Path, method: str, setting: tuple[str, int, int]) -> Outcome:
-        from mlxflow.artifact import read_report
+        from mlxflow.storage.artifact_files import read_report
 
         mode, bits, group_size = setting
         wanted = f'mode = "{mode}"\nbits = {bits}\ngroup_size = {group_size}\n'
@@ -263,11 +263,12 @@ def _assert_near(found: float, reported: float) -> None:
 
 def facts(architecture: str) -> tuple[bool, bool]:
     """Return whether documents in one row are kept apart, and whether head and loss are fused, for an architecture."""
-    from mlxflow import models, packed
-    from mlxflow.training.head import find_head
+    from mlxflow.models import model_folder
+    from mlxflow.ops import document_mask
+    from mlxflow.training.output_head import find_head
 
-    model = models.build(config_of(architecture), seed=0)
-    return packed.can_mask_documents(model, VOCAB_SIZE), find_head(model, VOCAB_SIZE) is not None
+    model = model_folder.build(config_of(architecture), seed=0)
+    return document_mask.can_mask_documents(model, VOCAB_SIZE), find_head(model, VOCAB_SIZE) is not None
 
 
 _HEAD = """# Architectures

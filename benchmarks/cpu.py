@@ -50,8 +50,8 @@ for _ in range(5):
 print(sorted(seconds)[2])
 """
 
-PREPARE = "from mlxflow import cpu; cpu.prepare()"
-BLAS_ONLY = "from mlxflow import cpu; cpu._load_blas()"
+PREPARE = "from mlxflow.device import cpu_backend; cpu_backend.prepare()"
+BLAS_ONLY = "from mlxflow.device import cpu_backend; cpu_backend._load_blas()"
 
 
 def main() -> None:
@@ -69,17 +69,18 @@ def compare_processes(name: str, script: str, ours: str, theirs: str) -> None:
 
 def compare_arithmetic() -> None:
     """Time what is computed another way, with gradients where it has some, compiled, in this process."""
-    from mlxflow import bare, cpu
+    from mlxflow.device import cpu_backend
+    from mlxflow.ops import mlx_lm_import
 
-    cpu.prepare()
-    bare.prepare()
+    cpu_backend.prepare()
+    mlx_lm_import.prepare()
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models import activations
 
-    from mlxflow.training.activation import swiglu
-    from mlxflow.training.attention import causal_attention
-    from mlxflow.training.exponential import LOG2_E, exp2
+    from mlxflow.ops.attention_overrides import causal_attention
+    from mlxflow.ops.fast_exp import LOG2_E, exp2
+    from mlxflow.ops.swiglu_cpu import swiglu
     from mlxflow.training.loss import cross_entropy
 
     mx.set_default_device(mx.cpu)

@@ -219,8 +219,8 @@ def change(folder: Path) -> None:
 
 
 def _rows(count: int, length: int, folder: Path) -> Any:
-    from mlxflow.artifact import map_tensor, write_arrays
     from mlxflow.data.token_file import Rows
+    from mlxflow.storage.artifact_files import map_tensor, write_arrays
 
     path = folder / f"rows-{length}.safetensors"
     tokens = np.random.default_rng(0).integers(0, 2048, (count, length)).astype(np.uint16)
@@ -237,9 +237,9 @@ def _microseconds(act: Callable[[int], object], count: int) -> float:
 
 def load(folder: Path) -> None:
     """Gather batches, wait for them, and train with them."""
-    from mlxflow import cpu
+    from mlxflow.device import cpu_backend
 
-    cpu.prepare()
+    cpu_backend.prepare()
     import mlx.core as mx
 
     from mlxflow.data.loader import Loader, Order
@@ -311,8 +311,8 @@ def _train(folder: Path) -> None:
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from mlxflow import models
     from mlxflow.data.loader import Loader
+    from mlxflow.models import model_folder
     from mlxflow.training.objective import plain_objective
     from mlxflow.training.optimizers import Update
     from mlxflow.training.step import Step
@@ -320,7 +320,7 @@ def _train(folder: Path) -> None:
     is_gpu = mx.default_device() == mx.gpu  # there a model whose step takes about 15 ms
     context_length, width, num_layers = (512, 512, 8) if is_gpu else (64, 128, 2)
     rows = _rows(20_000, context_length + 1, folder)
-    config = models.llama_config(
+    config = model_folder.llama_config(
         vocab_size=2048,
         context_length=context_length,
         hidden_size=width,
@@ -332,7 +332,7 @@ def _train(folder: Path) -> None:
         rope_theta=1e4,
         end_of_text=0,
     )
-    model = models.build(config, seed=0)
+    model = model_folder.build(config, seed=0)
     update = Update(model, optim.AdamW(1e-4), max_grad_norm=1.0, has_masters=False)
     step = Step(model, update, plain_objective(masks_documents=False))
     ratios, waits = [], []
@@ -399,8 +399,8 @@ def pack(folder: Path) -> None:
     """Lay documents into rows."""
     from tokenizers import Tokenizer
 
+    from mlxflow.data.bin_packing import best_fit, cut
     from mlxflow.data.encoder import choose_encoder
-    from mlxflow.data.packing import best_fit, cut
 
     if not (folder / "tokenizer").exists():
         write_corpora(folder)

@@ -13,19 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlxflow import cpu
+from mlxflow.device import cpu_backend
 
-cpu.prepare()
+cpu_backend.prepare()
 
 import mlx.core as mx  # noqa: E402 - after the BLAS library
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mlxflow import models  # noqa: E402
 from mlxflow.data.token_file import Rows  # noqa: E402
-from mlxflow.measurement.divergence import measure_divergence  # noqa: E402
-from mlxflow.measurement.perplexity import measure_perplexity  # noqa: E402
-from mlxflow.measurement.reference import kept_reference  # noqa: E402
+from mlxflow.evaluation.dense_reference import kept_reference  # noqa: E402
+from mlxflow.evaluation.kl_divergence import measure_divergence  # noqa: E402
+from mlxflow.evaluation.perplexity import measure_perplexity  # noqa: E402
+from mlxflow.models import model_folder  # noqa: E402
 
 VOCAB_SIZE, CONTEXT_LENGTH, NUM_VARIANTS = 49_152, 512, 3
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _model(seed: int, parsed: argparse.Namespace) -> nn.Module:
-    config = models.llama_config(
+    config = model_folder.llama_config(
         vocab_size=VOCAB_SIZE,
         context_length=CONTEXT_LENGTH,
         hidden_size=parsed.hidden_size,
@@ -72,7 +72,7 @@ def _model(seed: int, parsed: argparse.Namespace) -> nn.Module:
         rope_theta=1e5,
         end_of_text=0,
     )
-    return models.build(config, seed=seed)
+    return model_folder.build(config, seed=seed)
 
 
 def _whole(model: nn.Module, rows: Rows) -> float:

@@ -33,7 +33,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxflow import cpu
+from mlxflow.device import cpu_backend
 
 ROWS, CALLS, ROUNDS = 16 * 1024, 10, 7
 
@@ -88,7 +88,7 @@ ATTENTION = [
 
 def _attention() -> None:
     from mlxflow.kernels.attention import attention
-    from mlxflow.training.attention import plain_attention
+    from mlxflow.ops.attention_overrides import plain_attention
 
     for rows, heads, grouped, length, width, document in ATTENTION:
         scale, places = width**-0.5, mx.arange(length)
@@ -175,7 +175,7 @@ def _first_starts() -> None:
 
 def _proofs(outcomes: Path) -> None:
     """Print what the proof of the kernels in a cache takes: from their names, and with all of its process."""
-    from mlxflow.kernels import ahead, processes
+    from mlxflow.kernels import early_start, verifier_process
 
     (proved,) = json.loads(outcomes.read_text()).values()
     rows = []
@@ -185,7 +185,7 @@ def _proofs(outcomes: Path) -> None:
             with tempfile.TemporaryDirectory() as nothing:
                 os.environ["XDG_CACHE_HOME"] = nothing
                 begin = time.perf_counter()
-                with processes.Prover(ahead.COMMAND) as prover:
+                with verifier_process.Prover(early_start.COMMAND) as prover:
                     time.sleep(wait_seconds)  # as while the model is built
                     prover.tell(list(proved))
                     told = prover.listen(list(proved), 60)
@@ -226,33 +226,34 @@ def _starts() -> None:
 def _start_once() -> None:
     """Do what `serving.choose_for` does, the proof's outcomes being known, in the reference job's shape."""
     from benchmarks.train import SHAPE
-    from mlxflow import device, models
+    from mlxflow.device import compute_device
+    from mlxflow.models import model_folder
     from mlxflow.stages import train  # noqa: F401 what a training run has imported anyway
 
-    model = models.build(SHAPE, seed=0)
+    model = model_folder.build(SHAPE, seed=0)
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
-    device.environment(None), device.working_set_bytes()  # asked before, too
+    compute_device.environment(None), compute_device.working_set_bytes()  # asked before, too
     times, works = [time.perf_counter()], [time.process_time()]
 
     def lap() -> None:
         times.append(time.perf_counter())
         works.append(time.process_time())
 
-    from mlxflow.kernels import choice, fitting, language
-    from mlxflow.kernels.ahead import cache_file
-    from mlxflow.kernels.likeness import alike
-    from mlxflow.kernels.outcome import Outcome
+    from mlxflow.kernels import codegen, layer_patching, registry
+    from mlxflow.kernels.early_start import cache_file
+    from mlxflow.kernels.layer_signature import alike
+    from mlxflow.kernels.verification_outcome import Outcome
 
     lap()
-    place = choice.environment()
+    place = registry.environment()
     lap()
-    fits = fitting.find_fits(model)
+    fits = layer_patching.find_fits(model)
     lap()
-    known = choice.known_outcomes(place)
+    known = registry.known_outcomes(place)
     lap()
-    if language.language() == "cuda":
-        language._programs_run()
+    if codegen.language() == "cuda":
+        codegen._programs_run()
     lap()
     names = sorted({fit.name(module, mx.bfloat16) for module, fit in fits})
     imports, *parts = [(later - sooner) * 1e3 for sooner, later in itertools.pairwise(times)]
@@ -263,7 +264,7 @@ def _start_once() -> None:
     took["likeness_ms"] = (time.perf_counter() - begin) * 1e3  # a part of fits_ms
     if not known:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
-        choice._keep(place, dict.fromkeys(names, Outcome(True, "")))
+        registry._keep(place, dict.fromkeys(names, Outcome(True, "")))
     shown = {key: round(milliseconds, 1) for key, milliseconds in took.items()}
     print(json.dumps({"layers": len(fits), "known": len(known)} | shown), flush=True)
 
@@ -282,13 +283,13 @@ _INCLUDES = "".join(
 
 
 def _compile() -> None:
-    from mlxflow.kernels import adamw, cross_entropy, gated, language, nvrtc, rms_norm
+    from mlxflow.kernels import adamw, codegen, cross_entropy, gated_activation, nvrtc, rms_norm
 
     fp32, bf16 = "float32", "bfloat16"
     programs = [
         (rms_norm._FORWARD, [bf16, bf16, fp32], [bf16], [("D", "576"), ("WARPS", "1")]),
         (rms_norm._BACKWARD, [bf16, bf16, bf16, fp32], [bf16, fp32], [("D", "576"), ("WARPS", "1")]),
-        (gated._SOURCE, [bf16] * 3, [bf16] * 2, [("ACT", "0")]),
+        (gated_activation._SOURCE, [bf16] * 3, [bf16] * 2, [("ACT", "0")]),
         (cross_entropy._SOURCE, [bf16, fp32, "uint32", fp32], [bf16], []),
         (adamw._PLAIN, [bf16] * 4 + [fp32] * 2 + ["bool"] + [fp32] * 3, [bf16] * 3, [("W", bf16)]),
         (adamw._SQUARES, [bf16], [fp32], []),
@@ -296,7 +297,7 @@ def _compile() -> None:
     folder = Path(os.environ["CUDA_HOME"]) / "include"
     library = nvrtc._library()
     for source, inputs, outputs, constants in programs:
-        _, text = language.program(source, inputs, outputs, [("THREADS", "256"), *constants])
+        _, text = codegen.program(source, inputs, outputs, [("THREADS", "256"), *constants])
         took = {}
         includes = [folder, folder / "cccl"]
         for what, before, paths in (("ms", "", []), ("with_headers_ms", _INCLUDES, includes)):
@@ -323,7 +324,7 @@ def _main() -> None:
 
 
 def _operations() -> None:
-    from mlxflow.kernels.operations import operation
+    from mlxflow.kernels.verification_cases import operation
 
     for name, numbers, bytes_each in CASES:
         if sys.argv[1:] and name not in sys.argv[1:]:
@@ -341,5 +342,5 @@ def _operations() -> None:
 
 
 if __name__ == "__main__":
-    cpu.prepare()
+    cpu_backend.prepare()
     _main()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxflow.measurement.leaks import find_leak
+from mlxflow.profiling.leak_test import find_leak
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,9 +23,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 OURS = """
 from pathlib import Path
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.creator import configuration, tasks_of
-from tasks.node import Node
+from tasks.stage_node import Node
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")
 nodes = [

@@ -18,8 +18,8 @@ from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mlxflow.page.render import render
-from tests.page.runs import read, write_run
+from mlxflow.report.render import render
+from tests.report.runs import read, write_run
 
 
 def main() -> None:

@@ -25,12 +25,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxflow import cpu
-from mlxflow.measurement.statistics import Interval, median_interval, ratio_interval
+from mlxflow.benchmarking.statistics import Interval, median_interval, ratio_interval
+from mlxflow.device import cpu_backend
 
 PROGRAM = """
-from mlxflow import cpu
-cpu.prepare()
+from mlxflow.device import cpu_backend
+cpu_backend.prepare()
 import time
 import mlx.core as mx
 import mlx.nn as nn
@@ -71,8 +71,8 @@ PEER_STEPS = 40
 
 def paired(num_pairs: int, folder: str) -> None:
     """Time short blocks of steps with and without the profiler, in pairs, and count what its threads take."""
-    cpu.prepare()
-    from mlxflow.measurement.memory import MemoryProfiler, profile_memory
+    cpu_backend.prepare()
+    from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
 
     names: dict[str, Any] = {}
     exec(PROGRAM, names)  # noqa: S102 - the program that the peers run, too

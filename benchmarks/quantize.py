@@ -35,7 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from mlxflow import cpu
+from mlxflow.device import cpu_backend
 
 WORKFLOW = """
 [workflow]
@@ -93,7 +93,7 @@ class _Job:
         import mlx.core as mx
 
         from mlxflow.data.token_file import TokenFile
-        from mlxflow.quantization.learned import choose_rows
+        from mlxflow.quantization.calibrated import choose_rows
 
         self._folder = Path(folder) / "artifacts"
         self.tokens = TokenFile.open(self._folder / "pretokenize" / "train.safetensors")
@@ -103,23 +103,23 @@ class _Job:
         self.calibration, self.marks = mx.array(batch.tokens.astype("int32")), mx.array(batch.marks)
 
     def model(self) -> Any:
-        from mlxflow import models
+        from mlxflow.models import model_folder
 
-        return models.load(self._folder / "train")[0]
+        return model_folder.load(self._folder / "train")[0]
 
     def another(self, seed: int) -> Any:
         """Return a dense model of the same shape, trained in the same way from other numbers and in another order."""
-        from mlxflow import models
+        from mlxflow.models import model_folder
         from mlxflow.stages import train
 
         table = tomllib.loads(WORKFLOW)["train"]
         table = {key: table[key] for key in ("num_steps", "batch_size", "learning_rate", "warmup_steps")}
-        model = models.build(json.loads((self._folder / "train" / "config.json").read_text()), seed=seed)
+        model = model_folder.build(json.loads((self._folder / "train" / "config.json").read_text()), seed=seed)
         self._train(model, train.Config(**table), seed=seed)
         return model
 
     def perplexity(self, model: Any) -> float:
-        from mlxflow.measurement.perplexity import measure_perplexity
+        from mlxflow.evaluation.perplexity import measure_perplexity
 
         return measure_perplexity(model, self._held_out, batch_size=50).perplexity
 
@@ -159,7 +159,7 @@ class _Job:
         Yields:
             The packing function, and the seconds of every step.
         """
-        from mlxflow.quantization.fake import fake_quantized
+        from mlxflow.quantization.fake_quant import fake_quantized
         from mlxflow.stages import quantize
         from mlxflow.stages.quantize_methods import training_settings
 
@@ -181,8 +181,8 @@ class _Job:
         import mlx.core as mx
 
         from mlxflow.data.loader import Loader
+        from mlxflow.kernels import model_kernels
         from mlxflow.stages import train_methods
-        from mlxflow.training import serving
         from mlxflow.training.objective import choose_objective
 
         model.train()
@@ -190,7 +190,7 @@ class _Job:
         _, objective = choose_objective(
             model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
         )
-        step = train_methods.make_step(settings, model, objective, key="quantize", kernels=serving.nothing())
+        step = train_methods.make_step(settings, model, objective, key="quantize", kernels=model_kernels.nothing())
         with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
             for _ in range(settings.num_steps):
                 batch = next(loader)
@@ -272,7 +272,7 @@ def recovery(folder: str, bases: str = "4", orders: str = "2") -> None:
 
 def learned(folder: str) -> None:
     """Compare perplexities of rounding and of mlx-lm's methods on the dense model."""
-    from mlxflow.quantization import learned as methods
+    from mlxflow.quantization import calibrated as methods
 
     job = _Job(folder)
     tokens = job.calibration
@@ -428,11 +428,11 @@ def sizes() -> None:
     """Print the bytes of all tensors of SmolLM2-135M's shape, embedding quantized, scales of 16 bits."""
     import mlx.core as mx
 
-    from mlxflow import models
+    from mlxflow.models import model_folder
     from mlxflow.quantization import budget as budgets
 
-    model = models.build(SMOLLM2_135M, seed=0)
-    count = models.num_parameters(model)
+    model = model_folder.build(SMOLLM2_135M, seed=0)
+    count = model_folder.num_parameters(model)
     for bits in (4, 8):
         plan = _uniform(model, "affine", bits)
         candidates = {path: [setting] for path, setting in plan.items()}
@@ -447,7 +447,7 @@ def evaluate(folder: str) -> None:
     """Time the perplexity of a packed model, dequantized for it, against the dense one's, in turns."""
     from mlx.nn import quantize
 
-    from mlxflow.codes import for_evaluation
+    from mlxflow.models.quantized_layers import for_evaluation
 
     job, ratios, gap = _Job(folder), [], 0.0
     for _ in range(5):
@@ -506,14 +506,14 @@ def write(where: str, layers: str) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
     folder = Path(where)
     folder.mkdir()
     shape = SMOLLM2_135M | {"num_hidden_layers": int(layers), "torch_dtype": "bfloat16"}
-    model = models.build(shape, seed=0)
+    model = model_folder.build(shape, seed=0)
     model.set_dtype(mx.bfloat16)
-    models.save(
+    model_folder.save(
         model=model,
         config=shape,
         config_file=folder / "config.json",
@@ -544,7 +544,7 @@ PARTS = {
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PARTS:
         sys.exit(__doc__)
-    cpu.prepare()
+    cpu_backend.prepare()
     import mlx.core as mx
 
     if sys.argv[1] != "recovery":

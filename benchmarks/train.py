@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlxflow import cpu
+from mlxflow.device import cpu_backend
 
 STEPS, WARM = 30, 6
 SHAPE = {
@@ -129,9 +129,9 @@ def _random_rows(job: Job) -> Any:
 def _model(job: Job, dtype: str) -> Any:
     import mlx.core as mx
 
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
-    model = models.build(job.shape, seed=0)
+    model = model_folder.build(job.shape, seed=0)
     model.set_dtype(getattr(mx, dtype))
     mx.eval(model.parameters())
     return model
@@ -229,22 +229,24 @@ def _ours(
     """Run this project's own trainer: loader, compiled update, memory limit and all."""
     import mlx.core as mx
 
-    from mlxflow import device
     from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import Rows
-    from mlxflow.training import objective, recompute, serving
-    from mlxflow.training.arithmetic import Arithmetic
+    from mlxflow.device import compute_device
+    from mlxflow.kernels import model_kernels
+    from mlxflow.ops import gradient_checkpointing
+    from mlxflow.ops.overrides import Arithmetic
+    from mlxflow.training import objective
     from mlxflow.training.batch_size import BatchSizes
     from mlxflow.training.checkpoints import CheckpointStore
-    from mlxflow.training.head import find_head
-    from mlxflow.training.loop import Plan, Trainer
     from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
+    from mlxflow.training.output_head import find_head
     from mlxflow.training.step import Step
+    from mlxflow.training.trainer import Plan, Trainer
 
-    device.bound_graphs(recomputes=bool(every))
-    limit = int(limit_gb * 1e9) or int(device.working_set_bytes() * 0.8)
+    compute_device.bound_graphs(recomputes=bool(every))
+    limit = int(limit_gb * 1e9) or int(compute_device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
-    ahead = serving.begin_proof() if kernels else None
+    ahead = model_kernels.begin_proof() if kernels else None
     model = _model(job, "float32" if precision == "fp32" else "bfloat16")
     model.train()
     schedule = make_schedule(
@@ -252,9 +254,9 @@ def _ours(
     )
     optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.01, options={})
     begin = time.perf_counter()
-    use = serving.nothing()
+    use = model_kernels.nothing()
     if kernels:
-        use = serving.choose_for(
+        use = model_kernels.choose_for(
             model,
             dtype=_compute_type(precision),
             precision=precision,
@@ -292,7 +294,7 @@ def _ours(
     )
     logs: list[dict[str, Any]] = []
     how = Arithmetic(is_deterministic=deterministic, attention=use.attention)
-    with use.fitted(), recompute.recomputed(model, every=every):
+    with use.fitted(), gradient_checkpointing.recomputed(model, every=every):
         trainer = Trainer(
             model=model,
             step=Step(model, update, goal, arithmetic=how),
@@ -412,8 +414,8 @@ STEPS_OF = {64: (("cpu-mlxflow", 100), ("cpu-mlx-lm", 100)), 2048: (("cpu-mlxflo
 
 def _corpus(folder: Path) -> Path:
     """Tokenize the built-in corpus as the default workflow does; return its artifact."""
-    from mlxflow.run import run_stage
-    from mlxflow.workflow import load_workflow
+    from mlxflow.workflow.execution import run_stage
+    from mlxflow.workflow.loader import load_workflow
 
     (folder / "workflow.toml").write_text(f"[pretokenize]\nworkers = 2\ncontext_length = {CPU_LENGTH}\n")
     workflow = load_workflow(folder / "workflow.toml")
@@ -421,9 +423,9 @@ def _corpus(folder: Path) -> Path:
 
 
 def _small(tokens: Any) -> dict[str, Any]:
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
-    return models.llama_config(
+    return model_folder.llama_config(
         vocab_size=tokens.vocab_size,
         context_length=tokens.context_length,
         hidden_size=128,
@@ -444,13 +446,13 @@ def _cpu_mlx_lm(folder: Path) -> None:
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
-    from mlxflow import models
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.measurement.perplexity import measure_perplexity
+    from mlxflow.evaluation.perplexity import measure_perplexity
+    from mlxflow.models import model_folder
 
     tokens, validation = TokenFile.open(folder / "train.safetensors"), TokenFile.open(folder / "validation.safetensors")
     documents = [document.tolist() for document in tokens.documents()]
-    model = models.build(_small(tokens), seed=0)
+    model = model_folder.build(_small(tokens), seed=0)
 
     class Documents:
         def __len__(self) -> int:
@@ -487,9 +489,9 @@ def _cpu_ours(folder: Path) -> None:
     """Train this project's way: packed rows, the stage's own settings."""
     import shutil
 
-    from mlxflow import artifact
-    from mlxflow.run import run_stage
-    from mlxflow.workflow import load_workflow
+    from mlxflow.storage import artifact_files
+    from mlxflow.workflow.execution import run_stage
+    from mlxflow.workflow.loader import load_workflow
 
     job = Path(tempfile.mkdtemp())
     (job / "artifacts").mkdir()
@@ -510,7 +512,7 @@ def _cpu_ours(folder: Path) -> None:
     (job / "workflow.toml").write_text("\n".join(["[train]", *(f"{key} = {value}" for key, value in settings.items())]))
     workflow = load_workflow(job / "workflow.toml")
     made = run_stage(workflow, workflow.find("train"))
-    report = artifact.read_report(made / "report.toml")
+    report = artifact_files.read_report(made / "report.toml")
     run = report["run"]
     _tell(
         "mlxflow",
@@ -551,5 +553,5 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    cpu.prepare()
+    cpu_backend.prepare()
     _main()

@@ -8,14 +8,14 @@ What is public is imported when it is asked for, so that `import mlxflow` alone 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlxflow.measurement.memory import MemoryProfiler, profile_memory
+    from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
     from mlxflow.quantization.apply import quantize_model_for_inference
 
 __all__ = ["MemoryProfiler", "profile_memory", "quantize_model_for_inference"]
 
 _HOMES = {
-    "MemoryProfiler": "mlxflow.measurement.memory",
-    "profile_memory": "mlxflow.measurement.memory",
+    "MemoryProfiler": "mlxflow.profiling.profiler",
+    "profile_memory": "mlxflow.profiling.profiler",
     "quantize_model_for_inference": "mlxflow.quantization.apply",
 }
 

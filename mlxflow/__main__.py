@@ -2,7 +2,7 @@
 
 import sys
 
-from mlxflow import terminal
+from mlxflow.system import terminal
 
 if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.append(sys.path.pop(0))  # `python -m` puts the project's folder first: its random.py would be Python's
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mlxflow.causes import is_about_a_file, word_cause
 from mlxflow.errors import CallError, MlxflowError
+from mlxflow.system.os_errors import is_about_a_file, word_cause
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    from mlxflow.workflow import load_workflow, resolved_toml
+    from mlxflow.workflow.loader import load_workflow, resolved_toml
 
     workflow = load_workflow(parsed.workflow)
-    from mlxflow.plans import check_plans
+    from mlxflow.cli.check import check_plans
 
     check_plans(workflow)
     for name, reasons in workflow.left_out.items():
@@ -143,11 +143,11 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    from mlxflow import handover
-    from mlxflow.disk import Disk
-    from mlxflow.orphans import end_with_parent
-    from mlxflow.run import run_alone, run_stage
-    from mlxflow.workflow import load_workflow
+    from mlxflow.system.child_processes import end_with_parent
+    from mlxflow.workflow import handover
+    from mlxflow.workflow.disk_queries import Disk
+    from mlxflow.workflow.execution import run_alone, run_stage
+    from mlxflow.workflow.loader import load_workflow
 
     started_by_doit = end_with_parent()
     if started_by_doit and (received := handover.receive()):
@@ -161,16 +161,16 @@ def _run(parsed: argparse.Namespace) -> None:
 
 
 def _show(parsed: argparse.Namespace) -> None:
-    from mlxflow.show import show
-    from mlxflow.workflow import load_workflow
+    from mlxflow.cli.show import show
+    from mlxflow.workflow.loader import load_workflow
 
     workflow = load_workflow(parsed.workflow)
     show(workflow, workflow.find(parsed.stage), parsed.row)
 
 
 def _fit(parsed: argparse.Namespace) -> None:
-    from mlxflow.fit import fit
-    from mlxflow.workflow import load_workflow
+    from mlxflow.cli.fit import fit
+    from mlxflow.workflow.loader import load_workflow
 
     workflow = load_workflow(parsed.workflow)
     one = workflow.find(parsed.stage)
@@ -178,28 +178,28 @@ def _fit(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
-    from mlxflow.report import report
-    from mlxflow.workflow import load_workflow, shown_path
+    from mlxflow.cli.report import report
+    from mlxflow.workflow.loader import load_workflow, shown_path
 
     page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
     terminal.show(shown_path(page))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from mlxflow.doctor import examine
+    from mlxflow.cli.doctor import examine
 
     return examine()
 
 
 def _compare(parsed: argparse.Namespace) -> None:
-    from mlxflow.compare import compare
+    from mlxflow.cli.compare import compare
 
     terminal.write(compare(parsed.before, parsed.after, force=parsed.force))
 
 
 def _promises(parsed: argparse.Namespace) -> int:
-    from mlxflow.compare import promises
-    from mlxflow.workflow import load_workflow
+    from mlxflow.cli.compare import promises
+    from mlxflow.workflow.loader import load_workflow
 
     workflow = load_workflow(parsed.workflow)
     one = workflow.find(parsed.stage)
@@ -242,14 +242,14 @@ def _is_utf8(text: str) -> bool:
 
 def _generate(parsed: argparse.Namespace) -> None:
     _check_generate(parsed)
-    from mlxflow import cpu
+    from mlxflow.device import cpu_backend
 
-    cpu.prepare()
-    from mlxflow import trust
-    from mlxflow.generation import Sampling, generate
+    cpu_backend.prepare()
+    from mlxflow.evaluation.text_generation import Sampling, generate
+    from mlxflow.storage import remote_code
 
     sampling = Sampling(parsed.max_tokens, parsed.temperature, parsed.seed)
-    with trust.trusting_code(parsed.trust_remote_code):
+    with remote_code.trusting_code(parsed.trust_remote_code):
         is_chat, texts = generate(parsed.model, prompt=parsed.prompt, sampling=sampling, raw=parsed.raw)
     if is_chat:
         said = "asked through its chat template; --raw continues the text as it is"

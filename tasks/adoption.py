@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from mlxflow.identity import DigestCache
-from mlxflow.paths import printable
+from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.paths import printable
 from tasks import lockfile
 from tasks.freshness import files_read
 from tasks.lockfile import Lock, Table
-from tasks.node import Node
+from tasks.stage_node import Node
 
 
 class Adoption:

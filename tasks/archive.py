@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxflow import artifact, temporaries
-from mlxflow.causes import advise_on
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.identity import digest_file
-from mlxflow.ownership import foreign_names
-from mlxflow.state_files import InvalidStateError, parse_json
-from tasks.node import Node
+from mlxflow.storage import artifact_files, temporary_files
+from mlxflow.storage.digests import digest_file
+from mlxflow.storage.ownership import foreign_names
+from mlxflow.storage.state_files import InvalidStateError, parse_json
+from mlxflow.system.os_errors import advise_on
 from tasks.outputs import may_hold
 from tasks.records import read_values
+from tasks.stage_node import Node
 from tasks.tar_members import ArchiveError, Member, compression, members
 
 _RECORD = "record.json"
@@ -44,8 +44,8 @@ def pack(node: Node, values: dict[str, Any], file: Path) -> None:
     record = json.dumps({"format": _FORMAT, "task": node.task, "values": values}, sort_keys=True).encode()
     if _is_too_large(record):
         raise ArtifactError(f"{node.task}: its record has {len(record):,} bytes, more than an archive can hold.")
-    temporary = temporaries.beside(file)
-    temporaries.remove_orphans(file.parent, f".{file.name}.")
+    temporary = temporary_files.beside(file)
+    temporary_files.remove_orphans(file.parent, f".{file.name}.")
     try:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive:
             archive.addfile(_member(_RECORD, len(record)), io.BytesIO(record))
@@ -84,10 +84,10 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
             node, values = _read_record(file, archive, next(found, None), nodes)
             _require_room(file, node, values)
             folder = node.root / node.folder
-            with artifact.publishing(folder, keep=lambda: foreign_names(folder, node.output_names)) as private:
+            with artifact_files.publishing(folder, keep=lambda: foreign_names(folder, node.output_names)) as private:
                 _extract(file, archive, found, node, values, private)
             for copy, original in node.copies.items():
-                artifact.write_whole(node.root / copy, (node.root / original).read_bytes())
+                artifact_files.write_whole(node.root / copy, (node.root / original).read_bytes())
     except ArchiveError as error:
         raise ArtifactError(f"{file}: {error}. Nothing was taken.") from error
     return node, values

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from mlxflow import terminal
-from mlxflow.causes import advise_on
+from mlxflow.system import terminal
+from mlxflow.system.os_errors import advise_on
 from tasks.selection import Selection, refuse
 from tasks.verb import StageVerb
 
@@ -57,7 +57,7 @@ class Verify(StageVerb):
     doc_usage = "[STAGE ...]"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.cpu import thread_count
+        from mlxflow.device.cpu_backend import thread_count
         from tasks.outputs import damaged_outputs
         from tasks.records import is_complete
         from tasks.reproduction import word_other_threads
@@ -86,7 +86,7 @@ class CacheKey(StageVerb):
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from tasks.keys import cache_key
+        from tasks.cache_key import cache_key
 
         graph = Selection(self)
         node = graph.one(pos_args, "doit cache-key STAGE")
@@ -156,7 +156,7 @@ class Reproduce(StageVerb):
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.locking import LockUnsupportedError, hold
+        from mlxflow.storage.locks import LockUnsupportedError, hold
         from tasks.reproduction import reproduce
         from tasks.run import ended_cleanly
 

@@ -11,13 +11,13 @@ from typing import Any
 from doit.dependency import FileChangedChecker
 from doit.globals import Globals
 
-from mlxflow import terminal
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
+from mlxflow.system import terminal
 from tasks.adoption import Adoption
+from tasks.doit_backend import BACKEND, Journal
 from tasks.freshness import reasons
-from tasks.node import Node
 from tasks.reporter import StageReporter
-from tasks.state import BACKEND, Journal
+from tasks.stage_node import Node
 
 #: The most files that `doit clean` names of those that it leaves alone.
 _MOST_NAMED = 5
@@ -45,14 +45,14 @@ class Freshness:
 
 
 class InputChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
-    """Leaves the question whether an input changed to `Freshness`, which asks it by content; see `tasks.state`."""
+    """Leaves the question whether an input changed to `Freshness`, which asks by content; see `tasks.doit_backend`."""
 
     def check_modified(self, file_path: str, file_stat: os.stat_result, state: object) -> bool:
         """Return False: `Freshness` has said what there is to say."""
         return False
 
     def get_state(self, dep: str, current_state: object) -> None:
-        """Return nothing: the record that counts is made by `tasks.action`."""
+        """Return nothing: the record that counts is made by `tasks.doit_action`."""
 
 
 def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
 
 def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, Any]]:
     """Yield doit's description of each stage, and of each group of variants."""
-    from tasks.action import StageAction
+    from tasks.doit_action import StageAction
 
     if Globals.dep_manager is not None and isinstance(Globals.dep_manager.backend, Journal):
         Globals.dep_manager.backend.adopt = Adoption(nodes, cache)
@@ -114,8 +114,8 @@ def remove_artifact(node: Node, dryrun: bool) -> int:
     Returns:
         the bytes that were freed.
     """
-    from mlxflow.ownership import remove_own_files
-    from mlxflow.unfinished import size_of
+    from mlxflow.storage.ownership import remove_own_files
+    from mlxflow.storage.unfinished_runs import size_of
 
     folder = node.root / node.folder
     if not folder.exists():

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 
 from tasks.freshness import files_read, reasons
-from tasks.node import Node
 from tasks.selection import Selection
+from tasks.stage_node import Node
 
 
 def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, list[str]]:

@@ -1,6 +1,6 @@
 """What a dodo.py imports: doit's settings and the task creator, for the workflow that the command line names."""
 
-from mlxflow import terminal
+from mlxflow.system import terminal
 from tasks.search_path import search_project_last
 
 search_project_last()  # before anything else is imported
@@ -13,7 +13,7 @@ from typing import Any
 from doit import get_var
 
 from mlxflow.errors import UserError
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.creator import configuration, tasks_of
 from tasks.graph import load_nodes
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxflow import model_files
 from mlxflow.data.sources import corpus_identity
-from mlxflow.device import environment
-from mlxflow.identity import DigestCache
-from mlxflow.paths import printable, record_name
-from tasks.node import Node
+from mlxflow.device.compute_device import environment
+from mlxflow.storage import model_files
+from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.paths import printable, record_name
 from tasks.outputs import damaged_outputs
 from tasks.records import FORGOTTEN, is_complete
+from tasks.stage_node import Node
 
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"
@@ -113,6 +113,6 @@ def _changed_values(key: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    from mlxflow.config import toml_value
+    from mlxflow.workflow.config import toml_value
 
     return "nothing" if value is None else toml_value(value)

@@ -3,8 +3,8 @@
 Resolving a workflow imports every stage and the library that checks types, which takes longer than all that doit does
 when there is nothing to do. The complete graph is therefore kept beside doit's state, together with everything that it
 follows from: the bytes of the workflow file, the stamps of the code, and each question that was asked of the disk with
-its answer (`mlxflow.disk`). Where any of these differs the workflow is resolved again, so a remembered graph is always
-the one that resolving would return.
+its answer (`mlxflow.workflow.disk_queries`). Where any of these differs the workflow is resolved again, so a
+remembered graph is always the one that resolving would return.
 """
 
 import os
@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxflow import disk, state_files, temporaries
-from mlxflow.handover import Basis
-from mlxflow.identity import digest_json
-from mlxflow.state_files import InvalidStateError, OutdatedStateError
-from mlxflow.toml_text import MAX_WORKFLOW_BYTES
-from tasks.node import Node
+from mlxflow.storage import state_files, temporary_files
+from mlxflow.storage.digests import digest_json
+from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
+from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
+from mlxflow.workflow import disk_queries
+from mlxflow.workflow.handover import Basis
+from tasks.stage_node import Node
 
 _FORMAT = 4
 
@@ -90,7 +91,7 @@ def _recall(remembered: Path, key: str | None, path: Path, data: bytes | None) -
         if stored["code"] != _code_stamps([os.fsdecode(stamp[0]) for stamp in stored["code"]]):
             return None
         nodes = [Node.from_json(value) for value in stored["nodes"]]
-        if not disk.unchanged(path.parent, stored["lookups"]):
+        if not disk_queries.unchanged(path.parent, stored["lookups"]):
             return None
         basis = Basis(data.decode(), stored["lookups"])
     except OutdatedStateError:
@@ -110,7 +111,7 @@ def _command(task: str, path: Path) -> tuple[str, ...]:
 
 def _remember(remembered: Path, basis: dict[str, Any], nodes: list[Node]) -> None:
     """Keep the graph with what it follows from; a folder that cannot be written is left alone."""
-    temporary = temporaries.beside(remembered)
+    temporary = temporary_files.beside(remembered)
     try:
         temporary.write_bytes(state_files.encode(basis | {"nodes": [node.as_json() for node in nodes]}))
         temporary.replace(remembered)
@@ -137,8 +138,8 @@ def _refuse_command_names(stages: set[str]) -> None:
 
 def _resolve(path: Path, data: bytes | None) -> list[Node]:
     """Return the stages of a workflow file of which the content is known."""
-    from mlxflow.stage import summary
-    from mlxflow.workflow import load_workflow
+    from mlxflow.workflow.loader import load_workflow
+    from mlxflow.workflow.stage import summary
 
     workflow = load_workflow(path, data=data)
     _refuse_command_names({one.name for one in workflow.stages})

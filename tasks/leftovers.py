@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxflow import ownership
-from mlxflow.stage import reference_folder
-from tasks.node import Node
+from mlxflow.storage import ownership
+from mlxflow.workflow.stage import reference_folder
+from tasks.stage_node import Node
 
 
 class Leftover(NamedTuple):

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow import toml_text
-from mlxflow.causes import naming
-from mlxflow.paths import printable
-from mlxflow.regular import read_regular
-from mlxflow.state_files import InvalidStateError
-from tasks.node import Node
+from mlxflow.storage import toml_text
+from mlxflow.storage.paths import printable
+from mlxflow.storage.regular_files import read_regular
+from mlxflow.storage.state_files import InvalidStateError
+from mlxflow.system.os_errors import naming
 from tasks.records import read_values
+from tasks.stage_node import Node
 
 NAME = "mlxflow.lock"
 
@@ -196,7 +196,7 @@ def _parse_parts(text: str) -> Iterator[tuple[str, Table]]:
 def _write(path: Path, tables: dict[str, Table]) -> None:
     import tomli_w
 
-    from mlxflow.artifact import write_whole
+    from mlxflow.storage.artifact_files import write_whole
 
     write_whole(path, (_HEAD + tomli_w.dumps(_sorted(tables))).encode())
 

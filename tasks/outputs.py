@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mlxflow.identity import DigestCache
-from mlxflow.model_files import decides
-from tasks.node import Node
+from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.model_files import decides
+from tasks.stage_node import Node
 
 
 def may_hold(node: Node, name: str) -> bool:

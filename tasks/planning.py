@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.freshness import reasons
-from tasks.node import Node
+from tasks.stage_node import Node
 
 #: Returns what a stage's last run left, empty where there is no record.
 Records = Callable[[str], dict[str, Any]]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mlxflow.state_files import InvalidStateError
+from mlxflow.storage.state_files import InvalidStateError
 
 #: In the values of a task that the user told doit to forget.
 FORGOTTEN = "forgotten"

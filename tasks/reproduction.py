@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxflow import terminal
-from mlxflow.artifact import read_report
-from mlxflow.identity import digest_file, tensor_digests
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.digests import digest_file, tensor_digests
+from mlxflow.system import terminal
 from tasks.freshness import observe_settings
-from tasks.node import Node
 from tasks.outputs import files_in, may_hold
-from tasks.process import run_process
+from tasks.stage_node import Node
+from tasks.stage_process import run_process
 
 #: Files that tell of the run itself: times and rates.
 _ABOUT_THE_RUN = frozenset({"metrics.jsonl", "report.toml"})

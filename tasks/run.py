@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 from doit.cmd_run import Run
 
-from mlxflow import terminal
-from mlxflow.causes import word_cause
+from mlxflow.system import terminal
+from mlxflow.system.os_errors import word_cause
 from tasks.adoption import Adoption
+from tasks.doit_backend import Journal
 from tasks.selection import Selection, refuse, word_unknown
-from tasks.state import Journal
 from tasks.verb import Verb
 
 _NO_WAIT = {
@@ -83,8 +83,8 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         if not isinstance(journal, Journal):
             return run(par_type)
         from mlxflow.errors import StageError
-        from mlxflow.folders import make_link_target
-        from mlxflow.locking import LockedError, LockUnsupportedError, hold
+        from mlxflow.storage.atomic_folders import make_link_target
+        from mlxflow.storage.locks import LockedError, LockUnsupportedError, hold
 
         self._check_names()
         graph = Selection(self)
@@ -139,8 +139,8 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
 def _remove_left_behind(artifacts: Path) -> None:
     """Remove what stages that were cut off left behind; nobody is at work while the lock is held."""
-    from mlxflow.folders import partial_folders, remove_folder
-    from mlxflow.temporaries import remove_orphans, remove_orphans_below
+    from mlxflow.storage.atomic_folders import partial_folders, remove_folder
+    from mlxflow.storage.temporary_files import remove_orphans, remove_orphans_below
     from tasks import lockfile
 
     for folder in (*partial_folders(artifacts), *artifacts.glob(".mlxflow/reproduce-*")):
@@ -161,7 +161,7 @@ def ended_cleanly() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        from tasks.process import end_all
+        from tasks.stage_process import end_all
 
         end_all()
         raise

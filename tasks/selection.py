@@ -5,11 +5,11 @@ from typing import Any, NoReturn
 
 from doit.cmd_base import DoitCmdBase
 
-from mlxflow import terminal
-from mlxflow.identity import DigestCache
-from tasks.node import Node
+from mlxflow.storage.digests import DigestCache
+from mlxflow.system import terminal
+from tasks.doit_backend import Journal
 from tasks.records import is_complete
-from tasks.state import Journal
+from tasks.stage_node import Node
 
 
 class Selection:

@@ -16,11 +16,11 @@ from doit.cmd_base import DoitCmdBase
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand, InvalidDodoFile
 
-from mlxflow import terminal
-from mlxflow.causes import naming, word_cause
 from mlxflow.errors import MlxflowError
+from mlxflow.system import terminal
+from mlxflow.system.os_errors import naming, word_cause
+from tasks.doit_backend import BACKEND, Journal
 from tasks.selection import refuse, word_unknown
-from tasks.state import BACKEND, Journal
 
 #: Options of doit that say how it remembers. Stages have a way of their own.
 _FIXED_OPTIONS = {"backend": "--backend", "dep_file": "--db-file", "check_file_uptodate": "--check_file_uptodate"}
@@ -126,8 +126,8 @@ class Verb:
         Args:
             makes: something is made where no artifacts may be yet.
         """
-        from mlxflow.folders import make_link_target
-        from mlxflow.locking import hold
+        from mlxflow.storage.atomic_folders import make_link_target
+        from mlxflow.storage.locks import hold
 
         state = Path(self.journal.name).parent
         if makes:

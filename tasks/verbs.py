@@ -16,7 +16,7 @@ from doit.cmd_resetdep import ResetDep
 from doit.cmd_strace import Strace
 from doit.exceptions import InvalidDodoFile
 
-from mlxflow import terminal
+from mlxflow.system import terminal
 from tasks.selection import Selection, refuse, word_unknown
 from tasks.verb import StageVerb, Verb
 

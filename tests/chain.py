@@ -15,9 +15,9 @@ from pathlib import Path
 DODO = """
 import sys
 from pathlib import Path
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.creator import configuration, tasks_of
-from tasks.node import Node
+from tasks.stage_node import Node
 
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")
@@ -41,8 +41,8 @@ def task_stages():
 STAGE = """
 import os, sys
 from pathlib import Path
-from mlxflow import artifact
-from mlxflow.orphans import end_with_parent
+from mlxflow.storage import artifact_files
+from mlxflow.system.child_processes import end_with_parent
 from tests.chain import transform
 
 end_with_parent()
@@ -52,7 +52,7 @@ read = Path("source" if number == 1 else f"artifacts/s{number - 1}/a").read_byte
 salt = Path(f"salt-{name}").read_text() if Path(f"salt-{name}").exists() else ""
 data = transform(read, name + salt)
 print("at work on", name, flush=True)
-with artifact.publishing(Path(f"artifacts/{name}")) as private, (private / "a").open("wb") as file:
+with artifact_files.publishing(Path(f"artifacts/{name}")) as private, (private / "a").open("wb") as file:
     file.write(data[:500])
     file.flush()
     if Path(f"pause-{name}").exists():

@@ -11,10 +11,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from mlxflow import cpu
+from mlxflow.device import cpu_backend
 
-cpu.prepare()  # before any test imports mlx
-cpu.prepare_compiler()
+cpu_backend.prepare()  # before any test imports mlx
+cpu_backend.prepare_compiler()
 os.environ["MLX_ENABLE_TF32"] = "0"  # fp32 is fp32 in the tests: on CUDA products of it have 10 bits of mantissa else
 
 # By default the same examples in every run; HYPOTHESIS_PROFILE=long looks for new ones.

@@ -4,8 +4,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlxflow import models
-from mlxflow.measurement.budget import Budget
+from mlxflow.benchmarking.time_budget import Budget
+from mlxflow.models import model_folder
 
 #: Time without end.
 FREE = Budget(0.0, task="test")
@@ -25,5 +25,5 @@ def llama(*, seed: int = 0, **shape: Any) -> tuple[nn.Module, dict[str, Any]]:
         "rope_theta": 1e4,
         "end_of_text": 0,
     }
-    config = models.llama_config(**(usual | shape))
-    return models.build(config, seed=seed), config
+    config = model_folder.llama_config(**(usual | shape))
+    return model_folder.build(config, seed=seed), config

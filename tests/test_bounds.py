@@ -12,12 +12,12 @@ import pytest
 import tomli_w
 from msgspec import Meta
 
-from mlxflow.config import read_struct, toml_value
-from mlxflow.device import SIZE_PATTERN
+from mlxflow.device.compute_device import SIZE_PATTERN
 from mlxflow.errors import WorkflowError
 from mlxflow.stages import train
 from mlxflow.training.optimizers import make_schedule, options_of
-from mlxflow.workflow import STAGES, Settings, load_workflow, resolved_toml
+from mlxflow.workflow.config import read_struct, toml_value
+from mlxflow.workflow.loader import STAGES, Settings, load_workflow, resolved_toml
 
 TABLES: dict[str, type[msgspec.Struct]] = {
     "workflow": Settings,

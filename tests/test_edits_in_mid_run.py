@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from mlxflow.__main__ import main
-from mlxflow.artifact import read_report
 from mlxflow.errors import StageError
-from mlxflow.identity import DigestCache
-from mlxflow.locking import hold
-from mlxflow.orphans import PARENT_VARIABLE
-from mlxflow.run import run_stage
-from mlxflow.stage import Context
 from mlxflow.stages import train
-from mlxflow.workflow import load_workflow
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.locks import hold
+from mlxflow.system.child_processes import PARENT_VARIABLE
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
+from mlxflow.workflow.stage import Context
 from tasks.freshness import observe_inputs, observe_settings
 from tasks.graph import load_nodes
 from tests.conftest import doit, write_workflow

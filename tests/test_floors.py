@@ -31,9 +31,9 @@ def test_modules_import_only_from_lower_floors(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("mlxflow/artifact.py", "import mlxflow.workflow"),
-        ("mlxflow/data/batches.py", "import mlxflow.training.loop"),
-        ("mlxflow/errors.py", "import mlxflow.config"),
+        ("mlxflow/storage/artifact_files.py", "import mlxflow.workflow.loader"),
+        ("mlxflow/data/loader.py", "import mlxflow.training.trainer"),
+        ("mlxflow/errors.py", "import mlxflow.workflow.config"),
         ("tasks/creator.py", "import numpy"),
     ],
 )

@@ -14,9 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import config_of
-from mlxflow import config_fields, config_json, models
-from mlxflow.artifact import read_metadata
 from mlxflow.errors import ArtifactError
+from mlxflow.models import config_fields, config_json, model_folder
+from mlxflow.storage.artifact_files import read_metadata
 
 TEXT = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}
 ADVICE = "Mend the file, or name another model."
@@ -26,7 +26,7 @@ ADVICE = "Mend the file, or name another model."
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model folder; tests copy it."""
     folder = tmp_path_factory.mktemp("good")
-    weights: dict[str, mx.array] = dict(tree_flatten(models.build(TEXT, seed=0).parameters()))
+    weights: dict[str, mx.array] = dict(tree_flatten(model_folder.build(TEXT, seed=0).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(TEXT))
     return folder
@@ -41,7 +41,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
 def problem(folder: Path) -> str:
     """Return why a folder cannot be opened, without the folder's name."""
     with pytest.raises(ArtifactError) as caught:
-        models.load(folder, lazy=True)
+        model_folder.load(folder, lazy=True)
     return str(caught.value).replace(str(folder), "model")
 
 
@@ -92,7 +92,7 @@ def test_values_that_do_not_fit_together_are_told_with_those_that_may_be_to_blam
 def test_a_value_within_the_table_of_the_text_model_is_named_with_it() -> None:
     config = {"model_type": "gemma3", "text_config": config_of("gemma3_text") | {"num_hidden_layers": 0}}
     with pytest.raises(ArtifactError) as caught:
-        models.skeleton(config)
+        model_folder.skeleton(config)
     expected = "text_config.num_hidden_layers = 0: expected a number from 1 to 1000"
     assert str(caught.value) == f"config.json: {expected}. {ADVICE}"
 
@@ -218,10 +218,10 @@ def test_a_hostile_config_ends_in_little_time_and_memory(folder: Path) -> None:
         "import resource, sys, pathlib\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "from mlxflow import config_json, errors, identity\n"
+        "from mlxflow import errors\nfrom mlxflow.models import config_json\nfrom mlxflow.storage import digests\n"
         "try: config_json.read(pathlib.Path(sys.argv[1]))\n"
         "except errors.ArtifactError: pass\n"
-        "try: identity.digest_file(pathlib.Path(sys.argv[1], 'model.safetensors'))\n"
+        "try: digests.digest_file(pathlib.Path(sys.argv[1], 'model.safetensors'))\n"
         "except ValueError as error: print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False)

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow import models
+from mlxflow.models import model_folder
 
 torch = pytest.importorskip("torch", reason="needs the interop extra: pip install -e '.[test,interop]'")
 
@@ -20,6 +20,6 @@ def test_transformers_gives_the_same_logits(built: Path) -> None:
     assert tokenizer.decode(ids) == "note 3 line 4: the 5th thing"
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits.numpy()
-    model, _ = models.load(folder)
+    model, _ = model_folder.load(folder)
     ours = np.array(model(mx.array([ids])))
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-3

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow import workflow
 from mlxflow.errors import WorkflowError
-from mlxflow.toml_text import MAX_WORKFLOW_BYTES
-from mlxflow.workflow import load_workflow, resolved_toml
+from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
+from mlxflow.workflow import loader
+from mlxflow.workflow.loader import load_workflow, resolved_toml
 
 MATRIX = "[quantize.matrix]\nbits = [{0}]\ngroup_size = [{0}]\n".format(", ".join(["1"] * 3200))
 
@@ -75,7 +75,7 @@ def test_every_file_ends_within_bounds_of_time_and_memory(tmp_path: Path) -> Non
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"  # a key of 130,000 parts alone takes longer by tomllib
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
         "from mlxflow.errors import WorkflowError\n"
-        "from mlxflow.workflow import load_workflow\n"
+        "from mlxflow.workflow.loader import load_workflow\n"
         "for path in sorted(pathlib.Path('.').glob('*.toml')):\n"
         "    try: load_workflow(path)\n"
         "    except WorkflowError as error: assert 0 < len(error.problems) <= 101, path\n"
@@ -141,7 +141,7 @@ def test_the_work_for_a_file_is_proportionate_to_its_variants(tmp_path: Path) ->
 
 def test_very_many_files_read_by_many_variants_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workflow, "_MAX_FILES", 100)
+    monkeypatch.setattr(loader, "_MAX_FILES", 100)
     Path("notes.txt").write_text("some text")
     Path("workflow.toml").write_text(
         '[pretokenize]\nsources = ["notes.txt"]\n' + "".join(f'[[profile]]\nname = "p{one}"\n' for one in range(99))

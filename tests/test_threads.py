@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow import cpu
-from mlxflow.identity import DigestCache
+from mlxflow.device import cpu_backend
+from mlxflow.storage.digests import DigestCache
 from tasks import lockfile
+from tasks.cache_key import cache_key
 from tasks.freshness import reasons
-from tasks.keys import cache_key
-from tasks.node import Node
 from tasks.reproduction import word_other_threads
+from tasks.stage_node import Node
 
 RESTRICTED = (
     "import os, sys; os.sched_setaffinity(0, {{{cores}}}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -24,21 +24,21 @@ RESTRICTED = (
 
 PRODUCTS = """
 import sys
-from mlxflow import cpu
+from mlxflow.device import cpu_backend
 if int(sys.argv[1]):
-    cpu.fix_threads(int(sys.argv[1]))
-cpu.prepare()
+    cpu_backend.fix_threads(int(sys.argv[1]))
+cpu_backend.prepare()
 import hashlib
 import mlx.core as mx
 digest = hashlib.sha256()
 for rows, inner, columns in ((64, 64, 64), (512, 300, 700), (37, 1111, 53)):
     a, b = (mx.random.normal(shape, key=mx.random.key(0)) for shape in ((rows, inner), (inner, columns)))
     digest.update(bytes(memoryview(mx.matmul(a, b, stream=mx.cpu))))
-print(cpu.thread_count(), digest.hexdigest())
+print(cpu_backend.thread_count(), digest.hexdigest())
 """
 
 needs_blas = pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or cpu.prepare() != "libopenblas.so.0",
+    not hasattr(os, "sched_setaffinity") or cpu_backend.prepare() != "libopenblas.so.0",
     reason="needs OpenBLAS, and a system that restricts processes to processors",
 )
 
@@ -69,7 +69,7 @@ def test_as_many_threads_as_processors_compute_unless_it_is_fixed() -> None:
 
 @needs_blas
 def test_more_threads_than_the_blas_can_have_are_refused_in_one_line() -> None:
-    script = "from mlxflow import cpu; cpu.fix_threads(1024)"
+    script = "from mlxflow.device import cpu_backend; cpu_backend.fix_threads(1024)"
     last = _on(1, "-c", script).stderr.splitlines()[-1]
     most = last.rpartition(" ")[2].rstrip(".")
     assert last == (

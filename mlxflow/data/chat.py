@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mlxflow.data.chat_compiler import CompiledTemplate, Message, TemplateProblem
 from mlxflow.data.chat_turns import TurnFinder
 from mlxflow.data.control_tokens import ControlTokens
-from mlxflow.watched import Work
+from mlxflow.data.watched import Work
 
 _MARKER = re.compile(r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>\s]+\uff5c>|<(?:start|end)_of_turn>|\[/?INST\]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.config import toml_value
 from mlxflow.data.records import Record
-from mlxflow.data.slices import parse_slices
+from mlxflow.data.split_slices import parse_slices
 from mlxflow.errors import SourceError
+from mlxflow.workflow.config import toml_value
 
 # Rows that are tokenized and kept as one shard
 _ROWS_PER_PART = 20_000

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mlxflow.data.control_tokens import LiteralEncoder
+from mlxflow.data.documents import Document
 from mlxflow.data.encoder import Encoder, TokenSpans, overlapping
-from mlxflow.data.formats import Document
 from mlxflow.data.tokenizer import Vocabulary
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from mlxflow.watched import is_panic
+from mlxflow.data.watched import is_panic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

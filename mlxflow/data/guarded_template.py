@@ -1,12 +1,12 @@
-"""A chat template that a watched process runs; see `mlxflow.guard`. Slow to start, for a few conversations."""
+"""A chat template that a watched process runs; see `mlxflow.data.guard`. Slow to start, for a few conversations."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 
 from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chat_compiler import Message
-from mlxflow.guard import guarded
-from mlxflow.watched import Work
+from mlxflow.data.guard import guarded
+from mlxflow.data.watched import Work
 
 
 class GuardedTemplate:

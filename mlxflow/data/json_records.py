@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 
 from mlxflow.data import items, texts
+from mlxflow.data.decompression import FileProblem
 from mlxflow.data.items import Bad, Record, RecordForm, Text
 from mlxflow.data.long_lines import LONG_LINE_BYTES, decode_long, require_few_values
-from mlxflow.data.streams import FileProblem
 
 # Objects that are looked at to tell a list of records from any other list
 _SEEN = 100

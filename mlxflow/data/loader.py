@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import mlx.core as mx
 import numpy as np
 
-from mlxflow.data.permutation import Permutation
+from mlxflow.data.shuffle import Permutation
 from mlxflow.data.token_file import Batch, Rows
 
 if TYPE_CHECKING:

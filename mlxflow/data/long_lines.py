@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from mlxflow.data import items, streams
+from mlxflow.data import decompression, items
 from mlxflow.data.items import RecordForm, TooLargeError
 
 #: Shorter lines are decoded whole.
@@ -41,7 +41,7 @@ class LongText:
             ValueError: it is not UTF-8; the text is for people.
         """
         data = memoryview(self._raw)
-        size = max(streams.PIECE_BYTES, _LEAST_PART_BYTES)
+        size = max(decompression.PIECE_BYTES, _LEAST_PART_BYTES)
         begin, last = 1, len(data) - 1
         while begin < last:
             part = bytes(data[begin : min(begin + size, last)])

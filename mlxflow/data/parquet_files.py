@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.data import items
+from mlxflow.data.decompression import FileProblem, require_plausible
 from mlxflow.data.items import Bad, Record, RecordForm, Text
 from mlxflow.data.json_records import listed
 from mlxflow.data.long_lines import MAX_LINE_VALUES
-from mlxflow.data.streams import FileProblem, require_plausible
 from mlxflow.errors import SourceError
-from mlxflow.paths import printable
+from mlxflow.storage.paths import printable
 
 _MOST_ROWS_PER_BATCH = 1024
 _BATCH_BYTES = 1 << 25

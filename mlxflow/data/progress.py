@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mlxflow import terminal
-from mlxflow.data.tokenization import Progress
+from mlxflow.data.shard_builder import Progress
+from mlxflow.system import terminal
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BEFORE_BAR = 0.3

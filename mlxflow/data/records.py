@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mlxflow.data.decompression import read_pieces, telling
 from mlxflow.data.items import Bad as Bad
 from mlxflow.data.items import Record as Record
 from mlxflow.data.items import RecordForm as RecordForm
 from mlxflow.data.items import Text as Text
 from mlxflow.data.json_records import read_json, read_lines
 from mlxflow.data.parquet_files import read_parquet
-from mlxflow.data.streams import read_pieces, telling
 from mlxflow.data.tables import read_csv
 from mlxflow.data.texts import Binary as Binary
 from mlxflow.data.texts import read_text
 from mlxflow.errors import SourceError
-from mlxflow.identity import digest_file
-from mlxflow.paths import printable
+from mlxflow.storage.digests import digest_file
+from mlxflow.storage.paths import printable
 
 #: How files are read, by the last suffix that is no compression; any other file is text.
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from mlxflow.data.accounts import Contents, count_of, list_some
-from mlxflow.data.corpus import problems_of
-from mlxflow.data.packer import Counts
-from mlxflow.data.selection import DUPLICATE, TEST, TRAIN, VALIDATION
+from mlxflow.data.corpus_report import Contents, count_of, list_some
+from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION
+from mlxflow.data.input_files import problems_of
+from mlxflow.data.row_packer import Counts
 from mlxflow.errors import SourceError
 
 _ACT = {"train": "train on", "validation": "validate on"}

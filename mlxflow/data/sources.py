@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from mlxflow.data import splits
 from mlxflow.errors import SourceError
-from mlxflow.identity import DigestCache, digest_file, digest_json, digest_text
-from mlxflow.paths import escape_existing, expand
+from mlxflow.storage.digests import DigestCache, digest_file, digest_json, digest_text
+from mlxflow.storage.paths import escape_existing, expand
 
 #: The text of the running Python's standard library sources: about 12 MB of English and code on every machine.
 PYTHON_STDLIB = "builtin:python-stdlib"

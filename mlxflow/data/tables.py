@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mlxflow.data import items, texts
+from mlxflow.data.decompression import FileProblem
 from mlxflow.data.items import Bad, Record, RecordForm, Text
 from mlxflow.data.json_records import listed
-from mlxflow.data.streams import FileProblem
 
 _ROWS_PER_BATCH = 1024
 

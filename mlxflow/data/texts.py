@@ -3,9 +3,9 @@
 import codecs
 from collections.abc import Iterable, Iterator
 
-from mlxflow.data import streams
+from mlxflow.data import decompression
+from mlxflow.data.decompression import FileProblem
 from mlxflow.data.items import Bad, Record, Text
-from mlxflow.data.streams import FileProblem
 
 #: Bytes of a file's beginning by which its kind is recognized.
 SNIFFED_BYTES = 8192
@@ -54,7 +54,7 @@ def cut(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     rest, any_cut = b"", False
     for piece in pieces:
         data = rest + piece
-        if len(data) < streams.PIECE_BYTES:  # it may be the last one
+        if len(data) < decompression.PIECE_BYTES:  # it may be the last one
             rest = data
             continue
         end = _last_break(data)
@@ -76,7 +76,7 @@ def _last_break(data: bytes) -> int:
 
 def same_size(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """Yield bytes in pieces of `streams.PIECE_BYTES`, the last one smaller."""
-    size = streams.PIECE_BYTES
+    size = decompression.PIECE_BYTES
     waiting = bytearray()
     for chunk in chunks:
         waiting += chunk

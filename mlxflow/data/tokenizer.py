@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mlxflow import hub, model_code, model_files, trust
 from mlxflow.data.chat import ChatTemplate, markers
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.chatml import CHATML
 from mlxflow.data.control_tokens import ControlTokens
 from mlxflow.data.long_words import cut_long_words
+from mlxflow.data.watched import Work
 from mlxflow.errors import SourceError
-from mlxflow.identity import digest_json
-from mlxflow.watched import Work
+from mlxflow.models import model_code
+from mlxflow.storage import hub, model_files, remote_code
+from mlxflow.storage.digests import digest_json
 
 #: Ends every document that no template ends; the first special token of a tokenizer trained here.
 END_OF_TEXT = "<|endoftext|>"
@@ -139,7 +140,7 @@ def open_vocabulary(
     """Return a tokenizer that exists.
 
     Args:
-        files: of its folder, by their names below it; see `mlxflow.model_files.tokenizer_files`.
+        files: of its folder, by their names below it; see `mlxflow.storage.model_files.tokenizer_files`.
         template: of conversations, instead of its own.
         name: the folder or hub id, for the messages.
         template_key: the setting that names the template, for messages.
@@ -320,7 +321,7 @@ def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file
     No Python code is named: a `tokenizer.json` needs none, and none is written beside it.
     """
     Tokenizer.from_str(vocabulary.definition).save(str(tokenizer_file))
-    config = dict(sorted(trust.without_code(vocabulary.config).items()))
+    config = dict(sorted(remote_code.without_code(vocabulary.config).items()))
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -333,7 +334,7 @@ def hub_files(name: str) -> dict[str, Path]:
     Raises:
         SourceError: it cannot be had.
     """
-    patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if trust.trusts_code() else [])]
+    patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if remote_code.trusts_code() else [])]
     folder = hub.fetch(name, patterns=patterns, key="pretokenize.tokenizer.from")
     return {file: folder / file for file in model_files.tokenizer_files(folder)}
 
@@ -353,11 +354,11 @@ def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]
         SourceError: its code is not trusted or fails.
     """
     config = files.get("tokenizer_config.json")
-    file, code = trust.tokenizer_code(config.parent) if config else ("", "")
+    file, code = remote_code.tokenizer_code(config.parent) if config else ("", "")
     if config is None or not code:
         return dict(files)
     key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
-    if not trust.trusts_code():
+    if not remote_code.trusts_code():
         trust_key = "pretokenize.tokenizer.trust_remote_code"
         raise SourceError(f"{key}: {model_code.word_untrusted(file, code, trust_key)}")
     from transformers import AutoTokenizer

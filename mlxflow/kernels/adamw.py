@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.kernels.language import Source, groups_for
+from mlxflow.kernels.codegen import Source, groups_for
 
 _BODY = """
   const int size = w_size;

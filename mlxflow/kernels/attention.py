@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from mlxflow.kernels.attention_source import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
-from mlxflow.kernels.language import Source
+from mlxflow.kernels.codegen import Source
 
 
 class Tiling(NamedTuple):

@@ -5,7 +5,7 @@ and products stay in its registers. Shared memory is filled by `cp.async`, the n
 pieces of 16 bytes are swapped by its number, so that eight rows are read from different banks.
 """
 
-from mlxflow.kernels.language import Source
+from mlxflow.kernels.codegen import Source
 
 _HEADER = """
 #define UNROLL _Pragma("unroll")

@@ -15,7 +15,7 @@ MLX's own way writes the softmax and reads it again. As in Liger Kernel (Hsu et 
 
 import mlx.core as mx
 
-from mlxflow.kernels.language import Source
+from mlxflow.kernels.codegen import Source
 
 _SOURCE = Source(
     name="cross_entropy_backward",

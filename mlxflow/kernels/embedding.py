@@ -8,7 +8,7 @@ The places n are sorted by t_n first, those of one number in their order, and wh
 by bisection. The few rows of most numbers are added up in fp32 by 32 threads each; a number with many is shared by a
 group of threads, of which each adds every so-manieth row, and the shares are added up in a fixed order. So there are no
 atomics, two runs are equal to the bit, and no zeros are written first. MLX's own way is atomics; what this is compared
-with is `mlxflow.lookup`.
+with is `mlxflow.ops.embedding_lookup`.
 
 | takes | |
 | --- | --- |
@@ -18,8 +18,8 @@ with is `mlxflow.lookup`.
 
 import mlx.core as mx
 
-from mlxflow.kernels.language import THREADS, Source
-from mlxflow.lookup import by_number
+from mlxflow.kernels.codegen import THREADS, Source
+from mlxflow.ops.embedding_lookup import by_number
 
 _BOUNDS = Source(
     name="bounds",

@@ -22,8 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
-from mlxflow import artifact, orphans
-from mlxflow.locking import device_lock
+from mlxflow.storage import artifact_files
+from mlxflow.storage.locks import device_lock
+from mlxflow.system import child_processes
 
 _VERSIONS = ("13", "12")
 
@@ -93,7 +94,7 @@ def compiling_at_once(texts: Iterable[str]) -> Iterator[None]:
         command = [sys.executable, "-m", __spec__.name, architecture, _file(library)]
         quiet = subprocess.DEVNULL
         for number in range(workers):
-            process = orphans.start(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True)
+            process = child_processes.start(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, text=True)
             started.append(process)
             with suppress(BrokenPipeError), cast("IO[str]", process.stdin) as given:
                 given.write(json.dumps(missing[number::workers]))
@@ -124,7 +125,7 @@ def _read(path: Path) -> bytes | None:
 def _write(path: Path, code: bytes) -> None:
     with suppress(OSError):  # compiled anew next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        artifact.write_whole(path, hashlib.sha256(code).digest() + code)
+        artifact_files.write_whole(path, hashlib.sha256(code).digest() + code)
 
 
 @functools.cache
@@ -205,7 +206,7 @@ def compile_for(library: Any, text: str, architecture: str, includes: Sequence[P
 
 def main(arguments: Sequence[str]) -> None:
     """Compile the programs of the input for an architecture by a library, and keep them."""
-    orphans.end_with_parent()
+    child_processes.end_with_parent()
     architecture, path = arguments
     library = _opened(path)
     for text in json.load(sys.stdin):

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxflow.kernels.language import THREADS, Source
+from mlxflow.kernels.codegen import THREADS, Source
 
 #: Groups that share the rows of a backward pass: what a large GPU runs at the same time.
 _GROUPS = 264

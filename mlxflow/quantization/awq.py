@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxflow.ops.method_override import replaced
 from mlxflow.quantization.codec import round_trip
-from mlxflow.quantization.scalable import Group, Noted, Run, apply_scales, cast_to, find_groups, noted, weighted
+from mlxflow.quantization.scale_groups import Group, Noted, Run, apply_scales, cast_to, find_groups, noted, weighted
 from mlxflow.quantization.settings import Setting
-from mlxflow.replaced import replaced
 
 # Names of layers whose weights are not cut off: what goes into the products of attention needs its outliers, as in AWQ
 _NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv", "c_attn", "kv_a", "kv_b", "embed_q")

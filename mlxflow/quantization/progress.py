@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mlxflow import terminal
+from mlxflow.system import terminal
 
 
 @contextmanager

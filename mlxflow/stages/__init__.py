@@ -1,1 +1,1 @@
-"""One module a stage; `mlxflow.workflow.STAGES` lists them."""
+"""One module a stage; `mlxflow.workflow.loader.STAGES` lists them."""

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Self, TypeVar
 import msgspec
 from msgspec import Meta
 
-from mlxflow import terminal
-from mlxflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
 from mlxflow.errors import ArtifactError
-from mlxflow.model_files import ADAPTERS
-from mlxflow.stage import Artifacts, Beside, Context, derive_seed
 from mlxflow.stages import benchmark_methods
+from mlxflow.storage.model_files import ADAPTERS
+from mlxflow.system import terminal
+from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
+from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 VERSION = 5
 
@@ -132,10 +132,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: there are fewer rows than the largest batch holds.
         StageError: a figure is worse than the baseline's.
     """
-    from mlxflow.measurement.bottleneck import advise
-    from mlxflow.measurement.budget import Budget
-    from mlxflow.measurement.comparison import markdown_of_report
-    from mlxflow.measurement.promises import keep_promises
+    from mlxflow.benchmarking.bottleneck import advise
+    from mlxflow.benchmarking.report_comparison import markdown_of_report
+    from mlxflow.benchmarking.targets import keep_promises
+    from mlxflow.benchmarking.time_budget import Budget
 
     baseline = read_benchmark(inputs.baseline[0]) if inputs.baseline else None
     budget = Budget(config.max_seconds, task=context.task)
@@ -192,9 +192,9 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is missing, damaged, none, or of another version.
     """
-    from mlxflow import artifact, report_forms
+    from mlxflow.storage import artifact_files, report_checks
 
-    report = artifact.read_report(path)
+    report = artifact_files.read_report(path)
     if "training" not in report or "models" not in report:
         raise ArtifactError(f"{path}: no benchmark's report (it has no training and models). Name one.")
     if report.get("version") != VERSION:
@@ -202,30 +202,32 @@ def read_benchmark(path: Path) -> dict[str, Any]:
             f"{path}: version = {report.get('version', 'none')}: expected {VERSION}. "
             "Measure it again with this version of mlxflow: doit benchmark"
         )
-    return report_forms.read(path, report_forms.Benchmarked, "benchmark")
+    return report_checks.read(path, report_checks.Benchmarked, "benchmark")
 
 
 def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any:
-    from mlxflow import artifact, models, packed
+    from mlxflow.benchmarking.recipe import read_job
+    from mlxflow.benchmarking.suite import Suite
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training.recipe import read_job
-    from mlxflow.training.suite import Suite
+    from mlxflow.models import model_folder
+    from mlxflow.ops import document_mask
+    from mlxflow.storage import artifact_files
 
     tokens = TokenFile.open(inputs.tokens)
     folder = inputs.model.parent
-    tokens.require_vocabulary(models.vocab_size(folder), f"{context.task}.input")
+    tokens.require_vocabulary(model_folder.vocab_size(folder), f"{context.task}.input")
     tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
-    report = artifact.read_report(folder / "report.toml")
+    report = artifact_files.read_report(folder / "report.toml")
     has_adapters = "lora" in report.get("settings", {})
-    load = partial(models.load_for_steps, folder, f"{context.task}.input", trains_adapters=has_adapters)
+    load = partial(model_folder.load_for_steps, folder, f"{context.task}.input", trains_adapters=has_adapters)
     model = load()
     job, settings = read_job(report, str((folder / "report.toml").relative_to(context.root)), config.input)
-    masks = job.masks_documents and packed.can_mask_documents(model, tokens.vocab_size)
+    masks = job.masks_documents and document_mask.can_mask_documents(model, tokens.vocab_size)
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
     return Suite(
         load=load,
-        build=lambda: models.build(model_config, seed=seed, code=folder),
+        build=lambda: model_folder.build(model_config, seed=seed, code=folder),
         tokens=tokens,
         job=job._replace(masks_documents=masks),
         settings=settings,
@@ -238,9 +240,9 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
 
 
 def _device(context: Context) -> dict[str, str]:
-    from mlxflow import device
+    from mlxflow.device import compute_device
 
-    return {"kind": context.device, "name": device.name(), "processor": device.processor()}
+    return {"kind": context.device, "name": compute_device.name(), "processor": compute_device.processor()}
 
 
 def _benchmark_models(config: Config, inputs: Inputs, context: Context, budget: Any) -> list[dict[str, Any]]:
@@ -280,13 +282,13 @@ def _give_back() -> None:
 
 def _generation(config: Config, inputs: Inputs, context: Context, budget: Any, chosen: Mapping[str, Path]) -> list[Any]:
     """Return how fast each model generates, or why it cannot; all are held together where they are small."""
-    from mlxflow import models
+    from mlxflow.benchmarking.generation_speed import measure_generation
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.measurement.generation import measure_generation
+    from mlxflow.models import model_folder
 
     tokens = TokenFile.open(inputs.validation)
     for path in chosen.values():
-        tokens.require_vocabulary(models.vocab_size(path.parent), f"{context.task}.models")
+        tokens.require_vocabulary(model_folder.vocab_size(path.parent), f"{context.task}.models")
     length = tokens.context_length
     whole = sum(_stored_bytes(path) for path in chosen.values())
     return measure_generation(
@@ -341,23 +343,24 @@ def _validation_rows(config: Config, inputs: Inputs, speeds: Sequence[Any], budg
 
 def _load(folder: Path) -> Any:
     """Return a model, its weights still on the disk: whoever reads them is told if they do not fit."""
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
-    return models.load(folder, lazy=True)[0]
+    return model_folder.load(folder, lazy=True)[0]
 
 
 def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, inputs: Inputs) -> dict[str, Any]:
-    from mlxflow import codes, models, packed
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.measurement.perplexity import measure_perplexity
+    from mlxflow.evaluation.perplexity import measure_perplexity
+    from mlxflow.models import model_folder, quantized_layers
+    from mlxflow.ops import document_mask
 
     tokens = TokenFile.open(inputs.validation)
     model = _load(path.parent)
-    masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
+    masks = tokens.has_conversations and document_mask.can_mask_documents(model, tokens.vocab_size)
     rows = tokens.rows.head(most_rows)
-    measured = measure_perplexity(codes.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
+    measured = measure_perplexity(quantized_layers.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
     model_bytes, dense_bytes = (_stored_bytes(one) for one in (path, inputs.model))
-    parameters = models.num_parameters(_load(inputs.model.parent))
+    parameters = model_folder.num_parameters(_load(inputs.model.parent))
     return {
         "model_bytes": model_bytes,
         "compression_ratio": dense_bytes / model_bytes,
@@ -375,9 +378,9 @@ def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, i
 
 def _asked_bits(path: Path) -> dict[str, float]:
     """Return the bits a weight that the plan of a quantized model asked for; nothing for a dense one."""
-    from mlxflow import artifact
+    from mlxflow.storage import artifact_files
 
-    layers = artifact.read_report(path.with_name("report.toml")).get("layers", [])
+    layers = artifact_files.read_report(path.with_name("report.toml")).get("layers", [])
     parameters = sum(layer["parameters"] for layer in layers)
     if not parameters:
         return {}

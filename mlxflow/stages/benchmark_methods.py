@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
-from mlxflow import terminal
 from mlxflow.errors import StageError
-from mlxflow.stage import Context
+from mlxflow.system import terminal
+from mlxflow.workflow.stage import Context
 
 #: Times that what looks like a regression is measured again before it is called one.
 REPETITIONS = 3
@@ -30,7 +30,7 @@ def hold_against(
     Raises:
         StageError: a figure is worse by more than is allowed, in every repetition, and it is not noise.
     """
-    from mlxflow.measurement.comparison import compare_reports, confirm, markdown_of_differences, regressions
+    from mlxflow.benchmarking.report_comparison import compare_reports, confirm, markdown_of_differences, regressions
 
     if baseline.get("device") != report["device"]:
         name, own = (one.get("device", {}).get("name", "unknown") for one in (baseline, report))

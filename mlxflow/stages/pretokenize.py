@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow import terminal
-from mlxflow.config import Problem
-from mlxflow.data.slices import parse_slices
 from mlxflow.data.sources import HF
-from mlxflow.model_files import HUB_MODEL
-from mlxflow.stage import ARTIFACTS, Artifacts, Context, Corpus, derive_seed
+from mlxflow.data.split_slices import parse_slices
+from mlxflow.storage.model_files import HUB_MODEL
+from mlxflow.system import terminal
+from mlxflow.workflow.config import Problem
+from mlxflow.workflow.stage import ARTIFACTS, Artifacts, Context, Corpus, derive_seed
 
 VERSION = 4
 
@@ -231,8 +231,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     if not config.tokenizer.from_ and not inputs.template:
         return work(config, inputs, outputs, context)
-    from mlxflow.data.shards import remove_unfinished
-    from mlxflow.guard import Guard
+    from mlxflow.data.guard import Guard
+    from mlxflow.data.shard_cache import remove_unfinished
 
     with Guard() as process:
         try:
@@ -253,21 +253,29 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
     import resource
     import sys
 
-    from mlxflow.data import accounts, corpus, endings, selection, shards, shortage, tokenization
-    from mlxflow.locking import hold
+    from mlxflow.data import (
+        corpus_report,
+        document_selection,
+        end_tokens,
+        input_files,
+        shard_builder,
+        shard_cache,
+        shortage,
+    )
+    from mlxflow.storage.locks import hold
 
     settings = [_source_settings(config, number, entry, context) for number, entry in enumerate(config.entries())]
-    files = corpus.list_files(inputs.sources, inputs.owners, settings, digests=context.digests)
+    files = input_files.list_files(inputs.sources, inputs.owners, settings, digests=context.digests)
     holdout = 0.0 if config.validation_sources else config.holdout
-    store = shards.ShardStore(context.state / "shards")
+    store = shard_cache.ShardStore(context.state / "shards")
     waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
     with hold(context.state / "shards" / "lock", waiting, wait=True):
         vocabulary = _vocabulary(config, inputs, context, files, holdout)
         tokenized, engine = _tokenize(config, vocabulary, store, files)
         context.digests.settle(file.path for file in files if file.read is None)
-        opened = tokenization.open_shards(store, tokenized.keys)
-        corpus.check(files, opened, skips=config.on_bad_record == "skip", max_share=config.max_bad_records)
-        chosen = selection.select(
+        opened = shard_builder.open_shards(store, tokenized.keys)
+        input_files.check(files, opened, skips=config.on_bad_record == "skip", max_share=config.max_bad_records)
+        chosen = document_selection.select(
             opened,
             fixed_sides=[file.side for file in files],
             sources=[file.source for file in files],
@@ -276,16 +284,18 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
             deduplicate=config.deduplicate,
             asked=[settings[file.source].is_validation for file in files],
         )
-        contents = accounts.Contents(settings, files, opened, chosen, selection.held_out_share(chosen, holdout))
+        contents = corpus_report.Contents(
+            settings, files, opened, chosen, document_selection.held_out_share(chosen, holdout)
+        )
         shortage.require_documents(contents, "train")
         shortage.require_documents(contents, "validation")
-        ends = endings.endings_of(opened, vocabulary)
+        ends = end_tokens.endings_of(opened, vocabulary)
         counts = _write_sides(config, outputs, context, vocabulary, contents, ends)
         store.collect(context.task, tokenized.keys, context.tasks)
     _write_tokenizer(vocabulary, outputs, ends)
     outputs.files.write_text("".join(f"{file.name}\n" for file in files), encoding="utf-8")
-    warnings = [*accounts.warnings(contents, counts), *ends.warnings()]
-    lines = (*warnings, accounts.summary(contents, counts))
+    warnings = [*corpus_report.warnings(contents, counts), *ends.warnings()]
+    lines = (*warnings, corpus_report.summary(contents, counts))
     terminal.say(*(f"{context.task}: {line}" for line in lines))
     return {
         "vocab_size": vocabulary.size,
@@ -296,7 +306,7 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
         "added_ends": ends.added,
         "conversations_with_control_tokens": ends.with_control_tokens,
         **{side: one.report() for side, one in counts.items()},
-        **accounts.accounts(contents, capacity=config.context_length + 1),
+        **corpus_report.accounts(contents, capacity=config.context_length + 1),
         "run": {
             "tokenized_files": tokenized.num_tokenized,
             "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
@@ -308,7 +318,7 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
 
 
 def _source_settings(config: Config, number: int, entry: SourceConfig, context: Context) -> Any:
-    from mlxflow.data.corpus import SourceSettings
+    from mlxflow.data.input_files import SourceSettings
 
     return SourceSettings(
         key=config.key(number),
@@ -336,8 +346,8 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
     """Make sure that every file has a shard; return their keys and the engine's name. What the engine held is free."""
     from mlxflow.data.encoder import choose_encoder
     from mlxflow.data.progress import show_progress
-    from mlxflow.data.tokenization import Tokenizing
-    from mlxflow.watched import Work
+    from mlxflow.data.shard_builder import Tokenizing
+    from mlxflow.data.watched import Work
 
     with Work(vocabulary.subject, size=len(vocabulary.definition)):
         encoder = choose_encoder(vocabulary.definition, threads=config.workers)
@@ -356,15 +366,15 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
 
 def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[Any], holdout: float) -> Any:
     """Return the tokenizer that the table asks for, trained here or opened."""
-    from mlxflow import trust
     from mlxflow.data import tokenizer
-    from mlxflow.temporaries import scratch_folder
+    from mlxflow.storage import remote_code
+    from mlxflow.storage.temporary_files import scratch_folder
 
     template = inputs.template[0].read_text(encoding="utf-8") if inputs.template else None
     name = config.tokenizer.from_
     if not name:
         return _trained(config, context, files, holdout, template)
-    with trust.trusting_code(config.tokenizer.trust_remote_code), scratch_folder() as scratch:
+    with remote_code.trusting_code(config.tokenizer.trust_remote_code), scratch_folder() as scratch:
         folder = inputs.tokenizer[0].parent if inputs.tokenizer else Path()
         found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer} or tokenizer.hub_files(name)
         found = tokenizer.converted(found, scratch, name)
@@ -373,12 +383,12 @@ def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[An
 
 def _trained(config: Config, context: Context, files: list[Any], holdout: float, template: str | None) -> Any:
     """Return a tokenizer trained on the training documents, or on a sample of them, unless it is there already."""
-    from mlxflow.artifact import write_whole
-    from mlxflow.data import chat, sampling, tokenizer
+    from mlxflow.data import chat, tokenizer, tokenizer_sample
     from mlxflow.data.chatml import CHATML
     from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
     from mlxflow.data.progress import show_progress
-    from mlxflow.identity import digest_json
+    from mlxflow.storage.artifact_files import write_whole
+    from mlxflow.storage.digests import digest_json
 
     compiled = tokenizer.compile_template(template, _template_key(config)) if template else None
     with show_progress("reading", sum(file.size for file in files)) as (progress, watch):
@@ -387,7 +397,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
             progress.count(read_bytes=count)
             watch()
 
-        sample = sampling.sample(
+        sample = tokenizer_sample.sample(
             files,
             template=compiled,
             holdout=holdout,
@@ -419,17 +429,17 @@ def _write_sides(
     config: Config, outputs: Outputs, context: Context, vocabulary: Any, contents: Any, ends: Any
 ) -> dict[str, Any]:
     """Write both token files and return what became of the documents of each."""
-    from mlxflow import artifact
-    from mlxflow.data import assembly, selection, shortage
+    from mlxflow.data import document_selection, shortage, token_file_writer
     from mlxflow.data.progress import show_waiting
+    from mlxflow.storage import artifact_files
 
-    sides: dict[str, tuple[int, assembly.Part, Path]] = {
-        "train": (selection.TRAIN, "all", outputs.train),
-        "validation": (selection.VALIDATION, "all", outputs.validation),
+    sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {
+        "train": (document_selection.TRAIN, "all", outputs.train),
+        "validation": (document_selection.VALIDATION, "all", outputs.validation),
     }
     if contents.held_out:
-        sides["train"] = (selection.TRAIN, "rest", outputs.train)
-        sides["validation"] = (selection.TRAIN, "end", outputs.validation)
+        sides["train"] = (document_selection.TRAIN, "rest", outputs.train)
+        sides["validation"] = (document_selection.TRAIN, "end", outputs.validation)
     metadata = {
         "context_length": str(config.context_length),
         "vocab_size": str(vocabulary.size),
@@ -439,7 +449,7 @@ def _write_sides(
     counts = {}
     for side, (number, part, path) in sides.items():
         with show_waiting(f"packing {side} rows") as watch:
-            counts[side] = assembly.write_rows(
+            counts[side] = token_file_writer.write_rows(
                 path,
                 shards=contents.shards,
                 selection=contents.selection,
@@ -452,7 +462,7 @@ def _write_sides(
                 padding=vocabulary.end_of_text,
                 dtype=vocabulary.dtype,
                 seed=derive_seed(context.seed, f"pretokenize.{side}"),
-                metadata=metadata | artifact.provenance_metadata(context.provenance),
+                metadata=metadata | artifact_files.provenance_metadata(context.provenance),
                 watch=watch,
             )
         shortage.require_rows(

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow.config import MAX_ROWS, MAX_STEPS, Problem
-from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
+from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import StageError
-from mlxflow.stage import Artifacts, Beside, Context, derive_seed
+from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem
+from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 VERSION = 5
 
@@ -100,10 +100,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     import mlx.core as mx
 
-    from mlxflow import artifact
-    from mlxflow.measurement.memory import MemoryProfiler
+    from mlxflow.profiling.profiler import MemoryProfiler
+    from mlxflow.storage import artifact_files
 
-    with artifact.writable(context.unfinished):
+    with artifact_files.writable(context.unfinished):
         context.unfinished.mkdir(parents=True, exist_ok=True)
         profiler = MemoryProfiler(samples_per_second=config.samples_per_second, journal=context.unfinished / _JOURNAL)
     before = profiler.read()
@@ -114,7 +114,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         profiler.close()
     timeline = profiler.timeline()
     told = {"phases": json.dumps(list(profiler.totals))}
-    artifact.write_arrays(outputs.timeline, timeline, artifact.provenance_metadata(context.provenance) | told)
+    artifact_files.write_arrays(
+        outputs.timeline, timeline, artifact_files.provenance_metadata(context.provenance) | told
+    )
     parts |= {"leak": _leak(timeline, context), "trend": _trend(timeline)}
     figures = _figures(profiler, before)
     _require_budgets(config, context, figures, parts)
@@ -132,7 +134,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def settings_of(config: Config, inputs: Inputs) -> Any:
     """Return the settings that the model was trained with."""
-    from mlxflow.training.measured import Settings
+    from mlxflow.profiling.profiled_step import Settings
 
     told = _trained_settings(inputs)
     every = told.get("checkpointing", "none")
@@ -155,16 +157,17 @@ def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any
     Raises:
         ArtifactError: the model is none, quantized, or does not know the tokens.
     """
-    from mlxflow import models, packed
+    from mlxflow.models import model_folder
+    from mlxflow.ops import document_mask
+    from mlxflow.profiling.step_memory import Job
     from mlxflow.training.adapters import AdapterShape
-    from mlxflow.training.profiling import Job
 
     told = _trained_settings(inputs)
     folder, key = inputs.model.parent, f"{context.task}.input"
-    tokens.require_vocabulary(models.vocab_size(folder), key)
+    tokens.require_vocabulary(model_folder.vocab_size(folder), key)
     shape = AdapterShape(**told["lora"]) if "lora" in told else None
-    model = models.load_for_steps(folder, key, trains_adapters=shape is not None)
-    masks = tokens.has_conversations and packed.can_mask_documents(model, tokens.vocab_size)
+    model = model_folder.load_for_steps(folder, key, trains_adapters=shape is not None)
+    masks = tokens.has_conversations and document_mask.can_mask_documents(model, tokens.vocab_size)
     return Job(
         folder=folder,
         key=key,
@@ -178,32 +181,32 @@ def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any
 
 def _trained_settings(inputs: Inputs) -> dict[str, Any]:
     """Return how the model was trained, as its stage reported it."""
-    from mlxflow import artifact
+    from mlxflow.storage import artifact_files
 
-    found: dict[str, Any] = artifact.read_report(inputs.model.with_name("report.toml")).get("settings", {})
+    found: dict[str, Any] = artifact_files.read_report(inputs.model.with_name("report.toml")).get("settings", {})
     return found
 
 
 def _packing(inputs: Inputs, rows: Any) -> str:
     """Return how documents were laid into rows, as their stage reported it; else as the rows look."""
-    from mlxflow import artifact
-    from mlxflow.training.pieces import holds_several
+    from mlxflow.benchmarking.unpacked_rows import holds_several
+    from mlxflow.storage import artifact_files
 
     seen = "best-fit" if holds_several(rows) else "none"
-    return str(artifact.read_report(inputs.tokens.with_name("report.toml")).get("packing", seen))
+    return str(artifact_files.read_report(inputs.tokens.with_name("report.toml")).get("packing", seen))
 
 
 def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> dict[str, Any]:
     import numpy as np
 
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training import profiling, suggestions
+    from mlxflow.profiling import step_memory, suggestions
 
     tokens = TokenFile.open(inputs.tokens)
     job = job_of(config, inputs, context, tokens)
     rows = tokens.full_rows(settings.batch_size * settings.grad_accum_steps, f"{context.task}.batch_size")
     with profiler.sampling():
-        measured = profiling.take_steps(job, rows, settings, profiler, num_steps=config.num_steps)
+        measured = step_memory.take_steps(job, rows, settings, profiler, num_steps=config.num_steps)
     parts = {"model_bytes": measured.model_bytes, "composition": measured.composition}
     if not config.suggestions:
         return parts
@@ -233,7 +236,7 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
 
 def _leak(timeline: dict[str, Any], context: Context) -> dict[str, Any]:
     """Return what the readings at the steps' ends say of leaks: of arrays; softer, with MLX's cache; of the process."""
-    from mlxflow.measurement.leaks import LeakTest, find_leak
+    from mlxflow.profiling.leak_test import LeakTest, find_leak
 
     def told(found: LeakTest) -> dict[str, Any]:
         return {name: value for name, value in found._asdict().items() if value is not None}
@@ -295,7 +298,7 @@ def _require_budgets(config: Config, context: Context, figures: dict[str, Any], 
 
 
 def _advise(parts: dict[str, Any], name: str) -> str:
-    from mlxflow.config import toml_value
+    from mlxflow.workflow.config import toml_value
 
     if name == "max_leak_per_step":
         return "Look for arrays that are kept from step to step, or for sums that are never evaluated."
@@ -309,7 +312,7 @@ def _figures(profiler: Any, before: Any) -> dict[str, Any]:
     """Return what the readings came to."""
     import numpy as np
 
-    from mlxflow.training.profiling import STEP
+    from mlxflow.profiling.step_memory import STEP
 
     steps = profiler.timeline()
     active = steps["active_memory_bytes"]

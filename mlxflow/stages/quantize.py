@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
-from mlxflow.device import SIZE_PATTERN, parse_size, size_mistake
+from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
-from mlxflow.stage import Artifacts, Beside, Context, ModelFolder
 from mlxflow.stages import quantize_methods, quantize_quality, train, train_methods
+from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
+from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
 
 VERSION = 7
 
@@ -304,9 +304,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: it costs more than a gate allows.
         WorkflowError: the plan or the method does not fit the model.
     """
-    from mlxflow import artifact, config_json, models
-    from mlxflow.quantization.export import export
+    from mlxflow.models import config_json, model_folder
     from mlxflow.quantization.progress import show_layers
+    from mlxflow.quantization.streaming_export import export
+    from mlxflow.storage import artifact_files
 
     folder = _source(config, inputs, context)
     model, model_config, stored = _load(config, folder, context)
@@ -327,7 +328,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             made.model,
             made.plan.layers,
             file=outputs.model,
-            metadata={"format": "mlx"} | artifact.provenance_metadata(context.provenance),
+            metadata={"format": "mlx"} | artifact_files.provenance_metadata(context.provenance),
             packed=lambda path: made.packed.pop(path, None),
             stored=stored if config.method == "rtn" else {},
             source=str(folder),
@@ -335,7 +336,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         )
     table = made.plan.config()
     config_json.write(outputs.config, {**model_config, "quantization": table, "quantization_config": table})
-    models.copy_companions(folder, context.folder)
+    model_folder.copy_companions(folder, context.folder)
     report = {"method": config.method, **_sizes(exported, made.plan, outputs)} | chosen | made.report
     if tokens is not None:
         report["quality"] = quantize_quality.measure(
@@ -346,13 +347,13 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _source(config: Config, inputs: Inputs, context: Context) -> Path:
     """Return the folder of the dense model."""
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
     if inputs.model:
         return inputs.model[0].parent
     trust_key = f"{context.task}.trust_remote_code"
-    folder = models.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
-    models.require_tokenizer_trust(folder, trust_key)
+    folder = model_folder.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
+    model_folder.require_tokenizer_trust(folder, trust_key)
     return folder
 
 
@@ -364,14 +365,14 @@ def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str
     Raises:
         ArtifactError: the model cannot be opened, or is quantized where that is not asked for.
     """
-    from mlxflow import codes, models
+    from mlxflow.models import model_folder, quantized_layers
 
-    model, model_config = models.load(folder, lazy=True)
-    if codes.is_quantized(model) and not config.requantize:
+    model, model_config = model_folder.load(folder, lazy=True)
+    if quantized_layers.is_quantized(model) and not config.requantize:
         key, value, expected, advice = _already_quantized(config)
         raise ArtifactError(f'{context.task}.{key} = "{value}": {expected}. {advice}')
-    stored = {} if codes.is_quantized(model) else models.stored_matrices(folder, model)
-    return *models.cast(*codes.made_dense(model, model_config), config.dtype), stored
+    stored = {} if quantized_layers.is_quantized(model) else model_folder.stored_matrices(folder, model)
+    return *model_folder.cast(*quantized_layers.made_dense(model, model_config), config.dtype), stored
 
 
 def _open_tokens(
@@ -384,12 +385,12 @@ def _open_tokens(
     """
     if not inputs.tokens:
         return None
-    from mlxflow import config_json, models
     from mlxflow.data.token_file import TokenFile
+    from mlxflow.models import config_json, model_folder
 
     key = f"{context.task}.data"
     train_tokens, validation = (TokenFile.open(path) for path in inputs.tokens)
-    train_tokens.require_vocabulary(models.vocab_size(folder), key)
+    train_tokens.require_vocabulary(model_folder.vocab_size(folder), key)
     positions = config_json.num_positions(model_config)
     if train_tokens.context_length > positions:
         raise ArtifactError(

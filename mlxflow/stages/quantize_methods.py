@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow import terminal
-from mlxflow.config import toml_value
-from mlxflow.device import parse_size
+from mlxflow.device.compute_device import parse_size
 from mlxflow.quantization.settings import Setting
-from mlxflow.stage import Context, derive_seed
 from mlxflow.stages import train, train_methods
+from mlxflow.system import terminal
+from mlxflow.workflow.config import toml_value
+from mlxflow.workflow.stage import Context, derive_seed
 
 # Rows that the learned methods look at together
 _CALIBRATION_BATCH = 4
@@ -58,7 +58,7 @@ def choose_plan(config: Any, model: Any, tokens: Tokens | None, context: Context
     Raises:
         WorkflowError: the table does not fit the model, or the budget cannot be met.
     """
-    from mlxflow.quantization.learned import require_learnable
+    from mlxflow.quantization.calibrated import require_learnable
     from mlxflow.quantization.plan import check_supported, resolve
 
     plan = resolve(model, default=config.default, rules=rules_of(config), key=context.task)
@@ -158,16 +158,16 @@ def _learned(
     """Return the codes that GPTQ, AWQ or DWQ learns from calibration rows."""
     import mlx.core as mx
 
-    from mlxflow.quantization import learned
+    from mlxflow.quantization import calibrated
 
     rows = mx.array(calibration_rows(config, tokens, context).tokens).astype(mx.int32)
     mx.eval(model.parameters(), rows)
     key = context.task
     if config.method == "gptq":
-        return learned.gptq(model, layers, rows[:, :-1], batch_size=_CALIBRATION_BATCH, key=key)
+        return calibrated.gptq(model, layers, rows[:, :-1], batch_size=_CALIBRATION_BATCH, key=key)
     if config.method == "awq":
-        return learned.awq(model, layers, rows[:, :-1], search_steps=_AWQ_STEPS, key=key)
-    return learned.dwq(
+        return calibrated.awq(model, layers, rows[:, :-1], search_steps=_AWQ_STEPS, key=key)
+    return calibrated.dwq(
         model,
         layers,
         rows,
@@ -180,7 +180,7 @@ def _learned(
 
 def calibration_rows(config: Any, tokens: Tokens, context: Context) -> Any:
     """Return token rows and their marks, (R, L + 1) each, for what looks at data, chosen by seed."""
-    from mlxflow.quantization.learned import choose_rows
+    from mlxflow.quantization.calibrated import choose_rows
 
     rows = tokens.train.rows
     seed = derive_seed(context.seed, "quantize.calibration")
@@ -189,9 +189,9 @@ def calibration_rows(config: Any, tokens: Tokens, context: Context) -> Any:
 
 def masks_of(tokens: Tokens, model: Any) -> bool:
     """Return whether documents are kept apart: where there are conversations and the architecture can."""
-    from mlxflow import packed
+    from mlxflow.ops import document_mask
 
-    return tokens.train.has_conversations and packed.can_mask_documents(model, tokens.train.vocab_size)
+    return tokens.train.has_conversations and document_mask.can_mask_documents(model, tokens.train.vocab_size)
 
 
 def _header_bytes(model: Any, packed: Mapping[str, Any]) -> int:
@@ -212,8 +212,8 @@ def _trained(
     """Train with the rounded weights in place, and pack what the last forward pass took."""
     import mlx.core as mx
 
-    from mlxflow import adapter_files
-    from mlxflow.quantization.fake import fake_quantized
+    from mlxflow.models import adapter_files
+    from mlxflow.quantization.fake_quant import fake_quantized
     from mlxflow.training import adapters
 
     settings = training_settings(config, model)
@@ -280,9 +280,9 @@ def _highest_rate(config: Any) -> float:
 
 def _teacher(folder: Path) -> Any:
     """Return the dense model whose distributions are learnt."""
-    from mlxflow import codes, models
+    from mlxflow.models import model_folder, quantized_layers
 
-    teacher, _ = codes.made_dense(*models.load(folder))
+    teacher, _ = quantized_layers.made_dense(*model_folder.load(folder))
     teacher.freeze()
     return teacher
 

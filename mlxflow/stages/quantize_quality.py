@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.errors import StageError
-from mlxflow.stage import Context
+from mlxflow.workflow.stage import Context
 
 # Rows on which single layers are blamed when a gate closes: a rank among them needs few
 _BLAMING_ROWS = 8
@@ -33,16 +33,18 @@ def measure(
     Raises:
         StageError: more than a gate allows, and the layers that cost most are named; numbers that are not finite.
     """
-    from mlxflow import artifact, codes, models, packed
-    from mlxflow.measurement.divergence import measure_divergence
-    from mlxflow.measurement.reference import kept_reference
+    from mlxflow.evaluation.dense_reference import kept_reference
+    from mlxflow.evaluation.kl_divergence import measure_divergence
+    from mlxflow.models import model_folder, quantized_layers
+    from mlxflow.ops import document_mask
+    from mlxflow.storage import artifact_files
 
     def load_dense() -> Any:
-        return codes.for_evaluation(codes.made_dense(*models.load(folder, lazy=True))[0])
+        return quantized_layers.for_evaluation(quantized_layers.made_dense(*model_folder.load(folder, lazy=True))[0])
 
-    quantized = codes.for_evaluation(models.load(context.folder)[0])
+    quantized = quantized_layers.for_evaluation(model_folder.load(context.folder)[0])
     rows = validation.rows.head(config.max_validation_rows)
-    masks = validation.has_conversations and packed.can_mask_documents(quantized, validation.vocab_size)
+    masks = validation.has_conversations and document_mask.can_mask_documents(quantized, validation.vocab_size)
     reference = kept_reference(
         load_dense,
         rows,
@@ -53,7 +55,7 @@ def measure(
     )
     found = measure_divergence(reference, quantized, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
     if context.digests.changed():  # what is kept may be of another model than its name says
-        artifact.remove_folder(context.state / _KEPT_FOLDER)
+        artifact_files.remove_folder(context.state / _KEPT_FOLDER)
     if not math.isfinite(found.kl):
         raise StageError(
             f"{context.task}: the quantized model returns numbers that are not finite on validation rows. "
@@ -78,8 +80,9 @@ def measure(
 
 def _key(folder: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:
     """Return a name for all that the dense side of a comparison follows from."""
-    from mlxflow import device, model_files
-    from mlxflow.identity import digest_json
+    from mlxflow.device import compute_device
+    from mlxflow.storage import model_files
+    from mlxflow.storage.digests import digest_json
 
     files = [folder / name for name in model_files.find(folder).read]
     return digest_json(
@@ -88,7 +91,7 @@ def _key(folder: Path, validation: Path, num_rows: int, *, masks: bool, context:
             "validation": context.digests.digests(validation).identity,
             "rows": num_rows,
             "masks": masks,
-            "device": [context.device, device.name()],
+            "device": [context.device, compute_device.name()],
             "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
         }
     )
@@ -96,11 +99,11 @@ def _key(folder: Path, validation: Path, num_rows: int, *, masks: bool, context:
 
 def _worst_layers(folder: Path, quantized: Any, layers: Mapping[str, Any], rows: Any, *, masks: bool) -> str:
     """Return the layers whose quantized weights cost most alone, in words."""
-    from mlxflow import codes, models
-    from mlxflow.measurement.divergence import costs_by_layer
+    from mlxflow.evaluation.kl_divergence import costs_by_layer
+    from mlxflow.models import model_folder, quantized_layers
 
-    dense = codes.for_evaluation(codes.made_dense(*models.load(folder))[0])
-    weights = codes.dense_weights(quantized, layers)
+    dense = quantized_layers.for_evaluation(quantized_layers.made_dense(*model_folder.load(folder))[0])
+    weights = quantized_layers.dense_weights(quantized, layers)
     few = rows.head(_BLAMING_ROWS)
     costs = costs_by_layer(dense, weights, few, batch_size=_BLAMING_ROWS, masks_documents=masks)
     return ", ".join(f"{path} ({cost:.2g} nats)" for path, cost in list(costs.items())[:3])

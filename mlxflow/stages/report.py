@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow.config import MAX_SIZE
-from mlxflow.stage import Artifacts, Beside, Context, reference_folder
 from mlxflow.stages import report_samples
+from mlxflow.workflow.config import MAX_SIZE
+from mlxflow.workflow.stage import Artifacts, Beside, Context, reference_folder
 
 VERSION = 2
 
@@ -104,9 +104,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     Raises:
         ArtifactError: a model cannot be opened.
     """
-    from mlxflow import artifact
-    from mlxflow.page.reading import Member, read_run
-    from mlxflow.page.render import render
+    from mlxflow.report.load_run import Member, read_run
+    from mlxflow.report.render import render
+    from mlxflow.storage import artifact_files
 
     samples = report_samples.samples(config, inputs, context)
     members = [
@@ -114,5 +114,5 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     ]
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])
-    artifact.write_whole(outputs.page, page)
+    artifact_files.write_whole(outputs.page, page)
     return {"page_bytes": len(page), "samples": samples}

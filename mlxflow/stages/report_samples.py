@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.stage import Context, derive_seed
+from mlxflow.workflow.stage import Context, derive_seed
 
 _TEXT_TEMPERATURE = 0.8
 
@@ -35,13 +35,13 @@ def samples(config: Any, inputs: Any, context: Context) -> list[dict[str, Any]]:
     Raises:
         ArtifactError: a model cannot be opened.
     """
-    from mlxflow import artifact
-    from mlxflow.page.reading import model_key
+    from mlxflow.report.load_run import model_key
+    from mlxflow.storage import artifact_files
 
     asked = _asked(config, inputs)
     found: list[dict[str, Any]] = []
     for reference, path in inputs.models.items():
-        about = {"model": reference, "model_key": model_key(artifact.read_report(inputs.reports[reference]))}
+        about = {"model": reference, "model_key": model_key(artifact_files.read_report(inputs.reports[reference]))}
         try:
             found += [about | one for one in _written(config, path.parent, asked, context)]
         except RuntimeError as error:  # no room for the model: the page is drawn without it
@@ -54,9 +54,9 @@ def _asked(config: Any, inputs: Any) -> _Asked:
         return _Asked(list(config.prompts), [], None, are_messages=True)
     from tokenizers import Tokenizer
 
-    from mlxflow.data.questions import held_out_beginnings, held_out_questions
+    from mlxflow.data.held_out_questions import held_out_beginnings, held_out_questions
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.generation import open_template
+    from mlxflow.evaluation.text_generation import open_template
 
     tokens = TokenFile.open(inputs.validation[0])
     tokenizer = Tokenizer.from_file(str(inputs.validation[1]))
@@ -71,7 +71,7 @@ def _asked(config: Any, inputs: Any) -> _Asked:
 
 def _written(config: Any, folder: Path, asked: _Asked, context: Context) -> list[dict[str, Any]]:
     """Return what one model writes; an entry with a question is an answer, one without continues its prompt."""
-    from mlxflow.generation import Sampling, Writer
+    from mlxflow.evaluation.text_generation import Sampling, Writer
 
     writer = Writer(folder)
     is_chat = asked.are_messages and writer.has_template

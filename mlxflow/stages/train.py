@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow import device, terminal
-from mlxflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem
+from mlxflow.device import compute_device
 from mlxflow.errors import ArtifactError
-from mlxflow.model_files import ADAPTERS
-from mlxflow.stage import Artifacts, Context, ModelFolder, derive_seed
 from mlxflow.stages import train_methods
 from mlxflow.stages.train_artifact import adapters_folder, measure_artifact, quality_of, warn_of_loss, write_model
+from mlxflow.storage.model_files import ADAPTERS
+from mlxflow.system import terminal
+from mlxflow.workflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem
+from mlxflow.workflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
 VERSION = 9
 
@@ -420,10 +421,10 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: the loss stays without a finite value.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
+    from mlxflow.benchmarking.recipe import checkpoint_every
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training.recipe import checkpoint_every
 
-    device.bound_graphs(recomputes=checkpoint_every(config.checkpointing) > 0)
+    compute_device.bound_graphs(recomputes=checkpoint_every(config.checkpointing) > 0)
     tokens = TokenFile.open(inputs.train)
     tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     report = _make(config, inputs, outputs, context, tokens)
@@ -436,7 +437,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, tokens: Any) -> dict[str, Any]:
     """Train and write the model folder; return the report of the training."""
-    from mlxflow import codes, config_json, model_files, models
+    from mlxflow.models import config_json, model_folder, quantized_layers
+    from mlxflow.storage import model_files
 
     base = _base_folder(config, inputs, context)
     with train_methods.begin_proof(config, context) as ahead:
@@ -454,17 +456,17 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         subject=subject,
         kernels=kernels,
     )
-    fuse = with_fuse(config, is_quantized=codes.is_quantized(model)).fuse
+    fuse = with_fuse(config, is_quantized=quantized_layers.is_quantized(model)).fuse
     model = write_model(
         outputs, context, model=model, config_json=model_config, adapter_config=adapter_config, fuse=fuse
     )
-    models.copy_tokenizer(inputs.tokenizer, context.folder)
+    model_folder.copy_tokenizer(inputs.tokenizer, context.folder)
     if base is not None:
         model_files.copy(base, model_files.defaults_and_code(base), context.folder)
     config_json.write_generation(context.folder, config_json.end_of_text(model_config))
     facts = {
         **({"fuse": fuse} if adapter_config else {}),
-        "parameters": models.num_parameters(model),
+        "parameters": model_folder.num_parameters(model),
         "document_mask": masks,
         "fused_loss": fused,
         "kernels": kernels.serving,
@@ -516,7 +518,7 @@ def _make_model(
     """Return the model in training mode, its `config.json`, and its adapters' where it has some."""
     import mlx.core as mx
 
-    from mlxflow import adapter_files, codes, config_json, models
+    from mlxflow.models import adapter_files, config_json, model_folder, quantized_layers
     from mlxflow.training import adapters
 
     seed = derive_seed(context.seed, "train.model")
@@ -525,10 +527,10 @@ def _make_model(
         model, model_config = _base_model(config, base, inputs, tokens, context)
     else:
         model_config = shape_config(config.model, tokens.vocab_size, tokens.context_length, tokens.end_of_text)
-        models.require_room(model_config, context.memory_limit_bytes, f"{context.task}.model")
-        model = models.build(model_config, seed=seed)
+        model_folder.require_room(model_config, context.memory_limit_bytes, f"{context.task}.model")
+        model = model_folder.build(model_config, seed=seed)
     model.set_dtype(dtype)
-    if not codes.is_quantized(model):
+    if not quantized_layers.is_quantized(model):
         adapter_files.fuse(model)  # adapters of an earlier training become a part of the weights
     adapter_config = None
     if config.method != "full":
@@ -559,14 +561,14 @@ def _adapter_shape(config: Config) -> Any:
 
 def _base_folder(config: Config, inputs: Inputs, context: Context) -> Path | None:
     """Return the folder of the model to go on from; None for a new model."""
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
     if not config.model.from_:
         return None
     table = f"{context.task}.model"
     if inputs.base:
         return inputs.base[0].parent
-    return models.fetch(config.model.from_, key=f"{table}.from", trust_key=f"{table}.trust_remote_code")
+    return model_folder.fetch(config.model.from_, key=f"{table}.from", trust_key=f"{table}.trust_remote_code")
 
 
 def _base_model(
@@ -577,34 +579,34 @@ def _base_model(
     Raises:
         ArtifactError: it is none, does not know the tokens, or does not fit `method` or `fuse`.
     """
-    from mlxflow import codes, config_json, models
+    from mlxflow.models import config_json, model_folder, quantized_layers
 
     key = f"{context.task}.model.from"
-    model, model_config = models.load(folder)
-    tokens.require_vocabulary(models.vocab_size(folder), key)
-    models.require_tokenizer(folder, inputs.tokenizer[0], key)
+    model, model_config = model_folder.load(folder)
+    tokens.require_vocabulary(model_folder.vocab_size(folder), key)
+    model_folder.require_tokenizer(folder, inputs.tokenizer[0], key)
     positions = config_json.num_positions(model_config)
     if tokens.context_length > positions:
         raise ArtifactError(
             f"{key}: {folder} is made for {positions:,} positions, the rows have {tokens.context_length:,}. "
             "Lower pretokenize.context_length."
         )
-    if config.method == "full" and codes.is_quantized(model):
+    if config.method == "full" and quantized_layers.is_quantized(model):
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')
-    if config.fuse == "requantize" and not codes.is_quantized(model):
+    if config.fuse == "requantize" and not quantized_layers.is_quantized(model):
         raise ArtifactError(
             f'{context.task}.fuse = "requantize": {folder} is dense. Set {context.task}.fuse = "dense".'
         )
     if config.fuse == "dense":
-        codes.require_unpackable(model)
+        quantized_layers.require_unpackable(model)
     return model, model_config
 
 
 def shape_config(shape: ModelConfig, vocab_size: int, context_length: int, end_of_text: int) -> dict[str, Any]:
     """Return the `config.json` of a new model of a shape."""
-    from mlxflow import models
+    from mlxflow.models import model_folder
 
-    return models.llama_config(
+    return model_folder.llama_config(
         vocab_size=vocab_size,
         context_length=context_length,
         hidden_size=shape.hidden_size,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflow.model_files import ADAPTERS, ADDED_ADAPTERS
-from mlxflow.stage import Context
+from mlxflow.storage.model_files import ADAPTERS, ADDED_ADAPTERS
+from mlxflow.workflow.stage import Context
 
 if TYPE_CHECKING:
     from mlxflow.stages.train import Config, Inputs, Outputs
@@ -43,7 +43,7 @@ def write_model(
         adapter_config: the `adapter_config.json`, where adapters were trained.
         fuse: what becomes of them; decided.
     """
-    from mlxflow import adapter_files, codes, models
+    from mlxflow.models import adapter_files, model_folder, quantized_layers
     from mlxflow.training.adapters import save_adapters
 
     if adapter_config is not None:
@@ -62,8 +62,8 @@ def write_model(
         elif fuse == "requantize":
             model = adapter_files.fuse(model)
         else:
-            model, config_json = codes.made_dense(model, config_json)
-    models.save(
+            model, config_json = quantized_layers.made_dense(model, config_json)
+    model_folder.save(
         model=model,
         config=config_json,
         config_file=outputs.config,
@@ -90,13 +90,13 @@ def measure_artifact(config: "Config", inputs: "Inputs", context: Context, *, ma
     """
     import mlx.core as mx
 
-    from mlxflow import codes, models
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.measurement.perplexity import measure_perplexity
+    from mlxflow.evaluation.perplexity import measure_perplexity
+    from mlxflow.models import model_folder, quantized_layers
 
     gc.collect()  # the trained model and its optimizer are in reference cycles
     mx.clear_cache()
-    model = codes.for_evaluation(models.load(context.folder)[0])
+    model = quantized_layers.for_evaluation(model_folder.load(context.folder)[0])
     rows = TokenFile.open(inputs.validation).rows.head(config.max_validation_rows)
     return measure_perplexity(model, rows, batch_size=config.batch_size, masks_documents=masks)
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from mlxflow import device, terminal
-from mlxflow.config import toml_value
+from mlxflow.device import compute_device
 from mlxflow.errors import ArtifactError, WorkflowError
-from mlxflow.stage import Context, derive_seed
+from mlxflow.system import terminal
+from mlxflow.workflow.config import toml_value
+from mlxflow.workflow.stage import Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.stages.train import Config, Inputs
-    from mlxflow.training.loop import Trainer
+    from mlxflow.training.trainer import Trainer
 
 
 class Subject(NamedTuple):
@@ -59,10 +60,11 @@ def fit(
         StageError: the loss stays without a finite value.
         UserError: no batch fits into the memory.
     """
-    from mlxflow.training import progress, recompute
-    from mlxflow.training.interrupt import heeding_signals
-    from mlxflow.training.loop import Stopped
-    from mlxflow.training.recipe import checkpoint_every
+    from mlxflow.benchmarking.recipe import checkpoint_every
+    from mlxflow.ops import gradient_checkpointing
+    from mlxflow.training import progress
+    from mlxflow.training.stop_signals import heeding_signals
+    from mlxflow.training.trainer import Stopped
 
     objective = subject.objective(kernels.serves_loss)
     checkpoints = _checkpoints(config, context)
@@ -71,7 +73,7 @@ def fit(
         metrics_file.open("w") as metrics,
         heeding_signals() as asked_to_stop,
         kernels.fitted(),
-        recompute.recomputed(subject.model, every=checkpoint_every(config.checkpointing)),
+        gradient_checkpointing.recomputed(subject.model, every=checkpoint_every(config.checkpointing)),
     ):
 
         def log(record: dict[str, Any]) -> None:
@@ -111,7 +113,7 @@ def _trainer(
         told: what else the loop takes: where checkpoints, records and the wish to stop are.
     """
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.training.loop import Trainer
+    from mlxflow.training.trainer import Trainer
 
     return Trainer(
         model=subject.model,
@@ -127,12 +129,16 @@ def _trainer(
 
 def _rehearse(config: "Config", context: Context, subject: Subject, kernels: Any) -> None:
     """Let MLX compile what the first step and validation need."""
-    from mlxflow.training import recompute, rehearsal
-    from mlxflow.training.recipe import checkpoint_every
+    from mlxflow.benchmarking.recipe import checkpoint_every
+    from mlxflow.ops import gradient_checkpointing
+    from mlxflow.training import precompile
 
     objective = subject.objective(kernels.serves_loss)
-    with kernels.fitted(), recompute.recomputed(subject.model, every=checkpoint_every(config.checkpointing)):
-        rehearsal.rehearse(
+    with (
+        kernels.fitted(),
+        gradient_checkpointing.recomputed(subject.model, every=checkpoint_every(config.checkpointing)),
+    ):
+        precompile.rehearse(
             subject.model,
             lambda: make_step(config, subject.model, objective, key=context.task, kernels=kernels),
             subject.tokens.rows.head(config.batch_size),
@@ -153,9 +159,9 @@ def begin(kernels: str, device_asked_for: str) -> AbstractContextManager[Any]:
     """
     if kernels == "off" or device_asked_for == "cpu":
         return nullcontext()
-    from mlxflow.kernels import ahead
+    from mlxflow.kernels import early_start
 
-    return ahead.begin_early()
+    return early_start.begin_early()
 
 
 def begin_proof(config: "Config", context: Context) -> AbstractContextManager[Any]:
@@ -172,9 +178,9 @@ def begin_proof(config: "Config", context: Context) -> AbstractContextManager[An
         if context.begun is not None:
             context.begun.stop()
         return nullcontext()
-    from mlxflow.training import serving
+    from mlxflow.kernels import model_kernels
 
-    return serving.begin_proof(context.begun)
+    return model_kernels.begin_proof(context.begun)
 
 
 def _uses_none(config: "Config", context: Context) -> bool:
@@ -195,12 +201,12 @@ def choose_kernels(config: "Config", context: Context, subject: Subject, ahead: 
     """
     import mlx.core as mx
 
-    from mlxflow import artifact
-    from mlxflow.training import serving
+    from mlxflow.kernels import model_kernels
+    from mlxflow.storage import artifact_files
 
     if _uses_none(config, context):
-        return serving.nothing()
-    served = serving.choose_for(
+        return model_kernels.nothing()
+    served = model_kernels.choose_for(
         subject.model,
         dtype=mx.float32 if config.precision == "fp32" else mx.bfloat16,
         precision=config.precision,
@@ -214,12 +220,12 @@ def choose_kernels(config: "Config", context: Context, subject: Subject, ahead: 
     )
     if config.kernels == "require" and served.refused:
         raise WorkflowError(
-            f'{context.task}.kernels = "require": {device.name()} lacks {_lacking(served.refused)}. '
+            f'{context.task}.kernels = "require": {compute_device.name()} lacks {_lacking(served.refused)}. '
             f'Set {context.task}.kernels = "auto".'
         )
     kept = _kept_choice(context)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_whole(kept, json.dumps(served.serving).encode())
+    artifact_files.write_whole(kept, json.dumps(served.serving).encode())
     return served
 
 
@@ -236,10 +242,10 @@ def _kept_choice(context: Context) -> Path:
 
 def _recorded_kernels(context: Context) -> list[str] | None:
     """Return the kernels that served the run that is gone on with or built again."""
-    from mlxflow import artifact, state_files
+    from mlxflow.storage import artifact_files, state_files
 
     if context.published is not None:
-        report = artifact.read_report(context.published / "report.toml")
+        report = artifact_files.read_report(context.published / "report.toml")
         return list(report["kernels"]) if "kernels" in report else None
     try:
         names = state_files.parse_json(state_files.read_bytes(_kept_choice(context)))
@@ -254,10 +260,10 @@ def masks_documents(config: "Config", tokens: Any, model: Any, task: str) -> boo
     Raises:
         WorkflowError: they are to, and the model's architecture cannot tell documents apart.
     """
-    from mlxflow import packed
+    from mlxflow.ops import document_mask
 
     wanted = tokens.has_conversations if config.document_mask == "auto" else config.document_mask
-    if not wanted or packed.can_mask_documents(model, tokens.vocab_size):
+    if not wanted or document_mask.can_mask_documents(model, tokens.vocab_size):
         return bool(wanted)
     if tokens.packs_documents:
         raise WorkflowError(
@@ -276,7 +282,7 @@ def report_of(result: Any, kernels: Any, *, keeps_best: bool) -> dict[str, Any]:
         kernels: of `choose_kernels`.
         keeps_best: whether the trained model has the weights of the best validation; else of the last.
     """
-    from mlxflow.measurement.perplexity import perplexity_of
+    from mlxflow.evaluation.perplexity import perplexity_of
 
     return {
         "steps": result.steps,
@@ -313,8 +319,8 @@ def make_step(config: "Config", model: Any, objective: Any, *, key: str, kernels
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
+    from mlxflow.ops.overrides import Arithmetic
     from mlxflow.training import optimizers
-    from mlxflow.training.arithmetic import Arithmetic
     from mlxflow.training.step import Step
 
     known = optimizers.options_of(config.optimizer)
@@ -386,7 +392,7 @@ def _loader(config: "Config", tokens: Any, context: Context, size: int, cursor: 
 
 
 def _plan(config: "Config", masks: bool, context: Context) -> Any:
-    from mlxflow.training.loop import Plan
+    from mlxflow.training.trainer import Plan
 
     return Plan(
         num_steps=config.num_steps,

@@ -10,9 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import adapter_files, artifact, bare, terminal
-from mlxflow.config import toml_value
 from mlxflow.errors import WorkflowError
+from mlxflow.models import adapter_files
+from mlxflow.ops import mlx_lm_import
+from mlxflow.storage import artifact_files
+from mlxflow.system import terminal
+from mlxflow.workflow.config import toml_value
 
 
 class AdapterShape(NamedTuple):
@@ -50,7 +53,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
     Raises:
         WorkflowError: a pattern names no layer; the message lists those there are.
     """
-    bare.prepare()
+    mlx_lm_import.prepare()
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     config = _config_of(model, shape, key)
@@ -160,7 +163,7 @@ def _adaptable(block: nn.Module, method: str) -> set[str]:
 
 
 def _expert_kinds() -> tuple[type[nn.Module], ...]:
-    bare.prepare()
+    mlx_lm_import.prepare()
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     return SwitchLinear, QuantizedSwitchLinear
@@ -192,5 +195,5 @@ def save_adapters(
 ) -> None:
     """Write what `mlx_lm.generate --adapter-path` reads."""
     weights: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    artifact.write_tensors(weights_file, weights, artifact.provenance_metadata(provenance))
+    artifact_files.write_tensors(weights_file, weights, artifact_files.provenance_metadata(provenance))
     config_file.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.causes import advise_on
 from mlxflow.errors import SourceError, WorkflowError
+from mlxflow.system.os_errors import advise_on
 
 
 class Reading(NamedTuple):

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import msgspec
 
-from mlxflow import artifact, state_files, temporaries
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.identity import digest_file
-from mlxflow.state_files import InvalidStateError, OutdatedStateError
+from mlxflow.storage import artifact_files, state_files, temporary_files
+from mlxflow.storage.digests import digest_file
+from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 
 _STATE, _FACTS, _METRICS = "state.safetensors", "state.json", "metrics.jsonl"
 
@@ -88,9 +88,9 @@ class CheckpointStore:
             StageError: the disk is full or cannot be written; the checkpoints that are there stay as they are.
         """
         folder = self._folder / f"step-{name}"
-        with artifact.publishing(folder) as private:
-            artifact.write_tensors(private / _STATE, arrays, {})
-            artifact.check_whole(private / _STATE)
+        with artifact_files.publishing(folder) as private:
+            artifact_files.write_tensors(private / _STATE, arrays, {})
+            artifact_files.check_whole(private / _STATE)
             (private / _METRICS).write_text(metrics)
             files = {name: digest_file(private / name).content for name in (_STATE, _METRICS)}
             best = self._best_digests.get(facts.get("best_step", -1), "")
@@ -109,8 +109,8 @@ class CheckpointStore:
             unfit: returns why a run cannot go on from a checkpoint; empty where it can.
         """
         for partial in self._folder.glob(".step-*.partial*"):
-            artifact.remove_folder(partial)
-        temporaries.remove_orphans(self._folder)
+            artifact_files.remove_folder(partial)
+        temporary_files.remove_orphans(self._folder)
         for folder in reversed(self._folders()):
             try:
                 found = self._read(folder)
@@ -132,9 +132,9 @@ class CheckpointStore:
         """Keep the weights of the best validation so far; those before are kept as long as a checkpoint knows them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._best(step)
-        temporary = temporaries.beside(path, ".tmp.safetensors")
-        artifact.write_tensors(temporary, weights, {})
-        artifact.check_whole(temporary)
+        temporary = temporary_files.beside(path, ".tmp.safetensors")
+        artifact_files.write_tensors(temporary, weights, {})
+        artifact_files.check_whole(temporary)
         self._best_digests[step] = digest_file(temporary).content
         temporary.replace(path)
         needed = {step, *(self._best_step(folder) for folder in self._folders())}

@@ -15,7 +15,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlxflow.training.exponential import LOG2_E, exp2_below
+from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = False) -> mx.array:

@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow import packed
 from mlxflow.errors import WorkflowError
-from mlxflow.training.head import Head, find_head
+from mlxflow.ops import document_mask
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
+from mlxflow.training.output_head import Head, find_head
 
 #: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats, in fp32, and how many tokens
 #: it is of, in fp32 too.
@@ -29,7 +29,7 @@ def plain_objective(*, masks_documents: bool, uses_kernel: bool = False) -> Obje
 
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
-        logits = packed.apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+        logits = document_mask.apply(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
         return (cross_entropy(logits, tokens[:, 1:], uses_kernel=uses_kernel) * weights).sum(), weights.sum()
 
     return objective
@@ -49,8 +49,8 @@ def distilling_objective(teacher: nn.Module, *, masks_documents: bool) -> Object
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
         pieces = marks[:, :-1] if masks_documents else None
-        wanted = mx.stop_gradient(packed.apply(teacher, tokens[:, :-1], pieces)).astype(mx.float32)
-        logits = packed.apply(model, tokens[:, :-1], pieces).astype(mx.float32)
+        wanted = mx.stop_gradient(document_mask.apply(teacher, tokens[:, :-1], pieces)).astype(mx.float32)
+        logits = document_mask.apply(model, tokens[:, :-1], pieces).astype(mx.float32)
         expected = (mx.softmax(wanted, axis=-1) * logits).sum(axis=-1)
         return ((mx.logsumexp(logits, axis=-1) - expected) * weights).sum(), weights.sum()
 
@@ -69,7 +69,7 @@ def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int, uses_
 
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
-        hidden = packed.apply_body(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+        hidden = document_mask.apply_body(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
         total = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             head.weight(model, hidden.dtype),

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from mlxflow import terminal
-from mlxflow.training.loop import Log
+from mlxflow.system import terminal
+from mlxflow.training.trainer import Log
 
 
 @contextmanager

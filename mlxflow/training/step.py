@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxflow.training.arithmetic import Arithmetic, own_arithmetic
+from mlxflow.ops.overrides import Arithmetic, own_arithmetic
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizers import Update
 

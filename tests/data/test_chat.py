@@ -13,8 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.chatml import CHATML
+from mlxflow.data.documents import Document, Formatter
 from mlxflow.data.encoder import TokenSpans
-from mlxflow.data.formats import Document, Formatter
 from mlxflow.data.records import Bad, Record
 from mlxflow.data.tokenizer import train_tokenizer
 from tests.data.talks import without_marks

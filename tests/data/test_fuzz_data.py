@@ -13,14 +13,14 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlxflow.data import streams
+from mlxflow.data import decompression
 from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chatml import CHATML
 from mlxflow.data.conversations import ALPACA_KEYS, CHAT_KEYS, COMPANION_KEYS, COMPLETION_KEYS
-from mlxflow.data.formats import Document, Formatter, NoTemplateError
+from mlxflow.data.decompression import FileProblem
+from mlxflow.data.documents import Document, Formatter, NoTemplateError
 from mlxflow.data.records import Bad, Shape, read_file
-from mlxflow.data.streams import FileProblem
-from mlxflow.identity import digest_file
+from mlxflow.storage.digests import digest_file
 
 KEYS = ("text", *CHAT_KEYS, *COMPLETION_KEYS, *ALPACA_KEYS, *COMPANION_KEYS)
 ROLES = ("user", "assistant", "system", "tool", "gpt", "human", "function_call", "observation", "", "a b", "\ud800")
@@ -178,8 +178,8 @@ def test_a_compressed_file_is_read_in_bounded_memory(
     path = folder / f"a.{kind}.{compression}"
     path.write_bytes(data.draw(damaged(st.just(stream))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "PIECE_BYTES", 1 << 16)
-        patch.setattr(streams, "_FREE_INFLATION_BYTES", 1 << 19)
+        patch.setattr(decompression, "PIECE_BYTES", 1 << 16)
+        patch.setattr(decompression, "_FREE_INFLATION_BYTES", 1 << 19)
         tracemalloc.start()
         try:
             _read(path, has_template=True, train_on="all")

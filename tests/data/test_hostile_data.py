@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import xxhash
 
-from mlxflow.data import items, long_lines, parquet_files, streams
-from mlxflow.data.formats import Document, Formatter
+from mlxflow.data import decompression, items, long_lines, parquet_files
+from mlxflow.data.decompression import FileProblem
+from mlxflow.data.documents import Document, Formatter
 from mlxflow.data.records import Bad, Shape, read_file
-from mlxflow.data.streams import FileProblem
-from mlxflow.identity import digest_file
+from mlxflow.storage.digests import digest_file
 
 
 def _documents(path: Path, *, format_: Any = "auto") -> Iterator[Document | Bad]:
@@ -66,8 +66,8 @@ def _write(folder: Path, name: str, data: bytes | str) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long text is one of 300 bytes, read in pieces of 100; a long line one of 200."""
-    monkeypatch.setattr(streams, "PIECE_BYTES", 100)
-    for module in ("mlxflow.data.formats", "mlxflow.data.items"):
+    monkeypatch.setattr(decompression, "PIECE_BYTES", 100)
+    for module in ("mlxflow.data.documents", "mlxflow.data.items"):
         monkeypatch.setattr(f"{module}.LONG_TEXT_BYTES", 300)
     for module in ("mlxflow.data.json_records", "mlxflow.data.long_lines"):
         monkeypatch.setattr(f"{module}.LONG_LINE_BYTES", 200)
@@ -160,7 +160,7 @@ def test_a_million_keys_are_passed_over(tmp_path: Path) -> None:
 
 def test_a_conversation_of_many_megabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "MAX_CONVERSATION_BYTES", 1 << 20)
-    monkeypatch.setattr("mlxflow.data.formats.MAX_CONVERSATION_BYTES", 1 << 20)
+    monkeypatch.setattr("mlxflow.data.documents.MAX_CONVERSATION_BYTES", 1 << 20)
     talk = {"prompt": "x", "completion": "y" * (1 << 21)}
     lines = _write(tmp_path, "a.jsonl", json.dumps(talk))
     assert _reasons(lines) == [(1, "holds a conversation of over 1,048,576 bytes. Split the record")]

@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow import artifact
 from mlxflow.data.loader import DeviceBatch, Loader, Order
 from mlxflow.data.token_file import Batch, Rows, TokenFile
 from mlxflow.errors import ArtifactError, SourceError
+from mlxflow.storage import artifact_files
 
 
 def _rows(count: int, length: int = 3) -> Rows:
@@ -150,7 +150,7 @@ def _token_file(path: Path, count: int) -> Path:
     metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "end_tokens": "0", "targets": "8"}
     tokens = np.arange(count * 5, dtype=np.uint8).reshape(count, 5)
     arrays = {"tokens": tokens, "marks": np.full_like(tokens, 3)}
-    artifact.write_arrays(path, arrays, metadata | {"has_conversations": "false"})
+    artifact_files.write_arrays(path, arrays, metadata | {"has_conversations": "false"})
     return path
 
 
@@ -200,7 +200,7 @@ def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], r
     metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "end_tokens": "0", "targets": "8"}
     tokens = np.zeros((6, 5), np.uint8)
     arrays = {"tokens": tokens, "marks": tokens if change else tokens.reshape(5, 6)}
-    artifact.write_arrays(path, arrays, metadata | {"has_conversations": "false"} | change)
+    artifact_files.write_arrays(path, arrays, metadata | {"has_conversations": "false"} | change)
     with pytest.raises(ArtifactError) as caught:
         TokenFile.open(path)
     assert str(caught.value) == f"{path}: damaged ({reason}). Run: doit pretokenize"
@@ -208,7 +208,7 @@ def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], r
 
 def test_another_safetensors_file_is_no_token_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    artifact.write_arrays(path, {"tokens": np.arange(5)}, {})
+    artifact_files.write_arrays(path, {"tokens": np.arange(5)}, {})
     with pytest.raises(ArtifactError) as caught:
         TokenFile.open(path)
     assert str(caught.value) == (f"{path}: no token file (its metadata lacks 'context_length'). Run: doit pretokenize")

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from mlxflow.data import items, streams
+from mlxflow.data import decompression, items
+from mlxflow.data.decompression import FileProblem, read_pieces
 from mlxflow.data.records import Bad, Binary, Record, RecordForm, Shape, Text, read_file
-from mlxflow.data.streams import FileProblem, read_pieces
 from mlxflow.errors import SourceError
-from mlxflow.identity import digest_file
+from mlxflow.storage.digests import digest_file
 
 KEYS = frozenset({"text"})
 
@@ -51,7 +51,7 @@ def _write(folder: Path, name: str, data: bytes) -> Path:
 
 
 def _pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(streams, "PIECE_BYTES", size)
+    monkeypatch.setattr(decompression, "PIECE_BYTES", size)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.data.sources import (
-    PYTHON_STDLIB,
-    Found,
-    builtin_files,
-    corpus_identity,
-    find,
-    source_files,
-)
+from mlxflow.data.sources import PYTHON_STDLIB, Found, builtin_files, corpus_identity, find, source_files
 from mlxflow.errors import SourceError
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 
 
 def _write(folder: Path, *names: str) -> None:

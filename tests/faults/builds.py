@@ -36,8 +36,8 @@ STAGE = """
 import hashlib, sys
 from pathlib import Path
 from mlxflow import __main__ as door, artifact
-from mlxflow.causes import naming
-from mlxflow.orphans import end_with_parent
+from mlxflow.system.os_errors import naming
+from mlxflow.system.child_processes import end_with_parent
 
 def build(parsed):
     end_with_parent()

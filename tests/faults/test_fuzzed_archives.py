@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.identity import DigestCache, digest_file
+from mlxflow.storage.digests import DigestCache, digest_file
 from tasks.archive import pack, unpack
-from tasks.node import Node
 from tasks.outputs import observe_outputs
 from tasks.records import check_values
+from tasks.stage_node import Node
 from tests.faults.grammar import VALUES, changed, spoilt
 
 A, B = "artifacts/train/a", "artifacts/train/folder/" + "long/" * 30 + "b"

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.architecture_configs import DENSE, MIXTURES, config_of
-from mlxflow import models
-from mlxflow.artifact import UNREAD_TYPES
 from mlxflow.errors import ArtifactError, WorkflowError
-from mlxflow.tensor_header import read_safetensors_header
-from mlxflow.workflow import load_workflow, resolved_toml
+from mlxflow.models import model_folder
+from mlxflow.storage.artifact_files import UNREAD_TYPES
+from mlxflow.storage.tensor_header import read_safetensors_header
+from mlxflow.workflow.loader import load_workflow, resolved_toml
 from tests.test_bounds import LEAVES, TABLES
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(configs())
 def test_a_model_is_made_or_its_config_is_refused_in_lines(config: dict[str, Any]) -> None:
-    model, lines = outcome(lambda: models.skeleton(config), ArtifactError)
+    model, lines = outcome(lambda: model_folder.skeleton(config), ArtifactError)
     assert model is not None or (are_lines(lines) and all(line.startswith("config.json: ") for line in lines))
 
 

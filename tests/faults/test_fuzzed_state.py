@@ -14,13 +14,13 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxflow.identity import DigestCache, digest_file
+from mlxflow.storage.digests import DigestCache, digest_file
 from tasks import lockfile
 from tasks.adoption import Adoption
-from tasks.node import Node
+from tasks.doit_backend import Journal
 from tasks.planning import plan
 from tasks.records import check_values
-from tasks.state import Journal
+from tasks.stage_node import Node
 from tests.faults.grammar import VALUES, changed, spoilt
 
 VALID: dict[str, Any] = {

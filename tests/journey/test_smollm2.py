@@ -21,8 +21,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxflow.artifact import read_report
 from mlxflow.data.token_file import TokenFile
+from mlxflow.storage.artifact_files import read_report
 from tests.conftest import doit, mlxflow
 from tests.journey import facts, pretrained
 
@@ -265,8 +265,8 @@ def _losses_of_mlx_lm(folder: Path) -> list[float]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from mlxflow.data.loader import Order
-    from mlxflow.stage import derive_seed
     from mlxflow.training.optimizers import make_schedule
+    from mlxflow.workflow.stage import derive_seed
 
     settings = json.loads((folder / "artifacts" / "train" / "lora" / "adapters" / "adapter_config.json").read_text())
     model, *_ = load(str(folder / "base"))

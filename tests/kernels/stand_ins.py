@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated, rms_norm, rotary
+from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated_activation, rms_norm, rotary
 
 
 def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -29,8 +29,8 @@ def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     put(rms_norm, "kernel_gradients", "reference_gradients")
     put(rms_norm, "kernel_sum", "reference_sum")
     put(rms_norm, "kernel_sum_gradients", "reference_sum_gradients")
-    put(gated, "kernel_gradients", "reference_gradients")
-    put(gated, "kernel_joined", "reference_joined")
+    put(gated_activation, "kernel_gradients", "reference_gradients")
+    put(gated_activation, "kernel_joined", "reference_joined")
     put(rotary, "kernel", "reference")
     put(attention, "kernel", "reference")
     put(attention, "kernel_gradients", "reference_gradients")

@@ -9,10 +9,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import language, nvrtc, proof
-from mlxflow.kernels.operations import operation
-from mlxflow.training import serving
-from mlxflow.training.arithmetic import Arithmetic
+from mlxflow.kernels import codegen, model_kernels, nvrtc, verification
+from mlxflow.kernels.verification_cases import operation
+from mlxflow.ops.overrides import Arithmetic
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Step
@@ -60,11 +59,11 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
         return [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(language, "language", lambda: "cuda")
+    monkeypatch.setattr(codegen, "language", lambda: "cuda")
     monkeypatch.setattr(nvrtc, "_architecture", lambda: "sm_90")
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
-    language._built.cache_clear()
-    language._programs_run.cache_clear()
+    codegen._built.cache_clear()
+    codegen._programs_run.cache_clear()
     return launches
 
 
@@ -92,7 +91,7 @@ def test_a_training_step_needs_no_kernel_that_mlx_compiles(
     dtype = mx.float32 if precision == "fp32" else mx.bfloat16
     model.set_dtype(dtype)
     choose = partial(
-        serving.choose_for, model, dtype=dtype, precision=precision, sums_gradients=True, context_length=16
+        model_kernels.choose_for, model, dtype=dtype, precision=precision, sums_gradients=True, context_length=16
     )
     use = choose(recorded=choose(recorded=[]).refused)
     optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-3), weight_decay=0.1, options={})
@@ -118,7 +117,7 @@ def test_kernels_for_other_types_and_widths_have_other_names(launched: Launched)
 
 
 def _program(launched: Launched) -> bytes:
-    language._built.cache_clear()
+    codegen._built.cache_clear()
     tried = operation("sum_of_squares/float32")
     tried.kernel(*tried.inputs(1 << 12))
     code: bytes = launched[-1]["compiled_source"]
@@ -161,7 +160,7 @@ def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
         made.append(arguments)
         return lambda **launch: [mx.zeros(launch["output_shapes"][0])]
 
-    language._compiled.cache_clear()
+    codegen._compiled.cache_clear()
     monkeypatch.setattr(mx.fast, "cuda_kernel", make)
     if lacking == "compiler":
         monkeypatch.setattr(nvrtc, "_library", lambda: None)
@@ -174,7 +173,7 @@ def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
     for dtype in ("float32", "bfloat16"):
         tried = operation(f"sum_of_squares/{dtype}")
         tried.kernel(*tried.inputs(1 << 12))
-    language._compiled.cache_clear()
+    codegen._compiled.cache_clear()
     assert not launched
     names = [f"mlxflow_sum_of_squares_{dtype}_float32" for dtype in ("float32", "bfloat16")]
     assert [one["name"] for one in made] == names
@@ -193,24 +192,24 @@ def trials(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return usual(**arguments)
 
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
-    monkeypatch.setattr(language, "_driver", lambda: "driver 1")
+    monkeypatch.setattr(codegen, "_driver", lambda: "driver 1")
     return names
 
 
 def _runs_in_another_process() -> bool:
-    language._programs_run.cache_clear()
-    return language._programs_run()
+    codegen._programs_run.cache_clear()
+    return codegen._programs_run()
 
 
 def test_that_programs_run_is_tried_once_and_kept(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert _runs_in_another_process()
     assert len(trials) == 1
-    monkeypatch.setattr(language, "_driver", lambda: "driver 2")
+    monkeypatch.setattr(codegen, "_driver", lambda: "driver 2")
     for _ in range(2):
         assert _runs_in_another_process()
     assert len(trials) == 2
-    monkeypatch.setattr(language, "_driver", lambda: "")
+    monkeypatch.setattr(codegen, "_driver", lambda: "")
     for _ in range(2):
         assert _runs_in_another_process()
     assert len(trials) == 4, "of a driver that is not told nothing is known"
@@ -229,7 +228,7 @@ def test_that_programs_run_does_not_hold_without_the_compiler(
 ) -> None:
     assert _runs_in_another_process()
     monkeypatch.setattr(nvrtc, "_library", lambda: None)
-    language._built.cache_clear()
+    codegen._built.cache_clear()
     assert not _runs_in_another_process()
 
 
@@ -238,14 +237,14 @@ def test_the_programs_of_several_kernels_are_compiled_before_they_are_called(
 ) -> None:
     names = ["rms_norm/float32/72", "rms_norm/bfloat16/72", "sum_of_squares/float32", "adamw/float32/bfloat16"]
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    proof.make_ready(names)
+    verification.make_ready(names)
     assert {one["compiled_source"] for one in launched} == {b""}, "built, and not computed"
     assert capsys.readouterr().out.split() == [word for name in names for word in ("begin", name)]
     launched.clear()
     monkeypatch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled one by one"))
     for name in names:
         tried = operation(name)
-        for size in (1 << 12, proof._CHECKED):
+        for size in (1 << 12, verification._CHECKED):
             tried.kernel(*tried.inputs(size))
     assert all(one["compiled_source"].startswith(b"\x7fELF") for one in launched)
 

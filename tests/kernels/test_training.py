@@ -8,10 +8,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
-from mlxflow.kernels import language
-from mlxflow.measurement import perplexity
-from mlxflow.training import recompute, rehearsal, serving
-from mlxflow.training.arithmetic import Arithmetic
+from mlxflow.evaluation import perplexity
+from mlxflow.kernels import codegen, model_kernels
+from mlxflow.ops import gradient_checkpointing
+from mlxflow.ops.overrides import Arithmetic
+from mlxflow.training import precompile
 from mlxflow.training.objective import choose_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
 from mlxflow.training.step import Step
@@ -28,11 +29,11 @@ class Run(NamedTuple):
     state: dict[str, mx.array]
 
 
-def _all(model: Any, dtype: mx.Dtype, precision: str, length: int, masks: bool) -> serving.Serving:
+def _all(model: Any, dtype: mx.Dtype, precision: str, length: int, masks: bool) -> model_kernels.Serving:
     """Let every kernel serve that could."""
 
-    def chosen(names: list[str]) -> serving.Serving:
-        return serving.choose_for(
+    def chosen(names: list[str]) -> model_kernels.Serving:
+        return model_kernels.choose_for(
             model,
             dtype=dtype,
             precision=precision,
@@ -63,7 +64,7 @@ def _train(
     model.set_dtype(dtype)
     model.train()
     mx.eval(model.parameters())
-    use = _all(model, dtype, precision, length, masks) if kernels else serving.nothing()
+    use = _all(model, dtype, precision, length, masks) if kernels else model_kernels.nothing()
     schedule = make_schedule(
         name="cosine", learning_rate=1e-3, final_learning_rate=0, num_steps=steps, warmup_steps=5, decay_steps=0
     )
@@ -85,10 +86,10 @@ def _train(
         update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", serves=use.serves)
         return Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
 
-    with use.fitted(), recompute.recomputed(model, every=every):
+    with use.fitted(), gradient_checkpointing.recomputed(model, every=every):
         if rehearses:
             few = Rows(np.array(rows[0], np.uint16), np.array(marks))
-            rehearsal.rehearse(model, make_step, few, is_one_pass=True, masks_documents=masks)
+            precompile.rehearse(model, make_step, few, is_one_pass=True, masks_documents=masks)
         step = make_step()
         for number in range(steps):
             outcome = step.update(step.compute(rows[number % len(rows)], marks))
@@ -161,9 +162,9 @@ def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
 ) -> None:
     plain = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks)
     launched: list[int] = []
-    nothing = language._nothing
+    nothing = codegen._nothing
 
-    def counted(shared_bytes: int) -> language.Built:
+    def counted(shared_bytes: int) -> codegen.Built:
         launched.append(shared_bytes)
         return nothing(shared_bytes)
 
@@ -174,8 +175,8 @@ def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
         measured.append(found.loss)
         return found
 
-    monkeypatch.setattr(language, "_nothing", counted)
-    monkeypatch.setattr(rehearsal, "measure_perplexity", measure_too)
+    monkeypatch.setattr(codegen, "_nothing", counted)
+    monkeypatch.setattr(precompile, "measure_perplexity", measure_too)
     rehearsed = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks, rehearses=True)
     assert len(launched) > 20
     assert len(measured) == 1, "it came to its end"
@@ -188,8 +189,12 @@ def test_the_first_run_on_this_device_proves_every_kernel_it_wants(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, _ = llama(hidden_size=64, intermediate_size=64)
-    use = serving.choose_for(model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH)
+    use = model_kernels.choose_for(
+        model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH
+    )
     broken = {name: reason for name, reason in use.refused.items() if not reason.startswith("it takes ")}
     assert not broken, "each is right, and only its speed may speak against it"
-    again = serving.choose_for(model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH)
+    again = model_kernels.choose_for(
+        model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH
+    )
     assert (again.serving, again.refused) == (use.serving, use.refused)

@@ -9,12 +9,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import VOCAB_SIZE, config_of
-from mlxflow import models
-from mlxflow.quantization import scalable
+from mlxflow.models import model_folder
+from mlxflow.ops.method_override import replaced
+from mlxflow.quantization import scale_groups
 from mlxflow.quantization.awq import scale_and_clip
 from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.settings import Setting
-from mlxflow.replaced import replaced
 
 TOKENS = mx.random.randint(0, VOCAB_SIZE, (8, 16), key=mx.random.key(0))
 
@@ -61,7 +61,7 @@ GROUPS: dict[str, dict[str, str]] = {
 
 def _model(architecture: str) -> nn.Module:
     """Return a model whose activations differ in size by channel, as those of trained ones do."""
-    model = models.build(config_of(architecture), seed=0)
+    model = model_folder.build(config_of(architecture), seed=0)
     model.eval()
     for path, layer in model.named_modules():
         if "weight" in layer and layer.weight.ndim == 1:
@@ -86,8 +86,8 @@ def _on_last_block(model: nn.Module, work: Any) -> Any:
     return results[0]
 
 
-def _groups(block: nn.Module, run: scalable.Run) -> list[scalable.Group]:
-    return scalable.find_groups(block, run, scalable.noted(block, run))
+def _groups(block: nn.Module, run: scale_groups.Run) -> list[scale_groups.Group]:
+    return scale_groups.find_groups(block, run, scale_groups.noted(block, run))
 
 
 @pytest.mark.parametrize("architecture", GROUPS)
@@ -101,12 +101,12 @@ def test_scales_that_are_divided_out_again_leave_the_logits_as_they_were(archite
     model = _model(architecture)
     wanted = model(TOKENS)
 
-    def scale(block: nn.Module, run: scalable.Run) -> int:
+    def scale(block: nn.Module, run: scale_groups.Run) -> int:
         groups = _groups(block, run)
         layers = dict(block.named_modules())
         for number, group in enumerate(groups):
             width = layers[group.layers[0]].weight.shape[-1]
-            scalable.apply_scales(block, group, mx.exp(mx.random.normal((width,), key=mx.random.key(number))))
+            scale_groups.apply_scales(block, group, mx.exp(mx.random.normal((width,), key=mx.random.key(number))))
         return len(groups)
 
     before = {name: mx.array(value) for name, value in tree_flatten(model.parameters())}

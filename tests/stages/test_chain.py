@@ -14,10 +14,10 @@ from mlx_lm.perplexity import eval_ppl
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from mlxflow.artifact import read_report
-from mlxflow.codes import for_evaluation
 from mlxflow.data.token_file import Rows, TokenFile
-from mlxflow.measurement.perplexity import measure_perplexity
+from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.models.quantized_layers import for_evaluation
+from mlxflow.storage.artifact_files import read_report
 from tests.conftest import STAGES, mlxflow
 
 MODELS = ("train", "quantize/q4", "quantize/q8")

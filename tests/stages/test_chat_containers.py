@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 
 TURNS = [(f"What is {n} plus {n}?", f"It is {2 * n}, of course.") for n in range(12)]
 

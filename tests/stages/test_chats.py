@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from mlxflow.artifact import read_report
 from mlxflow.data.token_file import TokenFile
-from mlxflow.generation import Sampling, Writer
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.evaluation.text_generation import Sampling, Writer
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 
 CHATS = Path(__file__).with_name("chats")
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

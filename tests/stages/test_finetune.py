@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow.artifact import read_report
 from mlxflow.errors import ArtifactError, MlxflowError, WorkflowError
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 
 HEAD = """
 [pretokenize]

@@ -10,10 +10,10 @@ import pytest
 from mlx_lm.convert import convert
 
 from benchmarks.architecture_configs import config_of
-from mlxflow import codes, models
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
-from tests.test_models import FP8, VISION, WRAPPERS, as_fp8, weights_of, write_folder
+from mlxflow.models import model_folder, quantized_layers
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
+from tests.models.test_model_folder import FP8, VISION, WRAPPERS, as_fp8, weights_of, write_folder
 
 HEAD = """
 [pretokenize]
@@ -56,7 +56,7 @@ def job(request: pytest.FixtureRequest, built: Path, tmp_path: Path) -> Path:
     shutil.copytree(built / "artifacts/pretokenize", tmp_path / "artifacts/pretokenize")
     shutil.copytree(built / "notes", tmp_path / "notes")
     write_folder(tmp_path / "given", *FOLDERS[request.param]())
-    for name in models.TOKENIZER_FILES:
+    for name in model_folder.TOKENIZER_FILES:
         shutil.copy(built / "artifacts/pretokenize" / name, tmp_path / "given")
     return tmp_path
 
@@ -90,7 +90,7 @@ def test_quantizing_writes_what_mlx_lms_converter_writes(job: Path) -> None:
     }
     assert config["quantization"] == config["quantization_config"]
     assert "vision_config" not in config
-    models.load(made)
+    model_folder.load(made)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -98,6 +98,6 @@ def test_training_writes_a_config_of_the_weights_beside_it(job: Path, method: st
     made = _run(job, "train", TRAIN + f'method = "{method}"\n')
     config = _config(made)
     assert not {"vision_config", "quantization", "quantization_config"} & set(config)
-    model, _ = models.load(made)
-    assert not codes.is_quantized(model)
+    model, _ = model_folder.load(made)
+    assert not quantized_layers.is_quantized(model)
     assert {str(value.dtype) for name, value in _weights(made).items() if "bias" not in name} == {"mlx.core.float32"}

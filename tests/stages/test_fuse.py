@@ -10,13 +10,13 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlxflow import models
-from mlxflow.artifact import read_report
 from mlxflow.errors import MlxflowError
-from mlxflow.generation import Sampling, Writer, generate
-from mlxflow.identity import DigestCache
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.evaluation.text_generation import Sampling, Writer, generate
+from mlxflow.models import model_folder
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.digests import DigestCache
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 from tasks import archive, freshness, outputs
 from tasks.graph import load_nodes
 from tests.conftest import mlxflow
@@ -168,8 +168,8 @@ def test_the_unfused_artifact_is_the_base_with_adapters_beside_it(project: Path,
     base, kept = (_weights(folder / "model.safetensors") for folder in (project / "q2", adapted))
     assert {name: mx.array_equal(value, kept[name]).item() for name, value in base.items()} == dict.fromkeys(base, True)
     assert kept.keys() == base.keys()
-    assert read_report(adapted / "report.toml")["parameters"] == models.num_parameters(
-        models.load(project / "artifacts/train")[0]
+    assert read_report(adapted / "report.toml")["parameters"] == model_folder.num_parameters(
+        model_folder.load(project / "artifacts/train")[0]
     )
 
 
@@ -265,7 +265,7 @@ def test_every_later_stage_reads_the_trained_model(chain: Path) -> None:
 
 
 def _sample_seed() -> int:
-    from mlxflow.stage import derive_seed
+    from mlxflow.workflow.stage import derive_seed
 
     return derive_seed(0, "report.samples")
 
@@ -379,7 +379,7 @@ def test_a_changed_adapter_makes_every_reader_stale(chain: Path) -> None:
 def test_a_model_of_the_hub_decides_when_it_is_there(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, expected: str
 ) -> None:
-    monkeypatch.setattr(models, "fetch", lambda *_, **__: project / base)
+    monkeypatch.setattr(model_folder, "fetch", lambda *_, **__: project / base)
     made = _train(project, tmp_path / "made", 'method = "lora"\nmodel.from = "owner/name"\n')
     report = read_report(made / "report.toml")
     assert report["fuse"] == expected
@@ -403,7 +403,7 @@ def test_an_unfused_artifact_moves_between_machines(chain: Path, tmp_path: Path)
     moved = replace(node, root=tmp_path / "moved")
     (moved.root / "artifacts").mkdir(parents=True)
     archive.unpack(tmp_path / "train.tar", {"train": moved})
-    one, other = (models.load(root / "artifacts/train")[0] for root in (chain, moved.root))
+    one, other = (model_folder.load(root / "artifacts/train")[0] for root in (chain, moved.root))
     tokens = mx.arange(1, 9)[None]
     assert mx.array_equal(one(tokens), other(tokens)).item()
 

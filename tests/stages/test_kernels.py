@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from mlxflow import artifact, device, models
+from mlxflow.device import compute_device
 from mlxflow.errors import WorkflowError
-from mlxflow.kernels import adamw, choice
-from mlxflow.kernels import ahead as ahead_of
-from mlxflow.kernels.ahead import Ahead
-from mlxflow.kernels.outcome import Outcome
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.kernels import adamw, registry
+from mlxflow.kernels import early_start as ahead_of
+from mlxflow.kernels.early_start import Ahead
+from mlxflow.kernels.verification_outcome import Outcome
+from mlxflow.models import model_folder
+from mlxflow.storage import artifact_files
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 from tests.conftest import REPOSITORY, mlxflow
 from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
 
@@ -73,11 +75,11 @@ def folder(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Counter[str]:  # noqa: F811
     """A device that takes kernels, as far as the stages know."""
-    monkeypatch.setattr(device, "select", lambda _: "gpu")
+    monkeypatch.setattr(compute_device, "select", lambda _: "gpu")
     return let_references_serve(monkeypatch)
 
 
-Meanwhile = Callable[[choice.Choice], object]
+Meanwhile = Callable[[registry.Choice], object]
 
 
 def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = False) -> list[list[str]]:
@@ -89,13 +91,13 @@ def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = Fal
     """
     asked: list[list[str]] = []
 
-    def choose(names: Iterable[str], ahead: Ahead | None, meanwhile: Meanwhile) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: Ahead | None, meanwhile: Meanwhile) -> registry.Choice:
         asked.append(sorted(names))
         if is_cold:
-            meanwhile(choice.recorded(asked[-1], asked[-1]))
-        return choice.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
+            meanwhile(registry.recorded(asked[-1], asked[-1]))
+        return registry.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
 
-    monkeypatch.setattr(choice, "choose", choose)
+    monkeypatch.setattr(registry, "choose", choose)
     return asked
 
 
@@ -105,7 +107,7 @@ def _run(folder: Path, stage: str, into: Path | None = None) -> Path:
 
 
 def _kernels(made: Path) -> tuple[list[str], list[str]]:
-    report = artifact.read_report(made / "report.toml")
+    report = artifact_files.read_report(made / "report.toml")
     return report["kernels"], report["run"]["kernels_refused"]
 
 
@@ -225,7 +227,7 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    build = models.build
+    build = model_folder.build
 
     def begin(early: Ahead | None) -> Ahead:
         told.append("begin")
@@ -237,14 +239,14 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
         told.append("model")
         return build(*arguments, **named)
 
-    def choose(names: Iterable[str], ahead: Ahead, _: Meanwhile) -> choice.Choice:
+    def choose(names: Iterable[str], ahead: Ahead, _: Meanwhile) -> registry.Choice:
         told.append("choose")
         with ahead:
-            return choice.Choice(dict.fromkeys(names, Outcome(False, "it is slow")))
+            return registry.Choice(dict.fromkeys(names, Outcome(False, "it is slow")))
 
-    monkeypatch.setattr(choice, "begin", begin)
-    monkeypatch.setattr(choice, "choose", choose)
-    monkeypatch.setattr(models, "build", built)
+    monkeypatch.setattr(registry, "begin", begin)
+    monkeypatch.setattr(registry, "choose", choose)
+    monkeypatch.setattr(model_folder, "build", built)
     _run(folder, "train")
     assert told == ["begin", "model", "choose", "end"]
     told.clear()
@@ -254,7 +256,7 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
     assert told == ["model", "begin", "choose", "end"]
     shutil.rmtree(folder / "artifacts/train")
     told.clear()
-    monkeypatch.setattr(models, "build", lambda *_, **__: None)
+    monkeypatch.setattr(model_folder, "build", lambda *_, **__: None)
     with pytest.raises(AttributeError):
         _run(folder, "train")
     assert told == ["begin", "end"], "it ends with a stage that fails before it knows its kernels"
@@ -285,8 +287,8 @@ def test_what_proves_is_started_before_the_device_is_looked_for(
         return early
 
     monkeypatch.setattr(ahead_of, "begin_early", begin_early)
-    monkeypatch.setattr(choice, "begin", begin)
-    monkeypatch.setattr(device, "select", select)
+    monkeypatch.setattr(registry, "begin", begin)
+    monkeypatch.setattr(compute_device, "select", select)
     _run(folder, stage)
     assert told == ["early", "device", "begin", "end"]
     told.clear()
@@ -311,7 +313,7 @@ def test_quantization_aware_training_uses_them(
     assert asked == [QAT_NAMES]
     assert _kernels(made) == (QAT_NAMES, [])
     assert {"rms_norm.kernel_gradients", "gated.kernel_gradients", "adamw.kernel"} <= calls.keys()
-    reports = [artifact.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
+    reports = [artifact_files.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
     found, expected = (report["trained_validation_perplexity"] for report in reports)
     assert found == pytest.approx(expected, rel=1e-3)
     _choose(monkeypatch, serve=False)
@@ -328,7 +330,7 @@ def test_required_where_the_device_takes_none_it_says_so_by_name(folder: Path) -
     done = mlxflow(folder, "run", "train")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1:] == [
-        f'train.kernels = "require": {device.processor()} lacks {", ".join(NAMES)} '
+        f'train.kernels = "require": {compute_device.processor()} lacks {", ".join(NAMES)} '
         '(MLX takes no kernels on this device). Set train.kernels = "auto".'
     ]
     assert "Traceback" not in done.stderr
@@ -345,11 +347,11 @@ def test_required_each_that_does_not_serve_is_told_with_its_reason(
         "mlp_silu/float32": Outcome(False, "it is wrong"),
         "rms_norm/float32/32": Outcome(False, "it is slow"),
     }
-    monkeypatch.setattr(choice, "choose", lambda *_: choice.Choice(outcomes))
+    monkeypatch.setattr(registry, "choose", lambda *_: registry.Choice(outcomes))
     lacking = "cross_entropy/float32, rms_norm/float32/32 (it is slow); mlp_silu/float32 (it is wrong)"
     with pytest.raises(WorkflowError) as raised:
         _run(folder, "train")
-    advice = f'{device.name()} lacks {lacking}. Set train.kernels = "auto".'
+    advice = f'{compute_device.name()} lacks {lacking}. Set train.kernels = "auto".'
     assert str(raised.value) == f'train.kernels = "require": {advice}'
     path.write_text(TEXT)
     outcomes |= dict.fromkeys(NAMES, Outcome(True, ""))
@@ -366,8 +368,8 @@ import sys
 from pathlib import Path
 
 from mlxflow import device
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 
 device.select = lambda _: "gpu"
 text = {TEXT!r}
@@ -384,4 +386,4 @@ for kernels, stage in [("off", "train"), ("off", "quantize"), ("auto", "quantize
     assert done.returncode == 0, done.stderr
     *off, wanted = done.stdout.splitlines()
     assert off == ["[]", "[]"]
-    assert "mlxflow.kernels.fitting" in wanted, "the test would see it"
+    assert "mlxflow.kernels.layer_patching" in wanted, "the test would see it"

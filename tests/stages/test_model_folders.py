@@ -8,16 +8,17 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlxflow import models, trust
 from mlxflow.__main__ import main
 from mlxflow.errors import ArtifactError, WorkflowError
-from mlxflow.generation import Sampling, Writer
-from mlxflow.identity import DigestCache
-from mlxflow.run import run_stage
-from mlxflow.workflow import Workflow, load_workflow
+from mlxflow.evaluation.text_generation import Sampling, Writer
+from mlxflow.models import model_folder
+from mlxflow.storage import remote_code
+from mlxflow.storage.digests import DigestCache
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import Workflow, load_workflow
+from tasks.cache_key import cache_key
 from tasks.freshness import observe_inputs
 from tasks.graph import load_nodes
-from tasks.keys import cache_key
 
 HEAD = """
 [pretokenize]
@@ -57,7 +58,7 @@ def job(built: Path, tmp_path: Path) -> Path:
     for name in ("notes", "artifacts/pretokenize"):
         shutil.copytree(built / name, root / name)
     (root / "base").mkdir()
-    for name in ("config.json", "model.safetensors", *models.TOKENIZER_FILES):
+    for name in ("config.json", "model.safetensors", *model_folder.TOKENIZER_FILES):
         shutil.copy(built / "artifacts/train" / name, root / "base")
     return root
 
@@ -108,7 +109,7 @@ def test_two_sets_of_weights_are_refused_and_an_index_is_followed(job: Path) -> 
     for copy in ("model copy.safetensors", "model_old.safetensors"):
         mx.save_safetensors(str(job / "base" / copy), stray)
         with pytest.raises(ArtifactError) as held:
-            models.load(job / "base")
+            model_folder.load(job / "base")
         assert str(held.value) == (
             f"{job}/base: holds {copy} beside its weights, and mlx-lm would read both. Move it out of the folder."
         )
@@ -122,7 +123,7 @@ def test_two_sets_of_weights_are_refused_and_an_index_is_followed(job: Path) -> 
             "model.safetensors.index.json lists. Remove the set that is not the model."
         )
     with pytest.raises(ArtifactError) as refused:
-        models.load(job / "base")
+        model_folder.load(job / "base")
     assert str(refused.value) == (
         f"{job}/base: holds two sets of weights, model.safetensors and what model.safetensors.index.json lists. "
         "Remove the set that is not the model."
@@ -130,8 +131,8 @@ def test_two_sets_of_weights_are_refused_and_an_index_is_followed(job: Path) -> 
 
 
 def test_weights_stay_on_the_disk_though_the_links_to_them_are_gone(job: Path) -> None:
-    lazy, _ = models.load(job / "base", lazy=True)
-    whole, _ = models.load(job / "base")
+    lazy, _ = model_folder.load(job / "base", lazy=True)
+    whole, _ = model_folder.load(job / "base")
     assert mx.array_equal(lazy.model.embed_tokens.weight, whole.model.embed_tokens.weight)
 
 
@@ -170,7 +171,7 @@ def test_a_model_folder_may_lie_anywhere_under_any_name(job: Path, place: str, m
     assert (made / "tokenizer.json").read_bytes() == (job / there / "tokenizer.json").read_bytes()
     if place in ("absolute outside", "glob characters", "a newline", "bytes that are no UTF-8"):
         trained = _run(job, "train", f"model.from = {written}\n")
-        models.load(trained)
+        model_folder.load(trained)
         assert main(["check", f"--workflow={job}/workflow.toml"]) == 0
 
 
@@ -182,7 +183,7 @@ def test_a_project_may_have_any_name(job: Path, name: str, monkeypatch: pytest.M
     workflow.write_text(HEAD + 'model.from = "base"\n' + QUANTIZE)
     for stage in ("train", "quantize"):
         assert main(["run", stage, f"--workflow={workflow}"]) == 0
-    models.load(root / "artifacts/quantize")
+    model_folder.load(root / "artifacts/quantize")
 
 
 def test_records_are_the_same_wherever_a_variable_leads(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,13 +276,13 @@ def test_code_of_a_model_folder_is_not_run_unless_the_workflow_says_so(job: Path
         f"Read it, then set {key}.trust_remote_code = true to run it."
     )
     with pytest.raises(ArtifactError) as refused:
-        models.load(job / "base")
+        model_folder.load(job / "base")
     assert str(refused.value) == (
         f"{job}/base: its config.json names Python code of its own, modeling.py. Read it, then set "
         "trust_remote_code = true where the workflow names the folder, or pass --trust-remote-code."
     )
     with pytest.raises(ArtifactError):
-        models.skeleton(json.loads((job / "base/config.json").read_text()), code=job / "base")
+        model_folder.skeleton(json.loads((job / "base/config.json").read_text()), code=job / "base")
     assert not (job / "base/imported").exists()
 
 
@@ -298,7 +299,7 @@ def test_code_that_is_trusted_is_run_by_every_stage_after(job: Path, capsys: pyt
     assert "Python code of its own" in capsys.readouterr().err
     assert main(["generate", str(quantized), "--prompt", "note", "--max-tokens", "2", "--trust-remote-code"]) == 0
     assert main(["check", "--workflow", str(job / "workflow.toml")]) == 0
-    assert not trust.trusts_code()
+    assert not remote_code.trusts_code()
 
 
 def test_code_that_fails_is_told_in_one_line(job: Path) -> None:
@@ -343,7 +344,7 @@ def _own_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: str) -> None:
     base = job / "base"
-    for name in models.TOKENIZER_FILES:
+    for name in model_folder.TOKENIZER_FILES:
         (base / name).unlink()
     _own_tokenizer(job / "words")
     if file == "config.json":
@@ -359,7 +360,7 @@ def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: 
         "Read it, then set quantize.trust_remote_code = true to run it."
     )
     with pytest.raises(ArtifactError) as refused:
-        models.open_tokenizer(base)
+        model_folder.open_tokenizer(base)
     assert str(refused.value) == (
         f"{base}: its {file} names Python code of its own, tokenization.Own. Read it, then set "
         "trust_remote_code = true where the workflow names the folder, or pass --trust-remote-code."

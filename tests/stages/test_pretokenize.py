@@ -19,12 +19,12 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from mlxflow.artifact import read_report
 from mlxflow.data.token_file import TokenFile
 from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
 from mlxflow.errors import MlxflowError, SourceError, WorkflowError
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 
 TEXTS = [f"note {i}: the {i * 7 % 13}th thing to remember, and {i * i} more of it\n" * 3 for i in range(40)]
 
@@ -93,7 +93,7 @@ class Job:
 
 
 class _InProcess:
-    """A guard that watches nothing: what the stage does is tested without its process, see tests/test_guard.py."""
+    """A guard that watches nothing: what the stage does is tested without its process, see tests/data/test_guard.py."""
 
     def __enter__(self) -> "_InProcess":
         return self
@@ -110,7 +110,7 @@ class _InProcess:
 
 @pytest.fixture(autouse=True)
 def _unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxflow.guard.Guard", _InProcess)
+    monkeypatch.setattr("mlxflow.data.guard.Guard", _InProcess)
 
 
 @pytest.fixture
@@ -1151,11 +1151,11 @@ def test_a_mistake_in_the_table_is_told_before_anything_runs(job: Job, settings:
 
 
 def test_a_file_that_changes_while_it_is_read_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxflow.data import corpus
+    from mlxflow.data import input_files
 
     _write_jsonl_of_texts(job.folder)
     _save_tokenizer(job.folder / "mine", 280)
-    listed = corpus.list_files
+    listed = input_files.list_files
 
     def list_and_edit(*arguments: Any, **settings: Any) -> Any:
         files = listed(*arguments, **settings)
@@ -1163,6 +1163,6 @@ def test_a_file_that_changes_while_it_is_read_is_told(job: Job, monkeypatch: pyt
             file.write('{"text": "late"}\n')
         return files
 
-    monkeypatch.setattr(corpus, "list_files", list_and_edit)
+    monkeypatch.setattr(input_files, "list_files", list_and_edit)
     said = job.fails('sources = ["a.jsonl"]\ntokenizer.from = "mine"')
     assert said == f"{job.folder}/a.jsonl: changed while it was read. Run the stage again."

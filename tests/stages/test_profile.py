@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from mlxflow.__main__ import main
-from mlxflow.artifact import read_report
 from mlxflow.errors import StageError
-from mlxflow.observed import ObservedInputs
-from mlxflow.stage import Context
 from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run, settings_of
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.workflow.stage import Context
 from tests.conftest import mlxflow
 
 CONTEXT = Context(
@@ -98,7 +98,7 @@ def test_the_thread_samples_as_often_as_the_settings_say(tmp_path: Path, monkeyp
     def make(*, samples_per_second: float, journal: Path) -> None:
         raise MadeError(samples_per_second, journal.parent)
 
-    monkeypatch.setattr("mlxflow.measurement.memory.MemoryProfiler", make)
+    monkeypatch.setattr("mlxflow.profiling.profiler.MemoryProfiler", make)
     context = msgspec.structs.replace(CONTEXT, unfinished=tmp_path / "unfinished")
     with pytest.raises(MadeError) as caught:
         run(config=Config(samples_per_second=3.0), inputs=Inputs(), outputs=Outputs(), context=context)

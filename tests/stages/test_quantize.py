@@ -13,20 +13,20 @@ import pytest
 from mlx_lm.convert import convert
 from mlx_lm.utils import load_model
 
-from mlxflow import models
-from mlxflow.artifact import read_report
-from mlxflow.codes import dense_weights, for_evaluation
-from mlxflow.config import toml_value
+from mlxflow.cli.check import check_plans
 from mlxflow.data.token_file import TokenFile
 from mlxflow.errors import ArtifactError, StageError, UserError, WorkflowError
-from mlxflow.measurement.divergence import measure_divergence
-from mlxflow.measurement.perplexity import measure_perplexity
-from mlxflow.models import load
-from mlxflow.plans import check_plans
-from mlxflow.run import run_stage
+from mlxflow.evaluation.kl_divergence import measure_divergence
+from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.models import model_folder
+from mlxflow.models.model_folder import load
+from mlxflow.models.quantized_layers import dense_weights, for_evaluation
 from mlxflow.stages.quantize import Config
 from mlxflow.stages.quantize_methods import training_settings
-from mlxflow.workflow import load_workflow
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.workflow.config import toml_value
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 from tests.conftest import TINY, mlxflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 
@@ -151,20 +151,20 @@ def test_what_training_validated_is_what_was_written(job: Job, table: dict[str, 
 
 
 def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxflow.training import loop
+    from mlxflow.training import trainer
 
     table = {"method": "qat", "mode": "symmetric", "bits": 3, "num_steps": 6, "batch_size": 4}
     job.run(**table)
     whole = (job.artifact / "model.safetensors").read_bytes()
     shutil.rmtree(job.artifact)
-    update = loop.Trainer._after_update
+    update = trainer.Trainer._after_update
 
     def stopped(self: Any) -> None:
         if self._facts.step == 3:
-            raise loop.Stopped(3, self._save())
+            raise trainer.Stopped(3, self._save())
         update(self)
 
-    monkeypatch.setattr(loop.Trainer, "_after_update", stopped)
+    monkeypatch.setattr(trainer.Trainer, "_after_update", stopped)
     with pytest.raises(SystemExit):
         job.run(**table)
     assert not job.artifact.exists()
@@ -225,7 +225,7 @@ def test_a_budget_is_met_and_its_table_gives_the_same_model_again(job: Job) -> N
 
 
 def test_a_model_of_the_hub_is_its_own_teacher(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "fetch", lambda *_, **__: job.folder / "artifacts/train")
+    monkeypatch.setattr(model_folder, "fetch", lambda *_, **__: job.folder / "artifacts/train")
     table = {"method": "qat", "bits": 2, "num_steps": 2, "batch_size": 4, "max_validation_rows": 8}
     report = job.run(model="owner/name", data="pretokenize", distill=True, **table)
     assert report["training"]["steps"] == 2

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.errors import StageError
-from mlxflow.run import run_stage
-from mlxflow.workflow import load_workflow
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 
 FEW_STEPS = """
 [workflow]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.artifact import read_report
-from mlxflow.measurement.perplexity import Perplexity
-from mlxflow.run import run_stage
+from mlxflow.evaluation.perplexity import Perplexity
 from mlxflow.stages.train_artifact import quality_of, warn_of_loss
-from mlxflow.workflow import load_workflow
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 
 MAX_ROWS = 24

@@ -15,11 +15,11 @@ import pytest
 import zstandard
 
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks import archive
 from tasks.archive import pack, unpack
-from tasks.node import Node
 from tasks.outputs import observe_outputs
+from tasks.stage_node import Node
 
 A, LONG = "artifacts/train/a", "artifacts/train/" + "long/" * 30 + "b.safetensors"
 

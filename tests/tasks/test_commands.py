@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow import state_files
-from mlxflow.workflow import STAGES
+from mlxflow.storage import state_files
+from mlxflow.workflow.loader import STAGES
 from tests.chain import Chain
 from tests.conftest import doit
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from doit.globals import Globals
 
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.archive import pack, unpack
 from tasks.creator import remove_artifact
-from tasks.node import Node
 from tasks.outputs import damaged_outputs, observe_outputs
+from tasks.stage_node import Node
 
 
 @pytest.fixture

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from mlxflow import models, state_files
-from mlxflow.disk import Disk
 from mlxflow.errors import UserError
-from mlxflow.identity import DigestCache, digest_json
-from mlxflow.workflow import load_workflow
+from mlxflow.models import model_folder
+from mlxflow.storage import state_files
+from mlxflow.storage.digests import DigestCache, digest_json
+from mlxflow.workflow.disk_queries import Disk
+from mlxflow.workflow.loader import load_workflow
 from tasks.freshness import observe_inputs, observe_settings
 from tasks.graph import load_nodes
-from tasks.node import Node
 from tasks.outputs import observe_outputs
 from tasks.planning import plan
+from tasks.stage_node import Node
 from tests.conftest import doit
 
 TREE = {
@@ -333,7 +334,9 @@ def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy
     assert doit(job_copy, "train", "quantize").returncode == 0
     for _ in range(3):
         assert doit(job_copy, "train", "quantize").stdout == FRESH
-    base = sorted(f"base/{name}" for name in (*BESIDE, *models.TOKENIZER_FILES, "config.json", "model.safetensors"))
+    base = sorted(
+        f"base/{name}" for name in (*BESIDE, *model_folder.TOKENIZER_FILES, "config.json", "model.safetensors")
+    )
     lock = tomllib.loads((job_copy / "mlxflow.lock").read_text())
     made = [f"artifacts/pretokenize/{name}" for name in ("tokenizer.json", "tokenizer_config.json")]
     made += [f"artifacts/pretokenize/{side}.safetensors" for side in ("train", "validation")]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks import lockfile
 from tasks.adoption import Adoption
 from tasks.freshness import files_read
-from tasks.node import Node
+from tasks.stage_node import Node
 from tests.chain import Chain
 
 VALUES: dict[str, Any] = {

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from mlxflow.errors import ArtifactError
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.archive import pack, unpack
 from tasks.freshness import observe_inputs, reasons
-from tasks.node import Node
 from tasks.outputs import damaged_outputs, observe_outputs
 from tasks.reproduction import differing
+from tasks.stage_node import Node
 
 #: What a stage leaves beside what it names, and what somebody else may put there.
 BESIDE = ("generation_config.json", "modeling.py", "additional_chat_templates/tool_use.jinja")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow import artifact
-from mlxflow.locking import hold
+from mlxflow.storage import artifact_files
+from mlxflow.storage.locks import hold
 from tests.chain import Chain
 from tests.conftest import mlxflow
 
@@ -152,9 +152,9 @@ def test_stages_of_one_doit_use_the_device_one_at_a_time(chain: Chain, options: 
 PARALLEL = """
 import sys
 from pathlib import Path
-from mlxflow.identity import DigestCache
+from mlxflow.storage.digests import DigestCache
 from tasks.creator import configuration, tasks_of
-from tasks.node import Node
+from tasks.stage_node import Node
 
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")
@@ -270,7 +270,7 @@ def test_a_real_stage_on_a_full_disk_says_in_one_line_what_it_needs(job_copy: Pa
         assert re.fullmatch(r"model\.safetensors: needs [\d,]+ bytes, [\d,]+ are free in .*small\. Make room\.", line)
         assert "Traceback" not in result.stderr
         assert (small / "train/model.safetensors").read_bytes() == before
-        assert artifact.partial_folders(small) == []
+        assert artifact_files.partial_folders(small) == []
 
 
 @pytest.mark.parametrize("room", [20_000, 100_000, 180_000])
@@ -286,7 +286,7 @@ def test_a_corpus_that_fills_the_disk_fails_in_one_line_and_goes_on_when_there_i
         assert "No space left on device" in result.stderr or "Make room." in result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert not (small / "pretokenize").exists()
-        assert artifact.partial_folders(small) == []
+        assert artifact_files.partial_folders(small) == []
         assert list(small.glob(".mlxflow/shards/.*.partial")) == []
         filler.unlink()
         again = mlxflow(job, "run", "pretokenize")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.kernels import ahead
+from mlxflow.kernels import early_start
 from tasks.search_path import search_project_last
 
 NAMES = ("tokenize", "random", "queue", "tempfile", "selectors", "secrets", "copy", "heapq", "argparse", "xxhash")
@@ -16,7 +16,7 @@ COMMANDS = {
     "doit": ["-P", "-m", "doit", "pretokenize"],  # as the script `doit` does
     "mlxflow": ["-m", "mlxflow", "run", "pretokenize"],
     "check": ["-m", "mlxflow", "check"],
-    "the process that verifies kernels": list(ahead.COMMAND[1:]),
+    "the process that verifies kernels": list(early_start.COMMAND[1:]),
 }
 
 

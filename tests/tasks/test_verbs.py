@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from doit.doit_cmd import DoitMain
 
-from mlxflow import ownership, state_files
-from mlxflow.artifact import write_report
+from mlxflow.storage import ownership, state_files
+from mlxflow.storage.artifact_files import write_report
 from tests.chain import Chain
 
 

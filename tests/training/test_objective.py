@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow import models
-from mlxflow.training.head import Head, find_head
+from mlxflow.models import model_folder
 from mlxflow.training.objective import distilling_objective, fused_objective, plain_objective
+from mlxflow.training.output_head import Head, find_head
 from tests.small_models import llama
 
 
@@ -62,7 +62,7 @@ SMALL = {
 
 
 def _model(model_type: str = "llama", **changes: Any) -> nn.Module:
-    return models.build(SMALL | {"model_type": model_type, "tie_word_embeddings": True} | changes, seed=0)
+    return model_folder.build(SMALL | {"model_type": model_type, "tie_word_embeddings": True} | changes, seed=0)
 
 
 def _batch() -> tuple[mx.array, mx.array]:

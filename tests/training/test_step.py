@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
-from mlxflow.training.recompute import recomputed
 from mlxflow.training.step import Gradients, Step, out_of_memory_bytes
 from tests.small_models import llama
 

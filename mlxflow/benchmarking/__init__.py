@@ -1,0 +1,1 @@
+"""The benchmark suite: recipes timed in turns, throughput, convergence, ceilings and the comparison of reports."""

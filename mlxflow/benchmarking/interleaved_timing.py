@@ -1,0 +1,337 @@
+"""Recipes timed against one another: in turns, each one's memory and compile time by itself."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from mlxflow.benchmarking.machine_speed import fixed_work
+from mlxflow.benchmarking.recipe import Recipe
+from mlxflow.benchmarking.statistics import ratio_interval
+from mlxflow.benchmarking.step_runner import Runner
+from mlxflow.benchmarking.throughput import Timing, interleave
+from mlxflow.benchmarking.time_budget import Budget
+from mlxflow.device import phase_peaks
+from mlxflow.training.step import out_of_memory_bytes
+
+# How far the host runs ahead within a step is chance, so a peak is the most of several
+_PEAK_STEPS = 8
+
+# Recipes that are timed though the time is over: the naive way and the workflow's
+_FEWEST_RECIPES = 2
+
+# Of the time that is left the peak of one recipe may take this part
+_ADDING_SHARE = 20
+
+#: Rounds that steps are timed in, where there are as many steps.
+ROUNDS = 20
+
+#: Gives a runner of a recipe, on a model of its own.
+Open = Callable[[Recipe], AbstractContextManager[Runner]]
+
+
+class Measured(NamedTuple):
+    """What one recipe came to.
+
+    Attributes:
+        recipe: how a step is done.
+        timing: seconds a step in each round; None where it did not fit.
+        data_wait_share: of the time, waiting for batches.
+        targets_per_step: tokens learnt from, the mean.
+        peak_memory_bytes: beyond what was held before its model was there; 0 where it did not fit.
+        compile_seconds: what the first step took longer than the others.
+        num_steps: that were timed.
+        error: why there is no timing.
+        group: recipes of the same one took turns with one another.
+        machine: seconds that the fixed work of `measurement.machine` took in each round.
+    """
+
+    recipe: Recipe
+    timing: Timing | None
+    data_wait_share: float = 0.0
+    targets_per_step: float = 0.0
+    peak_memory_bytes: int = 0
+    compile_seconds: float = 0.0
+    num_steps: int = 0
+    error: str = ""
+    group: int = 0
+    machine: Timing | None = None
+
+
+class Drift(NamedTuple):
+    """The first recipe timed again at the end.
+
+    Attributes:
+        name: of the recipe.
+        batch_size: of it.
+        ratio: of its seconds a step at the end to those of the rounds before.
+        is_noticed: it is beyond the noise and more than a twentieth.
+    """
+
+    name: str
+    batch_size: int
+    ratio: float
+    is_noticed: bool
+
+
+class _DoesNotFitError(Exception):
+    pass
+
+
+class _Warm(NamedTuple):
+    """A recipe that is ready to be timed."""
+
+    recipe: Recipe
+    runner: Runner
+    first_seconds: float
+    peak_bytes: int
+    held_bytes: int
+
+
+class _Group:
+    """Recipes that are in memory together."""
+
+    def __init__(self) -> None:
+        self.members: list[_Warm] = []
+        self._held = ExitStack()
+
+    def add(self, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
+        """Make a recipe ready, and read what it takes.
+
+        Raises:
+            _DoesNotFitError: the memory does not suffice.
+        """
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        with ExitStack() as opening:
+            try:
+                runner = opening.enter_context(open_runner(recipe))
+                begin = time.perf_counter()
+                runner.run(1)  # compiles, and makes the optimizer's state
+                first = time.perf_counter() - begin
+                with phase_peaks.followed() as followed:
+                    runner.run(_PEAK_STEPS if first * _PEAK_STEPS < budget.left / _ADDING_SHARE else 1)
+            except RuntimeError as error:
+                needed = out_of_memory_bytes(error)
+                if needed is None:
+                    raise
+                raise _DoesNotFitError(_lacking(mx.get_active_memory() - before + needed, limit_bytes)) from None
+            active, peak = mx.get_active_memory(), followed.bytes
+            if peak > limit_bytes:
+                raise _DoesNotFitError(_lacking(peak - before, limit_bytes))
+            self.members.append(_Warm(recipe, runner, first, peak - before, active - before))
+            self._held.push(opening.pop_all())
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._held.close()
+        self.members.clear()
+        gc.collect()
+        mx.clear_cache()
+
+
+def _lacking(needed: int, limit: int) -> str:
+    return f"does not fit: needs {needed:,} bytes and may use {limit:,}"
+
+
+def measure_recipes(
+    recipes: Iterable[Recipe], open_runner: Open, *, num_steps: int, memory_limit_bytes: int, budget: Budget
+) -> tuple[list[Measured], Drift | None]:
+    """Time recipes in turns, as many at once as the memory holds.
+
+    Args:
+        recipes: in the order of the rows that come out.
+        open_runner: gives a runner of each.
+        num_steps: timed of each; warm-up and compilation are left out.
+        memory_limit_bytes: what MLX may hold; what needs more is told as not fitting.
+        budget: recipes for which half of its time does not suffice are left out, and rounds that go beyond its end.
+
+    Returns:
+        a row for each recipe, and how the first one's speed changed.
+    """
+    rows: list[Measured] = []
+    group, number, drift = _Group(), 0, None
+    enough = budget.left / 2
+    left_out: list[Measured] = []
+    for recipe in recipes:
+        if budget.left < enough and len(group.members) + len(rows) >= _FEWEST_RECIPES:
+            left_out.append(Measured(recipe, None, error=_out_of_time(budget), group=number))
+            continue
+        try:
+            _add(group, recipe, open_runner, memory_limit_bytes, budget)
+            continue
+        except _DoesNotFitError as error:
+            told = str(error)
+        if group.members:  # perhaps it fits alone
+            found, drift = _time(group, number, num_steps, drift, budget)
+            rows += found
+            number += 1
+            try:
+                _add(group, recipe, open_runner, memory_limit_bytes, budget)
+                continue
+            except _DoesNotFitError as error:
+                told = str(error)
+        rows.append(Measured(recipe, None, error=told, group=number))
+    found, drift = _time(group, number, num_steps, drift, budget)
+    return rows + found + left_out, drift
+
+
+def _out_of_time(budget: Budget) -> str:
+    return f"not measured: max_seconds = {budget.seconds:g} did not suffice"
+
+
+def _add(group: _Group, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
+    try:
+        group.add(recipe, open_runner, limit_bytes, budget)
+    except _DoesNotFitError:
+        gc.collect()
+        mx.clear_cache()
+        raise
+
+
+def _time(
+    group: _Group, number: int, num_steps: int, drift: Drift | None, budget: Budget
+) -> tuple[list[Measured], Drift | None]:
+    """Time what is ready, and give its memory back."""
+    members = list(group.members)
+    if not members:
+        return [], drift
+    per_round = max(1, num_steps // ROUNDS)
+    num_rounds = num_steps // per_round
+    before = [(warm.runner.waited_seconds, warm.runner.targets) for warm in members]
+    turns = [_turn(warm.runner, per_round) for warm in members]
+    begin = time.perf_counter()
+
+    def goes_on(done: int) -> bool:
+        taken = time.perf_counter() - begin
+        if done == 1:
+            budget.announce(f"{len(turns)} ways of a training step, {num_rounds} rounds", taken * num_rounds)
+        budget.progress("training steps, round", done, num_rounds, taken)
+        return not budget.is_over
+
+    *timings, machine = interleave([*turns, fixed_work()], num_rounds=num_rounds, goes_on=goes_on)
+    num_rounds = len(machine.seconds)
+    rows = []
+    for warm, timing, (waited, targets) in zip(members, timings, before, strict=True):
+        own = Timing(tuple(seconds / per_round for seconds in timing.seconds))
+        rows.append(
+            Measured(
+                recipe=warm.recipe,
+                timing=own,
+                data_wait_share=(warm.runner.waited_seconds - waited) / sum(timing.seconds),
+                targets_per_step=(warm.runner.targets - targets) / (num_rounds * per_round),
+                peak_memory_bytes=warm.peak_bytes,
+                compile_seconds=max(0.0, warm.first_seconds - own.median),
+                num_steps=num_rounds * per_round,
+                group=number,
+                machine=machine,
+            )
+        )
+    if drift is None:
+        drift = _drift(rows[0], members[0].runner, per_round, num_rounds)
+    members.clear()
+    group.close()
+    return rows, drift
+
+
+def _turn(runner: Runner, num_steps: int) -> Callable[[], object]:
+    return lambda: runner.run(num_steps)
+
+
+def _drift(row: Measured, runner: Runner, per_round: int, num_rounds: int) -> Drift:
+    """Time a recipe again, by itself."""
+    assert row.timing is not None  # noqa: S101 - what was timed has times
+    (again,) = interleave([_turn(runner, per_round)], num_rounds=min(num_rounds, 5))
+    later = Timing(tuple(seconds / per_round for seconds in again.seconds))
+    ratio = later.median / row.timing.median
+    noticed = not later.interval.overlaps(row.timing.interval) and abs(ratio - 1) > 0.05
+    return Drift(row.recipe.name, row.recipe.batch_size, ratio, noticed)
+
+
+# --- what is written of it
+
+
+def rows_of(
+    measured: Sequence[Measured],
+    *,
+    targets_per_row: Callable[[Recipe], float],
+    tokens_per_row: Callable[[Recipe], float],
+) -> list[dict[str, Any]]:
+    """Return the rows of a report.
+
+    Args:
+        measured: what `measure_recipes` returned.
+        targets_per_row: tokens learnt from in a row of a recipe's batches, the mean over all of them.
+        tokens_per_row: tokens that the model sees in a row, those it does not learn from too, padding left out.
+    """
+    workflows = {(one.recipe.batch_size, one.group): one for one in measured if one.recipe.name == "workflow"}
+    rows = []
+    for one in measured:
+        told: dict[str, Any] = {"name": one.recipe.name, "batch_size": one.recipe.batch_size}
+        if one.timing is None:
+            rows.append(told | {"error": one.error})
+            continue
+        per_step = one.recipe.batch_size * targets_per_row(one.recipe)
+        row = told | _speed(one, one.timing, per_step)
+        processed = one.recipe.batch_size * tokens_per_row(one.recipe)
+        row["processed_tokens_per_second"] = processed / one.timing.median
+        workflow = workflows.get((one.recipe.batch_size, one.group))
+        if workflow is not None and workflow is not one and workflow.timing is not None:
+            row |= _against(one, one.timing, per_step, workflow.timing, workflow.recipe, targets_per_row)
+        rows.append(row)
+    return rows
+
+
+def _speed(one: Measured, timing: Timing, tokens_per_step: float) -> dict[str, Any]:
+    step = timing.interval
+    rate = step.inverse(tokens_per_step)
+    return {
+        "num_steps": one.num_steps,
+        "median_step_seconds": step.median,
+        "low_step_seconds": step.low,
+        "high_step_seconds": step.high,
+        "confidence": step.confidence,
+        "samples_per_second": one.recipe.batch_size / step.median,
+        "tokens_per_second": rate.median,
+        "low_tokens_per_second": rate.low,
+        "high_tokens_per_second": rate.high,
+        "tokens_per_second_per_gb": rate.median / (one.peak_memory_bytes / 1e9),
+        "peak_memory_bytes": one.peak_memory_bytes,
+        "data_wait_share": one.data_wait_share,
+        "compile_seconds": one.compile_seconds,
+    } | (_against_machine(timing, one.machine, tokens_per_step) if one.machine else {})
+
+
+def _against_machine(timing: Timing, machine: Timing, tokens_per_step: float) -> dict[str, float]:
+    """Return the tokens that a recipe does in the time of the fixed work, from rounds taken together."""
+    rate = ratio_interval(timing.seconds, machine.seconds).inverse(tokens_per_step)
+    return {
+        "machine_seconds": machine.median,
+        "low_relative_tokens_per_second": rate.low,
+        "high_relative_tokens_per_second": rate.high,
+    }
+
+
+def _against(
+    one: Measured,
+    timing: Timing,
+    tokens_per_step: float,
+    workflow: Timing,
+    recipe: Recipe,
+    targets_per_row: Callable[[Recipe], float],
+) -> dict[str, Any]:
+    """Return how much faster the workflow's own way gets through the same tokens, from rounds taken together."""
+    scale = recipe.batch_size * targets_per_row(recipe) / tokens_per_step
+    seconds = ratio_interval(timing.seconds, workflow.seconds)
+    ratio = seconds.scaled(scale)
+    return {
+        "workflow_speedup": ratio.median,
+        "low_workflow_speedup": ratio.low,
+        "high_workflow_speedup": ratio.high,
+        "verdict": {"more": "the workflow is faster", "less": "the workflow is slower", "noise": "noise"}[
+            ratio.verdict
+        ],
+    }

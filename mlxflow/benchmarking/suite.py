@@ -1,0 +1,220 @@
+"""The training side of a benchmark: which recipes, on which rows, and what comes of them."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.benchmarking import roofline
+from mlxflow.benchmarking.convergence import converge
+from mlxflow.benchmarking.interleaved_timing import measure_recipes, rows_of
+from mlxflow.benchmarking.recipe import Job, Recipe
+from mlxflow.benchmarking.report_comparison import training_name
+from mlxflow.benchmarking.step_runner import Parts, Runner
+from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
+from mlxflow.benchmarking.time_budget import Budget
+from mlxflow.benchmarking.unpacked_rows import apart, holds_several
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.models import model_folder, quantized_layers
+
+# Enough rows of one piece each that a batch is seldom seen twice, and few enough to be made in a moment
+_ROWS_APART = 2048
+
+# Rows in which tokens are counted, all over a file: a large one is not read for it
+_COUNTED_ROWS = 4096
+
+# Steps whose parts are timed one by one
+_PARTED_STEPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What is measured, and on what.
+
+    Attributes:
+        load: gives the model to train, anew each time.
+        build: gives one of the same shape that has learnt nothing.
+        tokens: the training tokens.
+        job: what is trained.
+        settings: the workflow's own, as train's report has them.
+        batch_sizes: rows a step, each timed.
+        num_steps: timed of each recipe.
+        memory_limit_bytes: what MLX may hold.
+        seed: of the order of the rows.
+        budget: of time, for all that is measured.
+    """
+
+    load: Callable[[], nn.Module]
+    build: Callable[[], nn.Module]
+    tokens: TokenFile
+    job: Job
+    settings: dict[str, Any]
+    batch_sizes: Sequence[int]
+    num_steps: int
+    memory_limit_bytes: int
+    seed: int
+    budget: Budget
+
+    @property
+    def own_batch_size(self) -> int:
+        """The workflow's own, or the nearest to it that is timed: there each optimization is switched off in turn."""
+        own = int(self.settings["batch_size"])
+        return min(self.batch_sizes, key=lambda size: abs(size - own))
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether some row holds more than one document."""
+        return holds_several(self.tokens.rows)
+
+    @cached_property
+    def _rows_apart(self) -> Rows:
+        return apart(self.tokens.rows, count=max(_ROWS_APART, 4 * max(self.batch_sizes)), seed=self.seed)
+
+    def recipes(self) -> Iterator[Recipe]:
+        """Yield what is timed, in the order of the report."""
+        parted = self.own_batch_size
+        for place, batch_size in enumerate(self.batch_sizes):
+            workflow = self.workflow(batch_size)
+            yield workflow.baseline()
+            yield workflow
+            if batch_size == parted and batch_size not in self.batch_sizes[:place]:
+                yield from workflow.ablations()
+
+    def workflow(self, batch_size: int) -> Recipe:
+        """Return the workflow's own way."""
+        return Recipe.of(self.settings, batch_size=batch_size, is_packed=self.is_packed)
+
+    @contextmanager
+    def open(self, recipe: Recipe, *, learns: bool = False) -> Iterator[Runner]:
+        """Give a runner of a recipe on a model of its own.
+
+        Args:
+            recipe: how a step is done.
+            learns: a new model, at the job's learning rate; else the trained one, which hardly changes any more.
+        """
+        job = self.job if learns else self.job._replace(learning_rate=1e-5)
+        with Runner.running(
+            self.build() if learns else self.load(),
+            self.rows(recipe),
+            recipe=recipe,
+            job=job,
+            vocab_size=self.tokens.vocab_size,
+            warmup_steps=10 if learns else 0,
+            seed=self.seed,
+        ) as runner:
+            yield runner
+
+    def rows(self, recipe: Recipe) -> Rows:
+        """Return the rows that a recipe takes."""
+        return self.tokens.rows if recipe.is_packed or not self.is_packed else self._rows_apart
+
+    def targets_per_row(self, recipe: Recipe) -> float:
+        """Return the tokens learnt from in a row, the mean over all of a recipe's rows."""
+        rows = self.rows(recipe)
+        if rows is self.tokens.rows:
+            return self.tokens.targets / max(1, rows.num_rows)
+        return float((rows.marks[:, 1:] & 1).sum()) / max(1, rows.num_rows)
+
+    def tokens_per_row(self, recipe: Recipe) -> float:
+        """Return the tokens that the model sees in a row, padding left out; the mean over some of a recipe's rows."""
+        rows = self.rows(recipe)
+        marks = rows.marks[:: max(1, rows.num_rows // _COUNTED_ROWS), :-1]
+        return float((marks != 0).sum()) / max(1, len(marks))
+
+    def measure(self, only: Set[str] | None = None) -> dict[str, Any]:
+        """Time recipes; return the report's `training` and `drift`.
+
+        Args:
+            only: rows, as a comparison names them; None: all.
+        """
+        measured, drift = measure_recipes(
+            [one for one in self.recipes() if only is None or training_name(one._asdict()) in only],
+            self.open,
+            num_steps=self.num_steps,
+            memory_limit_bytes=self.memory_limit_bytes,
+            budget=self.budget,
+        )
+        told: dict[str, Any] = {
+            "training": rows_of(measured, targets_per_row=self.targets_per_row, tokens_per_row=self.tokens_per_row)
+        }
+        return told | ({"drift": drift._asdict()} if drift else {})
+
+    def converge(self, num_steps: int) -> list[dict[str, Any]]:
+        """Train a new model the naive way and the workflow's; return the report's `convergence`.
+
+        Raises:
+            RuntimeError: the two do not fit into the memory.
+        """
+        workflow = self.workflow(self.own_batch_size)
+        with ExitStack() as held:
+            runners = {
+                recipe.name: held.enter_context(self.open(recipe, learns=True))
+                for recipe in (workflow.baseline(), workflow)
+            }
+            return converge(runners, num_steps=num_steps, budget=self.budget)
+
+    def take_apart(self) -> Parts:
+        """Return where the seconds of a step of the workflow go, each the median of several steps.
+
+        Raises:
+            RuntimeError: it does not fit into the memory.
+        """
+        with self.open(self.workflow(self.own_batch_size)) as runner:
+            runner.run(2)
+            steps = [runner.take_apart()]
+            most = min(_PARTED_STEPS, max(3, self.num_steps))
+            while len(steps) < most and (len(steps) < FEWEST_ROUNDS or not self.budget.is_over):
+                steps.append(runner.take_apart())
+        return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
+
+    def against_ceilings(self, report: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:
+        """Return what the workflow's steps and the dense model's decode reach of what the device can do.
+
+        Args:
+            report: with its `training`.
+            dense: the row of the report's `models` that is the model trained on; empty where there is none.
+
+        Raises:
+            RuntimeError: the matrices to measure with do not fit into the memory.
+        """
+        model = self.load()
+        stored_bytes = model_folder.num_bytes(model)
+        model, _ = quantized_layers.made_dense(
+            model, {}
+        )  # packed matrices and adapters compute as dense ones; never evaluated
+        told = {
+            "ceiling_flops_per_second": roofline.flops_ceiling(
+                mx.float32 if self.settings["precision"] == "fp32" else mx.bfloat16
+            ),
+            "ceiling_bytes_per_second": roofline.bytes_ceiling(_main_type(model)),
+        }
+        own = [
+            row
+            for row in report["training"]
+            if (row["name"], row["batch_size"]) == ("workflow", self.own_batch_size) and "error" not in row
+        ]
+        width = getattr(getattr(model, "args", None), "hidden_size", None)
+        if own and width:
+            per_token = roofline.flops_per_token(
+                model.parameters(),
+                hidden_size=width,
+                num_layers=len(model.layers),
+                context_length=self.tokens.context_length,
+            )
+            slots = own[0]["samples_per_second"] * self.tokens.context_length  # empty ones are computed too
+            told["flops_per_second"] = slots * per_token
+        if "decode_tokens_per_second" in dense:
+            told["decode_bytes_per_second"] = stored_bytes * dense["decode_tokens_per_second"]
+        return told
+
+
+def _main_type(model: nn.Module) -> mx.Dtype:
+    """Return the type of a model's largest weight."""
+    leaves: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
+    return max((leaf for _, leaf in leaves), key=lambda leaf: leaf.size).dtype

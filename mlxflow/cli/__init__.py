@@ -1,0 +1,1 @@
+"""The verbs of the `mlxflow` command, one module each."""

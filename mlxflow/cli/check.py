@@ -1,0 +1,141 @@
+"""Quantization plans checked against the architecture alone: no artifact is needed and no weight is made."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.models import config_json, vocabularies
+from mlxflow.stages.train import shape_config
+from mlxflow.storage import remote_code
+from mlxflow.system.os_errors import advise_on
+from mlxflow.workflow.config import Problem, toml_value, word
+from mlxflow.workflow.loader import Stage, Workflow, shown_path
+
+
+def check_plans(workflow: Workflow) -> None:
+    """Hold the settings of every train and quantize stage against the architecture, where that is known here.
+
+    Raises:
+        WorkflowError: one line for each entry of `layers`, each `document_mask` and each tokenizer that does not fit.
+        ArtifactError: a `config.json` describes no model.
+    """
+    lines = [*_tokenizer_mistakes(workflow), *_mask_mistakes(workflow), *_plan_mistakes(workflow)]
+    if lines:
+        raise WorkflowError(*lines)
+
+
+def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
+    """Yield a line for every model whose ids mean something else than those of the tokens beside it.
+
+    Of a tokenizer that is trained here, and of what lies on the hub, the stages find it when they run.
+    """
+    means_the_same = cache(vocabularies.means_the_same)  # variants of one model are asked about the same files
+    for one in (one for one in workflow.stages if one.name in ("train", "quantize")):
+        config: Any = one.config
+        reference = config.input if one.name == "train" else config.token_stage if config.model else ""
+        folder = _named_folder(workflow, one)
+        if folder is None or not reference:
+            continue
+        tokens = workflow.find(reference)
+        settings: Any = tokens.config
+        inputs: Any = tokens.inputs
+        files = [workflow.root / path for path in inputs.tokenizer if path.name == "tokenizer.json"]
+        own = folder / "tokenizer.json"
+        if not files or not own.is_file():
+            continue
+        try:
+            is_same = means_the_same(own, files[0])
+        except (OSError, ValueError) as error:
+            advice = advise_on(error, "Mend it")
+            raise ArtifactError(f"{shown_path(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
+        if not is_same:
+            key, value = ("model.from", config.model.from_) if one.name == "train" else ("model", config.model)
+            said = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
+            expected = f"has another tokenizer than its tokens, which are made with {said}"
+            advice = f"Set {tokens.table}.tokenizer.from = {toml_value(value)}, or read tokens of another stage."
+            yield word(Problem(key, value, expected, advice), shown_path(workflow.path), one.table)
+
+
+def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
+    """Yield a line for every `document_mask` that the model to go on from cannot have.
+
+    Raises:
+        ArtifactError: the model's `config.json` describes no model.
+    """
+    from mlxflow.models import model_folder
+    from mlxflow.ops import document_mask
+
+    for one in (one for one in workflow.stages if one.name == "train"):
+        config: Any = one.config
+        folder = _named_folder(workflow, one)
+        tokens: Any = workflow.find(config.input).config
+        if folder is None:
+            continue
+        architecture = _read(folder)
+        with remote_code.trusting_code(workflow.trusts_code(one)):
+            skeleton = model_folder.skeleton(architecture, code=folder)
+        if config.document_mask is True and tokens.packing != "none" and document_mask.has_row_state(skeleton):
+            expected = f"{architecture['model_type']} counts positions through the whole row"
+            advice = 'Set document_mask = false, or pretokenize.packing = "none".'
+            yield word(Problem("document_mask", True, expected, advice), shown_path(workflow.path), one.table)
+
+
+def _plan_mistakes(workflow: Workflow) -> list[str]:
+    """Return a line for each entry of `layers` that does not fit."""
+    from mlxflow.models import model_folder
+    from mlxflow.quantization.plan import check_supported, resolve
+    from mlxflow.stages.quantize_methods import rules_of
+
+    lines: list[str] = []
+    made: tuple[Any, Any] = (None, None)  # of variants of one model, which mostly follow each other
+    for one in (one for one in workflow.stages if one.name == "quantize"):
+        architecture, folder = _architecture(workflow, one)
+        if architecture is None:
+            continue
+        what = (architecture, folder, workflow.trusts_code(one))
+        config: Any = one.config
+        key = f"{shown_path(workflow.path)}: {one.table}"
+        try:
+            with remote_code.trusting_code(workflow.trusts_code(one)):
+                if made[0] != what:
+                    made = what, model_folder.skeleton(architecture, code=folder)
+            check_supported(resolve(made[1], default=config.default, rules=rules_of(config), key=key).layers, key)
+        except WorkflowError as error:
+            lines += error.problems
+    return lines
+
+
+def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the `config.json` of what a stage quantizes and its folder, where there is one; None of the hub's."""
+    config: Any = one.config
+    maker = one if config.model else workflow.find(config.input)
+    folder = _named_folder(workflow, maker)
+    if folder is not None:
+        return _read(folder), folder
+    shape: Any = maker.config
+    if config.model or shape.model.from_:
+        return None, None
+    tokens: Any = workflow.find(shape.input).config
+    # of ids there are at most so many; a plan looks at widths alone
+    return shape_config(shape.model, tokens.tokenizer.vocab_size, tokens.context_length, 0), None
+
+
+def _named_folder(workflow: Workflow, one: Stage) -> Path | None:
+    """Return the model folder that a train or quantize stage goes on from; None where it names none, or the hub."""
+    inputs: Any = one.inputs
+    files = inputs.base if one.name == "train" else inputs.model
+    return workflow.root / files[0].parent if files else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        found = config_json.load(folder / "config.json")
+    except OSError as error:
+        said = f"its config.json cannot be read ({error.strerror})"
+        raise ArtifactError(f"{shown_path(folder)}: {said}. {advise_on(error, 'Mend it')}.") from error
+    except ValueError as error:
+        raise ArtifactError(f"{shown_path(folder)}: its config.json is no JSON ({error}). Mend it.") from error
+    config_json.require_types(found, shown_path(folder / "config.json"))
+    return found

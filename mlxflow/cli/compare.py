@@ -1,0 +1,98 @@
+"""Two benchmark reports compared, and the promises held against one."""
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
+from mlxflow.errors import ArtifactError, CallError
+from mlxflow.stages.benchmark import read_benchmark
+from mlxflow.workflow import stage
+from mlxflow.workflow.execution import run_alone
+from mlxflow.workflow.loader import Stage, Workflow
+
+# Where a folder may hold a benchmark's report: an artifact, the artifacts, a workflow
+_PLACES = ("report.toml", "benchmark/report.toml", f"{stage.ARTIFACTS}/benchmark/report.toml")
+
+
+def compare(before: str, after: str, *, force: bool) -> str:
+    """Return a table in Markdown of every figure that two reports have.
+
+    Args:
+        before: a report, a folder that holds one, or `COMMIT:FILE` for one that was saved in git.
+        after: another one.
+        force: compares reports of different devices too.
+
+    Raises:
+        ArtifactError: one is missing, damaged or of another version.
+        CallError: they are of different devices.
+    """
+    first, second = _read(before), _read(after)
+    if first["device"] != second["device"] and not force:
+        names = [f"{name} on {_device(report)}" for name, report in ((before, first), (after, second))]
+        raise CallError(
+            f"compare: {names[0]}, {names[1]}: different devices. Add --force to compare them nevertheless."
+        )
+    differences = compare_reports(first, second)
+    if not differences:
+        raise CallError(
+            f"compare: {before} and {after} have no row in common. Measure the same batch sizes and models."
+        )
+    return markdown_of_differences(differences)
+
+
+def _device(report: dict[str, Any]) -> str:
+    return f"{report['device']['name']} ({report['device']['kind']})"
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.is_dir():
+        found = [path / place for place in _PLACES if (path / place).is_file()]
+        if not found:
+            raise ArtifactError(f"{name}: no benchmark's report in it. Run: doit benchmark")
+        return read_benchmark(found[0])
+    if not path.exists() and ":" in name:
+        return _read_commit(name)
+    return read_benchmark(path)
+
+
+def _read_commit(name: str) -> dict[str, Any]:
+    """Return a report as a commit has it."""
+    shown = subprocess.run(["git", "show", "--end-of-options", name], capture_output=True, check=False)
+    if shown.returncode:
+        said = shown.stderr.decode(errors="replace").strip().partition("\n")[0]
+        raise ArtifactError(f"{name}: git has no such file ({said}). Name a report, a folder or COMMIT:FILE.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.toml"
+        path.write_bytes(shown.stdout)
+        try:
+            return read_benchmark(path)
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(str(path), name)) from error
+
+
+def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, bool]:
+    """Return a table of every promise with its measured figure, and whether all of them hold.
+
+    Args:
+        workflow: the workflow.
+        one: its benchmark stage.
+        measure: anew, in a scratch folder; else the artifact is read.
+
+    Raises:
+        ArtifactError: the artifact is missing or of another version, or an input is missing.
+    """
+    if measure:
+        with tempfile.TemporaryDirectory() as folder:
+            run_alone(workflow, one, Path(folder) / "benchmark")
+            report = read_benchmark(Path(folder) / "benchmark" / "report.toml")
+    else:
+        report = read_benchmark(stage.require(workflow.root / one.folder / "report.toml", one.task))
+    lines = [f"On {_device(report)}:", "", "| promise | measured | holds |", "|---|---|---|"]
+    lines += [
+        f"| {told['promise']} | {told.get('figure', 'not measured')} | {'yes' if told['holds'] else 'no'} |"
+        for told in report["promises"].values()
+    ]
+    return "\n".join(lines) + "\n", all(told["holds"] for told in report["promises"].values())

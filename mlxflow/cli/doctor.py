@@ -1,0 +1,82 @@
+"""What this machine offers a workflow, what makes it slow, and the command that mends it."""
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.table import Table
+
+from mlxflow.device import compute_device, cpu_backend
+from mlxflow.system import terminal
+
+_PACKAGES = ("mlxflow", "mlx", "mlx-lm", "doit", "numpy", "safetensors", "tokenizers", "transformers")
+
+
+def examine() -> int:
+    """Print the device, its limits, the BLAS, the compiler and the versions; return 0."""
+    library = cpu_backend.prepare()
+    table = Table(show_header=False, box=None)
+    for row in [*_describe_device(library), *_describe_versions()]:
+        table.add_row(*row)
+    console = terminal.console()
+    console.print(table)
+    for lacking in cpu_backend.missing():
+        console.print(f"slow: no {lacking}. Run: {cpu_backend.INSTALL}", soft_wrap=True)
+    return 0
+
+
+def _describe_device(library: str | None) -> list[tuple[str, str]]:
+    import mlx.core as mx
+
+    chosen = compute_device.select("auto")
+    return [
+        ("device", f"{chosen}: {compute_device.name()}"),
+        ("memory MLX can use well", f"{compute_device.working_set_bytes() / 1e9:.1f} GB"),
+        ("matrix products, fp32", f"{_measure_gflops():.0f} GFLOP/s (1024 x 1024, best of 5)"),
+        ("BLAS", f"{library or 'built in'}, computes with {cpu_backend.thread_count()} threads"),
+        ("mx.compile", "available" if not _lacks_compiler() else "runs uncompiled"),
+        ("GPU kernels", _describe_kernels()),
+        ("Metal", "yes" if mx.metal.is_available() else "no"),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+    ]
+
+
+def _describe_kernels() -> str:
+    """Return what the self-proof of our kernels came to on this device, as far as it was run."""
+    from mlxflow.kernels.codegen import language
+    from mlxflow.kernels.registry import environment, known_outcomes
+
+    if language() is None:
+        return "none on this device"
+    known = known_outcomes(environment())
+    told = [f"{name}: {'serves' if one.serves else one.reason}" for name, one in known.items()]
+    return "\n".join(told) or "not proved yet; the first training run does it"
+
+
+def _lacks_compiler() -> bool:
+    return any(lacking.startswith("g++") for lacking in cpu_backend.missing())
+
+
+def _describe_versions() -> list[tuple[str, str]]:
+    rows = []
+    for package in _PACKAGES:
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def _measure_gflops() -> float:
+    """Return the rate of MLX's fp32 matrix product on the default device, in GFLOP/s."""
+    import mlx.core as mx
+
+    size = 1024
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a, a @ a)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best / 1e9

@@ -1,0 +1,96 @@
+"""Which batch sizes and context lengths fit into the memory, for a person to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlxflow.errors import ArtifactError, CallError
+from mlxflow.storage import remote_code
+from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.system import terminal
+from mlxflow.workflow.loader import Stage, Workflow
+from mlxflow.workflow.stage import Context, rooted
+
+
+def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_lengths: Sequence[int]) -> None:
+    """Print the predicted peak of a training step for each shape, and the largest batch that fits for each length.
+
+    Args:
+        workflow: the workflow.
+        one: a profile stage; its model and data are taken.
+        batch_sizes: rows in one forward pass; empty: from half of the stage's own to eight times as many.
+        context_lengths: of the rows; empty: half, the same and twice the data's.
+
+    Raises:
+        CallError: it is no profile stage, or a number is no size.
+        ArtifactError: the model or its data were not built.
+    """
+    if one.name != "profile":
+        raise CallError(f"{one.task}: what fits is told for the steps of a profile stage. Name one.")
+    wrong = [number for number in (*batch_sizes, *context_lengths) if number < 1]
+    if wrong:
+        raise CallError(f"fit: {wrong[0]}: expected a number of at least 1. Use one such as 32.")
+    from mlxflow.device import cpu_backend
+
+    cpu_backend.prepare()
+    inputs = rooted(one.inputs, workflow.root)
+    for path in (inputs.config, inputs.model, inputs.tokens):  # type: ignore[attr-defined]
+        if not path.exists():
+            raise ArtifactError(f"{path}: missing. Run: doit {one.task}")
+    with remote_code.trusting_code(workflow.trusts_code(one)):
+        _print(workflow, one, inputs, batch_sizes, context_lengths)
+
+
+def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], lengths: Sequence[int]) -> None:
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.device import compute_device, cpu_backend
+    from mlxflow.profiling import memory_model
+    from mlxflow.stages import profile
+
+    chosen = compute_device.select(workflow.settings.device)
+    if chosen == "cpu":
+        cpu_backend.prepare_compiler()
+    limit = compute_device.parse_size(workflow.settings.memory_limit, compute_device.working_set_bytes())
+    config: Any = one.config
+    context = _context(workflow, one, chosen, limit)
+    settings = profile.settings_of(config, inputs)
+    job = profile.job_of(config, inputs, context, TokenFile.open(inputs.tokens))
+    size, length = settings.batch_size, job.context_length
+    chunk = memory_model.held_chunk(job, settings)
+    *points, judge = memory_model.measure_points(
+        job, settings, memory_model.shapes_to_measure(size, length, chunk=chunk)
+    )
+    law = memory_model.fit_law(points, chunk=chunk)
+    off = law.peak_bytes(judge.batch_size, judge.context_length) / judge.peaks.whole - 1
+    sizes = sizes or [max(1, size // 2), size, 2 * size, 4 * size, 8 * size]
+    lengths = lengths or [max(1, length // 2), length, 2 * length]
+    terminal.show(
+        f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB"
+    )
+    terminal.show("context_length " + "".join(f"{f'batch {one}':>14}" for one in sizes) + f"{'largest that fits':>20}")
+    for one_length in lengths:
+        peaks = [law.peak_bytes(one_size, one_length) for one_size in sizes]
+        told = "".join(f"{peak / 1e6:>13,.1f}{' ' if peak <= limit else '!'}" for peak in peaks)
+        terminal.show(f"{one_length:>14} {told}{law.largest_batch_size(one_length, limit):>20,}")
+    terminal.show(
+        f"checked at batch {judge.batch_size}, context {judge.context_length}: "
+        f"{judge.peaks.whole / 1e6:,.1f} MB measured, {off:+.1%} predicted; ! is over the limit"
+    )
+
+
+def _context(workflow: Workflow, one: Stage, chosen: str, limit: int) -> Context:
+    return Context(
+        task=one.task,
+        seed=workflow.settings.seed,
+        device=chosen,
+        memory_limit_bytes=limit,
+        provenance={},
+        root=workflow.root,
+        state=workflow.state,
+        tasks=tuple(one.task for one in workflow.stages),
+        members=workflow.members(),
+        name=workflow.settings.name,
+        folder=Path(),
+        unfinished=Path(),
+        digests=ObservedInputs(workflow.state / "digests.json"),
+    )

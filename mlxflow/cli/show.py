@@ -1,0 +1,148 @@
+"""An artifact for a person to look at."""
+
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxflow.errors import ArtifactError, CallError
+from mlxflow.storage import report_checks
+from mlxflow.system import terminal
+from mlxflow.workflow.loader import Stage, Workflow
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SHOWN_ROWS = 3
+
+
+def show(workflow: Workflow, one: Stage, row: int | None) -> None:
+    """Print what a stage made.
+
+    Args:
+        workflow: the workflow.
+        one: a pretokenize or quantize stage.
+        row: of a pretokenize stage's training rows, the one to print; None for a summary and the first ones.
+
+    Raises:
+        CallError: there is nothing to show of such a stage, or no such row.
+        ArtifactError: it was not built.
+    """
+    console = terminal.console(soft_wrap=True)
+    if one.name == "quantize":
+        _show_layers(console, workflow.root / one.folder, one.task)
+    elif one.name == "pretokenize":
+        _show_tokens(console, workflow.root / one.folder, one.task, row)
+    else:
+        raise CallError(f"{one.task}: there is nothing to show of it. Name a pretokenize or a quantize stage.")
+
+
+def _show_layers(console: "Console", folder: Path, task: str) -> None:
+    """Print the plan as it was carried out: a line for each layer, and what all of it comes to."""
+    from rich.table import Table
+
+    from mlxflow.workflow.stage import require
+
+    report = report_checks.read(require(folder / "report.toml", task), report_checks.Quantized, task)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in report["layers"]:
+        is_packed = layer["bits"] > 0
+        table.add_row(
+            layer["path"],
+            " x ".join(map(str, layer["shape"])),
+            layer["mode"],
+            str(layer["bits"]) if is_packed else "-",
+            str(layer["group_size"]) if is_packed else "-",
+            f"{layer['bytes']:,}",
+            f"{layer['bits_per_weight']:.2f}",
+            f"{layer['relative_error']:.3g}" if is_packed else "-",
+        )
+    console.width = max(
+        console.width, 80 + max((len(layer["path"]) for layer in report["layers"]), default=0)
+    )  # nothing is cut
+    console.print(table)
+    console.print(
+        f"{task}: {report['parameters']:,} parameters in {report['model_bytes']:,} bytes, "
+        f"{report['bits_per_weight']:.2f} bits a weight; {report['compression_ratio_fp32']:.2f} times smaller than "
+        f"fp32, {report['compression_ratio_bf16']:.2f} than bf16"
+    )
+    if quality := report.get("quality"):
+        console.print(
+            f"perplexity {quality['dense_perplexity']:.4g} -> {quality['perplexity']:.4g} "
+            f"(+- {quality['perplexity_standard_error']:.2g}), divergence {quality['kl']:.3g} nats a token, "
+            f"{quality['top1_agreement']:.1%} of the likeliest tokens equal"
+        )
+
+
+def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -> None:
+    from tokenizers import Tokenizer
+
+    from mlxflow.data.token_file import TokenFile
+    from mlxflow.workflow.stage import require
+
+    train = TokenFile.open(require(folder / "train.safetensors", task))
+    tokenizer_file = require(folder / "tokenizer.json", task)
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises nothing more precise
+        raise ArtifactError(f"{tokenizer_file}: no tokenizer ({error}). Run: doit {task}") from error
+    names = require(folder / "files.txt", task).read_text(encoding="utf-8", errors="replace").splitlines()
+    count = train.rows.num_rows
+    if row is not None and not 0 <= row < count:
+        raise CallError(f"show {task}: --row = {row}: expected 0 to {count - 1:,}. Name one of the training rows.")
+    if row is None:
+        for line in _summary(report_checks.read(folder / "report.toml", report_checks.Pretokenized, task)):
+            console.print(line)
+    for number in range(min(_SHOWN_ROWS, count)) if row is None else [row]:
+        _show_row(console, train, tokenizer, names, number)
+
+
+def _summary(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of a summary."""
+    for side in ("train", "validation"):
+        told = report[side]
+        yield (
+            f"{side}: {told['documents']:,} documents, {told['tokens']:,} tokens ({told['targets']:,} trained on) in "
+            f"{told['rows']:,} rows of {report['context_length'] + 1}, {told['real_token_share']:.3%} real"
+        )
+    for source in report["sources"]:
+        lengths = source["tokens_per_document"]
+        yield (
+            f"{source['path']}: {source['documents']:,} documents of {lengths.get('p50', 0):,} tokens (median), "
+            f"{source['bytes_per_token']} bytes a token, {source['duplicates']:,} duplicates, "
+            f"{source['bad_records']:,} bad records"
+        )
+
+
+def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], row: int) -> None:
+    """Print one row: a line where each document begins, and its text; what is not trained on is set apart."""
+    from rich.text import Text
+
+    tokens, marks = train.rows.tokens[row], train.rows.marks[row]
+    pieces = train.pieces(row)
+    real, trained = int((marks > 0).sum()), int((marks & 1).sum())
+    console.print(
+        Text(f"\nrow {row:,}: {real} of {len(tokens)} tokens, {trained} trained on, {len(pieces)} pieces", "bold")
+    )
+    for piece in pieces:
+        file, place = train.place(piece.document)
+        where = terminal.one_line(names[file] if file < len(names) else f"file {file}") + (f":{place}" if place else "")
+        part = f", from its token {piece.document_begin:,}" if piece.document_begin else ""
+        console.print(
+            Text(f"--- document {piece.document:,} ({where}): {piece.end - piece.begin} tokens{part}", "cyan")
+        )
+        shown = Text()
+        spans = zip(
+            tokens[piece.begin : piece.end].tolist(), (marks[piece.begin : piece.end] & 1).tolist(), strict=True
+        )
+        for is_trained, run in groupby(spans, key=lambda one: one[1]):
+            text = terminal.escaped(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
+            if is_trained:
+                shown.append(text)
+            else:
+                shown.append(text if sys.stdout.isatty() else f"[[{text}]]", "dim reverse")
+        console.print(shown)

@@ -1,0 +1,182 @@
+"""What is reported of a corpus: its sources, what was left out of them, and what a user should know of its sides."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mlxflow.data import sources
+from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION, Selection
+from mlxflow.data.input_files import MOST_TOLD, SourceSettings, named_side, problems_of
+from mlxflow.data.row_packer import Counts
+from mlxflow.data.shard_builder import SourceFile
+from mlxflow.data.shard_cache import Shard
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NAMED = 3
+
+
+class Contents(NamedTuple):
+    """A corpus that was read.
+
+    Attributes:
+        settings: the entries of the sources.
+        files: in the order of the corpus.
+        shards: of each.
+        selection: what became of the documents.
+        held_out: the share of each training document that is held out because no whole one is; else 0.
+    """
+
+    settings: Sequence[SourceSettings]
+    files: Sequence[SourceFile]
+    shards: Sequence[Shard]
+    selection: Selection
+    held_out: float
+
+    def count(self, side: int, members: Sequence[int] | None = None) -> int:
+        """Return how many documents are on a side, of all files or of some, by their numbers."""
+        chosen = self.selection.sides if members is None else [self.selection.sides[i] for i in members]
+        return sum(int((one == side).sum()) for one in chosen)
+
+    def names(self, side: str) -> list[str]:
+        """Return the files, and the splits of data sets, that are on a side by their names, each once."""
+        found = [file for file in self.files if file.side == side and not self.settings[file.source].is_validation]
+        return list(dict.fromkeys(file.name.rpartition("[")[0] if file.read else file.name for file in found))
+
+
+# --- the report
+
+
+def accounts(contents: Contents, *, capacity: int) -> dict[str, Any]:
+    """Return what is reported of each source, and of what was left out.
+
+    Args:
+        contents: the corpus.
+        capacity: tokens that a row holds.
+    """
+    bad = [
+        line for file, shard in zip(contents.files, contents.shards, strict=True) for line in problems_of(file, shard)
+    ]
+    return {
+        "duplicates": contents.count(DUPLICATE),
+        "test_documents": contents.count(TEST),
+        "masked_documents": sum(shard.masked for shard in contents.shards),
+        "validation_files": contents.names("validation")[:MOST_TOLD],
+        "test_files": contents.names("test")[:MOST_TOLD],
+        "sources": [_account(contents, number, capacity) for number in range(len(contents.settings))],
+        "bad_records": bad[: 5 * MOST_TOLD],
+    }
+
+
+def _account(contents: Contents, number: int, capacity: int) -> dict[str, Any]:
+    entry = contents.settings[number]
+    members = [i for i, file in enumerate(contents.files) if file.source == number]
+    mine = [contents.shards[i] for i in members]
+    found = sources.find(entry.path, entry.root) if entry.path not in sources.BUILTINS else sources.Found([])
+    parts, text_bytes = [np.zeros(0, np.int64)], 0
+    for shard in mine:
+        documents = shard.documents()
+        parts.append(documents.lengths)
+        text_bytes += int(documents.sizes.sum())
+    lengths = np.concatenate(parts)
+    return {
+        "path": entry.path,
+        "config": entry.config,
+        "split": entry.split,
+        "weight": entry.weight,
+        "files": len(members),
+        "documents": len(lengths),
+        "train_documents": contents.count(TRAIN, members),
+        "validation_documents": contents.count(VALIDATION, members),
+        "test_documents": contents.count(TEST, members),
+        "duplicates": contents.count(DUPLICATE, members),
+        "tokens": int(lengths.sum()),
+        "text_bytes": text_bytes,
+        "bytes_per_token": round(text_bytes / max(1, int(lengths.sum())), 4),
+        "tokens_per_document": _quantiles(lengths),
+        "longer_than_a_row": int((lengths > capacity).sum()),
+        "blank_documents": sum(shard.blank for shard in mine),
+        "masked_documents": sum(shard.masked for shard in mine),
+        "bad_records": sum(shard.num_bad for shard in mine),
+        "binary_files": found.binary + sum(shard.is_binary for shard in mine),
+        "empty_files": sum(_is_empty(contents.files[i]) for i in members),
+        "hidden_files": found.hidden,
+        "broken_links": found.broken_links,
+        "files_beside_records": found.beside_records,
+    }
+
+
+def _is_empty(file: SourceFile) -> bool:
+    return file.size == 0 and file.read is None
+
+
+def _quantiles(lengths: "NDArray[np.int64]") -> dict[str, int]:
+    if not len(lengths):
+        return {}
+    shares = {"smallest": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "largest": 1.0}
+    return {
+        name: int(value)
+        for name, value in zip(shares, np.quantile(lengths, list(shares.values()), method="lower"), strict=True)
+    }
+
+
+# --- what a user should know
+
+
+def warnings(contents: Contents, counts: dict[str, Counts]) -> Iterator[str]:
+    """Yield what a user should know of the sides, a sentence each.
+
+    Args:
+        contents: the corpus.
+        counts: what became of the documents of each side.
+    """
+    for side, use in (("test", "used only to find duplicates"), ("validation", "used for validation")):
+        if names := contents.names(side):
+            yield f"kept out of training, a {side} side by name: {list_some(names)} ({use})"
+    for entry in contents.settings:
+        if not entry.is_validation and (side := named_side(entry)) in ("test", "validation"):
+            what = f"{entry.path}, split {entry.split}," if entry.split else entry.path
+            yield f"{what} is trained on because {entry.key} names it, though its name tells a {side} side"
+    if contents.held_out:
+        only = contents.count(TRAIN) == 1
+        whose = "the only document" if only else "each document"
+        end = count_of(counts["validation"].tokens, "token")
+        yield f"no whole document can be held out: validation is the end of {whose}, {end}"
+
+
+def summary(contents: Contents, counts: dict[str, Counts]) -> str:
+    """Return what came out and what was left out, in one line.
+
+    Args:
+        contents: the corpus.
+        counts: what became of the documents of each side.
+    """
+    use = {"train": "to train on", "validation": "to validate on"}
+    made = ", ".join(
+        f"{count_of(one.documents, 'document')} ({count_of(one.tokens, 'token')} in {count_of(one.rows, 'row')}) "
+        f"{use[side]}"
+        for side, one in counts.items()
+    )
+    lost = {
+        "duplicate": contents.count(DUPLICATE),
+        "blank document": sum(shard.blank for shard in contents.shards),
+        "document without a token to learn": sum(shard.masked for shard in contents.shards),
+        "row without a token to learn": sum(one.rows_without_targets for one in counts.values()),
+        "bad record": sum(shard.num_bad for shard in contents.shards),
+    }
+    left_out = ", ".join(count_of(count, noun) for noun, count in lost.items() if count)
+    return f"{made}; left out: {left_out}" if left_out else made
+
+
+def count_of(count: int, noun: str) -> str:
+    """Return a number with a noun in the singular or plural; "without" and what follows stay as they are."""
+    head, space, rest = noun.partition(" without ")
+    return f"{count:,} {head}{'s' * (count != 1)}{space}{rest}"
+
+
+def list_some(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = [f"{len(names) - _NAMED:,} more"] if len(names) > _NAMED else []
+    return ", ".join([*names[:_NAMED], *more])

@@ -1,0 +1,171 @@
+"""The bytes of a source file, inflated where it is compressed, in pieces of bounded size."""
+
+import os
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from gzip import BadGzipFile, GzipFile
+from io import BufferedReader, FileIO
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mlxflow.errors import SourceError
+from mlxflow.storage.paths import printable
+from mlxflow.system.os_errors import advise_on
+
+#: Bytes that are read, parsed and tokenized at a time.
+PIECE_BYTES = 1 << 20
+
+# Text shrinks 3 to 10 times, logs and records that repeat themselves 30 times; what grows more than this is a bomb.
+MAX_INFLATION = 400
+_FREE_INFLATION_BYTES = 1 << 24
+# zstd turns 4 bytes into 128 KB where all of them are alike, so it is fed little at a time.
+_ZSTD_FEED_BYTES = 1 << 10
+
+
+class FileProblem(Exception):  # noqa: N818 - not an error yet: the workflow may ask to skip such files
+    """A file that cannot be used as a whole; the text says where and why, without the file's name."""
+
+
+class _HashingFile(FileIO):
+    """A file that keeps the digest of what was read of it; a reader that buffers reads each byte once."""
+
+    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._on_read = on_read
+        self.digest = xxhash.xxh3_128()
+        self.num_read = 0
+
+    def readinto(self, buffer: Any) -> int:
+        """Read as FileIO does."""
+        count = super().readinto(buffer) or 0
+        self.digest.update(memoryview(buffer)[:count])
+        self.num_read += count
+        self._on_read(count)
+        return count
+
+
+def read_pieces(
+    path: Path, *, compression: str, expected_digest: str, on_read: Callable[[int], None]
+) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces of `PIECE_BYTES`; those of a .zst are up to 4 times as large, the last is smaller.
+
+    Args:
+        path: the file.
+        compression: "", "gz" or "zst".
+        expected_digest: xxh3-128 of the file as it lies on the disk.
+        on_read: called with each number of bytes read from the disk.
+
+    Raises:
+        FileProblem: it cannot be inflated to its end, or inflates without end.
+        SourceError: it changed, vanished or became unreadable since its digest was taken.
+    """
+    with telling(path), _HashingFile(path, on_read) as file:
+        pieces = {"gz": _inflate_gzip, "zst": _inflate_zstd}.get(compression, _read_plain)(file)
+        with closing(pieces):  # before the file is, also when the caller stops half-way
+            yield from pieces if not compression else _bounded(pieces, file)
+        if file.digest.hexdigest() != expected_digest:
+            raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")
+
+
+@contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Tell what the operating system says of a file as a `SourceError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SourceError(f"{printable(str(path))}: vanished before it was read. Run the stage again.") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        said = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
+        advice = advise_on(error, "Mend it or leave it out of pretokenize.sources")
+        raise SourceError(f"{said}. {advice}.") from error
+
+
+def _read_plain(file: _HashingFile) -> Generator[bytes]:
+    while piece := _read(file, PIECE_BYTES):
+        yield piece
+
+
+def _read(file: _HashingFile, count: int) -> bytes:
+    buffer = bytearray(count)
+    return bytes(memoryview(buffer)[: file.readinto(buffer)])
+
+
+def _bounded(pieces: Iterator[bytes], file: _HashingFile) -> Iterator[bytes]:
+    """Pass pieces on until they are more than text can have been packed into what was read so far."""
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        require_plausible(total, file.num_read)
+        yield piece
+
+
+def require_plausible(total: int, stored: int) -> None:
+    """Refuse data that takes far more room than text can have been packed into; a few megabytes always pass.
+
+    Args:
+        total: bytes so far.
+        stored: bytes of the file that hold them.
+
+    Raises:
+        FileProblem: it does.
+    """
+    if total > max(_FREE_INFLATION_BYTES, MAX_INFLATION * stored):
+        raise FileProblem(
+            f"inflates to over {MAX_INFLATION} times its size ({total:,} bytes and no end). Unpack it and look at it"
+        )
+
+
+def _inflate_gzip(file: _HashingFile) -> Generator[bytes]:
+    reader = BufferedReader(file, 1 << 16)
+    try:
+        with GzipFile(fileobj=reader, mode="rb") as inflated:
+            while piece := inflated.read(PIECE_BYTES):
+                yield piece
+    except EOFError as error:
+        raise FileProblem(f"ends before its gzip stream does (byte {file.num_read:,})") from error
+    except (BadGzipFile, zlib.error) as error:
+        raise FileProblem(f"is no valid gzip file ({error})") from error
+    finally:
+        reader.detach()  # the file is closed by who opened it
+
+
+def _inflate_zstd(file: _HashingFile) -> Generator[bytes]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor()
+    frame = decompressor.decompressobj()
+    waiting: list[bytes] = []
+    size = 0
+    fed = b""
+    begun = False
+    reader = BufferedReader(file, 1 << 16)
+    try:
+        while data := fed or reader.read(_ZSTD_FEED_BYTES):
+            begun = True
+            waiting.append(frame.decompress(data))
+            size += len(waiting[-1])
+            fed = frame.unused_data if frame.eof else b""
+            if frame.eof:
+                frame, begun = decompressor.decompressobj(), False
+            if size >= PIECE_BYTES:
+                yield from _parted(b"".join(waiting))
+                waiting, size = [], 0
+    except zstandard.ZstdError as error:
+        raise FileProblem(f"is no valid zstd file ({error})") from error
+    finally:
+        reader.detach()
+    if begun:
+        raise FileProblem(f"ends before its zstd frame does (byte {file.num_read:,})")
+    if size:
+        yield b"".join(waiting)
+
+
+def _parted(data: bytes) -> Iterator[bytes]:
+    """Yield data as it is, or in pieces where a few bytes became many megabytes."""
+    size = PIECE_BYTES if len(data) > 4 * PIECE_BYTES else len(data)
+    yield from (data[begin : begin + size] for begin in range(0, len(data), size))

@@ -1,0 +1,206 @@
+"""A process for chat templates and tokenizers of others, watched from outside and ended over its limits.
+
+A template is a program, and so are a tokenizer's patterns: `9**9**9` holds the interpreter and `'x' * 10**10` takes the
+memory, so nothing within the process can stop them. The limits grow with what is worked on; see
+`mlxflow.data.watched`. Time is the processor's: a slow disk, a busy machine or a wait for a lock costs nothing.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from mmap import mmap
+from multiprocessing import Pipe
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn, Self
+
+import psutil
+
+from mlxflow.data.watched import BOARD_BYTES, Announced, Board
+from mlxflow.errors import SourceError, StageError
+from mlxflow.storage import temporary_files
+from mlxflow.system import child_processes
+
+_LOOKS_SECONDS = 0.1
+_GRACE_SECONDS = 10
+_MEMORY_SHARE = 0.75
+
+
+class Limits(NamedTuple):
+    """What work on files of others may take. Usual work stays a hundred times below.
+
+    Attributes:
+        seconds: of processor time without progress.
+        seconds_per_byte: more of it, for each byte that is worked on.
+        bytes: of memory that is taken without progress.
+        bytes_per_byte: more of it, for each byte that is worked on.
+    """
+
+    seconds: float = 10
+    seconds_per_byte: float = 20e-6
+    bytes: int = 2 << 30
+    bytes_per_byte: int = 512
+
+
+LIMITS = Limits()
+
+
+class Guard:
+    """A process that is watched while it answers calls. It ends with the block, and leaves no temporary files."""
+
+    def __enter__(self) -> Self:
+        """Start the process."""
+        with contextlib.ExitStack() as stack:
+            scratch = stack.enter_context(temporary_files.scratch_folder())
+            self._printed = stack.enter_context(tempfile.TemporaryFile())
+            shared = stack.enter_context(tempfile.TemporaryFile())
+            shared.truncate(BOARD_BYTES)
+            self._board = Board(mmap(shared.fileno(), BOARD_BYTES))
+            self._connection, theirs = Pipe()
+            stack.callback(self._connection.close)
+            messages = _stderr()
+            stack.callback(os.close, messages)
+            passed = (theirs.fileno(), shared.fileno(), messages)
+            self._process = child_processes.start(
+                [sys.executable, "-P", "-m", "mlxflow.data.watched", *map(str, passed)],
+                pass_fds=passed,
+                stderr=self._printed,
+                env=os.environ | {"TMPDIR": str(scratch)},
+            )
+            theirs.close()
+            stack.callback(self.end)
+            self._stack = stack.pop_all()
+        return self
+
+    def call(self, name: str, *values: Any) -> Any:
+        """Return what a function returns in the process, or raise what it raises.
+
+        Args:
+            name: "module:function".
+            values: its arguments, as they can be pickled.
+
+        Raises:
+            SourceError: the work went over its limits, or ended the process; it names the file.
+            StageError: the process was ended while it worked on no file of others.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self._connection.send((name, values))
+        try:
+            self._wait()
+        except _TooMuchError:
+            self._process.kill()  # it may hold the interpreter, or go on taking memory
+            raise
+        try:
+            went_well, result = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._refuse_dead()
+        if not went_well:
+            raise result
+        return result
+
+    def _wait(self) -> None:
+        """Return once there is an answer or the process is gone.
+
+        Raises:
+            SourceError: the work went over its limits.
+        """
+        process = psutil.Process(self._process.pid)
+        since: dict[int, tuple[int, float]] = {}  # of each piece of work: its progress, and when that was seen first
+        moved_at, memory_before = 0.0, 0  # when the work moved on last, and the memory then
+        while not self._connection.poll(_LOOKS_SECONDS):
+            work = self._board.announced()
+            try:
+                used, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
+            except psutil.Error:
+                continue  # it is gone, and the connection says so next
+            now = {one.slot: (one.progress, used) for one in work}
+            if any(slot not in since or since[slot][0] != progress for slot, (progress, _) in now.items()):
+                moved_at, memory_before = used, memory
+            since = {s: since[s] if s in since and since[s][0] == now[s][0] else now[s] for s in now}
+            if work:
+                oldest = min(work, key=lambda one: since[one.slot][1])
+                size = sum(one.size for one in work)
+                _check_seconds(oldest, size, used - moved_at)
+                _check_memory(oldest, size, memory, memory_before, process)
+
+    def _refuse_dead(self) -> NoReturn:
+        """Say why the process ended without an answer."""
+        code = self._process.wait()
+        work = self._board.announced()
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        if last := self._last_line():
+            how += f" ({last})"
+        if work:
+            raise SourceError(f"{_named(work[0])} ended its process, {how}. Mend it or name another.")
+        raise StageError(f"the guarded process ended {how}. Run it again.")
+
+    def _last_line(self) -> str:
+        self._printed.seek(0)
+        lines = self._printed.read(1 << 16).decode(errors="replace").split("\n")
+        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+    def end(self) -> int:
+        """End the process, wait until it is gone and return the id that it had."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        return self._process.pid
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+class _TooMuchError(SourceError):
+    """Work went over its limits."""
+
+
+def guarded(name: str, *values: Any) -> Any:
+    """Return what a function returns in a watched process of its own; see `Guard.call`."""
+    with Guard() as guard:
+        return guard.call(name, *values)
+
+
+def _stderr() -> int:
+    """Return a copy of the descriptor for messages; where there is none, one that leads nowhere."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+def _check_seconds(work: Announced, size: int, used: float) -> None:
+    limit = LIMITS.seconds + LIMITS.seconds_per_byte * size
+    if used > limit:
+        raise _TooMuchError(f"{_named(work)} took over {limit:,.3g} s of processor time. Mend it or name another.")
+
+
+def _check_memory(work: Announced, size: int, rss: int, before: int, process: psutil.Process) -> None:
+    """Compare the memory with what it was when the work moved on last; what a tokenizer itself takes is in that."""
+    limit = before + LIMITS.bytes + LIMITS.bytes_per_byte * size
+    limit = min(limit, int(_MEMORY_SHARE * psutil.virtual_memory().total))
+    if rss > limit and _own_memory(process, rss) > limit:  # without the pages of mapped files
+        raise _TooMuchError(
+            f"{_named(work)} took over {(limit - before) / 1e9:,.3g} GB of memory. Mend it or name another."
+        )
+
+
+def _own_memory(process: psutil.Process, rss: int) -> int:
+    try:
+        return int(process.memory_full_info().uss)
+    except psutil.Error:
+        return rss
+
+
+def _named(work: Announced) -> str:
+    """Return how a message about some work begins."""
+    place = f":{work.place}" if work.place else ""
+    size = f" ({work.size:,} bytes)" if work.size else ""
+    return f"{work.subject}, reading {work.on}{place}{size}," if work.on else work.subject

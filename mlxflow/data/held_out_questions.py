@@ -1,0 +1,115 @@
+"""Held-out conversations as questions: the tokens up to an assistant's turn, and the turn itself."""
+
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.guarded_template import GuardedTemplate
+from mlxflow.data.token_file import PieceAt, TokenFile
+from mlxflow.storage import artifact_files
+
+# Stands for a user's message where a template is asked how it writes one; no template has it
+_PROBE = "zqxjkv"
+
+
+class Question(NamedTuple):
+    """A conversation up to the first turn that is trained on.
+
+    Attributes:
+        ids: its tokens, as the model is to read them.
+        text: what the user asked; the whole conversation where that cannot be told.
+        answer: the turn, as it is in the data.
+    """
+
+    ids: list[int]
+    text: str
+    answer: str
+
+
+def held_out_questions(
+    tokens: TokenFile, tokenizer: Tokenizer, template: GuardedTemplate | None, *, count: int
+) -> list[Question]:
+    """Return questions from the conversations of a token file, in the order of their rows; none where it has none.
+
+    Args:
+        tokens: of validation.
+        tokenizer: that they were made with.
+        template: that they were written with; None for prompts and completions without one.
+        count: questions at most, each with another text.
+    """
+    found: dict[str, Question] = {}
+    for row in _rows_with_beginnings(tokens):
+        for piece in tokens.pieces(row):
+            question = _question(tokens, tokenizer, template, row, piece)
+            if question is not None:
+                found.setdefault(question.text, question)
+        if len(found) >= count:
+            break
+    return list(found.values())[:count]
+
+
+def held_out_beginnings(tokens: TokenFile, tokenizer: Tokenizer, *, count: int, num_tokens: int) -> list[str]:
+    """Return the first tokens of documents, as text, in the order of their rows.
+
+    Args:
+        tokens: of validation.
+        tokenizer: that they were made with.
+        count: texts at most, no two of them equal.
+        num_tokens: of each text at most; at least one token of the document is left.
+    """
+    found: list[str] = []
+    for row in _rows_with_beginnings(tokens):
+        for piece in tokens.pieces(row):
+            end = min(piece.end - 1, piece.begin + num_tokens)
+            text = tokenizer.decode(tokens.rows.tokens[row, piece.begin : end].tolist())
+            if piece.document_begin == 0 and text.strip() and text not in found:
+                found.append(text)
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def _rows_with_beginnings(tokens: TokenFile) -> list[int]:
+    """Return the rows in which a document begins."""
+    begins = artifact_files.map_tensor(tokens.path, "piece_begins")
+    ends = artifact_files.map_tensor(tokens.path, "row_pieces").cumsum(dtype="int64")
+    rows: list[int] = np.unique(ends.searchsorted((begins == 0).nonzero()[0], side="right")).tolist()
+    return rows
+
+
+def _question(
+    tokens: TokenFile, tokenizer: Tokenizer, template: GuardedTemplate | None, row: int, piece: PieceAt
+) -> Question | None:
+    """Return a piece of a row as a question; None where it does not begin a conversation with a turn to learn."""
+    is_trained = np.asarray(tokens.rows.marks[row, piece.begin : piece.end]) & 1
+    ids = tokens.rows.tokens[row, piece.begin : piece.end].tolist()
+    begin = int(is_trained.argmax())
+    if piece.document_begin or begin < 2 or not is_trained.any():  # a text may have one token before it
+        return None
+    length = int(np.append(is_trained[begin:], 0).argmin())
+    answer = tokenizer.decode(ids[begin : begin + length]).strip()
+    whole = tokenizer.decode(ids[:begin], skip_special_tokens=False)
+    asked = None if template is None else _last_message(whole, template)
+    return Question(ids[:begin], asked or tokenizer.decode(ids[:begin]).strip(), answer)
+
+
+def _last_message(text: str, template: GuardedTemplate) -> str | None:
+    """Return the user's message at the end of a prompt; None where it cannot be told from what is around it."""
+    header, footer = _around_a_message(template)
+    if not header or not footer or not text.endswith(footer) or text.count(header) != 1:
+        return None
+    return text[text.index(header) + len(header) : len(text) - len(footer)].strip()
+
+
+def _around_a_message(template: GuardedTemplate) -> tuple[str, str]:
+    """Return what a template writes before a user's message, wherever it stands, and after the last one."""
+    user, other = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": "a"}
+    try:
+        text = template.render([user, other, user], prompt=True)
+        first, between, footer = text.split(_PROBE)
+    except (TemplateProblem, ValueError):
+        return "", ""
+    begin = next((at for at in range(len(first)) if between.endswith(first[at:])), len(first))
+    return first[begin:], footer

@@ -1,0 +1,336 @@
+"""Files to shards: each file is read, parsed and tokenized by one of several workers, unless its shard is there."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+
+from mlxflow.data.decompression import FileProblem
+from mlxflow.data.document_encoder import DocumentEncoder, Unwritable
+from mlxflow.data.documents import Document, Formatter, NoTemplateError, TrainOn
+from mlxflow.data.encoder import Encoder
+from mlxflow.data.items import LONG_TEXT_BYTES
+from mlxflow.data.records import Bad, Binary, Record, Shape, Text, read_file
+from mlxflow.data.shard_cache import CONVERSATION, FORMAT, MASKED, Shard, ShardStore, ShardWriter
+from mlxflow.data.tokenizer import Vocabulary
+from mlxflow.data.watched import Work
+from mlxflow.errors import SourceError
+from mlxflow.storage.digests import digest_json
+from mlxflow.storage.paths import printable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+T = TypeVar("T")
+
+# A file of this size is read and parsed in one thread and tokenized in another.
+_LARGE_BYTES = 1 << 23
+
+
+class SourceFile(NamedTuple):
+    """One file of a source, or some rows of a data set, ready to be read.
+
+    Attributes:
+        name: as the user would write it.
+        path: where it is.
+        shape: how it is read.
+        digest: of its content.
+        size: in bytes.
+        source: the number of the source that named it.
+        side: "train", "validation" or "test" where the source tells, else "".
+        is_named: the source names this very file, so it has to be text.
+        format_: what its records hold.
+        text_key: the key of a text.
+        read: yields its records where it is no file.
+        is_unchanged: whether it is as it was when its digest was taken.
+    """
+
+    name: str
+    path: Path
+    shape: Shape
+    digest: str
+    size: int
+    source: int
+    side: str
+    is_named: bool
+    format_: str
+    text_key: str
+    read: Callable[[], Iterator[list[Any]]] | None = None
+    is_unchanged: Callable[[], bool] = lambda: True
+
+    def items(self, formatter: Formatter, on_read: Callable[[int], None]) -> "Iterator[list[Record | Text | Bad]]":
+        """Yield the file's records; see `records.read_file`."""
+        if self.read is not None:
+            yield from self.read()
+            on_read(self.size)
+            return
+        try:
+            yield from read_file(
+                self.path,
+                self.shape,
+                expected_digest=self.digest,
+                form=formatter.record_form,
+                strict=self.format_ != "auto",
+                on_read=on_read,
+            )
+        except FileProblem as problem:  # a reader that stops half-way has not compared the digest
+            if self.is_unchanged():
+                raise
+            raise SourceError(
+                f"{printable(str(self.path))}: changed while it was read. Run the stage again."
+            ) from problem
+
+
+class Progress:
+    """What was done so far, counted by every worker.
+
+    Attributes:
+        read_bytes: of files, as they lie on the disk.
+        documents: tokenized.
+        tokens: made.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.read_bytes = self.documents = self.tokens = 0
+
+    def count(self, *, read_bytes: int = 0, documents: int = 0, tokens: int = 0) -> None:
+        """Add to the counts."""
+        with self._lock:
+            self.read_bytes += read_bytes
+            self.documents += documents
+            self.tokens += tokens
+
+
+class Tokenized(NamedTuple):
+    """The shards of files, in their order, and how many of the files were tokenized for that."""
+
+    keys: list[str]
+    num_tokenized: int
+
+
+class Tokenizing:
+    """Turns files into shards.
+
+    Args:
+        vocabulary: the tokenizer.
+        encoder: its engine.
+        train_on: what of conversations is trained on.
+        store: where shards are kept.
+        workers: files that are worked on at a time.
+    """
+
+    def __init__(
+        self, *, vocabulary: Vocabulary, encoder: Encoder, train_on: TrainOn, store: ShardStore, workers: int
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._encoder = DocumentEncoder(vocabulary, encoder)
+        self._train_on: TrainOn = train_on
+        self._store = store
+        self._workers = workers
+        template = vocabulary.template.source if vocabulary.template else None
+        names = {k: v for k, v in vocabulary.config.items() if k.endswith("_token")}
+        self._settings = [FORMAT, vocabulary.identity, template, names if template else None, train_on]
+        self._stopped = Event()
+
+    def key(self, file: SourceFile) -> str:
+        """Return the name of a file's shard: the digest of all that its tokens depend on."""
+        return digest_json([self._settings, file.digest, file.shape, file.format_, file.text_key])
+
+    def run(self, files: Sequence[SourceFile], progress: Progress, watch: Callable[[], None]) -> Tokenized:
+        """Make sure that every file has a shard.
+
+        Args:
+            files: in the order of the corpus.
+            progress: counts what is done.
+            watch: called again and again meanwhile.
+
+        Raises:
+            SourceError: a file changed, vanished or cannot be read.
+        """
+        keys = [self.key(file) for file in files]
+        first = dict(reversed(list(zip(keys, files, strict=True))))
+        with ThreadPoolExecutor(self._workers, "tokenize") as pool:
+            try:
+                futures = [pool.submit(self._ensure, key, file, progress) for key, file in first.items()]
+                _wait_for(futures, watch)
+            except BaseException:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        return Tokenized(keys, sum(future.result() for future in futures))
+
+    def _ensure(self, key: str, file: SourceFile, progress: Progress) -> bool:
+        """Make a file's shard where there is none; return whether there was none."""
+        shard = self._store.find(key)
+        if shard is not None:
+            progress.count(read_bytes=file.size, documents=shard.num_documents, tokens=shard.num_tokens)
+            return False
+        try:
+            with self._store.write(key, self._vocabulary.dtype) as writer:
+                self._tokenize(file, writer, progress)
+        except NoTemplateError as error:
+            raise SourceError(
+                f"{file.name}: holds conversations, and the tokenizer has no chat template. "
+                'Set pretokenize.chat_template = "FILE.jinja".'
+            ) from error
+        except FileProblem as problem:
+            with self._store.write(key, self._vocabulary.dtype) as writer:
+                writer.problem, writer.is_binary = str(problem), isinstance(problem, Binary)
+                writer.num_bad = 0 if writer.is_binary else 1
+        except Exception as error:
+            error.add_note(f"while {file.name} was tokenized")
+            raise
+        return True
+
+    def _tokenize(self, file: SourceFile, writer: ShardWriter, progress: Progress) -> None:
+        formatter = Formatter(
+            format_=file.format_,  # type: ignore[arg-type]  # checked by the stage's Config
+            text_key=file.text_key,
+            template=self._vocabulary.template,
+            train_on=self._train_on,
+            name=file.name,
+        )
+        long = _LongDocument()
+        batches = file.items(formatter, lambda count: progress.count(read_bytes=count))
+        for items in ahead(batches) if file.size > _LARGE_BYTES else batches:
+            if self._stopped.is_set():
+                raise InterruptedError
+            for documents in self._documents(formatter, items, writer):
+                size = sum(document.num_bytes for document in documents) + len(self._vocabulary.definition)  # read once
+                with Work(self._vocabulary.subject, file.name, size) as work:
+                    self._encode(documents, writer, long, progress, work)
+            del items  # a batch may be one record of many megabytes, and the next one is being made
+        writer.end_tokens = sorted({*writer.end_tokens, *self._ids_of(formatter.end_tokens)})
+        writer.inner_tokens = self._ids_of(formatter.inner_tokens)
+
+    @staticmethod
+    def _documents(
+        formatter: Formatter, items: Sequence[Record | Text | Bad], writer: ShardWriter
+    ) -> Iterator[list[Document]]:
+        """Yield the documents of a batch, as many at a time as are tokenized in one call; the writer notes the rest."""
+        documents: list[Document] = []
+        size = 0
+        for document in formatter.documents(items):
+            if isinstance(document, Bad):
+                writer.refuse(*document)
+            elif document.begins and document.ends and (not document.text or document.text.isspace()):
+                writer.blank += 1
+            else:
+                documents.append(document)
+                size += document.num_bytes
+                if size > LONG_TEXT_BYTES:
+                    yield documents
+                    documents, size = [], 0
+        if documents:
+            yield documents
+
+    def _ids_of(self, texts: set[str]) -> list[int]:
+        ids = self._vocabulary.token_ids if texts else {}
+        return sorted(ids[text] for text in texts)
+
+    def _encode(
+        self, documents: list[Document], writer: ShardWriter, long: "_LongDocument", progress: Progress, work: Work
+    ) -> None:
+        pieces: list[NDArray[Any]] = [np.zeros(0, self._vocabulary.dtype)]
+        finished: list[_Finished] = []
+        for encoded in self._encoder.encode(documents):
+            document = encoded.document
+            work.step(document.place)
+            if isinstance(encoded, Unwritable):
+                writer.refuse(
+                    document.place, "holds a control token that its tokenizer cannot write as text. Fix the record"
+                )
+                continue
+            if encoded.spans is not None and not len(encoded.spans):
+                writer.masked += 1
+                continue
+            if document.needs_end or not document.is_templated:
+                writer.end_tokens = [self._vocabulary.end_of_text]
+            writer.added_ends += document.needs_end
+            writer.literals += bool(document.literals)
+            pieces += encoded.parts
+            done = long.add(document, encoded.length, encoded.spans)
+            if done is not None:
+                finished.append(done)
+        writer.append(tokens=np.concatenate(pieces))
+        _append_documents(writer, finished)
+        progress.count(documents=len(finished), tokens=sum(one.length for one in finished))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield items, each of them made in another thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1, "read") as pool:
+        try:
+            coming = pool.submit(next, items, end)
+            while (item := coming.result()) is not end:
+                coming = pool.submit(next, items, end)
+                yield cast("T", item)
+        finally:
+            pool.shutdown()
+            if isinstance(items, Generator):
+                items.close()
+
+
+class _Finished(NamedTuple):
+    """What is kept of a document beside its tokens."""
+
+    length: int
+    digest: bytes
+    size: int
+    place: int
+    flags: int
+    spans: "NDArray[np.int64] | None"
+
+
+class _LongDocument:
+    """Adds the pieces of a document up until its last."""
+
+    def __init__(self) -> None:
+        self._length = self._size = 0
+
+    def add(self, document: Document, length: int, spans: "NDArray[np.int64] | None") -> _Finished | None:
+        self._length += length
+        self._size += document.num_bytes
+        if not document.ends:
+            return None
+        flags = CONVERSATION * document.is_conversation + MASKED * (spans is not None)
+        finished = _Finished(self._length, document.digest, self._size, document.place, flags, spans)
+        self._length = self._size = 0
+        return finished
+
+
+def _append_documents(writer: ShardWriter, finished: list[_Finished]) -> None:
+    """Write what is kept of documents; see `shards.Documents`."""
+    hashes = np.frombuffer(b"".join(one.digest for one in finished), ">u8").reshape(-1, 2)
+    told = [(one.length, 0, 0, one.size, one.place, one.flags, _count(one.spans)) for one in finished]
+    table = np.array(told, np.uint64).reshape(-1, 7)
+    table[:, 1:3] = hashes
+    spans = [one.spans for one in finished if one.spans is not None]
+    writer.append(documents=table, spans=np.concatenate(spans) if spans else np.zeros((0, 2), np.int64))
+
+
+def _count(spans: "NDArray[np.int64] | None") -> int:
+    return 0 if spans is None else len(spans)
+
+
+def _wait_for(futures: Sequence[Future[bool]], watch: Callable[[], None]) -> None:
+    """Wait until all are done or one of them failed; the failure is raised."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+        watch()
+        failed = [future for future in futures if future in done and future.exception() is not None]
+        if failed:
+            failed[0].result()
+
+
+def open_shards(store: ShardStore, keys: Sequence[str]) -> list[Shard]:
+    """Return shards in the order of their keys."""
+    opened = {key: store.open(key) for key in set(keys)}
+    return [opened[key] for key in keys]

@@ -1,0 +1,144 @@
+"""From shards to the rows of a token file: chosen documents, packed, in one pass of bounded memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from mlxflow.data.bin_packing import Packing
+from mlxflow.data.document_selection import Selection, tail_begin
+from mlxflow.data.row_packer import Counts, OnLong, Packer, Stored
+from mlxflow.data.shard_cache import CONVERSATION, MASKED, Shard
+from mlxflow.storage.artifact_files import ArrayStream
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Part = Literal["all", "rest", "end"]
+
+
+def write_rows(
+    path: Path,
+    *,
+    shards: Sequence[Shard],
+    selection: Selection,
+    side: int,
+    part: Part,
+    held_out: float,
+    capacity: int,
+    packing: Packing,
+    on_long: OnLong,
+    padding: int,
+    dtype: "np.dtype[Any]",
+    seed: int,
+    metadata: dict[str, str],
+    watch: Callable[[], None],
+) -> Counts:
+    """Pack the documents of one side into rows and write them as a token file.
+
+    Args:
+        path: the file.
+        shards: in the order of the corpus.
+        selection: what becomes of each document.
+        side: TRAIN or VALIDATION.
+        part: what is taken of each document: all of it, what is left where its end is held out, or that end.
+        held_out: the share of each document that is its end.
+        capacity: tokens that a row holds.
+        packing: how documents are laid into rows.
+        on_long: what becomes of conversations longer than a row.
+        padding: the id that fills what is left of a row.
+        dtype: of ids.
+        seed: the order in which documents of one window are packed.
+        metadata: for the file's header.
+        watch: called now and then.
+    """
+    # Names in the order of the file; see TokenFile for what they are.
+    columns: dict[str, tuple[str | None, tuple[int, ...]]] = {
+        "tokens": (dtype.name, (capacity,)),
+        "marks": (None, (capacity,)),
+        "document_files": (None, ()),
+        "document_places": (None, ()),
+        "piece_documents": (None, ()),
+        "piece_begins": (None, ()),
+        "row_pieces": (None, ()),
+    }
+    with (
+        ArrayStream(path, columns) as stream,
+        Packer(stream, capacity=capacity, packing=packing, on_long=on_long, padding=padding, seed=seed) as packer,
+    ):
+        _write_documents(stream, shards, selection, side)
+        for document in _documents(shards, selection, side, part, held_out):
+            packer.add(document)
+            watch()
+        counts = packer.finish()
+        stream.metadata.update(metadata)
+        stream.metadata["targets"] = str(counts.targets)
+        stream.metadata["has_conversations"] = "true" if counts.conversations else "false"
+    return counts
+
+
+def _kept(selection: Selection, side: int, shard: int) -> "NDArray[np.bool_]":
+    kept: NDArray[np.bool_] = (selection.sides[shard] == side) & (selection.repeats[shard] > 0)
+    return kept
+
+
+def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: Selection, side: int) -> None:
+    """Write the file and place of each document, in the order of their numbers."""
+    for number, shard in enumerate(shards):
+        kept = _kept(selection, side, number)
+        count = int(kept.sum())
+        if count:
+            stream.append("document_files", np.full(count, number, np.uint32))
+            stream.append("document_places", shard.documents().places[kept])
+
+
+def _documents(
+    shards: Sequence[Shard], selection: Selection, side: int, part: Part, held_out: float
+) -> Iterator[Stored]:
+    """Yield documents in the order of the corpus, then again those that an epoch shows twice, and so on."""
+    most = max((int(one.max(initial=0)) for one in selection.repeats), default=0) if part != "end" else 1
+    for showing in range(most):
+        number = 0
+        for index, shard in enumerate(shards):
+            kept = _kept(selection, side, index)
+            shown = kept & (selection.repeats[index] > showing)
+            if shown.any():
+                yield from _stored(shard, shown, number + np.cumsum(kept) - 1, part, held_out)
+            number += int(kept.sum())
+
+
+def _stored(
+    shard: Shard, shown: "NDArray[np.bool_]", numbers: "NDArray[np.int64]", part: Part, held_out: float
+) -> Iterator[Stored]:
+    documents = shard.documents()
+    lengths, flags, span_counts = documents.lengths, documents.flags, documents.span_counts
+    spans = shard.read("spans")
+    span_ends = np.cumsum(span_counts)
+    for document, ids in _tokens(shard, lengths, shown):
+        targets = None
+        if int(flags[document]) & MASKED:
+            targets = np.zeros(len(ids), np.bool_)
+            for low, high in spans[span_ends[document] - span_counts[document] : span_ends[document]]:
+                targets[low:high] = True
+        if part != "all":
+            cut = tail_begin(len(ids), targets, held_out)
+            taken = slice(cut, None) if part == "end" else slice(cut)
+            ids, targets = ids[taken], None if targets is None else targets[taken]
+        if len(ids):
+            yield Stored(int(numbers[document]), ids, bool(int(flags[document]) & CONVERSATION), targets)
+
+
+def _tokens(
+    shard: Shard, lengths: "NDArray[np.int64]", shown: "NDArray[np.bool_]"
+) -> Iterator[tuple[int, "NDArray[Any]"]]:
+    """Yield the tokens of the documents that are shown, each with its number in the shard."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    if lengths[shown].sum() * 4 < offsets[-1]:  # few of them, such as the validation documents: read each alone
+        for document in np.flatnonzero(shown).tolist():
+            yield document, shard.read("tokens", int(offsets[document]), int(offsets[document + 1]))
+        return
+    for first, end, tokens in shard.token_spans(lengths):
+        bounds = (offsets[first : end + 1] - offsets[first]).tolist()
+        for document in (first + np.flatnonzero(shown[first:end])).tolist():
+            yield document, tokens[bounds[document - first] : bounds[document - first + 1]]

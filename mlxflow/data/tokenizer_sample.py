@@ -1,0 +1,117 @@
+"""The texts that a tokenizer is trained on: of a large corpus a sample that hardly changes when it grows."""
+
+import heapq
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import xxhash
+
+from mlxflow.data.chat import ChatTemplate, markers
+from mlxflow.data.chatml import CHATML
+from mlxflow.data.decompression import FileProblem
+from mlxflow.data.document_selection import is_held_out
+from mlxflow.data.documents import Document, Formatter
+from mlxflow.data.records import Bad
+from mlxflow.data.shard_builder import SourceFile
+
+# Each text takes some 300 bytes besides its own.
+_MAX_TEXTS = 1 << 21
+
+
+class Sample(NamedTuple):
+    """Texts in the order of their hashes.
+
+    Attributes:
+        texts: each once; none where no file holds any.
+        digests: of each.
+        has_conversations: whether there are any in the corpus.
+    """
+
+    texts: list[str]
+    digests: list[bytes]
+    has_conversations: bool
+
+
+def sample(
+    files: Sequence[SourceFile],
+    *,
+    template: ChatTemplate | None,
+    holdout: float,
+    max_bytes: int,
+    on_read: Callable[[int], None],
+) -> Sample:
+    """Return the training documents with the smallest hashes, as many as fit.
+
+    A document that comes or goes changes the sample only if it is among them, so a large corpus that grows a little
+    mostly keeps its tokenizer. A text of several megabytes is sampled by its pieces. What cannot be read is passed
+    over.
+
+    Args:
+        files: of the corpus; those of a validation or test side are passed over.
+        template: of conversations; ChatML where there is none. Its control tokens are left out of the texts.
+        holdout: share of documents held out.
+        max_bytes: UTF-8 bytes that the texts may have together.
+        on_read: called with each number of bytes read.
+    """
+    template = template or ChatTemplate(CHATML, {})
+    sampled, any_held_out = _sample(files, template, holdout, max_bytes, on_read)
+    if any_held_out and not sampled.texts:  # `selection.select` does not hold all documents out
+        sampled, any_held_out = _sample(files, template, 0.0, max_bytes, lambda _: None)
+    if holdout and not any_held_out and len(sampled.texts) > 1:  # the first is the one that it holds out
+        return sampled._replace(texts=sampled.texts[1:], digests=sampled.digests[1:])
+    return sampled
+
+
+def _sample(
+    files: Sequence[SourceFile],
+    template: ChatTemplate,
+    holdout: float,
+    max_bytes: int,
+    on_read: Callable[[int], None],
+) -> tuple[Sample, bool]:
+    """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
+    control_tokens = re.compile("|".join(map(re.escape, markers(template.source))) or r"(?!)")
+    heap: list[tuple[int, str]] = []  # the largest hash first
+    known: set[bytes] = set()
+    total, has_conversations, any_held_out = 0, False, False
+    for document in _documents(files, template, on_read):
+        has_conversations |= document.is_conversation
+        digest = document.digest or xxhash.xxh3_128_digest(document.text.encode())
+        if digest in known or not document.text or document.text.isspace():
+            continue
+        if document.digest and is_held_out(digest, holdout):
+            any_held_out = True
+            continue
+        text = control_tokens.sub("", document.text) if document.is_templated else document.text
+        known.add(digest)
+        heapq.heappush(heap, (-int.from_bytes(digest, "big"), text))
+        total += document.num_bytes
+        while (total > max_bytes or len(heap) > _MAX_TEXTS) and len(heap) > 1:
+            number, dropped = heapq.heappop(heap)
+            total -= len(dropped.encode())
+            known.discard((-number).to_bytes(16, "big"))
+    chosen = sorted((-number, text) for number, text in heap)
+    texts, digests = [text for _, text in chosen], [number.to_bytes(16, "big") for number, _ in chosen]
+    return Sample(texts, digests, has_conversations), any_held_out
+
+
+def _documents(
+    files: Sequence[SourceFile], template: ChatTemplate, on_read: Callable[[int], None]
+) -> Iterator[Document]:
+    for file in files:
+        if file.side in ("validation", "test"):
+            on_read(file.size)
+            continue
+        formatter = Formatter(
+            format_=file.format_,  # type: ignore[arg-type]
+            text_key=file.text_key,
+            template=template,
+            train_on=None,
+            name=file.name,
+        )
+        try:
+            for items in file.items(formatter, on_read):
+                yield from (one for one in formatter.documents(items) if not isinstance(one, Bad))
+        except FileProblem:
+            continue

@@ -1,0 +1,149 @@
+"""How far a quantized model's predictions are from those of the dense one.
+
+Both models' logits of the same positions are needed, and only those of a slice at a time; see `reference` for a dense
+side that is computed once for many quantized models.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxflow.evaluation.dense_reference import Reference
+from mlxflow.evaluation.model_body import Body
+from mlxflow.evaluation.perplexity import Perplexity, mean_and_error, perplexity_from
+from mlxflow.evaluation.positions import Part, TokenRows, hidden_states, parts, rows_for
+from mlxflow.evaluation.slices import positions_at_once
+
+# The logits of both models, in their type and in fp32, and what the sums make of them
+_ARRAYS = 6
+
+
+class Divergence(NamedTuple):
+    """Two models on the same tokens.
+
+    Attributes:
+        dense: perplexity of the first.
+        quantized: perplexity of the second.
+        kl: mean over the tokens of the Kullback-Leibler divergence from the dense model's distribution, in nats.
+        kl_standard_error: of that mean.
+        top1_agreement: share of tokens at which both hold the same next one for the likeliest.
+    """
+
+    dense: Perplexity
+    quantized: Perplexity
+    kl: float
+    kl_standard_error: float
+    top1_agreement: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative to the dense model's."""
+        return self.quantized.perplexity / self.dense.perplexity - 1
+
+
+def measure_divergence(
+    dense: nn.Module | Reference, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
+) -> Divergence:
+    """Compare two models over rows of tokens, every target weighted alike; draws no random number.
+
+    The memory and the rounding are as `perplexity.measure_perplexity` says.
+
+    Args:
+        dense: maps (B, L) token ids to (B, L, V) logits; or what was kept of such a model on these very rows.
+        quantized: likewise.
+        rows: of tokens and marks.
+        batch_size: rows a forward pass at most.
+        masks_documents: no token attends to another document in its row.
+
+    Raises:
+        StageError: no token of the rows counts.
+    """
+    reference = dense if isinstance(dense, Reference) else Reference.of(dense)
+    quantized.eval()
+    body = Body.of(quantized)
+    at_once = rows_for(quantized, body, rows, batch_size)
+    found, count = [np.empty((4, 0))], 0
+    for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
+        sides = reference.hidden(part, count), hidden_states(body, part)
+        found += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
+        count += len(part.targets)
+    losses, other, kl, same = np.concatenate(found, axis=1)
+    dense_side = perplexity_from(losses)
+    mean, error = mean_and_error(kl)
+    not_negative = float(np.maximum(0.0, mean))  # rounding may give less; a NaN stays one
+    return Divergence(dense_side, perplexity_from(other), not_negative, error, float(same.mean()))
+
+
+def costs_by_layer(
+    dense: nn.Module,
+    weights: Mapping[str, Callable[[], mx.array]],
+    rows: TokenRows,
+    *,
+    batch_size: int,
+    masks_documents: bool,
+) -> dict[str, float]:
+    """Return the divergence in nats per token that each layer's quantized weight causes alone, the largest first.
+
+    Args:
+        dense: as it is; put back afterwards.
+        weights: by module path, what gives the weight that a quantized layer computes with.
+        rows: of tokens and marks; their hidden states are held.
+        batch_size: rows a forward pass at most.
+        masks_documents: no token attends to another document in its row.
+    """
+    dense.eval()
+    modules = dict(dense.named_modules())
+    body = Body.of(dense)
+    at_once = rows_for(dense, body, rows, batch_size)
+    exact = [
+        (part, hidden_states(body, part)) for part in parts(rows, at_once=at_once, masks_documents=masks_documents)
+    ]
+    costs = {}
+    for path, weight in weights.items():
+        layer, kept, quantized = modules[path], modules[path]["weight"], weight()
+        total, count = 0.0, 0
+        for part, hidden in exact:
+            layer["weight"] = quantized
+            changed = hidden_states(body, part)
+            layer["weight"] = kept
+            for begin, end in _spans(body, hidden):
+                logits = body.logits(hidden[begin:end])
+                layer["weight"] = quantized
+                other = body.logits(changed[begin:end])
+                layer["weight"] = kept
+                total += float(_compared(logits, other, part.targets[begin:end])[2].sum())
+            count += len(part.targets)
+        costs[path] = max(0.0, total / max(1, count)) if math.isfinite(total) else math.inf
+    return dict(sorted(costs.items(), key=lambda item: -item[1]))
+
+
+def _slices(
+    dense: Body, quantized: Body, sides: tuple[mx.array, mx.array], part: Part
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Yield both models' logits and the targets of some positions at a time."""
+    for begin, end in _spans(dense, sides[0]):
+        yield dense.logits(sides[0][begin:end]), quantized.logits(sides[1][begin:end]), part.targets[begin:end]
+
+
+def _spans(body: Body, hidden: mx.array) -> Iterator[tuple[int, int]]:
+    step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
+    return ((begin, begin + step) for begin in range(0, len(hidden), step))
+
+
+def _compared(exact: mx.array, rounded: mx.array, targets: mx.array) -> NDArray[np.float64]:
+    """Return for each position both losses, the divergence, and whether both agree, (4, N)."""
+    values: list[mx.array] = _compare(exact.astype(mx.float32), rounded.astype(mx.float32), targets)
+    return np.array([np.array(value) for value in values], np.float64)
+
+
+@mx.compile
+def _compare(exact: mx.array, rounded: mx.array, targets: mx.array) -> list[mx.array]:
+    logs = [logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (exact, rounded)]
+    losses = [-mx.take_along_axis(log, targets[..., None], axis=-1).squeeze(-1) for log in logs]
+    kl = (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1)
+    return [*losses, kl, exact.argmax(axis=-1) == rounded.argmax(axis=-1)]

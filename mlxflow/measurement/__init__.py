@@ -1,1 +1,0 @@
-"""Memory, time and quality, measured."""

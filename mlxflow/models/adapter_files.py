@@ -1,0 +1,140 @@
+"""The adapters that lie in a model folder, in mlx-lm's form: read, put into the model, added into its weights.
+
+A folder with `adapters.safetensors` and `adapter_config.json` beside `model.safetensors` holds a model that is only
+whole with them. `mlxflow.models.model_folder.load` opens it so; mlx-lm does where its `adapter_path` names the folder.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxflow.errors import ArtifactError
+from mlxflow.ops import mlx_lm_import
+from mlxflow.storage import model_files, toml_text
+from mlxflow.system.os_errors import advise_on
+
+WEIGHTS, CONFIG = model_files.ADAPTERS
+
+#: Names of an adapter's own parameters: LoRA's two factors and DoRA's magnitudes.
+PARAMETERS = ("lora_a", "lora_b", "m")
+
+# What an adapter layer calls the layer beside which it lies
+_INNER = ("linear", "embedding")
+
+
+def are_in(folder: Path) -> bool:
+    """Return whether a model folder holds adapters.
+
+    Raises:
+        ArtifactError: they are of another form than mlx-lm's, or one of their files is missing.
+    """
+    found = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
+    if (folder / CONFIG).is_file() and "peft_type" in read_config(folder):
+        raise ArtifactError(
+            f"{folder / CONFIG}: is of PEFT's form, which mlx-lm does not read. Merge the adapter into the model, or "
+            "move its files away."
+        )
+    if len(found) == 1:
+        missing = WEIGHTS if found == [CONFIG] else CONFIG
+        raise ArtifactError(f"{folder / missing}: missing beside {found[0]}. Build it again, or remove {found[0]}.")
+    if not found and _were_written(folder):
+        raise ArtifactError(
+            f"{folder}: {WEIGHTS} and {CONFIG} are missing: without them it is not the trained model. Build it again."
+        )
+    return bool(found)
+
+
+def _were_written(folder: Path) -> bool:
+    """Return whether the report of a train stage says that its adapters lie in the folder."""
+    try:
+        return toml_text.loads((folder / "report.toml").read_text(encoding="utf-8")).get("fuse") == "never"
+    except (OSError, ValueError):
+        return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `adapter_config.json` of a folder.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        advice = advise_on(error, "Build it again")
+        raise ArtifactError(f"{folder / CONFIG}: cannot be read ({error}). {advice}.") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{folder / CONFIG}: expected a table. Build it again.")
+    return config
+
+
+def apply(model: nn.Module, folder: Path) -> nn.Module:
+    """Return a model with the adapters of its folder, in evaluation mode.
+
+    Args:
+        model: of the same folder; changed.
+        folder: with both files of the adapters.
+
+    Raises:
+        ArtifactError: the adapters do not fit the model, or some are missing.
+    """
+    mlx_lm_import.prepare()
+    from mlx_lm.tuner.utils import load_adapters
+
+    read_config(folder)
+    try:
+        adapted: nn.Module = load_adapters(model, str(folder))
+        stored: Any = mx.load(str(folder / WEIGHTS))  # lazy: nothing but the header is read
+    except OSError as error:
+        advice = advise_on(error, "Build it again")
+        raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error.strerror or error}). {advice}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{folder / WEIGHTS}: does not fit the model ({said}). Build it again.") from error
+    # mlx-lm leaves an adapter that has no weights in the file as it was made: as noise
+    lacking = [name for name in _parameters(adapted) if name not in stored]
+    if lacking:
+        raise ArtifactError(f"{folder / WEIGHTS}: has no {lacking[0]}. Build it again.")
+    adapted.eval()
+    return adapted
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers of a model that are adapters beside another layer, by path."""
+    return {path: layer for path, layer in model.named_modules() if "lora_a" in layer}
+
+
+def _parameters(model: nn.Module) -> Iterator[str]:
+    for path, layer in layers_of(model).items():
+        own = {name: value for name, value in layer.items() if name in PARAMETERS}
+        yield from (f"{path}.{name}" for name, _ in tree_flatten(own))
+
+
+def fuse(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
+    """Return a model with its adapters added into the weights beside them.
+
+    Args:
+        model: changed; one without adapters stays as it is. Lazily loaded weights stay on the disk.
+        dequantize: whether quantized layers with an adapter become dense; else they are quantized again with their own
+            settings, by which most of what the adapter learned may be lost.
+    """
+    fused = [(path, layer.fuse(dequantize=dequantize)) for path, layer in layers_of(model).items()]
+    model.update_modules(tree_unflatten(fused))
+    model.eval()
+    return model
+
+
+def take_out(model: nn.Module) -> nn.Module:
+    """Return a model without its adapters: every layer is the one beside which they lay.
+
+    Args:
+        model: changed.
+    """
+    bases = [(path, next(layer[name] for name in _INNER if name in layer)) for path, layer in layers_of(model).items()]
+    model.update_modules(tree_unflatten(bases))
+    return model

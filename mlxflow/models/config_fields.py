@@ -1,0 +1,205 @@
+"""A model's `config.json` held against the fields of mlx-lm's classes, before one layer of the model is made.
+
+mlx-lm's classes take whatever a config says: a list for a width, null, ten million layers. Here each value is compared
+with the type that its class declares, and with bounds, so that a mistake is one line with file and key.
+"""
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mlxflow.errors import ArtifactError
+from mlxflow.workflow.config import MAX_LAYERS, toml_value
+
+#: What mlx-lm's classes raise over values that do not fit together.
+BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+_ADVICE = "Mend the file, or name another model."
+_MOST, _MOST_ITEMS, _MOST_SHOWN = 2**31 - 1, 100_000, 60
+
+_LAYERS = re.compile(r"(num|n)_(hidden_|transformer_|decoder_|encoder_)?layers?")
+_AT_LEAST_ONE = {"hidden_size", "vocab_size", "num_attention_heads", "n_head", "n_heads", "n_embd", "d_model", "dim"}
+
+
+class Guarded:
+    """The classes of a model, which refuse settings that their fields cannot hold.
+
+    It stands for mlx-lm's class of settings (`from_dict`), and is called as its class of models.
+
+    Args:
+        model_class: makes a model of settings.
+        args_class: has a class method `from_dict`, which makes settings of a `config.json`.
+        file: that `config.json`, for the messages.
+    """
+
+    def __init__(self, model_class: Any, args_class: Any, file: str) -> None:
+        self._model_class = model_class
+        self._args_class = args_class
+        self._file = file
+        self._root: dict[str, Any] = {}
+        self._suspects: list[str] = []
+
+    def from_dict(self, config: dict[str, Any]) -> Any:
+        """Return the settings.
+
+        Raises:
+            ArtifactError: one line for each value that is wrong; or what mlx-lm says, with the values that may be to
+                blame.
+        """
+        self._root = config
+        with self._checking():
+            return self._args_class.from_dict(config)
+
+    def __call__(self, settings: Any) -> Any:
+        """Return the model; raises as `from_dict` does."""
+        with self._checking():
+            return self._model_class(settings)
+
+    @contextmanager
+    def _checking(self) -> Iterator[None]:
+        """Check each table that mlx-lm's settings are made from in this block, those within others too."""
+        from mlx_lm.models.base import BaseModelArgs
+
+        plain = vars(BaseModelArgs)["from_dict"]
+
+        def from_dict(cls: Any, params: Any) -> Any:
+            self._check(cls, params)
+            return plain.__func__(cls, params)
+
+        BaseModelArgs.from_dict = classmethod(from_dict)
+        try:
+            yield
+        except BUILD_ERRORS as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            odd = "".join(f"{one}, " for one in self._suspects[:4])
+            kind = toml_value(self._root.get("model_type"))
+            raise ArtifactError(
+                f"{self._file}: {odd}model_type = {kind}: mlx-lm cannot build that ({said}). {_ADVICE}"
+            ) from error
+        finally:
+            BaseModelArgs.from_dict = plain
+
+    def _check(self, cls: Any, params: Any) -> None:
+        prefix = next((f"{key}." for key, value in self._root.items() if value is params), "")
+        if not isinstance(params, dict):
+            raise ArtifactError(f"{self._file}: {prefix[:-1]} = {_shown(params)}: expected a table. {_ADVICE}")
+        if lines := [f"{self._file}: {prefix}{line}. {_ADVICE}" for line in mistakes(cls, params)]:
+            raise ArtifactError(*lines)
+        self._suspects += [f"{prefix}{one}" for one in _suspects(cls, params)]
+
+
+def mistakes(cls: Any, params: Mapping[str, Any]) -> list[str]:
+    """Return for each wrong value of a table its key, itself and what was expected.
+
+    Args:
+        cls: one of mlx-lm's classes of settings; others are looked at no further.
+        params: the table that it is made from.
+    """
+    lines = []
+    for name, (hint, has_default) in _fields(cls).items():
+        if name not in params or (params[name] is None and has_default):
+            continue
+        value = params[name]
+        expected = _bounds(name, value) or _mismatch(value, hint)
+        if expected:
+            lines.append(f"{name} = {_shown(value)}: expected {expected}")
+    return lines
+
+
+def _suspects(cls: Any, params: Mapping[str, Any]) -> list[str]:
+    """Return the values that are most often to blame where others do not fit them: nothing, zero, less than that."""
+    given = {name: params[name] for name in _fields(cls) if name in params and not isinstance(params[name], bool)}
+    return [f"{name} = {_shown(value)}" for name, value in given.items() if _is_odd(value)]
+
+
+def _is_odd(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and value <= 0) or value in ([], {}, "")
+
+
+@cache
+def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
+    """Return the type of each field of a class, and whether it has a default."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    try:
+        hints = get_type_hints(cls)
+    except (NameError, TypeError):  # annotations of code of others
+        return {}
+    without = dataclasses.MISSING
+    return {
+        one.name: (hints[one.name], one.default is not without or one.default_factory is not without)
+        for one in dataclasses.fields(cls)
+        if one.init
+    }
+
+
+def _bounds(name: str, value: Any) -> str:
+    """Return what was expected of a number whose bounds follow from its name; empty where it is within them."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    least = 1 if name in _AT_LEAST_ONE or _LAYERS.fullmatch(name) else -_MOST
+    most = MAX_LAYERS if _LAYERS.fullmatch(name) else _MOST
+    if isinstance(value, int) and not least <= value <= most:
+        return f"a number from {least} to {most}"
+    return ""
+
+
+def _mismatch(value: Any, hint: Any) -> str:
+    """Return what was expected of a value of a declared type; empty where it fits, or the type says nothing."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        expected = [_mismatch(value, one) for one in arguments]
+        return "" if not all(expected) else " or ".join(dict.fromkeys(one for one in expected if one != "null"))
+    kind = origin or hint
+    if kind is type(None):
+        return "" if value is None else "null"
+    if kind in (int, float):
+        return _number_mismatch(value, kind)
+    if kind is bool:
+        return "" if isinstance(value, bool) or value in (0, 1) else "true or false"
+    if kind is str:
+        return "" if isinstance(value, str) else "text"
+    if kind is dict:
+        return "" if isinstance(value, dict) else "a table"
+    if kind in (list, tuple):
+        return _list_mismatch(value, [one for one in arguments if one is not Ellipsis])
+    return ""
+
+
+def _number_mismatch(value: Any, kind: type) -> str:
+    noun = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return noun
+    return noun if kind is int and value != int(value) else ""
+
+
+def _list_mismatch(value: Any, kinds: list[Any]) -> str:
+    if not isinstance(value, list | tuple):
+        return "a list"
+    if len(value) > _MOST_ITEMS:
+        return f"a list of at most {_MOST_ITEMS:,}"
+    infinite = (math.inf, -math.inf)  # such as of a time step
+    items = [one for one in value if not (isinstance(one, float) and one in infinite)]
+    found = next((said for one in items if kinds and (said := _mismatch(one, kinds[0]))), "")
+    return f"a list, each {found}" if found else ""
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON has it, shortened."""
+    text = "null" if value is None else toml_value(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

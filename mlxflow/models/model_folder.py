@@ -1,0 +1,519 @@
+"""The one door to mlx-lm: build a model from its shape, load and save model folders.
+
+A model folder holds `config.json` (Hugging Face's keys), `model.safetensors` and the tokenizer files; mlx-lm,
+transformers (dense ones) and LM Studio open it unchanged.
+"""
+
+import copy
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlxflow.errors import ArtifactError
+from mlxflow.models import adapter_files, config_fields, config_json, model_code, quantized_layers, vocabularies
+from mlxflow.ops import gather_matmul, mlx_lm_import
+from mlxflow.storage import artifact_files, hub, model_files, remote_code
+from mlxflow.storage.temporary_files import scratch_folder
+from mlxflow.system.os_errors import advise_on
+
+#: The files of a tokenizer in a model folder.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def llama_config(
+    *,
+    vocab_size: int,
+    context_length: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    intermediate_size: int,
+    tie_word_embeddings: bool,
+    rope_theta: float,
+    end_of_text: int,
+) -> dict[str, Any]:
+    """Return the `config.json` of a Llama-shaped model in Hugging Face's keys.
+
+    Args:
+        vocab_size: rows of the embedding, V.
+        context_length: positions the model is made for, L.
+        hidden_size: width of the residual stream, D; divisible by `num_heads`.
+        num_layers: transformer blocks.
+        num_heads: attention heads, H; divisible by `num_kv_heads`.
+        num_kv_heads: heads of keys and values.
+        intermediate_size: width inside the gated MLP.
+        tie_word_embeddings: whether the head shares the embedding's weights.
+        rope_theta: base of the rotary embedding.
+        end_of_text: the token id that ends a document.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "head_dim": hidden_size // num_heads,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": context_length,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": num_layers,
+        "num_key_value_heads": num_kv_heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tie_word_embeddings,
+        "torch_dtype": "float32",
+        "vocab_size": vocab_size,
+    }
+
+
+def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> nn.Module:
+    """Return a freshly initialized model; see `skeleton`.
+
+    Args:
+        config: a `config.json`.
+        seed: of the initial weights; the global random state is set by it.
+        code: see `skeleton`.
+    """
+    mx.random.seed(seed)
+    model = skeleton(config, code=code)
+    mx.eval(model.parameters())
+    return model
+
+
+def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str) -> None:
+    """Make sure that the weights of a new model alone fit into the memory; MLX ends the process where they do not.
+
+    Args:
+        config: a `config.json`.
+        memory_limit_bytes: what MLX may use.
+        key: the setting that describes the model, for the message.
+
+    Raises:
+        ArtifactError: they do not.
+    """
+    needed = num_bytes(skeleton(config))
+    if needed > memory_limit_bytes:
+        raise ArtifactError(
+            f"{key}: its weights take {needed:,} bytes, memory limit {memory_limit_bytes:,}. "
+            "Make the model smaller, or raise workflow.memory_limit."
+        )
+
+
+def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Module:
+    """Return a model whose weights are not computed yet: for its shapes.
+
+    Args:
+        config: a `config.json`.
+        code: the model folder in which the Python file lies that the config names, where it names one.
+
+    Raises:
+        ArtifactError: mlx-lm does not know the architecture, its code is not trusted or fails, or the config lacks what
+            it needs.
+    """
+    gather_matmul.install()
+    file = str(code / model_files.CONFIG) if code else model_files.CONFIG
+    own = copy.deepcopy(dict(config))  # some architectures complete the tables within it
+    try:
+        model_class, args_class = model_code.classes(own, code)
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise ArtifactError(f"config.json: no architecture that mlx-lm knows ({error}). Name another model.") from error
+    classes = config_fields.Guarded(model_class, args_class, file)
+    model: nn.Module = classes(classes.from_dict(own))
+    return model
+
+
+def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a folder, in evaluation mode, and its `config.json`.
+
+    Where adapters lie in the folder the model has them: nothing in mlxflow opens such a folder without.
+
+    Args:
+        folder: a model folder.
+        lazy: whether weights stay on the disk until they are needed.
+
+    Raises:
+        ArtifactError: the folder is no model folder, needs code that may not be run, or its weights or adapters do not
+            fit its config.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
+    found = model_files.find(folder)
+    if found.problem:
+        raise ArtifactError(f"{folder}: {found.problem}. {found.advice}")
+    if found.code and not remote_code.trusts_code():
+        raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, found.code)}")
+    _require_sound(folder, found.weights)
+    file = str(folder / model_files.CONFIG)
+    config_json.read(folder)
+    generation = remote_code.read_table(folder / model_files.GENERATION)
+    config_json.require_types(generation, str(folder / model_files.GENERATION))
+
+    floating: dict[str, type[nn.Module]] = {}
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = model_code.classes({**config, "model_file": found.code}, folder)
+        guarded = config_fields.Guarded(model_class, args_class, file)
+        return lambda settings: made(guarded(settings)), guarded
+
+    def made(model: nn.Module) -> nn.Module:
+        floating.update(_floating(model))
+        return model
+
+    gather_matmul.install()
+    with model_files.opened(folder, [name for name in found.read if not name.endswith(".py")]) as links:
+        try:
+            model, config = mlx_lm_import.mlx_lm_utils().load_model(
+                links,
+                lazy=lazy,
+                model_config={"model_file": None},  # `classes` runs it
+                get_model_classes=classes,
+            )
+        except (OSError, *config_fields.BUILD_ERRORS) as error:
+            raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
+    _require_readable_codes(folder, model)
+    _require_numbers(folder, model, floating)
+    config = remote_code.copied(config | {"model_file": found.code})
+    if not found.code:
+        config.pop("model_file", None)
+    if adapter_files.are_in(folder):
+        model = adapter_files.apply(model, folder)
+        if not lazy:
+            mx.eval(model.parameters())
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    return model, config_json.describing(config, weights=names, is_quantized=quantized_layers.is_quantized(model))
+
+
+def _require_sound(folder: Path, weights: Iterable[str]) -> None:
+    """Refuse files of weights whose headers are wrong, or of which two hold a tensor of the same name.
+
+    MLX believes a header, and mlx-lm would take either of two tensors, whatever an index says.
+
+    Raises:
+        ArtifactError: names the file and the tensor.
+    """
+    holders: dict[str, str] = {}
+    for file in (name for name in weights if name.endswith(".safetensors")):
+        types = artifact_files.tensor_types(folder / file)
+        if twice := sorted(types.keys() & holders.keys()):
+            raise ArtifactError(
+                f"{folder}: {holders[twice[0]]} and {file} both hold {twice[0]}. Remove one of the two."
+            )
+        if unread := sorted(name for name, kind in types.items() if kind in artifact_files.UNREAD_TYPES):
+            raise ArtifactError(
+                f"{folder / file}: {unread[0]} is of type {types[unread[0]]}, which MLX does not read. "
+                "Convert the model to bf16 first."
+            )
+        holders |= dict.fromkeys(types, file)
+
+
+def _floating(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """Return the class of the layer of each floating weight, by the weight's name."""
+    layers = dict(model.named_modules())
+    return {
+        name: type(layers.get(name.rpartition(".")[0], model))
+        for name, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+
+
+def _require_numbers(folder: Path, model: nn.Module, floating: Mapping[str, type[nn.Module]]) -> None:
+    """Refuse a model of which a weight is of other than floating numbers in a layer that computes with such.
+
+    Args:
+        folder: of the model.
+        model: as its files say.
+        floating: see `_floating`: of the model as its class makes it. A layer that took codes is of another class.
+
+    Raises:
+        ArtifactError: names the first such weight.
+    """
+    layers = dict(model.named_modules())
+    for name, value in tree_flatten(model.parameters()):
+        layer = layers.get(name.rpartition(".")[0], model)
+        if floating.get(name) is type(layer) and not mx.issubdtype(value.dtype, mx.floating):
+            kind = str(value.dtype).rpartition(".")[2]
+            raise ArtifactError(f"{folder}: {name} is of type {kind}: expected floating numbers. Name another model.")
+
+
+def _require_readable_codes(folder: Path, model: nn.Module) -> None:
+    """Refuse a model whose layers take codes for weights: they fit in shape, and what they compute is noise.
+
+    Raises:
+        ArtifactError: names the first such layer.
+    """
+    for path, layer in model.named_modules():
+        if "scales" not in layer and hasattr(layer, "to_quantized") and quantized_layers.holds_codes(layer):
+            raise ArtifactError(
+                f"{folder}: {path}.weight holds codes ({str(layer.weight.dtype).rpartition('.')[2]}), and mlx-lm takes "
+                "them for numbers. Convert the model to bf16 first."
+            )
+
+
+def _word_unopened(folder: Path, error: str) -> str:
+    """Return why a folder cannot be opened; how its weights are packed, where mlx-lm does not know that."""
+    said = " ".join(error.split())
+    config = config_json.read(folder)
+    packed = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    method = packed.get("quant_method") if isinstance(packed, dict) else None
+    if method is None or "quantization" in config:
+        return f"{folder}: cannot be opened as a model ({said}). Build it again."
+    return (
+        f'{folder}/config.json: quantization_config.quant_method = "{method}": mlx-lm does not read weights of '
+        f"{config.get('model_type')} that are packed so ({said[:200]}). Convert the model to bf16 first."
+    )
+
+
+def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact_files.StoredRows]:
+    """Return the matrices of a folder that its model takes as they lie in the files, by the model's names.
+
+    A matrix that mlx-lm's class makes something else of while it loads is not among them, nor one that has an adapter.
+
+    Args:
+        folder: a model folder.
+        model: what `load` returned for it; dense.
+    """
+    adapted = {f"{path}.weight" for path in adapter_files.layers_of(model)}
+    stored: dict[str, artifact_files.StoredRows] = {}
+    weights: dict[str, mx.array] = {}
+    files = [name for name in model_files.find(folder).weights if name.endswith(".safetensors")]
+    with model_files.opened(folder, files) as links:
+        for file in files:
+            found: Any = mx.load(str(links / file))  # lazy: nothing but the header is read
+            weights |= found
+            stored |= artifact_files.stored_rows(folder / file)
+    taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
+    return {
+        name: rows
+        for name, rows in stored.items()
+        if name in taken and taken[name] is weights[name] and name not in adapted
+    }
+
+
+def load_for_steps(folder: Path, key: str, *, trains_adapters: bool) -> nn.Module:
+    """Return the model of a folder for training steps.
+
+    Args:
+        folder: a model folder.
+        key: the setting that names it, for the message.
+        trains_adapters: whether the steps train adapters, beside weights that may be quantized; else all weights.
+
+    Raises:
+        ArtifactError: the folder is no model folder, or its model is quantized and all weights are trained.
+    """
+    model, _ = load(folder)
+    if quantized_layers.is_quantized(model) and not trains_adapters:
+        raise ArtifactError(f"{key}: {folder} is quantized, and training steps need a dense model. Name a train stage.")
+    return model
+
+
+def vocab_size(folder: Path) -> int:
+    """Return how many ids the model of a folder knows, as its config tells; without limit where it does not.
+
+    Raises:
+        ArtifactError: the folder has no config.json.
+    """
+    return config_json.vocab_size(config_json.read(folder))
+
+
+def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
+    """Make sure that tokens were made with a model's own tokenizer, where it brings one.
+
+    Args:
+        folder: a model folder.
+        tokenizer_file: the `tokenizer.json` that the tokens were made with.
+        key: the setting that names the folder, for the message.
+
+    Raises:
+        ArtifactError: its ids mean something else.
+    """
+    own = folder / "tokenizer.json"
+    if not own.is_file():
+        if model_files.has_vocabulary(model_files.tokenizer_files(folder)) and not any(
+            remote_code.tokenizer_code(folder)
+        ):
+            raise ArtifactError(
+                f"{key}: the tokenizer of {folder} has no tokenizer.json, to which that of the tokens could be "
+                "compared. Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        return
+    try:
+        is_same = vocabularies.means_the_same(own, tokenizer_file)
+    except (OSError, ValueError) as error:
+        advice = advise_on(error, "Name another")
+        raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). {advice}.") from error
+    if not is_same:
+        raise ArtifactError(
+            f"{key}: the tokens were not made with the tokenizer of {folder}. "
+            "Set pretokenize.tokenizer.from to the same folder."
+        )
+
+
+def save(
+    *,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    config_file: Path,
+    model_file: Path,
+    provenance: Mapping[str, str],
+) -> None:
+    """Write `config.json` and `model.safetensors`; equal weights are equal bytes."""
+    config_json.write(config_file, config)
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    artifact_files.write_tensors(
+        model_file, weights, {"format": "mlx"} | artifact_files.provenance_metadata(provenance)
+    )
+
+
+def copy_companions(folder: Path, to: Path) -> None:
+    """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation.
+
+    Python code goes along, and is named, only where it is trusted; see `mlxflow.storage.model_files.copy`.
+
+    A tokenizer of another form than `tokenizer.json` is written in that form too.
+
+    Args:
+        folder: a model folder.
+        to: another one.
+
+    Raises:
+        ArtifactError: there is no tokenizer, or it needs code that may not be run.
+    """
+    model_files.copy(folder, model_files.companions(folder), to)
+    if not all((to / name).is_file() for name in TOKENIZER_FILES):
+        _open_in_transformers(folder).save_pretrained(to)
+
+
+def require_tokenizer_trust(folder: Path, trust_key: str = "") -> None:
+    """Refuse a model folder whose tokenizer needs Python code of the folder that may not be run.
+
+    Args:
+        folder: a model folder.
+        trust_key: the setting by which it may be run, for the message; empty where several may be meant.
+
+    Raises:
+        ArtifactError: the tokenizer needs code and it is not trusted.
+    """
+    file, code = remote_code.tokenizer_code(folder)
+    if code and not remote_code.trusts_code():
+        raise ArtifactError(f"{folder}: {model_code.word_untrusted(file, code, trust_key)}")
+
+
+def _open_in_transformers(folder: Path) -> Any:
+    """Return the transformers tokenizer of a model folder; without trust, of a copy of its files that names no code.
+
+    Raises:
+        ArtifactError: there is none that can be opened, or it needs code that may not be run.
+    """
+    require_tokenizer_trust(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        if remote_code.trusts_code():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        with scratch_folder() as copied:
+            names = [model_files.CONFIG, *model_files.tokenizer_files(folder)]
+            model_files.copy(folder, [name for name in names if (folder / name).is_file()], copied)
+            return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        said = " ".join(str(error).split())[:200]
+        advice = advise_on(error, "Put one into it")
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). {advice}.") from error
+
+
+def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a model whose floating weights are of a type, and its config that says so; weights may stay lazy.
+
+    Args:
+        model: changed in place.
+        config: its `config.json`.
+        dtype: "fp32", "fp16", "bf16", or "keep" for what the config says, as mlx-lm's converter does it.
+    """
+    names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    said = names.get(dtype) or config_json.dtype(config)
+    if said is None or said not in names.values():
+        return model, dict(config)
+    wanted = getattr(mx, said)
+    is_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def casted(name: str, value: mx.array) -> mx.array:
+        fits = mx.issubdtype(value.dtype, mx.floating) and is_cast(name)
+        return value.astype(wanted) if fits else value
+
+    model.update(tree_map_with_path(casted, model.parameters()))
+    return model, config_json.with_dtype(config, said)
+
+
+def fetch(name: str, *, key: str, trust_key: str) -> Path:
+    """Return the folder of a model on the hub, from the local cache where it is, else downloaded.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        key: the setting that names it, for messages.
+        trust_key: the setting by which its Python code may be run, for messages.
+
+    Raises:
+        ArtifactError: it is no model folder, or needs code that is not trusted.
+        SourceError: it cannot be had.
+    """
+    folder = hub.fetch(name, patterns=model_files.HUB_PATTERNS, key=key)
+    found = model_files.find(folder)
+    if found.problem:
+        raise ArtifactError(f'{key} = "{name}": {found.problem}. {found.advice}')
+    if found.code and not remote_code.trusts_code():
+        raise ArtifactError(f'{key} = "{name}": {model_code.word_untrusted(model_files.CONFIG, found.code, trust_key)}')
+    return folder
+
+
+def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
+    """Copy tokenizer files into a model folder."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of a model's parameters, tied ones once: of packed matrices the weights, adapters left out."""
+    modules = dict(model.named_modules())
+    count = 0
+    for name, value in tree_flatten(model.parameters()):
+        path, _, own = name.rpartition(".")
+        layer = modules.get(path, {})
+        if own in ("scales", "biases") and "scales" in layer:
+            continue
+        if "lora_a" in layer or "lora_a" in path.split(".") or "lora_b" in path.split("."):
+            continue
+        count += value.size * 32 // modules[path].bits if own == "weight" and "scales" in layer else value.size
+    return count
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters as they lie in memory."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` of a model folder.
+
+    Raises:
+        ArtifactError: there is none that can be opened.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        opened = _open_in_transformers(folder)
+        if getattr(opened, "backend_tokenizer", None) is None:
+            raise ArtifactError(f"{folder}: its tokenizer has no form as a tokenizer.json. Name another folder.")
+        return opened.backend_tokenizer
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises this very class
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error

@@ -1,0 +1,147 @@
+"""What fits into the memory: the peak of a training step over batch sizes and context lengths, from a few points.
+
+The forward and backward pass takes a constant, something for each token and something for each pair of tokens in a
+row. Where head and loss are one, that is one law as long as all tokens are one chunk of it, and another from two
+chunks on. The update takes what it takes at any size. The constants come from measured points; one more point tells
+how far off the prediction is.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mlxflow.profiling.profiled_step import Settings
+from mlxflow.profiling.step_memory import Job, Peaks, trial
+from mlxflow.training.objective import chunk_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Point(NamedTuple):
+    """A shape of batches and what a step with it takes.
+
+    Attributes:
+        batch_size: rows in one forward pass, B.
+        context_length: of a row, L.
+        peaks: measured.
+    """
+
+    batch_size: int
+    context_length: int
+    peaks: Peaks
+
+
+class Law(NamedTuple):
+    """The peak of a step as a function of the shape.
+
+    Attributes:
+        weights: of the constant, the tokens and the pairs, for the forward and backward pass.
+        beyond: the same, of passes with more tokens than one chunk.
+        update: the update's peak in bytes.
+        chunk: tokens whose logits are held at a time; 0 where all are.
+    """
+
+    weights: tuple[float, ...]
+    beyond: tuple[float, ...]
+    update: float
+    chunk: int
+
+    def peak_bytes(self, batch_size: int, context_length: int) -> float:
+        """Return the predicted peak of a step, above what was in memory before the model was."""
+        is_beyond = 0 < self.chunk < batch_size * context_length
+        weights = self.beyond if is_beyond else self.weights
+        return max(float(np.dot(_terms(batch_size, context_length), weights)), self.update)
+
+    def largest_batch_size(self, context_length: int, limit_bytes: int) -> int:
+        """Return how many rows of a length fit into a limit; 0 for none."""
+        low, high = 0, 1
+        while self.peak_bytes(high, context_length) <= limit_bytes and high < 1 << 24:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak_bytes(middle, context_length) <= limit_bytes else (low, middle)
+        return low
+
+
+def _terms(batch_size: int, context_length: int) -> list[float]:
+    tokens = batch_size * context_length
+    return [1.0, tokens, tokens * context_length]
+
+
+def fit_law(points: Sequence[Point], *, chunk: int) -> Law:
+    """Return the law whose relative errors at measured points are least, in squares; no weight is negative.
+
+    Args:
+        points: of different shapes; at least three, and three with more tokens than a chunk, where there is one.
+        chunk: tokens whose logits the loss holds at a time; 0 where it holds all.
+    """
+    beyond = [point for point in points if 0 < chunk < point.batch_size * point.context_length]
+    within = [point for point in points if point not in beyond]
+    update = max(point.peaks.update for point in points)
+    return Law(_weights(within or beyond), _weights(beyond or within), update, chunk)
+
+
+def _weights(points: Sequence[Point]) -> tuple[float, ...]:
+    rows = np.array([_terms(point.batch_size, point.context_length) for point in points])
+    values = np.array([point.peaks.forward_backward for point in points])
+    return tuple(_non_negative(rows / values[:, None], np.ones(len(values))).tolist())
+
+
+def _non_negative(design: "NDArray[np.float64]", wanted: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    """Return the least-squares weights of which none is negative: the best of all choices of columns."""
+    best, least = np.zeros(design.shape[1]), np.inf
+    for chosen in range(1, 1 << design.shape[1]):
+        columns = [column for column in range(design.shape[1]) if chosen >> column & 1]
+        part = design[:, columns]
+        if len(columns) > len(wanted) or not part.any(axis=0).all():
+            continue
+        scale = np.abs(part).max(axis=0)
+        found = np.linalg.lstsq(part / scale, wanted, rcond=None)[0] / scale
+        residual = float(((part @ found - wanted) ** 2).sum())
+        if (found >= 0).all() and residual < least - 1e-9:
+            best, least = np.zeros(design.shape[1]), residual
+            best[columns] = found
+    return best
+
+
+def measure_points(
+    job: Job,
+    settings: Settings,
+    shapes: Sequence[tuple[int, int]],
+    trials: Callable[[Job, Settings], Peaks] = trial,
+) -> list[Point]:
+    """Run trials with batches of some shapes.
+
+    Args:
+        job: the model; its context length is not looked at.
+        settings: of the step; its batch size is not looked at.
+        shapes: batch sizes and context lengths.
+        trials: runs one.
+    """
+    return [
+        Point(size, length, trials(job._replace(context_length=length), settings._replace(batch_size=size)))
+        for size, length in shapes
+    ]
+
+
+def held_chunk(job: Job, settings: Settings) -> int:
+    """Return the tokens whose logits the loss holds at a time; 0 where it holds all."""
+    return chunk_rows(job.vocab_size) if settings.fused_loss else 0
+
+
+def shapes_to_measure(batch_size: int, context_length: int, *, chunk: int) -> list[tuple[int, int]]:
+    """Return shapes around a batch size and a context length, and last the one to judge by.
+
+    They are small, since the whole grows evenly. Where the loss holds a chunk of tokens at a time, three more have at
+    least two chunks.
+    """
+    length, short = context_length, max(1, context_length // 2)
+    rows = min(batch_size, max(8, chunk // length)) if chunk else batch_size
+    few, fewer = max(2, rows // 4), max(1, rows // 8)
+    small = [(fewer, short), (few, short), (fewer, length), (few, length), (fewer, 2 * length)]
+    if not chunk:
+        return [*small, (2 * few, length)]
+    two = -(-2 * chunk // length)
+    return [*small, (two, length), (two + two // 2, length), (two, 2 * length), (2 * two, length)]

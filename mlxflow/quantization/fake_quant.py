@@ -1,0 +1,128 @@
+"""Fake quantization for training: layers compute with what their packed weights will be, gradients go straight through.
+
+The straight-through gradient is of Bengio et al. 2013 (arXiv:1308.3432), its use here of Jacob et al. 2018
+(arXiv:1712.05877).
+The forward pass takes exactly what the export stores, through the same functions of MLX; so nothing is lost between
+the last forward pass and the file.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.quantization.affine_grid import best_grid, round_on, where_on
+from mlxflow.quantization.clipping import best_limits, clip, where_kept
+from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_grid
+from mlxflow.quantization.settings import Setting
+
+# Of a layer: scales and biases, or limits in a mode that has its own; no parameter
+_GRID = "_grid"
+
+
+@contextmanager
+def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[Callable[[], dict[str, Packed]]]:
+    """Let layers compute with their quantized weights until the block ends; give a function that packs them.
+
+    Each layer becomes of a class of its own that inherits from its class; parameters keep their names. Begin before a
+    step is compiled: what is compiled does not see a change of classes. A layer with an adapter beside it computes
+    with the quantized sum of both, without the adapter's dropout. Each group's grid is found here, where it loses
+    least, and stays: a search in every step would cost more than the step.
+
+    Args:
+        model: dense, with adapters or without.
+        layers: module path to setting.
+
+    Raises:
+        KeyError: a path is none of the model's.
+    """
+    modules = dict(model.named_modules())
+    chosen = {path: modules[path] for path in layers}
+    for path, module in chosen.items():
+        module[_GRID] = _find_grid(_dense_weight(module), layers[path])
+        module.__class__ = _faking(cast("Hashable", type(module)), layers[path])
+    mx.eval(model.state)
+    try:
+        yield lambda: {path: _packed(module, layers[path]) for path, module in chosen.items()}
+    finally:
+        for module in chosen.values():
+            module.__class__ = plain_type(module)
+            module.pop(_GRID, None)
+
+
+def fake_weight(module: nn.Module) -> mx.array | None:
+    """Return the weight that a layer computes with, if it is within `fake_quantized`; None otherwise."""
+    setting: Setting | None = getattr(type(module), "fake_setting", None)
+    return None if setting is None else _straight_through(setting)(_dense_weight(module), module[_GRID])
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """Return a layer's class as it is outside of `fake_quantized`."""
+    kind: type[nn.Module] = type(module)
+    return kind.__mro__[1] if hasattr(kind, "fake_setting") else kind
+
+
+@functools.cache
+def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
+    def through(name: str) -> Callable[..., Any]:
+        def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
+            weight = fake_weight(self)
+            if hasattr(plain, "fuse"):  # an adapter: one product with the sum
+                fused = plain.fuse(self)
+                fused.weight = weight
+                return fused(*arguments, **named)
+            dense = self["weight"]
+            self["weight"] = weight
+            try:
+                return getattr(plain, name)(self, *arguments, **named)
+            finally:
+                self["weight"] = dense
+
+        return call
+
+    methods = {"__call__": through("__call__"), "fake_setting": setting}
+    if hasattr(plain, "as_linear"):
+        methods["as_linear"] = through("as_linear")
+    return type(f"FakeQuantized{plain.__name__}", (plain,), methods)
+
+
+@functools.cache
+def _straight_through(setting: Setting) -> Callable[..., mx.array]:
+    """Return the rounding of a weight, whose gradient is that of the identity, and 0 for what is cut off.
+
+    Not `w + stop_gradient(q - w)`: in bf16 that sum is not always q.
+    """
+    has_grid = setting.stored_mode == "affine"
+
+    def forward(weight: mx.array, grid: mx.array) -> mx.array:
+        return round_on(weight, setting, grid) if has_grid else round_trip(clip(weight, grid), setting)
+
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
+        weight, grid = primals
+        gradient = where_on(weight, setting, grid, cotangent) if has_grid else where_kept(weight, grid, cotangent)
+        return gradient, mx.zeros_like(grid)
+
+    return cast("Callable[..., mx.array]", function)
+
+
+def _find_grid(weight: mx.array, setting: Setting) -> mx.array:
+    if setting.stored_mode != "affine":
+        return best_limits(weight, setting)
+    return (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+
+
+def _packed(module: nn.Module, setting: Setting) -> Packed:
+    weight, grid = _dense_weight(module), module[_GRID]
+    return pack(weight, setting, grid) if setting.stored_mode == "affine" else pack(clip(weight, grid), setting)
+
+
+def _dense_weight(module: nn.Module) -> mx.array:
+    """Return a layer's weight; with an adapter, their sum."""
+    weight = module["weight"] if "weight" in module else module.fuse().weight
+    return cast("mx.array", weight)

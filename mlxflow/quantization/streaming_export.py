@@ -1,0 +1,253 @@
+"""From a dense model to the file of the packed one, layer by layer: memory holds one layer, not the model."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxflow.errors import ArtifactError
+from mlxflow.quantization.codec import Packed, pack, unpack
+from mlxflow.quantization.settings import Setting
+from mlxflow.storage.artifact_files import StoredRows, TensorFile
+
+# Numbers that are packed and compared at a time: what is between is several times as large as they are
+_NUMBERS_AT_ONCE = 1 << 19
+
+# Numbers of a matrix that are compared with what was packed, in rows spread evenly: unpacking costs as much as packing
+_COMPARED_NUMBERS = 1 << 17
+
+# On the CPU one stream keeps one core busy
+_MOST_STREAMS = 4
+
+# Freed buffers of that many bytes are used again; more would be memory held for nothing
+_CACHE_BYTES = 16 << 20
+
+
+class LayerFacts(NamedTuple):
+    """What became of one layer's matrix.
+
+    Attributes:
+        path: of the layer.
+        shape: of the dense matrix.
+        setting: how it is packed; None where it stays dense.
+        num_bytes: of its weight as it is stored, scales and biases included.
+        relative_error: Frobenius norm of what was lost over that of the matrix, in every k-th row of a piece, so many
+            that about 131,000 numbers are compared; 0 where it stays dense.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    setting: Setting | None
+    num_bytes: int
+    relative_error: float
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the matrix."""
+        return _count(self.shape)
+
+
+class Exported(NamedTuple):
+    """A written model.
+
+    Attributes:
+        layers: every matrix, in the model's order.
+        parameters: of the whole model, tied ones once.
+        num_bytes: of all tensors.
+        dense_bytes: of all tensors of the dense model.
+    """
+
+    layers: list[LayerFacts]
+    parameters: int
+    num_bytes: int
+    dense_bytes: int
+
+
+def export(
+    model: nn.Module,
+    layers: Mapping[str, Setting],
+    *,
+    file: Path,
+    metadata: Mapping[str, str],
+    packed: Callable[[str], Packed | None],
+    stored: Mapping[str, StoredRows],
+    source: str,
+    watch: Callable[[str], None],
+) -> Exported:
+    """Write a model's parameters with some layers packed; each is computed, written and given back before the next.
+
+    Args:
+        model: dense; lazily loaded weights stay on the disk until it is their turn. Its parameters are taken away.
+        layers: module path to setting.
+        file: the safetensors file to write.
+        metadata: text by key, kept in the header.
+        packed: gives codes that are there already, by path; None where the layer is to be rounded.
+        stored: matrices that lie in a file just as the model has them, by name; they are read from there row by row.
+        source: what the model was read from, for messages.
+        watch: is told the path of each layer that was packed.
+
+    Raises:
+        ArtifactError: a weight that is not finite; the tensor is named.
+        StageError: the disk has less room than the file needs.
+    """
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    owned = {path for path, _ in leaves}
+    loose = {name: value for name, value in tree_flatten(model.parameters()) if name.rpartition(".")[0] not in owned}
+    entries = dict(_entries(model, layers))
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    dense_bytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    found: list[LayerFacts] = []
+    streams = _streams()
+    with TensorFile(file, entries, metadata) as out, _small_cache():
+        for name in list(loose):
+            _put(out, name, loose.pop(name), source)
+        for path, layer in leaves:
+            for own, value in tree_flatten(layer.parameters()):
+                name = f"{path}.{own}" if path else own
+                if own == "weight" and path in layers:
+                    matrix = _Matrix(name, value, stored.get(name))
+                    found.append(_write_packed(out, path, matrix, layers[path], packed(path), source, streams))
+                    continue
+                _put(out, name, value, source)
+                if own == "weight" and value.ndim > 1:
+                    found.append(LayerFacts(path, value.shape, None, value.nbytes, 0.0))
+            for name in [name for name, value in layer.items() if isinstance(value, mx.array)]:
+                layer.pop(name)
+            if path in layers:
+                watch(path)
+    return Exported(
+        found, parameters, sum(dtype.size * _count(shape) for dtype, shape in entries.values()), dense_bytes
+    )
+
+
+def _streams() -> list[mx.Stream]:
+    """Return what pieces of a matrix are packed on at the same time."""
+    device = mx.default_device()
+    if device != mx.cpu:
+        return [mx.default_stream(device)]
+    return [mx.new_stream(device) for _ in range(min(_MOST_STREAMS, os.cpu_count() or 1))]
+
+
+@contextmanager
+def _small_cache() -> Iterator[None]:
+    before = mx.set_cache_limit(_CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
+def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[str, tuple[mx.Dtype, tuple[int, ...]]]]:
+    """Yield name, type and shape of every tensor of the packed model."""
+    for name, value in tree_flatten(model.parameters()):
+        path, _, own = name.rpartition(".")
+        setting = layers.get(path) if own == "weight" else None
+        if setting is None:
+            yield name, (value.dtype, value.shape)
+            continue
+        *rows, width = value.shape
+        groups = (*rows, width // setting.group_size)
+        yield name, (mx.uint32, (*rows, width * setting.bits // 32))
+        has_biases = setting.stored_mode == "affine"
+        yield f"{path}.scales", (value.dtype if has_biases else mx.uint8, groups)
+        if has_biases:
+            yield f"{path}.biases", (value.dtype, groups)
+
+
+class _Matrix:
+    """The weight of a layer, read some rows at a time."""
+
+    def __init__(self, name: str, weight: mx.array, stored: StoredRows | None) -> None:
+        self.name, self.weight, self._stored = name, weight, stored
+        if stored is None:
+            mx.eval(weight)
+        self.num_rows = _count(weight.shape[:-1])
+
+    def rows(self, begin: int, end: int) -> mx.array:
+        if self._stored is None:
+            return self.weight.reshape(-1, self.weight.shape[-1])[begin:end]
+        return self._stored.read(begin, end).astype(self.weight.dtype)
+
+
+def _write_packed(
+    out: TensorFile,
+    path: str,
+    matrix: _Matrix,
+    setting: Setting,
+    made: Packed | None,
+    source: str,
+    streams: list[mx.Stream],
+) -> LayerFacts:
+    size = matrix.weight.size
+    pieces = -(-size // (_NUMBERS_AT_ONCE * len(streams))) * len(streams)
+    step = -(-matrix.num_rows // pieces)
+    every = max(1, size // _COMPARED_NUMBERS)
+    begun: deque[tuple[Packed, mx.array, mx.array, mx.array]] = deque()
+    num_bytes, lost, norm, whole = 0, 0.0, 0.0, 0.0
+
+    def end_one() -> None:
+        nonlocal num_bytes, lost, norm, whole
+        packed, exact, compared, missed = begun.popleft()
+        for own, part in zip(("weight", "scales", "biases"), packed, strict=True):
+            if part is not None:
+                out.put_rows(f"{path}.{own}", part)
+                num_bytes += part.nbytes
+        lost, norm, whole = lost + _square(missed), norm + _square(compared), whole + _square(exact)
+
+    for place, begin in enumerate(range(0, matrix.num_rows, step)):
+        with mx.stream(streams[place % len(streams)]):
+            part = matrix.rows(begin, min(begin + step, matrix.num_rows))
+            packed = pack(part, setting) if made is None else _rows_of(made, begin, begin + step)
+            exact = part.astype(mx.float32)
+            compared = exact[::every]
+            some = Packed(*(None if column is None else column[::every] for column in packed))  # type: ignore[arg-type]
+            missed = compared - unpack(some, setting, part.dtype).astype(mx.float32)
+            mx.async_eval(packed, exact, compared, missed)
+        begun.append((packed, exact, compared, missed))
+        if len(begun) > len(streams):
+            end_one()
+    while begun:
+        end_one()
+    if not math.isfinite(whole):
+        raise _not_finite(source, matrix.name, matrix.weight)
+    error = math.sqrt(lost / norm) if norm else 0.0
+    return LayerFacts(path, matrix.weight.shape, setting, num_bytes, error)
+
+
+def _rows_of(made: Packed, begin: int, end: int) -> Packed:
+    flat = [None if part is None else part.reshape(-1, part.shape[-1])[begin:end] for part in made]
+    return Packed(*flat)  # type: ignore[arg-type]
+
+
+def _square(x: mx.array) -> float:
+    """Return the sum of the squares of an array in fp32; NumPy's product does it at once, MLX's in two passes."""
+    numbers = np.array(x, copy=False).reshape(-1)
+    return float(np.dot(numbers, numbers))
+
+
+def _put(out: TensorFile, name: str, value: mx.array, source: str) -> None:
+    if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+        raise _not_finite(source, name, value)
+    out.put(name, value)
+
+
+def _not_finite(source: str, name: str, value: mx.array) -> ArtifactError:
+    count = round(float((~mx.isfinite(value)).sum()))
+    return ArtifactError(
+        f"{source}: {name}: {count:,} of {value.size:,} values are not finite. Train or fetch the model again."
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count

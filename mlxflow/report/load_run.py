@@ -1,0 +1,250 @@
+"""Reads what the stages of one run left; what is not there or cannot be read is told, never raised."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxflow.report.timelines import TIMELINE, Timeline, read_cut_off, read_timeline
+from mlxflow.storage import toml_text
+
+REPORT, METRICS = "report.toml", "metrics.jsonl"
+LOCK = "mlxflow.lock"
+
+_LARGEST_BYTES = 256_000_000
+
+
+class Member(NamedTuple):
+    """A stage or variant of a workflow.
+
+    Attributes:
+        task: its name.
+        folder: the artifact, relative to the workflow's folder.
+        reads: the tasks it reads from.
+        outputs: the files it writes, relative to the workflow's folder.
+        stale: what makes it stale, empty where nothing does or nobody asked.
+    """
+
+    task: str
+    folder: Path
+    reads: tuple[str, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    stale: str = ""
+
+
+class StageRun(NamedTuple):
+    """What one stage left.
+
+    Attributes:
+        member: the stage.
+        report: empty where there is none.
+        state: fresh, stale, missing or damaged.
+        said: the state in a sentence, with what to do.
+        size_bytes: of the artifact's files.
+    """
+
+    member: Member
+    report: dict[str, Any]
+    state: str
+    said: str
+    size_bytes: int
+
+    @property
+    def task(self) -> str:
+        """The stage's name."""
+        return self.member.task
+
+    @property
+    def kind(self) -> str:
+        """The stage without its variant."""
+        return self.member.task.partition(":")[0]
+
+
+class Curve(NamedTuple):
+    """The lines of a `metrics.jsonl`, and what is wrong with the file."""
+
+    records: list[dict[str, Any]]
+    problem: str
+
+
+class Run(NamedTuple):
+    """One run, read.
+
+    Attributes:
+        name: of the workflow.
+        label: what tells it from another run on the same page; empty where it is alone.
+        stages: in the order of the workflow.
+        curves: by task.
+        timelines: by task.
+        cut_off: by task, what a later run left that did not come to its end.
+        lock: `mlxflow.lock`, by task; empty where there is none.
+        lock_problem: why it is empty.
+        samples: generated texts, as the report stage's report holds them.
+        samples_problem: why there are none.
+    """
+
+    name: str
+    label: str
+    stages: list[StageRun]
+    curves: dict[str, Curve]
+    timelines: dict[str, Timeline]
+    cut_off: dict[str, Timeline]
+    lock: dict[str, Any]
+    lock_problem: str
+    samples: list[dict[str, Any]]
+    samples_problem: str
+
+    def of_kind(self, kind: str) -> list[StageRun]:
+        """Return the stage of a name, or all its variants."""
+        return [one for one in self.stages if one.kind == kind]
+
+
+def read_run(
+    root: Path, members: Sequence[Member], *, name: str, label: str = "", samples: list[dict[str, Any]] | None = None
+) -> Run:
+    """Read all that one run left.
+
+    Args:
+        root: the workflow's folder.
+        members: its stages, each after the ones it reads from, without the page itself.
+        name: of the workflow.
+        label: see `Run`.
+        samples: generated texts; None takes those of the report stage's last run.
+    """
+    stages = [_read_stage(root, member) for member in members]
+    curves = {one.task: _read_curve(root / one.member.folder / METRICS) for one in stages if _has(one, METRICS, root)}
+    timelines = {
+        one.task: read_timeline(root / one.member.folder / TIMELINE) for one in stages if _has(one, TIMELINE, root)
+    }
+    cut_off = {one.task: left for one in stages if (left := _read_cut_off(root, one))}
+    lock, lock_problem = read_toml(root / LOCK)
+    if not lock_problem and not all(isinstance(table, dict) for table in lock.values()):
+        lock, lock_problem = {}, "is not a lock of stages"
+    samples_problem = ""
+    if samples is None:
+        samples, samples_problem = _recall_samples(root, stages)
+    lock = {task: lock[task] for task in (one.task for one in stages) if task in lock}
+    return Run(name, label, stages, curves, timelines, cut_off, lock, lock_problem, samples, samples_problem)
+
+
+def _read_cut_off(root: Path, one: StageRun) -> Timeline | None:
+    unfinished = root / "artifacts" / ".mlxflow" / "unfinished" / one.task.replace(":", "/")
+    return read_cut_off(unfinished, root / one.member.folder / REPORT)
+
+
+def _has(one: StageRun, name: str, root: Path) -> bool:
+    return (root / one.member.folder / name).exists() and (
+        not one.member.outputs or any(path.name == name for path in one.member.outputs)
+    )
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], str]:
+    """Return a TOML file's content, or nothing and why."""
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            return {}, "is too large to be a report"
+        return toml_text.loads(path.read_text(encoding="utf-8")), ""
+    except FileNotFoundError:
+        return {}, "is missing"
+    except OSError as error:
+        return {}, f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError) as error:
+        return {}, f"is damaged ({' '.join(str(error).split())})"
+
+
+def _read_stage(root: Path, member: Member) -> StageRun:
+    report, problem = read_toml(root / member.folder / REPORT)
+    size = sum(_size(root / path) for path in member.outputs)
+    shown = (member.folder / REPORT).as_posix()
+    if problem == "is missing":
+        said = f"{shown} is missing. Run: doit {member.task}"
+        return StageRun(member, {}, "missing", said + _last_words(root, member.task), size)
+    if problem:
+        return StageRun(member, {}, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
+    made_by = table(report, "stage").get("mlxflow")
+    if made_by != version("mlxflow"):
+        wrote = f"mlxflow {made_by}" if isinstance(made_by, str) else "another version"
+        said = f"{shown} was written by {wrote}; what this version does not find in it is left out."
+        return StageRun(member, report, "stale", said, size)
+    if member.stale:
+        return StageRun(member, report, "stale", f"{member.task} is out of date: {member.stale}.", size)
+    return StageRun(member, report, "fresh", "", size)
+
+
+def _last_words(root: Path, task: str) -> str:
+    """Return what a stage said last, where it has a log and left no artifact."""
+    try:
+        with (root / "artifacts" / "logs" / f"{task.replace(':', '-')}.log").open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - 2000))
+            said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    return f". Its last run ended with: {said[-1]}" if said else ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def table(of: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return a table inside of a report, empty where there is none."""
+    found: Any = of
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def rows(of: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return an array of tables, without what is no table."""
+    found = of.get(key)
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def _read_curve(path: Path) -> Curve:
+    records, bad = [], 0
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    record = None
+                if isinstance(record, dict):
+                    records.append(record)
+                else:
+                    bad += 1
+    except OSError as error:
+        return Curve([], f"{path.parent.name}/{path.name} cannot be read ({error.strerror}).")
+    said = f"{path.parent.name}/{path.name}: {bad} of its lines cannot be read and are left out." if bad else ""
+    return Curve(records, said)
+
+
+def _recall_samples(root: Path, stages: Sequence[StageRun]) -> tuple[list[dict[str, Any]], str]:
+    """Return the samples of the report stage's last run that the models of now wrote, and why others are left out."""
+    report, problem = read_toml(root / "artifacts" / "report" / REPORT)
+    if problem:
+        return [], "No model was asked for a sample yet. Run: doit report"
+    known = {one.task: model_key(one.report) for one in stages}
+    kept = [one for one in rows(report, "samples") if known.get(str(one.get("model"))) == one.get("model_key")]
+    left_out = len(rows(report, "samples")) - len(kept)
+    return kept, f"{left_out} samples of earlier models are left out. Run: doit report" if left_out else ""
+
+
+def model_key(report: Mapping[str, Any]) -> str:
+    """Return what a model was made of, so that a sample can be held against it."""
+    about = table(report, "stage")
+    return f"{about.get('settings_digest', '')}-{about.get('inputs_digest', '')}"
+
+
+def column(records: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
+    """Return two columns of records that have both as finite numbers, in rising order of the first."""
+    from mlxflow.report.formatting import number
+
+    pairs = [(number(one.get(x)), number(one.get(y))) for one in records]
+    known = sorted((a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(b))
+    return [a for a, _ in known], [b for _, b in known]

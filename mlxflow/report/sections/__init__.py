@@ -1,0 +1,13 @@
+"""The sections of the page, one module each: from what was read to blocks of text, tables and plots."""
+
+from collections.abc import Callable, Sequence
+
+from mlxflow.report.elements import Block, Sides
+from mlxflow.report.load_run import Run
+
+
+def beside(runs: Sequence[Run], build: Callable[[Run], list[Block]]) -> list[Block]:
+    """Return the blocks of one run, or those of two side by side."""
+    if len(runs) == 1:
+        return build(runs[0])
+    return [Sides((runs[0].label, runs[1].label), (build(runs[0]), build(runs[1])))]

@@ -1,0 +1,77 @@
+"""What the run was made of: machine, versions, seeds, commits, digests and settings."""
+
+from collections.abc import Sequence
+
+from mlxflow.report.elements import Block, Code, Note, Section, Table
+from mlxflow.report.formatting import UNKNOWN, show_bytes
+from mlxflow.report.load_run import LOCK, Run, StageRun, table
+from mlxflow.report.sections import beside
+
+_ABOUT = (
+    ("device_name", "Device"),
+    ("device", "Kind of device"),
+    ("system", "System"),
+    ("python", "Python"),
+    ("blas", "BLAS"),
+)
+
+
+def section(runs: Sequence[Run]) -> Section:
+    """Return the section."""
+    return Section("environment", "Environment and lock", beside(runs, _blocks))
+
+
+def _blocks(run: Run) -> list[Block]:
+    blocks: list[Block] = [_machine(run)]
+    if run.lock_problem:
+        blocks.append(Note(f"{LOCK} {run.lock_problem}: doit writes it when it builds a stage."))
+        return blocks
+    blocks.append(_lock(run))
+    for task, made in run.lock.items():
+        if isinstance(made, dict) and made.get("config"):
+            blocks.append(Code(f"Settings of {task}", _toml(made["config"])))
+    return blocks
+
+
+def _machine(run: Run) -> Table:
+    """Return what the stages say of the machine; more than one answer where they ran on several."""
+    cells = []
+    for key, words in _ABOUT:
+        told = [table(one.report, "run").get(key) for one in run.stages]
+        if found := dict.fromkeys(value for value in told if isinstance(value, str)):
+            cells.append((words, "; ".join(found)))
+    for key in ("mlxflow", "mlx", "seed"):
+        told = [table(one.report, "stage").get(key) for one in run.stages]
+        if found := dict.fromkeys(value for value in told if isinstance(value, str)):
+            cells.append((key, "; ".join(found)))
+    peaks = [(one, table(one.report, "run").get("peak_rss_bytes")) for one in run.stages]
+    known = [(value, one.task) for one, value in peaks if isinstance(value, int)]
+    if known:
+        cells.append(("Most memory of a process", f"{show_bytes(max(known)[0])} ({max(known)[1]})"))
+    return Table("Machine and versions", ("What", "Value"), cells or [("Nothing was reported", UNKNOWN)], words=(0, 1))
+
+
+def _lock(run: Run) -> Table:
+    head = ("Stage", "Commit", "Seed", "MLX", "Python", "Device", "Report's digest")
+    cells = [_lock_row(one, table(run.lock, one.task)) for one in run.stages]
+    return Table(f"{LOCK}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
+
+
+def _lock_row(one: StageRun, made: dict[str, object]) -> tuple[str, ...]:
+    def told(key: str) -> str:
+        return str(made[key]) if key in made else UNKNOWN
+
+    outputs = made.get("outputs")
+    digest = outputs.get((one.member.folder / "report.toml").as_posix()) if isinstance(outputs, dict) else None
+    commit, _, changed = told("commit").partition("+")
+    shown = commit[:12] + (f"+{changed}" if changed else "")
+    return (one.task, shown, told("seed"), told("mlx"), told("python"), told("device"), str(digest or UNKNOWN)[:12])
+
+
+def _toml(config: object) -> str:
+    import tomli_w
+
+    try:
+        return tomli_w.dumps(config) if isinstance(config, dict) else str(config)
+    except (TypeError, ValueError):
+        return str(config)

@@ -1,0 +1,93 @@
+"""Learning curves: loss over steps, and what the trainer did on the way."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlxflow.report import charts
+from mlxflow.report.charts import Series
+from mlxflow.report.elements import Block, Figure, Note, Section, Table
+from mlxflow.report.formatting import show
+from mlxflow.report.load_run import Run, column
+
+_HINT = "Move over a plot for values; drag to zoom all of them, double-click to go back. Keys: arrows, +, -, 0."
+
+#: Smaller plots: key of a line of metrics.jsonl, title, form.
+_FURTHER = (
+    ("tokens_per_second", "Tokens learned from per second", "number"),
+    ("learning_rate", "Learning rate", "number"),
+    ("gradient_norm", "Gradient norm", "number"),
+    ("batch_size", "Rows in a forward pass", "number"),
+    ("peak_memory_bytes", "Peak memory", "bytes"),
+)
+_ROWS = 24
+
+
+def section(runs: Sequence[Run]) -> Section:
+    """Return the section."""
+    blocks: list[Block] = []
+    for task in dict.fromkeys(one.task for run in runs for one in run.stages if one.task in run.curves):
+        blocks += _of_task(task, runs, several=len({task for run in runs for task in run.curves}) > 1)
+    for run in runs:
+        blocks += [Note(curve.problem) for curve in run.curves.values() if curve.problem]
+        if not any(curve.records for curve in run.curves.values()):
+            reason = next((one.said for one in run.of_kind("train") if one.said), "no metrics.jsonl was found.")
+            blocks.append(Note(f"No learning curve to show{_of(run)}: {reason}"))
+    return Section("learning", "Learning", blocks)
+
+
+def _of(run: Run) -> str:
+    return f" of {run.label}" if run.label else ""
+
+
+def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
+    title = f" of {task}" if several else ""
+    losses = [
+        _series(run, index, task, kind, "loss", name, style)
+        for index, run in enumerate(runs)
+        for kind, name, style in (("train", "training", "c0"), ("validation", "held-out", "c1"))
+    ]
+    known = [one for one in losses if len(one.x)]
+    if not known:
+        return []
+    label = f"Loss{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in known)}"
+    plot = charts.lines(known, label=label, x_name="step", group=f"steps {task}", height=280)
+    blocks: list[Block] = [
+        Figure(f"Loss{title}, in nats a token", plot, _loss_table(known), _legend(known), wide=True, hint=_HINT)
+    ]
+    for key, name, form in _FURTHER:
+        drawn = [_series(run, index, task, "train", key, name, "c2") for index, run in enumerate(runs)]
+        if drawn := [one for one in drawn if len(one.x) > 1 and (key != "batch_size" or one.y.min() < one.y.max())]:
+            label = f"{name}{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in drawn)}"
+            zero = key in ("tokens_per_second", "peak_memory_bytes", "batch_size")
+            plot = charts.lines(
+                drawn, label=label, x_name="step", form=form, group=f"steps {task}", from_zero=zero, height=150
+            )
+            blocks.append(Figure(f"{name}{title}", plot, legend=_legend(drawn) if len(runs) > 1 else ()))
+    return blocks
+
+
+def _series(run: Run, index: int, task: str, kind: str, key: str, name: str, style: str) -> Series:
+    curve = run.curves.get(task)
+    records: Iterable[dict[str, Any]] = curve.records if curve else ()
+    x, y = column([one for one in records if one.get("kind") == kind], "step", key)
+    shown = f"{name}, {run.label}" if run.label else name
+    return Series(shown, np.array(x), np.array(y), style + (" b" if index else ""))
+
+
+def _ends(one: Series) -> str:
+    return f"from {show(float(one.y[0]))} to {show(float(one.y[-1]))}"
+
+
+def _legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:
+    return tuple((one.style, one.name) for one in series)
+
+
+def _loss_table(series: Sequence[Series]) -> Table:
+    """Return the curves at a few steps evenly apart."""
+    steps = sorted({float(step) for one in series for step in one.x.tolist()})
+    chosen = steps if len(steps) <= _ROWS else [steps[round(i * (len(steps) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
+    known = [dict(zip(one.x.tolist(), one.y.tolist(), strict=True)) for one in series]
+    rows = [(show(step), *(show(values.get(step), 4) for values in known)) for step in dict.fromkeys(chosen)]
+    return Table("Loss by step", ("Step", *(one.name for one in series)), rows, folded=True)

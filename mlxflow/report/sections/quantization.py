@@ -1,0 +1,127 @@
+"""Quantized models: size and quality of each, bits and error by layer."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlxflow.report import charts
+from mlxflow.report.charts import Series
+from mlxflow.report.elements import Block, Code, Figure, Note, Section, Table
+from mlxflow.report.formatting import clean, number, shorten, show, show_bytes, show_interval, show_percent
+from mlxflow.report.load_run import Run, StageRun, rows, table
+from mlxflow.report.sections import beside
+
+_MOST_ROWS = 500
+
+
+def section(runs: Sequence[Run]) -> Section:
+    """Return the section."""
+    return Section("quantization", "Quantization", beside(runs, _blocks))
+
+
+def _blocks(run: Run) -> list[Block]:
+    stages = run.of_kind("quantize")
+    built = [one for one in stages if one.report]
+    missing: list[Block] = [Note(f"{one.task} is not shown: {one.said}") for one in stages if not one.report]
+    if not stages:
+        return [Note("Nothing was quantized: the workflow has no quantize stage.")]
+    if not built:
+        return missing
+    blocks: list[Block] = [_summary(built)]
+    blocks += _layers(built)
+    for one in built:
+        chosen = one.report.get("layers_toml")
+        if isinstance(chosen, str) and chosen.strip():
+            blocks.append(
+                Code(f"The layers' bits that the budget of {one.task} chose, to paste into its table", chosen)
+            )
+    return blocks + missing
+
+
+def _summary(built: Sequence[StageRun]) -> Table:
+    cells = []
+    for one in built:
+        report, quality = one.report, table(one.report, "quality")
+        told = [str(report[key]) for key in ("method", "mode") if isinstance(report.get(key), str)]
+        cells.append(
+            (
+                one.task,
+                " ".join(told) or show(None),
+                show(report.get("bits_per_weight")),
+                show_bytes(report.get("model_bytes")),
+                show(report.get("compression_ratio_fp32", report.get("compression_ratio"))),
+                show(_against_dense(report)),
+                show_interval(quality.get("perplexity"), quality.get("perplexity_standard_error")),
+                show_interval(quality.get("dense_perplexity"), quality.get("dense_perplexity_standard_error")),
+                show(quality.get("kl")),
+                show_percent(quality.get("top1_agreement")),
+            )
+        )
+    head = (
+        "Model",
+        "Method",
+        "Bits a weight",
+        "Size",
+        "Times smaller than fp32",
+        "Than the dense model",
+        "Perplexity",
+        "Dense perplexity",
+        "KL, nats",
+        "Same first choice",
+    )
+    return Table("Each quantized model", head, cells, words=(0, 1))
+
+
+def _against_dense(report: dict[str, object]) -> float | None:
+    """Return how many times smaller the weights are than those of the dense model in its own type."""
+    dense, own = (number(report.get(key)) for key in ("dense_bits_per_weight", "bits_per_weight"))
+    return dense / own if dense is not None and own else None
+
+
+def _layers(built: Sequence[StageRun]) -> list[Block]:
+    """Return bits and error of every layer of every model."""
+    told = {one.task: {str(row.get("path")): row for row in rows(one.report, "layers")} for one in built}
+    told = {task: layers for task, layers in told.items() if layers}
+    names = list(dict.fromkeys(path for layers in told.values() for path in layers))
+    if not names:
+        return [Note("The quantize stages did not report bits and error by layer.")]
+    blocks: list[Block] = []
+    for key, title, logarithmic in (
+        ("bits", "Bits of a weight's code, by layer", False),
+        ("relative_error", "Relative error, by layer", True),
+    ):
+        series = []
+        for index, (task, layers) in enumerate([*told.items()][: charts.STYLES]):
+            points = [(place, number(layers[name].get(key))) for place, name in enumerate(names) if name in layers]
+            known = [
+                (place, value) for place, value in points if value is not None and not (key == "bits" and value == 0)
+            ]
+            known = [(place, value) for place, value in known if value > 0 or not logarithmic]
+            aside = min(0.16, 0.8 / len(told)) * (
+                index - (len(told) - 1) / 2
+            )  # so that equal values do not hide each other
+            x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
+            series.append(Series(task, x, y, charts.style_of(index), points=True))
+        if shown := [one for one in series if len(one.x)]:
+            averages = " ".join(f"{one.name}: {show(float(one.y.mean()))} on average." for one in shown)
+            plot = charts.lines(
+                shown, label=f"{title}. {averages}", x_name="layer, in the model's order", group="layers", names=names,
+                logarithmic=logarithmic, from_zero=not logarithmic, height=180,
+            )  # fmt: skip
+            legend = tuple((f"{one.style} dot", one.name) for one in shown)
+            blocks.append(Figure(title, plot, legend=legend))
+    if len(told) > charts.STYLES:
+        blocks.append(Note(f"The plots show {charts.STYLES} of {len(told)} models; the table below has all of them."))
+    blocks.append(_layer_table(told, names))
+    return blocks
+
+
+def _layer_table(told: dict[str, dict[str, dict[str, object]]], names: Sequence[str]) -> Table:
+    head = ("Layer", *(f"{task}: {what}" for task in told for what in ("bits a weight", "error")))
+    cells = []
+    for name in names[:_MOST_ROWS]:
+        layers = [layers.get(name, {}) for layers in told.values()]
+        figures = [show(layer.get(key)) for layer in layers for key in ("bits_per_weight", "relative_error")]
+        cells.append((shorten(clean(name), 80), *figures))
+    more = f", the first {_MOST_ROWS} of {len(names)}" if len(names) > _MOST_ROWS else ""
+    return Table(f"Every layer{more}", head, cells, folded=True)

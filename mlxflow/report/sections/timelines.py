@@ -1,0 +1,278 @@
+"""The memory timeline: of MLX, the process and the system, over steps and seconds, with phases and peaks."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mlxflow.report import charts
+from mlxflow.report.charts import Band, Mark, Series
+from mlxflow.report.elements import Block, Figure, Note, Table
+from mlxflow.report.formatting import clean, number, show, show_bytes
+from mlxflow.report.load_run import Run, StageRun, rows
+from mlxflow.report.timelines import Span, Timeline
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_HINT = "Drag to zoom all timelines of a kind, double-click to go back."
+
+#: Columns drawn over the steps of a profile, in plots of their own scale.
+_MLX = (
+    ("active_memory_bytes", "active", "c0"),
+    ("peak_memory_bytes", "peak", "c1"),
+    ("cache_memory_bytes", "cache", "c2"),
+)
+_PROCESS = (
+    ("rss_bytes", "resident", "c0"), ("footprint_bytes", "footprint", "c1"), ("pss_bytes", "proportional", "c2"),
+    ("unique_bytes", "unique", "c3"),
+)  # fmt: skip
+_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"), ("device_bytes", "device", "c2"))
+
+#: What is drawn of two runs in one plot: title, columns' prefix, axis, and columns.
+_OVERLAID = (
+    ("MLX's memory of both runs, at each step's end", "", "step", _MLX[:2]),
+    ("MLX's memory of both runs, sampled", "sample_", "seconds", _MLX[:1]),
+    ("The process's memory of both runs, sampled", "sample_", "seconds", _PROCESS[:1]),
+)
+
+# Phases shorter than this share of the timeline are drawn as one with their like beside them
+_NARROW = 1 / 400
+
+
+class _Axis(NamedTuple):
+    """How readings lie: the beginning of their columns' names, what they are counted by, and in which words."""
+
+    prefix: str
+    name: str
+    form: str
+    group: str
+    what: str
+
+
+def draw(one: StageRun, timeline: Timeline | None, until: str = "") -> list[Block]:
+    """Return the plots of a timeline.
+
+    Args:
+        one: the stage.
+        timeline: what it left, or None.
+        until: goes into the titles.
+    """
+    if timeline is None:
+        return [Note(f"No memory timeline to show: {one.task} left no timeline.safetensors. Run: doit {one.task}")]
+    plots: list[Block] = []
+    for prefix, x_name, x_form, what in (
+        ("", "step", "number", "at each step's end"),
+        ("sample_", "seconds", "seconds", "sampled"),
+    ):
+        axis = _Axis(prefix, x_name, x_form, f"memory {one.task} {x_name}{until}", what + until)
+        for keys, title in (
+            (_MLX, "MLX's memory"),
+            (_PROCESS, "The process's memory"),
+            (_SYSTEM, "The system's memory"),
+        ):
+            plots += _plot(timeline, keys, title, axis, [] if until or prefix or keys is not _MLX else _marks(one))
+    if not plots:
+        plots.append(Note(f"{one.task} left a timeline that holds no readings."))
+    return [Note(timeline.problem), *plots] if timeline.problem else plots
+
+
+def draw_cut_off(one: StageRun, timeline: Timeline) -> list[Block]:
+    """Return what a run that did not come to its end left, and how it ended."""
+    again = "" if timeline.ended.startswith("is still") else f" Run: doit {one.task}"
+    said = f"The last run of {one.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
+    return [Note(said), *draw(one, timeline, " until then")]
+
+
+def _marks(one: StageRun) -> list[Mark]:
+    return [
+        Mark(step, size, f"{show_bytes(size)} in {clean(str(row.get('phase', 'an unnamed phase')))}, step {show(step)}")
+        for row in rows(one.report, "peaks")
+        if (step := number(row.get("step"))) is not None and (size := number(row.get("bytes"))) is not None
+    ]
+
+
+def _plot(
+    timeline: Timeline, keys: Sequence[tuple[str, str, str]], title: str, axis: _Axis, marks: list[Mark]
+) -> list[Block]:
+    columns = timeline.columns
+    x = columns.get(axis.prefix + axis.name)
+    series = _series(columns, keys, axis.prefix, x)
+    if not series:
+        return []
+    of_mlx = keys is _MLX
+    bands: list[Band] = []
+    if of_mlx and x is not None:
+        if axis.prefix:
+            bands = _bands(timeline.phases)
+        else:
+            series += _phase_peaks(timeline)
+    ends = (min(float(one.x[0]) for one in series), max(float(one.x[-1]) for one in series))
+    most = " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
+    named = list(dict.fromkeys(band.name.partition(",")[0] for band in bands))
+    phases = f" Phases: {', '.join(named)}." if named else ""
+    plot = charts.lines(
+        series,
+        label=f"{title}, {axis.what}. {most}{phases}",
+        x_name=axis.name if x is not None else "reading",
+        form="bytes",
+        x_form=axis.form if x is not None else "number",
+        group=axis.group,
+        from_zero=of_mlx,
+        marks=[mark for mark in marks if ends[0] <= mark.x <= ends[1]],
+        bands=bands,
+        height=280 if bands else 220,
+    )
+    legend = [(one.style, one.name) for one in series]
+    words = {band.style: _last_part(band.name.partition(",")[0]) for band in bands}
+    legend += [(f"{style} box", word) for style, word in words.items()]
+    figures = _ends_table(series)
+    return [Figure(f"{title}, {axis.what}", plot, figures, tuple(legend), wide=of_mlx, hint=_HINT if of_mlx else "")]
+
+
+def _series(
+    columns: "dict[str, NDArray[np.float64]]",
+    keys: Sequence[tuple[str, str, str]],
+    prefix: str,
+    x: "NDArray[np.float64] | None",
+) -> list[Series]:
+    series = []
+    for key, name, style in keys:
+        y = columns.get(prefix + key)
+        if y is None or (key == "device_bytes" and not y.any()):  # a device without memory of its own
+            continue
+        # A file that was cut off may have lost the steps and still have the readings
+        across = np.arange(len(y), dtype=np.float64) if x is None or len(x) < len(y) else x[: len(y)]
+        known = np.isfinite(y) & np.isfinite(across)
+        if known.any():
+            series.append(Series(name, across[known], y[known], style))
+    return series
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _known(phases: Sequence[Span]) -> list[Span]:
+    return [phase for phase in phases if np.isfinite(phase[1:]).all()]
+
+
+def _phase_peaks(timeline: Timeline) -> list[Series]:
+    """Return the peak of each phase within a step, by step."""
+    steps, ends = timeline.columns.get("step"), timeline.columns.get("seconds")
+    if steps is None or ends is None or len(steps) != len(ends):
+        return []
+    found: dict[str, dict[int, float]] = {}
+    for phase in _known(timeline.phases):
+        place = int(np.searchsorted(ends, phase.end_seconds))
+        if "/" in phase.name and place < len(steps):
+            peaks = found.setdefault(clean(phase.name), {})
+            peaks[place] = max(peaks.get(place, 0.0), phase.peak_bytes)
+    # A phase of the first step alone is none of every step
+    told = [(name, sorted(peaks.items())) for name, peaks in found.items() if len(peaks) > 1]
+    return [
+        Series(
+            f"peak in {_last_part(name)}",
+            steps[[place for place, _ in peaks]],
+            np.array([peak for _, peak in peaks]),
+            f"c{3 + index}",
+        )
+        for index, (name, peaks) in enumerate(told[:3])
+    ]
+
+
+def _bands(phases: Sequence[Span]) -> list[Band]:
+    """Return the phases as bands, those within another one in a lane below it; few enough for a page."""
+    known = sorted(_known(phases), key=lambda phase: (phase.begin_seconds, -phase.end_seconds))
+    if not known:
+        return []
+    narrow = _NARROW * (max(phase.end_seconds for phase in known) - known[0].begin_seconds)
+    shown = [*_joined([phase for phase in known if "/" not in phase.name], narrow)]
+    wide = [phase for phase, count in shown if count == 1]
+    begins = np.array([phase.begin_seconds for phase in wide])
+    for phase in (phase for phase in known if phase.name.count("/") == 1):
+        place = int(np.searchsorted(begins, phase.begin_seconds, side="right")) - 1
+        if place >= 0 and phase.end_seconds <= wide[place].end_seconds and phase.name.startswith(wide[place].name):
+            shown.append((phase, 1))
+    styles: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    bands = []
+    for phase, count in shown:
+        part = _last_part(phase.name)
+        of_lane = styles["/" in phase.name]
+        style = of_lane.setdefault(part, f"c{(3 + len(of_lane)) % 6}" + ("" if "/" in phase.name else " b"))
+        name = clean(phase.name) + (f", {count} times" if count > 1 else "")
+        is_whole = phase.name.count("/") == 0
+        # Where the parts of a phase are drawn, theirs are the heights
+        height = 0.0 if is_whole and count == 1 and _has_parts(phase, shown) else phase.peak_bytes
+        bands.append(Band(name, phase.begin_seconds, phase.end_seconds, height, 0 if is_whole else 1, style))
+    return bands
+
+
+def _has_parts(phase: Span, shown: Sequence[tuple[Span, int]]) -> bool:
+    return any(other.name.startswith(f"{phase.name}/") for other, _ in shown)
+
+
+def _joined(phases: Sequence[Span], narrow: float) -> Iterator[tuple[Span, int]]:
+    """Yield phases, each with how often it came: neighbours of one name that are too narrow to tell apart are one."""
+    held: Span | None = None
+    count = 0
+    for phase in phases:
+        is_narrow = phase.end_seconds - phase.begin_seconds < narrow
+        if held and is_narrow and held.name == phase.name and held.end_seconds - held.begin_seconds < 8 * narrow:
+            peak = max(held.peak_bytes, phase.peak_bytes)
+            held, count = Span(held.name, held.begin_seconds, phase.end_seconds, peak), count + 1
+            continue
+        if held:
+            yield held, count
+        held, count = phase, 1
+    if held:
+        yield held, count
+
+
+def _ends_table(series: Sequence[Series]) -> Table:
+    cells = [
+        (one.name, *(show_bytes(float(value)) for value in (one.y[0], one.y.min(), one.y.max(), one.y[-1])))
+        for one in series
+    ]
+    return Table("Each line in figures", ("Line", "First", "Least", "Most", "Last"), cells, folded=True)
+
+
+def over_each_other(runs: Sequence[Run]) -> list[Block]:
+    """Return the timelines of two runs in the same plots, as far as both have them."""
+    blocks: list[Block] = []
+    if len(runs) < 2:
+        return blocks
+    for task in (one.task for one in runs[0].of_kind("profile")):
+        found = [run.cut_off.get(task) or run.timelines.get(task) for run in runs]
+        told = [timeline for timeline in found if timeline is not None]
+        if len(told) < len(runs):
+            continue
+        for title, prefix, x_name, keys in _OVERLAID:
+            series = [
+                one._replace(name=f"{one.name}, {run.label}", style=one.style + (" b" if index else ""))
+                for index, (run, timeline) in enumerate(zip(runs, told, strict=True))
+                for one in _series(
+                    timeline.columns, keys, prefix, _from_zero(timeline.columns.get(prefix + x_name), prefix)
+                )
+            ]
+            if len({one.style[3:] for one in series}) < len(runs):
+                continue
+            most = " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
+            plot = charts.lines(
+                series,
+                label=f"{title}. {most}",
+                x_name=x_name,
+                form="bytes",
+                x_form="seconds" if prefix else "number",
+                group=f"memory {task} {x_name}{' of both' if prefix else ''}",
+                from_zero=keys is not _OVERLAID[-1][-1],
+            )
+            legend = tuple((one.style, one.name) for one in series)
+            wide = not prefix
+            blocks.append(Figure(title, plot, _ends_table(series), legend, wide=wide, hint=_HINT if wide else ""))
+    return blocks
+
+
+def _from_zero(x: "NDArray[np.float64] | None", prefix: str) -> "NDArray[np.float64] | None":
+    """Return seconds since the first sample: two runs do not take as long until then."""
+    return x - x[0] if prefix and x is not None and len(x) else x

@@ -1,0 +1,315 @@
+"""Which files make a model folder: the one statement of it, for everything that reads, copies, records or opens one.
+
+A model folder holds a configuration, weights and a tokenizer in Hugging Face's form. What else lies in it, such as a
+README or weights of other formats, decides nothing and is left alone. Imported by every `doit`: nothing heavy here.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxflow.storage import remote_code
+from mlxflow.storage.temporary_files import scratch_folder
+
+#: A model's name on the hub, perhaps with a revision.
+HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+#: What mlx-lm reads of a folder as the weights of one model, whatever an index says.
+WEIGHT_PATTERNS = ("model*.safetensors",)
+
+#: Adapters that lie beside a model and belong to it, as mlx-lm writes them: their weights and their configuration.
+ADAPTERS = ("adapters.safetensors", "adapter_config.json")
+
+#: Where a copy lies of adapters that were added into the weights of the model.
+ADDED_ADAPTERS = "adapters"
+
+#: Defaults of generation, among them the tokens that end it; they override those of the configuration.
+GENERATION = "generation_config.json"
+
+#: What mlx-lm reads beside `CONFIG` to build a model.
+_CONFIGS = (CONFIG, GENERATION, "hf_quant_config.json", *ADAPTERS)
+
+#: What makes a tokenizer and its chat templates, in every form that transformers opens.
+TOKENIZER_PATTERNS = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+)
+
+#: What lies beside configuration and weights and goes along when a model is written again.
+COMPANION_PATTERNS = (*TOKENIZER_PATTERNS, GENERATION)
+
+#: What is fetched of a model on the hub.
+HUB_PATTERNS = (*_CONFIGS, INDEX, *WEIGHT_PATTERNS, *TOKENIZER_PATTERNS, "*.py")
+
+#: What to do about a link that leads out of a folder.
+ADVICE_LEADING_OUT = "Put the file itself there."
+
+_FOLDERS = ("additional_chat_templates",)
+_SHARD = re.compile(r"(model|model\.safetensors)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+class Found(NamedTuple):
+    """The files of a model folder, by their names below it.
+
+    Attributes:
+        weights: in sorted order; the index, where there is one, comes first.
+        others: every other file that decides the model, in sorted order.
+        code: the Python file that the model's architecture is defined in; empty where mlx-lm knows it.
+        problem: why this is no model folder; empty where it is one.
+        advice: what to do about that.
+    """
+
+    weights: list[str]
+    others: list[str]
+    code: str
+    problem: str
+    advice: str
+
+    @property
+    def read(self) -> list[str]:
+        """Every file that decides the model, the configuration first."""
+        return [CONFIG, *(name for name in self.others if name != CONFIG), *self.weights]
+
+
+def is_companion(name: str) -> bool:
+    """Return whether a file, by its name below a model folder, goes along when the model is written again."""
+    return _matches(name, (*COMPANION_PATTERNS, "*.py"))
+
+
+def decides(name: str) -> bool:
+    """Return whether a file, by its name below a model folder, decides what the model or its tokenizer does.
+
+    A copy of adapters that were added into the weights counts: it says what became of them.
+    """
+    added = (f"{ADDED_ADAPTERS}/{file}" for file in ADAPTERS)
+    return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, *WEIGHT_PATTERNS, *added))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the files in a model folder, sorted, then those of its templates below it; no hidden ones.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = list(_files(folder, ""))
+    for below in _FOLDERS:
+        if (folder / below).is_dir():
+            names += _files(folder, f"{below}/")
+    return sorted(names, key=lambda name: (name.count("/"), name))
+
+
+def _files(folder: Path, below: str) -> Iterator[str]:
+    with os.scandir(folder / below) as entries:
+        for entry in entries:
+            if entry.name[0] != "." and entry.is_file():
+                yield f"{below}{entry.name}"
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of the tokenizer's files in a folder, sorted.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    return [name for name in names_in(folder) if _matches(name, TOKENIZER_PATTERNS)]
+
+
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Return whether a tokenizer's files hold a vocabulary, not settings and templates alone."""
+    settings = (
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.json",
+        "*.jinja",
+    )
+    return any(not _matches(name, settings) and not name.endswith(".jinja") for name in names)
+
+
+def companions(folder: Path) -> list[str]:
+    """Return the names of what lies beside configuration and weights and decides the model too, sorted.
+
+    Python files count where a configuration names code.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = names_in(folder)
+    code = [name for name in names if _matches(name, ("*.py",))]
+    left_out = set() if code and remote_code.names_code(folder) else set(code)
+    return [name for name in names if _matches(name, (*COMPANION_PATTERNS, "*.py")) and name not in left_out]
+
+
+def beside(folder: Path) -> list[str]:
+    """Return the companions and adapters in the folder of an artifact, which may not be built yet."""
+    try:
+        return [*companions(folder), *(name for name in names_in(folder) if name in ADAPTERS)]
+    except OSError:
+        return []
+
+
+def defaults_and_code(folder: Path) -> list[str]:
+    """Return the companions that belong to the model itself and not to its tokenizer, sorted."""
+    return [name for name in companions(folder) if not _matches(name, TOKENIZER_PATTERNS)]
+
+
+def find(folder: Path) -> Found:
+    """Return the files of a model folder, or why it is none.
+
+    With an index the weights are the files that it lists, else `model.safetensors`, else a whole set of shards. Two
+    sets of weights and stray files of weights are refused: mlx-lm would mix them, and transformers would take one of
+    them. So are links that lead out of the folder: what they lead to would be copied into artifacts.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
+    names = names_in(folder)
+    others = sorted({name for name in _CONFIGS if name in names} | set(companions(folder)))
+    code = remote_code.model_code(folder)
+    if CONFIG not in names:
+        return Found([], others, code, f"has no {CONFIG}", "Name a model folder.")
+    weights, problem = _index_weights(folder, names) if INDEX in names else _weights_without_index(names)
+    problem = problem or _stray_weights(weights, names)
+    if code and code not in names:
+        problem = problem or f"lacks {code}, which its {CONFIG} names"
+    if not problem and (out := leading_out(folder, [*others, *weights])):
+        problem = word_leading_out(out)
+    return Found([] if problem else weights, others, code, problem, _advise(problem))
+
+
+def word_leading_out(name: str) -> str:
+    """Return what is wrong with a folder's file that `leading_out` found."""
+    return f"holds {name}, a link to a file outside of the folder"
+
+
+def _advise(problem: str) -> str:
+    if "two sets" in problem:
+        return "Remove the set that is not the model."
+    if "would read both" in problem:
+        return "Move it out of the folder."
+    if problem.endswith("outside of the folder"):
+        return ADVICE_LEADING_OUT
+    return "Put it there, or name another folder." if problem.startswith("lacks") else "Name a model folder."
+
+
+def _index_weights(folder: Path, names: list[str]) -> tuple[list[str], str]:
+    """Return the weights that an index lists, itself first, and what is wrong with them."""
+    table = remote_code.read_table(folder / INDEX).get("weight_map")
+    values = list(table.values()) if isinstance(table, dict) else []
+    if wrong := [value for value in values if not isinstance(value, str) or not _matches(value, WEIGHT_PATTERNS)]:
+        return [], f"has a {INDEX} that lists {json.dumps(wrong[0])[:100]}, no model*.safetensors in the folder"
+    if not values:
+        return [], f"has a {INDEX} that lists no model*.safetensors"
+    listed = sorted(set(values))
+    if lacking := [name for name in listed if name not in names]:
+        return [], f"lacks {lacking[0]}, which its {INDEX} lists"
+    if WEIGHTS in names and WEIGHTS not in listed:
+        return [], f"holds two sets of weights, {WEIGHTS} and what {INDEX} lists"
+    return [INDEX, *listed], ""
+
+
+def _weights_without_index(names: list[str]) -> tuple[list[str], str]:
+    """Return `model.safetensors` or a whole set of shards, and what is wrong with them."""
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if not shards:
+        return ([WEIGHTS], "") if WEIGHTS in names else ([], f"has no {WEIGHTS}")
+    if WEIGHTS in names:
+        return [], f"holds two sets of weights, {WEIGHTS} and {shards[0][0]}"
+    if len({(match[1], match[3]) for match in shards}) > 1:
+        return [], f"holds shards of two sets of weights, {shards[0][0]} and {shards[-1][0]}"
+    stem, _, count = shards[0].groups()
+    whole = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+    if lacking := [name for name in whole if name not in names]:
+        return [], f"lacks {lacking[0]}"
+    return whole, ""
+
+
+def _stray_weights(weights: list[str], names: list[str]) -> str:
+    """Return what is wrong where a folder holds other files that mlx-lm would read as weights of the same model."""
+    stray = [name for name in names if name not in weights and _matches(name, WEIGHT_PATTERNS)]
+    return f"holds {stray[0]} beside its weights, and mlx-lm would read both" if weights and stray else ""
+
+
+def leading_out(folder: Path, names: Iterable[str]) -> str:
+    """Return the first of a folder's files that is a link to a file outside of it; empty where there is none.
+
+    The hub's cache is one place: its folders of a revision hold links to the files of all revisions beside them.
+
+    Args:
+        folder: a model folder, which may be a link itself.
+        names: of files below it.
+    """
+    for name in names:
+        path = os.path.join(folder, name)  # noqa: PTH118 - asked at every no-op
+        if os.path.islink(path) or "/" in name:  # noqa: PTH114
+            inside = os.path.realpath(folder)
+            revisions, blobs = os.path.split(os.path.dirname(inside))[1], f"{inside}/../../blobs"  # noqa: PTH120
+            roots = [inside, *([os.path.realpath(blobs)] if revisions == "snapshots" else [])]
+            if not any(os.path.realpath(path).startswith(f"{root.rstrip('/')}/") for root in roots):
+                return name
+    return ""
+
+
+def copy(folder: Path, names: Iterable[str], to: Path) -> None:
+    """Copy files of a model folder into another one.
+
+    Where code of the folder is not trusted, Python files stay behind and the configurations name none: else every
+    program that opens the copy later would run what nobody trusted here.
+
+    Args:
+        folder: a model folder.
+        names: of files below it.
+        to: the other folder.
+    """
+    import shutil
+
+    for name in names:
+        if name.endswith(".py") and not remote_code.trusts_code():
+            continue
+        (to / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, to / name)
+        table = remote_code.read_table(to / name) if name in (CONFIG, TOKENIZER_CONFIG) else {}
+        if table != (kept := remote_code.copied(table)):
+            (to / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def opened(folder: Path, files: Iterable[str]) -> Iterator[Path]:
+    """Yield a folder with links to some of a folder's files and nothing else.
+
+    mlx-lm opens every `model*.safetensors` of a folder and takes `[` in the folder's name for a pattern.
+
+    Args:
+        folder: a model folder.
+        files: names of the files below it.
+    """
+    with scratch_folder() as scratch:
+        for file in files:
+            link = scratch / file
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to((folder / file).absolute())
+        yield scratch

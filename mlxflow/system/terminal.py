@@ -1,0 +1,231 @@
+r"""The one door to the terminal: what is printed goes through here, and control characters in it are escaped.
+
+File names, keys of TOML and JSON, names in an unpacked record and what a model writes are texts of others. Raw, they
+could retitle the terminal, move its cursor, hide or reorder what stands there, or pretend a line of ours. Escaped,
+U+001B is the four characters `\x1b`. Imported by every `doit`: nothing heavy here.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mlxflow.system.os_errors import naming
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TextColumn
+
+# Controls of C0 (but tab and newline) and C1, marks that are not shown or change the direction of writing, separators
+# of lines that only some programs take for such, halves of characters (bytes of a file name that are no UTF-8), tags
+_UNSAFE = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff"
+)
+_TEXT = re.compile(f"[{_UNSAFE}]")
+_LINE = re.compile(f"[{_UNSAFE}\t\n]")
+
+# What progress bars of other libraries need: colors, the cursor moved within a few lines or hidden, a line erased
+_BAR = r"\r|\x1b\[[0-9;]{0,20}[ABCDGKm]|\x1b\[\?25[hl]"
+_FOREIGN = re.compile(f"({_BAR})|[{_UNSAFE}]")
+_UNFINISHED = re.compile(r"\x1b(\[[0-9;?]{0,20})?\Z")
+
+
+def escaped(text: str) -> str:
+    """Return a text of any lines with everything escaped that would not be shown as it is."""
+    return text if text.isprintable() else _TEXT.sub(_escape, text)
+
+
+def one_line(text: object) -> str:
+    """Return what is printed of an object as one line: tabs and newlines are escaped, too."""
+    said = str(text)
+    return said if said.isprintable() else _LINE.sub(_escape, said)
+
+
+def foreign(text: str) -> str:
+    """Return a text of another program, which may draw colors and progress bars, with everything else escaped."""
+    return text if text.isprintable() else _FOREIGN.sub(lambda found: found[1] or _escape(found), text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a name that is no UTF-8
+        number -= 0xDC00
+    return {9: "\\t", 10: "\\n", 13: "\\r"}.get(number) or (
+        f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    )
+
+
+def say(*lines: object) -> None:
+    """Print lines on standard error; see `one_line`."""
+    _print(sys.stderr, "".join(f"{one_line(line)}\n" for line in lines))
+
+
+def say_error(error: BaseException) -> None:
+    """Print the message of an error on standard error, a line for each problem; see `say_last`."""
+    say_last(*str(error).split("\n"))
+
+
+def say_last(*lines: object) -> None:
+    """Print the lines that explain an exit code; where standard error cannot be written, the code stays the same."""
+    try:
+        say(*lines)
+    except OSError:
+        discard_unwritable()
+
+
+def discard_unwritable() -> None:
+    """Send what a standard stream still holds and cannot write to nowhere, or Python would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            with suppress(OSError):
+                stream.flush()
+
+
+def show(*lines: object) -> None:
+    """Print lines on standard output; see `one_line`."""
+    write("".join(f"{one_line(line)}\n" for line in lines))
+
+
+def write(text: str) -> None:
+    """Print a text of any lines on standard output; see `escaped`."""
+    _print(sys.stdout, text)
+
+
+def stream(text: str) -> None:
+    """Print a piece of a text that a model writes on standard output: escaped on a terminal, as it is elsewhere."""
+    output: Any = sys.stdout
+    if output is None or output.isatty():
+        write(text)
+        return
+    output = output.stream if isinstance(output, _Guarded) else output
+    with naming(_name_of(output)):
+        output.write(_encodable(text, output))
+        output.flush()
+
+
+def _print(stream: TextIO | None, text: str) -> None:
+    if stream is not None:  # Python has none where it was closed
+        with naming(_name_of(stream)):
+            stream.write(_encodable(escaped(text), stream))
+            stream.flush()
+
+
+def _name_of(stream: TextIO) -> str:
+    """Return what an error calls a stream that cannot be written."""
+    inner = stream.stream if isinstance(stream, _Guarded) else stream
+    return {"<stdout>": "standard output", "<stderr>": "standard error"}.get(getattr(inner, "name", ""), "the output")
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Return a text with what a stream's encoding does not have, such as ASCII's, escaped."""
+    encoding = stream.encoding or "utf-8"
+    return text if text.isascii() else text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Foreign:
+    """Makes the output of another program fit for a terminal as it comes, in pieces that may break anywhere."""
+
+    def __init__(self) -> None:
+        import codecs
+
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._held = ""
+
+    def feed(self, data: bytes, *, ends: bool = False) -> bytes:
+        """Return what may be printed by now.
+
+        Args:
+            data: what the program wrote.
+            ends: whether it writes no more.
+        """
+        text = self._held + self._decoder.decode(data, ends)
+        unfinished = None if ends else _UNFINISHED.search(text)
+        begin = unfinished.start() if unfinished else len(text)
+        self._held = text[begin:]
+        return foreign(text[:begin]).encode()
+
+
+class _Guarded:
+    """A standard stream that escapes what other libraries, such as doit and warnings, write to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with naming(_name_of(self.stream)):
+            self.stream.write(_encodable(foreign(text), self.stream))
+        return len(text)
+
+    def flush(self) -> None:
+        with naming(_name_of(self.stream)):
+            self.stream.flush()
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def guard() -> None:
+    """Let the standard streams escape what other libraries write, for the rest of this process."""
+    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Let the standard streams escape what other libraries write, until the block ends."""
+    before = sys.stdout, sys.stderr
+    guard()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _guarded(stream: TextIO) -> Any:
+    return stream if stream is None or isinstance(stream, _Guarded) else _Guarded(stream)
+
+
+def console(*, stderr: bool = False, **settings: Any) -> "Console":
+    """Return a console of rich that escapes every text and takes no markup from one.
+
+    Args:
+        stderr: whether it writes to standard error.
+        settings: of `rich.console.Console`.
+    """
+    import rich.console
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class Escaping(rich.console.Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the BrokenPipeError, with which rich would exit with 1
+
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str(escaped(text), **settings)
+
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(escaped(segment.text), segment.style)
+
+    return Escaping(stderr=stderr, markup=False, highlight=False, **settings)
+
+
+def text_column(text: str = "") -> "TextColumn":
+    """Return a column of a progress bar of rich: a text, or the description of each task; neither is markup."""
+    from rich.progress import TextColumn
+
+    shown = one_line(text).replace("{", "{{").replace("}", "}}") if text else "{task.description}"
+    return TextColumn(shown, markup=False)

@@ -1,0 +1,124 @@
+"""Where hidden states become logits, and whether the logits are that product and nothing else."""
+
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxflow.models import quantized_layers
+from mlxflow.ops.eval_mode import evaluating
+from mlxflow.ops.method_override import replaced
+from mlxflow.quantization.fake_quant import fake_weight, plain_type
+
+# Of the numbers that a head returns instead of its product: powers of ten that every floating type holds
+_SMALLEST_POWER, _LARGEST_POWER = -4, 4
+
+
+class Head(NamedTuple):
+    """The layer whose product with the hidden states is the logits.
+
+    Attributes:
+        is_tied: it is the embedding's weight.
+    """
+
+    is_tied: bool
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Return the layer that holds the weight."""
+        return model.model.embed_tokens if self.is_tied else model.lm_head
+
+    def weight(self, model: nn.Module, dtype: mx.Dtype) -> mx.array:
+        """Return the weight, (V, D), dequantized where it is quantized, rounded in fake quantization."""
+        layer = self.module(model)
+        if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            return quantized_layers.dense_weight(layer).astype(dtype)
+        faked = fake_weight(layer)
+        return cast("mx.array", layer.weight) if faked is None else faked
+
+    def is_trained(self, model: nn.Module) -> bool:
+        """Return whether the weight is one of the trainable parameters."""
+        return "weight" in self.module(model).trainable_parameters()
+
+
+def find_head(model: nn.Module, vocab_size: int) -> Head | None:
+    """Return a model's head, if its logits are the product of one weight with what its body returns.
+
+    The answer depends on the model's structure, not on the size of its logits: in a forward pass on a few tokens the
+    head returns numbers of every size instead of its product, and the model must return them unchanged. A cap
+    (Gemma 2), a scale (Cohere, Granite), a mask or a multiplier changes some of them.
+
+    Args:
+        model: of any architecture that mlx-lm knows.
+        vocab_size: ids that may be used for that pass.
+    """
+    body = getattr(model, "model", None)
+    is_tied = "lm_head" not in model
+    layer = getattr(body, "embed_tokens", None) if is_tied else model.lm_head
+    plain = (nn.Embedding, nn.QuantizedEmbedding) if is_tied else (nn.Linear, nn.QuantizedLinear)
+    if not isinstance(body, nn.Module) or not isinstance(layer, nn.Module):
+        return None
+    if plain_type(layer) not in plain or "bias" in layer:
+        return None
+    tokens = mx.arange(1, 9)[None] % vocab_size
+    try:
+        with evaluating(model):
+            is_plain = _returns_the_product(model, body, layer, tokens, "as_linear" if is_tied else "__call__")
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return Head(is_tied) if is_plain else None
+
+
+def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: mx.array, method: str) -> bool:
+    """Return whether a model's logits are what its head returns for the very array that its body returned."""
+    numbers = _numbers_of_every_size((*tokens.shape, layer.weight.shape[0]))
+    seen = _Seen([], [])
+
+    def note(result: mx.array) -> mx.array:
+        seen.hidden.append(result)
+        return result
+
+    def answer(x: mx.array) -> mx.array:
+        seen.given.append(x)
+        return mx.array(numbers).astype(x.dtype)
+
+    try:
+        with (
+            replaced(body, "__call__", lambda call: lambda self, *inputs, **named: note(call(self, *inputs, **named))),
+            replaced(layer, method, lambda _: lambda self, x: answer(x)),
+        ):
+            logits = model(tokens)
+        return _is_plain(logits, seen, body(tokens), numbers)  # the body as `packed.apply_body` calls it
+    finally:
+        seen.hidden.clear()  # the replaced classes are garbage in a cycle, and arrays must not wait for its collection
+        seen.given.clear()
+
+
+class _Seen(NamedTuple):
+    """Arrays of one forward pass.
+
+    Attributes:
+        hidden: what the body returned.
+        given: what the head was applied to.
+    """
+
+    hidden: list[mx.array]
+    given: list[mx.array]
+
+
+def _is_plain(
+    logits: mx.array, seen: _Seen, direct: mx.array, numbers: "np.ndarray[Any, np.dtype[np.float32]]"
+) -> bool:
+    if len(seen.given) != 1 or len(seen.hidden) != 1 or seen.given[0] is not seen.hidden[0]:
+        return False
+    hidden = seen.hidden[0].astype(mx.float32)
+    is_same_body = float(mx.abs(direct.astype(mx.float32) - hidden).max()) < 0.02 * float(mx.abs(hidden).max())
+    wanted = mx.array(numbers).astype(direct.dtype).astype(mx.float32)
+    return is_same_body and bool(mx.array_equal(logits.astype(mx.float32), wanted))
+
+
+def _numbers_of_every_size(shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return numbers of both signs whose sizes span the range of logits and more, in every row and column."""
+    random = np.random.default_rng(0)
+    powers = random.uniform(_SMALLEST_POWER, _LARGEST_POWER, shape)
+    return (random.choice([-1.0, 1.0], shape) * 10**powers).astype(np.float32)

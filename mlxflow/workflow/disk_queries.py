@@ -1,0 +1,189 @@
+"""What resolving a workflow asks of the disk and the environment, each question recorded with its answer.
+
+A resolved workflow may be remembered for exactly as long as every one of these questions has the same answer; see
+`tasks.graph`. So whatever resolving depends on is asked here and nowhere else: a new question is a new method of `Disk`
+with `@_question` above it.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+from mlxflow.data import sources
+from mlxflow.errors import ArtifactError
+from mlxflow.models import config_json
+from mlxflow.storage import model_files, paths, remote_code
+
+#: A question's name, its arguments and its answer, as JSON values.
+Lookup = list[Any]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_QUESTIONS: set[str] = set()
+
+
+def _question(method: Callable[Concatenate["Disk", P], T]) -> Callable[Concatenate["Disk", P], T]:
+    """Record what a method of `Disk` answers; the same question again has the same answer without a look.
+
+    Arguments are positional. They and the answer are JSON values: text, numbers, booleans, None, and lists of them. An
+    `OSError` is an answer too.
+    """
+    name = method.__name__
+    _QUESTIONS.add(name)
+
+    @wraps(method)
+    def ask(self: "Disk", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        key = (name, *args)
+        if key not in self._answers:
+            self._answers[key] = _answer_of(lambda: method(self, *args, **kwargs))
+        answer, error = self._answers[key]
+        if error is not None:
+            raise OSError(*error)
+        return cast("T", answer)
+
+    return ask
+
+
+def _answer_of(look: Callable[[], object]) -> tuple[object, list[Any] | None]:
+    try:
+        return look(), None
+    except OSError as error:
+        return None, [error.errno, error.strerror, error.filename]
+
+
+class Disk:
+    """The files below a workflow's folder, and those that absolute names lead to.
+
+    Args:
+        root: the workflow's folder, from which relative names begin.
+        lookups: answers to give without a look.
+    """
+
+    def __init__(self, root: Path, lookups: Iterable[Lookup] = ()) -> None:
+        self.root = root
+        self._answers: dict[tuple[object, ...], tuple[object, list[Any] | None]] = {
+            (name, *args): (answer, error) for name, args, answer, error in lookups
+        }
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """Every question so far with its answer, as JSON values."""
+        return [[key[0], list(key[1:]), answer, error] for key, (answer, error) in self._answers.items()]
+
+    @_question
+    def expand(self, name: str) -> str:
+        """Return a path as written with `~` and environment variables replaced; see `mlxflow.storage.paths.expand`."""
+        return paths.expand(name)
+
+    @_question
+    def spelling(self, name: str) -> list[str] | None:
+        """Return how the leading part of a path is expanded and written; see `mlxflow.storage.paths.spelling`."""
+        leading = paths.spelling(name)
+        return list(leading) if leading else None
+
+    @_question
+    def unset_variables(self, name: str) -> list[str]:
+        """Return the environment variables that a path names and that are not set."""
+        return paths.unset_variables(name)
+
+    @_question
+    def is_file(self, name: str) -> bool:
+        """Return whether there is a file of this name."""
+        return os.path.isfile(os.path.join(self.root, name))  # noqa: PTH113, PTH118 - asked at every no-op
+
+    @_question
+    def is_dir(self, name: str) -> bool:
+        """Return whether there is a folder of this name."""
+        return os.path.isdir(os.path.join(self.root, name))  # noqa: PTH112, PTH118 - asked at every no-op
+
+    @_question
+    def model_folder(self, folder: str) -> list[Any]:
+        """Return the fields of `mlxflow.storage.model_files.Found` for a folder.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        return list(model_files.find(self.root / folder))
+
+    @_question
+    def tokenizer_files(self, folder: str) -> list[str]:
+        """Return the names of the tokenizer's files in a folder, sorted.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        return model_files.tokenizer_files(self.root / folder)
+
+    @_question
+    def link_leading_out(self, folder: str) -> str:
+        """Return a tokenizer's file that is a link to a file outside of its folder; empty where there is none.
+
+        Raises:
+            OSError: the folder is missing or cannot be read.
+        """
+        place = self.root / folder
+        return model_files.leading_out(place, model_files.tokenizer_files(place))
+
+    @_question
+    def tokenizer_code(self, folder: str) -> list[str]:
+        """Return the file that names the Python code of a folder's tokenizer, and the code; empty texts without any."""
+        return list(remote_code.tokenizer_code(self.root / folder))
+
+    @_question
+    def is_quantized(self, folder: str) -> bool | None:
+        """Return whether the `config.json` of a model folder says that its weights are codes; None without one."""
+        try:
+            return config_json.keeps_codes(config_json.read(Path(self.root, folder)))
+        except ArtifactError:
+            return None
+
+    @_question
+    def source(self, pattern: str) -> list[str]:
+        """Return the files that a source names; see `mlxflow.data.sources.find`.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        return [path.as_posix() for path in sources.source_files(pattern, self.root)]
+
+    @_question
+    def left_out(self, pattern: str) -> list[int]:
+        """Return how many files a source leaves out: hidden ones, binary ones, broken links, those beside records.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        return list(sources.find(pattern, self.root)[1:])
+
+    @_question
+    def has_text(self, pattern: str) -> bool:
+        """Return whether any of the files that a source names has a byte in it.
+
+        Raises:
+            OSError: a file cannot be looked up.
+        """
+        return any(os.stat(os.path.join(self.root, name)).st_size for name in self.source(pattern))  # noqa: PTH116, PTH118
+
+
+def unchanged(root: Path, lookups: Iterable[Lookup]) -> bool:
+    """Return whether each question has the answer that was recorded.
+
+    Args:
+        root: the workflow's folder.
+        lookups: of an earlier `Disk`, through JSON.
+    """
+    disk = Disk(root)
+    for name, args, answer, error in lookups:
+        if name not in _QUESTIONS:
+            return False
+        found: tuple[object, list[Any] | None]
+        try:
+            found = getattr(disk, name)(*args), None
+        except OSError as problem:
+            found = None, [problem.errno, problem.strerror, problem.filename]
+        if found != (answer, error):
+            return False
+    return True

@@ -1,0 +1,258 @@
+"""Runs one stage in this process: device, limits, inputs, a private folder, the report, and the move into place."""
+
+import platform
+import resource
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlxflow.device import compute_device, cpu_backend
+from mlxflow.errors import ArtifactError, CallError, StageError
+from mlxflow.storage import artifact_files, atomic_folders, ownership, remote_code, temporary_files
+from mlxflow.storage import unfinished_runs as left
+from mlxflow.storage.locks import hold
+from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.storage.user_folders import prepare_compiled_folder
+from mlxflow.system import terminal
+from mlxflow.system.os_errors import advise_on
+from mlxflow.workflow import stage
+from mlxflow.workflow.handover import Handover
+from mlxflow.workflow.loader import Stage, Workflow, shown_path
+
+
+def run_stage(workflow: Workflow, one: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
+    """Run one stage in this process and return its artifact folder.
+
+    Args:
+        workflow: the workflow.
+        one: one of its stages.
+        into: the folder to write instead of the stage's own.
+        handover: what doit decided that the stage runs with; None where no doit did.
+
+    Raises:
+        CallError: `into` holds what is no artifact.
+        MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
+    """
+    started = time.perf_counter()
+    if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
+        raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
+    if getattr(one.module, "USES_DEVICE", True):
+        prepare_compiled_folder()  # before any process is started that compiles
+    begin = getattr(one.module, "begin", None)
+    with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
+        return _run(workflow, one, into, begun, started, handover)
+
+
+def _run(
+    workflow: Workflow, one: Stage, into: Path | None, begun: Any, started: float, handover: Handover | None
+) -> Path:
+    uses_device = getattr(one.module, "USES_DEVICE", True)
+    if uses_device:
+        if workflow.settings.threads:
+            cpu_backend.fix_threads(workflow.settings.threads)
+        cpu_backend.prepare()
+    digests = ObservedInputs(workflow.state / "digests.json")
+    try:
+        identities = _identify_inputs(workflow, one, digests)
+    finally:
+        digests.save()
+    settings = one.settings() | compute_device.environment(one.bound_device)
+    if handover:
+        handover.check(one.task, settings, identities)
+    provenance = {
+        "stage": one.task,
+        "settings_digest": stage.settings_digest(settings),
+        "inputs_digest": stage.settings_digest(dict(identities)),
+        "seed": str(workflow.settings.seed),
+        "mlxflow": version("mlxflow"),
+        "mlx": version("mlx"),
+    }
+    chosen = compute_device.select(workflow.settings.device) if uses_device else "cpu"
+    if chosen == "cpu" and uses_device:
+        cpu_backend.prepare_compiler()
+        if notice := cpu_backend.notice():
+            terminal.say(notice)
+    limit = _limit_memory(workflow) if uses_device else 0
+    threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" and uses_device else None
+    folder = into or workflow.root / one.folder
+    unfinished = left.folder_of(workflow.state, one.task, _key_of(provenance, threads))
+    if into:  # from the beginning, and nothing is left behind
+        unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
+        artifact_files.remove_folder(unfinished)
+    publishing = artifact_files.publishing(folder, keep=lambda: ownership.foreign_names(folder))
+    with remote_code.trusting_code(workflow.trusts_code(one)), publishing as private:
+        outputs = stage.rooted(stage.outputs_of(one.module, one.config), private)
+        report = one.module.run(
+            config=one.config,
+            inputs=stage.rooted(one.inputs, workflow.root),
+            outputs=outputs,
+            context=stage.Context(
+                task=one.task,
+                seed=workflow.settings.seed,
+                device=chosen,
+                memory_limit_bytes=limit,
+                provenance=provenance,
+                root=workflow.root,
+                state=workflow.state,
+                tasks=tuple(one.task for one in workflow.stages),
+                members=workflow.members(),
+                name=workflow.settings.name,
+                folder=private,
+                unfinished=unfinished,
+                digests=digests,
+                published=_published(workflow.root / one.folder) if into else None,
+                begun=begun,
+            ),
+        )
+        run = {
+            "seconds": round(time.perf_counter() - started, 3),
+            **_describe_run(chosen if uses_device else None, threads),
+        }
+        run |= report.pop("run", {})
+        run[ownership.FILES_KEY] = sorted({*ownership.written_names(private), "report.toml"})
+        artifact_files.write_report(private / "report.toml", {"stage": provenance, **report, "run": run})
+        unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
+        if unwritten:
+            raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
+        for path in stage.paths_of(outputs):
+            if path.suffix == ".safetensors":
+                artifact_files.check_whole(path)
+        _require_unchanged(workflow, one, digests, identities, unfinished)
+    artifact_files.remove_folder(unfinished)
+    if into is None:
+        for found in left.prune(workflow.state, one.task):
+            terminal.say(
+                f"{found.folder}: removed, {found.num_bytes:,} bytes that a run of {one.task} with other settings left."
+            )
+        for copy, original in one.copies.items():
+            with artifact_files.writable(workflow.root / copy):
+                artifact_files.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
+    return folder
+
+
+def _require_unchanged(
+    workflow: Workflow, one: Stage, digests: ObservedInputs, identities: dict[str, str], unfinished: Path
+) -> None:
+    """Refuse the result of a run whose inputs were changed, and remove what a later run would go on from.
+
+    Raises:
+        StageError: one or more were changed; each has a line.
+    """
+    try:
+        digests.require_unchanged(one.task, workflow.root)
+        now = dict.fromkeys(one.files_read(workflow.root)) | one.corpus_identities(digests)
+        changed = [name for name in identities if name not in now or now[name] not in (None, identities[name])]
+        if names := sorted({*changed, *now.keys() - identities.keys()}):
+            advice = f"changed while {one.task} ran, whose result is not kept. Run it again."
+            raise StageError("\n".join(f"{name}: {advice}" for name in names))
+    except StageError:
+        artifact_files.remove_folder(unfinished)
+        raise
+
+
+def _published(folder: Path) -> Path | None:
+    return folder if (folder / "report.toml").is_file() else None
+
+
+def _key_of(provenance: dict[str, str], threads: int | None) -> str:
+    """Return a short name for the settings and inputs of a run, and for the threads that compute it."""
+    known = {key: provenance[key] for key in ("settings_digest", "inputs_digest")}
+    return stage.settings_digest(known | ({"threads": threads} if threads else {}))[:12]
+
+
+def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> dict[str, str]:
+    """Return the identity of every input by name.
+
+    Raises:
+        ArtifactError: one or more are missing or damaged; each line names the command that makes it.
+    """
+    identities: dict[str, str] = {}
+    lines: list[str] = []
+    for record_name, name in one.files_read(workflow.root).items():
+        path = workflow.root / name
+        try:
+            identities[record_name] = cache.digests(path).identity
+        except FileNotFoundError:
+            gone = path if path.parent.is_dir() else path.parent
+            lines.append(f"{shown_path(gone)}: missing{_word_maker(workflow, name)}")
+        except OSError as error:
+            lines.append(f"{shown_path(path)}: cannot be read ({error.strerror}). {_advise(error, workflow, name)}")
+        except ValueError as error:
+            lines.append(f"{shown_path(path)}: damaged ({error}){_word_maker(workflow, name)}")
+    if lines:
+        raise ArtifactError(*dict.fromkeys(lines))
+    return identities | one.corpus_identities(cache)
+
+
+def _advise(error: OSError, workflow: Workflow, name: Path) -> str:
+    return advise_on(error, _word_maker(workflow, name).removeprefix(". ").removesuffix(".")) + "."
+
+
+def _word_maker(workflow: Workflow, name: Path) -> str:
+    maker = next((maker.task for maker in workflow.stages if name in maker.outputs), None)
+    return f". Run: doit {maker}" if maker else ". Mend it or change the workflow."
+
+
+def _limit_memory(workflow: Workflow) -> int:
+    """Give MLX its limits and return the one of its memory in bytes."""
+    import mlx.core as mx
+
+    settings = workflow.settings
+    limit = compute_device.parse_size(settings.memory_limit, compute_device.working_set_bytes())
+    mx.set_memory_limit(limit)
+    if settings.cache_limit:
+        mx.set_cache_limit(compute_device.parse_size(settings.cache_limit, limit))
+    if mx.metal.is_available():  # elsewhere it does nothing
+        most = int(mx.device_info().get("max_recommended_working_set_size", 0))
+        mx.set_wired_limit(min(compute_device.parse_size(settings.wired_limit, limit), most))
+    return limit
+
+
+def _describe_run(chosen: str | None, threads: int | None) -> dict[str, Any]:
+    """Return what may differ between two equal runs.
+
+    Args:
+        chosen: the device, or None where the stage does without; then MLX is not even imported.
+        threads: how many multiplied matrices on the CPU; None where that did not compute.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }
+    if chosen is None:
+        return {"device_name": compute_device.processor(), **told}
+    from mlxflow.device.phase_peaks import process_peak
+
+    return {
+        "device": chosen,
+        "device_name": compute_device.name(),
+        **told,
+        "blas": cpu_backend.prepare() or "built in",
+        **({"threads": threads} if threads else {}),
+        "peak_memory_bytes": process_peak(),
+    }
+
+
+def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
+    """Run one stage with the locks that doit would hold for it; waits for them.
+
+    Args:
+        workflow: the workflow.
+        one: one of its stages.
+        into: see `run_stage`.
+    """
+    waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
+    atomic_folders.make_link_target(workflow.artifacts)
+    with ExitStack() as held:
+        held.enter_context(hold(workflow.state / "lock", waiting, wait=True))
+        temporary_files.remove_orphans(workflow.artifacts, ".")
+        temporary_files.remove_orphans_below(workflow.state)
+        if getattr(one.module, "USES_DEVICE", True):
+            chosen, measures = workflow.settings.device, one.bound_device is not None
+            held.enter_context(compute_device.turn(one.task, workflow.root, chosen, measures=measures))
+        run_stage(workflow, one, into)

@@ -1,0 +1,293 @@
+"""Answers one stage's questions about the artifacts of the others and about sources, and notes what is not there."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mlxflow.data import sources
+from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, Found, word_leading_out
+from mlxflow.workflow.config import Problem, toml_value, word
+from mlxflow.workflow.disk_queries import Disk
+from mlxflow.workflow.stage import Corpus, reference_folder
+
+_NO_MAKER = "no stage before this one makes it"
+_NAME_TEXT = "Name a file, a folder or a glob with text in it."
+
+
+class Known:
+    """The stages and variants that a stage may read from; one for all variants of that stage.
+
+    Args:
+        makers: each with the names of the files it makes.
+        tables: of the same stages, resolved.
+    """
+
+    def __init__(self, makers: Mapping[str, Set[str]], tables: Mapping[str, msgspec.Struct]) -> None:
+        self.makers = makers
+        self.tables = tables
+        self.variants: dict[str, list[str]] = {}
+        for task in makers:
+            name, _, variant = task.partition(":")
+            if variant:
+                self.variants.setdefault(name, []).append(task)
+
+
+class References:
+    """What `Inputs.of` may ask of the workflow; see `mlxflow.workflow.stage.Artifacts`.
+
+    Args:
+        disk: the files of the workflow; whatever an answer depends on is asked there.
+        known: the stages and variants that the asking stage may read from.
+        broken: names of stages of which not every variant is known.
+        left_out: names of stages that nobody wrote and that could not be part of the workflow.
+        shown: the workflow file's name, for the messages.
+        table: the asking stage's table, for the messages.
+        lines: where the messages go.
+
+    Attributes:
+        spellings: leading parts of the files' names, expanded, and what was written for each.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        known: Known,
+        broken: Set[str],
+        left_out: Set[str],
+        shown: str,
+        table: str,
+        lines: list[str],
+    ) -> None:
+        self._disk = disk
+        self.spellings: dict[str, str] = {}
+        self._known = known.makers
+        self._tables = known.tables
+        self._variants_of = known.variants
+        self._broken = broken
+        self._left_out = left_out
+        self._asked: list[tuple[str, str]] = []
+        self._list_keys: set[str] = set()
+        self._shown = shown
+        self._table = table
+        self._lines = lines
+
+    def folder(self, reference: str, key: str) -> Path:
+        """Return the artifact folder of `stage` or `stage:variant`."""
+        self._asked.append((reference, key))
+        return reference_folder(self._resolved(reference))
+
+    def table(self, reference: str) -> msgspec.Struct | None:
+        """Return the resolved table of a stage or variant before this one; None where there is none."""
+        return self._tables.get(self._resolved(reference))
+
+    def _variants(self, name: str) -> list[str]:
+        """Return the variants of a stage before this one."""
+        return self._variants_of.get(name, [])
+
+    def _resolved(self, reference: str) -> str:
+        """Return the stage or variant of a reference: a stage's name stands for its only variant, too."""
+        variants = self._variants(reference)
+        return variants[0] if len(variants) == 1 and reference not in {*self._known, *self._broken} else reference
+
+    def check_makers(self, files: Iterable[Path], written: Set[str]) -> None:
+        """Note every reference that was asked for whose stage is not there or does not make the files.
+
+        Args:
+            files: all that the stage reads.
+            written: keys of which the value is not the default; of several for one artifact, these are to blame.
+        """
+        made_in: dict[Path, set[str]] = {}
+        for file in files:
+            made_in.setdefault(file.parent, set()).add(file.name)
+        to_blame = {reference for reference, key in self._asked if key in written}
+        for reference, key in dict.fromkeys(self._asked):
+            if reference in to_blame and key not in written:
+                continue
+            stage = self._resolved(reference)
+            lacking = made_in.get(reference_folder(stage), set()) - self._known.get(stage, set())
+            if stage in self._known and not lacking:
+                continue
+            fitting = [one for one, made in self._known.items() if lacking <= made]
+            if stage in fitting or reference.partition(":")[0] in self._broken:
+                continue
+            if variants := self._variants(reference):
+                self._note(key, reference, "expected one of its variants", self._advise_variants(variants, key))
+                continue
+            expected = f"makes no {min(lacking)}" if stage in self._known else _NO_MAKER
+            self._note(key, reference, expected, _list(fitting))
+
+    def _advise_variants(self, variants: list[str], key: str) -> str:
+        """Return what to write instead of the name of a stage with several variants."""
+        every = [f"{variants[0].partition(':')[0]}:*"] if key in self._list_keys else []
+        return f"Write {' or '.join(toml_value(one) for one in [*variants, *every])}."
+
+    def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
+        """Return references with each `stage:*` replaced by all of that stage's variants."""
+        self._list_keys.add(key)
+        expanded: list[str] = []
+        for reference in references:
+            name, _, variant = reference.partition(":")
+            matching = [name] if name in self._known else self._variants(name)
+            if variant == "*" and not matching and name not in {*self._broken, *self._left_out}:
+                self._note(key, reference, _NO_MAKER, _list(self._known))
+            expanded += matching if variant == "*" else [self._resolved(reference)]
+        return tuple(dict.fromkeys(expanded))
+
+    def makers(self) -> Mapping[str, Set[str]]:
+        """Return every stage and variant before this one, with the names of the files it makes."""
+        return self._known
+
+    def sources(self, patterns: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
+        """Return the files that sources name, in a fixed order."""
+        found: list[Path | Corpus] = []
+        for pattern in patterns:
+            if pattern.startswith("builtin:"):
+                found += self._builtin(pattern, key)
+            elif pattern.startswith(sources.HF) and not self._is_folder(pattern.removeprefix(sources.HF)):
+                found += self._data_set(pattern, key)
+            else:
+                found += self._files(pattern, key)
+        return tuple(dict.fromkeys(found))
+
+    def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
+        """Return single files."""
+        places = {name: self._expand(name) for name in names}
+        for name, place in places.items():
+            if not self._disk.is_file(place):
+                self._note_missing(key, name, "names no file", "Name one, relative to the workflow file.")
+        return tuple(Path(place) for place in places.values())
+
+    def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+        """Return the tokenizer files of a folder."""
+        hub_id, advice = r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", "Name a folder with a tokenizer.json, or a hub id."
+        folder = self._folder_or_hub(name, key, hub_id, advice)
+        if folder is None:
+            return ()
+        try:
+            files, (file, code) = self._disk.tokenizer_files(folder), self._disk.tokenizer_code(folder)
+        except OSError as error:
+            return self._note_unreadable(key, name, error, advice)
+        if out := self._disk.link_leading_out(folder):
+            self._note(key, name, word_leading_out(out), ADVICE_LEADING_OUT)
+        elif "tokenizer.json" not in files:
+            if code and not trusts_code:
+                self._note_untrusted(key, name, file, code)
+            elif not code:
+                self._note(key, name, "has no tokenizer.json", "Name a folder that has one.")
+        return tuple(Path(folder, file) for file in files)
+
+    def model(self, name: str, key: str, *, trusts_code: bool, needs_tokenizer: bool = False) -> tuple[Path, ...]:
+        """Return the files of a model folder, its configuration first."""
+        advice = "Name a folder with a config.json, or a hub id."
+        folder = self._folder_or_hub(name, key, HUB_MODEL, advice)
+        if folder is None:
+            return ()
+        try:
+            found = Found(*self._disk.model_folder(folder))
+        except OSError as error:
+            return self._note_unreadable(key, name, error, advice)
+        if found.problem:
+            self._note(key, name, found.problem, found.advice)
+        elif found.code and not trusts_code:
+            self._note_untrusted(key, name, CONFIG, found.code)
+        elif needs_tokenizer and not trusts_code and any(code := self._disk.tokenizer_code(folder)):
+            self._note_untrusted(key, name, *code)
+        return tuple(Path(folder, file) for file in found.read)
+
+    def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:
+        """Return the folder that a name leads to; None where it is one of the hub, or nothing, which is noted."""
+        place = self._expand(name)
+        if self._disk.is_dir(place):
+            return place.rstrip("/") or "/"
+        if not _is_hub_id(name, hub_id):
+            self._note_missing(key, name, "no such folder", advice)
+        return None
+
+    def _note_missing(self, key: str, name: str, expected: str, advice: str) -> None:
+        """Note that a path leads nowhere; why, where an environment variable is not set."""
+        unset = self._disk.unset_variables(name)
+        because = f"{expected} ({', '.join(unset)} is not set)" if unset else expected
+        self._note(key, name, because, advice)
+
+    def _note_unreadable(self, key: str, name: str, error: OSError, advice: str) -> tuple[Path, ...]:
+        self._note(key, name, f"cannot be looked up ({error.strerror})", advice)
+        return ()
+
+    def _note_untrusted(self, key: str, name: str, file: str, code: str) -> None:
+        trust = ".".join([self._table, *key.split(".")[:-1], "trust_remote_code"])
+        advice = f"Read it, then set {trust} = true to run it."
+        self._note(key, name, f"its {file} names Python code of its own, {code}", advice)
+
+    def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
+        """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
+        place = self._expand(name)
+        if not self._disk.is_dir(place):
+            return "hub" if _is_hub_id(name) else "unknown"
+        quantized = self._disk.is_quantized(place)
+        return "unknown" if quantized is None else "quantized" if quantized else "dense"
+
+    def note(self, problem: Problem) -> None:
+        """Note a mistake in the stage's table."""
+        self._lines.append(word(problem, self._shown, self._table))
+
+    def _expand(self, written: str) -> str:
+        """Return a path as written with everything expanded, and keep how it was written."""
+        place = self._disk.expand(written)
+        if place != written and (leading := self._disk.spelling(written)):
+            self.spellings[leading[0]] = leading[1]
+        return place
+
+    def _is_folder(self, written: str) -> bool:
+        return self._disk.is_dir(self._expand(written))
+
+    def _files(self, pattern: str, key: str) -> list[Path]:
+        try:
+            self._expand(pattern)
+            files = self._disk.source(pattern) if pattern else []
+            has_text = bool(files) and self._disk.has_text(pattern)
+        except OSError as error:
+            folder = os.path.relpath(error.filename, self._disk.root) if error.filename else pattern
+            where = f": {folder}" if folder != pattern else ""
+            self._note(key, pattern, f"cannot be looked up ({error.strerror}{where})", _NAME_TEXT)
+            return []
+        if not files:
+            is_folder = bool(pattern) and self._is_folder(pattern)
+            expected = self._without_files(pattern) if is_folder else "names no file"
+            self._note_missing(key, pattern, expected, _NAME_TEXT)
+        elif not has_text:
+            self._note(key, pattern, "all its files are empty" if self._is_folder(pattern) else "is empty", _NAME_TEXT)
+        return [Path(file) for file in files]
+
+    def _without_files(self, folder: str) -> str:
+        """Return what is wrong with a folder in which no file can be read."""
+        counts = self._disk.left_out(folder)
+        kinds = ("hidden", "binary by suffix", "links to nothing", "beside records")
+        found = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]
+        return f"is a folder without text ({', '.join(found)})" if found else "is an empty folder"
+
+    def _data_set(self, name: str, key: str) -> list[Corpus]:
+        if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name):
+            return [Corpus(name)]
+        self._note(key, name, "no such folder and no data set's name", 'Write "hf:FOLDER" or "hf:OWNER/NAME@REVISION".')
+        return []
+
+    def _builtin(self, name: str, key: str) -> list[Corpus]:
+        if name in sources.BUILTINS:
+            return [Corpus(name)]
+        self._note(key, name, "no such built-in corpus", _list(sources.BUILTINS))
+        return []
+
+    def _note(self, key: str, value: str, expected: str, advice: str) -> None:
+        self.note(Problem(key, value, expected, advice))
+
+
+def _is_hub_id(name: str, pattern: str = HUB_MODEL) -> bool:
+    return bool(re.fullmatch(pattern, name)) and not name.startswith(".")
+
+
+def _list(known: Iterable[str]) -> str:
+    return f"Known: {', '.join(known) or 'none'}."

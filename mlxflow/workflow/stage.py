@@ -1,0 +1,282 @@
+"""What a stage is. Nothing here reads a file, starts a process or knows doit.
+
+A stage is a module with five names; its file name is the TOML table, the doit task, the command's argument and the
+artifact folder, and the first line of its docstring is what `doit list` prints:
+
+    VERSION   a whole number, raised when artifacts that earlier code made are wrong now
+    Config    a frozen msgspec struct: keys, types, ranges, defaults, help
+    Inputs    a frozen msgspec struct of the paths the stage reads, made by its class method `of`
+    Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder; a class method `of`
+              may make it from the Config
+    run       the work, returns what goes into its report; heavy imports happen inside it
+
+It may have seven more: `resolve(config, artifacts)`, which returns the table with choices made that follow from other
+files; `follow(config, readers, disk)`, which returns it with choices made that follow from the tables that name it as
+their `input`; `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
+`USES_DEVICE = False` where it does not compute on MLX's device, `MANNER`, the keys of its table that say how the
+work is done and change nothing of what comes out: the artifact is not stale when they change, `LAID_ON_TOP`, the
+outputs of which a copy lies in the folder of all artifacts (of a stage without variants), and `SHOWS_NAME = True` where
+the workflow's name is part of what comes out.
+
+All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import msgspec
+
+from mlxflow.errors import ArtifactError
+from mlxflow.storage.digests import digest_json
+from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.workflow.config import Problem
+
+#: The folder beside the workflow file in which all artifacts lie.
+ARTIFACTS = "artifacts"
+
+#: A variant's name is a folder name and a part of a task's name.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+#: How the names of our own temporary folders and files end.
+OWN_ENDINGS = (".partial", ".partial.old", ".unfinished", ".tmp", ".lock")
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Corpus(NamedTuple):
+    """An input that is not a file of the project: `builtin:NAME`, known by its content alone."""
+
+    name: str
+
+
+class Beside(NamedTuple):
+    """What lies beside the model in an artifact's folder: which files those are is known when it is built.
+
+    They are what `mlxflow.storage.model_files.beside` finds.
+    """
+
+    folder: Path
+
+
+class Artifacts(Protocol):
+    """What `Inputs.of` may ask of the workflow."""
+
+    def folder(self, reference: str, key: str) -> Path:
+        """Return the artifact folder of `stage` or `stage:variant`; a reference to nothing is noted as a problem."""
+        ...
+
+    def table(self, reference: str) -> msgspec.Struct | None:
+        """Return the resolved table of a stage or variant before this one; None where there is none."""
+        ...
+
+    def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
+        """Return references with each `stage:*` replaced by all of that stage's variants."""
+        ...
+
+    def makers(self) -> Mapping[str, Set[str]]:
+        """Return every stage and variant before this one, with the names of the files it makes."""
+        ...
+
+    def sources(self, sources: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
+        """Return the files that sources name, in a fixed order; a source without files is noted as a problem."""
+        ...
+
+    def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
+        """Return single files; one that is not there is noted as a problem."""
+        ...
+
+    def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
+        """Return the tokenizer files of a folder; none where the name is one of the hub.
+
+        A folder that needs Python code of its own is noted as a problem unless that is trusted.
+        """
+        ...
+
+    def model(self, name: str, key: str, *, trusts_code: bool, needs_tokenizer: bool = False) -> tuple[Path, ...]:
+        """Return the files of a model folder, its configuration first; none where the name is one of the hub.
+
+        A folder that needs Python code of its own is noted as a problem unless that is trusted; code of its tokenizer
+        counts where the stage opens that too.
+        """
+        ...
+
+    def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
+        """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
+        ...
+
+    def note(self, problem: Problem) -> None:
+        """Note a mistake in the stage's table."""
+        ...
+
+
+@runtime_checkable
+class StageModule(Protocol):
+    """The contract that every module in `mlxflow/stages` fulfils.
+
+    It may also have `begin(config, device)`, a context manager in which the stage runs: what is to be started before
+    its device is looked for, as told by `workflow.device`; the stage finds it in its context.
+    """
+
+    __name__: str
+    __doc__: str | None
+    VERSION: int
+    Config: type[Any]
+    Inputs: type[Any]
+    Outputs: type[Any]
+
+    run: Callable[..., dict[str, Any]]
+
+
+class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a model folder and its report; the outputs of every stage that makes a model."""
+
+    config: Path = Path("config.json")
+    model: Path = Path("model.safetensors")
+    tokenizer: Path = Path("tokenizer.json")
+    tokenizer_config: Path = Path("tokenizer_config.json")
+    report: Path = Path("report.toml")
+
+
+class Made(NamedTuple):
+    """A stage of the workflow as others see it.
+
+    Attributes:
+        task: its name.
+        folder: the artifact, relative to the workflow's folder.
+        reads: the stages that make its inputs.
+        outputs: the files it writes, relative to the workflow's folder.
+    """
+
+    task: str
+    folder: Path
+    reads: tuple[str, ...]
+    outputs: tuple[Path, ...]
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running stage knows beside its own table.
+
+    Attributes:
+        task: the stage's name, with `:variant` where it has one.
+        seed: the workflow's seed; derive others from it with `derive_seed`.
+        device: "gpu" or "cpu", as resolved.
+        memory_limit_bytes: what MLX may use; 0 for a stage that does without.
+        provenance: what goes into every artifact's header: stage, digests, versions, seed.
+        root: the workflow's folder.
+        state: the folder for what is remembered between runs.
+        tasks: every stage and variant of the workflow.
+        members: the same with what each reads and writes.
+        name: of the workflow.
+        folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
+        unfinished: a folder for what lets a later run go on where this one was cut off; removed when the stage ends
+            well. Another one for every other configuration of the stage.
+        published: the stage's artifact where it is built again beside it, to be compared; None otherwise.
+        begun: what the stage's module began before its device was looked for; None for nothing.
+        digests: of the inputs as the run saw them first.
+    """
+
+    task: str
+    seed: int
+    device: str
+    memory_limit_bytes: int
+    provenance: dict[str, str]
+    root: Path
+    state: Path
+    tasks: tuple[str, ...]
+    members: tuple[Made, ...]
+    name: str
+    folder: Path
+    unfinished: Path
+    digests: ObservedInputs
+    published: Path | None = None
+    begun: Any = None
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """Return a 32-bit seed for one random choice, known by its name: the first bytes of SHA-256 of `seed:name`."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
+
+
+def stage_name(module: StageModule) -> str:
+    """Return the name of a stage: the last part of its module's name."""
+    return module.__name__.rpartition(".")[2]
+
+
+def summary(module: StageModule) -> str:
+    """Return the line that `doit list` prints."""
+    return (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def outputs_of(module: StageModule, config: msgspec.Struct) -> msgspec.Struct:
+    """Return the files that a stage writes with a configuration; `Outputs` may have a class method `of`."""
+    made: Callable[[msgspec.Struct], msgspec.Struct] = getattr(module.Outputs, "of", lambda _: module.Outputs())
+    return made(config)
+
+
+def is_own_name(module: StageModule, variant: str) -> bool:
+    """Return whether a variant's folder would have the name of a file or folder of our own, whatever the case."""
+    outputs = {path.parts[0].casefold() for path in paths_of(outputs_of(module, module.Config()))}
+    return variant.casefold() in outputs or variant.casefold().endswith(OWN_ENDINGS)
+
+
+def reference_folder(reference: str) -> Path:
+    """Return the artifact folder of `stage` or `stage:variant`, relative to the workflow's folder."""
+    return Path(ARTIFACTS, *reference.split(":"))
+
+
+def paths_of(struct: msgspec.Struct) -> Iterator[Path]:
+    """Yield every path in a struct of inputs or outputs, in the order of its fields."""
+    yield from (value for value in _values(struct) if isinstance(value, Path))
+
+
+def corpora_of(struct: msgspec.Struct) -> Iterator[Corpus]:
+    """Yield every input that is not a file of the project."""
+    yield from (value for value in _values(struct) if isinstance(value, Corpus))
+
+
+def folders_of(struct: msgspec.Struct) -> Iterator[Path]:
+    """Yield every artifact folder of which what lies beside the model is an input, too."""
+    yield from (value.folder for value in _values(struct) if isinstance(value, Beside))
+
+
+def _values(struct: msgspec.Struct) -> Iterator[object]:
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if isinstance(value, tuple) and not isinstance(value, Corpus | Beside):
+            yield from value
+        elif isinstance(value, dict):
+            yield from value.values()
+        else:
+            yield value
+
+
+def rooted(struct: T, root: Path) -> T:
+    """Return a struct of inputs or outputs with every path made to begin at a folder."""
+    changes: dict[str, object] = {}
+    for name in struct.__struct_fields__:
+        value = getattr(struct, name)
+        if isinstance(value, Path):
+            changes[name] = root / value
+        elif isinstance(value, tuple) and not isinstance(value, Corpus | Beside):
+            changes[name] = tuple(root / item if isinstance(item, Path) else item for item in value)
+        elif isinstance(value, dict):
+            changes[name] = {key: root / item for key, item in value.items()}
+    return msgspec.structs.replace(struct, **changes)
+
+
+def settings_digest(settings: dict[str, object]) -> str:
+    """Return the digest of everything a stage depends on beside the content of its inputs."""
+    return digest_json(settings)
+
+
+def require(path: Path, task: str) -> Path:
+    """Return the path of an artifact's file that must be there.
+
+    Raises:
+        ArtifactError: it is missing; the message names the command that makes it.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: missing. Run: doit {task}")
+    return path

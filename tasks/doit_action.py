@@ -1,0 +1,170 @@
+"""What doit executes for a stage: its process, between a look at its inputs and a look at its outputs."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+from doit.action import BaseAction
+from doit.exceptions import BaseFail, TaskError, TaskFailed
+from doit.globals import Globals
+
+from mlxflow.errors import StageError, UserError
+from mlxflow.storage.digests import DigestCache
+from mlxflow.system import terminal
+from mlxflow.system.os_errors import word_cause
+from tasks.freshness import observe_inputs, observe_settings
+from tasks.outputs import observe_outputs
+from tasks.stage_node import Node
+
+#: The exit code of a stage that failed over something the user wrote.
+_USER_MISTAKE = 2
+
+#: Held by the one stage of this process that uses the device.
+_own_turns = threading.Lock()
+
+
+class _Ran(NamedTuple):
+    """A stage's process that ended, and what it was given."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    exit_code: int
+    seconds: float
+
+
+class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
+    """Runs one stage in its own process.
+
+    The record of its last run is dropped first, so that a run which is cut off is never trusted. Settings and inputs
+    are looked at before the process starts and handed to it: it fails where it finds others.
+
+    Args:
+        node: the stage.
+        cache: digests by path.
+        known: the names of all stages of the workflow, for the lock file.
+
+    Attributes:
+        is_untouched: whether a run that failed left every file of the artifact as it was.
+    """
+
+    def __init__(self, node: Node, cache: DigestCache, known: set[str]) -> None:
+        self.node = node
+        self.cache = cache
+        self.known = known
+        self.is_untouched = True
+        self.task: Any = None
+        self.out = ""
+        self.err = ""
+        self.result = None
+        self.values: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        return " ".join(self.node.command)
+
+    def execute(self, out: object = None, err: object = None) -> BaseFail | None:
+        """Run the stage; doit saves `values` when all went well."""
+        Globals.dep_manager.remove(self.node.task)
+        before = self._stamps()
+        try:
+            ran = self._run()
+        except UserError as error:
+            return self._fail(TaskError, str(error))
+        except StageError as error:
+            return self._fail(TaskFailed, str(error))
+        if isinstance(ran, BaseFail):
+            return ran
+        self.is_untouched = before == self._stamps()
+        if code := ran.exit_code:
+            said = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
+            return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
+        try:
+            outputs = observe_outputs(self.node, self.cache)
+        except OSError as error:
+            return self._fail(TaskFailed, f"{self.node.task}: an output: {word_cause(error, self.node.folder)}")
+        except ValueError as error:
+            return self._fail(TaskFailed, f"{self.node.task}: an output is damaged ({error})")
+        self.cache.save()
+        self._record(ran, outputs)
+        return None
+
+    def _run(self) -> "_Ran | BaseFail":
+        """Run the process, in its turn where it uses the device, with what is there when its turn comes."""
+        from tasks.stage_process import run_process
+
+        node = self.node
+        log = node.root / "artifacts" / "logs" / f"{node.task.replace(':', '-')}.log"
+        with self._turn() if node.uses_device else nullcontext():
+            try:
+                inputs = observe_inputs(node, self.cache)
+            except OSError as error:
+                return self._fail(TaskFailed, f"{node.task}: an input: {word_cause(error, node.task)}")
+            except ValueError as error:
+                return self._fail(TaskFailed, f"{node.task}: an input is damaged ({error})")
+            settings = observe_settings(node)
+            begin = time.perf_counter()
+            code = run_process(node.command, log, node.handover(settings, inputs))
+            return _Ran(settings, inputs, code, time.perf_counter() - begin)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the device: one stage of this doit at a time, and as `device.turn` has it among all others."""
+        from mlxflow.device.compute_device import turn
+
+        node = self.node
+        with _own_turns, turn(node.task, node.root, node.device, measures=node.bound_device is not None):
+            yield
+
+    def _stamps(self) -> list[tuple[int, ...] | None]:
+        """Return what tells the files of the artifact that are there now from others in their place."""
+        return [_stamp(self.node.path(name)) for name in (*self.node.outputs, *self.node.copies)]
+
+    def _record(self, ran: "_Ran", outputs: dict[str, list[Any]]) -> None:
+        from tasks import lockfile
+
+        self.values = {
+            "settings": ran.settings,
+            "inputs": ran.inputs,
+            "outputs": outputs,
+            "seconds": round(ran.seconds, 3),
+            **self._computed_by(),
+            "commit": lockfile.source_commit(self.node.root),
+        }
+        if line := lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known):
+            terminal.say(line)
+
+    def _computed_by(self) -> dict[str, Any]:
+        """Return the device that the stage's own report names and, of a CPU, the number of threads."""
+        from mlxflow.errors import ArtifactError
+        from mlxflow.storage.artifact_files import read_report
+
+        try:
+            run = read_report(self.node.root / self.node.folder / "report.toml")["run"]
+        except (ArtifactError, KeyError):
+            run = {}
+        if not isinstance(run, dict) or not {"device", "device_name"} <= run.keys():
+            return {"device": "unknown"}
+        threads = {"threads": run["threads"]} if isinstance(run.get("threads"), int) else {}
+        return {"device": f"{run['device']}: {run['device_name']}", **threads}
+
+    def _fail(self, kind: type[BaseFail], message: str) -> BaseFail:
+        self.cache.save()
+        if message:
+            terminal.say(*message.split("\n"))
+        return kind(message)
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _word(code: int) -> str:
+    import signal
+
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

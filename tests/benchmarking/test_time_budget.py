@@ -1,0 +1,65 @@
+"""Work that is bounded by time says so, before and meanwhile."""
+
+from mlxflow.benchmarking.throughput import FEWEST_ROUNDS, interleave
+from mlxflow.benchmarking.time_budget import Budget
+
+
+class _Clocked:
+    def __init__(self, seconds: float) -> None:
+        self.now = 0.0
+        self.lines: list[str] = []
+        self.budget = Budget(seconds, task="benchmark", clock=lambda: self.now, say=self.lines.append)
+
+
+def test_what_one_part_leaves_is_there_for_the_next_and_nothing_goes_beyond_the_end() -> None:
+    clocked = _Clocked(100)
+    clocked.budget.begin(0.5)
+    assert clocked.budget.left == 50
+    clocked.now = 10
+    clocked.budget.begin(0.6)
+    assert clocked.budget.left == 50
+    clocked.now = 70
+    assert clocked.budget.is_over
+    clocked.budget.begin(1.0)
+    assert clocked.budget.left == 30
+    clocked.now = 200
+    clocked.budget.begin(1.0)
+    assert clocked.budget.is_over
+
+
+def test_without_a_bound_there_is_always_time() -> None:
+    clocked = _Clocked(0)
+    clocked.now = 1e9
+    clocked.budget.begin(0.5)
+    assert not clocked.budget.is_over
+    clocked.budget.announce("steps", 100)
+    assert clocked.lines == ["benchmark: steps: about 100 s"]
+
+
+def test_it_is_said_how_long_something_takes_and_how_far_it_is() -> None:
+    clocked = _Clocked(60)
+    clocked.budget.announce("short", 1)
+    clocked.budget.announce("steps", 50)
+    clocked.budget.announce("more steps", 500)
+    clocked.budget.progress("round", 1, 20, 5)
+    clocked.now = 20
+    clocked.budget.progress("round", 4, 20, 20)
+    clocked.now = 21
+    clocked.budget.progress("round", 5, 20, 21)
+    assert clocked.lines == [
+        "benchmark: steps: about 50 s",
+        "benchmark: more steps: about 500 s, of which max_seconds = 60 leaves 60 s",
+        "benchmark: round 4 of 20, 40 s left",
+    ]
+
+
+def test_rounds_end_when_the_time_is_over_but_not_before_there_are_a_few() -> None:
+    counted = [0]
+
+    def step() -> None:
+        counted[0] += 1
+
+    (timing,) = interleave([step], num_rounds=20, goes_on=lambda done: done < 7)
+    assert len(timing.seconds) == counted[0] == 7
+    (timing,) = interleave([step], num_rounds=20, goes_on=lambda done: False)
+    assert len(timing.seconds) == FEWEST_ROUNDS

@@ -1,0 +1,92 @@
+"""Settings of a workflow held against the architecture of a model folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlxflow.cli.check import check_plans
+from mlxflow.errors import WorkflowError
+from mlxflow.models import model_folder
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import Workflow, load_workflow
+
+TRAIN = """
+[pretokenize]
+sources = ["notes.jsonl"]
+context_length = 31
+packing = "PACKING"
+tokenizer = { vocab_size = 300 }
+[train]
+num_steps = 1
+batch_size = 2
+document_mask = true
+model = { from = "gpt2" }
+"""
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A folder with short texts and a small model with absolute positions, and with the tokenizer of the texts."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "notes.jsonl").write_text("".join(json.dumps({"text": f"note {i} of many"}) + "\n" for i in range(60)))
+    shape = {"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 1, "n_positions": 64, "layer_norm_epsilon": 1e-5}
+    config = {"model_type": "gpt2", "vocab_size": 300, **shape}
+    (folder / "gpt2").mkdir()
+    model_folder.save(
+        model=model_folder.build(config, seed=0),
+        config=config,
+        config_file=folder / "gpt2/config.json",
+        model_file=folder / "gpt2/model.safetensors",
+        provenance={},
+    )
+    return folder
+
+
+def _load(folder: Path, packing: str) -> Workflow:
+    path = folder / "workflow.toml"
+    path.write_text(TRAIN.replace("PACKING", packing))
+    return load_workflow(path)
+
+
+def _pretokenize(workflow: Workflow) -> None:
+    """Make the tokens, and give the model their tokenizer."""
+    tokens = run_stage(workflow, workflow.find("pretokenize"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokens / name, workflow.root / "gpt2")
+
+
+def test_a_document_mask_that_the_base_model_cannot_have_is_found_by_the_check(
+    gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(gpt2)
+    workflow = _load(Path(), "best-fit")
+    with pytest.raises(WorkflowError) as caught:
+        check_plans(workflow)
+    assert str(caught.value) == (
+        "workflow.toml: train.document_mask = true: gpt2 counts positions through the whole row. "
+        'Set document_mask = false, or pretokenize.packing = "none".'
+    )
+
+
+def test_a_document_mask_that_the_model_cannot_have_is_a_mistake_of_the_workflow(gpt2: Path, tmp_path: Path) -> None:
+    workflow = _load(gpt2, "best-fit")
+    _pretokenize(workflow)
+    with pytest.raises(WorkflowError) as caught:
+        run_stage(workflow, workflow.find("train"), tmp_path / "into")
+    assert str(caught.value) == (
+        "train.document_mask = true: this architecture counts positions through the whole row and cannot keep the "
+        'documents in it apart. Set train.document_mask = false, or pretokenize.packing = "none".'
+    )
+
+
+def test_rows_of_one_document_each_need_no_document_mask(gpt2: Path, tmp_path: Path) -> None:
+    workflow = _load(gpt2, "none")
+    check_plans(workflow)
+    _pretokenize(workflow)
+    assert (
+        "document_mask = false"
+        in (run_stage(workflow, workflow.find("train"), tmp_path / "into") / "report.toml").read_text()
+    )

@@ -1,0 +1,97 @@
+"""The page of a real run, and `mlxflow report`."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlxflow.cli.report import report
+from mlxflow.errors import CallError
+from mlxflow.storage.artifact_files import read_report
+from mlxflow.workflow.loader import load_workflow
+from tests.conftest import mlxflow
+from tests.report.test_page import Seen
+
+
+def _report(folder: Path, **how: object) -> str:
+    return Seen(report(load_workflow(folder / "workflow.toml"), **how).read_bytes()).text  # type: ignore[arg-type]
+
+
+def test_the_stage_lays_its_page_beside_all_artifacts(built: Path) -> None:
+    page = (built / "artifacts/index.html").read_bytes()
+    assert page == (built / "artifacts/report/index.html").read_bytes()
+    text = Seen(page).text
+    assert "6 of 6 stages built" in text
+    assert "benchmark built" in text
+
+
+def test_samples_are_what_the_models_write(built: Path) -> None:
+    from mlxflow.evaluation.text_generation import Sampling, generate
+    from mlxflow.workflow.stage import derive_seed
+
+    samples = read_report(built / "artifacts/report/report.toml")["samples"]
+    assert [one["model"] for one in samples] == ["train", "quantize:q4", "quantize:q8"]  # one note is held out
+    sampling = Sampling(48, 0.8, derive_seed(0, "report.samples"))
+    one = samples[1]
+    _, written = generate(built / "artifacts/quantize/q4", prompt=one["prompt"], sampling=sampling, raw=False)
+    assert "".join(written) == one["prompt"] + one["text"]
+    notes = "".join(path.read_text() for path in sorted((built / "notes").iterdir()))
+    assert all(one["prompt"] in notes for one in samples)
+    text = Seen((built / "artifacts/index.html").read_bytes()).text
+    assert all(" ".join(one["text"].split()) in text for one in samples)
+
+
+def test_by_hand_the_page_of_a_whole_run_is_the_same_bytes(job_copy: Path) -> None:
+    before = (job_copy / "artifacts/index.html").read_bytes()
+    (job_copy / "artifacts/index.html").unlink()
+    result = mlxflow(job_copy, "report")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "artifacts/index.html\n", "")
+    assert (job_copy / "artifacts/index.html").read_bytes() == before
+
+
+def test_by_hand_what_is_stale_or_gone_is_told(job_copy: Path) -> None:
+    workflow = job_copy / "workflow.toml"
+    workflow.write_text(workflow.read_text().replace("warmup_steps = 2", "warmup_steps = 3"))
+    shutil.rmtree(job_copy / "artifacts/benchmark")
+    text = _report(job_copy)
+    assert "1 of 6 stages built" in text
+    assert "train is out of date: its settings, its code or MLX changed." in text
+    assert "quantize:q4 is out of date: train, which it reads from, is out of date or not built." in text
+    assert "No benchmark to show: artifacts/benchmark/report.toml is missing. Run: doit benchmark" in text
+    assert "Loss, in nats a token" in text
+
+
+def test_by_hand_before_anything_is_built(job: Path) -> None:
+    assert "0 of 6 stages built" in _report(job)
+
+
+def test_two_folders_side_by_side(built: Path, job_copy: Path, tmp_path: Path) -> None:
+    first = Path(shutil.copytree(built, tmp_path / "first"))
+    before = (job_copy / "artifacts/index.html").read_bytes()
+    (job_copy / "workflow.toml").write_text((built / "workflow.toml").read_text().replace('"tiny"', '"other"'))
+    text = _report(first, compare=job_copy / "artifacts")
+    assert "tiny and other" in text
+    assert text.count("6 of 6 stages built") == 2
+    assert (first / "artifacts/compare.html").exists()
+    assert (job_copy / "artifacts/index.html").read_bytes() == before
+    (job_copy / "workflow.toml").unlink()  # as of artifacts that were downloaded
+    assert len(re.findall(r"(\d) of \1 stages built", _report(first, compare=job_copy))) == 2
+
+
+def test_a_folder_without_artifacts_cannot_be_compared_with(
+    job: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(CallError) as caught:
+        _report(job, compare=empty)
+    expected = f"report: --compare = {str(empty)!r}: holds no artifacts. Name a folder in which doit built a stage."
+    assert str(caught.value) == expected
+    assert not (job / "artifacts").exists()
+
+
+def test_open_shows_it_in_the_browser(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
+    _report(job, opens=True)
+    assert opened == [(job / "artifacts/index.html").resolve().as_uri()]

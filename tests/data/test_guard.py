@@ -1,0 +1,213 @@
+"""Tests of the process that runs templates and tokenizers of others: its limits, its end, and what is left of it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlxflow.data import guard
+from mlxflow.data.guard import Guard, Limits, guarded
+from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+from mlxflow.errors import SourceError, StageError
+from mlxflow.evaluation.text_generation import open_template
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.loader import load_workflow
+
+_USUAL = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+
+
+def test_a_call_returns_or_raises_what_the_function_does() -> None:
+    with Guard() as process:
+        assert process.call("operator:mul", 3, 4) == 12
+        with pytest.raises(ZeroDivisionError, match="division"):
+            process.call("operator:truediv", 1, 0)
+        assert process.call("operator:add", [1], [2]) == [1, 2]
+
+
+def test_a_process_that_ends_by_itself_is_named() -> None:
+    with pytest.raises(StageError) as caught:
+        guarded("os:_exit", 7)
+    assert str(caught.value) == "the guarded process ended with code 7. Run it again."
+
+
+def test_what_no_file_of_others_does_is_not_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LIMITS", Limits(0, 0, 0, 0))
+    assert guarded("builtins:sum", range(10_000_000)) == 49_999_995_000_000
+
+
+_SHORT, _SMALL = Limits(1, 0, 10**10, 0), Limits(60, 0, 600_000_000, 0)
+
+
+class _Job:
+    """A folder with a workflow that reads conversations; its temporary folder is its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.write(50)
+
+    def write(self, count: int, text: str = "What is it?") -> None:
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "It is so."}]
+        lines = [json.dumps({"messages": [*messages, {"role": "user", "content": str(i)}]}) for i in range(count)]
+        (self.folder / "a.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def template(self, source: str) -> str:
+        (self.folder / "own.jinja").write_text(source)
+        return 'chat_template = "own.jinja"\ntokenizer.vocab_size = 300'
+
+    def tokenizer(self, change: Callable[[dict[str, Any]], object] = lambda definition: None) -> str:
+        folder = self.folder / "mine"
+        folder.mkdir()
+        file, trained = folder / "tokenizer.json", train_tokenizer(["It is so, it is so."], vocab_size=262)
+        vocabulary = trained_vocabulary(trained.to_str(), context_length=16, template=_USUAL)
+        save_vocabulary(vocabulary, tokenizer_file=file, config_file=folder / "tokenizer_config.json")
+        definition = json.loads(file.read_text())
+        change(definition)
+        file.write_text(json.dumps(definition))
+        return 'tokenizer.from = "mine"'
+
+    def run(self, settings: str) -> None:
+        text = f'[pretokenize]\nsources = ["a.jsonl"]\nholdout = 0.2\n{settings}\n'
+        (self.folder / "workflow.toml").write_text(text)
+        workflow = load_workflow(self.folder / "workflow.toml")
+        run_stage(workflow, workflow.find("pretokenize"))
+
+    def fails(self, settings: str) -> str:
+        """Run pretokenize, which must refuse with one line and leave nothing; return the line."""
+        with pytest.raises(SourceError) as caught:
+            self.run(settings)
+        assert not (self.folder / "artifacts/pretokenize").exists()
+        assert not list(self.folder.rglob("*.partial"))
+        assert not list((self.folder / "tmp").iterdir())
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Job:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr(guard, "LIMITS", _SHORT)
+    return _Job(tmp_path)
+
+
+_TEMPLATE = 'pretokenize.chat_template = "own.jinja": the chat template'
+_FIRST = f"{_TEMPLATE}, reading a.jsonl:1"
+_SECONDS = "took over 1 s of processor time. Mend it or name another."
+_MEMORY = "took over 0.6 GB of memory. Mend it or name another."
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", f"{_FIRST}, {_SECONDS}"),
+        ("{{ 9**(9**9) }}", f"{_TEMPLATE} {_SECONDS}"),
+        ("{{ 9**(9**9 * messages|length) }}", f"{_FIRST}, {_SECONDS}"),
+        ("{{ 'x' * 10**10 }}", f"{_TEMPLATE} {_MEMORY}"),
+        ("{{ 'x' * 10**18 }}", f"{_TEMPLATE} failed (out of memory). Mend it or name another."),
+        ("{{ messages[0].content.center(10**9) }}", f"{_FIRST}, {_MEMORY}"),
+        ("{{ ('%' ~ 10**9 ~ 'd') % messages|length }}", f"{_FIRST}, {_MEMORY}"),
+        ("{% set a = messages[0].content * 10**5 %}{{ range(1000)|join(a) }}", f"{_FIRST}, {_MEMORY}"),
+        (
+            "{% macro f(x) %}{% if x < 99 %}{{ f(x + 1) }}{{ f(x + 1) }}{% endif %}{% endmacro %}{{ f(1) }}",
+            f"{_FIRST}, {_SECONDS}",
+        ),
+        (
+            "{% set n = namespace(a=messages) %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
+            f"{_FIRST}, {_MEMORY}",
+        ),
+        (
+            "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+            f"{_TEMPLATE} is not valid (maximum recursion depth exceeded). Mend it.",
+        ),
+        ("{% if 1 %}" * 150 + "{% endif %}" * 150, None),
+    ],
+    ids=["loops", "constant", "power", "text", "huge", "center", "width", "join", "macro", "list", "depth", "blocks"],
+)
+def test_a_template_over_its_limits_is_one_line(
+    job: _Job, source: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if said and said.endswith(_MEMORY):
+        monkeypatch.setattr(guard, "LIMITS", _SMALL)
+    line = job.fails(job.template(source))
+    if said is None:
+        assert line.startswith(f"{_TEMPLATE} is not valid (too many levels of indentation")
+    else:
+        assert re.sub(r" \([\d,]+ bytes\)|(?<=exceeded) in comparison", "", line) == said
+
+
+def _multiplies(definition: dict[str, Any]) -> None:
+    steps = [{"type": "Replace", "pattern": {"String": a}, "content": b * 2000} for a, b in ("ab", "bc", "cd")]
+    definition["normalizer"] = {"type": "Sequence", "normalizers": steps}
+
+
+def _backtracks(definition: dict[str, Any]) -> None:
+    split = {"type": "Split", "pattern": {"Regex": r"(?:a|a)*[^a\n]"}, "behavior": "Isolated"}
+    both = [split | {"invert": False}, definition["pre_tokenizer"]]
+    definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": both}
+
+
+_TOKENIZER = 'pretokenize.tokenizer.from = "mine": its tokenizer.json'
+
+
+def test_a_normalizer_that_multiplies_text_is_one_line(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LIMITS", _SMALL)
+    assert job.fails(job.tokenizer(_multiplies)) == f"{_TOKENIZER} {_MEMORY}"
+
+
+def test_a_pattern_that_backtracks_is_one_line(job: _Job, capfd: pytest.CaptureFixture[str]) -> None:
+    job.write(3, text="a" * 300)
+    line = job.fails(job.tokenizer(_backtracks))
+    assert line.startswith(_TOKENIZER)
+    assert "processor time" in line or " failed (" in line
+    assert "panicked" not in capfd.readouterr().err
+
+
+def test_a_tokenizer_with_dropout_is_refused(job: _Job) -> None:
+    line = job.fails(job.tokenizer(lambda definition: definition["model"].update(dropout=0.1)))
+    assert line == f"{_TOKENIZER} has model.dropout = 0.1: two runs would give different ids. Set it to null."
+
+
+def test_large_records_and_usual_files_are_within_the_limits(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LIMITS", Limits(seconds=5))
+    job.write(3, text="What is it? Tell me all of it. " * 100_000)
+    job.run(job.tokenizer() + "\ncontext_length = 16")
+    assert (job.folder / "artifacts/pretokenize/train.safetensors").is_file()
+    assert not list((job.folder / "tmp").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit of processor time does it, in minutes")
+def test_the_process_ends_with_its_parent_even_in_c_code() -> None:
+    code = (
+        "from mlxflow.data.guard import Guard\n"
+        "with Guard() as process:\n"
+        "    print(process.call('os:getpid'), flush=True)\n"
+        "    process.call('operator:pow', 9, 9**9)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        while child.cpu_times().user < 0.2:
+            time.sleep(0.05)
+        os.kill(parent.pid, signal.SIGKILL)
+    child.wait(30)
+
+
+def test_a_model_folder_s_template_is_limited_too(job: _Job) -> None:
+    job.tokenizer()
+    (job.folder / "mine/chat_template.jinja").write_text("{{ 9**(9**9 * messages|length) }}")
+    template = open_template(job.folder / "mine")
+    assert template is not None
+    with pytest.raises(SourceError) as caught:
+        template.render([{"role": "user", "content": "x"}], prompt=True)
+    assert str(caught.value) == f"{job.folder}/mine: its chat template {_SECONDS}"

@@ -1,0 +1,92 @@
+"""The cut between hidden states and logits is found by what a model computes, in every architecture."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from benchmarks.architecture_configs import DENSE, MIXTURES, VOCAB_SIZE, config_of
+from mlxflow.evaluation.model_body import Body
+from mlxflow.models import model_folder
+from tests.small_models import llama
+
+#: Its head lies in what it calls its body.
+WITHOUT = {"gpt_neox"}
+
+MARKS = mx.array([[2] * 4 + [4] * 7] * 3)
+
+
+@pytest.mark.parametrize("architecture", [*DENSE, *MIXTURES])
+def test_logits_by_the_slice_are_the_models_own(architecture: str) -> None:
+    model = model_folder.build(config_of(architecture), seed=0)
+    model.eval()
+    body = Body.of(model)
+    assert (body.path is None) == (architecture in WITHOUT)
+    tokens = mx.random.randint(0, VOCAB_SIZE, (3, 11), key=mx.random.key(1))
+    wanted = model(tokens).reshape(-1, VOCAB_SIZE)
+    hidden = body.hidden(tokens, None).reshape(len(wanted), -1)
+    parts = mx.concatenate([body.logits(hidden[begin : begin + 5]) for begin in range(0, len(hidden), 5)])
+    # products of 64 numbers in fp32, in another order
+    assert mx.allclose(parts, wanted, rtol=1e-5, atol=64 * 2**-24 * float(mx.abs(wanted).max()))
+
+
+def test_a_model_is_as_it_was_and_no_array_is_left_behind() -> None:
+    model, _ = llama()
+    model.eval()
+    kinds = [type(one) for one in model.modules()]
+    tokens = mx.arange(8)[None]
+    mx.eval(tokens)
+    before = mx.get_active_memory()
+    body = Body.of(model)
+    mx.eval(body.logits(body.hidden(tokens, None)[0]))
+    assert [type(one) for one in model.modules()] == kinds
+    assert mx.get_active_memory() == before
+
+
+class _Wrapped(nn.Module):  # type: ignore[misc]
+    """A model around a language model, as those for pictures and text are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.language_model = inner
+
+    @property
+    def layers(self) -> Any:
+        return self.language_model.layers
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        logits: mx.array = self.language_model(tokens, cache)
+        return logits
+
+
+def test_a_body_further_below_is_found() -> None:
+    model = _Wrapped(llama()[0])
+    model.eval()
+    assert Body.of(model).path == "language_model.model"
+
+
+class _Changed(_Wrapped):
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        logits: mx.array = self.language_model(tokens, cache)
+        return self.change(tokens, logits)
+
+    def change(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits - logits.mean(axis=1, keepdims=True)
+
+
+class _Copying(_Changed):
+    def change(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits + tokens[..., None]
+
+
+@pytest.mark.parametrize("kind", [_Changed, _Copying])
+def test_logits_that_follow_from_more_than_their_own_hidden_state_are_not_cut(kind: type[_Changed]) -> None:
+    model = kind(llama()[0])
+    model.eval()
+    body = Body.of(model)
+    assert body.path is None
+    tokens = mx.arange(8)[None]
+    logits = body.hidden(tokens, None)
+    assert mx.array_equal(logits, model(tokens))
+    assert mx.array_equal(body.logits(logits[0]), logits[0])

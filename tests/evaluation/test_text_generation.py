@@ -1,0 +1,198 @@
+"""What a model folder's model writes is what mlx-lm writes, by the same template, up to the same end tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm import load
+from mlx_lm.generate import stream_generate
+
+from mlxflow.__main__ import main
+from mlxflow.data import guard
+from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+from mlxflow.errors import ArtifactError
+from mlxflow.evaluation.text_generation import Sampling, Writer
+from mlxflow.models import model_folder
+from tests.small_models import llama
+
+TEXTS = ["who are you? i am a small model.", "what is a note? a line of text.", "why? because it is so, they say."]
+QUESTION = [{"role": "user", "content": "what is a small note?"}]
+GREEDY = Sampling(12, 0.0, 0)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder without a template; its tokenizer has ChatML's control tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    special = ["<|im_start|>", "<|im_end|>", "<|begin|>"]
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300, special_tokens=special)
+    vocabulary = trained_vocabulary(tokenizer.to_str(), context_length=64, template=None)
+    save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
+    model, config = llama(vocab_size=vocabulary.size, context_length=64, hidden_size=32, seed=3)
+    model_folder.save(
+        model=model,
+        config=config,
+        config_file=folder / "config.json",
+        model_file=folder / "model.safetensors",
+        provenance={},
+    )
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    for file in made.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def _change(file: Path, **values: Any) -> None:
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | values))
+
+
+def _theirs(folder: Path, messages: list[dict[str, str]] | None, text: str = "") -> tuple[list[int], list[int]]:
+    """Return the prompt and the tokens of mlx-lm, as its command `generate` makes them."""
+    model, tokenizer = load(str(folder))
+    if messages is None:
+        ids = tokenizer.encode(text)
+    else:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+    written = [one.token for one in stream_generate(model, tokenizer, ids, max_tokens=GREEDY.max_tokens)]
+    return ids, [token for token in written if token not in tokenizer.eos_token_ids]
+
+
+def _in_settings(folder: Path) -> None:
+    _change(folder / "tokenizer_config.json", chat_template=TEMPLATE)
+
+
+def _in_a_file(folder: Path) -> None:
+    _change(folder / "tokenizer_config.json", chat_template="{{ 'not this one' }}")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def _by_name(folder: Path) -> None:
+    named = [{"name": "tool_use", "template": "{{ 'tools' }}"}, {"name": "default", "template": TEMPLATE}]
+    _change(folder / "tokenizer_config.json", chat_template=named)
+
+
+def _with_a_begin(folder: Path) -> None:
+    token = {
+        "__type": "AddedToken",
+        "content": "<|begin|>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "special": True,
+    }
+    _change(folder / "tokenizer_config.json", chat_template="{{ bos_token }}" + TEMPLATE, bos_token=token)
+
+
+@pytest.mark.parametrize("put", [_in_settings, _in_a_file, _by_name, _with_a_begin])
+def test_a_question_goes_through_the_template_and_is_answered_as_mlx_lm_does(folder: Path, put: Any) -> None:
+    put(folder)
+    ids, written = _theirs(folder, QUESTION)
+    writer = Writer(folder)
+    assert writer.has_template
+    assert writer.chat_ids(QUESTION) == ids
+    assert list(writer.tokens(ids, GREEDY)) == written
+    assert len(written) == GREEDY.max_tokens
+
+
+def test_a_text_is_continued_as_mlx_lm_does(folder: Path) -> None:
+    ids, written = _theirs(folder, None, "what is a")
+    writer = Writer(folder)
+    assert not writer.has_template
+    assert writer.text_ids("what is a") == ids
+    assert list(writer.tokens(ids, GREEDY)) == written
+
+
+def _ends_of_config(folder: Path, ends: list[int]) -> None:
+    _change(folder / "config.json", eos_token_id=ends)
+
+
+def _ends_of_generation(folder: Path, ends: list[int]) -> None:
+    _change(folder / "generation_config.json", eos_token_id=ends)
+
+
+def _end_of_tokenizer(folder: Path, ends: list[int]) -> None:
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    text = next(text for text, number in definition["model"]["vocab"].items() if number == ends[-1])
+    _change(folder / "tokenizer_config.json", eos_token=text)
+
+
+@pytest.mark.parametrize("put", [_ends_of_config, _ends_of_generation, _end_of_tokenizer])
+def test_every_end_token_of_the_folder_ends_a_text(folder: Path, put: Any) -> None:
+    ids, written = _theirs(folder, None, "what is a")
+    last = written.index(written[5])
+    put(folder, [299, written[last]])
+    assert list(Writer(folder).tokens(ids, GREEDY)) == written[:last] == _theirs(folder, None, "what is a")[1]
+
+
+def _lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["generate", *arguments, "--max-tokens", "12"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_says_how_the_model_was_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = QUESTION[0]["content"]
+    code, out, err = _lines(capsys, str(folder), "--prompt", question)
+    assert (code, out.startswith(question)) == (0, True)
+    assert err == f"generate: {folder}: the text is continued as it is; it has no chat template\n"
+    _in_settings(folder)
+    code, answer, err = _lines(capsys, str(folder), "--prompt", question)
+    assert err == f"generate: {folder}: asked through its chat template; --raw continues the text as it is\n"
+    writer = Writer(folder)
+    assert (code, answer) == (0, "".join(writer.write(writer.chat_ids(QUESTION), GREEDY)) + "\n")
+    for option in ("--raw", "--no-chat-template"):
+        code, again, err = _lines(capsys, str(folder), "--prompt", question, option)
+        assert (code, again) == (0, out)
+        assert err == f"generate: {folder}: the text is continued as it is (--raw)\n"
+
+
+def test_a_template_that_refuses_or_is_none_is_an_error_of_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _change(folder / "tokenizer_config.json", chat_template="{{ raise_exception('Begin with the system.') }}")
+    code, out, err = _lines(capsys, str(folder), "--prompt", "x")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"{folder}: its chat template refuses the conversation (Begin with the system.). "
+        "Continue the text as it is (--raw), or mend the template.\n"
+    )
+    _change(folder / "tokenizer_config.json", chat_template="{% if %}")
+    with pytest.raises(ArtifactError) as caught:
+        Writer(folder)
+    assert str(caught.value).startswith(f"{folder}: its chat template is not valid (")
+
+
+def test_a_tokenizer_that_fails_or_takes_too_long_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": r"(?:a|a)*[^a\n]"}, "behavior": "Isolated", "invert": False}
+    both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    _change(folder / "tokenizer.json", pre_tokenizer=both)
+    monkeypatch.setattr(guard, "LIMITS", guard.Limits(seconds=1))
+    with pytest.raises(ArtifactError) as caught:
+        Writer(folder).text_ids("a" * 300)
+    said = str(caught.value)
+    assert said.startswith(f"{folder}: its tokenizer.json failed (")
+    assert said.endswith("). Mend it or name another model.")
+
+
+def test_a_tokenizer_with_dropout_writes_nothing(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    _change(folder / "tokenizer.json", model=tokenizer["model"] | {"dropout": 0.1})
+    with pytest.raises(ArtifactError) as caught:
+        Writer(folder)
+    assert str(caught.value) == (
+        f"{folder}: its tokenizer.json has model.dropout = 0.1: two runs would give different ids. Set it to null."
+    )

@@ -1,0 +1,327 @@
+"""What trials found is kept, under a key that changes with all that it follows from."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlxflow.device import compute_device
+from mlxflow.kernels import cache, layer_patching, layer_signature, pattern_detection, registry
+from mlxflow.kernels.layer_patterns import Embedding, Fit, GatedMLP, Norm
+from mlxflow.kernels.pattern_detection import Trial
+from mlxflow.quantization.fake_quant import fake_quantized
+from mlxflow.quantization.settings import Setting
+from tests.conftest import REPOSITORY
+from tests.kernels.test_registry import read_only_cache
+from tests.small_models import llama
+
+_HELPER = """
+import mlx.core as mx
+
+def scaled(x, eps):
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + eps)
+"""
+_LAYERS = """
+import mlx.core as mx
+import mlx.nn as nn
+from helper_of_layers import scaled
+
+class Base(nn.Module):
+    def __init__(self, eps=1e-5, inner=None):
+        super().__init__()
+        self.weight, self.eps = mx.ones(8), eps
+
+class Norm(Base):
+    def __call__(self, x):
+        return scaled(x, self.eps) * self.weight
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The classes of the layers that are tried, as they are."""
+    names: list[str] = []
+    usual = pattern_detection.try_layer
+
+    def try_layer(layer: nn.Module) -> Trial:
+        names.append(type(layer).__name__)
+        return usual(layer)
+
+    monkeypatch.setattr(layer_patching, "try_layer", try_layer)
+    return names
+
+
+def _write(path: Path, text: str, hours_ago: float = 1.0) -> None:
+    path.write_text(text)
+    seconds = path.stat().st_mtime - hours_ago * 3600
+    os.utime(path, (seconds, seconds))
+
+
+@pytest.fixture
+def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """Write a module with a norm, and the one that it takes a function from, and import them anew."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(text: str = _LAYERS, helper: str = _HELPER, hours_ago: float = 1.0) -> ModuleType:
+        _write(tmp_path / "helper_of_layers.py", helper, hours_ago)
+        _write(tmp_path / "some_layers.py", text, hours_ago)
+        importlib.invalidate_caches()
+        for name in ("helper_of_layers", "some_layers"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module("some_layers")
+
+    return write
+
+
+def _fits(model: nn.Module) -> list[Fit]:
+    return [fit for _, fit in layer_patching.find_fits(model)]
+
+
+def test_a_model_is_tried_once_and_comes_to_the_same(tried: list[str]) -> None:
+    first = _fits(llama()[0])
+    assert sorted({*tried}) == ["Embedding", "Linear", "MLP", "RMSNorm", "RoPE", "TransformerBlock"]
+    tried.clear()
+    assert _fits(llama()[0]) == first
+    assert tried == []
+
+
+def test_a_later_process_computes_nothing_for_a_model_that_is_known() -> None:
+    program = (
+        "import mlx.core as mx\nfrom mlxflow.kernels import layer_patching\nfrom tests.small_models import llama\n"
+        "model, _ = llama()\nmx.eval(model.parameters())\nmx.synchronize()\n"
+        "mx.reset_peak_memory()\nbefore = mx.get_active_memory()\n"
+        "print(len(layer_patching.find_fits(model)), mx.get_peak_memory() > before)"
+    )
+    command = [sys.executable, "-c", program]
+    for computes in (True, False):
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+        assert done.stdout == f"10 {computes}\n", done.stderr
+
+
+_EDITS = {
+    "the class": (_LAYERS.replace("* self.weight\n", "* self.weight * 2\n"), _HELPER),
+    "its base class": (_LAYERS.replace("mx.ones(8), eps", "mx.ones(8), eps * 2"), _HELPER),
+    "a function that it calls": (_LAYERS, _HELPER.replace("+ eps)", "+ eps) + 1")),
+}
+
+
+@pytest.mark.parametrize("edited", _EDITS)
+def test_a_layer_whose_source_was_edited_is_tried_again(
+    layers: Callable[..., ModuleType], tried: list[str], edited: str
+) -> None:
+    assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
+    assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
+    assert tried == ["Norm"]
+    assert _fits(layers(*_EDITS[edited]).Norm()) == ([Norm(2e-5, 0.0)] if edited == "its base class" else [])
+    assert tried == ["Norm", "Norm"]
+    assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)], "as it was, it is known"
+    assert tried == ["Norm", "Norm"]
+
+
+def test_a_source_that_is_newer_than_the_process_tells_nothing(
+    layers: Callable[..., ModuleType], tried: list[str]
+) -> None:
+    for _ in range(2):
+        assert _fits(layers(hours_ago=0.0).Norm()) == [Norm(1e-5, 0.0)]
+    assert tried == ["Norm", "Norm"]
+
+
+def test_other_settings_shapes_and_types_are_tried(layers: Callable[..., ModuleType], tried: list[str]) -> None:
+    kind = layers().Norm
+    wide, half = kind(), kind()
+    wide.weight, half.weight = mx.ones(16), mx.ones(8, mx.bfloat16)
+    for number, layer in enumerate([kind(), kind(1e-6), wide, half], 1):
+        for _ in range(2):
+            assert _fits(layer) == [Norm(layer.eps, 0.0)]
+        assert len(tried) == number
+
+
+def test_a_class_made_at_run_time_is_tried_each_time(layers: Callable[..., ModuleType], tried: list[str]) -> None:
+    kind = layers().Norm
+    made = type("Norm", (kind,), {"__module__": kind.__module__, "__qualname__": "Norm"})
+    for _ in range(2):
+        assert _fits(made()) == [Norm(1e-5, 0.0)]
+    assert tried == ["Norm", "Norm"]
+
+
+def test_a_class_with_a_function_from_elsewhere_is_tried_each_time(
+    layers: Callable[..., ModuleType], tried: list[str]
+) -> None:
+    kind = layers().Norm
+    assert _fits(kind()) == [Norm(1e-5, 0.0)]
+    kind.__call__ = lambda self, x: x * 3
+    for _ in range(2):
+        assert _fits(kind()) == []
+    assert tried == ["Norm"] * 3
+
+
+def test_a_function_put_in_the_place_of_a_modules_own_is_seen(
+    layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = layers()
+    assert _fits(module.Norm()) == [Norm(1e-5, 0.0)]
+    monkeypatch.setattr(module, "scaled", _other)
+    assert _fits(module.Norm()) == []
+
+
+def _other(x: mx.array, eps: float) -> mx.array:
+    return x * 3
+
+
+def test_fake_quantization_is_tried_each_time_and_what_is_around_it_is_known(tried: list[str]) -> None:
+    model, _ = llama(hidden_size=64, intermediate_size=64)
+    names = [name for name, module in model.named_modules() if name.endswith("_proj")]
+    with fake_quantized(model, dict.fromkeys(names, Setting(bits=4, group_size=32, mode="affine"))):
+        first = _fits(model)
+        tried.clear()
+        assert _fits(model) == first
+        assert {*tried} == {"FakeQuantizedLinear", "MLP", "TransformerBlock"}
+    tried.clear()
+    assert any(isinstance(fit, GatedMLP) and fit.is_plain for fit in _fits(model))
+    assert {*tried} >= {"MLP", "TransformerBlock"}, "dense, it is another layer"
+
+
+class _Activated(nn.Module):  # type: ignore[misc]
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 16)
+        self.activation = activation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        found: mx.array = self.b(self.activation(self.c(x)) * self.a(x))
+        return found
+
+
+def test_layers_that_are_alike_but_for_a_function_are_told_apart(
+    tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_signature, "_began", lambda: float("inf"))  # this file may be new
+    model = nn.Sequential(_Activated(nn.silu), _Activated(nn.relu), _Activated(nn.gelu))
+    for _ in range(2):
+        assert [fit.activation for fit in _fits(model) if isinstance(fit, GatedMLP)] == ["silu", "gelu"]
+    assert tried.count("_Activated") == 3 + 1, "that a layer with weights is none may be due to its weights"
+    _fits(_Activated(lambda x: x))
+    tried.clear()
+    _fits(_Activated(lambda x: x))
+    assert tried == ["_Activated"]
+
+
+def test_weights_in_which_two_readings_are_the_same_tell_nothing(tried: list[str]) -> None:
+    layer = _Activated(nn.silu)
+    weight = layer.a.weight
+    layer.a.weight, layer.a.bias = layer.c.weight, layer.c.bias
+    assert _fits(layer) == []
+    layer.a.weight = weight
+    assert _fits(layer) == [GatedMLP("silu", "c", "a", "b", False)]
+
+
+class _Scaled(nn.Embedding):  # type: ignore[misc]
+    def __call__(self, x: mx.array) -> mx.array:
+        doubled: mx.array = self.weight[x] * 2
+        return doubled
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(nn.Embedding, [Embedding()]), (_Scaled, [])])
+def test_an_embedding_is_tried_with_other_weights_than_its_own(kind: type[nn.Module], expected: list[Fit]) -> None:
+    layer = kind(20, 8)
+    layer.weight = mx.zeros((20, 8))
+    assert _fits(layer) == expected
+    assert layer.weight.shape == (20, 8)
+
+
+# --- the file
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: b"", lambda data: data[:-9], lambda data: data.replace(b"1e-0", b"2e-0")]
+)
+def test_a_damaged_file_counts_as_empty_and_is_written_anew(
+    layers: Callable[..., ModuleType], tried: list[str], spoil: Callable[[bytes], bytes]
+) -> None:
+    _fits(layers().Norm())
+    whole = cache.file().read_bytes()
+    assert spoil(whole) != whole
+    cache.file().write_bytes(spoil(whole))
+    assert cache.read() == {}
+    assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
+    assert tried == ["Norm", "Norm"]
+    assert cache.file().read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "value",
+    [3, [], {"type": "Norm"}, {"type": "Norm", "eps": "1", "offset": 0.0}, {"type": "Other"}, {"type": "Block"}],
+)
+def test_a_finding_of_another_form_is_no_finding(
+    layers: Callable[..., ModuleType], tried: list[str], value: object
+) -> None:
+    _fits(layers().Norm())
+    cache.keep(dict.fromkeys(cache.read(), value))
+    assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
+    assert tried == ["Norm", "Norm"]
+
+
+def test_findings_of_another_version_of_mlx_do_not_hold(
+    layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fits(layers().Norm())
+    with monkeypatch.context() as patch:
+        patch.setattr(compute_device, "environment", lambda _: {"mlx": "another version"})
+        _fits(layers().Norm())
+    assert tried == ["Norm", "Norm"]
+    _fits(layers().Norm())
+    assert tried == ["Norm", "Norm"], "both are kept"
+
+
+def test_findings_of_other_kernels_do_not_hold(
+    layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _fits(layers().Norm())
+    monkeypatch.setattr(registry, "_sources", lambda: "others")
+    _fits(layers().Norm())
+    assert tried == ["Norm", "Norm"]
+
+
+def test_a_read_only_folder_is_done_without(
+    layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = layers()
+    with read_only_cache() as room:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(room))
+        for _ in range(2):
+            assert _fits(module.Norm()) == [Norm(1e-5, 0.0)]
+        assert not cache.file().exists()
+    assert tried == ["Norm", "Norm"]
+
+
+def test_only_so_many_findings_are_kept_and_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_MOST", 2)
+    for key in ("a", "b", "a", "c"):
+        cache.keep({key: True})
+    assert list(cache.read()) == ["a", "c"]
+
+
+def test_processes_that_keep_something_at_once_leave_a_whole_file() -> None:
+    program = (
+        "import sys\nfrom mlxflow.kernels import cache\n"
+        "for number in range(40):\n    cache.keep({f'{sys.argv[1]} {number}': True})\n    assert cache.read()"
+    )
+    commands = [[sys.executable, "-c", program, name] for name in ("a", "b")]
+    both = [subprocess.Popen(command, cwd=REPOSITORY) for command in commands]
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert {key[0] for key in cache.read()} >= {"a"} or {key[0] for key in cache.read()} >= {"b"}
+    assert [path.name for path in cache.file().parent.iterdir()] == ["findings.json"]

@@ -1,0 +1,200 @@
+"""Attention by blocks, against MLX's own."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxflow.ops import attention_overrides
+from mlxflow.ops.attention_overrides import Heads, causal_attention, causal_by_blocks, first_causal_heads
+from mlxflow.ops.overrides import Arithmetic, own_arithmetic
+from mlxflow.training.objective import plain_objective
+from mlxflow.training.optimizers import Update, make_optimizer
+from mlxflow.training.step import Step
+from tests.small_models import llama
+
+pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="serves on the CPU only")
+
+
+def _inputs(heads: int, grouped: int, length: int) -> tuple[mx.array, ...]:
+    keys = mx.random.split(mx.random.key(length), 4)
+    shapes = [(2, heads, length, 8), (2, grouped, length, 8), (2, grouped, length, 8), (2, heads, length, 8)]
+    return tuple(mx.random.normal(shape, key=key) * 2 for shape, key in zip(shapes, keys, strict=True))
+
+
+def _largest(x: mx.array) -> mx.array:
+    return mx.maximum(mx.abs(x).max(), 1.0)
+
+
+def _theirs(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.4, mask="causal")
+
+
+def _ours(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return causal_attention(queries, keys, values, scale=0.4)
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 40])
+@pytest.mark.parametrize(("heads", "grouped"), [(2, 2), (6, 2), (3, 1)])
+def test_result_and_gradients_are_those_of_mlx(
+    heads: int, grouped: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
+    *inputs, incoming = _inputs(heads, grouped, length)
+
+    def both(function: Callable[..., mx.array]) -> list[mx.array]:
+        loss = mx.value_and_grad(lambda *inputs: (function(*inputs) * incoming).sum(), argnums=(0, 1, 2))
+        total, gradients = mx.compile(loss)(*inputs)
+        return [function(*inputs), total, *gradients]
+
+    for found, expected in zip(both(_ours), both(_theirs), strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(_largest(expected)))
+
+
+def test_no_later_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
+    queries, keys, values, _ = _inputs(2, 2, 40)
+    before = _ours(queries, keys, values)
+    keys[:, :, 21:], values[:, :, 21:] = 9.0, 9.0
+    after = _ours(queries, keys, values)
+    assert mx.array_equal(before[:, :, :21], after[:, :, :21])
+    assert not mx.allclose(before[:, :, 21:], after[:, :, 21:])
+
+
+def test_a_score_that_is_no_number_shows() -> None:
+    queries, keys, values, _ = _inputs(2, 2, 20)
+    queries[0, 0, 5, 0] = float("nan")
+    assert mx.isnan(_ours(queries, keys, values)[0, 0, 5]).all()
+    keys[0, 1, 3, 2] = float("inf")
+    assert not mx.isfinite(_ours(queries, keys, values)[0, 1, 3:]).all()
+
+
+def test_mlx_serves_what_is_not_causal_or_not_in_fp32() -> None:
+    *inputs, _ = _inputs(2, 2, 12)
+    half = [part.astype(mx.bfloat16) for part in inputs]
+    mask = mx.random.bernoulli(0.7, (12, 12), key=mx.random.key(0)) | mx.eye(12, dtype=mx.bool_)
+
+    def results() -> list[mx.array]:
+        masked = mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, mask=mask)
+        free = mx.fast.scaled_dot_product_attention(*inputs, scale=0.4, mask=None)
+        return [masked, free, mx.fast.scaled_dot_product_attention(*half, scale=0.4, mask="causal")]
+
+    plain = mx.fast.scaled_dot_product_attention
+    with causal_by_blocks():
+        assert mx.fast.scaled_dot_product_attention is not plain
+        within = results()
+    assert mx.fast.scaled_dot_product_attention is plain
+    assert all(mx.array_equal(one, other) for one, other in zip(within, results(), strict=True))
+
+
+def test_a_step_by_blocks_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
+    tokens = mx.random.randint(0, 50, (3, 41), key=mx.random.key(0))
+    marks = mx.full((3, 41), 3, mx.uint8)
+
+    def first_norm_and_loss(*, blocks: bool) -> list[float]:
+        model, _ = llama(context_length=40)
+        model.train()
+        optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-2), weight_decay=0.0, options={})
+        update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
+        step = Step(model, update, plain_objective(masks_documents=False), arithmetic=Arithmetic(is_own=blocks))
+        outcomes = [step.update(step.compute(tokens, marks)) for _ in range(3)]
+        return [float(value) for outcome in outcomes for value in (outcome.loss, outcome.norm)]
+
+    assert first_norm_and_loss(blocks=True) == pytest.approx(first_norm_and_loss(blocks=False), rel=1e-4)
+
+
+# --- in a fixed order: what is for CUDA, on the CPU
+
+
+def _half(heads: int = 6, grouped: int = 2, length: int = 9) -> list[mx.array]:
+    return [part.astype(mx.bfloat16) for part in _inputs(heads, grouped, length)]
+
+
+@pytest.mark.parametrize("mask", ["causal", None, "truths", "a row's own", "added"])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_plain_attention_is_what_mlx_computes(mask: str | None, has_sinks: bool) -> None:
+    queries, keys, values, incoming = _inputs(6, 2, 9)
+    sees = mx.random.bernoulli(0.7, (9, 9), key=mx.random.key(0)) | mx.eye(9, dtype=mx.bool_)
+    rows = mx.stack([sees, mx.tril(mx.ones((9, 9), mx.bool_))])[:, None]
+    masks = {"truths": sees, "a row's own": rows, "added": mx.where(sees, 0.5, -3.0)}
+    named = {"scale": 0.4, "mask": masks.get(mask or "", mask)}
+    if has_sinks:
+        named["sinks"] = mx.random.normal((6,), key=mx.random.key(1))
+
+    def both(function: Callable[..., mx.array]) -> list[mx.array]:
+        values_, gradients = mx.vjp(lambda *inputs: function(*inputs, **named), [queries, keys, values], [incoming])
+        return [*values_, *gradients]
+
+    theirs = both(mx.fast.scaled_dot_product_attention)
+    for found, expected in zip(both(attention_overrides.plain_attention), theirs, strict=True):
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(_largest(expected)))
+
+
+def test_queries_that_are_the_last_of_more_keys_see_those_before_them() -> None:
+    queries, keys, values, _ = _inputs(2, 2, 9)
+    last = attention_overrides.plain_attention(queries[:, :, 6:], keys, values, scale=0.4, mask="causal")
+    assert mx.allclose(last, _theirs(queries, keys, values)[:, :, 6:], atol=1e-5)
+
+
+def test_in_a_fixed_order_a_kernel_serves_what_is_causal_and_of_16_bits() -> None:
+    asked = []
+
+    def kernel(
+        queries: mx.array, keys: mx.array, values: mx.array, scale: float, first: mx.array | None
+    ) -> mx.array | None:
+        asked.append((queries.dtype, queries.shape[2], scale))
+        assert first is None
+        return mx.zeros_like(queries) if queries.shape[2] > 4 else None
+
+    fast, half = mx.fast, _half()[:3]
+    with attention_overrides.in_fixed_order(kernel):
+        served = fast.scaled_dot_product_attention(*half, scale=0.4, mask="causal")
+        too_short = fast.scaled_dot_product_attention(*(part[:, :, :3] for part in half), scale=0.4, mask="causal")
+        free = fast.scaled_dot_product_attention(*half, scale=0.4, mask=None)
+        full = fast.scaled_dot_product_attention(*_inputs(6, 2, 9)[:3], scale=0.4, mask="causal")
+    assert asked == [(mx.bfloat16, 9, 0.4), (mx.bfloat16, 3, 0.4)]
+    assert not served.any()
+    short = [part[:, :, :3] for part in half]
+    assert mx.array_equal(too_short, attention_overrides.plain_attention(*short, scale=0.4, mask="causal"))
+    assert mx.array_equal(free, attention_overrides.plain_attention(*half, scale=0.4))
+    assert mx.array_equal(full, _theirs(*_inputs(6, 2, 9)[:3])), "MLX's own adds up in one order there"
+
+
+def test_what_attention_is_of_is_found_without_computing() -> None:
+    model, other = llama(hidden_size=48, num_heads=3, num_kv_heads=1)[0], nn.Linear(8, 3)
+    random: Any = mx.random
+    plain, state = mx.fast.scaled_dot_product_attention, mx.array(random.state[0])
+    model.train()
+    find = partial(first_causal_heads, context_length=8)
+    assert find(model, masks_documents=False) == Heads(16, is_bounded=False)
+    assert find(model, masks_documents=True) == Heads(16, is_bounded=True)
+    assert find(other, masks_documents=False) is None
+    assert mx.fast.scaled_dot_product_attention is plain
+    assert mx.array_equal(random.state[0], state)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("on_metal", "is_deterministic", "expected"), [(False, True, True), (False, False, False), (True, True, False)]
+)
+def test_on_cuda_attention_is_in_a_fixed_order_unless_it_need_not_be(
+    on_metal: bool, is_deterministic: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
+    served: list[mx.array] = []
+
+    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float, first: mx.array | None) -> mx.array:
+        served.append(queries)
+        return queries
+
+    model, _ = llama()
+    with own_arithmetic(model, mx.zeros((1, 5), mx.int32), Arithmetic(True, is_deterministic, kernel)):
+        mx.fast.scaled_dot_product_attention(*_half()[:3], scale=0.4, mask="causal")
+    assert bool(served) == expected

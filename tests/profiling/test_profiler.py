@@ -1,0 +1,328 @@
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlxflow
+from mlxflow.device import phase_peaks
+from mlxflow.profiling.downsampled_table import Columns
+from mlxflow.profiling.memory_readings import device_memory, linux_sets
+from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
+from mlxflow.profiling.timeline_journal import Journal
+
+HUNDRED_MB = 25_000_000  # numbers in fp32
+
+
+def test_what_is_allocated_is_read_to_the_byte_and_what_is_freed_is_gone() -> None:
+    profiler = MemoryProfiler()
+    before = profiler.read()
+    array = mx.zeros((HUNDRED_MB,))
+    assert profiler.read().active_memory_bytes < before.active_memory_bytes + 1000  # lazy as yet
+    mx.eval(array)
+    during = profiler.read()
+    assert during.active_memory_bytes - before.active_memory_bytes == pytest.approx(1e8, rel=0.01)
+    assert during.rss_bytes - before.rss_bytes > 0.5e8
+    del array
+    assert profiler.read().active_memory_bytes < before.active_memory_bytes + 1000
+
+
+def test_a_peak_between_two_readings_is_not_lost() -> None:
+    profiler = MemoryProfiler()
+    with profile_memory(profiler, "spike"):
+        array = mx.zeros((HUNDRED_MB,))
+        mx.eval(array)
+        del array
+    with profile_memory(profiler, "calm"):
+        mx.eval(mx.zeros((10,)))
+    spike, calm = profiler.phases
+    assert (spike.name, calm.name) == ("spike", "calm")
+    assert spike.end.peak_memory_bytes - spike.begin.active_memory_bytes == pytest.approx(1e8, rel=0.01)
+    assert spike.growth_bytes == 0
+    assert calm.end.peak_memory_bytes < calm.begin.active_memory_bytes + 1e6
+
+
+def test_the_peak_is_never_less_than_what_is_alive() -> None:
+    array = mx.zeros((HUNDRED_MB,))
+    mx.eval(array)
+    mx.reset_peak_memory()
+    reading = MemoryProfiler().read()
+    assert reading.peak_memory_bytes >= reading.active_memory_bytes >= array.nbytes
+
+
+def test_the_profiler_keeps_the_peak_that_mlx_forgets_when_a_phase_begins() -> None:
+    before = mx.get_active_memory()
+    _spike(2 * HUNDRED_MB)
+    profiler = MemoryProfiler()
+    with profile_memory(profiler, "calm"):
+        _spike(10)
+    assert mx.get_peak_memory() < before + 1e8, "MLX's counter was reset"
+    assert profiler.peak_memory_bytes - before == pytest.approx(2e8, rel=0.01), "what it said before the profiler"
+    with profile_memory(profiler, "outer"):
+        _spike(3 * HUNDRED_MB)
+        with profile_memory(profiler, "inner"):
+            profiler.end_step()
+    assert profiler.peak_memory_bytes - before == pytest.approx(3e8, rel=0.01)
+    _spike(4 * HUNDRED_MB)
+    assert profiler.peak_memory_bytes - before == pytest.approx(4e8, rel=0.01), "outside of phases, too"
+    profiler.close()
+    _spike(5 * HUNDRED_MB)
+    assert profiler.peak_memory_bytes - before == pytest.approx(4e8, rel=0.01), "closed, it measures no more"
+
+
+def test_without_a_phase_the_counter_and_the_profiler_agree() -> None:
+    mx.reset_peak_memory()
+    profiler = MemoryProfiler()
+    array = mx.zeros((HUNDRED_MB,))
+    mx.eval(array)
+    assert profiler.peak_memory_bytes == mx.get_peak_memory()
+
+
+def test_the_peak_of_the_process_outlives_every_phase() -> None:
+    _spike(HUNDRED_MB)
+    highest = phase_peaks.process_peak()
+    assert highest >= 1e8
+    with phase_peaks.followed() as peak:
+        _spike(10)
+    phase_peaks.reset()
+    assert peak.bytes < highest
+    assert phase_peaks.process_peak() == highest
+    _spike(highest // 4 + 100)
+    assert phase_peaks.process_peak() > highest
+
+
+def test_only_one_module_resets_the_counter() -> None:
+    package = Path(mlxflow.__file__).parent
+    resetting = [path.name for path in sorted(package.rglob("*.py")) if "reset_peak_memory" in path.read_text()]
+    assert resetting == ["phase_peaks.py"], "any other would take a peak from a phase or from the process"
+
+
+def test_what_a_phase_leaves_behind_is_its_growth() -> None:
+    profiler = MemoryProfiler()
+    with profile_memory(profiler, "keep"):
+        kept = mx.zeros((1_000_000,))
+        mx.eval(kept)
+    assert profiler.phases[0].growth_bytes == pytest.approx(kept.nbytes, rel=0.01)
+
+
+def test_a_phase_that_fails_is_recorded_and_the_error_goes_on() -> None:
+    profiler = MemoryProfiler()
+    with pytest.raises(ZeroDivisionError), profile_memory(profiler, "failing"):
+        _ = 1 / 0
+    assert [phase.name for phase in profiler.phases] == ["failing"]
+    assert profiler.phases[0].error == profiler.totals["failing"].last_error == "ZeroDivisionError"
+    assert profiler.totals["failing"].errors == 1
+
+
+def _spike(numbers: int) -> None:
+    array = mx.zeros((numbers,))
+    mx.eval(array)
+    del array
+
+
+def test_the_public_names_are_the_profiler_and_importing_the_package_loads_no_mlx() -> None:
+    assert mlxflow.MemoryProfiler is MemoryProfiler
+    assert mlxflow.profile_memory is profile_memory
+    with pytest.raises(AttributeError, match="has no attribute 'profile'"):
+        _ = mlxflow.profile
+    script = "import sys, mlxflow; print([name for name in ('mlx', 'numpy', 'psutil') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_phase_within_another_takes_no_peak_from_it() -> None:
+    profiler = MemoryProfiler()
+    base = mx.get_active_memory()
+    with profile_memory(profiler, "outer"):
+        _spike(HUNDRED_MB)
+        with profile_memory(profiler, "inner"):
+            _spike(HUNDRED_MB // 2)
+        with profile_memory(profiler, "inner"):
+            _spike(10)
+    peaks = {name: total.peak_memory_bytes - base for name, total in profiler.totals.items()}
+    assert peaks["outer"] == pytest.approx(1e8, rel=0.01)
+    assert peaks["outer/inner"] == pytest.approx(0.5e8, rel=0.01)
+    assert profiler.totals["outer/inner"].calls == 2
+    assert profiler.totals["outer"].seconds >= profiler.totals["outer/inner"].seconds > 0
+
+
+def test_two_profilers_share_the_one_counter() -> None:
+    one, other = MemoryProfiler(), MemoryProfiler()
+    base = mx.get_active_memory()
+    with profile_memory(one, "long"):
+        _spike(HUNDRED_MB)
+        with profile_memory(other, "short"):
+            _spike(10)
+    assert one.totals["long"].peak_memory_bytes - base == pytest.approx(1e8, rel=0.01)
+    assert other.totals["short"].peak_memory_bytes - base < 1e6
+
+
+def test_a_decorated_function_is_a_phase_at_each_call() -> None:
+    profiler = MemoryProfiler()
+
+    @profile_memory(profiler, "work")
+    def work(depth: int) -> int:
+        return depth and 1 + work(depth - 1)
+
+    assert work(2) == 2
+    assert [phase.name for phase in profiler.phases] == ["work/work/work", "work/work", "work"]
+
+
+def test_a_phase_of_another_thread_is_none_of_this_ones() -> None:
+    profiler = MemoryProfiler()
+
+    def work() -> None:
+        with profile_memory(profiler, "there"):
+            pass
+
+    with profile_memory(profiler, "here"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert set(profiler.totals) == {"here", "there"}
+
+
+def test_each_step_has_its_own_peak_and_the_highest_is_named_with_its_phase() -> None:
+    profiler = MemoryProfiler()
+    base = mx.get_active_memory()
+    profiler.begin_steps()
+    for numbers in (1_000_000, 4_000_000, 2_000_000):
+        with profile_memory(profiler, "step"), profile_memory(profiler, "forward"):
+            _spike(numbers)
+        profiler.end_step()
+    timeline = profiler.timeline()
+    assert timeline["step"].tolist() == [1, 2, 3]
+    assert timeline["peak_memory_bytes"] - base == pytest.approx([4e6, 16e6, 8e6], rel=0.01)
+    highest = profiler.highest_peaks
+    assert [(peak.step, peak.phase) for peak in highest] == [(n, "step/forward") for n in (2, 3, 1)]
+    assert highest[0].bytes == timeline["peak_memory_bytes"].max()
+
+
+def test_a_thread_samples_while_the_program_works() -> None:
+    profiler = MemoryProfiler(samples_per_second=500)
+    with profiler.sampling():
+        while not len(profiler.timeline()["sample_rss_bytes"]):
+            _spike(1000)
+    samples = profiler.timeline()
+    assert samples["sample_rss_bytes"].min() > 1e6
+    assert {len(values) for name, values in samples.items() if name.startswith("sample_")} == {
+        len(samples["sample_seconds"])
+    }
+    assert not any(thread.name == "memory-sampler" for thread in threading.enumerate())
+
+
+def test_all_four_sides_are_told() -> None:
+    reading = MemoryProfiler().read()
+    assert reading.rss_bytes > 1e7
+    assert reading.available_bytes > 1e7
+    assert reading.footprint_bytes > 1e6
+    assert 0 <= reading.pressure <= 100
+
+
+def test_a_run_of_any_length_takes_the_same_memory_and_keeps_its_peaks() -> None:
+    columns = Columns(("step", "peak"), capacity=8, most=("peak",))
+    for step in range(100):
+        columns.append((step, 1000 if step == 41 else step))
+    assert 4 <= len(columns) <= 8
+    assert columns.column("peak").max() == 1000
+    assert np.all(np.diff(columns.column("step")) == np.diff(columns.column("step"))[0])
+
+
+def test_the_sets_of_a_process_are_read_from_what_linux_writes() -> None:
+    text = "00-ff ---p [rollup]\nRss: 20 kB\nPss:  10 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 2 kB\n"
+    assert linux_sets(text) == (10 * 1024, 3 * 1024)
+    assert linux_sets("") == (0, 0)
+
+
+def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxflow.profiling.timeline_journal._WAIT_SECONDS", 0.0)
+    path = tmp_path / "journal.jsonl"
+    profiler = MemoryProfiler(samples_per_second=500, journal=path)
+
+    def told() -> list[list[object]]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    with profile_memory(profiler, "step"):
+        assert told()[-1][:2] == ["enter", "step"]
+    reading = profiler.end_step()
+    assert told()[0][1:] == list(reading._fields)
+    assert told()[-1] == ["step", 1, *reading]
+    phase = profiler.phases[0]
+    assert ["phase", "step", phase.begin.seconds, phase.end.seconds, phase.end.peak_memory_bytes] in told()
+    with profiler.sampling():
+        while told()[-1][0] != "sample":
+            _spike(1000)
+    samples = profiler.timeline()
+    assert told()[-1][1:4] == [
+        pytest.approx(samples[f"sample_{name}"][-1]) for name in ("seconds", "active_memory_bytes", "peak_memory_bytes")
+    ]
+    profiler.close()
+    profiler.end_step()
+    assert told()[-1] == ["end"]
+
+
+def test_samples_wait_for_the_next_line_and_come_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, ["seconds"])
+    journal.keep("sample", 0.1)
+    assert path.read_text() == '["columns","seconds"]\n'
+    journal.append("step", 1, 0.2)
+    assert path.read_text() == '["columns","seconds"]\n["sample",0.1]\n["step",1,0.2]\n'
+    journal.keep("sample", 0.3)
+    journal.close()
+    assert path.read_text().endswith('["sample",0.3]\n["end"]\n')
+
+
+def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxflow.profiling.profiler._KEPT_PHASES", 4)
+    monkeypatch.setattr("mlxflow.profiling.profiler._FIRST_PHASES", 1)
+    profiler = MemoryProfiler()
+    for name in ("load", *"abab", "update", "a"):
+        with profile_memory(profiler, name):
+            pass
+    timeline, names = profiler.timeline(), list(profiler.totals)
+    assert [names[number] for number in timeline["phase_number"]] == ["load", "a", "b", "update", "a"]
+    assert np.all(timeline["phase_begin_seconds"] <= timeline["phase_end_seconds"])
+
+
+def test_the_limits_are_those_that_were_set_and_stay_so() -> None:
+    memory, cache = mx.set_memory_limit(123 << 20), mx.set_cache_limit(45 << 20)
+    profiler = MemoryProfiler()
+    try:
+        for _ in range(2):
+            assert profiler.limits == (123 << 20, 45 << 20)
+    finally:
+        profiler.close()
+        mx.set_memory_limit(memory)
+        mx.set_cache_limit(cache)
+
+
+_NVML = """
+typedef struct { unsigned long long total, free, used; } Memory;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** handle) { *handle = (void*)77; return index; }
+int nvmlDeviceGetMemoryInfo(void* handle, Memory* memory) {
+  static unsigned long long calls = 0;
+  if (handle != (void*)77 || ++calls > 2) return 999;
+  memory->total = 80000000000ull, memory->free = 50000000000ull, memory->used = 30000000000ull;
+  return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_the_memory_of_a_gpu_is_what_its_library_tells(tmp_path: Path) -> None:
+    (tmp_path / "nvml.c").write_text(_NVML)
+    library = tmp_path / "libnvml.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
+    used = device_memory(str(library))
+    assert [used(), used()] == [30_000_000_000, 30_000_000_000]
+    assert used() == 0  # a GPU that is lost
+
+
+def test_without_a_library_no_device_is_told() -> None:
+    assert device_memory("libno-such-library.so")() == 0

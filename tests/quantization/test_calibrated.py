@@ -1,0 +1,251 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+from mlxflow.errors import CallError
+from mlxflow.quantization import codec
+from mlxflow.quantization.calibrated import awq, choose_rows, dwq, gptq
+from mlxflow.quantization.codec import Packed, pack, unpack
+from mlxflow.quantization.settings import Setting
+
+FOUR, EIGHT, SYMMETRIC = Setting("affine", 4, 32), Setting("affine", 8, 64), Setting("symmetric", 4, 32)
+TOKENS = mx.random.randint(0, 60, (8, 9), key=mx.random.key(5))
+
+
+def _llama(**shape: Any) -> tuple[nn.Module, dict[str, Any]]:
+    from tests.small_models import llama
+
+    model, config = llama(vocab_size=60, hidden_size=64, num_layers=2, intermediate_size=64, **shape)
+    for number, (path, layer) in enumerate(model.named_modules()):
+        if path.endswith("layernorm"):  # channels of unlike sizes, as training makes them: else AWQ has nothing to gain
+            layer.weight = mx.exp(mx.random.normal((64,), key=mx.random.key(number)))
+    model.eval()
+    return model, config
+
+
+def _plan(model: nn.Module, setting: Setting, **others: Setting | None) -> dict[str, Setting]:
+    """Return one setting for all layers, another for those whose name is given, none where it is None."""
+    paths = [path for path, layer in model.named_modules() if hasattr(layer, "to_quantized")]
+    told = {path: others.get(path.rpartition(".")[2], setting) for path in sorted(paths)}
+    return {path: setting for path, setting in told.items() if setting is not None}
+
+
+def _learn(method: str, model: nn.Module, plan: dict[str, Setting]) -> dict[str, Packed]:
+    if method == "gptq":
+        return gptq(model, plan, TOKENS[:, :-1], batch_size=4, key="quantize")
+    if method == "awq":
+        return awq(model, plan, TOKENS[:, :-1], search_steps=4, key="quantize")
+    return dwq(model, plan, TOKENS, batch_size=2, learning_rate=1e-4, seed=0, key="quantize")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
+def test_what_is_learned_follows_the_plan_is_not_rounding_and_opens_in_mlx_lm(method: str, tmp_path: Path) -> None:
+    model, config = _llama(tie_word_embeddings=False)
+    plan = _plan(model, FOUR, embed_tokens=EIGHT, lm_head=EIGHT)
+    rounded = {path: pack(dict(model.named_modules())[path].weight, setting) for path, setting in plan.items()}
+    kinds = {path: type(layer) for path, layer in model.named_modules()}
+    packed = _learn(method, model, plan)
+    assert {path: type(layer) for path, layer in model.named_modules()} == kinds
+    assert packed.keys() == plan.keys()
+    inside = [path for path in plan if ".layers." in path]
+    assert sum(not mx.array_equal(packed[path].scales, rounded[path].scales) for path in inside) > len(inside) / 2 or (
+        method == "gptq" and any(not mx.array_equal(packed[path].weight, rounded[path].weight) for path in inside)
+    )
+    only_rounded = {"gptq": ["model.embed_tokens"], "awq": ["model.embed_tokens", "lm_head"], "dwq": []}
+    for path in only_rounded[method]:
+        assert mx.array_equal(packed[path].weight, rounded[path].weight), path
+    _open_in_mlx_lm(model, config, plan, packed, tmp_path)
+
+
+def _open_in_mlx_lm(
+    model: nn.Module, config: dict[str, Any], plan: dict[str, Setting], packed: dict[str, Packed], folder: Path
+) -> None:
+    tensors = {name: value for name, value in tree_flatten(model.parameters()) if name.rpartition(".")[0] not in plan}
+    for path, parts in packed.items():
+        tensors |= {f"{path}.weight": parts.weight, f"{path}.scales": parts.scales, f"{path}.biases": parts.biases}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    told = {path: {"bits": one.bits, "group_size": one.group_size} for path, one in plan.items()}
+    config = {**config, "quantization": {"bits": 4, "group_size": 32, **told}}
+    (folder / "config.json").write_text(json.dumps(config))
+    opened, _ = load_model(folder, strict=True)
+    logits = opened(TOKENS)
+    weights = [(f"{path}.weight", unpack(parts, plan[path], mx.float32)) for path, parts in packed.items()]
+    model.load_weights(weights, strict=False)
+    assert np.allclose(np.array(logits), np.array(model(TOKENS)), atol=1e-4)
+
+
+def test_gptq_loses_less_of_the_outputs_than_rounding() -> None:
+    model, _ = _llama()
+    path = "model.layers.0.self_attn.q_proj"
+    plan = {path: Setting("affine", 2, 32)}
+    layer = dict(model.named_modules())[path]
+    packed = _learn("gptq", model, plan)[path]
+    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS[:, :-1]))
+    rounded = unpack(pack(layer.weight, plan[path]), plan[path])
+    lost = [float((x @ (layer.weight - weight).T).square().sum()) for weight in (unpack(packed, plan[path]), rounded)]
+    assert lost[0] < 0.9 * lost[1]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_layers_that_the_plan_leaves_dense_stay_dense(method: str) -> None:
+    model, _ = _llama()
+    plan = _plan(model, FOUR, embed_tokens=None, down_proj=None)
+    before = {path: mx.array(layer.weight) for path, layer in model.named_modules() if "weight" in layer}
+    packed = _learn(method, model, plan)
+    assert packed.keys() == plan.keys()
+    embedding = "model.embed_tokens"
+    assert mx.array_equal(dict(model.named_modules())[embedding].weight, before[embedding])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_layer_is_learned_by_its_own_setting(method: str) -> None:
+    model, _ = _llama()
+    plan = _plan(model, Setting("affine", 2, 32), down_proj=Setting("affine", 4, 64), embed_tokens=EIGHT)
+    weights = {path: mx.array(dict(model.named_modules())[path].weight) for path in plan}
+    packed = _learn(method, model, plan)
+    for path, setting in plan.items():
+        assert packed[path].scales.shape[-1] == 64 // setting.group_size
+        assert packed[path].weight.shape[-1] == 64 * setting.bits // 32
+    rounded = {path: pack(weight, plan[path]) for path, weight in weights.items()}
+    same = {path for path, parts in rounded.items() if mx.array_equal(parts.weight, packed[path].weight)}
+    assert "model.embed_tokens" in same
+    if method == "gptq":
+        assert same == {"model.embed_tokens"}
+    for setting in (Setting("affine", 2, 32), Setting("affine", 4, 64)):
+        own = {path for path in plan if plan[path] == setting}
+        assert len(own - same) > len(own) / 2  # a search may find that nothing is better than rounding
+
+
+def test_awq_searches_each_layer_by_its_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxflow.quantization import awq as searching
+    from tests.small_models import llama
+
+    model, _ = llama(vocab_size=60, hidden_size=64, num_layers=2, intermediate_size=128)
+    model.eval()
+    two, four = Setting("affine", 2, 32), Setting("affine", 4, 64)
+    plan = _plan(model, two, down_proj=four, embed_tokens=EIGHT)
+    tried: list[tuple[int, Setting]] = []
+
+    def round_trip(weight: mx.array, setting: Setting) -> mx.array:
+        tried.append((weight.shape[-1], setting))
+        return codec.round_trip(weight, setting)
+
+    monkeypatch.setattr(searching, "round_trip", round_trip)
+    _learn("awq", model, plan)
+    assert set(tried) == {(64, two), (128, four)}  # the only layers that read 128 channels are the two down_proj
+    # in both blocks: four scales, two limits (mlx-lm tries the upper half), and the block's error before and after
+    assert tried.count((128, four)) == 2 * (4 + 2 + 2)
+
+
+@pytest.mark.parametrize("spoilt_part", ["scales", "biases"])
+def test_codes_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch, spoilt_part: str) -> None:
+    from mlx_lm.quant import gptq as theirs
+
+    plain = theirs.gptq_quantize
+
+    def spoilt(model: nn.Module, *arguments: Any) -> Any:
+        made = plain(model, *arguments)
+        layer = dict(model.named_modules())["model.layers.1.mlp.up_proj"]
+        setattr(layer, spoilt_part, getattr(layer, spoilt_part) * float("nan"))
+        return made
+
+    monkeypatch.setattr(theirs, "gptq_quantize", spoilt)
+    model, _ = _llama()
+    with pytest.raises(CallError) as caught:
+        _learn("gptq", model, _plan(model, FOUR))
+    assert str(caught.value) == (
+        'quantize.method = "gptq": model.layers.1.mlp.up_proj has scales or biases that are not finite. '
+        "Calibrate on more rows (calibration_rows)."
+    )
+
+
+def test_symmetric_embeddings_keep_their_zero_point() -> None:
+    model, _ = _llama()
+    packed = _learn("gptq", model, _plan(model, FOUR, embed_tokens=SYMMETRIC))["model.embed_tokens"]
+    assert packed.biases is not None
+    assert mx.array_equal(packed.biases, packed.scales * -8)
+
+
+def test_dwq_comes_nearer_to_the_dense_logits_and_leaves_numpys_random_state() -> None:
+    model, _ = _llama()
+    plan = _plan(model, Setting("affine", 2, 32))
+    wanted = mx.array(model(TOKENS))
+    np.random.seed(7)
+    state = repr(np.random.get_state())
+    packed = dwq(model, plan, mx.tile(TOKENS, (8, 1)), batch_size=4, learning_rate=1e-3, seed=0, key="quantize")
+    assert repr(np.random.get_state()) == state
+    dense = {path: dict(model.named_modules())[path].weight for path in plan}
+    lost = []
+    for parts in (packed, {path: pack(weight, plan[path]) for path, weight in dense.items()}):
+        weights = [(f"{path}.weight", unpack(parts[path], plan[path], mx.float32)) for path in plan]
+        model.load_weights(weights, strict=False)
+        lost.append(float((model(TOKENS) - wanted).square().mean()))
+    assert lost[0] < lost[1]
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "gptq",
+        {"v_proj": SYMMETRIC},
+        'learns affine layers, and model.layers.0.self_attn.v_proj is symmetric. Set mode = "affine".',
+    ),
+    (
+        "dwq",
+        {"o_proj": SYMMETRIC},
+        "trains scales and biases apart, which moves the fixed zero point of model.layers.0.self_attn.o_proj. "
+        'Set mode = "affine", or use method = "qat".',
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "others", "message"), REFUSED)
+def test_a_plan_that_cannot_be_followed_is_refused(method: str, others: dict[str, Any], message: str) -> None:
+    model, _ = _llama()
+    with pytest.raises(CallError) as caught:
+        _learn(method, model, _plan(model, FOUR, **others))
+    assert str(caught.value) == f'quantize.method = "{method}": {message}'
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        (
+            "gptq",
+            Setting("affine", 3, 32),
+            "mlx-lm's GPTQ has 2, 4 and 8 bits, and model.layers.0.mlp.down_proj has 3. Use one of them.",
+        ),
+        ("dwq", EIGHT, "trains affine layers under 8 bits, and the plan has none. Use fewer bits."),
+    ],
+)
+def test_bits_that_a_method_does_not_have_are_refused(method: str, setting: Setting, message: str) -> None:
+    model, _ = _llama()
+    with pytest.raises(CallError) as caught:
+        _learn(method, model, _plan(model, setting))
+    assert str(caught.value) == f'quantize.method = "{method}": {message}'
+
+
+def test_too_few_rows_are_refused() -> None:
+    model, _ = _llama()
+    with pytest.raises(CallError) as caught:
+        dwq(model, _plan(model, FOUR), TOKENS, batch_size=5, learning_rate=1e-4, seed=0, key="quantize")
+    assert str(caught.value) == (
+        'quantize.method = "dwq": needs 10 calibration rows, two batches, and has 8. Raise calibration_rows.'
+    )
+
+
+def test_rows_are_chosen_by_seed_and_full_ones_first() -> None:
+    marks = np.full((40, 9), 3, np.uint8)
+    marks[::2, -2:] = 0
+    one, same, other = (choose_rows(marks, count=10, seed=seed) for seed in (1, 1, 2))
+    assert (one == same).all()
+    assert (one != other).any()
+    assert len(set(one.tolist())) == 10
+    assert (one % 2 == 1).all()
+    assert len(choose_rows(marks, count=100, seed=1)) == 40

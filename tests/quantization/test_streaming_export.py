@@ -1,0 +1,81 @@
+"""The packed file: the same bytes in one piece and in many, from memory and from the file's rows."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlxflow.errors import ArtifactError
+from mlxflow.models import model_folder
+from mlxflow.quantization import streaming_export
+from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.streaming_export import Exported
+from tests.small_models import llama
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, config = llama(
+        vocab_size=101, hidden_size=64, intermediate_size=192, tie_word_embeddings=False
+    )  # rows that no piece divides
+    model.set_dtype(mx.bfloat16)
+    files = {"config_file": tmp_path / "config.json", "model_file": tmp_path / "model.safetensors"}
+    model_folder.save(model=model, config=config | {"torch_dtype": "bfloat16"}, provenance={}, **files)
+    return tmp_path
+
+
+def _export(folder: Path, setting: Setting, *, by_rows: bool) -> tuple[Exported, bytes]:
+    model, _ = model_folder.load(folder, lazy=True)
+    plan = {path: setting for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
+    file = folder / "packed.safetensors"
+    told = streaming_export.export(
+        model,
+        plan,
+        file=file,
+        metadata={},
+        packed=lambda _: None,
+        stored=model_folder.stored_matrices(folder, model) if by_rows else {},
+        source="here",
+        watch=lambda _: None,
+    )
+    return told, file.read_bytes()
+
+
+@pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 4, 64), Setting("mxfp8", 8, 32)])
+def test_pieces_and_rows_come_to_the_bytes_of_the_whole(
+    folder: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected = _export(folder, setting, by_rows=False)
+    monkeypatch.setattr(streaming_export, "_NUMBERS_AT_ONCE", 640)
+    for by_rows in (False, True):
+        told, found = _export(folder, setting, by_rows=by_rows)
+        assert found == expected
+        for one, other in zip(told.layers, whole.layers, strict=True):
+            assert one.relative_error == pytest.approx(other.relative_error, rel=1e-5)
+            assert one.num_bytes == other.num_bytes
+
+
+def test_a_weight_that_is_not_finite_is_named_by_rows_too(folder: Path) -> None:
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    weights["lm_head.weight"][100, 3] = float("nan")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(ArtifactError, match=r"here: lm_head\.weight: 1 of 6,464 values are not finite"):
+        _export(folder, Setting("affine", 4, 64), by_rows=True)
+
+
+def test_what_the_architecture_changes_while_it_loads_is_not_read_by_rows(folder: Path) -> None:
+    model, _ = model_folder.load(folder, lazy=True)
+    assert "lm_head.weight" in model_folder.stored_matrices(folder, model)
+
+    def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        changed = {name: value for name, value in weights.items() if "embed" not in name}
+        return changed | {"lm_head.weight": weights["lm_head.weight"] + 1}
+
+    assert isinstance(model, nn.Module)
+    model.sanitize = sanitize
+    names = model_folder.stored_matrices(folder, model)
+    assert "lm_head.weight" not in names
+    assert "model.embed_tokens.weight" not in names
+    assert "model.layers.0.mlp.up_proj.weight" in names

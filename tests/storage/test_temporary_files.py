@@ -1,0 +1,67 @@
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mlxflow.storage.temporary_files import beside, remove_orphans, scratch_folder
+
+
+def _dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_process_that_is_gone_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    dead, living = _dead_process(), os.getppid()
+    orphans = [f".a.json.{dead}.tmp", f"digests.json.{dead}.tmp", f".key.{dead}.partial", f".b.{os.getpid()}.tmp"]
+    orphans += [f".best-000002.safetensors.{dead}.tmp.safetensors", ".c.9999999999.tmp"]
+    kept = ["a.json", f".a.json.{living}.tmp", ".tmp", f"{dead}.tmp.txt", ".train.partial", "model.safetensors"]
+    for name in (*orphans, *kept):
+        (tmp_path / name).touch()
+    (tmp_path / f".folder.{dead}.tmp").mkdir()
+    (tmp_path / f".link.{dead}.tmp").symlink_to("a.json")
+    remove_orphans(tmp_path)
+    expected = {*kept, f".folder.{dead}.tmp", f".link.{dead}.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_a_later_process_of_the_same_number_owns_nothing(tmp_path: Path) -> None:
+    orphan = tmp_path / f".a.{os.getppid()}.tmp"
+    orphan.touch()
+    os.utime(orphan, (1, 1))
+    remove_orphans(tmp_path)
+    assert not orphan.exists()
+
+
+def test_only_names_of_the_given_beginning_are_looked_at(tmp_path: Path) -> None:
+    dead = _dead_process()
+    for name in ("ours", "theirs"):
+        (tmp_path / f".{name}.{dead}.tmp").touch()
+    remove_orphans(tmp_path, ".ours.")
+    assert [path.name for path in tmp_path.iterdir()] == [f".theirs.{dead}.tmp"]
+    remove_orphans(tmp_path / "nowhere")
+
+
+def test_the_file_beside_lies_in_the_same_folder_under_the_name_of_this_process(tmp_path: Path) -> None:
+    assert beside(tmp_path / "a.json") == tmp_path / f".a.json.{os.getpid()}.tmp"
+
+
+def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = "import os, tempfile\nfrom mlxflow.storage.temporary_files import scratch_folder\n"
+    script += f"tempfile.tempdir = {str(tmp_path)!r}\nwith scratch_folder():\n    os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    (left / "copy").write_text("of a tokenizer")
+    theirs = tmp_path / f"mlxflow-{os.getuid()}"  # as the folder for compiled code is called
+    theirs.mkdir()
+    with scratch_folder() as scratch:
+        assert set(tmp_path.iterdir()) == {theirs, scratch}
+    assert list(tmp_path.iterdir()) == [theirs]

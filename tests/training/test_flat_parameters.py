@@ -1,0 +1,54 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
+
+
+def _tree() -> dict[str, object]:
+    return {
+        "norm": mx.arange(5.0),
+        "layers": [
+            {"weight": mx.arange(6.0).reshape(2, 3)},
+            {"weight": mx.arange(24).astype(mx.bfloat16).reshape(2, 3, 4)},
+        ],
+        "head": mx.arange(8.0).reshape(4, 2) - 9,
+    }
+
+
+def test_what_is_gathered_comes_back() -> None:
+    tree = _tree()
+    layout = FlatLayout(tree)
+    long = layout.gather(tree)
+    assert {name: (value.shape, value.dtype) for name, value in long.items()} == {
+        "vectors_float32": ((5,), mx.float32),
+        "matrices_float32": ((1, 14), mx.float32),
+        "matrices_bfloat16": ((1, 24), mx.bfloat16),
+    }
+    back = dict(tree_flatten(layout.scatter(long)))
+    expected = dict(tree_flatten(tree))
+    assert back.keys() == expected.keys()
+    assert all(
+        back[name].shape == value.shape and mx.array_equal(back[name], value) for name, value in expected.items()
+    )
+
+
+def test_views_take_no_memory_of_their_own() -> None:
+    tree = {"a": mx.zeros((256, 1024)), "b": mx.ones((256, 1024))}
+    layout = FlatLayout(tree)
+    long = layout.gather(tree)
+    mx.eval(long)
+    del tree
+    before = mx.get_active_memory()
+    views = layout.scatter(long)
+    mx.eval(views)
+    assert mx.get_active_memory() == before
+    assert mx.array_equal(views["b"], mx.ones((256, 1024)))
+
+
+@pytest.mark.parametrize("size", [3, 1024, 2**20 + 5])  # one long sum of the last is off by 5e-4
+def test_squares_are_summed_in_fp32_without_losing_digits(size: int) -> None:
+    numbers = mx.random.normal((size,), key=mx.random.key(0)).astype(mx.bfloat16)
+    exact = np.square(np.array(numbers.astype(mx.float32)).astype(np.float64)).sum()
+    assert float(sum_of_squares(numbers)) == pytest.approx(exact, rel=1e-5)
