@@ -12,9 +12,11 @@ import hypothesis
 import pytest
 
 from mlxflow.device import cpu_backend
+from mlxflow.ops import mlx_lm_import
 
 cpu_backend.prepare()  # before any test imports mlx
 cpu_backend.prepare_compiler()
+mlx_lm_import.prepare()  # mlx-lm's own import lowers the limit of open files, and every later process inherits that
 os.environ["MLX_ENABLE_TF32"] = "0"  # fp32 is fp32 in the tests: on CUDA products of it have 10 bits of mantissa else
 
 # By default the same examples in every run; HYPOTHESIS_PROFILE=long looks for new ones.

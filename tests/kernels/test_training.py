@@ -109,7 +109,7 @@ def test_on_the_references_a_hundred_steps_come_to_the_same_losses(monkeypatch: 
     plain = _train(kernels=False)
     assert not calls
     fitted = _train(kernels=True)
-    served = {"rms_norm.kernel", "rms_norm.kernel_gradients", "gated.kernel_joined", "adamw.kernel"}
+    served = {"rms_norm.kernel", "rms_norm.kernel_gradients", "gated_activation.kernel_joined", "adamw.kernel"}
     assert served | {"rotary.kernel", "embedding.kernel_gradient"} <= calls.keys()
     assert plain.losses[-1] < plain.losses[0] - 0.5
     assert fitted.losses == pytest.approx(plain.losses, rel=1e-4)
