@@ -5,9 +5,12 @@ import sys
 
 import pytest
 
+from tests.conftest import REPOSITORY
+
 
 def _run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
