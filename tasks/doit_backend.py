@@ -57,22 +57,25 @@ class Journal:
         self.adopt: Callable[[str], dict[str, Any] | None] = lambda task: None
         self.keeps_adopted = False
         self._said: set[str] = set()
+        self._data: bytes | None = None
+        self._reset()
         self.load()
 
     def load(self) -> None:
-        """Read the journal, forgetting what was known before."""
-        self._records: dict[str, dict[str, Any]] = {}
-        self._asked: set[str] = set()
-        self._lines = 0
-        self._torn = False
-        self._damaged = False
+        """Read the journal, forgetting what was known before; the same bytes as before are not parsed again."""
         try:
             data = state_files.read_bytes(self.name)
         except FileNotFoundError:
+            self._reset()
             return
         except InvalidStateError as error:
+            self._reset()
             self._ignore(f"not valid state ({error})", "Every stage is as if it was never built.")
             return
+        if data == self._data and not self._asked:
+            return
+        self._reset()
+        self._data = data
         self._torn = not data.endswith(b"\n")
         lines = data.splitlines()
         damage: dict[str, str] = {}
@@ -89,6 +92,14 @@ class Journal:
                 self._records[task] = record
         for what, reason in damage.items():
             self._ignore(f"{what} is not valid state ({reason})", "It is as if it were not there.")
+
+    def _reset(self) -> None:
+        self._records: dict[str, dict[str, Any]] = {}
+        self._asked: set[str] = set()
+        self._lines = 0
+        self._torn = False
+        self._damaged = False
+        self._data = None  # what the records were made of; None once one differs from that
 
     def _ignore(self, what: str, effect: str) -> None:
         """Say once what cannot be used; the next verb that writes replaces the file."""
@@ -141,6 +152,7 @@ class Journal:
         """Set one value; the record is written when its last one is set."""
         if dependency == _IGNORED:
             self._record(task_id)  # is ignored beside what is known of it
+        self._data = None
         record = self._records.setdefault(task_id, {})
         if dependency in _KEPT_KEYS:
             record[dependency] = value

@@ -80,6 +80,8 @@ def _changed_inputs(
         except (OSError, ValueError):
             now[name] = None
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
+        if name in now and name in before and now[name] == before[name]:
+            continue
         shown = printable(name if name.startswith("artifacts/") else f"source {name}")
         if name not in now:
             yield f"{shown} is gone"
@@ -87,7 +89,7 @@ def _changed_inputs(
             yield f"{shown} is new"
         elif now[name] is None:
             yield f"{printable(name)} is missing or damaged"
-        elif now[name] != before[name]:
+        else:
             yield f"{shown} changed"
 
 

@@ -53,9 +53,13 @@ class Node:
     copies: dict[str, str] = field(default_factory=dict)
     basis: Basis | None = field(default=None, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Keep the root as text: `path` is called for every file of a `doit` that has nothing to do."""
+        object.__setattr__(self, "_root", os.fspath(self.root))
+
     def path(self, name: str) -> str:
         """Return where a file of the workflow lies, seen from here."""
-        return os.path.join(self.root, name)  # noqa: PTH118 - see `DigestCache.digests`
+        return os.path.join(self.__dict__["_root"], name)  # noqa: PTH118 - see `DigestCache.digests`
 
     def handover(self, settings: dict[str, Any], inputs: dict[str, str] | None) -> bytes:
         """Return what the stage's process reads from its standard input; see `mlxflow.workflow.handover`."""

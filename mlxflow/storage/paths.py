@@ -103,6 +103,8 @@ def escape_existing(pattern: str, root: Path) -> str:
 
 def printable(name: str) -> str:
     """Return a file's name on one line: what cannot be printed is escaped as in Python, bytes that are no UTF-8 too."""
+    if name.isprintable():
+        return name
     return "".join(one if one.isprintable() else _escaped(one) for one in name)
 
 

@@ -76,7 +76,7 @@ def parse_json(data: bytes) -> Any:
         InvalidStateError: it is no JSON, or nested too deeply to be state.
     """
     try:
-        return json.loads(data, parse_constant=_constant)
+        return _JSON.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise InvalidStateError("no valid JSON") from error
 
@@ -85,6 +85,9 @@ def _constant(name: str) -> float:
     if name == "NaN":
         raise ValueError(name)
     return float(name)
+
+
+_JSON = json.JSONDecoder(parse_constant=_constant)  # made once: `json.loads` makes one at every call with an argument
 
 
 def encode(value: dict[str, Any]) -> bytes:

@@ -162,8 +162,11 @@ class _Guarded:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        with naming(_name_of(self.stream)):
+        try:
             self.stream.write(_encodable(foreign(text), self.stream))
+        except OSError:
+            with naming(_name_of(self.stream)):  # looked up here alone: doit writes a line for each task of a graph
+                raise
         return len(text)
 
     def flush(self) -> None:
