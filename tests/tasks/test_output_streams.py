@@ -67,7 +67,10 @@ def test_a_build_whose_reader_ends_stops_between_whole_stages(chain: Chain, read
     assert result.stderr in ("", "at work on s1\n", "at work on s1\nat work on s2\n")
     there = [number for number in range(1, 7) if chain.path(number).exists()]
     assert [chain.path(number).read_bytes() for number in there] == [chain.expected()[number] for number in there]
-    assert chain.numbers_that_run() == [number for number in range(1, 7) if number not in there]
+    missing = [number for number in range(1, 7) if number not in there]
+    ran = chain.numbers_that_run()
+    # Of two threads one may still publish an artifact when the other ends doit: it has no record, and is built again
+    assert ran == missing or ("-n 2" in reader and set(ran) > set(missing))
     assert not list(chain.folder.glob("artifacts/.*.partial"))
     chain.assert_correct()
 
