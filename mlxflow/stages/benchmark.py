@@ -13,6 +13,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.stages import benchmark_methods
 from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
+from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
@@ -122,6 +123,19 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     """The figures."""
 
     report: Path = Path("report.toml")
+
+
+def resolve(config: Config, artifacts: Artifacts) -> Config:
+    """Return the table as it is; note more tokens in a forward pass, or in all steps, than a machine can compute."""
+    if not (row := products.rows_of(artifacts, config.data)):
+        return config
+    one_pass: dict[str, int | tuple[int, ...]] = {"batch_sizes": config.batch_sizes, **row}
+    products.note_excess(artifacts, (one_pass, products.MAX_PASS_TOKENS, "tokens in a forward pass"))
+    if not config.max_seconds:
+        for key in ("num_steps", "convergence_steps"):
+            steps: dict[str, int | tuple[int, ...]] = {key: getattr(config, key), **one_pass}
+            products.note_excess(artifacts, (steps, products.MAX_TRAINING_TOKENS, "tokens in all"))
+    return config
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

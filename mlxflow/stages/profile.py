@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import StageError
+from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
@@ -90,6 +91,19 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
     timeline: Path = Path("timeline.safetensors")
     report: Path = Path("report.toml")
+
+
+def resolve(config: Config, artifacts: Artifacts) -> Config:
+    """Return the table as it is; note more tokens in a forward pass or in all steps than a machine can compute."""
+    own, key = {"batch_size": config.batch_size}, f"{config.input}.batch_size"
+    trained = {key: getattr(artifacts.table(config.input), "batch_size", 1)}
+    if not (row := products.rows_of(artifacts, config.data)):
+        return config
+    steps = {"num_steps": config.num_steps, **(own if config.batch_size else trained), **row}
+    if config.batch_size:  # that of training is checked there
+        products.note_excess(artifacts, (own | row, products.MAX_PASS_TOKENS, "tokens in a forward pass"))
+    products.note_excess(artifacts, (steps, products.MAX_TRAINING_TOKENS, "tokens in all"))
+    return config
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
 from mlxflow.stages import quantize_methods, quantize_quality, train, train_methods
+from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
 
@@ -273,7 +274,11 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table as it is; a model that is quantized before is noted where that is not asked for."""
+    """Return the table as it is; note numbers whose product is too large, and a model that is quantized before."""
+    if config.method == "qat":
+        products.note_training(config, artifacts, config.token_stage, prefetch={})
+        if config.training != "full":
+            products.note_adapters(config.lora, artifacts)
     trained = artifacts.table(config.input)
     name = config.model
     if not name and isinstance(trained, train.Config) and trained.keeps_quantized:

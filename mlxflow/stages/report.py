@@ -7,7 +7,8 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.stages import report_samples
-from mlxflow.workflow.config import MAX_SIZE
+from mlxflow.workflow import products
+from mlxflow.workflow.config import MAX_SIZE, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context, reference_folder
 
 VERSION = 2
@@ -73,6 +74,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             return {task: reference_folder(task) / name for task, names in makers.items() if name in names}
 
         models = {one: artifacts.folder(one, "models") for one in artifacts.expand(config.models, "models")}
+        _note_samples(config, len(models), artifacts)
         files = ("config.json", "tokenizer.json", "tokenizer_config.json")
         from_documents = bool(models) and not config.prompts
         data = artifacts.expand((config.data,), "data")[:1] if from_documents else ()
@@ -89,6 +91,19 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
                 for name in ("validation.safetensors", "tokenizer.json", "tokenizer_config.json")
             ),
         )
+
+
+def _note_samples(config: Config, num_models: int, artifacts: Artifacts) -> None:
+    """Note more tokens of samples than models can write within days."""
+    prompts = len(config.prompts) or config.num_prompts
+    tokens = config.max_tokens + (0 if config.prompts else config.prompt_tokens)
+    number = num_models * prompts * tokens
+    if number > products.MAX_SAMPLE_TOKENS:
+        key = "max_tokens" if config.prompts else "prompt_tokens"
+        expected = f"expected, with {prompts:,} prompts of {num_models:,} models, "
+        expected += f"at most {products.MAX_SAMPLE_TOKENS:,} tokens read and written, not {number:,}"
+        advice = "Lower it, or name fewer prompts or models."
+        artifacts.note(Problem(key, getattr(config, key), expected, advice))
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):

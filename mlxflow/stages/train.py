@@ -15,6 +15,7 @@ from mlxflow.stages import train_methods
 from mlxflow.stages.train_artifact import adapters_folder, measure_artifact, quality_of, warn_of_loss, write_model
 from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
+from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem
 from mlxflow.workflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
@@ -24,10 +25,6 @@ VERSION = 9
 MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
 
 _OPTIMIZERS = Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "lion", "adafactor", "muon"]
-
-
-# More than any one machine trains
-_MAX_WEIGHTS = 10**12
 
 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,16 +84,26 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f"expected a divisor of num_heads = {self.num_heads}",
                 "Change one of the two.",
             )
-        heads = 2 * self.hidden_size * (1 + self.num_kv_heads / self.num_heads)
-        num_weights = self.num_layers * self.hidden_size * (heads + 3 * self.intermediate_size)
-        if num_weights > _MAX_WEIGHTS:
+        num_weights = self.num_weights(vocab_size=0)
+        if num_weights > products.MAX_WEIGHTS:
             yield Problem(
                 "hidden_size",
                 self.hidden_size,
                 f"expected, with intermediate_size = {self.intermediate_size} and num_layers = {self.num_layers}, "
-                f"at most {_MAX_WEIGHTS:,} weights, not {num_weights:,.0f}",
+                f"at most {products.MAX_WEIGHTS:,} weights, not {num_weights:,}",
                 "Lower one of the three.",
             )
+
+    def num_weights(self, vocab_size: int) -> int:
+        """Return the number of weights of a new model, without those of its norms.
+
+        Args:
+            vocab_size: ids of the tokenizer.
+        """
+        keys_and_values = 2 * self.hidden_size * self.num_kv_heads // self.num_heads
+        layer = self.hidden_size * (2 * self.hidden_size + keys_and_values + 3 * self.intermediate_size)
+        tables = 1 if self.tie_word_embeddings else 2
+        return self.num_layers * layer + tables * vocab_size * self.hidden_size
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -389,16 +396,33 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table with `fuse` decided by what lies at `model.from`; what does not fit is noted.
+    """Return the table with `fuse` decided by what lies at `model.from`; note what does not fit or is too large.
 
     Of a model of the hub it is decided when it has been fetched: see `with_fuse`.
     """
+    products.note_training(config, artifacts, config.input, prefetch={"prefetch_batches": config.prefetch_batches})
+    if not config.model.from_:
+        _note_weights(config, artifacts)
     if config.method == "full" or not config.model.from_:
         return config
+    products.note_adapters(config.lora, artifacts)
     kind = artifacts.kind_of_model(config.model.from_)
     if config.fuse == "requantize" and kind == "dense":
         artifacts.note(Problem("fuse", config.fuse, f"{config.model.from_} is dense", 'Set fuse = "dense".'))
     return config if kind == "hub" else with_fuse(config, is_quantized=kind == "quantized")
+
+
+def _note_weights(config: Config, artifacts: Artifacts) -> None:
+    """Note a new model that has too many weights with the tables of a vocabulary whose size is written."""
+    tokenizer = getattr(artifacts.table(config.input), "tokenizer", None)
+    if tokenizer is None or tokenizer.from_:
+        return
+    model, key = config.model, f"{config.input}.tokenizer.vocab_size"
+    num_weights = model.num_weights(tokenizer.vocab_size)
+    if num_weights > products.MAX_WEIGHTS:
+        expected = f"expected, with num_layers = {model.num_layers} and {key} = {tokenizer.vocab_size}, "
+        expected += f"at most {products.MAX_WEIGHTS:,} weights, not {num_weights:,}"
+        artifacts.note(Problem("model.hidden_size", model.hidden_size, expected, "Lower one of the three."))
 
 
 def with_fuse(config: Config, *, is_quantized: bool) -> Config:

@@ -1,0 +1,107 @@
+"""Bounds on products of a workflow's numbers, of which each alone may be large: tokens, weights and adapters.
+
+Numbers that only say "at most" are no factors, because the rows of the token files or the memory bound them:
+`max_batch_size`, `max_validation_rows`, `calibration_rows`, and `num_steps` of a benchmark with `max_seconds`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mlxflow.workflow.config import Problem, toml_value
+from mlxflow.workflow.stage import Artifacts
+
+#: Weights of a new model: in bf16 they take 2 TB.
+MAX_WEIGHTS = 10**12
+
+#: Tokens of one forward pass: at the smallest `hidden_size`, 8, the embeddings alone take 512 GiB in fp32.
+MAX_PASS_TOKENS = 2**34
+
+#: Tokens gathered ahead: their ids take 512 GiB.
+MAX_TOKENS_AHEAD = 2**37
+
+#: Tokens of one update: more than a day at ten million tokens a second.
+MAX_UPDATE_TOKENS = 2**40
+
+#: Tokens of a whole training: thirty years at that speed.
+MAX_TRAINING_TOKENS = 10**16
+
+#: Ranks of all adapted blocks: one layer of 8 inputs and outputs in each, with gradients and moments, takes 512 GiB.
+MAX_RANKS = 2**31
+
+#: Tokens that the models read and write for the page: at 10,000 tokens a second more than a day.
+MAX_SAMPLE_TOKENS = 10**9
+
+
+def excess(factors: Mapping[str, int | tuple[int, ...]], most: int, noun: str) -> Problem | None:
+    """Return what is wrong where a product of numbers is too large.
+
+    Args:
+        factors: each number by its key; of a list, the largest counts. The first key is in the table that is checked.
+        most: the most that the product may be.
+        noun: what the product counts.
+    """
+    number = math.prod(max(one) if isinstance(one, tuple) else one for one in factors.values())
+    if number <= most:
+        return None
+    (key, value), *others = factors.items()
+    listed = [f"{name} = {toml_value(other)}" for name, other in others]
+    given = ", ".join(listed[:-1]) + " and " * (len(listed) > 1) + listed[-1]
+    return Problem(key, value, f"expected, with {given}, at most {most:,} {noun}, not {number:,}", "Lower one of them.")
+
+
+def note_excess(artifacts: Artifacts, *bounds: tuple[Mapping[str, int | tuple[int, ...]], int, str]) -> None:
+    """Note the first product that is too large; the others have factors in common with it.
+
+    Args:
+        artifacts: where it is noted.
+        bounds: arguments of `excess`.
+    """
+    problem = next((found for one in bounds if (found := excess(*one))), None)
+    if problem is not None:
+        artifacts.note(problem)
+
+
+def rows_of(artifacts: Artifacts, reference: str) -> dict[str, int]:
+    """Return the tokens of a row as a factor; none where a reference leads to no token files.
+
+    Args:
+        artifacts: the tables of the workflow.
+        reference: the pretokenize stage.
+    """
+    length = getattr(artifacts.table(reference), "context_length", None)
+    return {} if length is None else {f"{reference}.context_length": length}
+
+
+def note_training(config: Any, artifacts: Artifacts, tokens: str, *, prefetch: Mapping[str, int]) -> None:
+    """Note more tokens in a forward pass, an update or a whole training than a machine can compute.
+
+    Args:
+        config: has `batch_size`, `grad_accum_steps` and `num_steps`.
+        artifacts: the tables of the workflow.
+        tokens: the pretokenize stage.
+        prefetch: the number of batches gathered ahead by its key; none where no key says it.
+    """
+    if not (row := rows_of(artifacts, tokens)):
+        return
+    one_pass = {"batch_size": config.batch_size, **row}
+    update = {**one_pass, "grad_accum_steps": config.grad_accum_steps}
+    note_excess(
+        artifacts,
+        (one_pass, MAX_PASS_TOKENS, "tokens in a forward pass"),
+        (update, MAX_UPDATE_TOKENS, "tokens in an update"),
+        ({**update, "num_steps": config.num_steps}, MAX_TRAINING_TOKENS, "tokens in all"),
+        ({**one_pass, **prefetch}, MAX_TOKENS_AHEAD, "tokens gathered ahead"),
+    )
+
+
+def note_adapters(lora: Any, artifacts: Artifacts) -> None:
+    """Note adapters of higher rank in more blocks than a machine can hold.
+
+    Args:
+        lora: has `rank` and `num_layers`.
+        artifacts: where it is noted.
+    """
+    note_excess(
+        artifacts, ({"lora.rank": lora.rank, "lora.num_layers": max(1, lora.num_layers)}, MAX_RANKS, "ranks in all")
+    )
