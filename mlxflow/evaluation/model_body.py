@@ -1,8 +1,8 @@
 """A model cut into its body, which gives hidden states, and the rest of its own call, which makes logits of them.
 
 The rest works position by position: logits of a whole batch, (B, L, V), need not exist at once. It is the model's own
-code, so a cap, a scale, a bias or a masked column of its logits stays what it is. Where the cut lies is asked of the
-model itself, not of its name.
+code, so a cap, a scale, a bias or a masked column of its logits stays what it is. The cut is found by running the
+model on a few tokens, not by its name.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _TOLERANCE = 0.05
 
 
 class Body:
-    """Where a model's hidden states are; of a model that has none that can be told, its logits take their place.
+    """Where a model's hidden states are; for a model without such a module, its logits take their place.
 
     Args:
         model: in evaluation mode.
@@ -107,16 +107,22 @@ def _are_close(one: mx.array, other: mx.array) -> bool:
 
 
 def _candidates(model: nn.Module) -> Iterator[str]:
-    """Yield the paths of modules that have modules of their own, those nearest to the model first."""
-    level = {"": model}
+    """Yield the paths of modules that may be a body: those with modules of their own, the nearest to the model first.
+
+    Single layers follow: where one module holds the blocks and the output layer, as in GPT-NeoX, its last norm is one.
+    """
+    level, layers = {"": model}, []
     for _ in range(_DEEPEST):
-        level = {
+        children = {
             f"{path}.{name}" if path else name: child
             for path, module in level.items()
             for name, child in module.items()
-            if isinstance(child, nn.Module) and child.children()
+            if isinstance(child, nn.Module)
         }
+        level = {path: child for path, child in children.items() if child.children()}
+        layers += [path for path in children if path not in level]
         yield from level
+    yield from layers
 
 
 class _Replaceable:
