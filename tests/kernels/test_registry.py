@@ -435,7 +435,8 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
     if is_told:  # at work on a kernel that hangs
         command = [sys.executable, "-c", _HANGING_PROOF, "-"]
     program = (
-        "import sys, threading\nfrom mlxflow.kernels import registry\nregistry.language = lambda: 'metal'\n"
+        "import signal, sys, threading\nfrom mlxflow.kernels import registry\nregistry.language = lambda: 'metal'\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell ignores it
         f"with registry.begin(command={command!r}) as ahead:\n    print(ahead.prover._process.pid, flush=True)\n"
         f"    if {is_told}:\n        ahead.prover.tell(['a']); print(ahead.prover._lines.get(), end='', flush=True)\n"
         "    threading.Event().wait()"
