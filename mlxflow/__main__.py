@@ -2,6 +2,7 @@
 
 import sys
 
+from mlxflow.storage import layout
 from mlxflow.system import terminal
 
 if __name__ == "__main__" and not sys.flags.safe_path:
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     def add_workflow(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--workflow", type=Path, default=Path("workflow.toml"), help="default: workflow.toml")
+        command.add_argument("--workflow", type=Path, default=Path(layout.WORKFLOW), help=f"default: {layout.WORKFLOW}")
 
     add_workflow(add("check", _check, "print the resolved workflow with every default, or every mistake at once"))
     run = add("run", _run, "run one stage in this process, stale or not; doit calls this")

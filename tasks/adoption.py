@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.paths import printable
 from tasks import lockfile
@@ -44,13 +45,13 @@ class Adoption:
         """Write the lock without the marks of a merge, if it has some; return a line about it, else nothing."""
         nodes = list(self._nodes.values())
         return lockfile.settle_merge(
-            nodes[0].root / lockfile.NAME, nodes, lambda node, table: self._record(node, table) is not None
+            nodes[0].root / layout.LOCKFILE, nodes, lambda node, table: self._record(node, table) is not None
         )
 
     @cached_property
     def _lock(self) -> Lock:
         root = next(iter(self._nodes.values())).root
-        return lockfile.read(root / lockfile.NAME)
+        return lockfile.read(root / layout.LOCKFILE)
 
     def _record(self, node: Node, table: Table) -> dict[str, Any] | None:
         record = lockfile.recorded(table)

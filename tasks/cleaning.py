@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 
-from mlxflow.storage import unfinished_runs
+from mlxflow.storage import layout, unfinished_runs
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.unfinished_runs import Unfinished
 from mlxflow.system import terminal
 from tasks.leftovers import find_leftovers, remove_leftover
 from tasks.stage_node import Node
 
-_STATE = "artifacts/.mlxflow"
-
 
 def remove_unfinished(node: Node, dryrun: bool) -> int:
     """Remove what runs of a stage that were cut off left, with any settings, and say so; return the bytes freed."""
-    found = unfinished_runs.of_task(node.root / _STATE, node.task)
+    found = unfinished_runs.of_task(layout.state_folder(node.root), node.task)
     if found:
         terminal.show(f"{node.task} - removing what {len(found)} runs left unfinished ({_num_bytes(found):,} bytes)")
     return 0 if dryrun else _remove(found)
@@ -35,7 +33,7 @@ def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) ->
         if is_wanted and not dryrun:
             remove_leftover(root, artifact)
             freed_bytes += artifact.num_bytes
-    left = unfinished_runs.of_no_task(root / _STATE, [node.task for node in nodes])
+    left = unfinished_runs.of_no_task(layout.state_folder(root), [node.task for node in nodes])
     for found in left:
         folder = found.folder.relative_to(root).as_posix()
         advice = f"of no stage any more ({found.num_bytes:,} bytes). Remove it with: doit clean --leftovers"

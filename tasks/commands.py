@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import advise_on
 from tasks.selection import Selection, refuse
@@ -140,7 +141,7 @@ class Unpack(StageVerb):
             except MlxflowError as error:
                 refuse(str(error), error.exit_code)
             known = {one.task for one in graph.nodes}
-            if line := lockfile.update(node.root / lockfile.NAME, node, values, known):
+            if line := lockfile.update(node.root / layout.LOCKFILE, node, values, known):
                 terminal.say(line)
             graph.journal.set(node.task, "_values_:", values)
             graph.journal.set(node.task, "deps:", [])
@@ -167,7 +168,7 @@ class Reproduce(StageVerb):
         record = graph.fresh_record(node)
         waiting = f"{node.task}: waits for the artifacts, which process {{holder}} uses"
         try:
-            with ended_cleanly(), hold(node.root / "artifacts/.mlxflow/lock", waiting, wait=True):
+            with ended_cleanly(), hold(layout.state_folder(node.root) / layout.LOCK, waiting, wait=True):
                 return reproduce(node, record)
         except LockUnsupportedError as error:
             refuse(str(error), error.exit_code)

@@ -11,6 +11,7 @@ from typing import Any
 from doit.dependency import FileChangedChecker
 from doit.globals import Globals
 
+from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from tasks.adoption import Adoption
@@ -64,7 +65,7 @@ def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
     """
     return {
         "backend": BACKEND,
-        "dep_file": str(state / "state.jsonl"),
+        "dep_file": str(state / layout.JOURNAL),
         "check_file_uptodate": InputChecker,
         "reporter": StageReporter,
         "default_tasks": [node.task for node in nodes],

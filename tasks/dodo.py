@@ -1,5 +1,6 @@
 """What a dodo.py imports: doit's settings and the task creator, for the workflow that the command line names."""
 
+from mlxflow.storage import layout
 from mlxflow.system import terminal
 from tasks.search_path import search_project_last
 
@@ -17,12 +18,9 @@ from mlxflow.storage.digests import DigestCache
 from tasks.creator import configuration, tasks_of
 from tasks.graph import load_nodes
 
-#: Where doit's state and the remembered digests lie, below the artifacts folder.
-STATE_FOLDER = ".mlxflow"
-
-_workflow = Path(get_var("workflow") or "workflow.toml")
-_state = _workflow.parent / "artifacts" / STATE_FOLDER
-_cache = DigestCache(_state / "digests.json")
+_workflow = Path(get_var("workflow") or layout.WORKFLOW)
+_state = layout.state_folder(_workflow.parent)
+_cache = DigestCache(_state / layout.DIGESTS)
 try:
     _nodes = load_nodes(_workflow, _state)
 except UserError as error:

@@ -12,6 +12,7 @@ from doit.exceptions import BaseFail, TaskError, TaskFailed
 from doit.globals import Globals
 
 from mlxflow.errors import StageError, UserError
+from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import word_cause
@@ -95,7 +96,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         from tasks.stage_process import run_process
 
         node = self.node
-        log = node.root / "artifacts" / "logs" / f"{node.task.replace(':', '-')}.log"
+        log = layout.log_file(node.root, node.task)
         with self._turn() if node.uses_device else nullcontext():
             try:
                 inputs = observe_inputs(node, self.cache)
@@ -132,7 +133,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             **self._computed_by(),
             "commit": lockfile.source_commit(self.node.root),
         }
-        if line := lockfile.update(self.node.root / lockfile.NAME, self.node, self.values, self.known):
+        if line := lockfile.update(self.node.root / layout.LOCKFILE, self.node, self.values, self.known):
             terminal.say(line)
 
     def _computed_by(self) -> dict[str, Any]:
@@ -141,7 +142,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         from mlxflow.storage.artifact_files import read_report
 
         try:
-            run = read_report(self.node.root / self.node.folder / "report.toml")["run"]
+            run = read_report(self.node.root / self.node.folder / layout.REPORT)["run"]
         except (ArtifactError, KeyError):
             run = {}
         if not isinstance(run, dict) or not {"device", "device_name"} <= run.keys():

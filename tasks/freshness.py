@@ -6,7 +6,7 @@ from typing import Any
 
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device.compute_device import environment
-from mlxflow.storage import model_files
+from mlxflow.storage import layout, model_files
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.paths import printable, record_name
 from tasks.outputs import damaged_outputs
@@ -82,7 +82,7 @@ def _changed_inputs(
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
         if name in now and name in before and now[name] == before[name]:
             continue
-        shown = printable(name if name.startswith("artifacts/") else f"source {name}")
+        shown = printable(name if name.startswith(f"{layout.ARTIFACTS}/") else f"source {name}")
         if name not in now:
             yield f"{shown} is gone"
         elif name not in before:

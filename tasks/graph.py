@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxflow.storage import state_files, temporary_files
+from mlxflow.storage import layout, state_files, temporary_files
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
@@ -35,7 +35,7 @@ def load_nodes(path: Path, state: Path) -> list[Node]:
     Raises:
         UserError: the file has mistakes.
     """
-    remembered = state / "graph.json"
+    remembered = state / layout.GRAPH
     data = _read(path)
     key = _key(path, data)
     nodes = _recall(remembered, key, path, data)

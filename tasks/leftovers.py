@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxflow.storage import ownership
-from mlxflow.workflow.stage import reference_folder
+from mlxflow.storage import layout, ownership
 from tasks.stage_node import Node
 
 
@@ -33,10 +32,9 @@ def find_leftovers(root: Path, nodes: Iterable[Node]) -> Iterator[Leftover]:
         nodes: every stage that there is.
     """
     known = {Path(node.folder) for node in nodes}
-    reports = [*root.glob("artifacts/*/report.toml"), *root.glob("artifacts/*/*/report.toml")]
-    for report in sorted(reports):
+    for report in layout.report_files(root):
         folder = report.parent.relative_to(root)
-        if folder in known or reference_folder(ownership.maker(root / folder)) != folder:
+        if folder in known or layout.stage_folder(ownership.maker(root / folder)) != folder:
             continue
         names = set(ownership.written_names(root / folder)).difference(ownership.foreign_names(root / folder))
         sizes = [(root / folder / name).lstat().st_size for name in names]

@@ -19,8 +19,6 @@ from mlxflow.system.os_errors import naming
 from tasks.records import read_values
 from tasks.stage_node import Node
 
-NAME = "mlxflow.lock"
-
 _HEAD = "# What each stage was made of; written by doit, made to be committed.\n\n"
 
 #: The settings that have keys of their own in a stage's table; the others are in its table `settings`.

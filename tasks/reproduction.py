@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlxflow.storage import layout
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import digest_file, tensor_digests
 from mlxflow.system import terminal
@@ -15,7 +16,7 @@ from tasks.stage_node import Node
 from tasks.stage_process import run_process
 
 #: Files that tell of the run itself: times and rates.
-_ABOUT_THE_RUN = frozenset({"metrics.jsonl", "report.toml"})
+_ABOUT_THE_RUN = frozenset({layout.METRICS, layout.REPORT})
 
 
 def reproduce(node: Node, record: dict[str, Any]) -> int:
@@ -25,16 +26,16 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
         node: the stage.
         record: what its last run left.
     """
-    state = node.root / "artifacts" / ".mlxflow"
+    state = layout.state_folder(node.root)
     state.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="reproduce-", dir=state) as scratch:
+    with tempfile.TemporaryDirectory(prefix=layout.REPRODUCTION_PREFIX, dir=state) as scratch:
         into = Path(scratch, "artifact")
         handover = node.handover(observe_settings(node), None)
         code = run_process([*node.command, "--into", str(into)], Path(scratch, "log"), handover)
         if code:
             return code
         differences = list(differing(node, into))
-        threads = read_report(into / "report.toml")["run"]["threads"] if "threads" in record else None
+        threads = read_report(into / layout.REPORT)["run"]["threads"] if "threads" in record else None
     if line := word_other_threads(node.task, record, threads, "this build by"):
         terminal.show(line)
     for line in differences:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from doit.cmd_run import Run
 
+from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import word_cause
 from tasks.adoption import Adoption
@@ -94,7 +95,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
         try:
             make_link_target(artifacts)
-            with ended_cleanly(), hold(Path(journal.name).with_name("lock"), waiting, wait=not self._no_wait):
+            with ended_cleanly(), hold(Path(journal.name).with_name(layout.LOCK), waiting, wait=not self._no_wait):
                 journal.load()  # the other doit may have finished stages
                 journal.mend()
                 journal.keeps_adopted = True
@@ -141,13 +142,12 @@ def _remove_left_behind(artifacts: Path) -> None:
     """Remove what stages that were cut off left behind; nobody is at work while the lock is held."""
     from mlxflow.storage.atomic_folders import partial_folders, remove_folder
     from mlxflow.storage.temporary_files import remove_orphans, remove_orphans_below
-    from tasks import lockfile
 
-    for folder in (*partial_folders(artifacts), *artifacts.glob(".mlxflow/reproduce-*")):
+    for folder in (*partial_folders(artifacts), *artifacts.glob(f"{layout.STATE}/{layout.REPRODUCTION_PREFIX}*")):
         remove_folder(folder)
-    remove_orphans(artifacts.parent, f".{lockfile.NAME}.")
+    remove_orphans(artifacts.parent, f".{layout.LOCKFILE}.")
     remove_orphans(artifacts, ".")
-    remove_orphans_below(artifacts / ".mlxflow")
+    remove_orphans_below(artifacts / layout.STATE)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlxflow.storage import layout
 from mlxflow.storage.state_files import InvalidStateError
 from mlxflow.workflow.handover import Basis, Handover
 from tasks.records import are_settings
@@ -90,21 +91,18 @@ class Node:
                 raise InvalidStateError(f"{name} of a stage is not valid")
         fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
         made = cls(**fields)
-        if made.folder != "/".join((_ARTIFACTS, *made.task.split(":"))) or not made._writes_artifacts():
+        if made.folder != layout.stage_folder(made.task).as_posix() or not made._writes_artifacts():
             raise InvalidStateError(f"{made.task!r} writes outside of its artifact")
         return replace(made, root=Path(made.root))
 
     def _writes_artifacts(self) -> bool:
         """Return whether every file that the stage writes lies in the folder that it may lie in."""
         own = ((name, self.folder) for name in self.outputs)
-        written = (*own, *((name, _ARTIFACTS) for name in self.copies), (self.folder, _ARTIFACTS))
+        written = (*own, *((name, layout.ARTIFACTS) for name in self.copies), (self.folder, layout.ARTIFACTS))
         return all(
             name.startswith(f"{folder}/") and not {"", ".", ".."}.intersection(name.split("/"))
             for name, folder in written
         )
-
-
-_ARTIFACTS = "artifacts"
 
 
 def _is_text(value: object) -> bool:

@@ -17,6 +17,7 @@ from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand, InvalidDodoFile
 
 from mlxflow.errors import MlxflowError
+from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import naming, word_cause
 from tasks.doit_backend import BACKEND, Journal
@@ -133,7 +134,7 @@ class Verb:
         if makes:
             make_link_target(state.parent)
         waiting = "another doit (process {holder}) is at work on these artifacts"
-        with hold(state / "lock", waiting, wait=True) if makes or state.parent.is_dir() else nullcontext():
+        with hold(state / layout.LOCK, waiting, wait=True) if makes or state.parent.is_dir() else nullcontext():
             self.journal.load()  # the other one may have finished stages
             self.journal.mend()
             yield

@@ -8,12 +8,14 @@ from typing import Any
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.stages.benchmark import read_benchmark
+from mlxflow.storage import layout
 from mlxflow.workflow import stage
 from mlxflow.workflow.execution import run_alone
 from mlxflow.workflow.loader import Stage, Workflow
 
 # Where a folder may hold a benchmark's report: an artifact, the artifacts, a workflow
-_PLACES = ("report.toml", "benchmark/report.toml", f"{stage.ARTIFACTS}/benchmark/report.toml")
+_BENCHMARK = layout.stage_folder("benchmark") / layout.REPORT
+_PLACES = (layout.REPORT, f"benchmark/{layout.REPORT}", _BENCHMARK.as_posix())
 
 
 def compare(before: str, after: str, *, force: bool) -> str:
@@ -65,7 +67,7 @@ def _read_commit(name: str) -> dict[str, Any]:
         said = shown.stderr.decode(errors="replace").strip().partition("\n")[0]
         raise ArtifactError(f"{name}: git has no such file ({said}). Name a report, a folder or COMMIT:FILE.")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.toml"
+        path = Path(folder) / layout.REPORT
         path.write_bytes(shown.stdout)
         try:
             return read_benchmark(path)
@@ -87,9 +89,9 @@ def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, boo
     if measure:
         with tempfile.TemporaryDirectory() as folder:
             run_alone(workflow, one, Path(folder) / "benchmark")
-            report = read_benchmark(Path(folder) / "benchmark" / "report.toml")
+            report = read_benchmark(Path(folder) / "benchmark" / layout.REPORT)
     else:
-        report = read_benchmark(stage.require(workflow.root / one.folder / "report.toml", one.task))
+        report = read_benchmark(stage.require(workflow.root / one.folder / layout.REPORT, one.task))
     lines = [f"On {_device(report)}:", "", "| promise | measured | holds |", "|---|---|---|"]
     lines += [
         f"| {told['promise']} | {told.get('figure', 'not measured')} | {'yes' if told['holds'] else 'no'} |"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.errors import ArtifactError, CallError
-from mlxflow.storage import remote_code
+from mlxflow.storage import layout, remote_code
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.system import terminal
 from mlxflow.workflow.loader import Stage, Workflow
@@ -92,5 +92,5 @@ def _context(workflow: Workflow, one: Stage, chosen: str, limit: int) -> Context
         name=workflow.settings.name,
         folder=Path(),
         unfinished=Path(),
-        digests=ObservedInputs(workflow.state / "digests.json"),
+        digests=ObservedInputs(workflow.state / layout.DIGESTS),
     )

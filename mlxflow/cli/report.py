@@ -5,15 +5,13 @@ from pathlib import Path
 
 from mlxflow.device import compute_device
 from mlxflow.errors import CallError, UserError
-from mlxflow.report.load_run import REPORT, Member, read_run, read_toml, table
+from mlxflow.report.load_run import Member, read_run, read_toml, table
 from mlxflow.report.render import render
-from mlxflow.storage import artifact_files
+from mlxflow.storage import artifact_files, layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.workflow import stage
 from mlxflow.workflow.loader import Stage, Workflow, load_workflow, shown_path
-
-_PAGE, _COMPARED = "index.html", "compare.html"
 
 
 def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = False) -> Path:
@@ -28,7 +26,7 @@ def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = Fal
         CallError: there is nothing to compare with.
         StageError: the page cannot be written.
     """
-    page = workflow.artifacts / (_COMPARED if compare else _PAGE)
+    page = workflow.artifacts / (layout.COMPARISON_PAGE if compare else layout.PAGE)
     if compare:
         other = _other_root(compare)
         name, members = _described(other)
@@ -47,32 +45,31 @@ def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = Fal
 
 def _other_root(compare: Path) -> Path:
     for root in (compare, compare.parent):
-        if (root / stage.ARTIFACTS).is_dir() and (root == compare or compare.name == stage.ARTIFACTS):
+        if (root / layout.ARTIFACTS).is_dir() and (root == compare or compare.name == layout.ARTIFACTS):
             return root
     raise CallError(
-        f"report: --compare = {str(compare)!r}: holds no {stage.ARTIFACTS}. Name a folder in which doit built a stage."
+        f"report: --compare = {str(compare)!r}: holds no {layout.ARTIFACTS}. Name a folder in which doit built a stage."
     )
 
 
 def _described(root: Path) -> tuple[str, list[Member]]:
     """Return name and stages of another run: as its workflow file tells, else from the reports that are there."""
     try:
-        workflow = load_workflow(root / "workflow.toml")
+        workflow = load_workflow(root / layout.WORKFLOW)
     except UserError:
         return root.resolve().name, _found(root)
     return workflow.settings.name, _members(workflow)
 
 
 def _found(root: Path) -> list[Member]:
-    reports = sorted([*root.glob(f"{stage.ARTIFACTS}/*/{REPORT}"), *root.glob(f"{stage.ARTIFACTS}/*/*/{REPORT}")])
-    folders = [path.parent.relative_to(root) for path in reports]
+    folders = [path.parent.relative_to(root) for path in layout.report_files(root)]
     named = {":".join(folder.parts[1:]): folder for folder in folders if not folder.parts[1].startswith(".")}
     return [Member(task, folder) for task, folder in named.items() if task.partition(":")[0] != "report"]
 
 
 def _members(workflow: Workflow) -> list[Member]:
     """Return the stages but for the page's own, with what makes them stale."""
-    cache = DigestCache(workflow.state / "digests.json")
+    cache = DigestCache(workflow.state / layout.DIGESTS)
     makers = {path: one.task for one in workflow.stages for path in one.outputs}
     stale: set[str] = set()
     members = []
@@ -92,7 +89,7 @@ def _members(workflow: Workflow) -> list[Member]:
 
 def _staleness(workflow: Workflow, one: Stage, cache: DigestCache) -> str:
     """Return what makes a built stage stale, empty where nothing does; as doit does, but from its report alone."""
-    about = table(read_toml(workflow.root / one.folder / REPORT)[0], "stage")
+    about = table(read_toml(workflow.root / one.folder / layout.REPORT)[0], "stage")
     if about.get("settings_digest") != stage.settings_digest(
         one.settings() | compute_device.environment(one.bound_device)
     ):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflow.errors import ArtifactError, CallError
-from mlxflow.storage import report_checks
+from mlxflow.storage import layout, report_checks
 from mlxflow.system import terminal
 from mlxflow.workflow.loader import Stage, Workflow
 
@@ -44,7 +44,7 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
 
     from mlxflow.workflow.stage import require
 
-    report = report_checks.read(require(folder / "report.toml", task), report_checks.Quantized, task)
+    report = report_checks.read(require(folder / layout.REPORT, task), report_checks.Quantized, task)
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
@@ -95,7 +95,7 @@ def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -
     if row is not None and not 0 <= row < count:
         raise CallError(f"show {task}: --row = {row}: expected 0 to {count - 1:,}. Name one of the training rows.")
     if row is None:
-        for line in _summary(report_checks.read(folder / "report.toml", report_checks.Pretokenized, task)):
+        for line in _summary(report_checks.read(folder / layout.REPORT, report_checks.Pretokenized, task)):
             console.print(line)
     for number in range(min(_SHOWN_ROWS, count)) if row is None else [row]:
         _show_row(console, train, tokenizer, names, number)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mlxflow.data import splits
 from mlxflow.errors import SourceError
+from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache, digest_file, digest_json, digest_text
 from mlxflow.storage.paths import escape_existing, expand
 
@@ -214,7 +215,7 @@ def _not_made_here(files: list[Path], place: Path, root: Path) -> list[Path]:
         place: where a source leads, however it is spelled.
         root: the workflow's folder.
     """
-    written = [os.path.abspath(root / name) for name in ("artifacts", "mlxflow.lock")]  # noqa: PTH100
+    written = [os.path.abspath(root / name) for name in (layout.ARTIFACTS, layout.LOCKFILE)]  # noqa: PTH100
 
     def is_written(path: Path) -> bool:
         absolute = os.path.abspath(path)  # noqa: PTH100 - links stay as they are named

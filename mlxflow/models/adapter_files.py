@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.errors import ArtifactError
 from mlxflow.ops import mlx_lm_import
-from mlxflow.storage import model_files, toml_text
+from mlxflow.storage import layout, model_files, toml_text
 from mlxflow.system.os_errors import advise_on
 
 WEIGHTS, CONFIG = model_files.ADAPTERS
@@ -52,7 +52,7 @@ def are_in(folder: Path) -> bool:
 def _were_written(folder: Path) -> bool:
     """Return whether the report of a train stage says that its adapters lie in the folder."""
     try:
-        return toml_text.loads((folder / "report.toml").read_text(encoding="utf-8")).get("fuse") == "never"
+        return toml_text.loads((folder / layout.REPORT).read_text(encoding="utf-8")).get("fuse") == "never"
     except (OSError, ValueError):
         return False
 

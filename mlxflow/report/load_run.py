@@ -7,11 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.report.timelines import TIMELINE, Timeline, read_cut_off, read_timeline
-from mlxflow.storage import toml_text
-
-REPORT, METRICS = "report.toml", "metrics.jsonl"
-LOCK = "mlxflow.lock"
+from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
+from mlxflow.storage import layout, toml_text, unfinished_runs
 
 _LARGEST_BYTES = 256_000_000
 
@@ -114,12 +111,18 @@ def read_run(
         samples: generated texts; None takes those of the report stage's last run.
     """
     stages = [_read_stage(root, member) for member in members]
-    curves = {one.task: _read_curve(root / one.member.folder / METRICS) for one in stages if _has(one, METRICS, root)}
+    curves = {
+        one.task: _read_curve(root / one.member.folder / layout.METRICS)
+        for one in stages
+        if _has(one, layout.METRICS, root)
+    }
     timelines = {
-        one.task: read_timeline(root / one.member.folder / TIMELINE) for one in stages if _has(one, TIMELINE, root)
+        one.task: read_timeline(root / one.member.folder / layout.TIMELINE)
+        for one in stages
+        if _has(one, layout.TIMELINE, root)
     }
     cut_off = {one.task: left for one in stages if (left := _read_cut_off(root, one))}
-    lock, lock_problem = read_toml(root / LOCK)
+    lock, lock_problem = read_toml(root / layout.LOCKFILE)
     if not lock_problem and not all(isinstance(table, dict) for table in lock.values()):
         lock, lock_problem = {}, "is not a lock of stages"
     samples_problem = ""
@@ -130,8 +133,8 @@ def read_run(
 
 
 def _read_cut_off(root: Path, one: StageRun) -> Timeline | None:
-    unfinished = root / "artifacts" / ".mlxflow" / "unfinished" / one.task.replace(":", "/")
-    return read_cut_off(unfinished, root / one.member.folder / REPORT)
+    unfinished = unfinished_runs.stage_folder(layout.state_folder(root), one.task)
+    return read_cut_off(unfinished, root / one.member.folder / layout.REPORT)
 
 
 def _has(one: StageRun, name: str, root: Path) -> bool:
@@ -155,9 +158,9 @@ def read_toml(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_stage(root: Path, member: Member) -> StageRun:
-    report, problem = read_toml(root / member.folder / REPORT)
+    report, problem = read_toml(root / member.folder / layout.REPORT)
     size = sum(_size(root / path) for path in member.outputs)
-    shown = (member.folder / REPORT).as_posix()
+    shown = (member.folder / layout.REPORT).as_posix()
     if problem == "is missing":
         said = f"{shown} is missing. Run: doit {member.task}"
         return StageRun(member, {}, "missing", said + _last_words(root, member.task), size)
@@ -176,7 +179,7 @@ def _read_stage(root: Path, member: Member) -> StageRun:
 def _last_words(root: Path, task: str) -> str:
     """Return what a stage said last, where it has a log and left no artifact."""
     try:
-        with (root / "artifacts" / "logs" / f"{task.replace(':', '-')}.log").open("rb") as log:
+        with layout.log_file(root, task).open("rb") as log:
             log.seek(max(0, log.seek(0, 2) - 2000))
             said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
@@ -226,7 +229,7 @@ def _read_curve(path: Path) -> Curve:
 
 def _recall_samples(root: Path, stages: Sequence[StageRun]) -> tuple[list[dict[str, Any]], str]:
     """Return the samples of the report stage's last run that the models of now wrote, and why others are left out."""
-    report, problem = read_toml(root / "artifacts" / "report" / REPORT)
+    report, problem = read_toml(root / layout.stage_folder("report") / layout.REPORT)
     if problem:
         return [], "No model was asked for a sample yet. Run: doit report"
     known = {one.task: model_key(one.report) for one in stages}

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from mlxflow.storage import layout
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-TIMELINE, JOURNAL = "timeline.safetensors", "timeline.jsonl"
 
 _LARGEST_BYTES = 256_000_000
 _DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
@@ -97,7 +97,7 @@ def read_cut_off(unfinished: Path, report: Path) -> Timeline | None:
         report: of the stage's artifact; what is older than it is of no interest any more.
     """
     try:
-        times = {path: path.stat().st_mtime_ns for path in sorted(unfinished.glob(f"*/{JOURNAL}"))}
+        times = {path: path.stat().st_mtime_ns for path in sorted(unfinished.glob(f"*/{layout.TIMELINE_JOURNAL}"))}
         latest = max(times, key=lambda path: times[path], default=None)
         if latest is None or (report.exists() and report.stat().st_mtime_ns >= times[latest]):
             return None

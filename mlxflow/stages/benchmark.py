@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from mlxflow.errors import ArtifactError
 from mlxflow.stages import benchmark_methods
+from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
 from mlxflow.workflow import products
@@ -122,7 +123,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     """The figures."""
 
-    report: Path = Path("report.toml")
+    report: Path = Path(layout.REPORT)
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
@@ -231,11 +232,11 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
     folder = inputs.model.parent
     tokens.require_vocabulary(model_folder.vocab_size(folder), f"{context.task}.input")
     tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
-    report = artifact_files.read_report(folder / "report.toml")
+    report = artifact_files.read_report(folder / layout.REPORT)
     has_adapters = "lora" in report.get("settings", {})
     load = partial(model_folder.load_for_steps, folder, f"{context.task}.input", trains_adapters=has_adapters)
     model = load()
-    job, settings = read_job(report, str((folder / "report.toml").relative_to(context.root)), config.input)
+    job, settings = read_job(report, str((folder / layout.REPORT).relative_to(context.root)), config.input)
     masks = job.masks_documents and document_mask.can_mask_documents(model, tokens.vocab_size)
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
@@ -394,7 +395,7 @@ def _asked_bits(path: Path) -> dict[str, float]:
     """Return the bits a weight that the plan of a quantized model asked for; nothing for a dense one."""
     from mlxflow.storage import artifact_files
 
-    layers = artifact_files.read_report(path.with_name("report.toml")).get("layers", [])
+    layers = artifact_files.read_report(path.with_name(layout.REPORT)).get("layers", [])
     parameters = sum(layer["parameters"] for layer in layers)
     if not parameters:
         return {}

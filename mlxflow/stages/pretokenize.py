@@ -12,10 +12,11 @@ from msgspec import Meta
 
 from mlxflow.data.sources import HF
 from mlxflow.data.split_slices import parse_slices
+from mlxflow.storage import layout
 from mlxflow.storage.model_files import HUB_MODEL
 from mlxflow.system import terminal
 from mlxflow.workflow.config import Problem
-from mlxflow.workflow.stage import ARTIFACTS, Artifacts, Context, Corpus, derive_seed
+from mlxflow.workflow.stage import Artifacts, Context, Corpus, derive_seed
 
 VERSION = 4
 
@@ -172,7 +173,7 @@ def _brings_a_tokenizer(name: str, disk: Any) -> bool:
     folder = disk.expand(name)
     if not disk.is_dir(folder):
         return re.fullmatch(HUB_MODEL, name) is not None
-    return Path(folder).parts[:1] != (ARTIFACTS,) and "tokenizer.json" in disk.tokenizer_files(folder)
+    return Path(folder).parts[:1] != (layout.ARTIFACTS,) and "tokenizer.json" in disk.tokenizer_files(folder)
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,7 +218,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     train: Path = Path("train.safetensors")
     validation: Path = Path("validation.safetensors")
     files: Path = Path("files.txt")
-    report: Path = Path("report.toml")
+    report: Path = Path(layout.REPORT)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         try:
             report, digests = process.call(f"{__name__}:watched_work", config, inputs, outputs, context)
         finally:
-            remove_unfinished(context.state / "shards", process.end())
+            remove_unfinished(context.state / layout.SHARDS, process.end())
     context.digests.join(digests)
     return dict(report)
 
@@ -267,9 +268,9 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
     settings = [_source_settings(config, number, entry, context) for number, entry in enumerate(config.entries())]
     files = input_files.list_files(inputs.sources, inputs.owners, settings, digests=context.digests)
     holdout = 0.0 if config.validation_sources else config.holdout
-    store = shard_cache.ShardStore(context.state / "shards")
+    store = shard_cache.ShardStore(context.state / layout.SHARDS)
     waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
-    with hold(context.state / "shards" / "lock", waiting, wait=True):
+    with hold(context.state / layout.SHARDS / layout.LOCK, waiting, wait=True):
         vocabulary = _vocabulary(config, inputs, context, files, holdout)
         tokenized, engine = _tokenize(config, vocabulary, store, files)
         context.digests.settle(file.path for file in files if file.read is None)
@@ -409,7 +410,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     special = chat.markers(template) if template else []
     cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.texts)) else []
     key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests], *cut])
-    kept = context.state / "shards" / f"{key}.tokenizer.json"
+    kept = context.state / layout.SHARDS / f"{key}.tokenizer.json"
     if not kept.exists():
         made = tokenizer.train_tokenizer(sample.texts, vocab_size=config.tokenizer.vocab_size, special_tokens=special)
         write_whole(kept, made.to_str().encode())

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import StageError
+from mlxflow.storage import layout
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
@@ -26,7 +27,6 @@ _PADDING_ROWS = 1024
 # Fewer steps are all warm-up, seen from outside MLX
 _FEWEST_PROCESS_STEPS = 40
 # What is left of a run that was cut off; the page looks for it
-_JOURNAL = "timeline.jsonl"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,8 +89,8 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     """The figures and the reading after each step."""
 
-    timeline: Path = Path("timeline.safetensors")
-    report: Path = Path("report.toml")
+    timeline: Path = Path(layout.TIMELINE)
+    report: Path = Path(layout.REPORT)
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
@@ -119,7 +119,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     with artifact_files.writable(context.unfinished):
         context.unfinished.mkdir(parents=True, exist_ok=True)
-        profiler = MemoryProfiler(samples_per_second=config.samples_per_second, journal=context.unfinished / _JOURNAL)
+        profiler = MemoryProfiler(
+            samples_per_second=config.samples_per_second, journal=context.unfinished / layout.TIMELINE_JOURNAL
+        )
     before = profiler.read()
     settings = settings_of(config, inputs)
     try:
@@ -197,7 +199,7 @@ def _trained_settings(inputs: Inputs) -> dict[str, Any]:
     """Return how the model was trained, as its stage reported it."""
     from mlxflow.storage import artifact_files
 
-    found: dict[str, Any] = artifact_files.read_report(inputs.model.with_name("report.toml")).get("settings", {})
+    found: dict[str, Any] = artifact_files.read_report(inputs.model.with_name(layout.REPORT)).get("settings", {})
     return found
 
 
@@ -207,7 +209,7 @@ def _packing(inputs: Inputs, rows: Any) -> str:
     from mlxflow.storage import artifact_files
 
     seen = "best-fit" if holds_several(rows) else "none"
-    return str(artifact_files.read_report(inputs.tokens.with_name("report.toml")).get("packing", seen))
+    return str(artifact_files.read_report(inputs.tokens.with_name(layout.REPORT)).get("packing", seen))
 
 
 def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> dict[str, Any]:

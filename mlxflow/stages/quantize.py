@@ -12,6 +12,7 @@ from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
 from mlxflow.stages import quantize_methods, quantize_quality, train, train_methods
+from mlxflow.storage import layout
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
@@ -270,7 +271,7 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
     @classmethod
     def of(cls, config: Config) -> Self:
         """Name the learning curve where there is one."""
-        return cls(metrics=(Path("metrics.jsonl"),) if config.method == "qat" else ())
+        return cls(metrics=(Path(layout.METRICS),) if config.method == "qat" else ())
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:

@@ -7,19 +7,18 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.stages import report_samples
+from mlxflow.storage import layout
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_SIZE, Problem
-from mlxflow.workflow.stage import Artifacts, Beside, Context, reference_folder
+from mlxflow.workflow.stage import Artifacts, Beside, Context
 
 VERSION = 2
 
 #: The page is laid beside the folders of all artifacts too, where people look first.
-LAID_ON_TOP = ("index.html",)
+LAID_ON_TOP = (layout.PAGE,)
 
 #: The page's title is the workflow's name.
 SHOWS_NAME = True
-
-_TIMELINE, _METRICS = "timeline.safetensors", "metrics.jsonl"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,7 +70,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         makers = artifacts.makers()
 
         def made(name: str) -> dict[str, Path]:
-            return {task: reference_folder(task) / name for task, names in makers.items() if name in names}
+            return {task: layout.stage_folder(task) / name for task, names in makers.items() if name in names}
 
         models = {one: artifacts.folder(one, "models") for one in artifacts.expand(config.models, "models")}
         _note_samples(config, len(models), artifacts)
@@ -79,9 +78,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         from_documents = bool(models) and not config.prompts
         data = artifacts.expand((config.data,), "data")[:1] if from_documents else ()
         return cls(
-            reports=made("report.toml"),
-            curves=made(_METRICS),
-            timelines=made(_TIMELINE),
+            reports=made(layout.REPORT),
+            curves=made(layout.METRICS),
+            timelines=made(layout.TIMELINE),
             models={one: folder / "model.safetensors" for one, folder in models.items()},
             model_files=tuple(folder / name for folder in models.values() for name in files),
             beside=tuple(Beside(folder) for folder in models.values()),
@@ -109,8 +108,8 @@ def _note_samples(config: Config, num_models: int, artifacts: Artifacts) -> None
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     """The page, and the samples on it."""
 
-    page: Path = Path("index.html")
-    report: Path = Path("report.toml")
+    page: Path = Path(layout.PAGE)
+    report: Path = Path(layout.REPORT)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:

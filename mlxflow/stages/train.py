@@ -13,6 +13,7 @@ from mlxflow.device import compute_device
 from mlxflow.errors import ArtifactError
 from mlxflow.stages import train_methods
 from mlxflow.stages.train_artifact import adapters_folder, measure_artifact, quality_of, warn_of_loss, write_model
+from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
 from mlxflow.workflow import products
@@ -382,7 +383,7 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
     of its own, so that nobody adds them again.
     """
 
-    metrics: Path = Path("metrics.jsonl")
+    metrics: Path = Path(layout.METRICS)
     adapters: tuple[Path, ...] = ()
 
     @classmethod

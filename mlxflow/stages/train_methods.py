@@ -10,6 +10,7 @@ import msgspec
 
 from mlxflow.device import compute_device
 from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.workflow.config import toml_value
 from mlxflow.workflow.stage import Context, derive_seed
@@ -245,7 +246,7 @@ def _recorded_kernels(context: Context) -> list[str] | None:
     from mlxflow.storage import artifact_files, state_files
 
     if context.published is not None:
-        report = artifact_files.read_report(context.published / "report.toml")
+        report = artifact_files.read_report(context.published / layout.REPORT)
         return list(report["kernels"]) if "kernels" in report else None
     try:
         names = state_files.parse_json(state_files.read_bytes(_kept_choice(context)))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from mlxflow.storage import state_files, temporary_files, toml_text
+from mlxflow.storage import layout, state_files, temporary_files, toml_text
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.tensor_header import read_safetensors_header as read_safetensors_header
 from mlxflow.storage.tensor_header import tensor_offsets
@@ -111,7 +111,7 @@ def digest_file(path: Path) -> Digests:
     with naming(path):
         if path.suffix == ".safetensors":
             return _digest_safetensors(path)
-        if path.name == "report.toml":
+        if path.name == layout.REPORT:
             return _digest_report(path)
         with io.FileIO(path) as file:
             content = _digest_span(file, 0, os.fstat(file.fileno()).st_size)

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlxflow.errors import ArtifactError
-from mlxflow.storage import artifact_files
+from mlxflow.storage import artifact_files, layout
 from mlxflow.storage.digests import RUN_TABLE
 from mlxflow.storage.model_files import decides
 
 #: The key in a report's table of the run that lists the names of the files that the run wrote.
 FILES_KEY = "files"
-
-_REPORT = "report.toml"
 
 
 def written_names(folder: Path) -> list[str]:
@@ -77,7 +75,7 @@ def _lies_in_another(folder: Path, name: str) -> bool:
 
 def _report(folder: Path) -> dict[str, object]:
     try:
-        return artifact_files.read_report(folder / _REPORT)
+        return artifact_files.read_report(folder / layout.REPORT)
     except (ArtifactError, OSError):
         return {}
 

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mlxflow.storage import layout
 from mlxflow.storage.atomic_folders import remove_folder
 
 KEPT_SECONDS = 7 * 24 * 3600
 
-_FOLDER = "unfinished"
 _KEY = re.compile(r"[0-9a-f]{12}")
 
 
@@ -34,6 +34,11 @@ class Unfinished(NamedTuple):
         remove_folder(self.folder)
 
 
+def stage_folder(state: Path, task: str) -> Path:
+    """Return the folder of all interrupted runs of `stage` or `stage:variant`, below the folder of the state."""
+    return state / layout.UNFINISHED / task.replace(":", "/")
+
+
 def folder_of(state: Path, task: str, key: str) -> Path:
     """Return the folder of a run.
 
@@ -42,18 +47,18 @@ def folder_of(state: Path, task: str, key: str) -> Path:
         task: the stage.
         key: 12 hexadecimal digits for its settings and inputs.
     """
-    return state / _FOLDER / task.replace(":", "/") / key
+    return stage_folder(state, task) / key
 
 
 def of_task(state: Path, task: str) -> list[Unfinished]:
     """Return what runs of a stage left, the newest first."""
-    return _in(folder_of(state, task, ""))
+    return _in(stage_folder(state, task))
 
 
 def of_no_task(state: Path, tasks: Iterable[str]) -> list[Unfinished]:
     """Return what runs left of stages and variants that are not among the given ones."""
-    top = state / _FOLDER
-    known = {folder_of(state, task, "") for task in tasks}
+    top = state / layout.UNFINISHED
+    known = {stage_folder(state, task) for task in tasks}
     parents = [*_folders(top), *(variant for stage in _folders(top) for variant in _folders(stage))]
     return [found for parent in parents if parent not in known for found in _in(parent)]
 

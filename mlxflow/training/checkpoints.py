@@ -19,11 +19,11 @@ import mlx.core as mx
 import msgspec
 
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.storage import artifact_files, state_files, temporary_files
+from mlxflow.storage import artifact_files, layout, state_files, temporary_files
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 
-_STATE, _FACTS, _METRICS = "state.safetensors", "state.json", "metrics.jsonl"
+_STATE, _FACTS, _METRICS = "state.safetensors", "state.json", layout.METRICS
 
 
 class _Kept(msgspec.Struct):

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlxflow.device import compute_device, cpu_backend
 from mlxflow.errors import ArtifactError, CallError, StageError
-from mlxflow.storage import artifact_files, atomic_folders, ownership, remote_code, temporary_files
+from mlxflow.storage import artifact_files, atomic_folders, layout, ownership, remote_code, temporary_files
 from mlxflow.storage import unfinished_runs as left
 from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
@@ -54,7 +54,7 @@ def _run(
         if workflow.settings.threads:
             cpu_backend.fix_threads(workflow.settings.threads)
         cpu_backend.prepare()
-    digests = ObservedInputs(workflow.state / "digests.json")
+    digests = ObservedInputs(workflow.state / layout.DIGESTS)
     try:
         identities = _identify_inputs(workflow, one, digests)
     finally:
@@ -112,8 +112,8 @@ def _run(
             **_describe_run(chosen if uses_device else None, threads),
         }
         run |= report.pop("run", {})
-        run[ownership.FILES_KEY] = sorted({*ownership.written_names(private), "report.toml"})
-        artifact_files.write_report(private / "report.toml", {"stage": provenance, **report, "run": run})
+        run[ownership.FILES_KEY] = sorted({*ownership.written_names(private), layout.REPORT})
+        artifact_files.write_report(private / layout.REPORT, {"stage": provenance, **report, "run": run})
         unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
         if unwritten:
             raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
@@ -154,7 +154,7 @@ def _require_unchanged(
 
 
 def _published(folder: Path) -> Path | None:
-    return folder if (folder / "report.toml").is_file() else None
+    return folder if (folder / layout.REPORT).is_file() else None
 
 
 def _key_of(provenance: dict[str, str], threads: int | None) -> str:
@@ -249,7 +249,7 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
     waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
     atomic_folders.make_link_target(workflow.artifacts)
     with ExitStack() as held:
-        held.enter_context(hold(workflow.state / "lock", waiting, wait=True))
+        held.enter_context(hold(workflow.state / layout.LOCK, waiting, wait=True))
         temporary_files.remove_orphans(workflow.artifacts, ".")
         temporary_files.remove_orphans_below(workflow.state)
         if getattr(one.module, "USES_DEVICE", True):

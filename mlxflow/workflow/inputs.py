@@ -9,10 +9,11 @@ from typing import Literal
 import msgspec
 
 from mlxflow.data import sources
+from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, Found, word_leading_out
 from mlxflow.workflow.config import Problem, toml_value, word
 from mlxflow.workflow.disk_queries import Disk
-from mlxflow.workflow.stage import Corpus, reference_folder
+from mlxflow.workflow.stage import Corpus
 
 _NO_MAKER = "no stage before this one makes it"
 _NAME_TEXT = "Name a file, a folder or a glob with text in it."
@@ -78,7 +79,7 @@ class References:
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`."""
         self._asked.append((reference, key))
-        return reference_folder(self._resolved(reference))
+        return layout.stage_folder(self._resolved(reference))
 
     def table(self, reference: str) -> msgspec.Struct | None:
         """Return the resolved table of a stage or variant before this one; None where there is none."""
@@ -108,7 +109,7 @@ class References:
             if reference in to_blame and key not in written:
                 continue
             stage = self._resolved(reference)
-            lacking = made_in.get(reference_folder(stage), set()) - self._known.get(stage, set())
+            lacking = made_in.get(layout.stage_folder(stage), set()) - self._known.get(stage, set())
             if stage in self._known and not lacking:
                 continue
             fitting = [one for one, made in self._known.items() if lacking <= made]

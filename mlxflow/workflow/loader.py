@@ -17,7 +17,7 @@ from mlxflow.data import sources
 from mlxflow.device import compute_device
 from mlxflow.device.compute_device import SIZE_PATTERN
 from mlxflow.errors import CallError, WorkflowError
-from mlxflow.storage import model_files, paths
+from mlxflow.storage import layout, model_files, paths
 from mlxflow.storage.digests import DigestCache
 from mlxflow.workflow import stage, workflow_text
 from mlxflow.workflow.config import Problem, read_struct, toml_value, unknown_key, word
@@ -28,9 +28,6 @@ from mlxflow.workflow.stage import Corpus, StageModule
 
 #: Every stage, in the order in which `doit list` shows them. Adding one is a file in `stages/` and its name here.
 STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark", "report")
-
-#: The folder for what mlxflow remembers between runs, inside the artifacts folder.
-STATE = ".mlxflow"
 
 #: The most files that all stages may read together, the same one counted again for each stage that reads it.
 _MAX_FILES = 100_000
@@ -128,7 +125,7 @@ class Stage:
     @cached_property
     def folder(self) -> Path:
         """The artifact, relative to the workflow's folder."""
-        return stage.reference_folder(self.task)
+        return layout.stage_folder(self.task)
 
     @cached_property
     def outputs(self) -> list[Path]:
@@ -144,7 +141,7 @@ class Stage:
     def copies(self) -> dict[Path, Path]:
         """The output behind each copy in the folder of all artifacts; a variant has none, others would overwrite it."""
         names = () if self.variant else getattr(self.module, "LAID_ON_TOP", ())
-        return {Path(stage.ARTIFACTS, name): self.folder / name for name in names}
+        return {Path(layout.ARTIFACTS, name): self.folder / name for name in names}
 
     @cached_property
     def input_files(self) -> list[Path]:
@@ -213,12 +210,12 @@ class Workflow:
     @property
     def artifacts(self) -> Path:
         """The folder of all artifacts."""
-        return self.root / stage.ARTIFACTS
+        return layout.artifacts_folder(self.root)
 
     @property
     def state(self) -> Path:
         """The folder for what is remembered between runs."""
-        return self.artifacts / STATE
+        return layout.state_folder(self.root)
 
     def members(self) -> tuple[stage.Made, ...]:
         """Return every stage as others see it; asked when all stages are known."""

@@ -29,18 +29,13 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 import msgspec
 
 from mlxflow.errors import ArtifactError
+from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.workflow.config import Problem
 
-#: The folder beside the workflow file in which all artifacts lie.
-ARTIFACTS = "artifacts"
-
 #: A variant's name is a folder name and a part of a task's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-#: How the names of our own temporary folders and files end.
-OWN_ENDINGS = (".partial", ".partial.old", ".unfinished", ".tmp", ".lock")
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -136,7 +131,7 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
     model: Path = Path("model.safetensors")
     tokenizer: Path = Path("tokenizer.json")
     tokenizer_config: Path = Path("tokenizer_config.json")
-    report: Path = Path("report.toml")
+    report: Path = Path(layout.REPORT)
 
 
 class Made(NamedTuple):
@@ -218,12 +213,7 @@ def outputs_of(module: StageModule, config: msgspec.Struct) -> msgspec.Struct:
 def is_own_name(module: StageModule, variant: str) -> bool:
     """Return whether a variant's folder would have the name of a file or folder of our own, whatever the case."""
     outputs = {path.parts[0].casefold() for path in paths_of(outputs_of(module, module.Config()))}
-    return variant.casefold() in outputs or variant.casefold().endswith(OWN_ENDINGS)
-
-
-def reference_folder(reference: str) -> Path:
-    """Return the artifact folder of `stage` or `stage:variant`, relative to the workflow's folder."""
-    return Path(ARTIFACTS, *reference.split(":"))
+    return variant.casefold() in outputs or variant.casefold().endswith(layout.TEMPORARY_ENDINGS)
 
 
 def paths_of(struct: msgspec.Struct) -> Iterator[Path]:

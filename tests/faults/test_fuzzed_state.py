@@ -14,6 +14,7 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache, digest_file
 from tasks import lockfile
 from tasks.adoption import Adoption
@@ -142,7 +143,7 @@ def test_a_lock_file_is_read_as_far_as_it_can_be(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         node = _node(root)
-        path = root / lockfile.NAME
+        path = root / layout.LOCKFILE
         path.write_bytes(data)
         adoption = Adoption([node], DigestCache(root / "digests.json"))
         record = adoption("train")

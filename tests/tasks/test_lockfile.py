@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from tasks import lockfile
 from tasks.adoption import Adoption
@@ -155,13 +156,13 @@ def test_names_that_are_no_utf_8_or_hold_line_breaks_are_written_escaped(tmp_pat
         "inputs": {name: str(number) for number, name in enumerate(names)},
         "outputs": {},
     }
-    lockfile.update(tmp_path / lockfile.NAME, node, values, {"s"})
-    inputs = tomllib.loads((tmp_path / lockfile.NAME).read_text())["s"]["inputs"]
+    lockfile.update(tmp_path / layout.LOCKFILE, node, values, {"s"})
+    inputs = tomllib.loads((tmp_path / layout.LOCKFILE).read_text())["s"]["inputs"]
     assert inputs == {"caf\\xe9.txt": "0", "two\\nlines.txt": "1", "x [v2].txt": "2"}
     (tmp_path / "made").write_text("x")
     cache = DigestCache(tmp_path / "digests")
     values["outputs"] = {"made": [1, cache.digests(tmp_path / "made").content]}
-    lockfile.update(tmp_path / lockfile.NAME, node, values, {"s"})
+    lockfile.update(tmp_path / layout.LOCKFILE, node, values, {"s"})
     adopted = Adoption([replace(node, outputs=("made",))], cache)("s")
     assert adopted is not None
     assert list(adopted["inputs"]) == list(files_read(node))

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from mlxflow.report.elements import Block, Code, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, show_bytes
-from mlxflow.report.load_run import LOCK, Run, StageRun, table
+from mlxflow.report.load_run import Run, StageRun, table
 from mlxflow.report.sections import beside
+from mlxflow.storage import layout
 
 _ABOUT = (
     ("device_name", "Device"),
@@ -24,7 +25,7 @@ def section(runs: Sequence[Run]) -> Section:
 def _blocks(run: Run) -> list[Block]:
     blocks: list[Block] = [_machine(run)]
     if run.lock_problem:
-        blocks.append(Note(f"{LOCK} {run.lock_problem}: doit writes it when it builds a stage."))
+        blocks.append(Note(f"{layout.LOCKFILE} {run.lock_problem}: doit writes it when it builds a stage."))
         return blocks
     blocks.append(_lock(run))
     for task, made in run.lock.items():
@@ -54,7 +55,7 @@ def _machine(run: Run) -> Table:
 def _lock(run: Run) -> Table:
     head = ("Stage", "Commit", "Seed", "MLX", "Python", "Device", "Report's digest")
     cells = [_lock_row(one, table(run.lock, one.task)) for one in run.stages]
-    return Table(f"{LOCK}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
+    return Table(f"{layout.LOCKFILE}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
 
 
 def _lock_row(one: StageRun, made: dict[str, object]) -> tuple[str, ...]:
@@ -62,7 +63,7 @@ def _lock_row(one: StageRun, made: dict[str, object]) -> tuple[str, ...]:
         return str(made[key]) if key in made else UNKNOWN
 
     outputs = made.get("outputs")
-    digest = outputs.get((one.member.folder / "report.toml").as_posix()) if isinstance(outputs, dict) else None
+    digest = outputs.get((one.member.folder / layout.REPORT).as_posix()) if isinstance(outputs, dict) else None
     commit, _, changed = told("commit").partition("+")
     shown = commit[:12] + (f"+{changed}" if changed else "")
     return (one.task, shown, told("seed"), told("mlx"), told("python"), told("device"), str(digest or UNKNOWN)[:12])
