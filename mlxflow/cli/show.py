@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflow.errors import ArtifactError, CallError
+from mlxflow.errors import CallError
 from mlxflow.storage import layout, report_checks
 from mlxflow.system import terminal
 from mlxflow.workflow.loader import Stage, Workflow
@@ -28,6 +28,7 @@ def show(workflow: Workflow, one: Stage, row: int | None) -> None:
     Raises:
         CallError: there is nothing to show of such a stage, or no such row.
         ArtifactError: it was not built.
+        SourceError: its tokenizer takes too much time or memory.
     """
     console = terminal.console(soft_wrap=True)
     if one.name == "quantize":
@@ -79,17 +80,14 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
 
 
 def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -> None:
-    from tokenizers import Tokenizer
-
+    from mlxflow.data.guarded_tokenizer import GuardedTokenizer
     from mlxflow.data.token_file import TokenFile
     from mlxflow.workflow.stage import require
 
     train = TokenFile.open(require(folder / "train.safetensors", task))
     tokenizer_file = require(folder / "tokenizer.json", task)
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises nothing more precise
-        raise ArtifactError(f"{tokenizer_file}: no tokenizer ({error}). Run: doit {task}") from error
+    tokenizer = GuardedTokenizer(folder, str(tokenizer_file))
+    tokenizer.open()
     names = require(folder / "files.txt", task).read_text(encoding="utf-8", errors="replace").splitlines()
     count = train.rows.num_rows
     if row is not None and not 0 <= row < count:

@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
 from mmap import mmap
 from multiprocessing import Pipe
 from types import TracebackType
@@ -36,12 +38,18 @@ class Limits(NamedTuple):
         seconds_per_byte: more of it, for each byte that is worked on.
         bytes: of memory that is taken without progress.
         bytes_per_byte: more of it, for each byte that is worked on.
+        run_seconds: of processor time for all work of a process.
+        run_seconds_per_byte: more of it, for each byte that was worked on so far.
+        run_seconds_per_text: more of it, for each text that was worked on so far: a record, or a batch of documents.
     """
 
     seconds: float = 10
     seconds_per_byte: float = 20e-6
     bytes: int = 2 << 30
     bytes_per_byte: int = 512
+    run_seconds: float = 60
+    run_seconds_per_byte: float = 20e-6
+    run_seconds_per_text: float = 0.02
 
 
 LIMITS = Limits()
@@ -71,6 +79,9 @@ class Guard:
             )
             theirs.close()
             stack.callback(self.end)
+            self._watched = psutil.Process(self._process.pid)
+            self._spent: defaultdict[str, float] = defaultdict(float)  # seconds of processor time by the file of others
+            self._counted = 0.0  # seconds that are in these, or belong to no work
             self._stack = stack.pop_all()
         return self
 
@@ -106,7 +117,7 @@ class Guard:
         Raises:
             SourceError: the work went over its limits.
         """
-        process = psutil.Process(self._process.pid)
+        process = self._watched
         since: dict[int, tuple[int, float]] = {}  # of each piece of work: its progress, and when that was seen first
         moved_at, memory_before = 0.0, 0  # when the work moved on last, and the memory then
         while not self._connection.poll(_LOOKS_SECONDS):
@@ -119,11 +130,19 @@ class Guard:
             if any(slot not in since or since[slot][0] != progress for slot, (progress, _) in now.items()):
                 moved_at, memory_before = used, memory
             since = {s: since[s] if s in since and since[s][0] == now[s][0] else now[s] for s in now}
+            self._count(work, used)
             if work:
                 oldest = min(work, key=lambda one: since[one.slot][1])
                 size = sum(one.size for one in work)
                 _check_seconds(oldest, size, used - moved_at)
                 _check_memory(oldest, size, memory, memory_before, process)
+                _check_run(self._spent, *self._board.worked_on())
+
+    def _count(self, work: list[Announced], used: float) -> None:
+        """Add the time since the last look to the files of others that are at work now."""
+        for one in work:
+            self._spent[one.subject] += (used - self._counted) / len(work)
+        self._counted = used
 
     def _refuse_dead(self) -> NoReturn:
         """Say why the process ended without an answer."""
@@ -180,6 +199,17 @@ def _check_seconds(work: Announced, size: int, used: float) -> None:
     limit = LIMITS.seconds + LIMITS.seconds_per_byte * size
     if used > limit:
         raise _TooMuchError(f"{_named(work)} took over {limit:,.3g} s of processor time. Mend it or name another.")
+
+
+def _check_run(spent: Mapping[str, float], size: int, texts: int) -> None:
+    """Compare the time of all work so far with what was worked on: each text may be within its own limit."""
+    limit = LIMITS.run_seconds + LIMITS.run_seconds_per_byte * size + LIMITS.run_seconds_per_text * texts
+    if sum(spent.values()) > limit:
+        subject, seconds = max(spent.items(), key=lambda one: one[1])
+        raise _TooMuchError(
+            f"{subject} took {seconds:,.0f} s of processor time for {texts:,} texts of {size:,} bytes in all, "
+            f"{size / seconds:,.0f} bytes a second. Mend it or name another."
+        )
 
 
 def _check_memory(work: Announced, size: int, rss: int, before: int, process: psutil.Process) -> None:

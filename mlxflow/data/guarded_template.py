@@ -1,12 +1,15 @@
-"""A chat template that a watched process runs; see `mlxflow.data.guard`. Slow to start, for a few conversations."""
+"""A chat template that a watched process runs; see `mlxflow.data.guard`. For a few conversations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chat_compiler import Message
-from mlxflow.data.guard import guarded
 from mlxflow.data.watched import Work
+from mlxflow.errors import SourceError
+
+_MOST_CHARACTERS, _CHARACTERS_PER_CHARACTER = 1 << 24, 64
 
 
 class GuardedTemplate:
@@ -16,24 +19,26 @@ class GuardedTemplate:
         source: the Jinja text.
         special_tokens: what the template may name, such as `bos_token`.
         subject: the template's name, as a message begins.
+        call: calls a function in the process; see `Guard.call`.
 
     Raises:
         TemplateProblem: it is no valid template.
         SourceError: compiling it takes too much time or memory.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], subject: str) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], subject: str, call: Callable[..., Any]) -> None:
+        self._call = call
         self._known = (source, tuple(sorted(special_tokens.items())), subject)
-        guarded(f"{__name__}:check", *self._known)
+        call(f"{__name__}:check", *self._known)
 
     def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
         """Return the text of a conversation; see `ChatTemplate.render`.
 
         Raises:
             TemplateProblem: the template refuses the conversation.
-            SourceError: it takes too much time or memory.
+            SourceError: it takes too much time or memory, or writes too much.
         """
-        text: str = guarded(f"{__name__}:render", *self._known, list(messages), prompt)
+        text: str = self._call(f"{__name__}:render", *self._known, list(messages), prompt)
         return text
 
 
@@ -52,5 +57,11 @@ def render(
 ) -> str:
     """Return the text of a conversation, in the watched process."""
     template = _opened(source, special_tokens, subject)
-    with Work(subject, size=sum(len(str(message)) for message in messages)):
-        return template.render(messages, prompt=prompt)
+    size = sum(len(str(message)) for message in messages)
+    with Work(subject, size=size):
+        text = template.render(messages, prompt=prompt)
+    if len(text) > _MOST_CHARACTERS + _CHARACTERS_PER_CHARACTER * size:  # the process that asked has to hold it too
+        raise SourceError(
+            f"{subject} writes {len(text):,} characters for a conversation of {size:,}. Mend it or name another."
+        )
+    return text

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.guarded_template import GuardedTemplate
+from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.data.token_file import PieceAt, TokenFile
 from mlxflow.storage import artifact_files
 
@@ -29,7 +29,7 @@ class Question(NamedTuple):
 
 
 def held_out_questions(
-    tokens: TokenFile, tokenizer: Tokenizer, template: GuardedTemplate | None, *, count: int
+    tokens: TokenFile, tokenizer: GuardedTokenizer, template: GuardedTemplate | None, *, count: int
 ) -> list[Question]:
     """Return questions from the conversations of a token file, in the order of their rows; none where it has none.
 
@@ -50,7 +50,7 @@ def held_out_questions(
     return list(found.values())[:count]
 
 
-def held_out_beginnings(tokens: TokenFile, tokenizer: Tokenizer, *, count: int, num_tokens: int) -> list[str]:
+def held_out_beginnings(tokens: TokenFile, tokenizer: GuardedTokenizer, *, count: int, num_tokens: int) -> list[str]:
     """Return the first tokens of documents, as text, in the order of their rows.
 
     Args:
@@ -80,7 +80,7 @@ def _rows_with_beginnings(tokens: TokenFile) -> list[int]:
 
 
 def _question(
-    tokens: TokenFile, tokenizer: Tokenizer, template: GuardedTemplate | None, row: int, piece: PieceAt
+    tokens: TokenFile, tokenizer: GuardedTokenizer, template: GuardedTemplate | None, row: int, piece: PieceAt
 ) -> Question | None:
     """Return a piece of a row as a question; None where it does not begin a conversation with a turn to learn."""
     is_trained = np.asarray(tokens.rows.marks[row, piece.begin : piece.end]) & 1

@@ -201,8 +201,8 @@ class Tokenizing:
             if self._stopped.is_set():
                 raise InterruptedError
             for documents in self._documents(formatter, items, writer):
-                size = sum(document.num_bytes for document in documents) + len(self._vocabulary.definition)  # read once
-                with Work(self._vocabulary.subject, file.name, size) as work:
+                size, own = sum(document.num_bytes for document in documents), len(self._vocabulary.definition)
+                with Work(self._vocabulary.subject, file.name, size, own=own) as work:
                     self._encode(documents, writer, long, progress, work)
             del items  # a batch may be one record of many megabytes, and the next one is being made
         writer.end_tokens = sorted({*writer.end_tokens, *self._ids_of(formatter.end_tokens)})

@@ -14,6 +14,7 @@ from mlxflow.data.chatml import CHATML
 from mlxflow.data.control_tokens import ControlTokens
 from mlxflow.data.long_words import cut_long_words
 from mlxflow.data.watched import Work
+from mlxflow.data.watched_tokenizer import randomness
 from mlxflow.errors import SourceError
 from mlxflow.models import model_code
 from mlxflow.storage import hub, model_files, remote_code
@@ -175,14 +176,6 @@ def _opened(path: Path, key: str) -> Tokenizer:
     if problem := randomness(tokenizer):
         raise SourceError(f"{key}: its tokenizer.json has {problem}")
     return tokenizer
-
-
-def randomness(tokenizer: Tokenizer) -> str:
-    """Return what makes the ids of a tokenizer differ between two runs, and what to do; empty for nothing."""
-    dropout = getattr(tokenizer.model, "dropout", None)
-    if not dropout:
-        return ""
-    return f"model.dropout = {dropout:g}: two runs would give different ids. Set it to null."
 
 
 def _config_of(files: Mapping[str, Path], template: str | None, key: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from mlxflow.system import child_processes
 #: Pieces of work that may be announced at a time; there are at most 256 workers.
 NUM_SLOTS = 1024
 
-_NUMBERS = 4  # of a slot: size + 1, progress, place, length of the text
+_NUMBERS = 6  # of a slot: size + 1, progress, place, length of the text; of all its work so far: bytes, texts
 _TEXT_BYTES = 1024
 BOARD_BYTES = NUM_SLOTS * (8 * _NUMBERS + _TEXT_BYTES)
 
@@ -62,12 +62,17 @@ class Board:
         """Return what goes on now."""
         numbers, found = self.numbers.tolist(), []
         for slot in range(NUM_SLOTS):
-            size, progress, place, length = numbers[slot * _NUMBERS : (slot + 1) * _NUMBERS]
+            size, progress, place, length = numbers[slot * _NUMBERS : slot * _NUMBERS + 4]
             if size:
                 begin = slot * _TEXT_BYTES
                 subject, _, on = bytes(self.texts[begin : begin + length]).decode(errors="replace").partition("\n")
                 found.append(Announced(slot, size - 1, progress, place, subject, on))
         return found
+
+    def worked_on(self) -> tuple[int, int]:
+        """Return the bytes and the number of texts of all work so far, what goes on now included."""
+        numbers = self.numbers.tolist()
+        return sum(numbers[4::_NUMBERS]), sum(numbers[5::_NUMBERS])
 
 
 _board = Board()
@@ -82,12 +87,13 @@ class Work:
         subject: the file of others, as a message begins: its key and name.
         on: what is worked on; empty for the subject itself.
         size: bytes of that.
+        own: bytes of the subject, where this work may have to read it again.
     """
 
-    def __init__(self, subject: str, on: str = "", size: int = 0) -> None:
+    def __init__(self, subject: str, on: str = "", size: int = 0, *, own: int = 0) -> None:
         self._subject = subject
         self._text = f"{subject}\n{on}".encode(errors="replace")[:_TEXT_BYTES]
-        self._size = size
+        self._size, self._own = size, own
         self._numbers = _board.numbers
         self._at = 0
 
@@ -110,7 +116,9 @@ class Work:
         numbers[at + 1] += 1
         numbers[at + 2] = place
         if size is not None:
-            numbers[at] = size + 1
+            numbers[at] = size + self._own + 1
+            numbers[at + 4] += size
+            numbers[at + 5] += size > 0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -4,18 +4,16 @@ Opened without transformers, which takes a second and more to import; token by t
 """
 
 import json
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.data import guard
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.guarded_template import GuardedTemplate
-from mlxflow.data.tokenizer import randomness
+from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.models import config_json, model_folder
 
@@ -46,17 +44,16 @@ class Writer:
 
     Raises:
         ArtifactError: the folder is no model folder, or its tokenizer or template cannot be opened.
+        SourceError: the tokenizer or the template takes too much time or memory; so do the methods.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.tokenizer = GuardedTokenizer(folder)  # its process starts while the model is read
         self._model, config = model_folder.load(folder)
-        self.tokenizer = model_folder.open_tokenizer(folder)
-        if random := randomness(self.tokenizer):
+        if random := self.tokenizer.open():
             raise ArtifactError(f"{folder}: its tokenizer.json has {random}")
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self._template = open_template(folder)
+        self._template = open_template(folder, self.tokenizer.call)
         end = self.tokenizer.token_to_id(_tokenizer_settings(folder).get("eos_token") or "")
         self._ends = set(config_json.end_of_text(config)) | ({end} if end is not None else set())
 
@@ -67,7 +64,7 @@ class Writer:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue, with what the tokenizer puts before one."""
-        ids = self._encode(text, add_special_tokens=True)
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
         return ids or sorted(self._ends)[:1]  # nothing to read: as after a document's end
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -85,35 +82,7 @@ class Writer:
                 f"{self._folder}: its chat template refuses the conversation ({error}). Continue the text as it is "
                 "(--raw), or mend the template."
             ) from error
-        return self._encode(text, add_special_tokens=False)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a text; what a tokenizer of others takes too long for, or panics at, is one line.
-
-        Raises:
-            ArtifactError: the tokenizer fails, or is not done in time.
-        """
-        results: SimpleQueue[list[int] | BaseException] = SimpleQueue()
-
-        def encode() -> None:
-            try:
-                # a batch, since a single text is encoded without releasing the interpreter
-                results.put(self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
-            except BaseException as error:  # a panic of the library is no Exception
-                results.put(error)
-
-        threading.Thread(target=encode, daemon=True).start()
-        limit = guard.LIMITS.seconds + guard.LIMITS.seconds_per_byte * len(text.encode(errors="replace"))
-        try:
-            ids = results.get(timeout=limit)
-        except Empty:
-            raise self._failed(f"took over {limit:,.0f} s for a text of {len(text):,} characters") from None
-        if isinstance(ids, BaseException):
-            raise self._failed(" ".join(str(ids).split())[:200] or type(ids).__name__) from None
-        return ids
-
-    def _failed(self, reason: str) -> ArtifactError:
-        return ArtifactError(f"{self._folder}: its tokenizer.json failed ({reason}). Mend it or name another model.")
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def tokens(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """Yield the ids that the model writes after others, up to one that ends a text or a turn."""
@@ -142,13 +111,8 @@ class Writer:
             token = after
 
     def write(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Yield the text that the model writes after some ids, piece by piece."""
-        from tokenizers.decoders import DecodeStream
-
-        stream = DecodeStream(skip_special_tokens=True)
-        for token in self.tokens(ids, sampling):
-            if text := stream.step(self.tokenizer, token):
-                yield text
+        """Return the text that the model writes after some ids, piece by piece."""
+        return self.tokenizer.decode_each(self.tokens(ids, sampling))
 
 
 def generate(folder: Path, *, prompt: str, sampling: Sampling, raw: bool) -> tuple[bool, Iterator[str]]:
@@ -163,16 +127,12 @@ def generate(folder: Path, *, prompt: str, sampling: Sampling, raw: bool) -> tup
     Raises:
         ArtifactError: the folder is no model folder, or has no tokenizer.
         CallError: the template refuses the message.
+        SourceError: the tokenizer or the template takes too much time or memory.
     """
     writer = Writer(folder)
     if writer.has_template and not raw:
         return True, writer.write(writer.chat_ids([{"role": "user", "content": prompt}]), sampling)
-    return False, _continued(writer, prompt, sampling)
-
-
-def _continued(writer: Writer, prompt: str, sampling: Sampling) -> Iterator[str]:
-    yield prompt
-    yield from writer.write(writer.text_ids(prompt), sampling)
+    return False, chain([prompt], writer.write(writer.text_ids(prompt), sampling))
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -183,11 +143,12 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     return settings | {key: text for key, text in named.items() if text is not None}
 
 
-def open_template(folder: Path) -> GuardedTemplate | None:
+def open_template(folder: Path, call: Callable[..., Any]) -> GuardedTemplate | None:
     """Return the chat template of a folder, None where it has none; a file of its own overrides the settings.
 
     Args:
         folder: of a model, or of a tokenizer alone.
+        call: calls a function in a watched process; see `Guard.call`.
 
     Raises:
         ArtifactError: it is no valid template.
@@ -204,7 +165,7 @@ def open_template(folder: Path) -> GuardedTemplate | None:
         return None
     names = {key: value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str)}
     try:
-        return GuardedTemplate(source, names, f"{folder}: its chat template")
+        return GuardedTemplate(source, names, f"{folder}: its chat template", call)
     except TemplateProblem as error:
         raise ArtifactError(f"{folder}: its chat template is not valid ({error}). Mend it.") from error
 

@@ -499,21 +499,13 @@ def num_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` of a model folder.
+def convert_tokenizer(folder: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` of a model folder without a tokenizer.json.
 
     Raises:
         ArtifactError: there is none that can be opened.
     """
-    if not (folder / "tokenizer.json").is_file():
-        opened = _open_in_transformers(folder)
-        if getattr(opened, "backend_tokenizer", None) is None:
-            raise ArtifactError(f"{folder}: its tokenizer has no form as a tokenizer.json. Name another folder.")
-        return opened.backend_tokenizer
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises this very class
-        said = " ".join(str(error).split())
-        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). Build it again.") from error
+    opened = _open_in_transformers(folder)
+    if getattr(opened, "backend_tokenizer", None) is None:
+        raise ArtifactError(f"{folder}: its tokenizer has no form as a tokenizer.json. Name another folder.")
+    return opened.backend_tokenizer

@@ -52,16 +52,15 @@ def samples(config: Any, inputs: Any, context: Context) -> list[dict[str, Any]]:
 def _asked(config: Any, inputs: Any) -> _Asked:
     if config.prompts or not inputs.models:
         return _Asked(list(config.prompts), [], None, are_messages=True)
-    from tokenizers import Tokenizer
-
+    from mlxflow.data.guarded_tokenizer import GuardedTokenizer
     from mlxflow.data.held_out_questions import held_out_beginnings, held_out_questions
     from mlxflow.data.token_file import TokenFile
     from mlxflow.evaluation.text_generation import open_template
 
     tokens = TokenFile.open(inputs.validation[0])
-    tokenizer = Tokenizer.from_file(str(inputs.validation[1]))
+    tokenizer = GuardedTokenizer(inputs.validation[1].parent)
     if tokens.has_conversations:
-        template = open_template(inputs.validation[1].parent)
+        template = open_template(inputs.validation[1].parent, tokenizer.call)
         questions = held_out_questions(tokens, tokenizer, template, count=config.num_prompts)
         if questions:
             return _Asked([], questions, tokenizer, are_messages=False)
@@ -84,7 +83,7 @@ def _written(config: Any, folder: Path, asked: _Asked, context: Context) -> list
         key = "question" if is_chat else "prompt"
         found.append({key: text, "text": "".join(writer.write(ids, sampling))})
     if asked.questions:
-        reads_ids = writer.tokenizer.get_vocab() == asked.tokenizer.get_vocab()
+        reads_ids = writer.tokenizer.digest_vocabulary() == asked.tokenizer.digest_vocabulary()
         for one in asked.questions:
             ids = one.ids if reads_ids else _ids_of_another(writer, one.text)
             found.append({"question": one.text, "answer": one.answer, "text": "".join(writer.write(ids, sampling))})

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxflow.data import guard
+from mlxflow.data import guard, watched
 from mlxflow.data.guard import Guard, Limits, guarded
 from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
 from mlxflow.errors import SourceError, StageError
@@ -172,6 +172,44 @@ def test_a_pattern_that_backtracks_is_one_line(job: _Job, capfd: pytest.CaptureF
     assert "panicked" not in capfd.readouterr().err
 
 
+def test_a_template_that_is_slow_for_every_record_is_one_line(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "LIMITS", Limits(seconds=60, run_seconds=1, run_seconds_per_text=0.001))
+    line = job.fails(
+        job.template("{% for i in range(25) %}{% for j in range(90000) %}{% endfor %}{% endfor %}" + _USUAL)
+    )
+    number = r"[\d,]+"
+    assert re.fullmatch(
+        f"{re.escape(_TEMPLATE)} took {number} s of processor time for {number} texts of {number} bytes in all, "
+        f"{number} bytes a second\\. Mend it or name another\\.",
+        line,
+    )
+
+
+def test_the_time_of_a_run_may_grow_with_what_it_works_on() -> None:
+    run_check = guard._check_run
+    usual = guard.LIMITS
+    run_check({"a": usual.run_seconds + 1}, 100_000_000, 0)
+    run_check({"a": usual.run_seconds + 1}, 100, 1_000)
+    with pytest.raises(SourceError) as caught:
+        run_check({"a": 1.0, "b": 360_000.0}, 40_000_000, 40_000)
+    assert str(caught.value) == (
+        "b took 360,000 s of processor time for 40,000 texts of 40,000,000 bytes in all, 111 bytes a second. "
+        "Mend it or name another."
+    )
+
+
+def test_all_work_of_a_process_is_counted_but_a_subject_read_again_is_not() -> None:
+    before = watched._board.worked_on()
+    with watched.Work("a", size=10), watched.Work("b", "file", 5, own=1000) as work:
+        assert max(one.size for one in watched._board.announced()) == 1005
+        work.step(1)
+        work.step(2, 7)
+    with watched.Work("a"):
+        pass
+    size, texts = watched._board.worked_on()
+    assert (size - before[0], texts - before[1]) == (22, 3)
+
+
 def test_a_tokenizer_with_dropout_is_refused(job: _Job) -> None:
     line = job.fails(job.tokenizer(lambda definition: definition["model"].update(dropout=0.1)))
     assert line == f"{_TOKENIZER} has model.dropout = 0.1: two runs would give different ids. Set it to null."
@@ -206,7 +244,7 @@ def test_the_process_ends_with_its_parent_even_in_c_code() -> None:
 def test_a_model_folder_s_template_is_limited_too(job: _Job) -> None:
     job.tokenizer()
     (job.folder / "mine/chat_template.jinja").write_text("{{ 9**(9**9 * messages|length) }}")
-    template = open_template(job.folder / "mine")
+    template = open_template(job.folder / "mine", guarded)
     assert template is not None
     with pytest.raises(SourceError) as caught:
         template.render([{"role": "user", "content": "x"}], prompt=True)

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mlx_lm import load
 from mlx_lm.generate import stream_generate
+from tokenizers import Tokenizer
 
 from mlxflow.__main__ import main
-from mlxflow.data import guard
+from mlxflow.data import guard, watched_tokenizer
+from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
-from mlxflow.errors import ArtifactError
+from mlxflow.errors import ArtifactError, SourceError
 from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.models import model_folder
 from tests.small_models import llama
@@ -181,11 +184,60 @@ def test_a_tokenizer_that_fails_or_takes_too_long_is_one_line(folder: Path, monk
     both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
     _change(folder / "tokenizer.json", pre_tokenizer=both)
     monkeypatch.setattr(guard, "LIMITS", guard.Limits(seconds=1))
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(SourceError) as caught:
         Writer(folder).text_ids("a" * 300)
     said = str(caught.value)
-    assert said.startswith(f"{folder}: its tokenizer.json failed (")
-    assert said.endswith("). Mend it or name another model.")
+    assert said.startswith((f"{folder}: its tokenizer.json failed (", f"{folder}: its tokenizer.json took over 1 s "))
+    assert said.endswith(". Mend it or name another.")
+
+
+def _multiply_text(folder: Path) -> None:
+    steps = [{"type": "Replace", "pattern": {"String": a}, "content": b * 2000} for a, b in ("ab", "bc", "cd")]
+    _change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+
+
+def test_a_normalizer_that_multiplies_text_is_one_line_of_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _multiply_text(folder)
+    monkeypatch.setattr(guard, "LIMITS", guard.Limits(60, 0, 600_000_000, 0))
+    code, out, err = _lines(capsys, str(folder), "--prompt", "a small note")
+    assert (code, out) == (2, "")
+    assert err == (f"{folder}: its tokenizer.json (12 bytes) took over 0.6 GB of memory. Mend it or name another.\n")
+
+
+def test_what_a_tokenizer_makes_of_a_text_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_tokenizer, "_MOST_IDS", 100)
+    _change(
+        folder / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b c" * 300}
+    )
+    key = (folder, "the tokenizer", False)
+    count = len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a"))
+    with pytest.raises(SourceError) as caught:
+        watched_tokenizer.encode(key, "a", True)
+    said = f"the tokenizer makes {count:,} tokens of a text of 1 bytes. Mend it or name another."
+    assert str(caught.value) == said
+    assert len(watched_tokenizer.encode(key, "a" + "b" * count, True)) >= count
+
+
+def test_a_decoder_that_writes_long_texts_is_one_line(folder: Path) -> None:
+    decoder = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 2_000_000}
+    _change(folder / "tokenizer.json", decoder=decoder)
+    tokenizer = GuardedTokenizer(folder)
+    number = tokenizer.token_to_id("a")
+    assert number is not None
+    said = f"{folder}: its tokenizer.json makes a text of 2,000,000 characters of 1 tokens. Mend it or name another."
+    for decode in (lambda: tokenizer.decode([number]), lambda: list(tokenizer.decode_each([number]))):
+        with pytest.raises(SourceError) as caught:
+            decode()
+        assert str(caught.value) == said
+
+
+def test_a_writer_s_process_ends_with_it(folder: Path) -> None:
+    writer = Writer(folder)
+    process = psutil.Process(writer.tokenizer.call("os:getpid"))
+    del writer
+    assert not process.is_running()
 
 
 def test_a_tokenizer_with_dropout_writes_nothing(folder: Path) -> None:

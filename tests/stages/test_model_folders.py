@@ -248,7 +248,7 @@ def test_every_end_that_a_folder_names_ends_a_text(job: Path, file: str) -> None
     prompt = written.text_ids("note 3")
     first = next(written.tokens(prompt, sampling))
     if file == "tokenizer_config.json":
-        _change_json(job / "base" / file, eos_token=written.tokenizer.id_to_token(first))
+        _change_json(job / "base" / file, eos_token=written.tokenizer.decode([first], skip_special_tokens=False))
     else:
         _change_json(job / "base" / file, eos_token_id=[7, first])
     assert list(Writer(job / "base").tokens(prompt, sampling)) == []
@@ -360,7 +360,7 @@ def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: 
         "Read it, then set quantize.trust_remote_code = true to run it."
     )
     with pytest.raises(ArtifactError) as refused:
-        model_folder.open_tokenizer(base)
+        model_folder.convert_tokenizer(base)
     assert str(refused.value) == (
         f"{base}: its {file} names Python code of its own, tokenization.Own. Read it, then set "
         "trust_remote_code = true where the workflow names the folder, or pass --trust-remote-code."

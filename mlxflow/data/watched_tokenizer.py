@@ -1,0 +1,161 @@
+"""A tokenizer of others, opened and used in the watched process of `mlxflow.data.guarded_tokenizer`.
+
+Results are bounded in proportion to the input, since the process that asked has to hold them too. Imports stay light:
+they are part of the start of every such process.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxflow.data.watched import Work
+from mlxflow.errors import ArtifactError, SourceError
+from mlxflow.storage.digests import digest_json
+
+if TYPE_CHECKING:
+    from tokenizers.decoders import DecodeStream
+
+_MOST_IDS, _IDS_PER_BYTE = 1 << 20, 16
+_MOST_CHARACTERS, _CHARACTERS_PER_ID = 1 << 20, 1024
+
+# The text that is being written, one at a time
+_stream: "DecodeStream | None" = None
+
+
+class Opened:
+    """A tokenizer that gives the ids of whole texts.
+
+    Args:
+        folder: of a model, or of a tokenizer alone.
+        subject: its file, as a message begins.
+        trusts_code: whether Python code of the folder may be run.
+
+    Raises:
+        ArtifactError: there is none that can be opened.
+    """
+
+    def __init__(self, folder: Path, subject: str, *, trusts_code: bool) -> None:
+        self.subject = subject
+        file = folder / "tokenizer.json"
+        with Work(subject, size=file.stat().st_size if file.is_file() else 0):
+            self.tokenizer = _read(file) if file.is_file() else _converted(folder, trusts_code)
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+
+
+def _read(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    definition = file.read_bytes()
+    try:
+        return Tokenizer.from_buffer(definition)
+    except Exception as error:  # tokenizers raises this very class
+        said = " ".join(str(error).split())
+        raise ArtifactError(f"{file.parent}: its tokenizer cannot be opened ({said}). Build it again.") from error
+
+
+def _converted(folder: Path, trusts_code: bool) -> Any:
+    from mlxflow.models import model_folder
+    from mlxflow.storage import remote_code
+
+    with remote_code.trusting_code(trusts_code):
+        return model_folder.convert_tokenizer(folder)
+
+
+_opened = cache(Opened)
+
+
+def open_(folder: Path, subject: str, trusts_code: bool) -> str:
+    """Open a tokenizer; return what makes its ids differ between two runs, empty for nothing."""
+    return randomness(_opened(folder, subject, trusts_code=trusts_code).tokenizer)
+
+
+def encode(key: tuple[Path, str, bool], text: str, special: bool) -> list[int]:
+    """Return the ids of a text.
+
+    Args:
+        key: arguments of `open_`.
+        text: any text.
+        special: add what the tokenizer puts around a text.
+
+    Raises:
+        SourceError: the tokenizer fails, or makes too many tokens.
+    """
+    opened, size = _get(key), len(text.encode(errors="replace"))
+    with Work(opened.subject, size=size):
+        encoding = opened.tokenizer.encode(text, add_special_tokens=special)
+        if len(encoding) > _MOST_IDS + _IDS_PER_BYTE * size:
+            raise SourceError(
+                f"{opened.subject} makes {len(encoding):,} tokens of a text of {size:,} bytes. Mend it or name another."
+            )
+        ids: list[int] = encoding.ids
+    return ids
+
+
+def decode(key: tuple[Path, str, bool], ids: Sequence[int], skip_special_tokens: bool) -> str:
+    """Return the text of some ids.
+
+    Raises:
+        SourceError: the tokenizer fails, or makes too long a text.
+    """
+    opened = _get(key)
+    with Work(opened.subject, size=4 * len(ids)):
+        text: str = opened.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    return _bounded(opened, text, len(ids))
+
+
+def begin_stream() -> None:
+    """Begin a text that is decoded token by token; control tokens are left out."""
+    global _stream
+    from tokenizers.decoders import DecodeStream
+
+    _stream = DecodeStream(skip_special_tokens=True)
+
+
+def step_stream(key: tuple[Path, str, bool], token: int) -> str:
+    """Return what a token adds to the text; empty while a character lacks bytes.
+
+    Raises:
+        SourceError: as `decode`.
+    """
+    if _stream is None:
+        begin_stream()
+    opened = _get(key)
+    with Work(opened.subject, size=4):
+        text = _stream.step(opened.tokenizer, token)  # type: ignore[union-attr]  # it was begun
+    return _bounded(opened, text or "", 1)
+
+
+def token_to_id(key: tuple[Path, str, bool], text: str) -> int | None:
+    """Return the id of a token; None where there is no such token."""
+    number: int | None = _get(key).tokenizer.token_to_id(text)
+    return number
+
+
+def digest_vocabulary(key: tuple[Path, str, bool]) -> str:
+    """Return a digest of all tokens with their ids: equal for tokenizers of one vocabulary."""
+    opened = _get(key)
+    with Work(opened.subject, size=40 * opened.tokenizer.get_vocab_size()):  # bytes of a file
+        return digest_json(opened.tokenizer.get_vocab())
+
+
+def randomness(tokenizer: Any) -> str:
+    """Return what makes the ids of a tokenizer differ between two runs, and what to do; empty for nothing."""
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if not dropout:
+        return ""
+    return f"model.dropout = {dropout:g}: two runs would give different ids. Set it to null."
+
+
+def _get(key: tuple[Path, str, bool]) -> Opened:
+    folder, subject, trusts_code = key
+    return _opened(folder, subject, trusts_code=trusts_code)
+
+
+def _bounded(opened: Opened, text: str, count: int) -> str:
+    if len(text) > _MOST_CHARACTERS + _CHARACTERS_PER_ID * count:
+        raise SourceError(
+            f"{opened.subject} makes a text of {len(text):,} characters of {count:,} tokens. Mend it or name another."
+        )
+    return text
