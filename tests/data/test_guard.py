@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mlxflow.__main__ import main
 from mlxflow.data import guard, watched
 from mlxflow.data.guard import Guard, Limits, guarded
 from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
@@ -208,6 +209,22 @@ def test_all_work_of_a_process_is_counted_but_a_subject_read_again_is_not() -> N
         pass
     size, texts = watched._board.worked_on()
     assert (size - before[0], texts - before[1]) == (22, 3)
+
+
+def test_show_limits_the_tokenizer_of_an_artifact(job: _Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.run(job.tokenizer() + "\ncontext_length = 16")
+    file = str(job.folder / "workflow.toml")
+    capsys.readouterr()
+    assert main(["show", "pretokenize", "--row", "0", "--workflow", file]) == 0
+    assert "It is so." in capsys.readouterr().out
+    tokenizer = job.folder / "artifacts/pretokenize/tokenizer.json"
+    definition = json.loads(tokenizer.read_text())
+    steps = [{"type": "Replace", "pattern": {"Regex": "."}, "content": "b" * 2000}] * 2
+    definition["decoder"] = {"type": "Sequence", "decoders": [*steps, {"type": "Fuse"}]}
+    tokenizer.write_text(json.dumps(definition))
+    assert main(["show", "pretokenize", "--row", "0", "--workflow", file]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(f"{re.escape(str(tokenizer))} (makes a text|took over) .* Mend it or name another\\.\n", err)
 
 
 def test_a_tokenizer_with_dropout_is_refused(job: _Job) -> None:
