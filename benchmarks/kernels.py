@@ -170,14 +170,14 @@ def _first_starts() -> None:
             print(json.dumps(rounds[-1]), flush=True)
         later = {name: statistics.median(one[name] - one["off_s"] for one in rounds) for name in ("first_s", "later_s")}
         print(json.dumps({f"{name.removesuffix('_s')}_later_by_s": round(took, 2) for name, took in later.items()}))
-        _proofs(Path(known, "mlxflow/kernels.json"))
+        _verifications(Path(known, "mlxflow/kernels.json"))
 
 
-def _proofs(outcomes: Path) -> None:
-    """Print what the proof of the kernels in a cache takes: from their names, and with all of its process."""
-    from mlxflow.kernels import early_start, verifier_process
+def _verifications(results: Path) -> None:
+    """Print the seconds that verifying the kernels in a cache takes, with its process ready and from its start."""
+    from mlxflow.kernels import cache, early_start, verifier_process
 
-    (proved,) = json.loads(outcomes.read_text()).values()
+    (verified,) = cache.read_table(results).values()
     rows = []
     for _ in range(5):
         row = {}
@@ -185,17 +185,16 @@ def _proofs(outcomes: Path) -> None:
             with tempfile.TemporaryDirectory() as nothing:
                 os.environ["XDG_CACHE_HOME"] = nothing
                 begin = time.perf_counter()
-                with verifier_process.Prover(early_start.COMMAND) as prover:
+                with verifier_process.VerifierProcess(early_start.COMMAND) as process:
                     time.sleep(wait_seconds)  # as while the model is built
-                    prover.tell(list(proved))
-                    told = prover.listen(list(proved), 60)
+                    process.send(list(verified))
+                    output = process.listen(list(verified), 60)
                 row[part] = round(time.perf_counter() - begin - wait_seconds, 2)
-                assert told.outcomes.keys() == proved.keys(), told
+                assert output.results.keys() == verified.keys(), output
         rows.append(row)
         print(json.dumps(row), flush=True)
-    print(
-        json.dumps({"proved": len(proved), **{part: statistics.median(row[part] for row in rows) for part in rows[0]}})
-    )
+    medians = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+    print(json.dumps({"verified": len(verified), **medians}))
 
 
 def _cold_starts() -> None:
@@ -224,7 +223,7 @@ def _starts() -> None:
 
 
 def _start_once() -> None:
-    """Do what `serving.choose_for` does, the proof's outcomes being known, in the reference job's shape."""
+    """Do what `model_kernels.choose_for` does with all results cached, in the reference job's shape."""
     from benchmarks.train import SHAPE
     from mlxflow.device import compute_device
     from mlxflow.models import model_folder
@@ -240,33 +239,33 @@ def _start_once() -> None:
         times.append(time.perf_counter())
         works.append(time.process_time())
 
-    from mlxflow.kernels import codegen, layer_patching, registry
+    from mlxflow.kernels import codegen, fingerprint, layer_patching, registry
     from mlxflow.kernels.early_start import cache_file
-    from mlxflow.kernels.layer_signature import alike
-    from mlxflow.kernels.verification_outcome import Outcome
+    from mlxflow.kernels.layer_signature import group_layers
+    from mlxflow.kernels.verifier_process import VerificationResult
 
     lap()
-    place = registry.environment()
+    place = fingerprint.environment()
     lap()
-    fits = layer_patching.find_fits(model)
+    layers = layer_patching.find_layers(model)
     lap()
-    known = registry.known_outcomes(place)
+    known = registry.known_results(place)
     lap()
     if codegen.language() == "cuda":
-        codegen._programs_run()
+        codegen.programs_run()
     lap()
-    names = sorted({fit.name(module, mx.bfloat16) for module, fit in fits})
+    names = sorted({pattern.kernel_name(module, mx.bfloat16) for module, pattern in layers})
     imports, *parts = [(later - sooner) * 1e3 for sooner, later in itertools.pairwise(times)]
     took = {"imports_ms": imports, "else_ms": sum(parts), "else_process_ms": (works[-1] - works[1]) * 1e3}
-    took |= dict(zip(("environment_ms", "fits_ms", "outcomes_ms", "programs_ms"), parts, strict=True))
+    took |= dict(zip(("environment_ms", "patterns_ms", "results_ms", "programs_ms"), parts, strict=True))
     begin = time.perf_counter()
-    alike(model)
-    took["likeness_ms"] = (time.perf_counter() - begin) * 1e3  # a part of fits_ms
+    group_layers(model)
+    took["grouping_ms"] = (time.perf_counter() - begin) * 1e3  # a part of patterns_ms
     if not known:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
-        registry._keep(place, dict.fromkeys(names, Outcome(True, "")))
+        registry.keep_results(place, dict.fromkeys(names, VerificationResult(True, "")))
     shown = {key: round(milliseconds, 1) for key, milliseconds in took.items()}
-    print(json.dumps({"layers": len(fits), "known": len(known)} | shown), flush=True)
+    print(json.dumps({"layers": len(layers), "known": len(known)} | shown), flush=True)
 
 
 _INCLUDES = "".join(
@@ -283,28 +282,28 @@ _INCLUDES = "".join(
 
 
 def _compile() -> None:
-    from mlxflow.kernels import adamw, codegen, cross_entropy, gated_activation, nvrtc, rms_norm
+    from mlxflow.kernels import adamw, codegen, cross_entropy, gated_activation, nvrtc, rms_norm_source
 
     fp32, bf16 = "float32", "bfloat16"
     programs = [
-        (rms_norm._FORWARD, [bf16, bf16, fp32], [bf16], [("D", "576"), ("WARPS", "1")]),
-        (rms_norm._BACKWARD, [bf16, bf16, bf16, fp32], [bf16, fp32], [("D", "576"), ("WARPS", "1")]),
+        (rms_norm_source.FORWARD, [bf16, bf16, fp32], [bf16], [("D", "576"), ("WARPS", "1")]),
+        (rms_norm_source.BACKWARD, [bf16, bf16, bf16, fp32], [bf16, fp32], [("D", "576"), ("WARPS", "1")]),
         (gated_activation._SOURCE, [bf16] * 3, [bf16] * 2, [("ACT", "0")]),
         (cross_entropy._SOURCE, [bf16, fp32, "uint32", fp32], [bf16], []),
         (adamw._PLAIN, [bf16] * 4 + [fp32] * 2 + ["bool"] + [fp32] * 3, [bf16] * 3, [("W", bf16)]),
         (adamw._SQUARES, [bf16], [fp32], []),
     ]
     folder = Path(os.environ["CUDA_HOME"]) / "include"
-    library = nvrtc._library()
+    library = nvrtc.find_library()
     for source, inputs, outputs, constants in programs:
-        _, text = codegen.program(source, inputs, outputs, [("THREADS", "256"), *constants])
+        _, text = codegen.program_text(source, inputs, outputs, [("THREADS", "256"), *constants])
         took = {}
         includes = [folder, folder / "cccl"]
         for what, before, paths in (("ms", "", []), ("with_headers_ms", _INCLUDES, includes)):
             begin = time.perf_counter()
             assert nvrtc.compile_for(library, before + text, "sm_90", includes=paths), "it did not compile"
             took[what] = round((time.perf_counter() - begin) * 1e3)
-        print(json.dumps({"kernel": source.name, "nvrtc": nvrtc._version(library)} | took), flush=True)
+        print(json.dumps({"kernel": source.name, "nvrtc": nvrtc.library_version(library)} | took), flush=True)
 
 
 def _main() -> None:
@@ -324,15 +323,15 @@ def _main() -> None:
 
 
 def _operations() -> None:
-    from mlxflow.kernels.verification_cases import operation
+    from mlxflow.kernels.verification_cases import case_of
 
     for name, numbers, bytes_each in CASES:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
-        tried = operation(name)
+        tried = case_of(name)
         inputs = tried.inputs(numbers)
         mx.eval(inputs)
-        kernel, own = _microseconds(mx.compile(tried.kernel), inputs), _microseconds(tried.own, inputs)
+        kernel, own = _microseconds(mx.compile(tried.kernel), inputs), _microseconds(tried.mlx, inputs)
         pace = _copy_microseconds(numbers * bytes_each)
         row = {"kernel": name, "us": kernel, "mlx_us": own, "pace_us": pace}
         shown = {key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()}

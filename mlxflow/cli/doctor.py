@@ -42,15 +42,16 @@ def _describe_device(library: str | None) -> list[tuple[str, str]]:
 
 
 def _describe_kernels() -> str:
-    """Return what the self-proof of our kernels came to on this device, as far as it was run."""
+    """Return the verification result of each kernel on this device, as far as it is cached."""
     from mlxflow.kernels.codegen import language
-    from mlxflow.kernels.registry import environment, known_outcomes
+    from mlxflow.kernels.fingerprint import environment
+    from mlxflow.kernels.registry import known_results
 
     if language() is None:
         return "none on this device"
-    known = known_outcomes(environment())
-    told = [f"{name}: {'serves' if one.serves else one.reason}" for name, one in known.items()]
-    return "\n".join(told) or "not proved yet; the first training run does it"
+    known = known_results(environment())
+    lines = [f"{name}: {'used' if result.passed else result.reason}" for name, result in known.items()]
+    return "\n".join(lines) or "not verified yet; the first training run does it"
 
 
 def _lacks_compiler() -> bool:

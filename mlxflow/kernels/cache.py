@@ -1,4 +1,8 @@
-"""What trials found, kept in the user's cache: a file behind its digest, so that a damaged one counts as empty."""
+"""Cache files in the user's cache folder: a digest, then the payload, so that a damaged file counts as empty.
+
+A file that cannot be written is ignored: its content is computed again next time. Of two processes that write at once
+one may lose its entries; the file stays whole.
+"""
 
 import hashlib
 import json
@@ -10,42 +14,63 @@ from typing import Any
 from mlxflow.storage import artifact_files
 from mlxflow.storage.locks import device_lock
 
-# Findings that are kept: those of versions long gone make room
-_MOST = 4096
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+# Layer detections kept; the oldest, of versions long gone, are dropped first
+_MAX_LAYERS = 4096
 
 
-def file() -> Path:
-    """Return where findings are kept: in the user's cache folder."""
+def read_payload(path: Path) -> bytes | None:
+    """Return the payload of a cache file; None if it is missing or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, payload = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    return payload if hashlib.sha256(payload).digest() == digest else None
+
+
+def write_payload(path: Path, payload: bytes) -> None:
+    """Write a cache file in one move; do nothing where it cannot be written."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifact_files.write_whole(path, hashlib.sha256(payload).digest() + payload)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a cache file; an empty one if the file is missing, damaged or holds something else."""
+    try:
+        table = json.loads(read_payload(path) or b"{}")
+    except ValueError:
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def write_table(path: Path, table: Mapping[str, Any]) -> None:
+    """Write a JSON object to a cache file; do nothing where it cannot be written."""
+    write_payload(path, json.dumps(dict(table), indent=1).encode())
+
+
+def layers_file() -> Path:
+    """Return the file of layer detections."""
     return device_lock().with_name("findings.json")
 
 
 def key_of(*parts: str) -> str:
-    """Return the key of what depends on all of these texts."""
+    """Return the key of an entry that depends on all of these texts."""
     return hashlib.sha256("\n".join(f"{len(part)} {part}" for part in parts).encode()).hexdigest()
 
 
-def read() -> dict[str, Any]:
-    """Return what was found, by its key; nothing where the file is not there or damaged."""
-    try:
-        digest, _, data = file().read_bytes().partition(b"\n")
-        if hashlib.sha256(data).hexdigest().encode() != digest:
-            return {}
-        found = json.loads(data)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def read_layers() -> dict[str, Any]:
+    """Return the layer detections, by `key_of`."""
+    return read_table(layers_file())
 
 
-def keep(found: Mapping[str, Any]) -> None:
-    """Add what was found; where nothing can be written it is found anew next time.
-
-    Of two processes that keep something at once, one may lose what it found, and finds it anew.
+def add_layers(entries: Mapping[str, Any]) -> None:
+    """Add layer detections.
 
     Args:
-        found: JSON values by key.
+        entries: JSON values by `key_of`.
     """
-    merged = list(({key: value for key, value in read().items() if key not in found} | dict(found)).items())
-    data = json.dumps(dict(merged[-_MOST:]), indent=1).encode()
-    with suppress(OSError):
-        file().parent.mkdir(parents=True, exist_ok=True)
-        artifact_files.write_whole(file(), hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+    kept = {key: value for key, value in read_layers().items() if key not in entries} | dict(entries)
+    write_table(layers_file(), dict(list(kept.items())[-_MAX_LAYERS:]))

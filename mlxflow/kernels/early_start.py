@@ -1,6 +1,6 @@
-"""The process that proves kernels, started before it is known which, or whether: what it needs takes a while.
+"""Starts the verifier process before the wanted kernels are known: loading MLX and waking the GPU takes a while.
 
-Imports no mlx: it may be started before this process has.
+Imports no mlx: it may run before this process has loaded it.
 """
 
 import sys
@@ -13,40 +13,40 @@ from mlxflow.device.compute_device import may_have_gpu
 from mlxflow.storage.locks import LockedError, device_lock, hold
 
 if TYPE_CHECKING:
-    from mlxflow.kernels.verifier_process import Prover
+    from mlxflow.kernels.verifier_process import VerifierProcess
 
-#: Reads the names of kernels, and proves them.
+#: Reads the names of kernels from its input and verifies them.
 COMMAND = (sys.executable, "-P", "-m", "mlxflow.kernels.verification", "-")
 
-#: Said where another process proves.
-WAITING = "process {holder} is proving the GPU kernels; waiting for it"
+#: Printed while another process verifies.
+WAITING = "process {holder} is verifying the GPU kernels; waiting for it"
 
 
 def cache_file() -> Path:
-    """Return where outcomes are kept: in the user's cache folder."""
+    """Return the file of verification results, in the user's cache folder."""
     return device_lock().with_name("kernels.json")
 
 
 def lock_file() -> Path:
-    """Return what is locked by whoever proves."""
+    """Return the lock that the verifying process holds."""
     return cache_file().with_name("kernels.lock")
 
 
 class Ahead(ExitStack):
-    """Holds a process that will prove kernels, and the lock for it, until it has, or until the block ends.
+    """Holds a verifier process and the lock for it until the block ends.
 
     Attributes:
-        prover: the process; None where none is needed or another process proves.
+        process: the process; None where none is needed or another one verifies.
     """
 
-    prover: "Prover | None" = None
+    process: "VerifierProcess | None" = None
 
     def start(self, command: Sequence[str], is_wanted: Callable[[], bool]) -> None:
-        """Start the process, unless another one proves.
+        """Start the process, unless another one verifies.
 
         Args:
-            command: see `choice.prove_all`.
-            is_wanted: asked when it is sure that no other does.
+            command: see `verifier_process.Verifier`.
+            is_wanted: called once the lock is held; the process starts if it returns True.
         """
         from mlxflow.kernels import verifier_process
 
@@ -56,20 +56,20 @@ class Ahead(ExitStack):
             except LockedError:
                 return
             if is_wanted():
-                self.prover = held.enter_context(verifier_process.Prover(command))
+                self.process = held.enter_context(verifier_process.VerifierProcess(command))
                 self.push(held.pop_all())
 
     def stop(self) -> None:
         """End the process, where there is one."""
-        self.prover = None
+        self.process = None
         self.close()
 
 
 def begin_early(command: Sequence[str] = COMMAND) -> Ahead:
-    """Start the process where nothing was ever proved and there may be a GPU; MLX need not be imported for that.
+    """Start the process if no results are cached and there may be a GPU; does not need MLX.
 
     Args:
-        command: see `choice.prove_all`.
+        command: see `verifier_process.Verifier`.
     """
     ahead = Ahead()
     if may_have_gpu() and not cache_file().exists():

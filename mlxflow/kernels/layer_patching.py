@@ -1,10 +1,8 @@
-"""Gives the layers of a model the kernels for training, by what they compute and not by what they are called.
+"""Patches the layers of a model to use the kernels, by what they compute and not by their class names.
 
-A layer is tried on random inputs: what returns the root-mean-square norm of its input, the down projection of a gated
-activation, its input turned by the angles of its positions, or rows of its weight, is given a class of its own that
-inherits from its class. So is a block of which a trial with stand-ins for its layers shows what it adds to what.
-Parameters keep their names; adapters, fake quantization and quantized weights within a layer go on as they were. Undone
-when the block ends.
+Each layer is run on random inputs (`pattern_detection`). One that matches a pattern gets a subclass of its class whose
+`__call__` uses the kernel, until the context ends. Parameters keep their names; adapters, fake quantization and
+quantized weights in a layer work as before.
 """
 
 import functools
@@ -17,69 +15,72 @@ import mlx.nn as nn
 import msgspec
 
 from mlxflow.kernels import cache
-from mlxflow.kernels.layer_patterns import Fit
-from mlxflow.kernels.layer_signature import Telling, Untold, alike, sources
-from mlxflow.kernels.pattern_detection import may_fit, try_layer
-from mlxflow.kernels.registry import Choice, environment
+from mlxflow.kernels.fingerprint import environment
+from mlxflow.kernels.layer_patterns import LayerPattern
+from mlxflow.kernels.layer_signature import NoSignature, SignatureBuilder, group_layers, sources
+from mlxflow.kernels.pattern_detection import detect_pattern, may_match
+from mlxflow.kernels.registry import KernelSelection
 
 
-def find_fits(model: nn.Module) -> list[tuple[nn.Module, Fit]]:
-    """Return the layers that kernels could serve, and as what.
+def find_layers(model: nn.Module) -> list[tuple[nn.Module, LayerPattern]]:
+    """Return the layers that kernels can replace, and the pattern of each.
 
-    Of layers of one class with equal settings and shapes one is tried, unless what came out is kept in the user's
-    cache, under all that it follows from: the device, MLX, our sources and the layer's own.
+    One of each group of equal layers is run. The result is cached in the user's cache folder, under a key of all that
+    it depends on: the device, MLX, the sources of this package and those of the layer.
 
     Args:
         model: of any architecture; its weights are as before afterwards.
     """
-    groups = [group for group in alike(model) if may_fit(group[0])]
-    keys = _keys([group[0] for group in groups])
-    kept, new, found = cache.read(), {}, []
+    groups = [group for group in group_layers(model) if may_match(group[0])]
+    keys = _cache_keys([group[0] for group in groups])
+    cached, new, found = cache.read_layers(), {}, []
     for group, key in zip(groups, keys, strict=True):
         try:
-            fit = msgspec.convert(kept[key or ""], Fit | None)
+            pattern = msgspec.convert(cached[key or ""], LayerPattern | None)
         except (KeyError, msgspec.ValidationError):
-            fit, is_lasting = try_layer(group[0])
-            if key is not None and is_lasting:
-                new[key] = msgspec.to_builtins(fit)
-        if fit is not None:
-            found += [(module, fit) for module in group]
+            pattern, is_cacheable = detect_pattern(group[0])
+            if key is not None and is_cacheable:
+                new[key] = msgspec.to_builtins(pattern)
+        if pattern is not None:
+            found += [(module, pattern) for module in group]
     if new:
-        cache.keep(new)
+        cache.add_layers(new)
     return found
 
 
-def _keys(layers: list[nn.Module]) -> list[str | None]:
-    """Return what findings about layers are kept under; None for one of which nothing can be said elsewhere."""
-    telling = Telling()
-    texts = [_told(layer, telling) for layer in layers]
+def _cache_keys(layers: list[nn.Module]) -> list[str | None]:
+    """Return the cache key of each layer; None for a layer without a signature."""
+    builder = SignatureBuilder()
+    texts = [_signature(layer, builder) for layer in layers]
     try:
-        where = (environment(), sources(telling.modules))
-    except (Untold, OSError):
+        where = (environment(), sources(builder.modules))
+    except (NoSignature, OSError):
         return [None] * len(layers)
     return [None if text is None else cache.key_of("layer", *where, text) for text in texts]
 
 
-def _told(layer: nn.Module, telling: Telling) -> str | None:
+def _signature(layer: nn.Module, builder: SignatureBuilder) -> str | None:
     try:
-        return telling.told(layer)
-    except Untold:
+        return builder.signature(layer)
+    except NoSignature:
         return None
 
 
 @contextmanager
-def fitted(fits: list[tuple[nn.Module, Fit]], choice: Choice, dtype: mx.Dtype) -> Iterator[None]:
-    """Let layers compute with the kernels that serve, until the block ends. Begin before a step is compiled.
+def patched(
+    layers: list[tuple[nn.Module, LayerPattern]], selection: KernelSelection, dtype: mx.Dtype
+) -> Iterator[None]:
+    """Let layers use the selected kernels until the block ends. Enter it before a step is compiled.
 
     Args:
-        fits: of `find_fits`.
-        choice: which kernels serve.
+        layers: of `find_layers`.
+        selection: of the kernels.
         dtype: in which the model computes.
     """
-    chosen = [(module, fit) for module, fit in fits if choice.serves(fit.name(module, dtype))]
+    chosen = [(module, pattern) for module, pattern in layers if selection.uses(pattern.kernel_name(module, dtype))]
     plain = [type(module) for module, _ in chosen]
-    for module, fit in chosen:
-        module.__class__ = _fitting(cast("Hashable", type(module)), fit, dtype)
+    for module, pattern in chosen:
+        module.__class__ = _patched_class(cast("Hashable", type(module)), pattern, dtype)
     try:
         yield
     finally:
@@ -88,5 +89,5 @@ def fitted(fits: list[tuple[nn.Module, Fit]], choice: Choice, dtype: mx.Dtype) -
 
 
 @functools.cache
-def _fitting(plain: type[nn.Module], fit: Fit, dtype: mx.Dtype) -> type[nn.Module]:
-    return type(f"Fitted{plain.__name__}", (plain,), {"__call__": fit.call(plain, dtype)})
+def _patched_class(plain: type[nn.Module], pattern: LayerPattern, dtype: mx.Dtype) -> type[nn.Module]:
+    return type(f"Patched{plain.__name__}", (plain,), {"__call__": pattern.patched_call(plain, dtype)})

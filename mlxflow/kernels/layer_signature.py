@@ -1,4 +1,4 @@
-"""Which layers of a model compute the same from their weights, and what such a layer is, in words for any process."""
+"""Groups layers with equal class, settings and shapes; computes a signature that is stable across processes."""
 
 import functools
 import hashlib
@@ -14,12 +14,12 @@ import mlx.nn as nn
 
 _PLAIN = (int, float, str, bool, type(None))
 
-# What a layer keeps beside what it computes with
-_ASIDE = ("_no_grad",)
+# Attributes of a layer that its result does not depend on
+_IGNORED_ATTRIBUTES = ("_no_grad",)
 
 
-def alike(model: nn.Module) -> list[list[nn.Module]]:
-    """Return a model's layers, those together that have one class, equal settings and shapes, and so do theirs.
+def group_layers(model: nn.Module) -> list[list[nn.Module]]:
+    """Return a model's layers in groups of equal class, settings and shapes, those of inner layers included.
 
     Args:
         model: of any architecture.
@@ -28,118 +28,121 @@ def alike(model: nn.Module) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = []
     seen: dict[int, Hashable] = {}
 
-    def look(value: Any) -> Hashable:
+    def describe(value: Any) -> Hashable:
         kind = type(value)
         if kind is mx.array:
             return value.shape, value.dtype
         if kind in _PLAIN:
             return kind, value
         if kind is list or kind is tuple:
-            return tuple([look(one) for one in value])
+            return tuple([describe(item) for item in value])
         if not isinstance(value, dict):
-            return id(value)  # a function, or settings: of another one nothing is known
+            return id(value)  # a function or a settings object: equal only to itself
         if id(value) not in seen:
             seen[id(value)] = number(value)
         return seen[id(value)]
 
     def number(value: dict[str, Any]) -> Hashable:
-        held = tuple([(key, look(one)) for key, one in value.items()])
+        held = tuple([(key, describe(item)) for key, item in value.items()])
         if not isinstance(value, nn.Module):
             return held
-        aside = tuple([(key, look(one)) for key, one in vars(value).items() if key not in _ASIDE])
-        found = numbers.setdefault((type(value), held, aside), len(groups))
-        if found == len(groups):
+        attributes = tuple(
+            [(key, describe(item)) for key, item in vars(value).items() if key not in _IGNORED_ATTRIBUTES]
+        )
+        index = numbers.setdefault((type(value), held, attributes), len(groups))
+        if index == len(groups):
             groups.append([])
-        groups[found].append(value)
-        return ("layer", found)
+        groups[index].append(value)
+        return ("layer", index)
 
-    look(model)
+    describe(model)
     return groups
 
 
-def settings(module: nn.Module) -> Hashable:
-    """Return the numbers, truths and texts that a layer holds, by name."""
+def settings_of(module: nn.Module) -> Hashable:
+    """Return the numbers, booleans and texts that a layer holds, by name, in a hashable form."""
     return tuple(sorted((key, repr(value)) for key, value in plain_values(module).items()))
 
 
 def plain_values(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers, truths and texts that a layer holds, as they are."""
+    """Return the numbers, booleans and texts that a layer holds, by name."""
     return {key: value for key, value in {**module, **vars(module)}.items() if isinstance(value, _PLAIN)}
 
 
-# --- in any process
+# --- stable across processes
 
-# A hidden array of more numbers is not told
-_MOST_NUMBERS = 4096
-
-
-class Untold(Exception):  # noqa: N818 nobody's mistake
-    """What a layer is cannot be said for another process."""
+# A layer with a larger array that is no weight has no signature
+_MAX_ARRAY_SIZE = 4096
 
 
-class Telling:
-    """Tells what layers are: their classes, settings and shapes, and those of the layers in them, in words.
+class NoSignature(Exception):  # noqa: N818 not an error
+    """A layer holds something that has no name in another process."""
 
-    With the digest of `sources` this says what a layer computes from its weights.
+
+class SignatureBuilder:
+    """Builds signatures of layers from their classes, settings and shapes, and those of inner layers.
+
+    Together with the digest of `sources` a signature determines what a layer computes from its weights.
 
     Attributes:
-        modules: names of those in which the classes and functions are defined that were told so far.
+        modules: names of the modules that define the classes and functions seen so far.
     """
 
     def __init__(self) -> None:
         self.modules: set[str] = set()
-        self._kinds: dict[type, list[str]] = {}
+        self._classes: dict[type, list[str]] = {}
 
-    def told(self, layer: nn.Module) -> str:
-        """Return what a layer is.
+    def signature(self, layer: nn.Module) -> str:
+        """Return the signature of a layer.
 
         Raises:
-            Untold: it holds what was made at run time, such as a class that is not found by its name.
+            NoSignature: it holds something made at run time, such as a class that is not found by its name.
         """
-        return repr(self._told(layer, 0))
+        return repr(self._describe(layer, 0))
 
-    def _told(self, value: Any, depth: int) -> Any:
+    def _describe(self, value: Any, depth: int) -> Any:
         if depth > 16:
-            raise Untold
-        further = functools.partial(self._told, depth=depth + 1)
+            raise NoSignature
+        inner = functools.partial(self._describe, depth=depth + 1)
+        kind = type(value)
         if isinstance(value, mx.array):
             return list(value.shape), str(value.dtype)
-        if type(value) in _PLAIN or type(value) is mx.Dtype:
-            return str(value) if type(value) is mx.Dtype else value
-        if type(value) in (list, tuple):
-            return [further(one) for one in value]
-        if type(value) in (set, frozenset):
-            return sorted(repr(further(one)) for one in value)
-        if type(value) is dict:
-            return [(further(key), further(one)) for key, one in value.items()]
-        if isinstance(value, functools.partial):
-            return "partial", further(value.func), further(value.args), further(value.keywords)
+        if kind in _PLAIN:
+            return value
+        if kind is mx.Dtype:
+            return str(value)
+        if kind in _COLLECTIONS:
+            return _COLLECTIONS[kind](value, inner)
         if isinstance(value, type) or (callable(value) and not isinstance(value, nn.Module)):
             return self._named(value)
-        if not hasattr(value, "__dict__"):
-            raise Untold
-        aside = [(key, further(one)) for key, one in vars(value).items() if key not in _ASIDE]
-        held = [(key, _held(key, one, further)) for key, one in value.items()] if isinstance(value, nn.Module) else []
-        return self._kind(type(value)), held, aside
+        return self._describe_object(value, inner)
 
-    def _kind(self, kind: type) -> list[str]:
-        """Return the names of a class and of those that it inherits from; a layer's functions lie where these do."""
-        if kind not in self._kinds:
-            self._kinds[kind] = [self._named(one) for one in kind.__mro__ if one.__module__ != "builtins"]
-        return self._kinds[kind]
+    def _describe_object(self, value: Any, inner: Callable[[Any], Any]) -> Any:
+        """Return the classes, items and attributes of a layer, or of a settings object."""
+        if not hasattr(value, "__dict__"):
+            raise NoSignature
+        attributes = [(key, inner(item)) for key, item in vars(value).items() if key not in _IGNORED_ATTRIBUTES]
+        items = value.items() if isinstance(value, nn.Module) else ()
+        return self._class_names(type(value)), [(key, _held(key, item, inner)) for key, item in items], attributes
+
+    def _class_names(self, kind: type) -> list[str]:
+        """Return the names of a class and of those that it inherits from."""
+        if kind not in self._classes:
+            self._classes[kind] = [self._named(base) for base in kind.__mro__ if base.__module__ != "builtins"]
+        return self._classes[kind]
 
     def _named(self, value: Any) -> str:
-        """Return by which name a class or a function is found in its module."""
+        """Return the full name of a class or a function, by which another process finds it."""
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if not isinstance(module, str) or not isinstance(name, str):
-            raise Untold
+            raise NoSignature
         found: Any = sys.modules.get(module)
-        if module not in self.modules and module != "mlx.core" and not _is_as_read(found):
-            raise Untold
+        if module not in self.modules and module != "mlx.core" and not _is_unchanged(found):
+            raise NoSignature
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is not value:
-            raise Untold
+            raise NoSignature
         is_layer = isinstance(value, type) and issubclass(value, nn.Module)
         for function in vars(value).values() if is_layer else (value,):
             if isinstance(function, types.FunctionType):
@@ -148,45 +151,56 @@ class Telling:
         return f"{module}.{name}"
 
 
-def _held(key: str, value: Any, further: Callable[[Any], Any]) -> Any:
-    """Return what a layer holds under a name; of hidden arrays, which are no weights, their numbers too."""
+# By type: takes a collection and the function that describes an item.
+_COLLECTIONS: dict[type, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    list: lambda value, inner: [inner(item) for item in value],
+    tuple: lambda value, inner: [inner(item) for item in value],
+    set: lambda value, inner: sorted(repr(inner(item)) for item in value),
+    frozenset: lambda value, inner: sorted(repr(inner(item)) for item in value),
+    dict: lambda value, inner: [(inner(key), inner(item)) for key, item in value.items()],
+    functools.partial: lambda value, inner: ("partial", inner(value.func), inner(value.args), inner(value.keywords)),
+}
+
+
+def _held(key: str, value: Any, inner: Callable[[Any], Any]) -> Any:
+    """Describe an item of a layer; an array whose name begins with "_" is no weight, so its values count too."""
     if not key.startswith("_") or not isinstance(value, mx.array):
-        return further(value)
-    if value.size > _MOST_NUMBERS:
-        raise Untold
-    return further(value), repr(value.tolist())
+        return inner(value)
+    if value.size > _MAX_ARRAY_SIZE:
+        raise NoSignature
+    return inner(value), repr(value.tolist())
 
 
-def _is_as_read(module: types.ModuleType | None) -> bool:
-    """Return whether a module has a file, and one that is older than this process, which read it."""
+def _is_unchanged(module: types.ModuleType | None) -> bool:
+    """Return whether a module has a source file that is older than this process."""
     file = getattr(module, "__file__", None) or ""
     try:
-        return file.endswith(".py") and Path(file).stat().st_mtime < _began()
+        return file.endswith(".py") and Path(file).stat().st_mtime < _process_start()
     except OSError:
         return False
 
 
 @functools.cache
-def _began() -> float:
+def _process_start() -> float:
     import psutil
 
-    return float(psutil.Process().create_time()) - 2  # told to the second
+    return float(psutil.Process().create_time()) - 2  # the system rounds it to a second
 
 
 def _require_source(function: types.FunctionType, module: str) -> None:
-    """Raise where a function was put in the place of one that a module's file has."""
+    """Raise if a function of a module was replaced by one from elsewhere."""
     if function.__code__.co_filename != getattr(sys.modules.get(module), "__file__", None):
-        raise Untold
+        raise NoSignature
 
 
 def sources(modules: set[str]) -> str:
-    """Return the digest of the files of modules, and of those that these take functions and classes from.
+    """Return the digest of the source files of modules, and of those that these take functions and classes from.
 
     Args:
-        modules: names of such as are imported.
+        modules: names of imported modules.
 
     Raises:
-        Untold: a file changed since this process began.
+        NoSignature: a file changed since this process began.
         OSError: one cannot be read.
     """
     digest = hashlib.sha256(sys.version.encode())
@@ -194,17 +208,17 @@ def sources(modules: set[str]) -> str:
         path = getattr(sys.modules[name], "__file__", None) or ""
         digest.update(f"{name} ".encode())
         if not path.endswith(".py"):
-            continue  # MLX itself, of a version, or compiled code that a module of Python calls
+            continue  # MLX itself, whose version counts, or compiled code that a Python module calls
         with Path(path).open("rb") as file:
-            if os.fstat(file.fileno()).st_mtime >= _began():
-                raise Untold
+            if os.fstat(file.fileno()).st_mtime >= _process_start():
+                raise NoSignature
             text = file.read()
         digest.update(f"{len(text)} ".encode() + text)
     return digest.hexdigest()
 
 
 def _reached(modules: set[str]) -> set[str]:
-    """Return modules and those that they name, and so on within the packages that they are of."""
+    """Return modules and those that they import from, recursively within their packages."""
     packages = {name.partition(".")[0] for name in modules}
     reached, todo = set(), list(modules)
     while todo:
@@ -220,5 +234,8 @@ def _reached(modules: set[str]) -> set[str]:
 
 def _named_in(module: types.ModuleType) -> set[str]:
     values = list(vars(module).values())
-    names = [one.__name__ if isinstance(one, types.ModuleType) else getattr(one, "__module__", None) for one in values]
+    names = [
+        value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+        for value in values
+    ]
     return {name for name in names if isinstance(name, str)}

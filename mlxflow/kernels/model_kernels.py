@@ -11,8 +11,8 @@ from mlxflow.ops.attention_overrides import Causal, Heads, first_causal_heads
 
 if TYPE_CHECKING:
     from mlxflow.kernels.early_start import Ahead
-    from mlxflow.kernels.layer_patterns import Fit
-    from mlxflow.kernels.registry import Choice
+    from mlxflow.kernels.layer_patterns import LayerPattern
+    from mlxflow.kernels.registry import KernelSelection
 
 
 class Serving(NamedTuple):
@@ -116,17 +116,17 @@ def choose_for(
     """
     from mlxflow.kernels import kernel_names, layer_patching, registry
 
-    fits = layer_patching.find_fits(model)
+    layers = layer_patching.find_layers(model)
     heads = None
     if is_deterministic and not mx.metal.is_available():
         heads = first_causal_heads(model, context_length=context_length, masks_documents=masks_documents)
-    wanted = {fit.name(module, dtype) for module, fit in fits}
+    wanted = {pattern.kernel_name(module, dtype) for module, pattern in layers}
     wanted |= _names_of_update(dtype, precision, sums_gradients) | _names_of_attention(dtype, heads, masks_documents)
     known = [name for name in wanted if kernel_names.is_known(name)]
     if recorded is not None:
-        return _serving_by(registry.recorded(known, recorded), fits, dtype)
-    chosen = registry.choose(known, ahead, lambda expected: rehearse(_serving_by(expected, fits, dtype)))
-    return _serving_by(chosen, fits, dtype)
+        return _serving_by(registry.recorded(known, recorded), layers, dtype)
+    chosen = registry.choose(known, ahead, lambda expected: rehearse(_serving_by(expected, layers, dtype)))
+    return _serving_by(chosen, layers, dtype)
 
 
 def _names_of_update(dtype: mx.Dtype, precision: str, sums_gradients: bool) -> set[str]:
@@ -150,20 +150,22 @@ def _names_of_attention(dtype: mx.Dtype, heads: Heads | None, masks_documents: b
     return {kernel_names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
 
 
-def _serving_by(chosen: "Choice", fits: "list[tuple[nn.Module, Fit]]", dtype: mx.Dtype) -> Serving:
+def _serving_by(
+    selection: "KernelSelection", layers: "list[tuple[nn.Module, LayerPattern]]", dtype: mx.Dtype
+) -> Serving:
     from mlxflow.kernels import attention, kernel_names, layer_patching
 
     @contextmanager
     def fitted() -> Iterator[None]:
-        with layer_patching.fitted(fits, chosen, dtype):
+        with layer_patching.patched(layers, selection, dtype):
             yield
 
     def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, low: mx.array | None) -> mx.array | None:
         name = kernel_names.attention_name(q.dtype, q.shape[3], is_bounded=low is not None)
-        if not chosen.serves(name) or not attention.supports(q, k, v, scale, low):
+        if not selection.uses(name) or not attention.supports(q, k, v, scale, low):
             return None
         return attention.attention(scale)(q, k, v, *([] if low is None else [low]))
 
-    loss = chosen.serves(kernel_names.cross_entropy_name(dtype))
-    attends = any(name.startswith("attention") for name in chosen.serving)
-    return Serving(chosen.serves, loss, fitted, chosen.serving, chosen.refused, attend if attends else None)
+    loss = selection.uses(kernel_names.cross_entropy_name(dtype))
+    attends = any(name.startswith("attention") for name in selection.selected)
+    return Serving(selection.uses, loss, fitted, selection.selected, selection.refused, attend if attends else None)

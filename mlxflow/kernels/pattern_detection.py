@@ -1,9 +1,9 @@
-"""Tries layers: what they compute from random inputs tells whether they are one that a kernel could serve."""
+"""Recognizes layer patterns: runs a layer on random inputs and compares the result with each pattern's."""
 
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -15,34 +15,34 @@ from mlxflow.kernels import gated_activation, rms_norm, rotary
 from mlxflow.kernels.layer_patterns import (
     Block,
     Embedding,
-    Fit,
     GatedMLP,
     GatedProduct,
     JoinedMLP,
+    LayerPattern,
     Norm,
     Rotary,
-    in_order,
-    is_product,
+    is_plain_linear,
+    positional_arguments,
 )
 from mlxflow.kernels.layer_signature import plain_values
 
 
-class Trial(NamedTuple):
-    """What came out of a trial.
+class Detection(NamedTuple):
+    """The result of running a layer.
 
     Attributes:
-        fit: what the layer is; None for none that a kernel could serve.
-        is_lasting: whether it follows from the layer's classes, settings and shapes, whatever its weights are.
+        pattern: of the layer; None if it matches none.
+        is_cacheable: whether the result holds for all weights of this class, these settings and shapes.
     """
 
-    fit: Fit | None
-    is_lasting: bool
+    pattern: LayerPattern | None
+    is_cacheable: bool
 
 
-def may_fit(module: nn.Module) -> bool:
-    """Return whether a layer holds what one that could fit holds: two or three linear layers, one array, or nothing.
+def may_match(module: nn.Module) -> bool:
+    """Return whether a layer can match a pattern by what it holds: inner layers, one array, or nothing.
 
-    One that holds layers and an array of its own does not: what it computes may change with that array.
+    One that holds both inner layers and an array cannot: what it computes may change with that array.
     """
     within = [value for value in module.values() if isinstance(value, nn.Module)]
     shapes = [value.ndim for key, value in module.items() if isinstance(value, mx.array) and not key.startswith("_")]
@@ -55,42 +55,42 @@ def may_fit(module: nn.Module) -> bool:
     return shapes in ([], [1], [2])
 
 
-def try_layer(module: nn.Module) -> Trial:
-    """Try what a layer is that a kernel could serve.
+def detect_pattern(module: nn.Module) -> Detection:
+    """Find the pattern of a layer by running it.
 
     Args:
-        module: as it is trained, evaluated; as before afterwards.
+        module: as it is trained, evaluated; restored afterwards.
     """
     inner = [name for name, value in module.children().items() if isinstance(value, nn.Module)]
-    takes_weights = len(inner) in (2, 3)
+    depends_on_weights = len(inner) in (2, 3)
     try:
-        fit = _try_with(module, inner)
-    except RuntimeError:  # for want of memory, maybe
-        return Trial(None, False)
+        pattern = _match(module, inner)
+    except RuntimeError:  # out of memory, maybe
+        return Detection(None, False)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return Trial(None, not takes_weights)
-    return Trial(fit, fit is not None or not takes_weights)
+        return Detection(None, not depends_on_weights)
+    return Detection(pattern, pattern is not None or not depends_on_weights)
 
 
-def _try_with(module: nn.Module, inner: list[str]) -> Fit | None:
+def _match(module: nn.Module, inner: list[str]) -> LayerPattern | None:
     parameters = tree_flatten(module.parameters())
     if len(inner) != len(module.children()):
         return None
     if len(inner) == 3:
-        return _try_mlp(module, inner)
+        return _match_mlp(module, inner)
     if len(inner) == 2:
-        return _try_joined(module, inner)
-    with mx.stream(mx.cpu):  # a GPU takes a while for the first operation of each kind
+        return _match_joined_mlp(module, inner)
+    with mx.stream(mx.cpu):  # a GPU takes long for the first operation of each kind
         if len(inner) == 4:
-            return _try_block(module, inner)
+            return _match_block(module, inner)
         if _is_norm_like(module):
-            return _try_norm(module)
+            return _match_norm(module)
         if [(path, value.ndim) for path, value in parameters] == [("weight", 2)]:
-            return _try_embedding(module)
-        return None if parameters else _try_rotary(module) or _try_product(module)
+            return _match_embedding(module)
+        return None if parameters else _match_rotary(module) or _match_product(module)
 
 
-def _try_norm(module: nn.Module) -> Norm | None:
+def _match_norm(module: nn.Module) -> Norm | None:
     before = module.weight
     width = before.size
     x = _sample((3, width), 0) * mx.array([[1.0], [3e-3], [30.0]])
@@ -107,44 +107,52 @@ def _try_norm(module: nn.Module) -> Norm | None:
     return None
 
 
-def _try_block(module: nn.Module, inner: list[str]) -> Block | None:
-    """Try a block's own pass with stand-ins for its layers: what it adds to what, and what it hands on to which."""
+def _match_block(module: nn.Module, inner: list[str]) -> Block | None:
+    """Run a block with simple functions for its layers, to see what it adds and which layer gets which arguments."""
     norms = [name for name in inner if _is_norm_like(module[name])]
     layers = [name for name in inner if name not in norms]
-    fits = {name: _try_norm(module[name]) for name in norms}
-    if None in fits.values() or len({module[name].weight.size for name in norms}) > 1:
+    patterns = {name: _match_norm(module[name]) for name in norms}
+    if None in patterns.values() or len({module[name].weight.size for name in norms}) > 1:
         return None
-    told = [object() for _ in in_order(type(module), *[0] * _places(type(module)))][1:]
     functions = dict(zip(inner, (mx.sin, mx.exp, mx.tanh, mx.square), strict=True))
-    handed: dict[str, list[Any]] = {}
-
-    def stand_in(name: str) -> Callable[..., mx.array]:
-        def call(x: mx.array, *others: Any) -> mx.array:
-            handed[name] = [*others]
-            found: mx.array = functions[name](x)
-            return found
-
-        return call
-
-    kept, x = {name: module[name] for name in inner}, _sample((2, 8), 0)
-    try:
-        for name in inner:
-            module[name] = stand_in(name)
-        found = module(x, *told)
-    finally:
-        for name in inner:
-            module[name] = kept[name]
-    for (one, other), (first, second) in itertools.product(
+    others = [object() for _ in positional_arguments(type(module), *[0] * _parameter_count(type(module)))][1:]
+    x = _sample((2, 8), 0)
+    found, received = _run_with_functions(module, functions, x, others)
+    for (norm, other_norm), (first, second) in itertools.product(
         itertools.permutations(norms), itertools.permutations(layers)
     ):
-        h = x + functions[first](functions[one](x))
-        is_handed_on = handed.get(first) == told and handed.get(second) == []
-        if is_handed_on and _same(found, h + functions[second](functions[other](h))):
-            return Block((one, other), (first, second), (cast("Norm", fits[one]), cast("Norm", fits[other])))
+        h = x + functions[first](functions[norm](x))
+        is_passed_on = received.get(first) == others and received.get(second) == []
+        if is_passed_on and _same(found, h + functions[second](functions[other_norm](h))):
+            pair = (cast("Norm", patterns[norm]), cast("Norm", patterns[other_norm]))
+            return Block((norm, other_norm), (first, second), pair)
     return None
 
 
-def _places(kind: type[nn.Module]) -> int:
+def _run_with_functions(
+    module: nn.Module, functions: Mapping[str, Callable[[mx.array], mx.array]], x: mx.array, others: list[Any]
+) -> tuple[Any, dict[str, list[Any]]]:
+    """Call a block whose layers are replaced by functions; return its result and each layer's further arguments."""
+    received: dict[str, list[Any]] = {}
+
+    def replacement(name: str) -> Callable[..., mx.array]:
+        def call(x: mx.array, *further: Any) -> mx.array:
+            received[name] = [*further]
+            return functions[name](x)
+
+        return call
+
+    original = {name: module[name] for name in functions}
+    try:
+        for name in functions:
+            module[name] = replacement(name)
+        return module(x, *others), received
+    finally:
+        for name, layer in original.items():
+            module[name] = layer
+
+
+def _parameter_count(kind: type[nn.Module]) -> int:
     return len(inspect.signature(kind.__call__).parameters) - 1
 
 
@@ -152,7 +160,7 @@ def _is_norm_like(module: nn.Module) -> bool:
     return [(path, value.ndim) for path, value in tree_flatten(module.parameters())] == [("weight", 1)]
 
 
-def _try_product(module: nn.Module) -> GatedProduct | None:
+def _match_product(module: nn.Module) -> GatedProduct | None:
     pair = (_sample((3, 16), 0) * 2, _sample((3, 16), 1) * 2)
     found = module(*pair)
     for activation, gate in itertools.product(gated_activation.ACTIVATIONS, (0, 1)):
@@ -161,19 +169,19 @@ def _try_product(module: nn.Module) -> GatedProduct | None:
     return None
 
 
-def _try_embedding(module: nn.Module) -> Embedding | None:
+def _match_embedding(module: nn.Module) -> Embedding | None:
     before = module.weight
     module.weight = _sample((8, before.shape[1]), 0)
     numbers = mx.array([[0, 2, 1], [7, 1, 1]])
     try:
         found = module(numbers)
-        fits = isinstance(found, mx.array) and mx.array_equal(found, module.weight[numbers])
+        is_lookup = isinstance(found, mx.array) and mx.array_equal(found, module.weight[numbers])
     finally:
         module.weight = before
-    return Embedding() if fits else None
+    return Embedding() if is_lookup else None
 
 
-def _try_rotary(module: nn.Module) -> Rotary | None:
+def _match_rotary(module: nn.Module) -> Rotary | None:
     values = plain_values(module).values()
     for width in sorted({value for value in values if type(value) is int and 0 < value <= 512 and value % 16 == 0}):
         x = _sample((2, 3, 5, width + 8), 0)
@@ -184,13 +192,13 @@ def _try_rotary(module: nn.Module) -> Rotary | None:
         for interleaved in (False, True):
             parts = module(rotary.ones_and_zeros(width, 5, interleaved=interleaved))
             cosine, sine = (part[0, 0] for part in rotary.pairs(parts, interleaved=interleaved))
-            is_turned = float(mx.abs(sine).max()) > 0
-            if is_turned and _same(found, rotary.reference(x, cosine, sine, interleaved, False)):
+            is_swapped = float(mx.abs(sine).max()) > 0
+            if is_swapped and _same(found, rotary.reference(x, cosine, sine, interleaved, False)):
                 return Rotary(width, interleaved)
     return None
 
 
-def _try_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
+def _match_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
     with _evaluating(module):
         for down in inner:
             gate, up = (name for name in inner if name != down)
@@ -204,12 +212,12 @@ def _try_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
                 if product.shape[-1] == _input_width(module[down]) and _same(found, module[down](product)):
                     if _is_ambiguous(activation, module[one](x), module[other](x)):
                         return None
-                    is_plain = is_product(module[one]) and is_product(module[other])
+                    is_plain = is_plain_linear(module[one]) and is_plain_linear(module[other])
                     return GatedMLP(activation, one, other, down, is_plain)
     return None
 
 
-def _try_joined(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
+def _match_joined_mlp(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
     with _evaluating(module):
         for both, down in (inner, reversed(inner)):
             x = _sample((3, _input_width(module[both]) or 0), 0).astype(_compute_type(module))
@@ -227,21 +235,21 @@ def _try_joined(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
 
 
 def _is_ambiguous(activation: str, a: mx.array, b: mx.array) -> bool:
-    """Return whether other products of two factors are the same: where weights are equal, or next to nothing.
+    """Return whether another gated activation gives the same result: with equal weights, or tiny ones.
 
-    In operations that no compiler is asked for; the two forms of GELU, in bf16 one but for rounding, count as one.
+    Only precompiled operations are used. The two forms of GELU, equal in bf16 but for rounding, count as one.
     """
     with mx.stream(mx.cpu):
         x, y = a.astype(mx.float32), b.astype(mx.float32)
         silu, gelu = x * mx.sigmoid(x) * y, x * (1 + mx.erf(x / math.sqrt(2))) / 2 * y
-        product, unlike = (silu, gelu) if activation == "silu" else (gelu, silu)
-        turned = y * mx.sigmoid(y) * x if activation == "silu" else y * (1 + mx.erf(y / math.sqrt(2))) / 2 * x
-        return any(_same(product.astype(a.dtype), other) for other in (unlike, turned))
+        product, other_activation = (silu, gelu) if activation == "silu" else (gelu, silu)
+        swapped = y * mx.sigmoid(y) * x if activation == "silu" else y * (1 + mx.erf(y / math.sqrt(2))) / 2 * x
+        return any(_same(product.astype(a.dtype), other) for other in (other_activation, swapped))
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a layer into evaluation mode until the block ends: an adapter's dropout is not what it computes."""
+    """Put a layer into eval mode until the block ends, so that an adapter's dropout is off."""
     was_training = module.training
     module.eval()
     try:
@@ -251,7 +259,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _input_width(layer: Any) -> int | None:
-    """Return how many numbers a linear layer takes, quantized or with an adapter too; None for what is none."""
+    """Return the input width of a linear layer, also quantized or with an adapter; None for another layer."""
     inner = layer.linear if isinstance(layer, nn.Module) and "linear" in layer else layer
     if not isinstance(inner, nn.Module) or "weight" not in inner or inner.weight.ndim != 2:
         return None
@@ -269,7 +277,7 @@ def _sample(shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 def _same(found: Any, expected: mx.array) -> bool:
-    """Return whether two results are equal but for rounding, row by row; a constant tells nothing."""
+    """Return whether two results are equal but for rounding, row by row; rows of zeros do not count as equal."""
     if not isinstance(found, mx.array) or found.shape != expected.shape:
         return False
     tolerance = 2e-5 if found.dtype == mx.float32 else 1e-2

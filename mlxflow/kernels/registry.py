@@ -1,213 +1,173 @@
-"""Which kernels serve on this device: proved once, kept in the user's cache."""
+"""Which kernels passed verification on this device: verified once, cached in the user's cache folder."""
 
-import functools
-import hashlib
-import json
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
-from mlxflow.device import compute_device
+from mlxflow.kernels import cache
 from mlxflow.kernels.codegen import language
 from mlxflow.kernels.early_start import COMMAND, WAITING, Ahead, cache_file, lock_file
-from mlxflow.kernels.verification_outcome import Outcome
-from mlxflow.storage import artifact_files
+from mlxflow.kernels.fingerprint import environment
+from mlxflow.kernels.verifier_process import VerificationResult, Verifier
 from mlxflow.storage.locks import hold
 from mlxflow.system import terminal
 
 if TYPE_CHECKING:
-    from mlxflow.kernels.verifier_process import Prover
+    from mlxflow.kernels.verifier_process import VerifierProcess
 
-#: Seconds without a word after which a kernel hangs: on CUDA MLX may compile six operations for one, 3 to 5 s each.
+#: Seconds without output after which a kernel counts as hung: on CUDA, MLX may compile six operations for one kernel,
+#: 3 to 5 s each.
 LIMIT_SECONDS = 120.0
 
-_LACKING = Outcome(False, "MLX takes no kernels on this device")
+_NO_LANGUAGE = VerificationResult(False, "MLX takes no kernels on this device")
 
 
-class Choice(NamedTuple):
-    """Which kernels serve.
+class KernelSelection(NamedTuple):
+    """Which of the wanted kernels are used.
 
     Attributes:
-        outcomes: by the kernel's name.
+        results: by the kernel's name.
     """
 
-    outcomes: Mapping[str, Outcome]
+    results: Mapping[str, VerificationResult]
 
-    def serves(self, name: str) -> bool:
-        """Return whether a kernel serves; one that was never asked for does not."""
-        outcome = self.outcomes.get(name)
-        return outcome is not None and outcome.serves
+    def uses(self, name: str) -> bool:
+        """Return whether a kernel is used; one that was not among the wanted ones is not."""
+        result = self.results.get(name)
+        return result is not None and result.passed
 
     @property
-    def serving(self) -> list[str]:
-        """The names of those that serve."""
-        return sorted(name for name, outcome in self.outcomes.items() if outcome.serves)
+    def selected(self) -> list[str]:
+        """The names of the kernels that are used."""
+        return sorted(name for name, result in self.results.items() if result.passed)
 
     @property
     def refused(self) -> dict[str, str]:
-        """Why others do not, by name."""
-        return {name: outcome.reason for name, outcome in sorted(self.outcomes.items()) if not outcome.serves}
+        """Why the others are not used, by name."""
+        return {name: result.reason for name, result in sorted(self.results.items()) if not result.passed}
 
 
-def recorded(names: Iterable[str], serving: Iterable[str]) -> Choice:
-    """Return the choice that a run before this one made.
+def recorded(names: Iterable[str], selected: Iterable[str]) -> KernelSelection:
+    """Return the selection that an earlier run recorded.
 
     Args:
         names: of all kernels wanted.
-        serving: of those that served.
+        selected: names of those that the run used.
     """
-    chosen = set(serving)
-    return Choice({name: Outcome(name in chosen, "" if name in chosen else "it did not serve then") for name in names})
+    used, reason = set(selected), "the recorded run did not use it"
+    results = {name: VerificationResult(name in used, "" if name in used else reason) for name in names}
+    return KernelSelection(results)
 
 
 def begin(ahead: Ahead | None = None, command: Sequence[str] = COMMAND) -> Ahead:
-    """Start the process that proves kernels before it is known which, where none was proved yet.
+    """Start the verifier process before the kernel names are known, unless results for this device are cached.
 
-    So it makes itself ready while the model is built.
+    It gets ready while the model is built.
 
     Args:
-        ahead: of `ahead.begin_early`; ended where something was proved.
-        command: see `prove_all`.
+        ahead: of `early_start.begin_early`; ended if results are cached.
+        command: see `verify_all`.
     """
     ahead = ahead or Ahead()
-    if language() is None or known_outcomes(environment()):
+    if language() is None or known_results(environment()):
         ahead.stop()
-    elif ahead.prover is None:
-        ahead.start(command, lambda: not known_outcomes(environment()))  # nor proved just now
+    elif ahead.process is None:
+        ahead.start(command, lambda: not known_results(environment()))  # another process may have just finished
     return ahead
 
 
 def choose(
-    names: Iterable[str], ahead: Ahead | None = None, meanwhile: Callable[[Choice], object] = lambda _: None
-) -> Choice:
-    """Return which of the wanted kernels serve on the default device; prove those of which nothing is known.
+    names: Iterable[str],
+    ahead: Ahead | None = None,
+    meanwhile: Callable[[KernelSelection], object] = lambda _: None,
+) -> KernelSelection:
+    """Select the kernels that pass verification on the default device; verify those without a cached result.
 
     Args:
         names: of the wanted kernels.
         ahead: of `begin`; ended.
-        meanwhile: called where what is proved must be compiled by MLX first, which takes a minute, with what is to
-            be expected: that all serve. They are not proved yet, and nothing may be timed.
+        meanwhile: called while MLX compiles what verification needs, about a minute, with the expected selection: all
+            pass. Nothing is verified yet, and nothing may be timed.
     """
     wanted = sorted(set(names))
-    words = language()
+    kernel_language = language()
     with ahead or nullcontext():
-        if words is None:
-            return Choice(dict.fromkeys(wanted, _LACKING))
-        compiler = (*COMMAND, "--compile") if words == "cuda" else None  # seconds each; Metal's takes a moment
-        outcomes = prove_all(
+        if kernel_language is None:
+            return KernelSelection(dict.fromkeys(wanted, _NO_LANGUAGE))
+        # CUDA's compiler takes seconds for each; Metal's takes a moment
+        compiler = (*COMMAND, "--compile") if kernel_language == "cuda" else None
+        results = verify_all(
             wanted,
             environment(),
-            command=COMMAND,
-            compiler=compiler,
-            limit_seconds=LIMIT_SECONDS,
-            prover=None if ahead is None else ahead.prover,
+            Verifier(COMMAND, compiler, LIMIT_SECONDS),
+            process=None if ahead is None else ahead.process,
             meanwhile=lambda: meanwhile(recorded(wanted, wanted)),
         )
-    return Choice(outcomes)
+    return KernelSelection(results)
 
 
-def environment() -> str:
-    """Return what an outcome depends on beside the kernel's name: device, system, MLX and the kernels' sources."""
-    system = f"{platform.system()} {platform.release()} {platform.machine()}"
-    return " | ".join([compute_device.name(), system, f"mlx {compute_device.environment(None)['mlx']}", _sources()])
-
-
-@functools.cache
-def _sources() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def prove_all(
+def verify_all(
     names: Sequence[str],
     place: str,
+    verifier: Verifier,
     *,
-    command: Sequence[str],
-    compiler: Sequence[str] | None,
-    limit_seconds: float,
-    prover: "Prover | None" = None,
+    process: "VerifierProcess | None" = None,
     meanwhile: Callable[[], object] = lambda: None,
-) -> dict[str, Outcome]:
-    """Return the outcome of each kernel, from the cache where it is there; say of new ones why they do not serve.
+) -> dict[str, VerificationResult]:
+    """Return the result of each kernel, from the cache where it is there; print why new ones are not used.
 
-    Where two processes want the same, one proves and the other waits. A cache that is damaged counts as empty, one
-    that cannot be written is done without.
+    Where two processes want the same kernels, one verifies and the other waits.
 
     Args:
         names: of the wanted kernels.
-        place: what the outcomes hold for.
-        command: proves the kernels whose names it reads, and tells as `mlxflow.kernels.verification` does.
-        compiler: compiles the kernel whose name it reads, so that its proof finds it compiled; where compiling takes
-            long, all are compiled at the same time. None where it takes no time to speak of.
-        limit_seconds: that one kernel may take, of each of the two.
-        prover: a process of the command that was started already; then the lock is held.
-        meanwhile: see `processes.prove`.
+        place: the environment that the results hold for.
+        verifier: how kernels are verified.
+        process: of the verifier, started already; then the lock is held.
+        meanwhile: see `verifier_process.verify`.
     """
-    known = known_outcomes(place)
+    known = known_results(place)
     if all(name in known for name in names):
         return {name: known[name] for name in names}
-    with hold(lock_file(), WAITING, wait=True) if prover is None else nullcontext():
-        known = known_outcomes(place)
+    with hold(lock_file(), WAITING, wait=True) if process is None else nullcontext():
+        known = known_results(place)
         missing = [name for name in names if name not in known]
         if missing:
-            known |= _proved(
-                missing,
-                command=command,
-                compiler=compiler,
-                limit_seconds=limit_seconds,
-                ahead=prover,
-                meanwhile=meanwhile,
-            )
-            _keep(place, known)
+            known |= _verify(missing, verifier, process, meanwhile)
+            keep_results(place, known)
             for name in missing:
-                if not known[name].serves:
-                    _say(f"GPU kernel {name} is not used on this device: {known[name].reason}")
+                if not known[name].passed:
+                    terminal.say(f"GPU kernel {name} is not used on this device: {known[name].reason}")
     return {name: known[name] for name in names}
 
 
-def _proved(names: Sequence[str], *, meanwhile: Callable[[], object], **how: Any) -> dict[str, Outcome]:
-    """Return what the processes come to, and say what is waited for."""
-    from mlxflow.kernels import verifier_process
+def _verify(
+    names: Sequence[str], verifier: Verifier, process: "VerifierProcess | None", meanwhile: Callable[[], object]
+) -> dict[str, VerificationResult]:
+    """Verify kernels in other processes; print what is waited for."""
 
-    def waiting() -> None:
-        _say("MLX compiles its own operations for that and for training, once on this machine: about a minute")
+    def compiling() -> None:
+        terminal.say("MLX compiles its own operations for that and for training, once on this machine: about a minute")
         meanwhile()
 
-    _say(f"proving {len(names)} GPU kernels, once on this device: {', '.join(names)}")
-    return verifier_process.prove(names, meanwhile=waiting, **how)
+    terminal.say(f"verifying {len(names)} GPU kernels, once on this device: {', '.join(names)}")
+    return verifier.verify(names, process, compiling)
 
 
-def known_outcomes(place: str) -> dict[str, Outcome]:
-    """Return what the cache knows of a place."""
-    entries = _read().get(place, {})
-    found = {}
+def known_results(place: str) -> dict[str, VerificationResult]:
+    """Return the cached results for an environment."""
+    entries = cache.read_table(cache_file()).get(place, {})
+    results = {}
     for name, entry in entries.items() if isinstance(entries, dict) else ():
         try:
-            outcome = Outcome(**entry)
+            result = VerificationResult(**entry)
         except TypeError:
             continue
-        if isinstance(outcome.serves, bool) and isinstance(outcome.reason, str):
-            found[name] = outcome
-    return found
+        if isinstance(result.passed, bool) and isinstance(result.reason, str):
+            results[name] = result
+    return results
 
 
-def _read() -> dict[str, Any]:
-    try:
-        told = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _keep(place: str, outcomes: Mapping[str, Outcome]) -> None:
-    told = _read() | {place: {name: outcome._asdict() for name, outcome in sorted(outcomes.items())}}
-    with suppress(OSError):  # proved anew next time
-        artifact_files.write_whole(cache_file(), json.dumps(told, indent=1).encode())
-
-
-def _say(line: str) -> None:
-    terminal.say(line)
+def keep_results(place: str, results: Mapping[str, VerificationResult]) -> None:
+    """Cache the results for an environment beside those of others."""
+    entries = {name: result._asdict() for name, result in sorted(results.items())}
+    cache.write_table(cache_file(), cache.read_table(cache_file()) | {place: entries})

@@ -24,197 +24,13 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxflow.kernels.codegen import THREADS, Source
+from mlxflow.kernels.rms_norm_source import ADD_SHARES, BACKWARD, FORWARD, SUM_BACKWARD, SUM_FORWARD
 
 #: Groups that share the rows of a backward pass: what a large GPU runs at the same time.
 _GROUPS = 264
 #: Groups on a processor at once: left to itself the compiler gives a thread of the sum's kernels so many registers that
 #: one group has a processor alone, and nothing is read while it waits.
 _RESIDENT = 2
-
-_ROW = """
-  constexpr int VECTORS = D / 8, LANES = 32 * WARPS, TIMES = (VECTORS + LANES - 1) / LANES, SLOTS = THREADS / LANES;
-  const int lane = worker % LANES, slot = worker / LANES;
-  const int rows = x_size / D;
-  SHARED float partial[2][THREADS / 32];
-"""
-
-_FORWARD_BODY = (
-    _ROW
-    + """
-  for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
-    const int row = base + slot;
-    float xs[TIMES][8];
-    float squares = 0;
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (row < rows && vector < VECTORS) {
-        read_8(x + (row * VECTORS + vector) * 8, xs[t]);
-        AFTER_READING
-        for (int i = 0; i < 8; ++i) squares += xs[t][i] * xs[t][i];
-      }
-    }
-    squares = sum_32(squares);
-    if (WARPS > 1) {
-      BARRIER;
-      partial[0][worker / 32] = squares;
-      BARRIER;
-      squares = 0;
-      for (int i = 0; i < WARPS; ++i) squares += partial[0][slot * WARPS + i];
-    }
-    const float r = RSQRT(squares / D + eps[0]);
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (row < rows && vector < VECTORS) {
-        float ws[8];
-        read_8(w + vector * 8, ws);
-        for (int i = 0; i < 8; ++i) xs[t][i] *= r * ws[i];
-        write_8(y + (row * VECTORS + vector) * 8, xs[t]);
-      }
-    }
-  }
-"""
-)
-
-_BACKWARD_BODY = (
-    _ROW
-    + """
-  float sums[TIMES][8];
-  for (int t = 0; t < TIMES; ++t) for (int i = 0; i < 8; ++i) sums[t][i] = 0;
-  for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
-    const int row = base + slot;
-    float xs[TIMES][8], gs[TIMES][8];
-    float squares = 0, products = 0;
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (row < rows && vector < VECTORS) {
-        read_8(x + (row * VECTORS + vector) * 8, xs[t]);
-        read_8(g + (row * VECTORS + vector) * 8, gs[t]);
-      } else {
-        for (int i = 0; i < 8; ++i) xs[t][i] = gs[t][i] = 0;
-      }
-    }
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (vector < VECTORS) {
-        float ws[8];
-        read_8(w + vector * 8, ws);
-        for (int i = 0; i < 8; ++i) {
-          squares += xs[t][i] * xs[t][i];
-          products += xs[t][i] * gs[t][i] * ws[i];
-        }
-      }
-    }
-    squares = sum_32(squares);
-    products = sum_32(products);
-    if (WARPS > 1) {
-      BARRIER;
-      partial[0][worker / 32] = squares;
-      partial[1][worker / 32] = products;
-      BARRIER;
-      squares = products = 0;
-      for (int i = 0; i < WARPS; ++i) {
-        squares += partial[0][slot * WARPS + i];
-        products += partial[1][slot * WARPS + i];
-      }
-    }
-    const float r = RSQRT(squares / D + eps[0]);
-    const float common = products / D * r * r * r;
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (row < rows && vector < VECTORS) {
-        float ws[8];
-        read_8(w + vector * 8, ws);
-        for (int i = 0; i < 8; ++i) {
-          sums[t][i] += gs[t][i] * xs[t][i] * r;
-          gs[t][i] = gs[t][i] * ws[i] * r - xs[t][i] * common;
-        }
-        BEFORE_WRITING
-        write_8(dx + (row * VECTORS + vector) * 8, gs[t]);
-      }
-    }
-  }
-  SHARED float shares[SLOTS > 1 ? SLOTS * D : 1];
-  for (int t = 0; t < TIMES; ++t) {
-    const int vector = lane + t * LANES;
-    if (vector < VECTORS) {
-      for (int i = 0; i < 8; ++i) {
-        if (SLOTS > 1) shares[slot * D + vector * 8 + i] = sums[t][i];
-        else dw[group * D + vector * 8 + i] = sums[t][i];
-      }
-    }
-  }
-  BARRIER;
-  if (SLOTS > 1) {
-    for (int column = worker; column < D; column += THREADS) {
-      float sum = 0;
-      for (int i = 0; i < SLOTS; ++i) sum += shares[i * D + column];
-      dw[group * D + column] = sum;
-    }
-  }
-"""
-)
-
-_FORWARD = Source(
-    name="rms_norm", inputs=("x", "w", "eps"), outputs=("y",), body=_FORWARD_BODY.replace("AFTER_READING", "")
-)
-
-_BACKWARD = Source(
-    name="rms_norm_backward",
-    inputs=("x", "w", "g", "eps"),
-    outputs=("dx", "dw"),
-    body=_BACKWARD_BODY.replace("BEFORE_WRITING", ""),
-)
-
-# The sum of two arrays, rounded as MLX rounds it, and its norm
-_SUM_FORWARD = Source(
-    name="sum_rms_norm",
-    inputs=("x", "r", "w", "eps"),
-    outputs=("h", "y"),
-    body=_FORWARD_BODY.replace(
-        "AFTER_READING",
-        """
-        float rs[8];
-        read_8(r + (row * VECTORS + vector) * 8, rs);
-        for (int i = 0; i < 8; ++i) xs[t][i] = static_cast<float>(static_cast<T>(xs[t][i] + rs[i]));
-        write_8(h + (row * VECTORS + vector) * 8, xs[t]);
-""",
-    ),
-)
-
-# What comes in for the norm goes back through it, and what comes in for its input past it is added
-_SUM_BACKWARD = Source(
-    name="sum_rms_norm_backward",
-    inputs=("x", "w", "e", "g", "eps"),
-    outputs=("dx", "dw"),
-    body=_BACKWARD_BODY.replace(
-        "BEFORE_WRITING",
-        """
-        float es[8];
-        read_8(e + (row * VECTORS + vector) * 8, es);
-        for (int i = 0; i < 8; ++i) gs[t][i] += es[i];
-""",
-    ),
-)
-
-_ADD_SHARES = Source(
-    name="rms_norm_shares",
-    inputs=("shares",),
-    outputs=("dw",),
-    body="""
-  constexpr int SLOTS = THREADS / 32;
-  const int wide = shares_width, rows = shares_size / wide;
-  const int column = group * 32 + worker % 32;
-  float sum = 0;
-  if (column < wide) for (int row = worker / 32; row < rows; row += SLOTS) sum += shares[row * wide + column];
-  SHARED float sums[THREADS];
-  sums[worker] = sum;
-  BARRIER;
-  if (worker < 32 && column < wide) {
-    for (int slot = 1; slot < SLOTS; ++slot) sum += sums[slot * 32 + worker];
-    dw[column] = static_cast<W>(sum);
-  }
-""",
-)
 
 
 def reference(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -260,7 +76,7 @@ def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     rows = x.size // x.shape[-1]
     inputs = [x, weight, mx.array([eps] * 8)]
     groups = -(-rows // slots)
-    (y,) = _FORWARD.launch(
+    (y,) = FORWARD.launch(
         inputs, constants=constants, groups=groups, shapes=[x.shape], dtypes=[x.dtype], resident=_RESIDENT
     )
     return y
@@ -268,13 +84,13 @@ def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.array) -> tuple[mx.array, mx.array]:
     """Return what `reference_gradients` does, by the kernel."""
-    return _launch_backward(_BACKWARD, [x, weight, incoming, mx.array([eps] * 8)])
+    return _launch_backward(BACKWARD, [x, weight, incoming, mx.array([eps] * 8)])
 
 
 def kernel_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """Return what `reference_sum` does, by the kernel."""
     constants, slots = _split(x)
-    h, y = _SUM_FORWARD.launch(
+    h, y = SUM_FORWARD.launch(
         [x, r, weight, mx.array([eps] * 8)],
         constants=[*constants, ("T", x.dtype)],
         groups=-(-(x.size // x.shape[-1]) // slots),
@@ -289,7 +105,7 @@ def kernel_sum_gradients(
     h: mx.array, weight: mx.array, eps: float, past: mx.array, incoming: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Return what `reference_sum_gradients` does, by the kernel."""
-    return _launch_backward(_SUM_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
+    return _launch_backward(SUM_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
 
 
 def _launch_backward(source: Source, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
@@ -304,7 +120,7 @@ def _launch_backward(source: Source, inputs: list[mx.array]) -> tuple[mx.array, 
         dtypes=[x.dtype, mx.float32],
         resident=_RESIDENT,
     )
-    (dw,) = _ADD_SHARES.launch(
+    (dw,) = ADD_SHARES.launch(
         [shares],
         constants=[("W", weight.dtype)],
         groups=-(-x.shape[-1] // 32),

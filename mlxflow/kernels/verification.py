@@ -1,16 +1,16 @@
-"""The self-proof: a kernel is compiled, compared with its reference in fp32 and timed against MLX's own way.
+"""Verifies kernels: each is compiled, compared with its reference in fp32 and timed against MLX's implementation.
 
     python -m mlxflow.kernels.verification NAME...
-        prints "begin NAME" and its outcome, one line of JSON each
+        prints "begin NAME" and the kernel's result, a line of JSON
     python -m mlxflow.kernels.verification --compile NAME...
-        compiles only; prints the outcome of what does not compile
+        compiles only; prints the results of kernels that do not compile
     python -m mlxflow.kernels.verification --times NAME...
-        tells on stderr, too, what its parts take
+        prints also the seconds of each part, on stderr
     python -m mlxflow.kernels.verification -
-        reads the names from a line of its input, and ends with that
+        reads the names from a line of its input, and ends when the input does
 
-It runs in a process of its own, so that a kernel that hangs or brings down the device's context takes nobody with it.
-That process may be started before it is known which kernels there are to prove: the device is ready then.
+It runs in its own process, so that a kernel that hangs or breaks the device's context does not stop a training run.
+That process may be started before the kernel names are known: MLX is loaded and the device ready by then.
 """
 
 import json
@@ -26,123 +26,126 @@ from functools import partial
 import mlx.core as mx
 
 from mlxflow.kernels import codegen, nvrtc
-from mlxflow.kernels.verification_cases import Arrays, Operation, operation
-from mlxflow.kernels.verification_outcome import Outcome
+from mlxflow.kernels.verification_cases import Case, case_of
+from mlxflow.kernels.verification_inputs import Arrays
+from mlxflow.kernels.verifier_process import VerificationResult
 from mlxflow.system import child_processes
 
-#: A kernel must take at most this share of the time of MLX's own way, so that noise does not flip the choice.
+#: A kernel must take at most this share of the time of MLX's implementation, so that noise does not flip the result.
 MARGIN = 0.9
 
 _CHECKED, _TIMED = 1 << 18, 1 << 24
 _ROUNDS, _CALLS = 5, 32
-#: Of the calls of a round; one that takes longer is called once.
+#: Seconds for the calls of a round; a function that takes longer is called once.
 _ROUND_SECONDS = 2e-3
-#: How often a kernel's time must go into that of MLX's own way for one round to be enough, and for two.
-_NO_QUESTION = (2.5, 1.4)
-#: Of memory that is kept for the next kernel's arrays: to get some takes longer than to fill it.
+#: Speed-ups over MLX from which one round is enough, and two rounds are.
+_CLEAR_SPEEDUPS = (2.5, 1.4)
+#: MLX's cache: to allocate memory takes longer than to fill it.
 _CACHE_BYTES = 1 << 30
-#: Of a call that is over before the host has made the next one: it is given more numbers.
+#: A call that takes less ends before the host has made the next one: it is timed on larger inputs.
 _SHORT_SECONDS = 2e-4
 
 
-Tell = Callable[[str, float], None]
+ReportSeconds = Callable[[str, float], None]
 
 
-class Stopped(Exception):  # noqa: N818 nobody's mistake
-    """It was told to stop before there was an outcome; all is compiled."""
+class StopRequested(Exception):  # noqa: N818 not an error
+    """The parent asked to stop before there was a result; all is compiled."""
 
 
-def prove(
-    tried: Operation,
+def verify(
+    case: Case,
     *,
     clock: Callable[[], float] = time.perf_counter,
     is_stopped: Callable[[], bool] = lambda: False,
-    tell: Tell = lambda *_: None,
-) -> Outcome:
-    """Return whether a kernel may serve.
+    report_seconds: ReportSeconds = lambda *_: None,
+) -> VerificationResult:
+    """Return whether a kernel is correct and clearly faster than MLX.
 
     Args:
-        tried: the operation.
-        clock: tells seconds.
-        is_stopped: whether others compile at this time, so that nothing can be timed.
-        tell: gets the name of a part and its seconds.
+        case: the kernel.
+        clock: returns seconds.
+        is_stopped: whether other processes compile now, so that nothing can be timed.
+        report_seconds: gets the name of a part and its seconds.
 
     Raises:
-        Stopped: it was stopped before there was an outcome.
+        StopRequested: the parent asked to stop before there was a result.
     """
     try:
-        with _timed("check", tell):
-            error = _error(tried)
+        with _timed("check", report_seconds):
+            error = _error(case)
     except Exception as failure:
-        return _failed(failure)
-    if not error <= tried.tolerance:
-        return Outcome(False, f"it is wrong by {error:.2g} (at most {tried.tolerance:.2g})", error)
-    with _timed("timing", tell):
-        seconds, own = _time(tried, clock, is_stopped)
-    if seconds > MARGIN * own:
-        reason = f"it takes {seconds * 1e6:.0f} us, MLX's own way {own * 1e6:.0f} us"
-        return Outcome(False, reason, error, seconds, own)
-    return Outcome(True, "", error, seconds, own)
+        return _failure_result(failure)
+    if not error <= case.tolerance:
+        return VerificationResult(False, f"it deviates by {error:.2g} (at most {case.tolerance:.2g})", error)
+    with _timed("timing", report_seconds):
+        seconds, mlx_seconds = _time(case, clock, is_stopped)
+    if seconds > MARGIN * mlx_seconds:
+        reason = f"it takes {seconds * 1e6:.0f} us, MLX's implementation {mlx_seconds * 1e6:.0f} us"
+        return VerificationResult(False, reason, error, seconds, mlx_seconds)
+    return VerificationResult(True, "", error, seconds, mlx_seconds)
 
 
-def compile_only(tried: Operation) -> Outcome | None:
-    """Let MLX compile a kernel and what it is measured against, and keep both for the process that proves it.
+def compile_only(case: Case) -> VerificationResult | None:
+    """Let MLX compile a kernel and its implementation of the same, for the process that verifies it.
 
     Args:
-        tried: the operation.
+        case: the kernel.
 
     Returns:
-        None, or the outcome of a kernel that does not run.
+        None, or the result of a kernel that does not run.
     """
     try:
-        for size in (_CHECKED, _TIMED):  # some take other operations where there is more
-            inputs = tried.inputs(size)
-            mx.eval(_as_timed(tried)(*inputs), tried.own(*inputs))
-        mx.eval(tried.reference(*tried.inputs(_CHECKED)))
+        for size in (_CHECKED, _TIMED):  # MLX uses other operations for larger arrays
+            inputs = case.inputs(size)
+            mx.eval(_as_timed(case)(*inputs), case.mlx(*inputs))
+        mx.eval(case.reference(*case.inputs(_CHECKED)))
     except Exception as failure:
-        return _failed(failure)
+        return _failure_result(failure)
     return None
 
 
-def _as_timed(tried: Operation) -> Callable[..., Arrays]:
-    """Return the kernel as in a step, its constants made once, or as MLX's own way is."""
-    return mx.compile(tried.kernel) if tried.is_compiled else tried.kernel
+def _as_timed(case: Case) -> Callable[..., Arrays]:
+    """Return the kernel as a training step calls it: compiled, if MLX's implementation is."""
+    return mx.compile(case.kernel) if case.is_compiled else case.kernel
 
 
-def _failed(failure: Exception) -> Outcome:
-    """Return the outcome of a kernel that raised: a reason not to use it, and none to stop, whoever says it."""
-    return Outcome(False, f"it does not run: {' '.join(str(failure).split())[:300] or type(failure).__name__}")
+def _failure_result(failure: Exception) -> VerificationResult:
+    """Return the result of a kernel that raised: a reason not to use it, and none to stop."""
+    return VerificationResult(
+        False, f"it does not run: {' '.join(str(failure).split())[:300] or type(failure).__name__}"
+    )
 
 
-def _error(tried: Operation) -> float:
-    inputs = tried.inputs(_CHECKED)
+def _error(case: Case) -> float:
+    inputs = case.inputs(_CHECKED)
     mx.eval(inputs)
-    found, again, wanted = tried.kernel(*inputs), tried.kernel(*inputs), tried.reference(*inputs)
-    mx.eval(found, again, wanted)
-    if any(not _equal(one, other) for one, other in zip(found, again, strict=True)):
+    found, again, expected = case.kernel(*inputs), case.kernel(*inputs), case.reference(*inputs)
+    mx.eval(found, again, expected)
+    if any(not _equal(first, second) for first, second in zip(found, again, strict=True)):
         return float("inf")
-    return max(_deviation(one, other) for one, other in zip(found, wanted, strict=True))
+    return max(_deviation(*pair) for pair in zip(found, expected, strict=True))
 
 
-def _equal(one: mx.array, other: mx.array) -> bool:
-    return bool(mx.array_equal(one, other, equal_nan=True))
+def _equal(first: mx.array, second: mx.array) -> bool:
+    return bool(mx.array_equal(first, second, equal_nan=True))
 
 
-def _deviation(found: mx.array, wanted: mx.array) -> float:
-    """Return the largest deviation in a row over the largest number in it; infinite for another shape or no number."""
-    if found.shape != wanted.shape:
+def _deviation(found: mx.array, expected: mx.array) -> float:
+    """Return the largest deviation in a row over the largest value in it; infinite for another shape or NaN."""
+    if found.shape != expected.shape:
         return float("inf")
-    found, wanted = (array.astype(mx.float32).reshape(-1, (array.shape or (1,))[-1]) for array in (found, wanted))
-    largest = mx.maximum(mx.abs(wanted).max(-1), 1e-30)
-    deviation = float((mx.abs(found - wanted).max(-1) / largest).max())
+    found, expected = (array.astype(mx.float32).reshape(-1, (array.shape or (1,))[-1]) for array in (found, expected))
+    largest = mx.maximum(mx.abs(expected).max(-1), 1e-30)
+    deviation = float((mx.abs(found - expected).max(-1) / largest).max())
     return deviation if deviation == deviation else float("inf")
 
 
-def _time(tried: Operation, clock: Callable[[], float], is_stopped: Callable[[], bool]) -> tuple[float, float]:
-    """Return seconds of a call of the kernel and of MLX's own way, the least of several rounds in turn.
+def _time(case: Case, clock: Callable[[], float], is_stopped: Callable[[], bool]) -> tuple[float, float]:
+    """Return the seconds of a call of the kernel and of MLX's implementation, the minimum of several rounds in turn.
 
-    What else a machine does makes a round longer, never shorter. Where one round or two show that there is no question,
-    there are no more.
+    Other load on the machine makes a round longer, never shorter. One round or two are enough if the kernel is clearly
+    faster.
     """
 
     def measure(function: Callable[..., Arrays], inputs: Arrays, calls: int = 1) -> float:
@@ -153,151 +156,156 @@ def _time(tried: Operation, clock: Callable[[], float], is_stopped: Callable[[],
         mx.synchronize()
         return (clock() - begin) / calls
 
-    functions = (_as_timed(tried), tried.own)
-    inputs = tried.inputs(_TIMED)
+    functions = (_as_timed(case), case.mlx)
+    inputs = case.inputs(_TIMED)
     mx.eval(inputs)
     for function in functions:
-        measure(function, inputs)  # compiles
+        measure(function, inputs)  # MLX compiles it
     seconds = [measure(function, inputs) for function in functions]
     if seconds[0] < _SHORT_SECONDS:
-        inputs = tried.inputs(4 * _TIMED)
+        inputs = case.inputs(4 * _TIMED)
         mx.eval(inputs)
         seconds = [measure(function, inputs) for function in functions]
-    calls = [max(1, min(_CALLS, int(_ROUND_SECONDS / max(1e-9, one)))) for one in seconds]
-    kernel, own = [], []
-    for factor in (*_NO_QUESTION, *[math.inf] * (_ROUNDS - len(_NO_QUESTION))):
+    calls = [max(1, min(_CALLS, int(_ROUND_SECONDS / max(1e-9, each)))) for each in seconds]
+    kernel_seconds, mlx_seconds = [], []
+    for speedup in (*_CLEAR_SPEEDUPS, *[math.inf] * (_ROUNDS - len(_CLEAR_SPEEDUPS))):
         if is_stopped():
-            raise Stopped
-        kernel.append(measure(functions[0], inputs, calls[0]))
-        own.append(measure(functions[1], inputs, calls[1]))
-        if factor * max(kernel) < min(own):
+            raise StopRequested
+        kernel_seconds.append(measure(functions[0], inputs, calls[0]))
+        mlx_seconds.append(measure(functions[1], inputs, calls[1]))
+        if speedup * max(kernel_seconds) < min(mlx_seconds):
             break
-    return min(kernel), min(own)
+    return min(kernel_seconds), min(mlx_seconds)
 
 
-def load_usual_operations(has_come: Callable[[], bool]) -> None:
-    """Let MLX load operations that most proofs need and that it never compiles: products, softmax, random numbers.
+def load_common_operations(have_names: Callable[[], bool]) -> None:
+    """Let MLX load precompiled operations that most verifications need: products, softmax, random numbers.
 
     Args:
-        has_come: whether the names of kernels have; asked between two.
+        have_names: whether the kernel names have arrived; checked between two operations.
     """
-    with suppress(Exception):  # a proof that needs them says so
-        usual = operation("attention/bfloat16/64")
+    with suppress(Exception):  # a verification that needs them reports the failure
+        usual = case_of("attention/bfloat16/64")
         inputs = usual.inputs(_CHECKED)
-        for function in (usual.own, usual.reference):
-            if has_come():
+        for function in (usual.mlx, usual.reference):
+            if have_names():
                 return
             mx.eval(function(*inputs))
 
 
 def make_ready(
-    names: Sequence[str], is_stopped: Callable[[], bool] = lambda: False, tell: Tell = lambda *_: None
+    names: Sequence[str],
+    is_stopped: Callable[[], bool] = lambda: False,
+    report_seconds: ReportSeconds = lambda *_: None,
 ) -> None:
-    """Let NVIDIA's compiler make the programs of kernels at the same time, and MLX load its operations meanwhile.
+    """Compile the programs of kernels at the same time, and let MLX load its operations meanwhile.
 
-    Each kernel is told as begun when MLX's operations for it are: these it may have to compile, which takes long.
+    "begin" is printed for each kernel before MLX's operations for it: MLX may have to compile these, which takes long.
 
     Args:
-        names: of the kernels; one that does not compile or compute says so when it is proved.
-        is_stopped: whether others compile at this time.
-        tell: see `prove`.
+        names: of the kernels; one that does not compile or run is reported when it is verified.
+        is_stopped: whether other processes compile now.
+        report_seconds: see `verify`.
 
     Raises:
-        Stopped: it was stopped.
+        StopRequested: the parent asked to stop.
     """
-    if codegen.language() != "cuda" or not codegen._programs_run():
+    if codegen.language() != "cuda" or not codegen.programs_run():
         return
-    with _timed("finding all programs", tell):
-        inputs = {name: operation(name).inputs(_CHECKED) for name in names}
+    with _timed("generating all programs", report_seconds):
+        inputs = {name: case_of(name).inputs(_CHECKED) for name in names}
         with nvrtc.gathering() as programs:
             for name in names:
                 with suppress(Exception):
-                    operation(name).kernel(*inputs[name])  # lazy
-        codegen._built.cache_clear()
-    with _timed("compiling them", tell), nvrtc.compiling_at_once(programs):
+                    case_of(name).kernel(*inputs[name])  # lazy
+        codegen.compile_program.cache_clear()
+    with _timed("compiling them", report_seconds), nvrtc.compiling_at_once(programs):
         for name in names:
             print(f"begin {name}", flush=True)
-            tried = operation(name)
-            with _timed(f"{name}: MLX's operations", tell), suppress(Exception):
-                mx.eval(tried.reference(*inputs[name]), tried.own(*inputs[name]))
+            case = case_of(name)
+            with _timed(f"{name}: MLX's operations", report_seconds), suppress(Exception):
+                mx.eval(case.reference(*inputs[name]), case.mlx(*inputs[name]))
             if is_stopped():
-                compile_only(tried)
-                raise Stopped
+                compile_only(case)
+                raise StopRequested
 
 
-class Orders:
-    """What the process that started this one tells it: a line of names, and then, maybe, a line that says to stop.
+class Requests:
+    """The requests of the parent process, read from a file descriptor: a line of names, then maybe a line to stop.
 
     Args:
         descriptor: of the input, which is read from now on.
-        end: called with 0 when the input ends: nobody is there to be told.
+        end: called with 0 when the input ends: the parent has ended.
 
     Attributes:
-        have_come: whether names have.
-        is_stopped: whether it is to stop.
+        have_names: set when the names have arrived.
+        is_stopped: set when the parent asks to stop.
     """
 
     def __init__(self, descriptor: int, end: Callable[[int], object] = os._exit) -> None:
-        self.have_come, self.is_stopped = threading.Event(), threading.Event()
+        self.have_names, self.is_stopped = threading.Event(), threading.Event()
         self._names: list[str] = []
         self._descriptor, self._end = descriptor, end
-        threading.Thread(target=self._heed, daemon=True).start()
+        threading.Thread(target=self._read, daemon=True).start()
 
     def names(self) -> list[str]:
         """Wait for the names and return them."""
-        self.have_come.wait()
+        self.have_names.wait()
         return self._names
 
-    def _heed(self) -> None:
-        with open(self._descriptor, closefd=False) as told:
-            self._names = told.readline().split()
+    def _read(self) -> None:
+        with open(self._descriptor, closefd=False) as lines:
+            self._names = lines.readline().split()
             if self._names:
-                self.have_come.set()
-            for _ in told:
+                self.have_names.set()
+            for _ in lines:
                 self.is_stopped.set()
         self._end(0)
 
 
 def main(arguments: list[str]) -> None:
-    """Prove kernels by name, or compile them, and print what comes out as it comes."""
+    """Verify kernels by name, or compile them, and print each result at once."""
     child_processes.end_with_parent()
-    flags, names = {one for one in arguments if one.startswith("--")}, [one for one in arguments if one[:2] != "--"]
-    tell: Tell = _say_seconds if "--times" in flags else lambda *_: None
-    with _timed("the device's beginning", tell):
+    flags = {argument for argument in arguments if argument.startswith("--")}
+    names = [argument for argument in arguments if argument not in flags]
+    report_seconds: ReportSeconds = _print_seconds if "--times" in flags else lambda *_: None
+    with _timed("waking the device", report_seconds):
         mx.eval(mx.zeros(8) + 1)  # a GPU takes a while
     mx.set_cache_limit(_CACHE_BYTES)
     is_stopped: Callable[[], bool] = lambda: False  # noqa: E731
     if names == ["-"]:
-        orders = Orders(sys.stdin.fileno())
-        threading.Thread(target=codegen.build_trial, daemon=True).start()
-        with _timed("loading while it waits", tell):
-            load_usual_operations(orders.have_come.is_set)
-        names, is_stopped = orders.names(), orders.is_stopped.is_set
-    with suppress(Stopped):
-        make_ready(names, is_stopped, tell)
+        requests = Requests(sys.stdin.fileno())
+        threading.Thread(target=codegen.trial_program, daemon=True).start()
+        with _timed("loading common operations", report_seconds):
+            load_common_operations(requests.have_names.is_set)
+        names, is_stopped = requests.names(), requests.is_stopped.is_set
+    with suppress(StopRequested):
+        make_ready(names, is_stopped, report_seconds)
         for name in names:
             print(f"begin {name}", flush=True)
             if "--compile" in flags:
-                outcome = compile_only(operation(name))
+                result = compile_only(case_of(name))
             else:
-                outcome = prove(operation(name), is_stopped=is_stopped, tell=partial(_say_part, tell, name))
-            if outcome is not None:
-                print(json.dumps({"name": name, **outcome._asdict()}), flush=True)
+                result = verify(
+                    case_of(name), is_stopped=is_stopped, report_seconds=partial(_report_part, report_seconds, name)
+                )
+            if result is not None:
+                print(json.dumps({"name": name, **result._asdict()}), flush=True)
 
 
 @contextmanager
-def _timed(part: str, tell: Tell) -> Iterator[None]:
+def _timed(part: str, report_seconds: ReportSeconds) -> Iterator[None]:
     begin = time.perf_counter()
     yield
-    tell(part, time.perf_counter() - begin)
+    report_seconds(part, time.perf_counter() - begin)
 
 
-def _say_seconds(part: str, seconds: float) -> None:
+def _print_seconds(part: str, seconds: float) -> None:
     print(f"{seconds:7.3f} s  {part}", file=sys.stderr, flush=True)
 
 
-def _say_part(tell: Tell, name: str, part: str, seconds: float) -> None:
-    tell(f"{name}: {part}", seconds)
+def _report_part(report_seconds: ReportSeconds, name: str, part: str, seconds: float) -> None:
+    report_seconds(f"{name}: {part}", seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Proves kernels in processes of their own, so that one that hangs or brings down its process takes nobody with it."""
+"""Verifies kernels in subprocesses, so that a kernel that hangs or crashes its process does not stop this one.
+
+Imports no mlx: the subprocess may be started before this process has loaded it.
+"""
 
 import json
 import os
@@ -11,45 +14,62 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import IO, NamedTuple, Self, cast
 
-from mlxflow.kernels.verification_outcome import Outcome
 from mlxflow.system import child_processes
 
-#: Seconds after which a kernel that was begun is taken for one that waits for MLX to compile its own operations, which
-#: takes 4 to 25 s a kernel; where they are compiled already, a proof takes a tenth of a second.
+#: Seconds at one kernel after which MLX is taken to compile its own operations for it, which takes 4 to 25 s a kernel;
+#: with all compiled, a verification takes a tenth of a second.
 COLD_SECONDS = 2.0
 
 
-class Told(NamedTuple):
-    """What a process came to.
+class VerificationResult(NamedTuple):
+    """The result of verifying a kernel.
 
     Attributes:
-        outcomes: of the kernels that it told of.
-        begun: the kernel that it began last; empty for none.
-        end: how it ended, in words; empty where it ended well, or has not ended.
-        is_cold: whether it has not ended, and is at a kernel for too long to have found everything compiled.
+        passed: whether it is correct and clearly faster than MLX.
+        reason: why not; empty if it passed.
+        error: the largest deviation, relative to the largest value in its row; -1 where none was measured.
+        seconds: of a call.
+        mlx_seconds: of a call of MLX's implementation.
     """
 
-    outcomes: dict[str, Outcome]
+    passed: bool
+    reason: str
+    error: float = -1.0
+    seconds: float = 0.0
+    mlx_seconds: float = 0.0
+
+
+class VerifierOutput(NamedTuple):
+    """What a verifier process has printed so far.
+
+    Attributes:
+        results: of the kernels that it finished.
+        begun: the kernel that it began last; empty for none.
+        failure: how the process failed; empty where it ended well or is still running.
+        is_cold: whether it still runs, and has been at one kernel for so long that MLX must be compiling.
+    """
+
+    results: dict[str, VerificationResult]
     begun: str
-    end: str
+    failure: str
     is_cold: bool = False
 
 
-class Prover:
-    """A process that tells of kernels, started before it is told of which. It ends with this one, and with the block.
+class VerifierProcess:
+    """A verifier subprocess. It may start before the kernel names are known; it is killed when the context exits.
 
-    It reads their names from a line of its input, and then, maybe, a line that tells it to stop: to finish what it is
-    compiling, and to time nothing. It ends when its input does.
+    It reads the names from a line of its input. A second line asks it to stop: to finish what it is compiling and to
+    time nothing. It ends when its input does, so also when this process dies.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
         with ExitStack() as opened:
-            self._said = opened.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            self._stderr = opened.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             self._process = child_processes.start(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._said,
+                stderr=self._stderr,
                 text=True,
                 bufsize=1,
                 errors="replace",
@@ -63,155 +83,172 @@ class Prover:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()  # and is not waited for: a device takes a while to be given back
+        self._process.kill()  # and is not waited for: a device takes a while to be released
         with suppress(BrokenPipeError):
             cast("IO[str]", self._process.stdin).close()
         self._opened.close()
 
     def _read(self) -> None:
-        with cast("IO[str]", self._process.stdout) as told:
-            for line in told:
+        with cast("IO[str]", self._process.stdout) as output:
+            for line in output:
                 self._lines.put(line)
         self._lines.put(None)
         self._process.wait()
 
-    def is_there(self) -> bool:
+    def is_running(self) -> bool:
         """Return whether it has not ended."""
         return self._process.poll() is None
 
-    def tell(self, names: Sequence[str]) -> None:
-        """Tell it the names of the kernels."""
+    def send(self, names: Sequence[str]) -> None:
+        """Send it the names of the kernels."""
         self._write(" ".join(names))
 
     def stop(self) -> None:
-        """Tell it to finish what it is compiling, and to time nothing."""
+        """Ask it to finish what it is compiling, and to time nothing."""
         self._write("stop")
 
     def _write(self, line: str) -> None:
-        with suppress(BrokenPipeError):  # it has ended; how, its end says
+        with suppress(BrokenPipeError):  # it has ended; `_failure` says how
             cast("IO[str]", self._process.stdin).write(line + "\n")
 
-    def listen(self, names: Sequence[str], limit_seconds: float, cold_seconds: float | None = None) -> Told:
-        """Return what it told until it had told of all kernels, or ended, or said nothing for too long.
+    def listen(self, names: Sequence[str], limit_seconds: float, cold_seconds: float | None = None) -> VerifierOutput:
+        """Return its output once all kernels are finished, it has ended, or it has been silent for too long.
 
         Args:
             names: of the kernels.
-            limit_seconds: between two lines.
-            cold_seconds: after the beginning of a kernel; then it goes on. None for as long as the limit.
+            limit_seconds: the longest silence.
+            cold_seconds: the longest silence after the beginning of a kernel; then it keeps running. None for the same
+                limit.
         """
-        outcomes: dict[str, Outcome] = {}
-        begun, is_at_it = "", False
-        while not outcomes.keys() >= set(names):
-            is_short = is_at_it and cold_seconds is not None
+        results: dict[str, VerificationResult] = {}
+        begun, is_at_kernel = "", False
+        while not results.keys() >= set(names):
+            is_short = is_at_kernel and cold_seconds is not None
             try:
                 line = self._lines.get(timeout=cold_seconds if is_short else limit_seconds)
             except queue.Empty:
                 if is_short:
-                    return Told(outcomes, begun, "", is_cold=True)
-                return Told(outcomes, begun, f"its process told nothing for {limit_seconds:g} s")
+                    return VerifierOutput(results, begun, "", is_cold=True)
+                return VerifierOutput(results, begun, f"its process printed nothing for {limit_seconds:g} s")
             if line is None:
-                return Told(outcomes, begun, self._end())
+                return VerifierOutput(results, begun, self._failure())
             if line.startswith("begin "):
-                begun, is_at_it = line.removeprefix("begin ").strip(), True
+                begun, is_at_kernel = line.removeprefix("begin ").strip(), True
                 continue
-            found = _outcome(line)
-            if found is not None:
-                outcomes[found[0]] = found[1]
-                is_at_it = False
-        return Told(outcomes, begun, "")
+            parsed = _parse_result(line)
+            if parsed is not None:
+                results[parsed[0]] = parsed[1]
+                is_at_kernel = False
+        return VerifierOutput(results, begun, "")
 
-    def _end(self) -> str:
+    def _failure(self) -> str:
         code = self._process.wait()
         if not code:
             return ""
-        self._said.seek(0)
-        last = (self._said.read().strip().splitlines() or [""])[-1][:200]
+        self._stderr.seek(0)
+        last = (self._stderr.read().strip().splitlines() or [""])[-1][:200]
         return f"its process ended with code {code}" + (last and f": {last}")
 
 
-def _outcome(line: str) -> tuple[str, Outcome] | None:
+def _parse_result(line: str) -> tuple[str, VerificationResult] | None:
     try:
-        told = json.loads(line)
-        return told.pop("name"), Outcome(**told)
+        fields = json.loads(line)
+        return fields.pop("name"), VerificationResult(**fields)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def prove(
-    names: Sequence[str],
-    *,
-    command: Sequence[str],
-    compiler: Sequence[str] | None,
-    limit_seconds: float,
-    ahead: Prover | None = None,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> dict[str, Outcome]:
-    """Return the outcome of each kernel.
+class Verifier(NamedTuple):
+    """How kernels are verified: the commands, and the longest silence of each.
 
-    One process proves them one after another. Where it turns out to wait for MLX's compilations, it stops, all are
-    compiled at the same time, and then proved by another that has the device to itself: what is measured beside a
-    compilation is no measurement.
-
-    Args:
-        names: of the kernels.
-        command: see `choice.prove_all`.
-        compiler: see `choice.prove_all`.
-        limit_seconds: see `choice.prove_all`.
-        ahead: a process of the command that was started already and told no names.
-        meanwhile: called once while all are compiled at the same time, and waited for; not called where none are.
+    Attributes:
+        command: verifies the kernels whose names it reads, and prints what `mlxflow.kernels.verification` prints.
+        compiler: compiles the kernel whose name it reads, so that its verification finds it compiled; where compiling
+            takes long, all are compiled at the same time. None where compiling takes hardly any time.
+        limit_seconds: without output from either, after which a kernel counts as hung.
     """
-    outcomes: dict[str, Outcome] = {}
-    left, cold_seconds, is_alone = list(names), COLD_SECONDS if compiler else None, False
-    while left:  # after one that hangs or crashes it goes on with the others
-        asked = left[:1] if is_alone else left
-        with ahead if ahead is not None and ahead.is_there() else Prover(command) as prover:
-            ahead = None
-            prover.tell(asked)
-            told = prover.listen(asked, limit_seconds, cold_seconds)
-            outcomes |= {name: outcome for name, outcome in told.outcomes.items() if name in asked}
-            if told.is_cold and compiler:
+
+    command: Sequence[str]
+    compiler: Sequence[str] | None
+    limit_seconds: float
+
+    def verify(
+        self,
+        names: Sequence[str],
+        process: VerifierProcess | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> dict[str, VerificationResult]:
+        """Return the result of each kernel.
+
+        One process verifies them one after another. If MLX has to compile its own operations for them, that process
+        stops, all kernels are compiled at the same time, and then another process verifies them alone on the device:
+        a time measured beside a compilation is worthless.
+
+        Args:
+            names: of the kernels.
+            process: of the command, started already and sent no names.
+            meanwhile: called once, and waited for, while all are compiled at the same time; not called otherwise.
+        """
+        results: dict[str, VerificationResult] = {}
+        left, is_alone = list(names), False
+        cold_seconds = COLD_SECONDS if self.compiler else None
+        while left:  # after a kernel that hangs or crashes, the others follow
+            batch = left[:1] if is_alone else left
+            output = self._verify_batch(batch, left, process, cold_seconds, meanwhile)
+            results |= output.results
+            process, left = None, [name for name in left if name not in results]
+            missing = [name for name in batch if name in left]
+            if output.is_cold:
                 cold_seconds = None
-                at_hand = [name for name in left if name not in outcomes]
-                outcomes |= _compile(at_hand, prover, told.begun, compiler, limit_seconds, meanwhile)
-        left = [name for name in left if name not in outcomes]
-        missing = [name for name in asked if name in left]
-        if told.is_cold or not missing:
-            continue
-        if told.end and not told.begun and len(missing) > 1:  # whose fault it was shows when each is alone
-            is_alone = True
-            continue
-        failed = told.begun if told.begun in missing else missing[0]
-        outcomes[failed] = Outcome(False, told.end or "its proof told nothing")
-        left.remove(failed)
-    return outcomes
+            elif output.failure and not output.begun and len(missing) > 1:  # which one failed shows when each is alone
+                is_alone = True
+            elif missing:
+                failed = output.begun if output.begun in missing else missing[0]
+                results[failed] = VerificationResult(False, output.failure or "its verification printed no result")
+                left.remove(failed)
+        return results
 
+    def _verify_batch(
+        self,
+        batch: Sequence[str],
+        left: Sequence[str],
+        process: VerifierProcess | None,
+        cold_seconds: float | None,
+        meanwhile: Callable[[], object],
+    ) -> VerifierOutput:
+        """Return the output for some kernels; if it is cold, compile all that are left."""
+        if process is None or not process.is_running():
+            process = VerifierProcess(self.command)
+        with process:
+            process.send(batch)
+            output = process.listen(batch, self.limit_seconds, cold_seconds)
+            results = {name: result for name, result in output.results.items() if name in batch}
+            if output.is_cold:
+                pending = [name for name in left if name not in results]
+                results |= self._compile(pending, process, output.begun, meanwhile)
+        return output._replace(results=results)
 
-def _compile(
-    names: Sequence[str],
-    prover: Prover,
-    begun: str,
-    compiler: Sequence[str],
-    limit_seconds: float,
-    meanwhile: Callable[[], object],
-) -> dict[str, Outcome]:
-    """Let all compile at the same time, the prover what it has begun; return the outcomes of those that do not."""
-    prover.stop()
-    others = [name for name in names if name != begun]
-    with ThreadPoolExecutor(1 + max(1, min(len(others), os.cpu_count() or 1))) as pool:
-        at_it = pool.submit(prover.listen, [begun], limit_seconds)
-        at_others = pool.map(lambda name: _run(compiler, name, limit_seconds), others)
-        meanwhile()
-        found = dict(zip(others, at_others, strict=True))
-        found[begun] = at_it.result()
-    refused = {}
-    for name, told in found.items():
-        outcome = told.outcomes.get(name, Outcome(False, told.end) if told.end else None)
-        if outcome is not None and not outcome.seconds:  # what was timed beside compilations is timed again
-            refused[name] = outcome
-    return refused
+    def _compile(
+        self, names: Sequence[str], process: VerifierProcess, begun: str, meanwhile: Callable[[], object]
+    ) -> dict[str, VerificationResult]:
+        """Compile all kernels at the same time, the process the one it has begun; return results of those that fail."""
+        process.stop()
+        others = [name for name in names if name != begun]
+        with ThreadPoolExecutor(1 + max(1, min(len(others), os.cpu_count() or 1))) as pool:
+            first = pool.submit(process.listen, [begun], self.limit_seconds)
+            rest = pool.map(self._compile_one, others)
+            meanwhile()
+            outputs = dict(zip(others, rest, strict=True))
+            outputs[begun] = first.result()
+        refused = {}
+        for name, output in outputs.items():
+            failure = VerificationResult(False, output.failure) if output.failure else None
+            result = output.results.get(name, failure)
+            if result is not None and not result.seconds:  # a time measured beside compilations is measured again
+                refused[name] = result
+        return refused
 
-
-def _run(command: Sequence[str], name: str, limit_seconds: float) -> Told:
-    with Prover(command) as process:
-        process.tell([name])
-        return process.listen([name], limit_seconds)
+    def _compile_one(self, name: str) -> VerifierOutput:
+        with VerifierProcess(self.compiler or ()) as process:
+            process.send([name])
+            return process.listen([name], self.limit_seconds)

@@ -68,7 +68,7 @@ def test_recorded_kernels_serve_until_they_are_switched_off(
     (without,) = (one for one in recipe.ablations() if one.name == "without own kernels")
     with _open(recipe) as runner:
         losses = runner.run(3)
-    assert {"rms_norm.kernel_gradients", "gated.kernel_joined", "adamw.kernel"} <= calls.keys()
+    assert {"rms_norm.kernel_gradients", "gated_activation.kernel_joined", "adamw.kernel"} <= calls.keys()
     calls.clear()
     for one in (without, recipe.baseline()):
         with _open(one, _packed()) as runner:

@@ -14,9 +14,9 @@ import mlx.nn as nn
 import pytest
 
 from mlxflow.device import compute_device
-from mlxflow.kernels import cache, layer_patching, layer_signature, pattern_detection, registry
-from mlxflow.kernels.layer_patterns import Embedding, Fit, GatedMLP, Norm
-from mlxflow.kernels.pattern_detection import Trial
+from mlxflow.kernels import cache, fingerprint, layer_patching, layer_signature, pattern_detection
+from mlxflow.kernels.layer_patterns import Embedding, GatedMLP, LayerPattern, Norm
+from mlxflow.kernels.pattern_detection import Detection
 from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
 from tests.conftest import REPOSITORY
@@ -54,13 +54,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The classes of the layers that are tried, as they are."""
     names: list[str] = []
-    usual = pattern_detection.try_layer
+    usual = pattern_detection.detect_pattern
 
-    def try_layer(layer: nn.Module) -> Trial:
+    def detect_pattern(layer: nn.Module) -> Detection:
         names.append(type(layer).__name__)
         return usual(layer)
 
-    monkeypatch.setattr(layer_patching, "try_layer", try_layer)
+    monkeypatch.setattr(layer_patching, "detect_pattern", detect_pattern)
     return names
 
 
@@ -87,8 +87,8 @@ def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mod
     return write
 
 
-def _fits(model: nn.Module) -> list[Fit]:
-    return [fit for _, fit in layer_patching.find_fits(model)]
+def _fits(model: nn.Module) -> list[LayerPattern]:
+    return [fit for _, fit in layer_patching.find_layers(model)]
 
 
 def test_a_model_is_tried_once_and_comes_to_the_same(tried: list[str]) -> None:
@@ -104,7 +104,7 @@ def test_a_later_process_computes_nothing_for_a_model_that_is_known() -> None:
         "import mlx.core as mx\nfrom mlxflow.kernels import layer_patching\nfrom tests.small_models import llama\n"
         "model, _ = llama()\nmx.eval(model.parameters())\nmx.synchronize()\n"
         "mx.reset_peak_memory()\nbefore = mx.get_active_memory()\n"
-        "print(len(layer_patching.find_fits(model)), mx.get_peak_memory() > before)"
+        "print(len(layer_patching.find_layers(model)), mx.get_peak_memory() > before)"
     )
     command = [sys.executable, "-c", program]
     for computes in (True, False):
@@ -209,7 +209,7 @@ class _Activated(nn.Module):  # type: ignore[misc]
 def test_layers_that_are_alike_but_for_a_function_are_told_apart(
     tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_signature, "_began", lambda: float("inf"))  # this file may be new
+    monkeypatch.setattr(layer_signature, "_process_start", lambda: float("inf"))  # this file may be new
     model = nn.Sequential(_Activated(nn.silu), _Activated(nn.relu), _Activated(nn.gelu))
     for _ in range(2):
         assert [fit.activation for fit in _fits(model) if isinstance(fit, GatedMLP)] == ["silu", "gelu"]
@@ -236,7 +236,9 @@ class _Scaled(nn.Embedding):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(nn.Embedding, [Embedding()]), (_Scaled, [])])
-def test_an_embedding_is_tried_with_other_weights_than_its_own(kind: type[nn.Module], expected: list[Fit]) -> None:
+def test_an_embedding_is_tried_with_other_weights_than_its_own(
+    kind: type[nn.Module], expected: list[LayerPattern]
+) -> None:
     layer = kind(20, 8)
     layer.weight = mx.zeros((20, 8))
     assert _fits(layer) == expected
@@ -253,13 +255,13 @@ def test_a_damaged_file_counts_as_empty_and_is_written_anew(
     layers: Callable[..., ModuleType], tried: list[str], spoil: Callable[[bytes], bytes]
 ) -> None:
     _fits(layers().Norm())
-    whole = cache.file().read_bytes()
+    whole = cache.layers_file().read_bytes()
     assert spoil(whole) != whole
-    cache.file().write_bytes(spoil(whole))
-    assert cache.read() == {}
+    cache.layers_file().write_bytes(spoil(whole))
+    assert cache.read_layers() == {}
     assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
     assert tried == ["Norm", "Norm"]
-    assert cache.file().read_bytes() == whole
+    assert cache.layers_file().read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_a_finding_of_another_form_is_no_finding(
     layers: Callable[..., ModuleType], tried: list[str], value: object
 ) -> None:
     _fits(layers().Norm())
-    cache.keep(dict.fromkeys(cache.read(), value))
+    cache.add_layers(dict.fromkeys(cache.read_layers(), value))
     assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
     assert tried == ["Norm", "Norm"]
 
@@ -291,7 +293,7 @@ def test_findings_of_other_kernels_do_not_hold(
     layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fits(layers().Norm())
-    monkeypatch.setattr(registry, "_sources", lambda: "others")
+    monkeypatch.setattr(fingerprint, "sources_digest", lambda: "others")
     _fits(layers().Norm())
     assert tried == ["Norm", "Norm"]
 
@@ -304,24 +306,25 @@ def test_a_read_only_folder_is_done_without(
         monkeypatch.setenv("XDG_CACHE_HOME", str(room))
         for _ in range(2):
             assert _fits(module.Norm()) == [Norm(1e-5, 0.0)]
-        assert not cache.file().exists()
+        assert not cache.layers_file().exists()
     assert tried == ["Norm", "Norm"]
 
 
 def test_only_so_many_findings_are_kept_and_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_MOST", 2)
+    monkeypatch.setattr(cache, "_MAX_LAYERS", 2)
     for key in ("a", "b", "a", "c"):
-        cache.keep({key: True})
-    assert list(cache.read()) == ["a", "c"]
+        cache.add_layers({key: True})
+    assert list(cache.read_layers()) == ["a", "c"]
 
 
 def test_processes_that_keep_something_at_once_leave_a_whole_file() -> None:
     program = (
         "import sys\nfrom mlxflow.kernels import cache\n"
-        "for number in range(40):\n    cache.keep({f'{sys.argv[1]} {number}': True})\n    assert cache.read()"
+        "for number in range(40):\n"
+        "    cache.add_layers({f'{sys.argv[1]} {number}': True})\n    assert cache.read_layers()"
     )
     commands = [[sys.executable, "-c", program, name] for name in ("a", "b")]
     both = [subprocess.Popen(command, cwd=REPOSITORY) for command in commands]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
-    assert {key[0] for key in cache.read()} >= {"a"} or {key[0] for key in cache.read()} >= {"b"}
-    assert [path.name for path in cache.file().parent.iterdir()] == ["findings.json"]
+    assert {key[0] for key in cache.read_layers()} >= {"a"} or {key[0] for key in cache.read_layers()} >= {"b"}
+    assert [path.name for path in cache.layers_file().parent.iterdir()] == ["findings.json"]

@@ -86,9 +86,9 @@ def _same(found: Loss, wanted: Loss) -> None:
 @contextmanager
 def _fitted(model: nn.Module) -> Iterator[None]:
     """Fit all layers that can be, as if all kernels served, in a type in which none does: references compute."""
-    fits = layer_patching.find_fits(model)
-    every = [fit.name(module, mx.float16) for module, fit in fits]
-    with layer_patching.fitted(fits, recorded(every, every), mx.float16):
+    layers = layer_patching.find_layers(model)
+    every = [pattern.kernel_name(module, mx.float16) for module, pattern in layers]
+    with layer_patching.patched(layers, recorded(every, every), mx.float16):
         yield
 
 
@@ -132,14 +132,14 @@ def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
     kinds = [type(module) for _, module in model.named_modules()]
     saved = _saved(model, config, tmp_path)
     before = _loss_and_gradients(model)
-    fits = layer_patching.find_fits(model)
+    layers = layer_patching.find_layers(model)
     sought = (Norm, _GATED, Embedding, Block)
-    kinds_found = [sum(isinstance(fit, kind) for _, fit in fits) for kind in sought]
-    widths = [fit.width for _, fit in fits if isinstance(fit, Rotary)]
+    kinds_found = [sum(isinstance(fit, kind) for _, fit in layers) for kind in sought]
+    widths = [fit.width for _, fit in layers if isinstance(fit, Rotary)]
     assert (*kinds_found, len(widths)) == counts
     assert widths == [turned] * len(widths)
     with _fitted(model):
-        assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == sum(counts)
+        assert sum(type(module).__name__.startswith("Patched") for module in model.modules()) == sum(counts)
         after = _loss_and_gradients(model)
         assert _names(model) == names
         assert _saved(model, config, tmp_path) == saved
@@ -165,7 +165,7 @@ def test_a_layer_called_in_another_way_computes_as_it_was() -> None:
     model = Scaled(8)
     x = mx.random.normal((2, 8), key=mx.random.key(0))
     with _fitted(model):
-        assert type(model).__name__ == "FittedScaled"
+        assert type(model).__name__ == "PatchedScaled"
         assert mx.allclose(model(x, scale=2.0), 2 * model(x), rtol=1e-5)
 
 
@@ -186,10 +186,10 @@ def test_positions_are_turned_as_the_layer_has_it(
     x = mx.random.normal((2, 3, 50, 40), key=mx.random.key(0))
     wanted, later = layer(x), layer(x, offset=7)
     calls = let_references_serve(monkeypatch)
-    fits = layer_patching.find_fits(layer)
-    assert [fit for _, fit in fits] == [Rotary(32, interleaved)]
-    names = [fit.name(module, mx.float32) for module, fit in fits]
-    with layer_patching.fitted(fits, recorded(names, names), mx.float32):
+    layers = layer_patching.find_layers(layer)
+    assert [pattern for _, pattern in layers] == [Rotary(32, interleaved)]
+    names = [pattern.kernel_name(module, mx.float32) for module, pattern in layers]
+    with layer_patching.patched(layers, recorded(names, names), mx.float32):
         for found in (layer(x), layer(x, offset=0), layer(x, 0)):
             assert mx.allclose(found, wanted, rtol=1e-5, atol=1e-5)
         assert calls["rotary.kernel"] == 3
@@ -222,8 +222,8 @@ def test_a_gated_layer_is_known_by_what_it_computes_whatever_its_parts_are_calle
     activation: Callable[[mx.array], mx.array], more: float, expected: object
 ) -> None:
     mx.random.seed(0)
-    fits = layer_patching.find_fits(_LayerLike(activation, True, more))
-    assert [fit for _, fit in fits] == ([] if expected is None else [expected])
+    layers = layer_patching.find_layers(_LayerLike(activation, True, more))
+    assert [pattern for _, pattern in layers] == ([] if expected is None else [expected])
 
 
 class _BlockLike(nn.Module):  # type: ignore[misc]
@@ -246,32 +246,32 @@ class _Mixer(nn.Module):  # type: ignore[misc]
 
 def test_a_block_is_known_by_its_pass_whatever_its_parts_are_called() -> None:
     block = _BlockLike()
-    fit = {type(module): fit for module, fit in layer_patching.find_fits(block)}[_BlockLike]
+    fit = {type(module): fit for module, fit in layer_patching.find_layers(block)}[_BlockLike]
     assert fit == Block(("b", "a"), ("c", "d"), (Norm(1e-3, 0.0), Norm(1e-5, 0.0)))
     x, mask = mx.random.normal((2, 4, 8), key=mx.random.key(0)), mx.array([[1.0], [0.0], [1.0], [1.0]])
     for others, named in (((), {}), ((mask,), {}), ((None,), {"cache": None}), ((), {"mask": mask})):
         wanted = block(x, *others, **named)
         with _fitted(block):
-            assert type(block).__name__ == "Fitted_BlockLike"
+            assert type(block).__name__ == "Patched_BlockLike"
             assert mx.allclose(block(x.astype(mx.float32), *others, **named), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [_BlockLike(scale=0.5), _BlockLike(hands_on=False)])
 def test_a_block_that_computes_or_hands_on_something_else_is_left_alone(block: nn.Module) -> None:
-    assert not any(isinstance(fit, Block) for _, fit in layer_patching.find_fits(block))
+    assert not any(isinstance(fit, Block) for _, fit in layer_patching.find_layers(block))
     assert type(block.c) is _Mixer
 
 
 def test_of_a_gated_layer_it_is_told_whether_its_projections_are_products_alone() -> None:
     layer = _LayerLike(nn.silu, False, 0.0)
     layer.c = nn.Linear(8, 16, bias=False)
-    ((_, fit),) = layer_patching.find_fits(layer)
+    ((_, fit),) = layer_patching.find_layers(layer)
     assert fit == GatedMLP("silu", "c", "a", "b", True)
-    assert fit.name(layer, mx.bfloat16) == "mlp_silu/bfloat16"
-    name = fit.name(layer, mx.float32)
+    assert fit.kernel_name(layer, mx.bfloat16) == "mlp_silu/bfloat16"
+    name = fit.kernel_name(layer, mx.float32)
     x = mx.random.normal((2, 8), key=mx.random.key(0))
     wanted = layer(x)
-    with layer_patching.fitted([(layer, fit)], recorded([name], [name]), mx.float32):
+    with layer_patching.patched([(layer, fit)], recorded([name], [name]), mx.float32):
         layer.a = nn.Linear(8, 16, bias=True)  # no longer a product alone: computes as its class has it
         layer.a.weight, layer.a.bias = mx.zeros((16, 8)), mx.ones(16)
         assert mx.allclose(layer(x), layer.b(nn.silu(layer.c(x))), rtol=1e-5)
@@ -335,7 +335,7 @@ def test_gradients_are_those_of_layers_as_they_were(kind: str, every: int) -> No
         with _fitted(model), recomputed(model, every=every):
             layers = 11 if "quantized weights" in kind else 12  # MLX's quantized embedding has no gradient
             layers -= {0: 0, 1: 2, 2: 1}[every]  # blocks that are computed anew have the class that does it
-            assert sum(type(module).__name__.startswith("Fitted") for module in model.modules()) == layers
+            assert sum(type(module).__name__.startswith("Patched") for module in model.modules()) == layers
             after = _loss_and_gradients(model)
     assert len(after[1]) == len(before[1]) > 0
     _same(after, before)
@@ -345,5 +345,5 @@ def test_dropout_of_an_adapter_does_not_hide_a_layer() -> None:
     model, _ = llama(hidden_size=64, intermediate_size=64)
     _lora(model, "lora", dropout=0.5)
     model.train()
-    assert len(layer_patching.find_fits(model)) == 12
+    assert len(layer_patching.find_layers(model)) == 12
     assert all(module.training for module in model.modules())

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.kernels import codegen, model_kernels, nvrtc, verification
-from mlxflow.kernels.verification_cases import operation
+from mlxflow.kernels import cache, codegen, model_kernels, nvrtc, verification
+from mlxflow.kernels.verification_cases import case_of
 from mlxflow.ops.overrides import Arithmetic
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
@@ -47,7 +47,7 @@ Launched = list[dict[str, Any]]
 @pytest.fixture
 def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
     """A device for which programs are compiled, and the launches that it would get."""
-    if nvrtc._library() is None:
+    if nvrtc.find_library() is None:
         pytest.skip("NVIDIA's compiler is not installed")
     launches: Launched = []
 
@@ -62,14 +62,14 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(codegen, "language", lambda: "cuda")
     monkeypatch.setattr(nvrtc, "_architecture", lambda: "sm_90")
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
-    codegen._built.cache_clear()
-    codegen._programs_run.cache_clear()
+    codegen.compile_program.cache_clear()
+    codegen.programs_run.cache_clear()
     return launches
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_is_a_program_that_the_compiler_takes(launched: Launched, name: str) -> None:
-    tried = operation(name)
+    tried = case_of(name)
     tried.kernel(*tried.inputs(1 << 12))
     assert launched
     for one in launched:
@@ -110,15 +110,15 @@ def test_a_training_step_needs_no_kernel_that_mlx_compiles(
 
 def test_kernels_for_other_types_and_widths_have_other_names(launched: Launched) -> None:
     for name in ("rms_norm/float32/72", "rms_norm/bfloat16/72", "rms_norm/bfloat16/776", "gated_silu/float32"):
-        tried = operation(name)
+        tried = case_of(name)
         tried.kernel(*tried.inputs(1 << 12))
     assert len(launched) == 10
     assert len({one["name"] for one in launched}) == 9, "shares of a weight's gradient in bf16 are added up alike"
 
 
 def _program(launched: Launched) -> bytes:
-    codegen._built.cache_clear()
-    tried = operation("sum_of_squares/float32")
+    codegen.compile_program.cache_clear()
+    tried = case_of("sum_of_squares/float32")
     tried.kernel(*tried.inputs(1 << 12))
     code: bytes = launched[-1]["compiled_source"]
     return code
@@ -129,13 +129,13 @@ def test_a_compiled_program_is_kept_unless_its_file_is_damaged(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     code = _program(launched)
-    kept = next(path for path in (tmp_path / "mlxflow/kernels").iterdir() if nvrtc._read(path) == code)
+    kept = next(path for path in (tmp_path / "mlxflow/kernels").iterdir() if cache.read_payload(path) == code)
     with monkeypatch.context() as patch:
         patch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled again"))
         assert _program(launched) == code
     kept.write_bytes(spoil(kept.read_bytes()))
     assert _program(launched) == code
-    assert nvrtc._read(kept) == code
+    assert cache.read_payload(kept) == code
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_each_time(
@@ -160,10 +160,10 @@ def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
         made.append(arguments)
         return lambda **launch: [mx.zeros(launch["output_shapes"][0])]
 
-    codegen._compiled.cache_clear()
+    codegen._mlx_kernel.cache_clear()
     monkeypatch.setattr(mx.fast, "cuda_kernel", make)
     if lacking == "compiler":
-        monkeypatch.setattr(nvrtc, "_library", lambda: None)
+        monkeypatch.setattr(nvrtc, "find_library", lambda: None)
     elif lacking == "architecture":
         monkeypatch.setattr(nvrtc, "_architecture", lambda: "sm_1")
     elif lacking == "launch":
@@ -171,9 +171,9 @@ def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
     else:
         monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", lambda **launch: [launch["inputs"][0]])
     for dtype in ("float32", "bfloat16"):
-        tried = operation(f"sum_of_squares/{dtype}")
+        tried = case_of(f"sum_of_squares/{dtype}")
         tried.kernel(*tried.inputs(1 << 12))
-    codegen._compiled.cache_clear()
+    codegen._mlx_kernel.cache_clear()
     assert not launched
     names = [f"mlxflow_sum_of_squares_{dtype}_float32" for dtype in ("float32", "bfloat16")]
     assert [one["name"] for one in made] == names
@@ -197,8 +197,8 @@ def trials(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _runs_in_another_process() -> bool:
-    codegen._programs_run.cache_clear()
-    return codegen._programs_run()
+    codegen.programs_run.cache_clear()
+    return codegen.programs_run()
 
 
 def test_that_programs_run_is_tried_once_and_kept(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,8 +227,8 @@ def test_that_programs_run_does_not_hold_without_the_compiler(
     trials: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _runs_in_another_process()
-    monkeypatch.setattr(nvrtc, "_library", lambda: None)
-    codegen._built.cache_clear()
+    monkeypatch.setattr(nvrtc, "find_library", lambda: None)
+    codegen.compile_program.cache_clear()
     assert not _runs_in_another_process()
 
 
@@ -243,7 +243,7 @@ def test_the_programs_of_several_kernels_are_compiled_before_they_are_called(
     launched.clear()
     monkeypatch.setattr(nvrtc, "compile_for", lambda *_: pytest.fail("it was compiled one by one"))
     for name in names:
-        tried = operation(name)
+        tried = case_of(name)
         for size in (1 << 12, verification._CHECKED):
             tried.kernel(*tried.inputs(size))
     assert all(one["compiled_source"].startswith(b"\x7fELF") for one in launched)

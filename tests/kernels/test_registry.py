@@ -18,13 +18,14 @@ import pytest
 
 from mlxflow.cli import doctor
 from mlxflow.device import compute_device
-from mlxflow.kernels import codegen, registry, verifier_process
+from mlxflow.kernels import cache, codegen, fingerprint, registry, verifier_process
 from mlxflow.kernels import early_start as ahead_of
 from mlxflow.kernels.early_start import Ahead, cache_file, lock_file
+from mlxflow.kernels.verifier_process import Verifier
 from mlxflow.storage.locks import hold
 from tests.conftest import REPOSITORY
 
-_GOOD = 'print(\'begin \' + NAME); print(\'{"name": "\' + NAME + \'", "serves": true, "reason": ""}\', flush=True)'
+_GOOD = 'print(\'begin \' + NAME); print(\'{"name": "\' + NAME + \'", "passed": true, "reason": ""}\', flush=True)'
 _BEGIN = "print('begin ' + NAME, flush=True); "
 _HANG = "__import__('threading').Event().wait()"
 
@@ -45,13 +46,13 @@ def _outcomes(
     limit: float = 20.0,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> dict[str, bool]:
-    first, command = None if compiler is None else _prover(compiler), _prover(body)
-    found = registry.prove_all(names, "here", command=command, compiler=first, limit_seconds=limit, meanwhile=meanwhile)
-    return {name: outcome.serves for name, outcome in found.items()}
+    compiled, command = None if compiler is None else _prover(compiler), _prover(body)
+    found = registry.verify_all(names, "here", Verifier(command, compiled, limit), meanwhile=meanwhile)
+    return {name: result.passed for name, result in found.items()}
 
 
 def _reason(name: str) -> str:
-    return registry.known_outcomes("here")[name].reason
+    return registry.known_results("here")[name].reason
 
 
 # --- the cache
@@ -59,7 +60,7 @@ def _reason(name: str) -> str:
 
 def test_what_was_proved_is_kept_and_not_proved_again(capfd: pytest.CaptureFixture[str]) -> None:
     assert _outcomes(_GOOD, "a", "b") == {"a": True, "b": True}
-    assert capfd.readouterr().err == "proving 2 GPU kernels, once on this device: a, b\n"
+    assert capfd.readouterr().err == "verifying 2 GPU kernels, once on this device: a, b\n"
     assert _outcomes("raise SystemExit(1)", "a", "b") == {"a": True, "b": True}
     assert capfd.readouterr().err == ""
 
@@ -87,8 +88,8 @@ def test_why_one_does_not_serve_is_said_once(capfd: pytest.CaptureFixture[str]) 
         b'{"here": 3}',
         b'{"here": {"a": {"other": 1}}}',
         b'{"here": {"a": 1}}',
-        b'{"here": {"a": {"serves": "false", "reason": ""}}}',
-        b'{"another version": {"a": {"serves": false, "reason": "then"}}}',
+        b'{"here": {"a": {"passed": "false", "reason": ""}}}',
+        b'{"another version": {"a": {"passed": false, "reason": "then"}}}',
     ],
 )
 def test_a_damaged_or_foreign_cache_counts_as_empty(damaged: bytes) -> None:
@@ -99,8 +100,8 @@ def test_a_damaged_or_foreign_cache_counts_as_empty(damaged: bytes) -> None:
 
 def test_outcomes_of_another_version_stay_beside_those_of_this_one() -> None:
     assert _outcomes(_GOOD, "a") == {"a": True}
-    found = registry.prove_all(["a"], "there", command=_prover("sys.exit(3)"), compiler=None, limit_seconds=20)
-    assert not found["a"].serves
+    found = registry.verify_all(["a"], "there", Verifier(_prover("sys.exit(3)"), None, 20))
+    assert not found["a"].passed
     assert _outcomes("raise SystemExit(1)", "a") == {"a": True}
 
 
@@ -115,8 +116,8 @@ def read_only_cache() -> Iterator[Path]:
     """Give a cache folder that may be read and not written, by root neither."""
     room = Path(tempfile.mkdtemp())
     (room / "mlxflow").mkdir()
-    kept = {"here": {"a": {"serves": False, "reason": "it was slow"}}}
-    (room / "mlxflow" / "kernels.json").write_text(json.dumps(kept))
+    kept = {"here": {"a": {"passed": False, "reason": "it was slow"}}}
+    cache.write_table(room / "mlxflow" / "kernels.json", kept)
     for folder in (room / "mlxflow", room):
         folder.chmod(0o555)
     user = os.geteuid()
@@ -132,14 +133,12 @@ def read_only_cache() -> Iterator[Path]:
 
 
 def test_a_read_only_cache_folder_is_read_and_what_it_lacks_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = 'echo \'{"name": "b", "serves": true, "reason": ""}\''
+    told = 'echo \'{"name": "b", "passed": true, "reason": ""}\''
     with read_only_cache() as room:
         monkeypatch.setenv("XDG_CACHE_HOME", str(room))
         for _ in range(2):
-            found = registry.prove_all(
-                ["a", "b"], "here", command=["/bin/sh", "-c", told], compiler=None, limit_seconds=20
-            )
-            assert {name: outcome.serves for name, outcome in found.items()} == {"a": False, "b": True}
+            found = registry.verify_all(["a", "b"], "here", Verifier(["/bin/sh", "-c", told], None, 20))
+            assert {name: result.passed for name, result in found.items()} == {"a": False, "b": True}
         assert sorted(path.name for path in (room / "mlxflow").iterdir()) == ["kernels.json"]
 
 
@@ -148,9 +147,9 @@ def test_of_two_processes_that_want_the_same_one_proves_and_the_other_waits(tmp_
     wait = f"import pathlib, threading\n    while not pathlib.Path({str(go)!r}).exists(): threading.Event().wait(0.01)"
     prover = _prover(f"open({str(record)!r}, 'a').write(NAME)\n    {wait}\n    {_GOOD}")
     program = (
-        "import sys\nfrom mlxflow.kernels import registry\n"
-        f"found = registry.prove_all(['a', 'b'], 'here', command={prover!r}, compiler=None, limit_seconds=60)\n"
-        "print([outcome.serves for outcome in found.values()])"
+        "import sys\nfrom mlxflow.kernels import registry\nfrom mlxflow.kernels.verifier_process import Verifier\n"
+        f"found = registry.verify_all(['a', 'b'], 'here', Verifier({prover!r}, None, 60))\n"
+        "print([result.passed for result in found.values()])"
     )
 
     def start() -> "subprocess.Popen[str]":
@@ -165,8 +164,8 @@ def test_of_two_processes_that_want_the_same_one_proves_and_the_other_waits(tmp_
     rest = [process.communicate(timeout=60) for process in both]
     assert [out for out, _ in rest] == ["[True, True]\n"] * 2
     assert record.read_text() == "ab", "each was proved once"
-    assert sum("is proving the GPU kernels; waiting for it" in line for line in first_lines) == 1
-    assert sum(line.startswith("proving 2 GPU kernels") for line in first_lines) == 1
+    assert sum("is verifying the GPU kernels; waiting for it" in line for line in first_lines) == 1
+    assert sum(line.startswith("verifying 2 GPU kernels") for line in first_lines) == 1
 
 
 # --- processes that end badly
@@ -189,12 +188,12 @@ def test_what_a_process_says_last_is_the_reason() -> None:
 def test_one_that_hangs_does_not_serve_and_the_others_do() -> None:
     body = _BEGIN + f"NAME == 'b' and {_HANG}; " + _GOOD
     assert _outcomes(body, "a", "b", "c", limit=1.0) == {"a": True, "b": False, "c": True}
-    assert _reason("b") == "its process told nothing for 1 s"
+    assert _reason("b") == "its process printed nothing for 1 s"
 
 
 def test_one_that_ends_without_a_word_does_not_serve() -> None:
     assert _outcomes("pass", "a") == {"a": False}
-    assert _reason("a") == "its proof told nothing"
+    assert _reason("a") == "its verification printed no result"
 
 
 # --- compiling first, where a kernel that was begun tells nothing for a while
@@ -268,28 +267,28 @@ def test_where_nothing_has_to_be_compiled_nothing_is_done_meanwhile() -> None:
 
 @pytest.mark.usefixtures("_hasty")
 def test_what_was_timed_beside_compilations_is_timed_again(tmp_path: Path) -> None:
-    slow = json.dumps({"name": "a", "serves": False, "reason": "slow", "error": 0, "seconds": 2, "own_seconds": 1})
+    slow = json.dumps({"name": "a", "passed": False, "reason": "slow", "error": 0, "seconds": 2, "mlx_seconds": 1})
     assert _outcomes(_cold(tmp_path, f"print({slow!r}); break"), "a", "b", compiler="pass") == {"a": True, "b": True}
 
 
 @pytest.mark.usefixtures("_hasty")
 def test_one_that_does_not_compile_is_not_proved_and_the_others_are(tmp_path: Path) -> None:
     said = "it does not run: no headers"
-    told = json.dumps({"name": "b", "serves": False, "reason": said})
+    told = json.dumps({"name": "b", "passed": False, "reason": said})
     compiler = f"NAME == 'b' and print({told!r}); NAME == 'c' and sys.exit(5); NAME == 'd' and {_HANG}"
     body = _cold(tmp_path).replace(f"\n    {_GOOD}", f"\n    assert NAME == 'a'; {_GOOD}")
     expected = {"a": True, "b": False, "c": False, "d": False}
     assert _outcomes(body, "a", "b", "c", "d", compiler=compiler, limit=1.5) == expected
     assert _reason("b") == said
     assert _reason("c") == "its process ended with code 5"
-    assert _reason("d") == "its process told nothing for 1.5 s"
+    assert _reason("d") == "its process printed nothing for 1.5 s"
 
 
 @pytest.mark.usefixtures("_hasty")
 @pytest.mark.parametrize(
     ("then", "reason"),
     [
-        (_HANG, "its process told nothing for 1.5 s"),
+        (_HANG, "its process printed nothing for 1.5 s"),
         ("sys.exit(7)", "its process ended with code 7"),
         ("raise RuntimeError('no device')", "its process ended with code 1: RuntimeError: no device"),
     ],
@@ -307,8 +306,8 @@ def test_who_brings_down_its_process_before_it_is_begun_is_found_alone() -> None
         "-c",
         f"import sys\nNAMES = sys.stdin.readline().split()\nfor NAME in NAMES:\n    {body}",
     ]
-    found = registry.prove_all(["a", "b", "c"], "here", command=command, compiler=None, limit_seconds=20)
-    assert [outcome.serves for outcome in found.values()] == [True, False, True]
+    found = registry.verify_all(["a", "b", "c"], "here", Verifier(command, None, 20))
+    assert [result.passed for result in found.values()] == [True, False, True]
 
 
 # --- a process that is started ahead
@@ -335,8 +334,8 @@ def _wait_for_end(number: int) -> None:
 
 
 def _number(ahead: Ahead) -> int:
-    assert ahead.prover is not None
-    return ahead.prover._process.pid
+    assert ahead.process is not None
+    return ahead.process._process.pid
 
 
 @pytest.mark.usefixtures("_takes_kernels")
@@ -346,19 +345,19 @@ def test_a_process_started_ahead_is_the_one_that_proves(tmp_path: Path, monkeypa
     monkeypatch.setattr(registry, "COMMAND", command)
     with registry.begin(command=command) as ahead:
         number = _number(ahead)
-        assert registry.choose(["a", "b"], ahead).serving == ["a", "b"]
+        assert registry.choose(["a", "b"], ahead).selected == ["a", "b"]
         assert {*(tmp_path / "provers").read_text().split()} == {str(number)}
         _wait_for_end(number)
         with hold(lock_file(), "", wait=False):
             pass  # the lock is free, though the block goes on
     with registry.begin(command=command) as ahead:
-        assert ahead.prover is None, "all is known"
+        assert ahead.process is None, "all is known"
 
 
 def test_the_proof_itself_may_be_started_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "language", lambda: "metal")
     with registry.begin() as ahead:
-        found = registry.choose(["sum_of_squares/float32"], ahead).outcomes["sum_of_squares/float32"]
+        found = registry.choose(["sum_of_squares/float32"], ahead).results["sum_of_squares/float32"]
     assert found.reason.startswith("it does not run: "), "on the CPU"
 
 
@@ -367,15 +366,15 @@ def test_the_process_may_be_started_before_mlx_is_imported(monkeypatch: pytest.M
     command = _prover(_GOOD)
     monkeypatch.setattr(registry, "COMMAND", command)
     monkeypatch.setattr(ahead_of, "may_have_gpu", lambda: False)
-    assert ahead_of.begin_early(command).prover is None, "there is no GPU"
+    assert ahead_of.begin_early(command).process is None, "there is no GPU"
     monkeypatch.setattr(ahead_of, "may_have_gpu", lambda: True)
     with ahead_of.begin_early(command) as early:
         number = _number(early)
         with registry.begin(early, command) as ahead:
             assert _number(ahead) == number
-            assert registry.choose(["a"], ahead).serving == ["a"]
+            assert registry.choose(["a"], ahead).selected == ["a"]
         _wait_for_end(number)
-    assert ahead_of.begin_early(command).prover is None, "something was proved before"
+    assert ahead_of.begin_early(command).process is None, "something was proved before"
 
 
 @pytest.mark.usefixtures("_takes_kernels")
@@ -403,7 +402,7 @@ def test_a_process_started_ahead_that_ended_is_replaced(monkeypatch: pytest.Monk
     monkeypatch.setattr(registry, "COMMAND", _prover(_GOOD))
     with registry.begin(command=[sys.executable, "-c", "raise SystemExit(9)"]) as ahead:
         _wait_for_end(_number(ahead))
-        assert registry.choose(["a"], ahead).serving == ["a"]
+        assert registry.choose(["a"], ahead).selected == ["a"]
 
 
 @pytest.mark.usefixtures("_takes_kernels")
@@ -417,15 +416,15 @@ def test_a_process_started_ahead_and_told_nothing_ends_with_the_block() -> None:
 @pytest.mark.usefixtures("_takes_kernels")
 def test_of_two_that_begin_at_once_one_starts_a_process() -> None:
     with registry.begin(command=_prover(_GOOD)) as first, registry.begin(command=_prover(_GOOD)) as second:
-        assert first.prover is not None
-        assert second.prover is None
+        assert first.process is not None
+        assert second.process is None
     with registry.begin(command=_prover(_GOOD)) as third:
-        assert third.prover is not None
+        assert third.process is not None
 
 
 def test_a_device_without_kernels_starts_nothing() -> None:
     with registry.begin() as ahead:
-        assert ahead.prover is None
+        assert ahead.process is None
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -437,8 +436,8 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
     program = (
         "import signal, sys, threading\nfrom mlxflow.kernels import registry\nregistry.language = lambda: 'metal'\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell ignores it
-        f"with registry.begin(command={command!r}) as ahead:\n    print(ahead.prover._process.pid, flush=True)\n"
-        f"    if {is_told}:\n        ahead.prover.tell(['a']); print(ahead.prover._lines.get(), end='', flush=True)\n"
+        f"with registry.begin(command={command!r}) as ahead:\n    print(ahead.process._process.pid, flush=True)\n"
+        f"    if {is_told}:\n        ahead.process.send(['a']); print(ahead.process._lines.get(), end='', flush=True)\n"
         "    threading.Event().wait()"
     )
     parent = subprocess.Popen(
@@ -456,8 +455,8 @@ def test_a_process_started_ahead_ends_when_its_parent_does(ending: signal.Signal
 _HANGING_PROOF = """
 import sys, threading
 from mlxflow.kernels import verification
-verification.make_ready = verification.load_usual_operations = lambda *_: None
-verification.operation = lambda name: threading.Event().wait()
+verification.make_ready = verification.load_common_operations = lambda *_: None
+verification.case_of = lambda name: threading.Event().wait()
 verification.main(sys.argv[1:])
 """
 
@@ -475,25 +474,25 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
     def changed(target: Any, name: str, value: Any) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
-            registry._sources.cache_clear()
-            return registry.environment()
+            fingerprint.sources_digest.cache_clear()
+            return fingerprint.environment()
 
-    usual = registry.environment()
-    assert usual == registry.environment()
+    usual = fingerprint.environment()
+    assert usual == fingerprint.environment()
     others = [
         changed(compute_device, "name", lambda: "another device"),
         changed(platform, "release", lambda: "another system"),
         changed(compute_device, "environment", lambda _: {"mlx": "another version"}),
         changed(Path, "read_bytes", lambda _: b"another source"),
     ]
-    registry._sources.cache_clear()
+    fingerprint.sources_digest.cache_clear()
     assert len({usual, *others}) == 5
 
 
 def test_the_doctor_shows_what_the_proof_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._describe_kernels() == "none on this device"
     monkeypatch.setattr(codegen, "language", lambda: "metal")
-    assert doctor._describe_kernels() == "not proved yet; the first training run does it"
+    assert doctor._describe_kernels() == "not verified yet; the first training run does it"
     body = "NAME == 'b' and sys.exit(3); " + _GOOD
-    registry.prove_all(["a", "b"], registry.environment(), command=_prover(body), compiler=None, limit_seconds=20)
-    assert doctor._describe_kernels() == "a: serves\nb: its process ended with code 3"
+    registry.verify_all(["a", "b"], fingerprint.environment(), Verifier(_prover(body), None, 20))
+    assert doctor._describe_kernels() == "a: used\nb: its process ended with code 3"

@@ -162,9 +162,9 @@ def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
 ) -> None:
     plain = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks)
     launched: list[int] = []
-    nothing = codegen._nothing
+    nothing = codegen.no_op_program
 
-    def counted(shared_bytes: int) -> codegen.Built:
+    def counted(shared_bytes: int) -> codegen.Program:
         launched.append(shared_bytes)
         return nothing(shared_bytes)
 
@@ -175,7 +175,7 @@ def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
         measured.append(found.loss)
         return found
 
-    monkeypatch.setattr(codegen, "_nothing", counted)
+    monkeypatch.setattr(codegen, "no_op_program", counted)
     monkeypatch.setattr(precompile, "measure_perplexity", measure_too)
     rehearsed = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks, rehearses=True)
     assert len(launched) > 20

@@ -10,8 +10,10 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.kernels import registry, verification
-from mlxflow.kernels.verification import Orders, Stopped, compile_only, prove
-from mlxflow.kernels.verification_cases import Arrays, operation
+from mlxflow.kernels.verification import Requests, StopRequested, compile_only, verify
+from mlxflow.kernels.verification_cases import case_of
+from mlxflow.kernels.verification_inputs import Arrays
+from mlxflow.kernels.verifier_process import Verifier
 from tests.conftest import REPOSITORY
 
 
@@ -22,11 +24,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _takes(kernel: float, own: float) -> Callable[[], float]:
-    """Return a clock by which each round of the kernel and of MLX's own way, in turn, take so many seconds."""
+    """Return a clock by which each round of the kernel and of MLX's implementation, in turn, take so many seconds."""
     return itertools.accumulate(itertools.cycle([0.0, kernel, 0.0, own])).__next__
 
 
-_RIGHT = operation("gated_silu/float32")
+_RIGHT = case_of("gated_silu/float32")
 
 
 def _spoilt(spoil: Callable[[mx.array], mx.array]) -> Callable[..., Arrays]:
@@ -38,11 +40,11 @@ def _spoilt(spoil: Callable[[mx.array], mx.array]) -> Callable[..., Arrays]:
 
 
 def test_one_that_is_right_and_clearly_faster_serves() -> None:
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(1.0, 2.0))
-    assert outcome.serves
-    assert outcome.reason == ""
-    assert outcome.seconds == pytest.approx(1.0), "what takes longer than a round is called once"
-    assert outcome.own_seconds == pytest.approx(2.0)
+    result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(1.0, 2.0))
+    assert result.passed
+    assert result.reason == ""
+    assert result.seconds == pytest.approx(1.0), "what takes longer than a round is called once"
+    assert result.mlx_seconds == pytest.approx(2.0)
 
 
 def test_what_is_over_soon_is_called_several_times() -> None:
@@ -52,8 +54,8 @@ def test_what_is_over_soon_is_called_several_times() -> None:
         called.append("kernel")
         return _RIGHT.reference(*inputs)
 
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference, own=kernel), clock=_takes(3e-4, 3e-4))
-    assert outcome.seconds == outcome.own_seconds == pytest.approx(3e-4 / 6)
+    result = verify(_RIGHT._replace(kernel=_RIGHT.reference, mlx=kernel), clock=_takes(3e-4, 3e-4))
+    assert result.seconds == result.mlx_seconds == pytest.approx(3e-4 / 6)
     assert len(called) == 2 + 5 * 6
 
 
@@ -64,38 +66,38 @@ def test_what_is_over_before_the_next_call_gets_more_numbers() -> None:
         asked.append(size)
         return _RIGHT.inputs(1 << 12)
 
-    prove(_RIGHT._replace(kernel=_RIGHT.reference, inputs=inputs), clock=_takes(1e-5, 1e-5))
+    verify(_RIGHT._replace(kernel=_RIGHT.reference, inputs=inputs), clock=_takes(1e-5, 1e-5))
     assert asked == [1 << 14, 1 << 10, 1 << 12]
 
 
 def test_where_there_is_no_question_one_round_is_enough() -> None:
     rounds = iter([1.0] * 4 + [1.0, 3.0])
     ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
-    assert (outcome.serves, outcome.seconds, outcome.own_seconds) == (True, 1.0, 3.0)
+    result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
+    assert (result.passed, result.seconds, result.mlx_seconds) == (True, 1.0, 3.0)
 
 
 def test_two_rounds_are_enough_where_both_say_the_same_clearly() -> None:
     rounds = iter([1.0] * 4 + [1.0, 1.6, 1.1, 1.6])
     ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
-    assert outcome.serves
-    assert [outcome.seconds, outcome.own_seconds] == pytest.approx([1.0, 1.6])
+    result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
+    assert result.passed
+    assert [result.seconds, result.mlx_seconds] == pytest.approx([1.0, 1.6])
 
 
 def test_the_least_of_the_rounds_counts() -> None:
     rounds = [1.0] * 4 + [3.0, 2.0, 1.0, 2.0, 5.0, 2.0, 1.5, 2.0, 3.0, 4.0]  # compiling, counting, and five in turn
     clock = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)).__next__
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=clock)
-    assert (outcome.seconds, outcome.own_seconds) == (1.0, 2.0)
+    result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=clock)
+    assert (result.seconds, result.mlx_seconds) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(("seconds", "serves"), [(0.85, True), (0.95, False), (1.0, False), (3.0, False)])
 def test_one_that_is_slow_or_hardly_faster_does_not_serve(seconds: float, serves: bool) -> None:
-    outcome = prove(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(seconds, 1.0))
-    assert outcome.serves == serves
-    reason = f"it takes {seconds * 1e6:.0f} us, MLX's own way 1000000 us"
-    assert outcome.reason == ("" if serves else reason)
+    result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(seconds, 1.0))
+    assert result.passed == serves
+    reason = f"it takes {seconds * 1e6:.0f} us, MLX's implementation 1000000 us"
+    assert result.reason == ("" if serves else reason)
 
 
 def _one_more(x: mx.array) -> mx.array:
@@ -116,27 +118,27 @@ def _one_more(x: mx.array) -> mx.array:
     ids=["scaled", "tiny rows", "zero rows", "large rows", "last column", "shape", "rounding"],
 )
 def test_one_that_is_wrong_somewhere_is_found_out(spoil: Callable[[mx.array], mx.array]) -> None:
-    outcome = prove(_RIGHT._replace(kernel=_spoilt(spoil)), clock=_takes(1.0, 2.0))
-    assert not outcome.serves
-    assert outcome.reason.startswith("it is wrong by ")
-    assert outcome.seconds == 0, "what is wrong is not timed"
+    result = verify(_RIGHT._replace(kernel=_spoilt(spoil)), clock=_takes(1.0, 2.0))
+    assert not result.passed
+    assert result.reason.startswith("it deviates by ")
+    assert result.seconds == 0, "what is wrong is not timed"
 
 
 def test_one_that_leaves_out_what_is_beyond_whole_eights_is_found_out() -> None:
-    right = operation("adamw/float32/float32")
+    right = case_of("adamw/float32/float32")
 
     def kernel(*inputs: mx.array) -> Arrays:
         whole = inputs[0].size // 8 * 8
         parts = right.reference(*inputs)
         return [mx.concatenate([new[:whole], old[whole:]]) for new, old in zip(parts, [inputs[0]] * 4, strict=True)]
 
-    assert prove(right._replace(kernel=kernel)).reason.startswith("it is wrong by ")
+    assert verify(right._replace(kernel=kernel)).reason.startswith("it deviates by ")
 
 
 def test_one_whose_two_runs_differ_is_found_out() -> None:
     calls = itertools.count()
     kernel = _spoilt(lambda x: x * (1 + 1e-7 * next(calls)))
-    assert prove(_RIGHT._replace(kernel=kernel)).reason == "it is wrong by inf (at most 2e-05)"
+    assert verify(_RIGHT._replace(kernel=kernel)).reason == "it deviates by inf (at most 2e-05)"
 
 
 def _fails(said: str) -> Callable[..., Arrays]:
@@ -149,8 +151,8 @@ def _fails(said: str) -> Callable[..., Arrays]:
 def test_one_that_does_not_compile_is_told_in_the_compilers_words() -> None:
     broken = _RIGHT._replace(kernel=_fails("Failed to compile kernel:\n  error: identifier 'x' is undefined"))
     said = "it does not run: Failed to compile kernel: error: identifier 'x' is undefined"
-    assert prove(broken).reason == said
-    assert compile_only(broken) == prove(broken)
+    assert verify(broken).reason == said
+    assert compile_only(broken) == verify(broken)
 
 
 def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
@@ -163,39 +165,39 @@ def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
 
         return call
 
-    tried = _RIGHT._replace(kernel=seen("kernel"), own=seen("own"))
-    with pytest.raises(Stopped):
-        prove(tried, is_stopped=lambda: bool(called))
+    tried = _RIGHT._replace(kernel=seen("kernel"), mlx=seen("own"))
+    with pytest.raises(StopRequested):
+        verify(tried, is_stopped=lambda: bool(called))
     assert called.count("own") == 3, "which MLX compiles, and of which a round is counted"
     assert "kernel" in called
 
 
 def test_one_that_is_wrong_is_told_though_it_was_stopped() -> None:
-    outcome = prove(_RIGHT._replace(kernel=_spoilt(lambda x: x * 2)), is_stopped=lambda: True)
-    assert outcome.reason.startswith("it is wrong by ")
+    result = verify(_RIGHT._replace(kernel=_spoilt(lambda x: x * 2)), is_stopped=lambda: True)
+    assert result.reason.startswith("it deviates by ")
 
 
 def test_orders_are_names_and_then_to_stop() -> None:
     read, write = os.pipe()
-    orders = Orders(read)
+    requests = Requests(read)
     os.write(write, b"a b/c/1")
     os.write(write, b" d\n")
-    assert orders.names() == ["a", "b/c/1", "d"]
-    assert not orders.is_stopped.is_set()
+    assert requests.names() == ["a", "b/c/1", "d"]
+    assert not requests.is_stopped.is_set()
     os.write(write, b"stop\n")
-    assert orders.is_stopped.wait(20)  # both ends stay open: the end of the input would end this process
+    assert requests.is_stopped.wait(20)  # both ends stay open: the end of the input would end this process
 
 
 @pytest.mark.parametrize("told", [b"", b"a b\n", b"a b\nstop\n"])
 def test_it_ends_when_its_input_does(told: bytes) -> None:
     read, write = os.pipe()
     ended = queue.SimpleQueue[int]()
-    orders = Orders(read, ended.put)
+    requests = Requests(read, ended.put)
     os.write(write, told)
     os.close(write)
     assert ended.get(timeout=20) == 0
-    assert orders.have_come.is_set() == bool(told)
-    assert orders.is_stopped.is_set() == (b"stop" in told)
+    assert requests.have_names.is_set() == bool(told)
+    assert requests.is_stopped.is_set() == (b"stop" in told)
     os.close(read)
 
 
@@ -203,7 +205,7 @@ def test_its_parts_are_timed_when_asked_for() -> None:
     command = [sys.executable, "-c", _STAND_INS, "--times", "good"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
     parts = [line.partition(" s  ")[2] for line in done.stderr.splitlines()]
-    assert parts == ["the device's beginning", "good: check", "good: timing"]
+    assert parts == ["waking the device", "good: check", "good: timing"]
 
 
 def test_what_compiles_has_no_outcome_yet() -> None:
@@ -217,9 +219,9 @@ def test_what_timing_needs_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     def own(*inputs: mx.array) -> Arrays:
         seen.append(inputs[0].size)
-        return _RIGHT.own(*inputs)
+        return _RIGHT.mlx(*inputs)
 
-    assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference, own=own)) is None
+    assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference, mlx=own)) is None
     assert len({*seen}) == 2, "what MLX takes depends on how much there is"
 
 
@@ -227,10 +229,12 @@ _STAND_INS = """
 import sys
 import mlx.core as mx
 from mlxflow.kernels import verification
-from mlxflow.kernels.verification_cases import operation
+from mlxflow.kernels.verification_cases import case_of
+from mlxflow.kernels.verification_inputs import Arrays
+from mlxflow.kernels.verifier_process import Verifier
 
 verification._CHECKED = verification._TIMED = 1 << 12
-right = operation("sum_of_squares/float32")
+right = case_of("sum_of_squares/float32")
 verification._time = lambda tried, clock, is_stopped: (2e-3, 1e-3) if tried.kernel is slow else (1e-3, 2e-3)
 
 def slow(x): return right.reference(x)
@@ -238,7 +242,7 @@ def wrong(x): return [right.reference(x)[0] * 1.01]
 def uncompiled(x): raise RuntimeError("[nvrtc] cannot open source file cuda_runtime.h; set CUDA_HOME")
 
 cases = {"good": right.reference, "slow": slow, "wrong": wrong, "uncompiled": uncompiled}
-verification.operation = lambda name: right._replace(kernel=cases[name])
+verification.case_of = lambda name: right._replace(kernel=cases[name])
 verification.main(sys.argv[1:])
 """
 
@@ -247,14 +251,14 @@ def test_the_process_of_the_proof_tells_good_from_bad(tmp_path: Path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     names = ["good", "slow", "uncompiled", "wrong"]
     command = [sys.executable, "-c", _STAND_INS, "-"]
-    found = registry.prove_all(names, "here", command=command, compiler=None, limit_seconds=60.0)
-    assert {name: outcome.reason for name, outcome in found.items()} == {
+    found = registry.verify_all(names, "here", Verifier(command, None, 60.0))
+    assert {name: result.reason for name, result in found.items()} == {
         "good": "",
-        "slow": "it takes 2000 us, MLX's own way 1000 us",
+        "slow": "it takes 2000 us, MLX's implementation 1000 us",
         "uncompiled": "it does not run: [nvrtc] cannot open source file cuda_runtime.h; set CUDA_HOME",
-        "wrong": "it is wrong by 0.01 (at most 2e-05)",
+        "wrong": "it deviates by 0.01 (at most 2e-05)",
     }
-    assert [name for name, outcome in found.items() if outcome.serves] == ["good"]
+    assert [name for name, result in found.items() if result.passed] == ["good"]
 
 
 def test_the_process_tells_of_kernels_that_the_device_does_not_run() -> None:
@@ -264,6 +268,6 @@ def test_the_process_tells_of_kernels_that_the_device_does_not_run() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60
     )
-    begun, outcome = done.stdout.splitlines()
+    begun, result = done.stdout.splitlines()
     assert begun == f"begin {name}"
-    assert outcome.startswith(f'{{"name": "{name}", "serves": false, "reason": "it does not run: ')
+    assert result.startswith(f'{{"name": "{name}", "passed": false, "reason": "it does not run: ')

@@ -7,8 +7,8 @@ import mlx.optimizers as optim
 import pytest
 
 from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated_activation, rms_norm, rotary
-from mlxflow.kernels.verification import _deviation, prove
-from mlxflow.kernels.verification_cases import operation
+from mlxflow.kernels.verification import _deviation, verify
+from mlxflow.kernels.verification_cases import case_of
 from tests.kernels.stand_ins import uncompiled  # noqa: F401
 
 # Of the norm a width for each number of threads that share a row, none a power of two but the largest
@@ -67,9 +67,9 @@ def _tolerance(dtype: mx.Dtype) -> float:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", [name for name in NAMES if "float32" in name])
 def test_the_reference_is_what_mlx_computes(name: str) -> None:
-    tried = operation(name)
+    tried = case_of(name)
     inputs = tried.inputs(1 << 12)
-    for ours, theirs in zip(tried.reference(*inputs), tried.own(*inputs), strict=True):
+    for ours, theirs in zip(tried.reference(*inputs), tried.mlx(*inputs), strict=True):
         assert _deviation(ours, theirs) < (2e-5 if name.count("bfloat16") == 0 else 2**-7)
 
 
@@ -256,15 +256,15 @@ def test_what_the_norm_does_not_take_goes_to_the_reference(x: mx.array, is_taken
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernel_is_what_the_reference_computes(name: str) -> None:
-    outcome = prove(operation(name))
-    assert 0 <= outcome.error <= operation(name).tolerance, outcome
+    outcome = verify(case_of(name))
+    assert 0 <= outcome.error <= case_of(name).tolerance, outcome
     mx.clear_cache()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
 def test_two_runs_of_a_kernel_are_equal_to_the_bit(name: str) -> None:
-    tried = operation(name)
+    tried = case_of(name)
     inputs = tried.inputs(1 << 20)
     first = tried.kernel(*inputs)
     mx.eval(first)

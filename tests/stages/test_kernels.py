@@ -18,7 +18,7 @@ from mlxflow.errors import WorkflowError
 from mlxflow.kernels import adamw, registry
 from mlxflow.kernels import early_start as ahead_of
 from mlxflow.kernels.early_start import Ahead
-from mlxflow.kernels.verification_outcome import Outcome
+from mlxflow.kernels.verifier_process import VerificationResult
 from mlxflow.models import model_folder
 from mlxflow.storage import artifact_files
 from mlxflow.workflow.execution import run_stage
@@ -79,7 +79,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Counter[str]:  #
     return let_references_serve(monkeypatch)
 
 
-Meanwhile = Callable[[registry.Choice], object]
+Meanwhile = Callable[[registry.KernelSelection], object]
 
 
 def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = False) -> list[list[str]]:
@@ -91,11 +91,13 @@ def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = Fal
     """
     asked: list[list[str]] = []
 
-    def choose(names: Iterable[str], ahead: Ahead | None, meanwhile: Meanwhile) -> registry.Choice:
+    def choose(names: Iterable[str], ahead: Ahead | None, meanwhile: Meanwhile) -> registry.KernelSelection:
         asked.append(sorted(names))
         if is_cold:
             meanwhile(registry.recorded(asked[-1], asked[-1]))
-        return registry.Choice(dict.fromkeys(asked[-1], Outcome(serve, "" if serve else "it is slow")))
+        return registry.KernelSelection(
+            dict.fromkeys(asked[-1], VerificationResult(serve, "" if serve else "it is slow"))
+        )
 
     monkeypatch.setattr(registry, "choose", choose)
     return asked
@@ -122,7 +124,7 @@ def test_those_that_prove_themselves_serve_and_the_report_tells_them(
         "rms_norm.kernel_gradients",
         "rms_norm.kernel_sum",
         "rms_norm.kernel_sum_gradients",
-        "gated.kernel_joined",
+        "gated_activation.kernel_joined",
         "rotary.kernel",
         "embedding.kernel_gradient",
         "adamw.kernel",
@@ -239,10 +241,10 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
         told.append("model")
         return build(*arguments, **named)
 
-    def choose(names: Iterable[str], ahead: Ahead, _: Meanwhile) -> registry.Choice:
+    def choose(names: Iterable[str], ahead: Ahead, _: Meanwhile) -> registry.KernelSelection:
         told.append("choose")
         with ahead:
-            return registry.Choice(dict.fromkeys(names, Outcome(False, "it is slow")))
+            return registry.KernelSelection(dict.fromkeys(names, VerificationResult(False, "it is slow")))
 
     monkeypatch.setattr(registry, "begin", begin)
     monkeypatch.setattr(registry, "choose", choose)
@@ -312,7 +314,7 @@ def test_quantization_aware_training_uses_them(
     made = _run(folder, "quantize")
     assert asked == [QAT_NAMES]
     assert _kernels(made) == (QAT_NAMES, [])
-    assert {"rms_norm.kernel_gradients", "gated.kernel_gradients", "adamw.kernel"} <= calls.keys()
+    assert {"rms_norm.kernel_gradients", "gated_activation.kernel_gradients", "adamw.kernel"} <= calls.keys()
     reports = [artifact_files.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
     found, expected = (report["trained_validation_perplexity"] for report in reports)
     assert found == pytest.approx(expected, rel=1e-3)
@@ -342,21 +344,21 @@ def test_required_each_that_does_not_serve_is_told_with_its_reason(
 ) -> None:
     path = folder / "workflow.toml"
     path.write_text(TEXT.replace('kernels = "auto"', 'kernels = "require"'))
-    outcomes = dict.fromkeys(NAMES, Outcome(True, "")) | {
-        "cross_entropy/float32": Outcome(False, "it is slow"),
-        "mlp_silu/float32": Outcome(False, "it is wrong"),
-        "rms_norm/float32/32": Outcome(False, "it is slow"),
+    outcomes = dict.fromkeys(NAMES, VerificationResult(True, "")) | {
+        "cross_entropy/float32": VerificationResult(False, "it is slow"),
+        "mlp_silu/float32": VerificationResult(False, "it is wrong"),
+        "rms_norm/float32/32": VerificationResult(False, "it is slow"),
     }
-    monkeypatch.setattr(registry, "choose", lambda *_: registry.Choice(outcomes))
+    monkeypatch.setattr(registry, "choose", lambda *_: registry.KernelSelection(outcomes))
     lacking = "cross_entropy/float32, rms_norm/float32/32 (it is slow); mlp_silu/float32 (it is wrong)"
     with pytest.raises(WorkflowError) as raised:
         _run(folder, "train")
     advice = f'{compute_device.name()} lacks {lacking}. Set train.kernels = "auto".'
     assert str(raised.value) == f'train.kernels = "require": {advice}'
     path.write_text(TEXT)
-    outcomes |= dict.fromkeys(NAMES, Outcome(True, ""))
+    outcomes |= dict.fromkeys(NAMES, VerificationResult(True, ""))
     _run(folder, "train")
-    outcomes["gated_silu/float32"] = Outcome(False, "it hangs")
+    outcomes["gated_silu/float32"] = VerificationResult(False, "it hangs")
     path.write_text(TEXT.replace('batch_size = 4\nmax_validation_rows = 8\nkernels = "auto"', 'kernels = "require"'))
     with pytest.raises(WorkflowError, match=r'^quantize.kernels = "require": .* lacks gated_silu/float32 \(it hangs\)'):
         _run(folder, "quantize")
@@ -367,17 +369,18 @@ def test_switched_off_nothing_of_them_is_imported(folder: Path) -> None:
 import sys
 from pathlib import Path
 
-from mlxflow import device
+from mlxflow.device import compute_device
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
 
-device.select = lambda _: "gpu"
+compute_device.select = lambda _: "gpu"
+selector = ("mlxflow.kernels", "mlxflow.kernels.model_kernels")
 text = {TEXT!r}
 for kernels, stage in [("off", "train"), ("off", "quantize"), ("auto", "quantize")]:
     Path("workflow.toml").write_text(text.replace('"auto"', f'"{{kernels}}"'))
     workflow = load_workflow(Path("workflow.toml"))
     run_stage(workflow, workflow.find(stage))
-    print(sorted(name for name in sys.modules if name.startswith("mlxflow.kernels")))
+    print(sorted(name for name in sys.modules if name.startswith("mlxflow.kernels") and name not in selector))
 """
     environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(

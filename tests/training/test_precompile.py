@@ -93,7 +93,7 @@ def test_where_no_program_of_our_own_runs_no_kernel_is_launched_unproved(
     model = _model()
     steps: list[Step] = []
     monkeypatch.setattr(codegen, "language", lambda: words)
-    monkeypatch.setattr(codegen, "_programs_run", lambda: False)
+    monkeypatch.setattr(codegen, "programs_run", lambda: False)
     rehearse(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
     assert not steps
-    assert "runs no programs of our own" in capfd.readouterr().err
+    assert "runs no precompiled programs" in capfd.readouterr().err
