@@ -20,6 +20,12 @@ _WINDOW_LENGTH = 1 << 20
 # White space to Python, and part of a word to the tokenizer
 _SEPARATORS = "\x1c\x1d\x1e\x1f"
 
+# A text is given to the trainer in parts of about this many characters: it takes up to 60 bytes for each of them
+_PART_LENGTH = 1 << 15
+
+# White space between two words: pre-tokens are the same when the text is cut before it
+_BETWEEN_WORDS = re.compile(r"(?<=\S)[ \n](?=\S)")
+
 _SPACE, _WORD = re.compile(r"\s"), re.compile(r"\S")
 _RUN = re.compile(rf"[\S{_SEPARATORS}]{{{MAX_WORD_LENGTH},}}|\s{{{MAX_WORD_LENGTH},}}")
 
@@ -32,6 +38,16 @@ def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
             yield text[begin:end]
             begin = end
         yield text[begin:]
+
+
+def split_at_words(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts in parts of which a trainer counts the same words: cut where a space divides two words."""
+    for text in texts:
+        begin = 0
+        while match := _BETWEEN_WORDS.search(text, begin + _PART_LENGTH):
+            yield text[begin : match.start()]
+            begin = match.start()
+        yield text[begin:] if begin else text
 
 
 def has_long_word(text: str) -> bool:

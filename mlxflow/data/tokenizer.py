@@ -12,7 +12,7 @@ from mlxflow.data.chat import ChatTemplate, markers
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.chatml import CHATML
 from mlxflow.data.control_tokens import ControlTokens
-from mlxflow.data.long_words import cut_long_words
+from mlxflow.data.long_words import cut_long_words, split_at_words
 from mlxflow.data.watched import Work
 from mlxflow.data.watched_tokenizer import randomness
 from mlxflow.errors import SourceError
@@ -103,7 +103,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(cut_long_words(documents), trainer)
+    tokenizer.train_from_iterator(split_at_words(cut_long_words(documents)), trainer)
     return tokenizer
 
 

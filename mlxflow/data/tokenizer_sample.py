@@ -23,14 +23,24 @@ class Sample(NamedTuple):
     """Texts in the order of their hashes.
 
     Attributes:
-        texts: each once; none where no file holds any.
+        texts: each once, UTF-8, which takes less than Python's text; none where no file holds any.
         digests: of each.
         has_conversations: whether there are any in the corpus.
     """
 
-    texts: list[str]
+    texts: list[bytes]
     digests: list[bytes]
     has_conversations: bool
+
+    def decoded(self) -> Iterator[str]:
+        """Yield the texts."""
+        return (text.decode() for text in self.texts)
+
+    def taken(self) -> Iterator[str]:
+        """Yield the texts and forget them: what was yielded takes no memory while the rest is in use."""
+        self.texts.reverse()
+        while self.texts:
+            yield self.texts.pop().decode()
 
 
 def sample(
@@ -72,7 +82,7 @@ def _sample(
 ) -> tuple[Sample, bool]:
     """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
     control_tokens = re.compile("|".join(map(re.escape, markers(template.source))) or r"(?!)")
-    heap: list[tuple[int, str]] = []  # the largest hash first
+    heap: list[tuple[int, bytes]] = []  # the largest hash first
     known: set[bytes] = set()
     total, has_conversations, any_held_out = 0, False, False
     for document in _documents(files, template, on_read):
@@ -85,11 +95,11 @@ def _sample(
             continue
         text = control_tokens.sub("", document.text) if document.is_templated else document.text
         known.add(digest)
-        heapq.heappush(heap, (-int.from_bytes(digest, "big"), text))
+        heapq.heappush(heap, (-int.from_bytes(digest, "big"), text.encode()))
         total += document.num_bytes
         while (total > max_bytes or len(heap) > _MAX_TEXTS) and len(heap) > 1:
             number, dropped = heapq.heappop(heap)
-            total -= len(dropped.encode())
+            total -= len(dropped)
             known.discard((-number).to_bytes(16, "big"))
     chosen = sorted((-number, text) for number, text in heap)
     texts, digests = [text for _, text in chosen], [number.to_bytes(16, "big") for number, _ in chosen]

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -334,26 +333,18 @@ def _source_settings(config: Config, number: int, entry: SourceConfig, context: 
     )
 
 
-def _share_one_heap() -> None:
-    """Keep glibc from giving each thread a heap of its own, none of which it ever returns; others have no such call."""
-    import ctypes
-
-    arena_max = -8
-    with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(arena_max, 1)
-
-
 def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> tuple[Any, str]:
     """Make sure that every file has a shard; return their keys and the engine's name. What the engine held is free."""
     from mlxflow.data.encoder import choose_encoder
     from mlxflow.data.progress import show_progress
     from mlxflow.data.shard_builder import Tokenizing
     from mlxflow.data.watched import Work
+    from mlxflow.system import heap
 
     with Work(vocabulary.subject, size=len(vocabulary.definition)):
         encoder = choose_encoder(vocabulary.definition, threads=config.workers)
     if encoder.name == "fastokens":  # the other one makes so many small objects that its threads would wait
-        _share_one_heap()
+        heap.share_one()
     tokenizing = Tokenizing(
         vocabulary=vocabulary,
         encoder=encoder,
@@ -390,6 +381,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     from mlxflow.data.progress import show_progress
     from mlxflow.storage.artifact_files import write_whole
     from mlxflow.storage.digests import digest_json
+    from mlxflow.system import heap
 
     compiled = tokenizer.compile_template(template, _template_key(config)) if template else None
     with show_progress("reading", sum(file.size for file in files)) as (progress, watch):
@@ -408,12 +400,13 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     if template is None and sample.has_conversations:
         template = CHATML
     special = chat.markers(template) if template else []
-    cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.texts)) else []
+    cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.decoded())) else []
     key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests], *cut])
     kept = context.state / layout.SHARDS / f"{key}.tokenizer.json"
     if not kept.exists():
-        made = tokenizer.train_tokenizer(sample.texts, vocab_size=config.tokenizer.vocab_size, special_tokens=special)
+        made = tokenizer.train_tokenizer(sample.taken(), vocab_size=config.tokenizer.vocab_size, special_tokens=special)
         write_whole(kept, made.to_str().encode())
+        heap.trim()
     return tokenizer.trained_vocabulary(
         kept.read_text(encoding="utf-8"),
         context_length=config.context_length,

@@ -477,7 +477,22 @@ def _replaced(value: Any, number: Any) -> Any:
 
 @pytest.mark.parametrize(
     "number",
-    ['7" onload="alert(1)" x="', "' onload='alert(1)", [], [{}], {}, True, -1, 0, 5e-324, 1e150, float("inf"), 10**18],
+    [
+        '7" onload="alert(1)" x="',
+        "' onload='alert(1)",
+        [],
+        [{}],
+        {},
+        True,
+        -1,
+        0,
+        5e-324,
+        1e150,
+        1.7e308,
+        -1.7e308,
+        float("inf"),
+        10**18,
+    ],
 )
 def test_whatever_stands_for_a_number_is_no_attribute_and_stops_no_page(root: Path, number: Any) -> None:
     expected = {key for key, _ in Seen(render([read(root)])).attributes}

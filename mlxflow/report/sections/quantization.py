@@ -1,6 +1,7 @@
 """Quantized models: size and quality of each, bits and error by layer."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from mlxflow.report.elements import Block, Code, Figure, Note, Section, Table
 from mlxflow.report.formatting import clean, number, shorten, show, show_bytes, show_interval, show_percent
 from mlxflow.report.load_run import Run, StageRun, rows, table
 from mlxflow.report.sections import beside
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MOST_ROWS = 500
 
@@ -103,7 +107,7 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
             x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
             series.append(Series(task, x, y, charts.style_of(index), points=True))
         if shown := [one for one in series if len(one.x)]:
-            averages = " ".join(f"{one.name}: {show(float(one.y.mean()))} on average." for one in shown)
+            averages = " ".join(f"{one.name}: {show(_average(one.y))} on average." for one in shown)
             plot = charts.lines(
                 shown, label=f"{title}. {averages}", x_name="layer, in the model's order", group="layers", names=names,
                 logarithmic=logarithmic, from_zero=not logarithmic, height=180,
@@ -114,6 +118,12 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
         blocks.append(Note(f"The plots show {charts.STYLES} of {len(told)} models; the table below has all of them."))
     blocks.append(_layer_table(told, names))
     return blocks
+
+
+def _average(values: "NDArray[np.float64]") -> float:
+    """Return the mean of (N,) values; their sum alone may be beyond the largest number."""
+    largest = float(np.abs(values).max()) or 1.0
+    return float((values / largest).mean()) * largest
 
 
 def _layer_table(told: dict[str, dict[str, dict[str, object]]], names: Sequence[str]) -> Table:
