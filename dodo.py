@@ -1,5 +1,5 @@
 """The task graph of workflow.toml. `doit list` shows it, `doit` builds it; CONTRIBUTING.md says how it is made."""
 
-from tasks.dodo import DOIT_CONFIG, task_stages
+from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages
 
 __all__ = ["DOIT_CONFIG", "task_stages"]

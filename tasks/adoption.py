@@ -13,10 +13,10 @@ from typing import Any
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.paths import printable
-from tasks import lockfile
-from tasks.freshness import files_read
-from tasks.lockfile import Lock, Table
-from tasks.stage_node import Node
+from mlxflow.tasks import lockfile
+from mlxflow.tasks.freshness import files_read
+from mlxflow.tasks.lockfile import Lock, Table
+from mlxflow.tasks.stage_node import Node
 
 
 class Adoption:

@@ -5,8 +5,8 @@ from pathlib import Path
 from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import advise_on
-from tasks.selection import Selection, refuse
-from tasks.verb import StageVerb
+from mlxflow.tasks.selection import Selection, refuse
+from mlxflow.tasks.verb import StageVerb
 
 _EXIT_CODE = {
     "name": "exit_code",
@@ -26,8 +26,8 @@ class Plan(StageVerb):
     cmd_options = (_EXIT_CODE,)
 
     def _execute(self, exit_code: bool, pos_args: list[str]) -> int:
-        from tasks.leftovers import find_leftovers
-        from tasks.planning import plan, with_upstream
+        from mlxflow.tasks.leftovers import find_leftovers
+        from mlxflow.tasks.planning import plan, with_upstream
 
         graph = Selection(self)
         nodes = with_upstream(graph.nodes, [node.task for node in graph.select(pos_args)])
@@ -59,9 +59,9 @@ class Verify(StageVerb):
 
     def _execute(self, pos_args: list[str]) -> int:
         from mlxflow.device.cpu_backend import thread_count
-        from tasks.outputs import damaged_outputs
-        from tasks.records import is_complete
-        from tasks.reproduction import word_other_threads
+        from mlxflow.tasks.outputs import damaged_outputs
+        from mlxflow.tasks.records import is_complete
+        from mlxflow.tasks.reproduction import word_other_threads
 
         graph = Selection(self)
         damage: list[str] = []
@@ -87,7 +87,7 @@ class CacheKey(StageVerb):
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from tasks.cache_key import cache_key
+        from mlxflow.tasks.cache_key import cache_key
 
         graph = Selection(self)
         node = graph.one(pos_args, "doit cache-key STAGE")
@@ -103,7 +103,7 @@ class Pack(StageVerb):
     doc_usage = "STAGE FILE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from tasks.archive import pack
+        from mlxflow.tasks.archive import pack
 
         graph = Selection(self)
         if len(pos_args) != 2:
@@ -129,8 +129,8 @@ class Unpack(StageVerb):
 
     def _execute(self, pos_args: list[str]) -> int:
         from mlxflow.errors import MlxflowError
-        from tasks import lockfile
-        from tasks.archive import unpack
+        from mlxflow.tasks import lockfile
+        from mlxflow.tasks.archive import unpack
 
         graph = Selection(self)
         if len(pos_args) != 1:
@@ -158,8 +158,8 @@ class Reproduce(StageVerb):
 
     def _execute(self, pos_args: list[str]) -> int:
         from mlxflow.storage.locks import LockUnsupportedError, hold
-        from tasks.reproduction import reproduce
-        from tasks.run import ended_cleanly
+        from mlxflow.tasks.reproduction import reproduce
+        from mlxflow.tasks.run import ended_cleanly
 
         graph = Selection(self)
         node = graph.one(pos_args, "doit reproduce STAGE")

@@ -14,11 +14,11 @@ from doit.globals import Globals
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
-from tasks.adoption import Adoption
-from tasks.doit_backend import BACKEND, Journal
-from tasks.freshness import reasons
-from tasks.reporter import StageReporter
-from tasks.stage_node import Node
+from mlxflow.tasks.adoption import Adoption
+from mlxflow.tasks.doit_backend import BACKEND
+from mlxflow.tasks.freshness import reasons
+from mlxflow.tasks.reporter import StageReporter
+from mlxflow.tasks.stage_node import Node
 
 #: The most files that `doit clean` names of those that it leaves alone.
 _MOST_NAMED = 5
@@ -46,14 +46,14 @@ class Freshness:
 
 
 class InputChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
-    """Leaves the question whether an input changed to `Freshness`, which asks by content; see `tasks.doit_backend`."""
+    """Leave it to `Freshness` to decide by content whether an input changed; see `mlxflow.tasks.doit_backend`."""
 
     def check_modified(self, file_path: str, file_stat: os.stat_result, state: object) -> bool:
         """Return False: `Freshness` has said what there is to say."""
         return False
 
     def get_state(self, dep: str, current_state: object) -> None:
-        """Return nothing: the record that counts is made by `tasks.doit_action`."""
+        """Return nothing: the record that counts is made by `mlxflow.tasks.doit_action`."""
 
 
 def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
@@ -74,10 +74,11 @@ def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
 
 def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, Any]]:
     """Yield doit's description of each stage, and of each group of variants."""
-    from tasks.doit_action import StageAction
+    from mlxflow.tasks.doit_action import StageAction
 
-    if Globals.dep_manager is not None and isinstance(Globals.dep_manager.backend, Journal):
-        Globals.dep_manager.backend.adopt = Adoption(nodes, cache)
+    journal = getattr(Globals.dep_manager, "backend", None)
+    if journal is not None and hasattr(journal, "adopt"):  # not where a dodo.py chooses a backend of its own
+        journal.adopt = Adoption(nodes, cache)
     atexit.register(cache.save)  # once: what is lost to a crash is read again
     grouped: set[str] = set()
     known = {node.task for node in nodes}

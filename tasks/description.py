@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from tasks.freshness import files_read, reasons
-from tasks.selection import Selection
-from tasks.stage_node import Node
+from mlxflow.tasks.freshness import files_read, reasons
+from mlxflow.tasks.selection import Selection
+from mlxflow.tasks.stage_node import Node
 
 
 def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, list[str]]:

@@ -2,7 +2,7 @@
 
 from mlxflow.storage import layout
 from mlxflow.system import terminal
-from tasks.search_path import search_project_last
+from mlxflow.tasks.search_path import search_project_last
 
 search_project_last()  # before anything else is imported
 
@@ -15,8 +15,8 @@ from doit import get_var
 
 from mlxflow.errors import UserError
 from mlxflow.storage.digests import DigestCache
-from tasks.creator import configuration, tasks_of
-from tasks.graph import load_nodes
+from mlxflow.tasks.creator import configuration, tasks_of
+from mlxflow.tasks.graph import load_nodes
 
 _workflow = Path(get_var("workflow") or layout.WORKFLOW)
 _state = layout.state_folder(_workflow.parent)

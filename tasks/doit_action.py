@@ -16,9 +16,9 @@ from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import word_cause
-from tasks.freshness import observe_inputs, observe_settings
-from tasks.outputs import observe_outputs
-from tasks.stage_node import Node
+from mlxflow.tasks.freshness import observe_inputs, observe_settings
+from mlxflow.tasks.outputs import observe_outputs
+from mlxflow.tasks.stage_node import Node
 
 #: The exit code of a stage that failed over something the user wrote.
 _USER_MISTAKE = 2
@@ -93,7 +93,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     def _run(self) -> "_Ran | BaseFail":
         """Run the process, in its turn where it uses the device, with what is there when its turn comes."""
-        from tasks.stage_process import run_process
+        from mlxflow.tasks.stage_process import run_process
 
         node = self.node
         log = layout.log_file(node.root, node.task)
@@ -123,7 +123,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         return [_stamp(self.node.path(name)) for name in (*self.node.outputs, *self.node.copies)]
 
     def _record(self, ran: "_Ran", outputs: dict[str, list[Any]]) -> None:
-        from tasks import lockfile
+        from mlxflow.tasks import lockfile
 
         self.values = {
             "settings": ran.settings,

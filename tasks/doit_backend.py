@@ -11,7 +11,7 @@ from mlxflow.storage.paths import printable
 from mlxflow.storage.state_files import InvalidStateError
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import naming
-from tasks.records import FORGOTTEN, check_values
+from mlxflow.tasks.records import FORGOTTEN, check_values
 
 # A journal with this many lines for each task that it knows, and some more, is rewritten when doit ends.
 _COMPACT_FACTOR = 4

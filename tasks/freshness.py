@@ -9,9 +9,9 @@ from mlxflow.device.compute_device import environment
 from mlxflow.storage import layout, model_files
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.paths import printable, record_name
-from tasks.outputs import damaged_outputs
-from tasks.records import FORGOTTEN, is_complete
-from tasks.stage_node import Node
+from mlxflow.tasks.outputs import damaged_outputs
+from mlxflow.tasks.records import FORGOTTEN, is_complete
+from mlxflow.tasks.stage_node import Node
 
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"

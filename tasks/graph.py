@@ -18,9 +18,9 @@ from mlxflow.storage import layout, state_files, temporary_files
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
+from mlxflow.tasks.stage_node import Node
 from mlxflow.workflow import disk_queries
 from mlxflow.workflow.handover import Basis
-from tasks.stage_node import Node
 
 _FORMAT = 4
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from mlxflow.storage.digests import DigestCache
-from tasks.freshness import reasons
-from tasks.stage_node import Node
+from mlxflow.tasks.freshness import reasons
+from mlxflow.tasks.stage_node import Node
 
 #: Returns what a stage's last run left, empty where there is no record.
 Records = Callable[[str], dict[str, Any]]

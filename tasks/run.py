@@ -12,10 +12,9 @@ from doit.cmd_run import Run
 from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import word_cause
-from tasks.adoption import Adoption
-from tasks.doit_backend import Journal
-from tasks.selection import Selection, refuse, word_unknown
-from tasks.verb import Verb
+from mlxflow.tasks.adoption import Adoption
+from mlxflow.tasks.selection import Selection, refuse, word_unknown
+from mlxflow.tasks.verb import Verb
 
 _NO_WAIT = {
     "name": "no_wait",
@@ -81,7 +80,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
             )
 
         journal = self.dep_manager.backend
-        if not isinstance(journal, Journal):
+        if not self.is_of_stages:
             return run(par_type)
         from mlxflow.errors import StageError
         from mlxflow.storage.atomic_folders import make_link_target
@@ -123,7 +122,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
     def _stale_upstream(self) -> list[str]:
         """Return a line for each selected stage that reads from a stale one."""
-        from tasks.planning import plan, with_upstream
+        from mlxflow.tasks.planning import plan, with_upstream
 
         graph = Selection(self)
         lines = []
@@ -161,7 +160,7 @@ def ended_cleanly() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        from tasks.stage_process import end_all
+        from mlxflow.tasks.stage_process import end_all
 
         end_all()
         raise

@@ -7,9 +7,9 @@ from doit.cmd_base import DoitCmdBase
 
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
-from tasks.doit_backend import Journal
-from tasks.records import is_complete
-from tasks.stage_node import Node
+from mlxflow.tasks.doit_backend import Journal
+from mlxflow.tasks.records import is_complete
+from mlxflow.tasks.stage_node import Node
 
 
 class Selection:
@@ -66,7 +66,7 @@ class Selection:
         Raises:
             SystemExit: there is none, or the artifact is damaged; said, with exit code 1.
         """
-        from tasks.outputs import damaged_outputs
+        from mlxflow.tasks.outputs import damaged_outputs
 
         record = self.record(node.task)
         if not is_complete(record):

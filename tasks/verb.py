@@ -20,8 +20,8 @@ from mlxflow.errors import MlxflowError
 from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import naming, word_cause
-from tasks.doit_backend import BACKEND, Journal
-from tasks.selection import refuse, word_unknown
+from mlxflow.tasks.doit_backend import BACKEND, Journal
+from mlxflow.tasks.selection import refuse, word_unknown
 
 #: Options of doit that say how it remembers. Stages have a way of their own.
 _FIXED_OPTIONS = {"backend": "--backend", "dep_file": "--db-file", "check_file_uptodate": "--check_file_uptodate"}

@@ -17,8 +17,8 @@ from doit.cmd_strace import Strace
 from doit.exceptions import InvalidDodoFile
 
 from mlxflow.system import terminal
-from tasks.selection import Selection, refuse, word_unknown
-from tasks.verb import StageVerb, Verb
+from mlxflow.tasks.selection import Selection, refuse, word_unknown
+from mlxflow.tasks.verb import StageVerb, Verb
 
 _LEFTOVERS = {
     "name": "leftovers",
@@ -79,7 +79,7 @@ class StageInfo(Verb, Info):  # type: ignore[misc]
     def _execute(self, pos_args: list[str], hide_status: bool = False) -> int:
         if not self.is_of_stages:
             return int(super()._execute(pos_args, hide_status) or 0)
-        from tasks.description import describe
+        from mlxflow.tasks.description import describe
 
         if len(pos_args) != 1:
             refuse("expected one stage. Use: doit info STAGE")
@@ -106,8 +106,8 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
         if not self.is_of_stages:
             super().clean_tasks(tasks, dryrun, cleanforget)
             return
-        from tasks.cleaning import remove_unfinished
-        from tasks.creator import remove_artifact
+        from mlxflow.tasks.cleaning import remove_unfinished
+        from mlxflow.tasks.creator import remove_artifact
 
         for task in {task.name: task for task in tasks}.values():
             if task.meta:
@@ -126,7 +126,7 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
         if not self.is_of_stages:
             clean()
             return
-        from tasks.cleaning import remove_leftovers, word_freed
+        from mlxflow.tasks.cleaning import remove_leftovers, word_freed
 
         self._freed_bytes = 0
         graph = Selection(self)

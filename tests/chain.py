@@ -16,8 +16,8 @@ DODO = """
 import sys
 from pathlib import Path
 from mlxflow.storage.digests import DigestCache
-from tasks.creator import configuration, tasks_of
-from tasks.stage_node import Node
+from mlxflow.tasks.creator import configuration, tasks_of
+from mlxflow.tasks.stage_node import Node
 
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")

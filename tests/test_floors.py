@@ -17,8 +17,7 @@ def _lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    for name in ("mlxflow", "tasks"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "mlxflow", tmp_path / "mlxflow", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
     return tmp_path
 
@@ -34,7 +33,7 @@ def test_modules_import_only_from_lower_floors(copied: Path) -> None:
         ("mlxflow/storage/artifact_files.py", "import mlxflow.workflow.loader"),
         ("mlxflow/data/loader.py", "import mlxflow.training.trainer"),
         ("mlxflow/errors.py", "import mlxflow.workflow.config"),
-        ("tasks/creator.py", "import numpy"),
+        ("mlxflow/tasks/creator.py", "import numpy"),
     ],
 )
 def test_an_import_from_above_is_found(copied: Path, module: str, line: str) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from mlxflow.device import cpu_backend
 from mlxflow.storage.digests import DigestCache
-from tasks import lockfile
-from tasks.cache_key import cache_key
-from tasks.freshness import reasons
-from tasks.reproduction import word_other_threads
-from tasks.stage_node import Node
+from mlxflow.tasks import lockfile
+from mlxflow.tasks.cache_key import cache_key
+from mlxflow.tasks.freshness import reasons
+from mlxflow.tasks.reproduction import word_other_threads
+from mlxflow.tasks.stage_node import Node
 
 RESTRICTED = (
     "import os, sys; os.sched_setaffinity(0, {{{cores}}}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"

@@ -1,8 +1,8 @@
 """What resolving a workflow asks of the disk and the environment, each question recorded with its answer.
 
 A resolved workflow may be remembered for exactly as long as every one of these questions has the same answer; see
-`tasks.graph`. So whatever resolving depends on is asked here and nowhere else: a new question is a new method of `Disk`
-with `@_question` above it.
+`mlxflow.tasks.graph`. So whatever resolving depends on is asked here and nowhere else: a new question is a new method
+of `Disk` with `@_question` above it.
 """
 
 import os

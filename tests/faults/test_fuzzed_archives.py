@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache, digest_file
-from tasks.archive import pack, unpack
-from tasks.outputs import observe_outputs
-from tasks.records import check_values
-from tasks.stage_node import Node
+from mlxflow.tasks.archive import pack, unpack
+from mlxflow.tasks.outputs import observe_outputs
+from mlxflow.tasks.records import check_values
+from mlxflow.tasks.stage_node import Node
 from tests.faults.grammar import VALUES, changed, spoilt
 
 A, B = "artifacts/train/a", "artifacts/train/folder/" + "long/" * 30 + "b"

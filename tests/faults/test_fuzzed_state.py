@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache, digest_file
-from tasks import lockfile
-from tasks.adoption import Adoption
-from tasks.doit_backend import Journal
-from tasks.planning import plan
-from tasks.records import check_values
-from tasks.stage_node import Node
+from mlxflow.tasks import lockfile
+from mlxflow.tasks.adoption import Adoption
+from mlxflow.tasks.doit_backend import Journal
+from mlxflow.tasks.planning import plan
+from mlxflow.tasks.records import check_values
+from mlxflow.tasks.stage_node import Node
 from tests.faults.grammar import VALUES, changed, spoilt
 
 VALID: dict[str, Any] = {

@@ -15,10 +15,10 @@ from mlxflow.evaluation.text_generation import Sampling, Writer, generate
 from mlxflow.models import model_folder
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import DigestCache
+from mlxflow.tasks import archive, freshness, outputs
+from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
-from tasks import archive, freshness, outputs
-from tasks.graph import load_nodes
 from tests.conftest import mlxflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 

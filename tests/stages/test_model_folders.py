@@ -15,11 +15,11 @@ from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.models import model_folder
 from mlxflow.storage import remote_code
 from mlxflow.storage.digests import DigestCache
+from mlxflow.tasks.cache_key import cache_key
+from mlxflow.tasks.freshness import observe_inputs
+from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import Workflow, load_workflow
-from tasks.cache_key import cache_key
-from tasks.freshness import observe_inputs
-from tasks.graph import load_nodes
 
 HEAD = """
 [pretokenize]

@@ -194,7 +194,7 @@ def test_texts_of_others_reach_the_terminal_escaped(job: Path) -> None:
 def test_a_stages_output_is_escaped_on_a_terminal_and_in_its_log(tmp_path: Path) -> None:
     stage = "import sys; print('bar \\x1b[32m1\\x1b[0m'); print(sys.argv[1]); sys.stdout.buffer.write(b'\\xff\\n')"
     script = (
-        "import sys; from pathlib import Path; from tasks.stage_process import run_process; "
+        "import sys; from pathlib import Path; from mlxflow.tasks.stage_process import run_process; "
         f"run_process([sys.executable, '-c', {stage!r}, {HOSTILE!r}], Path('log'))"
     )
     ours, theirs = pty.openpty()

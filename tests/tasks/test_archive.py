@@ -16,10 +16,10 @@ import zstandard
 
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache
-from tasks import archive
-from tasks.archive import pack, unpack
-from tasks.outputs import observe_outputs
-from tasks.stage_node import Node
+from mlxflow.tasks import archive
+from mlxflow.tasks.archive import pack, unpack
+from mlxflow.tasks.outputs import observe_outputs
+from mlxflow.tasks.stage_node import Node
 
 A, LONG = "artifacts/train/a", "artifacts/train/" + "long/" * 30 + "b.safetensors"
 

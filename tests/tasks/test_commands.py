@@ -247,7 +247,7 @@ def test_no_stage_bears_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, j
     from doit.doit_cmd import DoitMain
 
     from mlxflow.errors import WorkflowError
-    from tasks import graph
+    from mlxflow.tasks import graph
 
     assert not set(STAGES) & set(DoitMain().get_cmds())
     with pytest.raises(WorkflowError) as caught:

@@ -9,10 +9,10 @@ import pytest
 from doit.globals import Globals
 
 from mlxflow.storage.digests import DigestCache
-from tasks.archive import pack, unpack
-from tasks.creator import remove_artifact
-from tasks.outputs import damaged_outputs, observe_outputs
-from tasks.stage_node import Node
+from mlxflow.tasks.archive import pack, unpack
+from mlxflow.tasks.creator import remove_artifact
+from mlxflow.tasks.outputs import damaged_outputs, observe_outputs
+from mlxflow.tasks.stage_node import Node
 
 
 @pytest.fixture

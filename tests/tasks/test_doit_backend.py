@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.doit_backend import Journal
+from mlxflow.tasks.doit_backend import Journal
 
 
 def _open(folder: Path) -> Journal:

@@ -16,13 +16,13 @@ from mlxflow.errors import UserError
 from mlxflow.models import model_folder
 from mlxflow.storage import state_files
 from mlxflow.storage.digests import DigestCache, digest_json
+from mlxflow.tasks.freshness import observe_inputs, observe_settings
+from mlxflow.tasks.graph import load_nodes
+from mlxflow.tasks.outputs import observe_outputs
+from mlxflow.tasks.planning import plan
+from mlxflow.tasks.stage_node import Node
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.loader import load_workflow
-from tasks.freshness import observe_inputs, observe_settings
-from tasks.graph import load_nodes
-from tasks.outputs import observe_outputs
-from tasks.planning import plan
-from tasks.stage_node import Node
 from tests.conftest import doit
 
 TREE = {
@@ -387,7 +387,7 @@ def remembered(tmp_path: Path) -> Remembered:
 
 
 def test_a_remembered_graph_is_used(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.graph._resolve", None)
+    monkeypatch.setattr("mlxflow.tasks.graph._resolve", None)
     assert load_nodes(remembered.workflow, remembered.state) == remembered.nodes
 
 

@@ -14,10 +14,10 @@ import pytest
 
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
-from tasks import lockfile
-from tasks.adoption import Adoption
-from tasks.freshness import files_read
-from tasks.stage_node import Node
+from mlxflow.tasks import lockfile
+from mlxflow.tasks.adoption import Adoption
+from mlxflow.tasks.freshness import files_read
+from mlxflow.tasks.stage_node import Node
 from tests.chain import Chain
 
 VALUES: dict[str, Any] = {

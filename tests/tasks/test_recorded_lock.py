@@ -7,8 +7,8 @@ import pytest
 
 from mlxflow.device.compute_device import environment
 from mlxflow.storage.paths import printable
-from tasks import lockfile
-from tasks.graph import load_nodes
+from mlxflow.tasks import lockfile
+from mlxflow.tasks.graph import load_nodes
 from tests.conftest import TINY
 
 RECORDED = Path(__file__).with_name("recorded.lock")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.kernels import early_start
-from tasks.search_path import search_project_last
+from mlxflow.tasks.search_path import search_project_last
 
 NAMES = ("tokenize", "random", "queue", "tempfile", "selectors", "secrets", "copy", "heapq", "argparse", "xxhash")
 
