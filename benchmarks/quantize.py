@@ -173,25 +173,24 @@ class _Job:
         from mlxflow.stages.quantize_methods import training_settings
 
         rate = training_settings(quantize.Config(method="qat", num_steps=STEPS), model).learning_rate
-        settings = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
-        self._train(model, settings, seed=seed)
+        config = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
+        self._train(model, train.settings_of(config, masks=False, fused=True), seed=seed)
 
     def _train(self, model: Any, settings: Any, *, seed: int) -> list[float]:
         """Train a model; return the seconds of every step."""
         import mlx.core as mx
 
-        from mlxflow.data.loader import Loader
         from mlxflow.kernels import model_kernels
-        from mlxflow.stages import train_methods
-        from mlxflow.training.objective import choose_objective
+        from mlxflow.training import build
 
         model.train()
         seconds = []
-        _, objective = choose_objective(
-            model, fused=True, vocab_size=self.tokens.vocab_size, tokens=BATCH * 128, masks_documents=False
-        )
-        step = train_methods.make_step(settings, model, objective, key="quantize", kernels=model_kernels.nothing())
-        with Loader(self.tokens.rows, batch_size=BATCH, seed=seed, workers=1, prefetch_batches=4) as loader:
+        settings = settings.replace(fused_loss=True, workers=1)
+        subject = build.Subject(model, settings, self.tokens.vocab_size, self.tokens.context_length)
+        with (
+            build.ready_step(subject, model_kernels.nothing()) as step,
+            build.make_loader(self.tokens.rows, settings, num_rows=BATCH, seed=seed) as loader,
+        ):
             for _ in range(settings.num_steps):
                 batch = next(loader)
                 begin = time.perf_counter()

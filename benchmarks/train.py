@@ -229,95 +229,44 @@ def _ours(
     """Run this project's own trainer: loader, compiled update, memory limit and all."""
     import mlx.core as mx
 
-    from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import Rows
     from mlxflow.device import compute_device
     from mlxflow.kernels import model_kernels
-    from mlxflow.ops import gradient_checkpointing
-    from mlxflow.ops.overrides import Arithmetic
-    from mlxflow.training import objective
-    from mlxflow.training.batch_size import BatchSizes
+    from mlxflow.training import build, kernel_selection
     from mlxflow.training.checkpoints import CheckpointStore
-    from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
-    from mlxflow.training.output_head import find_head
-    from mlxflow.training.step import Step
-    from mlxflow.training.trainer import Plan, Trainer
+    from mlxflow.training.trainer import Session
 
     compute_device.bound_graphs(recomputes=bool(every))
     limit = int(limit_gb * 1e9) or int(compute_device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
     ahead = model_kernels.begin_proof() if kernels else None
+    settings = _settings(
+        job.batch // accum,
+        grad_accum_steps=accum,
+        precision=precision,
+        fused_loss=fused,
+        checkpoint_every=every,
+        lazy_eval_every=lazy,
+        max_grad_norm=max_grad_norm,
+        deterministic=deterministic,
+        masks_documents=document_length > 0,
+        adjust_every=STEPS if limit_gb else 0,
+    )
     model = _model(job, "float32" if precision == "fp32" else "bfloat16")
     model.train()
-    schedule = make_schedule(
-        name="constant", learning_rate=1e-4, final_learning_rate=0, num_steps=1, warmup_steps=0, decay_steps=0
-    )
-    optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.01, options={})
-    begin = time.perf_counter()
-    use = model_kernels.nothing()
-    if kernels:
-        use = model_kernels.choose_for(
-            model,
-            dtype=_compute_type(precision),
-            precision=precision,
-            sums_gradients=accum > 1,
-            context_length=job.length,
-            masks_documents=document_length > 0,
-            is_deterministic=deterministic,
-            ahead=ahead,
-        )
-    proof_seconds = time.perf_counter() - begin
-    update = Update(model, optimizer, max_grad_norm=max_grad_norm, has_masters=precision == "bf16", serves=use.serves)
-    head = find_head(model, job.vocab_size)
-    masks = document_length > 0
-    goal = objective.plain_objective(masks_documents=masks, uses_kernel=use.serves_loss)
-    if fused and head is not None:
-        chunk = objective.chunk_rows(job.vocab_size)
-        goal = objective.fused_objective(head, masks_documents=masks, chunk_rows=chunk, uses_kernel=use.serves_loss)
     tokens = _random_rows(job)
     pieces = np.arange(tokens.shape[1]) // (document_length or tokens.shape[1]) + 1
     rows = Rows(tokens, np.broadcast_to(2 * pieces + 1, tokens.shape).astype(np.uint8))
-    size = job.batch // accum
-    plan = Plan(
-        num_steps=STEPS + WARM,
-        lazy_eval_every=lazy,
-        log_every=WARM,
-        eval_every=0,
-        eval_batch_size=1,
-        masks_documents=document_length > 0,
-        adjust_every=0 if not limit_gb else STEPS,
-        save_every=0,
-        max_bad_steps=1,
-        patience=0,
-        keeps_best=False,
-        memory_limit_bytes=limit,
-    )
+    subject = build.Subject(model, settings, job.vocab_size, job.length)
+    folder = Path(tempfile.mkdtemp())
+    request = kernel_selection.KernelRequest("auto" if kernels else "off", _device(), folder / "kernels.json")
+    begin = time.perf_counter()
+    use = kernel_selection.select_kernels(request, subject, rows.head(settings.batch_size), ahead)
+    proof_seconds = time.perf_counter() - begin
     logs: list[dict[str, Any]] = []
-    how = Arithmetic(is_deterministic=deterministic, attention=use.attention)
-    with use.fitted(), gradient_checkpointing.recomputed(model, every=every):
-        trainer = Trainer(
-            model=model,
-            step=Step(model, update, goal, arithmetic=how),
-            sizes=BatchSizes(
-                batch_size=size,
-                max_batch_size=size,
-                rows_per_update=job.batch,
-                grad_accum_steps=accum,
-                grow_below=0.5,
-                shrink_above=0.8,
-                is_fixed=True,
-                replay=(),
-            ),
-            open_loader=lambda count, cursor: Loader(
-                rows, batch_size=count, seed=0, workers=4, prefetch_batches=4, cursor=cursor
-            ),
-            validation_rows=rows.head(1),
-            plan=plan,
-            checkpoints=CheckpointStore(Path(tempfile.mkdtemp()), keep=1, settings={}, say=print),
-            asked_to_stop=lambda: False,
-            log=logs.append,
-            key="train",
-        )
+    session = Session(CheckpointStore(folder, keep=1, settings={}, say=print), limit, logs.append)
+    data = build.make_data(rows, rows.head(1), settings, seed=0)
+    with build.ready_trainer(subject, use, data, session) as trainer:
         result = trainer.run()
     first, *_, last = [record for record in logs if record["kind"] == "train"]
     seconds = last["seconds"] - first["seconds"]
@@ -327,7 +276,7 @@ def _ours(
         result.peak_memory_bytes,
         job,
         limit_gb=limit_gb,
-        rows_a_pass=size,
+        rows_a_pass=settings.batch_size,
         kernels=len(use.serving),
         proof_seconds=round(proof_seconds, 2),
         compile_seconds=round(result.compile_seconds, 1),
@@ -336,10 +285,32 @@ def _ours(
     )
 
 
-def _compute_type(precision: str) -> Any:
+def _settings(batch_size: int, **changes: Any) -> Any:
+    """Return settings with a fixed batch size and learning rate, and as little as can be beside the steps."""
+    from mlxflow.training.settings import TrainingSettings
+
+    return TrainingSettings(
+        num_steps=STEPS + WARM,
+        batch_size=batch_size,
+        dynamic_batch_size=False,
+        schedule="constant",
+        learning_rate=1e-4,
+        warmup_steps=0,
+        weight_decay=0.01,
+        optimizer_options={},
+        max_bad_steps=1,
+        log_every=WARM,
+        eval_every=0,
+        max_validation_rows=1,
+        save_every=0,
+        workers=4,
+    ).replace(**changes)
+
+
+def _device() -> str:
     import mlx.core as mx
 
-    return mx.float32 if precision == "fp32" else mx.bfloat16
+    return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
 def _matrix_product(row: str) -> None:

@@ -274,9 +274,9 @@ def rows_of(
         if one.timing is None:
             rows.append(told | {"error": one.error})
             continue
-        per_step = one.recipe.batch_size * targets_per_row(one.recipe)
+        per_step = one.recipe.rows_per_step * targets_per_row(one.recipe)
         row = told | _speed(one, one.timing, per_step)
-        processed = one.recipe.batch_size * tokens_per_row(one.recipe)
+        processed = one.recipe.rows_per_step * tokens_per_row(one.recipe)
         row["processed_tokens_per_second"] = processed / one.timing.median
         workflow = workflows.get((one.recipe.batch_size, one.group))
         if workflow is not None and workflow is not one and workflow.timing is not None:
@@ -294,7 +294,7 @@ def _speed(one: Measured, timing: Timing, tokens_per_step: float) -> dict[str, A
         "low_step_seconds": step.low,
         "high_step_seconds": step.high,
         "confidence": step.confidence,
-        "samples_per_second": one.recipe.batch_size / step.median,
+        "samples_per_second": one.recipe.rows_per_step / step.median,
         "tokens_per_second": rate.median,
         "low_tokens_per_second": rate.low,
         "high_tokens_per_second": rate.high,
@@ -324,7 +324,7 @@ def _against(
     targets_per_row: Callable[[Recipe], float],
 ) -> dict[str, Any]:
     """Return how much faster the workflow's own way gets through the same tokens, from rounds taken together."""
-    scale = recipe.batch_size * targets_per_row(recipe) / tokens_per_step
+    scale = recipe.rows_per_step * targets_per_row(recipe) / tokens_per_step
     seconds = ratio_interval(timing.seconds, workflow.seconds)
     ratio = seconds.scaled(scale)
     return {

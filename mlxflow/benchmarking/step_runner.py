@@ -10,22 +10,23 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map
 
-from mlxflow.benchmarking.recipe import Job, Recipe
+from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.unpacked_rows import InlineLoader
-from mlxflow.data.loader import DeviceBatch, Loader
+from mlxflow.data.loader import DeviceBatch
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.ops import document_mask
-from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.overrides import Arithmetic, own_arithmetic
-from mlxflow.training.adapters import AdapterShape, ensure_adapters
-from mlxflow.training.objective import Objective, chunk_rows, fused_objective, plain_objective
-from mlxflow.training.optimizers import Update, make_optimizer
-from mlxflow.training.output_head import find_head
-from mlxflow.training.step import Step
+from mlxflow.training import build
+from mlxflow.training.batch_size import split
+from mlxflow.training.objective import Objective
+from mlxflow.training.step import accumulate
 
 # Takes tokens and marks, updates the model, returns the mean loss; all lazy
 _Advance = Callable[[mx.array, mx.array], mx.array]
+
+# Takes the sum of the losses, the number of tokens and the sum of the gradients; returns the mean loss
+_PlainUpdate = Callable[[mx.array, mx.array, Any], mx.array]
 
 
 class Parts(NamedTuple):
@@ -102,66 +103,40 @@ class Runner:
 
     @classmethod
     @contextmanager
-    def running(
-        cls, model: nn.Module, rows: Rows, *, recipe: Recipe, job: Job, vocab_size: int, warmup_steps: int, seed: int
-    ) -> Iterator[Self]:
+    def running(cls, subject: build.Subject, rows: Rows, *, recipe: Recipe, seed: int) -> Iterator[Self]:
         """Give a runner of a recipe, until the block ends.
 
         Args:
-            model: dense, or with adapters where such are trained; changed by every step.
+            subject: the model, changed by every step, and its settings, which may differ from the recipe's in the
+                learning rate alone.
             rows: packed, or of one piece each, as the recipe says.
-            recipe: how a step is done.
-            job: what is done.
-            vocab_size: V.
-            warmup_steps: over which the learning rate rises to the job's.
-            seed: of the order of the rows, and of adapters.
+            recipe: how a step is taken.
+            seed: of the order of the rows.
         """
         with ExitStack() as held:
-            if job.lora is not None:
-                shape = AdapterShape(**{**job.lora, "keys": tuple(job.lora["keys"])})
-                ensure_adapters(model, shape, seed=seed, key="train.lora.keys")
-            model.set_dtype(mx.float32 if recipe.precision == "fp32" else mx.bfloat16)
-            model.train()
-            mx.eval(model.parameters())
-            held.enter_context(recomputed(model, every=recipe.checkpoint_every))
-            served = model_kernels.recorded_for(
-                model,
-                precision=recipe.precision,
-                names=recipe.kernels,
-                context_length=rows.tokens.shape[1] - 1,
-                masks_documents=job.masks_documents,
-            )
-            held.enter_context(served.fitted())
-            objective = _objective(model, recipe, job, vocab_size, uses_kernel=served.serves_loss)
-            advance, state = _advance(model, objective, recipe, job, warmup_steps, served)
+            if not recipe.is_packed:  # alone in its row, a document needs no mask
+                subject = subject._replace(settings=subject.settings.replace(masks_documents=False))
+            kernels = subject.recorded_kernels()
+            objective = _objective(subject, recipe, uses_kernel=kernels.serves_loss)
+            held.enter_context(build.patched(subject, kernels))
+            advance, state = _advance(subject, objective, recipe, kernels)
             loader = held.enter_context(_loading(rows, recipe, seed))
             yield cls(advance, state, loader, runs_ahead=recipe.runs_ahead)
 
 
 @contextmanager
 def _loading(rows: Rows, recipe: Recipe, seed: int) -> Iterator[Iterator[DeviceBatch]]:
-    if not recipe.prefetch_batches:
-        yield InlineLoader(rows, batch_size=recipe.batch_size, seed=seed, trims=recipe.is_trimmed)
+    if not recipe.prefetches:
+        yield InlineLoader(rows, batch_size=recipe.rows_per_step, seed=seed, trims=recipe.is_trimmed)
         return
-    with Loader(
-        rows,
-        batch_size=recipe.batch_size,
-        seed=seed,
-        workers=recipe.workers,
-        prefetch_batches=recipe.prefetch_batches,
-    ) as loader:
+    with build.make_loader(rows, recipe.settings, num_rows=recipe.rows_per_step, seed=seed) as loader:
         yield loader
 
 
-def _objective(model: nn.Module, recipe: Recipe, job: Job, vocab_size: int, *, uses_kernel: bool) -> Objective:
-    masks = job.masks_documents and recipe.is_packed  # alone in its row, a document needs no mask
-    head = find_head(model, vocab_size) if recipe.loss == "fused" else None
-    if head is not None:
-        chunk = chunk_rows(vocab_size)
-        return fused_objective(head, masks_documents=masks, chunk_rows=chunk, uses_kernel=uses_kernel)
-    if recipe.loss == "plain":
-        return _mlx_objective(masks)
-    return plain_objective(masks_documents=masks, uses_kernel=uses_kernel)
+def _objective(subject: build.Subject, recipe: Recipe, *, uses_kernel: bool) -> Objective:
+    if recipe.uses_mlx_loss:
+        return _mlx_objective(subject.settings.masks_documents)
+    return subject.objective(uses_kernel=uses_kernel)
 
 
 def _mlx_objective(masks: bool) -> Objective:
@@ -177,67 +152,60 @@ def _mlx_objective(masks: bool) -> Objective:
 
 
 def _advance(
-    model: nn.Module,
-    objective: Objective,
-    recipe: Recipe,
-    job: Job,
-    warmup_steps: int,
-    served: model_kernels.Serving,
+    subject: build.Subject, objective: Objective, recipe: Recipe, kernels: model_kernels.Serving
 ) -> tuple[_Advance, list[Any]]:
     """Return a step of a recipe, and all that it changes."""
-    arithmetic = Arithmetic(recipe.does_own_arithmetic, recipe.is_deterministic, served.attention)
-    optimizer = make_optimizer(
-        name=job.optimizer,
-        schedule=lambda step: job.learning_rate * mx.minimum(1.0, (step + 1) / max(1, warmup_steps)),
-        weight_decay=job.weight_decay,
-        options=job.options,
-    )
-    update: Callable[[mx.array, mx.array, Any], mx.array]
-    if recipe.joins_updates:
-        joined = Update(
-            model,
-            optimizer,
-            max_grad_norm=job.max_grad_norm,
-            has_masters=recipe.precision == "bf16",
-            serves=served.serves,
+    model, batch_size = subject.model, recipe.batch_size
+    if recipe.joins_updates and recipe.is_compiled:
+        step = build.make_step(subject, objective, kernels, replaces_operations=recipe.replaces_operations)
+        return (
+            lambda tokens, marks: step.update(accumulate(step, tokens, marks, batch_size=batch_size)).loss,
+            step.state,
         )
-        if recipe.is_compiled:
-            step = Step(model, joined, objective, arithmetic=arithmetic)
-            return lambda tokens, marks: step.update(step.compute(tokens, marks)).loss, step.state
+    update: _PlainUpdate
+    if recipe.joins_updates:
+        joined = build.make_update(subject, kernels)
         update, updated = (lambda total, count, tree: joined(total, count, tree)[0]), joined.state
     else:
+        optimizer = build.make_optimizer(subject.settings, names=subject.names)
         optimizer.init(model.trainable_parameters())
-        update, updated = _plain_update(model, optimizer, job.max_grad_norm), optimizer.state
+        update, updated = _plain_update(model, optimizer, subject.settings.max_grad_norm), optimizer.state
     state = [model.state, updated, mx.random.state]
-    advance = _plain_step(model, objective, update, arithmetic)
+    arithmetic = build.arithmetic_of(subject.settings, kernels)._replace(is_own=recipe.replaces_operations)
+    advance = _plain_step(model, objective, update, arithmetic, batch_size=batch_size)
     if recipe.is_compiled:
         advance = cast("_Advance", mx.compile(advance, inputs=state, outputs=state))
     return advance, state
 
 
 def _plain_step(
-    model: nn.Module,
-    objective: Objective,
-    update: Callable[[mx.array, mx.array, Any], mx.array],
-    arithmetic: Arithmetic,
+    model: nn.Module, objective: Objective, update: _PlainUpdate, arithmetic: Arithmetic, *, batch_size: int
 ) -> _Advance:
+    """Return a step without the compiled pieces of `training.step`; gradients of several passes are summed in fp32."""
+
     def loss(weights: Any, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         model.update(weights)
         return objective(model, tokens, marks)
 
-    def advance(tokens: mx.array, marks: mx.array) -> mx.array:
+    def compute(tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array, Any]:
         weights = model.trainable_parameters()
         with own_arithmetic(model, tokens, arithmetic):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
         model.update(weights)  # not those that the transformation put in their place
+        return total, count, tree
+
+    def advance(tokens: mx.array, marks: mx.array) -> mx.array:
+        total, count, tree = compute(tokens[:batch_size], marks[:batch_size])
+        for begin, end in list(split(len(tokens), batch_size))[1:]:
+            more_total, more_count, more = compute(tokens[begin:end], marks[begin:end])
+            total, count = total + more_total, count + more_count
+            tree = tree_map(lambda one, other: one.astype(mx.float32) + other.astype(mx.float32), tree, more)
         return update(total, count, tree)
 
     return advance
 
 
-def _plain_update(
-    model: nn.Module, optimizer: optim.Optimizer, max_grad_norm: float
-) -> Callable[[mx.array, mx.array, Any], mx.array]:
+def _plain_update(model: nn.Module, optimizer: optim.Optimizer, max_grad_norm: float) -> _PlainUpdate:
     """Return an update as MLX's documentation writes it: the optimizer goes over the weights one by one."""
 
     def update(total: mx.array, count: mx.array, tree: Any) -> mx.array:

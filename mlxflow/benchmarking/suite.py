@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlxflow.benchmarking import roofline
 from mlxflow.benchmarking.convergence import converge
 from mlxflow.benchmarking.interleaved_timing import measure_recipes, rows_of
-from mlxflow.benchmarking.recipe import Job, Recipe
+from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.report_comparison import training_name
 from mlxflow.benchmarking.step_runner import Parts, Runner
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
@@ -22,12 +22,17 @@ from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.benchmarking.unpacked_rows import apart, holds_several
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.models import model_folder, quantized_layers
+from mlxflow.training import build
+from mlxflow.training.settings import SettingNames, TrainingSettings
 
 # Enough rows of one piece each that a batch is seldom seen twice, and few enough to be made in a moment
 _ROWS_APART = 2048
 
 # Rows in which tokens are counted, all over a file: a large one is not read for it
 _COUNTED_ROWS = 4096
+
+# Of a new model: steps before that with the highest learning rate
+_WARMUP_STEPS = 9
 
 # Steps whose parts are timed one by one
 _PARTED_STEPS = 8
@@ -41,8 +46,8 @@ class Suite:
         load: gives the model to train, anew each time.
         build: gives one of the same shape that has learnt nothing.
         tokens: the training tokens.
-        job: what is trained.
-        settings: the workflow's own, as train's report has them.
+        settings: of the workflow's training.
+        names: of the settings, for messages.
         batch_sizes: rows a step, each timed.
         num_steps: timed of each recipe.
         memory_limit_bytes: what MLX may hold.
@@ -53,8 +58,8 @@ class Suite:
     load: Callable[[], nn.Module]
     build: Callable[[], nn.Module]
     tokens: TokenFile
-    job: Job
-    settings: dict[str, Any]
+    settings: TrainingSettings
+    names: SettingNames
     batch_sizes: Sequence[int]
     num_steps: int
     memory_limit_bytes: int
@@ -64,7 +69,7 @@ class Suite:
     @property
     def own_batch_size(self) -> int:
         """The workflow's own, or the nearest to it that is timed: there each optimization is switched off in turn."""
-        own = int(self.settings["batch_size"])
+        own = self.settings.batch_size
         return min(self.batch_sizes, key=lambda size: abs(size - own))
 
     @cached_property
@@ -88,7 +93,7 @@ class Suite:
 
     def workflow(self, batch_size: int) -> Recipe:
         """Return the workflow's own way."""
-        return Recipe.of(self.settings, batch_size=batch_size, is_packed=self.is_packed)
+        return Recipe.of(self.settings.replace(batch_size=batch_size), is_packed=self.is_packed)
 
     @contextmanager
     def open(self, recipe: Recipe, *, learns: bool = False) -> Iterator[Runner]:
@@ -96,18 +101,15 @@ class Suite:
 
         Args:
             recipe: how a step is done.
-            learns: a new model, at the job's learning rate; else the trained one, which hardly changes any more.
+            learns: a new model, whose learning rate stays at its highest after ten steps; else the trained one.
         """
-        job = self.job if learns else self.job._replace(learning_rate=1e-5)
-        with Runner.running(
-            self.build() if learns else self.load(),
-            self.rows(recipe),
-            recipe=recipe,
-            job=job,
-            vocab_size=self.tokens.vocab_size,
-            warmup_steps=10 if learns else 0,
-            seed=self.seed,
-        ) as runner:
+        model = self.build() if learns else self.load()
+        build.prepare_model(model, recipe.settings, adapter_seed=self.seed, names=self.names)
+        settings = recipe.settings
+        if learns:
+            settings = settings.replace(schedule="constant", warmup_steps=_WARMUP_STEPS)
+        subject = build.Subject(model, settings, self.tokens.vocab_size, self.tokens.context_length, self.names)
+        with Runner.running(subject, self.rows(recipe), recipe=recipe, seed=self.seed) as runner:
             yield runner
 
     def rows(self, recipe: Recipe) -> Rows:
@@ -133,8 +135,13 @@ class Suite:
         Args:
             only: rows, as a comparison names them; None: all.
         """
+
+        def is_wanted(recipe: Recipe) -> bool:
+            row = {"name": recipe.name, "batch_size": recipe.batch_size}
+            return only is None or training_name(row) in only
+
         measured, drift = measure_recipes(
-            [one for one in self.recipes() if only is None or training_name(one._asdict()) in only],
+            filter(is_wanted, self.recipes()),
             self.open,
             num_steps=self.num_steps,
             memory_limit_bytes=self.memory_limit_bytes,
@@ -189,9 +196,7 @@ class Suite:
             model, {}
         )  # packed matrices and adapters compute as dense ones; never evaluated
         told = {
-            "ceiling_flops_per_second": roofline.flops_ceiling(
-                mx.float32 if self.settings["precision"] == "fp32" else mx.bfloat16
-            ),
+            "ceiling_flops_per_second": roofline.flops_ceiling(build.dtype_of(self.settings)),
             "ceiling_bytes_per_second": roofline.bytes_ceiling(_main_type(model)),
         }
         own = [

@@ -53,12 +53,12 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     limit = compute_device.parse_size(workflow.settings.memory_limit, compute_device.working_set_bytes())
     config: Any = one.config
     context = _context(workflow, one, chosen, limit)
-    settings = profile.settings_of(config, inputs)
-    job = profile.job_of(config, inputs, context, TokenFile.open(inputs.tokens))
-    size, length = settings.batch_size, job.context_length
-    chunk = memory_model.held_chunk(job, settings)
+    settings = profile.settings_of(config, inputs, context)
+    model = profile.model_of(config, inputs, context, TokenFile.open(inputs.tokens))
+    size, length = settings.batch_size, model.context_length
+    chunk = memory_model.held_chunk(model, settings)
     *points, judge = memory_model.measure_points(
-        job, settings, memory_model.shapes_to_measure(size, length, chunk=chunk)
+        model, settings, memory_model.shapes_to_measure(size, length, chunk=chunk)
     )
     law = memory_model.fit_law(points, chunk=chunk)
     off = law.peak_bytes(judge.batch_size, judge.context_length) / judge.peaks.whole - 1

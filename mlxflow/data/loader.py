@@ -77,6 +77,11 @@ class Order:
         return known
 
 
+def name_by_number(rows: "NDArray[np.int64]") -> str:
+    """Return the numbers of rows, for a message."""
+    return f"rows {rows.tolist()}"
+
+
 class Loader(Iterator[DeviceBatch]):
     """Batches without end, ready before they are asked for. Use it in a `with` block, which ends its threads.
 
@@ -107,7 +112,7 @@ class Loader(Iterator[DeviceBatch]):
         cursor: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
-        name_rows: Callable[["NDArray[np.int64]"], str] = lambda rows: f"rows {rows.tolist()}",
+        name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
     ) -> None:
         self.cursor = cursor
         self.waited_seconds = 0.0

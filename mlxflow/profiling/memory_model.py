@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlxflow.profiling.profiled_step import Settings
-from mlxflow.profiling.step_memory import Job, Peaks, trial
+from mlxflow.profiling.step_memory import Peaks, ProfiledModel, trial
 from mlxflow.training.objective import chunk_rows
+from mlxflow.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,28 +107,28 @@ def _non_negative(design: "NDArray[np.float64]", wanted: "NDArray[np.float64]") 
 
 
 def measure_points(
-    job: Job,
-    settings: Settings,
+    model: ProfiledModel,
+    settings: TrainingSettings,
     shapes: Sequence[tuple[int, int]],
-    trials: Callable[[Job, Settings], Peaks] = trial,
+    trials: Callable[[ProfiledModel, TrainingSettings], Peaks] = trial,
 ) -> list[Point]:
     """Run trials with batches of some shapes.
 
     Args:
-        job: the model; its context length is not looked at.
+        model: to train; its context length is not looked at.
         settings: of the step; its batch size is not looked at.
         shapes: batch sizes and context lengths.
         trials: runs one.
     """
     return [
-        Point(size, length, trials(job._replace(context_length=length), settings._replace(batch_size=size)))
+        Point(size, length, trials(model._replace(context_length=length), settings.replace(batch_size=size)))
         for size, length in shapes
     ]
 
 
-def held_chunk(job: Job, settings: Settings) -> int:
+def held_chunk(model: ProfiledModel, settings: TrainingSettings) -> int:
     """Return the tokens whose logits the loss holds at a time; 0 where it holds all."""
-    return chunk_rows(job.vocab_size) if settings.fused_loss else 0
+    return chunk_rows(model.vocab_size) if settings.fused_loss else 0
 
 
 def shapes_to_measure(batch_size: int, context_length: int, *, chunk: int) -> list[tuple[int, int]]:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlxflow.data.token_file import Rows
 from mlxflow.models import model_folder
 from mlxflow.profiling.peak_breakdown import compose
-from mlxflow.profiling.profiled_step import MeasuredSteps, Settings, logits_bytes, measured_steps
+from mlxflow.profiling.profiled_step import ProfiledSteps, logits_bytes, profiled_steps
 from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
-from mlxflow.training import adapters
+from mlxflow.training import build
+from mlxflow.training.settings import SettingNames, TrainingSettings
 
 #: Steps of a trial: the first makes the optimizer's state, and how far buffers are reused is chance.
 _TRIAL_STEPS = 4
@@ -32,38 +32,35 @@ PASS = f"{STEP}/forward_backward"
 UPDATE = f"{STEP}/update"
 
 
-class Job(NamedTuple):
-    """Which model is trained on what.
+class ProfiledModel(NamedTuple):
+    """A model that is trained under a profiler, as its settings say.
 
     Attributes:
         folder: a model folder; its model is dense, or adapters are trained beside it.
         key: the setting that names it, for messages.
-        adapters: what is trained instead of all weights, or None.
         vocab_size: V.
         context_length: of the rows, L.
-        masks_documents: no token attends to another document in its row.
         seed: of the order of the rows.
+        names: of the settings of its training, for messages.
     """
 
     folder: Path
     key: str
-    adapters: adapters.AdapterShape | None
     vocab_size: int
     context_length: int
-    masks_documents: bool
     seed: int
+    names: SettingNames = SettingNames()
 
-    def open(self) -> nn.Module:
+    def open(self, settings: TrainingSettings) -> build.Subject:
         """Return the model, ready to be trained.
 
         Raises:
-            ArtifactError: it is none, or quantized.
+            ArtifactError: it cannot be opened, or is quantized.
         """
-        model = model_folder.load_for_steps(self.folder, self.key, trains_adapters=self.adapters is not None)
-        if self.adapters is not None:
-            adapters.ensure_adapters(model, self.adapters, seed=self.seed, key=self.key)
-        mx.eval(model.parameters())
-        return model
+        trains_adapters = settings.adapter_shape is not None
+        model = model_folder.load_for_steps(self.folder, self.key, trains_adapters=trains_adapters)
+        build.prepare_model(model, settings, adapter_seed=self.seed, names=self.names)
+        return build.Subject(model, settings, self.vocab_size, self.context_length, self.names)
 
 
 class Peaks(NamedTuple):
@@ -78,8 +75,8 @@ class Peaks(NamedTuple):
         return max(self)
 
 
-class Measured(NamedTuple):
-    """What the steps under a profiler came to.
+class ProfiledRun(NamedTuple):
+    """The memory of the steps under a profiler.
 
     Attributes:
         model_bytes: of the parameters.
@@ -92,21 +89,23 @@ class Measured(NamedTuple):
     composition: dict[str, int]
 
 
-def take_steps(job: Job, rows: Rows, settings: Settings, profiler: MemoryProfiler, *, num_steps: int) -> Measured:
+def take_steps(
+    model: ProfiledModel, rows: Rows, settings: TrainingSettings, profiler: MemoryProfiler, *, num_steps: int
+) -> ProfiledRun:
     """Train a model under a profiler.
 
     Args:
-        job: the model.
+        model: to train.
         rows: at least one step's of them.
-        settings: of the step.
+        settings: of the training.
         profiler: gets the phases "load_model", "first_step" and "training_step", and the steps' ends.
         num_steps: measured, after the first one.
     """
     before = mx.get_active_memory()
     with profile_memory(profiler, "load_model"):
-        model = job.open()
-    model_bytes = model_folder.num_bytes(model)
-    with _steps(job, model, rows, settings, profiler) as steps:
+        subject = model.open(settings)
+    model_bytes = model_folder.num_bytes(subject.model)
+    with _steps(subject, rows, profiler, seed=model.seed) as steps:
         with profile_memory(profiler, "first_step"):
             steps.run()  # compiles, and makes the optimizer's state
         profiler.begin_steps()
@@ -114,8 +113,8 @@ def take_steps(job: Job, rows: Rows, settings: Settings, profiler: MemoryProfile
             with profile_memory(profiler, STEP):
                 steps.run()
             profiler.end_step()
-        composition = _compose(job, model, settings, profiler, steps)
-    return Measured(model_bytes, _peaks(profiler, before), composition)
+        composition = _compose(subject, profiler, steps)
+    return ProfiledRun(model_bytes, _peaks(profiler, before), composition)
 
 
 def _peaks(profiler: MemoryProfiler, before: int) -> Peaks:
@@ -124,27 +123,19 @@ def _peaks(profiler: MemoryProfiler, before: int) -> Peaks:
 
 
 def _steps(
-    job: Job, model: nn.Module, rows: Rows, settings: Settings, profiler: MemoryProfiler
-) -> AbstractContextManager[MeasuredSteps]:
-    return measured_steps(
-        model,
-        rows,
-        settings,
-        vocab_size=job.vocab_size,
-        masks_documents=job.masks_documents,
-        seed=job.seed,
-        phases=lambda name: profile_memory(profiler, name),
+    subject: build.Subject, rows: Rows, profiler: MemoryProfiler, *, seed: int, chunk_share: float = 1.0
+) -> AbstractContextManager[ProfiledSteps]:
+    return profiled_steps(
+        subject, rows, seed=seed, phases=lambda name: profile_memory(profiler, name), chunk_share=chunk_share
     )
 
 
-def _compose(
-    job: Job, model: nn.Module, settings: Settings, profiler: MemoryProfiler, steps: MeasuredSteps
-) -> dict[str, int]:
+def _compose(subject: build.Subject, profiler: MemoryProfiler, steps: ProfiledSteps) -> dict[str, int]:
     totals, highest = profiler.totals, profiler.highest  # before what follows takes memory of its own
-    logits = logits_bytes(model, settings, vocab_size=job.vocab_size, context_length=job.context_length)
+    logits = logits_bytes(subject)
     shares_memory = mx.default_device() == mx.cpu or mx.metal.is_available()  # else the arrays lie on the GPU alone
     return compose(
-        steps.tree_bytes(job.context_length) | {"logits_bytes": logits},
+        steps.tree_bytes() | {"logits_bytes": logits},
         peak_memory_bytes=int(profiler.timeline()["peak_memory_bytes"].max()),
         reserved_bytes=highest.reserved_bytes,
         process_bytes=highest.process_bytes if shares_memory else 0,
@@ -158,17 +149,22 @@ def blank_rows(count: int, context_length: int) -> Rows:
     return Rows(np.ones(shape, np.uint16), np.full(shape, 3, np.uint8))
 
 
-def trial(job: Job, settings: Settings) -> Peaks:
+def trial(model: ProfiledModel, settings: TrainingSettings, chunk_share: float = 1.0) -> Peaks:
     """Run a few steps and return their peaks; nothing is left in memory.
 
-    A trial in which what lay in memory beside it changed (another thread gave something back) is taken again.
+    A trial during which memory of other threads was freed or allocated is repeated.
+
+    Args:
+        model: to train.
+        settings: of the training.
+        chunk_share: see `objective.make_objective`.
 
     Raises:
         RuntimeError: MLX found no memory.
     """
     before = _idle_bytes()
     for _ in range(_MOST_TRIALS):
-        peaks = _try_steps(job, settings, before)
+        peaks = _try_steps(model, settings, before, chunk_share)
         after = _idle_bytes()
         if after == before:
             break
@@ -184,11 +180,11 @@ def _idle_bytes() -> int:
     return mx.get_active_memory()
 
 
-def _try_steps(job: Job, settings: Settings, before: int) -> Peaks:
+def _try_steps(model: ProfiledModel, settings: TrainingSettings, before: int, chunk_share: float) -> Peaks:
     profiler = MemoryProfiler()
     try:
-        rows = blank_rows(settings.batch_size * settings.grad_accum_steps, job.context_length)
-        with _steps(job, job.open(), rows, settings, profiler) as steps:
+        rows = blank_rows(settings.rows_per_step, model.context_length)
+        with _steps(model.open(settings), rows, profiler, seed=model.seed, chunk_share=chunk_share) as steps:
             steps.run()
             profiler.totals.clear()
             for _ in range(_TRIAL_STEPS):
@@ -199,19 +195,20 @@ def _try_steps(job: Job, settings: Settings, before: int) -> Peaks:
         profiler.close()
 
 
-def predict(job: Job, settings: Settings, trials: Callable[[Job, Settings], Peaks] = trial) -> Peaks:
+def predict(
+    model: ProfiledModel,
+    settings: TrainingSettings,
+    trials: Callable[[ProfiledModel, TrainingSettings, float], Peaks] = trial,
+) -> Peaks:
     """Return the peaks that a step would have, from two trials with a quarter and a half of its rows.
 
     Args:
-        job: the model.
-        settings: of the step.
-        trials: runs one.
+        model: to train.
+        settings: of the training.
+        trials: runs one; takes the share of the fused loss's chunk, too.
     """
     rows = settings.batch_size
     few, more = max(1, rows // 4), max(2, rows // 2)
-    one, other = (
-        trials(job, settings._replace(batch_size=size, chunk_share=settings.chunk_share * size / rows))
-        for size in (few, more)
-    )
+    near, far = (trials(model, settings.replace(batch_size=size), size / rows) for size in (few, more))
     further = (rows - more) / (more - few)
-    return Peaks(*(far + (far - near) * further for near, far in zip(one, other, strict=True)))
+    return Peaks(*(large + (large - small) * further for small, large in zip(near, far, strict=True)))

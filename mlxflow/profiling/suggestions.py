@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from mlxflow.profiling.profiled_step import Settings
-from mlxflow.profiling.step_memory import Job, Peaks, predict
+from mlxflow.profiling.step_memory import Peaks, ProfiledModel, predict
+from mlxflow.training.settings import TrainingSettings
 
 # What saves less than this share of the whole is not worth a change
 _WORTH_SHARE = 0.02
@@ -47,51 +47,54 @@ class Situation(NamedTuple):
 
 
 def suggest(
-    job: Job,
-    settings: Settings,
+    model: ProfiledModel,
+    settings: TrainingSettings,
     situation: Situation,
     *,
-    predicts: Callable[[Job, Settings], Peaks] = predict,
+    predicts: Callable[[ProfiledModel, TrainingSettings], Peaks] = predict,
 ) -> list[Suggestion]:
     """Return what to change, that with the largest effect first.
 
     What would not save is left out, and so is what training does already.
 
     Args:
-        job: the model.
+        model: to train.
         settings: as they are.
         situation: what was measured with them.
         predicts: tells the peaks of other settings.
     """
-    found = [*_by_settings(job, settings, situation, predicts), *_by_cache(situation)]
+    found = [*_by_settings(model, settings, situation, predicts), *_by_cache(situation)]
     least = _WORTH_SHARE * (situation.peaks.whole + situation.cache_memory_bytes)
     return sorted((one for one in found if one.saves_bytes > least), key=lambda one: -one.saves_bytes)
 
 
-def _candidates(settings: Settings, situation: Situation) -> Iterator[tuple[str, Any, Settings, str]]:
+def _candidates(settings: TrainingSettings, situation: Situation) -> Iterator[tuple[str, Any, TrainingSettings, str]]:
     """Yield the name, value and settings of each change, and what it costs."""
     size, passes = settings.batch_size, settings.grad_accum_steps
     if size % 2 == 0 and size // 2 < situation.batch_size:
-        halved = settings._replace(batch_size=size // 2, grad_accum_steps=2 * passes)
+        halved = settings.replace(batch_size=size // 2, grad_accum_steps=2 * passes)
         yield "batch_size", size // 2, halved, f"with grad_accum_steps = {2 * passes} an update sums the same rows"
     if not settings.fused_loss:
-        yield "fused_loss", True, settings._replace(fused_loss=True), "the logits of all tokens are never held at once"
+        yield "fused_loss", True, settings.replace(fused_loss=True), "the logits of all tokens are never held at once"
     if not settings.checkpoint_every:
-        checkpointed = settings._replace(checkpoint_every=1)
+        checkpointed = settings.replace(checkpoint_every=1)
         yield "checkpointing", "layers", checkpointed, "layers are computed twice, about a third more time"
     if passes > 1:
-        yield "grad_accum_steps", 1, settings._replace(grad_accum_steps=1), "an update then sums fewer rows"
+        yield "grad_accum_steps", 1, settings.replace(grad_accum_steps=1), "an update then sums fewer rows"
     if situation.is_gpu and settings.precision == "fp32":
-        yield "precision", "bf16", settings._replace(precision="bf16"), "weights and moments stay in fp32 beside it"
+        yield "precision", "bf16", settings.replace(precision="bf16"), "weights and moments stay in fp32 beside it"
 
 
 def _by_settings(
-    job: Job, settings: Settings, situation: Situation, predicts: Callable[[Job, Settings], Peaks]
+    model: ProfiledModel,
+    settings: TrainingSettings,
+    situation: Situation,
+    predicts: Callable[[ProfiledModel, TrainingSettings], Peaks],
 ) -> Iterator[Suggestion]:
     now = situation.peaks.whole
     halved: float | None = None
     for name, value, changed, cost in _candidates(settings, situation):
-        then = predicts(job, changed).whole
+        then = predicts(model, changed).whole
         evidence = (
             f"trials with a quarter and a half of {changed.batch_size} rows predict a peak of {then / 1e6:,.1f} MB "
             f"instead of {now / 1e6:,.1f} MB; {cost}"
@@ -102,8 +105,8 @@ def _by_settings(
     size = settings.batch_size
     if situation.packing == "none" and situation.real_share < 0.9 and size > 1:
         if halved is None:  # an odd number of rows, or more than training takes
-            fewer = settings._replace(batch_size=size // 2, grad_accum_steps=2 * settings.grad_accum_steps)
-            halved = predicts(job, fewer).whole
+            fewer = settings.replace(batch_size=size // 2, grad_accum_steps=2 * settings.grad_accum_steps)
+            halved = predicts(model, fewer).whole
         a_row = (situation.peaks.forward_backward - halved) / (size - size // 2)
         saved = min(a_row * size * (1 - situation.real_share), now - situation.peaks.update)
         padding = f"{1 - situation.real_share:.0%} of the positions are padding; as many tokens fit into fewer rows"

@@ -18,7 +18,7 @@ from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
-VERSION = 5
+VERSION = 6
 
 T = TypeVar("T")
 
@@ -221,31 +221,26 @@ def read_benchmark(path: Path) -> dict[str, Any]:
 
 
 def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any:
-    from mlxflow.benchmarking.recipe import read_job
     from mlxflow.benchmarking.suite import Suite
     from mlxflow.data.token_file import TokenFile
     from mlxflow.models import model_folder
-    from mlxflow.ops import document_mask
-    from mlxflow.storage import artifact_files
+    from mlxflow.training.settings import SettingNames, read_settings
 
     tokens = TokenFile.open(inputs.tokens)
-    folder = inputs.model.parent
-    tokens.require_vocabulary(model_folder.vocab_size(folder), f"{context.task}.input")
-    tokens.full_rows(max(config.batch_sizes), f"{context.task}.batch_sizes")
-    report = artifact_files.read_report(folder / layout.REPORT)
-    has_adapters = "lora" in report.get("settings", {})
-    load = partial(model_folder.load_for_steps, folder, f"{context.task}.input", trains_adapters=has_adapters)
-    model = load()
-    job, settings = read_job(report, str((folder / layout.REPORT).relative_to(context.root)), config.input)
-    masks = job.masks_documents and document_mask.can_mask_documents(model, tokens.vocab_size)
+    folder, key = inputs.model.parent, f"{context.task}.input"
+    tokens.require_vocabulary(model_folder.vocab_size(folder), key)
+    shown = str((folder / layout.REPORT).relative_to(context.root))
+    settings = read_settings(folder / layout.REPORT, shown=shown, task=config.input)
+    tokens.full_rows(max(config.batch_sizes) * settings.grad_accum_steps, f"{context.task}.batch_sizes")
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
+    trains_adapters = settings.adapter_shape is not None
     return Suite(
-        load=load,
+        load=partial(model_folder.load_for_steps, folder, key, trains_adapters=trains_adapters),
         build=lambda: model_folder.build(model_config, seed=seed, code=folder),
         tokens=tokens,
-        job=job._replace(masks_documents=masks),
         settings=settings,
+        names=SettingNames(config.input, f"{config.data}.context_length", "workflow.memory_limit"),
         batch_sizes=config.batch_sizes,
         num_steps=config.num_steps,
         memory_limit_bytes=context.memory_limit_bytes,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import msgspec
 from msgspec import Meta
@@ -15,7 +15,11 @@ from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
-VERSION = 5
+if TYPE_CHECKING:
+    from mlxflow.profiling.step_memory import ProfiledModel
+    from mlxflow.training.settings import TrainingSettings
+
+VERSION = 6
 
 #: The artifact tells about this machine; another one is another input.
 DEVICE_BOUND = True
@@ -123,7 +127,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             samples_per_second=config.samples_per_second, journal=context.unfinished / layout.TIMELINE_JOURNAL
         )
     before = profiler.read()
-    settings = settings_of(config, inputs)
+    settings = settings_of(config, inputs, context)
     try:
         parts = _take_steps(config, inputs, context, profiler, settings)
     finally:
@@ -139,7 +143,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     return {
         "batch_size": settings.batch_size,
         "num_steps": config.num_steps,
-        "settings": settings._asdict(),
+        "settings": settings.table(),
         "memory_limit_bytes": context.memory_limit_bytes,
         "cache_limit_bytes": profiler.limits.cache,
         **figures,
@@ -148,59 +152,45 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     }
 
 
-def settings_of(config: Config, inputs: Inputs) -> Any:
-    """Return the settings that the model was trained with."""
-    from mlxflow.profiling.profiled_step import Settings
-
-    told = _trained_settings(inputs)
-    every = told.get("checkpointing", "none")
-    return Settings(
-        batch_size=config.batch_size or told.get("batch_size", 32),
-        grad_accum_steps=told.get("grad_accum_steps", 1),
-        optimizer=told.get("optimizer", "adamw"),
-        optimizer_options=told.get("options", {}),
-        precision=told.get("precision", "fp32"),
-        checkpoint_every=every if isinstance(every, int) else int(every == "layers"),
-        fused_loss=told.get("fused_loss", False),
-        is_deterministic=told.get("deterministic", True),
-        kernels=tuple(told.get("kernels", ())),
-    )
-
-
-def job_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> Any:
-    """Return which model is trained on what.
+def settings_of(config: Config, inputs: Inputs, context: Context) -> "TrainingSettings":
+    """Return the settings that the model was trained with, with the batch size of the table.
 
     Raises:
-        ArtifactError: the model is none, quantized, or does not know the tokens.
+        ArtifactError: the report of the training does not say.
+    """
+    settings = _trained_settings(config, inputs, context)
+    return settings.replace(batch_size=config.batch_size or settings.batch_size)
+
+
+def model_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> "ProfiledModel":
+    """Return which model is trained.
+
+    Raises:
+        ArtifactError: it does not know the tokens.
     """
     from mlxflow.models import model_folder
-    from mlxflow.ops import document_mask
-    from mlxflow.profiling.step_memory import Job
-    from mlxflow.training.adapters import AdapterShape
+    from mlxflow.profiling.step_memory import ProfiledModel
+    from mlxflow.training.settings import SettingNames
 
-    told = _trained_settings(inputs)
     folder, key = inputs.model.parent, f"{context.task}.input"
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    shape = AdapterShape(**told["lora"]) if "lora" in told else None
-    model = model_folder.load_for_steps(folder, key, trains_adapters=shape is not None)
-    masks = tokens.has_conversations and document_mask.can_mask_documents(model, tokens.vocab_size)
-    return Job(
+    return ProfiledModel(
         folder=folder,
         key=key,
-        adapters=shape,
         vocab_size=tokens.vocab_size,
         context_length=tokens.context_length,
-        masks_documents=masks,
         seed=derive_seed(context.seed, context.task),
+        names=SettingNames(config.input, f"{config.data}.context_length", "workflow.memory_limit"),
     )
 
 
-def _trained_settings(inputs: Inputs) -> dict[str, Any]:
+def _trained_settings(config: Config, inputs: Inputs, context: Context) -> "TrainingSettings":
     """Return how the model was trained, as its stage reported it."""
-    from mlxflow.storage import artifact_files
+    from mlxflow.training.settings import read_settings
 
-    found: dict[str, Any] = artifact_files.read_report(inputs.model.with_name(layout.REPORT)).get("settings", {})
-    return found
+    report = inputs.model.with_name(layout.REPORT)
+    shown = str(report.relative_to(context.root)) if report.is_relative_to(context.root) else str(report)
+    return read_settings(report, shown=shown, task=config.input)
 
 
 def _packing(inputs: Inputs, rows: Any) -> str:
@@ -219,10 +209,10 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
     from mlxflow.profiling import step_memory, suggestions
 
     tokens = TokenFile.open(inputs.tokens)
-    job = job_of(config, inputs, context, tokens)
-    rows = tokens.full_rows(settings.batch_size * settings.grad_accum_steps, f"{context.task}.batch_size")
+    model = model_of(config, inputs, context, tokens)
+    rows = tokens.full_rows(settings.rows_per_step, f"{context.task}.batch_size")
     with profiler.sampling():
-        measured = step_memory.take_steps(job, rows, settings, profiler, num_steps=config.num_steps)
+        measured = step_memory.take_steps(model, rows, settings, profiler, num_steps=config.num_steps)
     parts = {"model_bytes": measured.model_bytes, "composition": measured.composition}
     if not config.suggestions:
         return parts
@@ -233,9 +223,9 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
         real_share=np.count_nonzero(marks) / marks.size,
         is_gpu=context.device == "gpu",
         packing=_packing(inputs, rows),
-        batch_size=_trained_settings(inputs).get("batch_size", settings.batch_size),
+        batch_size=_trained_settings(config, inputs, context).batch_size,
     )
-    made = suggestions.suggest(job, settings, situation)
+    made = suggestions.suggest(model, settings, situation)
     tables = {"packing": config.data, "cache_limit": "workflow"}
     return parts | {
         "suggestions": [

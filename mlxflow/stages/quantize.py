@@ -11,7 +11,7 @@ from msgspec import Meta
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import Asked, Setting, mistakes_in
-from mlxflow.stages import quantize_methods, quantize_quality, train, train_methods
+from mlxflow.stages import quantize_methods, quantize_quality, train
 from mlxflow.storage import layout
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
@@ -298,8 +298,10 @@ def _already_quantized(config: Config) -> Problem:
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
-    """Start what takes a while and needs none of the inputs; see `train_methods.begin`."""
-    return train_methods.begin(config.kernels if config.method == "qat" else "off", device_asked_for)
+    """Start what takes a while and needs none of the inputs: the process that verifies kernels."""
+    from mlxflow.training import kernel_selection
+
+    return kernel_selection.begin_early(config.kernels if config.method == "qat" else "off", device_asked_for)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
@@ -401,7 +403,7 @@ def _open_tokens(
     if train_tokens.context_length > positions:
         raise ArtifactError(
             f'{key} = "{config.token_stage}": its rows have {train_tokens.context_length:,} tokens, {folder} is made '
-            f"for {positions:,} positions. Lower pretokenize.context_length."
+            f"for {positions:,} positions. Lower {config.token_stage}.context_length."
         )
     return quantize_methods.Tokens(train_tokens, validation)
 

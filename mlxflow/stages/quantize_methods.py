@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from mlxflow.device.compute_device import parse_size
 from mlxflow.quantization.settings import Setting
-from mlxflow.stages import train, train_methods
 from mlxflow.system import terminal
 from mlxflow.workflow.config import toml_value
 from mlxflow.workflow.stage import Context, derive_seed
@@ -97,7 +97,7 @@ def _within_budget(
     total = int(config.target_bits_per_weight * parameters / 8)
     if config.target_size:
         total = parse_size(config.target_size, 0) - _header_bytes(model, candidates)
-    objective = _objective(model, None, tokens, config.batch_size, masks_of(tokens, model), False)
+    objective = _objective(model, tokens, config.batch_size)
     rows, marks = (mx.array(part) for part in calibration_rows(config, tokens, context))
     sizes = budget.sizes_of(model, candidates, dtype=None)
     room = total - budget.fixed_bytes(model, candidates, dtype=None)
@@ -214,59 +214,97 @@ def _trained(
 
     from mlxflow.models import adapter_files
     from mlxflow.quantization.fake_quant import fake_quantized
-    from mlxflow.training import adapters
+    from mlxflow.training import build, kernel_selection
+    from mlxflow.training import run as training_run
+    from mlxflow.training.objective import distilling_objective, uses_fused_loss
+    from mlxflow.training.settings import SettingNames
 
     settings = training_settings(config, model)
+    names = SettingNames(
+        context.task, f"{config.token_stage}.context_length", "workflow.memory_limit", has_fused_loss=False
+    )
     tokens.train.full_rows(config.batch_size, f"{context.task}.batch_size")
-    if config.training != "full":
-        lora = config.lora
-        shape = adapters.AdapterShape(config.training, lora.rank, lora.scale, lora.dropout, lora.num_layers, lora.keys)
-        adapters.add_adapters(
-            model, shape, seed=derive_seed(context.seed, "train.model"), key=f"{context.task}.lora.keys"
-        )
+    length, vocab_size = tokens.train.context_length, tokens.train.vocab_size
+    prepare_adapters(model, settings, seed=derive_seed(context.seed, "train.model"), key=names.of("lora.keys"))
     model.train()
     mx.eval(model.parameters())
     masks = masks_of(tokens, model)
-    with train_methods.begin_proof(settings, context) as ahead, fake_quantized(model, plan.layers) as pack:
-        objective = partial(_objective, model, teacher, tokens, config.batch_size, masks)
-        subject = train_methods.Subject(model, tokens.train, masks, objective)
-        kernels = train_methods.choose_kernels(settings, context, subject, ahead)
-        result = train_methods.fit(
-            settings,
-            train.Inputs(train=inputs.tokens[0], validation=inputs.tokens[1]),
-            outputs.metrics[0],
-            context,
-            subject=subject,
-            kernels=kernels,
+    request = kernel_selection.KernelRequest(
+        config.kernels, context.device, context.unfinished / "kernels.json", context.published, context.begun
+    )
+    with kernel_selection.begin_proof(request) as ahead, fake_quantized(model, plan.layers) as pack:
+        fused = teacher is None and uses_fused_loss(
+            model, wanted=None, vocab_size=vocab_size, tokens=config.batch_size * length
+        )
+        settings = settings.replace(masks_documents=masks, fused_loss=fused)
+        subject = build.Subject(model, settings, vocab_size, length, names)
+        if teacher is not None:
+            distilling = distilling_objective(teacher, masks_documents=masks)
+            subject = subject._replace(make_objective=lambda uses_kernel: distilling)
+        kernels = kernel_selection.select_kernels(request, subject, tokens.train.rows.head(config.batch_size), ahead)
+        result = training_run.train(
+            subject._replace(settings=settings.replace(kernels=tuple(kernels.serving))),
+            kernels,
+            _files(config, inputs, outputs, context, names),
+            data_seed=derive_seed(context.seed, "train.batches"),
+            memory_limit_bytes=context.memory_limit_bytes,
         )
         packed = pack()
         mx.eval(packed)
     adapter_files.fuse(model)
-    told = train_methods.report_of(result, kernels, keeps_best=False)
+    told = training_run.report_of(result, kernels, keeps_best=False)
     training = {key: value for key, value in told.items() if key != "run"}
     return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
 
 
+def prepare_adapters(model: Any, settings: Any, *, seed: int, key: str) -> None:
+    """Put the adapters of settings beside a model's layers, where they ask for some."""
+    from mlxflow.training import adapters
+
+    if settings.adapter_shape is not None:
+        adapters.add_adapters(model, settings.adapter_shape, seed=seed, key=key)
+
+
+def _files(config: Any, inputs: Any, outputs: Any, context: Context, names: Any) -> Any:
+    from mlxflow.training import run as training_run
+
+    return training_run.RunFiles(
+        train=inputs.tokens[0],
+        validation=inputs.tokens[1],
+        metrics=outputs.metrics[0],
+        checkpoints=context.unfinished,
+        description=training_run.describe(msgspec.to_builtins(config), names)
+        | {
+            "seed": context.seed,
+            "mlx": context.provenance["mlx"],
+            "inputs": context.provenance["inputs_digest"],
+        },
+    )
+
+
 def training_settings(config: Any, model: Any) -> Any:
-    """Return the trainer's table for quantization-aware training."""
+    """Return how quantization-aware training takes its steps, but for the loss, masks and kernels."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    from mlxflow.training.settings import AdapterShape, TrainingSettings, checkpoint_every
+
     types = {value.dtype for _, value in tree_flatten(model.parameters())}
-    return train.Config(
+    trains_all = config.training == "full"
+    return TrainingSettings(
+        adapters="none" if trains_all else AdapterShape(config.training, **msgspec.structs.asdict(config.lora)),
         num_steps=config.num_steps,
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
+        max_batch_size=max(64, config.batch_size),
         learning_rate=_highest_rate(config) if config.learning_rate == "auto" else config.learning_rate,
         warmup_steps=min(max(1, config.num_steps // 10), config.num_steps // 2),
         schedule="linear",
-        # weights go to the grid's points, not to zero; and what a rounding costs is answered late if gradients linger
+        # No decay: weights are pulled to grid points. Low betas: old moments react too late to the rounding error.
         weight_decay=0.0,
-        betas=(0.8, 0.99),
+        optimizer_options={"betas": [0.8, 0.99]},
         precision="fp32" if types == {mx.float32} else "bf16",
-        method=config.training,
-        checkpointing=config.checkpointing,
-        kernels=config.kernels,
+        checkpoint_every=checkpoint_every(config.checkpointing),
         deterministic=config.deterministic,
         max_validation_rows=config.max_validation_rows,
         eval_every=max(1, config.num_steps // 2),
@@ -287,20 +325,14 @@ def _teacher(folder: Path) -> Any:
     return teacher
 
 
-def _objective(model: Any, teacher: Any, tokens: Tokens, batch_size: int, masks: bool, uses_kernel: bool) -> Any:
+def _objective(model: Any, tokens: Tokens, batch_size: int) -> Any:
+    """Return the loss by which a budget's costs are measured."""
     from mlxflow.training import objective
 
-    if teacher is not None:
-        return objective.distilling_objective(teacher, masks_documents=masks)
-    _, chosen = objective.choose_objective(
-        model,
-        fused=None,
-        vocab_size=tokens.train.vocab_size,
-        tokens=batch_size * tokens.train.context_length,
-        masks_documents=masks,
-        uses_kernel=uses_kernel,
-    )
-    return chosen
+    size = tokens.train.vocab_size
+    passed = batch_size * tokens.train.context_length
+    fused = objective.uses_fused_loss(model, wanted=None, vocab_size=size, tokens=passed)
+    return objective.make_objective(model, fused=fused, vocab_size=size, masks_documents=masks_of(tokens, model))
 
 
 def layers_toml(plan: Any) -> str:

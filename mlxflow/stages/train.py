@@ -2,25 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
 from mlxflow.device import compute_device
-from mlxflow.errors import ArtifactError
-from mlxflow.stages import train_methods
+from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.stages.train_artifact import adapters_folder, measure_artifact, quality_of, warn_of_loss, write_model
 from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem
+from mlxflow.workflow.config import MAX_LAYERS, MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED, Problem, toml_value
 from mlxflow.workflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
-VERSION = 9
+if TYPE_CHECKING:
+    from mlxflow.training.settings import AdapterShape, SettingNames, TrainingSettings
+
+VERSION = 10
 
 #: Keys that say how the work is done and change nothing of what comes out.
 MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
@@ -340,6 +341,35 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.model.trust_remote_code
 
 
+# Keys that are settings of the training as they are written
+_AS_WRITTEN = (
+    "num_steps",
+    "batch_size",
+    "grad_accum_steps",
+    "dynamic_batch_size",
+    "constant_tokens_per_step",
+    "grow_below",
+    "shrink_above",
+    "adjust_every",
+    "optimizer",
+    "learning_rate",
+    "final_learning_rate",
+    "schedule",
+    "max_grad_norm",
+    "max_bad_steps",
+    "precision",
+    "deterministic",
+    "lazy_eval_every",
+    "log_every",
+    "eval_every",
+    "max_validation_rows",
+    "patience",
+    "keep",
+    "save_every",
+    "keep_checkpoints",
+    "workers",
+    "prefetch_batches",
+)
 _WITHOUT_DECAY = ("adam", "rmsprop", "adagrad", "adadelta", "adamax")
 WITH_BETAS = ("adamw", "adam", "adamax", "lion")
 _MAX_OPTION = 1_000_000
@@ -434,8 +464,10 @@ def with_fuse(config: Config, *, is_quantized: bool) -> Config:
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
-    """Start what takes a while and needs none of the inputs; see `train_methods.begin`."""
-    return train_methods.begin(config.kernels, device_asked_for)
+    """Start what takes a while and needs none of the inputs: the process that verifies kernels."""
+    from mlxflow.training import kernel_selection
+
+    return kernel_selection.begin_early(config.kernels, device_asked_for)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
@@ -446,8 +478,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: the loss stays without a finite value.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
-    from mlxflow.benchmarking.recipe import checkpoint_every
     from mlxflow.data.token_file import TokenFile
+    from mlxflow.training.settings import checkpoint_every
 
     compute_device.bound_graphs(recomputes=checkpoint_every(config.checkpointing) > 0)
     tokens = TokenFile.open(inputs.train)
@@ -464,22 +496,24 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
     """Train and write the model folder; return the report of the training."""
     from mlxflow.models import config_json, model_folder, quantized_layers
     from mlxflow.storage import model_files
+    from mlxflow.training import kernel_selection
+    from mlxflow.training import run as training_run
 
     base = _base_folder(config, inputs, context)
-    with train_methods.begin_proof(config, context) as ahead:
+    request = kernel_selection.KernelRequest(
+        config.kernels, context.device, context.unfinished / "kernels.json", context.published, context.begun
+    )
+    with kernel_selection.begin_proof(request) as ahead:
         model, model_config, adapter_config = _make_model(config, base, inputs, tokens, context)
-        masks = train_methods.masks_documents(config, tokens, model, context.task)
-        objective = cache(partial(_objective, config, model, tokens, masks))
-        subject = train_methods.Subject(model, tokens, masks, lambda uses_kernel: objective(uses_kernel)[1])
-        kernels = train_methods.choose_kernels(config, context, subject, ahead)
-    fused, _ = objective(kernels.serves_loss)
-    result = train_methods.fit(
-        config,
-        inputs,
-        outputs.metrics,
-        context,
-        subject=subject,
-        kernels=kernels,
+        subject = _subject(config, model, tokens, context)
+        kernels = kernel_selection.select_kernels(request, subject, tokens.rows.head(config.batch_size), ahead)
+    settings = subject.settings.replace(kernels=tuple(kernels.serving))
+    result = training_run.train(
+        subject._replace(settings=settings),
+        kernels,
+        _files(config, inputs, outputs, context, subject.names),
+        data_seed=derive_seed(context.seed, "train.batches"),
+        memory_limit_bytes=context.memory_limit_bytes,
     )
     fuse = with_fuse(config, is_quantized=quantized_layers.is_quantized(model)).fuse
     model = write_model(
@@ -492,49 +526,106 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
     facts = {
         **({"fuse": fuse} if adapter_config else {}),
         "parameters": model_folder.num_parameters(model),
-        "document_mask": masks,
-        "fused_loss": fused,
+        "document_mask": settings.masks_documents,
+        "fused_loss": settings.fused_loss,
         "kernels": kernels.serving,
     }
-    report = train_methods.report_of(result, kernels, keeps_best=config.keep == "best")
-    return facts | report | {"settings": settings_of(config, masks=masks, fused=fused, kernels=kernels)}
+    report = training_run.report_of(result, kernels, keeps_best=config.keep == "best")
+    return facts | report | {"settings": settings.table()}
 
 
-def _objective(config: Config, model: Any, tokens: Any, masks: bool, uses_kernel: bool) -> tuple[bool, Any]:
-    """Return whether head and loss are one, and what is made small."""
-    from mlxflow.training.objective import choose_objective
+def _subject(config: Config, model: Any, tokens: Any, context: Context) -> Any:
+    """Return what is trained, every choice resolved but that of kernels."""
+    from mlxflow.training import build, objective, optimizers
 
-    return choose_objective(
+    names = names_of(config, context.task)
+    optimizers.require_known(
+        config.optimizer,
+        config.optimizer_options,
+        reserved=("weight_decay", "betas"),
+        key=names.of("optimizer_options"),
+    )
+    fused = objective.uses_fused_loss(
         model,
-        fused=None if config.fused_loss == "auto" else config.fused_loss,
+        wanted=None if config.fused_loss == "auto" else config.fused_loss,
         vocab_size=tokens.vocab_size,
         tokens=config.batch_size * tokens.context_length,
-        masks_documents=masks,
-        uses_kernel=uses_kernel,
+        setting=names.of("fused_loss"),
+    )
+    settings = settings_of(config, masks=_masks_documents(config, tokens, model, context.task), fused=fused)
+    return build.Subject(model, settings, tokens.vocab_size, tokens.context_length, names)
+
+
+def names_of(config: Config, task: str) -> "SettingNames":
+    """Return what the settings of a training are called in the workflow, for messages."""
+    from mlxflow.training.settings import SettingNames
+
+    return SettingNames(task, f"{config.input}.context_length", "workflow.memory_limit")
+
+
+def _files(config: Config, inputs: Inputs, outputs: Outputs, context: Context, names: Any) -> Any:
+    from mlxflow.training import run as training_run
+
+    about = training_run.describe(msgspec.to_builtins(config), names, without=MANNER)
+    return training_run.RunFiles(
+        train=inputs.train,
+        validation=inputs.validation,
+        metrics=outputs.metrics,
+        checkpoints=context.unfinished,
+        description=about
+        | {
+            "seed": context.seed,
+            "mlx": context.provenance["mlx"],
+            "inputs": context.provenance["inputs_digest"],
+        },
+        replay=inputs.replay[0] if inputs.replay else None,
     )
 
 
-def settings_of(config: Config, *, masks: bool, fused: bool, kernels: Any) -> dict[str, Any]:
-    """Return how the steps were done, every choice resolved, for the stages that do such steps again."""
-    return {
-        "arithmetic": "own",
-        "deterministic": config.deterministic,
-        "kernels": kernels.serving,
-        "method": config.method,
-        "batch_size": config.batch_size,
-        "grad_accum_steps": config.grad_accum_steps,
-        "precision": config.precision,
-        "checkpointing": config.checkpointing,
-        "fused_loss": fused,
-        "masks_documents": masks,
-        "workers": config.workers,
-        "prefetch_batches": config.prefetch_batches,
-        "lazy_eval_every": config.lazy_eval_every,
-        "optimizer": config.optimizer,
-        **train_methods.optimizer_settings(config),
-        "max_grad_norm": config.max_grad_norm,
-        "learning_rate": config.learning_rate,
-    } | ({} if config.method == "full" else {"lora": _adapter_shape(config)._asdict()})
+def _masks_documents(config: Config, tokens: Any, model: Any, task: str) -> bool:
+    """Return whether a mask keeps the documents of a row apart.
+
+    Raises:
+        WorkflowError: `document_mask` asks for it, and the model's architecture cannot tell documents apart.
+    """
+    from mlxflow.ops import document_mask
+
+    wanted = tokens.has_conversations if config.document_mask == "auto" else config.document_mask
+    if not wanted or document_mask.can_mask_documents(model, tokens.vocab_size):
+        return bool(wanted)
+    if tokens.packs_documents:
+        raise WorkflowError(
+            f"{task}.document_mask = {toml_value(config.document_mask)}: this architecture counts positions through "
+            f"the whole row and cannot keep the documents in it apart. Set {task}.document_mask = false, or "
+            f'{config.input}.packing = "none".'
+        )
+    return False  # a row holds one document
+
+
+def settings_of(config: Config, *, masks: bool, fused: bool) -> "TrainingSettings":
+    """Return how a table trains, every choice resolved but that of kernels.
+
+    Args:
+        config: the table.
+        masks: whether documents are kept apart.
+        fused: whether output head and loss are computed together.
+    """
+    from mlxflow.training.settings import TrainingSettings, checkpoint_every
+
+    same = {name: getattr(config, name) for name in TrainingSettings.__struct_fields__ if name in _AS_WRITTEN}
+    betas = {"betas": list(config.betas)} if config.optimizer in WITH_BETAS else {}
+    return TrainingSettings(
+        **same,
+        adapters=_adapter_shape(config) or "none",
+        max_batch_size=config.resolved_max_batch_size,
+        optimizer_options=betas | config.optimizer_options,
+        weight_decay=0.1 if config.weight_decay == "auto" else config.weight_decay,
+        warmup_steps=config.resolved_warmup_steps,
+        decay_steps=config.resolved_decay_steps,
+        checkpoint_every=checkpoint_every(config.checkpointing),
+        fused_loss=fused,
+        masks_documents=masks,
+    )
 
 
 def _make_model(
@@ -548,6 +639,7 @@ def _make_model(
 
     seed = derive_seed(context.seed, "train.model")
     dtype = mx.float32 if config.precision == "fp32" else mx.bfloat16
+    shape = _adapter_shape(config)
     if base is not None:
         model, model_config = _base_model(config, base, inputs, tokens, context)
     else:
@@ -558,8 +650,7 @@ def _make_model(
     if not quantized_layers.is_quantized(model):
         adapter_files.fuse(model)  # adapters of an earlier training become a part of the weights
     adapter_config = None
-    if config.method != "full":
-        shape = _adapter_shape(config)
+    if shape is not None:
         if base is not None and adapter_files.layers_of(model):
             adapter_config = adapters.continue_adapters(model, shape, folder=base, task=context.task)
         else:
@@ -571,17 +662,13 @@ def _make_model(
     return model, config_json.with_dtype(model_config, str(dtype).rpartition(".")[2]), adapter_config
 
 
-def _adapter_shape(config: Config) -> Any:
-    from mlxflow.training.adapters import AdapterShape
+def _adapter_shape(config: Config) -> "AdapterShape | None":
+    """Return the adapters that a table trains; None where it trains all weights."""
+    from mlxflow.training.settings import AdapterShape
 
-    return AdapterShape(
-        method=config.method,
-        rank=config.lora.rank,
-        scale=config.lora.scale,
-        dropout=config.lora.dropout,
-        num_layers=config.lora.num_layers,
-        keys=config.lora.keys,
-    )
+    if config.method == "full":
+        return None
+    return AdapterShape(config.method, **msgspec.structs.asdict(config.lora))
 
 
 def _base_folder(config: Config, inputs: Inputs, context: Context) -> Path | None:
@@ -614,7 +701,7 @@ def _base_model(
     if tokens.context_length > positions:
         raise ArtifactError(
             f"{key}: {folder} is made for {positions:,} positions, the rows have {tokens.context_length:,}. "
-            "Lower pretokenize.context_length."
+            f"Lower {config.input}.context_length."
         )
     if config.method == "full" and quantized_layers.is_quantized(model):
         raise ArtifactError(f'{key}: {folder} is quantized. Set {context.task}.method = "lora", or name a dense model.')

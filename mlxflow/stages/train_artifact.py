@@ -105,7 +105,7 @@ def quality_of(report: Mapping[str, Any], measured: Any) -> dict[str, Any]:
     """Return the artifact's quality for the report.
 
     Args:
-        report: with the perplexities before training and of the trained model, as `train_methods.report_of` returns it.
+        report: with the perplexities before training and of the trained model, as `training.run.report_of` returns it.
         measured: of `measure_artifact`.
 
     Returns:

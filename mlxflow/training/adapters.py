@@ -1,10 +1,10 @@
 """Low-rank adapters through mlx-lm's own layers: put in and trained, trained further, saved in mlx-lm's form."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,27 +15,8 @@ from mlxflow.models import adapter_files
 from mlxflow.ops import mlx_lm_import
 from mlxflow.storage import artifact_files
 from mlxflow.system import terminal
+from mlxflow.training.settings import AdapterShape
 from mlxflow.workflow.config import toml_value
-
-
-class AdapterShape(NamedTuple):
-    """What adapters are like.
-
-    Attributes:
-        method: "lora" (Hu et al. 2021, arXiv:2106.09685) or "dora" (Liu et al. 2024, arXiv:2402.09353).
-        rank: columns of the low-rank factors.
-        scale: what their product is multiplied by.
-        dropout: share of the inputs to the adapter that is zeroed in training.
-        num_layers: the last so many blocks get one; 0 for all.
-        keys: patterns of layers within a block, such as `self_attn.*`.
-    """
-
-    method: str
-    rank: int
-    scale: float
-    dropout: float
-    num_layers: int
-    keys: Sequence[str]
 
 
 def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) -> dict[str, Any]:

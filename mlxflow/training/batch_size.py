@@ -14,6 +14,9 @@ import mlx.core as mx
 
 from mlxflow.errors import SourceError, WorkflowError
 from mlxflow.system.os_errors import advise_on
+from mlxflow.training.settings import SettingNames, TrainingSettings
+
+_NAMES = SettingNames()
 
 
 class Reading(NamedTuple):
@@ -84,46 +87,33 @@ class BatchSizes:
     """Decides the batch size as training goes on.
 
     Args:
-        batch_size: to begin with.
-        max_batch_size: the most.
-        rows_per_update: rows whose gradients are summed; None where they follow the batch size.
-        grad_accum_steps: forward passes an update; only looked at where the rows follow.
-        grow_below: share of the limit under which a batch grows.
-        shrink_above: share of the limit over which it shrinks.
-        is_fixed: whether the memory is not looked at, but for what does not fit at all.
+        settings: of the training: the batch size to begin with and how it may change.
         replay: decisions to follow instead of the memory.
+        names: of the settings, for messages.
 
     Attributes:
-        size: rows a forward pass, now.
-        decisions: every one so far.
+        size: rows of a forward pass, now.
+        decisions: all so far.
     """
 
     def __init__(
-        self,
-        *,
-        batch_size: int,
-        max_batch_size: int,
-        rows_per_update: int | None,
-        grad_accum_steps: int,
-        grow_below: float,
-        shrink_above: float,
-        is_fixed: bool,
-        replay: Iterable[Decision],
+        self, settings: TrainingSettings, *, replay: Iterable[Decision] = (), names: SettingNames = _NAMES
     ) -> None:
-        self._rows_per_update = rows_per_update
-        self._grad_accum_steps = grad_accum_steps
-        most = max(batch_size, max_batch_size)
-        self._sizes = ladder(
-            batch_size, most if rows_per_update is None else max(batch_size, min(most, rows_per_update))
-        )
-        self._grow_below, self._shrink_above = grow_below, shrink_above
-        self._is_fixed = is_fixed
+        self._is_fixed = not settings.dynamic_batch_size
+        is_constant = settings.constant_tokens_per_step or self._is_fixed
+        self._rows_per_update = settings.rows_per_step if is_constant else None
+        self._grad_accum_steps = settings.grad_accum_steps
+        size = settings.batch_size
+        most = max(size, settings.max_batch_size)
+        self._sizes = ladder(size, max(size, min(most, settings.rows_per_step)) if is_constant else most)
+        self._grow_below, self._shrink_above = settings.grow_below, settings.shrink_above
         self._too_large = most + 1
         self._replay = {(one.step, one.reason == "out of memory"): one for one in replay}
         self._is_replaying = bool(self._replay)
-        self.size = batch_size
+        self._names = names
+        self.size = size
         self.decisions: list[Decision] = []
-        self._decide(Decision(0, self._replayed(0, batch_size), "begin", {}))
+        self._decide(Decision(0, self._replayed(0, size), "begin", {}))
 
     def _replayed(self, step: int, batch_size: int) -> int:
         found = self._replay.get((step, False))
@@ -180,11 +170,13 @@ class BatchSizes:
         return self._decide(Decision(step, self._sizes[place - 1], "out of memory", reading._asdict()))
 
     def too_large(self, needed_bytes: int, limit_bytes: int) -> WorkflowError:
-        """Return what to raise where not even the fewest rows fit."""
+        """Return the error for a memory limit that not even the smallest batch keeps to."""
+        names = self._names
+        fused = f" and {names.of('fused_loss')} = true" if names.has_fused_loss else ""
         return WorkflowError(
-            f"train.batch_size: forward passes of {self.size} rows, the fewest, need {needed_bytes:,} bytes and "
-            f"may use {limit_bytes:,}. Lower train.batch_size or pretokenize.context_length, set "
-            'train.checkpointing = "layers" and train.fused_loss = true, or raise workflow.memory_limit.'
+            f"{names.of('batch_size')}: forward passes of {self.size} rows, the fewest, need {needed_bytes:,} bytes "
+            f"and may use {limit_bytes:,}. Lower {names.of('batch_size')} or {names.context_length}, set "
+            f'{names.of("checkpointing")} = "layers"{fused}, or raise {names.memory_limit}.'
         )
 
     def _decide(self, decision: Decision) -> Decision:

@@ -84,50 +84,70 @@ def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int, uses_
     return objective
 
 
-def choose_objective(
-    model: nn.Module,
-    *,
-    fused: bool | None,
-    vocab_size: int,
-    tokens: int,
-    masks_documents: bool,
-    uses_kernel: bool = False,
-) -> tuple[bool, Objective]:
-    """Return whether head and loss are one, and the objective.
+def uses_fused_loss(
+    model: nn.Module, *, wanted: bool | None, vocab_size: int, tokens: int, setting: str = "fused_loss"
+) -> bool:
+    """Return whether output head and loss are computed together.
 
-    Left to itself it takes the fused one on the CPU always, where it costs nothing, and on a GPU, where holding the
-    logits is a little faster (`benchmarks/train.py`), if logits and their gradient take more memory than weights,
-    gradients and moments do.
+    If that is left open: on the CPU always, where it costs nothing; on a GPU, where holding the logits is a little
+    faster (`benchmarks/train.py`), if logits and their gradient take more memory than weights, gradients and moments.
 
     Args:
         model: of any architecture that mlx-lm knows.
-        fused: True, False, or None to choose.
+        wanted: True, False, or None to choose.
         vocab_size: V.
         tokens: of one forward pass.
-        masks_documents: no token attends to another document in its row.
-        uses_kernel: see `loss.cross_entropy`.
+        setting: the name of the setting, for the message.
 
     Raises:
-        WorkflowError: the fused one is wanted, and the model does more to its logits than one product.
+        WorkflowError: it is wanted, and the model's logits are not the product of one weight.
     """
     parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
     pays = mx.default_device() == mx.cpu or 2 * vocab_size * tokens > 4 * parameters
-    if fused is False or (fused is None and not pays):
-        return False, plain_objective(masks_documents=masks_documents, uses_kernel=uses_kernel)
-    head = find_head(model, vocab_size)
-    if head is not None:
-        chunk = chunk_rows(vocab_size)
-        return True, fused_objective(head, masks_documents=masks_documents, chunk_rows=chunk, uses_kernel=uses_kernel)
-    if fused:
+    if wanted is False or (wanted is None and not pays):
+        return False
+    if find_head(model, vocab_size) is not None:
+        return True
+    if wanted:
         raise WorkflowError(
-            "train.fused_loss = true: this model does more to its logits than one product. "
-            "Set train.fused_loss = false."
+            f"{setting} = true: this model does more to its logits than one product. Set {setting} = false."
         )
-    return False, plain_objective(masks_documents=masks_documents, uses_kernel=uses_kernel)
+    return False
 
 
-def chunk_rows(vocab_size: int) -> int:
-    """Return how many tokens' logits the fused loss holds at a time on the default device."""
+def make_objective(
+    model: nn.Module,
+    *,
+    fused: bool,
+    vocab_size: int,
+    masks_documents: bool,
+    uses_kernel: bool = False,
+    chunk_share: float = 1.0,
+) -> Objective:
+    """Return the cross-entropy objective of a model.
+
+    Args:
+        model: whose layers have not been given kernels yet.
+        fused: whether output head and loss are computed together; ignored where the logits are not one product.
+        vocab_size: V.
+        masks_documents: no token attends to another document in its row.
+        uses_kernel: see `loss.cross_entropy`.
+        chunk_share: share of the usual rows whose logits the fused loss holds at a time.
+    """
+    head = find_head(model, vocab_size) if fused else None
+    if head is None:
+        return plain_objective(masks_documents=masks_documents, uses_kernel=uses_kernel)
+    chunk = chunk_rows(vocab_size, share=chunk_share)
+    return fused_objective(head, masks_documents=masks_documents, chunk_rows=chunk, uses_kernel=uses_kernel)
+
+
+def chunk_rows(vocab_size: int, *, share: float = 1.0) -> int:
+    """Return how many tokens' logits the fused loss holds at a time on the default device.
+
+    Args:
+        vocab_size: V.
+        share: of that number, which is returned instead; at least 1 token.
+    """
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
     rows = _CHUNK_BYTES[device] // (2 * vocab_size)
-    return int(max(64, rows // 64 * 64))
+    return max(1, int(max(64, rows // 64 * 64) * share))

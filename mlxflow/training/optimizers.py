@@ -3,7 +3,7 @@
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
+from mlxflow.errors import ArtifactError
 from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
 
 #: Takes the number of the update, from 0, and returns the learning rate.
@@ -60,6 +61,25 @@ def options_of(name: str) -> dict[str, Any]:
     """
     parameters = inspect.signature(_class_of(name).__init__).parameters.values()
     return {one.name: one.default for one in parameters if one.name not in ("self", "learning_rate")}
+
+
+def require_known(name: str, options: Iterable[str], *, reserved: Iterable[str], key: str) -> None:
+    """Check the names of an optimizer's options.
+
+    Args:
+        name: of the optimizer.
+        options: their names.
+        reserved: names that are set elsewhere.
+        key: of the table of options, for the message.
+
+    Raises:
+        ArtifactError: the optimizer does not know one of them.
+    """
+    known = options_of(name)
+    for option in options:
+        if option not in known or option in reserved:
+            others = sorted(set(known) - {"weight_decay", "betas"})
+            raise ArtifactError(f"{key}.{option}: unknown to {name}. Known: {', '.join(others)}.")
 
 
 def _class_of(name: str) -> type[optim.Optimizer]:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxflow.ops.overrides import Arithmetic, own_arithmetic
+from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizers import Update
 
@@ -110,6 +111,32 @@ class Step:
     def update(self, gradients: Gradients) -> Outcome:
         """Update the model from the gradients of all its batches."""
         return Outcome(*self._update(*gradients))
+
+
+def accumulate(
+    step: Step,
+    tokens: mx.array,
+    marks: mx.array,
+    *,
+    batch_size: int,
+    after_each: Callable[[Gradients], object] = lambda gradients: None,
+) -> Gradients:
+    """Return the gradients of all rows of an update, (R, L + 1), from forward passes of fewer rows.
+
+    Args:
+        step: of the model.
+        tokens: of the rows.
+        marks: of the rows.
+        batch_size: rows of a forward pass.
+        after_each: called with the sums after each of several forward passes.
+    """
+    if len(tokens) <= batch_size:
+        return step.compute(tokens, marks)
+    so_far = None
+    for begin, end in split(len(tokens), batch_size):
+        so_far = step.add(tokens[begin:end], marks[begin:end], so_far)
+        after_each(so_far)
+    return cast("Gradients", so_far)
 
 
 def put_random_key(key: mx.array) -> None:

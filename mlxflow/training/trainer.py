@@ -24,6 +24,7 @@ from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
 from mlxflow.training.restoring import unlike_arrays, unlike_facts, unlike_sizes
+from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step import Gradients, Outcome, Step, out_of_memory_bytes, put_random_key
 
 #: Called with one record for each log line; the key "kind" is "train", "validation" or "batch_size".
@@ -32,37 +33,35 @@ Log = Callable[[dict[str, Any]], None]
 # How often MLX is told a lower limit, a quarter lower each time, before a step is taken to need what it takes
 _MOST_THROTTLES = 4
 
+_NAMES = SettingNames()
 
-class Plan(NamedTuple):
-    """When what happens, in steps.
+
+class TrainingData(NamedTuple):
+    """The rows that a training run reads.
 
     Attributes:
-        num_steps: updates in all.
-        lazy_eval_every: steps between two waits for the device; 1 keeps it one step ahead.
-        log_every: steps between two records of kind "train".
-        eval_every: steps between two of kind "validation"; 0 for only the first and last.
-        eval_batch_size: rows a forward pass in validation.
-        masks_documents: in validation too, no token attends to another document in its row.
-        adjust_every: steps between two looks at the memory; 0 for none.
-        save_every: steps between two checkpoints; 0 for none.
-        max_bad_steps: updates in a row without a finite loss and gradient after which training ends.
-        patience: validations without a better one after which training ends; 0 for never.
-        keeps_best: whether the weights of the best validation are what comes out.
-        memory_limit_bytes: what MLX may hold.
+        open_loader: takes rows of a batch and rows used so far; returns the loader that goes on from there.
+        validation: measured before the first step, every `eval_every` steps and after the last.
     """
 
-    num_steps: int
-    lazy_eval_every: int
-    log_every: int
-    eval_every: int
-    eval_batch_size: int
-    masks_documents: bool
-    adjust_every: int
-    save_every: int
-    max_bad_steps: int
-    patience: int
-    keeps_best: bool
+    open_loader: Callable[[int, int], Loader]
+    validation: Rows
+
+
+class Session(NamedTuple):
+    """What surrounds a training run.
+
+    Attributes:
+        checkpoints: where checkpoints and the best weights go.
+        memory_limit_bytes: what MLX may hold.
+        log: takes each record.
+        stop_requested: checked between forward passes; training then saves a checkpoint and ends.
+    """
+
+    checkpoints: CheckpointStore
     memory_limit_bytes: int
+    log: Log = lambda record: None
+    stop_requested: Callable[[], bool] = lambda: False
 
 
 class Result(NamedTuple):
@@ -141,40 +140,31 @@ class Trainer:
     Args:
         model: in training mode.
         step: of the same model.
+        settings: of the training.
         sizes: decides how many rows a forward pass takes.
-        open_loader: takes rows a batch and rows used so far; returns the loader that goes on from there.
-        validation_rows: measured before the first step, every `eval_every` steps and after the last.
-        plan: when what happens.
-        checkpoints: where checkpoints and the best weights go.
-        log: takes each record.
-        asked_to_stop: tells whether somebody did; asked between forward passes.
-        key: of the table with the settings, for messages.
+        data: the rows.
+        session: what surrounds the run.
+        names: of the settings, for messages.
     """
 
     def __init__(
         self,
-        *,
         model: nn.Module,
         step: Step,
+        settings: TrainingSettings,
+        *,
         sizes: BatchSizes,
-        open_loader: Callable[[int, int], Loader],
-        validation_rows: Rows,
-        plan: Plan,
-        checkpoints: CheckpointStore,
-        log: Log,
-        asked_to_stop: Callable[[], bool],
-        key: str,
+        data: TrainingData,
+        session: Session,
+        names: SettingNames = _NAMES,
     ) -> None:
         self._model = model
         self._step = step
+        self._settings = settings
         self._sizes = sizes
-        self._open_loader = open_loader
-        self._validation_rows = validation_rows
-        self._plan = plan
-        self._checkpoints = checkpoints
-        self._log = log
-        self._asked_to_stop = asked_to_stop
-        self._key = key
+        self._data = data
+        self._session = session
+        self._names = names
         self._facts = _Facts()
         self._loader: Loader | None = None
         self._loader_rows = 0
@@ -182,7 +172,7 @@ class Trainer:
         self._partial: Gradients | None = None
         self._pending: deque[_Pending] = deque()
         self._shapes: set[tuple[str, int]] = set()
-        self._told_limit = plan.memory_limit_bytes
+        self._told_limit = session.memory_limit_bytes
         self._throttled = 0
         self._lines: list[str] = []
         self._begin = time.perf_counter()
@@ -200,7 +190,7 @@ class Trainer:
             WorkflowError: no batch fits into the memory.
             Stopped: somebody asked for it; the checkpoint is saved.
         """
-        facts, plan = self._facts, self._plan
+        facts, settings = self._facts, self._settings
         phase_peaks.reset()
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -209,30 +199,30 @@ class Trainer:
             self._validate()
         self._begin = time.perf_counter() - facts.seconds
         try:
-            while facts.step < plan.num_steps and not facts.ended_early:
+            while facts.step < settings.num_steps and not facts.ended_early:
                 self._update()
                 self._after_update()
         finally:
             self._close_loader()
         self._settle(0)
         self._note_peak()
-        if plan.keeps_best and facts.best_step < facts.step:
-            self._model.load_weights(list(self._checkpoints.read_best(facts.best_step).items()), strict=False)
+        if settings.keep == "best" and facts.best_step < facts.step:
+            self._model.load_weights(list(self._session.checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
         return self._result()
 
     def _after_update(self) -> None:
-        facts, plan = self._facts, self._plan
-        at_end = facts.step == plan.num_steps
-        if facts.step % plan.lazy_eval_every == 0 or (facts.step - 1) % plan.log_every == 0:
+        facts, settings = self._facts, self._settings
+        at_end = facts.step == settings.num_steps
+        if facts.step % settings.lazy_eval_every == 0 or (facts.step - 1) % settings.log_every == 0:
             self._settle(1)  # one stays on the device, which is not left idle
-        if at_end or (plan.eval_every and facts.step % plan.eval_every == 0):
+        if at_end or (settings.eval_every and facts.step % settings.eval_every == 0):
             self._settle(0)
             with self._paused():
                 self._validate()
-        if plan.save_every and facts.step % plan.save_every == 0 and not at_end and not facts.ended_early:
+        if settings.save_every and facts.step % settings.save_every == 0 and not at_end and not facts.ended_early:
             self._save()
-        if not at_end and self._asked_to_stop():
+        if not at_end and self._session.stop_requested():
             raise Stopped(facts.step, self._save())
 
     def _result(self) -> Result:
@@ -257,10 +247,10 @@ class Trainer:
 
     def _update(self) -> None:
         """Send one update to the device; wait for it where memory is looked at and where something is compiled."""
-        facts, plan = self._facts, self._plan
+        facts, settings = self._facts, self._settings
         number = facts.step + 1
         batch, cursor = self._next_batch()
-        looks = bool(plan.adjust_every) and (number == 1 or number % plan.adjust_every == 0)
+        looks = bool(settings.adjust_every) and (number == 1 or number % settings.adjust_every == 0)
         compiles = self._new_shapes(len(batch.tokens))
         if looks or compiles:
             self._settle(0)
@@ -301,7 +291,7 @@ class Trainer:
                     raise
             self._partial, self._facts.rows_done = None, 0
             mx.clear_cache()
-            reading = Reading.take(self._plan.memory_limit_bytes)
+            reading = Reading.take(self._session.memory_limit_bytes)
             self._note(self._sizes.run_out(self._facts.step, reading, reading.active_bytes + needed))
             waits = True  # the next one may be too large as well
 
@@ -318,7 +308,7 @@ class Trainer:
             so_far = self._step.add(batch.tokens[begin:end], batch.marks[begin:end], so_far)
             self._send(so_far, waits=waits)
             facts.rows_done, self._partial = end, so_far
-            if end < rows and self._asked_to_stop():
+            if end < rows and self._session.stop_requested():
                 raise Stopped(facts.step, self._save())
         self._partial = None
         return cast("Gradients", so_far)
@@ -337,7 +327,7 @@ class Trainer:
         rows = self._sizes.rows_per_update
         if self._loader is None or rows != self._loader_rows:
             self._close_loader()
-            self._loader = self._open_loader(rows, self._facts.cursor).__enter__()
+            self._loader = self._data.open_loader(rows, self._facts.cursor).__enter__()
             self._loader_rows = rows
         batch = next(self._loader)
         self._facts.data_wait_seconds = self._waited_before + self._loader.waited_seconds
@@ -354,7 +344,7 @@ class Trainer:
     def _look(self) -> None:
         """Read the memory that the last update took by itself, and choose the batch size for the next ones."""
         mx.synchronize()  # a result is there before the buffers behind it are given back
-        reading = Reading.take(self._plan.memory_limit_bytes)
+        reading = Reading.take(self._session.memory_limit_bytes)
         decision = self._sizes.look(self._facts.step, reading)
         if decision is not None:
             self._note(decision)
@@ -393,7 +383,7 @@ class Trainer:
         Raises:
             StageError: too many in a row had no finite loss and gradient.
         """
-        facts, plan = self._facts, self._plan
+        facts, settings, names = self._facts, self._settings, self._names
         while len(self._pending) > ahead:
             done = self._pending.popleft()
             self._wait(done.outcome)
@@ -405,13 +395,14 @@ class Trainer:
             else:
                 facts.bad_in_a_row += 1
                 facts.skipped_steps += 1
-                if facts.bad_in_a_row >= plan.max_bad_steps:
+                if facts.bad_in_a_row >= settings.max_bad_steps:
                     raise StageError(
-                        f"{self._key}: {facts.bad_in_a_row} steps in a row had no finite loss and gradient, the last "
-                        f"being step {done.step} (loss {loss}, gradient norm {norm}) with learning rate {rate:.3g}. "
-                        f"Lower {self._key}.learning_rate."
+                        f"{names.table or 'training'}: {facts.bad_in_a_row} steps in a row had no finite loss and "
+                        f"gradient, the last being step {done.step} (loss {loss}, gradient norm {norm}) with learning "
+                        f"rate {rate:.3g}. "
+                        f"Lower {names.of('learning_rate')}."
                     )
-            if done.step % plan.log_every == 0 or done.step == plan.num_steps:
+            if done.step % settings.log_every == 0 or done.step == settings.num_steps:
                 self._record(self._train_record(done.step, norm, rate))
 
     def _train_record(self, step: int, norm: float, rate: float) -> dict[str, Any]:
@@ -449,7 +440,7 @@ class Trainer:
 
     def _record(self, record: dict[str, Any]) -> None:
         self._lines.append(json.dumps(record))
-        self._log(record)
+        self._session.log(record)
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -460,12 +451,12 @@ class Trainer:
 
     def _validate(self) -> None:
         """Measure the validation rows; draws no random number and changes nothing that training looks at."""
-        facts, plan = self._facts, self._plan
+        facts, settings = self._facts, self._settings
         measured = measure_perplexity(
             self._model,
-            self._validation_rows,
-            batch_size=plan.eval_batch_size,
-            masks_documents=plan.masks_documents,
+            self._data.validation,
+            batch_size=settings.batch_size,
+            masks_documents=settings.masks_documents,
         )
         self._record(
             {"kind": "validation", "step": facts.step, "loss": measured.loss, "perplexity": measured.perplexity}
@@ -475,12 +466,12 @@ class Trainer:
         facts.last_loss = measured.loss
         if not measured.loss >= facts.best_loss:
             facts.best_loss, facts.best_step, facts.validations_since_best = measured.loss, facts.step, 0
-            if plan.keeps_best:
+            if settings.keep == "best":
                 weights = dict(tree_flatten(self._model.trainable_parameters()))
-                self._checkpoints.save_best(facts.step, weights)
+                self._session.checkpoints.save_best(facts.step, weights)
         else:
             facts.validations_since_best += 1
-            facts.ended_early = bool(plan.patience) and facts.validations_since_best >= plan.patience
+            facts.ended_early = bool(settings.patience) and facts.validations_since_best >= settings.patience
 
     # --- checkpoints
 
@@ -493,7 +484,7 @@ class Trainer:
             arrays = dict(tree_flatten(self._arrays()))
             name = f"{facts.step:06}" + (f"-{facts.rows_done:06}" if facts.rows_done else "")
             told = vars(facts) | {"sizes": self._sizes.state()}
-            return self._checkpoints.save(name, arrays, told, "".join(line + "\n" for line in self._lines))
+            return self._session.checkpoints.save(name, arrays, told, "".join(line + "\n" for line in self._lines))
 
     def _arrays(self) -> dict[str, Any]:
         found: dict[str, Any] = {"update": self._step.state[1], "random": list(self._step.state[2])}

@@ -12,18 +12,17 @@ from mlxflow.benchmarking import interleaved_timing
 from mlxflow.benchmarking import step_runner as runners
 from mlxflow.benchmarking.convergence import converge, with_same_loss
 from mlxflow.benchmarking.interleaved_timing import Drift, Measured, measure_recipes, rows_of
-from mlxflow.benchmarking.recipe import Recipe, read_job
+from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.benchmarking.unpacked_rows import InlineLoader, apart, holds_several
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
+from mlxflow.training import build
 from tests.benchmarking.test_recipe import SETTINGS
 from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
 from tests.small_models import FREE, llama
-
-JOB, _ = read_job({"settings": SETTINGS}, "", "")
 
 
 def _packed() -> Rows:
@@ -35,18 +34,23 @@ def _packed() -> Rows:
 
 
 def _workflow(**settings: Any) -> Recipe:
-    return Recipe.of(SETTINGS | settings, batch_size=4, is_packed=True)
+    return Recipe.of(SETTINGS.replace(**settings), is_packed=True)
+
+
+def _subject(recipe: Recipe) -> build.Subject:
+    model, _ = llama()
+    build.prepare_model(model, recipe.settings, adapter_seed=0)
+    return build.Subject(model, recipe.settings, 50, 8)
 
 
 @contextmanager
 def _open(recipe: Recipe, rows: Rows | None = None) -> Iterator[Runner]:
     given = rows or (_packed() if recipe.is_packed else apart(_packed(), count=48, seed=0))
-    model, _ = llama()
-    with Runner.running(model, given, recipe=recipe, job=JOB, vocab_size=50, warmup_steps=2, seed=0) as runner:
+    with Runner.running(_subject(recipe), given, recipe=recipe, seed=0) as runner:
         yield runner
 
 
-@pytest.mark.parametrize("change", [one for one in _workflow(checkpointing="layers").ablations() if one.is_packed])
+@pytest.mark.parametrize("change", [one for one in _workflow(checkpoint_every=1).ablations() if one.is_packed])
 def test_every_way_of_a_step_gives_the_same_losses(change: Recipe) -> None:
     losses = []
     for recipe in (_workflow(), change):
@@ -64,7 +68,7 @@ def test_recorded_kernels_serve_until_they_are_switched_off(
     known = model_kernels.choose_for(
         llama()[0], dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=8, recorded=[]
     )
-    recipe = _workflow(kernels=list(known.refused))
+    recipe = _workflow(kernels=tuple(known.refused))
     (without,) = (one for one in recipe.ablations() if one.name == "without own kernels")
     with _open(recipe) as runner:
         losses = runner.run(3)
@@ -88,10 +92,10 @@ def test_the_naive_way_learns_the_same_from_rows_of_one_document_each() -> None:
 def test_bf16_is_switched_off_in_the_weights_themselves() -> None:
     types = []
     for recipe in (_workflow(precision="bf16-pure"), _workflow()):
-        model, _ = llama()
-        with Runner.running(model, _packed(), recipe=recipe, job=JOB, vocab_size=50, warmup_steps=0, seed=0) as runner:
+        subject = _subject(recipe)
+        with Runner.running(subject, _packed(), recipe=recipe, seed=0) as runner:
             runner.run(1)
-            types.append(model.model.norm.weight.dtype)
+            types.append(subject.model.model.norm.weight.dtype)
     assert types == [mx.bfloat16, mx.float32]
 
 
@@ -112,7 +116,7 @@ def test_a_compiled_step_is_traced_once_and_another_one_each_time(monkeypatch: p
     counts = []
     for is_compiled in (True, False):
         calls.clear()
-        with _open(_workflow()._replace(loss="plain", is_compiled=is_compiled)) as runner:
+        with _open(_workflow()._replace(uses_mlx_loss=True, is_compiled=is_compiled)) as runner:
             runner.run(5)
         counts.append(len(calls))
     assert counts == [1, 5]
@@ -252,7 +256,7 @@ def test_the_peak_of_real_steps_does_not_depend_on_the_recipes_before_it() -> No
     # how far the host is ahead of the device within a step is chance, the less so the larger a batch
     random = np.random.default_rng(0)
     rows = Rows(random.integers(1, 50, (64, 65)).astype(np.uint16), np.full((64, 65), 3, np.uint8))
-    recipes = [_workflow()._replace(batch_size=size) for size in (32, 16, 32, 16)]
+    recipes = [_workflow(batch_size=size) for size in (32, 16, 32, 16)]
     measured, _ = measure_recipes(
         recipes, lambda recipe: _open(recipe, rows), num_steps=1, memory_limit_bytes=1 << 40, budget=FREE
     )

@@ -313,5 +313,5 @@ def test_train_says_how_its_steps_were_done_with_every_choice_resolved(built: Pa
     settings = artifact_files.read_report(built / "artifacts/train/report.toml")["settings"]
     assert settings["fused_loss"] is True  # "auto" on the CPU
     assert settings["weight_decay"] == 0.1  # "auto" with AdamW
-    assert settings["options"] == {"betas": [0.9, 0.95]}
+    assert settings["optimizer_options"] == {"betas": [0.9, 0.95]}
     assert (settings["batch_size"], settings["masks_documents"], settings["precision"]) == (4, False, "fp32")

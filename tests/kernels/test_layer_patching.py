@@ -1,7 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
-from mlxflow.training.adapters import AdapterShape
+from mlxflow.training.settings import AdapterShape
 from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
 from tests.small_models import llama
 
@@ -281,8 +281,8 @@ def test_of_a_gated_layer_it_is_told_whether_its_projections_are_products_alone(
 # --- what else changes layers for training goes on within fitted ones
 
 
-def _lora(model: nn.Module, method: str, dropout: float = 0.0) -> None:
-    adapters.add_adapters(model, AdapterShape(method, 4, 20.0, dropout, 0, ["*"]), seed=1, key="lora.keys")
+def _lora(model: nn.Module, method: Literal["lora", "dora"], dropout: float = 0.0) -> None:
+    adapters.add_adapters(model, AdapterShape(method, 4, 20.0, dropout, 0, ("*",)), seed=1, key="lora.keys")
     for name, value in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_b"):  # zero at first, with which the other factor has no gradient
             model.update(tree_unflatten([(name, mx.random.normal(value.shape, key=mx.random.key(2)) * 0.01)]))
@@ -300,13 +300,13 @@ def _quantization_aware(model: nn.Module, mode: str = "affine") -> Iterator[None
 @contextmanager
 def _change(model: nn.Module, kind: str) -> Iterator[None]:
     if kind in ("lora", "dora"):
-        _lora(model, kind)
+        _lora(model, "lora" if kind == "lora" else "dora")
     elif kind == "lora beside quantized weights":
         nn.quantize(model, group_size=32, bits=4)
         _lora(model, "lora")
     elif kind.startswith("quantization-aware"):
         if "lora" in kind:
-            adapters.add_adapters(model, AdapterShape("lora", 4, 20.0, 0.0, 0, ["mlp.*"]), seed=1, key="lora.keys")
+            adapters.add_adapters(model, AdapterShape("lora", 4, 20.0, 0.0, 0, ("mlp.*",)), seed=1, key="lora.keys")
         with _quantization_aware(model, "symmetric" if "symmetric" in kind else "affine"):
             yield
         return

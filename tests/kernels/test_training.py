@@ -13,7 +13,7 @@ from mlxflow.kernels import codegen, model_kernels
 from mlxflow.ops import gradient_checkpointing
 from mlxflow.ops.overrides import Arithmetic
 from mlxflow.training import precompile
-from mlxflow.training.objective import choose_objective
+from mlxflow.training.objective import make_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
 from mlxflow.training.step import Step
 from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
@@ -68,11 +68,10 @@ def _train(
     schedule = make_schedule(
         name="cosine", learning_rate=1e-3, final_learning_rate=0, num_steps=steps, warmup_steps=5, decay_steps=0
     )
-    _, objective = choose_objective(
+    objective = make_objective(
         model,
         fused=fused,
         vocab_size=VOCAB,
-        tokens=ROWS * length,
         masks_documents=masks,
         uses_kernel=use.serves_loss,
     )

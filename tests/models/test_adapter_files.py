@@ -10,7 +10,8 @@ import pytest
 
 from mlxflow.errors import ArtifactError
 from mlxflow.models import adapter_files, model_folder, quantized_layers
-from mlxflow.training.adapters import AdapterShape, add_adapters, save_adapters
+from mlxflow.training.adapters import add_adapters, save_adapters
+from mlxflow.training.settings import AdapterShape
 from tests.small_models import llama
 
 TOKENS = mx.arange(1, 7)[None]

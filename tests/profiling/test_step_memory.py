@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,14 +16,14 @@ from mlxflow.data.token_file import Rows
 from mlxflow.models import model_folder
 from mlxflow.profiling.memory_model import fit_law, held_chunk, measure_points, shapes_to_measure
 from mlxflow.profiling.peak_breakdown import compose
-from mlxflow.profiling.profiled_step import Settings
 from mlxflow.profiling.profiler import MemoryProfiler
-from mlxflow.profiling.step_memory import Job, Peaks, blank_rows, predict, take_steps, trial
+from mlxflow.profiling.step_memory import Peaks, ProfiledModel, blank_rows, predict, take_steps, trial
 from mlxflow.profiling.suggestions import Situation, suggest
+from mlxflow.training.settings import TrainingSettings
 from tests.data.test_token_file_writer import Corpus
 from tests.small_models import llama
 
-SETTINGS = Settings(32, 1, "adamw", {}, "fp32", 0, False)
+SETTINGS = TrainingSettings(batch_size=32, optimizer_options={}, workers=2)
 
 
 def _situation(
@@ -31,24 +32,24 @@ def _situation(
     return Situation(peaks, cache, share, is_gpu=False, packing=packing, batch_size=batch_size)
 
 
-def _job(folder: Path, *, vocab_size: int, hidden_size: int) -> Job:
+def _job(folder: Path, *, vocab_size: int, hidden_size: int) -> ProfiledModel:
     model, config = llama(vocab_size=vocab_size, context_length=32, hidden_size=hidden_size, intermediate_size=64)
     files = {"config_file": folder / "config.json", "model_file": folder / "model.safetensors"}
     model_folder.save(model=model, config=config, provenance={}, **files)
-    return Job(folder, "profile.input", None, vocab_size, 32, False, 0)
+    return ProfiledModel(folder, "profile.input", vocab_size, 32, 0)
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(tmp_path_factory: pytest.TempPathFactory) -> ProfiledModel:
     return _job(tmp_path_factory.mktemp("model"), vocab_size=1000, hidden_size=32)
 
 
-def test_each_suggestion_saves_what_it_said_when_it_is_applied(job: Job) -> None:
+def test_each_suggestion_saves_what_it_said_when_it_is_applied(job: ProfiledModel) -> None:
     now = trial(job, SETTINGS)
     found = {one.name: one for one in suggest(job, SETTINGS, _situation(now, cache=8 << 20))}
     applied = {
-        "batch_size": SETTINGS._replace(batch_size=16, grad_accum_steps=2),
-        "checkpointing": SETTINGS._replace(checkpoint_every=1),
+        "batch_size": SETTINGS.replace(batch_size=16, grad_accum_steps=2),
+        "checkpointing": SETTINGS.replace(checkpoint_every=1),
     }
     for name, settings in applied.items():
         saved = now.whole - trial(job, settings).whole
@@ -62,26 +63,26 @@ def test_each_suggestion_saves_what_it_said_when_it_is_applied(job: Job) -> None
 
 def test_the_fused_loss_saves_what_was_said_when_it_is_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxflow.training.objective._CHUNK_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})  # for few rows
-    job, settings = _job(tmp_path, vocab_size=4096, hidden_size=16), SETTINGS._replace(batch_size=16)
+    job, settings = _job(tmp_path, vocab_size=4096, hidden_size=16), SETTINGS.replace(batch_size=16)
     now = trial(job, settings)
     (one,) = suggest(job, settings, _situation(now), predicts=_only("fused_loss", settings))
     assert one.name == "fused_loss"
-    saved = now.whole - trial(job, settings._replace(fused_loss=True)).whole
+    saved = now.whole - trial(job, settings.replace(fused_loss=True)).whole
     assert saved > 0.1 * now.whole
     assert one.saves_bytes == pytest.approx(saved, rel=0.15)
 
 
-def _only(name: str, now: Settings) -> Callable[[Job, Settings], Peaks]:
+def _only(name: str, now: TrainingSettings) -> Callable[[ProfiledModel, TrainingSettings], Peaks]:
     """Return what predicts one change by trials and says of the others that they save nothing."""
 
-    def predicts(job: Job, settings: Settings) -> Peaks:
+    def predicts(job: ProfiledModel, settings: TrainingSettings) -> Peaks:
         is_changed = getattr(settings, name) != getattr(now, name)
         return predict(job, settings) if is_changed else Peaks(1e18, 0.0)
 
     return predicts
 
 
-def test_packing_saves_what_was_said_when_the_documents_are_really_packed(job: Job, tmp_path: Path) -> None:
+def test_packing_saves_what_was_said_when_the_documents_are_really_packed(job: ProfiledModel, tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, 6, longest=28)
     told = {"capacity": job.context_length + 1}
     padded, packed = (
@@ -94,28 +95,28 @@ def test_packing_saves_what_was_said_when_the_documents_are_really_packed(job: J
 
     def peaks(rows: Rows) -> Peaks:
         profiler = MemoryProfiler()
-        settings = SETTINGS._replace(batch_size=rows.num_rows)
+        settings = SETTINGS.replace(batch_size=rows.num_rows)
         return take_steps(job, rows, settings, profiler, num_steps=4).peaks
 
     now = peaks(padded)
     share = np.count_nonzero(padded.marks) / padded.marks.size
-    settings = SETTINGS._replace(batch_size=padded.num_rows)
+    settings = SETTINGS.replace(batch_size=padded.num_rows)
     found = suggest(job, settings, _situation(now, share=share, packing="none"), predicts=_only("batch_size", settings))
     (one,) = (one for one in found if one.name == "packing")
     assert one.saves_bytes == pytest.approx(now.whole - peaks(packed).whole, rel=0.15)
 
 
 def test_packing_is_suggested_for_an_odd_number_of_rows_too() -> None:
-    def predicts(job: Job, settings: Settings) -> Peaks:
+    def predicts(job: ProfiledModel, settings: TrainingSettings) -> Peaks:
         return Peaks(100.0 * settings.batch_size, 50.0)
 
     situation = _situation(Peaks(700, 50), share=0.5, packing="none")
-    job, settings = Job(Path(), "", None, 1, 1, False, 0), SETTINGS._replace(batch_size=7)
+    job, settings = ProfiledModel(Path(), "", 1, 1, 0), SETTINGS.replace(batch_size=7)
     found = {one.name: one.saves_bytes for one in suggest(job, settings, situation, predicts=predicts)}
     assert found == {"packing": 350}  # half of the rows
 
 
-def _in_force(settings: Settings, packing: str, batch_size: int) -> dict[str, object]:
+def _in_force(settings: TrainingSettings, packing: str, batch_size: int) -> dict[str, object]:
     """Return the keys of training that suggestions may name, as they are."""
     return {
         "batch_size": batch_size,
@@ -128,13 +129,19 @@ def _in_force(settings: Settings, packing: str, batch_size: int) -> dict[str, ob
 
 
 def test_nothing_is_suggested_that_is_so_already() -> None:
-    job = Job(Path(), "", None, 1, 1, False, 0)
+    job = ProfiledModel(Path(), "", 1, 1, 0)
     choices = itertools.product(
         (1, 7, 8, 32), (1, 2), ("fp32", "bf16"), (0, 1, 2), (False, True), ("none", "concat", "best-fit"), (1, 4, 64)
     )
     seen = set()
     for size, passes, precision, every, fused, packing, trained_size in choices:
-        settings = Settings(size, passes, "adamw", {}, precision, every, fused)
+        settings = TrainingSettings(
+            batch_size=size,
+            grad_accum_steps=passes,
+            precision=cast("Literal['fp32', 'bf16']", precision),
+            checkpoint_every=every,
+            fused_loss=fused,
+        )
         situation = Situation(Peaks(1e9, 1e6), 1 << 28, 0.5, is_gpu=True, packing=packing, batch_size=trained_size)
         found = suggest(job, settings, situation, predicts=lambda *_: Peaks(1e6, 1e6))
         in_force = _in_force(settings, packing, trained_size)
@@ -157,7 +164,7 @@ def test_a_lower_cache_limit_saves_what_was_said() -> None:
 
     before = cached()
     situation = _situation(Peaks(0, 0), cache=before)
-    one = suggest(Job(Path(), "", None, 1, 1, False, 0), SETTINGS, situation, predicts=lambda *_: Peaks(0, 0))[0]
+    one = suggest(ProfiledModel(Path(), "", 1, 1, 0), SETTINGS, situation, predicts=lambda *_: Peaks(0, 0))[0]
     assert one.name == "cache_limit"
     old = mx.set_cache_limit(int(one.value.removesuffix(" MiB")) << 20)
     try:
@@ -166,7 +173,7 @@ def test_a_lower_cache_limit_saves_what_was_said() -> None:
         mx.set_cache_limit(old)
 
 
-def test_what_fits_is_predicted_within_a_tenth(job: Job) -> None:
+def test_what_fits_is_predicted_within_a_tenth(job: ProfiledModel) -> None:
     chunk = held_chunk(job, SETTINGS)
     *points, judge = measure_points(job, SETTINGS, shapes_to_measure(16, 32, chunk=chunk))
     law = fit_law(points, chunk=chunk)
@@ -178,7 +185,7 @@ def test_what_fits_is_predicted_within_a_tenth(job: Job) -> None:
     assert law.largest_batch_size(32, 10) == 0
 
 
-def test_the_peak_of_real_steps_is_taken_apart_whole(job: Job) -> None:
+def test_the_peak_of_real_steps_is_taken_apart_whole(job: ProfiledModel) -> None:
     before = mx.get_active_memory()
     measured = take_steps(job, blank_rows(32, 32), SETTINGS, profiler := MemoryProfiler(), num_steps=2)
     parts = measured.composition
@@ -197,12 +204,12 @@ def test_the_peak_of_real_steps_is_taken_apart_whole(job: Job) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_leave_nothing_behind(job: Job, *, fused: bool) -> None:
+def test_steps_leave_nothing_behind(job: ProfiledModel, *, fused: bool) -> None:
     # a buffer from MLX's cache counts by its own size, not by what was asked for: without one, active memory is exact
     before = mx.set_cache_limit(0)
     try:
         profiler = MemoryProfiler()
-        take_steps(job, blank_rows(8, 32), SETTINGS._replace(batch_size=8, fused_loss=fused), profiler, num_steps=12)
+        take_steps(job, blank_rows(8, 32), SETTINGS.replace(batch_size=8, fused_loss=fused), profiler, num_steps=12)
     finally:
         mx.set_cache_limit(before)
     assert np.ptp(profiler.timeline()["active_memory_bytes"]) == 0
@@ -238,7 +245,7 @@ def test_the_parts_add_up_to_the_peak_and_freed_memory_counts_once(
     assert parts.pop("total_bytes") == sum(parts.values()) == max(55, reserved_bytes, process_bytes)
 
 
-def test_a_trial_beside_which_memory_is_given_back_is_taken_again(job: Job) -> None:
+def test_a_trial_beside_which_memory_is_given_back_is_taken_again(job: ProfiledModel) -> None:
     alone = trial(job, SETTINGS).whole
     held = [mx.ones((1 << 20,))]
     mx.eval(held)

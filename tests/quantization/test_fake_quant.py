@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +14,9 @@ from mlxflow.quantization.codec import round_trip, symmetric_grid, unpack
 from mlxflow.quantization.fake_quant import fake_quantized, fake_weight
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
-from mlxflow.training.objective import choose_objective, plain_objective
+from mlxflow.training.objective import make_objective, plain_objective, uses_fused_loss
 from mlxflow.training.optimizers import Update
+from mlxflow.training.settings import AdapterShape
 from mlxflow.training.step import Step
 from tests.small_models import llama
 
@@ -144,8 +145,8 @@ def test_the_fused_loss_takes_the_quantized_head() -> None:
     marks = mx.full(tokens.shape, 3, mx.uint8)
     dense = float(plain_objective(masks_documents=False)(model, tokens, marks)[0])
     with fake_quantized(model, {"model.embed_tokens": Setting("affine", 2, 64)}):
-        fused, objective = choose_objective(model, fused=True, vocab_size=60, tokens=64, masks_documents=False)
-        assert fused
+        assert uses_fused_loss(model, wanted=True, vocab_size=60, tokens=64)
+        objective = make_objective(model, fused=True, vocab_size=60, masks_documents=False)
         plain = plain_objective(masks_documents=False)
         assert float(objective(model, tokens, marks)[0]) == pytest.approx(
             float(plain(model, tokens, marks)[0]), rel=1e-5
@@ -154,9 +155,9 @@ def test_the_fused_loss_takes_the_quantized_head() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_adapters_are_quantized_with_the_weights_they_lie_beside(method: str) -> None:
+def test_adapters_are_quantized_with_the_weights_they_lie_beside(method: Literal["lora", "dora"]) -> None:
     model = _llama()
-    shape = adapters.AdapterShape(method=method, rank=4, scale=2.0, dropout=0.0, num_layers=0, keys=("mlp.*",))
+    shape = AdapterShape(method=method, rank=4, scale=2.0, dropout=0.0, num_layers=0, keys=("mlp.*",))
     adapters.add_adapters(model, shape, seed=0, key="train.lora.keys")
     path, setting = "model.layers.0.mlp.up_proj", Setting("symmetric", 3, 64)
     tokens = mx.random.randint(0, 60, (2, 12), key=mx.random.key(3))

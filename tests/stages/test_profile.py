@@ -58,8 +58,8 @@ def test_the_report_tells_phases_composition_leaks_peaks_and_trends(built: Path)
 def test_steps_have_as_many_rows_as_training_took(built: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built / "artifacts/train", tmp_path / "train"))
     inputs = Inputs(model=folder / "model.safetensors")
-    assert settings_of(Config(), inputs).batch_size == 4
-    assert settings_of(Config(batch_size=3), inputs).batch_size == 3
+    assert settings_of(Config(), inputs, CONTEXT).batch_size == 4
+    assert settings_of(Config(batch_size=3), inputs, CONTEXT).batch_size == 3
 
 
 def test_a_budget_that_is_exceeded_is_told_with_the_phase_and_the_first_suggestion() -> None:

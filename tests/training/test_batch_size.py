@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -6,20 +7,14 @@ import pytest
 
 from mlxflow.errors import SourceError, WorkflowError
 from mlxflow.training.batch_size import BatchSizes, Decision, Reading, ladder, read_decisions, split
+from mlxflow.training.settings import SettingNames, TrainingSettings
+
+NAMES = SettingNames("train", "pretokenize.context_length", "workflow.memory_limit")
 
 
-def _sizes(**changes: Any) -> BatchSizes:
-    settings: dict[str, Any] = {
-        "batch_size": 32,
-        "max_batch_size": 64,
-        "rows_per_update": 128,
-        "grad_accum_steps": 4,
-        "grow_below": 0.5,
-        "shrink_above": 0.8,
-        "is_fixed": False,
-        "replay": (),
-    }
-    return BatchSizes(**(settings | changes))
+def _sizes(*, replay: Sequence[Decision] = (), **changes: Any) -> BatchSizes:
+    settings = TrainingSettings(batch_size=32, max_batch_size=64, grad_accum_steps=4).replace(**changes)
+    return BatchSizes(settings, replay=replay, names=NAMES)
 
 
 def _reading(used: float, active: float = 0.1) -> Reading:
@@ -64,7 +59,7 @@ def test_a_batch_grows_only_where_it_is_expected_to_fit() -> None:
 
 
 def test_rows_per_update_stay_the_same_unless_they_are_to_follow() -> None:
-    constant, following = _sizes(), _sizes(rows_per_update=None)
+    constant, following = _sizes(), _sizes(constant_tokens_per_step=False)
     for sizes in (constant, following):
         sizes.look(1, _reading(0.2))
     assert (constant.size, constant.rows_per_update) == (48, 128)
@@ -72,13 +67,13 @@ def test_rows_per_update_stay_the_same_unless_they_are_to_follow() -> None:
 
 
 def test_a_pass_never_takes_more_rows_than_an_update_has() -> None:
-    sizes = _sizes(rows_per_update=32)
+    sizes = _sizes(grad_accum_steps=1)
     assert sizes.look(1, _reading(0.1)) is None
     assert sizes.size == 32
 
 
 def test_running_out_of_memory_shrinks_to_the_end_and_then_says_what_is_needed() -> None:
-    sizes = _sizes(batch_size=4, max_batch_size=4, rows_per_update=4)
+    sizes = _sizes(batch_size=4, max_batch_size=4, grad_accum_steps=1)
     assert sizes.run_out(7, _reading(0.9), 10).batch_size == 3
     assert sizes.run_out(7, _reading(0.9), 10).batch_size == 2
     with pytest.raises(WorkflowError) as caught:
@@ -127,7 +122,7 @@ def test_a_checkpoint_keeps_what_was_decided() -> None:
 
 
 def test_a_fixed_batch_looks_at_no_memory() -> None:
-    sizes = _sizes(is_fixed=True)
+    sizes = _sizes(dynamic_batch_size=False)
     assert sizes.look(1, _reading(0.1)) is None
     assert sizes.look(2, _reading(0.95)) is None
     assert sizes.size == 32

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from benchmarks.architecture_configs import DENSE, MIXTURES, VOCAB_SIZE, config_of
 from mlxflow.models import model_folder
-from mlxflow.training.objective import choose_objective, plain_objective
+from mlxflow.training.objective import make_objective, plain_objective
 from mlxflow.training.output_head import find_head
 from tests.small_models import llama
 
@@ -39,9 +39,7 @@ def test_a_head_is_found_by_structure_not_by_the_size_of_its_logits(architecture
 def test_a_loss_chosen_at_small_weights_is_the_models_own_at_large_ones(architecture: str) -> None:
     config = config_of(architecture) | {"final_logit_softcapping": 2.0}
     model = _scaled(model_folder.build(config, seed=0), 1e-2)
-    _, chosen = choose_objective(
-        model, fused=None, vocab_size=VOCAB_SIZE, tokens=32, masks_documents=False, uses_kernel=False
-    )
+    chosen = make_objective(model, fused=True, vocab_size=VOCAB_SIZE, masks_documents=False)
     _scaled(model, 1e3)  # as training may leave them: logits far over every cap
     tokens = mx.random.randint(0, VOCAB_SIZE, (2, 17), key=mx.random.key(1))
     marks = mx.full(tokens.shape, 3)

@@ -10,10 +10,11 @@ from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import codegen
-from mlxflow.training.adapters import AdapterShape, add_adapters
+from mlxflow.training.adapters import add_adapters
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
 from mlxflow.training.precompile import rehearse
+from mlxflow.training.settings import AdapterShape
 from mlxflow.training.step import Step
 from tests.small_models import llama
 

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.data.loader import Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.errors import StageError, WorkflowError
 from mlxflow.storage import state_files
+from mlxflow.training import build
 from mlxflow.training.batch_size import BatchSizes, Decision
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
+from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step import Step
 from mlxflow.training.stop_signals import heeding_signals
-from mlxflow.training.trainer import Plan, Result, Stopped, Trainer
+from mlxflow.training.trainer import Result, Session, Stopped, Trainer
 from tests.small_models import llama
 
 GB = 10**9
@@ -61,48 +62,38 @@ def _trainer(
     accum: int = 2,
     constant: bool = True,
     batch_size: int = 8,
-    **plan: Any,
+    limit: int = GB,
+    **changes: Any,
 ) -> Trainer:
     model = model or _model()
     rows = rows or _rows()
     model.train()
     update = Update(model, optim.AdamW(learning_rate), max_grad_norm=1.0, has_masters=False)
-    settings: dict[str, Any] = {
-        "num_steps": 6,
-        "lazy_eval_every": 2,
-        "log_every": 2,
-        "eval_every": 0,
-        "eval_batch_size": 4,
-        "masks_documents": False,
-        "adjust_every": 1,
-        "save_every": 0,
-        "max_bad_steps": 3,
-        "patience": 0,
-        "keeps_best": False,
-        "memory_limit_bytes": GB,
-    }
+    settings = TrainingSettings(
+        batch_size=batch_size,
+        max_batch_size=2 * batch_size,
+        grad_accum_steps=accum,
+        constant_tokens_per_step=constant,
+        num_steps=6,
+        lazy_eval_every=2,
+        log_every=2,
+        eval_every=0,
+        max_validation_rows=6,
+        adjust_every=1,
+        save_every=0,
+        max_bad_steps=3,
+        workers=2,
+        prefetch_batches=2,
+    ).replace(**changes)
+    names = SettingNames("train", "pretokenize.context_length", "workflow.memory_limit")
     return Trainer(
-        model=model,
-        step=Step(model, update, plain_objective(masks_documents=False)),
-        sizes=BatchSizes(
-            batch_size=batch_size,
-            max_batch_size=2 * batch_size,
-            rows_per_update=batch_size * accum if constant else None,
-            grad_accum_steps=accum,
-            grow_below=0.5,
-            shrink_above=0.8,
-            is_fixed=False,
-            replay=replay or (),
-        ),
-        open_loader=lambda size, cursor: Loader(
-            rows, batch_size=size, seed=0, workers=2, prefetch_batches=2, cursor=cursor
-        ),
-        validation_rows=rows.head(6),
-        plan=Plan(**(settings | plan)),
-        checkpoints=store or _store(ROOM["folder"]),
-        log=log,
-        asked_to_stop=asked,
-        key="train",
+        model,
+        Step(model, update, plain_objective(masks_documents=False)),
+        settings,
+        sizes=BatchSizes(settings, replay=replay or (), names=names),
+        data=build.make_data(rows, rows, settings, seed=0),
+        session=Session(store or _store(ROOM["folder"]), limit, log, asked),
+        names=names,
     )
 
 
@@ -193,7 +184,7 @@ def test_a_batch_grows_shrinks_and_is_followed_again(tmp_path: Path) -> None:
 
     records: Records = []
     model = _model()
-    _trainer(log, model=model, memory_limit_bytes=300_000_000, log_every=1, lazy_eval_every=1).run()
+    _trainer(log, model=model, limit=300_000_000, log_every=1, lazy_eval_every=1).run()
     held.clear()
     decisions = [Decision(**{key: one[key] for key in Decision._fields}) for one in _kinds(records, "batch_size")]
     assert [(one.batch_size, one.reason) for one in decisions[:2]] == [(8, "begin"), (12, "grow")]
@@ -214,7 +205,7 @@ def test_rows_per_update_follow_the_batch_where_they_are_to(tmp_path: Path) -> N
 
 def test_a_batch_that_cannot_fit_says_what_it_needs_and_has() -> None:
     with pytest.raises(WorkflowError) as caught:
-        _run(memory_limit_bytes=1000, num_steps=30)
+        _run(limit=1000, num_steps=30)
     assert str(caught.value).startswith("train.batch_size: forward passes of 4 rows, the fewest, need ")
     assert " bytes and may use 1,000. Lower train.batch_size" in str(caught.value)
 
@@ -319,7 +310,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_checkpoint_is_told_by_name_and_the_one_before_it_is_taken(tmp_path: Path, case: str) -> None:
     store = _store(tmp_path)
-    trainer = _trainer(lambda record: None, store=store, save_every=2, eval_every=2, keeps_best=True)
+    trainer = _trainer(lambda record: None, store=store, save_every=2, eval_every=2, keep="best")
     trainer.run()
     name, damage, reason = DAMAGE[case]
     damaged = tmp_path / "own" / "step-000004"
@@ -425,7 +416,7 @@ def test_the_best_validation_ends_training_and_comes_out(tmp_path: Path) -> None
         return mx.where(step < 4, 1e-2, 0.5)  # it learns, then it is thrown off
 
     best, records, weights = _run(
-        store=_store(tmp_path), learning_rate=rate, num_steps=30, eval_every=1, patience=2, keeps_best=True
+        store=_store(tmp_path), learning_rate=rate, num_steps=30, eval_every=1, patience=2, keep="best"
     )
     losses = {record["step"]: record["loss"] for record in _kinds(records, "validation")}
     lowest = min(losses, key=lambda step: losses[step])

@@ -1,0 +1,265 @@
+"""From settings to a step or a trainer: the one place that puts the parts of training together."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from mlxflow.data.loader import Loader, name_by_number
+from mlxflow.data.token_file import Rows
+from mlxflow.kernels import model_kernels
+from mlxflow.ops.gradient_checkpointing import recomputed
+from mlxflow.ops.overrides import Arithmetic
+from mlxflow.training import adapters, objective, optimizers
+from mlxflow.training.batch_size import BatchSizes, Decision
+from mlxflow.training.objective import Objective
+from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.training.step import Step
+from mlxflow.training.trainer import Session, Trainer, TrainingData
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_NAMES = SettingNames()
+
+#: Returns the loss to minimize; takes whether a kernel computes the gradient of the cross-entropy.
+ObjectiveMaker = Callable[[bool], Objective]
+
+
+class Subject(NamedTuple):
+    """A model and how it is trained.
+
+    Attributes:
+        model: as `prepare_model` leaves it; without kernels.
+        settings: of the training.
+        vocab_size: ids of tokens, V.
+        context_length: tokens of a row that the model sees, L.
+        names: of the settings, for messages.
+        make_objective: another loss than the cross-entropy of the tokens; None for that one.
+    """
+
+    model: nn.Module
+    settings: TrainingSettings
+    vocab_size: int
+    context_length: int
+    names: SettingNames = _NAMES
+    make_objective: ObjectiveMaker | None = None
+
+    def objective(self, *, uses_kernel: bool, chunk_share: float = 1.0) -> Objective:
+        """Return the loss to minimize; to be called before the model is given kernels.
+
+        Args:
+            uses_kernel: see `loss.cross_entropy`.
+            chunk_share: see `objective.make_objective`.
+        """
+        if self.make_objective is not None:
+            return self.make_objective(uses_kernel)
+        return objective.make_objective(
+            self.model,
+            fused=self.settings.fused_loss,
+            vocab_size=self.vocab_size,
+            masks_documents=self.settings.masks_documents,
+            uses_kernel=uses_kernel,
+            chunk_share=chunk_share,
+        )
+
+    def recorded_kernels(self) -> model_kernels.Serving:
+        """Return the kernels that the settings name, without verifying them again."""
+        return model_kernels.recorded_for(
+            self.model,
+            precision=self.settings.precision,
+            names=self.settings.kernels,
+            context_length=self.context_length,
+            masks_documents=self.settings.masks_documents,
+            sums_gradients=self.settings.sums_gradients,
+        )
+
+
+def dtype_of(settings: TrainingSettings) -> mx.Dtype:
+    """Return the type in which the model computes."""
+    return mx.float32 if settings.precision == "fp32" else mx.bfloat16
+
+
+def prepare_model(
+    model: nn.Module, settings: TrainingSettings, *, adapter_seed: int, names: SettingNames = _NAMES
+) -> None:
+    """Make a model ready for its first step: its dtype, adapters beside frozen weights, training mode.
+
+    Args:
+        model: changed and evaluated; adapters that it has are trained further.
+        settings: of the training.
+        adapter_seed: of the initial weights of new adapters.
+        names: of the settings, for messages.
+    """
+    if settings.adapter_shape is not None:
+        key = names.of("lora.keys")
+        adapters.ensure_adapters(model, settings.adapter_shape, seed=adapter_seed, key=key)
+    model.set_dtype(dtype_of(settings))
+    model.train()
+    mx.eval(model.parameters())
+
+
+def make_optimizer(settings: TrainingSettings, *, names: SettingNames = _NAMES) -> optim.Optimizer:
+    """Return the optimizer with its schedule of the learning rate.
+
+    Raises:
+        ArtifactError: an option that the optimizer does not know.
+    """
+    optimizers.require_known(
+        settings.optimizer, settings.optimizer_options, reserved=["weight_decay"], key=names.of("optimizer_options")
+    )
+    schedule = optimizers.make_schedule(
+        name=settings.schedule,
+        learning_rate=settings.learning_rate,
+        final_learning_rate=settings.final_learning_rate,
+        num_steps=settings.num_steps,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=settings.decay_steps,
+    )
+    return optimizers.make_optimizer(
+        name=settings.optimizer,
+        schedule=schedule,
+        weight_decay=settings.weight_decay,
+        options=settings.optimizer_options,
+    )
+
+
+def make_update(subject: Subject, kernels: model_kernels.Serving) -> optimizers.Update:
+    """Return the optimizer's update of a model."""
+    return optimizers.Update(
+        subject.model,
+        make_optimizer(subject.settings, names=subject.names),
+        max_grad_norm=subject.settings.max_grad_norm,
+        has_masters=subject.settings.precision == "bf16",
+        serves=kernels.serves,
+    )
+
+
+def arithmetic_of(settings: TrainingSettings, kernels: model_kernels.Serving) -> Arithmetic:
+    """Return which operations of MLX are replaced in a step."""
+    return Arithmetic(is_deterministic=settings.deterministic, attention=kernels.attention)
+
+
+@contextmanager
+def patched(subject: Subject, kernels: model_kernels.Serving) -> Iterator[None]:
+    """Put kernels and gradient checkpointing into the model's layers until the block ends."""
+    with kernels.fitted(), recomputed(subject.model, every=subject.settings.checkpoint_every):
+        yield
+
+
+def make_step(
+    subject: Subject, chosen: Objective, kernels: model_kernels.Serving, *, replaces_operations: bool = True
+) -> Step:
+    """Return the compiled step of a training.
+
+    Args:
+        subject: the model, patched, and its settings.
+        chosen: the loss to minimize; made before the model was patched.
+        kernels: in use.
+        replaces_operations: whether some of MLX's operations are replaced, see `ops.overrides`.
+
+    Raises:
+        ArtifactError: an option that the optimizer does not know.
+    """
+    how = arithmetic_of(subject.settings, kernels)._replace(is_own=replaces_operations)
+    return Step(subject.model, make_update(subject, kernels), chosen, arithmetic=how)
+
+
+@contextmanager
+def ready_step(subject: Subject, kernels: model_kernels.Serving, *, chunk_share: float = 1.0) -> Iterator[Step]:
+    """Give the compiled step of a training, with kernels and checkpointing in place until the block ends.
+
+    Args:
+        subject: the model and its settings.
+        kernels: in use.
+        chunk_share: see `objective.make_objective`.
+
+    Raises:
+        ArtifactError: an option that the optimizer does not know.
+    """
+    chosen = subject.objective(uses_kernel=kernels.serves_loss, chunk_share=chunk_share)
+    with patched(subject, kernels):
+        yield make_step(subject, chosen, kernels)
+
+
+def make_loader(
+    rows: Rows,
+    settings: TrainingSettings,
+    *,
+    num_rows: int,
+    seed: int,
+    cursor: int = 0,
+    name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
+) -> Loader:
+    """Return the loader of a training.
+
+    Args:
+        rows: to gather from.
+        settings: of the training.
+        num_rows: of a batch.
+        seed: of the order.
+        cursor: rows of the stream that were used already.
+        name_rows: see `Loader`.
+    """
+    return Loader(
+        rows,
+        batch_size=num_rows,
+        seed=seed,
+        workers=settings.workers,
+        prefetch_batches=settings.prefetch_batches,
+        cursor=cursor,
+        name_rows=name_rows,
+    )
+
+
+def make_data(
+    rows: Rows,
+    validation: Rows,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
+) -> TrainingData:
+    """Return the rows that a trainer reads.
+
+    Args:
+        rows: to train on.
+        validation: of them the first `max_validation_rows` are used.
+        settings: of the training.
+        seed: of the order of the training rows.
+        name_rows: see `Loader`.
+    """
+
+    def open_loader(num_rows: int, cursor: int) -> Loader:
+        return make_loader(rows, settings, num_rows=num_rows, seed=seed, cursor=cursor, name_rows=name_rows)
+
+    return TrainingData(open_loader, validation.head(settings.max_validation_rows))
+
+
+@contextmanager
+def ready_trainer(
+    subject: Subject,
+    kernels: model_kernels.Serving,
+    data: TrainingData,
+    session: Session,
+    *,
+    replay: Iterable[Decision] = (),
+) -> Iterator[Trainer]:
+    """Give the trainer of a model, with kernels and checkpointing in place until the block ends.
+
+    Args:
+        subject: the model and its settings.
+        kernels: in use.
+        data: the rows.
+        session: what surrounds the run.
+        replay: decisions on the batch size to follow instead of the memory.
+    """
+    with ready_step(subject, kernels) as step:
+        sizes = BatchSizes(subject.settings, replay=replay, names=subject.names)
+        yield Trainer(
+            subject.model, step, subject.settings, sizes=sizes, data=data, session=session, names=subject.names
+        )

@@ -1,0 +1,158 @@
+"""Which fused GPU kernels a training run uses: verified once, remembered for the runs that continue or repeat it.
+
+MLX is imported only inside the functions: `begin_early` runs before it is loaded.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from mlxflow.device import compute_device
+from mlxflow.errors import WorkflowError
+from mlxflow.storage import layout
+
+if TYPE_CHECKING:
+    from mlxflow.data.token_file import Rows
+    from mlxflow.kernels.early_start import Ahead
+    from mlxflow.kernels.model_kernels import Serving
+    from mlxflow.training.build import Subject
+
+Mode = Literal["auto", "off", "require"]
+
+
+class KernelRequest(NamedTuple):
+    """What a training run asks of kernels.
+
+    Attributes:
+        mode: "auto", "off", or "require": an error if one is missing.
+        device: "gpu" or "cpu".
+        memory_file: where the selection is remembered until the run ends.
+        published: the artifact that the run repeats, whose report names its kernels; None for a new one.
+        begun: the verifier process, where it was started early.
+    """
+
+    mode: Mode
+    device: str
+    memory_file: Path
+    published: Path | None = None
+    begun: Any = None
+
+    @property
+    def uses_none(self) -> bool:
+        """Whether no kernel is wanted."""
+        return self.mode == "off" or (self.mode == "auto" and self.device == "cpu")
+
+    def recorded(self) -> list[str] | None:
+        """Return the kernels of the run that is continued or repeated; None for a new one."""
+        from mlxflow.storage import artifact_files, state_files
+
+        if self.published is not None:
+            report = artifact_files.read_report(self.published / layout.REPORT)
+            return list(report["kernels"]) if "kernels" in report else None
+        try:
+            names = state_files.parse_json(state_files.read_bytes(self.memory_file))
+        except (OSError, ValueError):
+            return None
+        return [str(name) for name in names] if isinstance(names, list) else None
+
+    def remember(self, names: list[str]) -> None:
+        """Keep the selection for a run that continues this one."""
+        from mlxflow.storage import artifact_files
+
+        self.memory_file.parent.mkdir(parents=True, exist_ok=True)
+        artifact_files.write_whole(self.memory_file, json.dumps(names).encode())
+
+
+def begin_early(mode: str, device: str) -> AbstractContextManager[Any]:
+    """Start the verifier process before MLX is imported, where there may be a GPU with unverified kernels.
+
+    Args:
+        mode: of the workflow: "auto", "off" or "require".
+        device: of the workflow: "auto", "gpu" or "cpu".
+
+    Returns:
+        a context manager that gives the process for `KernelRequest.begun` and ends it.
+    """
+    if mode == "off" or device == "cpu":
+        return nullcontext()
+    from mlxflow.kernels import early_start
+
+    return early_start.begin_early()
+
+
+def begin_proof(request: KernelRequest) -> AbstractContextManager[Any]:
+    """Start the verifier process, if it is needed, so that it gets ready while the model is built.
+
+    Returns:
+        a context manager that gives the process for `select_kernels` and ends it.
+    """
+    if request.uses_none or request.recorded() is not None:
+        if request.begun is not None:
+            request.begun.stop()
+        return nullcontext()
+    from mlxflow.kernels import model_kernels
+
+    return model_kernels.begin_proof(request.begun)
+
+
+def select_kernels(request: KernelRequest, subject: "Subject", rows: "Rows", ahead: "Ahead | None" = None) -> "Serving":
+    """Return the kernels that a training run uses, those of the run that it continues or repeats if there is one.
+
+    Args:
+        request: what the run asks for.
+        subject: what is trained; its settings name no kernels yet.
+        rows: one batch, for compiling ahead.
+        ahead: of `begin_proof`.
+
+    Raises:
+        WorkflowError: all are required and one is missing.
+    """
+    from mlxflow.kernels import model_kernels
+    from mlxflow.training import build
+
+    if request.uses_none:
+        return model_kernels.nothing()
+    settings = subject.settings
+    selected = model_kernels.choose_for(
+        subject.model,
+        dtype=build.dtype_of(settings),
+        precision=settings.precision,
+        sums_gradients=settings.sums_gradients,
+        context_length=subject.context_length,
+        masks_documents=settings.masks_documents,
+        is_deterministic=settings.deterministic,
+        recorded=request.recorded(),
+        ahead=ahead,
+        rehearse=lambda expected: _rehearse(subject, expected, rows),
+    )
+    if request.mode == "require" and selected.refused:
+        name = subject.names.of("kernels")
+        raise WorkflowError(
+            f'{name} = "require": {compute_device.name()} lacks {_missing(selected.refused)}. Set {name} = "auto".'
+        )
+    request.remember(selected.serving)
+    return selected
+
+
+def _rehearse(subject: "Subject", kernels: "Serving", rows: "Rows") -> None:
+    """Let MLX compile what the first step and validation need."""
+    from mlxflow.training import build, precompile
+
+    chosen = subject.objective(uses_kernel=kernels.serves_loss)
+    with build.patched(subject, kernels):
+        precompile.rehearse(
+            subject.model,
+            lambda: build.make_step(subject, chosen, kernels),
+            rows,
+            is_one_pass=subject.settings.grad_accum_steps == 1,
+            masks_documents=subject.settings.masks_documents,
+        )
+
+
+def _missing(refused: Mapping[str, str]) -> str:
+    """Return the kernels that are not used, and why, each reason once."""
+    reasons = dict.fromkeys(refused.values())
+    names = {reason: [name for name, why in refused.items() if why == reason] for reason in reasons}
+    return "; ".join(f"{', '.join(names[reason])} ({reason})" for reason in reasons)

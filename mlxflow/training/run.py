@@ -1,0 +1,139 @@
+"""A training run from its files: progress, the learning curve, checkpoints, and the end by a signal."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.evaluation.perplexity import perplexity_of
+from mlxflow.kernels.model_kernels import Serving
+from mlxflow.system import terminal
+from mlxflow.training import build, progress
+from mlxflow.training.batch_size import read_decisions
+from mlxflow.training.checkpoints import CheckpointStore
+from mlxflow.training.settings import SettingNames
+from mlxflow.training.stop_signals import heeding_signals
+from mlxflow.training.trainer import Result, Session, Stopped
+
+
+class RunFiles(NamedTuple):
+    """The files of a training run.
+
+    Attributes:
+        train: the tokens to train on.
+        validation: the tokens of validations.
+        metrics: gets the learning curve.
+        checkpoints: a folder of this run and no other.
+        description: what the run is of, by dotted key; tells how the run of another checkpoint differs.
+        replay: the metrics of a run whose batch sizes are followed; None for those that fit the memory.
+    """
+
+    train: Path
+    validation: Path
+    metrics: Path
+    checkpoints: Path
+    description: Mapping[str, Any]
+    replay: Path | None = None
+
+
+def train(
+    subject: build.Subject, kernels: Serving, files: RunFiles, *, data_seed: int, memory_limit_bytes: int
+) -> Result:
+    """Train a model, from its last checkpoint where there is one.
+
+    Args:
+        subject: what is trained; its model is changed.
+        kernels: in use.
+        files: of the run.
+        data_seed: of the order of the rows.
+        memory_limit_bytes: what MLX may hold.
+
+    Raises:
+        SystemExit: a signal ended the run; a checkpoint is saved.
+        StageError: the loss stays without a finite value.
+        UserError: no batch fits into the memory.
+    """
+    settings, table = subject.settings, subject.names.table
+    tokens = TokenFile.open(files.train)
+    checkpoints = CheckpointStore(
+        files.checkpoints, keep=settings.keep_checkpoints, settings=files.description, say=terminal.say
+    )
+    data = build.make_data(
+        tokens.rows, TokenFile.open(files.validation).rows, settings, seed=data_seed, name_rows=tokens.name_rows
+    )
+    replay = read_decisions(files.replay, subject.names.of("replay")) if files.replay else ()
+    with (
+        progress.show_progress(num_steps=settings.num_steps) as show,
+        files.metrics.open("w") as metrics,
+        heeding_signals() as stop_requested,
+    ):
+
+        def log(record: dict[str, Any]) -> None:
+            metrics.write(json.dumps(record) + "\n")
+            metrics.flush()
+            show(record)
+
+        session = Session(checkpoints, memory_limit_bytes, log, stop_requested)
+        with build.ready_trainer(subject, kernels, data, session, replay=replay) as trainer:
+            found = checkpoints.latest(trainer.unfit)
+            if found is not None:
+                terminal.say(f"{table}: goes on from step {found.facts['step']} ({found.folder})")
+                metrics.write(found.metrics)
+            try:
+                return trainer.run(found)
+            except Stopped as stopped:
+                terminal.say(
+                    f"{table}: stopped after step {stopped.step}; {stopped.checkpoint} "
+                    "lets the next run go on from there"
+                )
+                raise SystemExit(128 + stop_requested.signal) from stopped
+
+
+def describe(table: Mapping[str, Any], names: SettingNames, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a table as one flat mapping by dotted key, for `RunFiles.description`.
+
+    Args:
+        table: of the workflow, as TOML values.
+        names: of its keys.
+        without: keys that do not change the result.
+    """
+    return dict(_flat({name: value for name, value in table.items() if name not in without}, names.table))
+
+
+def _flat(table: Mapping[str, Any], key: str) -> Any:
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{key}.{name}")
+        else:
+            yield f"{key}.{name}", value
+
+
+def report_of(result: Result, kernels: Serving, *, keeps_best: bool) -> dict[str, Any]:
+    """Return the figures of a training run, for the report; perplexities are those of the model in memory.
+
+    Args:
+        result: of `train`.
+        kernels: in use.
+        keeps_best: whether the trained model has the weights of the best validation; else of the last.
+    """
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "skipped_steps": result.skipped_steps,
+        "first_validation_perplexity": perplexity_of(result.first_validation_loss),
+        "trained_validation_perplexity": perplexity_of(
+            result.best_validation_loss if keeps_best else result.last_validation_loss
+        ),
+        "best_validation_perplexity": perplexity_of(result.best_validation_loss),
+        "best_validation_step": result.best_step,
+        "run": {
+            "tokens_per_second": result.tokens_per_second,
+            "training_seconds": result.seconds,
+            "compile_seconds": result.compile_seconds,
+            "data_wait_seconds": result.data_wait_seconds,
+            "device_wait_seconds": result.device_wait_seconds,
+            "training_peak_memory_bytes": result.peak_memory_bytes,
+            "kernels_refused": [f"{name}: {reason}" for name, reason in kernels.refused.items()],
+        },
+    }

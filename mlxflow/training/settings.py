@@ -1,0 +1,203 @@
+"""How a model is trained: one struct with every choice resolved, kept in the report of a training run.
+
+Nothing here imports MLX.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import msgspec
+from msgspec import Meta
+
+from mlxflow.errors import ArtifactError
+from mlxflow.storage import artifact_files
+
+_Count = Annotated[int, Meta(ge=0, le=2**40)]
+_Positive = Annotated[int, Meta(ge=1, le=2**40)]
+_Number = Annotated[float, Meta(ge=0, le=1e12)]
+
+#: The table of a report that holds the settings.
+TABLE = "settings"
+
+
+class AdapterShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The low-rank adapters that are trained beside frozen weights.
+
+    Attributes:
+        method: "lora" (Hu et al. 2021, arXiv:2106.09685) or "dora" (Liu et al. 2024, arXiv:2402.09353).
+        rank: columns of the low-rank factors.
+        scale: factor on their product.
+        dropout: share of the adapter's inputs that is zeroed in training.
+        num_layers: number of last blocks that get adapters; 0 for all.
+        keys: patterns of layers within a block, such as `self_attn.*`.
+    """
+
+    method: Literal["lora", "dora"]
+    rank: _Positive
+    scale: float
+    dropout: Annotated[float, Meta(ge=0, lt=1)]
+    num_layers: _Count
+    keys: tuple[str, ...]
+
+
+class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a training run takes its steps; `build` makes a step or a trainer of it.
+
+    Attributes:
+        adapters: the adapters that are trained; "none" where all weights are.
+        num_steps: optimizer updates.
+        batch_size: rows in one forward pass, at the beginning.
+        grad_accum_steps: forward passes of `batch_size` rows per update.
+        dynamic_batch_size: whether the batch size follows the memory.
+        max_batch_size: the most rows that a forward pass may grow to.
+        constant_tokens_per_step: whether an update sums the same rows whatever the batch size is.
+        grow_below: share of the memory limit under which the batch size grows.
+        shrink_above: share of the memory limit over which it shrinks.
+        adjust_every: steps between two readings of the memory; 0 for none.
+        optimizer: a class of `mlx.optimizers`, in lower case.
+        optimizer_options: its options by MLX's names, without learning rate and weight decay.
+        weight_decay: of matrices; vectors have none.
+        learning_rate: the highest.
+        final_learning_rate: after the last step, for schedules that decay.
+        schedule: "cosine", "linear", "constant" or "wsd"; see `optimizers.make_schedule`.
+        warmup_steps: first steps, over which the learning rate rises.
+        decay_steps: last steps, over which the learning rate of "wsd" falls.
+        max_grad_norm: gradients of a larger norm are scaled down to it; 0: neither clipped nor measured.
+        max_bad_steps: updates in a row without a finite loss and gradient after which training fails.
+        precision: "fp32", "bf16" (weights and moments in fp32 beside the bf16 model) or "bf16-pure".
+        checkpoint_every: every how many layers one is recomputed in the backward pass; 0 for none.
+        fused_loss: whether output head and loss are computed together, without all logits.
+        masks_documents: whether a token attends only to its own document.
+        kernels: names of the fused GPU kernels in use.
+        deterministic: whether gradients are summed in a fixed order.
+        lazy_eval_every: steps between two waits for the device.
+        log_every: steps between two records of the loss.
+        eval_every: steps between two validations; 0: only the first and the last.
+        max_validation_rows: the most rows of a validation.
+        patience: validations without improvement after which training ends; 0: never.
+        keep: the weights that result: "last", or those of the "best" validation.
+        save_every: steps between two checkpoints; 0 for none.
+        keep_checkpoints: checkpoints kept.
+        workers: threads that gather batches.
+        prefetch_batches: batches gathered ahead.
+    """
+
+    adapters: AdapterShape | Literal["none"] = "none"
+    num_steps: _Positive = 240
+    batch_size: _Positive = 32
+    grad_accum_steps: _Positive = 1
+    dynamic_batch_size: bool = True
+    max_batch_size: _Positive = 64
+    constant_tokens_per_step: bool = True
+    grow_below: _Number = 0.5
+    shrink_above: _Number = 0.8
+    adjust_every: _Count = 50
+    optimizer: str = "adamw"
+    optimizer_options: dict[str, Any] = msgspec.field(default_factory=lambda: {"betas": [0.9, 0.95]})
+    weight_decay: _Number = 0.1
+    learning_rate: _Number = 1.5e-2
+    final_learning_rate: _Number = 0.0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: _Count = 20
+    decay_steps: _Positive = 48
+    max_grad_norm: _Number = 1.0
+    max_bad_steps: _Positive = 10
+    precision: Literal["fp32", "bf16", "bf16-pure"] = "fp32"
+    checkpoint_every: _Count = 0
+    fused_loss: bool = False
+    masks_documents: bool = False
+    kernels: tuple[str, ...] = ()
+    deterministic: bool = True
+    lazy_eval_every: _Positive = 4
+    log_every: _Positive = 10
+    eval_every: _Count = 100
+    max_validation_rows: _Positive = 256
+    patience: _Count = 0
+    keep: Literal["last", "best"] = "last"
+    save_every: _Count = 100
+    keep_checkpoints: _Positive = 2
+    workers: _Positive = 8
+    prefetch_batches: _Positive = 4
+
+    @property
+    def adapter_shape(self) -> AdapterShape | None:
+        """The adapters that are trained; None where all weights are."""
+        return None if isinstance(self.adapters, str) else self.adapters
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows whose gradients an update sums, at the beginning."""
+        return self.batch_size * self.grad_accum_steps
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether an update may take more than one forward pass."""
+        return self.grad_accum_steps > 1 or self.dynamic_batch_size
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the settings with some of them changed."""
+        return msgspec.structs.replace(self, **changes)
+
+    def table(self) -> dict[str, Any]:
+        """Return the settings as a table for a report."""
+        table: dict[str, Any] = msgspec.to_builtins(self)
+        return table
+
+
+def checkpoint_every(checkpointing: str | int) -> int:
+    """Return N such that one of every N layers is recomputed in the backward pass; 0 for none.
+
+    Args:
+        checkpointing: "none", "layers" for all of them, or N.
+    """
+    return checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers")
+
+
+class SettingNames(NamedTuple):
+    """What the settings are called where the user wrote them, for messages.
+
+    Attributes:
+        table: of the settings of training, such as "train" or "quantize:q4"; empty for a call from Python.
+        context_length: of the tokens.
+        memory_limit: of what MLX may hold.
+        has_fused_loss: whether the table has a setting `fused_loss`.
+    """
+
+    table: str = ""
+    context_length: str = "context_length"
+    memory_limit: str = "memory_limit_bytes"
+    has_fused_loss: bool = True
+
+    def of(self, setting: str) -> str:
+        """Return the name of a setting of training."""
+        return f"{self.table}.{setting}" if self.table else setting
+
+
+def read_settings(report_file: Path, *, shown: str, task: str) -> TrainingSettings:
+    """Return the settings in the report of a training run.
+
+    Args:
+        report_file: a `report.toml`.
+        shown: its path, for messages.
+        task: the stage that writes it, for messages.
+
+    Raises:
+        ArtifactError: the report or one of the settings is missing, there is an unknown one, or one has an invalid
+            value; a line for each, with the file and the key.
+    """
+    report = artifact_files.read_report(report_file)
+    advice = f"Run: mlxflow run {task}"
+    table = report.get(TABLE)
+    if not isinstance(table, dict):
+        raise ArtifactError(f"{shown}: {TABLE}: missing: expected how the model was trained. {advice}")
+    names = TrainingSettings.__struct_fields__
+    lines = [f"{shown}: {TABLE}.{name}: missing. {advice}" for name in names if name not in table]
+    lines += [f"{shown}: {TABLE}.{name}: unknown key. {advice}" for name in table if name not in names]
+    if lines:
+        raise ArtifactError(*lines)
+    try:
+        return msgspec.convert(table, TrainingSettings)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`")
+        raise ArtifactError(f"{shown}: {TABLE}.{key}: {what[:1].lower()}{what[1:]}. {advice}") from error

@@ -1,0 +1,70 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxflow.errors import ArtifactError
+from mlxflow.stages import train
+from mlxflow.storage import artifact_files
+from mlxflow.training.settings import AdapterShape, TrainingSettings, read_settings
+
+ADAPTERS = AdapterShape("dora", 4, 20.0, 0.1, 2, ("self_attn.*", "mlp.*"))
+SETTINGS = TrainingSettings(adapters=ADAPTERS, kernels=("adamw/float32/float32",), learning_rate=3e-4, weight_decay=0.0)
+
+
+def _read(folder: Path, table: dict[str, Any]) -> TrainingSettings:
+    file = folder / "report.toml"
+    artifact_files.write_report(file, table)
+    return read_settings(file, shown="artifacts/train/report.toml", task="train")
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, TrainingSettings()])
+def test_settings_are_read_from_a_report_as_they_were_written(tmp_path: Path, settings: TrainingSettings) -> None:
+    assert _read(tmp_path, {"settings": settings.table()}) == settings
+
+
+def _mistakes(folder: Path, table: dict[str, Any]) -> list[str]:
+    with pytest.raises(ArtifactError) as caught:
+        _read(folder, table)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("name", TrainingSettings.__struct_fields__)
+def test_a_missing_setting_is_named_with_file_and_key(tmp_path: Path, name: str) -> None:
+    table = SETTINGS.table()
+    del table[name]
+    assert _mistakes(tmp_path, {"settings": table}) == [
+        f"artifacts/train/report.toml: settings.{name}: missing. Run: mlxflow run train"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arithmetic": "own"}, "settings.arithmetic: unknown key"),
+        ({"batch_size": "many"}, "settings.batch_size: expected `int`, got `str`"),
+        ({"batch_size": 0}, "settings.batch_size: expected `int` >= 1"),
+        ({"precision": "fp8"}, "settings.precision: invalid enum value 'fp8'"),
+        ({"adapters": {"method": "lora"}}, "settings.adapters: object missing required field `rank`"),
+    ],
+)
+def test_an_unknown_setting_and_an_invalid_one_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    assert _mistakes(tmp_path, {"settings": SETTINGS.table() | changes}) == [
+        f"artifacts/train/report.toml: {said}. Run: mlxflow run train"
+    ]
+
+
+def test_every_wrong_setting_has_a_line(tmp_path: Path) -> None:
+    table = {name: value for name, value in SETTINGS.table().items() if name not in ("schedule", "workers")}
+    lines = _mistakes(tmp_path, {"settings": table | {"lr": 1.0}})
+    assert [line.split(": ")[1] for line in lines] == ["settings.schedule", "settings.workers", "settings.lr"]
+
+
+def test_a_report_without_settings_names_the_command_that_writes_one(tmp_path: Path) -> None:
+    assert _mistakes(tmp_path, {"steps": 3}) == [
+        "artifacts/train/report.toml: settings: missing: expected how the model was trained. Run: mlxflow run train"
+    ]
+
+
+def test_the_defaults_are_those_of_the_train_table() -> None:
+    assert train.settings_of(train.Config(), masks=False, fused=False) == TrainingSettings()
