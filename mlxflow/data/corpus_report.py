@@ -9,8 +9,8 @@ from mlxflow.data import sources
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION, Selection
 from mlxflow.data.input_files import MOST_TOLD, SourceSettings, named_side, problems_of
 from mlxflow.data.row_packer import Counts
+from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
-from mlxflow.data.shard_cache import Shard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -86,30 +86,32 @@ def load(source: str, folder: Path | None, *, config: str, key: str) -> dict[str
     except ImportError as error:
         raise SourceError(f"{source}: needs datasets. Run: pip install 'mlxflow[hf]'") from error
     name, _, revision = source.partition(":")[2].partition("@")
+    path, revision = (str(folder), "") if folder is not None else (name, revision)
+    is_saved = folder is not None and any((folder / file).exists() for file in ("state.json", "dataset_dict.json"))
+    if is_saved and config:
+        raise SourceError(_no_config(key, config, []))
     try:
-        if folder is not None and any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
-            if config:
-                raise SourceError(_no_config(key, config, []))
-            loaded = datasets.load_from_disk(str(folder))
-        elif folder is not None:
-            loaded = datasets.load_dataset(str(folder), config or None)
+        if is_saved:
+            loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(name, config or None, revision=revision or None)
-    except SourceError:
-        raise
+            loaded = datasets.load_dataset(path, config or None, revision=revision or None)
     except Exception as error:  # of many kinds: no such data set, no network, a file of another form
-        known = _configurations(str(folder) if folder else name, revision)
-        if config and known and config not in known:
-            raise SourceError(_no_config(key, config, known)) from error
-        if not config and len(known) > 1:
-            listed = ", ".join(known)
-            table = f"{{ path = {toml_value(source)}, config = {toml_value(known[0])} }}"
-            raise SourceError(f"{source}: has the configurations {listed}. Name one: {table}.") from error
-        said = " ".join(str(error).split())[:200]
-        raise SourceError(f"{source}: cannot be loaded ({said}). Name a folder, or fetch it first.") from error
+        known = _configurations(path, revision)
+        raise SourceError(_load_problem(source, config, known, key, error)) from error
     if isinstance(loaded, dict):
         return {str(split): rows for split, rows in loaded.items()}
     return {str(loaded.split or "train"): loaded}
+
+
+def _load_problem(source: str, config: str, known: Sequence[str], key: str, error: Exception) -> str:
+    """Return why a data set with these configurations cannot be loaded."""
+    if config and known and config not in known:
+        return _no_config(key, config, known)
+    if not config and len(known) > 1:
+        table = f"{{ path = {toml_value(source)}, config = {toml_value(known[0])} }}"
+        return f"{source}: has the configurations {', '.join(known)}. Name one: {table}."
+    reason = " ".join(str(error).split())[:200]
+    return f"{source}: cannot be loaded ({reason}). Name a folder, or fetch it first."
 
 
 def _no_config(key: str, config: str, known: Sequence[str]) -> str:

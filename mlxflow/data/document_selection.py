@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlxflow.data.shard_cache import Shard
+from mlxflow.data.shard import Shard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,21 +95,7 @@ def select(
             another side, too.
         asked: for each shard whether it is named for validation outright: that comes before a test side.
     """
-    measured = {
-        source
-        for shard, fixed, source in zip(shards, fixed_sides, sources, strict=True)
-        if fixed == "validation" and shard.num_documents
-    }
-    fixed_sides = [
-        "" if fixed == "train" and source not in measured else fixed
-        for fixed, source in zip(fixed_sides, sources, strict=True)
-    ]
-    sides = [_sides(shard, SIDES[fixed], holdout) for shard, fixed in zip(shards, fixed_sides, strict=True)]
-    if holdout:
-        if not any((side == TRAIN).any() for side in sides):  # a few documents, all of them held out
-            sides = [np.full_like(side, SIDES[fixed] or TRAIN) for side, fixed in zip(sides, fixed_sides, strict=True)]
-        if not any((side == VALIDATION).any() for side in sides):
-            _hold_out_one(shards, fixed_sides, sides)
+    sides = _initial_sides(shards, _binding_sides(shards, fixed_sides, sources), holdout)
     ranks = [
         np.where(side == VALIDATION, TEST + 1, side) if one else side for side, one in zip(sides, asked, strict=True)
     ]
@@ -119,6 +105,31 @@ def select(
         if weight != 1:
             _repeat([i for i, one in enumerate(sources) if one == source], shards, sides, repeats, weight)
     return Selection(sides, repeats)
+
+
+def _binding_sides(shards: Sequence[Shard], fixed_sides: Sequence[str], sources: Sequence[int]) -> list[str]:
+    """Return the sides of sources without "train" where the same source has no document for validation."""
+    measured = {
+        source
+        for shard, fixed, source in zip(shards, fixed_sides, sources, strict=True)
+        if fixed == "validation" and shard.num_documents
+    }
+    return [
+        "" if fixed == "train" and source not in measured else fixed
+        for fixed, source in zip(fixed_sides, sources, strict=True)
+    ]
+
+
+def _initial_sides(shards: Sequence[Shard], fixed_sides: Sequence[str], holdout: float) -> "list[NDArray[np.uint8]]":
+    """Return the side of each document before duplicates are dropped; both sides have one where that is possible."""
+    sides = [_sides(shard, SIDES[fixed], holdout) for shard, fixed in zip(shards, fixed_sides, strict=True)]
+    if not holdout:
+        return sides
+    if not any((side == TRAIN).any() for side in sides):  # a few documents, all of them held out
+        sides = [np.full_like(side, SIDES[fixed] or TRAIN) for side, fixed in zip(sides, fixed_sides, strict=True)]
+    if not any((side == VALIDATION).any() for side in sides):
+        _hold_out_one(shards, fixed_sides, sides)
+    return sides
 
 
 def _sides(shard: Shard, fixed: int, holdout: float) -> "NDArray[np.uint8]":

@@ -10,9 +10,10 @@ from mlxflow.data import conversations
 from mlxflow.data.chat import ChatTemplate, Rendered
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.control_tokens import ReservedCharacterError
-from mlxflow.data.conversations import Conversation, RecordProblem
+from mlxflow.data.conversations import Conversation
 from mlxflow.data.items import LONG_TEXT_BYTES, MAX_CONVERSATION_BYTES, Bad, Record, RecordForm, Text
 from mlxflow.data.long_lines import LongText
+from mlxflow.data.messages import RecordProblem, kind
 from mlxflow.data.texts import cut, same_size
 from mlxflow.data.watched import Work
 from mlxflow.storage.paths import printable
@@ -180,7 +181,7 @@ class Formatter:
                 f'has no "{key}"{f" (it has {has})" if has else ""}', fix="Fix the record or name its key"
             )
         if not isinstance(value[key], str):
-            raise RecordProblem(f'"{key}" is {conversations.kind(value[key])}: expected text')
+            raise RecordProblem(f'"{key}" is {kind(value[key])}: expected text')
         return str(value[key])
 
     def _plain_completion(self, place: int, value: dict[str, Any]) -> Document:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from mlxflow.data.shard_cache import Shard
+from mlxflow.data.shard import Shard
 from mlxflow.data.tokenizer import Vocabulary
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from mlxflow.data import sources, splits
 from mlxflow.data.records import Shape
+from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
-from mlxflow.data.shard_cache import Shard
 from mlxflow.data.split_slices import parse_slices
 from mlxflow.errors import SourceError
 from mlxflow.storage.digests import digest_json, digest_text

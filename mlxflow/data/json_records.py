@@ -58,10 +58,7 @@ def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Recor
     """
     rest, dropped = bytearray(), 0  # of a line that began in an earlier piece: its bytes, and how many are not kept
     number = 1
-    for index, whole in enumerate(pieces):
-        if index == 0:
-            texts.refuse_encoding(whole[: texts.SNIFFED_BYTES])
-        piece = whole.removeprefix(b"\xef\xbb\xbf") if index == 0 else whole
+    for piece in _without_mark(pieces):
         begin = 0
         if rest or dropped:
             end = piece.find(b"\n")
@@ -84,6 +81,18 @@ def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Recor
         if len(rest) > items.MAX_RECORD_BYTES:
             rest, dropped = bytearray(), len(rest)
     yield [_too_long(number, dropped)] if dropped else list(_parse_lines([rest], number, form))
+
+
+def _without_mark(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the pieces of a UTF-8 file without its byte order mark.
+
+    Raises:
+        FileProblem: it is not UTF-8.
+    """
+    for index, piece in enumerate(pieces):
+        if index == 0:
+            texts.refuse_encoding(piece[: texts.SNIFFED_BYTES])
+        yield piece.removeprefix(b"\xef\xbb\xbf") if index == 0 else piece
 
 
 def _too_long(number: int, size: int) -> Bad:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import numpy as np
 
 from mlxflow.data.bin_packing import Packing, best_fit, continuous, cut, cut_continuously
+from mlxflow.data.row_marks import has_targets, marks_of_parts
 from mlxflow.storage.artifact_files import ArrayStream
 
 if TYPE_CHECKING:
@@ -74,6 +75,24 @@ _MOST_ROOM = 0.005
 _MOST_KEPT = 0.25
 
 
+class RowSettings(NamedTuple):
+    """How documents are laid into rows.
+
+    Attributes:
+        capacity: tokens that a row holds.
+        packing: how documents are laid into rows.
+        on_long: what becomes of conversations longer than a row.
+        padding: the id that fills what is left of a row.
+        seed: the order in which documents of one window are packed.
+    """
+
+    capacity: int
+    packing: Packing
+    on_long: OnLong
+    padding: int
+    seed: int
+
+
 class _Part(NamedTuple):
     """What of a document lies in one row, or in several rows that it fills alone.
 
@@ -100,23 +119,13 @@ class Packer:
 
     Args:
         stream: takes the rows; see `token_file.TokenFile` for its columns.
-        capacity: tokens that a row holds.
-        packing: how documents are laid into rows.
-        on_long: what becomes of conversations longer than a row.
-        padding: the id that fills what is left of a row.
-        seed: the order in which documents of one window are packed.
+        settings: how documents are laid into rows.
     """
 
-    def __init__(
-        self, stream: ArrayStream, *, capacity: int, packing: Packing, on_long: OnLong, padding: int, seed: int
-    ) -> None:
+    def __init__(self, stream: ArrayStream, settings: RowSettings) -> None:
         self._stream = stream
-        self._capacity = capacity
-        self._packing = packing
-        self._on_long = on_long
-        self._padding = padding
-        self._seed = seed
-        self._window_tokens = min(max(_WINDOW_TOKENS, _WINDOW_ROWS * capacity), _LARGEST_WINDOW_TOKENS)
+        self._capacity, self._packing, self._on_long, self._padding, self._seed = settings
+        self._window_tokens = min(max(_WINDOW_TOKENS, _WINDOW_ROWS * self._capacity), _LARGEST_WINDOW_TOKENS)
         self._window = 0
         self._full: list[_Part] = []  # of whole rows
         self._waiting: list[_Part] = []
@@ -255,7 +264,7 @@ class Packer:
                 tokens.append(padding[:empty])
         self._append(
             np.concatenate(tokens),
-            _marks(laid, np.where(real, 2 * in_row + 3, 0), lengths, room),
+            marks_of_parts([part.targets for part in laid], np.where(real, 2 * in_row + 3, 0), lengths, room),
             np.array([part.document for part in laid])[real],
             np.array([part.begin for part in laid])[real],
             np.bincount(rows[real], minlength=count),
@@ -319,34 +328,3 @@ class Packer:
         if self._writing is not None:
             self._count(**self._writing.result())
         self._writing = None
-
-
-def has_targets(marks: "NDArray[Any]") -> "NDArray[np.bool_]":
-    """Return which rows, (R,), hold a token that the model learns to predict.
-
-    Args:
-        marks: (R, L + 1); see `token_file.Batch`.
-    """
-    return np.asarray((marks & 1).any(axis=1))
-
-
-def _marks(
-    laid: list[_Part], numbers: "NDArray[np.int64]", lengths: "NDArray[np.int64]", room: "NDArray[np.int64]"
-) -> "NDArray[Any]":
-    """Return the marks of rows, one after another; see `token_file.Batch`.
-
-    Args:
-        laid: parts in the order of their rows.
-        numbers: of each, its marks where it is trained on.
-        lengths: tokens of each.
-        room: that stays empty behind each.
-    """
-    dtype = np.min_scalar_type(int(numbers.max())).type
-    values = np.stack([numbers, np.zeros(len(laid), np.int64)], axis=1).astype(dtype)
-    marks = np.repeat(values.ravel(), np.stack([lengths, room], axis=1).ravel())
-    starts = np.cumsum(lengths + room) - lengths - room
-    marks[starts[numbers > 0]] -= dtype(1)
-    for part, start in zip(laid, starts.tolist(), strict=True):
-        if part.targets is not None:
-            marks[start + np.flatnonzero(~part.targets)] &= ~dtype(1)
-    return marks

@@ -14,7 +14,8 @@ from mlxflow.data.documents import Document, Formatter, NoTemplateError, TrainOn
 from mlxflow.data.encoder import Encoder
 from mlxflow.data.items import LONG_TEXT_BYTES
 from mlxflow.data.records import Bad, Binary, Record, Shape, Text, read_file
-from mlxflow.data.shard_cache import CONVERSATION, FORMAT, MASKED, Shard, ShardStore, ShardWriter
+from mlxflow.data.shard import CONVERSATION, FORMAT, MASKED, Shard, ShardWriter
+from mlxflow.data.shard_cache import ShardStore
 from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.data.watched import Work
 from mlxflow.errors import SourceError

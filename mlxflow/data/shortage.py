@@ -1,12 +1,14 @@
 """Why there is no document on a side of a corpus, or too little in its rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from mlxflow.data.corpus_report import Contents, count_of, list_some
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION
 from mlxflow.data.input_files import problems_of
 from mlxflow.data.row_packer import Counts
+from mlxflow.data.shard import Shard
+from mlxflow.data.shard_builder import SourceFile
 from mlxflow.errors import SourceError
 
 _ACT = {"train": "train on", "validation": "validate on"}
@@ -80,12 +82,7 @@ def require_rows(contents: Contents, side: str, counts: Counts, *, context_lengt
 
 def _facts(contents: Contents, side: str) -> Iterator[str]:
     """Yield what became of the documents, records and files that are on neither side."""
-    asked = {
-        file.source
-        for file in contents.files
-        if side == "train" or contents.settings[file.source].is_validation or not _has_validation_sources(contents)
-    }
-    pairs = [(file, shard) for file, shard in zip(contents.files, contents.shards, strict=True) if file.source in asked]
+    pairs = _files_of(contents, side)
     if count := contents.count(DUPLICATE):
         yield f"{_are(count, 'document')} equal to others"
     if side == "train":
@@ -97,6 +94,11 @@ def _facts(contents: Contents, side: str) -> Iterator[str]:
     if bad:
         count = sum(shard.num_bad for _, shard in pairs)
         yield f"{_are(count, 'record')} skipped, the first: {bad[0]}"
+    yield from _facts_of_files(pairs)
+
+
+def _facts_of_files(pairs: Sequence[tuple[SourceFile, Shard]]) -> Iterator[str]:
+    """Yield which documents and files have nothing to train on."""
     if count := sum(shard.masked for _, shard in pairs):
         yield f"{_are(count, 'document')} without a token to train on"
     if count := sum(shard.blank for _, shard in pairs):
@@ -107,9 +109,12 @@ def _facts(contents: Contents, side: str) -> Iterator[str]:
         yield f"{_are(len(names), 'file')} empty ({list_some(names)})"
 
 
+def _files_of(contents: Contents, side: str) -> list[tuple[SourceFile, Shard]]:
+    """Return the files, with their shards, whose documents can be on a side."""
+    takes_all = side == "train" or not any(entry.is_validation for entry in contents.settings)
+    pairs = zip(contents.files, contents.shards, strict=True)
+    return [(file, shard) for file, shard in pairs if takes_all or contents.settings[file.source].is_validation]
+
+
 def _are(count: int, noun: str) -> str:
     return f"{count_of(count, noun)} {'is' if count == 1 else 'are'}"
-
-
-def _has_validation_sources(contents: Contents) -> bool:
-    return any(entry.is_validation for entry in contents.settings)

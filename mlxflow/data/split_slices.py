@@ -57,20 +57,23 @@ def _parse(text: str) -> Slice:
     match = _PART.fullmatch(text)
     if not match:
         raise ValueError('expected splits such as "train", "train[:1%]" or "train[10:20]+validation"')
-    bounds = [match["begin"], match["end"]]
-    units = {bound.endswith("%") for bound in bounds if bound}
+    units = {bound.endswith("%") for bound in match.group("begin", "end") if bound}
     if len(units) == 2:
         raise ValueError(f"{text} mixes rows and percentages")
     is_percent = True in units
-    begin, end = (int(bound.rstrip("%")) if bound else None for bound in bounds)
+    begin, end = map(_number, match.group("begin", "end"))
     most = 100 if is_percent else _MOST_ROWS
     if any(bound is not None and abs(bound) > most for bound in (begin, end)):
         raise ValueError(f"{text} goes beyond {'100%' if is_percent else 'any split'}")
-    have_order = begin is None or end is None or (begin < 0) == (end < 0)
-    if (
-        end == 0
-        or (is_percent and begin == 100)
-        or (have_order and begin is not None and end is not None and begin >= end)
-    ):
+    if end == 0 or (is_percent and begin == 100) or _is_reversed(begin, end):
         raise ValueError(f"{text} is empty")
     return Slice(match["split"], begin, end, is_percent)
+
+
+def _number(bound: str | None) -> int | None:
+    return int(bound.rstrip("%")) if bound else None
+
+
+def _is_reversed(begin: int | None, end: int | None) -> bool:
+    """Return whether the end is not behind the begin, as far as both count from the same side."""
+    return begin is not None and end is not None and (begin < 0) == (end < 0) and begin >= end

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlxflow.data.bin_packing import Packing
 from mlxflow.data.document_selection import Selection, tail_begin
-from mlxflow.data.row_packer import Counts, OnLong, Packer, Stored
-from mlxflow.data.shard_cache import CONVERSATION, MASKED, Shard
+from mlxflow.data.row_packer import Counts, Packer, RowSettings, Stored
+from mlxflow.data.shard import CONVERSATION, MASKED, Shard
 from mlxflow.storage.artifact_files import ArrayStream
 
 if TYPE_CHECKING:
@@ -18,20 +17,30 @@ if TYPE_CHECKING:
 Part = Literal["all", "rest", "end"]
 
 
+class SideDocuments(NamedTuple):
+    """The documents of one side of a corpus.
+
+    Attributes:
+        shards: in the order of the corpus.
+        selection: what becomes of each document.
+        side: TRAIN or VALIDATION.
+        part: what is taken of each document: all of it, what is left where its end is held out, or that end.
+        held_out: the share of each document that is its end.
+    """
+
+    shards: Sequence[Shard]
+    selection: Selection
+    side: int
+    part: Part
+    held_out: float
+
+
 def write_rows(
     path: Path,
     *,
-    shards: Sequence[Shard],
-    selection: Selection,
-    side: int,
-    part: Part,
-    held_out: float,
-    capacity: int,
-    packing: Packing,
-    on_long: OnLong,
-    padding: int,
+    documents: SideDocuments,
+    rows: RowSettings,
     dtype: "np.dtype[Any]",
-    seed: int,
     metadata: dict[str, str],
     watch: Callable[[], None],
 ) -> Counts:
@@ -39,36 +48,25 @@ def write_rows(
 
     Args:
         path: the file.
-        shards: in the order of the corpus.
-        selection: what becomes of each document.
-        side: TRAIN or VALIDATION.
-        part: what is taken of each document: all of it, what is left where its end is held out, or that end.
-        held_out: the share of each document that is its end.
-        capacity: tokens that a row holds.
-        packing: how documents are laid into rows.
-        on_long: what becomes of conversations longer than a row.
-        padding: the id that fills what is left of a row.
+        documents: of that side.
+        rows: how they are laid into rows.
         dtype: of ids.
-        seed: the order in which documents of one window are packed.
         metadata: for the file's header.
         watch: called now and then.
     """
     # Names in the order of the file; see TokenFile for what they are.
     columns: dict[str, tuple[str | None, tuple[int, ...]]] = {
-        "tokens": (dtype.name, (capacity,)),
-        "marks": (None, (capacity,)),
+        "tokens": (dtype.name, (rows.capacity,)),
+        "marks": (None, (rows.capacity,)),
         "document_files": (None, ()),
         "document_places": (None, ()),
         "piece_documents": (None, ()),
         "piece_begins": (None, ()),
         "row_pieces": (None, ()),
     }
-    with (
-        ArrayStream(path, columns) as stream,
-        Packer(stream, capacity=capacity, packing=packing, on_long=on_long, padding=padding, seed=seed) as packer,
-    ):
-        _write_documents(stream, shards, selection, side)
-        for document in _documents(shards, selection, side, part, held_out):
+    with ArrayStream(path, columns) as stream, Packer(stream, rows) as packer:
+        _write_documents(stream, documents.shards, documents.selection, documents.side)
+        for document in _documents(*documents):
             packer.add(document)
             watch()
         counts = packer.finish()

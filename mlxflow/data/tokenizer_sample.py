@@ -82,28 +82,50 @@ def _sample(
 ) -> tuple[Sample, bool]:
     """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
     control_tokens = re.compile("|".join(map(re.escape, markers(template.source))) or r"(?!)")
-    heap: list[tuple[int, bytes]] = []  # the largest hash first
-    known: set[bytes] = set()
-    total, has_conversations, any_held_out = 0, False, False
+    chosen = _SmallestHashes(max_bytes)
+    has_conversations, any_held_out = False, False
     for document in _documents(files, template, on_read):
         has_conversations |= document.is_conversation
         digest = document.digest or xxhash.xxh3_128_digest(document.text.encode())
-        if digest in known or not document.text or document.text.isspace():
+        if digest in chosen.digests or not document.text or document.text.isspace():
             continue
         if document.digest and is_held_out(digest, holdout):
             any_held_out = True
             continue
         text = control_tokens.sub("", document.text) if document.is_templated else document.text
-        known.add(digest)
-        heapq.heappush(heap, (-int.from_bytes(digest, "big"), text.encode()))
-        total += document.num_bytes
-        while (total > max_bytes or len(heap) > _MAX_TEXTS) and len(heap) > 1:
-            number, dropped = heapq.heappop(heap)
-            total -= len(dropped)
-            known.discard((-number).to_bytes(16, "big"))
-    chosen = sorted((-number, text) for number, text in heap)
-    texts, digests = [text for _, text in chosen], [number.to_bytes(16, "big") for number, _ in chosen]
-    return Sample(texts, digests, has_conversations), any_held_out
+        chosen.add(digest, text.encode(), document.num_bytes)
+    return Sample(*chosen.sorted(), has_conversations), any_held_out
+
+
+class _SmallestHashes:
+    """The texts with the smallest hashes, in UTF-8, as many as fit.
+
+    Args:
+        max_bytes: UTF-8 bytes that the texts may have together; one text always fits.
+
+    Attributes:
+        digests: of the texts.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.digests: set[bytes] = set()
+        self._max_bytes = max_bytes
+        self._total = 0
+        self._heap: list[tuple[int, bytes]] = []  # the largest hash first
+
+    def add(self, digest: bytes, text: bytes, num_bytes: int) -> None:
+        self.digests.add(digest)
+        heapq.heappush(self._heap, (-int.from_bytes(digest, "big"), text))
+        self._total += num_bytes
+        while (self._total > self._max_bytes or len(self._heap) > _MAX_TEXTS) and len(self._heap) > 1:
+            number, dropped = heapq.heappop(self._heap)
+            self._total -= len(dropped)
+            self.digests.discard((-number).to_bytes(16, "big"))
+
+    def sorted(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the texts and their digests, the smallest first."""
+        pairs = sorted((-number, text) for number, text in self._heap)
+        return [text for _, text in pairs], [number.to_bytes(16, "big") for number, _ in pairs]
 
 
 def _documents(

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.errors import CallError, UserError
 from mlxflow.quantization.codec import Packed, pack
-from mlxflow.quantization.plan import Rule, check_supported, quantizable, resolve
+from mlxflow.quantization.plan import Rule, check_supported, quantizable_layers, resolve
 from mlxflow.quantization.settings import BITS, Asked, Setting
 
 
@@ -21,7 +21,7 @@ def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[
         layers: module path to setting.
         packed: codes that are there already, by path; the others are made by rounding.
     """
-    dense = quantizable(model)
+    dense = quantizable_layers(model)
     for path, setting in layers.items():
         made = (packed or {}).get(path) or pack(dense[path].weight, setting)
         layer = dense.pop(path).to_quantized(**setting.stored())

@@ -21,9 +21,9 @@ from mlxflow.quantization.mlx_lm_patches import (
     following,
     numpy_random_kept,
     packed_layer,
-    quantizable_layers,
     quiet,
 )
+from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import Setting
 

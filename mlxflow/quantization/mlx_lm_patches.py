@@ -9,16 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlxflow.quantization.codec import pack
+from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
-
-
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every layer that MLX can quantize by its path, in the model's order."""
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    return {path: layer for path, layer in leaves if hasattr(layer, "to_quantized")}
 
 
 def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:

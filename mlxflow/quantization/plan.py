@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         return {**common.stored(), **own, **dict.fromkeys(self.skipped, False)}
 
 
-def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return every layer that MLX can quantize by its path, in the model's order."""
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     return {path: layer for path, layer in leaves if hasattr(layer, "to_quantized")}
@@ -101,7 +101,7 @@ def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: s
         WorkflowError: one line for each rule that names no layer, or one whose width its group size does not divide; a
             setting that the mode or the installed MLX does not have; a plan that quantizes nothing.
     """
-    layers = quantizable(model)
+    layers = quantizable_layers(model)
     first = {path: next((rule for rule in rules if fnmatchcase(path, rule.match)), None) for path in layers}
     lines = [
         line

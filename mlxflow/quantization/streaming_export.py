@@ -104,28 +104,42 @@ def export(
     entries = dict(_entries(model, layers))
     parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
     dense_bytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-    found: list[LayerFacts] = []
+    facts: list[LayerFacts] = []
     streams = _streams()
     with TensorFile(file, entries, metadata) as out, _small_cache():
         for name in list(loose):
             _put(out, name, loose.pop(name), source)
         for path, layer in leaves:
-            for own, value in tree_flatten(layer.parameters()):
-                name = f"{path}.{own}" if path else own
-                if own == "weight" and path in layers:
-                    matrix = _Matrix(name, value, stored.get(name))
-                    found.append(_write_packed(out, path, matrix, layers[path], packed(path), source, streams))
-                    continue
-                _put(out, name, value, source)
-                if own == "weight" and value.ndim > 1:
-                    found.append(LayerFacts(path, value.shape, None, value.nbytes, 0.0))
+            setting = layers.get(path)
+            made = None if setting is None else packed(path)
+            facts += _write_layer(out, path, layer, setting, made, stored, source, streams)
             for name in [name for name, value in layer.items() if isinstance(value, mx.array)]:
                 layer.pop(name)
-            if path in layers:
+            if setting is not None:
                 watch(path)
-    return Exported(
-        found, parameters, sum(dtype.size * _count(shape) for dtype, shape in entries.values()), dense_bytes
-    )
+    num_bytes = sum(dtype.size * _count(shape) for dtype, shape in entries.values())
+    return Exported(facts, parameters, num_bytes, dense_bytes)
+
+
+def _write_layer(
+    out: TensorFile,
+    path: str,
+    layer: nn.Module,
+    setting: Setting | None,
+    made: Packed | None,
+    stored: Mapping[str, StoredRows],
+    source: str,
+    streams: list[mx.Stream],
+) -> Iterator[LayerFacts]:
+    """Write a layer's tensors, its weight packed if it has a setting; yield what became of each matrix."""
+    for own, value in tree_flatten(layer.parameters()):
+        name = f"{path}.{own}" if path else own
+        if own == "weight" and setting is not None:
+            yield _write_packed(out, path, _Matrix(name, value, stored.get(name)), setting, made, source, streams)
+            continue
+        _put(out, name, value, source)
+        if own == "weight" and value.ndim > 1:
+            yield LayerFacts(path, value.shape, None, value.nbytes, 0.0)
 
 
 def _streams() -> list[mx.Stream]:

@@ -425,6 +425,7 @@ def _write_sides(
     """Write both token files and return what became of the documents of each."""
     from mlxflow.data import document_selection, shortage, token_file_writer
     from mlxflow.data.progress import show_waiting
+    from mlxflow.data.row_packer import RowSettings
     from mlxflow.storage import artifact_files
 
     sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {
@@ -445,17 +446,17 @@ def _write_sides(
         with show_waiting(f"packing {side} rows") as watch:
             counts[side] = token_file_writer.write_rows(
                 path,
-                shards=contents.shards,
-                selection=contents.selection,
-                side=number,
-                part=part,
-                held_out=contents.held_out,
-                capacity=config.context_length + 1,
-                packing=config.packing,
-                on_long=config.on_long,
-                padding=vocabulary.end_of_text,
+                documents=token_file_writer.SideDocuments(
+                    contents.shards, contents.selection, number, part, contents.held_out
+                ),
+                rows=RowSettings(
+                    capacity=config.context_length + 1,
+                    packing=config.packing,
+                    on_long=config.on_long,
+                    padding=vocabulary.end_of_text,
+                    seed=derive_seed(context.seed, f"pretokenize.{side}"),
+                ),
                 dtype=vocabulary.dtype,
-                seed=derive_seed(context.seed, f"pretokenize.{side}"),
                 metadata=metadata | artifact_files.provenance_metadata(context.provenance),
                 watch=watch,
             )

@@ -15,7 +15,8 @@ from mlxflow.data.document_selection import (
     select,
     tail_begin,
 )
-from mlxflow.data.shard_cache import Shard, ShardStore
+from mlxflow.data.shard import Shard
+from mlxflow.data.shard_cache import ShardStore
 from tests.data.test_shard_cache import KEYS, write
 
 

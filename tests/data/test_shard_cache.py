@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import xxhash
 
+from mlxflow.data import shard as shard_module
 from mlxflow.data import shard_cache
-from mlxflow.data.shard_cache import Shard, ShardStore
+from mlxflow.data.shard import Shard
+from mlxflow.data.shard_cache import ShardStore
 
 KEYS = [xxhash.xxh3_128_hexdigest(str(i).encode()) for i in range(6)]
 
@@ -53,12 +55,12 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_tokens_are_read_in_parts_that_hold_whole_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "_SPAN_TOKENS", 7)
+    monkeypatch.setattr(shard_module, "_SPAN_TOKENS", 7)
     shard = write(ShardStore(tmp_path), KEYS[0], list("abcdefg"))
     parts = list(shard.token_spans(shard.documents().lengths))
     assert [(first, end) for first, end, _ in parts] == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert np.concatenate([tokens for _, _, tokens in parts]).tolist() == shard.read("tokens").tolist()
-    monkeypatch.setattr(shard_cache, "_SPAN_TOKENS", 1)  # every document is longer than a part
+    monkeypatch.setattr(shard_module, "_SPAN_TOKENS", 1)  # every document is longer than a part
     assert len(list(shard.token_spans(shard.documents().lengths))) == 7
 
 
@@ -77,7 +79,7 @@ def test_a_damaged_shard_is_not_there_and_is_removed(tmp_path: Path, damage: str
 def test_a_shard_of_other_code_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ShardStore(tmp_path)
     write(store, KEYS[0], ["a"])
-    monkeypatch.setattr(shard_cache, "FORMAT", 99)
+    monkeypatch.setattr(shard_module, "FORMAT", 99)
     assert store.find(KEYS[0]) is None
 
 

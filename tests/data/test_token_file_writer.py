@@ -9,10 +9,11 @@ import pytest
 
 from mlxflow.data import row_packer
 from mlxflow.data.document_selection import TRAIN, Selection
-from mlxflow.data.row_packer import Counts
-from mlxflow.data.shard_cache import CONVERSATION, MASKED, Shard, ShardStore
+from mlxflow.data.row_packer import Counts, RowSettings
+from mlxflow.data.shard import CONVERSATION, MASKED, Shard
+from mlxflow.data.shard_cache import ShardStore
 from mlxflow.data.token_file import TokenFile
-from mlxflow.data.token_file_writer import write_rows
+from mlxflow.data.token_file_writer import SideDocuments, write_rows
 from tests.data.test_shard_cache import KEYS
 
 PADDING = 0
@@ -69,19 +70,20 @@ class Corpus:
     def write(self, path: Path, *, repeats: int = 1, **settings: Any) -> tuple[TokenFile, Counts]:
         sides = [np.full(shard.num_documents, TRAIN, np.uint8) for shard in self.shards]
         chosen = Selection(sides, [np.full(len(side), repeats, np.uint16) for side in sides])
-        told: dict[str, Any] = {"capacity": 9, "packing": "best-fit", "on_long": "split", "seed": 0} | settings
+        usual: dict[str, Any] = {
+            "capacity": 9,
+            "packing": "best-fit",
+            "on_long": "split",
+            "seed": 0,
+            "padding": PADDING,
+        }
         counts = write_rows(
             path,
-            shards=self.shards,
-            selection=chosen,
-            side=TRAIN,
-            part="all",
-            held_out=0.0,
-            padding=PADDING,
+            documents=SideDocuments(self.shards, chosen, TRAIN, "all", 0.0),
+            rows=RowSettings(**(usual | settings)),
             dtype=np.dtype(np.uint16),
             metadata=METADATA,
             watch=lambda: None,
-            **told,
         )
         return TokenFile.open(path), counts
 
