@@ -1,0 +1,298 @@
+"""Limits on the size of modules, classes and functions, and tests at the mirrored path of what they test.
+
+The tables of exceptions may only shrink: an entry that is no longer needed fails, and so does one that has grown.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+LIMITS = {"module lines": 350, "function lines": 60, "class lines": 250, "complexity": 15, "parameters": 8}
+
+#: What still exceeds a limit: its largest allowed value.
+EXCEPTIONS: dict[str, int] = {
+    "benchmarks/data.py module lines": 445,
+    "benchmarks/data.py:pack complexity": 16,
+    "benchmarks/quantize.py module lines": 552,
+    "benchmarks/train.py module lines": 528,
+    "benchmarks/train.py:_main complexity": 17,
+    "benchmarks/train.py:_ours function lines": 72,
+    "benchmarks/train.py:_ours parameters": 12,
+    "mlxflow/data/loader.py:Loader.__init__ parameters": 9,
+    "mlxflow/data/tokenizer.py module lines": 364,
+    "mlxflow/kernels/model_kernels.py:choose_for parameters": 10,
+    "mlxflow/models/config_fields.py:_mismatch complexity": 20,
+    "mlxflow/models/model_folder.py module lines": 511,
+    "mlxflow/models/model_folder.py:llama_config parameters": 10,
+    "mlxflow/report/charts.py module lines": 362,
+    "mlxflow/report/charts.py:lines complexity": 25,
+    "mlxflow/report/charts.py:lines function lines": 77,
+    "mlxflow/report/charts.py:lines parameters": 12,
+    "mlxflow/report/graph.py:_draw complexity": 16,
+    "mlxflow/report/sections/benchmark.py:_convergence complexity": 16,
+    "mlxflow/report/sections/environment.py:_machine complexity": 16,
+    "mlxflow/report/sections/learning.py:_of_task complexity": 17,
+    "mlxflow/report/sections/quantization.py:_layers complexity": 27,
+    "mlxflow/report/sections/timelines.py:_bands complexity": 21,
+    "mlxflow/report/sections/timelines.py:_plot complexity": 19,
+    "mlxflow/report/sections/timelines.py:over_each_other complexity": 20,
+    "mlxflow/report/timelines.py:_replay complexity": 27,
+    "mlxflow/stages/benchmark.py module lines": 416,
+    "mlxflow/stages/pretokenize.py module lines": 475,
+    "mlxflow/stages/pretokenize.py:work function lines": 67,
+    "mlxflow/stages/quantize.py module lines": 443,
+    "mlxflow/stages/train.py module lines": 732,
+    "mlxflow/storage/artifact_files.py module lines": 442,
+    "mlxflow/training/trainer.py module lines": 533,
+    "mlxflow/training/trainer.py:Trainer class lines": 387,
+    "mlxflow/workflow/config.py:describe complexity": 20,
+    "mlxflow/workflow/execution.py:_run complexity": 25,
+    "mlxflow/workflow/execution.py:_run function lines": 85,
+    "mlxflow/workflow/loader.py module lines": 439,
+    "mlxflow/workflow/loader.py:_Loader._resolve complexity": 16,
+    "mlxflow/workflow/loader.py:_Loader._variants complexity": 18,
+    "mlxflow/workflow/matrix.py:_matrix_problems complexity": 18,
+    "tasks/run.py:StageRun._execute function lines": 73,
+    "tasks/run.py:StageRun._execute parameters": 12,
+}
+
+#: Modules without tests/<package>/test_<module>.py: tested through the module's users, in the test named here.
+TESTED_ELSEWHERE: dict[str, str] = {
+    "mlxflow/data/chat_compiler.py": "tests/data/test_chat.py",
+    "mlxflow/data/chat_tracing.py": "tests/data/test_chat_turns.py",
+    "mlxflow/data/chatml.py": "tests/data/test_chat.py",
+    "mlxflow/data/control_tokens.py": "tests/data/test_tokenizer.py",
+    "mlxflow/data/conversations.py": "tests/stages/test_chats.py",
+    "mlxflow/data/corpus_report.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/data_sets.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/document_encoder.py": "tests/data/test_tokenizer.py",
+    "mlxflow/data/documents.py": "tests/stages/test_chats.py",
+    "mlxflow/data/encoder.py": "tests/data/test_tokenizer.py",
+    "mlxflow/data/end_tokens.py": "tests/stages/test_chats.py",
+    "mlxflow/data/guarded_template.py": "tests/data/test_guard.py",
+    "mlxflow/data/guarded_tokenizer.py": "tests/data/test_guard.py",
+    "mlxflow/data/held_out_questions.py": "tests/stages/test_report_samples.py",
+    "mlxflow/data/input_files.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/items.py": "tests/data/test_records.py",
+    "mlxflow/data/json_records.py": "tests/data/test_records.py",
+    "mlxflow/data/long_lines.py": "tests/data/test_records.py",
+    "mlxflow/data/messages.py": "tests/stages/test_chats.py",
+    "mlxflow/data/parquet_files.py": "tests/stages/test_chat_containers.py",
+    "mlxflow/data/row_marks.py": "tests/data/test_token_file_writer.py",
+    "mlxflow/data/row_packer.py": "tests/data/test_token_file_writer.py",
+    "mlxflow/data/shard.py": "tests/data/test_shard_cache.py",
+    "mlxflow/data/shard_builder.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/shortage.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/tables.py": "tests/data/test_records.py",
+    "mlxflow/data/texts.py": "tests/data/test_records.py",
+    "mlxflow/data/token_file.py": "tests/data/test_token_file_writer.py",
+    "mlxflow/data/tokenizer_sample.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/watched.py": "tests/data/test_guard.py",
+    "mlxflow/data/watched_tokenizer.py": "tests/data/test_guard.py",
+    "mlxflow/kernels/adamw.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/attention.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/attention_source.py": "tests/kernels/test_nvrtc.py",
+    "mlxflow/kernels/attention_tiles.py": "tests/kernels/test_nvrtc.py",
+    "mlxflow/kernels/codegen.py": "tests/kernels/test_nvrtc.py",
+    "mlxflow/kernels/cross_entropy.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/early_start.py": "tests/kernels/test_registry.py",
+    "mlxflow/kernels/embedding.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/fingerprint.py": "tests/kernels/test_registry.py",
+    "mlxflow/kernels/gated_activation.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/kernel_names.py": "tests/stages/test_kernels.py",
+    "mlxflow/kernels/language_definitions.py": "tests/kernels/test_nvrtc.py",
+    "mlxflow/kernels/layer_patterns.py": "tests/kernels/test_layer_patching.py",
+    "mlxflow/kernels/layer_signature.py": "tests/kernels/test_cache.py",
+    "mlxflow/kernels/model_kernels.py": "tests/stages/test_kernels.py",
+    "mlxflow/kernels/pattern_detection.py": "tests/kernels/test_layer_patching.py",
+    "mlxflow/kernels/rms_norm.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/rms_norm_source.py": "tests/kernels/test_nvrtc.py",
+    "mlxflow/kernels/rotary.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/verification_inputs.py": "tests/kernels/test_verification_cases.py",
+    "mlxflow/kernels/verifier_process.py": "tests/kernels/test_registry.py",
+    "mlxflow/quantization/codec.py": "tests/quantization/test_streaming_export.py",
+    "mlxflow/quantization/mlx_lm_patches.py": "tests/quantization/test_calibrated.py",
+    "mlxflow/quantization/scale_groups.py": "tests/quantization/test_awq.py",
+    "mlxflow/quantization/sensitivity.py": "tests/quantization/test_budget.py",
+    "mlxflow/quantization/settings.py": "tests/quantization/test_plan.py",
+}
+
+#: Modules that have neither yet.
+WITHOUT_MIRRORED_TEST: set[str] = {
+    "mlxflow/benchmarking/convergence.py",
+    "mlxflow/benchmarking/interleaved_timing.py",
+    "mlxflow/benchmarking/machine_speed.py",
+    "mlxflow/benchmarking/roofline.py",
+    "mlxflow/benchmarking/suite.py",
+    "mlxflow/benchmarking/unpacked_rows.py",
+    "mlxflow/cli/doctor.py",
+    "mlxflow/cli/fit.py",
+    "mlxflow/cli/show.py",
+    "mlxflow/data/progress.py",
+    "mlxflow/device/phase_peaks.py",
+    "mlxflow/errors.py",
+    "mlxflow/evaluation/dense_reference.py",
+    "mlxflow/evaluation/positions.py",
+    "mlxflow/evaluation/slices.py",
+    "mlxflow/models/config_fields.py",
+    "mlxflow/models/config_json.py",
+    "mlxflow/models/model_code.py",
+    "mlxflow/models/quantized_layers.py",
+    "mlxflow/ops/eval_mode.py",
+    "mlxflow/ops/gradient_checkpointing.py",
+    "mlxflow/ops/method_override.py",
+    "mlxflow/ops/overrides.py",
+    "mlxflow/profiling/downsampled_table.py",
+    "mlxflow/profiling/memory_model.py",
+    "mlxflow/profiling/memory_readings.py",
+    "mlxflow/profiling/peak_breakdown.py",
+    "mlxflow/profiling/profiled_step.py",
+    "mlxflow/profiling/suggestions.py",
+    "mlxflow/profiling/timeline_journal.py",
+    "mlxflow/quantization/progress.py",
+    "mlxflow/report/charts.py",
+    "mlxflow/report/elements.py",
+    "mlxflow/report/graph.py",
+    "mlxflow/report/load_run.py",
+    "mlxflow/report/render.py",
+    "mlxflow/report/sections/benchmark.py",
+    "mlxflow/report/sections/corpus.py",
+    "mlxflow/report/sections/environment.py",
+    "mlxflow/report/sections/learning.py",
+    "mlxflow/report/sections/memory.py",
+    "mlxflow/report/sections/quantization.py",
+    "mlxflow/report/sections/samples.py",
+    "mlxflow/report/sections/stages.py",
+    "mlxflow/report/sections/timelines.py",
+    "mlxflow/report/summary.py",
+    "mlxflow/report/timelines.py",
+    "mlxflow/stages/benchmark.py",
+    "mlxflow/stages/benchmark_methods.py",
+    "mlxflow/stages/quantize_methods.py",
+    "mlxflow/stages/quantize_quality.py",
+    "mlxflow/stages/report.py",
+    "mlxflow/storage/hub.py",
+    "mlxflow/storage/remote_code.py",
+    "mlxflow/storage/state_files.py",
+    "mlxflow/storage/tensor_header.py",
+    "mlxflow/storage/toml_text.py",
+    "mlxflow/system/heap.py",
+    "mlxflow/system/parent_watcher.py",
+    "mlxflow/training/adapters.py",
+    "mlxflow/training/build.py",
+    "mlxflow/training/checkpoints.py",
+    "mlxflow/training/kernel_selection.py",
+    "mlxflow/training/progress.py",
+    "mlxflow/training/restoring.py",
+    "mlxflow/training/run.py",
+    "mlxflow/training/stop_signals.py",
+    "mlxflow/workflow/disk_queries.py",
+    "mlxflow/workflow/handover.py",
+    "mlxflow/workflow/inputs.py",
+    "mlxflow/workflow/workflow_text.py",
+}
+
+_DECISIONS = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _modules(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+def _complexity(function: ast.AST) -> int:
+    """Return the cyclomatic complexity: one and the decisions, those of inner functions included."""
+    total = 1
+    for node in ast.walk(function):
+        total += isinstance(node, (*_DECISIONS, ast.match_case))
+        if isinstance(node, ast.comprehension):
+            total += len(node.ifs)
+        elif isinstance(node, ast.BoolOp):
+            total += len(node.values) - 1
+    return total
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    arguments = function.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    bound = bool(positional) and positional[0].arg in ("self", "cls")
+    return len(positional) + len(arguments.kwonlyargs) - bound
+
+
+def measured(text: str) -> Iterator[tuple[str, str, int]]:
+    """Yield a name, what is measured and its value, for a module and all functions and classes in it."""
+    yield "", "module lines", len(text.splitlines())
+
+    def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, str, int]]:
+        for child in ast.iter_child_nodes(node):
+            name = prefix
+            if isinstance(child, (*_FUNCTIONS, ast.ClassDef)):
+                name = f"{prefix}.{child.name}" if prefix else child.name
+                lines = (child.end_lineno or 0) - child.lineno + 1
+                if isinstance(child, ast.ClassDef):
+                    yield name, "class lines", lines
+                else:
+                    yield name, "function lines", lines
+                    yield name, "complexity", _complexity(child)
+                    yield name, "parameters", _parameters(child)
+            yield from visit(child, name)
+
+    yield from visit(ast.parse(text), "")
+
+
+def _excesses() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path in _modules("mlxflow", "tasks", "benchmarks"):
+        file = path.relative_to(REPOSITORY).as_posix()
+        for name, measure, value in measured(path.read_text(encoding="utf-8")):
+            if value > LIMITS[measure]:
+                key = f"{file}{':' * bool(name)}{name} {measure}"
+                found[key] = max(value, found.get(key, 0))
+    return found
+
+
+def test_modules_classes_and_functions_stay_within_the_limits() -> None:
+    grown = {key: value for key, value in _excesses().items() if value > EXCEPTIONS.get(key, 0)}
+    assert not grown, "split these by meaning"
+
+
+def test_exceptions_from_the_limits_are_still_needed() -> None:
+    assert not EXCEPTIONS.keys() - _excesses().keys(), "remove these from EXCEPTIONS"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def f(self, a, *, b):\n    return a if b else 0\n", {"function lines": 2, "complexity": 2, "parameters": 2}),
+        ("def f():\n    return [x for x in y if x and z]\n", {"complexity": 4, "parameters": 0}),
+        ("class A:\n    def f(self): ...\n", {"class lines": 2, "function lines": 1, "module lines": 2}),
+        ("def f():\n    def g():\n        while 1: ...\n", {"complexity": 2}),
+    ],
+)
+def test_measures(text: str, expected: dict[str, int]) -> None:
+    found: dict[str, int] = {}
+    for _, measure, value in measured(text):
+        found[measure] = max(value, found.get(measure, 0))
+    assert {measure: found[measure] for measure in expected} == expected
+
+
+def _mirrored(module: Path) -> Path:
+    inner = module.relative_to(REPOSITORY / "mlxflow")
+    return REPOSITORY / "tests" / inner.parent / f"test_{inner.name}"
+
+
+def test_every_module_has_a_test_at_the_mirrored_path_or_is_listed() -> None:
+    modules = [path for path in _modules("mlxflow") if not path.name.startswith("__")]
+    lacking = {path.relative_to(REPOSITORY).as_posix() for path in modules if not _mirrored(path).exists()}
+    listed = TESTED_ELSEWHERE.keys() | WITHOUT_MIRRORED_TEST
+    assert not TESTED_ELSEWHERE.keys() & WITHOUT_MIRRORED_TEST
+    assert not lacking - listed, "add tests/<package>/test_<module>.py"
+    assert not listed - lacking, "remove these from the tables"
+
+
+def test_modules_that_are_tested_elsewhere_name_a_test_that_exists() -> None:
+    assert not [test for test in TESTED_ELSEWHERE.values() if not (REPOSITORY / test).exists()]

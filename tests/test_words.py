@@ -1,0 +1,205 @@
+"""Plain technical English: words that the field does not use are kept out of what people read.
+
+Read are docstrings, comments, messages and help of the code, the README, docs and templates. The table of files that
+still have some may only shrink: a file with fewer than listed fails as one with more does.
+"""
+
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+_FORBIDDEN = re.compile(
+    r"\b(?:serve[sd]?|serving|tells?|told|telling|anew|comes? to|came to|makes? small|made small|somebody|nobody"
+    r"|so-manieth|of which|for want of|be had|goes? on with|gone on with|next to nothing|own way|to speak of"
+    r"|self-proof|prove[sdn]?|proving|proofs?)\b",
+    re.IGNORECASE,
+)
+
+#: Uses of the field that the words above do not forbid.
+_FIELD_TERMS = re.compile(r"mlxflow serve\b|`serve`|\[serve\]|model server|proof of work|waterproof", re.IGNORECASE)
+
+#: Files that still have such words, and how many.
+REMAINING: dict[str, int] = {
+    "README.md": 29,
+    "docs/README.md": 1,
+    "docs/kernels.md": 27,
+    "docs/threat-model.md": 3,
+    "mlxflow/benchmarking/generation_speed.py": 2,
+    "mlxflow/benchmarking/interleaved_timing.py": 3,
+    "mlxflow/benchmarking/step_runner.py": 1,
+    "mlxflow/benchmarking/suite.py": 2,
+    "mlxflow/benchmarking/time_budget.py": 2,
+    "mlxflow/benchmarking/unpacked_rows.py": 1,
+    "mlxflow/cli/compare.py": 4,
+    "mlxflow/cli/fit.py": 2,
+    "mlxflow/cli/report.py": 1,
+    "mlxflow/cli/show.py": 6,
+    "mlxflow/data/chat_tracing.py": 1,
+    "mlxflow/data/chat_turns.py": 1,
+    "mlxflow/data/corpus_report.py": 1,
+    "mlxflow/data/data_sets.py": 1,
+    "mlxflow/data/decompression.py": 1,
+    "mlxflow/data/document_selection.py": 2,
+    "mlxflow/data/encoder.py": 3,
+    "mlxflow/data/held_out_questions.py": 2,
+    "mlxflow/data/input_files.py": 6,
+    "mlxflow/data/items.py": 1,
+    "mlxflow/data/json_records.py": 3,
+    "mlxflow/data/long_words.py": 1,
+    "mlxflow/data/messages.py": 1,
+    "mlxflow/data/records.py": 1,
+    "mlxflow/data/row_packer.py": 1,
+    "mlxflow/data/shard_builder.py": 1,
+    "mlxflow/data/splits.py": 5,
+    "mlxflow/data/tokenizer.py": 1,
+    "mlxflow/data/watched.py": 1,
+    "mlxflow/device/compute_device.py": 6,
+    "mlxflow/device/cpu_backend.py": 4,
+    "mlxflow/device/phase_peaks.py": 1,
+    "mlxflow/evaluation/dense_reference.py": 2,
+    "mlxflow/kernels/__init__.py": 1,
+    "mlxflow/kernels/attention.py": 2,
+    "mlxflow/kernels/attention_tiles.py": 1,
+    "mlxflow/kernels/cross_entropy.py": 1,
+    "mlxflow/kernels/embedding.py": 3,
+    "mlxflow/kernels/gated_activation.py": 4,
+    "mlxflow/kernels/kernel_names.py": 1,
+    "mlxflow/kernels/model_kernels.py": 21,
+    "mlxflow/kernels/rms_norm.py": 7,
+    "mlxflow/kernels/rotary.py": 5,
+    "mlxflow/models/model_folder.py": 4,
+    "mlxflow/ops/attention_overrides.py": 6,
+    "mlxflow/ops/document_mask.py": 1,
+    "mlxflow/ops/embedding_lookup.py": 1,
+    "mlxflow/ops/gradient_checkpointing.py": 3,
+    "mlxflow/ops/overrides.py": 2,
+    "mlxflow/ops/swiglu_cpu.py": 1,
+    "mlxflow/profiling/downsampled_table.py": 1,
+    "mlxflow/profiling/leak_test.py": 3,
+    "mlxflow/profiling/memory_model.py": 2,
+    "mlxflow/profiling/memory_readings.py": 5,
+    "mlxflow/profiling/profiled_step.py": 1,
+    "mlxflow/profiling/profiler.py": 3,
+    "mlxflow/profiling/step_memory.py": 2,
+    "mlxflow/profiling/suggestions.py": 1,
+    "mlxflow/profiling/timeline_journal.py": 3,
+    "mlxflow/quantization/apply.py": 2,
+    "mlxflow/quantization/awq.py": 1,
+    "mlxflow/quantization/budget.py": 1,
+    "mlxflow/quantization/calibrated.py": 1,
+    "mlxflow/quantization/codec.py": 1,
+    "mlxflow/quantization/plan.py": 1,
+    "mlxflow/quantization/settings.py": 3,
+    "mlxflow/quantization/streaming_export.py": 1,
+    "mlxflow/report/charts.py": 3,
+    "mlxflow/report/elements.py": 1,
+    "mlxflow/report/graph.py": 1,
+    "mlxflow/report/load_run.py": 4,
+    "mlxflow/report/sections/quantization.py": 1,
+    "mlxflow/report/sections/timelines.py": 2,
+    "mlxflow/report/summary.py": 2,
+    "mlxflow/report/timelines.py": 3,
+    "mlxflow/stages/benchmark.py": 3,
+    "mlxflow/stages/pretokenize.py": 1,
+    "mlxflow/stages/profile.py": 4,
+    "mlxflow/stages/quantize.py": 2,
+    "mlxflow/stages/quantize_methods.py": 4,
+    "mlxflow/stages/train.py": 4,
+    "mlxflow/storage/artifact_files.py": 6,
+    "mlxflow/storage/atomic_folders.py": 2,
+    "mlxflow/storage/digests.py": 1,
+    "mlxflow/storage/hub.py": 2,
+    "mlxflow/storage/locks.py": 1,
+    "mlxflow/storage/model_files.py": 1,
+    "mlxflow/storage/observed_inputs.py": 2,
+    "mlxflow/storage/temporary_files.py": 1,
+    "mlxflow/storage/unfinished_runs.py": 2,
+    "mlxflow/storage/user_folders.py": 5,
+    "mlxflow/system/child_processes.py": 2,
+    "mlxflow/system/heap.py": 1,
+    "mlxflow/training/checkpoints.py": 4,
+    "mlxflow/training/flat_parameters.py": 1,
+    "mlxflow/training/kernel_selection.py": 2,
+    "mlxflow/training/objective.py": 1,
+    "mlxflow/training/optimizers.py": 4,
+    "mlxflow/training/precompile.py": 3,
+    "mlxflow/training/restoring.py": 1,
+    "mlxflow/training/run.py": 1,
+    "mlxflow/training/step.py": 4,
+    "mlxflow/training/stop_signals.py": 3,
+    "mlxflow/training/trainer.py": 6,
+    "mlxflow/workflow/inputs.py": 3,
+    "mlxflow/workflow/loader.py": 5,
+    "mlxflow/workflow/products.py": 1,
+    "mlxflow/workflow/stage.py": 4,
+    "tasks/doit_action.py": 1,
+    "tasks/doit_backend.py": 3,
+    "tasks/freshness.py": 1,
+    "tasks/graph.py": 1,
+    "tasks/planning.py": 1,
+    "tasks/records.py": 1,
+    "tasks/reporter.py": 1,
+    "tasks/reproduction.py": 1,
+    "tasks/run.py": 2,
+    "tasks/selection.py": 1,
+    "tasks/stage_node.py": 2,
+    "tasks/verb.py": 1,
+}
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield the strings and comments of a Python file, or the whole text of another one."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        yield text
+        return
+    kinds = (tokenize.STRING, tokenize.COMMENT, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in kinds:
+            yield token.string
+
+
+def forbidden_words(text: str) -> list[str]:
+    """Return the forbidden words in a text."""
+    return [match[0] for match in _FORBIDDEN.finditer(_FIELD_TERMS.sub("", re.sub(r"\s+", " ", text)))]
+
+
+def _found() -> dict[str, int]:
+    files = [*(REPOSITORY / "mlxflow").rglob("*"), *(REPOSITORY / "tasks").rglob("*.py"), REPOSITORY / "README.md"]
+    files += (REPOSITORY / "docs").rglob("*.md")
+    counts = {
+        path.relative_to(REPOSITORY).as_posix(): sum(len(forbidden_words(text)) for text in _texts(path))
+        for path in files
+        if path.suffix in (".py", ".md", ".html") and path.is_file()
+    }
+    return {file: count for file, count in sorted(counts.items()) if count}
+
+
+def test_no_file_has_more_forbidden_words_than_listed() -> None:
+    found = _found()
+    assert not {file: count for file, count in found.items() if count > REMAINING.get(file, 0)}, "say it plainly"
+
+
+def test_files_that_became_plain_are_listed_no_longer() -> None:
+    found = _found()
+    assert not {file: count for file, count in REMAINING.items() if count > found.get(file, 0)}, "lower these numbers"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Whether a kernel serves.", ["serves"]),
+        ("It is told what the loss\n    comes to.", ["told", "comes to"]),
+        ("Every so-manieth layer is computed anew.", ["so-manieth", "anew"]),
+        ("`mlxflow serve` answers over HTTP; a reserved name, outcomes", []),
+        ("Kernels that passed verification are selected.", []),
+    ],
+)
+def test_forbidden_words(text: str, words: list[str]) -> None:
+    assert forbidden_words(text) == words
