@@ -27,7 +27,7 @@ OURS = """
 from pathlib import Path
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.creator import configuration, tasks_of
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")
 nodes = [

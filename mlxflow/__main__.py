@@ -180,10 +180,11 @@ def _fit(parsed: argparse.Namespace) -> None:
 
 def _report(parsed: argparse.Namespace) -> None:
     from mlxflow.cli.report import report
-    from mlxflow.workflow.loader import load_workflow, shown_path
+    from mlxflow.storage import paths
+    from mlxflow.workflow.loader import load_workflow
 
     page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
-    terminal.show(shown_path(page))
+    terminal.show(paths.shown(page))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.paths import printable
 from mlxflow.tasks import lockfile
-from mlxflow.tasks.freshness import files_read
 from mlxflow.tasks.lockfile import Lock, Table
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import files_read
 
 
 class Adoption:

@@ -17,10 +17,10 @@ from mlxflow.storage.digests import digest_file
 from mlxflow.storage.ownership import foreign_names
 from mlxflow.storage.state_files import InvalidStateError, parse_json
 from mlxflow.system.os_errors import advise_on
-from mlxflow.tasks.outputs import may_hold
-from mlxflow.tasks.records import read_values
-from mlxflow.tasks.stage_node import Node
 from mlxflow.tasks.tar_members import ArchiveError, Member, compression, members
+from mlxflow.workflow.outputs import may_hold
+from mlxflow.workflow.records import read_values
+from mlxflow.workflow.stage_node import Node
 
 _RECORD = "record.json"
 _FORMAT = 1

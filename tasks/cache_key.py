@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import record_name
-from mlxflow.tasks.freshness import observe_corpora, observe_settings
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import observe_corpora, observe_settings
 
 
 def cache_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:

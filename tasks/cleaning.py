@@ -7,7 +7,7 @@ from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.unfinished_runs import Unfinished
 from mlxflow.system import terminal
 from mlxflow.tasks.leftovers import find_leftovers, remove_leftover
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
 
 
 def remove_unfinished(node: Node, dryrun: bool) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import advise_on
-from mlxflow.tasks.selection import Selection, refuse
+from mlxflow.tasks.selection import Selection, refuse, with_upstream
 from mlxflow.tasks.verb import StageVerb
 
 _EXIT_CODE = {
@@ -27,14 +27,14 @@ class Plan(StageVerb):
 
     def _execute(self, exit_code: bool, pos_args: list[str]) -> int:
         from mlxflow.tasks.leftovers import find_leftovers
-        from mlxflow.tasks.planning import plan, with_upstream
+        from mlxflow.workflow.staleness import find_stale
 
         graph = Selection(self)
         nodes = with_upstream(graph.nodes, [node.task for node in graph.select(pos_args)])
-        planned = plan(nodes, graph.record, graph.cache, graph.is_ignored)
-        for node, reasons, seconds in planned:
-            took = f"  ({seconds:,.1f} s last time)" if seconds is not None else ""
-            terminal.show(f"{node.task}: {'; '.join(reasons)}{took}")
+        planned = find_stale(nodes, graph.record, graph.cache, graph.is_ignored)
+        for stale in planned:
+            took = f"  ({stale.seconds:,.1f} s last time)" if stale.seconds is not None else ""
+            terminal.show(f"{stale.node.task}: {'; '.join(stale.reasons)}{took}")
         known = [one.seconds for one in planned if one.seconds is not None]
         if not planned:
             terminal.show(f"nothing to do: {len(nodes)} stages are fresh")
@@ -59,9 +59,9 @@ class Verify(StageVerb):
 
     def _execute(self, pos_args: list[str]) -> int:
         from mlxflow.device.cpu_backend import thread_count
-        from mlxflow.tasks.outputs import damaged_outputs
-        from mlxflow.tasks.records import is_complete
         from mlxflow.tasks.reproduction import word_other_threads
+        from mlxflow.workflow.outputs import damaged_outputs
+        from mlxflow.workflow.records import is_complete
 
         graph = Selection(self)
         damage: list[str] = []

@@ -16,9 +16,9 @@ from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.tasks.adoption import Adoption
 from mlxflow.tasks.doit_backend import BACKEND
-from mlxflow.tasks.freshness import reasons
 from mlxflow.tasks.reporter import StageReporter
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import reasons
 
 #: The most files that `doit clean` names of those that it leaves alone.
 _MOST_NAMED = 5

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from mlxflow.tasks.freshness import files_read, reasons
 from mlxflow.tasks.selection import Selection
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import files_read, reasons
 
 
 def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, list[str]]:

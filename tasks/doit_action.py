@@ -16,9 +16,9 @@ from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import word_cause
-from mlxflow.tasks.freshness import observe_inputs, observe_settings
-from mlxflow.tasks.outputs import observe_outputs
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.outputs import observe_outputs
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import observe_inputs, observe_settings
 
 #: The exit code of a stage that failed over something the user wrote.
 _USER_MISTAKE = 2

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.storage import state_files
-from mlxflow.storage.paths import printable
 from mlxflow.storage.state_files import InvalidStateError
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import naming
-from mlxflow.tasks.records import FORGOTTEN, check_values
+from mlxflow.workflow import journal
+from mlxflow.workflow.journal import IGNORED, KEPT_KEYS, VALUES
+from mlxflow.workflow.records import FORGOTTEN
 
 # A journal with this many lines for each task that it knows, and some more, is rewritten when doit ends.
 _COMPACT_FACTOR = 4
@@ -20,13 +21,8 @@ _COMPACT_SLACK = 64
 #: The name of this backend, in the settings of doit and among its entry points.
 BACKEND = "mlxflow"
 
-_VALUES, _IGNORED = "_values_:", "ignore:"
-
 #: The keys that doit sets last: of a finished task, and of one that the user told it to ignore.
-_LAST_KEYS = frozenset({"deps:", _IGNORED})
-
-#: The keys of a record that are kept; every other one is the path of an input as doit sees it.
-_KEPT_KEYS = frozenset({_VALUES, "result:", "checker:", _IGNORED})
+_LAST_KEYS = frozenset({"deps:", IGNORED})
 
 
 class Journal:
@@ -76,21 +72,10 @@ class Journal:
             return
         self._reset()
         self._data = data
-        self._torn = not data.endswith(b"\n")
-        lines = data.splitlines()
-        damage: dict[str, str] = {}
-        for number, line in enumerate(lines, 1):
-            self._lines += 1
-            try:
-                task, record = _read_line(line, damage)
-            except InvalidStateError as error:
-                if not (self._torn and number == len(lines)):
-                    damage[f"line {number}"] = str(error)
-                continue
-            self._records.pop(task, None)
-            if record is not None:
-                self._records[task] = record
-        for what, reason in damage.items():
+        contents = journal.parse(data)
+        self._records.update(contents.entries)
+        self._lines, self._torn = contents.num_lines, contents.is_torn
+        for what, reason in contents.damage.items():
             self._ignore(f"{what} is not valid state ({reason})", "It is as if it were not there.")
 
     def _reset(self) -> None:
@@ -137,24 +122,24 @@ class Journal:
         if task_id not in self._records and task_id not in self._asked:
             self._asked.add(task_id)
             if values := self.adopt(task_id):
-                self._records[task_id] = {_VALUES: values}
+                self._records[task_id] = {VALUES: values}
                 if self.keeps_adopted:
                     self._append(task_id)
         return self._records.get(task_id, {})
 
     def get(self, task_id: str, dependency: str) -> Any:
         """Return one value of a task's record, or None; of an input, whether there is a record at all."""
-        if dependency in _KEPT_KEYS or dependency in _LAST_KEYS:
+        if dependency in KEPT_KEYS or dependency in _LAST_KEYS:
             return self._record(task_id).get(dependency)
         return self.in_(task_id) or None
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         """Set one value; the record is written when its last one is set."""
-        if dependency == _IGNORED:
+        if dependency == IGNORED:
             self._record(task_id)  # is ignored beside what is known of it
         self._data = None
         record = self._records.setdefault(task_id, {})
-        if dependency in _KEPT_KEYS:
+        if dependency in KEPT_KEYS:
             record[dependency] = value
         if dependency in _LAST_KEYS:
             self._append(task_id)
@@ -176,7 +161,7 @@ class Journal:
 
     def forget(self, task_id: str) -> None:
         """Drop a task's record so that none is adopted in its place: the task is stale until it runs."""
-        self._records[task_id] = {_VALUES: {FORGOTTEN: True}}
+        self._records[task_id] = {VALUES: {FORGOTTEN: True}}
         self._append(task_id)
 
     def dump(self) -> None:
@@ -202,44 +187,3 @@ class Journal:
 
 def _open_to_append(name: str, flags: int) -> int:
     return os.open(name, flags | state_files.NO_SURPRISES, 0o666)
-
-
-def _read_line(line: bytes, damage: dict[str, str]) -> tuple[str, dict[str, Any] | None]:
-    """Return a task and its record, None where it was dropped; a record that is not valid is dropped, too.
-
-    Args:
-        line: of the journal.
-        damage: by task, why its record is not valid; here it is noted, or forgotten where a valid one follows.
-
-    Raises:
-        InvalidStateError: the line is about no task.
-    """
-    entry = state_files.parse_json(line)
-    if not isinstance(entry, dict) or not isinstance(task := entry.get("task"), str) or "record" not in entry:
-        raise InvalidStateError("no task with its record")
-    record = entry["record"]
-    damage.pop(shown := f"the record of {printable(task)}", None)
-    if record is None:
-        return task, None
-    try:
-        return task, _checked(record)
-    except InvalidStateError as error:
-        damage[shown] = str(error)
-        return task, None
-
-
-def _checked(record: object) -> dict[str, Any]:
-    """Return what a record holds of the keys that are kept.
-
-    Raises:
-        InvalidStateError: one of them has no valid value.
-    """
-    if not isinstance(record, dict):
-        raise InvalidStateError("no table")
-    kept = {key: value for key, value in record.items() if key in _KEPT_KEYS}
-    for key, value in kept.items():
-        if key == _VALUES:
-            check_values(value)
-        elif not isinstance(value, str | None):
-            raise InvalidStateError(f"{key} expected text")
-    return kept

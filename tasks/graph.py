@@ -18,9 +18,9 @@ from mlxflow.storage import layout, state_files, temporary_files
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
-from mlxflow.tasks.stage_node import Node
 from mlxflow.workflow import disk_queries
 from mlxflow.workflow.handover import Basis
+from mlxflow.workflow.stage_node import Node
 
 _FORMAT = 4
 
@@ -139,30 +139,8 @@ def _refuse_command_names(stages: set[str]) -> None:
 def _resolve(path: Path, data: bytes | None) -> list[Node]:
     """Return the stages of a workflow file of which the content is known."""
     from mlxflow.workflow.loader import load_workflow
-    from mlxflow.workflow.stage import summary
 
     workflow = load_workflow(path, data=data)
     _refuse_command_names({one.name for one in workflow.stages})
     basis = None if data is None else Basis(data.decode(), workflow.disk.lookups)
-    return [
-        Node(
-            task=one.task,
-            doc=summary(one.module),
-            root=workflow.root,
-            folder=one.folder.as_posix(),
-            inputs=tuple(name.as_posix() for name in one.input_files),
-            outputs=tuple(name.as_posix() for name in one.outputs),
-            settings=one.settings(),
-            command=_command(one.task, path),
-            beside=tuple(folder.as_posix() for folder in one.folders),
-            spellings=one.spellings,
-            corpora=tuple(corpus.name for corpus in one.corpora),
-            bound_device=one.bound_device,
-            device=workflow.settings.device,
-            threads=workflow.settings.threads,
-            uses_device=getattr(one.module, "USES_DEVICE", True),
-            copies={copy.as_posix(): original.as_posix() for copy, original in one.copies.items()},
-            basis=basis,
-        )
-        for one in workflow.stages
-    ]
+    return [one.node(_command(one.task, path), basis) for one in workflow.stages]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxflow.storage import layout, ownership
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
 
 
 class Leftover(NamedTuple):

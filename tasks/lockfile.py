@@ -16,8 +16,8 @@ from mlxflow.storage.paths import printable
 from mlxflow.storage.regular_files import read_regular
 from mlxflow.storage.state_files import InvalidStateError
 from mlxflow.system.os_errors import naming
-from mlxflow.tasks.records import read_values
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.records import read_values
+from mlxflow.workflow.stage_node import Node
 
 _HEAD = "# What each stage was made of; written by doit, made to be committed.\n\n"
 

@@ -10,10 +10,10 @@ from mlxflow.storage import layout
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import digest_file, tensor_digests
 from mlxflow.system import terminal
-from mlxflow.tasks.freshness import observe_settings
-from mlxflow.tasks.outputs import files_in, may_hold
-from mlxflow.tasks.stage_node import Node
 from mlxflow.tasks.stage_process import run_process
+from mlxflow.workflow.outputs import files_in, may_hold
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import observe_settings
 
 #: Files that tell of the run itself: times and rates.
 _ABOUT_THE_RUN = frozenset({layout.METRICS, layout.REPORT})

@@ -122,14 +122,15 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
     def _stale_upstream(self) -> list[str]:
         """Return a line for each selected stage that reads from a stale one."""
-        from mlxflow.tasks.planning import plan, with_upstream
+        from mlxflow.tasks.selection import with_upstream
+        from mlxflow.workflow.staleness import find_stale
 
         graph = Selection(self)
         lines = []
         for name in self.sel_tasks or ():
             upstream = with_upstream(graph.nodes, [name])
             selected = {node.task for node in upstream if node.task == name or node.task.partition(":")[0] == name}
-            planned = plan([node for node in upstream if node.task not in selected], graph.record, graph.cache)
+            planned = find_stale([node for node in upstream if node.task not in selected], graph.record, graph.cache)
             lines += [
                 f"{name}: reads from {one.node.task}, which is stale ({'; '.join(one.reasons)}). Run: doit {name}"
                 for one in planned

@@ -1,6 +1,6 @@
 """The stages that a command was given, by name, and what is known of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from doit.cmd_base import DoitCmdBase
@@ -8,8 +8,8 @@ from doit.cmd_base import DoitCmdBase
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.tasks.doit_backend import Journal
-from mlxflow.tasks.records import is_complete
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.records import is_complete
+from mlxflow.workflow.stage_node import Node
 
 
 class Selection:
@@ -66,7 +66,7 @@ class Selection:
         Raises:
             SystemExit: there is none, or the artifact is damaged; said, with exit code 1.
         """
-        from mlxflow.tasks.outputs import damaged_outputs
+        from mlxflow.workflow.outputs import damaged_outputs
 
         record = self.record(node.task)
         if not is_complete(record):
@@ -74,6 +74,23 @@ class Selection:
         if damage := list(damaged_outputs(node, record, self.cache, again=True)):
             refuse("\n".join([*damage, f"{node.task}: is not what its run left. Run: doit {node.task}"]), 1)
         return record
+
+
+def with_upstream(nodes: Iterable[Node], wanted: Iterable[str]) -> list[Node]:
+    """Return the stages of the given names and all that they read from, in the order given.
+
+    Args:
+        nodes: every stage, each after the ones it reads from.
+        wanted: names of stages or variants; `quantize` stands for all its variants.
+    """
+    names = set(wanted)
+    needed: set[str] = set()
+    chosen: list[Node] = []
+    for node in reversed(list(nodes)):
+        if node.task in names or node.task.partition(":")[0] in names or needed.intersection(node.outputs):
+            chosen.append(node)
+            needed.update(node.inputs)
+    return chosen[::-1]
 
 
 def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:

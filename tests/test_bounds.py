@@ -17,7 +17,8 @@ from mlxflow.errors import WorkflowError
 from mlxflow.stages import train
 from mlxflow.training.optimizers import make_schedule, options_of
 from mlxflow.workflow.config import read_struct, toml_value
-from mlxflow.workflow.loader import STAGES, Settings, load_workflow, resolved_toml
+from mlxflow.workflow.loader import STAGES, load_workflow, resolved_toml
+from mlxflow.workflow.model import Settings
 
 TABLES: dict[str, type[msgspec.Struct]] = {
     "workflow": Settings,

@@ -17,11 +17,11 @@ from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import hold
 from mlxflow.system.child_processes import PARENT_VARIABLE
-from mlxflow.tasks.freshness import observe_inputs, observe_settings
 from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.stage import Context
+from mlxflow.workflow.staleness import observe_inputs, observe_settings
 from tests.conftest import doit, write_workflow
 
 WORKFLOW = """

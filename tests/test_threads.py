@@ -14,9 +14,9 @@ from mlxflow.device import cpu_backend
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks import lockfile
 from mlxflow.tasks.cache_key import cache_key
-from mlxflow.tasks.freshness import reasons
 from mlxflow.tasks.reproduction import word_other_threads
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import reasons
 
 RESTRICTED = (
     "import os, sys; os.sched_setaffinity(0, {{{cores}}}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"

@@ -8,10 +8,10 @@ from typing import Any
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.models import config_json, vocabularies
 from mlxflow.stages.train import shape_config
-from mlxflow.storage import remote_code
+from mlxflow.storage import paths, remote_code
 from mlxflow.system.os_errors import advise_on
 from mlxflow.workflow.config import Problem, toml_value, word
-from mlxflow.workflow.loader import Stage, Workflow, shown_path
+from mlxflow.workflow.model import Stage, Workflow
 
 
 def check_plans(workflow: Workflow) -> None:
@@ -49,13 +49,13 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
             is_same = means_the_same(own, files[0])
         except (OSError, ValueError) as error:
             advice = advise_on(error, "Mend it")
-            raise ArtifactError(f"{shown_path(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
+            raise ArtifactError(f"{paths.shown(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
         if not is_same:
             key, value = ("model.from", config.model.from_) if one.name == "train" else ("model", config.model)
             said = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
             expected = f"has another tokenizer than its tokens, which are made with {said}"
             advice = f"Set {tokens.table}.tokenizer.from = {toml_value(value)}, or read tokens of another stage."
-            yield word(Problem(key, value, expected, advice), shown_path(workflow.path), one.table)
+            yield word(Problem(key, value, expected, advice), paths.shown(workflow.path), one.table)
 
 
 def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
         if config.document_mask is True and tokens.packing != "none" and document_mask.has_row_state(skeleton):
             expected = f"{architecture['model_type']} counts positions through the whole row"
             advice = 'Set document_mask = false, or pretokenize.packing = "none".'
-            yield word(Problem("document_mask", True, expected, advice), shown_path(workflow.path), one.table)
+            yield word(Problem("document_mask", True, expected, advice), paths.shown(workflow.path), one.table)
 
 
 def _plan_mistakes(workflow: Workflow) -> list[str]:
@@ -96,7 +96,7 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
             continue
         what = (architecture, folder, workflow.trusts_code(one))
         config: Any = one.config
-        key = f"{shown_path(workflow.path)}: {one.table}"
+        key = f"{paths.shown(workflow.path)}: {one.table}"
         try:
             with remote_code.trusting_code(workflow.trusts_code(one)):
                 if made[0] != what:
@@ -134,8 +134,8 @@ def _read(folder: Path) -> dict[str, Any]:
         found = config_json.load(folder / "config.json")
     except OSError as error:
         said = f"its config.json cannot be read ({error.strerror})"
-        raise ArtifactError(f"{shown_path(folder)}: {said}. {advise_on(error, 'Mend it')}.") from error
+        raise ArtifactError(f"{paths.shown(folder)}: {said}. {advise_on(error, 'Mend it')}.") from error
     except ValueError as error:
-        raise ArtifactError(f"{shown_path(folder)}: its config.json is no JSON ({error}). Mend it.") from error
-    config_json.require_types(found, shown_path(folder / "config.json"))
+        raise ArtifactError(f"{paths.shown(folder)}: its config.json is no JSON ({error}). Mend it.") from error
+    config_json.require_types(found, paths.shown(folder / "config.json"))
     return found

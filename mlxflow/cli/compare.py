@@ -11,7 +11,7 @@ from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
 from mlxflow.workflow import stage
 from mlxflow.workflow.execution import run_alone
-from mlxflow.workflow.loader import Stage, Workflow
+from mlxflow.workflow.model import Stage, Workflow
 
 # Where a folder may hold a benchmark's report: an artifact, the artifacts, a workflow
 _BENCHMARK = layout.stage_folder("benchmark") / layout.REPORT

@@ -8,7 +8,7 @@ from mlxflow.errors import ArtifactError, CallError
 from mlxflow.storage import layout, remote_code
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.system import terminal
-from mlxflow.workflow.loader import Stage, Workflow
+from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import Context, rooted
 
 

@@ -13,7 +13,8 @@ import msgspec
 
 from mlxflow.system import terminal
 from mlxflow.workflow.config import default_of, describe, struct_in, toml_value
-from mlxflow.workflow.loader import STAGES, Settings
+from mlxflow.workflow.loader import STAGES
+from mlxflow.workflow.model import Settings
 
 
 def reference() -> str:

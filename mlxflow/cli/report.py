@@ -2,16 +2,19 @@
 
 import webbrowser
 from pathlib import Path
+from typing import Any
 
-from mlxflow.device import compute_device
 from mlxflow.errors import CallError, UserError
-from mlxflow.report.load_run import Member, read_run, read_toml, table
+from mlxflow.report.load_run import read_run, read_toml, table
 from mlxflow.report.render import render
-from mlxflow.storage import artifact_files, layout
+from mlxflow.storage import artifact_files, layout, paths
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
-from mlxflow.workflow import stage
-from mlxflow.workflow.loader import Stage, Workflow, load_workflow, shown_path
+from mlxflow.workflow.journal import read_records
+from mlxflow.workflow.loader import load_workflow
+from mlxflow.workflow.model import Workflow
+from mlxflow.workflow.stage import Member
+from mlxflow.workflow.staleness import StaleStage, find_stale, record_of_report
 
 
 def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = False) -> Path:
@@ -30,7 +33,7 @@ def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = Fal
     if compare:
         other = _other_root(compare)
         name, members = _described(other)
-        labels = [f"A: {shown_path(workflow.root)}", f"B: {shown_path(other)}"]
+        labels = [f"A: {paths.shown(workflow.root)}", f"B: {paths.shown(other)}"]
         runs = [read_run(workflow.root, _members(workflow), name=workflow.settings.name, label=labels[0])]
         runs.append(read_run(other, members, name=name, label=labels[1]))
     else:
@@ -39,7 +42,7 @@ def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = Fal
         page.parent.mkdir(exist_ok=True)
         artifact_files.write_whole(page, render(runs))
     if opens and not webbrowser.open(page.resolve().as_uri()):
-        terminal.say(f"{shown_path(page)}: no browser could be opened. Open the file yourself.")
+        terminal.say(f"{paths.shown(page)}: no browser could be opened. Open the file yourself.")
     return page
 
 
@@ -68,36 +71,22 @@ def _found(root: Path) -> list[Member]:
 
 
 def _members(workflow: Workflow) -> list[Member]:
-    """Return the stages but for the page's own, with what makes them stale."""
+    """Return every stage but that of the page, with what makes it stale."""
+    nodes = [one.node() for one in workflow.stages]
+    recorded = read_records(workflow.state / layout.JOURNAL)
+
+    def record(task: str) -> dict[str, Any]:
+        report, _ = read_toml(workflow.root / layout.stage_folder(task) / layout.REPORT)
+        return recorded.get(task) or record_of_report(table(report, "stage"))
+
     cache = DigestCache(workflow.state / layout.DIGESTS)
-    makers = {path: one.task for one in workflow.stages for path in one.outputs}
-    stale: set[str] = set()
-    members = []
-    for one, made in zip(workflow.stages, workflow.members(), strict=True):
-        if one.name == "report":
-            continue
-        above = next((makers[path] for path in one.input_files if makers.get(path) in stale), None)
-        reason = _staleness(workflow, one, cache) or (
-            f"{above}, which it reads from, is out of date or not built" if above else ""
-        )
-        if reason:
-            stale.add(one.task)
-        members.append(Member(*made, stale=reason))
+    stale = {one.node.task: one for one in find_stale(nodes, record, cache)}
     cache.save()
-    return members
+    members = [member for member in workflow.members() if member.task.partition(":")[0] != "report"]
+    return [member._replace(stale=_word(stale[member.task]) if member.task in stale else "") for member in members]
 
 
-def _staleness(workflow: Workflow, one: Stage, cache: DigestCache) -> str:
-    """Return what makes a built stage stale, empty where nothing does; as doit does, but from its report alone."""
-    about = table(read_toml(workflow.root / one.folder / layout.REPORT)[0], "stage")
-    if about.get("settings_digest") != stage.settings_digest(
-        one.settings() | compute_device.environment(one.bound_device)
-    ):
-        return "its settings, its code or MLX changed"
-    try:
-        read = one.files_read(workflow.root)
-        identities = {name: cache.digests(workflow.root / path).identity for name, path in read.items()}
-        identities |= one.corpus_identities(cache)
-    except (OSError, ValueError):
-        return "an input is missing or damaged"
-    return "" if about.get("inputs_digest") == stage.settings_digest(dict(identities)) else "an input changed"
+def _word(stale: StaleStage) -> str:
+    if stale.own_reasons:
+        return "; ".join(stale.own_reasons)
+    return f"{stale.upstream[0]}, which it reads from, is out of date or not built"

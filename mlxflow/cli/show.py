@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxflow.errors import CallError
 from mlxflow.storage import layout, report_checks
 from mlxflow.system import terminal
-from mlxflow.workflow.loader import Stage, Workflow
+from mlxflow.workflow.model import Stage, Workflow
 
 if TYPE_CHECKING:
     from rich.console import Console

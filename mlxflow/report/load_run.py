@@ -9,26 +9,9 @@ from typing import Any, NamedTuple
 
 from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
 from mlxflow.storage import layout, toml_text, unfinished_runs
+from mlxflow.workflow.stage import Member
 
 _LARGEST_BYTES = 256_000_000
-
-
-class Member(NamedTuple):
-    """A stage or variant of a workflow.
-
-    Attributes:
-        task: its name.
-        folder: the artifact, relative to the workflow's folder.
-        reads: the tasks it reads from.
-        outputs: the files it writes, relative to the workflow's folder.
-        stale: what makes it stale, empty where nothing does or nobody asked.
-    """
-
-    task: str
-    folder: Path
-    reads: tuple[str, ...] = ()
-    outputs: tuple[Path, ...] = ()
-    stale: str = ""
 
 
 class StageRun(NamedTuple):

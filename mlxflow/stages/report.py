@@ -118,14 +118,12 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     Raises:
         ArtifactError: a model cannot be opened.
     """
-    from mlxflow.report.load_run import Member, read_run
+    from mlxflow.report.load_run import read_run
     from mlxflow.report.render import render
     from mlxflow.storage import artifact_files
 
     samples = report_samples.samples(config, inputs, context)
-    members = [
-        Member(one.task, one.folder, one.reads, one.outputs) for one in context.members if one.task in inputs.reports
-    ]
+    members = [one for one in context.members if one.task in inputs.reports]
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])
     artifact_files.write_whole(outputs.page, page)

@@ -120,3 +120,9 @@ def is_utf8(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def shown(path: Path) -> str:
+    """Return a path as a user would write it, on one line."""
+    relative = os.path.relpath(path)
+    return printable(str(path) if relative.startswith("..") else relative)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlxflow.device import compute_device, cpu_backend
 from mlxflow.errors import ArtifactError, CallError, StageError
-from mlxflow.storage import artifact_files, atomic_folders, layout, ownership, remote_code, temporary_files
+from mlxflow.storage import artifact_files, atomic_folders, layout, ownership, paths, remote_code, temporary_files
 from mlxflow.storage import unfinished_runs as left
 from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
@@ -20,7 +20,7 @@ from mlxflow.system import terminal
 from mlxflow.system.os_errors import advise_on
 from mlxflow.workflow import stage
 from mlxflow.workflow.handover import Handover
-from mlxflow.workflow.loader import Stage, Workflow, shown_path
+from mlxflow.workflow.model import Stage, Workflow
 
 
 def run_stage(workflow: Workflow, one: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
@@ -177,11 +177,11 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> d
             identities[record_name] = cache.digests(path).identity
         except FileNotFoundError:
             gone = path if path.parent.is_dir() else path.parent
-            lines.append(f"{shown_path(gone)}: missing{_word_maker(workflow, name)}")
+            lines.append(f"{paths.shown(gone)}: missing{_word_maker(workflow, name)}")
         except OSError as error:
-            lines.append(f"{shown_path(path)}: cannot be read ({error.strerror}). {_advise(error, workflow, name)}")
+            lines.append(f"{paths.shown(path)}: cannot be read ({error.strerror}). {_advise(error, workflow, name)}")
         except ValueError as error:
-            lines.append(f"{shown_path(path)}: damaged ({error}){_word_maker(workflow, name)}")
+            lines.append(f"{paths.shown(path)}: damaged ({error}){_word_maker(workflow, name)}")
     if lines:
         raise ArtifactError(*dict.fromkeys(lines))
     return identities | one.corpus_identities(cache)

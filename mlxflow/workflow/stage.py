@@ -134,20 +134,22 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
     report: Path = Path(layout.REPORT)
 
 
-class Made(NamedTuple):
-    """A stage of the workflow as others see it.
+class Member(NamedTuple):
+    """A stage or variant of a workflow as other stages and the page see it.
 
     Attributes:
         task: its name.
         folder: the artifact, relative to the workflow's folder.
         reads: the stages that make its inputs.
         outputs: the files it writes, relative to the workflow's folder.
+        stale: what makes it stale, in words; empty where nothing does, or where that was not looked up.
     """
 
     task: str
     folder: Path
-    reads: tuple[str, ...]
-    outputs: tuple[Path, ...]
+    reads: tuple[str, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    stale: str = ""
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,7 +182,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     root: Path
     state: Path
     tasks: tuple[str, ...]
-    members: tuple[Made, ...]
+    members: tuple[Member, ...]
     name: str
     folder: Path
     unfinished: Path

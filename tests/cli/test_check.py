@@ -10,7 +10,8 @@ from mlxflow.cli.check import check_plans
 from mlxflow.errors import WorkflowError
 from mlxflow.models import model_folder
 from mlxflow.workflow.execution import run_stage
-from mlxflow.workflow.loader import Workflow, load_workflow
+from mlxflow.workflow.loader import load_workflow
+from mlxflow.workflow.model import Workflow
 
 TRAIN = """
 [pretokenize]

@@ -1,5 +1,6 @@
 """The page of a real run, and `mlxflow report`."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from mlxflow.cli.report import report
+from mlxflow.device import compute_device
 from mlxflow.errors import CallError
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.workflow.loader import load_workflow
-from tests.conftest import mlxflow
+from tests.conftest import doit, mlxflow
 from tests.report.test_page import Seen
 
 
@@ -60,6 +62,24 @@ def test_by_hand_what_is_stale_or_gone_is_told(job_copy: Path) -> None:
     assert "quantize:q4 is out of date: train, which it reads from, is out of date or not built." in text
     assert "No benchmark to show: artifacts/benchmark/report.toml is missing. Run: doit benchmark" in text
     assert "Loss, in nats a token" in text
+
+
+def test_what_doit_recorded_is_judged_as_doit_does(job_copy: Path) -> None:
+    """The page names the reason that `doit plan` prints; the report of the stage alone would not show it."""
+    recorded = {
+        "settings": load_workflow(job_copy / "workflow.toml").find("pretokenize").node().settings
+        | compute_device.environment(None),
+        "inputs": {},
+        "outputs": {"artifacts/pretokenize/report.toml": [1, "0"]},
+        "seconds": 1.0,
+    }
+    state = job_copy / "artifacts/.mlxflow"
+    line = json.dumps({"task": "pretokenize", "record": {"_values_:": recorded, "deps:": []}})
+    (state / "state.jsonl").write_text(line + "\n")
+    planned = doit(job_copy, "plan", "pretokenize").stdout.splitlines()[0]
+    reasons = planned.removeprefix("pretokenize: ").removesuffix("  (1.0 s last time)")
+    assert "artifacts/pretokenize/report.toml has" in reasons
+    assert f"pretokenize is out of date: {reasons}." in _report(job_copy)
 
 
 def test_by_hand_before_anything_is_built(job: Path) -> None:

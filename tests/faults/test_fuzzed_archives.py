@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache, digest_file
 from mlxflow.tasks.archive import pack, unpack
-from mlxflow.tasks.outputs import observe_outputs
-from mlxflow.tasks.records import check_values
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.outputs import observe_outputs
+from mlxflow.workflow.records import check_values
+from mlxflow.workflow.stage_node import Node
 from tests.faults.grammar import VALUES, changed, spoilt
 
 A, B = "artifacts/train/a", "artifacts/train/folder/" + "long/" * 30 + "b"

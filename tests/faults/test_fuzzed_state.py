@@ -19,9 +19,9 @@ from mlxflow.storage.digests import DigestCache, digest_file
 from mlxflow.tasks import lockfile
 from mlxflow.tasks.adoption import Adoption
 from mlxflow.tasks.doit_backend import Journal
-from mlxflow.tasks.planning import plan
-from mlxflow.tasks.records import check_values
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.records import check_values
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import find_stale
 from tests.faults.grammar import VALUES, changed, spoilt
 
 VALID: dict[str, Any] = {
@@ -49,7 +49,7 @@ def _use(journal: Journal, node: Node, cache: DigestCache) -> None:
         record = journal.get(task, "_values_:")
         if record is not None:
             check_values(record)
-    plan([node], lambda task: journal.get(task, "_values_:") or {}, cache)
+    find_stale([node], lambda task: journal.get(task, "_values_:") or {}, cache)
     journal.set("train", "_values_:", VALID)
     journal.set("train", "deps:", [])
     journal.dump()

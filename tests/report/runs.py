@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from mlxflow.report.load_run import Member, Run, read_run
+from mlxflow.report.load_run import Run, read_run
 from mlxflow.storage import artifact_files
+from mlxflow.workflow.stage import Member
 
 TASKS = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark")
 _READS = {

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from mlxflow.report.load_run import Member, read_run
+from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
+from mlxflow.workflow.stage import Member
 from tests.report.runs import TASKS, edit, read, write_run
 
 HOSTILE = (

@@ -15,8 +15,9 @@ from mlxflow.evaluation.text_generation import Sampling, Writer, generate
 from mlxflow.models import model_folder
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import DigestCache
-from mlxflow.tasks import archive, freshness, outputs
+from mlxflow.tasks import archive
 from mlxflow.tasks.graph import load_nodes
+from mlxflow.workflow import outputs, staleness
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import mlxflow
@@ -371,7 +372,7 @@ def test_a_changed_adapter_makes_every_reader_stale(chain: Path) -> None:
     (chain / "workflow.toml").write_text(HEAD + CHAIN)
     adapters = {"artifacts/train/adapters.safetensors", "artifacts/train/adapter_config.json"}
     nodes = load_nodes(chain / "workflow.toml", chain / "none")
-    readers = {node.task for node in nodes if adapters <= set(freshness.files_read(node))}
+    readers = {node.task for node in nodes if adapters <= set(staleness.files_read(node))}
     assert readers == {"quantize", "profile", "benchmark", "report"}
 
 

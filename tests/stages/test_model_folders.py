@@ -16,10 +16,11 @@ from mlxflow.models import model_folder
 from mlxflow.storage import remote_code
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.cache_key import cache_key
-from mlxflow.tasks.freshness import observe_inputs
 from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow.execution import run_stage
-from mlxflow.workflow.loader import Workflow, load_workflow
+from mlxflow.workflow.loader import load_workflow
+from mlxflow.workflow.model import Workflow
+from mlxflow.workflow.staleness import observe_inputs
 
 HEAD = """
 [pretokenize]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from mlxflow.evaluation.text_generation import Sampling, Writer
-from mlxflow.report.load_run import Member, read_run
+from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
 from mlxflow.stages import report
 from mlxflow.stages.report_samples import samples
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
-from mlxflow.workflow.stage import derive_seed
+from mlxflow.workflow.stage import Member, derive_seed
 from tests.report.test_page import Seen
 
 TRAINING = """

@@ -18,8 +18,8 @@ from mlxflow.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks import archive
 from mlxflow.tasks.archive import pack, unpack
-from mlxflow.tasks.outputs import observe_outputs
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.outputs import observe_outputs
+from mlxflow.workflow.stage_node import Node
 
 A, LONG = "artifacts/train/a", "artifacts/train/" + "long/" * 30 + "b.safetensors"
 

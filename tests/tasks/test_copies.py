@@ -11,8 +11,8 @@ from doit.globals import Globals
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.archive import pack, unpack
 from mlxflow.tasks.creator import remove_artifact
-from mlxflow.tasks.outputs import damaged_outputs, observe_outputs
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.outputs import damaged_outputs, observe_outputs
+from mlxflow.workflow.stage_node import Node
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ from mlxflow.errors import UserError
 from mlxflow.models import model_folder
 from mlxflow.storage import state_files
 from mlxflow.storage.digests import DigestCache, digest_json
-from mlxflow.tasks.freshness import observe_inputs, observe_settings
 from mlxflow.tasks.graph import load_nodes
-from mlxflow.tasks.outputs import observe_outputs
-from mlxflow.tasks.planning import plan
-from mlxflow.tasks.stage_node import Node
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.loader import load_workflow
+from mlxflow.workflow.outputs import observe_outputs
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import find_stale, observe_inputs, observe_settings
 from tests.conftest import doit
 
 TREE = {
@@ -108,7 +107,7 @@ class Project:
         nodes = self.nodes(remembering=remembering)
         if isinstance(nodes, str):
             return nodes
-        planned = plan(nodes, lambda task: self.records.get(task, {}), self.cache)
+        planned = find_stale(nodes, lambda task: self.records.get(task, {}), self.cache)
         return nodes, [(one.node.task, one.reasons) for one in planned]
 
     def run(self) -> None:
@@ -117,7 +116,7 @@ class Project:
         if isinstance(nodes, str):
             return
         (self.folder / "artifacts/.mlxflow").mkdir(parents=True, exist_ok=True)
-        stale = {one.node.task for one in plan(nodes, lambda task: self.records.get(task, {}), self.cache)}
+        stale = {one.node.task for one in find_stale(nodes, lambda task: self.records.get(task, {}), self.cache)}
         for node in (node for node in nodes if node.task in stale):
             try:
                 inputs = observe_inputs(node, self.cache)

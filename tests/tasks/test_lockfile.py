@@ -16,8 +16,8 @@ from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks import lockfile
 from mlxflow.tasks.adoption import Adoption
-from mlxflow.tasks.freshness import files_read
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import files_read
 from tests.chain import Chain
 
 VALUES: dict[str, Any] = {

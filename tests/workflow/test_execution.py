@@ -10,7 +10,8 @@ from mlxflow.stages import pretokenize
 from mlxflow.storage import artifact_files
 from mlxflow.workflow import stage
 from mlxflow.workflow.execution import run_stage
-from mlxflow.workflow.loader import Workflow, load_workflow
+from mlxflow.workflow.loader import load_workflow
+from mlxflow.workflow.model import Workflow
 
 
 @pytest.fixture

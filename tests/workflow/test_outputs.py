@@ -11,10 +11,10 @@ import pytest
 from mlxflow.errors import ArtifactError
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.archive import pack, unpack
-from mlxflow.tasks.freshness import observe_inputs, reasons
-from mlxflow.tasks.outputs import damaged_outputs, observe_outputs
 from mlxflow.tasks.reproduction import differing
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.outputs import damaged_outputs, observe_outputs
+from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness import observe_inputs, reasons
 
 #: What a stage leaves beside what it names, and what somebody else may put there.
 BESIDE = ("generation_config.json", "modeling.py", "additional_chat_templates/tool_use.jinja")

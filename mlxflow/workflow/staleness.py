@@ -1,20 +1,27 @@
-"""Whether a stage is stale, and the fact that makes it so, in a user's words."""
+"""Whether a stage is stale, and why: the one decision for doit, `doit plan`, `doit list --status` and `mlxflow report`.
 
-from collections.abc import Iterator
+A stage is judged by the record of its last run: of doit's journal, where doit ran it, else of its own report, which
+knows its settings and inputs by digests alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device.compute_device import environment
 from mlxflow.storage import layout, model_files
-from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import printable, record_name
-from mlxflow.tasks.outputs import damaged_outputs
-from mlxflow.tasks.records import FORGOTTEN, is_complete
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.outputs import damaged_outputs
+from mlxflow.workflow.records import FORGOTTEN, is_complete
+from mlxflow.workflow.stage_node import Node
 
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"
+
+#: The key of a record that was made from a report alone.
+_PROVENANCE = "provenance"
 
 
 def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
@@ -44,6 +51,15 @@ def observe_settings(node: Node) -> dict[str, Any]:
     return node.settings | environment(node.bound_device)
 
 
+def record_of_report(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a record for an artifact that no doit recorded.
+
+    Args:
+        provenance: the table `stage` of the artifact's report, empty where there is no report.
+    """
+    return {_PROVENANCE: provenance} if provenance else {}
+
+
 def reasons(
     node: Node, record: dict[str, Any], cache: DigestCache, *, leave_out: tuple[str, ...] = ()
 ) -> Iterator[str]:
@@ -51,10 +67,13 @@ def reasons(
 
     Args:
         node: the stage.
-        record: what its last run left, empty where there was none.
+        record: of its last run, by doit or by `record_of_report`; empty where there was none.
         cache: digests by path.
-        leave_out: artifact folders of which no input is looked at.
+        leave_out: artifact folders whose files are not compared, because they will be rebuilt.
     """
+    if provenance := record.get(_PROVENANCE):
+        yield from _reasons_by_report(node, provenance, cache, leave_out)
+        return
     if not is_complete(record):
         yield "never built" if not record else _FORGOTTEN if FORGOTTEN in record else _OLDER
         return
@@ -65,6 +84,77 @@ def reasons(
         yield f"workflow.threads: {record.get('threads', 'unknown')} -> {node.threads}"
     yield from damaged_outputs(node, record, cache)
     yield from _changed_inputs(node, record["inputs"], cache, leave_out)
+
+
+def _reasons_by_report(
+    node: Node, provenance: dict[str, Any], cache: DigestCache, leave_out: tuple[str, ...]
+) -> Iterator[str]:
+    if provenance.get("settings_digest") != digest_json(observe_settings(node)):
+        yield "its settings, its code or MLX changed"
+    if any(name.startswith(tuple(f"{folder}/" for folder in leave_out)) for name in node.inputs):
+        return  # the digest is one of all inputs
+    try:
+        identities = observe_inputs(node, cache)
+    except (OSError, ValueError):
+        yield "an input is missing or damaged"
+        return
+    if provenance.get("inputs_digest") != digest_json(identities):
+        yield "an input changed"
+
+
+#: Returns the record of a stage's last run, empty where there is none.
+Records = Callable[[str], dict[str, Any]]
+
+
+class StaleStage(NamedTuple):
+    """A stage that a run would run.
+
+    Attributes:
+        node: the stage.
+        own_reasons: the facts that make it stale by itself.
+        upstream: stale stages that it reads from.
+        seconds: what its last run took, if known.
+    """
+
+    node: Node
+    own_reasons: list[str]
+    upstream: list[str]
+    seconds: float | None
+
+    @property
+    def reasons(self) -> list[str]:
+        """Every reason, in words."""
+        return [*self.own_reasons, *(f"because {task} runs" for task in self.upstream)]
+
+
+def find_stale(
+    nodes: Iterable[Node], records: Records, cache: DigestCache, is_ignored: Callable[[str], bool] = lambda task: False
+) -> list[StaleStage]:
+    """Return the stages that a run would run, in its order.
+
+    A stage that reads from one that will run is taken to run too; it does not when that one's result is equal.
+
+    Args:
+        nodes: every stage, each after the ones it reads from.
+        records: see `Records`.
+        cache: digests by path.
+        is_ignored: whether a stage, and with it all that read from it, does not run.
+    """
+    stale: list[StaleStage] = []
+    makers: dict[str, str] = {}  # of the files that will be rebuilt
+    ignored: set[str] = set()  # files of stages that do not run
+    for node in nodes:
+        if is_ignored(node.task) or ignored.intersection(node.inputs):
+            ignored.update(node.outputs)
+            continue
+        record = records(node.task)
+        folders = tuple(one.node.folder for one in stale)
+        own = list(reasons(node, record, cache, leave_out=folders))
+        upstream = list(dict.fromkeys(makers[name] for name in node.inputs if name in makers))
+        if own or upstream:
+            stale.append(StaleStage(node, own, upstream, record.get("seconds")))
+            makers.update(dict.fromkeys(node.outputs, node.task))
+    return stale
 
 
 def _changed_inputs(

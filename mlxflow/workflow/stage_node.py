@@ -8,8 +8,8 @@ from typing import Any
 
 from mlxflow.storage import layout
 from mlxflow.storage.state_files import InvalidStateError
-from mlxflow.tasks.records import are_settings
 from mlxflow.workflow.handover import Basis, Handover
+from mlxflow.workflow.records import are_settings
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.model_files import decides
-from mlxflow.tasks.stage_node import Node
+from mlxflow.workflow.stage_node import Node
 
 
 def may_hold(node: Node, name: str) -> bool:

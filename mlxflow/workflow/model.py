@@ -1,0 +1,285 @@
+"""A workflow once it is read: the `[workflow]` table, and every stage with its settings, inputs and outputs."""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mlxflow.data import sources
+from mlxflow.device import compute_device
+from mlxflow.device.compute_device import SIZE_PATTERN
+from mlxflow.errors import CallError
+from mlxflow.storage import layout, model_files, paths
+from mlxflow.storage.digests import DigestCache
+from mlxflow.workflow import stage
+from mlxflow.workflow.config import Problem, toml_value
+from mlxflow.workflow.disk_queries import Disk
+from mlxflow.workflow.handover import Basis
+from mlxflow.workflow.stage import Corpus, StageModule
+from mlxflow.workflow.stage_node import Node
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[workflow]` table."""
+
+    name: Annotated[str, Meta(min_length=1, description="shown in reports")] = "workflow"
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="every random choice derives from it, by name")] = 0
+    device: Annotated[Literal["auto", "gpu", "cpu"], Meta(description="what MLX computes on")] = "auto"
+    threads: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1024,
+            examples=[4],
+            description="threads that multiply matrices on the CPU, on which last bits depend; 0: one a processor",
+        ),
+    ] = 0
+    memory_limit: Annotated[
+        str,
+        Meta(
+            pattern=SIZE_PATTERN,
+            examples=["12 GB"],
+            description='of the device\'s recommended working set, or a size such as "12 GB"',
+        ),
+    ] = "80%"
+    cache_limit: Annotated[
+        str,
+        Meta(
+            pattern=rf"^$|{SIZE_PATTERN}",
+            examples=["2 GB"],
+            description="what MLX keeps of freed memory for reuse: of the memory limit, or a size; empty: as MLX likes",
+        ),
+    ] = ""
+    wired_limit: Annotated[
+        str,
+        Meta(
+            pattern=SIZE_PATTERN,
+            examples=["8 GB"],
+            description="what stays resident on a Mac: of the memory limit, or a size",
+        ),
+    ] = "100%"
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a memory limit of nothing, and limits of more than all."""
+        for key in ("memory_limit", "cache_limit", "wired_limit"):
+            value, default = getattr(self, key), toml_value(getattr(Settings(), key))
+            if value and (expected := compute_device.size_mistake(value)):
+                yield Problem(key, value, expected, f"Use {default} (the default).")
+        if (
+            not compute_device.size_mistake(self.memory_limit)
+            and compute_device.parse_size(self.memory_limit, 10**12) == 0
+        ):
+            yield Problem("memory_limit", self.memory_limit, "expected more than nothing", 'Use "80%" (the default).')
+
+
+class Stage:
+    """One stage of a workflow, or one variant of it, ready to be asked or run.
+
+    Attributes:
+        module: the stage's module.
+        variant: its name, or None.
+        table: the table's key in the file, such as `train` or `quantize[0]`.
+        config: the resolved table.
+        inputs: what it reads; paths relative to the workflow's folder.
+        spellings: see `mlxflow.storage.paths.record_name`.
+    """
+
+    def __init__(
+        self, module: StageModule, variant: str | None, table: str, config: msgspec.Struct, workflow: "Workflow"
+    ) -> None:
+        self.module = module
+        self.variant = variant
+        self.table = table
+        self.config = config
+        self._workflow = workflow
+        self.inputs: msgspec.Struct = module.Inputs()
+        self.spellings: dict[str, str] = {}
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the TOML table."""
+        return stage.stage_name(self.module)
+
+    @cached_property
+    def task(self) -> str:
+        """`stage` or `stage:variant`."""
+        return f"{self.name}:{self.variant}" if self.variant else self.name
+
+    @cached_property
+    def folder(self) -> Path:
+        """The artifact, relative to the workflow's folder."""
+        return layout.stage_folder(self.task)
+
+    @cached_property
+    def outputs(self) -> list[Path]:
+        """Every file the stage writes, relative to the workflow's folder."""
+        return [self.folder / path for path in stage.paths_of(stage.outputs_of(self.module, self.config))]
+
+    @property
+    def file_names(self) -> set[str]:
+        """The names of the files it writes, relative to the artifact."""
+        return {path.relative_to(self.folder).as_posix() for path in self.outputs}
+
+    @cached_property
+    def copies(self) -> dict[Path, Path]:
+        """The output behind each copy in the folder of all artifacts; a variant has none, others would overwrite it."""
+        names = () if self.variant else getattr(self.module, "LAID_ON_TOP", ())
+        return {Path(layout.ARTIFACTS, name): self.folder / name for name in names}
+
+    @cached_property
+    def input_files(self) -> list[Path]:
+        """Every file the stage reads, relative to the workflow's folder, each once."""
+        return list(dict.fromkeys(stage.paths_of(self.inputs)))
+
+    @cached_property
+    def folders(self) -> list[Path]:
+        """Every artifact folder of which what lies beside the model is read, too."""
+        return list(dict.fromkeys(stage.folders_of(self.inputs)))
+
+    def files_read(self, root: Path) -> dict[str, Path]:
+        """Return every file the stage reads as of now, relative to the workflow's folder, by the name to record.
+
+        Args:
+            root: the workflow's folder.
+        """
+        beside = (folder / name for folder in self.folders for name in model_files.beside(root / folder))
+        return {paths.record_name(path.as_posix(), self.spellings): path for path in (*self.input_files, *beside)}
+
+    @cached_property
+    def corpora(self) -> list[Corpus]:
+        """Every built-in corpus the stage reads."""
+        return list(stage.corpora_of(self.inputs))
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the workflow file and the code say of the artifact, as JSON values."""
+        config = json.loads(msgspec.json.encode(self.config))
+        return {
+            "version": self.module.VERSION,
+            "config": {k: v for k, v in config.items() if k not in getattr(self.module, "MANNER", ())},
+            "seed": self._workflow.settings.seed,
+            **({"name": self._workflow.settings.name} if getattr(self.module, "SHOWS_NAME", False) else {}),
+        }
+
+    def node(self, command: tuple[str, ...] = (), basis: Basis | None = None) -> Node:
+        """Return the stage in the form that is recorded and judged.
+
+        Args:
+            command: the process that runs it.
+            basis: what the workflow was resolved from.
+        """
+        settings = self._workflow.settings
+        return Node(
+            task=self.task,
+            doc=stage.summary(self.module),
+            root=self._workflow.root,
+            folder=self.folder.as_posix(),
+            inputs=tuple(name.as_posix() for name in self.input_files),
+            outputs=tuple(name.as_posix() for name in self.outputs),
+            settings=self.settings(),
+            command=command,
+            beside=tuple(folder.as_posix() for folder in self.folders),
+            spellings=self.spellings,
+            corpora=tuple(corpus.name for corpus in self.corpora),
+            bound_device=self.bound_device,
+            device=settings.device,
+            threads=settings.threads,
+            uses_device=getattr(self.module, "USES_DEVICE", True),
+            copies={copy.as_posix(): original.as_posix() for copy, original in self.copies.items()},
+            basis=basis,
+        )
+
+    @property
+    def bound_device(self) -> str | None:
+        """The workflow's `device` where the artifact tells about the machine it was made on, else None."""
+        return self._workflow.settings.device if getattr(self.module, "DEVICE_BOUND", False) else None
+
+    def corpus_identities(self, cache: DigestCache) -> dict[str, str]:
+        """Return the identity of every built-in corpus by its name."""
+        return {corpus.name: sources.corpus_identity(corpus.name, cache) for corpus in self.corpora}
+
+
+class Workflow:
+    """A workflow file, read and checked.
+
+    Attributes:
+        path: the file.
+        root: its folder, from which every relative path begins.
+        settings: the `[workflow]` table.
+        stages: every stage and variant, each after the ones it reads from.
+        left_out: by name, why a stage that the file does not mention is not among them: lines for people.
+        disk: every question that was asked of the disk to find the stages' inputs, with its answer.
+    """
+
+    def __init__(self, path: Path, settings: Settings, disk: Disk) -> None:
+        self.path = path
+        self.root = path.parent
+        self.disk = disk
+        self.settings = settings
+        self.stages: list[Stage] = []
+        self.left_out: dict[str, list[str]] = {}
+
+    @property
+    def artifacts(self) -> Path:
+        """The folder of all artifacts."""
+        return layout.artifacts_folder(self.root)
+
+    @property
+    def state(self) -> Path:
+        """The folder for what is remembered between runs."""
+        return layout.state_folder(self.root)
+
+    def members(self) -> tuple[stage.Member, ...]:
+        """Return every stage as others see it; asked when all stages are known."""
+        return self._members
+
+    @cached_property
+    def _members(self) -> tuple[stage.Member, ...]:
+        makers = {path: one.task for one in self.stages for path in one.outputs}
+        return tuple(
+            stage.Member(
+                one.task,
+                one.folder,
+                tuple(dict.fromkeys(makers[path] for path in one.input_files if path in makers)),
+                tuple(one.outputs),
+            )
+            for one in self.stages
+        )
+
+    def trusts_code(self, one: Stage) -> bool:
+        """Return whether a stage may run Python code of model folders: its table says so, or one of those it reads."""
+        return one.task in self._trusting
+
+    @cached_property
+    def _trusting(self) -> set[str]:
+        found: set[str] = set()
+        for one, member in zip(self.stages, self._members, strict=True):  # each after the ones it reads from
+            if getattr(one.config, "trusts_code", False) or not found.isdisjoint(member.reads):
+                found.add(one.task)
+        return found
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[Stage]]:
+        found: dict[str, list[Stage]] = {}
+        for one in self.stages:
+            for name in {one.task, one.name}:
+                found.setdefault(name, []).append(one)
+        return found
+
+    def find(self, task: str) -> Stage:
+        """Return the stage of a name such as `train` or `quantize:q4`; a stage's name means its only variant, too.
+
+        Raises:
+            CallError: there is none; the message lists those there are.
+        """
+        named = self._by_name.get(task, [])
+        exact = [one for one in named if one.task == task]
+        if exact or len(named) == 1:
+            return (exact or named)[0]
+        if task in self.left_out:
+            raise CallError(*self.left_out[task])
+        known = ", ".join(one.task for one in self.stages)
+        raise CallError(f"{task}: no such stage in {self.path}. Known: {known}.")
