@@ -45,7 +45,8 @@ def texts() -> Iterator[str]:
 
 def write_corpora(folder: Path) -> tuple[Path, Path]:
     """Write the corpus and ten times of it as JSONL, in a shuffled order, and a tokenizer of 8,192 words."""
-    from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+    from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
+    from mlxflow.data.tokenizer_folder import save_vocabulary
 
     documents: list[str] = []
     size = 0

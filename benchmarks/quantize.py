@@ -188,7 +188,7 @@ class _Job:
         settings = settings.replace(fused_loss=True, workers=1)
         subject = build.Subject(model, settings, self.tokens.vocab_size, self.tokens.context_length)
         with (
-            build.ready_step(subject, model_kernels.nothing()) as step,
+            build.ready_step(subject, model_kernels.no_kernels()) as step,
             build.make_loader(self.tokens.rows, settings, num_rows=BATCH, seed=seed) as loader,
         ):
             for _ in range(settings.num_steps):

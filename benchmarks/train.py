@@ -277,7 +277,7 @@ def _ours(
         job,
         limit_gb=limit_gb,
         rows_a_pass=settings.batch_size,
-        kernels=len(use.serving),
+        kernels=len(use.selected),
         proof_seconds=round(proof_seconds, 2),
         compile_seconds=round(result.compile_seconds, 1),
         data_wait_share=round((last["data_wait_seconds"] - first["data_wait_seconds"]) / seconds, 5),

@@ -117,7 +117,7 @@ class Runner:
             if not recipe.is_packed:  # alone in its row, a document needs no mask
                 subject = subject._replace(settings=subject.settings.replace(masks_documents=False))
             kernels = subject.recorded_kernels()
-            objective = _objective(subject, recipe, uses_kernel=kernels.serves_loss)
+            objective = _objective(subject, recipe, uses_kernel=kernels.uses_loss_kernel)
             held.enter_context(build.patched(subject, kernels))
             advance, state = _advance(subject, objective, recipe, kernels)
             loader = held.enter_context(_loading(rows, recipe, seed))
@@ -152,7 +152,7 @@ def _mlx_objective(masks: bool) -> Objective:
 
 
 def _advance(
-    subject: build.Subject, objective: Objective, recipe: Recipe, kernels: model_kernels.Serving
+    subject: build.Subject, objective: Objective, recipe: Recipe, kernels: model_kernels.ModelKernels
 ) -> tuple[_Advance, list[Any]]:
     """Return a step of a recipe, and all that it changes."""
     model, batch_size = subject.model, recipe.batch_size

@@ -82,6 +82,22 @@ def name_by_number(rows: "NDArray[np.int64]") -> str:
     return f"rows {rows.tolist()}"
 
 
+class Share(NamedTuple):
+    """Which rows of each batch a process of a distributed run takes.
+
+    Attributes:
+        rank: of the process.
+        num_ranks: processes in the run.
+    """
+
+    rank: int
+    num_ranks: int
+
+
+#: Of a run of one process.
+ALL_ROWS = Share(0, 1)
+
+
 class Loader(Iterator[DeviceBatch]):
     """Batches without end, ready before they are asked for. Use it in a `with` block, which ends its threads.
 
@@ -92,8 +108,7 @@ class Loader(Iterator[DeviceBatch]):
         workers: threads that gather rows.
         prefetch_batches: gathered ahead at most.
         cursor: rows of the stream that were used already; a run goes on from there in the same time from anywhere.
-        rank: of this process in a distributed run.
-        num_ranks: processes in it.
+        share: of this process in a distributed run.
         name_rows: says which documents lie in rows, for a failure's message.
 
     Attributes:
@@ -110,8 +125,7 @@ class Loader(Iterator[DeviceBatch]):
         workers: int,
         prefetch_batches: int,
         cursor: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
+        share: Share = ALL_ROWS,
         name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
     ) -> None:
         self.cursor = cursor
@@ -119,9 +133,8 @@ class Loader(Iterator[DeviceBatch]):
         self._rows = rows
         self._batch_size = batch_size
         self._first = cursor
-        self._rank = rank
+        self._rank, self._num_ranks = share
         self._name_rows = name_rows
-        self._num_ranks = num_ranks
         self._order = Order(rows.num_rows, seed=seed)
         self._order_lock = threading.Lock()
         self._state = threading.Lock()

@@ -16,8 +16,6 @@ from mlxflow.data.long_words import cut_long_words, split_at_words
 from mlxflow.data.watched import Work
 from mlxflow.data.watched_tokenizer import randomness
 from mlxflow.errors import SourceError
-from mlxflow.models import model_code
-from mlxflow.storage import hub, model_files, remote_code
 from mlxflow.storage.digests import digest_json
 
 #: Ends every document that no template ends; the first special token of a tokenizer trained here.
@@ -306,59 +304,3 @@ def _read_json(path: Path | None, key: str) -> dict[str, Any]:
 def _content(token: object) -> str | None:
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
-
-
-def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` as transformers and mlx-lm read them.
-
-    No Python code is named: a `tokenizer.json` needs none, and none is written beside it.
-    """
-    Tokenizer.from_str(vocabulary.definition).save(str(tokenizer_file))
-    config = dict(sorted(remote_code.without_code(vocabulary.config).items()))
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def hub_files(name: str) -> dict[str, Path]:
-    """Return the tokenizer files of a model on the hub, from the local cache where they are, else downloaded.
-
-    Args:
-        name: `owner/name`, or `owner/name@revision`.
-
-    Raises:
-        SourceError: it cannot be had.
-    """
-    patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if remote_code.trusts_code() else [])]
-    folder = hub.fetch(name, patterns=patterns, key="pretokenize.tokenizer.from")
-    return {file: folder / file for file in model_files.tokenizer_files(folder)}
-
-
-def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]:
-    """Return the files of a tokenizer with a `tokenizer.json`, which is written by the folder's own code.
-
-    Args:
-        files: of its folder, by their names below it.
-        to: an empty folder, for what is written.
-        name: the folder or hub id, for the messages.
-
-    Returns:
-        the files as they are where there is a `tokenizer.json`, or none and no code to write one.
-
-    Raises:
-        SourceError: its code is not trusted or fails.
-    """
-    config = files.get("tokenizer_config.json")
-    file, code = remote_code.tokenizer_code(config.parent) if config else ("", "")
-    if config is None or not code:
-        return dict(files)
-    key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
-    if not remote_code.trusts_code():
-        trust_key = "pretokenize.tokenizer.trust_remote_code"
-        raise SourceError(f"{key}: {model_code.word_untrusted(file, code, trust_key)}")
-    from transformers import AutoTokenizer
-
-    try:
-        AutoTokenizer.from_pretrained(config.parent, trust_remote_code=True).save_pretrained(to)
-    except Exception as error:  # code of others: anything
-        said = " ".join(str(error).split())[:200]
-        raise SourceError(f"{key}: its code cannot be run ({type(error).__name__}: {said}). Name another.") from error
-    return {file: to / file for file in model_files.tokenizer_files(to)}

@@ -166,12 +166,12 @@ def kernel_joined(name: str, a: mx.array, b: mx.array, incoming: mx.array) -> mx
 
 
 @functools.cache
-def projected(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+def projected(name: str, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
     """Return a differentiable function of x, (..., D), and two weights, (F, D): act(x A') (x B'), (..., F).
 
     Args:
         name: of the activation.
-        served: the type in which the kernel serves; otherwise plain operations do.
+        kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
 
     def forward(x: mx.array, gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -184,7 +184,7 @@ def projected(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.a
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         x, gate, up = primals
         _, a, b = outputs
-        if a.dtype == served and supports_joined(a, b):
+        if a.dtype == kernel_dtype and supports_joined(a, b):
             both = kernel_joined(name, a, b, cotangents[0])
         else:
             both = reference_joined(name, a, b, cotangents[0])
@@ -195,19 +195,19 @@ def projected(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.a
 
 
 @functools.cache
-def gated(name: str, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
+def gated(name: str, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of a and b.
 
     Args:
         name: of the activation.
-        served: the type in which the kernel serves; otherwise plain operations do.
+        kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
     function = mx.custom_function(functools.partial(reference, name))
 
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         a, b = primals
-        gradients = kernel_gradients if a.dtype == served and supports(a, b) else reference_gradients
+        gradients = kernel_gradients if a.dtype == kernel_dtype and supports(a, b) else reference_gradients
         return gradients(name, a, b, cotangent)
 
     return cast("Callable[[mx.array, mx.array], mx.array]", function)

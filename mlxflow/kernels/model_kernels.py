@@ -1,4 +1,4 @@
-"""Which of our kernels serve a training run: those that its model, types and update could use, and that are proved."""
+"""Selects the kernels for training a model and installs them: those that it can use and that passed verification."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.ops.attention_overrides import Causal, Heads, first_causal_heads
+from mlxflow.ops.attention_overrides import Causal, first_causal_heads
 
 if TYPE_CHECKING:
     from mlxflow.kernels.early_start import Ahead
@@ -15,72 +15,75 @@ if TYPE_CHECKING:
     from mlxflow.kernels.registry import KernelSelection
 
 
-class Serving(NamedTuple):
-    """What serves.
+class TrainingTraits(NamedTuple):
+    """What the choice of kernels depends on beside the model.
 
     Attributes:
-        serves: tells it of a kernel's name.
-        serves_loss: whether the gradient of the loss is a kernel's.
-        fitted: gives the model's layers their kernels until the block ends; begin before a step is compiled.
-        serving: names of the kernels that serve.
-        refused: why others do not, by name.
-        attention: causal attention by a kernel; None where none serves.
+        precision: "fp32", "bf16" or "bf16-pure".
+        context_length: tokens in a row.
+        masks_documents: no token attends to another document in its row.
+        sums_gradients: whether an update may take more than one forward pass.
+        is_deterministic: whether gradients are added up in a fixed order; if not, MLX's attention is used.
     """
 
-    serves: Callable[[str], bool]
-    serves_loss: bool
-    fitted: Callable[[], AbstractContextManager[None]]
-    serving: list[str]
+    precision: str
+    context_length: int
+    masks_documents: bool = False
+    sums_gradients: bool = False
+    is_deterministic: bool = True
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """In which the model computes."""
+        return mx.float32 if self.precision == "fp32" else mx.bfloat16
+
+
+class ModelKernels(NamedTuple):
+    """The kernels selected for a model.
+
+    Attributes:
+        uses: returns whether the kernel of a name is used.
+        uses_loss_kernel: whether the gradient of the loss is computed by a kernel.
+        patched: a context in which the model's layers use their kernels; enter it before a step is compiled.
+        selected: names of the kernels that are used.
+        refused: why the others are not, by name.
+        attention: causal attention by a kernel; None if it is not used.
+    """
+
+    uses: Callable[[str], bool]
+    uses_loss_kernel: bool
+    patched: Callable[[], AbstractContextManager[None]]
+    selected: list[str]
     refused: dict[str, str]
     attention: Causal | None = None
 
 
-def nothing() -> Serving:
-    """Return that none serves; imports nothing of the kernels."""
-    return Serving(lambda _: False, False, nullcontext, [], {})
+def no_kernels() -> ModelKernels:
+    """Return a selection without kernels; imports none of them."""
+    return ModelKernels(lambda _: False, False, nullcontext, [], {})
 
 
-def recorded_for(
-    model: nn.Module,
-    *,
-    precision: str,
-    names: Iterable[str],
-    context_length: int,
-    masks_documents: bool,
-    sums_gradients: bool = False,
-) -> Serving:
-    """Return what serves where training recorded what did: those of these names, unproved; none is imported for none.
+def recorded_for(model: nn.Module, traits: TrainingTraits, names: Iterable[str]) -> ModelKernels:
+    """Rebuild the kernel selection that a training run recorded, without verifying again.
+
+    With no names, no kernel is imported.
 
     Args:
-        model: evaluated, in the type in which it computes.
-        precision: "fp32", "bf16" or "bf16-pure".
-        names: of the kernels.
-        context_length: tokens in a row.
-        masks_documents: no token attends to another document in its row.
-        sums_gradients: whether an update may take more than one forward pass.
+        model: evaluated, in the dtype in which it computes.
+        traits: of the training.
+        names: of the recorded kernels.
     """
     recorded = list(names)
-    if not recorded:
-        return nothing()
-    dtype = mx.float32 if precision == "fp32" else mx.bfloat16
-    return choose_for(
-        model,
-        dtype=dtype,
-        precision=precision,
-        sums_gradients=sums_gradients,
-        context_length=context_length,
-        masks_documents=masks_documents,
-        recorded=recorded,
-    )
+    return choose_for(model, traits, recorded=recorded) if recorded else no_kernels()
 
 
 def begin_proof(ahead: "Ahead | None" = None) -> "Ahead":
-    """Start the process that proves kernels, where none is known on the default device; it ends with the block.
+    """Start the verifier process, unless results for the default device are cached; it ends with the block.
 
-    It makes itself ready while the model is built, and is told what to prove by `choose_for`.
+    It gets ready while the model is built; `choose_for` sends it the kernel names.
 
     Args:
-        ahead: that process, where it was started earlier.
+        ahead: the process, if it was started earlier.
     """
     from mlxflow.kernels import registry
 
@@ -89,74 +92,66 @@ def begin_proof(ahead: "Ahead | None" = None) -> "Ahead":
 
 def choose_for(
     model: nn.Module,
+    traits: TrainingTraits,
     *,
-    dtype: mx.Dtype,
-    precision: str,
-    sums_gradients: bool,
-    context_length: int,
-    masks_documents: bool = False,
-    is_deterministic: bool = True,
     recorded: Iterable[str] | None = None,
     ahead: "Ahead | None" = None,
-    rehearse: Callable[[Serving], object] = lambda _: None,
-) -> Serving:
-    """Return what serves the training of a model on the default device; prove what is not known yet.
+    rehearse: Callable[[ModelKernels], object] = lambda _: None,
+) -> ModelKernels:
+    """Select the kernels for training a model on the default device; verify those without a cached result.
 
     Args:
-        model: evaluated.
-        dtype: in which it computes.
-        precision: "fp32", "bf16" or "bf16-pure".
-        sums_gradients: whether an update may take more than one forward pass.
-        context_length: tokens in a row.
-        masks_documents: no token attends to another document in its row.
-        is_deterministic: whether gradients are to be added up in one order; else MLX's attention serves.
-        recorded: names of what served the run that is repeated or gone on with; then nothing is proved.
+        model: evaluated, in the dtype in which it computes.
+        traits: of the training.
+        recorded: names of the kernels of the run that is repeated or continued; then nothing is verified.
         ahead: of `begin_proof`.
-        rehearse: called with what is to serve if all is right, where the proof waits for MLX's compiler.
+        rehearse: called with the expected selection while verification waits for MLX's compiler.
     """
     from mlxflow.kernels import kernel_names, layer_patching, registry
 
+    dtype = traits.dtype
     layers = layer_patching.find_layers(model)
-    heads = None
-    if is_deterministic and not mx.metal.is_available():
-        heads = first_causal_heads(model, context_length=context_length, masks_documents=masks_documents)
     wanted = {pattern.kernel_name(module, dtype) for module, pattern in layers}
-    wanted |= _names_of_update(dtype, precision, sums_gradients) | _names_of_attention(dtype, heads, masks_documents)
+    wanted |= _update_kernels(traits) | _attention_kernels(model, traits)
     known = [name for name in wanted if kernel_names.is_known(name)]
     if recorded is not None:
-        return _serving_by(registry.recorded(known, recorded), layers, dtype)
-    chosen = registry.choose(known, ahead, lambda expected: rehearse(_serving_by(expected, layers, dtype)))
-    return _serving_by(chosen, layers, dtype)
+        return _model_kernels(registry.recorded(known, recorded), layers, dtype)
+    selection = registry.choose(known, ahead, lambda expected: rehearse(_model_kernels(expected, layers, dtype)))
+    return _model_kernels(selection, layers, dtype)
 
 
-def _names_of_update(dtype: mx.Dtype, precision: str, sums_gradients: bool) -> set[str]:
-    """Return the kernels of the loss and the optimizer."""
+def _update_kernels(traits: TrainingTraits) -> set[str]:
+    """Return the names of the kernels of the loss and the optimizer."""
     from mlxflow.kernels import kernel_names
 
-    weights = mx.bfloat16 if precision == "bf16-pure" else mx.float32
-    gradients = [dtype, mx.float32] if sums_gradients else [dtype]  # sums are in fp32
-    updates = {kernel_names.adamw_name(weights, one) for one in gradients} | {
-        kernel_names.sum_of_squares_name(one) for one in gradients
-    }
-    return updates | {kernel_names.cross_entropy_name(dtype)}
+    weights = mx.bfloat16 if traits.precision == "bf16-pure" else mx.float32
+    dtypes = [traits.dtype, mx.float32] if traits.sums_gradients else [traits.dtype]  # sums are in fp32
+    updates = {kernel_names.adamw_name(weights, dtype) for dtype in dtypes}
+    norms = {kernel_names.sum_of_squares_name(dtype) for dtype in dtypes}
+    return updates | norms | {kernel_names.cross_entropy_name(traits.dtype)}
 
 
-def _names_of_attention(dtype: mx.Dtype, heads: Heads | None, masks_documents: bool) -> set[str]:
+def _attention_kernels(model: nn.Module, traits: TrainingTraits) -> set[str]:
+    """Return the names of the attention kernels that a model can use."""
     from mlxflow.kernels import kernel_names
 
+    if not traits.is_deterministic or mx.metal.is_available():
+        return set()
+    masks = traits.masks_documents
+    heads = first_causal_heads(model, context_length=traits.context_length, masks_documents=masks)
     if heads is None:
         return set()
-    kinds = {heads.is_bounded, masks_documents}  # where it is a window that bounds one layer, another may have none
-    return {kernel_names.attention_name(dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
+    kinds = {heads.is_bounded, masks}  # one layer may have a window, and another none
+    return {kernel_names.attention_name(traits.dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
 
 
-def _serving_by(
+def _model_kernels(
     selection: "KernelSelection", layers: "list[tuple[nn.Module, LayerPattern]]", dtype: mx.Dtype
-) -> Serving:
+) -> ModelKernels:
     from mlxflow.kernels import attention, kernel_names, layer_patching
 
     @contextmanager
-    def fitted() -> Iterator[None]:
+    def patched() -> Iterator[None]:
         with layer_patching.patched(layers, selection, dtype):
             yield
 
@@ -168,4 +163,6 @@ def _serving_by(
 
     loss = selection.uses(kernel_names.cross_entropy_name(dtype))
     attends = any(name.startswith("attention") for name in selection.selected)
-    return Serving(selection.uses, loss, fitted, selection.selected, selection.refused, attend if attends else None)
+    return ModelKernels(
+        selection.uses, loss, patched, selection.selected, selection.refused, attend if attends else None
+    )

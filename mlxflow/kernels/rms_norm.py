@@ -138,16 +138,16 @@ def _split(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
 
 
 @functools.cache
-def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
+def rms_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
     """Return a differentiable function of rows, (..., D), and weight, (D,).
 
     Args:
         eps: added to the mean of the squares.
-        served: the type in which the kernel serves; otherwise plain operations do.
+        kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
 
     def forward(x: mx.array, weight: mx.array) -> mx.array:
-        if _serves(x, weight, served):
+        if _uses_kernel(x, weight, kernel_dtype):
             return kernel(x, weight, eps)
         return mx.fast.rms_norm(x, weight, eps)
 
@@ -156,23 +156,25 @@ def rms_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], mx.
     @function.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         x, weight = primals
-        gradients = kernel_gradients if _serves(x, weight, served) else reference_gradients
+        gradients = kernel_gradients if _uses_kernel(x, weight, kernel_dtype) else reference_gradients
         return gradients(x, weight, eps, cotangent)
 
     return cast("Callable[[mx.array, mx.array], mx.array]", function)
 
 
 @functools.cache
-def sum_and_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
+def sum_and_norm(
+    eps: float, kernel_dtype: mx.Dtype
+) -> Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
     """Return a differentiable function of x and r, (..., D), and weight, (D,), that returns x + r and its norm.
 
     Args:
         eps: added to the mean of the squares.
-        served: the type in which the kernel serves; otherwise plain operations do.
+        kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
 
     def forward(x: mx.array, r: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
-        if _serves(x, weight, served) and r.dtype == x.dtype:
+        if _uses_kernel(x, weight, kernel_dtype) and r.dtype == x.dtype:
             return kernel_sum(x, r, weight, eps)
         h = x + r
         return h, mx.fast.rms_norm(h, weight, eps)
@@ -182,41 +184,41 @@ def sum_and_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array, 
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         h, weight = outputs[0], primals[2]
-        dh, d_weight = _past_and_through(h, weight, eps, served, cotangents)
+        dh, d_weight = _past_and_through(h, weight, eps, kernel_dtype, cotangents)
         return dh, dh, d_weight
 
     return cast("Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]", function)
 
 
 @functools.cache
-def past_and_norm(eps: float, served: mx.Dtype) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+def past_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
     """Return a differentiable function of x, (..., D), and weight, (D,), that returns x, to go on past, and its norm.
 
     Args:
         eps: added to the mean of the squares.
-        served: the type in which the kernel serves; otherwise plain operations do.
+        kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
 
     def forward(x: mx.array, weight: mx.array) -> tuple[mx.array, mx.array]:
-        serves = _serves(x, weight, served)
-        return x, kernel(x, weight, eps) if serves else mx.fast.rms_norm(x, weight, eps)
+        uses_kernel = _uses_kernel(x, weight, kernel_dtype)
+        return x, kernel(x, weight, eps) if uses_kernel else mx.fast.rms_norm(x, weight, eps)
 
     function = mx.custom_function(forward)
 
     @function.vjp
     def backward(primals: Any, cotangents: Any, _: Any) -> Any:
         x, weight = primals
-        return _past_and_through(x, weight, eps, served, cotangents)
+        return _past_and_through(x, weight, eps, kernel_dtype, cotangents)
 
     return cast("Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]", function)
 
 
 def _past_and_through(
-    h: mx.array, weight: mx.array, eps: float, served: mx.Dtype, cotangents: Any
+    h: mx.array, weight: mx.array, eps: float, kernel_dtype: mx.Dtype, cotangents: Any
 ) -> tuple[mx.array, mx.array]:
-    gradients = kernel_sum_gradients if _serves(h, weight, served) else reference_sum_gradients
+    gradients = kernel_sum_gradients if _uses_kernel(h, weight, kernel_dtype) else reference_sum_gradients
     return gradients(h, weight, eps, *cotangents)
 
 
-def _serves(x: mx.array, weight: mx.array, served: mx.Dtype) -> bool:
-    return x.dtype == served and supports(x) and weight.dtype in (mx.float32, mx.bfloat16)
+def _uses_kernel(x: mx.array, weight: mx.array, kernel_dtype: mx.Dtype) -> bool:
+    return x.dtype == kernel_dtype and supports(x) and weight.dtype in (mx.float32, mx.bfloat16)

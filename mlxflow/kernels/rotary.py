@@ -123,17 +123,17 @@ def kernel(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, bac
 
 
 @functools.cache
-def rotary(interleaved: bool, served: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+def rotary(interleaved: bool, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
     """Return a function of x, cosines and sines that is differentiable in x.
 
     Args:
         interleaved: how the pairs lie.
-        served: the type in which the kernel serves; otherwise plain operations do.
+        kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
 
     def turn(x: mx.array, cosine: mx.array, sine: mx.array, *, back: bool) -> mx.array:
-        serves = x.dtype == served and supports(x, 2 * cosine.shape[-1])
-        return (kernel if serves else reference)(x, cosine, sine, interleaved, back)
+        uses_kernel = x.dtype == kernel_dtype and supports(x, 2 * cosine.shape[-1])
+        return (kernel if uses_kernel else reference)(x, cosine, sine, interleaved, back)
 
     function = mx.custom_function(functools.partial(turn, back=False))
 

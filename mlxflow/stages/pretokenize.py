@@ -358,7 +358,7 @@ def _tokenize(config: Config, vocabulary: Any, store: Any, files: list[Any]) -> 
 
 def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[Any], holdout: float) -> Any:
     """Return the tokenizer that the table asks for, trained here or opened."""
-    from mlxflow.data import tokenizer
+    from mlxflow.data import tokenizer, tokenizer_folder
     from mlxflow.storage import remote_code
     from mlxflow.storage.temporary_files import scratch_folder
 
@@ -368,8 +368,9 @@ def _vocabulary(config: Config, inputs: Inputs, context: Context, files: list[An
         return _trained(config, context, files, holdout, template)
     with remote_code.trusting_code(config.tokenizer.trust_remote_code), scratch_folder() as scratch:
         folder = inputs.tokenizer[0].parent if inputs.tokenizer else Path()
-        found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer} or tokenizer.hub_files(name)
-        found = tokenizer.converted(found, scratch, name)
+        found = {path.relative_to(folder).as_posix(): path for path in inputs.tokenizer}
+        found = found or tokenizer_folder.hub_files(name)
+        found = tokenizer_folder.converted(found, scratch, name)
         return tokenizer.open_vocabulary(found, template=template, name=name, template_key=_template_key(config))
 
 
@@ -468,8 +469,8 @@ def _write_sides(
 
 def _write_tokenizer(vocabulary: Any, outputs: Outputs, ends: Any) -> None:
     """Write the tokenizer; its end-of-sequence token is one that the model learns to end with."""
-    from mlxflow.data import tokenizer
+    from mlxflow.data import tokenizer_folder
 
     if ends.texts and vocabulary.eos_token not in ends.texts:
         vocabulary = vocabulary.ending_with(ends.texts[0])
-    tokenizer.save_vocabulary(vocabulary, tokenizer_file=outputs.tokenizer, config_file=outputs.tokenizer_config)
+    tokenizer_folder.save_vocabulary(vocabulary, tokenizer_file=outputs.tokenizer, config_file=outputs.tokenizer_config)

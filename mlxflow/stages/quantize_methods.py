@@ -243,7 +243,7 @@ def _trained(
             subject = subject._replace(make_objective=lambda uses_kernel: distilling)
         kernels = kernel_selection.select_kernels(request, subject, tokens.train.rows.head(config.batch_size), ahead)
         result = training_run.train(
-            subject._replace(settings=settings.replace(kernels=tuple(kernels.serving))),
+            subject._replace(settings=settings.replace(kernels=tuple(kernels.selected))),
             kernels,
             _files(config, inputs, outputs, context, names),
             data_seed=derive_seed(context.seed, "train.batches"),
@@ -254,7 +254,7 @@ def _trained(
     adapter_files.fuse(model)
     told = training_run.report_of(result, kernels, keeps_best=False)
     training = {key: value for key, value in told.items() if key != "run"}
-    return Made(model, plan, packed, {"kernels": kernels.serving, "training": training, "run": told["run"]})
+    return Made(model, plan, packed, {"kernels": kernels.selected, "training": training, "run": told["run"]})
 
 
 def prepare_adapters(model: Any, settings: Any, *, seed: int, key: str) -> None:

@@ -507,7 +507,7 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         model, model_config, adapter_config = _make_model(config, base, inputs, tokens, context)
         subject = _subject(config, model, tokens, context)
         kernels = kernel_selection.select_kernels(request, subject, tokens.rows.head(config.batch_size), ahead)
-    settings = subject.settings.replace(kernels=tuple(kernels.serving))
+    settings = subject.settings.replace(kernels=tuple(kernels.selected))
     result = training_run.train(
         subject._replace(settings=settings),
         kernels,
@@ -528,7 +528,7 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
         "parameters": model_folder.num_parameters(model),
         "document_mask": settings.masks_documents,
         "fused_loss": settings.fused_loss,
-        "kernels": kernels.serving,
+        "kernels": kernels.selected,
     }
     report = training_run.report_of(result, kernels, keeps_best=config.keep == "best")
     return facts | report | {"settings": settings.table()}

@@ -67,15 +67,19 @@ class Subject(NamedTuple):
             chunk_share=chunk_share,
         )
 
-    def recorded_kernels(self) -> model_kernels.Serving:
+    def recorded_kernels(self) -> model_kernels.ModelKernels:
         """Return the kernels that the settings name, without verifying them again."""
-        return model_kernels.recorded_for(
-            self.model,
+        return model_kernels.recorded_for(self.model, self.kernel_traits, self.settings.kernels)
+
+    @property
+    def kernel_traits(self) -> model_kernels.TrainingTraits:
+        """What the choice of kernels depends on beside the model."""
+        return model_kernels.TrainingTraits(
             precision=self.settings.precision,
-            names=self.settings.kernels,
             context_length=self.context_length,
             masks_documents=self.settings.masks_documents,
             sums_gradients=self.settings.sums_gradients,
+            is_deterministic=self.settings.deterministic,
         )
 
 
@@ -128,31 +132,31 @@ def make_optimizer(settings: TrainingSettings, *, names: SettingNames = _NAMES) 
     )
 
 
-def make_update(subject: Subject, kernels: model_kernels.Serving) -> optimizers.Update:
+def make_update(subject: Subject, kernels: model_kernels.ModelKernels) -> optimizers.Update:
     """Return the optimizer's update of a model."""
     return optimizers.Update(
         subject.model,
         make_optimizer(subject.settings, names=subject.names),
         max_grad_norm=subject.settings.max_grad_norm,
         has_masters=subject.settings.precision == "bf16",
-        serves=kernels.serves,
+        uses_kernel=kernels.uses,
     )
 
 
-def arithmetic_of(settings: TrainingSettings, kernels: model_kernels.Serving) -> Arithmetic:
+def arithmetic_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels) -> Arithmetic:
     """Return which operations of MLX are replaced in a step."""
     return Arithmetic(is_deterministic=settings.deterministic, attention=kernels.attention)
 
 
 @contextmanager
-def patched(subject: Subject, kernels: model_kernels.Serving) -> Iterator[None]:
+def patched(subject: Subject, kernels: model_kernels.ModelKernels) -> Iterator[None]:
     """Put kernels and gradient checkpointing into the model's layers until the block ends."""
-    with kernels.fitted(), recomputed(subject.model, every=subject.settings.checkpoint_every):
+    with kernels.patched(), recomputed(subject.model, every=subject.settings.checkpoint_every):
         yield
 
 
 def make_step(
-    subject: Subject, chosen: Objective, kernels: model_kernels.Serving, *, replaces_operations: bool = True
+    subject: Subject, chosen: Objective, kernels: model_kernels.ModelKernels, *, replaces_operations: bool = True
 ) -> Step:
     """Return the compiled step of a training.
 
@@ -170,7 +174,7 @@ def make_step(
 
 
 @contextmanager
-def ready_step(subject: Subject, kernels: model_kernels.Serving, *, chunk_share: float = 1.0) -> Iterator[Step]:
+def ready_step(subject: Subject, kernels: model_kernels.ModelKernels, *, chunk_share: float = 1.0) -> Iterator[Step]:
     """Give the compiled step of a training, with kernels and checkpointing in place until the block ends.
 
     Args:
@@ -181,7 +185,7 @@ def ready_step(subject: Subject, kernels: model_kernels.Serving, *, chunk_share:
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
-    chosen = subject.objective(uses_kernel=kernels.serves_loss, chunk_share=chunk_share)
+    chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel, chunk_share=chunk_share)
     with patched(subject, kernels):
         yield make_step(subject, chosen, kernels)
 
@@ -243,7 +247,7 @@ def make_data(
 @contextmanager
 def ready_trainer(
     subject: Subject,
-    kernels: model_kernels.Serving,
+    kernels: model_kernels.ModelKernels,
     data: TrainingData,
     session: Session,
     *,

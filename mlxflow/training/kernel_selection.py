@@ -16,7 +16,7 @@ from mlxflow.storage import layout
 if TYPE_CHECKING:
     from mlxflow.data.token_file import Rows
     from mlxflow.kernels.early_start import Ahead
-    from mlxflow.kernels.model_kernels import Serving
+    from mlxflow.kernels.model_kernels import ModelKernels
     from mlxflow.training.build import Subject
 
 Mode = Literal["auto", "off", "require"]
@@ -97,7 +97,9 @@ def begin_proof(request: KernelRequest) -> AbstractContextManager[Any]:
     return model_kernels.begin_proof(request.begun)
 
 
-def select_kernels(request: KernelRequest, subject: "Subject", rows: "Rows", ahead: "Ahead | None" = None) -> "Serving":
+def select_kernels(
+    request: KernelRequest, subject: "Subject", rows: "Rows", ahead: "Ahead | None" = None
+) -> "ModelKernels":
     """Return the kernels that a training run uses, those of the run that it continues or repeats if there is one.
 
     Args:
@@ -110,19 +112,12 @@ def select_kernels(request: KernelRequest, subject: "Subject", rows: "Rows", ahe
         WorkflowError: all are required and one is missing.
     """
     from mlxflow.kernels import model_kernels
-    from mlxflow.training import build
 
     if request.uses_none:
-        return model_kernels.nothing()
-    settings = subject.settings
+        return model_kernels.no_kernels()
     selected = model_kernels.choose_for(
         subject.model,
-        dtype=build.dtype_of(settings),
-        precision=settings.precision,
-        sums_gradients=settings.sums_gradients,
-        context_length=subject.context_length,
-        masks_documents=settings.masks_documents,
-        is_deterministic=settings.deterministic,
+        subject.kernel_traits,
         recorded=request.recorded(),
         ahead=ahead,
         rehearse=lambda expected: _rehearse(subject, expected, rows),
@@ -132,15 +127,15 @@ def select_kernels(request: KernelRequest, subject: "Subject", rows: "Rows", ahe
         raise WorkflowError(
             f'{name} = "require": {compute_device.name()} lacks {_missing(selected.refused)}. Set {name} = "auto".'
         )
-    request.remember(selected.serving)
+    request.remember(selected.selected)
     return selected
 
 
-def _rehearse(subject: "Subject", kernels: "Serving", rows: "Rows") -> None:
+def _rehearse(subject: "Subject", kernels: "ModelKernels", rows: "Rows") -> None:
     """Let MLX compile what the first step and validation need."""
     from mlxflow.training import build, precompile
 
-    chosen = subject.objective(uses_kernel=kernels.serves_loss)
+    chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel)
     with build.patched(subject, kernels):
         precompile.rehearse(
             subject.model,

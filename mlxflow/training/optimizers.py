@@ -127,7 +127,7 @@ class Update:
         max_grad_norm: gradients of a larger global norm are scaled down to it; 0 for none, and then the norm is not
             measured: the loss alone tells whether a step is finite.
         has_masters: whether fp32 copies are kept of weights in another type.
-        serves: tells of the name of a kernel whether it may be used.
+        uses_kernel: returns whether the kernel of a name is used.
 
     Attributes:
         state: what it changes beside the model: a tree to capture, save and restore. The model's trainable weights
@@ -141,12 +141,12 @@ class Update:
         *,
         max_grad_norm: float,
         has_masters: bool,
-        serves: Callable[[str], bool] = lambda _: False,
+        uses_kernel: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
-        self._serves = serves
+        self._uses_kernel = uses_kernel
         trainable = model.trainable_parameters()
         self._types = _map(lambda weight: weight.dtype, trainable)
         types = {dtype for _, dtype in tree_flatten(self._types)}
@@ -207,7 +207,7 @@ class Update:
         ):
             return False
         names = {_kernel_name(weights[name].dtype, gradients[name].dtype) for name in weights}
-        return all(self._serves(name) for name in names) and all(weights[name].size >= 8 for name in weights)
+        return all(self._uses_kernel(name) for name in names) and all(weights[name].size >= 8 for name in weights)
 
     def _apply_fused(self, weights: Any, gradients: Any, scale: mx.array, is_finite: mx.array) -> mx.array:
         """Update by one launch for each long array; return the learning rate."""
@@ -232,7 +232,7 @@ class Update:
 
     def _squares(self, gradient: mx.array) -> mx.array:
         name = f"sum_of_squares/{str(gradient.dtype).rpartition('.')[2]}"
-        if not self._serves(name):
+        if not self._uses_kernel(name):
             return sum_of_squares(gradient)
         from mlxflow.kernels import adamw
 

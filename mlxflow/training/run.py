@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.perplexity import perplexity_of
-from mlxflow.kernels.model_kernels import Serving
+from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.system import terminal
 from mlxflow.training import build, progress
 from mlxflow.training.batch_size import read_decisions
@@ -38,7 +38,7 @@ class RunFiles(NamedTuple):
 
 
 def train(
-    subject: build.Subject, kernels: Serving, files: RunFiles, *, data_seed: int, memory_limit_bytes: int
+    subject: build.Subject, kernels: ModelKernels, files: RunFiles, *, data_seed: int, memory_limit_bytes: int
 ) -> Result:
     """Train a model, from its last checkpoint where there is one.
 
@@ -109,7 +109,7 @@ def _flat(table: Mapping[str, Any], key: str) -> Any:
             yield f"{key}.{name}", value
 
 
-def report_of(result: Result, kernels: Serving, *, keeps_best: bool) -> dict[str, Any]:
+def report_of(result: Result, kernels: ModelKernels, *, keeps_best: bool) -> dict[str, Any]:
     """Return the figures of a training run, for the report; perplexities are those of the model in memory.
 
     Args:

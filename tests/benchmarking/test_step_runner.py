@@ -65,9 +65,7 @@ def test_recorded_kernels_serve_until_they_are_switched_off(
     uncompiled: None,  # noqa: F811
 ) -> None:
     calls = let_references_serve(monkeypatch)
-    known = model_kernels.choose_for(
-        llama()[0], dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=8, recorded=[]
-    )
+    known = model_kernels.choose_for(llama()[0], model_kernels.TrainingTraits("fp32", 8), recorded=[])
     recipe = _workflow(kernels=tuple(known.refused))
     (without,) = (one for one in recipe.ablations() if one.name == "without own kernels")
     with _open(recipe) as runner:

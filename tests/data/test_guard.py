@@ -17,7 +17,8 @@ import pytest
 from mlxflow.__main__ import main
 from mlxflow.data import guard, watched
 from mlxflow.data.guard import Guard, Limits, guarded
-from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import SourceError, StageError
 from mlxflow.evaluation.text_generation import open_template
 from mlxflow.workflow.execution import run_stage

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow.data.loader import DeviceBatch, Loader, Order
+from mlxflow.data.loader import DeviceBatch, Loader, Order, Share
 from mlxflow.data.token_file import Batch, Rows, TokenFile
 from mlxflow.errors import ArtifactError, SourceError
 from mlxflow.storage import artifact_files
@@ -30,8 +30,7 @@ def _loader(
         workers=8,
         prefetch_batches=4,
         cursor=cursor,
-        rank=rank,
-        num_ranks=num_ranks,
+        share=Share(rank, num_ranks),
     )
 
 

@@ -14,11 +14,11 @@ from mlxflow.data.tokenizer import (
     END_OF_TEXT,
     Vocabulary,
     open_vocabulary,
-    save_vocabulary,
     smallest_dtype,
     train_tokenizer,
     trained_vocabulary,
 )
+from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import SourceError
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 5, "def f(x):\n\treturn x  # twice\n" * 5]

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from mlxflow.__main__ import main
 from mlxflow.data import guard, watched_tokenizer
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
-from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import ArtifactError, SourceError
 from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.models import model_folder

@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.kernels import cache, codegen, model_kernels, nvrtc, verification
+from mlxflow.kernels.model_kernels import TrainingTraits
 from mlxflow.kernels.verification_cases import case_of
 from mlxflow.ops.overrides import Arithmetic
 from mlxflow.training.objective import plain_objective
@@ -90,13 +91,11 @@ def test_a_training_step_needs_no_kernel_that_mlx_compiles(
     model, _ = llama(hidden_size=64, intermediate_size=64, vocab_size=104)
     dtype = mx.float32 if precision == "fp32" else mx.bfloat16
     model.set_dtype(dtype)
-    choose = partial(
-        model_kernels.choose_for, model, dtype=dtype, precision=precision, sums_gradients=True, context_length=16
-    )
+    choose = partial(model_kernels.choose_for, model, TrainingTraits(precision, 16, sums_gradients=True))
     use = choose(recorded=choose(recorded=[]).refused)
     optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-3), weight_decay=0.1, options={})
-    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", serves=use.serves)
-    with use.fitted():
+    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", uses_kernel=use.uses)
+    with use.patched():
         how = Arithmetic(attention=use.attention)
         step = Step(model, update, plain_objective(masks_documents=False, uses_kernel=True), arithmetic=how)
         rows = mx.zeros((2, 17), tokens)

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlxflow.data.token_file import Rows
 from mlxflow.evaluation import perplexity
 from mlxflow.kernels import codegen, model_kernels
+from mlxflow.kernels.model_kernels import TrainingTraits
 from mlxflow.ops import gradient_checkpointing
 from mlxflow.ops.overrides import Arithmetic
 from mlxflow.training import precompile
@@ -29,19 +30,11 @@ class Run(NamedTuple):
     state: dict[str, mx.array]
 
 
-def _all(model: Any, dtype: mx.Dtype, precision: str, length: int, masks: bool) -> model_kernels.Serving:
-    """Let every kernel serve that could."""
+def _all(model: Any, precision: str, length: int, masks: bool) -> model_kernels.ModelKernels:
+    """Select every kernel that the model can use."""
 
-    def chosen(names: list[str]) -> model_kernels.Serving:
-        return model_kernels.choose_for(
-            model,
-            dtype=dtype,
-            precision=precision,
-            sums_gradients=False,
-            context_length=length,
-            masks_documents=masks,
-            recorded=names,
-        )
+    def chosen(names: list[str]) -> model_kernels.ModelKernels:
+        return model_kernels.choose_for(model, TrainingTraits(precision, length, masks), recorded=names)
 
     return chosen(list(chosen([]).refused))
 
@@ -64,7 +57,7 @@ def _train(
     model.set_dtype(dtype)
     model.train()
     mx.eval(model.parameters())
-    use = _all(model, dtype, precision, length, masks) if kernels else model_kernels.nothing()
+    use = _all(model, precision, length, masks) if kernels else model_kernels.no_kernels()
     schedule = make_schedule(
         name="cosine", learning_rate=1e-3, final_learning_rate=0, num_steps=steps, warmup_steps=5, decay_steps=0
     )
@@ -73,7 +66,7 @@ def _train(
         fused=fused,
         vocab_size=VOCAB,
         masks_documents=masks,
-        uses_kernel=use.serves_loss,
+        uses_kernel=use.uses_loss_kernel,
     )
     rows = mx.random.randint(0, VOCAB, (10, ROWS, length + 1), key=mx.random.key(1))
     documents = mx.arange(length + 1) // 150 + 1 if masks else mx.ones(length + 1, mx.int32)
@@ -82,10 +75,10 @@ def _train(
 
     def make_step() -> Step:
         optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.1, options={"betas": [0.9, 0.95]})
-        update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", serves=use.serves)
+        update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", uses_kernel=use.uses)
         return Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
 
-    with use.fitted(), gradient_checkpointing.recomputed(model, every=every):
+    with use.patched(), gradient_checkpointing.recomputed(model, every=every):
         if rehearses:
             few = Rows(np.array(rows[0], np.uint16), np.array(marks))
             precompile.rehearse(model, make_step, few, is_one_pass=True, masks_documents=masks)
@@ -188,12 +181,8 @@ def test_the_first_run_on_this_device_proves_every_kernel_it_wants(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, _ = llama(hidden_size=64, intermediate_size=64)
-    use = model_kernels.choose_for(
-        model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH
-    )
+    use = model_kernels.choose_for(model, TrainingTraits("fp32", LENGTH))
     broken = {name: reason for name, reason in use.refused.items() if not reason.startswith("it takes ")}
     assert not broken, "each is right, and only its speed may speak against it"
-    again = model_kernels.choose_for(
-        model, dtype=mx.float32, precision="fp32", sums_gradients=False, context_length=LENGTH
-    )
-    assert (again.serving, again.refused) == (use.serving, use.refused)
+    again = model_kernels.choose_for(model, TrainingTraits("fp32", LENGTH))
+    assert (again.selected, again.refused) == (use.selected, use.refused)

@@ -20,7 +20,8 @@ import zstandard
 from tokenizers import Tokenizer
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.data.tokenizer import save_vocabulary, train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import MlxflowError, SourceError, WorkflowError
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.workflow.execution import run_stage

@@ -16,7 +16,7 @@ def _train(*, served: bool, spoilt: bool = False) -> tuple[list[float], dict[str
         name="cosine", learning_rate=1e-2, final_learning_rate=0, num_steps=20, warmup_steps=3, decay_steps=0
     )
     optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.1, options={"bias_correction": True})
-    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False, serves=lambda _: served)
+    update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False, uses_kernel=lambda _: served)
     step = Step(model, update, plain_objective(masks_documents=False))
     tokens = mx.random.randint(0, 50, (4, 9), key=mx.random.key(1))
     losses = []
