@@ -7,6 +7,7 @@ does what doit's own does.
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,6 +26,10 @@ from mlxflow.tasks.selection import refuse, word_unknown
 
 #: Options of doit that say how it remembers. Stages have a way of their own.
 _FIXED_OPTIONS = {"backend": "--backend", "dep_file": "--db-file", "check_file_uptodate": "--check_file_uptodate"}
+
+#: How a dodo.py got its stages before `tasks` became a part of `mlxflow`.
+_OLD_IMPORT = "from tasks.dodo import"
+_NEW_IMPORT = "Write: from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages"
 
 _CLOSED_PIPE = 128 + signal.SIGPIPE
 
@@ -82,6 +87,10 @@ class Verb:
             refuse(str(error), error.exit_code)
         except BrokenPipeError:
             raise
+        except ModuleNotFoundError as error:
+            if error.name not in ("tasks", "tasks.dodo") or _OLD_IMPORT not in _last_line(error):
+                raise
+            refuse(f"dodo.py: {_OLD_IMPORT}: expected mlxflow.tasks.dodo. {_NEW_IMPORT}")
         except OSError as error:
             if not self.is_of_stages:
                 raise
@@ -142,6 +151,11 @@ class Verb:
 
 class StageVerb(Verb, DoitCmdBase):  # type: ignore[misc]  # doit has no types
     """A verb that doit does not have."""
+
+
+def _last_line(error: Exception) -> str:
+    """Return the line of source code that raised an exception."""
+    return traceback.extract_tb(error.__traceback__)[-1].line or ""
 
 
 def _open_closed_streams() -> bool:

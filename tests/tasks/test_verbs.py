@@ -228,6 +228,21 @@ def test_in_other_projects_doits_verbs_are_as_they_were(tmp_path: Path, call: st
     assert (result.returncode, result.stdout) == (code, out)
 
 
+@pytest.mark.parametrize("own_tasks", [False, True])
+def test_a_dodo_of_before_the_move_of_tasks_is_refused_in_one_line(tmp_path: Path, own_tasks: bool) -> None:
+    (tmp_path / "dodo.py").write_text("from tasks.dodo import DOIT_CONFIG, task_stages\n")
+    if own_tasks:
+        (tmp_path / "tasks.py").touch()
+    command = [sys.executable, "-m", "doit", "list"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        "",
+        "dodo.py: from tasks.dodo import: expected mlxflow.tasks.dodo. "
+        "Write: from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages\n",
+    )
+
+
 # --- what stages that are no more left
 
 
