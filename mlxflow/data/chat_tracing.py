@@ -126,7 +126,7 @@ class TracingEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 class TracingExtension(jinja2.ext.Extension):
     """`{% generation %}`, and the calls that `instrumented` adds."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja's own way
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)

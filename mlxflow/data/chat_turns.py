@@ -24,7 +24,7 @@ _TALKERS = ("system", "developer", "user", "assistant")
 
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
-# Conversations after each of which an assistant is to answer.
+# Conversations that an assistant answers next.
 _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "a"}],
     [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}],
@@ -145,10 +145,10 @@ class TurnFinder:
         Raises:
             TemplateProblem: the template leaves such an answer out.
         """
-        told = [number for number, one in enumerate(messages) if one["role"] not in _TALKERS and one.get("content")]
-        shown = {owner for _, _, owner in trace.segments} if told else set()
+        others = [number for number, one in enumerate(messages) if one["role"] not in _TALKERS and one.get("content")]
+        shown = {owner for _, _, owner in trace.segments} if others else set()
         found: list[tuple[int, int]] = []
-        for number in told:
+        for number in others:
             if number in shown:
                 continue
             marked = self._template.trace_marked(messages, tools, [number])

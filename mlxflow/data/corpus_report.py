@@ -138,7 +138,7 @@ def warnings(contents: Contents, counts: dict[str, Counts]) -> Iterator[str]:
     for entry in contents.settings:
         if not entry.is_validation and (side := named_side(entry)) in ("test", "validation"):
             what = f"{entry.path}, split {entry.split}," if entry.split else entry.path
-            yield f"{what} is trained on because {entry.key} names it, though its name tells a {side} side"
+            yield f"{what} is trained on because {entry.key} names it, though its name says {side}"
     if contents.held_out:
         only = contents.count(TRAIN) == 1
         whose = "the only document" if only else "each document"

@@ -15,7 +15,7 @@ _ROWS_PER_READ = 1000
 
 
 class Part(NamedTuple):
-    """Some rows of a split, of which one shard is made.
+    """Some rows of a split; one shard is made of them.
 
     Attributes:
         split: its name.

@@ -62,7 +62,7 @@ def read_pieces(
         FileProblem: it cannot be inflated to its end, or inflates without end.
         SourceError: it changed, vanished or became unreadable since its digest was taken.
     """
-    with telling(path), _HashingFile(path, on_read) as file:
+    with naming_errors(path), _HashingFile(path, on_read) as file:
         pieces = {"gz": _inflate_gzip, "zst": _inflate_zstd}.get(compression, _read_plain)(file)
         with closing(pieces):  # before the file is, also when the caller stops half-way
             yield from pieces if not compression else _bounded(pieces, file)
@@ -71,8 +71,8 @@ def read_pieces(
 
 
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Tell what the operating system says of a file as a `SourceError`."""
+def naming_errors(path: Path) -> Iterator[None]:
+    """Raise an operating system's error about a file as a `SourceError` that names it."""
     try:
         yield
     except FileNotFoundError as error:

@@ -84,7 +84,7 @@ def select(
 
     Args:
         shards: in the order of the corpus.
-        fixed_sides: for each shard the side that its source tells, or ""; "train" holds only where the same source has
+        fixed_sides: for each shard the side in its source's name, or ""; "train" holds only where the same source has
             documents for validation.
         sources: for each shard the number of its source.
         weights: for each source how often its training documents are seen in an epoch; of a fraction, that share of
@@ -198,7 +198,7 @@ def _find_dropped(
         hashes: (N, 2) in the order of the corpus.
         ranks: (N,) they follow from the sides.
         sides: (N,)
-        keeps_copies: drop only documents for training of which another side has an equal.
+        keeps_copies: drop only documents for training that equal one of another side.
     """
     dropped = np.zeros(len(hashes), np.bool_)
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))

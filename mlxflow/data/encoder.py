@@ -1,6 +1,6 @@
 """From texts to ids, by the fastest engine that gives the ids of the `tokenizers` library.
 
-fastokens is 30 to 60 times as fast. It serves only for tokenizers for which it gave the same ids on all of a probe:
+fastokens is 30 to 60 times as fast. It is used only for tokenizers for which it gave the same ids on all of a probe:
 awkward strings of every script, white space, control tokens and what the pre-tokenizers of the field split on. What
 it does not know it refuses by itself.
 """
@@ -81,7 +81,7 @@ def choose_encoder(definition: str, *, threads: int) -> Encoder:
 
 
 def probe_strings(definition: str) -> list[str]:
-    """Return some thousand strings that tell engines apart, control tokens of the tokenizer among them."""
+    """Return some thousand strings on which engines may differ, control tokens of the tokenizer among them."""
     added = [str(token["content"]) for token in _added_tokens(definition)]
     generator = random.Random(0)
     pieces = [*_PIECES, *added[:20], *added[-20:]]
@@ -185,7 +185,7 @@ class TokenSpans:
     """Says which tokens of a text hold given characters.
 
     Of a byte-level tokenizer without a normalizer the bytes of a text's tokens are the bytes of the text, so their
-    lengths tell where each token lies; where they do not add up, the `tokenizers` library is asked.
+    lengths give the position of each token; where they do not add up, the `tokenizers` library is asked.
 
     Args:
         definition: `tokenizer.json`.

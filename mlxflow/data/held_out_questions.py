@@ -19,7 +19,7 @@ class Question(NamedTuple):
 
     Attributes:
         ids: its tokens, as the model is to read them.
-        text: what the user asked; the whole conversation where that cannot be told.
+        text: what the user asked; the whole conversation where that cannot be determined.
         answer: the turn, as it is in the data.
     """
 
@@ -96,7 +96,7 @@ def _question(
 
 
 def _last_message(text: str, template: GuardedTemplate) -> str | None:
-    """Return the user's message at the end of a prompt; None where it cannot be told from what is around it."""
+    """Return the user's message at the end of a prompt; None where it cannot be separated from what is around it."""
     header, footer = _around_a_message(template)
     if not header or not footer or not text.endswith(footer) or text.count(header) != 1:
         return None

@@ -60,7 +60,7 @@ def list_files(
     *,
     digests: ObservedInputs,
 ) -> list[SourceFile]:
-    """Return what there is to read, in the order of the corpus, each file with the side that its name tells.
+    """Return what there is to read, in the order of the corpus, each file with the side in its name.
 
     Args:
         inputs: files and corpora.
@@ -116,11 +116,11 @@ def _builtin(entry: SourceSettings, owner: int, cache: ObservedInputs) -> Iterat
 def _files(entry: SourceSettings, owner: int, paths: list[Path], cache: ObservedInputs) -> Iterator[SourceFile]:
     place = Path(os.path.abspath(entry.place))  # noqa: PTH100 - links stay as they are named
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
-    told = [""] * len(paths)
+    named = [""] * len(paths)
     if named_side(entry) not in ("test", "validation"):  # what the entry names itself is used as the entry says
         folder = _folder(entry)
-        told = splits.sides_of([PurePath(os.path.relpath(path, folder)) for path in absolute])
-    for path, at, side in zip(paths, absolute, _sides(told, is_validation=entry.is_validation), strict=True):
+        named = splits.sides_of([PurePath(os.path.relpath(path, folder)) for path in absolute])
+    for path, at, side in zip(paths, absolute, _sides(named, is_validation=entry.is_validation), strict=True):
         if side is not None:
             yield _file(path, _shown(path, entry.root), owner, side, entry, cache, is_named=place == at)
 
@@ -132,7 +132,7 @@ def _folder(entry: SourceSettings) -> Path:
 
 
 def named_side(entry: SourceSettings) -> str:
-    """Return the side that an entry's own words tell, such as the name of its file, folder or split; "" for none."""
+    """Return the side in the name of an entry's file, folder or split; "" for none."""
     if entry.path.startswith(sources.HF):
         named = [splits.side_of(one.split) for one in parse_slices(entry.split)] if entry.split else []
         return next((side for side in ("test", "validation") if side in named), "")
@@ -142,22 +142,22 @@ def named_side(entry: SourceSettings) -> str:
     return splits.side_of(str(place.relative_to(folder)))
 
 
-def _sides(told: Sequence[str], *, is_validation: bool) -> list[str | None]:
+def _sides(named: Sequence[str], *, is_validation: bool) -> list[str | None]:
     """Return the side on which each part of an entry is used; None where it is not read at all.
 
-    What is called a test is trained on by nobody. Where there is something to validate on, all others are trained on;
+    A file named as a test is never trained on. Where there is something to validate on, all others are trained on;
     else the hashes of the documents decide. Of an entry for validation only what is made to measure with is read, and
     all of it where nothing in it is.
 
     Args:
-        told: the side that each name tells, or "".
+        named: the side in each name, or "".
         is_validation: whether the entry is one of `validation_sources`.
     """
     if is_validation:
-        chosen = next((side for side in ("validation", "test") if side in told), None)
-        return ["validation" if chosen in (None, side) else None for side in told]
-    rest = "train" if "validation" in told else ""
-    return [side if side in ("validation", "test") else rest for side in told]
+        chosen = next((side for side in ("validation", "test") if side in named), None)
+        return ["validation" if chosen in (None, side) else None for side in named]
+    rest = "train" if "validation" in named else ""
+    return [side if side in ("validation", "test") else rest for side in named]
 
 
 def _shown(path: Path, root: Path) -> str:
@@ -193,7 +193,7 @@ def _file(
 
 
 def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: ObservedInputs) -> Iterator[SourceFile]:
-    """Yield parts of a data set of the `datasets` library, each with the side that its split's name tells."""
+    """Yield parts of a data set of the `datasets` library, each with the side in its split's name."""
     from mlxflow.data import data_sets
 
     digest = digest_json([cache.digests(path).content for path in paths]) if paths else digest_text(entry.path)

@@ -39,7 +39,7 @@ class RecordForm(NamedTuple):
     """What the records of a source look like.
 
     Attributes:
-        keys: of which a record has one.
+        keys: a record has one of them.
         more_keys: what else of a record is read.
         is_record: whether an object has all the keys of a known form.
         decode_cells: makes what it stands for of a table's row whose cells are all text; raises ValueError.

@@ -11,7 +11,7 @@ from mlxflow.data.decompression import FileProblem
 from mlxflow.data.items import Bad, Record, RecordForm, Text
 from mlxflow.data.long_lines import LONG_LINE_BYTES, decode_long, require_few_values
 
-# Objects that are looked at to tell a list of records from any other list
+# Objects that are checked to recognize a list of records
 _SEEN = 100
 _RECORDS_PER_BATCH = 1024
 _MAX_FILE_VALUES = 1 << 22
@@ -167,12 +167,12 @@ def listed(names: Iterable[str]) -> str:
 def find_records(value: Any, record_keys: Set[str], is_record: Callable[[Any], bool]) -> list[Any] | None:
     """Return the records of a JSON value; None where it holds none of a known form.
 
-    That is a list of objects of which one has a known key, an object that is a record, or an object with one such
+    That is a list of objects, one with a known key, an object that is a record, or an object with one such
     list under a key of any name, such as {"version": 1, "data": [...]}.
 
     Args:
         value: the whole of a file.
-        record_keys: the keys of which a record has one.
+        record_keys: a record has one of these keys.
         is_record: whether an object has all the keys of a known form.
 
     Raises:

@@ -41,7 +41,7 @@ def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def split_at_words(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts in parts of which a trainer counts the same words: cut where a space divides two words."""
+    """Yield texts in parts with the same words for a trainer: cut where a space divides two words."""
     for text in texts:
         begin = 0
         while match := _BETWEEN_WORDS.search(text, begin + _PART_LENGTH):

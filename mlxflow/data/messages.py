@@ -80,7 +80,7 @@ def parse_json_text(text: str) -> Any:
     """Return the value of JSON that stands in a text.
 
     Raises:
-        ValueError: it is not valid, or nobody can mean it; the text is for people.
+        ValueError: it is not valid; the text is for the user.
     """
     try:
         return json.loads(text)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxflow.data.decompression import read_pieces, telling
+from mlxflow.data.decompression import naming_errors, read_pieces
 from mlxflow.data.items import Bad as Bad
 from mlxflow.data.items import Record as Record
 from mlxflow.data.items import RecordForm as RecordForm
@@ -27,7 +27,7 @@ _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv",
 
 
 class Shape(NamedTuple):
-    """What tells how a file is read, and nothing else of it: part of the key of its shard.
+    """How a file is read: part of the key of its shard.
 
     Attributes:
         kind: "text", "jsonl", "json", "csv" or "parquet".
@@ -70,7 +70,7 @@ def read_file(
         SourceError: it changed, vanished or became unreadable, or a library is missing.
     """
     if shape.kind == "parquet":
-        with telling(path):
+        with naming_errors(path):
             before = path.stat()
             yield from read_parquet(path, form)
             on_read(before.st_size)

@@ -43,7 +43,7 @@ class Counts(NamedTuple):
         slots: tokens that the rows could hold.
         cut_documents: laid into more than one row.
         needlessly_cut: of these, the ones that would fit a row.
-        truncated: conversations of which the end was left out.
+        truncated: conversations without their end.
         dropped: conversations left out because they are longer than a row.
         rows_without_targets: rows left out because the model learns to predict no token of theirs.
     """

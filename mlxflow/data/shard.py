@@ -194,7 +194,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write down what is known beside the columns."""
-        told = {
+        header = {
             "format": FORMAT,
             "blank": self.blank,
             "masked": self.masked,
@@ -208,7 +208,7 @@ class ShardWriter:
             "literals": self.literals,
             "digests": {name: hash_.hexdigest() for name, hash_ in self._hashes.items()},
         }
-        self._stream.metadata["shard"] = json.dumps(told, ensure_ascii=False)
+        self._stream.metadata["shard"] = json.dumps(header, ensure_ascii=False)
 
 
 class _Header(msgspec.Struct):

@@ -42,7 +42,7 @@ class SourceFile(NamedTuple):
         digest: of its content.
         size: in bytes.
         source: the number of the source that named it.
-        side: "train", "validation" or "test" where the source tells, else "".
+        side: "train", "validation" or "test" if the source's name says so, else "".
         is_named: the source names this very file, so it has to be text.
         format_: what its records hold.
         text_key: the key of a text.
@@ -309,8 +309,8 @@ class _LongDocument:
 def _append_documents(writer: ShardWriter, finished: list[_Finished]) -> None:
     """Write what is kept of documents; see `shards.Documents`."""
     hashes = np.frombuffer(b"".join(one.digest for one in finished), ">u8").reshape(-1, 2)
-    told = [(one.length, 0, 0, one.size, one.place, one.flags, _count(one.spans)) for one in finished]
-    table = np.array(told, np.uint64).reshape(-1, 7)
+    rows = [(one.length, 0, 0, one.size, one.place, one.flags, _count(one.spans)) for one in finished]
+    table = np.array(rows, np.uint64).reshape(-1, 7)
     table[:, 1:3] = hashes
     spans = [one.spans for one in finished if one.spans is not None]
     writer.append(documents=table, spans=np.concatenate(spans) if spans else np.zeros((0, 2), np.int64))

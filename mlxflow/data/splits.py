@@ -32,7 +32,7 @@ _HINT = re.compile(r"test|val|dev|held|hold|train", re.IGNORECASE)
 
 
 def side_of(name: str) -> str:
-    """Return the side that a name tells, "train", "validation" or "test"; "" where it tells none.
+    """Return the side in a name, "train", "validation" or "test"; "" for none.
 
     A name with words of several sides is the test's, else the validation's: what may be measured on is not trained on.
 
@@ -44,7 +44,7 @@ def side_of(name: str) -> str:
 
 
 def side_of_folder(name: str) -> str:
-    """Return the side that a folder's name tells and says nothing else: `test` and `held-out`, not `test-drives`."""
+    """Return the side that is all of a folder's name: `test` and `held-out`, not `test-drives`."""
     return side_of(name) if all(side_of(word) for word in _words(name)) else ""
 
 
@@ -54,15 +54,16 @@ def is_records(name: str) -> bool:
 
 
 def sides_of(paths: Sequence[PurePath]) -> list[str]:
-    """Return the side of each file of a source, "" where its name tells none.
+    """Return the side of each file of a source, "" if its name has none.
 
     Args:
         paths: relative to the folder that the source names.
     """
-    told = [_told(path) for path in paths]
-    trained = {rest for side, rest in told if side == "train"}
+    named = [_side_and_rest(path) for path in paths]
+    trained = {rest for side, rest in named if side == "train"}
     return [
-        side if is_records(path.name) or rest in trained else "" for path, (side, rest) in zip(paths, told, strict=True)
+        side if is_records(path.name) or rest in trained else ""
+        for path, (side, rest) in zip(paths, named, strict=True)
     ]
 
 
@@ -75,14 +76,14 @@ def is_divided(names: Iterable[str]) -> bool:
     sides: set[str] = set()
     for name in names:
         if _HINT.search(name) and is_records(name):
-            sides.add(_told(PurePath(name))[0])
+            sides.add(_side_and_rest(PurePath(name))[0])
             if "train" in sides and sides & {"validation", "test"}:
                 return True
     return False
 
 
-def _told(path: PurePath) -> tuple[str, str]:
-    """Return the side that the name of a file tells, or else the nearest of its folders, and the path without it."""
+def _side_and_rest(path: PurePath) -> tuple[str, str]:
+    """Return the side in the name of a file, or else in the nearest of its folders, and the path without it."""
     stem, suffix = _split_suffix(path.name)
     if suffix not in RECORD_SUFFIXES + _TEXT_SUFFIXES or not _HINT.search(str(path)):
         return "", ""

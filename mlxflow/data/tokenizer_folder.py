@@ -29,7 +29,7 @@ def hub_files(name: str) -> dict[str, Path]:
         name: `owner/name`, or `owner/name@revision`.
 
     Raises:
-        SourceError: it cannot be had.
+        SourceError: it cannot be fetched.
     """
     patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if remote_code.trusts_code() else [])]
     folder = hub.fetch(name, patterns=patterns, key="pretokenize.tokenizer.from")

@@ -1,7 +1,7 @@
 """The watched side of `mlxflow.data.guard`: what a process says of its work on files of others, and its main loop.
 
 Work is announced on a board, a piece of memory that the watching process reads. Announcing costs some 100 ns, so it is
-done for each record, and also in processes that nobody watches.
+done for each record, and also in processes without a watcher.
 """
 
 import contextlib

@@ -1,1 +1,1 @@
-"""Own GPU kernels, each beside its reference in plain MLX operations, used only where it proved right and faster."""
+"""Fused GPU kernels, each beside its reference in plain MLX operations, used only where verified correct and faster."""

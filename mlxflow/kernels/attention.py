@@ -1,17 +1,17 @@
-"""Causal attention on CUDA, forward and backward, in an order of addition that is the same every time.
+"""Causal attention on CUDA, forward and backward, with a fixed order of additions.
 
-Of queries Q, keys K and values V, (L, D) each, and the scores' scale s (Dao 2023, arXiv:2307.08691):
+For queries Q, keys K and values V, (L, D) each, and the scale s of the scores (Dao 2023, arXiv:2307.08691):
 
     P = softmax over the keys that a query sees of s Q K^T        O = P V
     dV = P^T dO      dS = P * (dO V^T - rows' sums of dO * O)      dQ = s dS K      dK = s dS^T Q
 
-A query sees the keys up to its own place, all or those from a place of its own on: where its document begins, or its
-window. Blocks that nobody sees are left out. No L x L array is kept: of each row its logarithm of the sum of
-exponentials is, from which the backward pass computes P anew. cuDNN, which MLX takes on CUDA, has each block of keys
-add to the gradient of the queries by atomics, so that two runs differ. Here one kernel has the queries' gradient, for
-which a group goes over the keys, and one that of keys and values, for which a group goes over the queries of all heads
-that share them: seven products for five, and nothing that two groups add to. MLX's attention on Metal has no atomics
-in its gradient, and there is no source for it here.
+A query sees the keys up to its own position, all of them or those from a first key on: the beginning of its document
+or of its window. Blocks that no query sees are skipped. No L x L array is stored: the forward pass saves the
+log-sum-exp of each row, from which the backward pass recomputes P. cuDNN, which MLX uses on CUDA, adds each block of
+keys to the gradient of the queries by atomics, so two runs differ. Here one kernel computes the queries' gradient, each
+group of threads iterating over the keys, and another that of keys and values, each group iterating over the queries of
+all heads that share them: seven products instead of five, and no array that two groups add to. MLX's attention on Metal
+has no atomics in its gradient; this kernel has no Metal source.
 
 | takes | |
 | --- | --- |

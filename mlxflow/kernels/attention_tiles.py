@@ -107,7 +107,7 @@ INLINE void by_columns(float (&c)[D / 8][4], const float (&x)[N][4], unsigned ti
     }
   }
 }
-// Write 16 rows, times a factor of the upper and of the lower eight, by way of a tile's rows that nobody else reads
+// Write 16 rows, times a factor of the upper and of the lower eight, through rows of a tile that no other warp reads
 template <int D>
 INLINE void store(bfloat16* to, const float (&c)[D / 8][4], float upper, float lower, unsigned tile, int row, int first,
                   int length, int stride, int lane) {

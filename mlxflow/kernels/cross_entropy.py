@@ -4,7 +4,7 @@ For a row of logits z with target t, weight w and s = log(sum(e^z)), which the f
 
     loss = s - z_t          d loss / dz_i = w (e^(z_i - s) - [i = t])
 
-MLX's own way writes the softmax and reads it again. As in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
+MLX's implementation writes the softmax and reads it again. As in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
 
 | takes | |
 | --- | --- |

@@ -1,14 +1,13 @@
-"""The gradient of looked-up rows: one pass, in a fixed order.
+"""The gradient of an embedding lookup: one pass, in a fixed order of additions.
 
 For rows y_n = E[t_n] of a table E with incoming gradients g_n:
 
     dE_v = sum over n with t_n = v of g_n
 
-The places n are sorted by t_n first, those of one number in their order, and where each number begins and ends is found
-by bisection. The few rows of most numbers are added up in fp32 by 32 threads each; a number with many is shared by a
-group of threads, of which each adds every so-manieth row, and the shares are added up in a fixed order. So there are no
-atomics, two runs are equal to the bit, and no zeros are written first. MLX's own way is atomics; what this is compared
-with is `mlxflow.ops.embedding_lookup`.
+The positions n are sorted by t_n first (stable), and the range of each token is found by bisection. The few rows of
+most tokens are added up in fp32 by 32 threads each. The rows of a frequent token are split over a group of threads, and
+the partial sums are added in a fixed order. So there are no atomics, two runs are equal to the bit, and no zeros are
+written first. MLX's implementation uses atomics; verification compares with `mlxflow.ops.embedding_lookup` instead.
 
 | takes | |
 | --- | --- |

@@ -1,8 +1,8 @@
-"""The names of kernels: the operation, its types, and its width where one is compiled for each."""
+"""Kernel names: the operation, its dtypes, and its width if each width is compiled separately."""
 
 import mlx.core as mx
 
-#: The types that kernels take, by name.
+#: The dtypes that kernels take, by name.
 TYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 
 
@@ -17,7 +17,7 @@ def rms_norm_name(dtype: mx.Dtype, width: int) -> str:
 
 
 def block_name(dtype: mx.Dtype, width: int) -> str:
-    """Return the name of the norm of rows of a width that go on past it."""
+    """Return the name of the residual sum and norm of rows of a width."""
     return f"sum_rms_norm/{name_of(dtype)}/{width}"
 
 
@@ -27,29 +27,29 @@ def gated_name(activation: str, dtype: mx.Dtype) -> str:
 
 
 def mlp_name(activation: str, dtype: mx.Dtype) -> str:
-    """Return the name of a gated activation of two projections of one array."""
+    """Return the name of a gated activation of two projections of the same input."""
     return f"mlp_{activation}/{name_of(dtype)}"
 
 
 def rotary_name(dtype: mx.Dtype, width: int, *, interleaved: bool) -> str:
-    """Return the name of the rotary embedding of so many numbers of a head."""
+    """Return the name of the rotary embedding that rotates `width` dimensions of a head."""
     return f"rotary{'_interleaved' * interleaved}/{name_of(dtype)}/{width}"
 
 
 def attention_name(dtype: mx.Dtype, width: int, *, is_bounded: bool) -> str:
-    """Return the name of the causal attention of heads of a width; for up to 64 numbers it is cut as for 64.
+    """Return the name of the causal attention of heads of a width; widths up to 64 share a kernel.
 
     Args:
         dtype: of queries, keys and values.
         width: of a head.
-        is_bounded: a query does not see all keys before it.
+        is_bounded: whether queries see only the keys from a first key on.
     """
     cut = 64 if width <= 64 else 128 if width <= 128 else width
     return f"attention{'_bounded' * is_bounded}/{name_of(dtype)}/{cut}"
 
 
 def embedding_name(dtype: mx.Dtype) -> str:
-    """Return the name of the gradient of looked-up rows."""
+    """Return the name of the gradient of an embedding lookup."""
     return f"embedding/{name_of(dtype)}"
 
 
@@ -64,12 +64,12 @@ def adamw_name(weights: mx.Dtype, gradients: mx.Dtype) -> str:
 
 
 def sum_of_squares_name(dtype: mx.Dtype) -> str:
-    """Return the name of the sum behind the gradient's norm."""
+    """Return the name of the sum of squares for the gradient norm."""
     return f"sum_of_squares/{name_of(dtype)}"
 
 
 def is_known(name: str) -> bool:
-    """Return whether a kernel takes the type and width that a name tells."""
+    """Return whether a kernel supports the dtype and width in its name."""
     kind, dtype, *width = name.split("/")
     if kind.startswith("attention"):
         return dtype == "bfloat16" and int(width[0]) <= 128

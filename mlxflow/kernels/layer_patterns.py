@@ -230,7 +230,7 @@ class Block(msgspec.Struct, frozen=True, tag=True):
 
     def patched_call(self, plain: type[nn.Module], dtype: mx.Dtype) -> Call:
         """Return the `__call__` of a layer of a class with the kernel for a dtype."""
-        before = rms_norm.past_and_norm(self.patterns[0].eps, dtype)
+        before = rms_norm.residual_and_norm(self.patterns[0].eps, dtype)
         between = rms_norm.sum_and_norm(self.patterns[1].eps, dtype)
 
         def call(layer: nn.Module, x: mx.array, *others: Any, **named: Any) -> Any:

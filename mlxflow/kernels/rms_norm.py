@@ -4,12 +4,12 @@ For a row x of D numbers with weight w (Zhang and Sennrich 2019, arXiv:1910.0746
 
     y = x r w          dx = g w r - x r^3 / D sum(g w x)          dw = sum over the rows of g x r
 
-A row is held in the registers of 32 to 256 threads, so x and g are read once. Each group of threads takes every
-so-manieth row and keeps its share of dw; the shares are added up afterwards, in a fixed order and without atomics, so
-that two runs are equal to the bit.
+A row is held in the registers of 32 to 256 threads, so x and g are read once. The rows are distributed over a fixed
+number of groups of threads; each keeps a partial sum of dw, and these are added in a fixed order without atomics, so
+two runs are equal to the bit.
 
-In a block of a transformer the norm's input goes on past it, too: h = x + r, y = norm(h), and later h + ... So the sum
-and its norm are one kernel, and what comes back past the norm, e, is added to dx where that is written.
+In a transformer block the input of the norm is also the residual: h = x + r, y = norm(h), and later h + ... So the sum
+and its norm are one kernel, and the incoming gradient of the residual, e, is added where dx is written.
 
 | takes | |
 | --- | --- |
@@ -26,7 +26,7 @@ import mlx.core as mx
 from mlxflow.kernels.codegen import THREADS, Source
 from mlxflow.kernels.rms_norm_source import ADD_SHARES, BACKWARD, FORWARD, SUM_BACKWARD, SUM_FORWARD
 
-#: Groups that share the rows of a backward pass: what a large GPU runs at the same time.
+#: Groups of threads in a backward pass: what a large GPU runs at the same time.
 _GROUPS = 264
 #: Groups on a processor at once: left to itself the compiler gives a thread of the sum's kernels so many registers that
 #: one group has a processor alone, and nothing is read while it waits.
@@ -59,7 +59,7 @@ def reference_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tup
 def reference_sum_gradients(
     h: mx.array, weight: mx.array, eps: float, past: mx.array, incoming: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Return the gradients of h, which goes on past its norm and through it, and of the weight."""
+    """Return the gradients of h, which is both the residual and the input of its norm, and of the weight."""
     dx, d_weight = reference_gradients(h.astype(mx.float32), weight, eps, incoming)
     return (dx + past.astype(mx.float32)).astype(h.dtype), d_weight
 
@@ -184,15 +184,15 @@ def sum_and_norm(
     @function.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
         h, weight = outputs[0], primals[2]
-        dh, d_weight = _past_and_through(h, weight, eps, kernel_dtype, cotangents)
+        dh, d_weight = _residual_gradients(h, weight, eps, kernel_dtype, cotangents)
         return dh, dh, d_weight
 
     return cast("Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]", function)
 
 
 @functools.cache
-def past_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """Return a differentiable function of x, (..., D), and weight, (D,), that returns x, to go on past, and its norm.
+def residual_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """Return a differentiable function of x, (..., D), and weight, (D,), that returns x, as the residual, and its norm.
 
     Args:
         eps: added to the mean of the squares.
@@ -208,12 +208,12 @@ def past_and_norm(eps: float, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.
     @function.vjp
     def backward(primals: Any, cotangents: Any, _: Any) -> Any:
         x, weight = primals
-        return _past_and_through(x, weight, eps, kernel_dtype, cotangents)
+        return _residual_gradients(x, weight, eps, kernel_dtype, cotangents)
 
     return cast("Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]", function)
 
 
-def _past_and_through(
+def _residual_gradients(
     h: mx.array, weight: mx.array, eps: float, kernel_dtype: mx.Dtype, cotangents: Any
 ) -> tuple[mx.array, mx.array]:
     gradients = kernel_sum_gradients if _uses_kernel(h, weight, kernel_dtype) else reference_sum_gradients

@@ -152,7 +152,7 @@ SUM_FORWARD = Source(
     ),
 )
 
-# What comes in for the norm goes back through it, and what comes in for its input past it is added
+# The gradient through the norm plus the incoming gradient of the residual
 SUM_BACKWARD = Source(
     name="sum_rms_norm_backward",
     inputs=("x", "w", "e", "g", "eps"),

@@ -13,7 +13,7 @@ pairs of all heads of a position.
 
 | takes | |
 | --- | --- |
-| x | fp32 or bf16, (B, H, L, E), E a multiple of 8, of which D are turned, a multiple of 16; less than 2^31 numbers |
+| x | fp32 or bf16, (B, H, L, E), E a multiple of 8, D <= E of them rotated, a multiple of 16; less than 2^31 numbers |
 | c, s | fp32, (L, D / 2) |
 """
 
@@ -73,7 +73,7 @@ _SOURCE = Source(
 
 
 def pairs(x: mx.array, *, interleaved: bool) -> tuple[mx.array, mx.array]:
-    """Return the first and the second numbers of all pairs, (..., D / 2) each, of what is turned, (..., D)."""
+    """Return the first and the second elements of all pairs, (..., D / 2) each, of rotated dimensions, (..., D)."""
     if interleaved:
         return x[..., ::2], x[..., 1::2]
     half = x.shape[-1] // 2
@@ -81,7 +81,7 @@ def pairs(x: mx.array, *, interleaved: bool) -> tuple[mx.array, mx.array]:
 
 
 def ones_and_zeros(width: int, length: int, *, interleaved: bool) -> mx.array:
-    """Return what a layer that rotates makes cosines and sines of, (1, 1, L, D): pairs of one and zero."""
+    """Return the input that a rotary layer turns into cosines and sines, (1, 1, L, D): pairs of one and zero."""
     places = mx.arange(width)
     one = places % 2 == 0 if interleaved else places < width // 2
     # no view: MLX gives a rotary embedding's result the strides of its input on CUDA, and writes one row over all
@@ -95,14 +95,14 @@ def reference(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, 
     a, b = (mx.expand_dims(one, axis) for one in pairs(x[..., :width].astype(mx.float32), interleaved=interleaved))
     cosine, sine = (mx.expand_dims(one, axis) for one in (cosine, -sine if back else sine))
     first, second = (mx.array(one).reshape(2, *[1] * (-1 - axis)) for one in ([1.0, 0.0], [0.0, 1.0]))
-    # not concatenated: all that MLX can do that with takes longer to load on CUDA than most kernels to be proved
+    # not concatenated: MLX's operations for that take longer to load on CUDA than most kernels to verify
     turned = a * (cosine * first + sine * second) + b * (cosine * second - sine * first)
     found = turned.flatten(-2).astype(x.dtype)
     return found if width == x.shape[-1] else mx.concatenate([found, x[..., width:]], axis=-1)
 
 
 def supports(x: mx.array, width: int) -> bool:
-    """Return whether the kernel takes arrays of this shape and type of which so many numbers are turned."""
+    """Return whether the kernel takes arrays of this shape and dtype with `width` rotated dimensions."""
     fits = x.dtype in (mx.float32, mx.bfloat16) and x.ndim == 4 and x.shape[-1] % 8 == 0 and width % 16 == 0
     return fits and 0 < width <= x.shape[-1] and 0 < x.size < 2**31
 
@@ -127,7 +127,7 @@ def rotary(interleaved: bool, kernel_dtype: mx.Dtype) -> Callable[[mx.array, mx.
     """Return a function of x, cosines and sines that is differentiable in x.
 
     Args:
-        interleaved: how the pairs lie.
+        interleaved: whether a pair is 2 i and 2 i + 1, not i and i + D / 2.
         kernel_dtype: of arrays that the kernel is used for; others take plain operations.
     """
 

@@ -45,7 +45,7 @@ def scale_and_clip(
         plan: module path to setting; layers that are not in it are scaled where they must be, and not rounded.
         tokens: (R, L) ids to calibrate on; all of them are held as activations of a block.
         search_steps: scales and limits tried for each group of layers.
-        watch: is told the path of each block that is done.
+        watch: called with the path of each block that is done.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     recipes: dict[Any, list[Group]] = {}

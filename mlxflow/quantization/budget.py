@@ -16,7 +16,7 @@ from mlxflow.quantization.settings import Setting
 #: Bytes of a layer at each of its candidates.
 Sizes = dict[str, dict[Setting, int]]
 
-# Totals that are told apart; where the sizes have more they are rounded up, so that a budget is still kept
+# Distinct totals; where the sizes have more they are rounded up, so that a budget is still kept
 _MOST_TOTALS = 1 << 16
 
 

@@ -197,7 +197,7 @@ def choose_rows(marks: Any, *, count: int, seed: int) -> Any:
 
 
 def _inside_blocks(model: nn.Module) -> set[str]:
-    """Return the paths of all layers within the model's blocks; of all there are where it tells no blocks."""
+    """Return the paths of all layers within the model's blocks; of all layers if the model has no list of blocks."""
     blocks = getattr(model, "layers", None)
     if not blocks:
         return set(quantizable_layers(model))

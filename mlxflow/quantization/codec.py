@@ -187,7 +187,7 @@ def _bit_stream(codes: mx.array, bits: int) -> mx.array:
     """Return codes as MLX packs them: code i of a row in the bits from i * bits on of its little-endian words.
 
     Args:
-        codes: uint32, their last axis a multiple of 32, so that words begin anew with each 32 of them.
+        codes: uint32, their last axis a multiple of 32, so that each 32 of them fill whole words.
         bits: of a code.
 
     Returns:

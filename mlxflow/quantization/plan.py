@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     """A table of every layer that can be quantized.
 
     Attributes:
-        default: for layers of which nothing else was said.
+        default: for layers that no rule names.
         layers: module path to setting, in the model's order.
         skipped: paths that a rule, or the architecture itself, leaves dense.
         undivided: paths that stay dense because the group size does not divide their width.

@@ -45,9 +45,9 @@ def measure_costs(
     for path, settings in candidates.items():
         weight = modules[path].weight
         stored = weight if dtype is None else weight.astype(dtype)
-        told = [_cost(weight, round_trip(stored, setting), squares.get(path), count) for setting in settings]
-        mx.eval(told)
-        costs[path] = {setting: float(one) for setting, one in zip(settings, told, strict=True)}
+        losses = [_cost(weight, round_trip(stored, setting), squares.get(path), count) for setting in settings]
+        mx.eval(losses)
+        costs[path] = {setting: float(loss) for setting, loss in zip(settings, losses, strict=True)}
         squares.pop(path, None)
     return costs
 

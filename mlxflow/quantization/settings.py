@@ -22,11 +22,11 @@ class Setting(NamedTuple):
 
     @property
     def stored_mode(self) -> str:
-        """The mode that a reader is told: symmetric codes lie in affine storage."""
+        """The mode in `config.json`: symmetric codes are stored as affine ones."""
         return "affine" if self.mode == "symmetric" else self.mode
 
     def stored(self) -> dict[str, str | int]:
-        """Return the setting as `config.json` tells it."""
+        """Return the setting as it stands in `config.json`."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.stored_mode}
 
 
@@ -55,12 +55,12 @@ class Asked(NamedTuple):
         a rule follows the table, whose bits a budget may choose.
         """
         table = self.setting
-        told: dict[str, int | None] = {"bits": bits, "group_size": group_size}
+        given: dict[str, int | None] = {"bits": bits, "group_size": group_size}
         for key, choices in (("bits", BITS), ("group_size", GROUP_SIZES)):
             written = getattr(self, key)
-            if told[key] is None and choices[mode] != choices[table.mode]:
-                told[key] = written if written in choices[mode] else choices[mode][0]
-        return told
+            if given[key] is None and choices[mode] != choices[table.mode]:
+                given[key] = written if written in choices[mode] else choices[mode][0]
+        return given
 
 
 class Mistake(NamedTuple):
@@ -93,7 +93,7 @@ def mistakes_in(setting: Setting) -> list[Mistake]:
 
 
 def completed(default: Setting, *, mode: str | None, bits: int | None, group_size: int | None) -> Setting:
-    """Return a setting of which some was said: the rest is the default's, or the usual where the mode has not that."""
+    """Complete a partial setting from the default, or with the mode's usual value if it lacks the default's."""
     mode = mode or default.mode
     usual_bits = default.bits if default.bits in BITS[mode] else BITS[mode][0]
     usual_size = default.group_size if default.group_size in GROUP_SIZES[mode] else GROUP_SIZES[mode][0]

@@ -92,7 +92,7 @@ def export(
         packed: gives codes that are there already, by path; None where the layer is to be rounded.
         stored: matrices that lie in a file just as the model has them, by name; they are read from there row by row.
         source: what the model was read from, for messages.
-        watch: is told the path of each layer that was packed.
+        watch: called with the path of each layer that was packed.
 
     Raises:
         ArtifactError: a weight that is not finite; the tensor is named.

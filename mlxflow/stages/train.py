@@ -189,7 +189,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     kernels: Annotated[
         Literal["auto", "off", "require"],
-        Meta(description="our own GPU kernels: where they prove right and faster; never; or an error where one lacks"),
+        Meta(description="GPU kernels: those verified correct and faster; none; or all, else an error"),
     ] = "auto"
     deterministic: Annotated[
         bool,

@@ -124,7 +124,7 @@ def test_sums_and_norms_whose_input_goes_on_past_them_are_those_of_mlx(dtype: mx
 
     found = mx.vjp(rms_norm.sum_and_norm(1e-5, PLAIN), [x, r, weight], [past, g])
     wanted = mx.vjp(of_mlx, [x, r, weight], [past, g])
-    alone = mx.vjp(rms_norm.past_and_norm(1e-5, PLAIN), [x + r, weight], [past, g])
+    alone = mx.vjp(rms_norm.residual_and_norm(1e-5, PLAIN), [x + r, weight], [past, g])
     for ours, theirs, without in zip(found, wanted, alone, strict=True):
         _close(ours, theirs, _tolerance(dtype))
         _close(without, theirs if len(without) == len(theirs) else [theirs[0], theirs[2]], _tolerance(dtype))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.data.decompression import telling
+from mlxflow.data.decompression import naming_errors
 from mlxflow.errors import MlxflowError
 from mlxflow.models import adapter_files, config_json
 from mlxflow.system.os_errors import advise_on, is_about_a_file, naming, word_cause
@@ -59,7 +59,7 @@ def test_advice_about_a_file_is_kept_for_reasons_that_lie_in_the_file(number: in
 
 
 def _open(path: Path) -> None:
-    with telling(path), path.open("rb"):
+    with naming_errors(path), path.open("rb"):
         pass
 
 
