@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 # Shares of a step from which on a part of it is worth a word
 _DATA_SHARE, _GRAPH_SHARE = 0.02, 0.2
 
-#: The key of train that switches an optimization off, by the name of its row.
+#: The setting that switches an optimization off, by the name of its row.
 _SWITCHES = {
-    "without fused_loss": "train.fused_loss = false",
-    "without checkpointing": 'train.checkpointing = "none"',
-    "without bf16": 'train.precision = "fp32"',
-    "without bf16-pure": 'train.precision = "fp32"',
-    "without packing": 'pretokenize.packing = "none"',
+    "without fused_loss": "fused_loss = false",
+    "without checkpointing": 'checkpointing = "none"',
+    "without bf16": 'precision = "fp32"',
+    "without bf16-pure": 'precision = "fp32"',
+    "without packing": 'packing = "none"',
 }
 
 
@@ -28,15 +28,28 @@ class Change(NamedTuple):
     advice: str
 
 
-def advise(shares: Mapping[str, float], rows: Sequence[Mapping[str, Any]], own_batch_size: int) -> str:
+def advise(
+    shares: Mapping[str, float],
+    rows: Sequence[Mapping[str, Any]],
+    own_batch_size: int,
+    *,
+    training_table: str,
+    tokens_table: str,
+) -> str:
     """Return the change most worth making.
 
     Args:
         shares: of a step, by part: data, graph, compute and synchronize.
         rows: of the report's `training`.
         own_batch_size: rows a step of the workflow.
+        training_table: name of the table with the settings of the training.
+        tokens_table: name of the table that made the tokens.
     """
-    changes = [*_of_shares(shares), *_of_switches(rows), *_of_batch_sizes(rows, own_batch_size)]
+    changes = [
+        *_of_shares(shares, training_table),
+        *_of_switches(rows, training_table, tokens_table),
+        *_of_batch_sizes(rows, own_batch_size, training_table),
+    ]
     if not changes:
         return (
             f"{shares['compute']:.0%} of a step is computing, and nothing that was measured makes it faster: "
@@ -45,29 +58,32 @@ def advise(shares: Mapping[str, float], rows: Sequence[Mapping[str, Any]], own_b
     return max(changes).advice
 
 
-def _of_shares(shares: Mapping[str, float]) -> Iterable[Change]:
+def _of_shares(shares: Mapping[str, float], table: str) -> Iterable[Change]:
     data, graph = shares["data"], shares["graph"]
     if data > _DATA_SHARE:
         yield Change(
             1 / (1 - data),
-            f"raise train.workers and train.prefetch_batches: {data:.0%} of a step is spent waiting for data",
+            f"raise {table}.workers and {table}.prefetch_batches: {data:.0%} of a step is spent waiting for data",
         )
     if graph > _GRAPH_SHARE:
         yield Change(
             1 / (1 - graph),
-            f"raise train.batch_size: the host takes {graph:.0%} of a step to build its graph",
+            f"raise {table}.batch_size: the host takes {graph:.0%} of a step to build its graph",
         )
 
 
-def _of_switches(rows: Iterable[Mapping[str, Any]]) -> Iterable[Change]:
+def _of_switches(rows: Iterable[Mapping[str, Any]], training: str, tokens: str) -> Iterable[Change]:
     for row in rows:
         high = row.get("high_workflow_speedup", 1.0)
         if row["name"] in _SWITCHES and high < 1:
             gain = 1 / row["workflow_speedup"]
-            yield Change(gain, f"set {_SWITCHES[row['name']]}: steps {row['name']} were {gain:.2f} times as fast")
+            table = tokens if row["name"] == "without packing" else training
+            yield Change(
+                gain, f"set {table}.{_SWITCHES[row['name']]}: steps {row['name']} were {gain:.2f} times as fast"
+            )
 
 
-def _of_batch_sizes(rows: Sequence[Mapping[str, Any]], own: int) -> Iterable[Change]:
+def _of_batch_sizes(rows: Sequence[Mapping[str, Any]], own: int, table: str) -> Iterable[Change]:
     timed = {row["batch_size"]: row for row in rows if row["name"] == "workflow" and "error" not in row}
     if own not in timed:
         return
@@ -76,6 +92,6 @@ def _of_batch_sizes(rows: Sequence[Mapping[str, Any]], own: int) -> Iterable[Cha
             gain = row["tokens_per_second"] / timed[own]["tokens_per_second"]
             yield Change(
                 gain,
-                f"set train.batch_size = {size}: {gain:.2f} times the tokens a second of {own} rows, "
+                f"set {table}.batch_size = {size}: {gain:.2f} times the tokens a second of {own} rows, "
                 f"in {row['peak_memory_bytes'] / 1e9:.2f} GB",
             )

@@ -169,7 +169,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     report["bottleneck"] = {f"{name}_share": share for name, share in shares.items()}
     report["bottleneck"] |= _if_it_fits(lambda: suite.against_ceilings(report, _dense_row(report, inputs))) or {}
     if shares:
-        report["bottleneck"]["advice"] = advise(shares, report["training"], own)
+        report["bottleneck"]["advice"] = advise(
+            shares, report["training"], own, training_table=config.input, tokens_table=config.data
+        )
     report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
     if lowered := list(benchmark_methods.lowered(report, config)):
         report["lowered"] = lowered

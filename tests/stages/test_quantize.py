@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -191,6 +192,21 @@ def test_a_loss_that_stays_infinite_names_this_stages_key(job: Job) -> None:
     (line,) = job.problems(StageError, method="qat", num_steps=20, batch_size=2)
     assert line.startswith("quantize: 10 steps in a row had no finite loss and gradient")
     assert line.endswith(" Lower quantize.learning_rate.")
+    assert not job.artifact.exists()
+
+
+def test_out_of_memory_names_this_stages_keys(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("[malloc] Unable to allocate 5000 bytes.")
+
+    monkeypatch.setattr("mlxflow.training.step.Step.compute", fail)
+    monkeypatch.setattr("mlxflow.training.step.Step.add", fail)
+    (line,) = job.problems(WorkflowError, method="qat", num_steps=2, batch_size=2)
+    assert re.sub(r"[\d,]{4,}", "N", line) == (
+        "quantize.batch_size: forward passes of 1 rows, the fewest, need N bytes and may use N. Lower "
+        'quantize.batch_size or pretokenize.context_length, set quantize.checkpointing = "layers", or raise '
+        "workflow.memory_limit."
+    )
     assert not job.artifact.exists()
 
 

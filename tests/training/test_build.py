@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -99,11 +98,10 @@ def _benchmark(inputs: benchmark.Inputs, context: Context, made: Path, method: s
 
 
 @pytest.fixture
-def one_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every stage order its rows, and draw its adapters, by one seed."""
     for stage in ("train", "profile", "benchmark"):
         monkeypatch.setattr(f"mlxflow.stages.{stage}.derive_seed", lambda seed, name: 5)
-    return
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
