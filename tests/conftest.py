@@ -25,6 +25,19 @@ hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "brief"))
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _own_search_path() -> Iterator[None]:
+    """Let no later test's processes inherit what `mlxflow.__main__.main` sets for its own."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    yield
+    if before is None:
+        os.environ.pop("PYTHONSAFEPATH", None)
+    else:
+        os.environ["PYTHONSAFEPATH"] = before
+
+
 TINY = REPOSITORY / "tests" / "tiny.toml"
 STAGES = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark", "report")
 

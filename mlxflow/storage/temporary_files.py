@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SUFFIXES = (".tmp", ".partial")
@@ -55,10 +55,11 @@ def scratch_folder() -> Iterator[Path]:
 
     for entry in list(os.scandir(tempfile.gettempdir())):
         match = _SCRATCH.fullmatch(entry.name)
-        if match and entry.is_dir(follow_symlinks=False) and int(match[1]) != os.getpid():
-            is_ours = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
-            if is_ours and not _is_owned(int(match[1]), entry):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        if match and int(match[1]) != os.getpid():
+            with suppress(FileNotFoundError):  # its process may end and remove it meanwhile
+                is_ours = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+                if is_ours and entry.is_dir(follow_symlinks=False) and not _is_owned(int(match[1]), entry):
+                    shutil.rmtree(entry.path, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"mlxflow-{os.getpid()}-") as name:
         yield Path(name)
 

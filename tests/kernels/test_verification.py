@@ -168,7 +168,7 @@ def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
     tried = _RIGHT._replace(kernel=seen("kernel"), mlx=seen("own"))
     with pytest.raises(StopRequested):
         verify(tried, is_stopped=lambda: bool(called))
-    assert called.count("own") == 3, "which MLX compiles, and of which a round is counted"
+    assert called.count("own") in (2, 3), "MLX compiles one, and one or two measure how long a round may be"
     assert "kernel" in called
 
 

@@ -65,3 +65,26 @@ def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next(
     with scratch_folder() as scratch:
         assert set(tmp_path.iterdir()) == {theirs, scratch}
     assert list(tmp_path.iterdir()) == [theirs]
+
+
+def test_a_scratch_folder_that_its_process_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ends = tmp_path / f"mlxflow-{os.getppid()}-x"
+    ends.mkdir()
+    listed = os.scandir
+
+    def listed_before_it_ends(place: str) -> list["os.DirEntry[str]"]:
+        with listed(place) as entries:
+            found = list(entries)
+        ends.rmdir()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", listed_before_it_ends)
+        scratch = scratch_folder()
+        folder = scratch.__enter__()
+    assert list(tmp_path.iterdir()) == [folder]
+    scratch.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())
