@@ -22,7 +22,7 @@ VERSION = 6
 
 T = TypeVar("T")
 
-#: The artifact tells about this machine; another one is another input.
+#: The artifact depends on this machine; another one makes it stale.
 DEVICE_BOUND = True
 
 # Rounds in which generation is timed, and tokens written in each
@@ -264,7 +264,7 @@ def _benchmark_models(config: Config, inputs: Inputs, context: Context, budget: 
         needed = out_of_memory_bytes(error)
         if needed is None:
             raise error
-        said = f"does not fit: {needed:,} bytes more may not be had ({context.memory_limit_bytes:,} are the limit)"
+        said = f"out of memory: {needed:,} more bytes needed, memory limit {context.memory_limit_bytes:,}"
         return {"model": reference, "model_bytes": _stored_bytes(inputs.models[reference]), "error": said}
 
     rows = []
@@ -354,7 +354,7 @@ def _validation_rows(config: Config, inputs: Inputs, speeds: Sequence[Any], budg
 
 
 def _load(folder: Path) -> Any:
-    """Return a model, its weights still on the disk: whoever reads them is told if they do not fit."""
+    """Return a model, its weights still on the disk: reading them raises if they do not fit."""
     from mlxflow.models import model_folder
 
     return model_folder.load(folder, lazy=True)[0]
@@ -409,8 +409,8 @@ def _stored_bytes(path: Path) -> int:
 
 def _rate(prefix: str, rate: Any, relative: Any) -> dict[str, float]:
     name = f"{prefix}tokens_per_second"
-    told = {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
-    return told | {f"low_relative_{name}": relative.low, f"high_relative_{name}": relative.high}
+    report = {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
+    return report | {f"low_relative_{name}": relative.low, f"high_relative_{name}": relative.high}
 
 
 def _dense_row(report: dict[str, Any], inputs: Inputs) -> dict[str, Any]:

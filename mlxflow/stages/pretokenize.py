@@ -37,7 +37,8 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     text_key: Annotated[str, Meta(description="of a text in a record; empty: pretokenize.text_key")] = ""
     config: Annotated[str, Meta(description="of hf: the configuration; empty: the only one")] = ""
     split: Annotated[
-        str, Meta(description='of hf: splits and slices, such as "train[:1%]"; empty: all, each on the side it tells')
+        str,
+        Meta(description='of hf: splits and slices, such as "train[:1%]"; empty: all, each on the side in its name'),
     ] = ""
 
     def problems(self) -> Iterator[Problem]:
@@ -250,9 +251,6 @@ def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Cont
 
 def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
     """Do the work of the stage in this process; see `run`."""
-    import resource
-    import sys
-
     from mlxflow.data import (
         corpus_report,
         document_selection,
@@ -297,6 +295,12 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
     warnings = [*corpus_report.warnings(contents, counts), *ends.warnings()]
     lines = (*warnings, corpus_report.summary(contents, counts))
     terminal.say(*(f"{context.task}: {line}" for line in lines))
+    accounts = corpus_report.accounts(contents, capacity=config.context_length + 1)
+    report = _report(config, vocabulary, warnings, ends, counts)
+    return report | accounts | {"run": _run_facts(tokenized, engine)}
+
+
+def _report(config: Config, vocabulary: Any, warnings: list[str], ends: Any, counts: dict[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": vocabulary.size,
         "context_length": config.context_length,
@@ -305,15 +309,21 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
         "end_tokens": list(ends.texts),
         "added_ends": ends.added,
         "conversations_with_control_tokens": ends.with_control_tokens,
-        **{side: one.report() for side, one in counts.items()},
-        **corpus_report.accounts(contents, capacity=config.context_length + 1),
-        "run": {
-            "tokenized_files": tokenized.num_tokenized,
-            "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
-            "engine": engine,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
-        },
+        **{side: count.report() for side, count in counts.items()},
+    }
+
+
+def _run_facts(tokenized: Any, engine: str) -> dict[str, Any]:
+    """Return what differs between two equal runs."""
+    import resource
+    import sys
+
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return {
+        "tokenized_files": tokenized.num_tokenized,
+        "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
+        "engine": engine,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes,
     }
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 VERSION = 6
 
-#: The artifact tells about this machine; another one is another input.
+#: The artifact depends on this machine; another one makes it stale.
 DEVICE_BOUND = True
 
 # Growth of less is the allocator's; of the process's memory, whose readings are noisy, growth of less than a share too
@@ -45,7 +45,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     samples_per_second: Annotated[
         float, Meta(ge=0.001, le=1000, description="readings that a thread takes beside those at the steps' ends")
     ] = 20.0
-    suggestions: Annotated[bool, Meta(description="whether trials tell what would save memory")] = True
+    suggestions: Annotated[bool, Meta(description="whether trials look for settings that save memory")] = True
     max_peak_memory: Annotated[
         str,
         Meta(
@@ -133,9 +133,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     finally:
         profiler.close()
     timeline = profiler.timeline()
-    told = {"phases": json.dumps(list(profiler.totals))}
+    phases = {"phases": json.dumps(list(profiler.totals))}
     artifact_files.write_arrays(
-        outputs.timeline, timeline, artifact_files.provenance_metadata(context.provenance) | told
+        outputs.timeline, timeline, artifact_files.provenance_metadata(context.provenance) | phases
     )
     parts |= {"leak": _leak(timeline, context), "trend": _trend(timeline)}
     figures = _figures(profiler, before)
@@ -244,13 +244,17 @@ def _leak(timeline: dict[str, Any], context: Context) -> dict[str, Any]:
     """Return what the readings at the steps' ends say of leaks: of arrays; softer, with MLX's cache; of the process."""
     from mlxflow.profiling.leak_test import LeakTest, find_leak
 
-    def told(found: LeakTest) -> dict[str, Any]:
+    def leak_report(found: LeakTest) -> dict[str, Any]:
         return {name: value for name, value in found._asdict().items() if value is not None}
 
     def softly(values: Any) -> dict[str, Any]:
         if len(values) < _FEWEST_PROCESS_STEPS:
-            return {"verdict": "none", "bytes_per_step": 0.0, "note": f"{_FEWEST_PROCESS_STEPS} steps tell more"}
-        return told(
+            return {
+                "verdict": "none",
+                "bytes_per_step": 0.0,
+                "note": f"{_FEWEST_PROCESS_STEPS} steps are needed for a verdict",
+            }
+        return leak_report(
             find_leak(
                 values,
                 floor_bytes_per_step=_PROCESS_FLOOR_BYTES,
@@ -263,7 +267,7 @@ def _leak(timeline: dict[str, Any], context: Context) -> dict[str, Any]:
     limit = context.memory_limit_bytes
     strict = find_leak(active, floor_bytes_per_step=_ACTIVE_FLOOR_BYTES, floor_share=0.0, limit_bytes=limit)
     reserved = softly(active + timeline["cache_memory_bytes"])
-    return told(strict) | {"reserved": reserved, "process": softly(timeline["rss_bytes"])}
+    return leak_report(strict) | {"reserved": reserved, "process": softly(timeline["rss_bytes"])}
 
 
 def _trend(timeline: dict[str, Any]) -> dict[str, float]:
@@ -315,7 +319,7 @@ def _advise(parts: dict[str, Any], name: str) -> str:
 
 
 def _figures(profiler: Any, before: Any) -> dict[str, Any]:
-    """Return what the readings came to."""
+    """Return the summary of the readings."""
     import numpy as np
 
     from mlxflow.profiling.step_memory import STEP

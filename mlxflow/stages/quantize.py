@@ -109,7 +109,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "full"
     checkpointing: Annotated[
         Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
-        Meta(description="of qat: whether activations are computed anew, as in train"),
+        Meta(description="of qat: gradient checkpointing, as in train"),
     ] = "none"
     kernels: Annotated[
         Literal["auto", "off", "require"], Meta(description="of qat: our own GPU kernels, as in train")
@@ -202,7 +202,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def needs_tokens(self) -> dict[str, None]:
-        """The keys that ask for something that cannot be had without tokens."""
+        """The keys that need tokens."""
         asked = {
             "method": self.method != "rtn",
             "target_bits_per_weight": bool(self.target_bits_per_weight),

@@ -291,7 +291,7 @@ def test_a_model_that_does_not_fit_says_so_and_the_others_stand(
     dense, q4 = benchmark._benchmark_models(benchmark.Config(max_validation_rows=8), inputs, _context(tmp_path), FREE)
     assert dense["perplexity"] > 1
     assert dense["decode_tokens_per_second"] > 0
-    assert q4["error"] == "does not fit: 777,777 bytes more may not be had (1 are the limit)"
+    assert q4["error"] == "out of memory: 777,777 more bytes needed, memory limit 1"
 
 
 def test_what_does_not_fit_beside_the_rows_is_left_out_and_another_failure_is_none(
