@@ -148,7 +148,7 @@ class Jobs:
         return folder
 
     def _run(self, stage: str, text: str) -> Path:
-        from mlxflow.workflow.execution import run_stage
+        from mlxflow.workflow.execution import execute_stage
         from mlxflow.workflow.loader import load_workflow
 
         path = self.folder / "workflow.toml"
@@ -156,7 +156,7 @@ class Jobs:
         workflow = load_workflow(path)
         made = self.folder / "artifacts" / stage
         shutil.rmtree(made, ignore_errors=True)
-        return run_stage(workflow, workflow.find(stage))
+        return execute_stage(workflow, workflow.find(stage))
 
     def _attempt(self, stage: str, text: str) -> tuple[Path, str]:
         """Return the artifact of a stage, and what it was refused with."""

@@ -385,12 +385,12 @@ STEPS_OF = {64: (("cpu-mlxflow", 100), ("cpu-mlx-lm", 100)), 2048: (("cpu-mlxflo
 
 def _corpus(folder: Path) -> Path:
     """Tokenize the built-in corpus as the default workflow does; return its artifact."""
-    from mlxflow.workflow.execution import run_stage
+    from mlxflow.workflow.execution import execute_stage
     from mlxflow.workflow.loader import load_workflow
 
     (folder / "workflow.toml").write_text(f"[pretokenize]\nworkers = 2\ncontext_length = {CPU_LENGTH}\n")
     workflow = load_workflow(folder / "workflow.toml")
-    return run_stage(workflow, workflow.find("pretokenize"))
+    return execute_stage(workflow, workflow.find("pretokenize"))
 
 
 def _small(tokens: Any) -> dict[str, Any]:
@@ -461,7 +461,7 @@ def _cpu_ours(folder: Path) -> None:
     import shutil
 
     from mlxflow.storage import artifact_files
-    from mlxflow.workflow.execution import run_stage
+    from mlxflow.workflow.execution import execute_stage
     from mlxflow.workflow.loader import load_workflow
 
     job = Path(tempfile.mkdtemp())
@@ -482,7 +482,7 @@ def _cpu_ours(folder: Path) -> None:
     }
     (job / "workflow.toml").write_text("\n".join(["[train]", *(f"{key} = {value}" for key, value in settings.items())]))
     workflow = load_workflow(job / "workflow.toml")
-    made = run_stage(workflow, workflow.find("train"))
+    made = execute_stage(workflow, workflow.find("train"))
     report = artifact_files.read_report(made / "report.toml")
     run = report["run"]
     _tell(

@@ -147,17 +147,17 @@ def _run(parsed: argparse.Namespace) -> None:
     from mlxflow.system.child_processes import end_with_parent
     from mlxflow.workflow import handover
     from mlxflow.workflow.disk_queries import Disk
-    from mlxflow.workflow.execution import run_alone, run_stage
+    from mlxflow.workflow.execution import execute_stage, run_stage
     from mlxflow.workflow.loader import load_workflow
 
     started_by_doit = end_with_parent()
     if started_by_doit and (received := handover.receive()):
         text, lookups = received.basis
         workflow = load_workflow(parsed.workflow, Disk(parsed.workflow.parent, lookups), text.encode())
-        run_stage(workflow, workflow.find(parsed.stage), parsed.into, received)
+        execute_stage(workflow, workflow.find(parsed.stage), parsed.into, received)
         return
     workflow = load_workflow(parsed.workflow)
-    run = run_stage if started_by_doit else run_alone
+    run = execute_stage if started_by_doit else run_stage
     run(workflow, workflow.find(parsed.stage), parsed.into)
 
 

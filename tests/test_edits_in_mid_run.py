@@ -18,7 +18,7 @@ from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import hold
 from mlxflow.system.child_processes import PARENT_VARIABLE
 from mlxflow.tasks.graph import load_nodes
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.stage import Context
 from mlxflow.workflow.staleness import observe_inputs, observe_settings
@@ -138,7 +138,7 @@ def test_an_input_changed_while_a_stage_runs_publishes_nothing(
     monkeypatch.setattr(train, "run", run)
     workflow = load_workflow(Path("workflow.toml"))
     with pytest.raises(StageError) as caught:
-        run_stage(workflow, workflow.find("train"))
+        execute_stage(workflow, workflow.find("train"))
     name = "artifacts/pretokenize/tokenizer_config.json"
     assert str(caught.value) == f"{name}: changed while train ran, whose result is not kept. Run it again."
     assert not (project / "artifacts/train").exists()

@@ -10,7 +10,7 @@ from mlxflow.errors import ArtifactError, CallError
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
 from mlxflow.workflow import stage
-from mlxflow.workflow.execution import run_alone
+from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.model import Stage, Workflow
 
 # Where a folder may hold a benchmark's report: an artifact, the artifacts, a workflow
@@ -88,7 +88,7 @@ def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, boo
     """
     if measure:
         with tempfile.TemporaryDirectory() as folder:
-            run_alone(workflow, one, Path(folder) / "benchmark")
+            run_stage(workflow, one, Path(folder) / "benchmark")
             report = read_benchmark(Path(folder) / "benchmark" / layout.REPORT)
     else:
         report = read_benchmark(stage.require(workflow.root / one.folder / layout.REPORT, one.task))

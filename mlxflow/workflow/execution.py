@@ -23,8 +23,8 @@ from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
 
 
-def run_stage(workflow: Workflow, one: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
-    """Run one stage in this process and return its artifact folder.
+def execute_stage(workflow: Workflow, one: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
+    """Run one stage in this process, without locks, and return its artifact folder. See `run_stage`.
 
     Args:
         workflow: the workflow.
@@ -238,13 +238,20 @@ def _describe_run(chosen: str | None, threads: int | None) -> dict[str, Any]:
     }
 
 
-def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
-    """Run one stage with the locks that doit would hold for it; waits for them.
+def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
+    """Run one stage in this process, with the locks that doit holds for it, and return its artifact folder.
+
+    Waits until no doit uses the artifacts and, for a stage that computes, until the device is free. Inputs that are
+    missing or out of date are not built; `doit` does that.
 
     Args:
-        workflow: the workflow.
-        one: one of its stages.
-        into: see `run_stage`.
+        workflow: the workflow; see `load_workflow`.
+        one: one of its stages: `workflow.find("train")`.
+        into: the folder to write instead of the stage's own.
+
+    Raises:
+        CallError: `into` holds what is no artifact.
+        MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
     """
     waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
     atomic_folders.make_link_target(workflow.artifacts)
@@ -255,4 +262,4 @@ def run_alone(workflow: Workflow, one: Stage, into: Path | None) -> None:
         if getattr(one.module, "USES_DEVICE", True):
             chosen, measures = workflow.settings.device, one.bound_device is not None
             held.enter_context(compute_device.turn(one.task, workflow.root, chosen, measures=measures))
-        run_stage(workflow, one, into)
+        return execute_stage(workflow, one, into)

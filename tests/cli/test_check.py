@@ -9,7 +9,7 @@ import pytest
 from mlxflow.cli.check import check_plans
 from mlxflow.errors import WorkflowError
 from mlxflow.models import model_folder
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
 
@@ -54,7 +54,7 @@ def _load(folder: Path, packing: str) -> Workflow:
 
 def _pretokenize(workflow: Workflow) -> None:
     """Make the tokens, and give the model their tokenizer."""
-    tokens = run_stage(workflow, workflow.find("pretokenize"))
+    tokens = execute_stage(workflow, workflow.find("pretokenize"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokens / name, workflow.root / "gpt2")
 
@@ -76,7 +76,7 @@ def test_a_document_mask_that_the_model_cannot_have_is_a_mistake_of_the_workflow
     workflow = _load(gpt2, "best-fit")
     _pretokenize(workflow)
     with pytest.raises(WorkflowError) as caught:
-        run_stage(workflow, workflow.find("train"), tmp_path / "into")
+        execute_stage(workflow, workflow.find("train"), tmp_path / "into")
     assert str(caught.value) == (
         "train.document_mask = true: this architecture counts positions through the whole row and cannot keep the "
         'documents in it apart. Set train.document_mask = false, or pretokenize.packing = "none".'
@@ -89,5 +89,5 @@ def test_rows_of_one_document_each_need_no_document_mask(gpt2: Path, tmp_path: P
     _pretokenize(workflow)
     assert (
         "document_mask = false"
-        in (run_stage(workflow, workflow.find("train"), tmp_path / "into") / "report.toml").read_text()
+        in (execute_stage(workflow, workflow.find("train"), tmp_path / "into") / "report.toml").read_text()
     )

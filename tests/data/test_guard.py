@@ -21,7 +21,7 @@ from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
 from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import SourceError, StageError
 from mlxflow.evaluation.text_generation import open_template
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 _USUAL = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -80,7 +80,7 @@ class _Job:
         text = f'[pretokenize]\nsources = ["a.jsonl"]\nholdout = 0.2\n{settings}\n'
         (self.folder / "workflow.toml").write_text(text)
         workflow = load_workflow(self.folder / "workflow.toml")
-        run_stage(workflow, workflow.find("pretokenize"))
+        execute_stage(workflow, workflow.find("pretokenize"))
 
     def fails(self, settings: str) -> str:
         """Run pretokenize, which must refuse with one line and leave nothing; return the line."""

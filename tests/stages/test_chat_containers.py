@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 TURNS = [(f"What is {n} plus {n}?", f"It is {2 * n}, of course.") for n in range(12)]
@@ -79,7 +79,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = '[pretokenize]\nsources = ["chats.jsonl"]\ncontext_length = 96\ntokenizer = { vocab_size = 300 }\n'
     (folder / "workflow.toml").write_text(table)
     workflow = load_workflow(folder / "workflow.toml")
-    return run_stage(workflow, workflow.find("pretokenize"))
+    return execute_stage(workflow, workflow.find("pretokenize"))
 
 
 def _rows(folder: Path, tokenizer: Path, source: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -89,7 +89,7 @@ def _rows(folder: Path, tokenizer: Path, source: str) -> list[tuple[tuple[int, .
         f'tokenizer = {{ from = "{tokenizer}" }}\n'
     )
     workflow = load_workflow(folder / "workflow.toml")
-    made = run_stage(workflow, workflow.find("pretokenize"))
+    made = execute_stage(workflow, workflow.find("pretokenize"))
     found = []
     for side in ("train", "validation"):
         rows = TokenFile.open(made / f"{side}.safetensors").rows

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.storage.artifact_files import read_report
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 CHATS = Path(__file__).with_name("chats")
@@ -23,7 +23,7 @@ PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 def _run(folder: Path, stage: str = "pretokenize") -> dict[str, Any]:
     workflow = load_workflow(folder / "workflow.toml")
-    return read_report(run_stage(workflow, workflow.find(stage)) / "report.toml")
+    return read_report(execute_stage(workflow, workflow.find(stage)) / "report.toml")
 
 
 def _rows(folder: Path, side: str = "train") -> Iterator[tuple[list[str], list[int]]]:

@@ -11,7 +11,7 @@ import pytest
 
 from mlxflow.errors import ArtifactError, MlxflowError, WorkflowError
 from mlxflow.storage.artifact_files import read_report
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 HEAD = """
@@ -33,7 +33,7 @@ def _train(project: Path, folder: Path, text: str) -> Path:
     workflow = project / f"{folder.parent.name}.toml"
     workflow.write_text(HEAD + text)
     loaded = load_workflow(workflow)
-    return run_stage(loaded, loaded.find("train"), folder)
+    return execute_stage(loaded, loaded.find("train"), folder)
 
 
 def _weights(folder: Path, name: str = "model.safetensors") -> dict[str, mx.array]:

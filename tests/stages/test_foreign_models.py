@@ -11,7 +11,7 @@ from mlx_lm.convert import convert
 
 from benchmarks.architecture_configs import config_of
 from mlxflow.models import model_folder, quantized_layers
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.models.test_model_folder import FP8, VISION, WRAPPERS, as_fp8, weights_of, write_folder
 
@@ -64,7 +64,7 @@ def job(request: pytest.FixtureRequest, built: Path, tmp_path: Path) -> Path:
 def _run(job: Path, stage: str, text: str) -> Path:
     (job / "workflow.toml").write_text(HEAD + text)
     workflow = load_workflow(job / "workflow.toml")
-    run_stage(workflow, workflow.find(stage))
+    execute_stage(workflow, workflow.find(stage))
     return job / "artifacts" / stage
 
 

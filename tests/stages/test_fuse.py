@@ -18,7 +18,7 @@ from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks import archive
 from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow import outputs, staleness
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import mlxflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
@@ -58,7 +58,7 @@ def _run(folder: Path, stage: str, text: str, into: Path) -> Path:
     path = folder / "workflow.toml"
     path.write_text(HEAD + text)
     workflow = load_workflow(path)
-    return run_stage(workflow, workflow.find(stage), into)
+    return execute_stage(workflow, workflow.find(stage), into)
 
 
 def _train(folder: Path, into: Path, text: str) -> Path:

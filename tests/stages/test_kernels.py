@@ -21,7 +21,7 @@ from mlxflow.kernels.early_start import Ahead
 from mlxflow.kernels.verifier_process import VerificationResult
 from mlxflow.models import model_folder
 from mlxflow.storage import artifact_files
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import REPOSITORY, mlxflow
 from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
@@ -105,7 +105,7 @@ def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = Fal
 
 def _run(folder: Path, stage: str, into: Path | None = None) -> Path:
     workflow = load_workflow(folder / "workflow.toml")
-    return run_stage(workflow, workflow.find(stage), into)
+    return execute_stage(workflow, workflow.find(stage), into)
 
 
 def _kernels(made: Path) -> tuple[list[str], list[str]]:
@@ -370,7 +370,7 @@ import sys
 from pathlib import Path
 
 from mlxflow.device import compute_device
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 compute_device.select = lambda _: "gpu"
@@ -379,7 +379,7 @@ text = {TEXT!r}
 for kernels, stage in [("off", "train"), ("off", "quantize"), ("auto", "quantize")]:
     Path("workflow.toml").write_text(text.replace('"auto"', f'"{{kernels}}"'))
     workflow = load_workflow(Path("workflow.toml"))
-    run_stage(workflow, workflow.find(stage))
+    execute_stage(workflow, workflow.find(stage))
     print(sorted(name for name in sys.modules if name.startswith("mlxflow.kernels") and name not in selector))
 """
     environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -17,7 +17,7 @@ from mlxflow.storage import remote_code
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.cache_key import cache_key
 from mlxflow.tasks.graph import load_nodes
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
 from mlxflow.workflow.staleness import observe_inputs
@@ -72,7 +72,7 @@ def _load(job: Path, text: str) -> Workflow:
 
 def _run(job: Path, stage: str, text: str) -> Path:
     workflow = _load(job, text)
-    return run_stage(workflow, workflow.find(stage))
+    return execute_stage(workflow, workflow.find(stage))
 
 
 def _weights(folder: Path) -> dict[str, mx.array]:
@@ -406,7 +406,7 @@ def test_code_of_a_tokenizer_is_run_only_where_it_is_trusted(
     )
     (job / "workflow.toml").write_text(text.replace('from = "words"', 'from = "words", trust_remote_code = true'))
     workflow = load_workflow(job / "workflow.toml")
-    made = run_stage(workflow, workflow.find("pretokenize"))
+    made = execute_stage(workflow, workflow.find("pretokenize"))
     kept: dict[str, Any] = json.loads((made / "tokenizer.json").read_text())
     assert kept["model"]["vocab"]["remember"] == 6
     assert "auto_map" not in json.loads((made / "tokenizer_config.json").read_text())

@@ -24,7 +24,7 @@ from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
 from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import MlxflowError, SourceError, WorkflowError
 from mlxflow.storage.artifact_files import read_report
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 TEXTS = [f"note {i}: the {i * 7 % 13}th thing to remember, and {i * i} more of it\n" * 3 for i in range(40)]
@@ -69,7 +69,7 @@ class Job:
         if text is not None:
             self.configure(text)
         workflow = load_workflow(self.folder / "workflow.toml")
-        return read_report(run_stage(workflow, workflow.find(stage)) / "report.toml")
+        return read_report(execute_stage(workflow, workflow.find(stage)) / "report.toml")
 
     def fails(self, text: str) -> str:
         """Run pretokenize, which must refuse, and return what it says."""

@@ -26,7 +26,7 @@ from mlxflow.stages.quantize import Config
 from mlxflow.stages.quantize_methods import training_settings
 from mlxflow.storage.artifact_files import read_report
 from mlxflow.workflow.config import toml_value
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import TINY, mlxflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
@@ -51,7 +51,7 @@ class Job:
         """Run the stage in this process and return its report."""
         self.write(**table)
         workflow = load_workflow(self.folder / "workflow.toml")
-        run_stage(workflow, workflow.find("quantize"))
+        execute_stage(workflow, workflow.find("quantize"))
         return read_report(self.artifact / "report.toml")
 
     def tensors(self) -> dict[str, mx.array]:

@@ -13,7 +13,7 @@ from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
 from mlxflow.stages import report
 from mlxflow.stages.report_samples import samples
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.stage import Member, derive_seed
 from tests.report.test_page import Seen
@@ -56,7 +56,7 @@ def _build(folder: Path, make: Any, settings: str = "") -> Path:
     )
     workflow = load_workflow(folder / "workflow.toml")
     for stage in ("pretokenize", "train"):
-        run_stage(workflow, workflow.find(stage))
+        execute_stage(workflow, workflow.find(stage))
     return folder
 
 

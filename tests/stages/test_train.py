@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.errors import StageError
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
 FEW_STEPS = """
@@ -50,7 +50,7 @@ def _train(project: Path, folder: Path, *changes: str) -> Path:
     workflow = project / f"{folder.name}.toml"
     workflow.write_text(text)
     loaded = load_workflow(workflow)
-    return run_stage(loaded, loaded.find("train"), folder)
+    return execute_stage(loaded, loaded.find("train"), folder)
 
 
 def _weights(folder: Path) -> dict[str, mx.array]:

@@ -9,7 +9,7 @@ import pytest
 from mlxflow.evaluation.perplexity import Perplexity
 from mlxflow.stages.train_artifact import quality_of, warn_of_loss
 from mlxflow.storage.artifact_files import read_report
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss
 
@@ -35,7 +35,7 @@ def _train(project: Path, folder: Path, text: str, learning_rate: float = 3e-3) 
     workflow = project / f"{folder.name}.toml"
     workflow.write_text(HEAD.format(rate=learning_rate) + text)
     loaded = load_workflow(workflow)
-    return run_stage(loaded, loaded.find("train"), folder / "made")
+    return execute_stage(loaded, loaded.find("train"), folder / "made")
 
 
 def _loss_of_files(project: Path, made: Path) -> float:

@@ -9,7 +9,7 @@ from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.stages import pretokenize
 from mlxflow.storage import artifact_files
 from mlxflow.workflow import stage
-from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
 
@@ -21,7 +21,7 @@ def workflow(job: Path, monkeypatch: pytest.MonkeyPatch) -> Workflow:
 
 
 def _pretokenize(workflow: Workflow) -> Path:
-    return run_stage(workflow, workflow.find("pretokenize"))
+    return execute_stage(workflow, workflow.find("pretokenize"))
 
 
 def test_a_report_tells_where_the_artifact_came_from(workflow: Workflow) -> None:
@@ -49,7 +49,7 @@ def test_the_digests_of_settings_and_of_inputs_change_each_with_its_own(workflow
 
 
 def test_a_stage_can_be_written_elsewhere(workflow: Workflow, tmp_path: Path) -> None:
-    folder = run_stage(workflow, workflow.find("pretokenize"), tmp_path / "elsewhere")
+    folder = execute_stage(workflow, workflow.find("pretokenize"), tmp_path / "elsewhere")
     assert folder == tmp_path / "elsewhere"
     assert (folder / "report.toml").exists()
     assert not (workflow.root / "artifacts/pretokenize").exists()
@@ -60,7 +60,7 @@ def test_a_stage_that_loses_its_variants_keeps_their_artifacts_and_a_users_files
     variants = path.read_text().replace("[pretokenize]", '[[pretokenize]]\nname = "a"', 1)
     path.write_text(variants.replace("[train]", '[train]\ninput = "pretokenize:a"', 1))
     loaded = load_workflow(path)
-    made = run_stage(loaded, loaded.find("pretokenize:a"))
+    made = execute_stage(loaded, loaded.find("pretokenize:a"))
     before = {file.name: (file.read_bytes(), file.stat().st_ino) for file in made.iterdir()}
     folder = _pretokenize(workflow)
     (folder / "notes.txt").write_text("mine")
@@ -76,7 +76,7 @@ def test_a_folder_that_no_stage_wrote_is_not_written_into(workflow: Workflow, tm
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(CallError) as caught:
-        run_stage(workflow, workflow.find("pretokenize"), mine)
+        execute_stage(workflow, workflow.find("pretokenize"), mine)
     assert str(caught.value) == f"--into {mine}: holds files that no stage wrote. Name a new or an empty folder."
     assert [file.name for file in mine.iterdir()] == ["thesis.txt"]
 
@@ -90,7 +90,7 @@ def test_mlx_gets_the_memory_limit(workflow: Workflow) -> None:
         _pretokenize(load_workflow(Path("workflow.toml")))
         assert mx.set_memory_limit(10**10) == 10**10  # tokenizing does without MLX
         loaded = load_workflow(Path("workflow.toml"))
-        run_stage(loaded, loaded.find("train"))
+        execute_stage(loaded, loaded.find("train"))
         assert mx.set_memory_limit(10**10) == 3 * 10**9
     finally:
         mx.set_memory_limit(before)
@@ -98,7 +98,7 @@ def test_mlx_gets_the_memory_limit(workflow: Workflow) -> None:
 
 def test_every_missing_input_is_told_once_with_its_stage(workflow: Workflow) -> None:
     with pytest.raises(ArtifactError) as caught:
-        run_stage(workflow, workflow.find("benchmark"))
+        execute_stage(workflow, workflow.find("benchmark"))
     assert caught.value.problems == (
         "artifacts/train: missing. Run: doit train",
         "artifacts/quantize/q4: missing. Run: doit quantize:q4",
