@@ -88,9 +88,8 @@ class Verb:
         except BrokenPipeError:
             raise
         except ModuleNotFoundError as error:
-            if error.name not in ("tasks", "tasks.dodo") or _OLD_IMPORT not in _last_line(error):
-                raise
-            refuse(f"dodo.py: {_OLD_IMPORT}: expected mlxflow.tasks.dodo. {_NEW_IMPORT}")
+            _refuse_old_import(error)
+            raise
         except OSError as error:
             if not self.is_of_stages:
                 raise
@@ -153,9 +152,11 @@ class StageVerb(Verb, DoitCmdBase):  # type: ignore[misc]  # doit has no types
     """A verb that doit does not have."""
 
 
-def _last_line(error: Exception) -> str:
-    """Return the line of source code that raised an exception."""
-    return traceback.extract_tb(error.__traceback__)[-1].line or ""
+def _refuse_old_import(error: ModuleNotFoundError) -> None:
+    """End with one line where it is the old import of a dodo.py that failed."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    if error.name in ("tasks", "tasks.dodo") and _OLD_IMPORT in line:
+        refuse(f"dodo.py: {_OLD_IMPORT}: expected mlxflow.tasks.dodo. {_NEW_IMPORT}")
 
 
 def _open_closed_streams() -> bool:
