@@ -159,26 +159,29 @@ def _bounds(name: str, value: Any) -> str:
     return ""
 
 
+#: What is expected of a value of types that need no further check.
+_NOUNS: dict[Any, str] = {type(None): "null", str: "text", dict: "a table"}
+
+
 def _mismatch(value: Any, hint: Any) -> str:
     """Return what was expected of a value of a declared type; empty where it fits, or the type says nothing."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        expected = [_mismatch(value, one) for one in arguments]
-        return "" if not all(expected) else " or ".join(dict.fromkeys(one for one in expected if one != "null"))
+        return _union_mismatch(value, arguments)
     kind = origin or hint
-    if kind is type(None):
-        return "" if value is None else "null"
     if kind in (int, float):
         return _number_mismatch(value, kind)
     if kind is bool:
         return "" if isinstance(value, bool) or value in (0, 1) else "true or false"
-    if kind is str:
-        return "" if isinstance(value, str) else "text"
-    if kind is dict:
-        return "" if isinstance(value, dict) else "a table"
     if kind in (list, tuple):
         return _list_mismatch(value, [one for one in arguments if one is not Ellipsis])
-    return ""
+    noun = _NOUNS.get(kind)
+    return "" if noun is None or isinstance(value, kind) else noun
+
+
+def _union_mismatch(value: Any, hints: tuple[Any, ...]) -> str:
+    expected = [_mismatch(value, one) for one in hints]
+    return "" if not all(expected) else " or ".join(dict.fromkeys(one for one in expected if one != "null"))
 
 
 def _number_mismatch(value: Any, kind: type) -> str:
