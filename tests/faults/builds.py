@@ -35,7 +35,8 @@ CACHES = ("digests.json", "graph.json")
 STAGE = """
 import hashlib, sys
 from pathlib import Path
-from mlxflow import __main__ as door, artifact
+from mlxflow import __main__ as door
+from mlxflow.storage import artifact_files
 from mlxflow.system.os_errors import naming
 from mlxflow.system.child_processes import end_with_parent
 
@@ -48,7 +49,7 @@ def build(parsed):
     print("at work on", parsed.stage, flush=True)
     folder = Path(f"artifacts/{parsed.stage}")
     keep = lambda: [path.name for path in folder.glob("*.txt")]
-    with artifact.publishing(folder, keep) as private, (private / "a").open("wb") as file:
+    with artifact_files.publishing(folder, keep) as private, (private / "a").open("wb") as file:
         file.write(hashlib.shake_256(parsed.stage.encode() + read).digest(1000))
 
 door._run = build
