@@ -12,7 +12,7 @@ from mlxflow.data.long_words import split_at_words
 from mlxflow.data.tokenizer import train_tokenizer
 
 # Batches, threads and engines take the same room with a line of either size
-_SHORT_BYTES, _LONG_BYTES = 4_000_000, 12_000_000
+_SHORT_BYTES, _LONG_BYTES = 8_000_000, 16_000_000
 # ru_maxrss of a process begins with that of the one that started it; VmHWM does not
 _RUN = """
 import pathlib, re, resource, sys
