@@ -1,17 +1,35 @@
-"""Quantization plans checked against the architecture alone: no artifact is needed and no weight is made."""
+"""`mlxflow check`: the resolved workflow, checked against the architectures that it names; no weights are made."""
 
+import argparse
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mlxflow.cli.arguments import add_workflow
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.models import config_json, vocabularies
 from mlxflow.stages.train import shape_config
 from mlxflow.storage import paths, remote_code
+from mlxflow.system import terminal
 from mlxflow.system.os_errors import advise_on
 from mlxflow.workflow.config import Problem, toml_value, word
+from mlxflow.workflow.loader import load_workflow, resolved_toml
 from mlxflow.workflow.model import Stage, Workflow
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow check`."""
+    add_workflow(parser)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print the resolved workflow, and name the stages that are left out."""
+    workflow = load_workflow(parsed.workflow)
+    check_plans(workflow)
+    for name, reasons in workflow.left_out.items():
+        terminal.say(f"{name}: left out, for no [{name}] is written and its defaults do not fit:", *reasons)
+    terminal.write(resolved_toml(workflow))
 
 
 def check_plans(workflow: Workflow) -> None:

@@ -1,5 +1,6 @@
-"""Two benchmark reports compared, and the promises held against one."""
+"""`mlxflow compare`: the figures of two benchmark reports side by side."""
 
+import argparse
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,13 +10,23 @@ from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
-from mlxflow.workflow import stage
-from mlxflow.workflow.execution import run_stage
-from mlxflow.workflow.model import Stage, Workflow
+from mlxflow.system import terminal
 
 # Where a folder may hold a benchmark's report: an artifact, the artifacts, a workflow
 _BENCHMARK = layout.stage_folder("benchmark") / layout.REPORT
 _PLACES = (layout.REPORT, f"benchmark/{layout.REPORT}", _BENCHMARK.as_posix())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow compare`."""
+    for name in ("before", "after"):
+        parser.add_argument(name, help="a report.toml, a folder that holds one, or COMMIT:FILE")
+    parser.add_argument("--force", action="store_true", help="compare even if they were measured on different devices")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print the table of `compare`."""
+    terminal.write(compare(parsed.before, parsed.after, force=parsed.force))
 
 
 def compare(before: str, after: str, *, force: bool) -> str:
@@ -32,7 +43,7 @@ def compare(before: str, after: str, *, force: bool) -> str:
     """
     first, second = _read(before), _read(after)
     if first["device"] != second["device"] and not force:
-        names = [f"{name} on {_device(report)}" for name, report in ((before, first), (after, second))]
+        names = [f"{name} on {describe_device(report)}" for name, report in ((before, first), (after, second))]
         raise CallError(
             f"compare: {names[0]}, {names[1]}: different devices. Add --force to compare them nevertheless."
         )
@@ -44,7 +55,8 @@ def compare(before: str, after: str, *, force: bool) -> str:
     return markdown_of_differences(differences)
 
 
-def _device(report: dict[str, Any]) -> str:
+def describe_device(report: dict[str, Any]) -> str:
+    """Return the name and kind of the device that a report was measured on."""
     return f"{report['device']['name']} ({report['device']['kind']})"
 
 
@@ -73,28 +85,3 @@ def _read_commit(name: str) -> dict[str, Any]:
             return read_benchmark(path)
         except ArtifactError as error:
             raise ArtifactError(str(error).replace(str(path), name)) from error
-
-
-def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, bool]:
-    """Return a table of every promise with its measured figure, and whether all of them hold.
-
-    Args:
-        workflow: the workflow.
-        one: its benchmark stage.
-        measure: anew, in a scratch folder; else the artifact is read.
-
-    Raises:
-        ArtifactError: the artifact is missing or of another version, or an input is missing.
-    """
-    if measure:
-        with tempfile.TemporaryDirectory() as folder:
-            run_stage(workflow, one, Path(folder) / "benchmark")
-            report = read_benchmark(Path(folder) / "benchmark" / layout.REPORT)
-    else:
-        report = read_benchmark(stage.require(workflow.root / one.folder / layout.REPORT, one.task))
-    lines = [f"On {_device(report)}:", "", "| promise | measured | holds |", "|---|---|---|"]
-    lines += [
-        f"| {told['promise']} | {told.get('figure', 'not measured')} | {'yes' if told['holds'] else 'no'} |"
-        for told in report["promises"].values()
-    ]
-    return "\n".join(lines) + "\n", all(told["holds"] for told in report["promises"].values())

@@ -1,5 +1,6 @@
-"""What this machine offers a workflow, what makes it slow, and the command that mends it."""
+"""`mlxflow doctor`: the device, its limits and versions, and what makes this machine slow."""
 
+import argparse
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,15 @@ from mlxflow.device import compute_device, cpu_backend
 from mlxflow.system import terminal
 
 _PACKAGES = ("mlxflow", "mlx", "mlx-lm", "doit", "numpy", "safetensors", "tokenizers", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing: `mlxflow doctor` takes no arguments."""
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print what this machine offers; return 0."""
+    return examine()
 
 
 def examine() -> int:

@@ -1,15 +1,31 @@
-"""Which batch sizes and context lengths fit into the memory, for a person to look at."""
+"""`mlxflow fit`: which batch sizes and context lengths fit into the memory."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.storage import layout, remote_code
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.system import terminal
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import Context, rooted
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow fit`."""
+    parser.add_argument("stage", nargs="?", default="profile", help="a profile stage; default: profile")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[], help="default: around the stage's own")
+    parser.add_argument("--context-lengths", type=int, nargs="+", default=[], help="default: around the data's own")
+    add_workflow(parser)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print the table of `fit`."""
+    workflow, one = read_stage(parsed)
+    fit(workflow, one, batch_sizes=parsed.batch_sizes, context_lengths=parsed.context_lengths)
 
 
 def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_lengths: Sequence[int]) -> None:

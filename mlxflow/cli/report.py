@@ -1,9 +1,11 @@
-"""The page by hand: whatever there is of a run, whether or not all of it was built; of two runs, side by side."""
+"""`mlxflow report`: the page of whatever there is of a run, or of two runs side by side."""
 
+import argparse
 import webbrowser
 from pathlib import Path
 from typing import Any
 
+from mlxflow.cli.arguments import add_workflow
 from mlxflow.errors import CallError, UserError
 from mlxflow.report.load_run import read_run, read_toml, table
 from mlxflow.report.render import render
@@ -15,6 +17,19 @@ from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
 from mlxflow.workflow.stage import Member
 from mlxflow.workflow.staleness import StaleStage, find_stale, record_of_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow report`."""
+    parser.add_argument("--open", action="store_true", help="show it in the browser")
+    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="another run beside it: artifacts/compare.html")
+    add_workflow(parser)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Write the page and print its path."""
+    page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
+    terminal.show(paths.shown(page))
 
 
 def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = False) -> Path:

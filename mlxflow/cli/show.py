@@ -1,11 +1,13 @@
-"""An artifact for a person to look at."""
+"""`mlxflow show`: the contents of a pretokenize or quantize artifact."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.errors import CallError
 from mlxflow.storage import layout, report_checks
 from mlxflow.system import terminal
@@ -15,6 +17,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN_ROWS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow show`."""
+    parser.add_argument("stage", help="such as pretokenize or quantize:q4")
+    parser.add_argument(
+        "--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones"
+    )
+    add_workflow(parser)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print the artifact of a stage."""
+    workflow, one = read_stage(parsed)
+    show(workflow, one, parsed.row)
 
 
 def show(workflow: Workflow, one: Stage, row: int | None) -> None:

@@ -1,0 +1,28 @@
+"""Arguments that several verbs take, and the workflow that they name."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxflow.storage import layout
+
+if TYPE_CHECKING:
+    from mlxflow.workflow.model import Stage, Workflow
+
+
+def add_workflow(parser: argparse.ArgumentParser) -> None:
+    """Add `--workflow`, the path of the workflow file."""
+    parser.add_argument("--workflow", type=Path, default=Path(layout.WORKFLOW), help=f"default: {layout.WORKFLOW}")
+
+
+def read_stage(parsed: argparse.Namespace) -> "tuple[Workflow, Stage]":
+    """Return the workflow and the stage that a command line names.
+
+    Raises:
+        WorkflowError: the workflow file has mistakes.
+        CallError: it has no such stage.
+    """
+    from mlxflow.workflow.loader import load_workflow
+
+    workflow = load_workflow(parsed.workflow)
+    return workflow, workflow.find(parsed.stage)

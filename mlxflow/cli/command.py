@@ -1,0 +1,101 @@
+"""Parses the command line of `mlxflow`, runs one verb and turns its outcome into an exit code.
+
+Each verb is a module of this package with `add_arguments(parser)` and `run(parsed)`; it is imported when it is called.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mlxflow.errors import MlxflowError
+from mlxflow.system import terminal
+from mlxflow.system.os_errors import is_about_a_file, word_cause
+
+_DESCRIPTION = "Looks at, runs and uses single stages. Building what is stale is `doit`'s work."
+
+#: Every verb with its line of help, in the order of `mlxflow --help`.
+VERBS = {
+    "check": "print the resolved workflow with every default, or every mistake at once",
+    "run": "run one stage in this process, stale or not; doit calls this",
+    "show": "print the contents of an artifact: packed rows with loss masks, or each layer's bits",
+    "fit": "print which batch sizes and context lengths fit into the memory, from a few trials",
+    "doctor": "print the device, limits and versions, and what is slow or missing",
+    "compare": "compare two benchmark reports; differences within measurement noise are marked as noise",
+    "promises": "print each promise with its figure on this machine; exit code 1 if one fails",
+    "report": "draw the page of whatever is there of a run: artifacts/index.html",
+    "generate": "ask a chat model through its template, or let a model continue a text",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code: 0 fine, 1 a stage failed, 2 the file or the call is wrong."""
+    if arguments is None:
+        _read_names_as_utf8()
+    with terminal.guarded():
+        return _main(arguments)
+
+
+def _read_names_as_utf8() -> None:
+    """Begin again in Python's UTF-8 mode where the locale has another encoding: MLX takes names of files as UTF-8."""
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.ignore_environment:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parsed = argparse.Namespace()
+    os.environ["PYTHONSAFEPATH"] = "1"  # of the processes that this one starts
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _parser().parse_args(arguments, parsed)
+        return int(parsed.command(parsed) or 0)
+    except MlxflowError as error:
+        terminal.say_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        terminal.discard_unwritable()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if not is_about_a_file(error):
+            raise
+        terminal.discard_unwritable()
+        terminal.say_last(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))))
+        return 1
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End as by an exception, so that what was begun is cleaned up."""
+    raise SystemExit(128 + number)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help fails where it cannot be printed; argparse itself passes over that."""
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help on standard output."""
+        terminal.write(self.format_help())
+
+
+class _VerbParser(_Parser):
+    """The parser of one verb, which imports the verb's module when it has to parse."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments after the verb."""
+        module = importlib.import_module(f"mlxflow.cli.{self.prog.rpartition(' ')[2]}")
+        module.add_arguments(self)
+        self.set_defaults(command=module.run)
+        return super().parse_known_args(args, namespace)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mlxflow", description=_DESCRIPTION)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_VerbParser)
+    for name, line in VERBS.items():
+        commands.add_parser(name, help=line, description=line)
+    return parser

@@ -1,0 +1,61 @@
+"""`mlxflow promises`: each promise with its figure of a benchmark, and whether it holds."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from mlxflow.cli.arguments import add_workflow, read_stage
+from mlxflow.cli.compare import describe_device
+from mlxflow.errors import CallError
+from mlxflow.stages.benchmark import read_benchmark
+from mlxflow.storage import layout
+from mlxflow.system import terminal
+from mlxflow.workflow import stage
+from mlxflow.workflow.execution import run_stage
+from mlxflow.workflow.model import Stage, Workflow
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow promises`."""
+    parser.add_argument("--stage", default="benchmark", help="default: benchmark")
+    parser.add_argument("--measure", action="store_true", help="measure now; default: what doit benchmark measured")
+    add_workflow(parser)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print the table of `promises`; return 1 if one does not hold.
+
+    Raises:
+        CallError: the stage is no benchmark.
+    """
+    workflow, one = read_stage(parsed)
+    if one.name != "benchmark":
+        raise CallError(f"promises: --stage = {parsed.stage}: expected a benchmark stage. Use benchmark (the default).")
+    text, all_hold = promises(workflow, one, measure=parsed.measure)
+    terminal.write(text)
+    return 0 if all_hold else 1
+
+
+def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, bool]:
+    """Return a table of every promise with its measured figure, and whether all of them hold.
+
+    Args:
+        workflow: the workflow.
+        one: its benchmark stage.
+        measure: run the benchmark in a scratch folder; else the artifact is read.
+
+    Raises:
+        ArtifactError: the artifact is missing or of another version, or an input is missing.
+    """
+    if measure:
+        with tempfile.TemporaryDirectory() as folder:
+            run_stage(workflow, one, Path(folder) / "benchmark")
+            report = read_benchmark(Path(folder) / "benchmark" / layout.REPORT)
+    else:
+        report = read_benchmark(stage.require(workflow.root / one.folder / layout.REPORT, one.task))
+    lines = [f"On {describe_device(report)}:", "", "| promise | measured | holds |", "|---|---|---|"]
+    lines += [
+        f"| {told['promise']} | {told.get('figure', 'not measured')} | {'yes' if told['holds'] else 'no'} |"
+        for told in report["promises"].values()
+    ]
+    return "\n".join(lines) + "\n", all(told["holds"] for told in report["promises"].values())

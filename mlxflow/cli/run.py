@@ -1,0 +1,32 @@
+"""`mlxflow run`: runs one stage in this process."""
+
+import argparse
+from pathlib import Path
+
+from mlxflow.cli.arguments import add_workflow, read_stage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mlxflow run`."""
+    parser.add_argument("stage", help="such as train or quantize:q4")
+    parser.add_argument("--into", type=Path, help="write the artifact there instead; the workflow's own is left alone")
+    add_workflow(parser)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Run a stage: as doit resolved it where doit started this process, else under doit's locks."""
+    from mlxflow.system.child_processes import end_with_parent
+    from mlxflow.workflow import handover
+    from mlxflow.workflow.disk_queries import Disk
+    from mlxflow.workflow.execution import execute_stage, run_stage
+    from mlxflow.workflow.loader import load_workflow
+
+    started_by_doit = end_with_parent()
+    if started_by_doit and (received := handover.receive()):
+        text, lookups = received.basis
+        workflow = load_workflow(parsed.workflow, Disk(parsed.workflow.parent, lookups), text.encode())
+        execute_stage(workflow, workflow.find(parsed.stage), parsed.into, received)
+        return
+    workflow, one = read_stage(parsed)
+    execute = execute_stage if started_by_doit else run_stage
+    execute(workflow, one, parsed.into)

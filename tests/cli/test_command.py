@@ -1,0 +1,38 @@
+import argparse
+import importlib
+import inspect
+
+import pytest
+
+from mlxflow.__main__ import main
+from mlxflow.cli.command import VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_a_module_that_adds_arguments_and_runs(verb: str) -> None:
+    module = importlib.import_module(f"mlxflow.cli.{verb}")
+    module.add_arguments(argparse.ArgumentParser())
+    assert list(inspect.signature(module.run).parameters) == ["parsed"]
+
+
+def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{verb} {line}" in text for verb, line in VERBS.items())
+
+
+def test_help_of_a_verb_names_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: mlxflow show [-h] [--row ROW] [--workflow WORKFLOW] stage\n")
+
+
+def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["build"])
+    assert ended.value.code == 2
+    assert "mlxflow: error: argument COMMAND: invalid choice: 'build'" in capsys.readouterr().err
