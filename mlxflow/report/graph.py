@@ -59,6 +59,19 @@ def draw(boxes: Sequence[Box], label: str) -> Markup:
 
 
 def _draw(boxes: Sequence[Box], label: str, layout: _Layout) -> Markup:
+    places = _places(boxes, layout)
+    width = max((x for x, _ in places.values()), default=0) + layout.width
+    height = max((y for _, y in places.values()), default=0) + layout.height
+    pairs = [(one, box.task) for box in boxes for one in _direct(box, boxes) if one in places]
+    drawn = [_edge(places[one], places[other], layout) for one, other in pairs]
+    drawn += [_box(box, *places[box.task], layout) for box in boxes]
+    attributes = {"class": layout.style, "role": "img", "aria-label": label}
+    size = {"viewBox": f"-2 -2 {width + 4:.0f} {height + 4:.0f}", "width": width + 4, "height": height + 4}
+    return tag("svg", attributes | size, *drawn)
+
+
+def _places(boxes: Sequence[Box], layout: _Layout) -> dict[str, tuple[float, float]]:
+    """Return the upper left corner of each box: one rank for each column, all of them centred."""
     columns = _columns(boxes)
     ranks = {column: [box.task for box in boxes if columns[box.task] == column] for column in columns.values()}
     most = max((len(tasks) for tasks in ranks.values()), default=1)
@@ -69,14 +82,7 @@ def _draw(boxes: Sequence[Box], label: str, layout: _Layout) -> Markup:
         for row, task in enumerate(tasks):
             place = (column * (length + layout.ahead), first + row * (breadth + layout.beside))
             places[task] = (place[1], place[0]) if layout.downwards else place
-    width = max((x for x, _ in places.values()), default=0) + layout.width
-    height = max((y for _, y in places.values()), default=0) + layout.height
-    pairs = [(one, box.task) for box in boxes for one in _direct(box, boxes) if one in places]
-    drawn = [_edge(places[one], places[other], layout) for one, other in pairs]
-    drawn += [_box(box, *places[box.task], layout) for box in boxes]
-    attributes = {"class": layout.style, "role": "img", "aria-label": label}
-    size = {"viewBox": f"-2 -2 {width + 4:.0f} {height + 4:.0f}", "width": width + 4, "height": height + 4}
-    return tag("svg", attributes | size, *drawn)
+    return places
 
 
 def _columns(boxes: Sequence[Box]) -> dict[str, int]:

@@ -244,18 +244,20 @@ def describe(type_: Any) -> str:
         choices = [toml_value(choice) for choice in get_args(bare)]
         return choices[0] if len(choices) == 1 else "one of " + ", ".join(choices)
     if get_origin(bare) is tuple:
-        least = next((m.min_length for m in metas if m.min_length), 0)
-        exactly = "" if Ellipsis in get_args(bare) else f" of {len(get_args(bare))}"
-        return f"a list{f' of at least {least}' if least else exactly}, each {describe(get_args(bare)[0])}"
+        return _describe_list(bare, metas)
     if get_origin(bare) is dict:
         return "a table"
-    if type(None) in get_args(bare):
-        return " or ".join(describe(arg) for arg in get_args(bare) if arg is not type(None))
     if get_args(bare):
-        return " or ".join(describe(arg) for arg in get_args(bare))
+        return " or ".join(describe(arg) for arg in get_args(bare) if arg is not type(None))
     nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     noun = nouns.get(bare, "a table")
     return " ".join([noun, *(_describe_range(meta) for meta in metas)]).rstrip()
+
+
+def _describe_list(bare: Any, metas: list[msgspec.Meta]) -> str:
+    least = next((m.min_length for m in metas if m.min_length), 0)
+    exactly = "" if Ellipsis in get_args(bare) else f" of {len(get_args(bare))}"
+    return f"a list{f' of at least {least}' if least else exactly}, each {describe(get_args(bare)[0])}"
 
 
 def _describe_range(meta: msgspec.Meta) -> str:

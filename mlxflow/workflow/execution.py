@@ -54,29 +54,14 @@ def _run(
         if workflow.settings.threads:
             cpu_backend.fix_threads(workflow.settings.threads)
         cpu_backend.prepare()
-    digests = ObservedInputs(workflow.state / layout.DIGESTS)
-    try:
-        identities = _identify_inputs(workflow, one, digests)
-    finally:
-        digests.save()
+    digests, identities = _observe_inputs(workflow, one)
     settings = one.settings() | compute_device.environment(one.bound_device)
     if handover:
         handover.check(one.task, settings, identities)
-    provenance = {
-        "stage": one.task,
-        "settings_digest": stage.settings_digest(settings),
-        "inputs_digest": stage.settings_digest(dict(identities)),
-        "seed": str(workflow.settings.seed),
-        "mlxflow": version("mlxflow"),
-        "mlx": version("mlx"),
-    }
-    chosen = compute_device.select(workflow.settings.device) if uses_device else "cpu"
-    if chosen == "cpu" and uses_device:
-        cpu_backend.prepare_compiler()
-        if notice := cpu_backend.notice():
-            terminal.say(notice)
+    provenance = _provenance(workflow, one, settings, identities)
+    chosen = _select_device(workflow) if uses_device else None
     limit = _limit_memory(workflow) if uses_device else 0
-    threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" and uses_device else None
+    threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
     folder = into or workflow.root / one.folder
     unfinished = left.folder_of(workflow.state, one.task, _key_of(provenance, threads))
     if into:  # from the beginning, and nothing is left behind
@@ -84,53 +69,91 @@ def _run(
         artifact_files.remove_folder(unfinished)
     publishing = artifact_files.publishing(folder, keep=lambda: ownership.foreign_names(folder))
     with remote_code.trusting_code(workflow.trusts_code(one)), publishing as private:
-        outputs = stage.rooted(stage.outputs_of(one.module, one.config), private)
-        report = one.module.run(
-            config=one.config,
-            inputs=stage.rooted(one.inputs, workflow.root),
-            outputs=outputs,
-            context=stage.Context(
-                task=one.task,
-                seed=workflow.settings.seed,
-                device=chosen,
-                memory_limit_bytes=limit,
-                provenance=provenance,
-                root=workflow.root,
-                state=workflow.state,
-                tasks=tuple(one.task for one in workflow.stages),
-                members=workflow.members(),
-                name=workflow.settings.name,
-                folder=private,
-                unfinished=unfinished,
-                digests=digests,
-                published=_published(workflow.root / one.folder) if into else None,
-                begun=begun,
-            ),
+        context = stage.Context(
+            task=one.task,
+            seed=workflow.settings.seed,
+            device=chosen or "cpu",
+            memory_limit_bytes=limit,
+            provenance=provenance,
+            root=workflow.root,
+            state=workflow.state,
+            tasks=tuple(one.task for one in workflow.stages),
+            members=workflow.members(),
+            name=workflow.settings.name,
+            folder=private,
+            unfinished=unfinished,
+            digests=digests,
+            published=_published(workflow.root / one.folder) if into else None,
+            begun=begun,
         )
-        run = {
-            "seconds": round(time.perf_counter() - started, 3),
-            **_describe_run(chosen if uses_device else None, threads),
-        }
-        run |= report.pop("run", {})
-        run[ownership.FILES_KEY] = sorted({*ownership.written_names(private), layout.REPORT})
-        artifact_files.write_report(private / layout.REPORT, {"stage": provenance, **report, "run": run})
-        unwritten = [path.name for path in stage.paths_of(outputs) if not path.exists()]
-        if unwritten:
-            raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
-        for path in stage.paths_of(outputs):
-            if path.suffix == ".safetensors":
-                artifact_files.check_whole(path)
+        _make_artifact(one, context, started, chosen, threads)
         _require_unchanged(workflow, one, digests, identities, unfinished)
     artifact_files.remove_folder(unfinished)
     if into is None:
-        for found in left.prune(workflow.state, one.task):
-            terminal.say(
-                f"{found.folder}: removed, {found.num_bytes:,} bytes that a run of {one.task} with other settings left."
-            )
-        for copy, original in one.copies.items():
-            with artifact_files.writable(workflow.root / copy):
-                artifact_files.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
+        _tidy(workflow, one)
     return folder
+
+
+def _observe_inputs(workflow: Workflow, one: Stage) -> tuple[ObservedInputs, dict[str, str]]:
+    """Return the digests of the inputs as they are now, and the identity of each by name."""
+    digests = ObservedInputs(workflow.state / layout.DIGESTS)
+    try:
+        return digests, _identify_inputs(workflow, one, digests)
+    finally:
+        digests.save()
+
+
+def _provenance(workflow: Workflow, one: Stage, settings: dict[str, Any], identities: dict[str, str]) -> dict[str, str]:
+    """Return what goes into the header of every file of the artifact."""
+    return {
+        "stage": one.task,
+        "settings_digest": stage.settings_digest(settings),
+        "inputs_digest": stage.settings_digest(dict(identities)),
+        "seed": str(workflow.settings.seed),
+        "mlxflow": version("mlxflow"),
+        "mlx": version("mlx"),
+    }
+
+
+def _select_device(workflow: Workflow) -> str:
+    chosen = compute_device.select(workflow.settings.device)
+    if chosen == "cpu":
+        cpu_backend.prepare_compiler()
+        if notice := cpu_backend.notice():
+            terminal.say(notice)
+    return chosen
+
+
+def _make_artifact(one: Stage, context: stage.Context, started: float, chosen: str | None, threads: int | None) -> None:
+    """Let a stage write its outputs into the private folder, write the report beside them and check them all.
+
+    Raises:
+        StageError: an output was not written.
+        ArtifactError: a safetensors file is not whole.
+    """
+    outputs = stage.rooted(stage.outputs_of(one.module, one.config), context.folder)
+    inputs = stage.rooted(one.inputs, context.root)
+    report = one.module.run(config=one.config, inputs=inputs, outputs=outputs, context=context)
+    run = {"seconds": round(time.perf_counter() - started, 3), **_describe_run(chosen, threads)}
+    run |= report.pop("run", {})
+    run[ownership.FILES_KEY] = sorted({*ownership.written_names(context.folder), layout.REPORT})
+    artifact_files.write_report(context.folder / layout.REPORT, {"stage": context.provenance, **report, "run": run})
+    if unwritten := [path.name for path in stage.paths_of(outputs) if not path.exists()]:
+        raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
+    for path in stage.paths_of(outputs):
+        if path.suffix == ".safetensors":
+            artifact_files.check_whole(path)
+
+
+def _tidy(workflow: Workflow, one: Stage) -> None:
+    """Remove what runs with other settings left, and renew the copies in the folder of all artifacts."""
+    for found in left.prune(workflow.state, one.task):
+        terminal.say(
+            f"{found.folder}: removed, {found.num_bytes:,} bytes that a run of {one.task} with other settings left."
+        )
+    for copy, original in one.copies.items():
+        with artifact_files.writable(workflow.root / copy):
+            artifact_files.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
 
 
 def _require_unchanged(

@@ -23,6 +23,9 @@ from mlxflow.workflow.config import Problem
 VARIANT_KEYS = ("name", "matrix", "exclude")
 
 
+_EXAMPLE = "Write one such as matrix = { bits = [4, 8] }."
+
+
 def expand_matrix(table: dict[str, Any], problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """Yield the tables that a table stands for, each with a name; the table itself where it has no matrix.
 
@@ -80,26 +83,26 @@ def _num_values(value: object) -> int:
 
 
 def _matrix_problems(matrix: Any, excluded: Any, table: dict[str, Any]) -> Iterator[Problem]:
-    example = "Write one such as matrix = { bits = [4, 8] }."
     if not isinstance(matrix, dict) or not matrix:
-        yield Problem("matrix", matrix, "expected a table of lists", example)
+        yield Problem("matrix", matrix, "expected a table of lists", _EXAMPLE)
         return
     for key, values in matrix.items():
-        if not isinstance(values, list) or not values or any(isinstance(value, dict | list) for value in values):
-            yield Problem(f"matrix.{key}", values, "expected a list of values", example)
-        elif key in VARIANT_KEYS:
-            yield Problem(f"matrix.{key}", values, "cannot vary", "Choose a key of the stage.")
-        elif key.split(".")[0] in table and "." not in key:
-            yield Problem(key, table[key], "stands in the matrix too", "Remove one of the two.")
+        yield from _key_problems(key, values, table)
     if not isinstance(excluded, list) or not all(isinstance(one, dict) and one for one in excluded):
         yield Problem("exclude", excluded, "expected a list of tables", "Write one such as exclude = [{ bits = 8 }].")
         return
-    for one in excluded:
-        for key in one:
-            if key not in matrix:
-                yield Problem(
-                    f"exclude.{key}", msgspec.UNSET, "is no key of the matrix", f"Known: {', '.join(matrix)}."
-                )
+    for key in (key for one in excluded for key in one if key not in matrix):
+        yield Problem(f"exclude.{key}", msgspec.UNSET, "is no key of the matrix", f"Known: {', '.join(matrix)}.")
+
+
+def _key_problems(key: str, values: object, table: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what is wrong with one key of a matrix."""
+    if not isinstance(values, list) or not values or any(isinstance(value, dict | list) for value in values):
+        yield Problem(f"matrix.{key}", values, "expected a list of values", _EXAMPLE)
+    elif key in VARIANT_KEYS:
+        yield Problem(f"matrix.{key}", values, "cannot vary", "Choose a key of the stage.")
+    elif key.split(".")[0] in table and "." not in key:
+        yield Problem(key, table[key], "stands in the matrix too", "Remove one of the two.")
 
 
 def _combined(rest: dict[str, Any], combination: dict[str, Any]) -> dict[str, Any]:

@@ -211,22 +211,27 @@ def _models(one: StageRun) -> list[Block]:
 def _convergence(one: StageRun) -> list[Block]:
     blocks: list[Block] = []
     for key, title, form in (("tokens", "Loss over tokens", "number"), ("seconds", "Loss over seconds", "seconds")):
-        series = []
-        for index, row in enumerate(rows(one.report, "convergence")):
-            x, y = row.get(key), row.get("loss")
-            pairs = list(zip(x, y, strict=False)) if isinstance(x, list) and isinstance(y, list) else []
-            known = sorted((a, b) for p, q in pairs if (a := number(p)) is not None and (b := number(q)) is not None)
-            if known:
-                name = clean(str(row.get("name", "a run")))
-                across, up = np.array([a for a, _ in known]), np.array([b for _, b in known])
-                series.append(Series(name, across, up, charts.style_of(index)))
-        if series:
+        if series := _loss_curves(one, key):
             label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} in the end." for s in series)
             plot = charts.lines(series, label=label, x_name=key, x_form=form, height=180)
             cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]
             figures = Table("Where each ends", ("Run", key.capitalize(), "Loss"), cells, folded=True)
             blocks.append(Figure(title, plot, figures, tuple((s.style, s.name) for s in series)))
     return blocks + _to_the_same_loss(one) if blocks else [Note("The benchmark reported no convergence.")]
+
+
+def _loss_curves(one: StageRun, key: str) -> list[Series]:
+    """Return the loss of each run over a column of its curve."""
+    series = []
+    for index, row in enumerate(rows(one.report, "convergence")):
+        x, y = row.get(key), row.get("loss")
+        pairs = list(zip(x, y, strict=False)) if isinstance(x, list) and isinstance(y, list) else []
+        known = sorted((a, b) for p, q in pairs if (a := number(p)) is not None and (b := number(q)) is not None)
+        if known:
+            name = clean(str(row.get("name", "a run")))
+            across, up = np.array([a for a, _ in known]), np.array([b for _, b in known])
+            series.append(Series(name, across, up, charts.style_of(index)))
+    return series
 
 
 def _to_the_same_loss(one: StageRun) -> list[Block]:

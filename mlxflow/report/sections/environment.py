@@ -34,17 +34,17 @@ def _blocks(run: Run) -> list[Block]:
     return blocks
 
 
+def _answers(run: Run, part: str, key: str) -> str:
+    """Return every text that the reports of the stages hold under a key of one of their tables, each once."""
+    values = [table(one.report, part).get(key) for one in run.stages]
+    return "; ".join(dict.fromkeys(value for value in values if isinstance(value, str)))
+
+
 def _machine(run: Run) -> Table:
     """Return what the stages say of the machine; more than one answer where they ran on several."""
-    cells = []
-    for key, words in _ABOUT:
-        told = [table(one.report, "run").get(key) for one in run.stages]
-        if found := dict.fromkeys(value for value in told if isinstance(value, str)):
-            cells.append((words, "; ".join(found)))
-    for key in ("mlxflow", "mlx", "seed"):
-        told = [table(one.report, "stage").get(key) for one in run.stages]
-        if found := dict.fromkeys(value for value in told if isinstance(value, str)):
-            cells.append((key, "; ".join(found)))
+    about = [("run", key, words) for key, words in _ABOUT]
+    about += [("stage", key, key) for key in ("mlxflow", "mlx", "seed")]
+    cells = [(words, found) for part, key, words in about if (found := _answers(run, part, key))]
     peaks = [(one, table(one.report, "run").get("peak_rss_bytes")) for one in run.stages]
     known = [(value, one.task) for one, value in peaks if isinstance(value, int)]
     if known:

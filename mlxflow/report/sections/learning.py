@@ -57,15 +57,20 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
         Figure(f"Loss{title}, in nats a token", plot, _loss_table(known), _legend(known), wide=True, hint=_HINT)
     ]
     for key, name, form in _FURTHER:
-        drawn = [_series(run, index, task, "train", key, name, "c2") for index, run in enumerate(runs)]
-        if drawn := [one for one in drawn if len(one.x) > 1 and (key != "batch_size" or one.y.min() < one.y.max())]:
-            label = f"{name}{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in drawn)}"
-            zero = key in ("tokens_per_second", "peak_memory_bytes", "batch_size")
-            plot = charts.lines(
-                drawn, label=label, x_name="step", form=form, group=f"steps {task}", from_zero=zero, height=150
-            )
-            blocks.append(Figure(f"{name}{title}", plot, legend=_legend(drawn) if len(runs) > 1 else ()))
+        blocks += _further(task, runs, title, key, name, form)
     return blocks
+
+
+def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, form: str) -> list[Block]:
+    """Return the smaller plot of one column of the metrics, if it says something."""
+    columns = [_series(run, index, task, "train", key, name, "c2") for index, run in enumerate(runs)]
+    drawn = [one for one in columns if len(one.x) > 1 and (key != "batch_size" or one.y.min() < one.y.max())]
+    if not drawn:
+        return []
+    label = f"{name}{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in drawn)}"
+    zero = key in ("tokens_per_second", "peak_memory_bytes", "batch_size")
+    plot = charts.lines(drawn, label=label, x_name="step", form=form, group=f"steps {task}", from_zero=zero, height=150)
+    return [Figure(f"{name}{title}", plot, legend=_legend(drawn) if len(runs) > 1 else ())]
 
 
 def _series(run: Run, index: int, task: str, kind: str, key: str, name: str, style: str) -> Series:

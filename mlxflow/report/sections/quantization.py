@@ -1,7 +1,7 @@
 """Quantized models: size and quality of each, bits and error by layer."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -94,18 +94,10 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
         ("bits", "Bits of a weight's code, by layer", False),
         ("relative_error", "Relative error, by layer", True),
     ):
-        series = []
-        for index, (task, layers) in enumerate([*told.items()][: charts.STYLES]):
-            points = [(place, number(layers[name].get(key))) for place, name in enumerate(names) if name in layers]
-            known = [
-                (place, value) for place, value in points if value is not None and not (key == "bits" and value == 0)
-            ]
-            known = [(place, value) for place, value in known if value > 0 or not logarithmic]
-            aside = min(0.16, 0.8 / len(told)) * (
-                index - (len(told) - 1) / 2
-            )  # so that equal values do not hide each other
-            x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
-            series.append(Series(task, x, y, charts.style_of(index), points=True))
+        series = [
+            _layer_series(layers, names, key, index, len(told), task)
+            for index, (task, layers) in enumerate([*told.items()][: charts.STYLES])
+        ]
         if shown := [one for one in series if len(one.x)]:
             averages = " ".join(f"{one.name}: {show(_average(one.y))} on average." for one in shown)
             plot = charts.lines(
@@ -118,6 +110,27 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
         blocks.append(Note(f"The plots show {charts.STYLES} of {len(told)} models; the table below has all of them."))
     blocks.append(_layer_table(told, names))
     return blocks
+
+
+def _layer_series(
+    layers: dict[str, dict[str, Any]], names: Sequence[str], key: str, index: int, num_models: int, task: str
+) -> Series:
+    """Return the points of one model: by layer, what is known and above zero.
+
+    Args:
+        layers: rows of the report, by path.
+        names: the layers of all models, in the order of the axis.
+        key: of the rows.
+        index: the model's number.
+        num_models: how many models there are; each is moved aside so that equal values do not hide each other.
+        task: the model.
+    """
+    points = [(place, number(layers[name].get(key))) for place, name in enumerate(names) if name in layers]
+    is_shown = (lambda value: value != 0) if key == "bits" else (lambda value: value > 0)
+    known = [(place, value) for place, value in points if value is not None and is_shown(value)]
+    aside = min(0.16, 0.8 / num_models) * (index - (num_models - 1) / 2)
+    x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
+    return Series(task, x, y, charts.style_of(index), points=True)
 
 
 def _average(values: "NDArray[np.float64]") -> float:

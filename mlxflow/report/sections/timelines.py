@@ -102,18 +102,16 @@ def _plot(
         return []
     of_mlx = keys is _MLX
     bands: list[Band] = []
-    if of_mlx and x is not None:
-        if axis.prefix:
-            bands = _bands(timeline.phases)
-        else:
-            series += _phase_peaks(timeline)
+    if of_mlx and x is not None and axis.prefix:
+        bands = _bands(timeline.phases)
+    elif of_mlx and x is not None:
+        series += _phase_peaks(timeline)
     ends = (min(float(one.x[0]) for one in series), max(float(one.x[-1]) for one in series))
-    most = " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
     named = list(dict.fromkeys(band.name.partition(",")[0] for band in bands))
     phases = f" Phases: {', '.join(named)}." if named else ""
     plot = charts.lines(
         series,
-        label=f"{title}, {axis.what}. {most}{phases}",
+        label=f"{title}, {axis.what}. {_word_most(series)}{phases}",
         x_name=axis.name if x is not None else "reading",
         form="bytes",
         x_form=axis.form if x is not None else "number",
@@ -123,11 +121,18 @@ def _plot(
         bands=bands,
         height=280 if bands else 220,
     )
-    legend = [(one.style, one.name) for one in series]
-    words = {band.style: _last_part(band.name.partition(",")[0]) for band in bands}
-    legend += [(f"{style} box", word) for style, word in words.items()]
     figures = _ends_table(series)
-    return [Figure(f"{title}, {axis.what}", plot, figures, tuple(legend), wide=of_mlx, hint=_HINT if of_mlx else "")]
+    legend = _legend(series, bands)
+    return [Figure(f"{title}, {axis.what}", plot, figures, legend, wide=of_mlx, hint=_HINT if of_mlx else "")]
+
+
+def _word_most(series: Sequence[Series]) -> str:
+    return " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
+
+
+def _legend(series: Sequence[Series], bands: Sequence[Band]) -> tuple[tuple[str, str], ...]:
+    words = {band.style: _last_part(band.name.partition(",")[0]) for band in bands}
+    return (*((one.style, one.name) for one in series), *((f"{style} box", word) for style, word in words.items()))
 
 
 def _series(
@@ -194,6 +199,11 @@ def _bands(phases: Sequence[Span]) -> list[Band]:
         place = int(np.searchsorted(begins, phase.begin_seconds, side="right")) - 1
         if place >= 0 and phase.end_seconds <= wide[place].end_seconds and phase.name.startswith(wide[place].name):
             shown.append((phase, 1))
+    return _styled(shown)
+
+
+def _styled(shown: Sequence[tuple[Span, int]]) -> list[Band]:
+    """Return phases as bands, each part in a style of its own; a whole one lies in the first lane, a part below it."""
     styles: tuple[dict[str, str], dict[str, str]] = ({}, {})
     bands = []
     for phase, count in shown:
@@ -257,20 +267,24 @@ def over_each_other(runs: Sequence[Run]) -> list[Block]:
             ]
             if len({one.style[3:] for one in series}) < len(runs):
                 continue
-            most = " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
-            plot = charts.lines(
-                series,
-                label=f"{title}. {most}",
-                x_name=x_name,
-                form="bytes",
-                x_form="seconds" if prefix else "number",
-                group=f"memory {task} {x_name}{' of both' if prefix else ''}",
-                from_zero=keys is not _OVERLAID[-1][-1],
-            )
-            legend = tuple((one.style, one.name) for one in series)
-            wide = not prefix
-            blocks.append(Figure(title, plot, _ends_table(series), legend, wide=wide, hint=_HINT if wide else ""))
+            group = f"memory {task} {x_name}{' of both' if prefix else ''}"
+            blocks.append(_overlay(series, title, x_name, group, from_zero=keys is not _OVERLAID[-1][-1]))
     return blocks
+
+
+def _overlay(series: list[Series], title: str, x_name: str, group: str, *, from_zero: bool) -> Figure:
+    by_seconds = x_name == "seconds"
+    plot = charts.lines(
+        series,
+        label=f"{title}. {_word_most(series)}",
+        x_name=x_name,
+        form="bytes",
+        x_form="seconds" if by_seconds else "number",
+        group=group,
+        from_zero=from_zero,
+    )
+    hint = "" if by_seconds else _HINT
+    return Figure(title, plot, _ends_table(series), _legend(series, ()), wide=not by_seconds, hint=hint)
 
 
 def _from_zero(x: "NDArray[np.float64] | None", prefix: str) -> "NDArray[np.float64] | None":
