@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,16 +79,20 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                 )
             )
 
-        journal = self.dep_manager.backend
         if not self.is_of_stages:
             return run(par_type)
+        self._check_names()
+        return self._run_alone(lambda: run("thread"), is_single=single)  # stages are processes already
+
+    def _run_alone(self, run: Callable[[], int], *, is_single: bool) -> int:
+        """Run the stages under the lock of these artifacts, and turn what ends the run into an exit code."""
         from mlxflow.errors import StageError
         from mlxflow.storage.atomic_folders import make_link_target
         from mlxflow.storage.locks import LockedError, LockUnsupportedError, hold
 
-        self._check_names()
         graph = Selection(self)
         adoption = Adoption(graph.nodes, graph.cache)
+        journal = graph.journal
         artifacts = Path(journal.name).parents[1]
         waiting = "another doit (process {holder}) is at work on these artifacts"
         waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
@@ -101,17 +105,17 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                 if line := adoption.settle_merge():
                     terminal.say(line)
                 _remove_left_behind(artifacts)
-                if single and (stale := self._stale_upstream()):
+                if is_single and (stale := self._stale_upstream()):
                     terminal.say(*stale)
                     return 1
-                return run("thread")  # stages are processes already
+                return run()
         except (LockedError, StageError) as error:
             terminal.say_error(error)
             return 1
         except LockUnsupportedError as error:
             terminal.say_error(error)
             return error.exit_code
-        except BrokenPipeError:  # nobody reads what is printed
+        except BrokenPipeError:  # the reader of the output is gone
             raise
         except OSError as error:  # doit's own state cannot be written
             terminal.say_last(word_cause(error, Path(journal.name).parent))

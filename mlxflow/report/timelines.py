@@ -120,42 +120,70 @@ def _is_held(file: BinaryIO) -> bool:
     return False
 
 
-def _replay(lines: list[bytes], *, runs: bool) -> Timeline:
-    """Return the timeline that a journal's lines tell; a line that is torn is left out."""
-    import numpy as np
+class _Replayed:
+    """The state of a run after some lines of its journal."""
 
-    names: list[str] = []
-    steps: list[list[float]] = []
-    samples: list[list[float]] = []
-    phases: list[Span] = []
-    entered: list[tuple[str, float]] = []
-    closed = False
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.steps: list[list[float]] = []
+        self.samples: list[list[float]] = []
+        self.phases: list[Span] = []
+        self.entered: list[tuple[str, float]] = []
+        self.closed = False
+
+    def take(self, line: bytes) -> None:
+        """Take one line.
+
+        Raises:
+            ValueError: it is torn or not of the format; TypeError and IndexError mean the same.
+        """
+        kind, *values = json.loads(line)
+        if kind == "columns":
+            self.names = [str(name) for name in values]
+        elif kind == "step" and len(values) == 1 + len(self.names):
+            self.steps.append([float(value) for value in values])
+        elif kind == "sample" and len(values) == len(self.names):
+            self.samples.append([float(value) for value in values])
+        elif kind == "enter":
+            self.entered.append((str(values[0]), float(values[1])))
+        elif kind == "phase":
+            name, begin, end, peak = values
+            self.entered.remove((str(name), float(begin)))
+            self.phases.append(Span(str(name), float(begin), float(end), float(peak)))
+        self.closed = self.closed or kind == "end"
+
+    def columns(self) -> "dict[str, NDArray[Any]]":
+        """Return every column by name, those of the sampling thread with a prefix."""
+        import numpy as np
+
+        columns: dict[str, NDArray[Any]] = {}
+        tables = (("", ["step", *self.names], self.steps), ("sample_", self.names, self.samples))
+        for prefix, head, table in tables:
+            array = np.array(table, np.float64).reshape(len(table), len(head))
+            columns |= {prefix + name: array[:, index] for index, name in enumerate(head)}
+        return columns
+
+    def all_phases(self) -> list[Span]:
+        """Return every phase; one that did not end lasts until the last reading."""
+        seconds = [row[0] for row in self.samples] + [row[1] for row in self.steps]
+        seconds += [phase.end_seconds for phase in self.phases] + [begin for _, begin in self.entered]
+        last = max(seconds, default=0.0)
+        return self.phases + [Span(name, begin, max(begin, last), 0.0) for name, begin in self.entered]
+
+    def word_end(self, *, runs: bool) -> str:
+        """Return in a few words how and where the run ended."""
+        where = f"in {self.entered[-1][0]}" if self.entered else ""
+        after = f"after step {int(self.steps[-1][0])}" if self.steps else "before the first step's end"
+        how = "is still running" if runs else "failed or was stopped" if self.closed else "was cut off"
+        return " ".join(word for word in (how, where, after) if word)
+
+
+def _replay(lines: list[bytes], *, runs: bool) -> Timeline:
+    """Return the timeline of a journal; a line that is torn is left out."""
+    replayed = _Replayed()
     for line in lines:
         try:
-            kind, *values = json.loads(line)
-            if kind == "columns":
-                names = [str(name) for name in values]
-            elif kind == "step" and len(values) == 1 + len(names):
-                steps.append([float(value) for value in values])
-            elif kind == "sample" and len(values) == len(names):
-                samples.append([float(value) for value in values])
-            elif kind == "enter":
-                entered.append((str(values[0]), float(values[1])))
-            elif kind == "phase":
-                name, begin, end, peak = values
-                entered.remove((str(name), float(begin)))
-                phases.append(Span(str(name), float(begin), float(end), float(peak)))
-            closed = closed or kind == "end"
+            replayed.take(line)
         except (ValueError, TypeError, IndexError, RecursionError):
             continue
-    columns: dict[str, NDArray[Any]] = {}
-    for prefix, head, table in (("", ["step", *names], steps), ("sample_", names, samples)):
-        array = np.array(table, np.float64).reshape(len(table), len(head))
-        columns |= {prefix + name: array[:, index] for index, name in enumerate(head)}
-    seconds = [row[0] for row in samples] + [row[1] for row in steps] + [phase.end_seconds for phase in phases]
-    last = max([*seconds, *(begin for _, begin in entered)], default=0.0)
-    phases += [Span(name, begin, max(begin, last), 0.0) for name, begin in entered]
-    where = f"in {entered[-1][0]}" if entered else ""
-    after = f"after step {int(steps[-1][0])}" if steps else "before the first step's end"
-    how = "is still running" if runs else "failed or was stopped" if closed else "was cut off"
-    return Timeline(columns, "", tuple(phases), " ".join(word for word in (how, where, after) if word))
+    return Timeline(replayed.columns(), "", tuple(replayed.all_phases()), replayed.word_end(runs=runs))

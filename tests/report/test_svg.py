@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
-from mlxflow.report import charts, graph, svg
+from mlxflow.report import svg
 
 
 def test_thinning_keeps_every_buckets_peak_and_both_ends() -> None:
@@ -30,38 +30,6 @@ def test_ticks_are_round_and_within_the_ends(low: float, high: float) -> None:
         assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
 
 
-def test_ticks_close_together_are_written_apart() -> None:
-    drawn = charts.lines(
-        [charts.Series("a", np.arange(3.0), 612_000_000 + np.arange(3.0) * 500, "c0")],
-        label="a",
-        x_name="step",
-        form="bytes",
-    )
-    axis = drawn.partition('class="area"')[0]
-    words = [part.partition("</text>")[0].rpartition(">")[2] for part in axis.split("<text")[1:]]
-    assert len(set(words)) == len(words) > 2
-
-
 def test_text_in_an_element_is_escaped_and_markup_stands() -> None:
     made = svg.tag("text", {"x": 1.005, "data-title": '"<&'}, "</text><script>", Markup("<b>bold</b>"))
     assert made == '<text x="1" data-title="&#34;&lt;&amp;">&lt;/text&gt;&lt;script&gt;<b>bold</b></text>'
-
-
-def test_the_graph_leaves_out_what_follows_from_other_edges() -> None:
-    boxes = [
-        graph.Box("a", (), "fresh", ()),
-        graph.Box("b", ("a",), "fresh", ()),
-        graph.Box("c", ("a", "b"), "missing", ()),
-    ]
-    drawn = graph.draw(boxes, "the graph")
-    assert drawn.count('class="edge"') == 2 * 2  # for a wide page and for a phone
-    assert drawn.count('class="box fresh"') == 2 * 2
-    assert drawn.count('class="box missing"') == 2
-
-
-def test_bars_reach_as_far_as_their_values_and_intervals_stand_at_their_ends() -> None:
-    drawn = charts.bars([charts.Bar("a", 50, 40, 60, "c0"), charts.Bar("b", 100, None, None)], label="bars")
-    assert 'width="50%"' in drawn
-    assert 'x1="40%" x2="60%"' in drawn
-    assert 'width="100%"' in drawn
-    assert "a: 50 (40 to 60)" in drawn

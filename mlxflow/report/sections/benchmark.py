@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxflow.report import charts
-from mlxflow.report.charts import Bar, Series
+from mlxflow.report import charts, line_plot
+from mlxflow.report.charts import Bar
 from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
 from mlxflow.report.formatting import clean, number, show, show_bytes, show_interval, show_percent, show_seconds
+from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run, StageRun, rows, table
 from mlxflow.report.sections import beside
 
@@ -213,7 +214,7 @@ def _convergence(one: StageRun) -> list[Block]:
     for key, title, form in (("tokens", "Loss over tokens", "number"), ("seconds", "Loss over seconds", "seconds")):
         if series := _loss_curves(one, key):
             label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} in the end." for s in series)
-            plot = charts.lines(series, label=label, x_name=key, x_form=form, height=180)
+            plot = line_plot.lines(series, Axes(key, x_form=form), label=label, height=180)
             cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]
             figures = Table("Where each ends", ("Run", key.capitalize(), "Loss"), cells, folded=True)
             blocks.append(Figure(title, plot, figures, tuple((s.style, s.name) for s in series)))

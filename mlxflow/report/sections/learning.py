@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mlxflow.report import charts
-from mlxflow.report.charts import Series
+from mlxflow.report import line_plot
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
 from mlxflow.report.formatting import show
+from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run, column
 
 _HINT = "Move over a plot for values; drag to zoom all of them, double-click to go back. Keys: arrows, +, -, 0."
@@ -52,7 +52,7 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
     if not known:
         return []
     label = f"Loss{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in known)}"
-    plot = charts.lines(known, label=label, x_name="step", group=f"steps {task}", height=280)
+    plot = line_plot.lines(known, Axes("step"), label=label, group=f"steps {task}", height=280)
     blocks: list[Block] = [
         Figure(f"Loss{title}, in nats a token", plot, _loss_table(known), _legend(known), wide=True, hint=_HINT)
     ]
@@ -69,7 +69,7 @@ def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, fo
         return []
     label = f"{name}{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in drawn)}"
     zero = key in ("tokens_per_second", "peak_memory_bytes", "batch_size")
-    plot = charts.lines(drawn, label=label, x_name="step", form=form, group=f"steps {task}", from_zero=zero, height=150)
+    plot = line_plot.lines(drawn, Axes("step", form, from_zero=zero), label=label, group=f"steps {task}", height=150)
     return [Figure(f"{name}{title}", plot, legend=_legend(drawn) if len(runs) > 1 else ())]
 
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxflow.report import charts
-from mlxflow.report.charts import Series
+from mlxflow.report import charts, line_plot
 from mlxflow.report.elements import Block, Code, Figure, Note, Section, Table
 from mlxflow.report.formatting import clean, number, shorten, show, show_bytes, show_interval, show_percent
+from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run, StageRun, rows, table
 from mlxflow.report.sections import beside
 
@@ -84,8 +84,7 @@ def _against_dense(report: dict[str, object]) -> float | None:
 
 def _layers(built: Sequence[StageRun]) -> list[Block]:
     """Return bits and error of every layer of every model."""
-    told = {one.task: {str(row.get("path")): row for row in rows(one.report, "layers")} for one in built}
-    told = {task: layers for task, layers in told.items() if layers}
+    told = _rows_by_layer(built)
     names = list(dict.fromkeys(path for layers in told.values() for path in layers))
     if not names:
         return [Note("The quantize stages did not report bits and error by layer.")]
@@ -100,16 +99,20 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
         ]
         if shown := [one for one in series if len(one.x)]:
             averages = " ".join(f"{one.name}: {show(_average(one.y))} on average." for one in shown)
-            plot = charts.lines(
-                shown, label=f"{title}. {averages}", x_name="layer, in the model's order", group="layers", names=names,
-                logarithmic=logarithmic, from_zero=not logarithmic, height=180,
-            )  # fmt: skip
+            axes = Axes("layer, in the model's order", logarithmic=logarithmic, from_zero=not logarithmic, names=names)
+            plot = line_plot.lines(shown, axes, label=f"{title}. {averages}", group="layers", height=180)
             legend = tuple((f"{one.style} dot", one.name) for one in shown)
             blocks.append(Figure(title, plot, legend=legend))
     if len(told) > charts.STYLES:
         blocks.append(Note(f"The plots show {charts.STYLES} of {len(told)} models; the table below has all of them."))
     blocks.append(_layer_table(told, names))
     return blocks
+
+
+def _rows_by_layer(built: Sequence[StageRun]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the rows of each model's report by the path of the layer; models without any are left out."""
+    found = {one.task: {str(row.get("path")): row for row in rows(one.report, "layers")} for one in built}
+    return {task: layers for task, layers in found.items() if layers}
 
 
 def _layer_series(
@@ -126,8 +129,9 @@ def _layer_series(
         task: the model.
     """
     points = [(place, number(layers[name].get(key))) for place, name in enumerate(names) if name in layers]
-    is_shown = (lambda value: value != 0) if key == "bits" else (lambda value: value > 0)
-    known = [(place, value) for place, value in points if value is not None and is_shown(value)]
+    known = [
+        (place, value) for place, value in points if value is not None and (value > 0 or (key == "bits" and value))
+    ]
     aside = min(0.16, 0.8 / num_models) * (index - (num_models - 1) / 2)
     x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
     return Series(task, x, y, charts.style_of(index), points=True)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlxflow.report import charts
-from mlxflow.report.charts import Band, Mark, Series
+from mlxflow.report import line_plot
 from mlxflow.report.elements import Block, Figure, Note, Table
 from mlxflow.report.formatting import clean, number, show, show_bytes
+from mlxflow.report.line_plot import Axes, Band, Mark, Series
 from mlxflow.report.load_run import Run, StageRun, rows
 from mlxflow.report.timelines import Span, Timeline
 
@@ -106,24 +106,30 @@ def _plot(
         bands = _bands(timeline.phases)
     elif of_mlx and x is not None:
         series += _phase_peaks(timeline)
-    ends = (min(float(one.x[0]) for one in series), max(float(one.x[-1]) for one in series))
-    named = list(dict.fromkeys(band.name.partition(",")[0] for band in bands))
-    phases = f" Phases: {', '.join(named)}." if named else ""
-    plot = charts.lines(
+    phases = _word_phases(bands)
+    x_name, x_form = (axis.name, axis.form) if x is not None else ("reading", "number")
+    plot = line_plot.lines(
         series,
+        Axes(x_name, "bytes", x_form, from_zero=of_mlx),
         label=f"{title}, {axis.what}. {_word_most(series)}{phases}",
-        x_name=axis.name if x is not None else "reading",
-        form="bytes",
-        x_form=axis.form if x is not None else "number",
         group=axis.group,
-        from_zero=of_mlx,
-        marks=[mark for mark in marks if ends[0] <= mark.x <= ends[1]],
+        marks=_marks_within(marks, series),
         bands=bands,
         height=280 if bands else 220,
     )
     figures = _ends_table(series)
     legend = _legend(series, bands)
     return [Figure(f"{title}, {axis.what}", plot, figures, legend, wide=of_mlx, hint=_HINT if of_mlx else "")]
+
+
+def _word_phases(bands: Sequence[Band]) -> str:
+    named = dict.fromkeys(band.name.partition(",")[0] for band in bands)
+    return f" Phases: {', '.join(named)}." if named else ""
+
+
+def _marks_within(marks: Sequence[Mark], series: Sequence[Series]) -> list[Mark]:
+    begin, end = min(float(one.x[0]) for one in series), max(float(one.x[-1]) for one in series)
+    return [mark for mark in marks if begin <= mark.x <= end]
 
 
 def _word_most(series: Sequence[Series]) -> str:
@@ -253,36 +259,35 @@ def over_each_other(runs: Sequence[Run]) -> list[Block]:
     if len(runs) < 2:
         return blocks
     for task in (one.task for one in runs[0].of_kind("profile")):
-        found = [run.cut_off.get(task) or run.timelines.get(task) for run in runs]
-        told = [timeline for timeline in found if timeline is not None]
-        if len(told) < len(runs):
+        latest = [run.cut_off.get(task) or run.timelines.get(task) for run in runs]
+        both = [timeline for timeline in latest if timeline is not None]
+        if len(both) < len(runs):
             continue
-        for title, prefix, x_name, keys in _OVERLAID:
-            series = [
-                one._replace(name=f"{one.name}, {run.label}", style=one.style + (" b" if index else ""))
-                for index, (run, timeline) in enumerate(zip(runs, told, strict=True))
-                for one in _series(
-                    timeline.columns, keys, prefix, _from_zero(timeline.columns.get(prefix + x_name), prefix)
-                )
-            ]
-            if len({one.style[3:] for one in series}) < len(runs):
-                continue
-            group = f"memory {task} {x_name}{' of both' if prefix else ''}"
-            blocks.append(_overlay(series, title, x_name, group, from_zero=keys is not _OVERLAID[-1][-1]))
+        blocks += _overlays(task, [run.label for run in runs], both)
     return blocks
+
+
+def _overlays(task: str, labels: Sequence[str], timelines: Sequence[Timeline]) -> Iterator[Figure]:
+    """Yield each plot that has a line of every run."""
+    for title, prefix, x_name, keys in _OVERLAID:
+        series = [
+            one._replace(name=f"{one.name}, {label}", style=one.style + (" b" if index else ""))
+            for index, (label, timeline) in enumerate(zip(labels, timelines, strict=True))
+            for one in _of_one_run(timeline, keys, prefix, x_name)
+        ]
+        if len({one.style[3:] for one in series}) >= len(labels):
+            group = f"memory {task} {x_name}{' of both' if prefix else ''}"
+            yield _overlay(series, title, x_name, group, from_zero=keys is not _OVERLAID[-1][-1])
+
+
+def _of_one_run(timeline: Timeline, keys: Sequence[tuple[str, str, str]], prefix: str, x_name: str) -> list[Series]:
+    return _series(timeline.columns, keys, prefix, _from_zero(timeline.columns.get(prefix + x_name), prefix))
 
 
 def _overlay(series: list[Series], title: str, x_name: str, group: str, *, from_zero: bool) -> Figure:
     by_seconds = x_name == "seconds"
-    plot = charts.lines(
-        series,
-        label=f"{title}. {_word_most(series)}",
-        x_name=x_name,
-        form="bytes",
-        x_form="seconds" if by_seconds else "number",
-        group=group,
-        from_zero=from_zero,
-    )
+    axes = Axes(x_name, "bytes", "seconds" if by_seconds else "number", from_zero=from_zero)
+    plot = line_plot.lines(series, axes, label=f"{title}. {_word_most(series)}", group=group)
     hint = "" if by_seconds else _HINT
     return Figure(title, plot, _ends_table(series), _legend(series, ()), wide=not by_seconds, hint=hint)
 
