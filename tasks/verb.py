@@ -148,12 +148,6 @@ class Verb:
             yield
 
 
-def _refuse_old_import(error: ModuleNotFoundError) -> None:
-    """End in one line where a dodo.py imports this package by its former name."""
-    if error.name in ("tasks", "tasks.dodo") and _OLD_IMPORT in _last_line(error):
-        refuse(f"dodo.py: {_OLD_IMPORT}: expected mlxflow.tasks.dodo. {_NEW_IMPORT}")
-
-
 class StageVerb(Verb, DoitCmdBase):  # type: ignore[misc]  # doit has no types
     """A verb that doit does not have."""
 
