@@ -133,7 +133,7 @@ class Jobs:
         import mlx.core as mx
         from mlx.utils import tree_flatten
 
-        from mlxflow.models import model_folder
+        from mlxflow.models import model_folder, tokenizer_files
 
         folder = self.folder / "models" / architecture
         if not folder.exists():
@@ -143,7 +143,7 @@ class Jobs:
             (folder / "config.json").write_text(json.dumps(config))
             half = {name: value.astype(mx.bfloat16) for name, value in weights.items()}
             mx.save_safetensors(str(folder / "model.safetensors"), half, {"format": "mlx"})
-            for name in model_folder.TOKENIZER_FILES:
+            for name in tokenizer_files.TOKENIZER_FILES:
                 shutil.copy(self.folder / "artifacts/pretokenize" / name, folder)
         return folder
 

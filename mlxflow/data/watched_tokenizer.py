@@ -56,11 +56,11 @@ def _read(file: Path) -> Any:
 
 
 def _converted(folder: Path, trusts_code: bool) -> Any:
-    from mlxflow.models import model_folder
+    from mlxflow.models import tokenizer_files
     from mlxflow.storage import remote_code
 
     with remote_code.trusting_code(trusts_code):
-        return model_folder.convert_tokenizer(folder)
+        return tokenizer_files.convert_tokenizer(folder)
 
 
 _opened = cache(Opened)

@@ -5,8 +5,7 @@ transformers (dense ones) and LM Studio open it unchanged.
 """
 
 import copy
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxflow.errors import ArtifactError
-from mlxflow.models import adapter_files, config_fields, config_json, model_code, quantized_layers, vocabularies
+from mlxflow.models import adapter_files, config_fields, config_json, model_code, quantized_layers, weight_checks
 from mlxflow.ops import gather_matmul, mlx_lm_import
 from mlxflow.storage import artifact_files, hub, model_files, remote_code
-from mlxflow.storage.temporary_files import scratch_folder
-from mlxflow.system.os_errors import advise_on
-
-#: The files of a tokenizer in a model folder.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def llama_config(
@@ -151,7 +145,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         raise ArtifactError(f"{folder}: {found.problem}. {found.advice}")
     if found.code and not remote_code.trusts_code():
         raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, found.code)}")
-    _require_sound(folder, found.weights)
+    weight_checks.require_sound(folder, found.weights)
     file = str(folder / model_files.CONFIG)
     config_json.read(folder)
     generation = remote_code.read_table(folder / model_files.GENERATION)
@@ -165,7 +159,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         return lambda settings: made(guarded(settings)), guarded
 
     def made(model: nn.Module) -> nn.Module:
-        floating.update(_floating(model))
+        floating.update(weight_checks.floating_layers(model))
         return model
 
     gather_matmul.install()
@@ -179,8 +173,8 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
             )
         except (OSError, *config_fields.BUILD_ERRORS) as error:
             raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
-    _require_readable_codes(folder, model)
-    _require_numbers(folder, model, floating)
+    weight_checks.require_readable_codes(folder, model)
+    weight_checks.require_numbers(folder, model, floating)
     config = remote_code.copied(config | {"model_file": found.code})
     if not found.code:
         config.pop("model_file", None)
@@ -190,72 +184,6 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
             mx.eval(model.parameters())
     names = [name for name, _ in tree_flatten(model.parameters())]
     return model, config_json.describing(config, weights=names, is_quantized=quantized_layers.is_quantized(model))
-
-
-def _require_sound(folder: Path, weights: Iterable[str]) -> None:
-    """Refuse files of weights whose headers are wrong, or of which two hold a tensor of the same name.
-
-    MLX believes a header, and mlx-lm would take either of two tensors, whatever an index says.
-
-    Raises:
-        ArtifactError: names the file and the tensor.
-    """
-    holders: dict[str, str] = {}
-    for file in (name for name in weights if name.endswith(".safetensors")):
-        types = artifact_files.tensor_types(folder / file)
-        if twice := sorted(types.keys() & holders.keys()):
-            raise ArtifactError(
-                f"{folder}: {holders[twice[0]]} and {file} both hold {twice[0]}. Remove one of the two."
-            )
-        if unread := sorted(name for name, kind in types.items() if kind in artifact_files.UNREAD_TYPES):
-            raise ArtifactError(
-                f"{folder / file}: {unread[0]} is of type {types[unread[0]]}, which MLX does not read. "
-                "Convert the model to bf16 first."
-            )
-        holders |= dict.fromkeys(types, file)
-
-
-def _floating(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """Return the class of the layer of each floating weight, by the weight's name."""
-    layers = dict(model.named_modules())
-    return {
-        name: type(layers.get(name.rpartition(".")[0], model))
-        for name, value in tree_flatten(model.parameters())
-        if mx.issubdtype(value.dtype, mx.floating)
-    }
-
-
-def _require_numbers(folder: Path, model: nn.Module, floating: Mapping[str, type[nn.Module]]) -> None:
-    """Refuse a model of which a weight is of other than floating numbers in a layer that computes with such.
-
-    Args:
-        folder: of the model.
-        model: as its files say.
-        floating: see `_floating`: of the model as its class makes it. A layer that took codes is of another class.
-
-    Raises:
-        ArtifactError: names the first such weight.
-    """
-    layers = dict(model.named_modules())
-    for name, value in tree_flatten(model.parameters()):
-        layer = layers.get(name.rpartition(".")[0], model)
-        if floating.get(name) is type(layer) and not mx.issubdtype(value.dtype, mx.floating):
-            kind = str(value.dtype).rpartition(".")[2]
-            raise ArtifactError(f"{folder}: {name} is of type {kind}: expected floating numbers. Name another model.")
-
-
-def _require_readable_codes(folder: Path, model: nn.Module) -> None:
-    """Refuse a model whose layers take codes for weights: they fit in shape, and what they compute is noise.
-
-    Raises:
-        ArtifactError: names the first such layer.
-    """
-    for path, layer in model.named_modules():
-        if "scales" not in layer and hasattr(layer, "to_quantized") and quantized_layers.holds_codes(layer):
-            raise ArtifactError(
-                f"{folder}: {path}.weight holds codes ({str(layer.weight.dtype).rpartition('.')[2]}), and mlx-lm takes "
-                "them for numbers. Convert the model to bf16 first."
-            )
 
 
 def _word_unopened(folder: Path, error: str) -> str:
@@ -324,39 +252,6 @@ def vocab_size(folder: Path) -> int:
     return config_json.vocab_size(config_json.read(folder))
 
 
-def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
-    """Make sure that tokens were made with a model's own tokenizer, where it brings one.
-
-    Args:
-        folder: a model folder.
-        tokenizer_file: the `tokenizer.json` that the tokens were made with.
-        key: the setting that names the folder, for the message.
-
-    Raises:
-        ArtifactError: its ids mean something else.
-    """
-    own = folder / "tokenizer.json"
-    if not own.is_file():
-        if model_files.has_vocabulary(model_files.tokenizer_files(folder)) and not any(
-            remote_code.tokenizer_code(folder)
-        ):
-            raise ArtifactError(
-                f"{key}: the tokenizer of {folder} has no tokenizer.json, to which that of the tokens could be "
-                "compared. Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )
-        return
-    try:
-        is_same = vocabularies.means_the_same(own, tokenizer_file)
-    except (OSError, ValueError) as error:
-        advice = advise_on(error, "Name another")
-        raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). {advice}.") from error
-    if not is_same:
-        raise ArtifactError(
-            f"{key}: the tokens were not made with the tokenizer of {folder}. "
-            "Set pretokenize.tokenizer.from to the same folder."
-        )
-
-
 def save(
     *,
     model: nn.Module,
@@ -371,62 +266,6 @@ def save(
     artifact_files.write_tensors(
         model_file, weights, {"format": "mlx"} | artifact_files.provenance_metadata(provenance)
     )
-
-
-def copy_companions(folder: Path, to: Path) -> None:
-    """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation.
-
-    Python code goes along, and is named, only where it is trusted; see `mlxflow.storage.model_files.copy`.
-
-    A tokenizer of another form than `tokenizer.json` is written in that form too.
-
-    Args:
-        folder: a model folder.
-        to: another one.
-
-    Raises:
-        ArtifactError: there is no tokenizer, or it needs code that may not be run.
-    """
-    model_files.copy(folder, model_files.companions(folder), to)
-    if not all((to / name).is_file() for name in TOKENIZER_FILES):
-        _open_in_transformers(folder).save_pretrained(to)
-
-
-def require_tokenizer_trust(folder: Path, trust_key: str = "") -> None:
-    """Refuse a model folder whose tokenizer needs Python code of the folder that may not be run.
-
-    Args:
-        folder: a model folder.
-        trust_key: the setting by which it may be run, for the message; empty where several may be meant.
-
-    Raises:
-        ArtifactError: the tokenizer needs code and it is not trusted.
-    """
-    file, code = remote_code.tokenizer_code(folder)
-    if code and not remote_code.trusts_code():
-        raise ArtifactError(f"{folder}: {model_code.word_untrusted(file, code, trust_key)}")
-
-
-def _open_in_transformers(folder: Path) -> Any:
-    """Return the transformers tokenizer of a model folder; without trust, of a copy of its files that names no code.
-
-    Raises:
-        ArtifactError: there is none that can be opened, or it needs code that may not be run.
-    """
-    require_tokenizer_trust(folder)
-    from transformers import AutoTokenizer
-
-    try:
-        if remote_code.trusts_code():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        with scratch_folder() as copied:
-            names = [model_files.CONFIG, *model_files.tokenizer_files(folder)]
-            model_files.copy(folder, [name for name in names if (folder / name).is_file()], copied)
-            return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        said = " ".join(str(error).split())[:200]
-        advice = advise_on(error, "Put one into it")
-        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). {advice}.") from error
 
 
 def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -473,12 +312,6 @@ def fetch(name: str, *, key: str, trust_key: str) -> Path:
     return folder
 
 
-def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
-    """Copy tokenizer files into a model folder."""
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-
-
 def num_parameters(model: nn.Module) -> int:
     """Return the number of a model's parameters, tied ones once: of packed matrices the weights, adapters left out."""
     modules = dict(model.named_modules())
@@ -497,15 +330,3 @@ def num_parameters(model: nn.Module) -> int:
 def num_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters as they lie in memory."""
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
-
-
-def convert_tokenizer(folder: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` of a model folder without a tokenizer.json.
-
-    Raises:
-        ArtifactError: there is none that can be opened.
-    """
-    opened = _open_in_transformers(folder)
-    if getattr(opened, "backend_tokenizer", None) is None:
-        raise ArtifactError(f"{folder}: its tokenizer has no form as a tokenizer.json. Name another folder.")
-    return opened.backend_tokenizer

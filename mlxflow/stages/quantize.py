@@ -312,7 +312,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: it costs more than a gate allows.
         WorkflowError: the plan or the method does not fit the model.
     """
-    from mlxflow.models import config_json, model_folder
+    from mlxflow.models import config_json, tokenizer_files
     from mlxflow.quantization.progress import show_layers
     from mlxflow.quantization.streaming_export import export
     from mlxflow.storage import artifact_files
@@ -344,7 +344,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         )
     table = made.plan.config()
     config_json.write(outputs.config, {**model_config, "quantization": table, "quantization_config": table})
-    model_folder.copy_companions(folder, context.folder)
+    tokenizer_files.copy_companions(folder, context.folder)
     report = {"method": config.method, **_sizes(exported, made.plan, outputs)} | chosen | made.report
     if tokens is not None:
         report["quality"] = quantize_quality.measure(
@@ -355,13 +355,13 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _source(config: Config, inputs: Inputs, context: Context) -> Path:
     """Return the folder of the dense model."""
-    from mlxflow.models import model_folder
+    from mlxflow.models import model_folder, tokenizer_files
 
     if inputs.model:
         return inputs.model[0].parent
     trust_key = f"{context.task}.trust_remote_code"
     folder = model_folder.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
-    model_folder.require_tokenizer_trust(folder, trust_key)
+    tokenizer_files.require_tokenizer_trust(folder, trust_key)
     return folder
 
 

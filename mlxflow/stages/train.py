@@ -494,7 +494,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, tokens: Any) -> dict[str, Any]:
     """Train and write the model folder; return the report of the training."""
-    from mlxflow.models import config_json, model_folder, quantized_layers
+    from mlxflow.models import config_json, model_folder, quantized_layers, tokenizer_files
     from mlxflow.storage import model_files
     from mlxflow.training import kernel_selection
     from mlxflow.training import run as training_run
@@ -519,7 +519,7 @@ def _make(config: Config, inputs: Inputs, outputs: Outputs, context: Context, to
     model = write_model(
         outputs, context, model=model, config_json=model_config, adapter_config=adapter_config, fuse=fuse
     )
-    model_folder.copy_tokenizer(inputs.tokenizer, context.folder)
+    tokenizer_files.copy_tokenizer(inputs.tokenizer, context.folder)
     if base is not None:
         model_files.copy(base, model_files.defaults_and_code(base), context.folder)
     config_json.write_generation(context.folder, config_json.end_of_text(model_config))
@@ -691,12 +691,12 @@ def _base_model(
     Raises:
         ArtifactError: it is none, does not know the tokens, or does not fit `method` or `fuse`.
     """
-    from mlxflow.models import config_json, model_folder, quantized_layers
+    from mlxflow.models import config_json, model_folder, quantized_layers, tokenizer_files
 
     key = f"{context.task}.model.from"
     model, model_config = model_folder.load(folder)
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    model_folder.require_tokenizer(folder, inputs.tokenizer[0], key)
+    tokenizer_files.require_tokenizer(folder, inputs.tokenizer[0], key)
     positions = config_json.num_positions(model_config)
     if tokens.context_length > positions:
         raise ArtifactError(

@@ -9,7 +9,7 @@ import pytest
 
 from mlxflow.cli.check import check_plans
 from mlxflow.errors import ArtifactError, WorkflowError
-from mlxflow.models.model_folder import require_tokenizer
+from mlxflow.models.tokenizer_files import require_tokenizer
 from mlxflow.models.vocabularies import means_the_same
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.convert import convert
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.models import model_folder, quantized_layers
+from mlxflow.models import model_folder, quantized_layers, tokenizer_files
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.models.test_model_folder import FP8, VISION, WRAPPERS, as_fp8, weights_of, write_folder
@@ -56,7 +56,7 @@ def job(request: pytest.FixtureRequest, built: Path, tmp_path: Path) -> Path:
     shutil.copytree(built / "artifacts/pretokenize", tmp_path / "artifacts/pretokenize")
     shutil.copytree(built / "notes", tmp_path / "notes")
     write_folder(tmp_path / "given", *FOLDERS[request.param]())
-    for name in model_folder.TOKENIZER_FILES:
+    for name in tokenizer_files.TOKENIZER_FILES:
         shutil.copy(built / "artifacts/pretokenize" / name, tmp_path / "given")
     return tmp_path
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from mlxflow.__main__ import main
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.evaluation.text_generation import Sampling, Writer
-from mlxflow.models import model_folder
+from mlxflow.models import model_folder, tokenizer_files
 from mlxflow.storage import remote_code
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.cache_key import cache_key
@@ -60,7 +60,7 @@ def job(built: Path, tmp_path: Path) -> Path:
     for name in ("notes", "artifacts/pretokenize"):
         shutil.copytree(built / name, root / name)
     (root / "base").mkdir()
-    for name in ("config.json", "model.safetensors", *model_folder.TOKENIZER_FILES):
+    for name in ("config.json", "model.safetensors", *tokenizer_files.TOKENIZER_FILES):
         shutil.copy(built / "artifacts/train" / name, root / "base")
     return root
 
@@ -347,7 +347,7 @@ def _own_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: str) -> None:
     base = job / "base"
-    for name in model_folder.TOKENIZER_FILES:
+    for name in tokenizer_files.TOKENIZER_FILES:
         (base / name).unlink()
     _own_tokenizer(job / "words")
     if file == "config.json":
@@ -363,7 +363,7 @@ def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: 
         "Read it, then set quantize.trust_remote_code = true to run it."
     )
     with pytest.raises(ArtifactError) as refused:
-        model_folder.convert_tokenizer(base)
+        tokenizer_files.convert_tokenizer(base)
     assert str(refused.value) == (
         f"{base}: its {file} names Python code of its own, tokenization.Own. Read it, then set "
         "trust_remote_code = true where the workflow names the folder, or pass --trust-remote-code."

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlxflow.errors import UserError
-from mlxflow.models import model_folder
+from mlxflow.models import tokenizer_files
 from mlxflow.storage import state_files
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.tasks.graph import load_nodes
@@ -334,7 +334,7 @@ def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy
     for _ in range(3):
         assert doit(job_copy, "train", "quantize").stdout == FRESH
     base = sorted(
-        f"base/{name}" for name in (*BESIDE, *model_folder.TOKENIZER_FILES, "config.json", "model.safetensors")
+        f"base/{name}" for name in (*BESIDE, *tokenizer_files.TOKENIZER_FILES, "config.json", "model.safetensors")
     )
     lock = tomllib.loads((job_copy / "mlxflow.lock").read_text())
     made = [f"artifacts/pretokenize/{name}" for name in ("tokenizer.json", "tokenizer_config.json")]

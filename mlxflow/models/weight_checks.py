@@ -1,0 +1,79 @@
+"""Checks of a model folder's weights: sound headers, floating numbers where a layer computes with them, no codes."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.errors import ArtifactError
+from mlxflow.models import quantized_layers
+from mlxflow.storage import artifact_files
+
+
+def require_sound(folder: Path, weights: Iterable[str]) -> None:
+    """Refuse files of weights whose headers are wrong, or of which two hold a tensor of the same name.
+
+    MLX believes a header, and mlx-lm would take either of two tensors, whatever an index says.
+
+    Raises:
+        ArtifactError: names the file and the tensor.
+    """
+    holders: dict[str, str] = {}
+    for file in (name for name in weights if name.endswith(".safetensors")):
+        types = artifact_files.tensor_types(folder / file)
+        if twice := sorted(types.keys() & holders.keys()):
+            raise ArtifactError(
+                f"{folder}: {holders[twice[0]]} and {file} both hold {twice[0]}. Remove one of the two."
+            )
+        if unread := sorted(name for name, kind in types.items() if kind in artifact_files.UNREAD_TYPES):
+            raise ArtifactError(
+                f"{folder / file}: {unread[0]} is of type {types[unread[0]]}, which MLX does not read. "
+                "Convert the model to bf16 first."
+            )
+        holders |= dict.fromkeys(types, file)
+
+
+def floating_layers(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """Return the class of the layer of each floating weight, by the weight's name."""
+    layers = dict(model.named_modules())
+    return {
+        name: type(layers.get(name.rpartition(".")[0], model))
+        for name, value in tree_flatten(model.parameters())
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+
+
+def require_numbers(folder: Path, model: nn.Module, floating: Mapping[str, type[nn.Module]]) -> None:
+    """Refuse a model of which a weight is of other than floating numbers in a layer that computes with such.
+
+    Args:
+        folder: of the model.
+        model: as its files say.
+        floating: see `floating_layers`: of the model as its class makes it. A layer that took codes is of
+            another class.
+
+    Raises:
+        ArtifactError: names the first such weight.
+    """
+    layers = dict(model.named_modules())
+    for name, value in tree_flatten(model.parameters()):
+        layer = layers.get(name.rpartition(".")[0], model)
+        if floating.get(name) is type(layer) and not mx.issubdtype(value.dtype, mx.floating):
+            kind = str(value.dtype).rpartition(".")[2]
+            raise ArtifactError(f"{folder}: {name} is of type {kind}: expected floating numbers. Name another model.")
+
+
+def require_readable_codes(folder: Path, model: nn.Module) -> None:
+    """Refuse a model whose layers take codes for weights: they fit in shape, and what they compute is noise.
+
+    Raises:
+        ArtifactError: names the first such layer.
+    """
+    for path, layer in model.named_modules():
+        if "scales" not in layer and hasattr(layer, "to_quantized") and quantized_layers.holds_codes(layer):
+            raise ArtifactError(
+                f"{folder}: {path}.weight holds codes ({str(layer.weight.dtype).rpartition('.')[2]}), and mlx-lm takes "
+                "them for numbers. Convert the model to bf16 first."
+            )
