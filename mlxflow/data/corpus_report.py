@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mlxflow.data import sources
-from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION, Selection
+from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION, DocumentSelection
 from mlxflow.data.input_files import MOST_TOLD, SourceSettings, named_side, problems_of
 from mlxflow.data.row_packer import Counts
 from mlxflow.data.shard import Shard
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _NAMED = 3
 
 
-class Contents(NamedTuple):
+class CorpusContents(NamedTuple):
     """A corpus that was read.
 
     Attributes:
@@ -32,7 +32,7 @@ class Contents(NamedTuple):
     settings: Sequence[SourceSettings]
     files: Sequence[SourceFile]
     shards: Sequence[Shard]
-    selection: Selection
+    selection: DocumentSelection
     held_out: float
 
     def count(self, side: int, members: Sequence[int] | None = None) -> int:
@@ -49,7 +49,7 @@ class Contents(NamedTuple):
 # --- the report
 
 
-def accounts(contents: Contents, *, capacity: int) -> dict[str, Any]:
+def accounts(contents: CorpusContents, *, capacity: int) -> dict[str, Any]:
     """Return what is reported of each source, and of what was left out.
 
     Args:
@@ -70,7 +70,7 @@ def accounts(contents: Contents, *, capacity: int) -> dict[str, Any]:
     }
 
 
-def _account(contents: Contents, number: int, capacity: int) -> dict[str, Any]:
+def _account(contents: CorpusContents, number: int, capacity: int) -> dict[str, Any]:
     entry = contents.settings[number]
     members = [i for i, file in enumerate(contents.files) if file.source == number]
     mine = [contents.shards[i] for i in members]
@@ -125,7 +125,7 @@ def _quantiles(lengths: "NDArray[np.int64]") -> dict[str, int]:
 # --- what a user should know
 
 
-def warnings(contents: Contents, counts: dict[str, Counts]) -> Iterator[str]:
+def warnings(contents: CorpusContents, counts: dict[str, Counts]) -> Iterator[str]:
     """Yield what a user should know of the sides, a sentence each.
 
     Args:
@@ -146,7 +146,7 @@ def warnings(contents: Contents, counts: dict[str, Counts]) -> Iterator[str]:
         yield f"no whole document can be held out: validation is the end of {whose}, {end}"
 
 
-def summary(contents: Contents, counts: dict[str, Counts]) -> str:
+def summary(contents: CorpusContents, counts: dict[str, Counts]) -> str:
     """Return what came out and what was left out, in one line.
 
     Args:

@@ -14,7 +14,7 @@ _ROWS_PER_PART = 20_000
 _ROWS_PER_READ = 1000
 
 
-class Part(NamedTuple):
+class DataSetPart(NamedTuple):
     """Some rows of a split; one shard is made of them.
 
     Attributes:
@@ -40,7 +40,7 @@ class Part(NamedTuple):
             ]
 
 
-def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Part]:
+def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[DataSetPart]:
     """Yield the parts of a data set, in the order in which they are asked for.
 
     Args:
@@ -65,7 +65,7 @@ def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Par
     for name, begin, end in wanted:
         while begin < end:  # parts end at the same rows whatever is asked for, so that shards are used again
             until = min(end, begin - begin % _ROWS_PER_PART + _ROWS_PER_PART)
-            yield Part(name, begin, until, splits[name])
+            yield DataSetPart(name, begin, until, splits[name])
             begin = until
 
 

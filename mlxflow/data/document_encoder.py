@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Encoded(NamedTuple):
+class EncodedDocument(NamedTuple):
     """The tokens of a document.
 
     Attributes:
@@ -62,7 +62,7 @@ class DocumentEncoder:
     def _literals(self) -> LiteralEncoder:
         return LiteralEncoder(self._vocabulary.definition, self._vocabulary.control_tokens)
 
-    def encode(self, documents: Sequence[Document]) -> Iterator[Encoded | Unwritable]:
+    def encode(self, documents: Sequence[Document]) -> Iterator[EncodedDocument | Unwritable]:
         """Yield the tokens of each document, with what begins and ends one that no template writes."""
         for document, ids in zip(documents, self._ids(documents), strict=True):
             found = None
@@ -78,7 +78,7 @@ class DocumentEncoder:
                 found = self._spans.mask(document.text, ids, document.spans)
             yield self._framed(document, ids, found)
 
-    def _framed(self, document: Document, ids: "NDArray[Any]", found: "NDArray[np.bool_] | None") -> Encoded:
+    def _framed(self, document: Document, ids: "NDArray[Any]", found: "NDArray[np.bool_] | None") -> EncodedDocument:
         """Return a document's tokens with what is put around them; its end is trained on, its beginning is not."""
         parts = [ids]
         if not document.is_templated and document.begins and len(self._prefix):
@@ -89,7 +89,7 @@ class DocumentEncoder:
             parts.append(self._end)
             if found is not None:
                 found = np.append(found, True)
-        return Encoded(document, parts, None if found is None else _runs(found))
+        return EncodedDocument(document, parts, None if found is None else _runs(found))
 
     def _ids(self, documents: Sequence[Document]) -> "Iterator[NDArray[Any]]":
         """Yield each document's ids in the vocabulary's type, encoded in as few calls as can be."""

@@ -23,7 +23,7 @@ SIDES = {"": 0, "train": TRAIN, "validation": VALIDATION, "test": TEST}
 _DOCUMENTS_PER_PART = 1 << 21
 
 
-class Selection(NamedTuple):
+class DocumentSelection(NamedTuple):
     """What becomes of every document.
 
     Attributes:
@@ -40,7 +40,7 @@ def is_held_out(digest: bytes, holdout: float) -> bool:
     return int.from_bytes(digest[:8], "big") < holdout * 2**64
 
 
-def held_out_share(selection: Selection, holdout: float) -> float:
+def held_out_share(selection: DocumentSelection, holdout: float) -> float:
     """Return the share of each training document that is held out because no whole document is for validation.
 
     That is so of the only document, and of documents that are all equal.
@@ -77,7 +77,7 @@ def select(
     holdout: float,
     deduplicate: bool,
     asked: Sequence[bool],
-) -> Selection:
+) -> DocumentSelection:
     """Decide what becomes of every document.
 
     Of equal documents one stays: on the test side if any is there, else on the validation side, else the first.
@@ -104,7 +104,7 @@ def select(
     for source, weight in enumerate(weights):
         if weight != 1:
             _repeat([i for i, one in enumerate(sources) if one == source], shards, sides, repeats, weight)
-    return Selection(sides, repeats)
+    return DocumentSelection(sides, repeats)
 
 
 def _binding_sides(shards: Sequence[Shard], fixed_sides: Sequence[str], sources: Sequence[int]) -> list[str]:

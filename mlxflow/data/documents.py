@@ -11,7 +11,7 @@ from mlxflow.data.chat import ChatTemplate, Rendered
 from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.control_tokens import ReservedCharacterError
 from mlxflow.data.conversations import Conversation
-from mlxflow.data.items import LONG_TEXT_BYTES, MAX_CONVERSATION_BYTES, Bad, Record, RecordForm, Text
+from mlxflow.data.items import LONG_TEXT_BYTES, MAX_CONVERSATION_BYTES, Bad, PlainText, Record, RecordForm
 from mlxflow.data.long_lines import LongText
 from mlxflow.data.messages import RecordProblem, kind
 from mlxflow.data.texts import cut, same_size
@@ -113,12 +113,12 @@ class Formatter:
         }
         return frozenset(known[self._format] if self._format != "auto" else set().union(*known.values()))
 
-    def documents(self, items: Iterable[Record | Text | Bad]) -> Iterator[Document | Bad]:
+    def documents(self, items: Iterable[Record | PlainText | Bad]) -> Iterator[Document | Bad]:
         """Yield the document of each item; blank ones too."""
         for item in items:
             if isinstance(item, Bad):
                 yield item
-            elif isinstance(item, Text):
+            elif isinstance(item, PlainText):
                 yield self._piece(item)
             else:
                 try:
@@ -132,7 +132,7 @@ class Formatter:
                 except TemplateProblem as error:
                     yield Bad(item.place, f"the template refuses it ({_shortened(str(error))}). Fix the record")
 
-    def _piece(self, item: Text) -> Document:
+    def _piece(self, item: PlainText) -> Document:
         data = item.text.encode()
         if item.begins:
             self._hash.reset()

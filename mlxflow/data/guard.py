@@ -30,7 +30,7 @@ _GRACE_SECONDS = 10
 _MEMORY_SHARE = 0.75
 
 
-class Limits(NamedTuple):
+class ProcessLimits(NamedTuple):
     """What work on files of others may take. Usual work stays a hundred times below.
 
     Attributes:
@@ -52,7 +52,7 @@ class Limits(NamedTuple):
     run_seconds_per_text: float = 0.02
 
 
-LIMITS = Limits()
+LIMITS = ProcessLimits()
 
 
 class Guard:

@@ -20,7 +20,7 @@ class Record(NamedTuple):
     value: Any
 
 
-class Text(NamedTuple):
+class PlainText(NamedTuple):
     """A text, or a piece of one too long to be held: pieces end where a line does, if one does."""
 
     text: str

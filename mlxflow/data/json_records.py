@@ -8,7 +8,7 @@ import msgspec
 
 from mlxflow.data import items, texts
 from mlxflow.data.decompression import FileProblem
-from mlxflow.data.items import Bad, Record, RecordForm, Text
+from mlxflow.data.items import Bad, PlainText, Record, RecordForm
 from mlxflow.data.long_lines import LONG_LINE_BYTES, decode_long, require_few_values
 
 # Objects that are checked to recognize a list of records
@@ -46,7 +46,7 @@ def decode_json(data: bytes | bytearray) -> Any:
 # --- a value a line
 
 
-def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
+def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield the records of a file with a JSON value a line; a line of several megabytes comes in a batch of its own.
 
     Args:
@@ -119,7 +119,7 @@ def _parse_lines(lines: Sequence[bytes | bytearray], number: int, form: RecordFo
 # --- a whole file
 
 
-def read_json(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | Text | Bad]]:
+def read_json(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield the records of a JSON file, or the file as a text where it holds none.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxflow.data import items
 from mlxflow.data.decompression import FileProblem, require_plausible
-from mlxflow.data.items import Bad, Record, RecordForm, Text
+from mlxflow.data.items import Bad, PlainText, Record, RecordForm
 from mlxflow.data.json_records import listed
 from mlxflow.data.long_lines import MAX_LINE_VALUES
 from mlxflow.errors import SourceError
@@ -24,7 +24,7 @@ _VALUE_BYTES = 8
 _NAMED_COLUMNS, _MOST_OF_A_NAME = 10, 40
 
 
-def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
+def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield the rows of a parquet file, of each the columns that are known.
 
     Raises:
@@ -48,7 +48,7 @@ def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | Text | 
         raise FileProblem(f"is no valid parquet file ({printable(' '.join(str(error).split())[:200])})") from error
 
 
-def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | Text | Bad]]:
+def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | PlainText | Bad]]:
     names = file.schema_arrow.names
     columns = [name for name in names if name in form.keys | form.more_keys]
     if not form.keys.intersection(columns):
@@ -144,7 +144,7 @@ def _count_values(array: Any) -> int:
     return len(array)
 
 
-def _records(part: Any, number: int) -> list[Record | Text | Bad]:
+def _records(part: Any, number: int) -> list[Record | PlainText | Bad]:
     if part.num_rows == 1:
         if (values := sum(_count_values(column) for column in part.columns)) > MAX_LINE_VALUES:
             return [Bad(number, f"has {values:,} values, {MAX_LINE_VALUES:,} are the most. Split the record")]

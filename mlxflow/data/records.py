@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from mlxflow.data.decompression import naming_errors, read_pieces
 from mlxflow.data.items import Bad as Bad
+from mlxflow.data.items import PlainText as PlainText
 from mlxflow.data.items import Record as Record
 from mlxflow.data.items import RecordForm as RecordForm
-from mlxflow.data.items import Text as Text
 from mlxflow.data.json_records import read_json, read_lines
 from mlxflow.data.parquet_files import read_parquet
 from mlxflow.data.tables import read_csv
@@ -54,7 +54,7 @@ def read_file(
     form: RecordForm,
     strict: bool,
     on_read: Callable[[int], None],
-) -> Iterator[list[Record | Text | Bad]]:
+) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield the records of a file in batches of a few megabytes.
 
     Args:

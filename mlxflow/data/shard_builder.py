@@ -13,7 +13,7 @@ from mlxflow.data.document_encoder import DocumentEncoder, Unwritable
 from mlxflow.data.documents import Document, Formatter, NoTemplateError, TrainOn
 from mlxflow.data.encoder import Encoder
 from mlxflow.data.items import LONG_TEXT_BYTES
-from mlxflow.data.records import Bad, Binary, Record, Shape, Text, read_file
+from mlxflow.data.records import Bad, Binary, PlainText, Record, Shape, read_file
 from mlxflow.data.shard import CONVERSATION, FORMAT, MASKED, Shard, ShardWriter
 from mlxflow.data.shard_cache import ShardStore
 from mlxflow.data.tokenizer import Vocabulary
@@ -63,7 +63,7 @@ class SourceFile(NamedTuple):
     read: Callable[[], Iterator[list[Any]]] | None = None
     is_unchanged: Callable[[], bool] = lambda: True
 
-    def items(self, formatter: Formatter, on_read: Callable[[int], None]) -> "Iterator[list[Record | Text | Bad]]":
+    def items(self, formatter: Formatter, on_read: Callable[[int], None]) -> "Iterator[list[Record | PlainText | Bad]]":
         """Yield the file's records; see `records.read_file`."""
         if self.read is not None:
             yield from self.read()
@@ -211,7 +211,7 @@ class Tokenizing:
 
     @staticmethod
     def _documents(
-        formatter: Formatter, items: Sequence[Record | Text | Bad], writer: ShardWriter
+        formatter: Formatter, items: Sequence[Record | PlainText | Bad], writer: ShardWriter
     ) -> Iterator[list[Document]]:
         """Yield the documents of a batch, as many at a time as are tokenized in one call; the writer notes the rest."""
         documents: list[Document] = []

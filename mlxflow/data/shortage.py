@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from mlxflow.data.corpus_report import Contents, count_of, list_some
+from mlxflow.data.corpus_report import CorpusContents, count_of, list_some
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION
 from mlxflow.data.input_files import problems_of
 from mlxflow.data.row_packer import Counts
@@ -14,7 +14,7 @@ from mlxflow.errors import SourceError
 _ACT = {"train": "train on", "validation": "validate on"}
 
 
-def require_documents(contents: Contents, side: Literal["train", "validation"]) -> None:
+def require_documents(contents: CorpusContents, side: Literal["train", "validation"]) -> None:
     """Refuse a corpus without a document on a side.
 
     Raises:
@@ -30,7 +30,7 @@ def require_documents(contents: Contents, side: Literal["train", "validation"]) 
     )
 
 
-def _advise(contents: Contents, side: str) -> str:
+def _advise(contents: CorpusContents, side: str) -> str:
     """Return what to do about a side without documents."""
     if any(shard.masked for shard in contents.shards):
         return 'Mend the chat template, which leaves the answers out, or set pretokenize.train_on = "all".'
@@ -41,7 +41,7 @@ def _advise(contents: Contents, side: str) -> str:
     return "Name a file, a folder or a glob with text in it."
 
 
-def require_rows(contents: Contents, side: str, counts: Counts, *, context_length: int, on_long: str) -> None:
+def require_rows(contents: CorpusContents, side: str, counts: Counts, *, context_length: int, on_long: str) -> None:
     """Refuse rows that are too few, or in which there is nothing to learn or to measure.
 
     Args:
@@ -80,7 +80,7 @@ def require_rows(contents: Contents, side: str, counts: Counts, *, context_lengt
     )
 
 
-def _facts(contents: Contents, side: str) -> Iterator[str]:
+def _facts(contents: CorpusContents, side: str) -> Iterator[str]:
     """Yield what became of the documents, records and files that are on neither side."""
     pairs = _files_of(contents, side)
     if count := contents.count(DUPLICATE):
@@ -109,7 +109,7 @@ def _facts_of_files(pairs: Sequence[tuple[SourceFile, Shard]]) -> Iterator[str]:
         yield f"{_are(len(names), 'file')} empty ({list_some(names)})"
 
 
-def _files_of(contents: Contents, side: str) -> list[tuple[SourceFile, Shard]]:
+def _files_of(contents: CorpusContents, side: str) -> list[tuple[SourceFile, Shard]]:
     """Return the files, with their shards, whose documents can be on a side."""
     takes_all = side == "train" or not any(entry.is_validation for entry in contents.settings)
     pairs = zip(contents.files, contents.shards, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlxflow.data import items, texts
 from mlxflow.data.decompression import FileProblem
-from mlxflow.data.items import Bad, Record, RecordForm, Text
+from mlxflow.data.items import Bad, PlainText, Record, RecordForm
 from mlxflow.data.json_records import listed
 
 _ROWS_PER_BATCH = 1024
@@ -18,7 +18,7 @@ _LONG_LINE_BYTES = 1 << 20
 _MAX_FIELDS = 1 << 20
 
 
-def read_csv(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | Text | Bad]]:
+def read_csv(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield the rows of a CSV file as records, or the file as a text where no column of it is known.
 
     Args:
@@ -39,7 +39,7 @@ def read_csv(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iter
         yield from texts.read_text(itertools.chain([head], iterator))
         return
     reader = csv.reader(_lines_of(itertools.chain([head], iterator)))
-    batch: list[Record | Text | Bad] = []
+    batch: list[Record | PlainText | Bad] = []
     begin, size = 1, 0
     try:
         names = next(reader)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from mlxflow.data import decompression
 from mlxflow.data.decompression import FileProblem
-from mlxflow.data.items import Bad, Record, Text
+from mlxflow.data.items import Bad, PlainText, Record
 
 #: Bytes of a file's beginning by which its kind is recognized.
 SNIFFED_BYTES = 8192
@@ -23,7 +23,7 @@ class Binary(FileProblem):
     """A file with a NUL byte near its beginning: no text."""
 
 
-def read_text(pieces: Iterable[bytes]) -> Iterator[list[Record | Text | Bad]]:
+def read_text(pieces: Iterable[bytes]) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield a text file in pieces that end where a line ends, else a word, else a character.
 
     Raises:
@@ -31,7 +31,7 @@ def read_text(pieces: Iterable[bytes]) -> Iterator[list[Record | Text | Bad]]:
     """
     offset, first = 0, True
     for data, ends in cut(_checked(pieces)):
-        yield [Text(decode(data, offset, bom=first), first, ends)]
+        yield [PlainText(decode(data, offset, bom=first), first, ends)]
         offset, first = offset + len(data), False
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlxflow.data.document_selection import Selection, tail_begin
+from mlxflow.data.document_selection import DocumentSelection, tail_begin
 from mlxflow.data.row_packer import Counts, Packer, RowSettings, Stored
 from mlxflow.data.shard import CONVERSATION, MASKED, Shard
 from mlxflow.storage.artifact_files import ArrayStream
@@ -29,7 +29,7 @@ class SideDocuments(NamedTuple):
     """
 
     shards: Sequence[Shard]
-    selection: Selection
+    selection: DocumentSelection
     side: int
     part: Part
     held_out: float
@@ -76,12 +76,12 @@ def write_rows(
     return counts
 
 
-def _kept(selection: Selection, side: int, shard: int) -> "NDArray[np.bool_]":
+def _kept(selection: DocumentSelection, side: int, shard: int) -> "NDArray[np.bool_]":
     kept: NDArray[np.bool_] = (selection.sides[shard] == side) & (selection.repeats[shard] > 0)
     return kept
 
 
-def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: Selection, side: int) -> None:
+def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: DocumentSelection, side: int) -> None:
     """Write the file and place of each document, in the order of their numbers."""
     for number, shard in enumerate(shards):
         kept = _kept(selection, side, number)
@@ -92,7 +92,7 @@ def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: Se
 
 
 def _documents(
-    shards: Sequence[Shard], selection: Selection, side: int, part: Part, held_out: float
+    shards: Sequence[Shard], selection: DocumentSelection, side: int, part: Part, held_out: float
 ) -> Iterator[Stored]:
     """Yield documents in the order of the corpus, then again those that an epoch shows twice, and so on."""
     most = max((int(one.max(initial=0)) for one in selection.repeats), default=0) if part != "end" else 1

@@ -19,7 +19,7 @@ from mlxflow.data.shard_builder import SourceFile
 _MAX_TEXTS = 1 << 21
 
 
-class Sample(NamedTuple):
+class TokenizerSample(NamedTuple):
     """Texts in the order of their hashes.
 
     Attributes:
@@ -50,7 +50,7 @@ def sample(
     holdout: float,
     max_bytes: int,
     on_read: Callable[[int], None],
-) -> Sample:
+) -> TokenizerSample:
     """Return the training documents with the smallest hashes, as many as fit.
 
     A document that comes or goes changes the sample only if it is among them, so a large corpus that grows a little
@@ -79,7 +79,7 @@ def _sample(
     holdout: float,
     max_bytes: int,
     on_read: Callable[[int], None],
-) -> tuple[Sample, bool]:
+) -> tuple[TokenizerSample, bool]:
     """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
     control_tokens = re.compile("|".join(map(re.escape, markers(template.source))) or r"(?!)")
     chosen = _SmallestHashes(max_bytes)
@@ -94,7 +94,7 @@ def _sample(
             continue
         text = control_tokens.sub("", document.text) if document.is_templated else document.text
         chosen.add(digest, text.encode(), document.num_bytes)
-    return Sample(*chosen.sorted(), has_conversations), any_held_out
+    return TokenizerSample(*chosen.sorted(), has_conversations), any_held_out
 
 
 class _SmallestHashes:

@@ -77,7 +77,7 @@ _ROUNDING = Source(
 )
 
 
-class Settings(NamedTuple):
+class AdamWSettings(NamedTuple):
     """What does not change from step to step.
 
     Attributes:
@@ -112,7 +112,7 @@ class Scalars(NamedTuple):
 
 
 def reference(
-    w: mx.array, g: mx.array, m: mx.array, v: mx.array, scalars: Scalars, settings: Settings, rounded: mx.Dtype
+    w: mx.array, g: mx.array, m: mx.array, v: mx.array, scalars: Scalars, settings: AdamWSettings, rounded: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return the new weights, both moments, and the weights in the type `rounded`, in plain operations in fp32."""
     wide_w, wide_m, wide_v = (array.astype(mx.float32) for array in (w, m, v))
@@ -135,7 +135,7 @@ def supports(w: mx.array, g: mx.array) -> bool:
 
 
 def kernel(
-    w: mx.array, g: mx.array, m: mx.array, v: mx.array, scalars: Scalars, settings: Settings, rounded: mx.Dtype
+    w: mx.array, g: mx.array, m: mx.array, v: mx.array, scalars: Scalars, settings: AdamWSettings, rounded: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return what `reference` does, by the kernel.
 

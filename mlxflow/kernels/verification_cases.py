@@ -21,7 +21,7 @@ from mlxflow.kernels.verification_inputs import Arrays
 from mlxflow.ops.embedding_lookup import ordered_gradient
 
 _EPS = 1e-5
-_SETTINGS = adamw.Settings(b1=0.9, b2=0.95, eps=1e-8, decay=0.1)
+_SETTINGS = adamw.AdamWSettings(b1=0.9, b2=0.95, eps=1e-8, decay=0.1)
 
 
 class Case(NamedTuple):

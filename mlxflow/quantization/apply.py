@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxflow.errors import CallError, UserError
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.plan import Rule, check_supported, quantizable_layers, resolve
-from mlxflow.quantization.settings import BITS, Asked, Setting
+from mlxflow.quantization.settings import BITS, RequestedSetting, Setting
 
 
 def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[str, Packed] | None = None) -> None:
@@ -87,7 +87,7 @@ def quantize_model_for_inference(
     if mode not in BITS:
         raise CallError(f'mode = "{mode}": expected one of {", ".join(BITS)}. Use mode = "affine" (the default).')
     try:
-        asked = Asked(mode, bits, group_size)
+        asked = RequestedSetting(mode, bits, group_size)
         rules = [_with_own(Rule(**rule), asked) for rule in layers]
         plan = resolve(model, default=asked.setting, rules=rules, key="quantize_model_for_inference")
         check_supported(plan.layers, "quantize_model_for_inference")
@@ -99,7 +99,7 @@ def quantize_model_for_inference(
     return model
 
 
-def _with_own(rule: Rule, table: Asked) -> Rule:
+def _with_own(rule: Rule, table: RequestedSetting) -> Rule:
     """Return a rule with the bits and the group size that its mode brings; an unknown mode is left to `resolve`."""
     if rule.mode is None or rule.mode not in BITS:
         return rule

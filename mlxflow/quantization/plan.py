@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     group_size: int | None = None
 
 
-class Plan(NamedTuple):
+class QuantizationPlan(NamedTuple):
     """A table of every layer that can be quantized.
 
     Attributes:
@@ -84,7 +84,7 @@ def names_bits(path: str, rules: Sequence[Rule]) -> bool:
     return rule is not None and rule.bits is not None
 
 
-def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: str) -> Plan:
+def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: str) -> QuantizationPlan:
     """Return the plan for a model; looks at shapes only.
 
     Layers that no rule names get what mlx-lm's converter gives them. Where the default's group size does not divide
@@ -111,7 +111,7 @@ def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: s
     lines += _lacking(default, key)
     if lines:
         raise WorkflowError(*dict.fromkeys(lines))
-    plan = Plan(default, {}, [], [])
+    plan = QuantizationPlan(default, {}, [], [])
     for path, layer in layers.items():
         rule, width = first[path], layer.weight.shape[-1]
         if rule is None and width % default.group_size:
@@ -227,7 +227,7 @@ def _near(pattern: str, layers: Mapping[str, nn.Module]) -> str:
     return f"Layers are, for example, {', '.join(dict.fromkeys(names.values()))}."
 
 
-def _word_nothing(plan: Plan, key: str, layers: Mapping[str, nn.Module]) -> str:
+def _word_nothing(plan: QuantizationPlan, key: str, layers: Mapping[str, nn.Module]) -> str:
     if not plan.undivided:
         return f"{key}.layers: every layer stays dense, nothing would be quantized. Leave one to be quantized."
     widths = {layers[path].weight.shape[-1] for path in plan.undivided}

@@ -30,7 +30,7 @@ class Setting(NamedTuple):
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.stored_mode}
 
 
-class Asked(NamedTuple):
+class RequestedSetting(NamedTuple):
     """A mode with the bits and the group size that were written for it; None where they were not.
 
     Attributes:

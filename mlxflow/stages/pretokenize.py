@@ -282,7 +282,7 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
             deduplicate=config.deduplicate,
             asked=[settings[file.source].is_validation for file in files],
         )
-        contents = corpus_report.Contents(
+        contents = corpus_report.CorpusContents(
             settings, files, opened, chosen, document_selection.held_out_share(chosen, holdout)
         )
         shortage.require_documents(contents, "train")

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.errors import ArtifactError
-from mlxflow.quantization.settings import Asked, Setting, mistakes_in
+from mlxflow.quantization.settings import RequestedSetting, Setting, mistakes_in
 from mlxflow.stages import quantize_methods, quantize_quality, train
 from mlxflow.storage import layout
 from mlxflow.workflow import products
@@ -145,7 +145,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         """Write out what the modes of the table and of its rules bring where the keys are left out."""
-        asked = Asked(self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size)))
+        asked = RequestedSetting(self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size)))
         own = asked.setting
         msgspec.structs.force_setattr(self, "bits", own.bits)
         msgspec.structs.force_setattr(self, "group_size", own.group_size)
@@ -215,10 +215,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def default(self) -> Setting:
         """The setting of layers that nothing names."""
-        return Asked(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
+        return RequestedSetting(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
 
 
-def _with_own(rule: LayerRule, table: Asked) -> LayerRule:
+def _with_own(rule: LayerRule, table: RequestedSetting) -> LayerRule:
     """Return a rule with what its mode brings where the mode is of another kind than the table's."""
     if rule.mode == "same":
         return rule

@@ -37,7 +37,7 @@ def apply(
     if optimizer.bias_correction:
         first, root = 1 / (1 - b1 ** (step + 1)), mx.rsqrt(1 - b2 ** (step + 1))
     scalars = adamw.Scalars(rate.astype(mx.float32), scale.astype(mx.float32), is_finite, first, root)
-    settings = adamw.Settings(b1, b2, optimizer.eps, getattr(optimizer, "weight_decay", 0.0))
+    settings = adamw.AdamWSettings(b1, b2, optimizer.eps, getattr(optimizer, "weight_decay", 0.0))
     rounded: dict[str, mx.array] = {}
     for name in [name for name in weights if name in state]:
         moments: dict[str, Any] = state[name]

@@ -10,7 +10,7 @@ from mlxflow.data.document_selection import (
     TEST,
     TRAIN,
     VALIDATION,
-    Selection,
+    DocumentSelection,
     held_out_share,
     select,
     tail_begin,
@@ -33,7 +33,7 @@ def _select(
     holdout: float = 0.1,
     deduplicate: bool = True,
     asked: Sequence[bool] | None = None,
-) -> Selection:
+) -> DocumentSelection:
     return select(
         opened,
         fixed_sides=fixed or [""] * len(opened),

@@ -16,7 +16,7 @@ import pytest
 
 from mlxflow.__main__ import main
 from mlxflow.data import guard, watched
-from mlxflow.data.guard import Guard, Limits, guarded
+from mlxflow.data.guard import Guard, ProcessLimits, guarded
 from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
 from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import SourceError, StageError
@@ -42,11 +42,11 @@ def test_a_process_that_ends_by_itself_is_named() -> None:
 
 
 def test_what_no_file_of_others_does_is_not_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "LIMITS", Limits(0, 0, 0, 0))
+    monkeypatch.setattr(guard, "LIMITS", ProcessLimits(0, 0, 0, 0))
     assert guarded("builtins:sum", range(10_000_000)) == 49_999_995_000_000
 
 
-_SHORT, _SMALL = Limits(1, 0, 10**10, 0), Limits(60, 0, 600_000_000, 0)
+_SHORT, _SMALL = ProcessLimits(1, 0, 10**10, 0), ProcessLimits(60, 0, 600_000_000, 0)
 
 
 class _Job:
@@ -175,7 +175,7 @@ def test_a_pattern_that_backtracks_is_one_line(job: _Job, capfd: pytest.CaptureF
 
 
 def test_a_template_that_is_slow_for_every_record_is_one_line(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "LIMITS", Limits(seconds=60, run_seconds=1, run_seconds_per_text=0.001))
+    monkeypatch.setattr(guard, "LIMITS", ProcessLimits(seconds=60, run_seconds=1, run_seconds_per_text=0.001))
     line = job.fails(
         job.template("{% for i in range(25) %}{% for j in range(90000) %}{% endfor %}{% endfor %}" + _USUAL)
     )
@@ -234,7 +234,7 @@ def test_a_tokenizer_with_dropout_is_refused(job: _Job) -> None:
 
 
 def test_large_records_and_usual_files_are_within_the_limits(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "LIMITS", Limits(seconds=5))
+    monkeypatch.setattr(guard, "LIMITS", ProcessLimits(seconds=5))
     job.write(3, text="What is it? Tell me all of it. " * 100_000)
     job.run(job.tokenizer() + "\ncontext_length = 16")
     assert (job.folder / "artifacts/pretokenize/train.safetensors").is_file()

@@ -14,14 +14,14 @@ import zstandard
 
 from mlxflow.data import decompression, items
 from mlxflow.data.decompression import FileProblem, read_pieces
-from mlxflow.data.records import Bad, Binary, Record, RecordForm, Shape, Text, read_file
+from mlxflow.data.records import Bad, Binary, PlainText, Record, RecordForm, Shape, read_file
 from mlxflow.errors import SourceError
 from mlxflow.storage.digests import digest_file
 
 KEYS = frozenset({"text"})
 
 
-def _read(path: Path, *, strict: bool = True, keys: frozenset[str] = KEYS) -> list[Record | Text | Bad]:
+def _read(path: Path, *, strict: bool = True, keys: frozenset[str] = KEYS) -> list[Record | PlainText | Bad]:
     batches = read_file(
         path,
         Shape.of(path),
@@ -159,7 +159,7 @@ def test_a_text_comes_in_pieces_that_are_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, size: int
 ) -> None:
     _pieces(monkeypatch, size)
-    found = [item for item in _read(_write(tmp_path, "a.txt", text.encode())) if isinstance(item, Text)]
+    found = [item for item in _read(_write(tmp_path, "a.txt", text.encode())) if isinstance(item, PlainText)]
     assert "".join(item.text for item in found) == text
     assert [item.begins for item in found] == [True] + [False] * (len(found) - 1)
     assert [item.ends for item in found] == [False] * (len(found) - 1) + [True]
@@ -174,7 +174,7 @@ def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
-    assert _read(_write(tmp_path, "a.txt", mark + b"text")) == [Text("text", True, True)]
+    assert _read(_write(tmp_path, "a.txt", mark + b"text")) == [PlainText("text", True, True)]
     assert _read(_write(tmp_path, "a.jsonl", mark + b'{"text": "a"}')) == [Record(1, {"text": "a"})]
     assert _read(_write(tmp_path, "a.json", mark + b'{"text": "a"}')) == [Record(1, {"text": "a"})]
     assert _read(_write(tmp_path, "a.csv", mark + b"text\na\n")) == [Record(2, {"text": "a"})]
@@ -223,7 +223,9 @@ def test_lines_are_what_the_json_library_says_of_each(
                 expected.append((number, json.loads(line)))
             except ValueError:
                 expected.append((number, None))
-    assert [(i.place, i.value if isinstance(i, Record) else None) for i in found if not isinstance(i, Text)] == expected
+    assert [
+        (i.place, i.value if isinstance(i, Record) else None) for i in found if not isinstance(i, PlainText)
+    ] == expected
 
 
 @pytest.mark.parametrize("where", ["beginning", "middle", "end", "last line"])
@@ -242,7 +244,7 @@ def test_a_line_that_is_too_long_is_told_and_its_neighbours_are_read(
     bad = [item for item in found if isinstance(item, Bad)]
     assert [item.place for item in bad] == [at + 1]
     assert bad[0].reason.endswith("300 are the most. Split the record")
-    assert {item.place for item in found if not isinstance(item, Text)} == set(range(1, 8))
+    assert {item.place for item in found if not isinstance(item, PlainText)} == set(range(1, 8))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_a_json_file_holds_records_or_one_or_is_a_text(tmp_path: Path) -> None:
     assert _read(several) == [Record(1, {"text": "a"}), Record(2, {"other": 1})]
     assert _read(_write(tmp_path, "b.json", b'{"text": "a"}')) == [Record(1, {"text": "a"})]
     package = _write(tmp_path, "package.json", b'{"name": "x"}')
-    assert _read(package, strict=False) == [Text('{"name": "x"}', True, True)]
+    assert _read(package, strict=False) == [PlainText('{"name": "x"}', True, True)]
     assert _problem(package) == 'expected a list of objects with "text". Change the file or its format'
 
 
@@ -303,7 +305,7 @@ def test_a_table_gives_a_record_a_row_with_the_line_it_begins_on(
 
 def test_a_table_without_the_column_is_a_text_or_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path, "a.csv", b"id,body\n1,a\n")
-    assert _read(path, strict=False) == [Text("id,body\n1,a\n", True, True)]
+    assert _read(path, strict=False) == [PlainText("id,body\n1,a\n", True, True)]
     assert _problem(path) == 'has no column "text". Change the file or name its column in text_key'
     assert _read(_write(tmp_path, "b.csv", b"text,id\n,1\nx\n")) == [
         Record(2, {"text": ""}),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxflow.data import row_packer
-from mlxflow.data.document_selection import TRAIN, Selection
+from mlxflow.data.document_selection import TRAIN, DocumentSelection
 from mlxflow.data.row_packer import Counts, RowSettings
 from mlxflow.data.shard import CONVERSATION, MASKED, Shard
 from mlxflow.data.shard_cache import ShardStore
@@ -69,7 +69,7 @@ class Corpus:
 
     def write(self, path: Path, *, repeats: int = 1, **settings: Any) -> tuple[TokenFile, Counts]:
         sides = [np.full(shard.num_documents, TRAIN, np.uint8) for shard in self.shards]
-        chosen = Selection(sides, [np.full(len(side), repeats, np.uint16) for side in sides])
+        chosen = DocumentSelection(sides, [np.full(len(side), repeats, np.uint16) for side in sides])
         usual: dict[str, Any] = {
             "capacity": 9,
             "packing": "best-fit",

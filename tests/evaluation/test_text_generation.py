@@ -184,7 +184,7 @@ def test_a_tokenizer_that_fails_or_takes_too_long_is_one_line(folder: Path, monk
     split = {"type": "Split", "pattern": {"Regex": r"(?:a|a)*[^a\n]"}, "behavior": "Isolated", "invert": False}
     both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
     _change(folder / "tokenizer.json", pre_tokenizer=both)
-    monkeypatch.setattr(guard, "LIMITS", guard.Limits(seconds=1))
+    monkeypatch.setattr(guard, "LIMITS", guard.ProcessLimits(seconds=1))
     with pytest.raises(SourceError) as caught:
         Writer(folder).text_ids("a" * 300)
     said = str(caught.value)
@@ -201,7 +201,7 @@ def test_a_normalizer_that_multiplies_text_is_one_line_of_the_command(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _multiply_text(folder)
-    monkeypatch.setattr(guard, "LIMITS", guard.Limits(60, 0, 600_000_000, 0))
+    monkeypatch.setattr(guard, "LIMITS", guard.ProcessLimits(60, 0, 600_000_000, 0))
     code, out, err = _lines(capsys, str(folder), "--prompt", "a small note")
     assert (code, out) == (2, "")
     assert err == (f"{folder}: its tokenizer.json took over 0.6 GB of memory. Mend it or name another.\n")

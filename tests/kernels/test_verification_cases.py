@@ -213,7 +213,7 @@ def test_the_gradient_of_the_loss_is_that_of_mlx() -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("corrects", [True, False])
 def test_the_update_is_that_of_mlx(corrects: bool) -> None:
-    rate, settings = 0.01, adamw.Settings(0.9, 0.95, 1e-8, 0.1)
+    rate, settings = 0.01, adamw.AdamWSettings(0.9, 0.95, 1e-8, 0.1)
     optimizer = optim.AdamW(rate, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, bias_correction=corrects)
     theirs = {"w": _random((37,), 0)}
     optimizer.init(theirs)
@@ -358,7 +358,7 @@ def test_the_update_takes_any_length_and_keeps_what_is_not_finite(
     w, m, v = (_random((size,), seed, weights) for seed in (0, 1, 2))
     g = _random((size,), 3, gradients)
     scalars = adamw.Scalars(*(mx.array(one) for one in (0.01, 0.5, keeps, 1.5, 1.2)))
-    arguments = (w, g, m, v.square(), scalars, adamw.Settings(0.9, 0.95, 1e-8, 0.1), mx.bfloat16)
+    arguments = (w, g, m, v.square(), scalars, adamw.AdamWSettings(0.9, 0.95, 1e-8, 0.1), mx.bfloat16)
     for one, other in zip(adamw.kernel(*arguments), adamw.reference(*arguments), strict=True):
         assert one.dtype == other.dtype
         limit = 1e-5 if one.dtype == mx.float32 else 2**-7
