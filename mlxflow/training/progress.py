@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from mlxflow.system import terminal
-from mlxflow.training.trainer import Log
+from mlxflow.training.recorder import Log
 
 
 @contextmanager

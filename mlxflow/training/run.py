@@ -12,9 +12,10 @@ from mlxflow.system import terminal
 from mlxflow.training import build, progress
 from mlxflow.training.batch_size import read_decisions
 from mlxflow.training.checkpoints import CheckpointStore
+from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames
 from mlxflow.training.stop_signals import heeding_signals
-from mlxflow.training.trainer import Result, Session, Stopped
+from mlxflow.training.trainer import Session, Stopped
 
 
 class RunFiles(NamedTuple):

@@ -1,0 +1,82 @@
+"""The records of a training run, and its clock, which stands still in validations and checkpoints."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from mlxflow.training.batch_size import BatchSizes
+from mlxflow.training.run_state import RunState
+
+#: Called with one record for each log line; the key "kind" is "train", "validation" or "batch_size".
+Log = Callable[[dict[str, Any]], None]
+
+
+class Recorder:
+    """Writes the records of a training run.
+
+    Args:
+        state: of the run; its seconds and losses are kept up to date.
+        sizes: of the batches.
+        log: takes each record.
+
+    Attributes:
+        lines: all records so far, as JSON.
+        begin: when the run began on a clock that stands still while it is paused.
+    """
+
+    def __init__(self, state: RunState, sizes: BatchSizes, log: Log) -> None:
+        self._state = state
+        self._sizes = sizes
+        self._log = log
+        self.lines: list[str] = []
+        self.begin = time.perf_counter()
+
+    def train(self, step: int, norm: float, rate: float) -> None:
+        """Record an update and the mean loss since the record before it.
+
+        Args:
+            step: the update.
+            norm: of its gradient.
+            rate: its learning rate.
+        """
+        state = self._state
+        state.seconds = time.perf_counter() - self.begin
+        loss = state.window_loss / state.window_targets if state.window_targets else float("nan")
+        state.window_loss, state.window_targets = 0.0, 0
+        state.note_peak()
+        self.write(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": loss if loss == loss else None,
+                "gradient_norm": norm if abs(norm) < float("inf") else None,
+                "learning_rate": rate,
+                "tokens": state.tokens,
+                "tokens_per_second": state.tokens_per_second(),
+                "batch_size": self._sizes.size,
+                "skipped_steps": state.skipped_steps,
+                "seconds": state.seconds,
+                "data_wait_seconds": state.data_wait_seconds,
+                "device_wait_seconds": state.device_wait_seconds,
+                "compile_seconds": state.compile_seconds,
+                "active_memory_bytes": mx.get_active_memory(),
+                "cache_memory_bytes": mx.get_cache_memory(),
+                "peak_memory_bytes": state.peak_memory_bytes,
+            }
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log a record and keep it for checkpoints."""
+        self.lines.append(json.dumps(record))
+        self._log(record)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out of the time of training."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin

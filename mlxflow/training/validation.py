@@ -1,0 +1,65 @@
+"""Validations of a training run: the best weights so far, and an early end."""
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.data.token_file import Rows
+from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.training.checkpoints import CheckpointStore
+from mlxflow.training.recorder import Recorder
+from mlxflow.training.run_state import RunState
+from mlxflow.training.settings import TrainingSettings
+
+
+class Validator:
+    """Measures a model in training on validation rows.
+
+    Args:
+        model: in training.
+        rows: to measure it on.
+        settings: of the training.
+        state: of the run; its losses are kept up to date.
+        recorder: takes the records.
+        checkpoints: gets the best weights, if the settings ask for them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows,
+        settings: TrainingSettings,
+        *,
+        state: RunState,
+        recorder: Recorder,
+        checkpoints: CheckpointStore,
+    ) -> None:
+        self._model = model
+        self._rows = rows
+        self._settings = settings
+        self._state = state
+        self._recorder = recorder
+        self._checkpoints = checkpoints
+
+    def validate(self) -> None:
+        """Measure the validation rows; draws no random number and changes nothing that training looks at."""
+        state, settings = self._state, self._settings
+        measured = measure_perplexity(
+            self._model,
+            self._rows,
+            batch_size=settings.batch_size,
+            masks_documents=settings.masks_documents,
+        )
+        self._recorder.write(
+            {"kind": "validation", "step": state.step, "loss": measured.loss, "perplexity": measured.perplexity}
+        )
+        if state.step == 0:
+            state.first_loss = measured.loss
+        state.last_loss = measured.loss
+        if not measured.loss >= state.best_loss:
+            state.best_loss, state.best_step, state.validations_since_best = measured.loss, state.step, 0
+            if settings.keep == "best":
+                weights = dict(tree_flatten(self._model.trainable_parameters()))
+                self._checkpoints.save_best(state.step, weights)
+        else:
+            state.validations_since_best += 1
+            state.ended_early = bool(settings.patience) and state.validations_since_best >= settings.patience
