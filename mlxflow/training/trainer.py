@@ -18,7 +18,7 @@ from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
 from mlxflow.errors import StageError
-from mlxflow.training.batch_size import BatchSizes, Decision, split
+from mlxflow.training.batch_size import BatchSizes, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
 from mlxflow.training.memory_watch import MemoryWatch
 from mlxflow.training.recorder import Log, Recorder
