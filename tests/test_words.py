@@ -93,7 +93,6 @@ REMAINING: dict[str, int] = {
     "mlxflow/training/run.py": 1,
     "mlxflow/training/step.py": 4,
     "mlxflow/training/stop_signals.py": 3,
-    "mlxflow/training/trainer.py": 6,
     "mlxflow/workflow/inputs.py": 3,
     "mlxflow/workflow/journal.py": 1,
     "mlxflow/workflow/loader.py": 3,

@@ -169,9 +169,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     report["bottleneck"] = {f"{name}_share": share for name, share in shares.items()}
     report["bottleneck"] |= _if_it_fits(lambda: suite.against_ceilings(report, _dense_row(report, inputs))) or {}
     if shares:
-        report["bottleneck"]["advice"] = advise(
-            shares, report["training"], own, training_table=config.input, tokens_table=config.data
-        )
+        tables = {"training_table": config.input, "tokens_table": config.data}
+        report["bottleneck"]["advice"] = advise(shares, report["training"], own, **tables)
     report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
     if lowered := list(benchmark_methods.lowered(report, config)):
         report["lowered"] = lowered
@@ -231,14 +230,14 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
     tokens = TokenFile.open(inputs.tokens)
     folder, key = inputs.model.parent, f"{context.task}.input"
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    shown = str((folder / layout.REPORT).relative_to(context.root))
-    settings = read_settings(folder / layout.REPORT, shown=shown, task=config.input)
+    report = folder / layout.REPORT
+    settings = read_settings(report, shown=str(report.relative_to(context.root)), task=config.input)
     tokens.full_rows(max(config.batch_sizes) * settings.grad_accum_steps, f"{context.task}.batch_sizes")
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
-    trains_adapters = settings.adapter_shape is not None
+    has_adapters = settings.adapter_shape is not None
     return Suite(
-        load=partial(model_folder.load_for_steps, folder, key, trains_adapters=trains_adapters),
+        load=partial(model_folder.load_for_steps, folder, key, trains_adapters=has_adapters),
         build=lambda: model_folder.build(model_config, seed=seed, code=folder),
         tokens=tokens,
         settings=settings,

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 class Result(NamedTuple):
-    """What a training run came to; seconds without validation and checkpoints.
+    """The outcome of a training run; seconds without validation and checkpoints.
 
     Attributes:
         steps: updates; fewer than planned where training ended early.

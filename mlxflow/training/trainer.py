@@ -59,7 +59,7 @@ class Session(NamedTuple):
     stop_requested: Callable[[], bool] = lambda: False
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
+class Stopped(Exception):  # noqa: N818 - no error: a signal asks for it
     """Training was asked to stop, and its checkpoint is saved.
 
     Attributes:
@@ -140,7 +140,7 @@ class Trainer:
         Raises:
             StageError: the loss stays without a finite value.
             WorkflowError: no batch fits into the memory.
-            Stopped: somebody asked for it; the checkpoint is saved.
+            Stopped: a signal asked for it; the checkpoint is saved.
         """
         facts, settings = self._facts, self._settings
         phase_peaks.reset()
@@ -275,7 +275,7 @@ class Trainer:
         self._facts.device_wait_seconds += time.perf_counter() - begin
 
     def _settle(self, ahead: int) -> None:
-        """Wait for all updates but some, read what they came to, and record what is due.
+        """Wait for all updates but some, read their outcomes, and write the records that are due.
 
         Raises:
             StageError: too many in a row had no finite loss and gradient.
