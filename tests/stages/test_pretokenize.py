@@ -346,7 +346,7 @@ def test_a_test_file_that_is_named_itself_is_trained_on_and_that_is_said(job: Jo
     report = job.run(f'sources = ["{source}"]\nholdout = 0.2')
     assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
     assert report["warnings"] == [
-        f"{source} is trained on because pretokenize.sources[0] names it, though its name tells a test side"
+        f"{source} is trained on because pretokenize.sources[0] names it, though its name says test"
     ]
 
 
@@ -447,8 +447,7 @@ def test_a_test_split_that_is_named_is_trained_on_and_that_is_said(data_sets: Jo
     report = data_sets.run('sources = [{ path = "hf:set", config = "one", split = "train+test_sft" }]\nholdout = 0.1')
     assert sorted(data_sets.texts() + data_sets.texts("validation")) == sorted(TEXTS[:20])
     assert report["warnings"] == [
-        "hf:set, split train+test_sft, is trained on because pretokenize.sources[0] names it, though its name tells a "
-        "test side"
+        "hf:set, split train+test_sft, is trained on because pretokenize.sources[0] names it, though its name says test"
     ]
 
 
