@@ -239,8 +239,26 @@ def load_for_steps(folder: Path, key: str, *, trains_adapters: bool) -> nn.Modul
     """
     model, _ = load(folder)
     if quantized_layers.is_quantized(model) and not trains_adapters:
-        raise ArtifactError(f"{key}: {folder} is quantized, and training steps need a dense model. Name a train stage.")
+        raise _dense_needed(f"{key}: {folder}")
     return model
+
+
+def refuse_quantized(folder: Path, subject: str) -> None:
+    """Refuse a model folder whose configuration says that its weights are quantized.
+
+    Args:
+        folder: with a config.json.
+        subject: the setting and the folder, for the message.
+
+    Raises:
+        ArtifactError: they are, or the configuration cannot be read.
+    """
+    if "quantization" in config_json.read(folder):
+        raise _dense_needed(subject)
+
+
+def _dense_needed(subject: str) -> ArtifactError:
+    return ArtifactError(f"{subject} is quantized, and training steps need a dense model. Name a train stage.")
 
 
 def vocab_size(folder: Path) -> int:

@@ -231,7 +231,7 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
     folder, key = inputs.model.parent, f"{context.task}.input"
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
     report = folder / layout.REPORT
-    settings = read_settings(report, shown=str(report.relative_to(context.root)), task=config.input)
+    settings = read_settings(report, shown=str(report.relative_to(context.root)), task=config.input, key=key)
     tokens.full_rows(max(config.batch_sizes) * settings.grad_accum_steps, f"{context.task}.batch_sizes")
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)

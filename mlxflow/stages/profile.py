@@ -190,7 +190,7 @@ def _trained_settings(config: Config, inputs: Inputs, context: Context) -> "Trai
 
     report = inputs.model.with_name(layout.REPORT)
     shown = str(report.relative_to(context.root)) if report.is_relative_to(context.root) else str(report)
-    return read_settings(report, shown=shown, task=config.input)
+    return read_settings(report, shown=shown, task=config.input, key=f"{context.task}.input")
 
 
 def _packing(inputs: Inputs, rows: Any) -> str:

@@ -173,21 +173,26 @@ class SettingNames(NamedTuple):
         return f"{self.table}.{setting}" if self.table else setting
 
 
-def read_settings(report_file: Path, *, shown: str, task: str) -> TrainingSettings:
+def read_settings(report_file: Path, *, shown: str, task: str, key: str) -> TrainingSettings:
     """Return the settings in the report of a training run.
 
     Args:
         report_file: a `report.toml`.
         shown: its path, for messages.
         task: the stage that writes it, for messages.
+        key: the setting that names that stage, for messages.
 
     Raises:
-        ArtifactError: the report or one of the settings is missing, there is an unknown one, or one has an invalid
-            value; a line for each, with the file and the key.
+        ArtifactError: the report is that of a quantized model, it or one of the settings is missing, there is an
+            unknown one, or one has an invalid value; a line for each, with the file and the key.
     """
     report = artifact_files.read_report(report_file)
     advice = f"Run: mlxflow run {task}"
     table = report.get(TABLE)
+    if TABLE not in report and (report_file.parent / "config.json").is_file():
+        from mlxflow.models import model_folder
+
+        model_folder.refuse_quantized(report_file.parent, f"{key}: {Path(shown).parent.as_posix()}")
     if not isinstance(table, dict):
         raise ArtifactError(f"{shown}: {TABLE}: missing: expected how the model was trained. {advice}")
     names = TrainingSettings.__struct_fields__

@@ -35,7 +35,7 @@ CACHES = ("digests.json", "graph.json")
 STAGE = """
 import hashlib, sys
 from pathlib import Path
-from mlxflow import __main__ as door
+from mlxflow.cli import command, run as verb
 from mlxflow.storage import artifact_files
 from mlxflow.system.os_errors import naming
 from mlxflow.system.child_processes import end_with_parent
@@ -52,8 +52,8 @@ def build(parsed):
     with artifact_files.publishing(folder, keep) as private, (private / "a").open("wb") as file:
         file.write(hashlib.shake_256(parsed.stage.encode() + read).digest(1000))
 
-door._run = build
-sys.exit(door.main(["run", sys.argv[1]]))
+verb.run = build
+sys.exit(command.main(["run", sys.argv[1]]))
 """
 
 

@@ -15,7 +15,7 @@ SETTINGS = TrainingSettings(adapters=ADAPTERS, kernels=("adamw/float32/float32",
 def _read(folder: Path, table: dict[str, Any]) -> TrainingSettings:
     file = folder / "report.toml"
     artifact_files.write_report(file, table)
-    return read_settings(file, shown="artifacts/train/report.toml", task="train")
+    return read_settings(file, shown="artifacts/train/report.toml", task="train", key="profile.input")
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, TrainingSettings()])
