@@ -182,7 +182,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "fp32"
     checkpointing: Annotated[
         Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
-        Meta(description="whether activations are computed anew in the backward pass: of layers, of every k-th one"),
+        Meta(description="gradient checkpointing: of every layer, of every k-th layer"),
     ] = "none"
     fused_loss: Annotated[
         Literal["auto"] | bool, Meta(description="whether head and loss are one, without the whole logits")
