@@ -46,7 +46,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job whose every stage is fresh, which no row changes."""
     folder = tmp_path_factory.mktemp("staleness")
     shutil.copy(REPOSITORY / "dodo.py", folder)
     text = (REPOSITORY / "tests" / "tiny.toml").read_text()
@@ -62,26 +63,48 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return made
 
 
-@pytest.fixture(autouse=True)
-def _fresh_before(job: Job) -> Iterator[None]:
-    """Every row begins with nothing stale, whatever the row before it was."""
-    yield
-    assert job.stages_that_run() == []
+@pytest.fixture(scope="module")
+def matrix_template(template: Job, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """The same with one matrix of variants more."""
+    made = Job(Path(shutil.copytree(template.folder, tmp_path_factory.mktemp("matrix") / "job")))
+    made.replace("[profile]", f"{MATRIX}[profile]")
+    added = ("quantize:q-bits5-group_size32", "quantize:q-bits6-group_size32")
+    assert made.stages_that_run() == [*added, BENCHMARK, REPORT]
+    return made
+
+
+@pytest.fixture
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Job]:
+    """A copy of a template for one row, so that rows run in any order and on any worker."""
+    edit = request.node.callspec.params["edit"]
+    name = "matrix_template" if edit in OF_A_MATRIX else "template"
+    made = Job(Path(shutil.copytree(request.getfixturevalue(name).folder, tmp_path / "job")))
+    yield made
+    assert made.stages_that_run() == []
+
+
+MATRIX = '[[quantize]]\nname = "q"\nmatrix = { bits = [5, 6], group_size = [32] }\n'
+
+#: The rows that begin with a matrix.
+OF_A_MATRIX = ("a value more in a matrix", "an exclusion", "no matrix any more")
 
 
 def _list(job: Job) -> None:
     assert job.doit("list", "--all", "--status").returncode == 0
 
 
-def _touch(path: Path) -> None:
-    os.utime(path, (1, 1))
+def _touch(job: Job, name: str) -> None:
+    assert job.stages_that_run() == []  # so that the digests of this folder are known
+    os.utime(job.folder / name, (1, 1))
 
 
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def _flip_last_bit_unseen(path: Path) -> None:
+def _flip_last_bit_unseen(job: Job, name: str) -> None:
+    assert job.stages_that_run() == []
+    path = job.folder / name
     stat = path.stat()
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -119,8 +142,8 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         (),
     ),
     "the name shown in reports": (lambda job: job.replace('name = "tiny"', 'name = "small"'), (REPORT,)),
-    "touched source": (lambda job: _touch(job.folder / "notes/03.txt"), ()),
-    "touched artifact": (lambda job: _touch(job.folder / "artifacts/train/model.safetensors"), ()),
+    "touched source": (lambda job: _touch(job, "notes/03.txt"), ()),
+    "touched artifact": (lambda job: _touch(job, "artifacts/train/model.safetensors"), ()),
     "a default written out": (lambda job: job.replace("[profile]", '[profile]\ninput = "train"'), ()),
     "the benchmark's table": (
         lambda job: job.replace("batch_sizes = [2, 4]", "batch_sizes = [2]"),
@@ -136,8 +159,8 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         ("quantize:q5", BENCHMARK, REPORT),
     ),
     "a variant that becomes a matrix": (
-        lambda job: job.replace('name = "q5"\nbits = 5', 'name = "q"\nmatrix = { bits = [5, 6], group_size = [32] }'),
-        ("quantize:q-bits5-group_size32", "quantize:q-bits6-group_size32", BENCHMARK, REPORT),
+        lambda job: job.replace("bits = 8\ngroup_size = 32", "matrix = { bits = [5, 6], group_size = [32] }"),
+        ("quantize:q8-bits5-group_size32", "quantize:q8-bits6-group_size32", BENCHMARK, REPORT),
     ),
     "a value more in a matrix": (
         lambda job: job.replace("bits = [5, 6]", "bits = [3, 5, 6]"),
@@ -148,9 +171,7 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
         (BENCHMARK, REPORT),
     ),
     "no matrix any more": (
-        lambda job: job.workflow.write_text(
-            re.sub(r'\[\[quantize\]\]\nname = "q"\n.*\n.*\n', "", job.workflow.read_text())
-        ),
+        lambda job: job.replace(MATRIX, ""),
         (BENCHMARK, REPORT),
     ),
     "artifacts and lock without the hidden folder": (_without_the_hidden_folder, ()),
@@ -187,7 +208,7 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
     "the report's table": (lambda job: job.replace("num_prompts = 1", "num_prompts = 3"), (REPORT,)),
     "truncated model": (lambda job: _truncate(job.folder / "artifacts/train/model.safetensors"), (TRAIN, REPORT)),
     "flipped bit, mtime put back": (
-        lambda job: _flip_last_bit_unseen(job.folder / "artifacts/quantize/q8/model.safetensors"),
+        lambda job: _flip_last_bit_unseen(job, "artifacts/quantize/q8/model.safetensors"),
         (Q8,),
     ),
 }
