@@ -13,6 +13,7 @@ from typing import Any
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.paths import printable
+from mlxflow.system.os_errors import ABSENT
 from mlxflow.tasks import lockfile
 from mlxflow.tasks.lockfile import Lock, Table
 from mlxflow.workflow.stage_node import Node
@@ -32,9 +33,13 @@ class Adoption:
         self._cache = cache
 
     def __call__(self, task: str) -> dict[str, Any] | None:
-        """Return the record of a stage whose artifact the lock describes, else None."""
+        """Return the record of a stage whose artifact the lock describes, else None.
+
+        Raises:
+            OSError: a file of the artifact, or the lock, cannot be read now.
+        """
         node = self._nodes.get(task)
-        if node is None or not all(os.path.exists(node.path(name)) for name in node.outputs[:1]):  # noqa: PTH110
+        if node is None or not all(_is_there(node.path(name)) for name in node.outputs[:1]):
             return None
         for table in self._lock.tables.get(task, []):
             if (record := self._record(node, table)) is not None:
@@ -64,8 +69,21 @@ class Adoption:
                 if self._cache.digests(path).content != content:
                     return None
                 outputs[name] = [os.stat(path).st_size, content]  # noqa: PTH116
-            except (OSError, ValueError):  # missing or damaged: not what the lock describes
+            except (*ABSENT, ValueError):  # missing or damaged: not what the lock describes
                 return None
         names = {printable(name): name for name in files_read(node)}
         inputs = {names.get(name, name): identity for name, identity in record["inputs"].items()}
         return record | {"inputs": inputs, "outputs": outputs}
+
+
+def _is_there(path: str) -> bool:
+    """Return whether there is something at a path.
+
+    Raises:
+        OSError: that cannot be seen now.
+    """
+    try:
+        os.stat(path)  # noqa: PTH116
+    except ABSENT:
+        return False
+    return True

@@ -7,7 +7,8 @@ import shutil
 import stat
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ from mlxflow.storage import artifact_files, temporary_files
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.ownership import foreign_names
 from mlxflow.storage.state_files import InvalidStateError, parse_json
-from mlxflow.system.os_errors import advise_on
+from mlxflow.system.os_errors import advise_on, naming
 from mlxflow.tasks.tar_members import ArchiveError, Member, compression, members
 from mlxflow.workflow.outputs import may_hold
 from mlxflow.workflow.records import read_values
@@ -84,7 +85,8 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
             node, values = _read_record(file, archive, next(found, None), nodes)
             _require_room(file, node, values)
             folder = node.root / node.folder
-            with artifact_files.publishing(folder, keep=lambda: foreign_names(folder, node.output_names)) as private:
+            kept = partial(foreign_names, folder, node.output_names)
+            with artifact_files.publishing(folder, kept) as private, naming(file):
                 _extract(file, archive, found, node, values, private)
             for copy, original in node.copies.items():
                 artifact_files.write_whole(node.root / copy, (node.root / original).read_bytes())
@@ -107,10 +109,12 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         advice = advise_on(error, "Name a file that doit pack wrote")
         raise ArtifactError(f"{file}: cannot be read ({error.strerror}). {advice}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ArtifactError(f"{file}: is no regular file. Name a file that doit pack wrote.")
-    with open(descriptor, "rb") as archive:  # noqa: PTH123
+    with ExitStack() as opened, naming(file):
+        opened.callback(os.close, descriptor)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ArtifactError(f"{file}: is no regular file. Name a file that doit pack wrote.")
+        opened.pop_all()
+    with naming(file), open(descriptor, "rb") as archive:  # noqa: PTH123
         if method := compression(archive):
             raise ArtifactError(f"{file}: is compressed with {method}. Decompress it first.")
         yield archive
@@ -163,18 +167,19 @@ def _extract(
             raise ArtifactError(f"{file}: {member.name} has {member.size:,} bytes, its record says {size:,}.")
         target = private / Path(member.name).relative_to(node.folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _copy(archive, member, target)
+        _copy(file, archive, member, target)
         _verify(file, member.name, target, content)
     if wanted:
         raise ArtifactError(f"{file}: lacks {', '.join(sorted(wanted))}. Pack it again.")
 
 
-def _copy(archive: BinaryIO, member: Member, target: Path) -> None:
+def _copy(file: Path, archive: BinaryIO, member: Member, target: Path) -> None:
     archive.seek(member.offset)
     remaining = member.size
-    with target.open("wb") as written:
+    with naming(target), target.open("wb") as written:
         while remaining:
-            chunk = archive.read(min(remaining, _CHUNK_BYTES))
+            with naming(file):
+                chunk = archive.read(min(remaining, _CHUNK_BYTES))
             if not chunk:
                 raise ArchiveError("was cut off while it was read")
             written.write(chunk)

@@ -109,7 +109,7 @@ class Pack(StageVerb):
         if len(pos_args) != 2:
             refuse("expected a stage and a file. Use: doit pack STAGE FILE")
         node = graph.one(pos_args[:1], "doit pack STAGE FILE")
-        with self.alone():
+        with self.alone(reads=True):
             record = graph.fresh_record(node)
             try:
                 pack(node, record, Path(pos_args[1]))
@@ -157,7 +157,8 @@ class Reproduce(StageVerb):
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.storage.locks import LockUnsupportedError, hold
+        from mlxflow.errors import UserError
+        from mlxflow.storage.locks import hold
         from mlxflow.tasks.reproduction import reproduce
         from mlxflow.tasks.run import ended_cleanly
 
@@ -168,7 +169,7 @@ class Reproduce(StageVerb):
         record = graph.fresh_record(node)
         waiting = f"{node.task}: waits for the artifacts, which process {{holder}} uses"
         try:
-            with ended_cleanly(), hold(layout.state_folder(node.root) / layout.LOCK, waiting, wait=True):
+            with ended_cleanly(), hold(layout.state_folder(node.root) / layout.LOCK, waiting, wait=True, needed=True):
                 return reproduce(node, record)
-        except LockUnsupportedError as error:
+        except UserError as error:
             refuse(str(error), error.exit_code)

@@ -46,9 +46,19 @@ class Freshness:
 
 
 class InputChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
-    """Leave it to `Freshness` to decide by content whether an input changed; see `mlxflow.tasks.doit_backend`."""
+    """Leave every question about files to `Freshness`, which asks by content and to say why a file cannot be read.
 
-    def check_modified(self, file_path: str, file_stat: os.stat_result, state: object) -> bool:
+    doit itself takes any error for a file that is not there. See `mlxflow.tasks.doit_backend`.
+    """
+
+    def exists(self, file_path: str) -> bool:
+        """Return True: `Freshness` has looked at every output."""
+        return True
+
+    def info(self, file_path: str) -> None:
+        """Return nothing: `Freshness` has looked at every input."""
+
+    def check_modified(self, file_path: str, file_stat: None, state: object) -> bool:
         """Return False: `Freshness` has said what there is to say."""
         return False
 

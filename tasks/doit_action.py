@@ -67,9 +67,10 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     def execute(self, out: object = None, err: object = None) -> BaseFail | None:
         """Run the stage; doit saves `values` when all went well."""
-        Globals.dep_manager.remove(self.node.task)
         before = self._stamps()
         try:
+            Globals.dep_manager.backend.check_writable()
+            Globals.dep_manager.remove(self.node.task)
             ran = self._run()
         except UserError as error:
             return self._fail(TaskError, str(error))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlxflow.errors import UserError
 from mlxflow.storage import state_files
 from mlxflow.storage.state_files import InvalidStateError
 from mlxflow.system import terminal
@@ -44,6 +45,7 @@ class Journal:
     Attributes:
         adopt: returns the record of a task that the journal does not know, if it can be had elsewhere.
         keeps_adopted: whether such a record is written into the journal; not by verbs that only look.
+        unwritable: raised instead of writing anything, where the artifacts cannot be locked.
     """
 
     desc = "append-only journal, flushed for each finished stage"
@@ -52,6 +54,7 @@ class Journal:
         self.name = name
         self.adopt: Callable[[str], dict[str, Any] | None] = lambda task: None
         self.keeps_adopted = False
+        self.unwritable: UserError | None = None
         self._said: set[str] = set()
         self._data: bytes | None = None
         self._reset()
@@ -98,7 +101,17 @@ class Journal:
         if self._damaged:
             self._rewrite()
 
+    def check_writable(self) -> None:
+        """Refuse to change anything without the lock.
+
+        Raises:
+            UserError: the lock's file cannot be made.
+        """
+        if self.unwritable:
+            raise self.unwritable
+
     def _append(self, task_id: str) -> None:
+        self.check_writable()
         Path(self.name).parent.mkdir(parents=True, exist_ok=True)
         if self._damaged:
             self._rewrite()
@@ -173,6 +186,7 @@ class Journal:
     def _rewrite(self) -> None:
         from mlxflow.storage.atomic_folders import write_whole
 
+        self.check_writable()
         lines = [
             json.dumps({"task": task, "record": record}, separators=(",", ":"))
             for task, record in sorted(self._records.items())

@@ -13,6 +13,7 @@ from mlxflow.storage import layout
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import word_cause
 from mlxflow.tasks.adoption import Adoption
+from mlxflow.tasks.doit_backend import Journal
 from mlxflow.tasks.selection import Selection, refuse, word_unknown
 from mlxflow.tasks.verb import Verb
 
@@ -86,9 +87,9 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
     def _run_alone(self, run: Callable[[], int], *, is_single: bool) -> int:
         """Run the stages under the lock of these artifacts, and turn what ends the run into an exit code."""
-        from mlxflow.errors import StageError
+        from mlxflow.errors import StageError, UserError
         from mlxflow.storage.atomic_folders import make_link_target
-        from mlxflow.storage.locks import LockedError, LockUnsupportedError, hold
+        from mlxflow.storage.locks import LockedError, hold
 
         graph = Selection(self)
         adoption = Adoption(graph.nodes, graph.cache)
@@ -98,21 +99,19 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
         try:
             make_link_target(artifacts)
-            with ended_cleanly(), hold(Path(journal.name).with_name(layout.LOCK), waiting, wait=not self._no_wait):
+            lock = hold(Path(journal.name).with_name(layout.LOCK), waiting, wait=not self._no_wait)
+            with ended_cleanly(), lock as journal.unwritable:
                 journal.load()  # the other doit may have finished stages
-                journal.mend()
-                journal.keeps_adopted = True
-                if line := adoption.settle_merge():
-                    terminal.say(line)
-                _remove_left_behind(artifacts)
+                if not journal.unwritable:  # otherwise nothing may be written
+                    _tidy(journal, adoption, artifacts)
                 if is_single and (stale := self._stale_upstream()):
                     terminal.say(*stale)
                     return 1
                 return run()
-        except (LockedError, StageError) as error:
+        except LockedError as error:
             terminal.say_error(error)
             return 1
-        except LockUnsupportedError as error:
+        except (StageError, UserError) as error:
             terminal.say_error(error)
             return error.exit_code
         except BrokenPipeError:  # the reader of the output is gone
@@ -140,6 +139,15 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
                 for one in planned
             ]
         return lines
+
+
+def _tidy(journal: Journal, adoption: Adoption, artifacts: Path) -> None:
+    """Repair and clean up what earlier runs left in the state; to be called under the lock."""
+    journal.mend()
+    journal.keeps_adopted = True
+    if line := adoption.settle_merge():
+        terminal.say(line)
+    _remove_left_behind(artifacts)
 
 
 def _remove_left_behind(artifacts: Path) -> None:

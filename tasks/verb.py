@@ -129,11 +129,15 @@ class Verb:
         return [task.name for task in self.task_list]
 
     @contextmanager
-    def alone(self, *, makes: bool = False) -> Iterator[None]:
+    def alone(self, *, makes: bool = False, reads: bool = False) -> Iterator[None]:
         """Wait for any doit that is at work on the artifacts, and keep others out while something is changed.
 
         Args:
             makes: something is made where no artifacts may be yet.
+            reads: nothing is changed, so that it works where nothing can be written.
+
+        Raises:
+            UserError: the lock's file cannot be made, and something is changed.
         """
         from mlxflow.storage.atomic_folders import make_link_target
         from mlxflow.storage.locks import hold
@@ -142,9 +146,11 @@ class Verb:
         if makes:
             make_link_target(state.parent)
         waiting = "another doit (process {holder}) is at work on these artifacts"
-        with hold(state / layout.LOCK, waiting, wait=True) if makes or state.parent.is_dir() else nullcontext():
+        lock = hold(state / layout.LOCK, waiting, wait=True, needed=not reads)
+        with lock if makes or state.parent.is_dir() else nullcontext() as self.journal.unwritable:
             self.journal.load()  # the other one may have finished stages
-            self.journal.mend()
+            if not self.journal.unwritable:
+                self.journal.mend()
             yield
 
 

@@ -76,7 +76,6 @@ REMAINING: dict[str, int] = {
     "mlxflow/storage/atomic_folders.py": 2,
     "mlxflow/storage/digests.py": 1,
     "mlxflow/storage/hub.py": 2,
-    "mlxflow/storage/locks.py": 1,
     "mlxflow/storage/model_files.py": 1,
     "mlxflow/storage/observed_inputs.py": 2,
     "mlxflow/storage/temporary_files.py": 1,

@@ -17,7 +17,8 @@ def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file
 
     No Python code is named: a `tokenizer.json` needs none, and none is written beside it.
     """
-    Tokenizer.from_str(vocabulary.definition).save(str(tokenizer_file))
+    definition = Tokenizer.from_str(vocabulary.definition).to_str(pretty=True)  # its `save` words no failure
+    tokenizer_file.write_text(definition, encoding="utf-8")
     config = dict(sorted(remote_code.without_code(vocabulary.config).items()))
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -99,7 +99,7 @@ def may_have_gpu() -> bool:
     return _DRIVER.exists() or (sys.platform == "darwin" and os.uname().machine == "arm64")
 
 
-def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractContextManager[None]:
+def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractContextManager[object]:
     """Return what holds this machine's device for a stage until the block ends; imports no mlx.
 
     A GPU is one stage's at a time: each takes the memory that is there. Processors are shared, but by a stage that

@@ -267,7 +267,7 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
     holdout = 0.0 if config.validation_sources else config.holdout
     store = shard_cache.ShardStore(context.state / layout.SHARDS)
     waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
-    with hold(context.state / layout.SHARDS / layout.LOCK, waiting, wait=True):
+    with hold(context.state / layout.SHARDS / layout.LOCK, waiting, wait=True, needed=True):
         vocabulary = _vocabulary(config, inputs, context, files, holdout)
         tokenized, engine = _tokenize(config, vocabulary, store, files)
         context.digests.settle(file.path for file in files if file.read is None)
@@ -392,6 +392,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     from mlxflow.data.progress import show_progress
     from mlxflow.storage.artifact_files import write_whole
     from mlxflow.storage.digests import digest_json
+    from mlxflow.storage.regular_files import read_regular
     from mlxflow.system import heap
 
     compiled = tokenizer.compile_template(template, _template_key(config)) if template else None
@@ -408,8 +409,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
             max_bytes=config.tokenizer.max_training_bytes,
             on_read=on_read,
         )
-    if template is None and sample.has_conversations:
-        template = CHATML
+    template = CHATML if template is None and sample.has_conversations else template
     special = chat.markers(template) if template else []
     cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.decoded())) else []
     key = digest_json([VERSION, config.tokenizer.vocab_size, special, [one.hex() for one in sample.digests], *cut])
@@ -419,7 +419,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
         write_whole(kept, made.to_str().encode())
         heap.trim()
     return tokenizer.trained_vocabulary(
-        kept.read_text(encoding="utf-8"),
+        read_regular(kept).decode(),
         context_length=config.context_length,
         template=template,
         template_key=_template_key(config),

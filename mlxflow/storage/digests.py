@@ -243,7 +243,7 @@ class DigestCache:
 
     def save(self) -> None:
         """Write what was learnt since the last time; a folder that is missing or cannot be written is left alone."""
-        if not self._changed or not self._path.parent.is_dir():
+        if not self._changed:
             return
         self._forget_missing()
         files = {

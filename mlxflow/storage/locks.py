@@ -14,7 +14,7 @@ from mlxflow.errors import UserError
 from mlxflow.storage.regular_files import open_own
 from mlxflow.storage.user_folders import cache_folder
 from mlxflow.system import terminal
-from mlxflow.system.os_errors import naming
+from mlxflow.system.os_errors import naming, word_cause
 
 # How file systems say that they have no locks: NFS without its lock service, Lustre without -o flock, FUSE
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -32,8 +32,14 @@ class LockUnsupportedError(UserError):
     """No file system at hand can lock files."""
 
 
+class UnwritableError(UserError):
+    """The lock's file cannot be made, so nothing that it guards may be written."""
+
+
 @contextmanager
-def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: str = "") -> Iterator[None]:
+def hold(
+    path: Path, waiting: str, *, wait: bool, shared: bool = False, about: str = "", needed: bool = False
+) -> Iterator[UnwritableError | None]:
     """Hold a lock until the block ends; the system releases it when the process ends, however it ends.
 
     On a file system without locks a stand-in in the user's cache folder is locked instead, and a line says so: it
@@ -45,10 +51,16 @@ def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: s
         wait: whether to wait.
         shared: whether other shared holders may hold it at the same time.
         about: what this process does with it, for the line that others print.
+        needed: whether something will be written that it guards.
+
+    Yields:
+        None: it is held. Else its file cannot be made: what it guards may be read, and the error is to be raised before
+        any of that is written.
 
     Raises:
         LockedError: it is held and `wait` is false; the message is the line.
         LockUnsupportedError: neither the file system nor that of the user's cache folder has locks.
+        UnwritableError: its file cannot be made, and it is needed.
         StageError: a link, a FIFO or a folder is in the place of the lock's file.
     """
     try:
@@ -56,7 +68,10 @@ def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: s
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        yield  # where nothing can be written nobody else is at work; whoever must write says so
+        unwritable = UnwritableError(word_cause(error, path))
+        if needed:
+            raise unwritable from error
+        yield unwritable
         return
     with ExitStack() as held:
         held.enter_context(_closing(file, path))
@@ -71,14 +86,13 @@ def hold(path: Path, waiting: str, *, wait: bool, shared: bool = False, about: s
                 "machines do not see: let one machine at a time work on this folder."
             )
         line = f"{os.getpid()} {about}".strip()
-        _write_holders(file, [*(_holders(file) if shared else ()), line])
+        with naming(path):
+            _write_holders(file, [*(_holders(file) if shared else ()), line])
         try:
-            yield
+            yield None
         finally:
-            others = _holders(file)
-            if line in others:
-                others.remove(line)
-                _write_holders(file, others)
+            with naming(path):
+                _remove_holder(file, line)
 
 
 @contextmanager
@@ -139,6 +153,13 @@ def _write_holders(file: TextIOWrapper, lines: Sequence[str]) -> None:
     with suppress(OSError):
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+
+
+def _remove_holder(file: TextIOWrapper, line: str) -> None:
+    others = _holders(file)
+    if line in others:
+        others.remove(line)
+        _write_holders(file, others)
 
 
 def _holders(file: TextIOWrapper) -> list[str]:

@@ -21,7 +21,7 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         OSError: it cannot be read, or is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:  # noqa: PTH123
+    with naming(path), open(descriptor, "rb") as file:  # noqa: PTH123
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))

@@ -28,6 +28,9 @@ _OF_MACHINE = frozenset(
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.ENOSPC, errno.EDQUOT}
 )
 
+#: What a file call raises about a file that is not there; anything else says nothing of that.
+ABSENT = (FileNotFoundError, NotADirectoryError)
+
 #: Reasons that only a call has that writes.
 OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
@@ -60,6 +63,11 @@ def word_cause(error: OSError, place: str | os.PathLike[str]) -> str:
         place: the file or folder, where the error names none.
     """
     return f"{named(error, place)}: {error.strerror or error}. {advise(error)}."
+
+
+def reason_of(error: Exception) -> str:
+    """Return why something cannot be read: the system's reason where it gave one, without the file's name."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def named(error: OSError, place: str | os.PathLike[str]) -> str:

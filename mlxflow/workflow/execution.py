@@ -279,9 +279,9 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
     waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
     atomic_folders.make_link_target(workflow.artifacts)
     with ExitStack() as held:
-        held.enter_context(hold(workflow.state / layout.LOCK, waiting, wait=True))
-        temporary_files.remove_orphans(workflow.artifacts, ".")
-        temporary_files.remove_orphans_below(workflow.state)
+        if not held.enter_context(hold(workflow.state / layout.LOCK, waiting, wait=True, needed=into is None)):
+            temporary_files.remove_orphans(workflow.artifacts, ".")
+            temporary_files.remove_orphans_below(workflow.state)
         if getattr(one.module, "USES_DEVICE", True):
             chosen, measures = workflow.settings.device, one.bound_device is not None
             held.enter_context(compute_device.turn(one.task, workflow.root, chosen, measures=measures))

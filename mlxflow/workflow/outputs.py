@@ -6,6 +6,7 @@ from typing import Any
 
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.model_files import decides
+from mlxflow.system.os_errors import ABSENT, reason_of
 from mlxflow.workflow.stage_node import Node
 
 
@@ -16,14 +17,18 @@ def may_hold(node: Node, name: str) -> bool:
 
 
 def files_in(node: Node) -> list[str]:
-    """Return the name of every file in a stage's artifact folder, sorted; hidden ones and compiled Python left out."""
+    """Return the name of every file in a stage's artifact folder, sorted; hidden ones and compiled Python left out.
+
+    Raises:
+        OSError: a folder of it cannot be read.
+    """
     return sorted(_walk(node.path(node.folder), node.folder))
 
 
 def _walk(place: str, name: str) -> Iterator[str]:
     try:
         entries = os.scandir(place)
-    except OSError:  # a folder that is not there has no files; what lacks is said of each file
+    except ABSENT:  # what lacks is said of each file
         return
     with entries:
         for entry in entries:
@@ -72,7 +77,12 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
         except FileNotFoundError:
             yield f"{name} is missing"
         except (OSError, ValueError) as error:
-            yield f"{name} cannot be read ({error})"
-    for name in files_in(node):
+            yield f"{name} cannot be read ({reason_of(error)})"
+    try:
+        names = files_in(node)
+    except OSError as error:
+        yield f"{node.folder} cannot be read ({reason_of(error)})"
+        return
+    for name in names:
         if name not in recorded and name not in node.outputs and may_hold(node, name):
             yield f"{name} was put there after the run"

@@ -13,6 +13,7 @@ from mlxflow.device.compute_device import environment
 from mlxflow.storage import layout, model_files
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import printable, record_name
+from mlxflow.system.os_errors import ABSENT, reason_of
 from mlxflow.workflow.outputs import damaged_outputs
 from mlxflow.workflow.records import FORGOTTEN, is_complete
 from mlxflow.workflow.stage_node import Node
@@ -167,20 +168,24 @@ def _changed_inputs(
             continue
         try:
             now[name] = cache.digests(path).identity
-        except (OSError, ValueError):
+        except (*ABSENT, ValueError):
             now[name] = None
+        except OSError as error:
+            yield f"{printable(name)} cannot be read ({reason_of(error)})"
+            before = {other: identity for other, identity in before.items() if other != name}
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
         if name in now and name in before and now[name] == before[name]:
             continue
-        shown = printable(name if name.startswith(f"{layout.ARTIFACTS}/") else f"source {name}")
-        if name not in now:
-            yield f"{shown} is gone"
-        elif name not in before:
-            yield f"{shown} is new"
-        elif now[name] is None:
-            yield f"{printable(name)} is missing or damaged"
-        else:
-            yield f"{shown} changed"
+        yield _word_change(name, before, now)
+
+
+def _word_change(name: str, before: dict[str, str], now: dict[str, str | None]) -> str:
+    shown = printable(name if name.startswith(f"{layout.ARTIFACTS}/") else f"source {name}")
+    if name not in now:
+        return f"{shown} is gone"
+    if name not in before:
+        return f"{shown} is new"
+    return f"{shown} changed" if now[name] else f"{printable(name)} is missing or damaged"
 
 
 def _changed_settings(task: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

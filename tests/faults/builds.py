@@ -1,5 +1,6 @@
 """A build of two cheap stages, or one of real ones, disturbed at a call and run again: what has to be true of both."""
 
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tests.chain import DODO
 from tests.conftest import write_workflow
-from tests.faults.injection import KINDS, Call, Fault, Outcome, python, run
+from tests.faults.injection import KINDS, Call, Fault, Injector, Outcome
 
 #: What is done to a template: the disturbed command, and those that bring the folder to its end.
 COMMANDS = {
@@ -57,6 +58,10 @@ sys.exit(command.main(["run", sys.argv[1]]))
 """
 
 
+class UnmetError(AssertionError):
+    """A run made fewer calls than the undisturbed one, as where a digest was settled by then, and met no fault."""
+
+
 class Scenario(NamedTuple):
     """A command in a folder, and what the folder holds when it was never disturbed.
 
@@ -73,30 +78,56 @@ class Scenario(NamedTuple):
     expected: dict[str, Any]
 
     def numbers(self, kind: str) -> list[int]:
-        """Return the numbers of the calls that can meet a kind of fault."""
-        return [call.number for call in self.calls if kind in call.kinds]
+        """Return the numbers of the calls that can meet a kind of fault, without those that would show the same.
+
+        A process that is killed leaves the same disk at each of its calls up to the next change of the disk: only the
+        first of them counts. Of equal calls in a row, as for the entries of a folder, the first two count. Of a real
+        stage one call counts of those of one name whose paths differ in digests and numbers only.
+        """
+        if kind == "KILL":
+            alike = self._since_changes()
+        elif self.name in REAL:
+            alike = [(call.name, re.sub(r"[0-9a-f]{32}|\d+", "N", call.path)) for call in self.calls]
+        else:
+            alike = self._runs()
+        seen: set[object] = set()
+        return [
+            call.number
+            for call, key in zip(self.calls, alike, strict=True)
+            if kind in call.kinds and key not in seen and not seen.add(key)  # type: ignore[func-returns-value]
+        ]
+
+    def _since_changes(self) -> list[object]:
+        """Return for each call its process and how often the disk was changed before."""
+        changes = itertools.accumulate((call.changes_the_disk for call in self.calls), initial=0)
+        return [(call.process, before) for call, before in zip(self.calls, changes, strict=False)]
+
+    def _runs(self) -> list[object]:
+        """Return for each call in which run of equal calls it is, and whether it is the first one of it."""
+        runs = itertools.groupby(self.calls, lambda call: (call.process, call.name, call.path))
+        return [(run, place > 0) for run, (_, calls) in enumerate(runs) for place, _ in enumerate(calls)]
 
 
-def prepare(library: Path, folder: Path, name: str) -> Scenario:
+def prepare(injector: Injector, folder: Path, name: str) -> Scenario:
     """Make the template of a scenario and run it undisturbed."""
     template = folder / name
     template.mkdir()
     if name in REAL:
         write_workflow(template)
         if name == "train":
-            _succeed(run(library, template, python("doit", "pretokenize")))
+            _succeed(injector.run(template, "pretokenize"))
     else:
-        _prepare_cheap(library, folder, template)
+        _prepare_cheap(injector, folder, template)
     copy = Path(shutil.copytree(template, folder / f"{name}-undisturbed"))
     disturbed, mending = COMMANDS[name]
-    outcome = run(library, copy, python("doit", *disturbed))
+    outcome = injector.run(copy, *disturbed)
     _succeed(outcome)
     for command in mending:
-        _succeed(run(library, copy, python("doit", *command)))
+        _succeed(injector.run(copy, *command))
     return Scenario(name, template, outcome.calls, contents(copy))
 
 
-def _prepare_cheap(library: Path, folder: Path, template: Path) -> None:
+def _prepare_cheap(injector: Injector, folder: Path, template: Path) -> None:
     name = template.name
     text = DODO.replace("KIND", repr({"uses_device": False})).replace("range(1, 7)", "range(1, 3)")
     stage = folder / "stage.py"  # not below what is disturbed: in its place would be an installed module
@@ -104,12 +135,12 @@ def _prepare_cheap(library: Path, folder: Path, template: Path) -> None:
     (template / "dodo.py").write_text(text.replace('"stage.py"', f'"-P", {str(stage)!r}'))
     (template / "source").write_bytes(b"the source")
     if name != "first":
-        _succeed(run(library, template, python("doit")))
+        _succeed(injector.run(template))
     if name == "again":
         (template / "source").write_bytes(b"another source")
         (template / "artifacts/s1/notes.txt").write_text("a file of the user's")
     if name == "unpack":
-        _succeed(run(library, template, python("doit", "pack", "s2", "s2.tar")))
+        _succeed(injector.run(template, "pack", "s2", "s2.tar"))
         shutil.rmtree(template / "artifacts/s2")
 
 
@@ -149,7 +180,7 @@ def _records(data: bytes) -> dict[str, Any]:
     return {task: (of["settings"], of["inputs"], sorted(of["outputs"])) for task, of in values.items()}
 
 
-def disturb(library: Path, scenario: Scenario, fault: Fault, folder: Path) -> Outcome:
+def disturb(injector: Injector, scenario: Scenario, fault: Fault, folder: Path) -> Outcome:
     """Run a scenario with a fault and then without.
 
     Raises:
@@ -158,9 +189,10 @@ def disturb(library: Path, scenario: Scenario, fault: Fault, folder: Path) -> Ou
     """
     shutil.copytree(scenario.template, folder)
     disturbed, mending = COMMANDS[scenario.name]
-    outcome = run(library, folder, python("doit", *disturbed), fault)
+    outcome = injector.run(folder, *disturbed, fault=fault)
     where = f"{fault} at {[(call.name, call.path) for call in outcome.calls]}: {outcome}"
-    assert outcome.calls, where
+    if not outcome.calls:
+        raise UnmetError(where)
     is_own = all(is_of_python(call, folder) for call in outcome.calls)
     assert is_own or "Traceback" not in outcome.err + outcome.out, where
     if outcome.code == 0 and scenario.name in ("first", "again", *REAL) and not _says(fault, outcome.err):
@@ -170,7 +202,7 @@ def disturb(library: Path, scenario: Scenario, fault: Fault, folder: Path) -> Ou
     elif outcome.code != 0 and fault.kind not in ("KILL", "HALF"):
         _assert_named(fault, outcome, where)
     for command in mending:
-        code, out, err, _ = run(library, folder, python("doit", *command))
+        code, out, err, _ = injector.run(folder, *command)
         assert code == 0, f"{where}\n{command}: {out}{err}"
     found = contents(folder)
     differing = [
@@ -192,7 +224,7 @@ def _assert_named(fault: Fault, outcome: Outcome, where: str) -> None:
         lines = [line for line in outcome.err.splitlines() if re.search(r"\[(read|write)\] Unable to", line)]
     assert len(lines) == 1 or (lines and fault.times > 1), f"{len(lines)} lines say why: {where}"
     names = {part for call in outcome.calls for part in (Path(call.path).name, Path(call.path).parent.name)}
-    names |= {re.sub(r"^\.?(.+)\.\d+\.tmp$", r"\1", name) for name in names}  # of a file beside, the one that it is for
+    names |= {re.sub(r"^\.?(.+)\.(\d+\.tmp|partial)$", r"\1", name) for name in names}  # of what will take a place
     assert any(name in lines[0] for name in names), f"{lines[0]!r} names no file: {where}"
 
 

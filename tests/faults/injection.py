@@ -1,16 +1,19 @@
-"""Commands with a library preloaded that makes chosen file calls below a folder fail, do half, or end the process."""
+"""doit with a library preloaded that makes chosen file calls below a folder fail, do half, or end the process."""
 
 import errno
+import fcntl
+import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import psutil
 
@@ -21,7 +24,11 @@ KINDS = {
     "KILL": -1,
     "HALF": -2,
     **{name: getattr(errno, name) for name in ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "EINTR")},
+    **{name: getattr(errno, name) for name in ("EACCES", "ELOOP", "ENAMETOOLONG")},
 }
+
+#: The kinds that the library knows which calls can meet.
+TRIED_AT_EVERY_CALL = ("KILL", "HALF", "EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "EINTR")
 
 _LONGEST_SECONDS = 120
 
@@ -43,12 +50,18 @@ class Fault(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A file call: its number, its name, the kinds of fault that it can meet, and its path."""
+    """A file call: its number, its process, its name, the kinds of fault that it can meet, and its path."""
 
     number: int
+    process: int
     name: str
     kinds: tuple[str, ...]
     path: str
+
+    @property
+    def changes_the_disk(self) -> bool:
+        """Whether a process that is killed after it leaves something else than one that is killed before it."""
+        return "EROFS" in self.kinds or self.name == "write"
 
 
 class Outcome(NamedTuple):
@@ -67,78 +80,139 @@ class Outcome(NamedTuple):
     calls: tuple[Call, ...]
 
 
-def compile_injector(folder: Path) -> Path:
-    """Compile the library into a folder and return its path."""
-    library = folder / "injector.so"
-    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
-    return library
+class Injector:
+    """Runs doit with the library in all its processes.
 
+    Most commands are run by a process that has imported doit and forks for each; `forking` has the reason.
 
-def run(library: Path, folder: Path, command: list[str], fault: Fault | None = None) -> Outcome:
-    """Run a command in a folder, below which the calls of all its processes are counted.
-
-    Raises:
-        AssertionError: it hangs, or a process outlives it.
+    Args:
+        folder: for the library.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        counts, log = Path(scratch) / "counts", Path(scratch) / "log"
-        counts.write_bytes(bytes(16))
-        log.touch()
-        environment = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
-            "LD_PRELOAD": str(library),
-            "FAULT_ROOT": os.path.realpath(folder),
-            "FAULT_COUNTS": str(counts),
-            "FAULT_LOG": str(log),
-            "FAULT_ERRNO": str(KINDS[fault.kind] if fault else 0),
-            "FAULT_FIRST": str(fault.first if fault else 0),
-            "FAULT_EACH": str(fault.each if fault else 1),
-            "FAULT_TIMES": str(fault.times if fault else 0),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "XDG_CACHE_HOME": str(folder / "cache"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        code, out, err = _communicate(command, folder, environment)
-        assert not (left := list(_of_build(counts))), f"outlived {command} with {fault}: {left}"
-        return Outcome(code, out, err, tuple(_read_log(log)))
+
+    def __init__(self, folder: Path) -> None:
+        self.library = folder / "injector.so"
+        options = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC"]
+        subprocess.run(["cc", *options, "-o", self.library, SOURCE, "-ldl"], check=True)
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def close(self) -> None:
+        """End the process that forks."""
+        if self._server:
+            self._server.communicate()
+
+    def run(self, folder: Path, *arguments: str, fault: Fault | None = None, fresh: bool = False) -> Outcome:
+        """Run doit in a folder, below which the calls of all its processes are counted.
+
+        Args:
+            folder: the project.
+            arguments: of doit.
+            fault: what some calls meet; None: nothing.
+            fresh: start an interpreter for it and for each of its stages.
+
+        Raises:
+            AssertionError: it hangs, or a process outlives it.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            counts, log, out, err = (Path(scratch) / name for name in ("counts", "log", "out", "err"))
+            counts.write_bytes(bytes(16))
+            for file in (log, out, err):
+                file.touch()
+            environment = self._environment() | {
+                "FAULT_ROOT": os.path.realpath(folder),
+                "FAULT_COUNTS": str(counts),
+                "FAULT_LOG": str(log),
+                "FAULT_ERRNO": str(KINDS[fault.kind] if fault else 0),
+                "FAULT_FIRST": str(fault.first if fault else 0),
+                "FAULT_EACH": str(fault.each if fault else 1),
+                "FAULT_TIMES": str(fault.times if fault else 0),
+                "XDG_CACHE_HOME": str(folder / "cache"),
+                "HF_HUB_OFFLINE": "1",
+            }
+            run = _start if fresh else self._fork
+            code = run(folder, arguments, environment, out, err)
+            assert not (left := _of_build(counts)), f"outlived {arguments} with {fault}: {left}"
+            printed, said = (file.read_bytes().decode(errors="replace") for file in (out, err))
+            return Outcome(code, printed, said, tuple(_read_log(log)))
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return {**kept, "LD_PRELOAD": str(self.library), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def _fork(
+        self, folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str], out: Path, err: Path
+    ) -> int:
+        server = self._server = self._server or self._start_server()
+        assert server.stdin
+        assert server.stdout
+        files = {"folder": str(folder), "out": str(out), "err": str(err)}
+        command = {**files, "arguments": arguments, "environment": dict(environment)}
+        server.stdin.write(json.dumps(command).encode() + b"\n")
+        process = int(_read_line(server.stdout))
+        if not select.select([server.stdout], [], [], _LONGEST_SECONDS)[0]:
+            os.killpg(process, signal.SIGKILL)
+            _read_line(server.stdout)
+            raise AssertionError(f"{arguments} hangs")
+        return int(_read_line(server.stdout))
+
+    def _start_server(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-P", str(SOURCE.with_name("forking.py"))]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, env=self._environment())
 
 
-def _communicate(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
-    )
+def _read_line(stream: IO[bytes]) -> bytes:
+    """Return a line of an unbuffered stream; the next one is left for `select` to see."""
+    line = b""
+    while not line.endswith(b"\n"):
+        read = stream.read(1)
+        assert read, "the process that forks ended"
+        line += read
+    return line
+
+
+def _start(folder: Path, arguments: tuple[str, ...], environment: Mapping[str, str], out: Path, err: Path) -> int:
+    command = [sys.executable, "-P", "-m", "doit", *arguments]
+    with out.open("wb") as output, err.open("wb") as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
+        )
     try:
-        out, err = process.communicate(timeout=_LONGEST_SECONDS)
+        return process.wait(_LONGEST_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"{command} hangs") from None
-    return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+        raise AssertionError(f"{arguments} hangs") from None
 
 
-def _of_build(counts: Path) -> Iterator[psutil.Process]:
-    """Yield the processes that still count, after they had some time to end."""
+def _of_build(counts: Path) -> list[psutil.Process]:
+    """Return the processes that still count, after they had some time to end."""
     deadline = time.monotonic() + 10
-    while found := [one for one in psutil.process_iter() if _counts_in(one, str(counts))]:
-        if time.monotonic() > deadline:
-            yield from found
-            return
-        time.sleep(0.05)
+    with counts.open("rb") as file:
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01)
+            else:
+                return []
+    return [one for one in psutil.process_iter() if _has_open(one, str(counts))]
 
 
-def _counts_in(process: psutil.Process, counts: str) -> bool:
+def _has_open(process: psutil.Process, path: str) -> bool:
     try:
-        return bool(process.environ().get("FAULT_COUNTS") == counts)
+        return any(file.path == path for file in process.open_files())
     except psutil.Error:
         return False
 
 
 def _read_log(log: Path) -> Iterator[Call]:
     for line in log.read_text(errors="surrogateescape").splitlines():
-        number, name, kinds, path = re.fullmatch(r"(\d+) (\w+) (?:([A-Z,]+,) )?(.*)", line).groups()  # type: ignore[union-attr]
-        yield Call(int(number), name, tuple((kinds or "").split(",")[:-1]), path)
-
-
-def python(*arguments: str) -> list[str]:
-    """Return a command that runs a module of Python's without the folder that it runs in among its modules."""
-    return [sys.executable, "-P", "-m", *arguments]
+        matched = re.fullmatch(r"(\d+) (\d+) (\w+) (?:([A-Z,]+,) )?(.*)", line)
+        assert matched, line
+        number, process, name, kinds, path = matched.groups()
+        yield Call(int(number), int(process), name, tuple((kinds or "").split(",")[:-1]), path)

@@ -1,9 +1,11 @@
 /* Preloaded into every process of a build: makes chosen file calls below a folder fail, do half, or end the process.
  *
  * FAULT_ROOT     the folder, absolute and without links; other paths are left alone
- * FAULT_COUNTS   a file of 16 bytes outside that folder: calls and faults so far, of all processes of a build
- * FAULT_LOG      a file outside that folder; without a fault it receives `number call faults path` for each call, where
- *                faults is the set of errors that can come from it; else `number call path` for each that met the fault
+ * FAULT_COUNTS   a file of 16 bytes outside that folder: calls and faults so far, of all processes of a build; each of
+ *                them holds a shared lock on it
+ * FAULT_LOG      a file outside that folder; without a fault it receives `number process call faults path` for each call,
+ *                where faults is the set of errors that can come from it; else the same without faults for each that met
+ *                the fault
  * FAULT_ERRNO    the error; 0: only count, -1: kill the process, -2: read or write half of what was asked for
  * FAULT_FIRST, FAULT_EACH, FAULT_TIMES
  *                of the calls that the error can come from, the first one from number FIRST on meets it, the first one
@@ -52,20 +54,27 @@ static struct counts {
     long calls, faults;
 } *counts;
 static long first, each, times, error_number;
-static int log_file = -1;
+/* The first one is locked for as long as this process lives. */
+static int counts_file = -1, log_file = -1;
 
-__attribute__((constructor)) static void begin(void) {
+/* Give a file a number that no program expects to be free. */
+static int out_of_the_way(int file) {
+    int moved = fcntl(file, F_DUPFD_CLOEXEC, 900);
+    if (moved >= 0) syscall(SYS_close, file);
+    return moved >= 0 ? moved : file;
+}
+
+/* Called when a program starts, and by a process that was forked from one that started without a folder. */
+__attribute__((constructor)) void begin_faults(void) {
     const char *folder = getenv("FAULT_ROOT"), *shared = getenv("FAULT_COUNTS"), *log = getenv("FAULT_LOG");
     if (!folder || !shared || !log) return;
     int file = (int)syscall(SYS_openat, AT_FDCWD, shared, O_RDWR | O_CLOEXEC, 0);
     if (file < 0) return;
     void *mapped = mmap(NULL, sizeof *counts, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    syscall(SYS_close, file);
     if (mapped == MAP_FAILED) return;
-    int opened = (int)syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
-    log_file = fcntl(opened, F_DUPFD_CLOEXEC, 900); /* a number that no program expects to be free */
-    if (log_file >= 0) syscall(SYS_close, opened);
-    else log_file = opened;
+    counts_file = out_of_the_way(file);
+    syscall(SYS_flock, counts_file, LOCK_SH);
+    log_file = out_of_the_way((int)syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644));
     first = atol(getenv("FAULT_FIRST"));
     each = atol(getenv("FAULT_EACH"));
     times = atol(getenv("FAULT_TIMES"));
@@ -101,7 +110,8 @@ static void write_down(long number, const char *call, int kinds, const char *pat
     char line[6000], faults[100] = "";
     for (size_t i = 0; !error_number && i < sizeof all / sizeof *all; i++)
         if (can_come_from(all[i].error, kinds)) strcat(strcat(faults, all[i].name), ",");
-    int length = snprintf(line, sizeof line, "%ld %s %s%s%s\n", number, call, faults, error_number ? "" : " ", path);
+    int length = snprintf(line, sizeof line, "%ld %d %s %s%s%s\n", number, (int)getpid(), call, faults,
+                          error_number ? "" : " ", path);
     if (length > 0) syscall(SYS_write, log_file, line, (size_t)length < sizeof line ? (size_t)length : sizeof line - 1);
 }
 
@@ -275,10 +285,15 @@ VECTOR(writev, "write", WRITES)
 OF_DESCRIPTOR(fsync, FLUSHES)
 OF_DESCRIPTOR(fdatasync, FLUSHES)
 
-/* A close that fails has closed all the same, on Linux. */
+static int is_written(int descriptor) {
+    int flags = fcntl(descriptor, F_GETFL);
+    return flags >= 0 && (flags & O_ACCMODE) != O_RDONLY;
+}
+
+/* A close that fails has closed all the same, on Linux. One of a file that was only read does not fail. */
 int close(int descriptor) {
     NEXT(close);
-    int found = of_descriptor("close", descriptor, CLOSES);
+    int found = is_written(descriptor) ? of_descriptor("close", descriptor, CLOSES) : 0;
     int code = next(descriptor);
     FAIL(found, -1);
     return code;

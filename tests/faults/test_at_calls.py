@@ -3,13 +3,16 @@
 By default a sample of the calls; all of them: `pytest -m faults tests/faults`.
 """
 
+import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.faults.builds import COMMANDS, REAL, Scenario, disturb
-from tests.faults.injection import KINDS, Fault
+from tests.faults.builds import COMMANDS, REAL, Scenario, UnmetError, disturb
+from tests.faults.injection import KINDS, TRIED_AT_EVERY_CALL, Fault, Injector
 
 #: Scenario, kind, and which of the calls that can meet it, as a part of all of them.
 SAMPLE = [
@@ -27,24 +30,69 @@ SAMPLE = [
 #: Of a disk that stays full or broken, and of faults that come again and again: first call, times, calls between.
 ROWS = [("first", "ENOSPC", 0.5, 10**6, 1), ("again", "EIO", 0.5, 3, 11), ("again", "HALF", 0.0, 10**6, 2)]
 
+#: The last calls that a run may not come to; see `UnmetError`.
+_MOST_UNMET = 3
+
 Scenarios = Callable[[str], Scenario]
 
 
 @pytest.mark.parametrize(("name", "kind", "part"), SAMPLE)
 def test_a_fault_is_named_and_the_next_run_mends_it(
-    library: Path, scenario: Scenarios, tmp_path: Path, name: str, kind: str, part: float
+    injector: Injector, scenario: Scenarios, tmp_path: Path, name: str, kind: str, part: float
 ) -> None:
     calls = scenario(name).numbers(kind)
-    disturb(library, scenario(name), Fault(kind, calls[int(part * len(calls))]), tmp_path / "project")
+    disturb(injector, scenario(name), Fault(kind, calls[int(part * len(calls))]), tmp_path / "project")
 
 
 @pytest.mark.parametrize(("name", "kind", "part", "times", "each"), ROWS)
 def test_faults_in_a_row_are_named_and_the_next_run_mends_them(
-    library: Path, scenario: Scenarios, tmp_path: Path, name: str, kind: str, part: float, times: int, each: int
+    injector: Injector, scenario: Scenarios, tmp_path: Path, name: str, kind: str, part: float, times: int, each: int
 ) -> None:
     calls = scenario(name).numbers(kind)
     fault = Fault(kind, calls[int(part * len(calls))], times, each)
-    disturb(library, scenario(name), fault, tmp_path / "project")
+    disturb(injector, scenario(name), fault, tmp_path / "project")
+
+
+def _number(scenario: Scenario, name: str, path: str, *, after: str) -> int:
+    """Return the number of the first call of a name on a path after one on another path."""
+    root = Path(scenario.calls[0].path).parent
+    begin = next(call.number for call in scenario.calls if call.path.endswith(after))
+    return next(
+        call.number
+        for call in scenario.calls
+        if call.number > begin and call.name == name and os.path.relpath(call.path, root) == path
+    )
+
+
+@pytest.mark.parametrize("kind", ["EROFS", "EACCES"])
+def test_without_a_lock_nothing_is_built(injector: Injector, scenario: Scenarios, tmp_path: Path, kind: str) -> None:
+    """The folder of state alone cannot be made: a build would do without it until it ends."""
+    first = scenario("first")
+    folder = Path(shutil.copytree(first.template, tmp_path / "project"))
+    number = _number(first, "mkdir", "artifacts/.mlxflow", after="/artifacts")
+    code, out, err, _ = injector.run(folder, "run", fault=Fault(kind, number))
+    reason = os.strerror(KINDS[kind])
+    line = f"artifacts/.mlxflow: {reason}. Let it be written or choose another folder.\n"
+    assert (code, err) == (2, line)
+    assert out == ".  s1: never built\n!! s1: failed; its artifact is as it was\n"
+    assert not (folder / "artifacts/s1").exists()
+
+
+@pytest.mark.parametrize("kind", ["EIO", "EACCES", "ENAMETOOLONG", "ELOOP"])
+def test_an_input_that_cannot_be_looked_at_is_named_with_the_reason(
+    injector: Injector, scenario: Scenarios, tmp_path: Path, kind: str
+) -> None:
+    first = scenario("first")
+    done = Path(shutil.copytree(first.template, tmp_path / "done"))
+    assert injector.run(done, "run").code == 0
+    calls = injector.run(Path(shutil.copytree(done, tmp_path / "seen")), "run").calls
+    numbers = [call.number for call in calls if call.name == "stat" and Path(call.path).name == "source"]
+    assert numbers
+    for number in numbers:
+        folder = Path(shutil.copytree(done, tmp_path / str(number)))
+        outcome = injector.run(folder, "run", fault=Fault(kind, number))
+        assert outcome.code == 0
+        assert outcome.out == f".  s1: source cannot be read ({os.strerror(KINDS[kind])})\n-- s2\n"
 
 
 def test_the_injector_sees_the_calls_of_every_process(scenario: Scenarios) -> None:
@@ -54,17 +102,42 @@ def test_the_injector_sees_the_calls_of_every_process(scenario: Scenarios) -> No
     assert {("fsync", "state.jsonl"), ("flock", "lock"), ("write", "s1.log"), ("unlink", "a")} <= seen
 
 
+def test_a_forked_command_makes_the_calls_of_one_that_starts_an_interpreter(
+    injector: Injector, scenario: Scenarios, tmp_path: Path
+) -> None:
+    command, _ = COMMANDS["first"]
+    seen = []
+    for fresh in (False, True):
+        folder = Path(shutil.copytree(scenario("first").template, tmp_path / f"{fresh}"))
+        outcome = injector.run(folder, *command, fresh=fresh)
+        made = {(call.name, re.sub(r"\d+", "N", os.path.relpath(call.path, folder))) for call in outcome.calls}
+        seen.append((outcome.code, outcome.out, outcome.err, {call for call in made if "__editable__" not in call[1]}))
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRIED_AT_EVERY_CALL)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_call_of_a_command_may_meet_a_fault(
-    library: Path, scenario: Scenarios, tmp_path: Path, name: str, kind: str
+    injector: Injector, scenario: Scenarios, tmp_path: Path, name: str, kind: str
 ) -> None:
-    failures = []
-    numbers = scenario(name).numbers(kind)[:: 50 if name in REAL else 1]
+    """With a file's name in FAULTS_LOG, each case is written down there when it ends."""
+    failures: list[str] = []
+    num_unmet = 0
+    numbers = scenario(name).numbers(kind)[:: 5 if name in REAL else 1]
     for number in numbers:
+        project = tmp_path / str(number)
+        problem = ""
         try:
-            disturb(library, scenario(name), Fault(kind, number), tmp_path / str(number))
+            disturb(injector, scenario(name), Fault(kind, number), project)
+        except UnmetError:
+            num_unmet += 1
         except AssertionError as error:
-            failures.append(str(error))
+            problem = str(error)
+            failures.append(problem)
+        shutil.rmtree(project)
+        if log := os.environ.get("FAULTS_LOG"):
+            with Path(log).open("a") as file:
+                file.write(f"{name} {kind} {number} {problem!r}\n")
+    assert num_unmet <= _MOST_UNMET
     assert not failures, f"{len(failures)} of {len(numbers)}:\n" + "\n".join(failures)

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from mlxflow.data.shard_cache import ShardStore
 from mlxflow.storage import state_files
 from mlxflow.tasks.graph import load_nodes
-from mlxflow.tasks.stage_node import Node
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
+from mlxflow.workflow.stage_node import Node
 from tests.faults.grammar import changed, spoilt
 
 
