@@ -170,7 +170,7 @@ class Jobs:
             return made, " ".join(str(error).split())
 
     def _train(self, base: Path, method: str) -> Outcome:
-        from mlxflow.storage.artifact_files import read_report
+        from mlxflow.storage.report_files import read_report
 
         name = str(base.relative_to(self.folder))
         made, refusal = self._attempt("train", _TRAIN.format(base=name, method=method))
@@ -185,7 +185,7 @@ class Jobs:
         return Outcome(works=True)
 
     def _quantize(self, base: Path, method: str, setting: tuple[str, int, int]) -> Outcome:
-        from mlxflow.storage.artifact_files import read_report
+        from mlxflow.storage.report_files import read_report
 
         mode, bits, group_size = setting
         wanted = f'mode = "{mode}"\nbits = {bits}\ngroup_size = {group_size}\n'

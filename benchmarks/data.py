@@ -221,7 +221,8 @@ def change(folder: Path) -> None:
 
 def _rows(count: int, length: int, folder: Path) -> Any:
     from mlxflow.data.token_file import Rows
-    from mlxflow.storage.artifact_files import map_tensor, write_arrays
+    from mlxflow.storage.tensor_reading import map_tensor
+    from mlxflow.storage.tensor_writing import write_arrays
 
     path = folder / f"rows-{length}.safetensors"
     tokens = np.random.default_rng(0).integers(0, 2048, (count, length)).astype(np.uint16)

@@ -460,7 +460,7 @@ def _cpu_ours(folder: Path) -> None:
     """Train this project's way: packed rows, the stage's own settings."""
     import shutil
 
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import report_files
     from mlxflow.workflow.execution import execute_stage
     from mlxflow.workflow.loader import load_workflow
 
@@ -483,7 +483,7 @@ def _cpu_ours(folder: Path) -> None:
     (job / "workflow.toml").write_text("\n".join(["[train]", *(f"{key} = {value}" for key, value in settings.items())]))
     workflow = load_workflow(job / "workflow.toml")
     made = execute_stage(workflow, workflow.find("train"))
-    report = artifact_files.read_report(made / "report.toml")
+    report = report_files.read_report(made / "report.toml")
     run = report["run"]
     _tell(
         "mlxflow",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.storage import artifact_files, temporary_files
+from mlxflow.storage import atomic_folders, temporary_files
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.ownership import foreign_names
 from mlxflow.storage.state_files import InvalidStateError, parse_json
@@ -86,10 +86,10 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
             _require_room(file, node, values)
             folder = node.root / node.folder
             kept = partial(foreign_names, folder, node.output_names)
-            with artifact_files.publishing(folder, kept) as private, naming(file):
+            with atomic_folders.publishing(folder, kept) as private, naming(file):
                 _extract(file, archive, found, node, values, private)
             for copy, original in node.copies.items():
-                artifact_files.write_whole(node.root / copy, (node.root / original).read_bytes())
+                atomic_folders.write_whole(node.root / copy, (node.root / original).read_bytes())
     except ArchiveError as error:
         raise ArtifactError(f"{file}: {error}. Nothing was taken.") from error
     return node, values

@@ -140,7 +140,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
     def _computed_by(self) -> dict[str, Any]:
         """Return the device that the stage's own report names and, of a CPU, the number of threads."""
         from mlxflow.errors import ArtifactError
-        from mlxflow.storage.artifact_files import read_report
+        from mlxflow.storage.report_files import read_report
 
         try:
             run = read_report(self.node.root / self.node.folder / layout.REPORT)["run"]

@@ -194,7 +194,7 @@ def _parse_parts(text: str) -> Iterator[tuple[str, Table]]:
 def _write(path: Path, tables: dict[str, Table]) -> None:
     import tomli_w
 
-    from mlxflow.storage.artifact_files import write_whole
+    from mlxflow.storage.atomic_folders import write_whole
 
     write_whole(path, (_HEAD + tomli_w.dumps(_sorted(tables))).encode())
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.storage import layout
-from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import digest_file, tensor_digests
+from mlxflow.storage.report_files import read_report
 from mlxflow.system import terminal
 from mlxflow.tasks.stage_process import run_process
 from mlxflow.workflow.outputs import files_in, may_hold

@@ -41,7 +41,7 @@ def task_stages():
 STAGE = """
 import os, sys
 from pathlib import Path
-from mlxflow.storage import artifact_files
+from mlxflow.storage import atomic_folders
 from mlxflow.system.child_processes import end_with_parent
 from tests.chain import transform
 
@@ -52,7 +52,7 @@ read = Path("source" if number == 1 else f"artifacts/s{number - 1}/a").read_byte
 salt = Path(f"salt-{name}").read_text() if Path(f"salt-{name}").exists() else ""
 data = transform(read, name + salt)
 print("at work on", name, flush=True)
-with artifact_files.publishing(Path(f"artifacts/{name}")) as private, (private / "a").open("wb") as file:
+with atomic_folders.publishing(Path(f"artifacts/{name}")) as private, (private / "a").open("wb") as file:
     file.write(data[:500])
     file.flush()
     if Path(f"pause-{name}").exists():

@@ -13,9 +13,9 @@ import pytest
 from mlxflow.__main__ import main
 from mlxflow.errors import StageError
 from mlxflow.stages import train
-from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import hold
+from mlxflow.storage.report_files import read_report
 from mlxflow.system.child_processes import PARENT_VARIABLE
 from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow.execution import execute_stage

@@ -30,7 +30,7 @@ def test_modules_import_only_from_lower_floors(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("mlxflow/storage/artifact_files.py", "import mlxflow.workflow.loader"),
+        ("mlxflow/storage/tensor_writing.py", "import mlxflow.workflow.loader"),
         ("mlxflow/data/loader.py", "import mlxflow.training.trainer"),
         ("mlxflow/errors.py", "import mlxflow.workflow.config"),
         ("mlxflow/tasks/creator.py", "import numpy"),

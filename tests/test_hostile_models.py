@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from benchmarks.architecture_configs import config_of
 from mlxflow.errors import ArtifactError
 from mlxflow.models import config_fields, config_json, model_folder
-from mlxflow.storage.artifact_files import read_metadata
+from mlxflow.storage.tensor_reading import read_metadata
 
 TEXT = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}
 ADVICE = "Mend the file, or name another model."

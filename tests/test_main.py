@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.storage import artifact_files
+from mlxflow.storage import atomic_folders, report_files
 from tests.conftest import STAGES, mlxflow
 
 
@@ -84,11 +84,11 @@ def test_a_corpus_too_small_for_a_batch_keeps_the_old_artifact(
     assert text.count(old) == 1
     workflow.write_text(text.replace(old, new))
     before = (job_copy / "artifacts" / stage / "report.toml").read_bytes()
-    rows = artifact_files.read_report(job_copy / "artifacts/pretokenize/report.toml")["train"]["rows"]
+    rows = report_files.read_report(job_copy / "artifacts/pretokenize/report.toml")["train"]["rows"]
     result = mlxflow(job_copy, "run", stage)
     assert (result.returncode, result.stderr) == (2, said.format(rows=rows))
     assert (job_copy / "artifacts" / stage / "report.toml").read_bytes() == before
-    assert artifact_files.partial_folders(job_copy / "artifacts") == []
+    assert atomic_folders.partial_folders(job_copy / "artifacts") == []
 
 
 def test_a_corpus_too_small_for_a_row_is_told(job: Path) -> None:
@@ -179,7 +179,7 @@ def test_the_builtin_corpus_is_tokenized(tmp_path: Path) -> None:
     (tmp_path / "workflow.toml").write_text("[pretokenize]\ntokenizer = { vocab_size = 300 }\n")
     result = mlxflow(tmp_path, "run", "pretokenize")
     assert result.returncode == 0, result.stderr
-    report = artifact_files.read_report(tmp_path / "artifacts/pretokenize/report.toml")
+    report = report_files.read_report(tmp_path / "artifacts/pretokenize/report.toml")
     assert report["sources"][0]["text_bytes"] > 8_000_000
     assert report["train"]["documents"] > 300
 
@@ -199,4 +199,4 @@ def test_a_stage_that_is_stopped_keeps_the_old_artifact(job_copy: Path, number: 
         assert "Traceback" not in process.stderr.read()
         assert process.wait() == 128 + number
     assert (job_copy / "artifacts/train/model.safetensors").read_bytes() == before
-    assert artifact_files.partial_folders(job_copy / "artifacts") == []
+    assert atomic_folders.partial_folders(job_copy / "artifacts") == []

@@ -72,7 +72,6 @@ REMAINING: dict[str, int] = {
     "mlxflow/report/timelines.py": 2,
     "mlxflow/stages/quantize_methods.py": 4,
     "mlxflow/stages/train.py": 2,
-    "mlxflow/storage/artifact_files.py": 6,
     "mlxflow/storage/atomic_folders.py": 2,
     "mlxflow/storage/digests.py": 1,
     "mlxflow/storage/hub.py": 2,

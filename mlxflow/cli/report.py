@@ -9,7 +9,7 @@ from mlxflow.cli.arguments import add_workflow
 from mlxflow.errors import CallError, UserError
 from mlxflow.report.load_run import read_run, read_toml, table
 from mlxflow.report.render import render
-from mlxflow.storage import artifact_files, layout, paths
+from mlxflow.storage import atomic_folders, layout, paths
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.workflow.journal import read_records
@@ -53,9 +53,9 @@ def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = Fal
         runs.append(read_run(other, members, name=name, label=labels[1]))
     else:
         runs = [read_run(workflow.root, _members(workflow), name=workflow.settings.name)]
-    with artifact_files.writable(page):
+    with atomic_folders.writable(page):
         page.parent.mkdir(exist_ok=True)
-        artifact_files.write_whole(page, render(runs))
+        atomic_folders.write_whole(page, render(runs))
     if opens and not webbrowser.open(page.resolve().as_uri()):
         terminal.say(f"{paths.shown(page)}: no browser could be opened. Open the file yourself.")
     return page

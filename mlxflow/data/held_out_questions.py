@@ -8,7 +8,7 @@ from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.data.token_file import PieceAt, TokenFile
-from mlxflow.storage import artifact_files
+from mlxflow.storage import tensor_reading
 
 # Stands for a user's message where a template is asked how it writes one; no template has it
 _PROBE = "zqxjkv"
@@ -73,8 +73,8 @@ def held_out_beginnings(tokens: TokenFile, tokenizer: GuardedTokenizer, *, count
 
 def _rows_with_beginnings(tokens: TokenFile) -> list[int]:
     """Return the rows in which a document begins."""
-    begins = artifact_files.map_tensor(tokens.path, "piece_begins")
-    ends = artifact_files.map_tensor(tokens.path, "row_pieces").cumsum(dtype="int64")
+    begins = tensor_reading.map_tensor(tokens.path, "piece_begins")
+    ends = tensor_reading.map_tensor(tokens.path, "row_pieces").cumsum(dtype="int64")
     rows: list[int] = np.unique(ends.searchsorted((begins == 0).nonzero()[0], side="right")).tolist()
     return rows
 

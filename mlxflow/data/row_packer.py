@@ -7,7 +7,7 @@ import numpy as np
 
 from mlxflow.data.bin_packing import Packing, best_fit, continuous, cut, cut_continuously
 from mlxflow.data.row_marks import has_targets, marks_of_parts
-from mlxflow.storage.artifact_files import ArrayStream
+from mlxflow.storage.array_stream import ArrayStream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,8 +10,9 @@ import numpy as np
 import xxhash
 
 from mlxflow.storage import state_files
-from mlxflow.storage.artifact_files import ArrayStream
-from mlxflow.storage.digests import read_safetensors_header
+from mlxflow.storage.array_stream import ArrayStream
+from mlxflow.storage.tensor_header import read_safetensors_header
+from mlxflow.storage.tensor_types import NUMPY_TYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,16 +68,10 @@ class Documents(NamedTuple):
         return self.table[:, 6].astype(np.int64)
 
 
-class Shard(NamedTuple):
-    """The tokens of one source file and what is known of its documents.
-
-    Columns: `tokens` (T,), `documents` (D, 7), see `Documents`, and `spans` (S, 2), the tokens trained on, relative to
-    their document, of those documents that are MASKED.
+class ShardSummary(msgspec.Struct, kw_only=True):
+    """What the header of a shard says beside its columns.
 
     Attributes:
-        path: the file.
-        begin: where its tensors begin in the file.
-        columns: type, shape and offset of each column.
         blank: documents left out because there is no text in them.
         masked: documents left out because no token of theirs is trained on.
         bad: records left out: (place, reason), the first of them.
@@ -89,9 +84,6 @@ class Shard(NamedTuple):
         literals: conversations with control tokens that are text.
     """
 
-    path: Path
-    begin: int
-    columns: dict[str, tuple[str, tuple[int, ...], int]]
     blank: int
     masked: int
     bad: list[tuple[int, str]]
@@ -102,6 +94,23 @@ class Shard(NamedTuple):
     inner_tokens: list[int]
     added_ends: int
     literals: int
+
+
+class Shard(ShardSummary, kw_only=True):
+    """The tokens of one source file and what is known of its documents.
+
+    Columns: `tokens` (T,), `documents` (D, 7), see `Documents`, and `spans` (S, 2), the tokens trained on, relative to
+    their document, of those documents that are MASKED.
+
+    Attributes:
+        path: the file.
+        begin: where its tensors begin in the file.
+        columns: type, shape and offset of each column.
+    """
+
+    path: Path
+    begin: int
+    columns: dict[str, tuple[str, tuple[int, ...], int]]
 
     @property
     def num_documents(self) -> int:
@@ -140,41 +149,33 @@ class Shard(NamedTuple):
             first = end
 
 
-_NUMPY = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8"}
-
-
 class ShardWriter:
     """Collects the documents of one file.
 
     Attributes:
-        blank: documents left out because there is no text in them.
-        masked: documents left out because no token of theirs is trained on.
-        bad: records left out: (place, reason).
-        problem: why the whole file is left out, or "".
-        is_binary: whether that is because it is no text.
-        end_tokens: ids that end what is trained on of a conversation.
-        inner_tokens: those of them that stand inside of it too.
-        added_ends: conversations behind which an end of text was put because nothing else ended them.
-        literals: conversations with control tokens that are text.
+        summary: what the header will say beside the columns; whoever writes the shard fills it.
     """
 
-    _MOST_TOLD = 20
+    _MAX_REASONS = 20
     _REASON_BYTES = 2400  # of the header; the first reason always fits
-    _MOST_REASON_LENGTH = 500
+    _MAX_REASON_LENGTH = 500
 
     def __init__(self, stream: ArrayStream, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self._stream = stream
         self._dtypes = {name: dtype for name, (dtype, _) in columns.items()}
         self._hashes = {name: xxhash.xxh3_128() for name in columns}
-        self.blank = 0
-        self.masked = 0
-        self.bad: list[tuple[int, str]] = []
-        self.num_bad = 0
-        self.problem = ""
-        self.is_binary = False
-        self.end_tokens: list[int] = []
-        self.inner_tokens: list[int] = []
-        self.added_ends = self.literals = 0
+        self.summary = ShardSummary(
+            blank=0,
+            masked=0,
+            bad=[],
+            num_bad=0,
+            problem="",
+            is_binary=False,
+            end_tokens=[],
+            inner_tokens=[],
+            added_ends=0,
+            literals=0,
+        )
 
     def append(self, **columns: "NDArray[Any]") -> None:
         """Add entries to columns."""
@@ -186,45 +187,28 @@ class ShardWriter:
 
     def refuse(self, place: int, reason: str) -> None:
         """Note a record that is left out."""
-        self.num_bad += 1
-        reason = reason[: self._MOST_REASON_LENGTH]
-        size = sum(len(known.encode()) for _, known in self.bad) + len(reason.encode())
-        if len(self.bad) < self._MOST_TOLD and size <= self._REASON_BYTES:
-            self.bad.append((place, reason))
+        summary = self.summary
+        summary.num_bad += 1
+        reason = reason[: self._MAX_REASON_LENGTH]
+        size = sum(len(known.encode()) for _, known in summary.bad) + len(reason.encode())
+        if len(summary.bad) < self._MAX_REASONS and size <= self._REASON_BYTES:
+            summary.bad.append((place, reason))
 
     def finish(self) -> None:
-        """Write down what is known beside the columns."""
+        """Write the summary and the digests of the columns into the header."""
+        self.summary.problem = self.summary.problem[: self._MAX_REASON_LENGTH]
         header = {
             "format": FORMAT,
-            "blank": self.blank,
-            "masked": self.masked,
-            "bad": self.bad,
-            "num_bad": self.num_bad,
-            "problem": self.problem[: self._MOST_REASON_LENGTH],
-            "is_binary": self.is_binary,
-            "end_tokens": self.end_tokens,
-            "inner_tokens": self.inner_tokens,
-            "added_ends": self.added_ends,
-            "literals": self.literals,
+            **msgspec.structs.asdict(self.summary),
             "digests": {name: hash_.hexdigest() for name, hash_ in self._hashes.items()},
         }
         self._stream.metadata["shard"] = json.dumps(header, ensure_ascii=False)
 
 
-class _Header(msgspec.Struct):
-    """What a shard's header says of it, see `Shard`; `digests` are those of its columns."""
+class _Header(ShardSummary, kw_only=True):
+    """A shard's header; `digests` are those of its columns."""
 
     format: int
-    blank: int
-    masked: int
-    bad: list[tuple[int, str]]
-    num_bad: int
-    problem: str
-    is_binary: bool
-    end_tokens: list[int]
-    inner_tokens: list[int]
-    added_ends: int
-    literals: int
     digests: dict[str, str]
 
 
@@ -235,26 +219,19 @@ def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
         OSError: it cannot be read.
         ValueError: it is no shard of this format.
     """
-    header, begin = read_safetensors_header(path)
-    metadata: Any = header.pop("__metadata__")
-    columns: Any = header
-    said = state_files.parse_json(metadata["shard"].encode())
-    if said["format"] != FORMAT:
+    tensors, begin = read_safetensors_header(path)
+    metadata: Any = tensors.pop("__metadata__")
+    stored = state_files.parse_json(metadata["shard"].encode())
+    if stored["format"] != FORMAT:
         raise ValueError("it was written by other code")
-    stored = msgspec.convert(said, _Header)
+    header = msgspec.convert(stored, _Header)
     shard = Shard(
-        path,
-        begin,
-        {name: (_NUMPY[c["dtype"]], tuple(c["shape"]), c["data_offsets"][0]) for name, c in columns.items()},
-        stored.blank,
-        stored.masked,
-        stored.bad,
-        stored.num_bad,
-        stored.problem,
-        stored.is_binary,
-        stored.end_tokens,
-        stored.inner_tokens,
-        stored.added_ends,
-        stored.literals,
+        path=path,
+        begin=begin,
+        columns={
+            name: (NUMPY_TYPES[column["dtype"]], tuple(column["shape"]), column["data_offsets"][0])
+            for name, column in tensors.items()
+        },
+        **{field: getattr(header, field) for field in ShardSummary.__struct_fields__},
     )
-    return shard, stored.digests
+    return shard, header.digests

@@ -181,8 +181,8 @@ class Tokenizing:
             ) from error
         except FileProblem as problem:
             with self._store.write(key, self._vocabulary.dtype) as writer:
-                writer.problem, writer.is_binary = str(problem), isinstance(problem, Binary)
-                writer.num_bad = 0 if writer.is_binary else 1
+                writer.summary.problem, writer.summary.is_binary = str(problem), isinstance(problem, Binary)
+                writer.summary.num_bad = 0 if writer.summary.is_binary else 1
         except Exception as error:
             error.add_note(f"while {file.name} was tokenized")
             raise
@@ -206,8 +206,8 @@ class Tokenizing:
                 with Work(self._vocabulary.subject, file.name, size, own=own) as work:
                     self._encode(documents, writer, long, progress, work)
             del items  # a batch may be one record of many megabytes, and the next one is being made
-        writer.end_tokens = sorted({*writer.end_tokens, *self._ids_of(formatter.end_tokens)})
-        writer.inner_tokens = self._ids_of(formatter.inner_tokens)
+        writer.summary.end_tokens = sorted({*writer.summary.end_tokens, *self._ids_of(formatter.end_tokens)})
+        writer.summary.inner_tokens = self._ids_of(formatter.inner_tokens)
 
     @staticmethod
     def _documents(
@@ -220,7 +220,7 @@ class Tokenizing:
             if isinstance(document, Bad):
                 writer.refuse(*document)
             elif document.begins and document.ends and (not document.text or document.text.isspace()):
-                writer.blank += 1
+                writer.summary.blank += 1
             else:
                 documents.append(document)
                 size += document.num_bytes
@@ -248,12 +248,12 @@ class Tokenizing:
                 )
                 continue
             if encoded.spans is not None and not len(encoded.spans):
-                writer.masked += 1
+                writer.summary.masked += 1
                 continue
             if document.needs_end or not document.is_templated:
-                writer.end_tokens = [self._vocabulary.end_of_text]
-            writer.added_ends += document.needs_end
-            writer.literals += bool(document.literals)
+                writer.summary.end_tokens = [self._vocabulary.end_of_text]
+            writer.summary.added_ends += document.needs_end
+            writer.summary.literals += bool(document.literals)
             pieces += encoded.parts
             done = long.add(document, encoded.length, encoded.spans)
             if done is not None:

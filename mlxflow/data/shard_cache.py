@@ -17,7 +17,8 @@ import numpy as np
 
 from mlxflow.data.shard import Shard, ShardWriter, open_shard
 from mlxflow.storage import state_files
-from mlxflow.storage.artifact_files import ArrayStream, write_whole
+from mlxflow.storage.array_stream import ArrayStream
+from mlxflow.storage.atomic_folders import write_whole
 from mlxflow.storage.digests import tensor_digests
 
 _SUFFIX = ".safetensors"

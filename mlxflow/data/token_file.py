@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from mlxflow.errors import ArtifactError, SourceError
-from mlxflow.storage import artifact_files
+from mlxflow.storage import tensor_reading
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class TokenFile(NamedTuple):
         Raises:
             ArtifactError: it is missing, damaged or no token file.
         """
-        metadata = artifact_files.read_metadata(path)
+        metadata = tensor_reading.read_metadata(path)
         try:
             numbers = [int(metadata[key]) for key in ("context_length", "vocab_size", "end_of_text", "targets")]
             has_conversations = metadata["has_conversations"] == "true"
@@ -109,7 +109,7 @@ class TokenFile(NamedTuple):
             raise ArtifactError(f"{path}: no token file (its metadata lacks {error}). Run: doit pretokenize") from error
         except ValueError as error:
             raise ArtifactError(f"{path}: damaged (a number in its metadata is none). Run: doit pretokenize") from error
-        rows = Rows(artifact_files.map_tensor(path, "tokens"), artifact_files.map_tensor(path, "marks"))
+        rows = Rows(tensor_reading.map_tensor(path, "tokens"), tensor_reading.map_tensor(path, "marks"))
         if rows.tokens.ndim != 2 or rows.marks.shape != rows.tokens.shape:
             raise ArtifactError(f"{path}: damaged (its tokens and marks differ in shape). Run: doit pretokenize")
         if min(numbers) < 0 or not all(0 <= one < numbers[1] for one in (numbers[2], *ends)):
@@ -136,14 +136,14 @@ class TokenFile(NamedTuple):
     @property
     def packs_documents(self) -> bool:
         """Whether some row holds parts of several documents."""
-        return bool((artifact_files.map_tensor(self.path, "row_pieces") > 1).any())
+        return bool((tensor_reading.map_tensor(self.path, "row_pieces") > 1).any())
 
     def pieces(self, row: int) -> "list[PieceAt]":
         """Return the pieces of documents in one row, in their order."""
-        counts = artifact_files.map_tensor(self.path, "row_pieces")
+        counts = tensor_reading.map_tensor(self.path, "row_pieces")
         first = int(counts[:row].sum(dtype=np.int64))
-        documents = artifact_files.map_tensor(self.path, "piece_documents")[first : first + int(counts[row])]
-        begins = artifact_files.map_tensor(self.path, "piece_begins")[first : first + int(counts[row])]
+        documents = tensor_reading.map_tensor(self.path, "piece_documents")[first : first + int(counts[row])]
+        begins = tensor_reading.map_tensor(self.path, "piece_begins")[first : first + int(counts[row])]
         numbers = np.asarray(self.rows.marks[row] >> 1)
         starts = np.flatnonzero(np.diff(numbers.astype(np.int64), prepend=0))
         starts = starts[numbers[starts] > 0]
@@ -155,7 +155,7 @@ class TokenFile(NamedTuple):
 
     def place(self, document: int) -> tuple[int, int]:
         """Return the number of a document's file in `files.txt` and its line there; 0 where it is all of the file."""
-        files, places = (artifact_files.map_tensor(self.path, name) for name in ("document_files", "document_places"))
+        files, places = (tensor_reading.map_tensor(self.path, name) for name in ("document_files", "document_places"))
         return int(files[document]), int(places[document])
 
     def name_rows(self, rows: "NDArray[np.int64]") -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from mlxflow.data.document_selection import DocumentSelection, tail_begin
 from mlxflow.data.row_packer import Counts, Packer, RowSettings, Stored
 from mlxflow.data.shard import CONVERSATION, MASKED, Shard
-from mlxflow.storage.artifact_files import ArrayStream
+from mlxflow.storage.array_stream import ArrayStream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

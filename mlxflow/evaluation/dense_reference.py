@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlxflow.errors import ArtifactError
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.positions import Part, TokenRows, count_positions, hidden_states, parts, rows_for
-from mlxflow.storage import artifact_files, temporary_files
+from mlxflow.storage import temporary_files, tensor_reading, tensor_writing
 
 _SUFFIX, _NAME = ".safetensors", "hidden"
 
@@ -33,7 +33,7 @@ class Reference:
         body: by which logits follow from hidden states.
     """
 
-    def __init__(self, body: Body, kept: artifact_files.StoredRows | None) -> None:
+    def __init__(self, body: Body, kept: tensor_reading.StoredRows | None) -> None:
         self.body = body
         self._kept = kept
 
@@ -97,7 +97,7 @@ def kept_reference(
         return Reference(body, None)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_files.beside(file)
-    with artifact_files.TensorFile(temporary, {_NAME: (hidden.dtype, shape)}, {"body": body.path}) as out:
+    with tensor_writing.TensorFile(temporary, {_NAME: (hidden.dtype, shape)}, {"body": body.path}) as out:
         out.put_rows(_NAME, hidden)
         for part in begun:
             out.put_rows(_NAME, hidden_states(body, part))
@@ -112,8 +112,8 @@ def _opened(model: nn.Module, file: Path) -> Reference:
     Raises:
         ArtifactError: there is no such file, or it is damaged.
     """
-    kept = artifact_files.stored_rows(file)[_NAME]
-    body = Body(model, artifact_files.read_metadata(file)["body"])
+    kept = tensor_reading.stored_rows(file)[_NAME]
+    body = Body(model, tensor_reading.read_metadata(file)["body"])
     file.touch()  # the oldest in use goes first
     return Reference(body, kept)
 

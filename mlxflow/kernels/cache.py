@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxflow.storage import artifact_files
+from mlxflow.storage import atomic_folders
 from mlxflow.storage.locks import device_lock
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -34,7 +34,7 @@ def write_payload(path: Path, payload: bytes) -> None:
     """Write a cache file in one move; do nothing where it cannot be written."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        artifact_files.write_whole(path, hashlib.sha256(payload).digest() + payload)
+        atomic_folders.write_whole(path, hashlib.sha256(payload).digest() + payload)
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlxflow.errors import ArtifactError
 from mlxflow.models import adapter_files, config_fields, config_json, model_code, quantized_layers, weight_checks
 from mlxflow.ops import gather_matmul, mlx_lm_import
-from mlxflow.storage import artifact_files, hub, model_files, remote_code
+from mlxflow.storage import hub, model_files, remote_code, tensor_reading, tensor_writing
 
 
 def llama_config(
@@ -200,7 +200,7 @@ def _word_unopened(folder: Path, error: str) -> str:
     )
 
 
-def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact_files.StoredRows]:
+def stored_matrices(folder: Path, model: nn.Module) -> dict[str, tensor_reading.StoredRows]:
     """Return the matrices of a folder that its model takes as they lie in the files, by the model's names.
 
     A matrix that mlx-lm's class makes something else of while it loads is not among them, nor one that has an adapter.
@@ -210,14 +210,14 @@ def stored_matrices(folder: Path, model: nn.Module) -> dict[str, artifact_files.
         model: what `load` returned for it; dense.
     """
     adapted = {f"{path}.weight" for path in adapter_files.layers_of(model)}
-    stored: dict[str, artifact_files.StoredRows] = {}
+    stored: dict[str, tensor_reading.StoredRows] = {}
     weights: dict[str, mx.array] = {}
     files = [name for name in model_files.find(folder).weights if name.endswith(".safetensors")]
     with model_files.opened(folder, files) as links:
         for file in files:
             found: Any = mx.load(str(links / file))  # lazy: nothing but the header is read
             weights |= found
-            stored |= artifact_files.stored_rows(folder / file)
+            stored |= tensor_reading.stored_rows(folder / file)
     taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
     return {
         name: rows
@@ -281,8 +281,8 @@ def save(
     """Write `config.json` and `model.safetensors`; equal weights are equal bytes."""
     config_json.write(config_file, config)
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    artifact_files.write_tensors(
-        model_file, weights, {"format": "mlx"} | artifact_files.provenance_metadata(provenance)
+    tensor_writing.write_tensors(
+        model_file, weights, {"format": "mlx"} | tensor_writing.provenance_metadata(provenance)
     )
 
 

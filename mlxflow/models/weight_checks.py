@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.errors import ArtifactError
 from mlxflow.models import quantized_layers
-from mlxflow.storage import artifact_files
+from mlxflow.storage import tensor_reading, tensor_types
 
 
 def require_sound(folder: Path, weights: Iterable[str]) -> None:
@@ -22,12 +22,12 @@ def require_sound(folder: Path, weights: Iterable[str]) -> None:
     """
     holders: dict[str, str] = {}
     for file in (name for name in weights if name.endswith(".safetensors")):
-        types = artifact_files.tensor_types(folder / file)
+        types = tensor_reading.tensor_types(folder / file)
         if twice := sorted(types.keys() & holders.keys()):
             raise ArtifactError(
                 f"{folder}: {holders[twice[0]]} and {file} both hold {twice[0]}. Remove one of the two."
             )
-        if unread := sorted(name for name, kind in types.items() if kind in artifact_files.UNREAD_TYPES):
+        if unread := sorted(name for name, kind in types.items() if kind in tensor_types.UNREAD_TYPES):
             raise ArtifactError(
                 f"{folder / file}: {unread[0]} is of type {types[unread[0]]}, which MLX does not read. "
                 "Convert the model to bf16 first."

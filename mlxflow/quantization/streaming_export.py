@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from mlxflow.errors import ArtifactError
 from mlxflow.quantization.codec import Packed, pack, unpack
 from mlxflow.quantization.settings import Setting
-from mlxflow.storage.artifact_files import StoredRows, TensorFile
+from mlxflow.storage.tensor_reading import StoredRows
+from mlxflow.storage.tensor_writing import TensorFile
 
 # Numbers that are packed and compared at a time: what is between is several times as large as they are
 _NUMBERS_AT_ONCE = 1 << 19

@@ -208,9 +208,9 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: it is missing, damaged, none, or of another version.
     """
-    from mlxflow.storage import artifact_files, report_checks
+    from mlxflow.storage import report_checks, report_files
 
-    report = artifact_files.read_report(path)
+    report = report_files.read_report(path)
     if "training" not in report or "models" not in report:
         raise ArtifactError(f"{path}: no benchmark's report (it has no training and models). Name one.")
     if report.get("version") != VERSION:
@@ -389,9 +389,9 @@ def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, i
 
 def _asked_bits(path: Path) -> dict[str, float]:
     """Return the bits a weight that the plan of a quantized model asked for; nothing for a dense one."""
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import report_files
 
-    layers = artifact_files.read_report(path.with_name(layout.REPORT)).get("layers", [])
+    layers = report_files.read_report(path.with_name(layout.REPORT)).get("layers", [])
     parameters = sum(layer["parameters"] for layer in layers)
     if not parameters:
         return {}

@@ -390,7 +390,7 @@ def _trained(config: Config, context: Context, files: list[Any], holdout: float,
     from mlxflow.data.chatml import CHATML
     from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
     from mlxflow.data.progress import show_progress
-    from mlxflow.storage.artifact_files import write_whole
+    from mlxflow.storage.atomic_folders import write_whole
     from mlxflow.storage.digests import digest_json
     from mlxflow.storage.regular_files import read_regular
     from mlxflow.system import heap
@@ -437,7 +437,7 @@ def _write_sides(
     from mlxflow.data import document_selection, shortage, token_file_writer
     from mlxflow.data.progress import show_waiting
     from mlxflow.data.row_packer import RowSettings
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import tensor_writing
 
     sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {
         "train": (document_selection.TRAIN, "all", outputs.train),
@@ -468,7 +468,7 @@ def _write_sides(
                     seed=derive_seed(context.seed, f"pretokenize.{side}"),
                 ),
                 dtype=vocabulary.dtype,
-                metadata=metadata | artifact_files.provenance_metadata(context.provenance),
+                metadata=metadata | tensor_writing.provenance_metadata(context.provenance),
                 watch=watch,
             )
         shortage.require_rows(

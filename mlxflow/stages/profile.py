@@ -119,9 +119,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     import mlx.core as mx
 
     from mlxflow.profiling.profiler import MemoryProfiler
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import atomic_folders, tensor_writing
 
-    with artifact_files.writable(context.unfinished):
+    with atomic_folders.writable(context.unfinished):
         context.unfinished.mkdir(parents=True, exist_ok=True)
         profiler = MemoryProfiler(
             samples_per_second=config.samples_per_second, journal=context.unfinished / layout.TIMELINE_JOURNAL
@@ -134,8 +134,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         profiler.close()
     timeline = profiler.timeline()
     phases = {"phases": json.dumps(list(profiler.totals))}
-    artifact_files.write_arrays(
-        outputs.timeline, timeline, artifact_files.provenance_metadata(context.provenance) | phases
+    tensor_writing.write_arrays(
+        outputs.timeline, timeline, tensor_writing.provenance_metadata(context.provenance) | phases
     )
     parts |= {"leak": _leak(timeline, context), "trend": _trend(timeline)}
     figures = _figures(profiler, before)
@@ -196,10 +196,10 @@ def _trained_settings(config: Config, inputs: Inputs, context: Context) -> "Trai
 def _packing(inputs: Inputs, rows: Any) -> str:
     """Return how documents were laid into rows, as their stage reported it; else as the rows look."""
     from mlxflow.benchmarking.unpacked_rows import holds_several
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import report_files
 
     seen = "best-fit" if holds_several(rows) else "none"
-    return str(artifact_files.read_report(inputs.tokens.with_name(layout.REPORT)).get("packing", seen))
+    return str(report_files.read_report(inputs.tokens.with_name(layout.REPORT)).get("packing", seen))
 
 
 def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> dict[str, Any]:

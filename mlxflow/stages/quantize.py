@@ -315,7 +315,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.models import config_json, tokenizer_files
     from mlxflow.quantization.progress import show_layers
     from mlxflow.quantization.streaming_export import export
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import tensor_writing
 
     folder = _source(config, inputs, context)
     model, model_config, stored = _load(config, folder, context)
@@ -336,7 +336,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             made.model,
             made.plan.layers,
             file=outputs.model,
-            metadata={"format": "mlx"} | artifact_files.provenance_metadata(context.provenance),
+            metadata={"format": "mlx"} | tensor_writing.provenance_metadata(context.provenance),
             packed=lambda path: made.packed.pop(path, None),
             stored=stored if config.method == "rtn" else {},
             source=str(folder),

@@ -37,7 +37,7 @@ def measure(
     from mlxflow.evaluation.kl_divergence import measure_divergence
     from mlxflow.models import model_folder, quantized_layers
     from mlxflow.ops import document_mask
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import atomic_folders
 
     def load_dense() -> Any:
         return quantized_layers.for_evaluation(quantized_layers.made_dense(*model_folder.load(folder, lazy=True))[0])
@@ -55,7 +55,7 @@ def measure(
     )
     found = measure_divergence(reference, quantized, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
     if context.digests.changed():  # what is kept may be of another model than its name says
-        artifact_files.remove_folder(context.state / _KEPT_FOLDER)
+        atomic_folders.remove_folder(context.state / _KEPT_FOLDER)
     if not math.isfinite(found.kl):
         raise StageError(
             f"{context.task}: the quantized model returns numbers that are not finite on validation rows. "

@@ -120,11 +120,11 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     from mlxflow.report.load_run import read_run
     from mlxflow.report.render import render
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import atomic_folders
 
     samples = report_samples.samples(config, inputs, context)
     members = [one for one in context.members if one.task in inputs.reports]
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])
-    artifact_files.write_whole(outputs.page, page)
+    atomic_folders.write_whole(outputs.page, page)
     return {"page_bytes": len(page), "samples": samples}

@@ -36,12 +36,12 @@ def samples(config: Any, inputs: Any, context: Context) -> list[dict[str, Any]]:
         ArtifactError: a model cannot be opened.
     """
     from mlxflow.report.load_run import model_key
-    from mlxflow.storage import artifact_files
+    from mlxflow.storage import report_files
 
     asked = _asked(config, inputs)
     found: list[dict[str, Any]] = []
     for reference, path in inputs.models.items():
-        about = {"model": reference, "model_key": model_key(artifact_files.read_report(inputs.reports[reference]))}
+        about = {"model": reference, "model_key": model_key(report_files.read_report(inputs.reports[reference]))}
         try:
             found += [about | one for one in _written(config, path.parent, asked, context)]
         except RuntimeError as error:  # no room for the model: the page is drawn without it

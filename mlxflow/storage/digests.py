@@ -25,8 +25,7 @@ import xxhash
 
 from mlxflow.storage import layout, state_files, temporary_files, toml_text
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
-from mlxflow.storage.tensor_header import read_safetensors_header as read_safetensors_header
-from mlxflow.storage.tensor_header import tensor_offsets
+from mlxflow.storage.tensor_header import read_safetensors_header, tensor_offsets
 from mlxflow.system.os_errors import naming
 
 #: The safetensors metadata key whose value tells where a file came from, not what it is.

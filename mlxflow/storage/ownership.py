@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlxflow.errors import ArtifactError
-from mlxflow.storage import artifact_files, layout
+from mlxflow.storage import layout, report_files
 from mlxflow.storage.digests import RUN_TABLE
 from mlxflow.storage.model_files import decides
 
@@ -75,7 +75,7 @@ def _lies_in_another(folder: Path, name: str) -> bool:
 
 def _report(folder: Path) -> dict[str, object]:
     try:
-        return artifact_files.read_report(folder / layout.REPORT)
+        return report_files.read_report(folder / layout.REPORT)
     except (ArtifactError, OSError):
         return {}
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.errors import ArtifactError
-from mlxflow.storage import artifact_files
+from mlxflow.storage import report_files
 
 _Count = Annotated[int, Meta(ge=0, le=2**62)]
 _Speed = Annotated[float, Meta(gt=0, le=1e18)]
@@ -158,7 +158,7 @@ def read(path: Path, form: type[msgspec.Struct], task: str) -> dict[str, Any]:
     Raises:
         ArtifactError: it is missing, no valid TOML, or not of the form.
     """
-    report = artifact_files.read_report(path)
+    report = report_files.read_report(path)
     try:
         msgspec.convert(report, form)
     except msgspec.ValidationError as error:

@@ -61,6 +61,13 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def encode_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """Return a header as JSON, without its length: type, shape and offsets by tensor, and metadata in sorted order."""
+    # The safetensors library writes metadata in the order of a hash table, another one in each process.
+    header = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(data, object_pairs_hook=_each_once)

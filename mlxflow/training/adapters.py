@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlxflow.errors import WorkflowError
 from mlxflow.models import adapter_files
 from mlxflow.ops import mlx_lm_import
-from mlxflow.storage import artifact_files
+from mlxflow.storage import tensor_writing
 from mlxflow.system import terminal
 from mlxflow.training.settings import AdapterShape
 from mlxflow.workflow.config import toml_value
@@ -176,5 +176,5 @@ def save_adapters(
 ) -> None:
     """Write what `mlx_lm.generate --adapter-path` reads."""
     weights: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
-    artifact_files.write_tensors(weights_file, weights, artifact_files.provenance_metadata(provenance))
+    tensor_writing.write_tensors(weights_file, weights, tensor_writing.provenance_metadata(provenance))
     config_file.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")

@@ -19,7 +19,7 @@ import mlx.core as mx
 import msgspec
 
 from mlxflow.errors import ArtifactError, StageError
-from mlxflow.storage import artifact_files, layout, state_files, temporary_files
+from mlxflow.storage import atomic_folders, layout, state_files, temporary_files, tensor_writing
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 
@@ -88,9 +88,9 @@ class CheckpointStore:
             StageError: the disk is full or cannot be written; the checkpoints that are there stay as they are.
         """
         folder = self._folder / f"step-{name}"
-        with artifact_files.publishing(folder) as private:
-            artifact_files.write_tensors(private / _STATE, arrays, {})
-            artifact_files.check_whole(private / _STATE)
+        with atomic_folders.publishing(folder) as private:
+            tensor_writing.write_tensors(private / _STATE, arrays, {})
+            tensor_writing.check_whole(private / _STATE)
             (private / _METRICS).write_text(metrics)
             files = {name: digest_file(private / name).content for name in (_STATE, _METRICS)}
             best = self._best_digests.get(facts.get("best_step", -1), "")
@@ -109,7 +109,7 @@ class CheckpointStore:
             unfit: returns why a run cannot go on from a checkpoint; empty where it can.
         """
         for partial in self._folder.glob(".step-*.partial*"):
-            artifact_files.remove_folder(partial)
+            atomic_folders.remove_folder(partial)
         temporary_files.remove_orphans(self._folder)
         for folder in reversed(self._folders()):
             try:
@@ -133,8 +133,8 @@ class CheckpointStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._best(step)
         temporary = temporary_files.beside(path, ".tmp.safetensors")
-        artifact_files.write_tensors(temporary, weights, {})
-        artifact_files.check_whole(temporary)
+        tensor_writing.write_tensors(temporary, weights, {})
+        tensor_writing.check_whole(temporary)
         self._best_digests[step] = digest_file(temporary).content
         temporary.replace(path)
         needed = {step, *(self._best_step(folder) for folder in self._folders())}

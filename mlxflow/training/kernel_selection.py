@@ -46,10 +46,10 @@ class KernelRequest(NamedTuple):
 
     def recorded(self) -> list[str] | None:
         """Return the kernels of the run that is continued or repeated; None for a new one."""
-        from mlxflow.storage import artifact_files, state_files
+        from mlxflow.storage import report_files, state_files
 
         if self.published is not None:
-            report = artifact_files.read_report(self.published / layout.REPORT)
+            report = report_files.read_report(self.published / layout.REPORT)
             return list(report["kernels"]) if "kernels" in report else None
         try:
             names = state_files.parse_json(state_files.read_bytes(self.memory_file))
@@ -59,10 +59,10 @@ class KernelRequest(NamedTuple):
 
     def remember(self, names: list[str]) -> None:
         """Keep the selection for a run that continues this one."""
-        from mlxflow.storage import artifact_files
+        from mlxflow.storage import atomic_folders
 
         self.memory_file.parent.mkdir(parents=True, exist_ok=True)
-        artifact_files.write_whole(self.memory_file, json.dumps(names).encode())
+        atomic_folders.write_whole(self.memory_file, json.dumps(names).encode())
 
 
 def begin_early(mode: str, device: str) -> AbstractContextManager[Any]:

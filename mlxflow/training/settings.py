@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.errors import ArtifactError
-from mlxflow.storage import artifact_files
+from mlxflow.storage import report_files
 
 _Count = Annotated[int, Meta(ge=0, le=2**40)]
 _Positive = Annotated[int, Meta(ge=1, le=2**40)]
@@ -186,7 +186,7 @@ def read_settings(report_file: Path, *, shown: str, task: str, key: str) -> Trai
         ArtifactError: the report is that of a quantized model, it or one of the settings is missing, there is an
             unknown one, or one has an invalid value; a line for each, with the file and the key.
     """
-    report = artifact_files.read_report(report_file)
+    report = report_files.read_report(report_file)
     advice = f"Run: mlxflow run {task}"
     table = report.get(TABLE)
     if TABLE not in report and (report_file.parent / "config.json").is_file():

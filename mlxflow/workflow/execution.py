@@ -11,7 +11,16 @@ from typing import Any
 
 from mlxflow.device import compute_device, cpu_backend
 from mlxflow.errors import ArtifactError, CallError, StageError
-from mlxflow.storage import artifact_files, atomic_folders, layout, ownership, paths, remote_code, temporary_files
+from mlxflow.storage import (
+    atomic_folders,
+    layout,
+    ownership,
+    paths,
+    remote_code,
+    report_files,
+    temporary_files,
+    tensor_writing,
+)
 from mlxflow.storage import unfinished_runs as left
 from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
@@ -66,8 +75,8 @@ def _run(
     unfinished = left.folder_of(workflow.state, one.task, _key_of(provenance, threads))
     if into:  # from the beginning, and nothing is left behind
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
-        artifact_files.remove_folder(unfinished)
-    publishing = artifact_files.publishing(folder, keep=lambda: ownership.foreign_names(folder))
+        atomic_folders.remove_folder(unfinished)
+    publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
     with remote_code.trusting_code(workflow.trusts_code(one)), publishing as private:
         context = stage.Context(
             task=one.task,
@@ -88,7 +97,7 @@ def _run(
         )
         _make_artifact(one, context, started, chosen, threads)
         _require_unchanged(workflow, one, digests, identities, unfinished)
-    artifact_files.remove_folder(unfinished)
+    atomic_folders.remove_folder(unfinished)
     if into is None:
         _tidy(workflow, one)
     return folder
@@ -137,12 +146,12 @@ def _make_artifact(one: Stage, context: stage.Context, started: float, chosen: s
     run = {"seconds": round(time.perf_counter() - started, 3), **_describe_run(chosen, threads)}
     run |= report.pop("run", {})
     run[ownership.FILES_KEY] = sorted({*ownership.written_names(context.folder), layout.REPORT})
-    artifact_files.write_report(context.folder / layout.REPORT, {"stage": context.provenance, **report, "run": run})
+    report_files.write_report(context.folder / layout.REPORT, {"stage": context.provenance, **report, "run": run})
     if unwritten := [path.name for path in stage.paths_of(outputs) if not path.exists()]:
         raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
     for path in stage.paths_of(outputs):
         if path.suffix == ".safetensors":
-            artifact_files.check_whole(path)
+            tensor_writing.check_whole(path)
 
 
 def _tidy(workflow: Workflow, one: Stage) -> None:
@@ -152,8 +161,8 @@ def _tidy(workflow: Workflow, one: Stage) -> None:
             f"{found.folder}: removed, {found.num_bytes:,} bytes that a run of {one.task} with other settings left."
         )
     for copy, original in one.copies.items():
-        with artifact_files.writable(workflow.root / copy):
-            artifact_files.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
+        with atomic_folders.writable(workflow.root / copy):
+            atomic_folders.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
 
 
 def _require_unchanged(
@@ -172,7 +181,7 @@ def _require_unchanged(
             advice = f"changed while {one.task} ran, whose result is not kept. Run it again."
             raise StageError("\n".join(f"{name}: {advice}" for name in names))
     except StageError:
-        artifact_files.remove_folder(unfinished)
+        atomic_folders.remove_folder(unfinished)
         raise
 
 

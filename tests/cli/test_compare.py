@@ -13,14 +13,14 @@ from mlxflow.benchmarking.report_comparison import training_name
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stages import benchmark
 from mlxflow.stages.benchmark_methods import REPETITIONS, hold_against, lowered
-from mlxflow.storage import artifact_files
+from mlxflow.storage import report_files
 from mlxflow.workflow.stage import Context
 from tests.small_models import FREE
 
 
 @pytest.fixture
 def report(built: Path) -> dict[str, Any]:
-    return artifact_files.read_report(built / "artifacts/benchmark/report.toml")
+    return report_files.read_report(built / "artifacts/benchmark/report.toml")
 
 
 def _write(path: Path, report: dict[str, Any], *, speed: float = 1.0, **changes: Any) -> Path:
@@ -30,7 +30,7 @@ def _write(path: Path, report: dict[str, Any], *, speed: float = 1.0, **changes:
             row[name] = row["tokens_per_second"] * (speed if name == "tokens_per_second" else 1)
         for name in ("low_relative_tokens_per_second", "high_relative_tokens_per_second"):
             row[name] = row["tokens_per_second"]
-    artifact_files.write_report(path, report | changes)
+    report_files.write_report(path, report | changes)
     return path
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_benchmark_is_refused_by_name(
     assert capsys.readouterr().err == f"{tmp_path}: no benchmark's report in it. Run: doit benchmark\n"
     empty = tmp_path / "empty.toml"
     device = {"kind": "cpu", "name": "One", "processor": "one"}
-    artifact_files.write_report(empty, {"version": benchmark.VERSION, "device": device, "training": [], "models": []})
+    report_files.write_report(empty, {"version": benchmark.VERSION, "device": device, "training": [], "models": []})
     assert main(["compare", str(empty), str(empty)]) == 2
     assert capsys.readouterr().err == (
         f"compare: {empty} and {empty} have no row in common. Measure the same batch sizes and models.\n"
@@ -133,8 +133,8 @@ def _context(folder: Path) -> Context:
 
 def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], tmp_path: Path) -> None:
     config = benchmark.Config(baseline="before.toml", max_regression=0.05)
-    before = artifact_files.read_report(_write(tmp_path / "before.toml", report, speed=2.0))
-    after = artifact_files.read_report(_write(tmp_path / "after.toml", report, speed=0.5))
+    before = report_files.read_report(_write(tmp_path / "before.toml", report, speed=2.0))
+    after = report_files.read_report(_write(tmp_path / "after.toml", report, speed=0.5))
     asked: list[set[str]] = []
 
     def again(report: dict[str, Any]) -> Callable[[Set[str]], dict[str, Any]]:
@@ -169,7 +169,7 @@ def test_a_baseline_of_another_device_is_said_and_not_compared(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = {"kind": "gpu", "name": "Another", "processor": "one"}
-    before = artifact_files.read_report(_write(tmp_path / "before.toml", report, speed=9.0, device=device))
+    before = report_files.read_report(_write(tmp_path / "before.toml", report, speed=9.0, device=device))
     config = benchmark.Config(baseline="before.toml")
     found = hold_against(before, report, lambda _: {}, config, _context(tmp_path))
     assert found == {"baseline": "before.toml", "compared": False}
@@ -310,7 +310,7 @@ def test_what_does_not_fit_beside_the_rows_is_left_out_and_another_failure_is_no
 
 
 def test_train_says_how_its_steps_were_done_with_every_choice_resolved(built: Path) -> None:
-    settings = artifact_files.read_report(built / "artifacts/train/report.toml")["settings"]
+    settings = report_files.read_report(built / "artifacts/train/report.toml")["settings"]
     assert settings["fused_loss"] is True  # "auto" on the CPU
     assert settings["weight_decay"] == 0.1  # "auto" with AdamW
     assert settings["optimizer_options"] == {"betas": [0.9, 0.95]}

@@ -10,7 +10,7 @@ import pytest
 from mlxflow.cli.report import report
 from mlxflow.device import compute_device
 from mlxflow.errors import CallError
-from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import doit, mlxflow
 from tests.report.test_page import Seen

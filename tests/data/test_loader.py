@@ -11,7 +11,7 @@ import pytest
 from mlxflow.data.loader import DeviceBatch, Loader, Order, Share
 from mlxflow.data.token_file import Batch, Rows, TokenFile
 from mlxflow.errors import ArtifactError, SourceError
-from mlxflow.storage import artifact_files
+from mlxflow.storage import tensor_writing
 
 
 def _rows(count: int, length: int = 3) -> Rows:
@@ -149,7 +149,7 @@ def _token_file(path: Path, count: int) -> Path:
     metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "end_tokens": "0", "targets": "8"}
     tokens = np.arange(count * 5, dtype=np.uint8).reshape(count, 5)
     arrays = {"tokens": tokens, "marks": np.full_like(tokens, 3)}
-    artifact_files.write_arrays(path, arrays, metadata | {"has_conversations": "false"})
+    tensor_writing.write_arrays(path, arrays, metadata | {"has_conversations": "false"})
     return path
 
 
@@ -199,7 +199,7 @@ def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], r
     metadata = {"context_length": "4", "vocab_size": "100", "end_of_text": "0", "end_tokens": "0", "targets": "8"}
     tokens = np.zeros((6, 5), np.uint8)
     arrays = {"tokens": tokens, "marks": tokens if change else tokens.reshape(5, 6)}
-    artifact_files.write_arrays(path, arrays, metadata | {"has_conversations": "false"} | change)
+    tensor_writing.write_arrays(path, arrays, metadata | {"has_conversations": "false"} | change)
     with pytest.raises(ArtifactError) as caught:
         TokenFile.open(path)
     assert str(caught.value) == f"{path}: damaged ({reason}). Run: doit pretokenize"
@@ -207,7 +207,7 @@ def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], r
 
 def test_another_safetensors_file_is_no_token_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    artifact_files.write_arrays(path, {"tokens": np.arange(5)}, {})
+    tensor_writing.write_arrays(path, {"tokens": np.arange(5)}, {})
     with pytest.raises(ArtifactError) as caught:
         TokenFile.open(path)
     assert str(caught.value) == (f"{path}: no token file (its metadata lacks 'context_length'). Run: doit pretokenize")

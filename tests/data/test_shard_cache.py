@@ -32,7 +32,7 @@ def write(store: ShardStore, key: str, texts: list[str], *, length: int = 3) -> 
                 ),
             )
         writer.refuse(9, "bad")
-        writer.blank = 2
+        writer.summary.blank = 2
     return store.open(key)
 
 

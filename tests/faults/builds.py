@@ -37,7 +37,7 @@ STAGE = """
 import hashlib, sys
 from pathlib import Path
 from mlxflow.cli import command, run as verb
-from mlxflow.storage import artifact_files
+from mlxflow.storage import atomic_folders
 from mlxflow.system.os_errors import naming
 from mlxflow.system.child_processes import end_with_parent
 
@@ -50,7 +50,7 @@ def build(parsed):
     print("at work on", parsed.stage, flush=True)
     folder = Path(f"artifacts/{parsed.stage}")
     keep = lambda: [path.name for path in folder.glob("*.txt")]
-    with artifact_files.publishing(folder, keep) as private, (private / "a").open("wb") as file:
+    with atomic_folders.publishing(folder, keep) as private, (private / "a").open("wb") as file:
         file.write(hashlib.shake_256(parsed.stage.encode() + read).digest(1000))
 
 verb.run = build

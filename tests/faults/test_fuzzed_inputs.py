@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from benchmarks.architecture_configs import DENSE, MIXTURES, config_of
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.models import model_folder
-from mlxflow.storage.artifact_files import UNREAD_TYPES
 from mlxflow.storage.tensor_header import read_safetensors_header
+from mlxflow.storage.tensor_types import UNREAD_TYPES
 from mlxflow.workflow.loader import load_workflow, resolved_toml
 from tests.test_bounds import LEAVES, TABLES
 

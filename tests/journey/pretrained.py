@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxflow.storage.artifact_files import write_arrays
+from mlxflow.storage.tensor_writing import write_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

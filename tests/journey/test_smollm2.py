@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.report_files import read_report
 from tests.conftest import doit, mlxflow
 from tests.journey import facts, pretrained
 

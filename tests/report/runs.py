@@ -11,7 +11,7 @@ import numpy as np
 import tomli_w
 
 from mlxflow.report.load_run import Run, read_run
-from mlxflow.storage import artifact_files
+from mlxflow.storage import tensor_writing
 from mlxflow.workflow.stage import Member
 
 TASKS = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark")
@@ -105,7 +105,7 @@ def write_timeline(root: Path, points: int) -> None:
     columns |= {"sample_seconds": (steps / 10).astype(np.float32), "sample_rss_bytes": active + 10**8}
     columns |= {"sample_active_memory_bytes": active} | _phases(peak)
     told = {"phases": json.dumps(["load_model", "step/forward_backward", "step/update", "step"])}
-    artifact_files.write_arrays(root / "artifacts/profile/timeline.safetensors", columns, told)
+    tensor_writing.write_arrays(root / "artifacts/profile/timeline.safetensors", columns, told)
 
 
 def _phases(peaks: Any) -> dict[str, Any]:

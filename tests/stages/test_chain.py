@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.models.quantized_layers import for_evaluation
-from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.report_files import read_report
 from tests.conftest import STAGES, mlxflow
 
 MODELS = ("train", "quantize/q4", "quantize/q8")

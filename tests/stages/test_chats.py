@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.text_generation import Sampling, Writer
-from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxflow.errors import ArtifactError, MlxflowError, WorkflowError
-from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 

@@ -13,8 +13,8 @@ import pytest
 from mlxflow.errors import MlxflowError
 from mlxflow.evaluation.text_generation import Sampling, Writer, generate
 from mlxflow.models import model_folder
-from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.report_files import read_report
 from mlxflow.tasks import archive
 from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow import outputs, staleness

@@ -20,7 +20,7 @@ from mlxflow.kernels import early_start as ahead_of
 from mlxflow.kernels.early_start import Ahead
 from mlxflow.kernels.verifier_process import VerificationResult
 from mlxflow.models import model_folder
-from mlxflow.storage import artifact_files
+from mlxflow.storage import report_files
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import REPOSITORY, mlxflow
@@ -109,7 +109,7 @@ def _run(folder: Path, stage: str, into: Path | None = None) -> Path:
 
 
 def _kernels(made: Path) -> tuple[list[str], list[str]]:
-    report = artifact_files.read_report(made / "report.toml")
+    report = report_files.read_report(made / "report.toml")
     return report["kernels"], report["run"]["kernels_refused"]
 
 
@@ -315,7 +315,7 @@ def test_quantization_aware_training_uses_them(
     assert asked == [QAT_NAMES]
     assert _kernels(made) == (QAT_NAMES, [])
     assert {"rms_norm.kernel_gradients", "gated_activation.kernel_gradients", "adamw.kernel"} <= calls.keys()
-    reports = [artifact_files.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
+    reports = [report_files.read_report(one / "report.toml")["training"] for one in (made, unfitted)]
     found, expected = (report["trained_validation_perplexity"] for report in reports)
     assert found == pytest.approx(expected, rel=1e-3)
     _choose(monkeypatch, serve=False)

@@ -15,8 +15,8 @@ import pytest
 from mlxflow.__main__ import main
 from mlxflow.errors import StageError
 from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run, settings_of
-from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.stage import Context
 from tests.conftest import mlxflow
 

@@ -24,7 +24,7 @@ from mlxflow.models.model_folder import load
 from mlxflow.models.quantized_layers import dense_weights, for_evaluation
 from mlxflow.stages.quantize import Config
 from mlxflow.stages.quantize_methods import training_settings
-from mlxflow.storage.artifact_files import read_report
+from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.config import toml_value
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow

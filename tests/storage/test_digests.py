@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow.storage import artifact_files, state_files
+from mlxflow.storage import report_files, state_files, tensor_writing
 from mlxflow.storage.digests import DigestCache, _Stamp, digest_file, digest_json
 
 
@@ -18,7 +18,7 @@ TENSORS = {"b": mx.arange(6).reshape(2, 3), "a": mx.ones((4,), mx.bfloat16)}
 
 
 def _write(path: Path, tensors: dict[str, mx.array] = TENSORS, **metadata: str) -> Path:
-    artifact_files.write_tensors(path, tensors, metadata)
+    tensor_writing.write_tensors(path, tensors, metadata)
     return path
 
 
@@ -57,7 +57,7 @@ def test_metadata_that_readers_use_is_part_of_the_identity(tmp_path: Path) -> No
 def test_what_differs_between_equal_runs_is_no_part_of_a_report(tmp_path: Path) -> None:
     def report(loss: float, seconds: float) -> str:
         path = tmp_path / "report.toml"
-        artifact_files.write_report(path, {"loss": loss, "run": {"seconds": seconds}})
+        report_files.write_report(path, {"loss": loss, "run": {"seconds": seconds}})
         return digest_file(path).identity
 
     assert report(1.0, 2.0) == report(1.0, 3.0)
@@ -295,6 +295,6 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object) -> None:
 
 
 def test_arrays_and_tensors_are_told_apart_by_content_only(tmp_path: Path) -> None:
-    artifact_files.write_arrays(tmp_path / "1.safetensors", {"a": np.arange(4, dtype=np.float32)}, {})
+    tensor_writing.write_arrays(tmp_path / "1.safetensors", {"a": np.arange(4, dtype=np.float32)}, {})
     _write(tmp_path / "2.safetensors", {"a": mx.arange(4, dtype=mx.float32)})
     assert digest_file(tmp_path / "1.safetensors").identity == digest_file(tmp_path / "2.safetensors").identity

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.storage import ownership
-from mlxflow.storage.artifact_files import write_report
+from mlxflow.storage.report_files import write_report
 
 
 def _write(folder: Path, *names: str) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from mlxflow.errors import StageError
-from mlxflow.storage.artifact_files import read_report
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import LockedError, hold
 from mlxflow.storage.regular_files import open_log, open_own
+from mlxflow.storage.report_files import read_report
 
 IN_THE_WAY: dict[str, Callable[[Path, Path], object]] = {
     "link": lambda path, other: path.symlink_to(other),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.storage import artifact_files
+from mlxflow.storage import atomic_folders
 from mlxflow.storage.locks import hold
 from tests.chain import Chain
 from tests.conftest import mlxflow
@@ -270,7 +270,7 @@ def test_a_real_stage_on_a_full_disk_says_in_one_line_what_it_needs(job_copy: Pa
         assert re.fullmatch(r"model\.safetensors: needs [\d,]+ bytes, [\d,]+ are free in .*small\. Make room\.", line)
         assert "Traceback" not in result.stderr
         assert (small / "train/model.safetensors").read_bytes() == before
-        assert artifact_files.partial_folders(small) == []
+        assert atomic_folders.partial_folders(small) == []
 
 
 @pytest.mark.parametrize("room", [20_000, 100_000, 180_000])
@@ -286,7 +286,7 @@ def test_a_corpus_that_fills_the_disk_fails_in_one_line_and_goes_on_when_there_i
         assert "No space left on device" in result.stderr or "Make room." in result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert not (small / "pretokenize").exists()
-        assert artifact_files.partial_folders(small) == []
+        assert atomic_folders.partial_folders(small) == []
         assert list(small.glob(".mlxflow/shards/.*.partial")) == []
         filler.unlink()
         again = mlxflow(job, "run", "pretokenize")

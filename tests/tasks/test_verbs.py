@@ -10,7 +10,7 @@ import pytest
 from doit.doit_cmd import DoitMain
 
 from mlxflow.storage import ownership, state_files
-from mlxflow.storage.artifact_files import write_report
+from mlxflow.storage.report_files import write_report
 from tests.chain import Chain
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from mlxflow.errors import ArtifactError
 from mlxflow.stages import train
-from mlxflow.storage import artifact_files
+from mlxflow.storage import report_files
 from mlxflow.training.settings import AdapterShape, TrainingSettings, read_settings
 
 ADAPTERS = AdapterShape("dora", 4, 20.0, 0.1, 2, ("self_attn.*", "mlp.*"))
@@ -14,7 +14,7 @@ SETTINGS = TrainingSettings(adapters=ADAPTERS, kernels=("adamw/float32/float32",
 
 def _read(folder: Path, table: dict[str, Any]) -> TrainingSettings:
     file = folder / "report.toml"
-    artifact_files.write_report(file, table)
+    report_files.write_report(file, table)
     return read_settings(file, shown="artifacts/train/report.toml", task="train", key="profile.input")
 
 

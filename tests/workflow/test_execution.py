@@ -7,7 +7,7 @@ import pytest
 
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.stages import pretokenize
-from mlxflow.storage import artifact_files
+from mlxflow.storage import atomic_folders, report_files
 from mlxflow.workflow import stage
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
@@ -25,7 +25,7 @@ def _pretokenize(workflow: Workflow) -> Path:
 
 
 def test_a_report_tells_where_the_artifact_came_from(workflow: Workflow) -> None:
-    report = artifact_files.read_report(_pretokenize(workflow) / "report.toml")
+    report = report_files.read_report(_pretokenize(workflow) / "report.toml")
     assert report["stage"]["stage"] == "pretokenize"
     assert report["stage"]["seed"] == "0"
     assert report["run"]["device_name"]
@@ -35,7 +35,7 @@ def test_a_report_tells_where_the_artifact_came_from(workflow: Workflow) -> None
 
 def test_the_digests_of_settings_and_of_inputs_change_each_with_its_own(workflow: Workflow) -> None:
     def digests() -> tuple[str, str]:
-        told = artifact_files.read_report(_pretokenize(load_workflow(Path("workflow.toml"))) / "report.toml")["stage"]
+        told = report_files.read_report(_pretokenize(load_workflow(Path("workflow.toml"))) / "report.toml")["stage"]
         return told["settings_digest"], told["inputs_digest"]
 
     first = digests()
@@ -66,7 +66,7 @@ def test_a_stage_that_loses_its_variants_keeps_their_artifacts_and_a_users_files
     (folder / "notes.txt").write_text("mine")
     assert _pretokenize(workflow) == folder
     assert {file.name: (file.read_bytes(), file.stat().st_ino) for file in made.iterdir()} == before
-    listed = artifact_files.read_report(folder / "report.toml")["run"]["files"]
+    listed = report_files.read_report(folder / "report.toml")["run"]["files"]
     assert "report.toml" in listed
     assert sorted(file.name for file in folder.iterdir()) == sorted([*listed, "a", "notes.txt"])
 
@@ -131,7 +131,7 @@ def test_an_output_that_is_not_whole_is_never_published(
         _pretokenize(workflow)
     assert str(caught.value).startswith(said)
     assert Path("artifacts/pretokenize/report.toml").read_bytes() == before
-    assert artifact_files.partial_folders(Path("artifacts")) == []
+    assert atomic_folders.partial_folders(Path("artifacts")) == []
 
 
 def test_times_and_names_stand_only_in_the_run_table(workflow: Workflow) -> None:

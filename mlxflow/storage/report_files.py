@@ -1,0 +1,33 @@
+"""Reader and writer of a stage's report.toml as a table."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxflow.errors import ArtifactError
+from mlxflow.storage import toml_text
+from mlxflow.storage.atomic_folders import write_whole
+from mlxflow.storage.regular_files import read_regular
+from mlxflow.system.os_errors import naming
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report as TOML. What differs between equal runs belongs in its `[run]` table."""
+    import tomli_w
+
+    write_whole(path, tomli_w.dumps(report).encode())
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Return a report.
+
+    Raises:
+        ArtifactError: it is missing or no valid TOML.
+    """
+    try:
+        with naming(path):
+            return toml_text.loads(read_regular(path).decode())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing. Build it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: damaged ({error}). Remove it and build it again.") from error

@@ -1,0 +1,26 @@
+"""The names that the safetensors format, numpy and MLX give to types of numbers."""
+
+#: The format's names of the types that are written here, by the names that numpy and MLX share.
+FORMAT_NAMES = {
+    "bool": "BOOL",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+}
+
+#: numpy's types of the columns of token files, shards and timelines, by the format's names.
+NUMPY_TYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "F32": "<f4"}
+
+#: Types of weights, by the format's names: the integer type in which numpy reads their bits, and MLX's name.
+WEIGHT_TYPES = {"F32": ("<u4", "float32"), "F16": ("<u2", "float16"), "BF16": ("<u2", "bfloat16")}
+
+#: Types of the format that MLX does not read.
+UNREAD_TYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F64"})
