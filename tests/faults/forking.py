@@ -21,7 +21,8 @@ from typing import Any
 
 _IMPORTED = (
     *(f"doit.{name}" for name in ("cmd_clean", "cmd_forget", "cmd_run", "doit_cmd")),
-    *(
+    *(f"mlxflow.storage.{name}" for name in ("locks", "ownership", "report_files", "tensor_writing")),
+    "mlxflow.storage.unfinished_runs",
         f"mlxflow.storage.{name}"
         for name in ("tensor_writing", "report_files", "locks", "ownership", "unfinished_runs")
     ),

@@ -6,7 +6,7 @@ from safetensors.numpy import save
 from mlxflow.storage.tensor_types import FORMAT_NAMES, NUMPY_TYPES, UNREAD_TYPES, WEIGHT_TYPES
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES.keys() - {"bfloat16"})  # which numpy does not have
+@pytest.mark.parametrize("name", sorted(FORMAT_NAMES.keys() - {"bfloat16"}))  # which numpy does not have
 def test_format_names_are_those_of_the_safetensors_library(name: str) -> None:
     assert f'"dtype":"{FORMAT_NAMES[name]}"'.encode() in save({"a": np.zeros(1, name)})
 
