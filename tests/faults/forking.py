@@ -22,13 +22,10 @@ from typing import Any
 _IMPORTED = (
     *(f"doit.{name}" for name in ("cmd_clean", "cmd_forget", "cmd_run", "doit_cmd")),
     *(f"mlxflow.storage.{name}" for name in ("locks", "ownership", "report_files", "tensor_writing")),
-    "mlxflow.storage.unfinished_runs",
-        f"mlxflow.storage.{name}"
-        for name in ("tensor_writing", "report_files", "locks", "ownership", "unfinished_runs")
-    ),
     *(f"mlxflow.tasks.{name}" for name in ("adoption", "archive", "cleaning", "commands", "creator", "doit_action")),
     *(f"mlxflow.tasks.{name}" for name in ("graph", "lockfile", "run", "stage_process", "verbs")),
     *(
+        "mlxflow.storage.unfinished_runs",
         "mlxflow.__main__",
         "mlxflow.cli.command",
         "mlxflow.cli.run",
