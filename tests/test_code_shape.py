@@ -122,7 +122,6 @@ WITHOUT_MIRRORED_TEST: set[str] = {
     "mlxflow/models/weight_checks.py",
     "mlxflow/ops/eval_mode.py",
     "mlxflow/ops/gradient_checkpointing.py",
-    "mlxflow/ops/method_override.py",
     "mlxflow/ops/overrides.py",
     "mlxflow/profiling/downsampled_table.py",
     "mlxflow/profiling/memory_model.py",

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.ops import document_mask
+from mlxflow.ops import document_mask, patching
 
 # How deep below the model a body may lie: `language_model.model` is 2
 _DEEPEST = 3
@@ -130,10 +130,9 @@ class _Replaceable:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._kind = type(module)
         self._seen: list[Any] | None = None
         self._answer: mx.array | None = None
-        kind, own = self._kind, self
+        kind, own = type(module), self
 
         def call(self: Any, *inputs: Any, **named: Any) -> Any:
             if own._answer is not None:
@@ -167,8 +166,5 @@ class _Replaceable:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        self._module.__class__ = self._replaced
-        try:
+        with patching.layer_classes([(self._module, self._replaced)], by=__name__):
             yield
-        finally:
-            self._module.__class__ = self._kind

@@ -20,6 +20,7 @@ from mlxflow.kernels.layer_patterns import LayerPattern
 from mlxflow.kernels.layer_signature import NoSignature, SignatureBuilder, group_layers, sources
 from mlxflow.kernels.pattern_detection import detect_pattern, may_match
 from mlxflow.kernels.registry import KernelSelection
+from mlxflow.ops import patching
 
 
 def find_layers(model: nn.Module) -> list[tuple[nn.Module, LayerPattern]]:
@@ -78,14 +79,9 @@ def patched(
         dtype: in which the model computes.
     """
     chosen = [(module, pattern) for module, pattern in layers if selection.uses(pattern.kernel_name(module, dtype))]
-    plain = [type(module) for module, _ in chosen]
-    for module, pattern in chosen:
-        module.__class__ = _patched_class(cast("Hashable", type(module)), pattern, dtype)
-    try:
+    changes = [(module, _patched_class(cast("Hashable", type(module)), pattern, dtype)) for module, pattern in chosen]
+    with patching.layer_classes(changes, by=__name__):
         yield
-    finally:
-        for (module, _), kind in zip(chosen, plain, strict=True):
-            module.__class__ = kind
 
 
 @functools.cache

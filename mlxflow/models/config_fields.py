@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlxflow.errors import ArtifactError
+from mlxflow.ops import patching
 from mlxflow.workflow.config import MAX_LAYERS, toml_value
 
 #: What mlx-lm's classes raise over values that do not fit together.
@@ -81,9 +82,9 @@ class Guarded:
             self._check(cls, params)
             return plain.__func__(cls, params)
 
-        BaseModelArgs.from_dict = classmethod(from_dict)
         try:
-            yield
+            with patching.attributes((BaseModelArgs, "from_dict", classmethod(from_dict)), by=__name__):
+                yield
         except BUILD_ERRORS as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             odd = "".join(f"{one}, " for one in self._suspects[:4])
@@ -91,8 +92,6 @@ class Guarded:
             raise ArtifactError(
                 f"{self._file}: {odd}model_type = {kind}: mlx-lm cannot build that ({said}). {_ADVICE}"
             ) from error
-        finally:
-            BaseModelArgs.from_dict = plain
 
     def _check(self, cls: Any, params: Any) -> None:
         prefix = next((f"{key}." for key, value in self._root.items() if value is params), "")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.ops import document_mask
+from mlxflow.ops import document_mask, patching
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 
@@ -116,13 +116,9 @@ class _FoundError(Exception):
 @contextmanager
 def _replaced(attention: Callable[..., mx.array]) -> Iterator[None]:
     """Let a function that is given MLX's attention and its arguments stand in for it until the block ends."""
-    fast: Any = mx.fast
-    plain = fast.scaled_dot_product_attention
-    fast.scaled_dot_product_attention = functools.partial(attention, plain)
-    try:
+    replacement = functools.partial(attention, mx.fast.scaled_dot_product_attention)
+    with patching.attributes((mx.fast, "scaled_dot_product_attention", replacement), by=__name__):
         yield
-    finally:
-        fast.scaled_dot_product_attention = plain
 
 
 def _is_causal(

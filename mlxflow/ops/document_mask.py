@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlxflow.ops import patching
 
 
 class Bounds:
@@ -35,8 +36,8 @@ _NOTING: list[Bounds] = []
 def noted_bounds() -> Iterator[Bounds]:
     """Give what is known of the masks that are made in this block: of documents, and of windows."""
     bounds = Bounds()
-    base: Any = sys.modules.get("mlx_lm.models.base", SimpleNamespace(create_causal_mask=None))  # where its models are
-    plain = base.create_causal_mask
+    base = sys.modules.get("mlx_lm.models.base")  # absent where no model of mlx-lm's was imported
+    plain: Any = getattr(base, "create_causal_mask", None)
 
     def create(length: int, offset: int = 0, window_size: int | None = None, **others: Any) -> mx.array:
         mask: mx.array = plain(length, offset, window_size, **others)
@@ -45,12 +46,11 @@ def noted_bounds() -> Iterator[Bounds]:
         return mask
 
     _NOTING.append(bounds)
-    base.create_causal_mask = create
     try:
-        yield bounds
+        with patching.attributes(*([] if base is None else [(base, "create_causal_mask", create)]), by=__name__):
+            yield bounds
     finally:
         _NOTING.remove(bounds)
-        base.create_causal_mask = plain
 
 
 def _first_seen(length: int, window_size: int | None) -> mx.array:

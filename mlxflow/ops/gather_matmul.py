@@ -10,6 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxflow.ops import patching
+
 _HALF = (mx.bfloat16, mx.float16)
 
 
@@ -18,8 +20,12 @@ def install() -> None:
 
     mlx-lm's layers look the function up at each call, so models that exist already get it, too.
     """
-    if not hasattr(mx.gather_mm, "__wrapped__"):
-        mx.gather_mm = _widened(mx.gather_mm)
+    patching.install(mx, "gather_mm", _widened(mx.gather_mm), by=__name__)
+
+
+def uninstall() -> None:
+    """Undo `install`."""
+    patching.uninstall(mx, "gather_mm", by=__name__)
 
 
 def _widened(plain: Callable[..., mx.array]) -> Callable[..., mx.array]:

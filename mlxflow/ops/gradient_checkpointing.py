@@ -8,6 +8,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.ops import patching
+
 
 @contextmanager
 def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
@@ -21,13 +23,9 @@ def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
         every: 1 for each layer, 2 for every second one and so on; 0 for none.
     """
     chosen: list[nn.Module] = list(model.layers)[::every] if every else []
-    for layer in chosen:
-        layer.__class__ = _recomputing(cast("Hashable", type(layer)))
-    try:
+    changes = [(layer, _recomputing(cast("Hashable", type(layer)))) for layer in chosen]
+    with patching.layer_classes(changes, by=__name__):
         yield
-    finally:
-        for layer in chosen:
-            layer.__class__ = type(layer).__base__
 
 
 @functools.cache

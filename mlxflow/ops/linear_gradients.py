@@ -14,6 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.ops import patching
 from mlxflow.ops.embedding_lookup import lookup
 from mlxflow.ops.eval_mode import evaluating
 
@@ -35,12 +36,8 @@ def find_siblings(model: nn.Module, tokens: mx.array) -> list[tuple[nn.Linear, .
         calls.append((layer, x))
         return plain(layer, x)
 
-    nn.Linear.__call__ = noted
-    try:
-        with evaluating(model):
-            model(tokens)
-    finally:
-        nn.Linear.__call__ = plain
+    with patching.attributes((nn.Linear, "__call__", noted), by=__name__), evaluating(model):
+        model(tokens)
     times = Counter(id(layer) for layer, _ in calls)
     groups = [tuple(layer for layer, _ in group) for _, group in itertools.groupby(calls, key=lambda call: id(call[1]))]
     return [group for group in groups if _pays(group) and all(times[id(layer)] == 1 for layer in group)]
@@ -84,22 +81,20 @@ def own_products(siblings: Sequence[tuple[nn.Linear, ...]] = ()) -> Iterator[Non
         weight = layer["weight"]
         return product(x, weight) if _serves(x, weight) else cast("mx.array", head(layer, x))
 
-    nn.Linear.__call__, nn.Embedding.as_linear = as_product, as_head
-    try:
+    changes = (nn.Linear, "__call__", as_product), (nn.Embedding, "as_linear", as_head)
+    with patching.attributes(*changes, by=__name__):
         yield
-    finally:
-        nn.Linear.__call__, nn.Embedding.as_linear = linear, head
 
 
 @contextmanager
 def ordered_lookups() -> Iterator[None]:
     """Give embeddings traced in this block a gradient that is the same every time: `mlxflow.ops.embedding_lookup`."""
-    plain = nn.Embedding.__call__
-    nn.Embedding.__call__ = lambda layer, numbers: lookup(layer["weight"], numbers)
-    try:
+
+    def ordered(layer: Any, numbers: mx.array) -> mx.array:
+        return lookup(layer["weight"], numbers)
+
+    with patching.attributes((nn.Embedding, "__call__", ordered), by=__name__):
         yield
-    finally:
-        nn.Embedding.__call__ = plain
 
 
 def _serves(x: mx.array, weight: mx.array) -> bool:

@@ -19,6 +19,8 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from typing import Any
 
+from mlxflow.ops import patching
+
 # What mlx_lm.utils takes from modules that are not to be imported with it: functions it calls, and a type it names
 _FUNCTIONS = {"mlx_lm.tokenizer_utils": ("load",), "huggingface_hub": ("snapshot_download",)}
 _TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",)}
@@ -50,11 +52,8 @@ class _KeepingLimits(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_keeping_limits(module: types.ModuleType) -> None:
-            allowed, resource.setrlimit = resource.setrlimit, lambda *_: None
-            try:
+            with patching.attributes((resource, "setrlimit", lambda *_: None), by=__name__):
                 execute(module)
-            finally:
-                resource.setrlimit = allowed
             raise_open_files()
 
         spec.loader.exec_module = execute_keeping_limits  # type: ignore[method-assign]
@@ -83,7 +82,7 @@ def prepare() -> None:
     vars(package)["__getattr__"] = whole
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as the package does
     sys.meta_path.insert(0, _KeepingLimits())
-    sys.modules["mlx_lm"] = package
+    patching.install_module("mlx_lm", package, by=__name__)
 
 
 def mlx_lm_utils() -> types.ModuleType:
@@ -92,20 +91,14 @@ def mlx_lm_utils() -> types.ModuleType:
     if "mlx_lm.utils" in sys.modules:
         return sys.modules["mlx_lm.utils"]
     stand_ins = {name: _stand_in(name) for name in _FUNCTIONS if name not in sys.modules}
-    sys.modules.update(stand_ins)
-    try:
+    with patching.imported_modules(stand_ins, by=__name__):
         return importlib.import_module("mlx_lm.utils")
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
 
 
 def _stand_in(name: str) -> types.ModuleType:
     module = types.ModuleType(name)
-    for function in _FUNCTIONS[name]:
-        setattr(module, function, _deferred(name, function))
-    for kind in _TYPES.get(name, ()):
-        setattr(module, kind, type(kind, (), {}))
+    vars(module).update({function: _deferred(name, function) for function in _FUNCTIONS[name]})
+    vars(module).update({kind: type(kind, (), {}) for kind in _TYPES.get(name, ())})
     return module
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxflow.ops import mlx_lm_import
+from mlxflow.ops import mlx_lm_import, patching
 from mlxflow.ops.fast_exp import LOG2_E, exp2
 
 
@@ -34,13 +34,8 @@ def own_swiglu() -> Iterator[None]:
         for name, module in list(sys.modules.items())
         if name.startswith("mlx_lm.models.") and vars(module).get("swiglu") is plain
     ]
-    for module in callers:
-        module.swiglu = either
-    try:
+    with patching.attributes(*((module, "swiglu", either) for module in callers), by=__name__):
         yield
-    finally:
-        for module in callers:
-            module.swiglu = plain
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.ops.method_override import replaced
+from mlxflow.ops.patching import layer_method
 from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.scale_groups import Group, Noted, Run, apply_scales, cast_to, find_groups, noted, weighted
 from mlxflow.quantization.settings import Setting
@@ -70,7 +70,7 @@ def scale_and_clip(
 
     with ExitStack() as stack:
         for block in {id(block): block for block in model.layers}.values():
-            stack.enter_context(replaced(block, "__call__", learning(block)))
+            stack.enter_context(layer_method(block, "__call__", learning(block), by=__name__))
         mx.eval(model(tokens))
 
 

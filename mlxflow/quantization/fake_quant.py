@@ -14,6 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.ops import patching
 from mlxflow.quantization.affine_grid import best_grid, round_on, where_on
 from mlxflow.quantization.clipping import best_limits, clip, where_kept
 from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_grid
@@ -41,15 +42,15 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
     """
     modules = dict(model.named_modules())
     chosen = {path: modules[path] for path in layers}
-    for path, module in chosen.items():
-        module[_GRID] = _find_grid(_dense_weight(module), layers[path])
-        module.__class__ = _faking(cast("Hashable", type(module)), layers[path])
-    mx.eval(model.state)
+    changes = [(module, _faking(cast("Hashable", type(module)), layers[path])) for path, module in chosen.items()]
     try:
-        yield lambda: {path: _packed(module, layers[path]) for path, module in chosen.items()}
+        for path, module in chosen.items():
+            module[_GRID] = _find_grid(_dense_weight(module), layers[path])
+        mx.eval(model.state)
+        with patching.layer_classes(changes, by=__name__):
+            yield lambda: {path: _packed(module, layers[path]) for path, module in chosen.items()}
     finally:
         for module in chosen.values():
-            module.__class__ = plain_type(module)
             module.pop(_GRID, None)
 
 

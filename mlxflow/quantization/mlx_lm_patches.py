@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlxflow.ops import patching
 from mlxflow.quantization.codec import pack
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.settings import Setting
@@ -36,15 +37,16 @@ def following(model: nn.Module, plan: Mapping[str, Setting], *, free: set[str], 
             answers with itself.
     """
     layers = quantizable_layers(model)
-    kinds = {path: type(layer) for path, layer in layers.items()}
-    for path, layer in layers.items():
-        if path not in free:
-            layer.__class__ = _rounded(kinds[path], plan[path]) if path in plan else _dense(kinds[path], hides=hides)
+    changes = [
+        (layer, _rounded(type(layer), plan[path]) if path in plan else _dense(type(layer), hides=hides))
+        for path, layer in layers.items()
+        if path not in free
+    ]
     try:
-        yield
+        with patching.layer_classes(changes, by=__name__):
+            yield
     finally:
-        for path, layer in layers.items():
-            layer.__class__ = kinds[path]
+        for layer in layers.values():
             for kept in ("input_feat", "indices"):
                 layer.pop(kept, None)
         model.update_modules(tree_unflatten(list(layers.items())))
@@ -52,7 +54,7 @@ def following(model: nn.Module, plan: Mapping[str, Setting], *, free: set[str], 
 
 def _rounded(kind: type[nn.Module], setting: Setting) -> type[nn.Module]:
     def to_quantized(self: nn.Module, **_: Any) -> nn.Module:
-        self.__class__ = kind
+        patching.restore_class(self)
         return packed_layer(self, setting)
 
     return type(kind.__name__, (kind,), {"to_quantized": to_quantized})
@@ -70,14 +72,9 @@ def _dense(kind: type[nn.Module], *, hides: bool) -> type[nn.Module]:
 def dense_products(model: nn.Module) -> Iterator[None]:
     """On the CPU, let quantized layers multiply by their dequantized weights: the packed product is 39 times slower."""
     kinds = _dense_product_kinds() if mx.default_device() == mx.cpu else {}
-    chosen = [one for one in model.modules() if type(one) in kinds and one.mode == "affine"]
-    for layer in chosen:
-        layer.__class__ = kinds[type(layer)]
-    try:
+    layers = [layer for layer in model.modules() if type(layer) in kinds and layer.mode == "affine"]
+    with patching.layer_classes([(layer, kinds[type(layer)]) for layer in layers], by=__name__):
         yield
-    finally:
-        for layer in chosen:
-            layer.__class__ = type(layer).__mro__[1]
 
 
 def _differentiable(layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:

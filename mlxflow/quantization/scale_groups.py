@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from mlxflow.ops.method_override import replaced
+from mlxflow.ops.patching import layer_method
 
 #: Runs a block on inputs that are fixed; returns its outputs.
 Run = Callable[[], list[mx.array]]
@@ -89,10 +89,10 @@ def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
     modules = {id(module): (path, module) for path, module in block.named_modules() if path and callable(module)}
     with ExitStack() as stack:
         for path, module in modules.values():
-            stack.enter_context(replaced(module, "__call__", noting(path)))
+            stack.enter_context(layer_method(module, "__call__", noting(path), by=__name__))
         run()
     once = {path: calls[0] for path, calls in found.items() if len(calls) == 1}
-    found.clear()  # see `replaced`
+    found.clear()  # see `layer_method`
     mx.eval([(one.x if isinstance(one.x, mx.array) else None, one.y) for one in once.values()])
     return once
 

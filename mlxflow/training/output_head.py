@@ -1,5 +1,6 @@
 """Where hidden states become logits, and whether the logits are that product and nothing else."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ import numpy as np
 
 from mlxflow.models import quantized_layers
 from mlxflow.ops.eval_mode import evaluating
-from mlxflow.ops.method_override import replaced
+from mlxflow.ops.patching import layer_method
 from mlxflow.quantization.fake_quant import fake_weight, plain_type
 
 # Of the numbers that a head returns instead of its product: powers of ten that every floating type holds
@@ -74,9 +75,12 @@ def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: 
     numbers = _numbers_of_every_size((*tokens.shape, layer.weight.shape[0]))
     seen = _Seen([], [])
 
-    def note(result: mx.array) -> mx.array:
-        seen.hidden.append(result)
-        return result
+    def noting(call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(self: Any, *inputs: Any, **named: Any) -> Any:
+            seen.hidden.append(call(self, *inputs, **named))
+            return seen.hidden[-1]
+
+        return noted
 
     def answer(x: mx.array) -> mx.array:
         seen.given.append(x)
@@ -84,8 +88,8 @@ def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: 
 
     try:
         with (
-            replaced(body, "__call__", lambda call: lambda self, *inputs, **named: note(call(self, *inputs, **named))),
-            replaced(layer, method, lambda _: lambda self, x: answer(x)),
+            layer_method(body, "__call__", noting, by=__name__),
+            layer_method(layer, method, lambda _: lambda self, x: answer(x), by=__name__),
         ):
             logits = model(tokens)
         return _is_plain(logits, seen, body(tokens), numbers)  # the body as `packed.apply_body` calls it

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import VOCAB_SIZE, config_of
 from mlxflow.models import model_folder
-from mlxflow.ops.method_override import replaced
+from mlxflow.ops.patching import layer_method
 from mlxflow.quantization import scale_groups
 from mlxflow.quantization.awq import scale_and_clip
 from mlxflow.quantization.codec import round_trip
@@ -81,7 +81,7 @@ def _on_last_block(model: nn.Module, work: Any) -> Any:
 
         return worked_on
 
-    with replaced(model.layers[-1], "__call__", make):
+    with layer_method(model.layers[-1], "__call__", make, by=__name__):
         mx.eval(model(TOKENS))
     return results[0]
 

@@ -1,0 +1,450 @@
+"""Replacements of MLX's operations: made, listed and undone in one place; every user of it is listed here."""
+
+import ast
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import activations, base, llama
+
+from benchmarks.architecture_configs import config_of
+from mlxflow.evaluation.model_body import Body
+from mlxflow.kernels import layer_patching
+from mlxflow.kernels.registry import recorded
+from mlxflow.models import config_fields
+from mlxflow.ops import attention_overrides, document_mask, gather_matmul, linear_gradients, mlx_lm_import, patching
+from mlxflow.ops.gradient_checkpointing import recomputed
+from mlxflow.ops.patching import Replacement, active
+from mlxflow.ops.swiglu_cpu import own_swiglu
+from mlxflow.quantization.awq import scale_and_clip
+from mlxflow.quantization.fake_quant import fake_quantized
+from mlxflow.quantization.mlx_lm_patches import dense_products, following
+from mlxflow.quantization.settings import Setting
+from mlxflow.training.output_head import find_head
+from tests.conftest import REPOSITORY
+
+TOKENS = mx.arange(1, 9)[None]
+SETTING = Setting(mode="affine", bits=4, group_size=32)
+
+Block = AbstractContextManager[Any]
+
+
+def _model() -> nn.Module:
+    config = config_of("llama")
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _kernels(model: nn.Module) -> Block:
+    layers = layer_patching.find_layers(model)
+    names = [pattern.kernel_name(layer, mx.float16) for layer, pattern in layers]
+    return layer_patching.patched(layers, recorded(names, names), mx.float16)
+
+
+def _quantized(model: nn.Module) -> nn.Module:
+    nn.quantize(model, group_size=32, bits=4)
+    return model
+
+
+def _plan(model: nn.Module) -> dict[str, Setting]:
+    return {path: SETTING for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def _noting_body(model: nn.Module) -> Block:
+    body = Body(model, "model")
+    assert body._module is not None
+    return body._module.noting()
+
+
+def _learn(model: nn.Module) -> None:
+    scale_and_clip(model, _plan(model), TOKENS, search_steps=2, watch=lambda _: None)
+
+
+ATTENTION = "mlx.core.fast.scaled_dot_product_attention"
+MASK = "mlx_lm.models.base.create_causal_mask"
+LAYERS = "mlx.nn.layers"
+
+#: The blocks that replace something: module, how to enter one, and what is replaced, without repetitions.
+BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
+    ("mlxflow.ops.attention_overrides", lambda _: attention_overrides.causal_by_blocks(), {ATTENTION}),
+    ("mlxflow.ops.document_mask", lambda _: document_mask.noted_bounds(), {MASK}),
+    (
+        "mlxflow.ops.linear_gradients",
+        lambda _: linear_gradients.own_products(),
+        {f"{LAYERS}.linear.Linear.__call__", f"{LAYERS}.embedding.Embedding.as_linear"},
+    ),
+    (
+        "mlxflow.ops.linear_gradients",
+        lambda _: linear_gradients.ordered_lookups(),
+        {f"{LAYERS}.embedding.Embedding.__call__"},
+    ),
+    (
+        "mlxflow.ops.swiglu_cpu",
+        lambda _: own_swiglu(),
+        {"mlx_lm.models.activations.swiglu", "mlx_lm.models.llama.swiglu"},
+    ),
+    (
+        "mlxflow.ops.gradient_checkpointing",
+        lambda model: recomputed(model, every=1),
+        {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
+    (
+        "mlxflow.kernels.layer_patching",
+        _kernels,
+        {
+            f"class of {LAYERS}.normalization.RMSNorm",
+            f"class of {LAYERS}.embedding.Embedding",
+            f"class of {LAYERS}.positional_encoding.RoPE",
+            "class of mlx_lm.models.llama.MLP",
+            "class of mlx_lm.models.llama.TransformerBlock",
+        },
+    ),
+    (
+        "mlxflow.quantization.fake_quant",
+        lambda model: fake_quantized(model, _plan(model)),
+        {f"class of {LAYERS}.linear.Linear"},
+    ),
+    (
+        "mlxflow.quantization.mlx_lm_patches",
+        lambda model: following(model, _plan(model), free=set(), hides=False),
+        {f"class of {LAYERS}.linear.Linear", f"class of {LAYERS}.embedding.Embedding"},
+    ),
+    (
+        "mlxflow.quantization.mlx_lm_patches",
+        lambda model: dense_products(_quantized(model)),
+        {f"class of {LAYERS}.quantized.QuantizedLinear", f"class of {LAYERS}.quantized.QuantizedEmbedding"},
+    ),
+    ("mlxflow.evaluation.model_body", _noting_body, {"class of mlx_lm.models.llama.LlamaModel"}),
+    (
+        "mlxflow.models.config_fields",
+        lambda _: config_fields.Guarded(None, None, "config.json")._checking(),
+        {"mlx_lm.models.base.BaseModelArgs.from_dict"},
+    ),
+]
+
+#: The functions that replace something while they run: module, call, and what is replaced.
+CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
+    (
+        "mlxflow.ops.linear_gradients",
+        lambda model: linear_gradients.find_siblings(model, TOKENS),
+        {f"{LAYERS}.linear.Linear.__call__"},
+    ),
+    (
+        "mlxflow.ops.attention_overrides",
+        lambda model: attention_overrides.first_causal_heads(model, context_length=8, masks_documents=False),
+        {ATTENTION},
+    ),
+    (
+        "mlxflow.training.output_head",
+        lambda model: find_head(model, 90),
+        {"class of mlx_lm.models.llama.LlamaModel", f"class of {LAYERS}.linear.Linear"},
+    ),
+    (
+        "mlxflow.quantization.awq",
+        _learn,
+        {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
+    (
+        "mlxflow.quantization.scale_groups",
+        _learn,
+        {
+            f"class of {LAYERS}.linear.Linear",
+            f"class of {LAYERS}.normalization.RMSNorm",
+            f"class of {LAYERS}.positional_encoding.RoPE",
+            "class of mlx_lm.models.llama.Attention",
+            "class of mlx_lm.models.llama.MLP",
+        },
+    ),
+    (
+        "mlxflow.ops.mlx_lm_import",
+        lambda _: _import_utils(),
+        {"sys.modules[mlx_lm.tokenizer_utils]", "sys.modules[huggingface_hub]", "resource.setrlimit"},
+    ),
+]
+
+#: What replaces an attribute for the whole process.
+PERMANENT = {"mlxflow.ops.gather_matmul", "mlxflow.ops.mlx_lm_import"}
+
+
+_IMPORTS = ("mlx_lm.utils", "mlx_lm.tokenizer_utils", "huggingface_hub")
+
+
+def _import_utils() -> None:
+    """Import `mlx_lm.utils` a second time, as if neither it nor what it imports had been."""
+    kept = {name: sys.modules.pop(name) for name in _IMPORTS if name in sys.modules}
+    package, finders = sys.modules["mlx_lm"], list(sys.meta_path)
+    attributes = dict(vars(package))
+    try:
+        sys.meta_path.insert(0, mlx_lm_import._KeepingLimits())
+        mlx_lm_import.mlx_lm_utils()
+    finally:
+        sys.meta_path[:] = finders
+        for name in _IMPORTS:
+            sys.modules.pop(name, None)
+        sys.modules.update(kept)
+        vars(package).update(attributes)
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """Return all that the blocks replace: operations, methods, the classes of layers and modules."""
+    owners = [mx.fast, nn.Linear, nn.Embedding, base, base.BaseModelArgs, activations, llama]
+    return [
+        *(dict(vars(owner)) for owner in owners),
+        {path: type(layer) for path, layer in model.named_modules()},
+        importlib.import_module("resource").setrlimit,
+        {name for name, module in sys.modules.items() if name in _IMPORTS and module.__spec__ is None},  # stand-ins
+    ]
+
+
+def _temporary() -> list[Replacement]:
+    return [replacement for replacement in active() if not replacement.is_permanent]
+
+
+@pytest.mark.parametrize(("by", "enter", "targets"), BLOCKS)
+def test_a_block_lists_what_it_replaces_and_undoes_it(
+    by: str, enter: Callable[[nn.Module], Block], targets: set[str]
+) -> None:
+    model = _model()
+    block = enter(model)
+    before = _state(model)
+    with block:
+        replaced = {replacement.target for replacement in _temporary() if replacement.by == by}
+        assert targets <= replaced
+        assert not {target for target in replaced - targets if not target.endswith(".swiglu")}
+        assert _state(model) != before
+    assert _state(model) == before
+    assert not _temporary()
+
+
+@pytest.mark.parametrize(("by", "enter", "targets"), BLOCKS)
+def test_a_block_that_raises_undoes_what_it_replaced(
+    by: str, enter: Callable[[nn.Module], Block], targets: set[str]
+) -> None:
+    model = _model()
+    block = enter(model)
+    before = _state(model)
+    with pytest.raises(KeyboardInterrupt), block:
+        raise KeyboardInterrupt
+    assert _state(model) == before
+    assert not _temporary()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Replacement]:
+    """Return a list that grows by each replacement that is made."""
+    replacements: list[Replacement] = []
+
+    class Recorded(patching._Entry):
+        def __init__(self, slot: Any, value: Any, by: str, *, is_permanent: bool) -> None:
+            super().__init__(slot, value, by, is_permanent=is_permanent)
+            replacements.append(self.replacement)
+
+    monkeypatch.setattr(patching, "_Entry", Recorded)
+    return replacements
+
+
+@pytest.mark.parametrize(("by", "call", "targets"), CALLS)
+def test_a_call_undoes_what_it_replaces(
+    by: str, call: Callable[[nn.Module], Any], targets: set[str], made: list[Replacement]
+) -> None:
+    model = _model()
+    before = _state(model)
+    call(model)
+    assert {replacement.target for replacement in made if replacement.by == by} == targets
+    assert _state(model) == before
+    assert not _temporary()
+
+
+def test_all_blocks_nested_are_undone_in_reverse() -> None:
+    model = _model()
+    before = _state(model)
+    blocks = [recomputed(model, every=1), _kernels(model), fake_quantized(model, _plan(model)), own_swiglu()]
+    with ExitStack() as stack:
+        for block in [*blocks, linear_gradients.own_products(), linear_gradients.ordered_lookups()]:
+            stack.enter_context(block)
+        within = _state(model)
+        with pytest.raises(ZeroDivisionError), linear_gradients.own_products(), recomputed(model, every=1):
+            raise ZeroDivisionError
+        assert _state(model) == within
+    assert _state(model) == before
+    assert not _temporary()
+
+
+def test_an_interrupt_between_two_replacements_of_a_block_undoes_the_first() -> None:
+    owner = types.SimpleNamespace(__name__="owner", a=1)
+    with pytest.raises(TypeError), patching.attributes((owner, "a", 2), (owner, 3, 4), by="test"):  # type: ignore[arg-type]
+        pass
+    assert vars(owner) == {"__name__": "owner", "a": 1}
+    assert not _temporary()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_blocks_that_end_out_of_order_leave_the_original(first: int) -> None:
+    owner = types.SimpleNamespace(__name__="owner", a=1)
+    blocks = [patching.attributes((owner, "a", value), by="test") for value in (2, 3)]
+    for block in blocks:
+        block.__enter__()
+    blocks[first].__exit__(None, None, None)
+    assert owner.a == (3, 2)[first]
+    blocks[1 - first].__exit__(None, None, None)
+    assert owner.a == 1
+
+
+def test_an_attribute_that_was_absent_is_absent_afterwards() -> None:
+    class Inherits(nn.Linear):  # type: ignore[misc]
+        pass
+
+    with patching.attributes((Inherits, "__call__", len), by="test"):
+        assert "__call__" in vars(Inherits)
+    assert "__call__" not in vars(Inherits)
+
+
+def test_a_class_that_was_restored_early_stays_restored() -> None:
+    layer = nn.Linear(2, 2)
+    with patching.layer_classes([(layer, type("Linear", (nn.Linear,), {}))], by="test"):
+        patching.restore_class(layer)
+        assert type(layer) is nn.Linear
+        assert not _temporary()
+    assert type(layer) is nn.Linear
+    patching.restore_class(layer)  # nothing to restore
+
+
+def test_a_method_is_replaced_for_one_layer() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with patching.layer_method(one, "__call__", lambda _: lambda self, x: "replaced", by="test"):
+        assert one(mx.ones((1, 2))) == "replaced"
+        assert other(mx.ones((1, 2))).shape == (1, 2)
+    assert type(one) is nn.Linear
+
+
+def test_a_permanent_replacement_is_made_once_and_can_be_removed() -> None:
+    gather_matmul.uninstall()
+    plain = mx.gather_mm
+    replacement = Replacement("mlx.core.gather_mm", "mlxflow.ops.gather_matmul", True)
+    assert replacement not in active()
+    gather_matmul.install()
+    gather_matmul.install()
+    assert active().count(replacement) == 1
+    assert mx.gather_mm is not plain
+    gather_matmul.uninstall()
+    assert mx.gather_mm is plain
+    gather_matmul.install()
+
+
+def _imported(tree: ast.AST) -> dict[str, str]:
+    """Return the names that a module's imports bind, in functions too, and what each stands for."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _root(node: ast.expr) -> str | None:
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """Yield the targets of all assignments and deletions, those within tuples singly, and the value."""
+    for node in ast.walk(tree):
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign | ast.Delete)
+            else [node.target]
+            if isinstance(node, ast.AugAssign | ast.AnnAssign | ast.For)
+            else []
+        )
+        for target in targets:
+            for single in target.elts if isinstance(target, ast.Tuple | ast.List) else [target]:
+                yield single, getattr(node, "iter", None) or getattr(node, "value", None)
+
+
+def _foreign_names(tree: ast.AST) -> set[str]:
+    """Return the names that stand for something of MLX or mlx-lm: imported, or assigned from such a name."""
+    names = {name for name, full in _imported(tree).items() if full.split(".")[0] in ("mlx", "mlx_lm")}
+    for target, value in _assignments(tree):
+        is_attribute = isinstance(value, ast.Attribute) and _root(value) in names
+        if isinstance(target, ast.Name) and is_attribute:
+            names.add(target.id)
+    return names
+
+
+def replacements(text: str) -> list[str]:
+    """Return the statements of a module that replace an attribute of MLX or mlx-lm, a class or an imported module."""
+    tree = ast.parse(text)
+    foreign = _foreign_names(tree)
+    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    found = []
+    for target, value in _assignments(tree):
+        if isinstance(target, ast.Subscript) and ast.unparse(target.value) == "sys.modules":
+            found.append(ast.unparse(target))
+        if not isinstance(target, ast.Attribute):
+            continue
+        is_method = isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
+        if target.attr == "__class__" or _root(target) in foreign or (is_method and _root(target) != "self"):
+            found.append(ast.unparse(target))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("setattr", "delattr", "sys.modules.update", "sys.modules.pop", "sys.modules.setdefault"):
+                found.append(name)
+    return found
+
+
+#: Statements that are no replacement: a module that is new, and the loader of one import.
+ALLOWED: Mapping[str, list[str]] = {
+    "mlxflow/models/model_code.py": ["sys.modules[spec.name]"],
+    "mlxflow/ops/mlx_lm_import.py": ["spec.loader.exec_module"],
+}
+
+
+@functools.cache
+def _sources() -> dict[str, str]:
+    """Return the source of each file in which what replaces an attribute may stand."""
+    files = [*(REPOSITORY / "mlxflow").rglob("*.py"), *(REPOSITORY / "tasks").rglob("*.py")]
+    return {file.relative_to(REPOSITORY).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_no_other_module_replaces_anything() -> None:
+    found = {name: replacements(text) for name, text in _sources().items()}
+    assert {name for name, lines in found.items() if lines} == {"mlxflow/ops/patching.py", *ALLOWED}
+    assert {name: found[name] for name in ALLOWED} == ALLOWED
+
+
+def test_every_module_that_replaces_something_is_listed() -> None:
+    users = set()
+    for name, text in _sources().items():
+        imported = _imported(ast.parse(text)).values() if "patching" in text else ()
+        if any(full.startswith("mlxflow.ops.patching") for full in imported):
+            users.add(name.removesuffix(".py").replace("/", "."))
+    assert users == {by for by, *_ in (*BLOCKS, *CALLS)} | PERMANENT
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import mlx.core as mx\nmx.fast.rope = 1\n", ["mx.fast.rope"]),
+        ("import mlx.core as mx\nfast: Any = mx.fast\nfast.rope = 1\n", ["fast.rope"]),
+        ("def f():\n    import mlx.nn as nn\n    nn.Linear.__call__, x = g, h\n", ["nn.Linear.__call__"]),
+        ("from mlx_lm.models import base\ndel base.create\n", ["base.create"]),
+        ("def f(): ...\nfor module in modules:\n    module.swiglu = f\n", ["module.swiglu"]),
+        ("layer.__class__ = kind\n", ["layer.__class__"]),
+        ("sys.modules['a'] = b\nsetattr(a, b, c)\n", ["sys.modules['a']", "setattr"]),
+        ("import mlx.core as mx\nlayer.weight = mx.zeros(2)\nself.call = call\n", []),
+    ],
+)
+def test_replacements_are_found_in_source(text: str, expected: list[str]) -> None:
+    assert replacements(text) == expected
