@@ -340,10 +340,10 @@ def test_a_permanent_replacement_is_made_once_and_can_be_removed() -> None:
     gather_matmul.install()
 
 
-def _imported(tree: ast.AST) -> dict[str, str]:
+def _imported(nodes: list[ast.AST]) -> dict[str, str]:
     """Return the names that a module's imports bind, in functions too, and what each stands for."""
     names: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -357,9 +357,9 @@ def _root(node: ast.expr) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def _assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+def _assignments(nodes: list[ast.AST]) -> Iterator[tuple[ast.expr, ast.expr | None]]:
     """Yield the targets of all assignments and deletions, those within tuples singly, and the value."""
-    for node in ast.walk(tree):
+    for node in nodes:
         targets = (
             node.targets
             if isinstance(node, ast.Assign | ast.Delete)
@@ -372,10 +372,10 @@ def _assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
                 yield single, getattr(node, "iter", None) or getattr(node, "value", None)
 
 
-def _foreign_names(tree: ast.AST) -> set[str]:
+def _foreign_names(nodes: list[ast.AST]) -> set[str]:
     """Return the names that stand for something of MLX or mlx-lm: imported, or assigned from such a name."""
-    names = {name for name, full in _imported(tree).items() if full.split(".")[0] in ("mlx", "mlx_lm")}
-    for target, value in _assignments(tree):
+    names = {name for name, full in _imported(nodes).items() if full.split(".")[0] in ("mlx", "mlx_lm")}
+    for target, value in _assignments(nodes):
         is_attribute = isinstance(value, ast.Attribute) and _root(value) in names
         if isinstance(target, ast.Name) and is_attribute:
             names.add(target.id)
@@ -384,11 +384,11 @@ def _foreign_names(tree: ast.AST) -> set[str]:
 
 def replacements(text: str) -> list[str]:
     """Return the statements of a module that replace an attribute of MLX or mlx-lm, a class or an imported module."""
-    tree = ast.parse(text)
-    foreign = _foreign_names(tree)
-    functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    nodes = list(ast.walk(ast.parse(text)))
+    foreign = _foreign_names(nodes)
+    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     found = []
-    for target, value in _assignments(tree):
+    for target, value in _assignments(nodes):
         if isinstance(target, ast.Subscript) and ast.unparse(target.value) == "sys.modules":
             found.append(ast.unparse(target))
         if not isinstance(target, ast.Attribute):
@@ -396,7 +396,7 @@ def replacements(text: str) -> list[str]:
         is_method = isinstance(value, ast.Lambda) or (isinstance(value, ast.Name) and value.id in functions)
         if target.attr == "__class__" or _root(target) in foreign or (is_method and _root(target) != "self"):
             found.append(ast.unparse(target))
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             if name in ("setattr", "delattr", "sys.modules.update", "sys.modules.pop", "sys.modules.setdefault"):
@@ -427,7 +427,7 @@ def test_no_other_module_replaces_anything() -> None:
 def test_every_module_that_replaces_something_is_listed() -> None:
     users = set()
     for name, text in _sources().items():
-        imported = _imported(ast.parse(text)).values() if "patching" in text else ()
+        imported = _imported(list(ast.walk(ast.parse(text)))).values() if "patching" in text else ()
         if any(full.startswith("mlxflow.ops.patching") for full in imported):
             users.add(name.removesuffix(".py").replace("/", "."))
     assert users == {by for by, *_ in (*BLOCKS, *CALLS)} | PERMANENT
