@@ -142,9 +142,10 @@ class Journal:
 
     def get(self, task_id: str, dependency: str) -> Any:
         """Return one value of a task's record, or None; of an input, whether there is a record at all."""
+        record = self._records.get(task_id) or self._record(task_id)
         if dependency in KEPT_KEYS or dependency in _LAST_KEYS:
-            return self._record(task_id).get(dependency)
-        return self.in_(task_id) or None
+            return record.get(dependency)
+        return bool(record) or None
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         """Set one value; the record is written when its last one is set."""

@@ -4,6 +4,7 @@ doit knows verbs by their entry points, for every project of an environment. On 
 does what doit's own does.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -33,6 +34,9 @@ _NEW_IMPORT = "Write: from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages"
 
 _CLOSED_PIPE = 128 + signal.SIGPIPE
 
+#: New objects until Python looks for cycles. A large graph makes fewer, and they live as long as the process.
+_COLLECT_AFTER = 1_000_000
+
 
 class Verb:
     """To be inherited before a command of doit.
@@ -55,7 +59,8 @@ class Verb:
         if _open_closed_streams():
             self.outstream = sys.stdout
         try:
-            code = super().parse_execute(in_args)  # type: ignore[misc]
+            with _rare_collections():
+                code = super().parse_execute(in_args)  # type: ignore[misc]
             with naming("standard output"):
                 sys.stdout.flush()
         except BrokenPipeError:
@@ -163,6 +168,19 @@ def _refuse_old_import(error: ModuleNotFoundError) -> None:
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     if error.name in ("tasks", "tasks.dodo") and _OLD_IMPORT in line:
         refuse(f"dodo.py: {_OLD_IMPORT}: expected mlxflow.tasks.dodo. {_NEW_IMPORT}")
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let Python look for cycles of garbage rarely: over a thousand stages that takes a sixth of a no-op's time."""
+    before = gc.get_threshold()
+    gc.set_threshold(_COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.freeze()  # and back, as objects that were looked at: or the next new object has Python look at all of them
+        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 def _open_closed_streams() -> bool:

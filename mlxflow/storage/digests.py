@@ -195,19 +195,22 @@ class DigestCache:
         except OSError:  # missing, most often
             pass
 
-    def digests(self, path: str | os.PathLike[str], *, again: bool = False) -> Digests:
+    def digests(
+        self, path: str | os.PathLike[str], *, again: bool = False, found: os.stat_result | None = None
+    ) -> Digests:
         """Return the digests of a file, reading it only if the file system says that it changed.
 
         Args:
             path: the file.
             again: read it whatever the file system says.
+            found: what `os.stat` returned for it just now; None to ask.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: a safetensors file whose header disagrees with its length.
         """
         key = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118 - the hot path of a no-op; pathlib takes 10 times as long
-        found = os.stat(key)  # noqa: PTH116
+        found = found or os.stat(key)  # noqa: PTH116
         stamp = _Stamp.of(found)
         self._there.add(key)
         known = self._known.get(key)

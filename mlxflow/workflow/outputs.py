@@ -69,10 +69,10 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
         size, content = recorded[original]
         path = node.path(name)
         try:
-            found = os.stat(path).st_size  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
-            if found != size:
-                yield f"{name} has {found:,} bytes, the run left {size:,}"
-            elif cache.digests(path, again=again).content != content:
+            found = os.stat(path)  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
+            if found.st_size != size:
+                yield f"{name} has {found.st_size:,} bytes, the run left {size:,}"
+            elif cache.digests(path, again=again, found=found).content != content:
                 yield f"{name} is not what the run left"
         except FileNotFoundError:
             yield f"{name} is missing"

@@ -173,6 +173,8 @@ def _changed_inputs(
         except OSError as error:
             yield f"{printable(name)} cannot be read ({reason_of(error)})"
             before = {other: identity for other, identity in before.items() if other != name}
+    if now == before:
+        return
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
         if name in now and name in before and now[name] == before[name]:
             continue
