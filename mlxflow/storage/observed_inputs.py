@@ -38,8 +38,10 @@ class ObservedInputs(DigestCache):
         self._seen: dict[str, _Seen] = {}
         self._settled: set[str] = set()
 
-    def digests(self, path: str | os.PathLike[str], *, again: bool = False) -> Digests:
-        """Return what was said of a file first; `again` asks the disk.
+    def digests(
+        self, path: str | os.PathLike[str], *, again: bool = False, found: os.stat_result | None = None
+    ) -> Digests:
+        """Return what was said of a file first; `again` asks the disk. The file is looked at here, whatever was found.
 
         Raises:
             OSError: the file cannot be read.
