@@ -18,7 +18,7 @@ from mlxflow.storage.digests import digest_file
 from mlxflow.storage.ownership import foreign_names
 from mlxflow.storage.state_files import InvalidStateError, parse_json
 from mlxflow.system.os_errors import advise_on, naming
-from mlxflow.tasks.tar_members import ArchiveError, Member, compression, members
+from mlxflow.tasks.tar_members import ArchiveError, TarMember, compression, members
 from mlxflow.workflow.outputs import may_hold
 from mlxflow.workflow.records import read_values
 from mlxflow.workflow.stage_node import Node
@@ -121,7 +121,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def _read_record(
-    file: Path, archive: BinaryIO, member: Member | None, nodes: dict[str, Node]
+    file: Path, archive: BinaryIO, member: TarMember | None, nodes: dict[str, Node]
 ) -> tuple[Node, dict[str, Any]]:
     if member is None or member.name != _RECORD or member.size > _LARGEST_RECORD_BYTES:
         raise ArtifactError(f"{file}: does not begin with a record. Name a file that doit pack wrote.")
@@ -155,7 +155,7 @@ def _require_room(file: Path, node: Node, values: dict[str, Any]) -> None:
 
 
 def _extract(
-    file: Path, archive: BinaryIO, found: Iterator[Member], node: Node, values: dict[str, Any], private: Path
+    file: Path, archive: BinaryIO, found: Iterator[TarMember], node: Node, values: dict[str, Any], private: Path
 ) -> None:
     wanted = set(values["outputs"])
     for member in found:
@@ -173,7 +173,7 @@ def _extract(
         raise ArtifactError(f"{file}: lacks {', '.join(sorted(wanted))}. Pack it again.")
 
 
-def _copy(file: Path, archive: BinaryIO, member: Member, target: Path) -> None:
+def _copy(file: Path, archive: BinaryIO, member: TarMember, target: Path) -> None:
     archive.seek(member.offset)
     remaining = member.size
     with naming(target), target.open("wb") as written:

@@ -34,7 +34,7 @@ class ArchiveError(ValueError):
     """An archive is damaged or holds what `doit pack` does not write; the message is the reason."""
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A regular file in an archive: its name, and where its bytes lie."""
 
     name: str
@@ -49,7 +49,7 @@ def compression(file: BinaryIO) -> str:
     return next((name for magic, name in _COMPRESSED.items() if begin.startswith(magic)), "")
 
 
-def members(file: BinaryIO) -> Iterator[Member]:
+def members(file: BinaryIO) -> Iterator[TarMember]:
     """Yield the files of an archive in its order.
 
     Raises:
@@ -67,7 +67,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
             names = _long_names(file.read(size))
         elif header.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             size = int((names or {}).get("size", size))
-            yield Member((names or {}).get("path", header.name), data, _within(data, size, end))
+            yield TarMember((names or {}).get("path", header.name), data, _within(data, size, end))
             names = None
         else:
             kind = _KINDS.get(header.type, "of a kind that doit pack does not write")

@@ -28,7 +28,7 @@ EXCEPTIONS: dict[str, int] = {
     "mlxflow/stages/profile.py module lines": 351,
     "mlxflow/stages/quantize.py module lines": 443,
     "mlxflow/stages/train.py module lines": 732,
-    "tasks/run.py:StageRun._execute parameters": 12,
+    "tasks/run.py:StageRunVerb._execute parameters": 12,
 }
 
 #: Modules without tests/<package>/test_<module>.py: tested through the module's users, in the test named here.
@@ -277,3 +277,35 @@ def test_every_module_has_a_test_at_the_mirrored_path_or_is_listed() -> None:
 
 def test_modules_that_are_tested_elsewhere_name_a_test_that_exists() -> None:
     assert not [test for test in TESTED_ELSEWHERE.values() if not (REPOSITORY / test).exists()]
+
+
+#: The names that every stage module has.
+STAGE_CLASSES = {"Config", "Inputs", "Outputs"}
+
+
+def repeated_class_names(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Return the class names that modules share, and where each is; a leading underscore makes no other name."""
+    places: dict[str, list[str]] = {}
+    for file, text in texts.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and not (node.name in STAGE_CLASSES and "/stages/" in file):
+                places.setdefault(node.name.lstrip("_"), []).append(file)
+    return {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_every_class_has_a_name_of_its_own() -> None:
+    texts = {path.as_posix(): path.read_text(encoding="utf-8") for path in _modules("mlxflow", "tasks")}
+    assert not repeated_class_names(texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"a.py": "class A: ...", "b.py": "class _A: ..."}, {"A": ["a.py", "b.py"]}),
+        ({"a.py": "def f():\n    class A: ...\nclass A: ..."}, {"A": ["a.py", "a.py"]}),
+        ({"m/stages/a.py": "class Config: ...", "m/stages/b.py": "class Config: ..."}, {}),
+        ({"a.py": "class Config: ...", "b.py": "class Config: ..."}, {"Config": ["a.py", "b.py"]}),
+    ],
+)
+def test_repeated_class_names(texts: dict[str, str], expected: dict[str, list[str]]) -> None:
+    assert repeated_class_names(texts) == expected

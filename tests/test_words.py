@@ -97,7 +97,7 @@ REMAINING: dict[str, int] = {
     "mlxflow/workflow/model.py": 2,
     "mlxflow/workflow/products.py": 1,
     "mlxflow/workflow/records.py": 1,
-    "mlxflow/workflow/stage.py": 4,
+    "mlxflow/workflow/stage.py": 2,
     "mlxflow/workflow/stage_node.py": 2,
     "tasks/doit_action.py": 1,
     "tasks/doit_backend.py": 3,

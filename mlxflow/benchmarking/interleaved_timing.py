@@ -91,7 +91,7 @@ class _Warm(NamedTuple):
     held_bytes: int
 
 
-class _Group:
+class _LoadedRecipes:
     """Recipes that are in memory together."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ def measure_recipes(
         a row for each recipe, and how the first one's speed changed.
     """
     rows: list[Measured] = []
-    group, number, drift = _Group(), 0, None
+    group, number, drift = _LoadedRecipes(), 0, None
     enough = budget.left / 2
     left_out: list[Measured] = []
     for recipe in recipes:
@@ -183,7 +183,7 @@ def _out_of_time(budget: Budget) -> str:
     return f"not measured: max_seconds = {budget.seconds:g} did not suffice"
 
 
-def _add(group: _Group, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
+def _add(group: _LoadedRecipes, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
     try:
         group.add(recipe, open_runner, limit_bytes, budget)
     except _DoesNotFitError:
@@ -193,7 +193,7 @@ def _add(group: _Group, recipe: Recipe, open_runner: Open, limit_bytes: int, bud
 
 
 def _time(
-    group: _Group, number: int, num_steps: int, drift: Drift | None, budget: Budget
+    group: _LoadedRecipes, number: int, num_steps: int, drift: Drift | None, budget: Budget
 ) -> tuple[list[Measured], Drift | None]:
     """Time what is ready, and give its memory back."""
     members = list(group.members)

@@ -48,7 +48,7 @@ class Difference(NamedTuple):
         return "worse" if self.is_worse else "better"
 
 
-class Band(NamedTuple):
+class Estimate(NamedTuple):
     """A figure and what it may be.
 
     Attributes:
@@ -152,7 +152,7 @@ def _pairs(
             yield name(row), old[name(row)], row
 
 
-def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Band, bool]]]:
+def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Estimate, bool]]]:
     """Yield name, value with what it may be, and whether more is better."""
     for name in ("tokens_per_second", "decode_tokens_per_second"):
         if name in row:
@@ -162,22 +162,22 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Band, bool]]]:
         yield f"prefill of {one['prompt_tokens']}", (speed, True)
     if "peak_memory_bytes" in row:
         peak = row["peak_memory_bytes"]
-        yield "peak_memory_bytes", (Band(peak, peak * (1 - _PEAK_BAND), peak * (1 + _PEAK_BAND)), False)
+        yield "peak_memory_bytes", (Estimate(peak, peak * (1 - _PEAK_BAND), peak * (1 + _PEAK_BAND)), False)
     if "model_bytes" in row:
-        yield "model_bytes", (Band(row["model_bytes"], row["model_bytes"], row["model_bytes"]), False)
+        yield "model_bytes", (Estimate(row["model_bytes"], row["model_bytes"], row["model_bytes"]), False)
     if "perplexity" in row:
         error = 2 * row["perplexity_standard_error"]
         value = row["perplexity"]
-        yield "perplexity", (Band(value, value - error, value + error), False)
+        yield "perplexity", (Estimate(value, value - error, value + error), False)
 
 
-def _speed(row: Mapping[str, Any], name: str, machine_seconds: float) -> Band:
+def _speed(row: Mapping[str, Any], name: str, machine_seconds: float) -> Estimate:
     ends = (f"low_relative_{name}", f"high_relative_{name}")
     relative = (row[ends[0]], row[ends[1]]) if machine_seconds and ends[0] in row else None
-    return Band(row[name], row[f"low_{name}"], row[f"high_{name}"], relative, machine_seconds)
+    return Estimate(row[name], row[f"low_{name}"], row[f"high_{name}"], relative, machine_seconds)
 
 
-def _difference(what: str, figure: str, before: Band, after: Band, more_is_better: bool) -> Difference:
+def _difference(what: str, figure: str, before: Estimate, after: Estimate, more_is_better: bool) -> Difference:
     change = after.value / before.value - 1
     (low, high), (other_low, other_high) = _ends(before, after)
     is_noise = other_low <= high and low <= other_high
@@ -185,7 +185,7 @@ def _difference(what: str, figure: str, before: Band, after: Band, more_is_bette
     return Difference(what, figure, before.value, after.value, change, is_noise, is_worse, more_is_better)
 
 
-def _ends(before: Band, after: Band) -> tuple[tuple[float, float], tuple[float, float]]:
+def _ends(before: Estimate, after: Estimate) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the intervals that are compared: those against the fixed work, where both have one."""
     if before.relative is None or after.relative is None:
         return (before.low, before.high), (after.low, after.high)

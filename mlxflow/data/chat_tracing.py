@@ -37,7 +37,7 @@ class Trace:
         marked_blocks: (begin, end) of the expressions of the template in whose values that is.
     """
 
-    def __init__(self, recorder: "_Recorder", owners: Mapping[int, int]) -> None:
+    def __init__(self, recorder: "_TraceRecorder", owners: Mapping[int, int]) -> None:
         self.blocks = recorder.stripper.blocks
         self.text = "".join(self.blocks)
         self.generated = recorder.stripper.generated
@@ -65,7 +65,7 @@ class _Entry:
         self.at, self.depth, self.value = at, depth, value
 
 
-class _Recorder:
+class _TraceRecorder:
     """Notes taken while a template runs."""
 
     def __init__(self) -> None:
@@ -88,10 +88,10 @@ class _Recorder:
 class _Messages(list[Any]):
     """The messages of a conversation; says which one a template takes by its number."""
 
-    recorder: _Recorder
+    recorder: _TraceRecorder
 
     @classmethod
-    def of(cls, messages: Sequence[Any], recorder: _Recorder) -> "_Messages":
+    def of(cls, messages: Sequence[Any], recorder: _TraceRecorder) -> "_Messages":
         made = cls(messages)
         made.recorder = recorder
         return made
@@ -104,7 +104,7 @@ class _Messages(list[Any]):
         return found
 
 
-class _Note:
+class _EntryNoter:
     """What an instrumented template calls: notes an entry for the run of a template in this thread."""
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class TracingEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: jinja2.runtime.Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls."""
-        return called(*args) if type(called) is _Note else super().call(context, called, *args, **kwargs)
+        return called(*args) if type(called) is _EntryNoter else super().call(context, called, *args, **kwargs)
 
 
 class TracingExtension(jinja2.ext.Extension):
@@ -130,7 +130,7 @@ class TracingExtension(jinja2.ext.Extension):
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
-        self.note = _Note()
+        self.note = _EntryNoter()
 
     @classmethod
     def of(cls, environment: jinja2.Environment) -> "TracingExtension":
@@ -209,7 +209,7 @@ class TracingExtension(jinja2.ext.Extension):
             variables: what else the template gets.
             origins: whether the segments are wanted.
         """
-        recorder = self.note.local.recorder = _Recorder()
+        recorder = self.note.local.recorder = _TraceRecorder()
         try:
             context = template.new_context({"messages": _Messages.of(messages, recorder), **variables})
             blocks = template.root_render_func(context)

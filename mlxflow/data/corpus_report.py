@@ -74,7 +74,7 @@ def _account(contents: CorpusContents, number: int, capacity: int) -> dict[str, 
     entry = contents.settings[number]
     members = [i for i, file in enumerate(contents.files) if file.source == number]
     mine = [contents.shards[i] for i in members]
-    found = sources.find(entry.path, entry.root) if entry.path not in sources.BUILTINS else sources.Found([])
+    found = sources.find(entry.path, entry.root) if entry.path not in sources.BUILTINS else sources.SourceFiles([])
     parts, text_bytes = [np.zeros(0, np.int64)], 0
     for shard in mine:
         documents = shard.documents()

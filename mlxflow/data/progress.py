@@ -24,7 +24,7 @@ def show_progress(doing: str, total_bytes: int) -> Iterator[tuple[Progress, Call
         the counts, and a function that shows them when it is time to.
     """
     progress = Progress()
-    shown = _Bar(doing, total_bytes) if sys.stderr.isatty() else _Lines(doing, total_bytes)
+    shown = _ByteBar(doing, total_bytes) if sys.stderr.isatty() else _Lines(doing, total_bytes)
     begin = time.perf_counter()
 
     def watch() -> None:
@@ -80,7 +80,7 @@ class _Lines:
         pass
 
 
-class _Bar:
+class _ByteBar:
     """A bar that is redrawn in place."""
 
     def __init__(self, doing: str, total_bytes: int) -> None:

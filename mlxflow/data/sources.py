@@ -92,7 +92,7 @@ _BINARY_SUFFIXES = frozenset(
 )
 
 
-class Found(NamedTuple):
+class SourceFiles(NamedTuple):
     """What a source names.
 
     Attributes:
@@ -110,7 +110,7 @@ class Found(NamedTuple):
     beside_records: int = 0
 
 
-def find(source: str, root: Path) -> Found:
+def find(source: str, root: Path) -> SourceFiles:
     """Look up a source.
 
     A folder is walked; symbolic links are followed, each folder once. Of a data set with sides of its own, such as
@@ -128,13 +128,13 @@ def find(source: str, root: Path) -> Found:
     name = expand(source.removeprefix(HF))
     place = root / name
     if place.is_file():
-        found = Found([place])
+        found = SourceFiles([place])
     elif place.is_dir() and source.startswith(HF):
         found = _Walk(binary=True).walk(place)
     elif place.is_dir():
         found = _records_of(_Walk().walk(place), place)
     elif source.startswith(HF):
-        found = Found([])
+        found = SourceFiles([])
     else:
         import glob
 
@@ -142,7 +142,7 @@ def find(source: str, root: Path) -> Found:
             os.stat(place)  # noqa: PTH116
         pattern = escape_existing(name, root)
         matching = (root / name for name in glob.iglob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
-        found = Found([path for path in matching if path.is_file()])
+        found = SourceFiles([path for path in matching if path.is_file()])
     files = sorted(_not_made_here(found.files, place, root), key=lambda path: path.as_posix())
     return found._replace(files=files if Path(name).is_absolute() else [path.relative_to(root) for path in files])
 
@@ -152,7 +152,7 @@ def source_files(source: str, root: Path) -> list[Path]:
     return find(source, root).files
 
 
-def _records_of(found: Found, folder: Path) -> Found:
+def _records_of(found: SourceFiles, folder: Path) -> SourceFiles:
     """Return the records alone where the files of a folder are a data set with sides of its own."""
     begin = len(str(folder)) + 1
     if not splits.is_divided(str(path)[begin:] for path in found.files):
@@ -170,9 +170,9 @@ class _Walk:
         self._files: list[Path] = []
         self._hidden = self._binary = self._broken = 0
 
-    def walk(self, folder: Path) -> Found:
+    def walk(self, folder: Path) -> SourceFiles:
         self._enter(str(folder), os.stat(folder))  # noqa: PTH116
-        return Found(self._files, self._hidden, self._binary, self._broken)
+        return SourceFiles(self._files, self._hidden, self._binary, self._broken)
 
     def _enter(self, folder: str, status: os.stat_result) -> None:
         if (status.st_dev, status.st_ino) in self._seen:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.errors import ArtifactError
 from mlxflow.evaluation.model_body import Body
-from mlxflow.evaluation.positions import Part, TokenRows, count_positions, hidden_states, parts, rows_for
+from mlxflow.evaluation.positions import EvaluationRows, TokenRows, count_positions, hidden_states, parts, rows_for
 from mlxflow.storage import temporary_files, tensor_reading, tensor_writing
 
 _SUFFIX, _NAME = ".safetensors", "hidden"
@@ -43,7 +43,7 @@ class Reference:
         model.eval()
         return cls(Body.of(model), None)
 
-    def hidden(self, part: Part, begin: int) -> mx.array:
+    def hidden(self, part: EvaluationRows, begin: int) -> mx.array:
         """Return the hidden states of the positions that count in some rows, (N, D).
 
         Args:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mlxflow.evaluation.dense_reference import Reference
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.perplexity import Perplexity, mean_and_error, perplexity_from
-from mlxflow.evaluation.positions import Part, TokenRows, hidden_states, parts, rows_for
+from mlxflow.evaluation.positions import EvaluationRows, TokenRows, hidden_states, parts, rows_for
 from mlxflow.evaluation.slices import positions_at_once
 
 # The logits of both models, in their type and in fp32, and what the sums make of them
@@ -123,7 +123,7 @@ def costs_by_layer(
 
 
 def _slices(
-    dense: Body, quantized: Body, sides: tuple[mx.array, mx.array], part: Part
+    dense: Body, quantized: Body, sides: tuple[mx.array, mx.array], part: EvaluationRows
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
     """Yield both models' logits and the targets of some positions at a time."""
     for begin, end in _spans(dense, sides[0]):

@@ -24,7 +24,7 @@ class TokenRows(Protocol):
         ...
 
 
-class Part(NamedTuple):
+class EvaluationRows(NamedTuple):
     """Rows that go through a model together.
 
     Attributes:
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     targets: mx.array
 
 
-def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[Part]:
+def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[EvaluationRows]:
     """Yield rows in their order, without those in which no position counts.
 
     Args:
@@ -53,7 +53,7 @@ def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[P
         chosen = np.flatnonzero(marks[:, 1:] & 1)
         if not len(chosen):
             continue
-        yield Part(
+        yield EvaluationRows(
             mx.array(tokens[:, :-1]),
             mx.array(marks[:, :-1]) if masks_documents else None,
             None if len(chosen) == marks[:, 1:].size else mx.array(chosen),
@@ -67,7 +67,7 @@ def count_positions(rows: TokenRows) -> int:
     return int(np.count_nonzero(np.asarray(marks)[:, 1:] & 1))
 
 
-def hidden_states(body: Body, part: Part) -> mx.array:
+def hidden_states(body: Body, part: EvaluationRows) -> mx.array:
     """Return the hidden states of the positions that count, (N, D), computed."""
     hidden = body.hidden(part.tokens, part.pieces)
     hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.kernels.codegen import Source, groups_for
+from mlxflow.kernels.codegen import KernelSource, groups_for
 
 _BODY = """
   const int size = w_size;
@@ -66,8 +66,8 @@ _BODY = """
 
 _INPUTS = ("w", "g", "m", "v", "rate", "scale", "keep", "first", "root", "settings")
 _OUTPUTS = ("new_w", "new_m", "new_v")
-_PLAIN = Source("adamw", _INPUTS, _OUTPUTS, _BODY.replace("ROUND_8", "").replace("ROUND_1", ""))
-_ROUNDING = Source(
+_PLAIN = KernelSource("adamw", _INPUTS, _OUTPUTS, _BODY.replace("ROUND_8", "").replace("ROUND_1", ""))
+_ROUNDING = KernelSource(
     "adamw_rounding",
     _INPUTS,
     (*_OUTPUTS, "rounded"),
@@ -161,7 +161,7 @@ def kernel(
 
 _SUM_GROUPS = 1024
 
-_SQUARES = Source(
+_SQUARES = KernelSource(
     "sum_of_squares",
     ("x",),
     ("sums",),

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from mlxflow.kernels.attention_source import BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
-from mlxflow.kernels.codegen import Source
+from mlxflow.kernels.codegen import KernelSource
 
 
 class Tiling(NamedTuple):
@@ -123,8 +123,8 @@ def supports(q: mx.array, k: mx.array, v: mx.array, scale: float, low: mx.array 
         return False
     if low is not None and (low.dtype != mx.int32 or low.shape != (q.shape[0], q.shape[2])):
         return False
-    fits = q.shape[3] % 16 == 0 and q.shape[3] <= 128 and q.shape[1] % k.shape[1] == 0
-    return fits and scale > 0 and 0 < q.size < 2**31
+    is_supported = q.shape[3] % 16 == 0 and q.shape[3] <= 128 and q.shape[1] % k.shape[1] == 0
+    return is_supported and scale > 0 and 0 < q.size < 2**31
 
 
 def kernel(
@@ -196,7 +196,7 @@ def _tilings(q: mx.array) -> tuple[Tiling, Tiling, Tiling]:
 
 
 def _launch(
-    sources: tuple[Source, Source],
+    sources: tuple[KernelSource, KernelSource],
     tiling: Tiling,
     q: mx.array,
     k: mx.array,

@@ -6,7 +6,7 @@ pieces of 16 bytes are swapped by its number, so that eight rows are read from d
 """
 
 from mlxflow.kernels.attention_tiles import HEADER
-from mlxflow.kernels.codegen import Source
+from mlxflow.kernels.codegen import KernelSource
 
 # What a group finds out of its number: the last blocks first, which have the most to do
 _PLACE = """
@@ -34,12 +34,14 @@ _QUERIES = (
 )
 
 
-def _sources(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], body: str) -> tuple[Source, Source]:
+def _sources(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], body: str
+) -> tuple[KernelSource, KernelSource]:
     """Return a kernel for queries that see all keys before them, and one for those that see the last of these."""
     unbounded, bounded = "#define BOUNDED false\n#define LOW(at) 0\n", "#define BOUNDED true\n#define LOW(at) low[at]\n"
     return (
-        Source(name, inputs, outputs, body, unbounded + HEADER),
-        Source(f"{name}_bounded", (*inputs, "low"), outputs, body, bounded + HEADER),
+        KernelSource(name, inputs, outputs, body, unbounded + HEADER),
+        KernelSource(f"{name}_bounded", (*inputs, "low"), outputs, body, bounded + HEADER),
     )
 
 

@@ -37,7 +37,7 @@ def language() -> str | None:
     return "cuda" if hasattr(mx, "cuda") and mx.cuda.is_available() else None
 
 
-class Source(NamedTuple):
+class KernelSource(NamedTuple):
     """A kernel for any device.
 
     Attributes:
@@ -136,7 +136,7 @@ def no_op_program(shared_bytes: int) -> "Program":
 
 
 #: Adds one to every number.
-_TRIAL = Source(
+_TRIAL = KernelSource(
     "trial", ("x",), ("y",), "const int at = group * THREADS + worker;\nif (at < x_size) y[at] = x[at] + 1;\n"
 )
 
@@ -207,7 +207,7 @@ class Program(NamedTuple):
 
 
 def program_text(
-    source: Source,
+    source: KernelSource,
     inputs: Sequence[str],
     outputs: Sequence[str],
     constants: Sequence[tuple[str, str]],
@@ -222,7 +222,7 @@ def program_text(
         inputs: names of their types.
         outputs: names of their types.
         constants: names and literals; THREADS among them.
-        resident: see `Source.launch`.
+        resident: see `KernelSource.launch`.
 
     Raises:
         KeyError: a type has no name in CUDA.
@@ -247,7 +247,7 @@ def _literal(value: Any) -> str:
 
 @functools.cache
 def compile_program(
-    source: Source,
+    source: KernelSource,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
     constants: tuple[tuple[str, str], ...],
@@ -260,7 +260,7 @@ def compile_program(
         inputs: names of their types.
         outputs: names of their types.
         constants: see `program_text`.
-        resident: see `Source.launch`.
+        resident: see `KernelSource.launch`.
     """
     if not {*inputs, *outputs} <= CUDA_NAMES.keys() or not all(value for _, value in constants):
         return None
@@ -269,7 +269,7 @@ def compile_program(
     return None if code is None else Program(symbol, code)
 
 
-def _sizes(source: Source) -> str:
+def _sizes(source: KernelSource) -> str:
     """Return the declarations of `x_size` and `x_width` for a kernel that MLX generates, where its body uses them."""
     text = ""
     for name in source.inputs:
@@ -282,7 +282,7 @@ def _sizes(source: Source) -> str:
 
 @functools.cache
 def _mlx_kernel(
-    source: Source, kernel_language: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
+    source: KernelSource, kernel_language: str, inputs: tuple[str, ...], outputs: tuple[str, ...], shared_bytes: int
 ) -> Callable[..., list[mx.array]]:
     # MLX up to 0.32.1 caches a kernel by its name alone: each combination of types needs its own
     make = mx.fast.cuda_kernel if kernel_language == "cuda" else mx.fast.metal_kernel

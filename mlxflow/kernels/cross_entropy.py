@@ -15,9 +15,9 @@ MLX's implementation writes the softmax and reads it again. As in Liger Kernel (
 
 import mlx.core as mx
 
-from mlxflow.kernels.codegen import Source
+from mlxflow.kernels.codegen import KernelSource
 
-_SOURCE = Source(
+_SOURCE = KernelSource(
     name="cross_entropy_backward",
     inputs=("z", "s", "t", "w"),
     outputs=("dz",),
@@ -52,8 +52,8 @@ def reference_gradient(logits: mx.array, sums: mx.array, targets: mx.array, weig
 
 def supports(logits: mx.array) -> bool:
     """Return whether the kernel takes logits of this shape and type."""
-    fits = logits.dtype in (mx.float32, mx.bfloat16) and logits.ndim == 2
-    return fits and logits.shape[-1] % 8 == 0 and logits.size < 2**31
+    is_supported = logits.dtype in (mx.float32, mx.bfloat16) and logits.ndim == 2
+    return is_supported and logits.shape[-1] % 8 == 0 and logits.size < 2**31
 
 
 def kernel_gradient(logits: mx.array, sums: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

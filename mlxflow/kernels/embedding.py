@@ -17,10 +17,10 @@ written first. MLX's implementation uses atomics; verification compares with `ml
 
 import mlx.core as mx
 
-from mlxflow.kernels.codegen import THREADS, Source
+from mlxflow.kernels.codegen import THREADS, KernelSource
 from mlxflow.ops.embedding_lookup import by_number
 
-_BOUNDS = Source(
+_BOUNDS = KernelSource(
     name="bounds",
     inputs=("t",),
     outputs=("begins", "ends"),
@@ -46,7 +46,7 @@ _BOUNDS = Source(
 """,
 )
 
-_SOURCE = Source(
+_SOURCE = KernelSource(
     name="embedding_backward",
     inputs=("g", "n", "begins", "ends"),
     outputs=("de",),
@@ -109,8 +109,8 @@ def reference_gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.
 
 def supports(incoming: mx.array, count: int) -> bool:
     """Return whether the kernel takes rows of this shape and type for a table of so many."""
-    fits = incoming.dtype in (mx.float32, mx.bfloat16) and incoming.ndim == 2 and incoming.shape[1] % 8 == 0
-    return fits and max(len(incoming), count) * incoming.shape[1] < 2**31 and incoming.size > 0
+    is_supported = incoming.dtype in (mx.float32, mx.bfloat16) and incoming.ndim == 2 and incoming.shape[1] % 8 == 0
+    return is_supported and max(len(incoming), count) * incoming.shape[1] < 2**31 and incoming.size > 0
 
 
 def kernel_gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.array:

@@ -29,7 +29,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.kernels.codegen import Source, groups_for
+from mlxflow.kernels.codegen import KernelSource, groups_for
 
 #: Every activation by its name.
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -83,7 +83,7 @@ _BODY = """
   }
 """
 
-_SOURCE = Source(
+_SOURCE = KernelSource(
     name="gated_backward",
     inputs=("a", "b", "g"),
     outputs=("da", "db"),
@@ -91,7 +91,7 @@ _SOURCE = Source(
     body=_BODY % ("da + at", "db + at"),
 )
 
-_JOINED = Source(
+_JOINED = KernelSource(
     name="gated_backward_joined",
     inputs=("a", "b", "g"),
     outputs=("d",),
@@ -127,8 +127,8 @@ def _value_and_slope(name: str, x: mx.array) -> tuple[mx.array, mx.array]:
 
 def supports(a: mx.array, b: mx.array) -> bool:
     """Return whether the kernel takes arrays of these shapes and types."""
-    fits = a.dtype == b.dtype and a.shape == b.shape and a.dtype in (mx.float32, mx.bfloat16)
-    return fits and a.ndim > 0 and a.size % 8 == 0 and 8 <= a.size < 2**31
+    is_supported = a.dtype == b.dtype and a.shape == b.shape and a.dtype in (mx.float32, mx.bfloat16)
+    return is_supported and a.ndim > 0 and a.size % 8 == 0 and 8 <= a.size < 2**31
 
 
 def kernel_gradients(name: str, a: mx.array, b: mx.array, incoming: mx.array) -> tuple[mx.array, mx.array]:

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxflow.kernels.codegen import THREADS, Source
+from mlxflow.kernels.codegen import THREADS, KernelSource
 from mlxflow.kernels.rms_norm_source import ADD_SHARES, BACKWARD, FORWARD, SUM_BACKWARD, SUM_FORWARD
 
 #: Groups of threads in a backward pass: what a large GPU runs at the same time.
@@ -108,7 +108,7 @@ def kernel_sum_gradients(
     return _launch_backward(SUM_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
 
 
-def _launch_backward(source: Source, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
+def _launch_backward(source: KernelSource, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
     x, weight = inputs[:2]
     constants, slots = _split(x)
     groups = min(_GROUPS, -(-(x.size // x.shape[-1]) // slots))

@@ -1,6 +1,6 @@
 """Kernel sources of `rms_norm`, for CUDA and Metal: a row is held in the registers of 32 to 256 threads."""
 
-from mlxflow.kernels.codegen import Source
+from mlxflow.kernels.codegen import KernelSource
 
 _ROW = """
   constexpr int VECTORS = D / 8, LANES = 32 * WARPS, TIMES = (VECTORS + LANES - 1) / LANES, SLOTS = THREADS / LANES;
@@ -125,11 +125,11 @@ _BACKWARD_BODY = (
 """
 )
 
-FORWARD = Source(
+FORWARD = KernelSource(
     name="rms_norm", inputs=("x", "w", "eps"), outputs=("y",), body=_FORWARD_BODY.replace("AFTER_READING", "")
 )
 
-BACKWARD = Source(
+BACKWARD = KernelSource(
     name="rms_norm_backward",
     inputs=("x", "w", "g", "eps"),
     outputs=("dx", "dw"),
@@ -137,7 +137,7 @@ BACKWARD = Source(
 )
 
 # The sum of two arrays, rounded as MLX rounds it, and its norm
-SUM_FORWARD = Source(
+SUM_FORWARD = KernelSource(
     name="sum_rms_norm",
     inputs=("x", "r", "w", "eps"),
     outputs=("h", "y"),
@@ -153,7 +153,7 @@ SUM_FORWARD = Source(
 )
 
 # The gradient through the norm plus the incoming gradient of the residual
-SUM_BACKWARD = Source(
+SUM_BACKWARD = KernelSource(
     name="sum_rms_norm_backward",
     inputs=("x", "w", "e", "g", "eps"),
     outputs=("dx", "dw"),
@@ -167,7 +167,7 @@ SUM_BACKWARD = Source(
     ),
 )
 
-ADD_SHARES = Source(
+ADD_SHARES = KernelSource(
     name="rms_norm_shares",
     inputs=("shares",),
     outputs=("dw",),

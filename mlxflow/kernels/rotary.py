@@ -23,9 +23,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxflow.kernels.codegen import THREADS, Source
+from mlxflow.kernels.codegen import THREADS, KernelSource
 
-_SOURCE = Source(
+_SOURCE = KernelSource(
     name="rotary",
     inputs=("x", "c", "s"),
     outputs=("y",),
@@ -103,8 +103,8 @@ def reference(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, 
 
 def supports(x: mx.array, width: int) -> bool:
     """Return whether the kernel takes arrays of this shape and dtype with `width` rotated dimensions."""
-    fits = x.dtype in (mx.float32, mx.bfloat16) and x.ndim == 4 and x.shape[-1] % 8 == 0 and width % 16 == 0
-    return fits and 0 < width <= x.shape[-1] and 0 < x.size < 2**31
+    is_supported = x.dtype in (mx.float32, mx.bfloat16) and x.ndim == 4 and x.shape[-1] % 8 == 0 and width % 16 == 0
+    return is_supported and 0 < width <= x.shape[-1] and 0 < x.size < 2**31
 
 
 def kernel(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, back: bool) -> mx.array:

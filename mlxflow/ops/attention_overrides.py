@@ -196,7 +196,7 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, *, sca
     return out.reshape(batch, heads, length, -1)
 
 
-class _Block(NamedTuple):
+class _QueryBlock(NamedTuple):
     """What a block of queries keeps for its gradient.
 
     Attributes:
@@ -251,7 +251,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
         for begin, end in reversed(_blocks(queries.shape[-2])):
             before = kept.pop() if begin else None
             inverse, within = kept.pop(), kept.pop()
-            block = _Block(before, within, inverse)
+            block = _QueryBlock(before, within, inverse)
             rows = slice(begin, end)
             found = _gradients(
                 queries[..., rows, :],
@@ -277,7 +277,9 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
     return cast("Callable[..., tuple[mx.array, ...]]", function)
 
 
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, begin: int, factor: float) -> tuple[mx.array, _Block]:
+def _attend(
+    queries: mx.array, keys: mx.array, values: mx.array, begin: int, factor: float
+) -> tuple[mx.array, _QueryBlock]:
     """Return a block's result and what its gradient needs; exponents are to the base of 2, values have their ones."""
     rows = queries.shape[-2]
     sees = mx.arange(rows)[:, None] >= mx.arange(rows)[None]
@@ -292,7 +294,7 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, begin: int, fac
         before = exp2_below(before, largest, factor)
         found = found + before @ values[..., :begin, :]
     inverse = 1 / found[..., -1:] + 0 * largest  # a score that is no number shows
-    return found[..., :-1] * inverse, _Block(before, within, inverse)
+    return found[..., :-1] * inverse, _QueryBlock(before, within, inverse)
 
 
 def _gradients(
@@ -301,7 +303,7 @@ def _gradients(
     values: mx.array,
     out: mx.array,
     incoming: mx.array,
-    block: _Block,
+    block: _QueryBlock,
     scale: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return a block's gradients for its queries, and for the keys and values up to its end; values have their ones."""

@@ -98,7 +98,7 @@ class _ImportedModule(NamedTuple):
 _Slot = _Attribute | _LayerClass | _ImportedModule
 
 
-class _Entry:
+class _Undoable:
     """A replacement in force: where it is and the value to put back."""
 
     def __init__(self, slot: _Slot, value: Any, by: str, *, is_permanent: bool) -> None:
@@ -125,7 +125,7 @@ class _Entry:
 
 
 _NUMBERS = itertools.count()
-_STACKS: dict[tuple[Any, ...], list[_Entry]] = {}  # for each place its replacements, the oldest first
+_STACKS: dict[tuple[Any, ...], list[_Undoable]] = {}  # for each place its replacements, the oldest first
 
 
 def active() -> list[Replacement]:
@@ -224,7 +224,7 @@ def install_module(name: str, module: types.ModuleType, *, by: str) -> None:
 
 def _install(slot: _Slot, value: Any, by: str) -> None:
     if _installed(slot, by) is None:
-        _Entry(slot, value, by, is_permanent=True)
+        _Undoable(slot, value, by, is_permanent=True)
 
 
 def uninstall(owner: Any, name: str, *, by: str) -> None:
@@ -234,7 +234,7 @@ def uninstall(owner: Any, name: str, *, by: str) -> None:
         entry.undo()
 
 
-def _installed(slot: _Slot, by: str) -> _Entry | None:
+def _installed(slot: _Slot, by: str) -> _Undoable | None:
     stack = _STACKS.get(slot.key(), [])
     return next((entry for entry in stack if entry.replacement == (entry.replacement.target, by, True)), None)
 
@@ -243,7 +243,7 @@ def _installed(slot: _Slot, by: str) -> _Entry | None:
 def _replaced(changes: list[tuple[_Slot, Any]], by: str) -> Iterator[None]:
     with ExitStack() as undoing:
         for slot, value in changes:
-            undoing.callback(_Entry(slot, value, by, is_permanent=False).undo)
+            undoing.callback(_Undoable(slot, value, by, is_permanent=False).undo)
         yield
 
 

@@ -24,7 +24,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _FOOTPRINT_AT = 16 + 7 * 8  # in rusage_info_v0: a uuid, then ri_phys_footprint as the eighth 64-bit number
 
 
-class Reading(NamedTuple):
+class MemoryReading(NamedTuple):
     """One look at the memory, all in bytes but the time and the pressure; 0 where the system does not tell.
 
     Attributes:
@@ -105,7 +105,7 @@ class Reader:
             descriptor, self._statm = self._statm, -1
             os.close(descriptor)
 
-    def read(self, *, fresh: bool) -> Reading:
+    def read(self, *, fresh: bool) -> MemoryReading:
         """Return the memory as it is now.
 
         Args:
@@ -118,7 +118,7 @@ class Reader:
             self._slow_due = now + max(_SLOW_EVERY_SECONDS, took / _SLOW_SHARE)
         slow = self._slow
         active = mx.get_active_memory()
-        return Reading(
+        return MemoryReading(
             now - self._begin,
             active,
             max(active, mx.get_peak_memory()),  # a reset sets MLX's peak to nothing, not to what is alive

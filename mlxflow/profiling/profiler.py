@@ -21,13 +21,13 @@ import numpy as np
 
 from mlxflow.device import phase_peaks
 from mlxflow.profiling.downsampled_table import Columns
-from mlxflow.profiling.memory_readings import Limits, Reader, Reading, read_limits
-from mlxflow.profiling.timeline_journal import Journal
+from mlxflow.profiling.memory_readings import Limits, MemoryReading, Reader, read_limits
+from mlxflow.profiling.timeline_journal import TimelineJournal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["MemoryProfiler", "Phase", "PhaseTotal", "Reading", "profile_memory"]
+__all__ = ["MemoryProfiler", "MemoryReading", "Phase", "PhaseTotal", "profile_memory"]
 
 #: Samples a second of the thread; at this rate it takes under one percent of a core (`benchmarks/profiler.py`).
 DEFAULT_SAMPLES_PER_SECOND = 20.0
@@ -48,8 +48,8 @@ class Phase(NamedTuple):
     """
 
     name: str
-    begin: Reading
-    end: Reading
+    begin: MemoryReading
+    end: MemoryReading
     error: str
 
     @property
@@ -112,7 +112,7 @@ class Highest(NamedTuple):
     reserved_bytes: int
     process_bytes: int
 
-    def with_reading(self, reading: Reading) -> "Highest":
+    def with_reading(self, reading: MemoryReading) -> "Highest":
         """Return the most with one more reading."""
         return Highest(
             max(self.reserved_bytes, reading.active_memory_bytes + reading.cache_memory_bytes),
@@ -141,12 +141,12 @@ class MemoryProfiler:
 
     def __init__(self, *, samples_per_second: float = DEFAULT_SAMPLES_PER_SECOND, journal: Path | None = None) -> None:
         self._reader = Reader()
-        self._journal = Journal(journal, Reading._fields) if journal else None
+        self._journal = TimelineJournal(journal, MemoryReading._fields) if journal else None
         self._every_seconds = 1 / samples_per_second
         self._lock = threading.Lock()
         self._names = threading.local()
-        self._steps = Columns(("step", *Reading._fields), capacity=_KEPT_ROWS, most=_MOST)
-        self._samples = Columns(Reading._fields, capacity=_KEPT_ROWS, most=_MOST)
+        self._steps = Columns(("step", *MemoryReading._fields), capacity=_KEPT_ROWS, most=_MOST)
+        self._samples = Columns(MemoryReading._fields, capacity=_KEPT_ROWS, most=_MOST)
         self._peak_before = mx.get_peak_memory()
         self._whole_peak, self._step_peak = phase_peaks.open_peak(), phase_peaks.open_peak()
         self._is_closed = False
@@ -158,7 +158,7 @@ class MemoryProfiler:
         self.totals: dict[str, PhaseTotal] = {}
         self.steps = 0
 
-    def read(self) -> Reading:
+    def read(self) -> MemoryReading:
         """Return the memory as it is now, all of it read anew."""
         return self._reader.read(fresh=True)
 
@@ -203,7 +203,7 @@ class MemoryProfiler:
         self._step_phase = Peak(0, 1, "")
         self.highest = Highest(0, 0).with_reading(self._reader.read(fresh=True))
 
-    def end_step(self) -> Reading:
+    def end_step(self) -> MemoryReading:
         """Keep a reading at the end of a step, with the peak since the last one's end, and return it."""
         peak = phase_peaks.note_peak(self._step_peak)
         reading = self._reader.read(fresh=False)._replace(peak_memory_bytes=peak)
@@ -263,7 +263,7 @@ class MemoryProfiler:
 
     # --- phases
 
-    def enter(self, name: str) -> tuple[str, Reading, phase_peaks.OpenPeak]:
+    def enter(self, name: str) -> tuple[str, MemoryReading, phase_peaks.OpenPeak]:
         """Begin a phase; returns what `leave` takes."""
         stack: list[str] = self._names.__dict__.setdefault("stack", [])
         stack.append(f"{stack[-1]}/{name}" if stack else name)
@@ -273,7 +273,7 @@ class MemoryProfiler:
             self._journal.append("enter", stack[-1], begin.seconds)
         return stack[-1], begin, peak
 
-    def leave(self, begun: tuple[str, Reading, phase_peaks.OpenPeak], error: BaseException | None) -> None:
+    def leave(self, begun: tuple[str, MemoryReading, phase_peaks.OpenPeak], error: BaseException | None) -> None:
         """End a phase and keep it."""
         name, begin, open_peak = begun
         peak = phase_peaks.close_peak(open_peak)

@@ -25,7 +25,7 @@ from pathlib import Path
 _WAIT_SECONDS = 1.0
 
 
-class Journal:
+class TimelineJournal:
     """Appends lines to a file; what was written outlives the process. May be used from several threads.
 
     Args:

@@ -60,7 +60,7 @@ def scale_and_clip(
                 outputs = call(self, *inputs, **named)
                 mx.eval(outputs)
                 if waiting:
-                    _Block(waiting.pop(), settings, call, inputs, named).learn(recipes, search_steps)
+                    _BlockScaling(waiting.pop(), settings, call, inputs, named).learn(recipes, search_steps)
                     watch(prefix)
                 return outputs
 
@@ -74,7 +74,7 @@ def scale_and_clip(
         mx.eval(model(tokens))
 
 
-class _Block:
+class _BlockScaling:
     """A block with the inputs that a forward pass gave it.
 
     Args:

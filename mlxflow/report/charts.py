@@ -102,7 +102,7 @@ def stacked(parts: Sequence[tuple[str, float, str]], *, label: str, form: str = 
     return tag("svg", {"class": "stacked", "role": "img", "aria-label": label, "height": 28}, *drawn)
 
 
-class Span(NamedTuple):
+class Spread(NamedTuple):
     """The spread of one quantity: smallest, 5 %, median, 95 %, largest."""
 
     name: str
@@ -110,7 +110,7 @@ class Span(NamedTuple):
     style: str = "c0"
 
 
-def spans(rows: Sequence[Span], *, label: str, marker: float | None, marker_name: str) -> Markup:
+def spans(rows: Sequence[Spread], *, label: str, marker: float | None, marker_name: str) -> Markup:
     """Return a line from the smallest to the largest, a box over nine tenths and a stroke at the median; by logarithm.
 
     Args:

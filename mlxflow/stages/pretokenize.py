@@ -23,7 +23,7 @@ VERSION = 4
 USES_DEVICE = False
 
 #: Keys that say how the work is done and change nothing of what comes out.
-MANNER = ("workers",)
+EXECUTION_ONLY_KEYS = ("workers",)
 
 Format = Literal["auto", "text", "chat", "completions"]
 

@@ -15,7 +15,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context
 VERSION = 2
 
 #: The page is laid beside the folders of all artifacts too, where people look first.
-LAID_ON_TOP = (layout.PAGE,)
+COPIED_TO_ARTIFACTS_ROOT = (layout.PAGE,)
 
 #: The page's title is the workflow's name.
 SHOWS_NAME = True

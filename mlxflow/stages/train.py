@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 VERSION = 10
 
 #: Keys that say how the work is done and change nothing of what comes out.
-MANNER = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
+EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
 
 _OPTIMIZERS = Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "lion", "adafactor", "muon"]
 
@@ -566,7 +566,7 @@ def names_of(config: Config, task: str) -> "SettingNames":
 def _files(config: Config, inputs: Inputs, outputs: Outputs, context: Context, names: Any) -> Any:
     from mlxflow.training import run as training_run
 
-    about = training_run.describe(msgspec.to_builtins(config), names, without=MANNER)
+    about = training_run.describe(msgspec.to_builtins(config), names, without=EXECUTION_ONLY_KEYS)
     return training_run.RunFiles(
         train=inputs.train,
         validation=inputs.validation,

@@ -75,7 +75,7 @@ class _Stamp(NamedTuple):
         return moment - newest >= (_COARSE_TICK_NS if is_coarse else _CLOCK_TICK_NS)
 
 
-class _Known(NamedTuple):
+class _RememberedFile(NamedTuple):
     """What is remembered of a file.
 
     Attributes:
@@ -181,7 +181,7 @@ class DigestCache:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._changed = False
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, _RememberedFile] = {}
         self._computed: dict[str, list[str]] = {}
         self._there: set[str] = set()
         self.files_read = 0
@@ -224,7 +224,7 @@ class DigestCache:
         if _Stamp.of(os.stat(key)) == stamp:  # noqa: PTH116
             first = known.doubted_since if known and known.stamp == stamp else begin
             is_settled = stamp.shows_changes_after(begin) or begin - first >= _COARSE_TICK_NS
-            self._known[key] = _Known(stamp, digests, 0 if is_settled else first)
+            self._known[key] = _RememberedFile(stamp, digests, 0 if is_settled else first)
             self._changed = True
         return digests
 
@@ -280,7 +280,7 @@ class DigestCache:
 _ENTRY = [int, int, int, int, str, str]
 
 
-def _remembered(stored: dict[str, Any]) -> tuple[dict[str, _Known], dict[str, list[str]]]:
+def _remembered(stored: dict[str, Any]) -> tuple[dict[str, _RememberedFile], dict[str, list[str]]]:
     """Return the digests by path, and those by name, that a file of state holds.
 
     Raises:
@@ -293,4 +293,4 @@ def _remembered(stored: dict[str, Any]) -> tuple[dict[str, _Known], dict[str, li
         for name, entry in entries.items():
             if not isinstance(entry, list) or [type(value) for value in entry] not in kinds:
                 raise InvalidStateError(f"{name!r}: expected a stamp and digests")
-    return {name: _Known(_Stamp(*e[:4]), Digests(*e[4:6]), *e[6:]) for name, e in files.items()}, computed
+    return {name: _RememberedFile(_Stamp(*e[:4]), Digests(*e[4:6]), *e[6:]) for name, e in files.items()}, computed

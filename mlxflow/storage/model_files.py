@@ -68,7 +68,7 @@ _FOLDERS = ("additional_chat_templates",)
 _SHARD = re.compile(r"(model|model\.safetensors)-(\d{5})-of-(\d{5})\.safetensors")
 
 
-class Found(NamedTuple):
+class ModelFolderFiles(NamedTuple):
     """The files of a model folder, by their names below it.
 
     Attributes:
@@ -177,7 +177,7 @@ def defaults_and_code(folder: Path) -> list[str]:
     return [name for name in companions(folder) if not _matches(name, TOKENIZER_PATTERNS)]
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> ModelFolderFiles:
     """Return the files of a model folder, or why it is none.
 
     With an index the weights are the files that it lists, else `model.safetensors`, else a whole set of shards. Two
@@ -191,14 +191,14 @@ def find(folder: Path) -> Found:
     others = sorted({name for name in _CONFIGS if name in names} | set(companions(folder)))
     code = remote_code.model_code(folder)
     if CONFIG not in names:
-        return Found([], others, code, f"has no {CONFIG}", "Name a model folder.")
+        return ModelFolderFiles([], others, code, f"has no {CONFIG}", "Name a model folder.")
     weights, problem = _index_weights(folder, names) if INDEX in names else _weights_without_index(names)
     problem = problem or _stray_weights(weights, names)
     if code and code not in names:
         problem = problem or f"lacks {code}, which its {CONFIG} names"
     if not problem and (out := leading_out(folder, [*others, *weights])):
         problem = word_leading_out(out)
-    return Found([] if problem else weights, others, code, problem, _advise(problem))
+    return ModelFolderFiles([] if problem else weights, others, code, problem, _advise(problem))
 
 
 def word_leading_out(name: str) -> str:

@@ -10,7 +10,7 @@ from mlxflow.storage.digests import DigestCache, Digests
 from mlxflow.storage.paths import printable
 
 
-class _Seen(NamedTuple):
+class _ObservedFile(NamedTuple):
     """A file as it was seen first.
 
     Attributes:
@@ -35,7 +35,7 @@ class ObservedInputs(DigestCache):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, _ObservedFile] = {}
         self._settled: set[str] = set()
 
     def digests(
@@ -52,7 +52,7 @@ class ObservedInputs(DigestCache):
             return super().digests(key, again=True)
         if key not in self._seen:
             before = os.stat(key)  # noqa: PTH116
-            self._seen[key] = _Seen(_written(before), before.st_ctime_ns, super().digests(key))
+            self._seen[key] = _ObservedFile(_written(before), before.st_ctime_ns, super().digests(key))
         return self._seen[key].digests
 
     def settle(self, paths: Iterable[Path]) -> None:

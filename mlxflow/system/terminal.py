@@ -107,7 +107,7 @@ def stream(text: str) -> None:
     if output is None or output.isatty():
         write(text)
         return
-    output = output.stream if isinstance(output, _Guarded) else output
+    output = output.stream if isinstance(output, _EscapingStream) else output
     with naming(_name_of(output)):
         output.write(_encodable(text, output))
         output.flush()
@@ -122,7 +122,7 @@ def _print(stream: TextIO | None, text: str) -> None:
 
 def _name_of(stream: TextIO) -> str:
     """Return what an error calls a stream that cannot be written."""
-    inner = stream.stream if isinstance(stream, _Guarded) else stream
+    inner = stream.stream if isinstance(stream, _EscapingStream) else stream
     return {"<stdout>": "standard output", "<stderr>": "standard error"}.get(getattr(inner, "name", ""), "the output")
 
 
@@ -155,7 +155,7 @@ class Foreign:
         return foreign(text[:begin]).encode()
 
 
-class _Guarded:
+class _EscapingStream:
     """A standard stream that escapes what other libraries, such as doit and warnings, write to it."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -198,7 +198,7 @@ def guarded() -> Iterator[None]:
 
 
 def _guarded(stream: TextIO) -> Any:
-    return stream if stream is None or isinstance(stream, _Guarded) else _Guarded(stream)
+    return stream if stream is None or isinstance(stream, _EscapingStream) else _EscapingStream(stream)
 
 
 def console(*, stderr: bool = False, **settings: Any) -> "Console":

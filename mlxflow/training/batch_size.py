@@ -19,7 +19,7 @@ from mlxflow.training.settings import SettingNames, TrainingSettings
 _NAMES = SettingNames()
 
 
-class Reading(NamedTuple):
+class MemoryUse(NamedTuple):
     """What MLX holds, and may hold.
 
     Attributes:
@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     limit_bytes: int
 
     @classmethod
-    def take(cls, limit_bytes: int) -> "Reading":
+    def take(cls, limit_bytes: int) -> "MemoryUse":
         """Read MLX's counters."""
         active = mx.get_active_memory()
         return cls(active, max(active, mx.get_peak_memory()), mx.get_cache_memory(), limit_bytes)
@@ -124,7 +124,7 @@ class BatchSizes:
         """Rows whose gradients the next update sums."""
         return self._rows_per_update or self.size * self._grad_accum_steps
 
-    def look(self, step: int, reading: Reading) -> Decision | None:
+    def look(self, step: int, reading: MemoryUse) -> Decision | None:
         """Decide after an update, from the memory it took; return the decision if it changes the size.
 
         A batch grows only to a size that is expected to stay under `shrink_above`, taking the memory beyond what is
@@ -157,7 +157,7 @@ class BatchSizes:
         """Take the decision that `must_shrink` found."""
         return self._decide(self._replay[step, True])
 
-    def run_out(self, step: int, reading: Reading, needed_bytes: int) -> Decision:
+    def run_out(self, step: int, reading: MemoryUse, needed_bytes: int) -> Decision:
         """Decide when the device could not hold a forward pass in the update after a step.
 
         Raises:

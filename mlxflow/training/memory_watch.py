@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from mlxflow.training.batch_size import BatchSizes, Decision, Reading
+from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse
 
 # How often MLX's limit is lowered, by a quarter each time, before an update counts as too large
 _MOST_THROTTLES = 4
@@ -28,13 +28,13 @@ class MemoryWatch:
             WorkflowError: the updates take more than the limit, and nothing helps.
         """
         mx.synchronize()  # a result is there before the buffers behind it are given back
-        reading = Reading.take(self._limit)
+        reading = MemoryUse.take(self._limit)
         decision = self._sizes.look(step, reading)
         if decision is None and reading.used > 1:
             self._throttle(reading)
         return decision
 
-    def _throttle(self, reading: Reading) -> None:
+    def _throttle(self, reading: MemoryUse) -> None:
         """Lower MLX's own limit, which is a guideline only: the host then runs less far ahead.
 
         Raises:
@@ -54,5 +54,5 @@ class MemoryWatch:
             WorkflowError: there is no smaller one.
         """
         mx.clear_cache()
-        reading = Reading.take(self._limit)
+        reading = MemoryUse.take(self._limit)
         return self._sizes.run_out(step, reading, reading.active_bytes + needed_bytes)

@@ -73,7 +73,7 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
 def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: mx.array, method: str) -> bool:
     """Return whether a model's logits are what its head returns for the very array that its body returned."""
     numbers = _numbers_of_every_size((*tokens.shape, layer.weight.shape[0]))
-    seen = _Seen([], [])
+    seen = _ForwardArrays([], [])
 
     def noting(call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(self: Any, *inputs: Any, **named: Any) -> Any:
@@ -98,7 +98,7 @@ def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: 
         seen.given.clear()
 
 
-class _Seen(NamedTuple):
+class _ForwardArrays(NamedTuple):
     """Arrays of one forward pass.
 
     Attributes:
@@ -111,7 +111,7 @@ class _Seen(NamedTuple):
 
 
 def _is_plain(
-    logits: mx.array, seen: _Seen, direct: mx.array, numbers: "np.ndarray[Any, np.dtype[np.float32]]"
+    logits: mx.array, seen: _ForwardArrays, direct: mx.array, numbers: "np.ndarray[Any, np.dtype[np.float32]]"
 ) -> bool:
     if len(seen.given) != 1 or len(seen.hidden) != 1 or seen.given[0] is not seen.hidden[0]:
         return False

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Asked:
+class StopFlag:
     """Whether somebody asked; called, it tells.
 
     Attributes:
@@ -21,9 +21,9 @@ class Asked:
 
 
 @contextmanager
-def heeding_signals() -> Iterator[Asked]:
+def heeding_signals() -> Iterator[StopFlag]:
     """Note SIGINT and SIGTERM instead of ending by them; the second one ends as ever. Only in the main thread."""
-    asked = Asked()
+    asked = StopFlag()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 

@@ -101,7 +101,7 @@ class Disk:
 
     @_question
     def model_folder(self, folder: str) -> list[Any]:
-        """Return the fields of `mlxflow.storage.model_files.Found` for a folder.
+        """Return the fields of `mlxflow.storage.model_files.ModelFolderFiles` for a folder.
 
         Raises:
             OSError: the folder is missing or cannot be read.

@@ -10,7 +10,7 @@ import msgspec
 
 from mlxflow.data import sources
 from mlxflow.storage import layout
-from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, Found, word_leading_out
+from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, ModelFolderFiles, word_leading_out
 from mlxflow.workflow.config import Problem, toml_value, word
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.stage import Corpus
@@ -188,7 +188,7 @@ class References:
         if folder is None:
             return ()
         try:
-            found = Found(*self._disk.model_folder(folder))
+            found = ModelFolderFiles(*self._disk.model_folder(folder))
         except OSError as error:
             return self._note_unreadable(key, name, error, advice)
         if found.problem:

@@ -43,10 +43,10 @@ def load_workflow(path: Path, disk: Disk | None = None, data: bytes | None = Non
     """
     shown = paths.shown(path)
     document = workflow_text.read(path, shown, data)
-    return _Loader(shown, document).load(path, disk or Disk(path.parent))
+    return _WorkflowLoader(shown, document).load(path, disk or Disk(path.parent))
 
 
-class _Loader:
+class _WorkflowLoader:
     """Turns a parsed document into a workflow, collecting a line for every mistake on the way."""
 
     def __init__(self, shown: str, document: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class Stage:
     @cached_property
     def copies(self) -> dict[Path, Path]:
         """The output behind each copy in the folder of all artifacts; a variant has none, others would overwrite it."""
-        names = () if self.variant else getattr(self.module, "LAID_ON_TOP", ())
+        names = () if self.variant else getattr(self.module, "COPIED_TO_ARTIFACTS_ROOT", ())
         return {Path(layout.ARTIFACTS, name): self.folder / name for name in names}
 
     @cached_property
@@ -159,7 +159,7 @@ class Stage:
         config = json.loads(msgspec.json.encode(self.config))
         return {
             "version": self.module.VERSION,
-            "config": {k: v for k, v in config.items() if k not in getattr(self.module, "MANNER", ())},
+            "config": {k: v for k, v in config.items() if k not in getattr(self.module, "EXECUTION_ONLY_KEYS", ())},
             "seed": self._workflow.settings.seed,
             **({"name": self._workflow.settings.name} if getattr(self.module, "SHOWS_NAME", False) else {}),
         }

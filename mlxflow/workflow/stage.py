@@ -10,13 +10,16 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
               may make it from the Config
     run       the work, returns what goes into its report; heavy imports happen inside it
 
-It may have seven more: `resolve(config, artifacts)`, which returns the table with choices made that follow from other
-files; `follow(config, readers, disk)`, which returns it with choices made that follow from the tables that name it as
-their `input`; `DEVICE_BOUND = True` where the artifact tells about the machine it was made on,
-`USES_DEVICE = False` where it does not compute on MLX's device, `MANNER`, the keys of its table that say how the
-work is done and change nothing of what comes out: the artifact is not stale when they change, `LAID_ON_TOP`, the
-outputs of which a copy lies in the folder of all artifacts (of a stage without variants), and `SHOWS_NAME = True` where
-the workflow's name is part of what comes out.
+It may have seven more:
+
+    resolve(config, artifacts)       returns the table with the choices made that follow from other files
+    follow(config, readers, disk)    returns it with the choices made that follow from the tables that read it (`input`)
+    DEVICE_BOUND = True              the artifact describes the machine it was made on
+    USES_DEVICE = False              the stage does not compute on MLX's device
+    EXECUTION_ONLY_KEYS              keys that change how the work is done, not its result: a change of one does not
+                                     make the artifact stale
+    COPIED_TO_ARTIFACTS_ROOT         outputs that are copied to the artifacts folder, if the stage has no variants
+    SHOWS_NAME = True                the workflow's name is part of the output
 
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """

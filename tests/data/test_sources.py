@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.data.sources import PYTHON_STDLIB, Found, builtin_files, corpus_identity, find, source_files
+from mlxflow.data.sources import PYTHON_STDLIB, SourceFiles, builtin_files, corpus_identity, find, source_files
 from mlxflow.errors import SourceError
 from mlxflow.storage.digests import DigestCache
 
@@ -14,7 +14,7 @@ def _write(folder: Path, *names: str) -> None:
         (folder / name).write_text(name)
 
 
-def _names(found: Found) -> list[str]:
+def _names(found: SourceFiles) -> list[str]:
     return [path.as_posix() for path in found.files]
 
 

@@ -243,12 +243,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Replacement]:
     """Return a list that grows by each replacement that is made."""
     replacements: list[Replacement] = []
 
-    class Recorded(patching._Entry):
+    class Recorded(patching._Undoable):
         def __init__(self, slot: Any, value: Any, by: str, *, is_permanent: bool) -> None:
             super().__init__(slot, value, by, is_permanent=is_permanent)
             replacements.append(self.replacement)
 
-    monkeypatch.setattr(patching, "_Entry", Recorded)
+    monkeypatch.setattr(patching, "_Undoable", Recorded)
     return replacements
 
 

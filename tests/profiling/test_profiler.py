@@ -14,7 +14,7 @@ from mlxflow.device import phase_peaks
 from mlxflow.profiling.downsampled_table import Columns
 from mlxflow.profiling.memory_readings import device_memory, linux_sets
 from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
-from mlxflow.profiling.timeline_journal import Journal
+from mlxflow.profiling.timeline_journal import TimelineJournal
 
 HUNDRED_MB = 25_000_000  # numbers in fp32
 
@@ -267,7 +267,7 @@ def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, mo
 
 def test_samples_wait_for_the_next_line_and_come_before_it(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    journal = Journal(path, ["seconds"])
+    journal = TimelineJournal(path, ["seconds"])
     journal.keep("sample", 0.1)
     assert path.read_text() == '["columns","seconds"]\n'
     journal.append("step", 1, 0.2)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlxflow.errors import SourceError, WorkflowError
-from mlxflow.training.batch_size import BatchSizes, Decision, Reading, ladder, read_decisions, split
+from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse, ladder, read_decisions, split
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 NAMES = SettingNames("train", "pretokenize.context_length", "workflow.memory_limit")
@@ -17,8 +17,8 @@ def _sizes(*, replay: Sequence[Decision] = (), **changes: Any) -> BatchSizes:
     return BatchSizes(settings, replay=replay, names=NAMES)
 
 
-def _reading(used: float, active: float = 0.1) -> Reading:
-    return Reading(int(active * 1e9), int(used * 1e9), 0, 10**9)
+def _reading(used: float, active: float = 0.1) -> MemoryUse:
+    return MemoryUse(int(active * 1e9), int(used * 1e9), 0, 10**9)
 
 
 def test_the_ladder_goes_from_half_to_the_most() -> None:

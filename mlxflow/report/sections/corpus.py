@@ -82,7 +82,7 @@ def _lengths(one: StageRun) -> list[Block]:
         name = shorten(clean(str(source.get("path", "a source"))), 60)
         values = tuple(max(1.0, value) for value in known if value is not None)
         if len(values) == len(_LENGTHS):
-            spans.append(charts.Span(name, (values[0], values[1], values[2], values[3], values[4])))
+            spans.append(charts.Spread(name, (values[0], values[1], values[2], values[3], values[4])))
         cells.append((name, show(source.get("documents")), *(show(value) for value in known)))
     if not spans:
         return [Note(f"{one.task} did not report how long its documents are.")]
@@ -95,7 +95,7 @@ def _lengths(one: StageRun) -> list[Block]:
     return [Figure(caption, drawn, Table("Tokens in a document", head, cells, folded=True), wide=True)]
 
 
-def _sentences(spans: list[charts.Span]) -> str:
+def _sentences(spans: list[charts.Spread]) -> str:
     return " ".join(f"{span.name}: median {show(span.values[2])}." for span in spans)
 
 
