@@ -315,6 +315,7 @@ def _train(folder: Path) -> None:
 
     from mlxflow.data.loader import Loader
     from mlxflow.models import model_folder
+    from mlxflow.models.new_model import ModelConfig, llama_config
     from mlxflow.training.objective import plain_objective
     from mlxflow.training.optimizers import Update
     from mlxflow.training.step import Step
@@ -322,17 +323,16 @@ def _train(folder: Path) -> None:
     is_gpu = mx.default_device() == mx.gpu  # there a model whose step takes about 15 ms
     context_length, width, num_layers = (512, 512, 8) if is_gpu else (64, 128, 2)
     rows = _rows(20_000, context_length + 1, folder)
-    config = model_folder.llama_config(
+    config = llama_config(
+        ModelConfig(
+            hidden_size=width,
+            num_layers=num_layers,
+            num_heads=width // 64,
+            num_kv_heads=width // 64,
+            intermediate_size=2 * width,
+        ),
         vocab_size=2048,
         context_length=context_length,
-        hidden_size=width,
-        num_layers=num_layers,
-        num_heads=width // 64,
-        num_kv_heads=width // 64,
-        intermediate_size=2 * width,
-        tie_word_embeddings=True,
-        rope_theta=1e4,
-        end_of_text=0,
     )
     model = model_folder.build(config, seed=0)
     update = Update(model, optim.AdamW(1e-4), max_grad_norm=1.0, has_masters=False)

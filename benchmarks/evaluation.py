@@ -26,6 +26,7 @@ from mlxflow.evaluation.dense_reference import kept_reference  # noqa: E402
 from mlxflow.evaluation.kl_divergence import measure_divergence  # noqa: E402
 from mlxflow.evaluation.perplexity import measure_perplexity  # noqa: E402
 from mlxflow.models import model_folder  # noqa: E402
+from mlxflow.models.new_model import ModelConfig, llama_config  # noqa: E402
 
 VOCAB_SIZE, CONTEXT_LENGTH, NUM_VARIANTS = 49_152, 512, 3
 
@@ -60,17 +61,17 @@ def main() -> None:
 
 
 def _model(seed: int, parsed: argparse.Namespace) -> nn.Module:
-    config = model_folder.llama_config(
+    config = llama_config(
+        ModelConfig(
+            hidden_size=parsed.hidden_size,
+            num_layers=parsed.num_layers,
+            num_heads=parsed.hidden_size // 32,
+            num_kv_heads=parsed.hidden_size // 32,
+            intermediate_size=3 * parsed.hidden_size,
+            rope_theta=1e5,
+        ),
         vocab_size=VOCAB_SIZE,
         context_length=CONTEXT_LENGTH,
-        hidden_size=parsed.hidden_size,
-        num_layers=parsed.num_layers,
-        num_heads=parsed.hidden_size // 32,
-        num_kv_heads=parsed.hidden_size // 32,
-        intermediate_size=3 * parsed.hidden_size,
-        tie_word_embeddings=True,
-        rope_theta=1e5,
-        end_of_text=0,
     )
     return model_folder.build(config, seed=seed)
 

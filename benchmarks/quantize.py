@@ -174,7 +174,7 @@ class _Job:
 
         rate = training_settings(quantize.Config(method="qat", num_steps=STEPS), model).learning_rate
         config = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
-        self._train(model, train.settings_of(config, masks=False, fused=True), seed=seed)
+        self._train(model, train.training_settings(config), seed=seed)
 
     def _train(self, model: Any, settings: Any, *, seed: int) -> list[float]:
         """Train a model; return the seconds of every step."""

@@ -394,18 +394,12 @@ def _corpus(folder: Path) -> Path:
 
 
 def _small(tokens: Any) -> dict[str, Any]:
-    from mlxflow.models import model_folder
+    from mlxflow.models.new_model import ModelConfig, llama_config
 
-    return model_folder.llama_config(
+    return llama_config(
+        ModelConfig(),
         vocab_size=tokens.vocab_size,
         context_length=tokens.context_length,
-        hidden_size=128,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        intermediate_size=256,
-        tie_word_embeddings=True,
-        rope_theta=1e4,
         end_of_text=tokens.end_of_text,
     )
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 from mlxflow.device.compute_device import SIZE_PATTERN
 from mlxflow.errors import WorkflowError
 from mlxflow.stages import train
-from mlxflow.training.optimizers import make_schedule, options_of
+from mlxflow.training.optimizers import make_schedule
 from mlxflow.workflow.config import read_struct, toml_value
 from mlxflow.workflow.loader import STAGES, load_workflow, resolved_toml
 from mlxflow.workflow.model import Settings
@@ -215,11 +215,6 @@ def test_defaults_that_follow_are_numbers() -> None:
     assert [one.resolved_warmup_steps for one in resolved] == [20, 0, 15]
     assert [one.resolved_decay_steps for one in resolved] == [48, 1, 6]
     assert [one.resolved_max_batch_size for one in resolved] == [64, 500, 64]
-
-
-def test_the_optimizers_with_betas_are_mlx_s() -> None:
-    names = get_args(get_type_hints(train.Config)["optimizer"])
-    assert [name for name in names if "betas" in options_of(name)] == list(train.WITH_BETAS)
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])

@@ -9,7 +9,7 @@ from typing import Any
 from mlxflow.cli.arguments import add_workflow
 from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.models import config_json, vocabularies
-from mlxflow.stages.train import shape_config
+from mlxflow.models.new_model import llama_config
 from mlxflow.storage import paths, remote_code
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import advise_on
@@ -137,7 +137,8 @@ def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None
         return None, None
     tokens: Any = workflow.find(shape.input).config
     # of ids there are at most so many; a plan looks at widths alone
-    return shape_config(shape.model, tokens.tokenizer.vocab_size, tokens.context_length, 0), None
+    vocab_size = tokens.tokenizer.vocab_size
+    return llama_config(shape.model, vocab_size=vocab_size, context_length=tokens.context_length), None
 
 
 def _named_folder(workflow: Workflow, one: Stage) -> Path | None:

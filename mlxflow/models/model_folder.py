@@ -1,4 +1,4 @@
-"""The one door to mlx-lm: build a model from its shape, load and save model folders.
+"""Build, load and save the models of model folders; all use of mlx-lm's model classes is here.
 
 A model folder holds `config.json` (Hugging Face's keys), `model.safetensors` and the tokenizer files; mlx-lm,
 transformers (dense ones) and LM Studio open it unchanged.
@@ -17,56 +17,6 @@ from mlxflow.errors import ArtifactError
 from mlxflow.models import adapter_files, config_fields, config_json, model_code, quantized_layers, weight_checks
 from mlxflow.ops import gather_matmul, mlx_lm_import
 from mlxflow.storage import hub, model_files, remote_code, tensor_reading, tensor_writing
-
-
-def llama_config(
-    *,
-    vocab_size: int,
-    context_length: int,
-    hidden_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    intermediate_size: int,
-    tie_word_embeddings: bool,
-    rope_theta: float,
-    end_of_text: int,
-) -> dict[str, Any]:
-    """Return the `config.json` of a Llama-shaped model in Hugging Face's keys.
-
-    Args:
-        vocab_size: rows of the embedding, V.
-        context_length: positions the model is made for, L.
-        hidden_size: width of the residual stream, D; divisible by `num_heads`.
-        num_layers: transformer blocks.
-        num_heads: attention heads, H; divisible by `num_kv_heads`.
-        num_kv_heads: heads of keys and values.
-        intermediate_size: width inside the gated MLP.
-        tie_word_embeddings: whether the head shares the embedding's weights.
-        rope_theta: base of the rotary embedding.
-        end_of_text: the token id that ends a document.
-    """
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "head_dim": hidden_size // num_heads,
-        "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "max_position_embeddings": context_length,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": num_heads,
-        "num_hidden_layers": num_layers,
-        "num_key_value_heads": num_kv_heads,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": rope_theta,
-        "tie_word_embeddings": tie_word_embeddings,
-        "torch_dtype": "float32",
-        "vocab_size": vocab_size,
-    }
 
 
 def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> nn.Module:

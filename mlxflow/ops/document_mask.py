@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -144,6 +144,23 @@ def has_row_state(model: nn.Module) -> bool:
     caches = [part for cache in make_prompt_cache(model) for part in getattr(cache, "caches", [cache])]
     is_recurrent = any(isinstance(cache, ArraysCache) for cache in caches)
     return is_recurrent or any(path.endswith("wpe") for path, _ in model.named_modules())
+
+
+class _TokenFacts(Protocol):
+    @property
+    def has_conversations(self) -> bool: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def masks_conversations(model: nn.Module, tokens: _TokenFacts) -> bool:
+    """Return whether documents are kept apart by default: where there are conversations and the model can.
+
+    Args:
+        model: see `can_mask_documents`.
+        tokens: a `TokenFile`.
+    """
+    return tokens.has_conversations and can_mask_documents(model, tokens.vocab_size)
 
 
 def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:

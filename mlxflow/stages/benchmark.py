@@ -15,7 +15,7 @@ from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, UNLIMITED
+from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 VERSION = 6
@@ -65,22 +65,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 256
     max_seconds: Annotated[
         float,
-        Meta(
-            ge=0,
-            le=1e9,
-            description="after so many rounds, steps and validation rows get fewer, down to a few of each; "
-            "0 or inf: no bound",
-            extra={UNLIMITED: 0},
+        limit(
+            1e9, "after so many rounds, steps and validation rows get fewer, down to a few of each; 0 or inf: no bound"
         ),
     ] = 900.0
     baseline: Annotated[str, Meta(description="the report.toml of an earlier run that this one is held against")] = ""
     max_regression: Annotated[
         float,
-        Meta(
-            ge=0,
-            le=1e6,
-            description="share by which a figure may be worse than the baseline's, beyond the noise; inf: any",
-            extra={UNLIMITED: 1e6},
+        limit(
+            1e6, "share by which a figure may be worse than the baseline's, beyond the noise; inf: any", unlimited=1e6
         ),
     ] = 0.05
 

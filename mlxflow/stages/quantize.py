@@ -13,8 +13,9 @@ from mlxflow.errors import ArtifactError
 from mlxflow.quantization.settings import RequestedSetting, Setting, mistakes_in
 from mlxflow.stages import quantize_methods, quantize_quality, train
 from mlxflow.storage import layout
+from mlxflow.training.lora_config import LoraConfig
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, UNLIMITED, Problem
+from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem, limit
 from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
 
 VERSION = 7
@@ -76,13 +77,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     requantize: Annotated[bool, Meta(description="whether a model that is quantized already may be taken")] = False
 
     target_bits_per_weight: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=32,
-            description="a budget under which each layer's bits are chosen; 0 or inf: none",
-            extra={UNLIMITED: 0},
-        ),
+        float, limit(32, "a budget under which each layer's bits are chosen; 0 or inf: none")
     ] = 0.0
     target_size: Annotated[
         str, Meta(pattern=rf"^$|{SIZE_PATTERN}", examples=["200 MB"], description="the same as a size; empty: none")
@@ -117,30 +112,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     deterministic: Annotated[
         bool, Meta(description="of qat: whether gradients are added up in one order, as in train")
     ] = True
-    lora: Annotated[train.LoraConfig, Meta(description="the adapters of qat, where some are trained")] = (
-        train.LoraConfig()
-    )
+    lora: Annotated[LoraConfig, Meta(description="the adapters of qat, where some are trained")] = LoraConfig()
 
     max_validation_rows: Annotated[
         int, Meta(ge=1, le=MAX_ROWS, description="validation rows on which the cost is measured")
     ] = 256
     max_perplexity_increase: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1e6,
-            description="relative; over it the stage fails and publishes nothing; 0 or inf: no gate",
-            extra={UNLIMITED: 0},
-        ),
+        float, limit(1e6, "relative; over it the stage fails and publishes nothing; 0 or inf: no gate")
     ] = 0.0
     max_kl: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1e6,
-            description="mean divergence in nats; over it the stage fails likewise; 0 or inf: no gate",
-            extra={UNLIMITED: 0},
-        ),
+        float, limit(1e6, "mean divergence in nats; over it the stage fails likewise; 0 or inf: no gate")
     ] = 0.0
 
     def __post_init__(self) -> None:

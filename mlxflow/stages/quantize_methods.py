@@ -273,12 +273,7 @@ def _files(config: Any, inputs: Any, outputs: Any, context: Context, names: Any)
         validation=inputs.tokens[1],
         metrics=outputs.metrics[0],
         checkpoints=context.unfinished,
-        description=training_run.describe(msgspec.to_builtins(config), names)
-        | {
-            "seed": context.seed,
-            "mlx": context.provenance["mlx"],
-            "inputs": context.provenance["inputs_digest"],
-        },
+        description=training_run.describe(msgspec.to_builtins(config), names, context),
     )
 
 

@@ -91,6 +91,15 @@ class ModelFolderFiles(NamedTuple):
         return [CONFIG, *(name for name in self.others if name != CONFIG), *self.weights]
 
 
+def adapters_folder(fuse: str) -> Path:
+    """Return the folder of trained adapters in an artifact, relative to it.
+
+    Args:
+        fuse: "never" for adapters beside the model, else they were added into its weights and a copy lies apart.
+    """
+    return Path() if fuse == "never" else Path(ADDED_ADAPTERS)
+
+
 def is_companion(name: str) -> bool:
     """Return whether a file, by its name below a model folder, goes along when the model is written again."""
     return _matches(name, (*COMPANION_PATTERNS, "*.py"))

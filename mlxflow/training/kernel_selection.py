@@ -7,11 +7,12 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from mlxflow.device import compute_device
 from mlxflow.errors import WorkflowError
 from mlxflow.storage import layout
+from mlxflow.workflow.stage import Context
 
 if TYPE_CHECKING:
     from mlxflow.data.token_file import Rows
@@ -38,6 +39,17 @@ class KernelRequest(NamedTuple):
     memory_file: Path
     published: Path | None = None
     begun: Any = None
+
+    @classmethod
+    def of(cls, mode: Mode, context: Context) -> Self:
+        """Return the request of a running stage.
+
+        Args:
+            mode: as the stage's table has it.
+            context: of the stage.
+        """
+        memory_file = context.unfinished / "kernels.json"
+        return cls(mode, context.device, memory_file, context.published, context.begun)
 
     @property
     def uses_none(self) -> bool:

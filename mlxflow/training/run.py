@@ -16,6 +16,7 @@ from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames
 from mlxflow.training.stop_signals import heeding_signals
 from mlxflow.training.trainer import Session, Stopped
+from mlxflow.workflow.stage import Context
 
 
 class RunFiles(NamedTuple):
@@ -26,7 +27,7 @@ class RunFiles(NamedTuple):
         validation: the tokens of validations.
         metrics: gets the learning curve.
         checkpoints: a folder of this run and no other.
-        description: what the run is of, by dotted key; tells how the run of another checkpoint differs.
+        description: what determines the run, by dotted key; a checkpoint of another run differs in some of it.
         replay: the metrics of a run whose batch sizes are followed; None for those that fit the memory.
     """
 
@@ -91,15 +92,20 @@ def train(
                 raise SystemExit(128 + stop_requested.signal) from stopped
 
 
-def describe(table: Mapping[str, Any], names: SettingNames, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a table as one flat mapping by dotted key, for `RunFiles.description`.
+def describe(
+    table: Mapping[str, Any], names: SettingNames, context: Context, *, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return what determines a training run as one flat mapping by dotted key, for `RunFiles.description`.
 
     Args:
         table: of the workflow, as TOML values.
         names: of its keys.
+        context: of the stage.
         without: keys that do not change the result.
     """
-    return dict(_flat({name: value for name, value in table.items() if name not in without}, names.table))
+    described = dict(_flat({name: value for name, value in table.items() if name not in without}, names.table))
+    provenance = context.provenance
+    return described | {"seed": context.seed, "mlx": provenance["mlx"], "inputs": provenance["inputs_digest"]}
 
 
 def _flat(table: Mapping[str, Any], key: str) -> Any:

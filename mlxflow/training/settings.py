@@ -161,12 +161,26 @@ class SettingNames(NamedTuple):
         context_length: of the tokens.
         memory_limit: of what MLX may hold.
         has_fused_loss: whether the table has a setting `fused_loss`.
+        packing: of documents into rows of tokens.
     """
 
     table: str = ""
     context_length: str = "context_length"
     memory_limit: str = "memory_limit_bytes"
     has_fused_loss: bool = True
+    packing: str = "packing"
+
+    @classmethod
+    def of_stage(cls, task: str, tokens: str, *, has_fused_loss: bool = True) -> Self:
+        """Return the names of the settings of a stage or variant in a workflow.
+
+        Args:
+            task: the stage or variant that trains.
+            tokens: the one that makes its tokens.
+            has_fused_loss: see the attribute.
+        """
+        limit = "workflow.memory_limit"
+        return cls(task, f"{tokens}.context_length", limit, has_fused_loss, f"{tokens}.packing")
 
     def of(self, setting: str) -> str:
         """Return the name of a setting of training."""

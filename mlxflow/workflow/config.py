@@ -14,10 +14,10 @@ from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
-#: Of a number for which infinity means that there is no limit: the value that means the same.
-#: `Meta(ge=0, description="... 0: none", extra={UNLIMITED: 0})`
-UNLIMITED = "unlimited"
+# In `Meta.extra` of a number for which infinity means that there is no limit: the value that means the same
+_UNLIMITED = "unlimited"
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -32,6 +32,18 @@ _MAX_SHOWN = 1000
 
 # The longest name whose likes are looked for, and after how many mistakes that ends
 _MAX_GUESSED, _MAX_GUESSES = 64, 100
+
+
+def limit(most: float, description: str, *, least: float = 0, unlimited: float = 0) -> Meta:
+    """Return the rule of a number for which `inf` means that there is no limit.
+
+    Args:
+        most: the largest value.
+        description: the help.
+        least: the smallest value.
+        unlimited: the value that means the same as `inf`.
+    """
+    return Meta(ge=least, le=most, description=description, extra={_UNLIMITED: unlimited})
 
 
 class Problem(NamedTuple):
@@ -184,7 +196,7 @@ def _read_value(
 def _without_limit(type_: Any) -> float:
     """Return the value of a key that means what infinity means there; infinity, where it means nothing."""
     metas = get_args(type_)[1:] if get_origin(type_) is Annotated else ()
-    return next((meta.extra[UNLIMITED] for meta in metas if meta.extra and UNLIMITED in meta.extra), math.inf)
+    return next((meta.extra[_UNLIMITED] for meta in metas if meta.extra and _UNLIMITED in meta.extra), math.inf)
 
 
 def struct_in(type_: Any) -> type[msgspec.Struct] | None:

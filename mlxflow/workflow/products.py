@@ -95,6 +95,25 @@ def note_training(config: Any, artifacts: Artifacts, tokens: str, *, prefetch: M
     )
 
 
+def note_weights(model: Any, artifacts: Artifacts, tokens: str) -> None:
+    """Note a new model that has too many weights with the tables of a vocabulary whose size is written.
+
+    Args:
+        model: has `num_layers`, `hidden_size` and `num_weights`.
+        artifacts: the tables of the workflow.
+        tokens: the pretokenize stage.
+    """
+    tokenizer = getattr(artifacts.table(tokens), "tokenizer", None)
+    if tokenizer is None or tokenizer.from_:
+        return
+    key = f"{tokens}.tokenizer.vocab_size"
+    num_weights = model.num_weights(tokenizer.vocab_size)
+    if num_weights > MAX_WEIGHTS:
+        expected = f"expected, with num_layers = {model.num_layers} and {key} = {tokenizer.vocab_size}, "
+        expected += f"at most {MAX_WEIGHTS:,} weights, not {num_weights:,}"
+        artifacts.note(Problem("model.hidden_size", model.hidden_size, expected, "Lower one of the three."))
+
+
 def note_adapters(lora: Any, artifacts: Artifacts) -> None:
     """Note adapters of higher rank in more blocks than a machine can hold.
 

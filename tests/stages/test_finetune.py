@@ -106,16 +106,6 @@ def test_other_optimizers_train_too(project: Path, tmp_path: Path, optimizer: st
     assert all(np.isfinite(np.array(value)).all() for value in _weights(made).values())
 
 
-def test_the_table_knows_the_optimizers_of_mlx_and_which_decay() -> None:
-    from typing import get_args, get_type_hints
-
-    from mlxflow.stages import train
-    from mlxflow.training.optimizers import options_of
-
-    names = get_args(get_type_hints(train.Config)["optimizer"])
-    assert {name for name in names if "weight_decay" not in options_of(name)} == set(train._WITHOUT_DECAY)
-
-
 # --- mistakes
 
 

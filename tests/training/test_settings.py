@@ -67,4 +67,4 @@ def test_a_report_without_settings_names_the_command_that_writes_one(tmp_path: P
 
 
 def test_the_defaults_are_those_of_the_train_table() -> None:
-    assert train.settings_of(train.Config(), masks=False, fused=False) == TrainingSettings()
+    assert train.training_settings(train.Config()) == TrainingSettings()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlxflow.evaluation.perplexity import Perplexity
-from mlxflow.stages.train_artifact import quality_of, warn_of_loss
 from mlxflow.storage.report_files import read_report
+from mlxflow.training.model_artifact import quality_of, warn_of_loss
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.independent import LOSS_TOLERANCE, open_with_mlx_lm, validation_loss

@@ -1,0 +1,116 @@
+"""One training as the stage `train` runs it: get the model, choose kernels, train, write the model folder."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.models import model_folder, quantized_layers
+from mlxflow.training import build, kernel_selection, model_artifact, model_choices, run, starting_model
+from mlxflow.training.kernel_selection import KernelRequest
+from mlxflow.training.lora_config import decide_fuse
+from mlxflow.training.run_state import Result
+from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.workflow.stage import Context, ModelFolder
+
+
+class Job(NamedTuple):
+    """What a training is asked to do.
+
+    Attributes:
+        settings: of the training; what depends on the model is not decided yet.
+        names: of the settings, for messages.
+        source: where the model comes from.
+        kernels: which kernels are wanted.
+        masks_documents: as written, see `model_choices.with_model_choices`.
+        fused_loss: as written, see there.
+        model_seed: of initial weights.
+        data_seed: of the order of the rows.
+    """
+
+    settings: TrainingSettings
+    names: SettingNames
+    source: starting_model.ModelSource
+    kernels: KernelRequest
+    masks_documents: model_choices.Choice
+    fused_loss: model_choices.Choice
+    model_seed: int
+    data_seed: int
+
+
+class Trained(NamedTuple):
+    """What a training did.
+
+    Attributes:
+        settings: all of them decided.
+        kernels: in use.
+        result: the figures of the run.
+        fuse: what became of trained adapters; "" where all weights were trained.
+        parameters: of the written model, without adapters beside it.
+    """
+
+    settings: TrainingSettings
+    kernels: ModelKernels
+    result: Result
+    fuse: str
+    parameters: int
+
+
+def run_job(
+    job: Job,
+    tokens: TokenFile,
+    files: run.RunFiles,
+    *,
+    outputs: ModelFolder,
+    tokenizer: tuple[Path, ...],
+    context: Context,
+) -> Trained:
+    """Train a model and write its folder.
+
+    Args:
+        job: what is asked for.
+        tokens: to train on.
+        files: of the run.
+        outputs: of the folder; of them config and weights are written.
+        tokenizer: the files to copy into it.
+        context: of the stage.
+
+    Raises:
+        StageError: the loss stays without a finite value.
+        SystemExit: a signal ended the run; a checkpoint is saved.
+        UserError: a setting does not fit the model, or no batch fits into the memory.
+    """
+    names = job.names
+    with kernel_selection.begin_proof(job.kernels) as ahead:
+        start = starting_model.make_model(
+            job.source,
+            job.settings,
+            tokens,
+            seed=job.model_seed,
+            memory_limit_bytes=context.memory_limit_bytes,
+            names=names,
+        )
+        settings = model_choices.with_model_choices(
+            job.settings,
+            start.model,
+            tokens,
+            masks_documents=job.masks_documents,
+            fused_loss=job.fused_loss,
+            names=names,
+        )
+        subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
+        kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
+    settings = settings.replace(kernels=tuple(kernels.selected))
+    result = run.train(
+        subject._replace(settings=settings),
+        kernels,
+        files,
+        data_seed=job.data_seed,
+        memory_limit_bytes=context.memory_limit_bytes,
+    )
+    fuse = decide_fuse(job.source.fuse, is_quantized=quantized_layers.is_quantized(start.model))
+    model = model_artifact.write_model(
+        outputs, context, trained=start, source=job.source._replace(fuse=fuse), tokenizer=tokenizer
+    )
+    parameters = model_folder.num_parameters(model)
+    return Trained(settings, kernels, result, fuse if start.adapter_config else "", parameters)

@@ -1,0 +1,132 @@
+"""The model folder that a training writes, its adapters fused or beside it, and the quality of what was written.
+
+Quality is measured on the files and compared with that of the model that was trained.
+"""
+
+import gc
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.evaluation.perplexity import Perplexity, measure_perplexity
+from mlxflow.models import adapter_files, config_json, model_folder, quantized_layers, tokenizer_files
+from mlxflow.storage import model_files
+from mlxflow.training.adapters import save_adapters
+from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.starting_model import ModelSource, StartingModel
+from mlxflow.workflow.stage import Context, ModelFolder
+
+# A smaller share of what training gained is worth a warning
+_LEAST_KEPT = 0.95
+
+
+def write_model(
+    files: ModelFolder,
+    context: Context,
+    *,
+    trained: StartingModel,
+    source: ModelSource,
+    tokenizer: tuple[Path, ...],
+) -> nn.Module:
+    """Write the model folder, with adapters as `source.fuse` says; return the model whose weights it holds.
+
+    Args:
+        files: of the folder; of them config and weights are written here.
+        context: of the stage.
+        trained: the model after training; changed.
+        source: where it came from; its `fuse` is "never", "requantize" or "dense".
+        tokenizer: the files to copy.
+    """
+    model, config = trained.model, trained.config_json
+    if trained.adapter_config is not None:
+        _save_adapters(model, trained.adapter_config, context, source.fuse)
+        if source.fuse == "never":
+            model = adapter_files.take_out(model)
+        elif source.fuse == "requantize":
+            model = adapter_files.fuse(model)
+        else:
+            model, config = quantized_layers.made_dense(model, config)
+    model_folder.save(
+        model=model,
+        config=config,
+        config_file=files.config,
+        model_file=files.model,
+        provenance=context.provenance,
+    )
+    tokenizer_files.copy_tokenizer(tokenizer, context.folder)
+    if source.folder is not None:
+        model_files.copy(source.folder, model_files.defaults_and_code(source.folder), context.folder)
+    config_json.write_generation(context.folder, config_json.end_of_text(trained.config_json))
+    return model
+
+
+def _save_adapters(model: nn.Module, config: Mapping[str, Any], context: Context, fuse: str) -> None:
+    folder = context.folder / model_files.adapters_folder(fuse)
+    folder.mkdir(exist_ok=True)
+    weights_file, config_file = (folder / name for name in model_files.ADAPTERS)
+    save_adapters(model, config, weights_file=weights_file, config_file=config_file, provenance=context.provenance)
+
+
+def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings) -> Perplexity:
+    """Return the perplexity of a written model on the validation rows.
+
+    Whatever lies between the trained model and the files (fusing, rounding, another dtype) is part of the result: the
+    model is opened from the disk.
+
+    Args:
+        folder: the model folder.
+        validation: the token file.
+        settings: of the training; of them the limit of rows, the batch size and the document mask.
+
+    Raises:
+        ArtifactError: the files cannot be opened as a model.
+    """
+    gc.collect()  # the trained model and its optimizer are in reference cycles
+    mx.clear_cache()
+    model = quantized_layers.for_evaluation(model_folder.load(folder)[0])
+    rows = TokenFile.open(validation).rows.head(settings.max_validation_rows)
+    return measure_perplexity(model, rows, batch_size=settings.batch_size, masks_documents=settings.masks_documents)
+
+
+def quality_of(report: Mapping[str, Any], measured: Perplexity) -> dict[str, Any]:
+    """Return the artifact's quality for the report.
+
+    Args:
+        report: with the perplexities before training and of the trained model, as `training.run.report_of` returns it.
+        measured: of `measure_artifact`.
+
+    Returns:
+        `last_validation_perplexity` with its standard error, and `gain_kept`: of the loss in nats by which training
+        made the model better, the share that the artifact has. It is left out where training made nothing better.
+    """
+    before, trained = (math.log(report[f"{which}_validation_perplexity"]) for which in ("first", "trained"))
+    quality = {
+        "last_validation_perplexity": measured.perplexity,
+        "last_validation_perplexity_standard_error": measured.standard_error,
+    }
+    if before > trained:
+        quality["gain_kept"] = (before - measured.loss) / (before - trained)
+    return quality
+
+
+def warn_of_loss(report: Mapping[str, Any], task: str) -> str | None:
+    """Return a line for the terminal where the artifact is clearly worse than the trained model; None otherwise.
+
+    Args:
+        report: with the artifact's quality.
+        task: the stage's name.
+    """
+    kept = report.get("gain_kept", 1.0)
+    if kept >= _LEAST_KEPT:
+        return None
+    is_fused = report.get("fuse", "never") != "never"
+    about = f'{task}.fuse = "{report["fuse"]}"' if is_fused else task
+    advice = f' {task}.fuse = "never" keeps all of it.' if is_fused else ""
+    first, trained, last = (report[f"{which}_validation_perplexity"] for which in ("first", "trained", "last"))
+    how = f"the artifact keeps {kept:.0%} of what training gained" if kept > 0 else "the artifact lost what was gained"
+    return f"{about}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files.{advice}"

@@ -1,0 +1,64 @@
+"""Settings of a training that depend on its model and tokens: the document mask, and the fused loss."""
+
+from typing import Literal
+
+import mlx.nn as nn
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.errors import WorkflowError
+from mlxflow.ops import document_mask
+from mlxflow.training import objective
+from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.workflow.config import toml_value
+
+Choice = Literal["auto"] | bool
+
+
+def with_model_choices(
+    settings: TrainingSettings,
+    model: nn.Module,
+    tokens: TokenFile,
+    *,
+    masks_documents: Choice,
+    fused_loss: Choice,
+    names: SettingNames,
+) -> TrainingSettings:
+    """Return the settings with the document mask and the fused loss decided.
+
+    Args:
+        settings: of the training, with its batch size.
+        model: to train, without kernels.
+        tokens: to train on.
+        masks_documents: as written; "auto" masks documents where there are conversations.
+        fused_loss: as written; see `objective.uses_fused_loss` for "auto".
+        names: of the settings, for messages.
+
+    Raises:
+        WorkflowError: the document mask or the fused loss is asked for, and the model's architecture does not allow it.
+    """
+    fused = objective.uses_fused_loss(
+        model,
+        wanted=None if fused_loss == "auto" else fused_loss,
+        vocab_size=tokens.vocab_size,
+        tokens=settings.batch_size * tokens.context_length,
+        setting=names.of("fused_loss"),
+    )
+    return settings.replace(masks_documents=_masks(model, tokens, masks_documents, names), fused_loss=fused)
+
+
+def _masks(model: nn.Module, tokens: TokenFile, written: Choice, names: SettingNames) -> bool:
+    """Return whether a mask keeps the documents of a row apart.
+
+    Raises:
+        WorkflowError: it is asked for, and the model's architecture cannot keep documents apart.
+    """
+    wanted = tokens.has_conversations if written == "auto" else written
+    if not wanted or document_mask.can_mask_documents(model, tokens.vocab_size):
+        return bool(wanted)
+    if tokens.packs_documents:
+        key = names.of("document_mask")
+        raise WorkflowError(
+            f"{key} = {toml_value(written)}: this architecture counts positions through the whole row and cannot keep "
+            f'the documents in it apart. Set {key} = false, or {names.packing} = "none".'
+        )
+    return False  # a row holds one document

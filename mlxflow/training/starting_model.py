@@ -1,0 +1,153 @@
+"""The model that a training starts from: a new one, or that of a model folder, with its adapters beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.errors import ArtifactError
+from mlxflow.models import adapter_files, config_json, model_folder, quantized_layers, tokenizer_files
+from mlxflow.models.new_model import ModelConfig, llama_config
+from mlxflow.training import adapters
+from mlxflow.training.build import dtype_of
+from mlxflow.training.settings import SettingNames, TrainingSettings
+
+
+class ModelSource(NamedTuple):
+    """Where a training gets its model from.
+
+    Attributes:
+        shape: of a new model.
+        folder: a model folder to start from instead; None for a new model.
+        fuse: what becomes of trained adapters: "auto", "never", "requantize" or "dense".
+        tokenizer: the `tokenizer.json` that the tokens were made with.
+    """
+
+    shape: ModelConfig
+    folder: Path | None
+    fuse: str
+    tokenizer: Path
+
+
+class StartingModel(NamedTuple):
+    """A model before its first step, and what describes it.
+
+    Attributes:
+        model: in training mode, its weights evaluated.
+        config_json: its `config.json`.
+        adapter_config: the `adapter_config.json` of the adapters that are trained; None where all weights are.
+    """
+
+    model: nn.Module
+    config_json: dict[str, Any]
+    adapter_config: dict[str, Any] | None
+
+
+def find_folder(name: str, files: tuple[Path, ...], names: SettingNames) -> Path | None:
+    """Return the folder of the model to start from, fetched from the hub where it is none of the files'.
+
+    Args:
+        name: of a folder or of a model of the hub; empty for a new model.
+        files: of the folder; none for a model of the hub.
+        names: of the settings, for messages.
+
+    Raises:
+        ArtifactError: it is no model folder, or needs code that is not trusted.
+        SourceError: it cannot be downloaded.
+    """
+    if not name:
+        return None
+    if files:
+        return files[0].parent
+    return model_folder.fetch(name, key=names.of("model.from"), trust_key=names.of("model.trust_remote_code"))
+
+
+def make_model(
+    source: ModelSource,
+    settings: TrainingSettings,
+    tokens: TokenFile,
+    *,
+    seed: int,
+    memory_limit_bytes: int,
+    names: SettingNames,
+) -> StartingModel:
+    """Return the model to train, with new or earlier adapters where the settings ask for adapters.
+
+    Args:
+        source: where it comes from.
+        settings: of them the precision and the adapters.
+        tokens: to train on.
+        seed: of the initial weights of a new model or of new adapters; the global random state is set by it.
+        memory_limit_bytes: what MLX may hold.
+        names: of the settings, for messages.
+
+    Raises:
+        ArtifactError: a new model does not fit into the memory; the folder holds no model, its model or tokenizer does
+            not fit the tokens, or it does not fit the method or `fuse`.
+        WorkflowError: a pattern of `lora.keys` names no layer.
+    """
+    if source.folder is not None:
+        model, config = _open(source.folder, source, settings, tokens, names)
+    else:
+        config = llama_config(
+            source.shape,
+            vocab_size=tokens.vocab_size,
+            context_length=tokens.context_length,
+            end_of_text=tokens.end_of_text,
+        )
+        model_folder.require_room(config, memory_limit_bytes, names.of("model"))
+        model = model_folder.build(config, seed=seed)
+    dtype = dtype_of(settings)
+    model.set_dtype(dtype)
+    if not quantized_layers.is_quantized(model):
+        adapter_files.fuse(model)  # adapters of an earlier training become a part of the weights
+    adapter_config = _add_adapters(model, source.folder, settings, seed=seed, names=names)
+    model.set_dtype(dtype)
+    model.train()
+    mx.eval(model.parameters())
+    config = config_json.with_ends(config, tokens.end_tokens)
+    return StartingModel(model, config_json.with_dtype(config, str(dtype).rpartition(".")[2]), adapter_config)
+
+
+def _open(
+    folder: Path, source: ModelSource, settings: TrainingSettings, tokens: TokenFile, names: SettingNames
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """Return the model of a folder and its `config.json`.
+
+    Raises:
+        ArtifactError: it is none, does not know the tokens, or does not fit the method or `fuse`.
+    """
+    key = names.of("model.from")
+    model, config = model_folder.load(folder)
+    tokens.require_vocabulary(model_folder.vocab_size(folder), key)
+    tokenizer_files.require_tokenizer(folder, source.tokenizer, key)
+    positions = config_json.num_positions(config)
+    if tokens.context_length > positions:
+        raise ArtifactError(
+            f"{key}: {folder} is made for {positions:,} positions, the rows have {tokens.context_length:,}. "
+            f"Lower {names.context_length}."
+        )
+    is_quantized = quantized_layers.is_quantized(model)
+    if is_quantized and settings.adapter_shape is None:
+        raise ArtifactError(f'{key}: {folder} is quantized. Set {names.of("method")} = "lora", or name a dense model.')
+    if source.fuse == "requantize" and not is_quantized:
+        fuse = names.of("fuse")
+        raise ArtifactError(f'{fuse} = "requantize": {folder} is dense. Set {fuse} = "dense".')
+    if source.fuse == "dense":
+        quantized_layers.require_unpackable(model)
+    return model, config
+
+
+def _add_adapters(
+    model: nn.Module, folder: Path | None, settings: TrainingSettings, *, seed: int, names: SettingNames
+) -> dict[str, Any] | None:
+    """Let only adapters be trained, those that the model has or new ones; return their `adapter_config.json`."""
+    shape = settings.adapter_shape
+    if shape is None:
+        return None
+    if folder is not None and adapter_files.layers_of(model):
+        return adapters.continue_adapters(model, shape, folder=folder, task=names.table)
+    return adapters.add_adapters(model, shape, seed=seed, key=names.of("lora.keys"))
