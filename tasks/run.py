@@ -26,7 +26,7 @@ _NO_WAIT = {
 }
 
 
-class StageRunVerb(Verb, Run):  # type: ignore[misc]  # doit has no types
+class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
     """`doit run`: one at a time on an artifacts folder, and nothing goes on after it ends.
 
     Graphs that are not of stages run as doit runs them.
@@ -67,7 +67,7 @@ class StageRunVerb(Verb, Run):  # type: ignore[misc]  # doit has no types
             out = sys.stdout if outfile in (None, sys.__stdout__) else outfile
             options = (auto_delayed_regex, force_verbosity, failure_verbosity, pdb)
             return int(
-                super(StageRunVerb, self)._execute(
+                super(StageRun, self)._execute(
                     out,
                     verbosity,
                     always,

@@ -1,6 +1,7 @@
 """The public names of the package: which there are, what they are, and that the documentation has each."""
 
 import ast
+import importlib
 import inspect
 import re
 import shutil
@@ -102,3 +103,15 @@ def test_the_example_trains_in_under_25_lines(built: Path, tmp_path: Path) -> No
     assert len(losses) == 3
     assert losses[-1] < losses[0] / 2
     assert last.startswith(f"Perplexity(loss={losses[-1]}, ")
+
+
+def _entry_points() -> list[str]:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    groups = [project["scripts"], *project["entry-points"].values()]
+    return sorted(place for group in groups for place in group.values())
+
+
+@pytest.mark.parametrize("place", _entry_points())
+def test_every_entry_point_names_something_that_is_there(place: str) -> None:
+    module, _, name = place.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))

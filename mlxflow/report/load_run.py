@@ -14,7 +14,7 @@ from mlxflow.workflow.stage import Member
 _LARGEST_BYTES = 256_000_000
 
 
-class StageRun(NamedTuple):
+class LoadedStage(NamedTuple):
     """What one stage left.
 
     Attributes:
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
     name: str
     label: str
-    stages: list[StageRun]
+    stages: list[LoadedStage]
     curves: dict[str, Curve]
     timelines: dict[str, Timeline]
     cut_off: dict[str, Timeline]
@@ -76,7 +76,7 @@ class Run(NamedTuple):
     samples: list[dict[str, Any]]
     samples_problem: str
 
-    def of_kind(self, kind: str) -> list[StageRun]:
+    def of_kind(self, kind: str) -> list[LoadedStage]:
         """Return the stage of a name, or all its variants."""
         return [one for one in self.stages if one.kind == kind]
 
@@ -115,12 +115,12 @@ def read_run(
     return Run(name, label, stages, curves, timelines, cut_off, lock, lock_problem, samples, samples_problem)
 
 
-def _read_cut_off(root: Path, one: StageRun) -> Timeline | None:
+def _read_cut_off(root: Path, one: LoadedStage) -> Timeline | None:
     unfinished = unfinished_runs.stage_folder(layout.state_folder(root), one.task)
     return read_cut_off(unfinished, root / one.member.folder / layout.REPORT)
 
 
-def _has(one: StageRun, name: str, root: Path) -> bool:
+def _has(one: LoadedStage, name: str, root: Path) -> bool:
     return (root / one.member.folder / name).exists() and (
         not one.member.outputs or any(path.name == name for path in one.member.outputs)
     )
@@ -140,23 +140,23 @@ def read_toml(path: Path) -> tuple[dict[str, Any], str]:
         return {}, f"is damaged ({' '.join(str(error).split())})"
 
 
-def _read_stage(root: Path, member: Member) -> StageRun:
+def _read_stage(root: Path, member: Member) -> LoadedStage:
     report, problem = read_toml(root / member.folder / layout.REPORT)
     size = sum(_size(root / path) for path in member.outputs)
     shown = (member.folder / layout.REPORT).as_posix()
     if problem == "is missing":
         said = f"{shown} is missing. Run: doit {member.task}"
-        return StageRun(member, {}, "missing", said + _last_words(root, member.task), size)
+        return LoadedStage(member, {}, "missing", said + _last_words(root, member.task), size)
     if problem:
-        return StageRun(member, {}, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
+        return LoadedStage(member, {}, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
     made_by = table(report, "stage").get("mlxflow")
     if made_by != version("mlxflow"):
         wrote = f"mlxflow {made_by}" if isinstance(made_by, str) else "another version"
         said = f"{shown} was written by {wrote}; what this version does not find in it is left out."
-        return StageRun(member, report, "stale", said, size)
+        return LoadedStage(member, report, "stale", said, size)
     if member.stale:
-        return StageRun(member, report, "stale", f"{member.task} is out of date: {member.stale}.", size)
-    return StageRun(member, report, "fresh", "", size)
+        return LoadedStage(member, report, "stale", f"{member.task} is out of date: {member.stale}.", size)
+    return LoadedStage(member, report, "fresh", "", size)
 
 
 def _last_words(root: Path, task: str) -> str:
@@ -210,7 +210,7 @@ def _read_curve(path: Path) -> Curve:
     return Curve(records, said)
 
 
-def _recall_samples(root: Path, stages: Sequence[StageRun]) -> tuple[list[dict[str, Any]], str]:
+def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[list[dict[str, Any]], str]:
     """Return the samples of the report stage's last run that the models of now wrote, and why others are left out."""
     report, problem = read_toml(root / layout.stage_folder("report") / layout.REPORT)
     if problem:

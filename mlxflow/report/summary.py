@@ -17,7 +17,7 @@ from mlxflow.report.formatting import (
     show_percent,
     show_seconds,
 )
-from mlxflow.report.load_run import Run, StageRun, rows, table
+from mlxflow.report.load_run import LoadedStage, Run, rows, table
 from mlxflow.report.sections.benchmark import interval
 from mlxflow.report.sections.memory import ARRAYS
 from mlxflow.report.sections.stages import WORDS
@@ -33,7 +33,7 @@ def answers(run: Run) -> list[Answer]:
     return found
 
 
-def _first(run: Run, kind: str) -> StageRun | None:
+def _first(run: Run, kind: str) -> LoadedStage | None:
     return next((one for one in run.of_kind(kind) if one.report), None)
 
 
@@ -56,7 +56,7 @@ def _data(run: Run) -> Iterator[Answer]:
         yield Answer(question, show_large(tokens), _corpus(one), "data")
 
 
-def _corpus(one: StageRun) -> str:
+def _corpus(one: LoadedStage) -> str:
     """Return what a corpus holds, in sentences."""
     train, held = table(one.report, "train"), table(one.report, "validation")
     said = f"tokens of {plural(train.get('documents'), 'document')} to learn from, "
@@ -69,7 +69,7 @@ def _corpus(one: StageRun) -> str:
     return said + (f" {plural(dropped, 'document')} dropped or cut short." if dropped else "")
 
 
-def _of_each(run: Run, kind: str, one: str, several: str) -> Iterator[tuple[StageRun, str]]:
+def _of_each(run: Run, kind: str, one: str, several: str) -> Iterator[tuple[LoadedStage, str]]:
     """Yield the variants of a stage that were reported, each with the question about it.
 
     Args:
@@ -91,7 +91,7 @@ def _quality(run: Run) -> Iterator[Answer]:
         yield Answer(question, show(number(one.report.get("last_validation_perplexity"))), _learned(one), "learning")
 
 
-def _learned(one: StageRun) -> str:
+def _learned(one: LoadedStage) -> str:
     """Return what a training came to, in sentences."""
     first, last = (number(one.report.get(f"{which}_validation_perplexity")) for which in ("first", "last"))
     said = f"perplexity on held-out text after {plural(one.report.get('steps'), 'step')}"
@@ -183,7 +183,7 @@ def _memory(run: Run) -> Iterator[Answer]:
         yield Answer(question, show_bytes(one.report.get("peak_memory_bytes")), _peak(one), "memory")
 
 
-def _peak(one: StageRun) -> str:
+def _peak(one: LoadedStage) -> str:
     """Return what a profile found, in a sentence."""
     said = "in MLX's arrays at the peak of a training step" + _largest_part(table(one.report, "composition"))
     verdict = table(one.report, "leak").get("verdict")

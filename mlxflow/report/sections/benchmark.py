@@ -10,7 +10,7 @@ from mlxflow.report.charts import Bar
 from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
 from mlxflow.report.formatting import clean, number, show, show_bytes, show_interval, show_percent, show_seconds
 from mlxflow.report.line_plot import Axes, Series
-from mlxflow.report.load_run import Run, StageRun, rows, table
+from mlxflow.report.load_run import LoadedStage, Run, rows, table
 from mlxflow.report.sections import beside
 
 _SHARES = (
@@ -108,7 +108,7 @@ def interval(row: dict[str, Any]) -> tuple[float | None, float | None, float | N
     return known[0], known[1], known[2]
 
 
-def _training(one: StageRun) -> list[Block]:
+def _training(one: LoadedStage) -> list[Block]:
     bars, cells = [], []
     for row in rows(one.report, "training"):
         speed, low, high = interval(row)
@@ -155,7 +155,7 @@ def _training(one: StageRun) -> list[Block]:
     return blocks + failures
 
 
-def _models(one: StageRun) -> list[Block]:
+def _models(one: LoadedStage) -> list[Block]:
     found = rows(one.report, "models")
     if not found:
         return [Note("The benchmark reported no models.")]
@@ -209,7 +209,7 @@ def _models(one: StageRun) -> list[Block]:
     return blocks + _failures(found)
 
 
-def _convergence(one: StageRun) -> list[Block]:
+def _convergence(one: LoadedStage) -> list[Block]:
     blocks: list[Block] = []
     for key, title, form in (("tokens", "Loss over tokens", "number"), ("seconds", "Loss over seconds", "seconds")):
         if series := _loss_curves(one, key):
@@ -221,7 +221,7 @@ def _convergence(one: StageRun) -> list[Block]:
     return blocks + _to_the_same_loss(one) if blocks else [Note("The benchmark reported no convergence.")]
 
 
-def _loss_curves(one: StageRun, key: str) -> list[Series]:
+def _loss_curves(one: LoadedStage, key: str) -> list[Series]:
     """Return the loss of each run over a column of its curve."""
     series = []
     for index, row in enumerate(rows(one.report, "convergence")):
@@ -235,7 +235,7 @@ def _loss_curves(one: StageRun, key: str) -> list[Series]:
     return series
 
 
-def _to_the_same_loss(one: StageRun) -> list[Block]:
+def _to_the_same_loss(one: LoadedStage) -> list[Block]:
     """Return what each run took to a loss that all of them reached."""
     curves = rows(one.report, "convergence")
     known = [row for row in curves if number(row.get("tokens_to_loss")) is not None]
@@ -250,7 +250,7 @@ def _to_the_same_loss(one: StageRun) -> list[Block]:
     return [Text(f"To a loss of {show(loss)} it took {'; '.join(took)}.")]
 
 
-def _bottleneck(one: StageRun) -> list[Block]:
+def _bottleneck(one: LoadedStage) -> list[Block]:
     told = table(one.report, "bottleneck")
     shares = [(name, number(told.get(key)), f"c{index}") for index, (key, name) in enumerate(_SHARES)]
     known = [(name, max(0.0, share), style) for name, share, style in shares if share is not None]
@@ -283,7 +283,7 @@ def _failures(found: Sequence[dict[str, Any]]) -> list[Block]:
     return [Note(f"{clean(name)}: {error}") for name, error in named if isinstance(error, str)]
 
 
-def _drift(one: StageRun) -> list[Block]:
+def _drift(one: LoadedStage) -> list[Block]:
     told = table(one.report, "drift")
     ratio = number(told.get("ratio"))
     if ratio is None:
@@ -292,7 +292,7 @@ def _drift(one: StageRun) -> list[Block]:
     return [Note(f"{said} The device slowed down meanwhile.") if told.get("is_noticed") is True else Text(said)]
 
 
-def _promises(one: StageRun) -> list[Block]:
+def _promises(one: LoadedStage) -> list[Block]:
     cells = []
     for name, told in table(one.report, "promises").items():
         known = told if isinstance(told, dict) else {"figure": _word(told)}

@@ -6,7 +6,7 @@ from typing import Any
 from mlxflow.report import charts
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
 from mlxflow.report.formatting import clean, number, shorten, show, show_percent
-from mlxflow.report.load_run import Run, StageRun, rows, table
+from mlxflow.report.load_run import LoadedStage, Run, rows, table
 from mlxflow.report.sections import beside
 
 _LENGTHS = ("smallest", "p05", "p50", "p95", "largest")
@@ -46,7 +46,7 @@ def _blocks(run: Run) -> list[Block]:
     return blocks or [Note("No corpus to show: the workflow has no pretokenize stage.")]
 
 
-def _of_stage(one: StageRun) -> list[Block]:
+def _of_stage(one: LoadedStage) -> list[Block]:
     sides = [(side, table(one.report, side)) for side in ("train", "validation")]
     figures = tuple(
         (
@@ -74,7 +74,7 @@ def _word(record: Any) -> str:
     return ", ".join(f"{key} {value}" for key, value in record.items()) if isinstance(record, dict) else str(record)
 
 
-def _lengths(one: StageRun) -> list[Block]:
+def _lengths(one: LoadedStage) -> list[Block]:
     """Return the spread of the documents' lengths of each source."""
     spans, cells = [], []
     for source in rows(one.report, "sources"):

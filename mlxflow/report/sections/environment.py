@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlxflow.report.elements import Block, Code, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, show_bytes
-from mlxflow.report.load_run import Run, StageRun, table
+from mlxflow.report.load_run import LoadedStage, Run, table
 from mlxflow.report.sections import beside
 from mlxflow.storage import layout
 
@@ -58,7 +58,7 @@ def _lock(run: Run) -> Table:
     return Table(f"{layout.LOCKFILE}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
 
 
-def _lock_row(one: StageRun, made: dict[str, object]) -> tuple[str, ...]:
+def _lock_row(one: LoadedStage, made: dict[str, object]) -> tuple[str, ...]:
     def told(key: str) -> str:
         return str(made[key]) if key in made else UNKNOWN
 

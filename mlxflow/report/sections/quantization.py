@@ -9,7 +9,7 @@ from mlxflow.report import charts, line_plot
 from mlxflow.report.elements import Block, Code, Figure, Note, Section, Table
 from mlxflow.report.formatting import clean, number, shorten, show, show_bytes, show_interval, show_percent
 from mlxflow.report.line_plot import Axes, Series
-from mlxflow.report.load_run import Run, StageRun, rows, table
+from mlxflow.report.load_run import LoadedStage, Run, rows, table
 from mlxflow.report.sections import beside
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _blocks(run: Run) -> list[Block]:
     return blocks + missing
 
 
-def _summary(built: Sequence[StageRun]) -> Table:
+def _summary(built: Sequence[LoadedStage]) -> Table:
     cells = []
     for one in built:
         report, quality = one.report, table(one.report, "quality")
@@ -82,7 +82,7 @@ def _against_dense(report: dict[str, object]) -> float | None:
     return dense / own if dense is not None and own else None
 
 
-def _layers(built: Sequence[StageRun]) -> list[Block]:
+def _layers(built: Sequence[LoadedStage]) -> list[Block]:
     """Return bits and error of every layer of every model."""
     told = _rows_by_layer(built)
     names = list(dict.fromkeys(path for layers in told.values() for path in layers))
@@ -109,7 +109,7 @@ def _layers(built: Sequence[StageRun]) -> list[Block]:
     return blocks
 
 
-def _rows_by_layer(built: Sequence[StageRun]) -> dict[str, dict[str, dict[str, Any]]]:
+def _rows_by_layer(built: Sequence[LoadedStage]) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the rows of each model's report by the path of the layer; models without any are left out."""
     found = {one.task: {str(row.get("path")): row for row in rows(one.report, "layers")} for one in built}
     return {task: layers for task, layers in found.items() if layers}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mlxflow.report import graph
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, show_bytes, show_seconds
-from mlxflow.report.load_run import Run, StageRun, table
+from mlxflow.report.load_run import LoadedStage, Run, table
 from mlxflow.report.sections import beside
 
 #: Each state in words.
@@ -26,7 +26,7 @@ def _blocks(run: Run) -> list[Block]:
     return [drawn, *notes, _table(run)]
 
 
-def _lines(one: StageRun) -> tuple[str, ...]:
+def _lines(one: LoadedStage) -> tuple[str, ...]:
     if one.state in ("missing", "damaged"):
         return (WORDS[one.state],)
     seconds = show_seconds(table(one.report, "run").get("seconds"))

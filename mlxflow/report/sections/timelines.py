@@ -9,7 +9,7 @@ from mlxflow.report import line_plot
 from mlxflow.report.elements import Block, Figure, Note, Table
 from mlxflow.report.formatting import clean, number, show, show_bytes
 from mlxflow.report.line_plot import Axes, Band, Mark, Series
-from mlxflow.report.load_run import Run, StageRun, rows
+from mlxflow.report.load_run import LoadedStage, Run, rows
 from mlxflow.report.timelines import Span, Timeline
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class _Axis(NamedTuple):
     what: str
 
 
-def draw(one: StageRun, timeline: Timeline | None, until: str = "") -> list[Block]:
+def draw(one: LoadedStage, timeline: Timeline | None, until: str = "") -> list[Block]:
     """Return the plots of a timeline.
 
     Args:
@@ -77,14 +77,14 @@ def draw(one: StageRun, timeline: Timeline | None, until: str = "") -> list[Bloc
     return [Note(timeline.problem), *plots] if timeline.problem else plots
 
 
-def draw_cut_off(one: StageRun, timeline: Timeline) -> list[Block]:
+def draw_cut_off(one: LoadedStage, timeline: Timeline) -> list[Block]:
     """Return what a run that did not come to its end left, and how it ended."""
     again = "" if timeline.ended.startswith("is still") else f" Run: doit {one.task}"
     said = f"The last run of {one.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
     return [Note(said), *draw(one, timeline, " until then")]
 
 
-def _marks(one: StageRun) -> list[Mark]:
+def _marks(one: LoadedStage) -> list[Mark]:
     return [
         Mark(step, size, f"{show_bytes(size)} in {clean(str(row.get('phase', 'an unnamed phase')))}, step {show(step)}")
         for row in rows(one.report, "peaks")
