@@ -17,16 +17,16 @@ from mlxflow.device import cpu_backend
 
 cpu_backend.prepare()
 
-import mlx.core as mx  # noqa: E402 - after the BLAS library
-import mlx.nn as nn  # noqa: E402
-import numpy as np  # noqa: E402
+import mlx.core as mx  # after the BLAS library
+import mlx.nn as nn
+import numpy as np
 
-from mlxflow.data.token_file import Rows  # noqa: E402
-from mlxflow.evaluation.dense_reference import kept_reference  # noqa: E402
-from mlxflow.evaluation.kl_divergence import measure_divergence  # noqa: E402
-from mlxflow.evaluation.perplexity import measure_perplexity  # noqa: E402
-from mlxflow.models import model_folder  # noqa: E402
-from mlxflow.models.new_model import ModelConfig, llama_config  # noqa: E402
+from mlxflow.data.token_file import Rows
+from mlxflow.evaluation.dense_reference import kept_reference
+from mlxflow.evaluation.kl_divergence import measure_divergence
+from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.models import model_folder
+from mlxflow.models.new_model import ModelConfig, llama_config
 
 VOCAB_SIZE, CONTEXT_LENGTH, NUM_VARIANTS = 49_152, 512, 3
 

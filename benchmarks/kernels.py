@@ -112,8 +112,8 @@ def _attention() -> None:
             both = mx.compile(lambda q, k, v, g, way=way: mx.vjp(way, [q, k, v], [g]))
             took[name] = round(_microseconds(both, inputs), 1)
             mx.clear_cache()
-        told = {"rows": rows, "heads": heads, "keys": grouped, "length": length, "width": width, "document": document}
-        print(json.dumps(told | took), flush=True)
+        case = {"rows": rows, "heads": heads, "keys": grouped, "length": length, "width": width, "document": document}
+        print(json.dumps(case | took), flush=True)
 
 
 _WORKFLOW = """
@@ -145,11 +145,11 @@ def _training() -> Iterator[Callable[..., float]]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(Path(__file__).parents[1] / "mlxflow", Path(folder) / "mlxflow")
 
-        def seconds(stage: str, kernels: str, cache: str, **told: str) -> float:
+        def seconds(stage: str, kernels: str, cache: str, **variables: str) -> float:
             Path(folder, "workflow.toml").write_text(_WORKFLOW.replace("KERNELS", kernels))
             begin = time.perf_counter()
             command = [sys.executable, "-m", "mlxflow", "run", stage]
-            environment = {**os.environ, "XDG_CACHE_HOME": cache, **told}
+            environment = {**os.environ, "XDG_CACHE_HOME": cache, **variables}
             subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
             return round(time.perf_counter() - begin, 2)
 
@@ -211,10 +211,10 @@ def _starts() -> None:
     """Print what a later start costs, in processes that share a cache in which everything is proved."""
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        told = {"XDG_CACHE_HOME": cache, "PYTHONPYCACHEPREFIX": f"{cache}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}
+        variables = {"XDG_CACHE_HOME": cache, "PYTHONPYCACHEPREFIX": f"{cache}/bytecode", "PYTHONDONTWRITEBYTECODE": ""}
         for number in range(ROUNDS + 1):
             command = [sys.executable, "-m", "benchmarks.kernels", "start-once"]
-            environment, root = {**os.environ, **told}, Path(__file__).parents[1]
+            environment, root = {**os.environ, **variables}, Path(__file__).parents[1]
             done = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True)
             if number:  # the first process fills the cache
                 print(done.stdout, end="", flush=True)
@@ -224,12 +224,12 @@ def _starts() -> None:
 
 def _start_once() -> None:
     """Do what `model_kernels.choose_for` does with all results cached, in the reference job's shape."""
-    from benchmarks.train import SHAPE
+    from benchmarks.shapes import SMOLLM2_135M
     from mlxflow.device import compute_device
     from mlxflow.models import model_folder
     from mlxflow.stages import train  # noqa: F401 what a training run has imported anyway
 
-    model = model_folder.build(SHAPE, seed=0)
+    model = model_folder.build(SMOLLM2_135M, seed=0)
     model.set_dtype(mx.bfloat16)
     mx.eval(model.parameters())
     compute_device.environment(None), compute_device.working_set_bytes()  # asked before, too

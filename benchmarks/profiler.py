@@ -169,8 +169,8 @@ def _seconds(command: Iterable[str]) -> float | None:
         [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
     ) as process:
         assert process.stdout is not None
-        told = (line.strip() for line in process.stdout)
-        found = next((float(line) for line in told if line.replace(".", "", 1).isdigit()), None)
+        lines = (line.strip() for line in process.stdout)
+        found = next((float(line) for line in lines if line.replace(".", "", 1).isdigit()), None)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return found
