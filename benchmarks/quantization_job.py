@@ -38,6 +38,15 @@ def print_row(row: str, **figures: Any) -> None:
     print(json.dumps({"row": row} | shown), flush=True)
 
 
+def _qat_settings(model: Any, **table: Any) -> Any:
+    """Return the settings by which a `[quantize]` table with `method = "qat"` trains."""
+    from mlxflow.quantization.aware_training import suited
+    from mlxflow.stages import quantize
+
+    config = quantize.Config(method="qat", **table)
+    return suited(quantize.written_settings(config), model, learning_rate=config.learning_rate)
+
+
 class Job:
     """The dense model, its tokens, and the perplexity on held-out ones."""
 
@@ -114,19 +123,16 @@ class Job:
             The packing function, and the seconds of every step.
         """
         from mlxflow.quantization.fake_quant import fake_quantized
-        from mlxflow.stages import quantize
-        from mlxflow.stages.quantize_methods import training_settings
 
-        config = quantize.Config(method="qat", num_steps=steps, batch_size=BATCH, **table)
         with fake_quantized(model, plan) as packed:
-            yield packed, self._train(model, training_settings(config, model), seed=seed)
+            settings = _qat_settings(model, num_steps=steps, batch_size=BATCH, **table)
+            yield packed, self._train(model, settings, seed=seed)
 
     def continued(self, model: Any, *, seed: int) -> None:
         """Train a model on as `[train]` would by its own defaults, as long and as fast as the quantize table has it."""
-        from mlxflow.stages import quantize, train
-        from mlxflow.stages.quantize_methods import training_settings
+        from mlxflow.stages import train
 
-        rate = training_settings(quantize.Config(method="qat", num_steps=STEPS), model).learning_rate
+        rate = _qat_settings(model, num_steps=STEPS).learning_rate
         config = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
         self._train(model, train.training_settings(config), seed=seed)
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.architecture_configs import DENSE, MIXTURES
 from benchmarks.architectures import CASES, SETTINGS, Jobs, Outcome, table
-from mlxflow.stages import quantize_methods
+from mlxflow.quantization import calibrated
 from tests.conftest import REPOSITORY
 
 ARCHITECTURES = [*DENSE, *MIXTURES]
@@ -33,7 +33,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 @pytest.mark.parametrize(("architecture", "name"), _cases())
 def test_a_case_works(jobs: Jobs, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize_methods, "_AWQ_STEPS", 4)  # few: the search is tested by itself
+    monkeypatch.setattr(calibrated, "_AWQ_STEPS", 4)  # few: the search is tested by itself
     outcome = jobs.case(architecture, name, settings=(SETTINGS[0], SETTINGS[-1]))
     assert outcome.works, outcome.refusal
 

@@ -70,7 +70,6 @@ REMAINING: dict[str, int] = {
     "mlxflow/report/sections/timelines.py": 2,
     "mlxflow/report/summary.py": 2,
     "mlxflow/report/timelines.py": 2,
-    "mlxflow/stages/quantize_methods.py": 4,
     "mlxflow/stages/train.py": 1,
     "mlxflow/storage/atomic_folders.py": 2,
     "mlxflow/storage/digests.py": 1,

@@ -104,7 +104,6 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
     """Return a line for each entry of `layers` that does not fit."""
     from mlxflow.models import model_folder
     from mlxflow.quantization.plan import check_supported, resolve
-    from mlxflow.stages.quantize_methods import rules_of
 
     lines: list[str] = []
     made: tuple[Any, Any] = (None, None)  # of variants of one model, which mostly follow each other
@@ -119,7 +118,10 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
             with remote_code.trusting_code(workflow.trusts_code(one)):
                 if made[0] != what:
                     made = what, model_folder.skeleton(architecture, code=folder)
-            check_supported(resolve(made[1], default=config.default, rules=rules_of(config), key=key).layers, key)
+            check_supported(
+                resolve(made[1], default=config.default, rules=[rule.rule for rule in config.layers], key=key).layers,
+                key,
+            )
         except WorkflowError as error:
             lines += error.problems
     return lines

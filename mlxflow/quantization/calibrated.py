@@ -27,7 +27,15 @@ from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import Setting
 
+#: Rows that the methods look at together.
+BATCH_SIZE = 4
+
 _GPTQ_BITS = (2, 4, 8)
+
+# As mlx-lm's: scales that AWQ tries
+_AWQ_STEPS = 20
+
+_DWQ_LEARNING_RATE = 1e-5
 
 _MORE_ROWS = "Calibrate on more rows (calibration_rows)."
 
@@ -51,6 +59,30 @@ def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting]
         _check_gptq(model, plan, name)
     if method == "dwq":
         _check_trainable(plan, name)
+
+
+def learn(
+    method: str, model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, seed: int, key: str
+) -> dict[str, Packed]:
+    """Return the codes that a method learns, with its usual settings.
+
+    Args:
+        method: "gptq", "awq" or "dwq".
+        model: dense, in evaluation mode; see the function of that name.
+        plan: module path to setting.
+        tokens: (R, L + 1) ids to calibrate on.
+        seed: of the order of the rows.
+        key: of the table with the settings, for messages.
+
+    Raises:
+        CallError: the method cannot follow the plan, or there are too few rows.
+    """
+    mx.eval(model.parameters(), tokens)
+    if method == "gptq":
+        return gptq(model, plan, tokens[:, :-1], batch_size=BATCH_SIZE, key=key)
+    if method == "awq":
+        return awq(model, plan, tokens[:, :-1], search_steps=_AWQ_STEPS, key=key)
+    return dwq(model, plan, tokens, batch_size=BATCH_SIZE, learning_rate=_DWQ_LEARNING_RATE, seed=seed, key=key)
 
 
 def gptq(

@@ -28,10 +28,11 @@ _GRID = "_grid"
 def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[Callable[[], dict[str, Packed]]]:
     """Let layers compute with their quantized weights until the block ends; give a function that packs them.
 
-    Each layer becomes of a class of its own that inherits from its class; parameters keep their names. Begin before a
-    step is compiled: what is compiled does not see a change of classes. A layer with an adapter beside it computes
-    with the quantized sum of both, without the adapter's dropout. Each group's grid is found here, where it loses
-    least, and stays: a search in every step would cost more than the step.
+    Each layer becomes of a class of its own that inherits from its class, `plain_type`, and has a method `fake_weight`,
+    which returns the weight that it computes with; parameters keep their names. Begin before a step is compiled: what
+    is compiled does not see a change of classes. A layer with an adapter beside it computes with the quantized sum of
+    both, without the adapter's dropout. Each group's grid is found here, where it loses least, and stays: a search in
+    every step would cost more than the step.
 
     Args:
         model: dense, with adapters or without.
@@ -54,20 +55,11 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
             module.pop(_GRID, None)
 
 
-def fake_weight(module: nn.Module) -> mx.array | None:
-    """Return the weight that a layer computes with, if it is within `fake_quantized`; None otherwise."""
-    setting: Setting | None = getattr(type(module), "fake_setting", None)
-    return None if setting is None else _straight_through(setting)(_dense_weight(module), module[_GRID])
-
-
-def plain_type(module: nn.Module) -> type[nn.Module]:
-    """Return a layer's class as it is outside of `fake_quantized`."""
-    kind: type[nn.Module] = type(module)
-    return kind.__mro__[1] if hasattr(kind, "fake_setting") else kind
-
-
 @functools.cache
 def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
+    def fake_weight(module: nn.Module) -> mx.array:
+        return _straight_through(setting)(_dense_weight(module), module[_GRID])
+
     def through(name: str) -> Callable[..., Any]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
             weight = fake_weight(self)
@@ -84,7 +76,7 @@ def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
 
         return call
 
-    methods = {"__call__": through("__call__"), "fake_setting": setting}
+    methods = {"__call__": through("__call__"), "fake_weight": fake_weight, "plain_type": plain}
     if hasattr(plain, "as_linear"):
         methods["as_linear"] = through("as_linear")
     return type(f"FakeQuantized{plain.__name__}", (plain,), methods)

@@ -46,6 +46,15 @@ class QuantizationPlan(NamedTuple):
     skipped: list[str]
     undivided: list[str]
 
+    def layers_toml(self) -> str:
+        """Return the plan as a `layers` table that can be pasted into a `[quantize]` table."""
+        entries = [
+            f'    {{ match = "{path}", bits = {one.bits}, group_size = {one.group_size}, mode = "{one.mode}" }},'
+            for path, one in self.layers.items()
+        ]
+        entries += [f'    {{ match = "{path}", skip = true }},' for path in self.skipped]
+        return "\n".join(["layers = [", *entries, "]"]) + "\n"
+
     def warning(self, key: str) -> str | None:
         """Return what to say of layers that stay dense for their widths alone; None where there are none.
 

@@ -1,44 +1,32 @@
 """Quantize a model into mlx-lm's own form, and say what it costs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import msgspec
 from msgspec import Meta
 
-from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
-from mlxflow.errors import ArtifactError
-from mlxflow.quantization.settings import RequestedSetting, Setting, mistakes_in
-from mlxflow.stages import quantize_methods, quantize_quality, train
+from mlxflow.device.compute_device import SIZE_PATTERN, parse_size
+from mlxflow.quantization.layer_rules import LayerRule
+from mlxflow.quantization.settings import RequestedSetting, Setting
+from mlxflow.quantization.table_checks import table_problems
+from mlxflow.stages import train
 from mlxflow.storage import layout
 from mlxflow.training.lora_config import LoraConfig
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem, limit
+from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem, limit, toml_value
 from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
+
+if TYPE_CHECKING:
+    from mlxflow.quantization.aware_training import AwareTraining
+    from mlxflow.quantization.job import QuantizationRequest
+    from mlxflow.training.settings import TrainingSettings
 
 VERSION = 7
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
-
-
-class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of `layers`: what is said of the layers that a pattern matches."""
-
-    match: Annotated[str, Meta(min_length=1, description="a pattern of module paths, such as `*.mlp.*`")]
-    skip: Annotated[bool, Meta(description="whether they stay dense")] = False
-    mode: Annotated[
-        Literal["same", "affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"],
-        Meta(description="as above; same: the table's"),
-    ] = "same"
-    bits: Annotated[
-        Literal["same", 2, 3, 4, 5, 6, 8], Meta(description="as above; same: the table's, or the mode's own")
-    ] = "same"
-    group_size: Annotated[
-        Literal["same", 16, 32, 64, 128],
-        Meta(description="as above; same: the table's, or the mode's own"),
-    ] = "same"
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,39 +118,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         own = asked.setting
         msgspec.structs.force_setattr(self, "bits", own.bits)
         msgspec.structs.force_setattr(self, "group_size", own.group_size)
-        msgspec.structs.force_setattr(self, "layers", tuple(_with_own(rule, asked) for rule in self.layers))
+        msgspec.structs.force_setattr(self, "layers", tuple(rule.completed(asked) for rule in self.layers))
 
-    def problems(self) -> Any:
+    def problems(self) -> Iterator[Problem]:
         """Yield bits and group sizes that the mode does not have, and what does not fit together."""
-        for one in mistakes_in(self.default):
-            advice = f"Set {one.key} = {one.usual}" + (' or mode = "affine".' if self.mode != "affine" else ".")
-            yield Problem(one.key, one.value, one.expected, advice)
-        if self.target_bits_per_weight and self.target_size:
-            yield Problem(
-                "target_size", self.target_size, "expected one budget, not two", "Remove target_bits_per_weight."
-            )
-        if (self.target_bits_per_weight or self.target_size) and self.mode not in ("affine", "symmetric"):
-            yield Problem("mode", self.mode, "a budget needs a mode with several bits", 'Set mode = "affine".')
-        yield from self._budget_problems()
-        if self.needs_tokens and not self.token_stage:
-            asking = next(iter(self.needs_tokens))
-            yield Problem(
-                asking, getattr(self, asking), "needs tokens, and data names none", 'Set data = "pretokenize".'
-            )
-
-    def _budget_problems(self) -> Iterator[Problem]:
-        """Yield budgets that no choice of bits can keep."""
-        example = 'Write such as "200 MB".'
-        if self.target_size.strip().endswith("%"):
-            yield Problem("target_size", self.target_size, "expected a size in bytes", example)
-        elif self.target_size and (expected := size_mistake(self.target_size)):
-            yield Problem("target_size", self.target_size, expected, example)
-        elif self.target_size and not parse_size(self.target_size, 0):
-            yield Problem("target_size", self.target_size, "expected more than nothing", example)
-        least = min(self.candidate_bits)
-        if 0 < self.target_bits_per_weight < least:
-            expected = f"expected at least the lowest of candidate_bits = {least}"
-            yield Problem("target_bits_per_weight", self.target_bits_per_weight, expected, "Change one of the two.")
+        yield from table_problems(self)
 
     @property
     def trusts_code(self) -> bool:
@@ -197,15 +157,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def default(self) -> Setting:
         """The setting of layers that nothing names."""
         return RequestedSetting(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
-
-
-def _with_own(rule: LayerRule, table: RequestedSetting) -> LayerRule:
-    """Return a rule with what its mode brings where the mode is of another kind than the table's."""
-    if rule.mode == "same":
-        return rule
-    own = table.by_rule(rule.mode, *(None if one == "same" else one for one in (rule.bits, rule.group_size)))
-    changes = {name: value for name, value in own.items() if value is not None}
-    return msgspec.structs.replace(rule, **changes)
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -293,132 +244,86 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: it costs more than a gate allows.
         WorkflowError: the plan or the method does not fit the model.
     """
-    from mlxflow.models import config_json, tokenizer_files
-    from mlxflow.quantization.progress import show_layers
-    from mlxflow.quantization.streaming_export import export
-    from mlxflow.storage import tensor_writing
+    from mlxflow.quantization import dense_model, job, size_report
 
-    folder = _source(config, inputs, context)
-    model, model_config, stored = _load(config, folder, context)
-    tokens = _open_tokens(config, inputs, folder, model_config, context)
-    plan, chosen = quantize_methods.choose_plan(config, model, tokens, context)
-    made = quantize_methods.make(
-        config,
-        inputs,
-        outputs,
-        context,
-        folder=folder,
-        model=model,
-        plan=plan,
-        tokens=tokens,
+    task = context.task
+    folder = dense_model.find_folder(config.model, inputs.model, task=task)
+    key, value, expected, advice = _already_quantized(config)
+    refusal = "" if config.requantize else f'{task}.{key} = "{value}": {expected}. {advice}'
+    dense = dense_model.open_dense(folder, dtype=config.dtype, refusal=refusal)
+    tokens = dense_model.open_tokens(
+        inputs.tokens, folder, dense.config_json, key=f"{task}.data", stage=config.token_stage
     )
-    with show_layers(context.task, len(made.plan.layers)) as watch:
-        exported = export(
-            made.model,
-            made.plan.layers,
-            file=outputs.model,
-            metadata={"format": "mlx"} | tensor_writing.provenance_metadata(context.provenance),
-            packed=lambda path: made.packed.pop(path, None),
-            stored=stored if config.method == "rtn" else {},
-            source=str(folder),
-            watch=watch,
-        )
-    table = made.plan.config()
-    config_json.write(outputs.config, {**model_config, "quantization": table, "quantization_config": table})
-    tokenizer_files.copy_companions(folder, context.folder)
-    report = {"method": config.method, **_sizes(exported, made.plan, outputs)} | chosen | made.report
-    if tokens is not None:
-        report["quality"] = quantize_quality.measure(
-            config, tokens.validation, folder, layers=made.plan.layers, context=context
-        )
+    metrics = outputs.metrics[0] if outputs.metrics else None
+    made = job.run_job(_request(config, context), dense, tokens, outputs=outputs, metrics=metrics, context=context)
+    report = {"method": config.method, **size_report.sizes(made.exported, made.plan, outputs.model.stat().st_size)}
+    if made.budget_losses is not None:
+        report |= {"layers_toml": made.plan.layers_toml(), "budget_losses": made.budget_losses}
+    if made.training is not None:
+        report |= made.training.report()
+    if made.quality is not None:
+        report["quality"] = made.quality
     return report
 
 
-def _source(config: Config, inputs: Inputs, context: Context) -> Path:
-    """Return the folder of the dense model."""
-    from mlxflow.models import model_folder, tokenizer_files
+def _request(config: Config, context: Context) -> "QuantizationRequest":
+    """Return what the table asks for."""
+    from mlxflow.quantization.bit_allocation import BudgetRequest
+    from mlxflow.quantization.job import QuantizationRequest
+    from mlxflow.quantization.quality import QualityLimits
 
-    if inputs.model:
-        return inputs.model[0].parent
-    trust_key = f"{context.task}.trust_remote_code"
-    folder = model_folder.fetch(config.model, key=f"{context.task}.model", trust_key=trust_key)
-    tokenizer_files.require_tokenizer_trust(folder, trust_key)
-    return folder
+    key = "target_size" if config.target_size else "target_bits_per_weight"
+    budget = BudgetRequest(
+        config.target_bits_per_weight,
+        parse_size(config.target_size, 0) if config.target_size else 0,
+        config.candidate_bits,
+        asked=f"{context.task}.{key} = {toml_value(getattr(config, key))}",
+        key=context.task,
+    )
+    return QuantizationRequest(
+        config.method,
+        config.default,
+        [one.rule for one in config.layers],
+        config.calibration_rows,
+        budget if config.has_budget else None,
+        aware_training(config, context) if config.method == "qat" else None,
+        QualityLimits(config.max_validation_rows, config.max_perplexity_increase, config.max_kl),
+        config.batch_size,
+    )
 
 
-def _load(config: Config, folder: Path, context: Context) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Return the dense model, its weights still on the disk, its `config.json`, and what can be read row by row.
+def aware_training(config: Config, context: Context) -> "AwareTraining":
+    """Return the quantization-aware training that the table asks for.
 
-    Adapters that lie in the folder are added into the dense weights.
-
-    Raises:
-        ArtifactError: the model cannot be opened, or is quantized where that is not asked for.
+    Args:
+        config: the table.
+        context: of the stage.
     """
-    from mlxflow.models import model_folder, quantized_layers
+    from mlxflow.quantization.aware_training import AwareTraining
+    from mlxflow.training.run import describe
+    from mlxflow.training.settings import SettingNames
 
-    model, model_config = model_folder.load(folder, lazy=True)
-    if quantized_layers.is_quantized(model) and not config.requantize:
-        key, value, expected, advice = _already_quantized(config)
-        raise ArtifactError(f'{context.task}.{key} = "{value}": {expected}. {advice}')
-    stored = {} if quantized_layers.is_quantized(model) else model_folder.stored_matrices(folder, model)
-    return *model_folder.cast(*quantized_layers.made_dense(model, model_config), config.dtype), stored
+    names = SettingNames.of_stage(context.task, config.token_stage, has_fused_loss=False)
+    description = describe(msgspec.to_builtins(config), names, context)
+    return AwareTraining(
+        written_settings(config), config.learning_rate, config.kernels, config.distill, names, description
+    )
 
 
-def _open_tokens(
-    config: Config, inputs: Inputs, folder: Path, model_config: Mapping[str, Any], context: Context
-) -> Any:
-    """Return training and validation tokens; None where none are named.
+def written_settings(config: Config) -> "TrainingSettings":
+    """Return the settings of training that the table has; `quantization.aware_training.suited` completes them.
 
-    Raises:
-        ArtifactError: they are of another vocabulary, or longer than the model's positions.
+    Args:
+        config: the table.
     """
-    if not inputs.tokens:
-        return None
-    from mlxflow.data.token_file import TokenFile
-    from mlxflow.models import config_json, model_folder
+    from mlxflow.training.settings import TrainingSettings, checkpoint_every
 
-    key = f"{context.task}.data"
-    train_tokens, validation = (TokenFile.open(path) for path in inputs.tokens)
-    train_tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    positions = config_json.num_positions(model_config)
-    if train_tokens.context_length > positions:
-        raise ArtifactError(
-            f'{key} = "{config.token_stage}": its rows have {train_tokens.context_length:,} tokens, {folder} is made '
-            f"for {positions:,} positions. Lower {config.token_stage}.context_length."
-        )
-    return quantize_methods.Tokens(train_tokens, validation)
-
-
-def _sizes(exported: Any, plan: Any, outputs: Outputs) -> dict[str, Any]:
-    """Return sizes from what was written, by layer and whole."""
-    file_bytes = outputs.model.stat().st_size
-    default = plan.default
-    return {
-        "mode": default.mode,
-        "bits": default.bits,
-        "group_size": default.group_size,
-        "parameters": exported.parameters,
-        "bits_per_weight": 8 * exported.num_bytes / exported.parameters,
-        "dense_bits_per_weight": 8 * exported.dense_bytes / exported.parameters,
-        "model_bytes": file_bytes,
-        "compression_ratio_fp32": 4 * exported.parameters / file_bytes,
-        "compression_ratio_bf16": 2 * exported.parameters / file_bytes,
-        "quantized_layers": list(plan.layers),
-        "dense_layers": [*plan.skipped, *plan.undivided],
-        "layers": [_layer_row(layer) for layer in exported.layers],
-    }
-
-
-def _layer_row(layer: Any) -> dict[str, Any]:
-    setting = layer.setting
-    return {
-        "path": layer.path,
-        "shape": list(layer.shape),
-        "mode": setting.mode if setting else "dense",
-        "bits": setting.bits if setting else 0,
-        "group_size": setting.group_size if setting else 0,
-        "bytes": layer.num_bytes,
-        "parameters": layer.parameters,
-        "bits_per_weight": 8 * layer.num_bytes / layer.parameters,
-        "relative_error": layer.relative_error,
-    }
+    return TrainingSettings(
+        adapters=config.lora.shape(config.training) or "none",
+        num_steps=config.num_steps,
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        checkpoint_every=checkpoint_every(config.checkpointing),
+        deterministic=config.deterministic,
+        max_validation_rows=config.max_validation_rows,
+    )

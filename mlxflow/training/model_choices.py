@@ -62,3 +62,17 @@ def _masks(model: nn.Module, tokens: TokenFile, written: Choice, names: SettingN
             f'the documents in it apart. Set {key} = false, or {names.packing} = "none".'
         )
     return False  # a row holds one document
+
+
+def default_objective(model: nn.Module, tokens: TokenFile, *, batch_size: int) -> objective.Objective:
+    """Return the loss that a training with default settings would minimize.
+
+    Args:
+        model: dense.
+        tokens: of the same vocabulary.
+        batch_size: rows in one forward pass.
+    """
+    size = tokens.vocab_size
+    fused = objective.uses_fused_loss(model, wanted=None, vocab_size=size, tokens=batch_size * tokens.context_length)
+    masks = document_mask.masks_conversations(model, tokens)
+    return objective.make_objective(model, fused=fused, vocab_size=size, masks_documents=masks)

@@ -10,7 +10,6 @@ import numpy as np
 from mlxflow.models import quantized_layers
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
-from mlxflow.quantization.fake_quant import fake_weight, plain_type
 
 # Of the numbers that a head returns instead of its product: powers of ten that every floating type holds
 _SMALLEST_POWER, _LARGEST_POWER = -4, 4
@@ -34,8 +33,8 @@ class Head(NamedTuple):
         layer = self.module(model)
         if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
             return quantized_layers.dense_weight(layer).astype(dtype)
-        faked = fake_weight(layer)
-        return cast("mx.array", layer.weight) if faked is None else faked
+        faked = getattr(type(layer), "fake_weight", None)  # of a class that `fake_quant.fake_quantized` made
+        return cast("mx.array", layer.weight if faked is None else faked(layer))
 
     def is_trained(self, model: nn.Module) -> bool:
         """Return whether the weight is one of the trainable parameters."""
@@ -59,7 +58,7 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
     plain = (nn.Embedding, nn.QuantizedEmbedding) if is_tied else (nn.Linear, nn.QuantizedLinear)
     if not isinstance(body, nn.Module) or not isinstance(layer, nn.Module):
         return None
-    if plain_type(layer) not in plain or "bias" in layer:
+    if getattr(type(layer), "plain_type", type(layer)) not in plain or "bias" in layer:
         return None
     tokens = mx.arange(1, 9)[None] % vocab_size
     try:

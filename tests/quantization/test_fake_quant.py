@@ -11,7 +11,7 @@ from mlxflow.models import adapter_files
 from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.clipping import best_limits
 from mlxflow.quantization.codec import round_trip, symmetric_grid, unpack
-from mlxflow.quantization.fake_quant import fake_quantized, fake_weight
+from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
 from mlxflow.training.objective import make_objective, plain_objective, uses_fused_loss
@@ -39,8 +39,7 @@ def _llama(dtype: mx.Dtype = mx.float32) -> nn.Module:
 
 
 def _fake(module: nn.Module) -> mx.array:
-    weight = fake_weight(module)
-    assert weight is not None
+    weight: mx.array = module.fake_weight()
     return weight
 
 

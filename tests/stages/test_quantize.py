@@ -22,8 +22,8 @@ from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.models import model_folder
 from mlxflow.models.model_folder import load
 from mlxflow.models.quantized_layers import dense_weights, for_evaluation
-from mlxflow.stages.quantize import Config
-from mlxflow.stages.quantize_methods import training_settings
+from mlxflow.quantization.aware_training import suited
+from mlxflow.stages.quantize import Config, written_settings
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.config import toml_value
 from mlxflow.workflow.execution import execute_stage
@@ -178,9 +178,9 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypat
     ("table", "rate"), [({}, 8e-4 * 0.12**0.5), ({"num_steps": 300}, 8e-4), ({"num_steps": 9000}, 8e-4)]
 )
 def test_few_steps_train_at_a_lower_rate(table: dict[str, Any], rate: float) -> None:
-    model = nn.Linear(4, 4)
-    assert training_settings(Config(method="qat", **table), model).learning_rate == pytest.approx(rate)
-    assert training_settings(Config(method="qat", learning_rate=0.1, **table), model).learning_rate == 0.1
+    written, model = written_settings(Config(method="qat", **table)), nn.Linear(4, 4)
+    assert suited(written, model, learning_rate="auto").learning_rate == pytest.approx(rate)
+    assert suited(written, model, learning_rate=0.1).learning_rate == 0.1
 
 
 def test_a_loss_that_stays_infinite_names_this_stages_key(job: Job) -> None:

@@ -1,0 +1,173 @@
+"""Quantization-aware training: settings that suit it, and the training with rounded weights in every forward pass."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.models import adapter_files, model_folder, quantized_layers
+from mlxflow.ops import document_mask
+from mlxflow.quantization.codec import Packed
+from mlxflow.quantization.dense_model import DenseModel, TokenPair
+from mlxflow.quantization.fake_quant import fake_quantized
+from mlxflow.quantization.settings import Setting
+from mlxflow.training import adapters, build, kernel_selection, objective, run
+from mlxflow.training.settings import SettingNames, TrainingSettings
+from mlxflow.workflow.stage import Context, derive_seed
+
+# The learning rate found best for so many steps, by `benchmarks/quantize.py recovery`
+_LEARNING_RATE, _STEPS = 8e-4, 300
+
+
+class RoundedTraining(NamedTuple):
+    """What a quantization-aware training made.
+
+    Attributes:
+        packed: the codes of the layers that the last forward pass used, by module path.
+        kernels: names of those in use.
+        figures: of the run, as `training.run.report_of` returns them.
+    """
+
+    packed: dict[str, Packed]
+    kernels: list[str]
+    figures: dict[str, Any]
+
+    def report(self) -> dict[str, Any]:
+        """Return what the report of the stage says of the training."""
+        training = {key: value for key, value in self.figures.items() if key != "run"}
+        return {"kernels": self.kernels, "training": training, "run": self.figures["run"]}
+
+
+class AwareTraining(NamedTuple):
+    """What a quantization-aware training is asked to do.
+
+    Attributes:
+        settings: steps, rows, adapters, checkpointing, determinism and the limit of validation rows; see `suited`.
+        learning_rate: the highest; "auto" for one that suits the number of steps.
+        kernels: "auto", "off" or "require".
+        distills: whether the dense model's distributions are learned instead of the text.
+        names: of the settings, for messages.
+        description: of the run, see `RunFiles`.
+    """
+
+    settings: TrainingSettings
+    learning_rate: float | Literal["auto"]
+    kernels: kernel_selection.Mode
+    distills: bool
+    names: SettingNames
+    description: Mapping[str, Any]
+
+
+def suited(settings: TrainingSettings, model: nn.Module, *, learning_rate: float | Literal["auto"]) -> TrainingSettings:
+    """Return settings for quantization-aware training; document mask, fused loss and kernels are off.
+
+    Args:
+        settings: of them steps, rows, adapters, checkpointing, determinism and the limit of validation rows.
+        model: to train; of it the types of the weights.
+        learning_rate: the highest; "auto" for one that suits the number of steps.
+    """
+    types = {value.dtype for _, value in tree_flatten(model.parameters())}
+    num_steps = settings.num_steps
+    return settings.replace(
+        max_batch_size=max(64, settings.batch_size),
+        learning_rate=_highest_rate(num_steps) if learning_rate == "auto" else learning_rate,
+        warmup_steps=min(max(1, num_steps // 10), num_steps // 2),
+        schedule="linear",
+        # No decay: weights are pulled to grid points. Low betas: old moments react too late to the rounding error.
+        weight_decay=0.0,
+        optimizer_options={"betas": [0.8, 0.99]},
+        precision="fp32" if types == {mx.float32} else "bf16",
+        eval_every=max(1, num_steps // 2),
+    )
+
+
+def _highest_rate(num_steps: int) -> float:
+    """Return the learning rate for a number of steps: few steps do not average out the noise of a high one."""
+    return _LEARNING_RATE * math.sqrt(min(1.0, num_steps / _STEPS))
+
+
+def train_rounded(
+    request: AwareTraining,
+    dense: DenseModel,
+    layers: Mapping[str, Setting],
+    tokens: TokenPair,
+    *,
+    metrics: Path,
+    context: Context,
+) -> RoundedTraining:
+    """Train a model with the rounded weights in place, and pack those that the last forward pass used.
+
+    Args:
+        request: what is asked for.
+        dense: the model; trained in place, its adapters fused at the end.
+        layers: module path to setting.
+        tokens: to train and validate on.
+        metrics: gets the learning curve.
+        context: of the stage.
+
+    Raises:
+        SourceError: there are fewer rows than one batch holds.
+        StageError: the loss stays without a finite value.
+        SystemExit: a signal ended the run; a checkpoint is saved.
+        UserError: a setting does not fit the model, or no batch fits into the memory.
+    """
+    model, names = dense.model, request.names
+    settings = suited(request.settings, model, learning_rate=request.learning_rate)
+    rows = tokens.train.full_rows(settings.batch_size, names.of("batch_size"))
+    teacher = _open_teacher(dense.folder) if request.distills else None
+    if settings.adapter_shape is not None:
+        adapters.add_adapters(
+            model, settings.adapter_shape, seed=derive_seed(context.seed, "train.model"), key=names.of("lora.keys")
+        )
+    model.train()
+    mx.eval(model.parameters())
+    wanted = kernel_selection.KernelRequest.of(request.kernels, context)
+    with kernel_selection.begin_proof(wanted) as ahead, fake_quantized(model, layers) as pack:
+        subject = _subject(model, settings, tokens.train, teacher, names)
+        kernels = kernel_selection.select_kernels(wanted, subject, rows.head(settings.batch_size), ahead)
+        result = run.train(
+            subject._replace(settings=subject.settings.replace(kernels=tuple(kernels.selected))),
+            kernels,
+            run.RunFiles(
+                train=tokens.train.path,
+                validation=tokens.validation.path,
+                metrics=metrics,
+                checkpoints=context.unfinished,
+                description=request.description,
+            ),
+            data_seed=derive_seed(context.seed, "train.batches"),
+            memory_limit_bytes=context.memory_limit_bytes,
+        )
+        packed = pack()
+        mx.eval(packed)
+    adapter_files.fuse(model)
+    return RoundedTraining(packed, kernels.selected, run.report_of(result, kernels, keeps_best=False))
+
+
+def _open_teacher(folder: Path) -> nn.Module:
+    """Return the dense model whose distributions are learned."""
+    teacher, _ = quantized_layers.made_dense(*model_folder.load(folder))
+    teacher.freeze()
+    return teacher
+
+
+def _subject(
+    model: nn.Module, settings: TrainingSettings, tokens: TokenFile, teacher: nn.Module | None, names: SettingNames
+) -> build.Subject:
+    """Return the model with its settings, the document mask and the loss decided."""
+    length, vocab_size = tokens.context_length, tokens.vocab_size
+    masks = document_mask.masks_conversations(model, tokens)
+    fused = teacher is None and objective.uses_fused_loss(
+        model, wanted=None, vocab_size=vocab_size, tokens=settings.batch_size * length
+    )
+    settings = settings.replace(masks_documents=masks, fused_loss=fused)
+    subject = build.Subject(model, settings, vocab_size, length, names)
+    if teacher is None:
+        return subject
+    distilling = objective.distilling_objective(teacher, masks_documents=masks)
+    return subject._replace(make_objective=lambda uses_kernel: distilling)

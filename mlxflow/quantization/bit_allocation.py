@@ -1,0 +1,95 @@
+"""Bits for each layer within a budget of bytes: the candidates, what they cost, and the best of the plans tried."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxflow.quantization import budget
+from mlxflow.quantization import plan as plans
+from mlxflow.quantization.sensitivity import Objective, measure_costs
+from mlxflow.quantization.settings import Setting
+
+# In a safetensors header: what surrounds the name of a tensor, and what says where the file came from
+_ENTRY_BYTES, _HEADER_BYTES = 80, 1024
+
+
+class BudgetRequest(NamedTuple):
+    """A budget for the size of a model, as it was written.
+
+    Attributes:
+        bits_per_weight: of all parameters; 0 where a file size is given.
+        file_bytes: of `model.safetensors`; 0 where bits per weight are given.
+        candidate_bits: bits to choose from.
+        asked: the setting and its value, for the message.
+        key: of the table with the settings, for messages.
+    """
+
+    bits_per_weight: float
+    file_bytes: int
+    candidate_bits: tuple[int, ...]
+    asked: str
+    key: str
+
+
+def allocate_bits(
+    model: nn.Module,
+    plan: plans.QuantizationPlan,
+    request: BudgetRequest,
+    calibration: tuple[mx.array, mx.array],
+    *,
+    rules: Sequence[plans.Rule],
+    objective: Objective,
+    batch_size: int,
+) -> tuple[dict[str, Setting], list[float]]:
+    """Return the layers of a plan with bits chosen within a budget, and the losses of the plans that were tried.
+
+    Args:
+        model: dense, in evaluation mode; unchanged.
+        plan: of the layers; where a rule names bits they stay.
+        request: the budget.
+        calibration: (R, L + 1) token ids and their marks; see `data.token_file.Batch`.
+        rules: that the plan was made of.
+        objective: the loss.
+        batch_size: rows in one forward pass.
+
+    Returns:
+        module path to setting, and losses in nats per token.
+
+    Raises:
+        WorkflowError: a candidate is none of the mode's, or not even the smallest candidates fit.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    candidates = {
+        path: [setting]
+        if plans.names_bits(path, rules)
+        else [setting._replace(bits=bits) for bits in sorted(request.candidate_bits)]
+        for path, setting in plan.layers.items()
+    }
+    plans.check_supported({str(one): one for some in candidates.values() for one in some}, request.key)
+    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
+    total = int(request.bits_per_weight * parameters / 8)
+    if request.file_bytes:
+        total = request.file_bytes - _header_bytes(model, candidates)
+    sizes = budget.sizes_of(model, candidates, dtype=None)
+    room = total - budget.fixed_bytes(model, candidates, dtype=None)
+    rows, marks = calibration
+    costs = measure_costs(model, candidates, rows, marks, objective=objective, dtype=None)
+    cheapest = budget.cheapest_plan(
+        costs,
+        sizes,
+        budget_bytes=room,
+        asked=request.asked,
+        parameters=sum(modules[path].weight.size for path in candidates),
+    )
+    tried = [cheapest, *budget.uniform_plans(sizes, budget_bytes=room)]
+    return budget.best_measured(model, tried, rows, marks, objective=objective, dtype=None, batch_size=batch_size)
+
+
+def _header_bytes(model: nn.Module, packed: Mapping[str, Any]) -> int:
+    """Return the most bytes that names, shapes and provenance take at the head of the file."""
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    names += [f"{path}.{own}" for path in packed for own in ("scales", "biases")]
+    return _HEADER_BYTES + sum(len(name) + _ENTRY_BYTES for name in names)

@@ -1,0 +1,102 @@
+"""What is quantized: a dense model from a folder or the hub, and the tokens that it is calibrated and measured on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from mlxflow.data.token_file import TokenFile
+from mlxflow.errors import ArtifactError
+from mlxflow.models import config_json, model_folder, quantized_layers, tokenizer_files
+from mlxflow.storage.tensor_reading import StoredRows
+
+
+class DenseModel(NamedTuple):
+    """A dense model of a folder.
+
+    Attributes:
+        folder: with its files.
+        model: in evaluation mode, its weights still on the disk.
+        config_json: its `config.json`.
+        stored: matrices that can be read from the files row by row, by the model's names.
+    """
+
+    folder: Path
+    model: nn.Module
+    config_json: dict[str, Any]
+    stored: dict[str, StoredRows]
+
+
+class TokenPair(NamedTuple):
+    """The token files of a pretokenize stage."""
+
+    train: TokenFile
+    validation: TokenFile
+
+
+def find_folder(name: str, files: tuple[Path, ...], *, task: str) -> Path:
+    """Return the folder of a model, fetched from the hub where there are no files of it.
+
+    Args:
+        name: of a model of the hub.
+        files: of a folder; none for a model of the hub.
+        task: the stage that names it, for messages.
+
+    Raises:
+        ArtifactError: it is no model folder, or needs code that is not trusted.
+        SourceError: it cannot be downloaded.
+    """
+    if files:
+        return files[0].parent
+    trust_key = f"{task}.trust_remote_code"
+    folder = model_folder.fetch(name, key=f"{task}.model", trust_key=trust_key)
+    tokenizer_files.require_tokenizer_trust(folder, trust_key)
+    return folder
+
+
+def open_dense(folder: Path, *, dtype: str, refusal: str) -> DenseModel:
+    """Return the model of a folder with dense weights, to which adapters that lie in the folder are added.
+
+    Args:
+        folder: a model folder.
+        dtype: of the weights: "fp32", "fp16", "bf16", or "keep" for what the config says.
+        refusal: the message for a model that is quantized already; empty where it is made dense.
+
+    Raises:
+        ArtifactError: the model cannot be opened, or is quantized and refused.
+    """
+    model, config = model_folder.load(folder, lazy=True)
+    is_quantized = quantized_layers.is_quantized(model)
+    if is_quantized and refusal:
+        raise ArtifactError(refusal)
+    stored = {} if is_quantized else model_folder.stored_matrices(folder, model)
+    return DenseModel(folder, *model_folder.cast(*quantized_layers.made_dense(model, config), dtype), stored)
+
+
+def open_tokens(
+    files: tuple[Path, ...], folder: Path, config: Mapping[str, Any], *, key: str, stage: str
+) -> TokenPair | None:
+    """Return training and validation tokens; None where there are no files.
+
+    Args:
+        files: of both, or none.
+        folder: of the model.
+        config: its `config.json`.
+        key: the setting that names the tokens, for messages.
+        stage: the pretokenize stage that it names.
+
+    Raises:
+        ArtifactError: they are of another vocabulary, or longer than the model's positions.
+    """
+    if not files:
+        return None
+    tokens = TokenPair(*(TokenFile.open(path) for path in files))
+    tokens.train.require_vocabulary(model_folder.vocab_size(folder), key)
+    positions, length = config_json.num_positions(config), tokens.train.context_length
+    if length > positions:
+        raise ArtifactError(
+            f'{key} = "{stage}": its rows have {length:,} tokens, {folder} is made for {positions:,} positions. '
+            f"Lower {stage}.context_length."
+        )
+    return tokens

@@ -1,0 +1,135 @@
+"""What quantization costs: the written model against the dense one, whose side is computed once for all variants."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.device import compute_device
+from mlxflow.errors import StageError
+from mlxflow.evaluation.dense_reference import kept_reference
+from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure_divergence
+from mlxflow.models import model_folder, quantized_layers
+from mlxflow.ops import document_mask
+from mlxflow.storage import atomic_folders, model_files
+from mlxflow.storage.digests import digest_json
+from mlxflow.workflow.stage import Context
+
+# Rows used to rank layers by their cost once a limit is exceeded; a ranking needs few
+_RANKING_ROWS = 8
+
+# Rows in one forward pass, where the memory limit allows as many
+_EVAL_BATCH = 32
+
+# Beside the shards in the folder for what is remembered between runs
+_KEPT_FOLDER = "evaluations"
+
+
+class QualityLimits(NamedTuple):
+    """On how many rows the cost of quantization is measured, and the most that it may be.
+
+    Attributes:
+        max_rows: the most validation rows used, from the first.
+        max_perplexity_increase: relative to the dense model; 0 for no limit.
+        max_kl: mean divergence in nats per token; 0 for no limit.
+    """
+
+    max_rows: int
+    max_perplexity_increase: float
+    max_kl: float
+
+
+def measure_quality(
+    dense: Path, validation: TokenFile, *, layers: Mapping[str, Any], limits: QualityLimits, context: Context
+) -> dict[str, Any]:
+    """Return what quantization costs, measured on the files.
+
+    Args:
+        dense: the folder of the dense model.
+        validation: the tokens to compare on.
+        layers: those that were quantized, by module path.
+        limits: the most that it may cost.
+        context: of the stage, whose folder has the quantized model.
+
+    Raises:
+        StageError: it costs more than a limit, and the layers that cost most are named; numbers that are not finite.
+    """
+    task = context.task
+    model = quantized_layers.for_evaluation(model_folder.load(context.folder)[0])
+    rows = validation.rows.head(limits.max_rows)
+    masks = document_mask.masks_conversations(model, validation)
+    kept = context.state / _KEPT_FOLDER
+    reference = kept_reference(
+        lambda: _open_dense(dense, lazy=True),
+        rows,
+        folder=kept,
+        key=_reference_key(dense, validation.path, rows.num_rows, masks=masks, context=context),
+        batch_size=_EVAL_BATCH,
+        masks_documents=masks,
+    )
+    found = measure_divergence(reference, model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
+    if context.digests.changed():  # what is kept may be of another model than its name says
+        atomic_folders.remove_folder(kept)
+    if not math.isfinite(found.kl):
+        raise StageError(
+            f"{task}: the quantized model returns numbers that are not finite on validation rows. "
+            "Use more bits, or another method."
+        )
+    problems = list(_exceeded(limits, found, task))
+    if problems:
+        worst = _worst_layers(_open_dense(dense), model, layers, rows, masks=masks)
+        raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
+    return {
+        "tokens": found.dense.tokens,
+        "dense_perplexity": found.dense.perplexity,
+        "dense_perplexity_standard_error": found.dense.standard_error,
+        "perplexity": found.quantized.perplexity,
+        "perplexity_standard_error": found.quantized.standard_error,
+        "perplexity_increase": found.perplexity_increase,
+        "kl": found.kl,
+        "kl_standard_error": found.kl_standard_error,
+        "top1_agreement": found.top1_agreement,
+    }
+
+
+def _reference_key(dense: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:
+    """Return a digest of all that the dense side of a comparison follows from."""
+    files = [dense / name for name in model_files.find(dense).read]
+    return digest_json(
+        {
+            "model": {file.relative_to(dense).as_posix(): context.digests.digests(file).identity for file in files},
+            "validation": context.digests.digests(validation).identity,
+            "rows": num_rows,
+            "masks": masks,
+            "device": [context.device, compute_device.name()],
+            "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
+        }
+    )
+
+
+def _open_dense(folder: Path, *, lazy: bool = False) -> nn.Module:
+    return quantized_layers.for_evaluation(quantized_layers.made_dense(*model_folder.load(folder, lazy=lazy))[0])
+
+
+def _worst_layers(dense: nn.Module, quantized: nn.Module, layers: Mapping[str, Any], rows: Rows, *, masks: bool) -> str:
+    """Return the layers whose quantized weights cost most alone, in words."""
+    weights = quantized_layers.dense_weights(quantized, layers)
+    few = rows.head(_RANKING_ROWS)
+    costs = costs_by_layer(dense, weights, few, batch_size=_RANKING_ROWS, masks_documents=masks)
+    return ", ".join(f"{path} ({cost:.2g} nats)" for path, cost in list(costs.items())[:3])
+
+
+def _exceeded(limits: QualityLimits, found: Divergence, task: str) -> Iterator[str]:
+    """Yield a line for each limit that the costs exceed."""
+    advice = "Give the layers that cost most more bits, or raise the limit."
+    most = limits.max_perplexity_increase
+    if most and not found.perplexity_increase <= most:
+        yield (
+            f"{task}.max_perplexity_increase = {most}: perplexity went from {found.dense.perplexity:.4g} to "
+            f"{found.quantized.perplexity:.4g} (+{found.perplexity_increase:.1%}). {advice}"
+        )
+    if limits.max_kl and not found.kl <= limits.max_kl:
+        yield f"{task}.max_kl = {limits.max_kl}: the divergence is {found.kl:.4g} nats a token. {advice}"
