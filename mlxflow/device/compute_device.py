@@ -1,6 +1,6 @@
-"""The device MLX computes on: which one, how much memory it may use, what it is called.
+"""The device that MLX computes on: selection, name, usable memory, sizes in settings, and the lock on it.
 
-Asks the device what it can do and never assumes anything from the platform's name.
+Capabilities are queried from the device, never derived from the platform's name.
 """
 
 import functools
@@ -54,7 +54,7 @@ _MAX_SIZE_BYTES, _MAX_SIZE = 2**50, "1024 TiB"
 
 
 def size_mistake(text: str) -> str | None:
-    """Return what was expected of a size such as `12 GB` or `80%` where it is out of bounds, else None.
+    """Return the expected range of a size such as `12 GB` or `80%` that is out of bounds; None for one within them.
 
     Args:
         text: of the form `SIZE_PATTERN`.
@@ -65,28 +65,28 @@ def size_mistake(text: str) -> str | None:
     return f"expected at most {_MAX_SIZE}" if number * _UNITS[unit] > _MAX_SIZE_BYTES else None
 
 
-# MLX's CUDA backend hands the device graphs of so many operations, by an environment variable that it reads once. All
-# that a graph works on is held until its last operation is done. With MLX's own 100 on an H100 a training step holds a
-# quarter more memory and is no faster; one that computes layers anew is slower under a limit (`benchmarks/train.py`).
-# Of other devices MLX has 20, but of those of compute capability 10.0 and 12.0, for which it has 100, too.
+# Operations in a CUDA graph of MLX, an environment variable that MLX reads once. All arrays of a graph are held until
+# its last operation is done. With MLX's default of 100 on an H100 a training step holds a quarter more memory and is no
+# faster; a step with gradient checkpointing is slower under a memory limit (`benchmarks/train.py`). The default is 100
+# for compute capabilities 9.0, 10.0 and 12.0, and 20 for other devices.
 _GRAPH_SIZE = "MLX_MAX_OPS_PER_BUFFER"
-_IS_TOLD = _GRAPH_SIZE in os.environ
+_IS_SET_BY_USER = _GRAPH_SIZE in os.environ
 
 
 def bound_graphs(*, recomputes: bool = False) -> None:
-    """Let MLX's CUDA backend work in small graphs, unless the environment says how large they are.
+    """Make MLX's CUDA graphs smaller where its default is large, unless the environment variable is set.
 
     Has no effect once the GPU was used.
 
     Args:
-        recomputes: a backward pass computes layers anew, and holds little but what graphs hold.
+        recomputes: the steps use gradient checkpointing: graphs hold most of their memory, and are made smaller still.
     """
     import mlx.core as mx
 
-    if _IS_TOLD or not (hasattr(mx, "cuda") and mx.cuda.is_available()):
+    if _IS_SET_BY_USER or not (hasattr(mx, "cuda") and mx.cuda.is_available()):
         return
-    told = mx.device_info()
-    has_large = int(told.get("compute_capability_major", 0)) >= 9 and int(told.get("compute_capability_minor", 1)) == 0
+    info = mx.device_info()
+    has_large = int(info.get("compute_capability_major", 0)) >= 9 and int(info.get("compute_capability_minor", 1)) == 0
     if has_large:
         os.environ[_GRAPH_SIZE] = "10" if recomputes else "30"
 
@@ -100,16 +100,16 @@ def may_have_gpu() -> bool:
 
 
 def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractContextManager[object]:
-    """Return what holds this machine's device for a stage until the block ends; imports no mlx.
+    """Return a context manager that holds the lock on this machine's device for a stage; imports no mlx.
 
-    A GPU is one stage's at a time: each takes the memory that is there. Processors are shared, but by a stage that
-    measures them: it waits for the others, and they wait for it.
+    The lock on a GPU is exclusive: a stage takes all of its memory. The lock on processors is shared, but exclusive for
+    a stage that measures their speed.
 
     Args:
-        task: the stage, for the lines that this process and others print while they wait.
+        task: the stage, for the lines that this and other processes print while they wait.
         root: the workflow's folder, for the lines that others print.
         device: the workflow's `device`.
-        measures: whether the artifact says how fast this machine is.
+        measures: whether the stage measures the speed of this machine.
     """
     shared = not measures and (device == "cpu" or not may_have_gpu())
     what = "the device" if not shared else "measurements on this machine to end"
@@ -138,35 +138,35 @@ def select(device: str) -> str:
 
 
 def working_set_bytes() -> int:
-    """Return the bytes that the default device can use well.
+    """Return the memory in bytes that the default device can use without slowing down.
 
-    That is its recommended working set where it tells one (Metal), else its own memory (CUDA), else the main memory.
+    That is the recommended working set (Metal), the device's own memory (CUDA), or else the main memory.
     """
     import mlx.core as mx
     import psutil
 
-    told = mx.device_info()
+    info = mx.device_info()
     keys = ("max_recommended_working_set_size", "total_memory", "memory_size")
-    return next((int(told[key]) for key in keys if told.get(key)), 0) or int(psutil.virtual_memory().total)
+    return next((int(info[key]) for key in keys if info.get(key)), 0) or int(psutil.virtual_memory().total)
 
 
 def name() -> str:
-    """Return the name of MLX's default device as MLX tells it, or the processor's."""
+    """Return the name of MLX's default device, or that of the processor where MLX has none."""
     import mlx.core as mx
 
     return str(mx.device_info().get("device_name") or processor())
 
 
 def environment(device: str | None) -> dict[str, Any]:
-    """Return what of this machine an artifact depends on, as JSON values; imports no mlx.
+    """Return the facts about this machine that an artifact depends on, as JSON values; imports no mlx.
 
     Args:
-        device: the workflow's `device` for a stage whose artifact tells about the machine, else None.
+        device: the workflow's `device` for a stage whose artifact describes the machine, else None.
     """
-    found: dict[str, Any] = {"mlx": _mlx_version()}
+    facts: dict[str, Any] = {"mlx": _mlx_version()}
     if device is not None:
-        found["device"] = [device, os.uname().sysname, processor()]
-    return found
+        facts["device"] = [device, os.uname().sysname, processor()]
+    return facts
 
 
 @functools.cache
@@ -176,7 +176,7 @@ def _mlx_version() -> str:
 
 @functools.cache
 def processor() -> str:
-    """Return the processor's model as the system tells it; imports no mlx."""
+    """Return the processor's model name from the operating system; imports no mlx."""
     if Path("/proc/cpuinfo").exists():
         with Path("/proc/cpuinfo").open() as file:
             for line in file:

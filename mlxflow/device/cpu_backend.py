@@ -1,14 +1,14 @@
-"""Makes MLX's CPU backend as fast as the machine allows: a fast BLAS, and no denormal numbers.
+"""Prepare MLX's CPU backend: a fast BLAS, denormals flushed to zero, freed memory kept, a precompiled header.
 
-MLX's Linux wheel brings the reference BLAS, which does about 4 GFLOP/s. A BLAS that is loaded with its symbols made
-global before MLX is first imported answers MLX's calls instead. macOS has Accelerate built in and needs nothing.
+MLX's Linux wheel brings the reference BLAS, which does about 4 GFLOP/s. A BLAS that is loaded with global symbols
+before MLX is first imported takes its place. macOS has Accelerate built in and needs nothing.
 
-Gradients of a trained attention hold numbers under 1e-38. An x86 processor takes a hundred times as long over such
-denormals unless told to treat them as zero, as GPUs do; a step then takes 1.6 times as long after a few dozen updates
-(`benchmarks/cpu.py`). The setting belongs to a thread and is inherited by the threads it starts.
+Gradients of trained attention contain numbers below 1e-38. An x86 processor takes a hundred times as long for such
+denormals unless they are flushed to zero, as GPUs do; without that a step takes 1.6 times as long after a few dozen
+updates (`benchmarks/cpu.py`). The setting belongs to a thread and is inherited by the threads it starts.
 
-`mx.compile` has g++ make each kernel, which takes 1.2 s, of which 0.8 s go into reading one header of MLX. So it is
-read once and kept beside the kernels, in a folder that `own_folders` has checked.
+`mx.compile` builds each CPU kernel with g++ in 1.2 s, of which 0.8 s go into parsing one header of MLX. That header is
+precompiled once and stored beside the kernels, in a folder that `storage.user_folders` has checked.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ from pathlib import Path
 from mlxflow.errors import WorkflowError
 from mlxflow.storage.user_folders import prepare_compiled_folder
 
-#: The command that mends what `missing` finds, on Debian and Ubuntu.
+#: The command that installs what `missing` returns, on Debian and Ubuntu.
 INSTALL = "sudo apt-get install -y libopenblas0-pthread g++"
 
 _LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.2", "libmkl_rt.so")
@@ -45,13 +45,13 @@ _MALLOC = {-3: 1 << 25, -1: 1 << 30}
 def prepare() -> str | None:
     """Load a fast BLAS and start MLX's CPU threads without denormals, once a process.
 
-    Has no effect on an MLX that is already imported, but that it compiles in a folder of the user's own from now on.
+    If MLX is already imported, only the folder changes in which it compiles.
 
     Returns:
-        the file name of the BLAS; None where none is found or none is needed.
+        the file name of the BLAS; None if none is found or none is needed.
 
     Raises:
-        NoFolderError: there is no place where MLX may compile.
+        NoFolderError: no folder is safe for compiled code.
     """
     prepare_compiled_folder()
     if not sys.platform.startswith("linux"):
@@ -75,21 +75,20 @@ def _load_blas() -> str | None:
     return None
 
 
-#: Functions of a BLAS that set and return how many threads it computes with, by the beginning of its file's name.
+#: Functions of a BLAS that set and return its number of threads, by the beginning of its file's name.
 _THREAD_FUNCTIONS = {
     "libopenblas": ("openblas_set_num_threads", "openblas_get_num_threads"),
     "libmkl": ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads"),
 }
 
-# Where macOS's Accelerate reads, when it is loaded, how many threads it may use
+# The environment variable from which macOS's Accelerate reads its number of threads when it is loaded
 _ACCELERATE_THREADS = "VECLIB_MAXIMUM_THREADS"
 
 
 def thread_count() -> int:
-    """Return how many threads multiply matrices on the CPU, on which the last bits of a product depend.
+    """Return the number of threads of the BLAS; the last bits of a matrix product depend on it. Imports no mlx.
 
-    That is as many as there are processors, unless `fix_threads` or the BLAS's own variable says otherwise. Imports no
-    mlx.
+    That is the number of processors, unless `fix_threads` or the environment variable of the BLAS set another.
     """
     if sys.platform == "darwin":
         return int(os.environ.get(_ACCELERATE_THREADS) or os.cpu_count() or 1)
@@ -98,12 +97,12 @@ def thread_count() -> int:
 
 
 def fix_threads(threads: int) -> None:
-    """Let that many threads multiply matrices on the CPU, however many processors there are.
+    """Set the number of threads of the BLAS, whatever the number of processors.
 
-    To be called before MLX is imported. MLX's own operations, and a BLAS that is built into it, take one thread each.
+    Call it before MLX is imported. MLX's own operations, and a BLAS that is built into it, use one thread each.
 
     Raises:
-        WorkflowError: the BLAS cannot have so many.
+        WorkflowError: the BLAS does not support that many.
     """
     if sys.platform == "darwin":
         os.environ[_ACCELERATE_THREADS] = str(threads)
@@ -111,7 +110,7 @@ def fix_threads(threads: int) -> None:
         return
     library = ctypes.CDLL(name)
     if name.startswith("libmkl"):
-        library.MKL_Set_Dynamic(0)  # else it takes fewer as it likes
+        library.MKL_Set_Dynamic(0)  # else it may use fewer
     getattr(library, _thread_functions(name)[0])(threads)
     if (most := thread_count()) != threads:
         raise WorkflowError(
@@ -124,9 +123,9 @@ def _thread_functions(library: str) -> tuple[str, str]:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for what comes next.
+    """Make glibc keep freed memory for later allocations.
 
-    It maps each large array anew otherwise, and the kernel fills it with zeros page by page, a tenth of a step's time
+    Otherwise it maps each large array from the system, and the kernel zeroes it page by page: a tenth of a step's time
     (`benchmarks/train.py cpu`).
     """
     library = ctypes.CDLL(None)
@@ -154,22 +153,22 @@ def _without_denormals() -> Iterator[None]:
         library.fesetenv(before)
 
 
-# What every kernel of MLX's CPU backend includes, and the options that it is compiled with: g++ takes a header that was
-# read with others for none, and reads it anew
+# The header that every kernel of MLX's CPU backend includes, and MLX's compiler options: g++ ignores a precompiled
+# header that was made with other options
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
 _OPTIONS = ("-std=c++17", "-O3", "-Wall", "-fPIC")
 
-# What must be free for the precompiled header, which takes half of it
+# Disk space required for the precompiled header, which takes half of it
 _HEADER_BYTES = 128 * 2**20
 
 
 def prepare_compiler() -> None:
-    """Have g++ read MLX's header once, for all kernels to come; takes 3 s, and nothing when that was done before.
+    """Precompile MLX's header for g++, if that was not done before; takes 3 s.
 
-    What is included is looked for beside the kernel's source first, and there first of all as a precompiled header.
+    g++ looks for an included file beside the kernel's source first, and there for a precompiled header first.
 
     Raises:
-        NoFolderError: there is no place where MLX may compile.
+        NoFolderError: no folder is safe for compiled code.
     """
     if not sys.platform.startswith("linux") or not shutil.which("g++"):
         return
@@ -180,7 +179,7 @@ def prepare_compiler() -> None:
     path = folder / "mlx" / version("mlx") / "cpu" / f"{_HEADER}.gch"
     if path.exists() or not (source / _HEADER).exists() or shutil.disk_usage(folder).free < _HEADER_BYTES:
         return
-    with suppress(OSError, subprocess.CalledProcessError):  # kernels are made without it, too
+    with suppress(OSError, subprocess.CalledProcessError):  # kernels compile without it, too
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             if not path.exists():
@@ -199,13 +198,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _precompile(source: Path, path: Path) -> None:
     private = path.with_name(f"{path.name}.partial")
-    told = ["-I", str(source), "-x", "c++-header", str(source / _HEADER), "-o", str(private)]
-    subprocess.run(["g++", *_OPTIONS, *told], check=True, capture_output=True)
+    arguments = ["-I", str(source), "-x", "c++-header", str(source / _HEADER), "-o", str(private)]
+    subprocess.run(["g++", *_OPTIONS, *arguments], check=True, capture_output=True)
     private.replace(path)
 
 
 def missing() -> list[str]:
-    """Return what makes MLX's CPU backend slow here: `OpenBLAS` and `g++`, where they are needed and not there."""
+    """Return which of `OpenBLAS` and `g++` MLX's CPU backend lacks here, each with the consequence; imports mlx."""
     if not sys.platform.startswith("linux"):
         return []
     lacking = [] if prepare() else ["OpenBLAS (matrix products run about 15 times slower without it)"]
@@ -215,6 +214,6 @@ def missing() -> list[str]:
 
 
 def notice() -> str | None:
-    """Return one line for the terminal where something is missing, with the command that installs it."""
+    """Return a line that names what is missing and the command that installs it; None if nothing is missing."""
     lacking = missing()
     return f"mlxflow: the CPU backend lacks {' and '.join(lacking)}. Run: {INSTALL}" if lacking else None

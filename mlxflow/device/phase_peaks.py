@@ -1,9 +1,8 @@
-"""MLX has one peak counter for the whole process; this shares it among phases that lie within each other.
+"""Peak memory of nested phases, from MLX's single peak counter for the process.
 
-The counter is reset where a phase begins and ends. What it said until then is credited to every phase that is open,
-so no phase takes another one's peak away, whichever profiler or thread it belongs to. MLX can reset its counter and
-not set it: once a phase was open it no longer holds the whole process's peak, which `process_peak` does. So nothing
-else in mlxflow resets it.
+The counter is reset where a phase begins and ends. Its value before a reset is credited to every open phase, so no
+phase loses its peak to another one, of whatever profiler or thread. Afterwards MLX's counter no longer holds the peak
+of the process; `process_peak` does. Nothing else in mlxflow resets the counter.
 """
 
 import threading
@@ -14,7 +13,7 @@ import mlx.core as mx
 
 
 class OpenPeak:
-    """The most that MLX's arrays held since this was opened, in bytes."""
+    """The peak of the memory held by MLX arrays since this was opened, in bytes; made by `open_peak`."""
 
     def __init__(self, active_memory_bytes: int) -> None:
         self.bytes = active_memory_bytes
@@ -22,23 +21,23 @@ class OpenPeak:
 
 _lock = threading.Lock()
 _open: list[OpenPeak] = []
-_before_resets = 0  # the most that the counter held whenever it was reset
+_before_resets = 0  # the largest value of the counter before any reset
 
 
 def process_peak() -> int:
-    """Return the most that MLX's arrays ever held in this process, in bytes, whatever was reset here."""
+    """Return the peak of the memory held by MLX arrays in this process, in bytes, including before resets."""
     with _lock:
         return max(_before_resets, mx.get_peak_memory(), mx.get_active_memory())
 
 
 def reset() -> None:
-    """Let MLX's counter begin again from what is alive, without taking a peak from any phase or from the process."""
+    """Reset MLX's counter to the active memory; the peaks of open phases and of the process are kept."""
     with _lock:
         _credit()
 
 
 def open_peak() -> OpenPeak:
-    """Begin to follow the peak."""
+    """Begin to track a peak; end it with `close_peak` or `forget`."""
     with _lock:
         _credit()
         peak = OpenPeak(mx.get_active_memory())
@@ -47,7 +46,7 @@ def open_peak() -> OpenPeak:
 
 
 def close_peak(peak: OpenPeak) -> int:
-    """End it and return the peak in bytes."""
+    """End a peak and return it in bytes."""
     with _lock:
         _credit()
         _open.remove(peak)
@@ -55,20 +54,20 @@ def close_peak(peak: OpenPeak) -> int:
 
 
 def so_far(peak: OpenPeak) -> int:
-    """Return the peak so far in bytes, and let it go on."""
+    """Return a peak so far in bytes; it stays open."""
     with _lock:
         return max(peak.bytes, mx.get_peak_memory(), mx.get_active_memory())
 
 
 def forget(peak: OpenPeak) -> None:
-    """End it, if that was not done, without asking MLX: also while the interpreter ends."""
+    """End a peak, if it is open, without a call of MLX: safe while the interpreter shuts down."""
     if peak in _open:
         _open.remove(peak)
 
 
 @contextmanager
 def followed() -> Iterator[OpenPeak]:
-    """Follow the peak until the block ends; then its `bytes` say what it was."""
+    """Track a peak until the block ends; `bytes` then holds it."""
     peak = open_peak()
     try:
         yield peak
@@ -77,7 +76,7 @@ def followed() -> Iterator[OpenPeak]:
 
 
 def note_peak(peak: OpenPeak) -> int:
-    """Return the peak so far in bytes, and let it begin anew from what is alive."""
+    """Return a peak so far in bytes and restart it from the active memory."""
     with _lock:
         _credit()
         so_far, peak.bytes = peak.bytes, mx.get_active_memory()
@@ -85,7 +84,7 @@ def note_peak(peak: OpenPeak) -> int:
 
 
 def look() -> None:
-    """Credit what the counter says without resetting it: for a sampler, in case the program resets it itself."""
+    """Credit the counter's value without resetting it: for a sampler, in case the program resets the counter."""
     with _lock:
         seen = mx.get_peak_memory()
         for peak in _open:

@@ -1,7 +1,7 @@
-"""What a dense model makes of validation rows, computed once and kept for every model that is compared with it.
+"""The dense model's hidden states on validation rows, cached for every quantized model that is compared with it.
 
-Its logits are too many to keep, R * L * V; its hidden states are few, R * L * D, and the head alone makes the very same
-logits of them again.
+Logits are too many to store, R * L * V. Hidden states are few, R * L * D, and the head computes the same logits from
+them to the bit.
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from mlxflow.storage import temporary_files, tensor_reading, tensor_writing
 
 _SUFFIX, _NAME = ".safetensors", "hidden"
 
-# Files that a folder of kept references has at most: the oldest in use goes first
+# The most cached files in a folder; the least recently used is removed first
 _MOST_FILES = 4
 
-# Hidden states are kept while they are no larger than the model, or this
+# Hidden states are cached if they are no larger than the model, or than this
 _ALWAYS_KEPT_BYTES = 1 << 30
 
 
 class Reference:
-    """The dense side of a comparison.
+    """The dense side of a comparison: cached hidden states, or a model that computes them.
 
     Attributes:
-        body: by which logits follow from hidden states.
+        body: the model's body and head; its head maps hidden states to logits.
     """
 
     def __init__(self, body: Body, kept: tensor_reading.StoredRows | None) -> None:
@@ -39,16 +39,16 @@ class Reference:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Reference":
-        """Return a model that computes for each comparison anew."""
+        """Return a reference without a cache: each comparison runs the model."""
         model.eval()
         return cls(Body.of(model), None)
 
     def hidden(self, part: EvaluationRows, begin: int) -> mx.array:
-        """Return the hidden states of the positions that count in some rows, (N, D).
+        """Return the hidden states at the target positions of some rows, (N, D).
 
         Args:
             part: the rows.
-            begin: positions that count in all rows before them.
+            begin: number of target positions in all rows before them.
         """
         if self._kept is None:
             return hidden_states(self.body, part)
@@ -64,18 +64,17 @@ def kept_reference(
     batch_size: int,
     masks_documents: bool,
 ) -> Reference:
-    """Return the dense side from a folder, where it is kept already; else compute and keep it.
+    """Return the reference of a dense model from the cache; if it is not there, compute it and store it.
 
-    Hidden states that would take more room than the model (and than a gigabyte) are not kept, nor is a model without a
-    body that can be told: then each comparison computes them.
+    Hidden states larger than the model (and than a gigabyte) are not stored, nor are those of a model whose body is not
+    recognized: then each comparison computes them.
 
     Args:
-        load: gives the dense model, its weights still on the disk; where its hidden states are kept, those of its body
-            stay there.
-        rows: of tokens and marks.
-        folder: of the kept files.
-        key: a file name that stands for the model's content, the rows and all else that the hidden states follow from.
-        batch_size: rows a forward pass at most.
+        load: returns the dense model with lazy weights; with cached hidden states, only those of its head are read.
+        rows: tokens and marks.
+        folder: of the cache.
+        key: a file name that identifies the model's content, the rows and everything else the hidden states depend on.
+        batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
     """
     model = load()
@@ -107,14 +106,14 @@ def kept_reference(
 
 
 def _opened(model: nn.Module, file: Path) -> Reference:
-    """Return what is kept in a file.
+    """Return the reference that is stored in a file.
 
     Raises:
         ArtifactError: there is no such file, or it is damaged.
     """
     kept = tensor_reading.stored_rows(file)[_NAME]
     body = Body(model, tensor_reading.read_metadata(file)["body"])
-    file.touch()  # the oldest in use goes first
+    file.touch()  # for `_remove_oldest`
     return Reference(body, kept)
 
 

@@ -1,7 +1,7 @@
-"""How far a quantized model's predictions are from those of the dense one.
+"""Kullback-Leibler divergence of a quantized model from the dense one, for the whole model or for each layer.
 
-Both models' logits of the same positions are needed, and only those of a slice at a time; see `reference` for a dense
-side that is computed once for many quantized models.
+Both models' logits are needed at the same positions, a slice at a time; `dense_reference` caches the dense side for
+several quantized models.
 """
 
 import math
@@ -19,19 +19,20 @@ from mlxflow.evaluation.perplexity import Perplexity, mean_and_error, perplexity
 from mlxflow.evaluation.positions import EvaluationRows, TokenRows, hidden_states, parts, rows_for
 from mlxflow.evaluation.slices import positions_at_once
 
-# The logits of both models, in their type and in fp32, and what the sums make of them
+# Arrays of logits held at a time: both models', in their dtype and in fp32, and intermediate results
 _ARRAYS = 6
 
 
 class Divergence(NamedTuple):
-    """Two models on the same tokens.
+    """A dense and a quantized model compared on the same tokens.
 
     Attributes:
-        dense: perplexity of the first.
-        quantized: perplexity of the second.
-        kl: mean over the tokens of the Kullback-Leibler divergence from the dense model's distribution, in nats.
+        dense: perplexity of the dense model.
+        quantized: perplexity of the quantized model.
+        kl: Kullback-Leibler divergence of the quantized from the dense model's distribution, mean over the tokens, in
+            nats.
         kl_standard_error: of that mean.
-        top1_agreement: share of tokens at which both hold the same next one for the likeliest.
+        top1_agreement: share of positions at which both models rank the same token first.
     """
 
     dense: Perplexity
@@ -42,26 +43,26 @@ class Divergence(NamedTuple):
 
     @property
     def perplexity_increase(self) -> float:
-        """Relative to the dense model's."""
+        """The quantized model's perplexity over the dense one's, minus 1."""
         return self.quantized.perplexity / self.dense.perplexity - 1
 
 
 def measure_divergence(
     dense: nn.Module | Reference, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
 ) -> Divergence:
-    """Compare two models over rows of tokens, every target weighted alike; draws no random number.
+    """Compare two models over rows of tokens, with equal weight for every target; draws no random number.
 
-    The memory and the rounding are as `perplexity.measure_perplexity` says.
+    Memory and rounding are as described at `perplexity.measure_perplexity`.
 
     Args:
-        dense: maps (B, L) token ids to (B, L, V) logits; or what was kept of such a model on these very rows.
-        quantized: likewise.
-        rows: of tokens and marks.
-        batch_size: rows a forward pass at most.
+        dense: maps (B, L) token ids to (B, L, V) logits; or the cached reference of such a model on the same rows.
+        quantized: maps (B, L) token ids to (B, L, V) logits.
+        rows: tokens and marks.
+        batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
 
     Raises:
-        StageError: no token of the rows counts.
+        StageError: the rows have no target.
     """
     reference = dense if isinstance(dense, Reference) else Reference.of(dense)
     quantized.eval()
@@ -87,13 +88,13 @@ def costs_by_layer(
     batch_size: int,
     masks_documents: bool,
 ) -> dict[str, float]:
-    """Return the divergence in nats per token that each layer's quantized weight causes alone, the largest first.
+    """Return the divergence in nats per token that quantizing each layer alone causes, the largest first.
 
     Args:
-        dense: as it is; put back afterwards.
-        weights: by module path, what gives the weight that a quantized layer computes with.
-        rows: of tokens and marks; their hidden states are held.
-        batch_size: rows a forward pass at most.
+        dense: the dense model; its weights are restored afterwards.
+        weights: by module path, a function that returns the dequantized weight of the quantized layer.
+        rows: tokens and marks; their hidden states are held in memory.
+        batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
     """
     dense.eval()
@@ -125,7 +126,7 @@ def costs_by_layer(
 def _slices(
     dense: Body, quantized: Body, sides: tuple[mx.array, mx.array], part: EvaluationRows
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Yield both models' logits and the targets of some positions at a time."""
+    """Yield both models' logits, (N, V), and the targets, (N,), a slice of positions at a time."""
     for begin, end in _spans(dense, sides[0]):
         yield dense.logits(sides[0][begin:end]), quantized.logits(sides[1][begin:end]), part.targets[begin:end]
 
@@ -136,7 +137,7 @@ def _spans(body: Body, hidden: mx.array) -> Iterator[tuple[int, int]]:
 
 
 def _compared(exact: mx.array, rounded: mx.array, targets: mx.array) -> NDArray[np.float64]:
-    """Return for each position both losses, the divergence, and whether both agree, (4, N)."""
+    """Return both losses, the divergence and the top-1 agreement of each position, (4, N)."""
     values: list[mx.array] = _compare(exact.astype(mx.float32), rounded.astype(mx.float32), targets)
     return np.array([np.array(value) for value in values], np.float64)
 

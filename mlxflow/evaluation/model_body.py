@@ -1,8 +1,8 @@
-"""A model cut into its body, which gives hidden states, and the rest of its own call, which makes logits of them.
+"""Split a model into its body, which returns hidden states, and its head, which computes logits from them.
 
-The rest works position by position: logits of a whole batch, (B, L, V), need not exist at once. It is the model's own
-code, so a cap, a scale, a bias or a masked column of its logits stays what it is. The cut is found by running the
-model on a few tokens, not by its name.
+The head works position by position: the logits of a whole batch, (B, L, V), need not exist at once. It is the model's
+own code, so a cap, a scale, a bias or a masked column of the logits is kept. The body is found by running the model on
+a few tokens, not by its name.
 """
 
 from collections.abc import Iterator
@@ -14,22 +14,22 @@ import mlx.nn as nn
 
 from mlxflow.ops import document_mask, patching
 
-# How deep below the model a body may lie: `language_model.model` is 2
+# Largest depth of a body below the model: `language_model.model` is 2
 _DEEPEST = 3
 
-# Tokens of the pass that shows where the body is, and the position from which its second half begins
+# Tokens of the test pass, and the position from which its second half begins
 _TOKENS, _HALF = 8, 3
 
-# Between the same product of few and of many rows; bf16 differs by 0.01, other hidden states by about 1
+# Relative difference allowed between equal products of few and of many rows: bf16 differs by 0.01, others by about 1
 _TOLERANCE = 0.05
 
 
 class Body:
-    """Where a model's hidden states are; for a model without such a module, its logits take their place.
+    """The body and the head of a model; if no body is known, its logits take the place of hidden states.
 
     Args:
-        model: in evaluation mode.
-        path: of the module that returns the hidden states; None for a model without such.
+        model: in eval mode.
+        path: of the module that returns the hidden states; None if there is none.
     """
 
     def __init__(self, model: nn.Module, path: str | None) -> None:
@@ -39,7 +39,7 @@ class Body:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Body":
-        """Find the body of a model by a pass on a few tokens.
+        """Find the body of a model by forward passes on a few tokens.
 
         Args:
             model: of any architecture; maps (B, L) ids to (B, L, V) logits.
@@ -51,11 +51,11 @@ class Body:
         return cls(model, None)
 
     def hidden(self, tokens: mx.array, marks: mx.array | None) -> mx.array:
-        """Return hidden states, (B, L, D); the logits, (B, L, V), where no body is known.
+        """Return hidden states, (B, L, D); the logits, (B, L, V), if no body is known.
 
         Args:
             tokens: (B, L) ids.
-            marks: see `packed.apply`.
+            marks: see `document_mask.apply`.
         """
         if self._module is None:
             return document_mask.apply(self._model, tokens, marks)
@@ -65,7 +65,7 @@ class Body:
         return hidden
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Return the logits, (N, V), of hidden states, (N, D), in the model's type."""
+        """Return the logits, (N, V), of hidden states, (N, D), in the model's dtype."""
         if self._module is None:
             return hidden
         with self._module.answering(hidden[None]):
@@ -73,7 +73,7 @@ class Body:
         return logits.squeeze(0)
 
     def _is_one(self) -> bool:
-        """Return whether logits follow from what the module returns alone, and each position's from its own."""
+        """Return whether logits depend only on the module's result, and each position's only on its own."""
         assert self._module is not None  # noqa: S101 - for the type checker
         tokens = mx.arange(1, _TOKENS + 1)[None] % 2
         try:
@@ -95,7 +95,7 @@ def _is_hidden(result: Any) -> bool:
 
 
 def _are_close(one: mx.array, other: mx.array) -> bool:
-    """Return whether logits are the same but for rounding; a column that is masked with infinity is the same."""
+    """Return whether logits are equal up to rounding; columns that are masked with infinity must be the same."""
     first, second = one.astype(mx.float32), other.astype(mx.float32)
     if first.shape != second.shape:
         return False
@@ -107,9 +107,9 @@ def _are_close(one: mx.array, other: mx.array) -> bool:
 
 
 def _candidates(model: nn.Module) -> Iterator[str]:
-    """Yield the paths of modules that may be a body: those with modules of their own, the nearest to the model first.
+    """Yield the paths of modules that may be a body: first those with submodules, the nearest to the model first.
 
-    Single layers follow: where one module holds the blocks and the output layer, as in GPT-NeoX, its last norm is one.
+    Single layers follow: in GPT-NeoX one module holds the blocks and the output layer, and its last norm is the body.
     """
     level, layers = {"": model}, []
     for _ in range(_DEEPEST):
@@ -126,7 +126,7 @@ def _candidates(model: nn.Module) -> Iterator[str]:
 
 
 class _Replaceable:
-    """A module whose call can be replaced for a while; others of its class keep theirs."""
+    """A module whose call can be observed or replaced; other modules of its class keep theirs."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -146,7 +146,7 @@ class _Replaceable:
 
     @contextmanager
     def noting(self) -> Iterator[list[Any]]:
-        """Give what the module returns, in the order of its calls, until the block ends."""
+        """Collect what the module returns, in the order of its calls, until the block ends."""
         self._seen = []
         try:
             with self._in_place():
@@ -156,13 +156,13 @@ class _Replaceable:
 
     @contextmanager
     def answering(self, result: mx.array) -> Iterator[None]:
-        """Let the module return an array whatever it is given, until the block ends."""
+        """Make the module return an array whatever its arguments, until the block ends."""
         self._answer = result
         try:
             with self._in_place():
                 yield
         finally:
-            self._answer = None  # a class is garbage in a cycle, and arrays must not wait for its collection
+            self._answer = None  # the class is part of a reference cycle: arrays would live until its collection
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""How well a model predicts held-out text.
+"""Perplexity of a model on held-out text, in bounded memory.
 
-Rows go through the model's body, and positions through its head, a few at a time: neither the logits of a batch nor
-those of a row exist at once, whatever the context and the vocabulary.
+Rows go through the model's body, and positions through its head, a few at a time: the logits of a batch, or of a whole
+row, never exist at once.
 """
 
 import math
@@ -19,12 +19,12 @@ from mlxflow.evaluation.slices import positions_at_once
 
 __all__ = ["Perplexity", "TokenRows", "mean_and_error", "measure_perplexity", "perplexity_from", "perplexity_of"]
 
-# Logits in the model's type and in fp32
+# Arrays of logits held at a time: in the model's dtype and in fp32
 _ARRAYS = 2
 
 
 class Perplexity(NamedTuple):
-    """Mean loss in nats per token, its exponential, and that one's standard error (delta method)."""
+    """Mean loss in nats per token, its exponential, and the standard error of the exponential (delta method)."""
 
     loss: float
     perplexity: float
@@ -33,26 +33,26 @@ class Perplexity(NamedTuple):
 
 
 def perplexity_of(loss: float) -> float:
-    """Return the exponential of a loss in nats; of one that is beyond all measure, a number that still is one."""
+    """Return the exponential of a loss in nats; capped at e^700, which is finite."""
     return math.exp(min(loss, 700.0))
 
 
 def measure_perplexity(
     model: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool = False
 ) -> Perplexity:
-    """Return the perplexity over rows of tokens, every target weighted alike; draws no random number.
+    """Return the perplexity over rows of tokens, with equal weight for every target; draws no random number.
 
-    The memory stays within shares of MLX's limit (see `slices`). How many rows and positions are computed together
-    changes the loss by rounding alone: in fp32 by less than a millionth of it.
+    Memory stays within shares of MLX's limit (see `slices`). The number of rows and positions computed together changes
+    the loss by rounding only: in fp32 by less than a millionth of it.
 
     Args:
         model: maps (B, L) token ids to (B, L, V) logits.
-        rows: of tokens and marks.
-        batch_size: rows a forward pass at most.
+        rows: tokens and marks.
+        batch_size: largest number of rows in a forward pass.
         masks_documents: no token attends to another document in its row.
 
     Raises:
-        StageError: no token of the rows counts.
+        StageError: the rows have no target.
     """
     was_training = model.training
     model.eval()
@@ -79,7 +79,7 @@ def perplexity_from(losses: NDArray[np.float64]) -> Perplexity:
     """Return the perplexity of losses in nats, (N,).
 
     Raises:
-        StageError: they are none.
+        StageError: there are no losses.
     """
     if not len(losses):
         raise StageError("the validation rows hold no token that counts. Raise max_validation_rows.")
@@ -89,5 +89,5 @@ def perplexity_from(losses: NDArray[np.float64]) -> Perplexity:
 
 
 def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean of numbers, (N,), and its standard error."""
+    """Return the mean of values, (N,), and its standard error."""
     return float(values.mean()), float(values.std(ddof=min(1, len(values) - 1)) / math.sqrt(len(values)))

@@ -1,4 +1,4 @@
-"""The positions of token rows that count in an evaluation, and their hidden states, some rows at a time."""
+"""Batches of token rows for evaluation, their target positions, and the hidden states there."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
@@ -20,18 +20,18 @@ class TokenRows(Protocol):
         ...
 
     def batch(self, begin: int, end: int) -> tuple[Any, Any]:
-        """Return tokens and marks of rows that follow one another, (B, L + 1) each."""
+        """Return tokens and marks of consecutive rows, (B, L + 1) each."""
         ...
 
 
 class EvaluationRows(NamedTuple):
-    """Rows that go through a model together.
+    """Rows of one forward pass.
 
     Attributes:
         tokens: (B, L) ids.
-        pieces: (B, L) marks by which documents are kept apart; None where they are not.
-        chosen: (N,) the positions that count, of B * L; None for all of them.
-        targets: (N,) the ids that come next there.
+        pieces: (B, L) document marks; None if documents are not kept apart.
+        chosen: (N,) the positions with a target, of B * L; None for all of them.
+        targets: (N,) the next ids at these positions.
     """
 
     tokens: mx.array
@@ -41,11 +41,11 @@ class EvaluationRows(NamedTuple):
 
 
 def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[EvaluationRows]:
-    """Yield rows in their order, without those in which no position counts.
+    """Yield rows in their order, leaving out batches without a target.
 
     Args:
-        rows: of tokens and marks.
-        at_once: rows of a part, B.
+        rows: tokens and marks.
+        at_once: rows in a batch, B.
         masks_documents: no token attends to another document in its row.
     """
     for begin in range(0, rows.num_rows, at_once):
@@ -62,13 +62,13 @@ def parts(rows: TokenRows, *, at_once: int, masks_documents: bool) -> Iterator[E
 
 
 def count_positions(rows: TokenRows) -> int:
-    """Return how many positions count."""
+    """Return the number of positions with a target."""
     _, marks = rows.batch(0, rows.num_rows)
     return int(np.count_nonzero(np.asarray(marks)[:, 1:] & 1))
 
 
 def hidden_states(body: Body, part: EvaluationRows) -> mx.array:
-    """Return the hidden states of the positions that count, (N, D), computed."""
+    """Return the hidden states at the target positions, (N, D), evaluated."""
     hidden = body.hidden(part.tokens, part.pieces)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     if part.chosen is not None:
@@ -78,14 +78,14 @@ def hidden_states(body: Body, part: EvaluationRows) -> mx.array:
 
 
 def rows_for(model: nn.Module, body: Body, rows: TokenRows, most: int) -> int:
-    """Return how many rows go through a model at a time; see `slices.rows_at_once`.
+    """Return the number of rows in a forward pass; see `slices.rows_at_once`.
 
     Args:
-        model: that evaluates.
-        body: of it.
-        rows: of tokens and marks.
-        most: rows at most.
+        model: the model that is evaluated.
+        body: its body.
+        rows: tokens and marks.
+        most: upper bound.
     """
     tokens = mx.array(np.asarray(rows.batch(0, 1)[0])[:, :-1])
-    logits = 0 if body.path is not None else body.hidden(tokens[:, :1], None).shape[-1]  # a shape alone
+    logits = 0 if body.path is not None else body.hidden(tokens[:, :1], None).shape[-1]  # only the shape is used
     return rows_at_once(model, context_length=tokens.shape[1], most=most, logits=logits)

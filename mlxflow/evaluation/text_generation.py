@@ -1,6 +1,6 @@
-"""What a model folder's model writes: a text continued, or a question answered through the folder's chat template.
+"""Text generation with a model folder: continue a text, or answer a message through the chat template.
 
-Opened without transformers, which takes a second and more to import; token by token what `mlx_lm.generate` writes.
+Works without transformers, which takes more than a second to import. Generates the same tokens as `mlx_lm.generate`.
 """
 
 import json
@@ -17,7 +17,7 @@ from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.models import config_json, model_folder
 
-# Of a prompt, read at a time: the memory of attention goes with it
+# Prompt tokens in a forward pass of prefill; the memory of attention grows with it
 _PREFILL_TOKENS = 512
 Message = Mapping[str, Any]
 
@@ -26,9 +26,9 @@ class Sampling(NamedTuple):
     """How the next token is chosen.
 
     Attributes:
-        max_tokens: tokens at most; the model may end before.
-        temperature: 0 takes the likeliest token.
-        seed: of the choice of tokens.
+        max_tokens: upper bound; the model may end earlier.
+        temperature: of sampling; 0 is greedy.
+        seed: of sampling.
     """
 
     max_tokens: int
@@ -37,7 +37,7 @@ class Sampling(NamedTuple):
 
 
 class Writer:
-    """A model with its tokenizer and, where its folder has one, its chat template.
+    """A model with its tokenizer and, if its folder has one, its chat template.
 
     Args:
         folder: a model folder, dense or quantized.
@@ -63,12 +63,12 @@ class Writer:
         return self._template is not None
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the ids of a text to continue, with what the tokenizer puts before one."""
+        """Return the ids of a text to continue, with the special tokens that the tokenizer adds."""
         ids = self.tokenizer.encode(text, add_special_tokens=True)
-        return ids or sorted(self._ends)[:1]  # nothing to read: as after a document's end
+        return ids or sorted(self._ends)[:1]  # an empty prompt: continue after the end of a document
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a conversation that asks for an assistant's turn.
+        """Return the ids of a conversation with the generation prompt for an assistant's turn.
 
         Raises:
             CallError: the folder has no template, or its template refuses the conversation.
@@ -85,7 +85,7 @@ class Writer:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def tokens(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """Yield the ids that the model writes after others, up to one that ends a text or a turn."""
+        """Yield the ids that the model generates after a prompt, up to one that ends a text or a turn."""
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.sample_utils import make_sampler
 
@@ -97,13 +97,13 @@ class Writer:
             chosen: mx.array = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
             return chosen
 
-        for begin in range(0, len(ids) - 1, _PREFILL_TOKENS):  # the last one gives the first new token
+        for begin in range(0, len(ids) - 1, _PREFILL_TOKENS):  # the last prompt token yields the first new one
             self._model(mx.array([ids[begin : min(begin + _PREFILL_TOKENS, len(ids) - 1)]]), cache=cache)
             mx.eval([layer.state for layer in cache])
         token = following(mx.array([ids[-1:]]))
         for _ in range(sampling.max_tokens):
             mx.async_eval(token)
-            after = following(token[None])  # the host builds the next step meanwhile
+            after = following(token[None])  # the host builds the next step while the device computes
             chosen: int = token.item()  # type: ignore[assignment]
             if chosen in self._ends:
                 return
@@ -111,18 +111,18 @@ class Writer:
             token = after
 
     def write(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Return the text that the model writes after some ids, piece by piece."""
+        """Yield the text that the model generates after a prompt, piece by piece."""
         return self.tokenizer.decode_each(self.tokens(ids, sampling))
 
 
 def generate(folder: Path, *, prompt: str, sampling: Sampling, raw: bool) -> tuple[bool, Iterator[str]]:
-    """Return whether a model was asked through its chat template, and what it writes, piece by piece.
+    """Return whether the chat template was used, and the generated text piece by piece.
 
     Args:
         folder: a model folder, dense or quantized, with its tokenizer.
-        prompt: a user's message; or, without a template, the text to continue, which then comes first.
+        prompt: a user's message; without a template the text to continue, which is yielded first.
         sampling: how the next token is chosen.
-        raw: leave the template aside.
+        raw: do not use the template.
 
     Raises:
         ArtifactError: the folder is no model folder, or has no tokenizer.
@@ -136,7 +136,7 @@ def generate(folder: Path, *, prompt: str, sampling: Sampling, raw: bool) -> tup
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """Return what tokenizer_config.json says, with special tokens as text, also those of special_tokens_map.json."""
+    """Return tokenizer_config.json with special tokens as text, including those of special_tokens_map.json."""
     settings = _read_json(folder / "tokenizer_config.json")
     tokens = _read_json(folder / "special_tokens_map.json") | settings
     named = {key: _content(value) for key, value in tokens.items() if key.endswith("_token")}
@@ -144,10 +144,10 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
 
 
 def open_template(folder: Path, call: Callable[..., Any]) -> GuardedTemplate | None:
-    """Return the chat template of a folder, None where it has none; a file of its own overrides the settings.
+    """Return the chat template of a folder, or None; chat_template.jinja overrides tokenizer_config.json.
 
     Args:
-        folder: of a model, or of a tokenizer alone.
+        folder: of a model, or of a tokenizer only.
         call: calls a function in a watched process; see `Guard.call`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The adapters that lie in a model folder, in mlx-lm's form: read, put into the model, added into its weights.
+"""LoRA adapters in a model folder, in mlx-lm's format: read, apply to the model, fuse into its weights.
 
-A folder with `adapters.safetensors` and `adapter_config.json` beside `model.safetensors` holds a model that is only
-whole with them. `mlxflow.models.model_folder.load` opens it so; mlx-lm does where its `adapter_path` names the folder.
+A folder with `adapters.safetensors` and `adapter_config.json` beside `model.safetensors` holds a base model and its
+adapters. `mlxflow.models.model_folder.load` applies them; mlx-lm does if its `adapter_path` names the folder.
 """
 
 import json
@@ -23,7 +23,7 @@ WEIGHTS, CONFIG = model_files.ADAPTERS
 #: Names of an adapter's own parameters: LoRA's two factors and DoRA's magnitudes.
 PARAMETERS = ("lora_a", "lora_b", "m")
 
-# What an adapter layer calls the layer beside which it lies
+# The attribute of an adapter layer that holds its base layer
 _INNER = ("linear", "embedding")
 
 
@@ -31,7 +31,7 @@ def are_in(folder: Path) -> bool:
     """Return whether a model folder holds adapters.
 
     Raises:
-        ArtifactError: they are of another form than mlx-lm's, or one of their files is missing.
+        ArtifactError: they are in another format than mlx-lm's, or one of their files is missing.
     """
     found = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
     if (folder / CONFIG).is_file() and "peft_type" in read_config(folder):
@@ -50,7 +50,7 @@ def are_in(folder: Path) -> bool:
 
 
 def _were_written(folder: Path) -> bool:
-    """Return whether the report of a train stage says that its adapters lie in the folder."""
+    """Return whether the folder is a train stage's whose report says that it has adapters."""
     try:
         return toml_text.loads((folder / layout.REPORT).read_text(encoding="utf-8")).get("fuse") == "never"
     except (OSError, ValueError):
@@ -74,11 +74,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def apply(model: nn.Module, folder: Path) -> nn.Module:
-    """Return a model with the adapters of its folder, in evaluation mode.
+    """Return a model with the adapters of its folder applied, in eval mode.
 
     Args:
-        model: of the same folder; changed.
-        folder: with both files of the adapters.
+        model: the base model of the same folder; changed.
+        folder: contains both adapter files.
 
     Raises:
         ArtifactError: the adapters do not fit the model, or some are missing.
@@ -89,14 +89,14 @@ def apply(model: nn.Module, folder: Path) -> nn.Module:
     read_config(folder)
     try:
         adapted: nn.Module = load_adapters(model, str(folder))
-        stored: Any = mx.load(str(folder / WEIGHTS))  # lazy: nothing but the header is read
+        stored: Any = mx.load(str(folder / WEIGHTS))  # lazy: only the header is read
     except OSError as error:
         advice = advise_on(error, "Build it again")
         raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error.strerror or error}). {advice}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise ArtifactError(f"{folder / WEIGHTS}: does not fit the model ({said}). Build it again.") from error
-    # mlx-lm leaves an adapter that has no weights in the file as it was made: as noise
+    # mlx-lm leaves an adapter without weights in the file at its random initialization
     lacking = [name for name in _parameters(adapted) if name not in stored]
     if lacking:
         raise ArtifactError(f"{folder / WEIGHTS}: has no {lacking[0]}. Build it again.")
@@ -105,7 +105,7 @@ def apply(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a model that are adapters beside another layer, by path."""
+    """Return the adapter layers of a model by path; each wraps its base layer."""
     return {path: layer for path, layer in model.named_modules() if "lora_a" in layer}
 
 
@@ -116,12 +116,12 @@ def _parameters(model: nn.Module) -> Iterator[str]:
 
 
 def fuse(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
-    """Return a model with its adapters added into the weights beside them.
+    """Return a model with its adapters fused into the weights of their base layers, in eval mode.
 
     Args:
-        model: changed; one without adapters stays as it is. Lazily loaded weights stay on the disk.
+        model: changed; without adapters it is returned unchanged. Lazily loaded weights stay on the disk.
         dequantize: whether quantized layers with an adapter become dense; else they are quantized again with their own
-            settings, by which most of what the adapter learned may be lost.
+            settings, which may lose most of what the adapter learned.
     """
     fused = [(path, layer.fuse(dequantize=dequantize)) for path, layer in layers_of(model).items()]
     model.update_modules(tree_unflatten(fused))
@@ -130,7 +130,7 @@ def fuse(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
 
 
 def take_out(model: nn.Module) -> nn.Module:
-    """Return a model without its adapters: every layer is the one beside which they lay.
+    """Return a model without its adapters: each adapter layer is replaced by its base layer.
 
     Args:
         model: changed.

@@ -1,7 +1,7 @@
-"""A model's `config.json` held against the fields of mlx-lm's classes, before one layer of the model is made.
+"""Type and range checks of a model's `config.json` against the fields of mlx-lm's classes, before layers are made.
 
-mlx-lm's classes take whatever a config says: a list for a width, null, ten million layers. Here each value is compared
-with the type that its class declares, and with bounds, so that a mistake is one line with file and key.
+mlx-lm's classes accept whatever a config holds: a list for a width, null, ten million layers. Here each value is
+compared with the type that its field declares, and with bounds, so that a mistake becomes one line with file and key.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.ops import patching
 from mlxflow.workflow.config import MAX_LAYERS, toml_value
 
-#: What mlx-lm's classes raise over values that do not fit together.
+#: What mlx-lm's classes raise for values that contradict each other.
 BUILD_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -38,13 +38,13 @@ _AT_LEAST_ONE = {"hidden_size", "vocab_size", "num_attention_heads", "n_head", "
 
 
 class Guarded:
-    """The classes of a model, which refuse settings that their fields cannot hold.
+    """A stand-in for mlx-lm's two classes of an architecture that checks the settings first.
 
-    It stands for mlx-lm's class of settings (`from_dict`), and is called as its class of models.
+    Use it as the class of settings (`from_dict`) and as the class of models (call it).
 
     Args:
-        model_class: makes a model of settings.
-        args_class: has a class method `from_dict`, which makes settings of a `config.json`.
+        model_class: called with settings, makes a model.
+        args_class: its class method `from_dict` makes settings from a `config.json`.
         file: that `config.json`, for the messages.
     """
 
@@ -59,8 +59,7 @@ class Guarded:
         """Return the settings.
 
         Raises:
-            ArtifactError: one line for each value that is wrong; or what mlx-lm says, with the values that may be to
-                blame.
+            ArtifactError: one line for each wrong value; or mlx-lm's error, with the values that may have caused it.
         """
         self._root = config
         with self._checking():
@@ -73,7 +72,7 @@ class Guarded:
 
     @contextmanager
     def _checking(self) -> Iterator[None]:
-        """Check each table that mlx-lm's settings are made from in this block, those within others too."""
+        """Check every table, nested ones included, from which mlx-lm makes settings until the block ends."""
         from mlx_lm.models.base import BaseModelArgs
 
         plain = vars(BaseModelArgs)["from_dict"]
@@ -103,11 +102,11 @@ class Guarded:
 
 
 def mistakes(cls: Any, params: Mapping[str, Any]) -> list[str]:
-    """Return for each wrong value of a table its key, itself and what was expected.
+    """Return `key = value: expected ...` for each wrong value of a table.
 
     Args:
-        cls: one of mlx-lm's classes of settings; others are looked at no further.
-        params: the table that it is made from.
+        cls: one of mlx-lm's dataclasses of settings; for other classes nothing is checked.
+        params: the table from which it is made.
     """
     lines = []
     for name, (hint, has_default) in _fields(cls).items():
@@ -121,7 +120,7 @@ def mistakes(cls: Any, params: Mapping[str, Any]) -> list[str]:
 
 
 def _suspects(cls: Any, params: Mapping[str, Any]) -> list[str]:
-    """Return the values that are most often to blame where others do not fit them: nothing, zero, less than that."""
+    """Return the values that most often cause errors elsewhere: null, empty, zero or negative."""
     given = {name: params[name] for name in _fields(cls) if name in params and not isinstance(params[name], bool)}
     return [f"{name} = {_shown(value)}" for name, value in given.items() if _is_odd(value)]
 
@@ -137,7 +136,7 @@ def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
         return {}
     try:
         hints = get_type_hints(cls)
-    except (NameError, TypeError):  # annotations of code of others
+    except (NameError, TypeError):  # annotations in third-party code
         return {}
     without = dataclasses.MISSING
     return {
@@ -148,7 +147,7 @@ def _fields(cls: Any) -> dict[str, tuple[Any, bool]]:
 
 
 def _bounds(name: str, value: Any) -> str:
-    """Return what was expected of a number whose bounds follow from its name; empty where it is within them."""
+    """Return what was expected of a number whose bounds follow from its name; empty if it is within them."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     least = 1 if name in _AT_LEAST_ONE or _LAYERS.fullmatch(name) else -_MOST
@@ -158,12 +157,12 @@ def _bounds(name: str, value: Any) -> str:
     return ""
 
 
-#: What is expected of a value of types that need no further check.
+#: The name in messages of types that need no further check.
 _NOUNS: dict[Any, str] = {type(None): "null", str: "text", dict: "a table"}
 
 
 def _mismatch(value: Any, hint: Any) -> str:
-    """Return what was expected of a value of a declared type; empty where it fits, or the type says nothing."""
+    """Return what was expected of a value by its declared type; empty if it matches or the type is not checked."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _union_mismatch(value, arguments)
@@ -202,6 +201,6 @@ def _list_mismatch(value: Any, kinds: list[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as JSON has it, shortened."""
+    """Return a value as JSON, shortened."""
     text = "null" if value is None else toml_value(value)
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

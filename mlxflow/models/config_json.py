@@ -1,8 +1,7 @@
-"""A model's `config.json`: what it says is made to agree with the weights that are written beside it.
+"""A model's `config.json`: reading, type checks, and a version that describes the weights as they are saved.
 
-mlx-lm opens more than it keeps: of a model of images and text it drops what sees images, and fp8 weights become dense
-while they are loaded. A config that still names them sends its reader the wrong way: mlx-engine, for example, takes a
-model for one of images as soon as there is a `vision_config`.
+mlx-lm changes a model while loading it: it drops vision towers, and fp8 weights become dense. A saved config that still
+describes these misleads readers: mlx-engine, for example, treats a model with a `vision_config` as a vision model.
 """
 
 import json
@@ -22,20 +21,20 @@ _DTYPES = ("torch_dtype", "dtype")
 # Tables of the text model within that of a larger one
 _TEXT = ("text_config", "language_config", "llm_config")
 
-# Where architectures say how many positions they are made for; the first two in nearly all, the rest in GPT-2's kin
+# Keys for the number of positions; nearly all architectures use one of the first two, GPT-2 and similar the rest
 _POSITIONS = ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx")
 
 _UNLIMITED = 2**62
 
-# The longest configuration; those of large mixtures of experts, with settings for each layer, have a megabyte
+# The largest config.json that is read; a mixture of experts with settings for each layer has about a megabyte
 _MAX_BYTES = 16 * 2**20
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return the `config.json` of a model folder as it is written.
+    """Return the `config.json` of a model folder unchanged.
 
     Raises:
-        ArtifactError: there is none that can be read, or a value that every model has is not of its type.
+        ArtifactError: it cannot be read, or a value that every model has is of a wrong type.
     """
     try:
         config = load(folder / "config.json")
@@ -51,7 +50,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, no table, too long, or has a number that is none.
+        ValueError: it is no JSON, no table, longer than 16 MiB, nested too deeply, or contains NaN.
     """
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
@@ -73,21 +72,21 @@ def _constant(name: str) -> float:
 
 
 def require_types(config: Mapping[str, Any], file: str) -> None:
-    """Make sure that what is read of every model's config, whatever its architecture, is of its type.
+    """Check the types of the keys that are read from every model's config, whatever its architecture.
 
     Args:
         config: the table.
         file: its name, for the messages.
 
     Raises:
-        ArtifactError: one line for each value that is not.
+        ArtifactError: one line for each value of a wrong type.
     """
     tables = {"": config} | {f"{key}.": config[key] for key in _TEXT if isinstance(config.get(key), Mapping)}
     lines = [
         f"{file}: {prefix}{key} = {_shown(table[key])}: expected {expected}. Mend the file, or name another model."
         for prefix, table in tables.items()
-        for key, (fits, expected) in _EXPECTED.items()
-        if table.get(key) is not None and not fits(table[key])
+        for key, (is_valid, expected) in _EXPECTED.items()
+        if table.get(key) is not None and not is_valid(table[key])
     ]
     if lines:
         raise ArtifactError(*lines)
@@ -127,7 +126,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-# What every reader of a config takes for granted, whatever the architecture; null counts as missing
+# The checked keys of every architecture: check and expected type; null counts as missing
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model_type": (_is_text, "text"),
     "model_file": (_is_text, "text"),
@@ -142,12 +141,12 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def write(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a `config.json` with its keys in order; numbers that JSON does not have are marked as transformers does."""
+    """Write a `config.json` with sorted keys; infinities and NaN are written as transformers does."""
     path.write_text(json.dumps(_marked(dict(sorted(config.items()))), indent=4, allow_nan=False) + "\n")
 
 
 def _marked(value: Any) -> Any:
-    """Return a value with its infinite numbers in the form that `mlx_lm.utils.load_config` reads."""
+    """Return a value with infinities and NaN in the form that `mlx_lm.utils.load_config` reads."""
     if (isinstance(value, float) and value in (float("inf"), float("-inf"))) or value != value:
         return {"__float__": "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"}
     if isinstance(value, dict):
@@ -158,12 +157,12 @@ def _marked(value: Any) -> Any:
 
 
 def vocab_size(config: Mapping[str, Any]) -> int:
-    """Return how many ids a model knows; without limit where its config does not say."""
+    """Return the vocabulary size of a config, V; 2**62 if it has none."""
     return int(_of_text(config, ("vocab_size",)) or _UNLIMITED)
 
 
 def num_positions(config: Mapping[str, Any]) -> int:
-    """Return how many tokens a model is made for; without limit where its config does not say."""
+    """Return the context length that a model is made for, in tokens; 2**62 if its config has none."""
     return int(_of_text(config, _POSITIONS) or _UNLIMITED)
 
 
@@ -174,10 +173,10 @@ def end_of_text(config: Mapping[str, Any]) -> set[int]:
 
 
 def with_ends(config: Mapping[str, Any], ids: Iterable[int]) -> dict[str, Any]:
-    """Return a config, or defaults of generation, by which some ids end a text beside those that do already.
+    """Return a config, or generation defaults, with more end-of-text ids.
 
     Args:
-        config: the table.
+        config: the table; its own end-of-text ids are kept.
         ids: tokens that the model learned to end with.
     """
     ends = sorted(end_of_text(config) | set(ids))
@@ -185,10 +184,10 @@ def with_ends(config: Mapping[str, Any], ids: Iterable[int]) -> dict[str, Any]:
 
 
 def write_generation(folder: Path, ends: Iterable[int]) -> None:
-    """Make a model folder's defaults of generation end a text at some ids; where it has none, they are made.
+    """Add end-of-text ids to a model folder's `generation_config.json`, which is created if it is missing.
 
     Raises:
-        ArtifactError: they are no JSON.
+        ArtifactError: the file is no JSON.
     """
     path = folder / "generation_config.json"
     try:
@@ -199,13 +198,13 @@ def write_generation(folder: Path, ends: Iterable[int]) -> None:
 
 
 def dtype(config: Mapping[str, Any]) -> str | None:
-    """Return the type of the weights as mlx-lm's converter reads it, such as "bfloat16"; None where it finds none."""
+    """Return the dtype of the weights, such as "bfloat16", by the rule of mlx-lm's converter; None if it finds none."""
     said = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     return said if isinstance(said, str) else None
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return a config that names a type of the weights wherever it named one."""
+    """Return a config with the dtype of the weights replaced wherever it is given."""
 
     def changed(table: Mapping[str, Any]) -> dict[str, Any]:
         return {key: name if key in _DTYPES else value for key, value in table.items()}
@@ -214,16 +213,16 @@ def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def describing(config: Mapping[str, Any], *, weights: Iterable[str], is_quantized: bool) -> dict[str, Any]:
-    """Return a config that says nothing of what a model does not have.
+    """Return a config without the parts and the quantization that a loaded model does not have.
 
     Args:
-        config: as mlx-lm's `load_model` returns it.
+        config: from mlx-lm's `load_model`.
         weights: names of the model's weights.
-        is_quantized: whether some of them are codes.
+        is_quantized: whether some of them are quantized.
     """
     names = list(weights)
     absent = {part for part, words in _PARTS.items() if not any(word in name for name in names for word in words)}
-    absent |= {"_name_or_path"}  # a path of whoever wrote it, which mlx-lm's converter drops, too
+    absent |= {"_name_or_path"}  # a path on its author's machine; mlx-lm's converter drops it, too
     if not is_quantized:
         absent |= set(_QUANTIZATION)
     kept = {key: value for key, value in config.items() if key not in absent}
@@ -235,7 +234,7 @@ def describing(config: Mapping[str, Any], *, weights: Iterable[str], is_quantize
 
 
 def keeps_codes(config: Mapping[str, Any]) -> bool:
-    """Return whether a config says that weights are codes, and mlx-lm leaves them so while it loads them."""
+    """Return whether a config describes quantized weights that mlx-lm keeps quantized when it loads them."""
     if isinstance(config.get("quantization"), dict):
         return True
     said = _of_text(config, ("quantization_config",))
@@ -246,6 +245,6 @@ def keeps_codes(config: Mapping[str, Any]) -> bool:
 
 
 def _of_text(config: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """Return the first of some settings that a config has, itself or in the table of its text model."""
+    """Return the first of some keys that a config has, at its top level or in the table of its text model."""
     tables = [config, *(config[table] for table in _TEXT if isinstance(config.get(table), dict))]
     return next((table[name] for table in tables for name in names if table.get(name) is not None), None)

@@ -1,4 +1,4 @@
-"""Architectures that a model folder brings as Python code, run only where the workflow trusts it."""
+"""The classes of a model's architecture: mlx-lm's, or Python code of a model folder if the workflow trusts it."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.ops import mlx_lm_import
 from mlxflow.storage import model_files, remote_code
 
-# A module's name in mlx-lm's folder of architectures, such as "lfm2-vl"; a dot would name a module within another
+# A module name in mlx-lm's folder of architectures, such as "lfm2-vl"; a dot would name a submodule
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,99}", re.ASCII)
 
 
@@ -23,7 +23,7 @@ def classes(config: Mapping[str, Any], code: Path | None) -> Any:
 
     Args:
         config: a `config.json`.
-        code: the model folder in which the Python file lies that the config names, where it names one.
+        code: the model folder with the Python file that the config names; None if it names none.
 
     Raises:
         ArtifactError: the code is not trusted, or fails.
@@ -38,7 +38,7 @@ def classes(config: Mapping[str, Any], code: Path | None) -> Any:
     try:
         module = _run_code(code / file)
         return module.Model, module.ModelArgs
-    except Exception as error:  # code of others: anything
+    except Exception as error:  # third-party code may raise anything
         raise ArtifactError(f"{code / file}: cannot be run ({type(error).__name__}: {error}). Mend it.") from error
 
 
@@ -47,7 +47,7 @@ def _known_classes(config: Mapping[str, Any]) -> Any:
 
     Raises:
         KeyError: the config has no `model_type`.
-        ValueError: it names no architecture: mlx-lm would import any module of its own that has the name.
+        ValueError: it names no architecture; mlx-lm itself would import any of its modules of that name.
     """
     utils = mlx_lm_import.mlx_lm_utils()
     name = config["model_type"]
@@ -55,12 +55,12 @@ def _known_classes(config: Mapping[str, Any]) -> Any:
         raise ValueError(f"Model type {str(name)[:100]} not supported.")
     try:
         return utils._get_classes(dict(config))
-    except SystemExit as error:  # how mlx-lm's olmo ends where a package of its own is not there
+    except SystemExit as error:  # mlx-lm's olmo exits if a package that it needs is missing
         raise ValueError(f"Model type {name} needs a package that is not installed.") from error
 
 
 def is_architecture(name: str) -> bool:
-    """Return whether mlx-lm has a model of this name, not a helper such as "base" or "cache"; nothing is imported."""
+    """Return whether mlx-lm has an architecture of this name; "base" and "cache" are helpers. Imports no model."""
     mlx_lm_import.prepare()
     package = importlib.util.find_spec("mlx_lm.models")
     folders = package.submodule_search_locations if package else None
@@ -70,7 +70,7 @@ def is_architecture(name: str) -> bool:
 
 @cache
 def _defines_model(file: Path) -> bool:
-    """Return whether a Python file defines or imports both classes of a model, by its syntax tree."""
+    """Return whether a Python file defines or imports `Model` and `ModelArgs`, by its syntax tree."""
     names: set[str] = set()
     for statement in ast.parse(file.read_bytes()).body:
         if isinstance(statement, ast.ClassDef):
@@ -83,7 +83,7 @@ def _defines_model(file: Path) -> bool:
 
 
 def _run_code(file: Path) -> types.ModuleType:
-    """Run a model folder's Python file as a module, as mlx-lm does; nothing is written beside it."""
+    """Import a model folder's Python file as mlx-lm does; no bytecode is written beside it."""
     spec = importlib.util.spec_from_file_location("custom_model", file)
     if spec is None or spec.loader is None:
         raise ImportError("no Python file")
@@ -97,12 +97,12 @@ def _run_code(file: Path) -> types.ModuleType:
 
 
 def word_untrusted(file: str, code: str, key: str = "") -> str:
-    """Return why what brings its own code is not opened, and what to do.
+    """Return the message for a model or tokenizer that is refused because it needs code that is not trusted.
 
     Args:
-        file: that names the code.
-        code: as named there.
-        key: the setting by which it may be run; empty where several may be meant.
+        file: the file that names the code.
+        code: the code's name in it.
+        key: the setting that allows it to run; empty if it may be one of several.
     """
     anywhere = "set trust_remote_code = true where the workflow names the folder, or pass --trust-remote-code"
     advice = f"set {key} = true to run it" if key else anywhere

@@ -1,4 +1,4 @@
-"""Build, load and save the models of model folders; all use of mlx-lm's model classes is here.
+"""Model folders: build, load, cast and save their models; all use of mlx-lm's model classes is here.
 
 A model folder holds `config.json` (Hugging Face's keys), `model.safetensors` and the tokenizer files; mlx-lm,
 transformers (dense ones) and LM Studio open it unchanged.
@@ -53,7 +53,7 @@ def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str) -
 
 
 def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Module:
-    """Return a model whose weights are not computed yet: for its shapes.
+    """Return a model whose initial weights are not evaluated: for its shapes.
 
     Args:
         config: a `config.json`.
@@ -151,9 +151,9 @@ def _word_unopened(folder: Path, error: str) -> str:
 
 
 def stored_matrices(folder: Path, model: nn.Module) -> dict[str, tensor_reading.StoredRows]:
-    """Return the matrices of a folder that its model takes as they lie in the files, by the model's names.
+    """Return the matrices of a folder that its model uses unchanged, by the model's names.
 
-    A matrix that mlx-lm's class makes something else of while it loads is not among them, nor one that has an adapter.
+    Matrices that mlx-lm's class transforms while loading, and those with an adapter, are left out.
 
     Args:
         folder: a model folder.
@@ -165,7 +165,7 @@ def stored_matrices(folder: Path, model: nn.Module) -> dict[str, tensor_reading.
     files = [name for name in model_files.find(folder).weights if name.endswith(".safetensors")]
     with model_files.opened(folder, files) as links:
         for file in files:
-            found: Any = mx.load(str(links / file))  # lazy: nothing but the header is read
+            found: Any = mx.load(str(links / file))  # lazy: only the header is read
             weights |= found
             stored |= tensor_reading.stored_rows(folder / file)
     taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
@@ -212,7 +212,7 @@ def _dense_needed(subject: str) -> ArtifactError:
 
 
 def vocab_size(folder: Path) -> int:
-    """Return how many ids the model of a folder knows, as its config tells; without limit where it does not.
+    """Return the vocabulary size, V, of the model of a folder by its config; 2**62 if it has none.
 
     Raises:
         ArtifactError: the folder has no config.json.
@@ -237,12 +237,12 @@ def save(
 
 
 def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model whose floating weights are of a type, and its config that says so; weights may stay lazy.
+    """Return a model whose floating weights have a dtype, and a config with that dtype; weights may stay lazy.
 
     Args:
         model: changed in place.
         config: its `config.json`.
-        dtype: "fp32", "fp16", "bf16", or "keep" for what the config says, as mlx-lm's converter does it.
+        dtype: "fp32", "fp16", "bf16", or "keep" for the config's, by the rule of mlx-lm's converter.
     """
     names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     said = names.get(dtype) or config_json.dtype(config)
@@ -252,24 +252,24 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
     is_cast = getattr(model, "cast_predicate", lambda _: True)
 
     def casted(name: str, value: mx.array) -> mx.array:
-        fits = mx.issubdtype(value.dtype, mx.floating) and is_cast(name)
-        return value.astype(wanted) if fits else value
+        is_floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(wanted) if is_floating and is_cast(name) else value
 
     model.update(tree_map_with_path(casted, model.parameters()))
     return model, config_json.with_dtype(config, said)
 
 
 def fetch(name: str, *, key: str, trust_key: str) -> Path:
-    """Return the folder of a model on the hub, from the local cache where it is, else downloaded.
+    """Return the folder of a model on the hub, from the local cache or downloaded.
 
     Args:
         name: `owner/name`, or `owner/name@revision`.
         key: the setting that names it, for messages.
-        trust_key: the setting by which its Python code may be run, for messages.
+        trust_key: the setting that allows its Python code to run, for messages.
 
     Raises:
         ArtifactError: it is no model folder, or needs code that is not trusted.
-        SourceError: it cannot be had.
+        SourceError: it cannot be downloaded.
     """
     folder = hub.fetch(name, patterns=model_files.HUB_PATTERNS, key=key)
     found = model_files.find(folder)
@@ -281,7 +281,7 @@ def fetch(name: str, *, key: str, trust_key: str) -> Path:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters, tied ones once: of packed matrices the weights, adapters left out."""
+    """Return the number of a model's parameters: tied ones once, quantized ones as dense, without adapters."""
     modules = dict(model.named_modules())
     count = 0
     for name, value in tree_flatten(model.parameters()):
@@ -296,5 +296,5 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters as they lie in memory."""
+    """Return the size in bytes of a model's parameters in memory."""
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))

@@ -1,4 +1,4 @@
-"""Layers that hold codes instead of weights: whether a model has some, and the dense model that they stand for."""
+"""Quantized layers of a model: detect them, and dequantize single weights or the whole model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -14,36 +14,34 @@ from mlxflow.ops import mlx_lm_import
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Return whether some layer of a model holds codes instead of weights."""
+    """Return whether some layer of a model is quantized."""
     return any(holds_codes(layer) for layer in model.modules())
 
 
 def holds_codes(layer: nn.Module) -> bool:
-    """Return whether a layer holds codes instead of weights, with scales beside them or without."""
+    """Return whether a layer holds quantized codes instead of a weight, with or without scales."""
     weight = layer.get("weight")
     return "scales" in layer or (isinstance(weight, mx.array) and mx.issubdtype(weight.dtype, mx.integer))
 
 
 def made_dense(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model whose every layer has a dense weight, and its config: adapters are added in, codes unpacked.
+    """Return a model with dense weights, and its config: adapters are fused, quantized layers dequantized.
 
     Args:
         model: changed; lazily loaded weights stay on the disk.
         config: its `config.json`.
 
     Raises:
-        ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
+        ArtifactError: a quantized layer, such as BitNet's, cannot be dequantized by mlx-lm.
     """
     return dequantized(model, config) if is_quantized(model) else (adapter_files.fuse(model), dict(config))
 
 
 def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a quantized model with dense weights, and its config without a word of quantization.
-
-    Adapters are added into the dense weights.
+    """Return a quantized model with dense weights, and its config without quantization; adapters are fused.
 
     Raises:
-        ArtifactError: mlx-lm computes with some of its layers, such as BitNet's, but cannot unpack them.
+        ArtifactError: a quantized layer, such as BitNet's, cannot be dequantized by mlx-lm.
     """
     require_unpackable(model)
     dense = _unpacked(adapter_files.fuse(model, dequantize=True))
@@ -52,10 +50,10 @@ def dequantized(model: nn.Module, config: Mapping[str, Any]) -> tuple[nn.Module,
 
 
 def require_unpackable(model: nn.Module) -> None:
-    """Make sure that every quantized layer of a model can become a dense one.
+    """Check that every quantized layer of a model can be dequantized.
 
     Raises:
-        ArtifactError: mlx-lm computes with a layer, such as BitNet's, but cannot unpack it.
+        ArtifactError: a layer, such as BitNet's, cannot be dequantized by mlx-lm.
     """
     from mlx_lm.models.mla import QuantizedMultiLinear
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
@@ -67,13 +65,13 @@ def require_unpackable(model: nn.Module) -> None:
 
 
 def dense_weights(model: nn.Module, paths: Iterable[str]) -> dict[str, Callable[[], mx.array]]:
-    """Return what gives the weight that each of some layers computes with, dequantized where it is packed."""
+    """Return functions that return the weights of some layers, dequantized if needed, by path."""
     modules = dict(model.named_modules())
     return {path: partial(dense_weight, modules[path]) for path in paths}
 
 
 def dense_weight(layer: nn.Module) -> mx.array:
-    """Return the weight that a layer computes with, dequantized where it is packed."""
+    """Return the weight that a layer computes with, dequantized if it is quantized."""
     if "scales" not in layer:
         weight: mx.array = layer.weight
         return weight
@@ -88,9 +86,9 @@ def dense_weight(layer: nn.Module) -> mx.array:
 
 
 def for_evaluation(model: nn.Module) -> nn.Module:
-    """Return a model that gives the same results and evaluates many tokens at once without undue delay.
+    """Return a model with the same results that is fast for many tokens at once: dequantized on the CPU.
 
-    MLX's packed matrix product on the CPU runs at a few GFLOP/s at any width; there the weights are dequantized first.
+    MLX's quantized matrix product on the CPU runs at a few GFLOP/s, however many tokens there are.
     """
     if mx.default_device() != mx.cpu:
         return model
@@ -98,7 +96,7 @@ def for_evaluation(model: nn.Module) -> nn.Module:
 
 
 def _unpacked(model: nn.Module) -> nn.Module:
-    """Return a model with its codes unpacked; those of latent attention too, which mlx-lm's function leaves out."""
+    """Return a dequantized model, including layers of latent attention, which mlx-lm's function leaves out."""
     mlx_lm_import.prepare()
     from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 

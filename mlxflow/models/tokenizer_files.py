@@ -1,4 +1,4 @@
-"""The tokenizer files of a model folder: copied, compared with another tokenizer, converted to tokenizer.json."""
+"""The tokenizer files of a model folder: copy, compare with another tokenizer, convert to tokenizer.json."""
 
 import shutil
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
-    """Make sure that tokens were made with a model's own tokenizer, where it brings one.
+    """Check that tokens were made with a model's own tokenizer, if its folder has one.
 
     Args:
         folder: a model folder.
@@ -24,7 +24,7 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
         key: the setting that names the folder, for the message.
 
     Raises:
-        ArtifactError: its ids mean something else.
+        ArtifactError: the two tokenizers map ids differently, or the folder's cannot be compared or read.
     """
     own = folder / "tokenizer.json"
     if not own.is_file():
@@ -49,15 +49,14 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
 
 
 def copy_companions(folder: Path, to: Path) -> None:
-    """Copy what belongs to a model beside its weights and its config: tokenizer, templates, defaults of generation.
+    """Copy the files of a model folder other than weights and config: tokenizer, chat templates, generation defaults.
 
-    Python code goes along, and is named, only where it is trusted; see `mlxflow.storage.model_files.copy`.
-
-    A tokenizer of another form than `tokenizer.json` is written in that form too.
+    Python code, and references to it, are copied only if it is trusted; see `mlxflow.storage.model_files.copy`.
+    A tokenizer without `tokenizer.json` is converted.
 
     Args:
         folder: a model folder.
-        to: another one.
+        to: the folder to copy into.
 
     Raises:
         ArtifactError: there is no tokenizer, or it needs code that may not be run.
@@ -72,7 +71,7 @@ def require_tokenizer_trust(folder: Path, trust_key: str = "") -> None:
 
     Args:
         folder: a model folder.
-        trust_key: the setting by which it may be run, for the message; empty where several may be meant.
+        trust_key: the setting that allows it to run, for the message; empty if it may be one of several.
 
     Raises:
         ArtifactError: the tokenizer needs code and it is not trusted.
@@ -83,10 +82,10 @@ def require_tokenizer_trust(folder: Path, trust_key: str = "") -> None:
 
 
 def _open_in_transformers(folder: Path) -> Any:
-    """Return the transformers tokenizer of a model folder; without trust, of a copy of its files that names no code.
+    """Return the transformers tokenizer of a model folder; without trust, from a copy of its files without code.
 
     Raises:
-        ArtifactError: there is none that can be opened, or it needs code that may not be run.
+        ArtifactError: it cannot be opened, or needs code that may not be run.
     """
     require_tokenizer_trust(folder)
     from transformers import AutoTokenizer
@@ -111,10 +110,10 @@ def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
 
 
 def convert_tokenizer(folder: Path) -> Any:
-    """Return the `tokenizers.Tokenizer` of a model folder without a tokenizer.json.
+    """Return the `tokenizers.Tokenizer` of a model folder without a tokenizer.json, converted by transformers.
 
     Raises:
-        ArtifactError: there is none that can be opened.
+        ArtifactError: the tokenizer cannot be opened or converted.
     """
     opened = _open_in_transformers(folder)
     if getattr(opened, "backend_tokenizer", None) is None:

@@ -1,4 +1,4 @@
-"""Whether two tokenizers mean the same by their ids, from their `tokenizer.json` alone."""
+"""Compare the vocabularies of two tokenizers by their `tokenizer.json`."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 
 def means_the_same(one: Path, other: Path) -> bool:
-    """Return whether two tokenizers give every id that both know to the same text.
+    """Return whether two tokenizers map the ids that both have to the same texts.
 
-    Their vocabularies must be equal; either may have added tokens that the other lacks.
+    The vocabularies must be equal; either may have added tokens that the other lacks.
 
     Args:
         one: a `tokenizer.json`.
         other: another one.
 
     Raises:
-        ValueError: one of them is none.
+        ValueError: one of them is no valid `tokenizer.json`.
     """
     if one.read_bytes() == other.read_bytes():
         return True
@@ -29,7 +29,7 @@ def means_the_same(one: Path, other: Path) -> bool:
 
 
 class _Ids(NamedTuple):
-    """Ids by text: all of them, and those of the added tokens."""
+    """Ids by text: those of all tokens, and those of the added tokens."""
 
     ids: dict[str, int]
     added: dict[str, int]
@@ -40,7 +40,7 @@ def _read(path: Path) -> _Ids:
         definition: Any = json.loads(path.read_text(encoding="utf-8"))
         vocabulary = definition["model"]["vocab"]
         added = {str(one["content"]): int(one["id"]) for one in definition.get("added_tokens") or []}
-        if isinstance(vocabulary, list):  # of pieces with their scores
+        if isinstance(vocabulary, list):  # pieces with scores
             vocabulary = {piece: number for number, (piece, *_) in enumerate(vocabulary)}
         return _Ids({text: int(number) for text, number in vocabulary.items()} | added, added)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

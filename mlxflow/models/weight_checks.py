@@ -1,4 +1,4 @@
-"""Checks of a model folder's weights: sound headers, floating numbers where a layer computes with them, no codes."""
+"""Checks of a model folder's weights: valid headers, no tensor twice, floating dtypes, no unreadable codes."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,9 +13,13 @@ from mlxflow.storage import tensor_reading, tensor_types
 
 
 def require_sound(folder: Path, weights: Iterable[str]) -> None:
-    """Refuse files of weights whose headers are wrong, or of which two hold a tensor of the same name.
+    """Refuse weight files with invalid headers, a dtype that MLX does not read, or a tensor that two files hold.
 
-    MLX believes a header, and mlx-lm would take either of two tensors, whatever an index says.
+    MLX trusts headers, and mlx-lm would load either of two tensors of one name, whatever the index says.
+
+    Args:
+        folder: the model folder.
+        weights: names of its weight files.
 
     Raises:
         ArtifactError: names the file and the tensor.
@@ -46,13 +50,13 @@ def floating_layers(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def require_numbers(folder: Path, model: nn.Module, floating: Mapping[str, type[nn.Module]]) -> None:
-    """Refuse a model of which a weight is of other than floating numbers in a layer that computes with such.
+    """Refuse a model that has integers where its class has a floating weight.
 
     Args:
-        folder: of the model.
-        model: as its files say.
-        floating: see `floating_layers`: of the model as its class makes it. A layer that took codes is of
-            another class.
+        folder: of the model, for the message.
+        model: with the weights of its files.
+        floating: `floating_layers` of the model before loading. A layer that was quantized while loading has another
+            class since and is not checked.
 
     Raises:
         ArtifactError: names the first such weight.
@@ -66,7 +70,11 @@ def require_numbers(folder: Path, model: nn.Module, floating: Mapping[str, type[
 
 
 def require_readable_codes(folder: Path, model: nn.Module) -> None:
-    """Refuse a model whose layers take codes for weights: they fit in shape, and what they compute is noise.
+    """Refuse a model with a dense layer whose weight holds quantized codes: it would compute noise without an error.
+
+    Args:
+        folder: of the model, for the message.
+        model: with the weights of its files.
 
     Raises:
         ArtifactError: names the first such layer.

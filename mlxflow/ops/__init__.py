@@ -1,1 +1,1 @@
-"""Replacements of MLX and mlx-lm operations, and the doors that install and remove them."""
+"""Replacements of MLX and mlx-lm operations; `patching` installs and undoes all of them."""

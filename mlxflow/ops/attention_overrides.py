@@ -1,10 +1,9 @@
-"""Attention for training: by blocks of queries on the CPU, and in a fixed order on CUDA.
+"""Attention for training: blockwise causal attention on the CPU, and a deterministic gradient on CUDA.
 
-On the CPU, where it is causal and in fp32, a block of queries does without the keys that it does not see. MLX's own
-attention computes all L x L scores of a row there, masks half of them and takes 13 ns for each exponential. Here a
-block multiplies with the keys up to its own end, the exponentials are those of `training.exponential`, and rows are
-divided by their sums after the product with the values. The backward pass is that of FlashAttention (Dao et al. 2022,
-arXiv:2205.14135, algorithm 4), with the exponentials kept instead of computed anew.
+On the CPU MLX computes all L x L scores of causal attention, masks half of them and takes 13 ns for each exponential.
+Here, in fp32, each block of queries is multiplied only with the keys up to its own end, the exponentials are those of
+`ops.fast_exp`, and rows are divided by their sums after the product with the values. The backward pass is that of
+FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithm 4), with the exponentials kept instead of recomputed.
 """
 
 import functools
@@ -19,12 +18,12 @@ from mlxflow.ops import document_mask, patching
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 
-# Queries of a block: fewer waste less on the diagonal, more keep the matrix products large
+# Queries in a block: fewer waste less on the diagonal, more keep the matrix products large
 _BLOCK = 256
 
 
-#: Takes queries, keys, values, the scores' scale, and the first key that each query sees, (B, L), or None for the first
-#: of all; returns causal attention, or None where it does not serve.
+#: Takes queries, keys, values, the scale of the scores, and the first key that each query sees, (B, L), or None if that
+#: is the first of all; returns causal attention, or None if the arguments are not supported.
 Causal = Callable[[mx.array, mx.array, mx.array, float, mx.array | None], mx.array | None]
 
 Attention = Callable[..., mx.array]
@@ -32,13 +31,13 @@ Attention = Callable[..., mx.array]
 
 @contextmanager
 def causal_by_blocks() -> Iterator[None]:
-    """Let what calls MLX's attention in this block get ours where that serves: causal, in fp32.
+    """Replace `mx.fast.scaled_dot_product_attention` by a blockwise CPU version for causal fp32 calls.
 
-    What is traced within it keeps it.
+    A function that is traced while the context is open keeps the replacement.
     """
 
     def by_blocks(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
-        if not _serves(queries, keys, values, **named):
+        if not _is_supported(queries, keys, values, **named):
             return plain(queries, keys, values, **named)
         return causal_attention(queries, keys, values, scale=named["scale"])
 
@@ -48,36 +47,36 @@ def causal_by_blocks() -> Iterator[None]:
 
 @contextmanager
 def in_fixed_order(causal: Causal | None) -> Iterator[None]:
-    """Let attention in types of 16 bits that is traced in this block have a gradient that is the same every time.
+    """Make the gradient of 16-bit attention deterministic, for functions traced while the context is open.
 
-    On CUDA MLX takes cuDNN's, which adds to the gradient of the queries by atomics. Instead a kernel serves, or else
-    plain operations, which hold all L x L scores.
+    On CUDA MLX uses cuDNN, which accumulates the gradient of the queries with atomics. It is replaced by a kernel, or
+    where that does not support the call by plain operations, which hold all L x L scores.
 
     Args:
-        causal: the kernel's.
+        causal: the kernel; None for plain operations everywhere.
     """
 
     def ordered(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
         if queries.dtype not in (mx.bfloat16, mx.float16) or named.keys() - {"scale", "mask", "sinks"}:
             return plain(queries, keys, values, **named)
-        found = None
+        result = None
         if causal is not None and _is_causal(queries, keys, bounds, **named):
             first = bounds.of(named["mask"])
             if first is not None:
                 first = mx.broadcast_to(first, (len(queries), queries.shape[2]))
-            found = causal(queries, keys, values, named["scale"], first)
-        return plain_attention(queries, keys, values, **named) if found is None else found
+            result = causal(queries, keys, values, named["scale"], first)
+        return plain_attention(queries, keys, values, **named) if result is None else result
 
     with document_mask.noted_bounds() as bounds, _replaced(ordered):
         yield
 
 
 class Heads(NamedTuple):
-    """What the attention of a model is of.
+    """The attention heads of a model.
 
     Attributes:
-        width: of a head.
-        is_bounded: a query does not see all keys before it: those of its document, or of a window.
+        width: of a head, D.
+        is_bounded: a query sees only some of the keys before it: those of its document, or of a window.
     """
 
     width: int
@@ -85,9 +84,9 @@ class Heads(NamedTuple):
 
 
 def first_causal_heads(model: nn.Module, *, context_length: int, masks_documents: bool) -> Heads | None:
-    """Return what the first attention of a model is of; None where that is not causal.
+    """Return the heads of the first attention of a model; None if that attention is not causal or there is none.
 
-    The model is called, without dropout, until it comes to attention; nothing is evaluated.
+    The model is called in eval mode up to its first attention; nothing is evaluated.
 
     Args:
         model: of any architecture.
@@ -95,27 +94,27 @@ def first_causal_heads(model: nn.Module, *, context_length: int, masks_documents
         masks_documents: no token attends to another document in its row.
     """
 
-    def found(_: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
-        serves = queries.shape[-1] == values.shape[-1] and _is_causal(queries, keys, bounds, **named)
-        raise _FoundError(Heads(queries.shape[-1], bounds.of(named["mask"]) is not None) if serves else None)
+    def interrupt(_: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
+        is_usable = queries.shape[-1] == values.shape[-1] and _is_causal(queries, keys, bounds, **named)
+        raise _FoundError(Heads(queries.shape[-1], bounds.of(named["mask"]) is not None) if is_usable else None)
 
     tokens = mx.zeros((1, max(2, context_length)), mx.int32)
     try:
-        with evaluating(model), document_mask.noted_bounds() as bounds, _replaced(found):
+        with evaluating(model), document_mask.noted_bounds() as bounds, _replaced(interrupt):
             document_mask.apply(model, tokens, tokens if masks_documents else None)
-    except _FoundError as told:
-        heads: Heads | None = told.args[0]
+    except _FoundError as reached:
+        heads: Heads | None = reached.args[0]
         return heads
     return None
 
 
 class _FoundError(Exception):
-    """Ends a model's call at its attention."""
+    """Ends a model's call at its first attention; carries the heads."""
 
 
 @contextmanager
 def _replaced(attention: Callable[..., mx.array]) -> Iterator[None]:
-    """Let a function that is given MLX's attention and its arguments stand in for it until the block ends."""
+    """Replace MLX's attention by a function that takes MLX's attention and its arguments, until the block ends."""
     replacement = functools.partial(attention, mx.fast.scaled_dot_product_attention)
     with patching.attributes((mx.fast, "scaled_dot_product_attention", replacement), by=__name__):
         yield
@@ -137,15 +136,15 @@ def plain_attention(
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Return what MLX's attention does, in plain operations.
+    """Return the result of `mx.fast.scaled_dot_product_attention`, computed with plain operations.
 
     Args:
         queries: (B, H, L, D).
         keys: (B, K, S, D); K divides H.
         values: (B, K, S, E).
         scale: of the scores.
-        mask: truths or what is added, of a shape that broadcasts to (B, H, L, S); "causal"; or None.
-        sinks: (H,), of each head a score that takes its share and has no value; or None.
+        mask: boolean or additive, of a shape that broadcasts to (B, H, L, S); "causal"; or None.
+        sinks: (H,), a score for each head that takes part in the softmax and has no value; or None.
 
     Returns:
         (B, H, L, E)
@@ -170,7 +169,7 @@ def plain_attention(
     return (weights.reshape(*grouped, -1) @ values[:, :, None]).reshape(batch, heads, length, -1)
 
 
-def _serves(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> bool:
+def _is_supported(queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> bool:
     in_fp32 = queries.dtype == keys.dtype == values.dtype == mx.float32
     is_causal = _is_causal(queries, keys, document_mask.Bounds(), **named)
     return in_fp32 and is_causal and named.keys() - {"mask", "sinks"} == {"scale"}
@@ -181,7 +180,7 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, *, sca
 
     Args:
         queries: (B, H, L, D) in fp32.
-        keys: (B, K, L, D); K divides H, and each of them serves H / K queries in a row.
+        keys: (B, K, L, D); K divides H, and H / K consecutive heads of queries share a head of keys.
         values: (B, K, L, E).
         scale: of the scores.
 
@@ -197,12 +196,12 @@ def causal_attention(queries: mx.array, keys: mx.array, values: mx.array, *, sca
 
 
 class _QueryBlock(NamedTuple):
-    """What a block of queries keeps for its gradient.
+    """What a block of T queries keeps for its gradient.
 
     Attributes:
-        before: exponentials of the scores of the keys before the block, (..., T, begin); None for the first.
-        within: of those within it, (..., T, T).
-        inverse: one over the sums of the rows, (..., T, 1).
+        before: exponentials of the scores with the keys before the block, (..., T, begin); None for the first block.
+        within: exponentials of the scores with the keys of the block, (..., T, T).
+        inverse: reciprocals of the row sums, (..., T, 1).
     """
 
     before: mx.array | None
@@ -215,7 +214,7 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _with_ones(values: mx.array) -> mx.array:
-    """Return values, (..., L, E), with a column of ones, by which a product has the sums of its rows, too."""
+    """Return values, (..., L, E), with a column of ones: a product with it also yields the row sums."""
     return mx.concatenate([values, mx.ones((*values.shape[:-1], 1))], axis=-1)
 
 
@@ -247,7 +246,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
         out, *kept = outputs
         values = _with_ones(values)
         query_gradients, key_gradients, value_gradients = [], [], []
-        key_sum = value_sum = None  # what later blocks give the keys and values before them
+        key_sum = value_sum = None  # gradients from later blocks for the keys and values before them
         for begin, end in reversed(_blocks(queries.shape[-2])):
             before = kept.pop() if begin else None
             inverse, within = kept.pop(), kept.pop()
@@ -280,7 +279,7 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
 def _attend(
     queries: mx.array, keys: mx.array, values: mx.array, begin: int, factor: float
 ) -> tuple[mx.array, _QueryBlock]:
-    """Return a block's result and what its gradient needs; exponents are to the base of 2, values have their ones."""
+    """Return a block's result and what its gradient needs; exponentials are to the base 2, values have their ones."""
     rows = queries.shape[-2]
     sees = mx.arange(rows)[:, None] >= mx.arange(rows)[None]
     within = mx.where(sees, queries @ _transposed(keys[..., begin:, :]), -mx.inf)

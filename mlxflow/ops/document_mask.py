@@ -1,4 +1,4 @@
-"""Models on rows in which several documents lie."""
+"""Attention masks that keep the documents packed into one row apart, and forward passes with them."""
 
 import sys
 from collections.abc import Iterator
@@ -12,20 +12,20 @@ from mlxflow.ops import patching
 
 
 class Bounds:
-    """What is known of masks: where the keys that a query sees begin. They end at the query.
+    """The first key that each query of a mask sees; the last is the query's own position.
 
-    An attention that leaves out what nobody sees asks for it; a mask that was changed on its way is not known.
+    Attention that skips masked keys looks masks up here. A mask is found by identity: one that a model changed is not.
     """
 
     def __init__(self) -> None:
         self._known: list[tuple[mx.array, mx.array]] = []
 
     def note(self, mask: mx.array, first: mx.array) -> None:
-        """Keep the first keys, (B or 1, L), of a mask."""
+        """Remember the first keys, (B or 1, L), of a mask."""
         self._known.append((mask, first))
 
     def of(self, mask: Any) -> mx.array | None:
-        """Return the first key that each query sees, (B or 1, L) in int32; None for what is not known."""
+        """Return the first key that each query sees, (B or 1, L) in int32; None for a mask that was not noted."""
         return next((first for known, first in self._known if known is mask), None)
 
 
@@ -34,7 +34,7 @@ _NOTING: list[Bounds] = []
 
 @contextmanager
 def noted_bounds() -> Iterator[Bounds]:
-    """Give what is known of the masks that are made in this block: of documents, and of windows."""
+    """Note the bounds of the masks of documents and of windows that are made until the block ends."""
     bounds = Bounds()
     base = sys.modules.get("mlx_lm.models.base")  # absent where no model of mlx-lm's was imported
     plain: Any = getattr(base, "create_causal_mask", None)
@@ -60,9 +60,9 @@ def _first_seen(length: int, window_size: int | None) -> mx.array:
 
 
 class _PackedRows:
-    """Stands where mlx-lm's models expect a cache for a layer, and answers their question for a mask.
+    """A stand-in for a layer's key-value cache that supplies the mask.
 
-    The door that mlx-lm's own `create_attention_mask` offers: it asks the cache for a mask when it can make one.
+    mlx-lm's `create_attention_mask` calls `make_mask` of a cache that has it.
     """
 
     offset = 0
@@ -70,13 +70,13 @@ class _PackedRows:
     def __init__(self, pieces: mx.array, *, groups_heads: bool = False) -> None:
         self._pieces = pieces
         self._same = pieces[:, None, :, None] == pieces[:, None, None, :]
-        if groups_heads:  # without an axis of its own the row's would be taken for that of the heads of keys
+        if groups_heads:  # else the batch axis would broadcast against the key heads
             self._same = self._same[:, None]
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Return (B, 1, L, L): each position sees those before it, of its own document, within the window.
+        """Return (B, 1, L, L): each position sees itself and earlier ones of its document within the window.
 
-        Where scores lie by heads of keys, (B, 1, 1, L, L).
+        (B, 1, 1, L, L) for models whose scores have an axis for key heads and one for the queries of each.
         """
         places = mx.arange(length)
         behind = places[:, None] - places[None, :]
@@ -87,13 +87,13 @@ class _PackedRows:
         return mask
 
     def _begins(self) -> mx.array:
-        """Return where the document of each position begins, (B, L); a document lies in one piece."""
+        """Return where the document of each position begins, (B, L); a document is contiguous."""
         places = mx.arange(1, self._pieces.shape[1], dtype=mx.int32)
         begins = mx.where(self._pieces[:, 1:] != self._pieces[:, :-1], places, 0)
         return mx.pad(mx.cummax(begins, axis=1), [(0, 0), (1, 0)])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return what was given: nothing is kept."""
+        """Return the arguments: nothing is cached."""
         return keys, values
 
 
@@ -103,16 +103,16 @@ def apply(model: nn.Module, tokens: mx.array, marks: mx.array | None) -> mx.arra
     Args:
         model: of any architecture that mlx-lm knows; with marks, one with rotary positions (see `can_mask_documents`).
         tokens: (B, L) ids.
-        marks: (B, L) which tokens of a row belong together; see `data.token_file.Batch`. None: all of them.
+        marks: (B, L) document marks, see `data.token_file.Batch`; None to let a row's documents see each other.
     """
     return _run(model, tokens, marks, model)
 
 
 def apply_body(model: nn.Module, tokens: mx.array, marks: mx.array | None) -> mx.array:
-    """Return what a model applies its head to, (B, L, D).
+    """Return the hidden states that a model applies its head to, (B, L, D).
 
     Args:
-        model: one whose body is its attribute `model`.
+        model: its body is the attribute `model`.
         tokens: see `apply`.
         marks: see `apply`.
     """
@@ -128,16 +128,16 @@ def _run(module: nn.Module, tokens: mx.array, marks: mx.array | None, model: nn.
 
 
 def _groups_heads(model: nn.Module) -> bool:
-    """Return whether attention has an axis for heads of keys and one for the queries of each, as Gemma 2's."""
+    """Return whether scores have an axis for key heads and one for the queries of each, as in Gemma 2."""
     layers = model.layers[0].modules() if len(model.layers) else []
     return any(hasattr(one, "attn_logit_softcapping") and getattr(one, "repeats", 1) > 1 for one in layers)
 
 
 def has_row_state(model: nn.Module) -> bool:
-    """Return whether the structure alone shows that documents in a row cannot be kept apart; computes nothing.
+    """Return whether the structure alone shows that documents in a row cannot be kept apart; runs no forward pass.
 
-    True of a table of absolute positions and of a layer that carries a state from token to token. False does not mean
-    that documents can be kept apart: `can_mask_documents` tries.
+    True for a table of absolute positions and for a recurrent layer. False does not mean that documents can be kept
+    apart: `can_mask_documents` tries it.
     """
     from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
@@ -164,10 +164,9 @@ def masks_conversations(model: nn.Module, tokens: _TokenFacts) -> bool:
 
 
 def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:
-    """Return whether documents packed into one row get the logits that each gets alone.
+    """Return whether documents packed into one row get the same logits as each document alone.
 
-    Asked of the model itself on a few tokens: learned absolute positions, or layers that carry a state from token to
-    token, fail it.
+    Decided by forward passes on a few tokens: models with learned absolute positions or recurrent layers fail.
     """
     was_training = model.training
     model.eval()
@@ -181,8 +180,8 @@ def can_mask_documents(model: nn.Module, vocab_size: int) -> bool:
             [mx.concatenate([model(row[:, :end]), model(row[:, end:])], axis=1) for row, end in rows], axis=0
         )
         difference = mx.abs(packed - alone).astype(mx.float32).max() / mx.abs(alone).astype(mx.float32).max()
-        fits = float(difference) < 0.05  # bf16 differs by 0.01, another position by about 1
+        are_equal = float(difference) < 0.05  # bf16 differs by 0.01, another position by about 1
     except (AttributeError, TypeError, ValueError):
-        fits = False
+        are_equal = False
     model.train(was_training)
-    return bool(fits)
+    return bool(are_equal)

@@ -1,9 +1,8 @@
-"""Rows of a table by their numbers, with a gradient that is summed in a fixed order.
+"""Embedding lookup with a deterministic gradient.
 
-On a GPU MLX adds the gradients of a row that was looked up more than once by atomics, in the order in which they
-happen to come: two runs differ in the last bit. Here the looked-up rows are sorted, and those of one number added up by
-a segmented scan (Blelloch 1990, "Prefix sums and their applications", section 1.5): plain operations, the same
-every time.
+On a GPU MLX accumulates the gradients of a row that was looked up more than once with atomics, in no fixed order: two
+runs differ in the last bit. Here the incoming gradients are sorted by row number and summed by a segmented scan
+(Blelloch 1990, "Prefix sums and their applications", section 1.5), in the same order every time.
 """
 
 from collections.abc import Callable
@@ -18,10 +17,10 @@ def lookup(
     """Return `table[numbers]`.
 
     Args:
-        table: (V, D), of which the result is differentiable.
-        numbers: (...) from 0 to V - 1.
-        gradient: takes the numbers, (N,), what comes in, (N, D), and V; returns (V, D) in the type of what comes in.
-            None for `ordered_gradient`.
+        table: (V, D); the result is differentiable with respect to it.
+        numbers: (...) row numbers from 0 to V - 1.
+        gradient: takes the numbers, (N,), the incoming gradient, (N, D), and V; returns the table's gradient, (V, D),
+            in the dtype of the incoming one. None for `ordered_gradient`.
 
     Returns:
         (..., D)
@@ -41,29 +40,29 @@ def lookup(
 
 
 def ordered_gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.array:
-    """Return the sum of the rows that came in for each number, (V, D), added up in fp32 in a fixed order.
+    """Return the sum of the incoming gradients of each row, (V, D), accumulated in fp32 in a fixed order.
 
     Args:
-        numbers: (N,) from 0 to V - 1.
-        incoming: (N, D).
-        count: V.
+        numbers: (N,) row numbers from 0 to V - 1.
+        incoming: (N, D) gradients.
+        count: rows of the table, V.
     """
-    found, order = by_number(numbers, count)
+    ordered, order = by_number(numbers, count)
     sums = incoming[order].astype(mx.float32)
-    length, step = len(found), 1
-    while step < length:  # afterwards each row holds the sum of up to 2 * step rows of its number, itself the last
-        is_same = (found[step:] == found[:-step])[:, None]
+    length, step = len(ordered), 1
+    while step < length:  # after a pass each row holds the sum of up to 2 * step rows of its number, ending with itself
+        is_same = (ordered[step:] == ordered[:-step])[:, None]
         sums = mx.concatenate([sums[:step], sums[step:] + mx.where(is_same, sums[:-step], 0)])
         step *= 2
-    is_last = mx.concatenate([found[1:] != found[:-1], mx.array([True])])
-    at = mx.where(is_last, found, count)  # the others to a row that is cut off
+    is_last = mx.concatenate([ordered[1:] != ordered[:-1], mx.array([True])])
+    at = mx.where(is_last, ordered, count)  # the others go to an extra row, which is cut off
     whole = mx.zeros((count + 1, incoming.shape[1]), incoming.dtype)
     whole[at] = sums.astype(incoming.dtype)
     return whole[:count]
 
 
 def by_number(numbers: mx.array, count: int) -> tuple[mx.array, mx.array]:
-    """Return numbers, (N,), in rising order, and where each was; of equal ones the first comes first."""
+    """Return numbers, (N,), in ascending order, and the place of each before; a stable sort."""
     length = len(numbers)
     wide = mx.uint32 if count * length < 2**32 else mx.int64
     keys = mx.sort(numbers.astype(wide) * length + mx.arange(length, dtype=wide))

@@ -1,4 +1,4 @@
-"""A model that is asked something as it evaluates, without dropout, and trains on as it was."""
+"""Switch a model to eval mode and restore each submodule's mode afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import mlx.nn as nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode until the block ends; each layer that was in training then is again.
+    """Put a model into eval mode until the block ends, then restore the mode of each submodule.
 
     Args:
-        model: whose layers may be in different modes.
+        model: its submodules may be in different modes.
     """
     in_training = [module for module in model.modules() if module.training]
     model.eval()

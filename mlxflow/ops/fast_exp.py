@@ -1,10 +1,10 @@
-"""Exponentials on the CPU: from the bits of a float, in operations that a compiler turns into vector instructions.
+"""Fast exponentials for the CPU, by integer arithmetic on the bits of a float, which compilers vectorize.
 
-MLX's CPU backend calls the C library for each exponential, which takes 13 ns a number on x86, this 2 in the cache and 4
-outside (`benchmarks/cpu.py`), at nearly the same accuracy: the largest relative error over all x is 1.8e-7.
+MLX's CPU backend calls the C library for each exponential, which takes 13 ns a number on x86; this takes 2 ns in the
+cache and 4 ns outside (`benchmarks/cpu.py`), at nearly the same accuracy: the largest relative error is 1.8e-7.
 
-2^x = 2^k (1 + m) with k the integer part of x and m in [0, 1) a polynomial in the fraction: the exponent and the
-mantissa of the result are k + 127 and m 2^23, added up as an integer and looked at as a float.
+2^x = 2^k (1 + m), with k the integer part of x and m in [0, 1) a polynomial in the fraction. The result's exponent and
+mantissa are k + 127 and m 2^23, added as an integer and reinterpreted as a float.
 """
 
 import math
@@ -23,15 +23,15 @@ _POLYNOMIAL = (
 )
 
 
-# What `exp2_below` gives at least is two to this: less than the rounding of a sum in which there is a 1
+# The smallest result of `exp2_below` is two to this: less than the rounding error of a sum that contains a 1
 _LEAST = -64.0
 
 
 def exp2(x: mx.array) -> mx.array:
-    """Return 2^x in fp32: 2^-126 at least, infinite from 2^128 on. Has no gradient.
+    """Return 2^x in fp32: at least 2^-126, infinite from x = 128 on. Has no gradient.
 
     Args:
-        x: of any shape, in fp32. What comes of a NaN is some number: let it show by another way.
+        x: of any shape, in fp32. A NaN gives some number, not NaN: check for it elsewhere.
     """
     bounded = mx.clip(x, -126.0, 128.0)
     toward_zero = bounded.astype(mx.int32)
@@ -40,26 +40,26 @@ def exp2(x: mx.array) -> mx.array:
 
 
 def exp2_below(x: mx.array, largest: mx.array, factor: float) -> mx.array:
-    """Return 2^((x - largest) factor) in fp32, 2^-64 at least. Has no gradient.
+    """Return 2^((x - largest) factor) in fp32, at least 2^-64. Has no gradient.
 
-    Not less, so that no product with one is denormal, over which processors take a hundred times as long.
+    The lower bound keeps products with the result from being denormal, which are a hundred times slower.
 
     Args:
         x: in fp32; see `exp2`.
-        largest: no less than any x that it is broadcast against.
+        largest: at least every x that it is broadcast against.
         factor: positive.
     """
     below = _kept(mx.minimum((largest - x) * factor, -_LEAST))
     whole = 1 + below.astype(mx.int32)
-    # the same in other words: `mx.compile` then computes it twice instead of keeping it in memory
+    # written differently on purpose: `mx.compile` then computes it twice instead of keeping it in memory
     again = (below * 1.0).astype(mx.int32) + 1
     return _bits(-whole, again.astype(mx.float32) - below).view(mx.float32)
 
 
 def _kept(x: mx.array) -> mx.array:
-    """Return an array that `mx.compile` does not compute together with what follows.
+    """Return an array that `mx.compile` does not fuse with what follows.
 
-    What is broadcast within a program of its makes all of it slow: its loops then are no vector instructions.
+    A broadcast inside a fused kernel makes all of the kernel slow: its loops are then not vectorized.
     """
     return x.view(mx.int32).view(mx.float32)
 

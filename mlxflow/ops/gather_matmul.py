@@ -1,7 +1,7 @@
-"""The product of mixtures of experts on the CPU in 16-bit types, which MLX has there in fp32 alone.
+"""`mx.gather_mm` in 16-bit types on the CPU, where MLX supports fp32 only.
 
-`mx.gather_mm` multiplies each row by the matrix of its expert. On the CPU backend it raises in bf16 and fp16; there it
-is computed in fp32 and rounded once, which is at least as exact. Gradients follow by MLX's own rules.
+`mx.gather_mm` multiplies each row by the matrix of its expert in a mixture of experts. On the CPU backend it raises in
+bf16 and fp16; here it is computed in fp32 and rounded once, which is at least as exact. MLX derives the gradients.
 """
 
 import functools
@@ -16,9 +16,9 @@ _HALF = (mx.bfloat16, mx.float16)
 
 
 def install() -> None:
-    """Let `mx.gather_mm` take 16-bit types on the CPU, in this process; what MLX computes itself stays as it is.
+    """Make `mx.gather_mm` accept 16-bit types on the CPU, in this process; other calls are passed on to MLX.
 
-    mlx-lm's layers look the function up at each call, so models that exist already get it, too.
+    mlx-lm's layers look the function up at each call, so existing models use the replacement, too.
     """
     patching.install(mx, "gather_mm", _widened(mx.gather_mm), by=__name__)
 
@@ -40,7 +40,7 @@ def _widened(plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def _common_type(first: mx.Dtype, second: mx.Dtype) -> mx.Dtype:
-    """Return the type that MLX gives a product of two types."""
+    """Return the dtype of a product of two dtypes, by MLX's promotion."""
     if first == second:
         return first
     return (mx.zeros((), first) + mx.zeros((), second)).dtype

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: some layers' activations are computed anew in the backward pass instead of being held."""
+"""Gradient checkpointing: activations of some layers are recomputed in the backward pass instead of being kept."""
 
 import functools
 from collections.abc import Hashable, Iterator
@@ -13,14 +13,14 @@ from mlxflow.ops import patching
 
 @contextmanager
 def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
-    """Let every so-manieth layer hold nothing but its inputs for the backward pass, until the block ends.
+    """Checkpoint every N-th layer until the block ends: it keeps only its inputs for the backward pass.
 
-    Each such layer becomes of a class of its own that inherits from its class; parameters keep their names, other
-    layers of the same class and other models are not touched.
+    Each such layer gets a subclass of its class; parameters keep their names, other layers of the same class and other
+    models are not touched.
 
     Args:
-        model: with its layers in `layers`.
-        every: 1 for each layer, 2 for every second one and so on; 0 for none.
+        model: its layers are the attribute `layers`.
+        every: N; 1 for each layer, 0 for none.
     """
     chosen: list[nn.Module] = list(model.layers)[::every] if every else []
     changes = [(layer, _recomputing(cast("Hashable", type(layer)))) for layer in chosen]
@@ -31,7 +31,7 @@ def recomputed(model: nn.Module, *, every: int) -> Iterator[None]:
 @functools.cache
 def _recomputing(plain: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
-        # Only what may have a gradient is told to the transformation: masks stay the arrays, or words, that they are.
+        # Only arguments that may have a gradient go through `mx.checkpoint`; masks, arrays or strings, do not.
         places = [place for place, value in enumerate(arguments) if _is_floating(value)]
 
         def inner(parameters: Any, *arrays: mx.array) -> Any:

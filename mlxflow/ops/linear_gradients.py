@@ -1,8 +1,8 @@
-"""Linear layers whose weight's gradient comes as the weight lies in memory, and embeddings that are summed in order.
+"""Linear layers whose weight gradient has the weight's memory layout, and embeddings with a deterministic gradient.
 
-MLX's gradient of `x @ w.T` is a product that lies transposed to w, and is copied before the update reads it: for every
-matrix, in every step. And of layers that read one array, such as the projections to queries, keys and values, it adds
-up the gradients of that array in passes of their own; side by side they take one product.
+MLX's gradient of `x @ w.T` with respect to w is laid out transposed to w and is copied before the update reads it: for
+every matrix, in every step. For layers that read the same array, such as the projections to queries, keys and values,
+MLX also adds up the gradients of that array in extra passes; concatenated, they take one product.
 """
 
 import itertools
@@ -20,14 +20,14 @@ from mlxflow.ops.eval_mode import evaluating
 
 
 def find_siblings(model: nn.Module, tokens: mx.array) -> list[tuple[nn.Linear, ...]]:
-    """Return groups of a model's linear layers that read one array and are called one after another.
+    """Return groups of a model's linear layers that read the same array and are called one after another.
 
-    Only those for which it pays to put the gradients of what they return side by side: what is copied for it is less
-    than what need not be added. Layers with a bias or an adapter are left out.
+    Only groups for which concatenating the gradients of the outputs is cheaper than adding those of the input are
+    returned. Layers with a bias or an adapter are left out.
 
     Args:
-        model: called once, without dropout; nothing is evaluated.
-        tokens: (B, L) for that call.
+        model: called once in eval mode; nothing is evaluated.
+        tokens: (B, L) ids for that call.
     """
     calls: list[tuple[nn.Linear, mx.array]] = []
     plain = nn.Linear.__call__
@@ -53,25 +53,27 @@ def _pays(group: Sequence[nn.Linear]) -> bool:
 
 @contextmanager
 def own_products(siblings: Sequence[tuple[nn.Linear, ...]] = ()) -> Iterator[None]:
-    """Let linear layers, and embeddings as heads, that are traced in this block compute their gradients our way.
+    """Replace the products of linear layers, and of embeddings used as heads, by those of this module.
+
+    A function that is traced while the context is open keeps the replacement.
 
     Args:
-        siblings: of `find_siblings`.
+        siblings: groups from `find_siblings`.
     """
     linear, head = nn.Linear.__call__, nn.Embedding.as_linear
     first_of = {id(group[0]): group for group in siblings}
     waiting: dict[int, tuple[mx.array, mx.array]] = {}
 
     def as_product(layer: Any, x: mx.array) -> mx.array:
-        given, found = waiting.pop(id(layer), (None, None))
-        if found is not None and given is x:
-            return found
+        given, result = waiting.pop(id(layer), (None, None))
+        if result is not None and given is x:
+            return result
         group = first_of.get(id(layer), ())
-        if group and all(_serves(x, one["weight"]) for one in group):
-            products = cast("list[mx.array]", _products(x, *(one["weight"] for one in group)))
-            waiting.update({id(one): (x, product) for one, product in zip(group, products, strict=True)})
+        if group and all(_is_supported(x, member["weight"]) for member in group):
+            products = cast("list[mx.array]", _products(x, *(member["weight"] for member in group)))
+            waiting.update({id(member): (x, product) for member, product in zip(group, products, strict=True)})
             return waiting.pop(id(layer))[1]
-        if not _serves(x, layer["weight"]):
+        if not _is_supported(x, layer["weight"]):
             return cast("mx.array", linear(layer, x))
         if "bias" in layer:
             return cast("mx.array", _product_and_sum(x, layer["weight"], layer["bias"]))
@@ -79,7 +81,7 @@ def own_products(siblings: Sequence[tuple[nn.Linear, ...]] = ()) -> Iterator[Non
 
     def as_head(layer: Any, x: mx.array) -> mx.array:
         weight = layer["weight"]
-        return product(x, weight) if _serves(x, weight) else cast("mx.array", head(layer, x))
+        return product(x, weight) if _is_supported(x, weight) else cast("mx.array", head(layer, x))
 
     changes = (nn.Linear, "__call__", as_product), (nn.Embedding, "as_linear", as_head)
     with patching.attributes(*changes, by=__name__):
@@ -88,7 +90,7 @@ def own_products(siblings: Sequence[tuple[nn.Linear, ...]] = ()) -> Iterator[Non
 
 @contextmanager
 def ordered_lookups() -> Iterator[None]:
-    """Give embeddings traced in this block a gradient that is the same every time: `mlxflow.ops.embedding_lookup`."""
+    """Make the gradient of embeddings traced in this block deterministic, see `mlxflow.ops.embedding_lookup`."""
 
     def ordered(layer: Any, numbers: mx.array) -> mx.array:
         return lookup(layer["weight"], numbers)
@@ -97,7 +99,7 @@ def ordered_lookups() -> Iterator[None]:
         yield
 
 
-def _serves(x: mx.array, weight: mx.array) -> bool:
+def _is_supported(x: mx.array, weight: mx.array) -> bool:
     return x.ndim > 1 and x.dtype == weight.dtype
 
 

@@ -1,11 +1,11 @@
-"""mlx-lm's models without its tokenizers: its package imports transformers, and that PyTorch where it is installed.
+"""Import mlx-lm's models without transformers and PyTorch.
 
-The import costs a second and 50 MB, with PyTorch four seconds and half a gigabyte, and a stage needs none of it to
-build or open a model. Here mlx-lm's own modules are imported with stand-ins for the few names that come from there;
-whoever uses one of these names gets the real thing, imported then.
+mlx-lm's package imports transformers, and that imports PyTorch if it is installed: a second and 50 MB, with PyTorch
+four seconds and half a gigabyte. Building or opening a model needs neither. Here mlx-lm's modules are imported with
+stand-ins for the few names that come from there; a call of such a name imports the real one.
 
-`mlx_lm.utils` sets the limit of open files to 2,048 and the most that it can be raised to to 4,096, which fails where
-less is allowed, and takes away what is allowed beyond. Here the limit is raised as far as is allowed, and no further.
+`mlx_lm.utils` sets the limit of open files to 2,048 and the hard limit to 4,096, which fails where the hard limit is
+lower and lowers it where it is higher. Here the limit is raised only as far as the hard limit allows.
 """
 
 import importlib
@@ -21,17 +21,17 @@ from typing import Any
 
 from mlxflow.ops import patching
 
-# What mlx_lm.utils takes from modules that are not to be imported with it: functions it calls, and a type it names
+# Names that mlx_lm.utils imports from modules that shall not be imported: functions it calls, and a type
 _FUNCTIONS = {"mlx_lm.tokenizer_utils": ("load",), "huggingface_hub": ("snapshot_download",)}
 _TYPES = {"mlx_lm.tokenizer_utils": ("TokenizerWrapper",)}
 
 
-# Open files that mlx-lm wants to be able to have, for models of many files
+# The limit of open files that mlx-lm sets, for models of many files
 _OPEN_FILES = 2048
 
 
 def raise_open_files() -> None:
-    """Let this process have as many files open as mlx-lm wants, or as many as it may where that is fewer."""
+    """Raise this process's limit of open files to mlx-lm's, or to the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -39,7 +39,7 @@ def raise_open_files() -> None:
 
 
 class _KeepingLimits(MetaPathFinder):
-    """Finds `mlx_lm.utils` such that its import leaves the limits of open files to `raise_open_files`."""
+    """Imports `mlx_lm.utils` without its change of the limit of open files; `raise_open_files` does it instead."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -61,9 +61,12 @@ class _KeepingLimits(MetaPathFinder):
 
 
 def prepare() -> None:
-    """Make `mlx_lm.models` and what they import available; the package's own names are imported when one is asked for.
+    """Make `mlx_lm.models` importable without running mlx-lm's `__init__`, which runs when a name of it is used.
 
-    Does nothing where mlx-lm is imported already.
+    Does nothing if mlx-lm is imported already.
+
+    Raises:
+        ModuleNotFoundError: mlx-lm is not installed.
     """
     if "mlx_lm" in sys.modules:
         return
@@ -73,7 +76,7 @@ def prepare() -> None:
     loader, package = spec.loader, importlib.util.module_from_spec(spec)
 
     def whole(name: str) -> Any:
-        if name.startswith("__"):  # the import system asks for some
+        if name.startswith("__"):  # the import system looks some up
             raise AttributeError(name)
         del vars(package)["__getattr__"]
         loader.exec_module(package)

@@ -1,4 +1,4 @@
-"""What training computes in another way than MLX: products, on the CPU attention and activations, on a GPU lookups."""
+"""Which MLX operations are replaced in a training step: products, attention, SwiGLU and embedding lookups."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,12 +13,12 @@ from mlxflow.ops.swiglu_cpu import own_swiglu
 
 
 class Arithmetic(NamedTuple):
-    """How a step computes.
+    """Which operations of a step are replaced.
 
     Attributes:
-        is_own: our way where that serves; else all is MLX's.
-        is_deterministic: on a GPU, too, every gradient is added up in one order, so that two runs are equal to the bit.
-        attention: a kernel for causal attention in types of 16 bits on CUDA; None for plain operations there.
+        is_own: replace them; False leaves everything to MLX.
+        is_deterministic: on a GPU, too, gradients are accumulated in a fixed order: two runs are equal to the bit.
+        attention: a kernel for causal 16-bit attention on CUDA; None for plain operations there.
     """
 
     is_own: bool = True
@@ -28,22 +28,25 @@ class Arithmetic(NamedTuple):
 
 @contextmanager
 def own_arithmetic(model: nn.Module, tokens: mx.array, how: Arithmetic) -> Iterator[None]:
-    """Let what is traced in this block compute our way where that serves: see the modules.
+    """Replace MLX operations in what is traced until the block ends.
+
+    On the CPU: products, causal attention and SwiGLU. On a GPU: products, and for deterministic gradients embedding
+    lookups and, on CUDA, attention. Each module says for which arguments; other calls go to MLX.
 
     Args:
-        model: that is traced.
-        tokens: (B, L) as it is given them; two of them are looked at.
-        how: it computes.
+        model: the model that is traced.
+        tokens: (B, L) ids; two of them are used to find layers that read the same array.
+        how: which operations.
     """
-    with ExitStack() as ways:
+    with ExitStack() as replaced:
         if how.is_own:
             on_cpu = mx.default_device() == mx.cpu
-            ways.enter_context(own_products([] if on_cpu else find_siblings(model, tokens[:1, :2])))
+            replaced.enter_context(own_products([] if on_cpu else find_siblings(model, tokens[:1, :2])))
             if on_cpu:
-                ways.enter_context(causal_by_blocks())
-                ways.enter_context(own_swiglu())
+                replaced.enter_context(causal_by_blocks())
+                replaced.enter_context(own_swiglu())
             elif how.is_deterministic:
-                ways.enter_context(ordered_lookups())
-                if not mx.metal.is_available():  # there MLX's attention is of plain operations in training
-                    ways.enter_context(in_fixed_order(how.attention))
+                replaced.enter_context(ordered_lookups())
+                if not mx.metal.is_available():  # on Metal, MLX trains attention with plain operations
+                    replaced.enter_context(in_fixed_order(how.attention))
         yield

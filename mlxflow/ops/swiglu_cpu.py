@@ -1,6 +1,6 @@
-"""SwiGLU for training on the CPU, with the exponential of `training.exponential`.
+"""SwiGLU for training on the CPU, with the exponential of `ops.fast_exp`.
 
-MLX computes the logistic function there by the C library's exponential (`benchmarks/cpu.py` compares both).
+MLX's CPU backend computes the logistic function with the C library's exponential (`benchmarks/cpu.py` compares both).
 """
 
 import sys
@@ -16,9 +16,9 @@ from mlxflow.ops.fast_exp import LOG2_E, exp2
 
 @contextmanager
 def own_swiglu() -> Iterator[None]:
-    """Let models of mlx-lm that call its `swiglu` in this block get ours where that serves: in fp32.
+    """Replace mlx-lm's `swiglu` in every imported model module, for fp32 arguments, until the block ends.
 
-    What is traced within it keeps it.
+    A function that is traced while the context is open keeps the replacement.
     """
     mlx_lm_import.prepare()
     from mlx_lm.models import activations
@@ -26,8 +26,8 @@ def own_swiglu() -> Iterator[None]:
     plain = activations.swiglu
 
     def either(gate: mx.array, x: mx.array) -> mx.array:
-        serves = gate.dtype == x.dtype == mx.float32
-        return swiglu(gate, x) if serves else cast("mx.array", plain(gate, x))
+        is_supported = gate.dtype == x.dtype == mx.float32
+        return swiglu(gate, x) if is_supported else cast("mx.array", plain(gate, x))
 
     callers: list[Any] = [
         module
@@ -45,7 +45,7 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _swiglu(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the product and the sigmoid, which only the gradient looks at."""
+    """Return the product, and the sigmoid, which only the gradient uses."""
     sigmoid = 1 / (1 + exp2(gate * -LOG2_E))
     return gate * sigmoid * x, sigmoid
 

@@ -1,1 +1,1 @@
-"""From dense weights to packed ones."""
+"""Quantization: plans, methods, calibration, fake quantization, and the export of packed weights."""
