@@ -73,7 +73,7 @@ def test_graphs_are_small_on_a_large_cuda_device_unless_the_environment_tells_th
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "77")  # afterwards the environment is as it was
     if not is_told:
         monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER")
-    monkeypatch.setattr(compute_device, "_IS_TOLD", is_told)
+    monkeypatch.setattr(compute_device, "_IS_SET_BY_USER", is_told)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: bool(told))
     monkeypatch.setattr(mx, "device_info", lambda: told)
     compute_device.bound_graphs(recomputes=recomputes)
