@@ -1,12 +1,12 @@
-"""What holds a step up, and the one change most worth making: from figures alone."""
+"""The bottleneck of a training step: the one change of a setting with the largest expected gain."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Shares of a step from which on a part of it is worth a word
+# Shares of a step above which waiting for data, or building the graph, is reported
 _DATA_SHARE, _GRAPH_SHARE = 0.02, 0.2
 
-#: The setting that switches an optimization off, by the name of its row.
+#: The setting that switches an optimization off, by the name of its row in the report.
 _SWITCHES = {
     "without fused_loss": "fused_loss = false",
     "without checkpointing": 'checkpointing = "none"',
@@ -17,11 +17,11 @@ _SWITCHES = {
 
 
 class Change(NamedTuple):
-    """One change.
+    """A possible change of a setting.
 
     Attributes:
-        gain: how many times as many tokens a second it promises.
-        advice: what to do, and the evidence.
+        gain: expected factor in tokens per second.
+        advice: the change and the evidence, in words.
     """
 
     gain: float
@@ -36,12 +36,12 @@ def advise(
     training_table: str,
     tokens_table: str,
 ) -> str:
-    """Return the change most worth making.
+    """Return the change with the largest expected gain, in words.
 
     Args:
-        shares: of a step, by part: data, graph, compute and synchronize.
+        shares: shares of a step's time: data, graph, compute and synchronize.
         rows: of the report's `training`.
-        own_batch_size: rows a step of the workflow.
+        own_batch_size: the workflow's batch size.
         training_table: name of the table with the settings of the training.
         tokens_table: name of the table that made the tokens.
     """

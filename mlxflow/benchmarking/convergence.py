@@ -1,4 +1,4 @@
-"""Loss over tokens and over seconds, of several runners in turns."""
+"""Loss curves over tokens and seconds of several recipes, trained in turns."""
 
 import statistics
 import time
@@ -8,19 +8,19 @@ from typing import Any
 from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.time_budget import Budget
 
-# A run's points at most
+# The most points of a curve
 _POINTS = 20
 
 
 def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -> list[dict[str, Any]]:
-    """Train each for some steps and return its curve; the seconds of a first step, which compiles, are left out.
+    """Train each runner and return its loss curve; the seconds exclude the first step, which compiles.
 
-    A point's loss is the mean over the steps since the point before it. Of the losses that every run reached, the
-    lowest is `same_loss`; what each run needed for it stands beside it.
+    The loss of a point is the mean since the previous point. `same_loss` is the lowest loss that every run reached;
+    `tokens_to_loss` and `seconds_to_loss` are what a run needed to reach it.
 
     Args:
-        runners: on equal models that have learnt nothing, by name.
-        num_steps: of each, or as many as there is time for.
+        runners: on equal untrained models, by name.
+        num_steps: of each, or as many as the time allows.
         budget: of time.
     """
     each = max(1, num_steps // _POINTS)
@@ -49,7 +49,7 @@ def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -
 
 
 def with_same_loss(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return curves with the tokens and seconds that each took to the lowest loss that all of them reached."""
+    """Return curves with the tokens and seconds that each needed to reach the lowest loss that all reached."""
     same = max(min(curve["loss"]) for curve in curves)
     return [curve | {"same_loss": same} | _at(curve, same) for curve in curves]
 

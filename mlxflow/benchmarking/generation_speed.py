@@ -1,7 +1,7 @@
-"""How fast models read a prompt and write after it, in turns, so that a device whose speed drifts treats them alike.
+"""Speed of prefill and decode of several models, measured in turns so that drift of the device affects all alike.
 
-Reading (prefill) puts all of a prompt through the model at once and is bound by arithmetic; writing (decode) puts one
-token through at a time, reads every weight for it, and is bound by the memory's bandwidth.
+Prefill runs all of a prompt through the model at once and is bound by arithmetic. Decode runs one token at a time,
+reads every weight for it, and is bound by memory bandwidth.
 """
 
 import gc
@@ -20,7 +20,7 @@ from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.device import phase_peaks
 from mlxflow.ops import mlx_lm_import
 
-#: Gives a model in evaluation mode, its weights perhaps still on the disk.
+#: Returns a model in eval mode; its weights may be lazy.
 Load = Callable[[], nn.Module]
 
 
@@ -28,11 +28,11 @@ class GenerationSpeed(NamedTuple):
     """How fast one model generates.
 
     Attributes:
-        prefill: tokens a second, by the tokens of the prompt.
-        decode: tokens a second.
-        peak_memory_bytes: most that its arrays held, those of other models left out.
-        machine_seconds: that the fixed work of `measurement.machine` took meanwhile, the median.
-        relative_prefill: tokens in the time of the fixed work, by the tokens of the prompt.
+        prefill: tokens per second, by length of the prompt in tokens.
+        decode: tokens per second.
+        peak_memory_bytes: peak of its arrays, without those of other models.
+        machine_seconds: median duration of the fixed work of `machine_speed` in the same rounds.
+        relative_prefill: tokens in the time of the fixed work, by length of the prompt in tokens.
         relative_decode: tokens in the time of the fixed work.
     """
 
@@ -45,7 +45,7 @@ class GenerationSpeed(NamedTuple):
 
 
 class _Turns:
-    """The turns of one model."""
+    """The timed rounds of one model."""
 
     def __init__(self, load: Load, prompts: dict[int, mx.array], decode_tokens: int) -> None:
         self._load = load
@@ -57,7 +57,7 @@ class _Turns:
         self.failure: RuntimeError | None = None
 
     def take(self) -> None:
-        """Time one more turn; a model that is not there is loaded, and passes once before, which may compile."""
+        """Time one round; a model that is not loaded is loaded and warmed up first."""
         if self._model is None:
             before = mx.get_active_memory()
             self._model = self._load()
@@ -75,17 +75,17 @@ class _Turns:
         return reading, _decode(model, shortest, self._decode_tokens)
 
     def release(self) -> None:
-        """Give the model's memory back."""
+        """Free the model's memory."""
         if self._model is not None:
             self._model = None
             gc.collect()
         mx.clear_cache()
 
     def speed(self, machine: Sequence[float]) -> GenerationSpeed:
-        """Return what the turns came to.
+        """Return the speed over all rounds.
 
         Args:
-            machine: seconds that the fixed work took in each round.
+            machine: seconds of the fixed work in each round.
         """
         reading = list(zip(*(prefill for prefill, _ in self._seconds), strict=True))
         decoding = [seconds for _, seconds in self._seconds]
@@ -118,21 +118,21 @@ def measure_generation(
     """Return how fast each model generates, from rounds in which they take turns.
 
     Args:
-        loads: gives each model.
-        prompt_lengths: tokens of each prompt, from the shortest to the longest.
-        decode_tokens: written after the shortest prompt.
-        num_rounds: that are timed.
+        loads: functions that load the models.
+        prompt_lengths: tokens of each prompt, ascending.
+        decode_tokens: tokens to generate after the shortest prompt.
+        num_rounds: timed rounds.
         vocab_size: V.
-        holds: whether all are held in memory meanwhile, else each is loaded anew for its turn. Where one finds no
-            room beside the others, none is held any more.
+        holds: keep all models in memory; else each is loaded again for every round. If one runs out of memory beside
+            the others, models are no longer kept.
         budget: of time; rounds beyond its end are left out, after `FEWEST_ROUNDS`.
 
     Returns:
-        for each model its speed, or why it could not be run even alone.
+        for each model its speed, or the error if it cannot be run even alone.
     """
     prompts = {length: (mx.arange(length) * 7919 % vocab_size)[None] for length in prompt_lengths}
     mx.eval(prompts)
-    gc.collect()  # what dies later would be missed in what a model takes
+    gc.collect()  # garbage that is freed later would distort the memory of a model
     models = [_Turns(load, prompts, decode_tokens) for load in loads]
     work, machine = fixed_work(), []
     try:
@@ -154,12 +154,12 @@ def measure_generation(
 
 
 def _take(one: _Turns, models: Sequence[_Turns], holds: bool) -> bool:
-    """Let a model take its turn; return whether the next ones may still hold theirs."""
+    """Run a round of one model; return whether models are still kept in memory."""
     try:
         one.take()
     except RuntimeError as error:
         if not holds:
-            one.failure = error.with_traceback(None)  # its frames hold the model
+            one.failure = error.with_traceback(None)  # the traceback's frames hold the model
     else:
         if holds:
             return True
@@ -171,7 +171,7 @@ def _take(one: _Turns, models: Sequence[_Turns], holds: bool) -> bool:
 
 
 def _prompt_cache(model: nn.Module) -> list[Any]:
-    """Return an empty cache of keys and values, of each layer's own kind."""
+    """Return an empty key-value cache for each layer, of the layer's kind."""
     mlx_lm_import.prepare()
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -193,6 +193,6 @@ def _decode(model: nn.Module, prompt: mx.array, num_tokens: int) -> float:
     begin = time.perf_counter()
     for _ in range(num_tokens):
         token = mx.argmax(model(token[:, None], cache=cache)[:, -1], axis=-1)
-        mx.async_eval(token)  # the host builds the next step meanwhile, as mlx-lm's generation does
+        mx.async_eval(token)  # the host builds the next step while the device computes, as in mlx-lm
     mx.eval(token)
     return time.perf_counter() - begin

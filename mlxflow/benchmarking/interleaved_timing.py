@@ -1,4 +1,4 @@
-"""Recipes timed against one another: in turns, each one's memory and compile time by itself."""
+"""Time several recipes in turns, with the peak memory and compile time of each."""
 
 import gc
 import time
@@ -17,36 +17,36 @@ from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.device import phase_peaks
 from mlxflow.training.step import out_of_memory_bytes
 
-# How far the host runs ahead within a step is chance, so a peak is the most of several
+# Steps whose peaks are measured, for the highest: how far the host runs ahead varies by chance
 _PEAK_STEPS = 8
 
-# Recipes that are timed though the time is over: the naive way and the workflow's
+# Recipes that are timed even if the time is over: the baseline and the workflow's
 _FEWEST_RECIPES = 2
 
-# Of the time that is left the peak of one recipe may take this part
+# The share of the remaining time, as a divisor, that measuring the peak of one recipe may take
 _ADDING_SHARE = 20
 
-#: Rounds that steps are timed in, where there are as many steps.
+#: The most rounds in which steps are timed.
 ROUNDS = 20
 
-#: Gives a runner of a recipe, on a model of its own.
+#: Returns a runner of a recipe, on a model of its own.
 Open = Callable[[Recipe], AbstractContextManager[Runner]]
 
 
 class Measured(NamedTuple):
-    """What one recipe came to.
+    """The measurement of one recipe.
 
     Attributes:
         recipe: how a step is done.
-        timing: seconds a step in each round; None where it did not fit.
-        data_wait_share: of the time, waiting for batches.
-        targets_per_step: tokens learnt from, the mean.
-        peak_memory_bytes: beyond what was held before its model was there; 0 where it did not fit.
-        compile_seconds: what the first step took longer than the others.
-        num_steps: that were timed.
-        error: why there is no timing.
-        group: recipes of the same one took turns with one another.
-        machine: seconds that the fixed work of `measurement.machine` took in each round.
+        timing: seconds per step in each round; None if there is an error.
+        data_wait_share: share of the time spent waiting for batches.
+        targets_per_step: mean number of targets.
+        peak_memory_bytes: above the memory in use before its model was loaded; 0 if there is an error.
+        compile_seconds: duration of the first step beyond that of the others.
+        num_steps: timed steps.
+        error: why there is no timing, in words.
+        group: recipes of one group took turns with each other.
+        machine: seconds of the fixed work of `machine_speed` in each round.
     """
 
     recipe: Recipe
@@ -62,13 +62,13 @@ class Measured(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """The first recipe timed again at the end.
+    """The drift of the machine: the first recipe timed again at the end.
 
     Attributes:
         name: of the recipe.
-        batch_size: of it.
-        ratio: of its seconds a step at the end to those of the rounds before.
-        is_noticed: it is beyond the noise and more than a twentieth.
+        batch_size: of the recipe.
+        ratio: seconds per step at the end over those of the rounds before.
+        is_noticed: the change is beyond the noise and more than 5 %.
     """
 
     name: str
@@ -82,7 +82,7 @@ class _DoesNotFitError(Exception):
 
 
 class _Warm(NamedTuple):
-    """A recipe that is ready to be timed."""
+    """A recipe that is loaded, compiled and ready to be timed."""
 
     recipe: Recipe
     runner: Runner
@@ -99,10 +99,10 @@ class _LoadedRecipes:
         self._held = ExitStack()
 
     def add(self, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
-        """Make a recipe ready, and read what it takes.
+        """Load a recipe, run its first steps and measure its memory.
 
         Raises:
-            _DoesNotFitError: the memory does not suffice.
+            _DoesNotFitError: out of memory.
         """
         mx.clear_cache()
         before = mx.get_active_memory()
@@ -110,7 +110,7 @@ class _LoadedRecipes:
             try:
                 runner = opening.enter_context(open_runner(recipe))
                 begin = time.perf_counter()
-                runner.run(1)  # compiles, and makes the optimizer's state
+                runner.run(1)  # compiles, and creates the optimizer's state
                 first = time.perf_counter() - begin
                 with phase_peaks.followed() as followed:
                     runner.run(_PEAK_STEPS if first * _PEAK_STEPS < budget.left / _ADDING_SHARE else 1)
@@ -126,7 +126,7 @@ class _LoadedRecipes:
             self._held.push(opening.pop_all())
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._held.close()
         self.members.clear()
         gc.collect()
@@ -143,14 +143,14 @@ def measure_recipes(
     """Time recipes in turns, as many at once as the memory holds.
 
     Args:
-        recipes: in the order of the rows that come out.
-        open_runner: gives a runner of each.
-        num_steps: timed of each; warm-up and compilation are left out.
-        memory_limit_bytes: what MLX may hold; what needs more is told as not fitting.
-        budget: recipes for which half of its time does not suffice are left out, and rounds that go beyond its end.
+        recipes: in the order of the result.
+        open_runner: opens a runner of a recipe.
+        num_steps: timed steps of each; warm-up and compilation are left out.
+        memory_limit_bytes: MLX's memory limit; a recipe that needs more gets an error.
+        budget: of time. Recipes that are not loaded when half of it is spent, and rounds after its end, are left out.
 
     Returns:
-        a row for each recipe, and how the first one's speed changed.
+        the measurement of each recipe, and the drift of the first one.
     """
     rows: list[Measured] = []
     group, number, drift = _LoadedRecipes(), 0, None
@@ -164,8 +164,8 @@ def measure_recipes(
             _add(group, recipe, open_runner, memory_limit_bytes, budget)
             continue
         except _DoesNotFitError as error:
-            told = str(error)
-        if group.members:  # perhaps it fits alone
+            reason = str(error)
+        if group.members:  # it may fit alone
             found, drift = _time(group, number, num_steps, drift, budget)
             rows += found
             number += 1
@@ -173,8 +173,8 @@ def measure_recipes(
                 _add(group, recipe, open_runner, memory_limit_bytes, budget)
                 continue
             except _DoesNotFitError as error:
-                told = str(error)
-        rows.append(Measured(recipe, None, error=told, group=number))
+                reason = str(error)
+        rows.append(Measured(recipe, None, error=reason, group=number))
     found, drift = _time(group, number, num_steps, drift, budget)
     return rows + found + left_out, drift
 
@@ -195,7 +195,7 @@ def _add(group: _LoadedRecipes, recipe: Recipe, open_runner: Open, limit_bytes: 
 def _time(
     group: _LoadedRecipes, number: int, num_steps: int, drift: Drift | None, budget: Budget
 ) -> tuple[list[Measured], Drift | None]:
-    """Time what is ready, and give its memory back."""
+    """Time the loaded recipes in turns, and free their memory."""
     members = list(group.members)
     if not members:
         return [], drift
@@ -242,7 +242,7 @@ def _turn(runner: Runner, num_steps: int) -> Callable[[], object]:
 
 
 def _drift(row: Measured, runner: Runner, per_round: int, num_rounds: int) -> Drift:
-    """Time a recipe again, by itself."""
+    """Time a recipe again, alone."""
     assert row.timing is not None  # noqa: S101 - what was timed has times
     (again,) = interleave([_turn(runner, per_round)], num_rounds=min(num_rounds, 5))
     later = Timing(tuple(seconds / per_round for seconds in again.seconds))
@@ -251,7 +251,7 @@ def _drift(row: Measured, runner: Runner, per_round: int, num_rounds: int) -> Dr
     return Drift(row.recipe.name, row.recipe.batch_size, ratio, noticed)
 
 
-# --- what is written of it
+# --- rows of the report
 
 
 def rows_of(
@@ -263,19 +263,19 @@ def rows_of(
     """Return the rows of a report.
 
     Args:
-        measured: what `measure_recipes` returned.
-        targets_per_row: tokens learnt from in a row of a recipe's batches, the mean over all of them.
-        tokens_per_row: tokens that the model sees in a row, those it does not learn from too, padding left out.
+        measured: from `measure_recipes`.
+        targets_per_row: returns the mean number of targets in a row of a recipe.
+        tokens_per_row: returns the mean number of tokens in a row of a recipe, without padding.
     """
     workflows = {(one.recipe.batch_size, one.group): one for one in measured if one.recipe.name == "workflow"}
     rows = []
     for one in measured:
-        told: dict[str, Any] = {"name": one.recipe.name, "batch_size": one.recipe.batch_size}
+        identity: dict[str, Any] = {"name": one.recipe.name, "batch_size": one.recipe.batch_size}
         if one.timing is None:
-            rows.append(told | {"error": one.error})
+            rows.append(identity | {"error": one.error})
             continue
         per_step = one.recipe.rows_per_step * targets_per_row(one.recipe)
-        row = told | _speed(one, one.timing, per_step)
+        row = identity | _speed(one, one.timing, per_step)
         processed = one.recipe.rows_per_step * tokens_per_row(one.recipe)
         row["processed_tokens_per_second"] = processed / one.timing.median
         workflow = workflows.get((one.recipe.batch_size, one.group))
@@ -306,7 +306,7 @@ def _speed(one: Measured, timing: Timing, tokens_per_step: float) -> dict[str, A
 
 
 def _against_machine(timing: Timing, machine: Timing, tokens_per_step: float) -> dict[str, float]:
-    """Return the tokens that a recipe does in the time of the fixed work, from rounds taken together."""
+    """Return the tokens that a recipe processes in the time of the fixed work, from paired rounds."""
     rate = ratio_interval(timing.seconds, machine.seconds).inverse(tokens_per_step)
     return {
         "machine_seconds": machine.median,
@@ -323,7 +323,7 @@ def _against(
     recipe: Recipe,
     targets_per_row: Callable[[Recipe], float],
 ) -> dict[str, Any]:
-    """Return how much faster the workflow's own way gets through the same tokens, from rounds taken together."""
+    """Return the workflow's speedup over a recipe on the same number of tokens, from paired rounds."""
     scale = recipe.rows_per_step * targets_per_row(recipe) / tokens_per_step
     seconds = ratio_interval(timing.seconds, workflow.seconds)
     ratio = seconds.scaled(scale)

@@ -1,20 +1,20 @@
-"""How fast the machine is at the moment: a fixed piece of work, timed in turns with what is measured.
+"""The current speed of the machine: a fixed piece of work that is timed in turns with a benchmark.
 
-Two runs of a benchmark meet a machine in two states: another program computes, a processor is throttled, a virtual
-machine's neighbour is busy. The fixed work is the same in both, so that its change is noise between the runs.
+Between two runs of a benchmark the machine's state differs: other programs run, a processor is throttled, another
+virtual machine is busy. The fixed work is the same in both runs, so a change of its time is noise between the runs.
 """
 
 from collections.abc import Callable
 
 import mlx.core as mx
 
-# A product bound by arithmetic and a pass over numbers bound by memory, some ten milliseconds together
+# A product bound by arithmetic and a pass over numbers bound by memory, about ten milliseconds together
 _PRODUCT = {"gpu": 4096, "cpu": 384}
 _NUMBERS = {"gpu": 1 << 26, "cpu": 1 << 19}
 
 
 def fixed_work() -> Callable[[], None]:
-    """Return a piece of work that takes the default device some ten milliseconds, with nothing left to compile."""
+    """Return a function that keeps the default device busy for about ten milliseconds; it is warmed up."""
     kind = "cpu" if mx.default_device() == mx.cpu else "gpu"
     matrix = mx.full((_PRODUCT[kind], _PRODUCT[kind]), 0.5)
     numbers = mx.full((_NUMBERS[kind],), 0.5)

@@ -1,4 +1,4 @@
-"""Recipes of a training step: a workflow's own, the naive one, and those between, each with one thing switched off."""
+"""Recipes of a training step: the workflow's, the naive baseline, and ablations of the workflow's."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Self
@@ -7,19 +7,19 @@ from mlxflow.training.settings import TrainingSettings
 
 
 class Recipe(NamedTuple):
-    """How a step is taken.
+    """How a training step is done.
 
     Attributes:
         name: "workflow", "baseline", or "without" and what is switched off.
         settings: of the training.
-        is_compiled: the step is one compiled graph.
-        runs_ahead: the host builds the next step while the device computes this one; else it waits for each.
-        uses_mlx_loss: MLX's cross-entropy of all logits; else the one that the settings name.
+        is_compiled: the step is compiled with `mx.compile`.
+        runs_ahead: the host builds the next step while the device computes; else it waits for each step.
+        uses_mlx_loss: MLX's cross-entropy of all logits; else the loss of the settings.
         replaces_operations: some of MLX's operations are replaced, see `ops.overrides`.
-        joins_updates: the optimizer works on all matrices as one; else on each.
-        is_packed: rows as the token file has them; else each piece of a document is a row of its own, padded.
-        is_trimmed: padded rows are cut to the longest of their batch; else all are of one length.
-        prefetches: threads gather batches ahead; else each is gathered when it is needed.
+        joins_updates: the optimizer updates all matrices as one array; else each by itself.
+        is_packed: rows of the token file; else each piece of a document is a padded row of its own.
+        is_trimmed: padded rows are cut to the longest of their batch; else all have the same length.
+        prefetches: threads prepare batches ahead; else each is prepared when it is needed.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Recipe(NamedTuple):
         return self.settings.rows_per_step
 
     def baseline(self) -> Self:
-        """Return the naive recipe: fp32, not compiled, waiting at each step, padded rows, gathered when needed."""
+        """Return the naive recipe: fp32, not compiled, synchronous steps, padded rows, no prefetching."""
         return self._replace(
             name="baseline",
             settings=self.settings.replace(precision="fp32", kernels=(), checkpoint_every=0, fused_loss=False),
@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
         )
 
     def ablations(self) -> Iterator[Self]:
-        """Yield this recipe with one thing switched off, for each thing that it uses."""
+        """Yield this recipe with one optimization switched off, for each one that it uses."""
         settings = self.settings
         yield self._replace(name="without compile", is_compiled=False)
         yield self._replace(name="without run-ahead", runs_ahead=False)
@@ -89,7 +89,7 @@ class Recipe(NamedTuple):
         yield self._replace(name="without own arithmetic", replaces_operations=False)
         if settings.kernels:
             yield self._replace(name="without own kernels", settings=settings.replace(kernels=()))
-        if settings.precision != "bf16":  # there the optimizer's copies of the weights are a part of it
+        if settings.precision != "bf16":  # in bf16 the joined update also holds the fp32 copies of the weights
             yield self._replace(name="without joined updates", joins_updates=False)
         if self.is_packed:
             yield self._replace(name="without packing", is_packed=False)

@@ -1,34 +1,34 @@
-"""Two benchmark reports side by side: what changed, and what is noise.
+"""Compare two benchmark reports, and distinguish changes from noise.
 
-A figure of speed has two kinds of noise. That within a run is in its interval. That between two runs is seen in the
-fixed work that both time in each of their rounds (`measurement.machine`): as far as it slowed down, the machine did. So
-speeds are compared by how long a step took against the fixed work of its round, and what the machine changed widens the
-interval: other work suffers more or less from the same cause.
+A speed has two kinds of noise. Noise within a run is in its interval. Noise between runs shows in the fixed work that
+is timed in every round (`machine_speed`): if it became slower, the machine did. Speeds are therefore compared relative
+to the fixed work, and the interval is widened by a share of the machine's change, because other work may be affected
+more or less by the same cause.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
-# Peaks depend a little on how far the host ran ahead
+# The relative noise of peaks, which depend a little on how far the host runs ahead
 _PEAK_BAND = 0.05
 
-# How exactly the fixed work follows what other work suffers: of a change of the machine this part stays in doubt
+# The share of a change of the machine's speed by which intervals are widened
 _DOUBT = 0.2
 
 
 class Difference(NamedTuple):
-    """One figure of two reports.
+    """The difference of one figure between two reports.
 
     Attributes:
-        what: the row that it stands in.
-        figure: its name.
-        before: in the first report.
-        after: in the second.
-        change: relative; more than 0 is more.
-        is_noise: the change is within the noise of the two.
-        is_worse: it is not noise, and for the worse.
-        depends_on_time: it is a speed, which another run may find another.
+        what: the row of the report.
+        figure: name of the figure.
+        before: its value in the first report.
+        after: its value in the second.
+        change: relative; positive if the value grew.
+        is_noise: the change is within the noise.
+        is_worse: the change is beyond the noise and for the worse.
+        depends_on_time: it is a speed, which varies between runs.
     """
 
     what: str
@@ -42,21 +42,21 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """ "noise", "worse" or "better"."""
         if self.is_noise:
             return "noise"
         return "worse" if self.is_worse else "better"
 
 
 class Estimate(NamedTuple):
-    """A figure and what it may be.
+    """A figure with its interval.
 
     Attributes:
         value: the figure.
-        low: the least that it may be.
-        high: the most.
-        relative: steps in the time of the fixed work, with their interval; None: it is no speed, or none was timed.
-        machine_seconds: that the fixed work took.
+        low: lower end of its interval.
+        high: upper end.
+        relative: interval of the speed relative to the fixed work; None if it is no speed or was not measured.
+        machine_seconds: duration of the fixed work.
     """
 
     value: float
@@ -67,11 +67,11 @@ class Estimate(NamedTuple):
 
 
 def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Return every figure that both reports have.
+    """Return the difference of every figure that both reports have.
 
     Args:
-        before: a benchmark's report.
-        after: another one, of the same version.
+        before: report of a benchmark.
+        after: report of another one, of the same version.
     """
     found = []
     pairs = [
@@ -87,12 +87,12 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
 
 
 class Confirmation(NamedTuple):
-    """What became of differences that looked like regressions.
+    """The result of repeating measurements that looked like regressions.
 
     Attributes:
-        worse: those that stand: they were there in every repetition.
-        cleared: those that a repetition did not find again.
-        repetitions: that were taken.
+        worse: regressions that every repetition confirmed.
+        cleared: those that a repetition did not confirm.
+        repetitions: number of repetitions.
     """
 
     worse: list[Difference]
@@ -108,17 +108,17 @@ def confirm(
     max_regression: float,
     most_repetitions: int,
 ) -> Confirmation:
-    """Measure again what looks like a regression, as long as there is some and up to a bound.
+    """Repeat the measurements of apparent regressions until none is left, or up to a number of repetitions.
 
-    One run meets bursts and slow spells of the machine that its own interval does not show; a regression is there in
-    every run. A figure that does not depend on time is not measured again.
+    A single run may fall into a slow period of the machine that its interval does not show; a real regression appears
+    in every run. Figures that do not depend on time are not repeated.
 
     Args:
         before: the baseline's report.
-        suspects: what `regressions` found of the first run.
-        measure_again: measures the rows of these names, and returns a report of them.
-        max_regression: share by which a figure may be worse.
-        most_repetitions: after which what is still found stands.
+        suspects: result of `regressions` for the first run.
+        measure_again: measures the rows of these names and returns their report.
+        max_regression: largest relative change for the worse that is accepted.
+        most_repetitions: regressions that are left after these are confirmed.
     """
     certain = [one for one in suspects if not one.depends_on_time]
     doubtful = {(one.what, one.figure): one for one in suspects if one.depends_on_time}
@@ -134,12 +134,12 @@ def confirm(
 
 
 def training_name(row: Mapping[str, Any]) -> str:
-    """Return what a row of a report's `training` is called in a comparison."""
+    """Return the name in a comparison of a row of a report's `training`."""
     return f"{row['name']}, {row['batch_size']} rows"
 
 
 def regressions(differences: Iterable[Difference], max_regression: float) -> list[Difference]:
-    """Return what is worse, beyond the noise and by more than a share."""
+    """Return the differences that are worse, beyond the noise, by more than a share."""
     return [one for one in differences if one.is_worse and abs(one.change) > max_regression]
 
 
@@ -153,7 +153,7 @@ def _pairs(
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Estimate, bool]]]:
-    """Yield name, value with what it may be, and whether more is better."""
+    """Yield the name, estimate, and whether more is better, of each figure of a row."""
     for name in ("tokens_per_second", "decode_tokens_per_second"):
         if name in row:
             yield name, (_speed(row, name, row.get("machine_seconds", 0.0)), True)
@@ -186,18 +186,18 @@ def _difference(what: str, figure: str, before: Estimate, after: Estimate, more_
 
 
 def _ends(before: Estimate, after: Estimate) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return the intervals that are compared: those against the fixed work, where both have one."""
+    """Return the two intervals to compare: relative to the fixed work if both have them."""
     if before.relative is None or after.relative is None:
         return (before.low, before.high), (after.low, after.high)
     doubt = math.exp(_DOUBT * abs(math.log(after.machine_seconds / before.machine_seconds)))
     return before.relative, (after.relative[0] / doubt, after.relative[1] * doubt)
 
 
-# --- tables to paste
+# --- Markdown tables
 
 
 def markdown_of_differences(differences: Sequence[Difference]) -> str:
-    """Return a table in Markdown, a line for each figure."""
+    """Return a Markdown table with a line for each figure."""
     lines = ["| what | figure | before | after | change | |", "|---|---|---:|---:|---:|---|"]
     lines += [
         f"| {_cell(one.what)} | {one.figure} | {_number(one.before)} | {_number(one.after)} | {one.change:+.1%} "

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured on it: the arithmetic of a large matrix product, the bytes it reads."""
+"""Roofline ceilings measured on the device: FLOP/s of a large matrix product, and memory bandwidth in bytes/s."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-# Large enough for the units to be busy, small enough for a moment: rows and columns of the matrices
+# Rows and columns of the matrices: large enough to saturate the device, small enough to be quick
 _PRODUCT = {"gpu": 8192, "cpu": 1024}
 _READ = {"gpu": 16384, "cpu": 4096}
 
@@ -14,7 +14,7 @@ _ROUNDS = 5
 
 
 def flops_ceiling(dtype: mx.Dtype) -> float:
-    """Return the floating-point operations a second of a large matrix product, the best of several.
+    """Return the FLOP/s of a large matrix product, the best of several.
 
     Args:
         dtype: of the matrices.
@@ -26,7 +26,7 @@ def flops_ceiling(dtype: mx.Dtype) -> float:
 
 
 def bytes_ceiling(dtype: mx.Dtype) -> float:
-    """Return the bytes a second that a product of a large matrix and a vector reads, the best of several.
+    """Return the bytes per second that a product of a large matrix and a vector reads, the best of several.
 
     Args:
         dtype: of the matrix.
@@ -39,10 +39,10 @@ def bytes_ceiling(dtype: mx.Dtype) -> float:
 
 
 def flops_per_token(parameters: object, *, hidden_size: int, num_layers: int, context_length: int) -> float:
-    """Return what a training step computes for a token, recomputation left out (Chowdhery et al. 2022, appendix B).
+    """Return the FLOP of a training step per token, without recomputation (Chowdhery et al. 2022, appendix B).
 
     Args:
-        parameters: the tree of a dense model's.
+        parameters: parameter tree of a dense model.
         hidden_size: D.
         num_layers: transformer blocks.
         context_length: L.

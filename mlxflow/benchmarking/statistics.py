@@ -1,7 +1,7 @@
-"""What repeated measurements say, and what they do not.
+"""Confidence intervals of medians and of ratios, from repeated measurements.
 
-Times have a lower bound and a long tail, so the middle one stands for them, with the interval that its order statistics
-give: no assumption is made about how times are distributed (Conover, Practical Nonparametric Statistics, 1999, 3.2).
+Times have a lower bound and a long tail, so they are summarized by the median and an interval of order statistics,
+which assumes nothing about their distribution (Conover, Practical Nonparametric Statistics, 1999, 3.2).
 """
 
 import math
@@ -9,19 +9,19 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-#: What a ratio's interval says of it: an interval around 1 says nothing.
+#: A ratio compared with 1 by its interval; "noise" if the interval contains 1.
 Verdict = Literal["more", "less", "noise"]
 
 
 class Interval(NamedTuple):
-    """A median and what it may be.
+    """A median with its confidence interval.
 
     Attributes:
         median: of the samples.
-        low: the end of the interval below it.
-        high: the end above it.
-        confidence: the share of such intervals that hold the true median; less than was asked for where the samples
-            are too few for it.
+        low: lower end of the interval.
+        high: upper end.
+        confidence: share of such intervals that contain the true median; less than requested if there are too few
+            samples.
     """
 
     median: float
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
     confidence: float
 
     def overlaps(self, other: "Interval") -> bool:
-        """Return whether some value lies in both."""
+        """Return whether the intervals have a value in common."""
         return self.low <= other.high and other.low <= self.high
 
     def inverse(self, numerator: float) -> "Interval":
@@ -43,19 +43,19 @@ class Interval(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """What a ratio is against 1."""
+        """The ratio compared with 1."""
         if self.low > 1:
             return "more"
         return "less" if self.high < 1 else "noise"
 
 
 def median_interval(samples: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Return the median and the shortest symmetric interval of order statistics that is as sure as asked for.
+    """Return the median and the shortest symmetric interval of order statistics with the requested confidence.
 
-    Fewer than six samples give the least and the greatest, and the confidence that they have.
+    With fewer than six samples the interval is from the least to the greatest, with a lower confidence.
 
     Args:
-        samples: independent of one another; at least one.
+        samples: independent; at least one.
         confidence: between 0 and 1.
     """
     ordered = sorted(samples)
@@ -67,11 +67,11 @@ def median_interval(samples: Sequence[float], *, confidence: float = 0.95) -> In
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Return the interval of the ratio of two measurements taken in pairs, one after the other.
+    """Return the interval of the ratio of two measurements that were taken in pairs.
 
     Args:
-        numerators: samples, positive.
-        denominators: as many, each taken together with the numerator at its place.
+        numerators: positive samples.
+        denominators: as many positive samples, paired with the numerators by place.
         confidence: between 0 and 1.
     """
     ratios = [one / other for one, other in zip(numerators, denominators, strict=True)]
@@ -79,6 +79,6 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *
 
 
 def _coverage(place: int, count: int) -> float:
-    """Return how often the median lies between the order statistics so many places from either end."""
+    """Return the probability that the median lies between the order statistics `place` places from either end."""
     outside = sum(math.comb(count, below) for below in range(place + 1))
     return max(0.0, 1 - outside / 2.0 ** (count - 1))

@@ -1,4 +1,4 @@
-"""Training steps done by a recipe, a few at a time: what is timed, and what loss they reach."""
+"""Run training steps by a recipe, a few at a time, for timing and for loss curves."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
 from mlxflow.training.step import accumulate
 
-# Takes tokens and marks, updates the model, returns the mean loss; all lazy
+# Takes tokens and marks, updates the model, returns the mean loss; nothing is evaluated
 _Advance = Callable[[mx.array, mx.array], mx.array]
 
 # Takes the sum of the losses, the number of tokens and the sum of the gradients; returns the mean loss
@@ -30,14 +30,14 @@ _PlainUpdate = Callable[[mx.array, mx.array, Any], mx.array]
 
 
 class Parts(NamedTuple):
-    """Where the seconds of one step went, the host waiting for the device before it goes on.
+    """The seconds of the parts of one synchronous step.
 
     Attributes:
-        data: until the batch was there.
-        graph: until the host had built the graph of what to compute.
-        compute: until the results were there. To send a graph is a part of it: how long that takes cannot be told from
-            waiting, as MLX lets the host send so much at a time only.
-        synchronize: until the buffers behind them were given back.
+        data: waiting for the batch.
+        graph: building the graph on the host.
+        compute: until the results are ready. Includes sending the graph, which cannot be separated from waiting since
+            MLX limits how much the host may send ahead.
+        synchronize: until the buffers are freed.
     """
 
     data: float
@@ -50,8 +50,8 @@ class Runner:
     """A model in training by a recipe. Made by `running`.
 
     Attributes:
-        targets: tokens learnt from so far.
-        waited_seconds: until batches were there, so far.
+        targets: number of targets so far.
+        waited_seconds: time spent waiting for batches so far.
     """
 
     def __init__(self, advance: _Advance, state: Any, loader: Iterator[DeviceBatch], *, runs_ahead: bool) -> None:
@@ -63,14 +63,14 @@ class Runner:
         self._runs_ahead = runs_ahead
 
     def run(self, num_steps: int) -> list[float]:
-        """Do some steps, wait for them, and return the mean loss of each in nats."""
+        """Run steps, wait for them, and return the mean loss of each in nats per token."""
         losses: list[mx.array] = []
         for number in range(num_steps):
             losses.append(self._send())
             if not self._runs_ahead:
                 mx.eval(losses[-1], self._state)
             elif number:
-                mx.eval(losses[-2])  # one stays on the device, which is not left idle
+                mx.eval(losses[-2])  # one step stays queued, so that the device is not idle
         mx.eval(losses, self._state)
         mx.synchronize()
         return [float(loss) for loss in losses]
@@ -90,31 +90,31 @@ class Runner:
         return batch
 
     def take_apart(self) -> Parts:
-        """Do one step, waiting for each part of it."""
+        """Run one step, waiting for each part of it."""
         begin = time.perf_counter()
         batch = self._next()
         loaded = time.perf_counter()
         loss = self._advance(batch.tokens, batch.marks)
-        told = time.perf_counter()
+        built = time.perf_counter()
         mx.eval(loss, self._state)
-        there = time.perf_counter()
+        computed = time.perf_counter()
         mx.synchronize()
-        return Parts(loaded - begin, told - loaded, there - told, time.perf_counter() - there)
+        return Parts(loaded - begin, built - loaded, computed - built, time.perf_counter() - computed)
 
     @classmethod
     @contextmanager
     def running(cls, subject: build.Subject, rows: Rows, *, recipe: Recipe, seed: int) -> Iterator[Self]:
-        """Give a runner of a recipe, until the block ends.
+        """Yield a runner of a recipe.
 
         Args:
-            subject: the model, changed by every step, and its settings, which may differ from the recipe's in the
-                learning rate alone.
-            rows: packed, or of one piece each, as the recipe says.
-            recipe: how a step is taken.
+            subject: the model, changed by every step, and its settings, which may differ from the recipe's only in the
+                learning rate.
+            rows: packed, or one piece of a document in each, by the recipe.
+            recipe: how a step is done.
             seed: of the order of the rows.
         """
         with ExitStack() as held:
-            if not recipe.is_packed:  # alone in its row, a document needs no mask
+            if not recipe.is_packed:  # a document that is alone in its row needs no mask
                 subject = subject._replace(settings=subject.settings.replace(masks_documents=False))
             kernels = subject.recorded_kernels()
             objective = _objective(subject, recipe, uses_kernel=kernels.uses_loss_kernel)
@@ -154,7 +154,7 @@ def _mlx_objective(masks: bool) -> Objective:
 def _advance(
     subject: build.Subject, objective: Objective, recipe: Recipe, kernels: model_kernels.ModelKernels
 ) -> tuple[_Advance, list[Any]]:
-    """Return a step of a recipe, and all that it changes."""
+    """Return a step of a recipe, and the state that it changes."""
     model, batch_size = subject.model, recipe.batch_size
     if recipe.joins_updates and recipe.is_compiled:
         step = build.make_step(subject, objective, kernels, replaces_operations=recipe.replaces_operations)
@@ -191,7 +191,7 @@ def _plain_step(
         weights = model.trainable_parameters()
         with own_arithmetic(model, tokens, arithmetic):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
-        model.update(weights)  # not those that the transformation put in their place
+        model.update(weights)  # undoes the transformation's replacement of the weights
         return total, count, tree
 
     def advance(tokens: mx.array, marks: mx.array) -> mx.array:
@@ -206,7 +206,7 @@ def _plain_step(
 
 
 def _plain_update(model: nn.Module, optimizer: optim.Optimizer, max_grad_norm: float) -> _PlainUpdate:
-    """Return an update as MLX's documentation writes it: the optimizer goes over the weights one by one."""
+    """Return an update as in MLX's documentation: the optimizer updates each weight by itself."""
 
     def update(total: mx.array, count: mx.array, tree: Any) -> mx.array:
         count = mx.maximum(count, 1.0)

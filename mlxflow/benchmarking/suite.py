@@ -1,4 +1,4 @@
-"""The training side of a benchmark: which recipes, on which rows, and what comes of them."""
+"""The training benchmark: recipes and their rows, timing, convergence, parts of a step, and roofline ceilings."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -25,32 +25,32 @@ from mlxflow.models import model_folder, quantized_layers
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
-# Enough rows of one piece each that a batch is seldom seen twice, and few enough to be made in a moment
+# Unpacked rows: so many that a batch is seldom repeated, and so few that they are quickly made
 _ROWS_APART = 2048
 
-# Rows in which tokens are counted, all over a file: a large one is not read for it
+# Rows, spread over the file, in which tokens are counted: a large file is not read as a whole
 _COUNTED_ROWS = 4096
 
-# Of a new model: steps before that with the highest learning rate
+# Warm-up steps of a new model
 _WARMUP_STEPS = 9
 
-# Steps whose parts are timed one by one
+# The most steps whose parts are timed
 _PARTED_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What is measured, and on what.
+    """The training benchmark of a workflow.
 
     Attributes:
-        load: gives the model to train, anew each time.
-        build: gives one of the same shape that has learnt nothing.
+        load: loads the model to train, a new copy each time.
+        build: builds an untrained model of the same shape.
         tokens: the training tokens.
         settings: of the workflow's training.
         names: of the settings, for messages.
-        batch_sizes: rows a step, each timed.
-        num_steps: timed of each recipe.
-        memory_limit_bytes: what MLX may hold.
+        batch_sizes: batch sizes to time.
+        num_steps: timed steps of each recipe.
+        memory_limit_bytes: MLX's memory limit.
         seed: of the order of the rows.
         budget: of time, for all that is measured.
     """
@@ -68,7 +68,7 @@ class Suite:
 
     @property
     def own_batch_size(self) -> int:
-        """The workflow's own, or the nearest to it that is timed: there each optimization is switched off in turn."""
+        """The timed batch size nearest to the workflow's; the ablations use it."""
         own = self.settings.batch_size
         return min(self.batch_sizes, key=lambda size: abs(size - own))
 
@@ -82,7 +82,7 @@ class Suite:
         return apart(self.tokens.rows, count=max(_ROWS_APART, 4 * max(self.batch_sizes)), seed=self.seed)
 
     def recipes(self) -> Iterator[Recipe]:
-        """Yield what is timed, in the order of the report."""
+        """Yield the recipes to time, in the order of the report."""
         parted = self.own_batch_size
         for place, batch_size in enumerate(self.batch_sizes):
             workflow = self.workflow(batch_size)
@@ -92,16 +92,16 @@ class Suite:
                 yield from workflow.ablations()
 
     def workflow(self, batch_size: int) -> Recipe:
-        """Return the workflow's own way."""
+        """Return the workflow's recipe."""
         return Recipe.of(self.settings.replace(batch_size=batch_size), is_packed=self.is_packed)
 
     @contextmanager
     def open(self, recipe: Recipe, *, learns: bool = False) -> Iterator[Runner]:
-        """Give a runner of a recipe on a model of its own.
+        """Yield a runner of a recipe on a model of its own.
 
         Args:
             recipe: how a step is done.
-            learns: a new model, whose learning rate stays at its highest after ten steps; else the trained one.
+            learns: use an untrained model with a constant learning rate after warm-up; else the trained one.
         """
         model = self.build() if learns else self.load()
         build.prepare_model(model, recipe.settings, adapter_seed=self.seed, names=self.names)
@@ -113,18 +113,18 @@ class Suite:
             yield runner
 
     def rows(self, recipe: Recipe) -> Rows:
-        """Return the rows that a recipe takes."""
+        """Return the rows for a recipe."""
         return self.tokens.rows if recipe.is_packed or not self.is_packed else self._rows_apart
 
     def targets_per_row(self, recipe: Recipe) -> float:
-        """Return the tokens learnt from in a row, the mean over all of a recipe's rows."""
+        """Return the mean number of targets in a row of a recipe."""
         rows = self.rows(recipe)
         if rows is self.tokens.rows:
             return self.tokens.targets / max(1, rows.num_rows)
         return float((rows.marks[:, 1:] & 1).sum()) / max(1, rows.num_rows)
 
     def tokens_per_row(self, recipe: Recipe) -> float:
-        """Return the tokens that the model sees in a row, padding left out; the mean over some of a recipe's rows."""
+        """Return the mean number of tokens without padding in a row of a recipe, from a sample of rows."""
         rows = self.rows(recipe)
         marks = rows.marks[:: max(1, rows.num_rows // _COUNTED_ROWS), :-1]
         return float((marks != 0).sum()) / max(1, len(marks))
@@ -133,7 +133,7 @@ class Suite:
         """Time recipes; return the report's `training` and `drift`.
 
         Args:
-            only: rows, as a comparison names them; None: all.
+            only: names of rows as in a comparison; None for all.
         """
 
         def is_wanted(recipe: Recipe) -> bool:
@@ -147,13 +147,13 @@ class Suite:
             memory_limit_bytes=self.memory_limit_bytes,
             budget=self.budget,
         )
-        told: dict[str, Any] = {
+        result: dict[str, Any] = {
             "training": rows_of(measured, targets_per_row=self.targets_per_row, tokens_per_row=self.tokens_per_row)
         }
-        return told | ({"drift": drift._asdict()} if drift else {})
+        return result | ({"drift": drift._asdict()} if drift else {})
 
     def converge(self, num_steps: int) -> list[dict[str, Any]]:
-        """Train a new model the naive way and the workflow's; return the report's `convergence`.
+        """Train an untrained model by the baseline and by the workflow; return the report's `convergence`.
 
         Raises:
             RuntimeError: the two do not fit into the memory.
@@ -167,7 +167,7 @@ class Suite:
             return converge(runners, num_steps=num_steps, budget=self.budget)
 
     def take_apart(self) -> Parts:
-        """Return where the seconds of a step of the workflow go, each the median of several steps.
+        """Return the seconds of the parts of a step of the workflow, medians of several steps.
 
         Raises:
             RuntimeError: it does not fit into the memory.
@@ -181,21 +181,19 @@ class Suite:
         return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
 
     def against_ceilings(self, report: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:
-        """Return what the workflow's steps and the dense model's decode reach of what the device can do.
+        """Return the measured ceilings of the device, and the rates that training and decode of the dense model reach.
 
         Args:
             report: with its `training`.
-            dense: the row of the report's `models` that is the model trained on; empty where there is none.
+            dense: the row of the report's `models` for the trained model; empty if there is none.
 
         Raises:
             RuntimeError: the matrices to measure with do not fit into the memory.
         """
         model = self.load()
         stored_bytes = model_folder.num_bytes(model)
-        model, _ = quantized_layers.made_dense(
-            model, {}
-        )  # packed matrices and adapters compute as dense ones; never evaluated
-        told = {
+        model, _ = quantized_layers.made_dense(model, {})  # for its shapes only: never evaluated
+        rates = {
             "ceiling_flops_per_second": roofline.flops_ceiling(build.dtype_of(self.settings)),
             "ceiling_bytes_per_second": roofline.bytes_ceiling(_main_type(model)),
         }
@@ -212,14 +210,14 @@ class Suite:
                 num_layers=len(model.layers),
                 context_length=self.tokens.context_length,
             )
-            slots = own[0]["samples_per_second"] * self.tokens.context_length  # empty ones are computed too
-            told["flops_per_second"] = slots * per_token
+            slots = own[0]["samples_per_second"] * self.tokens.context_length  # padding is computed, too
+            rates["flops_per_second"] = slots * per_token
         if "decode_tokens_per_second" in dense:
-            told["decode_bytes_per_second"] = stored_bytes * dense["decode_tokens_per_second"]
-        return told
+            rates["decode_bytes_per_second"] = stored_bytes * dense["decode_tokens_per_second"]
+        return rates
 
 
 def _main_type(model: nn.Module) -> mx.Dtype:
-    """Return the type of a model's largest weight."""
+    """Return the dtype of a model's largest weight."""
     leaves: list[tuple[str, mx.array]] = tree_flatten(model.parameters())
     return max((leaf for _, leaf in leaves), key=lambda leaf: leaf.size).dtype

@@ -1,11 +1,11 @@
-"""What mlxflow promises, each beside its measured figure; from a benchmark's figures alone."""
+"""The promises of mlxflow, each with the measured figure of a benchmark and whether it holds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# A wait for data shorter than this share of a step is as good as none
+# The largest share of a step spent waiting for data that counts as none
 _LITTLE_WAIT = 0.02
-# Times smaller than fp32, unless the bits asked for allow less: then this share of what they allow
+# Required compression over fp32; if the requested bits allow less, the required share of what they allow
 _LEAST_RATIO, _REACHED_SHARE = 4.0, 0.9
 
 
@@ -17,17 +17,17 @@ def keep_promises(
 ) -> dict[str, dict[str, Any]]:
     """Return the report's `promises`: text, measured figure and whether it holds, by name.
 
-    What could not be measured has no `measured`, and does not hold.
+    A promise that could not be measured has no `measured`, and does not hold.
 
     Args:
-        training: rows of the report.
-        models: rows of the report.
-        data_share: of a step, waiting for data; None where no step could be done.
-        own_batch_size: rows a step, at which the workflow is compared with the baseline.
+        training: rows of the report's `training`.
+        models: rows of the report's `models`.
+        data_share: share of a step spent waiting for data; None if no step could be run.
+        own_batch_size: the batch size at which the workflow is compared with the baseline.
     """
     timed = {row["name"]: row for row in training if row["batch_size"] == own_batch_size and "error" not in row}
     baseline, workflow = timed.get("baseline"), timed.get("workflow")
-    told: dict[str, dict[str, Any]] = {
+    promises: dict[str, dict[str, Any]] = {
         name: {"promise": promise, "holds": False}
         for name, promise in (
             ("training_speed", "training 1.5 to 2.5 times as fast as the baseline"),
@@ -37,22 +37,24 @@ def keep_promises(
         )
     }
     if workflow is not None and baseline is not None:
-        told["training_speed"] |= _speed(baseline, workflow)
-        told["training_memory"] |= _memory(baseline["peak_memory_bytes"], workflow["peak_memory_bytes"], own_batch_size)
+        promises["training_speed"] |= _speed(baseline, workflow)
+        promises["training_memory"] |= _memory(
+            baseline["peak_memory_bytes"], workflow["peak_memory_bytes"], own_batch_size
+        )
     sized = [row for row in models if "compression_ratio_fp32" in row]
     quantized = [row for row in sized if "asked_bits_per_weight" in row]
-    if not quantized:  # then the smallest stands for them
+    if not quantized:  # else the smallest of all models
         quantized = sorted(sized, key=lambda row: row["compression_ratio_fp32"])[-1:]
     if quantized:
-        told["model_size"] |= _sizes(quantized)
+        promises["model_size"] |= _sizes(quantized)
     if data_share is not None:
         figure = f"{data_share:.2%} of a step"
-        told["data_wait"] |= {"measured": data_share, "holds": data_share < _LITTLE_WAIT, "figure": figure}
-    return told
+        promises["data_wait"] |= {"measured": data_share, "holds": data_share < _LITTLE_WAIT, "figure": figure}
+    return promises
 
 
 def _speed(baseline: Mapping[str, Any], workflow: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ratio of real tokens a second, from rounds taken together where there are some."""
+    """Return the ratio of tokens per second without padding, from paired rounds if there are some."""
     ratio = baseline.get("workflow_speedup", workflow["tokens_per_second"] / baseline["tokens_per_second"])
     low = baseline.get("low_workflow_speedup", ratio)
     high = baseline.get("high_workflow_speedup", ratio)
@@ -67,9 +69,9 @@ def _speed(baseline: Mapping[str, Any], workflow: Mapping[str, Any]) -> dict[str
 
 
 def _sizes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how many times smaller each model is than in fp32, against the bits that its plan asked for.
+    """Return the compression of each model over fp32, compared with what the bits of its plan allow.
 
-    Eight bits a weight and their scales allow 3.8 times: that is no promise broken.
+    8 bits per weight and their scales allow a factor of 3.8: the promise holds then, too.
     """
     figures, holds = [], True
     for row in rows:

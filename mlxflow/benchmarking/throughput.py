@@ -1,4 +1,4 @@
-"""How fast steps run."""
+"""Time functions in turns."""
 
 import statistics
 import time
@@ -9,44 +9,45 @@ from mlxflow.benchmarking.statistics import Interval, median_interval
 
 
 class Timing(NamedTuple):
-    """The seconds of repeated steps, the first ones left out."""
+    """The seconds of repeated steps, without warm-up."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one, in seconds."""
+        """The median, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def fastest(self) -> float:
-        """In seconds."""
+        """The minimum, in seconds."""
         return min(self.seconds)
 
     @property
     def slowest(self) -> float:
-        """In seconds."""
+        """The maximum, in seconds."""
         return max(self.seconds)
 
     @property
     def interval(self) -> Interval:
-        """The middle one and what it may be, in seconds."""
+        """The median with its confidence interval, in seconds."""
         return median_interval(self.seconds)
 
 
-#: Rounds that are taken though the time is over.
+#: Rounds that are run even if the time is over.
 FEWEST_ROUNDS = 3
 
 
 def interleave(
     steps: Sequence[Callable[[], object]], *, num_rounds: int, goes_on: Callable[[int], bool] = lambda done: True
 ) -> list[Timing]:
-    """Time several steps in turns, so that a machine whose speed drifts treats them alike.
+    """Time several steps in turns, so that drift of the machine affects them alike.
 
     Args:
-        steps: what is timed.
-        num_rounds: turns of each.
-        goes_on: asked after each round with how many are done; False ends it, after `FEWEST_ROUNDS` at the earliest.
+        steps: functions to time.
+        num_rounds: runs of each.
+        goes_on: called after each round with the number of rounds done; False ends the measurement, after
+            `FEWEST_ROUNDS` at the earliest.
     """
     rounds: list[list[float]] = []
     while len(rounds) < num_rounds:
@@ -57,7 +58,7 @@ def interleave(
 
 
 def time_once(step: Callable[[], object]) -> float:
-    """Return the seconds that a step takes."""
+    """Run a step and return its duration in seconds."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin

@@ -1,24 +1,24 @@
-"""How long a measurement may take, and what it says meanwhile."""
+"""A time budget for measurements, and their progress lines."""
 
 import time
 from collections.abc import Callable
 
 from mlxflow.system import terminal
 
-# Between two lines about one piece of work
+# Seconds between two progress lines
 _SECONDS_BETWEEN_LINES = 10.0
-# What takes less begins without a word
+# Work that is estimated to take less is not announced
 _WORTH_A_LINE_SECONDS = 5.0
 
 
 class Budget:
-    """Seconds for several pieces of work; what one leaves is there for the next.
+    """Seconds for several pieces of work; time that one does not use is available to the next.
 
     Args:
-        seconds: for all of them; 0: as long as it takes.
-        task: stands before each line.
-        clock: tells the seconds.
-        say: takes a line.
+        seconds: for all of them; 0 for no limit.
+        task: prefix of each line.
+        clock: returns the time in seconds.
+        say: prints a line.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Budget:
         self._said = self._begin
 
     def begin(self, share: float) -> None:
-        """Begin a piece of work that should be done when so much of all seconds is over."""
+        """Begin a piece of work that should end when this share of all seconds is spent."""
         if self.seconds:
             self._part_end = max(self._clock(), min(self._end, self._begin + share * self.seconds))
 
     @property
     def left(self) -> float:
-        """Seconds that this piece of work still has; infinite without a bound."""
+        """Remaining seconds of this piece of work; infinite without a limit."""
         return max(0.0, self._part_end - self._clock())
 
     @property
@@ -54,7 +54,7 @@ class Budget:
         return self.left <= 0
 
     def announce(self, what: str, seconds: float) -> None:
-        """Say what begins and how long it takes: the estimate, or what is left where that is less."""
+        """Print what begins and the estimated time, with the remaining time if that is shorter."""
         about = f"about {seconds:,.0f} s"
         if seconds > self.left:
             about += f", of which max_seconds = {self.seconds:g} leaves {self.left:,.0f} s"
@@ -64,13 +64,13 @@ class Budget:
         self._said = self._clock()
 
     def progress(self, what: str, done: int, of: int, seconds: float) -> None:
-        """Say how far a piece of work is, at most every ten seconds.
+        """Print the progress of a piece of work, at most every ten seconds.
 
         Args:
-            what: is done.
-            done: of its parts.
-            of: parts in all.
-            seconds: that the parts done took.
+            what: name of the work.
+            done: finished parts.
+            of: parts in total.
+            seconds: time spent on the finished parts.
         """
         if self._clock() - self._said < _SECONDS_BETWEEN_LINES or done >= of or self.is_over:
             return

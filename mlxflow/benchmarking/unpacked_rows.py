@@ -1,4 +1,4 @@
-"""Rows in which each piece of a document lies alone: what training takes where nothing is packed."""
+"""Unpacked rows, one piece of a document in each, padded: the rows of training without packing."""
 
 from collections.abc import Iterator
 
@@ -8,22 +8,22 @@ import numpy as np
 from mlxflow.data.loader import DeviceBatch, Order
 from mlxflow.data.token_file import Batch, Rows
 
-# Rows that tell whether several documents share one: a large file is not read for it
+# The most rows that are read to decide whether documents share rows
 _LOOKED_AT = 4096
 
 
 def holds_several(rows: Rows) -> bool:
-    """Return whether some rows, of those all over a file, hold pieces of more than one document."""
-    every = max(1, rows.num_rows // _LOOKED_AT)  # rows that are full of one document may all come first
+    """Return whether some row of a sample, spread over the file, holds more than one document."""
+    every = max(1, rows.num_rows // _LOOKED_AT)  # rows filled by one document may all come first
     return bool((np.asarray(rows.marks[::every]) >> 1).max(initial=0) > 1)
 
 
 def apart(rows: Rows, *, count: int, seed: int) -> Rows:
-    """Return rows of one piece each, padded at their ends, from rows drawn at random without repetition.
+    """Return rows with one piece each, padded at the end, from packed rows drawn at random without repetition.
 
     Args:
         rows: (R, L + 1), packed.
-        count: of the rows wanted; fewer where there are no more pieces to learn from.
+        count: number of rows to return; fewer if there are not enough pieces with targets.
         seed: of the draw.
     """
     tokens: list[np.ndarray] = []
@@ -33,7 +33,7 @@ def apart(rows: Rows, *, count: int, seed: int) -> Rows:
         for number in range(1, int(numbers.max(initial=0)) + 1):
             places = np.flatnonzero(numbers == number)
             if not (np.asarray(rows.marks[row])[places[1:]] & 1).any():
-                continue  # nothing to learn
+                continue  # no target
             tokens.append(_padded(np.asarray(rows.tokens[row])[places], rows.tokens.shape[1]))
             alone = np.asarray(rows.marks[row])[places] & 1 | 2  # the first piece of its row
             marks.append(_padded(alone, rows.marks.shape[1]))
@@ -53,13 +53,13 @@ def trimmed(batch: Batch) -> Batch:
 
 
 class InlineLoader(Iterator[DeviceBatch]):
-    """Batches without end, each gathered when it is asked for, in the order that `data.loader.Loader` has.
+    """Endless batches without prefetching, in the same order as `data.loader.Loader`.
 
     Args:
-        rows: to gather from.
-        batch_size: rows a batch, B.
+        rows: the rows to take batches from.
+        batch_size: rows in a batch, B.
         seed: of the order.
-        trims: cuts each batch to its longest row.
+        trims: cut each batch to its longest row.
     """
 
     def __init__(self, rows: Rows, *, batch_size: int, seed: int, trims: bool) -> None:

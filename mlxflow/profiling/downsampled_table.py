@@ -1,4 +1,4 @@
-"""Rows of numbers in memory that is taken once: a profiler must not look like a leak itself."""
+"""A table of fixed size that halves its resolution when full, so that a profiler's memory does not grow."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,20 +10,20 @@ if TYPE_CHECKING:
 
 
 class Columns:
-    """Numbers by row and column. When full, every other row is let go, and from then on only every other one is kept.
+    """Numbers by row and column. When the table is full, every second row is dropped, and of later rows, too.
 
-    So a run of any length is kept whole, in fewer and fewer points. `most` names columns of which a row that is let go
-    leaves the larger number to the next one: peaks survive.
+    A run of any length is covered with ever fewer points. In the columns `most` a dropped row's value is merged into
+    the next row by the maximum, so that peaks survive.
 
     Args:
         names: of the columns.
-        capacity: rows at most; even.
-        most: of the names.
+        capacity: largest number of rows; even.
+        most: names of the columns that keep maxima.
     """
 
     def __init__(self, names: Sequence[str], *, capacity: int, most: Sequence[str]) -> None:
         self._names = list(names)
-        self._table = np.full((capacity, len(self._names)), 0.0)  # written to, so that the pages are there
+        self._table = np.full((capacity, len(self._names)), 0.0)  # written, so that the pages are allocated
         self._most = [self._names.index(name) for name in most]
         self._count = 0
         self._every = 1
@@ -62,9 +62,9 @@ class Columns:
         return self._table[: self._count, self._names.index(name)].copy()
 
     def arrays(self, *, fractions: Sequence[str]) -> dict[str, "NDArray[np.generic]"]:
-        """Return the columns by name, whole numbers as int64.
+        """Return the columns by name, as int64.
 
         Args:
-            fractions: names of those that are fp32.
+            fractions: names of the columns that are returned as fp32.
         """
         return {name: self.column(name).astype(np.float32 if name in fractions else np.int64) for name in self._names}

@@ -1,10 +1,9 @@
-"""Does memory grow without end? Tells a leak from warm-up, sawtooth, spikes, jumps, drift and caches that fill.
+"""Statistical test for memory leaks, robust to warm-up, sawtooth, spikes, jumps, drift and caches that fill.
 
-Only troughs are looked at: what a program always holds shows where it holds the least. The series is cut into blocks,
-each block's lowest value is a point, and lines are fitted to the points: a slope, a jump, a slope beside a jump, and a
-growth that slows down. A leak is a slope that its noise does not explain (errors taken to follow each other, AR(1)),
-that no jump explains as well, and that goes on as steeply late as early. How often that is right is measured by
-`benchmarks/leaks.py`.
+The test uses troughs only: what a program always holds is visible where it holds the least. The series is cut into
+blocks, the lowest value of each block is a point, and lines are fitted to the points: a slope, a jump, a slope beside a
+jump, and a growth that slows down. A leak is a slope that is significant under autocorrelated noise (AR(1)), that no
+jump explains as well, and that is as steep late as early. `benchmarks/leaks.py` measures the error rates.
 """
 
 import math
@@ -18,28 +17,28 @@ if TYPE_CHECKING:
 
 Verdict = Literal["leak", "bounded growth", "none"]
 
-# Points that the series is cut down to, each tried: few where noise is slow, more where it is fast
+# Numbers of points that are tried: few where the noise is slow, more where it is fast
 _NUM_POINTS = (8, 12, 20, 30)
-# Standard errors that a slope has to lie above nothing, by points: few points tell their own noise badly
+# Standard errors that a slope must exceed, by number of points: few points estimate their noise badly
 _SLOPE_ERRORS = {8: 5.0, 12: 4.0, 20: 3.5, 30: 3.3}
 _FEWEST_STEPS = 8
 _STEEP_LATE = 0.7
 _STEEP_LATE_LEAST = 0.2
 _JUMP_IS_BETTER = 0.6
 _CURVE_IS_BETTER = 0.7
-# A jump is sharp from so many usual changes between two steps on; levels are taken over so many steps beside it
+# A jump is sharp if it exceeds this many median changes between steps; levels are medians over a window beside it
 _JUMP_NOISES = 6.0
 _WINDOW = 15
 _BESIDE_CURVE_ERRORS = 3.0
 
 
 class LeakTest(NamedTuple):
-    """What became of a series.
+    """The result of the test on a series.
 
     Attributes:
-        verdict: "leak", "bounded growth" (it grew and came to an end) or "none".
-        bytes_per_step: by which it grows; 0 but for a leak.
-        steps_until_limit: steps from the last one until the limit is reached, or None.
+        verdict: "leak", "bounded growth" (it grew and then stopped) or "none".
+        bytes_per_step: growth of a leak, else 0.
+        steps_until_limit: steps from the last one until a leak reaches the limit, or None.
     """
 
     verdict: Verdict
@@ -51,9 +50,9 @@ class _Fit(NamedTuple):
     """A straight line through points.
 
     Attributes:
-        slope: a step.
+        slope: in bytes a step.
         error: standard error of the slope.
-        residual: sum of squares that is left.
+        residual: sum of squared residuals.
     """
 
     slope: float
@@ -71,10 +70,10 @@ def find_leak(
     """Return whether a memory reading at every step's end shows a leak.
 
     Args:
-        series: in bytes, one for each step.
-        floor_bytes_per_step: growth of less is none.
-        floor_share: growth over the whole series of less than this share of its median is none.
-        limit_bytes: what there is, or None.
+        series: in bytes, one value for each step.
+        floor_bytes_per_step: slower growth is ignored.
+        floor_share: growth over the whole series by less than this share of its median is ignored.
+        limit_bytes: the memory limit, or None.
     """
     values = np.asarray(series, np.float64)
     if len(values) < _FEWEST_STEPS:
@@ -91,7 +90,7 @@ def find_leak(
 
 
 def _leak_slope(values: "NDArray[np.float64]", points: int, floor: float) -> float:
-    """Return the slope of the troughs if it is a leak's, else 0."""
+    """Return the slope of the troughs if it is that of a leak, else 0."""
     times, troughs = _troughs(values, points)
     line = _fit(times, troughs)
     if line.slope < floor or line.slope < _SLOPE_ERRORS.get(points, 7.0) * line.error:
@@ -100,7 +99,7 @@ def _leak_slope(values: "NDArray[np.float64]", points: int, floor: float) -> flo
     if jump + _tiny(troughs) < _JUMP_IS_BETTER * line.residual:
         return 0.0
     if _slows_down(times, troughs, line):
-        line = _fit(times, troughs, beside=_logarithm(times))  # is there a slope beside what slows down?
+        line = _fit(times, troughs, beside=_logarithm(times))  # a slope beside the growth that slows down
     is_clear = line.slope > floor and line.slope > _BESIDE_CURVE_ERRORS * line.error
     return line.slope if is_clear else 0.0
 
@@ -108,8 +107,8 @@ def _leak_slope(values: "NDArray[np.float64]", points: int, floor: float) -> flo
 def without_jumps(values: "NDArray[np.float64]") -> "NDArray[np.float64]":
     """Return a series without its sharp rises, and without the sharp falls that undo one of them.
 
-    A buffer that is made once is no leak, and neither is a second phase that takes more. A fall that undoes a slow
-    growth, as when garbage is collected, stays: without it a sawtooth would be a ramp.
+    A buffer that is allocated once is no leak, nor is a second phase that needs more. A fall that undoes slow growth,
+    as after garbage collection, stays: without it a sawtooth would look like a ramp.
     """
     jumps = _sharp_jumps(values)
     removed = np.zeros(len(values))
@@ -117,12 +116,12 @@ def without_jumps(values: "NDArray[np.float64]") -> "NDArray[np.float64]":
     levels: list[float] = []
     unpaired: list[tuple[int, float]] = []
     for at, fall in ((at, size) for at, size in jumps if size < 0):
-        fitting = [other for other, rise in rises.items() if abs(rise + fall) < 0.3 * rise]
-        if not fitting:
+        undone = [other for other, rise in rises.items() if abs(rise + fall) < 0.3 * rise]
+        if not undone:
             unpaired.append((at, fall))
             continue
-        nearest = min(fitting, key=lambda other: abs(other - at))
-        levels.append((rises.pop(nearest) - fall) / 2)  # both by the same: nothing may be left of the two
+        nearest = min(undone, key=lambda other: abs(other - at))
+        levels.append((rises.pop(nearest) - fall) / 2)  # the same size for both, so that they cancel
         removed[nearest:] += levels[-1]
         removed[at:] -= levels[-1]
     for at, size in [*rises.items(), *unpaired]:
@@ -135,10 +134,10 @@ def without_jumps(values: "NDArray[np.float64]") -> "NDArray[np.float64]":
 
 
 def _sharp_jumps(values: "NDArray[np.float64]") -> list[tuple[int, float]]:
-    """Return where a step changes the level far more than the steps around it, and by how much."""
+    """Return the steps at which the level changes far more than around them, and by how many bytes."""
     changes = np.diff(values)
     lag = min(_WINDOW, len(values) - 1)
-    slope = float(np.median(values[lag:] - values[:-lag])) / lag  # what the series does anyhow
+    slope = float(np.median(values[lag:] - values[:-lag])) / lag  # the trend of the series
     jumps: list[tuple[int, float]] = []
     for at in np.flatnonzero(np.abs(changes) > _JUMP_NOISES * float(np.median(np.abs(changes)))) + 1:
         before, after = values[max(0, at - _WINDOW) : at], values[at : at + _WINDOW]
@@ -155,23 +154,23 @@ def _sharp_jumps(values: "NDArray[np.float64]") -> list[tuple[int, float]]:
 
 
 def _troughs(values: "NDArray[np.float64]", points: int) -> "tuple[NDArray[np.float64], NDArray[np.float64]]":
-    """Return the middle of each block, in steps, and its lowest value."""
+    """Return the middle of each block, in steps, and its lowest value, in bytes."""
     blocks = np.array_split(np.arange(len(values)), points)
     return np.array([block.mean() for block in blocks]), np.array([values[block].min() for block in blocks])
 
 
 def _tiny(values: "NDArray[np.float64]") -> float:
-    """Return the sum of squares that rounding alone leaves."""
+    """Return the sum of squared residuals that rounding alone causes."""
     return len(values) * (1e-9 * float(np.abs(values).max()) + 1.0) ** 2
 
 
 def _fit(
     times: "NDArray[np.float64]", values: "NDArray[np.float64]", beside: "NDArray[np.float64] | None" = None
 ) -> _Fit:
-    """Fit a line, and beside it a multiple of another curve."""
+    """Fit a line by least squares, optionally together with a multiple of another curve."""
     along = times - times.mean()
     left = values - values.mean()
-    if beside is not None:  # what of the line and of the values the curve does not account for
+    if beside is not None:  # project both on the complement of the curve
         curve = beside - beside.mean()
         curve /= math.sqrt(float(curve @ curve))
         along, left = along - (along @ curve) * curve, left - (left @ curve) * curve
@@ -181,22 +180,22 @@ def _fit(
     residual = float(left @ left)
     variance = max(residual, _tiny(values)) / max(1, len(times) - 2 - (beside is not None))
     follows = float(left[1:] @ left[:-1]) / max(residual, _tiny(values))
-    follows = min(0.9, max(0.0, follows + 1 / len(times)))  # the estimate of a short series is too low
+    follows = min(0.9, max(0.0, follows + 1 / len(times)))  # corrects the bias of a short series
     return _Fit(slope, math.sqrt(variance / spread * (1 + follows) / (1 - follows)), residual)
 
 
 def _logarithm(times: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    curve: NDArray[np.float64] = np.log(times + (times[-1] + times[0]) / 3)  # a quarter was cut off before
+    curve: NDArray[np.float64] = np.log(times + (times[-1] + times[0]) / 3)  # the first quarter was cut off
     return curve
 
 
 def _jump_residual(values: "NDArray[np.float64]", at: int) -> float:
-    """Return the sum of squares that a jump alone leaves."""
+    """Return the sum of squared residuals of two levels with a jump between them."""
     return float(values[:at].var() * at + values[at:].var() * (len(values) - at))
 
 
 def _slows_down(times: "NDArray[np.float64]", values: "NDArray[np.float64]", line: _Fit) -> bool:
-    """Return whether the growth is less steep late than early, by more than its noise may do."""
+    """Return whether the growth is less steep late than early, beyond the noise."""
     curve = _logarithm(times)
     slowing = _fit(curve, values)
     half = len(times) // 2
@@ -211,7 +210,7 @@ def _slows_down(times: "NDArray[np.float64]", values: "NDArray[np.float64]", lin
 
 
 def _has_grown(values: "NDArray[np.float64]", floor: float) -> bool:
-    """Return whether the troughs rose after the first steps and then rose no more."""
+    """Return whether the troughs rose after the first steps and then stopped rising."""
     after = values[2:]
     _, troughs = _troughs(after, min(12, len(after)))
     third = max(1, len(troughs) // 3)

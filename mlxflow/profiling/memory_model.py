@@ -1,9 +1,9 @@
-"""What fits into the memory: the peak of a training step over batch sizes and context lengths, from a few points.
+"""A model of the peak memory of a training step over batch size and context length, fitted to a few trials.
 
-The forward and backward pass takes a constant, something for each token and something for each pair of tokens in a
-row. Where head and loss are one, that is one law as long as all tokens are one chunk of it, and another from two
-chunks on. The update takes what it takes at any size. The constants come from measured points; one more point tells
-how far off the prediction is.
+The peak of the forward and backward pass is a constant, plus a term for each token, plus a term for each pair of tokens
+in a row. With the fused loss, the coefficients differ between steps of one chunk of tokens and of several. The peak of
+the update does not depend on the shape. The coefficients are fitted to measured points; one more point is measured to
+check the prediction.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
-    """A shape of batches and what a step with it takes.
+    """A shape of batches and the measured peaks of a step with it.
 
     Attributes:
         batch_size: rows in one forward pass, B.
         context_length: of a row, L.
-        peaks: measured.
+        peaks: of a step, in bytes.
     """
 
     batch_size: int
@@ -37,10 +37,10 @@ class Law(NamedTuple):
     """The peak of a step as a function of the shape.
 
     Attributes:
-        weights: of the constant, the tokens and the pairs, for the forward and backward pass.
-        beyond: the same, of passes with more tokens than one chunk.
+        weights: coefficients in bytes of the constant, the tokens and the pairs, for the forward and backward pass.
+        beyond: the same for passes with more than one chunk of tokens.
         update: the update's peak in bytes.
-        chunk: tokens whose logits are held at a time; 0 where all are.
+        chunk: tokens whose logits are held at a time; 0 for all.
     """
 
     weights: tuple[float, ...]
@@ -49,13 +49,13 @@ class Law(NamedTuple):
     chunk: int
 
     def peak_bytes(self, batch_size: int, context_length: int) -> float:
-        """Return the predicted peak of a step, above what was in memory before the model was."""
+        """Return the predicted peak of a step in bytes, above the memory in use before the model was loaded."""
         is_beyond = 0 < self.chunk < batch_size * context_length
         weights = self.beyond if is_beyond else self.weights
         return max(float(np.dot(_terms(batch_size, context_length), weights)), self.update)
 
     def largest_batch_size(self, context_length: int, limit_bytes: int) -> int:
-        """Return how many rows of a length fit into a limit; 0 for none."""
+        """Return the largest number of rows of a length whose step fits into a limit; 0 for none."""
         low, high = 0, 1
         while self.peak_bytes(high, context_length) <= limit_bytes and high < 1 << 24:
             low, high = high, high * 2
@@ -71,11 +71,11 @@ def _terms(batch_size: int, context_length: int) -> list[float]:
 
 
 def fit_law(points: Sequence[Point], *, chunk: int) -> Law:
-    """Return the law whose relative errors at measured points are least, in squares; no weight is negative.
+    """Fit non-negative coefficients to measured points, by least squares of the relative errors.
 
     Args:
-        points: of different shapes; at least three, and three with more tokens than a chunk, where there is one.
-        chunk: tokens whose logits the loss holds at a time; 0 where it holds all.
+        points: at least three of different shapes; with a chunk, also three with more tokens than one chunk.
+        chunk: tokens whose logits the loss holds at a time; 0 for all.
     """
     beyond = [point for point in points if 0 < chunk < point.batch_size * point.context_length]
     within = [point for point in points if point not in beyond]
@@ -90,7 +90,7 @@ def _weights(points: Sequence[Point]) -> tuple[float, ...]:
 
 
 def _non_negative(design: "NDArray[np.float64]", wanted: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    """Return the least-squares weights of which none is negative: the best of all choices of columns."""
+    """Return non-negative least squares, by trying every subset of the columns."""
     best, least = np.zeros(design.shape[1]), np.inf
     for chosen in range(1, 1 << design.shape[1]):
         columns = [column for column in range(design.shape[1]) if chosen >> column & 1]
@@ -112,11 +112,11 @@ def measure_points(
     shapes: Sequence[tuple[int, int]],
     trials: Callable[[ProfiledModel, TrainingSettings], Peaks] = trial,
 ) -> list[Point]:
-    """Run trials with batches of some shapes.
+    """Run trials with batches of several shapes.
 
     Args:
-        model: to train; its context length is not looked at.
-        settings: of the step; its batch size is not looked at.
+        model: the model to train; its context length is ignored.
+        settings: of the step; its batch size is ignored.
         shapes: batch sizes and context lengths.
         trials: runs one.
     """
@@ -127,15 +127,14 @@ def measure_points(
 
 
 def held_chunk(model: ProfiledModel, settings: TrainingSettings) -> int:
-    """Return the tokens whose logits the loss holds at a time; 0 where it holds all."""
+    """Return the number of tokens whose logits the loss holds at a time; 0 for all."""
     return chunk_rows(model.vocab_size) if settings.fused_loss else 0
 
 
 def shapes_to_measure(batch_size: int, context_length: int, *, chunk: int) -> list[tuple[int, int]]:
-    """Return shapes around a batch size and a context length, and last the one to judge by.
+    """Return shapes (batch size, context length) to fit to, and last one to check the prediction with.
 
-    They are small, since the whole grows evenly. Where the loss holds a chunk of tokens at a time, three more have at
-    least two chunks.
+    They are smaller than the given shape, to save time. If the loss works in chunks, three more have at least two.
     """
     length, short = context_length, max(1, context_length // 2)
     rows = min(batch_size, max(8, chunk // length)) if chunk else batch_size

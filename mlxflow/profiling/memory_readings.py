@@ -1,8 +1,8 @@
-"""One look at the memory from four sides: the process, the system, MLX and the device.
+"""Memory readings of MLX, the process, the system and the device.
 
-MLX's counters cost a fraction of a microsecond, the resident set some ten, the proportional and unique sets about a
-millisecond and more with the number of mappings. A `Reader` therefore reads the last two, and the system's, at most
-once a second, less often where that would take more than a thousandth of the time, and repeats what it read last.
+MLX's counters cost a fraction of a microsecond, the resident set some ten microseconds, the proportional and unique
+sets a millisecond or more. A `Reader` therefore reads the latter two and the system's figures at most once a second,
+less often if that would take more than a thousandth of the time, and repeats their last values in between.
 """
 
 import ctypes
@@ -25,21 +25,21 @@ _FOOTPRINT_AT = 16 + 7 * 8  # in rusage_info_v0: a uuid, then ri_phys_footprint 
 
 
 class MemoryReading(NamedTuple):
-    """One look at the memory, all in bytes but the time and the pressure; 0 where the system does not tell.
+    """One reading of the memory, in bytes except for time and pressure; 0 where the system has no such figure.
 
     Attributes:
         seconds: since the reader was made.
-        active_memory_bytes: MLX arrays that are alive.
-        peak_memory_bytes: the most they were since the last reset, never less than what is alive now.
-        cache_memory_bytes: freed buffers that MLX keeps to use again.
-        rss_bytes: what of the process lies in main memory.
-        available_bytes: what the system could still give.
-        footprint_bytes: what the process is charged for: macOS's physical footprint, Linux's proportional set.
-        unique_bytes: what would be free if the process ended (Linux).
-        swap_bytes: of the system's swap in use.
-        pressure: how short the system is of memory, in percent: of the last 10 s that some process waited for memory
-            (Linux); 0, 50 or 100 for normal, warning and critical (macOS).
-        device_bytes: of an NVIDIA GPU's memory in use, by whomever; 0 where the device has no memory of its own.
+        active_memory_bytes: held by MLX arrays.
+        peak_memory_bytes: peak of the active memory since the last reset, at least the active memory.
+        cache_memory_bytes: freed buffers that MLX keeps for reuse.
+        rss_bytes: the resident set of the process.
+        available_bytes: memory that the system could still allocate.
+        footprint_bytes: macOS's physical footprint, Linux's proportional set (PSS).
+        unique_bytes: memory that would be freed if the process ended (Linux, USS).
+        swap_bytes: the system's swap in use.
+        pressure: memory pressure in percent: share of the last 10 s in which some process waited for memory (Linux);
+            0, 50 or 100 for normal, warning and critical (macOS).
+        device_bytes: an NVIDIA GPU's memory in use by all processes; 0 if the device has no memory of its own.
     """
 
     seconds: float
@@ -56,7 +56,7 @@ class MemoryReading(NamedTuple):
 
 
 class _Slow(NamedTuple):
-    """What is too dear to be read each time."""
+    """The figures that are too expensive to read each time."""
 
     available_bytes: int
     footprint_bytes: int
@@ -67,11 +67,11 @@ class _Slow(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What MLX was told to keep to, in bytes.
+    """MLX's memory limits, in bytes.
 
     Attributes:
-        memory: that its arrays may hold before the host waits for the device.
-        cache: of freed buffers that it may keep.
+        memory: held by arrays, above which the host waits for the device.
+        cache: of freed buffers kept for reuse.
     """
 
     memory: int
@@ -79,7 +79,7 @@ class Limits(NamedTuple):
 
 
 def read_limits() -> Limits:
-    """Return MLX's limits. It tells one only to whoever sets it: each is set very large for a moment."""
+    """Return MLX's limits. MLX returns a limit only when it is set: each is raised and restored."""
     very_large = 1 << 62
     memory = mx.set_memory_limit(very_large)
     mx.set_memory_limit(memory)
@@ -89,7 +89,7 @@ def read_limits() -> Limits:
 
 
 class Reader:
-    """Takes readings of this process; may be asked from several threads."""
+    """Takes readings of this process; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
@@ -100,16 +100,16 @@ class Reader:
         self._slow_due = 0.0
 
     def close(self) -> None:
-        """Give back what is open; readings can still be taken."""
+        """Close open files; readings can still be taken."""
         if self._statm >= 0:
             descriptor, self._statm = self._statm, -1
             os.close(descriptor)
 
     def read(self, *, fresh: bool) -> MemoryReading:
-        """Return the memory as it is now.
+        """Return a reading.
 
         Args:
-            fresh: whether what is dear to read is read now, too, whenever it was read last.
+            fresh: read the expensive figures, too, instead of repeating their last values.
         """
         now = time.perf_counter()
         if fresh or now >= self._slow_due:
@@ -121,7 +121,7 @@ class Reader:
         return MemoryReading(
             now - self._begin,
             active,
-            max(active, mx.get_peak_memory()),  # a reset sets MLX's peak to nothing, not to what is alive
+            max(active, mx.get_peak_memory()),  # a reset sets MLX's peak to 0, not to the active memory
             mx.get_cache_memory(),
             self._rss(),
             slow.available_bytes,
@@ -165,12 +165,12 @@ def _read(name: str) -> str:
 
 def linux_sets(rollup: str) -> tuple[int, int]:
     """Return the proportional and the unique set in bytes, from the text of `/proc/self/smaps_rollup`."""
-    told: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for line in rollup.splitlines():
         name, _, value = line.partition(":")
         if value.endswith("kB"):
-            told[name] = int(value[:-2]) * 1024
-    return told.get("Pss", 0), told.get("Private_Clean", 0) + told.get("Private_Dirty", 0)
+            sizes[name] = int(value[:-2]) * 1024
+    return sizes.get("Pss", 0), sizes.get("Private_Clean", 0) + sizes.get("Private_Dirty", 0)
 
 
 class _DeviceMemory(ctypes.Structure):
@@ -180,10 +180,10 @@ class _DeviceMemory(ctypes.Structure):
 
 
 def device_memory(library: str = "libnvidia-ml.so.1") -> Callable[[], int]:
-    """Return what tells the bytes in use of the first GPU, as NVIDIA's management library (NVML) has them, or 0.
+    """Return a function that returns the memory in use of the first GPU in bytes, from NVIDIA's NVML.
 
     Args:
-        library: to load; where there is none, or it finds no GPU, 0 is told.
+        library: file name of NVML; if it is missing or finds no GPU, the function returns 0.
     """
     handle = ctypes.c_void_p()
     try:
@@ -210,7 +210,7 @@ def _linux_pressure() -> float:
 
 
 def mac_footprint() -> int:
-    """Return what macOS charges this process for, as Activity Monitor shows it: `ri_phys_footprint`."""
+    """Return this process's physical footprint in bytes, as Activity Monitor shows it: `ri_phys_footprint` (macOS)."""
     buffer = ctypes.create_string_buffer(512)
     failed = ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(buffer))
     return 0 if failed else int(struct.unpack_from("=Q", buffer, _FOOTPRINT_AT)[0])

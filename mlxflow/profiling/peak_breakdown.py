@@ -1,4 +1,4 @@
-"""What a peak of memory is made of, adding up to the whole."""
+"""Break a memory peak down into weights, optimizer state, activations and other parts that add up to it."""
 
 from collections.abc import Mapping
 
@@ -11,21 +11,21 @@ def compose(
     process_bytes: int,
     lies_in_update: bool,
 ) -> dict[str, int]:
-    """Return the bytes of each part of what the process takes at its highest.
+    """Return the bytes of each part of the process's memory at its peak.
 
-    The parts of MLX's arrays add up to `peak_memory_bytes`. Weights, optimizer state and batches are there all the
-    time. The forward and backward pass adds logits, gradients and activations, and what no tree accounts for is
-    activations; the update has the gradients and, as "update", new weights and moments beside the old ones.
+    The parts of MLX's arrays add up to `peak_memory_bytes`. Weights, optimizer state and batches are held all the time.
+    A peak in the forward and backward pass also has logits and gradients, and the rest counts as activations. A peak in
+    the update also has gradients, and the rest counts as "update": new weights and moments beside the old ones.
 
-    Beside the arrays at their peak lie the freed buffers that MLX took from the system beyond that peak, as "cache",
-    and what of the process is not MLX's, as "other": libraries, Python, files. A freed buffer that an array of the peak
-    lay in counts once, as that array. All of it adds up to `total_bytes`, the largest of the three sizes given.
+    "cache" is freed buffers that MLX reserved beyond the arrays' peak, "other" is memory of the process outside MLX:
+    libraries, Python, files. A freed buffer whose memory an array of the peak used counts once, as that array. All
+    parts add up to `total_bytes`, the largest of the three sizes given.
 
     Args:
         known: weights_bytes, optimizer_bytes, gradients_bytes, data_bytes and logits_bytes.
-        peak_memory_bytes: the most that MLX's arrays held.
-        reserved_bytes: the most that MLX held of arrays and freed buffers together, at any one time.
-        process_bytes: the most that the process took of the memory that MLX's arrays lie in; 0 where that is not known.
+        peak_memory_bytes: peak of MLX's arrays.
+        reserved_bytes: peak of MLX's arrays and freed buffers together.
+        process_bytes: peak of the process, in the memory that holds MLX's arrays; 0 if that is not known.
         lies_in_update: whether the peak lies in the update; else in the forward and backward pass.
     """
     parts: dict[str, int] = {}

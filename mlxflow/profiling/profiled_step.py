@@ -1,4 +1,4 @@
-"""The steps that a training run takes, with its settings, in phases that a memory profiler can tell apart."""
+"""Training steps with the settings of a run, split into phases for a memory profiler: data, passes, update."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,10 +18,10 @@ from mlxflow.training.step import Step, accumulate
 
 
 class Phases(Protocol):
-    """Opens a phase of a name."""
+    """Opens a phase by name."""
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
-        """Return what is open while the phase lasts."""
+        """Return a context manager that is open during the phase."""
         ...
 
 
@@ -30,8 +30,8 @@ class ProfiledSteps:
 
     Args:
         subject: the model, changed by every step, and its settings.
-        step: of the model.
-        loader: of batches of `rows_per_step` rows.
+        step: a step of the model.
+        loader: yields batches of `rows_per_step` rows.
         phases: opens a phase around each part: "data", "forward_backward", "update".
     """
 
@@ -55,11 +55,11 @@ class ProfiledSteps:
             outcome = self._step.update(gradients)
             mx.eval(*outcome, self._step.state)
             del gradients
-            mx.synchronize()  # a result is there before the buffers behind it are given back
+            mx.synchronize()  # results are ready before their buffers are freed
         return outcome.loss
 
     def tree_bytes(self) -> dict[str, int]:
-        """Return the bytes of what a step has in memory, by what it is, from the arrays themselves."""
+        """Return the bytes of weights, optimizer state, gradients and data of a step, from the sizes of the arrays."""
         model, settings = self._subject.model, self._subject.settings
         trainable, updated = model.trainable_parameters(), self._step.state[1]
         accumulates = settings.grad_accum_steps > 1
@@ -77,7 +77,7 @@ class ProfiledSteps:
 
 
 def num_bytes(tree: Any) -> int:
-    """Return the bytes of a tree's arrays."""
+    """Return the size in bytes of a tree's arrays."""
     return sum(leaf.nbytes for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array))
 
 
@@ -85,11 +85,11 @@ def num_bytes(tree: Any) -> int:
 def profiled_steps(
     subject: build.Subject, rows: Rows, *, seed: int, phases: Phases, chunk_share: float = 1.0
 ) -> Iterator[ProfiledSteps]:
-    """Give the steps of a training run on rows of tokens.
+    """Yield the steps of a training run on rows of tokens.
 
     Args:
         subject: the model, changed, and its settings.
-        rows: at least one step's of them.
+        rows: at least as many as one step takes.
         seed: of the order of the rows.
         phases: opens a phase around each part of a step.
         chunk_share: see `objective.make_objective`.
@@ -103,10 +103,10 @@ def profiled_steps(
 
 
 def logits_bytes(subject: build.Subject) -> int:
-    """Return what output head and loss take beyond their inputs and gradients, by running them on their own.
+    """Return the bytes that head and loss take beyond their inputs and gradients, by running them alone.
 
     Args:
-        subject: its model's weights are read.
+        subject: the model, which is not changed, and its settings.
     """
     model, settings, vocab_size = subject.model, subject.settings, subject.vocab_size
     head = find_head(model, vocab_size)

@@ -1,4 +1,4 @@
-"""Where memory goes: MLX's own counters, the process and the system, read together by step and by phase.
+"""Memory profiler: readings of MLX, the process and the system for each step and each phase of a program.
 
 profiler = MemoryProfiler()
 with profiler.sampling():
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryProfiler", "MemoryReading", "Phase", "PhaseTotal", "profile_memory"]
 
-#: Samples a second of the thread; at this rate it takes under one percent of a core (`benchmarks/profiler.py`).
+#: Samples a second of the sampling thread, which then takes under one percent of a core (`benchmarks/profiler.py`).
 DEFAULT_SAMPLES_PER_SECOND = 20.0
 
 _KEPT_ROWS = 1 << 13
@@ -43,8 +43,10 @@ class Phase(NamedTuple):
     """One pass through a `profile_memory` block.
 
     Attributes:
-        name: as it was given; of a phase within another one, that one's and its own, such as "training_step/update".
-        error: the type of the exception that ended it, or nothing.
+        name: as given; a nested phase has its parent's name as a prefix, such as "training_step/update".
+        begin: the reading at its begin.
+        end: the reading at its end; its `peak_memory_bytes` is the peak within the phase.
+        error: the type of the exception that ended it, or empty.
     """
 
     name: str
@@ -54,12 +56,12 @@ class Phase(NamedTuple):
 
     @property
     def growth_bytes(self) -> int:
-        """Active memory that the phase left behind."""
+        """Growth of the active memory over the phase, in bytes."""
         return self.end.active_memory_bytes - self.begin.active_memory_bytes
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Duration in seconds."""
         return self.end.seconds - self.begin.seconds
 
 
@@ -67,12 +69,12 @@ class PhaseTotal:
     """All passes through phases of one name.
 
     Attributes:
-        calls: how many.
-        seconds: that they took.
-        peak_memory_bytes: the most that MLX's arrays held in any of them.
-        growth_bytes: active memory that they left behind.
-        errors: how many ended by an exception.
-        last_error: the type of the last of those.
+        calls: number of passes.
+        seconds: their total duration.
+        peak_memory_bytes: the highest peak of MLX's arrays in any of them.
+        growth_bytes: total growth of the active memory.
+        errors: number of passes that ended by an exception.
+        last_error: the type of the last such exception.
     """
 
     def __init__(self) -> None:
@@ -84,7 +86,7 @@ class PhaseTotal:
         self.last_error = ""
 
     def add(self, phase: Phase) -> None:
-        """Count one more."""
+        """Add one pass."""
         self.calls += 1
         self.seconds += phase.seconds
         self.peak_memory_bytes = max(self.peak_memory_bytes, phase.end.peak_memory_bytes)
@@ -94,7 +96,7 @@ class PhaseTotal:
 
 
 class Peak(NamedTuple):
-    """A high point: of which step and phase."""
+    """A memory peak in bytes, with its step and phase."""
 
     bytes: int
     step: int
@@ -102,18 +104,18 @@ class Peak(NamedTuple):
 
 
 class Highest(NamedTuple):
-    """The most of whole readings, in bytes.
+    """Maxima over readings, in bytes.
 
     Attributes:
-        reserved_bytes: that MLX took from the system: its arrays and the freed buffers that it kept beside them.
-        process_bytes: that the system charged the process for: resident, or macOS's footprint where that is more.
+        reserved_bytes: memory that MLX took from the system: arrays and freed buffers together.
+        process_bytes: the process's resident set, or macOS's footprint if that is larger.
     """
 
     reserved_bytes: int
     process_bytes: int
 
     def with_reading(self, reading: MemoryReading) -> "Highest":
-        """Return the most with one more reading."""
+        """Return the maxima including one more reading."""
         return Highest(
             max(self.reserved_bytes, reading.active_memory_bytes + reading.cache_memory_bytes),
             max(self.process_bytes, reading.rss_bytes, reading.footprint_bytes),
@@ -121,22 +123,21 @@ class Highest(NamedTuple):
 
 
 class MemoryProfiler:
-    """Takes readings and keeps the steps and phases of a program; keeps the same memory however long it runs.
+    """Records memory by step and by phase, in an amount of memory that does not depend on the run's length.
 
-    MLX has one peak counter, which can be reset and not set. A profiler resets it at each step's end and wherever a
-    phase begins or ends, so afterwards `mx.get_peak_memory()` is less than the program's peak: read `peak_memory_bytes`
-    instead.
+    MLX has a single peak counter. A profiler resets it at the end of each step and wherever a phase begins or ends, so
+    `mx.get_peak_memory()` is then less than the program's peak: use `peak_memory_bytes` instead.
 
     Args:
         samples_per_second: of the sampling thread.
-        journal: a file that every reading and phase is written to as it is seen, so that a program that is killed
-            leaves them (`mlxflow.profiling.timeline_journal`); None: none.
+        journal: a file to which every reading and phase is written at once, so that they survive if the program is
+            killed (`mlxflow.profiling.timeline_journal`); None for none.
 
     Attributes:
-        highest: the most of all readings since `begin_steps`.
+        highest: maxima over all readings since `begin_steps`.
         phases: the latest finished phases, in the order in which they ended.
-        totals: by the phases' names, in the order in which they first ended.
-        steps: finished steps.
+        totals: totals by phase name, in the order in which the names first ended.
+        steps: number of finished steps.
     """
 
     def __init__(self, *, samples_per_second: float = DEFAULT_SAMPLES_PER_SECOND, journal: Path | None = None) -> None:
@@ -159,32 +160,32 @@ class MemoryProfiler:
         self.steps = 0
 
     def read(self) -> MemoryReading:
-        """Return the memory as it is now, all of it read anew."""
+        """Return a reading in which every figure is current."""
         return self._reader.read(fresh=True)
 
     @property
     def limits(self) -> Limits:
-        """What MLX was told to keep to."""
+        """MLX's memory limits."""
         return read_limits()
 
     @property
     def peak_memory_bytes(self) -> int:
-        """What `mx.get_peak_memory()` would say had nothing in mlxflow reset it since this profiler was made.
+        """The value of `mx.get_peak_memory()` if mlxflow had not reset it since this profiler was made, in bytes.
 
-        That is the most of what it said then and of what MLX's arrays held since, until `close`.
+        That is the larger of its value then and the peak of MLX's arrays since, until `close`.
         """
         since = self._whole_peak.bytes if self._is_closed else phase_peaks.so_far(self._whole_peak)
         return max(self._peak_before, since)
 
     def close(self) -> None:
-        """Give back the files it reads from and writes to; to be called when no more is measured."""
+        """Close the files that are read and written; call it after the last measurement."""
         if not self._is_closed:
             phase_peaks.close_peak(self._whole_peak)
             self._is_closed = True
         self._release()
 
     def _release(self) -> None:
-        """Give back what is held without asking MLX: also while the interpreter ends."""
+        """Release everything without a call of MLX: safe while the interpreter shuts down."""
         self._reader.close()
         phase_peaks.forget(self._whole_peak)
         phase_peaks.forget(self._step_peak)
@@ -192,19 +193,19 @@ class MemoryProfiler:
             self._journal.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "steps"):  # else it was not made whole
+        if hasattr(self, "steps"):  # else `__init__` did not finish
             self._release()
 
     # --- steps
 
     def begin_steps(self) -> None:
-        """Let the first step's peak begin here instead of at the profiler's making."""
+        """Start the first step's peak here instead of when the profiler was made."""
         phase_peaks.note_peak(self._step_peak)
         self._step_phase = Peak(0, 1, "")
         self.highest = Highest(0, 0).with_reading(self._reader.read(fresh=True))
 
     def end_step(self) -> MemoryReading:
-        """Keep a reading at the end of a step, with the peak since the last one's end, and return it."""
+        """Record and return a reading at the end of a step, with the peak since the end of the last one."""
         peak = phase_peaks.note_peak(self._step_peak)
         reading = self._reader.read(fresh=False)._replace(peak_memory_bytes=peak)
         self.steps += 1
@@ -220,13 +221,14 @@ class MemoryProfiler:
 
     @property
     def highest_peaks(self) -> list[Peak]:
-        """The highest steps' peaks, the highest first, each with the innermost phase that it fell into."""
+        """The highest peaks of steps, the highest first, each with its innermost phase."""
         return list(self._highest)
 
     def timeline(self) -> dict[str, Any]:
-        """Return the columns of steps, those of samples (`sample_...`) and those of phases (`phase_...`).
+        """Return the columns of steps, of samples (`sample_...`) and of phases (`phase_...`) by name.
 
-        A phase's number is its name's place in `totals`. Of very many phases the first and the latest are there.
+        `phase_number` is the place of the phase's name in `totals`. Of very many phases only the first and the latest
+        are included.
         """
         with self._lock:
             columns = self._steps.arrays(fractions=_FRACTIONS)
@@ -240,7 +242,7 @@ class MemoryProfiler:
 
     @contextmanager
     def sampling(self) -> Iterator[Self]:
-        """Take readings in a thread, too, until the block ends."""
+        """Take readings in a thread until the block ends."""
         ended = threading.Event()
 
         def sample() -> None:
@@ -264,7 +266,7 @@ class MemoryProfiler:
     # --- phases
 
     def enter(self, name: str) -> tuple[str, MemoryReading, phase_peaks.OpenPeak]:
-        """Begin a phase; returns what `leave` takes."""
+        """Begin a phase; returns the argument for `leave`."""
         stack: list[str] = self._names.__dict__.setdefault("stack", [])
         stack.append(f"{stack[-1]}/{name}" if stack else name)
         peak = phase_peaks.open_peak()
@@ -274,7 +276,7 @@ class MemoryProfiler:
         return stack[-1], begin, peak
 
     def leave(self, begun: tuple[str, MemoryReading, phase_peaks.OpenPeak], error: BaseException | None) -> None:
-        """End a phase and keep it."""
+        """End a phase and record it."""
         name, begin, open_peak = begun
         peak = phase_peaks.close_peak(open_peak)
         end = self._reader.read(fresh=False)
@@ -289,7 +291,7 @@ class MemoryProfiler:
                 self._first_phases.append(self.phases[0])
             self.phases.append(phase)
             self.totals.setdefault(name, PhaseTotal()).add(phase)
-            if peak > self._step_phase.bytes:  # an outer one ends later with the same peak
+            if peak > self._step_phase.bytes:  # an enclosing phase ends later with the same peak
                 self._step_phase = Peak(peak, self.steps + 1, name)
 
 
@@ -308,14 +310,14 @@ def _by_height(peak: Peak) -> tuple[int, int]:
 
 @contextmanager
 def profile_memory(profiler: MemoryProfiler, phase: str) -> Iterator[None]:
-    """Record one phase: the readings at its ends and MLX's peak within it, also when it ends by an exception.
+    """Record one phase: the readings at its begin and end and the peak within it, also if it ends by an exception.
 
-    Phases may lie within each other and in several threads. MLX's own peak counter is reset at both ends; see
-    `MemoryProfiler.peak_memory_bytes`. As a decorator, `@profile_memory(profiler, "load")`, it
-    records each call. Evaluate what the phase computes inside the block: lazy work is charged to whoever evaluates it.
+    Phases may be nested and run in several threads. MLX's peak counter is reset at both ends; see
+    `MemoryProfiler.peak_memory_bytes`. As a decorator, `@profile_memory(profiler, "load")`, it records each call.
+    Evaluate the phase's results inside the block: lazy work counts where it is evaluated.
 
     Args:
-        profiler: keeps the phase.
+        profiler: records the phase.
         phase: its name.
     """
     begun = profiler.enter(phase)

@@ -1,8 +1,8 @@
-"""The memory of training steps measured, and that of other settings and shapes predicted from small trials.
+"""Memory of training steps: measured under a profiler, or predicted for other settings from small trials.
 
-The peak of a step is the larger of two: that of the forward and backward pass, which grows with the tokens, and that
-of the update, which does not. A trial measures both with a part of the rows; the first is a straight line over the
-rows (with `linear_cross_entropy`'s chunk made smaller by the same factor), so two trials tell any other number.
+The peak of a step is the larger of the peak of the forward and backward pass, which grows with the tokens, and that of
+the update, which does not. A trial measures both with a part of the rows. The first is linear in the rows (with
+`linear_cross_entropy`'s chunk reduced by the same factor), so two trials predict any other number of rows.
 """
 
 import gc
@@ -22,9 +22,9 @@ from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
-#: Steps of a trial: the first makes the optimizer's state, and how far buffers are reused is chance.
+#: Steps of a trial: the first creates the optimizer's state, and the reuse of buffers varies by chance.
 _TRIAL_STEPS = 4
-#: Trials until one in which nobody else's memory came or went.
+#: The most trials until one during which no other memory was allocated or freed.
 _MOST_TRIALS = 4
 
 STEP = "training_step"
@@ -33,10 +33,10 @@ UPDATE = f"{STEP}/update"
 
 
 class ProfiledModel(NamedTuple):
-    """A model that is trained under a profiler, as its settings say.
+    """A model that is trained under a profiler.
 
     Attributes:
-        folder: a model folder; its model is dense, or adapters are trained beside it.
+        folder: a model folder; its model is dense unless adapters are trained.
         key: the setting that names it, for messages.
         vocab_size: V.
         context_length: of the rows, L.
@@ -52,10 +52,10 @@ class ProfiledModel(NamedTuple):
     names: SettingNames = SettingNames()
 
     def open(self, settings: TrainingSettings) -> build.Subject:
-        """Return the model, ready to be trained.
+        """Load the model and prepare it for training.
 
         Raises:
-            ArtifactError: it cannot be opened, or is quantized.
+            ArtifactError: it cannot be opened, or is quantized and all weights are trained.
         """
         trains_adapters = settings.adapter_shape is not None
         model = model_folder.load_for_steps(self.folder, self.key, trains_adapters=trains_adapters)
@@ -64,14 +64,14 @@ class ProfiledModel(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """The peaks of a step in bytes, above what was in memory before the model was."""
+    """The peaks of the parts of a step in bytes, above the memory in use before the model was loaded."""
 
     forward_backward: float
     update: float
 
     @property
     def whole(self) -> float:
-        """The step's."""
+        """The peak of the whole step."""
         return max(self)
 
 
@@ -79,9 +79,9 @@ class ProfiledRun(NamedTuple):
     """The memory of the steps under a profiler.
 
     Attributes:
-        model_bytes: of the parameters.
+        model_bytes: size of the parameters.
         peaks: of the steps.
-        composition: of the highest peak; see `compose`.
+        composition: parts of the highest peak; see `compose`.
     """
 
     model_bytes: int
@@ -95,11 +95,11 @@ def take_steps(
     """Train a model under a profiler.
 
     Args:
-        model: to train.
-        rows: at least one step's of them.
+        model: the model to train.
+        rows: at least as many as one step takes.
         settings: of the training.
-        profiler: gets the phases "load_model", "first_step" and "training_step", and the steps' ends.
-        num_steps: measured, after the first one.
+        profiler: records the phases "load_model", "first_step" and "training_step", and the ends of steps.
+        num_steps: steps to measure, after the first one.
     """
     before = mx.get_active_memory()
     with profile_memory(profiler, "load_model"):
@@ -107,7 +107,7 @@ def take_steps(
     model_bytes = model_folder.num_bytes(subject.model)
     with _steps(subject, rows, profiler, seed=model.seed) as steps:
         with profile_memory(profiler, "first_step"):
-            steps.run()  # compiles, and makes the optimizer's state
+            steps.run()  # compiles, and creates the optimizer's state
         profiler.begin_steps()
         for _ in range(num_steps):
             with profile_memory(profiler, STEP):
@@ -131,9 +131,9 @@ def _steps(
 
 
 def _compose(subject: build.Subject, profiler: MemoryProfiler, steps: ProfiledSteps) -> dict[str, int]:
-    totals, highest = profiler.totals, profiler.highest  # before what follows takes memory of its own
+    totals, highest = profiler.totals, profiler.highest  # read before the next lines allocate memory
     logits = logits_bytes(subject)
-    shares_memory = mx.default_device() == mx.cpu or mx.metal.is_available()  # else the arrays lie on the GPU alone
+    shares_memory = mx.default_device() == mx.cpu or mx.metal.is_available()  # else only the GPU holds the arrays
     return compose(
         steps.tree_bytes() | {"logits_bytes": logits},
         peak_memory_bytes=int(profiler.timeline()["peak_memory_bytes"].max()),
@@ -144,23 +144,23 @@ def _compose(subject: build.Subject, profiler: MemoryProfiler, steps: ProfiledSt
 
 
 def blank_rows(count: int, context_length: int) -> Rows:
-    """Return rows of one token, all of it trained on: memory does not depend on what is read."""
+    """Return rows of one repeated token, all of it targets: memory does not depend on the tokens."""
     shape = (count, context_length + 1)
     return Rows(np.ones(shape, np.uint16), np.full(shape, 3, np.uint8))
 
 
 def trial(model: ProfiledModel, settings: TrainingSettings, chunk_share: float = 1.0) -> Peaks:
-    """Run a few steps and return their peaks; nothing is left in memory.
+    """Run a few steps and return their peaks; all memory is freed afterwards.
 
-    A trial during which memory of other threads was freed or allocated is repeated.
+    A trial during which other threads allocated or freed memory is repeated.
 
     Args:
-        model: to train.
+        model: the model to train.
         settings: of the training.
         chunk_share: see `objective.make_objective`.
 
     Raises:
-        RuntimeError: MLX found no memory.
+        RuntimeError: out of memory.
     """
     before = _idle_bytes()
     for _ in range(_MOST_TRIALS):
@@ -173,7 +173,7 @@ def trial(model: ProfiledModel, settings: TrainingSettings, chunk_share: float =
 
 
 def _idle_bytes() -> int:
-    """Return MLX's active memory with all given back that is dead."""
+    """Return MLX's active memory in bytes after garbage collection."""
     gc.collect()
     mx.synchronize()
     mx.clear_cache()
@@ -200,12 +200,12 @@ def predict(
     settings: TrainingSettings,
     trials: Callable[[ProfiledModel, TrainingSettings, float], Peaks] = trial,
 ) -> Peaks:
-    """Return the peaks that a step would have, from two trials with a quarter and a half of its rows.
+    """Predict the peaks of a step from two trials with a quarter and a half of its rows.
 
     Args:
-        model: to train.
+        model: the model to train.
         settings: of the training.
-        trials: runs one; takes the share of the fused loss's chunk, too.
+        trials: runs a trial; its last argument is the share of the fused loss's chunk.
     """
     rows = settings.batch_size
     few, more = max(1, rows // 4), max(2, rows // 2)

@@ -1,4 +1,4 @@
-"""What would save memory, how much, and how one knows: every figure comes from trials with a part of the rows."""
+"""Suggestions of settings that save memory, with the predicted saving, from trials with a part of the rows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -6,18 +6,18 @@ from typing import Any, NamedTuple
 from mlxflow.profiling.step_memory import Peaks, ProfiledModel, predict
 from mlxflow.training.settings import TrainingSettings
 
-# What saves less than this share of the whole is not worth a change
+# Suggestions that save less than this share of the total are left out
 _WORTH_SHARE = 0.02
 
 
 class Suggestion(NamedTuple):
-    """A setting to change.
+    """A suggested setting.
 
     Attributes:
         name: of the setting: batch_size, fused_loss, checkpointing, grad_accum_steps, precision, packing, cache_limit.
-        value: to set it to.
-        saves_bytes: that the process is predicted to take less at its highest.
-        evidence: what was measured.
+        value: the suggested value.
+        saves_bytes: predicted reduction of the process's peak.
+        evidence: the measurement behind it, in words.
     """
 
     name: str
@@ -27,15 +27,15 @@ class Suggestion(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """What was measured.
+    """The measured state of training.
 
     Attributes:
-        peaks: of the steps as they are.
-        cache_memory_bytes: the most that MLX kept of freed buffers beside the arrays of the peak.
-        real_share: of the tokens in the rows; the rest is padding.
-        is_gpu: whether bf16 is worth a try.
-        packing: how documents are laid into rows.
-        batch_size: rows in a forward pass of training, which may be another number than that of the steps measured.
+        peaks: of the measured steps.
+        cache_memory_bytes: freed buffers that MLX kept beyond the arrays' peak.
+        real_share: share of the positions that hold a token; the rest is padding.
+        is_gpu: whether training runs on a GPU, where bf16 is an option.
+        packing: the setting of that name.
+        batch_size: rows in a forward pass of training, which may differ from that of the measured steps.
     """
 
     peaks: Peaks
@@ -53,15 +53,15 @@ def suggest(
     *,
     predicts: Callable[[ProfiledModel, TrainingSettings], Peaks] = predict,
 ) -> list[Suggestion]:
-    """Return what to change, that with the largest effect first.
+    """Return suggestions, the largest saving first.
 
-    What would not save is left out, and so is what training does already.
+    Settings that training uses already, and those that save too little, are left out.
 
     Args:
-        model: to train.
-        settings: as they are.
-        situation: what was measured with them.
-        predicts: tells the peaks of other settings.
+        model: the model to train.
+        settings: the current ones.
+        situation: measured with them.
+        predicts: predicts the peaks of other settings.
     """
     found = [*_by_settings(model, settings, situation, predicts), *_by_cache(situation)]
     least = _WORTH_SHARE * (situation.peaks.whole + situation.cache_memory_bytes)
@@ -69,7 +69,7 @@ def suggest(
 
 
 def _candidates(settings: TrainingSettings, situation: Situation) -> Iterator[tuple[str, Any, TrainingSettings, str]]:
-    """Yield the name, value and settings of each change, and what it costs."""
+    """Yield the name, value and settings of each candidate, and its cost in words."""
     size, passes = settings.batch_size, settings.grad_accum_steps
     if size % 2 == 0 and size // 2 < situation.batch_size:
         halved = settings.replace(batch_size=size // 2, grad_accum_steps=2 * passes)
@@ -104,7 +104,7 @@ def _by_settings(
             halved = then
     size = settings.batch_size
     if situation.packing == "none" and situation.real_share < 0.9 and size > 1:
-        if halved is None:  # an odd number of rows, or more than training takes
+        if halved is None:  # not predicted above: the number of rows is odd, or larger than in training
             fewer = settings.replace(batch_size=size // 2, grad_accum_steps=2 * settings.grad_accum_steps)
             halved = predicts(model, fewer).whole
         a_row = (situation.peaks.forward_backward - halved) / (size - size // 2)

@@ -1,15 +1,15 @@
-"""What a profiler sees, written down as it goes: a program that is killed leaves all but the samples of a last second.
+"""A journal of a profiler's readings and phases, written during the run: after a kill all but the last second is there.
 
-Each line is a JSON list, its first word the kind:
+Each line is a JSON list whose first item is the kind:
 
-    ["columns", "seconds", ...]                        once, the first: the numbers of a reading
-    ["step", 3, 0.51, ...]                             a step's end: its number and the reading
+    ["columns", "seconds", ...]                        the first line: names of the numbers of a reading
+    ["step", 3, 0.51, ...]                             end of a step: its number and the reading
     ["sample", 0.55, ...]                              a reading of the sampling thread
-    ["enter", "training_step/update", 0.49]            a phase begins, at that second
-    ["phase", "training_step/update", 0.49, 0.51, 900] it ended: from, to, peak in bytes
-    ["end"]                                            the profiler was closed; whoever is killed leaves no such line
+    ["enter", "training_step/update", 0.49]            begin of a phase, in seconds
+    ["phase", "training_step/update", 0.49, 0.51, 900] end of a phase: begin and end in seconds, peak in bytes
+    ["end"]                                            the profiler was closed; missing after a kill
 
-The file is locked as long as its writer lives, so that a reader can tell a run that is cut off from one that goes on.
+The file is locked while its writer lives, so that a reader can distinguish a killed run from one that still runs.
 """
 
 import fcntl
@@ -21,22 +21,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-#: Samples wait so long for a line that is written at once: one write for many costs less than one each.
+#: The longest time that samples are buffered: one write for many is cheaper than one for each.
 _WAIT_SECONDS = 1.0
 
 
 class TimelineJournal:
-    """Appends lines to a file; what was written outlives the process. May be used from several threads.
+    """Appends lines to a file; written lines survive the process. Safe to use from several threads.
 
     Args:
-        path: begun anew.
+        path: the file; an existing one is truncated.
         columns: names of the numbers of a reading.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o666)
-        with suppress(OSError):  # somebody looks just now, or the file system has no locks
+        with suppress(OSError):  # a reader holds it at the moment, or the file system has no locks
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._lock = threading.Lock()
         self._waiting: list[tuple[object, ...]] = []
@@ -44,13 +44,13 @@ class TimelineJournal:
         self.append("columns", *columns)
 
     def append(self, kind: str, *values: object) -> None:
-        """Write a line, and those that wait before it; a disk that takes no more ends the journal, not the program."""
+        """Write the buffered lines and this one; an error such as a full disk closes the journal and is not raised."""
         with self._lock:
             self._waiting.append((kind, *values))
             self._write()
 
     def keep(self, kind: str, *values: object) -> None:
-        """Let a line wait for the next one that is written, a second at most."""
+        """Buffer a line until the next one is written, for a second at most."""
         with self._lock:
             self._waiting.append((kind, *values))
             if time.monotonic() >= self._due:
@@ -67,7 +67,7 @@ class TimelineJournal:
             self._close()
 
     def close(self) -> None:
-        """Write that it ended; further lines are left out."""
+        """Write the last line and close the file; later lines are ignored."""
         self.append("end")
         self._close()
 
