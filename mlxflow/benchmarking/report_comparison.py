@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "noise", "worse" or "better"."""
+        """One of "noise", "worse" and "better"."""
         if self.is_noise:
             return "noise"
         return "worse" if self.is_worse else "better"
