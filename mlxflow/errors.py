@@ -52,3 +52,8 @@ class ArtifactError(UserError):
 
 class CallError(UserError):
     """A command or function was called with arguments that do not fit."""
+
+
+def reason_of(error: BaseException, max_length: int | None = 200) -> str:
+    """Return an exception's message with its line breaks and runs of spaces as one space, cut to a length."""
+    return " ".join(str(error).split())[:max_length]

@@ -14,6 +14,7 @@ import jinja2.ext
 
 from mlxflow.data.chat_tracing import Trace, TracingEnvironment, TracingExtension
 from mlxflow.data.control_tokens import marked, unescaped
+from mlxflow.errors import reason_of
 
 #: Written by templates that ask for today's date; the one that Llama 3 writes when it is given none.
 _TODAY = datetime.date(2024, 7, 26)
@@ -119,7 +120,7 @@ def _first_that_works(messages: Sequence[Message], run: Callable[[list[dict[str,
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason_of(error, None) or type(error).__name__
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.records import Record
 from mlxflow.data.split_slices import parse_slices
-from mlxflow.errors import SourceError
+from mlxflow.errors import SourceError, reason_of
 from mlxflow.workflow.config import toml_value
 
 # Rows that are tokenized and kept as one shard
@@ -110,7 +110,7 @@ def _load_problem(source: str, config: str, known: Sequence[str], key: str, erro
     if not config and len(known) > 1:
         table = f"{{ path = {toml_value(source)}, config = {toml_value(known[0])} }}"
         return f"{source}: has the configurations {', '.join(known)}. Name one: {table}."
-    reason = " ".join(str(error).split())[:200]
+    reason = reason_of(error)
     return f"{source}: cannot be loaded ({reason}). Name a folder, or fetch it first."
 
 

@@ -13,7 +13,7 @@ from mlxflow.data.decompression import FileProblem, require_plausible
 from mlxflow.data.items import Bad, PlainText, Record, RecordForm
 from mlxflow.data.json_records import listed
 from mlxflow.data.long_lines import MAX_LINE_VALUES
-from mlxflow.errors import SourceError
+from mlxflow.errors import SourceError, reason_of
 from mlxflow.storage.paths import printable
 
 _MOST_ROWS_PER_BATCH = 1024
@@ -45,7 +45,7 @@ def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | PlainTe
     except (pyarrow.lib.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the operating system says it, not the format
-        raise FileProblem(f"is no valid parquet file ({printable(' '.join(str(error).split())[:200])})") from error
+        raise FileProblem(f"is no valid parquet file ({printable(reason_of(error))})") from error
 
 
 def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | PlainText | Bad]]:

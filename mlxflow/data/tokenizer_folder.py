@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mlxflow.data.tokenizer import Vocabulary
-from mlxflow.errors import SourceError
+from mlxflow.errors import SourceError, reason_of
 from mlxflow.models import model_code
 from mlxflow.storage import hub, model_files, remote_code
 
@@ -64,6 +64,6 @@ def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]
     try:
         AutoTokenizer.from_pretrained(config.parent, trust_remote_code=True).save_pretrained(to)
     except Exception as error:  # code of others: anything
-        said = " ".join(str(error).split())[:200]
+        said = reason_of(error)
         raise SourceError(f"{key}: its code cannot be run ({type(error).__name__}: {said}). Name another.") from error
     return {file: to / file for file in model_files.tokenizer_files(to)}

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
-from mlxflow.errors import SourceError
+from mlxflow.errors import SourceError, reason_of
 from mlxflow.system import child_processes
 
 #: Pieces of work that may be announced at a time; there are at most 256 workers.
@@ -126,7 +126,7 @@ class Work:
         self._numbers[self._at] = 0
         _board.free.append(self._at // _NUMBERS)
         if error is not None and (is_panic(error) or type(error) is Exception or isinstance(error, MemoryError)):
-            said = " ".join(str(error).split())[:200] or "out of memory"
+            said = reason_of(error) or "out of memory"
             raise SourceError(f"{self._subject} failed ({said}). Mend it or name another.") from None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflow.data.watched import Work
-from mlxflow.errors import ArtifactError, SourceError
+from mlxflow.errors import ArtifactError, SourceError, reason_of
 from mlxflow.storage.digests import digest_json
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _read(file: Path) -> Any:
     try:
         return Tokenizer.from_buffer(definition)
     except Exception as error:  # tokenizers raises this very class
-        said = " ".join(str(error).split())
+        said = reason_of(error, None)
         raise ArtifactError(f"{file.parent}: its tokenizer cannot be opened ({said}). Build it again.") from error
 
 

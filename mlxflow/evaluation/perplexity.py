@@ -16,6 +16,7 @@ from mlxflow.errors import StageError
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.positions import TokenRows, hidden_states, parts, rows_for
 from mlxflow.evaluation.slices import positions_at_once
+from mlxflow.ops.eval_mode import evaluating
 
 __all__ = ["Perplexity", "TokenRows", "mean_and_error", "measure_perplexity", "perplexity_from", "perplexity_of"]
 
@@ -54,19 +55,17 @@ def measure_perplexity(
     Raises:
         StageError: the rows have no target.
     """
-    was_training = model.training
-    model.eval()
-    body = Body.of(model)
-    at_once = rows_for(model, body, rows, batch_size)
     losses: list[NDArray[np.float64]] = []
-    for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
-        hidden = hidden_states(body, part)
-        step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
-        losses += [
-            np.array(_losses(body, hidden[begin : begin + step], part.targets[begin : begin + step]), np.float64)
-            for begin in range(0, len(hidden), step)
-        ]
-    model.train(was_training)
+    with evaluating(model):
+        body = Body.of(model)
+        at_once = rows_for(model, body, rows, batch_size)
+        for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
+            hidden = hidden_states(body, part)
+            step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
+            losses += [
+                np.array(_losses(body, hidden[begin : begin + step], part.targets[begin : begin + step]), np.float64)
+                for begin in range(0, len(hidden), step)
+            ]
     return perplexity_from(np.concatenate([np.empty(0), *losses]))
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
+from mlxflow.errors import reason_of
 from mlxflow.kernels import cache, nvrtc
 from mlxflow.kernels.fingerprint import environment
 from mlxflow.kernels.kernel_names import name_of
@@ -166,7 +167,7 @@ def programs_run() -> bool:
         (y,) = _TRIAL.launch([x], constants=[], groups=1, shapes=[(5,)], dtypes=[mx.float32])
         runs = bool(y.tolist() == [1, 2, 3, 4, 5])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         terminal.say(
             f"mlxflow: precompiled kernels cannot be loaded ({reason}); MLX will compile them in every process"
         )

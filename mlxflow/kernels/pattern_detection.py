@@ -3,8 +3,7 @@
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -25,6 +24,7 @@ from mlxflow.kernels.layer_patterns import (
     positional_arguments,
 )
 from mlxflow.kernels.layer_signature import plain_values
+from mlxflow.ops.eval_mode import evaluating
 
 
 class Detection(NamedTuple):
@@ -199,7 +199,7 @@ def _match_rotary(module: nn.Module) -> Rotary | None:
 
 
 def _match_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
-    with _evaluating(module):
+    with evaluating(module):
         for down in inner:
             gate, up = (name for name in inner if name != down)
             width = _input_width(module[gate])
@@ -218,7 +218,7 @@ def _match_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
 
 
 def _match_joined_mlp(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
-    with _evaluating(module):
+    with evaluating(module):
         for both, down in (inner, reversed(inner)):
             x = _sample((3, _input_width(module[both]) or 0), 0).astype(_compute_type(module))
             joined = module[both](x)
@@ -245,17 +245,6 @@ def _is_ambiguous(activation: str, a: mx.array, b: mx.array) -> bool:
         product, other_activation = (silu, gelu) if activation == "silu" else (gelu, silu)
         swapped = y * mx.sigmoid(y) * x if activation == "silu" else y * (1 + mx.erf(y / math.sqrt(2))) / 2 * x
         return any(_same(product.astype(a.dtype), other) for other in (other_activation, swapped))
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a layer into eval mode until the block ends, so that an adapter's dropout is off."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def _input_width(layer: Any) -> int | None:

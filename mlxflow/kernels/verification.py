@@ -25,6 +25,7 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlxflow.errors import reason_of
 from mlxflow.kernels import codegen, nvrtc
 from mlxflow.kernels.verification_cases import Case, case_of
 from mlxflow.kernels.verification_inputs import Arrays
@@ -112,9 +113,7 @@ def _as_timed(case: Case) -> Callable[..., Arrays]:
 
 def _failure_result(failure: Exception) -> VerificationResult:
     """Return the result of a kernel that raised: a reason not to use it, and none to stop."""
-    return VerificationResult(
-        False, f"it does not run: {' '.join(str(failure).split())[:300] or type(failure).__name__}"
-    )
+    return VerificationResult(False, f"it does not run: {reason_of(failure, 300) or type(failure).__name__}")
 
 
 def _error(case: Case) -> float:

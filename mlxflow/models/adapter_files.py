@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.errors import ArtifactError
+from mlxflow.errors import ArtifactError, reason_of
 from mlxflow.ops import mlx_lm_import
 from mlxflow.storage import layout, model_files, toml_text
 from mlxflow.system.os_errors import advise_on
@@ -94,7 +94,7 @@ def apply(model: nn.Module, folder: Path) -> nn.Module:
         advice = advise_on(error, "Build it again")
         raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error.strerror or error}). {advice}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        said = " ".join(str(error).split())
+        said = reason_of(error, None)
         raise ArtifactError(f"{folder / WEIGHTS}: does not fit the model ({said}). Build it again.") from error
     # mlx-lm leaves an adapter without weights in the file at its random initialization
     lacking = [name for name in _parameters(adapted) if name not in stored]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import ArtifactError
+from mlxflow.errors import ArtifactError, reason_of
 from mlxflow.models import model_code, vocabularies
 from mlxflow.storage import model_files, remote_code
 from mlxflow.storage.temporary_files import scratch_folder
@@ -98,7 +98,7 @@ def _open_in_transformers(folder: Path) -> Any:
             model_files.copy(folder, [name for name in names if (folder / name).is_file()], copied)
             return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = reason_of(error)
         advice = advise_on(error, "Put one into it")
         raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). {advice}.") from error
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow.errors import reason_of
 from mlxflow.workflow.stage import Context, derive_seed
 
 _TEXT_TEMPERATURE = 0.8
@@ -45,7 +46,7 @@ def samples(config: Any, inputs: Any, context: Context) -> list[dict[str, Any]]:
         try:
             found += [about | one for one in _written(config, path.parent, asked, context)]
         except RuntimeError as error:  # no room for the model: the page is drawn without it
-            found.append(about | {"error": " ".join(str(error).split())})
+            found.append(about | {"error": reason_of(error, None)})
     return found
 
 

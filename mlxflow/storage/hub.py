@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlxflow.errors import SourceError
+from mlxflow.errors import SourceError, reason_of
 
 
 def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
@@ -23,7 +23,7 @@ def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except Exception as error:  # of many kinds: no such model, no network, no permission
-        said = " ".join(str(error).split())[:200]
+        said = reason_of(error)
         raise SourceError(
             f'{key} = "{name}": cannot be had from the hub ({said}). Name a folder, or fetch it first.'
         ) from error

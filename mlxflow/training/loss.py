@@ -11,7 +11,7 @@ each chunk after the one before it, as Liger Kernel does (Hsu et al. 2024, arXiv
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -56,34 +56,34 @@ def _cross_entropy_cpu_vjp(
     return mx.put_along_axis(gradient, index, at_target, axis=-1).astype(logits.dtype), mx.zeros_like(targets)
 
 
-@mx.custom_function
-def _cross_entropy_gpu(logits: mx.array, targets: mx.array) -> mx.array:
-    return mx.fast.cross_entropy(logits, targets)
+def _fast_cross_entropy(gradient_of: Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]) -> Any:
+    """Return MLX's fused cross-entropy with a gradient of ours.
 
+    Args:
+        gradient_of: maps logits, targets, incoming gradient and losses to the gradient of the logits.
+    """
 
-@_cross_entropy_gpu.vjp
-def _cross_entropy_gpu_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
-    logits, targets = primals
-    return _logits_gradient(logits, targets, cotangent), mx.zeros_like(targets)
+    @mx.custom_function
+    def losses_of(logits: mx.array, targets: mx.array) -> mx.array:
+        return mx.fast.cross_entropy(logits, targets)
 
+    @losses_of.vjp
+    def gradients(
+        primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        logits, targets = primals
+        return gradient_of(logits, targets, cotangent, losses), mx.zeros_like(targets)
 
-@mx.custom_function
-def _cross_entropy_kernel(logits: mx.array, targets: mx.array) -> mx.array:
-    return mx.fast.cross_entropy(logits, targets)
-
-
-@_cross_entropy_kernel.vjp
-def _cross_entropy_kernel_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, losses: mx.array
-) -> tuple[mx.array, mx.array]:
-    logits, targets = primals
-    flat = [logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), cotangent.reshape(-1), losses.reshape(-1)]
-    return _kernel_gradient(*flat).reshape(logits.shape), mx.zeros_like(targets)
+    return losses_of
 
 
 def _kernel_gradient(logits: mx.array, targets: mx.array, incoming: mx.array, losses: mx.array) -> mx.array:
+    """Return the gradient of (..., V) logits whose losses are known, by our kernel where it takes them."""
+    rows = [logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), incoming.reshape(-1), losses.reshape(-1)]
+    return _kernel_rows_gradient(*rows).reshape(logits.shape)
+
+
+def _kernel_rows_gradient(logits: mx.array, targets: mx.array, incoming: mx.array, losses: mx.array) -> mx.array:
     """Return what `_logits_gradient` does for (N, V) logits whose losses are known, by our kernel."""
     from mlxflow.kernels import cross_entropy as kernels
 
@@ -100,6 +100,12 @@ def _logits_gradient(logits: mx.array, targets: mx.array, incoming: mx.array) ->
     at_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     gradient = mx.where(at_target, probabilities - 1, probabilities) * incoming[..., None]
     return gradient.astype(logits.dtype)
+
+
+_cross_entropy_gpu = _fast_cross_entropy(
+    lambda logits, targets, incoming, _losses: _logits_gradient(logits, targets, incoming)
+)
+_cross_entropy_kernel = _fast_cross_entropy(_kernel_gradient)
 
 
 # --- the head's product and the loss in one

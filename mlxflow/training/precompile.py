@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxflow.data.token_file import Rows
+from mlxflow.errors import reason_of
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.system import terminal
 from mlxflow.training.step import Step, put_random_key
@@ -41,7 +42,7 @@ def rehearse(
             _do(make_step(), rows, is_one_pass=is_one_pass)
             measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
     except Exception as failure:  # whatever it is, training goes on or comes to it, too
-        said = " ".join(str(failure).split())[:200]
+        said = reason_of(failure)
         terminal.say(f"mlxflow: not all of the first step was compiled ahead ({said})")
     mx.clear_cache()
 

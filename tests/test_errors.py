@@ -1,0 +1,24 @@
+import pytest
+
+from mlxflow import errors
+from mlxflow.errors import ArtifactError, CallError, SourceError, StageError, UserError, WorkflowError, reason_of
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code"), [(StageError, 1), (WorkflowError, 2), (SourceError, 2), (ArtifactError, 2), (CallError, 2)]
+)
+def test_exit_codes_of_errors(kind: type[errors.MlxflowError], exit_code: int) -> None:
+    assert kind("a").exit_code == exit_code
+    assert str(kind("a")) == "a"
+
+
+def test_a_user_error_has_one_line_for_each_problem() -> None:
+    error = UserError("a\nb: wrong", "c: missing")
+    assert error.problems == ("a\\nb: wrong", "c: missing")
+    assert str(error) == "a\\nb: wrong\nc: missing"
+
+
+def test_reason_of_an_exception_is_one_short_line() -> None:
+    assert reason_of(ValueError("cannot  be\n\tread ")) == "cannot be read"
+    assert reason_of(ValueError("x" * 300)) == "x" * 200
+    assert reason_of(ValueError("x" * 300), None) == "x" * 300
