@@ -51,7 +51,7 @@ class ArtifactError(UserError):
 
 
 class CallError(UserError):
-    """A command or function was called with arguments that do not fit."""
+    """A command or function was called with wrong arguments."""
 
 
 def reason_of(error: BaseException, max_length: int | None = 200) -> str:

@@ -57,7 +57,7 @@ class Budget:
         """Print what begins and the estimated time, with the remaining time if that is shorter."""
         about = f"about {seconds:,.0f} s"
         if seconds > self.left:
-            about += f", of which max_seconds = {self.seconds:g} leaves {self.left:,.0f} s"
+            about += f", but max_seconds = {self.seconds:g} leaves {self.left:,.0f} s"
         elif seconds < _WORTH_A_LINE_SECONDS:
             return
         self._say_line(f"{self._task}: {what}: {about}")

@@ -7,8 +7,8 @@ Gradients of trained attention contain numbers below 1e-38. An x86 processor tak
 denormals unless they are flushed to zero, as GPUs do; without that a step takes 1.6 times as long after a few dozen
 updates (`benchmarks/cpu.py`). The setting belongs to a thread and is inherited by the threads it starts.
 
-`mx.compile` builds each CPU kernel with g++ in 1.2 s, of which 0.8 s go into parsing one header of MLX. That header is
-precompiled once and stored beside the kernels, in a folder that `storage.user_folders` has checked.
+`mx.compile` builds each CPU kernel with g++ in 1.2 s and spends 0.8 s of that on parsing one header of MLX. That
+header is precompiled once and stored beside the kernels, in a folder that `storage.user_folders` has checked.
 """
 
 import ctypes

@@ -1,7 +1,7 @@
-"""Processes that end with the one that started them, however that one ends.
+"""Child processes that are killed when their parent ends, however it ends.
 
-A thread that waits for that end is not enough: code in C may hold the interpreter for hours, and no thread runs. So the
-kernel is asked to kill the process on Linux. Elsewhere a small process beside it does,
+A thread that watches the parent is not enough: C code may hold the interpreter for hours, and then no thread runs. On
+Linux the kernel kills the child (PR_SET_PDEATHSIG). Elsewhere a small watcher process does,
 `mlxflow.system.parent_watcher`.
 """
 
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-#: Names the descriptor of a pipe that closes when the process that started this one ends.
+#: The environment variable with the descriptor of a pipe that closes when the parent ends.
 PARENT_VARIABLE = "MLXFLOW_PARENT_FD"
 
 _HAS_DEATH_SIGNAL = sys.platform == "linux"
@@ -26,14 +26,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
-    """Start a process that ends with this one, if it calls `end_with_parent` or the system has no such signal.
+    """Start a child process that ends with this one; on Linux it must call `end_with_parent`.
 
-    May be called from any thread: Linux takes the end of the *thread* that starts a process for its parent's, so all
-    are started by one that does not end.
+    May be called from any thread. On Linux the death signal is tied to the *thread* that starts a child, so one thread
+    that never ends starts all of them.
 
     Args:
-        command: program and arguments; no shell. On other systems than Linux its whole process group is killed, so it
-            is the leader of one.
+        command: program and arguments; no shell. On other systems than Linux it becomes the leader of a process group,
+            and the whole group is killed.
         options: of `subprocess.Popen`.
     """
     reading = _life_pipe()[0]
@@ -54,13 +54,13 @@ def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
     watching = subprocess.Popen(
         watcher, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=(reading,), start_new_session=True
     )
-    threading.Thread(target=watching.wait, daemon=True).start()  # it ends when the process does
+    threading.Thread(target=watching.wait, daemon=True).start()  # the watcher ends when the child does
     return process
 
 
 @cache
 def _life_pipe() -> tuple[int, int]:
-    """Return both ends of a pipe of which nobody but this process holds the writing end."""
+    """Return a pipe, reading and writing end; only this process holds the writing end."""
     return os.pipe()
 
 
@@ -70,12 +70,12 @@ def _starter() -> ThreadPoolExecutor:
 
 
 def end_with_parent() -> bool:
-    """End this process at once when the one that started it by `start` ends, so that no orphan goes on computing.
+    """Make this process exit as soon as the parent that started it by `start` ends.
 
-    What was begun is left in the private folder, which the next run removes.
+    Unfinished files stay in the private folder, which the next run removes.
 
     Returns:
-        whether it was started that way.
+        whether this process was started by `start`.
     """
     descriptor = os.environ.pop(PARENT_VARIABLE, None)
     if descriptor is None:
@@ -86,7 +86,7 @@ def end_with_parent() -> bool:
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if select.select([pipe], [], [], 0)[0]:  # it ended before that
+    if select.select([pipe], [], [], 0)[0]:  # the parent has ended already
         os._exit(128 + signal.SIGTERM)
 
     def watch() -> None:

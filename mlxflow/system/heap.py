@@ -1,7 +1,4 @@
-"""glibc's heaps: how many threads have one of their own, and when freed memory goes back to the system.
-
-Other C libraries have none of these calls; there, nothing is done.
-"""
+"""glibc's heaps: limit their number, and return freed memory to the system. No effect with other C libraries."""
 
 import ctypes
 from contextlib import suppress
@@ -10,12 +7,12 @@ _ARENA_MAX = -8
 
 
 def share_one() -> None:
-    """Keep glibc from giving each thread a heap of its own, none of which it ever returns."""
+    """Make all threads share one heap; glibc never returns the heaps of single threads."""
     with suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 def trim() -> None:
-    """Give what is free in every heap back to the system; a phase that made many small objects leaves it fragmented."""
+    """Return free memory of every heap to the system; use it after a phase with many small objects."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What a file call that failed says to a user: the file, the system's reason, and what to do about that reason."""
+"""Messages for failed file calls: the file, the system's reason, and what to do about it."""
 
 import errno
 import os
@@ -22,21 +22,21 @@ _ADVICE = {
 
 _ADVICE_BY_NUMBER = {number: advice for advice, numbers in _ADVICE.items() for number in numbers}
 
-# Reasons that lie in the machine or its limits, not in the file that a call was about
+# Errors whose cause is the machine or a limit, not the file
 _OF_MACHINE = frozenset(
     {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EINTR, errno.EAGAIN}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOLCK, errno.ENOSPC, errno.EDQUOT}
 )
 
-#: What a file call raises about a file that is not there; anything else says nothing of that.
+#: Raised for a file that does not exist; other errors do not say whether it exists.
 ABSENT = (FileNotFoundError, NotADirectoryError)
 
-#: Reasons that only a call has that writes.
+#: Errors that only writing calls raise.
 OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def is_about_a_file(error: OSError) -> bool:
-    """Return whether an error is what a file system answers, not a process or a network."""
+    """Return whether an error comes from the file system, not from a process or a network."""
     return error.errno in _ADVICE_BY_NUMBER
 
 
@@ -49,36 +49,36 @@ def advise_on(error: Exception, otherwise: str) -> str:
     """Return what to do about something that cannot be used, without a full stop.
 
     Args:
-        error: what using it raised.
-        otherwise: what to do where the reason lies in the thing itself, not in the machine or its limits.
+        error: raised by using it.
+        otherwise: the advice if the cause is the thing itself, not the machine or a limit.
     """
     return advise(error) if isinstance(error, OSError) and error.errno in _OF_MACHINE else otherwise
 
 
 def word_cause(error: OSError, place: str | os.PathLike[str]) -> str:
-    """Return the line about a file call that failed.
+    """Return the message for a failed file call.
 
     Args:
-        error: what it raised.
-        place: the file or folder, where the error names none.
+        error: raised by it.
+        place: the file or folder, used if the error names none.
     """
     return f"{named(error, place)}: {error.strerror or error}. {advise(error)}."
 
 
 def reason_of(error: Exception) -> str:
-    """Return why something cannot be read: the system's reason where it gave one, without the file's name."""
+    """Return why something cannot be read, without the file's name: the system's reason if there is one."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def named(error: OSError, place: str | os.PathLike[str]) -> str:
-    """Return the file that an error is about, or else a place."""
-    name = error.filename2 or error.filename  # of two the one that is written
+    """Return the file that an error names, or else a place."""
+    name = error.filename2 or error.filename  # of two names the one that is written
     return os.fsdecode(place if name is None or isinstance(name, int) else name)
 
 
 @contextmanager
 def naming(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Name a file in the errors of this block that name none, as those of reading, writing and flushing do."""
+    """Add a file name to the errors of this block that have none, such as those of read, write and flush."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Kills a process and its group when the process that started it ends; for systems without such a signal.
+"""Kill a process group when the parent of its leader ends; for systems without a parent-death signal.
 
-    python -I -S watcher.py DESCRIPTOR PID   the descriptor is of a pipe that the starter holds open
+    python -I -S parent_watcher.py DESCRIPTOR PID   the descriptor of a pipe that the parent holds open
 
-It is a process of its own, so that it acts whatever the other two are computing, and ends when the watched one does.
+It runs as a separate process, so that it acts whatever the other two compute, and ends when the watched one does.
 """
 
 import os
@@ -13,11 +13,11 @@ from contextlib import suppress
 
 
 def main(pipe: int, watched: int) -> None:
-    """Wait for the end of either process; the starter's is that of the watched one, too.
+    """Wait until either process ends; if the parent ends first, kill the watched one.
 
     Args:
-        pipe: descriptor of a pipe that closes when the starter ends.
-        watched: the process to kill, leader of its group.
+        pipe: descriptor of a pipe that closes when the parent ends.
+        watched: id of the process to kill, leader of its group.
     """
     with suppress(ProcessLookupError):
         if starter_ends_first(pipe, watched):
@@ -25,10 +25,10 @@ def main(pipe: int, watched: int) -> None:
 
 
 def starter_ends_first(pipe: int, watched: int) -> bool:
-    """Wait for the end of either process and return whether it is that of the starter; see `main`.
+    """Wait until either process ends and return whether it was the parent; see `main`.
 
     Raises:
-        ProcessLookupError: the watched one has ended.
+        ProcessLookupError: the watched process has ended already.
     """
     if sys.platform == "linux":
         process = os.pidfd_open(watched)
@@ -45,7 +45,7 @@ def starter_ends_first(pipe: int, watched: int) -> bool:
         ],
         2,
     )
-    return not any(event.filter == select.KQ_FILTER_PROC for event in events)  # which has an error where it is gone
+    return not any(event.filter == select.KQ_FILTER_PROC for event in events)
 
 
 if __name__ == "__main__":

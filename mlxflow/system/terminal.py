@@ -1,8 +1,8 @@
-r"""The one door to the terminal: what is printed goes through here, and control characters in it are escaped.
+r"""Printing to the terminal with control characters escaped; all output of the package goes through here.
 
-File names, keys of TOML and JSON, names in an unpacked record and what a model writes are texts of others. Raw, they
-could retitle the terminal, move its cursor, hide or reorder what stands there, or pretend a line of ours. Escaped,
-U+001B is the four characters `\x1b`. Imported by every `doit`: nothing heavy here.
+File names, keys of TOML and JSON, names in an unpacked record and generated text are untrusted. Unescaped, they could
+retitle the terminal, move its cursor, hide or reorder text, or imitate our own lines. U+001B is printed as the four
+characters `\x1b`. Imported by every `doit`, so it imports nothing heavy.
 """
 
 import os
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TextColumn
 
-# Controls of C0 (but tab and newline) and C1, marks that are not shown or change the direction of writing, separators
-# of lines that only some programs take for such, halves of characters (bytes of a file name that are no UTF-8), tags
+# Controls of C0 (except tab and newline) and C1, invisible and bidirectional marks, line separators that only some
+# programs recognize, surrogates (bytes of a file name that are no UTF-8), tags
 _UNSAFE = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e0fff"
@@ -27,25 +27,25 @@ _UNSAFE = (
 _TEXT = re.compile(f"[{_UNSAFE}]")
 _LINE = re.compile(f"[{_UNSAFE}\t\n]")
 
-# What progress bars of other libraries need: colors, the cursor moved within a few lines or hidden, a line erased
+# Sequences that progress bars need: colors, moving or hiding the cursor, erasing a line
 _BAR = r"\r|\x1b\[[0-9;]{0,20}[ABCDGKm]|\x1b\[\?25[hl]"
 _FOREIGN = re.compile(f"({_BAR})|[{_UNSAFE}]")
 _UNFINISHED = re.compile(r"\x1b(\[[0-9;?]{0,20})?\Z")
 
 
 def escaped(text: str) -> str:
-    """Return a text of any lines with everything escaped that would not be shown as it is."""
+    """Return a text with everything escaped that is not printable; newlines and tabs stay."""
     return text if text.isprintable() else _TEXT.sub(_escape, text)
 
 
 def one_line(text: object) -> str:
-    """Return what is printed of an object as one line: tabs and newlines are escaped, too."""
-    said = str(text)
-    return said if said.isprintable() else _LINE.sub(_escape, said)
+    """Return the text of an object as one printable line: tabs and newlines are escaped, too."""
+    line = str(text)
+    return line if line.isprintable() else _LINE.sub(_escape, line)
 
 
 def foreign(text: str) -> str:
-    """Return a text of another program, which may draw colors and progress bars, with everything else escaped."""
+    """Return a text of another program with everything escaped except colors and progress bars."""
     return text if text.isprintable() else _FOREIGN.sub(lambda found: found[1] or _escape(found), text)
 
 
@@ -69,7 +69,7 @@ def say_error(error: BaseException) -> None:
 
 
 def say_last(*lines: object) -> None:
-    """Print the lines that explain an exit code; where standard error cannot be written, the code stays the same."""
+    """Print the lines that explain an exit code; if standard error cannot be written, no error is raised."""
     try:
         say(*lines)
     except OSError:
@@ -77,7 +77,7 @@ def say_last(*lines: object) -> None:
 
 
 def discard_unwritable() -> None:
-    """Send what a standard stream still holds and cannot write to nowhere, or Python would change the exit code."""
+    """Discard output that cannot be written, so that Python's flush at exit does not change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue
@@ -97,12 +97,12 @@ def show(*lines: object) -> None:
 
 
 def write(text: str) -> None:
-    """Print a text of any lines on standard output; see `escaped`."""
+    """Print a text on standard output; see `escaped`."""
     _print(sys.stdout, text)
 
 
 def stream(text: str) -> None:
-    """Print a piece of a text that a model writes on standard output: escaped on a terminal, as it is elsewhere."""
+    """Print a piece of generated text on standard output: escaped on a terminal, unchanged elsewhere."""
     output: Any = sys.stdout
     if output is None or output.isatty():
         write(text)
@@ -114,26 +114,26 @@ def stream(text: str) -> None:
 
 
 def _print(stream: TextIO | None, text: str) -> None:
-    if stream is not None:  # Python has none where it was closed
+    if stream is not None:  # None if it was closed
         with naming(_name_of(stream)):
             stream.write(_encodable(escaped(text), stream))
             stream.flush()
 
 
 def _name_of(stream: TextIO) -> str:
-    """Return what an error calls a stream that cannot be written."""
+    """Return the name of a stream for error messages."""
     inner = stream.stream if isinstance(stream, _EscapingStream) else stream
     return {"<stdout>": "standard output", "<stderr>": "standard error"}.get(getattr(inner, "name", ""), "the output")
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    """Return a text with what a stream's encoding does not have, such as ASCII's, escaped."""
+    """Return a text with characters escaped that a stream's encoding does not have."""
     encoding = stream.encoding or "utf-8"
     return text if text.isascii() else text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Foreign:
-    """Makes the output of another program fit for a terminal as it comes, in pieces that may break anywhere."""
+    """Escapes the output of another program for a terminal, piece by piece; pieces may break anywhere."""
 
     def __init__(self) -> None:
         import codecs
@@ -142,11 +142,11 @@ class Foreign:
         self._held = ""
 
     def feed(self, data: bytes, *, ends: bool = False) -> bytes:
-        """Return what may be printed by now.
+        """Return the output that can be printed now.
 
         Args:
-            data: what the program wrote.
-            ends: whether it writes no more.
+            data: the next piece of the program's output.
+            ends: whether it is the last piece.
         """
         text = self._held + self._decoder.decode(data, ends)
         unfinished = None if ends else _UNFINISHED.search(text)
@@ -156,7 +156,7 @@ class Foreign:
 
 
 class _EscapingStream:
-    """A standard stream that escapes what other libraries, such as doit and warnings, write to it."""
+    """A standard stream that escapes the output of other libraries, such as doit and warnings."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -165,7 +165,7 @@ class _EscapingStream:
         try:
             self.stream.write(_encodable(foreign(text), self.stream))
         except OSError:
-            with naming(_name_of(self.stream)):  # looked up here alone: doit writes a line for each task of a graph
+            with naming(_name_of(self.stream)):  # only on an error: this is called for each task of a graph
                 raise
         return len(text)
 
@@ -182,13 +182,13 @@ class _EscapingStream:
 
 
 def guard() -> None:
-    """Let the standard streams escape what other libraries write, for the rest of this process."""
+    """Make the standard streams escape the output of other libraries, for the rest of this process."""
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Let the standard streams escape what other libraries write, until the block ends."""
+    """Make the standard streams escape the output of other libraries, until the block ends."""
     before = sys.stdout, sys.stderr
     guard()
     try:
@@ -202,7 +202,7 @@ def _guarded(stream: TextIO) -> Any:
 
 
 def console(*, stderr: bool = False, **settings: Any) -> "Console":
-    """Return a console of rich that escapes every text and takes no markup from one.
+    """Return a console of rich that escapes every text and interprets no markup.
 
     Args:
         stderr: whether it writes to standard error.
@@ -227,7 +227,7 @@ def console(*, stderr: bool = False, **settings: Any) -> "Console":
 
 
 def text_column(text: str = "") -> "TextColumn":
-    """Return a column of a progress bar of rich: a text, or the description of each task; neither is markup."""
+    """Return a column of a rich progress bar: a text, or the description of each task; no markup."""
     from rich.progress import TextColumn
 
     shown = one_line(text).replace("{", "{{").replace("}", "}}") if text else "{task.description}"

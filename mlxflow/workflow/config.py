@@ -1,11 +1,11 @@
-"""From a TOML table to a frozen struct, with every problem found at once and worded in one place.
+"""Convert a TOML table to a frozen struct, and report every mistake in it at once.
 
 Keys, types, ranges, defaults and one-line help are written once, in the fields of a `msgspec.Struct`:
 
     num_steps: Annotated[int, Meta(ge=1, description="optimizer updates")] = 300
 
-A struct may also have a method `problems(self)` that yields a `Problem` for each pair of values that does not fit
-together; it is asked only when every value fits by itself.
+A struct may also have a method `problems(self)` that yields a `Problem` for values that contradict each other; it is
+called only if every value is valid by itself.
 """
 
 import math
@@ -16,26 +16,26 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_a
 import msgspec
 from msgspec import Meta
 
-# In `Meta.extra` of a number for which infinity means that there is no limit: the value that means the same
+# Key in `Meta.extra` of a number for which infinity means no limit; its value is the number that means the same
 _UNLIMITED = "unlimited"
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-#: The most of what tables count: optimizer updates, rows of a batch or of a file, positions and other dimensions.
+#: Upper bounds of numbers in tables: optimizer updates, rows of a batch or of a file, positions and other dimensions.
 MAX_STEPS, MAX_ROWS, MAX_SIZE = 10**9, 2**20, 2**20
 
-#: The most blocks of a model; more than ten times as many as published ones have.
+#: Upper bound of a model's blocks; more than ten times as many as published models have.
 MAX_LAYERS = 1000
 
-# The most characters of a value or a key that a message shows
+# Length up to which a message shows a value or a key in full
 _MAX_SHOWN = 1000
 
-# The longest name whose likes are looked for, and after how many mistakes that ends
+# Similar names are suggested for names up to this length, and for this many mistakes
 _MAX_GUESSED, _MAX_GUESSES = 64, 100
 
 
 def limit(most: float, description: str, *, least: float = 0, unlimited: float = 0) -> Meta:
-    """Return the rule of a number for which `inf` means that there is no limit.
+    """Return the rule for a number that may be `inf`, which means no limit.
 
     Args:
         most: the largest value.
@@ -47,7 +47,7 @@ def limit(most: float, description: str, *, least: float = 0, unlimited: float =
 
 
 class Problem(NamedTuple):
-    """One mistake: the key below its table, the value as written, what was expected and what to do."""
+    """A mistake: the key relative to its table, the value as written, what was expected, and what to do."""
 
     key: str
     value: object
@@ -56,15 +56,15 @@ class Problem(NamedTuple):
 
 
 class Checks(Protocol):
-    """A struct that knows which of its values do not fit together."""
+    """A struct that checks whether its values contradict each other."""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what does not fit; keys are relative to the struct."""
+        """Yield the contradictions; keys are relative to the struct."""
         ...
 
 
 def toml_value(value: object) -> str:
-    """Return a value as it is written in TOML, on one line."""
+    """Return a value in TOML's notation, on one line."""
     match value:
         case bool():
             return "true" if value else "false"
@@ -76,7 +76,7 @@ def toml_value(value: object) -> str:
             return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }" if value else "{}"
         case float() if math.isinf(value) or math.isnan(value):
             return repr(value)
-        case int() if value.bit_length() > 1024:  # Python writes no number of very many decimal digits
+        case int() if value.bit_length() > 1024:  # Python refuses to convert integers of very many decimal digits
             return hex(value)
         case msgspec.Struct():
             return toml_value(msgspec.to_builtins(value))
@@ -92,14 +92,14 @@ def _toml_character(character: str) -> str:
 
 
 def word(problem: Problem, file: str, table: str) -> str:
-    """Return the one line that a user reads for a problem found in a table of a file."""
+    """Return the message for a problem in a table of a file, one line."""
     key = ".".join(part for part in (table, problem.key) if part)
     value = "" if problem.value is msgspec.UNSET else f" = {_shortened(toml_value(problem.value))}"
     return f"{file}: {key}{value}: {problem.expected}. {problem.advice}"
 
 
 def _shortened(text: str) -> str:
-    """Return a text with its middle left out where it is very long."""
+    """Return a text, without its middle if it is very long."""
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 4 :]}"
 
 
@@ -114,11 +114,11 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
     """Convert a TOML table to a struct, or append a line for each mistake and return None.
 
     Args:
-        table: what `tomllib` made of the table.
-        struct: the struct to make; nested structs and tuples of structs are looked into.
+        table: the table as parsed by `tomllib`.
+        struct: the struct to make; it may contain structs and tuples of structs.
         file: the file's name, for the messages.
         key: the table's dotted key, for the messages.
-        lines: where the messages go, in the order of the file.
+        lines: messages are appended here, in the order of the file.
     """
     if not isinstance(table, dict):
         problem = Problem("", table, "expected a table", f"Write [{key}] on a line of its own and its keys below it.")
@@ -148,13 +148,13 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
 
 
 def unknown_key(dotted: str, known: list[str], *, file: str, guesses: bool = True) -> str:
-    """Return the line for a key that does not exist, with the nearest one that does.
+    """Return the message for an unknown key, with the most similar valid one.
 
     Args:
         dotted: the key.
-        known: the keys that there are.
+        known: the valid keys.
         file: the file's name.
-        guesses: whether a near one is looked for, which takes a millisecond.
+        guesses: whether a similar key is searched for, which takes a millisecond.
     """
     parent, _, name = dotted.rpartition(".")
     near = _nearest(name, known) if guesses and len(name) <= _MAX_GUESSED else ""
@@ -164,7 +164,7 @@ def unknown_key(dotted: str, known: list[str], *, file: str, guesses: bool = Tru
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """Return the known name that is most like another one; empty where none is."""
+    """Return the known name that is most similar to a name; empty if none is similar."""
     import difflib
 
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -194,13 +194,13 @@ def _read_value(
 
 
 def _without_limit(type_: Any) -> float:
-    """Return the value of a key that means what infinity means there; infinity, where it means nothing."""
+    """Return the value of a key that means no limit; infinity if the key has none."""
     metas = get_args(type_)[1:] if get_origin(type_) is Annotated else ()
     return next((meta.extra[_UNLIMITED] for meta in metas if meta.extra and _UNLIMITED in meta.extra), math.inf)
 
 
 def struct_in(type_: Any) -> type[msgspec.Struct] | None:
-    """Return the struct that the entries of a tuple type are or may be, or None."""
+    """Return the struct type of the entries of a tuple type, or None."""
     if get_origin(type_) is not tuple:
         return None
     item = get_args(type_)[0]
@@ -240,7 +240,7 @@ def _advise_default(dotted: str, field: msgspec.structs.FieldInfo) -> str:
 
 
 def default_of(field: msgspec.structs.FieldInfo) -> object:
-    """Return a field's default, or None where it has none."""
+    """Return a field's default, or None."""
     if field.default is not msgspec.NODEFAULT:
         return field.default
     if field.default_factory is not msgspec.NODEFAULT:
@@ -249,7 +249,7 @@ def default_of(field: msgspec.structs.FieldInfo) -> object:
 
 
 def describe(type_: Any) -> str:
-    """Return a type with its range in a user's words, such as `a whole number from 1 to 64`."""
+    """Return a type with its range in words, such as `a whole number from 1 to 64`."""
     metas = [m for m in get_args(type_)[1:] if isinstance(m, msgspec.Meta)] if get_origin(type_) is Annotated else []
     bare = get_args(type_)[0] if get_origin(type_) is Annotated else type_
     if get_origin(bare) is Literal:
@@ -289,5 +289,5 @@ def _describe_range(meta: msgspec.Meta) -> str:
 
 
 def _bound(value: float) -> str:
-    """Return a bound as TOML takes it, large ones in a form that can be read."""
+    """Return a bound in TOML's notation, large ones with digit separators."""
     return f"{value:_}" if isinstance(value, int) and value >= 10_000 else f"{value:g}"

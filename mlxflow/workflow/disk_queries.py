@@ -1,8 +1,7 @@
-"""What resolving a workflow asks of the disk and the environment, each question recorded with its answer.
+"""Queries of the disk and the environment made while a workflow is resolved, each recorded with its answer.
 
-A resolved workflow may be remembered for exactly as long as every one of these questions has the same answer; see
-`mlxflow.tasks.graph`. So whatever resolving depends on is asked here and nowhere else: a new question is a new method
-of `Disk` with `@_question` above it.
+A cached workflow is valid as long as every query has the same answer; see `mlxflow.tasks.graph`. Everything that
+resolving depends on must therefore be queried here: a new query is a new method of `Disk` with `@_question`.
 """
 
 import os
@@ -16,7 +15,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.models import config_json
 from mlxflow.storage import model_files, paths, remote_code
 
-#: A question's name, its arguments and its answer, as JSON values.
+#: The name of a query, its arguments, its answer and its error, as JSON values.
 Lookup = list[Any]
 
 P = ParamSpec("P")
@@ -26,10 +25,10 @@ _QUESTIONS: set[str] = set()
 
 
 def _question(method: Callable[Concatenate["Disk", P], T]) -> Callable[Concatenate["Disk", P], T]:
-    """Record what a method of `Disk` answers; the same question again has the same answer without a look.
+    """Record the answer of a method of `Disk`; the same query again returns the recorded answer.
 
     Arguments are positional. They and the answer are JSON values: text, numbers, booleans, None, and lists of them. An
-    `OSError` is an answer too.
+    `OSError` is recorded, too.
     """
     name = method.__name__
     _QUESTIONS.add(name)
@@ -55,11 +54,11 @@ def _answer_of(look: Callable[[], object]) -> tuple[object, list[Any] | None]:
 
 
 class Disk:
-    """The files below a workflow's folder, and those that absolute names lead to.
+    """Queries of files, by names relative to the workflow's folder or absolute ones.
 
     Args:
-        root: the workflow's folder, from which relative names begin.
-        lookups: answers to give without a look.
+        root: the workflow's folder.
+        lookups: answers that are returned without a look at the disk.
     """
 
     def __init__(self, root: Path, lookups: Iterable[Lookup] = ()) -> None:
@@ -70,23 +69,23 @@ class Disk:
 
     @property
     def lookups(self) -> list[Lookup]:
-        """Every question so far with its answer, as JSON values."""
+        """Every query so far with its answer, as JSON values."""
         return [[key[0], list(key[1:]), answer, error] for key, (answer, error) in self._answers.items()]
 
     @_question
     def expand(self, name: str) -> str:
-        """Return a path as written with `~` and environment variables replaced; see `mlxflow.storage.paths.expand`."""
+        """Return a path with `~` and environment variables expanded; see `mlxflow.storage.paths.expand`."""
         return paths.expand(name)
 
     @_question
     def spelling(self, name: str) -> list[str] | None:
-        """Return how the leading part of a path is expanded and written; see `mlxflow.storage.paths.spelling`."""
+        """Return the leading part of a path, expanded and as written; see `mlxflow.storage.paths.spelling`."""
         leading = paths.spelling(name)
         return list(leading) if leading else None
 
     @_question
     def unset_variables(self, name: str) -> list[str]:
-        """Return the environment variables that a path names and that are not set."""
+        """Return the unset environment variables in a path."""
         return paths.unset_variables(name)
 
     @_question
@@ -119,7 +118,7 @@ class Disk:
 
     @_question
     def link_leading_out(self, folder: str) -> str:
-        """Return a tokenizer's file that is a link to a file outside of its folder; empty where there is none.
+        """Return a tokenizer file that links to a file outside of its folder; empty if there is none.
 
         Raises:
             OSError: the folder is missing or cannot be read.
@@ -129,12 +128,12 @@ class Disk:
 
     @_question
     def tokenizer_code(self, folder: str) -> list[str]:
-        """Return the file that names the Python code of a folder's tokenizer, and the code; empty texts without any."""
+        """Return the file that names Python code of a folder's tokenizer, and the code; empty texts if none does."""
         return list(remote_code.tokenizer_code(self.root / folder))
 
     @_question
     def is_quantized(self, folder: str) -> bool | None:
-        """Return whether the `config.json` of a model folder says that its weights are codes; None without one."""
+        """Return whether a model folder is quantized by its `config.json`; None without a valid one."""
         try:
             return config_json.keeps_codes(config_json.read(Path(self.root, folder)))
         except ArtifactError:
@@ -151,7 +150,7 @@ class Disk:
 
     @_question
     def left_out(self, pattern: str) -> list[int]:
-        """Return how many files a source leaves out: hidden ones, binary ones, broken links, those beside records.
+        """Return how many files a source leaves out: hidden, binary, broken links, and those beside records.
 
         Raises:
             OSError: a folder cannot be read.
@@ -160,7 +159,7 @@ class Disk:
 
     @_question
     def has_text(self, pattern: str) -> bool:
-        """Return whether any of the files that a source names has a byte in it.
+        """Return whether any file of a source is not empty.
 
         Raises:
             OSError: a file cannot be looked up.
@@ -169,7 +168,7 @@ class Disk:
 
 
 def unchanged(root: Path, lookups: Iterable[Lookup]) -> bool:
-    """Return whether each question has the answer that was recorded.
+    """Return whether each query still has the recorded answer.
 
     Args:
         root: the workflow's folder.

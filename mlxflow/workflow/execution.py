@@ -1,4 +1,4 @@
-"""Runs one stage in this process: device, limits, inputs, a private folder, the report, and the move into place."""
+"""Run one stage in this process: device, limits, inputs, a private folder, the report, and publication."""
 
 import platform
 import resource

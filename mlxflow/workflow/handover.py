@@ -1,7 +1,7 @@
-"""What doit hands to a stage's process: the workflow as doit resolved it, and the inputs as doit found them.
+"""The data that doit passes to a stage's process: the resolved workflow and the identities of the inputs.
 
-The process reads it from its standard input. It looks at no workflow file, so an edit of that file, or of a folder of
-sources, after doit has decided changes nothing of a run; the next doit finds it.
+The process reads it from standard input and does not read the workflow file. An edit of that file or of a source folder
+after doit has decided does not affect the run; the next doit notices it.
 """
 
 import json
@@ -13,11 +13,11 @@ from mlxflow.errors import StageError
 
 
 class Basis(NamedTuple):
-    """What a workflow was resolved from.
+    """The data that a workflow was resolved from.
 
     Attributes:
-        text: of the workflow file.
-        lookups: what was asked of the disk, with the answers; see `mlxflow.workflow.disk_queries`.
+        text: the content of the workflow file.
+        lookups: the disk queries with their answers; see `mlxflow.workflow.disk_queries`.
     """
 
     text: str
@@ -25,12 +25,12 @@ class Basis(NamedTuple):
 
 
 class Handover(NamedTuple):
-    """What a stage runs with.
+    """The data for one run of a stage.
 
     Attributes:
         basis: of the workflow.
-        settings: of the stage, as they will be recorded.
-        inputs: identity by the name to record; None where the run is not recorded.
+        settings: of the stage, as they are recorded.
+        inputs: identity by recorded name; None if the run is not recorded.
     """
 
     basis: Basis
@@ -38,12 +38,12 @@ class Handover(NamedTuple):
     inputs: dict[str, str] | None
 
     def as_bytes(self) -> bytes:
-        """Return it in the form that `receive` reads."""
+        """Return the encoded data that `receive` reads."""
         text = json.dumps([list(self.basis), self.settings, self.inputs], ensure_ascii=False)
-        return text.encode(errors="surrogateescape")  # names as bytes: the stage's process may spell them otherwise
+        return text.encode(errors="surrogateescape")  # keeps names that are no UTF-8
 
     def check(self, task: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Compare it with what the stage's process finds.
+        """Compare the data with the state that the stage's process finds.
 
         Raises:
             StageError: they differ; one line for each difference.
@@ -60,7 +60,7 @@ class Handover(NamedTuple):
 
 
 def receive() -> Handover | None:
-    """Return what doit wrote to the standard input of this process; None where it wrote nothing."""
+    """Return the data from this process's standard input; None if that is empty."""
     data = sys.stdin.buffer.read() if sys.stdin else b""
     if not data:
         return None

@@ -1,4 +1,4 @@
-"""Answers one stage's questions about the artifacts of the others and about sources, and notes what is not there."""
+"""Resolve the inputs of a stage: references to other stages, sources, files, tokenizers and model folders."""
 
 import os
 import re
@@ -20,11 +20,11 @@ _NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
 
 class Known:
-    """The stages and variants that a stage may read from; one for all variants of that stage.
+    """The stages and variants that a stage may read from.
 
     Args:
-        makers: each with the names of the files it makes.
-        tables: of the same stages, resolved.
+        makers: by name, the files that each makes.
+        tables: by name, their resolved tables.
     """
 
     def __init__(self, makers: Mapping[str, Set[str]], tables: Mapping[str, msgspec.Struct]) -> None:
@@ -38,19 +38,19 @@ class Known:
 
 
 class References:
-    """What `Inputs.of` may ask of the workflow; see `mlxflow.workflow.stage.Artifacts`.
+    """Resolves the inputs of one stage; the argument of `Inputs.of`, see `mlxflow.workflow.stage.Artifacts`.
 
     Args:
-        disk: the files of the workflow; whatever an answer depends on is asked there.
-        known: the stages and variants that the asking stage may read from.
-        broken: names of stages of which not every variant is known.
-        left_out: names of stages that nobody wrote and that could not be part of the workflow.
+        disk: all queries of the disk go through it.
+        known: the stages and variants that the stage may read from.
+        broken: names of stages with a variant that could not be read.
+        left_out: names of stages that the file does not mention and that were left out.
         shown: the workflow file's name, for the messages.
-        table: the asking stage's table, for the messages.
-        lines: where the messages go.
+        table: the stage's table, for the messages.
+        lines: messages are appended here.
 
     Attributes:
-        spellings: leading parts of the files' names, expanded, and what was written for each.
+        spellings: expanded leading parts of file names, with the text as written.
     """
 
     def __init__(
@@ -82,24 +82,24 @@ class References:
         return layout.stage_folder(self._resolved(reference))
 
     def table(self, reference: str) -> msgspec.Struct | None:
-        """Return the resolved table of a stage or variant before this one; None where there is none."""
+        """Return the resolved table of an earlier stage or variant; None if there is none."""
         return self._tables.get(self._resolved(reference))
 
     def _variants(self, name: str) -> list[str]:
-        """Return the variants of a stage before this one."""
+        """Return the variants of an earlier stage."""
         return self._variants_of.get(name, [])
 
     def _resolved(self, reference: str) -> str:
-        """Return the stage or variant of a reference: a stage's name stands for its only variant, too."""
+        """Return the stage or variant of a reference; a stage's name may stand for its only variant."""
         variants = self._variants(reference)
         return variants[0] if len(variants) == 1 and reference not in {*self._known, *self._broken} else reference
 
     def check_makers(self, files: Iterable[Path], written: Set[str]) -> None:
-        """Note every reference that was asked for whose stage is not there or does not make the files.
+        """Report every reference whose stage does not exist or does not make the files.
 
         Args:
-            files: all that the stage reads.
-            written: keys of which the value is not the default; of several for one artifact, these are to blame.
+            files: all files that the stage reads.
+            written: keys with other values than the default; if several keys name an artifact, these are reported.
         """
         made_in: dict[Path, set[str]] = {}
         for file in files:
@@ -112,17 +112,17 @@ class References:
             lacking = made_in.get(layout.stage_folder(stage), set()) - self._known.get(stage, set())
             if stage in self._known and not lacking:
                 continue
-            fitting = [one for one, made in self._known.items() if lacking <= made]
-            if stage in fitting or reference.partition(":")[0] in self._broken:
+            makers = [maker for maker, made in self._known.items() if lacking <= made]
+            if stage in makers or reference.partition(":")[0] in self._broken:
                 continue
             if variants := self._variants(reference):
                 self._note(key, reference, "expected one of its variants", self._advise_variants(variants, key))
                 continue
             expected = f"makes no {min(lacking)}" if stage in self._known else _NO_MAKER
-            self._note(key, reference, expected, _list(fitting))
+            self._note(key, reference, expected, _list(makers))
 
     def _advise_variants(self, variants: list[str], key: str) -> str:
-        """Return what to write instead of the name of a stage with several variants."""
+        """Return the advice for a reference to a stage with several variants."""
         every = [f"{variants[0].partition(':')[0]}:*"] if key in self._list_keys else []
         return f"Write {' or '.join(toml_value(one) for one in [*variants, *every])}."
 
@@ -139,7 +139,7 @@ class References:
         return tuple(dict.fromkeys(expanded))
 
     def makers(self) -> Mapping[str, Set[str]]:
-        """Return every stage and variant before this one, with the names of the files it makes."""
+        """Return every earlier stage and variant, with the names of the files it makes."""
         return self._known
 
     def sources(self, patterns: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
@@ -200,7 +200,7 @@ class References:
         return tuple(Path(folder, file) for file in found.read)
 
     def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:
-        """Return the folder that a name leads to; None where it is one of the hub, or nothing, which is noted."""
+        """Return the folder of a name; None for a name of the hub, and for a missing folder, which is reported."""
         place = self._expand(name)
         if self._disk.is_dir(place):
             return place.rstrip("/") or "/"
@@ -209,7 +209,7 @@ class References:
         return None
 
     def _note_missing(self, key: str, name: str, expected: str, advice: str) -> None:
-        """Note that a path leads nowhere; why, where an environment variable is not set."""
+        """Report a missing path, with the unset environment variables in it."""
         unset = self._disk.unset_variables(name)
         because = f"{expected} ({', '.join(unset)} is not set)" if unset else expected
         self._note(key, name, because, advice)
@@ -224,7 +224,7 @@ class References:
         self._note(key, name, f"its {file} names Python code of its own, {code}", advice)
 
     def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
-        """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
+        """Return the kind of a model folder's weights by its config; "hub" for a name of the hub."""
         place = self._expand(name)
         if not self._disk.is_dir(place):
             return "hub" if _is_hub_id(name) else "unknown"
@@ -232,11 +232,11 @@ class References:
         return "unknown" if quantized is None else "quantized" if quantized else "dense"
 
     def note(self, problem: Problem) -> None:
-        """Note a mistake in the stage's table."""
+        """Report a mistake in the stage's table."""
         self._lines.append(word(problem, self._shown, self._table))
 
     def _expand(self, written: str) -> str:
-        """Return a path as written with everything expanded, and keep how it was written."""
+        """Return a path with everything expanded, and record its spelling."""
         place = self._disk.expand(written)
         if place != written and (leading := self._disk.spelling(written)):
             self.spellings[leading[0]] = leading[1]
@@ -264,7 +264,7 @@ class References:
         return [Path(file) for file in files]
 
     def _without_files(self, folder: str) -> str:
-        """Return what is wrong with a folder in which no file can be read."""
+        """Return why a folder has no readable file."""
         counts = self._disk.left_out(folder)
         kinds = ("hidden", "binary by suffix", "links to nothing", "beside records")
         found = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]

@@ -1,6 +1,6 @@
-"""The format of doit's state: a line of JSON for each finished stage, with the record of its run; the last one counts.
+"""The journal of finished stages: a JSON line for each run with its record; the last line of a stage is valid.
 
-doit's backend (`mlxflow.tasks.doit_backend`) appends the lines; other modules read the last run of a stage here.
+doit's backend (`mlxflow.tasks.doit_backend`) appends the lines; other modules read the records here.
 """
 
 from pathlib import Path
@@ -11,20 +11,20 @@ from mlxflow.storage.paths import printable
 from mlxflow.storage.state_files import InvalidStateError
 from mlxflow.workflow.records import check_values
 
-#: The key under which doit keeps the record of a stage's last run, and the one of a stage that it was told to ignore.
+#: doit's keys for the record of a stage's last run, and for a stage that is ignored.
 VALUES, IGNORED = "_values_:", "ignore:"
 
-#: The keys that are kept; every other one is the path of an input as doit sees it.
+#: The keys that are stored; doit's other keys are paths of inputs.
 KEPT_KEYS = frozenset({VALUES, "result:", "checker:", IGNORED})
 
 
 class Contents(NamedTuple):
-    """What a journal holds.
+    """The content of a journal.
 
     Attributes:
-        entries: what is kept of each task.
-        num_lines: how many lines the file has.
-        is_torn: whether its last line has no end.
+        entries: the stored keys of each task.
+        num_lines: lines of the file.
+        is_torn: whether the last line is incomplete.
         damage: by line or task, why it is not valid.
     """
 
@@ -35,7 +35,7 @@ class Contents(NamedTuple):
 
 
 def parse(data: bytes) -> Contents:
-    """Return what the bytes of a journal hold; a line that is not valid counts as absent, a torn last one too."""
+    """Parse a journal; an invalid line, or an incomplete last one, is ignored."""
     is_torn = not data.endswith(b"\n")
     lines = data.splitlines()
     entries: dict[str, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ def parse(data: bytes) -> Contents:
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the record of each stage's last run, as far as it is valid; none where there is no journal."""
+    """Return the valid records of the stages' last runs by task; empty without a journal."""
     try:
         entries = parse(state_files.read_bytes(str(path))).entries
     except FileNotFoundError:
@@ -66,14 +66,14 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read_line(line: bytes, damage: dict[str, str]) -> tuple[str, dict[str, Any] | None]:
-    """Return a task and its record, None where it was dropped; a record that is not valid is dropped, too.
+    """Return a task and its record; None for a removed or an invalid record.
 
     Args:
         line: of the journal.
-        damage: by task, why its record is not valid; here it is noted, or forgotten where a valid one follows.
+        damage: by task, why its record is not valid; updated.
 
     Raises:
-        InvalidStateError: the line is about no task.
+        InvalidStateError: the line names no task.
     """
     entry = state_files.parse_json(line)
     if not isinstance(entry, dict) or not isinstance(task := entry.get("task"), str) or "record" not in entry:
@@ -90,10 +90,10 @@ def _read_line(line: bytes, damage: dict[str, str]) -> tuple[str, dict[str, Any]
 
 
 def _checked(record: object) -> dict[str, Any]:
-    """Return what a record holds of the keys that are kept.
+    """Return the stored keys of a record.
 
     Raises:
-        InvalidStateError: one of them has no valid value.
+        InvalidStateError: a value is not valid.
     """
     if not isinstance(record, dict):
         raise InvalidStateError("no table")

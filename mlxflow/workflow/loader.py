@@ -1,4 +1,4 @@
-"""Reads and checks a `workflow.toml`."""
+"""Read, check and resolve a `workflow.toml`."""
 
 import importlib
 import re
@@ -19,13 +19,13 @@ from mlxflow.workflow.matrix import expand_matrix
 from mlxflow.workflow.model import Settings, Stage, Workflow
 from mlxflow.workflow.stage import StageModule
 
-#: Every stage, in the order in which `doit list` shows them. Adding one is a file in `stages/` and its name here.
+#: Every stage, in the order of `doit list`. To add one, add a file to `stages/` and its name here.
 STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark", "report")
 
-#: The most files that all stages may read together, the same one counted again for each stage that reads it.
+#: The most files that all stages may read together; a file counts once for each stage that reads it.
 _MAX_FILES = 100_000
 
-#: The most mistakes that are listed at once.
+#: The most mistakes that are listed.
 _MAX_LINES = 100
 
 
@@ -34,8 +34,8 @@ def load_workflow(path: Path, disk: Disk | None = None, data: bytes | None = Non
 
     Args:
         path: the TOML file.
-        disk: answers what is asked of the other files; None for those that are there now.
-        data: what the file holds; None reads it.
+        disk: answers queries of other files; None to look at the disk.
+        data: content of the file; None to read it.
 
     Raises:
         WorkflowError: the file is missing, no valid TOML, in a folder that cannot be used, or has mistakes: one line
@@ -52,7 +52,8 @@ class _WorkflowLoader:
     def __init__(self, shown: str, document: dict[str, Any]) -> None:
         self.shown = shown
         self.document = document
-        self.told: dict[str, list[str]] = {name: [] for name in (*document, *STAGES)}  # by table, in the file's order
+        # messages by table, in the file's order
+        self.mistakes: dict[str, list[str]] = {name: [] for name in (*document, *STAGES)}
         self.modules = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
 
     def load(self, path: Path, disk: Disk) -> Workflow:
@@ -60,25 +61,26 @@ class _WorkflowLoader:
         read: dict[str, list[tuple[str | None, str, msgspec.Struct]]] = {}
         for name, table in self.document.items():
             if name == "workflow":
-                settings = read_struct(table, Settings, file=self.shown, key=name, lines=self.told[name]) or settings
+                lines = self.mistakes[name]
+                settings = read_struct(table, Settings, file=self.shown, key=name, lines=lines) or settings
             elif name in STAGES:
                 read[name] = list(self._variants(name, table))
             else:
-                guesses = len(self.told) < _MAX_LINES
-                self.told[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown, guesses=guesses))
+                guesses = len(self.mistakes) < _MAX_LINES
+                self.mistakes[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown, guesses=guesses))
         workflow = Workflow(path, settings, disk)
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
         _follow_readers(workflow)
         self._resolve(workflow, {name for name, made in read.items() if not made})
-        if any(self.told.values()):
+        if any(self.mistakes.values()):
             raise WorkflowError(*self._lines())
         return workflow
 
     def _lines(self) -> list[str]:
-        """Return the lines for all mistakes, or for the first ones of very many."""
-        lines = [line for lines in self.told.values() for line in lines]
+        """Return the lines for all mistakes, at most the first hundred."""
+        lines = [line for lines in self.mistakes.values() for line in lines]
         more = len(lines) - _MAX_LINES
         listed = lines[:_MAX_LINES]
         return [*listed, f"{self.shown}: {more:,} more mistakes. Mend these first."] if more > 0 else listed
@@ -90,22 +92,24 @@ class _WorkflowLoader:
             yield from self._read_table(name, name, table, seen)
             return
         if not table:
-            self.told[name].append(f"{self.shown}: {name} = []: expected a table. Write [{name}] or remove the key.")
+            self.mistakes[name].append(
+                f"{self.shown}: {name} = []: expected a table. Write [{name}] or remove the key."
+            )
         for index, written in enumerate(table):
             yield from self._read_table(name, f"{name}[{index}]", written, seen)
 
     def _read_table(
         self, name: str, key: str, written: object, seen: dict[str, str]
     ) -> Iterator[tuple[str | None, str, msgspec.Struct]]:
-        """Yield what one table says: of a matrix, each of its combinations.
+        """Yield the variants of one table: one for each combination of a matrix.
 
         Args:
             name: the stage.
-            key: of the table in the file: another than the name where it is one of an array.
-            written: what the file holds there.
-            seen: the names of the variants before this one, by the name without case.
+            key: of the table in the file, which has an index in an array of tables.
+            written: the value in the file.
+            seen: names of earlier variants, by case-folded name.
         """
-        lines = self.told[name]
+        lines = self.mistakes[name]
         problems: list[Problem] = []
         if not isinstance(written, dict):
             if key == name:
@@ -132,7 +136,7 @@ class _WorkflowLoader:
             )
         elif stage.is_own_name(self.modules[table], variant):
             problem = Problem("name", variant, "is how mlxflow names a file or folder of its own", "Write another one.")
-        elif variant.casefold() in seen:  # one folder on a Mac
+        elif variant.casefold() in seen:  # one folder on a case-insensitive file system
             other = seen[variant.casefold()]
             twice = variant == other
             expected = f"named twice in [[{table}]]" if twice else f"differs only by case from {toml_value(other)}"
@@ -140,25 +144,25 @@ class _WorkflowLoader:
         else:
             seen[variant.casefold()] = variant
             return True
-        if (line := word(problem, self.shown, key)) not in self.told[table]:
-            self.told[table].append(line)
+        if (line := word(problem, self.shown, key)) not in self.mistakes[table]:
+            self.mistakes[table].append(line)
         return False
 
     def _resolve(self, workflow: Workflow, unread: set[str]) -> None:
-        """Find every stage's inputs; leave out stages that the file does not mention and whose defaults do not fit.
+        """Resolve the inputs of every stage; leave out stages that are not in the file if their defaults are invalid.
 
         Args:
             workflow: its stages are changed.
-            unread: stages that stand in for tables of which nothing could be read; nobody wrote what they ask for.
+            unread: names of stages whose tables could not be read; their defaults are not reported.
         """
-        broken = {name for name in STAGES if self.told[name]}
+        broken = {name for name in STAGES if self.mistakes[name]}
         num_files = 0
         for number, name in enumerate(STAGES):
             before = [one for one in workflow.stages if STAGES.index(one.name) < number]
             known = Known({one.task: one.file_names for one in before}, {one.task: one.config for one in before})
             is_written = name in self.document
             for one in [one for one in workflow.stages if one.name == name and name not in unread]:
-                lines = self.told[name] if is_written else []
+                lines = self.mistakes[name] if is_written else []
                 asked = References(workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
                 _find_inputs(one, asked)
                 num_files += len(one.input_files)
@@ -177,20 +181,20 @@ class _WorkflowLoader:
 
 
 def _find_inputs(one: Stage, asked: References) -> None:
-    """Set the inputs of a stage, after the choices of its table that follow from other files."""
+    """Set the inputs of a stage, after resolving the keys of its table that depend on other files."""
     one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, asked)
     one.inputs = one.module.Inputs.of(one.config, asked)
     one.spellings = asked.spellings
 
 
 def _changed_keys(one: Stage) -> set[str]:
-    """Return the keys of a stage's table of which the value is not the default."""
+    """Return the keys of a stage's table whose values differ from the default."""
     default = one.module.Config()
     return {key for key in default.__struct_fields__ if getattr(one.config, key) != getattr(default, key)}
 
 
 def _follow_readers(workflow: Workflow) -> None:
-    """Let stages make choices that follow from the tables that name them as their `input`."""
+    """Resolve keys of stages that depend on the tables that name them as `input`."""
     readers: dict[str, list[msgspec.Struct]] = {}
     for one in workflow.stages:
         readers.setdefault(getattr(one.config, "input", ""), []).append(one.config)
@@ -204,7 +208,7 @@ def _follow_readers(workflow: Workflow) -> None:
 
 
 def resolved_toml(workflow: Workflow) -> str:
-    """Return the workflow as a workflow file with every default written out."""
+    """Return the workflow as TOML with every default written out."""
     import tomli_w
 
     document: dict[str, Any] = {"workflow": msgspec.to_builtins(workflow.settings)}

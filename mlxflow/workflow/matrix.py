@@ -1,4 +1,4 @@
-"""A table with a matrix stands for one table for each combination of its values.
+"""Expansion of a table with `matrix` and `exclude` into one table for each combination of values.
 
     [quantize]
     matrix = { bits = [4, 8], group_size = [32, 64] }
@@ -19,7 +19,7 @@ import msgspec
 
 from mlxflow.workflow.config import Problem
 
-#: The keys of a stage's table that say which variants there are; the stage itself never sees them.
+#: The keys of a stage's table that define its variants; they are not passed to the stage.
 VARIANT_KEYS = ("name", "matrix", "exclude")
 
 
@@ -27,11 +27,11 @@ _EXAMPLE = "Write one such as matrix = { bits = [4, 8] }."
 
 
 def expand_matrix(table: dict[str, Any], problems: list[Problem]) -> Iterator[dict[str, Any]]:
-    """Yield the tables that a table stands for, each with a name; the table itself where it has no matrix.
+    """Yield a named table for each combination of a table's matrix; the table itself if it has no matrix.
 
     Args:
-        table: as read from TOML; it is not changed.
-        problems: what is wrong with the matrix is added here.
+        table: as read from TOML; not changed.
+        problems: mistakes in the matrix are appended here.
     """
     matrix, excluded = table.get("matrix"), table.get("exclude", [])
     if matrix is None:
@@ -59,20 +59,20 @@ def expand_matrix(table: dict[str, Any], problems: list[Problem]) -> Iterator[di
 
 
 def count(table: object) -> tuple[int, int]:
-    """Return how many variants a table makes at most, without making them, and how many values each of them has.
+    """Return an upper bound of a table's number of variants, and the number of values in each, without expanding it.
 
     Args:
-        table: as read from TOML, right or wrong.
+        table: as read from TOML, valid or not.
     """
     matrix = table.get("matrix") if isinstance(table, dict) else None
     lists = [one for one in matrix.values() if isinstance(one, list)] if isinstance(matrix, dict) else []
     excluded = table.get("exclude") if isinstance(table, dict) else None
-    compared = len(excluded) if isinstance(excluded, list) and lists else 0  # with every combination
+    compared = len(excluded) if isinstance(excluded, list) and lists else 0  # each is compared with every combination
     return math.prod(len(one) for one in lists if one), _num_values(table) + compared
 
 
 def _num_values(value: object) -> int:
-    """Return how many values a table has, those of tables and lists within it too."""
+    """Return the number of values in a table, nested ones included."""
     waiting, found = [value], 0
     while waiting:
         one = waiting.pop()
@@ -96,7 +96,7 @@ def _matrix_problems(matrix: Any, excluded: Any, table: dict[str, Any]) -> Itera
 
 
 def _key_problems(key: str, values: object, table: dict[str, Any]) -> Iterator[Problem]:
-    """Yield what is wrong with one key of a matrix."""
+    """Yield the mistakes in one key of a matrix."""
     if not isinstance(values, list) or not values or any(isinstance(value, dict | list) for value in values):
         yield Problem(f"matrix.{key}", values, "expected a list of values", _EXAMPLE)
     elif key in VARIANT_KEYS:
@@ -119,7 +119,7 @@ def _combined(rest: dict[str, Any], combination: dict[str, Any]) -> dict[str, An
 
 
 def _word(key: str, value: object) -> str:
-    """Return a value as a part of a name: `bits4`, `mode-affine`, `learning_rate0.001`."""
+    """Return a key and value as part of a name: `bits4`, `mode-affine`, `learning_rate0.001`."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     joined = key.rpartition(".")[2] + ("-" if isinstance(value, str | bool) else "") + text
     return re.sub(r"[^A-Za-z0-9._-]+", "_", joined)

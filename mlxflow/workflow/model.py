@@ -1,4 +1,4 @@
-"""A workflow once it is read: the `[workflow]` table, and every stage with its settings, inputs and outputs."""
+"""A loaded workflow: the `[workflow]` table, and every stage with its settings, inputs and outputs."""
 
 import json
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "100%"
 
     def problems(self) -> Iterator[Problem]:
-        """Yield a memory limit of nothing, and limits of more than all."""
+        """Yield a memory limit of zero, and limits above 100 %."""
         for key in ("memory_limit", "cache_limit", "wired_limit"):
             value, default = getattr(self, key), toml_value(getattr(Settings(), key))
             if value and (expected := compute_device.size_mistake(value)):
@@ -77,14 +77,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Stage:
-    """One stage of a workflow, or one variant of it, ready to be asked or run.
+    """One stage of a workflow, or one variant of a stage.
 
     Attributes:
         module: the stage's module.
         variant: its name, or None.
         table: the table's key in the file, such as `train` or `quantize[0]`.
         config: the resolved table.
-        inputs: what it reads; paths relative to the workflow's folder.
+        inputs: the files it reads; paths relative to the workflow's folder.
         spellings: see `mlxflow.storage.paths.record_name`.
     """
 
@@ -126,7 +126,7 @@ class Stage:
 
     @cached_property
     def copies(self) -> dict[Path, Path]:
-        """The output behind each copy in the folder of all artifacts; a variant has none, others would overwrite it."""
+        """The output of each copy in the artifacts folder; variants have no copies, which would collide."""
         names = () if self.variant else getattr(self.module, "COPIED_TO_ARTIFACTS_ROOT", ())
         return {Path(layout.ARTIFACTS, name): self.folder / name for name in names}
 
@@ -137,11 +137,11 @@ class Stage:
 
     @cached_property
     def folders(self) -> list[Path]:
-        """Every artifact folder of which what lies beside the model is read, too."""
+        """The artifact folders whose files beside the model are read, too."""
         return list(dict.fromkeys(stage.folders_of(self.inputs)))
 
     def files_read(self, root: Path) -> dict[str, Path]:
-        """Return every file the stage reads as of now, relative to the workflow's folder, by the name to record.
+        """Return the files that the stage reads now, relative to the workflow's folder, by recorded name.
 
         Args:
             root: the workflow's folder.
@@ -155,7 +155,7 @@ class Stage:
         return list(stage.corpora_of(self.inputs))
 
     def settings(self) -> dict[str, Any]:
-        """Return what the workflow file and the code say of the artifact, as JSON values."""
+        """Return the settings of the workflow file and the code that the artifact depends on, as JSON values."""
         config = json.loads(msgspec.json.encode(self.config))
         return {
             "version": self.module.VERSION,
@@ -165,11 +165,11 @@ class Stage:
         }
 
     def node(self, command: tuple[str, ...] = (), basis: Basis | None = None) -> Node:
-        """Return the stage in the form that is recorded and judged.
+        """Return the stage as a node of doit's graph.
 
         Args:
-            command: the process that runs it.
-            basis: what the workflow was resolved from.
+            command: of the process that runs it.
+            basis: the data that the workflow was resolved from.
         """
         settings = self._workflow.settings
         return Node(
@@ -194,7 +194,7 @@ class Stage:
 
     @property
     def bound_device(self) -> str | None:
-        """The workflow's `device` where the artifact tells about the machine it was made on, else None."""
+        """The workflow's `device` if the artifact describes the machine it was made on, else None."""
         return self._workflow.settings.device if getattr(self.module, "DEVICE_BOUND", False) else None
 
     def corpus_identities(self, cache: DigestCache) -> dict[str, str]:
@@ -203,15 +203,15 @@ class Stage:
 
 
 class Workflow:
-    """A workflow file, read and checked.
+    """A loaded and checked workflow file.
 
     Attributes:
         path: the file.
-        root: its folder, from which every relative path begins.
+        root: its folder; relative paths are relative to it.
         settings: the `[workflow]` table.
         stages: every stage and variant, each after the ones it reads from.
-        left_out: by name, why a stage that the file does not mention is not among them: lines for people.
-        disk: every question that was asked of the disk to find the stages' inputs, with its answer.
+        left_out: by name of a stage that was left out, the messages that say why.
+        disk: the queries of the disk made while resolving the inputs, with their answers.
     """
 
     def __init__(self, path: Path, settings: Settings, disk: Disk) -> None:
@@ -229,11 +229,11 @@ class Workflow:
 
     @property
     def state(self) -> Path:
-        """The folder for what is remembered between runs."""
+        """The folder for state that is kept between runs."""
         return layout.state_folder(self.root)
 
     def members(self) -> tuple[stage.Member, ...]:
-        """Return every stage as others see it; asked when all stages are known."""
+        """Return every stage with what it reads and writes; call it when all stages are known."""
         return self._members
 
     @cached_property
@@ -250,7 +250,7 @@ class Workflow:
         )
 
     def trusts_code(self, one: Stage) -> bool:
-        """Return whether a stage may run Python code of model folders: its table says so, or one of those it reads."""
+        """Return whether a stage, or one that it reads from, is set to run Python code of model folders."""
         return one.task in self._trusting
 
     @cached_property
@@ -270,10 +270,10 @@ class Workflow:
         return found
 
     def find(self, task: str) -> Stage:
-        """Return the stage of a name such as `train` or `quantize:q4`; a stage's name means its only variant, too.
+        """Return the stage of a name such as `train` or `quantize:q4`; `quantize` may stand for its only variant.
 
         Raises:
-            CallError: there is none; the message lists those there are.
+            CallError: there is no such stage; the message lists the known ones.
         """
         named = self._by_name.get(task, [])
         exact = [one for one in named if one.task == task]

@@ -1,4 +1,4 @@
-"""The files of an artifact: every one that its run left, and whether they are still that."""
+"""The output files of a stage: list them, record their digests, and find changed or missing ones."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from mlxflow.workflow.stage_node import Node
 
 
 def may_hold(node: Node, name: str) -> bool:
-    """Return whether a file belongs to a stage's artifact: it has to write it, or it decides a model that it writes."""
+    """Return whether a file is part of a stage's artifact: an output, or another file that a model depends on."""
     inside = name.removeprefix(f"{node.folder}/")
     return name in node.outputs or (inside != name and decides(inside))
 
 
 def files_in(node: Node) -> list[str]:
-    """Return the name of every file in a stage's artifact folder, sorted; hidden ones and compiled Python left out.
+    """Return the names of the files in a stage's artifact folder, sorted, without hidden files and compiled Python.
 
     Raises:
         OSError: a folder of it cannot be read.
@@ -28,7 +28,7 @@ def files_in(node: Node) -> list[str]:
 def _walk(place: str, name: str) -> Iterator[str]:
     try:
         entries = os.scandir(place)
-    except ABSENT:  # what lacks is said of each file
+    except ABSENT:  # missing files are reported one by one
         return
     with entries:
         for entry in entries:
@@ -41,10 +41,10 @@ def _walk(place: str, name: str) -> Iterator[str]:
 
 
 def observe_outputs(node: Node, cache: DigestCache) -> dict[str, list[Any]]:
-    """Return size and content digest of every file of an artifact by name, as they are now.
+    """Return size and content digest of every file of an artifact by name.
 
     Raises:
-        OSError: one of those that the stage has to write is missing.
+        OSError: an output is missing.
         ValueError: a safetensors file is damaged.
     """
     names = dict.fromkeys([*node.outputs, *(name for name in files_in(node) if may_hold(node, name))])
@@ -52,13 +52,13 @@ def observe_outputs(node: Node, cache: DigestCache) -> dict[str, list[Any]]:
 
 
 def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, again: bool = False) -> Iterator[str]:
-    """Yield what is wrong with the files that a run left, and each that was put beside them and would be read.
+    """Yield a line for each file of an artifact that was changed, removed or added since its run.
 
     Args:
         node: the stage.
-        record: what the run left.
+        record: of the run.
         cache: digests by path.
-        again: read every file, whatever the file system says of it.
+        again: read every file, even if its size and times are unchanged.
     """
     recorded: dict[str, Any] = record["outputs"]
     for name in dict.fromkeys([*node.outputs, *recorded, *node.copies]):

@@ -1,7 +1,8 @@
-"""Bounds on products of a workflow's numbers, of which each alone may be large: tokens, weights and adapters.
+"""Bounds on products of a workflow's numbers, such as tokens, weights and adapter ranks.
 
-Numbers that only say "at most" are no factors, because the rows of the token files or the memory bound them:
-`max_batch_size`, `max_validation_rows`, `calibration_rows`, and `num_steps` of a benchmark with `max_seconds`.
+Each number alone may be large. Numbers that only say "at most" are no factors, because the rows of the token files or
+the memory bound them: `max_batch_size`, `max_validation_rows`, `calibration_rows`, and `num_steps` of a benchmark with
+`max_seconds`.
 """
 
 import math
@@ -17,7 +18,7 @@ MAX_WEIGHTS = 10**12
 #: Tokens of one forward pass: at the smallest `hidden_size`, 8, the embeddings alone take 512 GiB in fp32.
 MAX_PASS_TOKENS = 2**34
 
-#: Tokens gathered ahead: their ids take 512 GiB.
+#: Prefetched tokens: their ids take 512 GiB.
 MAX_TOKENS_AHEAD = 2**37
 
 #: Tokens of one update: more than a day at ten million tokens a second.
@@ -34,11 +35,11 @@ MAX_SAMPLE_TOKENS = 10**9
 
 
 def excess(factors: Mapping[str, int | tuple[int, ...]], most: int, noun: str) -> Problem | None:
-    """Return what is wrong where a product of numbers is too large.
+    """Return the problem if a product of numbers is too large, else None.
 
     Args:
-        factors: each number by its key; of a list, the largest counts. The first key is in the table that is checked.
-        most: the most that the product may be.
+        factors: numbers by key; of a list, the largest counts. The first key is in the checked table.
+        most: upper bound of the product.
         noun: what the product counts.
     """
     number = math.prod(max(one) if isinstance(one, tuple) else one for one in factors.values())
@@ -51,10 +52,10 @@ def excess(factors: Mapping[str, int | tuple[int, ...]], most: int, noun: str) -
 
 
 def note_excess(artifacts: Artifacts, *bounds: tuple[Mapping[str, int | tuple[int, ...]], int, str]) -> None:
-    """Note the first product that is too large; the others have factors in common with it.
+    """Report the first product that is too large; the others share factors with it.
 
     Args:
-        artifacts: where it is noted.
+        artifacts: where it is reported.
         bounds: arguments of `excess`.
     """
     problem = next((found for one in bounds if (found := excess(*one))), None)
@@ -63,7 +64,7 @@ def note_excess(artifacts: Artifacts, *bounds: tuple[Mapping[str, int | tuple[in
 
 
 def rows_of(artifacts: Artifacts, reference: str) -> dict[str, int]:
-    """Return the tokens of a row as a factor; none where a reference leads to no token files.
+    """Return the tokens of a row as a factor; empty if a reference is no pretokenize stage.
 
     Args:
         artifacts: the tables of the workflow.
@@ -74,7 +75,7 @@ def rows_of(artifacts: Artifacts, reference: str) -> dict[str, int]:
 
 
 def note_training(config: Any, artifacts: Artifacts, tokens: str, *, prefetch: Mapping[str, int]) -> None:
-    """Note more tokens in a forward pass, an update or a whole training than a machine can compute.
+    """Report too many tokens in a forward pass, an update or a whole training.
 
     Args:
         config: has `batch_size`, `grad_accum_steps` and `num_steps`.

@@ -1,6 +1,6 @@
-"""The record of a stage's last run: its fields and their types, checked wherever a record is read.
+"""The record of a stage's last run: its fields, their types, and checks when a record is read.
 
-Written without a library of types, which would take longer to import than a `doit` with nothing to do may take.
+Written without a validation library, whose import would slow down a no-op `doit`.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxflow.storage.state_files import InvalidStateError
 
-#: In the values of a task that the user told doit to forget.
+#: Key in the values of a task after `doit forget`.
 FORGOTTEN = "forgotten"
 
 _DEEPEST = 32
@@ -22,7 +22,7 @@ _DIGEST = re.compile(r"[0-9a-f]{1,64}")
 
 
 def are_settings(value: object) -> bool:
-    """Return whether a value is a table that can stand in the lock file: of tables, lists, texts and numbers."""
+    """Return whether a value is a table of tables, lists, texts and numbers, as in the lock file."""
     return isinstance(value, dict) and _is_setting(value, _DEEPEST)
 
 
@@ -73,7 +73,7 @@ def _table_of(check: _Check) -> _Check:
     return lambda value: isinstance(value, dict) and all(_is_text(key) and check(value[key]) for key in value)
 
 
-#: Of each field: whether a record must have it, its check, and what is expected. Only these are taken from elsewhere.
+#: For each field: whether it is required, its check, and what is expected. Other fields are not imported.
 _FIELDS: dict[str, tuple[bool, _Check, str]] = {
     "settings": (True, are_settings, "a table of settings"),
     "inputs": (True, _table_of(_is_digest), "a digest for each name"),
@@ -86,10 +86,10 @@ _FIELDS: dict[str, tuple[bool, _Check, str]] = {
 
 
 def check_values(values: object) -> None:
-    """Refuse what is no record of a stage; one without outputs, of an earlier version or forgotten, may lack more.
+    """Check a record of a stage. One without outputs, of an earlier version or forgotten, may lack other fields, too.
 
     Raises:
-        InvalidStateError: it is none; the message names the field.
+        InvalidStateError: it is not valid; the message names the field.
     """
     if not isinstance(values, dict):
         raise InvalidStateError("no table")
@@ -102,10 +102,10 @@ def check_values(values: object) -> None:
 
 
 def read_values(values: object) -> dict[str, Any]:
-    """Return the fields of a complete record that came from elsewhere; others that it may have are left out.
+    """Return the known fields of a complete record from another machine; unknown fields are left out.
 
     Raises:
-        InvalidStateError: it is no complete record.
+        InvalidStateError: it is not a complete, valid record.
     """
     check_values(values)
     if not isinstance(values, dict) or "outputs" not in values:
@@ -114,5 +114,5 @@ def read_values(values: object) -> dict[str, Any]:
 
 
 def is_complete(values: dict[str, Any]) -> bool:
-    """Return whether a record says what a run left, which that of an earlier version or a forgotten one does not."""
+    """Return whether a record has outputs; one of an earlier version, or after `doit forget`, has none."""
     return "outputs" in values

@@ -1,4 +1,4 @@
-"""What a stage is. Nothing here reads a file, starts a process or knows doit.
+"""The contract of a stage module, its context, and helpers. Reads no files, starts no processes, knows no doit.
 
 A stage is a module with five names; its file name is the TOML table, the doit task, the command's argument and the
 artifact folder, and the first line of its docstring is what `doit list` prints:
@@ -50,23 +50,23 @@ class Corpus(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What lies beside the model in an artifact's folder: which files those are is known when it is built.
+    """The files beside the model in an artifact's folder, which are known only when it is built.
 
-    They are what `mlxflow.storage.model_files.beside` finds.
+    Found by `mlxflow.storage.model_files.beside`.
     """
 
     folder: Path
 
 
 class Artifacts(Protocol):
-    """What `Inputs.of` may ask of the workflow."""
+    """The argument of `Inputs.of`: resolves references of a stage's table to files."""
 
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`; a reference to nothing is noted as a problem."""
         ...
 
     def table(self, reference: str) -> msgspec.Struct | None:
-        """Return the resolved table of a stage or variant before this one; None where there is none."""
+        """Return the resolved table of an earlier stage or variant; None if there is none."""
         ...
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ class Artifacts(Protocol):
         ...
 
     def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
-        """Return what a model folder's config says of its weights; "hub" where the name is one of the hub."""
+        """Return the kind of a model folder's weights by its config; "hub" for a name of the hub."""
         ...
 
     def note(self, problem: Problem) -> None:
@@ -113,8 +113,8 @@ class Artifacts(Protocol):
 class StageModule(Protocol):
     """The contract that every module in `mlxflow/stages` fulfils.
 
-    It may also have `begin(config, device)`, a context manager in which the stage runs: what is to be started before
-    its device is looked for, as told by `workflow.device`; the stage finds it in its context.
+    It may also have `begin(config, device)`, a context manager around the run: it starts work before the device is
+    selected. `device` is `workflow.device`; its result is the context's `begun`.
     """
 
     __name__: str
@@ -174,7 +174,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
             well. Another one for every other configuration of the stage.
         published: the stage's artifact where it is built again beside it, to be compared; None otherwise.
         begun: what the stage's module began before its device was looked for; None for nothing.
-        digests: of the inputs as the run saw them first.
+        digests: of the inputs when the run first read them.
     """
 
     task: str
@@ -232,7 +232,7 @@ def corpora_of(struct: msgspec.Struct) -> Iterator[Corpus]:
 
 
 def folders_of(struct: msgspec.Struct) -> Iterator[Path]:
-    """Yield every artifact folder of which what lies beside the model is an input, too."""
+    """Yield the artifact folders whose files beside the model are inputs, too."""
     yield from (value.folder for value in _values(struct) if isinstance(value, Beside))
 
 

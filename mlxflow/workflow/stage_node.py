@@ -1,4 +1,4 @@
-"""What doit's side needs to know of a stage, and nothing more."""
+"""A stage as a node of doit's graph: names of its files, its settings and its command."""
 
 import os
 from collections.abc import Callable
@@ -23,17 +23,17 @@ class Node:
         folder: the artifact, as a name.
         inputs: names of the files read.
         outputs: names of the files written.
-        settings: what the workflow file and the code say of the artifact, as JSON values.
+        settings: of the workflow file and the code that the artifact depends on, as JSON values.
         command: the process that runs the stage.
         corpora: names of built-in corpora read.
-        beside: artifact folders of which what lies beside the model is read, too.
+        beside: artifact folders whose files beside the model are read, too.
         spellings: how the names of inputs are recorded; see `mlxflow.storage.paths.record_name`.
-        bound_device: the workflow's `device` where the artifact tells about the machine it was made on.
+        bound_device: the workflow's `device` if the artifact describes the machine it was made on.
         device: the workflow's `device`.
         uses_device: whether the stage computes on the device.
         threads: the workflow's `threads`; 0 for as many as the machine has processors.
         copies: names of copies of outputs, each with the output's name.
-        basis: what the workflow was resolved from; None of a stage that is of no workflow file.
+        basis: the data that the workflow was resolved from; None without a workflow file.
     """
 
     task: str
@@ -55,15 +55,15 @@ class Node:
     basis: Basis | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Keep the root as text: `path` is called for every file of a `doit` that has nothing to do."""
+        """Keep the root as text: `path` is called for every file of a no-op `doit`."""
         object.__setattr__(self, "_root", os.fspath(self.root))
 
     def path(self, name: str) -> str:
-        """Return where a file of the workflow lies, seen from here."""
+        """Return the path of a file of the workflow from the current folder."""
         return os.path.join(self.__dict__["_root"], name)  # noqa: PTH118 - see `DigestCache.digests`
 
     def handover(self, settings: dict[str, Any], inputs: dict[str, str] | None) -> bytes:
-        """Return what the stage's process reads from its standard input; see `mlxflow.workflow.handover`."""
+        """Return the standard input of the stage's process; see `mlxflow.workflow.handover`."""
         return Handover(self.basis, settings, inputs).as_bytes() if self.basis else b""
 
     @property
@@ -79,7 +79,7 @@ class Node:
 
     @classmethod
     def from_json(cls, value: object) -> "Node":
-        """Return the node that `as_json` made a value of.
+        """Return the node of a value from `as_json`.
 
         Raises:
             InvalidStateError: a field is missing or of another type, or an output lies outside of its artifact.
@@ -96,7 +96,7 @@ class Node:
         return replace(made, root=Path(made.root))
 
     def _writes_artifacts(self) -> bool:
-        """Return whether every file that the stage writes lies in the folder that it may lie in."""
+        """Return whether every file that the stage writes is inside of its folder."""
         own = ((name, self.folder) for name in self.outputs)
         written = (*own, *((name, layout.ARTIFACTS) for name in self.copies), (self.folder, layout.ARTIFACTS))
         return all(

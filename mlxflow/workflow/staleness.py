@@ -1,7 +1,7 @@
-"""Whether a stage is stale, and why: the one decision for doit, `doit plan`, `doit list --status` and `mlxflow report`.
+"""Decide whether a stage is stale, and why, for doit, `doit plan`, `doit list --status` and `mlxflow report`.
 
-A stage is judged by the record of its last run: of doit's journal, where doit ran it, else of its own report, which
-knows its settings and inputs by digests alone.
+A stage is compared with the record of its last run: from doit's journal if doit ran it, else from its own report, which
+has only digests of its settings and inputs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from mlxflow.workflow.stage_node import Node
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"
 
-#: The key of a record that was made from a report alone.
+#: The key of a record made from a report.
 _PROVENANCE = "provenance"
 
 
@@ -37,7 +37,7 @@ def observe_inputs(node: Node, cache: DigestCache) -> dict[str, str]:
 
 
 def files_read(node: Node) -> dict[str, str]:
-    """Return where every file lies that a stage reads as of now, by the name under which it is recorded."""
+    """Return the paths of the files that a stage reads now, by recorded name."""
     beside = (f"{folder}/{name}" for folder in node.beside for name in model_files.beside(Path(node.path(folder))))
     return {record_name(name, node.spellings): node.path(name) for name in (*node.inputs, *beside)}
 
@@ -48,15 +48,15 @@ def observe_corpora(node: Node, cache: DigestCache) -> dict[str, str]:
 
 
 def observe_settings(node: Node) -> dict[str, Any]:
-    """Return everything that the artifact depends on beside its inputs, as JSON values."""
+    """Return everything except inputs that the artifact depends on, as JSON values."""
     return node.settings | environment(node.bound_device)
 
 
 def record_of_report(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Return a record for an artifact that no doit recorded.
+    """Return a record for an artifact that is not in doit's journal.
 
     Args:
-        provenance: the table `stage` of the artifact's report, empty where there is no report.
+        provenance: the table `stage` of the artifact's report; empty without a report.
     """
     return {_PROVENANCE: provenance} if provenance else {}
 
@@ -64,13 +64,13 @@ def record_of_report(provenance: dict[str, Any]) -> dict[str, Any]:
 def reasons(
     node: Node, record: dict[str, Any], cache: DigestCache, *, leave_out: tuple[str, ...] = ()
 ) -> Iterator[str]:
-    """Yield every fact that makes a stage stale; nothing when it is fresh.
+    """Yield every reason why a stage is stale; nothing if it is fresh.
 
     Args:
         node: the stage.
-        record: of its last run, by doit or by `record_of_report`; empty where there was none.
+        record: of its last run, from doit or `record_of_report`; empty if there was none.
         cache: digests by path.
-        leave_out: artifact folders whose files are not compared, because they will be rebuilt.
+        leave_out: artifact folders that will be rebuilt; their files are not compared.
     """
     if provenance := record.get(_PROVENANCE):
         yield from _reasons_by_report(node, provenance, cache, leave_out)
@@ -93,7 +93,7 @@ def _reasons_by_report(
     if provenance.get("settings_digest") != digest_json(observe_settings(node)):
         yield "its settings, its code or MLX changed"
     if any(name.startswith(tuple(f"{folder}/" for folder in leave_out)) for name in node.inputs):
-        return  # the digest is one of all inputs
+        return  # one digest covers all inputs
     try:
         identities = observe_inputs(node, cache)
     except (OSError, ValueError):
@@ -103,18 +103,18 @@ def _reasons_by_report(
         yield "an input changed"
 
 
-#: Returns the record of a stage's last run, empty where there is none.
+#: Returns the record of a stage's last run; empty if there is none.
 Records = Callable[[str], dict[str, Any]]
 
 
 class StaleStage(NamedTuple):
-    """A stage that a run would run.
+    """A stage that would run.
 
     Attributes:
         node: the stage.
-        own_reasons: the facts that make it stale by itself.
+        own_reasons: reasons why it is stale by itself.
         upstream: stale stages that it reads from.
-        seconds: what its last run took, if known.
+        seconds: duration of its last run, if known.
     """
 
     node: Node
@@ -131,15 +131,15 @@ class StaleStage(NamedTuple):
 def find_stale(
     nodes: Iterable[Node], records: Records, cache: DigestCache, is_ignored: Callable[[str], bool] = lambda task: False
 ) -> list[StaleStage]:
-    """Return the stages that a run would run, in its order.
+    """Return the stages that would run, in their order.
 
-    A stage that reads from one that will run is taken to run too; it does not when that one's result is equal.
+    A stage that reads from one that will run is included, although it does not run if that one's result is unchanged.
 
     Args:
         nodes: every stage, each after the ones it reads from.
         records: see `Records`.
         cache: digests by path.
-        is_ignored: whether a stage, and with it all that read from it, does not run.
+        is_ignored: whether a stage, and with it all that read from it, is ignored.
     """
     stale: list[StaleStage] = []
     makers: dict[str, str] = {}  # of the files that will be rebuilt

@@ -1,4 +1,4 @@
-"""A workflow file's text, read and parsed within bounds of time and memory that hold for any file whatever."""
+"""Read and parse a workflow file in bounded time and memory, whatever its content."""
 
 import os
 import re
@@ -23,10 +23,10 @@ def read(path: Path, shown: str, data: bytes | None = None) -> dict[str, Any]:
     Args:
         path: the file.
         shown: its name, for the messages.
-        data: what it holds; None reads it.
+        data: its content; None to read it.
 
     Raises:
-        WorkflowError: it cannot be read, is too long or no valid TOML, or makes more variants than doit can bear.
+        WorkflowError: it cannot be read, is too long or no valid TOML, or has too many variants or values.
     """
     if not paths.is_utf8(path):
         raise WorkflowError(
@@ -66,7 +66,7 @@ def _read_bytes(path: Path, shown: str) -> bytes:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open a file, a pipe without a writer too: that is found to be no regular file then."""
+    """Open a file without blocking on a pipe, which is then refused as no regular file."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -74,17 +74,17 @@ def _word_toml_error(shown: str, message: str, last_line: int) -> str:
     match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message)
     if match:
         return f"{shown}:{match[2]}:{match[3]}: not valid TOML ({match[1]}). Fix the line."
-    if message.endswith(("levels", "deeply", "digits")):  # the whole file's depth or a number somewhere in it
+    if message.endswith(("levels", "deeply", "digits")):  # errors without a position
         return f"{shown}: not valid TOML ({message}). Fix the file."
     said = message.removesuffix(" (at end of document)")
     return f"{shown}:{last_line}: not valid TOML ({said}). Fix the line or one before it."
 
 
 def _refuse_too_many(document: dict[str, Any], shown: str) -> None:
-    """Refuse more variants, or more values in them, than can be checked within a second.
+    """Refuse more variants, or values in them, than can be checked within a second.
 
     Raises:
-        WorkflowError: names the table that makes the most of them.
+        WorkflowError: names the table with the most of them.
     """
     counts = {name: [matrix.count(one) for one in _tables(table)] for name, table in document.items()}
     totals = {name: sum(count for count, _ in counts[name]) for name in document if _varies(document[name])}

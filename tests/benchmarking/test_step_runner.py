@@ -343,6 +343,4 @@ def test_ways_for_which_there_is_no_time_are_left_out_and_the_first_two_are_time
     assert [one.recipe.name for one in measured] == ["baseline", "workflow", "without compile"]
     assert [one.num_steps for one in measured] == [FEWEST_ROUNDS, FEWEST_ROUNDS, 0]
     assert measured[2].error == "not measured: max_seconds = 30 did not suffice"
-    assert lines == [
-        "benchmark: 2 ways of a training step, 20 rounds: about 420 s, of which max_seconds = 30 leaves 0 s"
-    ]
+    assert lines == ["benchmark: 2 ways of a training step, 20 rounds: about 420 s, but max_seconds = 30 leaves 0 s"]

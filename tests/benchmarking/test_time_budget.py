@@ -48,7 +48,7 @@ def test_it_is_said_how_long_something_takes_and_how_far_it_is() -> None:
     clocked.budget.progress("round", 5, 20, 21)
     assert clocked.lines == [
         "benchmark: steps: about 50 s",
-        "benchmark: more steps: about 500 s, of which max_seconds = 60 leaves 60 s",
+        "benchmark: more steps: about 500 s, but max_seconds = 60 leaves 60 s",
         "benchmark: round 4 of 20, 40 s left",
     ]
 
