@@ -16,7 +16,6 @@ LIMITS = {"module lines": 350, "function lines": 60, "class lines": 250, "comple
 #: What still exceeds a limit: its largest allowed value.
 EXCEPTIONS: dict[str, int] = {
     "mlxflow/stages/benchmark.py module lines": 410,
-    "mlxflow/stages/pretokenize.py module lines": 492,
     "mlxflow/stages/profile.py module lines": 351,
     "tasks/run.py:StageRun._execute parameters": 12,
 }
@@ -29,6 +28,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/data/control_tokens.py": "tests/data/test_tokenizer.py",
     "mlxflow/data/conversations.py": "tests/stages/test_chats.py",
     "mlxflow/data/corpus_report.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/data/corpus_tables.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/data_sets.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/document_encoder.py": "tests/data/test_tokenizer.py",
     "mlxflow/data/documents.py": "tests/stages/test_chats.py",
@@ -39,6 +39,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/data/held_out_questions.py": "tests/stages/test_report_samples.py",
     "mlxflow/data/input_files.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/items.py": "tests/data/test_records.py",
+    "mlxflow/data/job.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/json_records.py": "tests/data/test_records.py",
     "mlxflow/data/long_lines.py": "tests/data/test_records.py",
     "mlxflow/data/messages.py": "tests/stages/test_chats.py",
@@ -51,6 +52,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/data/tables.py": "tests/data/test_records.py",
     "mlxflow/data/texts.py": "tests/data/test_records.py",
     "mlxflow/data/token_file.py": "tests/data/test_token_file_writer.py",
+    "mlxflow/data/tokenizer_choice.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/tokenizer_folder.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/tokenizer_sample.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/watched.py": "tests/data/test_guard.py",

@@ -1,0 +1,70 @@
+"""Tables of a workflow that name the sources of a corpus and its tokenizer; imports no MLX."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mlxflow.data.sources import HF
+from mlxflow.data.split_slices import parse_slices
+from mlxflow.workflow.config import Problem
+
+Format = Literal["auto", "text", "chat", "completions"]
+
+
+class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An entry of `pretokenize.sources` that is a table."""
+
+    path: Annotated[str, Meta(description="as an entry that is text")]
+    weight: Annotated[float, Meta(gt=0, le=1000, description="how often an epoch shows its documents")] = 1.0
+    format: Annotated[Format, Meta(description="of its records; auto: pretokenize.format")] = "auto"
+    text_key: Annotated[str, Meta(description="of a text in a record; empty: pretokenize.text_key")] = ""
+    config: Annotated[str, Meta(description="of hf: the configuration; empty: the only one")] = ""
+    split: Annotated[
+        str,
+        Meta(description='of hf: splits and slices, such as "train[:1%]"; empty: all, each on the side in its name'),
+    ] = ""
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield parts of a data set that cannot be, or of something that is none."""
+        for key in ("config", "split"):
+            if (value := getattr(self, key)) and not self.path.startswith(HF):
+                yield Problem(key, value, "is for a data set, and path names none", f'Write path = "{HF}...".')
+                return
+        try:
+            parse_slices(self.split or "all")
+        except ValueError as error:
+            yield Problem("split", self.split, str(error), "Change it or remove the key.")
+
+
+class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[pretokenize.tokenizer]` table."""
+
+    from_: Annotated[
+        str,
+        Meta(
+            description="a folder with a tokenizer.json, or a hub id; empty: that of train.model.from, else a new one"
+        ),
+    ] = msgspec.field(default="", name="from")
+    trust_remote_code: Annotated[
+        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
+    ] = False
+    vocab_size: Annotated[
+        int, Meta(ge=257, le=1_000_000, description="ids of the byte-level BPE that is trained here")
+    ] = 2048
+    max_training_bytes: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10**12,
+            description="of a larger corpus, a sample of this size trains the tokenizer, in 2 to 5 times that memory; "
+            "in 60 times that where nearly all words differ",
+        ),
+    ] = 50_000_000
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield a size for a tokenizer that exists."""
+        if self.from_ and self.vocab_size != 2048:
+            expected = "is for a tokenizer trained here, and tokenizer.from names one that exists"
+            yield Problem("vocab_size", self.vocab_size, expected, "Remove one of the two.")

@@ -1,0 +1,243 @@
+"""One corpus as the stage `pretokenize` makes it: tokenize its files, choose the documents of each side, pack rows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxflow.data import (
+    document_selection,
+    end_tokens,
+    input_files,
+    shard_builder,
+    shard_cache,
+    shortage,
+    token_file_writer,
+    tokenizer_folder,
+)
+from mlxflow.data.bin_packing import Packing
+from mlxflow.data.corpus_report import CorpusContents
+from mlxflow.data.documents import TrainOn
+from mlxflow.data.encoder import choose_encoder
+from mlxflow.data.end_tokens import Endings
+from mlxflow.data.input_files import SourceSettings
+from mlxflow.data.progress import show_progress, show_waiting
+from mlxflow.data.row_packer import Counts, OnLong, RowSettings
+from mlxflow.data.shard import Shard
+from mlxflow.data.shard_builder import SourceFile, Tokenized, Tokenizing
+from mlxflow.data.tokenizer import Vocabulary
+from mlxflow.data.tokenizer_choice import TokenizerRequest, choose_vocabulary
+from mlxflow.data.watched import Work
+from mlxflow.storage import layout, tensor_writing
+from mlxflow.storage.locks import hold
+from mlxflow.system import heap
+from mlxflow.workflow.stage import Context, Corpus, derive_seed
+
+
+class RowLayout(NamedTuple):
+    """How documents are laid into rows.
+
+    Attributes:
+        context_length: positions the model sees, L; a row has one token more.
+        packing: how documents are laid into rows.
+        on_long: what becomes of conversations longer than a row.
+    """
+
+    context_length: int
+    packing: Packing
+    on_long: OnLong
+
+
+class CorpusRequest(NamedTuple):
+    """Which corpus is wanted.
+
+    Attributes:
+        inputs: files and corpora.
+        owners: for each of them the number of its source.
+        sources: their settings.
+        tokenizer: which one.
+        holdout: share of the documents kept for validation.
+        deduplicate: leave out all but one of equal documents.
+        max_bad_records: share of records that may be skipped; None if each is an error.
+        train_on: what of conversations is trained on.
+        workers: files tokenized at a time.
+        layout: of the rows.
+    """
+
+    inputs: Sequence[Path | Corpus]
+    owners: Sequence[int]
+    sources: Sequence[SourceSettings]
+    tokenizer: TokenizerRequest
+    holdout: float
+    deduplicate: bool
+    max_bad_records: float | None
+    train_on: TrainOn
+    workers: int
+    layout: RowLayout
+
+
+class CorpusFiles(NamedTuple):
+    """The files of a corpus.
+
+    Attributes:
+        tokenizer: `tokenizer.json`.
+        tokenizer_config: `tokenizer_config.json`.
+        train: token file.
+        validation: token file.
+        names: the names of the files that the corpus was made of, a line each.
+    """
+
+    tokenizer: Path
+    tokenizer_config: Path
+    train: Path
+    validation: Path
+    names: Path
+
+
+class PackedCorpus(NamedTuple):
+    """A corpus that was written.
+
+    Attributes:
+        contents: files, documents and what became of them.
+        counts: of the rows of "train" and "validation".
+        vocabulary: the tokenizer.
+        endings: tokens that end documents and turns.
+        tokenized: the shards of the files.
+        engine: name of the tokenizer's.
+    """
+
+    contents: CorpusContents
+    counts: dict[str, Counts]
+    vocabulary: Vocabulary
+    endings: Endings
+    tokenized: Tokenized
+    engine: str
+
+
+def run_job(request: CorpusRequest, files: CorpusFiles, context: Context) -> PackedCorpus:
+    """Tokenize files that have no shard yet, choose the documents of each side, and write them as rows.
+
+    Args:
+        request: what is wanted.
+        files: to write.
+        context: of the stage.
+
+    Raises:
+        SourceError: a source cannot be used, or there is not one row of text.
+        StageError: the disk is full.
+    """
+    found = input_files.list_files(request.inputs, request.owners, request.sources, digests=context.digests)
+    shards = context.state / layout.SHARDS
+    store = shard_cache.ShardStore(shards)
+    waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
+    with hold(shards / layout.LOCK, waiting, wait=True, needed=True):
+        vocabulary = choose_vocabulary(
+            request.tokenizer,
+            found,
+            holdout=request.holdout,
+            context_length=request.layout.context_length,
+            kept=shards,
+        )
+        tokenized, engine = _tokenize(request, vocabulary, store, found)
+        context.digests.settle(file.path for file in found if file.read is None)
+        contents = _select(request, found, shard_builder.open_shards(store, tokenized.keys))
+        endings = end_tokens.endings_of(contents.shards, vocabulary)
+        counts = _write_sides(request.layout, files, context, vocabulary, contents, endings)
+        store.collect(context.task, tokenized.keys, context.tasks)
+    _write_tokenizer(vocabulary, files, endings)
+    files.names.write_text("".join(f"{file.name}\n" for file in found), encoding="utf-8")
+    return PackedCorpus(contents, counts, vocabulary, endings, tokenized, engine)
+
+
+def _tokenize(
+    request: CorpusRequest, vocabulary: Vocabulary, store: shard_cache.ShardStore, files: Sequence[SourceFile]
+) -> tuple[Tokenized, str]:
+    """Make sure that every file has a shard; return their keys and the engine's name. The engine's memory is freed."""
+    with Work(vocabulary.subject, size=len(vocabulary.definition)):
+        encoder = choose_encoder(vocabulary.definition, threads=request.workers)
+    if encoder.name == "fastokens":  # the other one makes so many small objects that its threads would wait
+        heap.share_one()
+    tokenizing = Tokenizing(
+        vocabulary=vocabulary,
+        encoder=encoder,
+        train_on=request.train_on,
+        store=store,
+        workers=request.workers,
+    )
+    with show_progress("tokenizing", sum(file.size for file in files)) as (progress, watch):
+        return tokenizing.run(files, progress, watch), encoder.name
+
+
+def _select(request: CorpusRequest, files: Sequence[SourceFile], shards: Sequence[Shard]) -> CorpusContents:
+    """Return the corpus with the documents of each side chosen.
+
+    Raises:
+        SourceError: there are bad records, or a side has no documents.
+    """
+    most = request.max_bad_records
+    input_files.check(files, shards, skips=most is not None, max_share=most or 0.0)
+    chosen = document_selection.select(
+        shards,
+        fixed_sides=[file.side for file in files],
+        sources=[file.source for file in files],
+        weights=[one.weight for one in request.sources],
+        holdout=request.holdout,
+        deduplicate=request.deduplicate,
+        asked=[request.sources[file.source].is_validation for file in files],
+    )
+    held_out = document_selection.held_out_share(chosen, request.holdout)
+    contents = CorpusContents(request.sources, files, shards, chosen, held_out)
+    shortage.require_documents(contents, "train")
+    shortage.require_documents(contents, "validation")
+    return contents
+
+
+def _write_sides(
+    rows: RowLayout,
+    files: CorpusFiles,
+    context: Context,
+    vocabulary: Vocabulary,
+    contents: CorpusContents,
+    endings: Endings,
+) -> dict[str, Counts]:
+    """Write both token files and return what became of the documents of each."""
+    sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {
+        "train": (document_selection.TRAIN, "all", files.train),
+        "validation": (document_selection.VALIDATION, "all", files.validation),
+    }
+    if contents.held_out:
+        sides["train"] = (document_selection.TRAIN, "rest", files.train)
+        sides["validation"] = (document_selection.TRAIN, "end", files.validation)
+    metadata = {
+        "context_length": str(rows.context_length),
+        "vocab_size": str(vocabulary.size),
+        "end_of_text": str(vocabulary.end_of_text),
+        "end_tokens": " ".join(map(str, endings.tokens)),
+    }
+    counts = {}
+    for side, (number, part, path) in sides.items():
+        with show_waiting(f"packing {side} rows") as watch:
+            counts[side] = token_file_writer.write_rows(
+                path,
+                documents=token_file_writer.SideDocuments(
+                    contents.shards, contents.selection, number, part, contents.held_out
+                ),
+                rows=RowSettings(
+                    capacity=rows.context_length + 1,
+                    packing=rows.packing,
+                    on_long=rows.on_long,
+                    padding=vocabulary.end_of_text,
+                    seed=derive_seed(context.seed, f"pretokenize.{side}"),
+                ),
+                dtype=vocabulary.dtype,
+                metadata=metadata | tensor_writing.provenance_metadata(context.provenance),
+                watch=watch,
+            )
+        shortage.require_rows(contents, side, counts[side], context_length=rows.context_length, on_long=rows.on_long)
+    return counts
+
+
+def _write_tokenizer(vocabulary: Vocabulary, files: CorpusFiles, endings: Endings) -> None:
+    """Write the tokenizer; its end-of-sequence token is one that the model learns to end with."""
+    if endings.texts and vocabulary.eos_token not in endings.texts:
+        vocabulary = vocabulary.ending_with(endings.texts[0])
+    tokenizer_folder.save_vocabulary(vocabulary, tokenizer_file=files.tokenizer, config_file=files.tokenizer_config)

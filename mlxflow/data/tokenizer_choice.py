@@ -1,0 +1,102 @@
+"""The tokenizer of a corpus: one that exists, or a byte-level BPE trained on its documents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxflow.data import chat, tokenizer, tokenizer_folder, tokenizer_sample
+from mlxflow.data.chatml import CHATML
+from mlxflow.data.corpus_tables import TokenizerConfig
+from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
+from mlxflow.data.progress import show_progress
+from mlxflow.data.shard_builder import SourceFile
+from mlxflow.data.tokenizer import Vocabulary
+from mlxflow.storage import remote_code
+from mlxflow.storage.atomic_folders import write_whole
+from mlxflow.storage.digests import digest_json
+from mlxflow.storage.regular_files import read_regular
+from mlxflow.storage.temporary_files import scratch_folder
+from mlxflow.system import heap
+
+
+class TokenizerRequest(NamedTuple):
+    """Which tokenizer is wanted.
+
+    Attributes:
+        table: the workflow's.
+        files: of a tokenizer that exists; none for one of the hub or a new one.
+        template_file: a Jinja file with the chat template; None for the tokenizer's own.
+        template_key: the setting that names that file, for messages.
+        version: of the stage; a tokenizer trained by another one is not used again.
+    """
+
+    table: TokenizerConfig
+    files: tuple[Path, ...]
+    template_file: Path | None
+    template_key: str
+    version: int
+
+
+def choose_vocabulary(
+    request: TokenizerRequest, files: Sequence[SourceFile], *, holdout: float, context_length: int, kept: Path
+) -> Vocabulary:
+    """Return the tokenizer that is wanted, opened or trained.
+
+    Args:
+        request: which one.
+        files: of the corpus, in its order.
+        holdout: share of the documents that a new tokenizer is not trained on.
+        context_length: of the rows, which a new tokenizer notes.
+        kept: the folder where trained tokenizers are kept.
+
+    Raises:
+        SourceError: the tokenizer or the chat template cannot be used.
+    """
+    template = request.template_file.read_text(encoding="utf-8") if request.template_file else None
+    name = request.table.from_
+    if not name:
+        return _trained(request, files, template, holdout=holdout, context_length=context_length, kept=kept)
+    with remote_code.trusting_code(request.table.trust_remote_code), scratch_folder() as scratch:
+        folder = request.files[0].parent if request.files else Path()
+        found = {path.relative_to(folder).as_posix(): path for path in request.files}
+        found = found or tokenizer_folder.hub_files(name)
+        found = tokenizer_folder.converted(found, scratch, name)
+        return tokenizer.open_vocabulary(found, template=template, name=name, template_key=request.template_key)
+
+
+def _trained(
+    request: TokenizerRequest,
+    files: Sequence[SourceFile],
+    template: str | None,
+    *,
+    holdout: float,
+    context_length: int,
+    kept: Path,
+) -> Vocabulary:
+    """Return a tokenizer trained on the training documents, or on a sample of them, unless it is kept already."""
+    table = request.table
+    compiled = tokenizer.compile_template(template, request.template_key) if template else None
+    with show_progress("reading", sum(file.size for file in files)) as (progress, watch):
+
+        def on_read(count: int) -> None:
+            progress.count(read_bytes=count)
+            watch()
+
+        sample = tokenizer_sample.sample(
+            files, template=compiled, holdout=holdout, max_bytes=table.max_training_bytes, on_read=on_read
+        )
+    template = CHATML if template is None and sample.has_conversations else template
+    special = chat.markers(template) if template else []
+    cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.decoded())) else []
+    key = digest_json([request.version, table.vocab_size, special, [one.hex() for one in sample.digests], *cut])
+    file = kept / f"{key}.tokenizer.json"
+    if not file.exists():
+        made = tokenizer.train_tokenizer(sample.taken(), vocab_size=table.vocab_size, special_tokens=special)
+        write_whole(file, made.to_str().encode())
+        heap.trim()
+    return tokenizer.trained_vocabulary(
+        read_regular(file).decode(),
+        context_length=context_length,
+        template=template,
+        template_key=request.template_key,
+    )
