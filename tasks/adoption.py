@@ -1,8 +1,7 @@
-"""Records made from `mlxflow.lock`, for artifacts that came here without the hidden folder of doit's state.
+"""Records from `mlxflow.lock`, for artifacts that were copied without the folder of doit's state.
 
-The lock knows all that a record knows: settings, the identity of each input, the content of each output. Where every
-output that it lists is on the disk as it says, the artifact is the one that it describes, and whether that is fresh is
-then decided as for any other record.
+The lock file has the same data as a record: settings, identities of inputs, digests of outputs. If every output that it
+lists is on the disk with that digest, it describes the artifact, and staleness is decided as with any other record.
 """
 
 import os
@@ -21,7 +20,7 @@ from mlxflow.workflow.staleness import files_read
 
 
 class Adoption:
-    """Makes records of stages that the journal does not know.
+    """Returns records of stages that are not in the journal.
 
     Args:
         nodes: every stage.
@@ -33,10 +32,10 @@ class Adoption:
         self._cache = cache
 
     def __call__(self, task: str) -> dict[str, Any] | None:
-        """Return the record of a stage whose artifact the lock describes, else None.
+        """Return the record of a stage if the lock file describes its artifact, else None.
 
         Raises:
-            OSError: a file of the artifact, or the lock, cannot be read now.
+            OSError: a file of the artifact, or the lock file, cannot be read.
         """
         node = self._nodes.get(task)
         if node is None or not all(_is_there(node.path(name)) for name in node.outputs[:1]):
@@ -47,7 +46,7 @@ class Adoption:
         return None
 
     def settle_merge(self) -> str:
-        """Write the lock without the marks of a merge, if it has some; return a line about it, else nothing."""
+        """Remove merge conflict markers from the lock file; return a line about it, empty if there were none."""
         nodes = list(self._nodes.values())
         return lockfile.settle_merge(
             nodes[0].root / layout.LOCKFILE, nodes, lambda node, table: self._record(node, table) is not None
@@ -69,7 +68,7 @@ class Adoption:
                 if self._cache.digests(path).content != content:
                     return None
                 outputs[name] = [os.stat(path).st_size, content]  # noqa: PTH116
-            except (*ABSENT, ValueError):  # missing or damaged: not what the lock describes
+            except (*ABSENT, ValueError):  # missing or damaged
                 return None
         names = {printable(name): name for name in files_read(node)}
         inputs = {names.get(name, name): identity for name, identity in record["inputs"].items()}
@@ -77,10 +76,10 @@ class Adoption:
 
 
 def _is_there(path: str) -> bool:
-    """Return whether there is something at a path.
+    """Return whether a path exists.
 
     Raises:
-        OSError: that cannot be seen now.
+        OSError: it cannot be looked up.
     """
     try:
         os.stat(path)  # noqa: PTH116

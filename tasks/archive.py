@@ -1,4 +1,4 @@
-"""One stage's artifact with its record as a file that moves between machines, believed only after a look."""
+"""Pack a stage's artifact and record into a tar file, and unpack one after checking every byte."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_node import Node
 _RECORD = "record.json"
 _FORMAT = 1
 _LARGEST_RECORD_BYTES = 32_000_000
-# Of a record: it is mostly text, and each of these takes some 20 times the memory that its text does.
+# The most lists and tables in a record: parsed, each takes about 20 times the memory of its text.
 _MOST_CONTAINERS = 500_000
 _CHUNK_BYTES = 1 << 22
 
@@ -36,8 +36,8 @@ def pack(node: Node, values: dict[str, Any], file: Path) -> None:
 
     Args:
         node: the stage.
-        values: its record; the artifact is what it says.
-        file: the archive, replaced whole.
+        values: its record, which matches the artifact.
+        file: the archive; replaced atomically.
 
     Raises:
         ArtifactError: the record is too large to be unpacked again.
@@ -70,14 +70,14 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
 
 
 def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
-    """Put an archive's artifact into its place after checking every byte; return the stage and its record.
+    """Install the artifact of an archive after checking every byte; return the stage and its record.
 
-    Nothing of the archive is written outside a private folder, and that only under the names that the workflow knows.
+    Files are written only into a private folder, and only under names that the workflow knows.
 
     Raises:
         ArtifactError: the archive is damaged, hostile, of another version or of a stage that is not in the workflow;
-            what was there before is as it was.
-        StageError: the disk has no room for it.
+            the existing artifact is unchanged.
+        StageError: the disk has too little space.
     """
     try:
         with _opened(file) as archive:
@@ -97,7 +97,7 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
-    """Open an archive without waiting for the writer of a pipe.
+    """Open an archive; a pipe is refused without blocking.
 
     Raises:
         ArtifactError: it is missing, no regular file, cannot be read, or is compressed.

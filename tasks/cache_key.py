@@ -1,4 +1,4 @@
-"""Keys for caches outside: known before anything is built."""
+"""Keys for external caches, such as those of CI, that are known before anything is built."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from mlxflow.workflow.staleness import observe_corpora, observe_settings
 
 
 def cache_key(node: Node, nodes: Sequence[Node], cache: DigestCache) -> str:
-    """Return a digest of everything that a stage follows from: settings and sources, its own and of all before it.
+    """Return a digest of everything that a stage depends on: settings and sources of itself and of earlier stages.
 
-    Artifacts are not looked at, so that the key is known in a fresh checkout.
+    Artifacts are not read, so that the key can be computed in a fresh checkout.
 
     Args:
         node: the stage.

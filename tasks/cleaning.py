@@ -1,4 +1,4 @@
-"""What `doit clean` removes beside artifacts, and what it says that it freed."""
+"""What `doit clean` removes besides artifacts: unfinished runs, leftovers and outdated digests."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from mlxflow.workflow.stage_node import Node
 
 
 def remove_unfinished(node: Node, dryrun: bool) -> int:
-    """Remove what runs of a stage that were cut off left, with any settings, and say so; return the bytes freed."""
+    """Remove the files of a stage's unfinished runs, with any settings; print it and return the bytes freed."""
     found = unfinished_runs.of_task(layout.state_folder(node.root), node.task)
     if found:
         terminal.show(f"{node.task} - removing what {len(found)} runs left unfinished ({_num_bytes(found):,} bytes)")
@@ -19,12 +19,12 @@ def remove_unfinished(node: Node, dryrun: bool) -> int:
 
 
 def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) -> int:
-    """Remove what stages and variants left that are no more, or name it; return the bytes freed.
+    """Remove or list the artifacts of stages and variants that no longer exist; return the bytes freed.
 
     Args:
         nodes: every stage.
-        is_wanted: whether it is to be removed.
-        dryrun: only say so.
+        is_wanted: remove them; else only list them.
+        dryrun: print without removing.
     """
     root = nodes[0].root
     freed_bytes = 0
@@ -42,7 +42,7 @@ def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) ->
 
 
 def word_freed(num_bytes: int, cache: DigestCache) -> str:
-    """Drop digests of files that are no more; return the line about what was freed, empty where nothing was."""
+    """Drop digests of files that no longer exist; return a line about what was freed, empty if nothing was."""
     num_digests = cache.drop_missing()
     parts = [f"{num_bytes:,} bytes"] if num_bytes else []
     parts += [f"{num_digests:,} digests of files that are no more"] if num_digests else []

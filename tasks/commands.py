@@ -1,4 +1,4 @@
-"""The verbs that ask about artifacts or move them."""
+"""The commands plan, verify, cache-key, pack, unpack and reproduce."""
 
 from pathlib import Path
 

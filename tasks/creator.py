@@ -1,4 +1,4 @@
-"""From a workflow to doit's tasks: one creator for every stage."""
+"""Create doit's tasks and configuration from the stages of a workflow."""
 
 import atexit
 import functools
@@ -20,18 +20,18 @@ from mlxflow.tasks.reporter import StageReporter
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import reasons
 
-#: The most files that `doit clean` names of those that it leaves alone.
+#: The most files that `doit clean` lists as left alone.
 _MOST_NAMED = 5
 
 
 class Freshness:
-    """Answers doit's question whether a task is up to date, and keeps the reasons for whoever prints them.
+    """A task's `uptodate` object: decides whether the stage is fresh, and keeps the reasons for printing.
 
     Attributes:
-        reasons: what makes the stage stale, as of the last time doit asked.
+        reasons: why the stage is stale, as of the last call.
     """
 
-    #: doit asks for the signature of every task's object on every run; made once, that takes no time.
+    #: doit inspects the signature of every task's object on every run; a given one saves that time.
     __signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("task", "values")])
 
     def __init__(self, node: Node, cache: DigestCache) -> None:
@@ -40,30 +40,30 @@ class Freshness:
         self.reasons: list[str] = []
 
     def __call__(self, task: Any, values: dict[str, Any]) -> bool:
-        """Return whether the stage is fresh; doit passes what its last run saved."""
+        """Return whether the stage is fresh; doit passes the values of its last run."""
         self.reasons = list(reasons(self._node, values, self._cache))
         return not self.reasons
 
 
 class InputChecker(FileChangedChecker):  # type: ignore[misc]  # doit has no types
-    """Leave every question about files to `Freshness`, which asks by content and to say why a file cannot be read.
+    """A file checker without checks: `Freshness` compares files by content and reports why one cannot be read.
 
-    doit itself takes any error for a file that is not there. See `mlxflow.tasks.doit_backend`.
+    doit itself treats every error as a missing file. See `mlxflow.tasks.doit_backend`.
     """
 
     def exists(self, file_path: str) -> bool:
-        """Return True: `Freshness` has looked at every output."""
+        """Return True: `Freshness` checks every output."""
         return True
 
     def info(self, file_path: str) -> None:
-        """Return nothing: `Freshness` has looked at every input."""
+        """Return nothing: `Freshness` checks every input."""
 
     def check_modified(self, file_path: str, file_stat: None, state: object) -> bool:
-        """Return False: `Freshness` has said what there is to say."""
+        """Return False: `Freshness` has reported every change."""
         return False
 
     def get_state(self, dep: str, current_state: object) -> None:
-        """Return nothing: the record that counts is made by `mlxflow.tasks.doit_action`."""
+        """Return nothing: `mlxflow.tasks.doit_action` makes the record."""
 
 
 def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
 
     Args:
         nodes: the stages that a plain `doit` builds.
-        state: the folder for what doit remembers.
+        state: the folder of doit's state.
     """
     return {
         "backend": BACKEND,
@@ -83,13 +83,13 @@ def configuration(nodes: Sequence[Node], state: Path) -> dict[str, Any]:
 
 
 def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, Any]]:
-    """Yield doit's description of each stage, and of each group of variants."""
+    """Yield doit's task dictionary of each stage, and of each group of variants."""
     from mlxflow.tasks.doit_action import StageAction
 
     journal = getattr(Globals.dep_manager, "backend", None)
-    if journal is not None and hasattr(journal, "adopt"):  # not where a dodo.py chooses a backend of its own
+    if journal is not None and hasattr(journal, "adopt"):  # unless a dodo.py chooses another backend
         journal.adopt = Adoption(nodes, cache)
-    atexit.register(cache.save)  # once: what is lost to a crash is read again
+    atexit.register(cache.save)  # once: after a crash the files are read again
     grouped: set[str] = set()
     known = {node.task for node in nodes}
     for node in nodes:
@@ -115,16 +115,16 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
 
 @functools.cache
 def _shown_paths(root: Path) -> Callable[[str], str]:
-    """Return a function from names below the workflow's folder to paths that doit understands from here."""
+    """Return a function that maps names relative to the workflow's folder to paths from the current folder."""
     prefix = os.path.relpath(root)
     return (lambda name: name) if prefix == "." else (lambda name: os.path.join(prefix, name))  # noqa: PTH118
 
 
 def remove_artifact(node: Node, dryrun: bool) -> int:
-    """Remove a stage's artifact, and say so; files in its folder that no run of it wrote stay, and are named.
+    """Remove a stage's artifact and print it; files in its folder that its runs did not write are kept and listed.
 
     Returns:
-        the bytes that were freed.
+        the bytes freed.
     """
     from mlxflow.storage.ownership import remove_own_files
     from mlxflow.storage.unfinished_runs import size_of

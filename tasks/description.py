@@ -1,4 +1,4 @@
-"""What `doit info` prints of a stage."""
+"""The lines of `doit info` about a stage."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,8 +12,8 @@ def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, 
 
     Args:
         node: the stage.
-        graph: what is known of it.
-        hide_status: leave out whether it is stale, which means looking at every file of it.
+        graph: has its record.
+        hide_status: leave out whether it is stale, which requires reading its files.
     """
     found = [] if hide_status else list(reasons(node, graph.record(node.task), graph.cache))
     lines = [node.task, f"    {node.doc}", ""]

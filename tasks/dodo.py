@@ -1,4 +1,4 @@
-"""What a dodo.py imports: doit's settings and the task creator, for the workflow that the command line names."""
+"""The names that a dodo.py imports: doit's configuration and task creator for the workflow of the command line."""
 
 from mlxflow.storage import layout
 from mlxflow.system import terminal

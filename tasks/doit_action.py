@@ -1,4 +1,4 @@
-"""What doit executes for a stage: its process, between a look at its inputs and a look at its outputs."""
+"""The doit action of a stage: observe its inputs, run its process, record its outputs."""
 
 import os
 import threading
@@ -20,15 +20,15 @@ from mlxflow.workflow.outputs import observe_outputs
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import observe_inputs, observe_settings
 
-#: The exit code of a stage that failed over something the user wrote.
+#: The exit code of a stage that failed because of a user's mistake.
 _USER_MISTAKE = 2
 
-#: Held by the one stage of this process that uses the device.
+#: Held by the stage of this process that uses the device.
 _own_turns = threading.Lock()
 
 
 class _Ran(NamedTuple):
-    """A stage's process that ended, and what it was given."""
+    """A finished process of a stage: its inputs and result."""
 
     settings: dict[str, Any]
     inputs: dict[str, str]
@@ -39,8 +39,8 @@ class _Ran(NamedTuple):
 class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
     """Runs one stage in its own process.
 
-    The record of its last run is dropped first, so that a run which is cut off is never trusted. Settings and inputs
-    are looked at before the process starts and handed to it: it fails where it finds others.
+    The record of the last run is removed first, so that an interrupted run is never taken for a finished one. Settings
+    and inputs are observed before the process starts and passed to it; it fails if it finds others.
 
     Args:
         node: the stage.
@@ -48,7 +48,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         known: the names of all stages of the workflow, for the lock file.
 
     Attributes:
-        is_untouched: whether a run that failed left every file of the artifact as it was.
+        is_untouched: whether a failed run left every file of the artifact unchanged.
     """
 
     def __init__(self, node: Node, cache: DigestCache, known: set[str]) -> None:
@@ -66,7 +66,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         return " ".join(self.node.command)
 
     def execute(self, out: object = None, err: object = None) -> BaseFail | None:
-        """Run the stage; doit saves `values` when all went well."""
+        """Run the stage; doit saves `values` after a success."""
         before = self._stamps()
         try:
             Globals.dep_manager.backend.check_writable()
@@ -93,7 +93,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         return None
 
     def _run(self) -> "_Ran | BaseFail":
-        """Run the process, in its turn where it uses the device, with what is there when its turn comes."""
+        """Run the process, holding the device if it needs it; inputs are observed when the device is held."""
         from mlxflow.tasks.stage_process import run_process
 
         node = self.node
@@ -112,7 +112,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Hold the device: one stage of this doit at a time, and as `device.turn` has it among all others."""
+        """Hold the device among the stages of this doit and, by `compute_device.turn`, among other processes."""
         from mlxflow.device.compute_device import turn
 
         node = self.node
@@ -120,7 +120,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             yield
 
     def _stamps(self) -> list[tuple[int, ...] | None]:
-        """Return what tells the files of the artifact that are there now from others in their place."""
+        """Return inode, size and time of the artifact's files, to detect replaced ones."""
         return [_stamp(self.node.path(name)) for name in (*self.node.outputs, *self.node.copies)]
 
     def _record(self, ran: "_Ran", outputs: dict[str, list[Any]]) -> None:
@@ -138,7 +138,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             terminal.say(line)
 
     def _computed_by(self) -> dict[str, Any]:
-        """Return the device that the stage's own report names and, of a CPU, the number of threads."""
+        """Return the device of the stage's report and, for a CPU, the number of threads."""
         from mlxflow.errors import ArtifactError
         from mlxflow.storage.report_files import read_report
 

@@ -1,4 +1,4 @@
-"""What doit remembers between runs: a journal with a line for each finished stage, on the disk before the next."""
+"""doit's dependency database as a journal: a line for each finished stage, flushed before the next one starts."""
 
 import json
 import os
@@ -15,27 +15,26 @@ from mlxflow.workflow import journal
 from mlxflow.workflow.journal import IGNORED, KEPT_KEYS, VALUES
 from mlxflow.workflow.records import FORGOTTEN
 
-# A journal with this many lines for each task that it knows, and some more, is rewritten when doit ends.
+# A journal with more than this many lines for each task, plus the slack, is rewritten when doit ends.
 _COMPACT_FACTOR = 4
 _COMPACT_SLACK = 64
 
 #: The name of this backend, in the settings of doit and among its entry points.
 BACKEND = "mlxflow"
 
-#: The keys that doit sets last: of a finished task, and of one that the user told it to ignore.
+#: The keys that doit sets last for a finished task, and for one that is ignored.
 _LAST_KEYS = frozenset({"deps:", IGNORED})
 
 
 class Journal:
     """A doit backend that loses no finished stage and trusts no unfinished one.
 
-    Every record is appended and flushed to the disk when doit has set its last key; a record that is dropped is dropped
-    on the disk at once. A torn last line is as if it had not been written; any other line that cannot be read, or that
-    holds no valid record, is as if it were not there, and costs the stage it was about a rebuild. That is said in one
-    line, and the journal is written again by the first verb that may write.
+    A record is appended and flushed to the disk when doit has set its last key; a removed record is removed on the disk
+    at once. An incomplete last line is ignored. Any other invalid line or record is ignored, too, and its stage is
+    built again; a line is printed, and the first command that may write rewrites the journal.
 
-    doit's own record of a task's inputs is not kept: it holds paths that depend on where doit was called. A task's
-    `uptodate` object compares its inputs under names of its own, and the journal tells doit that they are unchanged.
+    doit's own record of a task's inputs is not stored, because its paths depend on the current folder. A task's
+    `uptodate` object compares the inputs by other names, and the journal reports them as unchanged to doit.
 
     Args:
         name: the file.
@@ -43,9 +42,9 @@ class Journal:
         module_name: part of doit's signature; unused.
 
     Attributes:
-        adopt: returns the record of a task that the journal does not know, if it can be had elsewhere.
-        keeps_adopted: whether such a record is written into the journal; not by verbs that only look.
-        unwritable: raised instead of writing anything, where the artifacts cannot be locked.
+        adopt: returns the record of a task that is not in the journal from elsewhere, or None.
+        keeps_adopted: whether such a record is written into the journal; not by commands that only read.
+        unwritable: raised instead of writing if the artifacts cannot be locked.
     """
 
     desc = "append-only journal, flushed for each finished stage"
@@ -61,7 +60,7 @@ class Journal:
         self.load()
 
     def load(self) -> None:
-        """Read the journal, forgetting what was known before; the same bytes as before are not parsed again."""
+        """Read the journal again; unchanged bytes are not parsed again."""
         try:
             data = state_files.read_bytes(self.name)
         except FileNotFoundError:
@@ -87,25 +86,25 @@ class Journal:
         self._lines = 0
         self._torn = False
         self._damaged = False
-        self._data = None  # what the records were made of; None once one differs from that
+        self._data = None  # the parsed bytes; None after a change of a record
 
     def _ignore(self, what: str, effect: str) -> None:
-        """Say once what cannot be used; the next verb that writes replaces the file."""
+        """Print once what is ignored; the next command that writes replaces the file."""
         self._damaged = True
         if what not in self._said:
             self._said.add(what)
             terminal.say(f"{self.name}: {what}. {effect}")
 
     def mend(self) -> None:
-        """Write the journal again without what was not valid; to be called under the lock."""
+        """Rewrite the journal without invalid lines; call it under the lock."""
         if self._damaged:
             self._rewrite()
 
     def check_writable(self) -> None:
-        """Refuse to change anything without the lock.
+        """Refuse changes without the lock.
 
         Raises:
-            UserError: the lock's file cannot be made.
+            UserError: the lock file cannot be created.
         """
         if self.unwritable:
             raise self.unwritable
@@ -118,7 +117,7 @@ class Journal:
             return
         line = json.dumps({"task": task_id, "record": self._records.get(task_id)}, separators=(",", ":"))
         data = (("\n" if self._torn else "") + line + "\n").encode()
-        self._torn = True  # until all of it is there
+        self._torn = True  # until the line is complete
         with naming(self.name), open(self.name, "ab", buffering=0, opener=_open_to_append) as file:
             while data:
                 data = data[file.write(data) :]
@@ -127,11 +126,11 @@ class Journal:
         self._lines += 1
 
     def record(self, task_id: str) -> dict[str, Any]:
-        """Return all that is known of a task."""
+        """Return a copy of a task's record."""
         return dict(self._record(task_id))
 
     def _record(self, task_id: str) -> dict[str, Any]:
-        """Return a task's record, empty where there is none here or elsewhere."""
+        """Return a task's record, adopted if necessary; empty if there is none."""
         if task_id not in self._records and task_id not in self._asked:
             self._asked.add(task_id)
             if values := self.adopt(task_id):
@@ -141,16 +140,16 @@ class Journal:
         return self._records.get(task_id, {})
 
     def get(self, task_id: str, dependency: str) -> Any:
-        """Return one value of a task's record, or None; of an input, whether there is a record at all."""
+        """Return a value of a task's record, or None; for an input, True if there is a record."""
         record = self._records.get(task_id) or self._record(task_id)
         if dependency in KEPT_KEYS or dependency in _LAST_KEYS:
             return record.get(dependency)
         return bool(record) or None
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
-        """Set one value; the record is written when its last one is set."""
+        """Set a value; the record is written when its last one is set."""
         if dependency == IGNORED:
-            self._record(task_id)  # is ignored beside what is known of it
+            self._record(task_id)  # adopt its record first: ignoring keeps it
         self._data = None
         record = self._records.setdefault(task_id, {})
         if dependency in KEPT_KEYS:
@@ -163,23 +162,23 @@ class Journal:
         return bool(self._record(task_id))
 
     def remove(self, task_id: str) -> None:
-        """Drop a task's record, on the disk too; it is not adopted again by this process."""
+        """Remove a task's record, on the disk, too; this process does not adopt one again."""
         self._asked.add(task_id)
         if self._records.pop(task_id, None) is not None:
             self._append(task_id)
 
     def remove_all(self) -> None:
-        """Drop every record."""
+        """Remove every record."""
         for task_id in list(self._records):
             self.remove(task_id)
 
     def forget(self, task_id: str) -> None:
-        """Drop a task's record so that none is adopted in its place: the task is stale until it runs."""
+        """Remove a task's record and prevent adoption: the task is stale until it runs."""
         self._records[task_id] = {VALUES: {FORGOTTEN: True}}
         self._append(task_id)
 
     def dump(self) -> None:
-        """Rewrite the journal when most of its lines are about the past."""
+        """Rewrite the journal if most of its lines are outdated."""
         if self._lines <= _COMPACT_FACTOR * len(self._records) + _COMPACT_SLACK:
             return
         self._rewrite()
@@ -193,7 +192,7 @@ class Journal:
             for task, record in sorted(self._records.items())
         ]
         place = Path(self.name)
-        if place.is_symlink():  # a link is no state, and what it leads to is no business of ours
+        if place.is_symlink():  # never write through a link
             place.unlink()
         write_whole(place, "".join(line + "\n" for line in lines).encode())
         self._lines = len(lines)

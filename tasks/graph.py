@@ -1,10 +1,9 @@
-"""The stages of a workflow file, resolved once and remembered for as long as nothing they follow from has changed.
+"""The stages of a workflow file, cached until something that they depend on changes.
 
-Resolving a workflow imports every stage and the library that checks types, which takes longer than all that doit does
-when there is nothing to do. The complete graph is therefore kept beside doit's state, together with everything that it
-follows from: the bytes of the workflow file, the stamps of the code, and each question that was asked of the disk with
-its answer (`mlxflow.workflow.disk_queries`). Where any of these differs the workflow is resolved again, so a
-remembered graph is always the one that resolving would return.
+Resolving a workflow imports every stage and the validation library, which takes longer than a whole no-op doit. The
+graph is therefore cached beside doit's state, together with everything that it depends on: the bytes of the workflow
+file, size and times of the code, and each query of the disk with its answer (`mlxflow.workflow.disk_queries`). If any
+of these differs, the workflow is resolved again.
 """
 
 import os
@@ -30,25 +29,25 @@ def load_nodes(path: Path, state: Path) -> list[Node]:
 
     Args:
         path: the workflow file.
-        state: the folder for what is remembered between runs; nothing is written where it does not exist yet.
+        state: the folder of doit's state; nothing is written if it does not exist yet.
 
     Raises:
         UserError: the file has mistakes.
     """
-    remembered = state / layout.GRAPH
+    cached = state / layout.GRAPH
     data = _read(path)
     key = _key(path, data)
-    nodes = _recall(remembered, key, path, data)
+    nodes = _recall(cached, key, path, data)
     if nodes is None:
         nodes = _resolve(path, data)
         if state.is_dir() and nodes and nodes[0].basis:
             lookups = nodes[0].basis.lookups
-            _remember(remembered, {"key": key, "code": _code_stamps(_code_files()), "lookups": lookups}, nodes)
+            _remember(cached, {"key": key, "code": _code_stamps(_code_files()), "lookups": lookups}, nodes)
     return nodes
 
 
 def _read(path: Path) -> bytes | None:
-    """Return what the workflow file holds, once for all that follows from it; None where it cannot be read."""
+    """Return the content of the workflow file; None if it cannot be read."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_WORKFLOW_BYTES:
             return None
@@ -58,7 +57,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _key(path: Path, data: bytes | None) -> str | None:
-    """Return a digest of the workflow file and of where the code lies; None without a file that can be read."""
+    """Return a digest of the workflow file and of the location of the code; None if the file cannot be read."""
     import mlxflow
 
     if data is None:
@@ -67,7 +66,7 @@ def _key(path: Path, data: bytes | None) -> str | None:
 
 
 def _code_files() -> list[str]:
-    """Return every file of this project that was imported, which resolving a workflow does with all it needs."""
+    """Return every imported file of this project; resolving a workflow has imported all that it uses."""
     loaded = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
     return sorted(file for name, file in loaded.items() if name.partition(".")[0] in ("mlxflow", "tasks") and file)
 
@@ -76,16 +75,16 @@ def _code_stamps(files: list[str]) -> list[list[int | str]]:
     """Return name, size and times of files.
 
     Raises:
-        OSError: one is gone.
+        OSError: one is missing.
     """
     stats = [(file, os.stat(file)) for file in files]  # noqa: PTH116 - pathlib doubles the time of a no-op here
     return [[file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for file, stat in stats]
 
 
-def _recall(remembered: Path, key: str | None, path: Path, data: bytes | None) -> list[Node] | None:
-    """Return the remembered graph if everything that it follows from is as it was."""
+def _recall(cached: Path, key: str | None, path: Path, data: bytes | None) -> list[Node] | None:
+    """Return the cached graph if everything that it depends on is unchanged, else None."""
     try:
-        stored = state_files.read(remembered)
+        stored = state_files.read(cached)
         if data is None or key is None or stored.get("key") != key:
             return None
         if stored["code"] != _code_stamps([os.fsdecode(stamp[0]) for stamp in stored["code"]]):
@@ -98,9 +97,9 @@ def _recall(remembered: Path, key: str | None, path: Path, data: bytes | None) -
         return None
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = error if isinstance(error, InvalidStateError) else "expected stages, stamps and questions"
-        state_files.say_ignored(remembered, reason, "The workflow is resolved again.")
+        state_files.say_ignored(cached, reason, "The workflow is resolved again.")
         return None
-    except OSError:  # missing, or so is a file of the code
+    except OSError:  # the cache or a file of the code is missing
         return None
     return [replace(node, command=_command(node.task, path), basis=basis) for node in nodes]
 
@@ -109,22 +108,22 @@ def _command(task: str, path: Path) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "mlxflow", "run", task, f"--workflow={path}")
 
 
-def _remember(remembered: Path, basis: dict[str, Any], nodes: list[Node]) -> None:
-    """Keep the graph with what it follows from; a folder that cannot be written is left alone."""
-    temporary = temporary_files.beside(remembered)
+def _remember(cached: Path, basis: dict[str, Any], nodes: list[Node]) -> None:
+    """Cache the graph with what it depends on; errors of writing are ignored."""
+    temporary = temporary_files.beside(cached)
     try:
         temporary.write_bytes(state_files.encode(basis | {"nodes": [node.as_json() for node in nodes]}))
-        temporary.replace(remembered)
+        temporary.replace(cached)
     except OSError:
         with suppress(OSError):
             temporary.unlink()
 
 
 def _refuse_command_names(stages: set[str]) -> None:
-    """Refuse stages that doit would take for a command of its own.
+    """Refuse stages with the name of a doit command.
 
     Raises:
-        WorkflowError: there are some; each is named.
+        WorkflowError: names each such stage.
     """
     from doit.doit_cmd import DoitMain
 
@@ -137,7 +136,7 @@ def _refuse_command_names(stages: set[str]) -> None:
 
 
 def _resolve(path: Path, data: bytes | None) -> list[Node]:
-    """Return the stages of a workflow file of which the content is known."""
+    """Resolve a workflow file with the given content and return its stages."""
     from mlxflow.workflow.loader import load_workflow
 
     workflow = load_workflow(path, data=data)

@@ -1,4 +1,4 @@
-"""Artifacts of stages and variants that the workflow no longer has. They stay until a user asks for their removal."""
+"""Artifacts of stages and variants that the workflow no longer has; they are removed only on request."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from mlxflow.workflow.stage_node import Node
 
 
 class Leftover(NamedTuple):
-    """The artifact of a stage that is no more: its folder, relative to the workflow's, its files and their size."""
+    """An artifact without a stage: its folder, relative to the workflow's, number of files and bytes."""
 
     folder: Path
     num_files: int
@@ -23,13 +23,13 @@ class Leftover(NamedTuple):
 
 
 def find_leftovers(root: Path, nodes: Iterable[Node]) -> Iterator[Leftover]:
-    """Yield what stages and variants left that are no more.
+    """Yield the artifacts of stages and variants that no longer exist.
 
-    A folder counts where the report in it names the stage whose folder this is; a copy under another name does not.
+    A folder counts if its report names the stage that the folder is named after; renamed copies do not.
 
     Args:
         root: the workflow's folder.
-        nodes: every stage that there is.
+        nodes: every stage of the workflow.
     """
     known = {Path(node.folder) for node in nodes}
     for report in layout.report_files(root):
@@ -42,5 +42,5 @@ def find_leftovers(root: Path, nodes: Iterable[Node]) -> Iterator[Leftover]:
 
 
 def remove_leftover(root: Path, leftover: Leftover) -> None:
-    """Remove a leftover; files in its folder that its own run did not write stay."""
+    """Remove a leftover; files in its folder that its run did not write are kept."""
     ownership.remove_own_files(root / leftover.folder)

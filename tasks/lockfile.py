@@ -1,7 +1,7 @@
-"""`mlxflow.lock`: what each stage was made of, beside the workflow file, made to be committed.
+"""`mlxflow.lock`: settings, inputs and outputs of each stage's last run, to be committed beside the workflow file.
 
-Two people commit it, so it may come back with the marks of a merge. It is read all the same: a stage then has a table
-from each side, and the one that describes the artifact on the disk is right.
+It may contain merge conflict markers. It can be read nevertheless: a stage then has a table from each side, and the one
+that describes the artifact on the disk is used.
 """
 
 import re
@@ -21,7 +21,7 @@ from mlxflow.workflow.stage_node import Node
 
 _HEAD = "# What each stage was made of; written by doit, made to be committed.\n\n"
 
-#: The settings that have keys of their own in a stage's table; the others are in its table `settings`.
+#: The settings with a key in a stage's table; the others are in its table `settings`.
 _SETTINGS = {"seed": "seed", "version": "stage_version", "mlx": "mlx", "config": "config"}
 
 # The first key of a table's header: `[train.config]` or `["train:a".config]`
@@ -33,11 +33,11 @@ Table = dict[str, Any]
 
 
 class Lock(NamedTuple):
-    """What a lock file holds.
+    """The content of a lock file.
 
     Attributes:
-        tables: of each stage those that could be read, the first one as it is here; several after a merge.
-        damage: what is wrong with the file, empty where nothing is.
+        tables: the readable tables of each stage, ours first; several after a merge.
+        damage: why the file is not valid; empty if it is.
     """
 
     tables: dict[str, list[Table]]
@@ -69,9 +69,9 @@ def describe(node: Node, values: dict[str, Any]) -> Table:
 
 
 def recorded(table: Table) -> dict[str, Any] | None:
-    """Return the record that a table was made of, as far as the table says it; None where it lacks a part.
+    """Return the record of a table; None if the table is incomplete.
 
-    Its `outputs` are content digests by name, without sizes; the names of its `inputs` are on one line each.
+    Its `outputs` are content digests by name, without sizes; the names of its `inputs` are escaped to one line.
     """
     others = table.get("settings", {})
     settings = {key: table[name] for key, name in _SETTINGS.items() if name in table}
@@ -88,7 +88,7 @@ def recorded(table: Table) -> dict[str, Any] | None:
 
 
 def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> str:
-    """Write a stage's table into the lock file; tables of stages that are no more are left out.
+    """Write a stage's table into the lock file; tables of stages that no longer exist are removed.
 
     Args:
         path: the lock file.
@@ -97,7 +97,7 @@ def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> s
         known: the names of all stages of the workflow.
 
     Returns:
-        a line about what was wrong with the file, empty where nothing was.
+        a line about damage of the file; empty if there was none.
     """
     with _writing:
         lock = read(path)
@@ -110,15 +110,15 @@ def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> s
 
 
 def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, Table], bool]) -> str:
-    """Write a lock file without the marks that a merge left in it.
+    """Resolve merge conflict markers in a lock file.
 
     Args:
-        path: the lock file; one without marks, or none, is left alone.
+        path: the lock file; nothing is done if it has no markers or does not exist.
         nodes: every stage.
-        describes: whether a table describes the artifact of a stage as it is now.
+        describes: whether a table describes the current artifact of a stage.
 
     Returns:
-        a line about what was done, empty where nothing was.
+        a line about what was done; empty if nothing was.
     """
     try:
         with naming(path):
@@ -137,7 +137,7 @@ def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, T
 
 
 def read(path: Path) -> Lock:
-    """Return what can be read of a lock file, nothing where there is none."""
+    """Return the readable content of a lock file; empty if there is none."""
     import tomllib
 
     try:
@@ -158,7 +158,7 @@ def read(path: Path) -> Lock:
 
 
 def _sides(text: str) -> list[str]:
-    """Return a text as it was on both sides of a merge that left its marks in it; none where there are no marks."""
+    """Return both sides of a text with merge conflict markers; empty if it has none."""
     sides: tuple[list[str], list[str]] = ([], [])
     taken: tuple[list[str], ...] = sides
     is_marked = False
@@ -173,7 +173,7 @@ def _sides(text: str) -> list[str]:
 
 
 def _parse_parts(text: str) -> Iterator[tuple[str, Table]]:
-    """Yield the table of each stage whose part of a text is valid TOML by itself."""
+    """Yield the tables of stages from the parts of a text that are valid TOML by themselves."""
     import tomllib
 
     parts: dict[str, str] = {}
@@ -206,7 +206,7 @@ def _sorted(value: Any) -> Any:
 
 
 def source_commit(folder: Path) -> str:
-    """Return the commit that a folder is at, with `+changes` where files differ from it; `unknown` without one."""
+    """Return the git commit of a folder, with `+changes` if files differ from it; `unknown` without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -1,4 +1,4 @@
-"""What `doit` prints: one line for each stage that is fresh, one with the reason for each that runs."""
+"""The output of `doit`: a line for each stage, with the reasons if it runs."""
 
 from typing import Any
 
@@ -10,35 +10,35 @@ from mlxflow.system import terminal
 
 
 class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
-    """Prints reasons; a stage's own process has already said why it failed."""
+    """Prints reasons; a stage's process has printed already why it failed."""
 
     desc = "one line a stage, with the reason for each that runs"
 
     def write(self, text: str) -> None:
-        """Write a line, with every control character in it escaped."""
+        """Write a line with control characters escaped."""
         super().write(terminal.one_line(text.removesuffix("\n")) + "\n")
 
     def execute_task(self, task: Any) -> None:
-        """Say why a stage runs; groups of variants run nothing."""
+        """Print why a stage runs; groups of variants run nothing."""
         if task.actions:
             reasons = task.meta["freshness"].reasons if task.meta else []
             self.write(f".  {task.name}: {'; '.join(reasons) or 'asked to run'}\n")
             self.outstream.flush()
 
     def skip_uptodate(self, task: Any) -> None:
-        """Say that a stage is fresh."""
+        """Print that a stage is fresh."""
         if not task.has_subtask:
             self.write(f"-- {task.name}\n")
 
     def skip_ignore(self, task: Any) -> None:
-        """Say that a stage is not run because the user told doit to ignore it, or one that it reads from."""
+        """Print that a stage does not run because it, or a stage that it reads from, is ignored."""
         if not task.has_subtask:
-            is_told = Globals.dep_manager.status_is_ignore(task)
-            until = f", until doit ignore --undo {task.name}" if is_told else ", as is a stage that it reads from"
+            is_ignored = Globals.dep_manager.status_is_ignore(task)
+            until = f", until doit ignore --undo {task.name}" if is_ignored else ", as is a stage that it reads from"
             self.write(f"-- {task.name}: ignored{until}\n")
 
     def add_failure(self, task: Any, fail: BaseFail) -> None:
-        """Say which stage failed."""
+        """Print which stage failed."""
         if task.executed:
             kept = all(getattr(action, "is_untouched", True) for action in task.actions)
             self.write(f"!! {task.name}: failed; its artifact {'is as it was' if kept else 'was replaced before'}\n")
@@ -46,6 +46,6 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
             self.write(f"!! {task.name}: not run ({fail.message.strip()})\n")
 
     def complete_run(self) -> None:
-        """Print what doit itself could not do."""
+        """Print doit's own errors."""
         for line in "".join(f"{error}\n" for error in self.runtime_errors).splitlines():
             self.write(line)

@@ -1,4 +1,4 @@
-"""Whether a stage, built again, comes out the same."""
+"""Build a stage again and compare the result with its artifact."""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from mlxflow.workflow.outputs import files_in, may_hold
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import observe_settings
 
-#: Files that tell of the run itself: times and rates.
+#: Files about the run itself, with times and rates; they are not compared.
 _ABOUT_THE_RUN = frozenset({layout.METRICS, layout.REPORT})
 
 
@@ -24,7 +24,7 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
 
     Args:
         node: the stage.
-        record: what its last run left.
+        record: of its last run.
     """
     state = layout.state_folder(node.root)
     state.mkdir(parents=True, exist_ok=True)
@@ -46,13 +46,13 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
 
 
 def word_other_threads(task: str, record: dict[str, Any], threads: int | None, other: str) -> str:
-    """Return a line where an artifact was computed by another number of threads, else nothing.
+    """Return a line if an artifact was computed by another number of threads, else an empty text.
 
     Args:
         task: the stage.
-        record: what its last run left.
-        threads: the other number; None where the CPU does not compute.
-        other: what it is the number of.
+        record: of its last run.
+        threads: the other number; None if the CPU does not compute.
+        other: the subject of the other number, for the line.
     """
     known = record.get("threads")
     if known is None or threads is None or known == threads:
@@ -64,11 +64,11 @@ def word_other_threads(task: str, record: dict[str, Any], threads: int | None, o
 
 
 def differing(node: Node, folder: Path) -> Iterator[str]:
-    """Yield a line for each file of a stage that is not equal in another folder; of tensors, the first one.
+    """Yield a line for each file of a stage that differs in another folder, with the first differing tensor.
 
     Args:
         node: the stage.
-        folder: holds the other files under the same names.
+        folder: contains the other files under the same names.
     """
     again = replace(node, root=folder, folder=".", outputs=())
     theirs_alone = [f"{node.folder}/{name.removeprefix('./')}" for name in files_in(again)]

@@ -1,4 +1,4 @@
-"""doit's own `run`, with locks and clean ends."""
+"""The command `doit run` with a lock on the artifacts and termination of running stages."""
 
 import signal
 import sys
@@ -27,21 +27,21 @@ _NO_WAIT = {
 
 
 class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
-    """`doit run`: one at a time on an artifacts folder, and nothing goes on after it ends.
+    """`doit run`: one at a time for an artifacts folder; stages are terminated when it ends.
 
-    Graphs that are not of stages run as doit runs them.
+    Graphs without stages run as in doit.
     """
 
     name = "run"
     cmd_options = (*Run.cmd_options, _NO_WAIT)
 
     def execute(self, params: Any, args: list[str]) -> int:
-        """Remember whether to wait, which doit's own signature has no place for."""
+        """Store whether to wait, which doit's signature has no parameter for."""
         self._no_wait = bool(params.get("no_wait"))
         return super().execute(params, args)
 
     def _check_names(self) -> None:
-        """Refuse an unknown stage before anything is written; doit itself would notice it under the lock."""
+        """Refuse an unknown stage before anything is written; doit would notice it later, under the lock."""
         known = {name for task in self.task_list for name in (task.name, *task.targets)}
         for name in self.sel_tasks or ():
             if not name.startswith("-") and "*" not in name and name not in known:
@@ -63,7 +63,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         pdb=False,
     ) -> int:
         def run(par_type: str) -> int:
-            # doit's default is the stream of when it was loaded: None where that was closed, and not the guarded one
+            # doit's default is the stream when it was imported: None if that was closed, and not the escaping one
             out = sys.stdout if outfile in (None, sys.__stdout__) else outfile
             options = (auto_delayed_regex, force_verbosity, failure_verbosity, pdb)
             return int(
@@ -83,10 +83,10 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         if not self.is_of_stages:
             return run(par_type)
         self._check_names()
-        return self._run_alone(lambda: run("thread"), is_single=single)  # stages are processes already
+        return self._run_alone(lambda: run("thread"), is_single=single)  # threads suffice: stages are processes
 
     def _run_alone(self, run: Callable[[], int], *, is_single: bool) -> int:
-        """Run the stages under the lock of these artifacts, and turn what ends the run into an exit code."""
+        """Run the stages under the lock on the artifacts, and map errors to exit codes."""
         from mlxflow.errors import StageError, UserError
         from mlxflow.storage.atomic_folders import make_link_target
         from mlxflow.storage.locks import LockedError, hold
@@ -114,7 +114,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         except (StageError, UserError) as error:
             terminal.say_error(error)
             return error.exit_code
-        except BrokenPipeError:  # the reader of the output is gone
+        except BrokenPipeError:  # handled by `Verb`
             raise
         except OSError as error:  # doit's own state cannot be written
             terminal.say_last(word_cause(error, Path(journal.name).parent))
@@ -142,7 +142,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
 
 def _tidy(journal: Journal, adoption: Adoption, artifacts: Path) -> None:
-    """Repair and clean up what earlier runs left in the state; to be called under the lock."""
+    """Repair the state and remove leftovers of earlier runs; call it under the lock."""
     journal.mend()
     journal.keeps_adopted = True
     if line := adoption.settle_merge():
@@ -151,7 +151,7 @@ def _tidy(journal: Journal, adoption: Adoption, artifacts: Path) -> None:
 
 
 def _remove_left_behind(artifacts: Path) -> None:
-    """Remove what stages that were cut off left behind; nobody is at work while the lock is held."""
+    """Remove files of interrupted stages; no other process uses them while the lock is held."""
     from mlxflow.storage.atomic_folders import partial_folders, remove_folder
     from mlxflow.storage.temporary_files import remove_orphans, remove_orphans_below
 
@@ -164,7 +164,7 @@ def _remove_left_behind(artifacts: Path) -> None:
 
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
-    """End the stages that run when doit ends by SIGTERM, Ctrl-C or an error."""
+    """Terminate running stages if doit ends by SIGTERM, Ctrl-C or an error."""
 
     def terminate(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)

@@ -1,6 +1,6 @@
-"""The project's folder comes last on doit's own search path, so that no file in it replaces a module of Python.
+"""Move the project's folder to the end of `sys.path`, so that its files do not shadow Python's modules.
 
-doit puts the folder of dodo.py first. A `random.py` in there would otherwise be imported wherever Python's is meant.
+doit puts the folder of dodo.py first. A `random.py` there would otherwise be imported instead of Python's.
 """
 
 import os

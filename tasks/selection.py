@@ -1,4 +1,4 @@
-"""The stages that a command was given, by name, and what is known of them."""
+"""Select stages by name, and look up their records."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from mlxflow.workflow.stage_node import Node
 
 
 class Selection:
-    """The stages that a command was given, and what is known of them.
+    """The stages of a command's graph, with their records.
 
     Attributes:
         nodes: every stage, each after the ones it reads from.
@@ -29,18 +29,18 @@ class Selection:
         self.journal: Journal = command.dep_manager.backend
 
     def record(self, task: str) -> dict[str, Any]:
-        """Return what a stage's last run left, empty where there is no record."""
+        """Return the record of a stage's last run; empty if there is none."""
         return self.journal.get(task, "_values_:") or {}
 
     def is_ignored(self, task: str) -> bool:
-        """Return whether the user told doit to ignore a stage."""
+        """Return whether a stage is ignored by `doit ignore`."""
         return bool(self.journal.get(task, "ignore:"))
 
     def select(self, names: list[str]) -> list[Node]:
-        """Return the stages of the given names, all of them where there are none.
+        """Return the stages of the given names; all stages if there are none.
 
         Raises:
-            SystemExit: a name is no stage; said, with exit code 2.
+            SystemExit: a name is no stage; exit code 2, after a message.
         """
         for name in names:
             if not any(node.task == name or node.task.startswith(f"{name}:") for node in self.nodes):
@@ -51,7 +51,7 @@ class Selection:
         """Return the one stage of the given name.
 
         Raises:
-            SystemExit: not one name was given, or it is no stage or several; said, with exit code 2.
+            SystemExit: not exactly one name, or it is no stage or several; exit code 2, after a message.
         """
         if len(names) != 1:
             refuse(f"expected one stage. Use: {usage}")
@@ -61,10 +61,10 @@ class Selection:
         return chosen[0]
 
     def fresh_record(self, node: Node) -> dict[str, Any]:
-        """Return the record of a stage whose artifact is what its last run left.
+        """Return the record of a stage after checking that its artifact is unchanged since its last run.
 
         Raises:
-            SystemExit: there is none, or the artifact is damaged; said, with exit code 1.
+            SystemExit: there is no record, or the artifact is damaged; exit code 1, after a message.
         """
         from mlxflow.workflow.outputs import damaged_outputs
 
@@ -77,11 +77,11 @@ class Selection:
 
 
 def with_upstream(nodes: Iterable[Node], wanted: Iterable[str]) -> list[Node]:
-    """Return the stages of the given names and all that they read from, in the order given.
+    """Return the stages of the given names and all that they depend on, in the order of `nodes`.
 
     Args:
         nodes: every stage, each after the ones it reads from.
-        wanted: names of stages or variants; `quantize` stands for all its variants.
+        wanted: names of stages or variants; a stage's name selects all its variants.
     """
     names = set(wanted)
     needed: set[str] = set()
@@ -94,12 +94,12 @@ def with_upstream(nodes: Iterable[Node], wanted: Iterable[str]) -> list[Node]:
 
 
 def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:
-    """Return a line about a name that nothing has.
+    """Return the message for an unknown name.
 
     Args:
         name: as written.
-        known: the names that there are.
-        kind: of what.
+        known: the valid names.
+        kind: of thing, for the message.
     """
     from difflib import get_close_matches
 
@@ -109,6 +109,6 @@ def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:
 
 
 def refuse(line: str, code: int = 2) -> NoReturn:
-    """Print a line, or several, and end with an exit code."""
+    """Print a message of one or more lines and exit."""
     terminal.say_last(*line.split("\n"))
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""A stage in a process of its own: what it prints goes to the terminal and to a log, and it never outlives doit."""
+"""Run a stage in a child process: its output goes to the terminal and a log, and it ends with doit."""
 
 import os
 import signal
@@ -24,8 +24,8 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
 
     Args:
         command: program and arguments; no shell.
-        log: receives all that is printed, from the beginning.
-        handover: what the process reads from its standard input.
+        log: the file for the output; an existing one is replaced.
+        handover: the standard input of the process.
 
     Raises:
         StageError: the log cannot be written.
@@ -51,7 +51,7 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
                 return process.wait()
             except BaseException:
                 _end(process)
-                _copy(output, file)  # what it said of its end
+                _copy(output, file)  # its last output
                 raise
             finally:
                 _running.discard(process)
@@ -62,7 +62,7 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
 
 
 def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
-    """Write what a process reads from its standard input, and close that; one that ended says why itself."""
+    """Write a process's standard input and close it; a process that has ended already is ignored."""
     if process.stdin is None:
         return
     with suppress(BrokenPipeError), process.stdin:
@@ -70,13 +70,13 @@ def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
 
 
 def end_all() -> None:
-    """End every process that is running, and wait for it."""
+    """Terminate every running process and wait for it."""
     for process in list(_running):
         _end(process)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a process to end, then make it."""
+    """Terminate a process group: SIGTERM, then SIGKILL after a grace period."""
     if process.poll() is not None:
         return
     for number, patience in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
@@ -91,7 +91,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _open_terminal() -> tuple[int, int]:
-    """Return both ends of a terminal as wide as ours, so that progress bars draw themselves."""
+    """Return both ends of a pseudo-terminal with the size of ours, so that progress bars are drawn."""
     import fcntl
     import pty
     import termios
@@ -103,13 +103,13 @@ def _open_terminal() -> tuple[int, int]:
 
 
 def _copy(source: int, log: BinaryIO) -> None:
-    """Copy what a process prints to standard error and to a log, until it closes its end; what is unsafe is escaped."""
+    """Copy a process's output to standard error and a log until it ends; control characters are escaped."""
     shown = terminal.Foreign()
     data = b"-"
     while data:
         try:
             data = os.read(source, 1 << 16)
-        except OSError:  # Linux: the other end of a terminal was closed
+        except OSError:  # on Linux, the other end of the pseudo-terminal was closed
             data = b""
         if text := shown.feed(data, ends=not data):
             log.write(text)

@@ -1,7 +1,7 @@
-"""The files of an archive that `doit pack` wrote, and nothing else that a tar file can hold.
+"""A strict reader of tar files as written by `doit pack`: regular files and long names only.
 
-Python's own reader follows headers that fill a disk from a few bytes (sparse files), that read without bound or recurse
-(long names), and knows links, devices and pipes. Here a header is a regular file's, or one with a long name before it.
+Python's reader accepts headers that fill a disk from a few bytes (sparse files), that read or recurse without bound
+(long names), and links, devices and pipes. Here a header is that of a regular file, or of a long name before one.
 """
 
 import tarfile
@@ -18,7 +18,7 @@ _KINDS = {
     tarfile.BLKTYPE: "a device",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-#: How files begin that were compressed, and by what.
+#: First bytes of compressed files, and the compression.
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -31,11 +31,11 @@ _COMPRESSED = {
 
 
 class ArchiveError(ValueError):
-    """An archive is damaged or holds what `doit pack` does not write; the message is the reason."""
+    """An archive is damaged, or has content that `doit pack` does not write; the message is the reason."""
 
 
 class TarMember(NamedTuple):
-    """A regular file in an archive: its name, and where its bytes lie."""
+    """A regular file in an archive: its name, offset and size in bytes."""
 
     name: str
     offset: int
@@ -43,7 +43,7 @@ class TarMember(NamedTuple):
 
 
 def compression(file: BinaryIO) -> str:
-    """Return what a file was compressed with, by its first bytes; empty where it was not."""
+    """Return the compression of a file by its first bytes; empty for none."""
     file.seek(0)
     begin = file.read(8)
     return next((name for magic, name in _COMPRESSED.items() if begin.startswith(magic)), "")
@@ -53,7 +53,7 @@ def members(file: BinaryIO) -> Iterator[TarMember]:
     """Yield the files of an archive in its order.
 
     Raises:
-        ArchiveError: it is damaged, or holds anything else.
+        ArchiveError: it is damaged, or contains anything else.
     """
     end = file.seek(0, 2)
     offset = 0
@@ -84,7 +84,7 @@ def _within(offset: int, size: int, end: int) -> int:
 
 
 def _header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
-    """Return the header at an offset, None at the end of the archive; the file is then behind the header."""
+    """Return the header at an offset, or None at the end of the archive; reads up to the end of the header."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if not block.strip(b"\0"):
@@ -96,7 +96,7 @@ def _header(file: BinaryIO, offset: int) -> tarfile.TarInfo | None:
 
 
 def _long_names(data: bytes) -> dict[str, str]:
-    """Return the fields of a header that belongs to the next one: `path`, and `size` of a file of 8 GB and more."""
+    """Return the fields of an extended header: `path`, and `size` of a file of 8 GB or more."""
     fields: dict[str, str] = {}
     while data:
         length, _, _ = data.partition(b" ")

@@ -1,7 +1,7 @@
-"""What all verbs have in common: a call that is wrong is one line and exit code 2, and a closed pipe is no error.
+"""The base of all doit commands: a wrong call is one line and exit code 2, and a closed pipe is no error.
 
-doit knows verbs by their entry points, for every project of an environment. On a graph that is not of stages each verb
-does what doit's own does.
+doit finds commands by entry points, for every project in an environment. On a graph without stages each command behaves
+as doit's own.
 """
 
 import gc
@@ -25,24 +25,24 @@ from mlxflow.system.os_errors import naming, word_cause
 from mlxflow.tasks.doit_backend import BACKEND, Journal
 from mlxflow.tasks.selection import refuse, word_unknown
 
-#: Options of doit that say how it remembers. Stages have a way of their own.
+#: Options of doit's state, which stages do not support.
 _FIXED_OPTIONS = {"backend": "--backend", "dep_file": "--db-file", "check_file_uptodate": "--check_file_uptodate"}
 
-#: How a dodo.py got its stages before `tasks` became a part of `mlxflow`.
+#: The import in a dodo.py before `tasks` became part of `mlxflow`.
 _OLD_IMPORT = "from tasks.dodo import"
 _NEW_IMPORT = "Write: from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages"
 
 _CLOSED_PIPE = 128 + signal.SIGPIPE
 
-#: New objects until Python looks for cycles. A large graph makes fewer, and they live as long as the process.
+#: Allocations between garbage collections; a large graph makes fewer, which live as long as the process.
 _COLLECT_AFTER = 1_000_000
 
 
 class Verb:
-    """To be inherited before a command of doit.
+    """A mixin for doit's commands; inherit it before one.
 
     Attributes:
-        writes_to: what an error of a file call is about that names no file.
+        writes_to: the name in messages of file errors that have none.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Verb:
     _params: Any = None
 
     def parse_execute(self, in_args: list[str]) -> int:
-        """Execute the command and end quietly when nobody reads what it prints, as `doit list | head -1` does."""
+        """Execute the command; a closed output pipe, as in `doit list | head -1`, ends it quietly."""
         if _open_closed_streams():
             self.outstream = sys.stdout
         try:
@@ -72,14 +72,14 @@ class Verb:
             terminal.discard_unwritable()
             refuse(word_cause(error, self.writes_to), 1)
         except CmdParseError as error:
-            line = str(error).partition(" (parsing options:")[0]  # which names every option that there is
+            line = str(error).partition(" (parsing options:")[0]  # the rest lists every option
             if not self.is_of_stages:
                 raise CmdParseError(line) from error
             refuse(f"{line.rstrip('.')}. See: doit help {self.name}")
         return int(code or 0)
 
     def execute(self, params: Any, args: list[str]) -> int:
-        """Execute the command; of stages, unknown names and other mistakes of the call are one line."""
+        """Execute the command; with stages, unknown names and other wrong arguments are one line."""
         self._params = params
         try:
             return int(super().execute(params, args) or 0)  # type: ignore[misc]
@@ -101,9 +101,9 @@ class Verb:
             refuse(word_cause(error, self.writes_to), 1)
 
     def get_checker_cls(self, check_file_uptodate: object) -> Any:
-        """Return doit's checker class; refuse options that stages have no use for before anything is opened.
+        """Return doit's checker class; refuse options that stages do not support before anything is opened.
 
-        The first that doit asks once it knows the graph: from here on what it prints itself is escaped.
+        doit calls this first once it has the graph: from here on doit's own output is escaped.
         """
         if self.is_of_stages:
             terminal.guard()
@@ -115,8 +115,8 @@ class Verb:
 
     @property
     def is_of_stages(self) -> bool:
-        """Whether the graph is one of stages."""
-        if self.loader.namespace is None:  # a mistake in the call was found before the graph was loaded
+        """Whether the graph consists of stages."""
+        if self.loader.namespace is None:  # a wrong argument was found before the graph was loaded
             try:
                 self.loader.setup({option["name"]: option["default"] for option in self.loader.cmd_options})
             except InvalidDodoFile:
@@ -126,7 +126,7 @@ class Verb:
 
     @property
     def journal(self) -> Journal:
-        """What is remembered of the stages."""
+        """The journal of the stages."""
         journal: Journal = self.dep_manager.backend
         return journal
 
@@ -135,14 +135,14 @@ class Verb:
 
     @contextmanager
     def alone(self, *, makes: bool = False, reads: bool = False) -> Iterator[None]:
-        """Wait for any doit that is at work on the artifacts, and keep others out while something is changed.
+        """Hold the lock on the artifacts until the block ends; waits for other doit processes.
 
         Args:
-            makes: something is made where no artifacts may be yet.
-            reads: nothing is changed, so that it works where nothing can be written.
+            makes: the artifacts folder may have to be created.
+            reads: nothing is changed, so that an unwritable lock file is accepted.
 
         Raises:
-            UserError: the lock's file cannot be made, and something is changed.
+            UserError: the lock file cannot be created, and something is changed.
         """
         from mlxflow.storage.atomic_folders import make_link_target
         from mlxflow.storage.locks import hold
@@ -153,18 +153,18 @@ class Verb:
         waiting = "another doit (process {holder}) is at work on these artifacts"
         lock = hold(state / layout.LOCK, waiting, wait=True, needed=not reads)
         with lock if makes or state.parent.is_dir() else nullcontext() as self.journal.unwritable:
-            self.journal.load()  # the other one may have finished stages
+            self.journal.load()  # another doit may have finished stages
             if not self.journal.unwritable:
                 self.journal.mend()
             yield
 
 
 class StageVerb(Verb, DoitCmdBase):  # type: ignore[misc]  # doit has no types
-    """A verb that doit does not have."""
+    """A command that doit does not have."""
 
 
 def _refuse_old_import(error: ModuleNotFoundError) -> None:
-    """End with one line where it is the old import of a dodo.py that failed."""
+    """Exit with one line if the failed import is the old one of a dodo.py."""
     line = traceback.extract_tb(error.__traceback__)[-1].line or ""
     if error.name in ("tasks", "tasks.dodo") and _OLD_IMPORT in line:
         refuse(f"dodo.py: {_OLD_IMPORT}: expected mlxflow.tasks.dodo. {_NEW_IMPORT}")
@@ -172,7 +172,7 @@ def _refuse_old_import(error: ModuleNotFoundError) -> None:
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Let Python look for cycles of garbage rarely: over a thousand stages that takes a sixth of a no-op's time."""
+    """Collect garbage rarely: with over a thousand stages that saves a sixth of a no-op's time."""
     before = gc.get_threshold()
     gc.set_threshold(_COLLECT_AFTER, *before[1:])
     try:
@@ -184,10 +184,10 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _open_closed_streams() -> bool:
-    """Open the standard streams that are closed, as by `>&-`, or the next file that is opened would get their number.
+    """Open closed standard streams, as after `>&-`, so that no other file gets their descriptors.
 
     Returns:
-        whether there was one.
+        whether a stream was closed.
     """
     was_closed = False
     for number in range(3):

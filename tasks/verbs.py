@@ -1,4 +1,4 @@
-"""doit's own verbs, on stages."""
+"""doit's own commands for stages: list, info, clean, forget, ignore, dumpdb and others."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ _UNDO = {
 
 
 class StageList(Verb, List):  # type: ignore[misc]  # doit has no types
-    """`doit list`; a group of variants is up to date when every variant is."""
+    """`doit list`; a group of variants is fresh if every variant is."""
 
     name = "list"
     doc_purpose = "list stages, with --status whether each is fresh"
@@ -141,7 +141,7 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
 
 
 class StageForget(Verb, Forget):  # type: ignore[misc]
-    """`doit forget`; what is forgotten is not found again in the lock file."""
+    """`doit forget`; a forgotten stage is not adopted from the lock file."""
 
     name = "forget"
     doc_purpose = "make stages run again although they are fresh"
@@ -167,7 +167,7 @@ class StageForget(Verb, Forget):  # type: ignore[misc]
 
 
 class StageIgnore(Verb, Ignore):  # type: ignore[misc]
-    """`doit ignore`: neither a stage nor any that reads from it runs, until that is undone."""
+    """`doit ignore`: a stage and all that read from it do not run until that is undone."""
 
     name = "ignore"
     doc_purpose = "let stages, and those that read from them, not run until doit ignore --undo"
@@ -198,7 +198,7 @@ class StageDumpDB(StageVerb):
     doc_purpose = "print what is remembered of each stage, as JSON"
 
     def execute(self, params: Any, args: list[str]) -> int:
-        """Print the journal; without a graph of stages what doit prints."""
+        """Print the journal; without stages, doit's own output."""
         try:
             return super().execute(params, args)
         except InvalidDodoFile:
@@ -215,7 +215,7 @@ class StageDumpDB(StageVerb):
 
 
 class StageResetDep(Verb, ResetDep):  # type: ignore[misc]
-    """`doit reset-dep`, which stages do not have."""
+    """`doit reset-dep`, refused for stages."""
 
     name = "reset-dep"
 
@@ -229,7 +229,7 @@ class StageResetDep(Verb, ResetDep):  # type: ignore[misc]
 
 
 class StageStrace(Verb, Strace):  # type: ignore[misc]
-    """`doit strace`, which stages do not have."""
+    """`doit strace`, refused for stages."""
 
     name = "strace"
 

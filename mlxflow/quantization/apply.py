@@ -1,4 +1,4 @@
-"""Packed layers in the place of dense ones, in a model in memory."""
+"""Quantize a model in memory: replace dense layers by packed ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -14,12 +14,12 @@ from mlxflow.quantization.settings import BITS, RequestedSetting, Setting
 
 
 def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[str, Packed] | None = None) -> None:
-    """Replace layers by their packed form, one after the other.
+    """Replace dense layers by quantized ones, one after the other.
 
     Args:
         model: dense; changed in place.
         layers: module path to setting.
-        packed: codes that are there already, by path; the others are made by rounding.
+        packed: codes by path; layers without codes are rounded to nearest.
     """
     dense = quantizable_layers(model)
     for path, setting in layers.items():
@@ -33,7 +33,7 @@ def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[
 
 
 def bits_per_weight(model: nn.Module) -> float:
-    """Return stored bits over parameters, scales and biases included, of a dense or quantized model."""
+    """Return stored bits, scales and biases included, per parameter of a dense or quantized model."""
     stored: int = 8 * sum(value.nbytes for _, value in tree_flatten(model.parameters()))
     return stored / _num_parameters(model)
 
@@ -57,7 +57,7 @@ def quantize_model_for_inference(
     mode: str = "affine",
     layers: Sequence[Mapping[str, Any]] = (),
 ) -> nn.Module:
-    """Quantize a model in memory and return it; every `mlx.nn` module whose layers can be quantized is taken.
+    """Quantize a model in memory and return it; works for any `mlx.nn` module with quantizable layers.
 
         >>> import mlx.core as mx, mlx.nn as nn
         >>> from mlxflow import quantize_model_for_inference
@@ -68,21 +68,21 @@ def quantize_model_for_inference(
         >>> model(mx.ones((1, 128))).shape
         (1, 64)
 
-    Weights are rounded to the nearest code. What comes of other methods, and what it costs in perplexity, the stage
-    `quantize` of a workflow tells.
+    Weights are rounded to the nearest code. The stage `quantize` of a workflow has other methods, and measures the
+    effect on perplexity.
 
     Args:
         model: dense; its layers are replaced in place. Call `mx.compile` after this, not before.
-        bits: of a code: 2, 3, 4, 5, 6 or 8; None: the mode's own, 4 ("mxfp8" has 8).
-        group_size: weights along the last axis that share a scale: 32, 64 or 128; None: the mode's own, 64 ("mxfp4"
-            and "mxfp8" have 32, "nvfp4" has 16).
+        bits: of a code: 2, 3, 4, 5, 6 or 8; None for the mode's default, 4 (8 for "mxfp8").
+        group_size: weights along the last axis that share a scale: 32, 64 or 128; None for the mode's default, 64 (32
+            for "mxfp4" and "mxfp8", 16 for "nvfp4").
         mode: "affine", "symmetric", "mxfp4", "mxfp8" or "nvfp4".
-        layers: settings by layer, the first that matches holds: `match`, a pattern of module paths, and any of `bits`,
-            `group_size`, `mode` and `skip`; a mode brings its own bits and group size, too.
+        layers: rules for single layers; the first match applies. A rule has `match`, a pattern of module paths, and any
+            of `bits`, `group_size`, `mode` and `skip`; a mode sets its default bits and group size, too.
 
     Raises:
-        CallError: a setting that a mode or the installed MLX does not have, a pattern that matches no layer, a group
-            that does not divide a named layer, a model of which nothing would be quantized.
+        CallError: a setting is not supported by the mode or the installed MLX, a pattern matches no layer, a group size
+            does not divide a named layer, or no layer would be quantized.
     """
     if mode not in BITS:
         raise CallError(f'mode = "{mode}": expected one of {", ".join(BITS)}. Use mode = "affine" (the default).')
@@ -100,7 +100,7 @@ def quantize_model_for_inference(
 
 
 def _with_own(rule: Rule, table: RequestedSetting) -> Rule:
-    """Return a rule with the bits and the group size that its mode brings; an unknown mode is left to `resolve`."""
+    """Return a rule with the default bits and group size of its mode; `resolve` refuses an unknown mode."""
     if rule.mode is None or rule.mode not in BITS:
         return rule
     own = table.by_rule(rule.mode, rule.bits, rule.group_size)
