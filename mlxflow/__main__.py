@@ -1,4 +1,4 @@
-"""The `mlxflow` command: looks at, runs and uses single stages. Building what is stale is `doit`'s work."""
+"""The `mlxflow` command: builds a workflow, and looks at, runs and uses single stages."""
 
 import sys
 

@@ -15,10 +15,12 @@ from mlxflow.errors import MlxflowError
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import is_about_a_file, word_cause
 
-_DESCRIPTION = "Looks at, runs and uses single stages. Building what is stale is `doit`'s work."
+_DESCRIPTION = "Builds a workflow.toml, and looks at, runs and uses single stages."
 
 #: Every verb with its line of help, in the order of `mlxflow --help`.
 VERBS = {
+    "init": "write a new project from a template: a workflow.toml, a dodo.py, a .gitignore",
+    "build": "build every stale stage, or those that are named, as `doit` does; no dodo.py is needed",
     "check": "print the resolved workflow with every default, or every mistake at once",
     "run": "run one stage in this process, stale or not; doit calls this",
     "show": "print the contents of an artifact: packed rows with loss masks, or each layer's bits",
@@ -82,6 +84,20 @@ class _Parser(argparse.ArgumentParser):
         terminal.write(self.format_help())
 
 
+class _Version(argparse.Action):
+    """Prints the version and ends; it is looked up when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **named: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **named)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print the version."""
+        import mlxflow
+
+        terminal.show(f"mlxflow {mlxflow.__version__}")
+        parser.exit()
+
+
 class _VerbParser(_Parser):
     """The parser of one verb, which imports the verb's module when it has to parse."""
 
@@ -95,6 +111,7 @@ class _VerbParser(_Parser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mlxflow", description=_DESCRIPTION)
+    parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_VerbParser)
     for name, line in VERBS.items():
         commands.add_parser(name, help=line, description=line)

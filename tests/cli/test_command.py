@@ -33,6 +33,6 @@ def test_help_of_a_verb_names_its_arguments(capsys: pytest.CaptureFixture[str]) 
 
 def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["build"])
+        main(["brew"])
     assert ended.value.code == 2
-    assert "mlxflow: error: argument COMMAND: invalid choice: 'build'" in capsys.readouterr().err
+    assert "mlxflow: error: argument COMMAND: invalid choice: 'brew'" in capsys.readouterr().err
