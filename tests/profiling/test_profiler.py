@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -11,10 +10,7 @@ import pytest
 
 import mlxflow
 from mlxflow.device import phase_peaks
-from mlxflow.profiling.downsampled_table import Columns
-from mlxflow.profiling.memory_readings import device_memory, linux_sets
 from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
-from mlxflow.profiling.timeline_journal import TimelineJournal
 
 HUNDRED_MB = 25_000_000  # numbers in fp32
 
@@ -223,21 +219,6 @@ def test_all_four_sides_are_told() -> None:
     assert 0 <= reading.pressure <= 100
 
 
-def test_a_run_of_any_length_takes_the_same_memory_and_keeps_its_peaks() -> None:
-    columns = Columns(("step", "peak"), capacity=8, most=("peak",))
-    for step in range(100):
-        columns.append((step, 1000 if step == 41 else step))
-    assert 4 <= len(columns) <= 8
-    assert columns.column("peak").max() == 1000
-    assert np.all(np.diff(columns.column("step")) == np.diff(columns.column("step"))[0])
-
-
-def test_the_sets_of_a_process_are_read_from_what_linux_writes() -> None:
-    text = "00-ff ---p [rollup]\nRss: 20 kB\nPss:  10 kB\nPrivate_Clean: 1 kB\nPrivate_Dirty: 2 kB\n"
-    assert linux_sets(text) == (10 * 1024, 3 * 1024)
-    assert linux_sets("") == (0, 0)
-
-
 def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxflow.profiling.timeline_journal._WAIT_SECONDS", 0.0)
     path = tmp_path / "journal.jsonl"
@@ -265,18 +246,6 @@ def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, mo
     assert told()[-1] == ["end"]
 
 
-def test_samples_wait_for_the_next_line_and_come_before_it(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    journal = TimelineJournal(path, ["seconds"])
-    journal.keep("sample", 0.1)
-    assert path.read_text() == '["columns","seconds"]\n'
-    journal.append("step", 1, 0.2)
-    assert path.read_text() == '["columns","seconds"]\n["sample",0.1]\n["step",1,0.2]\n'
-    journal.keep("sample", 0.3)
-    journal.close()
-    assert path.read_text().endswith('["sample",0.3]\n["end"]\n')
-
-
 def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxflow.profiling.profiler._KEPT_PHASES", 4)
     monkeypatch.setattr("mlxflow.profiling.profiler._FIRST_PHASES", 1)
@@ -299,30 +268,3 @@ def test_the_limits_are_those_that_were_set_and_stay_so() -> None:
         profiler.close()
         mx.set_memory_limit(memory)
         mx.set_cache_limit(cache)
-
-
-_NVML = """
-typedef struct { unsigned long long total, free, used; } Memory;
-int nvmlInit_v2(void) { return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** handle) { *handle = (void*)77; return index; }
-int nvmlDeviceGetMemoryInfo(void* handle, Memory* memory) {
-  static unsigned long long calls = 0;
-  if (handle != (void*)77 || ++calls > 2) return 999;
-  memory->total = 80000000000ull, memory->free = 50000000000ull, memory->used = 30000000000ull;
-  return 0;
-}
-"""
-
-
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
-def test_the_memory_of_a_gpu_is_what_its_library_tells(tmp_path: Path) -> None:
-    (tmp_path / "nvml.c").write_text(_NVML)
-    library = tmp_path / "libnvml.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
-    used = device_memory(str(library))
-    assert [used(), used()] == [30_000_000_000, 30_000_000_000]
-    assert used() == 0  # a GPU that is lost
-
-
-def test_without_a_library_no_device_is_told() -> None:
-    assert device_memory("libno-such-library.so")() == 0
