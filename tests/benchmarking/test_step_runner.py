@@ -11,6 +11,7 @@ from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.unpacked_rows import apart
 from mlxflow.kernels import model_kernels
 from tests.benchmarking.small_steps import open_runner, packed_rows, subject_of, workflow_recipe
+from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
 from tests.small_models import llama
 
 

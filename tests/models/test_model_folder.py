@@ -5,19 +5,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import config_of
 from mlxflow.errors import ArtifactError
-from mlxflow.models import config_json, model_code, model_folder, quantized_layers
-from mlxflow.ops import mlx_lm_import
+from mlxflow.models import config_json, model_folder, quantized_layers
+from tests.models.spoilt_folders import NORM, spoil
 
 TEXT = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}
-#: Modules of mlx-lm that are no architecture, a module within one, and what is no name of a module.
-NO_ARCHITECTURES = ("base", "cache", "switch_layers", "pipeline", "llama.nn", ".llama", "../llama", "os", "")
-
 VISION = {"hidden_size": 32, "model_type": "siglip_vision_model"}
 
 #: Models of images and text that mlx-lm opens as models of text: config, and names of weights that it drops.
@@ -70,12 +66,6 @@ def test_a_config_names_no_vision_where_its_weights_were_dropped(architecture: s
     model, again = model_folder.load(tmp_path / "written")
     assert {name for name, _ in tree_flatten(model.parameters())} == set(weights)
     assert again == written
-
-
-def test_a_config_keeps_the_parts_whose_weights_are_there() -> None:
-    config = {"model_type": "muse_spark", "vision_config": VISION, "audio_config": VISION}
-    kept = config_json.describing(config, weights=["model.vision_tower.blocks.0.attn.weight"], is_quantized=False)
-    assert kept == {"model_type": "muse_spark", "vision_config": VISION}
 
 
 # --- weights that were packed by others
@@ -131,20 +121,6 @@ def test_packed_weights_that_mlx_lm_cannot_read_are_refused_by_name(
     assert said.endswith(" Convert the model to bf16 first.")
 
 
-def test_codes_without_scales_are_not_taken_for_weights(tmp_path: Path) -> None:
-    config = config_of("llama")
-    weights = weights_of(config)
-    name = "model.layers.1.mlp.up_proj"
-    weights[f"{name}.weight"] = mx.to_fp8(weights[f"{name}.weight"])
-    given = write_folder(tmp_path / "given", config, weights)
-    with pytest.raises(ArtifactError) as caught:
-        model_folder.load(given)
-    assert str(caught.value) == (
-        f"{given}: {name}.weight holds codes (uint8), and mlx-lm takes them for numbers. "
-        "Convert the model to bf16 first."
-    )
-
-
 def _awq(weight: mx.array) -> dict[str, mx.array]:
     """Return a random matrix of a weight's shape as AutoAWQ packs it: 4 bits, groups of 32, columns in its order."""
     rows, columns = weight.shape
@@ -172,116 +148,6 @@ def test_a_model_of_autoawq_is_quantized_and_its_config_becomes_mlx_lms(tmp_path
     assert mx.array_equal(first(mx.arange(8)[None]), second(mx.arange(8)[None]))
 
 
-def test_every_layer_of_latent_attention_and_of_experts_is_unpacked() -> None:
-    from mlx_lm.utils import quantize_model
-
-    config = config_of("deepseek_v3")
-    model = model_folder.build(config, seed=0)
-    model.eval()
-    quantized, told = quantize_model(model, config, 32, 8)
-    tokens = mx.arange(8)[None]
-    wanted = quantized(tokens)
-    made, dense_config = quantized_layers.dequantized(quantized, told)
-    assert not quantized_layers.is_quantized(made)
-    assert "quantization" not in dense_config
-    names = {name for name, _ in tree_flatten(model_folder.build(config, seed=1).parameters())}
-    assert {name for name, _ in tree_flatten(made.parameters())} == names
-    assert mx.allclose(made(tokens), wanted, atol=1e-4)
-
-
-def test_dequantizing_names_a_layer_that_cannot_be_unpacked() -> None:
-    class BitLinear(nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = mx.zeros((2, 8), mx.uint8)
-
-    model = nn.Sequential(BitLinear())
-    with pytest.raises(ArtifactError) as caught:
-        quantized_layers.dequantized(model, {})
-    assert str(caught.value) == "layers.0: mlx-lm cannot unpack a BitLinear. Name a dense model."
-
-
-# --- the config itself
-
-
-def test_numbers_that_json_does_not_have_are_written_as_mlx_lm_reads_them(tmp_path: Path) -> None:
-    from mlx_lm.utils import load_config
-
-    config = {"a": float("inf"), "b": [float("-inf"), 1.5], "c": {"d": float("inf")}, "n": 1}
-    config_json.write(tmp_path / "config.json", config)
-    assert "__float__" in (tmp_path / "config.json").read_text()
-    assert load_config(tmp_path) == config
-
-
-@pytest.mark.parametrize(
-    ("config", "vocabulary", "positions", "ends"),
-    [
-        ({"vocab_size": 5, "max_position_embeddings": 6, "eos_token_id": [1, 2]}, 5, 6, {1, 2}),
-        ({"text_config": {"vocab_size": 5, "max_position_embeddings": 6, "eos_token_id": 1}}, 5, 6, {1}),
-        ({"vocab_size": 7, "text_config": {"vocab_size": 5}, "n_positions": 8}, 7, 8, set()),
-        ({}, 2**62, 2**62, set()),
-    ],
-)
-def test_settings_of_the_text_model_are_found_wherever_they_stand(
-    config: dict[str, Any], vocabulary: int, positions: int, ends: set[int]
-) -> None:
-    assert config_json.vocab_size(config) == vocabulary
-    assert config_json.num_positions(config) == positions
-    assert config_json.end_of_text(config) == ends
-
-
-def test_a_type_is_named_wherever_one_was_named() -> None:
-    config = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "n": 1}, "n": 2}
-    assert config_json.with_dtype(config, "float32") == {
-        "torch_dtype": "float32", "text_config": {"dtype": "float32", "n": 1}, "n": 2,
-    }  # fmt: skip
-    assert config_json.with_dtype({"n": 1}, "float32") == {"n": 1}
-
-
-@pytest.mark.parametrize("name", [*NO_ARCHITECTURES, ["llama"], None, 3])
-def test_a_model_type_names_an_architecture_and_no_other_module(name: object) -> None:
-    with pytest.raises(ArtifactError) as caught:
-        model_folder.skeleton(TEXT | {"model_type": name})
-    assert str(caught.value) == (
-        f"config.json: no architecture that mlx-lm knows (Model type {name} not supported.). Name another model."
-    )
-
-
-def test_every_architecture_and_every_other_name_of_one_is_known() -> None:
-    utils = mlx_lm_import.mlx_lm_utils()
-    files = sorted(Path(str(utils.__file__)).parent.glob("models/*.py"))
-    helpers = {file.stem for file in files if not model_code.is_architecture(file.stem)}
-    assert {"__init__", "base", "cache", "mla", "ssm"} <= helpers
-    assert len(files) - len(helpers) > 100
-    assert not helpers & {*utils.MODEL_REMAPPING.values(), *utils.MODEL_ARCHITECTURE_REMAPPING.values()}
-    assert model_folder.skeleton(TEXT | {"model_type": "mistral"}).model_type == "mistral"
-
-
-def test_an_architecture_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ends(config: object) -> None:
-        raise SystemExit(1)  # as mlx-lm's olmo does
-
-    monkeypatch.setattr(mlx_lm_import.mlx_lm_utils(), "_get_classes", ends)
-    with pytest.raises(ArtifactError) as caught:
-        model_folder.skeleton({"model_type": "olmo"})
-    assert str(caught.value) == (
-        "config.json: no architecture that mlx-lm knows (Model type olmo needs a package that is not installed.). "
-        "Name another model."
-    )
-
-
-def test_two_shards_with_a_tensor_of_one_name_are_refused(tmp_path: Path) -> None:
-    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    (tmp_path / "config.json").write_text(json.dumps(TEXT))
-    for name in names:
-        mx.save_safetensors(str(tmp_path / name), {"model.norm.weight": mx.zeros(4)})
-    with pytest.raises(ArtifactError) as caught:
-        model_folder.load(tmp_path)
-    assert str(caught.value) == (
-        f"{tmp_path}: {names[0]} and {names[1]} both hold model.norm.weight. Remove one of the two."
-    )
-
-
 def test_a_new_model_that_cannot_fit_is_refused_before_a_weight_is_made() -> None:
     config = config_of("llama") | {"hidden_size": 2**16, "intermediate_size": 2**16}
     with pytest.raises(ArtifactError) as caught:
@@ -291,3 +157,10 @@ def test_a_new_model_that_cannot_fit_is_refused_before_a_weight_is_made() -> Non
         " bytes, memory limit 1,000,000,000. Make the model smaller, or raise workflow.memory_limit."
     )
     model_folder.require_room(config_of("llama"), 10**9, "train.model")
+
+
+def test_weights_of_another_shape_are_refused(llama_folder: Path) -> None:
+    line = spoil(llama_folder, NORM, mx.ones((63,)))
+    assert line.startswith("model: cannot be opened as a model (")
+    assert NORM in line
+    assert "\n" not in line

@@ -261,13 +261,3 @@ def test_links_show_the_chosen_files_alone(tmp_path: Path) -> None:
         assert (links / "config.json").read_text() == "{}"
     assert not links.exists()
     assert model_files.find(folder).problem == ""
-
-
-def test_trust_holds_in_its_block_alone() -> None:
-    assert not remote_code.trusts_code()
-    with remote_code.trusting_code(True):
-        assert remote_code.trusts_code()
-        with remote_code.trusting_code(False):
-            assert not remote_code.trusts_code()
-        assert remote_code.trusts_code()
-    assert not remote_code.trusts_code()
