@@ -78,7 +78,7 @@ _ROUNDING = KernelSource(
 
 
 class AdamWSettings(NamedTuple):
-    """What does not change from step to step.
+    """Hyperparameters that are constant during a run.
 
     Attributes:
         b1: of the first moment.
@@ -94,14 +94,14 @@ class AdamWSettings(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What is the same for all numbers in a step; 0-dimensional, fp32.
+    """The scalars of a step; 0-dimensional, fp32.
 
     Attributes:
         rate: the learning rate.
-        scale: what gradients are multiplied by.
-        keep: whether anything may change; a truth.
-        first: what the rate before the first moment is multiplied by; 1 without bias correction.
-        root: what the root of the second moment is multiplied by; 1 without bias correction.
+        scale: factor of the gradients.
+        keep: boolean; False leaves everything unchanged.
+        first: factor of the rate before the first moment; 1 without bias correction.
+        root: factor of the root of the second moment; 1 without bias correction.
     """
 
     rate: mx.array

@@ -34,7 +34,7 @@ from mlxflow.kernels.codegen import KernelSource
 
 
 class Tiling(NamedTuple):
-    """How a kernel's work is cut: which is fastest was tried on an H100.
+    """How a kernel's work is divided; the fastest choice on an H100.
 
     Attributes:
         warps: of a group; each has 16 rows.
@@ -52,7 +52,7 @@ class Tiling(NamedTuple):
 #: Rows of a block that is read while another is computed.
 _BLOCK = 64
 
-#: For heads of up to so many numbers: forward, the queries' gradient, that of keys and values.
+#: By the largest head width: forward, gradient of the queries, gradient of keys and values.
 _TILINGS = {
     64: (Tiling(4, 3), Tiling(4, 3, 32), Tiling(4, 3, 32)),
     128: (Tiling(4, 2), Tiling(4, 2, holds=False), Tiling(4, 2, holds=False)),
@@ -210,7 +210,7 @@ def _launch(
 
     Args:
         sources: of the kernel, without first keys and with them.
-        tiling: how its work is cut.
+        tiling: how its work is divided.
         q: (B, H, L, D).
         k: (B, H / G, L, D).
         scale: of the scores.

@@ -1,4 +1,4 @@
-"""What `attention`'s kernels do, in CUDA: forward, the queries' gradient, and that of keys and values.
+"""CUDA source of the attention kernels: forward, gradient of the queries, and gradient of keys and values.
 
 A warp multiplies 16 rows with rows in shared memory on the matrix units (`mma.sync`, Ampere and later); exponentials
 and products stay in its registers. Shared memory is filled by `cp.async`, the next block while one is computed; a row's
@@ -8,7 +8,7 @@ pieces of 16 bytes are swapped by its number, so that eight rows are read from d
 from mlxflow.kernels.attention_tiles import HEADER
 from mlxflow.kernels.codegen import KernelSource
 
-# What a group finds out of its number: the last blocks first, which have the most to do
+# The block and head of a group by its number: the last blocks, with the most work, come first
 _PLACE = """
   extern __shared__ __align__(1024) unsigned char memory[];
   constexpr int ROWS = 16 * WARPS, WORKERS = 32 * WARPS, TILE = D <= 64 ? 128 : 256;

@@ -31,7 +31,7 @@ def read_payload(path: Path) -> bytes | None:
 
 
 def write_payload(path: Path, payload: bytes) -> None:
-    """Write a cache file in one move; do nothing where it cannot be written."""
+    """Write a cache file atomically; ignore errors of writing."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_folders.write_whole(path, hashlib.sha256(payload).digest() + payload)
@@ -47,7 +47,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a JSON object to a cache file; do nothing where it cannot be written."""
+    """Write a JSON object to a cache file; ignore errors of writing."""
     write_payload(path, json.dumps(dict(table), indent=1).encode())
 
 

@@ -42,7 +42,7 @@ def reference_gradient(logits: mx.array, sums: mx.array, targets: mx.array, weig
         logits: (N, V)
         sums: (N,) logarithms of the sums of the exponentials, fp32.
         targets: (N,) ids.
-        weights: (N,) what comes in for each loss, fp32.
+        weights: (N,) incoming gradient of each loss, fp32.
     """
     at_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[:, None]
     probabilities = mx.exp(logits.astype(mx.float32) - sums[:, None])

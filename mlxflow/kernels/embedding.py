@@ -102,7 +102,7 @@ template <typename T> INLINE void add_rows(const GLOBAL T* g, const GLOBAL int* 
 
 
 def reference_gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.array:
-    """Return the sum of the rows that came in for each number, (V, D), in plain operations, computed in fp32."""
+    """Return the sum of the incoming gradients of each row, (V, D), in plain operations, computed in fp32."""
     sums = mx.zeros((count, incoming.shape[1]), mx.float32).at[numbers].add(incoming.astype(mx.float32))
     return sums.astype(incoming.dtype)
 

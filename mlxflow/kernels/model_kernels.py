@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TrainingTraits(NamedTuple):
-    """What the choice of kernels depends on beside the model.
+    """The properties of a training run that the selection of kernels depends on.
 
     Attributes:
         precision: "fp32", "bf16" or "bf16-pure".
@@ -34,7 +34,7 @@ class TrainingTraits(NamedTuple):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """In which the model computes."""
+        """The dtype in which the model computes."""
         return mx.float32 if self.precision == "fp32" else mx.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""A journal of a profiler's readings and phases, written during the run: after a kill all but the last second is there.
+"""The journal of a profiler's readings and phases, written during the run; a kill loses at most the last second.
 
 Each line is a JSON list whose first item is the kind:
 

@@ -1,7 +1,7 @@
-"""Grids that affine codes are rounded to: for each group a scale and a bias, not bound to its extreme weights.
+"""Least-squares grids for affine quantization: a scale and a bias for each group, not tied to its extreme weights.
 
-MLX lays a group's grid over all of its weights, so that zero is a point of it. With few points less is lost if they lie
-closer together and evenly about the weights, and the stored form is the same.
+MLX's grid of a group spans all of its weights and contains zero. With few codes the error is smaller if the grid is
+narrower and centered on the weights; the stored format is the same.
 """
 
 import itertools
@@ -13,28 +13,28 @@ import mlx.core as mx
 from mlxflow.quantization.codec import codes_on, places_on
 from mlxflow.quantization.settings import Setting
 
-#: The least share of a range that a grid is laid over, by bits: below it, cutting costs more than it saves.
+#: The smallest share of a group's range that a grid may span, by bits: below it, clipping costs more than it saves.
 _LEAST_SHARE = {2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 8: 0.9}
 _SHARES = 10
 
-# Of what such a share leaves of the range, how much lies below the grid
+# Shares of the rest of the range that lie below the grid
 _SHARES_BELOW = (0.5, 0.3, 0.7)
 
 _REFITS = 6
 
 
 def best_grid(weight: mx.array, setting: Setting) -> mx.array:
-    """Return for each group the grid with nearly the least squared error; none loses more than MLX's own.
+    """Return for each group a grid with nearly the least squared error, never worse than MLX's.
 
-    Tried are shares of the range. To the codes of the best a grid is fitted, to its codes another, and so on, as in
-    Lloyd 1982 (Least squares quantization in PCM, IEEE Trans. Inf. Theory 28(2)) but with equal steps.
+    Several shares of the range are tried. From the best one, codes and a grid fitted to them are computed alternately,
+    as in Lloyd 1982 (Least squares quantization in PCM, IEEE Trans. Inf. Theory 28(2)), but with equal steps.
 
     Args:
-        weight: (..., N); the group size divides N.
-        setting: an affine one.
+        weight: (..., N); the group size G divides N.
+        setting: of mode "affine".
 
     Returns:
-        Scales and biases, (2, ..., N / G), in the type of the weights.
+        Scales and biases, (2, ..., N / G), in the dtype of the weights.
     """
     groups = weight.reshape(*weight.shape[:-1], -1, setting.group_size)
     low, high = groups.min(axis=-1), groups.max(axis=-1)
@@ -48,7 +48,7 @@ def best_grid(weight: mx.array, setting: Setting) -> mx.array:
         span = (high - low) * (1 - left_out)
         tried = mx.stack([span / (2**setting.bits - 1), low + (high - low) * (left_out * below)])
         best, least, _ = closer(groups, tried, best, least)
-        mx.eval(best, least)  # else the graph holds every try's codes
+        mx.eval(best, least)  # else the graph would hold the codes of every trial
     tried = best
     for _ in range(_REFITS + 1):
         best, least, tried = closer(groups, tried, best, least)
@@ -57,9 +57,9 @@ def best_grid(weight: mx.array, setting: Setting) -> mx.array:
 
 
 def round_on(weight: mx.array, setting: Setting, grid: mx.array) -> mx.array:
-    """Return what comes back of a matrix packed on a grid, in the type of both.
+    """Return a matrix rounded to a grid, in the dtype of both; equal to packing and unpacking it.
 
-    The same function of MLX makes the same weights of codes that take a byte each: nothing has to be packed.
+    MLX's dequantization is applied to codes of one byte each, so nothing is packed.
     """
     codes = codes_on(_in_groups(weight, grid), grid, setting.bits).astype(mx.uint8)
     scales, biases = grid
@@ -68,7 +68,7 @@ def round_on(weight: mx.array, setting: Setting, grid: mx.array) -> mx.array:
 
 
 def where_on(weight: mx.array, setting: Setting, grid: mx.array, gradient: mx.array) -> mx.array:
-    """Return a gradient, (..., N), where weights lie no further from a grid than half a step, else 0."""
+    """Return a gradient, (..., N), with zeros where a weight is more than half a step outside of the grid."""
     places = places_on(_in_groups(weight, grid), grid)
     is_on = mx.abs(places - (2**setting.bits - 1) / 2) <= 2**setting.bits / 2
     return mx.where(is_on, _in_groups(gradient, grid), 0).reshape(gradient.shape)
@@ -80,15 +80,15 @@ def _in_groups(matrix: mx.array, grid: mx.array) -> mx.array:
 
 @cache
 def _closer(bits: int) -> Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]:
-    """Return a function that holds grids, (2, ...), against the best so far and its errors, (...).
+    """Return a function that compares grids, (2, ...), with the best ones so far and their errors, (...).
 
-    It returns the better ones, their errors, and grids fitted to the codes of those that were held against them.
+    It returns the better grids, their errors, and grids fitted to the codes of the compared ones.
     """
 
     def one(groups: mx.array, grid: mx.array, best: mx.array, least: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         weights, codes = groups.astype(mx.float32), codes_on(groups, grid, bits)
         scales, biases = grid[..., None]
-        rounded = codes.astype(grid.dtype) * scales + biases  # in the type that MLX does it in
+        rounded = codes.astype(grid.dtype) * scales + biases  # in MLX's dtype
         error = (rounded.astype(mx.float32) - weights).square().sum(axis=-1)
         apart = codes - codes.mean(axis=-1, keepdims=True)
         spread = apart.square().sum(axis=-1, keepdims=True)

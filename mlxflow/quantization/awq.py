@@ -1,9 +1,9 @@
-"""AWQ: scales and limits by which rounding loses least of what a block computes (Lin et al. 2023, arXiv:2306.00978).
+"""AWQ: search the scales and clipping limits with the least quantization error of a block's output.
 
-The search for scales is that of mlx-lm's `awq`, held against what the smallest module that holds the layers computes;
-the search for limits is mlx-lm's own function. mlx-lm has a table of the architectures it knows. Here the layers that
-share a scale come from the block itself (`scalable`), and blocks are reached in a forward pass of the whole model,
-which gives them the inputs, masks and positions that the architecture gives them.
+Lin et al. 2023 (arXiv:2306.00978). The search for scales follows mlx-lm's `awq` and measures the error at the output
+of the smallest module that contains the layers; the search for limits is mlx-lm's function. mlx-lm has a table of
+architectures. Here the layers that share scales are found by running the block (`scale_groups`), and blocks run inside
+a forward pass of the whole model, with the inputs, masks and positions of the architecture.
 """
 
 import math
@@ -23,7 +23,7 @@ from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.scale_groups import Group, Noted, Run, apply_scales, cast_to, find_groups, noted, weighted
 from mlxflow.quantization.settings import Setting
 
-# Names of layers whose weights are not cut off: what goes into the products of attention needs its outliers, as in AWQ
+# Names of layers whose weights are not clipped, as in AWQ: queries and keys need their outliers
 _NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv", "c_attn", "kv_a", "kv_b", "embed_q")
 
 _LEAST_SCALE = 1e-4
@@ -40,12 +40,12 @@ def scale_and_clip(
     """Scale and clip the weights of a model's blocks, so that rounding them afterwards loses less of their outputs.
 
     Args:
-        model: dense, evaluated, in evaluation mode; weights and norms of its blocks are changed in place, so that it
-            computes nearly the same.
-        plan: module path to setting; layers that are not in it are scaled where they must be, and not rounded.
-        tokens: (R, L) ids to calibrate on; all of them are held as activations of a block.
-        search_steps: scales and limits tried for each group of layers.
-        watch: called with the path of each block that is done.
+        model: dense, evaluated, in eval mode; weights and norms of its blocks are changed in place, with nearly the
+            same outputs.
+        plan: module path to setting; other layers are scaled if they belong to a group, and not rounded.
+        tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.
+        search_steps: number of scales and limits to try for each group of layers.
+        watch: called with the path of each finished block.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     recipes: dict[Any, list[Group]] = {}
@@ -75,14 +75,14 @@ def scale_and_clip(
 
 
 class _BlockScaling:
-    """A block with the inputs that a forward pass gave it.
+    """The search for one block, with its inputs in a forward pass.
 
     Args:
         block: changed by `learn`.
-        settings: of its layers that are rounded.
-        call: computes the block: takes it and its inputs.
-        inputs: for `call`.
-        named: for `call`.
+        settings: of its layers that are quantized.
+        call: the block's `__call__`: takes it and its inputs.
+        inputs: positional arguments of `call`.
+        named: keyword arguments of `call`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class _BlockScaling:
         self._inputs = (inputs, dict(named))
 
     def run(self) -> list[mx.array]:
-        """Return the block's outputs, in the type of its weights."""
+        """Return the block's outputs, in the dtype of its weights."""
         return self._compute(lambda *inputs, **named: self._call(self._block, *inputs, **named), *self._inputs)
 
     def _compute(self, call: Callable[..., Any], inputs: tuple[Any, ...], named: Mapping[str, Any]) -> list[mx.array]:
@@ -108,7 +108,7 @@ class _BlockScaling:
         return outputs
 
     def _run_of(self, paths: Sequence[str], calls: Mapping[str, Noted]) -> Run:
-        """Return what runs the smallest module that holds some layers, and was called once."""
+        """Return a function that runs the smallest module that contains some layers and was called once."""
         modules = dict(self._block.named_modules())
         path = os.path.commonpath([one.replace(".", "/") for one in paths]).replace("/", ".")
         while path and path not in calls:
@@ -116,11 +116,11 @@ class _BlockScaling:
         return partial(self._compute, modules[path], calls[path].inputs, calls[path].named) if path else self.run
 
     def learn(self, recipes: dict[Any, list[Group]], search_steps: int) -> None:
-        """Scale and clip; leave the block as it was if rounding loses no less then.
+        """Scale and clip the block; undo it if the quantization error is not reduced.
 
         Args:
-            recipes: the groups of blocks that are alike; more are added.
-            search_steps: tried for each.
+            recipes: groups of layers by kind of block; updated.
+            search_steps: number of scales and limits to try.
         """
         calls = noted(self._block, self.run)
         alike = tuple((path, type(one), one.weight.shape) for path, one in weighted(self._block).items())
@@ -143,15 +143,15 @@ class _BlockScaling:
         mx.clear_cache()
 
     def _best_scales(self, paths: Sequence[str], x: mx.array, run: Run, search_steps: int) -> mx.array:
-        """Return the scales, (D,), of those tried with which rounding some layers changes some outputs least.
+        """Return the scales, (D,), with the least quantization error of some outputs.
 
-        Tried are powers of the mean size of each channel, from 0 to 1.
+        The candidates are powers, from 0 to 1, of the mean magnitude of each channel.
 
         Args:
             paths: of the layers.
-            x: what they read, (..., D).
+            x: their input, (..., D).
             run: computes the outputs.
-            search_steps: scales tried.
+            search_steps: number of candidates.
         """
         wanted = run()
         sizes = mx.abs(x.reshape(-1, x.shape[-1]).astype(mx.float32)).mean(axis=0)
@@ -163,7 +163,7 @@ class _BlockScaling:
         return min(tried, key=lambda one: one[:2])[2]
 
     def _lost(self, run: Run, wanted: Sequence[mx.array], scales: Mapping[str, Any]) -> float:
-        """Return the squared error of some outputs with some layers rounded, their columns scaled meanwhile."""
+        """Return the squared error of some outputs with some layers rounded under column scales."""
         layers = weighted(self._block)
         dense = {path: layers[path].weight for path in scales}
         for path, own in scales.items():
@@ -179,7 +179,7 @@ class _BlockScaling:
         return lost if math.isfinite(lost) else math.inf
 
     def _clip(self, x: Mapping[str, mx.array], search_steps: int) -> None:
-        """Cut the weights of the block's layers off where that loses less of their products."""
+        """Clip the weights of the block's layers where that reduces the error of their products."""
         from mlx_lm.quant.awq import search_best_clip
 
         layers = weighted(self._block)

@@ -1,4 +1,4 @@
-"""Bits by layer under a budget of bytes: the plan with the least cost, exactly, and never worse than a uniform one."""
+"""Choose bits for each layer within a budget of bytes: the exact minimum of the estimated cost."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from mlxflow.quantization.codec import packed_bytes, round_trip
 from mlxflow.quantization.sensitivity import Costs, Objective
 from mlxflow.quantization.settings import Setting
 
-#: Bytes of a layer at each of its candidates.
+#: Bytes of each layer at each of its candidate settings.
 Sizes = dict[str, dict[Setting, int]]
 
-# Distinct totals; where the sizes have more they are rounded up, so that a budget is still kept
+# The most distinct totals; if the sizes have more they are rounded up, so that the budget is kept
 _MOST_TOTALS = 1 << 16
 
 
@@ -26,7 +26,7 @@ def sizes_of(model: nn.Module, candidates: Mapping[str, Sequence[Setting]], *, d
     Args:
         model: dense.
         candidates: module path to settings.
-        dtype: that the weights are stored in, and so scales and biases; None for their own.
+        dtype: of the stored weights, scales and biases; None for the model's.
     """
     modules = dict(model.named_modules())
     return {
@@ -38,7 +38,7 @@ def sizes_of(model: nn.Module, candidates: Mapping[str, Sequence[Setting]], *, d
 
 
 def fixed_bytes(model: nn.Module, candidates: Mapping[str, Sequence[Setting]], *, dtype: mx.Dtype | None) -> int:
-    """Return the bytes of all parameters that are in no layer of a budget: norms, biases and what stays dense."""
+    """Return the bytes of all parameters outside of the budget's layers: norms, biases and dense layers."""
     chosen = {f"{path}.weight" for path in candidates}
     rest = [value for name, value in tree_flatten(model.parameters()) if name not in chosen]
     return sum(value.size * (dtype or value.dtype).size for value in rest)
@@ -52,13 +52,13 @@ def cheapest_plan(costs: Costs, sizes: Sizes, *, budget_bytes: int, asked: str, 
 
     Args:
         costs: of each layer at each candidate.
-        sizes: of the same, in bytes.
-        budget_bytes: for these layers.
+        sizes: of each layer at each candidate, in bytes.
+        budget_bytes: for these layers together.
         asked: the key and value that set the budget, for the message.
-        parameters: of these layers, for the message.
+        parameters: number of weights in these layers, for the message.
 
     Raises:
-        WorkflowError: not even the smallest candidates fit; says the least possible.
+        WorkflowError: even the smallest candidates exceed the budget; names the smallest possible one.
     """
     _require_possible(sizes, budget_bytes, asked, parameters)
     unit = _unit(sizes)
@@ -75,7 +75,7 @@ def cheapest_plan(costs: Costs, sizes: Sizes, *, budget_bytes: int, asked: str, 
         best = totals.argmin(axis=0)
         chosen.append(best.astype(np.uint8))
         least = totals[best, np.arange(room + 1)]
-    if not np.isfinite(least[room]):  # rounded up they do not fit, exactly they do
+    if not np.isfinite(least[room]):  # within the budget, but not with sizes rounded up
         return {path: min(options, key=options.__getitem__) for path, options in sizes.items()}
     plan: dict[str, Setting] = {}
     for (path, options), best in reversed(list(zip(costs.items(), chosen, strict=True))):
@@ -86,7 +86,7 @@ def cheapest_plan(costs: Costs, sizes: Sizes, *, budget_bytes: int, asked: str, 
 
 
 def uniform_plans(sizes: Sizes, *, budget_bytes: int) -> list[dict[str, Setting]]:
-    """Return the plans within a budget that give every layer with a choice the same setting; the largest few.
+    """Return the largest uniform plans within a budget: the same setting for every layer with a choice.
 
     Layers that have one candidate keep it.
     """
@@ -114,16 +114,16 @@ def best_measured(
     dtype: mx.Dtype | None,
     batch_size: int,
 ) -> tuple[dict[str, Setting], list[float]]:
-    """Return the plan with the least loss on some rows, the first of equal ones, and all losses in nats per token.
+    """Return the plan with the least loss on some rows (the first of equal ones), and all losses in nats per token.
 
     Args:
-        model: dense, in evaluation mode; unchanged.
-        plans: to be tried, at least one.
+        model: dense, in eval mode; unchanged.
+        plans: to compare, at least one.
         tokens: (R, L + 1) ids.
         marks: (R, L + 1); see `data.token_file.Batch`.
         objective: the loss.
-        dtype: that the weights are stored in; None for their own.
-        batch_size: rows a forward pass.
+        dtype: of the stored weights; None for the model's.
+        batch_size: rows in a forward pass.
     """
     losses = [
         _loss_of(model, plan, tokens, marks, objective=objective, dtype=dtype, batch_size=batch_size) for plan in plans

@@ -1,7 +1,7 @@
-"""Codes learned from text, on a plan and on rows of tokens: GPTQ and DWQ by mlx-lm's functions, AWQ by its search.
+"""Calibrated quantization on rows of tokens: GPTQ and DWQ by mlx-lm's functions, and AWQ.
 
-Each function gives the packed layers of a dense model and leaves the model dense. What a method cannot do of a plan is
-refused by name; layers that it only rounds, such as embeddings, follow the plan whatever it says of them.
+Each function returns the packed layers of a dense model and leaves the model dense. A setting that a method cannot
+learn is refused by name; layers that it only rounds, such as embeddings, may have any setting.
 """
 
 import copy
@@ -27,12 +27,12 @@ from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.settings import Setting
 
-#: Rows that the methods look at together.
+#: Rows in a forward pass of the methods.
 BATCH_SIZE = 4
 
 _GPTQ_BITS = (2, 4, 8)
 
-# As mlx-lm's: scales that AWQ tries
+# Scales that AWQ tries, as in mlx-lm
 _AWQ_STEPS = 20
 
 _DWQ_LEARNING_RATE = 1e-5
@@ -41,16 +41,16 @@ _MORE_ROWS = "Calibrate on more rows (calibration_rows)."
 
 
 def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting], *, key: str) -> None:
-    """Make sure that a method can follow a plan; looks at shapes and classes only.
+    """Check that a method supports a plan, by shapes and classes only.
 
     Args:
-        method: "gptq", "awq", "dwq", or one that learns nothing.
+        method: "gptq", "awq", "dwq", or one without calibration.
         model: dense; its weights need not be evaluated.
         plan: module path to setting.
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: it cannot; the first layer that it cannot learn is named.
+        CallError: names the first layer that the method cannot learn.
     """
     name = _named(method, key)
     if method in ("gptq", "awq") and not plan.keys() & _inside_blocks(model):
@@ -64,18 +64,18 @@ def require_learnable(method: str, model: nn.Module, plan: Mapping[str, Setting]
 def learn(
     method: str, model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, seed: int, key: str
 ) -> dict[str, Packed]:
-    """Return the codes that a method learns, with its usual settings.
+    """Return the packed layers that a method learns, with its default hyperparameters.
 
     Args:
         method: "gptq", "awq" or "dwq".
-        model: dense, in evaluation mode; see the function of that name.
+        model: dense, in eval mode; see the function of the method.
         plan: module path to setting.
         tokens: (R, L + 1) ids to calibrate on.
         seed: of the order of the rows.
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: the method cannot follow the plan, or there are too few rows.
+        CallError: the method does not support the plan, or there are too few rows.
     """
     mx.eval(model.parameters(), tokens)
     if method == "gptq":
@@ -88,21 +88,21 @@ def learn(
 def gptq(
     model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, batch_size: int, key: str
 ) -> dict[str, Packed]:
-    """Return layers whose codes make up for each other's errors (Frantar et al. 2022, arXiv:2210.17323).
+    """Return layers whose codes compensate each other's errors (GPTQ; Frantar et al. 2022, arXiv:2210.17323).
 
-    Linear layers and those of experts are learned, each by its own setting. Those outside of the blocks, such as the
-    head, are rounded where they have a setting that GPTQ does not have, and embeddings always.
+    Linear layers and experts are learned, each with its own setting. Layers outside of the blocks, such as the head,
+    are rounded if GPTQ does not support their setting; embeddings are always rounded.
 
     Args:
-        model: dense, evaluated, in evaluation mode; unchanged.
+        model: dense, evaluated, in eval mode; unchanged.
         plan: module path to setting; layers that are not in it stay dense.
         tokens: (R, L) ids to calibrate on.
-        batch_size: rows a forward pass.
+        batch_size: rows in a forward pass.
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: a plan that mlx-lm's function cannot follow; a matrix whose inputs it cannot invert; codes that are
-            not finite.
+        CallError: mlx-lm's function does not support the plan, cannot invert the Hessian of a layer, or returns codes
+            that are not finite.
     """
     from mlx_lm.quant.gptq import gptq_quantize
 
@@ -132,20 +132,20 @@ def awq(
     search_steps: int,
     key: str,
 ) -> dict[str, Packed]:
-    """Return layers scaled and clipped so that what matters loses least (Lin et al. 2023, arXiv:2306.00978).
+    """Return layers after activation-aware scaling and clipping (AWQ; Lin et al. 2023, arXiv:2306.00978).
 
-    Layers of the blocks are learned, each by its own setting of any mode; embedding and head are rounded. Norms and
-    dense weights of the model change with the scales: save the model as it is afterwards.
+    Layers of the blocks are learned, each with its own setting of any mode; embedding and head are rounded. Norms and
+    dense weights of the model absorb the scales: save the changed model.
 
     Args:
-        model: dense, evaluated, in evaluation mode; norms and weights of its blocks are changed in place.
+        model: dense, evaluated, in eval mode; norms and weights of its blocks are changed in place.
         plan: module path to setting; layers that are not in it stay dense.
-        tokens: (R, L) ids to calibrate on; all of them are held as activations of a block.
-        search_steps: scales tried for each group of layers.
+        tokens: (R, L) ids to calibrate on; the activations of a block on all of them are held in memory.
+        search_steps: number of scales to try for each group of layers.
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: a plan that has no layer of the blocks.
+        CallError: the plan has no layer of the blocks.
     """
     from mlxflow.quantization.awq import scale_and_clip
 
@@ -168,21 +168,21 @@ def dwq(
     seed: int,
     key: str,
 ) -> dict[str, Packed]:
-    """Return layers whose scales and biases are trained until the logits are near those of the dense model.
+    """Return layers whose scales and biases are trained to reproduce the dense model's logits (DWQ).
 
-    Affine layers under 8 bits are trained, for one pass over the rows; the others are rounded.
+    Affine layers with less than 8 bits are trained for one pass over the rows; the others are rounded.
 
     Args:
-        model: dense, evaluated, in evaluation mode; unchanged.
+        model: dense, evaluated, in eval mode; unchanged.
         plan: module path to setting.
-        tokens: (R, L + 1) ids to calibrate on; R at least twice the batch size, the last batch for mlx-lm's validation.
-        batch_size: rows a step.
+        tokens: (R, L + 1) ids to calibrate on; R at least twice the batch size; the last batch is for validation.
+        batch_size: rows in a step.
         learning_rate: of Adam.
         seed: of the order of the rows.
         key: of the table with the settings, for messages.
 
     Raises:
-        CallError: a plan that mlx-lm's function cannot follow, or too few rows.
+        CallError: mlx-lm's function does not support the plan, or there are too few rows.
     """
     from mlx_lm.quant.dwq import dwq_quantize
 
@@ -215,11 +215,11 @@ def dwq(
 
 
 def choose_rows(marks: Any, *, count: int, seed: int) -> Any:
-    """Return the numbers of rows to calibrate on, by chance, those without padding before the others.
+    """Return the numbers of randomly chosen rows to calibrate on, rows without padding first.
 
     Args:
-        marks: (R, L + 1), 0 where there is no token.
-        count: of rows wanted; fewer come back where there are fewer.
+        marks: (R, L + 1), 0 for padding.
+        count: of rows; fewer are returned if there are fewer.
         seed: of the choice.
     """
     order = np.random.default_rng(seed).permutation(len(marks))

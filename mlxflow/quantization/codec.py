@@ -1,4 +1,4 @@
-"""From a matrix to MLX's packed form and back, by one setting; symmetric codes in affine storage included."""
+"""Pack a matrix into MLX's quantized format and unpack it, including symmetric codes in affine storage."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,19 +8,19 @@ import mlx.core as mx
 
 from mlxflow.quantization.settings import Setting
 
-#: The least multiple of the scale that loses nothing, by bits: below it, clipping costs more than it saves.
+#: The smallest multiple of the unclipped scale that is tried, by bits: below it, clipping costs more than it saves.
 _LEAST_MULTIPLE = {2: 0.4, 3: 0.5, 4: 0.65, 5: 0.75, 6: 0.85, 8: 0.93}
 _MOST_MULTIPLE = 1.03
 _MULTIPLES = 28
 
 
 class Packed(NamedTuple):
-    """A matrix in MLX's form.
+    """A matrix in MLX's quantized format.
 
     Attributes:
         weight: codes, little-endian bit streams of each row in uint32 words, (..., N * bits / 32).
         scales: (..., N / group_size).
-        biases: the same shape; None in modes without.
+        biases: of the same shape; None in modes without biases.
     """
 
     weight: mx.array
@@ -29,7 +29,7 @@ class Packed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all three."""
+        """Size of all three arrays in bytes."""
         return self.weight.nbytes + self.scales.nbytes + (0 if self.biases is None else self.biases.nbytes)
 
 
@@ -38,9 +38,9 @@ def pack(weight: mx.array, setting: Setting, grid: mx.array | None = None) -> Pa
 
     Args:
         weight: (..., N) in fp32, fp16 or bf16; the group size divides N.
-        setting: how.
-        grid: for the affine and the symmetric mode, the scales and biases to use, (2, ..., N / group_size); if None,
-            MLX's own, and that of `symmetric_grid`.
+        setting: of the quantization.
+        grid: scales and biases for the modes "affine" and "symmetric", (2, ..., N / group_size); None for MLX's, or
+            that of `symmetric_grid`.
 
     Raises:
         ValueError: MLX does not have the setting.
@@ -54,7 +54,7 @@ def pack(weight: mx.array, setting: Setting, grid: mx.array | None = None) -> Pa
 
 
 def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> mx.array:
-    """Return the matrix that packed codes stand for; in the type of the scales, or in `dtype` for modes without."""
+    """Return the dequantized matrix, in the dtype of the scales, or in `dtype` for modes with integer scales."""
     return mx.dequantize(
         packed.weight,
         packed.scales,
@@ -67,15 +67,15 @@ def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> m
 
 
 def round_trip(weight: mx.array, setting: Setting) -> mx.array:
-    """Return the matrix that comes back, in the type that went in."""
+    """Return a matrix packed and unpacked again, in its own dtype."""
     return unpack(pack(weight, setting), setting, weight.dtype)
 
 
 def places_on(groups: mx.array, grid: mx.array) -> mx.array:
-    """Return where weights lie among a grid's points, 0 for the first, in fp32; on a scale of zero, all at 0.
+    """Return the positions of weights on a grid in units of its step, 0 for the first point, in fp32; 0 if scale is 0.
 
     Args:
-        groups: (..., G).
+        groups: weights, (..., G).
         grid: their scales and biases, (2, ...).
     """
     scales, biases = grid.astype(mx.float32)[..., None]
@@ -88,7 +88,7 @@ def codes_on(groups: mx.array, grid: mx.array, bits: int) -> mx.array:
 
 
 def is_supported(setting: Setting) -> bool:
-    """Return whether the installed MLX can pack with a setting and come back, asked of it on the default device."""
+    """Return whether the installed MLX supports a setting on the default device, by packing and unpacking with it."""
     return _can_round_trip(setting, str(mx.default_device()))
 
 
@@ -102,12 +102,12 @@ def _can_round_trip(setting: Setting, _device: str) -> bool:
 
 
 def packed_bytes(shape: tuple[int, ...], setting: Setting, dtype: mx.Dtype) -> int:
-    """Return the bytes of a packed matrix without packing one.
+    """Return the size in bytes of a packed matrix without packing it.
 
     Args:
         shape: of the dense matrix.
-        setting: how it is packed.
-        dtype: of the dense matrix, and so of affine scales and biases.
+        setting: of the quantization.
+        dtype: of the dense matrix, and of affine scales and biases.
     """
     count = 1
     for length in shape:
@@ -118,15 +118,14 @@ def packed_bytes(shape: tuple[int, ...], setting: Setting, dtype: mx.Dtype) -> i
 
 
 def symmetric_grid(weight: mx.array, setting: Setting) -> mx.array:
-    """Return for each group the scale with the least squared error and the bias with it, in the type of the weights.
+    """Return for each group the scale with the least squared error, and its bias, in the dtype of the weights.
 
-    Codes around zero run from -2^(bits-1) to 2^(bits-1) - 1, so that a scale has a sign: either end may be the longer
-    one. Tried are multiples of the scale that maps the largest weight to the last code, each with its least-squares
-    refit.
+    Codes run from -2^(bits-1) to 2^(bits-1) - 1, and the scale has a sign, so that either side may have the extra code.
+    Multiples of the scale that maps the largest weight to the last code are tried, each with its least-squares refit.
 
     Args:
         weight: (..., N).
-        setting: a symmetric one.
+        setting: of mode "symmetric".
 
     Returns:
         Scales and biases, (2, ..., N / group_size): the biases are -2^(bits-1) times the scales.
@@ -163,14 +162,14 @@ def _symmetric_scales(bits: int, group_size: int) -> Callable[[mx.array], mx.arr
             multiple = _LEAST_MULTIPLE[bits] + number * step
             for sign in (-1, 1):
                 least, best = compiled(groups, largest * (sign * multiple), least, best)
-            mx.eval(least, best)  # else the graph holds every candidate's codes
+            mx.eval(least, best)  # else the graph would hold the codes of every candidate
         return best.squeeze(-1).astype(weight.dtype)
 
     return search
 
 
 def _codes(groups: mx.array, scale: mx.array, half: int) -> mx.array:
-    """Return codes around zero of groups in fp32, (..., G); a scale of zero gives zeros."""
+    """Return signed codes of groups in fp32, (..., G); 0 if the scale is 0."""
     return mx.clip(mx.round(groups / mx.where(scale == 0, 1.0, scale)), -half, half - 1)
 
 
@@ -184,7 +183,7 @@ def _pack_on(bits: int) -> Callable[[mx.array, mx.array], mx.array]:
 
 
 def _bit_stream(codes: mx.array, bits: int) -> mx.array:
-    """Return codes as MLX packs them: code i of a row in the bits from i * bits on of its little-endian words.
+    """Pack codes as MLX does: code i of a row begins at bit i * bits of its little-endian words.
 
     Args:
         codes: uint32, their last axis a multiple of 32, so that each 32 of them fill whole words.

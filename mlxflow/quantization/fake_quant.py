@@ -1,9 +1,8 @@
-"""Fake quantization for training: layers compute with what their packed weights will be, gradients go straight through.
+"""Fake quantization for training: layers compute with rounded weights; gradients use the straight-through estimator.
 
-The straight-through gradient is of Bengio et al. 2013 (arXiv:1308.3432), its use here of Jacob et al. 2018
-(arXiv:1712.05877).
-The forward pass takes exactly what the export stores, through the same functions of MLX; so nothing is lost between
-the last forward pass and the file.
+The estimator is from Bengio et al. 2013 (arXiv:1308.3432), its use for quantization from Jacob et al. 2018
+(arXiv:1712.05877). The forward pass uses exactly the weights that the export stores, computed by the same functions of
+MLX, so the exported model equals the last forward pass.
 """
 
 import functools
@@ -20,13 +19,13 @@ from mlxflow.quantization.clipping import best_limits, clip, where_kept
 from mlxflow.quantization.codec import Packed, pack, round_trip, symmetric_grid
 from mlxflow.quantization.settings import Setting
 
-# Of a layer: scales and biases, or limits in a mode that has its own; no parameter
+# Attribute of a layer with its grid: scales and biases, or clipping limits; no parameter
 _GRID = "_grid"
 
 
 @contextmanager
 def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[Callable[[], dict[str, Packed]]]:
-    """Let layers compute with their quantized weights until the block ends; give a function that packs them.
+    """Let layers compute with their quantized weights until the block ends; yield a function that packs them.
 
     Each layer becomes of a class of its own that inherits from its class, `plain_type`, and has a method `fake_weight`,
     which returns the weight that it computes with; parameters keep their names. Begin before a step is compiled: what
@@ -39,7 +38,7 @@ def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[
         layers: module path to setting.
 
     Raises:
-        KeyError: a path is none of the model's.
+        KeyError: the model has no module of a path.
     """
     modules = dict(model.named_modules())
     chosen = {path: modules[path] for path in layers}
@@ -63,7 +62,7 @@ def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
     def through(name: str) -> Callable[..., Any]:
         def call(self: nn.Module, *arguments: Any, **named: Any) -> Any:
             weight = fake_weight(self)
-            if hasattr(plain, "fuse"):  # an adapter: one product with the sum
+            if hasattr(plain, "fuse"):  # an adapter: one product with the fused weight
                 fused = plain.fuse(self)
                 fused.weight = weight
                 return fused(*arguments, **named)
@@ -84,7 +83,7 @@ def _faking(plain: type[nn.Module], setting: Setting) -> type[nn.Module]:
 
 @functools.cache
 def _straight_through(setting: Setting) -> Callable[..., mx.array]:
-    """Return the rounding of a weight, whose gradient is that of the identity, and 0 for what is cut off.
+    """Return a function that rounds a weight; its gradient is that of the identity, and 0 for clipped weights.
 
     Not `w + stop_gradient(q - w)`: in bf16 that sum is not always q.
     """
@@ -116,6 +115,6 @@ def _packed(module: nn.Module, setting: Setting) -> Packed:
 
 
 def _dense_weight(module: nn.Module) -> mx.array:
-    """Return a layer's weight; with an adapter, their sum."""
+    """Return a layer's weight, including its adapter."""
     weight = module["weight"] if "weight" in module else module.fuse().weight
     return cast("mx.array", weight)

@@ -1,4 +1,4 @@
-"""What lets mlx-lm's own quantizing functions follow a plan and run well: layers of a changed class, for a while."""
+"""Patches for mlx-lm's quantization functions: follow a plan, use fast products on the CPU, print nothing."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from mlxflow.quantization.settings import Setting
 
 
 def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:
-    """Return the quantized form of a dense layer, rounded to nearest; symmetric ones lie in affine storage."""
+    """Return a dense layer quantized by rounding to nearest; symmetric codes use affine storage."""
     made: nn.Module = layer.to_quantized(group_size=setting.group_size, bits=setting.bits, mode=setting.stored_mode)
     if setting.mode == "symmetric":
         made.weight, made.scales, made.biases = pack(layer.weight, setting)
@@ -27,14 +27,14 @@ def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:
 
 @contextlib.contextmanager
 def following(model: nn.Module, plan: Mapping[str, Setting], *, free: set[str], hides: bool) -> Iterator[None]:
-    """Let all layers but the free ones answer `to_quantized` as the plan says; leave the model dense at the end.
+    """Make `to_quantized` of all layers except the free ones follow a plan; the model is dense again at the end.
 
     Args:
         model: dense.
         plan: module path to setting; layers that are not in it stay dense.
-        free: paths of the layers that mlx-lm quantizes by itself.
-        hides: whether a layer that stays dense has no `to_quantized`, where mlx-lm's function looks for it; if not, it
-            answers with itself.
+        free: paths of the layers that mlx-lm quantizes itself.
+        hides: whether layers that stay dense lack `to_quantized`, for functions that look for it; else it returns the
+            layer itself.
     """
     layers = quantizable_layers(model)
     changes = [
@@ -70,7 +70,7 @@ def _dense(kind: type[nn.Module], *, hides: bool) -> type[nn.Module]:
 
 @contextlib.contextmanager
 def dense_products(model: nn.Module) -> Iterator[None]:
-    """On the CPU, let quantized layers multiply by their dequantized weights: the packed product is 39 times slower."""
+    """On the CPU, make quantized layers use their dequantized weights: the quantized product is 39 times slower."""
     kinds = _dense_product_kinds() if mx.default_device() == mx.cpu else {}
     layers = [layer for layer in model.modules() if type(layer) in kinds and layer.mode == "affine"]
     with patching.layer_classes([(layer, kinds[type(layer)]) for layer in layers], by=__name__):
@@ -78,7 +78,7 @@ def dense_products(model: nn.Module) -> Iterator[None]:
 
 
 def _differentiable(layer: nn.Module, weight: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-    """Return codes times scales plus biases, (..., N), with a gradient for both."""
+    """Return codes times scales plus biases, (..., N), differentiable in scales and biases."""
     codes = mx.dequantize(
         weight, mx.ones_like(scales), mx.zeros_like(biases), group_size=layer.group_size, bits=layer.bits
     )
@@ -117,7 +117,7 @@ def _dense_product_kinds() -> dict[type[nn.Module], type[nn.Module]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what mlx-lm prints to itself; its bars are shown where a terminal is."""
+    """Suppress mlx-lm's output, except its progress bars on a terminal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if not sys.stderr.isatty():
@@ -127,7 +127,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def numpy_random_kept() -> Iterator[None]:
-    """Put NumPy's global generator, which mlx-lm seeds, back as it was."""
+    """Restore the state of NumPy's global generator, which mlx-lm seeds."""
     before = np.random.get_state()
     try:
         yield

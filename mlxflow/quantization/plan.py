@@ -1,4 +1,4 @@
-"""Which layer is quantized how: patterns resolved to a table of module paths before any weight is touched."""
+"""Quantization plans: rules with patterns are resolved to a setting for each layer, from shapes only."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,14 +14,14 @@ from mlxflow.quantization.settings import BITS, GROUP_SIZES, Setting, completed,
 
 
 class Rule(NamedTuple):
-    """What is said of the layers that a pattern matches; of several that match, the first holds.
+    """The setting of the layers that a pattern matches; the first matching rule applies.
 
     Attributes:
         match: a pattern of module paths, such as `*.mlp.*`.
-        skip: whether they stay dense.
-        mode: None for the default's.
-        bits: None for the default's, or the usual of the mode.
-        group_size: likewise.
+        skip: whether the layers stay dense.
+        mode: None for that of the default.
+        bits: None for those of the default, or the mode's usual ones.
+        group_size: None for that of the default, or the mode's usual one.
     """
 
     match: str
@@ -32,10 +32,10 @@ class Rule(NamedTuple):
 
 
 class QuantizationPlan(NamedTuple):
-    """A table of every layer that can be quantized.
+    """A setting for every layer that is quantized, and the layers that stay dense.
 
     Attributes:
-        default: for layers that no rule names.
+        default: the setting of layers without a rule.
         layers: module path to setting, in the model's order.
         skipped: paths that a rule, or the architecture itself, leaves dense.
         undivided: paths that stay dense because the group size does not divide their width.
@@ -56,7 +56,7 @@ class QuantizationPlan(NamedTuple):
         return "\n".join(["layers = [", *entries, "]"]) + "\n"
 
     def warning(self, key: str) -> str | None:
-        """Return what to say of layers that stay dense for their widths alone; None where there are none.
+        """Return a warning about layers that stay dense because of their widths; None if there are none.
 
         Args:
             key: of the table with the settings.
@@ -71,9 +71,9 @@ class QuantizationPlan(NamedTuple):
         )
 
     def config(self) -> dict[str, Any]:
-        """Return the table by which readers build the layers: `quantization` in `config.json`.
+        """Return the table `quantization` of `config.json`.
 
-        Every layer that is not as the first entries say is named with all that its setting is.
+        It has the default setting, and an entry for every layer with another one.
         """
         used = list(self.layers.values())
         common = self.default if self.default in used else max(used, key=used.count)
@@ -82,33 +82,33 @@ class QuantizationPlan(NamedTuple):
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every layer that MLX can quantize by its path, in the model's order."""
+    """Return every layer that MLX can quantize, by path, in the model's order."""
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     return {path: layer for path, layer in leaves if hasattr(layer, "to_quantized")}
 
 
 def names_bits(path: str, rules: Sequence[Rule]) -> bool:
-    """Return whether the rule that holds for a path says its bits."""
+    """Return whether the rule for a path sets its bits."""
     rule = next((rule for rule in rules if fnmatchcase(path, rule.match)), None)
     return rule is not None and rule.bits is not None
 
 
 def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: str) -> QuantizationPlan:
-    """Return the plan for a model; looks at shapes only.
+    """Return the plan for a model, from shapes only.
 
-    Layers that no rule names get what mlx-lm's converter gives them. Where the default's group size does not divide
-    their width they stay dense; else the architecture's own `quant_predicate` holds where it has one. It asks for 8-bit
-    affine routers, for example, whatever the mode is.
+    Layers without a rule are treated as by mlx-lm's converter: if the default's group size does not divide their width
+    they stay dense; else the architecture's `quant_predicate` applies, if it has one. It may ask for 8-bit affine
+    routers, for example, whatever the mode.
 
     Args:
         model: dense; its weights need not be evaluated.
-        default: of layers that no rule names.
-        rules: the first that matches holds.
+        default: setting of layers without a rule.
+        rules: the first match applies.
         key: of the table with the settings, for the messages; the rules are its `layers`.
 
     Raises:
-        WorkflowError: one line for each rule that names no layer, or one whose width its group size does not divide; a
-            setting that the mode or the installed MLX does not have; a plan that quantizes nothing.
+        WorkflowError: one line for each rule that matches no layer, or a layer whose width its group size does not
+            divide; a setting is not supported by the mode or the installed MLX; the plan quantizes nothing.
     """
     layers = quantizable_layers(model)
     first = {path: next((rule for rule in rules if fnmatchcase(path, rule.match)), None) for path in layers}
@@ -139,10 +139,10 @@ def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: s
 
 
 def check_supported(settings: Mapping[str, Setting], key: str) -> None:
-    """Make sure that the installed MLX has every setting of a plan.
+    """Check that the installed MLX supports every setting of a plan.
 
     Raises:
-        WorkflowError: it has not; each setting is named once.
+        WorkflowError: names each unsupported setting once.
     """
     lacking = [setting for setting in dict.fromkeys(settings.values()) if not is_supported(setting)]
     if lacking:
@@ -156,7 +156,7 @@ def check_supported(settings: Mapping[str, Setting], key: str) -> None:
 
 
 def _setting_of(path: str, layer: nn.Module, model: nn.Module, default: Setting, rule: Rule | None) -> Setting | None:
-    """Return the setting of a layer; None where it stays dense."""
+    """Return the setting of a layer; None if it stays dense."""
     if rule is not None:
         return None if rule.skip else _completed(rule, default)
     predicate = getattr(model, "quant_predicate", None)
@@ -167,9 +167,9 @@ def _setting_of(path: str, layer: nn.Module, model: nn.Module, default: Setting,
 
 
 def _own_setting(said: Mapping[str, Any], default: Setting) -> Setting:
-    """Return what an architecture asks for a layer: affine where it names no mode, as in `to_quantized` of MLX.
+    """Return the setting that an architecture requests for a layer; without a mode it is affine, as in MLX.
 
-    Codes with a fixed zero point are not MLX's, so an architecture cannot ask for them; a table that does gets them.
+    If the default is symmetric, which MLX does not have, a requested affine layer becomes symmetric.
     """
     usual = Setting(
         "symmetric" if default.mode == "symmetric" else "affine", BITS["affine"][0], GROUP_SIZES["affine"][0]
@@ -212,7 +212,7 @@ def _mistakes_of(
 
 
 def _divider(setting: Setting, widths: Iterable[int], verb: str) -> str:
-    """Return the start of an advice: the group sizes, of the mode or of another one, that divide some width."""
+    """Return the start of the advice: group sizes, of the mode or of another one, that divide some widths."""
 
     def dividing(mode: str) -> list[int]:
         return sorted(size for size in GROUP_SIZES[mode] if any(width % size == 0 for width in widths))
@@ -224,7 +224,7 @@ def _divider(setting: Setting, widths: Iterable[int], verb: str) -> str:
 
 
 def _near(pattern: str, layers: Mapping[str, nn.Module]) -> str:
-    """Return what to do about a pattern that matches nothing."""
+    """Return the advice for a pattern that matches nothing."""
     if fnmatchcase("lm_head", pattern) and any(path.endswith("embed_tokens") for path in layers):
         embedding = next(path for path in layers if path.endswith("embed_tokens"))
         return f"The head of this model is its embedding. Match {embedding}."

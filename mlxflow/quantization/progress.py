@@ -1,4 +1,4 @@
-"""What a person sees while layers are packed: a bar on a terminal, nothing in a log."""
+"""The progress bar over layers: shown on a terminal, silent in a log."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from mlxflow.system import terminal
 
 @contextmanager
 def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
-    """Show on standard error which layer is done until the block ends.
+    """Show the progress over layers on standard error until the block ends.
 
     Args:
-        task: what is done.
-        count: layers in all.
+        task: name of the work.
+        count: number of layers.
 
     Yields:
-        a function that takes the path of each layer that is done.
+        a function to call with the path of each finished layer.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -1,9 +1,9 @@
-"""Groups of a block's layers whose input channels can be scaled while the block computes the same, found by trying.
+"""Find groups of layers in a block whose input channels can be scaled without changing the block's output.
 
-AWQ multiplies columns of weights by scales that it divides out of what comes before them: a norm, or the rows of
-another linear layer. Which layers belong together differs by architecture. Here a block is run once with its inputs
-noted, layers that read what a norm returns are put together, and each candidate is tried with random scales: it counts
-only if the block's output stays what it was. What a class is called, and how its layers are named, plays no part.
+AWQ multiplies columns of weights by scales and divides the preceding layer by them: a norm, or the rows of another
+linear layer. Which layers belong together depends on the architecture. Here a block is run once while the inputs of its
+layers are recorded, layers that read the output of a norm are grouped, and each candidate is tested with random scales:
+it is accepted only if the block's output stays the same. Names of classes and layers are not used.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +17,13 @@ from mlx.utils import tree_map
 
 from mlxflow.ops.patching import layer_method
 
-#: Runs a block on inputs that are fixed; returns its outputs.
+#: Runs a block on fixed inputs; returns its outputs.
 Run = Callable[[], list[mx.array]]
 
-# Of fp32 outputs, relative to the largest: what scaling and rounding again may move, and a wrong group moves far more
+# Relative change of fp32 outputs that scaling and rounding may cause; a wrong group causes far more
 _TOLERANCE = 1e-3
 
-# Moments of two inputs that hold the same rows, in another order or repeated for each expert
+# Relative difference of the moments of inputs with the same rows, permuted or repeated for each expert
 _SAME_MOMENTS = 1e-4
 
 
@@ -32,8 +32,8 @@ class Group(NamedTuple):
 
     Attributes:
         source: path of the layer whose output channels are divided by the scales.
-        rows: of its weight, which are those channels; None for a norm, all of whose numbers are.
-        adds_one: whether the source is a norm that multiplies by one plus its weight, as Gemma's does.
+        rows: the rows of its weight that are these channels; None for a norm, where all numbers are.
+        adds_one: whether the source is a norm that multiplies by one plus its weight, as in Gemma.
         layers: paths of the layers whose input channels are multiplied.
     """
 
@@ -44,13 +44,13 @@ class Group(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """One call of a module in a run of its block.
+    """A recorded call of a module in a run of its block.
 
     Attributes:
-        place: when it returned, among the calls of the block's modules.
-        inputs: its arguments.
-        named: its arguments by name.
-        y: what it returned; None if that is no array.
+        place: its position in the order in which the block's modules returned.
+        inputs: positional arguments.
+        named: keyword arguments.
+        y: the result; None if it is no array.
     """
 
     place: int
@@ -65,7 +65,7 @@ class Noted(NamedTuple):
 
 
 def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
-    """Return the call of every module of a block that is called once.
+    """Return the recorded call of every module of a block that is called exactly once.
 
     Args:
         block: a block of a model.
@@ -98,7 +98,7 @@ def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
 
 
 def cast_to(dtype: mx.Dtype, inputs: Any) -> Any:
-    """Return arguments with their floating arrays in a type."""
+    """Return arguments with floating arrays cast to a dtype."""
 
     def cast(value: Any) -> Any:
         return value.astype(dtype) if _is_floating(value) else value
@@ -107,7 +107,7 @@ def cast_to(dtype: mx.Dtype, inputs: Any) -> Any:
 
 
 def weighted(block: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers of a block that hold a weight themselves, by path."""
+    """Return the layers of a block that have a weight of their own, by path."""
     return {path: layer for path, layer in block.named_modules() if path and "weight" in layer}
 
 
@@ -117,7 +117,7 @@ def find_groups(block: nn.Module, run: Run, calls: Mapping[str, Noted]) -> list[
     Args:
         block: unchanged afterwards.
         run: runs it.
-        calls: of `noted`, by the same run.
+        calls: from `noted` with the same run.
     """
     layers = weighted(block)
     calls = {path: one for path, one in calls.items() if path in layers}
@@ -133,7 +133,7 @@ def find_groups(block: nn.Module, run: Run, calls: Mapping[str, Noted]) -> list[
 
 
 def apply_scales(block: nn.Module, group: Group, scales: mx.array) -> None:
-    """Multiply the columns of a group's layers by scales, and divide what comes before them.
+    """Multiply the columns of a group's layers by scales, and divide its source by them.
 
     Args:
         block: changed.
@@ -164,7 +164,7 @@ def _divided(value: mx.array, own: str, group: Group, scales: mx.array) -> mx.ar
 def _after_norms(
     layers: Mapping[str, nn.Module], calls: Mapping[str, Noted], matrices: Mapping[str, Noted]
 ) -> Iterator[Group]:
-    """Yield for each norm the layers that read what it returns."""
+    """Yield for each norm the layers that read its output."""
     norms = {path: one for path, one in calls.items() if layers[path].weight.ndim == 1 and one.y is not None}
     returned = {id(one.y) for one in norms.values()}
     for path, one in norms.items():
@@ -173,14 +173,14 @@ def _after_norms(
             for other, call in matrices.items()
             if (call.x is one.y if id(call.x) in returned else _holds_rows_of(call, one))
         ]
-        fitting = all(layers[other].weight.shape[-1] == layers[path].weight.shape[0] for other in readers)
+        has_same_width = all(layers[other].weight.shape[-1] == layers[path].weight.shape[0] for other in readers)
         for adds_one in (False, True):
-            if readers and fitting:
+            if readers and has_same_width:
                 yield Group(path, None, adds_one, tuple(readers))
 
 
 def _holds_rows_of(call: Noted, source: Noted) -> bool:
-    """Return whether a layer reads what another returned, in another order, or repeated for each expert."""
+    """Return whether a layer reads the output of another, possibly permuted or repeated for each expert."""
     y = source.y
     if y is None or call.place < source.place or call.x.shape[-1] != y.shape[-1] or call.x.size % y.size:
         return False
@@ -189,13 +189,13 @@ def _holds_rows_of(call: Noted, source: Noted) -> bool:
 
 
 def _moments(x: mx.array) -> mx.array:
-    """Return the means of each channel, of its size and of its square, (3, D)."""
+    """Return the mean, mean magnitude and mean square of each channel, (3, D)."""
     rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
     return mx.stack([rows.mean(axis=0), mx.abs(rows).mean(axis=0), rows.square().mean(axis=0)])
 
 
 def _after_matrices(layers: Mapping[str, nn.Module], matrices: Mapping[str, Noted]) -> Iterator[Group]:
-    """Yield for each layer those before it whose rows, or the last or first of them, may be its input channels."""
+    """Yield for each layer the earlier ones whose rows, or the first or last of them, may be its input channels."""
     for path, call in matrices.items():
         width = layers[path].weight.shape[-1]
         for other, before in matrices.items():
@@ -210,13 +210,13 @@ def _after_matrices(layers: Mapping[str, nn.Module], matrices: Mapping[str, Note
 
 
 def _holds(block: nn.Module, run: Run, group: Group, wanted: list[mx.array]) -> bool:
-    """Return whether a block computes the same with a group scaled at random."""
+    """Return whether a block's output is unchanged with a group scaled at random."""
     before = block.parameters()
     width = weighted(block)[group.layers[0]].weight.shape[-1]
     apply_scales(block, group, mx.array(2 ** np.random.default_rng(0).uniform(-1, 1, width).astype(np.float32)))
     try:
         found = run()
-    except ValueError:  # shapes that do not fit: the source's weight has other channels
+    except ValueError:  # shapes differ: the source has other channels
         return False
     finally:
         block.update(before)

@@ -1,4 +1,4 @@
-"""What quantizing each layer costs, from squared gradients: one backward pass a row prices every setting at once."""
+"""Estimate the loss from quantizing each layer from squared gradients: one backward pass a row for all settings."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,10 +9,10 @@ from mlxflow.quantization.codec import round_trip
 from mlxflow.quantization.settings import Setting
 
 #: See `training.objective.Objective`: takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses
-#: and how many tokens it is of.
+#: and the number of targets.
 Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 
-#: What a layer costs at each of its candidates, in nats per token.
+#: The estimated divergence of each layer at each of its candidates, in nats per token.
 Costs = dict[str, dict[Setting, float]]
 
 
@@ -27,17 +27,16 @@ def measure_costs(
 ) -> Costs:
     """Return for each layer and candidate an estimate of the divergence from the dense model, in nats per token.
 
-    To the second order the divergence is half of the squared error of each weight times its Fisher information, for
-    which stand the squared gradients of the loss (Dong et al. 2019, arXiv:1905.03696, with the diagonal alone). Layers
-    add up.
+    To second order the divergence is half the squared error of each weight times its Fisher information, estimated by
+    the squared gradients of the loss (Dong et al. 2019, arXiv:1905.03696, diagonal only). Costs of layers are additive.
 
     Args:
-        model: dense, in evaluation mode; unchanged.
-        candidates: module path to the settings that are looked at.
+        model: dense, in eval mode; unchanged.
+        candidates: module path to candidate settings.
         tokens: (R, L + 1) ids.
         marks: (R, L + 1); see `data.token_file.Batch`.
         objective: the loss.
-        dtype: that the weights are stored in, and so scales and biases; None for their own.
+        dtype: of the stored weights, scales and biases; None for the model's.
     """
     squares, count = _mean_squares(model, list(candidates), tokens, marks, objective)
     modules = dict(model.named_modules())
@@ -60,9 +59,9 @@ def _cost(weight: mx.array, stored: mx.array, squares: mx.array | None, count: m
 def _mean_squares(
     model: nn.Module, paths: Sequence[str], tokens: mx.array, marks: mx.array, objective: Objective
 ) -> tuple[dict[str, mx.array], mx.array]:
-    """Return the sum over rows of the squared gradient of each weight, in fp32, and the tokens they are of.
+    """Return the sum over rows of the squared gradient of each weight, in fp32, and the number of targets.
 
-    The gradients of a row's tokens point every way: the square of their sum is nearly the sum of their squares.
+    The gradients of a row's tokens are nearly uncorrelated: the square of their sum is about the sum of their squares.
     """
     modules = dict(model.named_modules())
     weights = {path: modules[path].weight for path in paths}

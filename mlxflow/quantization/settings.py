@@ -1,8 +1,8 @@
-"""How a matrix is quantized: the modes, their bits and group sizes; imports no mlx."""
+"""Quantization settings of a matrix: modes, their bits and group sizes; imports no mlx."""
 
 from typing import NamedTuple
 
-#: The group sizes and bits that each mode has; the first of each is the usual one.
+#: The supported group sizes and bits of each mode; the first is the default.
 GROUP_SIZES = {"affine": (64, 32, 128), "symmetric": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
 BITS = {"affine": (4, 2, 3, 5, 6, 8), "symmetric": (4, 2, 3, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
 
@@ -26,12 +26,12 @@ class Setting(NamedTuple):
         return "affine" if self.mode == "symmetric" else self.mode
 
     def stored(self) -> dict[str, str | int]:
-        """Return the setting as it stands in `config.json`."""
+        """Return the entry of `config.json` for the setting."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.stored_mode}
 
 
 class RequestedSetting(NamedTuple):
-    """A mode with the bits and the group size that were written for it; None where they were not.
+    """A mode with the bits and the group size as written; None if they were not written.
 
     Attributes:
         mode: see `Setting`.
@@ -45,14 +45,14 @@ class RequestedSetting(NamedTuple):
 
     @property
     def setting(self) -> Setting:
-        """The setting: the mode's usual bits and group size where none were written."""
+        """The setting, with the mode's defaults for values that were not written."""
         return Setting(self.mode, self.bits or BITS[self.mode][0], self.group_size or GROUP_SIZES[self.mode][0])
 
     def by_rule(self, mode: str, bits: int | None, group_size: int | None) -> dict[str, int | None]:
-        """Return bits and group size of a rule with a mode of its own, beside a table that asks for this.
+        """Return bits and group size of a rule that sets a mode, in a table with this request.
 
-        What neither wrote is the usual of the rule's mode, or stays None where both modes have the same choices: then
-        a rule follows the table, whose bits a budget may choose.
+        A value that neither sets is the default of the rule's mode, or None if both modes have the same choices: then
+        the rule follows the table, whose bits a budget may choose.
         """
         table = self.setting
         given: dict[str, int | None] = {"bits": bits, "group_size": group_size}
@@ -64,13 +64,13 @@ class RequestedSetting(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """A value that the mode does not have.
+    """A value that the mode does not support.
 
     Attributes:
         key: "bits" or "group_size".
         value: as given.
-        expected: what the mode needs, in words.
-        usual: the value to use instead.
+        expected: the supported values, in words.
+        usual: the default, to use instead.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Mistake(NamedTuple):
 
 
 def mistakes_in(setting: Setting) -> list[Mistake]:
-    """Return bits and group size where the setting's mode does not have them."""
+    """Return the values of a setting that its mode does not support."""
     found = []
     for key, value, choices in (
         ("bits", setting.bits, BITS[setting.mode]),

@@ -1,4 +1,4 @@
-"""From a dense model to the file of the packed one, layer by layer: memory holds one layer, not the model."""
+"""Export a quantized model layer by layer: memory holds one layer at a time, not the model."""
 
 import math
 import os
@@ -19,29 +19,29 @@ from mlxflow.quantization.settings import Setting
 from mlxflow.storage.tensor_reading import StoredRows
 from mlxflow.storage.tensor_writing import TensorFile
 
-# Numbers that are packed and compared at a time: what is between is several times as large as they are
+# Numbers packed and compared at a time; intermediate results are several times as large
 _NUMBERS_AT_ONCE = 1 << 19
 
-# Numbers of a matrix that are compared with what was packed, in rows spread evenly: unpacking costs as much as packing
+# Numbers of a matrix, in evenly spread rows, on which the error is measured: unpacking costs as much as packing
 _COMPARED_NUMBERS = 1 << 17
 
-# On the CPU one stream keeps one core busy
+# Streams on the CPU: each uses one core
 _MOST_STREAMS = 4
 
-# Freed buffers of that many bytes are used again; more would be memory held for nothing
+# The limit of MLX's cache of freed buffers in bytes; more would not be reused
 _CACHE_BYTES = 16 << 20
 
 
 class LayerFacts(NamedTuple):
-    """What became of one layer's matrix.
+    """The exported form of one layer's matrix.
 
     Attributes:
         path: of the layer.
         shape: of the dense matrix.
-        setting: how it is packed; None where it stays dense.
-        num_bytes: of its weight as it is stored, scales and biases included.
-        relative_error: Frobenius norm of what was lost over that of the matrix, in every k-th row of a piece, so many
-            that about 131,000 numbers are compared; 0 where it stays dense.
+        setting: of its quantization; None if it stays dense.
+        num_bytes: stored size, scales and biases included.
+        relative_error: Frobenius norm of the error over that of the matrix, on every k-th row of a piece, for about
+            131,000 numbers; 0 if it stays dense.
     """
 
     path: str
@@ -52,7 +52,7 @@ class LayerFacts(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Numbers in the matrix."""
+        """Number of weights in the matrix."""
         return _count(self.shape)
 
 
@@ -83,21 +83,21 @@ def export(
     source: str,
     watch: Callable[[str], None],
 ) -> Exported:
-    """Write a model's parameters with some layers packed; each is computed, written and given back before the next.
+    """Write a model's parameters with some layers quantized; each is computed, written and freed before the next.
 
     Args:
-        model: dense; lazily loaded weights stay on the disk until it is their turn. Its parameters are taken away.
+        model: dense; lazy weights are read one by one. Its parameters are removed.
         layers: module path to setting.
         file: the safetensors file to write.
-        metadata: text by key, kept in the header.
-        packed: gives codes that are there already, by path; None where the layer is to be rounded.
-        stored: matrices that lie in a file just as the model has them, by name; they are read from there row by row.
-        source: what the model was read from, for messages.
-        watch: called with the path of each layer that was packed.
+        metadata: text by key, for the header.
+        packed: returns the codes of a layer by path; None if the layer is to be rounded.
+        stored: matrices that are in a file unchanged, by name; they are read row by row.
+        source: the origin of the model, for messages.
+        watch: called with the path of each quantized layer.
 
     Raises:
-        ArtifactError: a weight that is not finite; the tensor is named.
-        StageError: the disk has less room than the file needs.
+        ArtifactError: a weight is not finite; names the tensor.
+        StageError: the disk has too little space for the file.
     """
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     owned = {path for path, _ in leaves}
@@ -132,7 +132,7 @@ def _write_layer(
     source: str,
     streams: list[mx.Stream],
 ) -> Iterator[LayerFacts]:
-    """Write a layer's tensors, its weight packed if it has a setting; yield what became of each matrix."""
+    """Write a layer's tensors, its weight quantized if it has a setting; yield the facts about each matrix."""
     for own, value in tree_flatten(layer.parameters()):
         name = f"{path}.{own}" if path else own
         if own == "weight" and setting is not None:
@@ -144,7 +144,7 @@ def _write_layer(
 
 
 def _streams() -> list[mx.Stream]:
-    """Return what pieces of a matrix are packed on at the same time."""
+    """Return the streams on which pieces of a matrix are packed in parallel."""
     device = mx.default_device()
     if device != mx.cpu:
         return [mx.default_stream(device)]
@@ -161,7 +161,7 @@ def _small_cache() -> Iterator[None]:
 
 
 def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[str, tuple[mx.Dtype, tuple[int, ...]]]]:
-    """Yield name, type and shape of every tensor of the packed model."""
+    """Yield name, dtype and shape of every tensor of the quantized model."""
     for name, value in tree_flatten(model.parameters()):
         path, _, own = name.rpartition(".")
         setting = layers.get(path) if own == "weight" else None
@@ -178,7 +178,7 @@ def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[
 
 
 class _Matrix:
-    """The weight of a layer, read some rows at a time."""
+    """The weight of a layer, read a few rows at a time."""
 
     def __init__(self, name: str, weight: mx.array, stored: StoredRows | None) -> None:
         self.name, self.weight, self._stored = name, weight, stored
@@ -243,7 +243,7 @@ def _rows_of(made: Packed, begin: int, end: int) -> Packed:
 
 
 def _square(x: mx.array) -> float:
-    """Return the sum of the squares of an array in fp32; NumPy's product does it at once, MLX's in two passes."""
+    """Return the sum of squares of an fp32 array; NumPy's dot product takes one pass, MLX two."""
     numbers = np.array(x, copy=False).reshape(-1)
     return float(np.dot(numbers, numbers))
 
