@@ -39,7 +39,6 @@ REMAINING: dict[str, int] = {
     "mlxflow/report/sections/timelines.py": 2,
     "mlxflow/report/summary.py": 2,
     "mlxflow/report/timelines.py": 2,
-    "mlxflow/stages/train.py": 1,
     "mlxflow/storage/atomic_folders.py": 2,
     "mlxflow/storage/digests.py": 1,
     "mlxflow/storage/hub.py": 2,
@@ -48,14 +47,6 @@ REMAINING: dict[str, int] = {
     "mlxflow/storage/temporary_files.py": 1,
     "mlxflow/storage/unfinished_runs.py": 2,
     "mlxflow/storage/user_folders.py": 5,
-    "mlxflow/training/checkpoints.py": 4,
-    "mlxflow/training/flat_parameters.py": 1,
-    "mlxflow/training/objective.py": 1,
-    "mlxflow/training/optimizers.py": 2,
-    "mlxflow/training/precompile.py": 3,
-    "mlxflow/training/restoring.py": 1,
-    "mlxflow/training/step.py": 4,
-    "mlxflow/training/stop_signals.py": 3,
 }
 
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 VERSION = 4
 
-#: Tokenizing is the processor's work: it may go on beside a stage that has the device.
+#: Tokenizing runs on the CPU, also while another stage uses the device.
 USES_DEVICE = False
 
-#: Keys that say how the work is done and change nothing of what comes out.
+#: Keys that change how the work is done, and nothing of the artifact.
 EXECUTION_ONLY_KEYS = ("workers",)
 
 Source = str | SourceConfig
@@ -70,20 +70,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     tokenizer: Annotated[TokenizerConfig, Meta(description="the tokenizer")] = TokenizerConfig()
 
     def problems(self) -> Iterator[Problem]:
-        """Yield a holdout beside documents for validation."""
+        """Yield a `holdout` that contradicts `validation_sources`."""
         if self.validation_sources and self.holdout != Config().holdout:
             expected = "is for a corpus without documents for validation, and validation_sources names some"
             yield Problem("holdout", self.holdout, expected, "Remove one of the two.")
 
     def key(self, number: int) -> str:
-        """Return the dotted key of the entry of a number in `entries`."""
+        """Return the dotted key of an entry, by its number in `entries`."""
         count = len(self.sources)
         return (
             f"pretokenize.sources[{number}]" if number < count else f"pretokenize.validation_sources[{number - count}]"
         )
 
     def entries(self) -> tuple[SourceConfig, ...]:
-        """Return all sources as tables with their defaults filled in, the ones for validation last."""
+        """Return all sources as tables with their defaults filled in, validation sources last."""
         return tuple(
             msgspec.structs.replace(
                 one,
@@ -98,9 +98,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
-    """Return the table with the tokenizer of the model that training goes on from, where it asks for none of its own.
+    """Return the table with the tokenizer of the model that training starts from, unless it asks for one.
 
-    A base among the workflow's own artifacts has the tokenizer that was trained here.
+    A model among the workflow's own artifacts has the tokenizer that was trained here.
 
     Args:
         config: a `[pretokenize]` table.
@@ -118,7 +118,7 @@ def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
 
 
 def _brings_a_tokenizer(name: str, disk: Any) -> bool:
-    """Return whether a model of this name has a tokenizer to follow: on the hub each is taken to have one."""
+    """Return whether a model has a tokenizer; a model of the hub is assumed to have one."""
     folder = disk.expand(name)
     if not disk.is_dir(folder):
         return re.fullmatch(HUB_MODEL, name) is not None
@@ -130,9 +130,9 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         sources: files and corpora.
-        owners: for each of them the number of the entry that named it.
+        owners: for each of them the number of its entry.
         tokenizer: files of a tokenizer that exists.
-        template: the chat template, or nothing.
+        template: the chat template, if the table names one.
     """
 
     sources: tuple[Path | Corpus, ...] = ()
@@ -142,7 +142,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Find the files that the sources name; one that several name is there for each of them."""
+        """Find the files that the sources name; a file named by several is listed for each of them."""
         pairs = []
         for number, entry in enumerate(config.entries()):
             key = "sources" if number < len(config.sources) else "validation_sources"
@@ -194,7 +194,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 
 def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> tuple[dict[str, Any], Any]:
-    """Do the work of the stage in a watched process; return its report and what it noted of its inputs."""
+    """Do the work of the stage in a watched process; return its report and the digests of its inputs."""
     return work(config, inputs, outputs, context), context.digests
 
 
@@ -253,7 +253,7 @@ def _report(config: Config, vocabulary: Any, warnings: list[str], ends: Any, cou
 
 
 def _run_facts(tokenized: Any, engine: str) -> dict[str, Any]:
-    """Return what differs between two equal runs."""
+    """Return the figures that differ between equal runs."""
     import resource
     import sys
 

@@ -113,7 +113,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.0
 
     def __post_init__(self) -> None:
-        """Write out what the modes of the table and of its rules bring where the keys are left out."""
+        """Set bits and group sizes that were left out to those of the modes of the table and of its rules."""
         asked = RequestedSetting(self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size)))
         own = asked.setting
         msgspec.structs.force_setattr(self, "bits", own.bits)
@@ -121,12 +121,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         msgspec.structs.force_setattr(self, "layers", tuple(rule.completed(asked) for rule in self.layers))
 
     def problems(self) -> Iterator[Problem]:
-        """Yield bits and group sizes that the mode does not have, and what does not fit together."""
+        """Yield bits and group sizes that the mode does not have, and keys that contradict each other."""
         yield from table_problems(self)
 
     @property
     def trusts_code(self) -> bool:
-        """Whether Python code of the model, and of what is made of it, may be run."""
+        """Whether Python code of the model, and of the artifact, may be run."""
         return self.trust_remote_code
 
     @property
@@ -165,7 +165,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         model: its files; none where it comes from the hub.
         tokenizer: of a train stage's model.
-        beside: what else goes along with it.
+        beside: other files of its folder.
         tokens: training and validation rows; none where nothing is measured.
     """
 
@@ -196,18 +196,18 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
-    """A quantized model folder, what its tokenizer needs beside it, and the learning curve where one is drawn."""
+    """A quantized model folder with its tokenizer, and the learning curve of quantization-aware training."""
 
     metrics: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Name the learning curve where there is one."""
+        """Name the learning curve if the method trains."""
         return cls(metrics=(Path(layout.METRICS),) if config.method == "qat" else ())
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table as it is; note numbers whose product is too large, and a model that is quantized before."""
+    """Return the table unchanged; note numbers whose product is too large, and a model that is quantized already."""
     if config.method == "qat":
         products.note_training(config, artifacts, config.token_stage, prefetch={})
         if config.training != "full":
@@ -222,7 +222,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
 
 def _already_quantized(config: Config) -> Problem:
-    """Return what is wrong with a table whose model is quantized before."""
+    """Return the problem of a table whose model is quantized already."""
     expected = "is quantized already, and what was lost does not come back"
     if config.model:
         return Problem("model", config.model, expected, "Name a dense model, or set requantize = true.")
@@ -230,7 +230,7 @@ def _already_quantized(config: Config) -> Problem:
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
-    """Start what takes a while and needs none of the inputs: the process that verifies kernels."""
+    """Start the process that verifies kernels, which takes a while and needs none of the inputs."""
     from mlxflow.training import kernel_selection
 
     return kernel_selection.begin_early(config.kernels if config.method == "qat" else "off", device_asked_for)
@@ -241,7 +241,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     Raises:
         ArtifactError: the model cannot be opened, is quantized already, or has a weight that is not finite.
-        StageError: it costs more than a gate allows.
+        StageError: it costs more than the table allows.
         WorkflowError: the plan or the method does not fit the model.
     """
     from mlxflow.quantization import dense_model, job, size_report

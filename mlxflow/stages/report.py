@@ -14,7 +14,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context
 
 VERSION = 2
 
-#: The page is laid beside the folders of all artifacts too, where people look first.
+#: A copy of the page lies in the folder of all artifacts, where people look first.
 COPIED_TO_ARTIFACTS_ROOT = (layout.PAGE,)
 
 #: The page's title is the workflow's name.
@@ -49,7 +49,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What every stage reported, and what the samples need.
+    """Reports of all stages, and models and documents for samples.
 
     Attributes:
         reports: by task, as are the others.
@@ -66,7 +66,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Take the reports of all stages, their curves and timelines, and the models and documents of the samples."""
+        """Take reports, learning curves and timelines of all stages, and the models and documents for samples."""
         makers = artifacts.makers()
 
         def made(name: str) -> dict[str, Path]:
@@ -113,7 +113,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
-    """Let the models write samples, and draw everything that was reported.
+    """Generate samples with the models, and draw the page from all reports.
 
     Raises:
         ArtifactError: a model cannot be opened.

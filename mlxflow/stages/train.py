@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 10
 
-#: Keys that say how the work is done and change nothing of what comes out.
+#: Keys that change how the work is done, and nothing of the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
 
 
@@ -144,7 +144,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lora: Annotated[LoraConfig, Meta(description="the adapters, for lora and dora")] = LoraConfig()
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what does not fit together."""
+        """Yield settings that contradict each other."""
         yield from setting_checks.step_problems(self)
         yield from optimizer_problems(self)
         yield from setting_checks.method_problems(self)
@@ -166,17 +166,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def keeps_quantized(self) -> bool:
-        """Whether a quantized model to go on from is quantized in the artifact, too."""
+        """Whether the artifact is quantized where the model to start from is."""
         return bool(self.model.from_) and self.method != "full" and self.fuse != "dense"
 
     @property
     def trusts_code(self) -> bool:
-        """Whether Python code of the model to go on from, and of what is made of it, may be run."""
+        """Whether Python code of the model to start from, and of the artifact, may be run."""
         return self.model.trust_remote_code
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Token files and tokenizer, and what training goes on from."""
+    """Token files and tokenizer, the model to start from, and a run to replay."""
 
     train: Path = Path()
     validation: Path = Path()
@@ -186,7 +186,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Take tokens from a pretokenize stage; base and replay from where they are said to be."""
+        """Take the tokens from a pretokenize stage; model and replay as the table names them."""
         folder = artifacts.folder(config.input, "input")
         return cls(
             train=folder / "train.safetensors",
@@ -204,8 +204,8 @@ def _base_files(model: ModelConfig, artifacts: Artifacts) -> tuple[Path, ...]:
 class Outputs(ModelFolder, frozen=True, kw_only=True):
     """A model folder and the learning curve, and the adapters where some were trained.
 
-    Adapters that belong to the model lie beside it. A copy of those that were added into its weights lies in a folder
-    of its own, so that nobody adds them again.
+    Adapters that belong to the model lie beside it. A copy of adapters that were added into its weights lies in a
+    folder of its own, so that no program adds them a second time.
     """
 
     metrics: Path = Path(layout.METRICS)
@@ -213,18 +213,18 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Name the adapter's files where there are some."""
+        """Name the files of adapters, if some are trained."""
         if config.method == "full":
             return cls()
-        if config.fuse == "auto":  # a model of the hub: where they lie is decided when it is known
+        if config.fuse == "auto":  # a model of the hub: their folder depends on whether it is quantized
             return cls()
         return cls(adapters=tuple(adapters_folder(config.fuse) / name for name in ADAPTERS))
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table with `fuse` decided by what lies at `model.from`; note what does not fit or is too large.
+    """Return the table with `fuse` decided by the model at `model.from`; note what does not fit or is too large.
 
-    Of a model of the hub it is decided when it has been fetched.
+    For a model of the hub it is decided after the download.
     """
     products.note_training(config, artifacts, config.input, prefetch={"prefetch_batches": config.prefetch_batches})
     if not config.model.from_:
@@ -241,7 +241,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
-    """Start what takes a while and needs none of the inputs: the process that verifies kernels."""
+    """Start the process that verifies kernels, which takes a while and needs none of the inputs."""
     from mlxflow.training import kernel_selection
 
     return kernel_selection.begin_early(config.kernels, device_asked_for)

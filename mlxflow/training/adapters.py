@@ -1,4 +1,4 @@
-"""Low-rank adapters through mlx-lm's own layers: put in and trained, trained further, saved in mlx-lm's form."""
+"""Low-rank adapters (LoRA, DoRA): add mlx-lm's layers to a model, continue existing ones, save them for mlx-lm."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -51,19 +51,19 @@ def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) 
 
 
 def continue_adapters(model: nn.Module, shape: AdapterShape, *, folder: Path, task: str) -> dict[str, Any]:
-    """Freeze a model but for the adapters that it has, so that these are trained further.
+    """Freeze a model except for the adapters that it has, to continue their training.
 
     Args:
-        model: of `models.load`, with the adapters of its folder; changed.
-        shape: what they have to be like; their dropout becomes that of the shape.
-        folder: the model's, for the comparison and the message.
+        model: of `model_folder.load`, with the adapters of its folder; changed in place.
+        shape: expected of the adapters; their dropout is set to that of the shape.
+        folder: of the model; its `adapter_config.json` is compared with the shape.
         task: the stage with the settings, for the message.
 
     Returns:
         the `adapter_config.json` by which mlx-lm builds the same layers.
 
     Raises:
-        WorkflowError: they are of another shape.
+        WorkflowError: the adapters have another shape.
     """
     config = _config_of(model, shape, f"{task}.lora.keys")
     there = adapter_files.read_config(folder)
@@ -91,13 +91,16 @@ def continue_adapters(model: nn.Module, shape: AdapterShape, *, folder: Path, ta
 
 
 def ensure_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) -> None:
-    """Let only adapters of a model be trained: those that it has, or new ones where it has none.
+    """Freeze a model except for its adapters; add new ones if it has none.
 
     Args:
-        model: changed.
-        shape: of new ones.
+        model: changed in place.
+        shape: of new adapters.
         seed: of their initial weights.
         key: the setting with the patterns, for the message.
+
+    Raises:
+        WorkflowError: a pattern names no layer.
     """
     if adapter_files.layers_of(model):
         _train_only(model)
@@ -106,7 +109,7 @@ def ensure_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: st
 
 
 def _train_only(model: nn.Module) -> None:
-    """Freeze a model but for the adapters that it has."""
+    """Freeze a model except for the adapters that it has."""
     model.freeze()
     for layer in adapter_files.layers_of(model).values():
         layer.unfreeze(keys=list(adapter_files.PARAMETERS), recurse=False)
@@ -174,7 +177,15 @@ def _chosen_layers(model: nn.Module, config: Mapping[str, Any]) -> Iterator[str]
 def save_adapters(
     model: nn.Module, config: Mapping[str, Any], *, weights_file: Path, config_file: Path, provenance: Mapping[str, str]
 ) -> None:
-    """Write what `mlx_lm.generate --adapter-path` reads."""
+    """Write the two files of an adapter folder, as `mlx_lm.generate --adapter-path` reads it.
+
+    Args:
+        model: with adapters; its trainable parameters are saved.
+        config: the `adapter_config.json`.
+        weights_file: gets the weights, as safetensors.
+        config_file: gets the config.
+        provenance: for the header of the weights.
+    """
     weights: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
     tensor_writing.write_tensors(weights_file, weights, tensor_writing.provenance_metadata(provenance))
     config_file.write_text(json.dumps(dict(sorted(config.items())), indent=4) + "\n")

@@ -1,8 +1,8 @@
-"""How many rows a forward pass takes, from what the memory really holds.
+"""Dynamic batch size: rows in a forward pass, chosen from measured memory use.
 
-A larger batch keeps a GPU busier and a smaller one fits. Rows per update stay the same unless they are asked to follow:
-then the result does not depend on the memory, but for the rounding of sums. Every decision is kept with the reading
-behind it, and a list of decisions can be followed again.
+A larger batch uses a GPU better, a smaller one needs less memory. The rows of an update stay the same unless the
+settings say otherwise, so the result does not depend on the memory, except for the rounding of sums. Every decision is
+recorded with the memory reading behind it, and a recorded list of decisions can be replayed.
 """
 
 import json
@@ -20,12 +20,12 @@ _NAMES = SettingNames()
 
 
 class MemoryUse(NamedTuple):
-    """What MLX holds, and may hold.
+    """Memory of MLX and its limit, in bytes.
 
     Attributes:
-        active_bytes: held by arrays now.
-        peak_bytes: most that arrays held since the peak was last reset.
-        cache_bytes: freed and kept for reuse.
+        active_bytes: of arrays now.
+        peak_bytes: highest value of `active_bytes` since the peak was last reset.
+        cache_bytes: freed buffers that are kept for reuse.
         limit_bytes: the memory limit.
     """
 
@@ -47,7 +47,7 @@ class MemoryUse(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """From which step on how many rows go into a forward pass, and why.
+    """A change of the batch size, and its reason.
 
     Attributes:
         step: the update it was taken after, 0 before the first.
@@ -62,12 +62,12 @@ class Decision(NamedTuple):
     reading: dict[str, int]
 
     def record(self) -> dict[str, Any]:
-        """Return it as a line of a log."""
+        """Return the decision as a record of `metrics.jsonl`."""
         return {"kind": "batch_size", **self._asdict()}
 
 
 def ladder(batch_size: int, max_batch_size: int) -> list[int]:
-    """Return the sizes a batch may have: from half of `batch_size` up, each about a third or a half larger."""
+    """Return the allowed batch sizes: from half of `batch_size` up, each a third or a half larger than the last."""
     sizes = {batch_size, max_batch_size}
     half = max(1, batch_size // 2)
     doubled = half
@@ -78,22 +78,22 @@ def ladder(batch_size: int, max_batch_size: int) -> list[int]:
 
 
 def split(rows: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Yield where each forward pass's rows begin and end; the last may be fewer, and none are dropped."""
+    """Yield the begin and end of the rows of each forward pass; the last may have fewer rows, none are dropped."""
     for begin in range(0, rows, batch_size):
         yield begin, min(rows, begin + batch_size)
 
 
 class BatchSizes:
-    """Decides the batch size as training goes on.
+    """Chooses the batch size during training.
 
     Args:
         settings: of the training: the batch size to begin with and how it may change.
-        replay: decisions to follow instead of the memory.
+        replay: recorded decisions to follow instead of the memory.
         names: of the settings, for messages.
 
     Attributes:
-        size: rows of a forward pass, now.
-        decisions: all so far.
+        size: rows of the next forward pass.
+        decisions: made so far.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class BatchSizes:
         return self._rows_per_update or self.size * self._grad_accum_steps
 
     def look(self, step: int, reading: MemoryUse) -> Decision | None:
-        """Decide after an update, from the memory it took; return the decision if it changes the size.
+        """Choose the batch size after an update, from the memory it used; return the decision if the size changes.
 
-        A batch grows only to a size that is expected to stay under `shrink_above`, taking the memory beyond what is
-        always held to grow with it, and never again to one that was too large.
+        A batch grows only to a size that is predicted to stay under `shrink_above`, where all memory except what is
+        always held grows with the rows, and never again to a size that was too large.
         """
         if self._is_replaying:
             found = self._replay.get((step, False))
@@ -149,16 +149,16 @@ class BatchSizes:
         return None
 
     def must_shrink(self, step: int) -> bool:
-        """Return whether a replayed run ran out of memory in the update after a step, with more rows than now."""
+        """Return whether the replayed run ran out of memory in the update after a step, with more rows than now."""
         found = self._replay.get((step, True))
         return found is not None and found.batch_size < self.size
 
     def follow_shrink(self, step: int) -> Decision:
-        """Take the decision that `must_shrink` found."""
+        """Apply the decision that `must_shrink` found."""
         return self._decide(self._replay[step, True])
 
     def run_out(self, step: int, reading: MemoryUse, needed_bytes: int) -> Decision:
-        """Decide when the device could not hold a forward pass in the update after a step.
+        """Choose a smaller size after a forward pass in the update after a step ran out of memory.
 
         Raises:
             WorkflowError: there is no smaller size.
@@ -170,7 +170,7 @@ class BatchSizes:
         return self._decide(Decision(step, self._sizes[place - 1], "out of memory", reading._asdict()))
 
     def too_large(self, needed_bytes: int, limit_bytes: int) -> WorkflowError:
-        """Return the error for a memory limit that not even the smallest batch keeps to."""
+        """Return the error for a memory limit that the smallest batch exceeds."""
         names = self._names
         fused = f" and {names.of('fused_loss')} = true" if names.has_fused_loss else ""
         return WorkflowError(
@@ -185,11 +185,11 @@ class BatchSizes:
         return decision
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, as JSON values."""
+        """Return the state for a checkpoint, as JSON values."""
         return {"size": self.size, "too_large": self._too_large, "decisions": [one._asdict() for one in self.decisions]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what a checkpoint kept."""
+        """Restore the state of a checkpoint."""
         self.size, self._too_large = state["size"], state["too_large"]
         self.decisions = [Decision(**one) for one in state["decisions"]]
 
@@ -202,7 +202,7 @@ def read_decisions(path: Path, key: str) -> list[Decision]:
         key: the setting that names it, for the message.
 
     Raises:
-        SourceError: the file cannot be read, or has none.
+        SourceError: the file cannot be read, or holds no decisions.
     """
     found = []
     try:

@@ -1,12 +1,12 @@
-"""Checkpoints: all that a run needs to go on to the same bytes that it would have come to without a break.
+"""Checkpoints of a training run: a run that continues from one ends with the same bytes as an uninterrupted run.
 
-    step-000100/state.safetensors   weights, optimizer, random state, the sums of an update that was cut short
-    step-000100/state.json          step, place in the data, batch decisions, counts; what the run is of; digests
+    step-000100/state.safetensors   weights, optimizer, random state, the sums of an interrupted update
+    step-000100/state.json          step, position in the data, batch decisions, counts; settings; digests
     step-000100/metrics.jsonl       the records so far
-    best-000080.safetensors         weights of the best validation so far, where they are wanted
+    best-000080.safetensors         weights of the best validation so far, if the settings ask for them
 
-A checkpoint takes its place whole, after every byte is on the disk. It carries a digest of each of its files and of the
-best weights that belong to it. One in which a bit differs is named, and the one before it is used.
+A checkpoint is moved into place after every byte is on the disk. It holds a digest of each of its files and of the best
+weights that belong to it. A damaged checkpoint is reported, and the one before it is used.
 """
 
 import json
@@ -27,10 +27,10 @@ _STATE, _FACTS, _METRICS = "state.safetensors", "state.json", layout.METRICS
 
 
 class _Kept(msgspec.Struct):
-    """What `state.json` holds.
+    """The contents of `state.json`.
 
     Attributes:
-        settings: what the run is of, by dotted key.
+        settings: what determines the run, by dotted key.
         facts: JSON values.
         files: digests of the other files, by name.
         best: digest of the best weights so far; empty where none were kept.
@@ -43,10 +43,10 @@ class _Kept(msgspec.Struct):
 
 
 class Checkpoint(NamedTuple):
-    """What was saved.
+    """A checkpoint that was read.
 
     Attributes:
-        folder: where it lies.
+        folder: of the checkpoint.
         arrays: by name.
         facts: JSON values.
         metrics: the records so far, as written.
@@ -62,10 +62,10 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: of this run and no other: its name tells the settings and the inputs.
-        keep: how many are kept.
-        settings: what the run is of, by dotted key; to tell how another one differs.
-        say: takes each line for the person who waits.
+        folder: of this run only; its name follows from settings and inputs.
+        keep: number of checkpoints kept.
+        settings: what determines the run, by dotted key; compared with those of other checkpoints.
+        say: prints a line for the user.
     """
 
     def __init__(self, folder: Path, *, keep: int, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -101,12 +101,12 @@ class CheckpointStore:
         return folder
 
     def latest(self, unfit: Callable[[Checkpoint], str] = lambda checkpoint: "") -> Checkpoint | None:
-        """Return the last checkpoint that is as it was written and fits; others are named and left alone.
+        """Return the last undamaged checkpoint that fits this run; others are reported and not touched.
 
-        What a run that was killed was writing here is removed.
+        Unfinished files of a killed run are removed.
 
         Args:
-            unfit: returns why a run cannot go on from a checkpoint; empty where it can.
+            unfit: returns why the run cannot continue from a checkpoint; empty if it can.
         """
         for partial in self._folder.glob(".step-*.partial*"):
             atomic_folders.remove_folder(partial)
@@ -124,12 +124,12 @@ class CheckpointStore:
             if other.parent.parent != self._folder:
                 self._say(
                     f"{other.parent}: a checkpoint of another configuration ({self._word_other(other.parent)}); "
-                    "it is left alone and training begins anew."
+                    "it is left alone and training starts from step 0."
                 )
         return None
 
     def save_best(self, step: int, weights: Mapping[str, mx.array]) -> None:
-        """Keep the weights of the best validation so far; those before are kept as long as a checkpoint knows them."""
+        """Save the weights of the best validation so far; earlier ones are kept while a checkpoint refers to them."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._best(step)
         temporary = temporary_files.beside(path, ".tmp.safetensors")
@@ -143,10 +143,10 @@ class CheckpointStore:
                 old.unlink()
 
     def read_best(self, step: int) -> dict[str, mx.array]:
-        """Return the weights that were kept at a step.
+        """Return the weights that `save_best` saved at a step.
 
         Raises:
-            StageError: they are not what was written.
+            StageError: the file is missing or damaged.
         """
         if problem := _problem(self._best(step), self._best_digests.get(step, "")):
             raise StageError(f"{self._best(step)}: {problem}. Run it again, which uses an earlier checkpoint.")
@@ -170,7 +170,7 @@ class CheckpointStore:
             if problem := _problem(path, digest):
                 raise InvalidStateError(f"{path.name} {problem}")
         arrays = cast("dict[str, mx.array]", mx.load(str(folder / _STATE)))
-        mx.eval(arrays)  # the file may be removed while the run goes on
+        mx.eval(arrays)  # the file may be removed while the run continues
         return Checkpoint(folder, arrays, kept.facts, (folder / _METRICS).read_text())
 
     def _best_step(self, folder: Path) -> int:
@@ -180,7 +180,7 @@ class CheckpointStore:
             return -1
 
     def _difference(self, theirs: Mapping[str, Any]) -> str:
-        """Return in words how the settings of a checkpoint differ from this run's."""
+        """Return in words how the settings of a checkpoint differ from those of this run."""
         keys = [key for key in {**theirs, **self._settings} if theirs.get(key) != self._settings.get(key)]
         if not keys:
             return "made by another version of the stage"
@@ -195,7 +195,7 @@ class CheckpointStore:
 
 
 def _problem(path: Path, digest: str) -> str:
-    """Return what is wrong with a file of a known digest; empty where nothing is."""
+    """Return why a file does not have the expected digest; empty if it has."""
     try:
         return "" if digest_file(path).content == digest else "is not what was written"
     except FileNotFoundError:
@@ -205,7 +205,7 @@ def _problem(path: Path, digest: str) -> str:
 
 
 def _read_kept(folder: Path) -> _Kept:
-    """Return what is kept in a checkpoint's `state.json`.
+    """Return the contents of a checkpoint's `state.json`.
 
     Raises:
         OSError: it is missing or cannot be read now.

@@ -1,21 +1,21 @@
-"""Many small arrays as a few long ones, so that what is done to all of them takes a few launches."""
+"""Many small arrays as a few long ones, so that an operation on all of them takes a few kernel launches."""
 
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-#: Sums begin anew after so many numbers: one long sum in fp32 loses digits.
+#: Numbers in one partial sum: a single long sum in fp32 loses precision.
 _SUMMED_AT_ONCE = 1024
 
 
 class FlatLayout:
-    """Where each array of a tree lies in long ones: matrices in one of shape (1, N), vectors in one of shape (N,).
+    """The offset of each array of a tree in long arrays: of shape (1, N) for matrices, (N,) for vectors.
 
-    Arrays of different types lie apart. The views that `scatter` gives share the memory of the long arrays.
+    Each dtype has long arrays of its own. `scatter` returns views that share the memory of the long arrays.
 
     Args:
-        tree: of arrays; their shapes and types are noted.
+        tree: of arrays; their shapes and dtypes define the layout.
     """
 
     def __init__(self, tree: Any) -> None:
@@ -25,7 +25,7 @@ class FlatLayout:
             self._places.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
 
     def gather(self, tree: Any) -> dict[str, mx.array]:
-        """Return long arrays made of the leaves of a tree; their types may differ from the noted ones."""
+        """Return the leaves of a tree as long arrays; their dtypes may differ from those of the layout."""
         leaves = dict(tree_flatten(tree))
         return {
             name: _long([leaves[path] for path, _ in places], name.startswith("matrices"))
@@ -33,7 +33,7 @@ class FlatLayout:
         }
 
     def scatter(self, arrays: dict[str, mx.array]) -> Any:
-        """Return the tree that long arrays hold, its leaves views of them."""
+        """Return long arrays as a tree of views."""
         leaves = []
         for name, places in self._places.items():
             flat, begin = arrays[name].reshape(-1), 0

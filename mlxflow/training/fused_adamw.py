@@ -1,4 +1,4 @@
-"""AdamW's update of long arrays by one kernel each, on the state that `mlx.optimizers` keeps for it."""
+"""AdamW by one fused kernel per long array, on the optimizer state of `mlx.optimizers`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +18,15 @@ def apply(
     is_finite: mx.array,
     model_type: mx.Dtype | None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Update, in place, those arrays that an optimizer has moments of; return its learning rate and the model's arrays.
+    """Update weights and moments in place; return the learning rate and the arrays for the model.
 
     Args:
         optimizer: AdamW or Adam, initialized.
         weights: long arrays by name; replaced.
         gradients: of the same names.
-        scale: what gradients are multiplied by.
-        is_finite: whether anything may change.
-        model_type: of the arrays returned; None for that of the weights.
+        scale: factor on the gradients, a scalar.
+        is_finite: whether to apply the update, a boolean scalar.
+        model_type: dtype of the returned arrays; None for that of the weights.
     """
     state = optimizer.state
     old_rate, step = state["learning_rate"], state["step"]

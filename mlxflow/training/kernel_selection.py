@@ -1,4 +1,4 @@
-"""Which fused GPU kernels a training run uses: verified once, remembered for the runs that continue or repeat it.
+"""Select the fused GPU kernels of a training run: verified once, kept for runs that continue or repeat it.
 
 MLX is imported only inside the functions: `begin_early` runs before it is loaded.
 """
@@ -24,12 +24,12 @@ Mode = Literal["auto", "off", "require"]
 
 
 class KernelRequest(NamedTuple):
-    """What a training run asks of kernels.
+    """Which kernels a training run wants.
 
     Attributes:
         mode: "auto", "off", or "require": an error if one is missing.
         device: "gpu" or "cpu".
-        memory_file: where the selection is remembered until the run ends.
+        memory_file: keeps the selection until the run ends.
         published: the artifact that the run repeats, whose report names its kernels; None for a new one.
         begun: the verifier process, where it was started early.
     """
@@ -70,7 +70,7 @@ class KernelRequest(NamedTuple):
         return [str(name) for name in names] if isinstance(names, list) else None
 
     def remember(self, names: list[str]) -> None:
-        """Keep the selection for a run that continues this one."""
+        """Save the selection for a run that continues this one."""
         from mlxflow.storage import atomic_folders
 
         self.memory_file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def begin_early(mode: str, device: str) -> AbstractContextManager[Any]:
 
 
 def begin_proof(request: KernelRequest) -> AbstractContextManager[Any]:
-    """Start the verifier process, if it is needed, so that it gets ready while the model is built.
+    """Start the verifier process, if it is needed, so that it starts up while the model is built.
 
     Returns:
         a context manager that gives the process for `select_kernels` and ends it.
@@ -112,12 +112,12 @@ def begin_proof(request: KernelRequest) -> AbstractContextManager[Any]:
 def select_kernels(
     request: KernelRequest, subject: "Subject", rows: "Rows", ahead: "Ahead | None" = None
 ) -> "ModelKernels":
-    """Return the kernels that a training run uses, those of the run that it continues or repeats if there is one.
+    """Return the kernels of a training run; of a run that continues or repeats another one, those of that run.
 
     Args:
         request: what the run asks for.
         subject: what is trained; its settings name no kernels yet.
-        rows: one batch, for compiling ahead.
+        rows: one batch, for compiling in advance.
         ahead: of `begin_proof`.
 
     Raises:
@@ -144,7 +144,7 @@ def select_kernels(
 
 
 def _rehearse(subject: "Subject", kernels: "ModelKernels", rows: "Rows") -> None:
-    """Let MLX compile what the first step and validation need."""
+    """Let MLX compile the kernels of the first step and validation."""
     from mlxflow.training import build, precompile
 
     chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel)
@@ -159,7 +159,7 @@ def _rehearse(subject: "Subject", kernels: "ModelKernels", rows: "Rows") -> None
 
 
 def _missing(refused: Mapping[str, str]) -> str:
-    """Return the kernels that are not used, and why, each reason once."""
+    """Return the kernels that are not used, grouped by reason."""
     reasons = dict.fromkeys(refused.values())
     names = {reason: [name for name, why in refused.items() if why == reason] for reason in reasons}
     return "; ".join(f"{', '.join(names[reason])} ({reason})" for reason in reasons)

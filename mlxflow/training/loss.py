@@ -1,12 +1,11 @@
-"""Cross-entropy, with the head's product in it or after it, whose gradients reuse the forward pass's exponentials.
+"""Cross-entropy, alone or fused with the output head; the gradient reuses the exponentials of the forward pass.
 
-`nn.losses.cross_entropy` computes the exponential of every logit twice, once for the log-sum and once more for the
-gradient. On the CPU backend the exponential is what a small model's step spends most of its time in; there it is that
-of `training.exponential`. On a GPU MLX's fused kernels read the logits once for the losses and once for the gradient,
-in their own type.
+`nn.losses.cross_entropy` computes the exponential of every logit twice, for the log-sum and for the gradient. On the
+CPU backend a small model's step spends most of its time in the exponential; there it is that of `ops.fast_exp`. On a
+GPU MLX's fused kernels read the logits once for the losses and once for the gradient, in their own dtype.
 
 `linear_cross_entropy` never holds the logits of all rows: it computes the gradients chunk by chunk in the forward pass,
-each chunk after the one before it, as Liger Kernel does (Hsu et al. 2024, arXiv:2410.10989).
+one chunk after another, as Liger Kernel does (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 import functools
@@ -19,14 +18,14 @@ from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = False) -> mx.array:
-    """Return `logsumexp(logits) - logits[target]` for every row, in fp32 whatever the type of the logits.
+    """Return `logsumexp(logits) - logits[target]` for every row, in fp32 whatever the dtype of the logits.
 
-    The gradient is softmax(logits) less one at the target, times the incoming one, in the type of the logits.
+    The gradient is (softmax(logits) - one_hot(targets)) times the incoming gradient, in the dtype of the logits.
 
     Args:
-        logits: (..., V)
-        targets: (...) ids from 0 to V - 1.
-        uses_kernel: whether the gradient on a GPU is our kernel's, where that takes the logits.
+        logits: (..., V), floating.
+        targets: (...), ids from 0 to V - 1.
+        uses_kernel: whether our kernel computes the gradient on a GPU, where it supports the logits.
     """
     if mx.default_device() == mx.cpu:
         return cast("tuple[mx.array, mx.array]", _cross_entropy_cpu(logits, targets))[0]
@@ -37,7 +36,7 @@ def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = Fa
 
 @mx.custom_function
 def _cross_entropy_cpu(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the losses and the softmax, which only the gradient looks at."""
+    """Return the losses, (...), and the softmax, (..., V), which only the gradient uses."""
     exponentials, sums, losses = _exponentials(logits.astype(mx.float32), targets)
     return losses, exponentials / sums
 
@@ -95,7 +94,7 @@ def _kernel_rows_gradient(logits: mx.array, targets: mx.array, incoming: mx.arra
 
 
 def _logits_gradient(logits: mx.array, targets: mx.array, incoming: mx.array) -> mx.array:
-    """Return (softmax - one at the target) times what comes in, in the type of the logits, by one fused pass."""
+    """Return (softmax - one_hot) times the incoming gradient, in the dtype of the logits, by one fused kernel."""
     probabilities = mx.softmax(logits, axis=-1, precise=True)
     at_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     gradient = mx.where(at_target, probabilities - 1, probabilities) * incoming[..., None]
@@ -108,7 +107,7 @@ _cross_entropy_gpu = _fast_cross_entropy(
 _cross_entropy_kernel = _fast_cross_entropy(_kernel_gradient)
 
 
-# --- the head's product and the loss in one
+# --- output head and loss fused
 
 
 def linear_cross_entropy(
@@ -123,13 +122,13 @@ def linear_cross_entropy(
 ) -> mx.array:
     """Return the weighted sum of the cross-entropies of `hidden @ weight.T`, a scalar in fp32.
 
-    Holds the logits of one chunk at a time. Its value and gradients are those of `cross_entropy` after the product;
-    the gradient of `weight` is summed over the chunks in fp32. Meant for training: the gradients are computed with the
-    value, whether they are asked for or not.
+    Holds the logits of one chunk at a time. Value and gradients are those of `cross_entropy` after the product; the
+    gradient of `weight` is summed over the chunks in fp32. For training: the gradients are always computed with the
+    value.
 
     Args:
-        hidden: (N, D), what the head is applied to.
-        weight: (V, D) of the head; in the type of `hidden`.
+        hidden: (N, D), the input of the head.
+        weight: (V, D) of the head; in the dtype of `hidden`.
         targets: (N,) ids from 0 to V - 1.
         weights: (N,) of each row in the sum, in fp32; 0 leaves it out.
         chunk_rows: rows whose logits are held at a time.

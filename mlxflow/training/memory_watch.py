@@ -1,10 +1,10 @@
-"""The memory of a training run: batch sizes that follow it, and a host that runs less far ahead where it is short."""
+"""Keep a training run within its memory limit: smaller batches, and fewer updates that the host sends ahead."""
 
 import mlx.core as mx
 
 from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse
 
-# How often MLX's limit is lowered, by a quarter each time, before an update counts as too large
+# How often MLX's limit is lowered, by a quarter each time, before an update is too large
 _MOST_THROTTLES = 4
 
 
@@ -12,8 +12,8 @@ class MemoryWatch:
     """Keeps a training run within its memory limit.
 
     Args:
-        sizes: decides the batch size.
-        limit_bytes: what MLX may hold.
+        sizes: chooses the batch size.
+        limit_bytes: the memory limit of MLX.
     """
 
     def __init__(self, sizes: BatchSizes, limit_bytes: int) -> None:
@@ -22,12 +22,12 @@ class MemoryWatch:
         self._throttled = 0
 
     def look(self, step: int) -> Decision | None:
-        """Read the memory that the last update took by itself; return the next batch size if it changes.
+        """Read the memory that the last update used; return the next batch size if it changes.
 
         Raises:
-            WorkflowError: the updates take more than the limit, and nothing helps.
+            WorkflowError: the smallest batch exceeds the limit.
         """
-        mx.synchronize()  # a result is there before the buffers behind it are given back
+        mx.synchronize()  # a result is available before the buffers of its inputs are freed
         reading = MemoryUse.take(self._limit)
         decision = self._sizes.look(step, reading)
         if decision is None and reading.used > 1:
@@ -35,10 +35,10 @@ class MemoryWatch:
         return decision
 
     def _throttle(self, reading: MemoryUse) -> None:
-        """Lower MLX's own limit, which is a guideline only: the host then runs less far ahead.
+        """Lower the limit of MLX, which is a guideline for it: the host then sends fewer operations ahead.
 
         Raises:
-            WorkflowError: that was done and did not help.
+            WorkflowError: lowering it did not help.
         """
         self._throttled += 1
         if self._throttled > _MOST_THROTTLES:
@@ -48,7 +48,7 @@ class MemoryWatch:
         mx.clear_cache()
 
     def shrink(self, step: int, needed_bytes: int) -> Decision:
-        """Choose a smaller batch size, after an allocation failed in the update that follows a step.
+        """Choose a smaller batch size after an allocation failed in the update after a step.
 
         Raises:
             WorkflowError: there is no smaller one.

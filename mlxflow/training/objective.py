@@ -1,4 +1,4 @@
-"""What training makes small: the loss of a model on rows of tokens, as a sum and the number of tokens in it."""
+"""Training losses: the summed loss of a model on rows of tokens, and the number of target tokens."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ from mlxflow.ops import document_mask
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.output_head import Head, find_head
 
-#: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats, in fp32, and how many tokens
-#: it is of, in fp32 too.
+#: Takes a model, tokens and marks, (B, L + 1) each; returns the sum of the losses in nats and the number of target
+#: tokens, two scalars in fp32.
 Objective = Callable[[nn.Module, mx.array, mx.array], tuple[mx.array, mx.array]]
 
-# Rows whose logits are held at a time: on a GPU enough for the matrix units, on a CPU what stays in its cache
+# Bytes of logits held at a time: on a GPU enough for the matrix units, on a CPU so few that its cache holds them
 _CHUNK_BYTES = {"gpu": 1 << 28, "cpu": 1 << 20}
 
 
 def plain_objective(*, masks_documents: bool, uses_kernel: bool = False) -> Objective:
-    """Return the objective that holds all logits of a batch.
+    """Return the cross-entropy objective that holds all logits of a batch.
 
     Args:
         masks_documents: no token attends to another document in its row.
@@ -36,7 +36,7 @@ def plain_objective(*, masks_documents: bool, uses_kernel: bool = False) -> Obje
 
 
 def distilling_objective(teacher: nn.Module, *, masks_documents: bool) -> Objective:
-    """Return the objective that makes a model's distributions those of another one; holds all logits of both.
+    """Return the objective that distills a teacher's distributions into a model; holds all logits of both.
 
     The loss of a token is the cross-entropy against the teacher's probabilities: the divergence (Hinton et al. 2015,
     arXiv:1503.02531, at temperature 1) plus the teacher's own entropy, which has no gradient.
@@ -58,7 +58,7 @@ def distilling_objective(teacher: nn.Module, *, masks_documents: bool) -> Object
 
 
 def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int, uses_kernel: bool = False) -> Objective:
-    """Return the objective that computes the head's product and the loss together, some tokens at a time.
+    """Return the cross-entropy objective with fused output head, for some tokens at a time.
 
     Args:
         head: of the model.
@@ -89,8 +89,8 @@ def uses_fused_loss(
 ) -> bool:
     """Return whether output head and loss are computed together.
 
-    If that is left open: on the CPU always, where it costs nothing; on a GPU, where holding the logits is a little
-    faster (`benchmarks/train.py`), if logits and their gradient take more memory than weights, gradients and moments.
+    With `wanted` None: on the CPU always, where it costs no time; on a GPU, where holding the logits is a little faster
+    (`benchmarks/train.py`), if logits and their gradient take more memory than weights, gradients and moments.
 
     Args:
         model: of any architecture that mlx-lm knows.
@@ -146,7 +146,7 @@ def chunk_rows(vocab_size: int, *, share: float = 1.0) -> int:
 
     Args:
         vocab_size: V.
-        share: of that number, which is returned instead; at least 1 token.
+        share: the result is this share of the usual number, at least 1.
     """
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
     rows = _CHUNK_BYTES[device] // (2 * vocab_size)

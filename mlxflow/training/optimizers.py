@@ -1,4 +1,4 @@
-"""Every optimizer of `mlx.optimizers` by its name, and the learning rate over the steps."""
+"""Optimizers of `mlx.optimizers` by name, learning rate schedules, and the optimizer's update of a model."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlxflow.errors import ArtifactError
 from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
 
-#: Takes the number of the update, from 0, and returns the learning rate.
+#: Takes the number of the update, from 0, and returns the learning rate, a scalar.
 Schedule = Callable[[mx.array], mx.array]
 
 
@@ -23,17 +23,17 @@ def make_schedule(
 ) -> Schedule:
     """Return the learning rate as a function of the step.
 
-    It rises linearly from nothing over the warm-up. Then: "constant" stays; "linear" and "cosine" fall; "wsd"
-    (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) stays and falls linearly over the last `decay_steps`.
-    What falls reaches `final_learning_rate` after the last step, so that with 0 the last update still moves weights.
+    It rises linearly from 0 over the warm-up. Then "constant" keeps it, "linear" and "cosine" decay, and "wsd"
+    (warm-up, stable, decay; Hu et al. 2024, arXiv:2404.06395) keeps it and decays linearly over the last
+    `decay_steps`. Decay reaches `final_learning_rate` after the last step: with 0 the last update still moves weights.
 
     Args:
         name: one of those four.
-        learning_rate: at its highest.
-        final_learning_rate: after the last step, where it falls.
+        learning_rate: the highest.
+        final_learning_rate: after the last step, for schedules that decay.
         num_steps: updates in all.
-        warmup_steps: the first of them.
-        decay_steps: the last of them; only "wsd" looks at it.
+        warmup_steps: length of the warm-up.
+        decay_steps: length of the decay of "wsd"; others ignore it.
     """
     begin = {"wsd": max(warmup_steps, num_steps - decay_steps)}.get(name, warmup_steps)
     length = max(1, num_steps - begin)
@@ -57,7 +57,7 @@ def options_of(name: str) -> dict[str, Any]:
     """Return the options of an optimizer with their defaults, the learning rate left out.
 
     Args:
-        name: of a class of `mlx.optimizers`, in small letters.
+        name: a class of `mlx.optimizers`, in lower case.
     """
     parameters = inspect.signature(_class_of(name).__init__).parameters.values()
     return {one.name: one.default for one in parameters if one.name not in ("self", "learning_rate")}
@@ -69,7 +69,7 @@ def require_known(name: str, options: Iterable[str], *, reserved: Iterable[str],
     Args:
         name: of the optimizer.
         options: their names.
-        reserved: names that are set elsewhere.
+        reserved: names of options that have settings of their own.
         key: of the table of options, for the message.
 
     Raises:
@@ -94,12 +94,12 @@ def _class_of(name: str) -> type[optim.Optimizer]:
 def make_optimizer(
     *, name: str, schedule: Schedule, weight_decay: float, options: Mapping[str, Any]
 ) -> optim.Optimizer:
-    """Return an optimizer in which weight decay spares norms and biases, that is all vectors.
+    """Return an optimizer that applies weight decay to matrices only, not to norms and biases.
 
     Args:
-        name: of a class of `mlx.optimizers`, in small letters.
+        name: a class of `mlx.optimizers`, in lower case.
         schedule: the learning rate.
-        weight_decay: of matrices; 0 for an optimizer that knows none.
+        weight_decay: of matrices; ignored by optimizers without weight decay.
         options: others of its options, by name.
     """
     made = _class_of(name)
@@ -116,22 +116,22 @@ def make_optimizer(
 class Update:
     """One optimizer step on a model, from a sum of gradients.
 
-    Losses and norms are summed in fp32. Where `has_masters` the optimizer works on fp32 copies of the trainable
-    weights and keeps its moments in fp32; the model gets the rounded values. A step whose loss or gradient is not
-    finite changes nothing at all. An optimizer that treats every number by itself works on all matrices at once and
-    on all vectors at once; the model's weights are then views of what it wrote.
+    Losses and norms are summed in fp32. With `has_masters` the optimizer updates fp32 copies of the trainable weights
+    and keeps its moments in fp32; the model gets the rounded values. A step whose loss or gradient is not finite
+    changes nothing. An elementwise optimizer updates all matrices as one long array and all vectors as another; the
+    model's weights are then views of them.
 
     Args:
         model: its trainable parameters are updated.
         optimizer: not yet initialized.
-        max_grad_norm: gradients of a larger global norm are scaled down to it; 0 for none, and then the norm is not
-            measured: the loss alone tells whether a step is finite.
-        has_masters: whether fp32 copies are kept of weights in another type.
-        uses_kernel: returns whether the kernel of a name is used.
+        max_grad_norm: gradients of a larger global norm are scaled down to it; 0 for no clipping. Then the norm is not
+            computed, and only the loss is checked for finite values.
+        has_masters: whether fp32 copies of weights in another dtype are kept.
+        uses_kernel: takes the name of a kernel; returns whether it is used.
 
     Attributes:
-        state: what it changes beside the model: a tree to capture, save and restore. The model's trainable weights
-            follow from it: `publish` puts them there.
+        state: all that an update changes outside the model: a tree to capture, save and restore. `publish` computes
+            the model's trainable weights from it.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Update:
         self.publish()
 
     def publish(self) -> None:
-        """Give the model the weights of the state."""
+        """Set the model's weights to those of the state."""
         weights = self.state["weights"]
         self._publish_arrays(weights)
 
@@ -171,12 +171,12 @@ class Update:
     def __call__(
         self, total: mx.array, count: mx.array, gradients: Any
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Update the model; return the mean loss, the gradient's norm, the learning rate, and whether both were finite.
+        """Update the model; return the mean loss, the gradient norm, the learning rate, and whether both are finite.
 
         Args:
-            total: sum of the losses.
-            count: tokens in the sum.
-            gradients: tree of the sum's gradients; any type.
+            total: sum of the losses in nats, a scalar.
+            count: tokens in the sum, a scalar.
+            gradients: tree of the gradients of the sum, of any dtype.
         """
         count = mx.maximum(count, 1.0)
         loss = total / count
@@ -198,7 +198,7 @@ class Update:
         return loss, norm, rate, is_finite
 
     def _is_fused(self, weights: Any, gradients: Any) -> bool:
-        """Return whether the update is AdamW's, on long arrays, all of which the kernel takes."""
+        """Return whether the fused AdamW kernel supports the optimizer and all long arrays."""
         parts = getattr(self._optimizer, "optimizers", [self._optimizer])
         if (
             self._layout is None
@@ -210,7 +210,7 @@ class Update:
         return all(self._uses_kernel(name) for name in names) and all(weights[name].size >= 8 for name in weights)
 
     def _apply_fused(self, weights: Any, gradients: Any, scale: mx.array, is_finite: mx.array) -> mx.array:
-        """Update by one launch for each long array; return the learning rate."""
+        """Update with one kernel launch per long array; return the learning rate."""
         from mlxflow.training import fused_adamw
 
         parts = getattr(self._optimizer, "optimizers", [self._optimizer])
@@ -247,7 +247,7 @@ def _kernel_name(*types: mx.Dtype) -> str:
 
 
 def _is_elementwise(optimizer: optim.Optimizer) -> bool:
-    """Return whether what becomes of a number depends on that number's own gradients alone."""
+    """Return whether an optimizer's update of a number depends on the gradients of that number only."""
     if isinstance(optimizer, optim.MultiOptimizer):
         return all(_is_elementwise(one) for one in optimizer.optimizers)
     known = (optim.SGD, optim.RMSprop, optim.Adagrad, optim.AdaDelta, optim.Adam, optim.Adamax, optim.Lion)
@@ -255,7 +255,7 @@ def _is_elementwise(optimizer: optim.Optimizer) -> bool:
 
 
 def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-    """Return the first tree with each leaf replaced; the others may lack what is empty in it."""
+    """Return the first tree with each leaf replaced; empty parts of it may be missing in the others."""
     if isinstance(tree, dict):
         return {
             key: _map(function, value, *(other[key] for other in others)) if tree_flatten(value) else value
@@ -270,21 +270,21 @@ def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
 
 
 def _sum(scalars: list[mx.array]) -> mx.array:
-    """Return a sum of scalars, by fused additions of a few at a time: a stack of them would be a copy for each."""
+    """Return a sum of scalars by fused additions of a few at a time; stacking them would copy each."""
     while len(scalars) > 1:
         scalars = [functools.reduce(operator.add, scalars[begin : begin + 8]) for begin in range(0, len(scalars), 8)]
     return scalars[0]
 
 
 def _scaled(gradient: mx.array, scale: mx.array, dtype: mx.Dtype) -> mx.array:
-    # MLX fuses chains of eleven operations: an optimizer's own and as few of ours as can be
+    # MLX fuses chains of eleven operations: those of an optimizer and as few of ours as possible
     if gradient.dtype == dtype:
         return gradient * scale.astype(dtype)
     return (gradient.astype(mx.float32) * scale).astype(dtype)
 
 
 def _keep_where(condition: mx.array, state: Any, before: Any) -> None:
-    """Put back, in place, what was before wherever a condition does not hold."""
+    """Restore, in place, the state before the update where a condition does not hold."""
     items = state.items() if isinstance(state, dict) else enumerate(state)
     for key, value in list(items):
         if isinstance(value, dict | list):

@@ -1,4 +1,4 @@
-"""Where hidden states become logits, and whether the logits are that product and nothing else."""
+"""The output head of a model: the layer whose product with the hidden states is the logits, and how it is found."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -11,7 +11,7 @@ from mlxflow.models import quantized_layers
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
 
-# Of the numbers that a head returns instead of its product: powers of ten that every floating type holds
+# Test values that a head returns instead of its product: powers of ten that every floating dtype holds
 _SMALLEST_POWER, _LARGEST_POWER = -4, 4
 
 
@@ -19,7 +19,7 @@ class Head(NamedTuple):
     """The layer whose product with the hidden states is the logits.
 
     Attributes:
-        is_tied: it is the embedding's weight.
+        is_tied: whether its weight is that of the embedding.
     """
 
     is_tied: bool
@@ -42,15 +42,15 @@ class Head(NamedTuple):
 
 
 def find_head(model: nn.Module, vocab_size: int) -> Head | None:
-    """Return a model's head, if its logits are the product of one weight with what its body returns.
+    """Return a model's head, if its logits are the product of one weight with the hidden states; None otherwise.
 
-    The answer depends on the model's structure, not on the size of its logits: in a forward pass on a few tokens the
-    head returns numbers of every size instead of its product, and the model must return them unchanged. A cap
+    The answer depends on the model's structure, not on the values of its logits: in a forward pass on a few tokens the
+    head returns test values of every magnitude instead of its product, and the model must return them unchanged. A cap
     (Gemma 2), a scale (Cohere, Granite), a mask or a multiplier changes some of them.
 
     Args:
         model: of any architecture that mlx-lm knows.
-        vocab_size: ids that may be used for that pass.
+        vocab_size: number of ids; that pass uses ids below it.
     """
     body = getattr(model, "model", None)
     is_tied = "lm_head" not in model
@@ -70,7 +70,7 @@ def find_head(model: nn.Module, vocab_size: int) -> Head | None:
 
 
 def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: mx.array, method: str) -> bool:
-    """Return whether a model's logits are what its head returns for the very array that its body returned."""
+    """Return whether a model's logits are its head's output for the array that its body returned."""
     numbers = _numbers_of_every_size((*tokens.shape, layer.weight.shape[0]))
     seen = _ForwardArrays([], [])
 
@@ -91,9 +91,9 @@ def _returns_the_product(model: nn.Module, body: Any, layer: nn.Module, tokens: 
             layer_method(layer, method, lambda _: lambda self, x: answer(x), by=__name__),
         ):
             logits = model(tokens)
-        return _is_plain(logits, seen, body(tokens), numbers)  # the body as `packed.apply_body` calls it
+        return _is_plain(logits, seen, body(tokens), numbers)  # the body as `document_mask.apply_body` calls it
     finally:
-        seen.hidden.clear()  # the replaced classes are garbage in a cycle, and arrays must not wait for its collection
+        seen.hidden.clear()  # the replaced classes are in a reference cycle; the arrays must be freed earlier
         seen.given.clear()
 
 
@@ -101,8 +101,8 @@ class _ForwardArrays(NamedTuple):
     """Arrays of one forward pass.
 
     Attributes:
-        hidden: what the body returned.
-        given: what the head was applied to.
+        hidden: returned by the body.
+        given: input of the head.
     """
 
     hidden: list[mx.array]
@@ -121,7 +121,7 @@ def _is_plain(
 
 
 def _numbers_of_every_size(shape: tuple[int, ...]) -> "np.ndarray[Any, np.dtype[np.float32]]":
-    """Return numbers of both signs whose sizes span the range of logits and more, in every row and column."""
+    """Return numbers of both signs whose magnitudes span more than the range of logits, in every row and column."""
     random = np.random.default_rng(0)
     powers = random.uniform(_SMALLEST_POWER, _LARGEST_POWER, shape)
     return (random.choice([-1.0, 1.0], shape) * 10**powers).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A training step done for nothing but what it makes MLX compile, while it is not known yet which kernels serve."""
+"""Rehearse a training step so that MLX compiles its kernels while our kernels are still being verified."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,15 +23,15 @@ def rehearse(
     is_one_pass: bool,
     masks_documents: bool,
 ) -> None:
-    """Do a step and a validation as training will, with kernels that do nothing; the model is left as it was.
+    """Run a step and a validation with empty kernels in place of ours; model and random state are restored.
 
-    MLX compiles the operations of a step on CUDA when it comes to them, 3 to 5 s each, and keeps them in a folder of
-    its own. A rehearsal that fails says so, and has compiled what came before.
+    On CUDA MLX compiles the operations of a step at their first use, 3 to 5 s each, and caches them on the disk. A
+    rehearsal that fails is logged; what it compiled before stays cached.
 
     Args:
         model: in training mode, evaluated.
-        make_step: returns the step; what it launches of our kernels is a program that does nothing.
-        rows: of a forward pass, from the training tokens.
+        make_step: returns the step, in which each of our kernels is an empty program.
+        rows: of one forward pass, from the training tokens.
         is_one_pass: whether an update takes one forward pass.
         masks_documents: no token attends to another document in its row.
     """
@@ -41,7 +41,7 @@ def rehearse(
         with _restored(model), codegen.doing_nothing():
             _do(make_step(), rows, is_one_pass=is_one_pass)
             measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
-    except Exception as failure:  # whatever it is, training goes on or comes to it, too
+    except Exception as failure:  # whatever it is, training is not affected or fails with it, too
         said = reason_of(failure)
         terminal.say(f"mlxflow: not all of the first step was compiled ahead ({said})")
     mx.clear_cache()
@@ -55,7 +55,7 @@ def _do(step: Step, rows: Rows, *, is_one_pass: bool) -> None:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Put the model's weights and the random numbers back when the block ends."""
+    """Restore the model's weights and MLX's random state when the block ends."""
     weights = tree_map(lambda leaf: leaf, model.parameters())
     (key,) = cast("Any", mx.random.state)
     try:

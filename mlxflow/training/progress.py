@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a bar on a terminal, plain lines in a log."""
+"""Progress of a training run: a bar on a terminal, plain lines in a log."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
     """Show training records on standard error until the block ends.
 
     Yields:
-        a function that takes each record of `training.loop.train`.
+        a function that takes each record of the training run.
     """
     console = terminal.console(stderr=True)
     if not console.is_terminal:
@@ -24,12 +24,12 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
     columns = (MofNCompleteColumn(), BarColumn(8), terminal.text_column(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=False) as progress:
         bar = progress.add_task("", total=num_steps)
-        said = {"train": "", "validation": "", "batch_size": ""}  # the last of each; perplexity is of validation
+        said = {"train": "", "validation": "", "batch_size": ""}  # the last value of each; perplexity is of validation
 
         def log(record: dict[str, Any]) -> None:
             said[record["kind"]] = _say(record)
             first, *others = filter(None, [said["train"], said["validation"], said["batch_size"]])
-            described = first + "\n" + "  ".join(others)  # two lines: one would not fit
+            described = first + "\n" + "  ".join(others)  # two lines: one would be too long
             progress.update(bar, completed=record["step"], description=described)
 
         yield log
@@ -40,7 +40,7 @@ def _print_line(record: dict[str, Any]) -> None:
 
 
 def _say(record: dict[str, Any]) -> str:
-    """Return a record in few enough letters for a bar on a terminal 80 wide."""
+    """Return a record in short, for a bar on a terminal with 80 columns."""
     if record["kind"] == "validation":
         return f"perplexity {record['perplexity']:,.1f}"
     if record["kind"] == "batch_size":

@@ -1,4 +1,4 @@
-"""The records of a training run, and its clock, which stands still in validations and checkpoints."""
+"""Records of a training run for `metrics.jsonl`, and its clock, which is paused in validations and checkpoints."""
 
 import json
 import time
@@ -20,12 +20,12 @@ class Recorder:
 
     Args:
         state: of the run; its seconds and losses are kept up to date.
-        sizes: of the batches.
-        log: takes each record.
+        sizes: the batch sizes.
+        log: called with each record.
 
     Attributes:
         lines: all records so far, as JSON.
-        begin: when the run began on a clock that stands still while it is paused.
+        begin: when the run began, in seconds of a clock without the paused time.
     """
 
     def __init__(self, state: RunState, sizes: BatchSizes, log: Log) -> None:
@@ -36,12 +36,12 @@ class Recorder:
         self.begin = time.perf_counter()
 
     def train(self, step: int, norm: float, rate: float) -> None:
-        """Record an update and the mean loss since the record before it.
+        """Record an update and the mean loss since the last record.
 
         Args:
-            step: the update.
-            norm: of its gradient.
-            rate: its learning rate.
+            step: number of the update.
+            norm: of its gradient, a scalar.
+            rate: its learning rate, a scalar.
         """
         state = self._state
         state.seconds = time.perf_counter() - self.begin
@@ -70,13 +70,13 @@ class Recorder:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log a record and keep it for checkpoints."""
+        """Log a record, and keep it for checkpoints."""
         self.lines.append(json.dumps(record))
         self._log(record)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of a block out of the time of training."""
+        """Exclude the time of a block from the training time."""
         begin = time.perf_counter()
         yield
         self.begin += time.perf_counter() - begin

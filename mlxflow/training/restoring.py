@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds what a run can go on from; one that somebody else made may hold anything."""
+"""Checks that a checkpoint matches a run before it is restored: names, shapes and dtypes. Its file may be foreign."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,11 +17,11 @@ class _Sizes(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def unlike_facts(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Return how the facts of a checkpoint differ in names or types from those of a run; empty where they do not.
+    """Return how the facts of a checkpoint differ in names or types from those of a run; empty if they match.
 
     Args:
         stored: JSON values by name.
-        expected: numbers and booleans by the same names; where they are whole numbers none below 0 is taken.
+        expected: numbers and booleans by the same names; where one is an integer, the stored one must be at least 0.
     """
     if stored.keys() != expected.keys():
         return "other facts than this version keeps"
@@ -36,7 +36,7 @@ def unlike_facts(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
 
 
 def unlike_sizes(stored: object) -> str:
-    """Return what is wrong with a state of `BatchSizes`; empty where nothing is."""
+    """Return what is wrong with a stored state of `BatchSizes`; empty if nothing is."""
     try:
         sizes = msgspec.convert(stored, _Sizes)
         for decision in sizes.decisions:
@@ -47,9 +47,9 @@ def unlike_sizes(stored: object) -> str:
 
 
 def unlike_arrays(stored: Mapping[str, mx.array], expected: Any) -> str:
-    """Return how arrays differ in names, shapes or types from those of a tree; empty where they do not.
+    """Return how arrays differ in names, shapes or dtypes from those of a tree; empty if they match.
 
-    Sums of an update that was cut short, `partial`, are of the type that they were computed in, which nothing says.
+    The dtype of `partial`, the sums of an interrupted update, is not compared: it depends on how they were computed.
     """
     wanted = dict(tree_flatten(expected))
     if different := sorted(wanted.keys() ^ stored.keys()):

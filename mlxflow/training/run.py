@@ -1,4 +1,4 @@
-"""A training run from its files: progress, the learning curve, checkpoints, and the end by a signal."""
+"""Run a training from token files: progress, learning curve, checkpoints, and a clean stop on a signal."""
 
 import json
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ class RunFiles(NamedTuple):
     Attributes:
         train: the tokens to train on.
         validation: the tokens of validations.
-        metrics: gets the learning curve.
-        checkpoints: a folder of this run and no other.
+        metrics: gets the learning curve, JSON lines.
+        checkpoints: a folder of this run only.
         description: what determines the run, by dotted key; a checkpoint of another run differs in some of it.
-        replay: the metrics of a run whose batch sizes are followed; None for those that fit the memory.
+        replay: the metrics of a run whose batch sizes are replayed; None to choose them by the memory.
     """
 
     train: Path
@@ -45,14 +45,14 @@ def train(
     """Train a model, from its last checkpoint where there is one.
 
     Args:
-        subject: what is trained; its model is changed.
+        subject: the model, changed in place, and its settings.
         kernels: in use.
         files: of the run.
         data_seed: of the order of the rows.
-        memory_limit_bytes: what MLX may hold.
+        memory_limit_bytes: of MLX.
 
     Raises:
-        SystemExit: a signal ended the run; a checkpoint is saved.
+        SystemExit: SIGINT or SIGTERM ended the run; a checkpoint is saved.
         StageError: the loss stays without a finite value.
         UserError: no batch fits into the memory.
     """

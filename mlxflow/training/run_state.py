@@ -1,4 +1,4 @@
-"""The counts of a training run as it goes on, and its outcome."""
+"""Counts and losses of a training run, and its result."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 class Result(NamedTuple):
-    """The outcome of a training run; seconds without validation and checkpoints.
+    """The result of a training run; its seconds exclude validations and checkpoints.
 
     Attributes:
         steps: updates; fewer than planned where training ended early.
@@ -30,7 +30,7 @@ class Result(NamedTuple):
 
 
 class RunState:
-    """The counts of a training run: numbers by name, which a checkpoint keeps beside its arrays."""
+    """Counts of a training run: numbers by name, saved in a checkpoint."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -53,18 +53,18 @@ class RunState:
         self.ended_early = False
 
     def note_peak(self) -> None:
-        """Read the peak of MLX's memory since it was last reset."""
+        """Record MLX's peak memory since it was last reset."""
         self.peak_memory_bytes = max(self.peak_memory_bytes, mx.get_peak_memory(), mx.get_active_memory())
 
     def tokens_per_second(self) -> float:
-        """Return tokens a second of wall-clock time, updates that compiled something left out."""
+        """Return tokens per second of wall-clock time, without updates that compiled something."""
         tokens, seconds = self.tokens - self.compile_tokens, self.seconds - self.compile_seconds
         if tokens <= 0 or seconds <= 0:
             tokens, seconds = self.tokens, self.seconds
         return tokens / seconds if seconds > 0 else 0.0
 
     def result(self) -> Result:
-        """Return the outcome of the run."""
+        """Return the result of the run."""
         return Result(
             steps=self.step,
             tokens=self.tokens,

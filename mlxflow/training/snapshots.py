@@ -1,4 +1,4 @@
-"""The state of a training run as the arrays and numbers of a checkpoint, and back."""
+"""Save and restore the state of a training run as the arrays and numbers of a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from mlxflow.training.step import Gradients, Step, put_random_key
 
 
 class Snapshots:
-    """Takes and restores the state of a training run.
+    """Saves and restores the state of a training run.
 
     Args:
         model: in training.
@@ -31,10 +31,10 @@ class Snapshots:
         self._state = state
 
     def arrays(self, partial: Gradients | None) -> dict[str, Any]:
-        """Return all arrays that a checkpoint keeps, as a tree.
+        """Return all arrays of a checkpoint, as a tree.
 
         Args:
-            partial: sums of an update that was cut short.
+            partial: sums of an interrupted update.
         """
         found: dict[str, Any] = {"update": self._step.state[1], "random": list(self._step.state[2])}
         if partial is not None:
@@ -42,14 +42,14 @@ class Snapshots:
         return found
 
     def unfit(self, checkpoint: Checkpoint) -> str:
-        """Return why this run cannot go on from a checkpoint; empty where it can."""
+        """Return why this run cannot continue from a checkpoint; empty if it can."""
         facts = dict(checkpoint.facts)
         sizes = facts.pop("sizes", None)
         problem = unlike_facts(facts, vars(self._state)) or unlike_sizes(sizes)
         return problem or unlike_arrays(checkpoint.arrays, self._target(facts["rows_done"]))
 
     def _target(self, rows_done: int) -> dict[str, Any]:
-        """Return what the arrays of a checkpoint are put into, with the sums of an update that was cut short."""
+        """Return the tree that the arrays of a checkpoint are assigned to, with the sums of an interrupted update."""
         target = self.arrays(None)
         if rows_done:
             zero = mx.array(0.0)
@@ -57,10 +57,10 @@ class Snapshots:
         return target
 
     def restore(self, checkpoint: Checkpoint) -> Gradients | None:
-        """Put a checkpoint into model, optimizer, random numbers, batch sizes and counts.
+        """Restore model, optimizer, random state, batch sizes and counts from a checkpoint.
 
         Returns:
-            sums of the update that was cut short; None where none was.
+            sums of an interrupted update; None if there was none.
         """
         kept = dict(checkpoint.facts)
         self._sizes.restore(kept.pop("sizes"))
@@ -70,12 +70,12 @@ class Snapshots:
         self._step.publish()
         put_random_key(target["random"][0])
         mx.eval(self._step.state)
-        checkpoint.arrays.clear()  # whoever holds the checkpoint must not hold the old weights
+        checkpoint.arrays.clear()  # a holder of the checkpoint must not keep the old weights alive
         return Gradients(*target["partial"]) if self._state.rows_done else None
 
 
 def _assign(tree: Any, path: str, arrays: Mapping[str, mx.array]) -> None:
-    """Replace every leaf, in place, by the array of its path."""
+    """Replace every leaf, in place, by the array with its path as name."""
     for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
         name = f"{path}.{key}" if path else str(key)
         if isinstance(value, dict | list):

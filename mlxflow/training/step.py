@@ -1,7 +1,7 @@
-"""One optimizer update in compiled pieces: gradients of some rows, more of them, and the update itself.
+"""The compiled training step in three parts: gradients of some rows, their accumulation, and the optimizer update.
 
-The pieces are apart so that an update may take any number of forward passes, and so that a forward pass for which the
-memory does not suffice leaves the model as it was and can be tried again with fewer rows.
+The parts are separate so that an update may take any number of forward passes, and so that a forward pass that runs out
+of memory leaves the model unchanged and can be retried with fewer rows.
 """
 
 import re
@@ -21,11 +21,11 @@ _OWN = Arithmetic()
 
 
 class Gradients(NamedTuple):
-    """Sums over the tokens that are trained on; all lazy.
+    """Sums over the target tokens; all lazy.
 
     Attributes:
         total: of the losses in nats, a scalar in fp32.
-        targets: how many, a scalar in fp32.
+        targets: number of target tokens, a scalar in fp32.
         tree: of the gradients of the losses, as the model's trainable parameters.
     """
 
@@ -35,13 +35,13 @@ class Gradients(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an update came to: scalars, lazy.
+    """The figures of an update: lazy scalars.
 
     Attributes:
-        loss: mean over the tokens trained on, in nats.
-        norm: of the mean loss's gradient, before it was scaled down.
+        loss: mean over the target tokens, in nats.
+        norm: of the gradient of the mean loss, before clipping.
         learning_rate: of this update.
-        is_finite: whether loss and norm were finite; if not, nothing was changed.
+        is_finite: whether loss and norm are finite; if not, the update changed nothing.
     """
 
     loss: mx.array
@@ -51,16 +51,16 @@ class Outcome(NamedTuple):
 
 
 class Step:
-    """The compiled pieces of an update.
+    """The compiled parts of an update.
 
     Args:
         model: in training mode; its parameters are evaluated.
         update: of the same model.
-        objective: what is made small.
-        arithmetic: how it computes.
+        objective: the loss to minimize.
+        arithmetic: which operations of MLX are replaced.
 
     Attributes:
-        state: all that changes from update to update, random numbers included: what to evaluate, and to save.
+        state: all that changes from update to update, random state included: to evaluate and to save.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Step:
             weights = model.trainable_parameters()
             with own_arithmetic(model, tokens, arithmetic):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
-            model.update(weights)  # not those that the transformation put in their place
+            model.update(weights)  # not those that the transformation replaced them with
             return Gradients(total, count, tree)
 
         def add(tokens: mx.array, marks: mx.array, total: mx.array, count: mx.array, tree: Any) -> Gradients:
@@ -94,15 +94,15 @@ class Step:
         self._publish = update.publish
 
     def publish(self) -> None:
-        """Give the model the weights that the state tells: after a state was put in place."""
+        """Set the model's weights to those of the state, after the state was restored."""
         self._publish()
 
     def compute(self, tokens: mx.array, marks: mx.array) -> Gradients:
-        """Return the gradients of a batch, (B, L + 1) each, in the types of the weights."""
+        """Return the gradients of a batch, (B, L + 1) each, in the dtypes of the weights."""
         return Gradients(*self._compute(tokens, marks))
 
     def add(self, tokens: mx.array, marks: mx.array, so_far: Gradients | None) -> Gradients:
-        """Return the gradients of a batch added to others in fp32."""
+        """Return the gradients of a batch added to earlier ones, in fp32."""
         if so_far is None:
             zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
             so_far = Gradients(mx.array(0.0), mx.array(0.0), zeros)
@@ -121,7 +121,7 @@ def accumulate(
     batch_size: int,
     after_each: Callable[[Gradients], object] = lambda gradients: None,
 ) -> Gradients:
-    """Return the gradients of all rows of an update, (R, L + 1), from forward passes of fewer rows.
+    """Return the gradients of all rows of an update, (R, L + 1), summed over smaller forward passes.
 
     Args:
         step: of the model.
@@ -140,13 +140,13 @@ def accumulate(
 
 
 def put_random_key(key: mx.array) -> None:
-    """Let MLX draw random numbers from a key on, (2,), such as `mx.random.state` holds."""
+    """Set MLX's random state to a key, (2,), such as `mx.random.state` holds."""
     high, low = cast("list[int]", key.tolist())
-    mx.random.seed((high << 32) | low)  # MLX makes a key of the two halves of a seed
+    mx.random.seed((high << 32) | low)  # MLX makes a key from the two halves of a seed
 
 
 def out_of_memory_bytes(error: RuntimeError) -> int | None:
-    """Return the bytes of the allocation that MLX says it could not make, 0 where it tells none, None otherwise."""
+    """Return the bytes of the allocation that failed, 0 if MLX names no number; None if the error is another one."""
     said = str(error)
     if not re.search(r"malloc|unable to allocate|out of memory|attempting to allocate|insufficient memory", said, re.I):
         return None

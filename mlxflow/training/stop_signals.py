@@ -1,4 +1,4 @@
-"""Asked to stop by Ctrl-C or SIGTERM, training ends at a point from which it can go on."""
+"""Stop a training run on SIGINT or SIGTERM at a point from which it can continue."""
 
 import signal
 from collections.abc import Iterator
@@ -6,23 +6,23 @@ from contextlib import contextmanager
 
 
 class StopFlag:
-    """Whether somebody asked; called, it tells.
+    """Stop flag set by SIGINT or SIGTERM.
 
     Attributes:
-        signal: the number of the signal that asked.
+        signal: number of the signal; 0 before one.
     """
 
     def __init__(self) -> None:
         self.signal = 0
 
     def __call__(self) -> bool:
-        """Return whether somebody asked."""
+        """Return whether a signal has arrived."""
         return self.signal != 0
 
 
 @contextmanager
 def heeding_signals() -> Iterator[StopFlag]:
-    """Note SIGINT and SIGTERM instead of ending by them; the second one ends as ever. Only in the main thread."""
+    """Set a flag on SIGINT or SIGTERM instead of ending; a second one ends the process. In the main thread only."""
     asked = StopFlag()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}

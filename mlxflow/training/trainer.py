@@ -1,7 +1,7 @@
 """The training loop: when updates, validations, records and checkpoints happen.
 
-The host builds the next update while the device computes this one. It waits where a value is shown, every
-`lazy_eval_every` steps, and where memory is looked at; how long it waited, and for what, is in the records.
+The host builds the next update while the device computes this one. It waits where a value is logged, every
+`lazy_eval_every` steps, and where memory is read; the records hold how long it waited, and for what.
 """
 
 import time
@@ -35,8 +35,8 @@ class TrainingData(NamedTuple):
     """The rows that a training run reads.
 
     Attributes:
-        open_loader: takes rows of a batch and rows used so far; returns the loader that goes on from there.
-        validation: measured before the first step, every `eval_every` steps and after the last.
+        open_loader: takes rows of a batch and rows used so far; returns the loader that continues after them.
+        validation: rows measured before the first step, every `eval_every` steps and after the last.
     """
 
     open_loader: Callable[[int, int], Loader]
@@ -44,12 +44,12 @@ class TrainingData(NamedTuple):
 
 
 class Session(NamedTuple):
-    """What surrounds a training run.
+    """The environment of a training run.
 
     Attributes:
-        checkpoints: where checkpoints and the best weights go.
-        memory_limit_bytes: what MLX may hold.
-        log: takes each record.
+        checkpoints: stores checkpoints and the best weights.
+        memory_limit_bytes: of MLX.
+        log: called with each record.
         stop_requested: checked between forward passes; training then saves a checkpoint and ends.
     """
 
@@ -60,11 +60,11 @@ class Session(NamedTuple):
 
 
 class Stopped(Exception):  # noqa: N818 - no error: a signal asks for it
-    """Training was asked to stop, and its checkpoint is saved.
+    """Training was stopped, and its checkpoint is saved.
 
     Attributes:
-        step: the last whole update.
-        checkpoint: where it lies.
+        step: the last complete update.
+        checkpoint: its folder.
     """
 
     def __init__(self, step: int, checkpoint: Path) -> None:
@@ -88,9 +88,9 @@ class Trainer:
         model: in training mode.
         step: of the same model.
         settings: of the training.
-        sizes: decides how many rows a forward pass takes.
+        sizes: chooses the rows of a forward pass.
         data: the rows.
-        session: what surrounds the run.
+        session: the environment of the run.
         names: of the settings, for messages.
     """
 
@@ -135,12 +135,12 @@ class Trainer:
         """Train to the end.
 
         Args:
-            checkpoint: to go on from; its records are not logged again.
+            checkpoint: to continue from; its records are not logged again.
 
         Raises:
             StageError: the loss stays without a finite value.
             WorkflowError: no batch fits into the memory.
-            Stopped: a signal asked for it; the checkpoint is saved.
+            Stopped: a signal arrived; the checkpoint is saved.
         """
         facts, settings = self._facts, self._settings
         phase_peaks.reset()
@@ -167,7 +167,7 @@ class Trainer:
         facts, settings = self._facts, self._settings
         at_end = facts.step == settings.num_steps
         if facts.step % settings.lazy_eval_every == 0 or (facts.step - 1) % settings.log_every == 0:
-            self._settle(1)  # one stays on the device, which is not left idle
+            self._settle(1)  # one stays on the device, so that it is not idle
         if at_end or (settings.eval_every and facts.step % settings.eval_every == 0):
             self._settle(0)
             with self._recorder.paused():
@@ -178,7 +178,7 @@ class Trainer:
             raise Stopped(facts.step, self._save())
 
     def _update(self) -> None:
-        """Send one update to the device; wait for it where memory is looked at and where something is compiled."""
+        """Send one update to the device; wait for it where memory is read or something is compiled."""
         facts, settings = self._facts, self._settings
         number = facts.step + 1
         batch, cursor = self._next_batch()
@@ -203,7 +203,7 @@ class Trainer:
             self._recorder.write(decision.record())
 
     def _new_shapes(self, rows: int) -> bool:
-        """Note the shapes of an update; return whether one of them comes for the first time."""
+        """Note the shapes of an update; return whether one of them is new."""
         sizes = {end - begin for begin, end in split(rows, self._sizes.size)}
         kind = "compute" if self._is_one_pass(rows) else "add"
         new = {(kind, size) for size in sizes} - self._shapes
@@ -211,7 +211,7 @@ class Trainer:
         return bool(new)
 
     def _accumulate(self, batch: DeviceBatch, *, waits: bool) -> Gradients:
-        """Return the gradients of all rows of an update, with smaller batches where the memory does not suffice."""
+        """Return the gradients of all rows of an update, with smaller batches after an allocation failed."""
         while True:
             if self._sizes.must_shrink(self._facts.step):
                 self._recorder.write(self._sizes.follow_shrink(self._facts.step).record())
@@ -275,10 +275,10 @@ class Trainer:
         self._facts.device_wait_seconds += time.perf_counter() - begin
 
     def _settle(self, ahead: int) -> None:
-        """Wait for all updates but some, read their outcomes, and write the records that are due.
+        """Wait for all updates but some, read their figures, and write the records that are due.
 
         Raises:
-            StageError: too many in a row had no finite loss and gradient.
+            StageError: too many updates in a row had no finite loss and gradient.
         """
         facts, settings, names = self._facts, self._settings, self._names
         while len(self._pending) > ahead:
@@ -316,7 +316,7 @@ class Trainer:
             )
 
     def unfit(self, checkpoint: Checkpoint) -> str:
-        """Return why this run cannot go on from a checkpoint; empty where it can."""
+        """Return why this run cannot continue from a checkpoint; empty if it can."""
         return self._snapshots.unfit(checkpoint)
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""Validations of a training run: the best weights so far, and an early end."""
+"""Validations of a training run, the best weights so far, and early stopping."""
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -16,11 +16,11 @@ class Validator:
 
     Args:
         model: in training.
-        rows: to measure it on.
+        rows: of validation.
         settings: of the training.
         state: of the run; its losses are kept up to date.
-        recorder: takes the records.
-        checkpoints: gets the best weights, if the settings ask for them.
+        recorder: writes the records.
+        checkpoints: stores the best weights, if the settings ask for them.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Validator:
         self._checkpoints = checkpoints
 
     def validate(self) -> None:
-        """Measure the validation rows; draws no random number and changes nothing that training looks at."""
+        """Measure the loss on the validation rows; random state and model stay unchanged."""
         state, settings = self._state, self._settings
         measured = measure_perplexity(
             self._model,

@@ -392,7 +392,7 @@ def test_a_checkpoint_of_another_configuration_is_told_by_name_and_left_alone(tm
     assert other.latest() is None
     assert said == [
         f"{tmp_path / 'own' / 'step-000004'}: a checkpoint of another configuration "
-        "(train.num_steps: 6 -> 7, train.batch_size: None -> 8); it is left alone and training begins anew."
+        "(train.num_steps: 6 -> 7, train.batch_size: None -> 8); it is left alone and training starts from step 0."
     ]
 
 
@@ -403,7 +403,7 @@ def test_a_checkpoint_with_equal_settings_in_another_folder_is_of_another_versio
     assert other.latest() is None
     assert said == [
         f"{tmp_path / 'own' / 'step-000004'}: a checkpoint of another configuration "
-        "(made by another version of the stage); it is left alone and training begins anew."
+        "(made by another version of the stage); it is left alone and training starts from step 0."
     ]
 
 
