@@ -71,7 +71,7 @@ def record_name(name: str, spellings: Mapping[str, str]) -> str:
     Returns:
         the name as a user would write it. Bytes that are no UTF-8 are written as `\xff`, and a backslash as two.
     """
-    for place in sorted(spellings, key=len, reverse=True):
+    for place in sorted(spellings, key=len, reverse=True) if spellings else ():
         if name == place or name.startswith(f"{place.rstrip('/')}/"):
             name = spellings[place] + name[len(place.rstrip("/")) :]
             break

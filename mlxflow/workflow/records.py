@@ -51,11 +51,10 @@ def _is_digest(value: object) -> bool:
 
 
 def _is_output(value: object) -> bool:
-    match value:
-        case [int() as size, content] if not isinstance(size, bool):
-            return 0 <= size < _LARGEST_FILE_BYTES and _is_digest(content)
-        case _:
-            return False
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    size, content = value
+    return type(size) is int and 0 <= size < _LARGEST_FILE_BYTES and _is_digest(content)
 
 
 def _is_seconds(value: object) -> bool:
@@ -70,7 +69,7 @@ _Check = Callable[[object], bool]
 
 
 def _table_of(check: _Check) -> _Check:
-    return lambda value: isinstance(value, dict) and all(_is_text(key) and check(value[key]) for key in value)
+    return lambda value: isinstance(value, dict) and all(isinstance(k, str) and check(v) for k, v in value.items())
 
 
 #: For each field: whether it is required, its check, and what is expected. Other fields are not imported.

@@ -56,11 +56,12 @@ class Node:
 
     def __post_init__(self) -> None:
         """Keep the root as text: `path` is called for every file of a no-op `doit`."""
-        object.__setattr__(self, "_root", os.fspath(self.root))
+        object.__setattr__(self, "_prefix", os.path.join(os.fspath(self.root), ""))  # noqa: PTH118
 
     def path(self, name: str) -> str:
         """Return the path of a file of the workflow from the current folder."""
-        return os.path.join(self.__dict__["_root"], name)  # noqa: PTH118 - see `DigestCache.digests`
+        prefix: str = self.__dict__["_prefix"]
+        return name if name.startswith("/") else prefix + name
 
     def handover(self, settings: dict[str, Any], inputs: dict[str, str] | None) -> bytes:
         """Return the standard input of the stage's process; see `mlxflow.workflow.handover`."""
