@@ -15,13 +15,13 @@ LIMITS = {"module lines": 350, "function lines": 60, "class lines": 250, "comple
 
 #: What still exceeds a limit: its largest allowed value.
 EXCEPTIONS: dict[str, int] = {
-    "mlxflow/stages/benchmark.py module lines": 410,
     "mlxflow/stages/profile.py module lines": 351,
     "tasks/run.py:StageRun._execute parameters": 12,
 }
 
 #: Modules without tests/<package>/test_<module>.py: tested through the module's users, in the test named here.
 TESTED_ELSEWHERE: dict[str, str] = {
+    "mlxflow/benchmarking/baseline.py": "tests/cli/test_compare.py",
     "mlxflow/data/chat_compiler.py": "tests/data/test_chat.py",
     "mlxflow/data/chat_tracing.py": "tests/data/test_chat_turns.py",
     "mlxflow/data/chatml.py": "tests/data/test_chat.py",
@@ -133,7 +133,6 @@ WITHOUT_MIRRORED_TEST: set[str] = {
     "mlxflow/report/summary.py",
     "mlxflow/report/timelines.py",
     "mlxflow/stages/benchmark.py",
-    "mlxflow/stages/benchmark_methods.py",
     "mlxflow/stages/report.py",
     "mlxflow/training/adapters.py",
     "mlxflow/training/checkpoints.py",

@@ -1,7 +1,8 @@
 """A time budget for measurements, and their progress lines."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mlxflow.system import terminal
 
@@ -77,3 +78,41 @@ class Budget:
         self._said = self._clock()
         left = min(self.left, seconds / max(1, done) * (of - done))
         self._say_line(f"{self._task}: {what} {done} of {of}, {left:,.0f} s left")
+
+
+class AskedAmounts(NamedTuple):
+    """How much of each part of a benchmark was asked for.
+
+    Attributes:
+        num_steps: timed training steps.
+        convergence_steps: steps of the loss curves.
+        max_validation_rows: rows of the perplexity.
+        max_seconds: the time budget.
+    """
+
+    num_steps: int
+    convergence_steps: int
+    max_validation_rows: int
+    max_seconds: float
+
+
+def lowered(report: Mapping[str, Any], asked: AskedAmounts) -> Iterator[str]:
+    """Yield a line for each part that was measured less than asked for, because `max_seconds` did not suffice.
+
+    Args:
+        report: of the benchmark.
+        asked: what was asked for.
+    """
+    because = f"max_seconds = {asked.max_seconds:g} did not suffice for more"
+    timed = [row["num_steps"] for row in report["training"] if "num_steps" in row]
+    if timed and min(timed) < asked.num_steps - asked.num_steps % max(1, asked.num_steps // 20):
+        yield f"{min(timed)} of {asked.num_steps} training steps timed: {because}"
+    left_out = sum(str(row.get("error", "")).startswith("not measured") for row in report["training"])
+    if left_out:
+        yield f"{left_out} ways of training left out: {because}"
+    steps = min((row["steps"][-1] for row in report.get("convergence", ())), default=asked.convergence_steps)
+    if steps < asked.convergence_steps:
+        yield f"{steps} of {asked.convergence_steps} steps of convergence: {because}"
+    rows = min((row["validation_rows"] for row in report["models"] if row.get("has_fewer_rows")), default=0)
+    if rows:
+        yield f"perplexity of {rows} of {asked.max_validation_rows} validation rows: {because}"

@@ -1,22 +1,23 @@
 """Measure the speed of training, and the size and quality of every model."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from mlxflow.errors import ArtifactError
-from mlxflow.stages import benchmark_methods
 from mlxflow.storage import layout
-from mlxflow.storage.model_files import ADAPTERS
 from mlxflow.system import terminal
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
 from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
+
+if TYPE_CHECKING:
+    from mlxflow.benchmarking.model_measurement import ComparedModels
 
 VERSION = 6
 
@@ -25,14 +26,8 @@ T = TypeVar("T")
 #: The artifact depends on this machine; another one makes it stale.
 DEVICE_BOUND = True
 
-# Rounds in which generation is timed, and tokens written in each
-_GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
-# Models whose files together take less of the memory limit are held together; larger ones are loaded for each turn
-_HELD_SHARE = 0.25
 # Of `max_seconds`, when each part should be done; the rest is for where a step's time goes
 _SHARES = {"training": 0.5, "convergence": 0.65, "models": 0.95}
-# Validation rows that are looked at though the time is over
-_FEWEST_ROWS = 8
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,10 +135,11 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: there are fewer rows than the largest batch holds.
         StageError: a figure is worse than the baseline's.
     """
+    from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
     from mlxflow.benchmarking.bottleneck import advise
     from mlxflow.benchmarking.report_comparison import markdown_of_report
     from mlxflow.benchmarking.targets import keep_promises
-    from mlxflow.benchmarking.time_budget import Budget
+    from mlxflow.benchmarking.time_budget import AskedAmounts, Budget, lowered
 
     baseline = read_benchmark(inputs.baseline[0]) if inputs.baseline else None
     budget = Budget(config.max_seconds, task=context.task)
@@ -154,31 +150,40 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         budget.begin(_SHARES["convergence"])
         report["convergence"] = _if_it_fits(lambda: suite.converge(config.convergence_steps)) or []
     budget.begin(_SHARES["models"])
-    report["models"] = _benchmark_models(config, inputs, context, budget)
+    models = _compared_models(config, inputs, context)
+    report["models"] = models.measure(budget)
     budget.begin(1.0)
     own = suite.own_batch_size
     parts = _if_it_fits(suite.take_apart)
     shares = {name: seconds / sum(parts) for name, seconds in parts._asdict().items()} if parts else {}
     report["bottleneck"] = {f"{name}_share": share for name, share in shares.items()}
-    report["bottleneck"] |= _if_it_fits(lambda: suite.against_ceilings(report, _dense_row(report, inputs))) or {}
+    report["bottleneck"] |= (
+        _if_it_fits(lambda: suite.against_ceilings(report, models.dense_row(report["models"]))) or {}
+    )
     if shares:
         tables = {"training_table": config.input, "tokens_table": config.data}
         report["bottleneck"]["advice"] = advise(shares, report["training"], own, **tables)
     report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
-    if lowered := list(benchmark_methods.lowered(report, config)):
-        report["lowered"] = lowered
-        terminal.say(*(f"{context.task}: {line}" for line in lowered))
+    asked = AskedAmounts(config.num_steps, config.convergence_steps, config.max_validation_rows, config.max_seconds)
+    if lines := list(lowered(report, asked)):
+        report["lowered"] = lines
+        terminal.say(*(f"{context.task}: {line}" for line in lines))
     terminal.write(markdown_of_report(report))
     if baseline is not None:
 
         def again(names: Set[str]) -> dict[str, Any]:
-            budget = Budget(config.max_seconds / benchmark_methods.REPETITIONS, task=context.task)
-            suite = _suite(config, inputs, context, budget)
-            timed: dict[str, Any] = suite.measure(only=names)
-            few = {reference: path for reference, path in inputs.models.items() if reference in names}
-            return timed | {"models": _speeds(config, inputs, context, budget, few)}
+            budget = Budget(config.max_seconds / REPETITIONS, task=context.task)
+            timed: dict[str, Any] = _suite(config, inputs, context, budget).measure(only=names)
+            return timed | {"models": models.only(names).measure_speeds(budget)}
 
-        report["comparison"] = benchmark_methods.hold_against(baseline, report, again, config, context)
+        report["comparison"] = hold_against(
+            baseline,
+            report,
+            again,
+            name=config.baseline,
+            max_regression=config.max_regression,
+            task=context.task,
+        )
     return report
 
 
@@ -249,162 +254,16 @@ def _device(context: Context) -> dict[str, str]:
     return {"kind": context.device, "name": compute_device.name(), "processor": compute_device.processor()}
 
 
-def _benchmark_models(config: Config, inputs: Inputs, context: Context, budget: Any) -> list[dict[str, Any]]:
-    from mlxflow.training.step import out_of_memory_bytes
+def _compared_models(config: Config, inputs: Inputs, context: Context) -> "ComparedModels":
+    """Return the models that are measured, and how."""
+    from mlxflow.benchmarking.model_measurement import ComparedModels
 
-    def lacking(reference: str, error: RuntimeError) -> dict[str, Any]:
-        needed = out_of_memory_bytes(error)
-        if needed is None:
-            raise error
-        said = f"out of memory: {needed:,} more bytes needed, memory limit {context.memory_limit_bytes:,}"
-        return {"model": reference, "model_bytes": _stored_bytes(inputs.models[reference]), "error": said}
-
-    rows = []
-    speeds = _generation(config, inputs, context, budget, inputs.models)
-    most = _validation_rows(config, inputs, speeds, budget)
-    for number, ((reference, path), speed) in enumerate(zip(inputs.models.items(), speeds, strict=True)):
-        budget.progress("perplexity of model", number, len(speeds), 0.0)
-        if isinstance(speed, RuntimeError):
-            rows.append(lacking(reference, speed))
-            continue
-        try:
-            rows.append({"model": reference, **_benchmark_model(path, speed, most, config.max_validation_rows, inputs)})
-        except RuntimeError as error:
-            rows.append(lacking(reference, error))
-        _give_back()
-    return rows
-
-
-def _give_back() -> None:
-    import gc
-
-    import mlx.core as mx
-
-    gc.collect()
-    mx.clear_cache()
-
-
-def _generation(config: Config, inputs: Inputs, context: Context, budget: Any, chosen: Mapping[str, Path]) -> list[Any]:
-    """Return how fast each model generates, or why it cannot; all are held together where they are small."""
-    from mlxflow.benchmarking.generation_speed import measure_generation
-    from mlxflow.data.token_file import TokenFile
-    from mlxflow.models import model_folder
-
-    tokens = TokenFile.open(inputs.validation)
-    for path in chosen.values():
-        tokens.require_vocabulary(model_folder.vocab_size(path.parent), f"{context.task}.models")
-    length = tokens.context_length
-    whole = sum(_stored_bytes(path) for path in chosen.values())
-    return measure_generation(
-        [partial(_load, path.parent) for path in chosen.values()],
-        prompt_lengths=sorted(set(config.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
-        decode_tokens=min(_DECODE_TOKENS, length),
-        num_rounds=_GENERATION_ROUNDS,
-        vocab_size=tokens.vocab_size,
-        holds=whole < _HELD_SHARE * context.memory_limit_bytes,
-        budget=budget,
+    return ComparedModels(
+        inputs.models,
+        inputs.model,
+        inputs.validation,
+        config.prompt_lengths,
+        config.max_validation_rows,
+        context.memory_limit_bytes,
+        key=f"{context.task}.models",
     )
-
-
-def _speeds(
-    config: Config, inputs: Inputs, context: Context, budget: Any, chosen: Mapping[str, Path]
-) -> list[dict[str, Any]]:
-    """Return rows of models with their speeds alone."""
-    if not chosen:
-        return []
-    speeds = _generation(config, inputs, context, budget, chosen)
-    return [
-        {"model": reference, **_speed_row(speed)}
-        for reference, speed in zip(chosen, speeds, strict=True)
-        if not isinstance(speed, RuntimeError)
-    ]
-
-
-def _speed_row(speed: Any) -> dict[str, Any]:
-    return {
-        "prefill": [
-            {"prompt_tokens": tokens, **_rate("", rate, speed.relative_prefill[tokens])}
-            for tokens, rate in speed.prefill.items()
-        ],
-        **_rate("decode_", speed.decode, speed.relative_decode),
-        "machine_seconds": speed.machine_seconds,
-        "peak_memory_bytes": speed.peak_memory_bytes,
-    }
-
-
-def _validation_rows(config: Config, inputs: Inputs, speeds: Sequence[Any], budget: Any) -> int:
-    """Return how many validation rows all models have time for: a row is one prompt of all the context, and a loss."""
-    from mlxflow.data.token_file import TokenFile
-
-    length = TokenFile.open(inputs.validation).context_length
-    fits = [speed for speed in speeds if not isinstance(speed, RuntimeError)]
-    seconds_a_row = sum(2 * length / list(speed.prefill.values())[-1].median for speed in fits)
-    budget.announce(f"perplexity of {len(fits)} models", seconds_a_row * config.max_validation_rows)
-    if not seconds_a_row or budget.left == float("inf"):
-        return config.max_validation_rows
-    return max(_FEWEST_ROWS, min(config.max_validation_rows, int(budget.left / seconds_a_row)))
-
-
-def _load(folder: Path) -> Any:
-    """Return a model, its weights still on the disk: reading them raises if they do not fit."""
-    from mlxflow.models import model_folder
-
-    return model_folder.load(folder, lazy=True)[0]
-
-
-def _benchmark_model(path: Path, speed: Any, most_rows: int, wanted_rows: int, inputs: Inputs) -> dict[str, Any]:
-    from mlxflow.data.token_file import TokenFile
-    from mlxflow.evaluation.perplexity import measure_perplexity
-    from mlxflow.models import model_folder, quantized_layers
-    from mlxflow.ops import document_mask
-
-    tokens = TokenFile.open(inputs.validation)
-    model = _load(path.parent)
-    masks = tokens.has_conversations and document_mask.can_mask_documents(model, tokens.vocab_size)
-    rows = tokens.rows.head(most_rows)
-    measured = measure_perplexity(quantized_layers.for_evaluation(model), rows, batch_size=32, masks_documents=masks)
-    model_bytes, dense_bytes = (_stored_bytes(one) for one in (path, inputs.model))
-    parameters = model_folder.num_parameters(_load(inputs.model.parent))
-    return {
-        "model_bytes": model_bytes,
-        "compression_ratio": dense_bytes / model_bytes,
-        "compression_ratio_fp32": 4 * parameters / model_bytes,
-        "compression_ratio_bf16": 2 * parameters / model_bytes,
-        **_asked_bits(path),
-        **_speed_row(speed),
-        "perplexity": measured.perplexity,
-        "perplexity_standard_error": measured.standard_error,
-        "validation_tokens": measured.tokens,
-        "validation_rows": rows.num_rows,
-        "has_fewer_rows": most_rows < min(wanted_rows, tokens.rows.num_rows),
-    }
-
-
-def _asked_bits(path: Path) -> dict[str, float]:
-    """Return the bits a weight that the plan of a quantized model asked for; nothing for a dense one."""
-    from mlxflow.storage import report_files
-
-    layers = report_files.read_report(path.with_name(layout.REPORT)).get("layers", [])
-    parameters = sum(layer["parameters"] for layer in layers)
-    if not parameters:
-        return {}
-    return {
-        "asked_bits_per_weight": sum(layer["bits_per_weight"] * layer["parameters"] for layer in layers) / parameters
-    }
-
-
-def _stored_bytes(path: Path) -> int:
-    """Return the bytes of a model's weights on the disk, those of adapters beside them included."""
-    beside = path.with_name(ADAPTERS[0])
-    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
-
-
-def _rate(prefix: str, rate: Any, relative: Any) -> dict[str, float]:
-    name = f"{prefix}tokens_per_second"
-    report = {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
-    return report | {f"low_relative_{name}": relative.low, f"high_relative_{name}": relative.high}
-
-
-def _dense_row(report: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """Return the row of the model that is trained on, if it is one of those compared."""
-    return next((row for row in report["models"] if inputs.models[row["model"]] == inputs.model), {})

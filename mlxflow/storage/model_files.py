@@ -322,3 +322,16 @@ def opened(folder: Path, files: Iterable[str]) -> Iterator[Path]:
             link.parent.mkdir(exist_ok=True)
             link.symlink_to((folder / file).absolute())
         yield scratch
+
+
+def stored_bytes(weights: Path) -> int:
+    """Return the bytes of a model's weights on the disk, those of adapters beside them included.
+
+    Args:
+        weights: the file `model.safetensors`.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    beside = weights.with_name(ADAPTERS[0])
+    return weights.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mlxflow.benchmarking.baseline import REPETITIONS
 from mlxflow.benchmarking.report_comparison import Confirmation, compare_reports, confirm, regressions
 from mlxflow.benchmarking.statistics import median_interval, ratio_interval
-from mlxflow.stages.benchmark_methods import REPETITIONS
 
 _NAMES = ("baseline", "workflow", "without compile", "without packing")
 _ROUNDS = 20

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from mlxflow.__main__ import main
+from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
 from mlxflow.benchmarking.report_comparison import training_name
+from mlxflow.benchmarking.time_budget import AskedAmounts, lowered
 from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stages import benchmark
-from mlxflow.stages.benchmark_methods import REPETITIONS, hold_against, lowered
 from mlxflow.storage import report_files
 from mlxflow.workflow.stage import Context
-from tests.small_models import FREE
 
 
 @pytest.fixture
@@ -131,8 +131,11 @@ def _context(folder: Path) -> Context:
     )
 
 
+def _hold(before: Any, after: Any, again: Any, *, max_regression: float = 0.05) -> dict[str, Any]:
+    return hold_against(before, after, again, name="before.toml", max_regression=max_regression, task="benchmark")
+
+
 def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], tmp_path: Path) -> None:
-    config = benchmark.Config(baseline="before.toml", max_regression=0.05)
     before = report_files.read_report(_write(tmp_path / "before.toml", report, speed=2.0))
     after = report_files.read_report(_write(tmp_path / "after.toml", report, speed=0.5))
     asked: list[set[str]] = []
@@ -145,7 +148,7 @@ def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], t
         return measure_again
 
     with pytest.raises(StageError) as raised:
-        hold_against(before, after, again(after), config, _context(tmp_path))
+        _hold(before, after, again(after))
     names = {training_name(row) for row in report["training"]}
     assert asked == [names] * REPETITIONS, "no more than so often"
     first, *lines = str(raised.value).splitlines()
@@ -155,11 +158,10 @@ def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], t
     assert len(lines) == len(report["training"])
     assert lines[0].startswith("baseline, 2 rows: tokens_per_second -50.0% (")
     asked.clear()
-    hold_against(after, before, again(after), config, _context(tmp_path))  # faster is no regression
-    allowed = msgspec.structs.replace(config, max_regression=0.6)
-    assert hold_against(before, after, again(after), allowed, _context(tmp_path))["compared"] is True
+    _hold(after, before, again(after))  # faster is no regression
+    assert _hold(before, after, again(after), max_regression=0.6)["compared"] is True
     assert not asked
-    found = hold_against(before, after, again(before), config, _context(tmp_path))
+    found = _hold(before, after, again(before))
     assert asked == [names], "what is not there again is noise between runs"
     assert found["repetitions"] == 1
     assert len(found["noise_between_runs"]) == len(names)
@@ -170,8 +172,7 @@ def test_a_baseline_of_another_device_is_said_and_not_compared(
 ) -> None:
     device = {"kind": "gpu", "name": "Another", "processor": "one"}
     before = report_files.read_report(_write(tmp_path / "before.toml", report, speed=9.0, device=device))
-    config = benchmark.Config(baseline="before.toml")
-    found = hold_against(before, report, lambda _: {}, config, _context(tmp_path))
+    found = _hold(before, report, lambda _: {})
     assert found == {"baseline": "before.toml", "compared": False}
     assert capsys.readouterr().err == (
         'benchmark.baseline = "before.toml": not compared, it was measured on Another, this on '
@@ -194,20 +195,20 @@ def test_a_baseline_of_another_version_is_refused_before_anything_is_measured(
 
 
 def test_what_the_time_did_not_suffice_for_is_named() -> None:
-    config = benchmark.Config(num_steps=100, convergence_steps=50, max_validation_rows=64, max_seconds=60)
+    asked = AskedAmounts(num_steps=100, convergence_steps=50, max_validation_rows=64, max_seconds=60)
     whole: dict[str, Any] = {
         "training": [{"num_steps": 100}],
         "convergence": [{"steps": [1, 50]}],
         "models": [{"validation_rows": 64, "has_fewer_rows": False}],
     }
-    assert list(lowered(whole, config)) == []
+    assert list(lowered(whole, asked)) == []
     less: dict[str, Any] = {
         "training": [{"num_steps": 15}, {"error": "not measured: max_seconds = 60 did not suffice"}],
         "convergence": [{"steps": [1, 5]}, {"steps": [1, 5]}],
         "models": [{"validation_rows": 8, "has_fewer_rows": True}, {"error": "does not fit"}],
     }
     because = "max_seconds = 60 did not suffice for more"
-    assert list(lowered(less, config)) == [
+    assert list(lowered(less, asked)) == [
         f"15 of 100 training steps timed: {because}",
         f"1 ways of training left out: {because}",
         f"5 of 50 steps of convergence: {because}",
@@ -271,27 +272,6 @@ def test_curves_bottleneck_device_and_speeds_are_reported(report: dict[str, Any]
         assert row["compression_ratio_fp32"] == pytest.approx(2 * row["compression_ratio_bf16"])
         assert row["peak_memory_bytes"] > 0.9 * row["model_bytes"]
         assert row["decode_tokens_per_second"] > 0
-
-
-def test_a_model_that_does_not_fit_says_so_and_the_others_stand(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = benchmark._load
-
-    def loads(folder: Path) -> Any:
-        if folder.name == "q4":
-            raise RuntimeError("[malloc] Unable to allocate 777777 bytes.")
-        return load(folder)
-
-    monkeypatch.setattr(benchmark, "_load", loads)
-    folders = {"train": built / "artifacts/train", "quantize:q4": built / "artifacts/quantize/q4"}
-    tokens = built / "artifacts/pretokenize/validation.safetensors"
-    models = {name: folder / "model.safetensors" for name, folder in folders.items()}
-    inputs = benchmark.Inputs(model=models["train"], validation=tokens, models=models)
-    dense, q4 = benchmark._benchmark_models(benchmark.Config(max_validation_rows=8), inputs, _context(tmp_path), FREE)
-    assert dense["perplexity"] > 1
-    assert dense["decode_tokens_per_second"] > 0
-    assert q4["error"] == "out of memory: 777,777 more bytes needed, memory limit 1"
 
 
 def test_what_does_not_fit_beside_the_rows_is_left_out_and_another_failure_is_none(

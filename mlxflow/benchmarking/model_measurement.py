@@ -1,0 +1,203 @@
+"""Size, generation speed and perplexity of the models of a workflow, as rows of the benchmark's report."""
+
+import gc
+from collections.abc import Mapping, Sequence, Set
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_generation
+from mlxflow.benchmarking.statistics import Interval
+from mlxflow.benchmarking.time_budget import Budget
+from mlxflow.data.token_file import TokenFile
+from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.models import model_folder, quantized_layers
+from mlxflow.ops import document_mask
+from mlxflow.storage import layout, report_files
+from mlxflow.storage.model_files import stored_bytes
+from mlxflow.training.step import out_of_memory_bytes
+
+# Rounds in which generation is timed, and tokens written in each
+_GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
+
+# Models whose files together take less of the memory limit are held together; larger ones are loaded for each turn
+_HELD_SHARE = 0.25
+
+# Validation rows that are used although the time is over
+_FEWEST_ROWS = 8
+
+# Validation rows in one forward pass
+_EVAL_BATCH = 32
+
+
+class ComparedModels(NamedTuple):
+    """The models that are measured, and how.
+
+    Attributes:
+        weights: `model.safetensors` of each, by reference such as "quantize:q4".
+        dense: `model.safetensors` of the model whose size theirs are compared with.
+        validation: the token file.
+        prompt_lengths: in tokens; empty for a quarter, half and all of the context.
+        max_rows: the most validation rows used for the perplexity.
+        memory_limit_bytes: of MLX.
+        key: the setting that names the models, for messages.
+    """
+
+    weights: Mapping[str, Path]
+    dense: Path
+    validation: Path
+    prompt_lengths: tuple[int, ...]
+    max_rows: int
+    memory_limit_bytes: int
+    key: str
+
+    def only(self, references: Set[str]) -> "ComparedModels":
+        """Return some of the models.
+
+        Args:
+            references: of those; others are ignored.
+        """
+        return self._replace(weights={name: path for name, path in self.weights.items() if name in references})
+
+    def measure(self, budget: Budget) -> list[dict[str, Any]]:
+        """Return a row for each model; of one that does not fit into the memory the size and the error.
+
+        Args:
+            budget: of time.
+
+        Raises:
+            ArtifactError: a model does not know the tokens, or cannot be opened.
+        """
+        speeds = self._generation(budget)
+        most = self._rows_in_time(speeds, budget)
+        rows = []
+        for number, ((reference, path), speed) in enumerate(zip(self.weights.items(), speeds, strict=True)):
+            budget.progress("perplexity of model", number, len(speeds), 0.0)
+            if isinstance(speed, RuntimeError):
+                rows.append(self._lacking(reference, speed))
+                continue
+            try:
+                rows.append({"model": reference, **self._measure_model(path, speed, most)})
+            except RuntimeError as error:
+                rows.append(self._lacking(reference, error))
+            gc.collect()
+            mx.clear_cache()
+        return rows
+
+    def measure_speeds(self, budget: Budget) -> list[dict[str, Any]]:
+        """Return a row for each model with its speeds alone; none for a model that does not fit into the memory.
+
+        Args:
+            budget: of time.
+        """
+        if not self.weights:
+            return []
+        return [
+            {"model": reference, **_speed_row(speed)}
+            for reference, speed in zip(self.weights, self._generation(budget), strict=True)
+            if not isinstance(speed, RuntimeError)
+        ]
+
+    def dense_row(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of the dense model, if it is one of those measured; else an empty one.
+
+        Args:
+            rows: of `measure`.
+        """
+        return next((row for row in rows if self.weights[row["model"]] == self.dense), {})
+
+    def _lacking(self, reference: str, error: RuntimeError) -> dict[str, Any]:
+        """Return the row of a model that does not fit into the memory; raise any other error."""
+        needed = out_of_memory_bytes(error)
+        if needed is None:
+            raise error
+        said = f"out of memory: {needed:,} more bytes needed, memory limit {self.memory_limit_bytes:,}"
+        return {"model": reference, "model_bytes": stored_bytes(self.weights[reference]), "error": said}
+
+    def _generation(self, budget: Budget) -> list[GenerationSpeed | RuntimeError]:
+        """Return the generation speed of each model, or the error; small models are held in memory together."""
+        tokens = TokenFile.open(self.validation)
+        for path in self.weights.values():
+            tokens.require_vocabulary(model_folder.vocab_size(path.parent), self.key)
+        length = tokens.context_length
+        whole = sum(stored_bytes(path) for path in self.weights.values())
+        return measure_generation(
+            [partial(_load, path.parent) for path in self.weights.values()],
+            prompt_lengths=sorted(set(self.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
+            decode_tokens=min(_DECODE_TOKENS, length),
+            num_rounds=_GENERATION_ROUNDS,
+            vocab_size=tokens.vocab_size,
+            holds=whole < _HELD_SHARE * self.memory_limit_bytes,
+            budget=budget,
+        )
+
+    def _rows_in_time(self, speeds: Sequence[GenerationSpeed | RuntimeError], budget: Budget) -> int:
+        """Return how many validation rows all models have time for: a row takes a prompt of the context, and a loss."""
+        length = TokenFile.open(self.validation).context_length
+        fits = [speed for speed in speeds if not isinstance(speed, RuntimeError)]
+        seconds_a_row = sum(2 * length / list(speed.prefill.values())[-1].median for speed in fits)
+        budget.announce(f"perplexity of {len(fits)} models", seconds_a_row * self.max_rows)
+        if not seconds_a_row or budget.left == float("inf"):
+            return self.max_rows
+        return max(_FEWEST_ROWS, min(self.max_rows, int(budget.left / seconds_a_row)))
+
+    def _measure_model(self, path: Path, speed: GenerationSpeed, most_rows: int) -> dict[str, Any]:
+        tokens = TokenFile.open(self.validation)
+        model = _load(path.parent)
+        masks = document_mask.masks_conversations(model, tokens)
+        rows = tokens.rows.head(most_rows)
+        measured = measure_perplexity(
+            quantized_layers.for_evaluation(model), rows, batch_size=_EVAL_BATCH, masks_documents=masks
+        )
+        model_bytes, dense_bytes = (stored_bytes(one) for one in (path, self.dense))
+        parameters = model_folder.num_parameters(_load(self.dense.parent))
+        return {
+            "model_bytes": model_bytes,
+            "compression_ratio": dense_bytes / model_bytes,
+            "compression_ratio_fp32": 4 * parameters / model_bytes,
+            "compression_ratio_bf16": 2 * parameters / model_bytes,
+            **_asked_bits(path),
+            **_speed_row(speed),
+            "perplexity": measured.perplexity,
+            "perplexity_standard_error": measured.standard_error,
+            "validation_tokens": measured.tokens,
+            "validation_rows": rows.num_rows,
+            "has_fewer_rows": most_rows < min(self.max_rows, tokens.rows.num_rows),
+        }
+
+
+def _load(folder: Path) -> nn.Module:
+    """Return a model, its weights still on the disk: reading them raises if they do not fit."""
+    return model_folder.load(folder, lazy=True)[0]
+
+
+def _speed_row(speed: GenerationSpeed) -> dict[str, Any]:
+    return {
+        "prefill": [
+            {"prompt_tokens": tokens, **_rate("", rate, speed.relative_prefill[tokens])}
+            for tokens, rate in speed.prefill.items()
+        ],
+        **_rate("decode_", speed.decode, speed.relative_decode),
+        "machine_seconds": speed.machine_seconds,
+        "peak_memory_bytes": speed.peak_memory_bytes,
+    }
+
+
+def _rate(prefix: str, rate: Interval, relative: Interval) -> dict[str, float]:
+    name = f"{prefix}tokens_per_second"
+    report = {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
+    return report | {f"low_relative_{name}": relative.low, f"high_relative_{name}": relative.high}
+
+
+def _asked_bits(path: Path) -> dict[str, float]:
+    """Return the bits per weight that the plan of a quantized model asked for; nothing for a dense one."""
+    layers = report_files.read_report(path.with_name(layout.REPORT)).get("layers", [])
+    parameters = sum(layer["parameters"] for layer in layers)
+    if not parameters:
+        return {}
+    return {
+        "asked_bits_per_weight": sum(layer["bits_per_weight"] * layer["parameters"] for layer in layers) / parameters
+    }
