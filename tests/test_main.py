@@ -2,41 +2,12 @@ import os
 import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from mlxflow.storage import atomic_folders, report_files
-from tests.conftest import STAGES, mlxflow
-
-
-def test_check_prints_the_workflow_with_every_default(job: Path) -> None:
-    result = mlxflow(job, "check")
-    assert result.returncode == 0, result.stderr
-    resolved = tomllib.loads(result.stdout)
-    assert resolved["train"]["num_steps"] == 20
-    assert resolved["train"]["max_grad_norm"] == 1.0
-    assert [variant["name"] for variant in resolved["quantize"]] == ["q4", "q8"]
-
-
-def test_check_tells_every_mistake_and_exits_with_2(job: Path) -> None:
-    (job / "workflow.toml").write_text("[train]\nnum_step = 1\n[profile]\nnum_steps = 0\n")
-    result = mlxflow(job, "check")
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.splitlines() == [
-        "workflow.toml: train.num_step: unknown key. Did you mean train.num_steps?",
-        "workflow.toml: profile.num_steps = 0: expected a whole number from 1 to 1_000_000_000. "
-        "Use profile.num_steps = 20 (the default) or remove the key.",
-    ]
-
-
-def test_a_stage_without_its_input_names_the_command_that_makes_it(job: Path) -> None:
-    result = mlxflow(job, "run", "train")
-    assert result.returncode == 2
-    assert result.stderr == "artifacts/pretokenize: missing. Run: doit pretokenize\n"
-    assert not (job / "artifacts/train").exists()
+from tests.conftest import mlxflow
 
 
 def test_a_damaged_input_is_refused_by_name(job_copy: Path) -> None:
@@ -49,12 +20,6 @@ def test_a_damaged_input_is_refused_by_name(job_copy: Path) -> None:
         f"artifacts/train/model.safetensors: damaged (it has {size - 5:,} bytes, its header says {size:,}). "
         "Run: doit train\n"
     )
-
-
-def test_an_unknown_stage_is_told(job: Path) -> None:
-    result = mlxflow(job, "run", "deploy")
-    assert result.returncode == 2
-    assert result.stderr == f"deploy: no such stage in workflow.toml. Known: {', '.join(STAGES)}.\n"
 
 
 @pytest.mark.parametrize(
@@ -104,48 +69,6 @@ def test_a_corpus_too_small_for_a_row_is_told(job: Path) -> None:
     assert not (job / "artifacts/pretokenize").exists()
 
 
-def test_generate_prints_the_prompt_and_what_the_model_makes_of_it(built: Path) -> None:
-    arguments = ("generate", "artifacts/quantize/q8", "--prompt", "note 3 line", "--max-tokens", "8")
-    first, second = mlxflow(built, *arguments), mlxflow(built, *arguments)
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("note 3 line")
-    assert len(first.stdout.strip()) > len("note 3 line")
-    assert first.stdout == second.stdout
-
-
-def test_generate_from_what_is_no_model_folder_is_told(built: Path) -> None:
-    result = mlxflow(built, "generate", "notes", "--prompt", "x")
-    assert result.returncode == 2
-    assert result.stderr == "notes: has no config.json. Name a model folder.\n"
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [
-        ("--prompt", "", "generate: --prompt = '': expected a question or a text. Write a word at least."),
-        ("--max-tokens", "0", "generate: --max-tokens = 0: expected at least 1. Use 100 (the default)."),
-        ("--max-tokens", "-3", "generate: --max-tokens = -3: expected at least 1. Use 100 (the default)."),
-        ("--temperature", "-1", "generate: --temperature = -1.0: expected 0 or more. Use 0 (the default)."),
-        ("--temperature", "nan", "generate: --temperature = nan: expected 0 or more. Use 0 (the default)."),
-        ("--seed", "-1", "generate: --seed = -1: expected a number from 0 to 2^64 - 1. Use 0 (the default)."),
-    ],
-)
-def test_generate_refuses_a_call_that_does_not_fit(built: Path, option: str, value: str, said: str) -> None:
-    arguments = {"--prompt": "note", option: value}
-    call = [f"{name}={given}" for name, given in arguments.items()]
-    result = mlxflow(built, "generate", "artifacts/train", *call)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"{said}\n")
-
-
-def test_generate_without_a_tokenizer_is_told_in_one_line(job_copy: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (job_copy / "artifacts/train" / name).unlink()
-    result = mlxflow(job_copy, "generate", "artifacts/train", "--prompt", "note")
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("artifacts/train: its tokenizer cannot be opened (")
-
-
 @pytest.mark.parametrize("stage", ["profile", "benchmark"])
 def test_training_steps_on_a_quantized_model_are_refused(job_copy: Path, stage: str) -> None:
     workflow = job_copy / "workflow.toml"
@@ -156,23 +79,6 @@ def test_training_steps_on_a_quantized_model_are_refused(job_copy: Path, stage: 
         f"{stage}.input: artifacts/quantize/q4 is quantized, and training steps need a dense model. "
         "Name a train stage.\n",
     )
-
-
-def test_a_file_where_artifacts_belong_is_told(job: Path) -> None:
-    (job / "artifacts").write_text("a file")
-    result = mlxflow(job, "run", "pretokenize")
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert "cannot be written (" in result.stderr
-    assert (job / "artifacts").read_text() == "a file"
-
-
-def test_doctor_tells_the_device_and_the_versions(tmp_path: Path) -> None:
-    result = mlxflow(tmp_path, "doctor")
-    assert result.returncode == 0, result.stderr
-    words = " ".join(result.stdout.split())
-    for expected in ("device ", "GFLOP/s", "BLAS ", "mlx-lm ", f"Python {sys.version.split()[0]}"):
-        assert expected in words
 
 
 def test_the_builtin_corpus_is_tokenized(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mlxflow.models import model_folder
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
+from tests.conftest import mlxflow
 
 TRAIN = """
 [pretokenize]
@@ -91,3 +93,24 @@ def test_rows_of_one_document_each_need_no_document_mask(gpt2: Path, tmp_path: P
         "document_mask = false"
         in (execute_stage(workflow, workflow.find("train"), tmp_path / "into") / "report.toml").read_text()
     )
+
+
+def test_check_prints_the_workflow_with_every_default(job: Path) -> None:
+    result = mlxflow(job, "check")
+    assert result.returncode == 0, result.stderr
+    resolved = tomllib.loads(result.stdout)
+    assert resolved["train"]["num_steps"] == 20
+    assert resolved["train"]["max_grad_norm"] == 1.0
+    assert [variant["name"] for variant in resolved["quantize"]] == ["q4", "q8"]
+
+
+def test_check_prints_every_mistake_and_exits_with_2(job: Path) -> None:
+    (job / "workflow.toml").write_text("[train]\nnum_step = 1\n[profile]\nnum_steps = 0\n")
+    result = mlxflow(job, "check")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "workflow.toml: train.num_step: unknown key. Did you mean train.num_steps?",
+        "workflow.toml: profile.num_steps = 0: expected a whole number from 1 to 1_000_000_000. "
+        "Use profile.num_steps = 20 (the default) or remove the key.",
+    ]

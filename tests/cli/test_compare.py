@@ -216,33 +216,6 @@ def test_what_the_time_did_not_suffice_for_is_named() -> None:
     ]
 
 
-# --- the promises
-
-
-def test_promises_prints_each_with_its_figure(
-    built: Path, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(built)
-    code = main(["promises"])
-    out = capsys.readouterr().out
-    assert code == (0 if all(told["holds"] for told in report["promises"].values()) else 1)
-    assert len(report["promises"]) == 4
-    for told in report["promises"].values():
-        assert f"| {told['promise']} | {told['figure']} | {'yes' if told['holds'] else 'no'} |" in out
-
-
-def test_promises_need_a_benchmark(
-    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(job)
-    assert main(["promises"]) == 2
-    assert capsys.readouterr().err == "artifacts/benchmark/report.toml: missing. Run: doit benchmark\n"
-    assert main(["promises", "--stage", "train"]) == 2
-    assert capsys.readouterr().err == (
-        "promises: --stage = train: expected a benchmark stage. Use benchmark (the default).\n"
-    )
-
-
 # --- what the stage reports
 
 

@@ -16,9 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mlxflow.cli import doctor
 from mlxflow.device import compute_device
-from mlxflow.kernels import cache, codegen, fingerprint, registry, verifier_process
+from mlxflow.kernels import cache, fingerprint, registry, verifier_process
 from mlxflow.kernels import early_start as ahead_of
 from mlxflow.kernels.early_start import Ahead, cache_file, lock_file
 from mlxflow.kernels.verifier_process import Verifier
@@ -487,12 +486,3 @@ def test_an_outcome_holds_for_one_device_system_mlx_and_state_of_the_sources(mon
     ]
     fingerprint.sources_digest.cache_clear()
     assert len({usual, *others}) == 5
-
-
-def test_the_doctor_shows_what_the_proof_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._describe_kernels() == "none on this device"
-    monkeypatch.setattr(codegen, "language", lambda: "metal")
-    assert doctor._describe_kernels() == "not verified yet; the first training run does it"
-    body = "NAME == 'b' and sys.exit(3); " + _GOOD
-    registry.verify_all(["a", "b"], fingerprint.environment(), Verifier(_prover(body), None, 20))
-    assert doctor._describe_kernels() == "a: used\nb: its process ended with code 3"

@@ -135,26 +135,3 @@ def test_killed_it_leaves_all_that_it_saw_and_the_page_shows_it(
     (job_copy / "artifacts/profile/report.toml").unlink()
     assert "at most until the profile ended: it was cut off" in page()
     assert capsys.readouterr().err == ""
-
-
-def test_fit_refuses_what_is_no_profile_stage_and_what_is_no_size(
-    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(job)
-    assert main(["fit", "train"]) == 2
-    assert main(["fit", "--batch-sizes", "0"]) == 2
-    assert main(["fit"]) == 2
-    assert capsys.readouterr().err.splitlines() == [
-        "train: what fits is told for the steps of a profile stage. Name one.",
-        "fit: 0: expected a number of at least 1. Use one such as 32.",
-        "artifacts/train/config.json: missing. Run: doit profile",
-    ]
-
-
-def test_fit_prints_what_fits(built: Path) -> None:
-    result = mlxflow(built, "fit", "--batch-sizes", "2", "4")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[1].split()[:5] == ["context_length", "batch", "2", "batch", "4"]
-    assert [line.split()[0] for line in lines[2:5]] == ["8", "16", "32"]
-    assert "predicted" in lines[-1]

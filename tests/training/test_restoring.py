@@ -1,0 +1,41 @@
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxflow.training.restoring import unlike_arrays, unlike_facts, unlike_sizes
+
+FACTS = {"step": 3, "loss": 0.5, "ended": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, ""),
+        ({"loss": 2}, ""),
+        ({"step": True}, "step is no number"),
+        ({"step": -1}, "step is out of range"),
+        ({"step": 2**63}, "step is out of range"),
+        ({"ended": 0}, "ended is neither true nor false"),
+        ({"more": 1}, "other facts than this version keeps"),
+    ],
+)
+def test_unlike_facts_names_the_first_difference(change: dict[str, Any], problem: str) -> None:
+    assert unlike_facts(FACTS | change, FACTS) == problem
+
+
+def test_unlike_sizes_requires_a_size_and_decisions() -> None:
+    assert unlike_sizes({"size": 4, "too_large": None, "decisions": []}) == "its batch sizes are none"
+    assert unlike_sizes({"size": 4, "decisions": []}).startswith("its batch sizes: Object missing required field")
+    assert unlike_sizes([]).startswith("its batch sizes: Expected `object`")
+
+
+def test_unlike_arrays_compares_names_shapes_and_types() -> None:
+    expected = {"update": {"a": mx.zeros((2,))}, "partial": [mx.zeros((1,))]}
+    stored = {"update.a": mx.ones((2,)), "partial.0": mx.ones((1,), mx.bfloat16)}
+    assert unlike_arrays(stored, expected) == ""
+    assert unlike_arrays({"update.a": stored["update.a"]}, expected) == "partial.0 is missing"
+    assert unlike_arrays(stored | {"x": mx.zeros(1)}, expected) == "x is not of this run"
+    wrong = unlike_arrays(stored | {"update.a": mx.ones((3,))}, expected)
+    assert wrong == "update.a is mlx.core.float32 [3], not mlx.core.float32 [2]"
+    assert unlike_arrays(stored | {"update.a": mx.ones((2,), mx.bfloat16)}, expected).startswith("update.a is")
