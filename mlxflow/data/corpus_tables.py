@@ -16,10 +16,10 @@ Format = Literal["auto", "text", "chat", "completions"]
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An entry of `pretokenize.sources` that is a table."""
 
-    path: Annotated[str, Meta(description="as an entry that is text")]
-    weight: Annotated[float, Meta(gt=0, le=1000, description="how often an epoch shows its documents")] = 1.0
-    format: Annotated[Format, Meta(description="of its records; auto: pretokenize.format")] = "auto"
-    text_key: Annotated[str, Meta(description="of a text in a record; empty: pretokenize.text_key")] = ""
+    path: Annotated[str, Meta(description="a source, as in an entry that is text")]
+    weight: Annotated[float, Meta(gt=0, le=1000, description="how often an epoch repeats its documents")] = 1.0
+    format: Annotated[Format, Meta(description="kind of its records; auto: pretokenize.format")] = "auto"
+    text_key: Annotated[str, Meta(description="key of the text in a record; empty: pretokenize.text_key")] = ""
     config: Annotated[str, Meta(description="of hf: the configuration; empty: the only one")] = ""
     split: Annotated[
         str,
@@ -47,11 +47,11 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             description="a folder with a tokenizer.json, or a hub id; empty: that of train.model.from, else a new one"
         ),
     ] = msgspec.field(default="", name="from")
-    trust_remote_code: Annotated[
-        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
-    ] = False
+    trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
+        False
+    )
     vocab_size: Annotated[
-        int, Meta(ge=257, le=1_000_000, description="ids of the byte-level BPE that is trained here")
+        int, Meta(ge=257, le=1_000_000, description="vocabulary size of the byte-level BPE that is trained here")
     ] = 2048
     max_training_bytes: Annotated[
         int,

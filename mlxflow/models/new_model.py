@@ -14,12 +14,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The `[train.model]` table: the model's shape, or the model to go on from."""
 
     from_: Annotated[
-        str, Meta(description="a model folder or a hub id to go on from; empty: a new model of the shape below")
+        str, Meta(description="a model folder or a hub id to start from; empty: a new model of the shape below")
     ] = msgspec.field(default="", name="from")
-    trust_remote_code: Annotated[
-        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
-    ] = False
-    architecture: Annotated[Literal["llama"], Meta(description="the model's kind, from mlx-lm")] = "llama"
+    trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
+        False
+    )
+    architecture: Annotated[Literal["llama"], Meta(description="the architecture, from mlx-lm")] = "llama"
     hidden_size: Annotated[int, Meta(ge=8, le=MAX_SIZE, description="width of the residual stream")] = 128
     num_layers: Annotated[int, Meta(ge=1, le=MAX_LAYERS, description="transformer blocks")] = 2
     num_heads: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="attention heads")] = 2

@@ -36,24 +36,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     input: Annotated[str, Meta(description="the dense model that is trained on: a train stage")] = "train"
     models: Annotated[
-        tuple[str, ...], Meta(min_length=1, description='model stages compared; "stage:*" is all variants')
+        tuple[str, ...], Meta(min_length=1, description='model stages to compare; "stage:*" is all variants')
     ] = ("train", "quantize:*")
     batch_sizes: Annotated[
         tuple[Annotated[int, Meta(ge=1, le=MAX_ROWS)], ...],
-        Meta(min_length=1, description="rows in one forward pass, each timed"),
+        Meta(min_length=1, description="batch sizes to time"),
     ] = (16, 32, 64)
     num_steps: Annotated[
-        int, Meta(ge=1, le=MAX_STEPS, description="training steps timed of each way at each batch size")
+        int, Meta(ge=1, le=MAX_STEPS, description="timed training steps of each recipe at each batch size")
     ] = 100
     convergence_steps: Annotated[
         int,
         Meta(
-            ge=0, le=MAX_STEPS, description="steps that a new model trains, the naive way and the workflow's; 0: none"
+            ge=0, le=MAX_STEPS, description="steps of the loss curves of a new model, by baseline and workflow; 0: none"
         ),
     ] = 100
     prompt_lengths: Annotated[
         tuple[Annotated[int, Meta(ge=1, le=MAX_SIZE)], ...],
-        Meta(description="tokens of the prompts that models read; empty: a quarter, half and all of the context"),
+        Meta(description="prompt lengths in tokens; empty: a quarter, half and all of the context"),
     ] = ()
     max_validation_rows: Annotated[
         int, Meta(ge=1, le=MAX_ROWS, description="validation rows used for the perplexity")
@@ -64,7 +64,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             1e9, "after so many rounds, steps and validation rows get fewer, down to a few of each; 0 or inf: no bound"
         ),
     ] = 900.0
-    baseline: Annotated[str, Meta(description="the report.toml of an earlier run that this one is held against")] = ""
+    baseline: Annotated[str, Meta(description="report.toml of an earlier run to compare with")] = ""
     max_regression: Annotated[
         float,
         limit(

@@ -45,28 +45,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[Source, ...], Meta(description="documents for validation; none: a share is held out")
     ] = ()
     holdout: Annotated[float, Meta(gt=0, lt=1, description="share of documents kept for validation, by content")] = 0.02
-    format: Annotated[Format, Meta(description="what records hold; auto asks each of them")] = "auto"
-    text_key: Annotated[str, Meta(min_length=1, description="of a text in a record, or a table's column")] = "text"
+    format: Annotated[Format, Meta(description="kind of records; auto: decided for each record")] = "auto"
+    text_key: Annotated[str, Meta(min_length=1, description="key of the text in a record, or column of a table")] = (
+        "text"
+    )
     chat_template: Annotated[str, Meta(description="a Jinja file; empty: the tokenizer's own, or ChatML")] = ""
     train_on: Annotated[
         Literal["completion", "last", "all"],
-        Meta(description="of conversations: what assistants wrote, their last message alone, or every token"),
+        Meta(description="targets in conversations: all assistant messages, the last one only, or every token"),
     ] = "completion"
-    deduplicate: Annotated[bool, Meta(description="leave out all but one of equal documents")] = True
+    deduplicate: Annotated[bool, Meta(description="keep one of equal documents")] = True
     on_bad_record: Annotated[
-        Literal["error", "skip"], Meta(description="whether a record that cannot be used ends the stage")
+        Literal["error", "skip"], Meta(description="whether an invalid record fails the stage")
     ] = "error"
     max_bad_records: Annotated[
-        float, Meta(ge=0, le=1, description="share of records that may be skipped; the stage fails over it")
+        float, Meta(ge=0, le=1, description="largest share of skipped records; the stage fails above it")
     ] = 0.01
     context_length: Annotated[int, Meta(ge=2, le=1_048_576, description="positions the model sees")] = 64
-    packing: Annotated[Literal["best-fit", "concat", "none"], Meta(description="how documents are laid into rows")] = (
-        "best-fit"
-    )
+    packing: Annotated[
+        Literal["best-fit", "concat", "none"], Meta(description="how documents are packed into rows")
+    ] = "best-fit"
     on_long: Annotated[
-        Literal["split", "truncate", "drop"], Meta(description="what becomes of conversations longer than a row")
+        Literal["split", "truncate", "drop"], Meta(description="what is done with conversations longer than a row")
     ] = "split"
-    workers: Annotated[int, Meta(ge=1, le=256, description="files tokenized at a time")] = 8
+    workers: Annotated[int, Meta(ge=1, le=256, description="files tokenized in parallel")] = 8
     tokenizer: Annotated[TokenizerConfig, Meta(description="the tokenizer")] = TokenizerConfig()
 
     def problems(self) -> Iterator[Problem]:

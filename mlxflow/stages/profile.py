@@ -36,22 +36,20 @@ _FEWEST_PROCESS_STEPS = 40
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[profile]` table."""
 
-    input: Annotated[str, Meta(description="the dense model: a train stage, whose steps are taken")] = "train"
+    input: Annotated[str, Meta(description="the dense model: a train stage, whose steps are profiled")] = "train"
     data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="training steps measured")] = 20
-    batch_size: Annotated[
-        int, Meta(ge=0, le=MAX_ROWS, description="rows in one forward pass; 0: as many as training took")
-    ] = 0
+    batch_size: Annotated[int, Meta(ge=0, le=MAX_ROWS, description="rows in one forward pass; 0: as in training")] = 0
     samples_per_second: Annotated[
-        float, Meta(ge=0.001, le=1000, description="readings that a thread takes beside those at the steps' ends")
+        float, Meta(ge=0.001, le=1000, description="readings per second of the sampling thread")
     ] = 20.0
-    suggestions: Annotated[bool, Meta(description="whether trials look for settings that save memory")] = True
+    suggestions: Annotated[bool, Meta(description="whether trials search for settings that save memory")] = True
     max_peak_memory: Annotated[
         str,
         Meta(
             pattern=rf"^$|{SIZE_PATTERN}",
             examples=["4 GB"],
-            description="the stage fails if MLX's arrays take more: of the memory limit, or a size; empty: any",
+            description="largest peak of MLX's arrays: share of the memory limit, or a size; empty: no limit",
         ),
     ] = ""
     max_leak_per_step: Annotated[
@@ -59,7 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(
             pattern=rf"^$|{SIZE_PATTERN}",
             examples=["0 KB"],
-            description="the stage fails if MLX's arrays leak more at each step; empty: any",
+            description="the stage fails if MLX's arrays leak more per step; empty: no limit",
         ),
     ] = ""
 

@@ -34,58 +34,58 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     input: Annotated[str, Meta(description="the dense model: a train stage")] = "train"
     model: Annotated[str, Meta(description="instead of the input, a model folder or a hub id")] = ""
-    trust_remote_code: Annotated[
-        bool, Meta(description="whether Python code that the folder brings may be run; read it first")
-    ] = False
+    trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
+        False
+    )
     data: Annotated[
         str,
         Meta(description='the token files: a pretokenize stage; auto: "pretokenize" for a trained model, else none'),
     ] = "auto"
     method: Annotated[
         Literal["rtn", "gptq", "awq", "dwq", "qat"],
-        Meta(description="rtn rounds to the nearest, the others learn: mlx-lm's three, and training"),
+        Meta(description="rtn rounds to nearest; gptq, awq and dwq calibrate on data; qat trains"),
     ] = "rtn"
-    mode: Annotated[_MODES, Meta(description="how codes become weights; MLX's names, and a fixed zero point")] = (
-        "affine"
-    )
+    mode: Annotated[
+        _MODES, Meta(description="quantization mode: MLX's, or symmetric (affine with a fixed zero point)")
+    ] = "affine"
     bits: Annotated[
-        Literal["auto", 2, 3, 4, 5, 6, 8], Meta(description="bits of a code; auto: the mode's own, 4, of mxfp8 8")
+        Literal["auto", 2, 3, 4, 5, 6, 8],
+        Meta(description="bits of a code; auto: the mode's default, 4, or 8 for mxfp8"),
     ] = "auto"
     group_size: Annotated[
         Literal["auto", 16, 32, 64, 128],
-        Meta(description="weights that share a scale; auto: the mode's own, 64, of mxfp4 and mxfp8 32, of nvfp4 16"),
+        Meta(
+            description="weights that share a scale; auto: the mode's default, 64; 32 for mxfp4 and mxfp8, 16 for nvfp4"
+        ),
     ] = "auto"
-    layers: Annotated[
-        tuple[LayerRule, ...], Meta(description="settings by layer; of several that match, the first holds")
-    ] = ()
+    layers: Annotated[tuple[LayerRule, ...], Meta(description="settings by layer; the first match applies")] = ()
     dtype: Annotated[
         Literal["keep", "fp32", "fp16", "bf16"],
-        Meta(description="of what is not packed, scales too; keep: what the model's config says"),
+        Meta(description="dtype of unquantized weights, scales and biases; keep: that of the model's config"),
     ] = "keep"
-    requantize: Annotated[bool, Meta(description="whether a model that is quantized already may be taken")] = False
+    requantize: Annotated[bool, Meta(description="whether an already quantized model is accepted")] = False
 
     target_bits_per_weight: Annotated[
         float, limit(32, "a budget under which each layer's bits are chosen; 0 or inf: none")
     ] = 0.0
     target_size: Annotated[
-        str, Meta(pattern=rf"^$|{SIZE_PATTERN}", examples=["200 MB"], description="the same as a size; empty: none")
+        str, Meta(pattern=rf"^$|{SIZE_PATTERN}", examples=["200 MB"], description="the budget as a size; empty: none")
     ] = ""
     candidate_bits: Annotated[
         tuple[Literal[2, 3, 4, 5, 6, 8], ...], Meta(min_length=1, description="bits that a budget may choose from")
     ] = (2, 3, 4, 6, 8)
-    calibration_rows: Annotated[
-        int, Meta(ge=1, le=MAX_ROWS, description="training rows that the learned methods look at")
-    ] = 64
+    calibration_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="training rows for calibration")] = 64
 
     num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="of qat: optimizer updates")] = 36
     learning_rate: Annotated[
         Literal["auto"] | Annotated[float, Meta(ge=1e-12, le=1e6)],
-        Meta(description="of qat: at its highest, after the warm-up; auto: 8e-4, less for fewer than 300 num_steps"),
+        Meta(description="of qat: peak learning rate, after warm-up; auto: 8e-4, less for fewer than 300 num_steps"),
     ] = "auto"
     batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="of qat: rows in one forward pass")] = 32
-    grad_accum_steps: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="of qat: forward passes an update sums")] = 1
+    grad_accum_steps: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="of qat: forward passes per update")] = 1
     distill: Annotated[
-        bool, Meta(description="of qat: whether it learns the dense model's distributions instead of the text")
+        bool,
+        Meta(description="of qat: whether to distill the dense model's distributions instead of training on the text"),
     ] = False
     training: Annotated[
         Literal["full", "lora", "dora"], Meta(description="of qat: what is trained: all weights, or adapters")
@@ -94,16 +94,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
         Meta(description="of qat: gradient checkpointing, as in train"),
     ] = "none"
-    kernels: Annotated[
-        Literal["auto", "off", "require"], Meta(description="of qat: our own GPU kernels, as in train")
-    ] = "auto"
-    deterministic: Annotated[
-        bool, Meta(description="of qat: whether gradients are added up in one order, as in train")
-    ] = True
-    lora: Annotated[LoraConfig, Meta(description="the adapters of qat, where some are trained")] = LoraConfig()
+    kernels: Annotated[Literal["auto", "off", "require"], Meta(description="of qat: GPU kernels, as in train")] = "auto"
+    deterministic: Annotated[bool, Meta(description="of qat: deterministic gradients, as in train")] = True
+    lora: Annotated[LoraConfig, Meta(description="the adapters of qat, with lora and dora")] = LoraConfig()
 
     max_validation_rows: Annotated[
-        int, Meta(ge=1, le=MAX_ROWS, description="validation rows on which the cost is measured")
+        int, Meta(ge=1, le=MAX_ROWS, description="validation rows for measuring the quality loss")
     ] = 256
     max_perplexity_increase: Annotated[
         float, limit(1e6, "relative; over it the stage fails and publishes nothing; 0 or inf: no gate")

@@ -26,25 +26,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     models: Annotated[
         tuple[str, ...],
-        Meta(description='models asked for samples of text; "stage:*" is all variants; none: no samples'),
+        Meta(description='models that generate samples; "stage:*" is all variants; none: no samples'),
     ] = ("train:*", "quantize:*")
     data: Annotated[
-        str, Meta(description="the pretokenize stage whose held-out documents are continued; of several, the first")
+        str, Meta(description="the pretokenize stage with the held-out documents for samples; the first of several")
     ] = "pretokenize:*"
     prompts: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...],
         Meta(description="texts to continue instead; questions for models with a chat template"),
     ] = ()
     num_prompts: Annotated[
-        int, Meta(ge=1, le=20, description="held-out documents continued, or conversations answered")
+        int, Meta(ge=1, le=20, description="number of held-out documents to continue, or conversations to answer")
     ] = 2
-    prompt_tokens: Annotated[
-        int, Meta(ge=1, le=MAX_SIZE, description="tokens of a document that the models are given")
-    ] = 12
-    max_tokens: Annotated[int, Meta(ge=1, le=2048, description="tokens that a model writes at most")] = 48
+    prompt_tokens: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="prompt tokens of a document")] = 12
+    max_tokens: Annotated[int, Meta(ge=1, le=2048, description="most tokens that a model generates")] = 48
     temperature: Annotated[
         Literal["auto"] | Annotated[float, Meta(ge=0, le=10)],
-        Meta(description="0 takes the likeliest token; auto: 0 for answers, 0.8 for texts"),
+        Meta(description="sampling temperature; 0: greedy; auto: 0 for answers, 0.8 for texts"),
     ] = "auto"
 
 

@@ -35,48 +35,52 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     input: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
     num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="optimizer updates")] = 240
-    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="rows in one forward pass, to begin with")] = 32
+    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="rows in one forward pass, at the start")] = 32
     grad_accum_steps: Annotated[
-        int, Meta(ge=1, le=MAX_ROWS, description="forward passes of batch_size rows an update sums")
+        int, Meta(ge=1, le=MAX_ROWS, description="forward passes of batch_size rows per update")
     ] = 1
-    dynamic_batch_size: Annotated[bool, Meta(description="whether batch_size follows the memory")] = True
+    dynamic_batch_size: Annotated[bool, Meta(description="whether batch_size adapts to the memory in use")] = True
     max_batch_size: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_ROWS)],
-        Meta(description="rows it may grow to, and it may shrink to half; auto: 64, or batch_size where that is more"),
+        Meta(description="largest batch size; auto: 64, or batch_size if larger; the smallest is half of batch_size"),
     ] = "auto"
     constant_tokens_per_step: Annotated[
-        bool, Meta(description="whether an update sums the same rows whatever the batch size")
+        bool, Meta(description="whether an update keeps its number of rows when batch_size changes")
     ] = True
-    grow_below: Annotated[float, Meta(ge=0, le=1, description="share of the memory limit under which it grows")] = 0.5
-    shrink_above: Annotated[float, Meta(gt=0, le=1, description="share of the limit over which it shrinks")] = 0.8
-    adjust_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two looks at the memory")] = 50
-    replay: Annotated[str, Meta(description="the metrics.jsonl of a run whose batch sizes are followed")] = ""
+    grow_below: Annotated[
+        float, Meta(ge=0, le=1, description="share of the memory limit below which batch_size grows")
+    ] = 0.5
+    shrink_above: Annotated[
+        float, Meta(gt=0, le=1, description="share of the memory limit above which batch_size shrinks")
+    ] = 0.8
+    adjust_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between adjustments of batch_size")] = 50
+    replay: Annotated[str, Meta(description="the metrics.jsonl of a run whose batch sizes are repeated")] = ""
 
     optimizer: Annotated[Optimizer, Meta(description="one of mlx.optimizers")] = "adamw"
     optimizer_options: Annotated[dict[str, Any], Meta(description="its other options, by MLX's names")] = {}
-    learning_rate: Annotated[float, Meta(ge=1e-12, le=1e6, description="at its highest, after the warm-up")] = 1.5e-2
+    learning_rate: Annotated[float, Meta(ge=1e-12, le=1e6, description="peak learning rate, after warm-up")] = 1.5e-2
     final_learning_rate: Annotated[
-        float, Meta(ge=0, le=1e6, description="reached after the last step, by the schedules that fall")
+        float, Meta(ge=0, le=1e6, description="final learning rate of decaying schedules")
     ] = 0.0
     schedule: Annotated[
         Literal["cosine", "linear", "constant", "wsd"],
-        Meta(description="of the learning rate; wsd: constant, then linear over the last decay_steps"),
+        Meta(description="learning rate schedule; wsd: constant, then linear decay over the last decay_steps"),
     ] = "cosine"
     warmup_steps: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=0, le=MAX_STEPS)],
-        Meta(description="steps over which the learning rate rises; auto: 20, but at most half of num_steps"),
+        Meta(description="warm-up steps; auto: 20, at most half of num_steps"),
     ] = "auto"
     decay_steps: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],
-        Meta(description="last steps, over which wsd falls; auto: a fifth of num_steps"),
+        Meta(description="decay steps of wsd; auto: a fifth of num_steps"),
     ] = "auto"
     weight_decay: Annotated[
         Literal["auto"] | Annotated[float, Meta(ge=0, le=1000)],
-        Meta(description="of matrices; auto: 0.1 where the optimizer knows it"),
+        Meta(description="weight decay of matrices; auto: 0.1 if the optimizer has it"),
     ] = "auto"
     betas: Annotated[
         tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]],
-        Meta(description="of optimizers that have them: how slowly their two moments follow the gradient"),
+        Meta(description="decay rates of the optimizer's two moments, if it has them"),
     ] = DEFAULT_BETAS
     max_grad_norm: Annotated[
         float, limit(1e12, "gradients of a larger norm are scaled down to it; 0 or inf: none, nor is it measured")
@@ -93,18 +97,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     precision: Annotated[
         Literal["fp32", "bf16", "bf16-pure"],
-        Meta(description="bf16 keeps weights and moments in fp32 beside the bf16 model; bf16-pure does not"),
+        Meta(description="bf16: bf16 model with fp32 weights and moments; bf16-pure: without them"),
     ] = "fp32"
     checkpointing: Annotated[
         Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
-        Meta(description="gradient checkpointing: of every layer, of every k-th layer"),
+        Meta(description="gradient checkpointing: every layer, or every k-th layer"),
     ] = "none"
     fused_loss: Annotated[
-        Literal["auto"] | bool, Meta(description="whether head and loss are one, without the whole logits")
+        Literal["auto"] | bool, Meta(description="whether head and loss are fused, without holding all logits")
     ] = "auto"
     kernels: Annotated[
         Literal["auto", "off", "require"],
-        Meta(description="GPU kernels: those verified correct and faster; none; or all, else an error"),
+        Meta(description="fused GPU kernels: those verified as correct and faster; none; or all, else an error"),
     ] = "auto"
     deterministic: Annotated[
         bool,
@@ -113,25 +117,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "false: MLX's attention and lookups on CUDA, which add in any order"
         ),
     ] = True
-    lazy_eval_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two waits for the device")] = 4
+    lazy_eval_every: Annotated[
+        int, Meta(ge=1, le=MAX_STEPS, description="steps between synchronizations with the device")
+    ] = 4
 
-    log_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between two lines of metrics.jsonl")] = 10
+    log_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between lines of metrics.jsonl")] = 10
     eval_every: Annotated[int, limit(MAX_STEPS, "steps between two validations; 0 or inf: first and last only")] = 100
     max_validation_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="validation rows used")] = 256
     patience: Annotated[int, limit(MAX_STEPS, "validations without a better one that end it; 0 or inf: none do")] = 0
     keep: Annotated[
-        Literal["last", "best"], Meta(description="the weights that come out: the last, or of the best validation")
+        Literal["last", "best"], Meta(description="which weights are saved: the last, or those of the best validation")
     ] = "last"
     save_every: Annotated[int, limit(MAX_STEPS, "steps between two checkpoints; 0 or inf: only when stopped")] = 100
-    keep_checkpoints: Annotated[int, Meta(ge=1, le=1000, description="checkpoints kept while it runs")] = 2
+    keep_checkpoints: Annotated[int, Meta(ge=1, le=1000, description="checkpoints kept during the run")] = 2
     document_mask: Annotated[
         Literal["auto"] | bool,
-        Meta(description="whether a token sees only its own document; auto: where there are conversations"),
+        Meta(description="whether attention is limited to a token's own document; auto: if there are conversations"),
     ] = "auto"
-    workers: Annotated[int, Meta(ge=1, le=64, description="threads that gather batches")] = 8
-    prefetch_batches: Annotated[int, Meta(ge=1, le=64, description="batches gathered ahead")] = 4
+    workers: Annotated[int, Meta(ge=1, le=64, description="threads that prepare batches")] = 8
+    prefetch_batches: Annotated[int, Meta(ge=1, le=64, description="prefetched batches")] = 4
     method: Annotated[
-        Literal["full", "lora", "dora"], Meta(description="what is trained: all weights, or adapters beside them")
+        Literal["full", "lora", "dora"], Meta(description="full: all weights are trained; lora, dora: adapters")
     ] = "full"
     fuse: Annotated[
         Literal["auto", "never", "requantize", "dense"],
@@ -140,7 +146,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "again; added to dense weights; auto: dense beside a dense model, never beside a quantized one"
         ),
     ] = "auto"
-    model: Annotated[ModelConfig, Meta(description="the model's shape, or where it comes from")] = ModelConfig()
+    model: Annotated[ModelConfig, Meta(description="the model's shape, or its origin")] = ModelConfig()
     lora: Annotated[LoraConfig, Meta(description="the adapters, for lora and dora")] = LoraConfig()
 
     def problems(self) -> Iterator[Problem]:

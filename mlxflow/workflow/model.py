@@ -28,14 +28,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     name: Annotated[str, Meta(min_length=1, description="shown in reports")] = "workflow"
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1, description="every random choice derives from it, by name")] = 0
-    device: Annotated[Literal["auto", "gpu", "cpu"], Meta(description="what MLX computes on")] = "auto"
+    device: Annotated[Literal["auto", "gpu", "cpu"], Meta(description="the device that MLX uses")] = "auto"
     threads: Annotated[
         int,
         Meta(
             ge=0,
             le=1024,
             examples=[4],
-            description="threads that multiply matrices on the CPU, on which last bits depend; 0: one a processor",
+            description="threads of matrix products on the CPU, which determine last bits; 0: one per processor",
         ),
     ] = 0
     memory_limit: Annotated[
@@ -43,7 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             pattern=SIZE_PATTERN,
             examples=["12 GB"],
-            description='of the device\'s recommended working set, or a size such as "12 GB"',
+            description='share of the device\'s recommended working set, or a size such as "12 GB"',
         ),
     ] = "80%"
     cache_limit: Annotated[
@@ -51,7 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             pattern=rf"^$|{SIZE_PATTERN}",
             examples=["2 GB"],
-            description="what MLX keeps of freed memory for reuse: of the memory limit, or a size; empty: as MLX likes",
+            description="freed memory kept for reuse: share of the memory limit, or a size; empty: MLX's default",
         ),
     ] = ""
     wired_limit: Annotated[
@@ -59,7 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(
             pattern=SIZE_PATTERN,
             examples=["8 GB"],
-            description="what stays resident on a Mac: of the memory limit, or a size",
+            description="memory that stays resident on a Mac: share of the memory limit, or a size",
         ),
     ] = "100%"
 
