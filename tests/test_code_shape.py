@@ -123,13 +123,6 @@ WITHOUT_MIRRORED_TEST: set[str] = {
     "mlxflow/training/adapters.py",
     "mlxflow/training/kernel_selection.py",
     "mlxflow/training/run.py",
-    "mlxflow/workflow/disk_queries.py",
-    "mlxflow/workflow/handover.py",
-    "mlxflow/workflow/inputs.py",
-    "mlxflow/workflow/model.py",
-    "mlxflow/workflow/records.py",
-    "mlxflow/workflow/stage_node.py",
-    "mlxflow/workflow/workflow_text.py",
 }
 
 _DECISIONS = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)
