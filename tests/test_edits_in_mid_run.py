@@ -12,6 +12,7 @@ import pytest
 
 from mlxflow.__main__ import main
 from mlxflow.errors import StageError
+from mlxflow.stage_reports.train import TrainReport
 from mlxflow.stages import train
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import hold
@@ -124,7 +125,7 @@ def test_an_input_changed_while_a_stage_runs_publishes_nothing(
     read = project / "artifacts/pretokenize/tokenizer_config.json"
     begun: list[Path] = []
 
-    def run(*, context: Context, **arguments: Any) -> dict[str, Any]:
+    def run(*, context: Context, **arguments: Any) -> TrainReport:
         report = real(context=context, **arguments)
         context.unfinished.mkdir(parents=True, exist_ok=True)  # as a checkpoint leaves it
         begun.append(context.unfinished)

@@ -69,7 +69,7 @@ def test_as_many_threads_as_processors_compute_unless_it_is_fixed() -> None:
 
 @needs_blas
 def test_more_threads_than_the_blas_can_have_are_refused_in_one_line() -> None:
-    script = "from mlxflow.device import cpu_backend; cpu_backend.fix_threads(1024)"
+    script = "from mlxflow.device import cpu_backend; cpu_backend.fix_threads(1024, key='workflow.threads')"
     last = _on(1, "-c", script).stderr.splitlines()[-1]
     most = last.rpartition(" ")[2].rstrip(".")
     assert last == (

@@ -63,7 +63,7 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     from mlxflow.profiling import memory_model
     from mlxflow.stages import profile
 
-    chosen = compute_device.select(workflow.settings.device)
+    chosen = compute_device.select(workflow.settings.device, key="workflow.device")
     if chosen == "cpu":
         cpu_backend.prepare_compiler()
     limit = compute_device.parse_size(workflow.settings.memory_limit, compute_device.working_set_bytes())

@@ -5,11 +5,13 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mlxflow.cli.arguments import add_workflow
-from mlxflow.errors import CallError, UserError
-from mlxflow.report.load_run import read_run, read_toml, table
+from mlxflow.errors import ArtifactError, CallError, UserError
+from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
-from mlxflow.storage import atomic_folders, layout, paths
+from mlxflow.storage import atomic_folders, layout, paths, report_structs
 from mlxflow.storage.digests import DigestCache
 from mlxflow.system import terminal
 from mlxflow.workflow.journal import read_records
@@ -91,14 +93,22 @@ def _members(workflow: Workflow) -> list[Member]:
     recorded = read_records(workflow.state / layout.JOURNAL)
 
     def record(task: str) -> dict[str, Any]:
-        report, _ = read_toml(workflow.root / layout.stage_folder(task) / layout.REPORT)
-        return recorded.get(task) or record_of_report(table(report, "stage"))
+        return recorded.get(task) or record_of_report(_provenance(workflow.root, task))
 
     cache = DigestCache(workflow.state / layout.DIGESTS)
     stale = {one.node.task: one for one in find_stale(nodes, record, cache)}
     cache.save()
     members = [member for member in workflow.members() if member.task.partition(":")[0] != "report"]
     return [member._replace(stale=_word(stale[member.task]) if member.task in stale else "") for member in members]
+
+
+def _provenance(root: Path, task: str) -> dict[str, Any]:
+    """Return the table `stage` of a stage's report; empty where it cannot be read."""
+    report = root / layout.stage_folder(task) / layout.REPORT
+    try:
+        return msgspec.structs.asdict(report_structs.read_provenance(report, advice=f"Run: doit {task}"))
+    except (ArtifactError, OSError):
+        return {}
 
 
 def _word(stale: StaleStage) -> str:

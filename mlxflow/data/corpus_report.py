@@ -1,11 +1,12 @@
 """What is reported of a corpus: its sources, what was left out of them, and what a user should know of its sides."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from mlxflow.data import sources
+from mlxflow.data.corpus_figures import DocumentLengths, SourceFigures
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION, DocumentSelection
 from mlxflow.data.input_files import MOST_TOLD, SourceSettings, named_side, problems_of
 from mlxflow.data.row_packer import Counts
@@ -49,28 +50,30 @@ class CorpusContents(NamedTuple):
 # --- the report
 
 
-def accounts(contents: CorpusContents, *, capacity: int) -> dict[str, Any]:
-    """Return what is reported of each source, and of what was left out.
+def first_names(contents: CorpusContents, side: str) -> list[str]:
+    """Return the first files, and splits of data sets, that are on a side by their names.
 
     Args:
         contents: the corpus.
+        side: "validation" or "test".
+    """
+    return contents.names(side)[:MOST_TOLD]
+
+
+def bad_records(contents: CorpusContents) -> list[str]:
+    """Return the first records that could not be read, a line each: file, place and reason."""
+    pairs = zip(contents.files, contents.shards, strict=True)
+    return [line for file, shard in pairs for line in problems_of(file, shard)][: 5 * MOST_TOLD]
+
+
+def account(contents: CorpusContents, number: int, *, capacity: int) -> SourceFigures:
+    """Return what is reported of one source.
+
+    Args:
+        contents: the corpus.
+        number: of the source.
         capacity: tokens that a row holds.
     """
-    bad = [
-        line for file, shard in zip(contents.files, contents.shards, strict=True) for line in problems_of(file, shard)
-    ]
-    return {
-        "duplicates": contents.count(DUPLICATE),
-        "test_documents": contents.count(TEST),
-        "masked_documents": sum(shard.masked for shard in contents.shards),
-        "validation_files": contents.names("validation")[:MOST_TOLD],
-        "test_files": contents.names("test")[:MOST_TOLD],
-        "sources": [_account(contents, number, capacity) for number in range(len(contents.settings))],
-        "bad_records": bad[: 5 * MOST_TOLD],
-    }
-
-
-def _account(contents: CorpusContents, number: int, capacity: int) -> dict[str, Any]:
     entry = contents.settings[number]
     members = [i for i, file in enumerate(contents.files) if file.source == number]
     mine = [contents.shards[i] for i in members]
@@ -81,45 +84,41 @@ def _account(contents: CorpusContents, number: int, capacity: int) -> dict[str, 
         parts.append(documents.lengths)
         text_bytes += int(documents.sizes.sum())
     lengths = np.concatenate(parts)
-    return {
-        "path": entry.path,
-        "config": entry.config,
-        "split": entry.split,
-        "weight": entry.weight,
-        "files": len(members),
-        "documents": len(lengths),
-        "train_documents": contents.count(TRAIN, members),
-        "validation_documents": contents.count(VALIDATION, members),
-        "test_documents": contents.count(TEST, members),
-        "duplicates": contents.count(DUPLICATE, members),
-        "tokens": int(lengths.sum()),
-        "text_bytes": text_bytes,
-        "bytes_per_token": round(text_bytes / max(1, int(lengths.sum())), 4),
-        "tokens_per_document": _quantiles(lengths),
-        "longer_than_a_row": int((lengths > capacity).sum()),
-        "blank_documents": sum(shard.blank for shard in mine),
-        "masked_documents": sum(shard.masked for shard in mine),
-        "bad_records": sum(shard.num_bad for shard in mine),
-        "binary_files": found.binary + sum(shard.is_binary for shard in mine),
-        "empty_files": sum(_is_empty(contents.files[i]) for i in members),
-        "hidden_files": found.hidden,
-        "broken_links": found.broken_links,
-        "files_beside_records": found.beside_records,
-    }
+    return SourceFigures(
+        path=entry.path,
+        config=entry.config,
+        split=entry.split,
+        weight=entry.weight,
+        files=len(members),
+        documents=len(lengths),
+        train_documents=contents.count(TRAIN, members),
+        validation_documents=contents.count(VALIDATION, members),
+        test_documents=contents.count(TEST, members),
+        duplicates=contents.count(DUPLICATE, members),
+        tokens=int(lengths.sum()),
+        text_bytes=text_bytes,
+        bytes_per_token=round(text_bytes / max(1, int(lengths.sum())), 4),
+        tokens_per_document=_quantiles(lengths),
+        longer_than_a_row=int((lengths > capacity).sum()),
+        blank_documents=sum(shard.blank for shard in mine),
+        masked_documents=sum(shard.masked for shard in mine),
+        bad_records=sum(shard.num_bad for shard in mine),
+        binary_files=found.binary + sum(shard.is_binary for shard in mine),
+        empty_files=sum(_is_empty(contents.files[i]) for i in members),
+        hidden_files=found.hidden,
+        broken_links=found.broken_links,
+        files_beside_records=found.beside_records,
+    )
 
 
 def _is_empty(file: SourceFile) -> bool:
     return file.size == 0 and file.read is None
 
 
-def _quantiles(lengths: "NDArray[np.int64]") -> dict[str, int]:
+def _quantiles(lengths: "NDArray[np.int64]") -> DocumentLengths:
     if not len(lengths):
-        return {}
-    shares = {"smallest": 0.0, "p05": 0.05, "p50": 0.5, "p95": 0.95, "largest": 1.0}
-    return {
-        name: int(value)
-        for name, value in zip(shares, np.quantile(lengths, list(shares.values()), method="lower"), strict=True)
-    }
+        return DocumentLengths()
+    return DocumentLengths(*map(int, np.quantile(lengths, [0.0, 0.05, 0.5, 0.95, 1.0], method="lower")))
 
 
 # --- what a user should know

@@ -29,6 +29,10 @@ class FileProblem(Exception):  # noqa: N818 - not an error yet: the workflow may
     """A file that cannot be used as a whole; the text says where and why, without the file's name."""
 
 
+#: The setting that names a file, where the caller does not say which.
+THE_SOURCES = "the sources"
+
+
 class _HashingFile(FileIO):
     """A file that keeps the digest of what was read of it; a reader that buffers reads each byte once."""
 
@@ -48,7 +52,12 @@ class _HashingFile(FileIO):
 
 
 def read_pieces(
-    path: Path, *, compression: str, expected_digest: str, on_read: Callable[[int], None]
+    path: Path,
+    *,
+    compression: str,
+    expected_digest: str,
+    on_read: Callable[[int], None],
+    source: str = THE_SOURCES,
 ) -> Iterator[bytes]:
     """Yield a file's bytes in pieces of `PIECE_BYTES`; those of a .zst are up to 4 times as large, the last is smaller.
 
@@ -57,12 +66,13 @@ def read_pieces(
         compression: "", "gz" or "zst".
         expected_digest: xxh3-128 of the file as it lies on the disk.
         on_read: called with each number of bytes read from the disk.
+        source: the setting that names the file, for messages.
 
     Raises:
         FileProblem: it cannot be inflated to its end, or inflates without end.
         SourceError: it changed, vanished or became unreadable since its digest was taken.
     """
-    with naming_errors(path), _HashingFile(path, on_read) as file:
+    with naming_errors(path, source), _HashingFile(path, on_read) as file:
         pieces = {"gz": _inflate_gzip, "zst": _inflate_zstd}.get(compression, _read_plain)(file)
         with closing(pieces):  # before the file is, also when the caller stops half-way
             yield from pieces if not compression else _bounded(pieces, file)
@@ -71,8 +81,13 @@ def read_pieces(
 
 
 @contextmanager
-def naming_errors(path: Path) -> Iterator[None]:
-    """Raise an operating system's error about a file as a `SourceError` that names it."""
+def naming_errors(path: Path, source: str = THE_SOURCES) -> Iterator[None]:
+    """Raise an operating system's error about a file as a `SourceError` that names it.
+
+    Args:
+        path: the file.
+        source: the setting that names it.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -81,7 +96,7 @@ def naming_errors(path: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         said = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
-        advice = advise_on(error, "Mend it or leave it out of pretokenize.sources")
+        advice = advise_on(error, f"Mend it or leave it out of {source}")
         raise SourceError(f"{said}. {advice}.") from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from mlxflow.data import sources, splits
+from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.records import Shape
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
@@ -175,7 +176,7 @@ def _file(
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         raise SourceError(
-            f"{name}: cannot be read ({said}). {advise_on(error, 'Mend it or leave it out of pretokenize.sources')}."
+            f"{name}: cannot be read ({said}). {advise_on(error, f'Mend it or leave it out of {entry.key}')}."
         ) from error
     return SourceFile(
         name,
@@ -189,6 +190,7 @@ def _file(
         entry.format_,
         entry.text_key,
         is_unchanged=partial(cache.is_unchanged, path),
+        key=entry.key,
     )
 
 
@@ -221,7 +223,9 @@ def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: Obser
         )
 
 
-def check(files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, max_share: float) -> None:
+def check(
+    files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, max_share: float, names: CorpusNames
+) -> None:
     """Refuse a corpus with records that cannot be used, or with too many of them.
 
     Args:
@@ -229,6 +233,7 @@ def check(files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, 
         shards: of each.
         skips: leave bad records out as long as they are few.
         max_share: of all records, that may be left out.
+        names: of the settings, for messages.
 
     Raises:
         SourceError: one line for each of the first bad records.
@@ -240,12 +245,12 @@ def check(files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, 
     shown = min(len(bad), MOST_TOLD)
     more = [f"and {count - shown:,} more"] if count > shown else []
     if not skips:
-        how = ', or set pretokenize.on_bad_record = "skip".'
+        how = f', or set {names.of("on_bad_record")} = "skip".'
         raise SourceError(*(f"{line}{how}" for _, line in bad[:MOST_TOLD]), *more)
     total = count + sum(shard.num_documents for shard in shards)
     if count > max_share * total:
         raise SourceError(
-            f"pretokenize.max_bad_records = {max_share}: {count:,} of {total:,} records cannot be used, "
+            f"{names.of('max_bad_records')} = {max_share}: {count:,} of {total:,} records cannot be used, "
             f"a share of {count / total:.4f}. Mend them or raise it.",
             *(f"{line}." for _, line in bad[:MOST_TOLD]),
             *more,

@@ -15,6 +15,7 @@ from mlxflow.data import (
     tokenizer_folder,
 )
 from mlxflow.data.bin_packing import Packing
+from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_report import CorpusContents
 from mlxflow.data.documents import TrainOn
 from mlxflow.data.encoder import choose_encoder
@@ -61,6 +62,7 @@ class CorpusRequest(NamedTuple):
         train_on: what of conversations is trained on.
         workers: files tokenized at a time.
         layout: of the rows.
+        names: of the settings, for messages.
     """
 
     inputs: Sequence[Path | Corpus]
@@ -73,6 +75,7 @@ class CorpusRequest(NamedTuple):
     train_on: TrainOn
     workers: int
     layout: RowLayout
+    names: CorpusNames
 
 
 class CorpusFiles(NamedTuple):
@@ -141,7 +144,7 @@ def run_job(request: CorpusRequest, files: CorpusFiles, context: Context) -> Pac
         context.digests.settle(file.path for file in found if file.read is None)
         contents = _select(request, found, shard_builder.open_shards(store, tokenized.keys))
         endings = end_tokens.endings_of(contents.shards, vocabulary)
-        counts = _write_sides(request.layout, files, context, vocabulary, contents, endings)
+        counts = _write_sides(request, files, context, vocabulary, contents, endings)
         store.collect(context.task, tokenized.keys, context.tasks)
     _write_tokenizer(vocabulary, files, endings)
     files.names.write_text("".join(f"{file.name}\n" for file in found), encoding="utf-8")
@@ -162,6 +165,7 @@ def _tokenize(
         train_on=request.train_on,
         store=store,
         workers=request.workers,
+        names=request.names,
     )
     with show_progress("tokenizing", sum(file.size for file in files)) as (progress, watch):
         return tokenizing.run(files, progress, watch), encoder.name
@@ -174,7 +178,7 @@ def _select(request: CorpusRequest, files: Sequence[SourceFile], shards: Sequenc
         SourceError: there are bad records, or a side has no documents.
     """
     most = request.max_bad_records
-    input_files.check(files, shards, skips=most is not None, max_share=most or 0.0)
+    input_files.check(files, shards, skips=most is not None, max_share=most or 0.0, names=request.names)
     chosen = document_selection.select(
         shards,
         fixed_sides=[file.side for file in files],
@@ -186,13 +190,13 @@ def _select(request: CorpusRequest, files: Sequence[SourceFile], shards: Sequenc
     )
     held_out = document_selection.held_out_share(chosen, request.holdout)
     contents = CorpusContents(request.sources, files, shards, chosen, held_out)
-    shortage.require_documents(contents, "train")
-    shortage.require_documents(contents, "validation")
+    shortage.require_documents(contents, "train", request.names)
+    shortage.require_documents(contents, "validation", request.names)
     return contents
 
 
 def _write_sides(
-    rows: RowLayout,
+    request: CorpusRequest,
     files: CorpusFiles,
     context: Context,
     vocabulary: Vocabulary,
@@ -200,6 +204,7 @@ def _write_sides(
     endings: Endings,
 ) -> dict[str, Counts]:
     """Write both token files and return what became of the documents of each."""
+    rows = request.layout
     sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {
         "train": (document_selection.TRAIN, "all", files.train),
         "validation": (document_selection.VALIDATION, "all", files.validation),
@@ -232,7 +237,9 @@ def _write_sides(
                 metadata=metadata | tensor_writing.provenance_metadata(context.provenance),
                 watch=watch,
             )
-        shortage.require_rows(contents, side, counts[side], context_length=rows.context_length, on_long=rows.on_long)
+        shortage.require_rows(
+            contents, side, counts[side], request.names, context_length=rows.context_length, on_long=rows.on_long
+        )
     return counts
 
 

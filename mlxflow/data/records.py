@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxflow.data.decompression import naming_errors, read_pieces
+from mlxflow.data.decompression import THE_SOURCES, naming_errors, read_pieces
 from mlxflow.data.items import Bad as Bad
 from mlxflow.data.items import PlainText as PlainText
 from mlxflow.data.items import Record as Record
@@ -54,6 +54,7 @@ def read_file(
     form: RecordForm,
     strict: bool,
     on_read: Callable[[int], None],
+    source: str = THE_SOURCES,
 ) -> Iterator[list[Record | PlainText | Bad]]:
     """Yield the records of a file in batches of a few megabytes.
 
@@ -64,13 +65,14 @@ def read_file(
         form: of its records; a .json or .csv file without any is a text like any other file ...
         strict: ... unless this is set; then it is a problem.
         on_read: called with each number of bytes read.
+        source: the setting that names the file, for messages.
 
     Raises:
         FileProblem: the file as a whole cannot be used.
         SourceError: it changed, vanished or became unreadable, or a library is missing.
     """
     if shape.kind == "parquet":
-        with naming_errors(path):
+        with naming_errors(path, source):
             before = path.stat()
             yield from read_parquet(path, form)
             on_read(before.st_size)
@@ -79,7 +81,9 @@ def read_file(
             if not is_same or digest_file(path).content != expected_digest:
                 raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")
         return
-    pieces = read_pieces(path, compression=shape.compression, expected_digest=expected_digest, on_read=on_read)
+    pieces = read_pieces(
+        path, compression=shape.compression, expected_digest=expected_digest, on_read=on_read, source=source
+    )
     if shape.kind == "jsonl":
         yield from read_lines(pieces, form)
     elif shape.kind == "json":

@@ -60,9 +60,10 @@ class Counts(NamedTuple):
     dropped: int
     rows_without_targets: int
 
-    def report(self) -> dict[str, Any]:
-        """Return the counts for a report, with the share of slots that hold a token."""
-        return {**self._asdict(), "real_token_share": round(self.tokens / max(1, self.slots), 6)}
+    @property
+    def real_token_share(self) -> float:
+        """Share of the slots that hold a token, to six digits."""
+        return round(self.tokens / max(1, self.slots), 6)
 
 
 # Documents that are packed together: enough of them that hardly a row is left with room.

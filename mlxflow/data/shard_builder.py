@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from mlxflow.data.decompression import FileProblem
+from mlxflow.data.corpus_names import CorpusNames
+from mlxflow.data.decompression import THE_SOURCES, FileProblem
 from mlxflow.data.document_encoder import DocumentEncoder, Unwritable
 from mlxflow.data.documents import Document, Formatter, NoTemplateError, TrainOn
 from mlxflow.data.encoder import Encoder
@@ -48,6 +49,7 @@ class SourceFile(NamedTuple):
         text_key: the key of a text.
         read: yields its records where it is no file.
         is_unchanged: whether it is as it was when its digest was taken.
+        key: the setting that names its source, for messages.
     """
 
     name: str
@@ -62,6 +64,7 @@ class SourceFile(NamedTuple):
     text_key: str
     read: Callable[[], Iterator[list[Any]]] | None = None
     is_unchanged: Callable[[], bool] = lambda: True
+    key: str = THE_SOURCES
 
     def items(self, formatter: Formatter, on_read: Callable[[int], None]) -> "Iterator[list[Record | PlainText | Bad]]":
         """Yield the file's records; see `records.read_file`."""
@@ -77,6 +80,7 @@ class SourceFile(NamedTuple):
                 form=formatter.record_form,
                 strict=self.format_ != "auto",
                 on_read=on_read,
+                source=self.key,
             )
         except FileProblem as problem:  # a reader that stops half-way has not compared the digest
             if self.is_unchanged():
@@ -123,19 +127,28 @@ class Tokenizing:
         train_on: what of conversations is trained on.
         store: where shards are kept.
         workers: files that are worked on at a time.
+        names: of the settings, for messages.
     """
 
     def __init__(
-        self, *, vocabulary: Vocabulary, encoder: Encoder, train_on: TrainOn, store: ShardStore, workers: int
+        self,
+        *,
+        vocabulary: Vocabulary,
+        encoder: Encoder,
+        train_on: TrainOn,
+        store: ShardStore,
+        workers: int,
+        names: CorpusNames,
     ) -> None:
         self._vocabulary = vocabulary
         self._encoder = DocumentEncoder(vocabulary, encoder)
         self._train_on: TrainOn = train_on
         self._store = store
         self._workers = workers
+        self._setting_names = names
         template = vocabulary.template.source if vocabulary.template else None
-        names = {k: v for k, v in vocabulary.config.items() if k.endswith("_token")}
-        self._settings = [FORMAT, vocabulary.identity, template, names if template else None, train_on]
+        special = {k: v for k, v in vocabulary.config.items() if k.endswith("_token")}
+        self._settings = [FORMAT, vocabulary.identity, template, special if template else None, train_on]
         self._stopped = Event()
 
     def key(self, file: SourceFile) -> str:
@@ -177,7 +190,7 @@ class Tokenizing:
         except NoTemplateError as error:
             raise SourceError(
                 f"{file.name}: holds conversations, and the tokenizer has no chat template. "
-                'Set pretokenize.chat_template = "FILE.jinja".'
+                f'Set {self._setting_names.of("chat_template")} = "FILE.jinja".'
             ) from error
         except FileProblem as problem:
             with self._store.write(key, self._vocabulary.dtype) as writer:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_report import CorpusContents, count_of, list_some
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION
 from mlxflow.data.input_files import problems_of
@@ -14,8 +15,13 @@ from mlxflow.errors import SourceError
 _ACT = {"train": "train on", "validation": "validate on"}
 
 
-def require_documents(contents: CorpusContents, side: Literal["train", "validation"]) -> None:
+def require_documents(contents: CorpusContents, side: Literal["train", "validation"], names: CorpusNames) -> None:
     """Refuse a corpus without a document on a side.
+
+    Args:
+        contents: the corpus.
+        side: the side.
+        names: of the settings, for messages.
 
     Raises:
         SourceError: there is none; the message says what became of those there were.
@@ -26,14 +32,15 @@ def require_documents(contents: CorpusContents, side: Literal["train", "validati
     facts = list(_facts(contents, side))
     key = "sources" if side == "train" else "validation_sources"
     raise SourceError(
-        f"pretokenize.{key}: no document is left to {_ACT[side]}: {'; '.join(facts)}. {_advise(contents, side)}"
+        f"{names.of(key)}: no document is left to {_ACT[side]}: {'; '.join(facts)}. {_advise(contents, side, names)}"
     )
 
 
-def _advise(contents: CorpusContents, side: str) -> str:
+def _advise(contents: CorpusContents, side: str, names: CorpusNames) -> str:
     """Return what to do about a side without documents."""
     if any(shard.masked for shard in contents.shards):
-        return 'Mend the chat template, which leaves the answers out, or set pretokenize.train_on = "all".'
+        how = "Mend the chat template, which leaves the answers out, or set"
+        return f'{how} {names.of("train_on")} = "all".'
     if side == "train" and (contents.names("test") or contents.names("validation")):
         return "Name the file itself, or the split of a data set, to train on it."
     if any(shard.num_bad for shard in contents.shards):
@@ -41,13 +48,16 @@ def _advise(contents: CorpusContents, side: str) -> str:
     return "Name a file, a folder or a glob with text in it."
 
 
-def require_rows(contents: CorpusContents, side: str, counts: Counts, *, context_length: int, on_long: str) -> None:
+def require_rows(
+    contents: CorpusContents, side: str, counts: Counts, names: CorpusNames, *, context_length: int, on_long: str
+) -> None:
     """Refuse rows that are too few, or in which there is nothing to learn or to measure.
 
     Args:
         contents: the corpus.
         side: "train" or "validation".
         counts: what became of its documents.
+        names: of the settings, for messages.
         context_length: positions that the model sees.
         on_long: what becomes of conversations longer than a row.
 
@@ -58,25 +68,26 @@ def require_rows(contents: CorpusContents, side: str, counts: Counts, *, context
     if counts.targets and counts.tokens >= wanted:
         return
     lost = counts.truncated + counts.dropped
+    sources, length = names.of("sources"), names.of("context_length")
     if counts.documents and not counts.targets and lost:
         raise SourceError(
-            f"pretokenize.sources: no row of the {side} documents holds a token to train on: {lost:,} of "
+            f"{sources}: no row of the {side} documents holds a token to train on: {lost:,} of "
             f"{counts.documents:,} conversations are longer than the {context_length + 1:,} tokens of a row, and "
-            f'pretokenize.on_long = "{on_long}" leaves {"them" if counts.dropped else "their answers"} out. '
-            'Raise pretokenize.context_length, or set pretokenize.on_long = "split".'
+            f'{names.of("on_long")} = "{on_long}" leaves {"them" if counts.dropped else "their answers"} out. '
+            f'Raise {length}, or set {names.of("on_long")} = "split".'
         )
     facts = [fact for fact in _facts(contents, side) if contents.count(DUPLICATE)]
     more = f" ({'; '.join(facts)})" if facts else ""
     if side == "validation":
         what = "the end of the only document is too short to be held out" if contents.held_out else ""
         raise SourceError(
-            f"pretokenize.sources: {what or f'the validation documents have {counts.tokens:,} tokens, 2 are needed'}"
-            f"{more}. Add text, or name documents in pretokenize.validation_sources."
+            f"{sources}: {what or f'the validation documents have {counts.tokens:,} tokens, 2 are needed'}"
+            f"{more}. Add text, or name documents in {names.of('validation_sources')}."
         )
     raise SourceError(
-        f"pretokenize.sources: the train documents have {counts.tokens:,} tokens"
+        f"{sources}: the train documents have {counts.tokens:,} tokens"
         f"{' beside the end that is held out' if contents.held_out else ''}{more}, one row of "
-        f"pretokenize.context_length = {context_length} needs {wanted:,}. Add text, or lower the context length."
+        f"{length} = {context_length} needs {wanted:,}. Add text, or lower the context length."
     )
 
 

@@ -116,12 +116,13 @@ class TokenFile(NamedTuple):
             raise ArtifactError(f"{path}: damaged (its metadata names ids that are none). Run: doit pretokenize")
         return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3], ends)
 
-    def full_rows(self, batch_size: int, key: str) -> Rows:
+    def full_rows(self, batch_size: int, key: str, *, sources: str = "the sources") -> Rows:
         """Return the rows, at least one batch of them.
 
         Args:
             batch_size: rows that one batch holds.
             key: the setting that asks for them, for the message.
+            sources: the setting that names the text, for the message.
 
         Raises:
             SourceError: there are fewer rows.
@@ -129,7 +130,7 @@ class TokenFile(NamedTuple):
         if self.rows.num_rows < batch_size:
             raise SourceError(
                 f"{key} = {batch_size}: the training text fills {self.rows.num_rows} rows of {self.context_length} "
-                f"tokens. Lower {key} or add text to pretokenize.sources."
+                f"tokens. Lower {key} or add text to {sources}."
             )
         return self.rows
 

@@ -106,7 +106,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens
 
 
 def trained_vocabulary(
-    definition: str, *, context_length: int, template: str | None, template_key: str = "pretokenize.chat_template"
+    definition: str, *, context_length: int, template: str | None, template_key: str = "chat_template"
 ) -> Vocabulary:
     """Return a tokenizer trained here with its settings.
 
@@ -134,7 +134,12 @@ def trained_vocabulary(
 
 
 def open_vocabulary(
-    files: Mapping[str, Path], *, template: str | None, name: str, template_key: str = "pretokenize.chat_template"
+    files: Mapping[str, Path],
+    *,
+    template: str | None,
+    name: str,
+    key: str = "tokenizer.from",
+    template_key: str = "chat_template",
 ) -> Vocabulary:
     """Return a tokenizer that exists.
 
@@ -142,12 +147,13 @@ def open_vocabulary(
         files: of its folder, by their names below it; see `mlxflow.storage.model_files.tokenizer_files`.
         template: of conversations, instead of its own.
         name: the folder or hub id, for the messages.
+        key: the setting that names the tokenizer, for messages.
         template_key: the setting that names the template, for messages.
 
     Raises:
         SourceError: the files are no tokenizer, one without an end of text, or one whose ids differ between two runs.
     """
-    key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
+    key = f"{key} = {json.dumps(name)}"
     if "tokenizer.json" not in files:
         raise SourceError(
             f"{key}: has no tokenizer.json. Save it once with transformers: "

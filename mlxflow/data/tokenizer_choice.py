@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mlxflow.data import chat, tokenizer, tokenizer_folder, tokenizer_sample
 from mlxflow.data.chatml import CHATML
+from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_tables import TokenizerConfig
 from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
 from mlxflow.data.progress import show_progress
@@ -27,6 +28,7 @@ class TokenizerRequest(NamedTuple):
         files: of a tokenizer that exists; none for one of the hub or a new one.
         template_file: a Jinja file with the chat template; None for the tokenizer's own.
         template_key: the setting that names that file, for messages.
+        names: of the settings, for messages.
         version: of the stage; a tokenizer trained by another one is not used again.
     """
 
@@ -34,6 +36,7 @@ class TokenizerRequest(NamedTuple):
     files: tuple[Path, ...]
     template_file: Path | None
     template_key: str
+    names: CorpusNames
     version: int
 
 
@@ -53,15 +56,18 @@ def choose_vocabulary(
         SourceError: the tokenizer or the chat template cannot be used.
     """
     template = request.template_file.read_text(encoding="utf-8") if request.template_file else None
-    name = request.table.from_
+    name, key = request.table.from_, request.names.of("tokenizer.from")
     if not name:
         return _trained(request, files, template, holdout=holdout, context_length=context_length, kept=kept)
     with remote_code.trusting_code(request.table.trust_remote_code), scratch_folder() as scratch:
         folder = request.files[0].parent if request.files else Path()
         found = {path.relative_to(folder).as_posix(): path for path in request.files}
-        found = found or tokenizer_folder.hub_files(name)
-        found = tokenizer_folder.converted(found, scratch, name)
-        return tokenizer.open_vocabulary(found, template=template, name=name, template_key=request.template_key)
+        found = found or tokenizer_folder.hub_files(name, key)
+        trust_key = request.names.of("tokenizer.trust_remote_code")
+        found = tokenizer_folder.converted(found, scratch, name, key=key, trust_key=trust_key)
+        return tokenizer.open_vocabulary(
+            found, template=template, name=name, key=key, template_key=request.template_key
+        )
 
 
 def _trained(

@@ -23,27 +23,30 @@ def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def hub_files(name: str) -> dict[str, Path]:
+def hub_files(name: str, key: str) -> dict[str, Path]:
     """Return the tokenizer files of a model on the hub, from the local cache where they are, else downloaded.
 
     Args:
         name: `owner/name`, or `owner/name@revision`.
+        key: the setting that names it, for messages.
 
     Raises:
         SourceError: it cannot be fetched.
     """
     patterns = [*model_files.TOKENIZER_PATTERNS, *(["*.py"] if remote_code.trusts_code() else [])]
-    folder = hub.fetch(name, patterns=patterns, key="pretokenize.tokenizer.from")
+    folder = hub.fetch(name, patterns=patterns, key=key)
     return {file: folder / file for file in model_files.tokenizer_files(folder)}
 
 
-def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]:
+def converted(files: Mapping[str, Path], to: Path, name: str, *, key: str, trust_key: str) -> dict[str, Path]:
     """Return the files of a tokenizer with a `tokenizer.json`, which is written by the folder's own code.
 
     Args:
         files: of its folder, by their names below it.
         to: an empty folder, for what is written.
         name: the folder or hub id, for the messages.
+        key: the setting that names it, for messages.
+        trust_key: the setting that trusts its code, for messages.
 
     Returns:
         the files as they are where there is a `tokenizer.json`, or none and no code to write one.
@@ -55,9 +58,8 @@ def converted(files: Mapping[str, Path], to: Path, name: str) -> dict[str, Path]
     file, code = remote_code.tokenizer_code(config.parent) if config else ("", "")
     if config is None or not code:
         return dict(files)
-    key = f"pretokenize.tokenizer.from = {json.dumps(name)}"
+    key = f"{key} = {json.dumps(name)}"
     if not remote_code.trusts_code():
-        trust_key = "pretokenize.tokenizer.trust_remote_code"
         raise SourceError(f"{key}: {model_code.word_untrusted(file, code, trust_key)}")
     from transformers import AutoTokenizer
 

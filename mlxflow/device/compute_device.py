@@ -117,11 +117,12 @@ def turn(task: str, root: Path, device: str, *, measures: bool) -> AbstractConte
     return hold(device_lock(), waiting, wait=True, shared=shared, about=f"({task} of {root.resolve()})")
 
 
-def select(device: str) -> str:
+def select(device: str, *, key: str = "device") -> str:
     """Make a device MLX's default and return "gpu" or "cpu".
 
     Args:
         device: "auto" (the GPU where there is one), "gpu" or "cpu".
+        key: the setting, for the message.
 
     Raises:
         WorkflowError: a GPU was asked for where MLX has none.
@@ -130,7 +131,7 @@ def select(device: str) -> str:
 
     has_gpu = mx.metal.is_available() or (hasattr(mx, "cuda") and mx.cuda.is_available())
     if device == "gpu" and not has_gpu:
-        raise WorkflowError('workflow.device = "gpu": MLX finds no GPU here. Use workflow.device = "auto".')
+        raise WorkflowError(f'{key} = "gpu": MLX finds no GPU here. Use {key} = "auto".')
     chosen = "gpu" if has_gpu and device != "cpu" else "cpu"
     mx.set_default_device(mx.gpu if chosen == "gpu" else mx.cpu)
     bound_graphs()

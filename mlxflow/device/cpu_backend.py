@@ -96,10 +96,14 @@ def thread_count() -> int:
     return int(getattr(ctypes.CDLL(name), _thread_functions(name)[1])()) if name else 1
 
 
-def fix_threads(threads: int) -> None:
+def fix_threads(threads: int, *, key: str = "threads") -> None:
     """Set the number of threads of the BLAS, whatever the number of processors.
 
     Call it before MLX is imported. MLX's own operations, and a BLAS that is built into it, use one thread each.
+
+    Args:
+        threads: of matrix products.
+        key: the setting, for the message.
 
     Raises:
         WorkflowError: the BLAS does not support that many.
@@ -113,9 +117,7 @@ def fix_threads(threads: int) -> None:
         library.MKL_Set_Dynamic(0)  # else it may use fewer
     getattr(library, _thread_functions(name)[0])(threads)
     if (most := thread_count()) != threads:
-        raise WorkflowError(
-            f"workflow.threads = {threads}: {name} computes with {most} at most. Use workflow.threads = {most}."
-        )
+        raise WorkflowError(f"{key} = {threads}: {name} computes with {most} at most. Use {key} = {most}.")
 
 
 def _thread_functions(library: str) -> tuple[str, str]:

@@ -33,13 +33,14 @@ def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> 
     return model
 
 
-def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str) -> None:
+def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str, *, limit_key: str) -> None:
     """Make sure that the weights of a new model alone fit into the memory; MLX ends the process where they do not.
 
     Args:
         config: a `config.json`.
         memory_limit_bytes: what MLX may use.
         key: the setting that describes the model, for the message.
+        limit_key: the setting of the memory limit, for the message.
 
     Raises:
         ArtifactError: they do not.
@@ -48,7 +49,7 @@ def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str) -
     if needed > memory_limit_bytes:
         raise ArtifactError(
             f"{key}: its weights take {needed:,} bytes, memory limit {memory_limit_bytes:,}. "
-            "Make the model smaller, or raise workflow.memory_limit."
+            f"Make the model smaller, or raise {limit_key}."
         )
 
 

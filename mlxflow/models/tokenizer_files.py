@@ -15,13 +15,14 @@ from mlxflow.system.os_errors import advise_on
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
+def require_tokenizer(folder: Path, tokenizer_file: Path, key: str, *, tokens_key: str) -> None:
     """Check that tokens were made with a model's own tokenizer, if its folder has one.
 
     Args:
         folder: a model folder.
         tokenizer_file: the `tokenizer.json` that the tokens were made with.
         key: the setting that names the folder, for the message.
+        tokens_key: the setting that names the tokenizer of the tokens, for the message.
 
     Raises:
         ArtifactError: the two tokenizers map ids differently, or the folder's cannot be compared or read.
@@ -43,8 +44,7 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str) -> None:
         raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). {advice}.") from error
     if not is_same:
         raise ArtifactError(
-            f"{key}: the tokens were not made with the tokenizer of {folder}. "
-            "Set pretokenize.tokenizer.from to the same folder."
+            f"{key}: the tokens were not made with the tokenizer of {folder}. Set {tokens_key} to the same folder."
         )
 
 

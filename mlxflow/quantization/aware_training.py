@@ -17,6 +17,7 @@ from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters, build, kernel_selection, objective, run
+from mlxflow.training.figures import TrainingFigures, TrainingRun
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.workflow.stage import Context, derive_seed
 
@@ -30,17 +31,14 @@ class RoundedTraining(NamedTuple):
     Attributes:
         packed: the codes of the layers that the last forward pass used, by module path.
         kernels: names of those in use.
-        figures: of the run, as `training.run.report_of` returns them.
+        figures: of the training.
+        run: what may differ between two equal runs.
     """
 
     packed: dict[str, Packed]
     kernels: list[str]
-    figures: dict[str, Any]
-
-    def report(self) -> dict[str, Any]:
-        """Return what the report of the stage says of the training."""
-        training = {key: value for key, value in self.figures.items() if key != "run"}
-        return {"kernels": self.kernels, "training": training, "run": self.figures["run"]}
+    figures: TrainingFigures
+    run: TrainingRun
 
 
 class AwareTraining(NamedTuple):
@@ -118,7 +116,7 @@ def train_rounded(
     """
     model, names = dense.model, request.names
     settings = suited(request.settings, model, learning_rate=request.learning_rate)
-    rows = tokens.train.full_rows(settings.batch_size, names.of("batch_size"))
+    rows = tokens.train.full_rows(settings.batch_size, names.of("batch_size"), sources=names.sources)
     teacher = _open_teacher(dense.folder) if request.distills else None
     if settings.adapter_shape is not None:
         adapters.add_adapters(
@@ -146,7 +144,8 @@ def train_rounded(
         packed = pack()
         mx.eval(packed)
     adapter_files.fuse(model)
-    return RoundedTraining(packed, kernels.selected, run.report_of(result, kernels, keeps_best=False))
+    figures = TrainingFigures.of(result, keeps_best=False)
+    return RoundedTraining(packed, kernels.selected, figures, TrainingRun.of(result, kernels))
 
 
 def _open_teacher(folder: Path) -> nn.Module:

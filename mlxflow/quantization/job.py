@@ -17,6 +17,7 @@ from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.quality import QualityLimits, measure_quality
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.streaming_export import Exported, export
+from mlxflow.stage_reports.quantize import QualityFigures
 from mlxflow.storage import tensor_writing
 from mlxflow.system import terminal
 from mlxflow.training.model_choices import default_objective
@@ -62,7 +63,7 @@ class QuantizationResult(NamedTuple):
     exported: Exported
     budget_losses: list[float] | None
     training: RoundedTraining | None
-    quality: dict[str, Any] | None
+    quality: QualityFigures | None
 
 
 def run_job(

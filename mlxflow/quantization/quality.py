@@ -14,6 +14,7 @@ from mlxflow.evaluation.dense_reference import kept_reference
 from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure_divergence
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
+from mlxflow.stage_reports.quantize import QualityFigures
 from mlxflow.storage import atomic_folders, model_files
 from mlxflow.storage.digests import digest_json
 from mlxflow.workflow.stage import Context
@@ -44,7 +45,7 @@ class QualityLimits(NamedTuple):
 
 def measure_quality(
     dense: Path, validation: TokenFile, *, layers: Mapping[str, Any], limits: QualityLimits, context: Context
-) -> dict[str, Any]:
+) -> QualityFigures:
     """Return what quantization costs, measured on the files.
 
     Args:
@@ -82,17 +83,17 @@ def measure_quality(
     if problems:
         worst = _worst_layers(_open_dense(dense), model, layers, rows, masks=masks)
         raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
-    return {
-        "tokens": found.dense.tokens,
-        "dense_perplexity": found.dense.perplexity,
-        "dense_perplexity_standard_error": found.dense.standard_error,
-        "perplexity": found.quantized.perplexity,
-        "perplexity_standard_error": found.quantized.standard_error,
-        "perplexity_increase": found.perplexity_increase,
-        "kl": found.kl,
-        "kl_standard_error": found.kl_standard_error,
-        "top1_agreement": found.top1_agreement,
-    }
+    return QualityFigures(
+        tokens=found.dense.tokens,
+        dense_perplexity=found.dense.perplexity,
+        dense_perplexity_standard_error=found.dense.standard_error,
+        perplexity=found.quantized.perplexity,
+        perplexity_standard_error=found.quantized.standard_error,
+        perplexity_increase=found.perplexity_increase,
+        kl=found.kl,
+        kl_standard_error=found.kl_standard_error,
+        top1_agreement=found.top1_agreement,
+    )
 
 
 def _reference_key(dense: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:

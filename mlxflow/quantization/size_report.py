@@ -1,46 +1,52 @@
-"""Sizes of a quantized model for the report: bytes and bits per weight of the whole and of each layer."""
+"""The figures of a quantization for the report: sizes of the whole and of each layer from what was written."""
 
-from typing import Any
+from mlxflow.quantization.job import QuantizationResult
+from mlxflow.quantization.streaming_export import LayerFacts
+from mlxflow.stage_reports.quantize import LayerFigures, QuantizeReport
 
-from mlxflow.quantization.plan import QuantizationPlan
-from mlxflow.quantization.streaming_export import Exported, LayerFacts
 
-
-def sizes(exported: Exported, plan: QuantizationPlan, file_bytes: int) -> dict[str, Any]:
-    """Return the sizes of a written model for the report, by layer and whole.
+def report_of(method: str, made: QuantizationResult, file_bytes: int) -> QuantizeReport:
+    """Return the figures for the report, with sizes from what was written.
 
     Args:
-        exported: what was written.
-        plan: of its layers.
+        method: of quantization.
+        made: what the job made.
         file_bytes: of `model.safetensors`.
     """
-    default = plan.default
-    return {
-        "mode": default.mode,
-        "bits": default.bits,
-        "group_size": default.group_size,
-        "parameters": exported.parameters,
-        "bits_per_weight": 8 * exported.num_bytes / exported.parameters,
-        "dense_bits_per_weight": 8 * exported.dense_bytes / exported.parameters,
-        "model_bytes": file_bytes,
-        "compression_ratio_fp32": 4 * exported.parameters / file_bytes,
-        "compression_ratio_bf16": 2 * exported.parameters / file_bytes,
-        "quantized_layers": list(plan.layers),
-        "dense_layers": [*plan.skipped, *plan.undivided],
-        "layers": [_layer_row(layer) for layer in exported.layers],
-    }
+    plan, exported, training = made.plan, made.exported, made.training
+    return QuantizeReport(
+        method=method,
+        mode=plan.default.mode,
+        bits=plan.default.bits,
+        group_size=plan.default.group_size,
+        parameters=exported.parameters,
+        bits_per_weight=8 * exported.num_bytes / exported.parameters,
+        dense_bits_per_weight=8 * exported.dense_bytes / exported.parameters,
+        model_bytes=file_bytes,
+        compression_ratio_fp32=4 * exported.parameters / file_bytes,
+        compression_ratio_bf16=2 * exported.parameters / file_bytes,
+        quantized_layers=tuple(plan.layers),
+        dense_layers=(*plan.skipped, *plan.undivided),
+        layers=tuple(_layer_figures(layer) for layer in exported.layers),
+        layers_toml=None if made.budget_losses is None else plan.layers_toml(),
+        budget_losses=None if made.budget_losses is None else tuple(made.budget_losses),
+        kernels=tuple(training.kernels) if training else None,
+        training=training.figures if training else None,
+        quality=made.quality,
+        run=training.run if training else None,
+    )
 
 
-def _layer_row(layer: LayerFacts) -> dict[str, Any]:
+def _layer_figures(layer: LayerFacts) -> LayerFigures:
     setting = layer.setting
-    return {
-        "path": layer.path,
-        "shape": list(layer.shape),
-        "mode": setting.mode if setting else "dense",
-        "bits": setting.bits if setting else 0,
-        "group_size": setting.group_size if setting else 0,
-        "bytes": layer.num_bytes,
-        "parameters": layer.parameters,
-        "bits_per_weight": 8 * layer.num_bytes / layer.parameters,
-        "relative_error": layer.relative_error,
-    }
+    return LayerFigures(
+        path=layer.path,
+        shape=tuple(layer.shape),
+        mode=setting.mode if setting else "dense",
+        bits=setting.bits if setting else 0,
+        group_size=setting.group_size if setting else 0,
+        bytes=layer.num_bytes,
+        parameters=layer.parameters,
+        bits_per_weight=8 * layer.num_bytes / layer.parameters,
+        relative_error=layer.relative_error,
+    )

@@ -7,11 +7,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow.errors import ArtifactError
 from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
-from mlxflow.storage import layout, toml_text, unfinished_runs
+from mlxflow.stage_reports.benchmark import BenchmarkReport
+from mlxflow.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.stage_reports.profile import ProfileReport
+from mlxflow.stage_reports.quantize import QuantizeReport
+from mlxflow.stage_reports.report import PageReport, SampleText
+from mlxflow.stage_reports.train import TrainReport
+from mlxflow.storage import layout, report_structs, toml_text, unfinished_runs
+from mlxflow.storage.report_structs import F, Provenance, Report, StageReport
 from mlxflow.workflow.stage import Member
 
 _LARGEST_BYTES = 256_000_000
+
+_FORMS: dict[str, type[StageReport]] = {
+    "pretokenize": PretokenizeReport,
+    "train": TrainReport,
+    "quantize": QuantizeReport,
+    "profile": ProfileReport,
+    "benchmark": BenchmarkReport,
+}
 
 
 class LoadedStage(NamedTuple):
@@ -19,14 +35,14 @@ class LoadedStage(NamedTuple):
 
     Attributes:
         member: the stage.
-        report: empty where there is none.
+        report: None where there is none that can be read.
         state: fresh, stale, missing or damaged.
         said: the state in a sentence, with what to do.
         size_bytes: of the artifact's files.
     """
 
     member: Member
-    report: dict[str, Any]
+    report: Report[Any] | None
     state: str
     said: str
     size_bytes: int
@@ -40,6 +56,11 @@ class LoadedStage(NamedTuple):
     def kind(self) -> str:
         """The stage without its variant."""
         return self.member.task.partition(":")[0]
+
+    def figures(self, form: type[F]) -> F | None:
+        """Return the figures of the report; None where there is none or it is of another stage."""
+        found = self.report.figures if self.report else None
+        return found if isinstance(found, form) else None
 
 
 class Curve(NamedTuple):
@@ -73,7 +94,7 @@ class Run(NamedTuple):
     cut_off: dict[str, Timeline]
     lock: dict[str, Any]
     lock_problem: str
-    samples: list[dict[str, Any]]
+    samples: Sequence[SampleText]
     samples_problem: str
 
     def of_kind(self, kind: str) -> list[LoadedStage]:
@@ -82,7 +103,7 @@ class Run(NamedTuple):
 
 
 def read_run(
-    root: Path, members: Sequence[Member], *, name: str, label: str = "", samples: list[dict[str, Any]] | None = None
+    root: Path, members: Sequence[Member], *, name: str, label: str = "", samples: Sequence[SampleText] | None = None
 ) -> Run:
     """Read all that one run left.
 
@@ -141,22 +162,33 @@ def read_toml(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_stage(root: Path, member: Member) -> LoadedStage:
-    report, problem = read_toml(root / member.folder / layout.REPORT)
+    found, problem = read_toml(root / member.folder / layout.REPORT)
     size = sum(_size(root / path) for path in member.outputs)
     shown = (member.folder / layout.REPORT).as_posix()
     if problem == "is missing":
         said = f"{shown} is missing. Run: doit {member.task}"
-        return LoadedStage(member, {}, "missing", said + _last_words(root, member.task), size)
+        return LoadedStage(member, None, "missing", said + _last_words(root, member.task), size)
     if problem:
-        return LoadedStage(member, {}, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
-    made_by = table(report, "stage").get("mlxflow")
-    if made_by != version("mlxflow"):
-        wrote = f"mlxflow {made_by}" if isinstance(made_by, str) else "another version"
-        said = f"{shown} was written by {wrote}; what this version does not find in it is left out."
-        return LoadedStage(member, report, "stale", said, size)
+        return LoadedStage(member, None, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
+    form = _FORMS.get(member.task.partition(":")[0], StageReport)
+    try:
+        report = report_structs.parse(found, form, shown=shown, advice=f"Run: doit {member.task}")
+    except ArtifactError as error:
+        return LoadedStage(member, None, "damaged", f"{_written_by(found)}{error.problems[0]}", size)
+    if report.stage.mlxflow != version("mlxflow"):
+        return LoadedStage(member, report, "stale", f"{shown} was written by mlxflow {report.stage.mlxflow}.", size)
     if member.stale:
         return LoadedStage(member, report, "stale", f"{member.task} is out of date: {member.stale}.", size)
     return LoadedStage(member, report, "fresh", "", size)
+
+
+def _written_by(found: Mapping[str, Any]) -> str:
+    """Return a sentence where another version wrote a report; else nothing."""
+    stage = found.get("stage")
+    made_by = stage.get("mlxflow") if isinstance(stage, dict) else None
+    if not isinstance(made_by, str) or made_by == version("mlxflow"):
+        return ""
+    return f"mlxflow {made_by} wrote a report that this version cannot read: "
 
 
 def _last_words(root: Path, task: str) -> str:
@@ -175,20 +207,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def table(of: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """Return a table inside of a report, empty where there is none."""
-    found: Any = of
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
-
-
-def rows(of: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """Return an array of tables, without what is no table."""
-    found = of.get(key)
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def _read_curve(path: Path) -> Curve:
@@ -210,21 +228,25 @@ def _read_curve(path: Path) -> Curve:
     return Curve(records, said)
 
 
-def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[list[dict[str, Any]], str]:
+def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence[SampleText], str]:
     """Return the samples of the report stage's last run that the models of now wrote, and why others are left out."""
-    report, problem = read_toml(root / layout.stage_folder("report") / layout.REPORT)
+    shown = layout.stage_folder("report") / layout.REPORT
+    read, problem = read_toml(root / shown)
     if problem:
         return [], "No model was asked for a sample yet. Run: doit report"
-    known = {one.task: model_key(one.report) for one in stages}
-    kept = [one for one in rows(report, "samples") if known.get(str(one.get("model"))) == one.get("model_key")]
-    left_out = len(rows(report, "samples")) - len(kept)
+    try:
+        made = report_structs.parse(read, PageReport, shown=shown.as_posix(), advice="Run: doit report").figures.samples
+    except ArtifactError as error:
+        return [], f"No sample is shown: {error.problems[0]}"
+    known = {one.task: model_key(one.report.stage) for one in stages if one.report}
+    kept = [one for one in made if known.get(one.model) == one.model_key]
+    left_out = len(made) - len(kept)
     return kept, f"{left_out} samples of earlier models are left out. Run: doit report" if left_out else ""
 
 
-def model_key(report: Mapping[str, Any]) -> str:
-    """Return what a model was made of, so that a sample can be held against it."""
-    about = table(report, "stage")
-    return f"{about.get('settings_digest', '')}-{about.get('inputs_digest', '')}"
+def model_key(made: Provenance) -> str:
+    """Return what a model was made from, so that a sample can be compared with it."""
+    return f"{made.settings_digest}-{made.inputs_digest}"
 
 
 def column(records: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:

@@ -18,6 +18,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.benchmarking.model_measurement import ComparedModels
+    from mlxflow.stage_reports.benchmark import BenchmarkReport
 
 VERSION = 6
 
@@ -127,7 +128,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
     return config
 
 
-def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "BenchmarkReport":
     """Time training by every recipe, train a new model for a while, then measure every model.
 
     Raises:
@@ -140,6 +141,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.benchmarking.report_comparison import markdown_of_report
     from mlxflow.benchmarking.targets import keep_promises
     from mlxflow.benchmarking.time_budget import AskedAmounts, Budget, lowered
+    from mlxflow.stage_reports.benchmark import BenchmarkReport
 
     baseline = read_benchmark(inputs.baseline[0]) if inputs.baseline else None
     budget = Budget(config.max_seconds, task=context.task)
@@ -184,7 +186,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             max_regression=config.max_regression,
             task=context.task,
         )
-    return report
+    return msgspec.convert(report, BenchmarkReport)
 
 
 def _if_it_fits(compute: Callable[[], T]) -> T | None:
@@ -230,7 +232,8 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
     report = folder / layout.REPORT
     settings = read_settings(report, shown=str(report.relative_to(context.root)), task=config.input, key=key)
-    tokens.full_rows(max(config.batch_sizes) * settings.grad_accum_steps, f"{context.task}.batch_sizes")
+    most_rows = max(config.batch_sizes) * settings.grad_accum_steps
+    tokens.full_rows(most_rows, f"{context.task}.batch_sizes", sources=f"{config.data}.sources")
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
     has_adapters = settings.adapter_shape is not None
@@ -239,7 +242,7 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
         build=lambda: model_folder.build(model_config, seed=seed, code=folder),
         tokens=tokens,
         settings=settings,
-        names=SettingNames(config.input, f"{config.data}.context_length", "workflow.memory_limit"),
+        names=SettingNames.of_stage(config.input, config.data),
         batch_sizes=config.batch_sizes,
         num_steps=config.num_steps,
         memory_limit_bytes=context.memory_limit_bytes,

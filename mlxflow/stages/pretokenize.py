@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,7 @@ from mlxflow.workflow.stage import Artifacts, Context, Corpus
 if TYPE_CHECKING:
     from mlxflow.data.input_files import SourceSettings
     from mlxflow.data.job import CorpusRequest
+    from mlxflow.stage_reports.pretokenize import PretokenizeReport
 
 VERSION = 4
 
@@ -172,7 +173,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     report: Path = Path(layout.REPORT)
 
 
-def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "PretokenizeReport":
     """Tokenize what has no shard yet, choose the documents of each side, pack them into rows.
 
     A tokenizer or a chat template of others runs in a process whose time and memory are limited.
@@ -192,17 +193,18 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         finally:
             remove_unfinished(context.state / layout.SHARDS, process.end())
     context.digests.join(digests)
-    return dict(report)
+    return cast("PretokenizeReport", report)
 
 
-def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> tuple[dict[str, Any], Any]:
+def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> tuple["PretokenizeReport", Any]:
     """Do the work of the stage in a watched process; return its report and the digests of its inputs."""
     return work(config, inputs, outputs, context), context.digests
 
 
-def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "PretokenizeReport":
     """Do the work of the stage in this process; see `run`."""
     from mlxflow.data import corpus_report, job
+    from mlxflow.stage_reports.pretokenize import PretokenizeReport, PretokenizeRun
 
     files = job.CorpusFiles(
         outputs.tokenizer, outputs.tokenizer_config, outputs.train, outputs.validation, outputs.files
@@ -211,16 +213,25 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
     warnings = [*corpus_report.warnings(made.contents, made.counts), *made.endings.warnings()]
     lines = (*warnings, corpus_report.summary(made.contents, made.counts))
     terminal.say(*(f"{context.task}: {line}" for line in lines))
-    accounts = corpus_report.accounts(made.contents, capacity=config.context_length + 1)
-    report = _report(config, made.vocabulary, warnings, made.endings, made.counts)
-    return report | accounts | {"run": _run_facts(made.tokenized, made.engine)}
+    return PretokenizeReport.of(
+        made.contents,
+        made.counts,
+        made.endings,
+        vocab_size=made.vocabulary.size,
+        context_length=config.context_length,
+        packing=config.packing,
+        warnings=warnings,
+        run=PretokenizeRun.of(made.tokenized, made.engine),
+    )
 
 
 def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest":
     """Return what the table asks for."""
+    from mlxflow.data.corpus_names import CorpusNames
     from mlxflow.data.job import CorpusRequest, RowLayout
     from mlxflow.data.tokenizer_choice import TokenizerRequest
 
+    names = CorpusNames(context.task)
     return CorpusRequest(
         inputs=inputs.sources,
         owners=inputs.owners,
@@ -229,7 +240,8 @@ def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest
             config.tokenizer,
             inputs.tokenizer,
             inputs.template[0] if inputs.template else None,
-            f"pretokenize.chat_template = {json.dumps(config.chat_template)}",
+            f"{names.of('chat_template')} = {json.dumps(config.chat_template)}",
+            names=names,
             version=VERSION,
         ),
         holdout=0.0 if config.validation_sources else config.holdout,
@@ -238,34 +250,8 @@ def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest
         train_on=config.train_on,
         workers=config.workers,
         layout=RowLayout(config.context_length, config.packing, config.on_long),
+        names=names,
     )
-
-
-def _report(config: Config, vocabulary: Any, warnings: list[str], ends: Any, counts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary.size,
-        "context_length": config.context_length,
-        "packing": config.packing,
-        "warnings": warnings,
-        "end_tokens": list(ends.texts),
-        "added_ends": ends.added,
-        "conversations_with_control_tokens": ends.with_control_tokens,
-        **{side: count.report() for side, count in counts.items()},
-    }
-
-
-def _run_facts(tokenized: Any, engine: str) -> dict[str, Any]:
-    """Return the figures that differ between equal runs."""
-    import resource
-    import sys
-
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return {
-        "tokenized_files": tokenized.num_tokenized,
-        "kept_files": len(set(tokenized.keys)) - tokenized.num_tokenized,
-        "engine": engine,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes,
-    }
 
 
 def _source_settings(config: Config, number: int, entry: SourceConfig, context: Context) -> "SourceSettings":

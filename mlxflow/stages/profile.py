@@ -1,9 +1,9 @@
 """Measure the memory of real training steps."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.profiling.step_memory import ProfiledModel
+    from mlxflow.stage_reports.profile import ProfileReport, SuggestionFigures
     from mlxflow.training.settings import TrainingSettings
 
 VERSION = 6
@@ -24,13 +25,8 @@ VERSION = 6
 #: The artifact depends on this machine; another one makes it stale.
 DEVICE_BOUND = True
 
-# Growth of less is the allocator's; of the process's memory, whose readings are noisy, growth of less than a share too
-_ACTIVE_FLOOR_BYTES, _PROCESS_FLOOR_BYTES, _PROCESS_FLOOR_SHARE = 64, 4096, 0.01
 # Rows in which padding is counted
 _PADDING_ROWS = 1024
-# Fewer steps are all warm-up, seen from outside MLX
-_FEWEST_PROCESS_STEPS = 40
-# What is left of a run that was cut off; the page looks for it
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,7 +104,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
     return config
 
 
-def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "ProfileReport":
     """Train a copy of the model for some steps, as it was trained, and read the memory all the while.
 
     Raises:
@@ -116,7 +112,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     import mlx.core as mx
 
+    from mlxflow.profiling import profile_figures
     from mlxflow.profiling.profiler import MemoryProfiler
+    from mlxflow.stage_reports.profile import PeakFigures, PeakParts, ProfileReport, ProfileRun
     from mlxflow.storage import atomic_folders, tensor_writing
 
     with atomic_folders.writable(context.unfinished):
@@ -127,7 +125,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     before = profiler.read()
     settings = settings_of(config, inputs, context)
     try:
-        parts = _take_steps(config, inputs, context, profiler, settings)
+        taken = _take_steps(config, inputs, context, profiler, settings)
     finally:
         profiler.close()
     timeline = profiler.timeline()
@@ -135,19 +133,33 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tensor_writing.write_arrays(
         outputs.timeline, timeline, tensor_writing.provenance_metadata(context.provenance) | phases
     )
-    parts |= {"leak": _leak(timeline, context), "trend": _trend(timeline)}
-    figures = _figures(profiler, before)
-    _require_budgets(config, context, figures, parts)
-    return {
-        "batch_size": settings.batch_size,
-        "num_steps": config.num_steps,
-        "settings": settings.table(),
-        "memory_limit_bytes": context.memory_limit_bytes,
-        "cache_limit_bytes": profiler.limits.cache,
-        **figures,
-        **parts,
-        "run": {"mlx_device_info": {key: str(value) for key, value in mx.device_info().items()}},
-    }
+    active = timeline["active_memory_bytes"]
+    report = ProfileReport(
+        batch_size=settings.batch_size,
+        num_steps=config.num_steps,
+        settings=settings,
+        memory_limit_bytes=context.memory_limit_bytes,
+        cache_limit_bytes=profiler.limits.cache,
+        active_memory_bytes=int(active[-1]),
+        peak_memory_bytes=int(timeline["peak_memory_bytes"].max()),
+        cache_memory_bytes=int(timeline["cache_memory_bytes"].max()),
+        rss_before_bytes=before.rss_bytes,
+        rss_bytes=int(timeline["rss_bytes"].max()),
+        footprint_bytes=int(timeline["footprint_bytes"].max()),
+        available_bytes=int(timeline["available_bytes"].min()),
+        device_bytes=int(timeline["device_bytes"].max()),
+        median_step_seconds=profile_figures.median_step_seconds(profiler.phases),
+        phases=profile_figures.phases(profiler.totals),
+        peaks=tuple(PeakFigures(**peak._asdict()) for peak in profiler.highest_peaks),
+        model_bytes=taken.model_bytes,
+        composition=PeakParts(**taken.composition),
+        suggestions=taken.suggestions,
+        leak=profile_figures.leak(timeline, context.memory_limit_bytes),
+        trend=profile_figures.trend(timeline),
+        run=ProfileRun(mlx_device_info={key: str(value) for key, value in mx.device_info().items()}),
+    )
+    _require_budgets(config, context, report)
+    return report
 
 
 def settings_of(config: Config, inputs: Inputs, context: Context) -> "TrainingSettings":
@@ -178,7 +190,7 @@ def model_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> "
         vocab_size=tokens.vocab_size,
         context_length=tokens.context_length,
         seed=derive_seed(context.seed, context.task),
-        names=SettingNames(config.input, f"{config.data}.context_length", "workflow.memory_limit"),
+        names=SettingNames.of_stage(config.input, config.data),
     )
 
 
@@ -200,20 +212,35 @@ def _packing(inputs: Inputs, rows: Any) -> str:
     return str(report_files.read_report(inputs.tokens.with_name(layout.REPORT)).get("packing", seen))
 
 
-def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> dict[str, Any]:
+class _Taken(NamedTuple):
+    """What steps showed.
+
+    Attributes:
+        model_bytes: of the model's weights.
+        composition: bytes of the parts of the peak, by name.
+        suggestions: what would save memory; None where none were asked for.
+    """
+
+    model_bytes: int
+    composition: Mapping[str, int]
+    suggestions: "tuple[SuggestionFigures, ...] | None" = None
+
+
+def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any, settings: Any) -> _Taken:
     import numpy as np
 
     from mlxflow.data.token_file import TokenFile
     from mlxflow.profiling import step_memory, suggestions
+    from mlxflow.stage_reports.profile import SuggestionFigures
 
     tokens = TokenFile.open(inputs.tokens)
     model = model_of(config, inputs, context, tokens)
-    rows = tokens.full_rows(settings.rows_per_step, f"{context.task}.batch_size")
+    rows = tokens.full_rows(settings.rows_per_step, f"{context.task}.batch_size", sources=f"{config.data}.sources")
     with profiler.sampling():
         measured = step_memory.take_steps(model, rows, settings, profiler, num_steps=config.num_steps)
-    parts = {"model_bytes": measured.model_bytes, "composition": measured.composition}
+    taken = _Taken(measured.model_bytes, measured.composition)
     if not config.suggestions:
-        return parts
+        return taken
     marks = rows.marks[:_PADDING_ROWS]
     situation = suggestions.Situation(
         peaks=measured.peaks,
@@ -225,125 +252,48 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
     )
     made = suggestions.suggest(model, settings, situation)
     tables = {"packing": config.data, "cache_limit": "workflow"}
-    return parts | {
-        "suggestions": [
-            {
-                "key": f"{tables.get(one.name, config.input).partition(':')[0]}.{one.name}",
-                "value": one.value,
-                "saves_bytes": one.saves_bytes,
-                "evidence": one.evidence,
-            }
-            for one in made
-        ]
-    }
-
-
-def _leak(timeline: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Return what the readings at the steps' ends say of leaks: of arrays; softer, with MLX's cache; of the process."""
-    from mlxflow.profiling.leak_test import LeakTest, find_leak
-
-    def leak_report(found: LeakTest) -> dict[str, Any]:
-        return {name: value for name, value in found._asdict().items() if value is not None}
-
-    def softly(values: Any) -> dict[str, Any]:
-        if len(values) < _FEWEST_PROCESS_STEPS:
-            return {
-                "verdict": "none",
-                "bytes_per_step": 0.0,
-                "note": f"{_FEWEST_PROCESS_STEPS} steps are needed for a verdict",
-            }
-        return leak_report(
-            find_leak(
-                values,
-                floor_bytes_per_step=_PROCESS_FLOOR_BYTES,
-                floor_share=_PROCESS_FLOOR_SHARE,
-                limit_bytes=int(values[-1]) + int(timeline["available_bytes"][-1]),
+    return taken._replace(
+        suggestions=tuple(
+            SuggestionFigures(
+                key=f"{tables.get(one.name, config.input).partition(':')[0]}.{one.name}",
+                value=one.value,
+                saves_bytes=one.saves_bytes,
+                evidence=one.evidence,
             )
+            for one in made
         )
-
-    active = timeline["active_memory_bytes"]
-    limit = context.memory_limit_bytes
-    strict = find_leak(active, floor_bytes_per_step=_ACTIVE_FLOOR_BYTES, floor_share=0.0, limit_bytes=limit)
-    reserved = softly(active + timeline["cache_memory_bytes"])
-    return leak_report(strict) | {"reserved": reserved, "process": softly(timeline["rss_bytes"])}
+    )
 
 
-def _trend(timeline: dict[str, Any]) -> dict[str, float]:
-    """Return by how many bytes a step each reading rose or fell: the middle of the slopes between halves."""
-    import numpy as np
-
-    names = ("active_memory_bytes", "peak_memory_bytes", "cache_memory_bytes", "rss_bytes", "available_bytes")
-    half = len(timeline["step"]) // 2
-    if not half:
-        return {f"{name}_per_step": 0.0 for name in names}
-    apart = len(timeline["step"]) - half
-    return {
-        f"{name}_per_step": float(np.median(timeline[name][apart:] - timeline[name][:half])) / apart for name in names
-    }
-
-
-def _require_budgets(config: Config, context: Context, figures: dict[str, Any], parts: dict[str, Any]) -> None:
+def _require_budgets(config: Config, context: Context, report: "ProfileReport") -> None:
     """Fail, with the phase and what would help most, where more memory is used than is allowed.
 
     Raises:
         StageError: a line for each budget that is exceeded.
     """
-    highest = figures["peaks"][0]
-    phase = f" in {highest['phase']}" if highest["phase"] else ""
+    highest = report.peaks[0]
+    phase = f" in {highest.phase}" if highest.phase else ""
     over = (
-        ("max_peak_memory", figures["peak_memory_bytes"], f"step {highest['step']}{phase} took", ""),
-        ("max_leak_per_step", parts["leak"]["bytes_per_step"], "arrays leak", " a step"),
+        ("max_peak_memory", report.peak_memory_bytes, f"step {highest.step}{phase} took", ""),
+        ("max_leak_per_step", report.leak.bytes_per_step, "arrays leak", " a step"),
     )
     lines = []
     for name, bytes_, said, unit in over:
         budget = getattr(config, name)
         if budget and bytes_ > parse_size(budget, context.memory_limit_bytes):
             lines.append(
-                f'{context.task}.{name} = "{budget}": {said} {bytes_ / 1e6:,.3f} MB{unit}. {_advise(parts, name)}'
+                f'{context.task}.{name} = "{budget}": {said} {bytes_ / 1e6:,.3f} MB{unit}. {_advise(report, name)}'
             )
     if lines:
         raise StageError("\n".join(lines))
 
 
-def _advise(parts: dict[str, Any], name: str) -> str:
+def _advise(report: "ProfileReport", name: str) -> str:
     from mlxflow.workflow.config import toml_value
 
     if name == "max_leak_per_step":
         return "Look for arrays that are kept from step to step, or for sums that are never evaluated."
-    for one in parts.get("suggestions", []):
-        saves = f"which is predicted to save {one['saves_bytes'] / 1e6:,.3f} MB"
-        return f"Set {one['key']} = {toml_value(one['value'])}, {saves}."
+    for one in report.suggestions or ():
+        saves = f"which is predicted to save {one.saves_bytes / 1e6:,.3f} MB"
+        return f"Set {one.key} = {toml_value(one.value)}, {saves}."
     return "Raise it, or use a smaller model."
-
-
-def _figures(profiler: Any, before: Any) -> dict[str, Any]:
-    """Return the summary of the readings."""
-    import numpy as np
-
-    from mlxflow.profiling.step_memory import STEP
-
-    steps = profiler.timeline()
-    active = steps["active_memory_bytes"]
-    seconds = [phase.seconds for phase in profiler.phases if phase.name == STEP]
-    return {
-        "active_memory_bytes": int(active[-1]),
-        "peak_memory_bytes": int(steps["peak_memory_bytes"].max()),
-        "cache_memory_bytes": int(steps["cache_memory_bytes"].max()),
-        "rss_before_bytes": before.rss_bytes,
-        "rss_bytes": int(steps["rss_bytes"].max()),
-        "footprint_bytes": int(steps["footprint_bytes"].max()),
-        "available_bytes": int(steps["available_bytes"].min()),
-        "device_bytes": int(steps["device_bytes"].max()),
-        "median_step_seconds": float(np.median(seconds)),
-        "phases": [
-            {
-                "name": name,
-                "calls": total.calls,
-                "seconds": total.seconds,
-                "peak_memory_bytes": total.peak_memory_bytes,
-                "growth_bytes": total.growth_bytes,
-            }
-            for name, total in profiler.totals.items()
-        ],
-        "peaks": [peak._asdict() for peak in profiler.highest_peaks],
-    }

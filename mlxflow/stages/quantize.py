@@ -22,6 +22,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
 if TYPE_CHECKING:
     from mlxflow.quantization.aware_training import AwareTraining
     from mlxflow.quantization.job import QuantizationRequest
+    from mlxflow.stage_reports.quantize import QuantizeReport
     from mlxflow.training.settings import TrainingSettings
 
 VERSION = 7
@@ -232,7 +233,7 @@ def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
     return kernel_selection.begin_early(config.kernels if config.method == "qat" else "off", device_asked_for)
 
 
-def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "QuantizeReport":
     """Quantize the layers of the plan, write the model folder, and measure it against the dense model.
 
     Raises:
@@ -252,14 +253,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     )
     metrics = outputs.metrics[0] if outputs.metrics else None
     made = job.run_job(_request(config, context), dense, tokens, outputs=outputs, metrics=metrics, context=context)
-    report = {"method": config.method, **size_report.sizes(made.exported, made.plan, outputs.model.stat().st_size)}
-    if made.budget_losses is not None:
-        report |= {"layers_toml": made.plan.layers_toml(), "budget_losses": made.budget_losses}
-    if made.training is not None:
-        report |= made.training.report()
-    if made.quality is not None:
-        report["quality"] = made.quality
-    return report
+    return size_report.report_of(config.method, made, outputs.model.stat().st_size)
 
 
 def _request(config: Config, context: Context) -> "QuantizationRequest":

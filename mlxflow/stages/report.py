@@ -1,7 +1,7 @@
 """Draw the page that shows the whole run."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -11,6 +11,9 @@ from mlxflow.storage import layout
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_SIZE, Problem
 from mlxflow.workflow.stage import Artifacts, Beside, Context
+
+if TYPE_CHECKING:
+    from mlxflow.stage_reports.report import PageReport
 
 VERSION = 2
 
@@ -110,7 +113,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
     report: Path = Path(layout.REPORT)
 
 
-def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "PageReport":
     """Generate samples with the models, and draw the page from all reports.
 
     Raises:
@@ -118,6 +121,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     from mlxflow.report.load_run import read_run
     from mlxflow.report.render import render
+    from mlxflow.stage_reports.report import PageReport
     from mlxflow.storage import atomic_folders
 
     samples = report_samples.samples(config, inputs, context)
@@ -125,4 +129,4 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])
     atomic_folders.write_whole(outputs.page, page)
-    return {"page_bytes": len(page), "samples": samples}
+    return PageReport(page_bytes=len(page), samples=tuple(samples))

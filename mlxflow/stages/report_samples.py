@@ -1,10 +1,13 @@
 """What the models write for the page: held-out questions answered, or the beginnings of documents continued."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxflow.errors import reason_of
 from mlxflow.workflow.stage import Context, derive_seed
+
+if TYPE_CHECKING:
+    from mlxflow.stage_reports.report import SampleText
 
 _TEXT_TEMPERATURE = 0.8
 
@@ -25,7 +28,16 @@ class _Asked(NamedTuple):
     are_messages: bool
 
 
-def samples(config: Any, inputs: Any, context: Context) -> list[dict[str, Any]]:
+class _Texts(NamedTuple):
+    """What a model wrote, and after what; see `SampleText`."""
+
+    text: str
+    prompt: str | None = None
+    question: str | None = None
+    answer: str | None = None
+
+
+def samples(config: Any, inputs: Any, context: Context) -> list["SampleText"]:
     """Return what every model writes after every prompt; the same models write the same.
 
     Args:
@@ -37,16 +49,19 @@ def samples(config: Any, inputs: Any, context: Context) -> list[dict[str, Any]]:
         ArtifactError: a model cannot be opened.
     """
     from mlxflow.report.load_run import model_key
-    from mlxflow.storage import report_files
+    from mlxflow.stage_reports.report import SampleText
+    from mlxflow.storage import report_structs
 
     asked = _asked(config, inputs)
-    found: list[dict[str, Any]] = []
+    found: list[SampleText] = []
     for reference, path in inputs.models.items():
-        about = {"model": reference, "model_key": model_key(report_files.read_report(inputs.reports[reference]))}
+        key = model_key(report_structs.read_provenance(inputs.reports[reference], advice=f"Run: doit {reference}"))
         try:
-            found += [about | one for one in _written(config, path.parent, asked, context)]
+            made = _written(config, path.parent, asked, context)
         except RuntimeError as error:  # no room for the model: the page is drawn without it
-            found.append(about | {"error": reason_of(error, None)})
+            found.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
+            continue
+        found += [SampleText(model=reference, model_key=key, **texts._asdict()) for texts in made]
     return found
 
 
@@ -69,7 +84,7 @@ def _asked(config: Any, inputs: Any) -> _Asked:
     return _Asked(texts, [], None, are_messages=False)
 
 
-def _written(config: Any, folder: Path, asked: _Asked, context: Context) -> list[dict[str, Any]]:
+def _written(config: Any, folder: Path, asked: _Asked, context: Context) -> list[_Texts]:
     """Return what one model writes; an entry with a question is an answer, one without continues its prompt."""
     from mlxflow.evaluation.text_generation import Sampling, Writer
 
@@ -78,16 +93,16 @@ def _written(config: Any, folder: Path, asked: _Asked, context: Context) -> list
     likeliest = bool(asked.questions) or is_chat
     temperature = config.temperature if config.temperature != "auto" else 0.0 if likeliest else _TEXT_TEMPERATURE
     sampling = Sampling(config.max_tokens, temperature, derive_seed(context.seed, "report.samples"))
-    found: list[dict[str, Any]] = []
+    found: list[_Texts] = []
     for text in asked.texts:
         ids = writer.chat_ids([{"role": "user", "content": text}]) if is_chat else writer.text_ids(text)
-        key = "question" if is_chat else "prompt"
-        found.append({key: text, "text": "".join(writer.write(ids, sampling))})
+        written = "".join(writer.write(ids, sampling))
+        found.append(_Texts(written, question=text) if is_chat else _Texts(written, prompt=text))
     if asked.questions:
         reads_ids = writer.tokenizer.digest_vocabulary() == asked.tokenizer.digest_vocabulary()
         for one in asked.questions:
             ids = one.ids if reads_ids else _ids_of_another(writer, one.text)
-            found.append({"question": one.text, "answer": one.answer, "text": "".join(writer.write(ids, sampling))})
+            found.append(_Texts("".join(writer.write(ids, sampling)), question=one.text, answer=one.answer))
     return found
 
 

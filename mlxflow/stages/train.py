@@ -21,6 +21,7 @@ from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem, limit
 from mlxflow.workflow.stage import Artifacts, Context, ModelFolder, derive_seed
 
 if TYPE_CHECKING:
+    from mlxflow.stage_reports.train import TrainReport
     from mlxflow.training.run import RunFiles
     from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -253,7 +254,7 @@ def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
     return kernel_selection.begin_early(config.kernels, device_asked_for)
 
 
-def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> dict[str, Any]:
+def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "TrainReport":
     """Train, write the model folder, and measure what was written.
 
     Raises:
@@ -262,15 +263,16 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     from mlxflow.data.token_file import TokenFile
+    from mlxflow.stage_reports.train import TrainReport
     from mlxflow.training import job, kernel_selection, model_artifact, optimizers, starting_model
-    from mlxflow.training.run import report_of
+    from mlxflow.training.figures import TrainingFigures
     from mlxflow.training.settings import SettingNames
 
     settings = training_settings(config)
     compute_device.bound_graphs(recomputes=settings.checkpoint_every > 0)
     tokens = TokenFile.open(inputs.train)
-    tokens.full_rows(config.batch_size, f"{context.task}.batch_size")
     names = SettingNames.of_stage(context.task, config.input)
+    tokens.full_rows(config.batch_size, names.of("batch_size"), sources=names.sources)
     optimizers.require_known(
         config.optimizer,
         config.optimizer_options,
@@ -295,20 +297,13 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         tokenizer=inputs.tokenizer,
         context=context,
     )
-    facts = {
-        **({"fuse": trained.fuse} if trained.fuse else {}),
-        "parameters": trained.parameters,
-        "document_mask": trained.settings.masks_documents,
-        "fused_loss": trained.settings.fused_loss,
-        "kernels": trained.kernels.selected,
-    }
-    facts |= report_of(trained.result, trained.kernels, keeps_best=config.keep == "best")
+    figures = TrainingFigures.of(trained.result, keeps_best=config.keep == "best")
     # the trained model is freed by now: there is room to open the one in the files
     measured = model_artifact.measure_artifact(context.folder, inputs.validation, trained.settings)
-    report = facts | {"settings": trained.settings.table()} | model_artifact.quality_of(facts, measured)
-    if warning := model_artifact.warn_of_loss(report, context.task):
+    quality = model_artifact.quality_of(figures, measured)
+    if warning := model_artifact.warn_of_loss(figures, quality, fuse=trained.fuse, task=context.task):
         terminal.say(warning)
-    return report
+    return TrainReport.of(trained, figures, quality)
 
 
 def _run_files(config: Config, inputs: Inputs, outputs: Outputs, context: Context, names: "SettingNames") -> "RunFiles":

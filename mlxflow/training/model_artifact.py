@@ -7,7 +7,7 @@ import gc
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from mlxflow.evaluation.perplexity import Perplexity, measure_perplexity
 from mlxflow.models import adapter_files, config_json, model_folder, quantized_layers, tokenizer_files
 from mlxflow.storage import model_files
 from mlxflow.training.adapters import save_adapters
+from mlxflow.training.figures import TrainingFigures
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.starting_model import ModelSource, StartingModel
 from mlxflow.workflow.stage import Context, ModelFolder
@@ -93,40 +94,49 @@ def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings)
     return measure_perplexity(model, rows, batch_size=settings.batch_size, masks_documents=settings.masks_documents)
 
 
-def quality_of(report: Mapping[str, Any], measured: Perplexity) -> dict[str, Any]:
+class ArtifactQuality(NamedTuple):
+    """How good the model in the files is.
+
+    Attributes:
+        last_validation_perplexity: on validation rows.
+        last_validation_perplexity_standard_error: of the same.
+        gain_kept: of the loss in nats by which training made the model better, the share that the files have; None
+            where it made nothing better.
+    """
+
+    last_validation_perplexity: float
+    last_validation_perplexity_standard_error: float
+    gain_kept: float | None
+
+
+def quality_of(figures: TrainingFigures, measured: Perplexity) -> ArtifactQuality:
     """Return the artifact's quality for the report.
 
     Args:
-        report: with the perplexities before training and of the trained model, as `training.run.report_of` returns it.
+        figures: of the training.
         measured: of `measure_artifact`.
-
-    Returns:
-        `last_validation_perplexity` with its standard error, and `gain_kept`: of the loss in nats by which training
-        made the model better, the share that the artifact has. It is left out where training made nothing better.
     """
-    before, trained = (math.log(report[f"{which}_validation_perplexity"]) for which in ("first", "trained"))
-    quality = {
-        "last_validation_perplexity": measured.perplexity,
-        "last_validation_perplexity_standard_error": measured.standard_error,
-    }
-    if before > trained:
-        quality["gain_kept"] = (before - measured.loss) / (before - trained)
-    return quality
+    before, trained = math.log(figures.first_validation_perplexity), math.log(figures.trained_validation_perplexity)
+    kept = (before - measured.loss) / (before - trained) if before > trained else None
+    return ArtifactQuality(measured.perplexity, measured.standard_error, kept)
 
 
-def warn_of_loss(report: Mapping[str, Any], task: str) -> str | None:
+def warn_of_loss(figures: TrainingFigures, quality: ArtifactQuality, *, fuse: str, task: str) -> str | None:
     """Return a line for the terminal where the artifact is clearly worse than the trained model; None otherwise.
 
     Args:
-        report: with the artifact's quality.
+        figures: of the training.
+        quality: of the artifact.
+        fuse: what became of trained adapters; "" where all weights were trained.
         task: the stage's name.
     """
-    kept = report.get("gain_kept", 1.0)
-    if kept >= _LEAST_KEPT:
+    kept = quality.gain_kept
+    if kept is None or kept >= _LEAST_KEPT:
         return None
-    is_fused = report.get("fuse", "never") != "never"
-    about = f'{task}.fuse = "{report["fuse"]}"' if is_fused else task
+    is_fused = fuse not in ("", "never")
+    about = f'{task}.fuse = "{fuse}"' if is_fused else task
     advice = f' {task}.fuse = "never" keeps all of it.' if is_fused else ""
-    first, trained, last = (report[f"{which}_validation_perplexity"] for which in ("first", "trained", "last"))
+    first, trained = figures.first_validation_perplexity, figures.trained_validation_perplexity
+    last = quality.last_validation_perplexity
     how = f"the artifact keeps {kept:.0%} of what training gained" if kept > 0 else "the artifact lost what was gained"
     return f"{about}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files.{advice}"

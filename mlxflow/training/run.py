@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.evaluation.perplexity import perplexity_of
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.system import terminal
 from mlxflow.training import build, progress
@@ -114,33 +113,3 @@ def _flat(table: Mapping[str, Any], key: str) -> Any:
             yield from _flat(value, f"{key}.{name}")
         else:
             yield f"{key}.{name}", value
-
-
-def report_of(result: Result, kernels: ModelKernels, *, keeps_best: bool) -> dict[str, Any]:
-    """Return the figures of a training run, for the report; perplexities are those of the model in memory.
-
-    Args:
-        result: of `train`.
-        kernels: in use.
-        keeps_best: whether the trained model has the weights of the best validation; else of the last.
-    """
-    return {
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "skipped_steps": result.skipped_steps,
-        "first_validation_perplexity": perplexity_of(result.first_validation_loss),
-        "trained_validation_perplexity": perplexity_of(
-            result.best_validation_loss if keeps_best else result.last_validation_loss
-        ),
-        "best_validation_perplexity": perplexity_of(result.best_validation_loss),
-        "best_validation_step": result.best_step,
-        "run": {
-            "tokens_per_second": result.tokens_per_second,
-            "training_seconds": result.seconds,
-            "compile_seconds": result.compile_seconds,
-            "data_wait_seconds": result.data_wait_seconds,
-            "device_wait_seconds": result.device_wait_seconds,
-            "training_peak_memory_bytes": result.peak_memory_bytes,
-            "kernels_refused": [f"{name}: {reason}" for name, reason in kernels.refused.items()],
-        },
-    }

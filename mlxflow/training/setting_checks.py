@@ -40,7 +40,7 @@ def method_problems(config: Any) -> Iterator[Problem]:
     """
     if config.method != "full" and not config.model.from_:
         expected = "adapters need a model beside which to lie"
-        yield Problem("method", config.method, expected, 'Set train.model.from, or method = "full".')
+        yield Problem("method", config.method, expected, 'Set model.from, or method = "full".')
     if config.method == "full" and config.fuse != "auto":
         expected = 'method = "full" trains no adapters'
         yield Problem("fuse", config.fuse, expected, 'Remove the key, or set method = "lora".')

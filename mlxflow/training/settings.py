@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.errors import ArtifactError
-from mlxflow.storage import report_files
+from mlxflow.storage import report_files, report_structs
+from mlxflow.workflow.config import MEMORY_LIMIT_KEY
 
 _Count = Annotated[int, Meta(ge=0, le=2**40)]
 _Positive = Annotated[int, Meta(ge=1, le=2**40)]
@@ -162,6 +163,8 @@ class SettingNames(NamedTuple):
         memory_limit: of what MLX may hold.
         has_fused_loss: whether the table has a setting `fused_loss`.
         packing: of documents into rows of tokens.
+        sources: of the text.
+        tokenizer: of the text.
     """
 
     table: str = ""
@@ -169,6 +172,8 @@ class SettingNames(NamedTuple):
     memory_limit: str = "memory_limit_bytes"
     has_fused_loss: bool = True
     packing: str = "packing"
+    sources: str = "sources"
+    tokenizer: str = "tokenizer.from"
 
     @classmethod
     def of_stage(cls, task: str, tokens: str, *, has_fused_loss: bool = True) -> Self:
@@ -179,8 +184,8 @@ class SettingNames(NamedTuple):
             tokens: the one that makes its tokens.
             has_fused_loss: see the attribute.
         """
-        limit = "workflow.memory_limit"
-        return cls(task, f"{tokens}.context_length", limit, has_fused_loss, f"{tokens}.packing")
+        length, packing, sources = f"{tokens}.context_length", f"{tokens}.packing", f"{tokens}.sources"
+        return cls(task, length, MEMORY_LIMIT_KEY, has_fused_loss, packing, sources, f"{tokens}.tokenizer.from")
 
     def of(self, setting: str) -> str:
         """Return the name of a setting of training."""
@@ -209,14 +214,4 @@ def read_settings(report_file: Path, *, shown: str, task: str, key: str) -> Trai
         model_folder.refuse_quantized(report_file.parent, f"{key}: {Path(shown).parent.as_posix()}")
     if not isinstance(table, dict):
         raise ArtifactError(f"{shown}: {TABLE}: missing: expected how the model was trained. {advice}")
-    names = TrainingSettings.__struct_fields__
-    lines = [f"{shown}: {TABLE}.{name}: missing. {advice}" for name in names if name not in table]
-    lines += [f"{shown}: {TABLE}.{name}: unknown key. {advice}" for name in table if name not in names]
-    if lines:
-        raise ArtifactError(*lines)
-    try:
-        return msgspec.convert(table, TrainingSettings)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        key = where.rstrip("`")
-        raise ArtifactError(f"{shown}: {TABLE}.{key}: {what[:1].lower()}{what[1:]}. {advice}") from error
+    return report_structs.convert(table, TrainingSettings, shown=shown, prefix=f"{TABLE}.", advice=advice)

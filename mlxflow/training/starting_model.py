@@ -98,7 +98,7 @@ def make_model(
             context_length=tokens.context_length,
             end_of_text=tokens.end_of_text,
         )
-        model_folder.require_room(config, memory_limit_bytes, names.of("model"))
+        model_folder.require_room(config, memory_limit_bytes, names.of("model"), limit_key=names.memory_limit)
         model = model_folder.build(config, seed=seed)
     dtype = dtype_of(settings)
     model.set_dtype(dtype)
@@ -123,7 +123,7 @@ def _open(
     key = names.of("model.from")
     model, config = model_folder.load(folder)
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    tokenizer_files.require_tokenizer(folder, source.tokenizer, key)
+    tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
     positions = config_json.num_positions(config)
     if tokens.context_length > positions:
         raise ArtifactError(

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from mlxflow.device import compute_device, cpu_backend
 from mlxflow.errors import ArtifactError, CallError, StageError
 from mlxflow.storage import (
@@ -17,7 +19,7 @@ from mlxflow.storage import (
     ownership,
     paths,
     remote_code,
-    report_files,
+    report_structs,
     temporary_files,
     tensor_writing,
 )
@@ -61,7 +63,7 @@ def _run(
     uses_device = getattr(one.module, "USES_DEVICE", True)
     if uses_device:
         if workflow.settings.threads:
-            cpu_backend.fix_threads(workflow.settings.threads)
+            cpu_backend.fix_threads(workflow.settings.threads, key="workflow.threads")
         cpu_backend.prepare()
     digests, identities = _observe_inputs(workflow, one)
     settings = one.settings() | compute_device.environment(one.bound_device)
@@ -125,7 +127,7 @@ def _provenance(workflow: Workflow, one: Stage, settings: dict[str, Any], identi
 
 
 def _select_device(workflow: Workflow) -> str:
-    chosen = compute_device.select(workflow.settings.device)
+    chosen = compute_device.select(workflow.settings.device, key="workflow.device")
     if chosen == "cpu":
         cpu_backend.prepare_compiler()
         if notice := cpu_backend.notice():
@@ -142,11 +144,11 @@ def _make_artifact(one: Stage, context: stage.Context, started: float, chosen: s
     """
     outputs = stage.rooted(stage.outputs_of(one.module, one.config), context.folder)
     inputs = stage.rooted(one.inputs, context.root)
-    report = one.module.run(config=one.config, inputs=inputs, outputs=outputs, context=context)
-    run = {"seconds": round(time.perf_counter() - started, 3), **_describe_run(chosen, threads)}
-    run |= report.pop("run", {})
-    run[ownership.FILES_KEY] = sorted({*ownership.written_names(context.folder), layout.REPORT})
-    report_files.write_report(context.folder / layout.REPORT, {"stage": context.provenance, **report, "run": run})
+    figures = one.module.run(config=one.config, inputs=inputs, outputs=outputs, context=context)
+    files = sorted({*ownership.written_names(context.folder), layout.REPORT})
+    run = _describe_run(round(time.perf_counter() - started, 3), chosen, threads, files)
+    stage_table = report_structs.Provenance(**context.provenance)
+    report_structs.write(context.folder / layout.REPORT, report_structs.Report(stage_table, figures, run))
     if unwritten := [path.name for path in stage.paths_of(outputs) if not path.exists()]:
         raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
     for path in stage.paths_of(outputs):
@@ -243,31 +245,35 @@ def _limit_memory(workflow: Workflow) -> int:
     return limit
 
 
-def _describe_run(chosen: str | None, threads: int | None) -> dict[str, Any]:
+def _describe_run(seconds: float, chosen: str | None, threads: int | None, files: list[str]) -> report_structs.RunFacts:
     """Return what may differ between two equal runs.
 
     Args:
+        seconds: wall clock of the run.
         chosen: the device, or None where the stage does without; then MLX is not even imported.
         threads: how many multiplied matrices on the CPU; None where that did not compute.
+        files: names of the files that the run wrote.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    told: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "peak_rss_bytes": peak if sys.platform == "darwin" else peak * 1024,
-    }
+    facts = report_structs.RunFacts(
+        seconds=seconds,
+        device_name=compute_device.processor() if chosen is None else compute_device.name(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        peak_rss_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        files=tuple(files),
+    )
     if chosen is None:
-        return {"device_name": compute_device.processor(), **told}
+        return facts
     from mlxflow.device.phase_peaks import process_peak
 
-    return {
-        "device": chosen,
-        "device_name": compute_device.name(),
-        **told,
-        "blas": cpu_backend.prepare() or "built in",
-        **({"threads": threads} if threads else {}),
-        "peak_memory_bytes": process_peak(),
-    }
+    return msgspec.structs.replace(
+        facts,
+        device=chosen,
+        blas=cpu_backend.prepare() or "built in",
+        threads=threads or None,
+        peak_memory_bytes=process_peak(),
+    )
 
 
 def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:

@@ -8,7 +8,8 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     Inputs    a frozen msgspec struct of the paths the stage reads, made by its class method `of`
     Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder; a class method `of`
               may make it from the Config
-    run       the work, returns what goes into its report; heavy imports happen inside it
+    run       the work, returns the figures for its report, a struct of `mlxflow/stage_reports`; heavy imports happen
+              inside it
 
 It may have seven more:
 
@@ -27,7 +28,7 @@ All paths in `Inputs` are relative to the workflow's folder, so that a record of
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -36,6 +37,9 @@ from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.workflow.config import Problem
+
+if TYPE_CHECKING:
+    from mlxflow.storage.report_structs import StageReport
 
 #: A variant's name is a folder name and a part of a task's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -124,7 +128,7 @@ class StageModule(Protocol):
     Inputs: type[Any]
     Outputs: type[Any]
 
-    run: Callable[..., dict[str, Any]]
+    run: Callable[..., "StageReport"]
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):

@@ -152,7 +152,7 @@ def test_a_file_that_is_gone_is_told(tmp_path: Path, compression: str) -> None:
 
 def test_a_folder_cannot_be_read(tmp_path: Path) -> None:
     assert _refusal(tmp_path) == (
-        f"{tmp_path}: cannot be read (Is a directory). Mend it or leave it out of pretokenize.sources."
+        f"{tmp_path}: cannot be read (Is a directory). Mend it or leave it out of the sources."
     )
 
 
@@ -174,7 +174,7 @@ def test_a_file_of_someone_else_cannot_be_read(tmp_path: Path) -> None:
     path.chmod(0)
     with _without_privileges():
         told = _refusal(path)
-    assert told == f"{path}: cannot be read (Permission denied). Mend it or leave it out of pretokenize.sources."
+    assert told == f"{path}: cannot be read (Permission denied). Mend it or leave it out of the sources."
 
 
 # --- files that cannot be inflated

@@ -165,7 +165,7 @@ def test_a_batch_larger_than_the_text_is_told(tmp_path: Path) -> None:
     opened = TokenFile.open(_token_file(tmp_path / "train.safetensors", 12))
     assert opened.full_rows(12, "train.batch_size").num_rows == 12
     with pytest.raises(SourceError) as caught:
-        opened.full_rows(13, "train.batch_size")
+        opened.full_rows(13, "train.batch_size", sources="pretokenize.sources")
     assert str(caught.value) == (
         "train.batch_size = 13: the training text fills 12 rows of 4 tokens. "
         "Lower train.batch_size or add text to pretokenize.sources."

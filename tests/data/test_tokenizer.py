@@ -146,7 +146,7 @@ def _save(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> dict[st
 
 
 def _open(files: dict[str, Path], template: str | None = None) -> Vocabulary:
-    return open_vocabulary(files, template=template, name="mine")
+    return open_vocabulary(files, template=template, name="mine", key="pretokenize.tokenizer.from")
 
 
 def test_the_saved_files_give_transformers_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:

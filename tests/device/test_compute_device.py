@@ -24,7 +24,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 @pytest.mark.skipif(mx.metal.is_available() or mx.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there_is_told() -> None:
     with pytest.raises(WorkflowError) as caught:
-        compute_device.select("gpu")
+        compute_device.select("gpu", key="workflow.device")
     assert str(caught.value) == 'workflow.device = "gpu": MLX finds no GPU here. Use workflow.device = "auto".'
 
 

@@ -151,12 +151,12 @@ def test_a_model_of_autoawq_is_quantized_and_its_config_becomes_mlx_lms(tmp_path
 def test_a_new_model_that_cannot_fit_is_refused_before_a_weight_is_made() -> None:
     config = config_of("llama") | {"hidden_size": 2**16, "intermediate_size": 2**16}
     with pytest.raises(ArtifactError) as caught:
-        model_folder.require_room(config, 10**9, "train.model")
+        model_folder.require_room(config, 10**9, "train.model", limit_key="workflow.memory_limit")
     assert str(caught.value).startswith("train.model: its weights take ")
     assert str(caught.value).endswith(
         " bytes, memory limit 1,000,000,000. Make the model smaller, or raise workflow.memory_limit."
     )
-    model_folder.require_room(config_of("llama"), 10**9, "train.model")
+    model_folder.require_room(config_of("llama"), 10**9, "train.model", limit_key="workflow.memory_limit")
 
 
 def test_weights_of_another_shape_are_refused(llama_folder: Path) -> None:

@@ -101,7 +101,9 @@ def test_a_base_with_a_tokenizer_of_another_form_is_not_trained_on_other_ids(fol
     (folder / "bare/tokenizer.model").write_bytes(b"x")
     assert _tokenizer(_load(folder, '[train]\nmodel.from = "bare"')) == ""
     with pytest.raises(ArtifactError) as caught:
-        require_tokenizer(Path("bare"), Path("base/tokenizer.json"), "train.model.from")
+        require_tokenizer(
+            Path("bare"), Path("base/tokenizer.json"), "train.model.from", tokens_key="pretokenize.tokenizer.from"
+        )
     assert str(caught.value) == (
         "train.model.from: the tokenizer of bare has no tokenizer.json, to which that of the tokens could be compared. "
         "Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"

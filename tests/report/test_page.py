@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tomllib
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import tomli_w
 
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
+from mlxflow.stage_reports.report import SampleText
 from mlxflow.workflow.stage import Member
-from tests.report.runs import TASKS, edit, read, write_run
+from tests.report.runs import TASKS, edit, read, training_row, write_run
 
 HOSTILE = (
     "</script><script>window.hacked=1</script>",
@@ -130,11 +132,12 @@ def test_each_variant_of_train_has_its_answers(root: Path) -> None:
     ],
 )
 def test_each_variant_of_a_stage_has_its_answer(root: Path, task: str, key: str, question: str) -> None:
+    speed = {"promise": "fast", "holds": True}
     values: dict[str, list[tuple[Any, str]]] = {
         "train": [({"tokens": 1234}, "1,234"), ({"tokens": 5678}, "5,678")],
         "peak_memory_bytes": [(2_340_000, "2.34 MB"), (3_450_000, "3.45 MB")],
         "promises": [
-            ({"training_speed": {"measured": ratio, "low": ratio - 0.1, "high": ratio + 0.1}}, shown)
+            ({"training_speed": speed | {"measured": ratio, "low": ratio - 0.1, "high": ratio + 0.1}}, shown)
             for ratio, shown in ((1.5, "1.50"), (2.5, "2.50"))
         ],
     }
@@ -143,7 +146,8 @@ def test_each_variant_of_a_stage_has_its_answer(root: Path, task: str, key: str,
         folder = Path("artifacts", f"{task}-{name}")
         shutil.copytree(root / "artifacts" / task, root / folder)
         path = root / folder / "report.toml"
-        path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {key: value}))
+        table = tomllib.loads(path.read_text())
+        path.write_text(tomli_w.dumps(table | {key: table[key] | value if isinstance(value, dict) else value}))
         members.append(Member(f"{task}:{name}", folder, (), (folder / "report.toml",)))
     text = Seen(render([read_run(root, members, name="two")])).text
     for name, (_, shown) in zip(("one", "two"), values[key], strict=True):
@@ -245,13 +249,40 @@ def test_a_damaged_report_is_told_and_the_others_stand(root: Path) -> None:
     assert "Peak memory by phase" in text
 
 
-def test_a_report_of_another_version_is_told_and_shown_as_far_as_it_goes(root: Path) -> None:
+def test_a_report_of_another_version_is_shown_and_called_out_of_date(root: Path) -> None:
     edit(root, "profile", lambda report: report["stage"].update(mlxflow="0.0.1"))
-    edit(root, "profile", lambda report: report.update(phases="none", composition=[1], leak=3, peaks={"a": 1}))
     text = _text(root)
-    assert "artifacts/profile/report.toml was written by mlxflow 0.0.1" in text
-    assert "The profile did not report its phases." in text
-    assert "MLX's memory, at each step's end" in text
+    assert "profile is out of date" in text
+    assert "artifacts/profile/report.toml was written by mlxflow 0.0.1." in text
+    assert "Peak memory by phase" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda report: report.pop("phases"), "phases: missing"),
+        (lambda report: report.update(arrays=3), "arrays: unknown key"),
+        (lambda report: report.update(composition=[1]), "composition: expected `object`, got `array`"),
+        (
+            lambda report: report["leak"].update(bytes_per_step=float("nan")),
+            "leak.bytes_per_step = nan: expected a finite number",
+        ),
+        (lambda report: report["settings"].pop("schedule"), "settings.schedule: missing"),
+    ],
+)
+def test_a_report_that_is_not_of_its_form_is_as_if_it_were_not_there_and_said(
+    root: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    edit(root, "profile", change)
+    line = f"artifacts/profile/report.toml: {said}. Run: doit profile"
+    text = _text(root)
+    assert "profile is damaged" in text
+    assert f"No memory profile to show: {line}" in text
+    assert "Peak memory by phase" not in text
+    assert "MLX's memory, at each step's end" in text, "the timeline stands"
+    edit(root, "profile", lambda report: report["stage"].update(mlxflow="0.0.1"))
+    other = f"mlxflow 0.0.1 wrote a report that this version cannot read: {line}"
+    assert f"No memory profile to show: {other}" in _text(root)
 
 
 def test_a_timeline_cut_off_by_a_crash_is_shown_until_there(root: Path) -> None:
@@ -322,7 +353,7 @@ def test_a_torn_line_of_the_learning_curve_is_told(root: Path) -> None:
 
 
 def test_a_model_that_could_not_be_asked_is_told(root: Path) -> None:
-    run = read(root, samples=[{"model": "train", "error": "no room"}])
+    run = read(root, samples=[SampleText(model="train", model_key="", error="no room")])
     assert "train could not be asked: no room" in Seen(render([run])).text
 
 
@@ -425,7 +456,7 @@ def test_two_runs_have_their_answers_timelines_and_bars_together(
     def faster(report: dict[str, Any]) -> None:
         speed = {"tokens_per_second": 12000, "low_tokens_per_second": 11000, "high_tokens_per_second": 13000}
         report["training"][1].update(speed)
-        report["training"].append({"name": "only here", "batch_size": 16, **speed})
+        report["training"].append(training_row("only here", 12000) | speed)
 
     edit(other, "benchmark", faster)
     page = render([read(root, label="A: here"), read(other, label="B: there")])
@@ -434,7 +465,7 @@ def test_two_runs_have_their_answers_timelines_and_bars_together(
     assert f"Did it learn? A: here 38.5 {after} B: there 21.5 {after}" in text
     assert "workflow, 16 rows 8,000 12,000 1.50 times (1.34 to 1.67)" in text
     assert "baseline, 16 rows 4,000 4,000 1 times (0.905 to 1.11), inside the noise" in text
-    assert "stage 410 410 1 times" in text
+    assert "stage 410 410 1 times (0.952 to 1.05), inside the noise" in text
     both = page.decode().partition("MLX&#39;s memory of both runs, at each step&#39;s end")[2].partition("</figure>")[0]
     for name in ("active, A: here", "peak, A: here", "active, B: there", "peak, B: there"):
         assert f'"name":"{name}"' in both

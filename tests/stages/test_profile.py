@@ -14,7 +14,9 @@ import pytest
 
 from mlxflow.__main__ import main
 from mlxflow.errors import StageError
+from mlxflow.stage_reports.profile import PeakFigures, ProfileReport, SuggestionFigures
 from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run, settings_of
+from mlxflow.storage import report_structs
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.stage import Context
@@ -62,22 +64,24 @@ def test_steps_have_as_many_rows_as_training_took(built: Path, tmp_path: Path) -
     assert settings_of(Config(batch_size=3), inputs, CONTEXT).batch_size == 3
 
 
-def test_a_budget_that_is_exceeded_is_told_with_the_phase_and_the_first_suggestion() -> None:
-    figures = {
-        "peak_memory_bytes": 500_000_000,
-        "peaks": [{"bytes": 500_000_000, "step": 7, "phase": "training_step/update"}],
-    }
-    first = {"key": "train.fused_loss", "value": True, "saves_bytes": 100_000_000, "evidence": ""}
-    parts = {"leak": {"bytes_per_step": 4096.0}, "suggestions": [first]}
+def test_a_budget_that_is_exceeded_is_told_with_the_phase_and_the_first_suggestion(built: Path) -> None:
+    report = report_structs.read(built / "artifacts/profile/report.toml", ProfileReport, advice="").figures
+    report = msgspec.structs.replace(
+        report,
+        peak_memory_bytes=500_000_000,
+        peaks=(PeakFigures(bytes=500_000_000, step=7, phase="training_step/update"),),
+        leak=msgspec.structs.replace(report.leak, bytes_per_step=4096.0),
+        suggestions=(SuggestionFigures(key="train.fused_loss", value=True, saves_bytes=100_000_000, evidence=""),),
+    )
     with pytest.raises(StageError) as caught:
-        _require_budgets(Config(max_peak_memory="40%", max_leak_per_step="0 KB"), CONTEXT, figures, parts)
+        _require_budgets(Config(max_peak_memory="40%", max_leak_per_step="0 KB"), CONTEXT, report)
     assert str(caught.value).splitlines() == [
         'profile.max_peak_memory = "40%": step 7 in training_step/update took 500.000 MB. '
         "Set train.fused_loss = true, which is predicted to save 100.000 MB.",
         'profile.max_leak_per_step = "0 KB": arrays leak 0.004 MB a step. '
         "Look for arrays that are kept from step to step, or for sums that are never evaluated.",
     ]
-    _require_budgets(Config(max_peak_memory="50%", max_leak_per_step="5 KB"), CONTEXT, figures, parts)
+    _require_budgets(Config(max_peak_memory="50%", max_leak_per_step="5 KB"), CONTEXT, report)
 
 
 def test_a_stage_over_its_budget_fails_and_leaves_its_old_artifact(job_copy: Path) -> None:

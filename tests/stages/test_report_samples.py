@@ -6,11 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
+from mlxflow.stage_reports.report import SampleText
 from mlxflow.stages import report
 from mlxflow.stages.report_samples import samples
 from mlxflow.workflow.execution import execute_stage
@@ -65,7 +67,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _build(tmp_path_factory.mktemp("chats"), _conversation)
 
 
-def _samples(folder: Path, model: Path | None = None, **config: Any) -> list[dict[str, Any]]:
+def _samples(folder: Path, model: Path | None = None, **config: Any) -> list[SampleText]:
     artifacts = folder / "artifacts"
     names = ("validation.safetensors", "tokenizer.json", "tokenizer_config.json")
     inputs = report.Inputs(
@@ -81,21 +83,21 @@ def test_conversations_become_questions_with_both_answers(chats: Path) -> None:
     assert len(found) == 3
     writer = Writer(chats / "artifacts/train")
     for one in found:
-        number = next(number for number in range(30) if one["question"] == f"What is {number} and one?")
-        assert one["answer"] == f"It is {number + 1}."
+        number = next(number for number in range(30) if one.question == f"What is {number} and one?")
+        assert one.answer == f"It is {number + 1}."
         ids = writer.chat_ids(_conversation(number)["messages"][:2])
         sampling = Sampling(8, 0.0, derive_seed(0, "report.samples"))
-        assert one["text"] == "".join(writer.write(ids, sampling))
-        assert "prompt" not in one
+        assert one.text == "".join(writer.write(ids, sampling))
+        assert one.prompt is None
 
 
 def test_prompts_of_the_workflow_go_through_the_template(chats: Path) -> None:
     (one,) = _samples(chats, prompts=("Why?",))
     writer = Writer(chats / "artifacts/train")
     ids = writer.chat_ids([{"role": "user", "content": "Why?"}])
-    assert one["question"] == "Why?"
-    assert one["text"] == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
-    assert "answer" not in one
+    assert one.question == "Why?"
+    assert one.text == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
+    assert one.answer is None
 
 
 def test_a_model_with_another_tokenizer_is_asked_through_its_own_template(chats: Path, tmp_path: Path) -> None:
@@ -108,27 +110,27 @@ def test_a_model_with_another_tokenizer_is_asked_through_its_own_template(chats:
     tokenizer.write_text(json.dumps(definition))
     for one in _samples(chats, model=other):
         writer = Writer(other)
-        ids = writer.chat_ids([{"role": "user", "content": one["question"]}])
-        assert one["text"] == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
+        ids = writer.chat_ids([{"role": "user", "content": one.question}])
+        assert one.text == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
 
 
 def test_completions_are_questions_too(tmp_path: Path) -> None:
     folder = _build(tmp_path, _completion)
     for one in _samples(folder):
-        number = next(number for number in range(30) if one["question"] == f"What is {number} and one?")
-        assert one["answer"] == f"It is {number + 1}."
+        number = next(number for number in range(30) if one.question == f"What is {number} and one?")
+        assert one.answer == f"It is {number + 1}."
 
 
 def test_where_every_token_is_trained_on_beginnings_are_continued(tmp_path: Path) -> None:
     folder = _build(tmp_path, _conversation, 'train_on = "all"')
     for one in _samples(folder):
-        assert one.keys() == {"model", "model_key", "prompt", "text"}
+        assert None not in (one.prompt, one.text)
+        assert (one.question, one.answer, one.error) == (None, None, None)
 
 
 def test_the_page_shows_question_answer_and_what_the_data_says(chats: Path) -> None:
-    found = _samples(chats, num_prompts=1)
-    found[0]["text"] = "It <is> wrong."
+    (made,) = _samples(chats, num_prompts=1)
+    found = [msgspec.structs.replace(made, text="It <is> wrong.")]
     members = [Member("train", chats / "artifacts/train", (), ())]
     page = render([read_run(chats, members, name="chats", samples=found)])
-    question, answer = found[0]["question"], found[0]["answer"]
-    assert f"train Question {question} Answer It <is> wrong. In the data {answer}" in Seen(page).text
+    assert f"train Question {made.question} Answer It <is> wrong. In the data {made.answer}" in Seen(page).text

@@ -8,6 +8,7 @@ import pytest
 
 from mlxflow.evaluation.perplexity import Perplexity
 from mlxflow.storage.report_files import read_report
+from mlxflow.training.figures import TrainingFigures
 from mlxflow.training.model_artifact import quality_of, warn_of_loss
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
@@ -63,18 +64,26 @@ def test_reported_perplexity_is_that_of_the_best_weights_where_they_are_kept(pro
     assert [line["loss"] for line in lines if line["kind"] == "validation"][-1] > found + 0.1
 
 
-def _report(first: float, trained: float) -> dict[str, float]:
-    return {"first_validation_perplexity": math.exp(first), "trained_validation_perplexity": math.exp(trained)}
+def _figures(first: float, trained: float) -> TrainingFigures:
+    return TrainingFigures(
+        steps=1,
+        tokens=1,
+        skipped_steps=0,
+        first_validation_perplexity=math.exp(first),
+        trained_validation_perplexity=math.exp(trained),
+        best_validation_perplexity=math.exp(trained),
+        best_validation_step=1,
+    )
 
 
 def test_kept_gain_is_a_share_of_the_loss_that_training_took_away() -> None:
-    found = quality_of(_report(2.0283, 1.9468), Perplexity(2.0043, math.exp(2.0043), 0.01, 100))
-    assert found["gain_kept"] == pytest.approx((2.0283 - 2.0043) / (2.0283 - 1.9468))
-    assert found["last_validation_perplexity"] == math.exp(2.0043)
+    found = quality_of(_figures(2.0283, 1.9468), Perplexity(2.0043, math.exp(2.0043), 0.01, 100))
+    assert found.gain_kept == pytest.approx((2.0283 - 2.0043) / (2.0283 - 1.9468))
+    assert found.last_validation_perplexity == math.exp(2.0043)
 
 
 def test_where_training_made_nothing_better_no_share_is_kept() -> None:
-    assert "gain_kept" not in quality_of(_report(2.0, 2.1), Perplexity(2.1, math.exp(2.1), 0.01, 100))
+    assert quality_of(_figures(2.0, 2.1), Perplexity(2.1, math.exp(2.1), 0.01, 100)).gain_kept is None
 
 
 @pytest.mark.parametrize(
@@ -93,6 +102,6 @@ def test_where_training_made_nothing_better_no_share_is_kept() -> None:
     ],
 )
 def test_an_artifact_that_lost_the_gain_is_warned_of(artifact: float, expected: str | None) -> None:
-    report = _report(2.0283, 1.9468)
-    quality = quality_of(report, Perplexity(artifact, math.exp(artifact), 0.01, 100))
-    assert warn_of_loss(report | quality, "train") == expected
+    figures = _figures(2.0283, 1.9468)
+    quality = quality_of(figures, Perplexity(artifact, math.exp(artifact), 0.01, 100))
+    assert warn_of_loss(figures, quality, fuse="", task="train") == expected

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.errors import ArtifactError, CallError, StageError
+from mlxflow.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.stages import pretokenize
 from mlxflow.storage import atomic_folders, report_files
 from mlxflow.workflow import stage
@@ -121,7 +122,7 @@ def test_an_output_that_is_not_whole_is_never_published(
     before = (_pretokenize(workflow) / "report.toml").read_bytes()
     real = pretokenize.run
 
-    def spoilt(*, outputs: pretokenize.Outputs, **others: Any) -> dict[str, Any]:
+    def spoilt(*, outputs: pretokenize.Outputs, **others: Any) -> PretokenizeReport:
         report = real(outputs=outputs, **others)
         spoil(outputs.train)
         return report

@@ -1,23 +1,23 @@
 """The benchmark: speed of training with intervals, models, convergence, where a step's time goes, promises."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mlxflow.report import charts, line_plot
 from mlxflow.report.charts import Bar
 from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
-from mlxflow.report.formatting import clean, number, show, show_bytes, show_interval, show_percent, show_seconds
+from mlxflow.report.formatting import UNKNOWN, clean, show, show_bytes, show_interval, show_percent, show_seconds
 from mlxflow.report.line_plot import Axes, Series
-from mlxflow.report.load_run import LoadedStage, Run, rows, table
+from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
-
-_SHARES = (
-    ("data_share", "waiting for data"),
-    ("graph_share", "building the graph"),
-    ("compute_share", "computing"),
-    ("synchronize_share", "synchronizing"),
+from mlxflow.stage_reports.benchmark import (
+    BenchmarkReport,
+    BottleneckFigures,
+    ConvergenceCurve,
+    DriftFigures,
+    ModelRow,
+    TrainingRow,
 )
 
 
@@ -31,41 +31,50 @@ def _pairs(runs: Sequence[Run]) -> list[Block]:
     if len(runs) < 2:
         return []
     blocks: list[Block] = []
-    figures = (
-        ("training", "tokens_per_second", "Training: tokens learned from per second, both runs", "number"),
-        ("models", "decode_tokens_per_second", "Decode, tokens per second, both runs", "number"),
-        ("models", "model_bytes", "Size of the model, both runs", "bytes"),
+    figures: tuple[tuple[Callable[[Run], dict[str, _Known]], str, str, bool], ...] = (
+        (_training_speeds, "Training: tokens learned from per second, both runs", "number", True),
+        (_decode_speeds, "Decode, tokens per second, both runs", "number", False),
+        (_sizes, "Size of the model, both runs", "bytes", False),
     )
-    for key, figure, title, form in figures:
-        known, other = (_intervals(run, key, figure) for run in runs)
+    for of_run, title, form, wide in figures:
+        known, other = (of_run(run) for run in runs)
         bars, cells = [], []
         for name in (name for name in known if name in other):
-            for run, style, told in zip(runs, ("c0", "c0 b"), (known[name], other[name]), strict=True):
-                bars.append(Bar(f"{name}, {_letter(run)}", max(0.0, told[0]), told[1], told[2], style))
-            words = [charts.FORMATS[form](told[0]) for told in (known[name], other[name])]
+            for run, style, figure in zip(runs, ("c0", "c0 b"), (known[name], other[name]), strict=True):
+                bars.append(Bar(f"{name}, {_letter(run)}", figure[0], figure[1], figure[2], style))
+            words = [charts.FORMATS[form](figure[0]) for figure in (known[name], other[name])]
             cells.append((name, *words, _ratio(known[name], other[name])))
         if bars:
             label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
             head = ("Setting", *(run.label for run in runs), f"{_letter(runs[1])} against {_letter(runs[0])}")
-            table_ = Table(f"{title}, in figures", head, cells, folded=True, words=(0, 3))
+            table = Table(f"{title}, in figures", head, cells, folded=True, words=(0, 3))
             legend = tuple((f"{style} box", run.label) for run, style in zip(runs, ("c0", "c0 b"), strict=True))
             drawn = charts.bars(bars, label=label, form=form)
-            blocks.append(Figure(title, drawn, table_, legend, wide=key == "training"))
+            blocks.append(Figure(title, drawn, table, legend, wide=wide))
     return blocks
 
 
 _Known = tuple[float, float | None, float | None]
 
 
-def _intervals(run: Run, key: str, figure: str) -> dict[str, _Known]:
-    """Return a figure with the ends of its interval by the name of its row."""
-    found: dict[str, _Known] = {}
-    for one in run.of_kind("benchmark"):
-        for row in rows(one.report, key):
-            name = row_name(row) if key == "training" else clean(str(row.get("model", "a model")))
-            if (value := number(row.get(figure))) is not None:
-                found.setdefault(name, (value, number(row.get(f"low_{figure}")), number(row.get(f"high_{figure}"))))
-    return found
+def _reports(run: Run) -> list[BenchmarkReport]:
+    return [report for one in run.stages if (report := one.figures(BenchmarkReport)) is not None]
+
+
+def _training_speeds(run: Run) -> dict[str, _Known]:
+    """Return tokens per second with their interval, by the name of the row; of equal names the first."""
+    rows = [row for report in _reports(run) for row in report.training]
+    return {row_name(row): row.speed for row in reversed(rows) if row.speed is not None}
+
+
+def _decode_speeds(run: Run) -> dict[str, _Known]:
+    rows = [row for report in _reports(run) for row in report.models]
+    return {clean(row.model): row.decode_speed for row in reversed(rows) if row.decode_speed is not None}
+
+
+def _sizes(run: Run) -> dict[str, _Known]:
+    rows = [row for report in _reports(run) for row in report.models]
+    return {clean(row.model): (row.model_bytes, None, None) for row in reversed(rows) if row.model_bytes is not None}
 
 
 def _letter(run: Run) -> str:
@@ -74,8 +83,6 @@ def _letter(run: Run) -> str:
 
 def _ratio(one: _Known, other: _Known) -> str:
     """Return how many times the second is the first, in words."""
-    if not one[0]:
-        return show(None)
     said = f"{show(other[0] / one[0])} times"
     (low, high), (other_low, other_high) = one[1:], other[1:]
     if not low or not high or other_low is None or other_high is None:
@@ -87,51 +94,42 @@ def _ratio(one: _Known, other: _Known) -> str:
 def _blocks(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for one in run.of_kind("benchmark"):
-        if not one.report:
+        report = one.figures(BenchmarkReport)
+        if report is None:
             blocks.append(Note(f"No benchmark to show: {one.said}"))
             continue
-        for part in (_training, _drift, _models, _convergence, _bottleneck, _promises):
-            blocks += part(one)
+        blocks += _training(report.training) + _drift(report.drift) + _models(report.models)
+        blocks += _convergence(report.convergence or ()) + _bottleneck(report.bottleneck) + _promises(report)
     return blocks or [Note("No benchmark to show: the workflow has no benchmark stage.")]
 
 
-def row_name(row: dict[str, Any]) -> str:
+def row_name(row: TrainingRow) -> str:
     """Return the name of a row of training figures."""
-    name = row.get("name")
-    size = f"{show(row.get('batch_size'))} rows"
-    return f"{clean(name)}, {size}" if isinstance(name, str) else size
+    return f"{clean(row.name)}, {show(row.batch_size)} rows"
 
 
-def interval(row: dict[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """Return tokens per second of a row with the ends of its interval."""
-    known = [number(row.get(key)) for key in ("tokens_per_second", "low_tokens_per_second", "high_tokens_per_second")]
-    return known[0], known[1], known[2]
-
-
-def _training(one: LoadedStage) -> list[Block]:
+def _training(rows: Sequence[TrainingRow]) -> list[Block]:
     bars, cells = [], []
-    for row in rows(one.report, "training"):
-        speed, low, high = interval(row)
-        name = row_name(row)
+    for row in rows:
+        name, speed = row_name(row), row.speed
         if speed is not None:
-            style = "c1" if row.get("name") == "baseline" else "c0"
-            bars.append(Bar(name, max(0.0, speed), low, high, style))
+            bars.append(Bar(name, *speed, "c1" if row.name == "baseline" else "c0"))
         cells.append(
             (
                 name,
-                show(row.get("processed_tokens_per_second")),
-                show(speed),
-                f"{show(low)} \N{EN DASH} {show(high)}" if low is not None else show(None),
-                show_seconds(row.get("median_step_seconds")),
-                show_bytes(row.get("peak_memory_bytes")),
-                show(row.get("tokens_per_second_per_gb")),
-                show_percent(row.get("data_wait_share")),
-                show_seconds(row.get("compile_seconds")),
+                show(row.processed_tokens_per_second),
+                show(row.tokens_per_second),
+                f"{show(speed.low)} \N{EN DASH} {show(speed.high)}" if speed else UNKNOWN,
+                show_seconds(row.median_step_seconds),
+                show_bytes(row.peak_memory_bytes),
+                show(row.tokens_per_second_per_gb),
+                show_percent(row.data_wait_share),
+                show_seconds(row.compile_seconds),
             )
         )
-    failures = _failures(rows(one.report, "training"))
+    failures = [Note(f"{row_name(row)}: {row.error}") for row in rows if row.error is not None]
     if not bars:
-        return failures or [Note("The benchmark reported no speed of training.")]
+        return [*failures] or [Note("The benchmark reported no speed of training.")]
     label = "Tokens learned from per second while training. " + " ".join(
         f"{bar.name}: {show(bar.value)}." for bar in bars
     )
@@ -146,37 +144,27 @@ def _training(one: LoadedStage) -> list[Block]:
         "Data wait",
         "Compiling",
     )
-    caption = "Training: tokens learned from, per second"
-    caption += ", with intervals" if any(bar.low is not None for bar in bars) else ""
     figures = Table("Training in figures", head, cells, folded=True)
-    blocks: list[Block] = [Figure(caption, charts.bars(bars, label=label), figures, wide=True)]
-    if not any(bar.low is not None for bar in bars):
-        blocks.append(Note("The benchmark reported no intervals for these speeds."))
-    return blocks + failures
+    caption = "Training: tokens learned from, per second, with intervals"
+    return [Figure(caption, charts.bars(bars, label=label), figures, wide=True), *failures]
 
 
-def _models(one: LoadedStage) -> list[Block]:
-    found = rows(one.report, "models")
-    if not found:
+def _models(rows: Sequence[ModelRow]) -> list[Block]:
+    if not rows:
         return [Note("The benchmark reported no models.")]
-    cells = []
-    for row in found:
-        prefill = [
-            f"{show(point.get('tokens_per_second'))} at {show(point.get('prompt_tokens'))}"
-            for point in rows(row, "prefill")
-        ]
-        cells.append(
-            (
-                clean(str(row.get("model", "a model"))),
-                show_bytes(row.get("model_bytes")),
-                show(row.get("compression_ratio_fp32")),
-                show(row.get("compression_ratio")),
-                show_interval(row.get("perplexity"), row.get("perplexity_standard_error")),
-                "; ".join(prefill) or show(None),
-                show(row.get("decode_tokens_per_second")),
-                show_bytes(row.get("peak_memory_bytes")),
-            )
+    cells = [
+        (
+            clean(row.model),
+            show_bytes(row.model_bytes),
+            show(row.compression_ratio_fp32),
+            show(row.compression_ratio),
+            show_interval(row.perplexity, row.perplexity_standard_error),
+            "; ".join(f"{show(one.tokens_per_second)} at {show(one.prompt_tokens)}" for one in row.prefill) or UNKNOWN,
+            show(row.decode_tokens_per_second),
+            show_bytes(row.peak_memory_bytes),
         )
+        for row in rows
+    ]
     head = (
         "Model",
         "Size",
@@ -187,73 +175,62 @@ def _models(one: LoadedStage) -> list[Block]:
         "Decode, tokens/s",
         "Peak memory",
     )
+    sizes = [Bar(clean(row.model), row.model_bytes, None, None, "c3") for row in rows if row.model_bytes is not None]
+    speeds = [Bar(clean(row.model), *row.decode_speed, "c2") for row in rows if row.decode_speed is not None]
     blocks: list[Block] = [Table("Models", head, cells, words=(0, 5))]
-    for key, title, form in (
-        ("model_bytes", "Size of the model", "bytes"),
-        ("decode_tokens_per_second", "Decode, tokens per second", "number"),
+    for title, bars, form in (
+        ("Size of the model", sizes, "bytes"),
+        ("Decode, tokens per second", speeds, "number"),
     ):
-        bars = [
-            Bar(
-                clean(str(row.get("model", "a model"))),
-                max(0.0, size),
-                number(row.get(f"low_{key}")),
-                number(row.get(f"high_{key}")),
-                "c3" if form == "bytes" else "c2",
-            )
-            for row in found
-            if (size := number(row.get(key))) is not None
-        ]
         if bars:
             label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
             blocks.append(Figure(title, charts.bars(bars, label=label, form=form)))
-    return blocks + _failures(found)
+    return blocks + [Note(f"{clean(row.model)}: {row.error}") for row in rows if row.error is not None]
 
 
-def _convergence(one: LoadedStage) -> list[Block]:
+def _convergence(curves: Sequence[ConvergenceCurve]) -> list[Block]:
     blocks: list[Block] = []
-    for key, title, form in (("tokens", "Loss over tokens", "number"), ("seconds", "Loss over seconds", "seconds")):
-        if series := _loss_curves(one, key):
+    for columns, title, form in (
+        ([curve.tokens for curve in curves], "Loss over tokens", "number"),
+        ([curve.seconds for curve in curves], "Loss over seconds", "seconds"),
+    ):
+        if series := _loss_curves(curves, columns):
             label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} in the end." for s in series)
+            key = title.rpartition(" ")[2]
             plot = line_plot.lines(series, Axes(key, x_form=form), label=label, height=180)
             cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]
             figures = Table("Where each ends", ("Run", key.capitalize(), "Loss"), cells, folded=True)
             blocks.append(Figure(title, plot, figures, tuple((s.style, s.name) for s in series)))
-    return blocks + _to_the_same_loss(one) if blocks else [Note("The benchmark reported no convergence.")]
+    return blocks + _to_the_same_loss(curves) if blocks else [Note("The benchmark reported no convergence.")]
 
 
-def _loss_curves(one: LoadedStage, key: str) -> list[Series]:
+def _loss_curves(curves: Sequence[ConvergenceCurve], columns: Sequence[Sequence[float]]) -> list[Series]:
     """Return the loss of each run over a column of its curve."""
     series = []
-    for index, row in enumerate(rows(one.report, "convergence")):
-        x, y = row.get(key), row.get("loss")
-        pairs = list(zip(x, y, strict=False)) if isinstance(x, list) and isinstance(y, list) else []
-        known = sorted((a, b) for p, q in pairs if (a := number(p)) is not None and (b := number(q)) is not None)
-        if known:
-            name = clean(str(row.get("name", "a run")))
-            across, up = np.array([a for a, _ in known]), np.array([b for _, b in known])
-            series.append(Series(name, across, up, charts.style_of(index)))
+    for index, (curve, column) in enumerate(zip(curves, columns, strict=True)):
+        if points := sorted(zip(column, curve.loss, strict=False)):
+            across, up = np.array([x for x, _ in points]), np.array([y for _, y in points])
+            series.append(Series(clean(curve.name), across, up, charts.style_of(index)))
     return series
 
 
-def _to_the_same_loss(one: LoadedStage) -> list[Block]:
-    """Return what each run took to a loss that all of them reached."""
-    curves = rows(one.report, "convergence")
-    known = [row for row in curves if number(row.get("tokens_to_loss")) is not None]
-    loss = number(known[0].get("same_loss")) if known else None
-    if loss is None:
-        return []
+def _to_the_same_loss(curves: Sequence[ConvergenceCurve]) -> list[Block]:
+    """Return the tokens and seconds of each run to a loss that all of them reached."""
     took = [
-        f"{clean(str(row.get('name', 'a run')))} {show(row['tokens_to_loss'])} tokens "
-        f"and {show_seconds(row.get('seconds_to_loss'))}"
-        for row in known
+        f"{clean(curve.name)} {show(curve.tokens_to_loss)} tokens and {show_seconds(curve.seconds_to_loss)}"
+        for curve in curves
     ]
-    return [Text(f"To a loss of {show(loss)} it took {'; '.join(took)}.")]
+    return [Text(f"To a loss of {show(curves[0].same_loss)} it took {'; '.join(took)}.")]
 
 
-def _bottleneck(one: LoadedStage) -> list[Block]:
-    told = table(one.report, "bottleneck")
-    shares = [(name, number(told.get(key)), f"c{index}") for index, (key, name) in enumerate(_SHARES)]
-    known = [(name, max(0.0, share), style) for name, share, style in shares if share is not None]
+def _bottleneck(figures: BottleneckFigures) -> list[Block]:
+    shares = (
+        ("waiting for data", figures.data_share),
+        ("building the graph", figures.graph_share),
+        ("computing", figures.compute_share),
+        ("synchronizing", figures.synchronize_share),
+    )
+    known = [(name, share, f"c{index}") for index, (name, share) in enumerate(shares) if share is not None]
     if not known:
         return [Note("The benchmark did not report where a step's time goes.")]
     label = "Where a step's time goes: " + ", ".join(f"{name} {show_percent(share)}" for name, share, _ in known)
@@ -261,49 +238,29 @@ def _bottleneck(one: LoadedStage) -> list[Block]:
     blocks: list[Block] = [
         Figure("Where a step's time goes", charts.stacked(known, label=label), legend=legend, wide=True)
     ]
-    for rate, ceiling, what, unit in (
-        ("flops_per_second", "ceiling_flops_per_second", "Arithmetic", "FLOP/s"),
-        ("decode_bytes_per_second", "ceiling_bytes_per_second", "Decoding reads", "B/s"),
+    for found, most, what, unit in (
+        (figures.flops_per_second, figures.ceiling_flops_per_second, "Arithmetic", "FLOP/s"),
+        (figures.decode_bytes_per_second, figures.ceiling_bytes_per_second, "Decoding reads", "B/s"),
     ):
-        found, most = number(told.get(rate)), number(told.get(ceiling))
         if found is not None and most:
-            figures = f"{show(found / 1e9)} of {show(most / 1e9)} G{unit}"
-            blocks.append(
-                Text(f"{what}: {figures}, {show_percent(found / most)} of what this device was measured to do.")
-            )
-    advice = told.get("advice")
-    if isinstance(advice, str) and advice:
-        blocks.append(Text(f"Most worth changing: {advice}"))
+            rates = f"{show(found / 1e9)} of {show(most / 1e9)} G{unit}"
+            said = f"{what}: {rates}, {show_percent(found / most)} of what this device was measured to do."
+            blocks.append(Text(said))
+    if figures.advice:
+        blocks.append(Text(f"Most worth changing: {figures.advice}"))
     return blocks
 
 
-def _failures(found: Sequence[dict[str, Any]]) -> list[Block]:
-    """Return why rows have no figures."""
-    named = [(str(row.get("model") or row_name(row)), row.get("error")) for row in found]
-    return [Note(f"{clean(name)}: {error}") for name, error in named if isinstance(error, str)]
-
-
-def _drift(one: LoadedStage) -> list[Block]:
-    told = table(one.report, "drift")
-    ratio = number(told.get("ratio"))
-    if ratio is None:
+def _drift(drift: DriftFigures | None) -> list[Block]:
+    if drift is None:
         return []
-    said = f"The first setting, timed again at the end, took {show(ratio)} times as long a step."
-    return [Note(f"{said} The device slowed down meanwhile.") if told.get("is_noticed") is True else Text(said)]
+    said = f"The first setting, timed again at the end, took {show(drift.ratio)} times as long a step."
+    return [Note(f"{said} The device slowed down meanwhile.") if drift.is_noticed else Text(said)]
 
 
-def _promises(one: LoadedStage) -> list[Block]:
-    cells = []
-    for name, told in table(one.report, "promises").items():
-        known = told if isinstance(told, dict) else {"figure": _word(told)}
-        figure = _word(known.get("figure", known.get("measured", "not measured")))
-        cells.append((str(known.get("promise", name.replace("_", " "))), figure, _word(known.get("holds"))))
+def _promises(report: BenchmarkReport) -> list[Block]:
+    cells = [
+        (one.promise, clean(one.figure or "not measured"), "yes" if one.holds else "no")
+        for one in report.promises.values()
+    ]
     return [Table("Promises", ("Promise", "Measured here", "Held"), cells, words=(0, 1, 2))] if cells else []
-
-
-def _word(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_word(part)}" for key, part in value.items())
-    return clean(value) if isinstance(value, str) else show(value)

@@ -1,18 +1,19 @@
 """The corpus: how much text, how long its documents are, and what of it was lost on the way."""
 
 from collections.abc import Sequence
-from typing import Any
+
+import msgspec
 
 from mlxflow.report import charts
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
-from mlxflow.report.formatting import clean, number, shorten, show, show_percent
-from mlxflow.report.load_run import LoadedStage, Run, rows, table
+from mlxflow.report.formatting import clean, shorten, show, show_percent
+from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
+from mlxflow.stage_reports.pretokenize import PretokenizeReport
 
-_LENGTHS = ("smallest", "p05", "p50", "p95", "largest")
 _MOST_BAD_RECORDS = 20
 
-#: What a source may lose, by the key of the report.
+#: What a source may lose: field of its figures, and words.
 _SOURCE_LOSSES = (
     ("duplicates", "documents that were there before"),
     ("bad_records", "records that could not be read"),
@@ -40,53 +41,46 @@ def section(runs: Sequence[Run]) -> Section:
 
 def _blocks(run: Run) -> list[Block]:
     blocks: list[Block] = []
-    stages = run.of_kind("pretokenize")
-    for one in stages:
-        blocks += _of_stage(one) if one.report else [Note(f"No corpus to show: {one.said}")]
+    for one in run.of_kind("pretokenize"):
+        report = one.figures(PretokenizeReport)
+        blocks += _of_stage(one.task, report) if report else [Note(f"No corpus to show: {one.said}")]
     return blocks or [Note("No corpus to show: the workflow has no pretokenize stage.")]
 
 
-def _of_stage(one: LoadedStage) -> list[Block]:
-    sides = [(side, table(one.report, side)) for side in ("train", "validation")]
-    figures = tuple(
+def _of_stage(task: str, report: PretokenizeReport) -> list[Block]:
+    figures = [
         (
-            {"train": "trained on", "validation": "held out"}[side],
-            *(show(told.get(key)) for key in ("documents", "tokens", "targets", "rows")),
-            show_percent(told.get("real_token_share"), 3),
+            part,
+            *map(show, (side.documents, side.tokens, side.targets, side.rows)),
+            show_percent(side.real_token_share, 3),
         )
-        for side, told in sides
-    )
+        for part, side in (("trained on", report.train), ("held out", report.validation))
+    ]
     head = ("Part", "Documents", "Tokens", "Learnt from", "Rows", "Real tokens")
-    blocks: list[Block] = [Table(f"What {one.task} made", head, list(figures))]
-    warned = one.report.get("warnings")
-    blocks += [Note(shorten(clean(str(line)), 300)) for line in (warned if isinstance(warned, list) else [])]
-    blocks += _lengths(one)
-    blocks.append(_losses(one.report, sides))
-    bad = one.report.get("bad_records")
-    if isinstance(bad, list) and bad:
-        shown = [(shorten(clean(_word(record)), 300),) for record in bad[:_MOST_BAD_RECORDS]]
+    blocks: list[Block] = [Table(f"What {task} made", head, figures)]
+    blocks += [Note(shorten(clean(line), 300)) for line in report.warnings]
+    blocks += _lengths(task, report)
+    blocks.append(_losses(report))
+    if bad := report.bad_records:
+        shown = [(shorten(clean(record), 300),) for record in bad[:_MOST_BAD_RECORDS]]
         more = f", the first {_MOST_BAD_RECORDS} of {len(bad)}" if len(bad) > _MOST_BAD_RECORDS else ""
         blocks.append(Table(f"Records that could not be read{more}", ("Record",), shown))
     return blocks
 
 
-def _word(record: Any) -> str:
-    return ", ".join(f"{key} {value}" for key, value in record.items()) if isinstance(record, dict) else str(record)
-
-
-def _lengths(one: LoadedStage) -> list[Block]:
+def _lengths(task: str, report: PretokenizeReport) -> list[Block]:
     """Return the spread of the documents' lengths of each source."""
     spans, cells = [], []
-    for source in rows(one.report, "sources"):
-        known = [number(table(source, "tokens_per_document").get(key)) for key in _LENGTHS]
-        name = shorten(clean(str(source.get("path", "a source"))), 60)
+    for source in report.sources:
+        known = msgspec.structs.astuple(source.tokens_per_document)
+        name = shorten(clean(source.path), 60)
         values = tuple(max(1.0, value) for value in known if value is not None)
-        if len(values) == len(_LENGTHS):
+        if len(values) == len(known):
             spans.append(charts.Spread(name, (values[0], values[1], values[2], values[3], values[4])))
-        cells.append((name, show(source.get("documents")), *(show(value) for value in known)))
+        cells.append((name, show(source.documents), *map(show, known)))
     if not spans:
-        return [Note(f"{one.task} did not report how long its documents are.")]
-    length = number(one.report.get("context_length"))
+        return [Note(f"{task} did not report how long its documents are.")]
+    length = report.context_length
     label = f"Tokens in a document, by source, from the smallest to the largest. {_sentences(spans)}"
     drawn = charts.spans(spans, label=label, marker=length, marker_name=f"a row holds {show(length)} tokens")
     head = ("Source", "Documents", "Smallest", "5 %", "Median", "95 %", "Largest")
@@ -99,15 +93,11 @@ def _sentences(spans: list[charts.Spread]) -> str:
     return " ".join(f"{span.name}: median {show(span.values[2])}." for span in spans)
 
 
-def _losses(report: dict[str, Any], sides: list[tuple[str, dict[str, Any]]]) -> Block:
-    found: list[tuple[str, str]] = []
-    for key, words in _SOURCE_LOSSES:
-        counts = [number(source.get(key)) for source in rows(report, "sources")]
-        if total := sum(count for count in counts if count):
-            found.append((words, show(total)))
-    for key, words in _SIDE_LOSSES:
-        if total := sum(count for _, told in sides if (count := number(told.get(key)))):
-            found.append((words, show(total)))
+def _losses(report: PretokenizeReport) -> Block:
+    sides = (report.train, report.validation)
+    totals = [(words, sum(getattr(source, name) for source in report.sources)) for name, words in _SOURCE_LOSSES]
+    totals += [(words, sum(getattr(side, name) for side in sides)) for name, words in _SIDE_LOSSES]
+    found = [(words, show(total)) for words, total in totals if total]
     if not found:
         return Note("Nothing of the text was lost, cut or left out.")
     return Table("What was cut, dropped or left out", ("What", "Count"), found)

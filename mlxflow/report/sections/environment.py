@@ -1,10 +1,10 @@
 """What the run was made of: machine, versions, seeds, commits, digests and settings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mlxflow.report.elements import Block, Code, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, show_bytes
-from mlxflow.report.load_run import LoadedStage, Run, table
+from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.sections import beside
 from mlxflow.storage import layout
 
@@ -15,6 +15,7 @@ _ABOUT = (
     ("python", "Python"),
     ("blas", "BLAS"),
 )
+_VERSIONS = ("mlxflow", "mlx", "seed")
 
 
 def section(runs: Sequence[Run]) -> Section:
@@ -34,27 +35,26 @@ def _blocks(run: Run) -> list[Block]:
     return blocks
 
 
-def _answers(run: Run, part: str, key: str) -> str:
-    """Return every text that the reports of the stages hold under a key of one of their tables, each once."""
-    values = [table(one.report, part).get(key) for one in run.stages]
-    return "; ".join(dict.fromkeys(value for value in values if isinstance(value, str)))
-
-
 def _machine(run: Run) -> Table:
     """Return what the stages say of the machine; more than one answer where they ran on several."""
-    about = [("run", key, words) for key, words in _ABOUT]
-    about += [("stage", key, key) for key in ("mlxflow", "mlx", "seed")]
-    cells = [(words, found) for part, key, words in about if (found := _answers(run, part, key))]
-    peaks = [(one, table(one.report, "run").get("peak_rss_bytes")) for one in run.stages]
-    known = [(value, one.task) for one, value in peaks if isinstance(value, int)]
-    if known:
-        cells.append(("Most memory of a process", f"{show_bytes(max(known)[0])} ({max(known)[1]})"))
+    reports = [one.report for one in run.stages if one.report]
+    answers = [(words, _each_once(getattr(report.run, name) for report in reports)) for name, words in _ABOUT]
+    answers += [(name, _each_once(getattr(report.stage, name) for report in reports)) for name in _VERSIONS]
+    cells = [(words, found) for words, found in answers if found]
+    peaks = [(one.report.run.peak_rss_bytes, one.task) for one in run.stages if one.report]
+    if peaks:
+        cells.append(("Most memory of a process", f"{show_bytes(max(peaks)[0])} ({max(peaks)[1]})"))
     return Table("Machine and versions", ("What", "Value"), cells or [("Nothing was reported", UNKNOWN)], words=(0, 1))
+
+
+def _each_once(values: Iterable[str | None]) -> str:
+    """Return the known values, each once."""
+    return "; ".join(dict.fromkeys(value for value in values if value))
 
 
 def _lock(run: Run) -> Table:
     head = ("Stage", "Commit", "Seed", "MLX", "Python", "Device", "Report's digest")
-    cells = [_lock_row(one, table(run.lock, one.task)) for one in run.stages]
+    cells = [_lock_row(one, run.lock.get(one.task, {})) for one in run.stages]
     return Table(f"{layout.LOCKFILE}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
 
 

@@ -1,13 +1,13 @@
 """Memory: the timeline with its peaks, phases, what the peak is made of, the leak verdict, suggestions."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from mlxflow.report import charts
 from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
-from mlxflow.report.formatting import clean, number, plural, show, show_bytes, show_seconds
-from mlxflow.report.load_run import Run, rows, table
+from mlxflow.report.formatting import clean, plural, show, show_bytes, show_seconds
+from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside, timelines
+from mlxflow.stage_reports.profile import LeakReport, PeakParts, PhaseFigures, ProfileReport
 
 # MLX's arrays at their peak, then what lies beside them
 ARRAYS = ("weights", "gradients", "optimizer", "activations", "update", "logits", "data")
@@ -22,40 +22,35 @@ def section(runs: Sequence[Run]) -> Section:
 def _blocks(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for one in run.of_kind("profile"):
-        timeline, cut_off = run.timelines.get(one.task), run.cut_off.get(one.task)
+        report, timeline, cut_off = one.figures(ProfileReport), run.timelines.get(one.task), run.cut_off.get(one.task)
         if cut_off:
             blocks += timelines.draw_cut_off(one, cut_off)
-        if not one.report and not timeline:
+        if report is None:
             blocks.append(Note(f"No memory profile to show: {one.said}"))
-            continue
-        blocks += _leak(one.report) + timelines.draw(one, timeline) + _composition(one.report)
-        blocks += _limits(one.report) + _phases(one.report) + _peaks(one.report) + _suggestions(one.report)
+        blocks += _leak(report.leak) if report else []
+        blocks += timelines.draw(one, timeline) if report or timeline else []
+        if report:
+            blocks += _composition(report.composition) + _limits(report) + _phases(report.phases)
+            blocks += _peaks(report) + _suggestions(report)
     return blocks or [Note("No memory profile to show: the workflow has no profile stage.")]
 
 
-def _leak(report: dict[str, Any]) -> list[Block]:
-    leak = table(report, "leak")
-    verdict = leak.get("verdict")
-    if not isinstance(verdict, str):
-        return [Note("The profile did not report whether memory leaks.")]
-    if verdict == "none":
+def _leak(leak: LeakReport) -> list[Block]:
+    if leak.verdict == "none":
         said = "No leak: active memory at the steps' ends does not grow."
-    elif verdict == "leak":
-        until = number(leak.get("steps_until_limit"))
-        said = f"A leak: active memory grows by {show_bytes(leak.get('bytes_per_step'))} a step"
+    elif leak.verdict == "leak":
+        until = leak.steps_until_limit
+        said = f"A leak: active memory grows by {show_bytes(leak.bytes_per_step)} a step"
         said += f" and meets the limit in {plural(until, 'step')}." if until is not None else "."
     else:
-        said = f"{clean(verdict).capitalize()}: {show_bytes(leak.get('bytes_per_step'))} a step, up to a limit."
-    process = table(leak, "process").get("verdict")
-    if isinstance(process, str) and process != "none":
-        said += f" The process's memory, outside of MLX: {clean(process)}."
-    return [Text(said) if verdict == "none" else Note(said)]
+        said = f"{leak.verdict.capitalize()}: {show_bytes(leak.bytes_per_step)} a step, up to a limit."
+    if leak.process.verdict != "none":
+        said += f" The process's memory, outside of MLX: {leak.process.verdict}."
+    return [Text(said) if leak.verdict == "none" else Note(said)]
 
 
-def _composition(report: dict[str, Any]) -> list[Block]:
-    made = table(report, "composition")
-    sizes = [(part, number(made.get(f"{part}_bytes"))) for part in _PARTS]
-    known = [(part, size) for part, size in sizes if size]
+def _composition(made: PeakParts) -> list[Block]:
+    known = [(part, size) for part in _PARTS if (size := getattr(made, f"{part}_bytes"))]
     if not known:
         return [Note("The profile did not report what its peak is made of.")]
     parts = [(part, size, charts.style_of(index)) for index, (part, size) in enumerate(known)]
@@ -74,46 +69,35 @@ def _composition(report: dict[str, Any]) -> list[Block]:
     return [Figure(title, drawn, figures, legend, wide=True)]
 
 
-def _limits(report: dict[str, Any]) -> list[Block]:
-    memory, cache = (number(report.get(f"{kind}_limit_bytes")) for kind in ("memory", "cache"))
-    if memory is None or cache is None:
-        return []
-    return [Text(f"MLX's limits: {show_bytes(memory)} of arrays, {show_bytes(cache)} of freed buffers kept.")]
+def _limits(report: ProfileReport) -> list[Block]:
+    memory, cache = show_bytes(report.memory_limit_bytes), show_bytes(report.cache_limit_bytes)
+    return [Text(f"MLX's limits: {memory} of arrays, {cache} of freed buffers kept.")]
 
 
-def _phases(report: dict[str, Any]) -> list[Block]:
-    found = rows(report, "phases")
-    if not found:
+def _phases(phases: Sequence[PhaseFigures]) -> list[Block]:
+    if not phases:
         return [Note("The profile did not report its phases.")]
     bars, cells = [], []
-    for row in found:
-        name = clean(str(row.get("name", "unnamed")))
-        if (peak := number(row.get("peak_memory_bytes"))) is not None:
-            bars.append(charts.Bar(name, max(0.0, peak), None, None, "c1"))
-        figures = (show_bytes(row.get("peak_memory_bytes")), show_bytes(row.get("growth_bytes")))
-        cells.append((name, show(row.get("calls")), show_seconds(row.get("seconds")), *figures))
+    for phase in phases:
+        name = clean(phase.name)
+        bars.append(charts.Bar(name, phase.peak_memory_bytes, None, None, "c1"))
+        figures = (show_bytes(phase.peak_memory_bytes), show_bytes(phase.growth_bytes))
+        cells.append((name, show(phase.calls), show_seconds(phase.seconds), *figures))
     head = ("Phase", "Calls", "Time", "Peak", "Growth")
     label = "Peak memory by phase. " + " ".join(f"{bar.name}: {show_bytes(bar.value)}." for bar in bars)
     drawn = charts.bars(bars, label=label, form="bytes")
     return [Figure("Peak memory by phase", drawn, Table("Every phase", head, cells, folded=True), wide=True)]
 
 
-def _peaks(report: dict[str, Any]) -> list[Block]:
-    cells = [
-        (show_bytes(row.get("bytes")), show(row.get("step")), clean(str(row.get("phase", ""))))
-        for row in rows(report, "peaks")
-    ]
+def _peaks(report: ProfileReport) -> list[Block]:
+    cells = [(show_bytes(peak.bytes), show(peak.step), clean(peak.phase)) for peak in report.peaks]
     return [Table("The highest peaks", ("Memory", "Step", "Phase"), cells, words=(2,))] if cells else []
 
 
-def _suggestions(report: dict[str, Any]) -> list[Block]:
+def _suggestions(report: ProfileReport) -> list[Block]:
     cells = [
-        (
-            f"{row.get('key')} = {row.get('value')}",
-            show_bytes(row.get("saves_bytes")),
-            clean(str(row.get("evidence", ""))),
-        )
-        for row in rows(report, "suggestions")
+        (f"{one.key} = {one.value}", show_bytes(one.saves_bytes), clean(one.evidence))
+        for one in report.suggestions or ()
     ]
     return (
         [Table("What would save memory, most first", ("Setting", "Saves", "Why"), cells, words=(0, 2))] if cells else []

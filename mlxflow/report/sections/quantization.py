@@ -1,16 +1,17 @@
 """Quantized models: size and quality of each, bits and error by layer."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlxflow.report import charts, line_plot
 from mlxflow.report.elements import Block, Code, Figure, Note, Section, Table
-from mlxflow.report.formatting import clean, number, shorten, show, show_bytes, show_interval, show_percent
+from mlxflow.report.formatting import UNKNOWN, clean, shorten, show, show_bytes, show_interval, show_percent
 from mlxflow.report.line_plot import Axes, Series
-from mlxflow.report.load_run import LoadedStage, Run, rows, table
+from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
+from mlxflow.stage_reports.quantize import LayerFigures, QualityFigures, QuantizeReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,40 +26,34 @@ def section(runs: Sequence[Run]) -> Section:
 
 def _blocks(run: Run) -> list[Block]:
     stages = run.of_kind("quantize")
-    built = [one for one in stages if one.report]
-    missing: list[Block] = [Note(f"{one.task} is not shown: {one.said}") for one in stages if not one.report]
+    built = {one.task: report for one in stages if (report := one.figures(QuantizeReport)) is not None}
+    missing: list[Block] = [Note(f"{one.task} is not shown: {one.said}") for one in stages if one.task not in built]
     if not stages:
         return [Note("Nothing was quantized: the workflow has no quantize stage.")]
     if not built:
         return missing
     blocks: list[Block] = [_summary(built)]
-    blocks += _layers(built)
-    for one in built:
-        chosen = one.report.get("layers_toml")
-        if isinstance(chosen, str) and chosen.strip():
-            blocks.append(
-                Code(f"The layers' bits that the budget of {one.task} chose, to paste into its table", chosen)
-            )
+    blocks += _layers({task: {layer.path: layer for layer in report.layers} for task, report in built.items()})
+    for task, report in built.items():
+        if report.layers_toml:
+            title = f"The layers' bits that the budget of {task} chose, to paste into its table"
+            blocks.append(Code(title, report.layers_toml))
     return blocks + missing
 
 
-def _summary(built: Sequence[LoadedStage]) -> Table:
+def _summary(built: Mapping[str, QuantizeReport]) -> Table:
     cells = []
-    for one in built:
-        report, quality = one.report, table(one.report, "quality")
-        told = [str(report[key]) for key in ("method", "mode") if isinstance(report.get(key), str)]
+    for task, report in built.items():
+        dense, own = report.dense_bits_per_weight, report.bits_per_weight
         cells.append(
             (
-                one.task,
-                " ".join(told) or show(None),
-                show(report.get("bits_per_weight")),
-                show_bytes(report.get("model_bytes")),
-                show(report.get("compression_ratio_fp32", report.get("compression_ratio"))),
-                show(_against_dense(report)),
-                show_interval(quality.get("perplexity"), quality.get("perplexity_standard_error")),
-                show_interval(quality.get("dense_perplexity"), quality.get("dense_perplexity_standard_error")),
-                show(quality.get("kl")),
-                show_percent(quality.get("top1_agreement")),
+                task,
+                f"{report.method} {report.mode}",
+                show(own),
+                show_bytes(report.model_bytes),
+                show(report.compression_ratio_fp32),
+                show(dense / own if own else None),
+                *_quality_cells(report.quality),
             )
         )
     head = (
@@ -76,26 +71,34 @@ def _summary(built: Sequence[LoadedStage]) -> Table:
     return Table("Each quantized model", head, cells, words=(0, 1))
 
 
-def _against_dense(report: dict[str, object]) -> float | None:
-    """Return how many times smaller the weights are than those of the dense model in its own type."""
-    dense, own = (number(report.get(key)) for key in ("dense_bits_per_weight", "bits_per_weight"))
-    return dense / own if dense is not None and own else None
+def _quality_cells(quality: QualityFigures | None) -> tuple[str, ...]:
+    if quality is None:
+        return (UNKNOWN,) * 4
+    return (
+        show_interval(quality.perplexity, quality.perplexity_standard_error),
+        show_interval(quality.dense_perplexity, quality.dense_perplexity_standard_error),
+        show(quality.kl),
+        show_percent(quality.top1_agreement),
+    )
 
 
-def _layers(built: Sequence[LoadedStage]) -> list[Block]:
-    """Return bits and error of every layer of every model."""
-    told = _rows_by_layer(built)
-    names = list(dict.fromkeys(path for layers in told.values() for path in layers))
+def _layers(by_task: Mapping[str, Mapping[str, LayerFigures]]) -> list[Block]:
+    """Return bits and error of every layer of every model.
+
+    Args:
+        by_task: layers of each model by path.
+    """
+    names = list(dict.fromkeys(path for layers in by_task.values() for path in layers))
     if not names:
         return [Note("The quantize stages did not report bits and error by layer.")]
     blocks: list[Block] = []
-    for key, title, logarithmic in (
-        ("bits", "Bits of a weight's code, by layer", False),
-        ("relative_error", "Relative error, by layer", True),
+    for figure, title, logarithmic in (
+        (_bits, "Bits of a weight's code, by layer", False),
+        (_relative_error, "Relative error, by layer", True),
     ):
         series = [
-            _layer_series(layers, names, key, index, len(told), task)
-            for index, (task, layers) in enumerate([*told.items()][: charts.STYLES])
+            _layer_series(layers, names, figure, index, len(by_task), task)
+            for index, (task, layers) in enumerate([*by_task.items()][: charts.STYLES])
         ]
         if shown := [one for one in series if len(one.x)]:
             averages = " ".join(f"{one.name}: {show(_average(one.y))} on average." for one in shown)
@@ -103,35 +106,41 @@ def _layers(built: Sequence[LoadedStage]) -> list[Block]:
             plot = line_plot.lines(shown, axes, label=f"{title}. {averages}", group="layers", height=180)
             legend = tuple((f"{one.style} dot", one.name) for one in shown)
             blocks.append(Figure(title, plot, legend=legend))
-    if len(told) > charts.STYLES:
-        blocks.append(Note(f"The plots show {charts.STYLES} of {len(told)} models; the table below has all of them."))
-    blocks.append(_layer_table(told, names))
+    if len(by_task) > charts.STYLES:
+        shown_of = f"{charts.STYLES} of {len(by_task)} models"
+        blocks.append(Note(f"The plots show {shown_of}; the table below has all of them."))
+    blocks.append(_layer_table(by_task, names))
     return blocks
 
 
-def _rows_by_layer(built: Sequence[LoadedStage]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the rows of each model's report by the path of the layer; models without any are left out."""
-    found = {one.task: {str(row.get("path")): row for row in rows(one.report, "layers")} for one in built}
-    return {task: layers for task, layers in found.items() if layers}
+def _bits(layer: LayerFigures) -> float:
+    return layer.bits
+
+
+def _relative_error(layer: LayerFigures) -> float:
+    return layer.relative_error
 
 
 def _layer_series(
-    layers: dict[str, dict[str, Any]], names: Sequence[str], key: str, index: int, num_models: int, task: str
+    layers: Mapping[str, LayerFigures],
+    names: Sequence[str],
+    figure: Callable[[LayerFigures], float],
+    index: int,
+    num_models: int,
+    task: str,
 ) -> Series:
-    """Return the points of one model: by layer, what is known and above zero.
+    """Return the points of one model: by layer, what is above zero.
 
     Args:
-        layers: rows of the report, by path.
+        layers: of the model, by path.
         names: the layers of all models, in the order of the axis.
-        key: of the rows.
+        figure: what is drawn of a layer.
         index: the model's number.
         num_models: how many models there are; each is moved aside so that equal values do not hide each other.
         task: the model.
     """
-    points = [(place, number(layers[name].get(key))) for place, name in enumerate(names) if name in layers]
-    known = [
-        (place, value) for place, value in points if value is not None and (value > 0 or (key == "bits" and value))
-    ]
+    points = [(place, figure(layers[name])) for place, name in enumerate(names) if name in layers]
+    known = [(place, value) for place, value in points if value > 0]
     aside = min(0.16, 0.8 / num_models) * (index - (num_models - 1) / 2)
     x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
     return Series(task, x, y, charts.style_of(index), points=True)
@@ -143,12 +152,12 @@ def _average(values: "NDArray[np.float64]") -> float:
     return float((values / largest).mean()) * largest
 
 
-def _layer_table(told: dict[str, dict[str, dict[str, object]]], names: Sequence[str]) -> Table:
-    head = ("Layer", *(f"{task}: {what}" for task in told for what in ("bits a weight", "error")))
+def _layer_table(by_task: Mapping[str, Mapping[str, LayerFigures]], names: Sequence[str]) -> Table:
+    head = ("Layer", *(f"{task}: {what}" for task in by_task for what in ("bits a weight", "error")))
     cells = []
     for name in names[:_MOST_ROWS]:
-        layers = [layers.get(name, {}) for layers in told.values()]
-        figures = [show(layer.get(key)) for layer in layers for key in ("bits_per_weight", "relative_error")]
-        cells.append((shorten(clean(name), 80), *figures))
+        found = [layers.get(name) for layers in by_task.values()]
+        figures = [(layer.bits_per_weight, layer.relative_error) if layer else (None, None) for layer in found]
+        cells.append((shorten(clean(name), 80), *(show(value) for pair in figures for value in pair)))
     more = f", the first {_MOST_ROWS} of {len(names)}" if len(names) > _MOST_ROWS else ""
     return Table(f"Every layer{more}", head, cells, folded=True)

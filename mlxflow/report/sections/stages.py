@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mlxflow.report import graph
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, show_bytes, show_seconds
-from mlxflow.report.load_run import LoadedStage, Run, table
+from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.sections import beside
 
 #: Each state in words.
@@ -29,22 +29,21 @@ def _blocks(run: Run) -> list[Block]:
 def _lines(one: LoadedStage) -> tuple[str, ...]:
     if one.state in ("missing", "damaged"):
         return (WORDS[one.state],)
-    seconds = show_seconds(table(one.report, "run").get("seconds"))
+    seconds = show_seconds(one.report.run.seconds if one.report else None)
     return (WORDS[one.state], f"{seconds} \N{MIDDLE DOT} {show_bytes(one.size_bytes)}")
 
 
 def _table(run: Run) -> Table:
     rows = []
     for one in run.stages:
-        about = table(one.report, "run")
-        device = about.get("device")
+        about = one.report.run if one.report else None
         rows.append(
             (
                 one.task,
                 WORDS[one.state],
                 ", ".join(one.member.reads) or UNKNOWN,
-                show_seconds(about.get("seconds")),
-                str(device) if isinstance(device, str) else UNKNOWN,
+                show_seconds(about.seconds if about else None),
+                (about.device if about else None) or UNKNOWN,
                 one.member.folder.as_posix(),
                 show_bytes(one.size_bytes) if one.report else UNKNOWN,
             )

@@ -7,10 +7,11 @@ import numpy as np
 
 from mlxflow.report import line_plot
 from mlxflow.report.elements import Block, Figure, Note, Table
-from mlxflow.report.formatting import clean, number, show, show_bytes
+from mlxflow.report.formatting import clean, show, show_bytes
 from mlxflow.report.line_plot import Axes, Band, Mark, Series
-from mlxflow.report.load_run import LoadedStage, Run, rows
+from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.timelines import Span, Timeline
+from mlxflow.stage_reports.profile import ProfileReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,10 +86,10 @@ def draw_cut_off(one: LoadedStage, timeline: Timeline) -> list[Block]:
 
 
 def _marks(one: LoadedStage) -> list[Mark]:
+    report = one.figures(ProfileReport)
     return [
-        Mark(step, size, f"{show_bytes(size)} in {clean(str(row.get('phase', 'an unnamed phase')))}, step {show(step)}")
-        for row in rows(one.report, "peaks")
-        if (step := number(row.get("step"))) is not None and (size := number(row.get("bytes"))) is not None
+        Mark(peak.step, peak.bytes, f"{show_bytes(peak.bytes)} in {clean(peak.phase)}, step {show(peak.step)}")
+        for peak in (report.peaks if report else ())
     ]
 
 

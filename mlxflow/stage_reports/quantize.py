@@ -1,0 +1,102 @@
+"""The figures of a quantize stage, as report.toml holds them."""
+
+from mlxflow.storage.report_structs import Count, ReportTable, StageReport
+from mlxflow.training.figures import TrainingFigures, TrainingRun
+
+
+class LayerFigures(ReportTable, frozen=True, kw_only=True):
+    """A matrix of the model.
+
+    Attributes:
+        path: of its layer.
+        shape: of the dense matrix.
+        mode: of quantization; "dense" where it was not quantized.
+        bits: of a code; 0 where it is dense.
+        group_size: weights that share a scale; 0 where it is dense.
+        bytes: of its weight as it is stored, scales and biases included.
+        parameters: weights of the dense matrix.
+        bits_per_weight: stored bits by parameters.
+        relative_error: Frobenius norm of the rounding error by that of the matrix; 0 where it is dense.
+    """
+
+    path: str
+    shape: tuple[Count, ...]
+    mode: str
+    bits: Count
+    group_size: Count
+    bytes: Count
+    parameters: Count
+    bits_per_weight: float
+    relative_error: float
+
+
+class QualityFigures(ReportTable, frozen=True, kw_only=True):
+    """The quantized model against the dense one, on validation rows.
+
+    Attributes:
+        tokens: predicted.
+        dense_perplexity: of the dense model.
+        dense_perplexity_standard_error: of the same.
+        perplexity: of the quantized model.
+        perplexity_standard_error: of the same.
+        perplexity_increase: relative to the dense model's.
+        kl: mean divergence of the predicted distributions, in nats per token.
+        kl_standard_error: of the same.
+        top1_agreement: share of tokens whose likeliest prediction is the same.
+    """
+
+    tokens: Count
+    dense_perplexity: float
+    dense_perplexity_standard_error: float
+    perplexity: float
+    perplexity_standard_error: float
+    perplexity_increase: float
+    kl: float
+    kl_standard_error: float
+    top1_agreement: float
+
+
+class QuantizeReport(StageReport, frozen=True, kw_only=True):
+    """The figures of a quantize stage.
+
+    Attributes:
+        method: "rtn", "gptq", "awq", "dwq" or "qat".
+        mode: of layers without a rule, as are `bits` and `group_size`.
+        bits: of a code.
+        group_size: weights that share a scale.
+        parameters: weights of the dense model, tied ones once.
+        bits_per_weight: stored bits of all tensors by parameters.
+        dense_bits_per_weight: the same of the dense model.
+        model_bytes: of `model.safetensors`.
+        compression_ratio_fp32: size of the weights in fp32 by `model_bytes`.
+        compression_ratio_bf16: size of the weights in bf16 by `model_bytes`.
+        quantized_layers: module paths.
+        dense_layers: module paths of layers that stay dense.
+        layers: every matrix, in the model's order.
+        layers_toml: the plan that a budget chose, as TOML of the key `layers`; None without a budget.
+        budget_losses: nats per token of the plans that were tried; None without a budget.
+        kernels: names of the fused GPU kernels in use; None where nothing was trained.
+        training: of quantization-aware training; None without it.
+        quality: None where no tokens were named.
+        run: the stage's own keys; None where nothing was trained.
+    """
+
+    method: str
+    mode: str
+    bits: Count
+    group_size: Count
+    parameters: Count
+    bits_per_weight: float
+    dense_bits_per_weight: float
+    model_bytes: Count
+    compression_ratio_fp32: float
+    compression_ratio_bf16: float
+    quantized_layers: tuple[str, ...]
+    dense_layers: tuple[str, ...]
+    layers: tuple[LayerFigures, ...]
+    layers_toml: str | None = None
+    budget_losses: tuple[float, ...] | None = None
+    kernels: tuple[str, ...] | None = None
+    training: TrainingFigures | None = None
+    quality: QualityFigures | None = None
+    run: TrainingRun | None = None

@@ -1,0 +1,71 @@
+"""The figures of a train stage, as report.toml holds them."""
+
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from mlxflow.storage.report_structs import Count, StageReport
+from mlxflow.training.figures import TrainingFigures, TrainingRun
+from mlxflow.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from mlxflow.training.job import Trained
+    from mlxflow.training.model_artifact import ArtifactQuality
+
+
+class TrainReport(StageReport, frozen=True, kw_only=True):
+    """The figures of a train stage.
+
+    Attributes:
+        fuse: what became of trained adapters; None where all weights were trained.
+        parameters: weights of the model in the files.
+        document_mask: whether a token attended only to its own document.
+        fused_loss: whether output head and loss were computed together.
+        kernels: names of the fused GPU kernels in use.
+        steps: see `TrainingFigures`, as are the next ones.
+        last_validation_perplexity: of the model in the files.
+        last_validation_perplexity_standard_error: of the same.
+        gain_kept: of the loss in nats by which training made the model better, the share that the files have; None
+            where it made nothing better.
+        settings: how the model was trained.
+        run: what may differ between two equal runs.
+    """
+
+    fuse: str | None = None
+    parameters: Count
+    document_mask: bool
+    fused_loss: bool
+    kernels: tuple[str, ...]
+    steps: Count
+    tokens: Count
+    skipped_steps: Count
+    first_validation_perplexity: float
+    trained_validation_perplexity: float
+    best_validation_perplexity: float
+    best_validation_step: Count
+    last_validation_perplexity: float
+    last_validation_perplexity_standard_error: float
+    gain_kept: float | None = None
+    settings: TrainingSettings
+    run: TrainingRun
+
+    @classmethod
+    def of(cls, trained: "Trained", figures: TrainingFigures, quality: "ArtifactQuality") -> Self:
+        """Return the figures of a stage.
+
+        Args:
+            trained: what the training made.
+            figures: of the training.
+            quality: of the model in the files.
+        """
+        return cls(
+            fuse=trained.fuse or None,
+            parameters=trained.parameters,
+            document_mask=trained.settings.masks_documents,
+            fused_loss=trained.settings.fused_loss,
+            kernels=trained.settings.kernels,
+            **msgspec.structs.asdict(figures),
+            **quality._asdict(),
+            settings=trained.settings,
+            run=TrainingRun.of(trained.result, trained.kernels),
+        )

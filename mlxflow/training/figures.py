@@ -1,0 +1,92 @@
+"""The figures of a training run, as the reports of the stages that train hold them."""
+
+from typing import TYPE_CHECKING, Self
+
+from mlxflow.storage.report_structs import Count, ReportTable, Seconds
+
+if TYPE_CHECKING:
+    from mlxflow.kernels.model_kernels import ModelKernels
+    from mlxflow.training.run_state import Result
+
+
+class TrainingRun(ReportTable, frozen=True, kw_only=True):
+    """The table `run` of a stage that trains: its own keys.
+
+    Attributes:
+        tokens_per_second: tokens learned from, per second of training.
+        training_seconds: wall clock of all steps, data included.
+        compile_seconds: by which first steps took longer than later ones.
+        data_wait_seconds: that steps waited for batches.
+        device_wait_seconds: that the host waited for the device.
+        training_peak_memory_bytes: most memory that MLX's arrays held in training.
+        kernels_refused: `name: reason` of each fused kernel that is not in use.
+    """
+
+    tokens_per_second: float
+    training_seconds: Seconds
+    compile_seconds: Seconds
+    data_wait_seconds: Seconds
+    device_wait_seconds: Seconds
+    training_peak_memory_bytes: Count
+    kernels_refused: tuple[str, ...]
+
+    @classmethod
+    def of(cls, result: "Result", kernels: "ModelKernels") -> Self:
+        """Return the keys of a training run.
+
+        Args:
+            result: of `training.run.train`.
+            kernels: in use.
+        """
+        return cls(
+            tokens_per_second=result.tokens_per_second,
+            training_seconds=result.seconds,
+            compile_seconds=result.compile_seconds,
+            data_wait_seconds=result.data_wait_seconds,
+            device_wait_seconds=result.device_wait_seconds,
+            training_peak_memory_bytes=result.peak_memory_bytes,
+            kernels_refused=tuple(f"{name}: {reason}" for name, reason in kernels.refused.items()),
+        )
+
+
+class TrainingFigures(ReportTable, frozen=True, kw_only=True):
+    """What a training run reached; perplexities are those of the model in memory.
+
+    Attributes:
+        steps: optimizer updates.
+        tokens: learned from.
+        skipped_steps: without a finite loss and gradient.
+        first_validation_perplexity: before the first step.
+        trained_validation_perplexity: of the weights that are kept.
+        best_validation_perplexity: the lowest of all validations.
+        best_validation_step: after which it was measured.
+    """
+
+    steps: Count
+    tokens: Count
+    skipped_steps: Count
+    first_validation_perplexity: float
+    trained_validation_perplexity: float
+    best_validation_perplexity: float
+    best_validation_step: Count
+
+    @classmethod
+    def of(cls, result: "Result", *, keeps_best: bool) -> Self:
+        """Return the figures of a training run.
+
+        Args:
+            result: of `training.run.train`.
+            keeps_best: whether the trained model has the weights of the best validation; else of the last.
+        """
+        from mlxflow.evaluation.perplexity import perplexity_of
+
+        kept = result.best_validation_loss if keeps_best else result.last_validation_loss
+        return cls(
+            steps=result.steps,
+            tokens=result.tokens,
+            skipped_steps=result.skipped_steps,
+            first_validation_perplexity=perplexity_of(result.first_validation_loss),
+            trained_validation_perplexity=perplexity_of(kept),
+            best_validation_perplexity=perplexity_of(result.best_validation_loss),
+            best_validation_step=result.best_step,
+        )

@@ -1,0 +1,16 @@
+from pathlib import Path
+
+import pytest
+
+from mlxflow.errors import ArtifactError
+from mlxflow.stage_reports.quantize import QuantizeReport
+from mlxflow.storage import report_structs
+from mlxflow.storage.report_files import read_report
+
+
+def test_a_figure_of_another_type_is_named_by_its_key(built: Path) -> None:
+    table = read_report(built / "artifacts/quantize/q4/report.toml")
+    assert report_structs.parse(table, QuantizeReport, shown="report.toml", advice="").figures.bits == table["bits"]
+    with pytest.raises(ArtifactError) as caught:
+        report_structs.parse(table | {"bits": "4"}, QuantizeReport, shown="report.toml", advice="Run: doit quantize")
+    assert str(caught.value) == "report.toml: bits: expected `int`, got `str`. Run: doit quantize"
