@@ -82,7 +82,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/codec.py": "tests/quantization/test_streaming_export.py",
     "mlxflow/quantization/dense_model.py": "tests/stages/test_model_folders.py",
     "mlxflow/quantization/job.py": "tests/stages/test_quantize.py",
-    "mlxflow/quantization/layer_rules.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/mlx_lm_patches.py": "tests/quantization/test_calibrated.py",
     "mlxflow/quantization/quality.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/scale_groups.py": "tests/quantization/test_awq.py",
@@ -92,7 +91,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/table_checks.py": "tests/test_bounds.py",
     "mlxflow/training/job.py": "tests/stages/test_train.py",
     "mlxflow/training/lora_config.py": "tests/stages/test_fuse.py",
-    "mlxflow/training/model_choices.py": "tests/stages/test_chats.py",
     "mlxflow/training/setting_checks.py": "tests/test_bounds.py",
     "mlxflow/training/starting_model.py": "tests/stages/test_finetune.py",
 }
