@@ -49,7 +49,7 @@ def ours(row: str, variant: Variant, *, job: Job = REFERENCE) -> None:
     compute_device.bound_graphs(recomputes=bool(variant.checkpoint_every))
     limit = int(variant.limit_gb * 1e9) or int(compute_device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
-    ahead = model_kernels.begin_proof() if variant.kernels else None
+    ahead = model_kernels.begin_verification() if variant.kernels else None
     settings = _settings(job, variant)
     model = build_model(job, "float32" if variant.precision == "fp32" else "bfloat16")
     model.train()

@@ -1,4 +1,4 @@
-"""The `mlxflow` command: builds a workflow, and looks at, runs and uses single stages."""
+"""The `mlxflow` command; see `mlxflow.cli`."""
 
 import sys
 

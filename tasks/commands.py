@@ -21,7 +21,7 @@ class Plan(StageVerb):
     """`doit plan`."""
 
     name = "plan"
-    doc_purpose = "what would run, why, and the seconds it took last time"
+    doc_purpose = "print what would run, why, and how long it took last time"
     doc_usage = "[STAGE ...]"
     cmd_options = (_EXIT_CODE,)
 
@@ -54,7 +54,7 @@ class Verify(StageVerb):
     """`doit verify`."""
 
     name = "verify"
-    doc_purpose = "read every artifact again, whatever the file system says, and exit with 1 on damage"
+    doc_purpose = "read every file of the artifacts again, and exit with 1 on damage"
     doc_usage = "[STAGE ...]"
 
     def _execute(self, pos_args: list[str]) -> int:
@@ -83,7 +83,7 @@ class CacheKey(StageVerb):
     """`doit cache-key`."""
 
     name = "cache-key"
-    doc_purpose = "a key for a CI cache that changes exactly when the inputs of a stage do"
+    doc_purpose = "print a key for a CI cache that changes exactly when the inputs of a stage do"
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
@@ -124,7 +124,7 @@ class Unpack(StageVerb):
     """`doit unpack`."""
 
     name = "unpack"
-    doc_purpose = "put a packed artifact into its place, after checking every byte of it"
+    doc_purpose = "install a packed artifact, after checking every byte of it"
     doc_usage = "FILE"
 
     def _execute(self, pos_args: list[str]) -> int:
@@ -153,7 +153,7 @@ class Reproduce(StageVerb):
     """`doit reproduce`."""
 
     name = "reproduce"
-    doc_purpose = "build a stage again in a scratch folder and say whether every tensor is equal"
+    doc_purpose = "build a stage again in a scratch folder and compare every tensor"
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:

@@ -22,7 +22,7 @@ _NO_WAIT = {
     "long": "no-wait",
     "type": bool,
     "default": False,
-    "help": "fail when another doit is at work on the same artifacts, instead of waiting for it",
+    "help": "fail if another doit uses the same artifacts, instead of waiting for it",
 }
 
 

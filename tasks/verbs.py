@@ -25,7 +25,7 @@ _LEFTOVERS = {
     "long": "leftovers",
     "type": bool,
     "default": False,
-    "help": "remove the artifacts of stages and variants that are no more, and nothing else",
+    "help": "remove the artifacts of stages and variants that no longer exist, and nothing else",
 }
 
 _UNDO = {
@@ -33,7 +33,7 @@ _UNDO = {
     "long": "undo",
     "type": bool,
     "default": False,
-    "help": "end the ignoring of these stages",
+    "help": "stop ignoring these stages",
 }
 
 
@@ -144,7 +144,7 @@ class StageForget(Verb, Forget):  # type: ignore[misc]
     """`doit forget`; a forgotten stage is not adopted from the lock file."""
 
     name = "forget"
-    doc_purpose = "make stages run again although they are fresh"
+    doc_purpose = "make fresh stages run again"
     doc_usage = "[STAGE ...]"
 
     def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
@@ -170,7 +170,7 @@ class StageIgnore(Verb, Ignore):  # type: ignore[misc]
     """`doit ignore`: a stage and all that read from it do not run until that is undone."""
 
     name = "ignore"
-    doc_purpose = "let stages, and those that read from them, not run until doit ignore --undo"
+    doc_purpose = "skip stages, and those that read from them, until doit ignore --undo"
     doc_usage = "[--undo] STAGE [STAGE ...]"
     cmd_options = (_UNDO,)
 
@@ -195,7 +195,7 @@ class StageDumpDB(StageVerb):
     """`doit dumpdb`: the journal as JSON."""
 
     name = "dumpdb"
-    doc_purpose = "print what is remembered of each stage, as JSON"
+    doc_purpose = "print the record of each stage, as JSON"
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Print the journal; without stages, doit's own output."""

@@ -16,7 +16,7 @@ from mlxflow.data.loader import DeviceBatch
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.ops import document_mask
-from mlxflow.ops.overrides import Arithmetic, own_arithmetic
+from mlxflow.ops.overrides import Arithmetic, replaced_operations
 from mlxflow.training import build
 from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
@@ -171,7 +171,7 @@ def _advance(
         optimizer.init(model.trainable_parameters())
         update, updated = _plain_update(model, optimizer, subject.settings.max_grad_norm), optimizer.state
     state = [model.state, updated, mx.random.state]
-    arithmetic = build.arithmetic_of(subject.settings, kernels)._replace(is_own=recipe.replaces_operations)
+    arithmetic = build.arithmetic_of(subject.settings, kernels)._replace(is_replaced=recipe.replaces_operations)
     advance = _plain_step(model, objective, update, arithmetic, batch_size=batch_size)
     if recipe.is_compiled:
         advance = cast("_Advance", mx.compile(advance, inputs=state, outputs=state))
@@ -189,7 +189,7 @@ def _plain_step(
 
     def compute(tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array, Any]:
         weights = model.trainable_parameters()
-        with own_arithmetic(model, tokens, arithmetic):
+        with replaced_operations(model, tokens, arithmetic):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
         model.update(weights)  # undoes the transformation's replacement of the weights
         return total, count, tree

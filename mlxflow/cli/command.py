@@ -15,7 +15,7 @@ from mlxflow.errors import MlxflowError
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import is_about_a_file, word_cause
 
-_DESCRIPTION = "Builds a workflow.toml, and looks at, runs and uses single stages."
+_DESCRIPTION = "Build the stages of a workflow.toml, inspect their artifacts, and generate text with the models."
 
 #: Every verb with its line of help, in the order of `mlxflow --help`.
 VERBS = {
@@ -28,7 +28,7 @@ VERBS = {
     "doctor": "print the device, limits and versions, and what is slow or missing",
     "compare": "compare two benchmark reports; differences within measurement noise are marked as noise",
     "promises": "print each promise with its figure on this machine; exit code 1 if one fails",
-    "report": "draw the page of whatever is there of a run: artifacts/index.html",
+    "report": "write the HTML page about a run, finished or not: artifacts/index.html",
     "generate": "ask a chat model through its template, or let a model continue a text",
 }
 

@@ -15,14 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw",
         "--no-chat-template",
         action="store_true",
-        help="continue the text as it is, even where the folder has a chat template",
+        help="continue the text, even if the folder has a chat template",
     )
     parser.add_argument("--max-tokens", type=int, default=100, help="default: 100")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that the folder brings; read it first"
-    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the folder; read it first")
 
 
 def _check(parsed: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from mlxflow.cli.arguments import add_workflow, read_stage
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow run`."""
     parser.add_argument("stage", help="such as train or quantize:q4")
-    parser.add_argument("--into", type=Path, help="write the artifact there instead; the workflow's own is left alone")
+    parser.add_argument("--into", type=Path, help="write the artifact there and keep the workflow's artifact unchanged")
     add_workflow(parser)
 
 

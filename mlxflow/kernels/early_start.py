@@ -32,7 +32,7 @@ def lock_file() -> Path:
     return cache_file().with_name("kernels.lock")
 
 
-class Ahead(ExitStack):
+class EarlyVerifier(ExitStack):
     """Holds a verifier process and the lock for it until the block ends.
 
     Attributes:
@@ -65,13 +65,13 @@ class Ahead(ExitStack):
         self.close()
 
 
-def begin_early(command: Sequence[str] = COMMAND) -> Ahead:
+def begin_early(command: Sequence[str] = COMMAND) -> EarlyVerifier:
     """Start the process if no results are cached and there may be a GPU; does not need MLX.
 
     Args:
         command: see `verifier_process.Verifier`.
     """
-    ahead = Ahead()
+    ahead = EarlyVerifier()
     if may_have_gpu() and not cache_file().exists():
         ahead.start(command, lambda: not cache_file().exists())
     return ahead

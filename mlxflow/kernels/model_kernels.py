@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlxflow.ops.attention_overrides import Causal, first_causal_heads
 
 if TYPE_CHECKING:
-    from mlxflow.kernels.early_start import Ahead
+    from mlxflow.kernels.early_start import EarlyVerifier
     from mlxflow.kernels.layer_patterns import LayerPattern
     from mlxflow.kernels.registry import KernelSelection
 
@@ -77,7 +77,7 @@ def recorded_for(model: nn.Module, traits: TrainingTraits, names: Iterable[str])
     return choose_for(model, traits, recorded=recorded) if recorded else no_kernels()
 
 
-def begin_proof(ahead: "Ahead | None" = None) -> "Ahead":
+def begin_verification(ahead: "EarlyVerifier | None" = None) -> "EarlyVerifier":
     """Start the verifier process, unless results for the default device are cached; it ends with the block.
 
     It gets ready while the model is built; `choose_for` sends it the kernel names.
@@ -95,7 +95,7 @@ def choose_for(
     traits: TrainingTraits,
     *,
     recorded: Iterable[str] | None = None,
-    ahead: "Ahead | None" = None,
+    ahead: "EarlyVerifier | None" = None,
     rehearse: Callable[[ModelKernels], object] = lambda _: None,
 ) -> ModelKernels:
     """Select the kernels for training a model on the default device; verify those without a cached result.
@@ -104,7 +104,7 @@ def choose_for(
         model: evaluated, in the dtype in which it computes.
         traits: of the training.
         recorded: names of the kernels of the run that is repeated or continued; then nothing is verified.
-        ahead: of `begin_proof`.
+        ahead: of `begin_verification`.
         rehearse: called with the expected selection while verification waits for MLX's compiler.
     """
     from mlxflow.kernels import kernel_names, layer_patching, registry

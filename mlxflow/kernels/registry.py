@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlxflow.kernels import cache
 from mlxflow.kernels.codegen import language
-from mlxflow.kernels.early_start import COMMAND, WAITING, Ahead, cache_file, lock_file
+from mlxflow.kernels.early_start import COMMAND, WAITING, EarlyVerifier, cache_file, lock_file
 from mlxflow.kernels.fingerprint import environment
 from mlxflow.kernels.verifier_process import VerificationResult, Verifier
 from mlxflow.storage.locks import hold
@@ -59,7 +59,7 @@ def recorded(names: Iterable[str], selected: Iterable[str]) -> KernelSelection:
     return KernelSelection(results)
 
 
-def begin(ahead: Ahead | None = None, command: Sequence[str] = COMMAND) -> Ahead:
+def begin(ahead: EarlyVerifier | None = None, command: Sequence[str] = COMMAND) -> EarlyVerifier:
     """Start the verifier process before the kernel names are known, unless results for this device are cached.
 
     It gets ready while the model is built.
@@ -68,7 +68,7 @@ def begin(ahead: Ahead | None = None, command: Sequence[str] = COMMAND) -> Ahead
         ahead: of `early_start.begin_early`; ended if results are cached.
         command: see `verify_all`.
     """
-    ahead = ahead or Ahead()
+    ahead = ahead or EarlyVerifier()
     if language() is None or known_results(environment()):
         ahead.stop()
     elif ahead.process is None:
@@ -78,7 +78,7 @@ def begin(ahead: Ahead | None = None, command: Sequence[str] = COMMAND) -> Ahead
 
 def choose(
     names: Iterable[str],
-    ahead: Ahead | None = None,
+    ahead: EarlyVerifier | None = None,
     meanwhile: Callable[[KernelSelection], object] = lambda _: None,
 ) -> KernelSelection:
     """Select the kernels that pass verification on the default device; verify those without a cached result.

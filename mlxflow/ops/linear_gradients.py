@@ -52,7 +52,7 @@ def _pays(group: Sequence[nn.Linear]) -> bool:
 
 
 @contextmanager
-def own_products(siblings: Sequence[tuple[nn.Linear, ...]] = ()) -> Iterator[None]:
+def replaced_products(siblings: Sequence[tuple[nn.Linear, ...]] = ()) -> Iterator[None]:
     """Replace the products of linear layers, and of embeddings used as heads, by those of this module.
 
     A function that is traced while the context is open keeps the replacement.

@@ -8,26 +8,26 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops.attention_overrides import Causal, causal_by_blocks, in_fixed_order
-from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, own_products
-from mlxflow.ops.swiglu_cpu import own_swiglu
+from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, replaced_products
+from mlxflow.ops.swiglu_cpu import replaced_swiglu
 
 
 class Arithmetic(NamedTuple):
     """Which operations of a step are replaced.
 
     Attributes:
-        is_own: replace them; False leaves everything to MLX.
+        is_replaced: replace them; False leaves everything to MLX.
         is_deterministic: on a GPU, too, gradients are accumulated in a fixed order: two runs are equal to the bit.
         attention: a kernel for causal 16-bit attention on CUDA; None for plain operations there.
     """
 
-    is_own: bool = True
+    is_replaced: bool = True
     is_deterministic: bool = True
     attention: Causal | None = None
 
 
 @contextmanager
-def own_arithmetic(model: nn.Module, tokens: mx.array, how: Arithmetic) -> Iterator[None]:
+def replaced_operations(model: nn.Module, tokens: mx.array, how: Arithmetic) -> Iterator[None]:
     """Replace MLX operations in what is traced until the block ends.
 
     On the CPU: products, causal attention and SwiGLU. On a GPU: products, and for deterministic gradients embedding
@@ -39,12 +39,12 @@ def own_arithmetic(model: nn.Module, tokens: mx.array, how: Arithmetic) -> Itera
         how: which operations.
     """
     with ExitStack() as replaced:
-        if how.is_own:
+        if how.is_replaced:
             on_cpu = mx.default_device() == mx.cpu
-            replaced.enter_context(own_products([] if on_cpu else find_siblings(model, tokens[:1, :2])))
+            replaced.enter_context(replaced_products([] if on_cpu else find_siblings(model, tokens[:1, :2])))
             if on_cpu:
                 replaced.enter_context(causal_by_blocks())
-                replaced.enter_context(own_swiglu())
+                replaced.enter_context(replaced_swiglu())
             elif how.is_deterministic:
                 replaced.enter_context(ordered_lookups())
                 if not mx.metal.is_available():  # on Metal, MLX trains attention with plain operations

@@ -15,7 +15,7 @@ from mlxflow.ops.fast_exp import LOG2_E, exp2
 
 
 @contextmanager
-def own_swiglu() -> Iterator[None]:
+def replaced_swiglu() -> Iterator[None]:
     """Replace mlx-lm's `swiglu` in every imported model module, for fp32 arguments, until the block ends.
 
     A function that is traced while the context is open keeps the replacement.

@@ -169,7 +169,7 @@ def make_step(
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
-    how = arithmetic_of(subject.settings, kernels)._replace(is_own=replaces_operations)
+    how = arithmetic_of(subject.settings, kernels)._replace(is_replaced=replaces_operations)
     return Step(subject.model, make_update(subject, kernels), chosen, arithmetic=how)
 
 

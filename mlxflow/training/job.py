@@ -81,7 +81,7 @@ def run_job(
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     names = job.names
-    with kernel_selection.begin_proof(job.kernels) as ahead:
+    with kernel_selection.begin_verification(job.kernels) as ahead:
         start = starting_model.make_model(
             job.source,
             job.settings,

@@ -16,7 +16,7 @@ from mlxflow.workflow.stage import Context
 
 if TYPE_CHECKING:
     from mlxflow.data.token_file import Rows
-    from mlxflow.kernels.early_start import Ahead
+    from mlxflow.kernels.early_start import EarlyVerifier
     from mlxflow.kernels.model_kernels import ModelKernels
     from mlxflow.training.build import Subject
 
@@ -94,7 +94,7 @@ def begin_early(mode: str, device: str) -> AbstractContextManager[Any]:
     return early_start.begin_early()
 
 
-def begin_proof(request: KernelRequest) -> AbstractContextManager[Any]:
+def begin_verification(request: KernelRequest) -> AbstractContextManager[Any]:
     """Start the verifier process, if it is needed, so that it starts up while the model is built.
 
     Returns:
@@ -106,11 +106,11 @@ def begin_proof(request: KernelRequest) -> AbstractContextManager[Any]:
         return nullcontext()
     from mlxflow.kernels import model_kernels
 
-    return model_kernels.begin_proof(request.begun)
+    return model_kernels.begin_verification(request.begun)
 
 
 def select_kernels(
-    request: KernelRequest, subject: "Subject", rows: "Rows", ahead: "Ahead | None" = None
+    request: KernelRequest, subject: "Subject", rows: "Rows", ahead: "EarlyVerifier | None" = None
 ) -> "ModelKernels":
     """Return the kernels of a training run; of a run that continues or repeats another one, those of that run.
 
@@ -118,7 +118,7 @@ def select_kernels(
         request: what the run asks for.
         subject: what is trained; its settings name no kernels yet.
         rows: one batch, for compiling in advance.
-        ahead: of `begin_proof`.
+        ahead: of `begin_verification`.
 
     Raises:
         WorkflowError: all are required and one is missing.

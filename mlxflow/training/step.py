@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxflow.ops.overrides import Arithmetic, own_arithmetic
+from mlxflow.ops.overrides import Arithmetic, replaced_operations
 from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizers import Update
@@ -74,7 +74,7 @@ class Step:
 
         def compute(tokens: mx.array, marks: mx.array) -> Gradients:
             weights = model.trainable_parameters()
-            with own_arithmetic(model, tokens, arithmetic):
+            with replaced_operations(model, tokens, arithmetic):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
             model.update(weights)  # not those that the transformation replaced them with
             return Gradients(total, count, tree)

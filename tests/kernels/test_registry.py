@@ -19,7 +19,7 @@ import pytest
 from mlxflow.device import compute_device
 from mlxflow.kernels import cache, fingerprint, registry, verifier_process
 from mlxflow.kernels import early_start as ahead_of
-from mlxflow.kernels.early_start import Ahead, cache_file, lock_file
+from mlxflow.kernels.early_start import EarlyVerifier, cache_file, lock_file
 from mlxflow.kernels.verifier_process import Verifier
 from mlxflow.storage.locks import hold
 from tests.conftest import REPOSITORY
@@ -332,7 +332,7 @@ def _wait_for_end(number: int) -> None:
     raise AssertionError("it was left behind")
 
 
-def _number(ahead: Ahead) -> int:
+def _number(ahead: EarlyVerifier) -> int:
     assert ahead.process is not None
     return ahead.process._process.pid
 

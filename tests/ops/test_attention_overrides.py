@@ -11,7 +11,7 @@ import pytest
 
 from mlxflow.ops import attention_overrides
 from mlxflow.ops.attention_overrides import Heads, causal_attention, causal_by_blocks, first_causal_heads
-from mlxflow.ops.overrides import Arithmetic, own_arithmetic
+from mlxflow.ops.overrides import Arithmetic, replaced_operations
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Step
@@ -102,7 +102,7 @@ def test_a_step_by_blocks_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         model.train()
         optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-2), weight_decay=0.0, options={})
         update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
-        step = Step(model, update, plain_objective(masks_documents=False), arithmetic=Arithmetic(is_own=blocks))
+        step = Step(model, update, plain_objective(masks_documents=False), arithmetic=Arithmetic(is_replaced=blocks))
         outcomes = [step.update(step.compute(tokens, marks)) for _ in range(3)]
         return [float(value) for outcome in outcomes for value in (outcome.loss, outcome.norm)]
 
@@ -195,6 +195,6 @@ def test_on_cuda_attention_is_in_a_fixed_order_unless_it_need_not_be(
         return queries
 
     model, _ = llama()
-    with own_arithmetic(model, mx.zeros((1, 5), mx.int32), Arithmetic(True, is_deterministic, kernel)):
+    with replaced_operations(model, mx.zeros((1, 5), mx.int32), Arithmetic(True, is_deterministic, kernel)):
         mx.fast.scaled_dot_product_attention(*_half()[:3], scale=0.4, mask="causal")
     assert bool(served) == expected

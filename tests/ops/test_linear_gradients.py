@@ -5,7 +5,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.models import model_folder
 from mlxflow.ops.gradient_checkpointing import recomputed
-from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, own_products
+from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, replaced_products
 from tests.small_models import llama
 
 
@@ -19,7 +19,7 @@ def test_gradients_are_those_of_mlx_and_layers_compute_as_before_afterwards(chan
     model = model_folder.build(llama()[1] | changes, seed=0)
     methods = nn.Linear.__call__, nn.Embedding.__call__, nn.Embedding.as_linear
     wanted = dict(tree_flatten(nn.value_and_grad(model, _loss)(model)[1]))
-    with own_products(), ordered_lookups():
+    with replaced_products(), ordered_lookups():
         assert nn.Linear.__call__ is not methods[0]
         value, gradients = nn.value_and_grad(model, _loss)(model)
     found = dict(tree_flatten(gradients))
@@ -39,7 +39,7 @@ def test_gradients_of_siblings_side_by_side_are_those_of_mlx(every: int) -> None
     assert groups[0] == (attention.q_proj, attention.k_proj, attention.v_proj)
     assert len(groups) == len(model.model.layers), "gate and up are much wider than what they read"
     wanted = dict(tree_flatten(nn.value_and_grad(model, _loss)(model)[1]))
-    with recomputed(model, every=every), own_products(groups):
+    with recomputed(model, every=every), replaced_products(groups):
         _, gradients = nn.value_and_grad(model, _loss)(model)
     for name, gradient in dict(tree_flatten(gradients)).items():
         assert mx.allclose(gradient, wanted[name], rtol=1e-4, atol=1e-6), name
@@ -82,7 +82,7 @@ def test_a_sibling_that_is_given_another_array_computes_with_that() -> None:
     one, two = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
     x, y = mx.ones((2, 8)), mx.full((2, 8), 2.0)
     wanted = two(y)
-    with own_products([(one, two)]):
+    with replaced_products([(one, two)]):
         one(x)
         assert mx.array_equal(two(y), wanted)
         assert mx.array_equal(two(x), wanted / 2)
@@ -91,7 +91,7 @@ def test_a_sibling_that_is_given_another_array_computes_with_that() -> None:
 def test_a_layer_of_another_type_than_its_input_computes_as_mlx_has_it() -> None:
     layer, x = nn.Linear(8, 4), mx.ones((2, 8), mx.bfloat16)
     plain = layer(x)
-    with own_products():
+    with replaced_products():
         assert layer(x).dtype == plain.dtype == mx.float32
         assert mx.array_equal(layer(x), plain)
         assert layer(mx.ones(8)).shape == (4,)

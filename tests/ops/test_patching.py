@@ -22,7 +22,7 @@ from mlxflow.models import config_fields
 from mlxflow.ops import attention_overrides, document_mask, gather_matmul, linear_gradients, mlx_lm_import, patching
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.patching import Replacement, active
-from mlxflow.ops.swiglu_cpu import own_swiglu
+from mlxflow.ops.swiglu_cpu import replaced_swiglu
 from mlxflow.quantization.awq import scale_and_clip
 from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.mlx_lm_patches import dense_products, following
@@ -79,7 +79,7 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     ("mlxflow.ops.document_mask", lambda _: document_mask.noted_bounds(), {MASK}),
     (
         "mlxflow.ops.linear_gradients",
-        lambda _: linear_gradients.own_products(),
+        lambda _: linear_gradients.replaced_products(),
         {f"{LAYERS}.linear.Linear.__call__", f"{LAYERS}.embedding.Embedding.as_linear"},
     ),
     (
@@ -89,7 +89,7 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     ),
     (
         "mlxflow.ops.swiglu_cpu",
-        lambda _: own_swiglu(),
+        lambda _: replaced_swiglu(),
         {"mlx_lm.models.activations.swiglu", "mlx_lm.models.llama.swiglu"},
     ),
     (
@@ -267,12 +267,12 @@ def test_a_call_undoes_what_it_replaces(
 def test_all_blocks_nested_are_undone_in_reverse() -> None:
     model = _model()
     before = _state(model)
-    blocks = [recomputed(model, every=1), _kernels(model), fake_quantized(model, _plan(model)), own_swiglu()]
+    blocks = [recomputed(model, every=1), _kernels(model), fake_quantized(model, _plan(model)), replaced_swiglu()]
     with ExitStack() as stack:
-        for block in [*blocks, linear_gradients.own_products(), linear_gradients.ordered_lookups()]:
+        for block in [*blocks, linear_gradients.replaced_products(), linear_gradients.ordered_lookups()]:
             stack.enter_context(block)
         within = _state(model)
-        with pytest.raises(ZeroDivisionError), linear_gradients.own_products(), recomputed(model, every=1):
+        with pytest.raises(ZeroDivisionError), linear_gradients.replaced_products(), recomputed(model, every=1):
             raise ZeroDivisionError
         assert _state(model) == within
     assert _state(model) == before

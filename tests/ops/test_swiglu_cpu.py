@@ -6,7 +6,7 @@ import pytest
 from mlx_lm.models import llama, qwen3
 from mlx_lm.models.activations import swiglu as theirs
 
-from mlxflow.ops.swiglu_cpu import own_swiglu, swiglu
+from mlxflow.ops.swiglu_cpu import replaced_swiglu, swiglu
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="serves on the CPU only")
 
@@ -26,7 +26,7 @@ def test_result_and_gradients_are_those_of_mlx_lm() -> None:
 
 def test_models_get_it_until_the_block_ends() -> None:
     gate, x = mx.random.normal((2, 8, 16), key=mx.random.key(1))
-    with own_swiglu():
+    with replaced_swiglu():
         assert llama.swiglu is qwen3.swiglu is not theirs
         assert mx.array_equal(llama.swiglu(gate, x), swiglu(gate, x))
         half = gate.astype(mx.bfloat16), x.astype(mx.bfloat16)

@@ -17,7 +17,7 @@ from mlxflow.device import compute_device
 from mlxflow.errors import WorkflowError
 from mlxflow.kernels import adamw, registry
 from mlxflow.kernels import early_start as ahead_of
-from mlxflow.kernels.early_start import Ahead
+from mlxflow.kernels.early_start import EarlyVerifier
 from mlxflow.kernels.verifier_process import VerificationResult
 from mlxflow.models import model_folder
 from mlxflow.storage import report_files
@@ -91,7 +91,7 @@ def _choose(monkeypatch: pytest.MonkeyPatch, *, serve: bool, is_cold: bool = Fal
     """
     asked: list[list[str]] = []
 
-    def choose(names: Iterable[str], ahead: Ahead | None, meanwhile: Meanwhile) -> registry.KernelSelection:
+    def choose(names: Iterable[str], ahead: EarlyVerifier | None, meanwhile: Meanwhile) -> registry.KernelSelection:
         asked.append(sorted(names))
         if is_cold:
             meanwhile(registry.recorded(asked[-1], asked[-1]))
@@ -231,9 +231,9 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
     told: list[str] = []
     build = model_folder.build
 
-    def begin(early: Ahead | None) -> Ahead:
+    def begin(early: EarlyVerifier | None) -> EarlyVerifier:
         told.append("begin")
-        ahead = Ahead()
+        ahead = EarlyVerifier()
         ahead.callback(told.append, "end")
         return ahead
 
@@ -241,7 +241,7 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
         told.append("model")
         return build(*arguments, **named)
 
-    def choose(names: Iterable[str], ahead: Ahead, _: Meanwhile) -> registry.KernelSelection:
+    def choose(names: Iterable[str], ahead: EarlyVerifier, _: Meanwhile) -> registry.KernelSelection:
         told.append("choose")
         with ahead:
             return registry.KernelSelection(dict.fromkeys(names, VerificationResult(False, "it is slow")))
@@ -272,9 +272,9 @@ def test_what_proves_is_started_before_the_device_is_looked_for(
     if stage == "quantize":
         _run(folder, "train")
     told: list[str] = []
-    early = Ahead()
+    early = EarlyVerifier()
 
-    def begin_early() -> Ahead:
+    def begin_early() -> EarlyVerifier:
         told.append("early")
         early.callback(told.append, "end")
         return early
@@ -283,7 +283,7 @@ def test_what_proves_is_started_before_the_device_is_looked_for(
         told.append("device")
         return "gpu"
 
-    def begin(ahead: Ahead | None) -> Ahead:
+    def begin(ahead: EarlyVerifier | None) -> EarlyVerifier:
         assert ahead is early
         told.append("begin")
         return early
