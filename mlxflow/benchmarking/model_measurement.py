@@ -16,7 +16,8 @@ from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
-from mlxflow.storage import layout, report_files
+from mlxflow.stage_reports.quantize import QuantizeReport
+from mlxflow.storage import layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
 from mlxflow.training.step import out_of_memory_bytes
 
@@ -194,10 +195,11 @@ def _rate(prefix: str, rate: Interval, relative: Interval) -> dict[str, float]:
 
 def _asked_bits(path: Path) -> dict[str, float]:
     """Return the bits per weight that the plan of a quantized model asked for; nothing for a dense one."""
-    layers = report_files.read_report(path.with_name(layout.REPORT)).get("layers", [])
-    parameters = sum(layer["parameters"] for layer in layers)
+    report, advice = path.with_name(layout.REPORT), "Build the model again."
+    if report_structs.read_provenance(report, advice=advice).stage.partition(":")[0] != "quantize":
+        return {}
+    layers = report_structs.read(report, QuantizeReport, advice=advice).figures.layers
+    parameters = sum(layer.parameters for layer in layers)
     if not parameters:
         return {}
-    return {
-        "asked_bits_per_weight": sum(layer["bits_per_weight"] * layer["parameters"] for layer in layers) / parameters
-    }
+    return {"asked_bits_per_weight": sum(layer.bits_per_weight * layer.parameters for layer in layers) / parameters}

@@ -4,10 +4,12 @@ import argparse
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
 from mlxflow.errors import ArtifactError, CallError
+from mlxflow.stage_reports.benchmark import BenchmarkReport
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
 from mlxflow.system import terminal
@@ -42,12 +44,12 @@ def compare(before: str, after: str, *, force: bool) -> str:
         CallError: they are of different devices.
     """
     first, second = _read(before), _read(after)
-    if first["device"] != second["device"] and not force:
+    if first.device != second.device and not force:
         names = [f"{name} on {describe_device(report)}" for name, report in ((before, first), (after, second))]
         raise CallError(
             f"compare: {names[0]}, {names[1]}: different devices. Add --force to compare them nevertheless."
         )
-    differences = compare_reports(first, second)
+    differences = compare_reports(msgspec.to_builtins(first), msgspec.to_builtins(second))
     if not differences:
         raise CallError(
             f"compare: {before} and {after} have no row in common. Measure the same batch sizes and models."
@@ -55,12 +57,12 @@ def compare(before: str, after: str, *, force: bool) -> str:
     return markdown_of_differences(differences)
 
 
-def describe_device(report: dict[str, Any]) -> str:
+def describe_device(report: BenchmarkReport) -> str:
     """Return the name and kind of the device that a report was measured on."""
-    return f"{report['device']['name']} ({report['device']['kind']})"
+    return f"{report.device.name} ({report.device.kind})"
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str) -> BenchmarkReport:
     path = Path(name)
     if path.is_dir():
         found = [path / place for place in _PLACES if (path / place).is_file()]
@@ -72,7 +74,7 @@ def _read(name: str) -> dict[str, Any]:
     return read_benchmark(path)
 
 
-def _read_commit(name: str) -> dict[str, Any]:
+def _read_commit(name: str) -> BenchmarkReport:
     """Return a report as a commit has it."""
     shown = subprocess.run(["git", "show", "--end-of-options", name], capture_output=True, check=False)
     if shown.returncode:
@@ -84,4 +86,4 @@ def _read_commit(name: str) -> dict[str, Any]:
         try:
             return read_benchmark(path)
         except ArtifactError as error:
-            raise ArtifactError(str(error).replace(str(path), name)) from error
+            raise ArtifactError(*(line.replace(str(path), name) for line in error.problems)) from error

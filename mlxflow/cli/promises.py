@@ -55,7 +55,7 @@ def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, boo
         report = read_benchmark(stage.require(workflow.root / one.folder / layout.REPORT, one.task))
     lines = [f"On {describe_device(report)}:", "", "| promise | measured | holds |", "|---|---|---|"]
     lines += [
-        f"| {told['promise']} | {told.get('figure', 'not measured')} | {'yes' if told['holds'] else 'no'} |"
-        for told in report["promises"].values()
+        f"| {promise.promise} | {promise.figure or 'not measured'} | {'yes' if promise.holds else 'no'} |"
+        for promise in report.promises.values()
     ]
-    return "\n".join(lines) + "\n", all(told["holds"] for told in report["promises"].values())
+    return "\n".join(lines) + "\n", all(promise.holds for promise in report.promises.values())

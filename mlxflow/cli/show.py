@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.errors import CallError
-from mlxflow.storage import layout, report_checks
+from mlxflow.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.stage_reports.quantize import QuantizeReport
+from mlxflow.storage import layout, report_structs
 from mlxflow.system import terminal
 from mlxflow.workflow.model import Stage, Workflow
 
@@ -62,37 +64,37 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
 
     from mlxflow.workflow.stage import require
 
-    report = report_checks.read(require(folder / layout.REPORT, task), report_checks.Quantized, task)
+    path = require(folder / layout.REPORT, task)
+    report = report_structs.read(path, QuantizeReport, advice=f"Run: doit {task}").figures
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
         table.add_column(title, justify="right", no_wrap=True)
-    for layer in report["layers"]:
-        is_packed = layer["bits"] > 0
+    for layer in report.layers:
+        is_packed = layer.bits > 0
         table.add_row(
-            layer["path"],
-            " x ".join(map(str, layer["shape"])),
-            layer["mode"],
-            str(layer["bits"]) if is_packed else "-",
-            str(layer["group_size"]) if is_packed else "-",
-            f"{layer['bytes']:,}",
-            f"{layer['bits_per_weight']:.2f}",
-            f"{layer['relative_error']:.3g}" if is_packed else "-",
+            layer.path,
+            " x ".join(map(str, layer.shape)),
+            layer.mode,
+            str(layer.bits) if is_packed else "-",
+            str(layer.group_size) if is_packed else "-",
+            f"{layer.bytes:,}",
+            f"{layer.bits_per_weight:.2f}",
+            f"{layer.relative_error:.3g}" if is_packed else "-",
         )
-    console.width = max(
-        console.width, 80 + max((len(layer["path"]) for layer in report["layers"]), default=0)
-    )  # nothing is cut
+    longest = max((len(layer.path) for layer in report.layers), default=0)
+    console.width = max(console.width, 80 + longest)  # nothing is cut
     console.print(table)
     console.print(
-        f"{task}: {report['parameters']:,} parameters in {report['model_bytes']:,} bytes, "
-        f"{report['bits_per_weight']:.2f} bits a weight; {report['compression_ratio_fp32']:.2f} times smaller than "
-        f"fp32, {report['compression_ratio_bf16']:.2f} than bf16"
+        f"{task}: {report.parameters:,} parameters in {report.model_bytes:,} bytes, "
+        f"{report.bits_per_weight:.2f} bits a weight; {report.compression_ratio_fp32:.2f} times smaller than "
+        f"fp32, {report.compression_ratio_bf16:.2f} than bf16"
     )
-    if quality := report.get("quality"):
+    if quality := report.quality:
         console.print(
-            f"perplexity {quality['dense_perplexity']:.4g} -> {quality['perplexity']:.4g} "
-            f"(+- {quality['perplexity_standard_error']:.2g}), divergence {quality['kl']:.3g} nats a token, "
-            f"{quality['top1_agreement']:.1%} of the likeliest tokens equal"
+            f"perplexity {quality.dense_perplexity:.4g} -> {quality.perplexity:.4g} "
+            f"(+- {quality.perplexity_standard_error:.2g}), divergence {quality.kl:.3g} nats a token, "
+            f"{quality.top1_agreement:.1%} of the likeliest tokens equal"
         )
 
 
@@ -110,26 +112,26 @@ def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -
     if row is not None and not 0 <= row < count:
         raise CallError(f"show {task}: --row = {row}: expected 0 to {count - 1:,}. Name one of the training rows.")
     if row is None:
-        for line in _summary(report_checks.read(folder / layout.REPORT, report_checks.Pretokenized, task)):
+        read = report_structs.read(folder / layout.REPORT, PretokenizeReport, advice=f"Run: doit {task}")
+        for line in _summary(read.figures):
             console.print(line)
     for number in range(min(_SHOWN_ROWS, count)) if row is None else [row]:
         _show_row(console, train, tokenizer, names, number)
 
 
-def _summary(report: dict[str, Any]) -> Iterator[str]:
+def _summary(report: PretokenizeReport) -> Iterator[str]:
     """Yield the lines of a summary."""
-    for side in ("train", "validation"):
-        told = report[side]
+    for name, side in (("train", report.train), ("validation", report.validation)):
         yield (
-            f"{side}: {told['documents']:,} documents, {told['tokens']:,} tokens ({told['targets']:,} trained on) in "
-            f"{told['rows']:,} rows of {report['context_length'] + 1}, {told['real_token_share']:.3%} real"
+            f"{name}: {side.documents:,} documents, {side.tokens:,} tokens ({side.targets:,} trained on) in "
+            f"{side.rows:,} rows of {report.context_length + 1}, {side.real_token_share:.3%} real"
         )
-    for source in report["sources"]:
-        lengths = source["tokens_per_document"]
+    for source in report.sources:
+        median = source.tokens_per_document.p50 or 0
         yield (
-            f"{source['path']}: {source['documents']:,} documents of {lengths.get('p50', 0):,} tokens (median), "
-            f"{source['bytes_per_token']} bytes a token, {source['duplicates']:,} duplicates, "
-            f"{source['bad_records']:,} bad records"
+            f"{source.path}: {source.documents:,} documents of {median:,} tokens (median), "
+            f"{source.bytes_per_token} bytes a token, {source.duplicates:,} duplicates, "
+            f"{source.bad_records:,} bad records"
         )
 
 

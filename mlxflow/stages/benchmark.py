@@ -179,7 +179,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             return timed | {"models": models.only(names).measure_speeds(budget)}
 
         report["comparison"] = hold_against(
-            baseline,
+            msgspec.to_builtins(baseline),
             report,
             again,
             name=config.baseline,
@@ -202,13 +202,14 @@ def _if_it_fits(compute: Callable[[], T]) -> T | None:
         return None
 
 
-def read_benchmark(path: Path) -> dict[str, Any]:
-    """Return a benchmark's report.
+def read_benchmark(path: Path) -> "BenchmarkReport":
+    """Return the figures in a benchmark's report.
 
     Raises:
-        ArtifactError: it is missing, damaged, none, or of another version.
+        ArtifactError: it is missing, damaged, none, or of another version; a line names each wrong key.
     """
-    from mlxflow.storage import report_checks, report_files
+    from mlxflow.stage_reports.benchmark import BenchmarkReport
+    from mlxflow.storage import report_files, report_structs
 
     report = report_files.read_report(path)
     if "training" not in report or "models" not in report:
@@ -218,7 +219,7 @@ def read_benchmark(path: Path) -> dict[str, Any]:
             f"{path}: version = {report.get('version', 'none')}: expected {VERSION}. "
             "Measure it again with this version of mlxflow: doit benchmark"
         )
-    return report_checks.read(path, report_checks.Benchmarked, "benchmark")
+    return report_structs.parse(report, BenchmarkReport, shown=str(path), advice="Run: doit benchmark").figures
 
 
 def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any:

@@ -203,13 +203,17 @@ def _trained_settings(config: Config, inputs: Inputs, context: Context) -> "Trai
     return read_settings(report, shown=shown, task=config.input, key=f"{context.task}.input")
 
 
-def _packing(inputs: Inputs, rows: Any) -> str:
-    """Return how documents were laid into rows, as their stage reported it; else as the rows look."""
-    from mlxflow.benchmarking.unpacked_rows import holds_several
-    from mlxflow.storage import report_files
+def _packing(inputs: Inputs, data: str) -> str:
+    """Return how documents were laid into rows, as their stage reported it.
 
-    seen = "best-fit" if holds_several(rows) else "none"
-    return str(report_files.read_report(inputs.tokens.with_name(layout.REPORT)).get("packing", seen))
+    Raises:
+        ArtifactError: the report is missing or not of its form.
+    """
+    from mlxflow.stage_reports.pretokenize import PretokenizeReport
+    from mlxflow.storage import report_structs
+
+    report = inputs.tokens.with_name(layout.REPORT)
+    return report_structs.read(report, PretokenizeReport, advice=f"Run: doit {data}").figures.packing
 
 
 class _Taken(NamedTuple):
@@ -247,7 +251,7 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
         cache_memory_bytes=measured.composition["cache_bytes"],
         real_share=np.count_nonzero(marks) / marks.size,
         is_gpu=context.device == "gpu",
-        packing=_packing(inputs, rows),
+        packing=_packing(inputs, config.data),
         batch_size=_trained_settings(config, inputs, context).batch_size,
     )
     made = suggestions.suggest(model, settings, situation)

@@ -87,8 +87,8 @@ def test_what_is_no_benchmark_is_refused_by_name(
     assert main(["compare", str(tmp_path), str(path)]) == 2
     assert capsys.readouterr().err == f"{tmp_path}: no benchmark's report in it. Run: doit benchmark\n"
     empty = tmp_path / "empty.toml"
-    device = {"kind": "cpu", "name": "One", "processor": "one"}
-    report_files.write_report(empty, {"version": benchmark.VERSION, "device": device, "training": [], "models": []})
+    whole = report_files.read_report(built / "artifacts/benchmark/report.toml")
+    report_files.write_report(empty, whole | {"training": [], "models": []})
     assert main(["compare", str(empty), str(empty)]) == 2
     assert capsys.readouterr().err == (
         f"compare: {empty} and {empty} have no row in common. Measure the same batch sizes and models.\n"
@@ -268,3 +268,51 @@ def test_train_says_how_its_steps_were_done_with_every_choice_resolved(built: Pa
     assert settings["weight_decay"] == 0.1  # "auto" with AdamW
     assert settings["optimizer_options"] == {"betas": [0.9, 0.95]}
     assert (settings["batch_size"], settings["masks_documents"], settings["precision"]) == (4, False, "fp32")
+
+
+# --- reports that others wrote
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda report: report.pop("device"), "device: missing"),
+        (lambda report: report.update(device=[]), "device: expected `object`, got `array`"),
+        (lambda report: report["training"][0].pop("name"), "training[0].name: missing"),
+        (lambda report: report["training"][0].update(gain=1), "training[0].gain: unknown key"),
+        (
+            lambda report: report["training"][0].pop("low_tokens_per_second"),
+            "training[0]: expected `low_tokens_per_second` or `error`",
+        ),
+        (
+            lambda report: report["training"][0].update(tokens_per_second=0.0),
+            "training[0].tokens_per_second: expected `float` > 0.0",
+        ),
+        (
+            lambda report: report["models"][0]["prefill"][0].update(tokens_per_second="fast"),
+            "models[0].prefill[0].tokens_per_second: expected `float`, got `str`",
+        ),
+        (
+            lambda report: report["models"][0].pop("perplexity_standard_error"),
+            "models[0]: `perplexity` without `perplexity_standard_error`",
+        ),
+        (
+            lambda report: report["training"][0].update(processed_tokens_per_second=float("inf")),
+            "training[0].processed_tokens_per_second = inf: expected a finite number",
+        ),
+    ],
+)
+def test_a_benchmark_of_another_form_is_not_compared(
+    built: Path,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any]], object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good, bad = built / "artifacts/benchmark/report.toml", tmp_path / "bad.toml"
+    report = report_files.read_report(good)
+    change(report)
+    report_files.write_report(bad, report)
+    for order in ((good, bad), (bad, good)):
+        assert main(["compare", *map(str, order)]) == 2
+        assert tuple(capsys.readouterr()) == ("", f"{bad}: {said}. Run: doit benchmark\n")

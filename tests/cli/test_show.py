@@ -1,9 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxflow.cli.command import main
-from mlxflow.storage.report_files import read_report
+from mlxflow.storage.report_files import read_report, write_report
 
 
 def _show(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -34,3 +36,50 @@ def test_show_refuses_other_stages_and_rows_that_are_not_there(built: Path, caps
         "",
         f"show pretokenize: --row = {rows}: expected 0 to {rows - 1:,}. Name one of the training rows.\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda report: report.pop("layers"), "layers: missing"),
+        (lambda report: report.update(layers=3), "layers: expected `array`, got `int`"),
+        (lambda report: report.update(layers=[3]), "layers[0]: expected `object`, got `int`"),
+        (lambda report: report["layers"][0].pop("bits"), "layers[0].bits: missing"),
+        (lambda report: report["layers"][0].update(bits="4"), "layers[0].bits: expected `int`, got `str`"),
+        (lambda report: report["layers"][0].update(path=["x"]), "layers[0].path: expected `str`, got `array`"),
+        (lambda report: report.update(parameters=-1), "parameters: expected `int` >= 0"),
+        (lambda report: report.update(quality=[]), "quality: expected `object | null`, got `array`"),
+        (lambda report: report["quality"].pop("kl"), "quality.kl: missing"),
+        (
+            lambda report: report["layers"][0].update(relative_error=float("nan")),
+            "layers[0].relative_error = nan: expected a finite number",
+        ),
+    ],
+)
+def test_a_report_of_another_form_is_not_printed(
+    built: Path,
+    job: Path,
+    change: Callable[[dict[str, Any]], object],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = read_report(built / "artifacts/quantize/q4/report.toml")
+    change(report)
+    path = job / "artifacts/quantize/q4/report.toml"
+    path.parent.mkdir(parents=True)
+    write_report(path, report)
+    assert _show(job, capsys, "quantize:q4") == (2, "", f"{path}: {said}. Run: doit quantize:q4\n")
+
+
+def test_odd_names_are_printed_without_control_characters(
+    built: Path, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = read_report(built / "artifacts/quantize/q4/report.toml")
+    report["layers"][0] |= {"path": "[red]\x1b]0;t\x07\nx", "relative_error": 7, "bytes": 0}
+    path = job / "artifacts/quantize/q4/report.toml"
+    path.parent.mkdir(parents=True)
+    write_report(path, report)
+    code, shown, _ = _show(job, capsys, "quantize:q4")
+    assert code == 0
+    assert "[red]\\x1b]0;t\\x07" in shown
+    assert "\x1b" not in shown
