@@ -35,7 +35,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/data/end_tokens.py": "tests/stages/test_chats.py",
     "mlxflow/data/guarded_template.py": "tests/data/test_guard.py",
     "mlxflow/data/guarded_tokenizer.py": "tests/data/test_guard.py",
-    "mlxflow/data/held_out_questions.py": "tests/stages/test_report_samples.py",
+    "mlxflow/data/held_out_questions.py": "tests/report/test_samples.py",
     "mlxflow/data/input_files.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/items.py": "tests/data/test_records.py",
     "mlxflow/data/job.py": "tests/stages/test_pretokenize.py",

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow.stages import report_samples
 from mlxflow.storage import layout
 from mlxflow.workflow import products
 from mlxflow.workflow.config import MAX_SIZE, Problem
-from mlxflow.workflow.stage import Artifacts, Beside, Context
+from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.stage_reports.report import PageReport
@@ -121,10 +120,19 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """
     from mlxflow.report.load_run import read_run
     from mlxflow.report.render import render
+    from mlxflow.report.samples import SampleRequest, write_samples
     from mlxflow.stage_reports.report import PageReport
     from mlxflow.storage import atomic_folders
 
-    samples = report_samples.samples(config, inputs, context)
+    request = SampleRequest(
+        config.prompts,
+        config.num_prompts,
+        config.prompt_tokens,
+        config.max_tokens,
+        config.temperature,
+        derive_seed(context.seed, "report.samples"),
+    )
+    samples = write_samples(request, inputs.models, reports=inputs.reports, validation=inputs.validation)
     members = [one for one in context.members if one.task in inputs.reports]
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])

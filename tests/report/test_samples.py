@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -12,9 +11,8 @@ import pytest
 from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
+from mlxflow.report.samples import SampleRequest, write_samples
 from mlxflow.stage_reports.report import SampleText
-from mlxflow.stages import report
-from mlxflow.stages.report_samples import samples
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.stage import Member, derive_seed
@@ -70,12 +68,19 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _samples(folder: Path, model: Path | None = None, **config: Any) -> list[SampleText]:
     artifacts = folder / "artifacts"
     names = ("validation.safetensors", "tokenizer.json", "tokenizer_config.json")
-    inputs = report.Inputs(
-        models={"train": (model or artifacts / "train") / "model.safetensors"},
+    usual: dict[str, Any] = {
+        "prompts": (),
+        "num_prompts": 2,
+        "prompt_tokens": 12,
+        "max_tokens": 8,
+        "temperature": "auto",
+    }
+    return write_samples(
+        SampleRequest(**(usual | config), seed=derive_seed(0, "report.samples")),
+        {"train": (model or artifacts / "train") / "model.safetensors"},
         reports={"train": artifacts / "train/report.toml"},
         validation=tuple(artifacts / "pretokenize" / name for name in names),
     )
-    return samples(report.Config(**({"max_tokens": 8} | config)), inputs, SimpleNamespace(seed=0))  # type: ignore[arg-type]
 
 
 def test_conversations_become_questions_with_both_answers(chats: Path) -> None:

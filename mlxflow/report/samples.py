@@ -1,0 +1,130 @@
+"""Samples for the page: held-out questions that models answer, or beginnings of documents that they continue."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from mlxflow.data.guarded_tokenizer import GuardedTokenizer
+from mlxflow.data.held_out_questions import held_out_beginnings, held_out_questions
+from mlxflow.data.token_file import TokenFile
+from mlxflow.errors import reason_of
+from mlxflow.evaluation.text_generation import Sampling, Writer, open_template
+from mlxflow.report.load_run import model_key
+from mlxflow.stage_reports.report import SampleText
+from mlxflow.storage import report_structs
+
+_TEXT_TEMPERATURE = 0.8
+
+
+class SampleRequest(NamedTuple):
+    """Which samples are wanted.
+
+    Attributes:
+        prompts: texts to continue, questions for models with a chat template; none for held-out documents.
+        num_prompts: held-out documents to use.
+        prompt_tokens: tokens of a document that the models get.
+        max_tokens: the most tokens that a model writes.
+        temperature: of sampling; "auto" for 0 in answers, 0.8 in continued texts.
+        seed: of sampling.
+    """
+
+    prompts: tuple[str, ...]
+    num_prompts: int
+    prompt_tokens: int
+    max_tokens: int
+    temperature: float | Literal["auto"]
+    seed: int
+
+
+class _Asked(NamedTuple):
+    """The prompts for every model.
+
+    Attributes:
+        texts: to be continued; to be answered by models with a chat template where a user wrote them.
+        questions: of held-out conversations.
+        tokenizer: of the tokens of the questions; None without any.
+        are_messages: whether the texts are for the chat template of a model that has one.
+    """
+
+    texts: list[str]
+    questions: list[Any]
+    tokenizer: Any
+    are_messages: bool
+
+
+class _Texts(NamedTuple):
+    """What a model wrote, and after what; see `SampleText`."""
+
+    text: str
+    prompt: str | None = None
+    question: str | None = None
+    answer: str | None = None
+
+
+def write_samples(
+    request: SampleRequest, models: Mapping[str, Path], *, reports: Mapping[str, Path], validation: tuple[Path, ...]
+) -> list[SampleText]:
+    """Return what every model writes after every prompt; equal models write the same.
+
+    Args:
+        request: which samples are wanted.
+        models: `model.safetensors` of each model, by reference such as "quantize:q4".
+        reports: of the stages that made them, by the same references.
+        validation: validation tokens, `tokenizer.json` and `tokenizer_request.json`; none where there are prompts.
+
+    Raises:
+        ArtifactError: a model cannot be opened.
+    """
+    asked = _choose_prompts(request, models, validation)
+    found: list[SampleText] = []
+    for reference, path in models.items():
+        key = model_key(report_structs.read_provenance(reports[reference], advice=f"Run: doit {reference}"))
+        try:
+            made = _written(request, path.parent, asked)
+        except RuntimeError as error:  # no room for the model: the page is drawn without it
+            found.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
+            continue
+        found += [SampleText(model=reference, model_key=key, **texts._asdict()) for texts in made]
+    return found
+
+
+def _choose_prompts(request: SampleRequest, models: Mapping[str, Path], validation: tuple[Path, ...]) -> _Asked:
+    if request.prompts or not models:
+        return _Asked(list(request.prompts), [], None, are_messages=True)
+    tokens = TokenFile.open(validation[0])
+    tokenizer = GuardedTokenizer(validation[1].parent)
+    if tokens.has_conversations:
+        template = open_template(validation[1].parent, tokenizer.call)
+        questions = held_out_questions(tokens, tokenizer, template, count=request.num_prompts)
+        if questions:
+            return _Asked([], questions, tokenizer, are_messages=False)
+    texts = held_out_beginnings(tokens, tokenizer, count=request.num_prompts, num_tokens=request.prompt_tokens)
+    return _Asked(texts, [], None, are_messages=False)
+
+
+def _written(request: SampleRequest, folder: Path, asked: _Asked) -> list[_Texts]:
+    """Return what one model writes; an entry with a question is an answer, one without continues its prompt."""
+    writer = Writer(folder)
+    is_chat = asked.are_messages and writer.has_template
+    likeliest = bool(asked.questions) or is_chat
+    temperature = request.temperature if request.temperature != "auto" else 0.0 if likeliest else _TEXT_TEMPERATURE
+    sampling = Sampling(request.max_tokens, temperature, request.seed)
+    found: list[_Texts] = []
+    for text in asked.texts:
+        ids = writer.chat_ids([{"role": "user", "content": text}]) if is_chat else writer.text_ids(text)
+        written = "".join(writer.write(ids, sampling))
+        found.append(_Texts(written, question=text) if is_chat else _Texts(written, prompt=text))
+    if asked.questions:
+        reads_ids = writer.tokenizer.digest_vocabulary() == asked.tokenizer.digest_vocabulary()
+        for one in asked.questions:
+            ids = one.ids if reads_ids else _ids_of_another(writer, one.text)
+            found.append(_Texts("".join(writer.write(ids, sampling)), question=one.text, answer=one.answer))
+    return found
+
+
+def _ids_of_another(writer: Writer, text: str) -> list[int]:
+    """Return the ids of a question for a model of another tokenizer than the one that made the tokens."""
+    ids: list[int] = writer.text_ids(text)
+    if writer.has_template:
+        ids = writer.chat_ids([{"role": "user", "content": text}])
+    return ids
