@@ -80,8 +80,8 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             return ran
         self.is_untouched = before == self._stamps()
         if code := ran.exit_code:
-            said = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
-            return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, said)
+            message = "" if 0 < code <= _USER_MISTAKE else f"{self.node.task}: its process ended with {_word(code)}"
+            return self._fail(TaskError if code == _USER_MISTAKE else TaskFailed, message)
         try:
             outputs = observe_outputs(self.node, self.cache)
         except OSError as error:

@@ -94,8 +94,8 @@ def apply(model: nn.Module, folder: Path) -> nn.Module:
         advice = advise_on(error, "Build it again")
         raise ArtifactError(f"{folder / WEIGHTS}: cannot be read ({error.strerror or error}). {advice}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        said = reason_of(error, None)
-        raise ArtifactError(f"{folder / WEIGHTS}: does not fit the model ({said}). Build it again.") from error
+        reason = reason_of(error, None)
+        raise ArtifactError(f"{folder / WEIGHTS}: does not fit the model ({reason}). Build it again.") from error
     # mlx-lm leaves an adapter without weights in the file at its random initialization
     lacking = [name for name in _parameters(adapted) if name not in stored]
     if lacking:

@@ -85,11 +85,11 @@ class Guarded:
             with patching.attributes((BaseModelArgs, "from_dict", classmethod(from_dict)), by=__name__):
                 yield
         except BUILD_ERRORS as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             odd = "".join(f"{one}, " for one in self._suspects[:4])
             kind = toml_value(self._root.get("model_type"))
             raise ArtifactError(
-                f"{self._file}: {odd}model_type = {kind}: mlx-lm cannot build that ({said}). {_ADVICE}"
+                f"{self._file}: {odd}model_type = {kind}: mlx-lm cannot build that ({reason}). {_ADVICE}"
             ) from error
 
     def _check(self, cls: Any, params: Any) -> None:
@@ -196,7 +196,7 @@ def _list_mismatch(value: Any, kinds: list[Any]) -> str:
         return f"a list of at most {_MOST_ITEMS:,}"
     infinite = (math.inf, -math.inf)  # such as of a time step
     items = [one for one in value if not (isinstance(one, float) and one in infinite)]
-    found = next((said for one in items if kinds and (said := _mismatch(one, kinds[0]))), "")
+    found = next((expected for one in items if kinds and (expected := _mismatch(one, kinds[0]))), "")
     return f"a list, each {found}" if found else ""
 
 

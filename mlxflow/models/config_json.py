@@ -191,16 +191,16 @@ def write_generation(folder: Path, ends: Iterable[int]) -> None:
     """
     path = folder / "generation_config.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ArtifactError(f"{path}: not valid JSON ({error}). Fix the file.") from error
-    write(path, with_ends(said, ends))
+    write(path, with_ends(settings, ends))
 
 
 def dtype(config: Mapping[str, Any]) -> str | None:
     """Return the dtype of the weights, such as "bfloat16", by the rule of mlx-lm's converter; None if it finds none."""
-    said = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
-    return said if isinstance(said, str) else None
+    name = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    return name if isinstance(name, str) else None
 
 
 def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -237,11 +237,12 @@ def keeps_codes(config: Mapping[str, Any]) -> bool:
     """Return whether a config describes quantized weights that mlx-lm keeps quantized when it loads them."""
     if isinstance(config.get("quantization"), dict):
         return True
-    said = _of_text(config, ("quantization_config",))
-    if not isinstance(said, dict):
+    quantization = _of_text(config, ("quantization_config",))
+    if not isinstance(quantization, dict):
         return False
-    is_packed_fp8 = said.get("scale_fmt") == "ue8m0" and list(said.get("weight_block_size") or ()) == [32, 32]
-    return said.get("quant_method") != "fp8" or is_packed_fp8
+    blocks = list(quantization.get("weight_block_size") or ())
+    is_packed_fp8 = quantization.get("scale_fmt") == "ue8m0" and blocks == [32, 32]
+    return quantization.get("quant_method") != "fp8" or is_packed_fp8
 
 
 def _of_text(config: Mapping[str, Any], names: Iterable[str]) -> Any:

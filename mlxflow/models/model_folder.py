@@ -139,15 +139,15 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
 
 def _word_unopened(folder: Path, error: str) -> str:
     """Return why a folder cannot be opened; how its weights are packed, where mlx-lm does not know that."""
-    said = " ".join(error.split())
+    reason = " ".join(error.split())
     config = config_json.read(folder)
     packed = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
     method = packed.get("quant_method") if isinstance(packed, dict) else None
     if method is None or "quantization" in config:
-        return f"{folder}: cannot be opened as a model ({said}). Build it again."
+        return f"{folder}: cannot be opened as a model ({reason}). Build it again."
     return (
         f'{folder}/config.json: quantization_config.quant_method = "{method}": mlx-lm does not read weights of '
-        f"{config.get('model_type')} that are packed so ({said[:200]}). Convert the model to bf16 first."
+        f"{config.get('model_type')} that are packed so ({reason[:200]}). Convert the model to bf16 first."
     )
 
 
@@ -246,10 +246,10 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
         dtype: "fp32", "fp16", "bf16", or "keep" for the config's, by the rule of mlx-lm's converter.
     """
     names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    said = names.get(dtype) or config_json.dtype(config)
-    if said is None or said not in names.values():
+    target = names.get(dtype) or config_json.dtype(config)
+    if target is None or target not in names.values():
         return model, dict(config)
-    wanted = getattr(mx, said)
+    wanted = getattr(mx, target)
     is_cast = getattr(model, "cast_predicate", lambda _: True)
 
     def casted(name: str, value: mx.array) -> mx.array:
@@ -257,7 +257,7 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
         return value.astype(wanted) if is_floating and is_cast(name) else value
 
     model.update(tree_map_with_path(casted, model.parameters()))
-    return model, config_json.with_dtype(config, said)
+    return model, config_json.with_dtype(config, target)
 
 
 def fetch(name: str, *, key: str, trust_key: str) -> Path:

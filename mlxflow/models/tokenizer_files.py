@@ -98,9 +98,9 @@ def _open_in_transformers(folder: Path) -> Any:
             model_files.copy(folder, [name for name in names if (folder / name).is_file()], copied)
             return AutoTokenizer.from_pretrained(copied, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        said = reason_of(error)
+        reason = reason_of(error)
         advice = advise_on(error, "Put one into it")
-        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({said}). {advice}.") from error
+        raise ArtifactError(f"{folder}: its tokenizer cannot be opened ({reason}). {advice}.") from error
 
 
 def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:

@@ -203,8 +203,8 @@ def device_memory(library: str = "libnvidia-ml.so.1") -> Callable[[], int]:
 
 def _linux_pressure() -> float:
     try:
-        said = Path("/proc/pressure/memory").read_text()
-        return float(said.partition("avg10=")[2].partition(" ")[0])
+        text = Path("/proc/pressure/memory").read_text()
+        return float(text.partition("avg10=")[2].partition(" ")[0])
     except (OSError, ValueError):
         return 0.0
 

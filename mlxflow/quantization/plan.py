@@ -160,13 +160,13 @@ def _setting_of(path: str, layer: nn.Module, model: nn.Module, default: Setting,
     if rule is not None:
         return None if rule.skip else _completed(rule, default)
     predicate = getattr(model, "quant_predicate", None)
-    said = True if predicate is None else predicate(path, layer)
-    if isinstance(said, dict):
-        return _own_setting(said, default)
-    return default if said else None
+    request = True if predicate is None else predicate(path, layer)
+    if isinstance(request, dict):
+        return _own_setting(request, default)
+    return default if request else None
 
 
-def _own_setting(said: Mapping[str, Any], default: Setting) -> Setting:
+def _own_setting(request: Mapping[str, Any], default: Setting) -> Setting:
     """Return the setting that an architecture requests for a layer; without a mode it is affine, as in MLX.
 
     If the default is symmetric, which MLX does not have, a requested affine layer becomes symmetric.
@@ -174,7 +174,7 @@ def _own_setting(said: Mapping[str, Any], default: Setting) -> Setting:
     usual = Setting(
         "symmetric" if default.mode == "symmetric" else "affine", BITS["affine"][0], GROUP_SIZES["affine"][0]
     )
-    return completed(usual, mode=said.get("mode"), bits=said.get("bits"), group_size=said.get("group_size"))
+    return completed(usual, mode=request.get("mode"), bits=request.get("bits"), group_size=request.get("group_size"))
 
 
 def _completed(rule: Rule, default: Setting) -> Setting:

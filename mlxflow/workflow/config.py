@@ -288,7 +288,7 @@ def _describe_range(meta: msgspec.Meta) -> str:
         (meta.le, "of at most"),
         (meta.lt, "under"),
     ]
-    return " and ".join(f"{said} {_bound(bound)}" for bound, said in words if bound is not None)
+    return " and ".join(f"{phrase} {_bound(bound)}" for bound, phrase in words if bound is not None)
 
 
 def _bound(value: float) -> str:

@@ -163,11 +163,13 @@ class _WorkflowLoader:
             is_written = name in self.document
             for one in [one for one in workflow.stages if one.name == name and name not in unread]:
                 lines = self.mistakes[name] if is_written else []
-                asked = References(workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines)
-                _find_inputs(one, asked)
+                references = References(
+                    workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines
+                )
+                _find_inputs(one, references)
                 num_files += len(one.input_files)
                 self._require_few_files(one, num_files)
-                asked.check_makers(one.input_files, _changed_keys(one))
+                references.check_makers(one.input_files, _changed_keys(one))
                 if lines and not is_written:
                     workflow.left_out[name] = lines
                     workflow.stages.remove(one)
@@ -180,11 +182,11 @@ class _WorkflowLoader:
             )
 
 
-def _find_inputs(one: Stage, asked: References) -> None:
+def _find_inputs(one: Stage, references: References) -> None:
     """Set the inputs of a stage, after resolving the keys of its table that depend on other files."""
-    one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, asked)
-    one.inputs = one.module.Inputs.of(one.config, asked)
-    one.spellings = asked.spellings
+    one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, references)
+    one.inputs = one.module.Inputs.of(one.config, references)
+    one.spellings = references.spellings
 
 
 def _changed_keys(one: Stage) -> set[str]:

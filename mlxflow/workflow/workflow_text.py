@@ -76,8 +76,8 @@ def _word_toml_error(shown: str, message: str, last_line: int) -> str:
         return f"{shown}:{match[2]}:{match[3]}: not valid TOML ({match[1]}). Fix the line."
     if message.endswith(("levels", "deeply", "digits")):  # errors without a position
         return f"{shown}: not valid TOML ({message}). Fix the file."
-    said = message.removesuffix(" (at end of document)")
-    return f"{shown}:{last_line}: not valid TOML ({said}). Fix the line or one before it."
+    reason = message.removesuffix(" (at end of document)")
+    return f"{shown}:{last_line}: not valid TOML ({reason}). Fix the line or one before it."
 
 
 def _refuse_too_many(document: dict[str, Any], shown: str) -> None:
