@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxflow.workflow.loader import STAGES
 from tests.conftest import REPOSITORY
 
 LIMITS = {"module lines": 350, "function lines": 60, "class lines": 250, "complexity": 15, "parameters": 8}
@@ -219,6 +220,10 @@ def test_every_module_has_a_test_at_the_mirrored_path_or_is_listed() -> None:
     assert not TESTED_ELSEWHERE.keys() & WITHOUT_MIRRORED_TEST
     assert not lacking - listed, "add tests/<package>/test_<module>.py"
     assert not listed - lacking, "remove these from the tables"
+
+
+def test_every_module_of_stages_is_a_stage() -> None:
+    assert {path.stem for path in _modules("mlxflow/stages")} == {"__init__", *STAGES}
 
 
 def test_modules_that_are_tested_elsewhere_name_a_test_that_exists() -> None:

@@ -24,10 +24,10 @@ VERSION = 6
 
 T = TypeVar("T")
 
-#: The artifact depends on this machine; another one makes it stale.
+#: The artifact depends on the machine; on another one it is stale.
 DEVICE_BOUND = True
 
-# Of `max_seconds`, when each part should be done; the rest is for where a step's time goes
+# Shares of `max_seconds` after which each part should end; the rest is for the parts of a step
 _SHARES = {"training": 0.5, "convergence": 0.65, "models": 0.95}
 
 
@@ -78,7 +78,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """A model to train, models to compare, tokens for both.
 
     Attributes:
-        beside: what lies beside each of the models, such as adapters.
+        beside: other files of each model, such as adapters.
         models: by reference, such as "quantize:q4".
     """
 
@@ -116,7 +116,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table as it is; note more tokens in a forward pass, or in all steps, than a machine can compute."""
+    """Return the table unchanged; note more tokens in a forward pass, or in all steps, than a machine can compute."""
     if not (row := products.rows_of(artifacts, config.data)):
         return config
     one_pass: dict[str, int | tuple[int, ...]] = {"batch_sizes": config.batch_sizes, **row}
@@ -190,7 +190,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 
 def _if_it_fits(compute: Callable[[], T]) -> T | None:
-    """Return what is computed; None, and a word in the terminal, where the memory does not suffice."""
+    """Return the result; None, with a line for the terminal, if it runs out of memory."""
     from mlxflow.training.step import out_of_memory_bytes
 
     try:

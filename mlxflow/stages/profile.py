@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = 6
 
-#: The artifact depends on this machine; another one makes it stale.
+#: The artifact depends on the machine; on another one it is stale.
 DEVICE_BOUND = True
 
 # Rows in which padding is counted
@@ -58,7 +58,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = ""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield gates that nothing could ever fail."""
+        """Yield limits that no run can exceed."""
         for key in ("max_peak_memory", "max_leak_per_step"):
             if (value := getattr(self, key)) and (expected := size_mistake(value)):
                 yield Problem(key, value, expected, "Lower it or remove the key.")
@@ -85,14 +85,14 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures and the reading after each step."""
+    """The report, and the memory readings after each step."""
 
     timeline: Path = Path(layout.TIMELINE)
     report: Path = Path(layout.REPORT)
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table as it is; note more tokens in a forward pass or in all steps than a machine can compute."""
+    """Return the table unchanged; note more tokens in a forward pass or in all steps than a machine can compute."""
     own, key = {"batch_size": config.batch_size}, f"{config.input}.batch_size"
     trained = {key: getattr(artifacts.table(config.input), "batch_size", 1)}
     if not (row := products.rows_of(artifacts, config.data)):
@@ -105,7 +105,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "ProfileReport":
-    """Train a copy of the model for some steps, as it was trained, and read the memory all the while.
+    """Run training steps on a copy of the model, with the settings of its training, and read the memory.
 
     Raises:
         SourceError: there are fewer rows than one step takes.
@@ -173,7 +173,7 @@ def settings_of(config: Config, inputs: Inputs, context: Context) -> "TrainingSe
 
 
 def model_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> "ProfiledModel":
-    """Return which model is trained.
+    """Return the model to profile.
 
     Raises:
         ArtifactError: it does not know the tokens.
@@ -195,7 +195,7 @@ def model_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> "
 
 
 def _trained_settings(config: Config, inputs: Inputs, context: Context) -> "TrainingSettings":
-    """Return how the model was trained, as its stage reported it."""
+    """Return the settings of the model's training, from the report of its stage."""
     from mlxflow.training.settings import read_settings
 
     report = inputs.model.with_name(layout.REPORT)
@@ -270,7 +270,7 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
 
 
 def _require_budgets(config: Config, context: Context, report: "ProfileReport") -> None:
-    """Fail, with the phase and what would help most, where more memory is used than is allowed.
+    """Fail if more memory is used than the table allows; name the phase, and the suggestion that saves most.
 
     Raises:
         StageError: a line for each budget that is exceeded.
