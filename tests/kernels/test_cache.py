@@ -14,7 +14,7 @@ import mlx.nn as nn
 import pytest
 
 from mlxflow.device import compute_device
-from mlxflow.kernels import cache, fingerprint, layer_patching, layer_signature, pattern_detection
+from mlxflow.kernels import cache, fingerprint, layer_patching, pattern_detection
 from mlxflow.kernels.layer_patterns import Embedding, GatedMLP, LayerPattern, Norm
 from mlxflow.kernels.pattern_detection import Detection
 from mlxflow.quantization.fake_quant import fake_quantized
@@ -150,38 +150,6 @@ def test_other_settings_shapes_and_types_are_tried(layers: Callable[..., ModuleT
         assert len(tried) == number
 
 
-def test_a_class_made_at_run_time_is_tried_each_time(layers: Callable[..., ModuleType], tried: list[str]) -> None:
-    kind = layers().Norm
-    made = type("Norm", (kind,), {"__module__": kind.__module__, "__qualname__": "Norm"})
-    for _ in range(2):
-        assert _fits(made()) == [Norm(1e-5, 0.0)]
-    assert tried == ["Norm", "Norm"]
-
-
-def test_a_class_with_a_function_from_elsewhere_is_tried_each_time(
-    layers: Callable[..., ModuleType], tried: list[str]
-) -> None:
-    kind = layers().Norm
-    assert _fits(kind()) == [Norm(1e-5, 0.0)]
-    kind.__call__ = lambda self, x: x * 3
-    for _ in range(2):
-        assert _fits(kind()) == []
-    assert tried == ["Norm"] * 3
-
-
-def test_a_function_put_in_the_place_of_a_modules_own_is_seen(
-    layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = layers()
-    assert _fits(module.Norm()) == [Norm(1e-5, 0.0)]
-    monkeypatch.setattr(module, "scaled", _other)
-    assert _fits(module.Norm()) == []
-
-
-def _other(x: mx.array, eps: float) -> mx.array:
-    return x * 3
-
-
 def test_fake_quantization_is_tried_each_time_and_what_is_around_it_is_known(tried: list[str]) -> None:
     model, _ = llama(hidden_size=64, intermediate_size=64)
     names = [name for name, module in model.named_modules() if name.endswith("_proj")]
@@ -204,20 +172,6 @@ class _Activated(nn.Module):  # type: ignore[misc]
     def __call__(self, x: mx.array) -> mx.array:
         found: mx.array = self.b(self.activation(self.c(x)) * self.a(x))
         return found
-
-
-def test_layers_that_are_alike_but_for_a_function_are_told_apart(
-    tried: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layer_signature, "_process_start", lambda: float("inf"))  # this file may be new
-    model = nn.Sequential(_Activated(nn.silu), _Activated(nn.relu), _Activated(nn.gelu))
-    for _ in range(2):
-        assert [fit.activation for fit in _fits(model) if isinstance(fit, GatedMLP)] == ["silu", "gelu"]
-    assert tried.count("_Activated") == 3 + 1, "that a layer with weights is none may be due to its weights"
-    _fits(_Activated(lambda x: x))
-    tried.clear()
-    _fits(_Activated(lambda x: x))
-    assert tried == ["_Activated"]
 
 
 def test_weights_in_which_two_readings_are_the_same_tell_nothing(tried: list[str]) -> None:

@@ -179,58 +179,6 @@ def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
     assert all("x_size *= x_shape[i]" in one["source"] for one in made)
 
 
-@pytest.fixture
-def trials(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The launches of the trial of this way, on a device with a driver."""
-    names: list[str] = []
-    usual = mx.fast.precompiled_cuda_kernel
-
-    def launch(**arguments: Any) -> list[mx.array]:
-        if arguments["name"].startswith("mlxflow_trial_"):
-            names.append(arguments["name"])
-        return usual(**arguments)
-
-    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
-    monkeypatch.setattr(codegen, "_driver", lambda: "driver 1")
-    return names
-
-
-def _runs_in_another_process() -> bool:
-    codegen.programs_run.cache_clear()
-    return codegen.programs_run()
-
-
-def test_that_programs_run_is_tried_once_and_kept(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(2):
-        assert _runs_in_another_process()
-    assert len(trials) == 1
-    monkeypatch.setattr(codegen, "_driver", lambda: "driver 2")
-    for _ in range(2):
-        assert _runs_in_another_process()
-    assert len(trials) == 2
-    monkeypatch.setattr(codegen, "_driver", lambda: "")
-    for _ in range(2):
-        assert _runs_in_another_process()
-    assert len(trials) == 4, "of a driver that is not told nothing is known"
-
-
-def test_that_programs_fail_is_tried_each_time(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(mx.fast, "precompiled_cuda_kernel", _fails)
-        assert not _runs_in_another_process()
-    assert _runs_in_another_process()
-    assert len(trials) == 1
-
-
-def test_that_programs_run_does_not_hold_without_the_compiler(
-    trials: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert _runs_in_another_process()
-    monkeypatch.setattr(nvrtc, "find_library", lambda: None)
-    codegen.compile_program.cache_clear()
-    assert not _runs_in_another_process()
-
-
 def test_the_programs_of_several_kernels_are_compiled_before_they_are_called(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
