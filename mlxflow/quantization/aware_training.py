@@ -1,4 +1,4 @@
-"""Quantization-aware training: settings that suit it, and the training with rounded weights in every forward pass."""
+"""Quantization-aware training: its settings, and training with rounded weights in every forward pass."""
 
 import math
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ _LEARNING_RATE, _STEPS = 8e-4, 300
 
 
 class RoundedTraining(NamedTuple):
-    """What a quantization-aware training made.
+    """The result of quantization-aware training.
 
     Attributes:
         packed: the codes of the layers that the last forward pass used, by module path.
-        kernels: names of those in use.
+        kernels: names of the selected kernels.
         figures: of the training.
-        run: what may differ between two equal runs.
+        run: facts that may differ between equal runs.
     """
 
     packed: dict[str, Packed]
@@ -42,13 +42,13 @@ class RoundedTraining(NamedTuple):
 
 
 class AwareTraining(NamedTuple):
-    """What a quantization-aware training is asked to do.
+    """The request for a quantization-aware training.
 
     Attributes:
         settings: steps, rows, adapters, checkpointing, determinism and the limit of validation rows; see `suited`.
         learning_rate: the highest; "auto" for one that suits the number of steps.
         kernels: "auto", "off" or "require".
-        distills: whether the dense model's distributions are learned instead of the text.
+        distills: whether to distill the dense model's distributions instead of training on the text.
         names: of the settings, for messages.
         description: of the run, see `RunFiles`.
     """
@@ -101,7 +101,7 @@ def train_rounded(
     """Train a model with the rounded weights in place, and pack those that the last forward pass used.
 
     Args:
-        request: what is asked for.
+        request: settings and kernels.
         dense: the model; trained in place, its adapters fused at the end.
         layers: module path to setting.
         tokens: to train and validate on.
@@ -110,7 +110,7 @@ def train_rounded(
 
     Raises:
         SourceError: there are fewer rows than one batch holds.
-        StageError: the loss stays without a finite value.
+        StageError: the loss is not finite in many steps.
         SystemExit: a signal ended the run; a checkpoint is saved.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """

@@ -1,4 +1,4 @@
-"""Bits for each layer within a budget of bytes: the candidates, what they cost, and the best of the plans tried."""
+"""Allocate bits to layers within a budget of bytes: candidates, estimated costs, and the best measured plan."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from mlxflow.quantization import plan as plans
 from mlxflow.quantization.sensitivity import Objective, measure_costs
 from mlxflow.quantization.settings import Setting
 
-# In a safetensors header: what surrounds the name of a tensor, and what says where the file came from
+# Bytes in a safetensors header: for each tensor beside its name, and for the provenance
 _ENTRY_BYTES, _HEADER_BYTES = 80, 1024
 
 
@@ -47,11 +47,11 @@ def allocate_bits(
     """Return the layers of a plan with bits chosen within a budget, and the losses of the plans that were tried.
 
     Args:
-        model: dense, in evaluation mode; unchanged.
-        plan: of the layers; where a rule names bits they stay.
+        model: dense, in eval mode; unchanged.
+        plan: of the layers; bits that a rule sets are kept.
         request: the budget.
         calibration: (R, L + 1) token ids and their marks; see `data.token_file.Batch`.
-        rules: that the plan was made of.
+        rules: of the plan.
         objective: the loss.
         batch_size: rows in one forward pass.
 
@@ -59,7 +59,7 @@ def allocate_bits(
         module path to setting, and losses in nats per token.
 
     Raises:
-        WorkflowError: a candidate is none of the mode's, or not even the smallest candidates fit.
+        WorkflowError: the mode does not support a candidate, or even the smallest candidates exceed the budget.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     candidates = {

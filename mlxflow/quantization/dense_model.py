@@ -1,4 +1,4 @@
-"""What is quantized: a dense model from a folder or the hub, and the tokens that it is calibrated and measured on."""
+"""Inputs of a quantization: a dense model from a folder or the hub, and tokens for calibration and validation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +16,8 @@ class DenseModel(NamedTuple):
     """A dense model of a folder.
 
     Attributes:
-        folder: with its files.
-        model: in evaluation mode, its weights still on the disk.
+        folder: of its files.
+        model: in eval mode, with lazy weights.
         config_json: its `config.json`.
         stored: matrices that can be read from the files row by row, by the model's names.
     """
@@ -56,12 +56,12 @@ def find_folder(name: str, files: tuple[Path, ...], *, task: str) -> Path:
 
 
 def open_dense(folder: Path, *, dtype: str, refusal: str) -> DenseModel:
-    """Return the model of a folder with dense weights, to which adapters that lie in the folder are added.
+    """Return the model of a folder with dense weights and fused adapters.
 
     Args:
         folder: a model folder.
         dtype: of the weights: "fp32", "fp16", "bf16", or "keep" for what the config says.
-        refusal: the message for a model that is quantized already; empty where it is made dense.
+        refusal: the message for an already quantized model; empty to dequantize it.
 
     Raises:
         ArtifactError: the model cannot be opened, or is quantized and refused.
@@ -87,7 +87,7 @@ def open_tokens(
         stage: the pretokenize stage that it names.
 
     Raises:
-        ArtifactError: they are of another vocabulary, or longer than the model's positions.
+        ArtifactError: they have another vocabulary, or rows longer than the model's context.
     """
     if not files:
         return None

@@ -25,7 +25,7 @@ from mlxflow.workflow.stage import Context, ModelFolder, derive_seed
 
 
 class QuantizationRequest(NamedTuple):
-    """How a model is to be quantized.
+    """The request for a quantization.
 
     Attributes:
         method: "rtn", "gptq", "awq", "dwq" or "qat".
@@ -49,14 +49,14 @@ class QuantizationRequest(NamedTuple):
 
 
 class QuantizationResult(NamedTuple):
-    """What a quantization made.
+    """The result of a quantization.
 
     Attributes:
         plan: of the layers.
-        exported: what was written.
+        exported: the written model.
         budget_losses: in nats per token, of the plans tried for a budget; None without a budget.
         training: of "qat"; None for other methods.
-        quality: what it costs; None where there are no tokens.
+        quality: the quality loss; None without tokens.
     """
 
     plan: plans.QuantizationPlan
@@ -78,7 +78,7 @@ def run_job(
     """Quantize a model and write its folder.
 
     Args:
-        request: what is asked for.
+        request: method, plan and limits.
         dense: the model; changed.
         tokens: to calibrate, train and measure on; None for rounding without a measurement.
         outputs: of the folder; of them config and weights are written.
@@ -87,9 +87,9 @@ def run_job(
 
     Raises:
         ArtifactError: a weight is not finite.
-        CallError: the method cannot follow the plan.
-        StageError: it costs more than a limit.
-        WorkflowError: the plan does not fit the model, or the budget cannot be met.
+        CallError: the method does not support the plan.
+        StageError: a limit of the quality loss is exceeded.
+        WorkflowError: the plan does not match the model, or the budget cannot be met.
     """
     plan, losses = _choose_plan(request, dense, tokens, context)
     packed: dict[str, Packed] = {}
@@ -152,7 +152,7 @@ def _write(
     outputs: ModelFolder,
     context: Context,
 ) -> Exported:
-    """Write weights, config and what belongs beside them; `packed` is emptied on the way."""
+    """Write weights, config and their companion files; `packed` is emptied meanwhile."""
     with show_layers(context.task, len(plan.layers)) as watch:
         exported = export(
             dense.model,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of `layers`: what is said of the layers that a pattern matches."""
+    """One entry of `layers`: the setting of the layers that a pattern matches."""
 
     match: Annotated[str, Meta(min_length=1, description="a pattern of module paths, such as `*.mlp.*`")]
     skip: Annotated[bool, Meta(description="whether they stay dense")] = False
@@ -29,10 +29,10 @@ class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = "same"
 
     def completed(self, table: RequestedSetting) -> "LayerRule":
-        """Return the rule with the values that its mode has instead of the table's.
+        """Return the rule with the defaults of its mode where they replace the table's values.
 
         Args:
-            table: what the `[quantize]` table asks for.
+            table: mode, bits and group size of the `[quantize]` table.
         """
         if self.mode == "same":
             return self
@@ -42,7 +42,7 @@ class LayerRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     @property
     def rule(self) -> "Rule":
-        """The rule as plans take it: None stands for "same"."""
+        """The rule for a plan, with None for "same"."""
         from mlxflow.quantization.plan import Rule
 
         return Rule(

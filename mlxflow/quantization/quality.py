@@ -1,4 +1,4 @@
-"""What quantization costs: the written model against the dense one, whose side is computed once for all variants."""
+"""The quality loss from quantization: the written model compared with the dense one, whose results are cached."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -25,12 +25,12 @@ _RANKING_ROWS = 8
 # Rows in one forward pass, where the memory limit allows as many
 _EVAL_BATCH = 32
 
-# Beside the shards in the folder for what is remembered between runs
+# The folder of cached hidden states, beside the shards in the state folder
 _KEPT_FOLDER = "evaluations"
 
 
 class QualityLimits(NamedTuple):
-    """On how many rows the cost of quantization is measured, and the most that it may be.
+    """The number of validation rows, and the limits of the quality loss.
 
     Attributes:
         max_rows: the most validation rows used, from the first.
@@ -46,17 +46,17 @@ class QualityLimits(NamedTuple):
 def measure_quality(
     dense: Path, validation: TokenFile, *, layers: Mapping[str, Any], limits: QualityLimits, context: Context
 ) -> QualityFigures:
-    """Return what quantization costs, measured on the files.
+    """Return the quality loss, measured on the written files.
 
     Args:
         dense: the folder of the dense model.
         validation: the tokens to compare on.
-        layers: those that were quantized, by module path.
-        limits: the most that it may cost.
+        layers: the quantized layers, by module path.
+        limits: of the quality loss.
         context: of the stage, whose folder has the quantized model.
 
     Raises:
-        StageError: it costs more than a limit, and the layers that cost most are named; numbers that are not finite.
+        StageError: a limit is exceeded (names the worst layers), or a result is not finite.
     """
     task = context.task
     model = quantized_layers.for_evaluation(model_folder.load(context.folder)[0])
@@ -72,7 +72,7 @@ def measure_quality(
         masks_documents=masks,
     )
     found = measure_divergence(reference, model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
-    if context.digests.changed():  # what is kept may be of another model than its name says
+    if context.digests.changed():  # an input changed during the run: the cached file may belong to another model
         atomic_folders.remove_folder(kept)
     if not math.isfinite(found.kl):
         raise StageError(
@@ -97,7 +97,7 @@ def measure_quality(
 
 
 def _reference_key(dense: Path, validation: Path, num_rows: int, *, masks: bool, context: Context) -> str:
-    """Return a digest of all that the dense side of a comparison follows from."""
+    """Return a digest of everything that the dense model's results depend on."""
     files = [dense / name for name in model_files.find(dense).read]
     return digest_json(
         {
@@ -116,7 +116,7 @@ def _open_dense(folder: Path, *, lazy: bool = False) -> nn.Module:
 
 
 def _worst_layers(dense: nn.Module, quantized: nn.Module, layers: Mapping[str, Any], rows: Rows, *, masks: bool) -> str:
-    """Return the layers whose quantized weights cost most alone, in words."""
+    """Return the layers with the largest quality loss when quantized alone, in words."""
     weights = quantized_layers.dense_weights(quantized, layers)
     few = rows.head(_RANKING_ROWS)
     costs = costs_by_layer(dense, weights, few, batch_size=_RANKING_ROWS, masks_documents=masks)
@@ -124,7 +124,7 @@ def _worst_layers(dense: nn.Module, quantized: nn.Module, layers: Mapping[str, A
 
 
 def _exceeded(limits: QualityLimits, found: Divergence, task: str) -> Iterator[str]:
-    """Yield a line for each limit that the costs exceed."""
+    """Yield a line for each exceeded limit."""
     advice = "Give the layers that cost most more bits, or raise the limit."
     most = limits.max_perplexity_increase
     if most and not found.perplexity_increase <= most:
