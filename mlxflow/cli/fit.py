@@ -42,7 +42,7 @@ def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_l
         ArtifactError: the model or its data were not built.
     """
     if one.name != "profile":
-        raise CallError(f"{one.task}: what fits is told for the steps of a profile stage. Name one.")
+        raise CallError(f"{one.task}: what fits is computed for the steps of a profile stage. Name one.")
     wrong = [number for number in (*batch_sizes, *context_lengths) if number < 1]
     if wrong:
         raise CallError(f"fit: {wrong[0]}: expected a number of at least 1. Use one such as 32.")

@@ -73,7 +73,7 @@ def _other_root(compare: Path) -> Path:
 
 
 def _described(root: Path) -> tuple[str, list[Member]]:
-    """Return name and stages of another run: as its workflow file tells, else from the reports that are there."""
+    """Return name and stages of another run: from its workflow file, else from the reports that are there."""
     try:
         workflow = load_workflow(root / layout.WORKFLOW)
     except UserError:

@@ -59,7 +59,7 @@ def show(workflow: Workflow, one: Stage, row: int | None) -> None:
 
 
 def _show_layers(console: "Console", folder: Path, task: str) -> None:
-    """Print the plan as it was carried out: a line for each layer, and what all of it comes to."""
+    """Print the plan as it was carried out: a line for each layer, then the sizes of the whole."""
     from rich.table import Table
 
     from mlxflow.workflow.stage import require

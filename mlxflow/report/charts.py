@@ -21,7 +21,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
-#: Series that can be told apart in one plot.
+#: Series that can be distinguished in one plot.
 STYLES = 32
 _COLORS = 8
 

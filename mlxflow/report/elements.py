@@ -70,7 +70,7 @@ class Sample(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A question, what a model answered, and the answer in the data; empty where nobody knows it."""
+    """A question, what a model answered, and the answer in the data; empty where it is not known."""
 
     model: str
     question: str

@@ -44,7 +44,7 @@ class Box(NamedTuple):
     lines: tuple[str, ...]
 
 
-#: A sign for each state, so that none is told by colour alone.
+#: A sign for each state, so that none is shown by colour alone.
 SIGNS = {
     "fresh": "\N{CHECK MARK}",
     "stale": "\N{CLOCKWISE OPEN CIRCLE ARROW}",

@@ -162,7 +162,7 @@ def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: S
 
 
 def _values(values: "NDArray[Any]") -> list[float]:
-    """Return numbers of six digits, which is more than an eye tells apart."""
+    """Return numbers of six digits, more than a plot can show."""
     shown = (float(f"{value:.6g}") for value in values.tolist())
     return [int(value) if value.is_integer() else value for value in shown]
 
@@ -216,7 +216,7 @@ def _y_axis(ticks: Sequence[float], up: Scale, form: str, height: float) -> Mark
 
 
 def _tick_words(ticks: Sequence[float], form: str) -> list[str]:
-    """Return the ticks in words, in as many digits as it takes to tell them apart."""
+    """Return the ticks in words, with as many digits as distinguish them."""
     words = [FORMATS[form](round_tick(tick)) for tick in ticks]
     for digits in range(4, 8):
         if len(set(words)) == len(words) or form not in ("bytes", "number"):

@@ -1,4 +1,4 @@
-"""Reads what the stages of one run left; what is not there or cannot be read is told, never raised."""
+"""Load the reports, curves and timelines of one run; what is missing or cannot be read is noted, never raised."""
 
 import json
 import math
@@ -75,11 +75,11 @@ class Run(NamedTuple):
 
     Attributes:
         name: of the workflow.
-        label: what tells it from another run on the same page; empty where it is alone.
+        label: its name beside another run on the same page; empty where it is alone.
         stages: in the order of the workflow.
         curves: by task.
         timelines: by task.
-        cut_off: by task, what a later run left that did not come to its end.
+        cut_off: by task, the timeline of a later run that did not finish.
         lock: `mlxflow.lock`, by task; empty where there is none.
         lock_problem: why it is empty.
         samples: generated texts, as the report stage's report holds them.

@@ -1,4 +1,4 @@
-"""The first lines of the page: each question a person comes with, and its answer in a figure and a sentence."""
+"""The first lines of the page: questions of a user, each answered by a figure and a sentence."""
 
 import math
 from collections.abc import Iterator
@@ -205,7 +205,7 @@ def _largest_part(composition: PeakParts) -> str:
 
 
 def _memory_until_the_end(run: Run) -> Answer | None:
-    """Return the most that a profile which did not come to its end saw."""
+    """Return the peak memory that an unfinished profile measured."""
     for one in run.of_kind("profile"):
         if left := run.cut_off.get(one.task):
             peaks = [float(left.columns[key].max()) for key in _PEAKS if len(left.columns.get(key, ()))]

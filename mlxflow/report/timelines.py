@@ -1,4 +1,4 @@
-"""Reads memory timelines: finished ones, damaged ones as far as they go, and what a run that was cut off left."""
+"""Read memory timelines: finished ones, the readable part of damaged ones, and those of runs that were cut off."""
 
 import fcntl
 import json
@@ -80,7 +80,7 @@ def read_timeline(path: Path) -> Timeline:
 
 
 def _phases(columns: "dict[str, NDArray[Any]]", metadata: object) -> tuple[Span, ...]:
-    """Return the phases that a finished timeline tells."""
+    """Return the phases of a finished timeline."""
     try:
         names = json.loads(metadata["phases"])  # type: ignore[index]
         told = zip(*(columns[name].tolist() for name in _PHASE_COLUMNS), strict=False)
@@ -90,7 +90,7 @@ def _phases(columns: "dict[str, NDArray[Any]]", metadata: object) -> tuple[Span,
 
 
 def read_cut_off(unfinished: Path, report: Path) -> Timeline | None:
-    """Return what the stage's latest run left, if it did not come to its end; None if it did.
+    """Return the timeline of the stage's latest run if it did not finish; None if it did.
 
     Args:
         unfinished: the folder of what the stage's unfinished runs left, one folder for each way it was set.

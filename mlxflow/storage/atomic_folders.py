@@ -213,7 +213,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list["os.DirEntry[str]"]:
-    """Return the folders in a folder, and the links, some of which may lead to a folder that is not there yet."""
+    """Return the folders in a folder, and the links, a link may lead to a folder that is not there yet."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -266,7 +266,7 @@ def _swap(private: Path, folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step where the system can; return whether it did."""
-    import ctypes  # a run of which every stage is fresh does without
+    import ctypes  # a run whose stages are all fresh needs none
 
     library = ctypes.CDLL(None, use_errno=True)
     exchange = 2  # RENAME_EXCHANGE on Linux and RENAME_SWAP on macOS have the same value

@@ -28,7 +28,7 @@ from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.tensor_header import read_safetensors_header, tensor_offsets
 from mlxflow.system.os_errors import naming
 
-#: The safetensors metadata key whose value tells where a file came from, not what it is.
+#: The safetensors metadata key whose value says where a file came from, not what it is.
 PROVENANCE_KEY = "mlxflow"
 
 #: The table of a report that holds times and host names.

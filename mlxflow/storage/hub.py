@@ -15,7 +15,7 @@ def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
         key: the setting that names it, for the message.
 
     Raises:
-        SourceError: it cannot be had.
+        SourceError: it cannot be fetched.
     """
     from huggingface_hub import snapshot_download
 
@@ -25,5 +25,5 @@ def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
     except Exception as error:  # of many kinds: no such model, no network, no permission
         said = reason_of(error)
         raise SourceError(
-            f'{key} = "{name}": cannot be had from the hub ({said}). Name a folder, or fetch it first.'
+            f'{key} = "{name}": cannot be fetched from the hub ({said}). Name a folder, or fetch it first.'
         ) from error

@@ -287,7 +287,7 @@ def copy(folder: Path, names: Iterable[str], to: Path) -> None:
     """Copy files of a model folder into another one.
 
     Where code of the folder is not trusted, Python files stay behind and the configurations name none: else every
-    program that opens the copy later would run what nobody trusted here.
+    program that opens the copy later would run code that was not trusted here.
 
     Args:
         folder: a model folder.

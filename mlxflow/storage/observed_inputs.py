@@ -29,8 +29,8 @@ class ObservedInputs(DigestCache):
 
     So a record names one content for each input. A reader that compares what it reads with that content may call
     `settle`. Of every other file `changed` says whether it was written or replaced since it was seen first. A file
-    that was written and then put back counts as changed: the run may have read it in between. A file of which only
-    the rights or the attributes were changed does not.
+    that was written and then put back counts as changed: the run may have read it in between. A file whose
+    mode or attributes alone were changed does not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class ObservedInputs(DigestCache):
         return self._seen[key].digests
 
     def settle(self, paths: Iterable[Path]) -> None:
-        """Note files of which all that was read has been compared with their digests."""
+        """Note files whose read bytes have all been compared with their digests."""
         self._settled.update(os.path.abspath(path) for path in paths)  # noqa: PTH100
 
     def join(self, other: "ObservedInputs") -> None:

@@ -1,7 +1,7 @@
 """Names of files that are being written, each with its process in it, and the removal of those whose process is gone.
 
 A process that is killed leaves the file that it was writing. The next run removes it: every such name holds the number
-of a process, and what no living process owns is nobody's.
+of a process, and what no living process owns is an orphan.
 """
 
 import os

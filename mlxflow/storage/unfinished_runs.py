@@ -3,8 +3,9 @@
     artifacts/.mlxflow/unfinished/train/0123456789ab/         of stage `train`
     artifacts/.mlxflow/unfinished/quantize/q4/0123456789ab/   of variant `quantize:q4`
 
-One is removed when its run comes to its end. Of other settings the newest one stays for a week after it was written, in
-case the settings are put back; it is removed, as all older ones are, when the stage comes to an end as it is set then.
+One is removed when its run ends well. Of other settings the newest one stays for a week after it was written, in
+case the settings are put back; it is removed, as all older ones are, when the stage ends well with its settings of
+then.
 """
 
 import os

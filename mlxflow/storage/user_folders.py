@@ -1,8 +1,8 @@
 """Folders that belong to the user alone: the cache, and the folder in which MLX compiles and from which it loads code.
 
 On a machine of several users anybody may make a folder of any name in the shared temporary folder first. MLX loads
-libraries and includes headers from such a folder, so it is given one that was checked: it belongs to this user, nobody
-else may enter it, and nobody else may put another one in its place. The cache folder and its locks are checked alike.
+libraries and includes headers from such a folder, so it is given one that was checked: it belongs to this user, no
+other user may enter it, and none may put another one in its place. The cache folder and its locks are checked alike.
 
 Where one place cannot be used the next one is taken; where none can, one line says what is wrong with each.
 """
@@ -108,7 +108,7 @@ def _make_own(folder: Path) -> str:
                 place.mkdir(mode=0o700, exist_ok=True)
         real = Path(os.path.realpath(folder))
         found = real.stat()
-        owners = {folder.lstat().st_uid, found.st_uid}  # a link of somebody else may lead to a folder of this user
+        owners = {folder.lstat().st_uid, found.st_uid}  # a link of another user may lead to a folder of this user
         is_read_only = not found.st_mode & stat.S_IWUSR or bool(os.statvfs(real).f_flag & os.ST_RDONLY)
         for owner in owners - {os.geteuid(), 0 if is_read_only else os.geteuid()}:
             return f"belongs to user {owner}"
@@ -123,7 +123,7 @@ def _make_own(folder: Path) -> str:
 
 
 def _exposed(folder: Path) -> str:
-    """Return how somebody else may change or replace what is in a folder; empty where nobody may.
+    """Return how another user may change or replace what is in a folder; empty where none may.
 
     Whoever owns a folder may, and whoever may write it unless its sticky bit is set. A group that has the user's own
     number has no other member by convention.

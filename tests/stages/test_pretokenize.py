@@ -574,7 +574,7 @@ def test_a_hub_id_that_cannot_be_had_is_told(job: Job, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     _write_jsonl_of_texts(job.folder)
     said = job.fails('sources = ["a.jsonl"]\ntokenizer.from = "owner/no-such-model@1"')
-    assert said.startswith('pretokenize.tokenizer.from = "owner/no-such-model@1": cannot be had from the hub (')
+    assert said.startswith('pretokenize.tokenizer.from = "owner/no-such-model@1": cannot be fetched from the hub (')
     assert said.endswith("). Name a folder, or fetch it first.")
 
 

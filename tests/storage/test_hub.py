@@ -29,5 +29,5 @@ def test_a_model_that_cannot_be_downloaded_is_named_with_its_key(monkeypatch: py
     with pytest.raises(SourceError) as caught:
         hub.fetch("a/b", patterns=(), key="train.model.from")
     assert str(caught.value) == (
-        'train.model.from = "a/b": cannot be had from the hub (no network here). Name a folder, or fetch it first.'
+        'train.model.from = "a/b": cannot be fetched from the hub (no network here). Name a folder, or fetch it first.'
     )

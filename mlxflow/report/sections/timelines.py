@@ -79,7 +79,7 @@ def draw(one: LoadedStage, timeline: Timeline | None, until: str = "") -> list[B
 
 
 def draw_cut_off(one: LoadedStage, timeline: Timeline) -> list[Block]:
-    """Return what a run that did not come to its end left, and how it ended."""
+    """Return the plots of a run that did not finish, and how it ended."""
     again = "" if timeline.ended.startswith("is still") else f" Run: doit {one.task}"
     said = f"The last run of {one.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
     return [Note(said), *draw(one, timeline, " until then")]
@@ -230,7 +230,7 @@ def _has_parts(phase: Span, shown: Sequence[tuple[Span, int]]) -> bool:
 
 
 def _joined(phases: Sequence[Span], narrow: float) -> Iterator[tuple[Span, int]]:
-    """Yield phases, each with how often it came: neighbours of one name that are too narrow to tell apart are one."""
+    """Yield phases, each with how often it came: neighbours of one name that are too narrow to distinguish are one."""
     held: Span | None = None
     count = 0
     for phase in phases:
