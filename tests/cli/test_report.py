@@ -13,7 +13,7 @@ from mlxflow.errors import CallError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import doit, mlxflow
-from tests.report.test_page import Seen
+from tests.report.pages import Seen
 
 
 def _report(folder: Path, **how: object) -> str:

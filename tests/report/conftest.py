@@ -21,3 +21,9 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_bytes(render([read(root)]))
     assert time.process_time() - begin < 60  # no more than a guard against what never ends
     return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_run(tmp_path)
+    return tmp_path

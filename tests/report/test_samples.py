@@ -16,7 +16,7 @@ from mlxflow.stage_reports.report import SampleText
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.stage import Member, derive_seed
-from tests.report.test_page import Seen
+from tests.report.pages import Seen
 
 TRAINING = """
 [train]
