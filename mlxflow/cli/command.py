@@ -29,6 +29,7 @@ VERBS = {
     "compare": "compare two benchmark reports; differences within measurement noise are marked as noise",
     "promises": "print each promise with its figure on this machine; exit code 1 if one fails",
     "report": "write the HTML page about a run, finished or not: artifacts/index.html",
+    "chat": "talk with a chat model in the terminal",
     "generate": "ask a chat model through its template, or let a model continue a text",
 }
 

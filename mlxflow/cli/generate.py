@@ -1,15 +1,19 @@
 """`mlxflow generate`: asks a chat model, or lets a model continue a text."""
 
 import argparse
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlxflow.errors import CallError
 from mlxflow.system import terminal
 
+_MAX_TOKENS = 100
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow generate`."""
-    parser.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
+    add_model(parser)
     parser.add_argument("--prompt", required=True, help="the question, or the text to continue")
     parser.add_argument(
         "--raw",
@@ -17,30 +21,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue the text, even if the folder has a chat template",
     )
-    parser.add_argument("--max-tokens", type=int, default=100, help="default: 100")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    add_sampling(parser, max_tokens=_MAX_TOKENS)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of the model that generates."""
+    parser.add_argument("model", type=Path, help="a model folder, such as artifacts/train")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the folder; read it first")
 
 
-def _check(parsed: argparse.Namespace) -> None:
-    """Refuse what mlx-lm would answer with a traceback, or without end."""
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    """Add the arguments that say how tokens are chosen.
+
+    Args:
+        parser: of the verb.
+        max_tokens: default of `--max-tokens`.
+    """
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"default: {max_tokens}")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def check_sampling(verb: str, parsed: argparse.Namespace, *, max_tokens: int) -> None:
+    """Refuse arguments of `add_sampling` that mlx-lm would answer with a traceback, or without end.
+
+    Args:
+        verb: of the command line, for the messages.
+        parsed: its arguments.
+        max_tokens: default of `--max-tokens`.
+
+    Raises:
+        CallError: a line for each.
+    """
+    count, temperature, seed = parsed.max_tokens, parsed.temperature, parsed.seed
+    usual, zero = f"Use {max_tokens} (the default)", "Use 0 (the default)"
     wanted = (
-        ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a question or a text", "Write a word at least"),
-        ("--prompt", parsed.prompt, _is_utf8(parsed.prompt), "expected UTF-8", "Write it as UTF-8"),
-        ("--max-tokens", parsed.max_tokens, parsed.max_tokens > 0, "expected at least 1", "Use 100 (the default)"),
-        ("--temperature", parsed.temperature, parsed.temperature >= 0, "expected 0 or more", "Use 0 (the default)"),
-        (
-            "--seed",
-            parsed.seed,
-            0 <= parsed.seed < 2**64,
-            "expected a number from 0 to 2^64 - 1",
-            "Use 0 (the default)",
-        ),
+        ("--max-tokens", count, count > 0, "expected at least 1", usual),
+        ("--temperature", temperature, 0 <= temperature < math.inf, "expected 0 or more", zero),
+        ("--seed", seed, 0 <= seed < 2**64, "expected a number from 0 to 2^64 - 1", zero),
     )
-    lines = [
-        f"generate: {name} = {value!r}: {said}. {advice}." for name, value, fits, said, advice in wanted if not fits
-    ]
+    refuse_unfit(verb, wanted)
+
+
+def refuse_unfit(verb: str, wanted: Iterable[tuple[str, object, bool, str, str]]) -> None:
+    """Raise a line for each argument that does not fit.
+
+    Args:
+        verb: of the command line.
+        wanted: of each argument its name, its value, whether it fits, what is expected, and the advice.
+
+    Raises:
+        CallError: one of them does not fit.
+    """
+    lines = [f"{verb}: {name} = {value!r}: {said}. {advice}." for name, value, fits, said, advice in wanted if not fits]
     if lines:
         raise CallError(*lines)
 
@@ -60,7 +93,14 @@ def run(parsed: argparse.Namespace) -> None:
         CallError: an argument has no valid value.
         ArtifactError: the folder holds no model.
     """
-    _check(parsed)
+    refuse_unfit(
+        "generate",
+        (
+            ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a question or a text", "Write a word at least"),
+            ("--prompt", parsed.prompt, _is_utf8(parsed.prompt), "expected UTF-8", "Write it as UTF-8"),
+        ),
+    )
+    check_sampling("generate", parsed, max_tokens=_MAX_TOKENS)
     from mlxflow.device import cpu_backend
 
     cpu_backend.prepare()

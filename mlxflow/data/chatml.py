@@ -1,5 +1,8 @@
 """The chat template of a tokenizer that is trained here: OpenAI's ChatML, with calls of tools as Hermes writes them."""
 
+#: The token that ends a turn.
+TURN_END = "<|im_end|>"
+
 #: Jinja. Thoughts stand before the answer, tools in the system message, calls and answers of tools each in tags.
 CHATML = """\
 {%- if tools %}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxflow.data.chat_compiler import TemplateProblem
+from mlxflow.data.chatml import CHATML, TURN_END
 from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.errors import ArtifactError, CallError
@@ -34,6 +35,55 @@ class Sampling(NamedTuple):
     max_tokens: int
     temperature: float
     seed: int
+
+
+class TokenCache:
+    """Keys and values of the ids that a model has read, so that a longer prompt with the same beginning reads the rest.
+
+    Args:
+        model: a model of mlx-lm.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self.layers: list[Any] = make_prompt_cache(self._model)
+        self._ids: list[int] = []
+
+    def read(self, ids: Sequence[int]) -> mx.array:
+        """Return the logits, (1, V), after the last of some ids, which follow those that were read before."""
+        logits: mx.array = self._model(mx.array([list(ids)]), cache=self.layers)[:, -1]
+        self._ids += ids
+        return logits
+
+    def read_array(self, token: mx.array) -> mx.array:
+        """Return the logits, (1, V), after one id, (1,), that may not be computed yet; `note` says which it was."""
+        logits: mx.array = self._model(token[None], cache=self.layers)[:, -1]
+        return logits
+
+    def note(self, token: int) -> None:
+        """Remember the id that `read_array` was given."""
+        self._ids.append(token)
+
+    def rest_of(self, ids: Sequence[int]) -> Sequence[int]:
+        """Return the ids of a prompt that are still to be read, at least the last; forget others than its first."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        most = min(len(self._ids), len(ids) - 1)
+        common = next((place for place in range(most) if self._ids[place] != ids[place]), most)
+        surplus = len(self._ids) - common
+        if surplus and not can_trim_prompt_cache(self.layers):
+            self.clear()
+            return ids
+        if surplus:
+            trim_prompt_cache(self.layers, surplus)
+            del self._ids[common:]
+        return ids[common:]
 
 
 class Writer:
@@ -59,8 +109,15 @@ class Writer:
 
     @property
     def has_template(self) -> bool:
-        """Whether the folder has a chat template."""
+        """Whether there is a chat template."""
         return self._template is not None
+
+    def use_chatml(self) -> bool:
+        """Take ChatML for the chat template; return whether the vocabulary has the token that ends a turn."""
+        self._template = GuardedTemplate(CHATML, {}, "ChatML", self.tokenizer.call)
+        end = self.tokenizer.token_to_id(TURN_END)
+        self._ends |= {end} if end is not None else set()
+        return end is not None
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue, with the special tokens that the tokenizer adds."""
@@ -84,35 +141,46 @@ class Writer:
             ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def tokens(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        """Yield the ids that the model generates after a prompt, up to one that ends a text or a turn."""
-        from mlx_lm.models.cache import make_prompt_cache
+    def new_cache(self) -> TokenCache:
+        """Return an empty cache for `tokens`."""
+        return TokenCache(self._model)
+
+    def tokens(self, ids: Sequence[int], sampling: Sampling, cache: TokenCache | None = None) -> Iterator[int]:
+        """Yield the ids that the model generates after a prompt, up to one that ends a text or a turn.
+
+        Args:
+            ids: of the prompt.
+            sampling: how the next token is chosen.
+            cache: of what the model has read before; what it has in common with the prompt is not read again.
+        """
         from mlx_lm.sample_utils import make_sampler
 
         mx.random.seed(sampling.seed)
-        sampler, cache = make_sampler(temp=sampling.temperature), make_prompt_cache(self._model)
+        sampler = make_sampler(temp=sampling.temperature)
+        cache = cache or self.new_cache()
+        rest = cache.rest_of(ids)
 
-        def following(tokens: mx.array) -> mx.array:
-            logits = self._model(tokens, cache=cache)[:, -1]
+        def choose(logits: mx.array) -> mx.array:
             chosen: mx.array = sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
             return chosen
 
-        for begin in range(0, len(ids) - 1, _PREFILL_TOKENS):  # the last prompt token yields the first new one
-            self._model(mx.array([ids[begin : min(begin + _PREFILL_TOKENS, len(ids) - 1)]]), cache=cache)
-            mx.eval([layer.state for layer in cache])
-        token = following(mx.array([ids[-1:]]))
+        for begin in range(0, len(rest) - 1, _PREFILL_TOKENS):  # the last prompt token yields the first new one
+            cache.read(rest[begin : min(begin + _PREFILL_TOKENS, len(rest) - 1)])
+            mx.eval([layer.state for layer in cache.layers])
+        token = choose(cache.read(rest[-1:]))
         for _ in range(sampling.max_tokens):
             mx.async_eval(token)
-            after = following(token[None])  # the host builds the next step while the device computes
+            after = choose(cache.read_array(token))  # the host builds the next step while the device computes
             chosen: int = token.item()  # type: ignore[assignment]
+            cache.note(chosen)
             if chosen in self._ends:
                 return
             yield chosen
             token = after
 
-    def write(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """Yield the text that the model generates after a prompt, piece by piece."""
-        return self.tokenizer.decode_each(self.tokens(ids, sampling))
+    def write(self, ids: Sequence[int], sampling: Sampling, cache: TokenCache | None = None) -> Iterator[str]:
+        """Yield the text that the model generates after a prompt, piece by piece; see `tokens`."""
+        return self.tokenizer.decode_each(self.tokens(ids, sampling, cache))
 
 
 def generate(folder: Path, *, prompt: str, sampling: Sampling, raw: bool) -> tuple[bool, Iterator[str]]:

@@ -1,0 +1,119 @@
+"""A conversation: every answer is the one to all messages so far, and only what is new is read for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlxflow.data.chatml import CHATML
+from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
+from mlxflow.data.tokenizer_folder import save_vocabulary
+from mlxflow.evaluation.chat_session import ChatSession, until
+from mlxflow.evaluation.text_generation import Sampling, TokenCache, Writer
+from mlxflow.models import model_folder
+from tests.small_models import llama
+
+GREEDY = Sampling(8, 0.0, 0)
+
+
+def write_chat_model(folder: Path, *, special: list[str], template: str | None) -> Path:
+    """Write a small model folder with a tokenizer that has some control tokens."""
+    folder.mkdir()
+    tokenizer = train_tokenizer(["who are you? a model. why? because."], vocab_size=280, special_tokens=special)
+    vocabulary = trained_vocabulary(tokenizer.to_str(), context_length=512, template=template)
+    save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
+    model, config = llama(vocab_size=vocabulary.size, context_length=512, hidden_size=32, seed=3)
+    model_folder.save(
+        model=model,
+        config=config,
+        config_file=folder / "config.json",
+        model_file=folder / "model.safetensors",
+        provenance={},
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model."""
+    path = tmp_path_factory.mktemp("chat") / "model"
+    return write_chat_model(path, special=["<|im_start|>", "<|im_end|>"], template=CHATML)
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many ids of a prompt were read at a time."""
+    counts: list[int] = []
+    original = TokenCache.read
+
+    def counted(self: TokenCache, ids: list[int]) -> object:
+        counts.append(len(ids))
+        return original(self, ids)
+
+    monkeypatch.setattr(TokenCache, "read", counted)
+    return counts
+
+
+def test_each_answer_is_that_to_the_whole_conversation_and_reads_what_is_new(folder: Path, read: list[int]) -> None:
+    writer = Writer(folder)
+    session = ChatSession(writer, "be short")
+    for text in ("who are you?", "why?", "who?"):
+        asked = [*session.messages, {"role": "user", "content": text}]
+        ids = writer.chat_ids(asked)
+        read.clear()
+        answer = "".join(session.answer(text, GREEDY))
+        assert session.messages == [*asked, {"role": "assistant", "content": answer}]
+        new = sum(read)
+        assert answer == "".join(writer.write(ids, GREEDY))
+        if len(asked) > 2:
+            assert new < len(ids) / 2
+        else:
+            assert new == len(ids)
+
+
+def test_an_answer_that_was_interrupted_is_kept_as_far_as_it_was_read(folder: Path) -> None:
+    writer = Writer(folder)
+    session = ChatSession(writer)
+    answer = session.answer("who are you?", GREEDY)
+    piece = next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert session.messages[-1] == {"role": "assistant", "content": piece}
+    ids = writer.chat_ids([*session.messages, {"role": "user", "content": "why?"}])
+    assert "".join(session.answer("why?", GREEDY)) == "".join(writer.write(ids, GREEDY))
+
+
+def test_a_new_conversation_knows_nothing_of_the_one_before(folder: Path) -> None:
+    session = ChatSession(Writer(folder), "be short")
+    first = list(session.answer("who are you?", GREEDY))
+    session.reset("be short")
+    assert list(session.answer("who are you?", GREEDY)) == first
+    session.reset()
+    assert session.messages == []
+
+
+def test_without_a_template_chatml_is_used_and_its_text_ends_an_answer(tmp_path: Path) -> None:
+    writer = Writer(write_chat_model(tmp_path / "plain", special=[], template=None))
+    session = ChatSession(writer)
+    assert not session.ends_turns
+    text = writer.tokenizer.decode(writer.chat_ids([{"role": "user", "content": "why?"}]))
+    assert text == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert ChatSession(Writer(write_chat_model(tmp_path / "known", special=["<|im_end|>"], template=None))).ends_turns
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["a", "b"], "ab"),
+        (["a<|im", "_end|>b", "c"], "a"),
+        (["a<|", "im_", "e", "nd"], "a<|im_end"),
+        (["<|im_end|>"], ""),
+        (["a<", "<|im_end|>"], "a<"),
+    ],
+)
+def test_a_text_ends_where_the_word_begins(pieces: list[str], expected: str) -> None:
+    assert "".join(until(pieces, "<|im_end|>")) == expected
+
+
+def test_pieces_are_passed_on_as_soon_as_they_cannot_be_part_of_the_word() -> None:
+    assert list(until(["a", "b<", "c"], "<|im_end|>")) == ["a", "b", "<c"]
+    assert json.dumps(list(until([], "x"))) == "[]"
