@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,12 +39,12 @@ def test_each_line_of_a_pipe_is_answered_with_what_was_said_before(folder: Path)
     assert done.stdout == f"{first}\n{second}\n{first}\n"
 
 
-def _read_until(terminal: int, end: bytes) -> bytes:
-    """Return what a terminal shows up to some bytes, or to the end of the program where there are none."""
-    shown = b""
-    while not end or end not in shown:
+def _read_until(terminal: int, pattern: str) -> str:
+    """Return what a terminal shows from now on, until a pattern matches all of it or the program ends."""
+    shown = ""
+    while not re.search(pattern, shown, re.DOTALL):
         try:
-            shown += os.read(terminal, 4096)
+            shown += os.read(terminal, 4096).decode()
         except OSError:  # the program has ended
             break
     return shown
@@ -54,18 +55,15 @@ def test_a_terminal_shows_help_and_a_prompt_and_ends_at_ctrl_d(folder: Path) -> 
     command = [sys.executable, "-m", "mlxflow", "chat", "model", "--max-tokens", "2"]
     with subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
-        shown = _read_until(ours, b"> ")
+        shown = _read_until(ours, "> $")
         os.write(ours, b"/nothing\n")
-        shown += _read_until(ours, b"ends.")
-        shown += _read_until(ours, b"> ")
+        shown += _read_until(ours, r"ends\..*> $")
         os.write(ours, b"\x04")
-        _read_until(ours, b"")
+        _read_until(ours, "(?!)")
         assert process.wait() == 0
     os.close(ours)
-    text = shown.decode()
-    assert "/reset begins a new conversation" in text
-    assert "> " in text
-    assert "/nothing: no such command." in text
+    assert shown.startswith("/reset begins a new conversation")
+    assert "/nothing: no such command." in shown
 
 
 def test_a_model_without_a_template_is_asked_by_chatml_and_that_is_said(folder: Path) -> None:
