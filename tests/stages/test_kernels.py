@@ -75,7 +75,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Counter[str]:  # noqa: F811
     """A device that takes kernels, as far as the stages know."""
-    monkeypatch.setattr(compute_device, "select", lambda _: "gpu")
+    monkeypatch.setattr(compute_device, "select", lambda _, *, key: "gpu")
     return let_references_serve(monkeypatch)
 
 
@@ -279,7 +279,7 @@ def test_what_proves_is_started_before_the_device_is_looked_for(
         early.callback(told.append, "end")
         return early
 
-    def select(_: str) -> str:
+    def select(_: str, *, key: str) -> str:
         told.append("device")
         return "gpu"
 
@@ -373,7 +373,7 @@ from mlxflow.device import compute_device
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 
-compute_device.select = lambda _: "gpu"
+compute_device.select = lambda _, *, key: "gpu"
 selector = ("mlxflow.kernels", "mlxflow.kernels.model_kernels")
 text = {TEXT!r}
 for kernels, stage in [("off", "train"), ("off", "quantize"), ("auto", "quantize")]:
