@@ -30,7 +30,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/data/corpus_report.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/corpus_tables.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/data_sets.py": "tests/stages/test_pretokenize.py",
-    "mlxflow/data/document_encoder.py": "tests/data/test_tokenizer.py",
+    "mlxflow/data/document_encoder.py": "tests/stages/test_chats.py",
     "mlxflow/data/documents.py": "tests/stages/test_chats.py",
     "mlxflow/data/end_tokens.py": "tests/stages/test_chats.py",
     "mlxflow/data/guarded_tokenizer.py": "tests/data/test_guard.py",
