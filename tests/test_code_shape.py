@@ -67,7 +67,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
 #: Modules that have neither yet.
 WITHOUT_MIRRORED_TEST: set[str] = {
     "mlxflow/benchmarking/suite.py",
-    "mlxflow/ops/gradient_checkpointing.py",
     "mlxflow/ops/overrides.py",
     "mlxflow/profiling/profiled_step.py",
     "mlxflow/report/elements.py",

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
 from mlxflow.training.step import Gradients, Step, out_of_memory_bytes
@@ -164,21 +163,6 @@ def test_bf16_with_masters_learns_what_pure_bf16_rounds_away() -> None:
     shown = [value.reshape(-1).astype(mx.float32) for value in _weights(model).values()]
     assert mx.array_equal(mx.sort(numbers), mx.sort(mx.concatenate(shown)))
     assert moved[True] > 1.2 * moved[False]
-
-
-def test_layers_computed_anew_give_the_same_gradient_and_are_as_before_afterwards() -> None:
-    batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
-    model = _model()
-    kind = type(model.layers[0])
-    plain = _step(model, optim.SGD(1.0), max_grad_norm=1.0).compute(batch, _marks(4, 9))
-    calls = []
-    for every, expected in ((1, [True, True]), (2, [True, False])):
-        with recomputed(model, every=every):
-            calls.append([type(layer) is not kind for layer in model.layers])
-            again = _step(model, optim.SGD(1.0), max_grad_norm=1.0).compute(batch, _marks(4, 9))
-            assert _difference(again, plain) < 1e-6
-        assert calls[-1] == expected
-        assert all(type(layer) is kind for layer in model.layers)
 
 
 def test_an_allocation_that_fails_is_known_from_other_errors() -> None:
