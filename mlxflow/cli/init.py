@@ -26,7 +26,7 @@ _DODO = '''"""The task graph of workflow.toml: `doit` builds it, `doit list` sho
 from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages  # noqa: F401
 '''
 
-_GITIGNORE = "artifacts/\n.venv/\n__pycache__/\n"
+_GITIGNORE = f"{layout.ARTIFACTS}/\n.venv/\n__pycache__/\n"
 
 _GITHUB = ".github/workflows/mlxflow.yml"
 
