@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 DODO = """
@@ -124,9 +125,18 @@ class Chain:
         pause = self.folder / f"pause-s{number}"
         pause.touch()
         process = self.start(*arguments)
-        stage = int((self.folder / "ready").read_text())
+        stage = self.stopped_stage(process)
         pause.unlink()
         return process, stage
+
+    def stopped_stage(self, process: subprocess.Popen[str]) -> int:
+        """Return the process id that a stage writes into `ready` once it has stopped; fail if doit ends before."""
+        descriptor = os.open(self.folder / "ready", os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as ready:  # noqa: PTH123
+            while not (text := ready.read()):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+        return int(text)
 
     def stop_in(self, number: int, how: str) -> int:
         """Build, and end doit or the stage half-way through a stage; return doit's exit code."""

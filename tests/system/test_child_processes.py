@@ -82,7 +82,7 @@ def test_a_stage_inside_of_c_code_does_not_outlive_doit(tmp_path: Path) -> None:
     pause = tmp_path / "pause-s2"
     pause.touch()
     process = chain.start()
-    number = psutil.Process(int((tmp_path / "ready").read_text()))
+    number = psutil.Process(chain.stopped_stage(process))
     with go.open("w"):  # opens when the stage does, which then computes
         before = number.cpu_times().user
     while number.cpu_times().user < before + 0.3:
