@@ -75,7 +75,6 @@ WITHOUT_MIRRORED_TEST: set[str] = {
     "mlxflow/report/sections/stages.py",
     "mlxflow/stages/benchmark.py",
     "mlxflow/stages/report.py",
-    "mlxflow/training/adapters.py",
     "mlxflow/training/run.py",
 }
 
