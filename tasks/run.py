@@ -82,6 +82,8 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
         if not self.is_of_stages:
             return run(par_type)
+        if num_process < 0:  # doit would run nothing
+            refuse(f"-n {num_process}: expected a number of processes. Use one such as 2.")
         self._check_names()
         return self._run_alone(lambda: run("thread"), is_single=single)  # threads suffice: stages are processes
 

@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mlxflow.cli.generate import add_model, add_sampling, check_sampling
+from mlxflow.cli.generate import add_model, add_sampling, check_sampling, is_utf8, refuse_unfit
 from mlxflow.errors import CallError
 from mlxflow.system import terminal
 
@@ -33,6 +33,8 @@ def run(parsed: argparse.Namespace) -> None:
         CallError: an argument has no valid value, or the template refuses the conversation.
         ArtifactError: the folder holds no model.
     """
+    system = ("--system", parsed.system, is_utf8(parsed.system), "expected UTF-8", "Write it as UTF-8")
+    refuse_unfit("chat", [system])
     check_sampling("chat", parsed, max_tokens=_MAX_TOKENS)
     from mlxflow.device import cpu_backend
 
@@ -53,7 +55,11 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _talk(session: "ChatSession", sampling: "Sampling") -> None:
-    is_terminal = sys.stdin.isatty()
+    source: Any = sys.stdin
+    if source is None:  # it was closed
+        return
+    source.reconfigure(errors="surrogateescape")
+    is_terminal = bool(source.isatty())
     if is_terminal:
         import readline  # noqa: F401  # input() has a history and keys to edit with it
 
@@ -83,6 +89,8 @@ def _next_line(is_terminal: bool) -> str | None:
 
 def _answer(session: "ChatSession", text: str, sampling: "Sampling", *, is_terminal: bool) -> None:
     try:
+        if not is_utf8(text):
+            raise CallError(f"chat: {text!r}: expected UTF-8. Write it as UTF-8.")
         for piece in session.answer(text, sampling):
             terminal.stream(piece)
     except KeyboardInterrupt:

@@ -78,7 +78,8 @@ def refuse_unfit(verb: str, wanted: Iterable[tuple[str, object, bool, str, str]]
         raise CallError(*lines)
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Return whether a text of the command line or of a stream was valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -97,7 +98,7 @@ def run(parsed: argparse.Namespace) -> None:
         "generate",
         (
             ("--prompt", parsed.prompt, bool(parsed.prompt), "expected a question or a text", "Write a word at least"),
-            ("--prompt", parsed.prompt, _is_utf8(parsed.prompt), "expected UTF-8", "Write it as UTF-8"),
+            ("--prompt", parsed.prompt, is_utf8(parsed.prompt), "expected UTF-8", "Write it as UTF-8"),
         ),
     )
     check_sampling("generate", parsed, max_tokens=_MAX_TOKENS)

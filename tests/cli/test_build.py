@@ -56,6 +56,7 @@ def test_another_workflow_is_built_beside_it(project: Path, tmp_path: Path) -> N
     ("arguments", "line"),
     [
         (["trian"], "trian: no such stage. Did you mean train?"),
+        (["-n", "-3"], "-n -3: expected a number of processes. Use one such as 2."),
         (["--workflow", "no.toml"], "no.toml: missing. Write one (an empty file works), or name another."),
     ],
 )

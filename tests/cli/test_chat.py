@@ -79,9 +79,24 @@ def test_a_model_without_a_template_is_asked_by_chatml_and_that_is_said(folder: 
     ("arguments", "line"),
     [
         (["model", "--max-tokens", "0"], "chat: --max-tokens = 0: expected at least 1. Use 1000 (the default)."),
+        (["model", "--system", "\udcff"], "chat: --system = '\\udcff': expected UTF-8. Write it as UTF-8."),
         (["model", "--temperature", "inf"], "chat: --temperature = inf: expected 0 or more. Use 0 (the default)."),
     ],
 )
 def test_a_wrong_call_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
     done = _run(folder, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")
+
+
+def test_a_message_that_is_no_utf_8_is_one_line_after_the_answers_before_it(folder: Path) -> None:
+    command = [sys.executable, "-m", "mlxflow", "chat", "model", "--max-tokens", "2"]
+    done = subprocess.run(command, cwd=folder, input=b"why?\n\xff\n", capture_output=True, check=False)
+    answer = "".join(ChatSession(Writer(folder / "model")).answer("why?", Sampling(2, 0.0, 0)))
+    assert (done.returncode, done.stdout.decode()) == (2, f"{answer}\n")
+    assert done.stderr == b"chat: '\\udcff': expected UTF-8. Write it as UTF-8.\n"
+
+
+def test_a_closed_input_is_its_end(folder: Path) -> None:
+    command = ["sh", "-c", '"$0" -m mlxflow chat model <&-', sys.executable]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

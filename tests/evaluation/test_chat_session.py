@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 
 from mlxflow.data.chatml import CHATML
-from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
-from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.evaluation.chat_session import ChatSession, until
 from mlxflow.evaluation.text_generation import Sampling, TokenCache, Writer
-from mlxflow.models import model_folder
-from tests.small_models import llama
+from tests.small_models import write_llama
 
 GREEDY = Sampling(8, 0.0, 0)
 
@@ -19,17 +16,8 @@ GREEDY = Sampling(8, 0.0, 0)
 def write_chat_model(folder: Path, *, special: list[str], template: str | None) -> Path:
     """Write a small model folder with a tokenizer that has some control tokens."""
     folder.mkdir()
-    tokenizer = train_tokenizer(["who are you? a model. why? because."], vocab_size=280, special_tokens=special)
-    vocabulary = trained_vocabulary(tokenizer.to_str(), context_length=512, template=template)
-    save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
-    model, config = llama(vocab_size=vocabulary.size, context_length=512, hidden_size=32, seed=3)
-    model_folder.save(
-        model=model,
-        config=config,
-        config_file=folder / "config.json",
-        model_file=folder / "model.safetensors",
-        provenance={},
-    )
+    texts = ["who are you? a model. why? because."]
+    write_llama(folder, texts, special=special, template=template, context_length=512)
     return folder
 
 

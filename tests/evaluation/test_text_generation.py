@@ -13,12 +13,9 @@ from tokenizers import Tokenizer
 from mlxflow.__main__ import main
 from mlxflow.data import guard, watched_tokenizer
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
-from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
-from mlxflow.data.tokenizer_folder import save_vocabulary
 from mlxflow.errors import ArtifactError, SourceError
 from mlxflow.evaluation.text_generation import Sampling, Writer
-from mlxflow.models import model_folder
-from tests.small_models import llama
+from tests.small_models import write_llama
 
 TEXTS = ["who are you? i am a small model.", "what is a note? a line of text.", "why? because it is so, they say."]
 QUESTION = [{"role": "user", "content": "what is a small note?"}]
@@ -36,17 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder without a template; its tokenizer has ChatML's control tokens."""
     folder = tmp_path_factory.mktemp("model")
     special = ["<|im_start|>", "<|im_end|>", "<|begin|>"]
-    tokenizer = train_tokenizer(TEXTS, vocab_size=300, special_tokens=special)
-    vocabulary = trained_vocabulary(tokenizer.to_str(), context_length=64, template=None)
-    save_vocabulary(vocabulary, tokenizer_file=folder / "tokenizer.json", config_file=folder / "tokenizer_config.json")
-    model, config = llama(vocab_size=vocabulary.size, context_length=64, hidden_size=32, seed=3)
-    model_folder.save(
-        model=model,
-        config=config,
-        config_file=folder / "config.json",
-        model_file=folder / "model.safetensors",
-        provenance={},
-    )
+    write_llama(folder, TEXTS, special=special, template=None, context_length=64)
     return folder
 
 
