@@ -32,7 +32,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 
 
 @pytest.mark.parametrize(("architecture", "name"), _cases())
-def test_a_case_works(jobs: Jobs, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_architecture_case_works(
+    jobs: Jobs, architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(calibrated, "_AWQ_STEPS", 4)  # few: the search is tested by itself
     outcome = jobs.case(architecture, name, settings=(SETTINGS[0], SETTINGS[-1]))
     assert outcome.works, outcome.refusal
@@ -40,11 +42,11 @@ def test_a_case_works(jobs: Jobs, architecture: str, name: str, monkeypatch: pyt
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rounding_is_mlx_lms_in_every_setting(jobs: Jobs, architecture: str) -> None:
+def test_rounding_matches_mlx_lm_in_every_setting(jobs: Jobs, architecture: str) -> None:
     assert jobs.case(architecture, "rtn").works
 
 
-def test_every_method_is_tried_on_dense_models_and_on_mixtures_by_default() -> None:
+def test_every_method_is_tested_on_dense_models_and_mixtures_by_default() -> None:
     tried = {(one.values[0], one.values[1]) for one in _cases() if not one.marks}
     for kind in (DENSE, MIXTURES):
         assert {name for architecture, name in tried if architecture in kind} == set(CASES)

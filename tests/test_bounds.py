@@ -46,7 +46,7 @@ LEAVES = [leaf for name, struct in TABLES.items() for leaf in _leaves(name, stru
 NUMBERS = [(key, type_, metas) for key, type_, metas in LEAVES if type_ in (int, float)]
 
 
-def test_every_number_is_looked_at() -> None:
+def test_the_bounds_tests_cover_every_number() -> None:
     keys = {key for key, *_ in NUMBERS}
     assert {"workflow.seed", "train.num_steps", "train.checkpointing", "train.betas", "train.lora.rank"} <= keys
     assert {"pretokenize.sources.weight", "quantize.learning_rate", "benchmark.batch_sizes"} <= keys
@@ -99,7 +99,7 @@ UNLIMITED_KEYS = {
 }
 
 
-def test_every_key_that_may_be_infinite_is_looked_at() -> None:
+def test_the_bounds_tests_cover_every_key_that_may_be_infinite() -> None:
     assert {key for key, _, metas in NUMBERS if any(meta.extra for meta in metas)} == UNLIMITED_KEYS.keys()
 
 
@@ -118,7 +118,7 @@ def _resolved(folder: Path, value: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads(resolved_toml(workflow))
 
 
-def test_infinity_means_none_where_that_has_a_meaning(tmp_path: Path) -> None:
+def test_infinity_becomes_none_for_keys_without_a_limit(tmp_path: Path) -> None:
     settings = _resolved(tmp_path, "inf")
     for dotted, value in UNLIMITED_KEYS.items():
         table, *keys = dotted.split(".")
@@ -129,7 +129,7 @@ def test_infinity_means_none_where_that_has_a_meaning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["-inf", "nan"])
-def test_no_other_number_that_is_not_finite_is_taken(tmp_path: Path, value: str) -> None:
+def test_non_finite_numbers_are_refused_for_all_other_keys(tmp_path: Path, value: str) -> None:
     with pytest.raises(WorkflowError) as caught:
         _resolved(tmp_path, value)
     assert len(caught.value.problems) == len(UNLIMITED_KEYS)
@@ -138,13 +138,13 @@ def test_no_other_number_that_is_not_finite_is_taken(tmp_path: Path, value: str)
 SIZES = [key for key, _, metas in LEAVES if any(SIZE_PATTERN in (meta.pattern or "") for meta in metas)]
 
 
-def test_every_size_is_looked_at() -> None:
+def test_the_bounds_tests_cover_every_size() -> None:
     assert {"workflow.memory_limit", "quantize.target_size", "profile.max_leak_per_step"} < set(SIZES)
 
 
 @pytest.mark.parametrize("key", SIZES)
 @pytest.mark.parametrize("value", ["900%", "100.5%", "9999999 TB", f"{400 * '9'} GB"])
-def test_no_size_is_more_than_all(key: str, value: str) -> None:
+def test_sizes_above_the_maximum_are_refused(key: str, value: str) -> None:
     table, _, name = key.partition(".")
     shares = "a size in bytes" if name == "target_size" else "at most 100%"
     expected = f"expected {shares if '%' in value else 'at most 1024 TiB'}. "
@@ -206,11 +206,11 @@ def test_settings_that_contradict_each_other_are_refused(text: str) -> None:
         "[train]\noptimizer_options = { eps = [1e-30, 1e-3], scale_parameter = true }",
     ],
 )
-def test_defaults_follow_what_is_written(text: str) -> None:
+def test_defaults_adapt_to_the_keys_that_are_set(text: str) -> None:
     assert mistakes(text) == ""
 
 
-def test_defaults_that_follow_are_numbers() -> None:
+def test_derived_defaults_are_computed_from_num_steps_and_batch_size() -> None:
     resolved = [train.Config(num_steps=n, batch_size=b) for n, b in ((240, 32), (1, 500), (30, 1))]
     assert [one.resolved_warmup_steps for one in resolved] == [20, 0, 15]
     assert [one.resolved_decay_steps for one in resolved] == [48, 1, 6]

@@ -155,7 +155,7 @@ def test_exceptions_from_the_limits_are_still_needed() -> None:
         ("def f():\n    def g():\n        while 1: ...\n", {"complexity": 2}),
     ],
 )
-def test_measures(text: str, expected: dict[str, int]) -> None:
+def test_code_measures_count_lines_parameters_and_branches(text: str, expected: dict[str, int]) -> None:
     found: dict[str, int] = {}
     for _, measure, value in measured(text):
         found[measure] = max(value, found.get(measure, 0))

@@ -73,7 +73,7 @@ def test_edits_of_the_workflow_file_and_new_sources_during_a_run_change_nothing_
 
 
 @pytest.mark.parametrize("content", [b"edited", b"\0binary"])
-def test_a_source_edited_before_it_is_read_and_put_back_leaves_no_record(tmp_path: Path, content: bytes) -> None:
+def test_a_source_edited_and_restored_during_a_run_leaves_no_record(tmp_path: Path, content: bytes) -> None:
     skips = WORKFLOW.replace("[pretokenize]", '[pretokenize]\non_bad_record = "skip"')
     project = write_workflow(tmp_path, skips).parent
     source = project / "notes/03.txt"
@@ -110,7 +110,7 @@ def _run_with_handover(project: Path, edit: Callable[[Path], object]) -> tuple[i
     return result.returncode, result.stderr.decode()
 
 
-def test_a_source_edited_after_doit_looked_at_it_is_not_read(project: Path) -> None:
+def test_a_source_edited_after_the_staleness_check_is_not_read(project: Path) -> None:
     line = "notes/03.txt: changed since doit looked at it for pretokenize. Run doit again.\n"
     assert _run_with_handover(project, lambda path: path.write_bytes(b"edited")) == (1, line)
     assert not (project / "artifacts/pretokenize").exists()

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[Chain], object], list[int]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_after_a_fault_the_next_run_mends_what_is_damaged_and_no_more(chain: Chain, case: str) -> None:
+def test_after_a_fault_the_next_run_rebuilds_only_what_is_damaged(chain: Chain, case: str) -> None:
     damage, expected = CASES[case]
     damage(chain)
     assert chain.numbers_that_run() == expected
@@ -112,12 +112,12 @@ def test_after_a_fault_the_next_run_mends_what_is_damaged_and_no_more(chain: Cha
 
 
 @pytest.mark.parametrize(("how", "code"), [("Ctrl-C", 130), ("SIGTERM", 143), ("stage killed", 1)])
-def test_a_run_that_is_ended_says_how(chain: Chain, how: str, code: int) -> None:
+def test_a_terminated_run_reports_the_signal(chain: Chain, how: str, code: int) -> None:
     _edit(chain)
     assert chain.stop_in(2, how) == code
 
 
-def test_until_a_stage_ends_its_old_artifact_serves(chain: Chain) -> None:
+def test_the_old_artifact_stays_readable_until_a_stage_ends(chain: Chain) -> None:
     before = chain.path(3).read_bytes()
     _edit(chain)
     process, _ = chain.pause_in(3)
@@ -140,7 +140,7 @@ def test_an_input_edited_while_its_stage_runs_makes_it_stale_next_time(chain: Ch
 
 
 @pytest.mark.parametrize("seconds", [1_000_000_000, 4_000_000_000], ids=["2001", "2096"])
-def test_a_fresh_checkout_is_read_once(chain: Chain, seconds: int) -> None:
+def test_the_files_of_a_fresh_checkout_are_read_once(chain: Chain, seconds: int) -> None:
     _all_mtimes_new(chain, seconds)
     assert chain.numbers_that_run() == []
     digests = chain.folder / "artifacts/.mlxflow/digests.json"
@@ -152,7 +152,7 @@ def test_a_fresh_checkout_is_read_once(chain: Chain, seconds: int) -> None:
     assert digests.stat().st_mtime_ns == before
 
 
-def test_what_a_killed_doit_was_writing_is_removed_by_the_next(chain: Chain) -> None:
+def test_unfinished_files_of_a_killed_doit_are_removed_by_the_next(chain: Chain) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     state = chain.folder / "artifacts/.mlxflow"

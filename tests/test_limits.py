@@ -85,7 +85,7 @@ def test_every_file_ends_within_bounds_of_time_and_memory(tmp_path: Path) -> Non
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_of_very_many_mistakes_the_first_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_errors_only_the_first_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("workflow.toml").write_text("".join(f"[x{number}]\n" for number in range(1500)))
     with pytest.raises(WorkflowError) as caught:

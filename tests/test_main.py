@@ -56,7 +56,7 @@ def test_a_corpus_too_small_for_a_batch_keeps_the_old_artifact(
     assert atomic_folders.partial_folders(job_copy / "artifacts") == []
 
 
-def test_a_corpus_too_small_for_a_row_is_told(job: Path) -> None:
+def test_a_corpus_too_small_for_a_row_is_an_error(job: Path) -> None:
     for path in (job / "notes").iterdir():
         path.write_text("a")
     result = mlxflow(job, "run", "pretokenize")

@@ -40,13 +40,13 @@ NAMES = [
 ]
 
 
-def test_the_exported_names_are_these() -> None:
+def test_all_lists_the_exported_names() -> None:
     assert mlxflow.__all__ == NAMES
     assert set(NAMES) <= set(dir(mlxflow))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "__version__"])
-def test_a_public_name_is_what_type_checkers_see_and_has_a_docstring(name: str) -> None:
+def test_public_names_match_what_type_checkers_see_and_have_docstrings(name: str) -> None:
     """Type checkers read the imports under TYPE_CHECKING; at run time the table of homes is used."""
     seen = {
         alias.asname or alias.name: (node.module, alias.name)
@@ -63,7 +63,7 @@ def test_the_version_is_that_of_the_project() -> None:
     assert mlxflow.__version__ == project["version"]
 
 
-def test_the_documentation_names_what_is_public_and_nothing_else() -> None:
+def test_the_documentation_lists_exactly_the_public_names() -> None:
     text = (REPOSITORY / "docs/python-api.md").read_text()
     cells = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     called = {name.partition(".")[0] for name in re.findall(r"`(\w+)", cells)}
@@ -112,6 +112,6 @@ def _entry_points() -> list[str]:
 
 
 @pytest.mark.parametrize("place", _entry_points())
-def test_every_entry_point_names_something_that_is_there(place: str) -> None:
+def test_every_entry_point_can_be_imported(place: str) -> None:
     module, _, name = place.partition(":")
     assert callable(getattr(importlib.import_module(module), name))

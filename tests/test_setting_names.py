@@ -67,5 +67,5 @@ def test_no_message_below_the_stages_names_a_key_of_the_workflow(package: str) -
         ('seed = derive_seed(0, "train.batches")', 0),
     ],
 )
-def test_the_scan_finds_keys_and_nothing_else(text: str, number: int) -> None:
+def test_the_scan_finds_keys_only(text: str, number: int) -> None:
     assert len(list(keys_in(text))) == number

@@ -34,7 +34,7 @@ def _locked(name: str) -> dict[str, list[tuple[str, str, int]]]:
     return pinned
 
 
-def test_there_is_a_workflow() -> None:
+def test_there_is_a_ci_workflow() -> None:
     assert [path.name for path in WORKFLOWS] == ["ci.yml"]
 
 
@@ -47,7 +47,7 @@ def test_every_action_is_pinned_by_commit_with_its_version_beside_it(name: str) 
 
 
 @pytest.mark.parametrize("name", [path.name for path in WORKFLOWS])
-def test_a_workflow_may_only_read(name: str) -> None:
+def test_ci_workflows_have_read_only_permissions(name: str) -> None:
     workflow = _load(name)
     assert workflow["permissions"] == {"contents": "read"}
     assert [job for job in workflow["jobs"].values() if "permissions" in job] == []
@@ -60,13 +60,13 @@ def test_a_workflow_may_only_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [path.name for path in WORKFLOWS])
-def test_no_text_of_others_becomes_a_command(name: str) -> None:
+def test_no_ci_command_interpolates_untrusted_text(name: str) -> None:
     steps = [step for job in _load(name)["jobs"].values() for step in job["steps"]]
     assert [step["run"] for step in steps if "${{" in step.get("run", "")] == []
     assert "secrets." not in (REPOSITORY / ".github/workflows" / name).read_text()
 
 
-def test_the_workflow_runs_what_is_run_here() -> None:
+def test_the_ci_workflow_runs_the_local_ci_script() -> None:
     steps = _load("ci.yml")["jobs"]["build"]["steps"]
     assert ".ci/run" in [step.get("run") for step in steps]
     assert "pip install -q --require-hashes -r requirements.lock" in (REPOSITORY / ".ci/run").read_text()
@@ -78,7 +78,7 @@ def test_a_lock_pins_each_package_by_hash(name: str) -> None:
     assert [package for package, pins in _locked(name).items() if not all(hashes for _, _, hashes in pins)] == []
 
 
-def test_the_lock_has_all_that_the_project_asks_for() -> None:
+def test_the_requirements_lock_has_every_dependency() -> None:
     pinned = _locked("requirements.lock")
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     for line in project["dependencies"] + project["optional-dependencies"]["test"]:
@@ -96,7 +96,7 @@ def _audit() -> Any:
     return module
 
 
-def test_an_audit_names_what_is_vulnerable_and_says_what_was_not_looked_up() -> None:
+def test_an_audit_names_vulnerable_packages_and_those_not_looked_up() -> None:
     fine = {"name": "a", "version": "1", "vulns": []}
     bad = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"]}]}
     unknown = {"name": "c", "skip_reason": "not found"}
@@ -113,7 +113,7 @@ def test_an_audit_names_what_is_vulnerable_and_says_what_was_not_looked_up() -> 
     )
 
 
-def test_an_audit_without_a_network_says_that_nothing_is_known(
+def test_an_audit_without_a_network_reports_an_unknown_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     audit = _audit()

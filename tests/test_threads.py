@@ -68,7 +68,7 @@ def test_as_many_threads_as_processors_compute_unless_it_is_fixed() -> None:
 
 
 @needs_blas
-def test_more_threads_than_the_blas_can_have_are_refused_in_one_line() -> None:
+def test_more_threads_than_the_blas_supports_are_refused_in_one_line() -> None:
     script = "from mlxflow.device import cpu_backend; cpu_backend.fix_threads(1024, key='workflow.threads')"
     last = _on(1, "-c", script).stderr.splitlines()[-1]
     most = last.rpartition(" ")[2].rstrip(".")
@@ -136,7 +136,7 @@ NODE = Node(
         (4, {"device": "unknown"}, []),
     ],
 )
-def test_an_artifact_is_stale_when_another_number_of_threads_than_the_fixed_one_made_it(
+def test_an_artifact_made_with_another_than_the_fixed_number_of_threads_is_stale(
     tmp_path: Path, fixed: int, made_by: dict[str, object], reason: list[str]
 ) -> None:
     node = replace(NODE, root=tmp_path, threads=fixed)
@@ -171,5 +171,5 @@ def test_a_cache_key_follows_the_fixed_number_where_the_stage_computes(tmp_path:
 
 
 @pytest.mark.parametrize(("record", "threads"), [({}, 2), ({"threads": 2}, 2), ({"threads": 2}, None)])
-def test_nothing_is_said_of_threads_that_are_equal_or_unknown(record: dict[str, int], threads: int | None) -> None:
+def test_equal_or_unknown_numbers_of_threads_are_not_reported(record: dict[str, int], threads: int | None) -> None:
     assert word_other_threads("train", record, threads, "this build by") == ""

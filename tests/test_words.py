@@ -63,7 +63,7 @@ def test_no_file_has_more_forbidden_words_than_listed() -> None:
     assert not {file: count for file, count in found.items() if count > REMAINING.get(file, 0)}, "say it plainly"
 
 
-def test_files_that_became_plain_are_listed_no_longer() -> None:
+def test_files_without_forbidden_words_are_not_listed() -> None:
     found = _found()
     assert not {file: count for file, count in REMAINING.items() if count > found.get(file, 0)}, "lower these numbers"
 

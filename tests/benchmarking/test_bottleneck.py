@@ -32,7 +32,7 @@ def _row(size: int, rate: float, name: str = "workflow", **more: Any) -> dict[st
         (BUSY | {"data": 0.03}, [_row(8, 100), _row(16, 150)], "set train.batch_size = 16"),
     ],
 )
-def test_the_change_with_the_largest_measured_gain_is_advised(
+def test_the_advice_is_the_change_with_the_largest_measured_gain(
     shares: dict[str, float], rows: list[dict[str, Any]], begin: str
 ) -> None:
     assert advise(shares, rows, 8, training_table="train", tokens_table="pretokenize").startswith(begin)

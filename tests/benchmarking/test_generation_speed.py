@@ -68,7 +68,7 @@ def test_prefill_is_one_pass_over_a_prompt_and_decode_one_for_each_token(bench: 
 
 
 @pytest.mark.parametrize(("holds", "loaded", "turns"), [(True, "ab", "aabbab"), (False, "abab", "aabbaabb")])
-def test_models_take_turns_round_by_round(bench: _Bench, holds: bool, loaded: str, turns: str) -> None:
+def test_models_are_timed_alternately(bench: _Bench, holds: bool, loaded: str, turns: str) -> None:
     a, b = bench.measure(bench.load("a"), bench.load("b"), holds=holds)
     assert isinstance(a, GenerationSpeed)
     assert isinstance(b, GenerationSpeed)
@@ -77,7 +77,7 @@ def test_models_take_turns_round_by_round(bench: _Bench, holds: bool, loaded: st
     assert a.prefill[8].median == 2 * b.prefill[8].median
 
 
-def test_a_models_memory_is_its_own_also_beside_others(bench: _Bench) -> None:
+def test_a_models_memory_leaves_out_other_loaded_models(bench: _Bench) -> None:
     held = mx.ones((1 << 20,))
     mx.eval(held)
     shape = {"hidden_size": 128, "intermediate_size": 256}  # when a few kilobytes are given back is another thread's
@@ -89,7 +89,7 @@ def test_a_models_memory_is_its_own_also_beside_others(bench: _Bench) -> None:
         assert 0 < together.peak_memory_bytes < held.nbytes
 
 
-def test_where_there_is_no_room_beside_the_others_each_is_loaded_for_its_turn(bench: _Bench) -> None:
+def test_models_that_do_not_fit_together_are_loaded_one_at_a_time(bench: _Bench) -> None:
     def load_alone() -> nn.Module:
         bench.loaded.append("b")
         if bench.loaded == ["a", "b"]:
@@ -102,7 +102,7 @@ def test_where_there_is_no_room_beside_the_others_each_is_loaded_for_its_turn(be
     assert "".join(bench.loaded) == "abbab"
 
 
-def test_a_model_that_cannot_be_run_even_alone_says_why_and_the_others_go_on(bench: _Bench) -> None:
+def test_a_model_that_cannot_run_alone_has_an_error_and_the_others_are_measured(bench: _Bench) -> None:
     def fail() -> nn.Module:
         bench.loaded.append("x")
         raise RuntimeError("no room")

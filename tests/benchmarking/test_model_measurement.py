@@ -32,7 +32,7 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
     assert q4["error"] == "out of memory: 777,777 more bytes needed, memory limit 1"
 
 
-def test_speeds_are_measured_again_of_the_named_models_alone(built: Path) -> None:
+def test_only_the_named_models_are_measured_again(built: Path) -> None:
     models = _models(built)
     (row,) = models.only({"quantize:q4", "training"}).measure_speeds(FREE)
     assert row["model"] == "quantize:q4"

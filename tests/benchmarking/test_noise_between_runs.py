@@ -115,12 +115,12 @@ _WEATHER = [
 
 
 @pytest.mark.parametrize("weather", _WEATHER)
-def test_unchanged_code_is_hardly_ever_called_worse(weather: dict[str, float]) -> None:
+def test_unchanged_code_is_rarely_called_worse(weather: dict[str, float]) -> None:
     assert _share(slower=1.0, **weather) <= 0.01
 
 
 @pytest.mark.parametrize(("weather", "least"), [*zip(_WEATHER, (1.0, 0.95, 0.65, 0.4), strict=True)])
-def test_a_regression_of_a_fifth_is_found(weather: Any, least: float) -> None:
+def test_a_regression_of_20_percent_is_found(weather: Any, least: float) -> None:
     found = _share(slower=1.25, **weather.values[0])
     assert found >= least
 

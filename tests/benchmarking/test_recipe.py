@@ -40,7 +40,7 @@ def test_each_ablation_differs_from_the_workflow_in_the_one_thing_it_names() -> 
     }
 
 
-def test_what_a_workflow_does_not_use_is_not_switched_off() -> None:
+def test_optimizations_that_a_workflow_does_not_use_are_not_ablated() -> None:
     names = {one.name for one in _recipe(is_packed=False, fused_loss=False).ablations()}
     assert names == {
         "without compile",
@@ -52,7 +52,7 @@ def test_what_a_workflow_does_not_use_is_not_switched_off() -> None:
     }
 
 
-def test_the_baseline_is_naive_whatever_the_workflow_does() -> None:
+def test_the_baseline_is_naive_for_every_workflow() -> None:
     plain = _recipe().baseline()
     assert plain == _recipe(precision="bf16", checkpoint_every=2, fused_loss=False).baseline()
     assert not any((plain.is_compiled, plain.runs_ahead, plain.is_packed, plain.joins_updates, plain.prefetches))
@@ -60,5 +60,5 @@ def test_the_baseline_is_naive_whatever_the_workflow_does() -> None:
 
 
 @pytest.mark.parametrize(("checkpointing", "every"), [("none", 0), ("layers", 1), (3, 3)])
-def test_every_how_many_layers_one_is_recomputed(checkpointing: Any, every: int) -> None:
+def test_the_checkpointing_setting_gives_the_recomputation_interval(checkpointing: Any, every: int) -> None:
     assert checkpoint_every(checkpointing) == every

@@ -40,7 +40,7 @@ def _verdicts(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
     return {one.figure: one.verdict for one in compare_reports(before, after)}
 
 
-def test_what_lies_in_both_intervals_is_noise_and_what_does_not_is_better_or_worse() -> None:
+def test_overlapping_intervals_are_noise_and_others_better_or_worse() -> None:
     before = {"training": [_training(100)]}
     assert _verdicts(before, {"training": [_training(103)]})["tokens_per_second"] == "noise"
     assert _verdicts(before, {"training": [_training(110)]})["tokens_per_second"] == "better"
@@ -65,7 +65,7 @@ def test_more_memory_bytes_and_perplexity_are_worse() -> None:
     ]
 
 
-def test_a_regression_is_worse_by_more_than_what_is_allowed() -> None:
+def test_a_regression_exceeds_the_allowed_change() -> None:
     found = compare_reports({"training": [_training(100)]}, {"training": [_training(92)]})
     assert [one.figure for one in regressions(found, 0.05)] == ["tokens_per_second"]
     assert regressions(found, 0.1) == []
@@ -73,14 +73,14 @@ def test_a_regression_is_worse_by_more_than_what_is_allowed() -> None:
     assert regressions(noisy, 0.05) == []
 
 
-def test_rows_that_only_one_report_has_and_rows_that_did_not_fit_are_left_out() -> None:
+def test_rows_of_one_report_only_and_rows_out_of_memory_are_left_out() -> None:
     failed = {"name": "baseline", "batch_size": 8, "error": "does not fit"}
     before = {"training": [_training(100), _training(50, name="baseline")]}
     after = {"training": [_training(100), failed, _training(70, name="without compile")]}
     assert {one.what for one in compare_reports(before, after)} == {"workflow, 8 rows"}
 
 
-def test_tables_can_be_pasted_whatever_the_names() -> None:
+def test_markdown_tables_escape_names() -> None:
     row = _model(20.0) | {"model": "quantize:a|b"}
     failed = {"name": "baseline", "batch_size": 8, "error": "does not fit: needs 5 bytes"}
     text = markdown_of_report({"training": [_training(100), failed], "models": [row]})

@@ -6,7 +6,7 @@ from mlxflow.models.model_folder import num_parameters
 from tests.small_models import llama
 
 
-def test_flops_per_token_are_six_for_each_weight_and_those_of_attention() -> None:
+def test_flops_per_token_are_six_per_weight_plus_attention() -> None:
     model, _ = llama(hidden_size=16, num_layers=2)
     matrices = num_parameters(model) - 5 * 16  # norms
     found = roofline.flops_per_token(model.parameters(), hidden_size=16, num_layers=2, context_length=8)

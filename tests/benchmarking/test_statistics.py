@@ -8,7 +8,7 @@ from mlxflow.benchmarking.statistics import median_interval, ratio_interval
 
 @pytest.mark.parametrize("count", [6, 7, 10, 20, 25, 100])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_the_interval_is_as_sure_as_asked_for_and_no_narrower_one_is(count: int, confidence: float) -> None:
+def test_the_interval_has_the_requested_confidence_and_is_the_narrowest(count: int, confidence: float) -> None:
     samples = list(range(count))
     found = median_interval(samples, confidence=confidence)
     assert found.confidence >= confidence
@@ -19,7 +19,7 @@ def test_the_interval_is_as_sure_as_asked_for_and_no_narrower_one_is(count: int,
 
 
 @pytest.mark.parametrize("count", [6, 9, 20, 41])
-def test_the_interval_is_that_of_scipy(count: int) -> None:
+def test_the_interval_matches_scipy(count: int) -> None:
     stats = pytest.importorskip("scipy.stats", reason="needs the interop extra: pip install -e '.[test,interop]'")
     random.seed(count)
     samples = [random.lognormvariate(0, 1) for _ in range(count)]
@@ -31,20 +31,20 @@ def test_the_interval_is_that_of_scipy(count: int) -> None:
     assert ours.confidence == pytest.approx(1 - 2 * stats.binom.cdf(place, count, 0.5))
 
 
-def test_the_true_median_lies_in_the_interval_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_median_at_its_confidence() -> None:
     random.seed(1)
     intervals = [median_interval([random.expovariate(1) for _ in range(20)], confidence=0.95) for _ in range(2000)]
     share = statistics.fmean(one.low <= 0.693147 <= one.high for one in intervals)
     assert share == pytest.approx(intervals[0].confidence, abs=0.015)
 
 
-def test_few_samples_give_their_ends_and_say_how_sure_that_is() -> None:
+def test_few_samples_give_their_range_with_its_confidence() -> None:
     found = median_interval([3.0, 1.0, 2.0, 5.0, 4.0], confidence=0.95)
     assert found == (3.0, 1.0, 5.0, 1 - 2 / 32)
     assert median_interval([7.0]) == (7.0, 7.0, 7.0, 0.0)
 
 
-def test_a_ratio_of_pairs_does_not_see_the_drift_that_both_share() -> None:
+def test_a_ratio_of_pairs_cancels_shared_drift() -> None:
     drift = [1.0, 1.5, 2.0, 3.0, 2.5, 1.2, 4.0, 1.1]
     found = ratio_interval([1.3 * one for one in drift], drift)
     assert (found.low, found.high) == pytest.approx((1.3, 1.3))
@@ -56,7 +56,7 @@ def test_a_ratio_around_one_is_noise(ratios: list[float], verdict: str) -> None:
     assert ratio_interval(ratios, [1.0] * 10).verdict == verdict
 
 
-def test_the_interval_of_a_rate_is_that_of_the_times_turned_round() -> None:
+def test_the_interval_of_a_rate_is_the_inverse_of_that_of_the_times() -> None:
     times = median_interval([1.0, 2.0, 4.0])
     assert times.inverse(8.0)[:3] == (4.0, 2.0, 8.0)
     assert times.overlaps(median_interval([4.0, 5.0]))

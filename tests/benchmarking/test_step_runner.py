@@ -16,7 +16,7 @@ from tests.small_models import llama
 
 
 @pytest.mark.parametrize("change", [one for one in workflow_recipe(checkpoint_every=1).ablations() if one.is_packed])
-def test_every_way_of_a_step_gives_the_same_losses(change: Recipe) -> None:
+def test_every_kind_of_step_gives_the_same_losses(change: Recipe) -> None:
     losses = []
     for recipe in (workflow_recipe(), change):
         with open_runner(recipe) as runner:
@@ -25,7 +25,7 @@ def test_every_way_of_a_step_gives_the_same_losses(change: Recipe) -> None:
     assert losses[0][-1] != losses[0][0]
 
 
-def test_recorded_kernels_serve_until_they_are_switched_off(
+def test_recorded_kernels_are_used_until_they_are_switched_off(
     monkeypatch: pytest.MonkeyPatch,
     uncompiled: None,  # noqa: F811
 ) -> None:
@@ -43,7 +43,7 @@ def test_recorded_kernels_serve_until_they_are_switched_off(
     assert not calls
 
 
-def test_the_naive_way_learns_the_same_from_rows_of_one_document_each() -> None:
+def test_the_naive_baseline_has_the_same_losses_on_rows_of_one_document() -> None:
     rows = apart(packed_rows(), count=48, seed=0)
     losses = []
     for recipe in (workflow_recipe().baseline(), workflow_recipe()):
@@ -52,7 +52,7 @@ def test_the_naive_way_learns_the_same_from_rows_of_one_document_each() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_bf16_is_switched_off_in_the_weights_themselves() -> None:
+def test_switching_off_bf16_casts_the_weights() -> None:
     types = []
     for recipe in (workflow_recipe(precision="bf16-pure"), workflow_recipe()):
         subject = subject_of(recipe)
@@ -86,9 +86,7 @@ def test_a_compiled_step_is_traced_once_and_another_one_each_time(monkeypatch: p
 
 
 @pytest.mark.parametrize("runs_ahead", [True, False])
-def test_without_run_ahead_no_step_is_sent_before_the_last_one_is_there(
-    monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
-) -> None:
+def test_without_run_ahead_a_step_waits_for_the_one_before(monkeypatch: pytest.MonkeyPatch, runs_ahead: bool) -> None:
     order: list[str] = []
     evaluate, send = mx.eval, mx.async_eval
 
@@ -107,7 +105,7 @@ def test_without_run_ahead_no_step_is_sent_before_the_last_one_is_there(
     assert order == (["send", "send", "wait", "send", "wait", "wait"] if runs_ahead else ["wait"] * 4)
 
 
-def test_a_step_is_taken_apart_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_step_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_runner(workflow_recipe()) as runner:
         runner.run(1)
         ticks = iter([0.0, 1.0, 1.0, 1.5, 3.0, 7.0, 7.25])  # two of them are the loader's own

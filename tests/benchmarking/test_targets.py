@@ -21,7 +21,7 @@ def _kept(speedup: float = 2.0, low: float = 1.6, peak: int = 60, ratio: float =
     return {name: told["holds"] for name, told in keep_promises(rows, [dense, model], share, 8).items()}
 
 
-def test_every_promise_is_measured_by_its_own_figure() -> None:
+def test_every_target_is_checked_by_its_own_figure() -> None:
     assert all(_kept().values())
 
 
@@ -34,7 +34,7 @@ def test_every_promise_is_measured_by_its_own_figure() -> None:
         ({"share": 0.1}, "data_wait"),
     ],
 )
-def test_a_promise_that_does_not_hold_is_told_and_the_others_stand(broken: dict[str, Any], name: str) -> None:
+def test_a_missed_target_is_reported_and_the_others_are_met(broken: dict[str, Any], name: str) -> None:
     assert [one for one, holds in _kept(**broken).items() if not holds] == [name]
 
 
@@ -49,7 +49,7 @@ def _sized(**models: tuple[float, float]) -> dict[str, Any]:
     return told
 
 
-def test_a_model_of_eight_bits_keeps_the_promise_that_its_bits_allow() -> None:
+def test_the_size_target_follows_from_the_bits_of_each_model() -> None:
     assert _sized(q8=(3.75, 8.5))["holds"]
     assert not _sized(q8=(3.0, 8.5))["holds"], "its bits allow 3.8"
     assert not _sized(q4=(3.9, 4.5))["holds"], "its bits allow 7.1, and four is the least"
@@ -61,13 +61,13 @@ def test_a_model_of_eight_bits_keeps_the_promise_that_its_bits_allow() -> None:
     )
 
 
-def test_what_did_not_fit_proves_nothing() -> None:
+def test_rows_out_of_memory_meet_no_target() -> None:
     rows = [{"name": "baseline", "batch_size": 8, "error": "does not fit"}, _row("workflow", 100, 10)]
     told = keep_promises(rows, [], 0.0, 8)
     assert [one for one in told if told[one]["holds"]] == ["data_wait"]
     assert "measured" not in told["training_speed"]
 
 
-def test_more_memory_is_not_called_less() -> None:
+def test_an_increase_in_memory_is_reported_as_more() -> None:
     rows = [_row("baseline", 100, 100), _row("workflow", 100, 120)]
     assert keep_promises(rows, [], 0.0, 8)["training_memory"]["figure"].startswith("20% more: 120 bytes instead of")

@@ -29,7 +29,7 @@ def test_each_step_is_timed_by_itself(clock: list[float]) -> None:
     assert second.median == 20
 
 
-def test_steps_take_turns() -> None:
+def test_steps_are_timed_alternately() -> None:
     order: list[str] = []
     interleave([lambda: order.append("a"), lambda: order.append("b")], num_rounds=3)
     assert order == ["a", "b"] * 3

@@ -11,7 +11,7 @@ class _Clocked:
         self.budget = Budget(seconds, task="benchmark", clock=lambda: self.now, say=self.lines.append)
 
 
-def test_what_one_part_leaves_is_there_for_the_next_and_nothing_goes_beyond_the_end() -> None:
+def test_unused_time_passes_to_the_next_part_within_the_total() -> None:
     clocked = _Clocked(100)
     clocked.budget.begin(0.5)
     assert clocked.budget.left == 50
@@ -27,7 +27,7 @@ def test_what_one_part_leaves_is_there_for_the_next_and_nothing_goes_beyond_the_
     assert clocked.budget.is_over
 
 
-def test_without_a_bound_there_is_always_time() -> None:
+def test_without_a_limit_the_budget_is_never_over() -> None:
     clocked = _Clocked(0)
     clocked.now = 1e9
     clocked.budget.begin(0.5)
@@ -36,7 +36,7 @@ def test_without_a_bound_there_is_always_time() -> None:
     assert clocked.lines == ["benchmark: steps: about 100 s"]
 
 
-def test_it_is_said_how_long_something_takes_and_how_far_it_is() -> None:
+def test_the_expected_duration_and_the_progress_are_printed() -> None:
     clocked = _Clocked(60)
     clocked.budget.announce("short", 1)
     clocked.budget.announce("steps", 50)
@@ -53,7 +53,7 @@ def test_it_is_said_how_long_something_takes_and_how_far_it_is() -> None:
     ]
 
 
-def test_rounds_end_when_the_time_is_over_but_not_before_there_are_a_few() -> None:
+def test_rounds_stop_when_the_budget_is_over() -> None:
     counted = [0]
 
     def step() -> None:

@@ -17,7 +17,7 @@ def test_inline_loader_trims_rows_to_the_longest_of_the_batch() -> None:
         assert not isinstance(runner._loader, InlineLoader)
 
 
-def test_apart_keeps_every_target_token() -> None:
+def test_unpacking_keeps_every_target_token() -> None:
     packed = packed_rows()
     rows = apart(packed, count=10**6, seed=3)
     assert rows.num_rows == 48
@@ -28,7 +28,7 @@ def test_apart_keeps_every_target_token() -> None:
     assert ends == sorted([tuple(r[:5]) for r in packed.tokens.astype(int)] + [tuple(r[5:8]) for r in packed.tokens])
 
 
-def test_holds_several_finds_packed_rows_behind_full_ones() -> None:
+def test_packed_rows_after_full_ones_are_found() -> None:
     packed = packed_rows()
     alone = np.full((9000, 9), 3, np.uint8)
     marks = np.concatenate([alone, np.tile(packed.marks, (40, 1))])

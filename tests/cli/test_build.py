@@ -36,7 +36,7 @@ def test_a_stage_that_was_built_is_fresh_to_doit(project: Path) -> None:
     assert "pretokenize" in (project / "mlxflow.lock").read_text()
 
 
-def test_the_plan_is_doits(project: Path) -> None:
+def test_the_plan_matches_doit(project: Path) -> None:
     ours, theirs = mlxflow(project, "build", "--plan", "train"), doit(project, "plan", "-f", "another.py", "train")
     assert ours.returncode == 0
     assert "train: never built" in ours.stdout
@@ -60,6 +60,6 @@ def test_another_workflow_is_built_beside_it(project: Path, tmp_path: Path) -> N
         (["--workflow", "no.toml"], "no.toml: missing. Write one (an empty file works), or name another."),
     ],
 )
-def test_a_wrong_call_is_one_line(project: Path, arguments: list[str], line: str) -> None:
+def test_an_invalid_command_line_is_one_error_line(project: Path, arguments: list[str], line: str) -> None:
     done = mlxflow(project, "build", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")

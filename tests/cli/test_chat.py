@@ -29,7 +29,7 @@ def _run(folder: Path, *arguments: str, text: str = "") -> subprocess.CompletedP
     return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, check=False)
 
 
-def test_each_line_of_a_pipe_is_answered_with_what_was_said_before(folder: Path) -> None:
+def test_each_line_of_a_pipe_is_answered_with_the_conversation_so_far(folder: Path) -> None:
     lines = ["who are you?", "", "why?", "/reset", "who are you?", "/exit", "not read"]
     done = _run(folder, "model", "--max-tokens", "6", text="\n".join(lines))
     session = ChatSession(Writer(folder / "model"))
@@ -66,7 +66,7 @@ def test_a_terminal_shows_help_and_a_prompt_and_ends_at_ctrl_d(folder: Path) -> 
     assert "/nothing: no such command." in shown
 
 
-def test_a_model_without_a_template_is_asked_by_chatml_and_that_is_said(folder: Path) -> None:
+def test_a_model_without_a_template_is_prompted_with_chatml_and_a_notice(folder: Path) -> None:
     done = _run(folder, "plain", "--max-tokens", "2", text="why?\n")
     assert done.returncode == 0
     assert done.stderr == (
@@ -83,12 +83,12 @@ def test_a_model_without_a_template_is_asked_by_chatml_and_that_is_said(folder: 
         (["model", "--temperature", "inf"], "chat: --temperature = inf: expected 0 or more. Use 0 (the default)."),
     ],
 )
-def test_a_wrong_call_is_one_line(folder: Path, arguments: list[str], line: str) -> None:
+def test_an_invalid_command_line_is_one_error_line(folder: Path, arguments: list[str], line: str) -> None:
     done = _run(folder, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")
 
 
-def test_a_message_that_is_no_utf_8_is_one_line_after_the_answers_before_it(folder: Path) -> None:
+def test_a_message_that_is_not_utf_8_is_one_line_after_the_earlier_answers(folder: Path) -> None:
     command = [sys.executable, "-m", "mlxflow", "chat", "model", "--max-tokens", "2"]
     done = subprocess.run(command, cwd=folder, input=b"why?\n\xff\n", capture_output=True, check=False)
     answer = "".join(ChatSession(Writer(folder / "model")).answer("why?", Sampling(2, 0.0, 0)))
@@ -96,7 +96,7 @@ def test_a_message_that_is_no_utf_8_is_one_line_after_the_answers_before_it(fold
     assert done.stderr == b"chat: '\\udcff': expected UTF-8. Write it as UTF-8.\n"
 
 
-def test_a_closed_input_is_its_end(folder: Path) -> None:
+def test_a_closed_input_ends_the_chat(folder: Path) -> None:
     command = ["sh", "-c", '"$0" -m mlxflow chat model <&-', sys.executable]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

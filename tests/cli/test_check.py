@@ -61,7 +61,7 @@ def _pretokenize(workflow: Workflow) -> None:
         shutil.copy(tokens / name, workflow.root / "gpt2")
 
 
-def test_a_document_mask_that_the_base_model_cannot_have_is_found_by_the_check(
+def test_a_document_mask_unsupported_by_the_base_model_is_found_by_check(
     gpt2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(gpt2)
@@ -74,7 +74,7 @@ def test_a_document_mask_that_the_base_model_cannot_have_is_found_by_the_check(
     )
 
 
-def test_a_document_mask_that_the_model_cannot_have_is_a_mistake_of_the_workflow(gpt2: Path, tmp_path: Path) -> None:
+def test_a_document_mask_unsupported_by_the_model_is_a_workflow_error(gpt2: Path, tmp_path: Path) -> None:
     workflow = _load(gpt2, "best-fit")
     _pretokenize(workflow)
     with pytest.raises(WorkflowError) as caught:
@@ -104,7 +104,7 @@ def test_check_prints_the_workflow_with_every_default(job: Path) -> None:
     assert [variant["name"] for variant in resolved["quantize"]] == ["q4", "q8"]
 
 
-def test_check_prints_every_mistake_and_exits_with_2(job: Path) -> None:
+def test_check_prints_every_error_and_exits_with_2(job: Path) -> None:
     (job / "workflow.toml").write_text("[train]\nnum_step = 1\n[profile]\nnum_steps = 0\n")
     result = mlxflow(job, "check")
     assert result.returncode == 2

@@ -34,7 +34,7 @@ def _write(path: Path, report: dict[str, Any], *, speed: float = 1.0, **changes:
     return path
 
 
-def test_equal_reports_differ_in_nothing_beyond_noise(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_reports_differ_only_within_noise(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     artifacts = built / "artifacts"
     assert main(["compare", str(artifacts / "benchmark/report.toml"), str(built)]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -42,7 +42,7 @@ def test_equal_reports_differ_in_nothing_beyond_noise(built: Path, capsys: pytes
     assert all(line.endswith("| +0.0% | noise |") for line in lines)
 
 
-def test_a_slower_run_is_told_figure_by_figure(
+def test_a_slower_run_is_reported_figure_by_figure(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fast = _write(tmp_path / "fast.toml", report, speed=2.0)
@@ -78,7 +78,7 @@ def test_another_version_is_refused_by_name(
     )
 
 
-def test_what_is_no_benchmark_is_refused_by_name(
+def test_a_file_that_is_no_benchmark_report_is_refused_by_name(
     built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = built / "artifacts/train/report.toml"
@@ -95,7 +95,7 @@ def test_what_is_no_benchmark_is_refused_by_name(
     )
 
 
-def test_different_devices_are_compared_only_by_force(
+def test_different_devices_are_compared_only_with_force(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = {"kind": "gpu", "name": "Another", "processor": "one"}
@@ -167,7 +167,7 @@ def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], t
     assert len(found["noise_between_runs"]) == len(names)
 
 
-def test_a_baseline_of_another_device_is_said_and_not_compared(
+def test_a_baseline_of_another_device_is_reported_and_not_compared(
     report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = {"kind": "gpu", "name": "Another", "processor": "one"}
@@ -194,7 +194,7 @@ def test_a_baseline_of_another_version_is_refused_before_anything_is_measured(
         )
 
 
-def test_what_the_time_did_not_suffice_for_is_named() -> None:
+def test_parts_skipped_for_lack_of_time_are_named() -> None:
     asked = AskedAmounts(num_steps=100, convergence_steps=50, max_validation_rows=64, max_seconds=60)
     whole: dict[str, Any] = {
         "training": [{"num_steps": 100}],
@@ -247,7 +247,7 @@ def test_curves_bottleneck_device_and_speeds_are_reported(report: dict[str, Any]
         assert row["decode_tokens_per_second"] > 0
 
 
-def test_what_does_not_fit_beside_the_rows_is_left_out_and_another_failure_is_none(
+def test_parts_out_of_memory_are_left_out_and_other_failures_are_raised(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(said: str) -> None:
@@ -262,7 +262,7 @@ def test_what_does_not_fit_beside_the_rows_is_left_out_and_another_failure_is_no
         benchmark._if_it_fits(lambda: fail("a mistake"))
 
 
-def test_train_says_how_its_steps_were_done_with_every_choice_resolved(built: Path) -> None:
+def test_the_train_report_has_every_setting_resolved(built: Path) -> None:
     settings = report_files.read_report(built / "artifacts/train/report.toml")["settings"]
     assert settings["fused_loss"] is True  # "auto" on the CPU
     assert settings["weight_decay"] == 0.1  # "auto" with AdamW

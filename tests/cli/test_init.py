@@ -75,7 +75,7 @@ def test_nothing_is_overwritten_and_nothing_written_beside_it(
         (["a.txt"], "mlxflow init: a.txt: is no folder. Name another one."),
     ],
 )
-def test_a_wrong_call_is_one_line(
+def test_an_invalid_command_line_is_one_error_line(
     arguments: list[str], line: str, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project / "a.txt").touch()
@@ -84,7 +84,7 @@ def test_a_wrong_call_is_one_line(
     assert [path.name for path in project.iterdir()] == ["a.txt"]
 
 
-def test_the_actions_are_those_of_this_repository(project: Path) -> None:
+def test_the_ci_template_uses_the_actions_of_this_repository(project: Path) -> None:
     main(["init", "--template", "ci"])
     ours = (REPOSITORY / ".github/workflows/ci.yml").read_text()
     used = [

@@ -6,7 +6,7 @@ from mlxflow.__main__ import main
 from mlxflow.storage import report_files
 
 
-def test_promises_prints_each_with_its_figure(
+def test_promises_prints_each_target_with_its_figure(
     built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     promises = report_files.read_report(built / "artifacts/benchmark/report.toml")["promises"]

@@ -20,7 +20,7 @@ def _report(folder: Path, **how: object) -> str:
     return Seen(report(load_workflow(folder / "workflow.toml"), **how).read_bytes()).text  # type: ignore[arg-type]
 
 
-def test_the_stage_lays_its_page_beside_all_artifacts(built: Path) -> None:
+def test_the_report_stage_writes_its_page_beside_all_artifacts(built: Path) -> None:
     page = (built / "artifacts/index.html").read_bytes()
     assert page == (built / "artifacts/report/index.html").read_bytes()
     text = Seen(page).text
@@ -28,7 +28,7 @@ def test_the_stage_lays_its_page_beside_all_artifacts(built: Path) -> None:
     assert "benchmark built" in text
 
 
-def test_samples_are_what_the_models_write(built: Path) -> None:
+def test_samples_match_the_output_of_the_models(built: Path) -> None:
     from mlxflow.evaluation.text_generation import Sampling, generate
     from mlxflow.workflow.stage import derive_seed
 
@@ -44,7 +44,7 @@ def test_samples_are_what_the_models_write(built: Path) -> None:
     assert all(" ".join(one["text"].split()) in text for one in samples)
 
 
-def test_by_hand_the_page_of_a_whole_run_is_the_same_bytes(job_copy: Path) -> None:
+def test_mlxflow_report_writes_the_same_page_as_doit(job_copy: Path) -> None:
     before = (job_copy / "artifacts/index.html").read_bytes()
     (job_copy / "artifacts/index.html").unlink()
     result = mlxflow(job_copy, "report")
@@ -52,7 +52,7 @@ def test_by_hand_the_page_of_a_whole_run_is_the_same_bytes(job_copy: Path) -> No
     assert (job_copy / "artifacts/index.html").read_bytes() == before
 
 
-def test_by_hand_what_is_stale_or_gone_is_told(job_copy: Path) -> None:
+def test_mlxflow_report_names_stale_and_missing_stages(job_copy: Path) -> None:
     workflow = job_copy / "workflow.toml"
     workflow.write_text(workflow.read_text().replace("warmup_steps = 2", "warmup_steps = 3"))
     shutil.rmtree(job_copy / "artifacts/benchmark")
@@ -64,7 +64,7 @@ def test_by_hand_what_is_stale_or_gone_is_told(job_copy: Path) -> None:
     assert "Loss, in nats a token" in text
 
 
-def test_what_doit_recorded_is_judged_as_doit_does(job_copy: Path) -> None:
+def test_mlxflow_report_judges_staleness_like_doit(job_copy: Path) -> None:
     """The page names the reason that `doit plan` prints; the report of the stage alone would not show it."""
     recorded = {
         "settings": load_workflow(job_copy / "workflow.toml").find("pretokenize").node().settings
@@ -82,11 +82,11 @@ def test_what_doit_recorded_is_judged_as_doit_does(job_copy: Path) -> None:
     assert f"pretokenize is out of date: {reasons}." in _report(job_copy)
 
 
-def test_by_hand_before_anything_is_built(job: Path) -> None:
+def test_mlxflow_report_works_before_anything_is_built(job: Path) -> None:
     assert "0 of 6 stages built" in _report(job)
 
 
-def test_two_folders_side_by_side(built: Path, job_copy: Path, tmp_path: Path) -> None:
+def test_mlxflow_report_shows_two_folders_side_by_side(built: Path, job_copy: Path, tmp_path: Path) -> None:
     first = Path(shutil.copytree(built, tmp_path / "first"))
     before = (job_copy / "artifacts/index.html").read_bytes()
     (job_copy / "workflow.toml").write_text((built / "workflow.toml").read_text().replace('"tiny"', '"other"'))
@@ -99,9 +99,7 @@ def test_two_folders_side_by_side(built: Path, job_copy: Path, tmp_path: Path) -
     assert len(re.findall(r"(\d) of \1 stages built", _report(first, compare=job_copy))) == 2
 
 
-def test_a_folder_without_artifacts_cannot_be_compared_with(
-    job: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_folder_without_artifacts_cannot_be_compared(job: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(CallError) as caught:
         _report(job, compare=empty)
@@ -110,7 +108,7 @@ def test_a_folder_without_artifacts_cannot_be_compared_with(
     assert not (job / "artifacts").exists()
 
 
-def test_open_shows_it_in_the_browser(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_shows_the_page_in_the_browser(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
     _report(job, opens=True)

@@ -24,7 +24,7 @@ def test_show_pretokenize_prints_a_summary_and_rows(built: Path, capsys: pytest.
     assert row in out
 
 
-def test_show_refuses_other_stages_and_rows_that_are_not_there(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_refuses_other_stages_and_missing_rows(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_report(built / "artifacts/pretokenize/report.toml")["train"]["rows"]
     assert _show(built, capsys, "train") == (
         2,

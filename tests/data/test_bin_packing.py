@@ -43,7 +43,7 @@ def _by_hand(lengths: list[int], capacity: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_best_fit_fills_rows_as_its_definition_says_and_hardly_more_of_them_than_is_possible(seed: int) -> None:
+def test_best_fit_matches_its_definition_and_is_near_the_minimum_number_of_rows(seed: int) -> None:
     generator = random.Random(seed)
     capacity = generator.choice([4, 7, 12])
     lengths = [generator.randint(1, capacity) for _ in range(9)]
@@ -57,7 +57,7 @@ def test_best_fit_fills_rows_as_its_definition_says_and_hardly_more_of_them_than
 
 
 @pytest.mark.parametrize("capacity", [513, 2049])
-def test_documents_of_natural_lengths_leave_hardly_any_room(capacity: int) -> None:
+def test_documents_of_natural_lengths_fill_rows_almost_completely(capacity: int) -> None:
     lengths = np.random.default_rng(0).lognormal(5, 1.2, 40_000).astype(int) + 1
     pieces = [piece.end - piece.begin for i, n in enumerate(lengths) for piece in cut(i, int(n), capacity)]
     rows, count = best_fit(pieces, capacity)
@@ -65,12 +65,12 @@ def test_documents_of_natural_lengths_leave_hardly_any_room(capacity: int) -> No
     assert np.bincount(rows, weights=pieces).max() <= capacity
 
 
-def test_nothing_takes_no_row() -> None:
+def test_no_documents_need_no_rows() -> None:
     assert best_fit([], 5) == ([], 0)
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 6, 10, 11, 23])
-def test_a_document_is_cut_into_full_rows_and_a_rest(length: int) -> None:
+def test_a_long_document_is_split_into_full_rows_and_a_remainder(length: int) -> None:
     pieces = cut(7, length, 5)
     assert [piece.document for piece in pieces] == [7] * len(pieces)
     assert [i for piece in pieces for i in range(piece.begin, piece.end)] == list(range(length))

@@ -113,7 +113,7 @@ def _learnt(source: str, messages: list[dict[str, Any]], tools: Any = None) -> l
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_turn_is_learnt_from_the_end_of_its_prompt_to_its_own_end(family: str, talk: str) -> None:
+def test_each_turn_is_trained_on_from_its_prompt_to_its_end(family: str, talk: str) -> None:
     source, expected = FAMILIES[family]
     messages = TALKS[talk]
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -125,7 +125,7 @@ def test_each_turn_is_learnt_from_the_end_of_its_prompt_to_its_own_end(family: s
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("family", [*FAMILIES, "thinking"])
-def test_the_text_is_the_one_that_transformers_writes(family: str, talk: str) -> None:
+def test_the_rendered_text_matches_transformers(family: str, talk: str) -> None:
     source = THINKING if family == "thinking" else FAMILIES[family][0]
     expected = render_jinja_template([TALKS[talk]], chat_template=source, **NAMES)[0][0]
     template = ChatTemplate(source, NAMES)
@@ -134,13 +134,13 @@ def test_the_text_is_the_one_that_transformers_writes(family: str, talk: str) ->
     assert template.render(TALKS[talk], prompt=True) == prompt
 
 
-def test_blanks_that_a_template_strips_are_not_looked_for() -> None:
+def test_whitespace_that_a_template_strips_is_not_searched_for() -> None:
     messages = _talk("  Hello \n", "\n\n  Hi  \n", " x ", "\ty")
     for source, end in ((LLAMA3, "<|eot_id|>"), (GEMMA, "<end_of_turn>\n")):
         assert _learnt(source, messages) == [f"Hi{end}", f"y{end}"]
 
 
-def test_thoughts_are_learnt_where_the_template_shows_them() -> None:
+def test_reasoning_is_trained_on_where_the_template_renders_it() -> None:
     messages = _talk("One?", "<think>\nhm\n</think>\n\nYes.", "Two?", "<think>\nwell\n</think>\n\nNo.")
     assert _learnt(THINKING, messages) == ["Yes.<|im_end|>\n", "<think>\nwell\n</think>\n\nNo.<|im_end|>\n"]
     empty = _learnt(THINKING, _talk("One?", "Yes.", "Two?", "No."))
@@ -148,7 +148,7 @@ def test_thoughts_are_learnt_where_the_template_shows_them() -> None:
     assert _learnt(PREFILL, messages) == ["\n\nYes.</s>", "\n\nNo.</s>"]
 
 
-def test_calls_of_tools_are_learnt_and_what_tools_answer_is_not() -> None:
+def test_tool_calls_are_trained_on_and_tool_results_are_not() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "1 and 2?"},
@@ -178,7 +178,7 @@ MARKED = {
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("family", MARKED)
-def test_a_templates_own_marks_say_the_same_as_we_find_without_them(family: str, talk: str) -> None:
+def test_generation_marks_of_a_template_match_the_detected_turns(family: str, talk: str) -> None:
     source = MARKED[family]
     assert source != without_marks(source)
     told = ChatTemplate(source, NAMES).render_turns(TALKS[talk])
@@ -209,7 +209,7 @@ def _word_level() -> Tokenizer:
 
 
 @pytest.mark.parametrize("talk", TALKS)
-def test_the_mask_of_tokens_is_the_one_that_transformers_makes(talk: str) -> None:
+def test_the_token_mask_matches_transformers(talk: str) -> None:
     tokenizer = _byte_level()
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     expected = whole.apply_chat_template(
@@ -225,7 +225,7 @@ def test_the_mask_of_tokens_is_the_one_that_transformers_makes(talk: str) -> Non
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("make", [_byte_level, _word_level])
-def test_a_token_is_learnt_if_it_holds_a_character_of_a_turn(make: Any, talk: str) -> None:
+def test_a_token_with_a_character_of_a_turn_is_trained_on(make: Any, talk: str) -> None:
     tokenizer = make()
     rendered = ChatTemplate(CHATML, {}).render_turns(TALKS[talk])
     encoding = tokenizer.encode(rendered.text, add_special_tokens=False)
@@ -248,7 +248,7 @@ def _format(
     return next(formatter.documents([Record(7, value)]))
 
 
-def test_records_are_asked_in_the_order_in_which_mlx_lm_asks() -> None:
+def test_record_keys_have_the_priority_of_mlx_lm() -> None:
     everything = {"text": "t", "messages": _talk("q", "a"), "prompt": "p", "completion": "c"}
     texts = []
     for _ in range(3):
@@ -261,7 +261,7 @@ def test_records_are_asked_in_the_order_in_which_mlx_lm_asks() -> None:
     assert texts[2] == "t"
 
 
-def test_a_completion_without_a_template_is_learnt_after_its_prompt() -> None:
+def test_a_completion_without_a_template_is_trained_on_after_its_prompt() -> None:
     document = _format({"prompt": "Q: ", "completion": "A"}, template=None)
     assert isinstance(document, Document)
     assert (document.text, document.spans, document.is_templated) == ("Q: A", ((3, 4),), False)
@@ -270,7 +270,7 @@ def test_a_completion_without_a_template_is_learnt_after_its_prompt() -> None:
     assert everything.spans is None
 
 
-def test_a_document_is_known_by_what_it_says_not_by_its_template() -> None:
+def test_a_documents_digest_does_not_depend_on_the_template() -> None:
     record = {"messages": _talk("q", "a")}
     first, second = _format(record), _format(record, template=PHI3)
     assert isinstance(first, Document)
@@ -279,7 +279,7 @@ def test_a_document_is_known_by_what_it_says_not_by_its_template() -> None:
     assert first.digest == second.digest
 
 
-def test_tools_may_be_text_as_tables_keep_them() -> None:
+def test_tools_may_be_json_text() -> None:
     tools = [{"function": {"name": "f"}}]
     record = {"messages": _talk("q", "a"), "tools": tools}
     assert _format(record, template=TOOLS) == _format({**record, "tools": json.dumps(tools)}, template=TOOLS)
@@ -303,27 +303,27 @@ def test_tools_may_be_text_as_tables_keep_them() -> None:
         (3, "expected an object. Fix the record"),
     ],
 )
-def test_a_record_that_cannot_be_used_is_told(record: object, reason: str) -> None:
+def test_an_unusable_record_is_an_error(record: object, reason: str) -> None:
     bad = _format(record)
     assert isinstance(bad, Bad)
     assert bad.place == 7
     assert bad.reason == reason or re.fullmatch(reason, bad.reason)
 
 
-def test_a_conversation_that_the_template_refuses_is_told() -> None:
+def test_a_conversation_that_the_template_refuses_is_an_error() -> None:
     bad = _format({"messages": _talk("a", "b", "c", "d")[:-2] + _talk("x", "y", system=None)[1:]}, template=MISTRAL)
     assert bad == Bad(7, "the template refuses it (roles must alternate). Fix the record")
 
 
-def test_a_template_that_leaves_a_turn_out_learns_nothing_of_it() -> None:
+def test_a_turn_that_the_template_leaves_out_is_not_trained_on() -> None:
     assert _learnt("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", _talk("a", "b")) == []
 
 
-def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
+def test_a_template_cannot_leave_its_sandbox() -> None:
     with pytest.raises(TemplateProblem):
         ChatTemplate("{{ messages.__class__.__mro__ }}", {}).render(_talk("a", "b"))
 
 
-def test_the_date_of_a_template_is_always_the_same() -> None:
+def test_the_date_seen_by_a_template_is_fixed() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {})
     assert template.render(_talk("a", "b")) == "26 Jul 2024"

@@ -69,7 +69,7 @@ def _token_spans() -> TokenSpans:
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("family", sorted(TEMPLATES))
-def test_a_template_without_marks_gives_the_mask_that_its_marks_give(family: str, talk: str) -> None:
+def test_a_template_without_marks_gives_the_same_mask(family: str, talk: str) -> None:
     messages, tools = talk_for(family, talk)
     source = TEMPLATES[family]
     if reason := REFUSED.get(family, {}).get(talk):

@@ -68,7 +68,7 @@ def _some_bytes(generator: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("compression", COMPRESS)
-def test_bytes_survive_any_number_of_members_and_any_size_of_pieces(
+def test_decompression_is_exact_for_any_number_of_members_and_piece_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str, seed: int
 ) -> None:
     generator = random.Random(seed)
@@ -99,9 +99,7 @@ def test_zstd_frames_may_lack_their_size_have_checksums_and_be_skipped(tmp_path:
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-def test_pieces_are_as_large_as_they_are_said_to_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
-) -> None:
+def test_pieces_have_the_requested_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str) -> None:
     monkeypatch.setattr(decompression, "PIECE_BYTES", 1000)
     path = _write(tmp_path, COMPRESS[compression](random.Random(0).randbytes(10_500)))
     *whole, last = [len(piece) for piece in _pieces(path, compression)]
@@ -120,7 +118,7 @@ def test_an_empty_file_has_no_pieces(tmp_path: Path, compression: str) -> None:
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-def test_a_caller_may_stop_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str) -> None:
+def test_a_caller_can_stop_midway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str) -> None:
     monkeypatch.setattr(decompression, "PIECE_BYTES", 100)
     path = _write(tmp_path, COMPRESS[compression](random.Random(0).randbytes(200_000)))
     pieces = read_pieces(path, compression=compression, expected_digest="not asked for", on_read=_ignore)
@@ -132,7 +130,7 @@ def test_a_caller_may_stop_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-def test_a_file_that_grows_while_it_is_read_is_told(tmp_path: Path, compression: str) -> None:
+def test_a_file_that_grows_while_it_is_read_is_an_error(tmp_path: Path, compression: str) -> None:
     more = COMPRESS[compression](b"more")
     path = _write(tmp_path, COMPRESS[compression](random.Random(0).randbytes(3 << 20)))
     pieces = _pieces(path, compression)
@@ -145,12 +143,12 @@ def test_a_file_that_grows_while_it_is_read_is_told(tmp_path: Path, compression:
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
-def test_a_file_that_is_gone_is_told(tmp_path: Path, compression: str) -> None:
+def test_a_missing_compressed_file_is_an_error(tmp_path: Path, compression: str) -> None:
     path = tmp_path / "gone"
     assert _refusal(path, compression) == f"{path}: vanished before it was read. Run the stage again."
 
 
-def test_a_folder_cannot_be_read(tmp_path: Path) -> None:
+def test_decompressing_a_folder_is_an_error(tmp_path: Path) -> None:
     assert _refusal(tmp_path) == (
         f"{tmp_path}: cannot be read (Is a directory). Mend it or leave it out of the sources."
     )
@@ -169,7 +167,7 @@ def _without_privileges() -> Iterator[None]:
             os.seteuid(user)
 
 
-def test_a_file_of_someone_else_cannot_be_read(tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_an_error(tmp_path: Path) -> None:
     path = _write(tmp_path, b"text")
     path.chmod(0)
     with _without_privileges():
@@ -181,13 +179,13 @@ def test_a_file_of_someone_else_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [5, 20, 5000, -9, -8, -1])
-def test_a_gzip_file_that_was_cut_off_is_told(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_gzip_file_is_an_error(tmp_path: Path, keep: int) -> None:
     path = _write(tmp_path, gzip.compress(random.Random(0).randbytes(10_000))[:keep])
     assert _problem(path, "gz") == f"ends before its gzip stream does (byte {path.stat().st_size:,})"
 
 
 @pytest.mark.parametrize("keep", [1, 5, 20, 5000, -5, -4, -1])
-def test_a_zstd_file_that_was_cut_off_is_told(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_zstd_file_is_an_error(tmp_path: Path, keep: int) -> None:
     compressor = zstandard.ZstdCompressor(write_checksum=True)
     whole = compressor.compress(random.Random(0).randbytes(10_000))
     path = _write(tmp_path, whole[:keep])
@@ -196,7 +194,7 @@ def test_a_zstd_file_that_was_cut_off_is_told(tmp_path: Path, keep: int) -> None
     assert _problem(path, "zst") == f"ends before its zstd frame does (byte {path.stat().st_size:,})"
 
 
-def test_what_is_no_gzip_file_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_gzip_file_is_an_error(tmp_path: Path) -> None:
     assert _problem(_write(tmp_path, b"plain text"), "gz") == "is no valid gzip file (Not a gzipped file (b'pl'))"
     assert _problem(_write(tmp_path, gzip.compress(b"a") + b"tail"), "gz") == (
         "is no valid gzip file (Not a gzipped file (b'ta'))"
@@ -206,7 +204,7 @@ def test_what_is_no_gzip_file_is_told(tmp_path: Path) -> None:
     assert _problem(_write(tmp_path, bytes(damaged)), "gz").startswith("is no valid gzip file (CRC check failed ")
 
 
-def test_what_is_no_zstd_file_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_no_zstd_file_is_an_error(tmp_path: Path) -> None:
     expected = "is no valid zstd file (zstd decompressor error: Unknown frame descriptor)"
     assert _problem(_write(tmp_path, b"plain text"), "zst") == expected
     assert _problem(_write(tmp_path, zstandard.compress(b"a") + b"tail"), "zst") == expected
@@ -218,7 +216,7 @@ def test_what_is_no_zstd_file_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_bomb_of_many_members_ends_before_it_fills_the_memory(tmp_path: Path, compression: str) -> None:
+def test_a_bomb_of_many_members_is_stopped_before_it_fills_memory(tmp_path: Path, compression: str) -> None:
     member = COMPRESS[compression](bytes(16_000_000))
     path = _write(tmp_path, member * 500)  # 8 GB
     passed: list[int] = []
@@ -236,7 +234,9 @@ def test_a_bomb_of_many_members_ends_before_it_fills_the_memory(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("compression", ["gz", "zst"])
-def test_a_log_of_one_line_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str) -> None:
+def test_a_highly_compressible_log_is_no_bomb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
     monkeypatch.setattr(decompression, "_FREE_INFLATION_BYTES", 0)
     lines = b"".join(b"%06d connection refused, trying again\n" % (i // 10) for i in range(100_000))
     assert _read(_write(tmp_path, COMPRESS[compression](lines)), compression) == lines

@@ -49,7 +49,7 @@ def _texts(texts: list[str], sides: np.ndarray, side: int) -> set[str]:
     return {text for text, one in zip(texts, sides.tolist(), strict=True) if one == side}
 
 
-def test_a_document_never_changes_sides_when_the_corpus_grows(store: ShardStore) -> None:
+def test_a_document_keeps_its_split_when_the_corpus_grows(store: ShardStore) -> None:
     few, many = [f"document {i}" for i in range(500)], [f"document {i}" for i in reversed(range(2000))]
     small = _select([write(store, KEYS[0], few)]).sides[0]
     large = _select([write(store, KEYS[1], many)]).sides[0]
@@ -69,21 +69,21 @@ def test_of_equal_documents_the_first_stays(store: ShardStore, monkeypatch: pyte
     assert not any((side == DUPLICATE).any() for side in everything.sides)
 
 
-def test_duplicates_never_straddle_the_line(store: ShardStore) -> None:
+def test_duplicates_are_in_the_same_split(store: ShardStore) -> None:
     texts = [f"document {i % 40}" for i in range(400)]
     for deduplicate in (True, False):
         sides = _select([write(store, KEYS[0], texts)], holdout=0.3, deduplicate=deduplicate).sides[0]
         assert not _texts(texts, sides, TRAIN) & _texts(texts, sides, VALIDATION)
 
 
-def test_a_side_that_the_source_tells_is_kept_and_a_copy_in_training_goes(store: ShardStore) -> None:
+def test_the_split_of_a_source_is_kept_and_a_copy_in_training_is_removed(store: ShardStore) -> None:
     opened = [write(store, KEYS[0], ["a", "b", "c"]), write(store, KEYS[1], ["b", "x"]), write(store, KEYS[2], ["c"])]
     chosen = _select(opened, fixed=["train", "validation", "test"], holdout=0.5)
     assert [side.tolist() for side in chosen.sides] == [[TRAIN, DUPLICATE, DUPLICATE], [VALIDATION] * 2, [TEST]]
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
-def test_nothing_that_is_measured_with_is_trained_on(store: ShardStore, deduplicate: bool) -> None:
+def test_no_validation_document_is_trained_on(store: ShardStore, deduplicate: bool) -> None:
     opened = [write(store, KEYS[0], ["a", "a", "b", "c"]), write(store, KEYS[1], ["b", "x", "x"])]
     chosen = _select(opened, fixed=["train", "validation"], holdout=0.0, deduplicate=deduplicate)
     copy = DUPLICATE if deduplicate else TRAIN
@@ -91,7 +91,7 @@ def test_nothing_that_is_measured_with_is_trained_on(store: ShardStore, deduplic
     assert [side.tolist() for side in chosen.sides] == [[TRAIN, copy, DUPLICATE, TRAIN], [VALIDATION] * 2 + [twice]]
 
 
-def test_what_is_named_for_validation_comes_before_a_test_side(store: ShardStore) -> None:
+def test_configured_validation_sources_have_priority_over_a_test_split(store: ShardStore) -> None:
     opened = [write(store, KEYS[0], ["a", "b"]), write(store, KEYS[1], ["a"]), write(store, KEYS[2], ["b"])]
     chosen = _select(opened, fixed=["test", "validation", "validation"], holdout=0.0, asked=[False, True, False])
     assert [side.tolist() for side in chosen.sides] == [[DUPLICATE, TEST], [VALIDATION], [DUPLICATE]]
@@ -109,7 +109,7 @@ def test_some_documents_always_stay_for_training(store: ShardStore) -> None:
     assert sorted(sides.tolist()) == [TRAIN, TRAIN, VALIDATION]
 
 
-def test_of_the_only_document_and_of_equal_ones_the_end_is_held_out(store: ShardStore) -> None:
+def test_the_end_of_the_only_document_and_of_its_copies_is_held_out(store: ShardStore) -> None:
     alone = _select([write(store, KEYS[0], ["one"])], holdout=0.25)
     assert held_out_share(alone, 0.25) == 0.25
     equal = _select([write(store, KEYS[1], ["one", "one"])], holdout=0.25, deduplicate=False)
@@ -120,7 +120,7 @@ def test_of_the_only_document_and_of_equal_ones_the_end_is_held_out(store: Shard
 
 @pytest.mark.parametrize("share", [1e-9, 0.02, 0.25, 0.5, 0.999])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 40])
-def test_no_token_is_both_learnt_and_held_out(length: int, share: float) -> None:
+def test_no_token_is_both_trained_on_and_held_out(length: int, share: float) -> None:
     for targets in (None, np.ones(length, np.bool_), np.arange(length) % 3 == 2, np.zeros(length, np.bool_)):
         begin = tail_begin(length, targets, share)
         learnt = np.arange(length)[1:] if targets is None else 1 + np.flatnonzero(targets[1:])
@@ -134,7 +134,7 @@ def test_no_token_is_both_learnt_and_held_out(length: int, share: float) -> None
         assert len(measured) == min(wanted, int((learnt > learnt[0] + 1).sum()))
 
 
-def test_training_documents_are_held_out_by_hash_where_their_source_has_none_to_validate_on(store: ShardStore) -> None:
+def test_sources_without_validation_data_are_split_by_hash(store: ShardStore) -> None:
     opened = [write(store, KEYS[0], [f"document {i}" for i in range(200)]), write(store, KEYS[1], [])]
     chosen = _select(opened, fixed=["train", "validation"], holdout=0.1)
     assert (chosen.sides[0] == VALIDATION).any()
@@ -143,7 +143,7 @@ def test_training_documents_are_held_out_by_hash_where_their_source_has_none_to_
 
 
 @pytest.mark.parametrize("weight", [0.25, 0.5, 1.0, 1.7, 2.0, 3.5])
-def test_weights_are_honoured_exactly(store: ShardStore, weight: float) -> None:
+def test_source_weights_are_met_exactly(store: ShardStore, weight: float) -> None:
     first, second = [f"a {i}" for i in range(101)], [f"b {i}" for i in range(50)]
     opened = [write(store, KEYS[0], first), write(store, KEYS[1], second)]
     chosen = _select(opened, weights=[weight, 1.0], holdout=0.1)
@@ -154,6 +154,6 @@ def test_weights_are_honoured_exactly(store: ShardStore, weight: float) -> None:
     assert (chosen.repeats[1] == 1).all()
 
 
-def test_an_empty_shard_takes_part(store: ShardStore) -> None:
+def test_an_empty_shard_is_accepted(store: ShardStore) -> None:
     chosen = _select([write(store, KEYS[0], []), write(store, KEYS[1], ["a", "b"])], weights=[2.0, 1.0])
     assert [len(side) for side in chosen.sides] == [0, 2]

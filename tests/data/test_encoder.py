@@ -22,7 +22,7 @@ def _word_piece() -> Tokenizer:
     return tokenizer
 
 
-def test_a_tokenizer_that_the_fast_engine_does_not_know_is_left_to_the_library() -> None:
+def test_unsupported_tokenizers_are_encoded_by_the_library() -> None:
     definition = _word_piece().to_str()
     encoder = choose_encoder(definition, threads=2)  # noqa: F811
     assert encoder.name == "tokenizers"

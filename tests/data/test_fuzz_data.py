@@ -121,7 +121,7 @@ quick = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_t
     has_template=st.booleans(),
     train_on=st.sampled_from(["completion", "last", "all", None]),
 )
-def test_a_file_gives_documents_or_says_what_is_wrong(
+def test_a_fuzzed_file_gives_documents_or_an_error_line(
     folder: Path, data: bytes, name: str, has_template: bool, train_on: Any
 ) -> None:
     path = folder / name
@@ -131,7 +131,7 @@ def test_a_file_gives_documents_or_says_what_is_wrong(
 
 @quick
 @given(records=st.lists(records, max_size=4), train_on=st.sampled_from(["completion", "last", "all", None]))
-def test_a_record_gives_a_document_or_says_what_is_wrong(folder: Path, records: list[Any], train_on: Any) -> None:
+def test_a_fuzzed_record_gives_a_document_or_an_error_line(folder: Path, records: list[Any], train_on: Any) -> None:
     path = folder / "records.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
     _read(path, has_template=True, train_on=train_on)
@@ -153,7 +153,7 @@ def _parquet_files() -> list[bytes]:
 
 @quick
 @given(data=damaged(st.sampled_from(_parquet_files())))
-def test_a_parquet_file_gives_documents_or_says_what_is_wrong(folder: Path, data: bytes) -> None:
+def test_a_fuzzed_parquet_file_gives_documents_or_an_error_line(folder: Path, data: bytes) -> None:
     path = folder / "a.parquet"
     path.write_bytes(data)
     _read(path, has_template=True, train_on="all")
@@ -171,7 +171,7 @@ repeated = st.builds(lambda unit, size: unit * (size // len(unit)), units, st.in
     compression=st.sampled_from(sorted(COMPRESS)),
     data=st.data(),
 )
-def test_a_compressed_file_is_read_in_bounded_memory(
+def test_a_fuzzed_compressed_file_is_read_in_bounded_memory(
     folder: Path, parts: list[bytes], kind: str, compression: str, data: st.DataObject
 ) -> None:
     stream = b"".join(map(COMPRESS[compression], parts))

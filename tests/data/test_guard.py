@@ -34,13 +34,13 @@ def test_a_call_returns_or_raises_what_the_function_does() -> None:
         assert process.call("operator:add", [1], [2]) == [1, 2]
 
 
-def test_a_process_that_ends_by_itself_is_named() -> None:
+def test_a_guarded_process_that_exits_is_named() -> None:
     with pytest.raises(StageError) as caught:
         guarded("os:_exit", 7)
     assert str(caught.value) == "the guarded process ended with code 7. Run it again."
 
 
-def test_what_no_file_of_others_does_is_not_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_reads_no_untrusted_file_is_not_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "LIMITS", ProcessLimits(0, 0, 0, 0))
     assert guarded("builtins:sum", range(10_000_000)) == 49_999_995_000_000
 
@@ -105,7 +105,7 @@ _TEMPLATE = 'pretokenize.chat_template = "own.jinja": the chat template'
 _MEMORY = "took over 0.6 GB of memory. Mend it or name another."
 
 
-def test_show_limits_the_tokenizer_of_an_artifact(job: _Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_limits_the_time_of_an_artifacts_tokenizer(job: _Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.run(job.tokenizer() + "\ncontext_length = 16")
     file = str(job.folder / "workflow.toml")
     capsys.readouterr()
@@ -130,7 +130,7 @@ def test_large_records_and_usual_files_are_within_the_limits(job: _Job, monkeypa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit of processor time does it, in minutes")
-def test_the_process_ends_with_its_parent_even_in_c_code() -> None:
+def test_the_guarded_process_ends_with_its_parent_even_in_c_code() -> None:
     code = (
         "from mlxflow.data.guard import Guard\n"
         "with Guard() as process:\n"

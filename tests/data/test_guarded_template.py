@@ -46,7 +46,7 @@ _SECONDS = "took over 1 s of processor time. Mend it or name another."
     ],
     ids=["loops", "constant", "power", "text", "huge", "center", "width", "join", "macro", "list", "depth", "blocks"],
 )
-def test_a_template_over_its_limits_is_one_line(
+def test_a_template_over_its_limits_is_one_error_line(
     job: _Job,  # noqa: F811
     source: str,
     said: str | None,
@@ -61,7 +61,7 @@ def test_a_template_over_its_limits_is_one_line(
         assert re.sub(r" \([\d,]+ bytes\)|(?<=exceeded) in comparison", "", line) == said
 
 
-def test_a_model_folder_s_template_is_limited_too(job: _Job) -> None:  # noqa: F811
+def test_the_template_of_a_model_folder_is_limited(job: _Job) -> None:  # noqa: F811
     job.tokenizer()
     (job.folder / "mine/chat_template.jinja").write_text("{{ 9**(9**9 * messages|length) }}")
     template = open_template(job.folder / "mine", guarded)

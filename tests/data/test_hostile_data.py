@@ -121,7 +121,7 @@ def test_a_long_line_that_cannot_be_used_is_named(tmp_path: Path, line: bytes, r
     assert [one.text for one in _documents(path) if isinstance(one, Document)] == ["one", "three"]
 
 
-def test_a_line_of_8_mb_takes_at_most_4_times_its_size(tmp_path: Path) -> None:
+def test_reading_a_line_of_8_mb_takes_at_most_4_times_its_size_in_memory(tmp_path: Path) -> None:
     text = "the quick brown fox " * 400_000 + "🙂"  # as a str it is 4 bytes a character
     path = _write(tmp_path, "a.jsonl", json.dumps({"text": text}, ensure_ascii=False))
     size = len(text)
@@ -142,7 +142,7 @@ def test_a_line_of_many_values_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         assert [one.text for one in _documents(other) if isinstance(one, Document)] == ["a"]
 
 
-def test_a_long_text_with_many_commas_and_quotes_is_no_line_of_many_values(
+def test_commas_and_quotes_in_a_long_text_do_not_count_as_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_lines, "MAX_LINE_VALUES", 100)
@@ -151,7 +151,7 @@ def test_a_long_text_with_many_commas_and_quotes_is_no_line_of_many_values(
     assert _reasons(path) == []
 
 
-def test_a_million_keys_are_passed_over(tmp_path: Path) -> None:
+def test_many_unused_keys_of_a_record_take_bounded_memory(tmp_path: Path) -> None:
     keys = ",".join(f'"k{number}":{number}' for number in range(300_000))
     path = _write(tmp_path, "a.jsonl", f'{{{keys},"text":"a"}}\n')
     with _at_most(4 * path.stat().st_size):

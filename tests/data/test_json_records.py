@@ -54,7 +54,7 @@ def test_nan_and_infinity_are_accepted(tmp_path: Path) -> None:
     assert found[0].value["text"] == "a"
 
 
-def test_a_json_file_holds_records_or_one_or_is_a_text(tmp_path: Path) -> None:
+def test_a_json_file_holds_a_list_of_records_one_record_or_a_text(tmp_path: Path) -> None:
     several = _write(tmp_path, "a.json", b'[{"text": "a"}, {"other": 1}]')
     assert _read(several) == [Record(1, {"text": "a"}), Record(2, {"other": 1})]
     assert _read(_write(tmp_path, "b.json", b'{"text": "a"}')) == [Record(1, {"text": "a"})]

@@ -44,7 +44,7 @@ def _peak(folder: Path, line: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def test_a_line_takes_at_most_four_times_its_size(tmp_path: Path) -> None:
+def test_reading_a_line_takes_at_most_four_times_its_size_in_memory(tmp_path: Path) -> None:
     short, long = (_peak(tmp_path / str(size), _words(size)) for size in (_SHORT_BYTES, _LONG_BYTES))
     more = _LONG_BYTES - _SHORT_BYTES
     assert long - short <= 4 * more, f"{(long - short) / more:.1f} times"
@@ -59,7 +59,7 @@ def test_a_line_takes_at_most_four_times_its_size(tmp_path: Path) -> None:
     ],
     ids=["words", "ascii", "others"],
 )
-def test_parts_of_a_text_train_the_tokenizer_of_the_text(text: str) -> None:
+def test_training_on_parts_of_a_text_gives_the_same_tokenizer(text: str) -> None:
     parts = list(split_at_words([text]))
     assert len(parts) > 3
     assert "".join(parts) == text

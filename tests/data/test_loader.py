@@ -47,13 +47,13 @@ def test_an_epoch_holds_every_row_once_in_an_order_of_its_own(count: int) -> Non
     assert order.rows(count // 2, count).tolist() == (first + second)[count // 2 : count // 2 + count]
 
 
-def test_batches_come_in_order_whoever_gathers_them() -> None:
+def test_batches_come_in_the_order_of_the_permutation() -> None:
     expected = Order(50, seed=3).rows(0, 400).tolist()
     with _loader(_rows(50), seed=3) as loader:
         assert _numbers(islice(loader, 100)) == expected
 
 
-def test_a_cursor_goes_on_where_a_run_was_left_at_any_step() -> None:
+def test_a_cursor_resumes_at_any_step() -> None:
     with _loader(_rows(10)) as loader:
         whole = _numbers(islice(loader, 12))
     for steps in (0, 1, 5, 11):
@@ -64,7 +64,7 @@ def test_a_cursor_goes_on_where_a_run_was_left_at_any_step() -> None:
             assert begun + _numbers(islice(resumed, 12 - steps)) == whole
 
 
-def test_ranks_have_shares_that_are_disjoint_and_together_everything() -> None:
+def test_rank_shares_are_disjoint_and_cover_all_rows() -> None:
     shares = []
     for rank in range(3):
         with _loader(_rows(24), batch_size=2, rank=rank, num_ranks=3) as loader:
@@ -74,7 +74,7 @@ def test_ranks_have_shares_that_are_disjoint_and_together_everything() -> None:
     assert all(len(share) == 8 for share in shares)
 
 
-def test_the_next_batch_is_on_the_device_before_it_is_asked_for() -> None:
+def test_the_next_batch_is_prefetched_to_the_device() -> None:
     with _loader(_rows(50)) as loader:
         next(loader)
         for _ in range(20):  # the workers may need a moment the first time
@@ -88,7 +88,7 @@ def test_the_next_batch_is_on_the_device_before_it_is_asked_for() -> None:
         assert waiting.targets == 4 * 2
 
 
-def test_no_more_batches_are_gathered_ahead_than_asked_for() -> None:
+def test_prefetching_stays_within_the_requested_number_of_batches() -> None:
     gathered: list[int] = []
 
     class Counting(Rows):
@@ -103,7 +103,7 @@ def test_no_more_batches_are_gathered_ahead_than_asked_for() -> None:
     assert len(gathered) <= 10 + 1 + 4
 
 
-def test_a_failure_of_a_worker_surfaces_with_its_rows_and_leaves_nothing_running() -> None:
+def test_a_worker_failure_names_its_rows_and_leaves_no_thread_running() -> None:
     class Failing(Rows):
         def take(self, indices: np.ndarray) -> Batch:
             if 7 in indices:
@@ -117,7 +117,7 @@ def test_a_failure_of_a_worker_surfaces_with_its_rows_and_leaves_nothing_running
     assert threading.active_count() == before
 
 
-def test_nothing_is_left_running_when_the_caller_fails() -> None:
+def test_no_thread_is_left_running_when_the_caller_fails() -> None:
     def fail() -> None:
         with _loader(_rows(50)) as loader:
             next(loader)
@@ -129,7 +129,7 @@ def test_nothing_is_left_running_when_the_caller_fails() -> None:
     assert threading.active_count() == before
 
 
-def test_waiting_for_rows_is_counted_and_only_that() -> None:
+def test_the_wait_time_counts_only_waiting_for_rows() -> None:
     release = threading.Event()
 
     class Slow(Rows):
@@ -161,7 +161,7 @@ def test_a_token_file_is_mapped_with_its_settings(tmp_path: Path) -> None:
     assert opened.rows.take(np.array([11, 0])).tokens.tolist() == [[55, 56, 57, 58, 59], [0, 1, 2, 3, 4]]
 
 
-def test_a_batch_larger_than_the_text_is_told(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_data_is_an_error(tmp_path: Path) -> None:
     opened = TokenFile.open(_token_file(tmp_path / "train.safetensors", 12))
     assert opened.full_rows(12, "train.batch_size").num_rows == 12
     with pytest.raises(SourceError) as caught:
@@ -172,7 +172,7 @@ def test_a_batch_larger_than_the_text_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_that_does_not_know_every_id_is_told(tmp_path: Path) -> None:
+def test_ids_outside_the_models_vocabulary_are_an_error(tmp_path: Path) -> None:
     opened = TokenFile.open(_token_file(tmp_path / "train.safetensors", 12))
     opened.require_vocabulary(100, "profile.input")
     with pytest.raises(ArtifactError) as caught:
@@ -205,7 +205,7 @@ def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], r
     assert str(caught.value) == f"{path}: damaged ({reason}). Run: doit pretokenize"
 
 
-def test_another_safetensors_file_is_no_token_file(tmp_path: Path) -> None:
+def test_a_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensor_writing.write_arrays(path, {"tokens": np.arange(5)}, {})
     with pytest.raises(ArtifactError) as caught:

@@ -53,7 +53,7 @@ def test_no_word_of_a_cut_text_is_long(run: str) -> None:
         "x \x1c y",
     ],
 )
-def test_a_text_without_a_long_word_is_whole(text: str) -> None:
+def test_a_text_without_a_long_word_is_not_cut(text: str) -> None:
     assert list(cut_long_words([text])) == [text]
     assert not has_long_word(text)
 

@@ -7,7 +7,7 @@ from mlxflow.errors import SourceError
 from tests.data.test_records import KEYS, _form, _problem, _read, _write
 
 
-def test_a_parquet_file_gives_a_record_a_row(tmp_path: Path) -> None:
+def test_each_row_of_a_parquet_file_is_a_record(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 

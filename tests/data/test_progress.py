@@ -30,13 +30,13 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds(
         assert _printed(capsys) == ["tokenizing  10 MB  60 s left"]
 
 
-def test_what_is_done_at_once_prints_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_done_at_once_prints_nothing(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with show_progress("tokenizing", 1):
         clock[0] = 0.2
     assert _printed(capsys) == []
 
 
-def test_a_long_wait_is_said_once(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_wait_is_reported_once(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with show_waiting("training a tokenizer") as watch:
         watch()
         assert _printed(capsys) == []

@@ -65,7 +65,7 @@ def _pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
         ("v1.2", "text", ""),
     ],
 )
-def test_a_name_promises_how_a_file_is_read(name: str, kind: str, compression: str) -> None:
+def test_a_file_name_decides_how_the_file_is_read(name: str, kind: str, compression: str) -> None:
     assert Shape.of(Path(name)) == (kind, compression)
 
 
@@ -83,7 +83,7 @@ def _compress(name: str, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 @pytest.mark.parametrize("size", [7, 100, 1 << 20])
-def test_the_bytes_come_back_in_any_pieces_and_members(
+def test_decompression_is_exact_for_any_chunk_size_and_number_of_members(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
     _pieces(monkeypatch, size)
@@ -101,7 +101,7 @@ def test_the_bytes_come_back_in_any_pieces_and_members(
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl.zst"])
-def test_a_file_that_is_not_what_its_digest_says_is_told(tmp_path: Path, name: str) -> None:
+def test_a_file_that_does_not_match_its_digest_is_an_error(tmp_path: Path, name: str) -> None:
     path = _write(tmp_path, name, _compress(name, b'{"text": "a"}\n' * 50))
     with pytest.raises(SourceError) as caught:
         list(
@@ -110,14 +110,14 @@ def test_a_file_that_is_not_what_its_digest_says_is_told(tmp_path: Path, name: s
     assert str(caught.value) == f"{path}: changed while it was read. Run the stage again."
 
 
-def test_a_file_that_vanishes_is_told(tmp_path: Path) -> None:
+def test_a_file_that_vanishes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         list(read_pieces(tmp_path / "a", compression="", expected_digest="", on_read=lambda _: None))
     assert str(caught.value) == f"{tmp_path / 'a'}: vanished before it was read. Run the stage again."
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
-def test_what_inflates_without_end_is_told_before_it_fills_the_memory(tmp_path: Path, name: str) -> None:
+def test_a_decompression_bomb_is_an_error_before_it_fills_memory(tmp_path: Path, name: str) -> None:
     data = bytes(300_000_000)
     path = _write(tmp_path, name, gzip.compress(data, 9) if name.endswith("gz") else zstandard.compress(data))
     del data
@@ -139,7 +139,7 @@ def test_what_inflates_without_end_is_told_before_it_fills_the_memory(tmp_path: 
 # --- text
 
 
-def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
+def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl", "a.json", "a.csv"):
         assert _read(_write(tmp_path, name, b""), strict=False) == []
 

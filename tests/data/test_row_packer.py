@@ -8,7 +8,7 @@ from tests.data.test_token_file_writer import Corpus, _check, keeps_every_row  #
 
 @pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("seed", range(8))
-def test_best_fit_cuts_no_document_that_would_fit_a_row(tmp_path: Path, seed: int) -> None:
+def test_best_fit_splits_no_document_that_fits_a_row(tmp_path: Path, seed: int) -> None:
     corpus = Corpus(tmp_path, seed, longest=25)
     opened, counts = corpus.write(tmp_path / "rows.safetensors")
     pieces = [piece for row in range(opened.rows.num_rows) for piece in opened.pieces(row)]

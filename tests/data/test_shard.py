@@ -9,7 +9,7 @@ from mlxflow.data.shard_cache import ShardStore
 from tests.data.test_shard_cache import KEYS, write
 
 
-def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_shard_is_read_as_written(tmp_path: Path) -> None:
     store = ShardStore(tmp_path / "shards")
     assert store.find(KEYS[0]) is None
     write(store, KEYS[0], ["a", "bb", "a"])

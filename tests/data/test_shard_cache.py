@@ -37,7 +37,7 @@ def write(store: ShardStore, key: str, texts: list[str], *, length: int = 3) -> 
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
-def test_a_damaged_shard_is_not_there_and_is_removed(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_shard_counts_as_missing_and_is_removed(tmp_path: Path, damage: str) -> None:
     store = ShardStore(tmp_path)
     path = write(store, KEYS[0], ["a", "b"]).path
     data = bytearray(path.read_bytes())
@@ -48,14 +48,14 @@ def test_a_damaged_shard_is_not_there_and_is_removed(tmp_path: Path, damage: str
     assert not path.exists()
 
 
-def test_a_shard_of_other_code_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_of_other_code_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ShardStore(tmp_path)
     write(store, KEYS[0], ["a"])
     monkeypatch.setattr(shard_module, "FORMAT", 99)
     assert store.find(KEYS[0]) is None
 
 
-def test_a_shard_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_shard_leaves_no_file(tmp_path: Path) -> None:
     def fail() -> None:
         with ShardStore(tmp_path).write(KEYS[0], np.dtype(np.uint8)) as writer:
             writer.append(tokens=np.zeros(5, np.uint8))
@@ -70,7 +70,7 @@ def _kept(folder: Path) -> list[int]:
     return [i for i, key in enumerate(KEYS) if (folder / f"{key}.safetensors").exists()]
 
 
-def test_what_is_unused_is_collected_oldest_first_when_it_outgrows_what_is_used(
+def test_unused_shards_are_removed_oldest_first_when_they_exceed_the_used_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_cache, "_KEPT_UNUSED_BYTES", 0)
@@ -86,7 +86,7 @@ def test_what_is_unused_is_collected_oldest_first_when_it_outgrows_what_is_used(
     assert 4 in _kept(tmp_path)
 
 
-def test_what_another_stage_uses_is_kept_as_long_as_that_stage_is_there(
+def test_shards_of_another_stage_are_kept_while_the_stage_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_cache, "_KEPT_UNUSED_BYTES", 0)
@@ -101,7 +101,7 @@ def test_what_another_stage_uses_is_kept_as_long_as_that_stage_is_there(
     assert len(_kept(tmp_path)) == 2
 
 
-def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
+def test_shards_left_by_a_crash_are_removed(tmp_path: Path) -> None:
     store = ShardStore(tmp_path)
     write(store, KEYS[0], ["a"])
     (tmp_path / ".x.1.partial").write_bytes(b"half")
@@ -119,9 +119,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize("case", NOTES)
-def test_notes_that_are_not_valid_are_as_if_they_were_not_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
-) -> None:
+def test_invalid_shard_notes_count_as_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     write(ShardStore(tmp_path), KEYS[0], ["one"])
     (tmp_path / "notes.json").write_bytes(NOTES[case])
     store = ShardStore(tmp_path)
@@ -135,7 +133,7 @@ def test_notes_that_are_not_valid_are_as_if_they_were_not_there(
 @pytest.mark.parametrize(
     ("before", "after"), [(b'masked\\": 0', b'masked\\":{}'), (b'literals\\": 0', b'literals\\":[]')]
 )
-def test_a_shard_with_a_fact_of_another_type_is_not_there(tmp_path: Path, before: bytes, after: bytes) -> None:
+def test_a_shard_with_a_fact_of_another_type_counts_as_missing(tmp_path: Path, before: bytes, after: bytes) -> None:
     path = write(ShardStore(tmp_path), KEYS[0], ["one"]).path
     data = path.read_bytes()
     assert data.count(before) == 1

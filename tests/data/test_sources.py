@@ -18,14 +18,14 @@ def _names(found: SourceFiles) -> list[str]:
     return [path.as_posix() for path in found.files]
 
 
-def test_a_folder_is_walked_in_sorted_order_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_a_folder_is_walked_in_sorted_order_and_skipped_files_are_counted(tmp_path: Path) -> None:
     _write(tmp_path, "notes/b.txt", "notes/a/z.md", "notes/.hidden", "notes/.git/x", "notes/photo.JPG", "other.txt")
     found = find("notes", tmp_path)
     assert _names(found) == ["notes/a/z.md", "notes/b.txt"]
     assert found[1:] == (2, 1, 0, 0)
 
 
-def test_a_glob_and_a_file_name_what_they_match(tmp_path: Path) -> None:
+def test_a_glob_and_a_path_match_files(tmp_path: Path) -> None:
     _write(tmp_path, "b.txt", "a.txt", "a.md", "deep/c.txt")
     assert _names(find("*.txt", tmp_path)) == ["a.txt", "b.txt"]
     assert _names(find("**/*.txt", tmp_path)) == ["a.txt", "b.txt", "deep/c.txt"]
@@ -33,7 +33,7 @@ def test_a_glob_and_a_file_name_what_they_match(tmp_path: Path) -> None:
     assert source_files("none", tmp_path) == []
 
 
-def test_a_folder_with_brackets_in_its_name_is_only_a_folder(tmp_path: Path) -> None:
+def test_brackets_in_a_folder_name_are_no_pattern(tmp_path: Path) -> None:
     root = tmp_path / "a[1]"
     _write(root, "b.txt")
     assert _names(find("*.txt", root)) == ["b.txt"]
@@ -73,13 +73,13 @@ def test_links_are_followed_each_folder_once_and_circles_end(tmp_path: Path) -> 
     assert found.broken_links == 2
 
 
-def test_a_link_in_a_circle_is_told_when_it_is_the_source(tmp_path: Path) -> None:
+def test_a_source_that_is_a_circular_link_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="Too many levels of symbolic links"):
         find("loop", tmp_path)
 
 
-def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     _write(tmp_path, "notes/a.txt", "notes/locked/b.txt")
     (tmp_path / "notes/locked").chmod(0)
     user = os.geteuid()
@@ -97,14 +97,14 @@ def test_a_folder_without_permission_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [".", "**/*.txt"])
-def test_what_the_workflow_writes_is_no_source_of_its_own(tmp_path: Path, source: str) -> None:
+def test_files_written_by_the_workflow_are_not_sources(tmp_path: Path, source: str) -> None:
     _write(tmp_path, "a.txt", "artifacts/logs/train.txt", "deep/artifacts/b.txt")
     assert _names(find(source, tmp_path)) == ["a.txt", "deep/artifacts/b.txt"]
     assert _names(find("artifacts/logs", tmp_path)) == ["artifacts/logs/train.txt"]
 
 
 @pytest.mark.parametrize("spelling", ["{root}", "{root}/**/*.txt", "../project", "../project/**/*.txt", "notes/.."])
-def test_what_the_workflow_writes_is_no_source_however_the_source_is_spelled(
+def test_files_written_by_the_workflow_are_not_sources_in_any_spelling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
 ) -> None:
     root = tmp_path / "project"
@@ -116,7 +116,7 @@ def test_what_the_workflow_writes_is_no_source_however_the_source_is_spelled(
     assert [path.name for path in find(f"{root}/artifacts/logs", Path()).files] == ["train.txt"]
 
 
-def test_of_a_data_set_with_sides_of_its_own_only_the_records_are_files(tmp_path: Path) -> None:
+def test_from_a_data_set_with_splits_only_record_files_are_read(tmp_path: Path) -> None:
     _write(tmp_path, "data/train.jsonl", "data/valid.jsonl", "data/more.csv", "data/readme.md", "data/LICENSE")
     _write(tmp_path, "other/train.jsonl", "other/readme.md")
     found = find("data", tmp_path)
@@ -131,7 +131,7 @@ def test_a_data_set_is_every_file_of_its_folder(tmp_path: Path) -> None:
     assert _names(find("hf:owner/name", tmp_path)) == []
 
 
-def test_the_standard_library_is_sorted_large_and_without_tests_or_packages() -> None:
+def test_the_standard_library_corpus_is_sorted_large_and_without_tests() -> None:
     files = builtin_files(PYTHON_STDLIB)
     relative = [path.relative_to(Path(os.__file__).parent) for path in files]
     assert relative == sorted(relative, key=lambda path: path.as_posix())
@@ -139,13 +139,13 @@ def test_the_standard_library_is_sorted_large_and_without_tests_or_packages() ->
     assert sum(path.stat().st_size for path in files) > 8_000_000
 
 
-def test_an_unknown_corpus_is_told() -> None:
+def test_an_unknown_corpus_is_an_error() -> None:
     with pytest.raises(SourceError) as caught:
         builtin_files("builtin:novels")
     assert str(caught.value) == "builtin:novels: no such built-in corpus. Known: builtin:python-stdlib."
 
 
-def test_a_corpus_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_is_identified_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path, "lib/a.py", "lib/b.py", "lib/os.py")
     monkeypatch.setattr(os, "__file__", str(tmp_path / "lib" / "os.py"))
     cache = DigestCache(tmp_path / "digests.json")
@@ -156,7 +156,7 @@ def test_a_corpus_is_known_by_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     assert corpus_identity(PYTHON_STDLIB, cache) != before
 
 
-def test_a_data_set_of_the_hub_is_known_by_its_revision(tmp_path: Path) -> None:
+def test_a_hub_data_set_is_identified_by_its_revision(tmp_path: Path) -> None:
     cache = DigestCache(tmp_path / "digests.json")
     assert corpus_identity("hf:owner/name@1", cache) == corpus_identity("hf:owner/name@1", cache)
     assert corpus_identity("hf:owner/name@1", cache) != corpus_identity("hf:owner/name@2", cache)

@@ -22,7 +22,7 @@ GOOD = [
 
 @pytest.mark.parametrize("text", GOOD)
 @pytest.mark.parametrize("num_rows", [100, 101, 1003])
-def test_slices_are_the_rows_that_datasets_takes(text: str, num_rows: int) -> None:
+def test_slices_match_those_of_datasets(text: str, num_rows: int) -> None:
     datasets = pytest.importorskip("datasets")
     lengths = dict.fromkeys(("train", "test", "test_sft"), num_rows)
     expected = [
@@ -49,7 +49,7 @@ def test_slices_are_the_rows_that_datasets_takes(text: str, num_rows: int) -> No
         ("test+train[-3:-5]", "train[-3:-5] is empty"),
     ],
 )
-def test_a_slice_that_can_have_no_row_is_told(text: str, said: str) -> None:
+def test_a_slice_that_is_always_empty_is_an_error(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         parse_slices(text)
 
@@ -63,7 +63,7 @@ def test_a_slice_that_can_have_no_row_is_told(text: str, said: str) -> None:
         ("train[30:-20]", "no row is left of the 40 of train"),
     ],
 )
-def test_a_slice_without_rows_in_a_split_is_told(text: str, said: str) -> None:
+def test_a_slice_without_rows_in_a_split_is_an_error(text: str, said: str) -> None:
     (one,) = parse_slices(text)
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         one.bounds(40)

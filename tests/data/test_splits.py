@@ -15,11 +15,11 @@ NAMES = {
 
 
 @pytest.mark.parametrize("side", NAMES)
-def test_a_name_tells_its_side_in_any_spelling(side: str) -> None:
+def test_a_file_name_gives_its_split_in_any_spelling(side: str) -> None:
     assert {name: side_of(name) for name in NAMES[side].split()} == dict.fromkeys(NAMES[side].split(), side)
 
 
-def test_names_of_several_sides_are_never_trained_on() -> None:
+def test_names_of_several_splits_are_never_trained_on() -> None:
     assert [side_of(name) for name in ("train_test", "test_train", "valid_test", "dev_train")] == [
         "test",
         "test",
@@ -29,7 +29,7 @@ def test_names_of_several_sides_are_never_trained_on() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".GZ"])
-def test_files_of_records_are_asked_by_name_and_folder(suffix: str) -> None:
+def test_record_files_get_their_split_from_name_and_folder(suffix: str) -> None:
     named = {
         "train.jsonl": "train",
         "dev.JSONL": "validation",
@@ -44,7 +44,7 @@ def test_files_of_records_are_asked_by_name_and_folder(suffix: str) -> None:
     assert dict(zip(named, sides_of([PurePath(name + suffix) for name in named]), strict=True)) == named
 
 
-def test_texts_are_asked_only_beside_a_training_part() -> None:
+def test_text_files_get_a_split_only_beside_a_training_split() -> None:
     alone = ["test.txt", "notes/dev.txt", "src/validation.py", "tests/eval.md", "test/a.txt"]
     assert sides_of([PurePath(name) for name in alone]) == [""] * 5
     beside = {
@@ -61,7 +61,7 @@ def test_texts_are_asked_only_beside_a_training_part() -> None:
     assert dict(zip(beside, sides_of([PurePath(name) for name in beside]), strict=True)) == beside
 
 
-def test_a_data_set_with_sides_is_known_by_its_records() -> None:
+def test_a_data_set_with_splits_is_recognized_by_its_record_files() -> None:
     def divided(*names: str) -> bool:
         return is_divided(names)
 

@@ -10,7 +10,7 @@ from tests.data.test_records import _pieces, _problem, _read, _write
 
 
 @pytest.mark.parametrize("size", [9, 50, 4096])
-def test_a_table_gives_a_record_a_row_with_the_line_it_begins_on(
+def test_each_row_of_a_table_is_a_record_with_its_first_line_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     _pieces(monkeypatch, size)
@@ -24,7 +24,7 @@ def test_a_table_gives_a_record_a_row_with_the_line_it_begins_on(
     ]
 
 
-def test_a_table_without_the_column_is_a_text_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_without_a_text_column_is_a_text_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path, "a.csv", b"id,body\n1,a\n")
     assert _read(path, strict=False) == [PlainText("id,body\n1,a\n", True, True)]
     assert _problem(path) == 'has no column "text". Change the file or name its column in text_key'

@@ -19,7 +19,7 @@ from tests.data.test_records import _pieces, _problem, _read, _write
         "first\r\nsecond\r\n" * 8,
     ],
 )
-def test_a_text_comes_in_pieces_that_are_the_whole(
+def test_a_text_is_read_in_pieces_that_add_up_to_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, size: int
 ) -> None:
     _pieces(monkeypatch, size)
@@ -31,7 +31,7 @@ def test_a_text_comes_in_pieces_that_are_the_whole(
         assert all(item.text.endswith("\n") for item in found[:-1])
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     assert _read(_write(tmp_path, "a.txt", mark + b"text")) == [PlainText("text", True, True)]
     assert _read(_write(tmp_path, "a.jsonl", mark + b'{"text": "a"}')) == [Record(1, {"text": "a"})]
@@ -67,6 +67,6 @@ def test_utf_16_is_named_and_never_guessed(tmp_path: Path) -> None:
             assert said == f"is {codec[:6].upper()}, not UTF-8. Save the file as UTF-8", (name, codec)
 
 
-def test_small_whole_numbers_are_binary_and_no_utf_16(tmp_path: Path) -> None:
+def test_arrays_of_small_integers_are_binary_and_not_utf_16(tmp_path: Path) -> None:
     with pytest.raises(Binary):
         _read(_write(tmp_path, "a.txt", bytes([1, 0, 2, 0, 3, 0, 4, 0])))

@@ -120,7 +120,7 @@ def _check(corpus: Corpus, opened: TokenFile, counts: Counts, *, repeats: int = 
 @pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("packing", ["best-fit", "concat", "none"])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_token_of_every_document_comes_exactly_once_in_order(
+def test_every_token_is_written_exactly_once_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, seed: int
 ) -> None:
     monkeypatch.setattr(row_packer, "_WINDOW_TOKENS", 40)  # several windows
@@ -132,7 +132,7 @@ def test_every_token_of_every_document_comes_exactly_once_in_order(
 
 @pytest.mark.usefixtures("keeps_every_row")
 @pytest.mark.parametrize("repeats", [2, 3])
-def test_a_document_that_an_epoch_shows_again_comes_again(tmp_path: Path, repeats: int) -> None:
+def test_a_repeated_document_is_written_again(tmp_path: Path, repeats: int) -> None:
     corpus = Corpus(tmp_path, 3, longest=25)
     opened, counts = corpus.write(tmp_path / "rows.safetensors", repeats=repeats)
     _check(corpus, opened, counts, repeats=repeats)
@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(tmp_path
 
 
 @pytest.mark.usefixtures("keeps_every_row")
-def test_a_row_may_hold_more_pieces_than_a_byte_counts(tmp_path: Path) -> None:
+def test_a_row_may_hold_more_than_255_documents(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path, 6, longest=1)
     opened, counts = corpus.write(tmp_path / "rows.safetensors", capacity=700, repeats=60)
     assert opened.rows.marks.dtype == np.uint16
@@ -156,7 +156,7 @@ def test_a_row_may_hold_more_pieces_than_a_byte_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["best-fit", "concat", "none"])
 @pytest.mark.parametrize("seed", range(6))
-def test_rows_in_which_nothing_is_learnt_are_left_out_and_counted(
+def test_rows_without_targets_are_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, seed: int
 ) -> None:
     monkeypatch.setattr(row_packer, "_WINDOW_TOKENS", 40)  # several windows

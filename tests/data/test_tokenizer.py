@@ -48,17 +48,17 @@ def _ids(encoder: Encoder, text: str, *, special: bool = False) -> list[int]:
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *AWKWARD])
-def test_any_text_comes_back_unchanged(tokenizer: Tokenizer, encoder: Encoder, text: str) -> None:
+def test_any_text_survives_encoding_and_decoding(tokenizer: Tokenizer, encoder: Encoder, text: str) -> None:
     ids = _ids(encoder, text)
     assert 0 not in ids  # the control token is text here
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_a_control_token_is_one_where_a_template_wrote_it(encoder: Encoder) -> None:
+def test_control_tokens_are_encoded_as_one_id_if_special_is_set(encoder: Encoder) -> None:
     assert _ids(encoder, f"a{END_OF_TEXT}", special=True)[-1] == 0
 
 
-def test_many_texts_are_encoded_as_one_by_one_and_in_order(encoder: Encoder) -> None:
+def test_a_batch_is_encoded_like_its_texts_one_by_one(encoder: Encoder) -> None:
     texts = [*TEXTS, *AWKWARD] * 300
     ids, offsets = encoder.encode(texts, special=False)
     assert offsets[0] == 0
@@ -67,13 +67,13 @@ def test_many_texts_are_encoded_as_one_by_one_and_in_order(encoder: Encoder) -> 
         assert ids[offsets[index] : offsets[index + 1]].tolist() == _ids(encoder, texts[index])
 
 
-def test_nothing_encodes_to_nothing(encoder: Encoder) -> None:
+def test_the_empty_text_encodes_to_no_tokens(encoder: Encoder) -> None:
     ids, offsets = encoder.encode([], special=False)
     assert len(ids) == 0
     assert offsets.tolist() == [0]
 
 
-def test_training_merges_what_is_frequent_and_is_the_same_in_another_process(tmp_path: Path) -> None:
+def test_training_merges_frequent_pairs_and_is_reproducible_across_processes(tmp_path: Path) -> None:
     trained = train_tokenizer(TEXTS, vocab_size=300, special_tokens=["<|im_start|>"])
     script = (
         "from mlxflow.data.tokenizer import train_tokenizer; from tests.data.test_tokenizer import TEXTS; "
@@ -106,7 +106,7 @@ def _open(files: dict[str, Path], template: str | None = None) -> Vocabulary:
     return open_vocabulary(files, template=template, name="mine", key="pretokenize.tokenizer.from")
 
 
-def test_a_decoder_of_another_kind_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_decoder_of_another_kind_is_left_unchanged(tmp_path: Path) -> None:
     spoken = Tokenizer(models.BPE({"a": 0, "\u2581": 1, "</s>": 2}, []))
     spoken.pre_tokenizer = pre_tokenizers.Metaspace()
     spoken.decoder = decoders.Metaspace()

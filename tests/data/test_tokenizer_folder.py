@@ -47,7 +47,7 @@ def test_a_saved_tokenizer_opens_as_the_same_vocabulary(tokenizer: Tokenizer, tm
     assert trained.token_to_id("<|im_end|>") == again.end_of_text == 2
 
 
-def test_tokens_that_a_tokenizer_puts_before_a_text_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
+def test_tokens_that_a_tokenizer_prepends_are_kept(tokenizer: Tokenizer, tmp_path: Path) -> None:  # noqa: F811
     with_start = Tokenizer.from_str(tokenizer.to_str())
     with_start.add_special_tokens(["<s>"])
     start = with_start.token_to_id("<s>") or 0

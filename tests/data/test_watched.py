@@ -39,7 +39,7 @@ def test_the_time_budget_grows_with_the_size_of_the_work() -> None:
     )
 
 
-def test_all_work_of_a_process_is_counted_but_a_subject_read_again_is_not() -> None:
+def test_all_work_of_a_process_counts_but_repeated_subjects_do_not() -> None:
     before = watched._board.worked_on()
     with watched.Work("a", size=10), watched.Work("b", "file", 5, own=1000) as work:
         assert max(one.size for one in watched._board.announced()) == 1005

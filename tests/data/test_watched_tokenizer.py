@@ -25,12 +25,12 @@ def _backtracks(definition: dict[str, Any]) -> None:
 _TOKENIZER = 'pretokenize.tokenizer.from = "mine": its tokenizer.json'
 
 
-def test_a_normalizer_that_multiplies_text_is_one_line(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_normalizer_that_multiplies_text_is_one_error_line(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(guard, "LIMITS", _SMALL)
     assert job.fails(job.tokenizer(_multiplies)) == f"{_TOKENIZER} {_MEMORY}"
 
 
-def test_a_pattern_that_backtracks_is_one_line(job: _Job, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_pattern_that_backtracks_is_one_error_line(job: _Job, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     job.write(3, text="a" * 300)
     line = job.fails(job.tokenizer(_backtracks))
     assert line.startswith(_TOKENIZER)

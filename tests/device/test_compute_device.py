@@ -11,18 +11,18 @@ from mlxflow.errors import WorkflowError
     ("text", "size"),
     [("80%", 800), ("12 GB", 12 * 10**9), ("512MiB", 512 * 2**20), ("1.5 kb", 1500), (" 7 B ", 7), ("100 %", 1000)],
 )
-def test_a_size_is_a_share_or_a_number_of_bytes(text: str, size: int) -> None:
+def test_parse_size_accepts_shares_and_bytes(text: str, size: int) -> None:
     assert compute_device.parse_size(text, 1000) == size
 
 
 @pytest.mark.parametrize("text", ["", "12", "GB", "-1 GB", "1 XB", "80%%"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_parse_size_refuses_invalid_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="is no size such as '12 GB' or '80%'"):
         compute_device.parse_size(text, 1000)
 
 
 @pytest.mark.skipif(mx.metal.is_available() or mx.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_told() -> None:
+def test_a_missing_gpu_is_an_error() -> None:
     with pytest.raises(WorkflowError) as caught:
         compute_device.select("gpu", key="workflow.device")
     assert str(caught.value) == 'workflow.device = "gpu": MLX finds no GPU here. Use workflow.device = "auto".'
@@ -42,14 +42,14 @@ def test_the_device_has_a_name_and_memory() -> None:
         ({"memory_size": 9}, 9),
     ],
 )
-def test_the_working_set_is_what_the_device_tells(
+def test_the_working_set_is_the_limit_of_the_device(
     monkeypatch: pytest.MonkeyPatch, told: dict[str, int], expected: int
 ) -> None:
     monkeypatch.setattr(mx, "device_info", lambda: told)
     assert compute_device.working_set_bytes() == expected
 
 
-def test_the_environment_names_the_machine_only_where_it_matters() -> None:
+def test_the_environment_names_the_device_only_for_stages_that_use_one() -> None:
     assert compute_device.environment(None).keys() == {"mlx"}
     assert compute_device.environment("auto").keys() == {"mlx", "device"}
 
@@ -67,7 +67,7 @@ _H100, _A100 = ({"compute_capability_major": major, "compute_capability_minor": 
         ({}, False, False, None),
     ],
 )
-def test_graphs_are_small_on_a_large_cuda_device_unless_the_environment_tells_their_size(
+def test_cuda_graphs_are_small_on_a_large_device_unless_the_environment_sets_their_size(
     told: dict[str, int], is_told: bool, recomputes: bool, size: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "77")  # afterwards the environment is as it was

@@ -51,7 +51,7 @@ def test_the_matrix_products_of_mlx_are_those_of_the_blas(tmp_path: Path) -> Non
     assert f"/{name}" in found[0].partition(" to ")[2]
 
 
-def test_mlx_takes_denormals_for_zero_and_python_does_not() -> None:
+def test_mlx_flushes_denormals_and_python_does_not() -> None:
     assert _run("from mlxflow.device import cpu_backend; cpu_backend.prepare()" + DENORMAL_PRODUCT) == "True True"
     assert _run(DENORMAL_PRODUCT) == "False True"
 
@@ -83,7 +83,7 @@ def test_the_header_of_mlx_is_read_once_for_all_kernels(tmp_path: Path) -> None:
     assert [line for line in told.read_text().splitlines() if line.endswith(".h")] == []
 
 
-def test_kernels_are_made_where_the_header_cannot_be_kept(tmp_path: Path) -> None:
+def test_kernels_compile_without_a_cached_header(tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ on this system")
@@ -96,7 +96,7 @@ def test_kernels_are_made_where_the_header_cannot_be_kept(tmp_path: Path) -> Non
     assert list(tmp_path.rglob("*.gch")) == []
 
 
-def test_what_is_missing_is_told_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libraries_are_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "prepare", lambda: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert cpu_backend.notice() == (
@@ -105,7 +105,7 @@ def test_what_is_missing_is_told_with_the_command_that_installs_it(monkeypatch: 
     )
 
 
-def test_nothing_is_said_when_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_reported_when_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "prepare", lambda: "libopenblas.so.0")
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
     assert cpu_backend.notice() is None

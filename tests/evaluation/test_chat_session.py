@@ -42,7 +42,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_each_answer_is_that_to_the_whole_conversation_and_reads_what_is_new(folder: Path, read: list[int]) -> None:
+def test_each_answer_sees_the_whole_conversation_and_only_new_tokens_are_prefilled(
+    folder: Path, read: list[int]
+) -> None:
     writer = Writer(folder)
     session = ChatSession(writer, "be short")
     for text in ("who are you?", "why?", "who?"):
@@ -59,7 +61,7 @@ def test_each_answer_is_that_to_the_whole_conversation_and_reads_what_is_new(fol
             assert new == len(ids)
 
 
-def test_an_answer_that_was_interrupted_is_kept_as_far_as_it_was_read(folder: Path) -> None:
+def test_an_interrupted_answer_is_kept_up_to_the_interruption(folder: Path) -> None:
     writer = Writer(folder)
     session = ChatSession(writer)
     answer = session.answer("who are you?", GREEDY)
@@ -70,7 +72,7 @@ def test_an_answer_that_was_interrupted_is_kept_as_far_as_it_was_read(folder: Pa
     assert "".join(session.answer("why?", GREEDY)) == "".join(writer.write(ids, GREEDY))
 
 
-def test_a_new_conversation_knows_nothing_of_the_one_before(folder: Path) -> None:
+def test_a_new_conversation_starts_without_history(folder: Path) -> None:
     session = ChatSession(Writer(folder), "be short")
     first = list(session.answer("who are you?", GREEDY))
     session.reset("be short")
@@ -79,7 +81,7 @@ def test_a_new_conversation_knows_nothing_of_the_one_before(folder: Path) -> Non
     assert session.messages == []
 
 
-def test_without_a_template_chatml_is_used_and_its_text_ends_an_answer(tmp_path: Path) -> None:
+def test_without_a_template_chatml_is_used_and_its_end_marker_stops_an_answer(tmp_path: Path) -> None:
     writer = Writer(write_chat_model(tmp_path / "plain", special=[], template=None))
     session = ChatSession(writer)
     assert not session.ends_turns
@@ -98,10 +100,10 @@ def test_without_a_template_chatml_is_used_and_its_text_ends_an_answer(tmp_path:
         (["a<", "<|im_end|>"], "a<"),
     ],
 )
-def test_a_text_ends_where_the_word_begins(pieces: list[str], expected: str) -> None:
+def test_until_stops_at_the_stop_string(pieces: list[str], expected: str) -> None:
     assert "".join(until(pieces, "<|im_end|>")) == expected
 
 
-def test_pieces_are_passed_on_as_soon_as_they_cannot_be_part_of_the_word() -> None:
+def test_until_yields_text_as_soon_as_it_cannot_be_part_of_the_stop_string() -> None:
     assert list(until(["a", "b<", "c"], "<|im_end|>")) == ["a", "b", "<c"]
     assert json.dumps(list(until([], "x"))) == "[]"

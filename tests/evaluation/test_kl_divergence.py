@@ -47,7 +47,7 @@ def _memory_limit(num_bytes: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("limit", [1, 1 << 20, 1 << 34])  # one position at a time, some of a row, all of them
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_slices_of_any_size_give_the_divergence_of_the_whole_logits(architecture: str, limit: int) -> None:
+def test_the_divergence_does_not_depend_on_the_slice_size(architecture: str, limit: int) -> None:
     dense, other = _pair(architecture)
     rows = _rows()
     with _memory_limit(limit):
@@ -70,7 +70,7 @@ def test_slices_of_any_size_give_the_divergence_of_the_whole_logits(architecture
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_layers_cost_is_the_divergence_of_its_change_alone(tied: bool) -> None:
+def test_a_layers_cost_is_the_divergence_from_changing_only_that_layer(tied: bool) -> None:
     rows = _rows(vocab_size=50)
     dense, _ = llama(tie_word_embeddings=tied)
     paths = ["model.embed_tokens", "model.layers.1.mlp.up_proj", *([] if tied else ["lm_head"])]
@@ -88,7 +88,7 @@ def test_a_layers_cost_is_the_divergence_of_its_change_alone(tied: bool) -> None
         assert costs[path] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_the_memory_of_a_real_vocabulary_and_context_follows_the_limit() -> None:
+def test_memory_for_a_large_vocabulary_stays_within_the_limit() -> None:
     vocab_size, context_length, num_rows, limit = 49_152, 512, 2, 1 << 28
     dense, other = (llama(seed=seed, vocab_size=vocab_size, context_length=context_length)[0] for seed in (0, 1))
     rows = _rows(num_rows, context_length, vocab_size)

@@ -15,7 +15,7 @@ MARKS = mx.array([[2] * 4 + [4] * 7] * 3)
 
 
 @pytest.mark.parametrize("architecture", [*DENSE, *MIXTURES])
-def test_logits_by_the_slice_are_the_models_own(architecture: str) -> None:
+def test_sliced_logits_match_the_models_logits(architecture: str) -> None:
     model = model_folder.build(config_of(architecture), seed=0)
     model.eval()
     body = Body.of(model)
@@ -28,7 +28,7 @@ def test_logits_by_the_slice_are_the_models_own(architecture: str) -> None:
     assert mx.allclose(parts, wanted, rtol=1e-5, atol=64 * 2**-24 * float(mx.abs(wanted).max()))
 
 
-def test_a_model_is_as_it_was_and_no_array_is_left_behind() -> None:
+def test_body_detection_leaves_the_model_unchanged_and_keeps_no_arrays() -> None:
     model, _ = llama()
     model.eval()
     kinds = [type(one) for one in model.modules()]
@@ -57,7 +57,7 @@ class _Wrapped(nn.Module):  # type: ignore[misc]
         return logits
 
 
-def test_a_body_further_below_is_found() -> None:
+def test_a_nested_body_is_found() -> None:
     model = _Wrapped(llama()[0])
     model.eval()
     assert Body.of(model).path == "language_model.model"
@@ -78,7 +78,7 @@ class _Copying(_Changed):
 
 
 @pytest.mark.parametrize("kind", [_Changed, _Copying])
-def test_logits_that_follow_from_more_than_their_own_hidden_state_are_not_cut(kind: type[_Changed]) -> None:
+def test_models_whose_logits_need_other_positions_are_not_sliced(kind: type[_Changed]) -> None:
     model = kind(llama()[0])
     model.eval()
     body = Body.of(model)

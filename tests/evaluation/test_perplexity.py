@@ -32,7 +32,7 @@ class Bigram(nn.Module):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_every_target_weighs_alike_whatever_the_batch_size(batch_size: int) -> None:
+def test_perplexity_weighs_every_target_equally_at_any_batch_size(batch_size: int) -> None:
     table = np.random.default_rng(0).integers(0, 11, (7, 6)).astype(np.uint8)
     model = Bigram()
     is_target = np.random.default_rng(1).random((7, 6)) < 0.8
@@ -47,7 +47,7 @@ def test_every_target_weighs_alike_whatever_the_batch_size(batch_size: int) -> N
     )
 
 
-def test_measuring_leaves_the_mode_and_the_random_state_as_they_were() -> None:
+def test_measuring_perplexity_keeps_the_mode_and_the_random_state() -> None:
     model = Bigram()
     model.train()
     before = _random_state()
@@ -76,7 +76,7 @@ def memory_limit(num_bytes: int) -> Iterator[None]:
 # caps, scales, a bias, a head within the body, tied and not
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "cohere", "granite", "phi", "gpt_neox", "olmoe"])
 @pytest.mark.parametrize("masks", [False, True])
-def test_slices_of_any_size_give_the_loss_of_the_whole_logits(architecture: str, masks: bool) -> None:
+def test_the_loss_does_not_depend_on_the_slice_size(architecture: str, masks: bool) -> None:
     model = model_folder.build(config_of(architecture), seed=0)
     if masks and not document_mask.can_mask_documents(model, VOCAB_SIZE):
         pytest.skip("mlx-lm's class takes no mask for each row")
@@ -95,7 +95,7 @@ def test_slices_of_any_size_give_the_loss_of_the_whole_logits(architecture: str,
         assert one.standard_error == pytest.approx(found[0].standard_error, rel=1e-5)
 
 
-def test_a_row_without_a_target_is_passed_over_and_rows_without_any_are_refused() -> None:
+def test_rows_without_a_target_are_skipped_and_data_without_any_target_is_refused() -> None:
     rows = _rows(5, 12, 11)
     with_it, without = (measure_perplexity(Bigram(), one, batch_size=5) for one in (rows, _without(rows, 1)))
     assert with_it.tokens == without.tokens
@@ -111,7 +111,7 @@ def _without(rows: Rows, row: int) -> Rows:
 
 
 @pytest.mark.parametrize("limit", [1 << 29, 1 << 28])
-def test_the_memory_of_a_real_vocabulary_and_context_follows_the_limit(limit: int) -> None:
+def test_memory_for_a_large_vocabulary_stays_within_the_limit(limit: int) -> None:
     vocab_size, context_length, num_rows = 49_152, 512, 2
     model, _ = llama(vocab_size=vocab_size, context_length=context_length)
     rows = _rows(num_rows, context_length, vocab_size)

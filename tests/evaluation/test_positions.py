@@ -12,7 +12,7 @@ TOKENS = np.arange(12, dtype=np.uint16).reshape(3, 4)
 ROWS = Rows(TOKENS, MARKS)
 
 
-def test_parts_leave_out_batches_without_a_target() -> None:
+def test_batches_without_a_target_are_skipped() -> None:
     found = list(parts(ROWS, at_once=1, masks_documents=False))
     assert [part.tokens.tolist() for part in found] == [[[0, 1, 2]], [[8, 9, 10]]]
     assert [part.targets.tolist() for part in found] == [[1, 3], [9, 10, 11]]

@@ -18,7 +18,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_positions_are_bounded_by_the_largest_slice_and_by_the_limit(limit: list[int]) -> None:
+def test_positions_per_slice_are_bounded_by_slice_size_and_memory_limit(limit: list[int]) -> None:
     assert positions_at_once(1024, arrays=2) == slices._SLICE_BYTES[DEVICE] // (4 * 1024 * 2)
     limit[0] = 16 * 4 * 1024 * 2 * 5
     assert positions_at_once(1024, arrays=2) == 5
@@ -34,7 +34,7 @@ class _Model(nn.Module):  # type: ignore[misc]
         self.args = SimpleNamespace(num_attention_heads=num_heads)
 
 
-def test_rows_follow_from_widths_heads_and_the_limit(limit: list[int]) -> None:
+def test_rows_per_slice_follow_from_widths_heads_and_memory_limit(limit: list[int]) -> None:
     few, many = _Model(1), _Model(100)
     assert rows_at_once(few, context_length=128, most=64) == 64
     limit[0] = 8 * 4 * 128 * (8 * 256 + 3 * 128) * 7

@@ -88,7 +88,7 @@ def _with_a_begin(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("put", [_in_settings, _in_a_file, _by_name, _with_a_begin])
-def test_a_question_goes_through_the_template_and_is_answered_as_mlx_lm_does(folder: Path, put: Any) -> None:
+def test_a_prompt_goes_through_the_template_and_is_answered_as_by_mlx_lm(folder: Path, put: Any) -> None:
     put(folder)
     ids, written = _theirs(folder, QUESTION)
     writer = Writer(folder)
@@ -98,7 +98,7 @@ def test_a_question_goes_through_the_template_and_is_answered_as_mlx_lm_does(fol
     assert len(written) == GREEDY.max_tokens
 
 
-def test_a_text_is_continued_as_mlx_lm_does(folder: Path) -> None:
+def test_a_raw_text_is_continued_as_by_mlx_lm(folder: Path) -> None:
     ids, written = _theirs(folder, None, "what is a")
     writer = Writer(folder)
     assert not writer.has_template
@@ -121,7 +121,7 @@ def _end_of_tokenizer(folder: Path, ends: list[int]) -> None:
 
 
 @pytest.mark.parametrize("put", [_ends_of_config, _ends_of_generation, _end_of_tokenizer])
-def test_every_end_token_of_the_folder_ends_a_text(folder: Path, put: Any) -> None:
+def test_every_end_token_of_the_folder_stops_generation(folder: Path, put: Any) -> None:
     ids, written = _theirs(folder, None, "what is a")
     last = written.index(written[5])
     put(folder, [299, written[last]])
@@ -134,7 +134,7 @@ def _lines(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
     return code, captured.out, captured.err
 
 
-def test_the_command_says_how_the_model_was_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_how_the_prompt_was_built(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = QUESTION[0]["content"]
     code, out, err = _lines(capsys, str(folder), "--prompt", question)
     assert (code, out.startswith(question)) == (0, True)
@@ -150,7 +150,7 @@ def test_the_command_says_how_the_model_was_asked(folder: Path, capsys: pytest.C
         assert err == f"generate: {folder}: the text is continued as it is (--raw)\n"
 
 
-def test_a_template_that_refuses_or_is_none_is_an_error_of_one_line(
+def test_a_template_that_refuses_or_is_invalid_is_one_error_line(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _change(folder / "tokenizer_config.json", chat_template="{{ raise_exception('Begin with the system.') }}")
@@ -166,7 +166,7 @@ def test_a_template_that_refuses_or_is_none_is_an_error_of_one_line(
     assert str(caught.value).startswith(f"{folder}: its chat template is not valid (")
 
 
-def test_a_tokenizer_that_fails_or_takes_too_long_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_fails_or_times_out_is_one_error_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": r"(?:a|a)*[^a\n]"}, "behavior": "Isolated", "invert": False}
     both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
@@ -184,7 +184,7 @@ def _multiply_text(folder: Path) -> None:
     _change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
 
 
-def test_a_normalizer_that_multiplies_text_is_one_line_of_the_command(
+def test_a_normalizer_that_multiplies_text_is_one_error_line_of_generate(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _multiply_text(folder)
@@ -194,7 +194,7 @@ def test_a_normalizer_that_multiplies_text_is_one_line_of_the_command(
     assert err == (f"{folder}: its tokenizer.json took over 0.6 GB of memory. Mend it or name another.\n")
 
 
-def test_what_a_tokenizer_makes_of_a_text_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_tokens_of_a_text_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watched_tokenizer, "_MOST_IDS", 100)
     _change(
         folder / "tokenizer.json", normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b c" * 300}
@@ -208,7 +208,7 @@ def test_what_a_tokenizer_makes_of_a_text_is_bounded(folder: Path, monkeypatch: 
     assert len(watched_tokenizer.encode(key, "a" + "b" * count, True)) >= count
 
 
-def test_a_decoder_that_writes_long_texts_is_one_line(folder: Path) -> None:
+def test_a_decoder_that_returns_long_texts_is_one_error_line(folder: Path) -> None:
     decoder = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 2_000_000}
     _change(folder / "tokenizer.json", decoder=decoder)
     tokenizer = GuardedTokenizer(folder)
@@ -221,14 +221,14 @@ def test_a_decoder_that_writes_long_texts_is_one_line(folder: Path) -> None:
         assert str(caught.value) == said
 
 
-def test_a_writer_s_process_ends_with_it(folder: Path) -> None:
+def test_deleting_a_writer_ends_its_process(folder: Path) -> None:
     writer = Writer(folder)
     process = psutil.Process(writer.tokenizer.call("os:getpid"))
     del writer
     assert not process.is_running()
 
 
-def test_a_tokenizer_with_dropout_writes_nothing(folder: Path) -> None:
+def test_a_tokenizer_with_dropout_is_refused_for_generation(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     _change(folder / "tokenizer.json", model=tokenizer["model"] | {"dropout": 0.1})
     with pytest.raises(ArtifactError) as caught:

@@ -37,7 +37,7 @@ Scenarios = Callable[[str], Scenario]
 
 
 @pytest.mark.parametrize(("name", "kind", "part"), SAMPLE)
-def test_a_fault_is_named_and_the_next_run_mends_it(
+def test_a_fault_is_named_and_the_next_run_recovers(
     injector: Injector, scenario: Scenarios, tmp_path: Path, name: str, kind: str, part: float
 ) -> None:
     calls = scenario(name).numbers(kind)
@@ -45,7 +45,7 @@ def test_a_fault_is_named_and_the_next_run_mends_it(
 
 
 @pytest.mark.parametrize(("name", "kind", "part", "times", "each"), ROWS)
-def test_faults_in_a_row_are_named_and_the_next_run_mends_them(
+def test_consecutive_faults_are_named_and_the_next_run_recovers(
     injector: Injector, scenario: Scenarios, tmp_path: Path, name: str, kind: str, part: float, times: int, each: int
 ) -> None:
     calls = scenario(name).numbers(kind)
@@ -79,7 +79,7 @@ def test_without_a_lock_nothing_is_built(injector: Injector, scenario: Scenarios
 
 
 @pytest.mark.parametrize("kind", ["EIO", "EACCES", "ENAMETOOLONG", "ELOOP"])
-def test_an_input_that_cannot_be_looked_at_is_named_with_the_reason(
+def test_an_input_whose_stat_fails_is_named_with_the_reason(
     injector: Injector, scenario: Scenarios, tmp_path: Path, kind: str
 ) -> None:
     first = scenario("first")
@@ -118,7 +118,7 @@ def test_a_forked_command_makes_the_calls_of_one_that_starts_an_interpreter(
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", TRIED_AT_EVERY_CALL)
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_call_of_a_command_may_meet_a_fault(
+def test_every_system_call_of_a_command_is_injected_once(
     injector: Injector, scenario: Scenarios, tmp_path: Path, name: str, kind: str
 ) -> None:
     """With a file's name in FAULTS_LOG, each case is written down there when it ends."""

@@ -116,7 +116,7 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 
 @given(st.one_of(spoilt(ARCHIVE), _members(), _spoilt_headers()))
-def test_an_archive_is_taken_as_its_record_says_or_refused(data: bytes) -> None:
+def test_a_fuzzed_archive_is_unpacked_as_recorded_or_refused(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "job"
         node, file = _node(root), Path(folder) / "a.tar"
@@ -140,7 +140,7 @@ def test_an_archive_is_taken_as_its_record_says_or_refused(data: bytes) -> None:
         assert sorted(path.name for path in Path(folder).iterdir()) == ["a.tar", "job"]
 
 
-def test_the_archive_that_is_spoilt_is_one_that_is_taken(tmp_path: Path) -> None:
+def test_the_archive_before_fuzzing_is_accepted(tmp_path: Path) -> None:
     node = _node(tmp_path)
     (tmp_path / "a.tar").write_bytes(ARCHIVE)
     assert unpack(tmp_path / "a.tar", {"train": node})[1] == RECORD["values"]

@@ -83,7 +83,7 @@ def workflows(draw: st.DrawFn) -> str:
 
 
 @given(workflows())
-def test_a_workflow_is_read_or_its_mistakes_are_lines(text: str) -> None:
+def test_a_fuzzed_workflow_is_read_or_its_errors_are_lines(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "workflow.toml")
         path.write_text(text, encoding="utf-8")
@@ -121,7 +121,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(configs())
-def test_a_model_is_made_or_its_config_is_refused_in_lines(config: dict[str, Any]) -> None:
+def test_a_fuzzed_config_builds_a_model_or_is_refused_in_lines(config: dict[str, Any]) -> None:
     model, lines = outcome(lambda: model_folder.skeleton(config), ArtifactError)
     assert model is not None or (are_lines(lines) and all(line.startswith("config.json: ") for line in lines))
 
@@ -154,7 +154,7 @@ def tensor_files(draw: st.DrawFn) -> bytes:
 
 
 @given(tensor_files())
-def test_a_header_is_read_or_refused_and_mlx_reads_what_is_taken(data: bytes) -> None:
+def test_a_fuzzed_header_is_refused_or_also_accepted_by_mlx(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
         path.write_bytes(data)

@@ -67,7 +67,7 @@ _IGNORED = re.compile(r"\S*graph\.json: not valid state \([^\n]*\)\. The workflo
 
 
 @given(data=st.data())
-def test_a_spoilt_graph_is_resolved_again(workflow: Path, graph: tuple[bytes, list[Node]], data: st.DataObject) -> None:
+def test_a_fuzzed_graph_is_resolved_again(workflow: Path, graph: tuple[bytes, list[Node]], data: st.DataObject) -> None:
     valid, nodes = graph
     drawn = data.draw(spoilt(valid))
     found, said = _load(workflow, drawn)
@@ -77,7 +77,7 @@ def test_a_spoilt_graph_is_resolved_again(workflow: Path, graph: tuple[bytes, li
 
 
 @given(data=st.data())
-def test_a_graph_that_somebody_made_names_no_file_outside_of_the_artifacts(
+def test_a_forged_graph_names_no_file_outside_the_artifacts(
     workflow: Path, graph: tuple[bytes, list[Node]], data: st.DataObject
 ) -> None:
     valid, nodes = graph
@@ -133,7 +133,7 @@ def _assert_is_of(found: Checkpoint | None, step: int) -> None:
 
 @pytest.mark.parametrize("name", ["state.json", "state.safetensors", "metrics.jsonl"])
 @given(data=st.data())
-def test_a_spoilt_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_fuzzed_checkpoint_is_named_and_the_one_before_is_used(
     checkpoints: dict[str, bytes], name: str, data: st.DataObject
 ) -> None:
     key = f"0123456789ab/step-000002/{name}"
@@ -150,7 +150,7 @@ def test_a_spoilt_checkpoint_is_named_and_the_one_before_is_used(
 
 
 @given(data=st.data())
-def test_a_checkpoint_with_other_facts_is_of_this_run_or_not_used(
+def test_a_checkpoint_with_changed_facts_is_equivalent_or_not_used(
     checkpoints: dict[str, bytes], data: st.DataObject
 ) -> None:
     """What the facts mean is checked by the run that goes on from them; `mlxflow.training.restoring`."""
@@ -181,7 +181,7 @@ def shards() -> dict[str, bytes]:
 
 
 @given(data=st.data())
-def test_notes_of_shards_are_read_or_passed_over(shards: dict[str, bytes], data: st.DataObject) -> None:
+def test_fuzzed_shard_notes_are_read_or_ignored(shards: dict[str, bytes], data: st.DataObject) -> None:
     valid = json.loads(shards["notes.json"])
     drawn = st.one_of(spoilt(shards["notes.json"]), changed(valid).map(lambda value: json.dumps(value).encode()))
     with _folder() as (folder, said):

@@ -67,12 +67,12 @@ def _try_journal(data: bytes) -> None:
 
 
 @given(st.one_of(spoilt(JOURNAL), changed(LINE).map(lambda line: json.dumps(line).encode() + b"\n")))
-def test_a_journal_is_read_or_passed_over(data: bytes) -> None:
+def test_a_fuzzed_journal_is_read_or_ignored(data: bytes) -> None:
     _try_journal(data)
 
 
 @given(st.lists(st.one_of(VALUES, changed(LINE)), max_size=3))
-def test_a_journal_of_any_lines_is_read_or_passed_over(lines: list[Any]) -> None:
+def test_a_journal_of_arbitrary_lines_is_read_or_ignored(lines: list[Any]) -> None:
     _try_journal("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
@@ -87,7 +87,7 @@ def _digests(folder: Path) -> tuple[Path, bytes]:
 
 
 @given(st.data())
-def test_digests_are_those_of_the_files_or_read_again(data: st.DataObject) -> None:
+def test_fuzzed_digests_are_correct_or_computed_again(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         path, valid = _digests(Path(name))
         path.write_bytes(data.draw(spoilt(valid)))
@@ -139,7 +139,7 @@ def _merged(draw: st.DrawFn) -> bytes:
 
 
 @given(st.one_of(spoilt(LOCK), _lock(), _merged()))
-def test_a_lock_file_is_read_as_far_as_it_can_be(data: bytes) -> None:
+def test_the_readable_part_of_a_fuzzed_lock_file_is_read(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         node = _node(root)

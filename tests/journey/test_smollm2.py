@@ -147,7 +147,7 @@ def _answer(model: nn.Module, tokenizer: Any, question: str) -> tuple[str, str]:
 # --- data
 
 
-def test_every_conversation_is_masked_as_transformers_marks_it(folder: Path) -> None:
+def test_conversation_masks_match_transformers(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -180,7 +180,7 @@ def test_every_conversation_is_masked_as_transformers_marks_it(folder: Path) -> 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ten_of_twelve_facts_are_known_in_unseen_words_and_every_answer_ends(folder: Path, variant: str) -> None:
+def test_ten_of_twelve_facts_are_answered_in_unseen_wording_and_every_answer_ends(folder: Path, variant: str) -> None:
     model, tokenizer = _load(folder, variant)
     answers = [(*_answer(model, tokenizer, question), fact) for question, fact in facts.questions()]
     assert {ending for _, ending, _ in answers} == {"stop"}, answers

@@ -91,7 +91,7 @@ def _fits(model: nn.Module) -> list[LayerPattern]:
     return [fit for _, fit in layer_patching.find_layers(model)]
 
 
-def test_a_model_is_tried_once_and_comes_to_the_same(tried: list[str]) -> None:
+def test_detection_runs_once_per_model_and_its_result_is_reused(tried: list[str]) -> None:
     first = _fits(llama()[0])
     assert sorted({*tried}) == ["Embedding", "Linear", "MLP", "RMSNorm", "RoPE", "TransformerBlock"]
     tried.clear()
@@ -99,7 +99,7 @@ def test_a_model_is_tried_once_and_comes_to_the_same(tried: list[str]) -> None:
     assert tried == []
 
 
-def test_a_later_process_computes_nothing_for_a_model_that_is_known() -> None:
+def test_a_later_process_computes_nothing_for_a_cached_model() -> None:
     program = (
         "import mlx.core as mx\nfrom mlxflow.kernels import layer_patching\nfrom tests.small_models import llama\n"
         "model, _ = llama()\nmx.eval(model.parameters())\nmx.synchronize()\n"
@@ -120,7 +120,7 @@ _EDITS = {
 
 
 @pytest.mark.parametrize("edited", _EDITS)
-def test_a_layer_whose_source_was_edited_is_tried_again(
+def test_a_layer_whose_source_was_edited_is_detected_again(
     layers: Callable[..., ModuleType], tried: list[str], edited: str
 ) -> None:
     assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
@@ -132,7 +132,7 @@ def test_a_layer_whose_source_was_edited_is_tried_again(
     assert tried == ["Norm", "Norm"]
 
 
-def test_a_source_that_is_newer_than_the_process_tells_nothing(
+def test_layers_with_a_source_newer_than_the_process_are_not_cached(
     layers: Callable[..., ModuleType], tried: list[str]
 ) -> None:
     for _ in range(2):
@@ -140,7 +140,9 @@ def test_a_source_that_is_newer_than_the_process_tells_nothing(
     assert tried == ["Norm", "Norm"]
 
 
-def test_other_settings_shapes_and_types_are_tried(layers: Callable[..., ModuleType], tried: list[str]) -> None:
+def test_other_settings_shapes_and_types_are_detected_separately(
+    layers: Callable[..., ModuleType], tried: list[str]
+) -> None:
     kind = layers().Norm
     wide, half = kind(), kind()
     wide.weight, half.weight = mx.ones(16), mx.ones(8, mx.bfloat16)
@@ -150,7 +152,7 @@ def test_other_settings_shapes_and_types_are_tried(layers: Callable[..., ModuleT
         assert len(tried) == number
 
 
-def test_fake_quantization_is_tried_each_time_and_what_is_around_it_is_known(tried: list[str]) -> None:
+def test_fake_quantized_layers_are_not_cached_but_layers_around_them_are(tried: list[str]) -> None:
     model, _ = llama(hidden_size=64, intermediate_size=64)
     names = [name for name, module in model.named_modules() if name.endswith("_proj")]
     with fake_quantized(model, dict.fromkeys(names, Setting(bits=4, group_size=32, mode="affine"))):
@@ -174,7 +176,7 @@ class _Activated(nn.Module):  # type: ignore[misc]
         return found
 
 
-def test_weights_in_which_two_readings_are_the_same_tell_nothing(tried: list[str]) -> None:
+def test_layers_with_ambiguous_weights_are_not_recognized(tried: list[str]) -> None:
     layer = _Activated(nn.silu)
     weight = layer.a.weight
     layer.a.weight, layer.a.bias = layer.c.weight, layer.c.bias
@@ -190,9 +192,7 @@ class _Scaled(nn.Embedding):  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(nn.Embedding, [Embedding()]), (_Scaled, [])])
-def test_an_embedding_is_tried_with_other_weights_than_its_own(
-    kind: type[nn.Module], expected: list[LayerPattern]
-) -> None:
+def test_an_embedding_is_detected_with_random_weights(kind: type[nn.Module], expected: list[LayerPattern]) -> None:
     layer = kind(20, 8)
     layer.weight = mx.zeros((20, 8))
     assert _fits(layer) == expected
@@ -205,7 +205,7 @@ def test_an_embedding_is_tried_with_other_weights_than_its_own(
 @pytest.mark.parametrize(
     "spoil", [lambda data: b"", lambda data: data[:-9], lambda data: data.replace(b"1e-0", b"2e-0")]
 )
-def test_a_damaged_file_counts_as_empty_and_is_written_anew(
+def test_a_damaged_cache_file_counts_as_empty_and_is_rewritten(
     layers: Callable[..., ModuleType], tried: list[str], spoil: Callable[[bytes], bytes]
 ) -> None:
     _fits(layers().Norm())
@@ -222,16 +222,14 @@ def test_a_damaged_file_counts_as_empty_and_is_written_anew(
     "value",
     [3, [], {"type": "Norm"}, {"type": "Norm", "eps": "1", "offset": 0.0}, {"type": "Other"}, {"type": "Block"}],
 )
-def test_a_finding_of_another_form_is_no_finding(
-    layers: Callable[..., ModuleType], tried: list[str], value: object
-) -> None:
+def test_a_malformed_cache_entry_is_ignored(layers: Callable[..., ModuleType], tried: list[str], value: object) -> None:
     _fits(layers().Norm())
     cache.add_layers(dict.fromkeys(cache.read_layers(), value))
     assert _fits(layers().Norm()) == [Norm(1e-5, 0.0)]
     assert tried == ["Norm", "Norm"]
 
 
-def test_findings_of_another_version_of_mlx_do_not_hold(
+def test_cache_entries_of_another_mlx_version_are_not_used(
     layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fits(layers().Norm())
@@ -243,7 +241,7 @@ def test_findings_of_another_version_of_mlx_do_not_hold(
     assert tried == ["Norm", "Norm"], "both are kept"
 
 
-def test_findings_of_other_kernels_do_not_hold(
+def test_cache_entries_of_other_kernel_sources_are_not_used(
     layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _fits(layers().Norm())
@@ -252,7 +250,7 @@ def test_findings_of_other_kernels_do_not_hold(
     assert tried == ["Norm", "Norm"]
 
 
-def test_a_read_only_folder_is_done_without(
+def test_with_a_read_only_cache_folder_nothing_is_cached(
     layers: Callable[..., ModuleType], tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = layers()
@@ -264,14 +262,14 @@ def test_a_read_only_folder_is_done_without(
     assert tried == ["Norm", "Norm"]
 
 
-def test_only_so_many_findings_are_kept_and_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_keeps_the_newest_entries_up_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_MAX_LAYERS", 2)
     for key in ("a", "b", "a", "c"):
         cache.add_layers({key: True})
     assert list(cache.read_layers()) == ["a", "c"]
 
 
-def test_processes_that_keep_something_at_once_leave_a_whole_file() -> None:
+def test_concurrent_writers_leave_an_intact_cache_file() -> None:
     program = (
         "import sys\nfrom mlxflow.kernels import cache\n"
         "for number in range(40):\n"

@@ -112,7 +112,7 @@ def test_a_process_started_ahead_that_ended_is_replaced(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("_takes_kernels")
-def test_an_unused_process_ends_with_the_block() -> None:
+def test_an_unused_process_ends_with_the_context() -> None:
     with registry.begin() as ahead:
         number = _number(ahead)
         assert _is_running(number)
@@ -120,7 +120,7 @@ def test_an_unused_process_ends_with_the_block() -> None:
 
 
 @pytest.mark.usefixtures("_takes_kernels")
-def test_of_two_that_begin_at_once_one_starts_a_process() -> None:
+def test_of_two_concurrent_starts_one_starts_a_process() -> None:
     with registry.begin(command=_prover(_GOOD)) as first, registry.begin(command=_prover(_GOOD)) as second:
         assert first.process is not None
         assert second.process is None

@@ -123,7 +123,7 @@ _GATED = (GatedMLP, JoinedMLP, GatedProduct)
 
 
 @pytest.mark.parametrize(("architecture", "counts", "turned"), ARCHITECTURES)
-def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
+def test_layers_are_recognized_by_their_computation_and_restored(
     architecture: str, counts: tuple[int, ...], turned: int, tmp_path: Path
 ) -> None:
     config = {**_SHAPE, "model_type": architecture}
@@ -149,7 +149,7 @@ def test_layers_are_found_by_what_they_compute_and_come_back_as_they_were(
     _same(after, before)
 
 
-def test_layers_come_back_when_what_is_done_with_them_fails() -> None:
+def test_layers_are_restored_after_an_exception() -> None:
     model, _ = llama()
     kinds = [type(module) for _, module in model.named_modules()]
     with pytest.raises(RuntimeError, match="out of memory"), _fitted(model):
@@ -157,7 +157,7 @@ def test_layers_come_back_when_what_is_done_with_them_fails() -> None:
     assert [type(module) for _, module in model.named_modules()] == kinds
 
 
-def test_a_layer_called_in_another_way_computes_as_it_was() -> None:
+def test_a_layer_called_with_other_arguments_uses_its_own_implementation() -> None:
     class Scaled(nn.RMSNorm):  # type: ignore[misc]
         def __call__(self, x: mx.array, scale: float = 1.0) -> mx.array:
             return mx.fast.rms_norm(x, self.weight, self.eps) * scale
@@ -179,7 +179,7 @@ _SCALED = {
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("scaling", [None, *_SCALED])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_positions_are_turned_as_the_layer_has_it(
+def test_rotary_positions_match_the_layer(
     scaling: str | None, interleaved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = initialize_rope(32, 1e4, interleaved, _SCALED.get(scaling or ""), max_position_embeddings=64)
@@ -245,7 +245,7 @@ def _change(model: nn.Module, kind: str) -> Iterator[None]:
         "quantization-aware, lora",
     ],
 )
-def test_gradients_are_those_of_layers_as_they_were(kind: str, every: int) -> None:
+def test_gradients_match_the_unpatched_layers(kind: str, every: int) -> None:
     model, _ = llama(hidden_size=64, intermediate_size=64)
     plain = _loss_and_gradients(model)
     with _change(model, kind):

@@ -69,7 +69,7 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kernel_is_a_program_that_the_compiler_takes(launched: Launched, name: str) -> None:
+def test_every_kernel_compiles(launched: Launched, name: str) -> None:
     tried = case_of(name)
     tried.kernel(*tried.inputs(1 << 12))
     assert launched
@@ -83,7 +83,7 @@ def test_every_kernel_is_a_program_that_the_compiler_takes(launched: Launched, n
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("tokens", [mx.uint16, mx.uint32])  # as a token file has them
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
-def test_a_training_step_needs_no_kernel_that_mlx_compiles(
+def test_a_training_step_uses_precompiled_kernels_only(
     launched: Launched, monkeypatch: pytest.MonkeyPatch, precision: str, tokens: mx.Dtype
 ) -> None:
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **_: pytest.fail("it is made by MLX"), raising=False)
@@ -124,7 +124,7 @@ def _program(launched: Launched) -> bytes:
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"!"])
-def test_a_compiled_program_is_kept_unless_its_file_is_damaged(
+def test_a_compiled_program_is_cached_unless_its_file_is_damaged(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any
 ) -> None:
     code = _program(launched)
@@ -137,7 +137,7 @@ def test_a_compiled_program_is_kept_unless_its_file_is_damaged(
     assert cache.read_payload(kept) == code
 
 
-def test_where_nothing_can_be_kept_it_is_compiled_each_time(
+def test_without_a_cache_folder_programs_are_compiled_each_time(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -150,7 +150,7 @@ def _fails(**arguments: Any) -> list[mx.array]:
 
 
 @pytest.mark.parametrize("lacking", ["compiler", "architecture", "launch", "right numbers"])
-def test_where_a_program_cannot_be_made_or_run_mlx_makes_the_kernel(
+def test_without_a_precompiled_program_mlx_compiles_the_kernel(
     launched: Launched, monkeypatch: pytest.MonkeyPatch, lacking: str
 ) -> None:
     made: list[dict[str, Any]] = []
@@ -196,7 +196,7 @@ def test_the_programs_of_several_kernels_are_compiled_before_they_are_called(
     assert all(one["compiled_source"].startswith(b"\x7fELF") for one in launched)
 
 
-def test_of_programs_compiled_at_once_one_that_is_broken_leaves_the_others(
+def test_a_broken_program_does_not_affect_those_compiled_with_it(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -209,7 +209,7 @@ def test_of_programs_compiled_at_once_one_that_is_broken_leaves_the_others(
 
 
 @pytest.mark.parametrize("kept", ["nowhere", "here"])
-def test_programs_that_cannot_be_kept_or_are_kept_are_left_alone(
+def test_programs_that_are_cached_or_cannot_be_cached_are_not_compiled_ahead(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
 ) -> None:
     programs = [f'extern "C" __global__ void g{number}() {{}}' for number in range(3)]

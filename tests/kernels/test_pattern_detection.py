@@ -72,12 +72,12 @@ def test_a_block_is_recognized_by_its_forward_pass() -> None:
 
 
 @pytest.mark.parametrize("block", [_BlockLike(scale=0.5), _BlockLike(hands_on=False)])
-def test_a_block_that_computes_or_hands_on_something_else_is_left_alone(block: nn.Module) -> None:
+def test_a_block_with_another_forward_pass_is_not_recognized(block: nn.Module) -> None:
     assert not any(isinstance(fit, Block) for _, fit in layer_patching.find_layers(block))
     assert type(block.c) is _Mixer
 
 
-def test_projections_that_are_products_alone_are_recognized() -> None:
+def test_plain_linear_projections_are_recognized() -> None:
     layer = _LayerLike(nn.silu, False, 0.0)
     layer.c = nn.Linear(8, 16, bias=False)
     ((_, fit),) = layer_patching.find_layers(layer)

@@ -48,19 +48,19 @@ def _reason(name: str) -> str:
 # --- the cache
 
 
-def test_what_was_proved_is_kept_and_not_proved_again(capfd: pytest.CaptureFixture[str]) -> None:
+def test_verification_results_are_cached(capfd: pytest.CaptureFixture[str]) -> None:
     assert _outcomes(_GOOD, "a", "b") == {"a": True, "b": True}
     assert capfd.readouterr().err == "verifying 2 GPU kernels, once on this device: a, b\n"
     assert _outcomes("raise SystemExit(1)", "a", "b") == {"a": True, "b": True}
     assert capfd.readouterr().err == ""
 
 
-def test_only_what_is_not_known_is_proved() -> None:
+def test_only_kernels_without_a_result_are_verified() -> None:
     assert _outcomes(_GOOD, "a") == {"a": True}
     assert _outcomes(_BEGIN + "sys.exit(1)", "a", "b") == {"a": True, "b": False}
 
 
-def test_why_one_does_not_serve_is_said_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_reason_for_a_refused_kernel_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
     assert _outcomes(_BEGIN + "sys.exit(1)", "a") == {"a": False}
     line = "GPU kernel a is not used on this device: its process ended with code 1"
     assert capfd.readouterr().err.splitlines()[1:] == [line]
@@ -88,14 +88,14 @@ def test_a_damaged_or_foreign_cache_counts_as_empty(damaged: bytes) -> None:
     assert _outcomes("raise SystemExit(1)", "a") == {"a": True}, "what came out is kept in its place"
 
 
-def test_outcomes_of_another_version_stay_beside_those_of_this_one() -> None:
+def test_results_of_another_version_are_kept_beside_those_of_this_one() -> None:
     assert _outcomes(_GOOD, "a") == {"a": True}
     found = registry.verify_all(["a"], "there", Verifier(_prover("sys.exit(3)"), None, 20))
     assert not found["a"].passed
     assert _outcomes("raise SystemExit(1)", "a") == {"a": True}
 
 
-def test_a_cache_whose_folder_is_a_file_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_usable_cache_folder_kernels_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert _outcomes(_GOOD, "a") == {"a": True}
@@ -122,7 +122,7 @@ def read_only_cache() -> Iterator[Path]:
         shutil.rmtree(room)
 
 
-def test_a_read_only_cache_folder_is_read_and_what_it_lacks_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_cache_is_read_and_missing_results_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     told = 'echo \'{"name": "b", "passed": true, "reason": ""}\''
     with read_only_cache() as room:
         monkeypatch.setenv("XDG_CACHE_HOME", str(room))
@@ -132,7 +132,7 @@ def test_a_read_only_cache_folder_is_read_and_what_it_lacks_is_proved(monkeypatc
         assert sorted(path.name for path in (room / "mlxflow").iterdir()) == ["kernels.json"]
 
 
-def test_of_two_processes_that_want_the_same_one_proves_and_the_other_waits(tmp_path: Path) -> None:
+def test_of_two_processes_one_verifies_and_the_other_waits(tmp_path: Path) -> None:
     record, go = tmp_path / "proved", tmp_path / "go"
     wait = f"import pathlib, threading\n    while not pathlib.Path({str(go)!r}).exists(): threading.Event().wait(0.01)"
     prover = _prover(f"open({str(record)!r}, 'a').write(NAME)\n    {wait}\n    {_GOOD}")
@@ -179,7 +179,7 @@ def _cold(tmp_path: Path, then: str = "break") -> str:
 
 
 @pytest.mark.usefixtures("_hasty")
-def test_while_all_are_compiled_something_else_is_done_and_nothing_is_proved_until_it_is(
+def test_other_work_runs_during_compilation_and_verification_waits_for_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "others").mkdir()
@@ -201,7 +201,7 @@ def test_while_all_are_compiled_something_else_is_done_and_nothing_is_proved_unt
     assert sorted(path.name for path in (tmp_path / "others").iterdir()) == ["b", "c"], "the prover compiles its own"
 
 
-def test_where_nothing_has_to_be_compiled_nothing_is_done_meanwhile() -> None:
+def test_without_compilation_no_other_work_runs() -> None:
     asked: list[int] = []
     assert _outcomes(_GOOD, "a", "b", compiler="pass", meanwhile=lambda: asked.append(1)) == {"a": True, "b": True}
     assert not asked
@@ -216,13 +216,13 @@ def test_where_nothing_has_to_be_compiled_nothing_is_done_meanwhile() -> None:
         ("raise RuntimeError('no device')", "its process ended with code 1: RuntimeError: no device"),
     ],
 )
-def test_the_one_that_was_begun_may_be_the_one_that_hangs_or_crashes(tmp_path: Path, then: str, reason: str) -> None:
+def test_the_kernel_begun_last_is_blamed_for_a_hang_or_crash(tmp_path: Path, then: str, reason: str) -> None:
     body = _cold(tmp_path, then)
     assert _outcomes(body, "a", "b", "c", compiler="pass", limit=1.5) == {"a": False, "b": True, "c": True}
     assert _reason("a") == reason
 
 
-def test_who_brings_down_its_process_before_it_is_begun_is_found_alone() -> None:
+def test_a_kernel_that_crashes_its_process_before_it_begins_is_found() -> None:
     body = f"'b' in NAMES and sys.exit(7); {_GOOD}"
     command = [
         sys.executable,
@@ -239,7 +239,7 @@ def test_who_brings_down_its_process_before_it_is_begun_is_found_alone() -> None
 # --- the device
 
 
-def test_a_device_without_kernels_proves_nothing() -> None:
+def test_on_a_device_without_kernels_nothing_is_verified() -> None:
     found = registry.choose(["rms_norm/float32/64"])
     assert found.refused == {"rms_norm/float32/64": "MLX takes no kernels on this device"}
     assert not cache_file().exists()

@@ -96,7 +96,7 @@ def _same(first: Run, second: Run) -> bool:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_on_the_references_a_hundred_steps_come_to_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_steps_on_the_references_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = let_references_serve(monkeypatch)
     plain = _train(kernels=False)
     assert not calls
@@ -123,7 +123,7 @@ _TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "bf16-pure": 3e-2}
 @pytest.mark.gpu
 @pytest.mark.parametrize(("fused", "every"), [(False, 0), (True, 1)], ids=["plain", "fused loss, checkpointed"])
 @pytest.mark.parametrize("precision", _TOLERANCES)
-def test_a_hundred_steps_with_kernels_come_to_the_losses_without(precision: str, fused: bool, every: int) -> None:
+def test_a_hundred_steps_give_the_same_losses_with_and_without_kernels(precision: str, fused: bool, every: int) -> None:
     plain, again = (_train(kernels=False, precision=precision, fused=fused, every=every) for _ in range(2))
     ours, ours_again = (_train(kernels=True, precision=precision, fused=fused, every=every) for _ in range(2))
     assert plain.losses[-1] < plain.losses[0] - 0.5
@@ -136,7 +136,9 @@ def test_a_hundred_steps_with_kernels_come_to_the_losses_without(precision: str,
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
-def test_long_rows_and_documents_in_them_too_come_to_the_same_bits(precision: str, every: int, masks: bool) -> None:
+def test_training_on_long_rows_of_documents_is_deterministic_to_the_bit(
+    precision: str, every: int, masks: bool
+) -> None:
     def train(*, kernels: bool) -> Run:
         return _train(kernels=kernels, precision=precision, steps=20, length=700, every=every, masks=masks)
 
@@ -149,7 +151,7 @@ def test_long_rows_and_documents_in_them_too_come_to_the_same_bits(precision: st
 @pytest.mark.gpu
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
+def test_precompiling_with_no_op_programs_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch, precision: str, masks: bool
 ) -> None:
     plain = _train(kernels=True, precision=precision, steps=5, length=700, masks=masks)
@@ -176,7 +178,7 @@ def test_a_rehearsal_with_programs_that_do_nothing_changes_no_bit(
 
 
 @pytest.mark.gpu
-def test_the_first_run_on_this_device_proves_every_kernel_it_wants(
+def test_the_first_run_on_a_device_verifies_every_requested_kernel(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

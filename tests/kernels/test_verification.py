@@ -39,7 +39,7 @@ def _spoilt(spoil: Callable[[mx.array], mx.array]) -> Callable[..., Arrays]:
     return kernel
 
 
-def test_one_that_is_right_and_clearly_faster_serves() -> None:
+def test_a_correct_and_clearly_faster_kernel_passes() -> None:
     result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(1.0, 2.0))
     assert result.passed
     assert result.reason == ""
@@ -47,7 +47,7 @@ def test_one_that_is_right_and_clearly_faster_serves() -> None:
     assert result.mlx_seconds == pytest.approx(2.0)
 
 
-def test_what_is_over_soon_is_called_several_times() -> None:
+def test_short_calls_are_repeated_within_a_round() -> None:
     called: list[str] = []
 
     def kernel(*inputs: mx.array) -> Arrays:
@@ -59,7 +59,7 @@ def test_what_is_over_soon_is_called_several_times() -> None:
     assert len(called) == 2 + 5 * 6
 
 
-def test_what_is_over_before_the_next_call_gets_more_numbers() -> None:
+def test_very_short_calls_are_timed_on_larger_inputs() -> None:
     asked: list[int] = []
 
     def inputs(size: int) -> Arrays:
@@ -70,14 +70,14 @@ def test_what_is_over_before_the_next_call_gets_more_numbers() -> None:
     assert asked == [1 << 14, 1 << 10, 1 << 12]
 
 
-def test_where_there_is_no_question_one_round_is_enough() -> None:
+def test_one_round_is_enough_for_a_clear_difference() -> None:
     rounds = iter([1.0] * 4 + [1.0, 3.0])
     ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)
     result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
     assert (result.passed, result.seconds, result.mlx_seconds) == (True, 1.0, 3.0)
 
 
-def test_two_rounds_are_enough_where_both_say_the_same_clearly() -> None:
+def test_two_rounds_are_enough_if_both_agree_clearly() -> None:
     rounds = iter([1.0] * 4 + [1.0, 1.6, 1.1, 1.6])
     ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)
     result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=itertools.accumulate(ends).__next__)
@@ -85,7 +85,7 @@ def test_two_rounds_are_enough_where_both_say_the_same_clearly() -> None:
     assert [result.seconds, result.mlx_seconds] == pytest.approx([1.0, 1.6])
 
 
-def test_the_least_of_the_rounds_counts() -> None:
+def test_the_fastest_round_counts() -> None:
     rounds = [1.0] * 4 + [3.0, 2.0, 1.0, 2.0, 5.0, 2.0, 1.5, 2.0, 3.0, 4.0]  # compiling, counting, and five in turn
     clock = itertools.accumulate(itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)).__next__
     result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=clock)
@@ -93,7 +93,7 @@ def test_the_least_of_the_rounds_counts() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "serves"), [(0.85, True), (0.95, False), (1.0, False), (3.0, False)])
-def test_one_that_is_slow_or_hardly_faster_does_not_serve(seconds: float, serves: bool) -> None:
+def test_a_kernel_that_is_not_clearly_faster_fails(seconds: float, serves: bool) -> None:
     result = verify(_RIGHT._replace(kernel=_RIGHT.reference), clock=_takes(seconds, 1.0))
     assert result.passed == serves
     reason = f"it takes {seconds * 1e6:.0f} us, MLX's implementation 1000000 us"
@@ -117,14 +117,14 @@ def _one_more(x: mx.array) -> mx.array:
     ],
     ids=["scaled", "tiny rows", "zero rows", "large rows", "last column", "shape", "rounding"],
 )
-def test_one_that_is_wrong_somewhere_is_found_out(spoil: Callable[[mx.array], mx.array]) -> None:
+def test_a_kernel_with_a_single_wrong_value_fails(spoil: Callable[[mx.array], mx.array]) -> None:
     result = verify(_RIGHT._replace(kernel=_spoilt(spoil)), clock=_takes(1.0, 2.0))
     assert not result.passed
     assert result.reason.startswith("it deviates by ")
     assert result.seconds == 0, "what is wrong is not timed"
 
 
-def test_one_that_leaves_out_what_is_beyond_whole_eights_is_found_out() -> None:
+def test_a_kernel_that_skips_the_remainder_of_a_vector_fails() -> None:
     right = case_of("adamw/float32/float32")
 
     def kernel(*inputs: mx.array) -> Arrays:
@@ -135,7 +135,7 @@ def test_one_that_leaves_out_what_is_beyond_whole_eights_is_found_out() -> None:
     assert verify(right._replace(kernel=kernel)).reason.startswith("it deviates by ")
 
 
-def test_one_whose_two_runs_differ_is_found_out() -> None:
+def test_a_nondeterministic_kernel_fails() -> None:
     calls = itertools.count()
     kernel = _spoilt(lambda x: x * (1 + 1e-7 * next(calls)))
     assert verify(_RIGHT._replace(kernel=kernel)).reason == "it deviates by inf (at most 2e-05)"
@@ -148,14 +148,14 @@ def _fails(said: str) -> Callable[..., Arrays]:
     return kernel
 
 
-def test_one_that_does_not_compile_is_told_in_the_compilers_words() -> None:
+def test_a_kernel_that_does_not_compile_fails_with_the_compiler_message() -> None:
     broken = _RIGHT._replace(kernel=_fails("Failed to compile kernel:\n  error: identifier 'x' is undefined"))
     said = "it does not run: Failed to compile kernel: error: identifier 'x' is undefined"
     assert verify(broken).reason == said
     assert compile_only(broken) == verify(broken)
 
 
-def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
+def test_a_stopped_verification_has_no_result_but_compiles_everything() -> None:
     called: list[str] = []
 
     def seen(name: str) -> Callable[..., Arrays]:
@@ -172,12 +172,12 @@ def test_one_that_is_stopped_has_no_outcome_and_all_of_it_is_compiled() -> None:
     assert "kernel" in called
 
 
-def test_one_that_is_wrong_is_told_though_it_was_stopped() -> None:
+def test_a_wrong_kernel_is_reported_although_verification_was_stopped() -> None:
     result = verify(_RIGHT._replace(kernel=_spoilt(lambda x: x * 2)), is_stopped=lambda: True)
     assert result.reason.startswith("it deviates by ")
 
 
-def test_orders_are_names_and_then_to_stop() -> None:
+def test_requests_are_names_followed_by_stop() -> None:
     read, write = os.pipe()
     requests = Requests(read)
     os.write(write, b"a b/c/1")
@@ -189,7 +189,7 @@ def test_orders_are_names_and_then_to_stop() -> None:
 
 
 @pytest.mark.parametrize("told", [b"", b"a b\n", b"a b\nstop\n"])
-def test_it_ends_when_its_input_does(told: bytes) -> None:
+def test_the_verifier_ends_when_its_input_closes(told: bytes) -> None:
     read, write = os.pipe()
     ended = queue.SimpleQueue[int]()
     requests = Requests(read, ended.put)
@@ -201,18 +201,18 @@ def test_it_ends_when_its_input_does(told: bytes) -> None:
     os.close(read)
 
 
-def test_its_parts_are_timed_when_asked_for() -> None:
+def test_the_times_option_prints_the_time_of_each_part() -> None:
     command = [sys.executable, "-c", _STAND_INS, "--times", "good"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
     parts = [line.partition(" s  ")[2] for line in done.stderr.splitlines()]
     assert parts == ["waking the device", "good: check", "good: timing"]
 
 
-def test_what_compiles_has_no_outcome_yet() -> None:
+def test_compile_only_has_no_result_for_a_kernel_that_compiles() -> None:
     assert compile_only(_RIGHT._replace(kernel=_RIGHT.reference)) is None
 
 
-def test_what_timing_needs_is_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_only_compiles_what_timing_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verification, "_CHECKED", 1 << 12)
     monkeypatch.setattr(verification, "_TIMED", 1 << 14)
     seen = []
@@ -247,7 +247,9 @@ verification.main(sys.argv[1:])
 """
 
 
-def test_the_process_of_the_proof_tells_good_from_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verifier_process_distinguishes_good_and_bad_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     names = ["good", "slow", "uncompiled", "wrong"]
     command = [sys.executable, "-c", _STAND_INS, "-"]
@@ -261,7 +263,7 @@ def test_the_process_of_the_proof_tells_good_from_bad(tmp_path: Path, monkeypatc
     assert [name for name, result in found.items() if result.passed] == ["good"]
 
 
-def test_the_process_tells_of_kernels_that_the_device_does_not_run() -> None:
+def test_the_verifier_process_reports_kernels_that_the_device_cannot_run() -> None:
     name = "sum_of_squares/float32"
     program = "import mlx.core as mx; mx.set_default_device(mx.cpu); from mlxflow.kernels import verification; "
     program += f"verification.main(['--compile', '{name}'])"

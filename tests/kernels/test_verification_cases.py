@@ -62,7 +62,7 @@ def _tolerance(dtype: mx.Dtype) -> float:
 
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", [name for name in NAMES if "float32" in name])
-def test_the_reference_is_what_mlx_computes(name: str) -> None:
+def test_references_match_mlx(name: str) -> None:
     tried = case_of(name)
     inputs = tried.inputs(1 << 12)
     for ours, theirs in zip(tried.reference(*inputs), tried.mlx(*inputs), strict=True):
@@ -89,7 +89,7 @@ def _low(length: int, size: int) -> mx.array:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", NAMES)
-def test_the_kernel_is_what_the_reference_computes(name: str) -> None:
+def test_kernels_match_their_references(name: str) -> None:
     outcome = verify(case_of(name))
     assert 0 <= outcome.error <= case_of(name).tolerance, outcome
     mx.clear_cache()
@@ -123,7 +123,7 @@ def _functions(dtype: mx.Dtype, width: int) -> dict[str, tuple[Callable[..., mx.
 @pytest.mark.parametrize("way", ["plain", "compiled", "checkpointed", "compiled and checkpointed"])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("width", [72, 12])  # one that the kernels take and one that they may leave to the reference
-def test_gradients_are_the_references_compiled_and_checkpointed_too(width: int, dtype: mx.Dtype, way: str) -> None:
+def test_compiled_and_checkpointed_gradients_match_the_references(width: int, dtype: mx.Dtype, way: str) -> None:
     a, b, g = (_scaled((2, 6, width), seed, dtype) for seed in range(3))
     for name, (ours, plain) in _functions(dtype, width).items():
         inner = mx.checkpoint(ours) if "checkpointed" in way else ours
@@ -140,7 +140,7 @@ def test_gradients_are_the_references_compiled_and_checkpointed_too(width: int, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
-def test_views_that_begin_anywhere_and_transposed_arrays_are_taken(dtype: mx.Dtype) -> None:
+def test_offset_views_and_transposed_arrays_are_accepted(dtype: mx.Dtype) -> None:
     whole = _random((3 * 41 * 72 + 5,), 0, dtype)
     begin = whole[5:].reshape(3, 41, 72)
     for x in (begin, begin[:, 1:], begin[:, ::2], _random((72, 41), 1, dtype).T, begin[:, :, 1:65]):
@@ -155,7 +155,7 @@ def test_views_that_begin_anywhere_and_transposed_arrays_are_taken(dtype: mx.Dty
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("width", "turned"), [(16, 16), (64, 64), (80, 32), (96, 16), (256, 256)])
-def test_heads_of_any_width_are_turned_wholly_or_in_part(
+def test_rotary_accepts_heads_of_any_width_rotated_fully_or_partly(
     width: int, turned: int, interleaved: bool, dtype: mx.Dtype
 ) -> None:
     angles = mx.arange(7)[:, None] * mx.power(10.0, -mx.arange(turned // 2) / turned)
@@ -171,7 +171,7 @@ def test_heads_of_any_width_are_turned_wholly_or_in_part(
 @pytest.mark.parametrize("size", [8, 9, 15, 16, 4097, 100_003])
 @pytest.mark.parametrize("types", [(mx.float32, mx.float32), (mx.float32, mx.bfloat16), (mx.bfloat16, mx.bfloat16)])
 @pytest.mark.parametrize("keeps", [True, False])
-def test_the_update_takes_any_length_and_keeps_what_is_not_finite(
+def test_the_adamw_kernel_accepts_any_length_and_propagates_non_finite_values(
     size: int, types: tuple[mx.Dtype, mx.Dtype], keeps: bool
 ) -> None:
     weights, gradients = types
@@ -195,7 +195,7 @@ _ON_CUDA = pytest.mark.skipif(mx.metal.is_available(), reason="attention has no 
 @pytest.mark.parametrize(
     ("heads", "shared_by", "length"), [(1, 1, 1), (6, 3, 63), (4, 1, 64), (8, 4, 129), (9, 3, 700)]
 )
-def test_attention_of_any_length_and_its_gradients_are_the_references(
+def test_attention_and_gradients_of_any_length_match_the_reference(
     heads: int, shared_by: int, length: int, width: int, is_bounded: bool
 ) -> None:
     *primals, g = _heads(2, heads, shared_by, length, width, mx.bfloat16)
@@ -213,7 +213,7 @@ def test_attention_of_any_length_and_its_gradients_are_the_references(
 @pytest.mark.gpu
 @_ON_CUDA
 @pytest.mark.parametrize("way", ["compiled", "checkpointed", "begins anywhere", "rows of heads"])
-def test_attention_takes_arrays_as_they_come(way: str) -> None:
+def test_attention_accepts_any_memory_layout(way: str) -> None:
     *primals, g = _heads(2, 6, 3, 200, 64, mx.bfloat16)
     ours = attention.attention(0.1)
     wanted = mx.vjp(ours, primals, [g])

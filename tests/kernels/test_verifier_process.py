@@ -56,7 +56,7 @@ def test_compiled_kernels_are_verified_by_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_hasty")
-def test_what_was_timed_beside_compilations_is_timed_again(tmp_path: Path) -> None:
+def test_timings_taken_during_compilation_are_repeated(tmp_path: Path) -> None:
     slow = json.dumps({"name": "a", "passed": False, "reason": "slow", "error": 0, "seconds": 2, "mlx_seconds": 1})
     assert _outcomes(_cold(tmp_path, f"print({slow!r}); break"), "a", "b", compiler="pass") == {"a": True, "b": True}
 

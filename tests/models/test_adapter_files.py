@@ -44,7 +44,7 @@ def _edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> No
     path.write_text(json.dumps(config))
 
 
-def test_the_model_is_that_of_mlx_lm_without_dropout(folder: Path) -> None:
+def test_adapters_are_loaded_as_by_mlx_lm_without_dropout(folder: Path) -> None:
     from mlx_lm.utils import load_adapters, load_model
 
     model, _ = model_folder.load(folder)
@@ -55,7 +55,7 @@ def test_the_model_is_that_of_mlx_lm_without_dropout(folder: Path) -> None:
     assert not mx.allclose(model(TOKENS), load_model(folder)[0](TOKENS), atol=1e-2).item()
 
 
-def test_fused_it_computes_the_same(folder: Path) -> None:
+def test_a_fused_model_computes_the_same(folder: Path) -> None:
     model, config = model_folder.load(folder, lazy=True)
     expected = model(TOKENS)
     dense, _ = quantized_layers.made_dense(model, config)

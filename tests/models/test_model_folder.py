@@ -88,7 +88,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "a
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_fp8_weights_come_out_dense_and_the_config_says_so(tmp_path: Path, *, nested: bool) -> None:
+def test_fp8_weights_are_dequantized_and_the_config_follows(tmp_path: Path, *, nested: bool) -> None:
     config = config_of("deepseek_v3") | {"torch_dtype": "bfloat16"}
     weights = weights_of(config)
     told: dict[str, Any] = {"text_config": {"quantization_config": FP8}} if nested else {"quantization_config": FP8}

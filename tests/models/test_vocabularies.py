@@ -70,7 +70,7 @@ def _tokenizer(workflow: Workflow, task: str = "pretokenize") -> str:
         ('[pretokenize]\n[quantize]\nmodel = "base"\ndata = "pretokenize"', ""),
     ],
 )
-def test_the_tokenizer_follows_the_model_to_go_on_from(folder: Path, text: str, expected: str) -> None:
+def test_the_tokenizer_follows_the_base_model(folder: Path, text: str, expected: str) -> None:
     workflow = _load(folder, text)
     assert _tokenizer(workflow) == expected
     inputs: Any = workflow.find("pretokenize").inputs
@@ -79,7 +79,7 @@ def test_the_tokenizer_follows_the_model_to_go_on_from(folder: Path, text: str, 
     )
 
 
-def test_each_pretokenize_stage_follows_its_own_readers(folder: Path) -> None:
+def test_each_pretokenize_stage_follows_the_base_model_of_its_readers(folder: Path) -> None:
     stages = [
         f'[[pretokenize]]\nname = "{name}"\n[[train]]\nname = "{name}"\ninput = "pretokenize:{name}"\n'
         f'model.from = "{base}"\n'
@@ -163,7 +163,9 @@ def test_check_ends_with_the_line_and_exit_code_2(folder: Path) -> None:
         (lambda one: _definition([["a", 0.0], ["c", -1.0], ["b", -2.0]], **{"<end>": 3}), False),
     ],
 )
-def test_ids_mean_the_same(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], is_same: bool) -> None:
+def test_vocabularies_are_equal_if_they_give_equal_ids(
+    tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], is_same: bool
+) -> None:
     definition = _definition(WORDS, **{"<end>": 3})
     files = [tmp_path / name for name in ("one.json", "other.json")]
     for file, one in zip(files, (definition, change(definition)), strict=True):

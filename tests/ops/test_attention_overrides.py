@@ -40,7 +40,7 @@ def _ours(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
 
 @pytest.mark.parametrize("length", [1, 7, 16, 40])
 @pytest.mark.parametrize(("heads", "grouped"), [(2, 2), (6, 2), (3, 1)])
-def test_result_and_gradients_are_those_of_mlx(
+def test_causal_attention_and_gradients_match_mlx(
     heads: int, grouped: int, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
@@ -56,7 +56,7 @@ def test_result_and_gradients_are_those_of_mlx(
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=0, atol=2e-5 * float(_largest(expected)))
 
 
-def test_no_later_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_ignores_later_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
     queries, keys, values, _ = _inputs(2, 2, 40)
     before = _ours(queries, keys, values)
@@ -66,7 +66,7 @@ def test_no_later_token_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not mx.allclose(before[:, :, 21:], after[:, :, 21:])
 
 
-def test_a_score_that_is_no_number_shows() -> None:
+def test_nan_scores_reach_the_result() -> None:
     queries, keys, values, _ = _inputs(2, 2, 20)
     queries[0, 0, 5, 0] = float("nan")
     assert mx.isnan(_ours(queries, keys, values)[0, 0, 5]).all()
@@ -74,7 +74,7 @@ def test_a_score_that_is_no_number_shows() -> None:
     assert not mx.isfinite(_ours(queries, keys, values)[0, 1, 3:]).all()
 
 
-def test_mlx_serves_what_is_not_causal_or_not_in_fp32() -> None:
+def test_calls_that_are_not_causal_or_not_fp32_use_mlx() -> None:
     *inputs, _ = _inputs(2, 2, 12)
     half = [part.astype(mx.bfloat16) for part in inputs]
     mask = mx.random.bernoulli(0.7, (12, 12), key=mx.random.key(0)) | mx.eye(12, dtype=mx.bool_)
@@ -92,7 +92,7 @@ def test_mlx_serves_what_is_not_causal_or_not_in_fp32() -> None:
     assert all(mx.array_equal(one, other) for one, other in zip(within, results(), strict=True))
 
 
-def test_a_step_by_blocks_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_with_blockwise_attention_matches_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_overrides, "_BLOCK", 16)
     tokens = mx.random.randint(0, 50, (3, 41), key=mx.random.key(0))
     marks = mx.full((3, 41), 3, mx.uint8)
@@ -142,7 +142,7 @@ def test_queries_that_are_the_last_of_more_keys_see_those_before_them() -> None:
     assert mx.allclose(last, _theirs(queries, keys, values)[:, :, 6:], atol=1e-5)
 
 
-def test_in_a_fixed_order_a_kernel_serves_what_is_causal_and_of_16_bits() -> None:
+def test_deterministic_attention_uses_the_kernel_for_causal_16_bit_calls() -> None:
     asked = []
 
     def kernel(
@@ -166,7 +166,7 @@ def test_in_a_fixed_order_a_kernel_serves_what_is_causal_and_of_16_bits() -> Non
     assert mx.array_equal(full, _theirs(*_inputs(6, 2, 9)[:3])), "MLX's own adds up in one order there"
 
 
-def test_what_attention_is_of_is_found_without_computing() -> None:
+def test_first_causal_heads_reads_the_head_size_without_computing() -> None:
     model, other = llama(hidden_size=48, num_heads=3, num_kv_heads=1)[0], nn.Linear(8, 3)
     random: Any = mx.random
     plain, state = mx.fast.scaled_dot_product_attention, mx.array(random.state[0])
@@ -183,7 +183,7 @@ def test_what_attention_is_of_is_found_without_computing() -> None:
 @pytest.mark.parametrize(
     ("on_metal", "is_deterministic", "expected"), [(False, True, True), (False, False, False), (True, True, False)]
 )
-def test_on_cuda_attention_is_in_a_fixed_order_unless_it_need_not_be(
+def test_attention_is_deterministic_on_cuda_unless_switched_off(
     on_metal: bool, is_deterministic: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))

@@ -64,7 +64,7 @@ def _packed() -> tuple[mx.array, mx.array]:
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_packed_documents_get_the_logits_of_each_alone(name: str) -> None:
+def test_packed_documents_have_the_logits_of_separate_documents(name: str) -> None:
     model = _model(name, **ROTARY[name])
     tokens, marks = _packed()
     packed = apply(model, tokens, marks)
@@ -79,7 +79,7 @@ def test_packed_documents_get_the_logits_of_each_alone(name: str) -> None:
 
 @pytest.mark.parametrize("num_rows", [2, 3])  # as many as there are heads of keys, and another number
 @pytest.mark.parametrize("name", ROTARY)
-def test_each_row_has_the_mask_of_its_own_documents(name: str, num_rows: int) -> None:
+def test_each_row_is_masked_by_its_own_documents(name: str, num_rows: int) -> None:
     model = _model(name, **ROTARY[name])
     tokens = mx.array(np.random.default_rng(0).integers(0, 97, (num_rows, 12)))
     ends = (4, 9, 6)[:num_rows]
@@ -92,7 +92,7 @@ def test_each_row_has_the_mask_of_its_own_documents(name: str, num_rows: int) ->
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_so_do_the_gradients(name: str) -> None:
+def test_packed_documents_have_the_gradients_of_separate_documents(name: str) -> None:
     model = _model(name, **ROTARY[name])
     tokens, marks = _packed()
     starts = np.cumsum((0, *PIECES[:-1]))
@@ -140,7 +140,7 @@ def _asked() -> Asked:
 @pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("is_packed", [True, False])
 @pytest.mark.parametrize("name", sorted(ROTARY.keys() - {"gemma2"}))
-def test_a_kernel_is_told_where_the_keys_begin(name: str, is_packed: bool, every: int) -> None:
+def test_the_attention_kernel_gets_the_first_key_of_each_query(name: str, is_packed: bool, every: int) -> None:
     model = _model(name, **ROTARY[name])
     model.set_dtype(mx.bfloat16)
     tokens, marks = _packed()
@@ -166,7 +166,7 @@ def test_a_kernel_is_told_where_the_keys_begin(name: str, is_packed: bool, every
         assert float(mx.abs(gradient - expected[key]).max()) < 0.1 * scale, key
 
 
-def test_masks_that_are_not_handed_on_as_they_were_made_are_not_known() -> None:
+def test_a_modified_mask_has_no_known_bounds() -> None:
     model = _model("gemma2", **ROTARY["gemma2"])  # has an attention of its own
     asked = _asked()
     tokens, marks = _packed()
@@ -185,20 +185,20 @@ def test_masks_that_are_not_handed_on_as_they_were_made_are_not_known() -> None:
     assert bounds.of(_PackedRows(marks).make_mask(tokens.shape[1])) is None, "the block has ended"
 
 
-def test_an_architecture_that_counts_positions_through_the_row_is_found_out() -> None:
+def test_an_architecture_with_absolute_positions_cannot_mask_documents() -> None:
     gpt2 = _model("gpt2", n_ctx=64, n_embd=32, n_head=4, n_layer=2, n_positions=64, layer_norm_epsilon=1e-5)
     assert not can_mask_documents(gpt2, 97)
     assert has_row_state(gpt2)
 
 
-def test_layers_that_carry_a_state_through_the_row_are_found_out() -> None:
+def test_recurrent_layers_cannot_mask_documents() -> None:
     shape = {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
     mamba = _model("mamba", **shape)
     assert not can_mask_documents(mamba, 97)
     assert has_row_state(mamba)
 
 
-def test_a_model_that_takes_no_cache_is_found_out() -> None:
+def test_a_model_without_a_cache_argument_cannot_mask_documents() -> None:
     class Plain(nn.Module):  # type: ignore[misc]
         def __call__(self, ids: mx.array) -> mx.array:
             return mx.zeros((*ids.shape, 97))

@@ -9,7 +9,7 @@ def _modes(model: nn.Module) -> list[bool]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_every_layer_gets_its_own_mode_back(fails: bool) -> None:
+def test_every_submodule_gets_its_own_mode_back(fails: bool) -> None:
     model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)))
     model.layers[1].layers[0].eval()
     before = _modes(model)

@@ -6,18 +6,18 @@ import numpy as np
 from mlxflow.ops.fast_exp import LOG2_E, exp2, exp2_below
 
 
-def test_powers_of_two_are_right_to_the_last_bits() -> None:
+def test_exp2_is_accurate_to_the_last_bits() -> None:
     x = np.concatenate([np.linspace(-126, 127.99, 200_001), np.arange(-126, 128)]).astype(np.float32)
     for function in (exp2, mx.compile(exp2)):
         found = np.array(function(mx.array(x))).astype(np.float64)
         np.testing.assert_allclose(found, np.exp2(x.astype(np.float64)), rtol=1.8e-7)
 
 
-def test_at_the_ends_it_is_infinite_and_the_least_normal_number() -> None:
+def test_exp2_of_extreme_inputs_is_infinity_or_the_smallest_normal_number() -> None:
     assert exp2(mx.array([-np.inf, -1e30, 128.0, np.inf])).tolist() == [2.0**-126, 2.0**-126, np.inf, np.inf]
 
 
-def test_below_the_largest_of_a_row() -> None:
+def test_exp2_below_matches_the_exact_exponential_of_a_row_less_its_maximum() -> None:
     x = mx.random.normal((64, 300), key=mx.random.key(0)) * 3
     largest = x.max(axis=-1, keepdims=True)
     exact = np.exp(np.array(x).astype(np.float64) - np.array(largest))
@@ -27,6 +27,6 @@ def test_below_the_largest_of_a_row() -> None:
         assert (found[np.array(x == largest)] == 1).all()
 
 
-def test_what_is_far_below_is_no_denormal() -> None:
+def test_exp2_below_returns_no_denormals() -> None:
     far = exp2_below(mx.array([0.0, -1e4, -np.inf]), mx.array([0.0]), 1.0)
     assert far.tolist() == [1.0, 2.0**-64, 2.0**-64]

@@ -46,7 +46,7 @@ def test_each_row_is_multiplied_by_the_matrix_of_its_expert(dtype: mx.Dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_gradients_are_those_of_the_products(dtype: mx.Dtype) -> None:
+def test_gather_matmul_gradients_match_separate_products(dtype: mx.Dtype) -> None:
     x, weight = _arrays(dtype)
     incoming = mx.random.normal((6, 2, 1, 8), key=mx.random.key(3)).astype(dtype)
 
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_products(dtype: mx.Dtype) -> None:
         assert (np.abs(made - wanted) <= 12 * ROUNDING[dtype] * most).all()  # at most 12 roundings on the way
 
 
-def test_a_layer_of_experts_with_an_adapter_computes_in_bf16_what_it_does_in_fp32() -> None:
+def test_an_expert_layer_with_an_adapter_gives_the_same_result_in_bf16_and_fp32() -> None:
     layer = SwitchGLU(32, 16, 4)
     layer.up_proj = LoRASwitchLinear.from_base(layer.up_proj, r=4, scale=2.0)
     layer.up_proj.lora_b = mx.random.normal(layer.up_proj.lora_b.shape, key=mx.random.key(5))

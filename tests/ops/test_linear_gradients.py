@@ -15,7 +15,7 @@ def _loss(model: nn.Module) -> mx.array:
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"attention_bias": True}])
-def test_gradients_are_those_of_mlx_and_layers_compute_as_before_afterwards(changes: dict[str, bool]) -> None:
+def test_linear_gradients_match_mlx_and_layers_are_restored(changes: dict[str, bool]) -> None:
     model = model_folder.build(llama()[1] | changes, seed=0)
     methods = nn.Linear.__call__, nn.Embedding.__call__, nn.Embedding.as_linear
     wanted = dict(tree_flatten(nn.value_and_grad(model, _loss)(model)[1]))
@@ -31,7 +31,7 @@ def test_gradients_are_those_of_mlx_and_layers_compute_as_before_afterwards(chan
 
 
 @pytest.mark.parametrize("every", [0, 1])
-def test_gradients_of_siblings_side_by_side_are_those_of_mlx(every: int) -> None:
+def test_gradients_of_concatenated_sibling_layers_match_mlx(every: int) -> None:
     model = model_folder.build(llama()[1] | {"intermediate_size": 48}, seed=0)
     model.train()
     attention = model.model.layers[0].self_attn
@@ -59,7 +59,7 @@ class _Layers(nn.Module):  # type: ignore[misc]
         return twice
 
 
-def test_siblings_are_plain_layers_called_once_and_one_after_another() -> None:
+def test_siblings_are_plain_layers_called_once_in_sequence() -> None:
     model = _Layers()
     model.layers[2].eval()
     mx.random.seed(3)
@@ -78,7 +78,7 @@ def test_siblings_are_plain_layers_called_once_and_one_after_another() -> None:
     ]
 
 
-def test_a_sibling_that_is_given_another_array_computes_with_that() -> None:
+def test_a_sibling_called_with_another_input_uses_that_input() -> None:
     one, two = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
     x, y = mx.ones((2, 8)), mx.full((2, 8), 2.0)
     wanted = two(y)
@@ -88,7 +88,7 @@ def test_a_sibling_that_is_given_another_array_computes_with_that() -> None:
         assert mx.array_equal(two(x), wanted / 2)
 
 
-def test_a_layer_of_another_type_than_its_input_computes_as_mlx_has_it() -> None:
+def test_a_layer_whose_dtype_differs_from_its_input_computes_as_in_mlx() -> None:
     layer, x = nn.Linear(8, 4), mx.ones((2, 8), mx.bfloat16)
     plain = layer(x)
     with replaced_products():

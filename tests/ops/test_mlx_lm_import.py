@@ -24,7 +24,7 @@ def _run(program: str) -> str:
         (1024, 8192, "mlx_lm_import.mlx_lm_utils()"),
     ],
 )
-def test_open_files_are_limited_as_the_system_does_whatever_mlx_lm_wants(soft: int, hard: int, module: str) -> None:
+def test_importing_mlx_lm_leaves_the_open_files_limit_alone(soft: int, hard: int, module: str) -> None:
     told = _run(f"""
 import resource
 from mlxflow.ops import mlx_lm_import
@@ -59,7 +59,7 @@ print({LOADED})
     assert told == "[]"
 
 
-def test_the_whole_of_mlx_lm_is_there_when_it_is_asked_for() -> None:
+def test_the_rest_of_mlx_lm_can_be_imported_later() -> None:
     told = _run("""
 import sys
 from mlxflow.ops import mlx_lm_import

@@ -210,7 +210,7 @@ def _temporary() -> list[Replacement]:
 
 
 @pytest.mark.parametrize(("by", "enter", "targets"), BLOCKS)
-def test_a_block_lists_what_it_replaces_and_undoes_it(
+def test_a_context_lists_its_replacements_and_undoes_them(
     by: str, enter: Callable[[nn.Module], Block], targets: set[str]
 ) -> None:
     model = _model()
@@ -226,7 +226,7 @@ def test_a_block_lists_what_it_replaces_and_undoes_it(
 
 
 @pytest.mark.parametrize(("by", "enter", "targets"), BLOCKS)
-def test_a_block_that_raises_undoes_what_it_replaced(
+def test_a_context_that_raises_undoes_its_replacements(
     by: str, enter: Callable[[nn.Module], Block], targets: set[str]
 ) -> None:
     model = _model()
@@ -253,7 +253,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Replacement]:
 
 
 @pytest.mark.parametrize(("by", "call", "targets"), CALLS)
-def test_a_call_undoes_what_it_replaces(
+def test_a_decorated_call_undoes_its_replacements(
     by: str, call: Callable[[nn.Module], Any], targets: set[str], made: list[Replacement]
 ) -> None:
     model = _model()
@@ -264,7 +264,7 @@ def test_a_call_undoes_what_it_replaces(
     assert not _temporary()
 
 
-def test_all_blocks_nested_are_undone_in_reverse() -> None:
+def test_nested_contexts_are_undone_in_reverse_order() -> None:
     model = _model()
     before = _state(model)
     blocks = [recomputed(model, every=1), _kernels(model), fake_quantized(model, _plan(model)), replaced_swiglu()]
@@ -279,7 +279,7 @@ def test_all_blocks_nested_are_undone_in_reverse() -> None:
     assert not _temporary()
 
 
-def test_an_interrupt_between_two_replacements_of_a_block_undoes_the_first() -> None:
+def test_an_interrupt_between_two_replacements_undoes_the_first() -> None:
     owner = types.SimpleNamespace(__name__="owner", a=1)
     with pytest.raises(TypeError), patching.attributes((owner, "a", 2), (owner, 3, 4), by="test"):  # type: ignore[arg-type]
         pass
@@ -288,7 +288,7 @@ def test_an_interrupt_between_two_replacements_of_a_block_undoes_the_first() -> 
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_blocks_that_end_out_of_order_leave_the_original(first: int) -> None:
+def test_contexts_that_end_out_of_order_restore_the_original(first: int) -> None:
     owner = types.SimpleNamespace(__name__="owner", a=1)
     blocks = [patching.attributes((owner, "a", value), by="test") for value in (2, 3)]
     for block in blocks:

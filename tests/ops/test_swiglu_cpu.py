@@ -11,7 +11,7 @@ from mlxflow.ops.swiglu_cpu import replaced_swiglu, swiglu
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="serves on the CPU only")
 
 
-def test_result_and_gradients_are_those_of_mlx_lm() -> None:
+def test_swiglu_and_gradients_match_mlx_lm() -> None:
     gate, x, incoming = (mx.random.normal((5, 33), key=key) * 4 for key in mx.random.split(mx.random.key(0), 3))
     gate[0, :4] = mx.array([-1e4, 1e4, 0.0, -95.0])
 
@@ -24,7 +24,7 @@ def test_result_and_gradients_are_those_of_mlx_lm() -> None:
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=2e-6, atol=1e-6)
 
 
-def test_models_get_it_until_the_block_ends() -> None:
+def test_models_use_the_cpu_swiglu_until_the_context_ends() -> None:
     gate, x = mx.random.normal((2, 8, 16), key=mx.random.key(1))
     with replaced_swiglu():
         assert llama.swiglu is qwen3.swiglu is not theirs

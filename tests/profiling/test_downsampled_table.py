@@ -12,7 +12,7 @@ def test_a_full_table_halves_its_rows_and_keeps_the_maximum() -> None:
     assert np.all(np.diff(columns.column("step")) == np.diff(columns.column("step"))[0])
 
 
-def test_arrays_are_whole_numbers_but_for_the_fractions() -> None:
+def test_columns_are_integers_except_the_fractions() -> None:
     columns = Columns(("step", "seconds"), capacity=4, most=())
     columns.append((3, 0.25))
     arrays = columns.arrays(fractions=("seconds",))

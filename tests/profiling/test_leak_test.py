@@ -18,16 +18,16 @@ def _test(values: Any, *, floor: float = 0.0, share: float = 0.0, limit: int | N
     return find_leak(values, floor_bytes_per_step=floor, floor_share=share, limit_bytes=limit)
 
 
-def test_series_without_a_leak_raise_hardly_any_alarm() -> None:
+def test_series_without_a_leak_rarely_raise_an_alarm() -> None:
     assert np.mean(rates(ours, 0.0, 25, 5000)) <= 0.015  # 200 series; one percent is shown by the benchmark
 
 
-def test_leaks_as_tall_as_the_noise_are_found() -> None:
+def test_leaks_of_the_size_of_the_noise_are_found() -> None:
     assert np.mean(rates(ours, 0.1, 8, 5000)) >= 0.75
     assert np.mean(rates(ours, 0.2, 8, 5000)) >= 0.9
 
 
-def test_a_leaks_rate_and_end_are_told() -> None:
+def test_a_leak_is_reported_with_its_rate_and_end() -> None:
     found = _test(simulate(SHAPES[0], 0, 0.2), floor=4096, share=0.01, limit=2_000_000_000)
     assert found.verdict == "leak"
     assert found.bytes_per_step == pytest.approx(0.2 * 1e9 / 400, rel=0.1)
@@ -35,7 +35,7 @@ def test_a_leaks_rate_and_end_are_told() -> None:
 
 
 @pytest.mark.parametrize("base", [0, 10**6, 10**10])
-def test_a_small_leak_is_found_where_there_is_no_noise_whatever_the_base(base: int) -> None:
+def test_a_small_leak_is_found_without_noise_at_any_base_level(base: int) -> None:
     found = _test(base + 256.0 * np.arange(300), floor=64)
     assert found.verdict == "leak"
     assert found.bytes_per_step == pytest.approx(256, rel=0.01)

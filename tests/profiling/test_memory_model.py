@@ -7,7 +7,7 @@ from mlxflow.profiling.step_memory import Peaks, ProfiledModel
 from tests.profiling.test_step_memory import SETTINGS
 
 
-def test_a_fitted_law_predicts_peaks_within_a_tenth(job: ProfiledModel) -> None:
+def test_a_fitted_memory_model_predicts_peaks_within_10_percent(job: ProfiledModel) -> None:
     chunk = held_chunk(job, SETTINGS)
     *points, judge = measure_points(job, SETTINGS, shapes_to_measure(16, 32, chunk=chunk))
     law = fit_law(points, chunk=chunk)
@@ -26,7 +26,7 @@ def _points(peak: Callable[[int, int], float], shapes: list[tuple[int, int]], up
 SHAPES = [(1, 8), (2, 8), (4, 16), (2, 32), (8, 16)]
 
 
-def test_fit_law_finds_the_coefficients_of_exact_points() -> None:
+def test_fit_law_recovers_the_coefficients_of_exact_points() -> None:
     law = fit_law(_points(lambda b, n: 5e6 + 300 * b * n + 7 * b * n * n, SHAPES), chunk=0)
     assert law.weights == pytest.approx((5e6, 300, 7), rel=1e-6)
     assert law.peak_bytes(16, 64) == pytest.approx(5e6 + 300 * 1024 + 7 * 1024 * 64, rel=1e-6)

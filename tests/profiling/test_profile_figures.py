@@ -20,7 +20,7 @@ def test_growth_is_in_bytes_per_step() -> None:
     assert profile_figures.trend(_timeline(1, 512)).rss_bytes_per_step == 0.0
 
 
-def test_few_steps_have_no_verdict_on_the_process() -> None:
+def test_few_steps_give_no_leak_verdict_for_the_process() -> None:
     found = profile_figures.leak(_timeline(39, 10**5), memory_limit_bytes=10**12)
     assert found.verdict == "leak"
     assert found.bytes_per_step == pytest.approx(10**5, rel=0.1)
@@ -33,7 +33,7 @@ def test_a_process_that_grows_leaks() -> None:
     assert found.process.steps_until_limit is not None
 
 
-def test_the_step_is_the_median_of_its_passes() -> None:
+def test_the_step_time_is_the_median_of_its_passes() -> None:
     passes: Any = [SimpleNamespace(name=name, seconds=value) for name, value in (("training_step", 1.0), ("x", 9.0))]
     passes += [SimpleNamespace(name="training_step", seconds=value) for value in (2.0, 30.0)]
     assert profile_figures.median_step_seconds(passes) == 2.0

@@ -14,7 +14,7 @@ from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
 HUNDRED_MB = 25_000_000  # numbers in fp32
 
 
-def test_what_is_allocated_is_read_to_the_byte_and_what_is_freed_is_gone() -> None:
+def test_active_memory_is_exact_to_the_byte_after_allocating_and_freeing() -> None:
     profiler = MemoryProfiler()
     before = profiler.read()
     array = mx.zeros((HUNDRED_MB,))
@@ -42,7 +42,7 @@ def test_a_peak_between_two_readings_is_not_lost() -> None:
     assert calm.end.peak_memory_bytes < calm.begin.active_memory_bytes + 1e6
 
 
-def test_the_peak_is_never_less_than_what_is_alive() -> None:
+def test_the_peak_is_at_least_the_active_memory() -> None:
     array = mx.zeros((HUNDRED_MB,))
     mx.eval(array)
     mx.reset_peak_memory()
@@ -50,7 +50,7 @@ def test_the_peak_is_never_less_than_what_is_alive() -> None:
     assert reading.peak_memory_bytes >= reading.active_memory_bytes >= array.nbytes
 
 
-def test_without_a_phase_the_counter_and_the_profiler_agree() -> None:
+def test_without_a_phase_the_profiler_agrees_with_mlx_s_counter() -> None:
     mx.reset_peak_memory()
     profiler = MemoryProfiler()
     array = mx.zeros((HUNDRED_MB,))
@@ -58,7 +58,7 @@ def test_without_a_phase_the_counter_and_the_profiler_agree() -> None:
     assert profiler.peak_memory_bytes == mx.get_peak_memory()
 
 
-def test_what_a_phase_leaves_behind_is_its_growth() -> None:
+def test_the_growth_of_a_phase_is_the_memory_it_does_not_free() -> None:
     profiler = MemoryProfiler()
     with profile_memory(profiler, "keep"):
         kept = mx.zeros((1_000_000,))
@@ -66,7 +66,7 @@ def test_what_a_phase_leaves_behind_is_its_growth() -> None:
     assert profiler.phases[0].growth_bytes == pytest.approx(kept.nbytes, rel=0.01)
 
 
-def test_a_phase_that_fails_is_recorded_and_the_error_goes_on() -> None:
+def test_a_failed_phase_is_recorded_and_its_error_propagates() -> None:
     profiler = MemoryProfiler()
     with pytest.raises(ZeroDivisionError), profile_memory(profiler, "failing"):
         _ = 1 / 0
@@ -90,7 +90,7 @@ def test_the_public_names_are_the_profiler_and_importing_the_package_loads_no_ml
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_a_phase_within_another_takes_no_peak_from_it() -> None:
+def test_a_nested_phase_leaves_the_peak_of_the_outer_phase_intact() -> None:
     profiler = MemoryProfiler()
     base = mx.get_active_memory()
     with profile_memory(profiler, "outer"):
@@ -117,7 +117,7 @@ def test_a_decorated_function_is_a_phase_at_each_call() -> None:
     assert [phase.name for phase in profiler.phases] == ["work/work/work", "work/work", "work"]
 
 
-def test_a_phase_of_another_thread_is_none_of_this_ones() -> None:
+def test_phases_of_threads_are_separate() -> None:
     profiler = MemoryProfiler()
 
     def work() -> None:
@@ -131,7 +131,7 @@ def test_a_phase_of_another_thread_is_none_of_this_ones() -> None:
     assert set(profiler.totals) == {"here", "there"}
 
 
-def test_each_step_has_its_own_peak_and_the_highest_is_named_with_its_phase() -> None:
+def test_each_step_has_its_own_peak_and_the_report_names_the_highest_with_its_phase() -> None:
     profiler = MemoryProfiler()
     base = mx.get_active_memory()
     profiler.begin_steps()
@@ -160,7 +160,7 @@ def test_a_thread_samples_while_the_program_works() -> None:
     assert not any(thread.name == "memory-sampler" for thread in threading.enumerate())
 
 
-def test_all_four_sides_are_told() -> None:
+def test_all_four_kinds_of_memory_are_reported() -> None:
     reading = MemoryProfiler().read()
     assert reading.rss_bytes > 1e7
     assert reading.available_bytes > 1e7
@@ -168,7 +168,7 @@ def test_all_four_sides_are_told() -> None:
     assert 0 <= reading.pressure <= 100
 
 
-def test_a_journal_holds_what_was_seen_as_soon_as_it_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readings_are_written_to_the_journal_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxflow.profiling.timeline_journal._WAIT_SECONDS", 0.0)
     path = tmp_path / "journal.jsonl"
     profiler = MemoryProfiler(samples_per_second=500, journal=path)
@@ -207,7 +207,7 @@ def test_a_timeline_has_the_first_and_the_latest_phases(monkeypatch: pytest.Monk
     assert np.all(timeline["phase_begin_seconds"] <= timeline["phase_end_seconds"])
 
 
-def test_the_limits_are_those_that_were_set_and_stay_so() -> None:
+def test_memory_limits_that_are_set_stay_in_force() -> None:
     memory, cache = mx.set_memory_limit(123 << 20), mx.set_cache_limit(45 << 20)
     profiler = MemoryProfiler()
     try:

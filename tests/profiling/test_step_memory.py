@@ -15,7 +15,7 @@ from mlxflow.training.settings import TrainingSettings
 SETTINGS = TrainingSettings(batch_size=32, optimizer_options={}, workers=2)
 
 
-def test_the_peak_of_real_steps_is_taken_apart_whole(job: ProfiledModel) -> None:
+def test_the_breakdown_of_a_real_steps_peak_adds_up(job: ProfiledModel) -> None:
     before = mx.get_active_memory()
     measured = take_steps(job, blank_rows(32, 32), SETTINGS, profiler := MemoryProfiler(), num_steps=2)
     parts = measured.composition
@@ -34,7 +34,7 @@ def test_the_peak_of_real_steps_is_taken_apart_whole(job: ProfiledModel) -> None
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_leave_nothing_behind(job: ProfiledModel, *, fused: bool) -> None:
+def test_measured_steps_leave_no_memory_allocated(job: ProfiledModel, *, fused: bool) -> None:
     # a buffer from MLX's cache counts by its own size, not by what was asked for: without one, active memory is exact
     before = mx.set_cache_limit(0)
     try:
@@ -48,7 +48,7 @@ def test_steps_leave_nothing_behind(job: ProfiledModel, *, fused: bool) -> None:
 ARRAYS = ("weights", "optimizer", "data", "logits", "gradients", "activations", "update")
 
 
-def test_a_trial_beside_which_memory_is_given_back_is_taken_again(job: ProfiledModel) -> None:
+def test_a_measurement_disturbed_by_freed_memory_is_repeated(job: ProfiledModel) -> None:
     alone = trial(job, SETTINGS).whole
     held = [mx.ones((1 << 20,))]
     mx.eval(held)

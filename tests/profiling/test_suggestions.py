@@ -85,7 +85,7 @@ def test_suggested_packing_saves_what_was_predicted(job: ProfiledModel, tmp_path
     assert one.saves_bytes == pytest.approx(now.whole - peaks(packed).whole, rel=0.15)
 
 
-def test_packing_is_suggested_for_an_odd_number_of_rows_too() -> None:
+def test_packing_is_suggested_for_an_odd_number_of_rows() -> None:
     def predicts(job: ProfiledModel, settings: TrainingSettings) -> Peaks:
         return Peaks(100.0 * settings.batch_size, 50.0)
 
@@ -107,7 +107,7 @@ def _in_force(settings: TrainingSettings, packing: str, batch_size: int) -> dict
     }
 
 
-def test_no_setting_is_suggested_that_is_already_used() -> None:
+def test_settings_already_in_use_are_not_suggested() -> None:
     job = ProfiledModel(Path(), "", 1, 1, 0)
     choices = itertools.product(
         (1, 7, 8, 32), (1, 2), ("fp32", "bf16"), (0, 1, 2), (False, True), ("none", "concat", "best-fit"), (1, 4, 64)

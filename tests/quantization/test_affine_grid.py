@@ -21,20 +21,20 @@ def test_no_group_loses_more_than_on_the_grid_of_mlx(setting: Setting, dtype: mx
 
 
 @pytest.mark.parametrize(("bits", "gone"), [(2, 0.33), (3, 0.25), (4, 0.19)])
-def test_of_few_bits_much_of_the_error_is_gone(bits: int, gone: float) -> None:
+def test_the_fitted_grid_removes_much_of_the_error_at_few_bits(bits: int, gone: float) -> None:
     weight, setting = mx.random.normal((64, 256), key=mx.random.key(2)), Setting("affine", bits, 64)
     ours = errors(weight, round_on(weight, setting, best_grid(weight, setting)), setting).sum()
     assert float(ours / errors(weight, round_trip(weight, setting), setting).sum()) < 1 - gone
 
 
-def test_weights_on_a_grid_that_has_no_zero_come_back() -> None:
+def test_weights_on_a_grid_without_zero_are_reproduced() -> None:
     codes = mx.random.randint(0, 8, (16, 128), key=mx.random.key(3)).astype(mx.float32)
     weight, setting = 0.25 * codes - 0.875, Setting("affine", 3, 64)
     assert not mx.allclose(round_trip(weight, setting), weight, atol=1e-2)
     assert mx.allclose(round_on(weight, setting, best_grid(weight, setting)), weight, atol=1e-5)
 
 
-def test_a_group_of_one_number_comes_back() -> None:
+def test_a_constant_group_is_reproduced() -> None:
     weight, setting = mx.full((2, 64), 0.3), Setting("affine", 2, 64)
     assert mx.array_equal(round_on(weight, setting, best_grid(weight, setting)), weight)
     assert not round_on(mx.zeros((2, 64)), setting, best_grid(mx.zeros((2, 64)), setting)).any()
@@ -43,7 +43,7 @@ def test_a_group_of_one_number_comes_back() -> None:
 @pytest.mark.parametrize("mode", ["affine", "symmetric"])
 @pytest.mark.parametrize("bits", BITS["affine"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_what_is_rounded_is_bit_for_bit_what_is_packed(mode: str, bits: int, dtype: mx.Dtype) -> None:
+def test_rounding_matches_packing_bit_for_bit(mode: str, bits: int, dtype: mx.Dtype) -> None:
     weight, setting = awkward().astype(dtype), Setting(mode, bits, 64)
     grid = (best_grid if mode == "affine" else symmetric_grid)(weight, setting)
     moved = weight + 0.05 * mx.random.normal(weight.shape, key=mx.random.key(4)).astype(dtype)
@@ -54,7 +54,7 @@ def test_what_is_rounded_is_bit_for_bit_what_is_packed(mode: str, bits: int, dty
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.5])
-def test_a_gradient_goes_where_weights_are_no_further_than_half_a_step_from_the_grid(scale: float) -> None:
+def test_gradients_pass_only_weights_within_half_a_step_of_the_grid(scale: float) -> None:
     bias = -3 * scale / 2  # points at -1.5, -0.5, 0.5 and 1.5 steps
     grid = mx.array([scale, bias]).reshape(2, 1, 1)
     weight = mx.zeros((1, 32))

@@ -32,7 +32,7 @@ def _llama() -> tuple[nn.Module, dict[str, Any]]:
         (4, 16, "nvfp4"),
     ],
 )
-def test_every_setting_gives_the_tensors_and_the_config_of_mlx_lm(bits: int, group_size: int, mode: str) -> None:
+def test_every_setting_matches_the_tensors_and_config_of_mlx_lm(bits: int, group_size: int, mode: str) -> None:
     (ours, _), (theirs, their_config) = _llama(), _llama()
     plan = resolve(ours, default=Setting(mode, bits, group_size), rules=(), key="quantize")
     apply_plan(ours, plan.layers)
@@ -113,7 +113,7 @@ _MODES = "affine, symmetric, mxfp4, mxfp8, nvfp4"
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_told(arguments: dict[str, Any], message: str) -> None:
+def test_contradicting_arguments_are_an_error(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CallError) as caught:
         quantize_model_for_inference(nn.Sequential(nn.Linear(64, 8)), **arguments)
     assert str(caught.value) == message

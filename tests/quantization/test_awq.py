@@ -37,7 +37,7 @@ def _model(architecture: str) -> nn.Module:
         ("cohere", Setting("affine", 3, 32)),
     ],
 )
-def test_what_is_scaled_and_clipped_loses_less_when_it_is_rounded(architecture: str, setting: Setting) -> None:
+def test_scaled_and_clipped_weights_lose_less_when_rounded(architecture: str, setting: Setting) -> None:
     model = _model(architecture)
     wanted = model(TOKENS)
     plan = {
@@ -62,7 +62,7 @@ def test_what_is_scaled_and_clipped_loses_less_when_it_is_rounded(architecture: 
     assert lost() < 0.9 * rounded
 
 
-def test_a_block_that_gains_nothing_is_left_as_it_was() -> None:
+def test_a_block_without_improvement_is_left_unchanged() -> None:
     model = _model("llama")
     before = {name: mx.array(value) for name, value in tree_flatten(model.parameters())}
     plan = {"model.layers.0.mlp.up_proj": Setting("affine", 8, 32)}  # scaled alone, with nothing tried but ones
@@ -70,7 +70,7 @@ def test_a_block_that_gains_nothing_is_left_as_it_was() -> None:
     assert all(mx.array_equal(value, before[name]) for name, value in tree_flatten(model.parameters()))
 
 
-def test_calibrating_leaves_classes_and_memory_as_they_were() -> None:
+def test_calibration_restores_classes_and_frees_memory() -> None:
     model = _model("mixtral")
     kinds = [type(layer) for layer in model.modules()]
     plan = {"model.layers.1.self_attn.q_proj": Setting("affine", 4, 32)}

@@ -46,7 +46,7 @@ def _table(layers: int, seed: int) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.8, 1.5])
-def test_no_plan_within_the_budget_costs_less(seed: int, share: float) -> None:
+def test_the_plan_has_the_least_cost_within_the_budget(seed: int, share: float) -> None:
     costs, sizes = _table(5, seed)
     least, most = (sum(pick(one.values()) for one in sizes.values()) for pick in (min, max))
     budget = int(least + share * (most - least))
@@ -69,7 +69,7 @@ def test_sizes_without_a_common_unit_still_keep_the_budget_and_fill_it() -> None
     assert 0.99 * budget < plan_bytes(plan, sizes) <= budget
 
 
-def test_a_budget_that_cannot_be_met_says_the_least_possible() -> None:
+def test_an_impossible_budget_is_an_error_with_the_smallest_size() -> None:
     costs, sizes = _table(3, 0)
     least = sum(min(one.values()) for one in sizes.values())
     with pytest.raises(WorkflowError) as caught:

@@ -46,7 +46,7 @@ def _learn(method: str, model: nn.Module, plan: dict[str, Setting]) -> dict[str,
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
-def test_what_is_learned_follows_the_plan_is_not_rounding_and_opens_in_mlx_lm(method: str, tmp_path: Path) -> None:
+def test_calibrated_models_follow_the_plan_differ_from_rounding_and_open_in_mlx_lm(method: str, tmp_path: Path) -> None:
     model, config = _llama(tie_word_embeddings=False)
     plan = _plan(model, FOUR, embed_tokens=EIGHT, lm_head=EIGHT)
     rounded = {path: pack(dict(model.named_modules())[path].weight, setting) for path, setting in plan.items()}
@@ -105,7 +105,7 @@ def test_layers_that_the_plan_leaves_dense_stay_dense(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
-def test_every_layer_is_learned_by_its_own_setting(method: str) -> None:
+def test_every_layer_is_calibrated_by_its_own_setting(method: str) -> None:
     model, _ = _llama()
     plan = _plan(model, Setting("affine", 2, 32), down_proj=Setting("affine", 4, 64), embed_tokens=EIGHT)
     weights = {path: mx.array(dict(model.named_modules())[path].weight) for path in plan}

@@ -17,7 +17,7 @@ def _errors(weight: mx.array, limits: mx.array, setting: Setting) -> mx.array:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_no_group_loses_more_for_having_been_clipped(setting: Setting, dtype: mx.Dtype) -> None:
+def test_clipping_increases_the_error_of_no_group(setting: Setting, dtype: mx.Dtype) -> None:
     weight = awkward().astype(dtype)
     limits = best_limits(weight, setting)
     assert limits.dtype == dtype
@@ -26,7 +26,7 @@ def test_no_group_loses_more_for_having_been_clipped(setting: Setting, dtype: mx
     assert bool(mx.all(mx.abs(clip(weight, limits)) <= mx.abs(weight)))
 
 
-def test_hardly_any_pair_of_limits_loses_less() -> None:
+def test_few_other_pairs_of_limits_have_a_smaller_error() -> None:
     weight, setting = mx.random.normal((16, 64), key=mx.random.key(3)), Setting("mxfp4", 4, 32)
     groups = weight.reshape(16, 2, 32)
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)

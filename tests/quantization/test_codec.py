@@ -28,7 +28,7 @@ def test_points_of_a_given_grid_are_packed_without_loss(bits: int) -> None:
     assert mx.array_equal(codes_on(groups, grid, bits), codes.reshape(4, 2, 32).astype(mx.float32))
 
 
-def test_places_on_a_grid_of_scale_zero_are_zero() -> None:
+def test_codes_on_a_grid_with_scale_zero_are_zero() -> None:
     assert places_on(mx.ones((1, 4)), mx.zeros((2, 1))).tolist() == [[0, 0, 0, 0]]
 
 

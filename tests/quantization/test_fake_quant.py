@@ -70,7 +70,7 @@ def _ends(weight: mx.array, setting: Setting) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_gradient_goes_straight_through_what_is_not_cut_off(setting: Setting, dtype: mx.Dtype) -> None:
+def test_the_straight_through_gradient_is_zero_for_clipped_weights(setting: Setting, dtype: mx.Dtype) -> None:
     layer = nn.Linear(128, 32, bias=False)
     layer.set_dtype(dtype)
     x = mx.random.normal((8, 128), key=mx.random.key(1)).astype(dtype)
@@ -96,7 +96,7 @@ def test_the_gradient_goes_straight_through_what_is_not_cut_off(setting: Setting
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_nothing_is_lost_between_the_last_forward_pass_and_the_export(dtype: mx.Dtype) -> None:
+def test_the_exported_weights_are_those_of_the_last_forward_pass(dtype: mx.Dtype) -> None:
     model = _llama(dtype)
     plan = _mixed(model)
     tokens = mx.random.randint(0, 60, (2, 12), key=mx.random.key(3))
@@ -127,7 +127,7 @@ def test_training_sees_the_quantized_weights_and_moves_the_dense_ones() -> None:
         assert (np.array(value) != before[name]).mean() > 0.9, name
 
 
-def test_only_the_layers_of_the_plan_change_and_only_within_the_block() -> None:
+def test_only_planned_layers_are_fake_quantized_and_only_within_the_context() -> None:
     model = _llama()
     path = "model.layers.1.mlp.down_proj"
     kinds = {name: type(module) for name, module in model.named_modules()}

@@ -5,7 +5,7 @@ from mlxflow.quantization.settings import RequestedSetting
 TABLE = RequestedSetting("affine", 4, 64)
 
 
-def test_what_a_rule_leaves_out_is_left_to_the_plan() -> None:
+def test_keys_that_a_rule_leaves_out_follow_the_plan() -> None:
     assert LayerRule(match="*.mlp.*").rule == Rule("*.mlp.*", skip=False, mode=None, bits=None, group_size=None)
     assert LayerRule(match="a", bits=8, group_size=32).rule == Rule("a", bits=8, group_size=32)
     assert LayerRule(match="a", skip=True).rule == Rule("a", skip=True)

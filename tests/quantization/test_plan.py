@@ -14,7 +14,7 @@ def _model(*, width: int = 96, tied: bool = True) -> nn.Module:
     return model
 
 
-def test_the_first_rule_that_matches_holds_and_the_rest_is_the_default() -> None:
+def test_the_first_matching_rule_applies_and_the_default_otherwise() -> None:
     rules = [
         Rule("*.1.mlp.*", bits=3, group_size=32),
         Rule("*.mlp.down_proj", skip=True),
@@ -29,7 +29,7 @@ def test_the_first_rule_that_matches_holds_and_the_rest_is_the_default() -> None
     assert plan.skipped == ["model.layers.0.mlp.down_proj"]
 
 
-def test_readers_are_told_every_layer_that_differs_and_every_one_left_dense() -> None:
+def test_the_config_lists_every_layer_that_differs_or_stays_dense() -> None:
     rules = [Rule("*.0.mlp.up_proj", mode="symmetric", bits=3), Rule("*.q_proj", skip=True)]
     plan = resolve(_model(), default=DEFAULT, rules=rules, key="quantize")
     assert plan.undivided == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
@@ -52,7 +52,7 @@ def test_layers_that_stay_dense_for_their_width_are_announced() -> None:
     assert resolve(_model(width=128), default=DEFAULT, rules=(), key="quantize").warning("quantize") is None
 
 
-def test_what_the_architecture_says_of_itself_holds_unless_a_rule_says_otherwise() -> None:
+def test_the_architectures_own_predicate_applies_unless_a_rule_matches() -> None:
     class Model(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
@@ -111,13 +111,13 @@ def test_what_the_architecture_says_of_itself_holds_unless_a_rule_says_otherwise
         ),
     ],
 )
-def test_a_rule_that_does_not_fit_the_model_is_told(rules: list[Rule], lines: list[str]) -> None:
+def test_a_rule_that_contradicts_the_model_is_an_error(rules: list[Rule], lines: list[str]) -> None:
     with pytest.raises(WorkflowError) as caught:
         resolve(_model(), default=DEFAULT, rules=rules, key="quantize")
     assert list(caught.value.problems) == lines
 
 
-def test_a_head_of_its_own_may_be_matched() -> None:
+def test_an_untied_head_can_be_matched_by_a_rule() -> None:
     plan = resolve(_model(tied=False), default=DEFAULT, rules=[Rule("lm_head", bits=8)], key="quantize")
     assert plan.layers["lm_head"].bits == 8
 
@@ -162,7 +162,7 @@ class _Mixture(nn.Module):  # type: ignore[misc]
         Setting("mxfp8", 8, 32), Setting("nvfp4", 4, 16),
     ],
 )  # fmt: skip
-def test_a_plan_without_rules_is_what_mlx_lms_converter_does(setting: Setting, width: int) -> None:
+def test_a_plan_without_rules_matches_mlx_lms_converter(setting: Setting, width: int) -> None:
     from mlx_lm.utils import quantize_model
 
     plan = resolve(_Mixture(width), default=setting, rules=(), key="quantize")
@@ -185,7 +185,7 @@ def test_an_architecture_that_asks_for_bits_gets_the_fixed_zero_point_of_the_tab
     assert plan.layers["gate"] == Setting("symmetric", 8, 64)
 
 
-def test_what_the_installed_mlx_lacks_is_asked_of_it() -> None:
+def test_modes_that_the_installed_mlx_lacks_are_refused() -> None:
     check_supported({"a": Setting("nvfp4", 4, 16), "b": Setting("symmetric", 5, 32)}, "quantize")
     with pytest.raises(WorkflowError) as caught:
         check_supported({"a": DEFAULT, "b": Setting("affine", 7, 64), "c": Setting("affine", 7, 64)}, "quantize")

@@ -77,7 +77,7 @@ def test_layers_that_share_a_scale_are_found_from_what_the_block_computes(archit
 
 
 @pytest.mark.parametrize("architecture", GROUPS)
-def test_scales_that_are_divided_out_again_leave_the_logits_as_they_were(architecture: str) -> None:
+def test_scales_that_cancel_leave_the_logits_unchanged(architecture: str) -> None:
     model = _model(architecture)
     wanted = model(TOKENS)
 

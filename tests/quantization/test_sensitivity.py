@@ -25,7 +25,7 @@ def test_costs_are_half_the_squared_error_times_the_squared_gradients_of_each_ro
     assert costs[path][setting] == pytest.approx(total / 2 / (4 * 8), rel=1e-4)
 
 
-def test_fewer_bits_cost_more_and_the_model_stays_as_it_was() -> None:
+def test_fewer_bits_cost_more_and_the_model_is_unchanged() -> None:
     model = _llama()
     tokens, marks = _rows()
     before = mx.array(model(tokens))

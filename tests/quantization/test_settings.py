@@ -16,7 +16,7 @@ def test_symmetric_codes_are_stored_as_affine() -> None:
         (Setting("mxfp4", 8, 64), ['mode "mxfp4" needs bits 4', 'mode "mxfp4" needs group_size 32']),
     ],
 )
-def test_mistakes_name_what_the_mode_supports(setting: Setting, expected: list[str]) -> None:
+def test_errors_name_the_values_that_the_mode_supports(setting: Setting, expected: list[str]) -> None:
     assert [mistake.expected for mistake in mistakes_in(setting)] == expected
 
 

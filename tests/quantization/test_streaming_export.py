@@ -43,7 +43,7 @@ def _export(folder: Path, setting: Setting, *, by_rows: bool) -> tuple[Exported,
 
 
 @pytest.mark.parametrize("setting", [Setting("affine", 3, 32), Setting("symmetric", 4, 64), Setting("mxfp8", 8, 32)])
-def test_pieces_and_rows_come_to_the_bytes_of_the_whole(
+def test_streaming_by_pieces_and_rows_gives_the_bytes_of_a_whole_export(
     folder: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, expected = _export(folder, setting, by_rows=False)
@@ -56,7 +56,7 @@ def test_pieces_and_rows_come_to_the_bytes_of_the_whole(
             assert one.num_bytes == other.num_bytes
 
 
-def test_a_weight_that_is_not_finite_is_named_by_rows_too(folder: Path) -> None:
+def test_a_non_finite_weight_is_named_when_streaming_by_rows(folder: Path) -> None:
     weights = mx.load(str(folder / "model.safetensors"))
     assert isinstance(weights, dict)
     weights["lm_head.weight"][100, 3] = float("nan")
@@ -65,7 +65,7 @@ def test_a_weight_that_is_not_finite_is_named_by_rows_too(folder: Path) -> None:
         _export(folder, Setting("affine", 4, 64), by_rows=True)
 
 
-def test_what_the_architecture_changes_while_it_loads_is_not_read_by_rows(folder: Path) -> None:
+def test_tensors_that_the_architecture_changes_on_loading_are_not_read_by_rows(folder: Path) -> None:
     model, _ = model_folder.load(folder, lazy=True)
     assert "lm_head.weight" in model_folder.stored_matrices(folder, model)
 

@@ -69,7 +69,7 @@ def test_every_plot_is_drawn(page_file: Path, show: Open) -> None:
     assert all(width > 0 and (stroke != "none" or fill != "none") for width, stroke, fill in sizes)
 
 
-def test_the_value_under_the_pointer_is_told(page_file: Path, show: Open) -> None:
+def test_the_value_under_the_pointer_is_shown(page_file: Path, show: Open) -> None:
     page = show(page_file)
     area = page.locator("#learning .area").first
     area.scroll_into_view_if_needed()
@@ -81,7 +81,7 @@ def test_the_value_under_the_pointer_is_told(page_file: Path, show: Open) -> Non
     assert page.locator("#tip").is_hidden()
 
 
-def test_keys_walk_from_point_to_point(page_file: Path, show: Open) -> None:
+def test_arrow_keys_move_from_point_to_point(page_file: Path, show: Open) -> None:
     page = show(page_file)
     page.locator("#learning .area").first.focus()
     for key in ("Home", "ArrowRight", "ArrowRight"):
@@ -91,7 +91,7 @@ def test_keys_walk_from_point_to_point(page_file: Path, show: Open) -> None:
     assert page.locator("#tip").is_hidden()
 
 
-def test_a_zoom_goes_for_all_plots_of_a_kind_and_back(page_file: Path, show: Open) -> None:
+def test_a_zoom_applies_to_all_plots_of_a_kind_and_can_be_reset(page_file: Path, show: Open) -> None:
     page = show(page_file)
 
     def views(section: str) -> list[str]:
@@ -141,7 +141,7 @@ def _contrast(page: Any, selector: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_words_can_be_read_in_light_and_dark(page_file: Path, show: Open, scheme: str) -> None:
+def test_text_is_readable_in_light_and_dark(page_file: Path, show: Open, scheme: str) -> None:
     page = show(page_file, color_scheme=scheme)
     back = page.evaluate("getComputedStyle(document.body).backgroundColor").removeprefix("rgb(").split(",")[0]
     assert (int(back) > 200) == (scheme == "light")
@@ -150,7 +150,7 @@ def test_words_can_be_read_in_light_and_dark(page_file: Path, show: Open, scheme
 
 
 @pytest.mark.parametrize("name", ["stage", "an_endless_name_without_a_break" * 40])
-def test_a_phone_shows_it_without_scrolling_sideways(tmp_path: Path, show: Open, name: str) -> None:
+def test_the_page_fits_the_width_of_a_phone(tmp_path: Path, show: Open, name: str) -> None:
     write_run(tmp_path, name=name)
     path = tmp_path / "index.html"
     path.write_bytes(render([read(tmp_path, name=name)]))
@@ -160,7 +160,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path: Path, show: Open,
     assert wide == 0
 
 
-def test_paper_gets_dark_letters_on_white_and_no_controls(page_file: Path, show: Open) -> None:
+def test_the_printed_page_is_dark_on_white_without_controls(page_file: Path, show: Open) -> None:
     page = show(page_file, color_scheme="dark")
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
@@ -168,7 +168,7 @@ def test_paper_gets_dark_letters_on_white_and_no_controls(page_file: Path, show:
     assert page.locator("#learning .area").first.is_visible()
 
 
-def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, show: Open) -> None:
+def test_hostile_names_execute_nothing_in_a_browser(tmp_path: Path, show: Open) -> None:
     name = "</script></svg><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\x00\u202e{{7*7}}\"'"
     write_run(tmp_path, name=name)
     path = tmp_path / "index.html"
@@ -179,14 +179,14 @@ def test_hostile_names_do_nothing_in_a_browser(tmp_path: Path, show: Open) -> No
     assert "<script>window.hacked=1</script>" in page.locator("h1").inner_text()
 
 
-def test_100_000_points_open_and_answer(long_page: Path, show: Open) -> None:
+def test_a_page_with_100_000_points_opens_and_responds(long_page: Path, show: Open) -> None:
     page = show(long_page)
     page.locator("#memory .area").first.focus()
     page.keyboard.press("End")
     assert "step 99,999" in page.locator("#tip").inner_text()
 
 
-def test_two_runs_fit_and_each_answer_stands_beside_the_others(page_file: Path, tmp_path: Path, show: Open) -> None:
+def test_two_runs_fit_the_page_with_answers_side_by_side(page_file: Path, tmp_path: Path, show: Open) -> None:
     runs = [read(page_file.parent, label=label) for label in ("A: here", "B: there")]
     path = tmp_path / "compare.html"
     path.write_bytes(render(runs))
@@ -215,7 +215,7 @@ def test_the_timelines_of_two_runs_are_zoomed_together(page_file: Path, tmp_path
     assert set(widths) == {500}
 
 
-def test_the_phase_under_the_pointer_is_told(page_file: Path, show: Open) -> None:
+def test_the_phase_under_the_pointer_is_shown(page_file: Path, show: Open) -> None:
     page = show(page_file)
     area = page.locator("#memory figure", has_text="MLX's memory, sampled").locator(".area")
     area.focus()

@@ -1,7 +1,7 @@
 from mlxflow.report import charts
 
 
-def test_bars_reach_as_far_as_their_values_and_intervals_stand_at_their_ends() -> None:
+def test_bars_are_as_long_as_their_values_with_intervals_at_their_ends() -> None:
     drawn = charts.bars([charts.Bar("a", 50, 40, 60, "c0"), charts.Bar("b", 100, None, None)], label="bars")
     assert 'width="50%"' in drawn
     assert 'x1="40%" x2="60%"' in drawn

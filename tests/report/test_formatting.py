@@ -21,7 +21,7 @@ def test_numbers_have_three_digits_and_thousands_apart(value: float, shown: str)
 
 
 @pytest.mark.parametrize("value", [None, "12", True, math.nan, math.inf, [1], 10**400])
-def test_what_is_no_number_is_shown_as_unknown(value: object) -> None:
+def test_a_non_number_is_shown_as_unknown(value: object) -> None:
     assert {
         formatting.show(value),
         formatting.show_bytes(value),
@@ -34,7 +34,7 @@ def test_what_is_no_number_is_shown_as_unknown(value: object) -> None:
     ("size", "shown"),
     [(0, "0 B"), (999, "999 B"), (999_600, "1.00 MB"), (2_749_794, "2.75 MB"), (8e9, "8 GB"), (-1500, "-1.50 KB")],
 )
-def test_bytes_come_in_the_unit_that_suits_them(size: float, shown: str) -> None:
+def test_bytes_are_shown_in_a_suitable_unit(size: float, shown: str) -> None:
     assert formatting.show_bytes(size) == shown
 
 
@@ -42,17 +42,17 @@ def test_bytes_come_in_the_unit_that_suits_them(size: float, shown: str) -> None
     ("seconds", "shown"),
     [(0, "0 s"), (0.0042, "4.20 ms"), (0.00001, "10 µs"), (33, "33 s"), (125.4, "2 min 05 s"), (7260, "2 h 01 min")],
 )
-def test_durations_come_in_the_unit_that_suits_them(seconds: float, shown: str) -> None:
+def test_durations_are_shown_in_a_suitable_unit(seconds: float, shown: str) -> None:
     assert formatting.show_seconds(seconds) == shown
 
 
-def test_a_figure_has_as_many_digits_as_its_error_carries() -> None:
+def test_a_figure_has_the_digits_that_its_error_justifies() -> None:
     assert formatting.show_interval(79.7164, 3.0264) == "79.7 ± 3.0"
     assert formatting.show_interval(1234.5678, 0.0123) == "1,234.568 ± 0.012"
     assert formatting.show_interval(79.7164, None) == "79.72"
 
 
-def test_what_no_page_can_hold_is_replaced() -> None:
+def test_characters_not_allowed_in_html_are_replaced() -> None:
     assert formatting.clean("a\x00b\u202ec\ud800d\te\nf") == "a�b�c�d\te\nf"
 
 

@@ -1,7 +1,7 @@
 from mlxflow.report import graph
 
 
-def test_the_graph_leaves_out_what_follows_from_other_edges() -> None:
+def test_the_graph_leaves_out_edges_implied_by_others() -> None:
     boxes = [
         graph.Box("a", (), "fresh", ()),
         graph.Box("b", ("a",), "fresh", ()),

@@ -3,7 +3,7 @@ import numpy as np
 from mlxflow.report import line_plot
 
 
-def test_ticks_close_together_are_written_apart() -> None:
+def test_labels_of_close_ticks_do_not_overlap() -> None:
     drawn = line_plot.lines(
         [line_plot.Series("a", np.arange(3.0), 612_000_000 + np.arange(3.0) * 500, "c0")],
         line_plot.Axes("step", "bytes"),

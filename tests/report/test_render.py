@@ -75,7 +75,7 @@ def test_an_empty_run_is_a_page_that_says_so(tmp_path: Path) -> None:
         (lambda report: report["settings"].pop("schedule"), "settings.schedule: missing"),
     ],
 )
-def test_a_report_that_is_not_of_its_form_is_as_if_it_were_not_there_and_said(
+def test_a_malformed_report_counts_as_missing_and_is_named(
     root: Path, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
     edit(root, "profile", change)
@@ -109,7 +109,7 @@ def test_the_same_reports_give_the_same_bytes(root: Path, tmp_path_factory: pyte
     assert render([read(root)]) == render([read(root)]) == render([read(other)])
 
 
-def test_nothing_on_the_page_asks_for_anything_and_the_policy_says_so(root: Path) -> None:
+def test_the_page_makes_no_requests_and_its_policy_forbids_them(root: Path) -> None:
     page = render([read(root)]).decode()
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     assert policy
@@ -125,7 +125,7 @@ def test_nothing_on_the_page_asks_for_anything_and_the_policy_says_so(root: Path
     assert all(link.startswith("#") for link in links)
 
 
-def test_100_000_points_stay_under_500_kb(long_page: Path) -> None:
+def test_a_page_with_100_000_points_is_under_500_kb(long_page: Path) -> None:
     page = long_page.read_bytes()
     assert len(page) < 500_000
     assert "9000000" in page.decode()  # the peak, among 100,000 points
@@ -217,14 +217,14 @@ def _replaced(value: Any, number: Any) -> Any:
         10**18,
     ],
 )
-def test_whatever_stands_for_a_number_is_no_attribute_and_stops_no_page(root: Path, number: Any) -> None:
+def test_a_non_number_in_place_of_a_number_is_not_rendered_as_an_attribute(root: Path, number: Any) -> None:
     expected = {key for key, _ in Seen(render([read(root)])).attributes}
     for task in TASKS:
         edit(root, task, lambda report: report.update(_replaced(report, number)))
     assert {key for key, _ in Seen(render([read(root)])).attributes} <= expected
 
 
-def test_names_that_are_none_and_ends_of_axes_beyond_what_is_computed(root: Path) -> None:
+def test_missing_names_and_axis_ends_beyond_float_range_are_rendered(root: Path) -> None:
     def change(report: dict[str, Any]) -> None:
         for row in report["training"]:
             row["name"] = [{}]

@@ -119,21 +119,21 @@ def test_a_model_with_another_tokenizer_is_asked_through_its_own_template(chats:
         assert one.text == "".join(writer.write(ids, Sampling(8, 0.0, derive_seed(0, "report.samples"))))
 
 
-def test_completions_are_questions_too(tmp_path: Path) -> None:
+def test_completions_become_questions(tmp_path: Path) -> None:
     folder = _build(tmp_path, _completion)
     for one in _samples(folder):
         number = next(number for number in range(30) if one.question == f"What is {number} and one?")
         assert one.answer == f"It is {number + 1}."
 
 
-def test_where_every_token_is_trained_on_beginnings_are_continued(tmp_path: Path) -> None:
+def test_with_loss_on_all_tokens_the_beginnings_of_documents_are_continued(tmp_path: Path) -> None:
     folder = _build(tmp_path, _conversation, 'train_on = "all"')
     for one in _samples(folder):
         assert None not in (one.prompt, one.text)
         assert (one.question, one.answer, one.error) == (None, None, None)
 
 
-def test_the_page_shows_question_answer_and_what_the_data_says(chats: Path) -> None:
+def test_the_page_shows_question_answer_and_reference_answer(chats: Path) -> None:
     (made,) = _samples(chats, num_prompts=1)
     found = [msgspec.structs.replace(made, text="It <is> wrong.")]
     members = [Member("train", chats / "artifacts/train", (), ())]

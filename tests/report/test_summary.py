@@ -28,7 +28,7 @@ def test_the_summary_comes_first_with_a_line_for_each_question(root: Path) -> No
         assert line in answers
 
 
-def test_the_largest_part_of_a_peak_is_most_of_it_from_a_half_on(root: Path) -> None:
+def test_a_part_is_called_most_of_a_peak_from_half_of_it_on(root: Path) -> None:
     edit(root, "profile", lambda report: report["composition"].update(weights_bytes=0, update_bytes=6 * 10**6))
     assert "at the peak of a training step, most of it update (6 MB, 55%); no leak." in text_of(root)
 

@@ -17,7 +17,7 @@ def test_thinning_keeps_every_buckets_peak_and_both_ends() -> None:
     assert (y[x.astype(int)] == thinned).all()
 
 
-def test_a_short_series_is_left_as_it_is_but_for_what_is_not_finite() -> None:
+def test_a_short_series_loses_only_its_non_finite_points() -> None:
     x, y = svg.thin(np.arange(4.0), np.array([1.0, np.nan, np.inf, 2.0]))
     assert (x.tolist(), y.tolist()) == ([0, 3], [1, 2])
 
@@ -30,6 +30,6 @@ def test_ticks_are_round_and_within_the_ends(low: float, high: float) -> None:
         assert all(low - 1e-9 <= tick <= high * (1 + 1e-9) for tick in ticks)
 
 
-def test_text_in_an_element_is_escaped_and_markup_stands() -> None:
+def test_text_in_an_element_is_escaped_and_markup_is_kept() -> None:
     made = svg.tag("text", {"x": 1.005, "data-title": '"<&'}, "</text><script>", Markup("<b>bold</b>"))
     assert made == '<text x="1" data-title="&#34;&lt;&amp;">&lt;/text&gt;&lt;script&gt;<b>bold</b></text>'

@@ -51,7 +51,7 @@ def test_a_failed_profile_is_not_called_cut_off_and_a_newer_artifact_replaces_it
     assert "500 MB at most until the profile ended: it failed" in text_of(root)
 
 
-def test_a_journal_is_shown_as_far_as_it_can_be_read(root: Path) -> None:
+def test_the_readable_part_of_a_journal_is_shown(root: Path) -> None:
     left = _leave_a_journal(root)
     left.write_bytes(
         b'\xff\n[]\n3\n["step"]\n["phase",1]\n["enter"]\n["columns"]\n{"a":1}\n["step",null]\n["enter",2,"x"]'

@@ -15,7 +15,7 @@ def test_a_row_without_figures_says_why() -> None:
         ModelRow(model="train", model_bytes=10)
 
 
-def test_a_perplexity_comes_with_its_standard_error() -> None:
+def test_a_perplexity_has_a_standard_error() -> None:
     speeds: Any = {f"{end}decode_tokens_per_second": 10.0 for end in ("", "low_", "high_")}
     assert ModelRow(model="train", perplexity=3.0, perplexity_standard_error=0.1, **speeds).perplexity == 3.0
     with pytest.raises(ValueError, match=r"^`perplexity` without `perplexity_standard_error`$"):

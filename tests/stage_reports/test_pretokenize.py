@@ -8,7 +8,7 @@ from mlxflow.storage import report_structs
 from mlxflow.storage.report_files import read_report
 
 
-def test_a_figure_of_another_type_is_named_by_its_key(built: Path) -> None:
+def test_a_figure_of_the_wrong_type_is_named_by_its_key(built: Path) -> None:
     table = read_report(built / "artifacts/pretokenize/report.toml")
     assert (
         report_structs.parse(table, PretokenizeReport, shown="report.toml", advice="").figures.packing

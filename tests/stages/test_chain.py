@@ -31,7 +31,7 @@ def _report(built: Path, stage: str) -> dict[str, Any]:
     return read_report(built / "artifacts" / stage / "report.toml")
 
 
-def test_token_files_hold_the_documents_of_both_sides(built: Path) -> None:
+def test_token_files_hold_the_documents_of_both_splits(built: Path) -> None:
     folder = built / "artifacts/pretokenize"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = set()
@@ -45,7 +45,7 @@ def test_token_files_hold_the_documents_of_both_sides(built: Path) -> None:
     assert texts == {path.read_text() for path in (built / "notes").iterdir()}
 
 
-def test_training_learnt(built: Path) -> None:
+def test_training_lowers_the_loss(built: Path) -> None:
     report = _report(built, "train")
     assert report["last_validation_perplexity"] < report["first_validation_perplexity"] / 3
     assert 0.9 * 20 * 4 * 16 < report["tokens"] <= 20 * 4 * 16  # the first token of a document is none to learn
@@ -86,7 +86,7 @@ def test_quantized_tensors_equal_those_of_mlx_lm_bit_for_bit(
     assert configs[0] == configs[1]
 
 
-def test_a_float_mode_equals_mlx_lm_too(job_copy: Path, tmp_path: Path) -> None:
+def test_tensors_of_a_float_mode_equal_those_of_mlx_lm(job_copy: Path, tmp_path: Path) -> None:
     workflow = job_copy / "workflow.toml"
     workflow.write_text(workflow.read_text() + '\n[[quantize]]\nname = "fp"\nmode = "mxfp4"\ngroup_size = 32\n')
     result = mlxflow(job_copy, "run", "quantize:fp")
@@ -121,7 +121,7 @@ def test_validation_changes_no_weight(job_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_file_tells_where_it_came_from(built: Path, name: str) -> None:
+def test_a_model_file_records_its_provenance(built: Path, name: str) -> None:
     with safe_open(built / "artifacts" / name / "model.safetensors", "numpy") as file:
         provenance = json.loads(file.metadata()["mlxflow"])
     assert provenance["stage"] == name.replace("/", ":")

@@ -109,7 +109,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> list[
 
 @pytest.mark.parametrize("container", WRITERS)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_gives_the_same_rows_in_each_container(
+def test_a_chat_format_gives_the_same_rows_in_each_container(
     tmp_path: Path, tokenizer: Path, expected: list[Any], form: str, container: str
 ) -> None:
     WRITERS[container](tmp_path / "chats", FORMS[form])
@@ -118,7 +118,7 @@ def test_a_form_gives_the_same_rows_in_each_container(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_gives_the_same_rows_as_a_data_set(
+def test_a_chat_format_gives_the_same_rows_as_a_data_set(
     tmp_path: Path, tokenizer: Path, expected: list[Any], form: str
 ) -> None:
     (tmp_path / "set").mkdir()
@@ -126,7 +126,7 @@ def test_a_form_gives_the_same_rows_as_a_data_set(
     assert _rows(tmp_path, tokenizer, "hf:set") == expected
 
 
-def test_a_json_file_of_no_records_is_a_text(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_json_file_without_records_is_a_text(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"name": "x", "list": list(range(400))}))
     marks = [mark for _, marks in _rows(tmp_path, tokenizer, "settings.json") for mark in marks if mark]
     learned = sum(mark & 1 for mark in marks)

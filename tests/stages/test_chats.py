@@ -80,7 +80,7 @@ def test_control_tokens_in_a_message_are_text_to_the_model(case: Path) -> None:
 
 
 @_case("02-inject")
-def test_a_conversation_with_control_tokens_in_it_is_counted_and_said(case: Path, capfd: Any) -> None:
+def test_conversations_with_control_tokens_are_counted_and_reported(case: Path, capfd: Any) -> None:
     assert read_report(case / "artifacts/pretokenize/report.toml")["conversations_with_control_tokens"] == 6
     shutil.rmtree(case / "artifacts")
     _run(case)
@@ -89,7 +89,7 @@ def test_a_conversation_with_control_tokens_in_it_is_counted_and_said(case: Path
 
 
 @_case("02-inject")
-def test_control_tokens_are_text_in_a_document_too(case: Path) -> None:
+def test_control_tokens_in_a_document_are_text(case: Path) -> None:
     shutil.rmtree(case / "artifacts")
     settings = (case / "workflow.toml").read_text()
     (case / "workflow.toml").write_text(settings.replace('["chats.jsonl"]', '["plain.txt", "chats.jsonl"]'))
@@ -100,7 +100,7 @@ def test_control_tokens_are_text_in_a_document_too(case: Path) -> None:
 
 
 @_case("03a-template-end-overreach")
-def test_a_turn_ends_with_its_own_end(case: Path) -> None:
+def test_a_turn_ends_with_the_end_token_of_its_template(case: Path) -> None:
     for learnt in _learnt(case):
         number = learnt[1]
         assert learnt == f"a{number}<|stop|>\n | b{number}<|stop|>\n"
@@ -108,7 +108,7 @@ def test_a_turn_ends_with_its_own_end(case: Path) -> None:
 
 
 @_case("03b-template-tool-answer")
-def test_what_a_tool_answers_inside_of_a_turn_is_not_trained_on(case: Path) -> None:
+def test_tool_results_inside_a_turn_are_not_trained_on(case: Path) -> None:
     for learnt in _learnt(case):
         minute = learnt[-10:].removesuffix(".<|stop|>")
         assert learnt.startswith("<|call|>clock | <|stop|> | It is 17:0")
@@ -116,7 +116,7 @@ def test_what_a_tool_answers_inside_of_a_turn_is_not_trained_on(case: Path) -> N
 
 
 @_case("04-openai-fields")
-def test_a_turn_of_no_weight_is_not_trained_on(case: Path) -> None:
+def test_a_turn_with_weight_0_is_not_trained_on(case: Path) -> None:
     assert sorted(_learnt(case))[0] in ("right0<|im_end|>\n", "right1<|im_end|>\n")
     assert all("wrong" not in learnt for learnt in _learnt(case))
     assert all("wrong" in _text(case, row) for row in range(len(_learnt(case))))
@@ -220,7 +220,7 @@ ENDLESS = (
 )
 
 
-def test_an_end_is_added_behind_what_no_template_ends(tmp_path: Path, capfd: Any) -> None:
+def test_a_missing_end_token_is_appended_to_a_turn(tmp_path: Path, capfd: Any) -> None:
     _frogs(tmp_path, 'chat_template = "t.jinja"\npacking = "none"')
     (tmp_path / "t.jinja").write_text(ENDLESS)
     report = _run(tmp_path)
@@ -233,7 +233,7 @@ def test_an_end_is_added_behind_what_no_template_ends(tmp_path: Path, capfd: Any
     assert all(learnt.endswith("done<|endoftext|>") for learnt in _learnt(tmp_path))
 
 
-def test_the_tokenizer_ends_where_a_template_of_ones_own_ends(tmp_path: Path) -> None:
+def test_the_tokenizers_end_token_is_that_of_a_custom_template(tmp_path: Path) -> None:
     _frogs(tmp_path, 'chat_template = "t.jinja"')
     shutil.copy(CHATS / "03a-template-end-overreach/t.jinja", tmp_path)
     assert _run(tmp_path)["end_tokens"] == ["<|stop|>"]
@@ -244,7 +244,7 @@ def test_the_tokenizer_ends_where_a_template_of_ones_own_ends(tmp_path: Path) ->
 # --- which turns
 
 
-def test_only_the_last_turn_is_trained_on_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_only_the_last_turn_is_trained_on_if_configured(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(CHATS / "03a-template-end-overreach", tmp_path / "case"))
     settings = (folder / "workflow.toml").read_text()
     (folder / "workflow.toml").write_text(f'{settings}train_on = "last"\n'.replace("tokenizer", "#tokenizer"))
@@ -252,7 +252,7 @@ def test_only_the_last_turn_is_trained_on_where_that_is_asked_for(tmp_path: Path
     assert {learnt[0] for learnt in _learnt(folder)} == {"b"}
 
 
-def test_every_token_but_those_of_a_turn_of_no_weight(tmp_path: Path) -> None:
+def test_all_tokens_are_trained_on_except_turns_with_weight_0(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(CHATS / "04-openai-fields", tmp_path / "case"))
     settings = (folder / "workflow.toml").read_text()
     (folder / "workflow.toml").write_text(f'{settings}\ntrain_on = "all"\n')

@@ -79,7 +79,7 @@ def test_adapters_fused_into_a_quantized_model_leave_it_quantized(project: Path,
     assert any(not mx.array_equal(base[name], fused[name]) for name in base)
 
 
-def test_all_weights_go_on_from_where_they_were(project: Path, tmp_path: Path) -> None:
+def test_full_training_starts_from_the_base_weights(project: Path, tmp_path: Path) -> None:
     made = _train(project, tmp_path / "made", 'model.from = "artifacts/train"\n')
     first = read_report(made / "report.toml")["first_validation_perplexity"]
     assert first == pytest.approx(
@@ -88,20 +88,20 @@ def test_all_weights_go_on_from_where_they_were(project: Path, tmp_path: Path) -
     assert not (made / "adapters").exists()
 
 
-def test_only_the_last_blocks_get_adapters_where_that_is_asked(project: Path, tmp_path: Path) -> None:
+def test_only_the_last_blocks_get_adapters_if_configured(project: Path, tmp_path: Path) -> None:
     made = _train(project, tmp_path / "made", 'method = "lora"\nmodel.from = "artifacts/train"\nlora.num_layers = 1\n')
     assert all(name.startswith("model.layers.1.") for name in _weights(made / "adapters", "adapters.safetensors"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-pure"])
-def test_the_model_that_comes_out_has_the_type_it_was_trained_in(project: Path, tmp_path: Path, precision: str) -> None:
+def test_the_trained_model_has_the_dtype_of_training(project: Path, tmp_path: Path, precision: str) -> None:
     made = _train(project, tmp_path / "made", f'precision = "{precision}"\nmodel.from = "artifacts/train"\n')
     assert {value.dtype for value in _weights(made).values()} == {mx.bfloat16}
     assert json.loads((made / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lion", "muon", "adafactor", "adam"])
-def test_other_optimizers_train_too(project: Path, tmp_path: Path, optimizer: str) -> None:
+def test_every_optimizer_can_finetune(project: Path, tmp_path: Path, optimizer: str) -> None:
     made = _train(project, tmp_path / "made", f'optimizer = "{optimizer}"\nschedule = "wsd"\ndecay_steps = 2\n')
     assert all(np.isfinite(np.array(value)).all() for value in _weights(made).values())
 
@@ -120,7 +120,7 @@ def _said(project: Path, folder: Path, text: str, kind: type[MlxflowError] = Art
     return str(caught.value)
 
 
-def test_a_model_without_one_of_its_tensors_is_told_which(project: Path, tmp_path: Path) -> None:
+def test_a_missing_tensor_of_the_model_is_named(project: Path, tmp_path: Path) -> None:
     folder = _copy(project, "lacking")
     weights = _weights(folder)
     weights.pop("model.norm.weight")
@@ -128,7 +128,7 @@ def test_a_model_without_one_of_its_tensors_is_told_which(project: Path, tmp_pat
     assert "model.norm.weight" in _said(project, tmp_path, 'model.from = "lacking"\n')
 
 
-def test_a_model_with_a_tensor_of_another_shape_is_told_which(project: Path, tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_is_named(project: Path, tmp_path: Path) -> None:
     folder = _copy(project, "wrong")
     weights = _weights(folder)
     weights["model.norm.weight"] = mx.zeros((3,))
@@ -141,7 +141,7 @@ def _edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_a_context_longer_than_the_models_positions_is_told(project: Path, tmp_path: Path) -> None:
+def test_a_context_longer_than_the_models_positions_is_an_error(project: Path, tmp_path: Path) -> None:
     folder = _copy(project, "short")
     _edit(folder, max_position_embeddings=8)
     said = _said(project, tmp_path, 'model.from = "short"\n')
@@ -150,7 +150,7 @@ def test_a_context_longer_than_the_models_positions_is_told(project: Path, tmp_p
     )
 
 
-def test_tokens_of_another_tokenizer_are_told(project: Path, tmp_path: Path) -> None:
+def test_tokens_of_another_tokenizer_are_an_error(project: Path, tmp_path: Path) -> None:
     folder = _copy(project, "foreign")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["!!"] = tokenizer["model"]["vocab"].pop("!")
@@ -179,17 +179,17 @@ def test_all_weights_of_a_quantized_model_cannot_be_trained(project: Path, tmp_p
         ('replay = "none.jsonl"', 'train.replay = "none.jsonl": names no file.'),
     ],
 )
-def test_settings_that_do_not_fit_are_told(project: Path, tmp_path: Path, text: str, expected: str) -> None:
+def test_contradicting_train_settings_are_an_error(project: Path, tmp_path: Path, text: str, expected: str) -> None:
     assert expected in _said(project, tmp_path, text + "\n", WorkflowError)
 
 
-def test_a_pattern_that_names_no_layer_is_told(project: Path, tmp_path: Path) -> None:
+def test_a_layer_pattern_without_a_match_is_an_error(project: Path, tmp_path: Path) -> None:
     text = 'method = "lora"\nmodel.from = "artifacts/train"\nlora.keys = ["attn.*"]\n'
     said = _said(project, tmp_path, text, WorkflowError)
     assert said.startswith('train.lora.keys: "attn.*" names no layer. Known: mlp.down_proj, mlp.gate_proj, ')
 
 
-def test_an_option_that_an_optimizer_does_not_know_is_told(project: Path, tmp_path: Path) -> None:
+def test_an_unknown_optimizer_option_is_an_error(project: Path, tmp_path: Path) -> None:
     assert _said(project, tmp_path, "optimizer_options = { momentum = 0.9 }\n") == (
         "train.optimizer_options.momentum: unknown to adamw. Known: bias_correction, eps."
     )

@@ -94,7 +94,7 @@ def test_quantizing_writes_what_mlx_lms_converter_writes(job: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_training_writes_a_config_of_the_weights_beside_it(job: Path, method: str) -> None:
+def test_training_writes_a_config_that_matches_the_weights(job: Path, method: str) -> None:
     made = _run(job, "train", TRAIN + f'method = "{method}"\n')
     config = _config(made)
     assert not {"vision_config", "quantization", "quantization_config"} & set(config)

@@ -119,7 +119,9 @@ def test_dense_and_unfused_agree_in_bf16(project: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=LOSS_TOLERANCE["bf16"])
 
 
-def test_requantized_adapters_are_warned_of(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_requantizing_adapters_is_warned_about(
+    project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     made = _train(project, tmp_path / "made", 'method = "lora"\nmodel.from = "q2"\nfuse = "requantize"\n')
     report = read_report(made / "report.toml")
     first, trained, last = (f"{report[f'{one}_validation_perplexity']:.4g}" for one in ("first", "trained", "last"))
@@ -133,7 +135,7 @@ def test_requantized_adapters_are_warned_of(project: Path, tmp_path: Path, capfd
 
 
 @pytest.mark.parametrize(("base", "expected"), [("artifacts/train", "dense"), ("q4", "never")])
-def test_the_default_follows_from_the_model(project: Path, base: str, expected: str) -> None:
+def test_the_default_of_fuse_follows_from_the_model(project: Path, base: str, expected: str) -> None:
     path = project / "workflow.toml"
     path.write_text(HEAD + TRAIN + f'method = "lora"\nmodel.from = "{base}"\n')
     result = mlxflow(project, "check")
@@ -157,7 +159,9 @@ def test_the_default_follows_from_the_model(project: Path, base: str, expected: 
         ),
     ],
 )
-def test_a_value_that_does_not_fit_is_refused(project: Path, tmp_path: Path, text: str, expected: str) -> None:
+def test_a_value_of_fuse_that_contradicts_the_model_is_refused(
+    project: Path, tmp_path: Path, text: str, expected: str
+) -> None:
     said = _problems(project, tmp_path / "made", text + "\n")
     assert said.partition("workflow.toml: ")[2] == expected
 
@@ -188,7 +192,7 @@ def test_generate_writes_what_mlx_lm_writes_with_the_adapters(project: Path, ada
     assert written(None) != written(adapted)
 
 
-def test_mlx_lm_fuses_it_into_the_dense_model_of_ours(
+def test_mlx_lm_fuses_the_artifact_into_the_same_dense_model(
     project: Path, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_lm import fuse
@@ -271,7 +275,7 @@ def _sample_seed() -> int:
     return derive_seed(0, "report.samples")
 
 
-def test_quantize_refuses_the_unfused_artifact_unless_asked(chain: Path) -> None:
+def test_quantize_refuses_the_unfused_artifact_unless_configured(chain: Path) -> None:
     text = CHAIN.replace("requantize = true", "requantize = false")
     path = chain / "workflow.toml"
     path.write_text(HEAD + text)
@@ -286,7 +290,7 @@ def test_quantize_refuses_the_unfused_artifact_unless_asked(chain: Path) -> None
     load_workflow(path)
 
 
-def test_a_workflow_without_quantize_does_without_it_beside_a_quantized_model(chain: Path) -> None:
+def test_with_a_quantized_base_model_the_quantize_stage_is_left_out(chain: Path) -> None:
     path = chain / "workflow.toml"
     path.write_text(HEAD + TRAIN + 'method = "lora"\nmodel.from = "q2"\n')
     assert [one.task for one in load_workflow(path).stages] == [

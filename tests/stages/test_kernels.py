@@ -113,7 +113,7 @@ def _kernels(made: Path) -> tuple[list[str], list[str]]:
     return report["kernels"], report["run"]["kernels_refused"]
 
 
-def test_those_that_prove_themselves_serve_and_the_report_tells_them(
+def test_verified_kernels_are_used_and_reported(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = _choose(monkeypatch, serve=True)
@@ -132,7 +132,7 @@ def test_those_that_prove_themselves_serve_and_the_report_tells_them(
     }
 
 
-def test_those_that_do_not_are_told_with_the_reason(
+def test_kernels_that_fail_verification_are_reported_with_the_reason(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _choose(monkeypatch, serve=False)
@@ -150,7 +150,7 @@ _ADAPTERS = 'grad_accum_steps = 2\nmethod = "lora"\nmodel = { from = "base" }\nl
     [("train", _MODEL), ("train", _ADAPTERS), ("quantize", _MODEL)],
     ids=["train", "adapters", "quantize"],
 )
-def test_where_the_proof_waits_a_step_is_rehearsed_and_what_comes_out_is_the_same(
+def test_precompiling_during_verification_does_not_change_the_result(
     folder: Path,
     calls: Counter[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -183,7 +183,7 @@ def _losses(made: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_what_is_built_again_takes_the_choice_of_the_first_run_and_comes_to_the_same_bytes(
+def test_a_rebuild_reuses_the_recorded_kernel_selection_and_gives_the_same_bytes(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     _choose(monkeypatch, serve=first)
@@ -198,7 +198,7 @@ def test_what_is_built_again_takes_the_choice_of_the_first_run_and_comes_to_the_
     assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
-def test_what_is_resumed_takes_the_choice_it_began_with(
+def test_a_resumed_run_keeps_its_kernel_selection(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _choose(monkeypatch, serve=True)
@@ -225,7 +225,7 @@ def test_what_is_resumed_takes_the_choice_it_began_with(
     assert (made / "model.safetensors").read_bytes() == whole
 
 
-def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_is_recorded(
+def test_verification_starts_before_the_model_is_built_unless_a_selection_is_recorded(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -265,7 +265,7 @@ def test_the_proof_is_begun_before_the_model_is_built_and_not_where_the_choice_i
 
 
 @pytest.mark.parametrize("stage", ["train", "quantize"])
-def test_what_proves_is_started_before_the_device_is_looked_for(
+def test_the_verifier_process_starts_before_device_selection(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     _choose(monkeypatch, serve=False)
@@ -303,7 +303,7 @@ def test_what_proves_is_started_before_the_device_is_looked_for(
     assert told == ["device"]
 
 
-def test_quantization_aware_training_uses_them(
+def test_quantization_aware_training_uses_kernels(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _choose(monkeypatch, serve=False)
@@ -326,7 +326,7 @@ def test_quantization_aware_training_uses_them(
 # --- "require" and "off"
 
 
-def test_required_where_the_device_takes_none_it_says_so_by_name(folder: Path) -> None:
+def test_requiring_kernels_on_a_device_without_any_is_an_error_with_their_names(folder: Path) -> None:
     path = folder / "workflow.toml"
     path.write_text('[workflow]\ndevice = "cpu"\n' + TEXT.replace('kernels = "auto"', 'kernels = "require"', 1))
     done = mlxflow(folder, "run", "train")
@@ -339,7 +339,7 @@ def test_required_where_the_device_takes_none_it_says_so_by_name(folder: Path) -
     assert not (folder / "artifacts/train").exists()
 
 
-def test_required_each_that_does_not_serve_is_told_with_its_reason(
+def test_required_kernels_that_fail_verification_are_an_error_with_each_reason(
     folder: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = folder / "workflow.toml"
@@ -364,7 +364,7 @@ def test_required_each_that_does_not_serve_is_told_with_its_reason(
         _run(folder, "quantize")
 
 
-def test_switched_off_nothing_of_them_is_imported(folder: Path) -> None:
+def test_with_kernels_off_no_kernel_module_is_imported(folder: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path

@@ -132,7 +132,7 @@ def test_two_sets_of_weights_are_refused_and_an_index_is_followed(job: Path) -> 
     )
 
 
-def test_weights_stay_on_the_disk_though_the_links_to_them_are_gone(job: Path) -> None:
+def test_lazily_loaded_weights_outlive_the_folder_of_links(job: Path) -> None:
     lazy, _ = model_folder.load(job / "base", lazy=True)
     whole, _ = model_folder.load(job / "base")
     assert mx.array_equal(lazy.model.embed_tokens.weight, whole.model.embed_tokens.weight)
@@ -188,7 +188,7 @@ def test_a_project_may_have_any_name(job: Path, name: str, monkeypatch: pytest.M
     model_folder.load(root / "artifacts/quantize")
 
 
-def test_records_are_the_same_wherever_a_variable_leads(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_do_not_depend_on_the_value_of_a_path_variable(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So artifacts and the lock hold on a machine with other folders."""
     shutil.copytree(job / "notes", job.parent / "one/texts")
     (job / "base").rename(job.parent / "one/base")
@@ -221,7 +221,7 @@ def test_a_variable_that_is_not_set_is_named(job: Path, monkeypatch: pytest.Monk
     )
 
 
-def test_what_lies_beside_a_model_goes_along(job: Path) -> None:
+def test_files_beside_a_model_are_copied(job: Path) -> None:
     base = job / "base"
     (base / "additional_chat_templates").mkdir()
     written = {
@@ -244,7 +244,7 @@ def test_what_lies_beside_a_model_goes_along(job: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
-def test_every_end_that_a_folder_names_ends_a_text(job: Path, file: str) -> None:
+def test_every_end_token_that_a_folder_names_stops_generation(job: Path, file: str) -> None:
     sampling = Sampling(max_tokens=6, temperature=0.0, seed=0)
     written = Writer(job / "base")
     prompt = written.text_ids("note 3")
@@ -269,7 +269,7 @@ def _with_code(base: Path) -> None:
         (QUANTIZE + 'model = "base"\n', "quantize"),
     ],
 )
-def test_code_of_a_model_folder_is_not_run_unless_the_workflow_says_so(job: Path, text: str, key: str) -> None:
+def test_code_of_a_model_folder_runs_only_if_the_workflow_trusts_it(job: Path, text: str, key: str) -> None:
     _with_code(job / "base")
     with pytest.raises(WorkflowError) as caught:
         _load(job, text)
@@ -289,7 +289,7 @@ def test_code_of_a_model_folder_is_not_run_unless_the_workflow_says_so(job: Path
     assert not (job / "base/imported").exists()
 
 
-def test_code_that_is_trusted_is_run_by_every_stage_after(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trusted_code_runs_in_every_later_stage(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _with_code(job / "base")
     text = 'model = { from = "base", trust_remote_code = true }\n' + QUANTIZE
     trained = _run(job, "train", text)
@@ -305,7 +305,7 @@ def test_code_that_is_trusted_is_run_by_every_stage_after(job: Path, capsys: pyt
     assert not remote_code.trusts_code()
 
 
-def test_code_that_fails_is_told_in_one_line(job: Path) -> None:
+def test_code_that_fails_is_one_error_line(job: Path) -> None:
     _with_code(job / "base")
     (job / "base/modeling.py").write_text("import no_such_module")
     with pytest.raises(ArtifactError) as caught:
@@ -370,7 +370,7 @@ def test_code_of_a_models_tokenizer_is_refused_before_any_work(job: Path, file: 
     )
 
 
-def test_code_that_no_stage_needs_stays_behind(job: Path) -> None:
+def test_code_that_no_stage_needs_is_not_copied(job: Path) -> None:
     base = job / "base"
     (base / "modeling.py").write_text("raise SystemExit('nothing may import this')")
     for name in ("config.json", "tokenizer_config.json"):

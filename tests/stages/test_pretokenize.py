@@ -192,7 +192,7 @@ SOURCES: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_a_source_of_each_format_goes_through_the_chain(job: Job, kind: str) -> None:
+def test_a_source_of_each_format_is_tokenized(job: Job, kind: str) -> None:
     source = SOURCES[kind](job.folder)
     report = job.run(f'sources = ["{source}"]\nholdout = 0.2')
     assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
@@ -202,7 +202,7 @@ def test_a_source_of_each_format_goes_through_the_chain(job: Job, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["chat", "completions"])
-def test_conversations_go_through_the_chain_with_masks_for_loss_and_documents(job: Job, kind: str) -> None:
+def test_conversations_are_tokenized_with_masks_for_loss_and_documents(job: Job, kind: str) -> None:
     records: list[Any] = [{"messages": _conversation(i)} for i in range(40)]
     if kind == "completions":
         records = [{"prompt": f"What is {i} and one?", "completion": f"It is {i + 1}."} for i in range(40)]
@@ -269,7 +269,7 @@ SIDES: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("kind", SIDES)
 @pytest.mark.parametrize("source", ["d", "d/**/*.*"])
-def test_names_tell_what_is_trained_on_and_what_is_not(job: Job, kind: str, source: str) -> None:
+def test_file_names_decide_between_training_and_validation(job: Job, kind: str, source: str) -> None:
     parts = {"train": TEXTS[:20], "validation": TEXTS[20:26], "test": TEXTS[26:]}
     for side, name in SIDES[kind].items():
         path = job.folder / "d" / name
@@ -293,7 +293,7 @@ def test_names_tell_what_is_trained_on_and_what_is_not(job: Job, kind: str, sour
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "jsonl.zst"])
 @pytest.mark.parametrize("name", ["val", "dev-0001", "eval"])
-def test_a_file_called_validation_is_so_in_every_container(job: Job, suffix: str, name: str) -> None:
+def test_a_file_named_validation_is_held_out_in_every_container(job: Job, suffix: str, name: str) -> None:
     for stem, texts in ((name, TEXTS[:5]), ("train", TEXTS[5:])):
         _write_container(job.folder / f"d/{stem}.{suffix}", texts)
     job.run('sources = ["d"]')
@@ -332,7 +332,7 @@ def test_without_anything_for_validation_a_share_of_the_training_file_is_held_ou
     ]
 
 
-def test_a_validation_file_without_documents_holds_nothing_back(job: Job) -> None:
+def test_an_empty_validation_file_holds_nothing_out(job: Job) -> None:
     _write_container(job.folder / "d/train.jsonl", TEXTS[1:])
     _write_container(job.folder / "d/valid.jsonl", [" "])
     job.run('sources = ["d"]\nholdout = 0.2')
@@ -341,7 +341,7 @@ def test_a_validation_file_without_documents_holds_nothing_back(job: Job) -> Non
 
 
 @pytest.mark.parametrize("source", ["d/test.jsonl", "d/test*.jsonl", "d/*test*"])
-def test_a_test_file_that_is_named_itself_is_trained_on_and_that_is_said(job: Job, source: str) -> None:
+def test_a_test_file_named_in_sources_is_trained_on_with_a_warning(job: Job, source: str) -> None:
     _write_container(job.folder / "d/test.jsonl", TEXTS)
     report = job.run(f'sources = ["{source}"]\nholdout = 0.2')
     assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS)
@@ -350,7 +350,7 @@ def test_a_test_file_that_is_named_itself_is_trained_on_and_that_is_said(job: Jo
     ]
 
 
-def test_of_entries_with_a_file_in_common_the_one_that_names_it_or_is_for_validation_has_it(job: Job) -> None:
+def test_a_file_of_two_sources_belongs_to_the_one_that_names_it_or_is_for_validation(job: Job) -> None:
     _write_container(job.folder / "d/a.jsonl", TEXTS[:20])
     _write_container(job.folder / "d/b.jsonl", TEXTS[20:30])
     _write_container(job.folder / "d/c/e.jsonl", TEXTS[30:])
@@ -363,7 +363,7 @@ def test_of_entries_with_a_file_in_common_the_one_that_names_it_or_is_for_valida
     assert [source["documents"] for source in report["sources"]] == [30, 10]
 
 
-def test_of_a_source_for_validation_the_part_to_measure_with_is_read(job: Job) -> None:
+def test_from_a_validation_source_only_the_validation_part_is_read(job: Job) -> None:
     for stem, texts in (("train", TEXTS[:20]), ("test", TEXTS[20:])):
         _write_container(job.folder / f"d/{stem}.jsonl", texts)
     job.run('sources = ["d"]\nvalidation_sources = ["d"]')
@@ -375,7 +375,7 @@ def test_of_a_source_for_validation_the_part_to_measure_with_is_read(job: Job) -
 
 
 @pytest.mark.parametrize("holdout", [0.02, 0.5, 0.9])
-def test_one_text_is_trained_on_and_its_end_held_out_whatever_its_hash(job: Job, holdout: float) -> None:
+def test_a_single_text_is_split_with_its_end_held_out(job: Job, holdout: float) -> None:
     text = " ".join(f"word{i}" for i in range(400))
     (job.folder / "a.txt").write_text(text)
     report = job.run(f'sources = ["a.txt"]\nholdout = {holdout}')
@@ -390,7 +390,7 @@ def test_one_text_is_trained_on_and_its_end_held_out_whatever_its_hash(job: Job,
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_texts_that_are_all_held_out_by_their_hashes_are_trained_on_but_for_one(job: Job, count: int) -> None:
+def test_if_all_hashes_fall_into_validation_one_text_is_held_out(job: Job, count: int) -> None:
     (job.folder / "n").mkdir()
     for number, text in enumerate(TEXTS[:count]):
         (job.folder / f"n/{number}.txt").write_text(text)
@@ -399,7 +399,7 @@ def test_texts_that_are_all_held_out_by_their_hashes_are_trained_on_but_for_one(
     assert sorted(job.texts() + job.texts("validation")) == sorted(TEXTS[:count])
 
 
-def test_of_equal_documents_that_are_kept_the_same_end_is_held_out(job: Job) -> None:
+def test_equal_documents_have_the_same_end_held_out(job: Job) -> None:
     text = " ".join(f"word{i}" for i in range(60))
     _write_container(job.folder / "a.jsonl", [text] * 5)
     report = job.run('sources = ["a.jsonl"]\ndeduplicate = false\nholdout = 0.1')
@@ -443,7 +443,7 @@ def test_entries_name_configurations_splits_and_slices_of_one_data_set(data_sets
     ]
 
 
-def test_a_test_split_that_is_named_is_trained_on_and_that_is_said(data_sets: Job) -> None:
+def test_a_test_split_named_in_sources_is_trained_on_with_a_warning(data_sets: Job) -> None:
     report = data_sets.run('sources = [{ path = "hf:set", config = "one", split = "train+test_sft" }]\nholdout = 0.1')
     assert sorted(data_sets.texts() + data_sets.texts("validation")) == sorted(TEXTS[:20])
     assert report["warnings"] == [
@@ -451,7 +451,7 @@ def test_a_test_split_that_is_named_is_trained_on_and_that_is_said(data_sets: Jo
     ]
 
 
-def test_a_saved_data_set_has_slices_too(job: Job) -> None:
+def test_slices_apply_to_saved_data_sets(job: Job) -> None:
     datasets = pytest.importorskip("datasets")
     rows = {"train": TEXTS[:30], "dev": TEXTS[30:35], "test": TEXTS[35:]}
     made = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in rows.items()}
@@ -480,7 +480,7 @@ def test_a_saved_data_set_has_slices_too(job: Job) -> None:
         ),
     ],
 )
-def test_parts_that_a_data_set_has_not_are_told_before_any_work(data_sets: Job, entry: str, said: str) -> None:
+def test_missing_configurations_and_splits_are_reported_before_any_work(data_sets: Job, entry: str, said: str) -> None:
     assert data_sets.fails(f"sources = [{{ {entry} }}]") == said
     assert not list((data_sets.folder / "artifacts").glob("**/*.safetensors"))
 
@@ -488,7 +488,7 @@ def test_parts_that_a_data_set_has_not_are_told_before_any_work(data_sets: Job, 
 # --- names
 
 
-def test_names_that_are_no_utf_8_or_hold_line_breaks_are_names_like_others(job: Job) -> None:
+def test_file_names_that_are_not_utf_8_or_hold_line_breaks_are_accepted(job: Job) -> None:
     names = [b"caf\xe9.txt", b"two\nlines.txt", b"x [v2].txt", b"z.txt"]
     (job.folder / "n").mkdir()
     for name, text in zip(names, TEXTS, strict=False):
@@ -517,7 +517,7 @@ def test_a_folder_with_brackets_and_links_in_circles_is_read_once(job: Job) -> N
         assert (report["sources"][0]["files"], report["sources"][0]["documents"]) == (1, 40), source
 
 
-def test_a_home_and_variables_are_expanded_for_data_sets_too(data_sets: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_and_variables_are_expanded_in_data_set_paths(data_sets: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(data_sets.folder))
     monkeypatch.setenv("SETS", str(data_sets.folder))
     for path in ("hf:~/set", "hf:$SETS/set"):
@@ -525,7 +525,7 @@ def test_a_home_and_variables_are_expanded_for_data_sets_too(data_sets: Job, mon
         assert sorted(data_sets.texts() + data_sets.texts("validation")) == sorted(TEXTS[:15])
 
 
-def test_sources_for_validation_are_all_of_it(job: Job) -> None:
+def test_configured_validation_sources_are_the_whole_validation_set(job: Job) -> None:
     _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
     _write_jsonl(job.folder / "b.jsonl", [{"text": text} for text in [*TEXTS[:5], "one more of them, quite new"]])
     job.run('sources = ["a.jsonl"]\nvalidation_sources = ["b.jsonl"]')
@@ -550,7 +550,7 @@ def test_an_entry_may_be_a_table_with_a_weight_a_format_and_a_key(job: Job) -> N
     assert [first["weight"], second["weight"]] == [2.0, 1.0]
 
 
-def test_a_tokenizer_that_exists_is_used_and_kept_as_it_is(job: Job) -> None:
+def test_an_existing_tokenizer_is_used_and_kept_unchanged(job: Job) -> None:
     _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
     _save_tokenizer(job.folder / "mine", 280)
     report = job.run('sources = ["a.jsonl"]\ntokenizer.from = "mine"')
@@ -569,7 +569,7 @@ def _save_tokenizer(folder: Path, vocab_size: int) -> None:
     )
 
 
-def test_a_hub_id_that_cannot_be_had_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_cannot_be_fetched_is_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     _write_jsonl_of_texts(job.folder)
@@ -590,7 +590,7 @@ def test_a_data_set_of_plain_files_keeps_its_splits(job: Job, monkeypatch: pytes
     assert (job.artifact / "files.txt").read_text().splitlines()[0] == "hf:set/train[0:30]"
 
 
-def test_a_failure_of_a_worker_names_the_file_it_worked_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_failure_names_the_file_being_read(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxflow.data.encoder import FastEncoder
 
     _write_folder(job.folder)
@@ -664,7 +664,7 @@ CHANGES: dict[str, tuple[Callable[[Job], object], int]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_only_what_a_change_concerns_is_tokenized_again(cached: Job, change: str) -> None:
+def test_only_files_affected_by_a_change_are_tokenized_again(cached: Job, change: str) -> None:
     act, expected = CHANGES[change]
     act(cached)
     assert cached.run()["run"]["tokenized_files"] == expected
@@ -674,7 +674,7 @@ def test_only_what_a_change_concerns_is_tokenized_again(cached: Job, change: str
     assert cached.bytes() == found
 
 
-def test_a_revert_costs_nothing(cached: Job) -> None:
+def test_reverting_a_change_reuses_cached_shards(cached: Job) -> None:
     before, text = cached.bytes(), (cached.folder / "notes/03.txt").read_text()
     _edit(cached)
     cached.run()
@@ -683,7 +683,7 @@ def test_a_revert_costs_nothing(cached: Job) -> None:
     assert cached.bytes() == before
 
 
-def test_a_damaged_shard_costs_its_file(cached: Job) -> None:
+def test_a_damaged_shard_retokenizes_only_its_file(cached: Job) -> None:
     before = cached.bytes()
     shard = next((cached.folder / "artifacts/.mlxflow/shards").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
@@ -692,7 +692,7 @@ def test_a_damaged_shard_costs_its_file(cached: Job) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_the_bytes_do_not_depend_on_the_workers(job: Job, workers: int) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_workers(job: Job, workers: int) -> None:
     _write_folder(job.folder)
     _write_jsonl_of_texts(job.folder)
     settings = 'sources = ["notes", "a.jsonl"]\ndeduplicate = false\nworkers = '
@@ -713,7 +713,7 @@ def test_the_number_of_workers_makes_no_stage_stale(job: Job) -> None:
     assert "holdout" in digests[0]["config"]
 
 
-def test_a_run_that_is_killed_goes_on_from_the_last_whole_shard(job: Job) -> None:
+def test_a_killed_run_resumes_from_the_last_whole_shard(job: Job) -> None:
     (job.folder / "notes").mkdir()
     for number in range(300):
         (job.folder / f"notes/{number:03}.txt").write_text(f"{number} " * 20_000)
@@ -734,7 +734,7 @@ def test_a_run_that_is_killed_goes_on_from_the_last_whole_shard(job: Job) -> Non
     assert not list(store.glob(".*.partial"))
 
 
-def test_a_tokenizer_trained_on_a_sample_stays_when_another_document_comes(job: Job) -> None:
+def test_a_tokenizer_trained_on_a_sample_is_kept_when_documents_are_added(job: Job) -> None:
     _write_jsonl(job.folder / "a.jsonl", [{"text": text} for text in TEXTS])
     settings = 'sources = ["*.jsonl"]\ntokenizer = { vocab_size = 300, max_training_bytes = 600 }'
     job.run(settings)
@@ -775,11 +775,11 @@ def _bad_record(job: Job, line: str) -> str:
         ('{"prompt": "a", "completion": null}', '"completion" is null: expected text. Fix the record'),
     ],
 )
-def test_a_bad_record_is_told_with_its_line(job: Job, line: str, said: str) -> None:
+def test_a_bad_record_is_reported_with_its_line(job: Job, line: str, said: str) -> None:
     assert _bad_record(job, line) == f"a.jsonl:41: {said}, {SKIP}"
 
 
-def test_every_bad_record_is_told_at_once_up_to_twenty(job: Job) -> None:
+def test_up_to_twenty_bad_records_are_reported_at_once(job: Job) -> None:
     (job.folder / "a.jsonl").write_text("{\n" * 30)
     (job.folder / "b.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
     lines = job.fails('sources = ["a.jsonl", "b.jsonl"]\ntokenizer.from = "mine"' if _mine(job) else "").splitlines()
@@ -846,7 +846,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_that_cannot_be_used_is_told_and_may_be_skipped(job: Job, kind: str) -> None:
+def test_an_unusable_file_is_reported_or_skipped(job: Job, kind: str) -> None:
     name, make, said = FILES[kind]
     (job.folder / name).write_bytes(make())
     _write_jsonl_of_texts(job.folder)
@@ -859,14 +859,14 @@ def test_a_file_that_cannot_be_used_is_told_and_may_be_skipped(job: Job, kind: s
     assert report["bad_records"][0].startswith(f"{name}: {said}")
 
 
-def test_a_table_of_another_schema_is_told_with_its_columns(job: Job) -> None:
+def test_a_table_with_an_unknown_schema_is_reported_with_its_columns(job: Job) -> None:
     _write_parquet(job.folder)
     assert job.fails('sources = ["a.parquet"]\nformat = "text"\ntext_key = "body"') == (
         f'a.parquet: has no column "body"; its columns: text, id. Name one in text_key, {SKIP}'
     )
 
 
-def test_binary_and_empty_files_of_a_folder_are_passed_over_and_counted(job: Job) -> None:
+def test_binary_and_empty_files_of_a_folder_are_skipped_and_counted(job: Job) -> None:
     _write_folder(job.folder)
     (job.folder / "notes/photo").write_bytes(b"\x89PNG\0\0")
     (job.folder / "notes/photo.png").write_bytes(b"\x89PNG\0\0")
@@ -880,7 +880,7 @@ def test_binary_and_empty_files_of_a_folder_are_passed_over_and_counted(job: Job
     assert (source["blank_documents"], source["broken_links"], source["documents"]) == (1, 1, 40)
 
 
-def test_marks_of_byte_order_and_ends_of_lines_are_no_fault(job: Job) -> None:
+def test_byte_order_marks_and_crlf_line_ends_are_accepted(job: Job) -> None:
     _write_folder(job.folder)
     (job.folder / "notes/windows.txt").write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
     job.run('sources = ["notes"]')
@@ -902,7 +902,7 @@ def test_marks_of_byte_order_and_ends_of_lines_are_no_fault(job: Job) -> None:
         ),
     ],
 )
-def test_a_corpus_that_is_too_short_is_told(job: Job, settings: str, said: str) -> None:
+def test_a_corpus_that_is_too_short_is_an_error(job: Job, settings: str, said: str) -> None:
     (job.folder / "short.txt").write_text("a b c")
     (job.folder / "blank.txt").write_text(" \n")
     assert job.fails(settings) == said
@@ -1026,7 +1026,7 @@ NOTHING: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("kind", NOTHING)
-def test_where_no_text_is_left_the_real_cause_is_told(job: Job, kind: str) -> None:
+def test_an_empty_corpus_is_reported_with_its_cause(job: Job, kind: str) -> None:
     write, settings, said = NOTHING[kind]
     write(job.folder)
     assert job.fails(settings) == said
@@ -1041,7 +1041,9 @@ def test_where_no_text_is_left_the_real_cause_is_told(job: Job, kind: str) -> No
         (("d/a.txt",), "$NO_SUCH/a.txt", "names no file ($NO_SUCH is not set)"),
     ],
 )
-def test_a_source_without_a_file_to_read_is_told_why(job: Job, files: tuple[str, ...], source: str, said: str) -> None:
+def test_a_source_without_readable_files_is_reported_with_the_reason(
+    job: Job, files: tuple[str, ...], source: str, said: str
+) -> None:
     (job.folder / "d").mkdir()
     for name in files:
         (job.folder / name).touch()
@@ -1074,7 +1076,7 @@ def test_a_source_without_a_file_to_read_is_told_why(job: Job, files: tuple[str,
         ),
     ],
 )
-def test_a_part_that_no_data_set_can_have_is_found_by_the_check(job: Job, entry: str, said: str) -> None:
+def test_an_invalid_split_or_slice_is_found_by_check(job: Job, entry: str, said: str) -> None:
     _write_jsonl_of_texts(job.folder)
     job.configure(f"sources = [{{ {entry} }}]")
     with pytest.raises(WorkflowError) as caught:
@@ -1082,7 +1084,7 @@ def test_a_part_that_no_data_set_can_have_is_found_by_the_check(job: Job, entry:
     assert str(caught.value).partition("workflow.toml: ")[2] == f"pretokenize.sources[0].{said}"
 
 
-def test_conversations_without_a_template_are_told(job: Job) -> None:
+def test_conversations_without_a_template_are_an_error(job: Job) -> None:
     _write_jsonl(job.folder / "a.jsonl", [{"messages": _conversation(i)} for i in range(4)])
     _save_tokenizer(job.folder / "mine", 280)
     assert job.fails('sources = ["a.jsonl"]\ntokenizer.from = "mine"') == (
@@ -1091,7 +1093,7 @@ def test_conversations_without_a_template_are_told(job: Job) -> None:
     )
 
 
-def test_roles_that_the_template_refuses_are_told(job: Job) -> None:
+def test_roles_that_the_template_refuses_are_an_error(job: Job) -> None:
     (job.folder / "own.jinja").write_text(
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
         "{% endif %}{{ m.content }}{% endfor %}"
@@ -1141,7 +1143,7 @@ def test_roles_that_the_template_refuses_are_told(job: Job) -> None:
         ),
     ],
 )
-def test_a_mistake_in_the_table_is_told_before_anything_runs(job: Job, settings: str, said: str) -> None:
+def test_an_invalid_pretokenize_table_is_reported_before_any_work(job: Job, settings: str, said: str) -> None:
     _write_folder(job.folder)
     (job.folder / "loop").symlink_to("loop")
     job.configure(settings)
@@ -1150,7 +1152,7 @@ def test_a_mistake_in_the_table_is_told_before_anything_runs(job: Job, settings:
     assert said in [line.partition("workflow.toml: ")[2] for line in str(caught.value).splitlines()]
 
 
-def test_a_file_that_changes_while_it_is_read_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxflow.data import input_files
 
     _write_jsonl_of_texts(job.folder)

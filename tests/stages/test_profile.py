@@ -39,7 +39,7 @@ CONTEXT = Context(
 )
 
 
-def test_the_report_tells_phases_composition_leaks_peaks_and_trends(built: Path) -> None:
+def test_the_report_has_phases_composition_leaks_peaks_and_trends(built: Path) -> None:
     report = read_report(built / "artifacts/profile/report.toml")
     phases = {phase["name"]: phase for phase in report["phases"]}
     assert phases["training_step"]["calls"] == 3
@@ -57,14 +57,14 @@ def test_the_report_tells_phases_composition_leaks_peaks_and_trends(built: Path)
     assert np.isfinite(report["trend"]["rss_bytes_per_step"])
 
 
-def test_steps_have_as_many_rows_as_training_took(built: Path, tmp_path: Path) -> None:
+def test_profiled_steps_have_the_rows_per_step_of_training(built: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(built / "artifacts/train", tmp_path / "train"))
     inputs = Inputs(model=folder / "model.safetensors")
     assert settings_of(Config(), inputs, CONTEXT).batch_size == 4
     assert settings_of(Config(batch_size=3), inputs, CONTEXT).batch_size == 3
 
 
-def test_a_budget_that_is_exceeded_is_told_with_the_phase_and_the_first_suggestion(built: Path) -> None:
+def test_an_exceeded_budget_is_reported_with_the_phase_and_the_first_suggestion(built: Path) -> None:
     report = report_structs.read(built / "artifacts/profile/report.toml", ProfileReport, advice="").figures
     report = msgspec.structs.replace(
         report,
@@ -109,7 +109,7 @@ def test_the_thread_samples_as_often_as_the_settings_say(tmp_path: Path, monkeyp
     assert caught.value.args == (3.0, context.unfinished)
 
 
-def test_killed_it_leaves_all_that_it_saw_and_the_page_shows_it(
+def test_a_killed_profile_leaves_its_readings_and_the_page_shows_them(
     job_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workflow, unfinished = job_copy / "workflow.toml", job_copy / "artifacts/.mlxflow/unfinished/profile"

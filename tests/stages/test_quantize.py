@@ -74,7 +74,7 @@ def job(built: Path, tmp_path: Path) -> Job:
     return Job(tmp_path)
 
 
-def test_layers_by_pattern_are_what_mlx_lm_makes_of_the_same_predicate(job: Job, tmp_path: Path) -> None:
+def test_layer_rules_match_mlx_lm_with_the_same_predicate(job: Job, tmp_path: Path) -> None:
     def predicate(path: str, _: Any) -> bool | dict[str, Any]:
         if path.endswith("embed_tokens"):
             return {"group_size": 32, "bits": 8, "mode": "affine"}
@@ -134,7 +134,7 @@ def test_symmetric_codes_have_a_fixed_zero_point_in_the_stored_bytes(job: Job) -
         {"bits": 4, "training": "lora", "checkpointing": "layers"},
     ],
 )
-def test_what_training_validated_is_what_was_written(job: Job, table: dict[str, Any]) -> None:
+def test_the_validated_qat_model_is_the_written_model(job: Job, table: dict[str, Any]) -> None:
     report = job.run(method="qat", num_steps=4, batch_size=4, max_validation_rows=64, **table)
     lines = [json.loads(line) for line in (job.artifact / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "validation"][-1]
@@ -151,7 +151,7 @@ def test_what_training_validated_is_what_was_written(job: Job, table: dict[str, 
     assert any(not mx.array_equal(trained[name], value) for name, value in plain.items())
 
 
-def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxflow.training import trainer
 
     table = {"method": "qat", "mode": "symmetric", "bits": 3, "num_steps": 6, "batch_size": 4}
@@ -177,13 +177,13 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bytes(job: Job, monkeypat
 @pytest.mark.parametrize(
     ("table", "rate"), [({}, 8e-4 * 0.12**0.5), ({"num_steps": 300}, 8e-4), ({"num_steps": 9000}, 8e-4)]
 )
-def test_few_steps_train_at_a_lower_rate(table: dict[str, Any], rate: float) -> None:
+def test_qat_of_few_steps_uses_a_lower_learning_rate(table: dict[str, Any], rate: float) -> None:
     written, model = written_settings(Config(method="qat", **table)), nn.Linear(4, 4)
     assert suited(written, model, learning_rate="auto").learning_rate == pytest.approx(rate)
     assert suited(written, model, learning_rate=0.1).learning_rate == 0.1
 
 
-def test_a_loss_that_stays_infinite_names_this_stages_key(job: Job) -> None:
+def test_an_infinite_qat_loss_names_the_key_of_quantize(job: Job) -> None:
     path = job.folder / "artifacts/train/model.safetensors"
     tensors = cast("dict[str, mx.array]", mx.load(str(path)))
     mx.eval(tensors)
@@ -195,7 +195,7 @@ def test_a_loss_that_stays_infinite_names_this_stages_key(job: Job) -> None:
     assert not job.artifact.exists()
 
 
-def test_out_of_memory_names_this_stages_keys(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_qat_names_the_keys_of_quantize(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> None:
         raise RuntimeError("[malloc] Unable to allocate 5000 bytes.")
 
@@ -211,7 +211,7 @@ def test_out_of_memory_names_this_stages_keys(job: Job, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
-def test_a_learned_method_beats_its_own_refusals_and_is_opened_by_mlx_lm(job: Job, method: str) -> None:
+def test_calibrated_methods_lose_less_than_rounding_and_mlx_lm_opens_their_models(job: Job, method: str) -> None:
     job.run(bits=2, group_size=32, max_validation_rows=64)
     rounded = job.tensors()
     report = job.run(method=method, bits=2, group_size=32, calibration_rows=16, max_validation_rows=64)
@@ -225,7 +225,7 @@ def test_a_learned_method_beats_its_own_refusals_and_is_opened_by_mlx_lm(job: Jo
     )
 
 
-def test_a_budget_is_met_and_its_table_gives_the_same_model_again(job: Job) -> None:
+def test_a_size_budget_is_met_and_its_rules_reproduce_the_model(job: Job) -> None:
     report = job.run(target_bits_per_weight=4.7, calibration_rows=16)
     assert 0.99 * 4.7 <= report["bits_per_weight"] <= 4.7
     assert len({row["bits"] for row in report["layers"]} - {0}) > 1
@@ -291,7 +291,7 @@ def test_quality_is_measured_against_the_dense_model(job: Job) -> None:
     assert (again.kl, again.top1_agreement) == (0, 1)
 
 
-def test_a_gate_that_closes_publishes_nothing_and_blames_three_layers(job: Job) -> None:
+def test_an_exceeded_quality_limit_publishes_nothing_and_names_three_layers(job: Job) -> None:
     job.run(bits=8)
     before = (job.artifact / "model.safetensors").read_bytes()
     lines = job.problems(StageError, bits=2, max_perplexity_increase=0.001, max_kl=0.01)
@@ -306,7 +306,7 @@ def test_a_gate_that_closes_publishes_nothing_and_blames_three_layers(job: Job) 
     assert job.run(bits=8, max_perplexity_increase=0.5, max_kl=0.5)["quality"]["kl"] < 0.5
 
 
-def test_a_model_of_ones_own_needs_no_training_and_no_tokens(job: Job) -> None:
+def test_a_local_model_is_quantized_without_training_or_tokens(job: Job) -> None:
     own = job.folder / "own"
     shutil.copytree(job.folder / "artifacts/train", own)
     (own / "generation_config.json").write_text("{}")
@@ -390,13 +390,15 @@ def test_a_weight_that_is_not_finite_is_named(job: Job) -> None:
         ),
     ],
 )
-def test_a_table_that_does_not_fit_is_told(job: Job, kind: type[Exception], table: dict[str, Any], line: str) -> None:
+def test_contradicting_quantize_keys_are_an_error(
+    job: Job, kind: type[Exception], table: dict[str, Any], line: str
+) -> None:
     (found,) = job.problems(kind, **table)
     assert found.rpartition("workflow.toml: ")[2].startswith(line)
     assert not job.artifact.exists()
 
 
-def test_rows_longer_than_the_models_positions_are_told(job: Job) -> None:
+def test_rows_longer_than_the_models_positions_are_an_error(job: Job) -> None:
     config = job.folder / "artifacts/train/config.json"
     config.write_text(config.read_text().replace('"max_position_embeddings": 16', '"max_position_embeddings": 8'))
     (line,) = job.problems(ArtifactError)
@@ -406,7 +408,7 @@ def test_rows_longer_than_the_models_positions_are_told(job: Job) -> None:
     )
 
 
-def test_check_looks_at_the_plan_without_any_artifact(job: Job) -> None:
+def test_check_validates_the_plan_without_artifacts(job: Job) -> None:
     shutil.rmtree(job.folder / "artifacts")
     job.write(layers=[{"match": "*.embed_tokens", "bits": 8}, {"match": "*.mlp.upproj", "bits": 2}])
     with pytest.raises(WorkflowError) as caught:

@@ -75,7 +75,7 @@ def _again(whole: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment_and_run_again_it_comes_to_the_same_bytes(whole: Path, tmp_path: Path, seed: int) -> None:
+def test_a_killed_training_resumes_to_the_same_bytes(whole: Path, tmp_path: Path, seed: int) -> None:
     folder = _again(whole, tmp_path)
     generator = random.Random(seed)
     for _ in range(3):
@@ -94,7 +94,7 @@ def test_killed_at_any_moment_and_run_again_it_comes_to_the_same_bytes(whole: Pa
     assert not _checkpoints(folder)
 
 
-def test_asked_to_stop_it_saves_and_says_so(whole: Path, tmp_path: Path) -> None:
+def test_a_stop_signal_saves_a_checkpoint_and_is_reported(whole: Path, tmp_path: Path) -> None:
     folder = _again(whole, tmp_path)
     process = _start(folder)
     while process.poll() is None and not _checkpoints(folder):
@@ -110,7 +110,7 @@ def test_asked_to_stop_it_saves_and_says_so(whole: Path, tmp_path: Path) -> None
     assert _digests(folder / "artifacts" / "train") == _digests(whole / "artifacts" / "train")
 
 
-def test_another_configuration_leaves_the_checkpoint_alone_and_says_so(whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_configuration_is_kept_with_a_message(whole: Path, tmp_path: Path) -> None:
     folder = _again(whole, tmp_path)
     process = _start(folder)
     while process.poll() is None and not _checkpoints(folder):
@@ -125,7 +125,7 @@ def test_another_configuration_leaves_the_checkpoint_alone_and_says_so(whole: Pa
     assert _checkpoints(folder) == kept
 
 
-def test_a_doit_that_is_interrupted_tells_where_training_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_doit_names_the_step_that_training_resumes_from(whole: Path, tmp_path: Path) -> None:
     folder = _again(whole, tmp_path)
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder.parent / "cache")}
     command = [sys.executable, "-m", "doit", "train"]

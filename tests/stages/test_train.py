@@ -98,13 +98,13 @@ def test_a_key_that_shapes_the_model_changes_it(project: Path, usual: Path, tmp_
 
 
 @pytest.mark.parametrize("change", ["log_every = 3", "eval_every = 1", "max_validation_rows = 3"])
-def test_a_key_that_only_tells_changes_no_weight(project: Path, usual: Path, tmp_path: Path, change: str) -> None:
+def test_a_logging_key_changes_no_weight(project: Path, usual: Path, tmp_path: Path, change: str) -> None:
     changed = _train(project, tmp_path / "changed", change)
     assert _same(_weights(changed), _weights(usual))
     assert _records(changed) != _records(usual)
 
 
-def test_the_config_has_the_shape_that_was_asked_for(usual: Path) -> None:
+def test_the_config_has_the_requested_shape(usual: Path) -> None:
     config = json.loads((usual / "config.json").read_text())
     wanted = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     wanted |= {"intermediate_size": 32, "max_position_embeddings": 16, "vocab_size": 300, "eos_token_id": 0}
@@ -120,13 +120,13 @@ def test_the_learning_rate_warms_up_and_falls(project: Path, tmp_path: Path) -> 
     assert rates[5] > rates[6] > rates[7]
 
 
-def test_a_warm_up_that_nobody_wrote_takes_at_most_half_of_the_steps(project: Path, tmp_path: Path) -> None:
+def test_the_default_warmup_takes_at_most_half_of_the_steps(project: Path, tmp_path: Path) -> None:
     half = _train(project, tmp_path / "half", "warmup_steps = 2")
     whole = _train(project, tmp_path / "whole", 'warmup_steps = "auto"')
     assert _same(_weights(half), _weights(whole))
 
 
-def test_a_rate_that_is_far_too_high_fails_and_keeps_the_old_artifact(project: Path, tmp_path: Path) -> None:
+def test_a_far_too_high_learning_rate_fails_and_keeps_the_old_artifact(project: Path, tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "report.toml").write_text('[stage]\nstage = "train"\n')

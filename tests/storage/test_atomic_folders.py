@@ -36,7 +36,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-def test_a_linked_folder_is_replaced_where_it_lies_and_stays_a_link(tmp_path: Path, disk: Path) -> None:
+def test_a_linked_folder_is_replaced_at_its_target_and_stays_a_link(tmp_path: Path, disk: Path) -> None:
     place, link = disk / "big", tmp_path / "artifacts" / "train"
     place.mkdir()
     (place / "old").write_text("old")
@@ -57,14 +57,14 @@ def test_a_folder_of_all_artifacts_may_be_a_link(tmp_path: Path, disk: Path) -> 
     assert _tree(disk / "all") == {"train/file": "new"}
 
 
-def test_a_link_to_a_folder_that_is_not_there_yet_is_followed(tmp_path: Path) -> None:
+def test_a_link_to_a_missing_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "train").symlink_to(tmp_path / "big")
     _publish(tmp_path / "train")
     assert _tree(tmp_path / "big") == {"file": "new"}
     assert (tmp_path / "train").is_symlink()
 
 
-def test_a_link_into_a_disk_that_is_not_mounted_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_link_to_an_unmounted_disk_is_refused_before_any_work(tmp_path: Path) -> None:
     target = tmp_path / "not-mounted" / "train"
     (tmp_path / "train").symlink_to(target)
     with pytest.raises(StageError) as caught, atomic_folders.publishing(tmp_path / "train"):
@@ -92,7 +92,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_any_work(tmp_path: Pa
     assert (tmp_path / "train").read_text() == "somebody's"
 
 
-def test_where_a_disk_is_mounted_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "train").symlink_to(tmp_path / "disk")
     monkeypatch.setattr(atomic_folders, "_is_mounted", lambda place: place == tmp_path / "disk")
@@ -104,13 +104,13 @@ def test_where_a_disk_is_mounted_is_refused_before_any_work(tmp_path: Path, monk
     )
 
 
-def test_the_root_is_known_to_be_mounted_and_a_plain_folder_not_to_be(tmp_path: Path) -> None:
+def test_the_root_is_a_mount_point_and_a_plain_folder_is_not(tmp_path: Path) -> None:
     assert atomic_folders._is_mounted(Path("/"))
     assert not atomic_folders._is_mounted(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY, errno.EIO])
-def test_a_folder_that_cannot_be_moved_keeps_the_old_one_and_says_so(
+def test_a_failed_rename_keeps_the_old_folder_and_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     _publish(tmp_path / "train", "old")
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_moved_keeps_the_old_one_and_says_so(
     assert len(moved) == 2  # aside, and back
 
 
-def test_an_old_folder_that_cannot_be_removed_fails_nothing_and_is_named(
+def test_an_old_folder_that_cannot_be_removed_is_named_without_failing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _publish(tmp_path / "train", "old")
@@ -150,7 +150,7 @@ def test_an_old_folder_that_cannot_be_removed_fails_nothing_and_is_named(
     assert capsys.readouterr().err == f"{tmp_path}/.train.partial: cannot be removed (Permission denied). Remove it.\n"
 
 
-def test_private_folders_are_found_beside_what_links_lead_to(tmp_path: Path) -> None:
+def test_private_folders_are_found_beside_link_targets(tmp_path: Path) -> None:
     artifacts, disk = tmp_path / "artifacts", tmp_path / "disk"
     for folder in (artifacts, disk / "train", disk / ".train.partial", disk / "quantize" / ".q4.partial.old"):
         folder.mkdir(parents=True)
@@ -160,12 +160,12 @@ def test_private_folders_are_found_beside_what_links_lead_to(tmp_path: Path) -> 
     assert found == [str(disk / "quantize/.q4.partial.old"), str(disk / ".train.partial")]
 
 
-def test_a_variant_whose_name_ends_like_a_private_folder_is_none(tmp_path: Path) -> None:
+def test_a_variant_named_like_a_private_folder_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "train" / "q.partial").mkdir(parents=True)
     assert atomic_folders.partial_folders(tmp_path) == []
 
 
-def test_what_an_earlier_version_left_of_a_link_is_removed_without_what_it_leads_to(tmp_path: Path) -> None:
+def test_a_leftover_link_of_an_earlier_version_is_removed_but_not_its_target(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "weights").write_text("precious")
     (tmp_path / ".train.partial").symlink_to(tmp_path / "big")
@@ -188,9 +188,7 @@ def test_files_to_keep_are_in_the_new_folder_as_the_same_files(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("kept", "written"), [("config.json/weights", "config.json"), ("adapters", "adapters/a")])
-def test_a_file_to_keep_that_is_in_the_way_is_named_and_nothing_is_lost(
-    tmp_path: Path, kept: str, written: str
-) -> None:
+def test_a_kept_file_that_conflicts_is_named_and_nothing_is_lost(tmp_path: Path, kept: str, written: str) -> None:
     old = tmp_path / "train"
     (old / kept).parent.mkdir(parents=True)
     (old / kept).write_text("kept")
@@ -206,7 +204,7 @@ def test_a_file_to_keep_that_is_in_the_way_is_named_and_nothing_is_lost(
     assert _tree(tmp_path) == {f"train/{kept}": "kept"}
 
 
-def test_a_linked_file_is_written_where_it_lies(tmp_path: Path) -> None:
+def test_a_linked_file_is_written_at_its_target(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     atomic_folders.write_whole(tmp_path / "link", b"new")
@@ -225,7 +223,7 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_a_failure_keeps_the_old_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failure_keeps_the_old_folder_and_removes_the_new_one(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
     (folder / "old").write_text("old")
@@ -241,7 +239,7 @@ def test_a_failure_keeps_the_old_folder_and_leaves_nothing_behind(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_what_a_crash_left_behind_is_no_part_of_the_next_artifact(tmp_path: Path) -> None:
+def test_files_left_by_a_crash_are_not_in_the_next_artifact(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     with atomic_folders.publishing(folder) as private:
         left = private
@@ -257,9 +255,7 @@ def test_what_a_crash_left_behind_is_no_part_of_the_next_artifact(tmp_path: Path
     assert atomic_folders.partial_folders(tmp_path) == []
 
 
-def test_without_an_exchange_of_names_the_folder_is_replaced_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_atomic_exchange_the_folder_is_still_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic_folders, "_exchange", lambda one, other: False)
     folder = tmp_path / "train"
     for content in ("first", "second"):
@@ -269,7 +265,7 @@ def test_without_an_exchange_of_names_the_folder_is_replaced_all_the_same(
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     place = Path(tempfile.mkdtemp(dir="/tmp"))  # others may not look into tmp_path
     (place / "train").mkdir()
     place.chmod(0o555)
@@ -291,7 +287,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert message.endswith(f" bytes free). {said}; {place}/train is as it was.")
 
 
-def test_a_full_disk_keeps_the_old_folder_and_says_so(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_folder_and_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
     with (

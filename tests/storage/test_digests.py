@@ -22,7 +22,7 @@ def _write(path: Path, tensors: dict[str, mx.array] = TENSORS, **metadata: str) 
     return path
 
 
-def test_equal_tensors_are_the_same_whatever_wrote_them(tmp_path: Path) -> None:
+def test_equal_tensors_have_equal_digests_for_every_writer(tmp_path: Path) -> None:
     first = _write(tmp_path / "1.safetensors", mlxflow="by one stage")
     second = tmp_path / "2.safetensors"
     mx.save_safetensors(str(second), TENSORS)  # in the order of insertion
@@ -54,7 +54,7 @@ def test_metadata_that_readers_use_is_part_of_the_identity(tmp_path: Path) -> No
     assert first.identity != second.identity
 
 
-def test_what_differs_between_equal_runs_is_no_part_of_a_report(tmp_path: Path) -> None:
+def test_digests_of_reports_leave_out_run_specific_values(tmp_path: Path) -> None:
     def report(loss: float, seconds: float) -> str:
         path = tmp_path / "report.toml"
         report_files.write_report(path, {"loss": loss, "run": {"seconds": seconds}})
@@ -65,7 +65,7 @@ def test_what_differs_between_equal_runs_is_no_part_of_a_report(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [0, 1, 4 << 20, (4 << 20) + 1])
-def test_every_byte_counts(tmp_path: Path, size: int) -> None:
+def test_a_change_of_any_byte_changes_the_digest(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"x" * size)
     first = digest_file(path)
@@ -76,7 +76,7 @@ def test_every_byte_counts(tmp_path: Path, size: int) -> None:
         assert digest_file(path) != first
 
 
-def test_an_unchanged_file_is_read_once_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "a.safetensors")
     now = path.stat().st_ctime_ns
     monkeypatch.setattr("time.time_ns", lambda: now + 10**9)
@@ -92,7 +92,7 @@ def test_an_unchanged_file_is_read_once_whoever_asks(tmp_path: Path, monkeypatch
     assert later.files_read == 1
 
 
-def test_a_file_changed_a_moment_ago_is_not_believed_to_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recently_changed_file_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "a.safetensors")
     monkeypatch.setattr("time.time_ns", lambda: path.stat().st_ctime_ns)
     cache = _cache(tmp_path)
@@ -125,9 +125,7 @@ def _num_read(folder: Path, path: Path) -> int:
     return cache.files_read
 
 
-def test_what_was_read_within_two_seconds_of_a_whole_second_is_read_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_coarse_timestamps_a_recent_file_is_read_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "a.safetensors")
     clock = _Clock(monkeypatch, path, step_ns=10**9)
     assert _num_read(tmp_path, path) == 2  # a same-size edit of now would not show
@@ -136,9 +134,7 @@ def test_what_was_read_within_two_seconds_of_a_whole_second_is_read_once_more(
     assert _num_read(tmp_path, path) == 0
 
 
-def test_a_same_size_edit_within_the_second_of_a_reading_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_same_size_edit_within_the_same_second_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
     stat = path.stat()
@@ -174,7 +170,7 @@ def test_on_a_file_system_whose_clock_runs_ahead_files_are_read_once_more(
     assert _num_read(tmp_path, path) == 0
 
 
-def test_a_change_is_seen_although_size_and_mtime_are_put_back(tmp_path: Path) -> None:
+def test_a_change_is_detected_although_size_and_mtime_are_restored(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
     cache = _cache(tmp_path)
@@ -187,7 +183,7 @@ def test_a_change_is_seen_although_size_and_mtime_are_put_back(tmp_path: Path) -
 @pytest.mark.parametrize(
     "garbage", [b"", b"{}", b"\xff", b'{"format": 1}', b'{"format": 1, "files": {"a": []}}', b"[]"]
 )
-def test_a_damaged_cache_only_costs_reading_again(tmp_path: Path, garbage: bytes) -> None:
+def test_a_damaged_digest_cache_only_causes_reading_again(tmp_path: Path, garbage: bytes) -> None:
     (tmp_path / "digests.json").write_bytes(garbage)
     path = tmp_path / "a"
     path.write_bytes(b"one")
@@ -205,7 +201,7 @@ def _remembered(folder: Path) -> tuple[Path, Path]:
     return path, folder / "digests.json"
 
 
-def test_every_flipped_byte_of_the_cache_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flipped_byte_of_the_cache_is_detected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, file = _remembered(tmp_path)
     data = file.read_bytes()
     for position in range(len(data)):
@@ -236,7 +232,7 @@ STORED: dict[str, object] = {
 
 
 @pytest.mark.parametrize("case", STORED)
-def test_a_cache_of_other_types_is_as_if_it_were_not_there(
+def test_a_cache_with_wrong_types_counts_as_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     (tmp_path / "digests.json").write_bytes(state_files.encode(STORED[case]))  # type: ignore[arg-type]
@@ -246,16 +242,14 @@ def test_a_cache_of_other_types_is_as_if_it_were_not_there(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_cache_of_an_earlier_version_is_replaced_without_a_word(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cache_of_an_earlier_version_is_replaced_silently(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "digests.json").write_text('{"format": 1, "files": {}, "computed": {}}')
     _cache(tmp_path).save()
     assert state_files.read(tmp_path / "digests.json") == {"files": {}, "computed": {}}
     assert capsys.readouterr().err == ""
 
 
-def test_digests_of_files_that_are_no_more_are_dropped(tmp_path: Path) -> None:
+def test_digests_of_removed_files_are_dropped(tmp_path: Path) -> None:
     path, file = _remembered(tmp_path)
     other = tmp_path / "other"
     other.write_bytes(b"two")
@@ -284,7 +278,7 @@ def test_the_order_of_keys_does_not_count_and_the_type_of_values_does() -> None:
         {"a": {"data_offsets": [0, 3]}, "b": {"data_offsets": [2, 4]}},
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path: Path, header: object) -> None:
+def test_a_header_that_contradicts_the_file_is_refused(tmp_path: Path, header: object) -> None:
     text = json.dumps(header).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"1234")
@@ -294,7 +288,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object) -> None:
         digest_file(path)
 
 
-def test_arrays_and_tensors_are_told_apart_by_content_only(tmp_path: Path) -> None:
+def test_array_digests_depend_on_content_only(tmp_path: Path) -> None:
     tensor_writing.write_arrays(tmp_path / "1.safetensors", {"a": np.arange(4, dtype=np.float32)}, {})
     _write(tmp_path / "2.safetensors", {"a": mx.arange(4, dtype=mx.float32)})
     assert digest_file(tmp_path / "1.safetensors").identity == digest_file(tmp_path / "2.safetensors").identity

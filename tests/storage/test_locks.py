@@ -34,7 +34,7 @@ def _without_locks(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-def test_whoever_holds_a_lock_is_named_with_what_it_does(tmp_path: Path) -> None:
+def test_the_holder_of_a_lock_is_named_with_its_activity(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with (
         hold(path, "", wait=False, about="(benchmark of /here)"),
@@ -45,7 +45,7 @@ def test_whoever_holds_a_lock_is_named_with_what_it_does(tmp_path: Path) -> None
     assert str(caught.value) == f"train: waits for it, used by process {os.getpid()} (benchmark of /here)"
 
 
-def test_a_shared_lock_is_held_by_several_and_named_by_all_of_them(tmp_path: Path) -> None:
+def test_all_holders_of_a_shared_lock_are_named(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with subprocess.Popen(["sleep", "0"]) as gone:
         pass
@@ -59,7 +59,7 @@ def test_a_shared_lock_is_held_by_several_and_named_by_all_of_them(tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
-def test_without_locks_a_stand_in_is_locked_and_named(
+def test_without_lock_support_a_local_file_is_locked_and_named(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
 ) -> None:
     project = tmp_path / "project"
@@ -77,7 +77,7 @@ def test_without_locks_a_stand_in_is_locked_and_named(
             pass
 
 
-def test_a_cache_folder_without_locks_is_a_mistake_with_what_to_do(
+def test_a_cache_folder_without_lock_support_is_an_error_with_advice(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _without_locks(monkeypatch, tmp_path, errno.ENOLCK)
@@ -91,7 +91,7 @@ def test_a_cache_folder_without_locks_is_a_mistake_with_what_to_do(
         assert caught.value.exit_code == 2
 
 
-def test_another_error_of_a_lock_is_no_missing_support(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_lock_errors_are_not_taken_for_missing_support(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _without_locks(monkeypatch, tmp_path, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"), hold(tmp_path / "lock", "", wait=False):
         pass
@@ -121,7 +121,7 @@ def test_a_gpu_and_a_measurement_are_held_alone_and_processors_shared(
                 pass
 
 
-def test_the_devices_turn_needs_no_mlx() -> None:
+def test_waiting_for_the_device_imports_no_mlx() -> None:
     imports = "import sys, mlxflow.device.compute_device, mlxflow.storage.locks"
     command = f"{imports}; print('mlx' in sys.modules, 'numpy' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)

@@ -22,18 +22,18 @@ def _index(folder: Path, *files: str) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {f"{n}.weight": file for n, file in enumerate(files)}}))
 
 
-def test_one_file_of_weights_is_the_model(tmp_path: Path) -> None:
+def test_a_single_weights_file_is_the_model(tmp_path: Path) -> None:
     _write(tmp_path, "config.json", "model.safetensors", "consolidated.safetensors", "README.md", "model.gguf")
     assert model_files.find(tmp_path) == (["model.safetensors"], ["config.json"], "", "", "Name a model folder.")
 
 
-def test_an_index_says_which_files_are_the_model(tmp_path: Path) -> None:
+def test_an_index_selects_the_weight_files(tmp_path: Path) -> None:
     _write(tmp_path, "config.json", *TWO)
     _index(tmp_path, TWO[1], TWO[0], TWO[1])
     assert model_files.find(tmp_path).weights == [INDEX, *TWO]
 
 
-def test_an_index_of_one_file_as_mlx_lm_writes_it_is_no_second_set(tmp_path: Path) -> None:
+def test_an_index_of_a_single_file_is_not_a_second_set_of_weights(tmp_path: Path) -> None:
     _write(tmp_path, "config.json", "model.safetensors")
     _index(tmp_path, "model.safetensors")
     assert model_files.find(tmp_path).weights == [INDEX, "model.safetensors"]
@@ -109,7 +109,7 @@ def test_a_whole_set_of_shards_needs_no_index(tmp_path: Path, stem: str) -> None
         ),
     ],
 )
-def test_a_folder_that_is_no_one_model_is_refused(
+def test_a_folder_of_no_or_several_models_is_refused(
     tmp_path: Path, names: list[str], listed: tuple[str, ...] | None, problem: str, advice: str
 ) -> None:
     _write(tmp_path, *names)
@@ -162,7 +162,7 @@ OTHERS = (
 )
 
 
-def test_every_file_that_decides_a_model_is_found_and_no_other(tmp_path: Path) -> None:
+def test_exactly_the_files_that_define_a_model_are_found(tmp_path: Path) -> None:
     _write(tmp_path, "config.json", "hf_quant_config.json", "model.safetensors", *DECIDING, *OTHERS)
     found = model_files.find(tmp_path)
     assert sorted(found.read) == sorted(["config.json", "hf_quant_config.json", "model.safetensors", *DECIDING])
@@ -184,7 +184,7 @@ def test_every_file_that_decides_a_model_is_found_and_no_other(tmp_path: Path) -
         ("tokenizer_config.json", {"tokenizer_class": "Own"}, False),
     ],
 )
-def test_code_goes_along_where_a_configuration_names_some(
+def test_code_named_by_a_configuration_is_copied(
     tmp_path: Path, file: str, table: dict[str, object], is_code: bool
 ) -> None:
     _write(tmp_path, "config.json", "model.safetensors", "tokenizer_config.json", "modeling.py", "train.py")
@@ -248,13 +248,13 @@ def test_links_within_a_folder_and_within_the_hubs_cache_are_followed(tmp_path: 
     assert model_files.find(folder).problem == "holds merges.txt, a link to a file outside of the folder"
 
 
-def test_code_that_is_named_and_not_there_is_a_problem(tmp_path: Path) -> None:
+def test_missing_code_named_by_a_configuration_is_a_problem(tmp_path: Path) -> None:
     _write(tmp_path, "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_file": "../modeling.py"}')
     assert model_files.find(tmp_path).problem == "lacks ../modeling.py, which its config.json names"
 
 
-def test_links_show_the_chosen_files_alone(tmp_path: Path) -> None:
+def test_the_folder_of_links_holds_the_chosen_files_only(tmp_path: Path) -> None:
     folder = _write(tmp_path / "a [v2]\n", "config.json", "model.safetensors", "additional_chat_templates/x.jinja")
     with model_files.opened(folder, ["config.json", "additional_chat_templates/x.jinja"]) as links:
         assert model_files.names_in(links) == ["config.json", "additional_chat_templates/x.jinja"]

@@ -59,7 +59,7 @@ def test_a_change_is_seen_and_the_first_content_stays(tmp_path: Path, change: Ca
     inputs.require_unchanged("train", tmp_path)
 
 
-def test_other_rights_and_a_second_name_are_no_change(tmp_path: Path) -> None:
+def test_permissions_and_hard_links_are_no_change(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"one")
     inputs = ObservedInputs(tmp_path / "digests.json")

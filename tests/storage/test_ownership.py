@@ -23,7 +23,7 @@ def _make(folder: Path, task: str, *names: str, lists: bool = True) -> Path:
     return folder
 
 
-def test_what_a_run_lists_is_its_own_and_the_rest_is_foreign(tmp_path: Path) -> None:
+def test_files_not_listed_by_the_run_are_foreign(tmp_path: Path) -> None:
     folder = _make(tmp_path / "train", "train", "config.json", "adapters/a")
     _write(folder, "notes.txt", "adapters/mine", "generation_config.json")  # the last one would be read
     _make(folder / "a", "train:a", "config.json")
@@ -37,7 +37,7 @@ def test_what_a_run_lists_is_its_own_and_the_rest_is_foreign(tmp_path: Path) -> 
     ]
 
 
-def test_of_an_artifact_without_a_list_only_other_artifacts_are_foreign(tmp_path: Path) -> None:
+def test_without_a_list_only_other_artifacts_are_foreign(tmp_path: Path) -> None:
     folder = _make(tmp_path / "train", "train", "config.json", "notes.txt", lists=False)
     _make(folder / "a", "train:a", "config.json", "deeper/x")
     elsewhere = _make(tmp_path / "elsewhere", "train:b", "config.json")
@@ -45,21 +45,21 @@ def test_of_an_artifact_without_a_list_only_other_artifacts_are_foreign(tmp_path
     assert ownership.foreign_names(folder) == ["a/config.json", "a/deeper/x", "a/report.toml", "b"]
 
 
-def test_without_a_report_every_file_but_the_outputs_is_foreign(tmp_path: Path) -> None:
+def test_without_a_report_all_files_except_outputs_are_foreign(tmp_path: Path) -> None:
     _write(tmp_path / "train", "config.json", "notes.txt")
     assert ownership.foreign_names(tmp_path / "train", ["config.json"]) == ["notes.txt"]
     assert ownership.foreign_names(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("text", ["", "[stage\n", "stage = 1\n", "run = 1\n", "[run]\nfiles = 1\n"])
-def test_a_report_that_says_nothing_owns_nothing(tmp_path: Path, text: str) -> None:
+def test_an_empty_report_owns_nothing(tmp_path: Path, text: str) -> None:
     _write(tmp_path, "config.json")
     (tmp_path / "report.toml").write_text(text)
     assert ownership.maker(tmp_path) == ""
     assert ownership.foreign_names(tmp_path) == ["config.json", "report.toml"]
 
 
-def test_removing_an_artifact_leaves_what_is_foreign(tmp_path: Path) -> None:
+def test_removing_an_artifact_keeps_foreign_files(tmp_path: Path) -> None:
     folder = _make(tmp_path / "train", "train", "config.json", "adapters/a")
     _write(folder, "notes.txt")
     assert ownership.remove_own_files(folder) == ["notes.txt"]

@@ -66,7 +66,7 @@ def test_a_printed_name_is_one_line() -> None:
         ("$EMPTY/x", None),
     ],
 )
-def test_the_leading_part_that_is_expanded_is_found(
+def test_spelling_returns_the_expanded_leading_part(
     name: str, leading: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable, value in {"HOME": "/home/one", "DATA": "/data/", "X": "x", "EMPTY": ""}.items():
@@ -75,7 +75,7 @@ def test_the_leading_part_that_is_expanded_is_found(
     assert spelling(name) == leading
 
 
-def test_an_input_is_recorded_as_it_was_written() -> None:
+def test_an_input_is_recorded_as_written_in_the_workflow() -> None:
     spellings = {"/data": "$DATA", "/data/deep": "$DEEP", "/home/one": "~"}
     assert record_name("/data/a.txt", spellings) == "$DATA/a.txt"
     assert record_name("/data/deep/a.txt", spellings) == "$DEEP/a.txt"

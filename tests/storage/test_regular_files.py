@@ -70,7 +70,7 @@ def test_a_log_is_written_from_its_beginning(tmp_path: Path) -> None:
     assert (tmp_path / "logs/log").read_text() == "short"
 
 
-def test_nobody_waits_for_the_writer_of_a_fifo(tmp_path: Path) -> None:
+def test_opening_a_fifo_does_not_block(tmp_path: Path) -> None:
     path = tmp_path / "report.toml"
     os.mkfifo(path)
     with pytest.raises(OSError, match="is no regular file"):
@@ -79,7 +79,7 @@ def test_nobody_waits_for_the_writer_of_a_fifo(tmp_path: Path) -> None:
         DigestCache(tmp_path / "digests.json").digests(path)
 
 
-def test_a_lock_of_another_user_is_locked_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_of_another_user_can_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lock"
     path.write_text("")
     real = os.open
@@ -94,7 +94,7 @@ def test_a_lock_of_another_user_is_locked_all_the_same(tmp_path: Path, monkeypat
         pass
 
 
-def test_a_file_that_cannot_be_looked_at_is_named_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_whose_fstat_fails_is_named_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
 
     def fail(descriptor: int) -> os.stat_result:

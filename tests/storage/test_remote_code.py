@@ -46,7 +46,7 @@ def test_copied_keeps_code_only_if_it_is_trusted() -> None:
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "[" * 100_000])
-def test_read_table_of_what_is_no_table_is_empty(tmp_path: Path, text: str) -> None:
+def test_read_table_of_a_non_table_is_empty(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     assert remote_code.read_table(tmp_path / "config.json") == {}
     assert remote_code.read_table(tmp_path / "missing.json") == {}

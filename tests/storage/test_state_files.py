@@ -46,7 +46,7 @@ def test_links_pipes_and_large_files_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["NaN", "{", "[" * 100_000, "\xff"])
-def test_parse_json_refuses_what_is_no_json(text: str) -> None:
+def test_parse_json_refuses_invalid_json(text: str) -> None:
     with pytest.raises(InvalidStateError, match="no valid JSON"):
         state_files.parse_json(text.encode("latin-1"))
 

@@ -15,7 +15,7 @@ def _dead_process() -> int:
     return process.pid
 
 
-def test_what_a_process_that_is_gone_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_temporary_files_of_ended_processes_are_removed(tmp_path: Path) -> None:
     dead, living = _dead_process(), os.getppid()
     orphans = [f".a.json.{dead}.tmp", f"digests.json.{dead}.tmp", f".key.{dead}.partial", f".b.{os.getpid()}.tmp"]
     orphans += [f".best-000002.safetensors.{dead}.tmp.safetensors", ".c.9999999999.tmp"]
@@ -29,7 +29,7 @@ def test_what_a_process_that_is_gone_was_writing_is_removed_and_nothing_else(tmp
     assert {path.name for path in tmp_path.iterdir()} == expected
 
 
-def test_a_later_process_of_the_same_number_owns_nothing(tmp_path: Path) -> None:
+def test_a_later_process_with_the_same_pid_owns_nothing(tmp_path: Path) -> None:
     orphan = tmp_path / f".a.{os.getppid()}.tmp"
     orphan.touch()
     os.utime(orphan, (1, 1))
@@ -37,7 +37,7 @@ def test_a_later_process_of_the_same_number_owns_nothing(tmp_path: Path) -> None
     assert not orphan.exists()
 
 
-def test_only_names_of_the_given_beginning_are_looked_at(tmp_path: Path) -> None:
+def test_only_names_with_the_given_prefix_are_considered(tmp_path: Path) -> None:
     dead = _dead_process()
     for name in ("ours", "theirs"):
         (tmp_path / f".{name}.{dead}.tmp").touch()
@@ -46,11 +46,11 @@ def test_only_names_of_the_given_beginning_are_looked_at(tmp_path: Path) -> None
     remove_orphans(tmp_path / "nowhere")
 
 
-def test_the_file_beside_lies_in_the_same_folder_under_the_name_of_this_process(tmp_path: Path) -> None:
+def test_a_temporary_file_is_a_sibling_named_by_the_process(tmp_path: Path) -> None:
     assert beside(tmp_path / "a.json") == tmp_path / f".a.json.{os.getpid()}.tmp"
 
 
-def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next(
+def test_the_scratch_folder_of_a_killed_process_is_removed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -67,9 +67,7 @@ def test_the_scratch_folder_of_a_process_that_was_killed_is_removed_by_the_next(
     assert list(tmp_path.iterdir()) == [theirs]
 
 
-def test_a_scratch_folder_that_its_process_removes_meanwhile_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scratch_folder_removed_concurrently_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ends = tmp_path / f"mlxflow-{os.getppid()}-x"
     ends.mkdir()

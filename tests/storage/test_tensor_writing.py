@@ -23,7 +23,9 @@ def test_equal_tensors_are_equal_bytes_whatever_their_order(tmp_path: Path) -> N
     assert (tmp_path / "3.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
 
 
-def test_a_file_larger_than_the_free_space_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_larger_than_the_free_space_is_refused_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     path = tmp_path / "train" / "a.safetensors"

@@ -40,13 +40,13 @@ def test_a_new_folder_can_be_entered_by_its_user_alone(tmp_path: Path) -> None:
     assert [stat.S_IMODE(one.stat().st_mode) for one in (folder, cache)] == [0o700, 0o700]
 
 
-def test_a_folder_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
+def test_a_folder_readable_by_others_is_made_private(tmp_path: Path) -> None:
     (tmp_path / "cache/mlxflow").mkdir(mode=0o755)
     assert cache_folder().stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o703])
-def test_a_folder_that_others_may_write_is_passed_over(tmp_path: Path, mode: int) -> None:
+def test_a_folder_writable_by_others_is_not_used(tmp_path: Path, mode: int) -> None:
     planted = tmp_path / "tmp" / OWN
     planted.mkdir()
     planted.chmod(mode)
@@ -54,7 +54,7 @@ def test_a_folder_that_others_may_write_is_passed_over(tmp_path: Path, mode: int
     assert planted.stat().st_mode & 0o777 == mode
 
 
-def test_a_folder_that_others_may_replace_is_passed_over(tmp_path: Path) -> None:
+def test_a_folder_replaceable_by_others_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tmp").chmod(0o777)
     assert prepare_compiled_folder() == tmp_path / "cache/mlxflow/compiled" / OWN
     os.environ["TMPDIR"] = str(tmp_path / "tmp")
@@ -68,7 +68,7 @@ def _give(path: Path, user: int) -> None:
     os.chown(path, user, user, follow_symlinks=False)
 
 
-def test_a_folder_or_link_of_another_user_is_passed_over(tmp_path: Path) -> None:
+def test_a_folder_or_link_of_another_user_is_not_used(tmp_path: Path) -> None:
     planted, own = tmp_path / "tmp" / OWN, tmp_path / "own"
     planted.mkdir(mode=0o777)
     _give(planted, 12345)
@@ -107,7 +107,7 @@ def test_without_a_home_the_cache_lies_in_the_temporary_folder(tmp_path: Path, m
     assert cache_folder() == tmp_path / "tmp" / OWN / "cache"
 
 
-def test_a_temporary_folder_that_is_not_there_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_temporary_folder_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     assert temporary_folder() == Path("/tmp")  # noqa: S108
     prepare_compiled_folder()
@@ -132,7 +132,7 @@ def test_the_processes_of_a_process_compile_in_the_same_folder(tmp_path: Path) -
         (10**9, getattr(os, "ST_NOEXEC", 8), "is on a file system from which nothing may be run"),
     ],
 )
-def test_where_no_folder_can_be_used_one_line_says_why(
+def test_without_a_usable_folder_one_line_gives_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, flags: int, reason: str
 ) -> None:
     found = os.statvfs_result((1, 1, 0, free, free, 0, 0, 0, flags, 255))

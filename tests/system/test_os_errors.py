@@ -32,12 +32,12 @@ def test_the_advice_fits_the_reason(number: int, line: str) -> None:
     assert word_cause(OSError(number, os.strerror(number)), "a/b") == line
 
 
-def test_of_two_files_the_one_that_is_written_is_named() -> None:
+def test_the_written_file_is_named_in_errors_of_two_files() -> None:
     error = OSError(errno.EIO, os.strerror(errno.EIO), ".a.tmp", None, "a")
     assert word_cause(error, "").startswith("a: ")
 
 
-def test_a_file_is_named_where_the_error_names_none_and_only_there(tmp_path: Path) -> None:
+def test_a_file_is_named_only_if_the_error_names_none(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Bad file descriptor") as caught, naming(tmp_path / "a"):
         os.fsync(10_000)
     assert caught.value.filename == str(tmp_path / "a")
@@ -46,7 +46,7 @@ def test_a_file_is_named_where_the_error_names_none_and_only_there(tmp_path: Pat
     assert other.value.filename == str(tmp_path / "b")
 
 
-def test_what_a_process_or_a_network_answers_is_not_about_a_file() -> None:
+def test_process_and_network_errors_are_not_about_a_file() -> None:
     assert not is_about_a_file(ChildProcessError(errno.ECHILD, "No child processes"))
     assert is_about_a_file(OSError(errno.EDQUOT, "Disk quota exceeded"))
 

@@ -42,17 +42,17 @@ def _is_fit(output: str) -> bool:
         ("name \udcff\ud800", r"name \xff\ud800"),
     ],
 )
-def test_what_is_not_shown_as_it_is_is_escaped(text: str, shown: str | None) -> None:
+def test_control_characters_are_escaped(text: str, shown: str | None) -> None:
     assert escaped(text) == (text if shown is None else shown)
     assert escaped(escaped(text)) == escaped(text)
 
 
-def test_a_line_has_no_line_within_it() -> None:
+def test_line_breaks_within_a_line_are_escaped() -> None:
     assert one_line(HOSTILE + "\tc") == SHOWN + r"\tc"
     assert str(SourceError(f"{HOSTILE}: no text.", "x: y.")) == f"{SHOWN}: no text.\nx: y."
 
 
-def test_another_program_draws_colors_and_bars_and_nothing_else() -> None:
+def test_output_of_another_program_keeps_only_colors_and_progress_bars() -> None:
     bar = "\r\x1b[2K\x1b[1A\x1b[1;32m10/20\x1b[0m\x1b[?25l\x1b[?25h\n"
     assert foreign(bar) == bar
     others = "\x1b]0;t\x07\x1b[2J\x1b[6n\x1bP1\x1b\\\x1b[?1049h\x1b[5B\x1bc"
@@ -60,14 +60,14 @@ def test_another_program_draws_colors_and_bars_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000])
-def test_pieces_of_an_output_may_break_anywhere(size: int) -> None:
+def test_escaping_does_not_depend_on_how_the_output_is_split(size: int) -> None:
     data = "ü \x1b[1;32mgreen\x1b[0m \x1b]0;t\x07\n".encode() + b"\xff\xc3" + "日\u202e\x1b[".encode()
     shown, pieces = Foreign(), [data[begin : begin + size] for begin in range(0, len(data), size)]
     result = b"".join(shown.feed(piece) for piece in pieces) + shown.feed(b"", ends=True)
     assert result.decode() == "ü \x1b[1;32mgreen\x1b[0m \\x1b]0;t\\x07\n\\xff\\xc3日\\u202e\\x1b["
 
 
-def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_missing_from_the_encoding_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
     terminal.show("ü\udcff", HOSTILE)
@@ -76,7 +76,7 @@ def test_what_an_encoding_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     assert output.read() == f"\\xfc\\xff\n{SHOWN}\ntwo\nlines\\x1b"
 
 
-def test_nothing_is_printed_where_a_stream_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_streams_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     with terminal.guarded():
@@ -85,7 +85,7 @@ def test_nothing_is_printed_where_a_stream_is_closed(monkeypatch: pytest.MonkeyP
         terminal.stream("x")
 
 
-def test_what_other_libraries_print_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_other_libraries_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     with terminal.guarded():
         print(HOSTILE)  # as doit does
         sys.stderr.writelines([HOSTILE, "\n"])
@@ -94,7 +94,7 @@ def test_what_other_libraries_print_is_escaped(capsys: pytest.CaptureFixture[str
     assert tuple(capsys.readouterr()) == (f"{kept}\nas it is \u202e\n", f"{kept}\n")
 
 
-def test_consoles_of_rich_take_no_markup_and_no_controls() -> None:
+def test_rich_consoles_interpret_no_markup_or_controls() -> None:
     from rich.progress import Progress
     from rich.table import Table
     from rich.text import Text
@@ -150,11 +150,11 @@ def _bypasses(source: str) -> list[int]:
         "from tqdm import tqdm",
     ],
 )
-def test_each_way_past_the_door_is_found(line: str) -> None:
+def test_the_scan_finds_every_way_to_print_directly(line: str) -> None:
     assert _bypasses(line) == [1]
 
 
-def test_nothing_is_printed_past_the_door() -> None:
+def test_all_output_goes_through_terminal() -> None:
     found = {
         f"{path.relative_to(REPOSITORY)}:{line}"
         for folder in ("mlxflow", "tasks")
@@ -167,7 +167,7 @@ def test_nothing_is_printed_past_the_door() -> None:
     assert len([line for line in found if line.startswith("tasks/stage_process.py")]) == 1
 
 
-def test_texts_of_others_reach_the_terminal_escaped(job: Path) -> None:
+def test_untrusted_texts_are_escaped_on_the_terminal(job: Path) -> None:
     title = "\x1b]0;t\x07\u202e"
     (job / f"notes/a{title}\n.jsonl").write_text('{"te\\u001bxt": "a"}\n')
     text = (job / "workflow.toml").read_text()

@@ -62,7 +62,7 @@ def packed(tmp_path: Path) -> Packed:
     return Packed(node, file)
 
 
-def test_what_is_packed_is_unpacked_long_names_too(packed: Packed) -> None:
+def test_packed_files_are_unpacked_including_long_names(packed: Packed) -> None:
     expected = {name: Path(packed.node.path(name)).read_bytes() for name in (A, LONG)}
     for name in expected:
         Path(packed.node.path(name)).unlink()
@@ -244,7 +244,7 @@ HOSTILE: dict[str, tuple[Callable[[Members], None], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_hostile_archive_is_refused_and_nothing_is_touched(packed: Packed, kind: str) -> None:
+def test_a_hostile_archive_is_refused_and_changes_nothing(packed: Packed, kind: str) -> None:
     change, said = HOSTILE[kind]
     _rewrite(packed.file, change)
     packed.assert_refused(said)
@@ -288,7 +288,7 @@ def test_a_sparse_member_that_would_fill_the_disk_is_refused(packed: Packed) -> 
     assert str(caught.value) == f"{packed.file}: holds '{A}', which is a sparse file. {KIND}"
 
 
-def test_more_than_the_disk_has_room_for_is_refused_before_anything_is_written(packed: Packed) -> None:
+def test_an_archive_larger_than_the_free_space_is_refused_before_writing(packed: Packed) -> None:
     _rewrite(packed.file, _record(lambda record: record["values"]["outputs"].update({A: [2**62, "0a"]})))
     with pytest.raises(StageError) as caught:
         packed.unpack()
@@ -334,7 +334,7 @@ def test_a_compressed_archive_is_never_decompressed(packed: Packed, method: str)
     packed.assert_refused(f"is compressed with {method}. Decompress it first.")
 
 
-def test_a_pipe_a_device_and_a_folder_are_no_archives(packed: Packed, tmp_path: Path) -> None:
+def test_pipes_devices_and_folders_are_refused_as_archives(packed: Packed, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         with pytest.raises(ArtifactError) as caught:

@@ -21,7 +21,7 @@ def _without_seconds(line: str) -> str:
 # --- plan
 
 
-def test_a_plan_of_nothing_says_so(chain: Chain) -> None:
+def test_a_plan_without_stale_stages_says_so(chain: Chain) -> None:
     assert chain.doit("plan", "--exit-code") == (0, "nothing to do: 6 stages are fresh\n", "")
 
 
@@ -41,7 +41,7 @@ def test_a_plan_follows_the_chain_with_a_fact_for_each_stage(chain: Chain) -> No
     assert chain.doit("plan", "--exit-code")[0] == 1
 
 
-def test_a_plan_of_one_stage_holds_what_it_needs(chain: Chain) -> None:
+def test_a_plan_of_one_stage_includes_its_inputs(chain: Chain) -> None:
     (chain.folder / "source").write_bytes(b"another")
     code, out, _ = chain.doit("plan", "s2")
     assert code == 0
@@ -52,7 +52,7 @@ def test_a_plan_of_one_stage_holds_what_it_needs(chain: Chain) -> None:
     assert chain.doit("plan", "s9")[::2] == (2, "s9: no such stage. Known: s1, s2, s3, s4, s5, s6.\n")
 
 
-def test_a_plan_changes_nothing_and_the_run_does_what_it_says(chain: Chain) -> None:
+def test_a_plan_changes_nothing_and_matches_the_run(chain: Chain) -> None:
     chain.path(2).unlink()
     assert chain.doit("plan")[1].startswith("s2: artifacts/s2/a is missing; ") is False
     assert not chain.path(2).exists()
@@ -60,7 +60,7 @@ def test_a_plan_changes_nothing_and_the_run_does_what_it_says(chain: Chain) -> N
     assert chain.numbers_that_run() == [2]
 
 
-def test_the_facts_are_in_a_users_words(job_copy: Path) -> None:
+def test_reasons_for_staleness_are_in_the_terms_of_the_workflow(job_copy: Path) -> None:
     assert doit(job_copy, "train").returncode == 0
     workflow = job_copy / "workflow.toml"
     text = workflow.read_text().replace("warmup_steps = 2", "warmup_steps = 2\nlearning_rate = 0.001")
@@ -85,7 +85,7 @@ def test_another_mlx_makes_every_stage_stale(chain: Chain) -> None:
 # --- verify
 
 
-def test_verify_finds_damage_that_the_file_system_does_not_tell(chain: Chain) -> None:
+def test_verify_finds_damage_that_keeps_size_and_time(chain: Chain) -> None:
     assert chain.doit("verify") == (0, "6 files of 6 stages read, 0 damaged\n", "")
     path = chain.path(3)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -106,7 +106,7 @@ def test_verify_finds_damage_that_the_file_system_does_not_tell(chain: Chain) ->
 # --- the lock file
 
 
-def test_the_lock_tells_what_each_stage_was_made_of(chain: Chain) -> None:
+def test_the_lock_file_records_the_inputs_of_each_stage(chain: Chain) -> None:
     text = (chain.folder / "mlxflow.lock").read_text()
     lock = tomllib.loads(text)
     assert list(lock) == [f"s{i}" for i in range(1, 7)]
@@ -120,7 +120,7 @@ def test_the_lock_tells_what_each_stage_was_made_of(chain: Chain) -> None:
     assert text.index("[s1]") < text.index("[s2]")
 
 
-def test_an_unchanged_run_leaves_the_lock_alone(chain: Chain) -> None:
+def test_an_unchanged_run_does_not_rewrite_the_lock_file(chain: Chain) -> None:
     before = (chain.folder / "mlxflow.lock").stat().st_mtime_ns
     assert chain.numbers_that_run() == []
     assert (chain.folder / "mlxflow.lock").stat().st_mtime_ns == before
@@ -129,7 +129,7 @@ def test_an_unchanged_run_leaves_the_lock_alone(chain: Chain) -> None:
 # --- reproduce
 
 
-def test_reproduce_says_that_a_real_stage_comes_out_equal_and_leaves_the_artifact_alone(job_copy: Path) -> None:
+def test_reproduce_confirms_equal_bytes_of_a_real_stage_and_keeps_the_artifact(job_copy: Path) -> None:
     assert doit(job_copy, "train").returncode == 0
     before = (job_copy / "artifacts/train/report.toml").read_bytes()
     result = doit(job_copy, "reproduce", "train")
@@ -152,7 +152,7 @@ def test_reproduce_names_the_first_tensor_that_differs(job_copy: Path) -> None:
     )
 
 
-def test_what_measures_the_machine_cannot_be_reproduced(job_copy: Path) -> None:
+def test_measuring_stages_cannot_be_reproduced(job_copy: Path) -> None:
     result = doit(job_copy, "reproduce", "profile")
     assert (result.returncode, result.stderr) == (
         2,
@@ -185,7 +185,7 @@ def test_an_unpacked_artifact_of_other_settings_is_stale(chain: Chain, tmp_path:
     other.assert_correct()
 
 
-def test_equal_artifacts_are_equal_archives(chain: Chain, tmp_path: Path) -> None:
+def test_equal_artifacts_give_equal_archives(chain: Chain, tmp_path: Path) -> None:
     for name in ("1.tar", "2.tar"):
         assert chain.doit("pack", "s2", str(tmp_path / name))[0] == 0
     assert (tmp_path / "1.tar").read_bytes() == (tmp_path / "2.tar").read_bytes()
@@ -201,7 +201,7 @@ def test_a_damaged_artifact_is_not_packed(chain: Chain, tmp_path: Path) -> None:
     assert not (tmp_path / "s1.tar").exists()
 
 
-def test_a_hostile_archive_is_one_line_and_nothing_is_touched(chain: Chain, tmp_path: Path) -> None:
+def test_a_hostile_archive_is_one_error_line_and_changes_nothing(chain: Chain, tmp_path: Path) -> None:
     archive = tmp_path / "s1.tar"
     assert chain.doit("pack", "s1", str(archive))[0] == 0
     archive.write_bytes(archive.read_bytes().replace(b'"settings": {', b'"settingz": {'))
@@ -210,14 +210,14 @@ def test_a_hostile_archive_is_one_line_and_nothing_is_touched(chain: Chain, tmp_
     assert chain.numbers_that_run() == []
 
 
-def test_a_missing_archive_is_told(chain: Chain) -> None:
+def test_a_missing_archive_is_an_error(chain: Chain) -> None:
     assert chain.doit("unpack", "none.tar") == (2, "", "none.tar: missing. Name a file that doit pack wrote.\n")
 
 
 # --- cache-key
 
 
-def test_a_cache_key_changes_exactly_when_what_a_stage_follows_from_does(job: Path) -> None:
+def test_a_cache_key_changes_exactly_with_the_inputs_of_a_stage(job: Path) -> None:
     def keys() -> list[str]:
         return [doit(job, "cache-key", stage).stdout for stage in ("pretokenize", "train", "quantize:q4")]
 
@@ -236,14 +236,14 @@ def test_a_cache_key_changes_exactly_when_what_a_stage_follows_from_does(job: Pa
     assert not set(keys()) & set(second)
 
 
-def test_a_command_wants_one_stage(job: Path) -> None:
+def test_commands_on_one_stage_refuse_several(job: Path) -> None:
     assert doit(job, "cache-key").stderr == "expected one stage. Use: doit cache-key STAGE\n"
     assert doit(job, "cache-key", "quantize").stderr == (
         "quantize: has variants. Name one of quantize:q4, quantize:q8.\n"
     )
 
 
-def test_no_stage_bears_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, job: Path) -> None:
+def test_no_stage_has_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, job: Path) -> None:
     from doit.doit_cmd import DoitMain
 
     from mlxflow.errors import WorkflowError
@@ -261,7 +261,7 @@ def test_no_stage_bears_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, j
 # --- state that is not valid
 
 
-def test_no_verb_ends_in_a_traceback_over_a_record_that_is_not_valid(chain: Chain) -> None:
+def test_no_verb_shows_a_traceback_for_an_invalid_record(chain: Chain) -> None:
     journal = chain.folder / "artifacts/.mlxflow/state.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     for line in lines:

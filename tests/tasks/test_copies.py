@@ -43,7 +43,7 @@ def _damage(node: Node, record: dict[str, Any]) -> list[str]:
     return list(damaged_outputs(node, record, DigestCache(node.root / "none")))
 
 
-def test_a_copy_is_verified_like_what_it_is_a_copy_of(node: Node) -> None:
+def test_a_copy_is_verified_like_its_original(node: Node) -> None:
     record = _record(node)
     assert _damage(node, record) == []
     (node.root / "artifacts/index.html").write_text("<p>the Page")
@@ -60,7 +60,7 @@ def test_clean_removes_the_copy_too(node: Node, monkeypatch: pytest.MonkeyPatch)
     assert list((node.root / "artifacts").iterdir()) == []
 
 
-def test_unpack_puts_the_copy_into_its_place(node: Node, tmp_path: Path) -> None:
+def test_unpack_restores_the_copy(node: Node, tmp_path: Path) -> None:
     record = _record(node)
     pack(node, record, tmp_path / "packed.tar")
     (node.root / "artifacts/index.html").unlink()
@@ -68,5 +68,5 @@ def test_unpack_puts_the_copy_into_its_place(node: Node, tmp_path: Path) -> None
     assert _damage(node, record) == []
 
 
-def test_a_node_remembers_its_copies(node: Node) -> None:
+def test_a_stage_node_keeps_its_copies_in_the_cached_graph(node: Node) -> None:
     assert Node.from_json(json.loads(json.dumps(node.as_json()))) == node

@@ -24,7 +24,7 @@ def test_list_shows_each_stage_with_its_line_and_writes_nothing(job: Path) -> No
     assert sorted(job.rglob("*")) == before
 
 
-def test_one_stage_builds_what_it_needs_and_no_more(job: Path) -> None:
+def test_building_one_stage_builds_its_inputs_and_no_more(job: Path) -> None:
     result = doit(job, "quantize:q4")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
@@ -41,13 +41,13 @@ def test_one_stage_builds_what_it_needs_and_no_more(job: Path) -> None:
     assert ".  quantize:q8: never built" in doit(job, "quantize").stdout.splitlines()
 
 
-def test_what_a_stage_prints_is_kept_in_its_log(job: Path) -> None:
+def test_the_output_of_a_stage_is_kept_in_its_log(job: Path) -> None:
     result = doit(job, "train")
     assert "perplexity" in result.stderr
     assert "perplexity" in (job / "artifacts/logs/train.log").read_text()
 
 
-def test_clean_removes_artifacts_and_what_is_known_of_them(job: Path) -> None:
+def test_clean_removes_artifacts_and_their_records(job: Path) -> None:
     assert doit(job, "train").returncode == 0
     assert doit(job, "clean", "--clean-dep", "train").returncode == 0
     assert not (job / "artifacts/train").exists()
@@ -84,7 +84,7 @@ def test_another_workflow_has_its_artifacts_beside_it(job: Path, tmp_path_factor
     assert result.stdout == "-- pretokenize\n"
 
 
-def test_a_mistake_in_the_workflow_is_one_line_and_exit_code_2(job: Path) -> None:
+def test_an_invalid_workflow_is_one_line_and_exit_code_2(job: Path) -> None:
     (job / "workflow.toml").write_text("[train]\nnum_step = 3\n")
     for command in ([], ["list"], ["train"], ["clean"]):
         result = doit(job, *command)
@@ -93,13 +93,13 @@ def test_a_mistake_in_the_workflow_is_one_line_and_exit_code_2(job: Path) -> Non
     assert not (job / "artifacts").exists()
 
 
-def test_a_missing_workflow_is_told(job: Path) -> None:
+def test_a_missing_workflow_is_an_error(job: Path) -> None:
     result = doit(job, "workflow=none.toml")
     assert result.returncode == 2
     assert result.stderr == "none.toml: missing. Write one (an empty file works), or name another.\n"
 
 
-def test_an_unknown_stage_is_told_with_the_nearest_one(job: Path) -> None:
+def test_an_unknown_stage_is_an_error_with_the_nearest_name(job: Path) -> None:
     result = doit(job, "trian")
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "trian: no such stage. Did you mean train?\n")
     assert doit(job, "xyz").stderr == (
@@ -109,7 +109,7 @@ def test_an_unknown_stage_is_told_with_the_nearest_one(job: Path) -> None:
     assert not (job / "artifacts").exists()
 
 
-def test_a_stage_that_fails_over_a_mistake_ends_doit_with_2_and_one_line(job: Path) -> None:
+def test_a_stage_that_finds_a_user_error_ends_doit_with_2_and_one_line(job: Path) -> None:
     text = (job / "workflow.toml").read_text()
     (job / "workflow.toml").write_text(text.replace("batch_size = 4\neval_every", "batch_size = 4000\neval_every"))
     result = doit(job)
@@ -120,7 +120,7 @@ def test_a_stage_that_fails_over_a_mistake_ends_doit_with_2_and_one_line(job: Pa
     assert mistake.startswith("train.batch_size = 4000: the training text fills ")
 
 
-def test_a_source_that_is_gone_is_told_although_the_graph_is_remembered(job: Path) -> None:
+def test_a_removed_source_is_reported_although_the_graph_is_cached(job: Path) -> None:
     assert doit(job, "pretokenize").returncode == 0
     assert doit(job, "pretokenize").stdout == "-- pretokenize\n"
     assert (job / "artifacts/.mlxflow/graph.json").exists()
@@ -200,7 +200,7 @@ def test_a_project_may_have_any_name(job: Path, tmp_path_factory: pytest.TempPat
         assert (result.returncode, result.stdout, result.stderr) == (0, f"{said}\n", "")
 
 
-def test_a_project_in_a_folder_that_is_no_utf_8_is_refused_from_outside(
+def test_a_project_in_a_folder_whose_name_is_not_utf_8_is_refused_from_outside(
     job: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     outside = tmp_path_factory.mktemp("outside")

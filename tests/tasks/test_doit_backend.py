@@ -28,7 +28,7 @@ def test_a_finished_task_is_on_the_disk_without_closing_anything(tmp_path: Path)
     assert _known(tmp_path) == {"a": 1}
 
 
-def test_a_dropped_record_is_gone_at_once(tmp_path: Path) -> None:
+def test_a_dropped_record_is_removed_at_once(tmp_path: Path) -> None:
     journal = _open(tmp_path)
     _finish(journal, "a")
     _finish(journal, "b")
@@ -39,7 +39,7 @@ def test_a_dropped_record_is_gone_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", range(2, 12))
-def test_a_torn_last_line_is_as_if_not_written_and_the_next_one_is_whole(tmp_path: Path, cut: int) -> None:
+def test_a_torn_last_line_is_ignored_and_the_next_append_is_whole(tmp_path: Path, cut: int) -> None:
     journal = _open(tmp_path)
     _finish(journal, "a")
     _finish(journal, "b")
@@ -50,7 +50,7 @@ def test_a_torn_last_line_is_as_if_not_written_and_the_next_one_is_whole(tmp_pat
     assert _known(tmp_path) == {"a": 1, "c": 3}
 
 
-def test_a_line_that_lacks_only_its_end_is_whole(tmp_path: Path) -> None:
+def test_a_last_line_without_a_newline_is_read(tmp_path: Path) -> None:
     journal = _open(tmp_path)
     _finish(journal, "a")
     path = Path(journal.name)
@@ -73,7 +73,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_a_damaged_line_costs_no_other_record_and_is_said_once(
+def test_a_damaged_line_loses_no_other_record_and_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], garbage: bytes
 ) -> None:
     journal = _open(tmp_path)
@@ -103,9 +103,7 @@ RECORDS: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("case", RECORDS)
-def test_a_record_that_is_not_valid_is_as_if_it_were_not_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
-) -> None:
+def test_an_invalid_record_counts_as_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
     record, reason = RECORDS[case]
     journal = _open(tmp_path)
     _finish(journal, "a")
@@ -122,7 +120,9 @@ def test_a_record_that_is_not_valid_is_as_if_it_were_not_there(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_record_that_a_later_one_replaces_is_not_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_replaced_by_a_later_one_is_not_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "state" / "state.jsonl"
     path.parent.mkdir()
     path.write_text('{"task":"a","record":[]}\n{"task":"a","record":{"_values_:":{"value":1}}}\n')
@@ -131,7 +131,7 @@ def test_a_record_that_a_later_one_replaces_is_not_said(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
-def test_a_journal_that_is_no_file_is_neither_read_nor_written_through(
+def test_a_journal_that_is_no_regular_file_is_neither_read_nor_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     path, other = tmp_path / "state" / "state.jsonl", tmp_path / "other"
@@ -163,7 +163,7 @@ def test_nothing_is_written_when_nothing_ran(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_journal_that_is_mostly_past_is_rewritten(tmp_path: Path) -> None:
+def test_a_journal_of_mostly_outdated_lines_is_rewritten(tmp_path: Path) -> None:
     journal = _open(tmp_path)
     for number in range(200):
         _finish(journal, "a", number)

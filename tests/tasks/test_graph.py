@@ -190,7 +190,7 @@ def _corpus_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_remembering_never_changes_a_decision(tmp_path: Path, seed: int) -> None:
+def test_the_cached_graph_never_changes_which_stages_run(tmp_path: Path, seed: int) -> None:
     project = Project(tmp_path, seed)
     history: list[str] = []
     for _ in range(5):
@@ -206,7 +206,7 @@ def test_remembering_never_changes_a_decision(tmp_path: Path, seed: int) -> None
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_resolving_asks_the_disk_only_what_is_recorded(tmp_path: Path, seed: int) -> None:
+def test_resolving_makes_only_recorded_disk_queries(tmp_path: Path, seed: int) -> None:
     project = Project(tmp_path / "project", seed)
     asked = load_workflow(project.workflow)
     alone = tmp_path / "alone"
@@ -322,7 +322,7 @@ LATER_EDITS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
-def test_the_third_doit_and_every_later_one_see_each_edit_of_each_input(job_copy: Path) -> None:
+def test_every_edit_of_an_input_is_seen_from_the_third_doit_on(job_copy: Path) -> None:
     shutil.move(job_copy / "artifacts/train", job_copy / "base")
     shutil.copy(job_copy / "base/metrics.jsonl", job_copy / "replay.jsonl")
     shutil.rmtree(job_copy / "artifacts")
@@ -385,13 +385,13 @@ def remembered(tmp_path: Path) -> Remembered:
     return Remembered(tmp_path)
 
 
-def test_a_remembered_graph_is_used(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_graph_is_used(remembered: Remembered, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxflow.tasks.graph._resolve", None)
     assert load_nodes(remembered.workflow, remembered.state) == remembered.nodes
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_a_flipped_byte_of_the_remembered_graph_is_noticed(
+def test_a_flipped_byte_of_the_cached_graph_is_detected(
     remembered: Remembered, capsys: pytest.CaptureFixture[str], part: int
 ) -> None:
     data = bytearray(remembered.file.read_bytes())
@@ -429,7 +429,7 @@ GRAPHS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("case", GRAPHS)
-def test_a_remembered_graph_that_somebody_made_is_not_used(
+def test_a_forged_cached_graph_is_not_used(
     remembered: Remembered, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
     change, reason = GRAPHS[case]
@@ -439,7 +439,7 @@ def test_a_remembered_graph_that_somebody_made_is_not_used(
     remembered.assert_not_used(capsys, reason)
 
 
-def test_a_node_with_a_value_in_every_field_is_the_same_after_it_was_remembered() -> None:
+def test_a_node_with_every_field_set_survives_caching() -> None:
     node = Node(
         task="train:a",
         doc="doc",

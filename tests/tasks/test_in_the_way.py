@@ -19,7 +19,7 @@ def other(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", [("unpack", "s3.tar"), ("clean", "s3"), ("pack", "s3", "again.tar")])
-def test_a_verb_that_writes_waits_while_doit_builds_the_same_stage(chain: Chain, verb: tuple[str, ...]) -> None:
+def test_a_verb_that_writes_waits_while_doit_builds_the_stage(chain: Chain, verb: tuple[str, ...]) -> None:
     assert chain.doit("pack", "s3", "s3.tar")[0] == 0
     packed = chain.path(3).read_bytes()
     (chain.folder / "salt-s3").write_text("other")
@@ -55,7 +55,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("place", "kind"), PLACES)
-def test_what_is_in_the_way_is_named_in_one_line_or_replaced(chain: Chain, other: Path, place: str, kind: str) -> None:
+def test_a_path_that_blocks_an_output_is_named_in_one_line_or_replaced(
+    chain: Chain, other: Path, place: str, kind: str
+) -> None:
     path = chain.folder / place
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     make = {"FIFO": os.mkfifo, "file": Path.touch, "link to a file": lambda path: path.symlink_to(other / "file")}
@@ -71,7 +73,7 @@ def test_what_is_in_the_way_is_named_in_one_line_or_replaced(chain: Chain, other
     assert {one.name: one.read_text() for one in other.iterdir()} == {"a": "precious", "file": "precious"}
 
 
-def test_cleaning_removes_a_link_below_an_artifact_and_not_what_it_leads_to(chain: Chain, other: Path) -> None:
+def test_clean_removes_a_link_inside_an_artifact_but_not_its_target(chain: Chain, other: Path) -> None:
     (chain.folder / "artifacts/s2/more").symlink_to(other)
     chain.path(3).unlink()
     chain.path(3).symlink_to(other / "file")

@@ -48,7 +48,7 @@ def _write(path: Path, *tasks: str, **changes: Any) -> str:
     return path.read_text()
 
 
-def test_a_table_says_all_that_a_record_says_but_for_sizes(tmp_path: Path) -> None:
+def test_a_lock_table_holds_every_field_of_a_record_except_sizes(tmp_path: Path) -> None:
     _write(tmp_path / "lock", "train:a")
     (table,) = lockfile.read(tmp_path / "lock").tables["train:a"]
     assert lockfile.recorded(table) == VALUES | {
@@ -60,12 +60,12 @@ def test_a_table_says_all_that_a_record_says_but_for_sizes(tmp_path: Path) -> No
     "change",
     [{"inputs": 1}, {"outputs": {}}, {"outputs": {"a": 1}}, {"settings": "x"}, {"seconds": "long"}, {"inputs": None}],
 )
-def test_a_table_that_lacks_a_part_is_no_record(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_lock_table_without_a_required_part_is_no_record(tmp_path: Path, change: dict[str, Any]) -> None:
     table = lockfile.describe(_node("train"), VALUES) | change
     assert lockfile.recorded({key: value for key, value in table.items() if value is not None}) is None
 
 
-def test_tables_of_stages_that_are_no_more_are_left_out(tmp_path: Path) -> None:
+def test_lock_tables_of_removed_stages_are_left_out(tmp_path: Path) -> None:
     _write(tmp_path / "lock", "train", "quantize")
     lockfile.update(tmp_path / "lock", _node("quantize"), VALUES, {"quantize"})
     assert list(lockfile.read(tmp_path / "lock").tables) == ["quantize"]
@@ -91,7 +91,7 @@ def _merge(path: Path, style: str) -> None:
 
 
 @pytest.mark.parametrize("style", ["merge", "diff3"])
-def test_after_a_merge_each_stage_has_a_table_from_each_side(tmp_path: Path, style: str) -> None:
+def test_after_a_merge_a_stage_has_a_table_from_each_side(tmp_path: Path, style: str) -> None:
     path = tmp_path / "lock"
     whole = tomllib.loads(_write(path, "pretokenize", "train:a", "quantize"))
     _merge(path, style)
@@ -100,7 +100,7 @@ def test_after_a_merge_each_stage_has_a_table_from_each_side(tmp_path: Path, sty
     assert lock.tables == {name: [table, table | {"seconds": 99.5}] for name, table in whole.items()}
 
 
-def test_a_merge_is_settled_by_what_is_on_the_disk(tmp_path: Path) -> None:
+def test_a_merge_keeps_the_side_that_matches_the_files(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     whole = tomllib.loads(_write(path, "pretokenize", "train:a", "quantize"))
     _merge(path, "merge")
@@ -114,7 +114,7 @@ def test_a_merge_is_settled_by_what_is_on_the_disk(tmp_path: Path) -> None:
     assert lockfile.settle_merge(path, nodes, lambda node, table: True) == ""
 
 
-def test_a_side_that_is_no_toml_costs_the_stages_that_it_concerns(tmp_path: Path) -> None:
+def test_a_merge_side_that_is_not_toml_loses_only_its_stages(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     whole = tomllib.loads(_write(path, "pretokenize", "quantize", "train:a"))
     path.write_text(
@@ -126,7 +126,7 @@ def test_a_side_that_is_no_toml_costs_the_stages_that_it_concerns(tmp_path: Path
     assert lockfile.read(path).tables == {name: [table] for name, table in whole.items()}
 
 
-def test_of_a_damaged_lock_what_can_be_read_is_kept_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_a_damaged_lock_file_keeps_its_readable_tables_and_the_rest_is_named(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     whole = tomllib.loads(_write(path, "pretokenize", "quantize", "train:a"))
     path.write_bytes(path.read_bytes().replace(b"[quantize]", b"[quantize]\nx = \xff\xfe[", 1))
@@ -139,7 +139,7 @@ def test_of_a_damaged_lock_what_can_be_read_is_kept_and_the_rest_is_named(tmp_pa
     assert sorted(lockfile.read(path).tables) == ["pretokenize", "train:a"]
 
 
-def test_of_a_lock_without_one_readable_table_nothing_is_kept_and_that_is_said(tmp_path: Path) -> None:
+def test_a_lock_file_without_a_readable_table_is_dropped_with_a_message(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text("[s1\n")
     line = lockfile.update(path, _node("s6"), VALUES, {"s6"})
@@ -147,7 +147,7 @@ def test_of_a_lock_without_one_readable_table_nothing_is_kept_and_that_is_said(t
     assert list(tomllib.loads(path.read_text())) == ["s6"]
 
 
-def test_names_that_are_no_utf_8_or_hold_line_breaks_are_written_escaped(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_or_hold_line_breaks_are_escaped(tmp_path: Path) -> None:
     names = [os.fsdecode(b"caf\xe9.txt"), "two\nlines.txt", "x [v2].txt"]
     node = Node("s", "", tmp_path, "artifacts/s", tuple(names), (), {}, ())
     values: dict[str, Any] = {
@@ -191,7 +191,7 @@ def _digest(chain: Chain, kind: str, number: int) -> str:
     return str(digest)
 
 
-def test_restored_artifacts_are_fresh_after_one_reading(restored: Chain) -> None:
+def test_restored_artifacts_are_fresh_after_being_read_once(restored: Chain) -> None:
     assert restored.doit("plan") == (0, "nothing to do: 6 stages are fresh\n", "")
     assert restored.doit("list", "--status")[1].splitlines() == [f"U s{i}   stage {i}" for i in range(1, 7)]
     assert not (restored.folder / "artifacts/.mlxflow").exists()
@@ -236,7 +236,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[Chain], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", DISAGREEMENTS)
-def test_whatever_disagrees_with_the_lock_runs(restored: Chain, case: str) -> None:
+def test_stages_that_disagree_with_the_lock_file_run(restored: Chain, case: str) -> None:
     change, expected = DISAGREEMENTS[case]
     change(restored)
     code, out, _ = restored.doit("plan")
@@ -245,7 +245,7 @@ def test_whatever_disagrees_with_the_lock_runs(restored: Chain, case: str) -> No
     restored.assert_correct()
 
 
-def test_an_input_that_differs_from_the_locks_runs(restored: Chain) -> None:
+def test_a_stage_whose_input_differs_from_the_lock_file_runs(restored: Chain) -> None:
     text = (restored.folder / "mlxflow.lock").read_text()
     table = text.index("[s4.inputs]")
     digest = _digest(restored, "inputs", 4)
@@ -257,7 +257,7 @@ def test_an_input_that_differs_from_the_locks_runs(restored: Chain) -> None:
     ]
 
 
-def test_what_was_forgotten_is_not_found_again_in_the_lock(template: Path, tmp_path: Path) -> None:
+def test_forgotten_stages_are_not_restored_from_the_lock_file(template: Path, tmp_path: Path) -> None:
     shutil.copytree(template, tmp_path / "chain")
     chain = Chain(tmp_path / "chain")
     assert chain.doit("forget", "s3")[0] == 0
@@ -266,7 +266,7 @@ def test_what_was_forgotten_is_not_found_again_in_the_lock(template: Path, tmp_p
     assert chain.numbers_that_run() == []
 
 
-def test_after_a_merge_the_side_that_is_on_the_disk_is_fresh(restored: Chain) -> None:
+def test_after_a_merge_the_side_that_matches_the_files_is_fresh(restored: Chain) -> None:
     path = restored.folder / "mlxflow.lock"
     ours = path.read_text()
     theirs = re.sub(r'"[0-9a-f]{32}"', f'"{0:032}"', ours)

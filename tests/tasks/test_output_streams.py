@@ -45,13 +45,13 @@ def built_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 @needs_full
 @pytest.mark.parametrize("verb", ["", " list", " plan", " help", " verify", " clean -n"])
-def test_an_output_that_is_full_is_named(built_chain: Chain, verb: str) -> None:
+def test_a_full_output_device_is_named_in_the_error(built_chain: Chain, verb: str) -> None:
     result = shell(built_chain.folder, f"doit{verb} >/dev/full")
     assert (result.returncode, result.stderr) == (1, f"standard output: {FULL}")
 
 
 @needs_full
-def test_a_build_whose_output_is_full_builds_nothing_and_the_next_one_everything(chain: Chain) -> None:
+def test_a_build_with_a_full_output_builds_nothing_and_the_next_run_builds_all(chain: Chain) -> None:
     result = shell(chain.folder, "doit >/dev/full")
     assert (result.returncode, result.stderr) == (1, f"standard output: {FULL}")
     result = shell(chain.folder, "doit 2>/dev/full")
@@ -61,7 +61,7 @@ def test_a_build_whose_output_is_full_builds_nothing_and_the_next_one_everything
 
 
 @pytest.mark.parametrize("reader", ["| head -n 1", "2>&1 | head -n 1", "-n 2 2>&1 | head -n 1"])
-def test_a_build_whose_reader_ends_stops_between_whole_stages(chain: Chain, reader: str) -> None:
+def test_a_build_whose_output_pipe_closes_stops_between_stages(chain: Chain, reader: str) -> None:
     result = shell(chain.folder, f"doit {reader}")
     assert (result.returncode, result.stdout) == (141, ".  s1: never built\n")
     assert result.stderr in ("", "at work on s1\n", "at work on s1\nat work on s2\n")
@@ -88,7 +88,7 @@ def test_help_that_cannot_be_printed_is_an_error(tmp_path: Path, call: str) -> N
 @pytest.mark.parametrize(
     "call", ["mlxflow check --workflow none.toml", "mlxflow nope", "doit list --nope", "doit nope", "doit info"]
 )
-def test_a_wrong_call_is_one_although_nothing_can_be_said(built_chain: Chain, call: str) -> None:
+def test_an_invalid_call_exits_with_2_even_without_output(built_chain: Chain, call: str) -> None:
     assert shell(built_chain.folder, f"{call} 2>/dev/full").returncode == 2
 
 
@@ -166,7 +166,7 @@ def _make_read_only(folder: Path) -> None:
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
 
 
-def test_of_a_read_only_checkout_what_only_looks_works_and_the_rest_is_one_line(tmp_path: Path) -> None:
+def test_in_a_read_only_checkout_only_commands_that_write_fail_with_one_line(tmp_path: Path) -> None:
     before = _unprivileged()
     chain = Chain(tmp_path / "chain")
     assert chain.doit()[0] == 0

@@ -24,7 +24,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(made)
 
 
-def test_a_stage_on_another_disk_is_built_there_again_and_again(chain: Chain, disk: Path) -> None:
+def test_a_stage_folder_linked_to_another_disk_is_rebuilt_there(chain: Chain, disk: Path) -> None:
     link = chain.folder / "artifacts/s3"
     link.parent.mkdir()
     link.symlink_to(disk / "s3")
@@ -39,7 +39,7 @@ def test_a_stage_on_another_disk_is_built_there_again_and_again(chain: Chain, di
     assert chain.numbers_that_run() == [3]
 
 
-def test_a_stage_on_another_disk_that_is_cut_off_leaves_nothing_there(chain: Chain, disk: Path) -> None:
+def test_an_interrupted_stage_leaves_nothing_on_the_other_disk(chain: Chain, disk: Path) -> None:
     link = chain.folder / "artifacts/s3"
     link.parent.mkdir()
     link.symlink_to(disk / "s3")
@@ -82,7 +82,7 @@ def test_cleaning_a_stage_on_another_disk_keeps_its_place(chain: Chain, disk: Pa
     assert (disk / "s3/a").exists()
 
 
-def test_a_failure_says_what_became_of_the_artifact(chain: Chain) -> None:
+def test_a_failure_reports_the_state_of_the_artifact(chain: Chain) -> None:
     assert chain.doit()[0] == 0
     stage = chain.folder / "stage.py"
     text = stage.read_text()

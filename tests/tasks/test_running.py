@@ -27,7 +27,7 @@ def _go_on(chain: Chain) -> None:
     (chain.folder / "go").write_text("")
 
 
-def test_a_second_doit_waits_for_the_first_and_finds_its_work_done(chain: Chain) -> None:
+def test_a_second_doit_waits_for_the_first_and_rebuilds_nothing(chain: Chain) -> None:
     first, _ = chain.pause_in(3)
     second = chain.start()
     assert second.stderr
@@ -43,7 +43,7 @@ def test_a_second_doit_waits_for_the_first_and_finds_its_work_done(chain: Chain)
     chain.assert_correct()
 
 
-def test_a_second_doit_that_may_not_wait_fails(chain: Chain) -> None:
+def test_a_second_doit_that_does_not_wait_fails(chain: Chain) -> None:
     first, _ = chain.pause_in(1)
     assert chain.doit("--no-wait") == (
         1,
@@ -55,7 +55,7 @@ def test_a_second_doit_that_may_not_wait_fails(chain: Chain) -> None:
     assert first.returncode == 0
 
 
-def test_what_a_crash_left_behind_is_removed_by_the_next_run_whatever_it_builds(chain: Chain) -> None:
+def test_files_left_by_a_crash_are_removed_by_the_next_run_of_any_stage(chain: Chain) -> None:
     assert chain.doit()[0] == 0
     left = [chain.folder / "artifacts" / name for name in (".s9.partial", "s1/.v.partial", ".mlxflow/reproduce-x")]
     for folder in left:
@@ -65,7 +65,7 @@ def test_what_a_crash_left_behind_is_removed_by_the_next_run_whatever_it_builds(
     assert not any(folder.exists() for folder in left)
 
 
-def test_a_stage_run_by_hand_waits_for_doit(job: Path) -> None:
+def test_mlxflow_run_waits_for_doit(job: Path) -> None:
     with hold(job / "artifacts/.mlxflow/lock", "", wait=False):
         environment = {**os.environ, "XDG_CACHE_HOME": str(job.parent / "cache")}
         command = [sys.executable, "-m", "mlxflow", "run", "pretokenize"]
@@ -77,14 +77,14 @@ def test_a_stage_run_by_hand_waits_for_doit(job: Path) -> None:
             process.kill()
 
 
-def test_looking_needs_no_lock(chain: Chain) -> None:
+def test_read_only_commands_take_no_lock(chain: Chain) -> None:
     first, _ = chain.pause_in(2)
     assert chain.doit("plan")[0] == 0
     _go_on(chain)
     first.communicate()
 
 
-def test_a_stage_alone_on_stale_inputs_is_refused(chain: Chain) -> None:
+def test_a_single_stage_with_stale_inputs_is_refused(chain: Chain) -> None:
     assert chain.doit()[0] == 0
     (chain.folder / "source").write_bytes(b"another")
     code, out, err = chain.doit("-s", "s3")
@@ -114,7 +114,7 @@ def _two(tmp_path: Path, one: dict[str, str], other: dict[str, str]) -> tuple[Ch
     ],
     ids=["others wait for a measurement", "a measurement waits for others"],
 )
-def test_a_measurement_has_the_processors_for_itself_across_workflows(
+def test_a_measuring_stage_runs_alone_across_workflows(
     tmp_path: Path, kind: dict[str, str], other: dict[str, str], what: str
 ) -> None:
     one, two = _two(tmp_path, kind, other)
@@ -132,7 +132,7 @@ def test_a_measurement_has_the_processors_for_itself_across_workflows(
     assert two.path(1).exists()
 
 
-def test_stages_that_measure_nothing_share_the_processors_across_workflows(tmp_path: Path) -> None:
+def test_stages_that_do_not_measure_run_at_once_across_workflows(tmp_path: Path) -> None:
     one, other = _two(tmp_path, {"device": "cpu"}, {"device": "cpu"})
     first, _ = one.pause_in(2)
     assert other.doit("s1") == (0, ".  s1: never built\n", "at work on s1\n")
@@ -205,7 +205,7 @@ def test_independent_stages_run_side_by_side(chain: Chain, options: list[str]) -
     assert sorted(chain.doit()[1].splitlines()) == ["-- s1", "-- s2"]
 
 
-def test_after_a_failure_what_does_not_need_it_is_not_harmed(chain: Chain) -> None:
+def test_a_failure_does_not_affect_independent_stages(chain: Chain) -> None:
     assert chain.doit()[0] == 0
     (chain.folder / "source").write_bytes(b"another")
     assert chain.stop_in(2, "stage killed") == 1
@@ -255,7 +255,7 @@ def test_a_full_disk_fails_the_stage_and_keeps_the_old_artifact(chain: Chain, tm
         chain.assert_correct()
 
 
-def test_a_real_stage_on_a_full_disk_says_in_one_line_what_it_needs(job_copy: Path, tmp_path: Path) -> None:
+def test_a_real_stage_on_a_full_disk_reports_the_needed_space_in_one_line(job_copy: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "1200k") as small:
         shutil.copytree(job_copy / "artifacts/pretokenize", small / "pretokenize")
         shutil.copytree(job_copy / "artifacts/train", small / "train")
@@ -274,7 +274,7 @@ def test_a_real_stage_on_a_full_disk_says_in_one_line_what_it_needs(job_copy: Pa
 
 
 @pytest.mark.parametrize("room", [20_000, 100_000, 180_000])
-def test_a_corpus_that_fills_the_disk_fails_in_one_line_and_goes_on_when_there_is_room(
+def test_a_corpus_that_fills_the_disk_fails_in_one_line_and_resumes_once_there_is_room(
     job: Path, tmp_path: Path, room: int
 ) -> None:
     with small_disk(tmp_path / "small", "3m") as small:
@@ -306,7 +306,7 @@ def test_a_read_only_disk_fails_the_stage_in_one_line(job_copy: Path, tmp_path: 
         assert result.stderr.endswith("artifacts/quantize/q4 is as it was.\n")
 
 
-def test_on_a_read_only_disk_doit_looks_and_fails_in_one_line_when_it_must_write(chain: Chain, tmp_path: Path) -> None:
+def test_on_a_read_only_disk_only_commands_that_write_fail(chain: Chain, tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "1m") as small:
         (chain.folder / "artifacts").symlink_to(small)
         assert chain.doit()[0] == 0

@@ -30,7 +30,7 @@ def project(job: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_a_file_of_the_project_is_not_imported_as_a_module_of_python(project: Path, command: list[str]) -> None:
+def test_a_project_file_does_not_shadow_a_python_module(project: Path, command: list[str]) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(project / "cache")}
     result = subprocess.run(
         [sys.executable, *command], cwd=project, capture_output=True, text=True, env=environment, check=False, input=""
@@ -39,7 +39,7 @@ def test_a_file_of_the_project_is_not_imported_as_a_module_of_python(project: Pa
     assert not (project / "imported").exists()
 
 
-def test_modules_of_the_project_are_found_after_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_project_modules_come_last_on_the_search_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), "/usr/lib/python", "", "/packages"])
     search_project_last()

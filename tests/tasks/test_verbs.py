@@ -64,7 +64,7 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("call", WRONG_CALLS)
-def test_a_wrong_call_is_one_line_and_changes_nothing(looked_at: Chain, call: str) -> None:
+def test_an_invalid_command_line_is_one_error_line_and_changes_nothing(looked_at: Chain, call: str) -> None:
     before = {path: path.read_bytes() for path in looked_at.folder.rglob("*") if path.is_file()}
     assert looked_at.doit(*call.split()) == (2, "", WRONG_CALLS[call])
     assert {path: path.read_bytes() for path in looked_at.folder.rglob("*") if path.is_file()} == before
@@ -80,13 +80,13 @@ LOOKS += [
 ]
 
 
-def test_every_verb_is_tried_here() -> None:
+def test_every_verb_is_covered_by_this_file() -> None:
     tried = {call.split()[0] for call in (*LOOKS, *WRONG_CALLS)} | {"run", "pack", "unpack", "reproduce"}
     assert set(DoitMain().get_cmds()) <= tried
 
 
 @pytest.mark.parametrize("call", [*LOOKS, "", "-a s1"])
-def test_a_verb_ends_quietly_when_nobody_reads(looked_at: Chain, call: str) -> None:
+def test_a_verb_ends_quietly_when_its_output_pipe_is_closed(looked_at: Chain, call: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     reading, writing = os.pipe()
     os.close(reading)
@@ -98,7 +98,7 @@ def test_a_verb_ends_quietly_when_nobody_reads(looked_at: Chain, call: str) -> N
     assert (result.returncode, result.stderr.replace("at work on s1\n", "")) == (141, "")
 
 
-def test_a_run_that_nobody_reads_ends_without_a_half_built_stage(chain: Chain) -> None:
+def test_a_run_with_a_closed_output_pipe_leaves_no_half_built_stage(chain: Chain) -> None:
     (chain.folder / "source").write_bytes(b"another")
     command = f"{sys.executable} -m doit 2>&1 | head -n 1"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -109,7 +109,7 @@ def test_a_run_that_nobody_reads_ends_without_a_half_built_stage(chain: Chain) -
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_with_closed_streams_the_journal_is_whole(chain: Chain, closed: str) -> None:
+def test_the_journal_is_intact_after_a_run_with_closed_streams(chain: Chain, closed: str) -> None:
     (chain.folder / "source").write_bytes(b"another")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = f"{sys.executable} -m doit {closed}"
@@ -120,7 +120,7 @@ def test_with_closed_streams_the_journal_is_whole(chain: Chain, closed: str) -> 
     assert all(json.loads(line)["task"] for line in journal.splitlines())
 
 
-def test_list_status_says_of_a_group_what_holds_for_its_variants(job: Path) -> None:
+def test_list_status_of_a_group_summarizes_its_variants(job: Path) -> None:
     from tests.conftest import doit
 
     lines = doit(job, "list", "--status", "quantize").stdout.splitlines()
@@ -146,7 +146,7 @@ def test_info_says_what_a_stage_reads_and_writes_and_why_it_is_stale(chain: Chai
     assert "status" not in chain.doit("info", "--no-status", "s2")[1]
 
 
-def test_an_ignored_stage_and_those_that_read_from_it_do_not_run_until_that_is_undone(chain: Chain) -> None:
+def test_an_ignored_stage_and_its_readers_do_not_run_until_the_ignore_is_undone(chain: Chain) -> None:
     (chain.folder / "source").write_bytes(b"another")
     assert chain.doit("ignore", "s3") == (0, "s3: ignored until doit ignore --undo s3\n", "")
     plan = chain.doit("plan")[1].splitlines()
@@ -167,20 +167,20 @@ def test_an_ignored_stage_and_those_that_read_from_it_do_not_run_until_that_is_u
     chain.assert_correct()
 
 
-def test_ignoring_a_fresh_stage_and_undoing_it_leaves_it_fresh(chain: Chain) -> None:
+def test_undoing_the_ignore_of_a_fresh_stage_leaves_it_fresh(chain: Chain) -> None:
     assert chain.doit("ignore", "s3")[0] == 0
     assert chain.doit("ignore", "--undo", "s3")[0] == 0
     assert chain.numbers_that_run() == []
 
 
-def test_dumpdb_prints_what_is_remembered_as_json(looked_at: Chain) -> None:
+def test_dumpdb_prints_the_journal_as_json(looked_at: Chain) -> None:
     code, out, err = looked_at.doit("dumpdb")
     assert (code, err) == (0, "")
     assert list(json.loads(out)) == [f"s{i}" for i in range(1, 7)]
     assert json.loads(looked_at.doit("dumpdb", "s2")[1])["s2"]["_values_:"]["outputs"].keys() == {"artifacts/s2/a"}
 
 
-def test_verbs_that_change_something_wait_for_a_doit_that_is_at_work(chain: Chain) -> None:
+def test_verbs_that_write_wait_for_a_running_doit(chain: Chain) -> None:
     (chain.folder / "source").write_bytes(b"another")
     process, _ = chain.pause_in(2)
     waiting = chain.start("clean", "s1")
@@ -221,7 +221,7 @@ def test_a_verb_on_stages_refuses_a_graph_without_any(tmp_path: Path) -> None:
         ("help x", 0, "x  \n"),
     ],
 )
-def test_in_other_projects_doits_verbs_are_as_they_were(tmp_path: Path, call: str, code: int, out: str) -> None:
+def test_in_other_projects_the_verbs_of_doit_are_unchanged(tmp_path: Path, call: str, code: int, out: str) -> None:
     (tmp_path / "dodo.py").write_text("def task_x():\n    return {'actions': ['true']}\n")
     command = [sys.executable, "-m", "doit", *call.split()]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -229,7 +229,7 @@ def test_in_other_projects_doits_verbs_are_as_they_were(tmp_path: Path, call: st
 
 
 @pytest.mark.parametrize("own_tasks", [False, True])
-def test_a_dodo_of_before_the_move_of_tasks_is_refused_in_one_line(tmp_path: Path, own_tasks: bool) -> None:
+def test_a_dodo_file_that_imports_top_level_tasks_is_refused_in_one_line(tmp_path: Path, own_tasks: bool) -> None:
     (tmp_path / "dodo.py").write_text("from tasks.dodo import DOIT_CONFIG, task_stages\n")
     if own_tasks:
         (tmp_path / "tasks.py").touch()
@@ -255,7 +255,7 @@ def _leave(folder: Path, task: str, size: int) -> None:
     )
 
 
-def test_what_stages_left_that_are_no_more_is_named_and_removed_only_when_asked(chain: Chain) -> None:
+def test_artifacts_of_removed_stages_are_named_and_removed_only_on_request(chain: Chain) -> None:
     artifacts = chain.folder / "artifacts"
     _leave(artifacts / "train/a", "train:a", 10_000)
     _leave(artifacts / "my-backup", "train", 10)  # a copy under another name is a person's
@@ -278,7 +278,7 @@ def test_what_stages_left_that_are_no_more_is_named_and_removed_only_when_asked(
     assert chain.doit("clean", "--leftovers") == (0, "", "")
 
 
-def test_clean_leaves_what_no_run_wrote_and_names_it(chain: Chain) -> None:
+def test_clean_keeps_and_names_files_that_no_run_wrote(chain: Chain) -> None:
     (chain.folder / "artifacts/s1/notes.txt").write_text("mine")
     assert chain.doit("clean", "s1") == (
         0,
@@ -288,7 +288,7 @@ def test_clean_leaves_what_no_run_wrote_and_names_it(chain: Chain) -> None:
     assert [path.name for path in (chain.folder / "artifacts/s1").iterdir()] == ["notes.txt"]
 
 
-def test_clean_removes_what_runs_left_unfinished_and_says_what_it_freed(chain: Chain) -> None:
+def test_clean_removes_unfinished_runs_and_reports_the_freed_bytes(chain: Chain) -> None:
     state = chain.folder / "artifacts/.mlxflow"
     for name, size in (("s2/0123456789ab", 300), ("s2/123456789abc", 33), ("s9/a/0123456789ab", 77)):
         (state / "unfinished" / name).mkdir(parents=True)
@@ -303,7 +303,7 @@ def test_clean_removes_what_runs_left_unfinished_and_says_what_it_freed(chain: C
     assert chain.doit("clean", "--leftovers") == (0, "", "")
 
 
-def test_clean_drops_digests_of_files_that_are_no_more(chain: Chain) -> None:
+def test_clean_drops_digests_of_removed_files(chain: Chain) -> None:
     (chain.folder / "source").write_bytes(b"another source")
     assert chain.numbers_that_run() == [1, 2, 3, 4, 5, 6]
     for number in (5, 6):

@@ -53,7 +53,7 @@ def test_a_pattern_without_a_layer_is_refused_with_those_there_are() -> None:
     assert str(caught.value) == line
 
 
-def test_adapters_that_are_there_are_trained_on_and_none_are_added() -> None:
+def test_existing_adapters_are_trained_further_and_none_are_added() -> None:
     model = _model()
     add_adapters(model, SHAPE, seed=1, key="")
     trained = _trained(model)
@@ -64,7 +64,7 @@ def test_adapters_that_are_there_are_trained_on_and_none_are_added() -> None:
     assert all(mx.array_equal(value, weights[name]) for name, value in tree_flatten(model.parameters()))
 
 
-def test_mlx_lm_opens_what_is_saved(tmp_path: Path) -> None:
+def test_mlx_lm_opens_the_saved_adapters(tmp_path: Path) -> None:
     model = _model()
     config = add_adapters(model, SHAPE, seed=1, key="")
     model.update(tree_map(lambda value: value + 0.1, model.trainable_parameters()))

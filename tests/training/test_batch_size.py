@@ -21,14 +21,14 @@ def _reading(used: float, active: float = 0.1) -> MemoryUse:
     return MemoryUse(int(active * 1e9), int(used * 1e9), 0, 10**9)
 
 
-def test_the_ladder_goes_from_half_to_the_most() -> None:
+def test_candidate_batch_sizes_run_from_half_to_the_maximum() -> None:
     assert ladder(32, 64) == [16, 24, 32, 48, 64]
     assert ladder(1, 1) == [1]
     assert ladder(5, 9) == [2, 3, 4, 5, 6, 8, 9]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(64, 64), (64, 24), (60, 16), (3, 8)])
-def test_every_row_is_in_one_pass(rows: int, size: int) -> None:
+def test_every_row_is_in_exactly_one_pass(rows: int, size: int) -> None:
     parts = list(split(rows, size))
     assert [row for begin, end in parts for row in range(begin, end)] == list(range(rows))
     assert all(end - begin == size for begin, end in parts[:-1])
@@ -45,7 +45,7 @@ def test_a_batch_grows_while_memory_is_free_and_shrinks_when_it_is_short() -> No
     assert [one.batch_size for one in sizes.decisions] == [32, 48, 32]
 
 
-def test_a_batch_stays_between_half_and_the_most() -> None:
+def test_a_batch_size_stays_between_half_and_the_maximum() -> None:
     low, high = _sizes(), _sizes()
     for step in range(10):
         low.look(step, _reading(0.95))
@@ -58,7 +58,7 @@ def test_a_batch_grows_only_where_it_is_expected_to_fit() -> None:
     assert _sizes(grow_below=0.7).look(1, _reading(0.65, active=0.4)) is not None
 
 
-def test_rows_per_update_stay_the_same_unless_they_are_to_follow() -> None:
+def test_rows_per_update_are_constant_unless_set_to_follow_the_batch_size() -> None:
     constant, following = _sizes(), _sizes(constant_tokens_per_step=False)
     for sizes in (constant, following):
         sizes.look(1, _reading(0.2))
@@ -72,7 +72,7 @@ def test_a_pass_never_takes_more_rows_than_an_update_has() -> None:
     assert sizes.size == 32
 
 
-def test_running_out_of_memory_shrinks_to_the_end_and_then_says_what_is_needed() -> None:
+def test_out_of_memory_shrinks_to_the_minimum_and_then_reports_the_needed_bytes() -> None:
     sizes = _sizes(batch_size=4, max_batch_size=4, grad_accum_steps=1)
     assert sizes.run_out(7, _reading(0.9), 10).batch_size == 3
     assert sizes.run_out(7, _reading(0.9), 10).batch_size == 2
@@ -85,7 +85,7 @@ def test_running_out_of_memory_shrinks_to_the_end_and_then_says_what_is_needed()
     )
 
 
-def test_decisions_are_followed_whatever_the_memory_says(tmp_path: Path) -> None:
+def test_recorded_decisions_are_replayed_regardless_of_memory(tmp_path: Path) -> None:
     first = _sizes()
     first.look(1, _reading(0.2))
     first.run_out(5, _reading(0.9), 1)
@@ -103,7 +103,7 @@ def test_decisions_are_followed_whatever_the_memory_says(tmp_path: Path) -> None
     assert [one[:3] for one in again.decisions] == [one[:3] for one in first.decisions]
 
 
-def test_a_file_without_decisions_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_without_decisions_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1}\n')
     with pytest.raises(SourceError, match=r"^train\.replay: .* holds no batch size\. Name the metrics\.jsonl of a run"):
@@ -112,7 +112,7 @@ def test_a_file_without_decisions_is_told(tmp_path: Path) -> None:
         read_decisions(tmp_path / "none", "train.replay")
 
 
-def test_a_checkpoint_keeps_what_was_decided() -> None:
+def test_a_checkpoint_keeps_the_batch_size_decisions() -> None:
     first, second = _sizes(), _sizes()
     first.look(1, _reading(0.2))
     first.look(2, _reading(0.9))
@@ -121,7 +121,7 @@ def test_a_checkpoint_keeps_what_was_decided() -> None:
     assert second.look(3, _reading(0.2)) is None
 
 
-def test_a_fixed_batch_looks_at_no_memory() -> None:
+def test_a_fixed_batch_size_reads_no_memory() -> None:
     sizes = _sizes(dynamic_batch_size=False)
     assert sizes.look(1, _reading(0.1)) is None
     assert sizes.look(2, _reading(0.95)) is None

@@ -87,7 +87,7 @@ def test_latest_removes_unfinished_files_of_a_killed_run(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["step-000004"]
 
 
-def test_a_checkpoint_of_another_configuration_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_configuration_is_named_and_kept(tmp_path: Path) -> None:
     train_small(store=checkpoint_store(tmp_path), save_every=4)
     said: list[str] = []
     settings = {"train.num_steps": 7, "train.batch_size": 8}

@@ -17,7 +17,7 @@ def _result() -> Any:
 
 
 @pytest.mark.parametrize(("keeps_best", "loss"), [(True, 1.0), (False, 2.0)])
-def test_the_trained_perplexity_is_that_of_the_weights_that_are_kept(keeps_best: bool, loss: float) -> None:
+def test_the_trained_perplexity_is_that_of_the_kept_weights(keeps_best: bool, loss: float) -> None:
     assert TrainingFigures.of(_result(), keeps_best=keeps_best) == TrainingFigures(
         steps=8,
         tokens=64,

@@ -17,7 +17,7 @@ def _tree() -> dict[str, object]:
     }
 
 
-def test_what_is_gathered_comes_back() -> None:
+def test_gathered_parameters_are_scattered_back_unchanged() -> None:
     tree = _tree()
     layout = FlatLayout(tree)
     long = layout.gather(tree)

@@ -31,9 +31,7 @@ def _train(*, served: bool, spoilt: bool = False) -> tuple[list[float], dict[str
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_the_fused_update_is_that_of_mlx_and_keeps_the_same_state(
-    monkeypatch: pytest.MonkeyPatch, spoilt: bool
-) -> None:
+def test_the_fused_adamw_update_and_state_match_mlx(monkeypatch: pytest.MonkeyPatch, spoilt: bool) -> None:
     calls = []
 
     def reference(*arguments: object) -> object:

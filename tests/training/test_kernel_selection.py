@@ -9,13 +9,13 @@ from mlxflow.training.kernel_selection import KernelRequest, Mode
     ("mode", "device", "uses_none"),
     [("off", "gpu", True), ("auto", "cpu", True), ("auto", "gpu", False), ("require", "cpu", False)],
 )
-def test_a_request_wants_no_kernel_if_off_or_automatic_on_the_cpu(
+def test_no_kernels_are_requested_if_off_or_automatic_on_the_cpu(
     tmp_path: Path, mode: Mode, device: str, uses_none: bool
 ) -> None:
     assert KernelRequest(mode, device, tmp_path / "kernels.json").uses_none is uses_none
 
 
-def test_a_continued_run_has_the_remembered_selection(tmp_path: Path) -> None:
+def test_a_resumed_run_reuses_the_recorded_kernel_selection(tmp_path: Path) -> None:
     request = KernelRequest("auto", "gpu", tmp_path / "run/kernels.json")
     assert request.recorded() is None
     request.remember(["adamw/float32/float32"])

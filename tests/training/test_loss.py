@@ -12,7 +12,7 @@ def _relative(a: mx.array, b: mx.array) -> float:
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_loss_and_gradient_are_those_of_mlx(scale: float, compiled: bool) -> None:
+def test_cross_entropy_and_gradient_match_mlx(scale: float, compiled: bool) -> None:
     logits = mx.random.normal((3, 5, 97), key=mx.random.key(0)) * scale
     targets = mx.random.randint(0, 97, (3, 5), key=mx.random.key(1))
     weights = mx.random.uniform(shape=(3, 5), key=mx.random.key(2))
@@ -61,7 +61,7 @@ def _problem(rows: int, width: int, vocab_size: int) -> tuple[mx.array, mx.array
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 50, 64])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_fused_loss_and_its_gradients_are_those_of_the_plain_one(chunk_rows: int, compiled: bool) -> None:
+def test_the_fused_loss_and_gradients_match_the_plain_loss(chunk_rows: int, compiled: bool) -> None:
     hidden, weight, targets, weights = _problem(50, 16, 97)
 
     def fused(hidden: mx.array, weight: mx.array) -> mx.array:
@@ -80,7 +80,7 @@ def test_the_fused_loss_and_its_gradients_are_those_of_the_plain_one(chunk_rows:
         assert _relative(gradient, wanted) < 1e-5
 
 
-def test_the_fused_loss_in_bf16_is_as_near_as_bf16_is() -> None:
+def test_the_fused_loss_in_bf16_is_within_bf16_rounding() -> None:
     hidden, weight, targets, weights = _problem(200, 32, 500)
     half = [part.astype(mx.bfloat16) for part in (hidden, weight)]
 
@@ -101,7 +101,7 @@ def test_the_fused_loss_in_bf16_is_as_near_as_bf16_is() -> None:
         assert float(difference) < 2**-6
 
 
-def test_the_fused_loss_holds_the_logits_of_a_chunk_and_not_of_all_rows() -> None:
+def test_the_fused_loss_holds_the_logits_of_one_chunk_only() -> None:
     hidden, weight, targets, weights = _problem(24_576, 16, 1024)
     mx.eval(hidden, weight, targets, weights)
 

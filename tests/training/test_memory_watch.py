@@ -22,7 +22,7 @@ def test_a_batch_that_cannot_fit_is_an_error_with_needed_and_allowed_bytes() -> 
     assert " bytes and may use 1,000. Lower train.batch_size" in str(caught.value)
 
 
-def test_a_step_that_runs_out_of_memory_is_tried_again_with_fewer_rows() -> None:
+def test_a_step_out_of_memory_is_retried_with_fewer_rows() -> None:
     """The error is made here: MLX's GPU backends raise it, its CPU backend ends by a segmentation fault instead."""
     records: Records = []
     model = small_model()

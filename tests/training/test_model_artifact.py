@@ -54,7 +54,7 @@ def test_reported_perplexity_is_that_of_the_files(project: Path, tmp_path: Path,
     assert report["gain_kept"] > 0.95
 
 
-def test_reported_perplexity_is_that_of_the_best_weights_where_they_are_kept(project: Path, tmp_path: Path) -> None:
+def test_reported_perplexity_is_that_of_the_best_weights_if_they_are_kept(project: Path, tmp_path: Path) -> None:
     made = _train(project, tmp_path, BASE + 'keep = "best"\n', learning_rate=0.5)
     report = read_report(made / "report.toml")
     found = math.log(report["last_validation_perplexity"])
@@ -76,13 +76,13 @@ def _figures(first: float, trained: float) -> TrainingFigures:
     )
 
 
-def test_kept_gain_is_a_share_of_the_loss_that_training_took_away() -> None:
+def test_kept_gain_is_a_share_of_the_loss_reduction_of_training() -> None:
     found = quality_of(_figures(2.0283, 1.9468), Perplexity(2.0043, math.exp(2.0043), 0.01, 100))
     assert found.gain_kept == pytest.approx((2.0283 - 2.0043) / (2.0283 - 1.9468))
     assert found.last_validation_perplexity == math.exp(2.0043)
 
 
-def test_where_training_made_nothing_better_no_share_is_kept() -> None:
+def test_without_a_loss_reduction_there_is_no_kept_gain() -> None:
     assert quality_of(_figures(2.0, 2.1), Perplexity(2.1, math.exp(2.1), 0.01, 100)).gain_kept is None
 
 
@@ -101,7 +101,7 @@ def test_where_training_made_nothing_better_no_share_is_kept() -> None:
         ),
     ],
 )
-def test_an_artifact_that_lost_the_gain_is_warned_of(artifact: float, expected: str | None) -> None:
+def test_an_artifact_that_lost_the_gain_of_training_is_warned_about(artifact: float, expected: str | None) -> None:
     figures = _figures(2.0283, 1.9468)
     quality = quality_of(figures, Perplexity(artifact, math.exp(artifact), 0.01, 100))
     assert warn_of_loss(figures, quality, fuse="", task="train") == expected

@@ -25,7 +25,7 @@ def _choices(model: nn.Module, tokens: TokenFile, masks: Choice) -> TrainingSett
 
 @pytest.mark.parametrize("conversations", [True, False])
 @pytest.mark.parametrize("written", ["auto", True, False])
-def test_documents_are_masked_where_that_is_written_or_there_are_conversations(
+def test_documents_are_masked_if_configured_or_if_there_are_conversations(
     built: Path, written: Any, conversations: bool
 ) -> None:
     model, _ = small_models.llama(vocab_size=400, context_length=32)

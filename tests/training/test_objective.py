@@ -18,7 +18,7 @@ def _plain(model: nn.Module, tokens: mx.array, marks: mx.array) -> float:
     return float(total / mx.maximum(count, 1.0))
 
 
-def test_the_loss_is_of_each_token_after_the_ones_before_it() -> None:
+def test_the_loss_is_that_of_predicting_the_next_token() -> None:
     batch = mx.array([[1, 2, 0], [2, 2, 1]])
     seen = []
 
@@ -32,7 +32,7 @@ def test_the_loss_is_of_each_token_after_the_ones_before_it() -> None:
     assert loss == pytest.approx(1.0986123)
 
 
-def test_a_token_that_is_no_target_counts_for_nothing() -> None:
+def test_tokens_that_are_no_targets_do_not_count() -> None:
     tokens = mx.array([[1, 2, 0, 1]])
 
     class Model(nn.Module):  # type: ignore[misc]
@@ -73,7 +73,7 @@ def _batch() -> tuple[mx.array, mx.array]:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_head_and_loss_in_one_give_the_loss_and_gradients_of_the_model(model_type: str, tied: bool) -> None:
+def test_the_fused_head_and_loss_match_the_loss_and_gradients_of_the_model(model_type: str, tied: bool) -> None:
     model = _model(model_type, tie_word_embeddings=tied)
     head = find_head(model, 97)
     assert head == Head(is_tied=tied)
@@ -101,7 +101,7 @@ def test_a_quantized_head_is_dequantized_and_not_trained() -> None:
     assert float(fused) == pytest.approx(float(plain), rel=1e-4)
 
 
-def test_distilling_takes_the_gradient_of_the_divergence_from_the_teacher() -> None:
+def test_distillation_has_the_gradient_of_the_divergence_from_the_teacher() -> None:
     (model, _), (teacher, _) = (llama(vocab_size=40, hidden_size=32, num_layers=1, seed=seed) for seed in (0, 1))
     tokens = mx.random.randint(0, 40, (2, 9), key=mx.random.key(0))
     marks = mx.array(np.array([[3] * 9, [3] * 6 + [0] * 3], np.uint8))

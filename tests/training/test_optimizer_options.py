@@ -7,7 +7,7 @@ from mlxflow.training.optimizers import options_of
 
 
 @pytest.mark.parametrize("name", get_args(Optimizer))
-def test_optimizers_have_the_settings_that_mlx_gives_them(name: str) -> None:
+def test_optimizer_options_match_the_arguments_of_mlx(name: str) -> None:
     options = options_of(name)
     assert ("betas" in options) == (name in WITH_BETAS)
     assert ("weight_decay" not in options) == (name in WITHOUT_DECAY)

@@ -25,7 +25,7 @@ def test_the_learning_rate_rises_linearly_over_the_warm_up(name: str) -> None:
     assert _schedule(name, warmup_steps=0)[0] == pytest.approx(2.0)
 
 
-def test_each_schedule_falls_in_its_own_way() -> None:
+def test_each_schedule_decays_by_its_formula() -> None:
     done = [max(0, step - 10) / 90 for step in range(101)]
     expected = {
         "constant": [2.0] * 101,
@@ -62,7 +62,7 @@ def test_every_optimizer_of_mlx_moves_every_weight(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_update_is_that_of_mlx_s_optimizer_on_each_array_by_itself(name: str) -> None:
+def test_an_update_matches_mlx_s_optimizer_on_each_array(name: str) -> None:
     model, plain = Tiny(), Tiny()
     ours, theirs = (
         make_optimizer(name=name, schedule=lambda _: mx.array(0.1), weight_decay=0.2, options={}) for _ in range(2)
@@ -78,7 +78,7 @@ def test_an_update_is_that_of_mlx_s_optimizer_on_each_array_by_itself(name: str)
         assert np.allclose(np.array(value), np.array(model[key]), rtol=1e-6, atol=1e-7), key
 
 
-def test_there_is_no_other_optimizer_in_mlx() -> None:
+def test_every_optimizer_of_mlx_is_supported() -> None:
     known = {key.lower() for key, value in vars(optim).items() if isinstance(value, type)}
     assert known - {"optimizer", "multioptimizer", "module"} >= set(NAMES)
     assert {name for name in known if hasattr(vars(optim).get(name), "apply_single")} <= set(NAMES)
@@ -97,7 +97,7 @@ def test_an_option_reaches_the_optimizer() -> None:
     )
 
 
-def test_the_mean_over_tokens_is_what_is_taken_and_its_norm_clipped() -> None:
+def test_the_gradient_is_the_mean_over_tokens_with_its_norm_clipped() -> None:
     model = Tiny()
     update = Update(
         model,

@@ -36,7 +36,7 @@ def test_a_head_is_found_by_structure_not_by_the_size_of_its_logits(architecture
 @pytest.mark.parametrize(
     "architecture", ["gemma2", "cohere", "granite", "minicpm", "gemma3_text", "qwen3", "deepseek_v3"]
 )
-def test_a_loss_chosen_at_small_weights_is_the_models_own_at_large_ones(architecture: str) -> None:
+def test_the_loss_selected_at_small_weights_matches_the_model_at_large_weights(architecture: str) -> None:
     config = config_of(architecture) | {"final_logit_softcapping": 2.0}
     model = _scaled(model_folder.build(config, seed=0), 1e-2)
     chosen = make_objective(model, fused=True, vocab_size=VOCAB_SIZE, masks_documents=False)
@@ -72,7 +72,7 @@ CHANGES: dict[str, tuple[_Change, _Change]] = {
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_a_model_does_to_its_logits_is_noticed(change: str, tied: bool) -> None:
+def test_any_change_a_model_makes_to_its_logits_is_detected(change: str, tied: bool) -> None:
     before, after = CHANGES[change]
     model, _ = llama(tie_word_embeddings=tied)
     assert find_head(model, 50) is not None

@@ -48,7 +48,7 @@ def _random_key() -> list[int]:
 
 
 @pytest.mark.parametrize("is_one_pass", [True, False])
-def test_a_step_is_done_and_taken_back(is_one_pass: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_precompile_runs_a_step_and_undoes_it(is_one_pass: bool, capfd: pytest.CaptureFixture[str]) -> None:
     model = _model()
     steps: list[Step] = []
     before = dict(tree_flatten(model.parameters()))
@@ -67,7 +67,7 @@ def test_a_step_is_done_and_taken_back(is_one_pass: bool, capfd: pytest.CaptureF
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("no such option")])
-def test_one_that_fails_says_so_and_takes_back_what_it_did(
+def test_a_failed_precompile_is_reported_and_undone(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     model = _model()
@@ -88,7 +88,7 @@ def test_one_that_fails_says_so_and_takes_back_what_it_did(
 
 
 @pytest.mark.parametrize("words", ["metal", "cuda"])
-def test_where_no_program_of_our_own_runs_no_kernel_is_launched_unproved(
+def test_without_precompiled_programs_no_unverified_kernel_is_launched(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], words: str
 ) -> None:
     model = _model()

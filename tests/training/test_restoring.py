@@ -20,17 +20,17 @@ FACTS = {"step": 3, "loss": 0.5, "ended": False}
         ({"more": 1}, "other facts than this version keeps"),
     ],
 )
-def test_unlike_facts_names_the_first_difference(change: dict[str, Any], problem: str) -> None:
+def test_different_facts_are_named_by_the_first_difference(change: dict[str, Any], problem: str) -> None:
     assert unlike_facts(FACTS | change, FACTS) == problem
 
 
-def test_unlike_sizes_requires_a_size_and_decisions() -> None:
+def test_sizes_without_a_size_or_decisions_are_refused() -> None:
     assert unlike_sizes({"size": 4, "too_large": None, "decisions": []}) == "its batch sizes are none"
     assert unlike_sizes({"size": 4, "decisions": []}).startswith("its batch sizes: Object missing required field")
     assert unlike_sizes([]).startswith("its batch sizes: Expected `object`")
 
 
-def test_unlike_arrays_compares_names_shapes_and_types() -> None:
+def test_different_arrays_are_found_by_name_shape_and_dtype() -> None:
     expected = {"update": {"a": mx.zeros((2,))}, "partial": [mx.zeros((1,))]}
     stored = {"update.a": mx.ones((2,)), "partial.0": mx.ones((1,), mx.bfloat16)}
     assert unlike_arrays(stored, expected) == ""

@@ -4,7 +4,7 @@ import pytest
 from mlxflow.training.run_state import RunState
 
 
-def test_speed_leaves_out_the_updates_that_compiled() -> None:
+def test_tokens_per_second_leaves_out_updates_that_compiled() -> None:
     state = RunState()
     assert state.tokens_per_second() == 0
     state.tokens, state.seconds = 1000, 10.0
@@ -15,7 +15,7 @@ def test_speed_leaves_out_the_updates_that_compiled() -> None:
     assert state.tokens_per_second() == 100
 
 
-def test_the_peak_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reported_peak_never_decreases(monkeypatch: pytest.MonkeyPatch) -> None:
     state = RunState()
     for peak, active, expected in ((5, 7, 7), (6, 1, 7), (9, 1, 9)):
         monkeypatch.setattr(mx, "get_peak_memory", lambda peak=peak: peak)

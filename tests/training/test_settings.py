@@ -55,7 +55,7 @@ def test_an_unknown_setting_and_an_invalid_one_are_named(tmp_path: Path, changes
     ]
 
 
-def test_every_wrong_setting_has_a_line(tmp_path: Path) -> None:
+def test_every_invalid_setting_has_a_line(tmp_path: Path) -> None:
     table = {
         name: value for name, value in msgspec.to_builtins(SETTINGS).items() if name not in ("schedule", "workers")
     }

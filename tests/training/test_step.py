@@ -36,7 +36,7 @@ def _plain_loss(model: nn.Module, batch: mx.array) -> mx.array:
     return losses
 
 
-def test_a_compiled_step_does_what_the_operations_do_one_by_one() -> None:
+def test_a_compiled_step_matches_the_uncompiled_operations() -> None:
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
     ours, theirs = _model(), _model()
     step = _step(ours, optim.AdamW(1e-2), max_grad_norm=0.5)
@@ -55,7 +55,7 @@ def test_a_compiled_step_does_what_the_operations_do_one_by_one() -> None:
         assert not mx.array_equal(value, before[name]), name
 
 
-def test_a_gradient_of_a_larger_norm_is_scaled_down_to_it() -> None:
+def test_gradients_are_clipped_to_max_grad_norm() -> None:
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
     moved = []
     for max_grad_norm in (1e9, 0.01):
@@ -72,7 +72,7 @@ def test_a_gradient_of_a_larger_norm_is_scaled_down_to_it() -> None:
     assert clipped == pytest.approx(0.01, rel=1e-2)
 
 
-def test_a_step_learns_rows_by_heart() -> None:
+def test_repeated_steps_overfit_a_few_rows() -> None:
     model = _model()
     table = np.random.default_rng(0).integers(0, 50, (4, 9)).astype(np.uint16)
     step = _step(model, optim.AdamW(2e-2), max_grad_norm=1.0)
@@ -85,7 +85,7 @@ def test_a_step_learns_rows_by_heart() -> None:
     assert losses[-1] < 0.5
 
 
-def test_the_same_seed_is_the_same_model() -> None:
+def test_the_same_seed_gives_the_same_model() -> None:
     assert all(mx.array_equal(value, _weights(_model())[name]) for name, value in _weights(_model()).items())
     assert not mx.array_equal(
         _weights(_model(1))["model.embed_tokens.weight"], _weights(_model())["model.embed_tokens.weight"]
@@ -120,7 +120,7 @@ def test_any_split_of_the_rows_gives_the_same_gradient(size: int) -> None:
     assert float(parts.total) == pytest.approx(float(whole.total), rel=1e-6)
 
 
-def test_gradients_alone_leave_the_model_as_it_is() -> None:
+def test_computing_gradients_leaves_the_model_unchanged() -> None:
     model = _model()
     step = _step(model, optim.SGD(1.0), max_grad_norm=1.0)
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
@@ -128,7 +128,7 @@ def test_gradients_alone_leave_the_model_as_it_is() -> None:
     assert all(mx.array_equal(value, _weights(_model())[name]) for name, value in _weights(model).items())
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing_at_all() -> None:
+def test_a_step_with_a_non_finite_gradient_changes_nothing() -> None:
     model = _model()
     step = _step(model, optim.AdamW(1e-2), max_grad_norm=1.0)
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
@@ -145,7 +145,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_at_all() -> None:
     assert bool(step.update(gradients).is_finite)
 
 
-def test_bf16_with_masters_learns_what_pure_bf16_rounds_away() -> None:
+def test_master_weights_keep_updates_that_pure_bf16_rounds_away() -> None:
     batch = mx.random.randint(0, 50, (4, 9), key=mx.random.key(3))
     moved = {}
     for has_masters in (False, True):
@@ -165,6 +165,6 @@ def test_bf16_with_masters_learns_what_pure_bf16_rounds_away() -> None:
     assert moved[True] > 1.2 * moved[False]
 
 
-def test_an_allocation_that_fails_is_known_from_other_errors() -> None:
+def test_allocation_failures_are_distinguished_from_other_errors() -> None:
     assert out_of_memory_bytes(RuntimeError("[malloc] Unable to allocate 123 bytes.")) == 123
     assert out_of_memory_bytes(RuntimeError("[matmul] shapes do not fit")) is None

@@ -38,13 +38,13 @@ def _rows_targets() -> int:
 @pytest.mark.parametrize(
     "change", [{"eval_every": 1}, {"log_every": 1}, {"lazy_eval_every": 1}, {"lazy_eval_every": 5}, {"save_every": 1}]
 )
-def test_what_only_looks_changes_no_byte(tmp_path: Path, change: dict[str, int]) -> None:
+def test_logging_and_validation_change_no_byte_of_the_weights(tmp_path: Path, change: dict[str, int]) -> None:
     _, _, usual = train_small()
     _, _, changed = train_small(store=checkpoint_store(tmp_path), **change)
     assert changed == usual
 
 
-def test_rows_per_update_being_the_same_the_batch_size_changes_nothing_but_rounding() -> None:
+def test_with_equal_rows_per_update_the_batch_size_changes_only_rounding() -> None:
     """SGD, whose weights move in proportion to the gradient; AdamW divides a rounding of almost nothing by itself."""
     steps, rate, rows = 6, 1e-2, small_rows()
     trained = []
@@ -63,7 +63,7 @@ def test_rows_per_update_being_the_same_the_batch_size_changes_nothing_but_round
 # --- the batch size follows the memory
 
 
-def test_a_batch_grows_shrinks_and_is_followed_again(tmp_path: Path) -> None:
+def test_a_batch_size_that_grows_and_shrinks_is_replayed_on_resuming(tmp_path: Path) -> None:
     held: list[mx.array] = []
 
     def log(record: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ def test_a_batch_grows_shrinks_and_is_followed_again(tmp_path: Path) -> None:
     assert bytes_of(again) == bytes_of(model)
 
 
-def test_rows_per_update_follow_the_batch_where_they_are_to(tmp_path: Path) -> None:
+def test_rows_per_update_follow_the_batch_size_if_configured(tmp_path: Path) -> None:
     result, records, _ = train_small(constant=False, num_steps=2)
     assert [one["batch_size"] for one in records_of(records, "batch_size")] == [8, 12, 16]
     assert result.tokens > train_small(num_steps=2)[0].tokens
@@ -108,7 +108,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_then_end_training() -> None
 
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6])
-def test_a_run_that_is_stopped_between_any_two_passes_goes_on_to_the_same_bytes(tmp_path: Path, stop_at: int) -> None:
+def test_a_run_stopped_between_any_two_passes_resumes_to_the_same_bytes(tmp_path: Path, stop_at: int) -> None:
     _, whole_records, whole = train_small(eval_every=2, save_every=2)
     asked = iter([*[False] * (stop_at - 1), True, *[False] * 100])
     store = checkpoint_store(tmp_path)

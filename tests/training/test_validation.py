@@ -11,7 +11,7 @@ from tests.training.small_training import (
 
 
 @pytest.mark.parametrize(("eval_every", "expected"), [(0, [0, 6]), (2, [0, 2, 4, 6]), (6, [0, 6])])
-def test_validation_comes_first_last_and_every_eval_every_steps(eval_every: int, expected: list[int]) -> None:
+def test_validation_runs_first_last_and_every_eval_every_steps(eval_every: int, expected: list[int]) -> None:
     result, records, _ = train_small(eval_every=eval_every)
     measured = records_of(records, "validation")
     assert [record["step"] for record in measured] == expected

@@ -31,19 +31,19 @@ def read(text: str) -> tuple[Outer | None, list[str]]:
     return read_struct(tomllib.loads(text), Outer, file="f.toml", key="t", lines=lines), lines
 
 
-def test_a_table_becomes_a_struct_with_every_default() -> None:
+def test_a_table_is_read_into_a_struct_with_every_default() -> None:
     made, lines = read('name = "a"\nseveral = [{ size = 1 }, {}]')
     assert lines == []
     assert made == Outer(name="a", several=(Inner(size=1), Inner()))
 
 
-def test_a_whole_number_is_a_number() -> None:
+def test_an_integer_is_accepted_as_a_float() -> None:
     made, _ = read('name = "a"\nrate = 2')
     assert made
     assert isinstance(made.rate, float)
 
 
-def test_every_mistake_is_told_with_its_place() -> None:
+def test_every_error_is_reported_with_its_key() -> None:
     made, lines = read('rte = 1\nseveral = [{ size = 1 }, { size = 0 }, 4]\ninner = { sise = 1 }\nlimit = "x"')
     assert made is None
     assert lines == [
@@ -57,7 +57,7 @@ def test_every_mistake_is_told_with_its_place() -> None:
     ]
 
 
-def test_values_are_held_against_each_other_only_when_each_fits() -> None:
+def test_cross_checks_run_only_on_valid_values() -> None:
     assert read('name = "a"\nrate = 4') == (None, ["f.toml: t.rate = 4.0: expected at most inner.size = 3. Lower it."])
     assert read('name = "a"\nrate = 4\nlimit = "x"')[1] == [
         'f.toml: t.limit = "x": expected a whole number. Change it or remove t.limit.'
@@ -79,7 +79,7 @@ def test_values_are_held_against_each_other_only_when_each_fits() -> None:
         [1, ["x"]],
     ],
 )
-def test_a_value_is_shown_as_toml_reads_it(value: object) -> None:
+def test_values_are_shown_as_toml(value: object) -> None:
     assert "\n" not in toml_value(value)
     assert tomllib.loads(f"a = {toml_value(value)}") == {"a": value}
 
@@ -110,7 +110,7 @@ def test_tables_and_structs_are_shown_inline() -> None:
         (Annotated[str, Meta(pattern="^x$")], "text of the form ^x$"),
     ],
 )
-def test_a_type_is_told_in_words(type_: Any, words: str) -> None:
+def test_types_are_described_in_words(type_: Any, words: str) -> None:
     assert describe(type_) == words
 
 
@@ -123,7 +123,7 @@ def test_a_type_is_told_in_words(type_: Any, words: str) -> None:
         ("t.colour", "f.toml: t.colour: unknown key. Known here: batch_size, seed."),
     ],
 )
-def test_an_unknown_key_is_told_with_the_nearest_one_or_all(key: str, line: str) -> None:
+def test_an_unknown_key_is_reported_with_the_nearest_or_all_keys(key: str, line: str) -> None:
     assert unknown_key(key, ["seed", "batch_size"], file="f.toml") == line
 
 

@@ -25,7 +25,7 @@ def _pretokenize(workflow: Workflow) -> Path:
     return execute_stage(workflow, workflow.find("pretokenize"))
 
 
-def test_a_report_tells_where_the_artifact_came_from(workflow: Workflow) -> None:
+def test_a_report_has_the_provenance_of_the_artifact(workflow: Workflow) -> None:
     report = report_files.read_report(_pretokenize(workflow) / "report.toml")
     assert report["stage"]["stage"] == "pretokenize"
     assert report["stage"]["seed"] == "0"
@@ -34,7 +34,7 @@ def test_a_report_tells_where_the_artifact_came_from(workflow: Workflow) -> None
     assert report["run"]["peak_rss_bytes"] > 10_000_000
 
 
-def test_the_digests_of_settings_and_of_inputs_change_each_with_its_own(workflow: Workflow) -> None:
+def test_digests_of_settings_and_inputs_change_independently(workflow: Workflow) -> None:
     def digests() -> tuple[str, str]:
         told = report_files.read_report(_pretokenize(load_workflow(Path("workflow.toml"))) / "report.toml")["stage"]
         return told["settings_digest"], told["inputs_digest"]
@@ -97,7 +97,7 @@ def test_mlx_gets_the_memory_limit(workflow: Workflow) -> None:
         mx.set_memory_limit(before)
 
 
-def test_every_missing_input_is_told_once_with_its_stage(workflow: Workflow) -> None:
+def test_every_missing_input_is_reported_once_with_its_stage(workflow: Workflow) -> None:
     with pytest.raises(ArtifactError) as caught:
         execute_stage(workflow, workflow.find("benchmark"))
     assert caught.value.problems == (
@@ -116,7 +116,7 @@ def test_every_missing_input_is_told_once_with_its_stage(workflow: Workflow) -> 
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "train.safetensors: was not written to its end ("),
     ],
 )
-def test_an_output_that_is_not_whole_is_never_published(
+def test_an_incomplete_output_is_never_published(
     workflow: Workflow, monkeypatch: pytest.MonkeyPatch, spoil: Any, said: str
 ) -> None:
     before = (_pretokenize(workflow) / "report.toml").read_bytes()
@@ -135,7 +135,7 @@ def test_an_output_that_is_not_whole_is_never_published(
     assert atomic_folders.partial_folders(Path("artifacts")) == []
 
 
-def test_times_and_names_stand_only_in_the_run_table(workflow: Workflow) -> None:
+def test_times_and_host_names_are_only_in_the_run_table(workflow: Workflow) -> None:
     first = tomllib.loads((_pretokenize(workflow) / "report.toml").read_text())
     second = tomllib.loads((_pretokenize(workflow) / "report.toml").read_text())
     assert first.pop("run").keys() == second.pop("run").keys()

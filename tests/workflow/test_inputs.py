@@ -42,7 +42,7 @@ def test_a_star_stands_for_every_variant(references: References, lines: list[str
     ]
 
 
-def test_a_reference_without_a_maker_is_reported_with_those_that_make_the_file(
+def test_a_reference_to_a_stage_without_the_file_lists_the_stages_that_make_it(
     references: References, lines: list[str]
 ) -> None:
     file = references.folder("pretokenize", "model") / "model.safetensors"

@@ -18,11 +18,11 @@ def test_the_last_valid_line_of_a_task_counts() -> None:
     assert contents == ({"a": {"_values_:": newer}}, 3, False, {})
 
 
-def test_a_dropped_record_is_gone() -> None:
+def test_a_dropped_record_is_not_read() -> None:
     assert parse(_line("a", {"_values_:": RECORD}) + _line("a", None)).entries == {}
 
 
-def test_a_torn_last_line_is_no_damage_and_another_one_is() -> None:
+def test_a_torn_last_line_is_no_damage_but_any_other_torn_line_is() -> None:
     whole = _line("a", {"_values_:": RECORD})
     torn = parse(whole + whole[:20])
     assert (list(torn.entries), torn.is_torn, torn.damage) == (["a"], True, {})

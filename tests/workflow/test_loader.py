@@ -20,13 +20,13 @@ def mistakes(folder: Path, text: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-def test_an_empty_file_is_a_whole_workflow(folder: Path) -> None:
+def test_an_empty_file_is_a_complete_workflow(folder: Path) -> None:
     (folder / "workflow.toml").write_text("")
     workflow = load_workflow(Path("workflow.toml"))
     assert [stage.task for stage in workflow.stages] == list(STAGES)
 
 
-def test_every_problem_is_told_at_once_in_the_order_of_the_file(folder: Path) -> None:
+def test_every_problem_is_reported_at_once_in_the_order_of_the_file(folder: Path) -> None:
     text = """
 [train]
 num_stepz = 3
@@ -162,11 +162,11 @@ ONE_MISTAKE = {
 
 
 @pytest.mark.parametrize("text", ONE_MISTAKE)
-def test_a_mistake_is_told_whole(folder: Path, text: str) -> None:
+def test_error_messages_of_a_workflow(folder: Path, text: str) -> None:
     assert "\n".join(mistakes(folder, text)) == ONE_MISTAKE[text]
 
 
-def test_mistakes_of_every_kind_are_told_in_the_order_of_the_file(folder: Path) -> None:
+def test_errors_of_every_kind_are_reported_in_the_order_of_the_file(folder: Path) -> None:
     text = """
 [benchmark]
 models = ["quantize:q9"]
@@ -188,23 +188,23 @@ sources = ["gone"]
 @pytest.mark.parametrize(
     "variant", ['name = "q4"\nbits = 7', 'name = "q 4"', 'name = "q"\nmatrix = {}', 'name = "q4"\ninput = 3']
 )
-def test_a_reference_to_a_variant_that_could_not_be_read_is_no_second_mistake(folder: Path, variant: str) -> None:
+def test_a_reference_to_an_invalid_variant_is_no_second_error(folder: Path, variant: str) -> None:
     text = f'[[quantize]]\n{variant}\n[benchmark]\nmodels = ["quantize:q4", "quantize:q 4"]\n'
     assert len(mistakes(folder, text)) == 1
 
 
-def test_a_table_that_could_not_be_read_is_asked_for_nothing(folder: Path) -> None:
+def test_an_invalid_table_causes_no_further_errors(folder: Path) -> None:
     text = '[[train]]\nname = "a"\n[quantize]\nbits = 7\n[profile]\ninput = "train:a"\n'
     text += '[benchmark]\ninput = "train:a"\nmodels = ["train:a"]'
     assert [line.partition(" =")[0] for line in mistakes(folder, text)] == ["workflow.toml: quantize.bits"]
 
 
-def test_a_byte_order_mark_does_no_harm(folder: Path) -> None:
+def test_a_byte_order_mark_is_accepted(folder: Path) -> None:
     (folder / "workflow.toml").write_bytes(b"\xef\xbb\xbf[train]\nnum_steps = 7\n")
     assert "num_steps = 7" in resolved_toml(load_workflow(Path("workflow.toml")))
 
 
-def test_a_file_that_cannot_be_read_is_told(folder: Path) -> None:
+def test_a_file_that_cannot_be_read_is_an_error(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("file/workflow.toml"))
@@ -217,13 +217,13 @@ def test_a_memory_limit_is_a_share_or_a_size(folder: Path, size: str) -> None:
     assert load_workflow(Path("workflow.toml")).settings.memory_limit == size
 
 
-def test_a_missing_file_is_told(folder: Path) -> None:
+def test_a_missing_file_is_an_error(folder: Path) -> None:
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("other.toml"))
     assert str(caught.value) == "other.toml: missing. Write one (an empty file works), or name another."
 
 
-def test_a_file_that_is_not_utf_8_is_told(folder: Path) -> None:
+def test_a_file_that_is_not_utf_8_is_an_error(folder: Path) -> None:
     (folder / "workflow.toml").write_bytes(b"# caf\xe9\n")
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("workflow.toml"))
@@ -231,7 +231,7 @@ def test_a_file_that_is_not_utf_8_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "expected"), [("empty", "is an empty folder"), ("blank", "all its files are empty")])
-def test_a_source_without_text_is_told(folder: Path, name: str, expected: str) -> None:
+def test_a_source_without_text_is_an_error(folder: Path, name: str, expected: str) -> None:
     (folder / "empty").mkdir()
     (folder / "blank").mkdir()
     (folder / "blank" / "a.txt").touch()
@@ -240,7 +240,7 @@ def test_a_source_without_text_is_told(folder: Path, name: str, expected: str) -
     ]
 
 
-def test_an_unknown_stage_is_told_with_those_there_are(folder: Path) -> None:
+def test_an_unknown_stage_is_an_error_with_the_known_stages(folder: Path) -> None:
     (folder / "workflow.toml").write_text('[[quantize]]\nname = "q4"\n[[quantize]]\nname = "q8"\nbits = 8')
     with pytest.raises(CallError) as caught:
         load_workflow(Path("workflow.toml")).find("quantize")
@@ -250,7 +250,7 @@ def test_an_unknown_stage_is_told_with_those_there_are(folder: Path) -> None:
     )
 
 
-def test_variants_get_tasks_folders_and_settings_of_their_own(folder: Path) -> None:
+def test_each_variant_has_its_own_task_folder_and_settings(folder: Path) -> None:
     (folder / "workflow.toml").write_text('[[quantize]]\nname = "a"\n[[quantize]]\nname = "b"\nbits = 8')
     workflow = load_workflow(Path("workflow.toml"))
     first, second = workflow.find("quantize:a"), workflow.find("quantize:b")
@@ -274,7 +274,7 @@ def test_a_stage_with_one_variant_is_found_by_its_name_alone(folder: Path) -> No
     assert workflow.find("train").task == "train:a"
 
 
-def test_stages_that_nobody_wrote_are_left_out_where_their_input_has_variants(folder: Path) -> None:
+def test_default_stages_are_left_out_if_their_input_has_variants(folder: Path) -> None:
     (folder / "workflow.toml").write_text(TWO)
     workflow = load_workflow(Path("workflow.toml"))
     assert [one.task for one in workflow.stages] == ["pretokenize", "train:a", "train:b", "report"]
@@ -287,7 +287,7 @@ def test_stages_that_nobody_wrote_are_left_out_where_their_input_has_variants(fo
     assert resolved_toml(load_workflow(Path("resolved.toml"))) == resolved_toml(workflow)
 
 
-def test_a_written_stage_is_told_the_variants_of_its_input(folder: Path) -> None:
+def test_a_configured_stage_with_an_ambiguous_input_is_an_error_with_the_variants(folder: Path) -> None:
     assert mistakes(folder, f'{TWO}[profile]\nnum_steps = 9\n[benchmark]\ninput = "train:b"\n') == [
         'workflow.toml: profile.input = "train": expected one of its variants. Write "train:a" or "train:b".',
         'workflow.toml: benchmark.models = "train": expected one of its variants. '
@@ -320,7 +320,7 @@ def test_a_written_stage_is_told_the_variants_of_its_input(folder: Path) -> None
         ('layers = [{ match = "*", bits = 8 }]', ("affine", 4, 64), [("same", 8, "same")]),
     ],
 )
-def test_a_mode_brings_its_own_bits_and_group_size(
+def test_a_mode_has_its_own_default_bits_and_group_size(
     folder: Path, table: str, expected: tuple[str, int, int], rules: list[tuple[object, ...]]
 ) -> None:
     (folder / "workflow.toml").write_text(f"[quantize]\n{table}\n")
@@ -332,7 +332,7 @@ def test_a_mode_brings_its_own_bits_and_group_size(
     assert resolved_toml(load_workflow(Path("resolved.toml"))) == text
 
 
-def test_a_mode_alone_is_the_same_artifact_as_with_its_bits_and_group_size_written(folder: Path) -> None:
+def test_a_modes_default_bits_give_the_same_artifact_as_explicit_ones(folder: Path) -> None:
     settings = []
     for table in ('mode = "mxfp4"', 'mode = "mxfp4"\nbits = 4\ngroup_size = 32'):
         (folder / "workflow.toml").write_text(f"[quantize]\n{table}\n")
@@ -340,7 +340,7 @@ def test_a_mode_alone_is_the_same_artifact_as_with_its_bits_and_group_size_writt
     assert settings[0] == settings[1]
 
 
-def test_modes_of_a_matrix_bring_their_own_group_sizes(folder: Path) -> None:
+def test_modes_of_a_matrix_have_their_own_group_sizes(folder: Path) -> None:
     (folder / "workflow.toml").write_text('[quantize]\nmatrix = { mode = ["affine", "mxfp4", "nvfp4"] }\n')
     tables = tomllib.loads(resolved_toml(load_workflow(Path("workflow.toml"))))["quantize"]
     assert [(one["name"], one["bits"], one["group_size"]) for one in tables] == [

@@ -14,7 +14,7 @@ def _expand(table: dict[str, Any]) -> list[dict[str, Any]]:
     return tables
 
 
-def test_a_table_without_a_matrix_is_itself() -> None:
+def test_a_table_without_a_matrix_is_unchanged() -> None:
     assert _expand({"bits": 4, "name": "q"}) == [{"bits": 4, "name": "q"}]
 
 
@@ -28,7 +28,7 @@ def test_a_matrix_makes_every_combination_in_order() -> None:
     ]
 
 
-def test_exclusions_leave_out_what_they_match() -> None:
+def test_exclusions_remove_matching_combinations() -> None:
     matrix = {"bits": [4, 8], "group_size": [32, 64]}
     names = [t["name"] for t in _expand({"matrix": matrix, "exclude": [{"bits": 8, "group_size": 32}, {"bits": 4}]})]
     assert names == ["bits8-group_size64"]
@@ -83,7 +83,7 @@ EXAMPLE = "Write one such as matrix = { bits = [4, 8] }."
         ),
     ],
 )
-def test_a_mistake_in_a_matrix_is_told(table: dict[str, Any], problem: Problem) -> None:
+def test_an_invalid_matrix_is_an_error(table: dict[str, Any], problem: Problem) -> None:
     problems: list[Problem] = []
     list(expand_matrix(table, problems))
     assert problems == [problem]

@@ -29,7 +29,7 @@ def test_a_variant_has_a_folder_and_outputs_of_its_own(workflow: Workflow) -> No
     assert all(stage.folder in path.parents for path in stage.outputs)
 
 
-def test_settings_hold_the_seed_and_leave_out_what_only_concerns_execution(workflow: Workflow) -> None:
+def test_settings_hold_the_seed_and_leave_out_execution_only_keys(workflow: Workflow) -> None:
     stage = workflow.find("train")
     settings = stage.settings()
     assert settings["seed"] == 7

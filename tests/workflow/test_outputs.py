@@ -68,21 +68,21 @@ def test_a_file_that_no_stage_names_is_verified(node: Node, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["chat_template.jinja", "model.safetensors.index.json", "model_old.safetensors", "x.py"]
 )
-def test_a_file_that_is_put_there_and_would_be_read_is_told(node: Node, name: str) -> None:
+def test_an_added_file_that_would_be_read_is_an_error(node: Node, name: str) -> None:
     record = _record(node)
     _write(node, name)
     assert _damage(node, record) == [f"artifacts/train/{name} was put there after the run"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_decides_nothing_is_left_alone(node: Node, name: str) -> None:
+def test_files_that_no_stage_reads_are_ignored(node: Node, name: str) -> None:
     record = _record(node)
     _write(node, name)
     assert _damage(node, record) == []
     assert _record(node) == record
 
 
-def test_an_archive_holds_every_file_and_puts_it_into_its_place(node: Node) -> None:
+def test_an_archive_restores_every_file_to_its_place(node: Node) -> None:
     record = _record(node)
     pack(node, record, node.root / "packed.tar")
     with tarfile.open(node.root / "packed.tar") as archive:
@@ -112,7 +112,7 @@ def test_an_archive_with_a_file_that_no_artifact_has_is_refused(node: Node, name
     )
 
 
-def test_what_is_built_again_is_compared_file_by_file(node: Node, tmp_path: Path) -> None:
+def test_a_rebuilt_artifact_is_compared_file_by_file(node: Node, tmp_path: Path) -> None:
     again = Path(shutil.copytree(node.root / node.folder, tmp_path / "again"))
     assert list(differing(node, again)) == []
     (again / "generation_config.json").write_text("[]")
@@ -125,7 +125,7 @@ def test_what_is_built_again_is_compared_file_by_file(node: Node, tmp_path: Path
     ]
 
 
-def test_what_lies_beside_a_model_is_an_input_of_who_reads_it(node: Node) -> None:
+def test_files_beside_a_model_are_inputs_of_its_readers(node: Node) -> None:
     (node.root / "artifacts/quantize").mkdir()
     (node.root / "artifacts/quantize/config.json").write_text("{}")
     reader = Node(

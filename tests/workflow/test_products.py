@@ -93,5 +93,5 @@ def test_a_product_out_of_bounds_is_refused(path: Path, text: str) -> None:
         "[report]\nnum_prompts = 20\nmax_tokens = 2048",
     ],
 )
-def test_what_a_large_machine_can_do_is_taken(path: Path, text: str) -> None:
+def test_products_within_the_bounds_of_a_large_machine_are_accepted(path: Path, text: str) -> None:
     assert mistakes(path, text) == []

@@ -34,7 +34,7 @@ def test_a_stage_writes_a_report_and_only_into_its_own_folder(name: str) -> None
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_says_in_one_line_what_it_does(name: str) -> None:
+def test_a_stage_has_a_one_line_description(name: str) -> None:
     line = summary(MODULES[name])
     assert 10 < len(line) < 90
     assert not line.endswith(".")
@@ -76,7 +76,7 @@ def test_importing_every_stage_imports_nothing_heavy() -> None:
     assert json.loads(result.stdout) == []
 
 
-def test_seeds_differ_by_name_and_by_seed_and_stay_the_same() -> None:
+def test_seeds_depend_on_name_and_seed_and_are_reproducible() -> None:
     assert derive_seed(0, "train.model") == derive_seed(0, "train.model") == 2710698611
     assert len({derive_seed(seed, name) for seed in (0, 1, 2**40) for name in ("a", "b")}) == 6
     assert all(0 <= derive_seed(seed, "a") < 2**32 for seed in range(50))
@@ -89,7 +89,7 @@ class _Paths(msgspec.Struct, frozen=True):
     text: str = "untouched"
 
 
-def test_rooted_moves_every_path_and_nothing_else(tmp_path: Path) -> None:
+def test_rooted_changes_paths_only(tmp_path: Path) -> None:
     moved = rooted(_Paths(), tmp_path)
     assert list(paths_of(moved)) == [tmp_path / name for name in "abcd"]
     assert moved.text == "untouched"

@@ -42,7 +42,7 @@ def test_names_are_relative_to_the_workflow_and_to_the_artifact() -> None:
         ({"copies": {"workflow.toml": "x"}}, "'quantize:q4' writes outside of its artifact"),
     ],
 )
-def test_from_json_refuses_invalid_fields_and_outputs_elsewhere(change: dict[str, Any], reason: str) -> None:
+def test_from_json_refuses_invalid_fields_and_outputs_outside_the_artifact(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidStateError) as caught:
         Node.from_json(json.loads(json.dumps(NODE.as_json())) | change)
     assert str(caught.value) == reason

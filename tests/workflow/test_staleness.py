@@ -38,7 +38,7 @@ def _provenance(node: Node, cache: DigestCache) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("record_of", [_record, _provenance])
-def test_both_kinds_of_record_find_a_change_of_settings_and_of_inputs(
+def test_changes_of_settings_and_inputs_are_found_from_the_record_and_from_the_report(
     record_of: object, tmp_path: Path, cache: DigestCache
 ) -> None:
     (tmp_path / "text").write_text("one")
@@ -56,13 +56,13 @@ def test_both_kinds_of_record_find_a_change_of_settings_and_of_inputs(
     assert list(staleness.reasons(node, record, cache)) == [gone]
 
 
-def test_without_a_record_or_a_report_it_was_never_built(tmp_path: Path, cache: DigestCache) -> None:
+def test_without_record_and_report_a_stage_was_never_built(tmp_path: Path, cache: DigestCache) -> None:
     node = _node(tmp_path, "train")
     for record in ({}, staleness.record_of_report({})):
         assert list(staleness.reasons(node, record, cache)) == ["never built"]
 
 
-def test_what_reads_from_a_stale_stage_is_stale(tmp_path: Path, cache: DigestCache) -> None:
+def test_readers_of_a_stale_stage_are_stale(tmp_path: Path, cache: DigestCache) -> None:
     first = _node(tmp_path, "pretokenize", seed=1)
     second = _node(tmp_path, "train", *first.outputs)
     third = _node(tmp_path, "other")

@@ -30,7 +30,7 @@ def test_read_returns_the_tables_of_the_file_or_of_the_given_bytes(tmp_path: Pat
         (b"a = " + b"[" * 40 + b"]" * 40, "w.toml: not valid TOML (nested deeper than 32 levels). Fix the file."),
     ],
 )
-def test_a_text_that_is_no_toml_is_named_with_its_place(tmp_path: Path, data: bytes, line: str) -> None:
+def test_invalid_toml_is_reported_with_its_position(tmp_path: Path, data: bytes, line: str) -> None:
     assert _problem(tmp_path / "w.toml", data) == line
 
 
@@ -42,7 +42,7 @@ def test_a_missing_file_a_pipe_and_a_long_file_are_refused(tmp_path: Path) -> No
     assert _problem(tmp_path / "long").startswith(f"w.toml: has more than {MAX_WORKFLOW_BYTES:,} bytes. ")
 
 
-def test_more_variants_and_values_than_can_be_checked_are_refused(tmp_path: Path) -> None:
+def test_too_many_variants_or_values_are_refused(tmp_path: Path) -> None:
     numbers = ", ".join(map(str, range(40)))
     many = f"[quantize]\nmatrix = {{ a = [{numbers}], b = [{numbers}] }}\n".encode()
     assert _problem(tmp_path, many).startswith("w.toml: quantize: makes 1,600 variants: expected at most 1,000 ")
