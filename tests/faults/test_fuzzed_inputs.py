@@ -20,7 +20,7 @@ from mlxflow.models import model_folder
 from mlxflow.storage.tensor_header import read_safetensors_header
 from mlxflow.storage.tensor_types import UNREAD_TYPES
 from mlxflow.workflow.loader import load_workflow, resolved_toml
-from tests.test_bounds import LEAVES, TABLES
+from tests.test_number_bounds import LEAVES, TABLES
 
 T = TypeVar("T")
 
