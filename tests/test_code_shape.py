@@ -21,7 +21,6 @@ EXCEPTIONS: dict[str, int] = {
 
 #: Modules without tests/<package>/test_<module>.py: tested through the module's users, in the test named here.
 TESTED_ELSEWHERE: dict[str, str] = {
-    "mlxflow/benchmarking/baseline.py": "tests/cli/test_compare.py",
     "mlxflow/data/chat_compiler.py": "tests/data/test_chat.py",
     "mlxflow/data/chat_tracing.py": "tests/data/test_chat_turns.py",
     "mlxflow/data/chatml.py": "tests/data/test_chat.py",
@@ -73,7 +72,6 @@ WITHOUT_MIRRORED_TEST: set[str] = {
     "mlxflow/report/sections/environment.py",
     "mlxflow/report/sections/memory.py",
     "mlxflow/report/sections/stages.py",
-    "mlxflow/stages/benchmark.py",
     "mlxflow/stages/report.py",
     "mlxflow/training/run.py",
 }

@@ -1,10 +1,18 @@
 """Comparison of a benchmark with an earlier one; figures that look worse are measured again before that is an error."""
 
-from collections.abc import Callable, Mapping, Set
-from typing import Any
+from collections.abc import Callable, Set
 
-from mlxflow.benchmarking.report_comparison import compare_reports, confirm, markdown_of_differences, regressions
+from mlxflow.benchmarking.report_comparison import (
+    Confirmation,
+    Difference,
+    HasRows,
+    compare_reports,
+    confirm,
+    markdown_of_differences,
+    regressions,
+)
 from mlxflow.errors import StageError
+from mlxflow.stage_reports.benchmark import BenchmarkReport, ComparisonFigures
 from mlxflow.system import terminal
 
 #: How often a figure that looks worse is measured again.
@@ -12,14 +20,14 @@ REPETITIONS = 3
 
 
 def hold_against(
-    baseline: Mapping[str, Any],
-    report: Mapping[str, Any],
-    measure_again: Callable[[Set[str]], Mapping[str, Any]],
+    baseline: BenchmarkReport,
+    report: BenchmarkReport,
+    measure_again: Callable[[Set[str]], HasRows],
     *,
     name: str,
     max_regression: float,
     task: str,
-) -> dict[str, Any]:
+) -> ComparisonFigures:
     """Compare with an earlier run and return the report's `comparison`.
 
     Args:
@@ -33,40 +41,40 @@ def hold_against(
     Raises:
         StageError: a figure is worse by more than `max_regression` and the noise, in every repetition.
     """
-    if baseline.get("device") != report["device"]:
-        theirs, ours = (one.get("device", {}).get("name", "unknown") for one in (baseline, report))
+    if baseline.device != report.device:
         terminal.say(
-            f'{task}.baseline = "{name}": not compared, it was measured on {theirs}, this on {ours}. '
-            "mlxflow compare --force compares them."
+            f'{task}.baseline = "{name}": not compared, it was measured on {baseline.device.name}, '
+            f"this on {report.device.name}. mlxflow compare --force compares them."
         )
-        return {"baseline": name, "compared": False}
+        return ComparisonFigures(baseline=name, compared=False)
     differences = compare_reports(baseline, report)
     terminal.write(markdown_of_differences(differences))
     suspects = regressions(differences, max_regression)
     if any(one.depends_on_time for one in suspects):
         terminal.say(f"{task}: {len(suspects)} figures look worse and are measured again")
-    found = confirm(
-        baseline,
-        suspects,
-        measure_again,
-        max_regression=max_regression,
-        most_repetitions=REPETITIONS,
-    )
-    cleared = [f"{one.what}: {one.figure} {one.change:+.1%}, which was not there again" for one in found.cleared]
+    found = confirm(baseline, suspects, measure_again, max_regression=max_regression, most_repetitions=REPETITIONS)
+    cleared = tuple(f"{_change(one)}, which was not there again" for one in found.cleared)
     if cleared:
         terminal.say(*(f"{task}: {line}: noise between runs" for line in cleared))
     if found.worse:
-        lines = [
-            f"{one.what}: {one.figure} {one.change:+.1%} ({one.before:,.6g} -> {one.after:,.6g})" for one in found.worse
-        ]
-        raise StageError(
-            f"{task}: worse than {name} beyond the noise and {task}.max_regression = "
-            f"{max_regression:g}, in {found.repetitions + 1} runs:\n" + "\n".join(lines)
-        )
-    return {
-        "baseline": name,
-        "compared": True,
-        "figures": len(differences),
-        "repetitions": found.repetitions,
-        "noise_between_runs": cleared,
-    }
+        raise StageError(_regression(found, name=name, max_regression=max_regression, task=task))
+    return ComparisonFigures(
+        baseline=name,
+        compared=True,
+        figures=len(differences),
+        repetitions=found.repetitions,
+        noise_between_runs=cleared,
+    )
+
+
+def _change(one: Difference) -> str:
+    return f"{one.what}: {one.figure} {one.change:+.1%}"
+
+
+def _regression(found: Confirmation, *, name: str, max_regression: float, task: str) -> str:
+    """Return the message about confirmed regressions."""
+    lines = [f"{_change(one)} ({one.before:,.6g} -> {one.after:,.6g})" for one in found.worse]
+    return (
+        f"{task}: worse than {name} beyond the noise and {task}.max_regression = "
+        f"{max_regression:g}, in {found.repetitions + 1} runs:\n" + "\n".join(lines)
+    )

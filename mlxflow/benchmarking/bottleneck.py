@@ -1,7 +1,10 @@
 """The bottleneck of a training step: the one change of a setting with the largest expected gain."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from mlxflow.benchmarking.step_runner import Parts
+from mlxflow.stage_reports.benchmark_rows import TrainingRow
 
 # Shares of a step above which waiting for data, or building the graph, is reported
 _DATA_SHARE, _GRAPH_SHARE = 0.02, 0.2
@@ -29,8 +32,8 @@ class Change(NamedTuple):
 
 
 def advise(
-    shares: Mapping[str, float],
-    rows: Sequence[Mapping[str, Any]],
+    shares: Parts,
+    rows: Sequence[TrainingRow],
     own_batch_size: int,
     *,
     training_table: str,
@@ -39,7 +42,7 @@ def advise(
     """Return the change with the largest expected gain, in words.
 
     Args:
-        shares: shares of a step's time: data, graph, compute and synchronize.
+        shares: of a step's time.
         rows: of the report's `training`.
         own_batch_size: the workflow's batch size.
         training_table: name of the table with the settings of the training.
@@ -52,14 +55,14 @@ def advise(
     ]
     if not changes:
         return (
-            f"{shares['compute']:.0%} of a step is computing, and nothing that was measured makes it faster: "
+            f"{shares.compute:.0%} of a step is computing, and nothing that was measured makes it faster: "
             "a smaller model or a faster device would."
         )
     return max(changes).advice
 
 
-def _of_shares(shares: Mapping[str, float], table: str) -> Iterable[Change]:
-    data, graph = shares["data"], shares["graph"]
+def _of_shares(shares: Parts, table: str) -> Iterable[Change]:
+    data, graph = shares.data, shares.graph
     if data > _DATA_SHARE:
         yield Change(
             1 / (1 - data),
@@ -72,26 +75,24 @@ def _of_shares(shares: Mapping[str, float], table: str) -> Iterable[Change]:
         )
 
 
-def _of_switches(rows: Iterable[Mapping[str, Any]], training: str, tokens: str) -> Iterable[Change]:
+def _of_switches(rows: Iterable[TrainingRow], training: str, tokens: str) -> Iterable[Change]:
     for row in rows:
-        high = row.get("high_workflow_speedup", 1.0)
-        if row["name"] in _SWITCHES and high < 1:
-            gain = 1 / row["workflow_speedup"]
-            table = tokens if row["name"] == "without packing" else training
-            yield Change(
-                gain, f"set {table}.{_SWITCHES[row['name']]}: steps {row['name']} were {gain:.2f} times as fast"
-            )
+        speedup = row.speedup
+        if row.name in _SWITCHES and speedup is not None and speedup.high < 1:
+            gain = 1 / speedup.value
+            table = tokens if row.name == "without packing" else training
+            yield Change(gain, f"set {table}.{_SWITCHES[row.name]}: steps {row.name} were {gain:.2f} times as fast")
 
 
-def _of_batch_sizes(rows: Sequence[Mapping[str, Any]], own: int, table: str) -> Iterable[Change]:
-    timed = {row["batch_size"]: row for row in rows if row["name"] == "workflow" and "error" not in row}
+def _of_batch_sizes(rows: Iterable[TrainingRow], own: int, table: str) -> Iterable[Change]:
+    timed = {row.batch_size: row.timed for row in rows if row.name == "workflow" and row.timed is not None}
     if own not in timed:
         return
-    for size, row in timed.items():
-        if row["low_tokens_per_second"] > timed[own]["high_tokens_per_second"]:
-            gain = row["tokens_per_second"] / timed[own]["tokens_per_second"]
+    for size, figures in timed.items():
+        if figures.speed.low > timed[own].speed.high:
+            gain = figures.speed.value / timed[own].speed.value
             yield Change(
                 gain,
                 f"set {table}.batch_size = {size}: {gain:.2f} times the tokens a second of {own} rows, "
-                f"in {row['peak_memory_bytes'] / 1e9:.2f} GB",
+                f"in {figures.peak_memory_bytes / 1e9:.2f} GB",
             )

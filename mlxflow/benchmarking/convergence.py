@@ -2,17 +2,27 @@
 
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.time_budget import Budget
+from mlxflow.stage_reports.benchmark import ConvergenceCurve
 
 # The most points of a curve
 _POINTS = 20
 
 
-def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -> list[dict[str, Any]]:
+class LossPoint(NamedTuple):
+    """A point of a loss curve; see `ConvergenceCurve`."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+
+
+def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -> tuple[ConvergenceCurve, ...]:
     """Train each runner and return its loss curve; the seconds exclude the first step, which compiles.
 
     The loss of a point is the mean since the previous point. `same_loss` is the lowest loss that every run reached;
@@ -24,9 +34,7 @@ def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -
         budget: of time.
     """
     each = max(1, num_steps // _POINTS)
-    curves: dict[str, dict[str, Any]] = {
-        name: {"name": name, "steps": [], "tokens": [], "seconds": [], "loss": []} for name in runners
-    }
+    points: dict[str, list[LossPoint]] = {name: [] for name in runners}
     done, taken = 0, dict.fromkeys(runners, 0.0)
     begun = time.perf_counter()
     while done < num_steps and not (budget.is_over and done > 1):
@@ -36,24 +44,33 @@ def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -
             losses = runner.run(count)
             if done:
                 taken[name] += time.perf_counter() - begin
-            curve = curves[name]
-            curve["steps"].append(done + count)
-            curve["tokens"].append(runner.targets)
-            curve["seconds"].append(taken[name])
-            curve["loss"].append(statistics.fmean(losses))
+            points[name].append(LossPoint(done + count, runner.targets, taken[name], statistics.fmean(losses)))
         done += count
         if done == 1 + each:
             budget.announce(f"convergence, {num_steps} steps", (num_steps - 1) * sum(taken.values()) / each)
         budget.progress("convergence, step", done, num_steps, time.perf_counter() - begun)
-    return with_same_loss(list(curves.values()))
+    return curves_of(points)
 
 
-def with_same_loss(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return curves with the tokens and seconds that each needed to reach the lowest loss that all reached."""
-    same = max(min(curve["loss"]) for curve in curves)
-    return [curve | {"same_loss": same} | _at(curve, same) for curve in curves]
+def curves_of(points: Mapping[str, Sequence[LossPoint]]) -> tuple[ConvergenceCurve, ...]:
+    """Return curves with the tokens and seconds that each needed to reach the lowest loss that all reached.
+
+    Args:
+        points: of each curve, by its name.
+    """
+    same = max(min(point.loss for point in curve) for curve in points.values())
+    return tuple(_curve(name, curve, same) for name, curve in points.items())
 
 
-def _at(curve: Mapping[str, Any], loss: float) -> dict[str, Any]:
-    place = next(place for place, value in enumerate(curve["loss"]) if value <= loss)
-    return {"tokens_to_loss": curve["tokens"][place], "seconds_to_loss": curve["seconds"][place]}
+def _curve(name: str, points: Sequence[LossPoint], same_loss: float) -> ConvergenceCurve:
+    reached = next(point for point in points if point.loss <= same_loss)
+    return ConvergenceCurve(
+        name=name,
+        steps=tuple(point.step for point in points),
+        tokens=tuple(point.tokens for point in points),
+        seconds=tuple(point.seconds for point in points),
+        loss=tuple(point.loss for point in points),
+        same_loss=same_loss,
+        tokens_to_loss=reached.tokens,
+        seconds_to_loss=reached.seconds,
+    )

@@ -4,17 +4,20 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
+import msgspec
 
 from mlxflow.benchmarking.machine_speed import fixed_work
 from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.statistics import ratio_interval
 from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.throughput import Timing, interleave
-from mlxflow.benchmarking.time_budget import Budget
+from mlxflow.benchmarking.time_budget import NOT_MEASURED, Budget
 from mlxflow.device import phase_peaks
+from mlxflow.stage_reports.benchmark import DriftFigures
+from mlxflow.stage_reports.benchmark_rows import TrainingRow
 from mlxflow.training.step import out_of_memory_bytes
 
 # Steps whose peaks are measured, for the highest: how far the host runs ahead varies by chance
@@ -59,22 +62,6 @@ class Measured(NamedTuple):
     error: str = ""
     group: int = 0
     machine: Timing | None = None
-
-
-class Drift(NamedTuple):
-    """The drift of the machine: the first recipe timed again at the end.
-
-    Attributes:
-        name: of the recipe.
-        batch_size: of the recipe.
-        ratio: seconds per step at the end over those of the rounds before.
-        is_noticed: the change is beyond the noise and more than 5 %.
-    """
-
-    name: str
-    batch_size: int
-    ratio: float
-    is_noticed: bool
 
 
 class _DoesNotFitError(Exception):
@@ -139,7 +126,7 @@ def _lacking(needed: int, limit: int) -> str:
 
 def measure_recipes(
     recipes: Iterable[Recipe], open_runner: Open, *, num_steps: int, memory_limit_bytes: int, budget: Budget
-) -> tuple[list[Measured], Drift | None]:
+) -> tuple[list[Measured], DriftFigures | None]:
     """Time recipes in turns, as many at once as the memory holds.
 
     Args:
@@ -180,7 +167,7 @@ def measure_recipes(
 
 
 def _out_of_time(budget: Budget) -> str:
-    return f"not measured: max_seconds = {budget.seconds:g} did not suffice"
+    return f"{NOT_MEASURED}: max_seconds = {budget.seconds:g} did not suffice"
 
 
 def _add(group: _LoadedRecipes, recipe: Recipe, open_runner: Open, limit_bytes: int, budget: Budget) -> None:
@@ -193,8 +180,8 @@ def _add(group: _LoadedRecipes, recipe: Recipe, open_runner: Open, limit_bytes: 
 
 
 def _time(
-    group: _LoadedRecipes, number: int, num_steps: int, drift: Drift | None, budget: Budget
-) -> tuple[list[Measured], Drift | None]:
+    group: _LoadedRecipes, number: int, num_steps: int, drift: DriftFigures | None, budget: Budget
+) -> tuple[list[Measured], DriftFigures | None]:
     """Time the loaded recipes in turns, and free their memory."""
     members = list(group.members)
     if not members:
@@ -241,14 +228,14 @@ def _turn(runner: Runner, num_steps: int) -> Callable[[], object]:
     return lambda: runner.run(num_steps)
 
 
-def _drift(row: Measured, runner: Runner, per_round: int, num_rounds: int) -> Drift:
-    """Time a recipe again, alone."""
+def _drift(row: Measured, runner: Runner, per_round: int, num_rounds: int) -> DriftFigures:
+    """Time a recipe again, alone; a change beyond the noise and of more than 5 % is noticed."""
     assert row.timing is not None  # noqa: S101 - what was timed has times
     (again,) = interleave([_turn(runner, per_round)], num_rounds=min(num_rounds, 5))
     later = Timing(tuple(seconds / per_round for seconds in again.seconds))
     ratio = later.median / row.timing.median
     noticed = not later.interval.overlaps(row.timing.interval) and abs(ratio - 1) > 0.05
-    return Drift(row.recipe.name, row.recipe.batch_size, ratio, noticed)
+    return DriftFigures(name=row.recipe.name, batch_size=row.recipe.batch_size, ratio=ratio, is_noticed=noticed)
 
 
 # --- rows of the report
@@ -259,7 +246,7 @@ def rows_of(
     *,
     targets_per_row: Callable[[Recipe], float],
     tokens_per_row: Callable[[Recipe], float],
-) -> list[dict[str, Any]]:
+) -> tuple[TrainingRow, ...]:
     """Return the rows of a report.
 
     Args:
@@ -270,68 +257,72 @@ def rows_of(
     workflows = {(one.recipe.batch_size, one.group): one for one in measured if one.recipe.name == "workflow"}
     rows = []
     for one in measured:
-        identity: dict[str, Any] = {"name": one.recipe.name, "batch_size": one.recipe.batch_size}
-        if one.timing is None:
-            rows.append(identity | {"error": one.error})
+        recipe, timing = one.recipe, one.timing
+        if timing is None:
+            rows.append(TrainingRow(name=recipe.name, batch_size=recipe.batch_size, error=one.error))
             continue
-        per_step = one.recipe.rows_per_step * targets_per_row(one.recipe)
-        row = identity | _speed(one, one.timing, per_step)
-        processed = one.recipe.rows_per_step * tokens_per_row(one.recipe)
-        row["processed_tokens_per_second"] = processed / one.timing.median
-        workflow = workflows.get((one.recipe.batch_size, one.group))
+        targets = recipe.rows_per_step * targets_per_row(recipe)
+        row = _row(one, timing, targets=targets, tokens=recipe.rows_per_step * tokens_per_row(recipe))
+        workflow = workflows.get((recipe.batch_size, one.group))
         if workflow is not None and workflow is not one and workflow.timing is not None:
-            row |= _against(one, one.timing, per_step, workflow.timing, workflow.recipe, targets_per_row)
+            theirs = workflow.recipe.rows_per_step * targets_per_row(workflow.recipe)
+            row = _against_workflow(row, timing, workflow.timing, targets_ratio=theirs / targets)
         rows.append(row)
-    return rows
+    return tuple(rows)
 
 
-def _speed(one: Measured, timing: Timing, tokens_per_step: float) -> dict[str, Any]:
-    step = timing.interval
-    rate = step.inverse(tokens_per_step)
-    return {
-        "num_steps": one.num_steps,
-        "median_step_seconds": step.median,
-        "low_step_seconds": step.low,
-        "high_step_seconds": step.high,
-        "confidence": step.confidence,
-        "samples_per_second": one.recipe.rows_per_step / step.median,
-        "tokens_per_second": rate.median,
-        "low_tokens_per_second": rate.low,
-        "high_tokens_per_second": rate.high,
-        "tokens_per_second_per_gb": rate.median / (one.peak_memory_bytes / 1e9),
-        "peak_memory_bytes": one.peak_memory_bytes,
-        "data_wait_share": one.data_wait_share,
-        "compile_seconds": one.compile_seconds,
-    } | (_against_machine(timing, one.machine, tokens_per_step) if one.machine else {})
+def _row(one: Measured, timing: Timing, *, targets: float, tokens: float) -> TrainingRow:
+    """Return the row of a timed recipe.
+
+    Args:
+        one: the measurement.
+        timing: of its steps.
+        targets: mean number in a step.
+        tokens: mean number in a step, without padding.
+    """
+    step, machine = timing.interval, one.machine
+    rate = step.inverse(targets)
+    relative = ratio_interval(timing.seconds, machine.seconds).inverse(targets) if machine else None
+    return TrainingRow(
+        name=one.recipe.name,
+        batch_size=one.recipe.batch_size,
+        num_steps=one.num_steps,
+        median_step_seconds=step.median,
+        low_step_seconds=step.low,
+        high_step_seconds=step.high,
+        confidence=step.confidence,
+        samples_per_second=one.recipe.rows_per_step / step.median,
+        tokens_per_second=rate.median,
+        low_tokens_per_second=rate.low,
+        high_tokens_per_second=rate.high,
+        tokens_per_second_per_gb=rate.median / (one.peak_memory_bytes / 1e9),
+        peak_memory_bytes=one.peak_memory_bytes,
+        data_wait_share=one.data_wait_share,
+        compile_seconds=one.compile_seconds,
+        machine_seconds=machine.median if machine else None,
+        low_relative_tokens_per_second=relative.low if relative else None,
+        high_relative_tokens_per_second=relative.high if relative else None,
+        processed_tokens_per_second=tokens / timing.median,
+    )
 
 
-def _against_machine(timing: Timing, machine: Timing, tokens_per_step: float) -> dict[str, float]:
-    """Return the tokens that a recipe processes in the time of the fixed work, from paired rounds."""
-    rate = ratio_interval(timing.seconds, machine.seconds).inverse(tokens_per_step)
-    return {
-        "machine_seconds": machine.median,
-        "low_relative_tokens_per_second": rate.low,
-        "high_relative_tokens_per_second": rate.high,
-    }
+_VERDICTS = {"more": "the workflow is faster", "less": "the workflow is slower", "noise": "noise"}
 
 
-def _against(
-    one: Measured,
-    timing: Timing,
-    tokens_per_step: float,
-    workflow: Timing,
-    recipe: Recipe,
-    targets_per_row: Callable[[Recipe], float],
-) -> dict[str, Any]:
-    """Return the workflow's speedup over a recipe on the same number of tokens, from paired rounds."""
-    scale = recipe.rows_per_step * targets_per_row(recipe) / tokens_per_step
-    seconds = ratio_interval(timing.seconds, workflow.seconds)
-    ratio = seconds.scaled(scale)
-    return {
-        "workflow_speedup": ratio.median,
-        "low_workflow_speedup": ratio.low,
-        "high_workflow_speedup": ratio.high,
-        "verdict": {"more": "the workflow is faster", "less": "the workflow is slower", "noise": "noise"}[
-            ratio.verdict
-        ],
-    }
+def _against_workflow(row: TrainingRow, timing: Timing, workflow: Timing, *, targets_ratio: float) -> TrainingRow:
+    """Return a row with the workflow's speedup over it on the same number of targets, from paired rounds.
+
+    Args:
+        row: of another recipe.
+        timing: of its steps.
+        workflow: the steps of the workflow.
+        targets_ratio: targets in a step of the workflow by those in a step of the row.
+    """
+    ratio = ratio_interval(timing.seconds, workflow.seconds).scaled(targets_ratio)
+    return msgspec.structs.replace(
+        row,
+        workflow_speedup=ratio.median,
+        low_workflow_speedup=ratio.low,
+        high_workflow_speedup=ratio.high,
+        verdict=_VERDICTS[ratio.verdict],
+    )

@@ -1,21 +1,22 @@
 """Size, generation speed and perplexity of the models of a workflow, as rows of the benchmark's report."""
 
 import gc
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 
 from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_generation
-from mlxflow.benchmarking.statistics import Interval
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
+from mlxflow.stage_reports.benchmark_rows import ModelRow, PrefillFigures
 from mlxflow.stage_reports.quantize import QuantizeReport
 from mlxflow.storage import layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
@@ -63,7 +64,7 @@ class ComparedModels(NamedTuple):
         """
         return self._replace(weights={name: path for name, path in self.weights.items() if name in references})
 
-    def measure(self, budget: Budget) -> list[dict[str, Any]]:
+    def measure(self, budget: Budget) -> tuple[ModelRow, ...]:
         """Return a row for each model; of one that does not fit into the memory the size and the error.
 
         Args:
@@ -81,42 +82,42 @@ class ComparedModels(NamedTuple):
                 rows.append(self._lacking(reference, speed))
                 continue
             try:
-                rows.append({"model": reference, **self._measure_model(path, speed, most)})
+                rows.append(self._measure_model(reference, path, speed, most))
             except RuntimeError as error:
                 rows.append(self._lacking(reference, error))
             gc.collect()
             mx.clear_cache()
-        return rows
+        return tuple(rows)
 
-    def measure_speeds(self, budget: Budget) -> list[dict[str, Any]]:
+    def measure_speeds(self, budget: Budget) -> tuple[ModelRow, ...]:
         """Return a row for each model with its speeds alone; none for a model that does not fit into the memory.
 
         Args:
             budget: of time.
         """
         if not self.weights:
-            return []
-        return [
-            {"model": reference, **_speed_row(speed)}
+            return ()
+        return tuple(
+            _speed_row(reference, speed)
             for reference, speed in zip(self.weights, self._generation(budget), strict=True)
             if not isinstance(speed, RuntimeError)
-        ]
+        )
 
-    def dense_row(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the row of the dense model, if it is one of those measured; else an empty one.
+    def dense_row(self, rows: Iterable[ModelRow]) -> ModelRow | None:
+        """Return the row of the dense model; None if it is not one of those measured.
 
         Args:
             rows: of `measure`.
         """
-        return next((row for row in rows if self.weights[row["model"]] == self.dense), {})
+        return next((row for row in rows if self.weights[row.model] == self.dense), None)
 
-    def _lacking(self, reference: str, error: RuntimeError) -> dict[str, Any]:
+    def _lacking(self, reference: str, error: RuntimeError) -> ModelRow:
         """Return the row of a model that does not fit into the memory; raise any other error."""
         needed = out_of_memory_bytes(error)
         if needed is None:
             raise error
         said = f"out of memory: {needed:,} more bytes needed, memory limit {self.memory_limit_bytes:,}"
-        return {"model": reference, "model_bytes": stored_bytes(self.weights[reference]), "error": said}
+        return ModelRow(model=reference, model_bytes=stored_bytes(self.weights[reference]), error=said)
 
     def _generation(self, budget: Budget) -> list[GenerationSpeed | RuntimeError]:
         """Return the generation speed of each model, or the error; small models are held in memory together."""
@@ -145,7 +146,7 @@ class ComparedModels(NamedTuple):
             return self.max_rows
         return max(_FEWEST_ROWS, min(self.max_rows, int(budget.left / seconds_a_row)))
 
-    def _measure_model(self, path: Path, speed: GenerationSpeed, most_rows: int) -> dict[str, Any]:
+    def _measure_model(self, reference: str, path: Path, speed: GenerationSpeed, most_rows: int) -> ModelRow:
         tokens = TokenFile.open(self.validation)
         model = _load(path.parent)
         masks = document_mask.masks_conversations(model, tokens)
@@ -155,19 +156,19 @@ class ComparedModels(NamedTuple):
         )
         model_bytes, dense_bytes = (stored_bytes(one) for one in (path, self.dense))
         parameters = model_folder.num_parameters(_load(self.dense.parent))
-        return {
-            "model_bytes": model_bytes,
-            "compression_ratio": dense_bytes / model_bytes,
-            "compression_ratio_fp32": 4 * parameters / model_bytes,
-            "compression_ratio_bf16": 2 * parameters / model_bytes,
-            **_asked_bits(path),
-            **_speed_row(speed),
-            "perplexity": measured.perplexity,
-            "perplexity_standard_error": measured.standard_error,
-            "validation_tokens": measured.tokens,
-            "validation_rows": rows.num_rows,
-            "has_fewer_rows": most_rows < min(self.max_rows, tokens.rows.num_rows),
-        }
+        return msgspec.structs.replace(
+            _speed_row(reference, speed),
+            model_bytes=model_bytes,
+            compression_ratio=dense_bytes / model_bytes,
+            compression_ratio_fp32=4 * parameters / model_bytes,
+            compression_ratio_bf16=2 * parameters / model_bytes,
+            asked_bits_per_weight=_asked_bits(path),
+            perplexity=measured.perplexity,
+            perplexity_standard_error=measured.standard_error,
+            validation_tokens=measured.tokens,
+            validation_rows=rows.num_rows,
+            has_fewer_rows=most_rows < min(self.max_rows, tokens.rows.num_rows),
+        )
 
 
 def _load(folder: Path) -> nn.Module:
@@ -175,31 +176,40 @@ def _load(folder: Path) -> nn.Module:
     return model_folder.load(folder, lazy=True)[0]
 
 
-def _speed_row(speed: GenerationSpeed) -> dict[str, Any]:
-    return {
-        "prefill": [
-            {"prompt_tokens": tokens, **_rate("", rate, speed.relative_prefill[tokens])}
-            for tokens, rate in speed.prefill.items()
-        ],
-        **_rate("decode_", speed.decode, speed.relative_decode),
-        "machine_seconds": speed.machine_seconds,
-        "peak_memory_bytes": speed.peak_memory_bytes,
-    }
+def _speed_row(reference: str, speed: GenerationSpeed) -> ModelRow:
+    """Return the row of a model with its speeds alone."""
+    return ModelRow(
+        model=reference,
+        prefill=tuple(_prefill_figures(tokens, speed) for tokens in speed.prefill),
+        decode_tokens_per_second=speed.decode.median,
+        low_decode_tokens_per_second=speed.decode.low,
+        high_decode_tokens_per_second=speed.decode.high,
+        low_relative_decode_tokens_per_second=speed.relative_decode.low,
+        high_relative_decode_tokens_per_second=speed.relative_decode.high,
+        machine_seconds=speed.machine_seconds,
+        peak_memory_bytes=speed.peak_memory_bytes,
+    )
 
 
-def _rate(prefix: str, rate: Interval, relative: Interval) -> dict[str, float]:
-    name = f"{prefix}tokens_per_second"
-    report = {name: rate.median, f"low_{name}": rate.low, f"high_{name}": rate.high}
-    return report | {f"low_relative_{name}": relative.low, f"high_relative_{name}": relative.high}
+def _prefill_figures(tokens: int, speed: GenerationSpeed) -> PrefillFigures:
+    rate, relative = speed.prefill[tokens], speed.relative_prefill[tokens]
+    return PrefillFigures(
+        prompt_tokens=tokens,
+        tokens_per_second=rate.median,
+        low_tokens_per_second=rate.low,
+        high_tokens_per_second=rate.high,
+        low_relative_tokens_per_second=relative.low,
+        high_relative_tokens_per_second=relative.high,
+    )
 
 
-def _asked_bits(path: Path) -> dict[str, float]:
-    """Return the bits per weight that the plan of a quantized model asked for; nothing for a dense one."""
+def _asked_bits(path: Path) -> float | None:
+    """Return the bits per weight that the plan of a quantized model asked for; None for a dense one."""
     report, advice = path.with_name(layout.REPORT), "Build the model again."
     if report_structs.read_provenance(report, advice=advice).stage.partition(":")[0] != "quantize":
-        return {}
+        return None
     layers = report_structs.read(report, QuantizeReport, advice=advice).figures.layers
     parameters = sum(layer.parameters for layer in layers)
     if not parameters:
-        return {}
-    return {"asked_bits_per_weight": sum(layer.bits_per_weight * layer.parameters for layer in layers) / parameters}
+        return None
+    return sum(layer.bits_per_weight * layer.parameters for layer in layers) / parameters

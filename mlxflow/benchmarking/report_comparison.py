@@ -7,14 +7,35 @@ more or less by the same cause.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import NamedTuple, Protocol
+
+from mlxflow.stage_reports.benchmark_rows import Bounded, ModelRow, TrainingRow
 
 # The relative noise of peaks, which depend a little on how far the host runs ahead
 _PEAK_BAND = 0.05
 
 # The share of a change of the machine's speed by which intervals are widened
 _DOUBT = 0.2
+
+
+class HasRows(Protocol):
+    """The rows of a benchmark: of a whole report, or of what was measured again."""
+
+    @property
+    def training(self) -> Sequence[TrainingRow]:
+        """Ways of training, by batch size."""
+
+    @property
+    def models(self) -> Sequence[ModelRow]:
+        """Models."""
+
+
+class RepeatedRows(NamedTuple):
+    """The rows of what was measured again: of training all figures, of models the speeds alone."""
+
+    training: tuple[TrainingRow, ...]
+    models: tuple[ModelRow, ...]
 
 
 class Difference(NamedTuple):
@@ -49,41 +70,35 @@ class Difference(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A figure with its interval.
+    """A figure of a report, with its interval.
 
     Attributes:
-        value: the figure.
-        low: lower end of its interval.
-        high: upper end.
+        bounded: the figure with its interval.
+        more_is_better: true for a speed; smaller values of other figures are better.
         relative: interval of the speed relative to the fixed work; None if it is no speed or was not measured.
-        machine_seconds: duration of the fixed work.
+        machine_seconds: duration of the fixed work; None if it was not measured.
     """
 
-    value: float
-    low: float
-    high: float
+    bounded: Bounded
+    more_is_better: bool
     relative: tuple[float, float] | None = None
-    machine_seconds: float = 0.0
+    machine_seconds: float | None = None
 
 
-def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+def compare_reports(before: HasRows, after: HasRows) -> list[Difference]:
     """Return the difference of every figure that both reports have.
 
     Args:
         before: report of a benchmark.
         after: report of another one, of the same version.
     """
-    found = []
-    pairs = [
-        *_pairs(before, after, "training", training_name),
-        *_pairs(before, after, "models", lambda row: str(row["model"])),
+    old = {what: dict(estimates) for what, estimates in _rows(before)}
+    return [
+        _difference(what, name, old[what][name], estimate)
+        for what, estimates in _rows(after)
+        for name, estimate in estimates
+        if name in old.get(what, ())
     ]
-    for what, old, new in pairs:
-        figures = dict(_figures(old))
-        for name, (band, more_is_better) in _figures(new):
-            if name in figures:
-                found.append(_difference(what, name, figures[name][0], band, more_is_better))
-    return found
 
 
 class Confirmation(NamedTuple):
@@ -101,9 +116,9 @@ class Confirmation(NamedTuple):
 
 
 def confirm(
-    before: Mapping[str, Any],
+    before: HasRows,
     suspects: Sequence[Difference],
-    measure_again: Callable[[Set[str]], Mapping[str, Any]],
+    measure_again: Callable[[Set[str]], HasRows],
     *,
     max_regression: float,
     most_repetitions: int,
@@ -116,7 +131,7 @@ def confirm(
     Args:
         before: the baseline's report.
         suspects: result of `regressions` for the first run.
-        measure_again: measures the rows of these names and returns their report.
+        measure_again: measures the rows of these names and returns them.
         max_regression: largest relative change for the worse that is accepted.
         most_repetitions: regressions that are left after these are confirmed.
     """
@@ -133,9 +148,9 @@ def confirm(
     return Confirmation([*certain, *doubtful.values()], cleared, repetitions)
 
 
-def training_name(row: Mapping[str, Any]) -> str:
+def training_name(name: str, batch_size: int) -> str:
     """Return the name in a comparison of a row of a report's `training`."""
-    return f"{row['name']}, {row['batch_size']} rows"
+    return f"{name}, {batch_size} rows"
 
 
 def regressions(differences: Iterable[Difference], max_regression: float) -> list[Difference]:
@@ -143,52 +158,60 @@ def regressions(differences: Iterable[Difference], max_regression: float) -> lis
     return [one for one in differences if one.is_worse and abs(one.change) > max_regression]
 
 
-def _pairs(
-    before: Mapping[str, Any], after: Mapping[str, Any], table: str, name: Any
-) -> Iterator[tuple[str, Any, Any]]:
-    old = {name(row): row for row in before.get(table, ())}
-    for row in after.get(table, ()):
-        if name(row) in old:
-            yield name(row), old[name(row)], row
+def _rows(report: HasRows) -> Iterator[tuple[str, Iterator[tuple[str, Estimate]]]]:
+    """Yield the name of each row with its figures."""
+    for training in report.training:
+        yield training_name(training.name, training.batch_size), _training_figures(training)
+    for model in report.models:
+        yield model.model, _model_figures(model)
 
 
-def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Estimate, bool]]]:
-    """Yield the name, estimate, and whether more is better, of each figure of a row."""
-    for name in ("tokens_per_second", "decode_tokens_per_second"):
-        if name in row:
-            yield name, (_speed(row, name, row.get("machine_seconds", 0.0)), True)
-    for one in row.get("prefill", ()):
-        speed = _speed(one, "tokens_per_second", row.get("machine_seconds", 0.0))
-        yield f"prefill of {one['prompt_tokens']}", (speed, True)
-    if "peak_memory_bytes" in row:
-        peak = row["peak_memory_bytes"]
-        yield "peak_memory_bytes", (Estimate(peak, peak * (1 - _PEAK_BAND), peak * (1 + _PEAK_BAND)), False)
-    if "model_bytes" in row:
-        yield "model_bytes", (Estimate(row["model_bytes"], row["model_bytes"], row["model_bytes"]), False)
-    if "perplexity" in row:
-        error = 2 * row["perplexity_standard_error"]
-        value = row["perplexity"]
-        yield "perplexity", (Estimate(value, value - error, value + error), False)
+def _training_figures(row: TrainingRow) -> Iterator[tuple[str, Estimate]]:
+    """Yield the name and estimate of each figure of a row of training."""
+    if row.speed is not None:
+        yield "tokens_per_second", _speed(row.speed, row.relative_speed, row.machine_seconds)
+    yield from _peak(row.peak_memory_bytes)
 
 
-def _speed(row: Mapping[str, Any], name: str, machine_seconds: float) -> Estimate:
-    ends = (f"low_relative_{name}", f"high_relative_{name}")
-    relative = (row[ends[0]], row[ends[1]]) if machine_seconds and ends[0] in row else None
-    return Estimate(row[name], row[f"low_{name}"], row[f"high_{name}"], relative, machine_seconds)
+def _model_figures(row: ModelRow) -> Iterator[tuple[str, Estimate]]:
+    """Yield the name and estimate of each figure of a model."""
+    if row.decode_speed is not None:
+        yield "decode_tokens_per_second", _speed(row.decode_speed, row.relative_decode_speed, row.machine_seconds)
+    for one in row.prefill:
+        yield f"prefill of {one.prompt_tokens}", _speed(one.speed, one.relative_speed, row.machine_seconds)
+    yield from _peak(row.peak_memory_bytes)
+    if row.model_bytes is not None:
+        yield "model_bytes", _size(row.model_bytes, 0)
+    if row.perplexity is not None and row.perplexity_standard_error is not None:
+        yield "perplexity", _size(row.perplexity, 2 * row.perplexity_standard_error)
 
 
-def _difference(what: str, figure: str, before: Estimate, after: Estimate, more_is_better: bool) -> Difference:
-    change = after.value / before.value - 1
+def _speed(speed: Bounded, relative: tuple[float, float] | None, machine_seconds: float | None) -> Estimate:
+    return Estimate(speed, True, relative if machine_seconds else None, machine_seconds)
+
+
+def _peak(peak_bytes: int | None) -> Iterator[tuple[str, Estimate]]:
+    if peak_bytes is not None:
+        yield "peak_memory_bytes", _size(peak_bytes, _PEAK_BAND * peak_bytes)
+
+
+def _size(value: float, doubt: float) -> Estimate:
+    """Return the estimate of a figure whose smaller values are better."""
+    return Estimate(Bounded(value, value - doubt, value + doubt), False)
+
+
+def _difference(what: str, figure: str, before: Estimate, after: Estimate) -> Difference:
+    old, new = before.bounded.value, after.bounded.value
     (low, high), (other_low, other_high) = _ends(before, after)
     is_noise = other_low <= high and low <= other_high
-    is_worse = not is_noise and (other_high < low) == more_is_better
-    return Difference(what, figure, before.value, after.value, change, is_noise, is_worse, more_is_better)
+    is_worse = not is_noise and (other_high < low) == after.more_is_better
+    return Difference(what, figure, old, new, new / old - 1, is_noise, is_worse, after.more_is_better)
 
 
 def _ends(before: Estimate, after: Estimate) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the two intervals to compare: relative to the fixed work if both have them."""
-    if before.relative is None or after.relative is None:
-        return (before.low, before.high), (after.low, after.high)
+    if before.relative is None or after.relative is None or not before.machine_seconds or not after.machine_seconds:
+        return (before.bounded.low, before.bounded.high), (after.bounded.low, after.bounded.high)
     doubt = math.exp(_DOUBT * abs(math.log(after.machine_seconds / before.machine_seconds)))
     return before.relative, (after.relative[0] / doubt, after.relative[1] * doubt)
 
@@ -207,44 +230,46 @@ def markdown_of_differences(differences: Sequence[Difference]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown_of_report(report: Mapping[str, Any]) -> str:
+def markdown_of_report(report: HasRows) -> str:
     """Return a report's training and models as two tables in Markdown."""
     lines = [
         "| training | rows | tokens learned from/s | | processed/s | peak GB | waiting for data | the workflow is |",
         "|---|--:|--:|---|--:|--:|--:|---|",
     ]
-    lines += [_training_line(row) for row in report.get("training", ())]
+    lines += [_training_line(row) for row in report.training]
     lines += ["", "| model | MB | smaller than fp32 | than the trained model | decode tokens/s | perplexity |"]
     lines += ["|---|--:|--:|--:|--:|--:|"]
-    lines += [_model_line(row) for row in report.get("models", ())]
+    lines += [_model_line(row) for row in report.models]
     return "\n".join(lines) + "\n"
 
 
-def _training_line(row: Mapping[str, Any]) -> str:
-    begin = f"| {_cell(row['name'])} | {row['batch_size']} |"
-    if "error" in row:
-        return f"{begin} {_cell(row['error'])} | | | | | |"
+def _training_line(row: TrainingRow) -> str:
+    begin = f"| {_cell(row.name)} | {row.batch_size} |"
+    if row.timed is None:
+        return f"{begin} {_cell(row.error or '')} | | | | | |"
     against = ""
-    if "workflow_speedup" in row:
-        ratio = f"{row['workflow_speedup']:.2f} times as fast"
-        against = f"{ratio} (noise)" if row["verdict"] == "noise" else ratio
-    band = f"{_number(row['low_tokens_per_second'])} to {_number(row['high_tokens_per_second'])}"
+    if row.speedup is not None:
+        ratio = f"{row.speedup.value:.2f} times as fast"
+        against = f"{ratio} (noise)" if row.verdict == "noise" else ratio
+    speed = row.timed.speed
+    processed = speed.value if row.processed_tokens_per_second is None else row.processed_tokens_per_second
     return (
-        f"{begin} {_number(row['tokens_per_second'])} | {band} "
-        f"| {_number(row.get('processed_tokens_per_second', row['tokens_per_second']))} "
-        f"| {row['peak_memory_bytes'] / 1e9:.2f} "
-        f"| {row['data_wait_share']:.1%} | {against} |"
+        f"{begin} {_number(speed.value)} | {_number(speed.low)} to {_number(speed.high)} "
+        f"| {_number(processed)} "
+        f"| {row.timed.peak_memory_bytes / 1e9:.2f} "
+        f"| {row.timed.data_wait_share:.1%} | {against} |"
     )
 
 
-def _model_line(row: Mapping[str, Any]) -> str:
-    if "error" in row:
-        return f"| {_cell(row['model'])} | {_cell(row['error'])} | | | | |"
+def _model_line(row: ModelRow) -> str:
+    figures = row.measured
+    if figures is None:
+        return f"| {_cell(row.model)} | {_cell(row.error or '')} | | | | |"
     return (
-        f"| {_cell(row['model'])} | {row['model_bytes'] / 1e6:.2f} | {row['compression_ratio_fp32']:.1f} times "
-        f"| {row['compression_ratio']:.1f} times "
-        f"| {_number(row['decode_tokens_per_second'])} "
-        f"| {row['perplexity']:.2f} ± {row['perplexity_standard_error']:.2f} |"
+        f"| {_cell(row.model)} | {figures.model_bytes / 1e6:.2f} | {figures.compression_ratio_fp32:.1f} times "
+        f"| {figures.compression_ratio:.1f} times "
+        f"| {_number(figures.decode_speed.value)} "
+        f"| {figures.perplexity:.2f} ± {figures.perplexity_standard_error:.2f} |"
     )
 
 

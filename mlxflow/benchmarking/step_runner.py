@@ -30,7 +30,7 @@ _PlainUpdate = Callable[[mx.array, mx.array, Any], mx.array]
 
 
 class Parts(NamedTuple):
-    """The seconds of the parts of one synchronous step.
+    """The parts of one synchronous step, in seconds or as shares of it.
 
     Attributes:
         data: waiting for the batch.
@@ -44,6 +44,10 @@ class Parts(NamedTuple):
     graph: float
     compute: float
     synchronize: float
+
+    def shares(self) -> "Parts":
+        """Return each part as a share of the step."""
+        return Parts(*(part / sum(self) for part in self))
 
 
 class Runner:

@@ -1,11 +1,10 @@
 """The training benchmark: recipes and their rows, timing, convergence, parts of a step, and roofline ceilings."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +21,8 @@ from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.benchmarking.unpacked_rows import apart, holds_several
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.models import model_folder, quantized_layers
+from mlxflow.stage_reports.benchmark import BottleneckFigures, ConvergenceCurve, DriftFigures
+from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -129,30 +130,23 @@ class Suite:
         marks = rows.marks[:: max(1, rows.num_rows // _COUNTED_ROWS), :-1]
         return float((marks != 0).sum()) / max(1, len(marks))
 
-    def measure(self, only: Set[str] | None = None) -> dict[str, Any]:
+    def measure(self, only: Set[str] | None = None) -> tuple[tuple[TrainingRow, ...], DriftFigures | None]:
         """Time recipes; return the report's `training` and `drift`.
 
         Args:
             only: names of rows as in a comparison; None for all.
         """
-
-        def is_wanted(recipe: Recipe) -> bool:
-            row = {"name": recipe.name, "batch_size": recipe.batch_size}
-            return only is None or training_name(row) in only
-
         measured, drift = measure_recipes(
-            filter(is_wanted, self.recipes()),
+            (one for one in self.recipes() if only is None or training_name(one.name, one.batch_size) in only),
             self.open,
             num_steps=self.num_steps,
             memory_limit_bytes=self.memory_limit_bytes,
             budget=self.budget,
         )
-        result: dict[str, Any] = {
-            "training": rows_of(measured, targets_per_row=self.targets_per_row, tokens_per_row=self.tokens_per_row)
-        }
-        return result | ({"drift": drift._asdict()} if drift else {})
+        rows = rows_of(measured, targets_per_row=self.targets_per_row, tokens_per_row=self.tokens_per_row)
+        return rows, drift
 
-    def converge(self, num_steps: int) -> list[dict[str, Any]]:
+    def converge(self, num_steps: int) -> tuple[ConvergenceCurve, ...]:
         """Train an untrained model by the baseline and by the workflow; return the report's `convergence`.
 
         Raises:
@@ -180,12 +174,12 @@ class Suite:
                 steps.append(runner.take_apart())
         return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
 
-    def against_ceilings(self, report: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, float]:
+    def against_ceilings(self, training: Iterable[TrainingRow], dense: ModelRow | None) -> BottleneckFigures:
         """Return the measured ceilings of the device, and the rates that training and decode of the dense model reach.
 
         Args:
-            report: with its `training`.
-            dense: the row of the report's `models` for the trained model; empty if there is none.
+            training: rows of `measure`.
+            dense: the row of the dense model; None if it was not measured.
 
         Raises:
             RuntimeError: the matrices to measure with do not fit into the memory.
@@ -193,28 +187,29 @@ class Suite:
         model = self.load()
         stored_bytes = model_folder.num_bytes(model)
         model, _ = quantized_layers.made_dense(model, {})  # for its shapes only: never evaluated
-        rates = {
-            "ceiling_flops_per_second": roofline.flops_ceiling(build.dtype_of(self.settings)),
-            "ceiling_bytes_per_second": roofline.bytes_ceiling(_main_type(model)),
-        }
-        own = [
-            row
-            for row in report["training"]
-            if (row["name"], row["batch_size"]) == ("workflow", self.own_batch_size) and "error" not in row
-        ]
+        decode = None if dense is None else dense.decode_tokens_per_second
+        return BottleneckFigures(
+            ceiling_flops_per_second=roofline.flops_ceiling(build.dtype_of(self.settings)),
+            ceiling_bytes_per_second=roofline.bytes_ceiling(_main_type(model)),
+            flops_per_second=self._flops_per_second(model, training),
+            decode_bytes_per_second=None if decode is None else stored_bytes * decode,
+        )
+
+    def _flops_per_second(self, model: nn.Module, training: Iterable[TrainingRow]) -> float | None:
+        """Return the FLOP/s of the workflow's steps; None if they were not timed or the model says no hidden size."""
+        own_size = self.own_batch_size
+        own = [row.timed for row in training if (row.name, row.batch_size) == ("workflow", own_size) and row.timed]
         width = getattr(getattr(model, "args", None), "hidden_size", None)
-        if own and width:
-            per_token = roofline.flops_per_token(
-                model.parameters(),
-                hidden_size=width,
-                num_layers=len(model.layers),
-                context_length=self.tokens.context_length,
-            )
-            slots = own[0]["samples_per_second"] * self.tokens.context_length  # padding is computed, too
-            rates["flops_per_second"] = slots * per_token
-        if "decode_tokens_per_second" in dense:
-            rates["decode_bytes_per_second"] = stored_bytes * dense["decode_tokens_per_second"]
-        return rates
+        if not own or not width:
+            return None
+        per_token = roofline.flops_per_token(
+            model.parameters(),
+            hidden_size=width,
+            num_layers=len(model.layers),
+            context_length=self.tokens.context_length,
+        )
+        slots = own[0].samples_per_second * self.tokens.context_length  # padding is computed, too
+        return slots * per_token
 
 
 def _main_type(model: nn.Module) -> mx.Dtype:

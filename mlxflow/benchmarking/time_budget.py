@@ -1,15 +1,20 @@
 """A time budget for measurements, and their progress lines."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+from mlxflow.stage_reports.benchmark import ConvergenceCurve
+from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.system import terminal
 
 # Seconds between two progress lines
 _SECONDS_BETWEEN_LINES = 10.0
 # Work that is estimated to take less is not announced
 _WORTH_A_LINE_SECONDS = 5.0
+
+#: How the error of a row begins that was left out because the time was over.
+NOT_MEASURED = "not measured"
 
 
 class Budget:
@@ -96,23 +101,31 @@ class AskedAmounts(NamedTuple):
     max_seconds: float
 
 
-def lowered(report: Mapping[str, Any], asked: AskedAmounts) -> Iterator[str]:
+def lowered(
+    asked: AskedAmounts,
+    *,
+    training: Sequence[TrainingRow],
+    convergence: Sequence[ConvergenceCurve],
+    models: Sequence[ModelRow],
+) -> Iterator[str]:
     """Yield a line for each part that was measured less than asked for, because `max_seconds` did not suffice.
 
     Args:
-        report: of the benchmark.
         asked: what was asked for.
+        training: rows of the report.
+        convergence: curves of the report.
+        models: rows of the report.
     """
     because = f"max_seconds = {asked.max_seconds:g} did not suffice for more"
-    timed = [row["num_steps"] for row in report["training"] if "num_steps" in row]
+    timed = [row.num_steps for row in training if row.num_steps is not None]
     if timed and min(timed) < asked.num_steps - asked.num_steps % max(1, asked.num_steps // 20):
         yield f"{min(timed)} of {asked.num_steps} training steps timed: {because}"
-    left_out = sum(str(row.get("error", "")).startswith("not measured") for row in report["training"])
+    left_out = sum((row.error or "").startswith(NOT_MEASURED) for row in training)
     if left_out:
         yield f"{left_out} ways of training left out: {because}"
-    steps = min((row["steps"][-1] for row in report.get("convergence", ())), default=asked.convergence_steps)
+    steps = min((curve.steps[-1] for curve in convergence), default=asked.convergence_steps)
     if steps < asked.convergence_steps:
         yield f"{steps} of {asked.convergence_steps} steps of convergence: {because}"
-    rows = min((row["validation_rows"] for row in report["models"] if row.get("has_fewer_rows")), default=0)
+    rows = min((row.validation_rows or 0 for row in models if row.has_fewer_rows), default=0)
     if rows:
         yield f"perplexity of {rows} of {asked.max_validation_rows} validation rows: {because}"

@@ -5,8 +5,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import msgspec
-
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
 from mlxflow.errors import ArtifactError, CallError
 from mlxflow.stage_reports.benchmark import BenchmarkReport
@@ -49,7 +47,7 @@ def compare(before: str, after: str, *, force: bool) -> str:
         raise CallError(
             f"compare: {names[0]}, {names[1]}: different devices. Add --force to compare them nevertheless."
         )
-    differences = compare_reports(msgspec.to_builtins(first), msgspec.to_builtins(second))
+    differences = compare_reports(first, second)
     if not differences:
         raise CallError(
             f"compare: {before} and {after} have no row in common. Measure the same batch sizes and models."

@@ -18,7 +18,8 @@ from mlxflow.report.formatting import (
 from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.sections.memory import ARRAYS
 from mlxflow.report.sections.stages import WORDS
-from mlxflow.stage_reports.benchmark import BenchmarkReport, ModelRow
+from mlxflow.stage_reports.benchmark import BenchmarkReport
+from mlxflow.stage_reports.benchmark_rows import ModelRow
 from mlxflow.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.stage_reports.profile import PeakParts, ProfileReport
 from mlxflow.stage_reports.quantize import QualityFigures, QuantizeReport

@@ -1,10 +1,10 @@
 """Measure the speed of training, and the size and quality of every model."""
 
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Self, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,7 +18,10 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.benchmarking.model_measurement import ComparedModels
-    from mlxflow.stage_reports.benchmark import BenchmarkReport
+    from mlxflow.benchmarking.suite import Suite
+    from mlxflow.benchmarking.time_budget import Budget
+    from mlxflow.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ComparisonFigures, DeviceFacts
+    from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 VERSION = 6
 
@@ -136,57 +139,99 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: there are fewer rows than the largest batch holds.
         StageError: a figure is worse than the baseline's.
     """
-    from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
-    from mlxflow.benchmarking.bottleneck import advise
     from mlxflow.benchmarking.report_comparison import markdown_of_report
-    from mlxflow.benchmarking.targets import keep_promises
-    from mlxflow.benchmarking.time_budget import AskedAmounts, Budget, lowered
-    from mlxflow.stage_reports.benchmark import BenchmarkReport
+    from mlxflow.benchmarking.time_budget import Budget
 
     baseline = read_benchmark(inputs.baseline[0]) if inputs.baseline else None
     budget = Budget(config.max_seconds, task=context.task)
     suite = _suite(config, inputs, context, budget)
+    models = _compared_models(config, inputs, context)
+    report = _measure(config, context, suite, models, budget)
+    if report.lowered:
+        terminal.say(*(f"{context.task}: {line}" for line in report.lowered))
+    terminal.write(markdown_of_report(report))
+    if baseline is None:
+        return report
+    comparison = _compare(config, inputs, context, models, baseline, report)
+    return msgspec.structs.replace(report, comparison=comparison)
+
+
+def _measure(
+    config: Config, context: Context, suite: "Suite", models: "ComparedModels", budget: "Budget"
+) -> "BenchmarkReport":
+    """Return all figures, without a comparison."""
+    from mlxflow.benchmarking.targets import keep_promises
+    from mlxflow.benchmarking.time_budget import AskedAmounts, lowered
+    from mlxflow.stage_reports.benchmark import BenchmarkReport
+
     budget.begin(_SHARES["training"])
-    report: dict[str, Any] = {"version": VERSION, "device": _device(context), **suite.measure()}
+    training, drift = suite.measure()
+    curves = None
     if config.convergence_steps:
         budget.begin(_SHARES["convergence"])
-        report["convergence"] = _if_it_fits(lambda: suite.converge(config.convergence_steps)) or []
+        curves = _if_it_fits(lambda: suite.converge(config.convergence_steps)) or ()
     budget.begin(_SHARES["models"])
-    models = _compared_models(config, inputs, context)
-    report["models"] = models.measure(budget)
+    rows = models.measure(budget)
     budget.begin(1.0)
-    own = suite.own_batch_size
-    parts = _if_it_fits(suite.take_apart)
-    shares = {name: seconds / sum(parts) for name, seconds in parts._asdict().items()} if parts else {}
-    report["bottleneck"] = {f"{name}_share": share for name, share in shares.items()}
-    report["bottleneck"] |= (
-        _if_it_fits(lambda: suite.against_ceilings(report, models.dense_row(report["models"]))) or {}
-    )
-    if shares:
-        tables = {"training_table": config.input, "tokens_table": config.data}
-        report["bottleneck"]["advice"] = advise(shares, report["training"], own, **tables)
-    report["promises"] = keep_promises(report["training"], report["models"], shares.get("data"), own)
+    bottleneck = _bottleneck(config, suite, training, models.dense_row(rows))
     asked = AskedAmounts(config.num_steps, config.convergence_steps, config.max_validation_rows, config.max_seconds)
-    if lines := list(lowered(report, asked)):
-        report["lowered"] = lines
-        terminal.say(*(f"{context.task}: {line}" for line in lines))
-    terminal.write(markdown_of_report(report))
-    if baseline is not None:
+    return BenchmarkReport(
+        version=VERSION,
+        device=_device(context),
+        training=training,
+        drift=drift,
+        convergence=curves,
+        models=rows,
+        bottleneck=bottleneck,
+        promises=keep_promises(training, rows, bottleneck.data_share, suite.own_batch_size),
+        lowered=tuple(lowered(asked, training=training, convergence=curves or (), models=rows)) or None,
+    )
 
-        def again(names: Set[str]) -> dict[str, Any]:
-            budget = Budget(config.max_seconds / REPETITIONS, task=context.task)
-            timed: dict[str, Any] = _suite(config, inputs, context, budget).measure(only=names)
-            return timed | {"models": models.only(names).measure_speeds(budget)}
 
-        report["comparison"] = hold_against(
-            msgspec.to_builtins(baseline),
-            report,
-            again,
-            name=config.baseline,
-            max_regression=config.max_regression,
-            task=context.task,
-        )
-    return msgspec.convert(report, BenchmarkReport)
+def _bottleneck(
+    config: Config, suite: "Suite", training: Sequence["TrainingRow"], dense: "ModelRow | None"
+) -> "BottleneckFigures":
+    """Return where the time of a step goes, what the device can do, and the change most worth making."""
+    from mlxflow.benchmarking.bottleneck import advise
+    from mlxflow.stage_reports.benchmark import BottleneckFigures
+
+    parts = _if_it_fits(suite.take_apart)
+    ceilings = _if_it_fits(lambda: suite.against_ceilings(training, dense)) or BottleneckFigures()
+    if parts is None:
+        return ceilings
+    shares = parts.shares()
+    advice = advise(shares, training, suite.own_batch_size, training_table=config.input, tokens_table=config.data)
+    return msgspec.structs.replace(
+        ceilings,
+        data_share=shares.data,
+        graph_share=shares.graph,
+        compute_share=shares.compute,
+        synchronize_share=shares.synchronize,
+        advice=advice,
+    )
+
+
+def _compare(
+    config: Config,
+    inputs: Inputs,
+    context: Context,
+    models: "ComparedModels",
+    baseline: "BenchmarkReport",
+    report: "BenchmarkReport",
+) -> "ComparisonFigures":
+    """Return the comparison with the baseline; see `hold_against`."""
+    from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
+    from mlxflow.benchmarking.report_comparison import RepeatedRows
+    from mlxflow.benchmarking.time_budget import Budget
+
+    def again(names: Set[str]) -> RepeatedRows:
+        budget = Budget(config.max_seconds / REPETITIONS, task=context.task)
+        training, _ = _suite(config, inputs, context, budget).measure(only=names)
+        return RepeatedRows(training, models.only(names).measure_speeds(budget))
+
+    return hold_against(
+        baseline, report, again, name=config.baseline, max_regression=config.max_regression, task=context.task
+    )
 
 
 def _if_it_fits(compute: Callable[[], T]) -> T | None:
@@ -222,7 +267,7 @@ def read_benchmark(path: Path) -> "BenchmarkReport":
     return report_structs.parse(report, BenchmarkReport, shown=str(path), advice="Run: doit benchmark").figures
 
 
-def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any:
+def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -> "Suite":
     from mlxflow.benchmarking.suite import Suite
     from mlxflow.data.token_file import TokenFile
     from mlxflow.models import model_folder
@@ -252,10 +297,11 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: Any) -> Any
     )
 
 
-def _device(context: Context) -> dict[str, str]:
+def _device(context: Context) -> "DeviceFacts":
     from mlxflow.device import compute_device
+    from mlxflow.stage_reports.benchmark import DeviceFacts
 
-    return {"kind": context.device, "name": compute_device.name(), "processor": compute_device.processor()}
+    return DeviceFacts(kind=context.device, name=compute_device.name(), processor=compute_device.processor())
 
 
 def _compared_models(config: Config, inputs: Inputs, context: Context) -> "ComparedModels":

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mlxflow.benchmarking import interleaved_timing
-from mlxflow.benchmarking.interleaved_timing import Drift, Measured, measure_recipes, rows_of
+from mlxflow.benchmarking.interleaved_timing import Measured, measure_recipes, rows_of
 from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import Rows
+from mlxflow.stage_reports.benchmark import DriftFigures
 from tests.benchmarking.small_steps import open_runner, workflow_recipe
 from tests.small_models import FREE
 
@@ -34,7 +35,7 @@ class _Fake:
 
 def _measure(
     monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], *, limit: int = 1 << 40, num_steps: int = 6
-) -> tuple[list[Measured], Drift | None]:
+) -> tuple[list[Measured], DriftFigures | None]:
     """Measure fake recipes: each takes so many seconds, or fails so."""
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
@@ -57,11 +58,12 @@ def test_a_recipe_out_of_memory_has_an_error_and_the_others_are_timed(monkeypatc
     failure = RuntimeError("[malloc] Unable to allocate 123456 bytes.")
     measured, _ = _measure(monkeypatch, {"baseline": failure, "workflow": (2.0, 400), "without compile": (3.0, 400)})
     rows = rows_of(measured, targets_per_row=lambda _: 3.0, tokens_per_row=lambda _: 5.0)
-    assert [row["name"] for row in rows] == ["baseline", "workflow", "without compile"]
-    assert rows[0]["error"].startswith("does not fit: needs 123,456 bytes and may use ")
-    assert rows[1]["tokens_per_second"] == 4 * 3 / 2.0
-    assert rows[2]["workflow_speedup"] == 1.5
-    assert rows[2]["verdict"] == "the workflow is faster"
+    assert [row.name for row in rows] == ["baseline", "workflow", "without compile"]
+    assert rows[0].error == f"does not fit: needs 123,456 bytes and may use {1 << 40:,}"
+    assert rows[1].tokens_per_second == 4 * 3 / 2.0
+    assert rows[1].processed_tokens_per_second == 4 * 5 / 2.0
+    assert rows[2].workflow_speedup == 1.5
+    assert rows[2].verdict == "the workflow is faster"
 
 
 def test_an_error_other_than_out_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,12 +108,12 @@ def test_a_difference_within_the_noise_has_the_verdict_noise(monkeypatch: pytest
     (row,) = [
         row
         for row in rows_of(measured, targets_per_row=lambda _: 3.0, tokens_per_row=lambda _: 5.0)
-        if row["name"] != "workflow"
+        if row.name != "workflow"
     ]
-    assert row["verdict"] == "noise"
-    assert row["data_wait_share"] == pytest.approx(0.1)
-    assert row["num_steps"] == 6
-    assert drift == ("workflow", 4, 1.0, False)
+    assert row.verdict == "noise"
+    assert row.data_wait_share == pytest.approx(0.1)
+    assert row.num_steps == 6
+    assert drift == DriftFigures(name="workflow", batch_size=4, ratio=1.0, is_noticed=False)
 
 
 def test_drift_notices_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +127,7 @@ def test_drift_notices_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(_Fake, "run", throttled)
     _, drift = _measure(monkeypatch, {"workflow": (2.0, 400)})
-    assert drift == ("workflow", 4, 1.25, True)
+    assert drift == DriftFigures(name="workflow", batch_size=4, ratio=1.25, is_noticed=True)
 
 
 def test_recipes_without_time_are_left_out_except_the_first_two(

@@ -5,6 +5,7 @@ import pytest
 
 from mlxflow.benchmarking import model_measurement
 from mlxflow.benchmarking.model_measurement import ComparedModels
+from tests.benchmarking.report_rows import model_row
 from tests.small_models import FREE
 
 
@@ -27,21 +28,23 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
 
     monkeypatch.setattr(model_measurement, "_load", loads)
     dense, q4 = _models(built).measure(FREE)
-    assert dense["perplexity"] > 1
-    assert dense["decode_tokens_per_second"] > 0
-    assert q4["error"] == "out of memory: 777,777 more bytes needed, memory limit 1"
+    assert dense.measured is not None
+    assert dense.measured.perplexity > 1
+    assert dense.measured.decode_speed.low > 0
+    assert q4.error == "out of memory: 777,777 more bytes needed, memory limit 1"
 
 
 def test_only_the_named_models_are_measured_again(built: Path) -> None:
     models = _models(built)
     (row,) = models.only({"quantize:q4", "training"}).measure_speeds(FREE)
-    assert row["model"] == "quantize:q4"
-    assert row["decode_tokens_per_second"] > 0
-    assert "perplexity" not in row
-    assert models.only(set()).measure_speeds(FREE) == []
+    assert row.model == "quantize:q4"
+    assert row.decode_speed is not None
+    assert row.decode_speed.low > 0
+    assert row.perplexity is None
+    assert models.only(set()).measure_speeds(FREE) == ()
 
 
 def test_the_dense_row_is_that_of_the_dense_model(built: Path) -> None:
-    rows: list[dict[str, Any]] = [{"model": "quantize:q4"}, {"model": "train"}]
-    assert _models(built).dense_row(rows) == {"model": "train"}
-    assert _models(built).dense_row(rows[:1]) == {}
+    rows = [model_row("quantize:q4"), model_row("train")]
+    assert _models(built).dense_row(rows) == rows[1]
+    assert _models(built).dense_row(rows[:1]) is None

@@ -6,11 +6,20 @@ import statistics
 from collections.abc import Set
 from typing import Any
 
+import msgspec
 import pytest
 
 from mlxflow.benchmarking.baseline import REPETITIONS
-from mlxflow.benchmarking.report_comparison import Confirmation, compare_reports, confirm, regressions
+from mlxflow.benchmarking.report_comparison import (
+    Confirmation,
+    RepeatedRows,
+    compare_reports,
+    confirm,
+    regressions,
+)
 from mlxflow.benchmarking.statistics import median_interval, ratio_interval
+from mlxflow.stage_reports.benchmark_rows import TrainingRow
+from tests.benchmarking.report_rows import training_row
 
 _NAMES = ("baseline", "workflow", "without compile", "without packing")
 _ROUNDS = 20
@@ -53,8 +62,8 @@ class _Machine:
         for _ in range(int(seconds)):
             self.run(1.0, 0.0)
 
-    def measure(self, names: Set[str] | None = None, *, slower: float = 1.0) -> dict[str, Any]:
-        """Return a benchmark's report; "workflow" takes so many times as long as it should."""
+    def measure(self, names: Set[str] | None = None, *, slower: float = 1.0) -> RepeatedRows:
+        """Return a benchmark's rows; "workflow" takes so many times as long as it should."""
         chosen = [name for name in _NAMES if names is None or f"{name}, 8 rows" in names]
         taken: dict[str, list[float]] = {name: [] for name in chosen}
         fixed = []
@@ -63,21 +72,23 @@ class _Machine:
                 cost = 0.5 * (slower if name == "workflow" else 1.0)
                 taken[name].append(self.run(cost, 0.8 + 0.1 * place))
             fixed.append(self.run(0.05, 1.0))
-        return {"training": [_row(name, seconds, fixed) for name, seconds in taken.items()]}
+        return RepeatedRows(tuple(_row(name, seconds, fixed) for name, seconds in taken.items()), ())
 
 
-def _row(name: str, seconds: list[float], machine: list[float]) -> dict[str, Any]:
+def _row(name: str, seconds: list[float], machine: list[float]) -> TrainingRow:
     rate, relative = median_interval(seconds).inverse(100.0), ratio_interval(seconds, machine).inverse(100.0)
-    return {
-        "name": name,
-        "batch_size": 8,
-        "machine_seconds": statistics.median(machine),
-        "tokens_per_second": rate.median,
-        "low_tokens_per_second": rate.low,
-        "high_tokens_per_second": rate.high,
-        "low_relative_tokens_per_second": relative.low,
-        "high_relative_tokens_per_second": relative.high,
-    }
+    return msgspec.structs.replace(
+        training_row(rate.median, name=name),
+        machine_seconds=statistics.median(machine),
+        low_tokens_per_second=rate.low,
+        high_tokens_per_second=rate.high,
+        low_relative_tokens_per_second=relative.low,
+        high_relative_tokens_per_second=relative.high,
+    )
+
+
+def _without_machine(rows: RepeatedRows) -> RepeatedRows:
+    return RepeatedRows(tuple(msgspec.structs.replace(row, machine_seconds=None) for row in rows.training), ())
 
 
 def _held_against_baseline(seed: int, *, drift: float, busy_share: float, slower: float) -> tuple[bool, Confirmation]:
@@ -130,11 +141,8 @@ def test_the_intervals_within_a_run_do_not_show_the_noise_between_runs() -> None
     alarms = 0
     for seed in range(_TRIALS):
         machine = _Machine(seed, drift=0.15, busy_share=0.4)
-        before = machine.measure()
+        before = _without_machine(machine.measure())
         machine.rest(600)
-        after = machine.measure()
-        for report in (before, after):
-            for row in report["training"]:
-                row["machine_seconds"] = 0.0
+        after = _without_machine(machine.measure())
         alarms += bool(regressions(compare_reports(before, after), 0.05))
     assert alarms / _TRIALS > 0.2

@@ -3,22 +3,17 @@ from typing import Any
 import pytest
 
 from mlxflow.benchmarking.targets import keep_promises
+from mlxflow.stage_reports.benchmark import PromiseFigures
+from tests.benchmarking.report_rows import failed_row, model_row, training_row
 
 
-def _row(name: str, rate: float, peak: int) -> dict[str, Any]:
-    return {"name": name, "batch_size": 8, "tokens_per_second": rate, "peak_memory_bytes": peak}
-
-
-def _kept(speedup: float = 2.0, low: float = 1.6, peak: int = 60, ratio: float = 6.0, share: float = 0.001) -> Any:
-    baseline = _row("baseline", 100, 100) | {
-        "workflow_speedup": speedup,
-        "low_workflow_speedup": low,
-        "high_workflow_speedup": speedup + 1,
-    }
-    model = {"model": "q4", "compression_ratio_fp32": ratio, "perplexity": 9.0, "perplexity_standard_error": 0.5}
-    dense = model | {"model": "train", "compression_ratio_fp32": 1.0}
-    rows = [baseline, _row("workflow", 100 * speedup, peak)]
-    return {name: told["holds"] for name, told in keep_promises(rows, [dense, model], share, 8).items()}
+def _kept(
+    speedup: float = 2.0, low: float = 1.6, peak: int = 60, ratio: float = 6.0, share: float = 0.001
+) -> dict[str, bool]:
+    speedups: Any = {"workflow_speedup": speedup, "low_workflow_speedup": low, "high_workflow_speedup": speedup + 1}
+    rows = [training_row(100, name="baseline", peak=100, **speedups), training_row(100 * speedup, peak=peak)]
+    models = [model_row("train", compression_ratio_fp32=1.0), model_row("q4", compression_ratio_fp32=ratio)]
+    return {name: promise.holds for name, promise in keep_promises(rows, models, share, 8).items()}
 
 
 def test_every_target_is_checked_by_its_own_figure() -> None:
@@ -38,36 +33,41 @@ def test_a_missed_target_is_reported_and_the_others_are_met(broken: dict[str, An
     assert [one for one, holds in _kept(**broken).items() if not holds] == [name]
 
 
-def _sized(**models: tuple[float, float]) -> dict[str, Any]:
-    """Return the promise of size for models of so many times smaller, with bits a weight that were asked for."""
+def _sized(**models: tuple[float, float]) -> PromiseFigures:
+    """Return the promise of size for models of so many times smaller, with bits per weight that were asked for."""
     rows = [
-        {"model": name, "compression_ratio_fp32": ratio, "asked_bits_per_weight": bits}
-        | {"perplexity": 9.0, "perplexity_standard_error": 0.5}
+        model_row(name, compression_ratio_fp32=ratio, asked_bits_per_weight=bits, perplexity=9.0)
         for name, (ratio, bits) in models.items()
     ]
-    told: dict[str, Any] = keep_promises([], rows, None, 8)["model_size"]
-    return told
+    return keep_promises([], rows, None, 8)["model_size"]
 
 
 def test_the_size_target_follows_from_the_bits_of_each_model() -> None:
-    assert _sized(q8=(3.75, 8.5))["holds"]
-    assert not _sized(q8=(3.0, 8.5))["holds"], "its bits allow 3.8"
-    assert not _sized(q4=(3.9, 4.5))["holds"], "its bits allow 7.1, and four is the least"
-    told = _sized(q8=(3.75, 8.5), q4=(7.0, 4.5))
-    assert told["holds"]
-    assert told["figure"] == (
-        "q8 3.8 times (its bits allow 3.8), perplexity 9.00 ± 0.50; q4 7.0 times (its bits allow 7.1), "
-        "perplexity 9.00 ± 0.50"
+    assert _sized(q8=(3.75, 8.5)).holds
+    assert not _sized(q8=(3.0, 8.5)).holds, "its bits allow 3.8"
+    assert not _sized(q4=(3.9, 4.5)).holds, "its bits allow 7.1, and four is the least"
+    promise = _sized(q8=(3.75, 8.5), q4=(7.0, 4.5))
+    assert promise.holds
+    assert promise.measured == 7.0
+    assert promise.figure == (
+        "q8 3.8 times (its bits allow 3.8), 3.0 than the trained model, perplexity 9.00 ± 0.10; "
+        "q4 7.0 times (its bits allow 7.1), 3.0 than the trained model, perplexity 9.00 ± 0.10"
     )
 
 
 def test_rows_out_of_memory_meet_no_target() -> None:
-    rows = [{"name": "baseline", "batch_size": 8, "error": "does not fit"}, _row("workflow", 100, 10)]
-    told = keep_promises(rows, [], 0.0, 8)
-    assert [one for one in told if told[one]["holds"]] == ["data_wait"]
-    assert "measured" not in told["training_speed"]
+    promises = keep_promises([failed_row("baseline"), training_row(100, peak=10)], [], 0.0, 8)
+    assert [name for name, promise in promises.items() if promise.holds] == ["data_wait"]
+    assert promises["training_speed"].measured is None
+
+
+def test_without_paired_rounds_the_speedup_is_the_ratio_of_the_speeds() -> None:
+    rows = [training_row(100, name="baseline"), training_row(170)]
+    promise = keep_promises(rows, [], None, 8)["training_speed"]
+    assert (promise.measured, promise.low, promise.high, promise.holds) == (1.7, 1.7, 1.7, True)
 
 
 def test_an_increase_in_memory_is_reported_as_more() -> None:
-    rows = [_row("baseline", 100, 100), _row("workflow", 100, 120)]
-    assert keep_promises(rows, [], 0.0, 8)["training_memory"]["figure"].startswith("20% more: 120 bytes instead of")
+    rows = [training_row(100, name="baseline", peak=100), training_row(100, peak=120)]
+    figure = keep_promises(rows, [], 0.0, 8)["training_memory"].figure
+    assert figure == "20% more: 120 bytes instead of 100 at 8 rows"

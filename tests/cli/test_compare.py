@@ -1,21 +1,15 @@
-"""`mlxflow compare`, `mlxflow promises` and the baseline of a workflow, on the report of a real benchmark."""
+"""`mlxflow compare` on the report of a real benchmark."""
 
 import subprocess
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from mlxflow.__main__ import main
-from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
-from mlxflow.benchmarking.report_comparison import training_name
-from mlxflow.benchmarking.time_budget import AskedAmounts, lowered
-from mlxflow.errors import ArtifactError, StageError
 from mlxflow.stages import benchmark
 from mlxflow.storage import report_files
-from mlxflow.workflow.stage import Context
 
 
 @pytest.fixture
@@ -107,167 +101,6 @@ def test_different_devices_are_compared_only_with_force(
         "Add --force to compare them nevertheless.\n"
     )
     assert main(["compare", str(here), str(there), "--force"]) == 0
-
-
-# --- the baseline of a workflow
-
-
-def _context(folder: Path) -> Context:
-    return msgspec.convert(
-        {
-            "task": "benchmark",
-            "seed": 0,
-            "device": "cpu",
-            "memory_limit_bytes": 1,
-            "provenance": {},
-            "tasks": [],
-            "members": [],
-            "name": "tiny",
-            "digests": str(folder / "digests.json"),
-            **{name: str(folder) for name in ("root", "state", "folder", "unfinished")},
-        },
-        Context,
-        dec_hook=lambda kind, value: kind(value),
-    )
-
-
-def _hold(before: Any, after: Any, again: Any, *, max_regression: float = 0.05) -> dict[str, Any]:
-    return hold_against(before, after, again, name="before.toml", max_regression=max_regression, task="benchmark")
-
-
-def test_a_regression_beyond_the_noise_fails_the_stage(report: dict[str, Any], tmp_path: Path) -> None:
-    before = report_files.read_report(_write(tmp_path / "before.toml", report, speed=2.0))
-    after = report_files.read_report(_write(tmp_path / "after.toml", report, speed=0.5))
-    asked: list[set[str]] = []
-
-    def again(report: dict[str, Any]) -> Callable[[Set[str]], dict[str, Any]]:
-        def measure_again(names: Set[str]) -> dict[str, Any]:
-            asked.append({*names})
-            return report
-
-        return measure_again
-
-    with pytest.raises(StageError) as raised:
-        _hold(before, after, again(after))
-    names = {training_name(row) for row in report["training"]}
-    assert asked == [names] * REPETITIONS, "no more than so often"
-    first, *lines = str(raised.value).splitlines()
-    assert first == (
-        "benchmark: worse than before.toml beyond the noise and benchmark.max_regression = 0.05, in 4 runs:"
-    )
-    assert len(lines) == len(report["training"])
-    assert lines[0].startswith("baseline, 2 rows: tokens_per_second -50.0% (")
-    asked.clear()
-    _hold(after, before, again(after))  # faster is no regression
-    assert _hold(before, after, again(after), max_regression=0.6)["compared"] is True
-    assert not asked
-    found = _hold(before, after, again(before))
-    assert asked == [names], "what is not there again is noise between runs"
-    assert found["repetitions"] == 1
-    assert len(found["noise_between_runs"]) == len(names)
-
-
-def test_a_baseline_of_another_device_is_reported_and_not_compared(
-    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    device = {"kind": "gpu", "name": "Another", "processor": "one"}
-    before = report_files.read_report(_write(tmp_path / "before.toml", report, speed=9.0, device=device))
-    found = _hold(before, report, lambda _: {})
-    assert found == {"baseline": "before.toml", "compared": False}
-    assert capsys.readouterr().err == (
-        'benchmark.baseline = "before.toml": not compared, it was measured on Another, this on '
-        f"{report['device']['name']}. mlxflow compare --force compares them.\n"
-    )
-
-
-def test_a_baseline_of_another_version_is_refused_before_anything_is_measured(
-    report: dict[str, Any], tmp_path: Path
-) -> None:
-    path = _write(tmp_path / "before.toml", report, version=1)
-    inputs = benchmark.Inputs(baseline=(path,))
-    with pytest.raises(ArtifactError, match="version = 1: expected"):
-        benchmark.run(
-            config=benchmark.Config(baseline="before.toml"),
-            inputs=inputs,
-            outputs=benchmark.Outputs(),
-            context=_context(tmp_path),
-        )
-
-
-def test_parts_skipped_for_lack_of_time_are_named() -> None:
-    asked = AskedAmounts(num_steps=100, convergence_steps=50, max_validation_rows=64, max_seconds=60)
-    whole: dict[str, Any] = {
-        "training": [{"num_steps": 100}],
-        "convergence": [{"steps": [1, 50]}],
-        "models": [{"validation_rows": 64, "has_fewer_rows": False}],
-    }
-    assert list(lowered(whole, asked)) == []
-    less: dict[str, Any] = {
-        "training": [{"num_steps": 15}, {"error": "not measured: max_seconds = 60 did not suffice"}],
-        "convergence": [{"steps": [1, 5]}, {"steps": [1, 5]}],
-        "models": [{"validation_rows": 8, "has_fewer_rows": True}, {"error": "does not fit"}],
-    }
-    because = "max_seconds = 60 did not suffice for more"
-    assert list(lowered(less, asked)) == [
-        f"15 of 100 training steps timed: {because}",
-        f"1 ways of training left out: {because}",
-        f"5 of 50 steps of convergence: {because}",
-        f"perplexity of 8 of 64 validation rows: {because}",
-    ]
-
-
-# --- what the stage reports
-
-
-def test_every_optimization_of_the_workflow_is_switched_off_at_its_own_batch_size(report: dict[str, Any]) -> None:
-    rows = [(row["name"], row["batch_size"]) for row in report["training"]]
-    assert rows[:4] == [("baseline", 2), ("workflow", 2), ("baseline", 4), ("workflow", 4)]
-    assert {name for name, _ in rows[4:]} >= {"without compile", "without run-ahead", "without fused_loss"}
-    assert {size for _, size in rows[4:]} == {4}
-    for row in report["training"]:
-        assert ("workflow_speedup" in row) == (row["name"] != "workflow")
-        assert row["low_tokens_per_second"] <= row["tokens_per_second"] <= row["high_tokens_per_second"]
-        assert row["peak_memory_bytes"] > 0 <= row["compile_seconds"]
-
-
-def test_curves_bottleneck_device_and_speeds_are_reported(report: dict[str, Any]) -> None:
-    assert [curve["name"] for curve in report["convergence"]] == ["baseline", "workflow"]
-    assert all(curve["steps"] == [1, 2, 3, 4] for curve in report["convergence"])
-    shares = [report["bottleneck"][f"{part}_share"] for part in ("data", "graph", "compute", "synchronize")]
-    assert sum(shares) == pytest.approx(1)
-    for reached in ("flops_per_second", "decode_bytes_per_second"):
-        assert report["bottleneck"][reached] > 0
-        assert report["bottleneck"][f"ceiling_{reached.removeprefix('decode_')}"] > 0
-    assert report["bottleneck"]["advice"]
-    assert report["drift"]["name"] == "baseline"
-    for row in report["models"]:
-        assert [one["prompt_tokens"] for one in row["prefill"]] == [4, 8, 16]
-        assert row["compression_ratio_fp32"] == pytest.approx(2 * row["compression_ratio_bf16"])
-        assert row["peak_memory_bytes"] > 0.9 * row["model_bytes"]
-        assert row["decode_tokens_per_second"] > 0
-
-
-def test_parts_out_of_memory_are_left_out_and_other_failures_are_raised(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(said: str) -> None:
-        raise RuntimeError(said)
-
-    assert benchmark._if_it_fits(lambda: 3) == 3
-    assert benchmark._if_it_fits(lambda: fail("[malloc] Unable to allocate 5 bytes.")) is None
-    assert capsys.readouterr().err == (
-        "benchmark: left out, it does not fit into the memory ([malloc] Unable to allocate 5 bytes.)\n"
-    )
-    with pytest.raises(RuntimeError, match="a mistake"):
-        benchmark._if_it_fits(lambda: fail("a mistake"))
-
-
-def test_the_train_report_has_every_setting_resolved(built: Path) -> None:
-    settings = report_files.read_report(built / "artifacts/train/report.toml")["settings"]
-    assert settings["fused_loss"] is True  # "auto" on the CPU
-    assert settings["weight_decay"] == 0.1  # "auto" with AdamW
-    assert settings["optimizer_options"] == {"betas": [0.9, 0.95]}
-    assert (settings["batch_size"], settings["masks_documents"], settings["precision"]) == (4, False, "fp32")
 
 
 # --- reports that others wrote

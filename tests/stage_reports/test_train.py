@@ -18,3 +18,11 @@ def test_settings_are_read_with_every_key(built: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         report_structs.parse(table, TrainReport, shown="report.toml", advice="Run: doit train")
     assert str(caught.value) == "report.toml: settings.keep: missing. Run: doit train"
+
+
+def test_the_train_report_has_every_setting_resolved(built: Path) -> None:
+    settings = read_report(built / "artifacts/train/report.toml")["settings"]
+    assert settings["fused_loss"] is True  # "auto" on the CPU
+    assert settings["weight_decay"] == 0.1  # "auto" with AdamW
+    assert settings["optimizer_options"] == {"betas": [0.9, 0.95]}
+    assert (settings["batch_size"], settings["masks_documents"], settings["precision"]) == (4, False, "fp32")

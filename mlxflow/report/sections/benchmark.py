@@ -16,9 +16,8 @@ from mlxflow.stage_reports.benchmark import (
     BottleneckFigures,
     ConvergenceCurve,
     DriftFigures,
-    ModelRow,
-    TrainingRow,
 )
+from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 
 def section(runs: Sequence[Run]) -> Section:
