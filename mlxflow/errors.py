@@ -21,7 +21,7 @@ class MlxflowError(Exception):
 
 
 class StageError(MlxflowError):
-    """A stage could not finish; its old artifact is as it was."""
+    """A stage could not finish; its old artifact is unchanged."""
 
 
 class UserError(MlxflowError):

@@ -26,7 +26,7 @@ from mlxflow.workflow.stage_node import Node
 _RECORD = "record.json"
 _FORMAT = 1
 _LARGEST_RECORD_BYTES = 32_000_000
-# The most lists and tables in a record: parsed, each takes about 20 times the memory of its text.
+# The most lists and tables in a record: a parsed one takes about 20 times the memory of its text.
 _MOST_CONTAINERS = 500_000
 _CHUNK_BYTES = 1 << 22
 
@@ -91,7 +91,7 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
             for copy, original in node.copies.items():
                 atomic_folders.write_whole(node.root / copy, (node.root / original).read_bytes())
     except ArchiveError as error:
-        raise ArtifactError(f"{file}: {error}. Nothing was taken.") from error
+        raise ArtifactError(f"{file}: {error}. Nothing was unpacked.") from error
     return node, values
 
 
@@ -160,7 +160,9 @@ def _extract(
     wanted = set(values["outputs"])
     for member in found:
         if member.name not in wanted:
-            raise ArtifactError(f"{file}: holds {member.name!r}, which is no file of {node.task}. Nothing was taken.")
+            raise ArtifactError(
+                f"{file}: holds {member.name!r}, which is no file of {node.task}. Nothing was unpacked."
+            )
         wanted.remove(member.name)
         size, content = values["outputs"][member.name]
         if member.size != size:
@@ -190,6 +192,6 @@ def _verify(file: Path, name: str, path: Path, content: str) -> None:
     try:
         found = digest_file(path).content
     except ValueError as error:
-        raise ArtifactError(f"{file}: {name} is damaged ({error}). Nothing was taken.") from error
+        raise ArtifactError(f"{file}: {name} is damaged ({error}). Nothing was unpacked.") from error
     if found != content:
-        raise ArtifactError(f"{file}: {name} is not what its record says. Nothing was taken.")
+        raise ArtifactError(f"{file}: {name} is not what its record says. Nothing was unpacked.")

@@ -1,4 +1,4 @@
-"""The graph of a `workflow.toml` built by doit without a `dodo.py`: `mlxflow build`."""
+"""Run doit on a `workflow.toml` without a `dodo.py`, for `mlxflow build`."""
 
 import inspect
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from doit.doit_cmd import DoitMain
 
 
 class _GraphLoader(NamespaceTaskLoader):  # type: ignore[misc]  # doit has no types
-    """Takes for dodo.py the module that a dodo.py of two lines imports from."""
+    """A doit loader that uses `mlxflow.tasks.dodo` in place of a `dodo.py`."""
 
     def setup(self, opt_values: dict[str, Any]) -> None:
-        """Read the workflow, once doit knows which one the command line names."""
+        """Load the workflow that the command line names."""
         from mlxflow.tasks import dodo
 
         self.namespace = dict(inspect.getmembers(dodo))

@@ -14,7 +14,7 @@ def remove_unfinished(node: Node, dryrun: bool) -> int:
     """Remove the files of a stage's unfinished runs, with any settings; print it and return the bytes freed."""
     found = unfinished_runs.of_task(layout.state_folder(node.root), node.task)
     if found:
-        terminal.show(f"{node.task} - removing what {len(found)} runs left unfinished ({_num_bytes(found):,} bytes)")
+        terminal.show(f"{node.task} - removing files of {len(found)} unfinished runs ({_num_bytes(found):,} bytes)")
     return 0 if dryrun else _remove(found)
 
 
@@ -36,7 +36,7 @@ def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) ->
     left = unfinished_runs.of_no_task(layout.state_folder(root), [node.task for node in nodes])
     for found in left:
         folder = found.folder.relative_to(root).as_posix()
-        advice = f"of no stage any more ({found.num_bytes:,} bytes). Remove it with: doit clean --leftovers"
+        advice = f"belongs to no stage ({found.num_bytes:,} bytes). Remove it with: doit clean --leftovers"
         terminal.show(f"removing {folder}" if is_wanted else f"{folder}: {advice}")
     return freed_bytes + (_remove(left) if is_wanted and not dryrun else 0)
 
@@ -45,7 +45,7 @@ def word_freed(num_bytes: int, cache: DigestCache) -> str:
     """Drop digests of files that no longer exist; return a line about what was freed, empty if nothing was."""
     num_digests = cache.drop_missing()
     parts = [f"{num_bytes:,} bytes"] if num_bytes else []
-    parts += [f"{num_digests:,} digests of files that are no more"] if num_digests else []
+    parts += [f"{num_digests:,} digests of removed files"] if num_digests else []
     return f"freed {' and '.join(parts)}" if parts else ""
 
 

@@ -167,7 +167,7 @@ class Reproduce(StageVerb):
         if node.bound_device is not None:
             refuse(f"{node.task}: measures the machine; there is nothing to reproduce.")
         record = graph.fresh_record(node)
-        waiting = f"{node.task}: waits for the artifacts, which process {{holder}} uses"
+        waiting = f"{node.task}: waits for the artifacts, used by process {{holder}}"
         try:
             with ended_cleanly(), hold(layout.state_folder(node.root) / layout.LOCK, waiting, wait=True, needed=True):
                 return reproduce(node, record)

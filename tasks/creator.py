@@ -20,7 +20,7 @@ from mlxflow.tasks.reporter import StageReporter
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import reasons
 
-#: The most files that `doit clean` lists as left alone.
+#: The most files that `doit clean` lists as kept.
 _MOST_NAMED = 5
 
 
@@ -89,7 +89,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
     journal = getattr(Globals.dep_manager, "backend", None)
     if journal is not None and hasattr(journal, "adopt"):  # unless a dodo.py chooses another backend
         journal.adopt = Adoption(nodes, cache)
-    atexit.register(cache.save)  # once: after a crash the files are read again
+    atexit.register(cache.save)  # once, at the end: after a crash the files are read again
     grouped: set[str] = set()
     known = {node.task for node in nodes}
     for node in nodes:

@@ -95,7 +95,7 @@ class Journal:
             self._said.add(what)
             terminal.say(f"{self.name}: {what}. {effect}")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Rewrite the journal without invalid lines; call it under the lock."""
         if self._damaged:
             self._rewrite()

@@ -17,7 +17,7 @@ class Leftover(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.folder.as_posix()}: no stage makes it any more ({self.num_files} files, {self.num_bytes:,} bytes). "
+            f"{self.folder.as_posix()}: belongs to no stage ({self.num_files} files, {self.num_bytes:,} bytes). "
             "Remove it with: doit clean --leftovers"
         )
 

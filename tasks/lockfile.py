@@ -106,7 +106,7 @@ def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> s
     if not lock.damage:
         return ""
     kept = ", ".join(tables) or "no stage"
-    return f"{path}: {lock.damage}. What it says of {kept} is kept; the rest is written when its stages run."
+    return f"{path}: {lock.damage}. The tables of {kept} are kept; the rest is written when its stages run."
 
 
 def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, Table], bool]) -> str:
@@ -154,7 +154,7 @@ def read(path: Path) -> Lock:
             for name, table in _parse_parts(side):
                 if table not in tables.setdefault(name, []):
                     tables[name].append(table)
-        return Lock(tables, "has the marks of a merge" if sides else f"damaged ({error})")
+        return Lock(tables, "contains merge conflict markers" if sides else f"damaged ({error})")
 
 
 def _sides(text: str) -> list[str]:

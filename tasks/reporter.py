@@ -10,7 +10,7 @@ from mlxflow.system import terminal
 
 
 class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
-    """Prints reasons; a stage's process has printed already why it failed."""
+    """Prints why each stage runs; the process of a failed stage has printed its error."""
 
     desc = "one line a stage, with the reason for each that runs"
 
@@ -41,7 +41,7 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
         """Print which stage failed."""
         if task.executed:
             kept = all(getattr(action, "is_untouched", True) for action in task.actions)
-            self.write(f"!! {task.name}: failed; its artifact {'is as it was' if kept else 'was replaced before'}\n")
+            self.write(f"!! {task.name}: failed; its artifact {'is unchanged' if kept else 'was replaced before'}\n")
         else:
             self.write(f"!! {task.name}: not run ({fail.message.strip()})\n")
 

@@ -78,7 +78,7 @@ def differing(node: Node, folder: Path) -> Iterator[str]:
             continue
         ours, theirs = node.root / path, folder / path.relative_to(node.folder)
         if ours.exists() != theirs.exists():
-            yield f"{name} is in one of the two alone"
+            yield f"{name} exists in only one of the two"
         elif path.suffix == ".safetensors":
             yield from _differing_tensor(name, ours, theirs)
         elif digest_file(ours) != digest_file(theirs):

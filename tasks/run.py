@@ -97,7 +97,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         adoption = Adoption(graph.nodes, graph.cache)
         journal = graph.journal
         artifacts = Path(journal.name).parents[1]
-        waiting = "another doit (process {holder}) is at work on these artifacts"
+        waiting = "another doit (process {holder}) is using these artifacts"
         waiting += "; doit --no-wait does not wait for it" if not self._no_wait else ""
         try:
             make_link_target(artifacts)
@@ -122,7 +122,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
             terminal.say_last(word_cause(error, Path(journal.name).parent))
             return 1
         except KeyboardInterrupt:
-            terminal.say_last("interrupted: finished stages are kept, the one that ran is as it was before")
+            terminal.say_last("interrupted: finished stages are kept, the artifact of the running one is unchanged")
             return 128 + signal.SIGINT
 
     def _stale_upstream(self) -> list[str]:
@@ -145,7 +145,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
 def _tidy(journal: Journal, adoption: Adoption, artifacts: Path) -> None:
     """Repair the state and remove leftovers of earlier runs; call it under the lock."""
-    journal.mend()
+    journal.repair()
     journal.keeps_adopted = True
     if line := adoption.settle_merge():
         terminal.say(line)

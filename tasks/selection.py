@@ -23,7 +23,7 @@ class Selection:
     def __init__(self, command: DoitCmdBase) -> None:
         metas = [task.meta for task in command.task_list if task.meta and "node" in task.meta]
         if not metas:
-            refuse(f"{command.name}: works on the stages of a workflow.toml, and this dodo.py has none.")
+            refuse(f"{command.name}: needs the stages of a workflow.toml; this dodo.py has none.")
         self.nodes: list[Node] = [meta["node"] for meta in metas]
         self.cache: DigestCache = metas[0]["cache"]
         self.journal: Journal = command.dep_manager.backend
@@ -72,7 +72,9 @@ class Selection:
         if not is_complete(record):
             refuse(f"{node.task}: never built here. Run: doit {node.task}", 1)
         if damage := list(damaged_outputs(node, record, self.cache, again=True)):
-            refuse("\n".join([*damage, f"{node.task}: is not what its run left. Run: doit {node.task}"]), 1)
+            refuse(
+                "\n".join([*damage, f"{node.task}: its artifact was changed after its run. Run: doit {node.task}"]), 1
+            )
         return record
 
 

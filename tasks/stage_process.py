@@ -1,4 +1,4 @@
-"""Run a stage in a child process: its output goes to the terminal and a log, and it ends with doit."""
+"""Run a stage in a child process that ends with doit; its output goes to the terminal and to a log."""
 
 import os
 import signal

@@ -110,7 +110,7 @@ class Verb:
             self.outstream = sys.stdout
         written: set[str] = getattr(self._params, "_non_default_keys", set())
         for name in sorted(written & _FIXED_OPTIONS.keys() if self.is_of_stages else ()):
-            refuse(f"{_FIXED_OPTIONS[name]}: stages are remembered in a journal of their own. Leave it out.")
+            refuse(f"{_FIXED_OPTIONS[name]}: not supported for stages, which have their own journal. Leave it out.")
         return super().get_checker_cls(check_file_uptodate)  # type: ignore[misc]
 
     @property
@@ -150,12 +150,12 @@ class Verb:
         state = Path(self.journal.name).parent
         if makes:
             make_link_target(state.parent)
-        waiting = "another doit (process {holder}) is at work on these artifacts"
+        waiting = "another doit (process {holder}) is using these artifacts"
         lock = hold(state / layout.LOCK, waiting, wait=True, needed=not reads)
         with lock if makes or state.parent.is_dir() else nullcontext() as self.journal.unwritable:
             self.journal.load()  # another doit may have finished stages
             if not self.journal.unwritable:
-                self.journal.mend()
+                self.journal.repair()
             yield
 
 
@@ -172,13 +172,13 @@ def _refuse_old_import(error: ModuleNotFoundError) -> None:
 
 @contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Collect garbage rarely: with over a thousand stages that saves a sixth of a no-op's time."""
+    """Collect garbage rarely: with over a thousand stages that saves a sixth of the time of a no-op."""
     before = gc.get_threshold()
     gc.set_threshold(_COLLECT_AFTER, *before[1:])
     try:
         yield
     finally:
-        gc.freeze()  # and back, as objects that were looked at: or the next new object has Python look at all of them
+        gc.freeze()  # moves them back as already examined objects; else the next allocation starts a full collection
         gc.unfreeze()
         gc.set_threshold(*before)
 

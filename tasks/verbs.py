@@ -131,7 +131,7 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
         self._freed_bytes = 0
         graph = Selection(self)
         if leftovers and pos_args:
-            refuse("--leftovers: is about stages that are no more. Name no stage with it.")
+            refuse("--leftovers: removes the artifacts of removed stages and takes no stage names. Leave them out.")
         with self.alone():
             if not leftovers:
                 clean()
@@ -167,7 +167,7 @@ class StageForget(Verb, Forget):  # type: ignore[misc]
 
 
 class StageIgnore(Verb, Ignore):  # type: ignore[misc]
-    """`doit ignore`: a stage and all that read from it do not run until that is undone."""
+    """`doit ignore`: a stage and its readers do not run until `doit ignore --undo`."""
 
     name = "ignore"
     doc_purpose = "skip stages, and those that read from them, until doit ignore --undo"
@@ -222,7 +222,7 @@ class StageResetDep(Verb, ResetDep):  # type: ignore[misc]
     def _execute(self, pos_args: list[str] | None = None) -> None:
         if self.is_of_stages:
             refuse(
-                "reset-dep: a stage is fresh when its artifact is what its last run left, which only a run can say. "
+                "reset-dep: not supported: the freshness of a stage follows from the record of its last run. "
                 "Use: doit plan"
             )
         super()._execute(pos_args)

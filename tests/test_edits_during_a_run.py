@@ -141,6 +141,6 @@ def test_an_input_changed_while_a_stage_runs_publishes_nothing(
     with pytest.raises(StageError) as caught:
         execute_stage(workflow, workflow.find("train"))
     name = "artifacts/pretokenize/tokenizer_config.json"
-    assert str(caught.value) == f"{name}: changed while train ran, whose result is not kept. Run it again."
+    assert str(caught.value) == f"{name}: changed while train ran, so its result is not kept. Run it again."
     assert not (project / "artifacts/train").exists()
     assert not begun[0].exists()  # nobody goes on from what was trained on other tokens

@@ -185,7 +185,7 @@ CONTRADICTIONS = {
     "[quantize]\ntarget_bits_per_weight = 3\ncandidate_bits = [4, 8]": "workflow.toml: "
     "quantize.target_bits_per_weight = 3.0: "
     "expected at least the lowest of candidate_bits = 4. Change one of the two.",
-    '[quantize]\ntarget_size = "0 GB"': 'workflow.toml: quantize.target_size = "0 GB": expected more than nothing. '
+    '[quantize]\ntarget_size = "0 GB"': 'workflow.toml: quantize.target_size = "0 GB": expected more than 0 bytes. '
     'Write such as "200 MB".',
 }
 

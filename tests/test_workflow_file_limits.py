@@ -91,7 +91,7 @@ def test_of_many_errors_only_the_first_are_listed(tmp_path: Path, monkeypatch: p
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("workflow.toml"))
     assert len(caught.value.problems) == 101
-    assert caught.value.problems[-1] == "workflow.toml: 1,400 more mistakes. Mend these first."
+    assert caught.value.problems[-1] == "workflow.toml: 1,400 more mistakes. Fix these first."
 
 
 def test_a_pipe_is_no_workflow_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Arguments that several verbs take, and the workflow that they name."""
+"""Command-line arguments shared by several verbs, and loading the workflow that they name."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`mlxflow build`: build what is stale, as `doit` does, with no `dodo.py` needed."""
+"""`mlxflow build`: build stale stages like `doit`, without a `dodo.py`."""
 
 import argparse
 

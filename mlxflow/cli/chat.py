@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Answer each line of standard input, with all messages before it, until its end.
+    """Answer each line of standard input, with all earlier messages as context, until its end.
 
     Raises:
         CallError: an argument has no valid value, or the template refuses the conversation.
@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def _talk(session: "ChatSession", sampling: "Sampling") -> None:
     source: Any = sys.stdin
-    if source is None:  # it was closed
+    if source is None:  # standard input was closed
         return
     source.reconfigure(errors="surrogateescape")
     is_terminal = bool(source.isatty())

@@ -1,4 +1,4 @@
-"""`mlxflow check`: the resolved workflow, checked against the architectures that it names; no weights are made."""
+"""`mlxflow check`: print the resolved workflow and check it against its model architectures."""
 
 import argparse
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Print the resolved workflow, and name the stages that are left out."""
+    """Print the resolved workflow and the stages that are left out."""
     workflow = load_workflow(parsed.workflow)
     check_plans(workflow)
     for name, reasons in workflow.left_out.items():
@@ -33,10 +33,10 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def check_plans(workflow: Workflow) -> None:
-    """Hold the settings of every train and quantize stage against the architecture, where that is known here.
+    """Check the settings of every train and quantize stage whose model architecture is available locally.
 
     Raises:
-        WorkflowError: one line for each entry of `layers`, each `document_mask` and each tokenizer that does not fit.
+        WorkflowError: one line for each entry of `layers`, `document_mask` and tokenizer that does not fit the model.
         ArtifactError: a `config.json` describes no model.
     """
     lines = [*_tokenizer_mistakes(workflow), *_mask_mistakes(workflow), *_plan_mistakes(workflow)]
@@ -45,11 +45,11 @@ def check_plans(workflow: Workflow) -> None:
 
 
 def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
-    """Yield a line for every model whose ids mean something else than those of the tokens beside it.
+    """Yield a line for every model whose tokenizer assigns other ids than the one of its tokens.
 
-    Of a tokenizer that is trained here, and of what lies on the hub, the stages find it when they run.
+    Tokenizers that the workflow trains, and models on the hub, are checked by the stages when they run.
     """
-    means_the_same = cache(vocabularies.means_the_same)  # variants of one model are asked about the same files
+    means_the_same = cache(vocabularies.means_the_same)  # variants of one model have the same files
     for one in (one for one in workflow.stages if one.name in ("train", "quantize")):
         config: Any = one.config
         reference = config.input if one.name == "train" else config.token_stage if config.model else ""
@@ -66,7 +66,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
         try:
             is_same = means_the_same(own, files[0])
         except (OSError, ValueError) as error:
-            advice = advise_on(error, "Mend it")
+            advice = advise_on(error, "Fix it")
             raise ArtifactError(f"{paths.shown(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
         if not is_same:
             key, value = ("model.from", config.model.from_) if one.name == "train" else ("model", config.model)
@@ -77,7 +77,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
 
 
 def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
-    """Yield a line for every `document_mask` that the model to go on from cannot have.
+    """Yield a line for every `document_mask` that the base model does not support.
 
     Raises:
         ArtifactError: the model's `config.json` describes no model.
@@ -101,12 +101,12 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
 
 
 def _plan_mistakes(workflow: Workflow) -> list[str]:
-    """Return a line for each entry of `layers` that does not fit."""
+    """Return a line for each entry of `layers` that does not fit the model."""
     from mlxflow.models import model_folder
     from mlxflow.quantization.plan import check_supported, resolve
 
     lines: list[str] = []
-    made: tuple[Any, Any] = (None, None)  # of variants of one model, which mostly follow each other
+    made: tuple[Any, Any] = (None, None)  # variants of one model mostly follow each other
     for one in (one for one in workflow.stages if one.name == "quantize"):
         architecture, folder = _architecture(workflow, one)
         if architecture is None:
@@ -128,7 +128,7 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
 
 
 def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None, Path | None]:
-    """Return the `config.json` of what a stage quantizes and its folder, where there is one; None of the hub's."""
+    """Return the `config.json` and the folder of the model that a stage quantizes; None for a model on the hub."""
     config: Any = one.config
     maker = one if config.model else workflow.find(config.input)
     folder = _named_folder(workflow, maker)
@@ -138,13 +138,13 @@ def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None
     if config.model or shape.model.from_:
         return None, None
     tokens: Any = workflow.find(shape.input).config
-    # of ids there are at most so many; a plan looks at widths alone
+    # an upper bound: the plan depends on the widths only
     vocab_size = tokens.tokenizer.vocab_size
     return llama_config(shape.model, vocab_size=vocab_size, context_length=tokens.context_length), None
 
 
 def _named_folder(workflow: Workflow, one: Stage) -> Path | None:
-    """Return the model folder that a train or quantize stage goes on from; None where it names none, or the hub."""
+    """Return the base model's folder of a train or quantize stage; None without one, or for a model on the hub."""
     inputs: Any = one.inputs
     files = inputs.base if one.name == "train" else inputs.model
     return workflow.root / files[0].parent if files else None
@@ -155,8 +155,8 @@ def _read(folder: Path) -> dict[str, Any]:
         found = config_json.load(folder / "config.json")
     except OSError as error:
         said = f"its config.json cannot be read ({error.strerror})"
-        raise ArtifactError(f"{paths.shown(folder)}: {said}. {advise_on(error, 'Mend it')}.") from error
+        raise ArtifactError(f"{paths.shown(folder)}: {said}. {advise_on(error, 'Fix it')}.") from error
     except ValueError as error:
-        raise ArtifactError(f"{paths.shown(folder)}: its config.json is no JSON ({error}). Mend it.") from error
+        raise ArtifactError(f"{paths.shown(folder)}: its config.json is no JSON ({error}). Fix it.") from error
     config_json.require_types(found, paths.shown(folder / "config.json"))
     return found

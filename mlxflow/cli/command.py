@@ -1,4 +1,4 @@
-"""Parses the command line of `mlxflow`, runs one verb and turns its outcome into an exit code.
+"""Parse the command line of `mlxflow`, run one verb and return its exit code.
 
 Each verb is a module of this package with `add_arguments(parser)` and `run(parsed)`; it is imported when it is called.
 """
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read_names_as_utf8() -> None:
-    """Begin again in Python's UTF-8 mode where the locale has another encoding: MLX takes names of files as UTF-8."""
+    """Restart in Python's UTF-8 mode if the locale has another encoding: MLX expects file names in UTF-8."""
     if sys.getfilesystemencoding() != "utf-8" and not sys.flags.ignore_environment:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606
@@ -73,12 +73,12 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """End as by an exception, so that what was begun is cleaned up."""
+    """Exit by an exception, so that cleanup code runs."""
     raise SystemExit(128 + number)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help fails where it cannot be printed; argparse itself passes over that."""
+    """A parser whose help raises an error if it cannot be printed; argparse ignores that."""
 
     def print_help(self, file: object = None) -> None:
         """Print the help on standard output."""
@@ -86,7 +86,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version and ends; it is looked up when it is asked for."""
+    """Print the version and exit; the version is looked up only then."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **named: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **named)
@@ -100,7 +100,7 @@ class _Version(argparse.Action):
 
 
 class _VerbParser(_Parser):
-    """The parser of one verb, which imports the verb's module when it has to parse."""
+    """The parser of one verb; it imports the verb's module only to parse its arguments."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the arguments after the verb."""

@@ -12,7 +12,7 @@ from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
 from mlxflow.system import terminal
 
-# Where a folder may hold a benchmark's report: an artifact, the artifacts, a workflow
+# Where a benchmark's report is in an artifact folder, in the artifacts folder, and in a workflow's folder
 _BENCHMARK = layout.stage_folder("benchmark") / layout.REPORT
 _PLACES = (layout.REPORT, f"benchmark/{layout.REPORT}", _BENCHMARK.as_posix())
 
@@ -35,7 +35,7 @@ def compare(before: str, after: str, *, force: bool) -> str:
     Args:
         before: a report, a folder that holds one, or `COMMIT:FILE` for one that was saved in git.
         after: another one.
-        force: compares reports of different devices too.
+        force: also compare reports of different devices.
 
     Raises:
         ArtifactError: one is missing, damaged or of another version.
@@ -73,7 +73,7 @@ def _read(name: str) -> BenchmarkReport:
 
 
 def _read_commit(name: str) -> BenchmarkReport:
-    """Return a report as a commit has it."""
+    """Return a report as stored in a git commit."""
     shown = subprocess.run(["git", "show", "--end-of-options", name], capture_output=True, check=False)
     if shown.returncode:
         said = shown.stderr.decode(errors="replace").strip().partition("\n")[0]

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print what this machine offers; return 0."""
+    """Print the device, limits and versions of this machine; return 0."""
     return examine()
 
 

@@ -33,16 +33,16 @@ def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_l
 
     Args:
         workflow: the workflow.
-        one: a profile stage; its model and data are taken.
+        one: a profile stage; its model and data are measured.
         batch_sizes: rows in one forward pass; empty: from half of the stage's own to eight times as many.
         context_lengths: of the rows; empty: half, the same and twice the data's.
 
     Raises:
-        CallError: it is no profile stage, or a number is no size.
-        ArtifactError: the model or its data were not built.
+        CallError: it is no profile stage, or a size is below 1.
+        ArtifactError: the model or its data are not built.
     """
     if one.name != "profile":
-        raise CallError(f"{one.task}: what fits is computed for the steps of a profile stage. Name one.")
+        raise CallError(f"{one.task}: expected a profile stage. Name one.")
     wrong = [number for number in (*batch_sizes, *context_lengths) if number < 1]
     if wrong:
         raise CallError(f"fit: {wrong[0]}: expected a number of at least 1. Use one such as 32.")

@@ -1,4 +1,4 @@
-"""`mlxflow generate`: asks a chat model, or lets a model continue a text."""
+"""`mlxflow generate`: prompt a chat model, or let a model continue a text."""
 
 import argparse
 import math
@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
-    """Add the arguments that say how tokens are chosen.
+    """Add the arguments of sampling.
 
     Args:
         parser: of the verb.
@@ -43,7 +43,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
 
 
 def check_sampling(verb: str, parsed: argparse.Namespace, *, max_tokens: int) -> None:
-    """Refuse arguments of `add_sampling` that mlx-lm would answer with a traceback, or without end.
+    """Refuse sampling arguments for which mlx-lm would raise a traceback or never stop.
 
     Args:
         verb: of the command line, for the messages.
@@ -64,14 +64,14 @@ def check_sampling(verb: str, parsed: argparse.Namespace, *, max_tokens: int) ->
 
 
 def refuse_unfit(verb: str, wanted: Iterable[tuple[str, object, bool, str, str]]) -> None:
-    """Raise a line for each argument that does not fit.
+    """Raise an error with a line for each invalid argument.
 
     Args:
         verb: of the command line.
-        wanted: of each argument its name, its value, whether it fits, what is expected, and the advice.
+        wanted: for each argument its name, its value, whether it is valid, what is expected, and the advice.
 
     Raises:
-        CallError: one of them does not fit.
+        CallError: at least one argument is invalid.
     """
     lines = [f"{verb}: {name} = {value!r}: {said}. {advice}." for name, value, fits, said, advice in wanted if not fits]
     if lines:
@@ -88,7 +88,7 @@ def is_utf8(text: str) -> bool:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Print what the model writes, as it writes it.
+    """Print the generated text token by token.
 
     Raises:
         CallError: an argument has no valid value.

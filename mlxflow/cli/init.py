@@ -11,7 +11,7 @@ from mlxflow.storage import layout
 from mlxflow.storage.atomic_folders import write_whole
 from mlxflow.system import terminal
 
-#: Every template with what it is for; each is a workflow file `templates/NAME.toml`.
+#: Every template with its purpose; each is a workflow file `templates/NAME.toml`.
 TEMPLATES = {
     "hello": "see the whole workflow once: a small model of Python's own library",
     "notes": "a small model of your own texts, trained from nothing",
@@ -75,10 +75,10 @@ _COMMANDS = {
 
 
 def write_project(folder: Path, files: Mapping[str, str]) -> None:
-    """Write files into a folder, which is made where it is missing; all or none.
+    """Write all files into a folder or none; a missing folder is created.
 
     Args:
-        folder: of the project; other files in it stay as they are.
+        folder: of the project; other files in it are unchanged.
         files: content by path relative to the folder.
 
     Raises:

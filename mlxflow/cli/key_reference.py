@@ -1,8 +1,8 @@
-"""Every key of a workflow file as a Markdown table, made from the structs that read it.
+"""Every key of a workflow file as a Markdown table, generated from the structs that read it.
 
     python -m mlxflow.cli.key_reference
 
-The README holds what this prints; a test says so.
+The documentation contains this table; a test compares them.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from mlxflow.workflow.model import Settings
 
 
 def reference() -> str:
-    """Return the table of every key with its default, what it takes and what it is for."""
+    """Return the table of every key with its default, its type and its purpose."""
     lines = ["| key | default | takes | is |", "|---|---|---|---|"]
     lines += _rows("workflow", Settings)
     for name in STAGES:

@@ -1,4 +1,4 @@
-"""`mlxflow promises`: each promise with its figure of a benchmark, and whether it holds."""
+"""`mlxflow promises`: each performance target with its figure from a benchmark, and whether it is met."""
 
 import argparse
 import tempfile

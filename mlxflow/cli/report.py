@@ -1,4 +1,4 @@
-"""`mlxflow report`: the page of whatever there is of a run, or of two runs side by side."""
+"""`mlxflow report`: write the HTML page of a run, finished or not, or of two runs side by side."""
 
 import argparse
 import webbrowser
@@ -35,7 +35,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = False) -> Path:
-    """Write the page of what is there and return its path.
+    """Write the page of all existing reports and return its path.
 
     Args:
         workflow: the workflow.
@@ -73,7 +73,7 @@ def _other_root(compare: Path) -> Path:
 
 
 def _described(root: Path) -> tuple[str, list[Member]]:
-    """Return name and stages of another run: from its workflow file, else from the reports that are there."""
+    """Return name and stages of another run: from its workflow file, else from its reports."""
     try:
         workflow = load_workflow(root / layout.WORKFLOW)
     except UserError:
@@ -88,7 +88,7 @@ def _found(root: Path) -> list[Member]:
 
 
 def _members(workflow: Workflow) -> list[Member]:
-    """Return every stage but that of the page, with what makes it stale."""
+    """Return every stage except `report`, with the reasons why it is stale."""
     nodes = [one.node() for one in workflow.stages]
     recorded = read_records(workflow.state / layout.JOURNAL)
 
@@ -103,7 +103,7 @@ def _members(workflow: Workflow) -> list[Member]:
 
 
 def _provenance(root: Path, task: str) -> dict[str, Any]:
-    """Return the table `stage` of a stage's report; empty where it cannot be read."""
+    """Return the table `stage` of a stage's report; empty if it cannot be read."""
     report = root / layout.stage_folder(task) / layout.REPORT
     try:
         return msgspec.structs.asdict(report_structs.read_provenance(report, advice=f"Run: doit {task}"))

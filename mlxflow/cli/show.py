@@ -37,16 +37,16 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def show(workflow: Workflow, one: Stage, row: int | None) -> None:
-    """Print what a stage made.
+    """Print the contents of a stage's artifact.
 
     Args:
         workflow: the workflow.
         one: a pretokenize or quantize stage.
-        row: of a pretokenize stage's training rows, the one to print; None for a summary and the first ones.
+        row: number of the training row of a pretokenize stage to print; None for a summary and the first rows.
 
     Raises:
-        CallError: there is nothing to show of such a stage, or no such row.
-        ArtifactError: it was not built.
+        CallError: it is another kind of stage, or there is no such row.
+        ArtifactError: it is not built.
         SourceError: its tokenizer takes too much time or memory.
     """
     console = terminal.console(soft_wrap=True)
@@ -55,11 +55,11 @@ def show(workflow: Workflow, one: Stage, row: int | None) -> None:
     elif one.name == "pretokenize":
         _show_tokens(console, workflow.root / one.folder, one.task, row)
     else:
-        raise CallError(f"{one.task}: there is nothing to show of it. Name a pretokenize or a quantize stage.")
+        raise CallError(f"{one.task}: expected a pretokenize or a quantize stage. Name one.")
 
 
 def _show_layers(console: "Console", folder: Path, task: str) -> None:
-    """Print the plan as it was carried out: a line for each layer, then the sizes of the whole."""
+    """Print a line for each layer of the quantized model, then its total sizes."""
     from rich.table import Table
 
     from mlxflow.workflow.stage import require
@@ -83,7 +83,7 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
             f"{layer.relative_error:.3g}" if is_packed else "-",
         )
     longest = max((len(layer.path) for layer in report.layers), default=0)
-    console.width = max(console.width, 80 + longest)  # nothing is cut
+    console.width = max(console.width, 80 + longest)  # cells are never truncated
     console.print(table)
     console.print(
         f"{task}: {report.parameters:,} parameters in {report.model_bytes:,} bytes, "
@@ -136,7 +136,7 @@ def _summary(report: PretokenizeReport) -> Iterator[str]:
 
 
 def _show_row(console: "Console", train: Any, tokenizer: Any, names: list[str], row: int) -> None:
-    """Print one row: a line where each document begins, and its text; what is not trained on is set apart."""
+    """Print one row: a header line for each document, and its text; text that is not trained on is marked."""
     from rich.text import Text
 
     tokens, marks = train.rows.tokens[row], train.rows.marks[row]

@@ -96,7 +96,7 @@ def naming_errors(path: Path, source: str = THE_SOURCES) -> Iterator[None]:
         if error.errno is None:
             raise
         said = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
-        advice = advise_on(error, f"Mend it or leave it out of {source}")
+        advice = advise_on(error, f"Fix it or leave it out of {source}")
         raise SourceError(f"{said}. {advice}.") from error
 
 

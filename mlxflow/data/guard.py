@@ -152,7 +152,7 @@ class Guard:
         if last := self._last_line():
             how += f" ({last})"
         if work:
-            raise SourceError(f"{_named(work[0])} ended its process, {how}. Mend it or name another.")
+            raise SourceError(f"{_named(work[0])} ended its process, {how}. Fix it or name another.")
         raise StageError(f"the guarded process ended {how}. Run it again.")
 
     def _last_line(self) -> str:
@@ -198,7 +198,7 @@ def _stderr() -> int:
 def _check_seconds(work: Announced, size: int, used: float) -> None:
     limit = LIMITS.seconds + LIMITS.seconds_per_byte * size
     if used > limit:
-        raise _TooMuchError(f"{_named(work)} took over {limit:,.3g} s of processor time. Mend it or name another.")
+        raise _TooMuchError(f"{_named(work)} took over {limit:,.3g} s of processor time. Fix it or name another.")
 
 
 def _check_run(spent: Mapping[str, float], size: int, texts: int) -> None:
@@ -208,7 +208,7 @@ def _check_run(spent: Mapping[str, float], size: int, texts: int) -> None:
         subject, seconds = max(spent.items(), key=lambda one: one[1])
         raise _TooMuchError(
             f"{subject} took {seconds:,.0f} s of processor time for {texts:,} texts of {size:,} bytes in all, "
-            f"{size / seconds:,.0f} bytes a second. Mend it or name another."
+            f"{size / seconds:,.0f} bytes a second. Fix it or name another."
         )
 
 
@@ -218,7 +218,7 @@ def _check_memory(work: Announced, size: int, rss: int, before: int, process: ps
     limit = min(limit, int(_MEMORY_SHARE * psutil.virtual_memory().total))
     if rss > limit and _own_memory(process, rss) > limit:  # without the pages of mapped files
         raise _TooMuchError(
-            f"{_named(work)} took over {(limit - before) / 1e9:,.3g} GB of memory. Mend it or name another."
+            f"{_named(work)} took over {(limit - before) / 1e9:,.3g} GB of memory. Fix it or name another."
         )
 
 

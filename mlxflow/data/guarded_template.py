@@ -62,6 +62,6 @@ def render(
         text = template.render(messages, prompt=prompt)
     if len(text) > _MOST_CHARACTERS + _CHARACTERS_PER_CHARACTER * size:  # the process that asked has to hold it too
         raise SourceError(
-            f"{subject} writes {len(text):,} characters for a conversation of {size:,}. Mend it or name another."
+            f"{subject} writes {len(text):,} characters for a conversation of {size:,}. Fix it or name another."
         )
     return text

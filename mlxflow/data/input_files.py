@@ -176,7 +176,7 @@ def _file(
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error)
         raise SourceError(
-            f"{name}: cannot be read ({said}). {advise_on(error, f'Mend it or leave it out of {entry.key}')}."
+            f"{name}: cannot be read ({said}). {advise_on(error, f'Fix it or leave it out of {entry.key}')}."
         ) from error
     return SourceFile(
         name,
@@ -251,7 +251,7 @@ def check(
     if count > max_share * total:
         raise SourceError(
             f"{names.of('max_bad_records')} = {max_share}: {count:,} of {total:,} records cannot be used, "
-            f"a share of {count / total:.4f}. Mend them or raise it.",
+            f"a share of {count / total:.4f}. Fix them or raise it.",
             *(f"{line}." for _, line in bad[:MOST_TOLD]),
             *more,
         )

@@ -39,12 +39,12 @@ def require_documents(contents: CorpusContents, side: Literal["train", "validati
 def _advise(contents: CorpusContents, side: str, names: CorpusNames) -> str:
     """Return what to do about a side without documents."""
     if any(shard.masked for shard in contents.shards):
-        how = "Mend the chat template, which leaves the answers out, or set"
+        how = "Fix the chat template, which leaves the answers out, or set"
         return f'{how} {names.of("train_on")} = "all".'
     if side == "train" and (contents.names("test") or contents.names("validation")):
         return "Name the file itself, or the split of a data set, to train on it."
     if any(shard.num_bad for shard in contents.shards):
-        return "Mend them."
+        return "Fix them."
     return "Name a file, a folder or a glob with text in it."
 
 

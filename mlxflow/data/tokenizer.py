@@ -259,7 +259,7 @@ def compile_template(
     try:
         return ChatTemplate(source, names or {}, control_tokens, subject=f"{key}: the chat template")
     except TemplateProblem as error:
-        raise SourceError(f"{key}: the chat template is not valid ({error}). Mend it.") from error
+        raise SourceError(f"{key}: the chat template is not valid ({error}). Fix it.") from error
 
 
 def _control_tokens(tokenizer: Tokenizer, source: str) -> list[str]:

@@ -127,7 +127,7 @@ class Work:
         _board.free.append(self._at // _NUMBERS)
         if error is not None and (is_panic(error) or type(error) is Exception or isinstance(error, MemoryError)):
             said = reason_of(error) or "out of memory"
-            raise SourceError(f"{self._subject} failed ({said}). Mend it or name another.") from None
+            raise SourceError(f"{self._subject} failed ({said}). Fix it or name another.") from None
 
 
 def is_panic(error: BaseException) -> bool:

@@ -87,7 +87,7 @@ def encode(key: tuple[Path, str, bool], text: str, special: bool) -> list[int]:
         encoding = opened.tokenizer.encode(text, add_special_tokens=special)
         if len(encoding) > _MOST_IDS + _IDS_PER_BYTE * size:
             raise SourceError(
-                f"{opened.subject} makes {len(encoding):,} tokens of a text of {size:,} bytes. Mend it or name another."
+                f"{opened.subject} makes {len(encoding):,} tokens of a text of {size:,} bytes. Fix it or name another."
             )
         ids: list[int] = encoding.ids
     return ids
@@ -156,6 +156,6 @@ def _get(key: tuple[Path, str, bool]) -> Opened:
 def _bounded(opened: Opened, text: str, count: int) -> str:
     if len(text) > _MOST_CHARACTERS + _CHARACTERS_PER_ID * count:
         raise SourceError(
-            f"{opened.subject} makes a text of {len(text):,} characters of {count:,} tokens. Mend it or name another."
+            f"{opened.subject} makes a text of {len(text):,} characters of {count:,} tokens. Fix it or name another."
         )
     return text

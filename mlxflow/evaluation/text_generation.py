@@ -137,7 +137,7 @@ class Writer:
         except TemplateProblem as error:
             raise CallError(
                 f"{self._folder}: its chat template refuses the conversation ({error}). Continue the text as it is "
-                "(--raw), or mend the template."
+                "(--raw), or fix the template."
             ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -235,7 +235,7 @@ def open_template(folder: Path, call: Callable[..., Any]) -> GuardedTemplate | N
     try:
         return GuardedTemplate(source, names, f"{folder}: its chat template", call)
     except TemplateProblem as error:
-        raise ArtifactError(f"{folder}: its chat template is not valid ({error}). Mend it.") from error
+        raise ArtifactError(f"{folder}: its chat template is not valid ({error}). Fix it.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ BUILD_ERRORS = (
     ValueError,
 )
 
-_ADVICE = "Mend the file, or name another model."
+_ADVICE = "Fix the file, or name another model."
 _MOST, _MOST_ITEMS, _MOST_SHOWN = 2**31 - 1, 100_000, 60
 
 _LAYERS = re.compile(r"(num|n)_(hidden_|transformer_|decoder_|encoder_)?layers?")

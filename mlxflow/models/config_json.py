@@ -83,7 +83,7 @@ def require_types(config: Mapping[str, Any], file: str) -> None:
     """
     tables = {"": config} | {f"{key}.": config[key] for key in _TEXT if isinstance(config.get(key), Mapping)}
     lines = [
-        f"{file}: {prefix}{key} = {_shown(table[key])}: expected {expected}. Mend the file, or name another model."
+        f"{file}: {prefix}{key} = {_shown(table[key])}: expected {expected}. Fix the file, or name another model."
         for prefix, table in tables.items()
         for key, (is_valid, expected) in _EXPECTED.items()
         if table.get(key) is not None and not is_valid(table[key])

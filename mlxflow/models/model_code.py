@@ -39,7 +39,7 @@ def classes(config: Mapping[str, Any], code: Path | None) -> Any:
         module = _run_code(code / file)
         return module.Model, module.ModelArgs
     except Exception as error:  # third-party code may raise anything
-        raise ArtifactError(f"{code / file}: cannot be run ({type(error).__name__}: {error}). Mend it.") from error
+        raise ArtifactError(f"{code / file}: cannot be run ({type(error).__name__}: {error}). Fix it.") from error
 
 
 def _known_classes(config: Mapping[str, Any]) -> Any:

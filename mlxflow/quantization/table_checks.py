@@ -33,7 +33,7 @@ def _budget_problems(config: Any) -> Iterator[Problem]:
     elif config.target_size and (expected := size_mistake(config.target_size)):
         yield Problem("target_size", config.target_size, expected, example)
     elif config.target_size and not parse_size(config.target_size, 0):
-        yield Problem("target_size", config.target_size, "expected more than nothing", example)
+        yield Problem("target_size", config.target_size, "expected more than 0 bytes", example)
     least = min(config.candidate_bits)
     if 0 < config.target_bits_per_weight < least:
         expected = f"expected at least the lowest of candidate_bits = {least}"

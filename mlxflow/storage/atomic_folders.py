@@ -168,14 +168,14 @@ def writable(target: Path) -> Iterator[None]:
     """Word a file call that fails in this block, which writes a file or folder.
 
     Raises:
-        StageError: one failed; the target is as it was.
+        StageError: one failed; the target is unchanged.
     """
     try:
         yield
     except OSError as error:
         if isinstance(error, BrokenPipeError) or not is_about_a_file(error):
             raise
-        raise StageError(f"{_word_failure(error, target)}. {advise(error)}; {target} is as it was.") from error
+        raise StageError(f"{_word_failure(error, target)}. {advise(error)}; {target} is unchanged.") from error
 
 
 def _word_failure(error: OSError, target: Path) -> str:

@@ -264,7 +264,7 @@ class DigestCache:
         self._changed = False
 
     def drop_missing(self) -> int:
-        """Drop the digests of files that are no more, and return how many there were."""
+        """Drop the digests of removed files, and return how many there were."""
         before = len(self._known)
         self._there.clear()
         self._forget_missing()
@@ -272,7 +272,7 @@ class DigestCache:
         return before - len(self._known)
 
     def _forget_missing(self) -> None:
-        """Drop the digests of files that are no more."""
+        """Drop the digests of removed files."""
         for key in self._known.keys() - self._there:
             if not os.path.lexists(key):
                 del self._known[key]

@@ -91,7 +91,7 @@ class ObservedInputs(DigestCache):
             StageError: one or more were; one line for each.
         """
         lines = [
-            f"{_shown(path, root)}: changed while {task} ran, whose result is not kept. Run it again."
+            f"{_shown(path, root)}: changed while {task} ran, so its result is not kept. Run it again."
             for path in self.changed()
         ]
         if lines:

@@ -42,7 +42,7 @@ def is_about_a_file(error: OSError) -> bool:
 
 def advise(error: OSError) -> str:
     """Return what to do about an error, without a full stop."""
-    return _ADVICE_BY_NUMBER.get(error.errno or 0, "Mend that, and run it again")
+    return _ADVICE_BY_NUMBER.get(error.errno or 0, "Fix that, and run it again")
 
 
 def advise_on(error: Exception, otherwise: str) -> str:
@@ -72,7 +72,7 @@ def reason_of(error: Exception) -> str:
 
 def named(error: OSError, place: str | os.PathLike[str]) -> str:
     """Return the file that an error names, or else a place."""
-    name = error.filename2 or error.filename  # of two names the one that is written
+    name = error.filename2 or error.filename  # of two names, the one being written
     return os.fsdecode(place if name is None or isinstance(name, int) else name)
 
 

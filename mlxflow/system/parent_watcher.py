@@ -2,7 +2,7 @@
 
     python -I -S parent_watcher.py DESCRIPTOR PID   the descriptor of a pipe that the parent holds open
 
-It runs as a separate process, so that it acts whatever the other two compute, and ends when the watched one does.
+It runs as a separate process, because the other two may be blocked in C code; it ends when the watched one does.
 """
 
 import os

@@ -41,17 +41,17 @@ def execute_stage(workflow: Workflow, one: Stage, into: Path | None = None, hand
         workflow: the workflow.
         one: one of its stages.
         into: the folder to write instead of the stage's own.
-        handover: what doit decided that the stage runs with; None where no doit did.
+        handover: settings and inputs passed by doit; None if doit did not start this process.
 
     Raises:
-        CallError: `into` holds what is no artifact.
-        MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
+        CallError: `into` contains files that are no artifact.
+        MlxflowError: the stage failed or inputs are missing; the old artifact is unchanged.
     """
     started = time.perf_counter()
     if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
         raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
     if getattr(one.module, "USES_DEVICE", True):
-        prepare_compiled_folder()  # before any process is started that compiles
+        prepare_compiled_folder()  # before starting any process that compiles
     begin = getattr(one.module, "begin", None)
     with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
         return _run(workflow, one, into, begun, started, handover)
@@ -75,7 +75,7 @@ def _run(
     threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
     folder = into or workflow.root / one.folder
     unfinished = left.folder_of(workflow.state, one.task, _key_of(provenance, threads))
-    if into:  # from the beginning, and nothing is left behind
+    if into:  # starts from the beginning and leaves no files
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         atomic_folders.remove_folder(unfinished)
     publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
@@ -106,7 +106,7 @@ def _run(
 
 
 def _observe_inputs(workflow: Workflow, one: Stage) -> tuple[ObservedInputs, dict[str, str]]:
-    """Return the digests of the inputs as they are now, and the identity of each by name."""
+    """Return the current digests of the inputs, and the identity of each by name."""
     digests = ObservedInputs(workflow.state / layout.DIGESTS)
     try:
         return digests, _identify_inputs(workflow, one, digests)
@@ -115,7 +115,7 @@ def _observe_inputs(workflow: Workflow, one: Stage) -> tuple[ObservedInputs, dic
 
 
 def _provenance(workflow: Workflow, one: Stage, settings: dict[str, Any], identities: dict[str, str]) -> dict[str, str]:
-    """Return what goes into the header of every file of the artifact."""
+    """Return the provenance metadata for the header of every file of the artifact."""
     return {
         "stage": one.task,
         "settings_digest": stage.settings_digest(settings),
@@ -136,11 +136,11 @@ def _select_device(workflow: Workflow) -> str:
 
 
 def _make_artifact(one: Stage, context: stage.Context, started: float, chosen: str | None, threads: int | None) -> None:
-    """Let a stage write its outputs into the private folder, write the report beside them and check them all.
+    """Run a stage in the private folder, write its report, and check all outputs.
 
     Raises:
         StageError: an output was not written.
-        ArtifactError: a safetensors file is not whole.
+        ArtifactError: a safetensors file is incomplete.
     """
     outputs = stage.rooted(stage.outputs_of(one.module, one.config), context.folder)
     inputs = stage.rooted(one.inputs, context.root)
@@ -157,10 +157,10 @@ def _make_artifact(one: Stage, context: stage.Context, started: float, chosen: s
 
 
 def _tidy(workflow: Workflow, one: Stage) -> None:
-    """Remove what runs with other settings left, and renew the copies in the folder of all artifacts."""
+    """Remove unfinished runs with other settings, and update the copies in the artifacts folder."""
     for found in left.prune(workflow.state, one.task):
         terminal.say(
-            f"{found.folder}: removed, {found.num_bytes:,} bytes that a run of {one.task} with other settings left."
+            f"{found.folder}: removed, {found.num_bytes:,} bytes left by a run of {one.task} with other settings."
         )
     for copy, original in one.copies.items():
         with atomic_folders.writable(workflow.root / copy):
@@ -170,17 +170,17 @@ def _tidy(workflow: Workflow, one: Stage) -> None:
 def _require_unchanged(
     workflow: Workflow, one: Stage, digests: ObservedInputs, identities: dict[str, str], unfinished: Path
 ) -> None:
-    """Refuse the result of a run whose inputs were changed, and remove what a later run would go on from.
+    """Refuse the result of a run whose inputs changed, and remove its checkpoints.
 
     Raises:
-        StageError: one or more were changed; each has a line.
+        StageError: inputs changed; one line for each.
     """
     try:
         digests.require_unchanged(one.task, workflow.root)
         now = dict.fromkeys(one.files_read(workflow.root)) | one.corpus_identities(digests)
         changed = [name for name in identities if name not in now or now[name] not in (None, identities[name])]
         if names := sorted({*changed, *now.keys() - identities.keys()}):
-            advice = f"changed while {one.task} ran, whose result is not kept. Run it again."
+            advice = f"changed while {one.task} ran, so its result is not kept. Run it again."
             raise StageError("\n".join(f"{name}: {advice}" for name in names))
     except StageError:
         atomic_folders.remove_folder(unfinished)
@@ -192,7 +192,7 @@ def _published(folder: Path) -> Path | None:
 
 
 def _key_of(provenance: dict[str, str], threads: int | None) -> str:
-    """Return a short name for the settings and inputs of a run, and for the threads that compute it."""
+    """Return a short key of the settings, the inputs and the number of threads of a run."""
     known = {key: provenance[key] for key in ("settings_digest", "inputs_digest")}
     return stage.settings_digest(known | ({"threads": threads} if threads else {}))[:12]
 
@@ -201,7 +201,7 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> d
     """Return the identity of every input by name.
 
     Raises:
-        ArtifactError: one or more are missing or damaged; each line names the command that makes it.
+        ArtifactError: inputs are missing or damaged; each line names the command that makes it.
     """
     identities: dict[str, str] = {}
     lines: list[str] = []
@@ -227,11 +227,11 @@ def _advise(error: OSError, workflow: Workflow, name: Path) -> str:
 
 def _word_maker(workflow: Workflow, name: Path) -> str:
     maker = next((maker.task for maker in workflow.stages if name in maker.outputs), None)
-    return f". Run: doit {maker}" if maker else ". Mend it or change the workflow."
+    return f". Run: doit {maker}" if maker else ". Fix it or change the workflow."
 
 
 def _limit_memory(workflow: Workflow) -> int:
-    """Give MLX its limits and return the one of its memory in bytes."""
+    """Set MLX's limits and return its memory limit in bytes."""
     import mlx.core as mx
 
     settings = workflow.settings
@@ -239,19 +239,19 @@ def _limit_memory(workflow: Workflow) -> int:
     mx.set_memory_limit(limit)
     if settings.cache_limit:
         mx.set_cache_limit(compute_device.parse_size(settings.cache_limit, limit))
-    if mx.metal.is_available():  # elsewhere it does nothing
+    if mx.metal.is_available():  # no effect on other systems
         most = int(mx.device_info().get("max_recommended_working_set_size", 0))
         mx.set_wired_limit(min(compute_device.parse_size(settings.wired_limit, limit), most))
     return limit
 
 
 def _describe_run(seconds: float, chosen: str | None, threads: int | None, files: list[str]) -> report_structs.RunFacts:
-    """Return what may differ between two equal runs.
+    """Return the facts that may differ between two equal runs.
 
     Args:
         seconds: wall clock of the run.
-        chosen: the device, or None where the stage does without; then MLX is not even imported.
-        threads: how many multiplied matrices on the CPU; None where that did not compute.
+        chosen: the device; None for a stage that uses none, which does not import MLX.
+        threads: number of threads of matrix products on the CPU; None on other devices.
         files: names of the files that the run wrote.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -277,10 +277,10 @@ def _describe_run(seconds: float, chosen: str | None, threads: int | None, files
 
 
 def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
-    """Run one stage in this process, with the locks that doit holds for it, and return its artifact folder.
+    """Run one stage in this process under the same locks as doit, and return its artifact folder.
 
-    Waits until no doit uses the artifacts and, for a stage that computes, until the device is free. Inputs that are
-    missing or out of date are not built; `doit` does that.
+    Waits until no doit uses the artifacts and, for a stage that computes, until the device is free. Missing or stale
+    inputs are not built; use `doit` for that.
 
     Args:
         workflow: the workflow; see `load_workflow`.
@@ -288,8 +288,8 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
         into: the folder to write instead of the stage's own.
 
     Raises:
-        CallError: `into` holds what is no artifact.
-        MlxflowError: the stage failed or its inputs are not there; the old artifact is as it was.
+        CallError: `into` contains files that are no artifact.
+        MlxflowError: the stage failed or inputs are missing; the old artifact is unchanged.
     """
     waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
     atomic_folders.make_link_target(workflow.artifacts)

@@ -83,7 +83,7 @@ class _WorkflowLoader:
         lines = [line for lines in self.mistakes.values() for line in lines]
         more = len(lines) - _MAX_LINES
         listed = lines[:_MAX_LINES]
-        return [*listed, f"{self.shown}: {more:,} more mistakes. Mend these first."] if more > 0 else listed
+        return [*listed, f"{self.shown}: {more:,} more mistakes. Fix these first."] if more > 0 else listed
 
     def _variants(self, name: str, table: object) -> Iterator[tuple[str | None, str, msgspec.Struct]]:
         """Yield the variant, the key and the struct of each valid table of a stage."""
@@ -135,7 +135,7 @@ class _WorkflowLoader:
                 "name", variant, "expected letters, digits, '.', '_' and '-', at most 64", 'Write one such as "q4".'
             )
         elif stage.is_own_name(self.modules[table], variant):
-            problem = Problem("name", variant, "is how mlxflow names a file or folder of its own", "Write another one.")
+            problem = Problem("name", variant, "is a reserved name of mlxflow", "Write another one.")
         elif variant.casefold() in seen:  # one folder on a case-insensitive file system
             other = seen[variant.casefold()]
             twice = variant == other

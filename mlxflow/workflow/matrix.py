@@ -55,7 +55,7 @@ def expand_matrix(table: dict[str, Any], problems: list[Problem]) -> Iterator[di
             yield _combined(rest, combination)
     for index, one in enumerate(excluded):
         if index not in used:
-            problems.append(Problem("exclude", one, "matches no combination of the matrix", "Remove it or mend it."))
+            problems.append(Problem("exclude", one, "matches no combination of the matrix", "Remove it or fix it."))
 
 
 def count(table: object) -> tuple[int, int]:
@@ -67,7 +67,8 @@ def count(table: object) -> tuple[int, int]:
     matrix = table.get("matrix") if isinstance(table, dict) else None
     lists = [one for one in matrix.values() if isinstance(one, list)] if isinstance(matrix, dict) else []
     excluded = table.get("exclude") if isinstance(table, dict) else None
-    compared = len(excluded) if isinstance(excluded, list) and lists else 0  # each is compared with every combination
+    # each exclusion is compared with every combination
+    compared = len(excluded) if isinstance(excluded, list) and lists else 0
     return math.prod(len(one) for one in lists if one), _num_values(table) + compared
 
 
@@ -102,7 +103,7 @@ def _key_problems(key: str, values: object, table: dict[str, Any]) -> Iterator[P
     elif key in VARIANT_KEYS:
         yield Problem(f"matrix.{key}", values, "cannot vary", "Choose a key of the stage.")
     elif key.split(".")[0] in table and "." not in key:
-        yield Problem(key, table[key], "stands in the matrix too", "Remove one of the two.")
+        yield Problem(key, table[key], "is also in the matrix", "Remove one of the two.")
 
 
 def _combined(rest: dict[str, Any], combination: dict[str, Any]) -> dict[str, Any]:

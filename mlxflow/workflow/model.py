@@ -73,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             not compute_device.size_mistake(self.memory_limit)
             and compute_device.parse_size(self.memory_limit, 10**12) == 0
         ):
-            yield Problem("memory_limit", self.memory_limit, "expected more than nothing", 'Use "80%" (the default).')
+            yield Problem("memory_limit", self.memory_limit, "expected more than 0 bytes", 'Use "80%" (the default).')
 
 
 class Stage:

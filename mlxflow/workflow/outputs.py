@@ -71,9 +71,9 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
         try:
             found = os.stat(path)  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
             if found.st_size != size:
-                yield f"{name} has {found.st_size:,} bytes, the run left {size:,}"
+                yield f"{name} has {found.st_size:,} bytes instead of {size:,}"
             elif cache.digests(path, again=again, found=found).content != content:
-                yield f"{name} is not what the run left"
+                yield f"{name} was changed after the run"
         except FileNotFoundError:
             yield f"{name} is missing"
         except (OSError, ValueError) as error:
@@ -85,4 +85,4 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
         return
     for name in names:
         if name not in recorded and name not in node.outputs and may_hold(node, name):
-            yield f"{name} was put there after the run"
+            yield f"{name} was added after the run"

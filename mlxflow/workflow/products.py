@@ -1,7 +1,7 @@
 """Bounds on products of a workflow's numbers, such as tokens, weights and adapter ranks.
 
-Each number alone may be large. Numbers that only say "at most" are no factors, because the rows of the token files or
-the memory bound them: `max_batch_size`, `max_validation_rows`, `calibration_rows`, and `num_steps` of a benchmark with
+Each number alone may be large. Numbers that are only upper limits are no factors, because the token files or the
+memory bound them: `max_batch_size`, `max_validation_rows`, `calibration_rows`, and `num_steps` of a benchmark with
 `max_seconds`.
 """
 
@@ -30,7 +30,7 @@ MAX_TRAINING_TOKENS = 10**16
 #: Ranks of all adapted blocks: one layer of 8 inputs and outputs in each, with gradients and moments, takes 512 GiB.
 MAX_RANKS = 2**31
 
-#: Tokens that the models read and write for the page: at 10,000 tokens a second more than a day.
+#: Tokens that the models process for the page: at 10,000 tokens a second more than a day.
 MAX_SAMPLE_TOKENS = 10**9
 
 
@@ -81,7 +81,7 @@ def note_training(config: Any, artifacts: Artifacts, tokens: str, *, prefetch: M
         config: has `batch_size`, `grad_accum_steps` and `num_steps`.
         artifacts: the tables of the workflow.
         tokens: the pretokenize stage.
-        prefetch: the number of batches gathered ahead by its key; none where no key says it.
+        prefetch: number of prefetched batches by its key; empty without such a key.
     """
     if not (row := rows_of(artifacts, tokens)):
         return
@@ -97,7 +97,7 @@ def note_training(config: Any, artifacts: Artifacts, tokens: str, *, prefetch: M
 
 
 def note_weights(model: Any, artifacts: Artifacts, tokens: str) -> None:
-    """Note a new model that has too many weights with the tables of a vocabulary whose size is written.
+    """Report a new model with too many weights, including embeddings of the configured vocabulary size.
 
     Args:
         model: has `num_layers`, `hidden_size` and `num_weights`.
@@ -116,11 +116,11 @@ def note_weights(model: Any, artifacts: Artifacts, tokens: str) -> None:
 
 
 def note_adapters(lora: Any, artifacts: Artifacts) -> None:
-    """Note adapters of higher rank in more blocks than a machine can hold.
+    """Report adapters whose ranks in all blocks exceed the memory of any machine.
 
     Args:
         lora: has `rank` and `num_layers`.
-        artifacts: where it is noted.
+        artifacts: where it is reported.
     """
     note_excess(
         artifacts, ({"lora.rank": lora.rank, "lora.num_layers": max(1, lora.num_layers)}, MAX_RANKS, "ranks in all")

@@ -3,22 +3,22 @@
 A stage is a module with five names; its file name is the TOML table, the doit task, the command's argument and the
 artifact folder, and the first line of its docstring is what `doit list` prints:
 
-    VERSION   a whole number, raised when artifacts that earlier code made are wrong now
+    VERSION   a whole number, raised when artifacts of earlier code are no longer valid
     Config    a frozen msgspec struct: keys, types, ranges, defaults, help
     Inputs    a frozen msgspec struct of the paths the stage reads, made by its class method `of`
     Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder; a class method `of`
               may make it from the Config
-    run       the work, returns the figures for its report, a struct of `mlxflow/stage_reports`; heavy imports happen
-              inside it
+    run       the function that does the work and returns the figures for the report, a struct of
+              `mlxflow/stage_reports`; heavy imports happen inside it
 
 It may have seven more:
 
-    resolve(config, artifacts)       returns the table with the choices made that follow from other files
-    follow(config, readers, disk)    returns it with the choices made that follow from the tables that read it (`input`)
+    resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
+    follow(config, readers, disk)    returns it with defaults filled in that depend on the tables of its readers
     DEVICE_BOUND = True              the artifact describes the machine it was made on
     USES_DEVICE = False              the stage does not compute on MLX's device
-    EXECUTION_ONLY_KEYS              keys that change how the work is done, not its result: a change of one does not
-                                     make the artifact stale
+    EXECUTION_ONLY_KEYS              keys that do not affect the result: a change of one does not make the artifact
+                                     stale
     COPIED_TO_ARTIFACTS_ROOT         outputs that are copied to the artifacts folder, if the stage has no variants
     SHOWS_NAME = True                the workflow's name is part of the output
 
@@ -48,13 +48,13 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class Corpus(NamedTuple):
-    """An input that is not a file of the project: `builtin:NAME`, known by its content alone."""
+    """An input that is not a file of the project: `builtin:NAME`, identified by its content."""
 
     name: str
 
 
 class Beside(NamedTuple):
-    """The files beside the model in an artifact's folder, which are known only when it is built.
+    """The files beside the model in an artifact's folder, which are known only after it is built.
 
     Found by `mlxflow.storage.model_files.beside`.
     """
@@ -66,7 +66,7 @@ class Artifacts(Protocol):
     """The argument of `Inputs.of`: resolves references of a stage's table to files."""
 
     def folder(self, reference: str, key: str) -> Path:
-        """Return the artifact folder of `stage` or `stage:variant`; a reference to nothing is noted as a problem."""
+        """Return the artifact folder of `stage` or `stage:variant`; an invalid reference is noted as a problem."""
         ...
 
     def table(self, reference: str) -> msgspec.Struct | None:
@@ -86,21 +86,21 @@ class Artifacts(Protocol):
         ...
 
     def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
-        """Return single files; one that is not there is noted as a problem."""
+        """Return single files; a missing one is noted as a problem."""
         ...
 
     def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
-        """Return the tokenizer files of a folder; none where the name is one of the hub.
+        """Return the tokenizer files of a folder; none for a name on the hub.
 
         A folder that needs Python code of its own is noted as a problem unless that is trusted.
         """
         ...
 
     def model(self, name: str, key: str, *, trusts_code: bool, needs_tokenizer: bool = False) -> tuple[Path, ...]:
-        """Return the files of a model folder, its configuration first; none where the name is one of the hub.
+        """Return the files of a model folder, its configuration first; none for a name on the hub.
 
         A folder that needs Python code of its own is noted as a problem unless that is trusted; code of its tokenizer
-        counts where the stage opens that too.
+        counts if the stage opens the tokenizer, too.
         """
         ...
 
@@ -115,10 +115,10 @@ class Artifacts(Protocol):
 
 @runtime_checkable
 class StageModule(Protocol):
-    """The contract that every module in `mlxflow/stages` fulfils.
+    """The contract of every module in `mlxflow/stages`.
 
     It may also have `begin(config, device)`, a context manager around the run: it starts work before the device is
-    selected. `device` is `workflow.device`; its result is the context's `begun`.
+    selected. `device` is `workflow.device`; the value that it yields is the context's `begun`.
     """
 
     __name__: str
@@ -149,7 +149,7 @@ class Member(NamedTuple):
         folder: the artifact, relative to the workflow's folder.
         reads: the stages that make its inputs.
         outputs: the files it writes, relative to the workflow's folder.
-        stale: what makes it stale, in words; empty where nothing does, or where that was not looked up.
+        stale: reasons why it is stale, in words; empty if it is fresh or was not checked.
     """
 
     task: str
@@ -160,25 +160,25 @@ class Member(NamedTuple):
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
-    """What a running stage knows beside its own table.
+    """The environment of a running stage: everything it gets besides its own table.
 
     Attributes:
-        task: the stage's name, with `:variant` where it has one.
+        task: the stage's name, with `:variant` for a variant.
         seed: the workflow's seed; derive others from it with `derive_seed`.
         device: "gpu" or "cpu", as resolved.
-        memory_limit_bytes: what MLX may use; 0 for a stage that does without.
-        provenance: what goes into every artifact's header: stage, digests, versions, seed.
+        memory_limit_bytes: MLX's memory limit; 0 for a stage that does not use MLX.
+        provenance: metadata for the header of every file: stage, digests, versions, seed.
         root: the workflow's folder.
-        state: the folder for what is remembered between runs.
+        state: the folder for state that is kept between runs.
         tasks: every stage and variant of the workflow.
-        members: the same with what each reads and writes.
+        members: the same with the inputs and outputs of each.
         name: of the workflow.
-        folder: the folder that outputs are written into; it becomes the artifact when the stage ends well.
-        unfinished: a folder for what lets a later run go on where this one was cut off; removed when the stage ends
-            well. Another one for every other configuration of the stage.
-        published: the stage's artifact where it is built again beside it, to be compared; None otherwise.
-        begun: what the stage's module began before its device was looked for; None for nothing.
-        digests: of the inputs when the run first read them.
+        folder: the folder for the outputs; it becomes the artifact if the stage succeeds.
+        unfinished: a folder for checkpoints from which an interrupted run is resumed; removed after success. Each
+            configuration of the stage has its own.
+        published: the stage's existing artifact, if the stage is built again for a comparison; else None.
+        begun: the value of the module's `begin`; None without one.
+        digests: of the inputs as first read by this run.
     """
 
     task: str
@@ -199,7 +199,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """Return a 32-bit seed for one random choice, known by its name: the first bytes of SHA-256 of `seed:name`."""
+    """Return a 32-bit seed for the random choice of a name: the first bytes of SHA-256 of `seed:name`."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
 
 
@@ -220,7 +220,7 @@ def outputs_of(module: StageModule, config: msgspec.Struct) -> msgspec.Struct:
 
 
 def is_own_name(module: StageModule, variant: str) -> bool:
-    """Return whether a variant's folder would have the name of a file or folder of our own, whatever the case."""
+    """Return whether a variant's folder would have a reserved name, ignoring case."""
     outputs = {path.parts[0].casefold() for path in paths_of(outputs_of(module, module.Config()))}
     return variant.casefold() in outputs or variant.casefold().endswith(layout.TEMPORARY_ENDINGS)
 
@@ -252,7 +252,7 @@ def _values(struct: msgspec.Struct) -> Iterator[object]:
 
 
 def rooted(struct: T, root: Path) -> T:
-    """Return a struct of inputs or outputs with every path made to begin at a folder."""
+    """Return a struct of inputs or outputs with every path prefixed by a folder."""
     changes: dict[str, object] = {}
     for name in struct.__struct_fields__:
         value = getattr(struct, name)
@@ -266,12 +266,12 @@ def rooted(struct: T, root: Path) -> T:
 
 
 def settings_digest(settings: dict[str, object]) -> str:
-    """Return the digest of everything a stage depends on beside the content of its inputs."""
+    """Return the digest of everything that a stage depends on except the content of its inputs."""
     return digest_json(settings)
 
 
 def require(path: Path, task: str) -> Path:
-    """Return the path of an artifact's file that must be there.
+    """Return the path of a required file of an artifact.
 
     Raises:
         ArtifactError: it is missing; the message names the command that makes it.

@@ -55,7 +55,7 @@ def _read_bytes(path: Path, shown: str) -> bytes:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise WorkflowError(f"{shown}: missing. Write one (an empty file works), or name another.") from error
     except OSError as error:
-        advice = advise_on(error, "Mend it, or name another")
+        advice = advise_on(error, "Fix it, or name another")
         raise WorkflowError(f"{shown}: cannot be read ({error.strerror}). {advice}.") from error
     if len(data) > MAX_WORKFLOW_BYTES:
         raise WorkflowError(

@@ -14,7 +14,7 @@ def test_fit_refuses_other_stages_and_invalid_sizes(
     assert main(["fit", "--batch-sizes", "0"]) == 2
     assert main(["fit"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "train: what fits is computed for the steps of a profile stage. Name one.",
+        "train: expected a profile stage. Name one.",
         "fit: 0: expected a number of at least 1. Use one such as 32.",
         "artifacts/train/config.json: missing. Run: doit profile",
     ]

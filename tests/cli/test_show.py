@@ -29,7 +29,7 @@ def test_show_refuses_other_stages_and_missing_rows(built: Path, capsys: pytest.
     assert _show(built, capsys, "train") == (
         2,
         "",
-        "train: there is nothing to show of it. Name a pretokenize or a quantize stage.\n",
+        "train: expected a pretokenize or a quantize stage. Name one.\n",
     )
     assert _show(built, capsys, "pretokenize", "--row", str(rows)) == (
         2,

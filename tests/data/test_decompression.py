@@ -150,7 +150,7 @@ def test_a_missing_compressed_file_is_an_error(tmp_path: Path, compression: str)
 
 def test_decompressing_a_folder_is_an_error(tmp_path: Path) -> None:
     assert _refusal(tmp_path) == (
-        f"{tmp_path}: cannot be read (Is a directory). Mend it or leave it out of the sources."
+        f"{tmp_path}: cannot be read (Is a directory). Fix it or leave it out of the sources."
     )
 
 
@@ -172,7 +172,7 @@ def test_a_file_without_read_permission_is_an_error(tmp_path: Path) -> None:
     path.chmod(0)
     with _without_privileges():
         told = _refusal(path)
-    assert told == f"{path}: cannot be read (Permission denied). Mend it or leave it out of the sources."
+    assert told == f"{path}: cannot be read (Permission denied). Fix it or leave it out of the sources."
 
 
 # --- files that cannot be inflated

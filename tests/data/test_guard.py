@@ -102,7 +102,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Job:
 
 
 _TEMPLATE = 'pretokenize.chat_template = "own.jinja": the chat template'
-_MEMORY = "took over 0.6 GB of memory. Mend it or name another."
+_MEMORY = "took over 0.6 GB of memory. Fix it or name another."
 
 
 def test_show_limits_the_time_of_an_artifacts_tokenizer(job: _Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_show_limits_the_time_of_an_artifacts_tokenizer(job: _Job, capsys: pytes
     tokenizer.write_text(json.dumps(definition))
     assert main(["show", "pretokenize", "--row", "0", "--workflow", file]) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(f"{re.escape(str(tokenizer))} (makes a text|took over) .* Mend it or name another\\.\n", err)
+    assert re.fullmatch(f"{re.escape(str(tokenizer))} (makes a text|took over) .* Fix it or name another\\.\n", err)
 
 
 def test_large_records_and_usual_files_are_within_the_limits(job: _Job, monkeypatch: pytest.MonkeyPatch) -> None:

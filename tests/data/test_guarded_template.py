@@ -16,7 +16,7 @@ from tests.data.test_guard import (
 
 _FIRST = f"{_TEMPLATE}, reading a.jsonl:1"
 
-_SECONDS = "took over 1 s of processor time. Mend it or name another."
+_SECONDS = "took over 1 s of processor time. Fix it or name another."
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ _SECONDS = "took over 1 s of processor time. Mend it or name another."
         ("{{ 9**(9**9) }}", f"{_TEMPLATE} {_SECONDS}"),
         ("{{ 9**(9**9 * messages|length) }}", f"{_FIRST}, {_SECONDS}"),
         ("{{ 'x' * 10**10 }}", f"{_TEMPLATE} {_MEMORY}"),
-        ("{{ 'x' * 10**18 }}", f"{_TEMPLATE} failed (out of memory). Mend it or name another."),
+        ("{{ 'x' * 10**18 }}", f"{_TEMPLATE} failed (out of memory). Fix it or name another."),
         ("{{ messages[0].content.center(10**9) }}", f"{_FIRST}, {_MEMORY}"),
         ("{{ ('%' ~ 10**9 ~ 'd') % messages|length }}", f"{_FIRST}, {_MEMORY}"),
         ("{% set a = messages[0].content * 10**5 %}{{ range(1000)|join(a) }}", f"{_FIRST}, {_MEMORY}"),
@@ -40,7 +40,7 @@ _SECONDS = "took over 1 s of processor time. Mend it or name another."
         ),
         (
             "{{ " + "(" * 5000 + ")" * 5000 + " }}",
-            f"{_TEMPLATE} is not valid (maximum recursion depth exceeded). Mend it.",
+            f"{_TEMPLATE} is not valid (maximum recursion depth exceeded). Fix it.",
         ),
         ("{% if 1 %}" * 150 + "{% endif %}" * 150, None),
     ],

@@ -121,7 +121,7 @@ def _broken(folder: Path, tokenizer: Tokenizer, kind: str) -> dict[str, Path]:  
         ),
         (
             "template",
-            f"{KEY}: the chat template is not valid (Expected an expression, got 'end of statement block'). Mend it.",
+            f"{KEY}: the chat template is not valid (Expected an expression, got 'end of statement block'). Fix it.",
         ),
     ],
 )

@@ -21,7 +21,7 @@ def test_a_template_that_is_slow_for_every_record_is_one_line(job: _Job, monkeyp
     number = r"[\d,]+"
     assert re.fullmatch(
         f"{re.escape(_TEMPLATE)} took {number} s of processor time for {number} texts of {number} bytes in all, "
-        f"{number} bytes a second\\. Mend it or name another\\.",
+        f"{number} bytes a second\\. Fix it or name another\\.",
         line,
     )
 
@@ -35,7 +35,7 @@ def test_the_time_budget_grows_with_the_size_of_the_work() -> None:
         run_check({"a": 1.0, "b": 360_000.0}, 40_000_000, 40_000)
     assert str(caught.value) == (
         "b took 360,000 s of processor time for 40,000 texts of 40,000,000 bytes in all, 111 bytes a second. "
-        "Mend it or name another."
+        "Fix it or name another."
     )
 
 

@@ -158,7 +158,7 @@ def test_a_template_that_refuses_or_is_invalid_is_one_error_line(
     assert (code, out) == (2, "")
     assert err == (
         f"{folder}: its chat template refuses the conversation (Begin with the system.). "
-        "Continue the text as it is (--raw), or mend the template.\n"
+        "Continue the text as it is (--raw), or fix the template.\n"
     )
     _change(folder / "tokenizer_config.json", chat_template="{% if %}")
     with pytest.raises(ArtifactError) as caught:
@@ -176,7 +176,7 @@ def test_a_tokenizer_that_fails_or_times_out_is_one_error_line(folder: Path, mon
         Writer(folder).text_ids("a" * 300)
     said = str(caught.value)
     assert said.startswith((f"{folder}: its tokenizer.json failed (", f"{folder}: its tokenizer.json took over 1 s "))
-    assert said.endswith(". Mend it or name another.")
+    assert said.endswith(". Fix it or name another.")
 
 
 def _multiply_text(folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_normalizer_that_multiplies_text_is_one_error_line_of_generate(
     monkeypatch.setattr(guard, "LIMITS", guard.ProcessLimits(60, 0, 600_000_000, 0))
     code, out, err = _lines(capsys, str(folder), "--prompt", "a small note")
     assert (code, out) == (2, "")
-    assert err == (f"{folder}: its tokenizer.json took over 0.6 GB of memory. Mend it or name another.\n")
+    assert err == (f"{folder}: its tokenizer.json took over 0.6 GB of memory. Fix it or name another.\n")
 
 
 def test_the_number_of_tokens_of_a_text_is_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_the_number_of_tokens_of_a_text_is_bounded(folder: Path, monkeypatch: py
     count = len(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a"))
     with pytest.raises(SourceError) as caught:
         watched_tokenizer.encode(key, "a", True)
-    said = f"the tokenizer makes {count:,} tokens of a text of 1 bytes. Mend it or name another."
+    said = f"the tokenizer makes {count:,} tokens of a text of 1 bytes. Fix it or name another."
     assert str(caught.value) == said
     assert len(watched_tokenizer.encode(key, "a" + "b" * count, True)) >= count
 
@@ -214,7 +214,7 @@ def test_a_decoder_that_returns_long_texts_is_one_error_line(folder: Path) -> No
     tokenizer = GuardedTokenizer(folder)
     number = tokenizer.token_to_id("a")
     assert number is not None
-    said = f"{folder}: its tokenizer.json makes a text of 2,000,000 characters of 1 tokens. Mend it or name another."
+    said = f"{folder}: its tokenizer.json makes a text of 2,000,000 characters of 1 tokens. Fix it or name another."
     for decode in (lambda: tokenizer.decode([number]), lambda: list(tokenizer.decode_each([number]))):
         with pytest.raises(SourceError) as caught:
             decode()

@@ -74,7 +74,7 @@ def test_without_a_lock_nothing_is_built(injector: Injector, scenario: Scenarios
     reason = os.strerror(KINDS[kind])
     line = f"artifacts/.mlxflow: {reason}. Let it be written or choose another folder.\n"
     assert (code, err) == (2, line)
-    assert out == ".  s1: never built\n!! s1: failed; its artifact is as it was\n"
+    assert out == ".  s1: never built\n!! s1: failed; its artifact is unchanged\n"
     assert not (folder / "artifacts/s1").exists()
 
 

@@ -13,7 +13,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.models import model_folder
 
 LLAMA = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}
-ADVICE = "Mend the file, or name another model."
+ADVICE = "Fix the file, or name another model."
 
 
 def problem(folder: Path) -> str:

@@ -311,7 +311,7 @@ def test_code_that_fails_is_one_error_line(job: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         _run(job, "train", 'model = { from = "base", trust_remote_code = true }\n')
     assert str(caught.value) == (
-        f"{job}/base/modeling.py: cannot be run (ModuleNotFoundError: No module named 'no_such_module'). Mend it."
+        f"{job}/base/modeling.py: cannot be run (ModuleNotFoundError: No module named 'no_such_module'). Fix it."
     )
 
 

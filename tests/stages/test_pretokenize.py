@@ -809,7 +809,7 @@ def test_too_many_skipped_records_fail_the_stage(job: Job) -> None:
     (job.folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + "{\n")
     said = job.fails('sources = ["a.jsonl"]\non_bad_record = "skip"')
     assert said.splitlines()[0] == (
-        "pretokenize.max_bad_records = 0.01: 1 of 41 records cannot be used, a share of 0.0244. Mend them or raise it."
+        "pretokenize.max_bad_records = 0.01: 1 of 41 records cannot be used, a share of 0.0244. Fix them or raise it."
     )
     assert said.splitlines()[1].startswith("a.jsonl:41: not valid JSON")
 
@@ -964,12 +964,12 @@ NOTHING: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda folder: _write_masked(folder, 20),
         'sources = ["a.jsonl"]\nchat_template = "own.jinja"',
         f"{NOTHING_LEFT}20 documents are without a token to train on. "
-        'Mend the chat template, which leaves the answers out, or set pretokenize.train_on = "all".',
+        'Fix the chat template, which leaves the answers out, or set pretokenize.train_on = "all".',
     ),
     "skipped": (
         _bad_lines,
         'sources = ["a.jsonl"]\non_bad_record = "skip"\nmax_bad_records = 1.0',
-        f"{NOTHING_LEFT}40 records are skipped, the first: a.jsonl:1: expected an object. Fix the record. Mend them.",
+        f"{NOTHING_LEFT}40 records are skipped, the first: a.jsonl:1: expected an object. Fix the record. Fix them.",
     ),
     "kept out by name": (
         _only_a_test,

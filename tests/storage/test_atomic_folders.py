@@ -128,7 +128,7 @@ def test_a_failed_rename_keeps_the_old_folder_and_is_reported(
         _publish(tmp_path / "train")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/.train.partial: cannot be written ({os.strerror(number)}; ")
-    assert message.endswith(f"Look whether its disk works, and run it again; {tmp_path}/train is as it was.")
+    assert message.endswith(f"Look whether its disk works, and run it again; {tmp_path}/train is unchanged.")
     assert _tree(tmp_path) == {"train/file": "old"}
     assert len(moved) == 2  # aside, and back
 
@@ -284,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith(f"{place}/.train.partial: cannot be written (Permission denied; ")
     said = "Let it be written or choose another folder"
-    assert message.endswith(f" bytes free). {said}; {place}/train is as it was.")
+    assert message.endswith(f" bytes free). {said}; {place}/train is unchanged.")
 
 
 def test_a_full_disk_keeps_the_old_folder_and_is_reported(tmp_path: Path) -> None:
@@ -298,5 +298,5 @@ def test_a_full_disk_keeps_the_old_folder_and_is_reported(tmp_path: Path) -> Non
         full.write(b"0")
     message = str(caught.value)
     assert message.startswith(f"{folder}: cannot be written (No space left on device; ")
-    assert message.endswith(f" bytes free). Make room or choose another folder; {folder} is as it was.")
+    assert message.endswith(f" bytes free). Make room or choose another folder; {folder} is unchanged.")
     assert [path.name for path in tmp_path.iterdir()] == ["train"]

@@ -54,7 +54,7 @@ def test_a_change_is_seen_and_the_first_content_stays(tmp_path: Path, change: Ca
     assert inputs.digests(path) == first
     with pytest.raises(StageError) as caught:
         inputs.require_unchanged("train", tmp_path)
-    assert str(caught.value) == "data/a: changed while train ran, whose result is not kept. Run it again."
+    assert str(caught.value) == "data/a: changed while train ran, so its result is not kept. Run it again."
     inputs.settle([path])  # what was read of it has been compared with its digest
     inputs.require_unchanged("train", tmp_path)
 

@@ -53,9 +53,9 @@ def test_process_and_network_errors_are_not_about_a_file() -> None:
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOSPC, errno.ENOLCK, errno.EINTR])
 def test_advice_about_a_file_is_kept_for_reasons_that_lie_in_the_file(number: int) -> None:
-    assert advise_on(OSError(number, ""), "Mend it") != "Mend it"
+    assert advise_on(OSError(number, ""), "Fix it") != "Fix it"
     for reason in (FileNotFoundError(errno.ENOENT, ""), PermissionError(errno.EACCES, ""), ValueError("no JSON")):
-        assert advise_on(reason, "Mend it") == "Mend it"
+        assert advise_on(reason, "Fix it") == "Fix it"
 
 
 def _open(path: Path) -> None:

@@ -134,7 +134,7 @@ def _nested(depth: int) -> object:
     return value
 
 
-KIND = "Nothing was taken."
+KIND = "Nothing was unpacked."
 OTHER_FILES = "holds other files than train writes here. Pack it again with this version."
 INVALID = "its record is not valid ({}). Pack it again."
 HOSTILE: dict[str, tuple[Callable[[Members], None], str]] = {

@@ -75,7 +75,7 @@ def test_cleaning_a_stage_on_another_disk_keeps_its_place(chain: Chain, disk: Pa
     link.parent.mkdir()
     link.symlink_to(disk / "s3")
     assert chain.doit("s3")[0] == 0
-    freed = "freed 1,000 bytes and 1 digests of files that are no more"
+    freed = "freed 1,000 bytes and 1 digests of removed files"
     assert chain.doit("clean", "s3") == (0, f"s3 - removing artifacts/s3\n{freed}\n", "")
     assert list(disk.iterdir()) == []
     assert chain.doit("s3")[0] == 0
@@ -92,4 +92,4 @@ def test_a_failure_reports_the_state_of_the_artifact(chain: Chain) -> None:
     assert (code, out.splitlines()[-1]) == (1, "!! s2: failed; its artifact was replaced before")
     stage.write_text("raise SystemExit(1)\n")
     code, out, _ = chain.doit()
-    assert (code, out.splitlines()[-1]) == (1, "!! s2: failed; its artifact is as it was")
+    assert (code, out.splitlines()[-1]) == (1, "!! s2: failed; its artifact is unchanged")

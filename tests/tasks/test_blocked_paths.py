@@ -26,7 +26,7 @@ def test_a_verb_that_writes_waits_while_doit_builds_the_stage(chain: Chain, verb
     building, _ = chain.pause_in(3, "s3")
     process = chain.start(*verb)
     assert process.stderr is not None
-    assert process.stderr.readline() == f"another doit (process {building.pid}) is at work on these artifacts\n"
+    assert process.stderr.readline() == f"another doit (process {building.pid}) is using these artifacts\n"
     assert chain.path(3).read_bytes() == packed  # as it was until doit is done
     (chain.folder / "go").write_text("")
     building.communicate()
@@ -49,7 +49,7 @@ PLACES = {
     ("artifacts/logs", "file"): "artifacts/logs: File exists. Move away what is in its place.",
     ("artifacts/s2/a", "FIFO"): "",
     ("artifacts/s2/a", "link to a file"): "",
-    ("mlxflow.lock", "FIFO"): "mlxflow.lock: is no regular file. Mend that, and run it again.",
+    ("mlxflow.lock", "FIFO"): "mlxflow.lock: is no regular file. Fix that, and run it again.",
     ("source", "FIFO"): "s1: an input is damaged (it is no regular file)",
 }
 

@@ -34,7 +34,7 @@ def test_a_plan_follows_the_chain_with_a_fact_for_each_stage(chain: Chain) -> No
     assert [_without_seconds(line) for line in lines[:-1]] == [
         's4: s4.salt: "" -> "x"',
         "s5: because s4 runs",
-        "s6: artifacts/s6/a has 999 bytes, the run left 1,000; because s5 runs",
+        "s6: artifacts/s6/a has 999 bytes instead of 1,000; because s5 runs",
     ]
     assert all(line.endswith(" s last time)") for line in lines[:-1])
     assert lines[-1].startswith("3 of 6 stages will run; 3 of them took ")
@@ -98,7 +98,7 @@ def test_verify_finds_damage_that_keeps_size_and_time(chain: Chain) -> None:
     assert chain.numbers_that_run() == []  # as if the disk had lied
     assert chain.doit("verify") == (
         1,
-        "artifacts/s3/a is not what the run left\n6 files of 6 stages read, 1 damaged\n",
+        "artifacts/s3/a was changed after the run\n6 files of 6 stages read, 1 damaged\n",
         "",
     )
 
@@ -196,7 +196,7 @@ def test_a_damaged_artifact_is_not_packed(chain: Chain, tmp_path: Path) -> None:
     assert chain.doit("pack", "s1", str(tmp_path / "s1.tar")) == (
         1,
         "",
-        "artifacts/s1/a is not what the run left\ns1: is not what its run left. Run: doit s1\n",
+        "artifacts/s1/a was changed after the run\ns1: its artifact was changed after its run. Run: doit s1\n",
     )
     assert not (tmp_path / "s1.tar").exists()
 

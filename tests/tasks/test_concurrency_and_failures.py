@@ -33,7 +33,7 @@ def test_a_second_doit_waits_for_the_first_and_rebuilds_nothing(chain: Chain) ->
     assert second.stderr
     line = second.stderr.readline()
     assert line == (
-        f"another doit (process {first.pid}) is at work on these artifacts; doit --no-wait does not wait for it\n"
+        f"another doit (process {first.pid}) is using these artifacts; doit --no-wait does not wait for it\n"
     )
     _go_on(chain)
     assert first.communicate()[0].count("never built") == 6
@@ -48,7 +48,7 @@ def test_a_second_doit_that_does_not_wait_fails(chain: Chain) -> None:
     assert chain.doit("--no-wait") == (
         1,
         "",
-        f"another doit (process {first.pid}) is at work on these artifacts\n",
+        f"another doit (process {first.pid}) is using these artifacts\n",
     )
     _go_on(chain)
     first.communicate()
@@ -303,7 +303,7 @@ def test_a_read_only_disk_fails_the_stage_in_one_line(job_copy: Path, tmp_path: 
         assert result.returncode == 1
         assert len(result.stderr.splitlines()) == 1
         assert "cannot be written (Read-only file system; " in result.stderr
-        assert result.stderr.endswith("artifacts/quantize/q4 is as it was.\n")
+        assert result.stderr.endswith("artifacts/quantize/q4 is unchanged.\n")
 
 
 def test_on_a_read_only_disk_only_commands_that_write_fail(chain: Chain, tmp_path: Path) -> None:

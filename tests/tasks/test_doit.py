@@ -114,7 +114,7 @@ def test_a_stage_that_finds_a_user_error_ends_doit_with_2_and_one_line(job: Path
     (job / "workflow.toml").write_text(text.replace("batch_size = 4\neval_every", "batch_size = 4000\neval_every"))
     result = doit(job)
     assert result.returncode == 2
-    assert result.stdout.splitlines()[-1] == "!! train: failed; its artifact is as it was"
+    assert result.stdout.splitlines()[-1] == "!! train: failed; its artifact is unchanged"
     made, mistake = result.stderr.splitlines()
     assert made.startswith("pretokenize: 19 documents (")
     assert mistake.startswith("train.batch_size = 4000: the training text fills ")

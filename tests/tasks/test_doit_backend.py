@@ -85,7 +85,7 @@ def test_a_damaged_line_loses_no_other_record_and_is_reported_once(
     said = f"{path}: line 1 is not valid state ({GARBAGE[garbage]}). It is as if it were not there.\n"
     assert capsys.readouterr() == ("", said)
     assert _known(tmp_path) == {"a": 1}
-    journal.mend()
+    journal.repair()
     capsys.readouterr()
     assert _known(tmp_path) == {"a": 1}
     assert capsys.readouterr() == ("", "")

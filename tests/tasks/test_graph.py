@@ -308,11 +308,11 @@ LATER_EDITS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a template put into an artifact": (
         lambda job: (job / "artifacts/train/chat_template.jinja").write_text("{{ messages }}"),
-        ["train: artifacts/train/chat_template.jinja was put there after the run", Q8],
+        ["train: artifacts/train/chat_template.jinja was added after the run", Q8],
     ),
     "an index put into an artifact": (
         lambda job: (job / "artifacts/quantize/q8/model.safetensors.index.json").write_text("{}"),
-        ["quantize:q8: artifacts/quantize/q8/model.safetensors.index.json was put there after the run"],
+        ["quantize:q8: artifacts/quantize/q8/model.safetensors.index.json was added after the run"],
     ),
     "a note put into an artifact": (lambda job: (job / "artifacts/train/README.md").write_text("a model"), []),
     "the run that is followed": (

@@ -96,7 +96,7 @@ def test_after_a_merge_a_stage_has_a_table_from_each_side(tmp_path: Path, style:
     whole = tomllib.loads(_write(path, "pretokenize", "train:a", "quantize"))
     _merge(path, style)
     lock = lockfile.read(path)
-    assert lock.damage == "has the marks of a merge"
+    assert lock.damage == "contains merge conflict markers"
     assert lock.tables == {name: [table, table | {"seconds": 99.5}] for name, table in whole.items()}
 
 
@@ -107,7 +107,7 @@ def test_a_merge_keeps_the_side_that_matches_the_files(tmp_path: Path) -> None:
     nodes = [_node("pretokenize"), _node("train:a")]
     line = lockfile.settle_merge(path, nodes, lambda node, table: node.task == "train:a" and table["seconds"] == 99.5)
     assert line == (
-        f"{path}: has the marks of a merge. For each stage the side that describes its artifact here is kept."
+        f"{path}: contains merge conflict markers. For each stage the side that describes its artifact here is kept."
     )
     expected = {"pretokenize": whole["pretokenize"], "train:a": whole["train:a"] | {"seconds": 99.5}}
     assert tomllib.loads(path.read_text()) == expected
@@ -132,7 +132,7 @@ def test_a_damaged_lock_file_keeps_its_readable_tables_and_the_rest_is_named(tmp
     path.write_bytes(path.read_bytes().replace(b"[quantize]", b"[quantize]\nx = \xff\xfe[", 1))
     line = lockfile.update(path, _node("train:a"), VALUES, {*whole})
     assert re.fullmatch(
-        rf"{path}: damaged \(.* \(at line \d+, column \d+\)\)\. What it says of pretokenize, train:a is kept; "
+        rf"{path}: damaged \(.* \(at line \d+, column \d+\)\)\. The tables of pretokenize, train:a are kept; "
         r"the rest is written when its stages run\.",
         line,
     )
@@ -143,7 +143,7 @@ def test_a_lock_file_without_a_readable_table_is_dropped_with_a_message(tmp_path
     path = tmp_path / "lock"
     path.write_text("[s1\n")
     line = lockfile.update(path, _node("s6"), VALUES, {"s6"})
-    assert line.endswith("What it says of no stage is kept; the rest is written when its stages run.")
+    assert line.endswith("The tables of no stage are kept; the rest is written when its stages run.")
     assert list(tomllib.loads(path.read_text())) == ["s6"]
 
 
@@ -274,7 +274,8 @@ def test_after_a_merge_the_side_that_matches_the_files_is_fresh(restored: Chain)
     code, out, err = restored.doit()
     assert (code, out) == (0, "".join(f"-- s{i}\n" for i in range(1, 7)))
     assert err == (
-        "mlxflow.lock: has the marks of a merge. For each stage the side that describes its artifact here is kept.\n"
+        "mlxflow.lock: contains merge conflict markers. "
+        "For each stage the side that describes its artifact here is kept.\n"
     )
     assert path.read_text() == ours
 

@@ -47,7 +47,7 @@ def test_a_copy_is_verified_like_its_original(node: Node) -> None:
     record = _record(node)
     assert _damage(node, record) == []
     (node.root / "artifacts/index.html").write_text("<p>the Page")
-    assert _damage(node, record) == ["artifacts/index.html is not what the run left"]
+    assert _damage(node, record) == ["artifacts/index.html was changed after the run"]
     (node.root / "artifacts/index.html").unlink()
     assert _damage(node, record) == ["artifacts/index.html is missing"]
 

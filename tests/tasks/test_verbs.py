@@ -21,8 +21,8 @@ def looked_at(template: Path) -> Chain:
 
 
 _UNKNOWN = "s9: no such stage. Known: s1, s2, s3, s4, s5, s6.\n"
-_JOURNAL = "stages are remembered in a journal of their own. Leave it out.\n"
-_RESET = "reset-dep: a stage is fresh when its artifact is what its last run left, which only a run can say. "
+_JOURNAL = "not supported for stages, which have their own journal. Leave it out.\n"
+_RESET = "reset-dep: not supported: the freshness of a stage follows from the record of its last run. "
 _RESET += "Use: doit plan\n"
 _STRACE = "strace: doit cannot trace the processes of stages. What one reads and writes: doit info STAGE\n"
 _OPTION = "Error parsing Command: option --nosuch not recognized. See: doit help"
@@ -44,7 +44,8 @@ WRONG_CALLS = {
     "info": "expected one stage. Use: doit info STAGE\n",
     "info s1 s2": "expected one stage. Use: doit info STAGE\n",
     "ignore": "expected a stage. Use: doit ignore STAGE\n",
-    "clean --leftovers s1": "--leftovers: is about stages that are no more. Name no stage with it.\n",
+    "clean --leftovers s1": "--leftovers: removes the artifacts of removed stages and takes no stage names. "
+    "Leave them out.\n",
     "reset-dep": _RESET,
     "reset-dep s1": _RESET,
     "strace s1": _STRACE,
@@ -193,7 +194,7 @@ def test_verbs_that_write_wait_for_a_running_doit(chain: Chain) -> None:
     assert (process.returncode, waiting.returncode, out) == (
         0,
         0,
-        "s1 - removing artifacts/s1\nfreed 1,000 bytes and 1 digests of files that are no more\n",
+        "s1 - removing artifacts/s1\nfreed 1,000 bytes and 1 digests of removed files\n",
     )
 
 
@@ -204,7 +205,7 @@ def test_a_verb_on_stages_refuses_a_graph_without_any(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (
         2,
         "",
-        "plan: works on the stages of a workflow.toml, and this dodo.py has none.\n",
+        "plan: needs the stages of a workflow.toml; this dodo.py has none.\n",
     )
 
 
@@ -262,10 +263,10 @@ def test_artifacts_of_removed_stages_are_named_and_removed_only_on_request(chain
     (artifacts / "train/a/notes.txt").write_text("mine")
     report = (artifacts / "train/a/report.toml").stat().st_size
     line = (
-        f"artifacts/train/a: no stage makes it any more (2 files, {10_000 + report:,} bytes). "
+        f"artifacts/train/a: belongs to no stage (2 files, {10_000 + report:,} bytes). "
         "Remove it with: doit clean --leftovers\n"
     )
-    freed = "freed 1,000 bytes and 1 digests of files that are no more\n"
+    freed = "freed 1,000 bytes and 1 digests of removed files\n"
     assert chain.doit("plan") == (0, f"nothing to do: 6 stages are fresh\n{line}", "")
     assert chain.doit("clean", "s6") == (0, f"s6 - removing artifacts/s6\n{line}{freed}", "")
     assert chain.doit("clean", "--leftovers", "-n") == (0, "removing artifacts/train/a\n", "")
@@ -294,8 +295,8 @@ def test_clean_removes_unfinished_runs_and_reports_the_freed_bytes(chain: Chain)
         (state / "unfinished" / name).mkdir(parents=True)
         (state / "unfinished" / name / "state.json").write_bytes(b"x" * size)
     left = "artifacts/.mlxflow/unfinished/s9/a/0123456789ab"
-    removing = "s2 - removing artifacts/s2\ns2 - removing what 2 runs left unfinished (333 bytes)\n"
-    named = f"{left}: of no stage any more (77 bytes). Remove it with: doit clean --leftovers\n"
+    removing = "s2 - removing artifacts/s2\ns2 - removing files of 2 unfinished runs (333 bytes)\n"
+    named = f"{left}: belongs to no stage (77 bytes). Remove it with: doit clean --leftovers\n"
     assert chain.doit("clean", "-n", "s2") == (0, removing + named, "")
     assert chain.doit("clean", "s2") == (0, f"{removing}{named}freed 1,333 bytes\n", "")
     assert list((state / "unfinished/s2").iterdir()) == []
@@ -308,7 +309,7 @@ def test_clean_drops_digests_of_removed_files(chain: Chain) -> None:
     assert chain.numbers_that_run() == [1, 2, 3, 4, 5, 6]
     for number in (5, 6):
         chain.path(number).unlink()
-    said = "s6 - removing artifacts/s6\nfreed 2 digests of files that are no more\n"
+    said = "s6 - removing artifacts/s6\nfreed 2 digests of removed files\n"
     assert chain.doit("clean", "s6") == (0, said, "")
     assert (
         sum("/s5/a" in name for name in state_files.read(chain.folder / "artifacts/.mlxflow/digests.json")["files"])

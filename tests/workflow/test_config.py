@@ -129,4 +129,4 @@ def test_an_unknown_key_is_reported_with_the_nearest_or_all_keys(key: str, line:
 
 def test_a_problem_without_a_value_shows_none() -> None:
     assert word(Problem("a", msgspec.UNSET, "missing", "Add it."), "f.toml", "t") == "f.toml: t.a: missing. Add it."
-    assert word(Problem("", 3, "no table", "Mend it."), "f.toml", "t") == "f.toml: t = 3: no table. Mend it."
+    assert word(Problem("", 3, "no table", "Fix it."), "f.toml", "t") == "f.toml: t = 3: no table. Fix it."

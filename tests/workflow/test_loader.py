@@ -119,11 +119,11 @@ ONE_MISTAKE = {
     '[[quantize]]\nname = "../q4"': 'workflow.toml: quantize[0].name = "../q4": '
     "expected letters, digits, '.', '_' and '-', at most 64. Write one such as \"q4\".",
     '[[quantize]]\nname = "x.partial"': 'workflow.toml: quantize[0].name = "x.partial": '
-    "is how mlxflow names a file or folder of its own. Write another one.",
+    "is a reserved name of mlxflow. Write another one.",
     '[[quantize]]\nname = "Report.toml"': 'workflow.toml: quantize[0].name = "Report.toml": '
-    "is how mlxflow names a file or folder of its own. Write another one.",
+    "is a reserved name of mlxflow. Write another one.",
     '[[quantize]]\nname = "x.partial.old"': 'workflow.toml: quantize[0].name = "x.partial.old": '
-    "is how mlxflow names a file or folder of its own. Write another one.",
+    "is a reserved name of mlxflow. Write another one.",
     "quantize = []": "workflow.toml: quantize = []: expected a table. Write [quantize] or remove the key.",
     "quantize = [4]": "workflow.toml: quantize[0] = 4: expected a table. "
     "Write [[quantize]] on a line of its own and its keys below it.",
@@ -144,7 +144,7 @@ ONE_MISTAKE = {
     "cannot be looked up (File name too long). Name a file, a folder or a glob with text in it.",
     '[workflow]\nmemory_limit = "much"': 'workflow.toml: workflow.memory_limit = "much": expected text such as '
     "'12 GB'. Use workflow.memory_limit = \"80%\" (the default) or remove the key.",
-    '[workflow]\nmemory_limit = "0%"': 'workflow.toml: workflow.memory_limit = "0%": expected more than nothing. '
+    '[workflow]\nmemory_limit = "0%"': 'workflow.toml: workflow.memory_limit = "0%": expected more than 0 bytes. '
     'Use "80%" (the default).',
     '[workflow]\ndevice = "tpu"': 'workflow.toml: workflow.device = "tpu": expected one of "auto", "gpu", "cpu". '
     'Use workflow.device = "auto" (the default) or remove the key.',
@@ -208,7 +208,7 @@ def test_a_file_that_cannot_be_read_is_an_error(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("file/workflow.toml"))
-    assert str(caught.value) == "file/workflow.toml: cannot be read (Not a directory). Mend it, or name another."
+    assert str(caught.value) == "file/workflow.toml: cannot be read (Not a directory). Fix it, or name another."
 
 
 @pytest.mark.parametrize("size", ["1 TiB", "12GB", "512 MiB", "80 %", "0.5gb"])

@@ -63,7 +63,7 @@ EXAMPLE = "Write one such as matrix = { bits = [4, 8] }."
         ({"matrix": {"name": ["a"]}}, Problem("matrix.name", ["a"], "cannot vary", "Choose a key of the stage.")),
         (
             {"bits": 4, "matrix": {"bits": [4]}},
-            Problem("bits", 4, "stands in the matrix too", "Remove one of the two."),
+            Problem("bits", 4, "is also in the matrix", "Remove one of the two."),
         ),
         (
             {"matrix": {"bits": [4]}, "exclude": {"bits": 4}},
@@ -75,7 +75,7 @@ EXAMPLE = "Write one such as matrix = { bits = [4, 8] }."
         ),
         (
             {"matrix": {"bits": [4]}, "exclude": [{"bits": 8}]},
-            Problem("exclude", {"bits": 8}, "matches no combination of the matrix", "Remove it or mend it."),
+            Problem("exclude", {"bits": 8}, "matches no combination of the matrix", "Remove it or fix it."),
         ),
         (
             {"exclude": [{"bits": 8}]},

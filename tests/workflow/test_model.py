@@ -47,7 +47,7 @@ def test_members_name_the_stages_that_each_reads_from(workflow: Workflow) -> Non
 
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
-    [("memory_limit", "0 GB", "expected more than nothing"), ("cache_limit", "120%", "expected"), ("name", "a", "")],
+    [("memory_limit", "0 GB", "expected more than 0 bytes"), ("cache_limit", "120%", "expected"), ("name", "a", "")],
 )
 def test_problems_of_sizes(key: str, value: str, expected: str) -> None:
     found = list(Settings(**{key: value}).problems())  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_a_file_that_no_stage_names_is_verified(node: Node, name: str) -> None:
     record = _record(node)
     assert _damage(node, record) == []
     path = _write(node, name, "[]")
-    assert _damage(node, record) == [f"artifacts/train/{name} is not what the run left"]
+    assert _damage(node, record) == [f"artifacts/train/{name} was changed after the run"]
     path.unlink()
     assert _damage(node, record) == [f"artifacts/train/{name} is missing"]
 
@@ -71,7 +71,7 @@ def test_a_file_that_no_stage_names_is_verified(node: Node, name: str) -> None:
 def test_an_added_file_that_would_be_read_is_an_error(node: Node, name: str) -> None:
     record = _record(node)
     _write(node, name)
-    assert _damage(node, record) == [f"artifacts/train/{name} was put there after the run"]
+    assert _damage(node, record) == [f"artifacts/train/{name} was added after the run"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -120,8 +120,8 @@ def test_a_rebuilt_artifact_is_compared_file_by_file(node: Node, tmp_path: Path)
     (again / "vocab.json").write_text("{}")
     assert list(differing(node, again)) == [
         "artifacts/train/generation_config.json differs",
-        "artifacts/train/modeling.py is in one of the two alone",
-        "artifacts/train/vocab.json is in one of the two alone",
+        "artifacts/train/modeling.py exists in only one of the two",
+        "artifacts/train/vocab.json exists in only one of the two",
     ]
 
 
