@@ -140,16 +140,13 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
     def _computed_by(self) -> dict[str, Any]:
         """Return the device of the stage's report and, for a CPU, the number of threads."""
         from mlxflow.errors import ArtifactError
-        from mlxflow.storage.report_files import read_report
+        from mlxflow.tasks.report_device import ReportDevice, read_device
 
         try:
-            run = read_report(self.node.root / self.node.folder / layout.REPORT)["run"]
-        except (ArtifactError, KeyError):
-            run = {}
-        if not isinstance(run, dict) or not {"device", "device_name"} <= run.keys():
-            return {"device": "unknown"}
-        threads = {"threads": run["threads"]} if isinstance(run.get("threads"), int) else {}
-        return {"device": f"{run['device']}: {run['device_name']}", **threads}
+            device = read_device(self.node.root / self.node.folder / layout.REPORT)
+        except ArtifactError:
+            device = ReportDevice("unknown", None)
+        return device.record()
 
     def _fail(self, kind: type[BaseFail], message: str) -> BaseFail:
         self.cache.save()

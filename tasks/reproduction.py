@@ -8,8 +8,8 @@ from typing import Any
 
 from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_file, tensor_digests
-from mlxflow.storage.report_files import read_report
 from mlxflow.system import terminal
+from mlxflow.tasks.report_device import read_device
 from mlxflow.tasks.stage_process import run_process
 from mlxflow.workflow.outputs import files_in, may_hold
 from mlxflow.workflow.stage_node import Node
@@ -35,7 +35,7 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
         if code:
             return code
         differences = list(differing(node, into))
-        threads = read_report(into / layout.REPORT)["run"]["threads"] if "threads" in record else None
+        threads = read_device(into / layout.REPORT).threads if "threads" in record else None
     if line := word_other_threads(node.task, record, threads, "this build by"):
         terminal.show(line)
     for line in differences:

@@ -11,11 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxflow.errors import ArtifactError, reason_of
 from mlxflow.ops import mlx_lm_import
-from mlxflow.storage import layout, model_files, toml_text
+from mlxflow.storage import layout, model_files, report_structs
 from mlxflow.system.os_errors import advise_on
 
 WEIGHTS, CONFIG = model_files.ADAPTERS
@@ -49,11 +50,17 @@ def are_in(folder: Path) -> bool:
     return bool(found)
 
 
+class _Fusing(msgspec.Struct, frozen=True):
+    """Of the report of a train stage the key that says what became of its adapters."""
+
+    fuse: str | None = None
+
+
 def _were_written(folder: Path) -> bool:
     """Return whether the folder is a train stage's whose report says that it has adapters."""
     try:
-        return toml_text.loads((folder / layout.REPORT).read_text(encoding="utf-8")).get("fuse") == "never"
-    except (OSError, ValueError):
+        return report_structs.read_part(folder / layout.REPORT, _Fusing, advice="").fuse == "never"
+    except (OSError, ArtifactError):
         return False
 
 

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from mlxflow.errors import ArtifactError
 from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
 from mlxflow.stage_reports.benchmark import BenchmarkReport
@@ -182,11 +184,23 @@ def _read_stage(root: Path, member: Member) -> LoadedStage:
     return LoadedStage(member, report, "fresh", "", size)
 
 
+class _Writer(msgspec.Struct, frozen=True):
+    """Of a report's table `stage` the version that wrote it."""
+
+    mlxflow: str
+
+
+class _Written(msgspec.Struct, frozen=True):
+    stage: _Writer
+
+
 def _written_by(found: Mapping[str, Any]) -> str:
     """Return a sentence where another version wrote a report; else nothing."""
-    stage = found.get("stage")
-    made_by = stage.get("mlxflow") if isinstance(stage, dict) else None
-    if not isinstance(made_by, str) or made_by == version("mlxflow"):
+    try:
+        made_by = msgspec.convert(found, _Written).stage.mlxflow
+    except msgspec.ValidationError:
+        return ""
+    if made_by == version("mlxflow"):
         return ""
     return f"mlxflow {made_by} wrote a report that this version cannot read: "
 

@@ -8,13 +8,30 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from mlxflow.errors import ArtifactError
-from mlxflow.storage import layout, report_files
-from mlxflow.storage.digests import RUN_TABLE
+from mlxflow.storage import layout, report_structs
 from mlxflow.storage.model_files import decides
 
-#: The key in a report's table of the run that lists the names of the files that the run wrote.
-FILES_KEY = "files"
+
+class _Maker(msgspec.Struct, frozen=True):
+    """Of a report's table `stage` the name of the stage."""
+
+    stage: str = ""
+
+
+class _WrittenFiles(msgspec.Struct, frozen=True):
+    """Of a report's table `run` the names of the files that the run wrote; None in reports of earlier versions."""
+
+    files: tuple[str, ...] | None = None
+
+
+class _Ownership(msgspec.Struct, frozen=True):
+    """The keys of a report that say what its stage wrote."""
+
+    stage: _Maker = _Maker()
+    run: _WrittenFiles = _WrittenFiles()
 
 
 def written_names(folder: Path) -> list[str]:
@@ -24,8 +41,7 @@ def written_names(folder: Path) -> list[str]:
 
 def maker(folder: Path) -> str:
     """Return the stage that made a folder, as its report says, such as `train:a`; empty where none did."""
-    stage = _report(folder).get("stage")
-    return str(stage.get("stage", "")) if isinstance(stage, dict) else ""
+    return _read(folder).stage.stage
 
 
 def foreign_names(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
@@ -40,13 +56,12 @@ def foreign_names(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
         outputs: names of files that are its own whatever the report says.
     """
     names = set(_names(folder)) - set(outputs)
-    if not maker(folder):
+    report = _read(folder)
+    if not report.stage.stage:
         return sorted(names)
     names = {name for name in names if not decides(name)}
-    run = _report(folder).get(RUN_TABLE)
-    listed = run.get(FILES_KEY) if isinstance(run, dict) else None
-    if isinstance(listed, list):
-        return sorted(names - {str(name) for name in listed})
+    if report.run.files is not None:
+        return sorted(names.difference(report.run.files))
     return sorted(name for name in names if _lies_in_another(folder, name))
 
 
@@ -73,11 +88,12 @@ def _lies_in_another(folder: Path, name: str) -> bool:
     return any(maker(one) for one in parents)
 
 
-def _report(folder: Path) -> dict[str, object]:
+def _read(folder: Path) -> _Ownership:
+    """Return what the report says; nothing where it cannot be read, so that no file is the artifact's own."""
     try:
-        return report_files.read_report(folder / layout.REPORT)
+        return report_structs.read_part(folder / layout.REPORT, _Ownership, advice="")
     except (ArtifactError, OSError):
-        return {}
+        return _Ownership()
 
 
 def _names(folder: Path) -> Iterator[str]:

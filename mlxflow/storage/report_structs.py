@@ -149,6 +149,23 @@ def read_provenance(path: Path, *, advice: str) -> Provenance:
     return convert(table, Provenance, shown=str(path), prefix="stage.", advice=advice)
 
 
+def read_part(path: Path, form: type[T], *, advice: str) -> T:
+    """Return some keys of a report; the others are not checked, so that reports of other versions can be read.
+
+    Args:
+        path: a report.toml.
+        form: struct of the keys, and of those of its tables, without `forbid_unknown_fields`.
+        advice: the last sentence of a message.
+
+    Raises:
+        ArtifactError: the file is missing or damaged, a key is missing or has a wrong type.
+    """
+    try:
+        return msgspec.convert(report_files.read_report(path), form)
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"{path}: {_line(error, '')}. {advice}") from error
+
+
 def parse(table: Mapping[str, Any], form: type[F], *, shown: str, advice: str) -> Report[F]:
     """Return the report that a table holds.
 

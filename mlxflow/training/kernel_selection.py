@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import msgspec
+
 from mlxflow.device import compute_device
 from mlxflow.errors import WorkflowError
 from mlxflow.storage import layout
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from mlxflow.training.build import Subject
 
 Mode = Literal["auto", "off", "require"]
+
+
+class _ReportedKernels(msgspec.Struct, frozen=True):
+    """Of the report of a stage that trains the names of its kernels; None where nothing was trained."""
+
+    kernels: tuple[str, ...] | None = None
 
 
 class KernelRequest(NamedTuple):
@@ -57,12 +65,17 @@ class KernelRequest(NamedTuple):
         return self.mode == "off" or (self.mode == "auto" and self.device == "cpu")
 
     def recorded(self) -> list[str] | None:
-        """Return the kernels of the run that is continued or repeated; None for a new one."""
-        from mlxflow.storage import report_files, state_files
+        """Return the kernels of the run that is continued or repeated; None for a new one.
+
+        Raises:
+            ArtifactError: the report of the artifact that is repeated is missing or damaged.
+        """
+        from mlxflow.storage import report_structs, state_files
 
         if self.published is not None:
-            report = report_files.read_report(self.published / layout.REPORT)
-            return list(report["kernels"]) if "kernels" in report else None
+            file = self.published / layout.REPORT
+            kernels = report_structs.read_part(file, _ReportedKernels, advice="Remove it and build it again.").kernels
+            return None if kernels is None else list(kernels)
         try:
             names = state_files.parse_json(state_files.read_bytes(self.memory_file))
         except (OSError, ValueError):

@@ -18,7 +18,7 @@ def _write(folder: Path, *names: str) -> None:
 def _make(folder: Path, task: str, *names: str, lists: bool = True) -> Path:
     """Write an artifact as a stage does."""
     _write(folder, *names)
-    run = {ownership.FILES_KEY: ["report.toml", *names]} if lists else {}
+    run = {"files": ["report.toml", *names]} if lists else {}
     write_report(folder / "report.toml", {"stage": {"stage": task}, "run": run})
     return folder
 
@@ -51,7 +51,10 @@ def test_without_a_report_all_files_except_outputs_are_foreign(tmp_path: Path) -
     assert ownership.foreign_names(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("text", ["", "[stage\n", "stage = 1\n", "run = 1\n", "[run]\nfiles = 1\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[stage\n", "stage = 1\n", "run = 1\n", "[run]\nfiles = 1\n", "[stage]\nstage = 'train'\n[run]\nfiles = 1\n"],
+)
 def test_an_empty_report_owns_nothing(tmp_path: Path, text: str) -> None:
     _write(tmp_path, "config.json")
     (tmp_path / "report.toml").write_text(text)

@@ -106,3 +106,34 @@ def test_the_table_of_provenance_is_read_alone(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as caught:
         report_structs.read_provenance(path, advice="Run: doit train")
     assert str(caught.value) == f"{path}: stage: expected a table. Run: doit train"
+
+
+class _Run(msgspec.Struct, frozen=True):
+    seconds: float
+
+
+class _Part(msgspec.Struct, frozen=True):
+    run: _Run
+    steps: int | None = None
+
+
+def test_part_of_a_report_ignores_the_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "report.toml"
+    path.write_text("loss = nan\n[run]\nseconds = 2.0\nlater = true\n")
+    assert report_structs.read_part(path, _Part, advice="") == _Part(_Run(2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps = 3\n", "run: missing"),
+        ("run = 3\n", "run: expected `object`, got `int`"),
+        ("[run]\nseconds = 'two'\n", "run.seconds: expected `float`, got `str`"),
+    ],
+)
+def test_part_of_a_report_with_a_wrong_key_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "report.toml"
+    path.write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        report_structs.read_part(path, _Part, advice="Run: doit train")
+    assert str(caught.value) == f"{path}: {said}. Run: doit train"

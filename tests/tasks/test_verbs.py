@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from doit.doit_cmd import DoitMain
 
-from mlxflow.storage import ownership, state_files
+from mlxflow.storage import state_files
 from mlxflow.storage.report_files import write_report
 from tests.chain import Chain
 
@@ -252,7 +252,7 @@ def _leave(folder: Path, task: str, size: int) -> None:
     (folder / "model.safetensors").write_bytes(b"x" * size)
     write_report(
         folder / "report.toml",
-        {"stage": {"stage": task}, "run": {ownership.FILES_KEY: ["model.safetensors", "report.toml"]}},
+        {"stage": {"stage": task}, "run": {"files": ["model.safetensors", "report.toml"]}},
     )
 
 

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxflow.errors import ArtifactError
 from mlxflow.training.kernel_selection import KernelRequest, Mode
 
 
@@ -23,3 +24,16 @@ def test_a_resumed_run_reuses_the_recorded_kernel_selection(tmp_path: Path) -> N
     for text in ("{", '{"a": 1}'):
         request.memory_file.write_text(text)
         assert request.recorded() is None
+
+
+def test_a_repeated_run_takes_the_kernels_of_the_published_report(tmp_path: Path) -> None:
+    request = KernelRequest("auto", "gpu", tmp_path / "kernels.json", published=tmp_path)
+    report = tmp_path / "report.toml"
+    report.write_text('kernels = ["adamw/float32/float32"]\nsteps = "of another version"\n')
+    assert request.recorded() == ["adamw/float32/float32"]
+    report.write_text("steps = 3\n")
+    assert request.recorded() is None
+    report.write_text('kernels = "all"\n')
+    with pytest.raises(ArtifactError) as caught:
+        request.recorded()
+    assert str(caught.value) == f"{report}: kernels: expected `array | null`, got `str`. Remove it and build it again."
