@@ -1,4 +1,7 @@
-"""What lies below the stages names no key of a workflow: its messages get the names of settings from the caller."""
+"""No message names a key of a workflow literally: the names of settings come from the caller, a stage's from its task.
+
+A stage may be a variant: what the user wrote is "train:a".
+"""
 
 import ast
 import re
@@ -8,16 +11,16 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-#: Packages below the stages. `workflow` reads the file; a stage, a verb or doit's task knows its own table.
+#: The stages and the packages below them. `workflow` reads the file; a verb or doit's task knows its own table.
 PACKAGES = (
     *("benchmarking", "data", "device", "evaluation", "kernels", "models", "ops", "profiling", "quantization"),
-    *("report", "stage_reports", "storage", "system", "training"),
+    *("report", "stage_reports", "stages", "storage", "system", "training"),
 )
 
 _KEY = re.compile(r"(?<![\w./])\[?(?:pretokenize|train|quantize|profile|benchmark|workflow)\.(?P<name>[a-z_]\w*)")
 
 #: Endings of file names, such as workflow.toml.
-_ENDINGS = ("toml", "md", "html", "log", "py")
+_ENDINGS = ("toml", "md", "html", "log", "py", "safetensors")
 
 #: Calls whose arguments are no messages: names of seeds, and descriptions of the keys of a table.
 _KNOWING = ("derive_seed", "Meta")
@@ -42,7 +45,7 @@ def keys_in(text: str) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_message_below_the_stages_names_a_key_of_the_workflow(package: str) -> None:
+def test_no_message_of_a_stage_or_below_names_a_key_of_the_workflow(package: str) -> None:
     modules = sorted((REPOSITORY / "mlxflow" / package).rglob("*.py"))
     assert modules
     found = [

@@ -88,7 +88,8 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
     for one in (one for one in workflow.stages if one.name == "train"):
         config: Any = one.config
         folder = _named_folder(workflow, one)
-        tokens: Any = workflow.find(config.input).config
+        source = workflow.find(config.input)
+        tokens: Any = source.config
         if folder is None:
             continue
         architecture = _read(folder)
@@ -96,7 +97,7 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
             skeleton = model_folder.skeleton(architecture, code=folder)
         if config.document_mask is True and tokens.packing != "none" and document_mask.has_row_state(skeleton):
             expected = f"{architecture['model_type']} counts positions through the whole row"
-            advice = 'Set document_mask = false, or pretokenize.packing = "none".'
+            advice = f'Set document_mask = false, or {source.table}.packing = "none".'
             yield word(Problem("document_mask", True, expected, advice), paths.shown(workflow.path), one.table)
 
 

@@ -17,6 +17,7 @@ from mlxflow.workflow.config import Problem
 from mlxflow.workflow.stage import Artifacts, Context, Corpus
 
 if TYPE_CHECKING:
+    from mlxflow.data.corpus_names import CorpusNames
     from mlxflow.data.input_files import SourceSettings
     from mlxflow.data.job import CorpusRequest
     from mlxflow.stage_reports.pretokenize import PretokenizeReport
@@ -78,12 +79,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             expected = "is for a corpus without documents for validation, and validation_sources names some"
             yield Problem("holdout", self.holdout, expected, "Remove one of the two.")
 
-    def key(self, number: int) -> str:
-        """Return the dotted key of an entry, by its number in `entries`."""
+    def place(self, number: int) -> str:
+        """Return the place of an entry in this table, such as "sources[0]", by its number in `entries`."""
         count = len(self.sources)
-        return (
-            f"pretokenize.sources[{number}]" if number < count else f"pretokenize.validation_sources[{number - count}]"
-        )
+        return f"sources[{number}]" if number < count else f"validation_sources[{number - count}]"
 
     def entries(self) -> tuple[SourceConfig, ...]:
         """Return all sources as tables with their defaults filled in, validation sources last."""
@@ -235,7 +234,10 @@ def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest
     return CorpusRequest(
         inputs=inputs.sources,
         owners=inputs.owners,
-        sources=[_source_settings(config, number, entry, context) for number, entry in enumerate(config.entries())],
+        sources=[
+            _source_settings(config, number, entry, names=names, root=context.root)
+            for number, entry in enumerate(config.entries())
+        ],
         tokenizer=TokenizerRequest(
             config.tokenizer,
             inputs.tokenizer,
@@ -254,11 +256,13 @@ def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest
     )
 
 
-def _source_settings(config: Config, number: int, entry: SourceConfig, context: Context) -> "SourceSettings":
+def _source_settings(
+    config: Config, number: int, entry: SourceConfig, *, names: "CorpusNames", root: Path
+) -> "SourceSettings":
     from mlxflow.data.input_files import SourceSettings
 
     return SourceSettings(
-        key=config.key(number),
+        key=names.of(config.place(number)),
         path=entry.path,
         weight=entry.weight,
         format_=entry.format,
@@ -266,5 +270,5 @@ def _source_settings(config: Config, number: int, entry: SourceConfig, context: 
         config=entry.config,
         split=entry.split,
         is_validation=number >= len(config.sources),
-        root=context.root,
+        root=root,
     )

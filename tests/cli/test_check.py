@@ -74,6 +74,14 @@ def test_a_document_mask_unsupported_by_the_base_model_is_found_by_check(
     )
 
 
+def test_the_advice_about_a_document_mask_names_the_table_of_the_tokens(gpt2: Path) -> None:
+    text = TRAIN.replace("PACKING", "best-fit").replace("[pretokenize]", '[[pretokenize]]\nname = "a"')
+    (gpt2 / "workflow.toml").write_text(text.replace("[train]", '[train]\ninput = "pretokenize:a"'))
+    with pytest.raises(WorkflowError) as caught:
+        check_plans(load_workflow(gpt2 / "workflow.toml"))
+    assert str(caught.value).endswith('Set document_mask = false, or pretokenize[0].packing = "none".')
+
+
 def test_a_document_mask_unsupported_by_the_model_is_a_workflow_error(gpt2: Path, tmp_path: Path) -> None:
     workflow = _load(gpt2, "best-fit")
     _pretokenize(workflow)

@@ -350,6 +350,23 @@ def test_a_test_file_named_in_sources_is_trained_on_with_a_warning(job: Job, sou
     ]
 
 
+def test_messages_about_a_variant_name_its_own_keys(job: Job) -> None:
+    _write_container(job.folder / "d/test.jsonl", TEXTS[:20])
+    _write_container(job.folder / "e/valid.jsonl", TEXTS[20:])
+    keys = 'name = "x"\nsources = ["d/test.jsonl"]\nvalidation_sources = ["e"]'
+    shape = "context_length = 16\ntokenizer = { vocab_size = 300 }"
+    (job.folder / "workflow.toml").write_text(f"[[pretokenize]]\n{keys}\n{shape}\n")
+    assert job.run(stage="pretokenize:x")["warnings"] == [
+        "d/test.jsonl is trained on because pretokenize:x.sources[0] names it, though its name says test"
+    ]
+    (job.folder / "e/valid.jsonl").write_bytes(b"{")
+    with pytest.raises(SourceError) as caught:
+        job.run(stage="pretokenize:x")
+    assert "pretokenize:x.on_bad_record" in str(caught.value)
+    config: Any = load_workflow(job.folder / "workflow.toml").find("pretokenize:x").config
+    assert [config.place(number) for number in range(2)] == ["sources[0]", "validation_sources[0]"]
+
+
 def test_a_file_of_two_sources_belongs_to_the_one_that_names_it_or_is_for_validation(job: Job) -> None:
     _write_container(job.folder / "d/a.jsonl", TEXTS[:20])
     _write_container(job.folder / "d/b.jsonl", TEXTS[20:30])
