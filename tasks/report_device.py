@@ -8,7 +8,7 @@ import msgspec
 from mlxflow.storage import report_structs
 
 
-class _Run(msgspec.Struct, frozen=True):
+class _DeviceKeys(msgspec.Struct, frozen=True):
     """Of a report's table `run` the keys of the device; those of a stage that does not compute with MLX are None."""
 
     device: str | None = None
@@ -16,8 +16,8 @@ class _Run(msgspec.Struct, frozen=True):
     threads: int | None = None
 
 
-class _Reported(msgspec.Struct, frozen=True):
-    run: _Run = _Run()
+class _DeviceReport(msgspec.Struct, frozen=True):
+    run: _DeviceKeys = _DeviceKeys()
 
 
 class ReportDevice(NamedTuple):
@@ -45,7 +45,7 @@ def read_device(report: Path) -> ReportDevice:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    run = report_structs.read_part(report, _Reported, advice="Remove it and build it again.").run
+    run = report_structs.read_part(report, _DeviceReport, advice="Remove it and build it again.").run
     if run.device is None or run.device_name is None:
         return ReportDevice("unknown", None)
     return ReportDevice(f"{run.device}: {run.device_name}", run.threads)

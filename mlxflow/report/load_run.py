@@ -184,14 +184,14 @@ def _read_stage(root: Path, member: Member) -> LoadedStage:
     return LoadedStage(member, report, "fresh", "", size)
 
 
-class _Writer(msgspec.Struct, frozen=True):
+class _WriterVersion(msgspec.Struct, frozen=True):
     """Of a report's table `stage` the version that wrote it."""
 
     mlxflow: str
 
 
 class _Written(msgspec.Struct, frozen=True):
-    stage: _Writer
+    stage: _WriterVersion
 
 
 def _written_by(found: Mapping[str, Any]) -> str:
