@@ -1,1 +1,1 @@
-"""From sources to documents, to tokens, to batches on the device."""
+"""The data pipeline: sources, documents, tokens, packed rows, batches on the device."""

@@ -1,8 +1,8 @@
-"""Documents into rows of one length.
+"""Bin packing: place documents in rows of a fixed length.
 
-Best fit: a piece goes into the open row with the least room that is enough, the longest pieces first (best-fit
-decreasing; Johnson et al., SIAM J. Comput. 3, 1974). The open rows are kept by their room, and the rooms that there
-are as the bits of one whole number, so that the least one that is enough is found by a shift.
+Best fit: each piece goes into the open row with the smallest sufficient room, longest pieces first (best-fit
+decreasing; Johnson et al., SIAM J. Comput. 3, 1974). Open rows are indexed by their room; a bit set of the existing
+rooms gives the smallest sufficient one by a shift.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Packing = Literal["best-fit", "concat", "none"]
 
 
 class Piece(NamedTuple):
-    """A part of a document that lies in one row.
+    """A part of a document in one row.
 
     Attributes:
         document: its number.
@@ -28,12 +28,12 @@ class Piece(NamedTuple):
 
 
 def cut(document: int, length: int, capacity: int) -> list[Piece]:
-    """Return a document as pieces that fit a row: full rows first, then what is left."""
+    """Return a document as pieces that fit a row: full rows first, then the remainder."""
     return [Piece(document, begin, min(begin + capacity, length)) for begin in range(0, length, capacity)]
 
 
 def cut_continuously(document: int, length: int, capacity: int, filled: int) -> list[Piece]:
-    """Return a document as pieces that continue a row: the first fills what is left of it.
+    """Return a document as pieces that continue a row: the first piece fills its remaining room.
 
     Args:
         document: its number.
@@ -57,7 +57,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> tuple[list[int], int]:
         the row of each piece, and the number of rows.
     """
     rows = [0] * len(lengths)
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by their room
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room
     rooms = 0  # bit r: there is an open row with room r
     count = 0
     for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():

@@ -1,4 +1,4 @@
-"""Conversations as a chat template writes them, and which characters of that an assistant wrote."""
+"""Render conversations with a chat template, and find the characters that an assistant wrote."""
 
 import json
 import re
@@ -20,10 +20,10 @@ class Rendered(NamedTuple):
     """A conversation as text; all positions are in characters.
 
     Attributes:
-        text: what the template wrote.
-        spans: (begin, end) of what an assistant wrote, its end-of-turn token included.
-        literals: (begin, end) of control tokens that are part of a message: they are text.
-        owners: for each span the number of its message; None where the template does not show it.
+        text: output of the template.
+        spans: (begin, end) of the assistant's turns, each with its end-of-turn token.
+        literals: (begin, end) of control tokens inside a message, which are plain text.
+        owners: for each span the number of its message; None if it cannot be determined.
     """
 
     text: str
@@ -37,13 +37,13 @@ class ChatTemplate:
 
     Args:
         source: the Jinja text.
-        special_tokens: what the template may name, such as `bos_token`.
-        control_tokens: texts that are control tokens where the template writes them, and text in a message; without
-            them, those that the source names.
-        subject: the template's name, as a message begins.
+        special_tokens: variables for the template, such as `bos_token`.
+        control_tokens: texts that are control tokens if the template writes them, and plain text inside a message;
+            None: those that the source contains.
+        subject: the template's name, for the beginning of error messages.
 
     Raises:
-        TemplateProblem: it is no valid template.
+        TemplateProblem: the template is invalid.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class ChatTemplate:
         """Return the text of a conversation.
 
         Args:
-            messages: with the keys "role" and "content" and what else the template knows.
+            messages: with the keys "role", "content" and others that the template supports.
             tools: JSON schemas of functions, or None.
-            prompt: end with what an assistant's turn begins with.
+            prompt: append the header of an assistant's turn.
 
         Raises:
             TemplateProblem: the template refuses the conversation.
@@ -83,17 +83,17 @@ class ChatTemplate:
     def render_turns(
         self, messages: Sequence[Message], *, tools: Any = None, owners: bool = False, encoded: str | None = None
     ) -> Rendered:
-        """Return the text of a conversation with the spans that its assistants wrote; see `chat_turns`.
+        """Return the text of a conversation with the spans of its assistant's turns; see `chat_turns`.
 
         Args:
             messages: as `render` takes them.
             tools: JSON schemas of functions, or None.
-            owners: also say which message each span belongs to.
-            encoded: messages and tools as ASCII JSON, where there is such a text already.
+            owners: also return the message of each span.
+            encoded: messages and tools as ASCII JSON, if already encoded.
 
         Raises:
-            TemplateProblem: the template refuses the conversation, or leaves a part of it out.
-            ReservedCharacterError: a text holds a noncharacter that is used here.
+            TemplateProblem: the template refuses the conversation or omits a part of it.
+            ReservedCharacterError: a text contains a noncharacter that is reserved here.
         """
         if self.control_tokens.may_be_in(encoded or json.dumps([messages, tools])):
             messages = [
@@ -109,12 +109,12 @@ class ChatTemplate:
 
     @cached_property
     def takes_parts(self) -> bool:
-        """Whether the template writes the texts of a content that is a list of parts."""
+        """Whether the template renders a content that is a list of text parts."""
         return self._writes([{"type": "text", "text": _PROBE}])
 
     @cached_property
     def takes_text(self) -> bool:
-        """Whether the template writes a content that is text."""
+        """Whether the template renders a content that is a text."""
         return self._writes(_PROBE)
 
     def _writes(self, content: Any) -> bool:
@@ -126,5 +126,5 @@ class ChatTemplate:
 
 
 def markers(source: str) -> list[str]:
-    """Return the control tokens that a template writes, each once, in the order in which they stand in its source."""
+    """Return the control tokens in a template's source, each once, in order."""
     return list(dict.fromkeys(_MARKER.findall(source)))

@@ -1,7 +1,7 @@
-"""Compile a chat template and run it, plainly or with a trace of where its output comes from.
+"""Compile a chat template and run it, with or without tracing the origin of its output.
 
 Templates are Jinja as transformers runs it: sandboxed, with `raise_exception`, `tojson`, loop controls and
-`{% generation %}` marks. The date that some templates write is a fixed one, so that the same data gives the same text.
+`{% generation %}` marks. The date that templates can read is fixed, so that equal data gives equal text.
 """
 
 import datetime
@@ -16,10 +16,10 @@ from mlxflow.data.chat_tracing import Trace, TracingEnvironment, TracingExtensio
 from mlxflow.data.control_tokens import marked, unescaped
 from mlxflow.errors import reason_of
 
-#: Written by templates that ask for today's date; the one that Llama 3 writes when it is given none.
+#: The date for templates that read the current date: the default of Llama 3's template.
 _TODAY = datetime.date(2024, 7, 26)
 
-# Under which names transformers passes on what an assistant thought.
+# The keys under which transformers passes an assistant's reasoning.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 Message = Mapping[str, Any]
@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 class TemplateProblem(Exception):  # noqa: N818 - becomes a bad record
-    """A conversation that a template refuses; the text says why."""
+    """A conversation that a template refuses; the message is the reason."""
 
 
 class CompiledTemplate:
-    """A template that can be run.
+    """A compiled chat template.
 
     Args:
         source: the Jinja text.
@@ -52,12 +52,12 @@ class CompiledTemplate:
         try:
             self._plain = environment.from_string(source)
             self._traced = environment.from_string(tracing.instrumented(environment.parse(source)))
-        except MemoryError:  # the work that goes on is named
+        except MemoryError:  # the guard names the work in progress
             raise
-        except Exception as error:  # a program of others, compiled by Python: anything
+        except Exception as error:  # untrusted code, compiled by Python: any exception
             raise TemplateProblem(_said(error)) from error
         for template in (self._plain, self._traced):
-            template.globals = dict(template.globals)  # a chain of mappings is copied slowly, for every conversation
+            template.globals = dict(template.globals)  # a ChainMap would be copied slowly for every conversation
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
@@ -70,13 +70,13 @@ class CompiledTemplate:
         return _first_that_works(messages, lambda form: self._plain.render(messages=form, **variables))
 
     def trace(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False, origins: bool = True) -> Trace:
-        """Return the text of a conversation and where each part of it comes from.
+        """Return the text of a conversation and the origin of each part.
 
         Args:
             messages: the conversation.
             tools: JSON schemas of functions, or None.
             prompt: end with what an assistant's turn begins with.
-            origins: whether `Trace.segments` is wanted.
+            origins: whether to record `Trace.segments`.
 
         Raises:
             TemplateProblem: the template refuses the conversation.
@@ -90,7 +90,7 @@ class CompiledTemplate:
         return _first_that_works(messages, run)
 
     def trace_marked(self, messages: Sequence[Message], tools: Any, numbers: Iterable[int]) -> Trace:
-        """Return the trace of a conversation in which what some messages hold is marked; see `Trace.marked`.
+        """Return the trace of a conversation with marked contents of some messages; see `Trace.marks`.
 
         Raises:
             TemplateProblem: the template refuses it.
@@ -107,14 +107,14 @@ class CompiledTemplate:
 
 
 def _first_that_works(messages: Sequence[Message], run: Callable[[list[dict[str, Any]]], T]) -> T:
-    """Return what a template makes of the first form of the messages that it takes."""
+    """Return the template's output for the first form of the messages that it accepts."""
     first: TemplateProblem | None = None
     for form in _forms(messages):
         try:
             return run(form)
-        except MemoryError:  # the work that goes on is named
+        except MemoryError:  # the guard names the work in progress
             raise
-        except Exception as error:  # a program of others: anything
+        except Exception as error:  # untrusted code: any exception
             first = first or TemplateProblem(_said(error))
     raise first or TemplateProblem("it is empty")
 
@@ -124,9 +124,9 @@ def _said(error: Exception) -> str:
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """Yield a conversation as transformers passes it on, then as older templates want it.
+    """Yield a conversation as transformers passes it, then in the forms that older templates need.
 
-    Those want an empty content where there are calls alone, or the arguments of a call as JSON.
+    These need an empty content beside tool calls, or the arguments of a call as JSON text.
     """
     usual = [_with_reasoning(message) for message in messages]
     yield usual

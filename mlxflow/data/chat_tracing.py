@@ -1,8 +1,8 @@
-"""Run a chat template and record where each part of its output comes from.
+"""Run a chat template and record the origin of each part of its output.
 
-A copy of the template's syntax tree gets a call at the beginning of each iteration of its loops, and one behind each
-loop. The calls note how much was written before them and which message the loop is at, so that every character of
-the text has a message that it was written for. `{% generation %}` blocks are recorded as transformers records them.
+A copy of the template's syntax tree is instrumented with a call at the start of each loop iteration and after each
+loop. The calls record the output position and the current message of the loop, so that every character can be
+attributed to a message. `{% generation %}` blocks are recorded as transformers records them.
 """
 
 import threading
@@ -19,22 +19,22 @@ import jinja2.sandbox
 
 from mlxflow.data.control_tokens import GENERATED_BEGIN, GENERATED_END, Stripper
 
-#: The owner of what a tool answered inside of an assistant's message.
+#: The owner of a tool result inside an assistant's message.
 ENVIRONMENT = -1
 
 _LEFT = object()
 
 
 class Trace:
-    """A text and where its parts come from; all positions are in characters.
+    """A rendered text with the origin of its parts; all positions are in characters.
 
     Attributes:
         text: what the template wrote.
-        blocks: its parts, each the value of one expression of the template or the text between two.
-        generated: (begin, end) of the blocks that `{% generation %}` encloses.
-        literals: (begin, end) of control tokens that are part of a message.
-        marks: (begin, end) of what marked messages hold.
-        marked_blocks: (begin, end) of the expressions of the template in whose values that is.
+        blocks: its parts: each the value of one expression of the template, or the literal text between two.
+        generated: (begin, end) of the `{% generation %}` blocks.
+        literals: (begin, end) of control tokens inside a message.
+        marks: (begin, end) of the contents of marked messages.
+        marked_blocks: (begin, end) of the template's expressions whose values contain them.
     """
 
     def __init__(self, recorder: "_TraceRecorder", owners: Mapping[int, int]) -> None:
@@ -49,15 +49,15 @@ class Trace:
 
     @cached_property
     def segments(self) -> list[tuple[int, int, int | None]]:
-        """Parts of the text, one after another: (begin, end, owner).
+        """Consecutive parts of the text: (begin, end, owner).
 
-        The owner is the number of the message that the innermost loop is at, ENVIRONMENT, or None.
+        The owner is the message number of the innermost loop, ENVIRONMENT, or None.
         """
         return list(_segments(self._entries, self._owners, len(self.text)))
 
 
 class _Entry:
-    """The beginning of a loop's iteration, or the end of a loop."""
+    """The start of a loop iteration, or the end of a loop."""
 
     __slots__ = ("at", "depth", "value")
 
@@ -66,7 +66,7 @@ class _Entry:
 
 
 class _TraceRecorder:
-    """Notes taken while a template runs."""
+    """Records the output blocks and loop positions while a template runs."""
 
     def __init__(self) -> None:
         self.stripper = Stripper()
@@ -74,19 +74,19 @@ class _TraceRecorder:
         self.marked_blocks: list[tuple[int, int]] = []
 
     def add(self, block: str) -> None:
-        """Take a block that the template wrote."""
+        """Record an output block."""
         begin = self.stripper.position
         if self.stripper.add(block):
             self.marked_blocks.append((begin, self.stripper.position))
 
     def read(self, message: object) -> None:
-        """Note that a message was taken out of the list by its number, the first one in a loop over numbers."""
+        """Record that the template read a message by index; the first one in a loop iteration counts."""
         if self.entries and type(self.entries[-1].value) is int:
             self.entries[-1].value = message
 
 
 class _Messages(list[Any]):
-    """The messages of a conversation; says which one a template takes by its number."""
+    """The list of messages; records which one a template reads by index."""
 
     recorder: _TraceRecorder
 
@@ -96,7 +96,7 @@ class _Messages(list[Any]):
         made.recorder = recorder
         return made
 
-    def __getitem__(self, key: Any) -> Any:  # a number or a slice
+    def __getitem__(self, key: Any) -> Any:  # an index or a slice
         found = super().__getitem__(key)
         if isinstance(key, slice):
             return _Messages.of(found, self.recorder)
@@ -105,7 +105,7 @@ class _Messages(list[Any]):
 
 
 class _EntryNoter:
-    """What an instrumented template calls: notes an entry for the run of a template in this thread."""
+    """The function called by instrumented templates; it records an entry for the template run of the current thread."""
 
     def __init__(self) -> None:
         self.local = threading.local()
@@ -116,15 +116,15 @@ class _EntryNoter:
 
 
 class TracingEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox in which the calls that instrument a template cost little."""
+    """A sandbox that calls the instrumentation directly, for speed."""
 
     def call(self, context: jinja2.runtime.Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template calls."""
+        """Call a function for a template."""
         return called(*args) if type(called) is _EntryNoter else super().call(context, called, *args, **kwargs)
 
 
 class TracingExtension(jinja2.ext.Extension):
-    """`{% generation %}`, and the calls that `instrumented` adds."""
+    """A Jinja extension with `{% generation %}` and the calls that `instrumented` adds."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja declares it
 
@@ -134,18 +134,18 @@ class TracingExtension(jinja2.ext.Extension):
 
     @classmethod
     def of(cls, environment: jinja2.Environment) -> "TracingExtension":
-        """Return the extension of an environment that was made with it."""
+        """Return this extension of an environment."""
         found: Any = environment.extensions[cls.identifier]
         return cast("TracingExtension", found)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Parse a block that an assistant writes."""
+        """Parse a `{% generation %}` block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_generation"), [], [], body).set_lineno(line)
 
     def _generation(self, caller: jinja2.runtime.Macro) -> str:
-        """Return what a block writes: one in a plain template, or inside of something that is captured."""
+        """Return the output of a block in a plain template or inside a captured block."""
         text = caller()
         recorder = getattr(self.note.local, "recorder", None)
         if recorder is not None:
@@ -154,13 +154,13 @@ class TracingExtension(jinja2.ext.Extension):
         return text
 
     def instrumented(self, template: jinja2.nodes.Template) -> jinja2.nodes.Template:
-        """Return a syntax tree that takes notes while it runs; it is changed."""
+        """Instrument a syntax tree in place and return it."""
         template.body = self._instrumented(template.body, 0)
         template.set_environment(self.environment)
         return template
 
     def _instrumented(self, nodes: list[jinja2.nodes.Node], depth: int) -> list[jinja2.nodes.Node]:
-        """Return statements with the calls; those inside a macro or a captured block write nothing by themselves."""
+        """Return statements with the calls added, except inside macros and captured blocks."""
         found: list[jinja2.nodes.Node] = []
         for node in nodes:
             if isinstance(node, jinja2.nodes.CallBlock) and self._is_generation(node):
@@ -200,14 +200,14 @@ class TracingExtension(jinja2.ext.Extension):
         *,
         origins: bool,
     ) -> Trace:
-        """Run a template that was made of an instrumented tree.
+        """Run an instrumented template.
 
         Args:
             template: the template.
-            messages: each an object of its own.
-            environment_values: parts of messages that tools wrote.
-            variables: what else the template gets.
-            origins: whether the segments are wanted.
+            messages: distinct objects.
+            environment_values: parts of messages written by tools.
+            variables: the other variables of the template.
+            origins: whether to record segments.
         """
         recorder = self.note.local.recorder = _TraceRecorder()
         try:
@@ -229,8 +229,8 @@ def _written(text: str) -> jinja2.nodes.Node:
 def _segments(
     entries: Sequence[_Entry], owners: Mapping[int, int], length: int
 ) -> Iterator[tuple[int, int, int | None]]:
-    """Yield the parts of a text of some length, each with the message of the innermost loop that is at one."""
-    stack: list[tuple[int, int | None]] = []  # the depth and the owner of each iteration that goes on
+    """Yield the parts of a text, each with the message of the innermost loop that has one."""
+    stack: list[tuple[int, int | None]] = []  # depth and owner of each current iteration
     begin = 0
     for entry in entries:
         if entry.at > begin:

@@ -1,8 +1,8 @@
-"""Which characters of a conversation an assistant wrote.
+"""Find the characters of a rendered conversation that belong to the assistant's turns.
 
-A template with `{% generation %}` marks says so itself. Of another one, an assistant wrote what the template writes in
-the iteration of its loop that is at the assistant's message, but for the header that the prompt for a turn ends with
-and for what other messages brought in, such as the answer of a tool.
+A template with `{% generation %}` blocks marks them itself. For other templates, a turn is the output of the loop
+iteration at the assistant's message, without the header that the generation prompt ends with and without content of
+other messages, such as tool results.
 """
 
 import re
@@ -14,17 +14,17 @@ from mlxflow.data.chat_compiler import CompiledTemplate, Message, TemplateProble
 from mlxflow.data.chat_tracing import Trace
 from mlxflow.data.control_tokens import ControlTokens
 
-#: (begin, end, number of the message) of a part of a text that an assistant wrote.
+#: (begin, end, number of the message) of a part of an assistant's turn.
 Span = tuple[int, int, int | None]
 
-# What opens an assistant's thoughts. Some prompts end with it; it is part of the answer all the same.
+# Opens an assistant's reasoning. Some generation prompts end with it; it still counts as part of the turn.
 _THOUGHTS = re.compile(r"[<\[][^<>\[\]]*(?:think|thought)", re.IGNORECASE)
 
 _TALKERS = ("system", "developer", "user", "assistant")
 
 _CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
-# Conversations that an assistant answers next.
+# Probe conversations whose next turn is the assistant's.
 _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "a"}],
     [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}],
@@ -37,13 +37,13 @@ _PROBES: tuple[list[Message], ...] = (
 
 
 class TurnFinder:
-    """Finds the turns of assistants.
+    """Finds the assistant's turns in rendered conversations.
 
     Args:
-        template: writes the conversations.
-        control_tokens: one of them may end a turn.
-        end_of_text: the text of the token that ends a document, or "".
-        has_marks: the template has `{% generation %}` marks.
+        template: renders the conversations.
+        control_tokens: candidates for the end-of-turn token.
+        end_of_text: the text of the end-of-text token, or "".
+        has_marks: whether the template has `{% generation %}` blocks.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class TurnFinder:
         self._has_marks = has_marks
 
     def needs_origins(self, messages: Sequence[Message]) -> bool:
-        """Return whether the turns of a conversation can be found only in a trace with segments."""
+        """Return whether finding the turns of a conversation needs a trace with segments."""
         return not self._has_marks or any(message["role"] not in _TALKERS for message in messages)
 
     def find(self, messages: Sequence[Message], tools: Any, trace: Trace) -> list[Span]:
         """Return the spans in the trace of a conversation, in order.
 
         Raises:
-            TemplateProblem: the template leaves a part of the conversation out.
+            TemplateProblem: the template omits a part of the conversation.
         """
         _check_calls(messages, tools, trace.text)
         answers = self._answers_elsewhere(messages, tools, trace)
@@ -80,13 +80,13 @@ class TurnFinder:
 
     @staticmethod
     def owners(trace: Trace, spans: Sequence[Span]) -> list[int | None]:
-        """Return for each span the number of the message that it belongs to, None where that is not known."""
+        """Return the message number of each span; None if unknown."""
         return [owner if owner is not None else _owner(trace, begin) for begin, _, owner in spans]
 
     def _turn(
         self, messages: Sequence[Message], tools: Any, trace: Trace, number: int, begin: int, end: int
     ) -> Iterator[Span]:
-        """Yield what an assistant wrote of a part of the text that the template wrote for its message."""
+        """Yield the spans written by the assistant within the part of the text that belongs to its message."""
         text = trace.text
         is_first = not any(owner == number and stop <= begin for _, stop, owner in trace.segments)
         if is_first:
@@ -101,7 +101,7 @@ class TurnFinder:
     # --- headers
 
     def _header_length(self, messages: Sequence[Message], tools: Any, number: int, text: str) -> int:
-        """Return how many characters of what is written for a message are the header that its prompt ends with."""
+        """Return the length of the header, with which the generation prompt ends, at the start of a message's text."""
         if length := _length_of_one(self._headers, text):
             return length
         if not self._headers:
@@ -113,7 +113,7 @@ class TurnFinder:
 
     @cached_property
     def _headers(self) -> list[str]:
-        """What the template ends its prompts with, the longest first; empty if it has no such thing."""
+        """The endings of the template's generation prompts, longest first; empty if it has none."""
         found: set[str] = set()
         for probe in _PROBES:
             try:
@@ -123,9 +123,9 @@ class TurnFinder:
         return sorted(found, key=lambda header: (-len(header), header))
 
     def _headers_after(self, messages: Sequence[Message], tools: Any) -> list[str]:
-        """Return what may be the header that the template writes when it asks for an answer, without opened thoughts.
+        """Return candidates for the header of the generation prompt, without opened reasoning.
 
-        Most write it behind their loop over the messages, some in its last iteration.
+        Most templates write it after their loop over the messages, some in its last iteration.
         """
         trace = self._template.trace(messages, tools, prompt=True)
         without = self._template.trace(messages, tools)
@@ -137,13 +137,13 @@ class TurnFinder:
         cut = (_THOUGHTS.split(header, maxsplit=1)[0] for header in found)
         return [header for header in cut if header.strip()]
 
-    # --- templates that do not loop over the messages, or write one message where they are at another
+    # --- templates that do not loop over the messages, or write one message in the iteration of another
 
     def _answers_elsewhere(self, messages: Sequence[Message], tools: Any, trace: Trace) -> list[tuple[int, int]]:
-        """Return the parts of a text with answers of tools for which no iteration of a loop writes anything.
+        """Return the parts of a text with tool results for which no loop iteration writes anything.
 
         Raises:
-            TemplateProblem: the template leaves such an answer out.
+            TemplateProblem: the template omits such a result.
         """
         others = [number for number, one in enumerate(messages) if one["role"] not in _TALKERS and one.get("content")]
         shown = {owner for _, _, owner in trace.segments} if others else set()
@@ -159,13 +159,13 @@ class TurnFinder:
         return found
 
     def _turn_elsewhere(self, messages: Sequence[Message], tools: Any, trace: Trace, number: int) -> Iterator[Span]:
-        """Yield the answer of an assistant for which no iteration of a loop writes anything, with its end."""
+        """Yield an assistant's turn, with its end token, for which no loop iteration writes anything."""
         marked = self._template.trace_marked(messages, tools, [number])
         for begin, end in marked.marks if marked.text == trace.text else ():
             yield begin, self._end_of_turn(trace.text, end), number
 
     def _end_of_turn(self, text: str, end: int) -> int:
-        """Return where a turn ends whose content ends somewhere: behind a control token that follows it."""
+        """Return the end of a turn whose content ends at a position: after a control token that follows it."""
         for token in sorted(self._control_tokens.texts, key=len, reverse=True):
             if text.startswith(token, end):
                 after = end + len(token)
@@ -174,7 +174,7 @@ class TurnFinder:
 
 
 def _regions(trace: Trace, messages: Sequence[Message]) -> Iterator[tuple[int, int, int]]:
-    """Yield (number, begin, end) of the parts of a text that were written for an assistant's message."""
+    """Yield (number, begin, end) of the parts of a text that belong to an assistant's message."""
     number, begin, end = -1, 0, 0
     for low, high, owner in trace.segments:
         if owner == number and low == end:
@@ -197,7 +197,7 @@ def _length_of_one(headers: Iterable[str], text: str) -> int:
 
 
 def _header_at(text: str, header: str) -> int:
-    """Return the length of the white space and the header that a text begins with, 0 if it begins otherwise."""
+    """Return the length of the white space and header at the start of a text; 0 without a header."""
     core = header.lstrip()
     begin = len(text) - len(text.lstrip())
     for wanted in (core, core.rstrip()):
@@ -218,10 +218,10 @@ def _without(span: Span, begin: int, end: int) -> Iterator[Span]:
 
 
 def _check_calls(messages: Sequence[Message], tools: Any, text: str) -> None:
-    """Refuse a text without the calls and the tools of its conversation.
+    """Refuse a text that omits the tool calls or the tools of its conversation.
 
     Raises:
-        TemplateProblem: one of them is not in it.
+        TemplateProblem: one of them is missing.
     """
     for number, message in enumerate(messages, 1):
         for call in message.get("tool_calls") or ():

@@ -1,9 +1,9 @@
-"""The chat template of a tokenizer that is trained here: OpenAI's ChatML, with calls of tools as Hermes writes them."""
+"""The chat template of newly trained tokenizers: OpenAI's ChatML, with tool calls in the format of Hermes."""
 
 #: The token that ends a turn.
 TURN_END = "<|im_end|>"
 
-#: Jinja. Thoughts stand before the answer, tools in the system message, calls and answers of tools each in tags.
+#: Jinja. Reasoning comes before the answer, tools in the system message, tool calls and results each in tags.
 CHATML = """\
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}

@@ -1,8 +1,8 @@
-"""Control tokens that are part of a message: they are text, only a template writes control tokens.
+"""Control tokens inside messages are encoded as plain text; only those written by a template are control tokens.
 
-While a template runs, such a token stands between two noncharacters. They show afterwards which control tokens came
-out of a message; the text is then encoded by a tokenizer that knows the template's control tokens by other names, so
-that all others are text like any other to it.
+While a template runs, such a token is enclosed in two Unicode noncharacters. They mark in the output which control
+tokens came from a message. The text is then encoded by a tokenizer in which the template's control tokens are
+renamed, so that the others are plain text to it.
 """
 
 import json
@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Noncharacters: no text holds them, Unicode keeps them for a program's own use.
+# Noncharacters: reserved by Unicode for internal use, so no text should contain them.
 _LITERAL_BEGIN, _LITERAL_END, _MARK_BEGIN, _MARK_END, _NAME_BEGIN, _NAME_END = "\ufdd0\ufdd1\ufdd2\ufdd3\ufdd4\ufdd5"
 
-#: Written around what a `{% generation %}` block writes.
+#: Written around the output of a `{% generation %}` block.
 GENERATED_BEGIN, GENERATED_END = "\ufdd6\ufdd7"
 
 _OPENINGS = (_LITERAL_BEGIN, _MARK_BEGIN, GENERATED_BEGIN)
@@ -27,12 +27,12 @@ _MARKERS = re.compile("([\ufdd0-\ufdd3\ufdd6\ufdd7])")
 _RESERVED = re.compile("[\ufdd0-\ufdd7]")
 _ESCAPED = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-3])")
 
-# Tokens around an assistant's thoughts, which end no turn even where they stand at its end.
+# Tokens around an assistant's reasoning, which never count as the end of a turn.
 _THOUGHTS = re.compile("think|thought", re.IGNORECASE)
 
 
 class ReservedCharacterError(Exception):
-    """A text holds one of the noncharacters that are used here."""
+    """A text contains one of the noncharacters reserved here."""
 
 
 class ControlTokens:
@@ -53,14 +53,14 @@ class ControlTokens:
         self._lengths = sorted({len(text) for text in self._ends}, reverse=True)
 
     def may_be_in(self, encoded: str) -> bool:
-        """Return whether a JSON text, non-ASCII characters escaped, may hold a control token or a noncharacter."""
+        """Return whether an ASCII JSON text may contain a control token or a noncharacter."""
         return self._suspects.search(encoded) is not None
 
     def enclosed(self, value: Any) -> Any:
         """Return a JSON value with each control token in its texts between noncharacters.
 
         Raises:
-            ReservedCharacterError: it holds one of U+FDD0 to U+FDD7.
+            ReservedCharacterError: it contains one of U+FDD0 to U+FDD7.
         """
         if isinstance(value, str):
             if _RESERVED.search(value):
@@ -73,17 +73,17 @@ class ControlTokens:
         return value
 
     def ending(self, text: str, begin: int, end: int, literals: Sequence[tuple[int, int]] = ()) -> tuple[str, int]:
-        """Return the control token that a part of a text closes with, white space aside, and where it begins.
+        """Return the control token at the end of a part of a text, ignoring white space, and its position.
 
         Args:
-            text: what a template wrote.
+            text: output of a template.
             begin: of the part.
             end: of the part.
-            literals: (begin, end) of control tokens that are text; none of them closes anything.
+            literals: (begin, end) of control tokens that are plain text, which do not count.
 
         Returns:
             token: "" if there is none.
-            at: where it begins; the end of the part if there is none.
+            at: its position; the end of the part if there is none.
         """
         stop = begin + len(text[begin:end].rstrip())
         for length in self._lengths:
@@ -93,7 +93,7 @@ class ControlTokens:
         return "", end
 
     def written(self, text: str, literals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return (begin, end) of each control token of a text that is not one of the literals."""
+        """Return (begin, end) of each control token of a text except the literals."""
         found, at = [], 0
         for begin, end in [*literals, (len(text), len(text))]:
             found += [match.span() for match in self._pattern.finditer(text, at, begin)]
@@ -102,7 +102,7 @@ class ControlTokens:
 
 
 def marked(value: Any) -> Any:
-    """Return a JSON value whose texts are marked, inside of the white space that a template may strip."""
+    """Return a JSON value with marked texts; the marks are inside white space that a template may strip."""
     if isinstance(value, str):
         core = value.strip()
         begin = value.index(core)
@@ -113,18 +113,18 @@ def marked(value: Any) -> Any:
 
 
 def unescaped(text: str) -> str:
-    """Return a JSON text with the noncharacters used here as they are, not as escape sequences."""
+    """Return a JSON text with the reserved noncharacters unescaped."""
     return _ESCAPED.sub(lambda match: match[1] + chr(int(match[2], 16)), text)
 
 
 class Stripper:
-    """Puts a text together from its blocks, without the noncharacters.
+    """Joins the blocks of a text and removes the noncharacters.
 
     Attributes:
         position: characters so far.
-        literals: (begin, end) of the control tokens that stood between noncharacters.
-        marks: (begin, end) of what was marked.
-        generated: (begin, end) of what an assistant wrote.
+        literals: (begin, end) of the control tokens that were enclosed in noncharacters.
+        marks: (begin, end) of the marked parts.
+        generated: (begin, end) of assistant output.
         blocks: of the text.
     """
 
@@ -159,12 +159,12 @@ class Stripper:
         return is_marked
 
     def _close(self, opening: str, found: list[tuple[int, int]]) -> None:
-        begin = self._begins.pop(opening, self.position)  # a template may have parted a text
+        begin = self._begins.pop(opening, self.position)  # a template may have split a text
         if begin < self.position:
             found.append((begin, self.position))
 
     def length(self, text: str) -> int:
-        """Return how many characters of a text are none of the noncharacters."""
+        """Return the number of characters of a text without the noncharacters."""
         return len(text) if text.isascii() else len(_MARKERS.sub("", text))
 
 
@@ -173,7 +173,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: (T,)
-        bounds: (T, 2) the characters that each token stands for.
+        bounds: (T, 2) the characters of each token.
     """
 
     ids: "NDArray[np.uint32]"
@@ -181,7 +181,7 @@ class Encoded(NamedTuple):
 
 
 class LiteralEncoder:
-    """Encodes texts in which some control tokens are text.
+    """Encodes texts in which some control tokens are plain text.
 
     Args:
         definition: `tokenizer.json`.
@@ -207,14 +207,14 @@ class LiteralEncoder:
         self._forbidden = np.array([index for index in found if index is not None], np.uint32)
 
     def encode(self, text: str, literals: Sequence[tuple[int, int]]) -> Encoded | None:
-        """Return the tokens of a text; None where the tokenizer makes a control token even of plain text.
+        """Return the tokens of a text; None if the tokenizer turns even plain text into a control token.
 
         Args:
-            text: what a template wrote.
-            literals: (begin, end) of the control tokens in it that are text, in order.
+            text: output of a template.
+            literals: (begin, end) of the control tokens in it that are plain text, in order.
         """
         pieces: list[str] = []
-        begins, ends = [0], [0]  # of each piece, in the text and in what is encoded
+        begins, ends = [0], [0]  # of each piece, in the text and in the encoded text
         at = size = 0
         for begin, end in self._control_tokens.written(text, literals):
             name = self._names.get(text[begin:end])
@@ -237,7 +237,7 @@ class LiteralEncoder:
 def _translated(
     offsets: "NDArray[np.int64]", source: "NDArray[np.int64]", target: "NDArray[np.int64]", length: int
 ) -> "NDArray[np.int64]":
-    """Return positions of one text as positions of another, given where the pieces of both begin."""
+    """Translate positions in one text to positions in another, given the starts of the pieces of both."""
     piece = np.searchsorted(source, offsets, side="right") - 1
     limits = np.append(target[1:], length)
     moved: NDArray[np.int64] = np.minimum(target[piece] + offsets - source[piece], limits[piece])

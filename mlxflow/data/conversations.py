@@ -1,8 +1,8 @@
-"""Records of conversations, in the forms in which data sets keep them, as one form that chat templates know.
+"""Convert conversation records of the common data set formats to the messages that chat templates take.
 
-Known are messages (`role` and `content`, as OpenAI writes them), ShareGPT (`conversations` of `from` and `value`),
-prompt and completion, each a text or messages, and Alpaca (`instruction`, `input` and `output`). Keys without a value,
-which tables have for every record, are left out everywhere, so that a record is the same from any container.
+Supported are messages (`role` and `content`, as in OpenAI's format), ShareGPT (`conversations` of `from` and `value`),
+prompt and completion, each a text or messages, and Alpaca (`instruction`, `input` and `output`). Keys with a null
+value, which tables have in every record, are removed, so that a record is equal from any container.
 """
 
 import json
@@ -17,7 +17,7 @@ CHAT_KEYS = ("messages", "conversations")
 COMPLETION_KEYS = ("prompt", "completion")
 ALPACA_KEYS = ("instruction", "output")
 
-#: What a record of a conversation may have besides.
+#: Further keys of a conversation record.
 COMPANION_KEYS = ("tools", "functions", "system", "input", "history")
 
 
@@ -29,9 +29,9 @@ class Conversation(NamedTuple):
     """A conversation.
 
     Attributes:
-        messages: each with a "role" and what else it has: "content", "tool_calls", "reasoning_content", "name" ...
+        messages: each with a "role" and possibly "content", "tool_calls", "reasoning_content", "name" ...
         tools: JSON schemas of functions, or None.
-        untrained: the numbers of the assistants' messages that are not trained on, from 0.
+        untrained: the numbers, from 0, of assistant messages that are not trained on.
     """
 
     messages: list[dict[str, Any]]
@@ -43,7 +43,7 @@ def read_chat(record: Mapping[str, Any]) -> Conversation:
     """Return the conversation of a record with `messages` or `conversations`.
 
     Raises:
-        RecordProblem: it is none.
+        RecordProblem: the record is not valid.
     """
     key = next((key for key in CHAT_KEYS if _is_given(record.get(key))), CHAT_KEYS[0])
     found = read_messages(record.get(key), key)
@@ -56,7 +56,7 @@ def read_completion(record: Mapping[str, Any]) -> Conversation:
     """Return the conversation of a record with `prompt` and `completion`; only the completion is trained on.
 
     Raises:
-        RecordProblem: it is none.
+        RecordProblem: the record is not valid.
     """
     prompt, completion = (
         read_messages(record[key], key) if isinstance(record.get(key), list | dict) else [_said(record, key, role)]
@@ -70,7 +70,7 @@ def read_alpaca(record: Mapping[str, Any]) -> Conversation:
     """Return the conversation of a record with `instruction`, `output` and perhaps `input`, `system` and `history`.
 
     Raises:
-        RecordProblem: it is none.
+        RecordProblem: the record is not valid.
     """
     system = [_said(record, "system", "system")] if record.get("system") else []
     question, answer = _said(record, "instruction", "user"), _said(record, "output", "assistant")
@@ -86,7 +86,7 @@ def read_alpaca(record: Mapping[str, Any]) -> Conversation:
     return _conversation([*system, *earlier, question, answer], record)
 
 
-#: What reads a record of each form.
+#: The reader of each form.
 READERS = {"chat": read_chat, "completions": read_completion, "alpaca": read_alpaca}
 
 
@@ -95,14 +95,14 @@ def form_of(record: Mapping[str, Any], format_: str, text_key: str) -> str:
 
     Args:
         record: an object.
-        format_: what it should be; "auto" takes the first form whose keys have values.
-        text_key: the key of a text.
+        format_: the expected form; "auto" takes the first form whose keys have values.
+        text_key: the key of the text.
     """
     given = {key for key, value in record.items() if _is_given(value)}
     if format_ != "auto":
         is_alpaca = format_ == "completions" and given.issuperset(ALPACA_KEYS) and "completion" not in given
         return "alpaca" if is_alpaca else format_
-    for keys in (given, record.keys()):  # tables have keys without a value
+    for keys in (given, record.keys()):  # tables have keys with null values
         if keys >= set(COMPLETION_KEYS):
             return "completions"
         if keys & set(CHAT_KEYS):
@@ -120,19 +120,19 @@ def has_messages(record: Mapping[str, Any]) -> bool:
 
 
 class Template(Protocol):
-    """What is asked of a chat template here."""
+    """The interface of chat templates that is used here."""
 
     @property
     def takes_parts(self) -> bool:
-        """Whether it writes the texts of a content that is a list of parts."""
+        """Whether it renders a content that is a list of text parts."""
 
     @property
     def takes_text(self) -> bool:
-        """Whether it writes a content that is text."""
+        """Whether it renders a content that is a text."""
 
 
 def shaped(messages: Sequence[dict[str, Any]], template: Template) -> list[dict[str, Any]]:
-    """Return messages with contents in a form that a template writes: as they are, else as text, else as parts."""
+    """Return messages with contents in a form that a template renders: unchanged, else as text, else as parts."""
     made = []
     for message in messages:
         content = message.get("content")
@@ -149,7 +149,7 @@ def _is_given(value: object) -> bool:
 
 
 def _said(record: Mapping[str, Any], key: str, role: str) -> dict[str, Any]:
-    """Return a message whose content is the text under a key of a record."""
+    """Return a message with the text of a record's key as content."""
     if not isinstance(record.get(key), str):
         raise RecordProblem(f'"{key}" is {kind(record.get(key))}: expected text')
     return {"role": role, "content": record[key]}
@@ -167,7 +167,7 @@ def _conversation(messages: list[dict[str, Any]], record: Mapping[str, Any]) -> 
 
 
 def _is_untrained(message: dict[str, Any], number: int) -> bool:
-    """Return whether the flags of a message say that it is not trained on; what is wrong with one is raised."""
+    """Return whether the flags of a message exclude it from training; an invalid flag raises `RecordProblem`."""
     weight, train = message.get("weight", 1), message.get("train")
     if weight not in (0, 1):
         raise RecordProblem(f"message {number}: weight = {json.dumps(weight)}: expected 0 or 1")
@@ -183,9 +183,9 @@ def _is_untrained(message: dict[str, Any], number: int) -> bool:
 def _tools(record: Mapping[str, Any]) -> list[Any] | None:
     """Return the tools of a record."""
     tools = record.get("tools")
-    if isinstance(tools, str) and tools:  # as tables keep them
+    if isinstance(tools, str) and tools:  # JSON text, as in tables
         tools = parse_json_key(tools, "tools")
-    if not tools and _is_given(functions := record.get("functions")):  # of OpenAI's first form
+    if not tools and _is_given(functions := record.get("functions")):  # OpenAI's legacy format
         parsed = parse_json_key(functions, "functions") if isinstance(functions, str) else functions
         tools = [{"type": "function", "function": one} for one in parsed] if isinstance(parsed, list) else parsed
     if not tools:
@@ -199,9 +199,9 @@ def looks_like_record(value: Any, format_: str, text_key: str) -> bool:
     """Return whether a JSON value is an object with all the keys of a known form.
 
     Args:
-        value: any.
-        format_: what records hold, as in `form_of`.
-        text_key: the key of a text.
+        value: any value.
+        format_: the expected form, as in `form_of`.
+        text_key: the key of the text.
     """
     if not isinstance(value, dict):
         return False
@@ -213,12 +213,12 @@ def looks_like_record(value: Any, format_: str, text_key: str) -> bool:
 
 
 def decoded_cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of CSV with its cells that hold messages as JSON decoded; an empty cell is one without a value.
+    """Return a row of CSV with the cells that contain messages as JSON decoded; an empty cell is null.
 
-    The text of a prompt or a completion may be empty, so theirs stays as it is.
+    The text of a prompt or a completion may be empty, so these cells are unchanged.
 
     Raises:
-        ValueError: one is no valid JSON.
+        ValueError: a cell is no valid JSON.
     """
     made: dict[str, Any] = {}
     for key, cell in row.items():

@@ -1,10 +1,10 @@
-"""The figures of a source of documents, as a report holds them."""
+"""The figures of a document source in the report of `pretokenize`."""
 
 from mlxflow.storage.report_structs import Count, ReportTable
 
 
 class DocumentLengths(ReportTable, frozen=True):
-    """Quantiles of the tokens of a document; all None where there is no document.
+    """Quantiles of the number of tokens of a document; all None without documents.
 
     Attributes:
         smallest: of all documents.
@@ -22,7 +22,7 @@ class DocumentLengths(ReportTable, frozen=True):
 
 
 class SourceFigures(ReportTable, frozen=True, kw_only=True):
-    """One entry of the sources, and what of it was left out.
+    """One entry of the sources: what was read and what was left out.
 
     Attributes:
         path: as the workflow names it.
@@ -31,8 +31,8 @@ class SourceFigures(ReportTable, frozen=True, kw_only=True):
         weight: how often an epoch shows each document.
         files: read.
         documents: read.
-        train_documents: on the training side.
-        validation_documents: on the validation side.
+        train_documents: in the training split.
+        validation_documents: in the validation split.
         test_documents: kept out of training.
         duplicates: left out.
         tokens: of all documents.

@@ -1,4 +1,4 @@
-"""What the settings of a corpus are called where the user wrote them, for messages."""
+"""The names of a corpus's settings for messages: workflow keys, or argument names of a call from Python."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ class CorpusNames(NamedTuple):
     """Names of the settings of a corpus.
 
     Attributes:
-        table: that holds them, such as "pretokenize"; empty for a call from Python.
+        table: of the settings, such as "pretokenize"; empty for a call from Python.
     """
 
     table: str = ""

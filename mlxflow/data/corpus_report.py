@@ -1,4 +1,4 @@
-"""What is reported of a corpus: its sources, what was left out of them, and what a user should know of its sides."""
+"""The report of a corpus: figures of its sources, what was left out, and warnings about its splits."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,9 +25,9 @@ class CorpusContents(NamedTuple):
     Attributes:
         settings: the entries of the sources.
         files: in the order of the corpus.
-        shards: of each.
-        selection: what became of the documents.
-        held_out: the share of each training document that is held out because no whole one is; else 0.
+        shards: of each file.
+        selection: the split of each document.
+        held_out: the share of each training document that is held out because no whole document is; else 0.
     """
 
     settings: Sequence[SourceSettings]
@@ -37,12 +37,12 @@ class CorpusContents(NamedTuple):
     held_out: float
 
     def count(self, side: int, members: Sequence[int] | None = None) -> int:
-        """Return how many documents are on a side, of all files or of some, by their numbers."""
+        """Return the number of documents in a split, of all files or of the files with the given numbers."""
         chosen = self.selection.sides if members is None else [self.selection.sides[i] for i in members]
         return sum(int((one == side).sum()) for one in chosen)
 
     def names(self, side: str) -> list[str]:
-        """Return the files, and the splits of data sets, that are on a side by their names, each once."""
+        """Return the files and data set splits whose names assign them to a split, each once."""
         found = [file for file in self.files if file.side == side and not self.settings[file.source].is_validation]
         return list(dict.fromkeys(file.name.rpartition("[")[0] if file.read else file.name for file in found))
 
@@ -51,7 +51,7 @@ class CorpusContents(NamedTuple):
 
 
 def first_names(contents: CorpusContents, side: str) -> list[str]:
-    """Return the first files, and splits of data sets, that are on a side by their names.
+    """Return the first files and data set splits whose names assign them to a split.
 
     Args:
         contents: the corpus.
@@ -61,18 +61,18 @@ def first_names(contents: CorpusContents, side: str) -> list[str]:
 
 
 def bad_records(contents: CorpusContents) -> list[str]:
-    """Return the first records that could not be read, a line each: file, place and reason."""
+    """Return a line for each of the first unreadable records: file, position and reason."""
     pairs = zip(contents.files, contents.shards, strict=True)
     return [line for file, shard in pairs for line in problems_of(file, shard)][: 5 * MOST_TOLD]
 
 
 def account(contents: CorpusContents, number: int, *, capacity: int) -> SourceFigures:
-    """Return what is reported of one source.
+    """Return the figures of one source.
 
     Args:
         contents: the corpus.
         number: of the source.
-        capacity: tokens that a row holds.
+        capacity: tokens per row.
     """
     entry = contents.settings[number]
     members = [i for i, file in enumerate(contents.files) if file.source == number]
@@ -121,15 +121,15 @@ def _quantiles(lengths: "NDArray[np.int64]") -> DocumentLengths:
     return DocumentLengths(*map(int, np.quantile(lengths, [0.0, 0.05, 0.5, 0.95, 1.0], method="lower")))
 
 
-# --- what a user should know
+# --- warnings
 
 
 def warnings(contents: CorpusContents, counts: dict[str, Counts]) -> Iterator[str]:
-    """Yield what a user should know of the sides, a sentence each.
+    """Yield warnings about the splits, one sentence each.
 
     Args:
         contents: the corpus.
-        counts: what became of the documents of each side.
+        counts: figures of the documents of each split.
     """
     for side, use in (("test", "used only to find duplicates"), ("validation", "used for validation")):
         if names := contents.names(side):
@@ -146,11 +146,11 @@ def warnings(contents: CorpusContents, counts: dict[str, Counts]) -> Iterator[st
 
 
 def summary(contents: CorpusContents, counts: dict[str, Counts]) -> str:
-    """Return what came out and what was left out, in one line.
+    """Return one line with the figures of both splits and of everything left out.
 
     Args:
         contents: the corpus.
-        counts: what became of the documents of each side.
+        counts: figures of the documents of each split.
     """
     use = {"train": "to train on", "validation": "to validate on"}
     made = ", ".join(
@@ -170,12 +170,12 @@ def summary(contents: CorpusContents, counts: dict[str, Counts]) -> str:
 
 
 def count_of(count: int, noun: str) -> str:
-    """Return a number with a noun in the singular or plural; "without" and what follows stay as they are."""
+    """Return a number with a noun in the singular or plural; "without" and the words after it are unchanged."""
     head, space, rest = noun.partition(" without ")
     return f"{count:,} {head}{'s' * (count != 1)}{space}{rest}"
 
 
 def list_some(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
+    """Return the first names of a list and the number of the others."""
     more = [f"{len(names) - _NAMED:,} more"] if len(names) > _NAMED else []
     return ", ".join([*names[:_NAMED], *more])

@@ -1,4 +1,4 @@
-"""Tables of a workflow that name the sources of a corpus and its tokenizer; imports no MLX."""
+"""The workflow tables of a corpus's sources and tokenizer; imports no MLX."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ Format = Literal["auto", "text", "chat", "completions"]
 
 
 class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An entry of `pretokenize.sources` that is a table."""
+    """An entry of `pretokenize.sources` written as a table."""
 
     path: Annotated[str, Meta(description="a source, as in an entry that is text")]
     weight: Annotated[float, Meta(gt=0, le=1000, description="how often an epoch repeats its documents")] = 1.0
@@ -27,7 +27,7 @@ class SourceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = ""
 
     def problems(self) -> Iterator[Problem]:
-        """Yield parts of a data set that cannot be, or of something that is none."""
+        """Yield invalid splits and slices, and data set keys of a source that is no data set."""
         for key in ("config", "split"):
             if (value := getattr(self, key)) and not self.path.startswith(HF):
                 yield Problem(key, value, "is for a data set, and path names none", f'Write path = "{HF}...".')
@@ -64,7 +64,7 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 50_000_000
 
     def problems(self) -> Iterator[Problem]:
-        """Yield a size for a tokenizer that exists."""
+        """Yield a vocabulary size that is set for an existing tokenizer."""
         if self.from_ and self.vocab_size != 2048:
             expected = "is for a tokenizer trained here, and tokenizer.from names one that exists"
             yield Problem("vocab_size", self.vocab_size, expected, "Remove one of the two.")

@@ -9,13 +9,13 @@ from mlxflow.data.split_slices import parse_slices
 from mlxflow.errors import SourceError, reason_of
 from mlxflow.workflow.config import toml_value
 
-# Rows that are tokenized and kept as one shard
+# Rows that are tokenized as one shard
 _ROWS_PER_PART = 20_000
 _ROWS_PER_READ = 1000
 
 
 class DataSetPart(NamedTuple):
-    """Some rows of a split; one shard is made of them.
+    """Some rows of a split, tokenized as one shard.
 
     Attributes:
         split: its name.
@@ -30,7 +30,7 @@ class DataSetPart(NamedTuple):
     rows: Any
 
     def read(self) -> Iterator[list[Record]]:
-        """Yield the rows as records, numbered from 1 as the split numbers them."""
+        """Yield the rows as records, numbered from 1 within the split."""
         for first in range(self.begin, self.end, _ROWS_PER_READ):
             columns = self.rows[first : min(first + _ROWS_PER_READ, self.end)]
             names = list(columns)
@@ -41,11 +41,11 @@ class DataSetPart(NamedTuple):
 
 
 def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[DataSetPart]:
-    """Yield the parts of a data set, in the order in which they are asked for.
+    """Yield the requested parts of a data set, in the requested order.
 
     Args:
         splits: by name.
-        split: the rows that are wanted, such as `train[:1%]+validation`; empty for all.
+        split: the requested rows, such as `train[:1%]+validation`; empty for all.
         key: the entry's key, for messages.
 
     Raises:
@@ -63,7 +63,7 @@ def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Dat
         except ValueError as error:
             raise SourceError(f"{key}.split = {toml_value(split)}: {error}. Name rows that are there.") from error
     for name, begin, end in wanted:
-        while begin < end:  # parts end at the same rows whatever is asked for, so that shards are used again
+        while begin < end:  # parts end at fixed rows for any request, so that shards can be reused
             until = min(end, begin - begin % _ROWS_PER_PART + _ROWS_PER_PART)
             yield DataSetPart(name, begin, until, splits[name])
             begin = until
@@ -74,12 +74,12 @@ def load(source: str, folder: Path | None, *, config: str, key: str) -> dict[str
 
     Args:
         source: as written, for messages.
-        folder: where it lies; None for a data set of the hub.
+        folder: its folder; None for a data set on the hub.
         config: the name of a configuration; empty for the only one.
         key: the entry's key, for messages.
 
     Raises:
-        SourceError: it cannot be loaded, or has not this configuration, or several and none was named.
+        SourceError: it cannot be loaded, lacks the configuration, or has several and none is named.
     """
     try:
         import datasets
@@ -95,7 +95,7 @@ def load(source: str, folder: Path | None, *, config: str, key: str) -> dict[str
             loaded = datasets.load_from_disk(path)
         else:
             loaded = datasets.load_dataset(path, config or None, revision=revision or None)
-    except Exception as error:  # of many kinds: no such data set, no network, a file of another form
+    except Exception as error:  # any exception: no such data set, no network, an invalid file
         known = _configurations(path, revision)
         raise SourceError(_load_problem(source, config, known, key, error)) from error
     if isinstance(loaded, dict):
@@ -120,10 +120,10 @@ def _no_config(key: str, config: str, known: Sequence[str]) -> str:
 
 
 def _configurations(name: str, revision: str) -> list[str]:
-    """Return the names of a data set's configurations, none where they cannot be looked up."""
+    """Return the names of a data set's configurations; empty if they cannot be looked up."""
     import datasets
 
     try:
         return [str(one) for one in datasets.get_dataset_config_names(name, revision=revision or None)]
-    except Exception:  # of many kinds, and what went wrong at first says more
+    except Exception:  # any exception; the first error is more informative
         return []

@@ -1,4 +1,4 @@
-"""The bytes of a source file, inflated where it is compressed, in pieces of bounded size."""
+"""Read a source file in pieces of bounded size, decompressed if necessary."""
 
 import os
 import zlib
@@ -18,23 +18,23 @@ from mlxflow.system.os_errors import advise_on
 #: Bytes that are read, parsed and tokenized at a time.
 PIECE_BYTES = 1 << 20
 
-# Text shrinks 3 to 10 times, logs and records that repeat themselves 30 times; what grows more than this is a bomb.
+# Text compresses 3 to 10 times, repetitive logs and records 30 times; a larger factor is taken for a bomb.
 MAX_INFLATION = 400
 _FREE_INFLATION_BYTES = 1 << 24
-# zstd turns 4 bytes into 128 KB where all of them are alike, so it is fed little at a time.
+# zstd can expand 4 bytes to 128 KB of equal bytes, so it gets little input at a time.
 _ZSTD_FEED_BYTES = 1 << 10
 
 
 class FileProblem(Exception):  # noqa: N818 - not an error yet: the workflow may ask to skip such files
-    """A file that cannot be used as a whole; the text says where and why, without the file's name."""
+    """A file that cannot be used as a whole; the message is position and reason, without the file's name."""
 
 
-#: The setting that names a file, where the caller does not say which.
+#: The default name of the setting that names a file.
 THE_SOURCES = "the sources"
 
 
 class _HashingFile(FileIO):
-    """A file that keeps the digest of what was read of it; a reader that buffers reads each byte once."""
+    """A file that computes the digest of the bytes read so far; behind a buffered reader each byte is read once."""
 
     def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
         super().__init__(path)
@@ -59,22 +59,22 @@ def read_pieces(
     on_read: Callable[[int], None],
     source: str = THE_SOURCES,
 ) -> Iterator[bytes]:
-    """Yield a file's bytes in pieces of `PIECE_BYTES`; those of a .zst are up to 4 times as large, the last is smaller.
+    """Yield a file's bytes in pieces of `PIECE_BYTES`; up to 4 times as large for .zst, the last one smaller.
 
     Args:
         path: the file.
         compression: "", "gz" or "zst".
-        expected_digest: xxh3-128 of the file as it lies on the disk.
-        on_read: called with each number of bytes read from the disk.
+        expected_digest: xxh3-128 of the file on the disk.
+        on_read: called with the number of bytes of each read.
         source: the setting that names the file, for messages.
 
     Raises:
-        FileProblem: it cannot be inflated to its end, or inflates without end.
-        SourceError: it changed, vanished or became unreadable since its digest was taken.
+        FileProblem: it cannot be decompressed to its end, or expands without bound.
+        SourceError: it changed, vanished or became unreadable since its digest was computed.
     """
     with naming_errors(path, source), _HashingFile(path, on_read) as file:
         pieces = {"gz": _inflate_gzip, "zst": _inflate_zstd}.get(compression, _read_plain)(file)
-        with closing(pieces):  # before the file is, also when the caller stops half-way
+        with closing(pieces):  # closed before the file, also if the caller stops midway
             yield from pieces if not compression else _bounded(pieces, file)
         if file.digest.hexdigest() != expected_digest:
             raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")
@@ -82,7 +82,7 @@ def read_pieces(
 
 @contextmanager
 def naming_errors(path: Path, source: str = THE_SOURCES) -> Iterator[None]:
-    """Raise an operating system's error about a file as a `SourceError` that names it.
+    """Convert an `OSError` about a file to a `SourceError` that names it.
 
     Args:
         path: the file.
@@ -111,7 +111,7 @@ def _read(file: _HashingFile, count: int) -> bytes:
 
 
 def _bounded(pieces: Iterator[bytes], file: _HashingFile) -> Iterator[bytes]:
-    """Pass pieces on until they are more than text can have been packed into what was read so far."""
+    """Yield pieces until their total exceeds what text can have been compressed to in the bytes read so far."""
     total = 0
     for piece in pieces:
         total += len(piece)
@@ -120,14 +120,14 @@ def _bounded(pieces: Iterator[bytes], file: _HashingFile) -> Iterator[bytes]:
 
 
 def require_plausible(total: int, stored: int) -> None:
-    """Refuse data that takes far more room than text can have been packed into; a few megabytes always pass.
+    """Refuse data that is far larger than the highest compression of text allows; a few megabytes always pass.
 
     Args:
         total: bytes so far.
-        stored: bytes of the file that hold them.
+        stored: compressed bytes in the file.
 
     Raises:
-        FileProblem: it does.
+        FileProblem: the data is too large.
     """
     if total > max(_FREE_INFLATION_BYTES, MAX_INFLATION * stored):
         raise FileProblem(
@@ -146,7 +146,7 @@ def _inflate_gzip(file: _HashingFile) -> Generator[bytes]:
     except (BadGzipFile, zlib.error) as error:
         raise FileProblem(f"is no valid gzip file ({error})") from error
     finally:
-        reader.detach()  # the file is closed by who opened it
+        reader.detach()  # the caller closes the file
 
 
 def _inflate_zstd(file: _HashingFile) -> Generator[bytes]:
@@ -181,6 +181,6 @@ def _inflate_zstd(file: _HashingFile) -> Generator[bytes]:
 
 
 def _parted(data: bytes) -> Iterator[bytes]:
-    """Yield data as it is, or in pieces where a few bytes became many megabytes."""
+    """Yield data unchanged, or in pieces if a few bytes expanded to many megabytes."""
     size = PIECE_BYTES if len(data) > 4 * PIECE_BYTES else len(data)
     yield from (data[begin : begin + size] for begin in range(0, len(data), size))

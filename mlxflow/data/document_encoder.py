@@ -1,4 +1,4 @@
-"""From documents to tokens, and which of them are trained on."""
+"""Encode documents to tokens, with the spans that are trained on."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class EncodedDocument(NamedTuple):
     Attributes:
         document: it.
         parts: its ids, in several arrays.
-        spans: (S, 2) begin and end of each run of tokens that are trained on, or None for all of them.
+        spans: (S, 2) begin and end of each span of tokens that are trained on; None for all tokens.
     """
 
     document: Document
@@ -35,13 +35,13 @@ class EncodedDocument(NamedTuple):
 
 
 class Unwritable(NamedTuple):
-    """A document with a control token in a message that its tokenizer cannot write as text."""
+    """A document whose tokenizer cannot encode a control token inside a message as plain text."""
 
     document: Document
 
 
 class DocumentEncoder:
-    """Turns documents into tokens.
+    """Encodes documents to tokens.
 
     Args:
         vocabulary: the tokenizer.
@@ -63,7 +63,7 @@ class DocumentEncoder:
         return LiteralEncoder(self._vocabulary.definition, self._vocabulary.control_tokens)
 
     def encode(self, documents: Sequence[Document]) -> Iterator[EncodedDocument | Unwritable]:
-        """Yield the tokens of each document, with what begins and ends one that no template writes."""
+        """Yield the tokens of each document; those not written by a template get beginning and end tokens."""
         for document, ids in zip(documents, self._ids(documents), strict=True):
             found = None
             if document.literals:
@@ -79,7 +79,7 @@ class DocumentEncoder:
             yield self._framed(document, ids, found)
 
     def _framed(self, document: Document, ids: "NDArray[Any]", found: "NDArray[np.bool_] | None") -> EncodedDocument:
-        """Return a document's tokens with what is put around them; its end is trained on, its beginning is not."""
+        """Return a document's tokens with beginning and end tokens; the end is trained on, the beginning is not."""
         parts = [ids]
         if not document.is_templated and document.begins and len(self._prefix):
             parts.insert(0, self._prefix)
@@ -92,7 +92,7 @@ class DocumentEncoder:
         return EncodedDocument(document, parts, None if found is None else _runs(found))
 
     def _ids(self, documents: Sequence[Document]) -> "Iterator[NDArray[Any]]":
-        """Yield each document's ids in the vocabulary's type, encoded in as few calls as can be."""
+        """Yield each document's ids in the vocabulary's type, encoded in as few calls as possible."""
         begin = 0
         while begin < len(documents):
             special = documents[begin].is_templated

@@ -1,7 +1,7 @@
-"""Which documents there are, each once, on which side of the holdout each one falls, and how often it is seen.
+"""Deduplicate documents, split them into training, validation and test (the "sides"), and apply source weights.
 
-Everything follows from the hashes of the documents' contents, so a document never changes sides when the corpus
-grows. Hashes are looked at in parts, so that any number of documents fits into bounded memory.
+Decisions follow from the hashes of the documents' contents, so a document never changes sides when the corpus grows.
+Hashes are processed in parts, in bounded memory for any number of documents.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from mlxflow.data.shard import Shard
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: What becomes of a document.
+#: The possible decisions about a document.
 DUPLICATE, TRAIN, VALIDATION, TEST = 0, 1, 2, 3
 
-#: By the names that sources have for their sides; "" lets the hash decide.
+#: The decision by the side in a source's name; "" lets the hash decide.
 SIDES = {"": 0, "train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 _DOCUMENTS_PER_PART = 1 << 21
 
 
 class DocumentSelection(NamedTuple):
-    """What becomes of every document.
+    """The decisions about every document.
 
     Attributes:
         sides: for each shard (D,) DUPLICATE, TRAIN, VALIDATION or TEST.
-        repeats: for each shard (D,) how often a document is seen in an epoch; 1 on the other sides.
+        repeats: for each shard (D,) how often an epoch contains a training document; 1 on the other sides.
     """
 
     sides: "list[NDArray[np.uint8]]"
@@ -36,26 +36,26 @@ class DocumentSelection(NamedTuple):
 
 
 def is_held_out(digest: bytes, holdout: float) -> bool:
-    """Return whether a document's hash puts it on the validation side."""
+    """Return whether a document's hash assigns it to validation."""
     return int.from_bytes(digest[:8], "big") < holdout * 2**64
 
 
 def held_out_share(selection: DocumentSelection, holdout: float) -> float:
-    """Return the share of each training document that is held out because no whole document is for validation.
+    """Return the share of each training document to hold out because there is no whole document for validation.
 
-    That is so of the only document, and of documents that are all equal.
+    That is the case for a single document and for documents that are all equal.
 
     Args:
-        selection: what becomes of every document.
-        holdout: the share that is to be held out.
+        selection: the decisions about every document.
+        holdout: the share to hold out.
     """
     return 0.0 if any((side == VALIDATION).any() for side in selection.sides) else holdout
 
 
 def tail_begin(length: int, targets: "NDArray[np.bool_] | None", share: float) -> int:
-    """Return where the end of a document begins that is held out; its length where nothing can be.
+    """Return the position from which a document is held out; its length if nothing can be held out.
 
-    At least one token is predicted in the end, and one in what is left. The first token of each is never predicted.
+    At least one token is predicted in each part. The first token of each part is never predicted.
 
     Args:
         length: of the document, in tokens.
@@ -78,22 +78,22 @@ def select(
     deduplicate: bool,
     asked: Sequence[bool],
 ) -> DocumentSelection:
-    """Decide what becomes of every document.
+    """Decide on the side and the repeats of every document.
 
-    Of equal documents one stays: on the test side if any is there, else on the validation side, else the first.
+    One of equal documents is kept: on the test side if any is there, else on the validation side, else the first.
 
     Args:
         shards: in the order of the corpus.
-        fixed_sides: for each shard the side in its source's name, or ""; "train" holds only where the same source has
+        fixed_sides: for each shard the side in its source's name, or ""; "train" counts only if the same source has
             documents for validation.
         sources: for each shard the number of its source.
-        weights: for each source how often its training documents are seen in an epoch; of a fraction, that share of
-            them, the ones with the smallest hashes.
-        holdout: share of the documents of shards without a side of their own that is held out; where none falls
-            there, or all do, the one with the smallest hash is; 0 for none.
-        deduplicate: leave out all but one of equal documents; else only those that are for training and stand on
-            another side, too.
-        asked: for each shard whether it is named for validation outright: that comes before a test side.
+        weights: for each source how often an epoch contains its training documents; a fraction selects that share of
+            them, those with the smallest hashes.
+        holdout: share of the documents to hold out, of shards without a fixed side; if that is none or all of them,
+            the one with the smallest hash; 0 for none.
+        deduplicate: keep only one of equal documents; otherwise drop only training documents that are also on another
+            side.
+        asked: for each shard whether it is configured for validation, which has priority over a test side.
     """
     sides = _initial_sides(shards, _binding_sides(shards, fixed_sides, sources), holdout)
     ranks = [
@@ -108,7 +108,7 @@ def select(
 
 
 def _binding_sides(shards: Sequence[Shard], fixed_sides: Sequence[str], sources: Sequence[int]) -> list[str]:
-    """Return the sides of sources without "train" where the same source has no document for validation."""
+    """Return the sides of sources, without "train" if the same source has no document for validation."""
     measured = {
         source
         for shard, fixed, source in zip(shards, fixed_sides, sources, strict=True)
@@ -121,7 +121,7 @@ def _binding_sides(shards: Sequence[Shard], fixed_sides: Sequence[str], sources:
 
 
 def _initial_sides(shards: Sequence[Shard], fixed_sides: Sequence[str], holdout: float) -> "list[NDArray[np.uint8]]":
-    """Return the side of each document before duplicates are dropped; both sides have one where that is possible."""
+    """Return the side of each document before duplicates are dropped; both sides get a document if possible."""
     sides = [_sides(shard, SIDES[fixed], holdout) for shard, fixed in zip(shards, fixed_sides, strict=True)]
     if not holdout:
         return sides
@@ -140,7 +140,7 @@ def _sides(shard: Shard, fixed: int, holdout: float) -> "NDArray[np.uint8]":
 
 
 def _hold_out_one(shards: Sequence[Shard], fixed_sides: Sequence[str], sides: "list[NDArray[np.uint8]]") -> None:
-    """Move the document with the smallest hash, and all its equals, to the validation side, if another one stays."""
+    """Move the document with the smallest hash, and its duplicates, to the validation side if another one remains."""
     smallest: tuple[int, int] | None = None
     hashes = {
         i: shard.documents().hashes for i, shard in enumerate(shards) if not fixed_sides[i] and shard.num_documents
@@ -192,11 +192,11 @@ def _drop_duplicates(
 def _find_dropped(
     hashes: "NDArray[np.uint64]", ranks: "NDArray[np.uint8]", sides: "NDArray[np.uint8]", *, keeps_copies: bool
 ) -> "NDArray[np.bool_]":
-    """Return (N,) whether each document is dropped: of equal ones the first with the highest rank stays.
+    """Return (N,) whether each document is dropped: of equal ones, the first with the highest rank is kept.
 
     Args:
         hashes: (N, 2) in the order of the corpus.
-        ranks: (N,) they follow from the sides.
+        ranks: (N,) derived from the sides.
         sides: (N,)
         keeps_copies: drop only documents for training that equal one of another side.
     """
@@ -205,8 +205,8 @@ def _find_dropped(
     equal = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
     if not equal.any():
         return dropped
-    order = np.lexsort((255 - ranks, hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in the order of the corpus
-    again = np.concatenate([[False], equal])  # of a document whose equal comes before it
+    order = np.lexsort((255 - ranks, hashes[:, 1], hashes[:, 0]))  # stable: equal ones keep the order of the corpus
+    again = np.concatenate([[False], equal])  # documents that equal the one before them
     marked = again
     if keeps_copies:
         ordered = sides[order]
@@ -223,7 +223,7 @@ def _repeat(
     repeats: "list[NDArray[np.uint16]]",
     weight: float,
 ) -> None:
-    """Set how often the training documents of one source are seen."""
+    """Set how often an epoch contains the training documents of one source."""
     whole = int(weight)
     trained = [np.flatnonzero(sides[i] == TRAIN) for i in members]
     total = sum(len(one) for one in trained)

@@ -1,4 +1,4 @@
-"""From a record to a document: what is tokenized, and which part of it is trained on."""
+"""Convert records to documents: the text to tokenize, and the parts that are trained on."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -20,28 +20,28 @@ from mlxflow.storage.paths import printable
 
 Format = Literal["auto", "text", "chat", "completions"]
 
-# Characters that are shown of what is wrong with a record, and of a key in it
+# Characters of a record's error, and of a key in it, that messages show
 _MOST_SHOWN, _MOST_OF_A_KEY = 300, 40
 
-#: What of conversations is trained on: what assistants wrote, the last of their turns, or every token.
+#: The parts of conversations that are trained on: the assistant's turns, the last of them, or every token.
 TrainOn = Literal["completion", "last", "all"]
 
 
 class Document(NamedTuple):
-    """A document, or a piece of one too long to be held.
+    """A document, or a piece of one that is too long to be held in memory.
 
     Attributes:
-        text: what is tokenized.
-        place: the line or the record's number in its file, 0 where the file is the document.
-        digest: xxh3-128 of what the file says, whatever the template; of a piece, of all up to its end.
+        text: the text to tokenize.
+        place: the line or record number in its file; 0 if the file is the document.
+        digest: xxh3-128 of the record's content, independent of the template; of a piece, of all up to its end.
         num_bytes: UTF-8 bytes of the text.
-        is_templated: a template wrote its control tokens; in any other document they are plain text.
-        spans: the characters trained on, where not all of them are.
-        literals: (begin, end) of control tokens that a message of a templated document holds: plain text.
-        needs_end: no control token ends what is trained on, so an end of text follows and is trained on.
-        is_conversation: not to be cut where a row ends.
-        begins: the text's first piece is this one.
-        ends: the text's last piece is this one.
+        is_templated: whether a template rendered it; in any other document control tokens are plain text.
+        spans: the characters that are trained on; None for all.
+        literals: (begin, end) of control tokens inside messages of a templated document, which are plain text.
+        needs_end: whether an end-of-text token is appended and trained on, because no control token ends the last turn.
+        is_conversation: it is not split at the end of a row.
+        begins: whether this is the first piece of the text.
+        ends: whether this is the last piece of the text.
     """
 
     text: str
@@ -58,18 +58,18 @@ class Document(NamedTuple):
 
 
 class Formatter:
-    """Makes documents of records.
+    """Converts records to documents.
 
     Args:
-        format_: what the records hold; "auto" asks each of them, in the order in which mlx-lm asks.
+        format_: form of the records; "auto" determines it for each record, with the priority of mlx-lm.
         text_key: the key of a text.
-        template: writes conversations, or None.
-        train_on: what of conversations is trained on; None where only their text is wanted.
+        template: renders conversations; None without one.
+        train_on: the parts of conversations that are trained on; None if only the text is needed.
         name: of the records' file.
 
     Attributes:
-        end_tokens: the control tokens that end a turn that is trained on, of all documents so far.
-        inner_tokens: those of them that also stand inside of such a turn.
+        end_tokens: the control tokens that ended a trained turn in any document so far.
+        inner_tokens: those of them that also occur inside such a turn.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Formatter:
 
     @property
     def record_form(self) -> RecordForm:
-        """What the records look like."""
+        """The form of the records."""
         companions = frozenset(
             [*conversations.COMPANION_KEYS, *conversations.COMPLETION_KEYS, *conversations.ALPACA_KEYS]
         )
@@ -114,7 +114,7 @@ class Formatter:
         return frozenset(known[self._format] if self._format != "auto" else set().union(*known.values()))
 
     def documents(self, items: Iterable[Record | PlainText | Bad]) -> Iterator[Document | Bad]:
-        """Yield the document of each item; blank ones too."""
+        """Yield the document of each item, including blank ones."""
         for item in items:
             if isinstance(item, Bad):
                 yield item
@@ -157,7 +157,7 @@ class Formatter:
             yield self._chat(record.place, conversations.READERS[form](value))
 
     def _texts(self, place: int, value: dict[str, Any]) -> Iterator[Document]:
-        """Yield the document of a record's text, in pieces if it is long: they are the same however it is stored."""
+        """Yield the document of a record's text, in pieces if it is long, which do not depend on its storage."""
         text = value.get(self._text_key)
         if not isinstance(text, LongText):
             text = self._text(value, self._text_key)
@@ -201,7 +201,7 @@ class Formatter:
             return self._written(self._template, place, talk, work)
 
     def _written(self, template: ChatTemplate, place: int, talk: Conversation, work: Work) -> Document:
-        """Return the document that a template makes of a conversation; the work that this is is announced."""
+        """Return the document that a template renders from a conversation; the work is announced to the guard."""
         messages = conversations.shaped(talk.messages, template)
         chooses = self._train_on == "last" or bool(talk.untrained)
         said = [talk.messages, talk.tools, *([sorted(talk.untrained)] if talk.untrained else [])]
@@ -231,10 +231,10 @@ class Formatter:
         )
 
     def _trained(self, talk: Conversation, rendered: Rendered) -> tuple[tuple[int, int], ...]:
-        """Return the spans of the turns that are trained on; none where the template leaves the answers out.
+        """Return the spans of the trained turns; empty if the template omits the answers.
 
         Raises:
-            RecordProblem: the template does not show which turn is which.
+            RecordProblem: the turns cannot be attributed to messages.
         """
         turns = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
         chosen = set(turns[-1:] if self._train_on == "last" else turns) - talk.untrained
@@ -248,9 +248,9 @@ class Formatter:
         return tuple(span for span, owner in zip(rendered.spans, owners, strict=True) if owner in chosen)
 
     def _needs_end(self, template: ChatTemplate, rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> bool:
-        """Return whether no control token ends any turn that is trained on and the text ends with such a turn.
+        """Return whether no control token ends any trained turn and the text ends with such a turn.
 
-        The control tokens that do are noted.
+        The control tokens that do are recorded.
         """
         found = False
         for begin, end in trained:
@@ -264,11 +264,11 @@ class Formatter:
 
 
 class NoTemplateError(Exception):
-    """There are conversations, and the tokenizer has no template for them."""
+    """There are conversations, but the tokenizer has no chat template."""
 
 
 def _others(rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Return all of a text but for the turns that are not trained on."""
+    """Return the spans of a text without the turns that are not trained on."""
     found, at = [], 0
     for begin, end in rendered.spans:
         if (begin, end) not in trained:
@@ -278,7 +278,7 @@ def _others(rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> tuple[t
 
 
 def _digest(text: LongText) -> bytes:
-    """Return the xxh3-128 of a long text, so that all of it is known to be valid before any piece of it is used."""
+    """Return the xxh3-128 of a long text; this validates all of it before any piece is used."""
     digest = xxhash.xxh3_128()
     try:
         for part in text.parts():
@@ -296,7 +296,7 @@ def _require_size(size: int) -> None:
 
 
 def _shortened(text: str, most: int = _MOST_SHOWN) -> str:
-    """Return the beginning of a text in which what a record holds may stand at any length, on one line."""
+    """Return the beginning of a text, which may quote a record of any length, on one line."""
     return printable(text if len(text) <= most else f"{text[:most]} ...")
 
 

@@ -1,8 +1,8 @@
-"""From texts to ids, by the fastest engine that gives the ids of the `tokenizers` library.
+"""Encode texts with the fastest engine that gives the same ids as the `tokenizers` library.
 
-fastokens is 30 to 60 times as fast. It is used only for tokenizers for which it gave the same ids on all of a probe:
-awkward strings of every script, white space, control tokens and what the pre-tokenizers of the field split on. What
-it does not know it refuses by itself.
+fastokens is 30 to 60 times as fast. It is used only for tokenizers with equal ids on a set of probe strings:
+difficult strings of every script, white space, control tokens, and the patterns that common pre-tokenizers split on.
+It refuses unsupported tokenizers itself.
 """
 
 import functools
@@ -21,10 +21,10 @@ from mlxflow.data.watched import is_panic
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The library keeps an object of some 100 bytes for each token until a call ends.
+# The library keeps an object of about 100 bytes per token until a call ends.
 _BYTES_PER_CALL = 1 << 18
 
-# fastokens remembers words, up to hundreds of megabytes of them; a new tokenizer has forgotten them.
+# fastokens caches words, up to hundreds of megabytes; a new tokenizer starts with an empty cache.
 _TOKENS_PER_TOKENIZER = 1 << 23
 
 _PIECES = (  # noqa: SIM905 - a list of a hundred lines would say no more
@@ -36,20 +36,20 @@ _PIECES = (  # noqa: SIM905 - a list of a hundred lines would say no more
 
 
 class Encoder(Protocol):
-    """Turns texts into ids.
+    """Encodes texts to ids.
 
     Attributes:
-        name: of the library that does the work.
+        name: of the library used.
     """
 
     name: str
 
     def encode(self, texts: Sequence[str], *, special: bool) -> "tuple[NDArray[np.uint32], NDArray[np.int64]]":
-        """Return the ids of texts, without what a tokenizer puts around them.
+        """Return the ids of texts, without the special tokens that a tokenizer adds around them.
 
         Args:
-            texts: any number of them.
-            special: control tokens in the text become their ids; else they are text like any other.
+            texts: any number of texts.
+            special: control tokens in the text become their ids; otherwise they are plain text.
 
         Returns:
             ids: (T,) of all texts, one after another.
@@ -59,11 +59,11 @@ class Encoder(Protocol):
 
 
 def choose_encoder(definition: str, *, threads: int) -> Encoder:
-    """Return the fastest engine for a `tokenizer.json` that gives the right ids.
+    """Return the fastest engine with correct ids for a `tokenizer.json`.
 
     Args:
-        definition: the file's text.
-        threads: for the engine that has none of its own.
+        definition: content of the file.
+        threads: of the `tokenizers` library; fastokens has its own.
     """
     right = LibraryEncoder(definition, threads=1)
     try:
@@ -81,7 +81,7 @@ def choose_encoder(definition: str, *, threads: int) -> Encoder:
 
 
 def probe_strings(definition: str) -> list[str]:
-    """Return some thousand strings on which engines may differ, control tokens of the tokenizer among them."""
+    """Return a few thousand strings on which engines may differ, including the tokenizer's control tokens."""
     added = [str(token["content"]) for token in _added_tokens(definition)]
     generator = random.Random(0)
     pieces = [*_PIECES, *added[:20], *added[-20:]]
@@ -101,10 +101,10 @@ def _added_tokens(definition: str) -> list[dict[str, Any]]:
 
 
 class FastEncoder:
-    """fastokens: threads of its own, no object for each token.
+    """The fastokens engine: it has its own threads and makes no object per token.
 
     Raises:
-        ValueError: it does not know tokenizers of this kind.
+        ValueError: it does not support the tokenizer.
     """
 
     name = "fastokens"
@@ -123,7 +123,7 @@ class FastEncoder:
             ids, offsets = self._tokenizer.encode_batch_flat(
                 list(texts), add_special_tokens=False, split_special_tokens=not special
             )
-        except ValueError:  # a pattern goes over this library's limits, which are not those of the other
+        except ValueError:  # a pattern exceeds the limits of this library, which differ from those of the other
             return self._library.encode(texts, special=special)
         self._encoded += len(ids) // 4
         if self._encoded > _TOKENS_PER_TOKENIZER:
@@ -136,9 +136,9 @@ class FastEncoder:
 
 
 class LibraryEncoder:
-    """The `tokenizers` library: right for every tokenizer.
+    """The `tokenizers` library, which supports every tokenizer.
 
-    Its own threads share one cache and wait for each other; here each thread has a tokenizer of its own.
+    Its own threads contend for one cache; here each thread has its own tokenizer.
     """
 
     name = "tokenizers"
@@ -170,7 +170,7 @@ class LibraryEncoder:
 
 
 def _calls(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return (begin, end) of parts with about as many characters as one call should have."""
+    """Return (begin, end) of parts with about the number of characters for one call."""
     parts: list[tuple[int, int]] = []
     begin = size = 0
     for index, text in enumerate(texts):
@@ -182,10 +182,10 @@ def _calls(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 class TokenSpans:
-    """Says which tokens of a text hold given characters.
+    """Finds the tokens that contain given characters.
 
-    Of a byte-level tokenizer without a normalizer the bytes of a text's tokens are the bytes of the text, so their
-    lengths give the position of each token; where they do not add up, the `tokenizers` library is asked.
+    For a byte-level tokenizer without a normalizer, the tokens' bytes are the text's bytes, so their lengths give the
+    position of each token; if they do not add up, the `tokenizers` library is used.
 
     Args:
         definition: `tokenizer.json`.
@@ -203,10 +203,10 @@ class TokenSpans:
         return Tokenizer.from_str(self._definition)
 
     def mask(self, text: str, ids: "NDArray[np.uint32]", spans: Sequence[tuple[int, int]]) -> "NDArray[np.bool_]":
-        """Return (T,) whether each token holds a character of a span.
+        """Return (T,) whether each token contains a character of a span.
 
         Args:
-            text: as it was tokenized, control tokens taken for what they are.
+            text: the tokenized text, control tokens included.
             ids: (T,) its tokens.
             spans: (begin, end) of characters, in order.
         """
@@ -216,7 +216,7 @@ class TokenSpans:
         return overlapping(begins, ends, spans)
 
     def _bounds(self, text: str, ids: "NDArray[np.uint32]") -> "tuple[NDArray[np.int64], NDArray[np.int64], bool]":
-        """Return where each token begins and ends, and whether that is in bytes or in characters."""
+        """Return begin and end of each token, and whether they are in bytes or in characters."""
         if self._lengths is not None:
             ends = np.cumsum(self._lengths[ids])
             if len(ends) and ends[-1] == len(text.encode()):
@@ -228,11 +228,11 @@ class TokenSpans:
 def overlapping(
     begins: "NDArray[np.int64]", ends: "NDArray[np.int64]", spans: Sequence[tuple[int, int]]
 ) -> "NDArray[np.bool_]":
-    """Return (T,) whether each token holds a part of a span.
+    """Return (T,) whether each token overlaps a span.
 
     Args:
-        begins: (T,) where each token begins.
-        ends: (T,) where each token ends.
+        begins: (T,) of the tokens.
+        ends: (T,) of the tokens.
         spans: (begin, end), in order.
     """
     found = np.zeros(len(begins), np.bool_)
@@ -249,7 +249,7 @@ def _is_byte_level(parsed: dict[str, Any]) -> bool:
 
 
 def _token_lengths(tokenizer: Tokenizer, parsed: dict[str, Any]) -> "NDArray[np.int64]":
-    """Return (V,) the bytes of each id; a byte-level token has a character for each byte, an added one is itself."""
+    """Return (V,) the number of bytes of each id; a byte-level token has one character per byte."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
     for text, index in vocabulary.items():

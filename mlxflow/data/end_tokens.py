@@ -1,4 +1,4 @@
-"""With which tokens a model learns to end a text, over a whole corpus."""
+"""The tokens with which a model learns to end documents and turns, collected over a corpus."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,13 +8,14 @@ from mlxflow.data.tokenizer import Vocabulary
 
 
 class Endings(NamedTuple):
-    """What ends the documents of a corpus.
+    """The end tokens of a corpus.
 
     Attributes:
-        tokens: ids that end what is trained on, in order: of documents, and of an assistant's turns.
-        texts: of each.
-        added: conversations behind which an end of text was put because their template ends no turn.
-        with_control_tokens: conversations whose messages hold the text of a control token.
+        tokens: ids of tokens that end documents or assistant turns, in order.
+        texts: of each token.
+        added: conversations with an appended end-of-text token because their template ends no
+        turn.
+        with_control_tokens: conversations whose messages contain the text of a control token.
     """
 
     tokens: tuple[int, ...]
@@ -23,25 +24,25 @@ class Endings(NamedTuple):
     with_control_tokens: int
 
     def warnings(self) -> Iterator[str]:
-        """Yield what a user should know of it."""
+        """Yield warnings for the user."""
         if self.added:
             yield (
-                f"the chat template ends no turn with a control token: the end of text was put behind {self.added:,} "
-                "conversations and is trained on, so that answers end"
+                f"the chat template ends no turn with a control token: an end-of-text token was appended "
+                f"to {self.added:,} conversations and is trained on, so that answers end"
             )
         if not self.tokens:
-            yield "no token that ends an answer is trained on: answers will go on until they are cut off"
+            yield "no token that ends an answer is trained on: answers will run until the token limit"
         if self.with_control_tokens:
             yield (
-                f"{self.with_control_tokens:,} conversations hold control tokens inside of their messages: "
-                "they are plain text there"
+                f"{self.with_control_tokens:,} conversations contain control tokens inside their messages; "
+                "these are encoded as plain text"
             )
 
 
 def endings_of(shards: Sequence[Shard], vocabulary: Vocabulary) -> Endings:
-    """Return what ends the documents of shards.
+    """Return the end tokens of the documents of shards.
 
-    A token that also stands inside of an assistant's turn ends nothing, such as the one between thoughts and answer.
+    A token that also occurs inside an assistant's turn does not count, such as the one between reasoning and answer.
     """
     inner = {token for shard in shards for token in shard.inner_tokens}
     tokens = sorted({token for shard in shards for token in shard.end_tokens} - inner)

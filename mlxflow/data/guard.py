@@ -1,8 +1,8 @@
-"""A process for chat templates and tokenizers of others, watched from outside and ended over its limits.
+"""Run untrusted chat templates and tokenizers in a child process with limits on processor time and memory.
 
-A template is a program, and so are a tokenizer's patterns: `9**9**9` holds the interpreter and `'x' * 10**10` takes the
-memory, so nothing within the process can stop them. The limits grow with what is worked on; see
-`mlxflow.data.watched`. Time is the processor's: a slow disk, a busy machine or a wait for a lock costs nothing.
+Templates and the patterns of tokenizers are programs: `9**9**9` blocks the interpreter and `'x' * 10**10` exhausts
+memory, so they cannot be stopped from inside the process. The limits grow with the size of the input; see
+`mlxflow.data.watched`. Only processor time counts: a slow disk, a busy machine and waiting for a lock do not.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ _MEMORY_SHARE = 0.75
 
 
 class ProcessLimits(NamedTuple):
-    """What work on files of others may take. Usual work stays a hundred times below.
+    """Limits of work on untrusted files, about a hundred times above what usual files need.
 
     Attributes:
         seconds: of processor time without progress.
-        seconds_per_byte: more of it, for each byte that is worked on.
-        bytes: of memory that is taken without progress.
-        bytes_per_byte: more of it, for each byte that is worked on.
+        seconds_per_byte: additional, for each byte of input.
+        bytes: of memory allocated without progress.
+        bytes_per_byte: additional, for each byte of input.
         run_seconds: of processor time for all work of a process.
-        run_seconds_per_byte: more of it, for each byte that was worked on so far.
-        run_seconds_per_text: more of it, for each text that was worked on so far: a record, or a batch of documents.
+        run_seconds_per_byte: additional, for each byte of input so far.
+        run_seconds_per_text: additional, for each text so far: a record, or a batch of documents.
     """
 
     seconds: float = 10
@@ -56,7 +56,7 @@ LIMITS = ProcessLimits()
 
 
 class Guard:
-    """A process that is watched while it answers calls. It ends with the block, and leaves no temporary files."""
+    """A child process that executes calls under the limits. It ends with the context and leaves no temporary files."""
 
     def __enter__(self) -> Self:
         """Start the process."""
@@ -80,28 +80,28 @@ class Guard:
             theirs.close()
             stack.callback(self.end)
             self._watched = psutil.Process(self._process.pid)
-            self._spent: defaultdict[str, float] = defaultdict(float)  # seconds of processor time by the file of others
-            self._counted = 0.0  # seconds that are in these, or belong to no work
+            self._spent: defaultdict[str, float] = defaultdict(float)  # seconds of processor time by untrusted file
+            self._counted = 0.0  # seconds already counted, or of no announced work
             self._stack = stack.pop_all()
         return self
 
     def call(self, name: str, *values: Any) -> Any:
-        """Return what a function returns in the process, or raise what it raises.
+        """Call a function in the process; return its result or raise its exception.
 
         Args:
             name: "module:function".
-            values: its arguments, as they can be pickled.
+            values: its arguments, which can be pickled.
 
         Raises:
-            SourceError: the work went over its limits, or ended the process; it names the file.
-            StageError: the process was ended while it worked on no file of others.
+            SourceError: the work exceeded its limits or ended the process; the message names the file.
+            StageError: the process ended while it worked on no untrusted file.
         """
         with contextlib.suppress(BrokenPipeError):
             self._connection.send((name, values))
         try:
             self._wait()
         except _TooMuchError:
-            self._process.kill()  # it may hold the interpreter, or go on taking memory
+            self._process.kill()  # it may block the interpreter, or still allocate memory
             raise
         try:
             went_well, result = self._connection.recv()
@@ -112,20 +112,20 @@ class Guard:
         return result
 
     def _wait(self) -> None:
-        """Return once there is an answer or the process is gone.
+        """Wait for an answer or the end of the process.
 
         Raises:
-            SourceError: the work went over its limits.
+            SourceError: the work exceeded its limits.
         """
         process = self._watched
-        since: dict[int, tuple[int, float]] = {}  # of each piece of work: its progress, and when that was seen first
-        moved_at, memory_before = 0.0, 0  # when the work moved on last, and the memory then
+        since: dict[int, tuple[int, float]] = {}  # for each piece of work: its progress, and when it was first observed
+        moved_at, memory_before = 0.0, 0  # time of the last progress, and memory at that time
         while not self._connection.poll(_LOOKS_SECONDS):
             work = self._board.announced()
             try:
                 used, memory = sum(process.cpu_times()[:2]), process.memory_info().rss
             except psutil.Error:
-                continue  # it is gone, and the connection says so next
+                continue  # the process has ended, and the connection reports it next
             now = {one.slot: (one.progress, used) for one in work}
             if any(slot not in since or since[slot][0] != progress for slot, (progress, _) in now.items()):
                 moved_at, memory_before = used, memory
@@ -139,13 +139,13 @@ class Guard:
                 _check_run(self._spent, *self._board.worked_on())
 
     def _count(self, work: list[Announced], used: float) -> None:
-        """Add the time since the last look to the files of others that are at work now."""
+        """Add the processor time since the last check to the untrusted files in use."""
         for one in work:
             self._spent[one.subject] += (used - self._counted) / len(work)
         self._counted = used
 
     def _refuse_dead(self) -> NoReturn:
-        """Say why the process ended without an answer."""
+        """Raise the error for a process that ended without an answer."""
         code = self._process.wait()
         work = self._board.announced()
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
@@ -161,7 +161,7 @@ class Guard:
         return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
     def end(self) -> int:
-        """End the process, wait until it is gone and return the id that it had."""
+        """Kill the process, wait for its end and return its id."""
         if self._process.poll() is None:
             self._process.terminate()
         try:
@@ -178,17 +178,17 @@ class Guard:
 
 
 class _TooMuchError(SourceError):
-    """Work went over its limits."""
+    """Work exceeded its limits."""
 
 
 def guarded(name: str, *values: Any) -> Any:
-    """Return what a function returns in a watched process of its own; see `Guard.call`."""
+    """Return the result of a function called in a new guarded process; see `Guard.call`."""
     with Guard() as guard:
         return guard.call(name, *values)
 
 
 def _stderr() -> int:
-    """Return a copy of the descriptor for messages; where there is none, one that leads nowhere."""
+    """Return a copy of standard error's descriptor; of the null device if there is none."""
     try:
         return os.dup(2)
     except OSError:
@@ -202,7 +202,7 @@ def _check_seconds(work: Announced, size: int, used: float) -> None:
 
 
 def _check_run(spent: Mapping[str, float], size: int, texts: int) -> None:
-    """Compare the time of all work so far with what was worked on: each text may be within its own limit."""
+    """Check the total time against the total input: each text alone may be within its limit."""
     limit = LIMITS.run_seconds + LIMITS.run_seconds_per_byte * size + LIMITS.run_seconds_per_text * texts
     if sum(spent.values()) > limit:
         subject, seconds = max(spent.items(), key=lambda one: one[1])
@@ -213,10 +213,10 @@ def _check_run(spent: Mapping[str, float], size: int, texts: int) -> None:
 
 
 def _check_memory(work: Announced, size: int, rss: int, before: int, process: psutil.Process) -> None:
-    """Compare the memory with what it was when the work moved on last; what a tokenizer itself takes is in that."""
+    """Check the memory allocated since the last progress; the tokenizer's own memory was allocated before."""
     limit = before + LIMITS.bytes + LIMITS.bytes_per_byte * size
     limit = min(limit, int(_MEMORY_SHARE * psutil.virtual_memory().total))
-    if rss > limit and _own_memory(process, rss) > limit:  # without the pages of mapped files
+    if rss > limit and _own_memory(process, rss) > limit:  # excludes pages of mapped files
         raise _TooMuchError(
             f"{_named(work)} took over {(limit - before) / 1e9:,.3g} GB of memory. Fix it or name another."
         )
@@ -230,7 +230,7 @@ def _own_memory(process: psutil.Process, rss: int) -> int:
 
 
 def _named(work: Announced) -> str:
-    """Return how a message about some work begins."""
+    """Return the beginning of a message about some work."""
     place = f":{work.place}" if work.place else ""
     size = f" ({work.size:,} bytes)" if work.size else ""
     return f"{work.subject}, reading {work.on}{place}{size}," if work.on else work.subject

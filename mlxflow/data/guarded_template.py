@@ -1,4 +1,4 @@
-"""A chat template that a watched process runs; see `mlxflow.data.guard`. For a few conversations."""
+"""A chat template that runs in a guarded process, for a few conversations; see `mlxflow.data.guard`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -13,16 +13,16 @@ _MOST_CHARACTERS, _CHARACTERS_PER_CHARACTER = 1 << 24, 64
 
 
 class GuardedTemplate:
-    """A compiled chat template of others.
+    """A compiled untrusted chat template.
 
     Args:
         source: the Jinja text.
-        special_tokens: what the template may name, such as `bos_token`.
-        subject: the template's name, as a message begins.
+        special_tokens: variables for the template, such as `bos_token`.
+        subject: the template's name, for the beginning of error messages.
         call: calls a function in the process; see `Guard.call`.
 
     Raises:
-        TemplateProblem: it is no valid template.
+        TemplateProblem: the template is invalid.
         SourceError: compiling it takes too much time or memory.
     """
 
@@ -36,7 +36,7 @@ class GuardedTemplate:
 
         Raises:
             TemplateProblem: the template refuses the conversation.
-            SourceError: it takes too much time or memory, or writes too much.
+            SourceError: it takes too much time or memory, or its output is too long.
         """
         text: str = self._call(f"{__name__}:render", *self._known, list(messages), prompt)
         return text
@@ -48,19 +48,19 @@ def _opened(source: str, special_tokens: tuple[tuple[str, str], ...], subject: s
 
 
 def check(source: str, special_tokens: tuple[tuple[str, str], ...], subject: str) -> None:
-    """Compile a template, in the watched process."""
+    """Compile a template; called in the guarded process."""
     _opened(source, special_tokens, subject)
 
 
 def render(
     source: str, special_tokens: tuple[tuple[str, str], ...], subject: str, messages: list[Message], prompt: bool
 ) -> str:
-    """Return the text of a conversation, in the watched process."""
+    """Return the text of a conversation; called in the guarded process."""
     template = _opened(source, special_tokens, subject)
     size = sum(len(str(message)) for message in messages)
     with Work(subject, size=size):
         text = template.render(messages, prompt=prompt)
-    if len(text) > _MOST_CHARACTERS + _CHARACTERS_PER_CHARACTER * size:  # the process that asked has to hold it too
+    if len(text) > _MOST_CHARACTERS + _CHARACTERS_PER_CHARACTER * size:  # the calling process has to hold it, too
         raise SourceError(
             f"{subject} writes {len(text):,} characters for a conversation of {size:,}. Fix it or name another."
         )

@@ -1,4 +1,4 @@
-"""A tokenizer of others that a watched process opens and uses; see `mlxflow.data.guard`. For a few texts at a time."""
+"""An untrusted tokenizer in a guarded process, for a few texts at a time; see `mlxflow.data.guard`."""
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,13 +11,13 @@ from mlxflow.storage import remote_code
 
 
 class GuardedTokenizer:
-    """The tokenizer of a folder, in a process of its own that lives as long as this object.
+    """The tokenizer of a folder, in its own process that ends with this object.
 
-    The process starts at once and beside the caller's work; nothing is opened before the first call.
+    The process starts at once, in parallel to the caller; the tokenizer is opened by the first call.
 
     Args:
-        folder: of a model, or of a tokenizer alone.
-        subject: its file, as a message begins; by default the folder's tokenizer.json.
+        folder: of a model or of a tokenizer.
+        subject: name of its file for error messages; by default the folder's tokenizer.json.
     """
 
     def __init__(self, folder: Path, subject: str = "") -> None:
@@ -31,16 +31,16 @@ class GuardedTokenizer:
         self._close()
 
     def open(self) -> str:
-        """Open the tokenizer; return what makes its ids differ between two runs, empty for nothing.
+        """Open the tokenizer; return why its ids would differ between two runs, empty if they do not.
 
         Raises:
-            ArtifactError: there is none that can be opened.
+            ArtifactError: it is missing or cannot be opened.
             SourceError: it takes too much time or memory.
         """
         return str(self._ask("open_", *self._key))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a text, with what the tokenizer puts around one or without.
+        """Return the ids of a text, with or without the special tokens that the tokenizer adds.
 
         Raises:
             SourceError: the tokenizer fails, makes too many tokens, or takes too much time or memory.
@@ -57,7 +57,7 @@ class GuardedTokenizer:
         return str(self._ask("decode", self._key, ids, skip_special_tokens))
 
     def decode_each(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield what each token adds to a text, control tokens left out; one such text at a time.
+        """Yield the text that each token adds, without control tokens; only one such text at a time.
 
         Raises:
             SourceError: as `decode`.
@@ -68,12 +68,12 @@ class GuardedTokenizer:
                 yield text
 
     def token_to_id(self, text: str) -> int | None:
-        """Return the id of a token; None where there is no such token."""
+        """Return the id of a token; None if there is no such token."""
         number: int | None = self._ask("token_to_id", self._key, text)
         return number
 
     def digest_vocabulary(self) -> str:
-        """Return a digest of all tokens with their ids: equal for tokenizers of one vocabulary."""
+        """Return a digest of all tokens with their ids, equal for tokenizers with equal vocabularies."""
         return str(self._ask("digest_vocabulary", self._key))
 
     def _ask(self, function: str, *values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Held-out conversations as questions: the tokens up to an assistant's turn, and the turn itself."""
+"""Prompts and reference answers from held-out conversations, and beginnings of held-out documents."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,17 @@ from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.data.token_file import PieceAt, TokenFile
 from mlxflow.storage import tensor_reading
 
-# Stands for a user's message where a template is asked how it writes one; no template has it
+# Placeholder of a user's message when probing a template; contained in no template
 _PROBE = "zqxjkv"
 
 
 class Question(NamedTuple):
-    """A conversation up to the first turn that is trained on.
+    """A conversation up to its first trained turn.
 
     Attributes:
-        ids: its tokens, as the model is to read them.
-        text: what the user asked; the whole conversation where that cannot be determined.
-        answer: the turn, as it is in the data.
+        ids: its tokens, the model's input.
+        text: the user's message; the whole conversation if that cannot be determined.
+        answer: the turn in the data.
     """
 
     ids: list[int]
@@ -31,13 +31,13 @@ class Question(NamedTuple):
 def held_out_questions(
     tokens: TokenFile, tokenizer: GuardedTokenizer, template: GuardedTemplate | None, *, count: int
 ) -> list[Question]:
-    """Return questions from the conversations of a token file, in the order of their rows; none where it has none.
+    """Return questions from the conversations of a token file, in the order of their rows.
 
     Args:
         tokens: of validation.
         tokenizer: that they were made with.
-        template: that they were written with; None for prompts and completions without one.
-        count: questions at most, each with another text.
+        template: that they were rendered with; None for prompts and completions without one.
+        count: maximum number of questions; their texts differ.
     """
     found: dict[str, Question] = {}
     for row in _rows_with_beginnings(tokens):
@@ -51,13 +51,13 @@ def held_out_questions(
 
 
 def held_out_beginnings(tokens: TokenFile, tokenizer: GuardedTokenizer, *, count: int, num_tokens: int) -> list[str]:
-    """Return the first tokens of documents, as text, in the order of their rows.
+    """Return the first tokens of documents as text, in the order of their rows.
 
     Args:
         tokens: of validation.
         tokenizer: that they were made with.
-        count: texts at most, no two of them equal.
-        num_tokens: of each text at most; at least one token of the document is left.
+        count: maximum number of texts; they differ.
+        num_tokens: maximum per text; at least one token of the document remains.
     """
     found: list[str] = []
     for row in _rows_with_beginnings(tokens):
@@ -82,11 +82,11 @@ def _rows_with_beginnings(tokens: TokenFile) -> list[int]:
 def _question(
     tokens: TokenFile, tokenizer: GuardedTokenizer, template: GuardedTemplate | None, row: int, piece: PieceAt
 ) -> Question | None:
-    """Return a piece of a row as a question; None where it does not begin a conversation with a turn to learn."""
+    """Return a piece of a row as a question; None unless it begins a conversation with a trained turn."""
     is_trained = np.asarray(tokens.rows.marks[row, piece.begin : piece.end]) & 1
     ids = tokens.rows.tokens[row, piece.begin : piece.end].tolist()
     begin = int(is_trained.argmax())
-    if piece.document_begin or begin < 2 or not is_trained.any():  # a text may have one token before it
+    if piece.document_begin or begin < 2 or not is_trained.any():  # a text may be preceded by one token
         return None
     length = int(np.append(is_trained[begin:], 0).argmin())
     answer = tokenizer.decode(ids[begin : begin + length]).strip()
@@ -96,7 +96,7 @@ def _question(
 
 
 def _last_message(text: str, template: GuardedTemplate) -> str | None:
-    """Return the user's message at the end of a prompt; None where it cannot be separated from what is around it."""
+    """Return the user's message at the end of a prompt; None if it cannot be separated from its surroundings."""
     header, footer = _around_a_message(template)
     if not header or not footer or not text.endswith(footer) or text.count(header) != 1:
         return None
@@ -104,7 +104,7 @@ def _last_message(text: str, template: GuardedTemplate) -> str | None:
 
 
 def _around_a_message(template: GuardedTemplate) -> tuple[str, str]:
-    """Return what a template writes before a user's message, wherever it stands, and after the last one."""
+    """Return the text that a template writes before any user's message and after the last one."""
     user, other = {"role": "user", "content": _PROBE}, {"role": "assistant", "content": "a"}
     try:
         text = template.render([user, other, user], prompt=True)

@@ -1,4 +1,4 @@
-"""From the inputs of a stage to files to read, each with its side, and which of them cannot be used."""
+"""List the source files of a corpus with the split ("side") of each, and report unusable records."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -29,12 +29,12 @@ class SourceSettings(NamedTuple):
     Attributes:
         key: of the entry, for messages.
         path: as written.
-        weight: how often an epoch shows its documents.
+        weight: how often an epoch contains its documents.
         format_: of its records.
         text_key: of a text.
         config: of a data set, its configuration.
-        split: of a data set, the rows that are wanted.
-        is_validation: its documents are for validation.
+        split: of a data set, the selected rows.
+        is_validation: whether its documents are for validation.
         root: the workflow's folder.
     """
 
@@ -50,7 +50,7 @@ class SourceSettings(NamedTuple):
 
     @property
     def place(self) -> Path:
-        """Where it leads: a file, a folder, or nowhere for a glob and for what is not on this disk."""
+        """The path that it names: a file or a folder; it does not exist for a glob or a name on the hub."""
         return locate(self.path.removeprefix(sources.HF), self.root)
 
 
@@ -61,13 +61,13 @@ def list_files(
     *,
     digests: ObservedInputs,
 ) -> list[SourceFile]:
-    """Return what there is to read, in the order of the corpus, each file with the side in its name.
+    """Return the files to read, in the order of the corpus, each with the side in its name.
 
     Args:
         inputs: files and corpora.
-        owners: for each the number of the entry that named it.
+        owners: for each input the number of its entry.
         settings: the entries.
-        digests: of the files, as this run saw them first.
+        digests: of the files, as this run first read them.
 
     Raises:
         SourceError: a file or a data set cannot be read.
@@ -87,9 +87,9 @@ def list_files(
 
 
 def _owned(files: Sequence[SourceFile], settings: Sequence[SourceSettings]) -> list[SourceFile]:
-    """Return each file once for each way in which it is read, in the order of the corpus.
+    """Return each file once for each way of reading it, in the order of the corpus.
 
-    Of entries with a file in common those that name it alone have it, else those for validation, else the first.
+    A file of several entries belongs to those that name it directly, else to those for validation, else to the first.
     """
 
     def rank(one: SourceFile) -> tuple[bool, bool]:
@@ -118,7 +118,7 @@ def _files(entry: SourceSettings, owner: int, paths: list[Path], cache: Observed
     place = Path(os.path.abspath(entry.place))  # noqa: PTH100 - links stay as they are named
     absolute = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100
     named = [""] * len(paths)
-    if named_side(entry) not in ("test", "validation"):  # what the entry names itself is used as the entry says
+    if named_side(entry) not in ("test", "validation"):  # a file named by the entry itself is used as configured
         folder = _folder(entry)
         named = splits.sides_of([PurePath(os.path.relpath(path, folder)) for path in absolute])
     for path, at, side in zip(paths, absolute, _sides(named, is_validation=entry.is_validation), strict=True):
@@ -127,7 +127,7 @@ def _files(entry: SourceSettings, owner: int, paths: list[Path], cache: Observed
 
 
 def _folder(entry: SourceSettings) -> Path:
-    """Return the folder that an entry names; of a file or a glob the nearest that is one."""
+    """Return the folder that an entry names; for a file or a glob the nearest parent folder."""
     place = Path(os.path.abspath(entry.place))  # noqa: PTH100 - links stay as they are named
     return next(folder for folder in (place, *place.parents) if folder.is_dir())
 
@@ -144,11 +144,11 @@ def named_side(entry: SourceSettings) -> str:
 
 
 def _sides(named: Sequence[str], *, is_validation: bool) -> list[str | None]:
-    """Return the side on which each part of an entry is used; None where it is not read at all.
+    """Return the side on which each part of an entry is used; None if it is not read.
 
-    A file named as a test is never trained on. Where there is something to validate on, all others are trained on;
-    else the hashes of the documents decide. Of an entry for validation only what is made to measure with is read, and
-    all of it where nothing in it is.
+    A file named as a test is never trained on. If there is a validation part, all others are trained on; else the
+    hashes of the documents decide. From an entry for validation only validation or test parts are read; all of it if
+    it has none.
 
     Args:
         named: the side in each name, or "".
@@ -200,7 +200,7 @@ def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: Obser
 
     digest = digest_json([cache.digests(path).content for path in paths]) if paths else digest_text(entry.path)
     loaded = data_sets.load(entry.path, entry.place if paths else None, config=entry.config, key=entry.key)
-    named = [] if entry.split else list(loaded)  # a split that the entry names is used as the entry says
+    named = [] if entry.split else list(loaded)  # a split named by the entry is used as configured
     sides = dict(
         zip(named, _sides([splits.side_of(one) for one in named], is_validation=entry.is_validation), strict=True)
     )
@@ -226,13 +226,13 @@ def _data_set(entry: SourceSettings, owner: int, paths: list[Path], cache: Obser
 def check(
     files: Sequence[SourceFile], shards: Sequence[Shard], *, skips: bool, max_share: float, names: CorpusNames
 ) -> None:
-    """Refuse a corpus with records that cannot be used, or with too many of them.
+    """Refuse a corpus with unusable records, or with too many of them.
 
     Args:
         files: in the order of the corpus.
         shards: of each.
-        skips: leave bad records out as long as they are few.
-        max_share: of all records, that may be left out.
+        skips: skip bad records as long as they are few.
+        max_share: of all records that may be skipped.
         names: of the settings, for messages.
 
     Raises:
@@ -258,7 +258,7 @@ def check(
 
 
 def problems_of(file: SourceFile, shard: Shard) -> list[str]:
-    """Return what is wrong with a file, each with its place; a file of a folder that is no text is no problem."""
+    """Return the problems of a file with their positions; a binary file in a folder is no problem."""
     if shard.problem:
         is_skipped = (shard.is_binary and not file.is_named) or file.name.startswith("builtin:")
         return [] if is_skipped else [f"{file.name}: {shard.problem}"]

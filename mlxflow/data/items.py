@@ -1,27 +1,27 @@
-"""What readers of source files yield: records, texts, and notes of what cannot be used; and how large each may be."""
+"""The items that readers of source files yield: records, texts and errors, and the limits on their size."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-#: A line of JSON, a JSON file, a line of a table or a value of a parquet file over this is refused.
+#: The largest line of JSON, JSON file, line of a table or value of a parquet file, in bytes.
 MAX_RECORD_BYTES = 1 << 26
 
-#: A text of a record over this is tokenized in pieces, as a text file is, so that it is never in memory several times.
+#: A longer text of a record is tokenized in pieces like a text file, so that memory never holds several copies.
 LONG_TEXT_BYTES = 1 << 22
 
-#: A conversation is rendered and tokenized as a whole; the longest context, 2^20 tokens, is a quarter of this.
+#: The largest conversation in bytes, which is rendered and tokenized as a whole; four times the longest context, 2^20.
 MAX_CONVERSATION_BYTES = 1 << 24
 
 
 class Record(NamedTuple):
-    """One record and its place: the line it begins on, or its number in files without lines, from 1."""
+    """One record and its position: the line it begins on, or its number, from 1, in files without lines."""
 
     place: int
     value: Any
 
 
 class PlainText(NamedTuple):
-    """A text, or a piece of one too long to be held: pieces end where a line does, if one does."""
+    """A text, or a piece of one that is too long to be held; pieces end at line ends if possible."""
 
     text: str
     begins: bool
@@ -29,20 +29,20 @@ class PlainText(NamedTuple):
 
 
 class Bad(NamedTuple):
-    """A record that cannot be used: its place and why."""
+    """An unusable record: its position and the reason."""
 
     place: int
     reason: str
 
 
 class RecordForm(NamedTuple):
-    """What the records of a source look like.
+    """The form of a source's records.
 
     Attributes:
         keys: a record has one of them.
-        more_keys: what else of a record is read.
+        more_keys: further keys that are read.
         is_record: whether an object has all the keys of a known form.
-        decode_cells: makes what it stands for of a table's row whose cells are all text; raises ValueError.
+        decode_cells: decodes a row of a table whose cells are all text; raises ValueError.
         text_key: the key of a text.
     """
 
@@ -54,4 +54,4 @@ class RecordForm(NamedTuple):
 
 
 class TooLargeError(Exception):
-    """A record that is too large to be held; the text says by what measure, without its place and without advice."""
+    """A record that is too large; the message says by which measure, without position and advice."""

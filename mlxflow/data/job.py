@@ -1,4 +1,4 @@
-"""One corpus as the stage `pretokenize` makes it: tokenize its files, choose the documents of each side, pack rows."""
+"""The work of `pretokenize` for one corpus: tokenize its files, split its documents, pack rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +35,12 @@ from mlxflow.workflow.stage import Context, Corpus, derive_seed
 
 
 class RowLayout(NamedTuple):
-    """How documents are laid into rows.
+    """How documents are packed into rows.
 
     Attributes:
-        context_length: positions the model sees, L; a row has one token more.
-        packing: how documents are laid into rows.
-        on_long: what becomes of conversations longer than a row.
+        context_length: positions the model sees, L; a row has L + 1 tokens.
+        packing: the packing method.
+        on_long: what to do with conversations longer than a row.
     """
 
     context_length: int
@@ -49,17 +49,17 @@ class RowLayout(NamedTuple):
 
 
 class CorpusRequest(NamedTuple):
-    """Which corpus is wanted.
+    """The settings of a corpus.
 
     Attributes:
         inputs: files and corpora.
         owners: for each of them the number of its source.
         sources: their settings.
-        tokenizer: which one.
+        tokenizer: the tokenizer.
         holdout: share of the documents kept for validation.
-        deduplicate: leave out all but one of equal documents.
-        max_bad_records: share of records that may be skipped; None if each is an error.
-        train_on: what of conversations is trained on.
+        deduplicate: keep only one of equal documents.
+        max_bad_records: share of records that may be skipped; None: any bad record is an error.
+        train_on: the parts of conversations that are trained on.
         workers: files tokenized at a time.
         layout: of the rows.
         names: of the settings, for messages.
@@ -86,7 +86,7 @@ class CorpusFiles(NamedTuple):
         tokenizer_config: `tokenizer_config.json`.
         train: token file.
         validation: token file.
-        names: the names of the files that the corpus was made of, a line each.
+        names: list of the source files, one per line.
     """
 
     tokenizer: Path
@@ -97,15 +97,15 @@ class CorpusFiles(NamedTuple):
 
 
 class PackedCorpus(NamedTuple):
-    """A corpus that was written.
+    """The result of `run_job`.
 
     Attributes:
-        contents: files, documents and what became of them.
+        contents: files, documents and their splits.
         counts: of the rows of "train" and "validation".
         vocabulary: the tokenizer.
         endings: tokens that end documents and turns.
         tokenized: the shards of the files.
-        engine: name of the tokenizer's.
+        engine: name of the tokenizer library.
     """
 
     contents: CorpusContents
@@ -117,15 +117,15 @@ class PackedCorpus(NamedTuple):
 
 
 def run_job(request: CorpusRequest, files: CorpusFiles, context: Context) -> PackedCorpus:
-    """Tokenize files that have no shard yet, choose the documents of each side, and write them as rows.
+    """Tokenize files without a shard, split the documents, and write both token files.
 
     Args:
-        request: what is wanted.
+        request: the settings.
         files: to write.
         context: of the stage.
 
     Raises:
-        SourceError: a source cannot be used, or there is not one row of text.
+        SourceError: a source cannot be used, or there is less than one row of text.
         StageError: the disk is full.
     """
     found = input_files.list_files(request.inputs, request.owners, request.sources, digests=context.digests)
@@ -154,10 +154,10 @@ def run_job(request: CorpusRequest, files: CorpusFiles, context: Context) -> Pac
 def _tokenize(
     request: CorpusRequest, vocabulary: Vocabulary, store: shard_cache.ShardStore, files: Sequence[SourceFile]
 ) -> tuple[Tokenized, str]:
-    """Make sure that every file has a shard; return their keys and the engine's name. The engine's memory is freed."""
+    """Make the missing shards; return all shards and the engine's name. Frees the engine's memory."""
     with Work(vocabulary.subject, size=len(vocabulary.definition)):
         encoder = choose_encoder(vocabulary.definition, threads=request.workers)
-    if encoder.name == "fastokens":  # the other one makes so many small objects that its threads would wait
+    if encoder.name == "fastokens":  # with the library's many small objects, threads would contend for the allocator
         heap.share_one()
     tokenizing = Tokenizing(
         vocabulary=vocabulary,
@@ -172,10 +172,10 @@ def _tokenize(
 
 
 def _select(request: CorpusRequest, files: Sequence[SourceFile], shards: Sequence[Shard]) -> CorpusContents:
-    """Return the corpus with the documents of each side chosen.
+    """Return the corpus with the split of every document.
 
     Raises:
-        SourceError: there are bad records, or a side has no documents.
+        SourceError: there are bad records, or a split has no documents.
     """
     most = request.max_bad_records
     input_files.check(files, shards, skips=most is not None, max_share=most or 0.0, names=request.names)
@@ -203,7 +203,7 @@ def _write_sides(
     contents: CorpusContents,
     endings: Endings,
 ) -> dict[str, Counts]:
-    """Write both token files and return what became of the documents of each."""
+    """Write both token files and return the figures of each."""
     rows = request.layout
     sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {
         "train": (document_selection.TRAIN, "all", files.train),
@@ -244,7 +244,7 @@ def _write_sides(
 
 
 def _write_tokenizer(vocabulary: Vocabulary, files: CorpusFiles, endings: Endings) -> None:
-    """Write the tokenizer; its end-of-sequence token is one that the model learns to end with."""
+    """Write the tokenizer with an end-of-sequence token that the model learns."""
     if endings.texts and vocabulary.eos_token not in endings.texts:
         vocabulary = vocabulary.ending_with(endings.texts[0])
     tokenizer_folder.save_vocabulary(vocabulary, tokenizer_file=files.tokenizer, config_file=files.tokenizer_config)

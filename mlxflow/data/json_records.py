@@ -1,4 +1,4 @@
-"""JSON: one value, a value a line, or the records of a file that is read whole."""
+"""Read JSON: a single value, one value per line, or the records of a whole file."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -20,17 +20,17 @@ _decode_fast = msgspec.json.Decoder().decode
 
 
 def decode_json(data: bytes | bytearray) -> Any:
-    """Return a JSON value; msgspec reads it, and the standard library where that finds a fault, to say it better.
+    """Return a JSON value, parsed by msgspec; after an error by the standard library, for a better message.
 
     Raises:
-        ValueError: it is none; the text is for people.
+        ValueError: it is invalid; the message is for the user.
     """
     try:
         return _decode_fast(data)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        pass  # the standard library also takes NaN
+        pass  # the standard library also accepts NaN
     try:
-        return json.loads(data.decode("utf-8-sig"))  # of bytes it would guess the encoding
+        return json.loads(data.decode("utf-8-sig"))  # for bytes it would guess the encoding
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -39,24 +39,22 @@ def decode_json(data: bytes | bytearray) -> Any:
         line = f"line {error.lineno:,} " if error.lineno > 1 else ""
         reason = error.msg.rstrip(": ").removesuffix(" at")
         raise ValueError(f"{reason} at {line}column {error.colno:,}") from error
-    except ValueError as error:  # no other one is left
+    except ValueError as error:  # the only remaining cause
         raise ValueError("a number has too many digits") from error
 
 
-# --- a value a line
+# --- one value per line
 
 
 def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Record | PlainText | Bad]]:
-    """Yield the records of a file with a JSON value a line; a line of several megabytes comes in a batch of its own.
+    """Yield the records of a file with one JSON value per line; a line of several megabytes is a separate batch.
 
     Args:
         pieces: of the file.
-        form: of its records.
-
-    Raises:
+        form: of its records. Raises:
         FileProblem: it is not UTF-8.
     """
-    rest, dropped = bytearray(), 0  # of a line that began in an earlier piece: its bytes, and how many are not kept
+    rest, dropped = bytearray(), 0  # bytes of a line that began in an earlier piece, and the number of dropped ones
     number = 1
     for piece in _without_mark(pieces):
         begin = 0
@@ -120,15 +118,15 @@ def _parse_lines(lines: Sequence[bytes | bytearray], number: int, form: RecordFo
 
 
 def read_json(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | PlainText | Bad]]:
-    """Yield the records of a JSON file, or the file as a text where it holds none.
+    """Yield the records of a JSON file, or the file as a text if it has none.
 
     Args:
         pieces: of the file.
         form: of its records.
-        strict: a file without records is a problem.
+        strict: a file without records is an error.
 
     Raises:
-        FileProblem: it is too large, or it is not valid JSON.
+        FileProblem: it is too large or not valid JSON.
     """
     data = bytearray()
     for piece in pieces:
@@ -165,18 +163,18 @@ def listed(names: Iterable[str]) -> str:
 
 
 def find_records(value: Any, record_keys: Set[str], is_record: Callable[[Any], bool]) -> list[Any] | None:
-    """Return the records of a JSON value; None where it holds none of a known form.
+    """Return the records of a JSON value; None without records of a known form.
 
-    That is a list of objects, one with a known key, an object that is a record, or an object with one such
-    list under a key of any name, such as {"version": 1, "data": [...]}.
+    Accepted are a list of objects, at least one with a known key, an object that is a record, and an object with one
+    such list under any key, such as {"version": 1, "data": [...]}.
 
     Args:
-        value: the whole of a file.
+        value: the content of a file.
         record_keys: a record has one of these keys.
         is_record: whether an object has all the keys of a known form.
 
     Raises:
-        FileProblem: it holds several lists of records.
+        FileProblem: it contains several lists of records.
     """
     if isinstance(value, list):
         has_keys = any(isinstance(one, dict) and record_keys & one.keys() for one in value[:_SEEN])
@@ -195,7 +193,7 @@ def find_records(value: Any, record_keys: Set[str], is_record: Callable[[Any], b
 
 
 def first_line_is_object(data: bytes | bytearray, decode: Callable[[bytes | bytearray], Any]) -> bool:
-    """Return whether a file that is no JSON value holds an object a line, as the datasets library writes `.json`."""
+    """Return whether a file has one JSON object per line, like `.json` files of the datasets library."""
     line, _, rest = data.lstrip().partition(b"\n")
     if not rest.strip():
         return False
@@ -206,6 +204,6 @@ def first_line_is_object(data: bytes | bytearray, decode: Callable[[bytes | byte
 
 
 def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
-    """Yield the items in parts of a size."""
+    """Yield the items in batches of a given size."""
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]

@@ -1,8 +1,7 @@
-"""Batches on the device before they are wanted.
+"""The training data loader: shuffled batches, prefetched to the device.
 
-Worker threads gather rows from the mapped file, a few batches ahead; the batch after the one in use is on the device
-already. MLX's streams belong to a thread, so the workers hand numpy arrays over and the caller's thread makes MLX
-arrays of them.
+Worker threads gather rows from the mapped file, a few batches ahead; the next batch is already on the device. MLX's
+streams belong to a thread, so workers pass numpy arrays and the caller's thread converts them to MLX arrays.
 """
 
 import threading
@@ -20,12 +19,12 @@ from mlxflow.data.token_file import Batch, Rows
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Orders are computed for this many rows at a time: a handful of numpy calls costs as much for one as for thousands.
+# The order is computed for this many rows at a time: numpy's cost per call is the same for one row.
 _ORDERED_ROWS = 4096
 
 
 class DeviceBatch(NamedTuple):
-    """A batch as the training step takes it.
+    """A batch on the device, the input of a training step.
 
     Attributes:
         tokens: (B, L + 1) ids.
@@ -39,13 +38,13 @@ class DeviceBatch(NamedTuple):
 
 
 class Order:
-    """Which row comes at which place of an endless stream: each epoch every row once, in an order of its own.
+    """The order of rows in an endless stream: every epoch is another permutation of all rows.
 
-    Of a distributed run each rank takes its share of every batch: the shares are disjoint and together everything.
+    In a distributed run each rank takes a share of every batch; the shares are disjoint and cover all rows.
 
     Args:
         count: of rows, R.
-        seed: with the number of the epoch it gives the order.
+        seed: determines the order together with the epoch.
     """
 
     def __init__(self, count: int, *, seed: int) -> None:
@@ -54,7 +53,7 @@ class Order:
         self._known: dict[int, NDArray[np.int64]] = {}
 
     def rows(self, begin: int, count: int) -> "NDArray[np.int64]":
-        """Return (count,) the rows at places from `begin` on; takes the same time for any place."""
+        """Return (count,) the row numbers at positions from `begin` on, in the same time for any position."""
         blocks = range(begin // _ORDERED_ROWS, (begin + count - 1) // _ORDERED_ROWS + 1)
         for number in [number for number in self._known if number < blocks[0] - 1]:
             self._known.pop(number, None)
@@ -78,12 +77,12 @@ class Order:
 
 
 def name_by_number(rows: "NDArray[np.int64]") -> str:
-    """Return the numbers of rows, for a message."""
+    """Return the numbers of rows as text, for a message."""
     return f"rows {rows.tolist()}"
 
 
 class Share(NamedTuple):
-    """Which rows of each batch a process of a distributed run takes.
+    """The share of each batch for a process of a distributed run.
 
     Attributes:
         rank: of the process.
@@ -94,26 +93,26 @@ class Share(NamedTuple):
     num_ranks: int
 
 
-#: Of a run of one process.
+#: The share of a single process.
 ALL_ROWS = Share(0, 1)
 
 
 class Loader(Iterator[DeviceBatch]):
-    """Batches without end, ready before they are asked for. Use it in a `with` block, which ends its threads.
+    """An endless iterator of prefetched batches, used in a `with` block, which ends its threads.
 
     Args:
         rows: mapped into memory or not.
-        batch_size: rows a batch, B.
+        batch_size: rows per batch, B.
         seed: of the order; see `Order`.
         workers: threads that gather rows.
-        prefetch_batches: gathered ahead at most.
-        cursor: rows of the stream that were used already; a run goes on from there in the same time from anywhere.
+        prefetch_batches: maximum number of prefetched batches.
+        cursor: number of rows of the stream that were already used; resuming takes the same time from any position.
         share: of this process in a distributed run.
-        name_rows: says which documents lie in rows, for a failure's message.
+        name_rows: returns the documents in rows as text, for error messages.
 
     Attributes:
-        cursor: rows of the stream that were handed out, those of all ranks: all that a checkpoint has to keep.
-        waited_seconds: how long the caller has waited for rows so far.
+        cursor: number of rows of the stream returned so far to all ranks; the only state for a checkpoint.
+        waited_seconds: total time that the caller waited for rows.
     """
 
     def __init__(
@@ -162,7 +161,7 @@ class Loader(Iterator[DeviceBatch]):
             worker.join()
 
     def __next__(self) -> DeviceBatch:
-        """Return the next batch, and put the one after it on the device if it is gathered.
+        """Return the next batch, and move the following one to the device if it is ready.
 
         Raises:
             OSError: a worker could not read the rows.
@@ -214,13 +213,13 @@ class Loader(Iterator[DeviceBatch]):
             indices = self._order.rows(begin, self._batch_size)
         try:
             return self._rows.take(indices)
-        except Exception as error:  # handed to the caller's thread
+        except Exception as error:  # raised again in the caller's thread
             error.add_note(f"while {self._name_rows(indices)} were gathered")
             return error
 
 
 def _read_ahead(rows: Rows) -> None:
-    """Ask the system to read mapped rows in order now: a cold disk is slow at random rows, whatever the queue."""
+    """Ask the system to read the mapped file sequentially now: a cold disk is slow at random rows."""
     import mmap
 
     import psutil

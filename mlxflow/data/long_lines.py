@@ -1,4 +1,4 @@
-"""Lines of JSON of several megabytes: only what is read of them is decoded, and a long text comes in parts."""
+"""Decode JSON lines of several megabytes: only the needed keys, and a long text in parts."""
 
 import functools
 import re
@@ -13,11 +13,11 @@ from mlxflow.data.items import RecordForm, TooLargeError
 #: Shorter lines are decoded whole.
 LONG_LINE_BYTES = 1 << 20
 
-#: Strings, commas and opening brackets of a long line: what it is decoded to takes up to 100 bytes for each of them.
+#: The most strings, commas and opening brackets of a long line; decoded, each takes up to 100 bytes.
 MAX_LINE_VALUES = 1 << 20
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-# The part of a JSON string that ends before the first escape sequence that is cut off
+# The part of a JSON string before an escape sequence that is cut off
 _WHOLE_ESCAPES = re.compile(
     rb"(?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*+", re.DOTALL
 )
@@ -25,10 +25,10 @@ _LEAST_PART_BYTES = 64
 
 
 class LongText:
-    """A text of several megabytes as it stands in a line of JSON.
+    """A text of several megabytes in its JSON encoding.
 
     Args:
-        raw: its JSON, with the quotation marks.
+        raw: its JSON, including the quotation marks.
     """
 
     def __init__(self, raw: msgspec.Raw) -> None:
@@ -38,7 +38,7 @@ class LongText:
         """Yield the text in parts of at most about a megabyte, UTF-8.
 
         Raises:
-            ValueError: it is not UTF-8; the text is for people.
+            ValueError: it is not UTF-8; the message is for the user.
         """
         data = memoryview(self._raw)
         size = max(decompression.PIECE_BYTES, _LEAST_PART_BYTES)
@@ -59,8 +59,8 @@ class LongText:
 
 
 def _whole_length(part: bytes) -> int:
-    """Return the length of the beginning of a part of a JSON string in which no character is cut apart."""
-    if end := part.rfind(b" ") + 1:  # no escape sequence holds a space
+    """Return the length of the longest prefix of a part of a JSON string that splits no character."""
+    if end := part.rfind(b" ") + 1:  # no escape sequence contains a space
         return end
     match = _WHOLE_ESCAPES.match(part)
     end = match.end() if match else 0
@@ -70,16 +70,16 @@ def _whole_length(part: bytes) -> int:
 
 
 def decode_long(line: bytes | bytearray, form: RecordForm, decode: Callable[[bytes], Any]) -> Any:
-    """Return what is read of the JSON object in a long line, a long text as `LongText`; [] for what is no object.
+    """Return the needed keys of the JSON object in a long line, a long text as `LongText`; [] for other values.
 
     Args:
         line: the line.
         form: of the records.
-        decode: turns the JSON of a value into the value.
+        decode: decodes the JSON of a value.
 
     Raises:
-        ValueError: it is no valid JSON; the text is for people.
-        TooLargeError: it holds too much beside a text.
+        ValueError: it is no valid JSON; the message is for the user.
+        TooLargeError: it has too many values besides a text.
     """
     names = form.keys | form.more_keys
     try:
@@ -107,7 +107,7 @@ def decode_long(line: bytes | bytearray, form: RecordForm, decode: Callable[[byt
 
 @functools.lru_cache(maxsize=16)
 def _decoder(names: frozenset[str]) -> "msgspec.json.Decoder[Any]":
-    """Return what decodes an object to the JSON of the values of some keys, and passes all other keys over."""
+    """Return a decoder of objects that keeps the JSON of some keys' values and skips all other keys."""
     fields = {f"value_{number}": name for number, name in enumerate(sorted(names))}
     empty = msgspec.Raw()
     return msgspec.json.Decoder(
@@ -116,18 +116,18 @@ def _decoder(names: frozenset[str]) -> "msgspec.json.Decoder[Any]":
 
 
 def require_few_values(data: bytes | bytearray, most: int) -> None:
-    """Refuse JSON that would take a multiple of its size when it is decoded.
+    """Refuse JSON that would take a multiple of its size when decoded.
 
     Args:
         data: the JSON.
-        most: strings, commas and opening brackets.
+        most: maximum number of strings, commas and opening brackets.
 
     Raises:
-        TooLargeError: it has more of them.
+        TooLargeError: it has more.
     """
     marks = (b",", b"[", b"{")
     if sum(data.count(mark) for mark in marks) + data.count(b'"') // 2 <= most:
-        return  # those in strings counted as well
+        return  # including those inside strings
     count = end = 0
     for string in _STRING.finditer(data):
         count += 1 + sum(data.count(mark, end, string.start()) for mark in marks)

@@ -1,9 +1,9 @@
-"""Cut the long words of the texts that a tokenizer is trained on.
+"""Split long words in the training texts of a tokenizer.
 
-Training a BPE takes time quadratic in the length of a word (a pre-token: a run of letters, of digits, of white space or
-of other characters), because each merge moves all that follows it. Encoding does not: both engines merge with a heap.
-So only training is bounded: the tokenizer keeps its rule, and texts without long words train the same tokenizer as
-before.
+Training a BPE takes time quadratic in the length of a word (a pre-token: a run of letters, of digits, of white space
+or of other characters), because each merge moves the rest of it. Encoding does not: both engines merge with a heap.
+So words are split for training only; the tokenizer itself is unaffected, and texts without long words give the same
+tokenizer.
 """
 
 import re
@@ -11,19 +11,19 @@ from collections.abc import Iterable, Iterator
 
 from tokenizers import pre_tokenizers
 
-#: A longer word is cut, before training, into parts of this many characters.
+#: Longer words are split into parts of this many characters.
 MAX_WORD_LENGTH = 2048
 
-# Pre-tokenized at a time: each piece is a Python object
+# Characters pre-tokenized at a time: each piece is a Python object
 _WINDOW_LENGTH = 1 << 20
 
-# White space to Python, and part of a word to the tokenizer
+# White space in Python, but part of a word in the tokenizer
 _SEPARATORS = "\x1c\x1d\x1e\x1f"
 
-# A text is given to the trainer in parts of about this many characters: it takes up to 60 bytes for each of them
+# Characters of the parts of a text that the trainer gets; it needs up to 60 bytes per character
 _PART_LENGTH = 1 << 15
 
-# White space between two words: pre-tokens are the same when the text is cut before it
+# White space between two words: splitting a text before it does not change the pre-tokens
 _BETWEEN_WORDS = re.compile(r"(?<=\S)[ \n](?=\S)")
 
 _SPACE, _WORD = re.compile(r"\s"), re.compile(r"\S")
@@ -31,7 +31,7 @@ _RUN = re.compile(rf"[\S{_SEPARATORS}]{{{MAX_WORD_LENGTH},}}|\s{{{MAX_WORD_LENGT
 
 
 def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts, those with a long word in several parts."""
+    """Yield texts, split inside long words."""
     for text in texts:
         begin = 0
         for end in _cuts(text):
@@ -41,7 +41,7 @@ def cut_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def split_at_words(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts in parts with the same words for a trainer: cut where a space divides two words."""
+    """Yield texts in parts with the same words for a trainer, split at spaces between words."""
     for text in texts:
         begin = 0
         while match := _BETWEEN_WORDS.search(text, begin + _PART_LENGTH):
@@ -51,14 +51,14 @@ def split_at_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def has_long_word(text: str) -> bool:
-    """Return whether a text has a word that is cut."""
+    """Return whether a text has a word that is too long."""
     return next(_cuts(text), None) is not None
 
 
 def _may_have_long_word(text: str) -> bool:
-    """Return whether a text may have a word that is cut.
+    """Return whether a text may have a word that is too long.
 
-    A run of that length fills one of these blocks; nearly all others are left at their first space.
+    A run of that length fills one of these blocks; almost all others are dismissed at their first space.
     """
     size = MAX_WORD_LENGTH // 2
     ends = range(size, len(text) + 1, size)
@@ -66,14 +66,14 @@ def _may_have_long_word(text: str) -> bool:
 
 
 def _is_one_run(text: str, begin: int, end: int) -> bool:
-    """Return whether a part of a text is white space alone or has none."""
+    """Return whether a part of a text is only white space or has none."""
     return not (_SPACE.search(text, begin, end) and _WORD.search(text, begin, end))
 
 
 def _cuts(text: str) -> Iterator[int]:
-    """Yield where a text is cut, in order: inside long words only.
+    """Yield the positions, inside long words, at which a text is split, in order.
 
-    A word across two windows is cut in each of them, so that no part is over twice MAX_WORD_LENGTH long.
+    A word across two windows is split in each of them, so that no part is longer than twice MAX_WORD_LENGTH.
     """
     if not _may_have_long_word(text):
         return

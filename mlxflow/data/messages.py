@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-#: What names the speaker of a message.
+#: The keys for the role of a message, and the common names of each role.
 _SPEAKER_KEYS = ("role", "from")
 
 
@@ -26,7 +26,7 @@ _MAX_ROLE_LENGTH = 100
 
 
 class RecordProblem(Exception):  # noqa: N818 - becomes a bad record
-    """A record that cannot be used; the text says why.
+    """An unusable record; the message is the reason.
 
     Args:
         text: why.
@@ -39,15 +39,15 @@ class RecordProblem(Exception):  # noqa: N818 - becomes a bad record
 
 
 def kind(value: object) -> str:
-    """Return what a JSON value is, for messages."""
+    """Return the type of a JSON value in words, for messages."""
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def read_messages(value: Any, key: str) -> list[dict[str, Any]]:
-    """Return a list of messages without empty keys, roles by their usual names; what is wrong with one is raised."""
-    if isinstance(value, str):  # as tables keep them
+    """Return messages without null keys and with standard role names; an invalid one raises `RecordProblem`."""
+    if isinstance(value, str):  # JSON text, as in tables
         value = parse_json_key(value, key)
-    if isinstance(value, dict):  # columns, as the datasets library keeps a list of objects
+    if isinstance(value, dict):  # columns: the datasets library's representation of a list of objects
         value = _rows(value)
     if not isinstance(value, list) or not value:
         raise RecordProblem(f'expected "{key}", a list that is not empty')
@@ -55,7 +55,7 @@ def read_messages(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _is_plain(message: Any) -> bool:
-    """Return whether a message is what most are: nothing but a usual role and a text."""
+    """Return whether a message consists of a standard role and a text, as most do."""
     return (
         type(message) is dict
         and len(message) == 2
@@ -65,7 +65,7 @@ def _is_plain(message: Any) -> bool:
 
 
 def parse_json_key(text: str, key: str) -> Any:
-    """Return the value of JSON in a text under a key of a record.
+    """Parse the JSON text of a record's key.
 
     Raises:
         RecordProblem: it is not valid.
@@ -77,10 +77,10 @@ def parse_json_key(text: str, key: str) -> Any:
 
 
 def parse_json_text(text: str) -> Any:
-    """Return the value of JSON that stands in a text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is not valid; the text is for the user.
+        ValueError: it is not valid; the message is for the user.
     """
     try:
         return json.loads(text)
@@ -88,7 +88,7 @@ def parse_json_text(text: str) -> Any:
         raise ValueError("nested too deeply") from error
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # no other one is left
+    except ValueError as error:  # the only remaining cause
         raise ValueError("a number has too many digits") from error
 
 
@@ -121,14 +121,14 @@ def _message(value: Any, number: int) -> dict[str, Any]:
 
 
 def without_empty(value: Any) -> Any:
-    """Return a JSON value without the keys that have no value."""
+    """Return a JSON value without keys whose value is null."""
     if isinstance(value, dict):
         return {key: without_empty(one) for key, one in value.items() if one is not None}
     return [without_empty(one) for one in value] if isinstance(value, list) else value
 
 
 def _check_content(message: dict[str, Any], number: int) -> None:
-    """Refuse a content that is neither text nor a list of texts; such a list gets its usual form."""
+    """Refuse a content that is neither text nor a list of texts; such a list is normalized."""
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = [_part(part, number, index) for index, part in enumerate(content, 1)]
@@ -148,7 +148,7 @@ def _part(part: Any, number: int, index: int) -> dict[str, Any]:
 
 
 def _with_call(message: dict[str, Any], number: int) -> dict[str, Any]:
-    """Return a message of ShareGPT whose value is a call, or several, as one with tool_calls."""
+    """Convert a ShareGPT message whose value is one or more calls to a message with tool_calls."""
     value = message.pop("content", None)
     try:
         calls = parse_json_text(value) if isinstance(value, str) else value
@@ -158,13 +158,13 @@ def _with_call(message: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _calls(message: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """Take the calls of tools out of a message and return them as OpenAI writes them, arguments as an object."""
+    """Remove the tool calls from a message and return them in OpenAI's format, with arguments as an object."""
     calls = message.pop("tool_calls", None) or []
     if isinstance(calls, str):
         calls = parse_json_key(calls, "tool_calls")
     if isinstance(calls, dict):
         calls = _rows(calls)
-    if "function_call" in message:  # of OpenAI's first form
+    if "function_call" in message:  # OpenAI's legacy format
         calls = [message.pop("function_call")]
     if not isinstance(calls, list):
         raise RecordProblem(f'message {number}: "tool_calls" is {kind(calls)}: expected a list')

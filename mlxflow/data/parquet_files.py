@@ -1,7 +1,7 @@
-"""The rows of a parquet file as records, in memory that follows from the file's size.
+"""Read the rows of a parquet file as records, in memory proportional to the file's size.
 
-A few bytes of such a file can stand for any number of rows, or for a long value in each of them: what is decoded is
-counted, and as many rows are decoded at a time as fit into a few megabytes.
+A few bytes of such a file can encode any number of rows or a long value in each row. So decoded bytes are counted,
+and only as many rows are decoded at a time as fit into a few megabytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ from mlxflow.storage.paths import printable
 
 _MOST_ROWS_PER_BATCH = 1024
 _BATCH_BYTES = 1 << 25
-# What is kept of a row besides its values.
+# Bytes per row besides its values.
 _ROW_BYTES = 16
 _VALUE_BYTES = 8
 _NAMED_COLUMNS, _MOST_OF_A_NAME = 10, 40
 
 
 def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | PlainText | Bad]]:
-    """Yield the rows of a parquet file, of each the columns that are known.
+    """Yield the known columns of a parquet file's rows.
 
     Raises:
         FileProblem: it is no valid parquet file, has no known column, or expands to a large multiple of its size.
@@ -40,11 +40,11 @@ def read_parquet(path: Path, form: RecordForm) -> Iterator[list[Record | PlainTe
     try:
         with parquet.ParquetFile(path) as file:
             yield from _rows(file, path, form)
-    except UnicodeDecodeError as error:  # of a text of a row it is said where that is read
+    except UnicodeDecodeError as error:  # invalid text in a row is reported where it is read
         raise FileProblem("is no valid parquet file (a name in its footer is not UTF-8)") from error
     except (pyarrow.lib.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the operating system says it, not the format
+            raise  # an error of the operating system, not of the format
         raise FileProblem(f"is no valid parquet file ({printable(reason_of(error))})") from error
 
 
@@ -58,7 +58,7 @@ def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | Pla
     stored = path.stat().st_size
     groups = range(file.num_row_groups)
     require_plausible(sum(file.metadata.row_group(group).total_byte_size for group in groups), stored)
-    for group in groups:  # pyarrow ends the process when it is asked for a damaged footer, and raises when it reads one
+    for group in groups:  # pyarrow aborts the process when accessing a damaged footer, but raises when reading one
         next(file.iter_batches(batch_size=1, row_groups=[group], columns=columns), None)
     chunks = [_chunks_of(file, group, columns) for group in groups]
     require_plausible(sum(_decoded_bytes(one) for group in chunks for one in group), stored)
@@ -74,7 +74,7 @@ def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | Pla
 
 
 def _chunks_of(file: Any, group: int, columns: Sequence[str]) -> list[Any]:
-    """Return what the footer says of the parts of some columns, those below lists and structs too, in a row group."""
+    """Return the footer's metadata of some columns in a row group, including columns nested in lists and structs."""
     found = file.metadata.row_group(group)
     chunks = (found.column(index) for index in range(found.num_columns))
     return [one for one in chunks if one.path_in_schema.split(".")[0] in columns]
@@ -85,14 +85,14 @@ def _decoded_bytes(chunk: Any) -> int:
 
 
 def _rows_per_batch(path: Path, chunks: Sequence[Any], num_rows: int) -> int:
-    """Return how many rows surely fit into a batch if each holds the largest value of a dictionary."""
+    """Return the number of rows that fit into a batch even if each has the largest value of a dictionary."""
     plain = sum(_decoded_bytes(one) for one in chunks) // max(1, num_rows)
     repeated = sum(_dictionary_bytes(path, one) for one in chunks)
     return max(1, min(_MOST_ROWS_PER_BATCH, _BATCH_BYTES // max(1, plain, repeated)))
 
 
 def _dictionary_bytes(path: Path, chunk: Any) -> int:
-    """Return the size of the dictionary of a part of a column: its page's header says it; 0 without one.
+    """Return the size of the dictionary of a column chunk from its page header; 0 without one.
 
     The header is a Thrift struct in the compact protocol: the page's type and its size are the first two fields.
     """
@@ -122,7 +122,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _parts(batch: Any) -> Iterator[Any]:
-    """Yield a batch in parts whose rows have few values and bytes, or a row alone."""
+    """Yield a batch in parts with few values and bytes, or single rows."""
     values = sum(_count_values(column) for column in batch.columns)
     if batch.num_rows > 1 and (values > MAX_LINE_VALUES or batch.nbytes > _BATCH_BYTES):
         half = batch.num_rows // 2
@@ -133,7 +133,7 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _count_values(array: Any) -> int:
-    """Return how many values a column of a batch has, those in lists and structs too."""
+    """Return the number of values in a column of a batch, including those in lists and structs."""
     import pyarrow.types as types
 
     kind = array.type

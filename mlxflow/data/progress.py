@@ -1,4 +1,4 @@
-"""What a person sees while a corpus is read: a bar on a terminal, a line now and then in a log."""
+"""Progress of reading a corpus: a bar on a terminal, a line every ten seconds in a log."""
 
 import sys
 import time
@@ -14,14 +14,14 @@ _SECONDS_BEFORE_BAR = 0.3
 
 @contextmanager
 def show_progress(doing: str, total_bytes: int) -> Iterator[tuple[Progress, Callable[[], None]]]:
-    """Show how far the work is on standard error until the block ends.
+    """Show progress on standard error until the context ends.
 
     Args:
-        doing: what is done, in one word.
-        total_bytes: of all files, as they lie on the disk.
+        doing: the activity, in one word.
+        total_bytes: of all files, as stored on the disk.
 
     Yields:
-        the counts, and a function that shows them when it is time to.
+        the counts, and a function that shows them when due.
     """
     progress = Progress()
     shown = _ByteBar(doing, total_bytes) if sys.stderr.isatty() else _Lines(doing, total_bytes)
@@ -29,7 +29,7 @@ def show_progress(doing: str, total_bytes: int) -> Iterator[tuple[Progress, Call
 
     def watch() -> None:
         seconds = time.perf_counter() - begin
-        if seconds > _SECONDS_BEFORE_BAR:  # what is done at once needs no bar
+        if seconds > _SECONDS_BEFORE_BAR:  # short work needs no bar
             shown.show(progress, seconds)
 
     try:
@@ -41,7 +41,7 @@ def show_progress(doing: str, total_bytes: int) -> Iterator[tuple[Progress, Call
 
 @contextmanager
 def show_waiting(doing: str) -> Iterator[Callable[[], None]]:
-    """Say once what is done, if it takes long."""
+    """Print the activity once if it takes long."""
     begin = time.perf_counter()
     said = False
 

@@ -1,7 +1,7 @@
-"""From the bytes of a source file to its records: lines of JSON, rows of a table, or one text.
+"""Read the records of a source file: lines of JSON, rows of a table, or one text.
 
-What is wrong with a single record is a `Bad` beside the good ones; what is wrong with the whole file is a
-`streams.FileProblem`. Both say where and why; the caller decides what that means.
+An unusable record is yielded as `Bad`; a file that cannot be used raises `FileProblem`. Both have position and
+reason; the caller decides what to do.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ from mlxflow.errors import SourceError
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.paths import printable
 
-#: How files are read, by the last suffix that is no compression; any other file is text.
+#: The kind of file by its last suffix that is no compression; any other file is text.
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 class Shape(NamedTuple):
-    """How a file is read: part of the key of its shard.
+    """How a file is read; part of the cache key of its shard.
 
     Attributes:
         kind: "text", "jsonl", "json", "csv" or "parquet".
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "Shape":
-        """Return the shape that a file's name promises."""
+        """Return the shape that follows from a file's name."""
         suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
         compression = suffixes.pop()[1:] if suffixes and suffixes[-1] in (".gz", ".zst") else ""
         kind = _KINDS.get(suffixes[-1], "text") if suffixes else "text"
@@ -61,10 +61,10 @@ def read_file(
     Args:
         path: the file.
         shape: how it is read.
-        expected_digest: xxh3-128 of its bytes; another one means that it changed meanwhile.
-        form: of its records; a .json or .csv file without any is a text like any other file ...
-        strict: ... unless this is set; then it is a problem.
-        on_read: called with each number of bytes read.
+        expected_digest: xxh3-128 of its bytes; if it differs, the file changed meanwhile.
+        form: of its records.
+        strict: a .json or .csv file without records is an error; else it is read as a text.
+        on_read: called with the number of bytes of each read.
         source: the setting that names the file, for messages.
 
     Raises:
@@ -76,7 +76,7 @@ def read_file(
             before = path.stat()
             yield from read_parquet(path, form)
             on_read(before.st_size)
-            after = path.stat()  # content that was put back is not what was read
+            after = path.stat()  # restoring the content afterwards does not help: other content was read
             is_same = (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
             if not is_same or digest_file(path).content != expected_digest:
                 raise SourceError(f"{printable(str(path))}: changed while it was read. Run the stage again.")

@@ -1,4 +1,4 @@
-"""The marks of packed rows: which piece of a row each token belongs to, and whether it is trained on."""
+"""The marks of packed rows: the document piece of each token, and whether the token is trained on."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def has_targets(marks: "NDArray[Any]") -> "NDArray[np.bool_]":
-    """Return which rows, (R,), hold a token that the model learns to predict.
+    """Return (R,) whether each row has a token that is trained on.
 
     Args:
         marks: (R, L + 1); see `token_file.Batch`.
@@ -24,13 +24,13 @@ def marks_of_parts(
     lengths: "NDArray[np.int64]",
     room: "NDArray[np.int64]",
 ) -> "NDArray[Any]":
-    """Return the marks of rows, one after another; see `token_file.Batch`.
+    """Return the concatenated marks of rows; see `token_file.Batch`.
 
     Args:
-        targets: of each part in the order of their rows: whether each token is trained on, or None for all.
-        numbers: of each part, its mark where it is trained on.
-        lengths: tokens of each.
-        room: that stays empty behind each.
+        targets: for each part in row order: whether each token is trained on; None for all.
+        numbers: the mark of each part's trained tokens.
+        lengths: tokens of each part.
+        room: unused positions after each part.
     """
     dtype = np.min_scalar_type(int(numbers.max())).type
     values = np.stack([numbers, np.zeros(len(targets), np.int64)], axis=1).astype(dtype)

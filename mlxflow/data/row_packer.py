@@ -1,4 +1,4 @@
-"""Documents as they come, laid into rows and written, a window of them at a time."""
+"""Pack a stream of documents into rows and write them, one window of documents at a time."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -16,12 +16,12 @@ OnLong = Literal["split", "truncate", "drop"]
 
 
 class Stored(NamedTuple):
-    """One document on its way into rows.
+    """One document to be packed.
 
     Attributes:
-        number: among the documents of this side.
+        number: within the documents of this split.
         tokens: (n,)
-        is_conversation: not to be cut unless it is longer than a row.
+        is_conversation: it is not split unless it is longer than a row.
         targets: (n,) whether each token is trained on, or None for all of them.
     """
 
@@ -32,20 +32,20 @@ class Stored(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What became of the documents of one side.
+    """Figures of the packed documents of one split.
 
     Attributes:
-        documents: each once, however often an epoch shows it.
-        conversations: how many of them are.
+        documents: each counted once, however often an epoch contains it.
+        conversations: documents that are conversations.
         tokens: in the rows.
-        targets: tokens that the model learns to predict.
-        rows: there are.
-        slots: tokens that the rows could hold.
-        cut_documents: laid into more than one row.
-        needlessly_cut: of these, the ones that would fit a row.
-        truncated: conversations without their end.
+        targets: tokens that are trained on.
+        rows: number of rows.
+        slots: tokens that fit into the rows.
+        cut_documents: split over several rows.
+        needlessly_cut: of these, the ones that fit into a row.
+        truncated: conversations whose end was cut off.
         dropped: conversations left out because they are longer than a row.
-        rows_without_targets: rows left out because the model learns to predict no token of theirs.
+        rows_without_targets: rows left out because none of their tokens is trained on.
     """
 
     documents: int
@@ -62,16 +62,16 @@ class Counts(NamedTuple):
 
     @property
     def real_token_share(self) -> float:
-        """Share of the slots that hold a token, to six digits."""
+        """Share of the slots that are filled, to six digits."""
         return round(self.tokens / max(1, self.slots), 6)
 
 
-# Documents that are packed together: enough of them that hardly a row is left with room.
+# Documents that are packed together: enough to fill almost all rows.
 _WINDOW_TOKENS = 1 << 21
 _WINDOW_ROWS = 2048
 _LARGEST_WINDOW_TOKENS = 1 << 25
 
-# A row with more room than this waits for the next window; of a window at most a quarter waits.
+# A row with more room than this waits for the next window; at most a quarter of a window waits.
 _MOST_ROOM = 0.005
 _MOST_KEPT = 0.25
 
@@ -81,10 +81,10 @@ class RowSettings(NamedTuple):
 
     Attributes:
         capacity: tokens that a row holds.
-        packing: how documents are laid into rows.
-        on_long: what becomes of conversations longer than a row.
-        padding: the id that fills what is left of a row.
-        seed: the order in which documents of one window are packed.
+        packing: the packing method.
+        on_long: what to do with conversations longer than a row.
+        padding: the id for unused positions of a row.
+        seed: of the packing order within a window.
     """
 
     capacity: int
@@ -95,10 +95,10 @@ class RowSettings(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What of a document lies in one row, or in several rows that it fills alone.
+    """The part of a document in one row, or in several rows that it fills alone.
 
     Attributes:
-        document: its number; -1 for room that stays empty.
+        document: its number; -1 for unused positions.
         begin: the first token within the document.
         tokens: (n,)
         targets: (n,) whether each is trained on, or None for all of them.
@@ -116,11 +116,11 @@ class _Part(NamedTuple):
 
 
 class Packer:
-    """Collects documents until there are enough for a window, then lays them into rows; used in a `with` block.
+    """Collects documents until a window is full, then packs them into rows; used in a `with` block.
 
     Args:
-        stream: takes the rows; see `token_file.TokenFile` for its columns.
-        settings: how documents are laid into rows.
+        stream: receives the rows; see `token_file.TokenFile` for its columns.
+        settings: of the packing.
     """
 
     def __init__(self, stream: ArrayStream, settings: RowSettings) -> None:
@@ -128,7 +128,7 @@ class Packer:
         self._capacity, self._packing, self._on_long, self._padding, self._seed = settings
         self._window_tokens = min(max(_WINDOW_TOKENS, _WINDOW_ROWS * self._capacity), _LARGEST_WINDOW_TOKENS)
         self._window = 0
-        self._full: list[_Part] = []  # of whole rows
+        self._full: list[_Part] = []  # of full rows
         self._waiting: list[_Part] = []
         self._num_waiting = 0
         self._highest = -1
@@ -136,7 +136,7 @@ class Packer:
         self._writing: Future[dict[str, int]] | None = None
 
     def add(self, document: Stored) -> None:
-        """Take a document; a window that is full is written."""
+        """Add a document; a full window is written."""
         length = len(document.tokens)
         is_new = document.number > self._highest
         self._highest = max(self._highest, document.number)
@@ -154,7 +154,7 @@ class Packer:
             self._add_cut(document, length)
 
     def finish(self) -> Counts:
-        """Write what is left and return what became of the documents."""
+        """Write the remaining documents and return the figures."""
         self._write(last=True)
         self._wait_for_writer()
         return self._counts
@@ -170,7 +170,7 @@ class Packer:
         self._counts = self._counts._replace(**{name: getattr(self._counts, name) + n for name, n in more.items()})
 
     def _add_cut(self, document: Stored, length: int) -> None:
-        """Take a document as rows that it fills alone and a rest."""
+        """Add a document as rows that it fills alone and a remainder."""
         whole = length - length % self._capacity
         step = max(1, self._window_tokens // self._capacity) * self._capacity
         for begin in range(0, whole, step):
@@ -179,7 +179,7 @@ class Packer:
             self._take(self._waiting, _Part.of(document, whole, length))
 
     def _add_continuously(self, document: Stored, length: int, *, is_new: bool) -> None:
-        """Take a document as pieces that go on where the last one ended; a conversation begins a row of its own."""
+        """Add a document as pieces that continue after the last one; a conversation begins a new row."""
         filled = self._num_waiting % self._capacity
         if document.is_conversation:
             pieces = cut(document.number, length, self._capacity)
@@ -200,14 +200,14 @@ class Packer:
             self._write(last=False)
 
     def _write(self, *, last: bool) -> None:
-        """Write a window, but for rows that the next one may fill."""
+        """Write a window except for rows that the next one may fill."""
         if self._full:
             self._lay_full()
         if self._waiting:
             rows = self._assign()
             kept = np.zeros(len(rows), np.bool_) if last else self._keep(rows)
             self._lay([self._waiting[i] for i in np.flatnonzero(~kept).tolist()], rows[~kept])
-            # copies, so that the memory of their neighbours is free
+            # copies, so that the memory of their neighbours is freed
             self._waiting = [
                 part._replace(tokens=part.tokens.copy()) for part in (self._waiting[i] for i in np.flatnonzero(kept))
             ]
@@ -215,7 +215,7 @@ class Packer:
         self._window += 1
 
     def _assign(self) -> "NDArray[np.int64]":
-        """Return the row of each part that waits."""
+        """Return the row of each waiting part."""
         lengths = [len(part.tokens) for part in self._waiting]
         if self._packing == "concat":
             return np.array(continuous(lengths, self._capacity, 0), np.int64)
@@ -235,7 +235,7 @@ class Packer:
             kept_rows = np.zeros(len(room), np.bool_)
         else:
             kept_rows = room > _MOST_ROOM * self._capacity
-            if kept_rows.sum() > max(1, _MOST_KEPT * len(room)):  # the emptiest of them
+            if kept_rows.sum() > max(1, _MOST_KEPT * len(room)):  # the emptiest rows
                 kept_rows = room > np.sort(room)[int((1 - _MOST_KEPT) * len(room))]
         kept: NDArray[np.bool_] = kept_rows[rows]
         return kept
@@ -243,7 +243,7 @@ class Packer:
     # --- rows
 
     def _lay(self, parts: list[_Part], rows: "NDArray[np.int64]") -> None:
-        """Write parts as rows; numbers of rows that no part has are passed over."""
+        """Write parts as rows; row numbers without a part are skipped."""
         if not parts:
             return
         _, rows = np.unique(rows, return_inverse=True)
@@ -254,7 +254,7 @@ class Packer:
         real = np.array([part.document >= 0 for part in laid])
         row_pieces = np.bincount(rows, minlength=count)
         lasts = np.cumsum(row_pieces) - 1
-        room = np.zeros(len(laid), np.int64)  # that stays empty behind each part: behind the last of a row
+        room = np.zeros(len(laid), np.int64)  # unused positions after each part: only after the last one of a row
         room[lasts] = self._capacity - np.bincount(rows, weights=lengths).astype(np.int64)
         in_row = np.arange(len(laid)) - (lasts - row_pieces + 1)[rows]
         padding = np.full(self._capacity, self._padding, laid[0].tokens.dtype)
@@ -276,7 +276,7 @@ class Packer:
         capacity = self._capacity
         counts = [len(part.tokens) // capacity for part in self._full]
         marks = np.full((sum(counts), capacity), 3, np.uint8)
-        marks[:, 0] = 2  # the first token of a piece is never trained on: nothing that belongs to it comes before it
+        marks[:, 0] = 2  # the first token of a piece is never trained on: it has no context
         at = 0
         for part, count in zip(self._full, counts, strict=True):
             if part.targets is not None:
@@ -299,12 +299,12 @@ class Packer:
         begins: "NDArray[np.int64]",
         row_pieces: "NDArray[Any]",
     ) -> None:
-        """Write rows and what is known of their pieces, while the next ones are made."""
+        """Write rows and their piece table in another thread."""
         self._wait_for_writer()
         self._writing = self._writer.submit(self._append_now, tokens, marks, documents, begins, row_pieces)
 
     def _append_now(self, tokens: Any, marks: Any, documents: Any, begins: Any, row_pieces: Any) -> dict[str, int]:
-        """Write the rows in which there is something to learn, and return what to add to the counts."""
+        """Write the rows with trained tokens, and return what to add to the figures."""
         tokens, marks = tokens.reshape(-1, self._capacity), marks.reshape(-1, self._capacity)
         kept = has_targets(marks)
         if not kept.all():

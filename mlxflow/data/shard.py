@@ -17,7 +17,7 @@ from mlxflow.storage.tensor_types import NUMPY_TYPES
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Raised when shards that earlier code wrote are wrong now.
+#: Increased when shards of earlier code become invalid.
 FORMAT = 3
 
 #: Flags of a document: it is a conversation; only its spans are trained on.
@@ -28,33 +28,33 @@ _SPAN_TOKENS = 1 << 20
 
 
 class Documents(NamedTuple):
-    """What is known of the documents of a shard.
+    """The table of a shard's documents.
 
     Attributes:
-        table: (D, 7) of each its length in tokens, the two halves of the xxh3-128 of what the file says, its size in
-            UTF-8 bytes, its place (a line or number), its flags and how many spans it has.
+        table: (D, 7) for each its length in tokens, the two halves of the xxh3-128 of its content, its size in UTF-8
+            bytes, its position (a line or number), its flags and its number of spans.
     """
 
     table: "NDArray[np.uint64]"
 
     @property
     def lengths(self) -> "NDArray[np.int64]":
-        """Of each document in tokens, (D,)."""
+        """Length of each document in tokens, (D,)."""
         return self.table[:, 0].astype(np.int64)
 
     @property
     def hashes(self) -> "NDArray[np.uint64]":
-        """The two halves of each digest, (D, 2)."""
+        """The two halves of each content digest, (D, 2)."""
         return self.table[:, 1:3]
 
     @property
     def sizes(self) -> "NDArray[np.uint64]":
-        """Of each text in UTF-8 bytes, (D,)."""
+        """Size of each text in UTF-8 bytes, (D,)."""
         return self.table[:, 3]
 
     @property
     def places(self) -> "NDArray[np.uint64]":
-        """The line of each document, or its number in the file, (D,)."""
+        """The line or the number of each document in its file, (D,)."""
         return self.table[:, 4]
 
     @property
@@ -64,24 +64,24 @@ class Documents(NamedTuple):
 
     @property
     def span_counts(self) -> "NDArray[np.int64]":
-        """Of how many spans each document is trained on, (D,)."""
+        """Number of trained spans of each document, (D,)."""
         return self.table[:, 6].astype(np.int64)
 
 
 class ShardSummary(msgspec.Struct, kw_only=True):
-    """What the header of a shard says beside its columns.
+    """Figures in the header of a shard.
 
     Attributes:
-        blank: documents left out because there is no text in them.
-        masked: documents left out because no token of theirs is trained on.
-        bad: records left out: (place, reason), the first of them.
-        num_bad: how many they are.
-        problem: why the whole file is left out, or "".
-        is_binary: whether that is because it is no text.
-        end_tokens: ids that end what is trained on of a conversation.
-        inner_tokens: those of them that stand inside of it too.
-        added_ends: conversations behind which an end of text was put because nothing else ended them.
-        literals: conversations with control tokens that are text.
+        blank: documents left out because they have no text.
+        masked: documents left out because none of their tokens is trained on.
+        bad: the first of the records left out: (position, reason).
+        num_bad: number of records left out.
+        problem: why the whole file is left out; empty if it is not.
+        is_binary: whether it is left out because it is binary.
+        end_tokens: ids of tokens that end the trained turns of a conversation.
+        inner_tokens: those of them that also occur inside a turn.
+        added_ends: conversations with an appended end-of-text token because no other token ended them.
+        literals: conversations with control tokens inside messages.
     """
 
     blank: int
@@ -97,14 +97,14 @@ class ShardSummary(msgspec.Struct, kw_only=True):
 
 
 class Shard(ShardSummary, kw_only=True):
-    """The tokens of one source file and what is known of its documents.
+    """The tokens and the document table of one source file.
 
-    Columns: `tokens` (T,), `documents` (D, 7), see `Documents`, and `spans` (S, 2), the tokens trained on, relative to
-    their document, of those documents that are MASKED.
+    Columns: `tokens` (T,), `documents` (D, 7), see `Documents`, and `spans` (S, 2), the trained tokens of the
+    documents that are MASKED, relative to their document.
 
     Attributes:
         path: the file.
-        begin: where its tensors begin in the file.
+        begin: offset of its tensors in the file.
         columns: type, shape and offset of each column.
     """
 
@@ -123,7 +123,7 @@ class Shard(ShardSummary, kw_only=True):
         return self.columns["tokens"][1][0]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> "NDArray[Any]":
-        """Return entries of a column, read from the file; memory maps would count as the process's memory."""
+        """Return entries of a column, read from the file, because a memory map would count as the process's memory."""
         dtype, shape, offset = self.columns[name]
         end = shape[0] if end is None else end
         item = np.dtype(dtype).itemsize * int(np.prod(shape[1:], dtype=np.int64))
@@ -132,14 +132,11 @@ class Shard(ShardSummary, kw_only=True):
         return data.reshape(end - begin, *shape[1:])
 
     def documents(self) -> "Documents":
-        """Return what is known of the documents."""
+        """Return the table of the documents."""
         return Documents(self.read("documents"))
 
     def token_spans(self, lengths: "NDArray[np.int64]") -> Iterator[tuple[int, int, "NDArray[Any]"]]:
-        """Yield (first document, end document, their tokens) in parts of about a million tokens.
-
-        A document longer than that comes alone.
-        """
+        """Yield (first document, end document, tokens) in parts of about a million tokens, or one longer document."""
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         first = 0
         while first < len(lengths):
@@ -153,11 +150,11 @@ class ShardWriter:
     """Collects the documents of one file.
 
     Attributes:
-        summary: what the header will say beside the columns; whoever writes the shard fills it.
+        summary: figures for the header, filled in by the caller.
     """
 
     _MAX_REASONS = 20
-    _REASON_BYTES = 2400  # of the header; the first reason always fits
+    _REASON_BYTES = 2400  # bytes of the header; the first reason always fits
     _MAX_REASON_LENGTH = 500
 
     def __init__(self, stream: ArrayStream, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -186,7 +183,7 @@ class ShardWriter:
                 self._stream.append(name, stored)
 
     def refuse(self, place: int, reason: str) -> None:
-        """Note a record that is left out."""
+        """Record that a record is left out."""
         summary = self.summary
         summary.num_bad += 1
         reason = reason[: self._MAX_REASON_LENGTH]
@@ -213,11 +210,11 @@ class _Header(ShardSummary, kw_only=True):
 
 
 def open_shard(path: Path) -> tuple[Shard, dict[str, str]]:
-    """Return a shard and the digests of its columns, by name, as its header has them.
+    """Return a shard and the digests of its columns, by name, from its header.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no shard of this format.
+        ValueError: it is no shard of this version.
     """
     tensors, begin = read_safetensors_header(path)
     metadata: Any = tensors.pop("__metadata__")

@@ -1,4 +1,4 @@
-"""Files to shards: each file is read, parsed and tokenized by one of several workers, unless its shard is there."""
+"""Build the missing shards: each file is read, parsed and tokenized by one of several workers."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A file of this size is read and parsed in one thread and tokenized in another.
+# Files from this size on are read and parsed in one thread and tokenized in another.
 _LARGE_BYTES = 1 << 23
 
 
 class SourceFile(NamedTuple):
-    """One file of a source, or some rows of a data set, ready to be read.
+    """One file of a source, or some rows of a data set.
 
     Attributes:
         name: as the user would write it.
-        path: where it is.
+        path: its path.
         shape: how it is read.
         digest: of its content.
         size: in bytes.
-        source: the number of the source that named it.
-        side: "train", "validation" or "test" if the source's name says so, else "".
-        is_named: the source names this very file, so it has to be text.
-        format_: what its records hold.
-        text_key: the key of a text.
-        read: yields its records where it is no file.
-        is_unchanged: whether it is as it was when its digest was taken.
+        source: the number of its source.
+        side: "train", "validation" or "test" from its name; else "".
+        is_named: the source names this file itself, so it must be text.
+        format_: form of its records.
+        text_key: the key of the text.
+        read: yields its records if it is no file.
+        is_unchanged: whether it is unchanged since its digest was computed.
         key: the setting that names its source, for messages.
     """
 
@@ -82,7 +82,7 @@ class SourceFile(NamedTuple):
                 on_read=on_read,
                 source=self.key,
             )
-        except FileProblem as problem:  # a reader that stops half-way has not compared the digest
+        except FileProblem as problem:  # a reader that stops midway has not compared the digest
             if self.is_unchanged():
                 raise
             raise SourceError(
@@ -91,12 +91,12 @@ class SourceFile(NamedTuple):
 
 
 class Progress:
-    """What was done so far, counted by every worker.
+    """Progress of all workers.
 
     Attributes:
-        read_bytes: of files, as they lie on the disk.
-        documents: tokenized.
-        tokens: made.
+        read_bytes: of files, as stored on the disk.
+        documents: tokenized so far.
+        tokens: so far.
     """
 
     def __init__(self) -> None:
@@ -112,21 +112,21 @@ class Progress:
 
 
 class Tokenized(NamedTuple):
-    """The shards of files, in their order, and how many of the files were tokenized for that."""
+    """The shards of files, in their order, and the number of newly tokenized files."""
 
     keys: list[str]
     num_tokenized: int
 
 
 class Tokenizing:
-    """Turns files into shards.
+    """Tokenizes files to shards.
 
     Args:
         vocabulary: the tokenizer.
         encoder: its engine.
-        train_on: what of conversations is trained on.
-        store: where shards are kept.
-        workers: files that are worked on at a time.
+        train_on: the parts of conversations that are trained on.
+        store: the cache of shards.
+        workers: number of files tokenized at a time.
         names: of the settings, for messages.
     """
 
@@ -152,16 +152,16 @@ class Tokenizing:
         self._stopped = Event()
 
     def key(self, file: SourceFile) -> str:
-        """Return the name of a file's shard: the digest of all that its tokens depend on."""
+        """Return the name of a file's shard: the digest of everything that its tokens depend on."""
         return digest_json([self._settings, file.digest, file.shape, file.format_, file.text_key])
 
     def run(self, files: Sequence[SourceFile], progress: Progress, watch: Callable[[], None]) -> Tokenized:
-        """Make sure that every file has a shard.
+        """Build the missing shards of files.
 
         Args:
             files: in the order of the corpus.
-            progress: counts what is done.
-            watch: called again and again meanwhile.
+            progress: updated by the workers.
+            watch: called repeatedly meanwhile.
 
         Raises:
             SourceError: a file changed, vanished or cannot be read.
@@ -179,7 +179,7 @@ class Tokenizing:
         return Tokenized(keys, sum(future.result() for future in futures))
 
     def _ensure(self, key: str, file: SourceFile, progress: Progress) -> bool:
-        """Make a file's shard where there is none; return whether there was none."""
+        """Build a file's shard if it is missing; return whether it was missing."""
         shard = self._store.find(key)
         if shard is not None:
             progress.count(read_bytes=file.size, documents=shard.num_documents, tokens=shard.num_tokens)
@@ -218,7 +218,7 @@ class Tokenizing:
                 size, own = sum(document.num_bytes for document in documents), len(self._vocabulary.definition)
                 with Work(self._vocabulary.subject, file.name, size, own=own) as work:
                     self._encode(documents, writer, long, progress, work)
-            del items  # a batch may be one record of many megabytes, and the next one is being made
+            del items  # a batch may be one record of many megabytes, and the next one is being read
         writer.summary.end_tokens = sorted({*writer.summary.end_tokens, *self._ids_of(formatter.end_tokens)})
         writer.summary.inner_tokens = self._ids_of(formatter.inner_tokens)
 
@@ -226,7 +226,7 @@ class Tokenizing:
     def _documents(
         formatter: Formatter, items: Sequence[Record | PlainText | Bad], writer: ShardWriter
     ) -> Iterator[list[Document]]:
-        """Yield the documents of a batch, as many at a time as are tokenized in one call; the writer notes the rest."""
+        """Yield the documents of a batch in groups for one call of the tokenizer; bad records go to the writer."""
         documents: list[Document] = []
         size = 0
         for document in formatter.documents(items):
@@ -277,7 +277,7 @@ class Tokenizing:
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield items, each of them made in another thread while the one before it is in use."""
+    """Yield items, each computed in another thread while the previous one is in use."""
     end = object()
     with ThreadPoolExecutor(1, "read") as pool:
         try:
@@ -292,7 +292,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 class _Finished(NamedTuple):
-    """What is kept of a document beside its tokens."""
+    """The table entry of a tokenized document."""
 
     length: int
     digest: bytes
@@ -303,7 +303,7 @@ class _Finished(NamedTuple):
 
 
 class _LongDocument:
-    """Adds the pieces of a document up until its last."""
+    """Accumulates the pieces of a document until the last one."""
 
     def __init__(self) -> None:
         self._length = self._size = 0
@@ -320,7 +320,7 @@ class _LongDocument:
 
 
 def _append_documents(writer: ShardWriter, finished: list[_Finished]) -> None:
-    """Write what is kept of documents; see `shards.Documents`."""
+    """Append documents to the table; see `shard.Documents`."""
     hashes = np.frombuffer(b"".join(one.digest for one in finished), ">u8").reshape(-1, 2)
     rows = [(one.length, 0, 0, one.size, one.place, one.flags, _count(one.spans)) for one in finished]
     table = np.array(rows, np.uint64).reshape(-1, 7)
@@ -334,7 +334,7 @@ def _count(spans: "NDArray[np.int64] | None") -> int:
 
 
 def _wait_for(futures: Sequence[Future[bool]], watch: Callable[[], None]) -> None:
-    """Wait until all are done or one of them failed; the failure is raised."""
+    """Wait until all are done, or raise the first failure."""
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)

@@ -1,8 +1,8 @@
-"""The cache of tokenized files: one shard for each source file, known by what it was made of.
+"""The cache of tokenized files: one shard for each source file, identified by its inputs.
 
 A shard's name is the digest of the file's content and of every setting that its tokens depend on, never of the
-file's name or dates. It is written beside its place and moved there, so a shard that exists is whole; its tensors'
-digests are kept in its header and checked before it is used again.
+file's name or dates. It is written to a temporary name and moved, so an existing shard is complete; the digests of
+its tensors are in its header and checked before reuse.
 """
 
 import json
@@ -24,12 +24,12 @@ from mlxflow.storage.digests import tensor_digests
 _SUFFIX = ".safetensors"
 _PARTIAL_SUFFIX = ".partial"
 _HEADER_BYTES = 4088
-# What no run uses any more is kept for reverts while it takes no more room than this or what is used.
+# Unused shards are kept, for reverts, up to this size or the size of the used ones.
 _KEPT_UNUSED_BYTES = 1 << 28
 
 
 def remove_unfinished(folder: Path, pid: int) -> None:
-    """Remove what a process that was ended had begun to write into a folder of shards."""
+    """Remove the unfinished shards of an ended process from a folder."""
     for path in folder.glob(f".*.{pid}{_PARTIAL_SUFFIX}"):
         path.unlink(missing_ok=True)
 
@@ -38,7 +38,7 @@ class ShardStore:
     """The folder of shards, shared by every pretokenize stage and variant of a workflow.
 
     Args:
-        folder: made when the first shard is written.
+        folder: created when the first shard is written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,9 +48,9 @@ class ShardStore:
         self._opened: dict[str, Shard] = {}
 
     def find(self, key: str) -> Shard | None:
-        """Return a shard if it is there and whole; a damaged one is removed.
+        """Return a shard if it exists and is intact; a damaged one is removed.
 
-        One that the file system says did not change since it was last used is not read again.
+        One whose size and times are unchanged since its last use is not read again.
         """
         path = self._path(key)
         try:
@@ -71,7 +71,7 @@ class ShardStore:
 
     @contextmanager
     def write(self, key: str, dtype: "np.dtype[Any]") -> Iterator[ShardWriter]:
-        """Give a writer; when the block ends well the shard is there, else nothing is left."""
+        """Yield a writer; the shard is published if the block succeeds, else removed."""
         self._folder.mkdir(parents=True, exist_ok=True)
         columns = {"tokens": (dtype.name, ()), "documents": ("uint64", (7,)), "spans": ("int64", (2,))}
         temporary = self._folder / f".{key}.{os.getpid()}{_PARTIAL_SUFFIX}"
@@ -86,19 +86,18 @@ class ShardStore:
             temporary.unlink(missing_ok=True)
 
     def open(self, key: str) -> Shard:
-        """Return a shard that was just written or found."""
+        """Return a shard that `write` or `find` has just confirmed."""
         return self._opened.get(key) or open_shard(self._path(key))[0]
 
     def collect(self, task: str, used: Iterable[str], live: Iterable[str]) -> int:
-        """Note what a stage uses, and remove the oldest of what no stage uses any more; return how many.
+        """Record the shards that a stage uses, and remove the oldest unused ones; return their number.
 
-        Unused shards are kept, so that a revert costs nothing, while together they are no larger than those in use
-        (or a quarter of a gigabyte).
+        Unused shards are kept for reverts up to the total size of those in use (or a quarter of a gigabyte).
 
         Args:
             task: the stage.
             used: keys of its shards.
-            live: the stages that there are; what others used is unused.
+            live: the existing stages; shards of other stages count as unused.
         """
         known = self._known
         known["runs"] += 1
@@ -133,13 +132,13 @@ class ShardStore:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Return what the file system says of a file; equal stamps mean an unchanged file."""
+    """Return size and times of a file; equal stamps mean an unchanged file."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 class _Notes(msgspec.Struct):
-    """What is remembered of shards: of each stage those it uses, when each was used last, and what `_stamp` said."""
+    """The stored notes about shards: the ones each stage uses, the last use of each, and its `_stamp`."""
 
     runs: Annotated[int, msgspec.Meta(ge=0, lt=2**62)] = 0
     tasks: dict[str, list[str]] = {}
@@ -148,7 +147,7 @@ class _Notes(msgspec.Struct):
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
-    """Return what is remembered of shards; it is only a shortcut, so a damaged file is as good as none."""
+    """Return the stored notes about shards; without them shards are only read again, so a damaged file is ignored."""
     try:
         known = msgspec.convert(state_files.parse_json(state_files.read_bytes(path)), _Notes)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Why there is no document on a side of a corpus, or too little in its rows."""
+"""Errors for a corpus without documents in a split or with too few rows, with the reasons."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -16,15 +16,15 @@ _ACT = {"train": "train on", "validation": "validate on"}
 
 
 def require_documents(contents: CorpusContents, side: Literal["train", "validation"], names: CorpusNames) -> None:
-    """Refuse a corpus without a document on a side.
+    """Refuse a corpus without a document in a split.
 
     Args:
         contents: the corpus.
-        side: the side.
+        side: the split.
         names: of the settings, for messages.
 
     Raises:
-        SourceError: there is none; the message says what became of those there were.
+        SourceError: there is none; the message says why documents were left out.
     """
     number = TRAIN if side == "train" or contents.held_out else VALIDATION
     if contents.count(number):
@@ -37,7 +37,7 @@ def require_documents(contents: CorpusContents, side: Literal["train", "validati
 
 
 def _advise(contents: CorpusContents, side: str, names: CorpusNames) -> str:
-    """Return what to do about a side without documents."""
+    """Return the advice for a split without documents."""
     if any(shard.masked for shard in contents.shards):
         how = "Fix the chat template, which leaves the answers out, or set"
         return f'{how} {names.of("train_on")} = "all".'
@@ -51,18 +51,18 @@ def _advise(contents: CorpusContents, side: str, names: CorpusNames) -> str:
 def require_rows(
     contents: CorpusContents, side: str, counts: Counts, names: CorpusNames, *, context_length: int, on_long: str
 ) -> None:
-    """Refuse rows that are too few, or in which there is nothing to learn or to measure.
+    """Refuse too few rows, or rows without trained tokens.
 
     Args:
         contents: the corpus.
         side: "train" or "validation".
-        counts: what became of its documents.
+        counts: figures of its documents.
         names: of the settings, for messages.
         context_length: positions that the model sees.
-        on_long: what becomes of conversations longer than a row.
+        on_long: treatment of conversations longer than a row.
 
     Raises:
-        SourceError: the message says why.
+        SourceError: there are too few; the message says why.
     """
     wanted = context_length + 1 if side == "train" else 2
     if counts.targets and counts.tokens >= wanted:
@@ -92,7 +92,7 @@ def require_rows(
 
 
 def _facts(contents: CorpusContents, side: str) -> Iterator[str]:
-    """Yield what became of the documents, records and files that are on neither side."""
+    """Yield why documents, records and files are in neither split."""
     pairs = _files_of(contents, side)
     if count := contents.count(DUPLICATE):
         yield f"{_are(count, 'document')} equal to others"
@@ -109,7 +109,7 @@ def _facts(contents: CorpusContents, side: str) -> Iterator[str]:
 
 
 def _facts_of_files(pairs: Sequence[tuple[SourceFile, Shard]]) -> Iterator[str]:
-    """Yield which documents and files have nothing to train on."""
+    """Yield the documents and files without tokens to train on."""
     if count := sum(shard.masked for _, shard in pairs):
         yield f"{_are(count, 'document')} without a token to train on"
     if count := sum(shard.blank for _, shard in pairs):
@@ -121,7 +121,7 @@ def _facts_of_files(pairs: Sequence[tuple[SourceFile, Shard]]) -> Iterator[str]:
 
 
 def _files_of(contents: CorpusContents, side: str) -> list[tuple[SourceFile, Shard]]:
-    """Return the files, with their shards, whose documents can be on a side."""
+    """Return the files, with their shards, whose documents can be in a split."""
     takes_all = side == "train" or not any(entry.is_validation for entry in contents.settings)
     pairs = zip(contents.files, contents.shards, strict=True)
     return [(file, shard) for file, shard in pairs if takes_all or contents.settings[file.source].is_validation]

@@ -1,4 +1,4 @@
-"""An order of rows that is known at any place without being written down.
+"""A pseudorandom permutation of row numbers that can be evaluated at any position without storing it.
 
 A Feistel network over the smallest even number of bits that holds the count, walked until it falls within the count
 (cycle walking): Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. Four rounds, each mixed as
@@ -16,12 +16,12 @@ _ROUNDS = 4
 
 
 class Permutation:
-    """The numbers from 0 to count - 1 in an order that follows from seed and epoch alone.
+    """A permutation of the numbers from 0 to count - 1, determined by seed and epoch.
 
     Args:
         count: of numbers, at least 1.
         seed: of all epochs.
-        epoch: each has an order of its own.
+        epoch: each has another permutation.
     """
 
     def __init__(self, count: int, *, seed: int, epoch: int) -> None:
@@ -31,7 +31,7 @@ class Permutation:
         self._keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
 
     def __call__(self, places: "NDArray[np.int64]") -> "NDArray[np.int64]":
-        """Return the numbers at places, each from 0 to count - 1; takes the same time wherever they are."""
+        """Return the numbers at the given positions, each from 0 to count - 1, in constant time per position."""
         found = self._step(places.astype(np.uint64))
         while (outside := found >= self._count).any():
             found[outside] = self._step(found[outside])

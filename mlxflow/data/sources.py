@@ -1,4 +1,4 @@
-"""Which files a source names. Imported by every `doit`, so it imports nothing heavy."""
+"""Find the files that a source names. Imported by every `doit`, so it imports nothing heavy."""
 
 import os
 import stat
@@ -18,12 +18,12 @@ PYTHON_STDLIB = "builtin:python-stdlib"
 
 BUILTINS = (PYTHON_STDLIB,)
 
-#: What a data set of the `datasets` library begins with.
+#: Prefix of a source that is a data set of the `datasets` library.
 HF = "hf:"
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
-# In a folder these are no text, and too large to open just to learn it; every other file is asked for its first bytes.
+# Suffixes of binary files, which are skipped in a folder without opening them; other files are checked by content.
 _BINARY_SUFFIXES = frozenset(
     [
         ".7z",
@@ -93,14 +93,14 @@ _BINARY_SUFFIXES = frozenset(
 
 
 class SourceFiles(NamedTuple):
-    """What a source names.
+    """The files that a source names.
 
     Attributes:
-        files: in sorted order, relative to the workflow's folder where the source is.
+        files: in sorted order, relative to the workflow's folder if the source is.
         hidden: files and folders left out because their names begin with a dot.
         binary: files left out because of their suffix.
-        broken_links: symbolic links left out because they lead nowhere or in a circle.
-        beside_records: files left out because they lie beside the records of a data set with sides of its own.
+        broken_links: symbolic links left out because they are broken or circular.
+        beside_records: files left out because they are beside the record files of a data set with its own splits.
     """
 
     files: list[Path]
@@ -111,16 +111,16 @@ class SourceFiles(NamedTuple):
 
 
 def find(source: str, root: Path) -> SourceFiles:
-    """Look up a source.
+    """Find the files of a source.
 
-    A folder is walked; symbolic links are followed, each folder once. Of a data set with sides of its own, such as
-    `train.jsonl` beside `valid.jsonl`, the records alone are files: what lies beside them is about the data set. What
-    the workflow itself writes is no source unless it is named outright.
+    A folder is walked; symbolic links are followed, each folder once. From a data set with its own splits, such as
+    `train.jsonl` beside `valid.jsonl`, only record files are read: other files describe the data set. Files that the
+    workflow itself writes are excluded unless the source names them.
 
     Args:
         source: a file, a glob, a folder, or `hf:FOLDER`, as written: with `~` and `$VAR`. The leading folders of a
-            glob are taken literally where they exist.
-        root: the workflow's folder, from which relative sources begin.
+            glob are taken literally if they exist.
+        root: the workflow's folder, to which relative sources are relative.
 
     Raises:
         OSError: a folder cannot be read.
@@ -153,7 +153,7 @@ def source_files(source: str, root: Path) -> list[Path]:
 
 
 def _records_of(found: SourceFiles, folder: Path) -> SourceFiles:
-    """Return the records alone where the files of a folder are a data set with sides of its own."""
+    """Return only the record files if the files of a folder are a data set with its own splits."""
     begin = len(str(folder)) + 1
     if not splits.is_divided(str(path)[begin:] for path in found.files):
         return found
@@ -162,7 +162,7 @@ def _records_of(found: SourceFiles, folder: Path) -> SourceFiles:
 
 
 class _Walk:
-    """Walks a folder and what links in it lead to, each folder once."""
+    """Walks a folder and follows links in it, each folder once."""
 
     def __init__(self, *, binary: bool = False) -> None:
         self._takes_binary = binary
@@ -208,11 +208,11 @@ class _Walk:
 
 
 def _not_made_here(files: list[Path], place: Path, root: Path) -> list[Path]:
-    """Return the files without those that the workflow itself writes, unless `place` leads there.
+    """Return the files without those that the workflow itself writes, unless `place` is inside of them.
 
     Args:
         files: below `place`.
-        place: where a source leads, however it is spelled.
+        place: the resolved path of the source.
         root: the workflow's folder.
     """
     written = [os.path.abspath(root / name) for name in (layout.ARTIFACTS, layout.LOCKFILE)]  # noqa: PTH100
@@ -230,7 +230,7 @@ def builtin_files(name: str) -> list[Path]:
     Tests, installed packages and files that a build generated for one machine are left out.
 
     Raises:
-        SourceError: there is no such corpus, or this Python came without its sources.
+        SourceError: there is no such corpus, or this Python is installed without its sources.
     """
     if name not in BUILTINS:
         raise SourceError(f"{name}: no such built-in corpus. Known: {', '.join(BUILTINS)}.")
@@ -243,7 +243,7 @@ def builtin_files(name: str) -> list[Path]:
 
 
 def _library() -> str:
-    """Return the folder of the running Python's library; asking `sysconfig` takes longer than a no-op may."""
+    """Return the folder of the running Python's library; importing `sysconfig` would be too slow for a no-op."""
     return os.path.dirname(os.__file__)  # noqa: PTH120
 
 
@@ -260,9 +260,9 @@ def _library_entries(folder: str) -> Iterator["os.DirEntry[str]"]:
 def corpus_identity(name: str, cache: DigestCache) -> str:
     """Return the identity of a corpus that is no file of the project.
 
-    Of a built-in corpus it is the digest of its files' names and contents; they are read only when the file system
-    says of any of them that it changed. Of a data set on the hub, `hf:NAME@REVISION`, it is the name: what a
-    revision holds does not change, and what the newest one is cannot be asked at every run.
+    For a built-in corpus it is the digest of its files' names and contents; they are read only if size or times of a
+    file changed. For a data set on the hub, `hf:NAME@REVISION`, it is the name: a revision does not change, and the
+    newest revision cannot be queried at every run.
     """
     if name.startswith(HF):
         return digest_text(name)

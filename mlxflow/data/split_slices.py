@@ -1,6 +1,7 @@
-"""Parts of a data set as the `datasets` library writes them: `train`, `train[:1%]`, `train[10:20]+validation`.
+"""Parse slices of data set splits in the notation of the `datasets` library.
 
-Imported when a workflow is read, so it imports nothing heavy.
+Examples: `train`, `train[:1%]`, `train[10:20]+validation`. Reading a workflow imports this module, so it imports
+    nothing heavy.
 """
 
 import re
@@ -15,7 +16,7 @@ class Slice(NamedTuple):
 
     Attributes:
         split: its name.
-        begin: the first row, counted from the end where it is negative; None for the first of all.
+        begin: the first row, counted from the end if negative; None for the beginning.
         end: one past the last, likewise.
         is_percent: whether both are percentages of the split's rows.
     """
@@ -29,7 +30,7 @@ class Slice(NamedTuple):
         """Return the first row and one past the last of a split with a number of rows.
 
         Raises:
-            ValueError: they lie beyond the split, or there is no row between them; the text is for people.
+            ValueError: they lie beyond the split, or there is no row between them; the message is for the user.
         """
         asked = [self._row(one, num_rows) for one in (self.begin, self.end)]
         if any(one is not None and abs(one) > num_rows for one in asked):
@@ -45,10 +46,10 @@ class Slice(NamedTuple):
 
 
 def parse_slices(text: str) -> list[Slice]:
-    """Return the parts that a text such as `train[:1%]+validation` names.
+    """Parse a text such as `train[:1%]+validation`.
 
     Raises:
-        ValueError: it names none, or one without a row whatever the split holds; the text is for people.
+        ValueError: it is invalid, or a slice is empty for any split; the message is for the user.
     """
     return [_parse(part.strip()) for part in text.split("+")]
 
@@ -75,5 +76,5 @@ def _number(bound: str | None) -> int | None:
 
 
 def _is_reversed(begin: int | None, end: int | None) -> bool:
-    """Return whether the end is not behind the begin, as far as both count from the same side."""
+    """Return whether the end is not after the begin, if both count from the same end."""
     return begin is not None and end is not None and (begin < 0) == (end < 0) and begin >= end

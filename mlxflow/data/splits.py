@@ -1,8 +1,8 @@
-"""Which side of a corpus a file or a split of a data set is, by its name: training, validation or test.
+"""Determine by name whether a file, or a split of a data set, is for training, validation or test (its "side").
 
-Files of records (`.jsonl`, `.parquet` and so on) are asked by every word of their names and by the folders they lie in:
-`test-00000-of-00001.parquet`, `squad_dev.jsonl`, `data/validation/part.json`. The name of a text says so only where
-another text is its training part (`wiki.train.txt` beside `wiki.test.txt`): a text called `test.txt` or
+For record files (`.jsonl`, `.parquet` and so on), every word of their names and their folders count:
+`test-00000-of-00001.parquet`, `squad_dev.jsonl`, `data/validation/part.json`. The name of a text file counts only if
+another file is its training part (`wiki.train.txt` beside `wiki.test.txt`), because a text named `test.txt` or
 `validation.py` may be about anything.
 
 Imported by every `doit`, so it imports nothing heavy.
@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-#: The suffixes of files of records, without that of their compression.
+#: The suffixes of record files, without a suffix of compression.
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 _TEXT_SUFFIXES = ("", ".txt", ".text", ".tokens", ".raw")
 _COMPRESSIONS = (".gz", ".zst")
 
-# A word and what may be written together with it, as in `testset`
+# A word that may be attached, as in `testset`
 _TOGETHER = r"(?:s|set|sets|split|data)?"
 _SIDES = {
     "test": re.compile(rf"(?:test|testing){_TOGETHER}"),
@@ -27,14 +27,14 @@ _SIDES = {
 }
 
 
-# What is in every one of the words above: most names have none of it and are not looked at any further
+# Common parts of the words above: most names contain none of them and need no further check
 _HINT = re.compile(r"test|val|dev|held|hold|train", re.IGNORECASE)
 
 
 def side_of(name: str) -> str:
     """Return the side in a name, "train", "validation" or "test"; "" for none.
 
-    A name with words of several sides is the test's, else the validation's: what may be measured on is not trained on.
+    A name with words of several sides is test, else validation, so that evaluation data is never trained on.
 
     Args:
         name: of a split, or of a file without its suffixes; in any case and spelling.
@@ -44,17 +44,17 @@ def side_of(name: str) -> str:
 
 
 def side_of_folder(name: str) -> str:
-    """Return the side that is all of a folder's name: `test` and `held-out`, not `test-drives`."""
+    """Return the side if it is the whole name of a folder: `test` and `held-out`, not `test-drives`."""
     return side_of(name) if all(side_of(word) for word in _words(name)) else ""
 
 
 def is_records(name: str) -> bool:
-    """Return whether a file holds records, by its name."""
+    """Return whether a file contains records, by its name."""
     return _split_suffix(name)[1] in RECORD_SUFFIXES
 
 
 def sides_of(paths: Sequence[PurePath]) -> list[str]:
-    """Return the side of each file of a source, "" if its name has none.
+    """Return the side of each file of a source; "" if its name has none.
 
     Args:
         paths: relative to the folder that the source names.
@@ -68,7 +68,7 @@ def sides_of(paths: Sequence[PurePath]) -> list[str]:
 
 
 def is_divided(names: Iterable[str]) -> bool:
-    """Return whether files are a data set with sides of its own: records to train on, and others to measure with.
+    """Return whether files are a data set with its own splits: records for training and others for evaluation.
 
     Args:
         names: relative to the folder that the source names.
@@ -83,7 +83,7 @@ def is_divided(names: Iterable[str]) -> bool:
 
 
 def _side_and_rest(path: PurePath) -> tuple[str, str]:
-    """Return the side in the name of a file, or else in the nearest of its folders, and the path without it."""
+    """Return the side in the name of a file or in its nearest folder, and the path without it."""
     stem, suffix = _split_suffix(path.name)
     if suffix not in RECORD_SUFFIXES + _TEXT_SUFFIXES or not _HINT.search(str(path)):
         return "", ""

@@ -1,4 +1,4 @@
-"""The rows of a CSV file as records."""
+"""Read the rows of a CSV file as records."""
 
 import csv
 import io
@@ -13,18 +13,18 @@ from mlxflow.data.json_records import listed
 
 _ROWS_PER_BATCH = 1024
 
-# The csv module makes a list of all fields of a line: one of nothing but commas takes a multiple of its size.
+# The csv module makes a list of all fields of a line: a line of commas takes a multiple of its size.
 _LONG_LINE_BYTES = 1 << 20
 _MAX_FIELDS = 1 << 20
 
 
 def read_csv(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iterator[list[Record | PlainText | Bad]]:
-    """Yield the rows of a CSV file as records, or the file as a text where no column of it is known.
+    """Yield the rows of a CSV file as records, or the file as a text if it has no known column.
 
     Args:
         pieces: of the file.
         form: of its records.
-        strict: a file without a known column is a problem.
+        strict: a file without a known column is an error.
 
     Raises:
         FileProblem: it is not UTF-8, or it is not valid CSV.
@@ -46,7 +46,7 @@ def read_csv(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Iter
         known = {name: index for index, name in enumerate(names) if name in form.keys | form.more_keys}
         begin = reader.line_num + 1
         for row in reader:
-            if row:  # no blank line
+            if row:  # not a blank line
                 batch.append(_row(begin, len(names), known, row, form))
                 size += sum(map(len, row))
             begin = reader.line_num + 1
@@ -66,7 +66,7 @@ def _header_of(head: bytes) -> list[str]:
 
 
 def _row(place: int, width: int, known: Mapping[str, int], row: list[str], form: RecordForm) -> Record | Bad:
-    """Return a row's cells in the known columns; a header of many columns costs nothing for each row."""
+    """Return a row's cells in the known columns; the time does not depend on the number of other columns."""
     if any(row[width:]):
         return Bad(place, f"has {len(row):,} fields, the header {width:,}. Quote a field with commas in it")
     cells: dict[str, Any] = {name: row[index] if index < len(row) else None for name, index in known.items()}
@@ -77,10 +77,10 @@ def _row(place: int, width: int, known: Mapping[str, int], row: list[str], form:
 
 
 def _lines_of(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield lines with their ends as the csv module wants them.
+    """Yield lines with line ends, as the csv module expects.
 
     Raises:
-        csv.Error: a line is too long to be held, or has too many fields.
+        csv.Error: a line is too long or has too many fields.
         FileProblem: it is not UTF-8.
     """
     offset, rest = 0, bytearray()

@@ -1,4 +1,4 @@
-"""Texts in pieces: of a file that is all text, and of a record with a long one."""
+"""Read and split texts in pieces: text files, and long texts of records."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -7,10 +7,10 @@ from mlxflow.data import decompression
 from mlxflow.data.decompression import FileProblem
 from mlxflow.data.items import Bad, PlainText, Record
 
-#: Bytes of a file's beginning by which its kind is recognized.
+#: Bytes at the beginning of a file from which its kind is recognized.
 SNIFFED_BYTES = 8192
 
-# UTF-32 before UTF-16: the mark of one begins with that of the other
+# UTF-32 before UTF-16, whose byte order mark is a prefix of it
 _WIDE_MARKS = {
     codecs.BOM_UTF32_LE: "utf-32-le",
     codecs.BOM_UTF32_BE: "utf-32-be",
@@ -20,14 +20,14 @@ _WIDE_MARKS = {
 
 
 class Binary(FileProblem):
-    """A file with a NUL byte near its beginning: no text."""
+    """A binary file: it has a NUL byte near its beginning."""
 
 
 def read_text(pieces: Iterable[bytes]) -> Iterator[list[Record | PlainText | Bad]]:
-    """Yield a text file in pieces that end where a line ends, else a word, else a character.
+    """Yield a text file in pieces that end at the end of a line, else of a word, else of a character.
 
     Raises:
-        FileProblem: it is not UTF-8, or it is no text.
+        FileProblem: it is not UTF-8 or no text.
     """
     offset, first = 0, True
     for data, ends in cut(_checked(pieces)):
@@ -43,10 +43,10 @@ def _checked(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def cut(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Yield the pieces of a text with their ends moved to where a line ends, else a word, else a character.
+    """Yield the pieces of a text with their ends moved to the end of a line, else of a word, else of a character.
 
     Args:
-        pieces: UTF-8, each of `streams.PIECE_BYTES` but the last one; it is the size of what is yielded, too.
+        pieces: UTF-8, each of `PIECE_BYTES` except the last one; yielded pieces have about the same size.
 
     Yields:
         a piece, and whether it is the last one.
@@ -54,7 +54,7 @@ def cut(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
     rest, any_cut = b"", False
     for piece in pieces:
         data = rest + piece
-        if len(data) < decompression.PIECE_BYTES:  # it may be the last one
+        if len(data) < decompression.PIECE_BYTES:  # it may be the last piece
             rest = data
             continue
         end = _last_break(data)
@@ -75,7 +75,7 @@ def _last_break(data: bytes) -> int:
 
 
 def same_size(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield bytes in pieces of `streams.PIECE_BYTES`, the last one smaller."""
+    """Yield bytes in pieces of `PIECE_BYTES`, the last one smaller."""
     size = decompression.PIECE_BYTES
     waiting = bytearray()
     for chunk in chunks:
@@ -93,7 +93,7 @@ def decode(data: bytes, offset: int, *, bom: bool) -> str:
 
     Args:
         data: the bytes.
-        offset: where they begin in the file, for messages.
+        offset: their offset in the file, for messages.
         bom: leave out a byte order mark at their beginning.
 
     Raises:
@@ -113,11 +113,11 @@ def decode(data: bytes, offset: int, *, bom: bool) -> str:
 
 
 def refuse_binary(head: bytes) -> None:
-    """Refuse what is no text in UTF-8, by the beginning of a file.
+    """Refuse a file that is no UTF-8 text, by its beginning.
 
     Raises:
         FileProblem: it is text in UTF-16 or UTF-32.
-        Binary: it holds a NUL byte.
+        Binary: it contains a NUL byte.
     """
     refuse_encoding(head)
     if (nul := head.find(b"\0")) >= 0:
@@ -125,10 +125,10 @@ def refuse_binary(head: bytes) -> None:
 
 
 def refuse_encoding(head: bytes) -> None:
-    """Refuse text in UTF-16 or UTF-32, known by its mark, or without one by the places of its NUL bytes.
+    """Refuse text in UTF-16 or UTF-32, recognized by its byte order mark or by the positions of its NUL bytes.
 
     Raises:
-        FileProblem: the beginning of a file is such text.
+        FileProblem: it is such text.
     """
     codec = next((codec for mark, codec in _WIDE_MARKS.items() if head.startswith(mark)), None)
     nuls = [half.count(0) > 0.6 * len(half) for half in (head[::2], head[1::2])]

@@ -1,4 +1,4 @@
-"""A file of tokens, written by the pretokenize stage and mapped into memory by its readers."""
+"""The token file: packed rows of tokens, written by the pretokenize stage and memory-mapped by its readers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Rows of tokens on their way to the device.
+    """Rows of tokens in main memory.
 
     Attributes:
         tokens: (B, L + 1) ids.
-        marks: (B, L + 1) of each token twice the number of its piece in the row, from 1, and 1 if it is trained on;
-            0 where there is no token. Tokens of one piece, and no others, belong to one document.
+        marks: (B, L + 1) for each token 2 * (number of its piece in the row, from 1) + (1 if it is trained on); 0 for
+            unused positions. The tokens of a piece belong to one document.
     """
 
     tokens: "NDArray[Any]"
@@ -26,12 +26,12 @@ class Batch(NamedTuple):
 
     @property
     def targets(self) -> int:
-        """Tokens that the model learns to predict."""
+        """Number of tokens that are trained on."""
         return int(np.count_nonzero(self.marks[:, 1:] & 1))
 
 
 class Rows(NamedTuple):
-    """Rows of tokens, mapped into memory or not; see `Batch`."""
+    """Rows of tokens, memory-mapped or not; see `Batch`."""
 
     tokens: "NDArray[Any]"
     marks: "NDArray[Any]"
@@ -46,11 +46,11 @@ class Rows(NamedTuple):
         return Rows(self.tokens[:count], self.marks[:count])
 
     def take(self, indices: "NDArray[np.int64]") -> Batch:
-        """Return rows by their numbers, (B,), as a copy."""
+        """Return the rows of the given numbers, (B,), as a copy."""
         return Batch(self.tokens.take(indices, axis=0), self.marks.take(indices, axis=0))
 
     def batch(self, begin: int, end: int) -> Batch:
-        """Return rows that follow one another."""
+        """Return consecutive rows."""
         return Batch(self.tokens[begin:end], self.marks[begin:end])
 
 
@@ -71,17 +71,17 @@ class PieceAt(NamedTuple):
 
 
 class TokenFile(NamedTuple):
-    """The rows of one side of a corpus.
+    """The rows of one split of a corpus.
 
     Attributes:
         path: the file.
         rows: (R, L + 1) memory-mapped, ids in the smallest unsigned type.
-        context_length: positions the model is to see, L.
-        vocab_size: ids there are.
+        context_length: positions that the model sees, L.
+        vocab_size: number of ids.
         end_of_text: the id that ends a document.
-        has_conversations: whether some of the documents are conversations.
-        targets: tokens that a model learns to predict.
-        end_tokens: ids that end what is trained on: of documents, and of an assistant's turns.
+        has_conversations: whether any document is a conversation.
+        targets: number of tokens that are trained on.
+        end_tokens: ids of tokens that end documents or assistant turns.
     """
 
     path: Path
@@ -117,12 +117,12 @@ class TokenFile(NamedTuple):
         return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3], ends)
 
     def full_rows(self, batch_size: int, key: str, *, sources: str = "the sources") -> Rows:
-        """Return the rows, at least one batch of them.
+        """Return the rows if there is at least one batch of them.
 
         Args:
-            batch_size: rows that one batch holds.
-            key: the setting that asks for them, for the message.
-            sources: the setting that names the text, for the message.
+            batch_size: rows per batch.
+            key: the setting of the batch size, for the message.
+            sources: the setting of the sources, for the message.
 
         Raises:
             SourceError: there are fewer rows.
@@ -136,11 +136,11 @@ class TokenFile(NamedTuple):
 
     @property
     def packs_documents(self) -> bool:
-        """Whether some row holds parts of several documents."""
+        """Whether any row contains parts of several documents."""
         return bool((tensor_reading.map_tensor(self.path, "row_pieces") > 1).any())
 
     def pieces(self, row: int) -> "list[PieceAt]":
-        """Return the pieces of documents in one row, in their order."""
+        """Return the document pieces of one row, in order."""
         counts = tensor_reading.map_tensor(self.path, "row_pieces")
         first = int(counts[:row].sum(dtype=np.int64))
         documents = tensor_reading.map_tensor(self.path, "piece_documents")[first : first + int(counts[row])]
@@ -155,12 +155,12 @@ class TokenFile(NamedTuple):
         ]
 
     def place(self, document: int) -> tuple[int, int]:
-        """Return the number of a document's file in `files.txt` and its line there; 0 where it is all of the file."""
+        """Return the number of a document's file in `files.txt` and its line; 0 if it is the whole file."""
         files, places = (tensor_reading.map_tensor(self.path, name) for name in ("document_files", "document_places"))
         return int(files[document]), int(places[document])
 
     def name_rows(self, rows: "NDArray[np.int64]") -> str:
-        """Return the documents in some rows, as far as they can be read, in words."""
+        """Return the documents in some rows as text for messages, as far as they can be read."""
         names = self.path.with_name("files.txt").read_text(encoding="utf-8").splitlines()
         documents = dict.fromkeys(piece.document for row in rows.tolist() for piece in self.pieces(row))
         places = [(names[file], place) for file, place in map(self.place, documents)]
@@ -168,7 +168,7 @@ class TokenFile(NamedTuple):
         return f"rows {rows.tolist()} (documents {shown})"
 
     def documents(self) -> "list[NDArray[Any]]":
-        """Return the tokens of every document, in their order; for small files."""
+        """Return the tokens of every document, in order; for small files."""
         parts: dict[int, list[tuple[int, NDArray[Any]]]] = {}
         for row in range(self.rows.num_rows):
             for piece in self.pieces(row):
@@ -180,7 +180,7 @@ class TokenFile(NamedTuple):
         ]
 
     def require_vocabulary(self, vocab_size: int, key: str) -> None:
-        """Make sure that a model knows every id.
+        """Check that a model's vocabulary contains every id.
 
         Args:
             vocab_size: of the model.

@@ -1,4 +1,4 @@
-"""From shards to the rows of a token file: chosen documents, packed, in one pass of bounded memory."""
+"""Write a token file: the selected documents of shards, packed into rows in one pass of bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,13 +18,13 @@ Part = Literal["all", "rest", "end"]
 
 
 class SideDocuments(NamedTuple):
-    """The documents of one side of a corpus.
+    """The documents of one split of a corpus.
 
     Attributes:
         shards: in the order of the corpus.
-        selection: what becomes of each document.
+        selection: the split of each document.
         side: TRAIN or VALIDATION.
-        part: what is taken of each document: all of it, what is left where its end is held out, or that end.
+        part: the part of each document: all of it, its beginning if its end is held out, or that end.
         held_out: the share of each document that is its end.
     """
 
@@ -44,17 +44,17 @@ def write_rows(
     metadata: dict[str, str],
     watch: Callable[[], None],
 ) -> Counts:
-    """Pack the documents of one side into rows and write them as a token file.
+    """Pack the documents of one split into rows and write them as a token file.
 
     Args:
         path: the file.
-        documents: of that side.
-        rows: how they are laid into rows.
+        documents: of the split.
+        rows: settings of the packing.
         dtype: of ids.
         metadata: for the file's header.
         watch: called now and then.
     """
-    # Names in the order of the file; see TokenFile for what they are.
+    # Columns in the order of the file; see TokenFile for their meaning.
     columns: dict[str, tuple[str | None, tuple[int, ...]]] = {
         "tokens": (dtype.name, (rows.capacity,)),
         "marks": (None, (rows.capacity,)),
@@ -82,7 +82,7 @@ def _kept(selection: DocumentSelection, side: int, shard: int) -> "NDArray[np.bo
 
 
 def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: DocumentSelection, side: int) -> None:
-    """Write the file and place of each document, in the order of their numbers."""
+    """Write the file and the position of each document, in the order of their numbers."""
     for number, shard in enumerate(shards):
         kept = _kept(selection, side, number)
         count = int(kept.sum())
@@ -94,7 +94,7 @@ def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: Do
 def _documents(
     shards: Sequence[Shard], selection: DocumentSelection, side: int, part: Part, held_out: float
 ) -> Iterator[Stored]:
-    """Yield documents in the order of the corpus, then again those that an epoch shows twice, and so on."""
+    """Yield documents in the order of the corpus, then again those that an epoch contains twice, and so on."""
     most = max((int(one.max(initial=0)) for one in selection.repeats), default=0) if part != "end" else 1
     for showing in range(most):
         number = 0
@@ -130,9 +130,9 @@ def _stored(
 def _tokens(
     shard: Shard, lengths: "NDArray[np.int64]", shown: "NDArray[np.bool_]"
 ) -> Iterator[tuple[int, "NDArray[Any]"]]:
-    """Yield the tokens of the documents that are shown, each with its number in the shard."""
+    """Yield the tokens of the selected documents, each with its number in the shard."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    if lengths[shown].sum() * 4 < offsets[-1]:  # few of them, such as the validation documents: read each alone
+    if lengths[shown].sum() * 4 < offsets[-1]:  # few documents, such as those for validation: read each alone
         for document in np.flatnonzero(shown).tolist():
             yield document, shard.read("tokens", int(offsets[document]), int(offsets[document + 1]))
         return

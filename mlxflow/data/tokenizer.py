@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained here, or one that exists; kept in Hugging Face's form."""
+"""Tokenizers in Hugging Face's format: open an existing one, or train a byte-level BPE."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,24 +18,24 @@ from mlxflow.data.watched_tokenizer import randomness
 from mlxflow.errors import SourceError
 from mlxflow.storage.digests import digest_json
 
-#: Ends every document that no template ends; the first special token of a tokenizer trained here.
+#: The token after every document without a template; the first special token of newly trained tokenizers.
 END_OF_TEXT = "<|endoftext|>"
 
-#: The 256 bytes and END_OF_TEXT: no byte-level vocabulary is smaller.
+#: The smallest byte-level vocabulary: the 256 bytes and END_OF_TEXT.
 SMALLEST_VOCAB_SIZE = 257
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer with all that goes with it.
+    """A tokenizer with its configuration and chat template.
 
     Attributes:
         definition: `tokenizer.json`, without truncation or padding.
         config: `tokenizer_config.json`.
-        size: the largest id and one.
+        size: the largest id plus one.
         end_of_text: the id that ends a document.
-        prefix: the ids that the tokenizer puts before a text.
+        prefix: the ids that the tokenizer prepends to a text.
         template: of conversations, or None.
-        subject: the tokenizer's name, as a message begins.
+        subject: the tokenizer's name, for the beginning of error messages.
     """
 
     definition: str
@@ -53,26 +53,26 @@ class Vocabulary(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """The digest of all that ids depend on, but for the template."""
+        """The digest of everything that ids depend on, except the chat template."""
         return digest_json([json.loads(self.definition), self.end_of_text, self.prefix])
 
     @property
     def control_tokens(self) -> ControlTokens:
-        """The tokens that only a template writes."""
+        """The control tokens, which only a template can write."""
         return self.template.control_tokens if self.template else ControlTokens(())
 
     @property
     def eos_token(self) -> str:
-        """The token that its configuration says ends a text."""
+        """The end-of-sequence token of its configuration."""
         return _content(self.config.get("eos_token")) or ""
 
     def ending_with(self, text: str) -> "Vocabulary":
-        """Return the same tokenizer, whose configuration says that another token ends a text."""
+        """Return the same tokenizer with another end-of-sequence token in its configuration."""
         return self._replace(config={**self.config, "eos_token": text})
 
     @property
     def token_ids(self) -> dict[str, int]:
-        """The id of each added token, control tokens among them, by its text."""
+        """The id of each added token, including control tokens, by its text."""
         return _added_tokens(self.definition)
 
 
@@ -84,13 +84,13 @@ def smallest_dtype(size: int) -> "np.dtype[Any]":
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens: Iterable[str] = ()) -> Tokenizer:
     """Train a byte-level BPE (GPT-2's pre-tokenizer) on documents.
 
-    Any valid UTF-8 text comes back unchanged after decoding. Ids run from 0 to the vocabulary's size less one;
-    END_OF_TEXT is 0, the other special tokens follow. Words that would take too long to train on are cut first.
+    Decoding restores any valid UTF-8 text. Ids are 0 to the vocabulary size minus one; END_OF_TEXT is 0, followed by
+    the other special tokens. Very long words are split first, because they would take too long.
 
     Args:
         documents: the texts; the same texts give the same tokenizer.
-        vocab_size: ids wanted, special tokens included; a small corpus may yield fewer.
-        special_tokens: control tokens beside END_OF_TEXT.
+        vocab_size: number of ids, special tokens included; a small corpus may give fewer.
+        special_tokens: control tokens besides END_OF_TEXT.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -108,16 +108,16 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, special_tokens
 def trained_vocabulary(
     definition: str, *, context_length: int, template: str | None, template_key: str = "chat_template"
 ) -> Vocabulary:
-    """Return a tokenizer trained here with its settings.
+    """Return a newly trained tokenizer with its configuration.
 
     Args:
         definition: its `tokenizer.json`.
         context_length: positions the model sees.
-        template: of conversations, where there are any.
+        template: of conversations, if there are any.
         template_key: the setting that names it, for messages.
 
     Raises:
-        SourceError: the template is none.
+        SourceError: the template is invalid.
     """
     config: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
@@ -141,17 +141,17 @@ def open_vocabulary(
     key: str = "tokenizer.from",
     template_key: str = "chat_template",
 ) -> Vocabulary:
-    """Return a tokenizer that exists.
+    """Return an existing tokenizer.
 
     Args:
         files: of its folder, by their names below it; see `mlxflow.storage.model_files.tokenizer_files`.
-        template: of conversations, instead of its own.
+        template: of conversations, in place of its own.
         name: the folder or hub id, for the messages.
         key: the setting that names the tokenizer, for messages.
         template_key: the setting that names the template, for messages.
 
     Raises:
-        SourceError: the files are no tokenizer, one without an end of text, or one whose ids differ between two runs.
+        SourceError: the files are no tokenizer, it has no end-of-text token, or its ids differ between two runs.
     """
     key = f"{key} = {json.dumps(name)}"
     if "tokenizer.json" not in files:
@@ -168,14 +168,14 @@ def open_vocabulary(
 
 
 def _opened(path: Path, key: str) -> Tokenizer:
-    """Return a tokenizer that gives the same ids whenever it is asked.
+    """Return a tokenizer whose ids are reproducible.
 
     Raises:
-        SourceError: the file is none.
+        SourceError: the file is no tokenizer.
     """
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises no more specific class
         raise SourceError(f"{key}: its tokenizer.json cannot be read ({error}). Name another.") from error
     if problem := randomness(tokenizer):
         raise SourceError(f"{key}: its tokenizer.json has {problem}")
@@ -183,10 +183,10 @@ def _opened(path: Path, key: str) -> Tokenizer:
 
 
 def _config_of(files: Mapping[str, Path], template: str | None, key: str) -> dict[str, Any]:
-    """Return the settings of a tokenizer's files; the chat template and the token that ends a text are among them.
+    """Return the configuration in a tokenizer's files, including chat template and end-of-sequence token.
 
     Raises:
-        SourceError: no token ends a text, or a file is no JSON.
+        SourceError: there is no end-of-sequence token, or a file is no JSON.
     """
     config = _read_json(files.get("tokenizer_config.json"), key)
     special = _read_json(files.get("special_tokens_map.json"), key)
@@ -202,7 +202,7 @@ def _config_of(files: Mapping[str, Path], template: str | None, key: str) -> dic
 
 
 def _templates_of(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the chat templates that lie in files of their own, as `tokenizer_config.json` names them."""
+    """Return the chat templates in separate files, in the format of `tokenizer_config.json`."""
     texts = {Path(name).stem: files[name].read_text(encoding="utf-8") for name in files if name.endswith(".jinja")}
     named = {Path(name).stem: texts[Path(name).stem] for name in files if "/" in name}
     default = texts.get("chat_template") or config.get("chat_template")
@@ -221,7 +221,7 @@ def _vocabulary(
     end: str = "",
     subject: str = "the tokenizer",
 ) -> Vocabulary:
-    """Return a tokenizer with its settings; `end` is by default what they say ends a text."""
+    """Return a tokenizer with its configuration; `end` defaults to its end-of-sequence token."""
     end = end or config["eos_token"]
     with Work(subject, size=40 * tokenizer.get_vocab_size()):  # bytes of a file
         tokenizer.no_truncation()
@@ -250,11 +250,11 @@ def compile_template(
     Args:
         source: the Jinja text.
         key: the setting that names it, for the message.
-        names: special tokens that it may name.
-        control_tokens: of the tokenizer; those that the template names where there is no tokenizer yet.
+        names: special tokens that it may use.
+        control_tokens: of the tokenizer; those that the template contains if there is no tokenizer yet.
 
     Raises:
-        SourceError: it is no valid template.
+        SourceError: the template is invalid.
     """
     try:
         return ChatTemplate(source, names or {}, control_tokens, subject=f"{key}: the chat template")
@@ -263,7 +263,7 @@ def compile_template(
 
 
 def _control_tokens(tokenizer: Tokenizer, source: str) -> list[str]:
-    """Return the control tokens of a tokenizer: its special tokens, and added tokens that a template writes as such."""
+    """Return the control tokens of a tokenizer: its special tokens, and added tokens that the template writes."""
     named = set(markers(source))
     added = tokenizer.get_added_tokens_decoder().values()
     return [token.content for token in added if token.special or token.content in named]
@@ -274,10 +274,10 @@ def _added_tokens(definition: str) -> dict[str, int]:
 
 
 def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, key: str) -> None:
-    """Refuse a template whose control tokens the tokenizer takes for plain text.
+    """Refuse a template whose control tokens are plain text to the tokenizer.
 
     Raises:
-        SourceError: there are some; they are named.
+        SourceError: names these tokens.
     """
     wrong = [text for text in markers(template.source) if text[0] == "<" and tokenizer.token_to_id(text) is None]
     if wrong:
@@ -289,7 +289,7 @@ def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, key: str) -> No
 
 
 def _prefix(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return what the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    """Return the ids that the tokenizer prepends to a text, such as a beginning-of-sequence token."""
     plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
     for begin in range(len(whole) - len(plain) + 1):
         if whole[begin : begin + len(plain)] == plain:

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: one that exists, or a byte-level BPE trained on its documents."""
+"""Choose the tokenizer of a corpus: an existing one, or a byte-level BPE trained on its documents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ from mlxflow.system import heap
 
 
 class TokenizerRequest(NamedTuple):
-    """Which tokenizer is wanted.
+    """The requested tokenizer.
 
     Attributes:
-        table: the workflow's.
-        files: of a tokenizer that exists; none for one of the hub or a new one.
+        table: the workflow's table.
+        files: of an existing tokenizer; empty for one on the hub or a new one.
         template_file: a Jinja file with the chat template; None for the tokenizer's own.
         template_key: the setting that names that file, for messages.
         names: of the settings, for messages.
-        version: of the stage; a tokenizer trained by another one is not used again.
+        version: of the stage; a tokenizer trained by another version is not reused.
     """
 
     table: TokenizerConfig
@@ -43,14 +43,14 @@ class TokenizerRequest(NamedTuple):
 def choose_vocabulary(
     request: TokenizerRequest, files: Sequence[SourceFile], *, holdout: float, context_length: int, kept: Path
 ) -> Vocabulary:
-    """Return the tokenizer that is wanted, opened or trained.
+    """Return the requested tokenizer, opened or trained.
 
     Args:
-        request: which one.
+        request: the requested tokenizer.
         files: of the corpus, in its order.
         holdout: share of the documents that a new tokenizer is not trained on.
-        context_length: of the rows, which a new tokenizer notes.
-        kept: the folder where trained tokenizers are kept.
+        context_length: of the rows, stored in a new tokenizer's configuration.
+        kept: the folder of cached tokenizers.
 
     Raises:
         SourceError: the tokenizer or the chat template cannot be used.
@@ -79,7 +79,7 @@ def _trained(
     context_length: int,
     kept: Path,
 ) -> Vocabulary:
-    """Return a tokenizer trained on the training documents, or on a sample of them, unless it is kept already."""
+    """Return a tokenizer trained on the training documents or on a sample of them, cached if possible."""
     table = request.table
     compiled = tokenizer.compile_template(template, request.template_key) if template else None
     with show_progress("reading", sum(file.size for file in files)) as (progress, watch):

@@ -1,4 +1,4 @@
-"""The files of a tokenizer: fetched from the hub, converted by the code of its folder, saved with their settings."""
+"""The files of a tokenizer: download from the hub, conversion by the folder's own code, saving."""
 
 import json
 from collections.abc import Mapping
@@ -15,16 +15,17 @@ from mlxflow.storage import hub, model_files, remote_code
 def save_vocabulary(vocabulary: Vocabulary, *, tokenizer_file: Path, config_file: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` as transformers and mlx-lm read them.
 
-    No Python code is named: a `tokenizer.json` needs none, and none is written beside it.
+    They name no Python code: a `tokenizer.json` needs none, and none is written beside it.
     """
-    definition = Tokenizer.from_str(vocabulary.definition).to_str(pretty=True)  # its `save` words no failure
+    # the library's own `save` reports no reason for a failure
+    definition = Tokenizer.from_str(vocabulary.definition).to_str(pretty=True)
     tokenizer_file.write_text(definition, encoding="utf-8")
     config = dict(sorted(remote_code.without_code(vocabulary.config).items()))
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def hub_files(name: str, key: str) -> dict[str, Path]:
-    """Return the tokenizer files of a model on the hub, from the local cache where they are, else downloaded.
+    """Return the tokenizer files of a model on the hub, from the local cache or downloaded.
 
     Args:
         name: `owner/name`, or `owner/name@revision`.
@@ -39,20 +40,20 @@ def hub_files(name: str, key: str) -> dict[str, Path]:
 
 
 def converted(files: Mapping[str, Path], to: Path, name: str, *, key: str, trust_key: str) -> dict[str, Path]:
-    """Return the files of a tokenizer with a `tokenizer.json`, which is written by the folder's own code.
+    """Return the files of a tokenizer with a `tokenizer.json`, created by the folder's own code if missing.
 
     Args:
         files: of its folder, by their names below it.
-        to: an empty folder, for what is written.
+        to: an empty folder for the new files.
         name: the folder or hub id, for the messages.
         key: the setting that names it, for messages.
         trust_key: the setting that trusts its code, for messages.
 
     Returns:
-        the files as they are where there is a `tokenizer.json`, or none and no code to write one.
+        the files unchanged if there is a `tokenizer.json`, or no code that could create one.
 
     Raises:
-        SourceError: its code is not trusted or fails.
+        SourceError: its code is not trusted, or fails.
     """
     config = files.get("tokenizer_config.json")
     file, code = remote_code.tokenizer_code(config.parent) if config else ("", "")
@@ -65,7 +66,7 @@ def converted(files: Mapping[str, Path], to: Path, name: str, *, key: str, trust
 
     try:
         AutoTokenizer.from_pretrained(config.parent, trust_remote_code=True).save_pretrained(to)
-    except Exception as error:  # code of others: anything
+    except Exception as error:  # untrusted code: any exception
         said = reason_of(error)
         raise SourceError(f"{key}: its code cannot be run ({type(error).__name__}: {said}). Name another.") from error
     return {file: to / file for file in model_files.tokenizer_files(to)}

@@ -1,4 +1,4 @@
-"""The texts that a tokenizer is trained on: of a large corpus a sample that hardly changes when it grows."""
+"""The training texts of a tokenizer: for a large corpus a sample that rarely changes when the corpus grows."""
 
 import heapq
 import re
@@ -15,7 +15,7 @@ from mlxflow.data.documents import Document, Formatter
 from mlxflow.data.records import Bad
 from mlxflow.data.shard_builder import SourceFile
 
-# Each text takes some 300 bytes besides its own.
+# Each text takes about 300 bytes besides its own.
 _MAX_TEXTS = 1 << 21
 
 
@@ -23,9 +23,9 @@ class TokenizerSample(NamedTuple):
     """Texts in the order of their hashes.
 
     Attributes:
-        texts: each once, UTF-8, which takes less than Python's text; none where no file holds any.
-        digests: of each.
-        has_conversations: whether there are any in the corpus.
+        texts: each once, in UTF-8, which takes less memory than `str`.
+        digests: of each text.
+        has_conversations: whether the corpus contains conversations.
     """
 
     texts: list[bytes]
@@ -37,7 +37,7 @@ class TokenizerSample(NamedTuple):
         return (text.decode() for text in self.texts)
 
     def taken(self) -> Iterator[str]:
-        """Yield the texts and forget them: what was yielded takes no memory while the rest is in use."""
+        """Yield the texts and drop each one, so that yielded texts take no memory."""
         self.texts.reverse()
         while self.texts:
             yield self.texts.pop().decode()
@@ -51,24 +51,23 @@ def sample(
     max_bytes: int,
     on_read: Callable[[int], None],
 ) -> TokenizerSample:
-    """Return the training documents with the smallest hashes, as many as fit.
+    """Return the training documents with the smallest hashes, as many as fit into the given size.
 
-    A document that comes or goes changes the sample only if it is among them, so a large corpus that grows a little
-    mostly keeps its tokenizer. A text of several megabytes is sampled by its pieces. What cannot be read is passed
-    over.
+    An added or removed document changes the sample only if it is among them, so a large corpus that grows a little
+    usually keeps its tokenizer. A text of several megabytes is sampled by its pieces. Unreadable records are skipped.
 
     Args:
-        files: of the corpus; those of a validation or test side are passed over.
-        template: of conversations; ChatML where there is none. Its control tokens are left out of the texts.
+        files: of the corpus; those for validation or test are skipped.
+        template: of conversations; ChatML if there is none. Its control tokens are left out of the texts.
         holdout: share of documents held out.
-        max_bytes: UTF-8 bytes that the texts may have together.
-        on_read: called with each number of bytes read.
+        max_bytes: maximum total size of the texts in UTF-8.
+        on_read: called with the number of bytes of each read.
     """
     template = template or ChatTemplate(CHATML, {})
     sampled, any_held_out = _sample(files, template, holdout, max_bytes, on_read)
-    if any_held_out and not sampled.texts:  # `selection.select` does not hold all documents out
+    if any_held_out and not sampled.texts:  # `document_selection.select` never holds out all documents
         sampled, any_held_out = _sample(files, template, 0.0, max_bytes, lambda _: None)
-    if holdout and not any_held_out and len(sampled.texts) > 1:  # the first is the one that it holds out
+    if holdout and not any_held_out and len(sampled.texts) > 1:  # it holds out the first one
         return sampled._replace(texts=sampled.texts[1:], digests=sampled.digests[1:])
     return sampled
 
@@ -80,7 +79,7 @@ def _sample(
     max_bytes: int,
     on_read: Callable[[int], None],
 ) -> tuple[TokenizerSample, bool]:
-    """Return the sample of the documents that their hashes do not hold out, and whether they hold out any."""
+    """Return the sample of the documents not held out by their hashes, and whether any is held out."""
     control_tokens = re.compile("|".join(map(re.escape, markers(template.source))) or r"(?!)")
     chosen = _SmallestHashes(max_bytes)
     has_conversations, any_held_out = False, False
@@ -98,10 +97,10 @@ def _sample(
 
 
 class _SmallestHashes:
-    """The texts with the smallest hashes, in UTF-8, as many as fit.
+    """Collects the texts with the smallest hashes, in UTF-8, up to a total size.
 
     Args:
-        max_bytes: UTF-8 bytes that the texts may have together; one text always fits.
+        max_bytes: maximum total size in UTF-8; one text always fits.
 
     Attributes:
         digests: of the texts.

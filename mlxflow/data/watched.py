@@ -1,7 +1,7 @@
-"""The watched side of `mlxflow.data.guard`: what a process says of its work on files of others, and its main loop.
+"""The child side of `mlxflow.data.guard`: announces work on untrusted files, and executes calls.
 
-Work is announced on a board, a piece of memory that the watching process reads. Announcing costs some 100 ns, so it is
-done for each record, and also in processes without a watcher.
+Work is announced on a board, shared memory that the guarding process reads. An announcement takes about 100 ns, so
+every record is announced, also in processes without a guard.
 """
 
 import contextlib
@@ -17,24 +17,24 @@ from typing import Any, NamedTuple, NoReturn, Self
 from mlxflow.errors import SourceError, reason_of
 from mlxflow.system import child_processes
 
-#: Pieces of work that may be announced at a time; there are at most 256 workers.
+#: Maximum number of pieces of work announced at a time; there are at most 256 workers.
 NUM_SLOTS = 1024
 
-_NUMBERS = 6  # of a slot: size + 1, progress, place, length of the text; of all its work so far: bytes, texts
+_NUMBERS = 6  # fields of a slot: size + 1, progress, position, length of the text; total so far: bytes, texts
 _TEXT_BYTES = 1024
 BOARD_BYTES = NUM_SLOTS * (8 * _NUMBERS + _TEXT_BYTES)
 
 
 class Announced(NamedTuple):
-    """A piece of work that goes on.
+    """A piece of work in progress.
 
     Attributes:
         slot: its number.
-        size: bytes of what it works on.
+        size: bytes of its input.
         progress: changes with every step.
-        place: the record's line or number, 0 for none.
-        subject: the file of others, as a message begins: its key and name.
-        on: what it works on, such as a file of the corpus; empty for the subject itself.
+        place: the record's line or number; 0 for none.
+        subject: the untrusted file, for the beginning of error messages: its key and name.
+        on: its input, such as a file of the corpus; empty for the subject itself.
     """
 
     slot: int
@@ -46,10 +46,10 @@ class Announced(NamedTuple):
 
 
 class Board:
-    """What goes on in a process.
+    """The announced work of a process.
 
     Args:
-        memory: of BOARD_BYTES, shared with the process that watches; None for memory of this process alone.
+        memory: of BOARD_BYTES, shared with the guarding process; None for private memory.
     """
 
     def __init__(self, memory: "mmap.mmap | bytearray | None" = None) -> None:
@@ -59,7 +59,7 @@ class Board:
         self.free = list(range(NUM_SLOTS))
 
     def announced(self) -> list[Announced]:
-        """Return what goes on now."""
+        """Return the work in progress."""
         numbers, found = self.numbers.tolist(), []
         for slot in range(NUM_SLOTS):
             size, progress, place, length = numbers[slot * _NUMBERS : slot * _NUMBERS + 4]
@@ -70,7 +70,7 @@ class Board:
         return found
 
     def worked_on(self) -> tuple[int, int]:
-        """Return the bytes and the number of texts of all work so far, what goes on now included."""
+        """Return the bytes and the number of texts of all work so far, including work in progress."""
         numbers = self.numbers.tolist()
         return sum(numbers[4::_NUMBERS]), sum(numbers[5::_NUMBERS])
 
@@ -79,15 +79,15 @@ _board = Board()
 
 
 class Work:
-    """A piece of work on a file of others, announced while its block runs.
+    """A piece of work on an untrusted file, announced while its context is open.
 
-    A panic or a bare `Exception` of a library in Rust, and a want of memory, become errors that name the file.
+    A Rust panic, a bare `Exception` of a Rust library and out of memory become errors that name the file.
 
     Args:
-        subject: the file of others, as a message begins: its key and name.
-        on: what is worked on; empty for the subject itself.
-        size: bytes of that.
-        own: bytes of the subject, where this work may have to read it again.
+        subject: the untrusted file, for the beginning of error messages: its key and name.
+        on: the input; empty for the subject itself.
+        size: bytes of the input.
+        own: bytes of the subject, if this work may read it again.
     """
 
     def __init__(self, subject: str, on: str = "", size: int = 0, *, own: int = 0) -> None:
@@ -110,7 +110,7 @@ class Work:
 
         Args:
             place: its line or number.
-            size: its bytes; None leaves the size as it is.
+            size: its bytes; None leaves the size unchanged.
         """
         numbers, at = self._numbers, self._at
         numbers[at + 1] += 1
@@ -131,16 +131,16 @@ class Work:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an error is a panic of a library in Rust: its class has no name that could be imported."""
+    """Return whether an error is a Rust panic: its class cannot be imported by name."""
     return type(error).__name__ == "PanicException"
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the watching process asks, until it closes the connection or is gone.
+    """Execute the calls of the guarding process until it closes the connection or ends.
 
     Args:
-        arguments: the descriptors of the connection, of the board and of the terminal for messages; descriptor 2 is
-            a file, for what libraries print.
+        arguments: descriptors of the connection, of the board and of standard error for messages; descriptor 2 is a
+            file for the output of libraries.
     """
     global _board
     connection, board, messages = map(int, arguments)
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _answer(name: str, values: tuple[Any, ...]) -> tuple[bool, Any]:
-    """Return whether a call went well, with its result or its error."""
+    """Return whether a call succeeded, with its result or its error."""
     module, _, function = name.partition(":")
     try:
         return True, getattr(importlib.import_module(module), function)(*values)

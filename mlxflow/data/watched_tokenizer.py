@@ -1,7 +1,7 @@
-"""A tokenizer of others, opened and used in the watched process of `mlxflow.data.guarded_tokenizer`.
+"""An untrusted tokenizer, opened and used in the child process of `mlxflow.data.guarded_tokenizer`.
 
-Results are bounded in proportion to the input, since the process that asked has to hold them too. Imports stay light:
-they are part of the start of every such process.
+Results are bounded in proportion to the input, since the calling process has to hold them, too. Imports must be
+light, because every such process makes them at its start.
 """
 
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 _MOST_IDS, _IDS_PER_BYTE = 1 << 20, 16
 _MOST_CHARACTERS, _CHARACTERS_PER_ID = 1 << 20, 1024
 
-# The text that is being written, one at a time
+# The text that is being decoded, one at a time
 _stream: "DecodeStream | None" = None
 
 
 class Opened:
-    """A tokenizer that gives the ids of whole texts.
+    """A tokenizer that encodes whole texts.
 
     Args:
-        folder: of a model, or of a tokenizer alone.
-        subject: its file, as a message begins.
+        folder: of a model or of a tokenizer.
+        subject: its file, for the beginning of error messages.
         trusts_code: whether Python code of the folder may be run.
 
     Raises:
-        ArtifactError: there is none that can be opened.
+        ArtifactError: it is missing or cannot be opened.
     """
 
     def __init__(self, folder: Path, subject: str, *, trusts_code: bool) -> None:
@@ -50,7 +50,7 @@ def _read(file: Path) -> Any:
     definition = file.read_bytes()
     try:
         return Tokenizer.from_buffer(definition)
-    except Exception as error:  # tokenizers raises this very class
+    except Exception as error:  # tokenizers raises this class itself
         said = reason_of(error, None)
         raise ArtifactError(f"{file.parent}: its tokenizer cannot be opened ({said}). Build it again.") from error
 
@@ -67,7 +67,7 @@ _opened = cache(Opened)
 
 
 def open_(folder: Path, subject: str, trusts_code: bool) -> str:
-    """Open a tokenizer; return what makes its ids differ between two runs, empty for nothing."""
+    """Open a tokenizer; return why its ids would differ between two runs, empty if they do not."""
     return randomness(_opened(folder, subject, trusts_code=trusts_code).tokenizer)
 
 
@@ -77,7 +77,7 @@ def encode(key: tuple[Path, str, bool], text: str, special: bool) -> list[int]:
     Args:
         key: arguments of `open_`.
         text: any text.
-        special: add what the tokenizer puts around a text.
+        special: add the special tokens around the text.
 
     Raises:
         SourceError: the tokenizer fails, or makes too many tokens.
@@ -106,7 +106,7 @@ def decode(key: tuple[Path, str, bool], ids: Sequence[int], skip_special_tokens:
 
 
 def begin_stream() -> None:
-    """Begin a text that is decoded token by token; control tokens are left out."""
+    """Begin decoding a text token by token, without control tokens."""
     global _stream
     from tokenizers.decoders import DecodeStream
 
@@ -114,7 +114,7 @@ def begin_stream() -> None:
 
 
 def step_stream(key: tuple[Path, str, bool], token: int) -> str:
-    """Return what a token adds to the text; empty while a character lacks bytes.
+    """Return the text that a token adds; empty while a character is incomplete.
 
     Raises:
         SourceError: as `decode`.
@@ -128,20 +128,20 @@ def step_stream(key: tuple[Path, str, bool], token: int) -> str:
 
 
 def token_to_id(key: tuple[Path, str, bool], text: str) -> int | None:
-    """Return the id of a token; None where there is no such token."""
+    """Return the id of a token; None if there is no such token."""
     number: int | None = _get(key).tokenizer.token_to_id(text)
     return number
 
 
 def digest_vocabulary(key: tuple[Path, str, bool]) -> str:
-    """Return a digest of all tokens with their ids: equal for tokenizers of one vocabulary."""
+    """Return a digest of all tokens with their ids, equal for tokenizers with equal vocabularies."""
     opened = _get(key)
     with Work(opened.subject, size=40 * opened.tokenizer.get_vocab_size()):  # bytes of a file
         return digest_json(opened.tokenizer.get_vocab())
 
 
 def randomness(tokenizer: Any) -> str:
-    """Return what makes the ids of a tokenizer differ between two runs, and what to do; empty for nothing."""
+    """Return why the ids of a tokenizer would differ between two runs, with advice; empty if they do not."""
     dropout = getattr(tokenizer.model, "dropout", None)
     if not dropout:
         return ""

@@ -84,7 +84,7 @@ def test_conversations_with_control_tokens_are_counted_and_reported(case: Path, 
     assert read_report(case / "artifacts/pretokenize/report.toml")["conversations_with_control_tokens"] == 6
     shutil.rmtree(case / "artifacts")
     _run(case)
-    line = "pretokenize: 6 conversations hold control tokens inside of their messages: they are plain text there"
+    line = "pretokenize: 6 conversations contain control tokens inside their messages; these are encoded as plain text"
     assert line in capfd.readouterr().err.splitlines()
 
 
@@ -227,7 +227,7 @@ def test_a_missing_end_token_is_appended_to_a_turn(tmp_path: Path, capfd: Any) -
     assert report["end_tokens"] == ["<|endoftext|>"]
     assert report["added_ends"] == 160
     assert (
-        "pretokenize: the chat template ends no turn with a control token: the end of text was put behind 160 "
+        "pretokenize: the chat template ends no turn with a control token: an end-of-text token was appended to 160 "
         "conversations and is trained on, so that answers end"
     ) in capfd.readouterr().err.splitlines()
     assert all(learnt.endswith("done<|endoftext|>") for learnt in _learnt(tmp_path))
