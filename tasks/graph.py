@@ -21,7 +21,7 @@ from mlxflow.workflow import disk_queries
 from mlxflow.workflow.handover import Basis
 from mlxflow.workflow.stage_node import Node
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 def load_nodes(path: Path, state: Path) -> list[Node]:

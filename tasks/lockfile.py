@@ -1,5 +1,9 @@
 """`mlxflow.lock`: settings, inputs and outputs of each stage's last run, to be committed beside the workflow file.
 
+It changes when an artifact was made differently, and only then: it holds no times, no digests of measurements (metrics,
+profiles, benchmarks, the page that shows them), and the commit of the run that first made an artifact so. The journal
+has what else is known of a run.
+
 It may contain merge conflict markers. It can be read nevertheless: a stage then has a table from each side, and the one
 that describes the artifact on the disk is used.
 """
@@ -11,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.storage import toml_text
+from mlxflow.storage import layout, toml_text
+from mlxflow.storage.digests import digest_file
 from mlxflow.storage.paths import printable
 from mlxflow.storage.regular_files import read_regular
 from mlxflow.storage.state_files import InvalidStateError
@@ -45,7 +50,7 @@ class Lock(NamedTuple):
 
 
 def describe(node: Node, values: dict[str, Any]) -> Table:
-    """Return a stage's table for the lock file.
+    """Return a stage's table for the lock file: `measured` names the files whose digests it leaves out.
 
     Args:
         node: the stage.
@@ -62,29 +67,46 @@ def describe(node: Node, values: dict[str, Any]) -> Table:
         "device": values.get("device", "unknown"),
         "commit": values.get("commit", "unknown"),
         **({"threads": values["threads"]} if "threads" in values else {}),
-        "seconds": values["seconds"],
-        "inputs": {printable(name): content for name, content in values["inputs"].items()},
-        "outputs": {name: content for name, (_, content) in values["outputs"].items()},
+        **({"measured": sorted(map(printable, node.measured))} if node.measured else {}),
+        "inputs": {printable(name): digest for name, digest in values["inputs"].items() if name not in node.measured},
+        "outputs": {
+            name: _digest(node, name, content)
+            for name, (_, content) in values["outputs"].items()
+            if name not in node.measured
+        },
     }
+
+
+def _digest(node: Node, name: str, content: str) -> str:
+    """Return the digest of an output for the lock: of a report its identity, which leaves out times and hosts."""
+    return digest_file(Path(node.path(name))).identity if name.endswith(f"/{layout.REPORT}") else content
 
 
 def recorded(table: Table) -> dict[str, Any] | None:
     """Return the record of a table; None if the table is incomplete.
 
-    Its `outputs` are content digests by name, without sizes; the names of its `inputs` are escaped to one line.
+    Its `outputs` are digests by name, without sizes; the names of its `inputs` are escaped to one line. Tables of
+    earlier versions have digests of measurements, too, and the `seconds` of the run.
     """
     others = table.get("settings", {})
     settings = {key: table[name] for key, name in _SETTINGS.items() if name in table}
-    rest = {key: table.get(key, "unknown") for key in ("inputs", "outputs", "device", "commit", "seconds")}
-    rest |= {"threads": table["threads"]} if "threads" in table else {}
+    rest = {key: table.get(key, "unknown") for key in ("inputs", "outputs", "device", "commit")}
+    rest |= {key: table[key] for key in ("threads", "seconds") if key in table}
     if not isinstance(others, dict) or not isinstance(rest["outputs"], dict):
         return None
-    sized = {name: [0, content] for name, content in rest["outputs"].items()}
+    sized = {name: [0, digest] for name, digest in rest["outputs"].items()}
+    sized |= {name: [0, "0"] for name in measured(table)}
     try:
         record = read_values({"settings": settings | others, **rest, "outputs": sized})
     except InvalidStateError:
         return None
     return record | {"outputs": rest["outputs"]}
+
+
+def measured(table: Table) -> list[str]:
+    """Return the names of the inputs and outputs, escaped to one line, whose digests a table leaves out."""
+    names = table.get("measured", [])
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> str:
@@ -102,7 +124,10 @@ def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> s
     with _writing:
         lock = read(path)
         tables = {name: found[0] for name, found in lock.tables.items() if name in known}
-        _write(path, tables | {node.task: describe(node, values)})
+        table, before = describe(node, values), tables.get(node.task, {})
+        if "commit" in before and before | {"commit": table["commit"]} == table:
+            table = before
+        _write(path, tables | {node.task: table})
     if not lock.damage:
         return ""
     kept = ", ".join(tables) or "no stage"

@@ -1,8 +1,10 @@
 """`mlxflow compare`: the figures of two benchmark reports side by side."""
 
 import argparse
+import shlex
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
@@ -20,7 +22,7 @@ _PLACES = (layout.REPORT, f"benchmark/{layout.REPORT}", _BENCHMARK.as_posix())
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow compare`."""
     for name in ("before", "after"):
-        parser.add_argument(name, help="a report.toml, a folder that holds one, or COMMIT:FILE")
+        parser.add_argument(name, help="a report.toml, a folder that holds one, or COMMIT:FILE of either")
     parser.add_argument("--force", action="store_true", help="compare even if they were measured on different devices")
 
 
@@ -73,15 +75,65 @@ def _read(name: str) -> BenchmarkReport:
 
 
 def _read_commit(name: str) -> BenchmarkReport:
-    """Return a report as stored in a git commit."""
-    shown = subprocess.run(["git", "show", "--end-of-options", name], capture_output=True, check=False)
-    if shown.returncode:
-        said = shown.stderr.decode(errors="replace").strip().partition("\n")[0]
-        raise ArtifactError(f"{name}: git has no such file ({said}). Name a report, a folder or COMMIT:FILE.")
+    """Return a report as stored in a git commit.
+
+    Raises:
+        ArtifactError: git has no such file; the message says what to commit.
+    """
+    commit, _, file = name.partition(":")
+    if Path(file).name == layout.LOCKFILE:
+        raise ArtifactError(f"{name}: a lock holds no figures. Name a benchmark's report: {commit}:{_BENCHMARK}")
+    data = next((found for place in _places_in_git(file) if (found := _blob(f"{commit}:{place}")) is not None), None)
+    if data is None:
+        raise ArtifactError(f"{name}: {_why_not_in_git(commit, file)}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / layout.REPORT
-        path.write_bytes(shown.stdout)
+        path.write_bytes(data)
         try:
             return read_benchmark(path)
         except ArtifactError as error:
             raise ArtifactError(*(line.replace(str(path), name) for line in error.problems)) from error
+
+
+def _places_in_git(file: str) -> Iterator[str]:
+    """Yield where a commit may hold the report: the file or one in the folder, from the root or the current folder."""
+    for start in (file, f"./{file}"):
+        yield start
+        yield from (f"{start.rstrip('/')}/{place}" for place in _PLACES)
+
+
+def _why_not_in_git(commit: str, file: str) -> str:
+    """Return why a file is not in a commit, and what to do."""
+    here = next((place for place in _places_in_git(file) if Path(place).is_file()), None)
+    commands = f'git add -f {shlex.quote(Path(here or _BENCHMARK).as_posix())} && git commit -m "Benchmark"'
+    if here is None:
+        commands = f"doit benchmark && {commands}"
+    if (about := _git("rev-parse", "--git-dir")).returncode:
+        said = about.stderr.decode(errors="replace").strip().partition("\n")[0]
+        return f"git cannot be asked ({said}). Name a report or a folder, or run: git init && {commands}"
+    if _git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
+        return f"nothing is committed yet. Run: {commands}"
+    if not commit:
+        return f"not in git's index. Run: {commands}"
+    known = _git("rev-parse", "--verify", "--quiet", "--short", "--end-of-options", f"{commit}^{{commit}}")
+    if known.returncode:
+        return "git knows no such commit. Name one that `git log` shows"
+    return f"not in commit {known.stdout.decode().strip()}. Commit the report once, then compare: {commands}"
+
+
+def _blob(name: str) -> bytes | None:
+    """Return the content of `COMMIT:FILE`; None if git has no such file."""
+    shown = _git("cat-file", "blob", "--end-of-options", name)
+    return None if shown.returncode else shown.stdout
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run git in the current folder.
+
+    Raises:
+        CallError: it is not installed.
+    """
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise CallError("compare: git is not installed. Install it, or name a report or a folder.") from error

@@ -22,6 +22,9 @@ COPIED_TO_ARTIFACTS_ROOT = (layout.PAGE,)
 #: The page's title is the workflow's name.
 SHOWS_NAME = True
 
+#: It shows seconds, rates and memory, which equal runs do not share.
+SHOWS_TIMES = True
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[report]` table."""

@@ -189,6 +189,9 @@ class Stage:
             threads=settings.threads,
             uses_device=getattr(self.module, "USES_DEVICE", True),
             copies={copy.as_posix(): original.as_posix() for copy, original in self.copies.items()},
+            measured=tuple(
+                path.as_posix() for path in (*self.input_files, *self.outputs) if path in self._workflow.measured
+            ),
             basis=basis,
         )
 
@@ -196,6 +199,11 @@ class Stage:
     def bound_device(self) -> str | None:
         """The workflow's `device` if the artifact describes the machine it was made on, else None."""
         return self._workflow.settings.device if getattr(self.module, "DEVICE_BOUND", False) else None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its whole artifact differs between equal runs."""
+        return self.bound_device is not None or getattr(self.module, "SHOWS_TIMES", False)
 
     def corpus_identities(self, cache: DigestCache) -> dict[str, str]:
         """Return the identity of every built-in corpus by its name."""
@@ -247,6 +255,13 @@ class Workflow:
                 tuple(one.outputs),
             )
             for one in self.stages
+        )
+
+    @cached_property
+    def measured(self) -> frozenset[Path]:
+        """The files that differ between equal runs: metrics, artifacts about the machine, and what shows them."""
+        return frozenset(
+            path for one in self.stages for path in one.outputs if path.name == layout.METRICS or one.is_measured
         )
 
     def trusts_code(self, one: Stage) -> bool:

@@ -57,7 +57,8 @@ def _is_output(value: object) -> bool:
     return type(size) is int and 0 <= size < _LARGEST_FILE_BYTES and _is_digest(content)
 
 
-def _is_seconds(value: object) -> bool:
+def is_seconds(value: object) -> bool:
+    """Return whether a value is a duration as a record holds it."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LONGEST_SECONDS
 
 
@@ -77,7 +78,7 @@ _FIELDS: dict[str, tuple[bool, _Check, str]] = {
     "settings": (True, are_settings, "a table of settings"),
     "inputs": (True, _table_of(_is_digest), "a digest for each name"),
     "outputs": (True, lambda value: bool(value) and _table_of(_is_output)(value), "[bytes, digest] for each name"),
-    "seconds": (True, _is_seconds, "a number of seconds"),
+    "seconds": (False, is_seconds, "a number of seconds"),
     "device": (False, _is_text, "text"),
     "commit": (False, _is_text, "text"),
     "threads": (False, _is_count, "a number of threads"),

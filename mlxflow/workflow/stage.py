@@ -11,7 +11,7 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     run       the function that does the work and returns the figures for the report, a struct of
               `mlxflow/stage_reports`; heavy imports happen inside it
 
-It may have seven more:
+It may have eight more:
 
     resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
     follow(config, readers, disk)    returns it with defaults filled in that depend on the tables of its readers
@@ -21,6 +21,7 @@ It may have seven more:
                                      stale
     COPIED_TO_ARTIFACTS_ROOT         outputs that are copied to the artifacts folder, if the stage has no variants
     SHOWS_NAME = True                the workflow's name is part of the output
+    SHOWS_TIMES = True               the output shows measurements of other stages: equal runs make different ones
 
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """

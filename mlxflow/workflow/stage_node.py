@@ -33,6 +33,7 @@ class Node:
         uses_device: whether the stage computes on the device.
         threads: the workflow's `threads`; 0 for as many as the machine has processors.
         copies: names of copies of outputs, each with the output's name.
+        measured: names of inputs and outputs that differ between equal runs, such as rates and a page that shows them.
         basis: the data that the workflow was resolved from; None without a workflow file.
     """
 
@@ -52,6 +53,7 @@ class Node:
     uses_device: bool = True
     threads: int = 0
     copies: dict[str, str] = field(default_factory=dict)
+    measured: tuple[str, ...] = ()
     basis: Basis | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +122,7 @@ def _are_pairs(value: object) -> bool:
 
 _CHECKS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("task", "doc", "root", "folder", "device"), _is_text),
-    **dict.fromkeys(("inputs", "outputs", "command", "corpora", "beside"), _are_names),
+    **dict.fromkeys(("inputs", "outputs", "command", "corpora", "beside", "measured"), _are_names),
     **dict.fromkeys(("spellings", "copies"), _are_pairs),
     "settings": are_settings,
     "bound_device": lambda value: value is None or isinstance(value, str),

@@ -47,18 +47,61 @@ def test_a_slower_run_is_reported_figure_by_figure(
     assert out.count("| -50.0% | worse |") == len(report["training"])
 
 
+def _commit(*names: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false")
+    for command in (("add", "-f", *names), (*identity, "commit", "-qm", "one")):
+        subprocess.run(["git", *command], check=True)
+
+
 def test_a_saved_report_is_read_from_its_commit(
     report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    project = tmp_path / "a project"
+    (project / "artifacts/benchmark").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    _write(Path("artifacts/benchmark/report.toml"), report)
+    subprocess.run(["git", "init", "-q", ".."], check=True)
+    _commit("artifacts/benchmark/report.toml")
+    places = (".", "artifacts", "artifacts/benchmark", "artifacts/benchmark/report.toml", "a project/artifacts", "")
+    for place in places:  # from the root of the repository, or from the folder that the command runs in
+        assert main(["compare", f"HEAD:{place}", "artifacts"]) == 0, place
+        assert "noise" in capsys.readouterr().out
+    assert main(["compare", ":artifacts", "artifacts"]) == 0  # from git's index
+
+
+def test_what_is_not_committed_is_refused_with_the_command_that_commits_it(
+    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    _write(tmp_path / "saved.toml", report)
-    identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "commit.gpgsign=false")
-    for command in (("init", "-q"), ("add", "saved.toml"), (*identity, "commit", "-qm", "one")):
-        subprocess.run(["git", *command], check=True)
-    assert main(["compare", "HEAD:saved.toml", "saved.toml"]) == 0
-    assert "noise" in capsys.readouterr().out
-    assert main(["compare", "HEAD:other.toml", "saved.toml"]) == 2
-    assert capsys.readouterr().err.startswith("HEAD:other.toml: git has no such file (")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("LC_ALL", "C")
+
+    def refused(name: str) -> str:
+        assert main(["compare", name, "artifacts"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix(f"{name}: ")
+
+    commit = 'git add -f artifacts/benchmark/report.toml && git commit -m "Benchmark"'
+    assert refused("HEAD:artifacts") == (
+        "git cannot be asked (fatal: not a git repository (or any of the parent directories): .git). "
+        f"Name a report or a folder, or run: git init && doit benchmark && {commit}"
+    )
+    subprocess.run(["git", "init", "-q"], check=True)
+    assert refused("HEAD:artifacts") == f"nothing is committed yet. Run: doit benchmark && {commit}"
+    Path("artifacts/benchmark").mkdir(parents=True)
+    _write(Path("artifacts/benchmark/report.toml"), report)
+    assert refused("HEAD:artifacts/benchmark") == f"nothing is committed yet. Run: {commit}"
+    Path("mlxflow.lock").write_text("")
+    _commit("mlxflow.lock")
+    known = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert refused("HEAD:.") == f"not in commit {known.strip()}. Commit the report once, then compare: {commit}"
+    assert refused("HEAD:mlxflow.lock") == (
+        "a lock holds no figures. Name a benchmark's report: HEAD:artifacts/benchmark/report.toml"
+    )
+    assert refused("v1:.") == "git knows no such commit. Name one that `git log` shows"
+    assert refused(":artifacts") == f"not in git's index. Run: {commit}"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refused("HEAD:.") == "compare: git is not installed. Install it, or name a report or a folder."
 
 
 def test_another_version_is_refused_by_name(

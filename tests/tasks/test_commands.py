@@ -115,7 +115,7 @@ def test_the_lock_file_records_the_inputs_of_each_stage(chain: Chain) -> None:
         assert table["inputs"] == {
             f"artifacts/s{number - 1}/a": lock[f"s{number - 1}"]["outputs"][f"artifacts/s{number - 1}/a"]
         }
-        assert table["seconds"] > 0
+        assert "seconds" not in table
         assert {"mlx", "python", "device", "commit", "seed", "config"} <= table.keys()
     assert text.index("[s1]") < text.index("[s2]")
 

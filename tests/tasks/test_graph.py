@@ -457,6 +457,7 @@ def test_a_node_with_every_field_set_survives_caching() -> None:
         uses_device=False,
         threads=3,
         copies={"artifacts/out": "artifacts/train/a/out"},
+        measured=("artifacts/train/a/out",),
     )
     unset = [field.name for field in fields(Node) if getattr(node, field.name) == field.default]
     assert unset == ["basis"]

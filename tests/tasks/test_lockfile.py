@@ -48,12 +48,47 @@ def _write(path: Path, *tasks: str, **changes: Any) -> str:
     return path.read_text()
 
 
-def test_a_lock_table_holds_every_field_of_a_record_except_sizes(tmp_path: Path) -> None:
+OUTPUTS = {"artifacts/train/a": "2" * 32, "artifacts/train/b": "3" * 32}
+
+
+def test_a_lock_table_holds_every_field_of_a_record_except_sizes_and_seconds(tmp_path: Path) -> None:
     _write(tmp_path / "lock", "train:a")
     (table,) = lockfile.read(tmp_path / "lock").tables["train:a"]
-    assert lockfile.recorded(table) == VALUES | {
-        "outputs": {"artifacts/train/a": "2" * 32, "artifacts/train/b": "3" * 32}
-    }
+    assert lockfile.recorded(table) == {k: v for k, v in VALUES.items() if k != "seconds"} | {"outputs": OUTPUTS}
+    assert lockfile.recorded(table | {"seconds": 12.5}) == VALUES | {"outputs": OUTPUTS}  # as earlier versions wrote it
+
+
+def test_of_measurements_a_table_has_the_names_alone() -> None:
+    node = replace(_node("train"), measured=("notes/ü.txt", "artifacts/train/b"))
+    table = lockfile.describe(node, VALUES)
+    assert table["inputs"] == {"builtin:python-stdlib": "1" * 32}
+    assert table["outputs"] == {"artifacts/train/a": "2" * 32}
+    assert lockfile.measured(table) == ["artifacts/train/b", "notes/ü.txt"]
+    whole = replace(_node("profile"), measured=("artifacts/train/a", "artifacts/train/b"))
+    assert (lockfile.recorded(lockfile.describe(whole, VALUES)) or {})["outputs"] == {}
+
+
+def test_a_report_is_known_by_all_but_its_table_run(tmp_path: Path) -> None:
+    node = replace(_node("train"), root=tmp_path)
+    report = tmp_path / "artifacts/train/report.toml"
+    report.parent.mkdir(parents=True)
+    values = VALUES | {"outputs": {"artifacts/train/report.toml": [1, "0" * 32]}}
+    digests = set()
+    for run, loss in (("seconds = 1.0", 3), ("seconds = 2.0", 3), ("seconds = 2.0", 4)):
+        report.write_text(f"loss = {loss}\n[run]\n{run}\n")
+        digests.add(lockfile.describe(node, values)["outputs"]["artifacts/train/report.toml"])
+    assert len(digests) == 2
+
+
+def test_the_commit_is_that_of_the_first_run_that_made_it_so(tmp_path: Path) -> None:
+    before = _write(tmp_path / "lock", "train")
+    node = _node("train")
+    lockfile.update(tmp_path / "lock", node, VALUES | {"commit": "f" * 40, "seconds": 99.0}, {"train"})
+    assert (tmp_path / "lock").read_text() == before
+    changed = VALUES | {"commit": "f" * 40, "inputs": {"notes/ü.txt": "4" * 32}}
+    lockfile.update(tmp_path / "lock", node, changed, {"train"})
+    (table,) = lockfile.read(tmp_path / "lock").tables["train"]
+    assert (table["commit"], table["inputs"]) == ("f" * 40, {"notes/ü.txt": "4" * 32})
 
 
 @pytest.mark.parametrize(
@@ -75,14 +110,14 @@ def _merge(path: Path, style: str) -> None:
     """Write what git leaves of two locks that differ in two of three stages; in `both` of two lines in a row."""
     lines = []
     for line in _write(path, "pretokenize", "train:a", "quantize").splitlines(keepends=True):
-        if "seconds" in line or "commit" in line:
-            base = ["||||||| base\n", line.replace("12.5", "1.5")] if style == "diff3" else []
+        if "python" in line or "commit" in line:
+            base = ["||||||| base\n", re.sub("3[.].*", '2.7"', line)] if style == "diff3" else []
             lines += [
                 "<<<<<<< HEAD\n",
                 line,
                 *base,
                 "=======\n",
-                line.replace("12.5", "99.5"),
+                re.sub("python = .*", 'python = "99"', line),
                 ">>>>>>> other branch\n",
             ]
         else:
@@ -97,7 +132,7 @@ def test_after_a_merge_a_stage_has_a_table_from_each_side(tmp_path: Path, style:
     _merge(path, style)
     lock = lockfile.read(path)
     assert lock.damage == "contains merge conflict markers"
-    assert lock.tables == {name: [table, table | {"seconds": 99.5}] for name, table in whole.items()}
+    assert lock.tables == {name: [table, table | {"python": "99"}] for name, table in whole.items()}
 
 
 def test_a_merge_keeps_the_side_that_matches_the_files(tmp_path: Path) -> None:
@@ -105,11 +140,11 @@ def test_a_merge_keeps_the_side_that_matches_the_files(tmp_path: Path) -> None:
     whole = tomllib.loads(_write(path, "pretokenize", "train:a", "quantize"))
     _merge(path, "merge")
     nodes = [_node("pretokenize"), _node("train:a")]
-    line = lockfile.settle_merge(path, nodes, lambda node, table: node.task == "train:a" and table["seconds"] == 99.5)
+    line = lockfile.settle_merge(path, nodes, lambda node, table: node.task == "train:a" and table["python"] == "99")
     assert line == (
         f"{path}: contains merge conflict markers. For each stage the side that describes its artifact here is kept."
     )
-    expected = {"pretokenize": whole["pretokenize"], "train:a": whole["train:a"] | {"seconds": 99.5}}
+    expected = {"pretokenize": whole["pretokenize"], "train:a": whole["train:a"] | {"python": "99"}}
     assert tomllib.loads(path.read_text()) == expected
     assert lockfile.settle_merge(path, nodes, lambda node, table: True) == ""
 
