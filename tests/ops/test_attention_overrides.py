@@ -11,7 +11,7 @@ import pytest
 
 from mlxflow.ops import attention_overrides
 from mlxflow.ops.attention_overrides import Heads, causal_attention, causal_by_blocks, first_causal_heads
-from mlxflow.ops.overrides import Arithmetic, replaced_operations
+from mlxflow.ops.overrides import Arithmetic
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Step
@@ -178,23 +178,3 @@ def test_first_causal_heads_reads_the_head_size_without_computing() -> None:
     assert mx.fast.scaled_dot_product_attention is plain
     assert mx.array_equal(random.state[0], state)
     assert all(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("on_metal", "is_deterministic", "expected"), [(False, True, True), (False, False, False), (True, True, False)]
-)
-def test_attention_is_deterministic_on_cuda_unless_switched_off(
-    on_metal: bool, is_deterministic: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
-    monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
-    served: list[mx.array] = []
-
-    def kernel(queries: mx.array, keys: mx.array, values: mx.array, scale: float, first: mx.array | None) -> mx.array:
-        served.append(queries)
-        return queries
-
-    model, _ = llama()
-    with replaced_operations(model, mx.zeros((1, 5), mx.int32), Arithmetic(True, is_deterministic, kernel)):
-        mx.fast.scaled_dot_product_attention(*_half()[:3], scale=0.4, mask="causal")
-    assert bool(served) == expected

@@ -43,7 +43,7 @@ def _leak(leak: LeakReport) -> list[Block]:
         said = f"A leak: active memory grows by {show_bytes(leak.bytes_per_step)} a step"
         said += f" and meets the limit in {plural(until, 'step')}." if until is not None else "."
     else:
-        said = f"{leak.verdict.capitalize()}: {show_bytes(leak.bytes_per_step)} a step, up to a limit."
+        said = "Bounded growth: active memory grew, and stopped growing."
     if leak.process.verdict != "none":
         said += f" The process's memory, outside of MLX: {leak.process.verdict}."
     return [Text(said) if leak.verdict == "none" else Note(said)]
