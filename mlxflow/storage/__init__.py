@@ -1,1 +1,1 @@
-"""Files: artifacts written whole, content digests, locks, paths, and which files make a model folder."""
+"""Files: atomic artifacts, safetensors, reports, content digests, locks, paths, and the files of a model folder."""

@@ -1,4 +1,4 @@
-"""A writer of safetensors files whose arrays grow at their ends: token files and shards."""
+"""A writer of safetensors files whose arrays are appended to: token files and shards."""
 
 import math
 import shutil
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class ArrayStream:
-    """Writes a safetensors file whose arrays grow at their ends, in little memory; used in a `with` block.
+    """Writes a safetensors file whose arrays are appended to, in little memory; used in a `with` block.
 
-    The first column goes straight into the file, after room for a header; the others wait beside it, in memory as long
-    as they are short. The header is written last, so a file that was not finished has none.
+    The first column is written directly to the file, after space for a header; the others to temporary files, or to
+    memory while they are short. The header is written last, so an unfinished file has none.
 
         with ArrayStream(path, {"tokens": ("uint16", (513,)), "lengths": (None, ())}) as stream:
             stream.append("tokens", rows)
@@ -29,9 +29,9 @@ class ArrayStream:
 
     Args:
         path: the file.
-        columns: by name, in the order of the file: type and shape of one entry. None is the smallest unsigned type that
-            holds every value; not for the first column.
-        header_bytes: room for names, shapes and metadata.
+        columns: by name, in the order of the file: type and shape of one entry. None means the smallest unsigned type
+            that holds every value; not for the first column.
+        header_bytes: space for names, shapes and metadata.
 
     Attributes:
         metadata: text by key, written at the end.
@@ -87,7 +87,7 @@ class ArrayStream:
                 self._finish()
 
     def _widen(self, name: str, dtype: "np.dtype[Any]") -> None:
-        """Keep a column in a wider type from now on."""
+        """Convert a column to a wider type."""
         import numpy as np
 
         narrow, wide = self._parts[name], self._wait_room()

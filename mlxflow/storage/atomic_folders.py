@@ -1,7 +1,7 @@
-"""Folders and files that appear whole: written beside their place, flushed, and moved there in one step.
+"""Replace folders and files atomically: written to a temporary sibling, flushed, and moved in one step.
 
-An artifact's folder may be a symbolic link, to another disk for instance. It stays a link: everything happens in the
-folder that it leads to and beside that one, so no move crosses from one file system to another.
+An artifact's folder may be a symbolic link, for example to another disk. It stays a link: its target is replaced, and
+temporary files are siblings of the target, so no move crosses file systems.
 """
 
 import errno
@@ -21,24 +21,24 @@ from mlxflow.system.os_errors import OF_WRITING, advise, is_about_a_file, named,
 _PARTIAL_SUFFIX = ".partial"
 _ASIDE_SUFFIX = f"{_PARTIAL_SUFFIX}.old"
 
-# What a file system answers that cannot flush a folder
+# Errors of file systems that cannot flush a folder
 _CANNOT_FLUSH = frozenset({errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 @contextmanager
 def publishing(folder: Path, keep: Callable[[], Iterable[str]] = tuple) -> Iterator[Path]:
-    """Give a private folder to write into; when the block ends well it becomes `folder`, else it is removed.
+    """Yield a private folder to write into; it becomes `folder` if the block succeeds, else it is removed.
 
     Args:
-        folder: the artifact; replaced whole, or made. Where it is a link, the folder that it leads to is.
-        keep: returns the names of the files that are in the folder now and will be in the new one; asked at the end.
+        folder: the artifact, replaced as a whole or created; of a link, its target.
+        keep: returns the names of the current files that the new folder keeps; called at the end.
 
     Yields:
         an empty folder on the same file system.
 
     Raises:
-        StageError: a file call failed: the disk is full or cannot be written, or the folder cannot be replaced, say;
-            the old artifact is as it was, unless the line says that it was replaced.
+        StageError: a file call failed: for example because the disk is full;
+            the old artifact is as it was, unless the message says that it was replaced.
     """
     with writable(folder):
         place = place_of(folder)
@@ -51,7 +51,7 @@ def _private(place: Path) -> Path:
 
 def _publish(private: Path, folder: Path, keep: Callable[[], Iterable[str]]) -> Iterator[Path]:
     try:
-        remove_folder(private)  # what a crash left behind
+        remove_folder(private)  # left by a crash
         private.mkdir(parents=True)
         yield private
         for name in keep():
@@ -62,7 +62,7 @@ def _publish(private: Path, folder: Path, keep: Callable[[], Iterable[str]]) -> 
         _flush(private)
         _swap(private, folder)
     except BaseException:
-        with suppress(OSError):  # the first error is the one to know, and the next run removes the folder
+        with suppress(OSError):  # the first error is reported, and the next run removes the folder
             remove_folder(private)
         raise
     try:
@@ -74,10 +74,10 @@ def _publish(private: Path, folder: Path, keep: Callable[[], Iterable[str]]) -> 
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    """Give a file a second name in the folder that will replace its own; the new folder's own files come first.
+    """Hard-link a file into the new folder; files of the new folder have priority.
 
     Raises:
-        StageError: a file is where a folder has to be, or the other way round.
+        StageError: a file has the name of a folder, or the reverse.
     """
     if new.exists() and not new.is_dir():
         return
@@ -90,12 +90,12 @@ def _carry_over(old: Path, new: Path) -> None:
         return
     try:
         new.hardlink_to(old)
-    except OSError:  # a file system without a second name for a file
+    except OSError:  # a file system without hard links
         shutil.copy2(old, new)
 
 
 def _remove_replaced(old: Path) -> None:
-    """Remove what was replaced. The new artifact is in its place: that the old one cannot go fails nothing."""
+    """Remove the replaced folder. The new artifact is in place, so a failure is only reported."""
     try:
         remove_folder(old)
     except OSError as error:
@@ -103,12 +103,10 @@ def _remove_replaced(old: Path) -> None:
 
 
 def place_of(folder: Path) -> Path:
-    """Return where a folder that will be replaced whole lies, which is the folder itself where no link leads to it.
-
-    Nothing is made.
+    """Return the location of a folder that will be replaced: the folder itself, or the target of a link.
 
     Raises:
-        StageError: a link leads nowhere, or what is there cannot be replaced whole.
+        StageError: a link is broken, or its target cannot be replaced as a whole.
     """
     links = [one for one in (*reversed(folder.parents), folder) if one.is_symlink()]
     for link in (one for one in links if not one.exists()):
@@ -125,10 +123,10 @@ def place_of(folder: Path) -> Path:
 
 
 def _check_target(link: Path) -> None:
-    """Refuse a link that leads nowhere, unless only the last folder on its way is missing.
+    """Refuse a broken link, unless only the last folder of its target is missing.
 
     Raises:
-        StageError: it does.
+        StageError: the link is broken.
     """
     target = Path(os.path.realpath(link))
     if target.is_symlink():
@@ -141,23 +139,23 @@ def _check_target(link: Path) -> None:
 
 
 def make_link_target(folder: Path) -> None:
-    """Make the folder that a link leads to where it is missing; a folder that is no link is left alone.
+    """Create the missing target folder of a link; does nothing for a folder that is no link.
 
     Raises:
-        StageError: the link leads nowhere.
-        OSError: the folder cannot be made.
+        StageError: the link is broken.
+        OSError: the folder cannot be created.
     """
     if folder.is_symlink() and not folder.is_dir():
         place_of(folder).mkdir(exist_ok=True)
 
 
 def _is_mounted(place: Path) -> bool:
-    """Return whether a file system, or a part of one, is mounted at a folder."""
+    """Return whether a folder is a mount point, including bind mounts."""
     if place.is_mount():
         return True
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:  # no Linux, where the above sees all there is
+    except OSError:  # not Linux: the check above is complete there
         return False
     points = (re.sub(r"\\(\d{3})", lambda escaped: chr(int(escaped[1], 8)), line.split(" ")[4]) for line in lines)
     return os.path.realpath(place) in points
@@ -165,7 +163,7 @@ def _is_mounted(place: Path) -> bool:
 
 @contextmanager
 def writable(target: Path) -> Iterator[None]:
-    """Word a file call that fails in this block, which writes a file or folder.
+    """Convert errors of file calls in this block, which writes a file or folder, to a `StageError`.
 
     Raises:
         StageError: one failed; the target is unchanged.
@@ -179,7 +177,7 @@ def writable(target: Path) -> Iterator[None]:
 
 
 def _word_failure(error: OSError, target: Path) -> str:
-    """Return which file could not be written, or merely failed where it is not one that the target is made of."""
+    """Return which file could not be written, or only which call failed for files outside of the target."""
     where = named(error, target)
     file, place = Path(os.path.realpath(where)), Path(os.path.realpath(target))
     is_own = file.parent == place.parent or any(file.is_relative_to(one) for one in (place, _private(place)))
@@ -190,7 +188,7 @@ def _word_failure(error: OSError, target: Path) -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of this module's making, if it is there; of a link, only the link."""
+    """Remove a folder made by this module if it exists; of a link, only the link."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.is_dir():
@@ -198,7 +196,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def partial_folders(artifacts: Path) -> list[Path]:
-    """Return the private folders of stages and variants: of running ones, or left by a crash."""
+    """Return the private folders of stages and variants, in use or left by a crash."""
     found: set[Path] = set()
     for entry in _folders(artifacts):
         for one in (entry, *(() if entry.name[0] == "." else _folders(Path(entry.path)))):
@@ -213,7 +211,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _folders(folder: Path) -> list["os.DirEntry[str]"]:
-    """Return the folders in a folder, and the links, a link may lead to a folder that is not there yet."""
+    """Return the folders and links in a folder; a link's target may not exist yet."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -221,7 +219,7 @@ def _folders(folder: Path) -> list["os.DirEntry[str]"]:
 
 
 def _flush(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk itself."""
+    """Flush a file or folder to the disk."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -236,11 +234,11 @@ def _flush(path: Path) -> None:
 def _flush_descriptor(descriptor: int) -> None:
     import fcntl
 
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's own cache
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync does not flush the drive's cache
     if full is not None:
         try:
             fcntl.fcntl(descriptor, full)
-        except OSError:  # a file system that has no such call
+        except OSError:  # a file system without this call
             pass
         else:
             return
@@ -248,11 +246,11 @@ def _flush_descriptor(descriptor: int) -> None:
 
 
 def _swap(private: Path, folder: Path) -> None:
-    """Put a folder in the place of another; the other ends up under the first one's name."""
+    """Exchange two folders."""
     if not folder.exists():
         private.rename(folder)
     elif not _exchange(private, folder):
-        # No single step here: for an instant there is no artifact, which the next run mends by building it again.
+        # Not atomic: after a crash in between there is no artifact, and the next run builds it again.
         aside = private.with_name(f".{folder.name}{_ASIDE_SUFFIX}")
         remove_folder(aside)
         folder.rename(aside)
@@ -265,8 +263,8 @@ def _swap(private: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step where the system can; return whether it did."""
-    import ctypes  # a run whose stages are all fresh needs none
+    """Exchange two names atomically if the system can; return whether it did."""
+    import ctypes  # not needed by a run whose stages are all fresh
 
     library = ctypes.CDLL(None, use_errno=True)
     exchange = 2  # RENAME_EXCHANGE on Linux and RENAME_SWAP on macOS have the same value
@@ -280,9 +278,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place, flush it and move it there; other readers see the old bytes or the new ones.
+    """Write a file atomically: readers see the old bytes or the new ones.
 
-    A link stays a link: the file that it leads to is written.
+    A link stays a link; its target is written.
     """
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = temporary_files.beside(place)
@@ -293,6 +291,6 @@ def write_whole(path: Path, data: bytes) -> None:
             _flush_descriptor(file.fileno())
         temporary.replace(place)
     except BaseException:
-        with suppress(OSError):  # the first error is the one to know
+        with suppress(OSError):  # the first error is reported
             temporary.unlink(missing_ok=True)
         raise

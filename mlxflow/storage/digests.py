@@ -1,14 +1,13 @@
-"""What a file is, apart from its name and its dates.
+"""Content digests and identities of files, and their cache.
 
 Two digests, both xxh3-128 in hexadecimal:
 
-- the *content digest* guards integrity: every byte counts;
-- the *identity* says whether a reader would notice: for a safetensors file it is made of the tensors (name, dtype,
-  shape, bytes) and the metadata that matters, for a report of everything but its `[run]` table, else it is the
-  content digest.
+- the *content digest* covers every byte;
+- the *identity* covers what readers use: for a safetensors file the tensors (name, dtype, shape, bytes) and the
+  relevant metadata, for a report everything except its `[run]` table, else it is the content digest.
 
-Both come from one pass over the file, and `DigestCache` remembers them by path, size, mtime, ctime and inode, so that a
-file that did not change is never read again, whoever asks.
+Both are computed in one pass over the file. `DigestCache` keeps them by path, size, mtime, ctime and inode, so that
+an unchanged file is not read again.
 """
 
 import io
@@ -28,15 +27,15 @@ from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.tensor_header import read_safetensors_header, tensor_offsets
 from mlxflow.system.os_errors import naming
 
-#: The safetensors metadata key whose value says where a file came from, not what it is.
+#: The safetensors metadata key of the provenance, which is no part of the identity.
 PROVENANCE_KEY = "mlxflow"
 
 #: The table of a report that holds times and host names.
 RUN_TABLE = "run"
 
 _CHUNK_BYTES = 1 << 22
-# A file changed again within one tick of the file system's clock keeps its times. Times without a fraction of a second
-# are taken for those of a file system that has none (FAT counts in steps of two seconds).
+# A file changed twice within one tick of the file system's clock keeps its times. Times without a fraction of a second
+# are assumed to be those of a coarse file system (FAT counts in steps of two seconds).
 _CLOCK_TICK_NS = 20_000_000
 _COARSE_TICK_NS = 2_000_000_000
 _SECOND_NS = 1_000_000_000
@@ -50,7 +49,7 @@ class Digests(NamedTuple):
 
 
 class _Stamp(NamedTuple):
-    """What the file system says about a file; equal stamps mean an unchanged file."""
+    """Size, times and inode of a file; equal stamps mean an unchanged file."""
 
     size: int
     mtime_ns: int
@@ -62,10 +61,10 @@ class _Stamp(NamedTuple):
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
     def shows_changes_after(self, moment: int) -> bool:
-        """Return whether every change of the file after a moment gives it other times than these.
+        """Return whether every change of the file after a moment gives it other times.
 
-        A time of modification in the future was set by hand, which leaves its trace in the time of change. If that one
-        is in the future, too, the file system's clock differs from ours, and nothing follows from the times.
+        A modification time in the future was set by a program, which also changes ctime. If ctime is in the future,
+        too, the file system's clock differs from ours, and the times prove nothing.
 
         Args:
             moment: in nanoseconds since 1970, by the clock of this machine.
@@ -76,13 +75,13 @@ class _Stamp(NamedTuple):
 
 
 class _RememberedFile(NamedTuple):
-    """What is remembered of a file.
+    """The cache entry of a file.
 
     Attributes:
-        stamp: as it was when the file was read.
+        stamp: of the file when it was read.
         digests: of its content.
-        doubted_since: when the file was first read with this stamp, in nanoseconds since 1970, where the file could
-            have changed again without another stamp: then it is read once more. 0 where it could not.
+        doubted_since: when the file was first read with this stamp, in nanoseconds since 1970, if it could have
+            changed since without a change of the stamp, so that it is read once more; else 0.
     """
 
     stamp: _Stamp
@@ -92,11 +91,11 @@ class _RememberedFile(NamedTuple):
 
 def digest_text(text: str) -> str:
     """Return the xxh3-128 of a text's UTF-8 bytes."""
-    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass"))  # as in names that are no UTF-8
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass"))  # for file names that are not UTF-8
 
 
 def digest_json(value: object) -> str:
-    """Return the digest of a JSON value; the order of keys does not count."""
+    """Return the digest of a JSON value, independent of the order of keys."""
     return digest_text(json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")))
 
 
@@ -170,12 +169,11 @@ def _digest_report(path: Path) -> Digests:
 class DigestCache:
     """Digests by path, kept in one file between runs.
 
-    The file is only a shortcut: a damaged or missing one costs reading the files again. Keys are paths as given to
-    `digests` made absolute, so the file belongs to one machine and is not worth copying. Those of files that are no
-    more are dropped when it is written.
+    The cache file is optional: if it is damaged or missing, the files are read again. Keys are absolute paths, so the
+    cache file belongs to one machine. Entries of removed files are dropped when it is written.
 
     Args:
-        path: where the digests are kept; nowhere, as long as its folder is not there.
+        path: the cache file; it is not written while its folder does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -192,24 +190,24 @@ class DigestCache:
         except InvalidStateError as error:
             self._changed = True
             state_files.say_ignored(path, error, "Files are read again.")
-        except OSError:  # missing, most often
+        except OSError:  # usually because it is missing
             pass
 
     def digests(
         self, path: str | os.PathLike[str], *, again: bool = False, found: os.stat_result | None = None
     ) -> Digests:
-        """Return the digests of a file, reading it only if the file system says that it changed.
+        """Return the digests of a file; it is read only if its size or times changed.
 
         Args:
             path: the file.
-            again: read it whatever the file system says.
-            found: what `os.stat` returned for it just now; None to ask.
+            again: read it in any case.
+            found: the current result of `os.stat`; None to call it.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: a safetensors file whose header disagrees with its length.
         """
-        text = os.fspath(path)  # the hot path of a no-op: strings, for pathlib takes ten times as long
+        text = os.fspath(path)  # hot path of a no-op: strings, because pathlib takes ten times as long
         key = text if text.startswith("/") else f"{os.getcwd()}/{text}"  # noqa: PTH109
         found = found or os.stat(key)  # noqa: PTH116
         stamp = _Stamp.of(found)
@@ -230,11 +228,11 @@ class DigestCache:
         return digests
 
     def recall(self, name: str, stamp: str, compute: Callable[[], str]) -> str:
-        """Return what was computed for a name when its stamp was the same, else compute it.
+        """Return the cached value of a name if its stamp is unchanged, else compute it.
 
         Args:
-            name: of a thing made of many files.
-            stamp: says whether any of them changed.
+            name: of a set of files.
+            stamp: changes if any of them changes.
             compute: reads them.
         """
         known = self._computed.get(name)
@@ -245,7 +243,7 @@ class DigestCache:
         return self._computed[name][1]
 
     def save(self) -> None:
-        """Write what was learnt since the last time; a folder that is missing or cannot be written is left alone."""
+        """Write new entries to the cache file, unless its folder is missing or cannot be written."""
         if not self._changed:
             return
         self._forget_missing()
@@ -282,10 +280,10 @@ _ENTRY = [int, int, int, int, str, str]
 
 
 def _remembered(stored: dict[str, Any]) -> tuple[dict[str, _RememberedFile], dict[str, list[str]]]:
-    """Return the digests by path, and those by name, that a file of state holds.
+    """Parse the content of a cache file: the digests by path, and those by name.
 
     Raises:
-        InvalidStateError: it holds something else.
+        InvalidStateError: the content is not valid.
     """
     files, computed = stored.get("files"), stored.get("computed")
     if not isinstance(files, dict) or not isinstance(computed, dict):

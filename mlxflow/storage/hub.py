@@ -1,4 +1,4 @@
-"""The one door to the Hugging Face hub."""
+"""Downloads from the Hugging Face hub; no other module accesses it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ from mlxflow.errors import SourceError, reason_of
 
 
 def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
-    """Return a folder with files of a model on the hub, from the local cache where they are, else downloaded.
+    """Return a folder with files of a model on the hub, from the local cache or downloaded.
 
     Args:
         name: `owner/name`, or `owner/name@revision`.
-        patterns: of the files that are wanted.
-        key: the setting that names it, for the message.
+        patterns: glob patterns of the files.
+        key: the setting that names the model, for the message.
 
     Raises:
         SourceError: it cannot be fetched.
@@ -22,7 +22,7 @@ def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
-    except Exception as error:  # of many kinds: no such model, no network, no permission
+    except Exception as error:  # any exception: no such model, no network, no permission
         said = reason_of(error)
         raise SourceError(
             f'{key} = "{name}": cannot be fetched from the hub ({said}). Name a folder, or fetch it first.'

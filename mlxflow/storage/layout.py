@@ -1,21 +1,21 @@
 """The names of all files and folders that mlxflow writes below a workflow's folder.
 
     workflow.toml
-    mlxflow.lock                            what each stage was made of, to be committed
+    mlxflow.lock                            inputs and settings of each artifact, to be committed
     artifacts/
-        index.html, compare.html            the page of one run, and of two side by side
+        index.html, compare.html            the page of one run, and of two runs side by side
         train/, quantize/q4/ ...            one folder for each stage or variant, with its report.toml
-        logs/train.log                      what the stage's last run printed
-        .mlxflow/                           state: removed, it costs time and nothing else
-            state.jsonl                     what doit remembers
+        logs/train.log                      output of the stage's last run
+        .mlxflow/                           state; removing it only costs time
+            state.jsonl                     doit's records
             graph.json                      the workflow, resolved
             digests.json                    digests of files, by path
-            lock                            held by the process that works on these artifacts
+            lock                            held by the process that uses these artifacts
             shards/                         tokenized shards, by content
-            unfinished/train/0123456789ab/  what an interrupted run left for the next one
+            unfinished/train/0123456789ab/  checkpoints of an interrupted run
             reproduce-*/                    builds of `doit reproduce`
 
-Every other module takes these names from here.
+No other module spells these names.
 """
 
 from collections.abc import Iterator
@@ -38,10 +38,10 @@ STATE, LOGS = ".mlxflow", "logs"
 JOURNAL, GRAPH, DIGESTS, LOCK = "state.jsonl", "graph.json", "digests.json", "lock"
 SHARDS, UNFINISHED = "shards", "unfinished"
 
-#: How the names of folders begin in which a stage is built again.
+#: Prefixes of the names of folders in which a stage is built again.
 REPRODUCTION_PREFIX = "reproduce-"
 
-#: How the names of temporary folders and files end, and those of locks.
+#: Suffixes of the names of temporary folders and files, and of locks.
 TEMPORARY_ENDINGS = (".partial", ".partial.old", ".unfinished", ".tmp", ".lock")
 
 
@@ -51,7 +51,7 @@ def artifacts_folder(root: Path) -> Path:
 
 
 def state_folder(root: Path) -> Path:
-    """Return the folder for what mlxflow remembers between runs of the workflow in a folder."""
+    """Return the folder for state that is kept between runs of the workflow in a folder."""
     return root / ARTIFACTS / STATE
 
 
@@ -61,11 +61,11 @@ def stage_folder(task: str) -> Path:
 
 
 def log_file(root: Path, task: str) -> Path:
-    """Return the file that holds what the last run of `stage` or `stage:variant` printed."""
+    """Return the log file of the last run of `stage` or `stage:variant`."""
     return root / ARTIFACTS / LOGS / f"{task.replace(':', '-')}.log"
 
 
 def report_files(root: Path) -> Iterator[Path]:
-    """Yield the report in every artifact folder of the workflow in a folder, of variants too, sorted."""
+    """Yield the report in every artifact folder, including variants, of the workflow in a folder, sorted."""
     artifacts = artifacts_folder(root)
     yield from sorted([*artifacts.glob(f"*/{REPORT}"), *artifacts.glob(f"*/*/{REPORT}")])

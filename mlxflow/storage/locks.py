@@ -1,4 +1,4 @@
-"""One doit at a time on an artifacts folder, one stage at a time on the device: file locks, gone with their holder."""
+"""File locks: one doit at a time on an artifacts folder, one stage at a time on the device."""
 
 import errno
 import fcntl
@@ -16,52 +16,52 @@ from mlxflow.storage.user_folders import cache_folder
 from mlxflow.system import terminal
 from mlxflow.system.os_errors import naming, word_cause
 
-# How file systems say that they have no locks: NFS without its lock service, Lustre without -o flock, FUSE
+# Errors of file systems without locks: NFS without its lock service, Lustre without -o flock, FUSE
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 _UNWRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
-# Who waited for less needs no line about it
+# Shorter waits are not reported
 _WORTH_A_LINE_SECONDS = 1.0
 
 
 class LockedError(Exception):
-    """Another process holds the lock, and waiting was not wanted."""
+    """Another process holds the lock, and the caller does not wait."""
 
 
 class LockUnsupportedError(UserError):
-    """No file system at hand can lock files."""
+    """Neither the file system nor the cache folder's can lock files."""
 
 
 class UnwritableError(UserError):
-    """The lock's file cannot be made, so nothing that it guards may be written."""
+    """The lock file cannot be created, so nothing that it protects may be written."""
 
 
 @contextmanager
 def hold(
     path: Path, waiting: str, *, wait: bool, shared: bool = False, about: str = "", needed: bool = False
 ) -> Iterator[UnwritableError | None]:
-    """Hold a lock until the block ends; the system releases it when the process ends, however it ends.
+    """Hold a lock until the block ends; the system releases it when the process ends for any reason.
 
-    On a file system without locks a stand-in in the user's cache folder is locked instead, and a line says so: it
-    keeps apart the processes of this machine only.
+    On a file system without locks, a substitute file in the user's cache folder is locked, with a message: it only
+    excludes processes of this machine.
 
     Args:
-        path: the lock's file, created where it is missing.
-        waiting: the line to print before waiting; `{holder}` becomes the process that holds the lock.
+        path: the lock file, created if missing.
+        waiting: the line to print before waiting; `{holder}` is replaced by the process that holds the lock.
         wait: whether to wait.
-        shared: whether other shared holders may hold it at the same time.
-        about: what this process does with it, for the line that others print.
-        needed: whether something will be written that it guards.
+        shared: whether several shared holders may hold it at the same time.
+        about: the activity of this process, for the lines of other processes.
+        needed: whether protected files will be written.
 
     Yields:
-        None: it is held. Else its file cannot be made: what it guards may be read, and the error is to be raised before
-        any of that is written.
+        None if the lock is held; else the error of creating its file: protected files may be read, and the caller
+        must raise the error before writing any.
 
     Raises:
-        LockedError: it is held and `wait` is false; the message is the line.
+        LockedError: it is held by another process and `wait` is false; the message is the line.
         LockUnsupportedError: neither the file system nor that of the user's cache folder has locks.
-        UnwritableError: its file cannot be made, and it is needed.
-        StageError: a link, a FIFO or a folder is in the place of the lock's file.
+        UnwritableError: its file cannot be created, and it is needed.
+        StageError: a link, a FIFO or a folder has the name of the lock file.
     """
     try:
         file = _open(path)
@@ -97,7 +97,7 @@ def hold(
 
 @contextmanager
 def _closing(file: TextIOWrapper, path: Path) -> Iterator[None]:
-    """Close a lock's file at the end, naming it where that fails; the lock is gone in any case."""
+    """Close a lock file, which releases the lock; an error names the file."""
     try:
         yield
     finally:
@@ -112,16 +112,17 @@ def _open(path: Path) -> TextIOWrapper:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS) or not path.is_file():
             raise
-        return path.open(encoding="utf-8", errors="surrogateescape")  # another user's: it can be locked all the same
-    # so that the file knows its name
+        # owned by another user: it can be locked nevertheless
+        return path.open(encoding="utf-8", errors="surrogateescape")
+    # so that errors have the file's name
     return open(path, "a+", encoding="utf-8", errors="surrogateescape", opener=lambda *_: descriptor)
 
 
 def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> str:
-    """Lock a file, saying whom it waits for and, where that took long, that it is over.
+    """Lock a file; print which process it waits for and, after a long wait, its duration.
 
     Returns:
-        why its file system cannot lock it; empty: it is locked.
+        why its file system cannot lock it; empty if it is locked.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -144,9 +145,9 @@ def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> 
 
 
 def _write_holders(file: TextIOWrapper, lines: Sequence[str]) -> None:
-    """Write down who holds the lock; on a full disk that stays unknown, and the lock is held all the same.
+    """Write the holder into the lock file; on a full disk the lock is held without that.
 
-    Nothing is written into a file that has a second name, which may be anybody's.
+    Nothing is written into a file with several hard links, which may be any user's file.
     """
     if os.fstat(file.fileno()).st_nlink > 1:
         return
@@ -163,7 +164,7 @@ def _remove_holder(file: TextIOWrapper, line: str) -> None:
 
 
 def _holders(file: TextIOWrapper) -> list[str]:
-    """Return who wrote down that they hold the lock, of those that are still there."""
+    """Return the holders written in the lock file whose processes still exist."""
     file.seek(0)
     lines = [line.strip() for line in file]
     return [line for line in dict.fromkeys(lines) if _is_alive(line.partition(" ")[0])]
@@ -176,16 +177,16 @@ def _is_alive(process: str) -> bool:
         os.kill(int(process), 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # owned by another user
         return True
     return True
 
 
 def _stand_in(path: Path, refusal: str) -> TextIOWrapper:
-    """Return a file in the user's cache folder to lock instead of one whose file system has no locks.
+    """Return the substitute in the user's cache folder for a file whose file system has no locks.
 
     Raises:
-        LockUnsupportedError: there can be none.
+        LockUnsupportedError: it cannot be created.
     """
     own = device_lock().parent
     digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
@@ -209,9 +210,9 @@ def _say(line: str) -> None:
 
 
 def device_lock() -> Path:
-    """Return the lock of this machine's device, the same for every workflow of a user: in the user's cache folder.
+    """Return the lock of this machine's device, shared by all workflows of a user, in the user's cache folder.
 
     Raises:
-        NoFolderError: there is no place for a cache folder.
+        NoFolderError: there is no usable cache folder.
     """
     return cache_folder() / "device.lock"

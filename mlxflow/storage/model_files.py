@@ -1,7 +1,7 @@
-"""Which files make a model folder: the one statement of it, for everything that reads, copies, records or opens one.
+"""Define which files belong to a model folder; all code that reads, copies, records or opens one uses this module.
 
-A model folder holds a configuration, weights and a tokenizer in Hugging Face's form. What else lies in it, such as a
-README or weights of other formats, decides nothing and is left alone. Imported by every `doit`: nothing heavy here.
+A model folder contains a configuration, weights and a tokenizer in Hugging Face's format. Other files, such as a
+README or weights of other formats, are ignored. Imported by every `doit`: nothing heavy here.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mlxflow.storage import remote_code
 from mlxflow.storage.temporary_files import scratch_folder
 
-#: A model's name on the hub, perhaps with a revision.
+#: A model's name on the hub, optionally with a revision.
 HUB_MODEL = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"
 
 CONFIG = "config.json"
@@ -24,22 +24,22 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
-#: What mlx-lm reads of a folder as the weights of one model, whatever an index says.
+#: The files that mlx-lm reads as weights of a folder, regardless of an index.
 WEIGHT_PATTERNS = ("model*.safetensors",)
 
-#: Adapters that lie beside a model and belong to it, as mlx-lm writes them: their weights and their configuration.
+#: Adapters beside a model in mlx-lm's format: their weights and their configuration.
 ADAPTERS = ("adapters.safetensors", "adapter_config.json")
 
-#: Where a copy lies of adapters that were added into the weights of the model.
+#: The folder with a copy of adapters that were fused into the model's weights.
 ADDED_ADAPTERS = "adapters"
 
-#: Defaults of generation, among them the tokens that end it; they override those of the configuration.
+#: Defaults of generation, including its end tokens, which override those of the configuration.
 GENERATION = "generation_config.json"
 
-#: What mlx-lm reads beside `CONFIG` to build a model.
+#: The files that mlx-lm reads besides `CONFIG` to build a model.
 _CONFIGS = (CONFIG, GENERATION, "hf_quant_config.json", *ADAPTERS)
 
-#: What makes a tokenizer and its chat templates, in every form that transformers opens.
+#: The files of a tokenizer and its chat templates, in every format that transformers opens.
 TOKENIZER_PATTERNS = (
     "tokenizer*.json",
     "tokenizer.model*",
@@ -55,13 +55,13 @@ TOKENIZER_PATTERNS = (
     "additional_chat_templates/*.jinja",
 )
 
-#: What lies beside configuration and weights and goes along when a model is written again.
+#: The files that are copied, besides configuration and weights, when a model is saved again.
 COMPANION_PATTERNS = (*TOKENIZER_PATTERNS, GENERATION)
 
-#: What is fetched of a model on the hub.
+#: The files that are downloaded of a model on the hub.
 HUB_PATTERNS = (*_CONFIGS, INDEX, *WEIGHT_PATTERNS, *TOKENIZER_PATTERNS, "*.py")
 
-#: What to do about a link that leads out of a folder.
+#: Advice about a link that leads out of a folder.
 ADVICE_LEADING_OUT = "Put the file itself there."
 
 _FOLDERS = ("additional_chat_templates",)
@@ -69,14 +69,14 @@ _SHARD = re.compile(r"(model|model\.safetensors)-(\d{5})-of-(\d{5})\.safetensors
 
 
 class ModelFolderFiles(NamedTuple):
-    """The files of a model folder, by their names below it.
+    """The files of a model folder, by names relative to it.
 
     Attributes:
-        weights: in sorted order; the index, where there is one, comes first.
-        others: every other file that decides the model, in sorted order.
-        code: the Python file that the model's architecture is defined in; empty where mlx-lm knows it.
-        problem: why this is no model folder; empty where it is one.
-        advice: what to do about that.
+        weights: sorted; an index comes first.
+        others: every other file that defines the model, sorted.
+        code: the Python file that defines the model's architecture; empty if mlx-lm supports it.
+        problem: why this is no model folder; empty if it is one.
+        advice: what to do about the problem.
     """
 
     weights: list[str]
@@ -87,7 +87,7 @@ class ModelFolderFiles(NamedTuple):
 
     @property
     def read(self) -> list[str]:
-        """Every file that decides the model, the configuration first."""
+        """Every file that defines the model, the configuration first."""
         return [CONFIG, *(name for name in self.others if name != CONFIG), *self.weights]
 
 
@@ -95,20 +95,20 @@ def adapters_folder(fuse: str) -> Path:
     """Return the folder of trained adapters in an artifact, relative to it.
 
     Args:
-        fuse: "never" for adapters beside the model, else they were added into its weights and a copy lies apart.
+        fuse: "never" for adapters beside the model; else they are fused into its weights and a copy is kept.
     """
     return Path() if fuse == "never" else Path(ADDED_ADAPTERS)
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a file, by its name below a model folder, goes along when the model is written again."""
+    """Return whether a file, by its name relative to a model folder, is copied when the model is saved again."""
     return _matches(name, (*COMPANION_PATTERNS, "*.py"))
 
 
 def decides(name: str) -> bool:
-    """Return whether a file, by its name below a model folder, decides what the model or its tokenizer does.
+    """Return whether a file, by its name relative to a model folder, defines the model or its tokenizer.
 
-    A copy of adapters that were added into the weights counts: it says what became of them.
+    A copy of fused adapters counts, because it documents the weights.
     """
     added = (f"{ADDED_ADAPTERS}/{file}" for file in ADAPTERS)
     return is_companion(name) or _matches(name, (*_CONFIGS, INDEX, *WEIGHT_PATTERNS, *added))
@@ -119,7 +119,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of the files in a model folder, sorted, then those of its templates below it; no hidden ones.
+    """Return the names of the visible files in a model folder, sorted, then those in its folder of templates.
 
     Raises:
         OSError: the folder is missing or cannot be read.
@@ -148,7 +148,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 
 def has_vocabulary(names: Iterable[str]) -> bool:
-    """Return whether a tokenizer's files hold a vocabulary, not settings and templates alone."""
+    """Return whether a tokenizer's files include a vocabulary, not only settings and templates."""
     settings = (
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -160,9 +160,9 @@ def has_vocabulary(names: Iterable[str]) -> bool:
 
 
 def companions(folder: Path) -> list[str]:
-    """Return the names of what lies beside configuration and weights and decides the model too, sorted.
+    """Return the names of the files besides configuration and weights that define the model, sorted.
 
-    Python files count where a configuration names code.
+    Python files count if a configuration names code.
 
     Raises:
         OSError: the folder is missing or cannot be read.
@@ -174,7 +174,7 @@ def companions(folder: Path) -> list[str]:
 
 
 def beside(folder: Path) -> list[str]:
-    """Return the companions and adapters in the folder of an artifact, which may not be built yet."""
+    """Return the companions and adapters in an artifact's folder; empty if it is not built yet."""
     try:
         return [*companions(folder), *(name for name in names_in(folder) if name in ADAPTERS)]
     except OSError:
@@ -182,16 +182,16 @@ def beside(folder: Path) -> list[str]:
 
 
 def defaults_and_code(folder: Path) -> list[str]:
-    """Return the companions that belong to the model itself and not to its tokenizer, sorted."""
+    """Return the companions that belong to the model and not to its tokenizer, sorted."""
     return [name for name in companions(folder) if not _matches(name, TOKENIZER_PATTERNS)]
 
 
 def find(folder: Path) -> ModelFolderFiles:
-    """Return the files of a model folder, or why it is none.
+    """Return the files of a model folder, or why it is no model folder.
 
-    With an index the weights are the files that it lists, else `model.safetensors`, else a whole set of shards. Two
-    sets of weights and stray files of weights are refused: mlx-lm would mix them, and transformers would take one of
-    them. So are links that lead out of the folder: what they lead to would be copied into artifacts.
+    The weights are the files listed in an index, else `model.safetensors`, else a complete set of shards. Two sets of
+    weights and stray weight files are refused: mlx-lm would mix them, and transformers would use one of them. Links
+    out of the folder are refused, too, because their targets would be copied into artifacts.
 
     Raises:
         OSError: the folder is missing or cannot be read.
@@ -211,7 +211,7 @@ def find(folder: Path) -> ModelFolderFiles:
 
 
 def word_leading_out(name: str) -> str:
-    """Return what is wrong with a folder's file that `leading_out` found."""
+    """Return the message about a file that `leading_out` found."""
     return f"holds {name}, a link to a file outside of the folder"
 
 
@@ -226,7 +226,7 @@ def _advise(problem: str) -> str:
 
 
 def _index_weights(folder: Path, names: list[str]) -> tuple[list[str], str]:
-    """Return the weights that an index lists, itself first, and what is wrong with them."""
+    """Return the index and the weights that it lists, and a problem if there is one."""
     table = remote_code.read_table(folder / INDEX).get("weight_map")
     values = list(table.values()) if isinstance(table, dict) else []
     if wrong := [value for value in values if not isinstance(value, str) or not _matches(value, WEIGHT_PATTERNS)]:
@@ -242,7 +242,7 @@ def _index_weights(folder: Path, names: list[str]) -> tuple[list[str], str]:
 
 
 def _weights_without_index(names: list[str]) -> tuple[list[str], str]:
-    """Return `model.safetensors` or a whole set of shards, and what is wrong with them."""
+    """Return `model.safetensors` or a complete set of shards, and a problem if there is one."""
     shards = [match for name in names if (match := _SHARD.fullmatch(name))]
     if not shards:
         return ([WEIGHTS], "") if WEIGHTS in names else ([], f"has no {WEIGHTS}")
@@ -258,19 +258,19 @@ def _weights_without_index(names: list[str]) -> tuple[list[str], str]:
 
 
 def _stray_weights(weights: list[str], names: list[str]) -> str:
-    """Return what is wrong where a folder holds other files that mlx-lm would read as weights of the same model."""
+    """Return the problem if a folder has other files that mlx-lm would read as weights of the same model."""
     stray = [name for name in names if name not in weights and _matches(name, WEIGHT_PATTERNS)]
     return f"holds {stray[0]} beside its weights, and mlx-lm would read both" if weights and stray else ""
 
 
 def leading_out(folder: Path, names: Iterable[str]) -> str:
-    """Return the first of a folder's files that is a link to a file outside of it; empty where there is none.
+    """Return the first of a folder's files that is a link to a file outside of it; empty if there is none.
 
-    The hub's cache is one place: its folders of a revision hold links to the files of all revisions beside them.
+    The hub's cache counts as one folder: its folders of revisions contain links to a shared folder of files.
 
     Args:
         folder: a model folder, which may be a link itself.
-        names: of files below it.
+        names: of its files.
     """
     for name in names:
         path = os.path.join(folder, name)  # noqa: PTH118 - asked at every no-op
@@ -286,12 +286,12 @@ def leading_out(folder: Path, names: Iterable[str]) -> str:
 def copy(folder: Path, names: Iterable[str], to: Path) -> None:
     """Copy files of a model folder into another one.
 
-    Where code of the folder is not trusted, Python files stay behind and the configurations name none: else every
-    program that opens the copy later would run code that was not trusted here.
+    If code of the folder is not trusted, Python files are not copied and the configurations name none: otherwise
+    every program that opens the copy later would run the untrusted code.
 
     Args:
         folder: a model folder.
-        names: of files below it.
+        names: of its files.
         to: the other folder.
     """
     import shutil
@@ -308,13 +308,13 @@ def copy(folder: Path, names: Iterable[str], to: Path) -> None:
 
 @contextmanager
 def opened(folder: Path, files: Iterable[str]) -> Iterator[Path]:
-    """Yield a folder with links to some of a folder's files and nothing else.
+    """Yield a folder that contains only links to some of a folder's files.
 
-    mlx-lm opens every `model*.safetensors` of a folder and takes `[` in the folder's name for a pattern.
+    mlx-lm opens every `model*.safetensors` of a folder and interprets `[` in the folder's name as a pattern.
 
     Args:
         folder: a model folder.
-        files: names of the files below it.
+        files: names of its files.
     """
     with scratch_folder() as scratch:
         for file in files:
@@ -325,13 +325,13 @@ def opened(folder: Path, files: Iterable[str]) -> Iterator[Path]:
 
 
 def stored_bytes(weights: Path) -> int:
-    """Return the bytes of a model's weights on the disk, those of adapters beside them included.
+    """Return the size of a model's weights on the disk in bytes, including adapters beside them.
 
     Args:
         weights: the file `model.safetensors`.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: it cannot be looked up.
     """
     beside = weights.with_name(ADAPTERS[0])
     return weights.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)

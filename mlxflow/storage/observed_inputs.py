@@ -1,4 +1,4 @@
-"""The inputs of a run: their content as the run saw it first, and whether they are still that when it ends."""
+"""The inputs of a run: their content when first read, and whether they are unchanged at the end."""
 
 import os
 from collections.abc import Iterable
@@ -11,11 +11,11 @@ from mlxflow.storage.paths import printable
 
 
 class _ObservedFile(NamedTuple):
-    """A file as it was seen first.
+    """A file when it was first read.
 
     Attributes:
-        written: size, time of modification and inode.
-        changed_ns: time of the last change of anything about it, its name or its rights for instance.
+        written: size, modification time and inode.
+        changed_ns: time of the last change of the file or its attributes, such as name or permissions.
         digests: of its content.
     """
 
@@ -25,12 +25,12 @@ class _ObservedFile(NamedTuple):
 
 
 class ObservedInputs(DigestCache):
-    """A cache whose first answer about a file holds for the whole run, whatever becomes of the file.
+    """A digest cache that returns the first digests of a file for the whole run, even if the file changes.
 
-    So a record names one content for each input. A reader that compares what it reads with that content may call
-    `settle`. Of every other file `changed` says whether it was written or replaced since it was seen first. A file
-    that was written and then put back counts as changed: the run may have read it in between. A file whose
-    mode or attributes alone were changed does not.
+    So a record has one content for each input. A reader that compares the bytes it reads with that content may call
+    `settle`. For all other files, `changed` returns whether they were written or replaced since then. A file that was
+    written and then restored counts as changed, because the run may have read it in between. A change of mode or
+    attributes alone does not count.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class ObservedInputs(DigestCache):
     def digests(
         self, path: str | os.PathLike[str], *, again: bool = False, found: os.stat_result | None = None
     ) -> Digests:
-        """Return what was said of a file first; `again` asks the disk. The file is looked at here, whatever was found.
+        """Return the first digests of a file; `again` reads it from the disk. `found` is not used.
 
         Raises:
             OSError: the file cannot be read.
@@ -56,16 +56,16 @@ class ObservedInputs(DigestCache):
         return self._seen[key].digests
 
     def settle(self, paths: Iterable[Path]) -> None:
-        """Note files whose read bytes have all been compared with their digests."""
+        """Record files whose bytes were all compared with their digests while reading."""
         self._settled.update(os.path.abspath(path) for path in paths)  # noqa: PTH100
 
     def join(self, other: "ObservedInputs") -> None:
-        """Take over what a copy of this object noted in another process."""
+        """Merge the records of a copy of this object from another process."""
         self._seen |= other._seen
         self._settled |= other._settled
 
     def is_unchanged(self, path: str | os.PathLike[str]) -> bool:
-        """Return whether a file is as it was seen first; one that was not seen is not."""
+        """Return whether a file is unchanged since it was first read; False for a file that was not read."""
         key = os.path.abspath(path)  # noqa: PTH100
         seen = self._seen.get(key)
         try:
@@ -77,18 +77,18 @@ class ObservedInputs(DigestCache):
             return False
 
     def changed(self) -> list[Path]:
-        """Return the files that were read and are not as they were seen first, sorted; settled ones are left out."""
+        """Return the files that were read and have changed since, sorted; settled ones are left out."""
         return [Path(key) for key in sorted(self._seen) if key not in self._settled and not self.is_unchanged(key)]
 
     def require_unchanged(self, task: str, root: Path) -> None:
-        """Refuse to go on where an input was changed.
+        """Raise an error if an input was changed.
 
         Args:
             task: the stage.
             root: the workflow's folder.
 
         Raises:
-            StageError: one or more were; one line for each.
+            StageError: inputs changed; one line for each.
         """
         lines = [
             f"{_shown(path, root)}: changed while {task} ran, so its result is not kept. Run it again."

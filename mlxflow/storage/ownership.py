@@ -1,7 +1,7 @@
-"""Which files in an artifact's folder its own run wrote. The others are never removed unless a user asks for it.
+"""Find the files in an artifact's folder that its run wrote. Other ("foreign") files are removed only on request.
 
-Each run lists its files in its report, in the table that no digest reads. Another file in the folder is a person's, or
-belongs to a variant of the same stage, whose folder lies in there when the stage had variants before.
+Each run lists its files in its report, in the table `run`, which is not part of digests. Other files in the folder
+are the user's, or belong to a former variant of the stage, whose folder is inside.
 """
 
 import os
@@ -35,25 +35,25 @@ class _Ownership(msgspec.Struct, frozen=True):
 
 
 def written_names(folder: Path) -> list[str]:
-    """Return the name of every file in a folder, relative to it, sorted; a link is a name like a file's."""
+    """Return the name of every file and link in a folder, relative to it, sorted."""
     return sorted(_names(folder))
 
 
 def maker(folder: Path) -> str:
-    """Return the stage that made a folder, as its report says, such as `train:a`; empty where none did."""
+    """Return the stage that made a folder according to its report, such as `train:a`; empty without a report."""
     return _read(folder).stage.stage
 
 
 def foreign_names(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
-    """Return the names of the files in an artifact's folder that are not the artifact's own, sorted.
+    """Return the names of the foreign files in an artifact's folder, sorted.
 
-    Of an artifact whose report does not list its files, which those of earlier versions do not, the files of artifacts
-    in folders below it are foreign. Without a report every file is. A file that decides what a model does is the
-    artifact's own wherever it came from: an artifact is what its stage makes.
+    If the report does not list files, as in earlier versions, only files of artifacts in folders below it are
+    foreign. Without a report every file is foreign. A file that defines the model always belongs to the artifact,
+    regardless of its origin.
 
     Args:
         folder: the artifact; it may be missing.
-        outputs: names of files that are its own whatever the report says.
+        outputs: names of files that belong to it regardless of the report.
     """
     names = set(_names(folder)) - set(outputs)
     report = _read(folder)
@@ -66,9 +66,9 @@ def foreign_names(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
 
 
 def remove_own_files(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
-    """Remove an artifact; return the names of the foreign files in its folder, which stay.
+    """Remove an artifact; return the names of the foreign files in its folder, which are kept.
 
-    Where the folder is a link the link stays, too, so that the next run writes to the same place.
+    If the folder is a link, the link is kept, so that the next run writes to the same place.
 
     Args:
         folder: the artifact.

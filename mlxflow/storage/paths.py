@@ -1,7 +1,7 @@
-"""How a path in a workflow file becomes a place on the disk, and a place on the disk a line of text.
+"""Convert paths in a workflow file to paths on the disk, and paths on the disk to printable text.
 
-A path may begin with `~` and hold `$VAR` or `${VAR}`. It is relative to the workflow's folder unless it is absolute; it
-may lead out of that folder. Only what a user wrote is expanded, never a name that was found on the disk.
+A path may begin with `~` and contain `$VAR` or `${VAR}`. It is relative to the workflow's folder unless absolute, and
+may lead out of that folder. Only text written by the user is expanded, never names found on the disk.
 """
 
 import os
@@ -13,22 +13,22 @@ _VARIABLE = re.compile(r"\$(\w+|\{\w+\})", re.ASCII)
 
 
 def as_on_disk(name: str) -> str:
-    """Return a name as written in a UTF-8 file as Python spells it on the disk, whatever the locale's encoding is."""
+    """Convert a name in a UTF-8 file to Python's form of file names, for any encoding of the locale."""
     return name if name.isascii() else os.fsdecode(name.encode(errors="surrogateescape"))
 
 
 def as_text(name: str) -> str:
-    """Return a name as found on the disk as UTF-8 has it, whatever the locale's encoding is."""
+    """Convert a name found on the disk to its UTF-8 text, for any encoding of the locale."""
     return name if name.isascii() else os.fsencode(name).decode(errors="surrogateescape")
 
 
 def expand(name: str) -> str:
-    """Return a path as written with `~` and environment variables replaced; a variable that is not set stays."""
+    """Return a path with `~` and environment variables replaced; unset variables are kept."""
     return os.path.expandvars(os.path.expanduser(as_on_disk(name)))  # noqa: PTH111 - pathlib refuses an unknown user
 
 
 def locate(name: str, root: Path) -> Path:
-    """Return where a path as written leads.
+    """Return the location of a path in a workflow file.
 
     Args:
         name: as written in the workflow file.
@@ -38,19 +38,19 @@ def locate(name: str, root: Path) -> Path:
 
 
 def unset_variables(name: str) -> list[str]:
-    """Return the environment variables that a path names and that are not set, with their `$`."""
+    """Return the unset environment variables in a path, with their `$`."""
     names = dict.fromkeys(match[1].strip("{}") for match in _VARIABLE.finditer(name))
     return [f"${one}" for one in names if one not in os.environ]
 
 
 def spelling(name: str) -> tuple[str, str] | None:
-    """Return the leading part of a path up to the last thing in it that is expanded: expanded, and as written.
+    """Return the leading part of a path up to its last expanded element: expanded, and as written.
 
     Args:
         name: as written in the workflow file.
 
     Returns:
-        None where nothing in it is expanded.
+        None if nothing in it is expanded.
     """
     parts = name.split("/")
     while parts and expand("/".join(parts)) == expand("/".join(parts[:-1])) + f"/{as_on_disk(parts[-1])}":
@@ -62,14 +62,14 @@ def spelling(name: str) -> tuple[str, str] | None:
 
 
 def record_name(name: str, spellings: Mapping[str, str]) -> str:
-    r"""Return the name under which an input is recorded: the same on every machine, and valid UTF-8.
+    r"""Return the name under which an input is recorded: equal on every machine, and valid UTF-8.
 
     Args:
         name: of the file, expanded.
-        spellings: leading parts of names, expanded, and what was written for each; see `spelling`.
+        spellings: leading parts of names, expanded and as written; see `spelling`.
 
     Returns:
-        the name as a user would write it. Bytes that are no UTF-8 are written as `\xff`, and a backslash as two.
+        the name as a user would write it. Bytes that are not UTF-8 are written as `\xff`, and a backslash is doubled.
     """
     for place in sorted(spellings, key=len, reverse=True) if spellings else ():
         if name == place or name.startswith(f"{place.rstrip('/')}/"):
@@ -81,13 +81,13 @@ def record_name(name: str, spellings: Mapping[str, str]) -> str:
 
 
 def escape_existing(pattern: str, root: Path) -> str:
-    """Return a glob pattern whose leading folders are taken literally as far as they exist under these very names.
+    """Return a glob pattern whose leading folders are escaped as far as they exist literally.
 
-    So a folder called `project [v2]` needs no escape. The last part stays a pattern.
+    So a folder named `project [v2]` needs no escape. The last part remains a pattern.
 
     Args:
         pattern: after `expand`; relative to `root` unless absolute.
-        root: where relative patterns begin.
+        root: the folder of relative patterns.
     """
     import glob
 
@@ -102,19 +102,19 @@ def escape_existing(pattern: str, root: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a file's name on one line: what cannot be printed is escaped as in Python, bytes that are no UTF-8 too."""
+    """Return a file's name on one line, with unprintable characters and invalid UTF-8 escaped."""
     if name.isprintable():
         return name
     return "".join(one if one.isprintable() else _escaped(one) for one in name)
 
 
 def _escaped(character: str) -> str:
-    byte = ord(character) - 0xDC00  # as Python reads bytes of a name that are no UTF-8
+    byte = ord(character) - 0xDC00  # Python's form of bytes in a name that are not UTF-8
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else character.encode("unicode_escape").decode()
 
 
 def is_utf8(path: Path) -> bool:
-    """Return whether a path is valid UTF-8, as libraries in other languages than Python want it."""
+    """Return whether a path is valid UTF-8, which libraries outside of Python require."""
     try:
         as_text(str(path)).encode()
     except UnicodeEncodeError:

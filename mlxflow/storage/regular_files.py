@@ -1,6 +1,6 @@
-"""Files of ours are regular files: what lies in their place is neither waited for nor written through.
+"""Open mlxflow's own files only if they are regular files, without blocking and without following links.
 
-A FIFO makes whoever opens it wait, and a link in the place of a log or a lock would let us write into another file.
+Opening a FIFO would block, and a link in place of a log or a lock would redirect writes to another file.
 """
 
 import errno
@@ -15,7 +15,7 @@ from mlxflow.system.os_errors import naming
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a file, which may be behind a link.
+    """Return the content of a regular file or of a link's target.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
@@ -31,14 +31,14 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file of ours to be written, made where it is missing, and return its descriptor.
+    """Open one of mlxflow's own files for writing, create it if missing, and return its descriptor.
 
     Args:
         path: the file.
-        flags: of `os.open`, beside `O_CREAT`.
+        flags: of `os.open`, besides `O_CREAT`.
 
     Raises:
-        StageError: a link, a FIFO or a folder is in its place.
+        StageError: a link, a FIFO or a folder has its name.
         OSError: it cannot be opened.
     """
     try:
@@ -56,10 +56,10 @@ def open_own(path: Path, flags: int) -> int:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Open a log to be written from its beginning. A link, a FIFO or a second name of another file is replaced.
+    """Open a log for writing from the beginning. A link, a FIFO or a hard link to another file is replaced.
 
     Raises:
-        StageError: a folder is in its place.
+        StageError: a folder has its name.
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)

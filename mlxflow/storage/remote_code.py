@@ -1,7 +1,7 @@
-"""Whether Python code that a model folder brings may be run, and where its configurations name such code.
+"""Python code in model folders: whether it is trusted, and which configurations name it.
 
-Nothing of a folder is imported unless `trust_remote_code = true` stands in the workflow. A configuration that names
-code runs it in every program that opens the folder later, so what is written without trust names none.
+No code of a folder is imported unless the workflow sets `trust_remote_code = true`. A configuration that names code
+makes every program run it that opens the folder later, so configurations written without trust name none.
 """
 
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A longer file is cut, and so no JSON
+# Longer files are truncated, so they are no valid JSON
 _MAX_BYTES = 16 * 2**20
 
 _CONFIG, _TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -23,10 +23,10 @@ _trusts_code = False
 
 @contextmanager
 def trusting_code(trusts: bool) -> Iterator[None]:
-    """Let Python code of model folders be run in this block, or not; it holds for the whole process.
+    """Allow or forbid Python code of model folders in this block, for the whole process.
 
     Args:
-        trusts: what the workflow's `trust_remote_code` says.
+        trusts: the workflow's `trust_remote_code`.
     """
     global _trusts_code
     before, _trusts_code = _trusts_code, trusts
@@ -42,21 +42,21 @@ def trusts_code() -> bool:
 
 
 def names_code(folder: Path) -> bool:
-    """Return whether a configuration in a folder names Python code of its own."""
+    """Return whether a configuration in a folder names Python code of the folder."""
     configs = [read_table(folder / name) for name in (_CONFIG, _TOKENIZER_CONFIG)]
     return any(config.get(key) for config in configs for key in CODE_KEYS)
 
 
 def model_code(folder: Path) -> str:
-    """Return the Python file that a folder's configuration names for its architecture; empty where it names none."""
+    """Return the Python file that a folder's configuration names for its architecture; empty without one."""
     return str(read_table(folder / _CONFIG).get("model_file") or "")
 
 
 def tokenizer_code(folder: Path) -> tuple[str, str]:
-    """Return which configuration names the Python code that a folder's tokenizer needs, and the code.
+    """Return the configuration file that names Python code for a folder's tokenizer, and the code.
 
-    Both are empty where the folder has a `tokenizer.json`, which is opened without code, or names no code.
-    transformers looks at the tokenizer's configuration first, then at the model's, whose own class it builds too.
+    Both are empty if the folder has a `tokenizer.json`, which needs no code, or names no code.
+    transformers reads the tokenizer's configuration first, then the model's, whose class it also builds.
     """
     if not (folder / "tokenizer.json").is_file():
         for name in (_TOKENIZER_CONFIG, _CONFIG):
@@ -82,12 +82,12 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as it may be written into another folder: without code unless code is trusted."""
+    """Return a configuration for another folder: without code unless code is trusted."""
     return dict(config) if _trusts_code else without_code(config)
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Return a JSON file's table; an empty one where it is missing or something else, which its reader will say."""
+    """Return a JSON file's table; empty if it is missing or invalid, which its actual reader reports."""
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(_MAX_BYTES))

@@ -12,7 +12,7 @@ from mlxflow.system.os_errors import naming
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as TOML. What differs between equal runs belongs in its `[run]` table."""
+    """Write a report as TOML. Values that differ between equal runs belong in its `[run]` table."""
     import tomli_w
 
     write_whole(path, tomli_w.dumps(report).encode())

@@ -22,22 +22,22 @@ _MAX_LINES = 10
 
 
 class ReportTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Base of a table in a report. A field with a default is left out of the file where it has that value."""
+    """Base of a table in a report. A field with its default value is left out of the file."""
 
 
 class StageReport(ReportTable, frozen=True):
-    """Base of the figures of a stage: equal between equal runs, but for a field `run`.
+    """Base of the figures of a stage: equal between equal runs, except a field `run`.
 
     A subclass may have a field `run` whose type is a `ReportTable`: the stage's own keys of the table `run`.
     """
 
 
 class Provenance(ReportTable, frozen=True, kw_only=True):
-    """The table `stage`: what the artifact was made by and from.
+    """The table `stage`: the origin of the artifact.
 
     Attributes:
         stage: the task, such as "quantize:q4".
-        settings_digest: of everything that the stage depends on beside its inputs.
+        settings_digest: of everything that the stage depends on except its inputs.
         inputs_digest: of the content of its inputs.
         seed: of the workflow, in decimal digits.
         mlxflow: version.
@@ -53,7 +53,7 @@ class Provenance(ReportTable, frozen=True, kw_only=True):
 
 
 class RunFacts(ReportTable, frozen=True, kw_only=True):
-    """The part of the table `run` that every stage has: what may differ between two equal runs.
+    """The part of the table `run` that every stage has: facts that may differ between two equal runs.
 
     Attributes:
         seconds: wall clock, from the start of the process.
@@ -88,9 +88,9 @@ class Report(NamedTuple, Generic[F]):
     """A whole report.toml.
 
     Attributes:
-        stage: what it was made by and from.
+        stage: the origin of the artifact.
         figures: of the stage.
-        run: what may differ between two equal runs, without the stage's own keys.
+        run: facts that may differ between two equal runs, without the stage's own keys.
     """
 
     stage: Provenance
@@ -112,7 +112,7 @@ def write(path: Path, report: "Report[Any]") -> None:
 
 
 def as_table(report: "Report[Any]") -> dict[str, Any]:
-    """Return a report as the table that its file holds."""
+    """Return a report as the table of its file."""
     figures = msgspec.to_builtins(report.figures)
     run = msgspec.to_builtins(report.run)
     files = {"files": run.pop("files")} if "files" in run else {}
@@ -130,7 +130,7 @@ def read(path: Path, form: type[F], *, shown: str = "", advice: str) -> Report[F
         advice: the last sentence of a message, such as "Run: doit train".
 
     Raises:
-        ArtifactError: it is missing, damaged or not of the form; see `parse`.
+        ArtifactError: it is missing, damaged or does not match the struct; see `parse`.
     """
     return parse(report_files.read_report(path), form, shown=shown or str(path), advice=advice)
 
@@ -143,7 +143,7 @@ def read_provenance(path: Path, *, advice: str) -> Provenance:
         advice: the last sentence of a message.
 
     Raises:
-        ArtifactError: the file is missing or damaged, or the table is not of its form; see `parse`.
+        ArtifactError: the file is missing or damaged, or the table does not match its struct; see `parse`.
     """
     table = report_files.read_report(path).get("stage")
     return convert(table, Provenance, shown=str(path), prefix="stage.", advice=advice)
@@ -167,7 +167,7 @@ def read_part(path: Path, form: type[T], *, advice: str) -> T:
 
 
 def parse(table: Mapping[str, Any], form: type[F], *, shown: str, advice: str) -> Report[F]:
-    """Return the report that a table holds.
+    """Convert the table of a report file to a report.
 
     Args:
         table: of a report.toml.
@@ -210,17 +210,17 @@ def _own_keys(form: type[StageReport]) -> frozenset[str]:
 
 
 def convert(table: object, form: type[T], *, shown: str, prefix: str, advice: str) -> T:
-    """Return the struct that a table inside of a report holds.
+    """Convert a table inside of a report to a struct.
 
     Args:
         table: as TOML values.
         form: its struct.
         shown: path of the report, for messages.
-        prefix: what stands before its keys in messages, such as "settings.".
+        prefix: prefix of its keys in messages, such as "settings.".
         advice: the last sentence of a message.
 
     Raises:
-        ArtifactError: it is not of the form; see `parse`.
+        ArtifactError: it does not match the struct; see `parse`.
     """
     if lines := problems(table, form, prefix):
         raise ArtifactError(*(f"{shown}: {line}. {advice}" for line in lines[:_MAX_LINES]))
@@ -228,14 +228,14 @@ def convert(table: object, form: type[T], *, shown: str, prefix: str, advice: st
 
 
 def problems(table: object, form: type[msgspec.Struct], prefix: str = "") -> list[str]:
-    """Return what is wrong with a table, as lines `key: what`; nothing where it is of the form.
+    """Return the problems of a table as lines `key: problem`; empty if it matches the struct.
 
-    Every missing or unknown key of the table, and of the tables in it, has a line; of other mistakes the first one has.
+    Every missing or unknown key of the table and of nested tables has a line; of other mistakes only the first one.
 
     Args:
         table: as TOML values.
         form: its struct.
-        prefix: what stands before its keys, such as "settings.".
+        prefix: prefix of its keys, such as "settings.".
     """
     if not isinstance(table, dict):
         return [f"{prefix.rstrip('.')}: expected a table"]
@@ -262,7 +262,7 @@ def _wrong_keys(table: Mapping[str, Any], form: type[msgspec.Struct], prefix: st
 
 
 def _line(error: msgspec.ValidationError, prefix: str) -> str:
-    """Return msgspec's message as `key: what`."""
+    """Return msgspec's message as `key: problem`."""
     what, _, where = str(error).partition(" - at `$.")
     where = where.rstrip("`")
     for begin, said in (

@@ -1,9 +1,8 @@
-"""Files in which something is remembered: read only where they are what was written, else as if they were not there.
+"""State files between runs: read only if they are intact, else ignored.
 
-State can be damaged, and it can come from elsewhere: out of an archive, or out of a cache of CI that others can write.
-So a file of state is read through here and nowhere else. A link, a pipe or a device in its place is not read, nor is
-what is too large or no JSON; a file with a checksum is read only where that fits its bytes. What the values mean is
-checked by whoever reads them.
+State can be damaged or untrusted: from an archive, or from a CI cache that others can write. So only this module
+reads state files. Links, pipes, devices, files that are too large and files that are no JSON are not read; a checksum
+must match. The caller checks the values.
 """
 
 import errno
@@ -23,19 +22,19 @@ LARGEST_BYTES = 256_000_000
 
 _KEY = b'{"checksum": "'
 _DIGITS = 32
-_OLDER = (b'{"format": ', b'{"key": ')  # how earlier versions began files without a checksum
+_OLDER = (b'{"format": ', b'{"key": ')  # beginning of files without a checksum, of earlier versions
 _BEGIN = len(_KEY) + _DIGITS + len(b'", ')
 
-#: Arguments of `os.open` that neither wait for the writer of a pipe nor follow a link.
+#: Flags of `os.open` that neither block on a pipe nor follow a link.
 NO_SURPRISES = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class InvalidStateError(ValueError):
-    """A file of state, or a part of it, is not what was written; the message is the reason."""
+    """A state file, or a part of it, is not valid; the message is the reason."""
 
 
 class OutdatedStateError(InvalidStateError):
-    """A file of state is of an earlier version of mlxflow."""
+    """A state file is of an earlier version of mlxflow."""
 
 
 def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> bytes:
@@ -43,12 +42,10 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> by
 
     Args:
         path: the file.
-        largest: bytes at most.
-
-    Raises:
+        largest: maximum size in bytes. Raises:
         FileNotFoundError: there is none.
         InvalidStateError: it is no regular file, or is larger.
-        OSError: it cannot be read now; what it holds may be valid.
+        OSError: it cannot be read now; its content may be valid.
     """
     with naming(path):
         try:
@@ -70,10 +67,10 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> by
 
 
 def parse_json(data: bytes) -> Any:
-    """Return the value of a JSON text; infinities are numbers, what is not a number is refused.
+    """Return the value of a JSON text; infinities are accepted, NaN is refused.
 
     Raises:
-        InvalidStateError: it is no JSON, or nested too deeply to be state.
+        InvalidStateError: it is no JSON, or nested too deeply.
     """
     try:
         return _JSON.decode(data.decode())
@@ -87,21 +84,21 @@ def _constant(name: str) -> float:
     return float(name)
 
 
-_JSON = json.JSONDecoder(parse_constant=_constant)  # made once: `json.loads` makes one at every call with an argument
+_JSON = json.JSONDecoder(parse_constant=_constant)  # made once: `json.loads` with arguments makes one at every call
 
 
 def encode(value: dict[str, Any]) -> bytes:
-    """Return a JSON object as text whose first key is a checksum of what follows it."""
+    """Return a JSON object as text whose first key is a checksum of the rest."""
     body = json.dumps(value).encode()[1:]
     return _KEY + xxhash.xxh3_128_hexdigest(body).encode() + b'", ' + body
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """Return the object that `encode` made a text of.
+    """Return the object of a text made by `encode`.
 
     Raises:
-        OutdatedStateError: it is an object without a checksum, as earlier versions wrote them.
-        InvalidStateError: a byte of it changed.
+        OutdatedStateError: it is an object without a checksum, of an earlier version.
+        InvalidStateError: it is damaged.
     """
     if not data.startswith(_KEY):
         if data.startswith(_OLDER):
@@ -111,7 +108,7 @@ def decode(data: bytes) -> dict[str, Any]:
         raise InvalidStateError("its bytes do not fit its checksum")
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # a checksum that was made for other text
+    except (ValueError, RecursionError) as error:  # a checksum of another text
         raise InvalidStateError("no valid JSON") from error
     if not isinstance(value, dict):
         raise InvalidStateError("no table")
@@ -120,22 +117,22 @@ def decode(data: bytes) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what `encode` made a file's text of.
+    """Return the object in a file made by `encode`.
 
     Raises:
         FileNotFoundError: there is no file.
-        InvalidStateError: it is not what was written.
+        InvalidStateError: it is damaged.
         OSError: it cannot be read now.
     """
     return decode(read_bytes(path))
 
 
 def say_ignored(path: str | os.PathLike[str], reason: object, effect: str) -> None:
-    """Print the line about state that is not valid.
+    """Print the message about invalid state.
 
     Args:
         path: the file.
-        reason: what is wrong with it.
-        effect: what follows from that, and what to do.
+        reason: why it is not valid.
+        effect: the consequence, and what to do.
     """
     terminal.say(f"{os.fspath(path)}: not valid state ({reason}). {effect}")

@@ -1,7 +1,7 @@
-"""Names of files that are being written, each with its process in it, and the removal of those whose process is gone.
+"""Temporary file names that contain the process id, and removal of those whose process has ended.
 
-A process that is killed leaves the file that it was writing. The next run removes it: every such name holds the number
-of a process, and what no living process owns is an orphan.
+A killed process leaves unfinished files. The next run removes them: every name contains a process id, and a file
+whose process no longer exists is an orphan.
 """
 
 import os
@@ -17,18 +17,18 @@ _SCRATCH = re.compile(r"mlxflow-(\d{1,10})-\w+")
 
 
 def beside(place: Path, suffix: str = _SUFFIXES[0]) -> Path:
-    """Return the file to write before it is moved to its place: in the same folder, hidden, of this process."""
+    """Return the temporary name for a file: in the same folder, hidden, with the id of this process."""
     return place.with_name(f".{place.name}.{os.getpid()}{suffix}")
 
 
 def remove_orphans(folder: Path, begin: str = "") -> None:
-    """Remove the files in a folder that a process was writing that is gone; other files and links stay.
+    """Remove the temporary files of ended processes in a folder; other files and links are kept.
 
-    To be called while this process writes nothing there: what bears its own number is of one before it.
+    Call it while this process writes nothing there: files with its own id are taken for those of an earlier process.
 
     Args:
-        folder: is looked at by itself, without the folders in it; it may be missing.
-        begin: of the names that are looked at.
+        folder: searched without its subfolders; it may be missing.
+        begin: prefix of the names.
     """
     try:
         entries = os.scandir(folder)
@@ -43,20 +43,20 @@ def remove_orphans(folder: Path, begin: str = "") -> None:
 
 
 def remove_orphans_below(folder: Path) -> None:
-    """Remove such files in a folder and in all folders in it; links are not followed."""
+    """Remove such files in a folder and all its subfolders; links are not followed."""
     for parent, _, _ in os.walk(folder):
         remove_orphans(Path(parent))
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Give an empty folder among the temporary files that is removed in the end; those of killed processes are, too."""
+    """Yield an empty temporary folder and remove it afterwards; also removes those of killed processes."""
     import tempfile
 
     for entry in list(os.scandir(tempfile.gettempdir())):
         match = _SCRATCH.fullmatch(entry.name)
         if match and int(match[1]) != os.getpid():
-            with suppress(FileNotFoundError):  # its process may end and remove it meanwhile
+            with suppress(FileNotFoundError):  # its process may remove it concurrently
                 is_ours = entry.stat(follow_symlinks=False).st_uid == os.geteuid()
                 if is_ours and entry.is_dir(follow_symlinks=False) and not _is_owned(int(match[1]), entry):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -65,10 +65,10 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def _is_owned(process: int, entry: "os.DirEntry[str]") -> bool:
-    """Return whether a process lives that may be the one that began a file, and not a later one of the same number."""
+    """Return whether the process that began a file may still run; a later process with the same id does not count."""
     if process == os.getpid():
         return False
-    import psutil  # only where there is such a file
+    import psutil  # imported only if there is such a file
 
     try:
         began: float = psutil.Process(process).create_time()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked entry by entry: MLX itself believes what a header says.
+"""Read and validate the header of a safetensors file, which MLX does not validate.
 
 Imported by every `doit`: nothing heavy here.
 """
@@ -11,12 +11,12 @@ from typing import Any
 
 from mlxflow.system.os_errors import naming
 
-#: The longest header: some 100,000 tensors. Each byte of it may take twenty of memory.
+#: The longest header, for about 100,000 tensors. Each byte of it may take twenty of memory.
 MAX_BYTES = 16 * 2**20
 
 _MAX_DIMENSION, _MAX_SHOWN = 2**63 - 1, 100
 
-# Bits of one number, by the format's names of types
+# Bits per number, by the format's type names
 _BITS = {
     "BOOL": 8,
     "F4": 4,
@@ -30,14 +30,14 @@ _BITS = {
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file and the offset at which its tensors begin.
+    """Return the header of a safetensors file and the offset of its tensors.
 
-    Every tensor has a known type, a shape, and just the bytes that these take, after those of the tensor before it.
+    Every tensor has a known type, a shape and the matching number of bytes, directly after the previous tensor.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is cut off, longer than its header says, or no safetensors file at all; or a tensor of its
-            header is wrong, which is named.
+        ValueError: the file is truncated, longer than its header says, or no safetensors file; or an entry of the
+            header is invalid, and the message names the tensor.
     """
     with naming(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -47,7 +47,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
         if length > MAX_BYTES:
             raise ValueError(f"its header has {length:,} bytes, more than {MAX_BYTES:,}")
         header = _parsed(file.read(length))
-    metadata = header.get("__metadata__") or {}  # null, where MLX has none to write
+    metadata = header.get("__metadata__") or {}  # MLX writes null for no metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its __metadata__ is no table of texts")
     end = 0
@@ -63,7 +63,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def encode_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """Return a header as JSON, without its length: type, shape and offsets by tensor, and metadata in sorted order."""
-    # The safetensors library writes metadata in the order of a hash table, another one in each process.
+    # The safetensors library writes metadata in hash order, which differs between processes.
     header = {"__metadata__": dict(sorted(metadata.items())), **entries}
     return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -81,7 +81,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 class _TwiceError(Exception):
-    """A key that stands twice in a table."""
+    """A key appears twice in a table."""
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def tensor_offsets(header: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
     """Yield (name, (begin, end)) of every tensor in the order of the file.
 
     Raises:
-        ValueError: an entry has none; its tensor is named.
+        ValueError: an entry has no offsets; names its tensor.
     """
     spans = []
     for name, entry in header.items():
@@ -110,10 +110,10 @@ def tensor_offsets(header: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
 
 
 def _require_size(name: str, entry: Mapping[str, Any], num_bytes: int) -> None:
-    """Make sure that a tensor has the bytes that its type and its shape take.
+    """Check that a tensor's number of bytes matches its type and shape.
 
     Raises:
-        ValueError: it has others, or no valid type or shape.
+        ValueError: it does not, or type or shape are invalid.
     """
     kind, shape = entry.get("dtype"), entry.get("shape")
     bits = _BITS.get(kind) if isinstance(kind, str) else None
@@ -122,7 +122,7 @@ def _require_size(name: str, entry: Mapping[str, Any], num_bytes: int) -> None:
     if not (isinstance(shape, list) and all(type(one) is int and 0 <= one <= _MAX_DIMENSION for one in shape)):
         raise ValueError(f"tensor {shown(name)} has no valid shape ({shown(shape)})")
     count = 1
-    for one in sorted(shape):  # a zero first, and no product of very many large numbers
+    for one in sorted(shape):  # check for a zero first, to avoid a product of many large numbers
         count *= one
         if count * bits > num_bytes * 8:
             break

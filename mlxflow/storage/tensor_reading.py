@@ -1,4 +1,4 @@
-"""Readers of safetensors files: metadata, memory maps, and single rows of a matrix; only what is asked for is read."""
+"""Readers of safetensors files: metadata, memory maps, and single rows of a matrix, without reading the rest."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def map_tensor(path: Path, name: str) -> "np.memmap[Any, Any]":
-    """Return one tensor of a safetensors file as a memory map: nothing is read until it is looked at.
+    """Return one tensor of a safetensors file as a memory map, which reads data on access.
 
     Raises:
         ArtifactError: the file is missing or damaged, or has no such tensor.
@@ -41,9 +41,9 @@ def map_tensor(path: Path, name: str) -> "np.memmap[Any, Any]":
 
 
 class StoredRows:
-    """A matrix of floating numbers in a safetensors file, read some rows at a time; `stored_rows` makes them.
+    """A floating-point matrix in a safetensors file, read some rows at a time; made by `stored_rows`.
 
-    All of its axes but the last count as rows.
+    All axes except the last count as rows.
     """
 
     def __init__(self, path: Path, kind: str, width: int, begin: int) -> None:
@@ -53,7 +53,7 @@ class StoredRows:
         self._begin = begin
 
     def read(self, begin: int, end: int) -> "mx.array":
-        """Return rows, (R, N), in the file's type."""
+        """Return rows, (R, N), in the file's dtype."""
         import mlx.core as mx
         import numpy as np
 
@@ -64,7 +64,7 @@ class StoredRows:
 
 
 def stored_rows(path: Path) -> dict[str, StoredRows]:
-    """Return the matrices of fp32, fp16 or bf16 in a safetensors file, by name; only its header is read.
+    """Return the fp32, fp16 and bf16 matrices of a safetensors file by name; only its header is read.
 
     Raises:
         ArtifactError: the file is missing or damaged.
@@ -78,7 +78,7 @@ def stored_rows(path: Path) -> dict[str, StoredRows]:
 
 
 def tensor_types(path: Path) -> dict[str, str]:
-    """Return the type of each tensor in a safetensors file, as the format calls it; only its header is read.
+    """Return the type of each tensor in a safetensors file by the format's name; only its header is read.
 
     Raises:
         ArtifactError: the file is missing or damaged.

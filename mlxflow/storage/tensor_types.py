@@ -1,6 +1,6 @@
-"""The names that the safetensors format, numpy and MLX give to types of numbers."""
+"""Names of dtypes in the safetensors format, numpy and MLX."""
 
-#: The format's names of the types that are written here, by the names that numpy and MLX share.
+#: The format's names of the written dtypes, by the common names of numpy and MLX.
 FORMAT_NAMES = {
     "bool": "BOOL",
     "int8": "I8",
@@ -16,11 +16,11 @@ FORMAT_NAMES = {
     "float32": "F32",
 }
 
-#: numpy's types of the columns of token files, shards and timelines, by the format's names.
+#: numpy's dtypes of the columns of token files, shards and timelines, by the format's names.
 NUMPY_TYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "F32": "<f4"}
 
-#: Types of weights, by the format's names: the integer type in which numpy reads their bits, and MLX's name.
+#: Dtypes of weights, by the format's names: the integer dtype in which numpy reads their bits, and MLX's name.
 WEIGHT_TYPES = {"F32": ("<u4", "float32"), "F16": ("<u2", "float16"), "BF16": ("<u2", "bfloat16")}
 
-#: Types of the format that MLX does not read.
+#: Dtypes of the format that MLX does not support.
 UNREAD_TYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E5M2", "F64"})

@@ -1,6 +1,6 @@
-"""Writers of safetensors files: the same arrays, names and metadata are the same bytes.
+"""Writers of safetensors files: equal arrays, names and metadata give equal bytes.
 
-Every writer is used inside a private folder that is published as a whole (`atomic_folders`).
+Use every writer inside a private folder that is published as a whole (`atomic_folders`).
 """
 
 import json
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, "NDArray[Any]"], metadata: Mapping[str, str]) -> None:
-    """Write numpy arrays as a safetensors file: the same arrays and metadata are the same bytes.
+    """Write numpy arrays as a safetensors file: equal arrays and metadata give equal bytes.
 
     Args:
         path: the file.
-        arrays: by name; unsigned, int64 or floating; any shape.
+        arrays: by name; unsigned, int64 or floating-point; any shape.
         metadata: text by key, kept in the header.
     """
     entries: dict[str, object] = {}
@@ -46,15 +46,15 @@ def write_arrays(path: Path, arrays: Mapping[str, "NDArray[Any]"], metadata: Map
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mapping[str, str]) -> None:
-    """Write MLX arrays as a safetensors file: names in sorted order, so that equal tensors are equal bytes.
+    """Write MLX arrays as a safetensors file, sorted by name, so that equal tensors give equal bytes.
 
     Args:
         path: the file; its name ends in `.safetensors`.
-        tensors: by name; any shape and type.
+        tensors: by name; any shape and dtype.
         metadata: text by key, kept in the header.
 
     Raises:
-        StageError: the disk has less room than the file needs, or writing it failed.
+        StageError: the free space is too small, or writing failed.
     """
     import mlx.core as mx
 
@@ -62,25 +62,25 @@ def write_tensors(path: Path, tensors: Mapping[str, "mx.array"], metadata: Mappi
     ordered = {name: tensors[name] for name in sorted(tensors)}
     try:
         mx.save_safetensors(str(path), ordered, metadata=dict(sorted(metadata.items())))
-    except RuntimeError as error:  # MLX's writer keeps the system's reason to itself
+    except RuntimeError as error:  # MLX's writer does not report the system's reason
         raise _unfinished(path, error) from error
 
 
 class TensorFile:
-    """A safetensors file whose tensors come one by one, in any order; used in a `with` block.
+    """A safetensors file whose tensors are written one by one, in any order; used in a `with` block.
 
         with TensorFile(path, {"weight": (mx.bfloat16, (64, 64))}, {"format": "mlx"}) as file:
             file.put("weight", weight)
 
-    The tensors lie in the order of their names, so that equal tensors are equal bytes.
+    The tensors are stored in the order of their names, so that equal tensors give equal bytes.
 
     Args:
         path: the file.
-        entries: type and shape of every tensor, by name.
+        entries: dtype and shape of every tensor, by name.
         metadata: text by key, kept in the header.
 
     Raises:
-        StageError: the disk has less room than the file needs.
+        StageError: the free space is too small.
     """
 
     def __init__(
@@ -109,24 +109,24 @@ class TensorFile:
         return self
 
     def put(self, name: str, tensor: "mx.array") -> None:
-        """Write one of the tensors; its memory may be given back afterwards.
+        """Write one tensor; its memory may be freed afterwards.
 
         Raises:
-            ValueError: it does not have the declared type and shape.
+            ValueError: it does not have the declared dtype and shape.
         """
         if (tensor.dtype, tensor.shape) != self._entries[name]:
             raise ValueError(f"{name}: declared {self._entries[name]}, got {(tensor.dtype, tensor.shape)}")
         self._write(name, 0, tensor)
 
     def put_rows(self, name: str, rows: "mx.array") -> None:
-        """Write the next rows of one of the tensors, all of whose axes but the last count as rows.
+        """Write the next rows of one tensor; all its axes except the last count as rows.
 
         Args:
             name: of the tensor.
             rows: (R, N).
 
         Raises:
-            ValueError: they do not have the declared type and width, or are too many.
+            ValueError: they do not have the declared dtype and width, or are too many.
         """
         dtype, shape = self._entries[name]
         first = self._rows[name]
@@ -149,20 +149,20 @@ class TensorFile:
 
 
 def _raw_bytes(tensor: "mx.array") -> "memoryview[int]":
-    """Return the bytes of a tensor without a copy where it lies in one piece."""
+    """Return the bytes of a tensor, without a copy if it is contiguous."""
     import mlx.core as mx
     import numpy as np
 
-    # numpy has no bf16, and what is viewed as bytes needs an axis
+    # numpy has no bf16, and a view as bytes needs an axis
     flat = mx.contiguous(tensor).reshape(-1)
     return np.array(flat if flat.dtype.size == 1 else flat.view(mx.uint8), copy=False).data.cast("B")
 
 
 def _require_space(path: Path, needed_bytes: int) -> None:
-    """Refuse to begin a file that will not fit: MLX's writer does not notice a full disk.
+    """Refuse a file that exceeds the free space: MLX's writer does not report a full disk.
 
     Raises:
-        StageError: there is less room than the file needs.
+        StageError: the free space is too small.
     """
     free = shutil.disk_usage(path.parent).free
     if needed_bytes > free:
@@ -172,7 +172,7 @@ def _require_space(path: Path, needed_bytes: int) -> None:
 
 
 def check_whole(path: Path) -> None:
-    """Make sure that a safetensors file was written to its end.
+    """Check that a safetensors file was written completely.
 
     Raises:
         StageError: it was not.
@@ -190,5 +190,5 @@ def _unfinished(path: Path, error: Exception) -> StageError:
 
 
 def provenance_metadata(provenance: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that says where a file came from; digests leave it out."""
+    """Return the metadata with the provenance of a file; identities leave it out."""
     return {PROVENANCE_KEY: json.dumps(dict(sorted(provenance.items())), separators=(",", ":"))}

@@ -1,4 +1,4 @@
-"""TOML text to tables, in bounded time and memory: `tomllib` itself takes the square of a dotted key's length of both.
+"""Parse TOML in bounded time and memory; `tomllib` alone needs both quadratic in the length of a dotted key.
 
 Imported by every `doit`: nothing heavy here; `tomllib` is imported when a text is parsed.
 """
@@ -9,11 +9,11 @@ from typing import Any
 #: The most parts that a key may have, such as 3 in `train.model.from`, and the most levels of tables and lists.
 MAX_KEY_PARTS, MAX_DEPTH = 16, 32
 
-#: The longest workflow file; lists of more sources than fit are better written as folders or globs.
+#: The longest workflow file; instead of a longer list of sources, use folders or globs.
 MAX_WORKFLOW_BYTES = 256 * 1024
 
 _PART = r"""(?>[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
-# What can hold a dot, each taken whole: comments, texts of several lines, and keys (or plain values) with their parts
+# Tokens that can contain a dot: comments, multi-line texts, and keys (or plain values) with their parts
 _TOKENS = (
     r'''#[^\n]*|(?>"""(?:[^"\\]|\\.|"(?!""))*""")|'''
     r"""(?>'''(?:[^']|'(?!''))*''')|"""
@@ -22,13 +22,13 @@ _TOKENS = (
 
 
 def loads(text: str) -> dict[str, Any]:
-    """Return the table that a TOML text is.
+    """Parse a TOML text to a table.
 
-    Time and memory are proportionate to the text; how long it may be, the caller decides.
+    Time and memory are proportional to the length of the text; the caller limits the length.
 
     Raises:
-        tomllib.TOMLDecodeError: no valid TOML, or too deep; the message ends in `(at line 1, column 2)` where the place
-            is known.
+        tomllib.TOMLDecodeError: it is no valid TOML, or nested too deeply; the message ends in `(at line 1, column
+            2)` if the position is known.
     """
     import tomllib
 
@@ -39,7 +39,7 @@ def loads(text: str) -> dict[str, Any]:
         raise
     except RecursionError as error:
         raise tomllib.TOMLDecodeError("nested too deeply") from error
-    except ValueError as error:  # of `int`, for a number of more than 4,300 digits
+    except ValueError as error:  # raised by `int` for more than 4,300 digits
         raise tomllib.TOMLDecodeError("a whole number of too many digits") from error
     if _depth(table) > MAX_DEPTH:
         raise tomllib.TOMLDecodeError(f"nested deeper than {MAX_DEPTH} levels")
@@ -47,10 +47,10 @@ def loads(text: str) -> dict[str, Any]:
 
 
 def _refuse_long_keys(text: str) -> None:
-    """Refuse a key of too many parts.
+    """Refuse a key with too many parts.
 
     Raises:
-        tomllib.TOMLDecodeError: names its place.
+        tomllib.TOMLDecodeError: names its position.
     """
     import tomllib
 
@@ -65,7 +65,7 @@ def _refuse_long_keys(text: str) -> None:
 
 
 def _depth(table: dict[str, Any]) -> int:
-    """Return how many levels of tables and lists a table has, at most one more than may be."""
+    """Return the nesting depth of tables and lists, up to one more than allowed."""
     level: list[Any] = [table]
     depth = 0
     while level and depth <= MAX_DEPTH:

@@ -1,11 +1,10 @@
-"""What runs that were cut off left for the next one to go on from: checkpoints, a folder for each way a stage was set.
+"""Checkpoints of interrupted runs, from which a later run resumes: one folder for each configuration of a stage.
 
     artifacts/.mlxflow/unfinished/train/0123456789ab/         of stage `train`
     artifacts/.mlxflow/unfinished/quantize/q4/0123456789ab/   of variant `quantize:q4`
 
-One is removed when its run ends well. Of other settings the newest one stays for a week after it was written, in
-case the settings are put back; it is removed, as all older ones are, when the stage ends well with its settings of
-then.
+A folder is removed when its run succeeds. When a stage succeeds, its folders of other settings are removed, except
+that the newest one is kept for a week in case the settings are restored.
 """
 
 import os
@@ -24,7 +23,7 @@ _KEY = re.compile(r"[0-9a-f]{12}")
 
 
 class Unfinished(NamedTuple):
-    """What one run left: its folder, the bytes in it, and when it was last written, in seconds since 1970."""
+    """An unfinished run: its folder, its size in bytes, and the time of the last write, in seconds since 1970."""
 
     folder: Path
     num_bytes: int
@@ -36,7 +35,7 @@ class Unfinished(NamedTuple):
 
 
 def stage_folder(state: Path, task: str) -> Path:
-    """Return the folder of all interrupted runs of `stage` or `stage:variant`, below the folder of the state."""
+    """Return the folder of all interrupted runs of `stage` or `stage:variant`, inside the state folder."""
     return state / layout.UNFINISHED / task.replace(":", "/")
 
 
@@ -44,7 +43,7 @@ def folder_of(state: Path, task: str, key: str) -> Path:
     """Return the folder of a run.
 
     Args:
-        state: where state lies in the artifacts.
+        state: the state folder.
         task: the stage.
         key: 12 hexadecimal digits for its settings and inputs.
     """
@@ -52,12 +51,12 @@ def folder_of(state: Path, task: str, key: str) -> Path:
 
 
 def of_task(state: Path, task: str) -> list[Unfinished]:
-    """Return what runs of a stage left, the newest first."""
+    """Return the unfinished runs of a stage, newest first."""
     return _in(stage_folder(state, task))
 
 
 def of_no_task(state: Path, tasks: Iterable[str]) -> list[Unfinished]:
-    """Return what runs left of stages and variants that are not among the given ones."""
+    """Return the unfinished runs of stages and variants that are not among the given ones."""
     top = state / layout.UNFINISHED
     known = {stage_folder(state, task) for task in tasks}
     parents = [*_folders(top), *(variant for stage in _folders(top) for variant in _folders(stage))]
@@ -65,7 +64,7 @@ def of_no_task(state: Path, tasks: Iterable[str]) -> list[Unfinished]:
 
 
 def prune(state: Path, task: str) -> Iterator[Unfinished]:
-    """Remove and yield what runs of a stage with other settings left, but for the newest one while it is recent."""
+    """Remove and yield the unfinished runs of a stage with other settings, except the newest one while it is recent."""
     for number, found in enumerate(of_task(state, task)):
         if number or found.written < time.time() - KEPT_SECONDS:
             found.remove()
@@ -73,7 +72,7 @@ def prune(state: Path, task: str) -> Iterator[Unfinished]:
 
 
 def size_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder, which may be a link to it; of links in it their own."""
+    """Return the total size of the files in a folder or in a link's target; links inside are not followed."""
     return sum(stat.st_size for stat in _stats(folder))
 
 

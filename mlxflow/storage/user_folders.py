@@ -1,10 +1,9 @@
-"""Folders that belong to the user alone: the cache, and the folder in which MLX compiles and from which it loads code.
+"""Private folders of the user: the cache, and the folder in which MLX compiles code and loads it from.
 
-On a machine of several users anybody may make a folder of any name in the shared temporary folder first. MLX loads
-libraries and includes headers from such a folder, so it is given one that was checked: it belongs to this user, no
-other user may enter it, and none may put another one in its place. The cache folder and its locks are checked alike.
-
-Where one place cannot be used the next one is taken; where none can, one line says what is wrong with each.
+On a machine with several users, any user can create a folder of any name in the shared temporary folder. MLX loads
+libraries and includes headers from such a folder, so it gets one that was checked: it belongs to this user, no other
+user can enter it, and none can replace it. The cache folder and its locks are checked in the same way. If a location
+cannot be used, the next one is tried; if none can, the error names the problem of each.
 """
 
 import os
@@ -15,21 +14,21 @@ from pathlib import Path
 
 from mlxflow.errors import UserError
 
-# What a place for compiled code must have free
+# Free space required for compiled code
 _COMPILED_BYTES = 16 * 2**20
 
-# The variables that C++'s `std::filesystem::temp_directory_path` reads, which MLX asks, in its order
+# The variables that C++'s `std::filesystem::temp_directory_path`, used by MLX, reads, in its order
 _TEMPORARY_VARIABLES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
 
 
 class NoFolderError(UserError):
-    """There is no place for a folder of the user's own."""
+    """There is no usable location for a private folder."""
 
 
 def cache_folder() -> Path:
-    """Return mlxflow's folder in the user's cache; it is there, and the user's own.
+    """Return mlxflow's private folder in the user's cache; it is created if missing.
 
-    That is in `XDG_CACHE_HOME` where that is an absolute path, else where the system has caches, else in the temporary
+    Its location is `XDG_CACHE_HOME` if that is an absolute path, else the system's cache folder, else the temporary
     folder.
 
     Raises:
@@ -39,29 +38,29 @@ def cache_folder() -> Path:
 
 
 def temporary_folder() -> Path:
-    """Return the folder for temporary files: the one that the environment names, if it is there, or else `/tmp`."""
+    """Return the folder for temporary files: the one in the environment if it exists, else `/tmp`."""
     written = next(filter(None, map(os.environ.get, _TEMPORARY_VARIABLES)), "")
     folder = Path(written).absolute()
     if not written or not folder.is_dir():
         return Path("/tmp")  # noqa: S108
-    return folder.parent if folder.name == _own_name() else folder  # set by the process that started this one
+    return folder.parent if folder.name == _own_name() else folder  # set by the parent process
 
 
 def prepare_compiled_folder() -> Path:
-    """Return the folder in which MLX compiles, and make MLX and all processes that this one starts use it.
+    """Return the private folder in which MLX compiles, and make MLX and child processes use it.
 
-    It is a folder of the user's own in the temporary folder, or else in the cache. Python's temporary files stay where
-    they are. Has no effect on code that MLX has loaded already.
+    It is in the temporary folder, or else in the cache. Python's temporary files are not affected. Has no effect on
+    code that MLX has already loaded.
 
     Raises:
-        NoFolderError: there is no place for such a folder.
+        NoFolderError: there is no usable location.
     """
     import tempfile
 
     places = [temporary_folder() / _own_name(), *(place / "compiled" / _own_name() for place in _cache_places())]
     folder = _first_usable("compiled code", places, needed_bytes=_COMPILED_BYTES)
     try:
-        inherited = tempfile.gettempdir() == str(folder)  # Python remembers it
+        inherited = tempfile.gettempdir() == str(folder)  # Python caches it
     except FileNotFoundError:
         tempfile.tempdir = str(folder)
     else:
@@ -89,7 +88,7 @@ def _first_usable(purpose: str, places: Iterable[Path], needed_bytes: int = 0) -
     for place in places:
         reason = _make_own(place) or (_lacks(place, needed_bytes) if needed_bytes else "")
         if not reason:
-            return Path(os.path.realpath(place))  # its links are followed now, and not again
+            return Path(os.path.realpath(place))  # links are resolved once, now
         reasons.append(f"{place} ({reason})")
     raise NoFolderError(
         f"{' and '.join(dict.fromkeys(reasons))}: no folder of your own for {purpose}. "
@@ -98,9 +97,9 @@ def _first_usable(purpose: str, places: Iterable[Path], needed_bytes: int = 0) -
 
 
 def _make_own(folder: Path) -> str:
-    """Make a folder that only this user can enter; return why it cannot be used, empty where it can.
+    """Create a folder that only this user can enter; return why it cannot be used, empty if it can.
 
-    A folder that is there and read-only on purpose can be used, too: what root has put into it can be trusted.
+    An existing folder that is read-only on purpose can be used, too: content put there by root is trusted.
     """
     try:
         for place in reversed([folder, *folder.parents]):
@@ -108,7 +107,7 @@ def _make_own(folder: Path) -> str:
                 place.mkdir(mode=0o700, exist_ok=True)
         real = Path(os.path.realpath(folder))
         found = real.stat()
-        owners = {folder.lstat().st_uid, found.st_uid}  # a link of another user may lead to a folder of this user
+        owners = {folder.lstat().st_uid, found.st_uid}  # a link of another user may point to a folder of this user
         is_read_only = not found.st_mode & stat.S_IWUSR or bool(os.statvfs(real).f_flag & os.ST_RDONLY)
         for owner in owners - {os.geteuid(), 0 if is_read_only else os.geteuid()}:
             return f"belongs to user {owner}"
@@ -123,10 +122,10 @@ def _make_own(folder: Path) -> str:
 
 
 def _exposed(folder: Path) -> str:
-    """Return how another user may change or replace what is in a folder; empty where none may.
+    """Return how another user could change or replace a folder's content; empty if none could.
 
-    Whoever owns a folder may, and whoever may write it unless its sticky bit is set. A group that has the user's own
-    number has no other member by convention.
+    The owner of a parent folder can, and everyone with write permission unless its sticky bit is set. A group with
+    the user's own id has no other members by convention.
     """
     found = folder.stat()
     if found.st_uid not in (os.geteuid(), 0, Path("/").stat().st_uid):
@@ -137,7 +136,7 @@ def _exposed(folder: Path) -> str:
 
 
 def _lacks(folder: Path, needed_bytes: int) -> str:
-    """Return why compiled code cannot lie in a folder; empty where it can."""
+    """Return why a folder cannot hold compiled code; empty if it can."""
     found = os.statvfs(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         return "cannot be written"
