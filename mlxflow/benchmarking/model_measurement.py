@@ -22,13 +22,13 @@ from mlxflow.storage import layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
 from mlxflow.training.step import out_of_memory_bytes
 
-# Rounds in which generation is timed, and tokens written in each
+# Timed rounds of generation, and tokens generated in each
 _GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
 
-# Models whose files together take less of the memory limit are held together; larger ones are loaded for each turn
+# Models whose total size is a smaller share of the memory limit are held together; larger ones are loaded for each turn
 _HELD_SHARE = 0.25
 
-# Validation rows that are used although the time is over
+# Validation rows that are used even if the time is over
 _FEWEST_ROWS = 8
 
 # Validation rows in one forward pass
@@ -36,11 +36,11 @@ _EVAL_BATCH = 32
 
 
 class ComparedModels(NamedTuple):
-    """The models that are measured, and how.
+    """The models to measure, with the settings of the measurement.
 
     Attributes:
         weights: `model.safetensors` of each, by reference such as "quantize:q4".
-        dense: `model.safetensors` of the model whose size theirs are compared with.
+        dense: `model.safetensors` of the model that sizes are compared with.
         validation: the token file.
         prompt_lengths: in tokens; empty for a quarter, half and all of the context.
         max_rows: the most validation rows used for the perplexity.
@@ -57,21 +57,21 @@ class ComparedModels(NamedTuple):
     key: str
 
     def only(self, references: Set[str]) -> "ComparedModels":
-        """Return some of the models.
+        """Return a selection of the models.
 
         Args:
-            references: of those; others are ignored.
+            references: of the models; unknown ones are ignored.
         """
         return self._replace(weights={name: path for name, path in self.weights.items() if name in references})
 
     def measure(self, budget: Budget) -> tuple[ModelRow, ...]:
-        """Return a row for each model; of one that does not fit into the memory the size and the error.
+        """Return a row for each model; for one out of memory only the size and the error.
 
         Args:
             budget: of time.
 
         Raises:
-            ArtifactError: a model does not know the tokens, or cannot be opened.
+            ArtifactError: a model's vocabulary lacks tokens, or a model cannot be opened.
         """
         speeds = self._generation(budget)
         most = self._rows_in_time(speeds, budget)
@@ -90,7 +90,7 @@ class ComparedModels(NamedTuple):
         return tuple(rows)
 
     def measure_speeds(self, budget: Budget) -> tuple[ModelRow, ...]:
-        """Return a row for each model with its speeds alone; none for a model that does not fit into the memory.
+        """Return a row with only the speeds for each model; none for a model out of memory.
 
         Args:
             budget: of time.
@@ -104,7 +104,7 @@ class ComparedModels(NamedTuple):
         )
 
     def dense_row(self, rows: Iterable[ModelRow]) -> ModelRow | None:
-        """Return the row of the dense model; None if it is not one of those measured.
+        """Return the row of the dense model; None if it is not measured.
 
         Args:
             rows: of `measure`.
@@ -137,7 +137,7 @@ class ComparedModels(NamedTuple):
         )
 
     def _rows_in_time(self, speeds: Sequence[GenerationSpeed | RuntimeError], budget: Budget) -> int:
-        """Return how many validation rows all models have time for: a row takes a prompt of the context, and a loss."""
+        """Return the number of validation rows that the time allows for all models, estimated from prefill."""
         length = TokenFile.open(self.validation).context_length
         fits = [speed for speed in speeds if not isinstance(speed, RuntimeError)]
         seconds_a_row = sum(2 * length / list(speed.prefill.values())[-1].median for speed in fits)
@@ -172,12 +172,12 @@ class ComparedModels(NamedTuple):
 
 
 def _load(folder: Path) -> nn.Module:
-    """Return a model, its weights still on the disk: reading them raises if they do not fit."""
+    """Return a model with lazy weights; reading them raises an error if they do not fit."""
     return model_folder.load(folder, lazy=True)[0]
 
 
 def _speed_row(reference: str, speed: GenerationSpeed) -> ModelRow:
-    """Return the row of a model with its speeds alone."""
+    """Return the row of a model with only its speeds."""
     return ModelRow(
         model=reference,
         prefill=tuple(_prefill_figures(tokens, speed) for tokens in speed.prefill),

@@ -20,11 +20,11 @@ _DOUBT = 0.2
 
 
 class HasRows(Protocol):
-    """The rows of a benchmark: of a whole report, or of what was measured again."""
+    """The rows of a benchmark: of a whole report, or of repeated measurements."""
 
     @property
     def training(self) -> Sequence[TrainingRow]:
-        """Ways of training, by batch size."""
+        """Timed recipes of training, by batch size."""
 
     @property
     def models(self) -> Sequence[ModelRow]:
@@ -32,7 +32,7 @@ class HasRows(Protocol):
 
 
 class RepeatedRows(NamedTuple):
-    """The rows of what was measured again: of training all figures, of models the speeds alone."""
+    """The rows of repeated measurements: all figures of training, only the speeds of models."""
 
     training: tuple[TrainingRow, ...]
     models: tuple[ModelRow, ...]

@@ -1,4 +1,4 @@
-"""The promises of mlxflow, each with the measured figure of a benchmark and whether it holds."""
+"""The performance targets ("promises") of mlxflow, compared with the figures of a benchmark."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def keep_promises(
 ) -> dict[str, PromiseFigures]:
     """Return the report's `promises`, by name.
 
-    A promise that could not be measured has no `measured`, and does not hold.
+    A target that could not be measured has no `measured` and is not met.
 
     Args:
         training: rows of the report's `training`.

@@ -86,8 +86,8 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     terminal.show("context_length " + "".join(f"{f'batch {one}':>14}" for one in sizes) + f"{'largest that fits':>20}")
     for one_length in lengths:
         peaks = [law.peak_bytes(one_size, one_length) for one_size in sizes]
-        told = "".join(f"{peak / 1e6:>13,.1f}{' ' if peak <= limit else '!'}" for peak in peaks)
-        terminal.show(f"{one_length:>14} {told}{law.largest_batch_size(one_length, limit):>20,}")
+        cells = "".join(f"{peak / 1e6:>13,.1f}{' ' if peak <= limit else '!'}" for peak in peaks)
+        terminal.show(f"{one_length:>14} {cells}{law.largest_batch_size(one_length, limit):>20,}")
     terminal.show(
         f"checked at batch {judge.batch_size}, context {judge.context_length}: "
         f"{judge.peaks.whole / 1e6:,.1f} MB measured, {off:+.1%} predicted; ! is over the limit"

@@ -1,4 +1,4 @@
-"""A conversation with a model: its messages, and answers that read only what is new since the last one."""
+"""A conversation with a model; each answer prefills only the tokens that are new since the last one."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,9 +7,7 @@ from mlxflow.evaluation.text_generation import Message, Sampling, Writer
 
 
 class ChatSession:
-    """Messages of one conversation.
-
-    Without a chat template ChatML is used; see `ends_turns`.
+    """The messages of one conversation. Without a chat template ChatML is used; see `ends_turns`.
 
     Args:
         writer: the model.
@@ -17,7 +15,8 @@ class ChatSession:
 
     Attributes:
         messages: all so far, the system message first.
-        ends_turns: whether the model has a token that ends an answer; if not, an answer ends where its text does so.
+        ends_turns: whether the model has a token that ends an answer; if not, an answer ends at the text of ChatML's
+            end token.
     """
 
     def __init__(self, writer: Writer, system: str = "") -> None:
@@ -38,7 +37,7 @@ class ChatSession:
     def answer(self, text: str, sampling: Sampling) -> Iterator[str]:
         """Yield the answer to a message piece by piece; both are part of the conversation afterwards.
 
-        An answer that is not read to its end is kept as far as it was read.
+        An answer that is not consumed to its end is kept up to that point.
 
         Args:
             text: the user's message.
@@ -65,7 +64,7 @@ class ChatSession:
 
 
 def until(pieces: Iterable[str], end: str) -> Iterator[str]:
-    """Yield the pieces of a text up to where a word begins in it, however the pieces divide the word."""
+    """Yield the pieces of a text up to a stop string, which may be split over several pieces."""
     held = ""
     for piece in pieces:
         held += piece

@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
 
 
 class TokenCache:
-    """Keys and values of the ids that a model has read, so that a longer prompt with the same beginning reads the rest.
+    """A key-value cache of processed ids: a longer prompt with the same prefix processes only the rest.
 
     Args:
         model: a model of mlx-lm.
@@ -49,29 +49,29 @@ class TokenCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Clear the cache."""
         from mlx_lm.models.cache import make_prompt_cache
 
         self.layers: list[Any] = make_prompt_cache(self._model)
         self._ids: list[int] = []
 
     def read(self, ids: Sequence[int]) -> mx.array:
-        """Return the logits, (1, V), after the last of some ids, which follow those that were read before."""
+        """Return the logits, (1, V), after the last of some ids, which continue the cached ids."""
         logits: mx.array = self._model(mx.array([list(ids)]), cache=self.layers)[:, -1]
         self._ids += ids
         return logits
 
     def read_array(self, token: mx.array) -> mx.array:
-        """Return the logits, (1, V), after one id, (1,), that may not be computed yet; `note` says which it was."""
+        """Return the logits, (1, V), after one id, (1,), which may be lazy; pass its value to `note` later."""
         logits: mx.array = self._model(token[None], cache=self.layers)[:, -1]
         return logits
 
     def note(self, token: int) -> None:
-        """Remember the id that `read_array` was given."""
+        """Record the value of the id passed to `read_array`."""
         self._ids.append(token)
 
     def rest_of(self, ids: Sequence[int]) -> Sequence[int]:
-        """Return the ids of a prompt that are still to be read, at least the last; forget others than its first."""
+        """Return the uncached ids of a prompt, at least the last; drop cached ids beyond the common prefix."""
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
         most = min(len(self._ids), len(ids) - 1)

@@ -51,13 +51,13 @@ def are_in(folder: Path) -> bool:
 
 
 class _Fusing(msgspec.Struct, frozen=True):
-    """Of the report of a train stage the key that says what became of its adapters."""
+    """The key `fuse` in the report of a train stage."""
 
     fuse: str | None = None
 
 
 def _were_written(folder: Path) -> bool:
-    """Return whether the folder is a train stage's whose report says that it has adapters."""
+    """Return whether the folder belongs to a train stage whose report lists adapters."""
     try:
         return report_structs.read_part(folder / layout.REPORT, _Fusing, advice="").fuse == "never"
     except (OSError, ArtifactError):

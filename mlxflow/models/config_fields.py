@@ -1,6 +1,6 @@
 """Type and range checks of a model's `config.json` against the fields of mlx-lm's classes, before layers are made.
 
-mlx-lm's classes accept whatever a config holds: a list for a width, null, ten million layers. Here each value is
+mlx-lm's classes accept any value of a config: a list for a width, null, ten million layers. Here each value is
 compared with the type that its field declares, and with bounds, so that a mistake becomes one line with file and key.
 """
 

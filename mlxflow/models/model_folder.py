@@ -34,16 +34,16 @@ def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> 
 
 
 def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str, *, limit_key: str) -> None:
-    """Make sure that the weights of a new model alone fit into the memory; MLX ends the process where they do not.
+    """Check that the weights of a new model fit into the memory; otherwise MLX would end the process.
 
     Args:
         config: a `config.json`.
-        memory_limit_bytes: what MLX may use.
+        memory_limit_bytes: MLX's memory limit.
         key: the setting that describes the model, for the message.
         limit_key: the setting of the memory limit, for the message.
 
     Raises:
-        ArtifactError: they do not.
+        ArtifactError: they do not fit.
     """
     needed = num_bytes(skeleton(config))
     if needed > memory_limit_bytes:
@@ -54,15 +54,15 @@ def require_room(config: Mapping[str, Any], memory_limit_bytes: int, key: str, *
 
 
 def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Module:
-    """Return a model whose initial weights are not evaluated: for its shapes.
+    """Return a model with unevaluated initial weights, for its shapes.
 
     Args:
         config: a `config.json`.
-        code: the model folder in which the Python file lies that the config names, where it names one.
+        code: the model folder with the Python file that the config names; None if it names none.
 
     Raises:
-        ArtifactError: mlx-lm does not know the architecture, its code is not trusted or fails, or the config lacks what
-            it needs.
+        ArtifactError: mlx-lm does not support the architecture, its code is not trusted or fails, or the config lacks
+            a required key.
     """
     gather_matmul.install()
     file = str(code / model_files.CONFIG) if code else model_files.CONFIG
@@ -77,17 +77,17 @@ def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Modul
 
 
 def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model of a folder, in evaluation mode, and its `config.json`.
+    """Return the model of a folder, in eval mode, and its `config.json`.
 
-    Where adapters lie in the folder the model has them: nothing in mlxflow opens such a folder without.
+    Adapters in the folder are applied; no code of mlxflow opens such a folder without them.
 
     Args:
         folder: a model folder.
-        lazy: whether weights stay on the disk until they are needed.
+        lazy: whether weights are read from the disk only when needed.
 
     Raises:
-        ArtifactError: the folder is no model folder, needs code that may not be run, or its weights or adapters do not
-            fit its config.
+        ArtifactError: the folder is no model folder, needs untrusted code, or its weights or adapters do not fit its
+            config.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
@@ -119,7 +119,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
             model, config = mlx_lm_import.mlx_lm_utils().load_model(
                 links,
                 lazy=lazy,
-                model_config={"model_file": None},  # `classes` runs it
+                model_config={"model_file": None},  # `classes` runs this code
                 get_model_classes=classes,
             )
         except (OSError, *config_fields.BUILD_ERRORS) as error:
@@ -138,7 +138,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
 
 
 def _word_unopened(folder: Path, error: str) -> str:
-    """Return why a folder cannot be opened; how its weights are packed, where mlx-lm does not know that."""
+    """Return why a folder cannot be opened, with the packing format if mlx-lm does not support it."""
     reason = " ".join(error.split())
     config = config_json.read(folder)
     packed = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
@@ -195,14 +195,14 @@ def load_for_steps(folder: Path, key: str, *, trains_adapters: bool) -> nn.Modul
 
 
 def refuse_quantized(folder: Path, subject: str) -> None:
-    """Refuse a model folder whose configuration says that its weights are quantized.
+    """Refuse a model folder with quantized weights, by its configuration.
 
     Args:
         folder: with a config.json.
-        subject: the setting and the folder, for the message.
+        subject: setting and folder, for the message.
 
     Raises:
-        ArtifactError: they are, or the configuration cannot be read.
+        ArtifactError: they are quantized, or the configuration cannot be read.
     """
     if "quantization" in config_json.read(folder):
         raise _dense_needed(subject)
@@ -229,7 +229,7 @@ def save(
     model_file: Path,
     provenance: Mapping[str, str],
 ) -> None:
-    """Write `config.json` and `model.safetensors`; equal weights are equal bytes."""
+    """Write `config.json` and `model.safetensors`; equal weights give equal bytes."""
     config_json.write(config_file, config)
     weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     tensor_writing.write_tensors(

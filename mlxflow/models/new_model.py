@@ -11,7 +11,7 @@ from mlxflow.workflow.config import MAX_LAYERS, MAX_SIZE, Problem
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The `[train.model]` table: the model's shape, or the model to go on from."""
+    """The `[train.model]` table: the shape of a new model, or a base model."""
 
     from_: Annotated[
         str, Meta(description="a model folder or a hub id to start from; empty: a new model of the shape below")
@@ -29,7 +29,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rope_theta: Annotated[float, Meta(ge=1, le=1e12, description="base of the rotary embedding")] = 10_000.0
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what does not divide, or a shape beside a model that has one."""
+        """Yield sizes that do not divide, and a shape that is set although a base model is."""
         if self.from_:
             shaped = [key for key in self.__struct_fields__ if key not in ("from_", "trust_remote_code")]
             for key in (key for key in shaped if getattr(self, key) != getattr(ModelConfig(), key)):
@@ -64,7 +64,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Return the number of weights of a new model, without those of its norms.
 
         Args:
-            vocab_size: ids of the tokenizer.
+            vocab_size: number of ids of the tokenizer.
         """
         keys_and_values = 2 * self.hidden_size * self.num_kv_heads // self.num_heads
         layer = self.hidden_size * (2 * self.hidden_size + keys_and_values + 3 * self.intermediate_size)
@@ -78,7 +78,7 @@ def llama_config(shape: ModelConfig, *, vocab_size: int, context_length: int, en
     Args:
         shape: of the model; `hidden_size` is divisible by `num_heads`, and that by `num_kv_heads`.
         vocab_size: rows of the embedding, V.
-        context_length: positions the model is made for, L.
+        context_length: maximum number of positions, L.
         end_of_text: the token id that ends a document.
     """
     return {

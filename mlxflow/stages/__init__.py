@@ -1,1 +1,1 @@
-"""One module a stage; `mlxflow.workflow.loader.STAGES` lists them."""
+"""The stages, one module each; `mlxflow.workflow.loader.STAGES` lists them."""

@@ -119,7 +119,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table unchanged; note more tokens in a forward pass, or in all steps, than a machine can compute."""
+    """Return the table unchanged; report more tokens in a forward pass, or in all steps, than a machine can compute."""
     if not (row := products.rows_of(artifacts, config.data)):
         return config
     one_pass: dict[str, int | tuple[int, ...]] = {"batch_sizes": config.batch_sizes, **row}
@@ -135,8 +135,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """Time training by every recipe, train a new model for a while, then measure every model.
 
     Raises:
-        ArtifactError: the dense model's stage does not say how it was trained, or the baseline is of another version.
-        SourceError: there are fewer rows than the largest batch holds.
+        ArtifactError: the report of the dense model has no training settings, or the baseline is of another version.
+        SourceError: there are fewer rows than in the largest batch.
         StageError: a figure is worse than the baseline's.
     """
     from mlxflow.benchmarking.report_comparison import markdown_of_report
@@ -191,7 +191,7 @@ def _measure(
 def _bottleneck(
     config: Config, suite: "Suite", training: Sequence["TrainingRow"], dense: "ModelRow | None"
 ) -> "BottleneckFigures":
-    """Return where the time of a step goes, what the device can do, and the change most worth making."""
+    """Return the shares of a step's time, the ceilings of the device, and the most promising change of a setting."""
     from mlxflow.benchmarking.bottleneck import advise
     from mlxflow.stage_reports.benchmark import BottleneckFigures
 
@@ -251,7 +251,7 @@ def read_benchmark(path: Path) -> "BenchmarkReport":
     """Return the figures in a benchmark's report.
 
     Raises:
-        ArtifactError: it is missing, damaged, none, or of another version; a line names each wrong key.
+        ArtifactError: it is missing, damaged, of another kind, or of another version; a line names each wrong key.
     """
     from mlxflow.stage_reports.benchmark import BenchmarkReport
     from mlxflow.storage import report_files, report_structs
@@ -305,7 +305,7 @@ def _device(context: Context) -> "DeviceFacts":
 
 
 def _compared_models(config: Config, inputs: Inputs, context: Context) -> "ComparedModels":
-    """Return the models that are measured, and how."""
+    """Return the models to measure, with the settings of the measurement."""
     from mlxflow.benchmarking.model_measurement import ComparedModels
 
     return ComparedModels(

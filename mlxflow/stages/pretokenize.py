@@ -27,7 +27,7 @@ VERSION = 4
 #: Tokenizing runs on the CPU, also while another stage uses the device.
 USES_DEVICE = False
 
-#: Keys that change how the work is done, and nothing of the artifact.
+#: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers",)
 
 Source = str | SourceConfig
@@ -100,14 +100,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
-    """Return the table with the tokenizer of the model that training starts from, unless it asks for one.
+    """Return the table with the tokenizer of the base model of its readers, unless it names a tokenizer.
 
-    A model among the workflow's own artifacts has the tokenizer that was trained here.
+    A model among the workflow's own artifacts has the tokenizer of this stage.
 
     Args:
         config: a `[pretokenize]` table.
         readers: the tables that name its tokens as their input.
-        disk: answers what there is.
+        disk: queries of the disk.
     """
     own = config.tokenizer
     models = [reader.model for reader in readers if hasattr(getattr(reader, "model", None), "from_")]
@@ -120,7 +120,7 @@ def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
 
 
 def _brings_a_tokenizer(name: str, disk: Any) -> bool:
-    """Return whether a model has a tokenizer; a model of the hub is assumed to have one."""
+    """Return whether a model has a tokenizer; a model on the hub is assumed to have one."""
     folder = disk.expand(name)
     if not disk.is_dir(folder):
         return re.fullmatch(HUB_MODEL, name) is not None
@@ -128,12 +128,12 @@ def _brings_a_tokenizer(name: str, disk: Any) -> bool:
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """The sources, in the order of the table, and what goes with the tokenizer.
+    """The sources, in the order of the table, and the files of the tokenizer.
 
     Attributes:
         sources: files and corpora.
-        owners: for each of them the number of its entry.
-        tokenizer: files of a tokenizer that exists.
+        owners: for each source the number of its entry.
+        tokenizer: files of an existing tokenizer.
         template: the chat template, if the table names one.
     """
 
@@ -144,7 +144,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Find the files that the sources name; a file named by several is listed for each of them."""
+        """Find the files of the sources; a file of several sources is listed for each of them."""
         pairs = []
         for number, entry in enumerate(config.entries()):
             key = "sources" if number < len(config.sources) else "validation_sources"
@@ -162,7 +162,7 @@ def _tokenizer_files(tokenizer: TokenizerConfig, artifacts: Artifacts) -> tuple[
 
 
 class Outputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Token files, the names of the files they were made of, and the tokenizer in Hugging Face's form."""
+    """Token files, the names of their source files, and the tokenizer in Hugging Face's format."""
 
     tokenizer: Path = Path("tokenizer.json")
     tokenizer_config: Path = Path("tokenizer_config.json")
@@ -173,12 +173,12 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "PretokenizeReport":
-    """Tokenize what has no shard yet, choose the documents of each side, pack them into rows.
+    """Tokenize files without a shard, split the documents, and pack them into rows.
 
-    A tokenizer or a chat template of others runs in a process whose time and memory are limited.
+    An untrusted tokenizer or chat template runs in a process with limited time and memory.
 
     Raises:
-        SourceError: a source cannot be used, or there is not one row of text.
+        SourceError: a source cannot be used, or there is less than one row of text.
         StageError: the disk is full.
     """
     if not config.tokenizer.from_ and not inputs.template:
@@ -196,7 +196,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 
 def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> tuple["PretokenizeReport", Any]:
-    """Do the work of the stage in a watched process; return its report and the digests of its inputs."""
+    """Do the work of the stage in a guarded process; return its report and the digests of its inputs."""
     return work(config, inputs, outputs, context), context.digests
 
 
@@ -225,7 +225,7 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
 
 
 def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest":
-    """Return what the table asks for."""
+    """Return the settings of the corpus from the table."""
     from mlxflow.data.corpus_names import CorpusNames
     from mlxflow.data.job import CorpusRequest, RowLayout
     from mlxflow.data.tokenizer_choice import TokenizerRequest

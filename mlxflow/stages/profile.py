@@ -92,13 +92,13 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table unchanged; note more tokens in a forward pass or in all steps than a machine can compute."""
+    """Return the table unchanged; report more tokens in a forward pass or in all steps than a machine can compute."""
     own, key = {"batch_size": config.batch_size}, f"{config.input}.batch_size"
     trained = {key: getattr(artifacts.table(config.input), "batch_size", 1)}
     if not (row := products.rows_of(artifacts, config.data)):
         return config
     steps = {"num_steps": config.num_steps, **(own if config.batch_size else trained), **row}
-    if config.batch_size:  # that of training is checked there
+    if config.batch_size:  # the train stage checks its own
         products.note_excess(artifacts, (own | row, products.MAX_PASS_TOKENS, "tokens in a forward pass"))
     products.note_excess(artifacts, (steps, products.MAX_TRAINING_TOKENS, "tokens in all"))
     return config
@@ -108,7 +108,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """Run training steps on a copy of the model, with the settings of its training, and read the memory.
 
     Raises:
-        SourceError: there are fewer rows than one step takes.
+        SourceError: there are fewer rows than in one step.
     """
     import mlx.core as mx
 
@@ -166,7 +166,7 @@ def settings_of(config: Config, inputs: Inputs, context: Context) -> "TrainingSe
     """Return the settings that the model was trained with, with the batch size of the table.
 
     Raises:
-        ArtifactError: the report of the training does not say.
+        ArtifactError: the report of the training has no settings.
     """
     settings = _trained_settings(config, inputs, context)
     return settings.replace(batch_size=config.batch_size or settings.batch_size)
@@ -176,7 +176,7 @@ def model_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> "
     """Return the model to profile.
 
     Raises:
-        ArtifactError: it does not know the tokens.
+        ArtifactError: its vocabulary does not contain the tokens.
     """
     from mlxflow.models import model_folder
     from mlxflow.profiling.step_memory import ProfiledModel
@@ -204,10 +204,10 @@ def _trained_settings(config: Config, inputs: Inputs, context: Context) -> "Trai
 
 
 def _packing(inputs: Inputs, data: str) -> str:
-    """Return how documents were laid into rows, as their stage reported it.
+    """Return the packing of the rows, from the report of their stage.
 
     Raises:
-        ArtifactError: the report is missing or not of its form.
+        ArtifactError: the report is missing or not valid.
     """
     from mlxflow.stage_reports.pretokenize import PretokenizeReport
     from mlxflow.storage import report_structs
@@ -217,12 +217,12 @@ def _packing(inputs: Inputs, data: str) -> str:
 
 
 class _Taken(NamedTuple):
-    """What steps showed.
+    """The measurements of the profiled steps.
 
     Attributes:
         model_bytes: of the model's weights.
         composition: bytes of the parts of the peak, by name.
-        suggestions: what would save memory; None where none were asked for.
+        suggestions: settings that would save memory; None if not requested.
     """
 
     model_bytes: int

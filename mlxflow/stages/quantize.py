@@ -1,4 +1,4 @@
-"""Quantize a model into mlx-lm's own form, and say what it costs."""
+"""Quantize a model into mlx-lm's format, and measure the loss of quality."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -110,7 +110,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.0
 
     def __post_init__(self) -> None:
-        """Set bits and group sizes that were left out to those of the modes of the table and of its rules."""
+        """Set missing bits and group sizes to the defaults of the modes of the table and of its rules."""
         asked = RequestedSetting(self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size)))
         own = asked.setting
         msgspec.structs.force_setattr(self, "bits", own.bits)
@@ -118,7 +118,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         msgspec.structs.force_setattr(self, "layers", tuple(rule.completed(asked) for rule in self.layers))
 
     def problems(self) -> Iterator[Problem]:
-        """Yield bits and group sizes that the mode does not have, and keys that contradict each other."""
+        """Yield bits and group sizes that the mode does not support, and keys that contradict each other."""
         yield from table_problems(self)
 
     @property
@@ -133,7 +133,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def token_stage(self) -> str:
-        """The pretokenize stage whose tokens are used; empty where none are."""
+        """The pretokenize stage whose tokens are used; empty if none are."""
         if self.data == "auto":
             return "" if self.model else "pretokenize"
         return self.data
@@ -152,7 +152,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def default(self) -> Setting:
-        """The setting of layers that nothing names."""
+        """The setting of layers without a rule."""
         return RequestedSetting(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
 
 
@@ -160,10 +160,10 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """A dense model folder, and tokens to measure it on.
 
     Attributes:
-        model: its files; none where it comes from the hub.
+        model: its files; empty for a model on the hub.
         tokenizer: of a train stage's model.
         beside: other files of its folder.
-        tokens: training and validation rows; none where nothing is measured.
+        tokens: training and validation rows; empty if nothing is measured.
     """
 
     model: tuple[Path, ...] = ()
@@ -204,7 +204,7 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table unchanged; note numbers whose product is too large, and a model that is quantized already."""
+    """Return the table unchanged; report numbers whose product is too large, and an already quantized model."""
     if config.method == "qat":
         products.note_training(config, artifacts, config.token_stage, prefetch={})
         if config.training != "full":
@@ -219,7 +219,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
 
 def _already_quantized(config: Config) -> Problem:
-    """Return the problem of a table whose model is quantized already."""
+    """Return the problem of a table whose model is already quantized."""
     expected = "is quantized already, and what was lost does not come back"
     if config.model:
         return Problem("model", config.model, expected, "Name a dense model, or set requantize = true.")
@@ -227,7 +227,7 @@ def _already_quantized(config: Config) -> Problem:
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
-    """Start the process that verifies kernels, which takes a while and needs none of the inputs."""
+    """Start the verifier process for kernels, which takes a while to start and needs no inputs."""
     from mlxflow.training import kernel_selection
 
     return kernel_selection.begin_early(config.kernels if config.method == "qat" else "off", device_asked_for)
@@ -237,8 +237,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     """Quantize the layers of the plan, write the model folder, and measure it against the dense model.
 
     Raises:
-        ArtifactError: the model cannot be opened, is quantized already, or has a weight that is not finite.
-        StageError: it costs more than the table allows.
+        ArtifactError: the model cannot be opened, is already quantized, or has a weight that is not finite.
+        StageError: the loss of quality exceeds the limits of the table.
         WorkflowError: the plan or the method does not fit the model.
     """
     from mlxflow.quantization import dense_model, job, size_report
@@ -257,7 +257,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
 
 def _request(config: Config, context: Context) -> "QuantizationRequest":
-    """Return what the table asks for."""
+    """Return the settings of the quantization from the table."""
     from mlxflow.quantization.bit_allocation import BudgetRequest
     from mlxflow.quantization.job import QuantizationRequest
     from mlxflow.quantization.quality import QualityLimits
@@ -283,7 +283,7 @@ def _request(config: Config, context: Context) -> "QuantizationRequest":
 
 
 def aware_training(config: Config, context: Context) -> "AwareTraining":
-    """Return the quantization-aware training that the table asks for.
+    """Return the quantization-aware training of the table.
 
     Args:
         config: the table.
@@ -301,7 +301,7 @@ def aware_training(config: Config, context: Context) -> "AwareTraining":
 
 
 def written_settings(config: Config) -> "TrainingSettings":
-    """Return the settings of training that the table has; `quantization.aware_training.suited` completes them.
+    """Return the training settings in the table; `quantization.aware_training.suited` completes them.
 
     Args:
         config: the table.

@@ -1,4 +1,4 @@
-"""Draw the page that shows the whole run."""
+"""Write the HTML page about the whole run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 VERSION = 2
 
-#: A copy of the page lies in the folder of all artifacts, where people look first.
+#: The page is copied to the artifacts folder, where it is found first.
 COPIED_TO_ARTIFACTS_ROOT = (layout.PAGE,)
 
 #: The page's title is the workflow's name.
 SHOWS_NAME = True
 
-#: It shows seconds, rates and memory, which equal runs do not share.
+#: The page shows times, rates and memory, which differ between equal runs.
 SHOWS_TIMES = True
 
 
@@ -96,7 +96,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _note_samples(config: Config, num_models: int, artifacts: Artifacts) -> None:
-    """Note more tokens of samples than models can write within days."""
+    """Report more tokens of samples than models can generate within days."""
     prompts = len(config.prompts) or config.num_prompts
     tokens = config.max_tokens + (0 if config.prompts else config.prompt_tokens)
     number = num_models * prompts * tokens
@@ -116,7 +116,7 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "PageReport":
-    """Generate samples with the models, and draw the page from all reports.
+    """Generate samples with the models, and write the page from all reports.
 
     Raises:
         ArtifactError: a model cannot be opened.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 10
 
-#: Keys that change how the work is done, and nothing of the artifact.
+#: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
 
 
@@ -158,32 +158,32 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def resolved_max_batch_size(self) -> int:
-        """Rows that a batch may grow to, where `auto` is a number."""
+        """The largest batch size, with `auto` resolved."""
         return max(64, self.batch_size) if self.max_batch_size == "auto" else self.max_batch_size
 
     @property
     def resolved_warmup_steps(self) -> int:
-        """Steps over which the learning rate rises, where `auto` is a number."""
+        """The number of warm-up steps, with `auto` resolved."""
         return min(20, self.num_steps // 2) if self.warmup_steps == "auto" else self.warmup_steps
 
     @property
     def resolved_decay_steps(self) -> int:
-        """Last steps over which the learning rate of the schedule "wsd" falls, where `auto` is a number."""
+        """The number of decay steps of the schedule "wsd", with `auto` resolved."""
         return max(1, self.num_steps // 5) if self.decay_steps == "auto" else self.decay_steps
 
     @property
     def keeps_quantized(self) -> bool:
-        """Whether the artifact is quantized where the model to start from is."""
+        """Whether the artifact is quantized if the base model is."""
         return bool(self.model.from_) and self.method != "full" and self.fuse != "dense"
 
     @property
     def trusts_code(self) -> bool:
-        """Whether Python code of the model to start from, and of the artifact, may be run."""
+        """Whether Python code of the base model, and of the artifact, may be run."""
         return self.model.trust_remote_code
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """Token files and tokenizer, the model to start from, and a run to replay."""
+    """Token files and tokenizer, the base model, and a run to replay."""
 
     train: Path = Path()
     validation: Path = Path()
@@ -193,7 +193,7 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
-        """Take the tokens from a pretokenize stage; model and replay as the table names them."""
+        """Take the tokens from a pretokenize stage, base model and replay from the table."""
         folder = artifacts.folder(config.input, "input")
         return cls(
             train=folder / "train.safetensors",
@@ -209,10 +209,10 @@ def _base_files(model: ModelConfig, artifacts: Artifacts) -> tuple[Path, ...]:
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
-    """A model folder and the learning curve, and the adapters where some were trained.
+    """A model folder and the learning curve, and the trained adapters if there are any.
 
-    Adapters that belong to the model lie beside it. A copy of adapters that were added into its weights lies in a
-    folder of its own, so that no program adds them a second time.
+    Adapters that are not fused are beside the model. A copy of fused adapters is in a separate folder, so that no
+    program applies them a second time.
     """
 
     metrics: Path = Path(layout.METRICS)
@@ -223,15 +223,15 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
         """Name the files of adapters, if some are trained."""
         if config.method == "full":
             return cls()
-        if config.fuse == "auto":  # a model of the hub: their folder depends on whether it is quantized
+        if config.fuse == "auto":  # a model on the hub: their folder depends on whether it is quantized
             return cls()
         return cls(adapters=tuple(adapters_folder(config.fuse) / name for name in ADAPTERS))
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table with `fuse` decided by the model at `model.from`; note what does not fit or is too large.
+    """Return the table with `fuse` resolved by the base model; report contradictions and sizes that are too large.
 
-    For a model of the hub it is decided after the download.
+    For a model on the hub it is resolved after the download.
     """
     products.note_training(config, artifacts, config.input, prefetch={"prefetch_batches": config.prefetch_batches})
     if not config.model.from_:
@@ -248,17 +248,17 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
 
 def begin(config: Config, device_asked_for: str) -> AbstractContextManager[Any]:
-    """Start the process that verifies kernels, which takes a while and needs none of the inputs."""
+    """Start the verifier process for kernels, which takes a while to start and needs no inputs."""
     from mlxflow.training import kernel_selection
 
     return kernel_selection.begin_early(config.kernels, device_asked_for)
 
 
 def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "TrainReport":
-    """Train, write the model folder, and measure what was written.
+    """Train, write the model folder, and measure the quality of the written model.
 
     Raises:
-        SourceError: there are fewer rows than one batch holds.
+        SourceError: there are fewer rows than in one batch.
         StageError: the loss stays without a finite value.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
@@ -298,7 +298,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         context=context,
     )
     figures = TrainingFigures.of(trained.result, keeps_best=config.keep == "best")
-    # the trained model is freed by now: there is room to open the one in the files
+    # the trained model is freed by now: there is memory for the one in the files
     measured = model_artifact.measure_artifact(context.folder, inputs.validation, trained.settings)
     quality = model_artifact.quality_of(figures, measured)
     if warning := model_artifact.warn_of_loss(figures, quality, fuse=trained.fuse, task=context.task):
@@ -320,7 +320,7 @@ def _run_files(config: Config, inputs: Inputs, outputs: Outputs, context: Contex
 
 
 def training_settings(config: Config) -> "TrainingSettings":
-    """Return the settings of a table: every choice resolved but those that depend on the model.
+    """Return the settings of a table, resolved except for those that depend on the model.
 
     Document mask, fused loss and kernels are off.
 

@@ -64,7 +64,7 @@ class _Stamp(NamedTuple):
         """Return whether every change of the file after a moment gives it other times.
 
         A modification time in the future was set by a program, which also changes ctime. If ctime is in the future,
-        too, the file system's clock differs from ours, and the times prove nothing.
+        too, the file system's clock differs from ours, and nothing follows from the times.
 
         Args:
             moment: in nanoseconds since 1970, by the clock of this machine.

@@ -1,4 +1,4 @@
-"""From settings to a step or a trainer: the one place that puts the parts of training together."""
+"""Build a training step or a trainer from settings; the only place that assembles the parts of training."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,10 +36,10 @@ class Subject(NamedTuple):
     Attributes:
         model: as `prepare_model` leaves it; without kernels.
         settings: of the training.
-        vocab_size: ids of tokens, V.
-        context_length: tokens of a row that the model sees, L.
+        vocab_size: number of ids, V.
+        context_length: positions of a row that the model sees, L.
         names: of the settings, for messages.
-        make_objective: another loss than the cross-entropy of the tokens; None for that one.
+        make_objective: another loss than the cross-entropy of the tokens; None for the cross-entropy.
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class Subject(NamedTuple):
     make_objective: ObjectiveMaker | None = None
 
     def objective(self, *, uses_kernel: bool, chunk_share: float = 1.0) -> Objective:
-        """Return the loss to minimize; to be called before the model is given kernels.
+        """Return the loss to minimize; call it before kernels are installed in the model.
 
         Args:
             uses_kernel: see `loss.cross_entropy`.
@@ -68,12 +68,12 @@ class Subject(NamedTuple):
         )
 
     def recorded_kernels(self) -> model_kernels.ModelKernels:
-        """Return the kernels that the settings name, without verifying them again."""
+        """Return the kernels listed in the settings, without verifying them again."""
         return model_kernels.recorded_for(self.model, self.kernel_traits, self.settings.kernels)
 
     @property
     def kernel_traits(self) -> model_kernels.TrainingTraits:
-        """What the choice of kernels depends on beside the model."""
+        """The properties of the training that the kernel selection depends on."""
         return model_kernels.TrainingTraits(
             precision=self.settings.precision,
             context_length=self.context_length,
@@ -84,7 +84,7 @@ class Subject(NamedTuple):
 
 
 def dtype_of(settings: TrainingSettings) -> mx.Dtype:
-    """Return the type in which the model computes."""
+    """Return the dtype in which the model computes."""
     return mx.float32 if settings.precision == "fp32" else mx.bfloat16
 
 
@@ -94,7 +94,7 @@ def prepare_model(
     """Make a model ready for its first step: its dtype, adapters beside frozen weights, training mode.
 
     Args:
-        model: changed and evaluated; adapters that it has are trained further.
+        model: changed and evaluated; existing adapters are trained further.
         settings: of the training.
         adapter_seed: of the initial weights of new adapters.
         names: of the settings, for messages.
@@ -144,13 +144,13 @@ def make_update(subject: Subject, kernels: model_kernels.ModelKernels) -> optimi
 
 
 def arithmetic_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels) -> Arithmetic:
-    """Return which operations of MLX are replaced in a step."""
+    """Return which MLX operations are replaced in a step."""
     return Arithmetic(is_deterministic=settings.deterministic, attention=kernels.attention)
 
 
 @contextmanager
 def patched(subject: Subject, kernels: model_kernels.ModelKernels) -> Iterator[None]:
-    """Put kernels and gradient checkpointing into the model's layers until the block ends."""
+    """Install kernels and gradient checkpointing in the model's layers until the block ends."""
     with kernels.patched(), recomputed(subject.model, every=subject.settings.checkpoint_every):
         yield
 
@@ -158,13 +158,13 @@ def patched(subject: Subject, kernels: model_kernels.ModelKernels) -> Iterator[N
 def make_step(
     subject: Subject, chosen: Objective, kernels: model_kernels.ModelKernels, *, replaces_operations: bool = True
 ) -> Step:
-    """Return the compiled step of a training.
+    """Return the compiled training step.
 
     Args:
         subject: the model, patched, and its settings.
         chosen: the loss to minimize; made before the model was patched.
         kernels: in use.
-        replaces_operations: whether some of MLX's operations are replaced, see `ops.overrides`.
+        replaces_operations: whether MLX operations are replaced, see `ops.overrides`.
 
     Raises:
         ArtifactError: an option that the optimizer does not know.
@@ -175,7 +175,7 @@ def make_step(
 
 @contextmanager
 def ready_step(subject: Subject, kernels: model_kernels.ModelKernels, *, chunk_share: float = 1.0) -> Iterator[Step]:
-    """Give the compiled step of a training, with kernels and checkpointing in place until the block ends.
+    """Yield the compiled training step, with kernels and gradient checkpointing installed until the block ends.
 
     Args:
         subject: the model and its settings.
@@ -199,14 +199,14 @@ def make_loader(
     cursor: int = 0,
     name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
 ) -> Loader:
-    """Return the loader of a training.
+    """Return the data loader of a training.
 
     Args:
-        rows: to gather from.
+        rows: the training rows.
         settings: of the training.
-        num_rows: of a batch.
+        num_rows: per batch.
         seed: of the order.
-        cursor: rows of the stream that were used already.
+        cursor: number of rows of the stream already used.
         name_rows: see `Loader`.
     """
     return Loader(
@@ -232,7 +232,7 @@ def make_data(
 
     Args:
         rows: to train on.
-        validation: of them the first `max_validation_rows` are used.
+        validation: validation rows; the first `max_validation_rows` are used.
         settings: of the training.
         seed: of the order of the training rows.
         name_rows: see `Loader`.
@@ -253,14 +253,14 @@ def ready_trainer(
     *,
     replay: Iterable[Decision] = (),
 ) -> Iterator[Trainer]:
-    """Give the trainer of a model, with kernels and checkpointing in place until the block ends.
+    """Yield the trainer of a model, with kernels and gradient checkpointing installed until the block ends.
 
     Args:
         subject: the model and its settings.
         kernels: in use.
         data: the rows.
-        session: what surrounds the run.
-        replay: decisions on the batch size to follow instead of the memory.
+        session: the environment of the run.
+        replay: recorded batch size decisions to follow instead of the memory.
     """
     with ready_step(subject, kernels) as step:
         sizes = BatchSizes(subject.settings, replay=replay, names=subject.names)

@@ -1,4 +1,4 @@
-"""The figures of a training run, as the reports of the stages that train hold them."""
+"""The figures of a training run in the reports of train and quantize."""
 
 from typing import TYPE_CHECKING, Self
 
@@ -15,9 +15,9 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
     Attributes:
         tokens_per_second: tokens learned from, per second of training.
         training_seconds: wall clock of all steps, data included.
-        compile_seconds: by which first steps took longer than later ones.
-        data_wait_seconds: that steps waited for batches.
-        device_wait_seconds: that the host waited for the device.
+        compile_seconds: extra time of first steps over later ones.
+        data_wait_seconds: time that steps waited for batches.
+        device_wait_seconds: time that the host waited for the device.
         training_peak_memory_bytes: most memory that MLX's arrays held in training.
         kernels_refused: `name: reason` of each fused kernel that is not in use.
     """
@@ -50,7 +50,7 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
 
 
 class TrainingFigures(ReportTable, frozen=True, kw_only=True):
-    """What a training run reached; perplexities are those of the model in memory.
+    """The results of a training run; perplexities are those of the model in memory.
 
     Attributes:
         steps: optimizer updates.

@@ -1,4 +1,4 @@
-"""One training as the stage `train` runs it: get the model, choose kernels, train, write the model folder."""
+"""The work of the stage `train`: open the model, select kernels, train, write the model folder."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from mlxflow.workflow.stage import Context, ModelFolder
 
 
 class Job(NamedTuple):
-    """What a training is asked to do.
+    """The request for a training.
 
     Attributes:
-        settings: of the training; what depends on the model is not decided yet.
+        settings: of the training; choices that depend on the model are still open.
         names: of the settings, for messages.
-        source: where the model comes from.
-        kernels: which kernels are wanted.
+        source: origin of the model.
+        kernels: the requested kernels.
         masks_documents: as written, see `model_choices.with_model_choices`.
         fused_loss: as written, see there.
         model_seed: of initial weights.
@@ -39,13 +39,13 @@ class Job(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a training did.
+    """The result of a training.
 
     Attributes:
-        settings: all of them decided.
+        settings: all resolved.
         kernels: in use.
         result: the figures of the run.
-        fuse: what became of trained adapters; "" where all weights were trained.
+        fuse: how trained adapters were saved; "" if all weights were trained.
         parameters: of the written model, without adapters beside it.
     """
 
@@ -68,10 +68,10 @@ def run_job(
     """Train a model and write its folder.
 
     Args:
-        job: what is asked for.
+        job: the request.
         tokens: to train on.
         files: of the run.
-        outputs: of the folder; of them config and weights are written.
+        outputs: of the folder; config and weights are written.
         tokenizer: the files to copy into it.
         context: of the stage.
 

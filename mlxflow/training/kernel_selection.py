@@ -26,13 +26,13 @@ Mode = Literal["auto", "off", "require"]
 
 
 class _ReportedKernels(msgspec.Struct, frozen=True):
-    """Of the report of a stage that trains the names of its kernels; None where nothing was trained."""
+    """The kernels in the report of a stage that trains; None if nothing was trained."""
 
     kernels: tuple[str, ...] | None = None
 
 
 class KernelRequest(NamedTuple):
-    """Which kernels a training run wants.
+    """The kernels that a training run requests.
 
     Attributes:
         mode: "auto", "off", or "require": an error if one is missing.

@@ -23,7 +23,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = ("*",)
 
     def shape(self, method: Literal["full", "lora", "dora"]) -> "AdapterShape | None":
-        """Return the adapters that a training method adds; None where it trains all weights.
+        """Return the adapters that a training method adds; None if it trains all weights.
 
         Args:
             method: "lora" or "dora" for adapters, "full" for all weights.
@@ -34,11 +34,11 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def decide_fuse(fuse: str, *, is_quantized: bool) -> str:
-    """Return what becomes of trained adapters: as written, and where that is "auto" by the model beside which they lie.
+    """Return how trained adapters are saved: `fuse`, with "auto" resolved by the base model.
 
     Args:
         fuse: "auto", "never", "requantize" or "dense".
-        is_quantized: whether that model is quantized.
+        is_quantized: whether the base model is quantized.
     """
     if fuse != "auto":
         return fuse

@@ -1,6 +1,6 @@
-"""The model folder that a training writes, its adapters fused or beside it, and the quality of what was written.
+"""Write the model folder of a training, with adapters fused or beside it, and measure its quality.
 
-Quality is measured on the files and compared with that of the model that was trained.
+Quality is measured on the files and compared with that of the trained model in memory.
 """
 
 import gc
@@ -22,7 +22,7 @@ from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.starting_model import ModelSource, StartingModel
 from mlxflow.workflow.stage import Context, ModelFolder
 
-# A smaller share of what training gained is worth a warning
+# A smaller kept share of the gain of training is warned about
 _LEAST_KEPT = 0.95
 
 
@@ -34,13 +34,13 @@ def write_model(
     source: ModelSource,
     tokenizer: tuple[Path, ...],
 ) -> nn.Module:
-    """Write the model folder, with adapters as `source.fuse` says; return the model whose weights it holds.
+    """Write the model folder, with adapters saved by `source.fuse`; return the written model.
 
     Args:
-        files: of the folder; of them config and weights are written here.
+        files: of the folder; config and weights are written.
         context: of the stage.
         trained: the model after training; changed.
-        source: where it came from; its `fuse` is "never", "requantize" or "dense".
+        source: its origin; `fuse` is "never", "requantize" or "dense".
         tokenizer: the files to copy.
     """
     model, config = trained.model, trained.config_json
@@ -76,18 +76,17 @@ def _save_adapters(model: nn.Module, config: Mapping[str, Any], context: Context
 def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings) -> Perplexity:
     """Return the perplexity of a written model on the validation rows.
 
-    Whatever lies between the trained model and the files (fusing, rounding, another dtype) is part of the result: the
-    model is opened from the disk.
+    The model is opened from the disk, so the result includes the effects of fusing, rounding and conversion.
 
     Args:
         folder: the model folder.
         validation: the token file.
-        settings: of the training; of them the limit of rows, the batch size and the document mask.
+        settings: of the training; the limit of rows, the batch size and the document mask are used.
 
     Raises:
         ArtifactError: the files cannot be opened as a model.
     """
-    gc.collect()  # the trained model and its optimizer are in reference cycles
+    gc.collect()  # frees the trained model and its optimizer, which are in reference cycles
     mx.clear_cache()
     model = quantized_layers.for_evaluation(model_folder.load(folder)[0])
     rows = TokenFile.open(validation).rows.head(settings.max_validation_rows)
@@ -95,13 +94,13 @@ def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings)
 
 
 class ArtifactQuality(NamedTuple):
-    """How good the model in the files is.
+    """The quality of the model in the files.
 
     Attributes:
         last_validation_perplexity: on validation rows.
         last_validation_perplexity_standard_error: of the same.
-        gain_kept: of the loss in nats by which training made the model better, the share that the files have; None
-            where it made nothing better.
+        gain_kept: share of the loss reduction of training, in nats, that the model in the files keeps; None without a
+            reduction.
     """
 
     last_validation_perplexity: float
@@ -122,12 +121,12 @@ def quality_of(figures: TrainingFigures, measured: Perplexity) -> ArtifactQualit
 
 
 def warn_of_loss(figures: TrainingFigures, quality: ArtifactQuality, *, fuse: str, task: str) -> str | None:
-    """Return a line for the terminal where the artifact is clearly worse than the trained model; None otherwise.
+    """Return a warning if the artifact is clearly worse than the trained model, else None.
 
     Args:
         figures: of the training.
         quality: of the artifact.
-        fuse: what became of trained adapters; "" where all weights were trained.
+        fuse: how trained adapters were saved; "" if all weights were trained.
         task: the stage's name.
     """
     kept = quality.gain_kept

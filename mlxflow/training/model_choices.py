@@ -23,18 +23,18 @@ def with_model_choices(
     fused_loss: Choice,
     names: SettingNames,
 ) -> TrainingSettings:
-    """Return the settings with the document mask and the fused loss decided.
+    """Return the settings with document mask and fused loss resolved.
 
     Args:
         settings: of the training, with its batch size.
         model: to train, without kernels.
         tokens: to train on.
-        masks_documents: as written; "auto" masks documents where there are conversations.
-        fused_loss: as written; see `objective.uses_fused_loss` for "auto".
+        masks_documents: as configured; "auto" masks documents if there are conversations.
+        fused_loss: as configured; see `objective.uses_fused_loss` for "auto".
         names: of the settings, for messages.
 
     Raises:
-        WorkflowError: the document mask or the fused loss is asked for, and the model's architecture does not allow it.
+        WorkflowError: document mask or fused loss are configured, but the model's architecture does not support them.
     """
     fused = objective.uses_fused_loss(
         model,
@@ -50,7 +50,7 @@ def _masks(model: nn.Module, tokens: TokenFile, written: Choice, names: SettingN
     """Return whether a mask keeps the documents of a row apart.
 
     Raises:
-        WorkflowError: it is asked for, and the model's architecture cannot keep documents apart.
+        WorkflowError: it is configured, but the model's architecture cannot keep documents apart.
     """
     wanted = tokens.has_conversations if written == "auto" else written
     if not wanted or document_mask.can_mask_documents(model, tokens.vocab_size):
@@ -61,11 +61,11 @@ def _masks(model: nn.Module, tokens: TokenFile, written: Choice, names: SettingN
             f"{key} = {toml_value(written)}: this architecture counts positions through the whole row and cannot keep "
             f'the documents in it apart. Set {key} = false, or {names.packing} = "none".'
         )
-    return False  # a row holds one document
+    return False  # each row contains one document
 
 
 def default_objective(model: nn.Module, tokens: TokenFile, *, batch_size: int) -> objective.Objective:
-    """Return the loss that a training with default settings would minimize.
+    """Return the loss to minimize with default settings.
 
     Args:
         model: dense.

@@ -26,8 +26,8 @@ class RunFiles(NamedTuple):
         validation: the tokens of validations.
         metrics: gets the learning curve, JSON lines.
         checkpoints: a folder of this run only.
-        description: what determines the run, by dotted key; a checkpoint of another run differs in some of it.
-        replay: the metrics of a run whose batch sizes are replayed; None to choose them by the memory.
+        description: everything that determines the run, by dotted key; checkpoints of other runs differ in it.
+        replay: the metrics of a run whose batch sizes are replayed; None to adapt them to the memory.
     """
 
     train: Path
@@ -41,7 +41,7 @@ class RunFiles(NamedTuple):
 def train(
     subject: build.Subject, kernels: ModelKernels, files: RunFiles, *, data_seed: int, memory_limit_bytes: int
 ) -> Result:
-    """Train a model, from its last checkpoint where there is one.
+    """Train a model, from its last checkpoint if there is one.
 
     Args:
         subject: the model, changed in place, and its settings.
@@ -94,7 +94,7 @@ def train(
 def describe(
     table: Mapping[str, Any], names: SettingNames, context: Context, *, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Return what determines a training run as one flat mapping by dotted key, for `RunFiles.description`.
+    """Return everything that determines a training run, as a flat mapping by dotted key, for `RunFiles.description`.
 
     Args:
         table: of the workflow, as TOML values.

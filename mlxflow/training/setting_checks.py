@@ -1,4 +1,4 @@
-"""Settings of a `[train]` table that contradict each other: found when the workflow is read; imports no MLX."""
+"""Checks of a `[train]` table for contradicting settings, made when the workflow is read; imports no MLX."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""How a model is trained: one struct with every choice resolved, kept in the report of a training run.
+"""The settings of a training, with every choice resolved; stored in the report of a training run.
 
 Nothing here imports MLX.
 """
@@ -42,16 +42,16 @@ class AdapterShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a training run takes its steps; `build` makes a step or a trainer of it.
+    """The settings of a training run, from which `build` makes a step or a trainer.
 
     Attributes:
-        adapters: the adapters that are trained; "none" where all weights are.
+        adapters: the adapters to train; "none" if all weights are trained.
         num_steps: optimizer updates.
-        batch_size: rows in one forward pass, at the beginning.
+        batch_size: rows in one forward pass, initially.
         grad_accum_steps: forward passes of `batch_size` rows per update.
         dynamic_batch_size: whether the batch size follows the memory.
         max_batch_size: the most rows that a forward pass may grow to.
-        constant_tokens_per_step: whether an update sums the same rows whatever the batch size is.
+        constant_tokens_per_step: whether the rows per update are constant when the batch size changes.
         grow_below: share of the memory limit under which the batch size grows.
         shrink_above: share of the memory limit over which it shrinks.
         adjust_every: steps between two readings of the memory; 0 for none.
@@ -66,7 +66,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         max_grad_norm: gradients of a larger norm are scaled down to it; 0: neither clipped nor measured.
         max_bad_steps: updates in a row without a finite loss and gradient after which training fails.
         precision: "fp32", "bf16" (weights and moments in fp32 beside the bf16 model) or "bf16-pure".
-        checkpoint_every: every how many layers one is recomputed in the backward pass; 0 for none.
+        checkpoint_every: N such that one of every N layers is recomputed in the backward pass; 0 for none.
         fused_loss: whether output head and loss are computed together, without all logits.
         masks_documents: whether a token attends only to its own document.
         kernels: names of the fused GPU kernels in use.
@@ -76,7 +76,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         eval_every: steps between two validations; 0: only the first and the last.
         max_validation_rows: the most rows of a validation.
         patience: validations without improvement after which training ends; 0: never.
-        keep: the weights that result: "last", or those of the "best" validation.
+        keep: the weights that are kept: "last", or those of the "best" validation.
         save_every: steps between two checkpoints; 0 for none.
         keep_checkpoints: checkpoints kept.
         workers: threads that gather batches.
@@ -122,12 +122,12 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     @property
     def adapter_shape(self) -> AdapterShape | None:
-        """The adapters that are trained; None where all weights are."""
+        """The adapters that are trained; None if all weights are trained."""
         return None if isinstance(self.adapters, str) else self.adapters
 
     @property
     def rows_per_step(self) -> int:
-        """Rows whose gradients an update sums, at the beginning."""
+        """Initial number of rows whose gradients an update sums."""
         return self.batch_size * self.grad_accum_steps
 
     @property
@@ -136,7 +136,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return self.grad_accum_steps > 1 or self.dynamic_batch_size
 
     def replace(self, **changes: Any) -> Self:
-        """Return the settings with some of them changed."""
+        """Return a copy of the settings with changed values."""
         return msgspec.structs.replace(self, **changes)
 
     def table(self) -> dict[str, Any]:
@@ -155,12 +155,12 @@ def checkpoint_every(checkpointing: str | int) -> int:
 
 
 class SettingNames(NamedTuple):
-    """What the settings are called where the user wrote them, for messages.
+    """The names of the settings for messages: workflow keys, or argument names of a call from Python.
 
     Attributes:
         table: of the settings of training, such as "train" or "quantize:q4"; empty for a call from Python.
         context_length: of the tokens.
-        memory_limit: of what MLX may hold.
+        memory_limit: of MLX.
         has_fused_loss: whether the table has a setting `fused_loss`.
         packing: of documents into rows of tokens.
         sources: of the text.

@@ -70,7 +70,7 @@ class Snapshots:
         self._step.publish()
         put_random_key(target["random"][0])
         mx.eval(self._step.state)
-        checkpoint.arrays.clear()  # a holder of the checkpoint must not keep the old weights alive
+        checkpoint.arrays.clear()  # references to the checkpoint must not keep the old weights alive
         return Gradients(*target["partial"]) if self._state.rows_done else None
 
 

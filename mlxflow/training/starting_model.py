@@ -17,12 +17,12 @@ from mlxflow.training.settings import SettingNames, TrainingSettings
 
 
 class ModelSource(NamedTuple):
-    """Where a training gets its model from.
+    """The origin of the model to train.
 
     Attributes:
         shape: of a new model.
         folder: a model folder to start from instead; None for a new model.
-        fuse: what becomes of trained adapters: "auto", "never", "requantize" or "dense".
+        fuse: how trained adapters are saved: "auto", "never", "requantize" or "dense".
         tokenizer: the `tokenizer.json` that the tokens were made with.
     """
 
@@ -33,12 +33,12 @@ class ModelSource(NamedTuple):
 
 
 class StartingModel(NamedTuple):
-    """A model before its first step, and what describes it.
+    """A model before its first step, with its configurations.
 
     Attributes:
         model: in training mode, its weights evaluated.
         config_json: its `config.json`.
-        adapter_config: the `adapter_config.json` of the adapters that are trained; None where all weights are.
+        adapter_config: the `adapter_config.json` of the adapters to train; None if all weights are trained.
     """
 
     model: nn.Module
@@ -47,11 +47,11 @@ class StartingModel(NamedTuple):
 
 
 def find_folder(name: str, files: tuple[Path, ...], names: SettingNames) -> Path | None:
-    """Return the folder of the model to start from, fetched from the hub where it is none of the files'.
+    """Return the folder of the base model, downloaded from the hub if necessary.
 
     Args:
-        name: of a folder or of a model of the hub; empty for a new model.
-        files: of the folder; none for a model of the hub.
+        name: of a folder or of a model on the hub; empty for a new model.
+        files: of the folder; empty for a model on the hub.
         names: of the settings, for messages.
 
     Raises:
@@ -74,14 +74,14 @@ def make_model(
     memory_limit_bytes: int,
     names: SettingNames,
 ) -> StartingModel:
-    """Return the model to train, with new or earlier adapters where the settings ask for adapters.
+    """Return the model to train, with new or existing adapters if the settings have adapters.
 
     Args:
-        source: where it comes from.
-        settings: of them the precision and the adapters.
+        source: its origin.
+        settings: precision and adapters are used.
         tokens: to train on.
         seed: of the initial weights of a new model or of new adapters; the global random state is set by it.
-        memory_limit_bytes: what MLX may hold.
+        memory_limit_bytes: MLX's memory limit.
         names: of the settings, for messages.
 
     Raises:
@@ -103,7 +103,7 @@ def make_model(
     dtype = dtype_of(settings)
     model.set_dtype(dtype)
     if not quantized_layers.is_quantized(model):
-        adapter_files.fuse(model)  # adapters of an earlier training become a part of the weights
+        adapter_files.fuse(model)  # adapters of an earlier training are fused
     adapter_config = _add_adapters(model, source.folder, settings, seed=seed, names=names)
     model.set_dtype(dtype)
     model.train()
@@ -118,7 +118,7 @@ def _open(
     """Return the model of a folder and its `config.json`.
 
     Raises:
-        ArtifactError: it is none, does not know the tokens, or does not fit the method or `fuse`.
+        ArtifactError: it is no model folder, its vocabulary lacks tokens, or it does not fit the method or `fuse`.
     """
     key = names.of("model.from")
     model, config = model_folder.load(folder)
@@ -144,7 +144,7 @@ def _open(
 def _add_adapters(
     model: nn.Module, folder: Path | None, settings: TrainingSettings, *, seed: int, names: SettingNames
 ) -> dict[str, Any] | None:
-    """Let only adapters be trained, those that the model has or new ones; return their `adapter_config.json`."""
+    """Freeze the model except for its existing or new adapters; return their `adapter_config.json`."""
     shape = settings.adapter_shape
     if shape is None:
         return None

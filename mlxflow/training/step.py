@@ -60,7 +60,7 @@ class Step:
         arithmetic: which operations of MLX are replaced.
 
     Attributes:
-        state: all that changes from update to update, random state included: to evaluate and to save.
+        state: everything that changes from update to update, including the random state: to evaluate and to save.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Step:
             weights = model.trainable_parameters()
             with replaced_operations(model, tokens, arithmetic):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
-            model.update(weights)  # not those that the transformation replaced them with
+            model.update(weights)  # the original weights, not those of the transformation
             return Gradients(total, count, tree)
 
         def add(tokens: mx.array, marks: mx.array, total: mx.array, count: mx.array, tree: Any) -> Gradients:

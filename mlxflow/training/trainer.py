@@ -115,7 +115,7 @@ class Trainer:
         self._facts = RunState()
         self._loader: Loader | None = None
         self._loader_rows = 0
-        self._waited_before = 0.0  # for data, by loaders that are closed and by runs before this one
+        self._waited_before = 0.0  # wait for data in closed loaders and in earlier runs
         self._partial: Gradients | None = None
         self._pending: deque[_Pending] = deque()
         self._shapes: set[tuple[str, int]] = set()
@@ -223,7 +223,7 @@ class Trainer:
                     raise
             self._partial, self._facts.rows_done = None, 0
             self._recorder.write(self._memory.shrink(self._facts.step, needed).record())
-            waits = True  # the next one may be too large as well
+            waits = True  # the next one may be too large, too
 
     def _pass_over(self, batch: DeviceBatch, *, waits: bool) -> Gradients:
         rows, facts = len(batch.tokens), self._facts
@@ -275,7 +275,7 @@ class Trainer:
         self._facts.device_wait_seconds += time.perf_counter() - begin
 
     def _settle(self, ahead: int) -> None:
-        """Wait for all updates but some, read their figures, and write the records that are due.
+        """Wait for all updates except a few, read their figures, and write the records that are due.
 
         Raises:
             StageError: too many updates in a row had no finite loss and gradient.
