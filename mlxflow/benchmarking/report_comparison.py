@@ -169,16 +169,19 @@ def _rows(report: HasRows) -> Iterator[tuple[str, Iterator[tuple[str, Estimate]]
 def _training_figures(row: TrainingRow) -> Iterator[tuple[str, Estimate]]:
     """Yield the name and estimate of each figure of a row of training."""
     if row.speed is not None:
-        yield "tokens_per_second", _speed(row.speed, row.relative_speed, row.machine_seconds)
+        relative = row.low_relative_tokens_per_second, row.high_relative_tokens_per_second
+        yield "tokens_per_second", _speed(row.speed, relative, row.machine_seconds)
     yield from _peak(row.peak_memory_bytes)
 
 
 def _model_figures(row: ModelRow) -> Iterator[tuple[str, Estimate]]:
     """Yield the name and estimate of each figure of a model."""
     if row.decode_speed is not None:
-        yield "decode_tokens_per_second", _speed(row.decode_speed, row.relative_decode_speed, row.machine_seconds)
+        relative = row.low_relative_decode_tokens_per_second, row.high_relative_decode_tokens_per_second
+        yield "decode_tokens_per_second", _speed(row.decode_speed, relative, row.machine_seconds)
     for one in row.prefill:
-        yield f"prefill of {one.prompt_tokens}", _speed(one.speed, one.relative_speed, row.machine_seconds)
+        relative = one.low_relative_tokens_per_second, one.high_relative_tokens_per_second
+        yield f"prefill of {one.prompt_tokens}", _speed(one.speed, relative, row.machine_seconds)
     yield from _peak(row.peak_memory_bytes)
     if row.model_bytes is not None:
         yield "model_bytes", _size(row.model_bytes, 0)
@@ -186,8 +189,18 @@ def _model_figures(row: ModelRow) -> Iterator[tuple[str, Estimate]]:
         yield "perplexity", _size(row.perplexity, 2 * row.perplexity_standard_error)
 
 
-def _speed(speed: Bounded, relative: tuple[float, float] | None, machine_seconds: float | None) -> Estimate:
-    return Estimate(speed, True, relative if machine_seconds else None, machine_seconds)
+def _speed(speed: Bounded, relative: tuple[float | None, float | None], machine_seconds: float | None) -> Estimate:
+    """Return the estimate of a speed.
+
+    Args:
+        speed: tokens per second.
+        relative: ends of the interval of the tokens in the time of the fixed work, where that was timed.
+        machine_seconds: of the fixed work.
+    """
+    low, high = relative
+    if not machine_seconds or low is None or high is None:
+        return Estimate(speed, True)
+    return Estimate(speed, True, (low, high), machine_seconds)
 
 
 def _peak(peak_bytes: int | None) -> Iterator[tuple[str, Estimate]]:

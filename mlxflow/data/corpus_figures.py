@@ -1,4 +1,4 @@
-"""The figures of a document source in the report of `pretokenize`."""
+"""The figures of a document source, and of the rows of a split, in the report of `pretokenize`."""
 
 from mlxflow.storage.report_structs import Count, ReportTable
 
@@ -73,3 +73,33 @@ class SourceFigures(ReportTable, frozen=True, kw_only=True):
     hidden_files: Count
     broken_links: Count
     files_beside_records: Count
+
+
+class SideCounts(ReportTable, frozen=True, kw_only=True):
+    """The documents of one split, training or validation, and the rows they were packed into.
+
+    Attributes:
+        documents: each once, however often an epoch shows it.
+        conversations: how many of them are conversations.
+        tokens: in the rows.
+        targets: tokens that the model learns to predict.
+        rows: in the token file.
+        slots: tokens that the rows could hold.
+        cut_documents: laid into more than one row.
+        needlessly_cut: those of them that would fit into a row.
+        truncated: conversations without their end.
+        dropped: conversations left out because they are longer than a row.
+        rows_without_targets: rows left out because the model learns to predict no token of theirs.
+    """
+
+    documents: Count
+    conversations: Count
+    tokens: Count
+    targets: Count
+    rows: Count
+    slots: Count
+    cut_documents: Count
+    needlessly_cut: Count
+    truncated: Count
+    dropped: Count
+    rows_without_targets: Count

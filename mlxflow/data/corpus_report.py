@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mlxflow.data import sources
-from mlxflow.data.corpus_figures import DocumentLengths, SourceFigures
+from mlxflow.data.corpus_figures import DocumentLengths, SideCounts, SourceFigures
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION, DocumentSelection
 from mlxflow.data.input_files import MOST_TOLD, SourceSettings, named_side, problems_of
-from mlxflow.data.row_packer import Counts
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
 
@@ -124,7 +123,7 @@ def _quantiles(lengths: "NDArray[np.int64]") -> DocumentLengths:
 # --- warnings
 
 
-def warnings(contents: CorpusContents, counts: dict[str, Counts]) -> Iterator[str]:
+def warnings(contents: CorpusContents, counts: dict[str, SideCounts]) -> Iterator[str]:
     """Yield warnings about the splits, one sentence each.
 
     Args:
@@ -145,7 +144,7 @@ def warnings(contents: CorpusContents, counts: dict[str, Counts]) -> Iterator[st
         yield f"no whole document can be held out: validation is the end of {whose}, {end}"
 
 
-def summary(contents: CorpusContents, counts: dict[str, Counts]) -> str:
+def summary(contents: CorpusContents, counts: dict[str, SideCounts]) -> str:
     """Return one line with the figures of both splits and of everything left out.
 
     Args:

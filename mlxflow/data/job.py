@@ -15,6 +15,7 @@ from mlxflow.data import (
     tokenizer_folder,
 )
 from mlxflow.data.bin_packing import Packing
+from mlxflow.data.corpus_figures import SideCounts
 from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_report import CorpusContents
 from mlxflow.data.documents import TrainOn
@@ -22,7 +23,7 @@ from mlxflow.data.encoder import choose_encoder
 from mlxflow.data.end_tokens import Endings
 from mlxflow.data.input_files import SourceSettings
 from mlxflow.data.progress import show_progress, show_waiting
-from mlxflow.data.row_packer import Counts, OnLong, RowSettings
+from mlxflow.data.row_packer import OnLong, RowSettings
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile, Tokenized, Tokenizing
 from mlxflow.data.tokenizer import Vocabulary
@@ -109,7 +110,7 @@ class PackedCorpus(NamedTuple):
     """
 
     contents: CorpusContents
-    counts: dict[str, Counts]
+    counts: dict[str, SideCounts]
     vocabulary: Vocabulary
     endings: Endings
     tokenized: Tokenized
@@ -202,7 +203,7 @@ def _write_sides(
     vocabulary: Vocabulary,
     contents: CorpusContents,
     endings: Endings,
-) -> dict[str, Counts]:
+) -> dict[str, SideCounts]:
     """Write both token files and return the figures of each."""
     rows = request.layout
     sides: dict[str, tuple[int, token_file_writer.Part, Path]] = {

@@ -3,9 +3,11 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
+import msgspec
 import numpy as np
 
 from mlxflow.data.bin_packing import Packing, best_fit, continuous, cut, cut_continuously
+from mlxflow.data.corpus_figures import SideCounts
 from mlxflow.data.row_marks import has_targets, marks_of_parts
 from mlxflow.storage.array_stream import ArrayStream
 
@@ -29,41 +31,6 @@ class Stored(NamedTuple):
     tokens: "NDArray[Any]"
     is_conversation: bool
     targets: "NDArray[np.bool_] | None"
-
-
-class Counts(NamedTuple):
-    """Figures of the packed documents of one split.
-
-    Attributes:
-        documents: each counted once, however often an epoch contains it.
-        conversations: documents that are conversations.
-        tokens: in the rows.
-        targets: tokens that are trained on.
-        rows: number of rows.
-        slots: tokens that fit into the rows.
-        cut_documents: split over several rows.
-        needlessly_cut: of these, the ones that fit into a row.
-        truncated: conversations whose end was cut off.
-        dropped: conversations left out because they are longer than a row.
-        rows_without_targets: rows left out because none of their tokens is trained on.
-    """
-
-    documents: int
-    conversations: int
-    tokens: int
-    targets: int
-    rows: int
-    slots: int
-    cut_documents: int
-    needlessly_cut: int
-    truncated: int
-    dropped: int
-    rows_without_targets: int
-
-    @property
-    def real_token_share(self) -> float:
-        """Share of the slots that are filled, to six digits."""
-        return round(self.tokens / max(1, self.slots), 6)
 
 
 # Documents that are packed together: enough to fill almost all rows.
@@ -132,7 +99,7 @@ class Packer:
         self._waiting: list[_Part] = []
         self._num_waiting = 0
         self._highest = -1
-        self._counts = Counts(*[0] * len(Counts._fields))
+        self._counts = SideCounts(**dict.fromkeys(SideCounts.__struct_fields__, 0))
         self._writing: Future[dict[str, int]] | None = None
 
     def add(self, document: Stored) -> None:
@@ -153,7 +120,7 @@ class Packer:
             self._count(cut_documents=is_new and length > self._capacity)
             self._add_cut(document, length)
 
-    def finish(self) -> Counts:
+    def finish(self) -> SideCounts:
         """Write the remaining documents and return the figures."""
         self._write(last=True)
         self._wait_for_writer()
@@ -167,7 +134,8 @@ class Packer:
         self._writer.shutdown()
 
     def _count(self, **more: int) -> None:
-        self._counts = self._counts._replace(**{name: getattr(self._counts, name) + n for name, n in more.items()})
+        raised = {name: getattr(self._counts, name) + number for name, number in more.items()}
+        self._counts = msgspec.structs.replace(self._counts, **raised)
 
     def _add_cut(self, document: Stored, length: int) -> None:
         """Add a document as rows that it fills alone and a remainder."""

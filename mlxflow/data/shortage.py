@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from mlxflow.data.corpus_figures import SideCounts
 from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_report import CorpusContents, count_of, list_some
 from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION
 from mlxflow.data.input_files import problems_of
-from mlxflow.data.row_packer import Counts
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
 from mlxflow.errors import SourceError
@@ -49,7 +49,7 @@ def _advise(contents: CorpusContents, side: str, names: CorpusNames) -> str:
 
 
 def require_rows(
-    contents: CorpusContents, side: str, counts: Counts, names: CorpusNames, *, context_length: int, on_long: str
+    contents: CorpusContents, side: str, counts: SideCounts, names: CorpusNames, *, context_length: int, on_long: str
 ) -> None:
     """Refuse too few rows, or rows without trained tokens.
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from mlxflow.data.corpus_figures import SideCounts
 from mlxflow.data.document_selection import DocumentSelection, tail_begin
-from mlxflow.data.row_packer import Counts, Packer, RowSettings, Stored
+from mlxflow.data.row_packer import Packer, RowSettings, Stored
 from mlxflow.data.shard import CONVERSATION, MASKED, Shard
 from mlxflow.storage.array_stream import ArrayStream
 
@@ -43,7 +44,7 @@ def write_rows(
     dtype: "np.dtype[Any]",
     metadata: dict[str, str],
     watch: Callable[[], None],
-) -> Counts:
+) -> SideCounts:
     """Pack the documents of one split into rows and write them as a token file.
 
     Args:

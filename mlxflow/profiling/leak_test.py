@@ -8,14 +8,14 @@ jump explains as well, and that is as steep late as early. `benchmarks/leaks.py`
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mlxflow.stage_reports.profile import LeakFigures
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Verdict = Literal["leak", "bounded growth", "none"]
 
 # Numbers of points that are tried: few where the noise is slow, more where it is fast
 _NUM_POINTS = (8, 12, 20, 30)
@@ -30,20 +30,6 @@ _CURVE_IS_BETTER = 0.7
 _JUMP_NOISES = 6.0
 _WINDOW = 15
 _BESIDE_CURVE_ERRORS = 3.0
-
-
-class LeakTest(NamedTuple):
-    """The result of the test on a series.
-
-    Attributes:
-        verdict: "leak", "bounded growth" (it grew and then stopped) or "none".
-        bytes_per_step: growth of a leak, else 0.
-        steps_until_limit: steps from the last one until a leak reaches the limit, or None.
-    """
-
-    verdict: Verdict
-    bytes_per_step: float
-    steps_until_limit: int | None
 
 
 class _Fit(NamedTuple):
@@ -66,7 +52,7 @@ def find_leak(
     floor_bytes_per_step: float,
     floor_share: float,
     limit_bytes: int | None,
-) -> LeakTest:
+) -> LeakFigures:
     """Return whether a memory reading at every step's end shows a leak.
 
     Args:
@@ -77,7 +63,7 @@ def find_leak(
     """
     values = np.asarray(series, np.float64)
     if len(values) < _FEWEST_STEPS:
-        return LeakTest("none", 0.0, None)
+        return LeakFigures(verdict="none", bytes_per_step=0.0)
     floor = max(floor_bytes_per_step, floor_share * float(np.median(values)) / len(values))
     settled = without_jumps(values[max(2, len(values) // 4) :])
     slope = max((_leak_slope(settled, points, floor) for points in _NUM_POINTS if len(settled) >= points), default=0.0)
@@ -85,8 +71,8 @@ def find_leak(
         slope = _leak_slope(settled, len(settled), floor)
     if slope > 0:
         left = None if limit_bytes is None else max(0, int((limit_bytes - values[-1]) / slope))
-        return LeakTest("leak", slope, left)
-    return LeakTest("bounded growth" if _has_grown(values, floor) else "none", 0.0, None)
+        return LeakFigures(verdict="leak", bytes_per_step=slope, steps_until_limit=left)
+    return LeakFigures(verdict="bounded growth" if _has_grown(values, floor) else "none", bytes_per_step=0.0)
 
 
 def _leak_slope(values: "NDArray[np.float64]", points: int, floor: float) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from mlxflow.profiling.leak_test import find_leak
@@ -33,7 +34,7 @@ def leak(timeline: "Mapping[str, NDArray[Any]]", memory_limit_bytes: int) -> Lea
     )
     available = int(timeline["available_bytes"][-1])
     return LeakReport(
-        **strict._asdict(),
+        **msgspec.structs.asdict(strict),
         reserved=_softly(active + timeline["cache_memory_bytes"], available),
         process=_softly(timeline["rss_bytes"], available),
     )
@@ -43,13 +44,12 @@ def _softly(values: "NDArray[Any]", available_bytes: int) -> LeakFigures:
     if len(values) < _FEWEST_PROCESS_STEPS:
         note = f"{_FEWEST_PROCESS_STEPS} steps are needed for a verdict"
         return LeakFigures(verdict="none", bytes_per_step=0.0, note=note)
-    found = find_leak(
+    return find_leak(
         values,
         floor_bytes_per_step=_PROCESS_FLOOR_BYTES,
         floor_share=_PROCESS_FLOOR_SHARE,
         limit_bytes=int(values[-1]) + available_bytes,
     )
-    return LeakFigures(**found._asdict())
 
 
 def trend(timeline: "Mapping[str, NDArray[Any]]") -> TrendFigures:

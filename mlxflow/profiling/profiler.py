@@ -23,6 +23,7 @@ from mlxflow.device import phase_peaks
 from mlxflow.profiling.downsampled_table import Columns
 from mlxflow.profiling.memory_readings import Limits, MemoryReading, Reader, read_limits
 from mlxflow.profiling.timeline_journal import TimelineJournal
+from mlxflow.stage_reports.profile import PeakFigures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,12 +96,8 @@ class PhaseTotal:
         self.last_error = phase.error or self.last_error
 
 
-class Peak(NamedTuple):
-    """A memory peak in bytes, with its step and phase."""
-
-    bytes: int
-    step: int
-    phase: str
+# Of a step in which no phase has ended yet
+_NO_PEAK = PeakFigures(bytes=0, step=1, phase="")
 
 
 class Highest(NamedTuple):
@@ -151,9 +148,9 @@ class MemoryProfiler:
         self._peak_before = mx.get_peak_memory()
         self._whole_peak, self._step_peak = phase_peaks.open_peak(), phase_peaks.open_peak()
         self._is_closed = False
-        self._highest: list[Peak] = []
+        self._highest: list[PeakFigures] = []
         self.highest = Highest(0, 0)
-        self._step_phase = Peak(0, 1, "")
+        self._step_phase = _NO_PEAK
         self._first_phases: list[Phase] = []
         self.phases: deque[Phase] = deque(maxlen=_KEPT_PHASES)
         self.totals: dict[str, PhaseTotal] = {}
@@ -201,7 +198,7 @@ class MemoryProfiler:
     def begin_steps(self) -> None:
         """Start the first step's peak here instead of when the profiler was made."""
         phase_peaks.note_peak(self._step_peak)
-        self._step_phase = Peak(0, 1, "")
+        self._step_phase = _NO_PEAK
         self.highest = Highest(0, 0).with_reading(self._reader.read(fresh=True))
 
     def end_step(self) -> MemoryReading:
@@ -213,14 +210,16 @@ class MemoryProfiler:
             self.highest = self.highest.with_reading(reading)
             self._steps.append((self.steps, *reading))
             phase = self._step_phase.phase if self._step_phase.bytes >= peak else ""
-            self._highest = sorted([*self._highest, Peak(peak, self.steps, phase)], key=_by_height)[:_HIGHEST]
-            self._step_phase = Peak(0, self.steps + 1, "")
+            self._highest = sorted(
+                [*self._highest, PeakFigures(bytes=peak, step=self.steps, phase=phase)], key=_by_height
+            )[:_HIGHEST]
+            self._step_phase = _NO_PEAK
         if self._journal:
             self._journal.append("step", self.steps, *reading)
         return reading
 
     @property
-    def highest_peaks(self) -> list[Peak]:
+    def highest_peaks(self) -> list[PeakFigures]:
         """The highest peaks of steps, the highest first, each with its innermost phase."""
         return list(self._highest)
 
@@ -292,7 +291,7 @@ class MemoryProfiler:
             self.phases.append(phase)
             self.totals.setdefault(name, PhaseTotal()).add(phase)
             if peak > self._step_phase.bytes:  # an enclosing phase ends later with the same peak
-                self._step_phase = Peak(peak, self.steps + 1, name)
+                self._step_phase = PeakFigures(bytes=peak, step=self.steps + 1, phase=name)
 
 
 def _phase_columns(phases: list[Phase], numbers: dict[str, int]) -> "dict[str, NDArray[np.generic]]":
@@ -304,7 +303,7 @@ def _phase_columns(phases: list[Phase], numbers: dict[str, int]) -> "dict[str, N
     }
 
 
-def _by_height(peak: Peak) -> tuple[int, int]:
+def _by_height(peak: PeakFigures) -> tuple[int, int]:
     return -peak.bytes, peak.step
 
 

@@ -93,11 +93,6 @@ class TrainingRow(ReportTable, frozen=True, kw_only=True):
         return _bounded(self.tokens_per_second, self.low_tokens_per_second, self.high_tokens_per_second)
 
     @property
-    def relative_speed(self) -> tuple[float, float] | None:
-        """Ends of the interval of the tokens in the time of the fixed work; None where that was not timed."""
-        return _interval(self.low_relative_tokens_per_second, self.high_relative_tokens_per_second)
-
-    @property
     def speedup(self) -> Bounded | None:
         """Speed of the workflow by that of the row; None where they were not timed together."""
         return _bounded(self.workflow_speedup, self.low_workflow_speedup, self.high_workflow_speedup)
@@ -132,11 +127,6 @@ class PrefillFigures(ReportTable, frozen=True, kw_only=True):
     def speed(self) -> Bounded:
         """Tokens read per second."""
         return Bounded(self.tokens_per_second, self.low_tokens_per_second, self.high_tokens_per_second)
-
-    @property
-    def relative_speed(self) -> tuple[float, float] | None:
-        """Ends of the interval of the tokens in the time of the fixed work; None where that was not timed."""
-        return _interval(self.low_relative_tokens_per_second, self.high_relative_tokens_per_second)
 
 
 class ModelFigures(NamedTuple):
@@ -213,11 +203,6 @@ class ModelRow(ReportTable, frozen=True, kw_only=True):
         )
 
     @property
-    def relative_decode_speed(self) -> tuple[float, float] | None:
-        """Ends of the interval of the tokens in the time of the fixed work; None where that was not timed."""
-        return _interval(self.low_relative_decode_tokens_per_second, self.high_relative_decode_tokens_per_second)
-
-    @property
     def measured(self) -> ModelFigures | None:
         """The figures; None where there is an error, or the speed alone was measured."""
         size, ratio, ratio_fp32 = self.model_bytes, self.compression_ratio, self.compression_ratio_fp32
@@ -229,10 +214,6 @@ class ModelRow(ReportTable, frozen=True, kw_only=True):
 
 def _bounded(value: float | None, low: float | None, high: float | None) -> Bounded | None:
     return None if value is None or low is None or high is None else Bounded(value, low, high)
-
-
-def _interval(low: float | None, high: float | None) -> tuple[float, float] | None:
-    return None if low is None or high is None else (low, high)
 
 
 _OF_TIMED_ROWS = (

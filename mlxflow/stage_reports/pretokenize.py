@@ -5,55 +5,35 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
-from mlxflow.data.corpus_figures import SourceFigures
+import msgspec
+
+from mlxflow.data.corpus_figures import SideCounts, SourceFigures
 from mlxflow.storage.report_structs import Count, ReportTable, Share, StageReport
 
 if TYPE_CHECKING:
     from mlxflow.data.corpus_report import CorpusContents
     from mlxflow.data.end_tokens import Endings
-    from mlxflow.data.row_packer import Counts
     from mlxflow.data.shard_builder import Tokenized
 
 
-class SideFigures(ReportTable, frozen=True, kw_only=True):
-    """The documents of one side, training or validation, and the rows they were laid into.
+class SideFigures(SideCounts, frozen=True, kw_only=True):
+    """The figures of one split.
 
     Attributes:
-        documents: each once, however often an epoch shows it.
-        conversations: how many of them are conversations.
-        tokens: in the rows.
-        targets: tokens that the model learns to predict.
-        rows: in the token file.
-        slots: tokens that the rows could hold.
-        cut_documents: laid into more than one row.
-        needlessly_cut: those of them that would fit into a row.
-        truncated: conversations without their end.
-        dropped: conversations left out because they are longer than a row.
-        rows_without_targets: rows left out because the model learns to predict no token of theirs.
-        real_token_share: share of the slots that hold a token.
+        real_token_share: share of the slots that hold a token, to six digits.
     """
 
-    documents: Count
-    conversations: Count
-    tokens: Count
-    targets: Count
-    rows: Count
-    slots: Count
-    cut_documents: Count
-    needlessly_cut: Count
-    truncated: Count
-    dropped: Count
-    rows_without_targets: Count
     real_token_share: Share
 
     @classmethod
-    def of(cls, counts: "Counts") -> Self:
-        """Return the figures of one side.
+    def of(cls, counts: SideCounts) -> Self:
+        """Return the figures of one split.
 
         Args:
             counts: of the documents and rows.
         """
-        return cls(**counts._asdict(), real_token_share=counts.real_token_share)
+        share = round(counts.tokens / max(1, counts.slots), 6)
+        return cls(**msgspec.structs.asdict(counts), real_token_share=share)
 
 
 class PretokenizeRun(ReportTable, frozen=True, kw_only=True):
@@ -133,7 +113,7 @@ class PretokenizeReport(StageReport, frozen=True, kw_only=True):
     def of(
         cls,
         contents: "CorpusContents",
-        counts: "Mapping[str, Counts]",
+        counts: Mapping[str, SideCounts],
         ends: "Endings",
         *,
         vocab_size: int,

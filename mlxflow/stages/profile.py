@@ -17,6 +17,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 
 if TYPE_CHECKING:
     from mlxflow.profiling.step_memory import ProfiledModel
+    from mlxflow.profiling.suggestions import Suggestion
     from mlxflow.stage_reports.profile import ProfileReport, SuggestionFigures
     from mlxflow.training.settings import TrainingSettings
 
@@ -114,7 +115,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     from mlxflow.profiling import profile_figures
     from mlxflow.profiling.profiler import MemoryProfiler
-    from mlxflow.stage_reports.profile import PeakFigures, PeakParts, ProfileReport, ProfileRun
+    from mlxflow.stage_reports.profile import PeakParts, ProfileReport, ProfileRun
     from mlxflow.storage import atomic_folders, tensor_writing
 
     with atomic_folders.writable(context.unfinished):
@@ -150,7 +151,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         device_bytes=int(timeline["device_bytes"].max()),
         median_step_seconds=profile_figures.median_step_seconds(profiler.phases),
         phases=profile_figures.phases(profiler.totals),
-        peaks=tuple(PeakFigures(**peak._asdict()) for peak in profiler.highest_peaks),
+        peaks=tuple(profiler.highest_peaks),
         model_bytes=taken.model_bytes,
         composition=PeakParts(**taken.composition),
         suggestions=taken.suggestions,
@@ -235,7 +236,6 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
 
     from mlxflow.data.token_file import TokenFile
     from mlxflow.profiling import step_memory, suggestions
-    from mlxflow.stage_reports.profile import SuggestionFigures
 
     tokens = TokenFile.open(inputs.tokens)
     model = model_of(config, inputs, context, tokens)
@@ -255,17 +255,19 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
         batch_size=_trained_settings(config, inputs, context).batch_size,
     )
     made = suggestions.suggest(model, settings, situation)
-    tables = {"packing": config.data, "cache_limit": "workflow"}
-    return taken._replace(
-        suggestions=tuple(
-            SuggestionFigures(
-                key=f"{tables.get(one.name, config.input).partition(':')[0]}.{one.name}",
-                value=one.value,
-                saves_bytes=one.saves_bytes,
-                evidence=one.evidence,
-            )
-            for one in made
-        )
+    return taken._replace(suggestions=tuple(_figures_of(one, config) for one in made))
+
+
+def _figures_of(suggestion: "Suggestion", config: Config) -> "SuggestionFigures":
+    """Return a suggestion with the key that the user wrote, or would write: that of a variant names it."""
+    from mlxflow.stage_reports.profile import SuggestionFigures
+
+    table = {"packing": config.data, "cache_limit": "workflow"}.get(suggestion.name, config.input)
+    return SuggestionFigures(
+        key=f"{table}.{suggestion.name}",
+        value=suggestion.value,
+        saves_bytes=suggestion.saves_bytes,
+        evidence=suggestion.evidence,
     )
 
 

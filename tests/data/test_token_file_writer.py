@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mlxflow.data import row_packer
+from mlxflow.data.corpus_figures import SideCounts
 from mlxflow.data.document_selection import TRAIN, DocumentSelection
-from mlxflow.data.row_packer import Counts, RowSettings
+from mlxflow.data.row_packer import RowSettings
 from mlxflow.data.shard import CONVERSATION, MASKED, Shard
 from mlxflow.data.shard_cache import ShardStore
 from mlxflow.data.token_file import TokenFile
@@ -67,7 +68,7 @@ class Corpus:
                 )
             self.shards.append(ShardStore(folder).open(key))
 
-    def write(self, path: Path, *, repeats: int = 1, **settings: Any) -> tuple[TokenFile, Counts]:
+    def write(self, path: Path, *, repeats: int = 1, **settings: Any) -> tuple[TokenFile, SideCounts]:
         sides = [np.full(shard.num_documents, TRAIN, np.uint8) for shard in self.shards]
         chosen = DocumentSelection(sides, [np.full(len(side), repeats, np.uint16) for side in sides])
         usual: dict[str, Any] = {
@@ -88,7 +89,7 @@ class Corpus:
         return TokenFile.open(path), counts
 
 
-def _check(corpus: Corpus, opened: TokenFile, counts: Counts, *, repeats: int = 1) -> None:
+def _check(corpus: Corpus, opened: TokenFile, counts: SideCounts, *, repeats: int = 1) -> None:
     """Every token of every document as often as it should be, in order; every mark what it should be."""
     tokens, marks = np.array(opened.rows.tokens), np.array(opened.rows.marks)
     found: dict[int, list[tuple[int, list[int]]]] = {}

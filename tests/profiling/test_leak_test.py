@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks.leaks import SHAPES, ours, rates, simulate
-from mlxflow.profiling.leak_test import LeakTest, find_leak
+from mlxflow.profiling.leak_test import find_leak
 from mlxflow.profiling.profiler import MemoryProfiler
+from mlxflow.stage_reports.profile import LeakFigures
 
 
-def _test(values: Any, *, floor: float = 0.0, share: float = 0.0, limit: int | None = None) -> LeakTest:
+def _test(values: Any, *, floor: float = 0.0, share: float = 0.0, limit: int | None = None) -> LeakFigures:
     return find_leak(values, floor_bytes_per_step=floor, floor_share=share, limit_bytes=limit)
 
 
@@ -64,7 +65,7 @@ def _run(step: Callable[[int], object], *, num_steps: int = 120) -> MemoryProfil
     return profiler
 
 
-def _verdict(profiler: MemoryProfiler) -> LeakTest:
+def _verdict(profiler: MemoryProfiler) -> LeakFigures:
     return _test(profiler.timeline()["active_memory_bytes"], floor=128)
 
 
@@ -122,7 +123,7 @@ def test_a_python_cache_that_grows_is_seen_in_the_memory_of_the_process() -> Non
 
 
 def test_buffers_cached_for_each_new_shape_are_a_leak_and_for_a_few_shapes_bounded() -> None:
-    def run(num_shapes: int) -> LeakTest:
+    def run(num_shapes: int) -> LeakFigures:
         mx.clear_cache()  # a buffer that another test left would be larger than what is asked for
         cache: dict[int, mx.array] = {}
 

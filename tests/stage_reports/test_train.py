@@ -7,6 +7,7 @@ from mlxflow.errors import ArtifactError
 from mlxflow.stage_reports.train import TrainReport
 from mlxflow.storage import report_structs
 from mlxflow.storage.report_files import read_report
+from mlxflow.training.figures import TrainingFigures
 from mlxflow.training.settings import TrainingSettings
 
 
@@ -26,3 +27,11 @@ def test_the_train_report_has_every_setting_resolved(built: Path) -> None:
     assert settings["weight_decay"] == 0.1  # "auto" with AdamW
     assert settings["optimizer_options"] == {"betas": [0.9, 0.95]}
     assert (settings["batch_size"], settings["masks_documents"], settings["precision"]) == (4, False, "fp32")
+
+
+def test_the_figures_of_training_have_the_same_names_and_types_as_in_a_quantize_report() -> None:
+    """A train report holds them beside its own keys, so no struct can be nested in it or be its base."""
+    own = {field.name: field.type for field in msgspec.structs.fields(TrainReport)}
+    figures = {field.name: field.type for field in msgspec.structs.fields(TrainingFigures)}
+    assert figures.items() <= own.items()
+    assert list(figures) == [name for name in own if name in figures]

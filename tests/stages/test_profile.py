@@ -14,8 +14,9 @@ import pytest
 
 from mlxflow.__main__ import main
 from mlxflow.errors import StageError
+from mlxflow.profiling.suggestions import Suggestion
 from mlxflow.stage_reports.profile import PeakFigures, ProfileReport, SuggestionFigures
-from mlxflow.stages.profile import Config, Inputs, Outputs, _require_budgets, run, settings_of
+from mlxflow.stages.profile import Config, Inputs, Outputs, _figures_of, _require_budgets, run, settings_of
 from mlxflow.storage import report_structs
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.report_files import read_report
@@ -82,6 +83,20 @@ def test_an_exceeded_budget_is_reported_with_the_phase_and_the_first_suggestion(
         "Look for arrays that are kept from step to step, or for sums that are never evaluated.",
     ]
     _require_budgets(Config(max_peak_memory="50%", max_leak_per_step="5 KB"), CONTEXT, report)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("fused_loss", "train:a.fused_loss"),
+        ("packing", "pretokenize:b.packing"),
+        ("cache_limit", "workflow.cache_limit"),
+    ],
+)
+def test_a_suggestion_names_the_key_of_the_variant(name: str, key: str) -> None:
+    config = Config(input="train:a", data="pretokenize:b")
+    figures = _figures_of(Suggestion(name, True, 10, "measured"), config)
+    assert figures == SuggestionFigures(key=key, value=True, saves_bytes=10, evidence="measured")
 
 
 def test_a_stage_over_its_budget_fails_and_leaves_its_old_artifact(job_copy: Path) -> None:
