@@ -3,7 +3,8 @@
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    sys.path.append(sys.path.pop(0))  # `python -m` puts the project's folder first: its random.py would be Python's
+    # `python -m` puts the project first on sys.path: its random.py would shadow Python's
+    sys.path.append(sys.path.pop(0))
 
 from mlxflow.cli.command import main
 

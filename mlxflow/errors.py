@@ -39,7 +39,7 @@ class UserError(MlxflowError):
 
 
 class WorkflowError(UserError):
-    """The workflow file cannot be understood."""
+    """The workflow file has errors."""
 
 
 class SourceError(UserError):
@@ -55,5 +55,5 @@ class CallError(UserError):
 
 
 def reason_of(error: BaseException, max_length: int | None = 200) -> str:
-    """Return an exception's message with its line breaks and runs of spaces as one space, cut to a length."""
+    """Return an exception's message with its line breaks and runs of spaces as one space, shortened to a length."""
     return " ".join(str(error).split())[:max_length]

@@ -65,8 +65,8 @@ def suited(settings: TrainingSettings, model: nn.Module, *, learning_rate: float
     """Return settings for quantization-aware training; document mask, fused loss and kernels are off.
 
     Args:
-        settings: of them steps, rows, adapters, checkpointing, determinism and the limit of validation rows.
-        model: to train; of it the types of the weights.
+        settings: steps, rows, adapters, checkpointing, determinism and the limit of validation rows are used.
+        model: to train; the dtypes of its weights are used.
         learning_rate: the highest; "auto" for one that suits the number of steps.
     """
     types = {value.dtype for _, value in tree_flatten(model.parameters())}
@@ -109,7 +109,7 @@ def train_rounded(
         context: of the stage.
 
     Raises:
-        SourceError: there are fewer rows than one batch holds.
+        SourceError: there are fewer rows than in one batch.
         StageError: the loss is not finite in many steps.
         SystemExit: a signal ended the run; a checkpoint is saved.
         UserError: a setting does not fit the model, or no batch fits into the memory.
@@ -149,7 +149,7 @@ def train_rounded(
 
 
 def _open_teacher(folder: Path) -> nn.Module:
-    """Return the dense model whose distributions are learned."""
+    """Return the teacher: the dense model."""
     teacher, _ = quantized_layers.made_dense(*model_folder.load(folder))
     teacher.freeze()
     return teacher
@@ -158,7 +158,7 @@ def _open_teacher(folder: Path) -> nn.Module:
 def _subject(
     model: nn.Module, settings: TrainingSettings, tokens: TokenFile, teacher: nn.Module | None, names: SettingNames
 ) -> build.Subject:
-    """Return the model with its settings, the document mask and the loss decided."""
+    """Return the model with its settings and loss, the document mask resolved."""
     length, vocab_size = tokens.context_length, tokens.vocab_size
     masks = document_mask.masks_conversations(model, tokens)
     fused = teacher is None and objective.uses_fused_loss(

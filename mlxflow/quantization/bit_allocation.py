@@ -12,16 +12,16 @@ from mlxflow.quantization import plan as plans
 from mlxflow.quantization.sensitivity import Objective, measure_costs
 from mlxflow.quantization.settings import Setting
 
-# Bytes in a safetensors header: for each tensor beside its name, and for the provenance
+# Bytes in a safetensors header: for each tensor besides its name, and for the provenance
 _ENTRY_BYTES, _HEADER_BYTES = 80, 1024
 
 
 class BudgetRequest(NamedTuple):
-    """A budget for the size of a model, as it was written.
+    """A budget for the size of a model, as configured.
 
     Attributes:
-        bits_per_weight: of all parameters; 0 where a file size is given.
-        file_bytes: of `model.safetensors`; 0 where bits per weight are given.
+        bits_per_weight: of all parameters; 0 if a file size is given.
+        file_bytes: of `model.safetensors`; 0 if bits per weight are given.
         candidate_bits: bits to choose from.
         asked: the setting and its value, for the message.
         key: of the table with the settings, for messages.
@@ -89,7 +89,7 @@ def allocate_bits(
 
 
 def _header_bytes(model: nn.Module, packed: Mapping[str, Any]) -> int:
-    """Return the most bytes that names, shapes and provenance take at the head of the file."""
+    """Return an upper bound of the header's size in bytes: names, shapes and provenance."""
     names = [name for name, _ in tree_flatten(model.parameters())]
     names += [f"{path}.{own}" for path in packed for own in ("scales", "biases")]
     return _HEADER_BYTES + sum(len(name) + _ENTRY_BYTES for name in names)

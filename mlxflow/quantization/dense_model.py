@@ -36,11 +36,11 @@ class TokenPair(NamedTuple):
 
 
 def find_folder(name: str, files: tuple[Path, ...], *, task: str) -> Path:
-    """Return the folder of a model, fetched from the hub where there are no files of it.
+    """Return the folder of a model, downloaded from the hub if there are no files.
 
     Args:
-        name: of a model of the hub.
-        files: of a folder; none for a model of the hub.
+        name: of a model on the hub.
+        files: of a folder; empty for a model on the hub.
         task: the stage that names it, for messages.
 
     Raises:
@@ -60,7 +60,7 @@ def open_dense(folder: Path, *, dtype: str, refusal: str) -> DenseModel:
 
     Args:
         folder: a model folder.
-        dtype: of the weights: "fp32", "fp16", "bf16", or "keep" for what the config says.
+        dtype: of the weights: "fp32", "fp16", "bf16", or "keep" for that of the config.
         refusal: the message for an already quantized model; empty to dequantize it.
 
     Raises:
@@ -77,10 +77,10 @@ def open_dense(folder: Path, *, dtype: str, refusal: str) -> DenseModel:
 def open_tokens(
     files: tuple[Path, ...], folder: Path, config: Mapping[str, Any], *, key: str, stage: str
 ) -> TokenPair | None:
-    """Return training and validation tokens; None where there are no files.
+    """Return training and validation tokens; None without files.
 
     Args:
-        files: of both, or none.
+        files: of both; empty for none.
         folder: of the model.
         config: its `config.json`.
         key: the setting that names the tokens, for messages.

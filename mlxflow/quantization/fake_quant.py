@@ -27,10 +27,10 @@ _GRID = "_grid"
 def fake_quantized(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[Callable[[], dict[str, Packed]]]:
     """Let layers compute with their quantized weights until the block ends; yield a function that packs them.
 
-    Each layer becomes of a class of its own that inherits from its class, `plain_type`, and has a method `fake_weight`,
-    which returns the weight that it computes with; parameters keep their names. Begin before a step is compiled: what
-    is compiled does not see a change of classes. A layer with an adapter beside it computes with the quantized sum of
-    both, without the adapter's dropout. Each group's grid is found here, where it loses least, and stays: a search in
+    Each layer gets a subclass of its class, `plain_type`, with a method `fake_weight`, which returns the weight used
+    in the forward pass; parameters keep their names. Enter the context before a step is compiled: a compiled function
+    does not see a change of classes. A layer with an adapter beside it computes with the quantized sum of both,
+    without the adapter's dropout. The grid of each group with the least error is searched once, here: a search in
     every step would cost more than the step.
 
     Args:

@@ -1,4 +1,4 @@
-"""One quantization as the stage `quantize` runs it: choose a plan, learn codes, write the model folder, measure it."""
+"""The work of the stage `quantize`: choose a plan, calibrate, write the model folder, measure it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,7 +81,7 @@ def run_job(
         request: method, plan and limits.
         dense: the model; changed.
         tokens: to calibrate, train and measure on; None for rounding without a measurement.
-        outputs: of the folder; of them config and weights are written.
+        outputs: of the folder; config and weights are written.
         metrics: gets the learning curve of "qat".
         context: of the stage.
 

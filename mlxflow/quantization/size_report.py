@@ -1,4 +1,4 @@
-"""The figures of a quantization for the report: sizes of the whole and of each layer from what was written."""
+"""The figures of a quantization for the report: sizes of the written model and of each layer."""
 
 from mlxflow.quantization.job import QuantizationResult
 from mlxflow.quantization.streaming_export import LayerFacts
@@ -6,11 +6,11 @@ from mlxflow.stage_reports.quantize import LayerFigures, QuantizeReport
 
 
 def report_of(method: str, made: QuantizationResult, file_bytes: int) -> QuantizeReport:
-    """Return the figures for the report, with sizes from what was written.
+    """Return the figures for the report, with the sizes of the written model.
 
     Args:
         method: of quantization.
-        made: what the job made.
+        made: the result of the job.
         file_bytes: of `model.safetensors`.
     """
     plan, exported, training = made.plan, made.exported, made.training

@@ -1,4 +1,4 @@
-"""Keys of a `[quantize]` table that contradict each other: found when the workflow is read; imports no MLX."""
+"""Checks of a `[quantize]` table for contradicting keys, made when the workflow is read; imports no MLX."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from mlxflow.workflow.config import Problem
 
 
 def table_problems(config: Any) -> Iterator[Problem]:
-    """Yield bits and group sizes that the mode does not have, and what does not fit together."""
+    """Yield bits and group sizes that the mode does not support, and contradicting keys."""
     for one in mistakes_in(config.default):
         advice = f"Set {one.key} = {one.usual}" + (' or mode = "affine".' if config.mode != "affine" else ".")
         yield Problem(one.key, one.value, one.expected, advice)

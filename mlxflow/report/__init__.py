@@ -1,1 +1,1 @@
-"""One run on one self-contained page: reads what the stages reported, draws it, writes HTML that asks for nothing."""
+"""The HTML report: load the reports of a run, draw plots, and write one self-contained page without requests."""

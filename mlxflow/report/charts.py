@@ -1,7 +1,7 @@
 """Charts as inline SVG: bars with intervals, stacked shares, spans of lengths; and the styles of all plots.
 
-Only what holds data is stretched to the width that a page has: a plot is an SVG of 1,000 units without a fixed ratio,
-with its axes and words beside it, so letters keep their size on a phone, on a wide screen and on paper.
+Only the data area is stretched to the width of the page: a plot is an SVG of 1,000 units without a fixed aspect
+ratio, and axes and text are HTML beside it, so text keeps its size on a phone, on a wide screen and on paper.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from mlxflow.report import formatting, svg
 from mlxflow.report.svg import tag
 
-#: How values are written, by the name that the page's script knows too.
+#: Number formats by name; the page's script has the same names.
 FORMATS: dict[str, Callable[[Any], str]] = {
     "number": formatting.show,
     "bytes": formatting.show_bytes,
@@ -21,7 +21,7 @@ FORMATS: dict[str, Callable[[Any], str]] = {
 }
 
 
-#: Series that can be distinguished in one plot.
+#: Number of series that can be distinguished in one plot.
 STYLES = 32
 _COLORS = 8
 
@@ -29,14 +29,14 @@ _COLORS = 8
 def style_of(index: int) -> str:
     """Return the CSS classes of one of many series: eight colors, each plain and in three patterns.
 
-    A pattern is how a line is dashed, what shape a mark has, how strong a bar is.
+    A pattern is the dash of a line, the shape of a mark, or the opacity of a bar.
     """
     pattern = index // _COLORS % (STYLES // _COLORS)
     return f"c{index % _COLORS}" + (f" p{pattern}" if pattern else "")
 
 
 def round_tick(tick: float) -> float:
-    """Return a tick without the error of its computation."""
+    """Return a tick without rounding error."""
     return float(f"{tick:.9g}")
 
 
@@ -46,10 +46,10 @@ class Bar(NamedTuple):
     Attributes:
         name: of the row.
         value: its length.
-        low: where the interval begins, or None.
-        high: where it ends, or None.
+        low: begin of the interval, or None.
+        high: end of the interval, or None.
         style: a CSS class.
-        shown: the value in words; empty: as the plot's form writes it.
+        shown: the value as text; empty for the plot's number format.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Bar(NamedTuple):
 
 
 def bars(rows: Sequence[Bar], *, label: str, form: str = "number") -> Markup:
-    """Return horizontal bars from zero with their intervals and figures."""
+    """Return horizontal bars from zero with intervals and figures."""
     most = max((max(row.value, row.high or 0.0) for row in rows), default=0.0) or 1.0
 
     def place(value: float) -> str:
@@ -90,7 +90,7 @@ def bars(rows: Sequence[Bar], *, label: str, form: str = "number") -> Markup:
 
 
 def stacked(parts: Sequence[tuple[str, float, str]], *, label: str, form: str = "percent") -> Markup:
-    """Return one bar of parts side by side; each is a name, a size and a CSS class."""
+    """Return one bar of adjacent parts; each has a name, a size and a CSS class."""
     whole = sum(size for _, size, _ in parts) or 1.0
     begin, drawn = 0.0, []
     for name, size, style in parts:
@@ -111,13 +111,13 @@ class Spread(NamedTuple):
 
 
 def spans(rows: Sequence[Spread], *, label: str, marker: float | None, marker_name: str) -> Markup:
-    """Return a line from the smallest to the largest, a box over nine tenths and a stroke at the median; by logarithm.
+    """Return box plots on a logarithmic axis: a line over the range, a box over 90 %, and a stroke at the median.
 
     Args:
         rows: values above zero.
-        label: the plot in a sentence.
+        label: description of the plot.
         marker: a value to draw a line at, or None.
-        marker_name: what it is.
+        marker_name: its label.
     """
     ends = [value for row in rows for value in (row.values[0], row.values[-1])]
     across = svg.scale_of([*ends, *([marker] if marker else [])], logarithmic=True)

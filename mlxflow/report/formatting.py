@@ -1,13 +1,13 @@
-"""Numbers and foreign text, as a person reads them."""
+"""Format numbers, and clean untrusted text, for display."""
 
 import math
 import re
 from typing import Any
 
-#: What stands where a figure is not known.
+#: Shown for unknown figures.
 UNKNOWN = "\N{EM DASH}"
 
-# What HTML cannot hold, or what makes text look like other text: controls, lone surrogates, changes of direction
+# Characters that HTML cannot contain or that disguise text: controls, lone surrogates, changes of direction
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
 )
@@ -16,12 +16,12 @@ _BYTE_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
 
 
 def clean(text: str) -> str:
-    """Return a text of any origin that can stand on a page: what cannot be shown becomes U+FFFD."""
+    """Return an untrusted text for the page: characters that cannot be shown are replaced by U+FFFD."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def shorten(text: str, limit: int) -> str:
-    """Return a text of at most so many characters, its middle left out where it is longer."""
+    """Return a text shortened to a number of characters by leaving out its middle."""
     if len(text) <= limit:
         return text
     head = limit // 2
@@ -29,7 +29,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, or None for anything else that a report may hold in its place."""
+    """Return a value if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -39,7 +39,7 @@ def number(value: Any) -> float | None:
 
 
 def show(value: Any, digits: int = 3) -> str:
-    """Return a number with so many significant digits and thousands apart, or the sign of an unknown one."""
+    """Return a number with some significant digits and thousands separators, or the sign of an unknown figure."""
     known = number(value)
     if known is None:
         return UNKNOWN
@@ -55,7 +55,7 @@ def show(value: Any, digits: int = 3) -> str:
 
 
 def show_large(value: Any) -> str:
-    """Return a count in words of three digits: 7.90 M."""
+    """Return a count with three digits and a unit: 7.90 M."""
     known = number(value)
     if known is None:
         return UNKNOWN
@@ -66,7 +66,7 @@ def show_large(value: Any) -> str:
 
 
 def show_bytes(value: Any, digits: int = 3) -> str:
-    """Return bytes in the unit that suits them, thousands of bytes a KB."""
+    """Return bytes in a suitable unit, with 1,000 bytes per KB."""
     known = number(value)
     if known is None:
         return UNKNOWN
@@ -77,7 +77,7 @@ def show_bytes(value: Any, digits: int = 3) -> str:
 
 
 def show_seconds(value: Any) -> str:
-    """Return a duration in the units that suit it."""
+    """Return a duration in suitable units."""
     known = number(value)
     if known is None:
         return UNKNOWN
@@ -97,7 +97,7 @@ def show_percent(share: Any, digits: int = 1) -> str:
 
 
 def show_interval(value: Any, error: Any) -> str:
-    """Return a figure with its standard error, to as many digits as the error has two."""
+    """Return a figure with its standard error, rounded to two digits of the error."""
     known, spread = number(value), number(error)
     if known is None or spread is None or spread <= 0:
         return show(known, 4)

@@ -10,7 +10,7 @@ from mlxflow.report.svg import tag
 
 
 class _Layout(NamedTuple):
-    """Sizes in pixels, how many letters fit, and whether later stages stand below instead of at the right."""
+    """Sizes in pixels, the number of letters that fit, and whether later stages are below or at the right."""
 
     style: str
     width: float
@@ -35,7 +35,7 @@ class Box(NamedTuple):
         task: its name.
         reads: the tasks it reads from.
         state: a CSS class: fresh, stale, missing or damaged.
-        lines: what is written below the name.
+        lines: text below the name.
     """
 
     task: str
@@ -44,7 +44,7 @@ class Box(NamedTuple):
     lines: tuple[str, ...]
 
 
-#: A sign for each state, so that none is shown by colour alone.
+#: A sign for each state, so that states differ by more than color.
 SIGNS = {
     "fresh": "\N{CHECK MARK}",
     "stale": "\N{CLOCKWISE OPEN CIRCLE ARROW}",
@@ -54,7 +54,7 @@ SIGNS = {
 
 
 def draw(boxes: Sequence[Box], label: str) -> Markup:
-    """Return the graph for a wide page and for a narrow one; edges that follow from others are left out."""
+    """Return the graph for a wide and a narrow page; edges implied by others are left out."""
     return Markup("").join(_draw(boxes, label, layout) for layout in _LAYOUTS)
 
 
@@ -71,7 +71,7 @@ def _draw(boxes: Sequence[Box], label: str, layout: _Layout) -> Markup:
 
 
 def _places(boxes: Sequence[Box], layout: _Layout) -> dict[str, tuple[float, float]]:
-    """Return the upper left corner of each box: one rank for each column, all of them centred."""
+    """Return the upper left corner of each box: one column for each rank, all of them centered."""
     columns = _columns(boxes)
     ranks = {column: [box.task for box in boxes if columns[box.task] == column] for column in columns.values()}
     most = max((len(tasks) for tasks in ranks.values()), default=1)
@@ -86,7 +86,7 @@ def _places(boxes: Sequence[Box], layout: _Layout) -> dict[str, tuple[float, flo
 
 
 def _columns(boxes: Sequence[Box]) -> dict[str, int]:
-    """Return how many stages lie before each one on the longest way to it."""
+    """Return the rank of each stage: the number of stages before it on the longest path."""
     columns: dict[str, int] = {}
     for box in boxes:  # each after the ones it reads from
         columns[box.task] = 1 + max((columns[one] for one in box.reads if one in columns), default=-1)
@@ -94,7 +94,7 @@ def _columns(boxes: Sequence[Box]) -> dict[str, int]:
 
 
 def _direct(box: Box, boxes: Sequence[Box]) -> list[str]:
-    """Return the stages that a stage reads from and that none of the others it reads from stands on."""
+    """Return the inputs of a stage that are not inputs, directly or indirectly, of another input."""
     reads: Mapping[str, tuple[str, ...]] = {one.task: one.reads for one in boxes}
     above: set[str] = set()
     waiting = [further for one in box.reads for further in reads.get(one, ())]

@@ -22,11 +22,11 @@ class Series(NamedTuple):
     """One line of a plot.
 
     Attributes:
-        name: for the legend and under the pointer.
-        x: (N,) in rising order.
+        name: for legend and tooltip.
+        x: (N,) ascending.
         y: (N,).
         style: of `style_of`; with ` b` a dashed line.
-        points: whether each value has a mark of its own instead of a line through all.
+        points: whether values are drawn as marks instead of a line.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Series(NamedTuple):
 
 
 class Band(NamedTuple):
-    """A stretch of the axis that has a name, such as a phase.
+    """A named interval of the axis, such as a phase.
 
     Attributes:
-        name: under the pointer.
+        name: for the tooltip.
         begin: on the axis.
         end: on the axis.
-        value: a height that is drawn over the stretch; 0: none.
-        lane: bands of one lane lie beside each other, the first one's highest.
+        value: a height drawn over the interval; 0 for none.
+        lane: row of the band; the first lane is on top.
         style: a CSS class.
     """
 
@@ -57,7 +57,7 @@ class Band(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A point that is pointed out, such as a peak."""
+    """A highlighted point, such as a peak."""
 
     x: float
     y: float
@@ -68,12 +68,12 @@ class Axes(NamedTuple):
     """The two axes of a plot.
 
     Attributes:
-        x_name: what the axis across counts.
-        form: how values are written, of `charts.FORMATS`.
-        x_form: how places on the axis across are written.
-        logarithmic: whether values go by their logarithm, where all are above zero.
-        from_zero: whether values begin at zero.
-        names: of the places on the axis across, where they have some.
+        x_name: label of the x axis.
+        form: number format of the values, of `charts.FORMATS`.
+        x_form: number format of the x axis.
+        logarithmic: whether the y axis is logarithmic, if all values are positive.
+        from_zero: whether the y axis begins at zero.
+        names: of the positions on the x axis, if they have any.
     """
 
     x_name: str
@@ -94,15 +94,15 @@ def lines(
     bands: Sequence[Band] = (),
     height: float = _HEIGHT,
 ) -> Markup:
-    """Return a plot of series over one axis, thinned so that peaks survive.
+    """Return a plot of series over one axis, downsampled with all peaks kept.
 
     Args:
         series: at least one of them with a point.
-        axes: how places and values become positions and words.
-        label: the plot in a sentence, for a screen reader.
-        group: plots of one group are zoomed together; none where a plot cannot be.
-        marks: points to point out.
-        bands: stretches of the axis to name, in lanes above the lines.
+        axes: of the plot.
+        label: description of the plot for a screen reader.
+        group: plots of one group are zoomed together; empty for no zoom.
+        marks: highlighted points.
+        bands: named intervals of the axis, in lanes above the lines.
         height: in pixels.
     """
     thinned = [one._replace(x=x, y=y) for one in series for x, y in [svg.thin(one.x, one.y)] if len(x)]
@@ -143,7 +143,7 @@ def _scale_up(series: Sequence[Series], marks: Sequence[Mark], bands: Sequence[B
 
 
 def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: Scale) -> Markup:
-    """Return what the page's script reads of a plot."""
+    """Return the data of a plot for the page's script."""
     data: dict[str, Any] = {
         "form": axes.form,
         "x": axes.x_name,
@@ -162,7 +162,7 @@ def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: S
 
 
 def _values(values: "NDArray[Any]") -> list[float]:
-    """Return numbers of six digits, more than a plot can show."""
+    """Return numbers with six digits, more than a plot can show."""
     shown = (float(f"{value:.6g}") for value in values.tolist())
     return [int(value) if value.is_integer() else value for value in shown]
 
@@ -185,7 +185,7 @@ def _line(one: Series, across: Scale, up: Scale, height: float) -> Markup:
 
 
 def _bands(bands: Sequence[Band], across: Scale, up: Scale, height: float) -> list[Markup]:
-    """Return a path for the lanes of each style, and one for the heights: paths are shorter than as many elements."""
+    """Return one path for the lanes and one for the heights of each style: paths are shorter than single elements."""
     drawn = []
     for style in dict.fromkeys(band.style for band in bands):
         lanes = heights = ""
@@ -216,7 +216,7 @@ def _y_axis(ticks: Sequence[float], up: Scale, form: str, height: float) -> Mark
 
 
 def _tick_words(ticks: Sequence[float], form: str) -> list[str]:
-    """Return the ticks in words, with as many digits as distinguish them."""
+    """Return the labels of the ticks, with enough digits to distinguish them."""
     words = [FORMATS[form](round_tick(tick)) for tick in ticks]
     for digits in range(4, 8):
         if len(set(words)) == len(words) or form not in ("bytes", "number"):

@@ -1,4 +1,4 @@
-"""Load the reports, curves and timelines of one run; what is missing or cannot be read is noted, never raised."""
+"""Load the reports, curves and timelines of one run; missing and unreadable files are reported on the page."""
 
 import json
 import math
@@ -33,13 +33,13 @@ _FORMS: dict[str, type[StageReport]] = {
 
 
 class LoadedStage(NamedTuple):
-    """What one stage left.
+    """The files of one stage.
 
     Attributes:
         member: the stage.
-        report: None where there is none that can be read.
+        report: None if it is missing or cannot be read.
         state: fresh, stale, missing or damaged.
-        said: the state in a sentence, with what to do.
+        said: the state in a sentence, with advice.
         size_bytes: of the artifact's files.
     """
 
@@ -60,31 +60,31 @@ class LoadedStage(NamedTuple):
         return self.member.task.partition(":")[0]
 
     def figures(self, form: type[F]) -> F | None:
-        """Return the figures of the report; None where there is none or it is of another stage."""
+        """Return the figures of the report; None without one or if it is of another stage."""
         found = self.report.figures if self.report else None
         return found if isinstance(found, form) else None
 
 
 class Curve(NamedTuple):
-    """The lines of a `metrics.jsonl`, and what is wrong with the file."""
+    """The lines of a `metrics.jsonl`, and the problem of the file if it has one."""
 
     records: list[dict[str, Any]]
     problem: str
 
 
 class Run(NamedTuple):
-    """One run, read.
+    """One loaded run.
 
     Attributes:
         name: of the workflow.
-        label: its name beside another run on the same page; empty where it is alone.
+        label: its letter beside another run on the same page; empty for a single run.
         stages: in the order of the workflow.
         curves: by task.
         timelines: by task.
         cut_off: by task, the timeline of a later run that did not finish.
-        lock: `mlxflow.lock`, by task; empty where there is none.
+        lock: `mlxflow.lock`, by task; empty without one.
         lock_problem: why it is empty.
-        samples: generated texts, as the report stage's report holds them.
+        samples: generated texts from the report of the report stage.
         samples_problem: why there are none.
     """
 
@@ -107,14 +107,14 @@ class Run(NamedTuple):
 def read_run(
     root: Path, members: Sequence[Member], *, name: str, label: str = "", samples: Sequence[SampleText] | None = None
 ) -> Run:
-    """Read all that one run left.
+    """Load one run.
 
     Args:
         root: the workflow's folder.
-        members: its stages, each after the ones it reads from, without the page itself.
+        members: its stages, each after the ones it reads from, without the report stage.
         name: of the workflow.
         label: see `Run`.
-        samples: generated texts; None takes those of the report stage's last run.
+        samples: generated texts; None for those of the report stage's last run.
     """
     stages = [_read_stage(root, member) for member in members]
     curves = {
@@ -150,7 +150,7 @@ def _has(one: LoadedStage, name: str, root: Path) -> bool:
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], str]:
-    """Return a TOML file's content, or nothing and why."""
+    """Return a TOML file's content, or an empty table and the reason."""
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             return {}, "is too large to be a report"
@@ -185,7 +185,7 @@ def _read_stage(root: Path, member: Member) -> LoadedStage:
 
 
 class _WriterVersion(msgspec.Struct, frozen=True):
-    """Of a report's table `stage` the version that wrote it."""
+    """The version in a report's table `stage`."""
 
     mlxflow: str
 
@@ -195,7 +195,7 @@ class _Written(msgspec.Struct, frozen=True):
 
 
 def _written_by(found: Mapping[str, Any]) -> str:
-    """Return a sentence where another version wrote a report; else nothing."""
+    """Return a sentence if another version wrote a report, else an empty text."""
     try:
         made_by = msgspec.convert(found, _Written).stage.mlxflow
     except msgspec.ValidationError:
@@ -206,7 +206,7 @@ def _written_by(found: Mapping[str, Any]) -> str:
 
 
 def _last_words(root: Path, task: str) -> str:
-    """Return what a stage said last, where it has a log and left no artifact."""
+    """Return the last line of a stage's log, if it has a log and no artifact."""
     try:
         with layout.log_file(root, task).open("rb") as log:
             log.seek(max(0, log.seek(0, 2) - 2000))
@@ -243,7 +243,7 @@ def _read_curve(path: Path) -> Curve:
 
 
 def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence[SampleText], str]:
-    """Return the samples of the report stage's last run that the models of now wrote, and why others are left out."""
+    """Return the samples of the report stage's last run by the current models, and why others are left out."""
     shown = layout.stage_folder("report") / layout.REPORT
     read, problem = read_toml(root / shown)
     if problem:
@@ -259,12 +259,12 @@ def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence
 
 
 def model_key(made: Provenance) -> str:
-    """Return what a model was made from, so that a sample can be compared with it."""
+    """Return a key of a model's settings and inputs, to which a sample can be compared."""
     return f"{made.settings_digest}-{made.inputs_digest}"
 
 
 def column(records: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Return two columns of records that have both as finite numbers, in rising order of the first."""
+    """Return two columns of the records in which both are finite numbers, sorted by the first."""
     from mlxflow.report.formatting import number
 
     pairs = [(number(one.get(x)), number(one.get(y))) for one in records]

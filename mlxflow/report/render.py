@@ -1,4 +1,4 @@
-"""From runs to the bytes of one HTML file that asks for nothing: no request leaves it, and a policy says so."""
+"""Render runs to one HTML file; it makes no requests, and its content security policy forbids them."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ _SECTIONS = (stages, corpus, learning, quantization, memory, benchmark, samples,
 
 
 def render(runs: Sequence[Run]) -> bytes:
-    """Return the page of one run, or of two side by side; the same runs are the same bytes.
+    """Return the page of one run, or of two side by side; equal runs give equal bytes.
 
     Args:
         runs: one or two of them; two have labels.
@@ -55,19 +55,19 @@ def render(runs: Sequence[Run]) -> bytes:
 
 
 def _lines(runs: Sequence[Sequence[Answer]]) -> list[tuple[Answer, list[Answer | None]]]:
-    """Return a line for each question, with the answers of all runs; a run that was not asked has none."""
+    """Return a line for each question, with the answers of all runs that have one."""
     asked = {one.question: one for found in runs for one in found}
     by_run = [{one.question: one for one in found} for found in runs]
     return [(one, [known.get(question) for known in by_run]) for question, one in asked.items()]
 
 
 def _shown(value: Any) -> Any:
-    """Return what a template writes: text without what no page can hold."""
+    """Return text for the template, without characters that HTML cannot contain."""
     return clean(value) if type(value) is str else value
 
 
 def _asset(jinja: Environment, loader: BaseLoader, name: str) -> str:
-    """Return one of the page's own files as it is."""
+    """Return the content of one of the page's assets."""
     return loader.get_source(jinja, name)[0]
 
 

@@ -1,4 +1,4 @@
-"""Samples for the page: held-out questions that models answer, or beginnings of documents that they continue."""
+"""Generate samples for the page: answers to held-out questions, or continuations of held-out documents."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +17,13 @@ _TEXT_TEMPERATURE = 0.8
 
 
 class SampleRequest(NamedTuple):
-    """Which samples are wanted.
+    """The requested samples.
 
     Attributes:
-        prompts: texts to continue, questions for models with a chat template; none for held-out documents.
-        num_prompts: held-out documents to use.
-        prompt_tokens: tokens of a document that the models get.
-        max_tokens: the most tokens that a model writes.
+        prompts: texts to continue, questions for models with a chat template; empty for held-out documents.
+        num_prompts: number of held-out documents.
+        prompt_tokens: tokens of a document in a prompt.
+        max_tokens: upper bound of generated tokens.
         temperature: of sampling; "auto" for 0 in answers, 0.8 in continued texts.
         seed: of sampling.
     """
@@ -40,10 +40,10 @@ class _Asked(NamedTuple):
     """The prompts for every model.
 
     Attributes:
-        texts: to be continued; to be answered by models with a chat template where a user wrote them.
+        texts: to continue; models with a chat template answer those from the workflow.
         questions: of held-out conversations.
         tokenizer: of the tokens of the questions; None without any.
-        are_messages: whether the texts are for the chat template of a model that has one.
+        are_messages: whether the texts go through a model's chat template.
     """
 
     texts: list[str]
@@ -53,7 +53,7 @@ class _Asked(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """What a model wrote, and after what; see `SampleText`."""
+    """The generated texts of a model with their prompts; see `SampleText`."""
 
     text: str
     prompt: str | None = None
@@ -64,13 +64,13 @@ class _Texts(NamedTuple):
 def write_samples(
     request: SampleRequest, models: Mapping[str, Path], *, reports: Mapping[str, Path], validation: tuple[Path, ...]
 ) -> list[SampleText]:
-    """Return what every model writes after every prompt; equal models write the same.
+    """Return the text that each model generates for each prompt; equal models generate equal texts.
 
     Args:
-        request: which samples are wanted.
+        request: the requested samples.
         models: `model.safetensors` of each model, by reference such as "quantize:q4".
         reports: of the stages that made them, by the same references.
-        validation: validation tokens, `tokenizer.json` and `tokenizer_request.json`; none where there are prompts.
+        validation: validation tokens, `tokenizer.json` and `tokenizer_request.json`; empty if there are prompts.
 
     Raises:
         ArtifactError: a model cannot be opened.
@@ -81,7 +81,7 @@ def write_samples(
         key = model_key(report_structs.read_provenance(reports[reference], advice=f"Run: doit {reference}"))
         try:
             made = _written(request, path.parent, asked)
-        except RuntimeError as error:  # no room for the model: the page is drawn without it
+        except RuntimeError as error:  # out of memory: the page is written without this model
             found.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
             continue
         found += [SampleText(model=reference, model_key=key, **texts._asdict()) for texts in made]
@@ -103,7 +103,7 @@ def _choose_prompts(request: SampleRequest, models: Mapping[str, Path], validati
 
 
 def _written(request: SampleRequest, folder: Path, asked: _Asked) -> list[_Texts]:
-    """Return what one model writes; an entry with a question is an answer, one without continues its prompt."""
+    """Return the texts of one model; an entry with a question is an answer, one without continues its prompt."""
     writer = Writer(folder)
     is_chat = asked.are_messages and writer.has_template
     likeliest = bool(asked.questions) or is_chat
@@ -123,7 +123,7 @@ def _written(request: SampleRequest, folder: Path, asked: _Asked) -> list[_Texts
 
 
 def _ids_of_another(writer: Writer, text: str) -> list[int]:
-    """Return the ids of a question for a model of another tokenizer than the one that made the tokens."""
+    """Return the ids of a question for a model with another tokenizer than that of the tokens."""
     ids: list[int] = writer.text_ids(text)
     if writer.has_template:
         ids = writer.chat_ids([{"role": "user", "content": text}])

@@ -1,4 +1,4 @@
-"""The first lines of the page: questions of a user, each answered by a figure and a sentence."""
+"""The summary at the top of the page: common questions, each answered by a figure and a sentence."""
 
 import math
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
 
 
 def answers(run: Run) -> list[Answer]:
-    """Return the answers that the reports hold; what is not known is said."""
+    """Return the answers from the reports; unknown ones say so."""
     found = [_state(run)]
     for answer in (_data, _quality, _speed, _size, _memory, _gain):
         found += answer(run)
@@ -56,7 +56,7 @@ def _data(run: Run) -> Iterator[Answer]:
 
 
 def _corpus(report: PretokenizeReport) -> str:
-    """Return what a corpus holds, in sentences."""
+    """Return the figures of a corpus, in sentences."""
     said = f"tokens of {plural(report.train.documents, 'document')} to learn from, "
     said += f"{show_large(report.validation.tokens)} held out."
     bad = sum(source.bad_records for source in report.sources)
@@ -66,13 +66,13 @@ def _corpus(report: PretokenizeReport) -> str:
 
 
 def _of_each(run: Run, form: type[F], one: str, several: str) -> list[tuple[LoadedStage, F, str]]:
-    """Return the variants of a stage that were reported, each with its figures and the question about it.
+    """Return the variants of a stage with reports, each with its figures and its question.
 
     Args:
         run: the run.
         form: of the stage's figures.
-        one: the question where the stage has no variants.
-        several: the question with `{name}` where it has.
+        one: the question for a stage without variants.
+        several: the question, with `{name}`, for one with variants.
     """
     reported = [(stage, figures) for stage in run.stages if (figures := stage.figures(form)) is not None]
     if not reported:
@@ -138,7 +138,7 @@ def _models(bench: LoadedStage) -> tuple[ModelRow, ...]:
 
 
 def _sized(report: QuantizeReport, row: ModelRow | None) -> str:
-    """Return size and quality of a quantized model in words; the quality of a benchmark where it has none itself."""
+    """Return size and quality of a quantized model in words; the quality from the benchmark if its report has none."""
     said = f"times smaller than in fp32{_than_dense(report)}: "
     said += f"{show_bytes(report.model_bytes)}, {show(report.bits_per_weight)} bits a weight"
     of = report.quality or row
@@ -150,22 +150,22 @@ def _sized(report: QuantizeReport, row: ModelRow | None) -> str:
 
 
 def _than_dense(report: QuantizeReport) -> str:
-    """Return the size against the dense model as it was stored, where that was not fp32."""
+    """Return the size relative to the stored dense model, if that is not in fp32."""
     dense, own = report.dense_bits_per_weight, report.bits_per_weight
     if not own or dense > 31:
         return ""
     return f", {show(dense / own)} times smaller than the dense model of {show(dense)} bits a weight"
 
 
-# Of a divergence so much must show in the perplexity, or be this small, to be called rounding
+# A divergence is called rounding if this share of it shows in the perplexity, or if it is this small
 _SHOWN_SHARE, _ROUNDING_NATS = 0.5, 0.03
 
 
 def _another_model(quality: QualityFigures) -> str:
-    """Return what a divergence says that the perplexity does not.
+    """Return a sentence if the divergence shows a difference that the perplexity does not.
 
-    Were text what the dense model holds likely, rounding would raise the loss by the divergence. A model that was
-    trained meanwhile predicts the text better again, and still is another one.
+    If text were distributed as the dense model predicts, rounding would raise the loss by the divergence. A model
+    that was trained in between predicts the text better again, but differs from the dense model.
     """
     kl, found, dense = quality.kl, quality.perplexity, quality.dense_perplexity
     if found <= 0 or dense <= 0 or kl < _ROUNDING_NATS or math.log(found) - math.log(dense) > _SHOWN_SHARE * kl:
@@ -188,14 +188,14 @@ def _memory(run: Run) -> Iterator[Answer]:
 
 
 def _peak(report: ProfileReport) -> str:
-    """Return what a profile found, in a sentence."""
+    """Return the result of a profile in a sentence."""
     said = "in MLX's arrays at the peak of a training step" + _largest_part(report.composition)
     verdict = {"none": "no leak", "leak": "a leak was found"}.get(report.leak.verdict, report.leak.verdict)
     return f"{said}; {verdict}."
 
 
 def _largest_part(composition: PeakParts) -> str:
-    """Return which part of MLX's arrays is the largest, with its share of them."""
+    """Return the largest part of MLX's arrays with its share."""
     made = {part: size for part in ARRAYS if (size := getattr(composition, f"{part}_bytes"))}
     if not made:
         return ""
@@ -235,7 +235,7 @@ def _gain(run: Run) -> Iterator[Answer]:
 
 
 def _promised_speed(report: BenchmarkReport) -> tuple[float, float, float] | None:
-    """Return the workflow's speed over the baseline's with its interval, from rounds taken together."""
+    """Return the workflow's speed over the baseline's with its interval, from paired rounds."""
     speed = report.promises.get("training_speed")
     if speed is None or speed.measured is None or speed.low is None or speed.high is None:
         return None
@@ -243,7 +243,7 @@ def _promised_speed(report: BenchmarkReport) -> tuple[float, float, float] | Non
 
 
 def _compared_speed(report: BenchmarkReport) -> tuple[float, float, float] | None:
-    """Return the same from the figures of the first batch size that both were timed at."""
+    """Return the same from the figures of the first batch size at which both were timed."""
     timed = {(row.name, row.batch_size): speed for row in report.training if (speed := row.speed) is not None}
     for (name, size), speed in timed.items():
         base = timed.get(("baseline", size))

@@ -1,4 +1,4 @@
-"""The ground of every plot: escaped elements, scales, ticks, and thinning that keeps every peak."""
+"""Building blocks of plots: escaped SVG elements, scales, ticks, and downsampling that keeps peaks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from mlxflow.report.formatting import clean
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Buckets that a series is thinned to; each gives its smallest and its largest value.
+#: Number of buckets for downsampling; each contributes its smallest and its largest value.
 BUCKETS = 360
 
-# Ends of an axis at most: a report of another may hold any number, and what is drawn is computed with room around it
+# The largest ends of an axis: an untrusted report may contain any number, and a margin is added to it
 _LARGEST = 1e150
 
 
 def tag(name: str, attributes: Mapping[str, object] | None = None, *children: str) -> Markup:
-    """Return an element; text is escaped, markup stands as it is.
+    """Return an element; text is escaped, markup is unchanged.
 
     Args:
         name: of the element.
-        attributes: a value of None leaves one out; numbers are rounded to hundredths.
+        attributes: None omits an attribute; numbers are rounded to hundredths.
         children: text or markup.
     """
     written = Markup("")
@@ -36,36 +36,36 @@ def tag(name: str, attributes: Mapping[str, object] | None = None, *children: st
 
 
 def trim(value: float) -> str:
-    """Return a coordinate in as few characters as it takes."""
+    """Return a coordinate in as few characters as possible."""
     shown = f"{value:.2f}".rstrip("0").rstrip(".")
     return "0" if shown in ("-0", "") else shown
 
 
 class Scale(NamedTuple):
-    """Maps values between two ends to 0 and 1, evenly or by their logarithm."""
+    """Maps values between two ends to 0 to 1, linearly or logarithmically."""
 
     low: float
     high: float
     logarithmic: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return where a value lies; outside of the ends, at the end."""
+        """Return the position of a value, clamped to the ends."""
         low, high = self.low, self.high
         if self.logarithmic:
             low, high, value = math.log(low), math.log(high), math.log(max(value, self.low))
         return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.5
 
     def ticks(self, count: int) -> list[float]:
-        """Return round values between the ends, about as many as asked for."""
+        """Return about the requested number of round values between the ends."""
         return _log_ticks(self.low, self.high, count) if self.logarithmic else _even_ticks(self.low, self.high, count)
 
 
 def scale_of(values: Sequence[float], *, logarithmic: bool = False, from_zero: bool = False) -> Scale:
-    """Return a scale on which all values lie with a little room.
+    """Return a scale that contains all values, with a small margin.
 
     Args:
         values: finite; not empty.
-        logarithmic: by logarithm, where every value is above zero.
+        logarithmic: use a logarithmic scale if every value is positive.
         from_zero: whether the low end is zero.
     """
     low, high = (min(_LARGEST, max(-_LARGEST, end)) for end in (min(values), max(values)))
@@ -75,7 +75,7 @@ def scale_of(values: Sequence[float], *, logarithmic: bool = False, from_zero: b
             low, high = low / 1.5, high * 1.5
         return Scale(low / (high / low) ** 0.04, high * (high / low) ** 0.04, True)
     low = min(0.0, low) if from_zero else low
-    if 0 < high - low < 0.002 * abs(high):  # what is the same but for a thousandth looks the same
+    if 0 < high - low < 0.002 * abs(high):  # values within a thousandth of each other look equal
         low, high = low - 0.001 * abs(high), high + 0.001 * abs(high)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return Scale(low if from_zero and low == 0 else low - room, high + room)
@@ -102,12 +102,12 @@ def _log_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def thin(x: "NDArray[Any]", y: "NDArray[Any]", buckets: int = BUCKETS) -> "tuple[NDArray[Any], NDArray[Any]]":
-    """Return a series of at most two points a bucket, its smallest and its largest, and both ends: peaks survive.
+    """Downsample a series to at most two points per bucket, the smallest and the largest, and both ends.
 
     Args:
-        x: (N,) in rising order.
+        x: (N,) ascending.
         y: (N,); points that are not finite are left out.
-        buckets: equal numbers of points, not equal widths.
+        buckets: number of buckets, of equal numbers of points.
     """
     import numpy as np
 
@@ -127,6 +127,6 @@ def path_of(
     x: Sequence[float], y: Sequence[float], across: Scale, up: Scale,
     width: float, height: float,
 ) -> str:  # fmt: skip
-    """Return the path through points, y upwards."""
+    """Return the path through points; y points upwards."""
     points = [(across(a) * width, (1 - up(b)) * height) for a, b in zip(x, y, strict=True)]
     return "M" + "L".join(f"{trim(round(a, 1))} {trim(round(b, 1))}" for a, b in points) if points else ""

@@ -1,4 +1,4 @@
-"""Read memory timelines: finished ones, the readable part of damaged ones, and those of runs that were cut off."""
+"""Read memory timelines: finished ones, the readable part of damaged ones, and those of interrupted runs."""
 
 import fcntl
 import json
@@ -25,13 +25,13 @@ class Span(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """The columns and phases of a memory timeline, as far as the file goes, and what is wrong with it.
+    """The columns and phases of a memory timeline, as far as they can be read, and the problem of the file.
 
     Attributes:
         columns: by name.
         phases: in the order in which they ended.
-        problem: a sentence, or nothing.
-        ended: in a few words how and where a run that was cut off ended; empty for one that was not.
+        problem: a sentence; empty for none.
+        ended: in a few words how and where an interrupted run ended; empty for a finished run.
     """
 
     columns: "dict[str, NDArray[Any]]"
@@ -41,7 +41,7 @@ class Timeline(NamedTuple):
 
 
 def read_timeline(path: Path) -> Timeline:
-    """Return the columns of a safetensors file; of one that was cut off, what is there of each."""
+    """Return the columns of a safetensors file; of a truncated one, the existing part of each."""
     import numpy as np
 
     shown = f"{path.parent.name}/{path.name}"
@@ -93,8 +93,8 @@ def read_cut_off(unfinished: Path, report: Path) -> Timeline | None:
     """Return the timeline of the stage's latest run if it did not finish; None if it did.
 
     Args:
-        unfinished: the folder of what the stage's unfinished runs left, one folder for each way it was set.
-        report: of the stage's artifact; what is older than it is of no interest any more.
+        unfinished: the folder of the stage's unfinished runs, one subfolder for each configuration.
+        report: of the stage's artifact; older runs are ignored.
     """
     try:
         times = {path: path.stat().st_mtime_ns for path in sorted(unfinished.glob(f"*/{layout.TIMELINE_JOURNAL}"))}
@@ -110,7 +110,7 @@ def read_cut_off(unfinished: Path, report: Path) -> Timeline | None:
 
 
 def _is_held(file: BinaryIO) -> bool:
-    """Return whether the process that writes a journal is still there."""
+    """Return whether the process that writes a journal is still running."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -132,10 +132,10 @@ class _Replayed:
         self.closed = False
 
     def take(self, line: bytes) -> None:
-        """Take one line.
+        """Process one line.
 
         Raises:
-            ValueError: it is torn or not of the format; TypeError and IndexError mean the same.
+            ValueError: it is torn or invalid; TypeError and IndexError mean the same.
         """
         kind, *values = json.loads(line)
         if kind == "columns":
@@ -153,7 +153,7 @@ class _Replayed:
         self.closed = self.closed or kind == "end"
 
     def columns(self) -> "dict[str, NDArray[Any]]":
-        """Return every column by name, those of the sampling thread with a prefix."""
+        """Return every column by name; samples have a prefix."""
         import numpy as np
 
         columns: dict[str, NDArray[Any]] = {}
@@ -164,7 +164,7 @@ class _Replayed:
         return columns
 
     def all_phases(self) -> list[Span]:
-        """Return every phase; one that did not end lasts until the last reading."""
+        """Return every phase; an unfinished one lasts until the last reading."""
         seconds = [row[0] for row in self.samples] + [row[1] for row in self.steps]
         seconds += [phase.end_seconds for phase in self.phases] + [begin for _, begin in self.entered]
         last = max(seconds, default=0.0)
@@ -179,7 +179,7 @@ class _Replayed:
 
 
 def _replay(lines: list[bytes], *, runs: bool) -> Timeline:
-    """Return the timeline of a journal; a line that is torn is left out."""
+    """Return the timeline of a journal; a torn line is left out."""
     replayed = _Replayed()
     for line in lines:
         try:

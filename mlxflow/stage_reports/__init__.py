@@ -1,1 +1,1 @@
-"""What report.toml holds: a struct of the figures of each stage, in the module of the stage's name."""
+"""The contents of report.toml: one module for each stage with the struct of its figures."""

@@ -1,4 +1,4 @@
-"""The figures of a benchmark stage, as report.toml holds them; `low_` and `high_` are the ends of an interval."""
+"""The figures of a benchmark stage in report.toml; `low_` and `high_` are the ends of an interval."""
 
 from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.storage.report_structs import Count, ReportTable, Seconds, Share, StageReport
@@ -24,7 +24,7 @@ class DriftFigures(ReportTable, frozen=True, kw_only=True):
     Attributes:
         name: of the row.
         batch_size: of the row.
-        ratio: its step's time at the end by that at the beginning.
+        ratio: its step time at the end divided by that at the beginning.
         is_noticed: whether the difference is more than noise.
     """
 
@@ -59,18 +59,18 @@ class ConvergenceCurve(ReportTable, frozen=True, kw_only=True):
 
 
 class BottleneckFigures(ReportTable, frozen=True, kw_only=True):
-    """Where the time of a step goes, and what the device can do; None for what did not fit into the memory.
+    """Shares of a step's time, and ceilings of the device; None for figures that did not fit into the memory.
 
     Attributes:
         data_share: waiting for batches.
         graph_share: building the graph on the host.
         compute_share: computing.
         synchronize_share: waiting for the last results.
-        ceiling_flops_per_second: that the device was measured to do.
-        ceiling_bytes_per_second: that the device was measured to read.
+        ceiling_flops_per_second: measured maximum of the device.
+        ceiling_bytes_per_second: measured maximum of the device.
         flops_per_second: of training.
         decode_bytes_per_second: read by decoding with the dense model.
-        advice: the change most worth making.
+        advice: the most promising change of a setting.
     """
 
     data_share: Share | None = None
@@ -85,14 +85,14 @@ class BottleneckFigures(ReportTable, frozen=True, kw_only=True):
 
 
 class PromiseFigures(ReportTable, frozen=True, kw_only=True):
-    """A promise beside what was measured.
+    """A performance target and its measured figure.
 
     Attributes:
         promise: in words.
-        holds: whether it holds.
-        measured: the figure; None where it could not be measured.
-        low: least that the figure may be.
-        high: most that the figure may be.
+        holds: whether it is met.
+        measured: the figure; None if it could not be measured.
+        low: lower end of its interval.
+        high: upper end of its interval.
         figure: in words.
     """
 
@@ -105,14 +105,14 @@ class PromiseFigures(ReportTable, frozen=True, kw_only=True):
 
 
 class ComparisonFigures(ReportTable, frozen=True, kw_only=True):
-    """The run beside the baseline's.
+    """The comparison with the baseline.
 
     Attributes:
-        baseline: the report, as the workflow names it.
+        baseline: path of the report, as in the workflow.
         compared: whether it was measured on the same device.
         figures: compared.
-        repetitions: of what looked worse.
-        noise_between_runs: what looked worse in one run alone, a line each.
+        repetitions: number of repetitions of apparent regressions.
+        noise_between_runs: a line for each figure that was worse in one run only.
     """
 
     baseline: str
@@ -128,13 +128,13 @@ class BenchmarkReport(StageReport, frozen=True, kw_only=True):
     Attributes:
         version: VERSION of the stage.
         device: that was measured.
-        training: ways of training, by batch size.
-        drift: of the device's speed; None where nothing could be timed.
-        convergence: of new models; None where it was not asked for.
+        training: timed recipes, by batch size.
+        drift: of the device's speed; None if nothing could be timed.
+        convergence: of new models; None if not requested.
         models: by stage.
         bottleneck: of a step.
         promises: by name.
-        lowered: what was measured less than asked for, a line each.
+        lowered: a line for each measurement with fewer rounds or rows than requested.
         comparison: with the baseline; None without one.
     """
 

@@ -1,4 +1,4 @@
-"""The rows of a benchmark's report: ways of training, and models; `low_` and `high_` are the ends of an interval."""
+"""The rows of a benchmark's report: recipes of training, and models; `low_` and `high_` are the ends of an interval."""
 
 from typing import Annotated, NamedTuple
 
@@ -29,28 +29,28 @@ class TimedFigures(NamedTuple):
 
 
 class TrainingRow(ReportTable, frozen=True, kw_only=True):
-    """One way of training at one batch size; either `error` says why it was not timed, or it has all figures.
+    """One recipe of training at one batch size; it has either `error`, the reason why it was not timed, or all figures.
 
     Attributes:
         name: "baseline", "workflow" or "without" an optimization.
         batch_size: rows in a forward pass.
-        error: why it was not timed; None where it was.
+        error: why it was not timed; None if it was.
         num_steps: timed.
         median_step_seconds: of a step, with `low_step_seconds` and `high_step_seconds`.
         confidence: of the intervals.
         samples_per_second: rows.
         tokens_per_second: learned from.
         tokens_per_second_per_gb: by `peak_memory_bytes`.
-        peak_memory_bytes: most that MLX's arrays held.
-        data_wait_share: of a step, waiting for batches.
-        compile_seconds: by which the first step took longer.
-        machine_seconds: of the fixed work of the same rounds; None where none was timed.
-        low_relative_tokens_per_second: tokens in the time of the fixed work, least.
-        high_relative_tokens_per_second: the same, most.
-        processed_tokens_per_second: tokens that the model reads, padding left out.
-        workflow_speedup: tokens per second of the workflow by those of the row; None where not timed together.
-        low_workflow_speedup: least.
-        high_workflow_speedup: most.
+        peak_memory_bytes: highest memory of MLX's arrays.
+        data_wait_share: share of a step spent waiting for batches.
+        compile_seconds: extra time of the first step.
+        machine_seconds: of the fixed work in the same rounds; None if not timed.
+        low_relative_tokens_per_second: tokens in the time of the fixed work, lower end.
+        high_relative_tokens_per_second: the same, upper end.
+        processed_tokens_per_second: tokens that the model processes, without padding.
+        workflow_speedup: tokens per second of the workflow divided by those of the row; None if not timed together.
+        low_workflow_speedup: lower end.
+        high_workflow_speedup: upper end.
         verdict: on the speedup, in words.
     """
 
@@ -89,17 +89,17 @@ class TrainingRow(ReportTable, frozen=True, kw_only=True):
 
     @property
     def speed(self) -> Bounded | None:
-        """Tokens learned from per second; None where it was not timed."""
+        """Trained tokens per second; None if not timed."""
         return _bounded(self.tokens_per_second, self.low_tokens_per_second, self.high_tokens_per_second)
 
     @property
     def speedup(self) -> Bounded | None:
-        """Speed of the workflow by that of the row; None where they were not timed together."""
+        """Speed of the workflow divided by that of the row; None if they were not timed together."""
         return _bounded(self.workflow_speedup, self.low_workflow_speedup, self.high_workflow_speedup)
 
     @property
     def timed(self) -> TimedFigures | None:
-        """The figures; None where it was not timed."""
+        """The figures; None if it was not timed."""
         steps, speed, rows, wait = self.num_steps, self.speed, self.samples_per_second, self.data_wait_share
         if steps is None or speed is None or rows is None or wait is None or self.peak_memory_bytes is None:
             return None
@@ -107,13 +107,13 @@ class TrainingRow(ReportTable, frozen=True, kw_only=True):
 
 
 class PrefillFigures(ReportTable, frozen=True, kw_only=True):
-    """How fast a model reads a prompt.
+    """Prefill speed of a model.
 
     Attributes:
         prompt_tokens: length of the prompt.
-        tokens_per_second: read, with its interval.
-        low_relative_tokens_per_second: tokens in the time of the fixed work, least.
-        high_relative_tokens_per_second: the same, most.
+        tokens_per_second: of the prompt, with its interval.
+        low_relative_tokens_per_second: tokens in the time of the fixed work, lower end.
+        high_relative_tokens_per_second: the same, upper end.
     """
 
     prompt_tokens: Count
@@ -125,12 +125,12 @@ class PrefillFigures(ReportTable, frozen=True, kw_only=True):
 
     @property
     def speed(self) -> Bounded:
-        """Tokens read per second."""
+        """Prompt tokens per second."""
         return Bounded(self.tokens_per_second, self.low_tokens_per_second, self.high_tokens_per_second)
 
 
 class ModelFigures(NamedTuple):
-    """The figures that every model has that could be measured; see `ModelRow`."""
+    """The figures of every measured model; see `ModelRow`."""
 
     model_bytes: int
     compression_ratio: float
@@ -141,27 +141,27 @@ class ModelFigures(NamedTuple):
 
 
 class ModelRow(ReportTable, frozen=True, kw_only=True):
-    """A model; either `error` says why it was not measured, or it has its speeds.
+    """A model; it has either `error`, the reason why it was not measured, or its speeds.
 
     Attributes:
         model: the stage that made it, such as "quantize:q4".
         model_bytes: of its weights on the disk.
-        error: why it was not measured; None where it was.
+        error: why it was not measured; None if it was.
         compression_ratio: size of the dense model's files by `model_bytes`.
         compression_ratio_fp32: size of the weights in fp32 by `model_bytes`.
         compression_ratio_bf16: size of the weights in bf16 by `model_bytes`.
         asked_bits_per_weight: by the plan of quantization; None for a dense model.
         prefill: by length of the prompt.
-        decode_tokens_per_second: written one by one, with its interval.
-        low_relative_decode_tokens_per_second: tokens in the time of the fixed work, least.
-        high_relative_decode_tokens_per_second: the same, most.
-        machine_seconds: of the fixed work of the same rounds.
-        peak_memory_bytes: most that MLX's arrays held.
+        decode_tokens_per_second: generated one by one, with its interval.
+        low_relative_decode_tokens_per_second: tokens in the time of the fixed work, lower end.
+        high_relative_decode_tokens_per_second: the same, upper end.
+        machine_seconds: of the fixed work in the same rounds.
+        peak_memory_bytes: highest memory of MLX's arrays.
         perplexity: on validation rows.
         perplexity_standard_error: of the same.
         validation_tokens: predicted.
         validation_rows: read.
-        has_fewer_rows: whether there was no time for all rows that were asked for.
+        has_fewer_rows: whether the time did not suffice for all requested rows.
     """
 
     model: str
@@ -197,14 +197,14 @@ class ModelRow(ReportTable, frozen=True, kw_only=True):
 
     @property
     def decode_speed(self) -> Bounded | None:
-        """Tokens per second written one by one; None where it was not measured."""
+        """Decode speed in tokens per second; None if not measured."""
         return _bounded(
             self.decode_tokens_per_second, self.low_decode_tokens_per_second, self.high_decode_tokens_per_second
         )
 
     @property
     def measured(self) -> ModelFigures | None:
-        """The figures; None where there is an error, or the speed alone was measured."""
+        """The figures; None if there is an error, or only the speed was measured."""
         size, ratio, ratio_fp32 = self.model_bytes, self.compression_ratio, self.compression_ratio_fp32
         speed, perplexity, error = self.decode_speed, self.perplexity, self.perplexity_standard_error
         if size is None or ratio is None or ratio_fp32 is None or speed is None or perplexity is None or error is None:

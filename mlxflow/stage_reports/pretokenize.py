@@ -1,4 +1,4 @@
-"""The figures of a pretokenize stage, as report.toml holds them."""
+"""The figures of a pretokenize stage in report.toml."""
 
 import resource
 import sys
@@ -20,7 +20,7 @@ class SideFigures(SideCounts, frozen=True, kw_only=True):
     """The figures of one split.
 
     Attributes:
-        real_token_share: share of the slots that hold a token, to six digits.
+        real_token_share: share of the slots that are filled, to six digits.
     """
 
     real_token_share: Share
@@ -43,7 +43,7 @@ class PretokenizeRun(ReportTable, frozen=True, kw_only=True):
         tokenized_files: tokenized by this run.
         kept_files: whose tokens were cached by an earlier run.
         engine: the encoder.
-        peak_rss_bytes: most resident memory of the process that did the work.
+        peak_rss_bytes: highest resident memory of the process that did the work.
     """
 
     tokenized_files: Count
@@ -72,20 +72,20 @@ class PretokenizeReport(StageReport, frozen=True, kw_only=True):
     """The figures of a pretokenize stage.
 
     Attributes:
-        vocab_size: ids of the tokenizer.
+        vocab_size: number of ids of the tokenizer.
         context_length: positions of a row; a row has one token more.
-        packing: how documents are laid into rows.
-        warnings: what a user should know of the sides, a sentence each.
+        packing: the packing method.
+        warnings: about the splits, one sentence each.
         end_tokens: texts of the tokens after which generation stops.
         added_ends: conversations whose template ends with none of them.
-        conversations_with_control_tokens: whose text holds a control token.
-        train: the training side.
-        validation: the validation side.
+        conversations_with_control_tokens: whose messages contain a control token.
+        train: the training split.
+        validation: the validation split.
         duplicates: documents left out.
         test_documents: documents kept out of training by the name of their file or split.
-        masked_documents: documents left out because they have no token to learn.
-        validation_files: names of the first files on the validation side by their names.
-        test_files: the same of the test side.
+        masked_documents: documents left out because none of their tokens is trained on.
+        validation_files: names of the first files that are held out by name.
+        test_files: the same of test files.
         sources: the entries of the workflow.
         bad_records: the first records that could not be read: file, line and reason.
         run: the stage's own keys.
@@ -126,13 +126,13 @@ class PretokenizeReport(StageReport, frozen=True, kw_only=True):
 
         Args:
             contents: the corpus.
-            counts: of the documents and rows of each side, "train" and "validation".
+            counts: of the documents and rows of each split, "train" and "validation".
             ends: how its conversations end.
             vocab_size: ids of the tokenizer.
             context_length: positions of a row.
-            packing: how documents are laid into rows.
-            warnings: what a user should know of the sides.
-            run: what may differ between two equal runs.
+            packing: the packing method.
+            warnings: about the splits.
+            run: facts that may differ between two equal runs.
         """
         from mlxflow.data import corpus_report
         from mlxflow.data.document_selection import DUPLICATE, TEST

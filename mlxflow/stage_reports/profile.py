@@ -1,4 +1,4 @@
-"""The figures of a profile stage, as report.toml holds them; all sizes in bytes."""
+"""The figures of a profile stage in report.toml; all sizes in bytes."""
 
 from typing import Literal
 
@@ -13,8 +13,8 @@ class PhaseFigures(ReportTable, frozen=True, kw_only=True):
         name: such as "training_step/update".
         calls: passes.
         seconds: wall clock of all of them.
-        peak_memory_bytes: most that MLX's arrays held in one.
-        growth_bytes: by which they grew in all of them; negative where they shrank.
+        peak_memory_bytes: highest memory of MLX's arrays in one.
+        growth_bytes: their total growth; negative if they shrank.
     """
 
     name: str
@@ -28,9 +28,9 @@ class PeakFigures(ReportTable, frozen=True, kw_only=True):
     """The peak of a step.
 
     Attributes:
-        bytes: that MLX's arrays held.
+        bytes: memory of MLX's arrays.
         step: from 1.
-        phase: innermost phase that it falls into; empty for none.
+        phase: innermost phase; empty for none.
     """
 
     bytes: Count
@@ -59,8 +59,8 @@ class SuggestionFigures(ReportTable, frozen=True, kw_only=True):
     Attributes:
         key: of the workflow, such as "train.batch_size".
         value: to set it to.
-        saves_bytes: by which the process is predicted to take less at its peak.
-        evidence: what was measured.
+        saves_bytes: predicted reduction of the process's peak.
+        evidence: the measurement behind it.
     """
 
     key: str
@@ -74,9 +74,9 @@ class LeakFigures(ReportTable, frozen=True, kw_only=True):
 
     Attributes:
         verdict: "leak", "bounded growth" (it grew and stopped) or "none".
-        bytes_per_step: growth; 0 but for a leak.
-        steps_until_limit: from the last step until the memory limit is reached; None for no leak.
-        note: why there is no verdict; None where there is one.
+        bytes_per_step: growth of a leak, else 0.
+        steps_until_limit: from the last step until the memory limit is reached; None without a leak.
+        note: why there is no verdict; None if there is one.
     """
 
     verdict: Literal["leak", "bounded growth", "none"]
@@ -98,7 +98,7 @@ class LeakReport(LeakFigures, frozen=True, kw_only=True):
 
 
 class TrendFigures(ReportTable, frozen=True, kw_only=True):
-    """Bytes by which each reading rises in a step; negative where it falls."""
+    """Growth of each reading in bytes per step; negative if it falls."""
 
     active_memory_bytes_per_step: float
     peak_memory_bytes_per_step: float
@@ -127,19 +127,19 @@ class ProfileReport(StageReport, frozen=True, kw_only=True):
         memory_limit_bytes: of MLX's arrays.
         cache_limit_bytes: of MLX's freed buffers.
         active_memory_bytes: of MLX's arrays after the last step.
-        peak_memory_bytes: most of MLX's arrays.
-        cache_memory_bytes: most of MLX's freed buffers.
+        peak_memory_bytes: highest memory of MLX's arrays.
+        cache_memory_bytes: highest size of MLX's freed buffers.
         rss_before_bytes: resident memory of the process before the model was loaded.
-        rss_bytes: most resident memory of the process.
-        footprint_bytes: most memory of the process as the system accounts for it.
-        available_bytes: least available memory of the system.
-        device_bytes: most memory of the device in use; 0 where it has none of its own.
+        rss_bytes: highest resident memory of the process.
+        footprint_bytes: highest footprint of the process.
+        available_bytes: lowest available memory of the system.
+        device_bytes: highest memory in use of the device; 0 if it has no memory of its own.
         median_step_seconds: of a step.
         phases: in the order of their first end.
         peaks: the highest steps' peaks, the highest first.
         model_bytes: of the model's weights.
         composition: parts of the peak.
-        suggestions: what would save memory, most first; None where none were asked for.
+        suggestions: settings that would save memory, largest saving first; None if not requested.
         leak: whether memory leaks.
         trend: growth of each reading.
         run: the stage's own keys.

@@ -1,4 +1,4 @@
-"""The figures of a quantize stage, as report.toml holds them."""
+"""The figures of a quantize stage in report.toml."""
 
 from mlxflow.storage.report_structs import Count, ReportTable, StageReport
 from mlxflow.training.figures import TrainingFigures, TrainingRun
@@ -10,13 +10,13 @@ class LayerFigures(ReportTable, frozen=True, kw_only=True):
     Attributes:
         path: of its layer.
         shape: of the dense matrix.
-        mode: of quantization; "dense" where it was not quantized.
-        bits: of a code; 0 where it is dense.
-        group_size: weights that share a scale; 0 where it is dense.
-        bytes: of its weight as it is stored, scales and biases included.
+        mode: of quantization; "dense" if not quantized.
+        bits: of a code; 0 if dense.
+        group_size: weights that share a scale; 0 if dense.
+        bytes: stored size of its weight, scales and biases included.
         parameters: weights of the dense matrix.
         bits_per_weight: stored bits by parameters.
-        relative_error: Frobenius norm of the rounding error by that of the matrix; 0 where it is dense.
+        relative_error: Frobenius norm of the rounding error divided by that of the matrix; 0 if dense.
     """
 
     path: str
@@ -75,10 +75,10 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
         layers: every matrix, in the model's order.
         layers_toml: the plan that a budget chose, as TOML of the key `layers`; None without a budget.
         budget_losses: nats per token of the plans that were tried; None without a budget.
-        kernels: names of the fused GPU kernels in use; None where nothing was trained.
+        kernels: names of the fused GPU kernels in use; None if nothing was trained.
         training: of quantization-aware training; None without it.
-        quality: None where no tokens were named.
-        run: the stage's own keys; None where nothing was trained.
+        quality: None without tokens.
+        run: the stage's own keys; None if nothing was trained.
     """
 
     method: str

@@ -1,4 +1,4 @@
-"""The figures of a train stage, as report.toml holds them."""
+"""The figures of a train stage in report.toml."""
 
 from typing import TYPE_CHECKING, Self
 
@@ -17,7 +17,7 @@ class TrainReport(StageReport, frozen=True, kw_only=True):
     """The figures of a train stage.
 
     Attributes:
-        fuse: what became of trained adapters; None where all weights were trained.
+        fuse: how trained adapters were saved; None if all weights were trained.
         parameters: weights of the model in the files.
         document_mask: whether a token attended only to its own document.
         fused_loss: whether output head and loss were computed together.
@@ -25,10 +25,10 @@ class TrainReport(StageReport, frozen=True, kw_only=True):
         steps: see `TrainingFigures`, as are the next ones.
         last_validation_perplexity: of the model in the files.
         last_validation_perplexity_standard_error: of the same.
-        gain_kept: of the loss in nats by which training made the model better, the share that the files have; None
-            where it made nothing better.
-        settings: how the model was trained.
-        run: what may differ between two equal runs.
+        gain_kept: share of the loss reduction of training, in nats, that the model in the files keeps; None without a
+            reduction.
+        settings: of the training.
+        run: facts that may differ between two equal runs.
     """
 
     fuse: str | None = None
@@ -54,7 +54,7 @@ class TrainReport(StageReport, frozen=True, kw_only=True):
         """Return the figures of a stage.
 
         Args:
-            trained: what the training made.
+            trained: the result of the training.
             figures: of the training.
             quality: of the model in the files.
         """

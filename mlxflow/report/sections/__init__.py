@@ -1,4 +1,4 @@
-"""The sections of the page, one module each: from what was read to blocks of text, tables and plots."""
+"""The sections of the page, one module each: from loaded runs to text, tables and plots."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ from mlxflow.report.load_run import Run
 
 
 def beside(runs: Sequence[Run], build: Callable[[Run], list[Block]]) -> list[Block]:
-    """Return the blocks of one run, or those of two side by side."""
+    """Return the blocks of one run, or of two runs side by side."""
     if len(runs) == 1:
         return build(runs[0])
     return [Sides((runs[0].label, runs[1].label), (build(runs[0]), build(runs[1])))]

@@ -1,4 +1,4 @@
-"""The benchmark: speed of training with intervals, models, convergence, where a step's time goes, promises."""
+"""The benchmark section: training speed with intervals, models, convergence, bottleneck, targets."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,7 +26,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _pairs(runs: Sequence[Run]) -> list[Block]:
-    """Return the figures that two runs both have as pairs of bars on one scale."""
+    """Return the figures of both of two runs as pairs of bars on one scale."""
     if len(runs) < 2:
         return []
     blocks: list[Block] = []
@@ -61,7 +61,7 @@ def _reports(run: Run) -> list[BenchmarkReport]:
 
 
 def _training_speeds(run: Run) -> dict[str, _Known]:
-    """Return tokens per second with their interval, by the name of the row; of equal names the first."""
+    """Return tokens per second with their interval by row name; the first of equal names."""
     rows = [row for report in _reports(run) for row in report.training]
     return {row_name(row): row.speed for row in reversed(rows) if row.speed is not None}
 
@@ -81,7 +81,7 @@ def _letter(run: Run) -> str:
 
 
 def _ratio(one: _Known, other: _Known) -> str:
-    """Return how many times the second is the first, in words."""
+    """Return the ratio of the second to the first, in words."""
     said = f"{show(other[0] / one[0])} times"
     (low, high), (other_low, other_high) = one[1:], other[1:]
     if not low or not high or other_low is None or other_high is None:
@@ -214,7 +214,7 @@ def _loss_curves(curves: Sequence[ConvergenceCurve], columns: Sequence[Sequence[
 
 
 def _to_the_same_loss(curves: Sequence[ConvergenceCurve]) -> list[Block]:
-    """Return the tokens and seconds of each run to a loss that all of them reached."""
+    """Return a sentence with the tokens and seconds that each run took to a loss that all of them reached."""
     took = [
         f"{clean(curve.name)} {show(curve.tokens_to_loss)} tokens and {show_seconds(curve.seconds_to_loss)}"
         for curve in curves

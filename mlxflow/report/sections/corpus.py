@@ -1,4 +1,4 @@
-"""The corpus: how much text, how long its documents are, and what of it was lost on the way."""
+"""The corpus section: amount of text, lengths of documents, and everything that was left out."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from mlxflow.stage_reports.pretokenize import PretokenizeReport
 
 _MOST_BAD_RECORDS = 20
 
-#: What a source may lose: field of its figures, and words.
+#: Reasons for leaving out parts of a source: field of its figures, and label.
 _SOURCE_LOSSES = (
     ("duplicates", "documents that were there before"),
     ("bad_records", "records that could not be read"),
@@ -69,7 +69,7 @@ def _of_stage(task: str, report: PretokenizeReport) -> list[Block]:
 
 
 def _lengths(task: str, report: PretokenizeReport) -> list[Block]:
-    """Return the spread of the documents' lengths of each source."""
+    """Return the distribution of document lengths of each source."""
     spans, cells = [], []
     for source in report.sources:
         known = msgspec.structs.astuple(source.tokens_per_document)

@@ -1,4 +1,4 @@
-"""What the run was made of: machine, versions, seeds, commits, digests and settings."""
+"""The environment section: machine, versions, seeds, commits, digests and settings."""
 
 from collections.abc import Iterable, Sequence
 
@@ -36,7 +36,7 @@ def _blocks(run: Run) -> list[Block]:
 
 
 def _machine(run: Run) -> Table:
-    """Return what the stages say of the machine; more than one answer where they ran on several."""
+    """Return the machine facts of the stages; several values if they ran on several machines."""
     reports = [one.report for one in run.stages if one.report]
     answers = [(words, _each_once(getattr(report.run, name) for report in reports)) for name, words in _ABOUT]
     answers += [(name, _each_once(getattr(report.stage, name) for report in reports)) for name in _VERSIONS]

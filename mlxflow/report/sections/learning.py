@@ -1,4 +1,4 @@
-"""Learning curves: loss over steps, and what the trainer did on the way."""
+"""The learning section: curves of loss, speed, learning rate and memory over the steps."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -62,7 +62,7 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
 
 
 def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, form: str) -> list[Block]:
-    """Return the smaller plot of one column of the metrics, if it says something."""
+    """Return the smaller plot of one column of the metrics, if it has values."""
     columns = [_series(run, index, task, "train", key, name, "c2") for index, run in enumerate(runs)]
     drawn = [one for one in columns if len(one.x) > 1 and (key != "batch_size" or one.y.min() < one.y.max())]
     if not drawn:
@@ -90,7 +90,7 @@ def _legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:
 
 
 def _loss_table(series: Sequence[Series]) -> Table:
-    """Return the curves at a few steps evenly apart."""
+    """Return a table of the curves at a few evenly spaced steps."""
     steps = sorted({float(step) for one in series for step in one.x.tolist()})
     chosen = steps if len(steps) <= _ROWS else [steps[round(i * (len(steps) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
     known = [dict(zip(one.x.tolist(), one.y.tolist(), strict=True)) for one in series]

@@ -1,4 +1,4 @@
-"""Memory: the timeline with its peaks, phases, what the peak is made of, the leak verdict, suggestions."""
+"""The memory section: timeline, peaks, phases, breakdown of the peak, leak verdict, suggestions."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside, timelines
 from mlxflow.stage_reports.profile import LeakReport, PeakParts, PhaseFigures, ProfileReport
 
-# MLX's arrays at their peak, then what lies beside them
+# MLX's arrays at their peak, then other memory
 ARRAYS = ("weights", "gradients", "optimizer", "activations", "update", "logits", "data")
 _PARTS = (*ARRAYS, "cache", "other")
 

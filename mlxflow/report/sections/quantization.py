@@ -1,4 +1,4 @@
-"""Quantized models: size and quality of each, bits and error by layer."""
+"""The quantization section: size and quality of each model, bits and error by layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -129,14 +129,14 @@ def _layer_series(
     num_models: int,
     task: str,
 ) -> Series:
-    """Return the points of one model: by layer, what is above zero.
+    """Return the points of one model: positive values by layer.
 
     Args:
         layers: of the model, by path.
         names: the layers of all models, in the order of the axis.
-        figure: what is drawn of a layer.
+        figure: returns the value of a layer.
         index: the model's number.
-        num_models: how many models there are; each is moved aside so that equal values do not hide each other.
+        num_models: number of models; each is shifted so that equal values do not hide each other.
         task: the model.
     """
     points = [(place, figure(layers[name])) for place, name in enumerate(names) if name in layers]
@@ -147,7 +147,7 @@ def _layer_series(
 
 
 def _average(values: "NDArray[np.float64]") -> float:
-    """Return the mean of (N,) values; their sum alone may be beyond the largest number."""
+    """Return the mean of (N,) values, whose sum may overflow."""
     largest = float(np.abs(values).max()) or 1.0
     return float((values / largest).mean()) * largest
 

@@ -1,4 +1,4 @@
-"""What the models wrote: answers to questions from held-out conversations, and texts continued."""
+"""The samples section: answers to held-out questions, and continued texts."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The stages: a graph, and a table of state, time and artifact."""
+"""The stages section: a graph, and a table of state, time and artifact."""
 
 from collections.abc import Sequence
 

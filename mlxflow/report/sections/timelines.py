@@ -30,19 +30,19 @@ _PROCESS = (
 )  # fmt: skip
 _SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"), ("device_bytes", "device", "c2"))
 
-#: What is drawn of two runs in one plot: title, columns' prefix, axis, and columns.
+#: Plots of two runs: title, prefix of the columns, axis, and columns.
 _OVERLAID = (
     ("MLX's memory of both runs, at each step's end", "", "step", _MLX[:2]),
     ("MLX's memory of both runs, sampled", "sample_", "seconds", _MLX[:1]),
     ("The process's memory of both runs, sampled", "sample_", "seconds", _PROCESS[:1]),
 )
 
-# Phases shorter than this share of the timeline are drawn as one with their like beside them
+# Adjacent phases of one name that are shorter than this share of the timeline are drawn as one
 _NARROW = 1 / 400
 
 
 class _Axis(NamedTuple):
-    """How readings lie: the beginning of their columns' names, what they are counted by, and in which words."""
+    """The x axis of readings: prefix of their columns' names, unit, and label."""
 
     prefix: str
     name: str
@@ -56,8 +56,8 @@ def draw(one: LoadedStage, timeline: Timeline | None, until: str = "") -> list[B
 
     Args:
         one: the stage.
-        timeline: what it left, or None.
-        until: goes into the titles.
+        timeline: of the stage, or None.
+        until: suffix of the titles.
     """
     if timeline is None:
         return [Note(f"No memory timeline to show: {one.task} left no timeline.safetensors. Run: doit {one.task}")]
@@ -79,7 +79,7 @@ def draw(one: LoadedStage, timeline: Timeline | None, until: str = "") -> list[B
 
 
 def draw_cut_off(one: LoadedStage, timeline: Timeline) -> list[Block]:
-    """Return the plots of a run that did not finish, and how it ended."""
+    """Return the plots of an unfinished run, and how it ended."""
     again = "" if timeline.ended.startswith("is still") else f" Run: doit {one.task}"
     said = f"The last run of {one.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
     return [Note(said), *draw(one, timeline, " until then")]
@@ -153,7 +153,7 @@ def _series(
         y = columns.get(prefix + key)
         if y is None or (key == "device_bytes" and not y.any()):  # a device without memory of its own
             continue
-        # A file that was cut off may have lost the steps and still have the readings
+        # A truncated file may lack the steps and still have the samples
         across = np.arange(len(y), dtype=np.float64) if x is None or len(x) < len(y) else x[: len(y)]
         known = np.isfinite(y) & np.isfinite(across)
         if known.any():
@@ -180,7 +180,7 @@ def _phase_peaks(timeline: Timeline) -> list[Series]:
         if "/" in phase.name and place < len(steps):
             peaks = found.setdefault(clean(phase.name), {})
             peaks[place] = max(peaks.get(place, 0.0), phase.peak_bytes)
-    # A phase of the first step alone is none of every step
+    # A phase of only the first step is not part of every step
     told = [(name, sorted(peaks.items())) for name, peaks in found.items() if len(peaks) > 1]
     return [
         Series(
@@ -194,7 +194,7 @@ def _phase_peaks(timeline: Timeline) -> list[Series]:
 
 
 def _bands(phases: Sequence[Span]) -> list[Band]:
-    """Return the phases as bands, those within another one in a lane below it; few enough for a page."""
+    """Return the phases as bands, nested ones in a lower lane; merged until they are few enough for a page."""
     known = sorted(_known(phases), key=lambda phase: (phase.begin_seconds, -phase.end_seconds))
     if not known:
         return []
@@ -210,7 +210,7 @@ def _bands(phases: Sequence[Span]) -> list[Band]:
 
 
 def _styled(shown: Sequence[tuple[Span, int]]) -> list[Band]:
-    """Return phases as bands, each part in a style of its own; a whole one lies in the first lane, a part below it."""
+    """Return phases as bands, each nested phase with its own style in a lane below its parent."""
     styles: tuple[dict[str, str], dict[str, str]] = ({}, {})
     bands = []
     for phase, count in shown:
@@ -219,7 +219,7 @@ def _styled(shown: Sequence[tuple[Span, int]]) -> list[Band]:
         style = of_lane.setdefault(part, f"c{(3 + len(of_lane)) % 6}" + ("" if "/" in phase.name else " b"))
         name = clean(phase.name) + (f", {count} times" if count > 1 else "")
         is_whole = phase.name.count("/") == 0
-        # Where the parts of a phase are drawn, theirs are the heights
+        # If the parts of a phase are drawn, only they have heights
         height = 0.0 if is_whole and count == 1 and _has_parts(phase, shown) else phase.peak_bytes
         bands.append(Band(name, phase.begin_seconds, phase.end_seconds, height, 0 if is_whole else 1, style))
     return bands
@@ -230,7 +230,7 @@ def _has_parts(phase: Span, shown: Sequence[tuple[Span, int]]) -> bool:
 
 
 def _joined(phases: Sequence[Span], narrow: float) -> Iterator[tuple[Span, int]]:
-    """Yield phases, each with how often it came: neighbours of one name that are too narrow to distinguish are one."""
+    """Yield phases with a count: neighbors of one name that are too narrow to distinguish are merged."""
     held: Span | None = None
     count = 0
     for phase in phases:
@@ -255,7 +255,7 @@ def _ends_table(series: Sequence[Series]) -> Table:
 
 
 def over_each_other(runs: Sequence[Run]) -> list[Block]:
-    """Return the timelines of two runs in the same plots, as far as both have them."""
+    """Return plots that overlay the timelines of two runs, as far as both have them."""
     blocks: list[Block] = []
     if len(runs) < 2:
         return blocks
@@ -269,7 +269,7 @@ def over_each_other(runs: Sequence[Run]) -> list[Block]:
 
 
 def _overlays(task: str, labels: Sequence[str], timelines: Sequence[Timeline]) -> Iterator[Figure]:
-    """Yield each plot that has a line of every run."""
+    """Yield each plot with a line of every run."""
     for title, prefix, x_name, keys in _OVERLAID:
         series = [
             one._replace(name=f"{one.name}, {label}", style=one.style + (" b" if index else ""))
@@ -294,5 +294,5 @@ def _overlay(series: list[Series], title: str, x_name: str, group: str, *, from_
 
 
 def _from_zero(x: "NDArray[np.float64] | None", prefix: str) -> "NDArray[np.float64] | None":
-    """Return seconds since the first sample: two runs do not take as long until then."""
+    """Return seconds since the first sample, whose time differs between two runs."""
     return x - x[0] if prefix and x is not None and len(x) else x
