@@ -1,16 +1,29 @@
 """Break a memory peak down into weights, optimizer state, activations and other parts that add up to it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from mlxflow.stage_reports.profile import PeakParts
+
+
+class StepBytes(NamedTuple):
+    """The bytes of a step's arrays whose sizes are known from the model and its settings."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    data: int
 
 
 def compose(
-    known: Mapping[str, int],
+    known: StepBytes,
     *,
+    logits_bytes: int,
     peak_memory_bytes: int,
     reserved_bytes: int,
     process_bytes: int,
     lies_in_update: bool,
-) -> dict[str, int]:
+) -> PeakParts:
     """Return the bytes of each part of the process's memory at its peak.
 
     The parts of MLX's arrays add up to `peak_memory_bytes`. Weights, optimizer state and batches are held all the time.
@@ -22,20 +35,36 @@ def compose(
     parts add up to `total_bytes`, the largest of the three sizes given.
 
     Args:
-        known: weights_bytes, optimizer_bytes, gradients_bytes, data_bytes and logits_bytes.
+        known: of the step.
+        logits_bytes: that head and loss take beyond their inputs and gradients.
         peak_memory_bytes: peak of MLX's arrays.
         reserved_bytes: peak of MLX's arrays and freed buffers together.
         process_bytes: peak of the process, in the memory that holds MLX's arrays; 0 if that is not known.
         lies_in_update: whether the peak lies in the update; else in the forward and backward pass.
     """
-    parts: dict[str, int] = {}
-    left = peak_memory_bytes
-    for name in ("weights_bytes", "optimizer_bytes", "data_bytes", "logits_bytes", "gradients_bytes"):
-        here = 0 if lies_in_update and name == "logits_bytes" else known[name]
-        parts[name] = min(here, left)
-        left -= parts[name]
-    parts["activations_bytes"] = 0 if lies_in_update else left
-    parts["update_bytes"] = left if lies_in_update else 0
-    parts["cache_bytes"] = max(0, reserved_bytes - peak_memory_bytes)
-    parts["other_bytes"] = max(0, process_bytes - max(peak_memory_bytes, reserved_bytes))
-    return parts | {"total_bytes": sum(parts.values())}
+    wanted = (known.weights, known.optimizer, known.data, 0 if lies_in_update else logits_bytes, known.gradients)
+    weights, optimizer, data, logits, gradients = _within(wanted, peak_memory_bytes)
+    left = peak_memory_bytes - (weights + optimizer + data + logits + gradients)
+    cache = max(0, reserved_bytes - peak_memory_bytes)
+    other = max(0, process_bytes - max(peak_memory_bytes, reserved_bytes))
+    return PeakParts(
+        weights_bytes=weights,
+        optimizer_bytes=optimizer,
+        data_bytes=data,
+        logits_bytes=logits,
+        gradients_bytes=gradients,
+        activations_bytes=0 if lies_in_update else left,
+        update_bytes=left if lies_in_update else 0,
+        cache_bytes=cache,
+        other_bytes=other,
+        total_bytes=peak_memory_bytes + cache + other,
+    )
+
+
+def _within(sizes: Iterable[int], total: int) -> Iterator[int]:
+    """Yield each size, or what is left of the total if that is less."""
+    left = total
+    for size in sizes:
+        here = min(size, left)
+        left -= here
+        yield here

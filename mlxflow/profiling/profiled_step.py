@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlxflow.data.loader import Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
+from mlxflow.profiling.peak_breakdown import StepBytes
 from mlxflow.training import build
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.objective import chunk_rows
@@ -58,22 +59,19 @@ class ProfiledSteps:
             mx.synchronize()  # results are ready before their buffers are freed
         return outcome.loss
 
-    def tree_bytes(self) -> dict[str, int]:
+    def tree_bytes(self) -> StepBytes:
         """Return the bytes of weights, optimizer state, gradients and data of a step, from the sizes of the arrays."""
         model, settings = self._subject.model, self._subject.settings
         trainable, updated = model.trainable_parameters(), self._step.state[1]
         accumulates = settings.grad_accum_steps > 1
         positions = settings.rows_per_step * (self._subject.context_length + 1)
-        weights = num_bytes(model.parameters())
         masters = num_bytes(updated["weights"]) if settings.precision == "bf16" else 0
-        return {
-            "weights_bytes": weights,
-            "optimizer_bytes": num_bytes(updated["optimizer"]) + masters,
-            "gradients_bytes": sum(
-                leaf.size * 4 if accumulates else leaf.nbytes for _, leaf in tree_flatten(trainable)
-            ),
-            "data_bytes": 2 * positions * (4 + 1),  # this batch and the next; ids and marks
-        }
+        return StepBytes(
+            weights=num_bytes(model.parameters()),
+            optimizer=num_bytes(updated["optimizer"]) + masters,
+            gradients=sum(leaf.size * 4 if accumulates else leaf.nbytes for _, leaf in tree_flatten(trainable)),
+            data=2 * positions * (4 + 1),  # this batch and the next; ids and marks
+        )
 
 
 def num_bytes(tree: Any) -> int:

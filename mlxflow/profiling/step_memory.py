@@ -19,6 +19,7 @@ from mlxflow.models import model_folder
 from mlxflow.profiling.peak_breakdown import compose
 from mlxflow.profiling.profiled_step import ProfiledSteps, logits_bytes, profiled_steps
 from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
+from mlxflow.stage_reports.profile import PeakParts
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -86,7 +87,7 @@ class ProfiledRun(NamedTuple):
 
     model_bytes: int
     peaks: Peaks
-    composition: dict[str, int]
+    composition: PeakParts
 
 
 def take_steps(
@@ -130,12 +131,13 @@ def _steps(
     )
 
 
-def _compose(subject: build.Subject, profiler: MemoryProfiler, steps: ProfiledSteps) -> dict[str, int]:
+def _compose(subject: build.Subject, profiler: MemoryProfiler, steps: ProfiledSteps) -> PeakParts:
     totals, highest = profiler.totals, profiler.highest  # read before the next lines allocate memory
     logits = logits_bytes(subject)
     shares_memory = mx.default_device() == mx.cpu or mx.metal.is_available()  # else only the GPU holds the arrays
     return compose(
-        steps.tree_bytes() | {"logits_bytes": logits},
+        steps.tree_bytes(),
+        logits_bytes=logits,
         peak_memory_bytes=int(profiler.timeline()["peak_memory_bytes"].max()),
         reserved_bytes=highest.reserved_bytes,
         process_bytes=highest.process_bytes if shares_memory else 0,

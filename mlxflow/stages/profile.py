@@ -1,7 +1,7 @@
 """Measure the memory of real training steps."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
@@ -18,7 +18,7 @@ from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
 if TYPE_CHECKING:
     from mlxflow.profiling.step_memory import ProfiledModel
     from mlxflow.profiling.suggestions import Suggestion
-    from mlxflow.stage_reports.profile import ProfileReport, SuggestionFigures
+    from mlxflow.stage_reports.profile import PeakParts, ProfileReport, SuggestionFigures
     from mlxflow.training.settings import TrainingSettings
 
 VERSION = 6
@@ -115,7 +115,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     from mlxflow.profiling import profile_figures
     from mlxflow.profiling.profiler import MemoryProfiler
-    from mlxflow.stage_reports.profile import PeakParts, ProfileReport, ProfileRun
+    from mlxflow.stage_reports.profile import ProfileReport, ProfileRun
     from mlxflow.storage import atomic_folders, tensor_writing
 
     with atomic_folders.writable(context.unfinished):
@@ -153,7 +153,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         phases=profile_figures.phases(profiler.totals),
         peaks=tuple(profiler.highest_peaks),
         model_bytes=taken.model_bytes,
-        composition=PeakParts(**taken.composition),
+        composition=taken.composition,
         suggestions=taken.suggestions,
         leak=profile_figures.leak(timeline, context.memory_limit_bytes),
         trend=profile_figures.trend(timeline),
@@ -222,12 +222,12 @@ class _Taken(NamedTuple):
 
     Attributes:
         model_bytes: of the model's weights.
-        composition: bytes of the parts of the peak, by name.
+        composition: parts of the peak.
         suggestions: settings that would save memory; None if not requested.
     """
 
     model_bytes: int
-    composition: Mapping[str, int]
+    composition: "PeakParts"
     suggestions: "tuple[SuggestionFigures, ...] | None" = None
 
 
@@ -248,7 +248,7 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
     marks = rows.marks[:_PADDING_ROWS]
     situation = suggestions.Situation(
         peaks=measured.peaks,
-        cache_memory_bytes=measured.composition["cache_bytes"],
+        cache_memory_bytes=measured.composition.cache_bytes,
         real_share=np.count_nonzero(marks) / marks.size,
         is_gpu=context.device == "gpu",
         packing=_packing(inputs, config.data),

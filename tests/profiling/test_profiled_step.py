@@ -53,11 +53,11 @@ def test_bytes_of_a_steps_arrays_follow_from_the_settings(
         steps.run()
         sizes = steps.tree_bytes()
     weights = num_bytes(subject.model.parameters())
-    assert sizes["weights_bytes"] == weights
-    assert sizes["gradients_bytes"] == gradients * weights
+    assert sizes.weights == weights
+    assert sizes.gradients == gradients * weights
     # beside the moments: a step number and a learning rate
-    assert moments * weights <= sizes["optimizer_bytes"] <= moments * weights + 64
-    assert sizes["data_bytes"] == 2 * settings.rows_per_step * 9 * 5
+    assert moments * weights <= sizes.optimizer <= moments * weights + 64
+    assert sizes.data == 2 * settings.rows_per_step * 9 * 5
 
 
 def test_bytes_of_a_tree_are_those_of_its_arrays() -> None:
