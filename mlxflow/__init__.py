@@ -2,8 +2,8 @@
 
     from mlxflow import MemoryProfiler, profile_memory, quantize_model_for_inference
 
-The public names are imported on first use, so that `import mlxflow` alone loads no mlx; docs/python-api.md describes
-them.
+The public names are imported on first use, so that `import mlxflow` alone loads no mlx; docs/reference/python-api.md
+describes them.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,8 @@
-"""The public names of the package: which there are, what they are, and that the documentation has each."""
+"""The public names of the package: which there are, and what they are."""
 
 import ast
 import importlib
 import inspect
-import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +62,7 @@ def test_the_version_is_that_of_the_project() -> None:
     assert mlxflow.__version__ == project["version"]
 
 
+<<<<<<< HEAD
 def test_the_documentation_lists_exactly_the_public_names() -> None:
     text = (REPOSITORY / "docs/python-api.md").read_text()
     cells = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
@@ -71,6 +71,8 @@ def test_the_documentation_lists_exactly_the_public_names() -> None:
     assert described == set(NAMES)
 
 
+=======
+>>>>>>> a209268 (docs: pages by topic, generated reference; README cut to what a newcomer needs)
 def test_run_stage_takes_the_locks_of_doit(job_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxflow.workflow import execution
 

@@ -1,0 +1,1 @@
+"""Programs for the work on this repository; they are not part of the wheel."""
