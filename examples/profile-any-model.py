@@ -12,7 +12,7 @@ batch = mx.random.normal((64, 256))
 
 def loss(model: nn.Module, batch: mx.array) -> mx.array:
     """Return the mean squared error of reconstructing a batch, (B, D)."""
-    return ((model(batch) - batch) ** 2).mean()
+    return mx.mean((model(batch) - batch) ** 2)
 
 
 profiler = MemoryProfiler()

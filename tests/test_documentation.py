@@ -10,7 +10,10 @@ from tools.docs.links import broken_links
 from tools.docs.pages import differing, generated_pages
 
 PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
-FILES = [*PAGES, *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"))]
+FILES = [
+    *PAGES,
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+]
 
 _SET_UP = [
     "    python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/doit",

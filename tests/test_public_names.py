@@ -62,17 +62,6 @@ def test_the_version_is_that_of_the_project() -> None:
     assert mlxflow.__version__ == project["version"]
 
 
-<<<<<<< HEAD
-def test_the_documentation_lists_exactly_the_public_names() -> None:
-    text = (REPOSITORY / "docs/python-api.md").read_text()
-    cells = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
-    called = {name.partition(".")[0] for name in re.findall(r"`(\w+)", cells)}
-    described = called | set(re.findall(r"`(Trainer|TrainingData|__version__)`", text)) | {"__version__"}
-    assert described == set(NAMES)
-
-
-=======
->>>>>>> a209268 (docs: pages by topic, generated reference; README cut to what a newcomer needs)
 def test_run_stage_takes_the_locks_of_doit(job_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxflow.workflow import execution
 

@@ -1,7 +1,7 @@
 """Write the generated pages of `docs/reference`.
 
-    python -m tools.docs            # write every page that differs
-    python -m tools.docs --check    # name the pages that differ and exit with 1 if there are any
+python -m tools.docs            # write every page that differs
+python -m tools.docs --check    # name the pages that differ and exit with 1 if there are any
 """
 
 import argparse

@@ -15,6 +15,6 @@ def test_every_public_name_has_a_section_and_nothing_else_has() -> None:
 def test_signatures_and_sections_of_docstrings_are_shown(tmp_path: Path) -> None:
     text = api_page(REPOSITORY)
     assert "quantize_model_for_inference(" in text
-    assert "- `batch_size`: rows a batch, B." in text
+    assert "- `batch_size`: rows per batch, B." in text
     assert "TokenFile.open(path: Path) -> Self" in text or "TokenFile.open(" in text
     assert "def __" not in text
