@@ -1,8 +1,10 @@
 """Loss curves over tokens and seconds of several recipes, trained in turns."""
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from mlxflow.benchmarking.step_runner import Runner
@@ -49,17 +51,27 @@ def converge(runners: Mapping[str, Runner], *, num_steps: int, budget: Budget) -
         if done == 1 + each:
             budget.announce(f"convergence, {num_steps} steps", (num_steps - 1) * sum(taken.values()) / each)
         budget.progress("convergence, step", done, num_steps, time.perf_counter() - begun)
+    for name, curve in points.items():
+        if not all(_is_finite(point) for point in curve):
+            budget.note(f"convergence: the loss of {name} did not stay finite; its curve ends before")
     return curves_of(points)
 
 
 def curves_of(points: Mapping[str, Sequence[LossPoint]]) -> tuple[ConvergenceCurve, ...]:
     """Return curves with the tokens and seconds that each needed to reach the lowest loss that all reached.
 
+    A curve ends before its first loss that is not finite; without a finite one there is no curve.
+
     Args:
         points: of each curve, by its name.
     """
-    same = max(min(point.loss for point in curve) for curve in points.values())
-    return tuple(_curve(name, curve, same) for name, curve in points.items())
+    finite = {name: tuple(takewhile(_is_finite, curve)) for name, curve in points.items()}
+    same = max((min(point.loss for point in curve) for curve in finite.values() if curve), default=0.0)
+    return tuple(_curve(name, curve, same) for name, curve in finite.items() if curve)
+
+
+def _is_finite(point: LossPoint) -> bool:
+    return math.isfinite(point.loss)
 
 
 def _curve(name: str, points: Sequence[LossPoint], same_loss: float) -> ConvergenceCurve:

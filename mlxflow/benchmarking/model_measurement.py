@@ -1,6 +1,7 @@
 """Size, generation speed and perplexity of the models of a workflow, as rows of the benchmark's report."""
 
 import gc
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,9 @@ class ComparedModels(NamedTuple):
             quantized_layers.for_evaluation(model), rows, batch_size=_EVAL_BATCH, masks_documents=masks
         )
         model_bytes, dense_bytes = (stored_bytes(one) for one in (path, self.dense))
+        if not math.isfinite(measured.perplexity):
+            error = "its perplexity is not a number. Look for weights that are not finite"
+            return ModelRow(model=reference, model_bytes=model_bytes, error=error)
         parameters = model_folder.num_parameters(_load(self.dense.parent))
         return msgspec.structs.replace(
             _speed_row(reference, speed),

@@ -59,6 +59,10 @@ class Budget:
         """Whether this piece of work has no time left."""
         return self.left <= 0
 
+    def note(self, text: str) -> None:
+        """Print a line about the work."""
+        self._say_line(f"{self._task}: {text}")
+
     def announce(self, what: str, seconds: float) -> None:
         """Print what begins and the estimated time, with the remaining time if that is shorter."""
         about = f"about {seconds:,.0f} s"
@@ -123,7 +127,8 @@ def lowered(
     left_out = sum((row.error or "").startswith(NOT_MEASURED) for row in training)
     if left_out:
         yield f"{left_out} ways of training left out: {because}"
-    steps = min((curve.steps[-1] for curve in convergence), default=asked.convergence_steps)
+    # all curves were trained in turns; one whose loss did not stay finite ends before
+    steps = max((curve.steps[-1] for curve in convergence), default=asked.convergence_steps)
     if steps < asked.convergence_steps:
         yield f"{steps} of {asked.convergence_steps} steps of convergence: {because}"
     rows = min((row.validation_rows or 0 for row in models if row.has_fewer_rows), default=0)

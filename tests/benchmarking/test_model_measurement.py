@@ -34,6 +34,19 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
     assert q4.error == "out of memory: 777,777 more bytes needed, memory limit 1"
 
 
+def test_a_model_whose_perplexity_is_not_a_number_has_an_error(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = model_measurement.measure_perplexity
+
+    def measured(model: Any, rows: Any, **how: Any) -> Any:
+        return measure(model, rows, **how)._replace(perplexity=float("nan"))
+
+    monkeypatch.setattr(model_measurement, "measure_perplexity", measured)
+    (row,) = _models(built).only({"quantize:q4"}).measure(FREE)
+    assert row.error == "its perplexity is not a number. Look for weights that are not finite"
+    assert row.measured is None
+    assert row.model_bytes is not None
+
+
 def test_only_the_named_models_are_measured_again(built: Path) -> None:
     models = _models(built)
     (row,) = models.only({"quantize:q4", "training"}).measure_speeds(FREE)
