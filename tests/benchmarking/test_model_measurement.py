@@ -5,6 +5,7 @@ import pytest
 
 from mlxflow.benchmarking import model_measurement
 from mlxflow.benchmarking.model_measurement import ComparedModels
+from mlxflow.evaluation import perplexity
 from tests.benchmarking.report_rows import model_row
 from tests.small_models import FREE
 
@@ -35,7 +36,7 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
 
 
 def test_a_model_whose_perplexity_is_not_a_number_has_an_error(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = model_measurement.measure_perplexity
+    measure = perplexity.measure_perplexity
 
     def measured(model: Any, rows: Any, **how: Any) -> Any:
         return measure(model, rows, **how)._replace(perplexity=float("nan"))
