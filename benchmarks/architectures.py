@@ -160,7 +160,7 @@ class Jobs:
 
     def _attempt(self, stage: str, text: str) -> tuple[Path, str]:
         """Return the artifact of a stage, and what it was refused with."""
-        from mlxflow.errors import UserError
+        from mlxflow.messages.errors import UserError
 
         made = self.folder / "artifacts" / stage
         try:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlxflow.data.loader import Loader
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.errors import MlxflowError
     from mlxflow.evaluation.perplexity import measure_perplexity as perplexity
+    from mlxflow.messages.errors import MlxflowError
     from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
     from mlxflow.quantization.apply import apply_plan, quantize_model_for_inference
     from mlxflow.training.build import Subject, make_data, prepare_model, ready_step, ready_trainer
@@ -53,7 +53,7 @@ _HOMES = {
     "CheckpointStore": ("mlxflow.training.checkpoints", "CheckpointStore"),
     "Loader": ("mlxflow.data.loader", "Loader"),
     "MemoryProfiler": ("mlxflow.profiling.profiler", "MemoryProfiler"),
-    "MlxflowError": ("mlxflow.errors", "MlxflowError"),
+    "MlxflowError": ("mlxflow.messages.errors", "MlxflowError"),
     "Session": ("mlxflow.training.trainer", "Session"),
     "Subject": ("mlxflow.training.build", "Subject"),
     "TokenFile": ("mlxflow.data.token_file", "TokenFile"),

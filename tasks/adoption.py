@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.messages.os_errors import ABSENT
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import printable
 from mlxflow.storage.report_files import read_report
-from mlxflow.system.os_errors import ABSENT
 from mlxflow.tasks import lockfile
 from mlxflow.tasks.lockfile import Lock, Table
 from mlxflow.workflow.records import is_seconds

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.messages.errors import ArtifactError, StageError
+from mlxflow.messages.os_errors import advise_on, naming
 from mlxflow.storage import atomic_folders, temporary_files
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.ownership import foreign_names
 from mlxflow.storage.state_files import InvalidStateError, parse_json
-from mlxflow.system.os_errors import advise_on, naming
 from mlxflow.tasks.tar_members import ArchiveError, TarMember, compression, members
 from mlxflow.workflow.outputs import may_hold
 from mlxflow.workflow.records import read_values

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from mlxflow.messages import terminal
 from mlxflow.storage import layout, unfinished_runs
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.unfinished_runs import Unfinished
-from mlxflow.system import terminal
 from mlxflow.tasks.leftovers import find_leftovers, remove_leftover
 from mlxflow.workflow.stage_node import Node
 

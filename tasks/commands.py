@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from mlxflow.messages import terminal
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage import layout
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import advise_on
 from mlxflow.tasks.selection import Selection, refuse, with_upstream
 from mlxflow.tasks.verb import StageVerb
 
@@ -128,7 +128,7 @@ class Unpack(StageVerb):
     doc_usage = "FILE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.errors import MlxflowError
+        from mlxflow.messages.errors import MlxflowError
         from mlxflow.tasks import lockfile
         from mlxflow.tasks.archive import unpack
 
@@ -157,7 +157,7 @@ class Reproduce(StageVerb):
     doc_usage = "STAGE"
 
     def _execute(self, pos_args: list[str]) -> int:
-        from mlxflow.errors import UserError
+        from mlxflow.messages.errors import UserError
         from mlxflow.storage.locks import hold
         from mlxflow.tasks.reproduction import reproduce
         from mlxflow.tasks.run import ended_cleanly

@@ -11,9 +11,9 @@ from typing import Any
 from doit.dependency import FileChangedChecker
 from doit.globals import Globals
 
+from mlxflow.messages import terminal
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
-from mlxflow.system import terminal
 from mlxflow.tasks.adoption import Adoption
 from mlxflow.tasks.doit_backend import BACKEND
 from mlxflow.tasks.reporter import StageReporter

@@ -1,7 +1,7 @@
 """The names that a dodo.py imports: doit's configuration and task creator for the workflow of the command line."""
 
+from mlxflow.messages import terminal
 from mlxflow.storage import layout
-from mlxflow.system import terminal
 from mlxflow.tasks.search_path import search_project_last
 
 search_project_last()  # before anything else is imported
@@ -13,7 +13,7 @@ from typing import Any
 
 from doit import get_var
 
-from mlxflow.errors import UserError
+from mlxflow.messages.errors import UserError
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.creator import configuration, tasks_of
 from mlxflow.tasks.graph import load_nodes

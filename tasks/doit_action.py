@@ -11,11 +11,11 @@ from doit.action import BaseAction
 from doit.exceptions import BaseFail, TaskError, TaskFailed
 from doit.globals import Globals
 
-from mlxflow.errors import StageError, UserError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import StageError, UserError
+from mlxflow.messages.os_errors import word_cause
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import word_cause
 from mlxflow.workflow.outputs import observe_outputs
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import observe_inputs, observe_settings
@@ -139,7 +139,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
 
     def _computed_by(self) -> dict[str, Any]:
         """Return the device of the stage's report and, for a CPU, the number of threads."""
-        from mlxflow.errors import ArtifactError
+        from mlxflow.messages.errors import ArtifactError
         from mlxflow.tasks.report_device import ReportDevice, read_device
 
         try:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import UserError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import UserError
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage import state_files
 from mlxflow.storage.state_files import InvalidStateError
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import naming
 from mlxflow.workflow import journal
 from mlxflow.workflow.journal import IGNORED, KEPT_KEYS, VALUES
 from mlxflow.workflow.records import FORGOTTEN

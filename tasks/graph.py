@@ -127,7 +127,7 @@ def _refuse_command_names(stages: set[str]) -> None:
     """
     from doit.doit_cmd import DoitMain
 
-    from mlxflow.errors import WorkflowError
+    from mlxflow.messages.errors import WorkflowError
 
     if clashing := sorted(stages & set(DoitMain().get_cmds())):
         raise WorkflowError(

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage import layout, toml_text
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.paths import printable
 from mlxflow.storage.regular_files import read_regular
 from mlxflow.storage.state_files import InvalidStateError
-from mlxflow.system.os_errors import naming
 from mlxflow.workflow.records import read_values
 from mlxflow.workflow.stage_node import Node
 

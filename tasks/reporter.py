@@ -6,7 +6,7 @@ from doit.exceptions import BaseFail
 from doit.globals import Globals
 from doit.reporter import ConsoleReporter
 
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
 
 
 class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types

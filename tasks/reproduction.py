@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mlxflow.messages import terminal
 from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_file, tensor_digests
-from mlxflow.system import terminal
 from mlxflow.tasks.report_device import read_device
 from mlxflow.tasks.stage_process import run_process
 from mlxflow.workflow.outputs import files_in, may_hold

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 from doit.cmd_run import Run
 
+from mlxflow.messages import terminal
+from mlxflow.messages.os_errors import word_cause
 from mlxflow.storage import layout
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import word_cause
 from mlxflow.tasks.adoption import Adoption
 from mlxflow.tasks.doit_backend import Journal
 from mlxflow.tasks.selection import Selection, refuse, word_unknown
@@ -89,7 +89,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
 
     def _run_alone(self, run: Callable[[], int], *, is_single: bool) -> int:
         """Run the stages under the lock on the artifacts, and map errors to exit codes."""
-        from mlxflow.errors import StageError, UserError
+        from mlxflow.messages.errors import StageError, UserError
         from mlxflow.storage.atomic_folders import make_link_target
         from mlxflow.storage.locks import LockedError, hold
 

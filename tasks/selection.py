@@ -5,8 +5,8 @@ from typing import Any, NoReturn
 
 from doit.cmd_base import DoitCmdBase
 
+from mlxflow.messages import terminal
 from mlxflow.storage.digests import DigestCache
-from mlxflow.system import terminal
 from mlxflow.tasks.doit_backend import Journal
 from mlxflow.workflow.records import is_complete
 from mlxflow.workflow.stage_node import Node

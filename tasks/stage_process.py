@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from mlxflow.device.child_processes import start
+from mlxflow.messages import terminal
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage.regular_files import open_log
-from mlxflow.system import terminal
-from mlxflow.system.child_processes import start
-from mlxflow.system.os_errors import naming
 
 _GRACE_SECONDS = 30
 

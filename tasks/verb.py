@@ -18,10 +18,10 @@ from doit.cmd_base import DoitCmdBase
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand, InvalidDodoFile
 
-from mlxflow.errors import MlxflowError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import MlxflowError
+from mlxflow.messages.os_errors import naming, word_cause
 from mlxflow.storage import layout
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import naming, word_cause
 from mlxflow.tasks.doit_backend import BACKEND, Journal
 from mlxflow.tasks.selection import refuse, word_unknown
 

@@ -16,7 +16,7 @@ from doit.cmd_resetdep import ResetDep
 from doit.cmd_strace import Strace
 from doit.exceptions import InvalidDodoFile
 
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
 from mlxflow.tasks.selection import Selection, refuse, word_unknown
 from mlxflow.tasks.verb import StageVerb, Verb
 

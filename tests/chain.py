@@ -43,7 +43,7 @@ STAGE = """
 import os, sys
 from pathlib import Path
 from mlxflow.storage import atomic_folders
-from mlxflow.system.child_processes import end_with_parent
+from mlxflow.device.child_processes import end_with_parent
 from tests.chain import transform
 
 end_with_parent()

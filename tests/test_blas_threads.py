@@ -73,7 +73,8 @@ def test_more_threads_than_the_blas_supports_are_refused_in_one_line() -> None:
     last = _on(1, "-c", script).stderr.splitlines()[-1]
     most = last.rpartition(" ")[2].rstrip(".")
     assert last == (
-        f"mlxflow.errors.WorkflowError: workflow.threads = 1024: libopenblas.so.0 computes with {most} at most. "
+        "mlxflow.messages.errors.WorkflowError: workflow.threads = 1024: "
+        f"libopenblas.so.0 computes with {most} at most. "
         f"Use workflow.threads = {most}."
     )
 

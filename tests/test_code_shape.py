@@ -56,10 +56,10 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/mlx_lm_patches.py": "tests/quantization/test_calibrated.py",
     "mlxflow/quantization/quality.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/size_report.py": "tests/stages/test_quantize.py",
-    "mlxflow/quantization/table_checks.py": "tests/test_number_bounds.py",
+    "mlxflow/quantization/table_checks.py": "tests/test_bounds.py",
     "mlxflow/training/job.py": "tests/stages/test_train.py",
     "mlxflow/training/lora_config.py": "tests/stages/test_fuse.py",
-    "mlxflow/training/setting_checks.py": "tests/test_number_bounds.py",
+    "mlxflow/training/setting_checks.py": "tests/test_bounds.py",
     "mlxflow/training/starting_model.py": "tests/stages/test_finetune.py",
 }
 

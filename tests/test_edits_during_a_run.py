@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from mlxflow.__main__ import main
-from mlxflow.errors import StageError
-from mlxflow.stage_reports.train import TrainReport
+from mlxflow.device.child_processes import PARENT_VARIABLE
+from mlxflow.messages.errors import StageError
+from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.stages import train
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import hold
 from mlxflow.storage.report_files import read_report
-from mlxflow.system.child_processes import PARENT_VARIABLE
+from mlxflow.storage.run_context import Context
 from mlxflow.tasks.graph import load_nodes
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
-from mlxflow.workflow.stage import Context
 from mlxflow.workflow.staleness import observe_inputs, observe_settings
 from tests.conftest import doit, write_workflow
 

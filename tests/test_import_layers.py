@@ -32,7 +32,7 @@ def test_modules_import_only_from_lower_floors(copied: Path) -> None:
     [
         ("mlxflow/storage/tensor_writing.py", "import mlxflow.workflow.loader"),
         ("mlxflow/data/loader.py", "import mlxflow.training.trainer"),
-        ("mlxflow/errors.py", "import mlxflow.workflow.config"),
+        ("mlxflow/messages/errors.py", "import mlxflow.storage.toml_tables"),
         ("mlxflow/tasks/creator.py", "import numpy"),
     ],
 )

@@ -13,10 +13,10 @@ import tomli_w
 from msgspec import Meta
 
 from mlxflow.device.compute_device import SIZE_PATTERN
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.stages import train
+from mlxflow.storage.toml_tables import read_struct, toml_value
 from mlxflow.training.optimizers import make_schedule
-from mlxflow.workflow.config import read_struct, toml_value
 from mlxflow.workflow.loader import STAGES, load_workflow, resolved_toml
 from mlxflow.workflow.model import Settings
 

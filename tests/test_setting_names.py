@@ -13,8 +13,8 @@ from tests.conftest import REPOSITORY
 
 #: The stages and the packages below them. `workflow` reads the file; a verb or doit's task knows its own table.
 PACKAGES = (
-    *("benchmarking", "data", "device", "evaluation", "kernels", "models", "ops", "profiling", "quantization"),
-    *("report", "stage_reports", "stages", "storage", "system", "training"),
+    *("benchmarking", "data", "device", "evaluation", "kernels", "messages", "models", "ops"),
+    *("profiling", "quantization", "report", "stages", "storage", "training"),
 )
 
 _KEY = re.compile(r"(?<![\w./])\[?(?:pretokenize|train|quantize|profile|benchmark|workflow)\.(?P<name>[a-z_]\w*)")

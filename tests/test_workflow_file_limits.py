@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
 from mlxflow.workflow import loader
 from mlxflow.workflow.loader import load_workflow, resolved_toml
@@ -74,7 +74,7 @@ def test_every_file_ends_within_bounds_of_time_and_memory(tmp_path: Path) -> Non
         "import resource, sys, pathlib\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"  # a key of 130,000 parts alone takes longer by tomllib
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "from mlxflow.errors import WorkflowError\n"
+        "from mlxflow.messages.errors import WorkflowError\n"
         "from mlxflow.workflow.loader import load_workflow\n"
         "for path in sorted(pathlib.Path('.').glob('*.toml')):\n"
         "    try: load_workflow(path)\n"

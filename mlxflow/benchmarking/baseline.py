@@ -11,9 +11,9 @@ from mlxflow.benchmarking.report_comparison import (
     markdown_of_differences,
     regressions,
 )
-from mlxflow.errors import StageError
-from mlxflow.stage_reports.benchmark import BenchmarkReport, ComparisonFigures
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import StageError
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport, ComparisonFigures
 
 #: How often a figure that looks worse is measured again.
 REPETITIONS = 3

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from mlxflow.benchmarking.step_runner import Parts
-from mlxflow.stage_reports.benchmark_rows import TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
 
 # Shares of a step above which waiting for data, or building the graph, is reported
 _DATA_SHARE, _GRAPH_SHARE = 0.02, 0.2

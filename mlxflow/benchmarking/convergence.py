@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.time_budget import Budget
-from mlxflow.stage_reports.benchmark import ConvergenceCurve
+from mlxflow.report.stage_reports.benchmark import ConvergenceCurve
 
 # The most points of a curve
 _POINTS = 20

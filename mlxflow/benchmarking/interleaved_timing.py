@@ -16,8 +16,8 @@ from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.throughput import Timing, interleave
 from mlxflow.benchmarking.time_budget import NOT_MEASURED, Budget
 from mlxflow.device import phase_peaks
-from mlxflow.stage_reports.benchmark import DriftFigures
-from mlxflow.stage_reports.benchmark_rows import TrainingRow
+from mlxflow.report.stage_reports.benchmark import DriftFigures
+from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
 from mlxflow.training.step import out_of_memory_bytes
 
 # Steps whose peaks are measured, for the highest: how far the host runs ahead varies by chance

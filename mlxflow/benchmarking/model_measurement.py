@@ -17,8 +17,8 @@ from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
-from mlxflow.stage_reports.benchmark_rows import ModelRow, PrefillFigures
-from mlxflow.stage_reports.quantize import QuantizeReport
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
+from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.storage import layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
 from mlxflow.training.step import out_of_memory_bytes

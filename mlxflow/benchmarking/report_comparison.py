@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple, Protocol
 
-from mlxflow.stage_reports.benchmark_rows import Bounded, ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import Bounded, ModelRow, TrainingRow
 
 # The relative noise of peaks, which depend a little on how far the host runs ahead
 _PEAK_BAND = 0.05

@@ -21,8 +21,8 @@ from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.benchmarking.unpacked_rows import apart, holds_several
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.models import model_folder, quantized_layers
-from mlxflow.stage_reports.benchmark import BottleneckFigures, ConvergenceCurve, DriftFigures
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark import BottleneckFigures, ConvergenceCurve, DriftFigures
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 

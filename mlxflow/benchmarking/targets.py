@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mlxflow.stage_reports.benchmark import PromiseFigures
-from mlxflow.stage_reports.benchmark_rows import Bounded, ModelFigures, ModelRow, TimedFigures, TrainingRow
+from mlxflow.report.stage_reports.benchmark import PromiseFigures
+from mlxflow.report.stage_reports.benchmark_rows import Bounded, ModelFigures, ModelRow, TimedFigures, TrainingRow
 
 # The largest share of a step spent waiting for data that counts as none
 _LITTLE_WAIT = 0.02

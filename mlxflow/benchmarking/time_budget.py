@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from mlxflow.stage_reports.benchmark import ConvergenceCurve
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.report.stage_reports.benchmark import ConvergenceCurve
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 # Seconds between two progress lines
 _SECONDS_BETWEEN_LINES = 10.0

@@ -5,8 +5,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mlxflow.cli.generate import add_model, add_sampling, check_sampling, is_utf8, refuse_unfit
-from mlxflow.errors import CallError
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import CallError
 
 if TYPE_CHECKING:
     from mlxflow.evaluation.chat_session import ChatSession

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.cli.arguments import add_workflow
-from mlxflow.errors import ArtifactError, WorkflowError
-from mlxflow.models import config_json, vocabularies
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import ArtifactError, WorkflowError
+from mlxflow.messages.os_errors import advise_on
+from mlxflow.models import vocabularies
 from mlxflow.models.new_model import llama_config
-from mlxflow.storage import paths, remote_code
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import advise_on
-from mlxflow.workflow.config import Problem, toml_value, word
+from mlxflow.storage import config_json, paths, remote_code
+from mlxflow.storage.toml_tables import Problem, toml_value, word
 from mlxflow.workflow.loader import load_workflow, resolved_toml
 from mlxflow.workflow.model import Stage, Workflow
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mlxflow.errors import MlxflowError
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import is_about_a_file, word_cause
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import MlxflowError
+from mlxflow.messages.os_errors import is_about_a_file, word_cause
 
 _DESCRIPTION = "Build the stages of a workflow.toml, inspect their artifacts, and generate text with the models."
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
-from mlxflow.errors import ArtifactError, CallError
-from mlxflow.stage_reports.benchmark import BenchmarkReport
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import ArtifactError, CallError
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
-from mlxflow.system import terminal
 
 # Where a benchmark's report is in an artifact folder, in the artifacts folder, and in a workflow's folder
 _BENCHMARK = layout.stage_folder("benchmark") / layout.REPORT

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.table import Table
 
 from mlxflow.device import compute_device, cpu_backend
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
 
 _PACKAGES = ("mlxflow", "mlx", "mlx-lm", "doit", "numpy", "safetensors", "tokenizers", "transformers")
 

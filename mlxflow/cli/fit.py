@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
-from mlxflow.errors import ArtifactError, CallError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.storage import layout, remote_code
 from mlxflow.storage.observed_inputs import ObservedInputs
-from mlxflow.system import terminal
+from mlxflow.storage.run_context import Context
 from mlxflow.workflow.model import Stage, Workflow
-from mlxflow.workflow.stage import Context, rooted
+from mlxflow.workflow.stage import rooted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlxflow.errors import CallError
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import CallError
 
 _MAX_TOKENS = 100
 

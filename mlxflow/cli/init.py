@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
-from mlxflow.errors import CallError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import CallError
 from mlxflow.storage import layout
 from mlxflow.storage.atomic_folders import write_whole
-from mlxflow.system import terminal
 
 #: Every template with its purpose; each is a workflow file `templates/NAME.toml`.
 TEMPLATES = {

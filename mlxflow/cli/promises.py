@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.cli.compare import describe_device
-from mlxflow.errors import CallError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import CallError
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
-from mlxflow.system import terminal
 from mlxflow.workflow import stage
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.model import Stage, Workflow

@@ -8,16 +8,16 @@ from typing import Any
 import msgspec
 
 from mlxflow.cli.arguments import add_workflow
-from mlxflow.errors import ArtifactError, CallError, UserError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import ArtifactError, CallError, UserError
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
 from mlxflow.storage import atomic_folders, layout, paths, report_structs
 from mlxflow.storage.digests import DigestCache
-from mlxflow.system import terminal
+from mlxflow.storage.run_context import Member
 from mlxflow.workflow.journal import read_records
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
-from mlxflow.workflow.stage import Member
 from mlxflow.workflow.staleness import StaleStage, find_stale, record_of_report
 
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Run a stage: with the data from doit if doit started this process, else under doit's locks."""
-    from mlxflow.system.child_processes import end_with_parent
+    from mlxflow.device.child_processes import end_with_parent
     from mlxflow.workflow import handover
     from mlxflow.workflow.disk_queries import Disk
     from mlxflow.workflow.execution import execute_stage, run_stage

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
-from mlxflow.errors import CallError
-from mlxflow.stage_reports.pretokenize import PretokenizeReport
-from mlxflow.stage_reports.quantize import QuantizeReport
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import CallError
+from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.storage import layout, report_structs
-from mlxflow.system import terminal
 from mlxflow.workflow.model import Stage, Workflow
 
 if TYPE_CHECKING:

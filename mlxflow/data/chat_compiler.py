@@ -14,7 +14,7 @@ import jinja2.ext
 
 from mlxflow.data.chat_tracing import Trace, TracingEnvironment, TracingExtension
 from mlxflow.data.control_tokens import marked, unescaped
-from mlxflow.errors import reason_of
+from mlxflow.messages.errors import reason_of
 
 #: The date for templates that read the current date: the default of Llama 3's template.
 _TODAY = datetime.date(2024, 7, 26)

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from mlxflow.data.sources import HF
 from mlxflow.data.split_slices import parse_slices
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 
 Format = Literal["auto", "text", "chat", "completions"]
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.records import Record
 from mlxflow.data.split_slices import parse_slices
-from mlxflow.errors import SourceError, reason_of
-from mlxflow.workflow.config import toml_value
+from mlxflow.messages.errors import SourceError, reason_of
+from mlxflow.storage.toml_tables import toml_value
 
 # Rows that are tokenized as one shard
 _ROWS_PER_PART = 20_000

@@ -11,9 +11,9 @@ from typing import Any
 
 import xxhash
 
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage.paths import printable
-from mlxflow.system.os_errors import advise_on
 
 #: Bytes that are read, parsed and tokenized at a time.
 PIECE_BYTES = 1 << 20

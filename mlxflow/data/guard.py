@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, NoReturn, Self
 import psutil
 
 from mlxflow.data.watched import BOARD_BYTES, Announced, Board
-from mlxflow.errors import SourceError, StageError
+from mlxflow.device import child_processes
+from mlxflow.messages.errors import SourceError, StageError
 from mlxflow.storage import temporary_files
-from mlxflow.system import child_processes
 
 _LOOKS_SECONDS = 0.1
 _GRACE_SECONDS = 10

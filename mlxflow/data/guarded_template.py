@@ -7,7 +7,7 @@ from typing import Any
 from mlxflow.data.chat import ChatTemplate
 from mlxflow.data.chat_compiler import Message
 from mlxflow.data.watched import Work
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 
 _MOST_CHARACTERS, _CHARACTERS_PER_CHARACTER = 1 << 24, 64
 

@@ -11,13 +11,13 @@ from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.records import Shape
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
+from mlxflow.data.sources import Corpus
 from mlxflow.data.split_slices import parse_slices
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage.digests import digest_json, digest_text
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.paths import as_text, locate, printable
-from mlxflow.system.os_errors import advise_on
-from mlxflow.workflow.stage import Corpus
 
 #: The most lines of one kind that a message or a report has.
 MOST_TOLD = 20

@@ -26,13 +26,14 @@ from mlxflow.data.progress import show_progress, show_waiting
 from mlxflow.data.row_packer import OnLong, RowSettings
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile, Tokenized, Tokenizing
+from mlxflow.data.sources import Corpus
 from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.data.tokenizer_choice import TokenizerRequest, choose_vocabulary
 from mlxflow.data.watched import Work
+from mlxflow.device import heap
 from mlxflow.storage import layout, tensor_writing
 from mlxflow.storage.locks import hold
-from mlxflow.system import heap
-from mlxflow.workflow.stage import Context, Corpus, derive_seed
+from mlxflow.storage.run_context import Context, derive_seed
 
 
 class RowLayout(NamedTuple):

@@ -13,7 +13,7 @@ from mlxflow.data.decompression import FileProblem, require_plausible
 from mlxflow.data.items import Bad, PlainText, Record, RecordForm
 from mlxflow.data.json_records import listed
 from mlxflow.data.long_lines import MAX_LINE_VALUES
-from mlxflow.errors import SourceError, reason_of
+from mlxflow.messages.errors import SourceError, reason_of
 from mlxflow.storage.paths import printable
 
 _MOST_ROWS_PER_BATCH = 1024

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mlxflow.data.shard_builder import Progress
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BEFORE_BAR = 0.3

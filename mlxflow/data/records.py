@@ -18,7 +18,7 @@ from mlxflow.data.parquet_files import read_parquet
 from mlxflow.data.tables import read_csv
 from mlxflow.data.texts import Binary as Binary
 from mlxflow.data.texts import read_text
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.paths import printable
 

@@ -19,7 +19,7 @@ from mlxflow.data.shard import CONVERSATION, FORMAT, MASKED, Shard, ShardWriter
 from mlxflow.data.shard_cache import ShardStore
 from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.data.watched import Work
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.paths import printable
 

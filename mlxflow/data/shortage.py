@@ -10,7 +10,7 @@ from mlxflow.data.document_selection import DUPLICATE, TEST, TRAIN, VALIDATION
 from mlxflow.data.input_files import problems_of
 from mlxflow.data.shard import Shard
 from mlxflow.data.shard_builder import SourceFile
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 
 _ACT = {"train": "train on", "validation": "validate on"}
 

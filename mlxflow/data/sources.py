@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxflow.data import splits
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache, digest_file, digest_json, digest_text
 from mlxflow.storage.paths import escape_existing, expand
@@ -90,6 +90,12 @@ _BINARY_SUFFIXES = frozenset(
         ".zip",
     ]
 )
+
+
+class Corpus(NamedTuple):
+    """An input that is not a file of the project: `builtin:NAME`, identified by its content."""
+
+    name: str
 
 
 class SourceFiles(NamedTuple):

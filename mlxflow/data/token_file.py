@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from mlxflow.errors import ArtifactError, SourceError
+from mlxflow.messages.errors import ArtifactError, SourceError
 from mlxflow.storage import tensor_reading
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from mlxflow.data.control_tokens import ControlTokens
 from mlxflow.data.long_words import cut_long_words, split_at_words
 from mlxflow.data.watched import Work
 from mlxflow.data.watched_tokenizer import randomness
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage.digests import digest_json
 
 #: The token after every document without a template; the first special token of newly trained tokenizers.

@@ -12,12 +12,12 @@ from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
 from mlxflow.data.progress import show_progress
 from mlxflow.data.shard_builder import SourceFile
 from mlxflow.data.tokenizer import Vocabulary
+from mlxflow.device import heap
 from mlxflow.storage import remote_code
 from mlxflow.storage.atomic_folders import write_whole
 from mlxflow.storage.digests import digest_json
 from mlxflow.storage.regular_files import read_regular
 from mlxflow.storage.temporary_files import scratch_folder
-from mlxflow.system import heap
 
 
 class TokenizerRequest(NamedTuple):

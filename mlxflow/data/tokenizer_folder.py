@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mlxflow.data.tokenizer import Vocabulary
-from mlxflow.errors import SourceError, reason_of
+from mlxflow.messages.errors import SourceError, reason_of
 from mlxflow.models import model_code
 from mlxflow.storage import hub, model_files, remote_code
 

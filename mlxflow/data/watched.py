@@ -14,8 +14,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 
-from mlxflow.errors import SourceError, reason_of
-from mlxflow.system import child_processes
+from mlxflow.device import child_processes
+from mlxflow.messages.errors import SourceError, reason_of
 
 #: Maximum number of pieces of work announced at a time; there are at most 256 workers.
 NUM_SLOTS = 1024

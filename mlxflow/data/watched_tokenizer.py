@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxflow.data.watched import Work
-from mlxflow.errors import ArtifactError, SourceError, reason_of
+from mlxflow.messages.errors import ArtifactError, SourceError, reason_of
 from mlxflow.storage.digests import digest_json
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""The device that MLX computes on: selection, limits, the CPU backend and MLX's counter of peak memory."""
+"""The machine: device selection, memory limits, the CPU backend, counters of memory, and child processes."""

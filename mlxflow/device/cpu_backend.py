@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.user_folders import prepare_compiled_folder
 
 #: The command that installs what `missing` returns, on Debian and Ubuntu.

@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import ArtifactError
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.positions import EvaluationRows, TokenRows, count_positions, hidden_states, parts, rows_for
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import temporary_files, tensor_reading, tensor_writing
 
 _SUFFIX, _NAME = ".safetensors", "hidden"

@@ -12,10 +12,10 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxflow.errors import StageError
 from mlxflow.evaluation.model_body import Body
 from mlxflow.evaluation.positions import TokenRows, hidden_states, parts, rows_for
 from mlxflow.evaluation.slices import positions_at_once
+from mlxflow.messages.errors import StageError
 from mlxflow.ops.eval_mode import evaluating
 
 __all__ = ["Perplexity", "TokenRows", "mean_and_error", "measure_perplexity", "perplexity_from", "perplexity_of"]

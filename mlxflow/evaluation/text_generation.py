@@ -15,8 +15,9 @@ from mlxflow.data.chat_compiler import TemplateProblem
 from mlxflow.data.chatml import CHATML, TURN_END
 from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
-from mlxflow.errors import ArtifactError, CallError
-from mlxflow.models import config_json, model_folder
+from mlxflow.messages.errors import ArtifactError, CallError
+from mlxflow.models import model_folder
+from mlxflow.storage import config_json
 
 # Prompt tokens in a forward pass of prefill; the memory of attention grows with it
 _PREFILL_TOKENS = 512

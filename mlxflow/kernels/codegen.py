@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from mlxflow.errors import reason_of
 from mlxflow.kernels import cache, nvrtc
 from mlxflow.kernels.fingerprint import environment
 from mlxflow.kernels.kernel_names import name_of
 from mlxflow.kernels.language_definitions import CUDA, CUDA_NAMES, CUDA_TYPES, METAL, THREAD_POSITION
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import reason_of
 
 #: Threads in a group, in every kernel.
 THREADS = 256

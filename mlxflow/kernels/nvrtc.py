@@ -22,9 +22,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, cast
 
+from mlxflow.device import child_processes
 from mlxflow.kernels import cache
 from mlxflow.storage.locks import device_lock
-from mlxflow.system import child_processes
 
 _VERSIONS = ("13", "12")
 

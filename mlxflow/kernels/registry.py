@@ -9,8 +9,8 @@ from mlxflow.kernels.codegen import language
 from mlxflow.kernels.early_start import COMMAND, WAITING, EarlyVerifier, cache_file, lock_file
 from mlxflow.kernels.fingerprint import environment
 from mlxflow.kernels.verifier_process import VerificationResult, Verifier
+from mlxflow.messages import terminal
 from mlxflow.storage.locks import hold
-from mlxflow.system import terminal
 
 if TYPE_CHECKING:
     from mlxflow.kernels.verifier_process import VerifierProcess

@@ -25,12 +25,12 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlxflow.errors import reason_of
+from mlxflow.device import child_processes
 from mlxflow.kernels import codegen, nvrtc
 from mlxflow.kernels.verification_cases import Case, case_of
 from mlxflow.kernels.verification_inputs import Arrays
 from mlxflow.kernels.verifier_process import VerificationResult
-from mlxflow.system import child_processes
+from mlxflow.messages.errors import reason_of
 
 #: A kernel must take at most this share of the time of MLX's implementation, so that noise does not flip the result.
 MARGIN = 0.9

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import IO, NamedTuple, Self, cast
 
-from mlxflow.system import child_processes
+from mlxflow.device import child_processes
 
 #: Seconds at one kernel after which MLX is taken to compile its own operations for it, which takes 4 to 25 s a kernel;
 #: with all compiled, a verification takes a tenth of a second.

@@ -14,10 +14,10 @@ import mlx.nn as nn
 import msgspec
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.errors import ArtifactError, reason_of
+from mlxflow.messages.errors import ArtifactError, reason_of
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.ops import mlx_lm_import
 from mlxflow.storage import layout, model_files, report_structs
-from mlxflow.system.os_errors import advise_on
 
 WEIGHTS, CONFIG = model_files.ADAPTERS
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.ops import patching
-from mlxflow.workflow.config import MAX_LAYERS, toml_value
+from mlxflow.storage.toml_tables import MAX_LAYERS, toml_value
 
 #: What mlx-lm's classes raise for values that contradict each other.
 BUILD_ERRORS = (

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxflow.errors import ArtifactError
-from mlxflow.models import adapter_files, config_fields, config_json, model_code, quantized_layers, weight_checks
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import adapter_files, config_fields, model_code, quantized_layers, weight_checks
 from mlxflow.ops import gather_matmul, mlx_lm_import
-from mlxflow.storage import hub, model_files, remote_code, tensor_reading, tensor_writing
+from mlxflow.storage import config_json, hub, model_files, remote_code, tensor_reading, tensor_writing
 
 
 def build(config: Mapping[str, Any], *, seed: int, code: Path | None = None) -> nn.Module:

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_LAYERS, MAX_SIZE, Problem
+from mlxflow.storage.toml_tables import MAX_LAYERS, MAX_SIZE, MAX_WEIGHTS, Problem
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,12 +50,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "Change one of the two.",
             )
         num_weights = self.num_weights(vocab_size=0)
-        if num_weights > products.MAX_WEIGHTS:
+        if num_weights > MAX_WEIGHTS:
             yield Problem(
                 "hidden_size",
                 self.hidden_size,
                 f"expected, with intermediate_size = {self.intermediate_size} and num_layers = {self.num_layers}, "
-                f"at most {products.MAX_WEIGHTS:,} weights, not {num_weights:,}",
+                f"at most {MAX_WEIGHTS:,} weights, not {num_weights:,}",
                 "Lower one of the three.",
             )
 

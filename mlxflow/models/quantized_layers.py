@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.errors import ArtifactError
-from mlxflow.models import adapter_files, config_json
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import adapter_files
 from mlxflow.ops import mlx_lm_import
+from mlxflow.storage import config_json
 
 
 def is_quantized(model: nn.Module) -> bool:

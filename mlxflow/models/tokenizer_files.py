@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import ArtifactError, reason_of
+from mlxflow.messages.errors import ArtifactError, reason_of
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import model_code, vocabularies
 from mlxflow.storage import model_files, remote_code
 from mlxflow.storage.temporary_files import scratch_folder
-from mlxflow.system.os_errors import advise_on
 
 #: The files of a tokenizer in a model folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import quantized_layers
 from mlxflow.storage import tensor_reading, tensor_types
 

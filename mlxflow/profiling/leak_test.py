@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlxflow.stage_reports.profile import LeakFigures
+from mlxflow.report.stage_reports.profile import LeakFigures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

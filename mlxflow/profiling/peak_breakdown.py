@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from mlxflow.stage_reports.profile import PeakParts
+from mlxflow.report.stage_reports.profile import PeakParts
 
 
 class StepBytes(NamedTuple):

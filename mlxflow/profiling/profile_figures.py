@@ -8,7 +8,7 @@ import numpy as np
 
 from mlxflow.profiling.leak_test import find_leak
 from mlxflow.profiling.step_memory import STEP
-from mlxflow.stage_reports.profile import LeakFigures, LeakReport, PhaseFigures, TrendFigures
+from mlxflow.report.stage_reports.profile import LeakFigures, LeakReport, PhaseFigures, TrendFigures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -23,7 +23,7 @@ from mlxflow.device import phase_peaks
 from mlxflow.profiling.downsampled_table import Columns
 from mlxflow.profiling.memory_readings import Limits, MemoryReading, Reader, read_limits
 from mlxflow.profiling.timeline_journal import TimelineJournal
-from mlxflow.stage_reports.profile import PeakFigures
+from mlxflow.report.stage_reports.profile import PeakFigures
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -19,7 +19,7 @@ from mlxflow.models import model_folder
 from mlxflow.profiling.peak_breakdown import compose
 from mlxflow.profiling.profiled_step import ProfiledSteps, logits_bytes, profiled_steps
 from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
-from mlxflow.stage_reports.profile import PeakParts
+from mlxflow.report.stage_reports.profile import PeakParts
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 

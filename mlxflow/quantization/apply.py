@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.errors import CallError, UserError
+from mlxflow.messages.errors import CallError, UserError
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.plan import Rule, check_supported, quantizable_layers, resolve
 from mlxflow.quantization.settings import BITS, RequestedSetting, Setting

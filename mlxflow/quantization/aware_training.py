@@ -16,10 +16,10 @@ from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
+from mlxflow.storage.run_context import Context, derive_seed
 from mlxflow.training import adapters, build, kernel_selection, objective, run
 from mlxflow.training.figures import TrainingFigures, TrainingRun
 from mlxflow.training.settings import SettingNames, TrainingSettings
-from mlxflow.workflow.stage import Context, derive_seed
 
 # The learning rate found best for so many steps, by `benchmarks/quantize.py recovery`
 _LEARNING_RATE, _STEPS = 8e-4, 300

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.codec import packed_bytes, round_trip
 from mlxflow.quantization.sensitivity import Costs, Objective
 from mlxflow.quantization.settings import Setting

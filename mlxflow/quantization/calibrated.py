@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 from mlxflow.quantization.codec import Packed, pack
 from mlxflow.quantization.mlx_lm_patches import (
     dense_products,

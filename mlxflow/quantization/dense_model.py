@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.errors import ArtifactError
-from mlxflow.models import config_json, model_folder, quantized_layers, tokenizer_files
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import model_folder, quantized_layers, tokenizer_files
+from mlxflow.storage import config_json
 from mlxflow.storage.tensor_reading import StoredRows
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.models import config_json, tokenizer_files
+from mlxflow.messages import terminal
+from mlxflow.models import tokenizer_files
 from mlxflow.quantization import bit_allocation, calibrated
 from mlxflow.quantization import plan as plans
 from mlxflow.quantization.aware_training import AwareTraining, RoundedTraining, train_rounded
@@ -17,11 +18,10 @@ from mlxflow.quantization.progress import show_layers
 from mlxflow.quantization.quality import QualityLimits, measure_quality
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.streaming_export import Exported, export
-from mlxflow.stage_reports.quantize import QualityFigures
-from mlxflow.storage import tensor_writing
-from mlxflow.system import terminal
+from mlxflow.report.stage_reports.quantize import QualityFigures
+from mlxflow.storage import config_json, tensor_writing
+from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
 from mlxflow.training.model_choices import default_objective
-from mlxflow.workflow.stage import Context, ModelFolder, derive_seed
 
 
 class QuantizationRequest(NamedTuple):

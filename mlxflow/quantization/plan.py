@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.codec import is_supported
 from mlxflow.quantization.settings import BITS, GROUP_SIZES, Setting, completed, mistakes_in
 

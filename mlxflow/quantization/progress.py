@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
 
 
 @contextmanager

@@ -9,15 +9,15 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device import compute_device
-from mlxflow.errors import StageError
 from mlxflow.evaluation.dense_reference import kept_reference
 from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure_divergence
+from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
-from mlxflow.stage_reports.quantize import QualityFigures
+from mlxflow.report.stage_reports.quantize import QualityFigures
 from mlxflow.storage import atomic_folders, model_files
 from mlxflow.storage.digests import digest_json
-from mlxflow.workflow.stage import Context
+from mlxflow.storage.run_context import Context
 
 # Rows used to rank layers by their cost once a limit is exceeded; a ranking needs few
 _RANKING_ROWS = 8

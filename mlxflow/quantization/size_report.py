@@ -2,7 +2,7 @@
 
 from mlxflow.quantization.job import QuantizationResult
 from mlxflow.quantization.streaming_export import LayerFacts
-from mlxflow.stage_reports.quantize import LayerFigures, QuantizeReport
+from mlxflow.report.stage_reports.quantize import LayerFigures, QuantizeReport
 
 
 def report_of(method: str, made: QuantizationResult, file_bytes: int) -> QuantizeReport:

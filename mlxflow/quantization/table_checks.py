@@ -5,7 +5,7 @@ from typing import Any
 
 from mlxflow.device.compute_device import parse_size, size_mistake
 from mlxflow.quantization.settings import mistakes_in
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 
 
 def table_problems(config: Any) -> Iterator[Problem]:

@@ -1,1 +1,1 @@
-"""The HTML report: load the reports of a run, draw plots, and write one self-contained page without requests."""
+"""The structs of each stage's report, and the HTML report of a run: one self-contained page without requests."""

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.report.stage_reports.profile import ProfileReport
+from mlxflow.report.stage_reports.quantize import QuantizeReport
+from mlxflow.report.stage_reports.report import PageReport, SampleText
+from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
-from mlxflow.stage_reports.benchmark import BenchmarkReport
-from mlxflow.stage_reports.pretokenize import PretokenizeReport
-from mlxflow.stage_reports.profile import ProfileReport
-from mlxflow.stage_reports.quantize import QuantizeReport
-from mlxflow.stage_reports.report import PageReport, SampleText
-from mlxflow.stage_reports.train import TrainReport
 from mlxflow.storage import layout, report_structs, toml_text, unfinished_runs
 from mlxflow.storage.report_structs import F, Provenance, Report, StageReport
-from mlxflow.workflow.stage import Member
+from mlxflow.storage.run_context import Member
 
 _LARGEST_BYTES = 256_000_000
 

@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.data.held_out_questions import held_out_beginnings, held_out_questions
 from mlxflow.data.token_file import TokenFile
-from mlxflow.errors import reason_of
 from mlxflow.evaluation.text_generation import Sampling, Writer, open_template
+from mlxflow.messages.errors import reason_of
 from mlxflow.report.load_run import model_key
-from mlxflow.stage_reports.report import SampleText
+from mlxflow.report.stage_reports.report import SampleText
 from mlxflow.storage import report_structs
 
 _TEXT_TEMPERATURE = 0.8

@@ -18,12 +18,12 @@ from mlxflow.report.formatting import (
 from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.sections.memory import ARRAYS
 from mlxflow.report.sections.stages import WORDS
-from mlxflow.stage_reports.benchmark import BenchmarkReport
-from mlxflow.stage_reports.benchmark_rows import ModelRow
-from mlxflow.stage_reports.pretokenize import PretokenizeReport
-from mlxflow.stage_reports.profile import PeakParts, ProfileReport
-from mlxflow.stage_reports.quantize import QualityFigures, QuantizeReport
-from mlxflow.stage_reports.train import TrainReport
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow
+from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.report.stage_reports.profile import PeakParts, ProfileReport
+from mlxflow.report.stage_reports.quantize import QualityFigures, QuantizeReport
+from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.storage.report_structs import F
 
 _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")

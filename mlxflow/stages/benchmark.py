@@ -9,19 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Self, TypeVar
 import msgspec
 from msgspec import Meta
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import layout
-from mlxflow.system import terminal
+from mlxflow.storage.run_context import Context, derive_seed
+from mlxflow.storage.toml_tables import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
-from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 
 if TYPE_CHECKING:
     from mlxflow.benchmarking.model_measurement import ComparedModels
     from mlxflow.benchmarking.suite import Suite
     from mlxflow.benchmarking.time_budget import Budget
-    from mlxflow.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ComparisonFigures, DeviceFacts
-    from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+    from mlxflow.report.stage_reports.benchmark import (
+        BenchmarkReport,
+        BottleneckFigures,
+        ComparisonFigures,
+        DeviceFacts,
+    )
+    from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 VERSION = 6
 
@@ -162,7 +168,7 @@ def _measure(
     """Return all figures, without a comparison."""
     from mlxflow.benchmarking.targets import keep_promises
     from mlxflow.benchmarking.time_budget import AskedAmounts, lowered
-    from mlxflow.stage_reports.benchmark import BenchmarkReport
+    from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 
     budget.begin(_SHARES["training"])
     training, drift = suite.measure()
@@ -193,7 +199,7 @@ def _bottleneck(
 ) -> "BottleneckFigures":
     """Return the shares of a step's time, the ceilings of the device, and the most promising change of a setting."""
     from mlxflow.benchmarking.bottleneck import advise
-    from mlxflow.stage_reports.benchmark import BottleneckFigures
+    from mlxflow.report.stage_reports.benchmark import BottleneckFigures
 
     parts = _if_it_fits(suite.take_apart)
     ceilings = _if_it_fits(lambda: suite.against_ceilings(training, dense)) or BottleneckFigures()
@@ -253,7 +259,7 @@ def read_benchmark(path: Path) -> "BenchmarkReport":
     Raises:
         ArtifactError: it is missing, damaged, of another kind, or of another version; a line names each wrong key.
     """
-    from mlxflow.stage_reports.benchmark import BenchmarkReport
+    from mlxflow.report.stage_reports.benchmark import BenchmarkReport
     from mlxflow.storage import report_files, report_structs
 
     report = report_files.read_report(path)
@@ -288,7 +294,7 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -
         build=lambda: model_folder.build(model_config, seed=seed, code=folder),
         tokens=tokens,
         settings=settings,
-        names=SettingNames.of_stage(config.input, config.data),
+        names=SettingNames.of_stage(config.input, config.data, MEMORY_LIMIT_KEY),
         batch_sizes=config.batch_sizes,
         num_steps=config.num_steps,
         memory_limit_bytes=context.memory_limit_bytes,
@@ -299,7 +305,7 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -
 
 def _device(context: Context) -> "DeviceFacts":
     from mlxflow.device import compute_device
-    from mlxflow.stage_reports.benchmark import DeviceFacts
+    from mlxflow.report.stage_reports.benchmark import DeviceFacts
 
     return DeviceFacts(kind=context.device, name=compute_device.name(), processor=compute_device.processor())
 

@@ -10,17 +10,19 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.data.corpus_tables import Format, SourceConfig, TokenizerConfig
+from mlxflow.data.sources import Corpus
+from mlxflow.messages import terminal
 from mlxflow.storage import layout
 from mlxflow.storage.model_files import HUB_MODEL
-from mlxflow.system import terminal
-from mlxflow.workflow.config import Problem
-from mlxflow.workflow.stage import Artifacts, Context, Corpus
+from mlxflow.storage.run_context import Context
+from mlxflow.storage.toml_tables import Problem
+from mlxflow.workflow.stage import Artifacts
 
 if TYPE_CHECKING:
     from mlxflow.data.corpus_names import CorpusNames
     from mlxflow.data.input_files import SourceSettings
     from mlxflow.data.job import CorpusRequest
-    from mlxflow.stage_reports.pretokenize import PretokenizeReport
+    from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 
 VERSION = 4
 
@@ -203,7 +205,7 @@ def watched_work(config: Config, inputs: Inputs, outputs: Outputs, context: Cont
 def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> "PretokenizeReport":
     """Do the work of the stage in this process; see `run`."""
     from mlxflow.data import corpus_report, job
-    from mlxflow.stage_reports.pretokenize import PretokenizeReport, PretokenizeRun
+    from mlxflow.report.stage_reports.pretokenize import PretokenizeReport, PretokenizeRun
 
     files = job.CorpusFiles(
         outputs.tokenizer, outputs.tokenizer_config, outputs.train, outputs.validation, outputs.files

@@ -9,16 +9,17 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.storage import layout
+from mlxflow.storage.run_context import Context, derive_seed
+from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem
-from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 
 if TYPE_CHECKING:
     from mlxflow.profiling.step_memory import ProfiledModel
     from mlxflow.profiling.suggestions import Suggestion
-    from mlxflow.stage_reports.profile import PeakParts, ProfileReport, SuggestionFigures
+    from mlxflow.report.stage_reports.profile import PeakParts, ProfileReport, SuggestionFigures
     from mlxflow.training.settings import TrainingSettings
 
 VERSION = 6
@@ -115,7 +116,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     from mlxflow.profiling import profile_figures
     from mlxflow.profiling.profiler import MemoryProfiler
-    from mlxflow.stage_reports.profile import ProfileReport, ProfileRun
+    from mlxflow.report.stage_reports.profile import ProfileReport, ProfileRun
     from mlxflow.storage import atomic_folders, tensor_writing
 
     with atomic_folders.writable(context.unfinished):
@@ -191,7 +192,7 @@ def model_of(config: Config, inputs: Inputs, context: Context, tokens: Any) -> "
         vocab_size=tokens.vocab_size,
         context_length=tokens.context_length,
         seed=derive_seed(context.seed, context.task),
-        names=SettingNames.of_stage(config.input, config.data),
+        names=SettingNames.of_stage(config.input, config.data, MEMORY_LIMIT_KEY),
     )
 
 
@@ -210,7 +211,7 @@ def _packing(inputs: Inputs, data: str) -> str:
     Raises:
         ArtifactError: the report is missing or not valid.
     """
-    from mlxflow.stage_reports.pretokenize import PretokenizeReport
+    from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
     from mlxflow.storage import report_structs
 
     report = inputs.tokens.with_name(layout.REPORT)
@@ -260,7 +261,7 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
 
 def _figures_of(suggestion: "Suggestion", config: Config) -> "SuggestionFigures":
     """Return a suggestion with the key that the user wrote, or would write: that of a variant names it."""
-    from mlxflow.stage_reports.profile import SuggestionFigures
+    from mlxflow.report.stage_reports.profile import SuggestionFigures
 
     table = {"packing": config.data, "cache_limit": "workflow"}.get(suggestion.name, config.input)
     return SuggestionFigures(
@@ -295,7 +296,7 @@ def _require_budgets(config: Config, context: Context, report: "ProfileReport") 
 
 
 def _advise(report: "ProfileReport", name: str) -> str:
-    from mlxflow.workflow.config import toml_value
+    from mlxflow.storage.toml_tables import toml_value
 
     if name == "max_leak_per_step":
         return "Look for arrays that are kept from step to step, or for sums that are never evaluated."

@@ -14,15 +14,16 @@ from mlxflow.quantization.settings import RequestedSetting, Setting
 from mlxflow.quantization.table_checks import table_problems
 from mlxflow.stages import train
 from mlxflow.storage import layout
+from mlxflow.storage.run_context import Context, ModelFolder
+from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit, toml_value
 from mlxflow.training.lora_config import LoraConfig
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem, limit, toml_value
-from mlxflow.workflow.stage import Artifacts, Beside, Context, ModelFolder
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 
 if TYPE_CHECKING:
     from mlxflow.quantization.aware_training import AwareTraining
     from mlxflow.quantization.job import QuantizationRequest
-    from mlxflow.stage_reports.quantize import QuantizeReport
+    from mlxflow.report.stage_reports.quantize import QuantizeReport
     from mlxflow.training.settings import TrainingSettings
 
 VERSION = 7
@@ -293,7 +294,7 @@ def aware_training(config: Config, context: Context) -> "AwareTraining":
     from mlxflow.training.run import describe
     from mlxflow.training.settings import SettingNames
 
-    names = SettingNames.of_stage(context.task, config.token_stage, has_fused_loss=False)
+    names = SettingNames.of_stage(context.task, config.token_stage, MEMORY_LIMIT_KEY, has_fused_loss=False)
     description = describe(msgspec.to_builtins(config), names, context)
     return AwareTraining(
         written_settings(config), config.learning_rate, config.kernels, config.distill, names, description

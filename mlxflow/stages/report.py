@@ -7,12 +7,13 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.storage import layout
+from mlxflow.storage.run_context import Context, derive_seed
+from mlxflow.storage.toml_tables import MAX_SIZE, Problem
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_SIZE, Problem
-from mlxflow.workflow.stage import Artifacts, Beside, Context, derive_seed
+from mlxflow.workflow.stage import Artifacts, Beside
 
 if TYPE_CHECKING:
-    from mlxflow.stage_reports.report import PageReport
+    from mlxflow.report.stage_reports.report import PageReport
 
 VERSION = 2
 
@@ -124,7 +125,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.report.load_run import read_run
     from mlxflow.report.render import render
     from mlxflow.report.samples import SampleRequest, write_samples
-    from mlxflow.stage_reports.report import PageReport
+    from mlxflow.report.stage_reports.report import PageReport
     from mlxflow.storage import atomic_folders
 
     request = SampleRequest(

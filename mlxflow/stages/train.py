@@ -9,19 +9,20 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.device import compute_device
+from mlxflow.messages import terminal
 from mlxflow.models.new_model import ModelConfig
 from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS, adapters_folder
-from mlxflow.system import terminal
+from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
+from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit
 from mlxflow.training import setting_checks
 from mlxflow.training.lora_config import LoraConfig, decide_fuse
 from mlxflow.training.optimizer_options import DEFAULT_BETAS, WITH_BETAS, Optimizer, optimizer_problems
 from mlxflow.workflow import products
-from mlxflow.workflow.config import MAX_ROWS, MAX_STEPS, Problem, limit
-from mlxflow.workflow.stage import Artifacts, Context, ModelFolder, derive_seed
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts
 
 if TYPE_CHECKING:
-    from mlxflow.stage_reports.train import TrainReport
+    from mlxflow.report.stage_reports.train import TrainReport
     from mlxflow.training.run import RunFiles
     from mlxflow.training.settings import SettingNames, TrainingSettings
 
@@ -263,7 +264,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     from mlxflow.data.token_file import TokenFile
-    from mlxflow.stage_reports.train import TrainReport
+    from mlxflow.report.stage_reports.train import TrainReport
     from mlxflow.training import job, kernel_selection, model_artifact, optimizers, starting_model
     from mlxflow.training.figures import TrainingFigures
     from mlxflow.training.settings import SettingNames
@@ -271,7 +272,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     settings = training_settings(config)
     compute_device.bound_graphs(recomputes=settings.checkpoint_every > 0)
     tokens = TokenFile.open(inputs.train)
-    names = SettingNames.of_stage(context.task, config.input)
+    names = SettingNames.of_stage(context.task, config.input, MEMORY_LIMIT_KEY)
     tokens.full_rows(config.batch_size, names.of("batch_size"), sources=names.sources)
     optimizers.require_known(
         config.optimizer,

@@ -1,1 +1,1 @@
-"""Files: atomic artifacts, safetensors, reports, content digests, locks, paths, and the files of a model folder."""
+"""Files: atomic artifacts, safetensors, TOML tables, content digests, locks, paths, and the files of a model folder."""

@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage.tensor_header import encode_header
 from mlxflow.storage.tensor_types import FORMAT_NAMES
-from mlxflow.system.os_errors import naming
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlxflow.errors import StageError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import StageError
+from mlxflow.messages.os_errors import OF_WRITING, advise, is_about_a_file, named, naming
 from mlxflow.storage import temporary_files
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import OF_WRITING, advise, is_about_a_file, named, naming
 
 _PARTIAL_SUFFIX = ".partial"
 _ASIDE_SUFFIX = f"{_PARTIAL_SUFFIX}.old"

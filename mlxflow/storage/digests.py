@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage import layout, state_files, temporary_files, toml_text
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError
 from mlxflow.storage.tensor_header import read_safetensors_header, tensor_offsets
-from mlxflow.system.os_errors import naming
 
 #: The safetensors metadata key of the provenance, which is no part of the identity.
 PROVENANCE_KEY = "mlxflow"

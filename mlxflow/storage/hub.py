@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlxflow.errors import SourceError, reason_of
+from mlxflow.messages.errors import SourceError, reason_of
 
 
 def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
-from mlxflow.errors import UserError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import UserError
+from mlxflow.messages.os_errors import naming, word_cause
 from mlxflow.storage.regular_files import open_own
 from mlxflow.storage.user_folders import cache_folder
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import naming, word_cause
 
 # Errors of file systems without locks: NFS without its lock service, Lustre without -o flock, FUSE
 _UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})

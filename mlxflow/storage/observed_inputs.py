@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.storage.digests import DigestCache, Digests
 from mlxflow.storage.paths import printable
 

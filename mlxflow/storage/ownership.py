@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import layout, report_structs
 from mlxflow.storage.model_files import decides
 

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from mlxflow.errors import StageError
-from mlxflow.system.os_errors import naming
+from mlxflow.messages.errors import StageError
+from mlxflow.messages.os_errors import naming
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:

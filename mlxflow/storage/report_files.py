@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage import toml_text
 from mlxflow.storage.atomic_folders import write_whole
 from mlxflow.storage.regular_files import read_regular
-from mlxflow.system.os_errors import naming
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:

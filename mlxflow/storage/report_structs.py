@@ -1,6 +1,6 @@
 """Read and write report.toml through structs: the tables `stage` and `run`, and the base of the stages' figures.
 
-The struct of each stage's figures is in `mlxflow/stage_reports`.
+The struct of each stage's figures is in `mlxflow/report/stage_reports`.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args
 import msgspec
 from msgspec import Meta
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import report_files
 
 Count = Annotated[int, Meta(ge=0, le=2**62)]

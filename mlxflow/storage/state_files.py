@@ -14,8 +14,8 @@ from typing import Any
 
 import xxhash
 
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import naming
+from mlxflow.messages import terminal
+from mlxflow.messages.os_errors import naming
 
 #: The largest file of state that is read.
 LARGEST_BYTES = 256_000_000

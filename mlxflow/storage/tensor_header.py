@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxflow.system.os_errors import naming
+from mlxflow.messages.os_errors import naming
 
 #: The longest header, for about 100,000 tensors. Each byte of it may take twenty of memory.
 MAX_BYTES = 16 * 2**20

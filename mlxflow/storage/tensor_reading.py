@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.messages.os_errors import naming
 from mlxflow.storage.tensor_header import read_safetensors_header
 from mlxflow.storage.tensor_types import NUMPY_TYPES, WEIGHT_TYPES
-from mlxflow.system.os_errors import naming
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
+from mlxflow.messages.os_errors import advise_on, naming
 from mlxflow.storage.digests import PROVENANCE_KEY
 from mlxflow.storage.tensor_header import encode_header, read_safetensors_header
 from mlxflow.storage.tensor_types import FORMAT_NAMES
-from mlxflow.system.os_errors import advise_on, naming
 
 if TYPE_CHECKING:
     import mlx.core as mx

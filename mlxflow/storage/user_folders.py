@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mlxflow.errors import UserError
+from mlxflow.messages.errors import UserError
 
 # Free space required for compiled code
 _COMPILED_BYTES = 16 * 2**20

@@ -10,13 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.models import adapter_files
 from mlxflow.ops import mlx_lm_import
 from mlxflow.storage import tensor_writing
-from mlxflow.system import terminal
+from mlxflow.storage.toml_tables import toml_value
 from mlxflow.training.settings import AdapterShape
-from mlxflow.workflow.config import toml_value
 
 
 def add_adapters(model: nn.Module, shape: AdapterShape, *, seed: int, key: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.errors import SourceError, WorkflowError
-from mlxflow.system.os_errors import advise_on
+from mlxflow.messages.errors import SourceError, WorkflowError
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 _NAMES = SettingNames()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import msgspec
 
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.messages.errors import ArtifactError, StageError
 from mlxflow.storage import atomic_folders, layout, state_files, temporary_files, tensor_writing
 from mlxflow.storage.digests import digest_file
 from mlxflow.storage.state_files import InvalidStateError, OutdatedStateError

@@ -6,12 +6,12 @@ from typing import NamedTuple
 from mlxflow.data.token_file import TokenFile
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.models import model_folder, quantized_layers
+from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.training import build, kernel_selection, model_artifact, model_choices, run, starting_model
 from mlxflow.training.kernel_selection import KernelRequest
 from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
-from mlxflow.workflow.stage import Context, ModelFolder
 
 
 class Job(NamedTuple):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import msgspec
 
 from mlxflow.device import compute_device
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import layout
-from mlxflow.workflow.stage import Context
+from mlxflow.storage.run_context import Context
 
 if TYPE_CHECKING:
     from mlxflow.data.token_file import Rows

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from mlxflow.workflow.config import MAX_SIZE, limit
+from mlxflow.storage.toml_tables import MAX_SIZE, limit
 
 if TYPE_CHECKING:
     from mlxflow.training.settings import AdapterShape

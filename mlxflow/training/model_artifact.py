@@ -14,13 +14,13 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.perplexity import Perplexity, measure_perplexity
-from mlxflow.models import adapter_files, config_json, model_folder, quantized_layers, tokenizer_files
-from mlxflow.storage import model_files
+from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files
+from mlxflow.storage import config_json, model_files
+from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.training.adapters import save_adapters
 from mlxflow.training.figures import TrainingFigures
 from mlxflow.training.settings import TrainingSettings
 from mlxflow.training.starting_model import ModelSource, StartingModel
-from mlxflow.workflow.stage import Context, ModelFolder
 
 # A smaller kept share of the gain of training is warned about
 _LEAST_KEPT = 0.95

@@ -5,11 +5,11 @@ from typing import Literal
 import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.ops import document_mask
+from mlxflow.storage.toml_tables import toml_value
 from mlxflow.training import objective
 from mlxflow.training.settings import SettingNames, TrainingSettings
-from mlxflow.workflow.config import toml_value
 
 Choice = Literal["auto"] | bool
 

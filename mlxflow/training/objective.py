@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.ops import document_mask
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 from mlxflow.training.output_head import Head, find_head

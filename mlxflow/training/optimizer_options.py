@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 
 #: Classes of `mlx.optimizers`, in lower case.
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "lion", "adafactor", "muon"]

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
 
 #: Takes the number of the update, from 0, and returns the learning rate, a scalar.

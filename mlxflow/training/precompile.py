@@ -9,9 +9,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxflow.data.token_file import Rows
-from mlxflow.errors import reason_of
 from mlxflow.evaluation.perplexity import measure_perplexity
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import reason_of
 from mlxflow.training.step import Step, put_random_key
 
 

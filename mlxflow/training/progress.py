@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
 from mlxflow.training.recorder import Log
 
 

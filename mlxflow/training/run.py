@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.kernels.model_kernels import ModelKernels
-from mlxflow.system import terminal
+from mlxflow.messages import terminal
+from mlxflow.storage.run_context import Context
 from mlxflow.training import build, progress
 from mlxflow.training.batch_size import read_decisions
 from mlxflow.training.checkpoints import CheckpointStore
@@ -15,7 +16,6 @@ from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames
 from mlxflow.training.stop_signals import heeding_signals
 from mlxflow.training.trainer import Session, Stopped
-from mlxflow.workflow.stage import Context
 
 
 class RunFiles(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 
 
 def step_problems(config: Any) -> Iterator[Problem]:

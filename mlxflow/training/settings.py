@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import msgspec
 from msgspec import Meta
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import report_files, report_structs
-from mlxflow.workflow.config import MEMORY_LIMIT_KEY
 
 _Count = Annotated[int, Meta(ge=0, le=2**40)]
 _Positive = Annotated[int, Meta(ge=1, le=2**40)]
@@ -176,16 +175,17 @@ class SettingNames(NamedTuple):
     tokenizer: str = "tokenizer.from"
 
     @classmethod
-    def of_stage(cls, task: str, tokens: str, *, has_fused_loss: bool = True) -> Self:
+    def of_stage(cls, task: str, tokens: str, memory_limit: str, *, has_fused_loss: bool = True) -> Self:
         """Return the names of the settings of a stage or variant in a workflow.
 
         Args:
             task: the stage or variant that trains.
             tokens: the one that makes its tokens.
+            memory_limit: see the attribute.
             has_fused_loss: see the attribute.
         """
         length, packing, sources = f"{tokens}.context_length", f"{tokens}.packing", f"{tokens}.sources"
-        return cls(task, length, MEMORY_LIMIT_KEY, has_fused_loss, packing, sources, f"{tokens}.tokenizer.from")
+        return cls(task, length, memory_limit, has_fused_loss, packing, sources, f"{tokens}.tokenizer.from")
 
     def of(self, setting: str) -> str:
         """Return the name of a setting of training."""

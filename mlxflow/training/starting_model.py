@@ -8,9 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.errors import ArtifactError
-from mlxflow.models import adapter_files, config_json, model_folder, quantized_layers, tokenizer_files
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files
 from mlxflow.models.new_model import ModelConfig, llama_config
+from mlxflow.storage import config_json
 from mlxflow.training import adapters
 from mlxflow.training.build import dtype_of
 from mlxflow.training.settings import SettingNames, TrainingSettings

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlxflow.data.loader import DeviceBatch, Loader
 from mlxflow.data.token_file import Rows
 from mlxflow.device import phase_peaks
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.training.batch_size import BatchSizes, split
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
 from mlxflow.training.memory_watch import MemoryWatch

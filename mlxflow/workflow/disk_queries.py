@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from mlxflow.data import sources
-from mlxflow.errors import ArtifactError
-from mlxflow.models import config_json
-from mlxflow.storage import model_files, paths, remote_code
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.storage import config_json, model_files, paths, remote_code
 
 #: The name of a query, its arguments, its answer and its error, as JSON values.
 Lookup = list[Any]

@@ -12,7 +12,9 @@ from typing import Any
 import msgspec
 
 from mlxflow.device import compute_device, cpu_backend
-from mlxflow.errors import ArtifactError, CallError, StageError
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import ArtifactError, CallError, StageError
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage import (
     atomic_folders,
     layout,
@@ -26,9 +28,8 @@ from mlxflow.storage import (
 from mlxflow.storage import unfinished_runs as left
 from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.storage.run_context import Context
 from mlxflow.storage.user_folders import prepare_compiled_folder
-from mlxflow.system import terminal
-from mlxflow.system.os_errors import advise_on
 from mlxflow.workflow import stage
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
@@ -80,7 +81,7 @@ def _run(
         atomic_folders.remove_folder(unfinished)
     publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
     with remote_code.trusting_code(workflow.trusts_code(one)), publishing as private:
-        context = stage.Context(
+        context = Context(
             task=one.task,
             seed=workflow.settings.seed,
             device=chosen or "cpu",
@@ -135,7 +136,7 @@ def _select_device(workflow: Workflow) -> str:
     return chosen
 
 
-def _make_artifact(one: Stage, context: stage.Context, started: float, chosen: str | None, threads: int | None) -> None:
+def _make_artifact(one: Stage, context: Context, started: float, chosen: str | None, threads: int | None) -> None:
     """Run a stage in the private folder, write its report, and check all outputs.
 
     Raises:

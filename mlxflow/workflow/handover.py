@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 
 
 class Basis(NamedTuple):

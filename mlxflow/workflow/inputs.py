@@ -9,11 +9,11 @@ from typing import Literal
 import msgspec
 
 from mlxflow.data import sources
+from mlxflow.data.sources import Corpus
 from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, ModelFolderFiles, word_leading_out
-from mlxflow.workflow.config import Problem, toml_value, word
+from mlxflow.storage.toml_tables import Problem, toml_value, word
 from mlxflow.workflow.disk_queries import Disk
-from mlxflow.workflow.stage import Corpus
 
 _NO_MAKER = "no stage before this one makes it"
 _NAME_TEXT = "Name a file, a folder or a glob with text in it."

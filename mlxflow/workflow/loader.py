@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import msgspec
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import paths
+from mlxflow.storage.toml_tables import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.workflow import stage, workflow_text
-from mlxflow.workflow.config import Problem, read_struct, toml_value, unknown_key, word
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.inputs import Known, References
 from mlxflow.workflow.matrix import expand_matrix

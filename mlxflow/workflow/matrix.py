@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 
 #: The keys of a stage's table that define its variants; they are not passed to the stage.
 VARIANT_KEYS = ("name", "matrix", "exclude")

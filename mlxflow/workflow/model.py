@@ -10,16 +10,18 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.data import sources
+from mlxflow.data.sources import Corpus
 from mlxflow.device import compute_device
 from mlxflow.device.compute_device import SIZE_PATTERN
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 from mlxflow.storage import layout, model_files, paths
 from mlxflow.storage.digests import DigestCache
+from mlxflow.storage.run_context import Member
+from mlxflow.storage.toml_tables import Problem, toml_value
 from mlxflow.workflow import stage
-from mlxflow.workflow.config import Problem, toml_value
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.handover import Basis
-from mlxflow.workflow.stage import Corpus, StageModule
+from mlxflow.workflow.stage import StageModule
 from mlxflow.workflow.stage_node import Node
 
 
@@ -240,15 +242,15 @@ class Workflow:
         """The folder for state that is kept between runs."""
         return layout.state_folder(self.root)
 
-    def members(self) -> tuple[stage.Member, ...]:
+    def members(self) -> tuple[Member, ...]:
         """Return every stage with what it reads and writes; call it when all stages are known."""
         return self._members
 
     @cached_property
-    def _members(self) -> tuple[stage.Member, ...]:
+    def _members(self) -> tuple[Member, ...]:
         makers = {path: one.task for one in self.stages for path in one.outputs}
         return tuple(
-            stage.Member(
+            Member(
                 one.task,
                 one.folder,
                 tuple(dict.fromkeys(makers[path] for path in one.input_files if path in makers)),

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from mlxflow.messages.os_errors import ABSENT, reason_of
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.model_files import decides
-from mlxflow.system.os_errors import ABSENT, reason_of
 from mlxflow.workflow.stage_node import Node
 
 

@@ -9,11 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlxflow.workflow.config import Problem, toml_value
+from mlxflow.storage.toml_tables import MAX_WEIGHTS, Problem, toml_value
 from mlxflow.workflow.stage import Artifacts
-
-#: Weights of a new model: in bf16 they take 2 TB.
-MAX_WEIGHTS = 10**12
 
 #: Tokens of one forward pass: at the smallest `hidden_size`, 8, the embeddings alone take 512 GiB in fp32.
 MAX_PASS_TOKENS = 2**34

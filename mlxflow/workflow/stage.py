@@ -1,4 +1,4 @@
-"""The contract of a stage module, its context, and helpers. Reads no files, starts no processes, knows no doit.
+"""The contract of a stage module, and helpers. Reads no files, starts no processes, knows no doit.
 
 A stage is a module with five names; its file name is the TOML table, the doit task, the command's argument and the
 artifact folder, and the first line of its docstring is what `doit list` prints:
@@ -9,7 +9,7 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     Outputs   a frozen msgspec struct of the file names the stage writes into its artifact folder; a class method `of`
               may make it from the Config
     run       the function that does the work and returns the figures for the report, a struct of
-              `mlxflow/stage_reports`; heavy imports happen inside it
+              `mlxflow/report/stage_reports`; heavy imports happen inside it
 
 It may have eight more:
 
@@ -26,18 +26,17 @@ It may have eight more:
 All paths in `Inputs` are relative to the workflow's folder, so that a record of them can move between machines.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
-from mlxflow.errors import ArtifactError
+from mlxflow.data.sources import Corpus
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_json
-from mlxflow.storage.observed_inputs import ObservedInputs
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 
 if TYPE_CHECKING:
     from mlxflow.storage.report_structs import StageReport
@@ -45,13 +44,10 @@ if TYPE_CHECKING:
 #: A variant's name is a folder name and a part of a task's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+#: What messages call the setting of the most memory that MLX may hold.
+MEMORY_LIMIT_KEY = "workflow.memory_limit"
+
 T = TypeVar("T", bound=msgspec.Struct)
-
-
-class Corpus(NamedTuple):
-    """An input that is not a file of the project: `builtin:NAME`, identified by its content."""
-
-    name: str
 
 
 class Beside(NamedTuple):
@@ -130,78 +126,6 @@ class StageModule(Protocol):
     Outputs: type[Any]
 
     run: Callable[..., "StageReport"]
-
-
-class ModelFolder(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a model folder and its report; the outputs of every stage that makes a model."""
-
-    config: Path = Path("config.json")
-    model: Path = Path("model.safetensors")
-    tokenizer: Path = Path("tokenizer.json")
-    tokenizer_config: Path = Path("tokenizer_config.json")
-    report: Path = Path(layout.REPORT)
-
-
-class Member(NamedTuple):
-    """A stage or variant of a workflow as other stages and the page see it.
-
-    Attributes:
-        task: its name.
-        folder: the artifact, relative to the workflow's folder.
-        reads: the stages that make its inputs.
-        outputs: the files it writes, relative to the workflow's folder.
-        stale: reasons why it is stale, in words; empty if it is fresh or was not checked.
-    """
-
-    task: str
-    folder: Path
-    reads: tuple[str, ...] = ()
-    outputs: tuple[Path, ...] = ()
-    stale: str = ""
-
-
-class Context(msgspec.Struct, frozen=True, kw_only=True):
-    """The environment of a running stage: everything it gets besides its own table.
-
-    Attributes:
-        task: the stage's name, with `:variant` for a variant.
-        seed: the workflow's seed; derive others from it with `derive_seed`.
-        device: "gpu" or "cpu", as resolved.
-        memory_limit_bytes: MLX's memory limit; 0 for a stage that does not use MLX.
-        provenance: metadata for the header of every file: stage, digests, versions, seed.
-        root: the workflow's folder.
-        state: the folder for state that is kept between runs.
-        tasks: every stage and variant of the workflow.
-        members: the same with the inputs and outputs of each.
-        name: of the workflow.
-        folder: the folder for the outputs; it becomes the artifact if the stage succeeds.
-        unfinished: a folder for checkpoints from which an interrupted run is resumed; removed after success. Each
-            configuration of the stage has its own.
-        published: the stage's existing artifact, if the stage is built again for a comparison; else None.
-        begun: the value of the module's `begin`; None without one.
-        digests: of the inputs as first read by this run.
-    """
-
-    task: str
-    seed: int
-    device: str
-    memory_limit_bytes: int
-    provenance: dict[str, str]
-    root: Path
-    state: Path
-    tasks: tuple[str, ...]
-    members: tuple[Member, ...]
-    name: str
-    folder: Path
-    unfinished: Path
-    digests: ObservedInputs
-    published: Path | None = None
-    begun: Any = None
-
-
-def derive_seed(seed: int, name: str) -> int:
-    """Return a 32-bit seed for the random choice of a name: the first bytes of SHA-256 of `seed:name`."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4], "little")
 
 
 def stage_name(module: StageModule) -> str:

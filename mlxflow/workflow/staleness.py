@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device.compute_device import environment
+from mlxflow.messages.os_errors import ABSENT, reason_of
 from mlxflow.storage import layout, model_files
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import printable, record_name
-from mlxflow.system.os_errors import ABSENT, reason_of
 from mlxflow.workflow.outputs import damaged_outputs
 from mlxflow.workflow.records import FORGOTTEN, is_complete
 from mlxflow.workflow.stage_node import Node
@@ -212,6 +212,6 @@ def _changed_values(key: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    from mlxflow.workflow.config import toml_value
+    from mlxflow.storage.toml_tables import toml_value
 
     return "nothing" if value is None else toml_value(value)

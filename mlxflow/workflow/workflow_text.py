@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
+from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage import paths, toml_text
 from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
-from mlxflow.system.os_errors import advise_on
 from mlxflow.workflow import matrix
 
 #: The most variants that all stages of a file may have together, and the most values in all their tables.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlxflow.stage_reports.benchmark_rows import ModelRow, PrefillFigures, TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures, TrainingRow
 
 
 def training_row(

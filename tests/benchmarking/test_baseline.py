@@ -7,8 +7,8 @@ import pytest
 
 from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
 from mlxflow.benchmarking.report_comparison import HasRows
-from mlxflow.errors import StageError
-from mlxflow.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ComparisonFigures, DeviceFacts
+from mlxflow.messages.errors import StageError
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ComparisonFigures, DeviceFacts
 from tests.benchmarking.report_rows import model_row, training_row
 
 _NAMES = ("baseline", "workflow")

@@ -4,7 +4,7 @@ import pytest
 
 from mlxflow.benchmarking.bottleneck import advise
 from mlxflow.benchmarking.step_runner import Parts
-from mlxflow.stage_reports.benchmark_rows import TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
 from tests.benchmarking.report_rows import training_row
 
 BUSY = Parts(data=0.0, graph=0.02, compute=0.98, synchronize=0.0)

@@ -12,7 +12,7 @@ from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import Rows
-from mlxflow.stage_reports.benchmark import DriftFigures
+from mlxflow.report.stage_reports.benchmark import DriftFigures
 from tests.benchmarking.small_steps import open_runner, workflow_recipe
 from tests.small_models import FREE
 

@@ -18,7 +18,7 @@ from mlxflow.benchmarking.report_comparison import (
     regressions,
 )
 from mlxflow.benchmarking.statistics import median_interval, ratio_interval
-from mlxflow.stage_reports.benchmark_rows import TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
 from tests.benchmarking.report_rows import training_row
 
 _NAMES = ("baseline", "workflow", "without compile", "without packing")

@@ -7,7 +7,7 @@ from mlxflow.benchmarking.report_comparison import (
     markdown_of_report,
     regressions,
 )
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from tests.benchmarking.report_rows import failed_row, model_row, training_row
 
 

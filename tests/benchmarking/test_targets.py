@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from mlxflow.benchmarking.targets import keep_promises
-from mlxflow.stage_reports.benchmark import PromiseFigures
+from mlxflow.report.stage_reports.benchmark import PromiseFigures
 from tests.benchmarking.report_rows import failed_row, model_row, training_row
 
 

@@ -4,8 +4,8 @@ import msgspec
 
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS, interleave
 from mlxflow.benchmarking.time_budget import AskedAmounts, Budget, lowered
-from mlxflow.stage_reports.benchmark import ConvergenceCurve
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark import ConvergenceCurve
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from tests.benchmarking.report_rows import failed_row, model_row, training_row
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.cli.arguments import add_workflow, read_stage
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 
 
 def _parse(*arguments: str) -> argparse.Namespace:

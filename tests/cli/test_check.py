@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.cli.check import check_plans
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.models import model_folder
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow

@@ -9,7 +9,7 @@ import pytest
 
 from mlxflow.cli.report import report
 from mlxflow.device import compute_device
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import doit, mlxflow
@@ -30,7 +30,7 @@ def test_the_report_stage_writes_its_page_beside_all_artifacts(built: Path) -> N
 
 def test_samples_match_the_output_of_the_models(built: Path) -> None:
     from mlxflow.evaluation.text_generation import Sampling, generate
-    from mlxflow.workflow.stage import derive_seed
+    from mlxflow.storage.run_context import derive_seed
 
     samples = read_report(built / "artifacts/report/report.toml")["samples"]
     assert [one["model"] for one in samples] == ["train", "quantize:q4", "quantize:q8"]  # one note is held out

@@ -15,7 +15,7 @@ import zstandard
 
 from mlxflow.data import decompression
 from mlxflow.data.decompression import FileProblem, read_pieces
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage.digests import digest_file
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": bytes, "gz": gzip.compress, "zst": zstandard.compress}

@@ -19,7 +19,7 @@ from mlxflow.data import guard
 from mlxflow.data.guard import Guard, ProcessLimits, guarded
 from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
 from mlxflow.data.tokenizer_folder import save_vocabulary
-from mlxflow.errors import SourceError, StageError
+from mlxflow.messages.errors import SourceError, StageError
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 

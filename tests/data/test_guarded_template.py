@@ -4,8 +4,8 @@ import pytest
 
 from mlxflow.data import guard
 from mlxflow.data.guard import guarded
-from mlxflow.errors import SourceError
 from mlxflow.evaluation.text_generation import open_template
+from mlxflow.messages.errors import SourceError
 from tests.data.test_guard import (
     _MEMORY,
     _SMALL,

@@ -10,7 +10,7 @@ import pytest
 
 from mlxflow.data.loader import DeviceBatch, Loader, Order, Share
 from mlxflow.data.token_file import Batch, Rows, TokenFile
-from mlxflow.errors import ArtifactError, SourceError
+from mlxflow.messages.errors import ArtifactError, SourceError
 from mlxflow.storage import tensor_writing
 
 

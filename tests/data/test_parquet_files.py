@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.data.records import Record, Shape, read_file
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from tests.data.test_records import KEYS, _form, _problem, _read, _write
 
 

@@ -11,7 +11,7 @@ import zstandard
 from mlxflow.data import decompression
 from mlxflow.data.decompression import FileProblem, read_pieces
 from mlxflow.data.records import Bad, PlainText, Record, RecordForm, Shape, read_file
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage.digests import digest_file
 
 KEYS = frozenset({"text"})

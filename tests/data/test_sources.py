@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.data.sources import PYTHON_STDLIB, SourceFiles, builtin_files, corpus_identity, find, source_files
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage.digests import DigestCache
 
 

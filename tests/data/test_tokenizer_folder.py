@@ -13,7 +13,7 @@ from mlxflow.data.tokenizer import (
     trained_vocabulary,
 )
 from mlxflow.data.tokenizer_folder import save_vocabulary
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from tests.data.test_tokenizer import AWKWARD, TEXTS, _ids, _open, _save, encoder, tokenizer  # noqa: F401
 
 

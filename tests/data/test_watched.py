@@ -4,7 +4,7 @@ import pytest
 
 from mlxflow.data import guard, watched
 from mlxflow.data.guard import ProcessLimits
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from tests.data.test_guard import (
     _TEMPLATE,
     _USUAL,

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.device import compute_device
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.architecture_configs import VOCAB_SIZE, config_of
 from mlxflow.data.token_file import Rows
-from mlxflow.errors import StageError
 from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder
 from mlxflow.ops import document_mask
 from tests.small_models import llama

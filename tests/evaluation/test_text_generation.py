@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from mlxflow.__main__ import main
 from mlxflow.data import guard, watched_tokenizer
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
-from mlxflow.errors import ArtifactError, SourceError
 from mlxflow.evaluation.text_generation import Sampling, Writer
+from mlxflow.messages.errors import ArtifactError, SourceError
 from tests.small_models import write_llama
 
 TEXTS = ["who are you? i am a small model.", "what is a note? a line of text.", "why? because it is so, they say."]

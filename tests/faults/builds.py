@@ -38,8 +38,8 @@ import hashlib, sys
 from pathlib import Path
 from mlxflow.cli import command, run as verb
 from mlxflow.storage import atomic_folders
-from mlxflow.system.os_errors import naming
-from mlxflow.system.child_processes import end_with_parent
+from mlxflow.messages.os_errors import naming
+from mlxflow.device.child_processes import end_with_parent
 
 def build(parsed):
     end_with_parent()

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.messages.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache, digest_file
 from mlxflow.tasks.archive import pack, unpack
 from mlxflow.workflow.outputs import observe_outputs

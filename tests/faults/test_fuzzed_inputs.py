@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.architecture_configs import DENSE, MIXTURES, config_of
-from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.messages.errors import ArtifactError, WorkflowError
 from mlxflow.models import model_folder
 from mlxflow.storage.tensor_header import read_safetensors_header
 from mlxflow.storage.tensor_types import UNREAD_TYPES

@@ -265,8 +265,8 @@ def _losses_of_mlx_lm(folder: Path) -> list[float]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     from mlxflow.data.loader import Order
+    from mlxflow.storage.run_context import derive_seed
     from mlxflow.training.optimizers import make_schedule
-    from mlxflow.workflow.stage import derive_seed
 
     settings = json.loads((folder / "artifacts" / "train" / "lora" / "adapters" / "adapter_config.json").read_text())
     model, *_ = load(str(folder / "base"))

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_folder
 
 LLAMA = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import adapter_files, model_folder, quantized_layers
 from mlxflow.training.adapters import add_adapters, save_adapters
 from mlxflow.training.settings import AdapterShape

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.errors import ArtifactError
-from mlxflow.models import config_fields, config_json, model_folder
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import config_fields, model_folder
+from mlxflow.storage import config_json
 from tests.models.spoilt_folders import ADVICE, LLAMA, problem
 
 VALUES: dict[str, tuple[dict[str, Any], str]] = {

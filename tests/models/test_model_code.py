@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_code, model_folder
 from mlxflow.ops import mlx_lm_import
 from tests.models.test_model_folder import TEXT

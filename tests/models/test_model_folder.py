@@ -9,8 +9,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.errors import ArtifactError
-from mlxflow.models import config_json, model_folder, quantized_layers
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.models import model_folder, quantized_layers
+from mlxflow.storage import config_json
 from tests.models.spoilt_folders import NORM, spoil
 
 TEXT = config_of("llama") | {"model_type": "llama", "tie_word_embeddings": False}

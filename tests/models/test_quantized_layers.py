@@ -4,7 +4,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_folder, quantized_layers
 
 

@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models.tokenizer_files import copy_tokenizer, require_tokenizer, require_tokenizer_trust
 from mlxflow.storage import remote_code
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlxflow.cli.check import check_plans
-from mlxflow.errors import ArtifactError, WorkflowError
+from mlxflow.messages.errors import ArtifactError, WorkflowError
 from mlxflow.models.tokenizer_files import require_tokenizer
 from mlxflow.models.vocabularies import means_the_same
 from mlxflow.workflow.loader import load_workflow

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_folder
 from mlxflow.storage.tensor_reading import read_metadata
 from tests.models.spoilt_folders import NORM, problem, spoil, write_header

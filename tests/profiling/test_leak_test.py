@@ -12,7 +12,7 @@ import pytest
 from benchmarks.leaks import SHAPES, ours, rates, simulate
 from mlxflow.profiling.leak_test import find_leak
 from mlxflow.profiling.profiler import MemoryProfiler
-from mlxflow.stage_reports.profile import LeakFigures
+from mlxflow.report.stage_reports.profile import LeakFigures
 
 
 def _test(values: Any, *, floor: float = 0.0, share: float = 0.0, limit: int | None = None) -> LeakFigures:

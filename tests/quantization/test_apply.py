@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 import mlxflow
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 from mlxflow.quantization import apply
 from mlxflow.quantization.apply import apply_plan, bits_per_weight, quantize_model_for_inference
 from mlxflow.quantization.codec import round_trip

@@ -6,7 +6,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.budget import best_measured, cheapest_plan, fixed_bytes, plan_bytes, sizes_of, uniform_plans
 from mlxflow.quantization.codec import pack
 from mlxflow.quantization.settings import Setting

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 from mlxflow.quantization import codec
 from mlxflow.quantization.calibrated import awq, choose_rows, dwq, gptq
 from mlxflow.quantization.codec import Packed, pack, unpack

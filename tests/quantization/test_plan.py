@@ -1,7 +1,7 @@
 import mlx.nn as nn
 import pytest
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.quantization.plan import Rule, check_supported, resolve
 from mlxflow.quantization.settings import Setting
 from tests.small_models import llama

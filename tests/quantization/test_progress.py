@@ -1,7 +1,7 @@
 import pytest
 
+from mlxflow.messages import terminal
 from mlxflow.quantization.progress import show_layers
-from mlxflow.system import terminal
 
 
 def test_no_bar_is_drawn_into_a_log(capsys: pytest.CaptureFixture[str]) -> None:

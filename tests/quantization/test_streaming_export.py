@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import model_folder
 from mlxflow.quantization import streaming_export
 from mlxflow.quantization.settings import Setting

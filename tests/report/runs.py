@@ -12,8 +12,8 @@ import tomli_w
 
 from mlxflow.report.load_run import Run, read_run
 from mlxflow.storage import tensor_writing
+from mlxflow.storage.run_context import Member
 from mlxflow.training.settings import TrainingSettings
-from mlxflow.workflow.stage import Member
 
 TASKS = ("pretokenize", "train", "quantize:q4", "quantize:q8", "profile", "benchmark")
 _READS = {

@@ -12,10 +12,10 @@ from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
 from mlxflow.report.samples import SampleRequest, write_samples
-from mlxflow.stage_reports.report import SampleText
+from mlxflow.report.stage_reports.report import SampleText
+from mlxflow.storage.run_context import Member, derive_seed
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
-from mlxflow.workflow.stage import Member, derive_seed
 from tests.report.pages import Seen
 
 TRAINING = """

@@ -8,7 +8,7 @@ import tomli_w
 
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
-from mlxflow.workflow.stage import Member
+from mlxflow.storage.run_context import Member
 from tests.report.pages import Seen, text_of
 from tests.report.runs import edit, read, write_run
 

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.stages import benchmark
 from mlxflow.storage import report_files
-from mlxflow.workflow.stage import Context
+from mlxflow.storage.run_context import Context
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow.errors import ArtifactError, MlxflowError, WorkflowError
+from mlxflow.messages.errors import ArtifactError, MlxflowError, WorkflowError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow

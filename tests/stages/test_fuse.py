@@ -10,8 +10,8 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlxflow.errors import MlxflowError
 from mlxflow.evaluation.text_generation import Sampling, Writer, generate
+from mlxflow.messages.errors import MlxflowError
 from mlxflow.models import model_folder
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.report_files import read_report
@@ -270,7 +270,7 @@ def test_every_later_stage_reads_the_trained_model(chain: Path) -> None:
 
 
 def _sample_seed() -> int:
-    from mlxflow.workflow.stage import derive_seed
+    from mlxflow.storage.run_context import derive_seed
 
     return derive_seed(0, "report.samples")
 

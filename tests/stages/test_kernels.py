@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from mlxflow.device import compute_device
-from mlxflow.errors import WorkflowError
 from mlxflow.kernels import adamw, registry
 from mlxflow.kernels import early_start as ahead_of
 from mlxflow.kernels.early_start import EarlyVerifier
 from mlxflow.kernels.verifier_process import VerificationResult
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.models import model_folder
 from mlxflow.storage import report_files
 from mlxflow.workflow.execution import execute_stage

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from mlxflow.__main__ import main
-from mlxflow.errors import ArtifactError, WorkflowError
 from mlxflow.evaluation.text_generation import Sampling, Writer
+from mlxflow.messages.errors import ArtifactError, WorkflowError
 from mlxflow.models import model_folder, tokenizer_files
 from mlxflow.storage import remote_code
 from mlxflow.storage.digests import DigestCache

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from mlxflow.data.token_file import TokenFile
 from mlxflow.data.tokenizer import train_tokenizer, trained_vocabulary
 from mlxflow.data.tokenizer_folder import save_vocabulary
-from mlxflow.errors import MlxflowError, SourceError, WorkflowError
+from mlxflow.messages.errors import MlxflowError, SourceError, WorkflowError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow

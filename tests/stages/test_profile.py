@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from mlxflow.__main__ import main
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.profiling.suggestions import Suggestion
-from mlxflow.stage_reports.profile import PeakFigures, ProfileReport, SuggestionFigures
+from mlxflow.report.stage_reports.profile import PeakFigures, ProfileReport, SuggestionFigures
 from mlxflow.stages.profile import Config, Inputs, Outputs, _figures_of, _require_budgets, run, settings_of
 from mlxflow.storage import report_structs
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.report_files import read_report
-from mlxflow.workflow.stage import Context
+from mlxflow.storage.run_context import Context
 from tests.conftest import mlxflow
 
 CONTEXT = Context(

@@ -16,16 +16,16 @@ from mlx_lm.utils import load_model
 
 from mlxflow.cli.check import check_plans
 from mlxflow.data.token_file import TokenFile
-from mlxflow.errors import ArtifactError, StageError, UserError, WorkflowError
 from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.messages.errors import ArtifactError, StageError, UserError, WorkflowError
 from mlxflow.models import model_folder
 from mlxflow.models.model_folder import load
 from mlxflow.models.quantized_layers import dense_weights, for_evaluation
 from mlxflow.quantization.aware_training import suited
 from mlxflow.stages.quantize import Config, written_settings
 from mlxflow.storage.report_files import read_report
-from mlxflow.workflow.config import toml_value
+from mlxflow.storage.toml_tables import toml_value
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import TINY, mlxflow

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mlxflow.errors import WorkflowError
-from mlxflow.stage_reports.report import PageReport
+from mlxflow.messages.errors import WorkflowError
+from mlxflow.report.stage_reports.report import PageReport
 from mlxflow.storage import report_structs
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Stage

@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 

@@ -4,7 +4,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from mlxflow.errors import SourceError
+from mlxflow.messages.errors import SourceError
 from mlxflow.storage import hub
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.storage.observed_inputs import ObservedInputs
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.locks import LockedError, hold
 from mlxflow.storage.regular_files import open_log, open_own

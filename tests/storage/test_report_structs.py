@@ -8,13 +8,13 @@ import msgspec
 import pytest
 import tomli_w
 
-from mlxflow.errors import ArtifactError
-from mlxflow.stage_reports.benchmark import BenchmarkReport
-from mlxflow.stage_reports.pretokenize import PretokenizeReport
-from mlxflow.stage_reports.profile import ProfileReport
-from mlxflow.stage_reports.quantize import QuantizeReport
-from mlxflow.stage_reports.report import PageReport
-from mlxflow.stage_reports.train import TrainReport
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.report.stage_reports.profile import ProfileReport
+from mlxflow.report.stage_reports.quantize import QuantizeReport
+from mlxflow.report.stage_reports.report import PageReport
+from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.storage import report_structs
 from mlxflow.storage.report_files import read_report
 from mlxflow.storage.report_structs import StageReport

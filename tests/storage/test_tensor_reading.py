@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import tensor_reading, tensor_writing
 
 

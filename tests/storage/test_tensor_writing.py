@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.storage import tensor_reading, tensor_writing
 
 

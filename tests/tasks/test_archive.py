@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import zstandard
 
-from mlxflow.errors import ArtifactError, StageError
+from mlxflow.messages.errors import ArtifactError, StageError
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks import archive
 from mlxflow.tasks.archive import pack, unpack

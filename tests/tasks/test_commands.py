@@ -246,7 +246,7 @@ def test_commands_on_one_stage_refuse_several(job: Path) -> None:
 def test_no_stage_has_the_name_of_a_command(monkeypatch: pytest.MonkeyPatch, job: Path) -> None:
     from doit.doit_cmd import DoitMain
 
-    from mlxflow.errors import WorkflowError
+    from mlxflow.messages.errors import WorkflowError
     from mlxflow.tasks import graph
 
     assert not set(STAGES) & set(DoitMain().get_cmds())

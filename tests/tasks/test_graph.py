@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.errors import UserError
+from mlxflow.messages.errors import UserError
 from mlxflow.models import tokenizer_files
 from mlxflow.storage import state_files
 from mlxflow.storage.digests import DigestCache, digest_json

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.tasks.report_device import ReportDevice, read_device
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import load_adapters
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.training.adapters import add_adapters, ensure_adapters, save_adapters
 from mlxflow.training.settings import AdapterShape
 from tests.small_models import llama

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.errors import SourceError, WorkflowError
+from mlxflow.messages.errors import SourceError, WorkflowError
 from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse, ladder, read_decisions, split
 from mlxflow.training.settings import SettingNames, TrainingSettings
 

@@ -15,9 +15,9 @@ from mlxflow.data.token_file import TokenFile
 from mlxflow.profiling.profiled_step import profiled_steps
 from mlxflow.stages import benchmark, profile
 from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.storage.run_context import Context
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
-from mlxflow.workflow.stage import Context
 from tests.small_models import FREE
 
 STEPS = 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.training.checkpoints import CheckpointStore
 from tests.training.small_training import (
     checkpoint_store,

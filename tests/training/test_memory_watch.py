@@ -3,7 +3,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.training.batch_size import Decision
 from tests.training.small_training import (
     Records,

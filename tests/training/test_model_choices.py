@@ -5,13 +5,13 @@ import mlx.nn as nn
 import pytest
 
 from mlxflow.data.token_file import TokenFile
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.ops import document_mask
 from mlxflow.training.model_choices import Choice, with_model_choices
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from tests import small_models
 
-NAMES = SettingNames.of_stage("train:long", "pretokenize")
+NAMES = SettingNames.of_stage("train:long", "pretokenize", "workflow.memory_limit")
 
 
 def _tokens(built: Path, *, conversations: bool) -> TokenFile:

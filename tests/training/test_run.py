@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 from mlxflow.kernels import model_kernels
 from mlxflow.storage import tensor_writing
 from mlxflow.storage.observed_inputs import ObservedInputs
+from mlxflow.storage.run_context import Context
 from mlxflow.training import build
 from mlxflow.training import run as running
 from mlxflow.training.run import RunFiles, describe, train
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.stop_signals import StopFlag
-from mlxflow.workflow.stage import Context
 from tests.training.small_training import GB, small_model, small_rows
 
 SETTINGS = TrainingSettings(

@@ -4,7 +4,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.stages import train
 from mlxflow.storage import report_files
 from mlxflow.training.settings import AdapterShape, TrainingSettings, read_settings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.training.batch_size import Decision
 from mlxflow.training.trainer import Stopped
 from tests.training.small_training import (

@@ -5,8 +5,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.errors import ArtifactError, CallError, StageError
-from mlxflow.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.messages.errors import ArtifactError, CallError, StageError
+from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.stages import pretokenize
 from mlxflow.storage import atomic_folders, report_files
 from mlxflow.workflow import stage

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxflow.errors import StageError
+from mlxflow.messages.errors import StageError
 from mlxflow.workflow.handover import Basis, Handover, receive
 
 HANDOVER = Handover(Basis("[train]\n", [["is_file", ["a\udcff"], True, None]]), {"seed": 0}, {"a": "12"})

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from mlxflow.data.sources import Corpus
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.inputs import Known, References
-from mlxflow.workflow.stage import Corpus
 
 MADE = {
     "pretokenize": {"train.safetensors"},

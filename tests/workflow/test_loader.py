@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import CallError, WorkflowError
+from mlxflow.messages.errors import CallError, WorkflowError
 from mlxflow.workflow.loader import STAGES, load_workflow, resolved_toml
 
 

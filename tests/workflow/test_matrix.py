@@ -3,7 +3,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mlxflow.workflow.config import Problem
+from mlxflow.storage.toml_tables import Problem
 from mlxflow.workflow.matrix import expand_matrix
 
 

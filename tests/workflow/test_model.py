@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import CallError
+from mlxflow.messages.errors import CallError
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Settings, Workflow
 

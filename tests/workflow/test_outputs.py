@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.errors import ArtifactError
+from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.archive import pack, unpack
 from mlxflow.tasks.reproduction import differing

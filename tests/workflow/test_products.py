@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.workflow.loader import load_workflow
 
 SOURCES = 'sources = ["notes.txt"]\n'

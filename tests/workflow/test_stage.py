@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from mlxflow.workflow.loader import STAGES, load_workflow
-from mlxflow.workflow.stage import StageModule, derive_seed, paths_of, rooted, stage_name, summary
+from mlxflow.workflow.stage import StageModule, paths_of, rooted, stage_name, summary
 
 MODULES = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
 
@@ -74,12 +74,6 @@ def test_importing_every_stage_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == []
-
-
-def test_seeds_depend_on_name_and_seed_and_are_reproducible() -> None:
-    assert derive_seed(0, "train.model") == derive_seed(0, "train.model") == 2710698611
-    assert len({derive_seed(seed, name) for seed in (0, 1, 2**40) for name in ("a", "b")}) == 6
-    assert all(0 <= derive_seed(seed, "a") < 2**32 for seed in range(50))
 
 
 class _Paths(msgspec.Struct, frozen=True):

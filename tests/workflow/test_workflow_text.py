@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import WorkflowError
+from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.toml_text import MAX_WORKFLOW_BYTES
 from mlxflow.workflow import workflow_text
 

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
-from mlxflow.workflow.config import default_of, describe, struct_in, toml_value
+from mlxflow.storage.toml_tables import default_of, describe, struct_in, toml_value
 from mlxflow.workflow.loader import STAGES
 from mlxflow.workflow.model import Settings
 from tools.docs import markdown

@@ -11,13 +11,8 @@ from mlxflow.report.formatting import UNKNOWN, clean, show, show_bytes, show_int
 from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
-from mlxflow.stage_reports.benchmark import (
-    BenchmarkReport,
-    BottleneckFigures,
-    ConvergenceCurve,
-    DriftFigures,
-)
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ConvergenceCurve, DriftFigures
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 
 def section(runs: Sequence[Run]) -> Section:

@@ -9,7 +9,7 @@ from mlxflow.report.elements import Block, Figure, Note, Section, Table
 from mlxflow.report.formatting import clean, shorten, show, show_percent
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
-from mlxflow.stage_reports.pretokenize import PretokenizeReport
+from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 
 _MOST_BAD_RECORDS = 20
 

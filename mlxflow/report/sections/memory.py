@@ -7,7 +7,7 @@ from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
 from mlxflow.report.formatting import clean, plural, show, show_bytes, show_seconds
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside, timelines
-from mlxflow.stage_reports.profile import LeakReport, PeakParts, PhaseFigures, ProfileReport
+from mlxflow.report.stage_reports.profile import LeakReport, PeakParts, PhaseFigures, ProfileReport
 
 # MLX's arrays at their peak, then other memory
 ARRAYS = ("weights", "gradients", "optimizer", "activations", "update", "logits", "data")

@@ -11,7 +11,7 @@ from mlxflow.report.formatting import UNKNOWN, clean, shorten, show, show_bytes,
 from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
-from mlxflow.stage_reports.quantize import LayerFigures, QualityFigures, QuantizeReport
+from mlxflow.report.stage_reports.quantize import LayerFigures, QualityFigures, QuantizeReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mlxflow.report.elements import Block, Exchange, Note, Sample, Section
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
-from mlxflow.stage_reports.report import SampleText
+from mlxflow.report.stage_reports.report import SampleText
 
 
 def section(runs: Sequence[Run]) -> Section:

@@ -10,8 +10,8 @@ from mlxflow.report.elements import Block, Figure, Note, Table
 from mlxflow.report.formatting import clean, show, show_bytes
 from mlxflow.report.line_plot import Axes, Band, Mark, Series
 from mlxflow.report.load_run import LoadedStage, Run
+from mlxflow.report.stage_reports.profile import ProfileReport
 from mlxflow.report.timelines import Span, Timeline
-from mlxflow.stage_reports.profile import ProfileReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

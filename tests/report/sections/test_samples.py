@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from mlxflow.report.render import render
-from mlxflow.stage_reports.report import SampleText
+from mlxflow.report.stage_reports.report import SampleText
 from tests.report.pages import Seen, text_of
 from tests.report.runs import edit, read
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlxflow.errors import ArtifactError
-from mlxflow.system.os_errors import advise_on
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.messages.os_errors import advise_on
 
 # Tables that describe a part of a model, and what the names of that part's weights contain
 _PARTS = {"vision_config": ("vision", "visual"), "audio_config": ("audio",)}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 
 def test_a_row_without_figures_says_why() -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from mlxflow.errors import ArtifactError
-from mlxflow.stage_reports.train import TrainReport
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.storage import report_structs
 from mlxflow.storage.report_files import read_report
 from mlxflow.training.figures import TrainingFigures

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from mlxflow.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.storage import report_structs
 
 

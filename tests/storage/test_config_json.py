@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.models import config_json
+from mlxflow.storage import config_json
 from tests.models.spoilt_folders import ADVICE, problem, write_header
 from tests.models.test_model_folder import VISION
 

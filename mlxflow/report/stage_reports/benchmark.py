@@ -1,6 +1,6 @@
 """The figures of a benchmark stage in report.toml; `low_` and `high_` are the ends of an interval."""
 
-from mlxflow.stage_reports.benchmark_rows import ModelRow, TrainingRow
+from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.storage.report_structs import Count, ReportTable, Seconds, Share, StageReport
 
 

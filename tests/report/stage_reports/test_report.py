@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import ArtifactError
-from mlxflow.stage_reports.report import PageReport
+from mlxflow.messages.errors import ArtifactError
+from mlxflow.report.stage_reports.report import PageReport
 from mlxflow.storage import report_structs
 from mlxflow.storage.report_files import read_report
 

@@ -2,7 +2,7 @@
 
 A thread that watches the parent is not enough: C code may hold the interpreter for hours, and then no thread runs. On
 Linux the kernel kills the child (PR_SET_PDEATHSIG). Elsewhere a small watcher process does,
-`mlxflow.system.parent_watcher`.
+`mlxflow.device.parent_watcher`.
 """
 
 import os

@@ -24,11 +24,11 @@ S = TypeVar("S", bound=msgspec.Struct)
 #: Upper bounds of numbers in tables: optimizer updates, rows of a batch or of a file, positions and other dimensions.
 MAX_STEPS, MAX_ROWS, MAX_SIZE = 10**9, 2**20, 2**20
 
-#: What messages call the setting of the most memory that MLX may hold.
-MEMORY_LIMIT_KEY = "workflow.memory_limit"
-
 #: Upper bound of a model's blocks; more than ten times as many as published models have.
 MAX_LAYERS = 1000
+
+#: Upper bound of a new model's weights: in bf16 they take 2 TB.
+MAX_WEIGHTS = 10**12
 
 # Length up to which a message shows a value or a key in full
 _MAX_SHOWN = 1000

@@ -5,8 +5,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxflow.system import child_processes
-from tests.system.test_child_processes import IN_C, _ends_with_starter
+from mlxflow.device import child_processes
+from tests.device.test_child_processes import IN_C, _ends_with_starter
 
 
 def test_the_watcher_kills_a_process_that_hangs_in_c_code() -> None:

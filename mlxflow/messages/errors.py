@@ -11,7 +11,7 @@
 A message has the shape `file: key.path = value: what was expected. What to do.`
 """
 
-from mlxflow.system.terminal import one_line
+from mlxflow.messages.terminal import one_line
 
 
 class MlxflowError(Exception):

@@ -8,16 +8,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mlxflow.system import child_processes
+from mlxflow.device import child_processes
 from tests.chain import Chain
 
 # A number of 370 million digits: hours in one call of C code that holds the interpreter
 IN_C = "9**9**9"
 
-BOUND = "from mlxflow.system.child_processes import end_with_parent; end_with_parent()"
+BOUND = "from mlxflow.device.child_processes import end_with_parent; end_with_parent()"
 STARTER = """
 import sys
-from mlxflow.system import child_processes
+from mlxflow.device import child_processes
 child_processes._HAS_DEATH_SIGNAL = {has_signal}
 process = child_processes.start([sys.executable, "-c", {program!r}])
 print(process.pid, flush=True)

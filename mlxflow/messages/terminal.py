@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlxflow.system.os_errors import naming
+from mlxflow.messages.os_errors import naming
 
 if TYPE_CHECKING:
     from rich.console import Console

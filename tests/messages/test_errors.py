@@ -1,7 +1,15 @@
 import pytest
 
-from mlxflow import errors
-from mlxflow.errors import ArtifactError, CallError, SourceError, StageError, UserError, WorkflowError, reason_of
+from mlxflow.messages import errors
+from mlxflow.messages.errors import (
+    ArtifactError,
+    CallError,
+    SourceError,
+    StageError,
+    UserError,
+    WorkflowError,
+    reason_of,
+)
 
 
 @pytest.mark.parametrize(

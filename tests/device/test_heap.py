@@ -2,7 +2,7 @@ import ctypes
 
 import pytest
 
-from mlxflow.system import heap
+from mlxflow.device import heap
 
 
 class _Library:

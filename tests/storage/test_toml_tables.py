@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec import Meta
 
-from mlxflow.workflow.config import Problem, describe, read_struct, toml_value, unknown_key, word
+from mlxflow.storage.toml_tables import Problem, describe, read_struct, toml_value, unknown_key, word
 
 
 class Inner(msgspec.Struct, frozen=True, kw_only=True):

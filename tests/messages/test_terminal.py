@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.errors import SourceError
-from mlxflow.system import terminal
-from mlxflow.system.terminal import Foreign, escaped, foreign, one_line
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import SourceError
+from mlxflow.messages.terminal import Foreign, escaped, foreign, one_line
 from tests.conftest import REPOSITORY, doit, mlxflow
 
 #: What retitles a terminal, rings, reorders what follows and begins a line that looks like ours.
@@ -162,7 +162,7 @@ def test_all_output_goes_through_terminal() -> None:
         for line in _bypasses(path.read_text())
     }
     # Their lines are for the process that started them; what a stage prints is escaped as it comes out of the pipe
-    allowed = ("mlxflow/system/terminal.py", "mlxflow/kernels/verification.py", "tasks/stage_process.py")
+    allowed = ("mlxflow/messages/terminal.py", "mlxflow/kernels/verification.py", "tasks/stage_process.py")
     assert {line for line in found if not line.startswith(allowed)} == set()
     assert len([line for line in found if line.startswith("tasks/stage_process.py")]) == 1
 

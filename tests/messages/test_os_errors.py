@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from mlxflow.data.decompression import naming_errors
-from mlxflow.errors import MlxflowError
-from mlxflow.models import adapter_files, config_json
-from mlxflow.system.os_errors import advise_on, is_about_a_file, naming, word_cause
+from mlxflow.messages.errors import MlxflowError
+from mlxflow.messages.os_errors import advise_on, is_about_a_file, naming, word_cause
+from mlxflow.models import adapter_files
+from mlxflow.storage import config_json
 from mlxflow.training import batch_size
 from mlxflow.workflow import workflow_text
 
