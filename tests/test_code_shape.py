@@ -56,10 +56,10 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/mlx_lm_patches.py": "tests/quantization/test_calibrated.py",
     "mlxflow/quantization/quality.py": "tests/stages/test_quantize.py",
     "mlxflow/quantization/size_report.py": "tests/stages/test_quantize.py",
-    "mlxflow/quantization/table_checks.py": "tests/test_bounds.py",
+    "mlxflow/quantization/table_checks.py": "tests/test_number_bounds.py",
     "mlxflow/training/job.py": "tests/stages/test_train.py",
     "mlxflow/training/lora_config.py": "tests/stages/test_fuse.py",
-    "mlxflow/training/setting_checks.py": "tests/test_bounds.py",
+    "mlxflow/training/setting_checks.py": "tests/test_number_bounds.py",
     "mlxflow/training/starting_model.py": "tests/stages/test_finetune.py",
 }
 
@@ -198,3 +198,69 @@ def test_every_class_has_a_name_of_its_own() -> None:
 )
 def test_repeated_class_names(texts: dict[str, str], expected: dict[str, list[str]]) -> None:
     assert repeated_class_names(texts) == expected
+
+
+#: The most packages of mlxflow, and the most pairs of them where the first imports the second.
+MAX_PACKAGES, MAX_PACKAGE_IMPORTS = 22, 100
+
+
+def package_imports(texts: dict[str, str]) -> dict[str, set[str]]:
+    """Return for each package the other packages that its modules import, also inside functions.
+
+    Args:
+        texts: of modules, by their paths below mlxflow; a module that lies in no package counts as one.
+    """
+    imports: dict[str, set[str]] = {}
+    for file, text in texts.items():
+        package = file.removesuffix(".py").partition("/")[0]
+        imported = {name.split(".")[1] for name in _imported(text) if name.startswith("mlxflow.")}
+        imports.setdefault(package, set()).update(imported - {package})
+    return imports
+
+
+def _imported(text: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """Return the packages that import each other, directly or through others."""
+    reached = {package: set(others) for package, others in imports.items()}
+    for package in reached:
+        while further := {one for other in reached[package] for one in reached.get(other, ())} - reached[package]:
+            reached[package] |= further
+    return {package for package, others in reached.items() if package in others}
+
+
+def _packages() -> dict[str, set[str]]:
+    texts = {
+        path.relative_to(REPOSITORY / "mlxflow").as_posix(): path.read_text("utf-8") for path in _modules("mlxflow")
+    }
+    tasks = {path.relative_to(REPOSITORY).as_posix(): path.read_text("utf-8") for path in _modules("tasks")}
+    return package_imports(texts | tasks)
+
+
+def test_packages_and_their_imports_of_each_other_stay_few() -> None:
+    imports = _packages()
+    assert len(imports) <= MAX_PACKAGES, sorted(imports)
+    assert sum(map(len, imports.values())) <= MAX_PACKAGE_IMPORTS, imports
+
+
+def test_no_packages_import_each_other() -> None:
+    assert not circles(_packages())
+
+
+def test_package_imports_and_circles() -> None:
+    texts = {
+        "a/x.py": "import mlxflow.b.y\nfrom mlxflow.a import z",
+        "b/y.py": "def f():\n    from mlxflow.c import w",
+        "c/w.py": "from mlxflow import a, d",
+        "d.py": "from mlxflow.messages.errors import MlxflowError",
+    }
+    imports = package_imports(texts)
+    assert imports == {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"messages"}}
+    assert circles(imports) == {"a", "b", "c"}
+    assert circles({"a": {"b"}, "b": {"c"}}) == set()
