@@ -119,7 +119,7 @@ def budget(folder: str) -> None:
     for target in (3.0, 3.5, 4.0, 4.5):
         begin = time.perf_counter()
         room = int(target * parameters / 8)
-        plan = budgets.cheapest_plan(costs, sizes, budget_bytes=room, asked="", parameters=parameters)
+        plan = budgets.cheapest_plan(costs, sizes, budget_bytes=room, budget_setting="", parameters=parameters)
         uniform = budgets.uniform_plans(sizes, budget_bytes=room)
         plan, _ = budgets.best_measured(
             model,

@@ -96,12 +96,12 @@ class Adoption:
         outputs: dict[str, list[Any]] = {}
         for name, digest in recorded.items():
             path = node.path(name)
-            found = self._cache.digests(path)
+            digests = self._cache.digests(path)
             # Earlier versions recorded the content digest of a report, too
-            known = found if name.endswith(f"/{layout.REPORT}") else (found.content,)
+            known = digests if name.endswith(f"/{layout.REPORT}") else (digests.content,)
             if digest is not None and digest not in known:
                 return None
-            outputs[name] = [os.stat(path).st_size, found.content]  # noqa: PTH116
+            outputs[name] = [os.stat(path).st_size, digests.content]  # noqa: PTH116
         return outputs
 
 

@@ -81,13 +81,13 @@ def unpack(file: Path, nodes: dict[str, Node]) -> tuple[Node, dict[str, Any]]:
     """
     try:
         with _opened(file) as archive:
-            found = members(archive)
-            node, values = _read_record(file, archive, next(found, None), nodes)
+            tar_members = members(archive)
+            node, values = _read_record(file, archive, next(tar_members, None), nodes)
             _require_room(file, node, values)
             folder = node.root / node.folder
-            kept = partial(foreign_names, folder, node.output_names)
-            with atomic_folders.publishing(folder, kept) as private, naming(file):
-                _extract(file, archive, found, node, values, private)
+            keep = partial(foreign_names, folder, node.output_names)
+            with atomic_folders.publishing(folder, keep) as private, naming(file):
+                _extract(file, archive, tar_members, node, values, private)
             for copy, original in node.copies.items():
                 atomic_folders.write_whole(node.root / copy, (node.root / original).read_bytes())
     except ArchiveError as error:
@@ -155,15 +155,15 @@ def _require_room(file: Path, node: Node, values: dict[str, Any]) -> None:
 
 
 def _extract(
-    file: Path, archive: BinaryIO, found: Iterator[TarMember], node: Node, values: dict[str, Any], private: Path
+    file: Path, archive: BinaryIO, tar_members: Iterator[TarMember], node: Node, values: dict[str, Any], private: Path
 ) -> None:
-    wanted = set(values["outputs"])
-    for member in found:
-        if member.name not in wanted:
+    missing = set(values["outputs"])
+    for member in tar_members:
+        if member.name not in missing:
             raise ArtifactError(
                 f"{file}: holds {member.name!r}, which is no file of {node.task}. Nothing was unpacked."
             )
-        wanted.remove(member.name)
+        missing.remove(member.name)
         size, content = values["outputs"][member.name]
         if member.size != size:
             raise ArtifactError(f"{file}: {member.name} has {member.size:,} bytes, its record says {size:,}.")
@@ -171,8 +171,8 @@ def _extract(
         target.parent.mkdir(parents=True, exist_ok=True)
         _copy(file, archive, member, target)
         _verify(file, member.name, target, content)
-    if wanted:
-        raise ArtifactError(f"{file}: lacks {', '.join(sorted(wanted))}. Pack it again.")
+    if missing:
+        raise ArtifactError(f"{file}: lacks {', '.join(sorted(missing))}. Pack it again.")
 
 
 def _copy(file: Path, archive: BinaryIO, member: TarMember, target: Path) -> None:
@@ -190,8 +190,8 @@ def _copy(file: Path, archive: BinaryIO, member: TarMember, target: Path) -> Non
 
 def _verify(file: Path, name: str, path: Path, content: str) -> None:
     try:
-        found = digest_file(path).content
+        digest = digest_file(path).content
     except ValueError as error:
         raise ArtifactError(f"{file}: {name} is damaged ({error}). Nothing was unpacked.") from error
-    if found != content:
+    if digest != content:
         raise ArtifactError(f"{file}: {name} is not what its record says. Nothing was unpacked.")

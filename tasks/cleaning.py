@@ -12,10 +12,10 @@ from mlxflow.workflow.stage_node import Node
 
 def remove_unfinished(node: Node, dryrun: bool) -> int:
     """Remove the files of a stage's unfinished runs, with any settings; print it and return the bytes freed."""
-    found = unfinished_runs.of_task(layout.state_folder(node.root), node.task)
-    if found:
-        terminal.show(f"{node.task} - removing files of {len(found)} unfinished runs ({_num_bytes(found):,} bytes)")
-    return 0 if dryrun else _remove(found)
+    runs = unfinished_runs.of_task(layout.state_folder(node.root), node.task)
+    if runs:
+        terminal.show(f"{node.task} - removing files of {len(runs)} unfinished runs ({_num_bytes(runs):,} bytes)")
+    return 0 if dryrun else _remove(runs)
 
 
 def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) -> int:
@@ -34,9 +34,9 @@ def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) ->
             remove_leftover(root, artifact)
             freed_bytes += artifact.num_bytes
     left = unfinished_runs.of_no_task(layout.state_folder(root), [node.task for node in nodes])
-    for found in left:
-        folder = found.folder.relative_to(root).as_posix()
-        advice = f"belongs to no stage ({found.num_bytes:,} bytes). Remove it with: doit clean --leftovers"
+    for run in left:
+        folder = run.folder.relative_to(root).as_posix()
+        advice = f"belongs to no stage ({run.num_bytes:,} bytes). Remove it with: doit clean --leftovers"
         terminal.show(f"removing {folder}" if is_wanted else f"{folder}: {advice}")
     return freed_bytes + (_remove(left) if is_wanted and not dryrun else 0)
 
@@ -49,11 +49,11 @@ def word_freed(num_bytes: int, cache: DigestCache) -> str:
     return f"freed {' and '.join(parts)}" if parts else ""
 
 
-def _num_bytes(found: Sequence[Unfinished]) -> int:
-    return sum(one.num_bytes for one in found)
+def _num_bytes(runs: Sequence[Unfinished]) -> int:
+    return sum(one.num_bytes for one in runs)
 
 
-def _remove(found: Sequence[Unfinished]) -> int:
-    for one in found:
+def _remove(runs: Sequence[Unfinished]) -> int:
+    for one in runs:
         one.remove()
-    return _num_bytes(found)
+    return _num_bytes(runs)

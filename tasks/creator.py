@@ -135,10 +135,10 @@ def remove_artifact(node: Node, dryrun: bool) -> int:
     before = size_of(folder)
     terminal.show(f"{node.task} - removing {node.folder}")
     if not dryrun:
-        for name in (kept := remove_own_files(folder, node.output_names))[:_MOST_NAMED]:
+        for name in (foreign := remove_own_files(folder, node.output_names))[:_MOST_NAMED]:
             terminal.show(f"{node.folder}/{name}: left alone, {node.task} did not write it")
-        if len(kept) > _MOST_NAMED:
-            terminal.show(f"{node.folder}: {len(kept) - _MOST_NAMED:,} more files left alone")
+        if len(foreign) > _MOST_NAMED:
+            terminal.show(f"{node.folder}: {len(foreign) - _MOST_NAMED:,} more files left alone")
         for name in node.copies:
             (node.root / name).unlink(missing_ok=True)
         Globals.dep_manager.remove(node.task)

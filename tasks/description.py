@@ -15,15 +15,15 @@ def describe(node: Node, graph: Selection, *, hide_status: bool) -> tuple[bool, 
         graph: has its record.
         hide_status: leave out whether it is stale, which requires reading its files.
     """
-    found = [] if hide_status else list(reasons(node, graph.record(node.task), graph.cache))
+    why_stale = [] if hide_status else list(reasons(node, graph.record(node.task), graph.cache))
     lines = [node.task, f"    {node.doc}", ""]
     if not hide_status:
-        state = "ignored" if graph.is_ignored(node.task) else "stale" if found else "fresh"
-        lines += [f"status: {state}", *(f"  - {reason}" for reason in found)]
+        state = "ignored" if graph.is_ignored(node.task) else "stale" if why_stale else "fresh"
+        lines += [f"status: {state}", *(f"  - {reason}" for reason in why_stale)]
     lines += _last_run(graph.record(node.task))
     lines += _list("inputs", [*files_read(node), *node.corpora])
     lines += _list("outputs", [*node.outputs, *node.copies])
-    return bool(found), lines
+    return bool(why_stale), lines
 
 
 def _last_run(record: dict[str, object]) -> Iterator[str]:

@@ -123,15 +123,15 @@ def update(path: Path, node: Node, values: dict[str, Any], known: set[str]) -> s
     """
     with _writing:
         lock = read(path)
-        tables = {name: found[0] for name, found in lock.tables.items() if name in known}
+        tables = {name: stage_tables[0] for name, stage_tables in lock.tables.items() if name in known}
         table, before = describe(node, values), tables.get(node.task, {})
         if "commit" in before and before | {"commit": table["commit"]} == table:
             table = before
         _write(path, tables | {node.task: table})
     if not lock.damage:
         return ""
-    kept = ", ".join(tables) or "no stage"
-    return f"{path}: {lock.damage}. The tables of {kept} are kept; the rest is written when its stages run."
+    listed = ", ".join(tables) or "no stage"
+    return f"{path}: {lock.damage}. The tables of {listed} are kept; the rest is written when its stages run."
 
 
 def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, Table], bool]) -> str:
@@ -154,8 +154,8 @@ def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, T
         return ""
     tables: dict[str, Table] = {}
     for node in nodes:
-        if found := lock.tables.get(node.task):
-            tables[node.task] = next((one for one in found if describes(node, one)), found[0])
+        if stage_tables := lock.tables.get(node.task):
+            tables[node.task] = next((one for one in stage_tables if describes(node, one)), stage_tables[0])
     with _writing:
         _write(path, tables)
     return f"{path}: {lock.damage}. For each stage the side that describes its artifact here is kept."

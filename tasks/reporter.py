@@ -40,8 +40,10 @@ class StageReporter(ConsoleReporter):  # type: ignore[misc]  # doit has no types
     def add_failure(self, task: Any, fail: BaseFail) -> None:
         """Print which stage failed."""
         if task.executed:
-            kept = all(getattr(action, "is_untouched", True) for action in task.actions)
-            self.write(f"!! {task.name}: failed; its artifact {'is unchanged' if kept else 'was replaced before'}\n")
+            is_untouched = all(getattr(action, "is_untouched", True) for action in task.actions)
+            self.write(
+                f"!! {task.name}: failed; its artifact {'is unchanged' if is_untouched else 'was replaced before'}\n"
+            )
         else:
             self.write(f"!! {task.name}: not run ({fail.message.strip()})\n")
 

@@ -60,8 +60,8 @@ class StageList(Verb, List):  # type: ignore[misc]  # doit has no types
 
     def _status(self, task: Any, tasks: dict[str, Any]) -> str:
         members = [tasks[name] for name in task.task_dep] if task.has_subtask else [task]
-        found = {self._status_of(one, tasks) for one in members}
-        return next((status for status in "RIU" if status in found), "U")
+        states = {self._status_of(one, tasks) for one in members}
+        return next((status for status in "RIU" if status in states), "U")
 
     def _status_of(self, task: Any, tasks: dict[str, Any]) -> str:
         if self.dep_manager.status_is_ignore(task):
@@ -252,7 +252,7 @@ class StageHelp(Verb, Help):  # type: ignore[misc]
     writes_to = "standard output"
 
     def _execute(self, pos_args: list[str]) -> bool:
-        found = bool(super()._execute(pos_args))
-        if not found and self.is_of_stages:
+        is_found = bool(super()._execute(pos_args))
+        if not is_found and self.is_of_stages:
             refuse(word_unknown(pos_args[0], [*self._names(), *self.cmds], "stage or command"))
-        return found
+        return is_found

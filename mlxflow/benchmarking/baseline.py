@@ -52,29 +52,31 @@ def hold_against(
     suspects = regressions(differences, max_regression)
     if any(one.depends_on_time for one in suspects):
         terminal.say(f"{task}: {len(suspects)} figures look worse and are measured again")
-    found = confirm(baseline, suspects, measure_again, max_regression=max_regression, most_repetitions=REPETITIONS)
-    cleared = tuple(f"{_change(one)}, which was not there again" for one in found.cleared)
+    confirmation = confirm(
+        baseline, suspects, measure_again, max_regression=max_regression, most_repetitions=REPETITIONS
+    )
+    cleared = tuple(f"{_change(one)}, which was not there again" for one in confirmation.cleared)
     if cleared:
         terminal.say(*(f"{task}: {line}: noise between runs" for line in cleared))
-    if found.worse:
-        raise StageError(_regression(found, name=name, max_regression=max_regression, task=task))
+    if confirmation.worse:
+        raise StageError(_regression(confirmation, name=name, max_regression=max_regression, task=task))
     return ComparisonFigures(
         baseline=name,
         compared=True,
         figures=len(differences),
-        repetitions=found.repetitions,
+        repetitions=confirmation.repetitions,
         noise_between_runs=cleared,
     )
 
 
-def _change(one: Difference) -> str:
-    return f"{one.what}: {one.figure} {one.change:+.1%}"
+def _change(difference: Difference) -> str:
+    return f"{difference.what}: {difference.figure} {difference.change:+.1%}"
 
 
-def _regression(found: Confirmation, *, name: str, max_regression: float, task: str) -> str:
+def _regression(confirmation: Confirmation, *, name: str, max_regression: float, task: str) -> str:
     """Return the message about confirmed regressions."""
-    lines = [f"{_change(one)} ({one.before:,.6g} -> {one.after:,.6g})" for one in found.worse]
+    lines = [f"{_change(one)} ({one.before:,.6g} -> {one.after:,.6g})" for one in confirmation.worse]
     return (
         f"{task}: worse than {name} beyond the noise and {task}.max_regression = "
-        f"{max_regression:g}, in {found.repetitions + 1} runs:\n" + "\n".join(lines)
+        f"{max_regression:g}, in {confirmation.repetitions + 1} runs:\n" + "\n".join(lines)
     )

@@ -153,21 +153,21 @@ def measure_generation(
     return [one.failure or one.speed(machine) for one in models]
 
 
-def _take(one: _Turns, models: Sequence[_Turns], holds: bool) -> bool:
+def _take(turns: _Turns, models: Sequence[_Turns], holds: bool) -> bool:
     """Run a round of one model; return whether models are still kept in memory."""
     try:
-        one.take()
+        turns.take()
     except RuntimeError as error:
         if not holds:
-            one.failure = error.with_traceback(None)  # the traceback's frames hold the model
+            turns.failure = error.with_traceback(None)  # the traceback's frames hold the model
     else:
         if holds:
             return True
-        one.release()
+        turns.release()
         return False
     for other in models:
         other.release()
-    return _take(one, models, False) if holds else False
+    return _take(turns, models, False) if holds else False
 
 
 def _prompt_cache(model: nn.Module) -> list[Any]:
@@ -175,8 +175,8 @@ def _prompt_cache(model: nn.Module) -> list[Any]:
     mlx_lm_import.prepare()
     from mlx_lm.models.cache import make_prompt_cache
 
-    made: list[Any] = make_prompt_cache(model)
-    return made
+    caches: list[Any] = make_prompt_cache(model)
+    return caches
 
 
 def _prefill(model: nn.Module, prompt: mx.array) -> float:

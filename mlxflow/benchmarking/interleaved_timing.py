@@ -153,8 +153,8 @@ def measure_recipes(
         except _DoesNotFitError as error:
             reason = str(error)
         if group.members:  # it may fit alone
-            found, drift = _time(group, number, num_steps, drift, budget)
-            rows += found
+            timed, drift = _time(group, number, num_steps, drift, budget)
+            rows += timed
             number += 1
             try:
                 _add(group, recipe, open_runner, memory_limit_bytes, budget)
@@ -162,8 +162,8 @@ def measure_recipes(
             except _DoesNotFitError as error:
                 reason = str(error)
         rows.append(Measured(recipe, None, error=reason, group=number))
-    found, drift = _time(group, number, num_steps, drift, budget)
-    return rows + found + left_out, drift
+    timed, drift = _time(group, number, num_steps, drift, budget)
+    return rows + timed + left_out, drift
 
 
 def _out_of_time(budget: Budget) -> str:
@@ -271,34 +271,34 @@ def rows_of(
     return tuple(rows)
 
 
-def _row(one: Measured, timing: Timing, *, targets: float, tokens: float) -> TrainingRow:
+def _row(measured: Measured, timing: Timing, *, targets: float, tokens: float) -> TrainingRow:
     """Return the row of a timed recipe.
 
     Args:
-        one: the measurement.
+        measured: the measurement.
         timing: of its steps.
         targets: mean number in a step.
         tokens: mean number in a step, without padding.
     """
-    step, machine = timing.interval, one.machine
+    step, machine = timing.interval, measured.machine
     rate = step.inverse(targets)
     relative = ratio_interval(timing.seconds, machine.seconds).inverse(targets) if machine else None
     return TrainingRow(
-        name=one.recipe.name,
-        batch_size=one.recipe.batch_size,
-        num_steps=one.num_steps,
+        name=measured.recipe.name,
+        batch_size=measured.recipe.batch_size,
+        num_steps=measured.num_steps,
         median_step_seconds=step.median,
         low_step_seconds=step.low,
         high_step_seconds=step.high,
         confidence=step.confidence,
-        samples_per_second=one.recipe.rows_per_step / step.median,
+        samples_per_second=measured.recipe.rows_per_step / step.median,
         tokens_per_second=rate.median,
         low_tokens_per_second=rate.low,
         high_tokens_per_second=rate.high,
-        tokens_per_second_per_gb=rate.median / (one.peak_memory_bytes / 1e9),
-        peak_memory_bytes=one.peak_memory_bytes,
-        data_wait_share=one.data_wait_share,
-        compile_seconds=one.compile_seconds,
+        tokens_per_second_per_gb=rate.median / (measured.peak_memory_bytes / 1e9),
+        peak_memory_bytes=measured.peak_memory_bytes,
+        data_wait_share=measured.data_wait_share,
+        compile_seconds=measured.compile_seconds,
         machine_seconds=machine.median if machine else None,
         low_relative_tokens_per_second=relative.low if relative else None,
         high_relative_tokens_per_second=relative.high if relative else None,

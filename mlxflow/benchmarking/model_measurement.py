@@ -117,8 +117,8 @@ class ComparedModels(NamedTuple):
         needed = out_of_memory_bytes(error)
         if needed is None:
             raise error
-        said = f"out of memory: {needed:,} more bytes needed, memory limit {self.memory_limit_bytes:,}"
-        return ModelRow(model=reference, model_bytes=stored_bytes(self.weights[reference]), error=said)
+        message = f"out of memory: {needed:,} more bytes needed, memory limit {self.memory_limit_bytes:,}"
+        return ModelRow(model=reference, model_bytes=stored_bytes(self.weights[reference]), error=message)
 
     def _generation(self, budget: Budget) -> list[GenerationSpeed | RuntimeError]:
         """Return the generation speed of each model, or the error; small models are held in memory together."""

@@ -141,9 +141,9 @@ def confirm(
     repetitions = 0
     while doubtful and repetitions < most_repetitions:
         again = compare_reports(before, measure_again({what for what, _ in doubtful}))
-        found = {(one.what, one.figure): one for one in regressions(again, max_regression)}
-        cleared += [one for key, one in doubtful.items() if key not in found]
-        doubtful = {key: found[key] for key in doubtful if key in found}
+        worse_again = {(one.what, one.figure): one for one in regressions(again, max_regression)}
+        cleared += [one for key, one in doubtful.items() if key not in worse_again]
+        doubtful = {key: worse_again[key] for key in doubtful if key in worse_again}
         repetitions += 1
     return Confirmation([*certain, *doubtful.values()], cleared, repetitions)
 

@@ -100,9 +100,9 @@ def _sizes(models: Sequence[_Sized]) -> PromiseFigures:
         ratio = figures.compression_ratio_fp32
         allowed = _LEAST_RATIO if bits is None else 32 / bits
         holds = holds and ratio >= min(_LEAST_RATIO, _REACHED_SHARE * allowed)
-        said = "" if bits is None else f" (its bits allow {allowed:.1f})"
+        bound = "" if bits is None else f" (its bits allow {allowed:.1f})"
         texts.append(
-            f"{name} {ratio:.1f} times{said}, {figures.compression_ratio:.1f} than the trained model, "
+            f"{name} {ratio:.1f} times{bound}, {figures.compression_ratio:.1f} than the trained model, "
             f"perplexity {figures.perplexity:.2f} ± {figures.perplexity_standard_error:.2f}"
         )
     return PromiseFigures(

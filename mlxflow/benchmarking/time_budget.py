@@ -106,7 +106,7 @@ class AskedAmounts(NamedTuple):
 
 
 def lowered(
-    asked: AskedAmounts,
+    requested: AskedAmounts,
     *,
     training: Sequence[TrainingRow],
     convergence: Sequence[ConvergenceCurve],
@@ -115,22 +115,22 @@ def lowered(
     """Yield a line for each part that was measured less than asked for, because `max_seconds` did not suffice.
 
     Args:
-        asked: what was asked for.
+        requested: what was asked for.
         training: rows of the report.
         convergence: curves of the report.
         models: rows of the report.
     """
-    because = f"max_seconds = {asked.max_seconds:g} did not suffice for more"
+    because = f"max_seconds = {requested.max_seconds:g} did not suffice for more"
     timed = [row.num_steps for row in training if row.num_steps is not None]
-    if timed and min(timed) < asked.num_steps - asked.num_steps % max(1, asked.num_steps // 20):
-        yield f"{min(timed)} of {asked.num_steps} training steps timed: {because}"
+    if timed and min(timed) < requested.num_steps - requested.num_steps % max(1, requested.num_steps // 20):
+        yield f"{min(timed)} of {requested.num_steps} training steps timed: {because}"
     left_out = sum((row.error or "").startswith(NOT_MEASURED) for row in training)
     if left_out:
         yield f"{left_out} ways of training left out: {because}"
     # all curves were trained in turns; one whose loss did not stay finite ends before
-    steps = max((curve.steps[-1] for curve in convergence), default=asked.convergence_steps)
-    if steps < asked.convergence_steps:
-        yield f"{steps} of {asked.convergence_steps} steps of convergence: {because}"
+    steps = max((curve.steps[-1] for curve in convergence), default=requested.convergence_steps)
+    if steps < requested.convergence_steps:
+        yield f"{steps} of {requested.convergence_steps} steps of convergence: {because}"
     rows = min((row.validation_rows or 0 for row in models if row.has_fewer_rows), default=0)
     if rows:
-        yield f"perplexity of {rows} of {asked.max_validation_rows} validation rows: {because}"
+        yield f"perplexity of {rows} of {requested.max_validation_rows} validation rows: {because}"

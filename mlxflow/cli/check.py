@@ -70,8 +70,8 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
             raise ArtifactError(f"{paths.shown(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
         if not is_same:
             key, value = ("model.from", config.model.from_) if one.name == "train" else ("model", config.model)
-            said = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
-            expected = f"has another tokenizer than its tokens, which are made with {said}"
+            setting = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
+            expected = f"has another tokenizer than its tokens, which are made with {setting}"
             advice = f"Set {tokens.table}.tokenizer.from = {toml_value(value)}, or read tokens of another stage."
             yield word(Problem(key, value, expected, advice), paths.shown(workflow.path), one.table)
 
@@ -107,7 +107,7 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
     from mlxflow.quantization.plan import check_supported, resolve
 
     lines: list[str] = []
-    made: tuple[Any, Any] = (None, None)  # variants of one model mostly follow each other
+    cached: tuple[Any, Any] = (None, None)  # variants of one model mostly follow each other
     for one in (one for one in workflow.stages if one.name == "quantize"):
         architecture, folder = _architecture(workflow, one)
         if architecture is None:
@@ -117,10 +117,10 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
         key = f"{paths.shown(workflow.path)}: {one.table}"
         try:
             with remote_code.trusting_code(workflow.trusts_code(one)):
-                if made[0] != what:
-                    made = what, model_folder.skeleton(architecture, code=folder)
+                if cached[0] != what:
+                    cached = what, model_folder.skeleton(architecture, code=folder)
             check_supported(
-                resolve(made[1], default=config.default, rules=[rule.rule for rule in config.layers], key=key).layers,
+                resolve(cached[1], default=config.default, rules=[rule.rule for rule in config.layers], key=key).layers,
                 key,
             )
         except WorkflowError as error:
@@ -128,10 +128,10 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
     return lines
 
 
-def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None, Path | None]:
+def _architecture(workflow: Workflow, stage: Stage) -> tuple[dict[str, Any] | None, Path | None]:
     """Return the `config.json` and the folder of the model that a stage quantizes; None for a model on the hub."""
-    config: Any = one.config
-    maker = one if config.model else workflow.find(config.input)
+    config: Any = stage.config
+    maker = stage if config.model else workflow.find(config.input)
     folder = _named_folder(workflow, maker)
     if folder is not None:
         return _read(folder), folder
@@ -144,20 +144,20 @@ def _architecture(workflow: Workflow, one: Stage) -> tuple[dict[str, Any] | None
     return llama_config(shape.model, vocab_size=vocab_size, context_length=tokens.context_length), None
 
 
-def _named_folder(workflow: Workflow, one: Stage) -> Path | None:
+def _named_folder(workflow: Workflow, stage: Stage) -> Path | None:
     """Return the base model's folder of a train or quantize stage; None without one, or for a model on the hub."""
-    inputs: Any = one.inputs
-    files = inputs.base if one.name == "train" else inputs.model
+    inputs: Any = stage.inputs
+    files = inputs.base if stage.name == "train" else inputs.model
     return workflow.root / files[0].parent if files else None
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        found = config_json.load(folder / "config.json")
+        config = config_json.load(folder / "config.json")
     except OSError as error:
-        said = f"its config.json cannot be read ({error.strerror})"
-        raise ArtifactError(f"{paths.shown(folder)}: {said}. {advise_on(error, 'Fix it')}.") from error
+        reason = f"its config.json cannot be read ({error.strerror})"
+        raise ArtifactError(f"{paths.shown(folder)}: {reason}. {advise_on(error, 'Fix it')}.") from error
     except ValueError as error:
         raise ArtifactError(f"{paths.shown(folder)}: its config.json is no JSON ({error}). Fix it.") from error
-    config_json.require_types(found, paths.shown(folder / "config.json"))
-    return found
+    config_json.require_types(config, paths.shown(folder / "config.json"))
+    return config

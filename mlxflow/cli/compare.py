@@ -65,10 +65,10 @@ def describe_device(report: BenchmarkReport) -> str:
 def _read(name: str) -> BenchmarkReport:
     path = Path(name)
     if path.is_dir():
-        found = [path / place for place in _PLACES if (path / place).is_file()]
-        if not found:
+        existing = [path / place for place in _PLACES if (path / place).is_file()]
+        if not existing:
             raise ArtifactError(f"{name}: no benchmark's report in it. Run: doit benchmark")
-        return read_benchmark(found[0])
+        return read_benchmark(existing[0])
     if not path.exists() and ":" in name:
         return _read_commit(name)
     return read_benchmark(path)
@@ -83,7 +83,9 @@ def _read_commit(name: str) -> BenchmarkReport:
     commit, _, file = name.partition(":")
     if Path(file).name == layout.LOCKFILE:
         raise ArtifactError(f"{name}: a lock holds no figures. Name a benchmark's report: {commit}:{_BENCHMARK}")
-    data = next((found for place in _places_in_git(file) if (found := _blob(f"{commit}:{place}")) is not None), None)
+    data = next(
+        (content for place in _places_in_git(file) if (content := _blob(f"{commit}:{place}")) is not None), None
+    )
     if data is None:
         raise ArtifactError(f"{name}: {_why_not_in_git(commit, file)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -109,8 +111,8 @@ def _why_not_in_git(commit: str, file: str) -> str:
     if here is None:
         commands = f"doit benchmark && {commands}"
     if (about := _git("rev-parse", "--git-dir")).returncode:
-        said = about.stderr.decode(errors="replace").strip().partition("\n")[0]
-        return f"git cannot be asked ({said}). Name a report or a folder, or run: git init && {commands}"
+        message = about.stderr.decode(errors="replace").strip().partition("\n")[0]
+        return f"git cannot be asked ({message}). Name a report or a folder, or run: git init && {commands}"
     if _git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
         return f"nothing is committed yet. Run: {commands}"
     if not commit:

@@ -29,12 +29,12 @@ def run(parsed: argparse.Namespace) -> None:
     fit(workflow, one, batch_sizes=parsed.batch_sizes, context_lengths=parsed.context_lengths)
 
 
-def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_lengths: Sequence[int]) -> None:
+def fit(workflow: Workflow, stage: Stage, *, batch_sizes: Sequence[int], context_lengths: Sequence[int]) -> None:
     """Print the predicted peak of a training step for each shape, and the largest batch that fits for each length.
 
     Args:
         workflow: the workflow.
-        one: a profile stage; its model and data are measured.
+        stage: a profile stage; its model and data are measured.
         batch_sizes: rows in one forward pass; empty: from half of the stage's own to eight times as many.
         context_lengths: of the rows; empty: half, the same and twice the data's.
 
@@ -42,23 +42,23 @@ def fit(workflow: Workflow, one: Stage, *, batch_sizes: Sequence[int], context_l
         CallError: it is no profile stage, or a size is below 1.
         ArtifactError: the model or its data are not built.
     """
-    if one.name != "profile":
-        raise CallError(f"{one.task}: expected a profile stage. Name one.")
+    if stage.name != "profile":
+        raise CallError(f"{stage.task}: expected a profile stage. Name one.")
     wrong = [number for number in (*batch_sizes, *context_lengths) if number < 1]
     if wrong:
         raise CallError(f"fit: {wrong[0]}: expected a number of at least 1. Use one such as 32.")
     from mlxflow.device import cpu_backend
 
     cpu_backend.prepare()
-    inputs = rooted(one.inputs, workflow.root)
+    inputs = rooted(stage.inputs, workflow.root)
     for path in (inputs.config, inputs.model, inputs.tokens):  # type: ignore[attr-defined]
         if not path.exists():
-            raise ArtifactError(f"{path}: missing. Run: doit {one.task}")
-    with remote_code.trusting_code(workflow.trusts_code(one)):
-        _print(workflow, one, inputs, batch_sizes, context_lengths)
+            raise ArtifactError(f"{path}: missing. Run: doit {stage.task}")
+    with remote_code.trusting_code(workflow.trusts_code(stage)):
+        _print(workflow, stage, inputs, batch_sizes, context_lengths)
 
 
-def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], lengths: Sequence[int]) -> None:
+def _print(workflow: Workflow, stage: Stage, inputs: Any, sizes: Sequence[int], lengths: Sequence[int]) -> None:
     from mlxflow.data.token_file import TokenFile
     from mlxflow.device import compute_device, cpu_backend
     from mlxflow.profiling import memory_model
@@ -68,8 +68,8 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     if chosen == "cpu":
         cpu_backend.prepare_compiler()
     limit = compute_device.parse_size(workflow.settings.memory_limit, compute_device.working_set_bytes())
-    config: Any = one.config
-    context = _context(workflow, one, chosen, limit)
+    config: Any = stage.config
+    context = _context(workflow, stage, chosen, limit)
     settings = profile.settings_of(config, inputs, context)
     model = profile.model_of(config, inputs, context, TokenFile.open(inputs.tokens))
     size, length = settings.batch_size, model.context_length
@@ -84,7 +84,9 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     terminal.show(
         f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB"
     )
-    terminal.show("context_length " + "".join(f"{f'batch {one}':>14}" for one in sizes) + f"{'largest that fits':>20}")
+    terminal.show(
+        "context_length " + "".join(f"{f'batch {stage}':>14}" for stage in sizes) + f"{'largest that fits':>20}"
+    )
     for one_length in lengths:
         peaks = [law.peak_bytes(one_size, one_length) for one_size in sizes]
         cells = "".join(f"{peak / 1e6:>13,.1f}{' ' if peak <= limit else '!'}" for peak in peaks)
@@ -95,16 +97,16 @@ def _print(workflow: Workflow, one: Stage, inputs: Any, sizes: Sequence[int], le
     )
 
 
-def _context(workflow: Workflow, one: Stage, chosen: str, limit: int) -> Context:
+def _context(workflow: Workflow, stage: Stage, chosen: str, limit: int) -> Context:
     return Context(
-        task=one.task,
+        task=stage.task,
         seed=workflow.settings.seed,
         device=chosen,
         memory_limit_bytes=limit,
         provenance={},
         root=workflow.root,
         state=workflow.state,
-        tasks=tuple(one.task for one in workflow.stages),
+        tasks=tuple(stage.task for stage in workflow.stages),
         members=workflow.members(),
         name=workflow.settings.name,
         folder=Path(),

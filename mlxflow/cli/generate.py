@@ -55,25 +55,29 @@ def check_sampling(verb: str, parsed: argparse.Namespace, *, max_tokens: int) ->
     """
     count, temperature, seed = parsed.max_tokens, parsed.temperature, parsed.seed
     usual, zero = f"Use {max_tokens} (the default)", "Use 0 (the default)"
-    wanted = (
+    checks = (
         ("--max-tokens", count, count > 0, "expected at least 1", usual),
         ("--temperature", temperature, 0 <= temperature < math.inf, "expected 0 or more", zero),
         ("--seed", seed, 0 <= seed < 2**64, "expected a number from 0 to 2^64 - 1", zero),
     )
-    refuse_unfit(verb, wanted)
+    refuse_unfit(verb, checks)
 
 
-def refuse_unfit(verb: str, wanted: Iterable[tuple[str, object, bool, str, str]]) -> None:
+def refuse_unfit(verb: str, arguments: Iterable[tuple[str, object, bool, str, str]]) -> None:
     """Raise an error with a line for each invalid argument.
 
     Args:
         verb: of the command line.
-        wanted: for each argument its name, its value, whether it is valid, what is expected, and the advice.
+        arguments: for each argument its name, its value, whether it is valid, what is expected, and the advice.
 
     Raises:
         CallError: at least one argument is invalid.
     """
-    lines = [f"{verb}: {name} = {value!r}: {said}. {advice}." for name, value, fits, said, advice in wanted if not fits]
+    lines = [
+        f"{verb}: {name} = {value!r}: {expected}. {advice}."
+        for name, value, fits, expected, advice in arguments
+        if not fits
+    ]
     if lines:
         raise CallError(*lines)
 
@@ -112,10 +116,10 @@ def run(parsed: argparse.Namespace) -> None:
     with remote_code.trusting_code(parsed.trust_remote_code):
         is_chat, texts = generate(parsed.model, prompt=parsed.prompt, sampling=sampling, raw=parsed.raw)
     if is_chat:
-        said = "asked through its chat template; --raw continues the text as it is"
+        how = "asked through its chat template; --raw continues the text as it is"
     else:
-        said = "the text is continued as it is" + (" (--raw)" if parsed.raw else "; it has no chat template")
-    terminal.say(f"generate: {parsed.model}: {said}")
+        how = "the text is continued as it is" + (" (--raw)" if parsed.raw else "; it has no chat template")
+    terminal.say(f"generate: {parsed.model}: {how}")
     for text in texts:
         terminal.stream(text)
     terminal.write("\n")

@@ -36,12 +36,12 @@ def run(parsed: argparse.Namespace) -> int:
     return 0 if all_hold else 1
 
 
-def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, bool]:
+def promises(workflow: Workflow, benchmark_stage: Stage, *, measure: bool) -> tuple[str, bool]:
     """Return a table of every promise with its measured figure, and whether all of them hold.
 
     Args:
         workflow: the workflow.
-        one: its benchmark stage.
+        benchmark_stage: its benchmark stage.
         measure: run the benchmark in a scratch folder; else the artifact is read.
 
     Raises:
@@ -49,10 +49,12 @@ def promises(workflow: Workflow, one: Stage, *, measure: bool) -> tuple[str, boo
     """
     if measure:
         with tempfile.TemporaryDirectory() as folder:
-            run_stage(workflow, one, Path(folder) / "benchmark")
+            run_stage(workflow, benchmark_stage, Path(folder) / "benchmark")
             report = read_benchmark(Path(folder) / "benchmark" / layout.REPORT)
     else:
-        report = read_benchmark(stage.require(workflow.root / one.folder / layout.REPORT, one.task))
+        report = read_benchmark(
+            stage.require(workflow.root / benchmark_stage.folder / layout.REPORT, benchmark_stage.task)
+        )
     lines = [f"On {describe_device(report)}:", "", "| promise | measured | holds |", "|---|---|---|"]
     lines += [
         f"| {promise.promise} | {promise.figure or 'not measured'} | {'yes' if promise.holds else 'no'} |"

@@ -36,12 +36,12 @@ def run(parsed: argparse.Namespace) -> None:
     show(workflow, one, parsed.row)
 
 
-def show(workflow: Workflow, one: Stage, row: int | None) -> None:
+def show(workflow: Workflow, stage: Stage, row: int | None) -> None:
     """Print the contents of a stage's artifact.
 
     Args:
         workflow: the workflow.
-        one: a pretokenize or quantize stage.
+        stage: a pretokenize or quantize stage.
         row: number of the training row of a pretokenize stage to print; None for a summary and the first rows.
 
     Raises:
@@ -50,12 +50,12 @@ def show(workflow: Workflow, one: Stage, row: int | None) -> None:
         SourceError: its tokenizer takes too much time or memory.
     """
     console = terminal.console(soft_wrap=True)
-    if one.name == "quantize":
-        _show_layers(console, workflow.root / one.folder, one.task)
-    elif one.name == "pretokenize":
-        _show_tokens(console, workflow.root / one.folder, one.task, row)
+    if stage.name == "quantize":
+        _show_layers(console, workflow.root / stage.folder, stage.task)
+    elif stage.name == "pretokenize":
+        _show_tokens(console, workflow.root / stage.folder, stage.task, row)
     else:
-        raise CallError(f"{one.task}: expected a pretokenize or a quantize stage. Name one.")
+        raise CallError(f"{stage.task}: expected a pretokenize or a quantize stage. Name one.")
 
 
 def _show_layers(console: "Console", folder: Path, task: str) -> None:

@@ -103,9 +103,9 @@ class ChatTemplate:
             tools = self.control_tokens.enclosed(tools)
         origins = owners or self._finder.needs_origins(messages)
         trace = self._compiled.trace(messages, tools, origins=origins)
-        found = self._finder.find(messages, tools, trace)
-        spans = tuple((begin, end) for begin, end, _ in found)
-        return Rendered(trace.text, spans, trace.literals, tuple(self._finder.owners(trace, found)) if owners else ())
+        turns = self._finder.find(messages, tools, trace)
+        spans = tuple((begin, end) for begin, end, _ in turns)
+        return Rendered(trace.text, spans, trace.literals, tuple(self._finder.owners(trace, turns)) if owners else ())
 
     @cached_property
     def takes_parts(self) -> bool:

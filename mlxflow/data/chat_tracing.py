@@ -92,16 +92,16 @@ class _Messages(list[Any]):
 
     @classmethod
     def of(cls, messages: Sequence[Any], recorder: _TraceRecorder) -> "_Messages":
-        made = cls(messages)
-        made.recorder = recorder
-        return made
+        traced = cls(messages)
+        traced.recorder = recorder
+        return traced
 
     def __getitem__(self, key: Any) -> Any:  # an index or a slice
-        found = super().__getitem__(key)
+        message = super().__getitem__(key)
         if isinstance(key, slice):
-            return _Messages.of(found, self.recorder)
-        self.recorder.read(found)
-        return found
+            return _Messages.of(message, self.recorder)
+        self.recorder.read(message)
+        return message
 
 
 class _EntryNoter:
@@ -135,8 +135,8 @@ class TracingExtension(jinja2.ext.Extension):
     @classmethod
     def of(cls, environment: jinja2.Environment) -> "TracingExtension":
         """Return this extension of an environment."""
-        found: Any = environment.extensions[cls.identifier]
-        return cast("TracingExtension", found)
+        extension: Any = environment.extensions[cls.identifier]
+        return cast("TracingExtension", extension)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         """Parse a `{% generation %}` block."""
@@ -161,7 +161,7 @@ class TracingExtension(jinja2.ext.Extension):
 
     def _instrumented(self, nodes: list[jinja2.nodes.Node], depth: int) -> list[jinja2.nodes.Node]:
         """Return statements with the calls added, except inside macros and captured blocks."""
-        found: list[jinja2.nodes.Node] = []
+        statements: list[jinja2.nodes.Node] = []
         for node in nodes:
             if isinstance(node, jinja2.nodes.CallBlock) and self._is_generation(node):
                 body = self._instrumented(node.body, depth)
@@ -174,15 +174,15 @@ class TracingExtension(jinja2.ext.Extension):
                 self._instrumented(list(node.elif_), depth)
             elif isinstance(node, jinja2.nodes.With | jinja2.nodes.Scope):
                 node.body = self._instrumented(node.body, depth)
-            found.append(node)
+            statements.append(node)
             if isinstance(node, jinja2.nodes.For) and not node.recursive:
                 target = node.target.name if isinstance(node.target, jinja2.nodes.Name) else None
                 value = jinja2.nodes.Name(target, "load") if target else jinja2.nodes.Const(None)
                 begin = self._noted(node.lineno, jinja2.nodes.Const(depth), value)
                 node.body = [begin, *self._instrumented(node.body, depth + 1)]
                 node.else_ = self._instrumented(node.else_, depth)
-                found.append(self._noted(node.lineno, jinja2.nodes.Const(depth)))
-        return found
+                statements.append(self._noted(node.lineno, jinja2.nodes.Const(depth)))
+        return statements
 
     def _is_generation(self, node: jinja2.nodes.CallBlock) -> bool:
         called = node.call.node

@@ -114,13 +114,13 @@ class TurnFinder:
     @cached_property
     def _headers(self) -> list[str]:
         """The endings of the template's generation prompts, longest first; empty if it has none."""
-        found: set[str] = set()
+        headers: set[str] = set()
         for probe in _PROBES:
             try:
-                found.update(self._headers_after(probe, None))
+                headers.update(self._headers_after(probe, None))
             except TemplateProblem:
                 continue
-        return sorted(found, key=lambda header: (-len(header), header))
+        return sorted(headers, key=lambda header: (-len(header), header))
 
     def _headers_after(self, messages: Sequence[Message], tools: Any) -> list[str]:
         """Return candidates for the header of the generation prompt, without opened reasoning.
@@ -147,7 +147,7 @@ class TurnFinder:
         """
         others = [number for number, one in enumerate(messages) if one["role"] not in _TALKERS and one.get("content")]
         shown = {owner for _, _, owner in trace.segments} if others else set()
-        found: list[tuple[int, int]] = []
+        parts: list[tuple[int, int]] = []
         for number in others:
             if number in shown:
                 continue
@@ -155,8 +155,8 @@ class TurnFinder:
             if marked.text == trace.text and not marked.marks:
                 role = messages[number]["role"]
                 raise TemplateProblem(f'it leaves out message {number + 1}, of role "{role}"')
-            found += marked.marked_blocks if marked.text == trace.text else ()
-        return found
+            parts += marked.marked_blocks if marked.text == trace.text else ()
+        return parts
 
     def _turn_elsewhere(self, messages: Sequence[Message], tools: Any, trace: Trace, number: int) -> Iterator[Span]:
         """Yield an assistant's turn, with its end token, for which no loop iteration writes anything."""

@@ -94,11 +94,11 @@ class ControlTokens:
 
     def written(self, text: str, literals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return (begin, end) of each control token of a text except the literals."""
-        found, at = [], 0
+        spans, at = [], 0
         for begin, end in [*literals, (len(text), len(text))]:
-            found += [match.span() for match in self._pattern.finditer(text, at, begin)]
+            spans += [match.span() for match in self._pattern.finditer(text, at, begin)]
             at = end
-        return found
+        return spans
 
 
 def marked(value: Any) -> Any:
@@ -158,10 +158,10 @@ class Stripper:
                 self.position += len(part)
         return is_marked
 
-    def _close(self, opening: str, found: list[tuple[int, int]]) -> None:
+    def _close(self, opening: str, spans: list[tuple[int, int]]) -> None:
         begin = self._begins.pop(opening, self.position)  # a template may have split a text
         if begin < self.position:
-            found.append((begin, self.position))
+            spans.append((begin, self.position))
 
     def length(self, text: str) -> int:
         """Return the number of characters of a text without the noncharacters."""
@@ -203,8 +203,8 @@ class LiteralEncoder:
         self._ids = np.arange(max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1, dtype=np.uint32)
         for content, index in ids.items():
             self._ids[self._tokenizer.token_to_id(content)] = index
-        found = (self._tokenizer.token_to_id(content) for content in self._names)
-        self._forbidden = np.array([index for index in found if index is not None], np.uint32)
+        known_ids = (self._tokenizer.token_to_id(content) for content in self._names)
+        self._forbidden = np.array([index for index in known_ids if index is not None], np.uint32)
 
     def encode(self, text: str, literals: Sequence[tuple[int, int]]) -> Encoded | None:
         """Return the tokens of a text; None if the tokenizer turns even plain text into a control token.

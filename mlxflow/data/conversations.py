@@ -46,10 +46,10 @@ def read_chat(record: Mapping[str, Any]) -> Conversation:
         RecordProblem: the record is not valid.
     """
     key = next((key for key in CHAT_KEYS if _is_given(record.get(key))), CHAT_KEYS[0])
-    found = read_messages(record.get(key), key)
-    if isinstance(record.get("system"), str) and record["system"] and found[0]["role"] != "system":
-        found = [{"role": "system", "content": record["system"]}, *found]
-    return _conversation(found, record)
+    messages = read_messages(record.get(key), key)
+    if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    return _conversation(messages, record)
 
 
 def read_completion(record: Mapping[str, Any]) -> Conversation:
@@ -62,8 +62,8 @@ def read_completion(record: Mapping[str, Any]) -> Conversation:
         read_messages(record[key], key) if isinstance(record.get(key), list | dict) else [_said(record, key, role)]
         for key, role in zip(COMPLETION_KEYS, ("user", "assistant"), strict=True)
     )
-    asked = [{**one, "train": False} if one["role"] == "assistant" else one for one in prompt]
-    return _conversation([*asked, *completion], record)
+    context = [{**one, "train": False} if one["role"] == "assistant" else one for one in prompt]
+    return _conversation([*context, *completion], record)
 
 
 def read_alpaca(record: Mapping[str, Any]) -> Conversation:
@@ -133,15 +133,15 @@ class Template(Protocol):
 
 def shaped(messages: Sequence[dict[str, Any]], template: Template) -> list[dict[str, Any]]:
     """Return messages with contents in a form that a template renders: unchanged, else as text, else as parts."""
-    made = []
+    shaped_messages = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, list) and not template.takes_parts:
             message = {**message, "content": "".join(part["text"] for part in content)}
         elif isinstance(content, str) and not template.takes_text and template.takes_parts:
             message = {**message, "content": [{"type": "text", "text": content}]}
-        made.append(message)
-    return made
+        shaped_messages.append(message)
+    return shaped_messages
 
 
 def _is_given(value: object) -> bool:
@@ -220,10 +220,10 @@ def decoded_cells(row: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a cell is no valid JSON.
     """
-    made: dict[str, Any] = {}
+    decoded: dict[str, Any] = {}
     for key, cell in row.items():
         if key in COMPLETION_KEYS and isinstance(cell, str) and _MESSAGES.match(cell):
-            made[key] = parse_json_text(cell)
+            decoded[key] = parse_json_text(cell)
         else:
-            made[key] = None if cell == "" and key in (*CHAT_KEYS, *COMPANION_KEYS) else cell
-    return made
+            decoded[key] = None if cell == "" and key in (*CHAT_KEYS, *COMPANION_KEYS) else cell
+    return decoded

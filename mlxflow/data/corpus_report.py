@@ -42,8 +42,8 @@ class CorpusContents(NamedTuple):
 
     def names(self, side: str) -> list[str]:
         """Return the files and data set splits whose names assign them to a split, each once."""
-        found = [file for file in self.files if file.side == side and not self.settings[file.source].is_validation]
-        return list(dict.fromkeys(file.name.rpartition("[")[0] if file.read else file.name for file in found))
+        files = [file for file in self.files if file.side == side and not self.settings[file.source].is_validation]
+        return list(dict.fromkeys(file.name.rpartition("[")[0] if file.read else file.name for file in files))
 
 
 # --- the report
@@ -76,7 +76,9 @@ def account(contents: CorpusContents, number: int, *, capacity: int) -> SourceFi
     entry = contents.settings[number]
     members = [i for i, file in enumerate(contents.files) if file.source == number]
     mine = [contents.shards[i] for i in members]
-    found = sources.find(entry.path, entry.root) if entry.path not in sources.BUILTINS else sources.SourceFiles([])
+    source_files = (
+        sources.find(entry.path, entry.root) if entry.path not in sources.BUILTINS else sources.SourceFiles([])
+    )
     parts, text_bytes = [np.zeros(0, np.int64)], 0
     for shard in mine:
         documents = shard.documents()
@@ -102,11 +104,11 @@ def account(contents: CorpusContents, number: int, *, capacity: int) -> SourceFi
         blank_documents=sum(shard.blank for shard in mine),
         masked_documents=sum(shard.masked for shard in mine),
         bad_records=sum(shard.num_bad for shard in mine),
-        binary_files=found.binary + sum(shard.is_binary for shard in mine),
+        binary_files=source_files.binary + sum(shard.is_binary for shard in mine),
         empty_files=sum(_is_empty(contents.files[i]) for i in members),
-        hidden_files=found.hidden,
-        broken_links=found.broken_links,
-        files_beside_records=found.beside_records,
+        hidden_files=source_files.hidden,
+        broken_links=source_files.broken_links,
+        files_beside_records=source_files.beside_records,
     )
 
 
@@ -152,7 +154,7 @@ def summary(contents: CorpusContents, counts: dict[str, SideCounts]) -> str:
         counts: figures of the documents of each split.
     """
     use = {"train": "to train on", "validation": "to validate on"}
-    made = ", ".join(
+    figures = ", ".join(
         f"{count_of(one.documents, 'document')} ({count_of(one.tokens, 'token')} in {count_of(one.rows, 'row')}) "
         f"{use[side]}"
         for side, one in counts.items()
@@ -165,7 +167,7 @@ def summary(contents: CorpusContents, counts: dict[str, SideCounts]) -> str:
         "bad record": sum(shard.num_bad for shard in contents.shards),
     }
     left_out = ", ".join(count_of(count, noun) for noun, count in lost.items() if count)
-    return f"{made}; left out: {left_out}" if left_out else made
+    return f"{figures}; left out: {left_out}" if left_out else figures
 
 
 def count_of(count: int, noun: str) -> str:

@@ -51,7 +51,7 @@ def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Dat
     Raises:
         SourceError: there is no such split, or no such row in it.
     """
-    wanted = [(name, 0, len(rows)) for name, rows in splits.items()] if not split else []
+    requested = [(name, 0, len(rows)) for name, rows in splits.items()] if not split else []
     for one in parse_slices(split) if split else []:
         if one.split not in splits:
             known = ", ".join(splits)
@@ -59,10 +59,10 @@ def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Dat
                 f"{key}.split = {toml_value(split)}: has no split {toml_value(one.split)}. Known: {known}."
             )
         try:
-            wanted.append((one.split, *one.bounds(len(splits[one.split]))))
+            requested.append((one.split, *one.bounds(len(splits[one.split]))))
         except ValueError as error:
             raise SourceError(f"{key}.split = {toml_value(split)}: {error}. Name rows that are there.") from error
-    for name, begin, end in wanted:
+    for name, begin, end in requested:
         while begin < end:  # parts end at fixed rows for any request, so that shards can be reused
             until = min(end, begin - begin % _ROWS_PER_PART + _ROWS_PER_PART)
             yield DataSetPart(name, begin, until, splits[name])

@@ -95,9 +95,9 @@ def naming_errors(path: Path, source: str = THE_SOURCES) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        said = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
+        reason = f"{printable(str(path))}: cannot be read ({os.strerror(error.errno)})"
         advice = advise_on(error, f"Fix it or leave it out of {source}")
-        raise SourceError(f"{said}. {advice}.") from error
+        raise SourceError(f"{reason}. {advice}.") from error
 
 
 def _read_plain(file: _HashingFile) -> Generator[bytes]:

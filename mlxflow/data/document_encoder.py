@@ -65,7 +65,7 @@ class DocumentEncoder:
     def encode(self, documents: Sequence[Document]) -> Iterator[EncodedDocument | Unwritable]:
         """Yield the tokens of each document; those not written by a template get beginning and end tokens."""
         for document, ids in zip(documents, self._ids(documents), strict=True):
-            found = None
+            targets = None
             if document.literals:
                 encoded = self._literals.encode(document.text, document.literals)
                 if encoded is None:
@@ -73,23 +73,23 @@ class DocumentEncoder:
                     continue
                 ids = encoded.ids.astype(self._vocabulary.dtype)
                 if document.spans is not None:
-                    found = overlapping(encoded.bounds[:, 0], encoded.bounds[:, 1], document.spans)
+                    targets = overlapping(encoded.bounds[:, 0], encoded.bounds[:, 1], document.spans)
             elif document.spans is not None:
-                found = self._spans.mask(document.text, ids, document.spans)
-            yield self._framed(document, ids, found)
+                targets = self._spans.mask(document.text, ids, document.spans)
+            yield self._framed(document, ids, targets)
 
-    def _framed(self, document: Document, ids: "NDArray[Any]", found: "NDArray[np.bool_] | None") -> EncodedDocument:
+    def _framed(self, document: Document, ids: "NDArray[Any]", targets: "NDArray[np.bool_] | None") -> EncodedDocument:
         """Return a document's tokens with beginning and end tokens; the end is trained on, the beginning is not."""
         parts = [ids]
         if not document.is_templated and document.begins and len(self._prefix):
             parts.insert(0, self._prefix)
-            if found is not None:
-                found = np.concatenate([np.zeros(len(self._prefix), np.bool_), found])
+            if targets is not None:
+                targets = np.concatenate([np.zeros(len(self._prefix), np.bool_), targets])
         if document.needs_end or (not document.is_templated and document.ends):
             parts.append(self._end)
-            if found is not None:
-                found = np.append(found, True)
-        return EncodedDocument(document, parts, None if found is None else _runs(found))
+            if targets is not None:
+                targets = np.append(targets, True)
+        return EncodedDocument(document, parts, None if targets is None else _runs(targets))
 
     def _ids(self, documents: Sequence[Document]) -> "Iterator[NDArray[Any]]":
         """Yield each document's ids in the vocabulary's type, encoded in as few calls as possible."""
@@ -107,7 +107,7 @@ class DocumentEncoder:
             begin = end
 
 
-def _runs(found: "NDArray[np.bool_]") -> "NDArray[np.int64]":
+def _runs(targets: "NDArray[np.bool_]") -> "NDArray[np.int64]":
     """Return (S, 2) begin and end of each run of true values."""
-    changes = np.flatnonzero(np.diff(found, prepend=False, append=False))
+    changes = np.flatnonzero(np.diff(targets, prepend=False, append=False))
     return changes.reshape(-1, 2).astype(np.int64)

@@ -76,7 +76,7 @@ def select(
     weights: Sequence[float],
     holdout: float,
     deduplicate: bool,
-    asked: Sequence[bool],
+    is_configured: Sequence[bool],
 ) -> DocumentSelection:
     """Decide on the side and the repeats of every document.
 
@@ -93,11 +93,12 @@ def select(
             the one with the smallest hash; 0 for none.
         deduplicate: keep only one of equal documents; otherwise drop only training documents that are also on another
             side.
-        asked: for each shard whether it is configured for validation, which has priority over a test side.
+        is_configured: for each shard whether it is configured for validation, which has priority over a test side.
     """
     sides = _initial_sides(shards, _binding_sides(shards, fixed_sides, sources), holdout)
     ranks = [
-        np.where(side == VALIDATION, TEST + 1, side) if one else side for side, one in zip(sides, asked, strict=True)
+        np.where(side == VALIDATION, TEST + 1, side) if one else side
+        for side, one in zip(sides, is_configured, strict=True)
     ]
     _drop_duplicates(shards, sides, ranks, keeps_copies=not deduplicate)
     repeats = [np.ones(len(side), np.uint16) for side in sides]
@@ -145,12 +146,12 @@ def _hold_out_one(shards: Sequence[Shard], fixed_sides: Sequence[str], sides: "l
     hashes = {
         i: shard.documents().hashes for i, shard in enumerate(shards) if not fixed_sides[i] and shard.num_documents
     }
-    for found in hashes.values():
-        row = found[np.lexsort((found[:, 1], found[:, 0]))[0]]
+    for digests in hashes.values():
+        row = digests[np.lexsort((digests[:, 1], digests[:, 0]))[0]]
         smallest = min(smallest or (2**64, 0), (int(row[0]), int(row[1])))
     if smallest is None:
         return
-    equal = {i: (found == np.array(smallest, np.uint64)).all(axis=1) for i, found in hashes.items()}
+    equal = {i: (digests == np.array(smallest, np.uint64)).all(axis=1) for i, digests in hashes.items()}
     total = sum(len(side) for side in sides)
     if sum(int(one.sum()) for one in equal.values()) < total:
         for i, mask in equal.items():
@@ -171,12 +172,12 @@ def _drop_duplicates(
         for number, shard in enumerate(shards):
             if not shard.num_documents:
                 continue
-            found = shard.documents().hashes
-            index = np.arange(len(found))
+            digests = shard.documents().hashes
+            index = np.arange(len(digests))
             if num_parts > 1:
-                index = np.flatnonzero(found[:, 0] % np.uint64(num_parts) == part)
-                found = found[index]
-            hashes.append(found)
+                index = np.flatnonzero(digests[:, 0] % np.uint64(num_parts) == part)
+                digests = digests[index]
+            hashes.append(digests)
             members.append((number, index))
         if not hashes:
             continue

@@ -204,8 +204,8 @@ class Formatter:
         """Return the document that a template renders from a conversation; the work is announced to the guard."""
         messages = conversations.shaped(talk.messages, template)
         chooses = self._train_on == "last" or bool(talk.untrained)
-        said = [talk.messages, talk.tools, *([sorted(talk.untrained)] if talk.untrained else [])]
-        encoded = json.dumps(said, sort_keys=True)
+        content = [talk.messages, talk.tools, *([sorted(talk.untrained)] if talk.untrained else [])]
+        encoded = json.dumps(content, sort_keys=True)
         _require_size(len(encoded))
         digest = xxhash.xxh3_128_digest(encoded.encode())
         work.step(place, len(encoded))
@@ -252,15 +252,15 @@ class Formatter:
 
         The control tokens that do are recorded.
         """
-        found = False
+        has_end_token = False
         for begin, end in trained:
             token, at = template.control_tokens.ending(rendered.text, begin, end, rendered.literals)
             if token:
-                found = True
+                has_end_token = True
                 self.end_tokens.add(token)
                 if token not in self.inner_tokens and rendered.text.find(token, begin, at) >= 0:
                     self.inner_tokens.add(token)
-        return not found and bool(trained) and not rendered.text[trained[-1][1] :].strip()
+        return not has_end_token and bool(trained) and not rendered.text[trained[-1][1] :].strip()
 
 
 class NoTemplateError(Exception):
@@ -269,12 +269,12 @@ class NoTemplateError(Exception):
 
 def _others(rendered: Rendered, trained: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     """Return the spans of a text without the turns that are not trained on."""
-    found, at = [], 0
+    spans, at = [], 0
     for begin, end in rendered.spans:
         if (begin, end) not in trained:
-            found.append((at, begin))
+            spans.append((at, begin))
             at = end
-    return tuple(span for span in [*found, (at, len(rendered.text))] if span[0] < span[1])
+    return tuple(span for span in [*spans, (at, len(rendered.text))] if span[0] < span[1])
 
 
 def _digest(text: LongText) -> bytes:

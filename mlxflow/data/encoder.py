@@ -70,8 +70,8 @@ def choose_encoder(definition: str, *, threads: int) -> Encoder:
         fast = FastEncoder(definition)
         strings = probe_strings(definition)
         for special in (False, True):
-            (ids, offsets), found = right.encode(strings, special=special), fast.encode(strings, special=special)
-            if not (np.array_equal(ids, found[0]) and np.array_equal(offsets, found[1])):
+            (ids, offsets), fast_result = right.encode(strings, special=special), fast.encode(strings, special=special)
+            if not (np.array_equal(ids, fast_result[0]) and np.array_equal(offsets, fast_result[1])):
                 return LibraryEncoder(definition, threads=threads)
     except BaseException as error:
         if not isinstance(error, ImportError | ValueError | RuntimeError | OSError) and not is_panic(error):
@@ -163,8 +163,8 @@ class LibraryEncoder:
         tokenizer = self._free.get()
         try:
             tokenizer.encode_special_tokens = not special
-            found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.array(one.ids, np.uint32) for one in found]
+            encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(one.ids, np.uint32) for one in encodings]
         finally:
             self._free.put(tokenizer)
 
@@ -235,12 +235,12 @@ def overlapping(
         ends: (T,) of the tokens.
         spans: (begin, end), in order.
     """
-    found = np.zeros(len(begins), np.bool_)
+    mask = np.zeros(len(begins), np.bool_)
     for begin, end in spans:
         first = int(np.searchsorted(ends, begin, side="right"))
         last = int(np.searchsorted(begins, end, side="left"))
-        found[first:last] = True
-    return found
+        mask[first:last] = True
+    return mask
 
 
 def _is_byte_level(parsed: dict[str, Any]) -> bool:

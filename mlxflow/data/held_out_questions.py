@@ -39,15 +39,15 @@ def held_out_questions(
         template: that they were rendered with; None for prompts and completions without one.
         count: maximum number of questions; their texts differ.
     """
-    found: dict[str, Question] = {}
+    questions: dict[str, Question] = {}
     for row in _rows_with_beginnings(tokens):
         for piece in tokens.pieces(row):
             question = _question(tokens, tokenizer, template, row, piece)
             if question is not None:
-                found.setdefault(question.text, question)
-        if len(found) >= count:
+                questions.setdefault(question.text, question)
+        if len(questions) >= count:
             break
-    return list(found.values())[:count]
+    return list(questions.values())[:count]
 
 
 def held_out_beginnings(tokens: TokenFile, tokenizer: GuardedTokenizer, *, count: int, num_tokens: int) -> list[str]:
@@ -59,16 +59,16 @@ def held_out_beginnings(tokens: TokenFile, tokenizer: GuardedTokenizer, *, count
         count: maximum number of texts; they differ.
         num_tokens: maximum per text; at least one token of the document remains.
     """
-    found: list[str] = []
+    beginnings: list[str] = []
     for row in _rows_with_beginnings(tokens):
         for piece in tokens.pieces(row):
             end = min(piece.end - 1, piece.begin + num_tokens)
             text = tokenizer.decode(tokens.rows.tokens[row, piece.begin : end].tolist())
-            if piece.document_begin == 0 and text.strip() and text not in found:
-                found.append(text)
-        if len(found) >= count:
+            if piece.document_begin == 0 and text.strip() and text not in beginnings:
+                beginnings.append(text)
+        if len(beginnings) >= count:
             break
-    return found[:count]
+    return beginnings[:count]
 
 
 def _rows_with_beginnings(tokens: TokenFile) -> list[int]:
@@ -91,8 +91,8 @@ def _question(
     length = int(np.append(is_trained[begin:], 0).argmin())
     answer = tokenizer.decode(ids[begin : begin + length]).strip()
     whole = tokenizer.decode(ids[:begin], skip_special_tokens=False)
-    asked = None if template is None else _last_message(whole, template)
-    return Question(ids[:begin], asked or tokenizer.decode(ids[:begin]).strip(), answer)
+    message = None if template is None else _last_message(whole, template)
+    return Question(ids[:begin], message or tokenizer.decode(ids[:begin]).strip(), answer)
 
 
 def _last_message(text: str, template: GuardedTemplate) -> str | None:

@@ -174,9 +174,9 @@ def _file(
     except FileNotFoundError as error:
         raise SourceError(f"{name}: vanished before it was read. Run the stage again.") from error
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise SourceError(
-            f"{name}: cannot be read ({said}). {advise_on(error, f'Fix it or leave it out of {entry.key}')}."
+            f"{name}: cannot be read ({reason}). {advise_on(error, f'Fix it or leave it out of {entry.key}')}."
         ) from error
     return SourceFile(
         name,

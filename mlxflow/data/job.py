@@ -130,26 +130,26 @@ def run_job(request: CorpusRequest, files: CorpusFiles, context: Context) -> Pac
         SourceError: a source cannot be used, or there is less than one row of text.
         StageError: the disk is full.
     """
-    found = input_files.list_files(request.inputs, request.owners, request.sources, digests=context.digests)
+    files_to_read = input_files.list_files(request.inputs, request.owners, request.sources, digests=context.digests)
     shards = context.state / layout.SHARDS
     store = shard_cache.ShardStore(shards)
     waiting = f"{context.task}: waits for the shards, used by process {{holder}}"
     with hold(shards / layout.LOCK, waiting, wait=True, needed=True):
         vocabulary = choose_vocabulary(
             request.tokenizer,
-            found,
+            files_to_read,
             holdout=request.holdout,
             context_length=request.layout.context_length,
-            kept=shards,
+            cache_folder=shards,
         )
-        tokenized, engine = _tokenize(request, vocabulary, store, found)
-        context.digests.settle(file.path for file in found if file.read is None)
-        contents = _select(request, found, shard_builder.open_shards(store, tokenized.keys))
+        tokenized, engine = _tokenize(request, vocabulary, store, files_to_read)
+        context.digests.settle(file.path for file in files_to_read if file.read is None)
+        contents = _select(request, files_to_read, shard_builder.open_shards(store, tokenized.keys))
         endings = end_tokens.endings_of(contents.shards, vocabulary)
         counts = _write_sides(request, files, context, vocabulary, contents, endings)
         store.collect(context.task, tokenized.keys, context.tasks)
     _write_tokenizer(vocabulary, files, endings)
-    files.names.write_text("".join(f"{file.name}\n" for file in found), encoding="utf-8")
+    files.names.write_text("".join(f"{file.name}\n" for file in files_to_read), encoding="utf-8")
     return PackedCorpus(contents, counts, vocabulary, endings, tokenized, engine)
 
 
@@ -188,7 +188,7 @@ def _select(request: CorpusRequest, files: Sequence[SourceFile], shards: Sequenc
         weights=[one.weight for one in request.sources],
         holdout=request.holdout,
         deduplicate=request.deduplicate,
-        asked=[request.sources[file.source].is_validation for file in files],
+        is_configured=[request.sources[file.source].is_validation for file in files],
     )
     held_out = document_selection.held_out_share(chosen, request.holdout)
     contents = CorpusContents(request.sources, files, shards, chosen, held_out)

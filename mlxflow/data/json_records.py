@@ -51,7 +51,9 @@ def read_lines(pieces: Iterable[bytes], form: RecordForm) -> Iterator[list[Recor
 
     Args:
         pieces: of the file.
-        form: of its records. Raises:
+        form: of its records.
+
+    Raises:
         FileProblem: it is not UTF-8.
     """
     rest, dropped = bytearray(), 0  # bytes of a line that began in an earlier piece, and the number of dropped ones
@@ -148,9 +150,9 @@ def read_json(pieces: Iterable[bytes], form: RecordForm, *, strict: bool) -> Ite
             yield from read_lines([bytes(data)], form)
             return
         raise FileProblem(f"not valid JSON ({error}). Fix the file") from error
-    found = find_records(value, form.keys, form.is_record)
-    if found is not None:
-        yield from batches([Record(number, one) for number, one in enumerate(found, 1)], _RECORDS_PER_BATCH)
+    records = find_records(value, form.keys, form.is_record)
+    if records is not None:
+        yield from batches([Record(number, one) for number, one in enumerate(records, 1)], _RECORDS_PER_BATCH)
     elif strict:
         raise FileProblem(f"expected a list of objects with {listed(form.keys)}. Change the file or its format")
     else:

@@ -57,8 +57,8 @@ class Order:
         blocks = range(begin // _ORDERED_ROWS, (begin + count - 1) // _ORDERED_ROWS + 1)
         for number in [number for number in self._known if number < blocks[0] - 1]:
             self._known.pop(number, None)
-        found = [self._block(number) for number in blocks]
-        whole = found[0] if len(found) == 1 else np.concatenate(found)
+        blocks_of_rows = [self._block(number) for number in blocks]
+        whole = blocks_of_rows[0] if len(blocks_of_rows) == 1 else np.concatenate(blocks_of_rows)
         first = begin - blocks[0] * _ORDERED_ROWS
         return whole[first : first + count]
 

@@ -90,19 +90,19 @@ def decode_long(line: bytes | bytearray, form: RecordForm, decode: Callable[[byt
         raise ValueError("nested too deeply") from error
     except msgspec.DecodeError as error:
         raise ValueError(str(error).removeprefix("JSON is malformed: ")) from error
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     size = 0
     for name, raw in zip(sorted(names), msgspec.structs.astuple(known), strict=True):
         data = memoryview(raw)
         if name == form.text_key and len(data) > items.LONG_TEXT_BYTES and data[0] == ord('"'):
-            found[name] = LongText(raw)
+            values[name] = LongText(raw)
         elif len(data):
             size += len(data)
             if size > items.MAX_CONVERSATION_BYTES:
                 raise TooLargeError(f"holds a conversation of over {items.MAX_CONVERSATION_BYTES:,} bytes")
             require_few_values(bytes(data), MAX_LINE_VALUES)
-            found[name] = decode(bytes(data))
-    return found
+            values[name] = decode(bytes(data))
+    return values
 
 
 @functools.lru_cache(maxsize=16)

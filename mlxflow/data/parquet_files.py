@@ -75,8 +75,8 @@ def _rows(file: Any, path: Path, form: RecordForm) -> Iterator[list[Record | Pla
 
 def _chunks_of(file: Any, group: int, columns: Sequence[str]) -> list[Any]:
     """Return the footer's metadata of some columns in a row group, including columns nested in lists and structs."""
-    found = file.metadata.row_group(group)
-    chunks = (found.column(index) for index in range(found.num_columns))
+    row_group = file.metadata.row_group(group)
+    chunks = (row_group.column(index) for index in range(row_group.num_columns))
     return [one for one in chunks if one.path_in_schema.split(".")[0] in columns]
 
 

@@ -43,22 +43,22 @@ def show_progress(doing: str, total_bytes: int) -> Iterator[tuple[Progress, Call
 def show_waiting(doing: str) -> Iterator[Callable[[], None]]:
     """Print the activity once if it takes long."""
     begin = time.perf_counter()
-    said = False
+    is_printed = False
 
     def watch() -> None:
-        nonlocal said
-        if not said and time.perf_counter() - begin > 5:
-            said = True
+        nonlocal is_printed
+        if not is_printed and time.perf_counter() - begin > 5:
+            is_printed = True
             terminal.say(doing)
 
     yield watch
 
 
 def _say(progress: Progress, seconds: float) -> str:
-    said = f"{progress.read_bytes / 1e6:,.0f} MB"
+    text = f"{progress.read_bytes / 1e6:,.0f} MB"
     if progress.documents:
-        said += f"  {progress.documents:,} documents  {progress.tokens / seconds:,.0f} tokens/s"
-    return said
+        text += f"  {progress.documents:,} documents  {progress.tokens / seconds:,.0f} tokens/s"
+    return text
 
 
 class _Lines:

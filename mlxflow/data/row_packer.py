@@ -173,11 +173,11 @@ class Packer:
             self._lay_full()
         if self._waiting:
             rows = self._assign()
-            kept = np.zeros(len(rows), np.bool_) if last else self._keep(rows)
-            self._lay([self._waiting[i] for i in np.flatnonzero(~kept).tolist()], rows[~kept])
+            is_kept = np.zeros(len(rows), np.bool_) if last else self._keep(rows)
+            self._lay([self._waiting[i] for i in np.flatnonzero(~is_kept).tolist()], rows[~is_kept])
             # copies, so that the memory of their neighbours is freed
             self._waiting = [
-                part._replace(tokens=part.tokens.copy()) for part in (self._waiting[i] for i in np.flatnonzero(kept))
+                part._replace(tokens=part.tokens.copy()) for part in (self._waiting[i] for i in np.flatnonzero(is_kept))
             ]
         self._num_waiting = sum(len(part.tokens) for part in self._waiting)
         self._window += 1
@@ -205,8 +205,8 @@ class Packer:
             kept_rows = room > _MOST_ROOM * self._capacity
             if kept_rows.sum() > max(1, _MOST_KEPT * len(room)):  # the emptiest rows
                 kept_rows = room > np.sort(room)[int((1 - _MOST_KEPT) * len(room))]
-        kept: NDArray[np.bool_] = kept_rows[rows]
-        return kept
+        is_kept: NDArray[np.bool_] = kept_rows[rows]
+        return is_kept
 
     # --- rows
 
@@ -274,10 +274,10 @@ class Packer:
     def _append_now(self, tokens: Any, marks: Any, documents: Any, begins: Any, row_pieces: Any) -> dict[str, int]:
         """Write the rows with trained tokens, and return what to add to the figures."""
         tokens, marks = tokens.reshape(-1, self._capacity), marks.reshape(-1, self._capacity)
-        kept = has_targets(marks)
-        if not kept.all():
-            kept_pieces = np.repeat(kept, row_pieces)
-            tokens, marks, row_pieces = tokens[kept], marks[kept], row_pieces[kept]
+        is_trained = has_targets(marks)
+        if not is_trained.all():
+            kept_pieces = np.repeat(is_trained, row_pieces)
+            tokens, marks, row_pieces = tokens[is_trained], marks[is_trained], row_pieces[is_trained]
             documents, begins = documents[kept_pieces], begins[kept_pieces]
         if len(row_pieces):
             self._stream.append("tokens", tokens)
@@ -290,7 +290,7 @@ class Packer:
             "targets": int(np.count_nonzero(marks & 1)),
             "rows": len(row_pieces),
             "slots": tokens.size,
-            "rows_without_targets": int(np.count_nonzero(~kept)),
+            "rows_without_targets": int(np.count_nonzero(~is_trained)),
         }
 
     def _wait_for_writer(self) -> None:

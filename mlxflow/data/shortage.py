@@ -64,8 +64,8 @@ def require_rows(
     Raises:
         SourceError: there are too few; the message says why.
     """
-    wanted = context_length + 1 if side == "train" else 2
-    if counts.targets and counts.tokens >= wanted:
+    needed_tokens = context_length + 1 if side == "train" else 2
+    if counts.targets and counts.tokens >= needed_tokens:
         return
     lost = counts.truncated + counts.dropped
     sources, length = names.of("sources"), names.of("context_length")
@@ -87,7 +87,7 @@ def require_rows(
     raise SourceError(
         f"{sources}: the train documents have {counts.tokens:,} tokens"
         f"{' beside the end that is held out' if contents.held_out else ''}{more}, one row of "
-        f"{length} = {context_length} needs {wanted:,}. Add text, or lower the context length."
+        f"{length} = {context_length} needs {needed_tokens:,}. Add text, or lower the context length."
     )
 
 

@@ -32,10 +32,10 @@ class Permutation:
 
     def __call__(self, places: "NDArray[np.int64]") -> "NDArray[np.int64]":
         """Return the numbers at the given positions, each from 0 to count - 1, in constant time per position."""
-        found = self._step(places.astype(np.uint64))
-        while (outside := found >= self._count).any():
-            found[outside] = self._step(found[outside])
-        return found.astype(np.int64)
+        numbers = self._step(places.astype(np.uint64))
+        while (outside := numbers >= self._count).any():
+            numbers[outside] = self._step(numbers[outside])
+        return numbers.astype(np.int64)
 
     def _step(self, values: "NDArray[np.uint64]") -> "NDArray[np.uint64]":
         left, right = values >> self._half, values & self._mask

@@ -134,13 +134,13 @@ def find(source: str, root: Path) -> SourceFiles:
     name = expand(source.removeprefix(HF))
     place = root / name
     if place.is_file():
-        found = SourceFiles([place])
+        source_files = SourceFiles([place])
     elif place.is_dir() and source.startswith(HF):
-        found = _Walk(binary=True).walk(place)
+        source_files = _Walk(binary=True).walk(place)
     elif place.is_dir():
-        found = _records_of(_Walk().walk(place), place)
+        source_files = _records_of(_Walk().walk(place), place)
     elif source.startswith(HF):
-        found = SourceFiles([])
+        source_files = SourceFiles([])
     else:
         import glob
 
@@ -148,9 +148,11 @@ def find(source: str, root: Path) -> SourceFiles:
             os.stat(place)  # noqa: PTH116
         pattern = escape_existing(name, root)
         matching = (root / name for name in glob.iglob(pattern, root_dir=root, recursive=True))  # noqa: PTH207
-        found = SourceFiles([path for path in matching if path.is_file()])
-    files = sorted(_not_made_here(found.files, place, root), key=lambda path: path.as_posix())
-    return found._replace(files=files if Path(name).is_absolute() else [path.relative_to(root) for path in files])
+        source_files = SourceFiles([path for path in matching if path.is_file()])
+    files = sorted(_not_made_here(source_files.files, place, root), key=lambda path: path.as_posix())
+    return source_files._replace(
+        files=files if Path(name).is_absolute() else [path.relative_to(root) for path in files]
+    )
 
 
 def source_files(source: str, root: Path) -> list[Path]:
@@ -158,13 +160,13 @@ def source_files(source: str, root: Path) -> list[Path]:
     return find(source, root).files
 
 
-def _records_of(found: SourceFiles, folder: Path) -> SourceFiles:
+def _records_of(files: SourceFiles, folder: Path) -> SourceFiles:
     """Return only the record files if the files of a folder are a data set with its own splits."""
     begin = len(str(folder)) + 1
-    if not splits.is_divided(str(path)[begin:] for path in found.files):
-        return found
-    records = [path for path in found.files if splits.is_records(path.name)]
-    return found._replace(files=records, beside_records=len(found.files) - len(records))
+    if not splits.is_divided(str(path)[begin:] for path in files.files):
+        return files
+    records = [path for path in files.files if splits.is_records(path.name)]
+    return files._replace(files=records, beside_records=len(files.files) - len(records))
 
 
 class _Walk:

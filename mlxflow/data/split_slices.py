@@ -32,10 +32,10 @@ class Slice(NamedTuple):
         Raises:
             ValueError: they lie beyond the split, or there is no row between them; the message is for the user.
         """
-        asked = [self._row(one, num_rows) for one in (self.begin, self.end)]
-        if any(one is not None and abs(one) > num_rows for one in asked):
+        ends = [self._row(one, num_rows) for one in (self.begin, self.end)]
+        if any(one is not None and abs(one) > num_rows for one in ends):
             raise ValueError(f"{self.split} has {num_rows:,} rows")
-        begin, end = (one + num_rows if one is not None and one < 0 else one for one in asked)
+        begin, end = (one + num_rows if one is not None and one < 0 else one for one in ends)
         begin, end = begin or 0, num_rows if end is None else end
         if begin >= end:
             raise ValueError(f"no row is left of the {num_rows:,} of {self.split}")

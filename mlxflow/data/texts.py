@@ -66,8 +66,8 @@ def cut(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 def _last_break(data: bytes) -> int:
     for mark in (b"\n", b" "):
-        if found := data.rfind(mark) + 1:
-            return found
+        if place := data.rfind(mark) + 1:
+            return place
     end = len(data)
     while end > len(data) - 4 and data[end - 1] & 0xC0 == 0x80:  # inside a character
         end -= 1

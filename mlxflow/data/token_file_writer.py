@@ -78,18 +78,18 @@ def write_rows(
 
 
 def _kept(selection: DocumentSelection, side: int, shard: int) -> "NDArray[np.bool_]":
-    kept: NDArray[np.bool_] = (selection.sides[shard] == side) & (selection.repeats[shard] > 0)
-    return kept
+    is_kept: NDArray[np.bool_] = (selection.sides[shard] == side) & (selection.repeats[shard] > 0)
+    return is_kept
 
 
 def _write_documents(stream: ArrayStream, shards: Sequence[Shard], selection: DocumentSelection, side: int) -> None:
     """Write the file and the position of each document, in the order of their numbers."""
     for number, shard in enumerate(shards):
-        kept = _kept(selection, side, number)
-        count = int(kept.sum())
+        is_kept = _kept(selection, side, number)
+        count = int(is_kept.sum())
         if count:
             stream.append("document_files", np.full(count, number, np.uint32))
-            stream.append("document_places", shard.documents().places[kept])
+            stream.append("document_places", shard.documents().places[is_kept])
 
 
 def _documents(
@@ -100,11 +100,11 @@ def _documents(
     for showing in range(most):
         number = 0
         for index, shard in enumerate(shards):
-            kept = _kept(selection, side, index)
-            shown = kept & (selection.repeats[index] > showing)
+            is_kept = _kept(selection, side, index)
+            shown = is_kept & (selection.repeats[index] > showing)
             if shown.any():
-                yield from _stored(shard, shown, number + np.cumsum(kept) - 1, part, held_out)
-            number += int(kept.sum())
+                yield from _stored(shard, shown, number + np.cumsum(is_kept) - 1, part, held_out)
+            number += int(is_kept.sum())
 
 
 def _stored(

@@ -281,9 +281,9 @@ def _check_markers(tokenizer: Tokenizer, template: ChatTemplate, key: str) -> No
     """
     wrong = [text for text in markers(template.source) if text[0] == "<" and tokenizer.token_to_id(text) is None]
     if wrong:
-        said = ", ".join(repr(text) for text in wrong[:5])
+        listed = ", ".join(repr(text) for text in wrong[:5])
         raise SourceError(
-            f"{key}: the chat template writes {said}, not a token of this tokenizer. "
+            f"{key}: the chat template writes {listed}, not a token of this tokenizer. "
             "Name the template that belongs to it."
         )
 

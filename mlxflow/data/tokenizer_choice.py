@@ -41,7 +41,7 @@ class TokenizerRequest(NamedTuple):
 
 
 def choose_vocabulary(
-    request: TokenizerRequest, files: Sequence[SourceFile], *, holdout: float, context_length: int, kept: Path
+    request: TokenizerRequest, files: Sequence[SourceFile], *, holdout: float, context_length: int, cache_folder: Path
 ) -> Vocabulary:
     """Return the requested tokenizer, opened or trained.
 
@@ -50,7 +50,7 @@ def choose_vocabulary(
         files: of the corpus, in its order.
         holdout: share of the documents that a new tokenizer is not trained on.
         context_length: of the rows, stored in a new tokenizer's configuration.
-        kept: the folder of cached tokenizers.
+        cache_folder: the folder of cached tokenizers.
 
     Raises:
         SourceError: the tokenizer or the chat template cannot be used.
@@ -58,15 +58,17 @@ def choose_vocabulary(
     template = request.template_file.read_text(encoding="utf-8") if request.template_file else None
     name, key = request.table.from_, request.names.of("tokenizer.from")
     if not name:
-        return _trained(request, files, template, holdout=holdout, context_length=context_length, kept=kept)
+        return _trained(
+            request, files, template, holdout=holdout, context_length=context_length, cache_folder=cache_folder
+        )
     with remote_code.trusting_code(request.table.trust_remote_code), scratch_folder() as scratch:
         folder = request.files[0].parent if request.files else Path()
-        found = {path.relative_to(folder).as_posix(): path for path in request.files}
-        found = found or tokenizer_folder.hub_files(name, key)
+        tokenizer_files = {path.relative_to(folder).as_posix(): path for path in request.files}
+        tokenizer_files = tokenizer_files or tokenizer_folder.hub_files(name, key)
         trust_key = request.names.of("tokenizer.trust_remote_code")
-        found = tokenizer_folder.converted(found, scratch, name, key=key, trust_key=trust_key)
+        tokenizer_files = tokenizer_folder.converted(tokenizer_files, scratch, name, key=key, trust_key=trust_key)
         return tokenizer.open_vocabulary(
-            found, template=template, name=name, key=key, template_key=request.template_key
+            tokenizer_files, template=template, name=name, key=key, template_key=request.template_key
         )
 
 
@@ -77,7 +79,7 @@ def _trained(
     *,
     holdout: float,
     context_length: int,
-    kept: Path,
+    cache_folder: Path,
 ) -> Vocabulary:
     """Return a tokenizer trained on the training documents or on a sample of them, cached if possible."""
     table = request.table
@@ -95,10 +97,10 @@ def _trained(
     special = chat.markers(template) if template else []
     cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.decoded())) else []
     key = digest_json([request.version, table.vocab_size, special, [one.hex() for one in sample.digests], *cut])
-    file = kept / f"{key}.tokenizer.json"
+    file = cache_folder / f"{key}.tokenizer.json"
     if not file.exists():
-        made = tokenizer.train_tokenizer(sample.taken(), vocab_size=table.vocab_size, special_tokens=special)
-        write_whole(file, made.to_str().encode())
+        definition = tokenizer.train_tokenizer(sample.taken(), vocab_size=table.vocab_size, special_tokens=special)
+        write_whole(file, definition.to_str().encode())
         heap.trim()
     return tokenizer.trained_vocabulary(
         read_regular(file).decode(),

@@ -67,6 +67,6 @@ def converted(files: Mapping[str, Path], to: Path, name: str, *, key: str, trust
     try:
         AutoTokenizer.from_pretrained(config.parent, trust_remote_code=True).save_pretrained(to)
     except Exception as error:  # untrusted code: any exception
-        said = reason_of(error)
-        raise SourceError(f"{key}: its code cannot be run ({type(error).__name__}: {said}). Name another.") from error
+        reason = reason_of(error)
+        raise SourceError(f"{key}: its code cannot be run ({type(error).__name__}: {reason}). Name another.") from error
     return {file: to / file for file in model_files.tokenizer_files(to)}

@@ -60,14 +60,14 @@ class Board:
 
     def announced(self) -> list[Announced]:
         """Return the work in progress."""
-        numbers, found = self.numbers.tolist(), []
+        numbers, pieces = self.numbers.tolist(), []
         for slot in range(NUM_SLOTS):
             size, progress, place, length = numbers[slot * _NUMBERS : slot * _NUMBERS + 4]
             if size:
                 begin = slot * _TEXT_BYTES
                 subject, _, on = bytes(self.texts[begin : begin + length]).decode(errors="replace").partition("\n")
-                found.append(Announced(slot, size - 1, progress, place, subject, on))
-        return found
+                pieces.append(Announced(slot, size - 1, progress, place, subject, on))
+        return pieces
 
     def worked_on(self) -> tuple[int, int]:
         """Return the bytes and the number of texts of all work so far, including work in progress."""
@@ -126,8 +126,8 @@ class Work:
         self._numbers[self._at] = 0
         _board.free.append(self._at // _NUMBERS)
         if error is not None and (is_panic(error) or type(error) is Exception or isinstance(error, MemoryError)):
-            said = reason_of(error) or "out of memory"
-            raise SourceError(f"{self._subject} failed ({said}). Fix it or name another.") from None
+            reason = reason_of(error) or "out of memory"
+            raise SourceError(f"{self._subject} failed ({reason}). Fix it or name another.") from None
 
 
 def is_panic(error: BaseException) -> bool:
@@ -146,13 +146,13 @@ def main(arguments: list[str]) -> int:
     connection, board, messages = map(int, arguments)
     sys.stderr = open(messages, "w", buffering=1, errors="backslashreplace")  # noqa: PTH123, SIM115 - until the end
     signal.signal(signal.SIGTERM, _terminate)
-    asked = Connection(connection)
+    calls = Connection(connection)
     child_processes.end_with_parent()
     _board = Board(mmap.mmap(board, BOARD_BYTES))
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
-            name, values = asked.recv()
-            asked.send(_answer(name, values))
+            name, values = calls.recv()
+            calls.send(_answer(name, values))
     return 0
 
 

@@ -51,8 +51,8 @@ def _read(file: Path) -> Any:
     try:
         return Tokenizer.from_buffer(definition)
     except Exception as error:  # tokenizers raises this class itself
-        said = reason_of(error, None)
-        raise ArtifactError(f"{file.parent}: its tokenizer cannot be opened ({said}). Build it again.") from error
+        reason = reason_of(error, None)
+        raise ArtifactError(f"{file.parent}: its tokenizer cannot be opened ({reason}). Build it again.") from error
 
 
 def _converted(folder: Path, trusts_code: bool) -> Any:

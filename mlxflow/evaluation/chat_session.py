@@ -71,8 +71,10 @@ def until(pieces: Iterable[str], end: str) -> Iterator[str]:
         if end in held:
             held = held[: held.index(end)]
             break
-        kept = next((size for size in range(min(len(end) - 1, len(held)), 0, -1) if end.startswith(held[-size:])), 0)
-        ready, held = held[: len(held) - kept], held[len(held) - kept :]
+        held_back = next(
+            (size for size in range(min(len(end) - 1, len(held)), 0, -1) if end.startswith(held[-size:])), 0
+        )
+        ready, held = held[: len(held) - held_back], held[len(held) - held_back :]
         if ready:
             yield ready
     if held:

@@ -33,9 +33,9 @@ class Reference:
         body: the model's body and head; its head maps hidden states to logits.
     """
 
-    def __init__(self, body: Body, kept: tensor_reading.StoredRows | None) -> None:
+    def __init__(self, body: Body, stored: tensor_reading.StoredRows | None) -> None:
         self.body = body
-        self._kept = kept
+        self._kept = stored
 
     @classmethod
     def of(cls, model: nn.Module) -> "Reference":
@@ -111,10 +111,10 @@ def _opened(model: nn.Module, file: Path) -> Reference:
     Raises:
         ArtifactError: there is no such file, or it is damaged.
     """
-    kept = tensor_reading.stored_rows(file)[_NAME]
+    stored = tensor_reading.stored_rows(file)[_NAME]
     body = Body(model, tensor_reading.read_metadata(file)["body"])
     file.touch()  # for `_remove_oldest`
-    return Reference(body, kept)
+    return Reference(body, stored)
 
 
 def _remove_oldest(folder: Path) -> None:

@@ -68,12 +68,12 @@ def measure_divergence(
     quantized.eval()
     body = Body.of(quantized)
     at_once = rows_for(quantized, body, rows, batch_size)
-    found, count = [np.empty((4, 0))], 0
+    columns, count = [np.empty((4, 0))], 0
     for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
         sides = reference.hidden(part, count), hidden_states(body, part)
-        found += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
+        columns += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
         count += len(part.targets)
-    losses, other, kl, same = np.concatenate(found, axis=1)
+    losses, other, kl, same = np.concatenate(columns, axis=1)
     dense_side = perplexity_from(losses)
     mean, error = mean_and_error(kl)
     not_negative = float(np.maximum(0.0, mean))  # rounding may give less; a NaN stays one
@@ -106,17 +106,17 @@ def costs_by_layer(
     ]
     costs = {}
     for path, weight in weights.items():
-        layer, kept, quantized = modules[path], modules[path]["weight"], weight()
+        layer, original, quantized = modules[path], modules[path]["weight"], weight()
         total, count = 0.0, 0
         for part, hidden in exact:
             layer["weight"] = quantized
             changed = hidden_states(body, part)
-            layer["weight"] = kept
+            layer["weight"] = original
             for begin, end in _spans(body, hidden):
                 logits = body.logits(hidden[begin:end])
                 layer["weight"] = quantized
                 other = body.logits(changed[begin:end])
-                layer["weight"] = kept
+                layer["weight"] = original
                 total += float(_compared(logits, other, part.targets[begin:end])[2].sum())
             count += len(part.targets)
         costs[path] = max(0.0, total / max(1, count)) if math.isfinite(total) else math.inf

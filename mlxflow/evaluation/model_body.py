@@ -94,9 +94,9 @@ def _is_hidden(result: Any) -> bool:
     return isinstance(result, mx.array) and result.ndim == 3 and result.shape[:2] == (1, _TOKENS)
 
 
-def _are_close(one: mx.array, other: mx.array) -> bool:
+def _are_close(logits: mx.array, other: mx.array) -> bool:
     """Return whether logits are equal up to rounding; columns that are masked with infinity must be the same."""
-    first, second = one.astype(mx.float32), other.astype(mx.float32)
+    first, second = logits.astype(mx.float32), other.astype(mx.float32)
     if first.shape != second.shape:
         return False
     is_finite = mx.isfinite(first) & mx.isfinite(second)

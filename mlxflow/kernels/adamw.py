@@ -149,14 +149,14 @@ def kernel(
         rounded: the model's type.
     """
     source, types = (_PLAIN, []) if rounded == w.dtype else (_ROUNDING, [rounded])
-    made = source.launch(
+    outputs = source.launch(
         [w, g, m, v, *(one.reshape(1) for one in scalars), mx.array([*settings] * 2)],
         constants=[("W", w.dtype), *(("R", one) for one in types)],
         groups=groups_for(w.size),
         shapes=[w.shape] * (3 + len(types)),
         dtypes=[w.dtype] * 3 + types,
     )
-    return made[0], made[1], made[2], made[-1] if types else made[0]
+    return outputs[0], outputs[1], outputs[2], outputs[-1] if types else outputs[0]
 
 
 _SUM_GROUPS = 1024

@@ -72,5 +72,5 @@ def add_layers(entries: Mapping[str, Any]) -> None:
     Args:
         entries: JSON values by `key_of`.
     """
-    kept = {key: value for key, value in read_layers().items() if key not in entries} | dict(entries)
-    write_table(layers_file(), dict(list(kept.items())[-_MAX_LAYERS:]))
+    entries_to_write = {key: value for key, value in read_layers().items() if key not in entries} | dict(entries)
+    write_table(layers_file(), dict(list(entries_to_write.items())[-_MAX_LAYERS:]))

@@ -115,10 +115,10 @@ def supports(incoming: mx.array, count: int) -> bool:
 
 def kernel_gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.array:
     """Return what `reference_gradient` does, by the kernel."""
-    found, order = by_number(numbers, count)
+    sorted_ids, order = by_number(numbers, count)
     numbered = [("NUMBERS", count)]
     begins, ends = _BOUNDS.launch(
-        [found],
+        [sorted_ids],
         constants=numbered,
         groups=-(-count // THREADS),
         shapes=[(count,), (count,)],

@@ -34,7 +34,7 @@ def find_layers(model: nn.Module) -> list[tuple[nn.Module, LayerPattern]]:
     """
     groups = [group for group in group_layers(model) if may_match(group[0])]
     keys = _cache_keys([group[0] for group in groups])
-    cached, new, found = cache.read_layers(), {}, []
+    cached, new, layers = cache.read_layers(), {}, []
     for group, key in zip(groups, keys, strict=True):
         try:
             pattern = msgspec.convert(cached[key or ""], LayerPattern | None)
@@ -43,10 +43,10 @@ def find_layers(model: nn.Module) -> list[tuple[nn.Module, LayerPattern]]:
             if key is not None and is_cacheable:
                 new[key] = msgspec.to_builtins(pattern)
         if pattern is not None:
-            found += [(module, pattern) for module in group]
+            layers += [(module, pattern) for module in group]
     if new:
         cache.add_layers(new)
-    return found
+    return layers
 
 
 def _cache_keys(layers: list[nn.Module]) -> list[str | None]:

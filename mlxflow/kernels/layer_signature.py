@@ -136,12 +136,12 @@ class SignatureBuilder:
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if not isinstance(module, str) or not isinstance(name, str):
             raise NoSignature
-        found: Any = sys.modules.get(module)
-        if module not in self.modules and module != "mlx.core" and not _is_unchanged(found):
+        target: Any = sys.modules.get(module)
+        if module not in self.modules and module != "mlx.core" and not _is_unchanged(target):
             raise NoSignature
         for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is not value:
+            target = getattr(target, part, None)
+        if target is not value:
             raise NoSignature
         is_layer = isinstance(value, type) and issubclass(value, nn.Module)
         for function in vars(value).values() if is_layer else (value,):

@@ -111,9 +111,9 @@ def choose_for(
 
     dtype = traits.dtype
     layers = layer_patching.find_layers(model)
-    wanted = {pattern.kernel_name(module, dtype) for module, pattern in layers}
-    wanted |= _update_kernels(traits) | _attention_kernels(model, traits)
-    known = [name for name in wanted if kernel_names.is_known(name)]
+    names = {pattern.kernel_name(module, dtype) for module, pattern in layers}
+    names |= _update_kernels(traits) | _attention_kernels(model, traits)
+    known = [name for name in names if kernel_names.is_known(name)]
     if recorded is not None:
         return _model_kernels(registry.recorded(known, recorded), layers, dtype)
     selection = registry.choose(known, ahead, lambda expected: rehearse(_model_kernels(expected, layers, dtype)))

@@ -156,8 +156,8 @@ class _DlInfo(ctypes.Structure):
 def _file(library: Any) -> str:
     """Return the path that a library was loaded from: of two with one name, MLX may have loaded either."""
     place = _DlInfo()
-    found = ctypes.CDLL(None).dladdr(ctypes.cast(library.nvrtcVersion, ctypes.c_void_p), ctypes.byref(place))
-    return os.fsdecode(place.file) if found and place.file else str(library._name)
+    is_found = ctypes.CDLL(None).dladdr(ctypes.cast(library.nvrtcVersion, ctypes.c_void_p), ctypes.byref(place))
+    return os.fsdecode(place.file) if is_found and place.file else str(library._name)
 
 
 def library_version(library: Any) -> str:

@@ -117,13 +117,13 @@ def _match_block(module: nn.Module, inner: list[str]) -> Block | None:
     functions = dict(zip(inner, (mx.sin, mx.exp, mx.tanh, mx.square), strict=True))
     others = [object() for _ in positional_arguments(type(module), *[0] * _parameter_count(type(module)))][1:]
     x = _sample((2, 8), 0)
-    found, received = _run_with_functions(module, functions, x, others)
+    result, received = _run_with_functions(module, functions, x, others)
     for (norm, other_norm), (first, second) in itertools.product(
         itertools.permutations(norms), itertools.permutations(layers)
     ):
         h = x + functions[first](functions[norm](x))
         is_passed_on = received.get(first) == others and received.get(second) == []
-        if is_passed_on and _same(found, h + functions[second](functions[other_norm](h))):
+        if is_passed_on and _same(result, h + functions[second](functions[other_norm](h))):
             pair = (cast("Norm", patterns[norm]), cast("Norm", patterns[other_norm]))
             return Block((norm, other_norm), (first, second), pair)
     return None
@@ -162,9 +162,9 @@ def _is_norm_like(module: nn.Module) -> bool:
 
 def _match_product(module: nn.Module) -> GatedProduct | None:
     pair = (_sample((3, 16), 0) * 2, _sample((3, 16), 1) * 2)
-    found = module(*pair)
+    result = module(*pair)
     for activation, gate in itertools.product(gated_activation.ACTIVATIONS, (0, 1)):
-        if _same(found, gated_activation.reference(activation, pair[gate], pair[1 - gate])):
+        if _same(result, gated_activation.reference(activation, pair[gate], pair[1 - gate])):
             return GatedProduct(activation, gate)
     return None
 
@@ -174,8 +174,8 @@ def _match_embedding(module: nn.Module) -> Embedding | None:
     module.weight = _sample((8, before.shape[1]), 0)
     numbers = mx.array([[0, 2, 1], [7, 1, 1]])
     try:
-        found = module(numbers)
-        is_lookup = isinstance(found, mx.array) and mx.array_equal(found, module.weight[numbers])
+        result = module(numbers)
+        is_lookup = isinstance(result, mx.array) and mx.array_equal(result, module.weight[numbers])
     finally:
         module.weight = before
     return Embedding() if is_lookup else None
@@ -186,14 +186,14 @@ def _match_rotary(module: nn.Module) -> Rotary | None:
     for width in sorted({value for value in values if type(value) is int and 0 < value <= 512 and value % 16 == 0}):
         x = _sample((2, 3, 5, width + 8), 0)
         try:
-            found = module(x)
+            result = module(x)
         except (TypeError, ValueError):
             continue
         for interleaved in (False, True):
             parts = module(rotary.ones_and_zeros(width, 5, interleaved=interleaved))
             cosine, sine = (part[0, 0] for part in rotary.pairs(parts, interleaved=interleaved))
             is_swapped = float(mx.abs(sine).max()) > 0
-            if is_swapped and _same(found, rotary.reference(x, cosine, sine, interleaved, False)):
+            if is_swapped and _same(result, rotary.reference(x, cosine, sine, interleaved, False)):
                 return Rotary(width, interleaved)
     return None
 
@@ -206,10 +206,10 @@ def _match_mlp(module: nn.Module, inner: list[str]) -> GatedMLP | None:
             if width is None or width != _input_width(module[up]):
                 continue
             x = _sample((3, width), 0).astype(_compute_type(module))
-            found = module(x)
+            result = module(x)
             for activation, (one, other) in itertools.product(gated_activation.ACTIVATIONS, ((gate, up), (up, gate))):
                 product = gated_activation.reference(activation, module[one](x), module[other](x))
-                if product.shape[-1] == _input_width(module[down]) and _same(found, module[down](product)):
+                if product.shape[-1] == _input_width(module[down]) and _same(result, module[down](product)):
                     if _is_ambiguous(activation, module[one](x), module[other](x)):
                         return None
                     is_plain = is_plain_linear(module[one]) and is_plain_linear(module[other])
@@ -224,10 +224,10 @@ def _match_joined_mlp(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
             joined = module[both](x)
             if joined.shape[-1] != 2 * (_input_width(module[down]) or 0):
                 continue
-            found, two = module(x), mx.split(joined, 2, axis=-1)
+            result, two = module(x), mx.split(joined, 2, axis=-1)
             for activation, gate in itertools.product(gated_activation.ACTIVATIONS, (0, 1)):
                 product = gated_activation.reference(activation, two[gate], two[1 - gate])
-                if _same(found, module[down](product)):
+                if _same(result, module[down](product)):
                     if _is_ambiguous(activation, two[gate], two[1 - gate]):
                         return None
                     return JoinedMLP(activation, gate, both, down)
@@ -265,12 +265,12 @@ def _sample(shape: tuple[int, ...], seed: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def _same(found: Any, expected: mx.array) -> bool:
+def _same(result: Any, expected: mx.array) -> bool:
     """Return whether two results are equal but for rounding, row by row; rows of zeros do not count as equal."""
-    if not isinstance(found, mx.array) or found.shape != expected.shape:
+    if not isinstance(result, mx.array) or result.shape != expected.shape:
         return False
-    tolerance = 2e-5 if found.dtype == mx.float32 else 1e-2
-    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    tolerance = 2e-5 if result.dtype == mx.float32 else 1e-2
+    result, expected = result.astype(mx.float32), expected.astype(mx.float32)
     largest = mx.abs(expected).max(-1)
-    error = mx.abs(found - expected).max(-1)
+    error = mx.abs(result - expected).max(-1)
     return bool(((largest > 0) & (error <= tolerance * largest)).all())

@@ -97,8 +97,8 @@ def reference(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, 
     first, second = (mx.array(one).reshape(2, *[1] * (-1 - axis)) for one in ([1.0, 0.0], [0.0, 1.0]))
     # not concatenated: MLX's operations for that take longer to load on CUDA than most kernels to verify
     turned = a * (cosine * first + sine * second) + b * (cosine * second - sine * first)
-    found = turned.flatten(-2).astype(x.dtype)
-    return found if width == x.shape[-1] else mx.concatenate([found, x[..., width:]], axis=-1)
+    rotated = turned.flatten(-2).astype(x.dtype)
+    return rotated if width == x.shape[-1] else mx.concatenate([rotated, x[..., width:]], axis=-1)
 
 
 def supports(x: mx.array, width: int) -> bool:
@@ -112,14 +112,14 @@ def kernel(x: mx.array, cosine: mx.array, sine: mx.array, interleaved: bool, bac
     batch, heads, length, width = x.shape
     half = cosine.shape[-1]
     rows = x.transpose(0, 2, 1, 3).reshape(batch * length, heads * width)
-    (found,) = _SOURCE.launch(
+    (rotated,) = _SOURCE.launch(
         [rows, cosine, sine],
         constants=[("HALF", half), ("WIDTH", width), ("INTERLEAVED", interleaved), ("BACK", back)],
         groups=-(-(batch * length * (half // 8)) // THREADS),
         shapes=[rows.shape],
         dtypes=[x.dtype],
     )
-    return found.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
+    return rotated.reshape(batch, length, heads, width).transpose(0, 2, 1, 3)
 
 
 @functools.cache

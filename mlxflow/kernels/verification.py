@@ -119,24 +119,24 @@ def _failure_result(failure: Exception) -> VerificationResult:
 def _error(case: Case) -> float:
     inputs = case.inputs(_CHECKED)
     mx.eval(inputs)
-    found, again, expected = case.kernel(*inputs), case.kernel(*inputs), case.reference(*inputs)
-    mx.eval(found, again, expected)
-    if any(not _equal(first, second) for first, second in zip(found, again, strict=True)):
+    result, again, expected = case.kernel(*inputs), case.kernel(*inputs), case.reference(*inputs)
+    mx.eval(result, again, expected)
+    if any(not _equal(first, second) for first, second in zip(result, again, strict=True)):
         return float("inf")
-    return max(_deviation(*pair) for pair in zip(found, expected, strict=True))
+    return max(_deviation(*pair) for pair in zip(result, expected, strict=True))
 
 
 def _equal(first: mx.array, second: mx.array) -> bool:
     return bool(mx.array_equal(first, second, equal_nan=True))
 
 
-def _deviation(found: mx.array, expected: mx.array) -> float:
+def _deviation(result: mx.array, expected: mx.array) -> float:
     """Return the largest deviation in a row over the largest value in it; infinite for another shape or NaN."""
-    if found.shape != expected.shape:
+    if result.shape != expected.shape:
         return float("inf")
-    found, expected = (array.astype(mx.float32).reshape(-1, (array.shape or (1,))[-1]) for array in (found, expected))
+    result, expected = (array.astype(mx.float32).reshape(-1, (array.shape or (1,))[-1]) for array in (result, expected))
     largest = mx.maximum(mx.abs(expected).max(-1), 1e-30)
-    deviation = float((mx.abs(found - expected).max(-1) / largest).max())
+    deviation = float((mx.abs(result - expected).max(-1) / largest).max())
     return deviation if deviation == deviation else float("inf")
 
 

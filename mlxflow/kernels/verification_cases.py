@@ -51,10 +51,10 @@ def case_of(name: str) -> Case:
         KeyError: there is none.
     """
     kind, *parts = name.split("/")
-    found = [make for prefix, make in _MAKERS.items() if kind.startswith(prefix)]
-    if not found:
+    makers = [make for prefix, make in _MAKERS.items() if kind.startswith(prefix)]
+    if not makers:
         raise KeyError(name)
-    return found[0](kind, TYPES[parts[0]], parts[1:])
+    return makers[0](kind, TYPES[parts[0]], parts[1:])
 
 
 def _tolerance(dtype: mx.Dtype) -> float:

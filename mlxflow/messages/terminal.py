@@ -49,8 +49,8 @@ def foreign(text: str) -> str:
     return text if text.isprintable() else _FOREIGN.sub(lambda found: found[1] or _escape(found), text)
 
 
-def _escape(found: re.Match[str]) -> str:
-    number = ord(found[0])
+def _escape(match: re.Match[str]) -> str:
+    number = ord(match[0])
     if 0xDC80 <= number <= 0xDCFF:  # a byte of a name that is no UTF-8
         number -= 0xDC00
     return {9: "\\t", 10: "\\n", 13: "\\r"}.get(number) or (

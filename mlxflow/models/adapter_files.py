@@ -34,20 +34,22 @@ def are_in(folder: Path) -> bool:
     Raises:
         ArtifactError: they are in another format than mlx-lm's, or one of their files is missing.
     """
-    found = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
+    existing = [name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
     if (folder / CONFIG).is_file() and "peft_type" in read_config(folder):
         raise ArtifactError(
             f"{folder / CONFIG}: is of PEFT's form, which mlx-lm does not read. Merge the adapter into the model, or "
             "move its files away."
         )
-    if len(found) == 1:
-        missing = WEIGHTS if found == [CONFIG] else CONFIG
-        raise ArtifactError(f"{folder / missing}: missing beside {found[0]}. Build it again, or remove {found[0]}.")
-    if not found and _were_written(folder):
+    if len(existing) == 1:
+        missing = WEIGHTS if existing == [CONFIG] else CONFIG
+        raise ArtifactError(
+            f"{folder / missing}: missing beside {existing[0]}. Build it again, or remove {existing[0]}."
+        )
+    if not existing and _were_written(folder):
         raise ArtifactError(
             f"{folder}: {WEIGHTS} and {CONFIG} are missing: without them it is not the trained model. Build it again."
         )
-    return bool(found)
+    return bool(existing)
 
 
 class _Fusing(msgspec.Struct, frozen=True):

@@ -196,8 +196,8 @@ def _list_mismatch(value: Any, kinds: list[Any]) -> str:
         return f"a list of at most {_MOST_ITEMS:,}"
     infinite = (math.inf, -math.inf)  # such as of a time step
     items = [one for one in value if not (isinstance(one, float) and one in infinite)]
-    found = next((expected for one in items if kinds and (expected := _mismatch(one, kinds[0]))), "")
-    return f"a list, each {found}" if found else ""
+    expected_item = next((expected for one in items if kinds and (expected := _mismatch(one, kinds[0]))), "")
+    return f"a list, each {expected_item}" if expected_item else ""
 
 
 def _shown(value: Any) -> str:

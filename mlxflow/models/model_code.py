@@ -64,8 +64,8 @@ def is_architecture(name: str) -> bool:
     mlx_lm_import.prepare()
     package = importlib.util.find_spec("mlx_lm.models")
     folders = package.submodule_search_locations if package else None
-    found = [Path(folder, f"{name}.py") for folder in folders or ()] if _NAME.fullmatch(name) else []
-    return any(file.is_file() and _defines_model(file) for file in found)
+    candidates = [Path(folder, f"{name}.py") for folder in folders or ()] if _NAME.fullmatch(name) else []
+    return any(file.is_file() and _defines_model(file) for file in candidates)
 
 
 @cache

@@ -91,12 +91,12 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
-    found = model_files.find(folder)
-    if found.problem:
-        raise ArtifactError(f"{folder}: {found.problem}. {found.advice}")
-    if found.code and not remote_code.trusts_code():
-        raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, found.code)}")
-    weight_checks.require_sound(folder, found.weights)
+    files = model_files.find(folder)
+    if files.problem:
+        raise ArtifactError(f"{folder}: {files.problem}. {files.advice}")
+    if files.code and not remote_code.trusts_code():
+        raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, files.code)}")
+    weight_checks.require_sound(folder, files.weights)
     file = str(folder / model_files.CONFIG)
     config_json.read(folder)
     generation = remote_code.read_table(folder / model_files.GENERATION)
@@ -105,7 +105,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     floating: dict[str, type[nn.Module]] = {}
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, args_class = model_code.classes({**config, "model_file": found.code}, folder)
+        model_class, args_class = model_code.classes({**config, "model_file": files.code}, folder)
         guarded = config_fields.Guarded(model_class, args_class, file)
         return lambda settings: made(guarded(settings)), guarded
 
@@ -114,7 +114,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         return model
 
     gather_matmul.install()
-    with model_files.opened(folder, [name for name in found.read if not name.endswith(".py")]) as links:
+    with model_files.opened(folder, [name for name in files.read if not name.endswith(".py")]) as links:
         try:
             model, config = mlx_lm_import.mlx_lm_utils().load_model(
                 links,
@@ -126,8 +126,8 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
             raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
     weight_checks.require_readable_codes(folder, model)
     weight_checks.require_numbers(folder, model, floating)
-    config = remote_code.copied(config | {"model_file": found.code})
-    if not found.code:
+    config = remote_code.copied(config | {"model_file": files.code})
+    if not files.code:
         config.pop("model_file", None)
     if adapter_files.are_in(folder):
         model = adapter_files.apply(model, folder)
@@ -166,8 +166,8 @@ def stored_matrices(folder: Path, model: nn.Module) -> dict[str, tensor_reading.
     files = [name for name in model_files.find(folder).weights if name.endswith(".safetensors")]
     with model_files.opened(folder, files) as links:
         for file in files:
-            found: Any = mx.load(str(links / file))  # lazy: only the header is read
-            weights |= found
+            tensors: Any = mx.load(str(links / file))  # lazy: only the header is read
+            weights |= tensors
             stored |= tensor_reading.stored_rows(folder / file)
     taken: dict[str, mx.array] = model.sanitize(dict(weights)) if hasattr(model, "sanitize") else weights
     return {
@@ -249,12 +249,12 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
     target = names.get(dtype) or config_json.dtype(config)
     if target is None or target not in names.values():
         return model, dict(config)
-    wanted = getattr(mx, target)
+    dtype_to = getattr(mx, target)
     is_cast = getattr(model, "cast_predicate", lambda _: True)
 
     def casted(name: str, value: mx.array) -> mx.array:
         is_floating = mx.issubdtype(value.dtype, mx.floating)
-        return value.astype(wanted) if is_floating and is_cast(name) else value
+        return value.astype(dtype_to) if is_floating and is_cast(name) else value
 
     model.update(tree_map_with_path(casted, model.parameters()))
     return model, config_json.with_dtype(config, target)
@@ -273,11 +273,11 @@ def fetch(name: str, *, key: str, trust_key: str) -> Path:
         SourceError: it cannot be downloaded.
     """
     folder = hub.fetch(name, patterns=model_files.HUB_PATTERNS, key=key)
-    found = model_files.find(folder)
-    if found.problem:
-        raise ArtifactError(f'{key} = "{name}": {found.problem}. {found.advice}')
-    if found.code and not remote_code.trusts_code():
-        raise ArtifactError(f'{key} = "{name}": {model_code.word_untrusted(model_files.CONFIG, found.code, trust_key)}')
+    files = model_files.find(folder)
+    if files.problem:
+        raise ArtifactError(f'{key} = "{name}": {files.problem}. {files.advice}')
+    if files.code and not remote_code.trusts_code():
+        raise ArtifactError(f'{key} = "{name}": {model_code.word_untrusted(model_files.CONFIG, files.code, trust_key)}')
     return folder
 
 

@@ -102,12 +102,12 @@ def _unpacked(model: nn.Module) -> nn.Module:
     from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 
     dense: nn.Module = mlx_lm_import.mlx_lm_utils().dequantize_model(model)
-    made = []
+    dense_layers = []
     for path, layer in dense.named_modules():
         if isinstance(layer, QuantizedMultiLinear):
             weight = dense_weight(layer)
             num_heads, output_dims, input_dims = weight.shape
-            made.append((path, MultiLinear(input_dims, output_dims, num_heads)))
-            made[-1][1].weight = weight
-    dense.update_modules(tree_unflatten(made))
+            dense_layers.append((path, MultiLinear(input_dims, output_dims, num_heads)))
+            dense_layers[-1][1].weight = weight
+    dense.update_modules(tree_unflatten(dense_layers))
     return dense

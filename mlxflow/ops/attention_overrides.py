@@ -228,13 +228,13 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
     factor = scale * LOG2_E
 
     def forward(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
-        outs, kept = [], []
+        outs, saved = [], []
         values = _with_ones(values)
         for begin, end in _blocks(queries.shape[-2]):
             out, block = _attend(queries[..., begin:end, :], keys[..., :end, :], values[..., :end, :], begin, factor)
             outs.append(out)
-            kept += [block.within, block.inverse] + ([] if block.before is None else [block.before])
-        return mx.concatenate(outs, axis=-2), *kept
+            saved += [block.within, block.inverse] + ([] if block.before is None else [block.before])
+        return mx.concatenate(outs, axis=-2), *saved
 
     function = mx.custom_function(forward)
 
@@ -243,16 +243,16 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
     ) -> tuple[mx.array, ...]:
         queries, keys, values = primals
-        out, *kept = outputs
+        out, *saved = outputs
         values = _with_ones(values)
         query_gradients, key_gradients, value_gradients = [], [], []
         key_sum = value_sum = None  # gradients from later blocks for the keys and values before them
         for begin, end in reversed(_blocks(queries.shape[-2])):
-            before = kept.pop() if begin else None
-            inverse, within = kept.pop(), kept.pop()
+            before = saved.pop() if begin else None
+            inverse, within = saved.pop(), saved.pop()
             block = _QueryBlock(before, within, inverse)
             rows = slice(begin, end)
-            found = _gradients(
+            gradients = _gradients(
                 queries[..., rows, :],
                 keys[..., :end, :],
                 values[..., :end, :],
@@ -261,9 +261,9 @@ def _causal(scale: float) -> Callable[..., tuple[mx.array, ...]]:
                 block,
                 scale,
             )
-            query_gradients.append(found[0])
-            key_total = found[1] if key_sum is None else found[1] + key_sum
-            value_total = found[2] if value_sum is None else found[2] + value_sum
+            query_gradients.append(gradients[0])
+            key_total = gradients[1] if key_sum is None else gradients[1] + key_sum
+            value_total = gradients[2] if value_sum is None else gradients[2] + value_sum
             key_gradients.append(key_total[..., rows, :])
             value_gradients.append(value_total[..., rows, :])
             key_sum, value_sum = key_total[..., :begin, :], value_total[..., :begin, :]
@@ -288,12 +288,12 @@ def _attend(
     if before is not None:
         largest = mx.maximum(largest, before.max(axis=-1, keepdims=True))
     within = exp2_below(within, largest, factor) * sees
-    found = within @ values[..., begin:, :]
+    result = within @ values[..., begin:, :]
     if before is not None:
         before = exp2_below(before, largest, factor)
-        found = found + before @ values[..., :begin, :]
-    inverse = 1 / found[..., -1:] + 0 * largest  # a score that is no number shows
-    return found[..., :-1] * inverse, _QueryBlock(before, within, inverse)
+        result = result + before @ values[..., :begin, :]
+    inverse = 1 / result[..., -1:] + 0 * largest  # a score that is no number shows
+    return result[..., :-1] * inverse, _QueryBlock(before, within, inverse)
 
 
 def _gradients(

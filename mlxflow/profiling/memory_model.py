@@ -89,20 +89,20 @@ def _weights(points: Sequence[Point]) -> tuple[float, ...]:
     return tuple(_non_negative(rows / values[:, None], np.ones(len(values))).tolist())
 
 
-def _non_negative(design: "NDArray[np.float64]", wanted: "NDArray[np.float64]") -> "NDArray[np.float64]":
+def _non_negative(design: "NDArray[np.float64]", targets: "NDArray[np.float64]") -> "NDArray[np.float64]":
     """Return non-negative least squares, by trying every subset of the columns."""
     best, least = np.zeros(design.shape[1]), np.inf
     for chosen in range(1, 1 << design.shape[1]):
         columns = [column for column in range(design.shape[1]) if chosen >> column & 1]
         part = design[:, columns]
-        if len(columns) > len(wanted) or not part.any(axis=0).all():
+        if len(columns) > len(targets) or not part.any(axis=0).all():
             continue
         scale = np.abs(part).max(axis=0)
-        found = np.linalg.lstsq(part / scale, wanted, rcond=None)[0] / scale
-        residual = float(((part @ found - wanted) ** 2).sum())
-        if (found >= 0).all() and residual < least - 1e-9:
+        solution = np.linalg.lstsq(part / scale, targets, rcond=None)[0] / scale
+        residual = float(((part @ solution - targets) ** 2).sum())
+        if (solution >= 0).all() and residual < least - 1e-9:
             best, least = np.zeros(design.shape[1]), residual
-            best[columns] = found
+            best[columns] = solution
     return best
 
 

@@ -63,9 +63,9 @@ def suggest(
         situation: measured with them.
         predicts: predicts the peaks of other settings.
     """
-    found = [*_by_settings(model, settings, situation, predicts), *_by_cache(situation)]
+    suggestions = [*_by_settings(model, settings, situation, predicts), *_by_cache(situation)]
     least = _WORTH_SHARE * (situation.peaks.whole + situation.cache_memory_bytes)
-    return sorted((one for one in found if one.saves_bytes > least), key=lambda one: -one.saves_bytes)
+    return sorted((one for one in suggestions if one.saves_bytes > least), key=lambda one: -one.saves_bytes)
 
 
 def _candidates(settings: TrainingSettings, situation: Situation) -> Iterator[tuple[str, Any, TrainingSettings, str]]:

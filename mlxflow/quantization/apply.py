@@ -23,11 +23,11 @@ def apply_plan(model: nn.Module, layers: Mapping[str, Setting], packed: Mapping[
     """
     dense = quantizable_layers(model)
     for path, setting in layers.items():
-        made = (packed or {}).get(path) or pack(dense[path].weight, setting)
+        codes = (packed or {}).get(path) or pack(dense[path].weight, setting)
         layer = dense.pop(path).to_quantized(**setting.stored())
-        layer.weight, layer.scales = made.weight, made.scales
-        if made.biases is not None:
-            layer.biases = made.biases
+        layer.weight, layer.scales = codes.weight, codes.scales
+        if codes.biases is not None:
+            layer.biases = codes.biases
         mx.eval(layer.parameters())
         model.update_modules(tree_unflatten([(path, layer)]))
 
@@ -87,9 +87,9 @@ def quantize_model_for_inference(
     if mode not in BITS:
         raise CallError(f'mode = "{mode}": expected one of {", ".join(BITS)}. Use mode = "affine" (the default).')
     try:
-        asked = RequestedSetting(mode, bits, group_size)
-        rules = [_with_own(Rule(**rule), asked) for rule in layers]
-        plan = resolve(model, default=asked.setting, rules=rules, key="quantize_model_for_inference")
+        requested = RequestedSetting(mode, bits, group_size)
+        rules = [_with_own(Rule(**rule), requested) for rule in layers]
+        plan = resolve(model, default=requested.setting, rules=rules, key="quantize_model_for_inference")
         check_supported(plan.layers, "quantize_model_for_inference")
     except TypeError as error:
         raise CallError(f"layers: {error}. A rule has match, bits, group_size, mode and skip.") from error

@@ -124,10 +124,10 @@ def train_rounded(
         )
     model.train()
     mx.eval(model.parameters())
-    wanted = kernel_selection.KernelRequest.of(request.kernels, context)
-    with kernel_selection.begin_verification(wanted) as ahead, fake_quantized(model, layers) as pack:
+    kernel_request = kernel_selection.KernelRequest.of(request.kernels, context)
+    with kernel_selection.begin_verification(kernel_request) as ahead, fake_quantized(model, layers) as pack:
         subject = _subject(model, settings, tokens.train, teacher, names)
-        kernels = kernel_selection.select_kernels(wanted, subject, rows.head(settings.batch_size), ahead)
+        kernels = kernel_selection.select_kernels(kernel_request, subject, rows.head(settings.batch_size), ahead)
         result = run.train(
             subject._replace(settings=subject.settings.replace(kernels=tuple(kernels.selected))),
             kernels,

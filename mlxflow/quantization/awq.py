@@ -126,9 +126,9 @@ class _BlockScaling:
         alike = tuple((path, type(one), one.weight.shape) for path, one in weighted(self._block).items())
         if alike not in recipes:
             recipes[alike] = find_groups(self._block, self.run, calls)
-        dense, wanted = self._block.parameters(), self.run()
+        dense, reference = self._block.parameters(), self.run()
         unscaled = dict.fromkeys(self._settings, 1.0)
-        before = self._lost(self.run, wanted, unscaled)
+        before = self._lost(self.run, reference, unscaled)
         x = {path: one.x for path, one in calls.items()}
         for group in recipes[alike]:
             rounded = [path for path in group.layers if path in self._settings]
@@ -137,7 +137,7 @@ class _BlockScaling:
                 apply_scales(self._block, group, scales)
                 x |= {path: (x[path] / scales).astype(x[path].dtype) for path in group.layers}
         self._clip(x, search_steps)
-        if not self._lost(self.run, wanted, unscaled) < before:
+        if not self._lost(self.run, reference, unscaled) < before:
             self._block.update(dense)
         mx.eval(self._block.parameters())
         mx.clear_cache()
@@ -153,16 +153,16 @@ class _BlockScaling:
             run: computes the outputs.
             search_steps: number of candidates.
         """
-        wanted = run()
+        reference = run()
         sizes = mx.abs(x.reshape(-1, x.shape[-1]).astype(mx.float32)).mean(axis=0)
         tried = []
         for step in range(search_steps):
             scales = mx.maximum(sizes ** (step / search_steps), _LEAST_SCALE)
             scales = scales / mx.sqrt(scales.max() * scales.min())
-            tried.append((self._lost(run, wanted, dict.fromkeys(paths, scales)), step, scales))
+            tried.append((self._lost(run, reference, dict.fromkeys(paths, scales)), step, scales))
         return min(tried, key=lambda one: one[:2])[2]
 
-    def _lost(self, run: Run, wanted: Sequence[mx.array], scales: Mapping[str, Any]) -> float:
+    def _lost(self, run: Run, reference: Sequence[mx.array], scales: Mapping[str, Any]) -> float:
         """Return the squared error of some outputs with some layers rounded under column scales."""
         layers = weighted(self._block)
         dense = {path: layers[path].weight for path in scales}
@@ -170,11 +170,11 @@ class _BlockScaling:
             rounded = round_trip((dense[path] * own).astype(dense[path].dtype), self._settings[path])
             layers[path].weight = (rounded / own).astype(rounded.dtype)
         try:
-            found = run()
+            outputs = run()
         finally:
             for path, weight in dense.items():
                 layers[path].weight = weight
-        pairs = zip(found, wanted, strict=True)
+        pairs = zip(outputs, reference, strict=True)
         lost = sum(float((one - other).astype(mx.float32).square().sum()) for one, other in pairs)
         return lost if math.isfinite(lost) else math.inf
 

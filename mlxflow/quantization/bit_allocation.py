@@ -23,14 +23,14 @@ class BudgetRequest(NamedTuple):
         bits_per_weight: of all parameters; 0 if a file size is given.
         file_bytes: of `model.safetensors`; 0 if bits per weight are given.
         candidate_bits: bits to choose from.
-        asked: the setting and its value, for the message.
+        setting: the setting and its value, for the message.
         key: of the table with the settings, for messages.
     """
 
     bits_per_weight: float
     file_bytes: int
     candidate_bits: tuple[int, ...]
-    asked: str
+    setting: str
     key: str
 
 
@@ -81,7 +81,7 @@ def allocate_bits(
         costs,
         sizes,
         budget_bytes=room,
-        asked=request.asked,
+        budget_setting=request.setting,
         parameters=sum(modules[path].weight.size for path in candidates),
     )
     tried = [cheapest, *budget.uniform_plans(sizes, budget_bytes=room)]

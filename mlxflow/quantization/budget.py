@@ -44,7 +44,9 @@ def fixed_bytes(model: nn.Module, candidates: Mapping[str, Sequence[Setting]], *
     return sum(value.size * (dtype or value.dtype).size for value in rest)
 
 
-def cheapest_plan(costs: Costs, sizes: Sizes, *, budget_bytes: int, asked: str, parameters: int) -> dict[str, Setting]:
+def cheapest_plan(
+    costs: Costs, sizes: Sizes, *, budget_bytes: int, budget_setting: str, parameters: int
+) -> dict[str, Setting]:
     """Return the settings with the least sum of costs whose bytes are within a budget.
 
     The multiple-choice knapsack, by dynamic programming over the bytes: exact while a plan's bytes are at most 65,536
@@ -54,13 +56,13 @@ def cheapest_plan(costs: Costs, sizes: Sizes, *, budget_bytes: int, asked: str, 
         costs: of each layer at each candidate.
         sizes: of each layer at each candidate, in bytes.
         budget_bytes: for these layers together.
-        asked: the key and value that set the budget, for the message.
+        budget_setting: the key and value that set the budget, for the message.
         parameters: number of weights in these layers, for the message.
 
     Raises:
         WorkflowError: even the smallest candidates exceed the budget; names the smallest possible one.
     """
-    _require_possible(sizes, budget_bytes, asked, parameters)
+    _require_possible(sizes, budget_bytes, budget_setting, parameters)
     unit = _unit(sizes)
     room = min(budget_bytes // unit, sum(-(-max(one.values()) // unit) for one in sizes.values()))
     least = np.zeros(room + 1)
@@ -91,11 +93,11 @@ def uniform_plans(sizes: Sizes, *, budget_bytes: int) -> list[dict[str, Setting]
     Layers that have one candidate keep it.
     """
     shared = [set(options) for options in sizes.values() if len(options) > 1]
-    found = [
+    plans = [
         {path: setting if len(options) > 1 else next(iter(options)) for path, options in sizes.items()}
         for setting in sorted(set.intersection(*shared) if shared else ())
     ]
-    within = [plan for plan in found if plan_bytes(plan, sizes) <= budget_bytes]
+    within = [plan for plan in plans if plan_bytes(plan, sizes) <= budget_bytes]
     return sorted(within, key=lambda plan: plan_bytes(plan, sizes), reverse=True)[:3]
 
 
@@ -159,11 +161,11 @@ def _loss_of(
             modules[path].weight = weight
 
 
-def _require_possible(sizes: Sizes, budget_bytes: int, asked: str, parameters: int) -> None:
+def _require_possible(sizes: Sizes, budget_bytes: int, setting: str, parameters: int) -> None:
     least = sum(min(options.values()) for options in sizes.values())
     if least > budget_bytes:
         raise WorkflowError(
-            f"{asked}: the least possible is {8 * least / parameters:.3f} bits per weight ({least:,} bytes) in the "
+            f"{setting}: the least possible is {8 * least / parameters:.3f} bits per weight ({least:,} bytes) in the "
             f"layers that are quantized, and the budget leaves {max(budget_bytes, 0):,} bytes for them. Raise it, or "
             "allow fewer candidate_bits."
         )

@@ -241,7 +241,7 @@ def _by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, 
     """Return the layers that GPTQ learns, by their settings."""
     from mlx_lm.models.switch_layers import SwitchLinear
 
-    found: dict[Setting, list[str]] = {}
+    paths: dict[Setting, list[str]] = {}
     for path, layer in quantizable_layers(model).items():
         setting = plan.get(path)
         if (
@@ -250,8 +250,8 @@ def _by_setting(model: nn.Module, plan: Mapping[str, Setting]) -> dict[Setting, 
             and setting.mode == "affine"
             and setting.bits in _GPTQ_BITS
         ):
-            found.setdefault(setting, []).append(path)
-    return found
+            paths.setdefault(setting, []).append(path)
+    return paths
 
 
 def _check_gptq(model: nn.Module, plan: Mapping[str, Setting], name: str) -> None:
@@ -290,6 +290,6 @@ def _require_finite(packed: Mapping[str, Packed], name: str) -> None:
 
 def _packed_layers(model: nn.Module, plan: Mapping[str, Setting]) -> dict[str, Packed]:
     modules = dict(model.named_modules())
-    made = {path: Packed(modules[path].weight, modules[path].scales, modules[path].get("biases")) for path in plan}
-    mx.eval(made)
-    return made
+    packed = {path: Packed(modules[path].weight, modules[path].scales, modules[path].get("biases")) for path in plan}
+    mx.eval(packed)
+    return packed

@@ -19,10 +19,12 @@ from mlxflow.quantization.settings import Setting
 
 def packed_layer(layer: nn.Module, setting: Setting) -> nn.Module:
     """Return a dense layer quantized by rounding to nearest; symmetric codes use affine storage."""
-    made: nn.Module = layer.to_quantized(group_size=setting.group_size, bits=setting.bits, mode=setting.stored_mode)
+    quantized: nn.Module = layer.to_quantized(
+        group_size=setting.group_size, bits=setting.bits, mode=setting.stored_mode
+    )
     if setting.mode == "symmetric":
-        made.weight, made.scales, made.biases = pack(layer.weight, setting)
-    return made
+        quantized.weight, quantized.scales, quantized.biases = pack(layer.weight, setting)
+    return quantized
 
 
 @contextlib.contextmanager
@@ -47,8 +49,8 @@ def following(model: nn.Module, plan: Mapping[str, Setting], *, free: set[str], 
             yield
     finally:
         for layer in layers.values():
-            for kept in ("input_feat", "indices"):
-                layer.pop(kept, None)
+            for attribute in ("input_feat", "indices"):
+                layer.pop(attribute, None)
         model.update_modules(tree_unflatten(list(layers.items())))
 
 
@@ -88,8 +90,8 @@ def _differentiable(layer: nn.Module, weight: mx.array, scales: mx.array, biases
 
 class _DenseProductLinear(nn.QuantizedLinear):  # type: ignore[misc]
     def __call__(self, x: mx.array) -> mx.array:
-        made = x @ _differentiable(self, self.weight, self.scales, self.biases).T
-        return made + self["bias"] if "bias" in self else made
+        y = x @ _differentiable(self, self.weight, self.scales, self.biases).T
+        return y + self["bias"] if "bias" in self else y
 
 
 class _DenseProductEmbedding(nn.QuantizedEmbedding):  # type: ignore[misc]
@@ -105,8 +107,8 @@ def _dense_product_kinds() -> dict[type[nn.Module], type[nn.Module]]:
 
     def product_of_experts(self: nn.Module, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         weight = _differentiable(self, self.weight, self.scales, self.biases).swapaxes(-1, -2)
-        made = mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
-        return made + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else made
+        y = mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=sorted_indices)
+        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
     return {
         nn.QuantizedLinear: _DenseProductLinear,

@@ -62,37 +62,37 @@ def measure_quality(
     model = quantized_layers.for_evaluation(model_folder.load(context.folder)[0])
     rows = validation.rows.head(limits.max_rows)
     masks = document_mask.masks_conversations(model, validation)
-    kept = context.state / _KEPT_FOLDER
+    cache_folder = context.state / _KEPT_FOLDER
     reference = kept_reference(
         lambda: _open_dense(dense, lazy=True),
         rows,
-        folder=kept,
+        folder=cache_folder,
         key=_reference_key(dense, validation.path, rows.num_rows, masks=masks, context=context),
         batch_size=_EVAL_BATCH,
         masks_documents=masks,
     )
-    found = measure_divergence(reference, model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
+    divergence = measure_divergence(reference, model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
     if context.digests.changed():  # an input changed during the run: the cached file may belong to another model
-        atomic_folders.remove_folder(kept)
-    if not math.isfinite(found.kl):
+        atomic_folders.remove_folder(cache_folder)
+    if not math.isfinite(divergence.kl):
         raise StageError(
             f"{task}: the quantized model returns numbers that are not finite on validation rows. "
             "Use more bits, or another method."
         )
-    problems = list(_exceeded(limits, found, task))
+    problems = list(_exceeded(limits, divergence, task))
     if problems:
         worst = _worst_layers(_open_dense(dense), model, layers, rows, masks=masks)
         raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
     return QualityFigures(
-        tokens=found.dense.tokens,
-        dense_perplexity=found.dense.perplexity,
-        dense_perplexity_standard_error=found.dense.standard_error,
-        perplexity=found.quantized.perplexity,
-        perplexity_standard_error=found.quantized.standard_error,
-        perplexity_increase=found.perplexity_increase,
-        kl=found.kl,
-        kl_standard_error=found.kl_standard_error,
-        top1_agreement=found.top1_agreement,
+        tokens=divergence.dense.tokens,
+        dense_perplexity=divergence.dense.perplexity,
+        dense_perplexity_standard_error=divergence.dense.standard_error,
+        perplexity=divergence.quantized.perplexity,
+        perplexity_standard_error=divergence.quantized.standard_error,
+        perplexity_increase=divergence.perplexity_increase,
+        kl=divergence.kl,
+        kl_standard_error=divergence.kl_standard_error,
+        top1_agreement=divergence.top1_agreement,
     )
 
 
@@ -123,14 +123,14 @@ def _worst_layers(dense: nn.Module, quantized: nn.Module, layers: Mapping[str, A
     return ", ".join(f"{path} ({cost:.2g} nats)" for path, cost in list(costs.items())[:3])
 
 
-def _exceeded(limits: QualityLimits, found: Divergence, task: str) -> Iterator[str]:
+def _exceeded(limits: QualityLimits, divergence: Divergence, task: str) -> Iterator[str]:
     """Yield a line for each exceeded limit."""
     advice = "Give the layers that cost most more bits, or raise the limit."
     most = limits.max_perplexity_increase
-    if most and not found.perplexity_increase <= most:
+    if most and not divergence.perplexity_increase <= most:
         yield (
-            f"{task}.max_perplexity_increase = {most}: perplexity went from {found.dense.perplexity:.4g} to "
-            f"{found.quantized.perplexity:.4g} (+{found.perplexity_increase:.1%}). {advice}"
+            f"{task}.max_perplexity_increase = {most}: perplexity went from {divergence.dense.perplexity:.4g} to "
+            f"{divergence.quantized.perplexity:.4g} (+{divergence.perplexity_increase:.1%}). {advice}"
         )
-    if limits.max_kl and not found.kl <= limits.max_kl:
-        yield f"{task}.max_kl = {limits.max_kl}: the divergence is {found.kl:.4g} nats a token. {advice}"
+    if limits.max_kl and not divergence.kl <= limits.max_kl:
+        yield f"{task}.max_kl = {limits.max_kl}: the divergence is {divergence.kl:.4g} nats a token. {advice}"

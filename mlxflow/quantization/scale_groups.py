@@ -71,7 +71,7 @@ def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
         block: a block of a model.
         run: runs it.
     """
-    found: dict[str, list[Noted]] = {}
+    recorded: dict[str, list[Noted]] = {}
     count = iter(range(1 << 30))
 
     def noting(path: str) -> Callable[[Any], Any]:
@@ -79,7 +79,7 @@ def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
             def noted_call(self: Any, *inputs: Any, **named: Any) -> Any:
                 result = call(self, *inputs, **named)
                 y = result if isinstance(result, mx.array) else None
-                found.setdefault(path, []).append(Noted(next(count), inputs, named, y))
+                recorded.setdefault(path, []).append(Noted(next(count), inputs, named, y))
                 return result
 
             return noted_call
@@ -91,8 +91,8 @@ def noted(block: nn.Module, run: Run) -> dict[str, Noted]:
         for path, module in modules.values():
             stack.enter_context(layer_method(module, "__call__", noting(path), by=__name__))
         run()
-    once = {path: calls[0] for path, calls in found.items() if len(calls) == 1}
-    found.clear()  # see `layer_method`
+    once = {path: calls[0] for path, calls in recorded.items() if len(calls) == 1}
+    recorded.clear()  # see `layer_method`
     mx.eval([(one.x if isinstance(one.x, mx.array) else None, one.y) for one in once.values()])
     return once
 
@@ -123,13 +123,13 @@ def find_groups(block: nn.Module, run: Run, calls: Mapping[str, Noted]) -> list[
     calls = {path: one for path, one in calls.items() if path in layers}
     matrices = {path: one for path, one in calls.items() if layers[path].weight.ndim > 1 and _is_floating(one.x)}
     candidates = [*_after_norms(layers, calls, matrices), *_after_matrices(layers, matrices)]
-    found: dict[tuple[str, ...], Group] = {}
+    groups: dict[tuple[str, ...], Group] = {}
     with _in_fp32(block):
-        wanted = run()
+        reference = run()
         for group in candidates:
-            if group.layers not in found and _holds(block, run, group, wanted):
-                found[group.layers] = group
-    return sorted(found.values(), key=lambda group: max(calls[path].place for path in group.layers))
+            if group.layers not in groups and _holds(block, run, group, reference):
+                groups[group.layers] = group
+    return sorted(groups.values(), key=lambda group: max(calls[path].place for path in group.layers))
 
 
 def apply_scales(block: nn.Module, group: Group, scales: mx.array) -> None:
@@ -209,22 +209,22 @@ def _after_matrices(layers: Mapping[str, nn.Module], matrices: Mapping[str, Note
                 yield Group(other, (0, width), adds_one=False, layers=(path,))
 
 
-def _holds(block: nn.Module, run: Run, group: Group, wanted: list[mx.array]) -> bool:
+def _holds(block: nn.Module, run: Run, group: Group, reference: list[mx.array]) -> bool:
     """Return whether a block's output is unchanged with a group scaled at random."""
     before = block.parameters()
     width = weighted(block)[group.layers[0]].weight.shape[-1]
     apply_scales(block, group, mx.array(2 ** np.random.default_rng(0).uniform(-1, 1, width).astype(np.float32)))
     try:
-        found = run()
+        outputs = run()
     except ValueError:  # shapes differ: the source has other channels
         return False
     finally:
         block.update(before)
-    return all(_is_near(one, other) for one, other in zip(found, wanted, strict=True))
+    return all(_is_near(one, other) for one, other in zip(outputs, reference, strict=True))
 
 
-def _is_near(found: mx.array, wanted: mx.array) -> bool:
-    return float(mx.abs(found - wanted).max()) <= _TOLERANCE * float(mx.abs(wanted).max())
+def _is_near(output: mx.array, reference: mx.array) -> bool:
+    return float(mx.abs(output - reference).max()) <= _TOLERANCE * float(mx.abs(reference).max())
 
 
 @contextmanager

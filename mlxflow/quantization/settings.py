@@ -81,15 +81,15 @@ class Mistake(NamedTuple):
 
 def mistakes_in(setting: Setting) -> list[Mistake]:
     """Return the values of a setting that its mode does not support."""
-    found = []
+    mistakes = []
     for key, value, choices in (
         ("bits", setting.bits, BITS[setting.mode]),
         ("group_size", setting.group_size, GROUP_SIZES[setting.mode]),
     ):
         if value not in choices:
             listed = f"{key} {choices[0]}" if len(choices) == 1 else f"one of {', '.join(map(str, sorted(choices)))}"
-            found.append(Mistake(key, value, f'mode "{setting.mode}" needs {listed}', choices[0]))
-    return found
+            mistakes.append(Mistake(key, value, f'mode "{setting.mode}" needs {listed}', choices[0]))
+    return mistakes
 
 
 def completed(default: Setting, *, mode: str | None, bits: int | None, group_size: int | None) -> Setting:

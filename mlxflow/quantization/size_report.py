@@ -5,15 +5,15 @@ from mlxflow.quantization.streaming_export import LayerFacts
 from mlxflow.report.stage_reports.quantize import LayerFigures, QuantizeReport
 
 
-def report_of(method: str, made: QuantizationResult, file_bytes: int) -> QuantizeReport:
+def report_of(method: str, result: QuantizationResult, file_bytes: int) -> QuantizeReport:
     """Return the figures for the report, with the sizes of the written model.
 
     Args:
         method: of quantization.
-        made: the result of the job.
+        result: the result of the job.
         file_bytes: of `model.safetensors`.
     """
-    plan, exported, training = made.plan, made.exported, made.training
+    plan, exported, training = result.plan, result.exported, result.training
     return QuantizeReport(
         method=method,
         mode=plan.default.mode,
@@ -28,11 +28,11 @@ def report_of(method: str, made: QuantizationResult, file_bytes: int) -> Quantiz
         quantized_layers=tuple(plan.layers),
         dense_layers=(*plan.skipped, *plan.undivided),
         layers=tuple(_layer_figures(layer) for layer in exported.layers),
-        layers_toml=None if made.budget_losses is None else plan.layers_toml(),
-        budget_losses=None if made.budget_losses is None else tuple(made.budget_losses),
+        layers_toml=None if result.budget_losses is None else plan.layers_toml(),
+        budget_losses=None if result.budget_losses is None else tuple(result.budget_losses),
         kernels=tuple(training.kernels) if training else None,
         training=training.figures if training else None,
-        quality=made.quality,
+        quality=result.quality,
         run=training.run if training else None,
     )
 

@@ -112,8 +112,8 @@ def export(
             _put(out, name, loose.pop(name), source)
         for path, layer in leaves:
             setting = layers.get(path)
-            made = None if setting is None else packed(path)
-            facts += _write_layer(out, path, layer, setting, made, stored, source, streams)
+            codes = None if setting is None else packed(path)
+            facts += _write_layer(out, path, layer, setting, codes, stored, source, streams)
             for name in [name for name, value in layer.items() if isinstance(value, mx.array)]:
                 layer.pop(name)
             if setting is not None:
@@ -127,7 +127,7 @@ def _write_layer(
     path: str,
     layer: nn.Module,
     setting: Setting | None,
-    made: Packed | None,
+    codes: Packed | None,
     stored: Mapping[str, StoredRows],
     source: str,
     streams: list[mx.Stream],
@@ -136,7 +136,7 @@ def _write_layer(
     for own, value in tree_flatten(layer.parameters()):
         name = f"{path}.{own}" if path else own
         if own == "weight" and setting is not None:
-            yield _write_packed(out, path, _Matrix(name, value, stored.get(name)), setting, made, source, streams)
+            yield _write_packed(out, path, _Matrix(name, value, stored.get(name)), setting, codes, source, streams)
             continue
         _put(out, name, value, source)
         if own == "weight" and value.ndim > 1:
@@ -197,7 +197,7 @@ def _write_packed(
     path: str,
     matrix: _Matrix,
     setting: Setting,
-    made: Packed | None,
+    codes: Packed | None,
     source: str,
     streams: list[mx.Stream],
 ) -> LayerFacts:
@@ -220,7 +220,7 @@ def _write_packed(
     for place, begin in enumerate(range(0, matrix.num_rows, step)):
         with mx.stream(streams[place % len(streams)]):
             part = matrix.rows(begin, min(begin + step, matrix.num_rows))
-            packed = pack(part, setting) if made is None else _rows_of(made, begin, begin + step)
+            packed = pack(part, setting) if codes is None else _rows_of(codes, begin, begin + step)
             exact = part.astype(mx.float32)
             compared = exact[::every]
             some = Packed(*(None if column is None else column[::every] for column in packed))  # type: ignore[arg-type]
@@ -237,8 +237,8 @@ def _write_packed(
     return LayerFacts(path, matrix.weight.shape, setting, num_bytes, error)
 
 
-def _rows_of(made: Packed, begin: int, end: int) -> Packed:
-    flat = [None if part is None else part.reshape(-1, part.shape[-1])[begin:end] for part in made]
+def _rows_of(codes: Packed, begin: int, end: int) -> Packed:
+    flat = [None if part is None else part.reshape(-1, part.shape[-1])[begin:end] for part in codes]
     return Packed(*flat)  # type: ignore[arg-type]
 
 

@@ -123,10 +123,10 @@ def lines(
         "preserveAspectRatio": "none",
         "height": height,
     }
-    kept = _data(thinned, bands, axes, across)
+    data = _data(thinned, bands, axes, across)
     attributes = {"class": "plot", "data-group": group or None}
     y_axis, x_axis = _y_axis(ticks, up, axes.form, height), _x_axis(across, axes)
-    return tag("div", attributes, y_axis, tag("svg", shape, *drawn), x_axis, kept)
+    return tag("div", attributes, y_axis, tag("svg", shape, *drawn), x_axis, data)
 
 
 def _scale_across(series: Sequence[Series], bands: Sequence[Band], *, room: float) -> Scale:
@@ -172,16 +172,16 @@ def _grid(ticks: Sequence[float], up: Scale, height: float) -> Markup:
     return tag("path", {"class": "grid", "d": path})
 
 
-def _line(one: Series, across: Scale, up: Scale, height: float) -> Markup:
-    x, y = one.x.tolist(), one.y.tolist()
-    if one.points or len(x) == 1:
+def _line(series: Series, across: Scale, up: Scale, height: float) -> Markup:
+    x, y = series.x.tolist(), series.y.tolist()
+    if series.points or len(x) == 1:
         places = [(across(a) * WIDTH, (1 - up(b)) * height) for a, b in zip(x, y, strict=True)]
         path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h0" for a, b in places)
-        dots = tag("path", {"class": f"dots {one.style}", "d": path})
-        if one.style.endswith(("p2", "p3")):  # hollow
-            dots += tag("path", {"class": f"dots hole {one.style.rpartition(' ')[2]}", "d": path})
+        dots = tag("path", {"class": f"dots {series.style}", "d": path})
+        if series.style.endswith(("p2", "p3")):  # hollow
+            dots += tag("path", {"class": f"dots hole {series.style.rpartition(' ')[2]}", "d": path})
         return dots
-    return tag("path", {"class": f"line {one.style}", "d": svg.path_of(x, y, across, up, WIDTH, height)})
+    return tag("path", {"class": f"line {series.style}", "d": svg.path_of(x, y, across, up, WIDTH, height)})
 
 
 def _bands(bands: Sequence[Band], across: Scale, up: Scale, height: float) -> list[Markup]:

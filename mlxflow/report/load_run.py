@@ -61,8 +61,8 @@ class LoadedStage(NamedTuple):
 
     def figures(self, form: type[F]) -> F | None:
         """Return the figures of the report; None without one or if it is of another stage."""
-        found = self.report.figures if self.report else None
-        return found if isinstance(found, form) else None
+        own_figures = self.report.figures if self.report else None
+        return own_figures if isinstance(own_figures, form) else None
 
 
 class Curve(NamedTuple):
@@ -138,14 +138,14 @@ def read_run(
     return Run(name, label, stages, curves, timelines, cut_off, lock, lock_problem, samples, samples_problem)
 
 
-def _read_cut_off(root: Path, one: LoadedStage) -> Timeline | None:
-    unfinished = unfinished_runs.stage_folder(layout.state_folder(root), one.task)
-    return read_cut_off(unfinished, root / one.member.folder / layout.REPORT)
+def _read_cut_off(root: Path, stage: LoadedStage) -> Timeline | None:
+    unfinished = unfinished_runs.stage_folder(layout.state_folder(root), stage.task)
+    return read_cut_off(unfinished, root / stage.member.folder / layout.REPORT)
 
 
-def _has(one: LoadedStage, name: str, root: Path) -> bool:
-    return (root / one.member.folder / name).exists() and (
-        not one.member.outputs or any(path.name == name for path in one.member.outputs)
+def _has(stage: LoadedStage, name: str, root: Path) -> bool:
+    return (root / stage.member.folder / name).exists() and (
+        not stage.member.outputs or any(path.name == name for path in stage.member.outputs)
     )
 
 
@@ -164,19 +164,19 @@ def read_toml(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_stage(root: Path, member: Member) -> LoadedStage:
-    found, problem = read_toml(root / member.folder / layout.REPORT)
+    table, problem = read_toml(root / member.folder / layout.REPORT)
     size = sum(_size(root / path) for path in member.outputs)
     shown = (member.folder / layout.REPORT).as_posix()
     if problem == "is missing":
-        said = f"{shown} is missing. Run: doit {member.task}"
-        return LoadedStage(member, None, "missing", said + _last_words(root, member.task), size)
+        message = f"{shown} is missing. Run: doit {member.task}"
+        return LoadedStage(member, None, "missing", message + _last_words(root, member.task), size)
     if problem:
         return LoadedStage(member, None, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
     form = _FORMS.get(member.task.partition(":")[0], StageReport)
     try:
-        report = report_structs.parse(found, form, shown=shown, advice=f"Run: doit {member.task}")
+        report = report_structs.parse(table, form, shown=shown, advice=f"Run: doit {member.task}")
     except ArtifactError as error:
-        return LoadedStage(member, None, "damaged", f"{_written_by(found)}{error.problems[0]}", size)
+        return LoadedStage(member, None, "damaged", f"{_written_by(table)}{error.problems[0]}", size)
     if report.stage.mlxflow != version("mlxflow"):
         return LoadedStage(member, report, "stale", f"{shown} was written by mlxflow {report.stage.mlxflow}.", size)
     if member.stale:
@@ -194,10 +194,10 @@ class _Written(msgspec.Struct, frozen=True):
     stage: _WriterVersion
 
 
-def _written_by(found: Mapping[str, Any]) -> str:
+def _written_by(table: Mapping[str, Any]) -> str:
     """Return a sentence if another version wrote a report, else an empty text."""
     try:
-        made_by = msgspec.convert(found, _Written).stage.mlxflow
+        made_by = msgspec.convert(table, _Written).stage.mlxflow
     except msgspec.ValidationError:
         return ""
     if made_by == version("mlxflow"):
@@ -210,10 +210,10 @@ def _last_words(root: Path, task: str) -> str:
     try:
         with layout.log_file(root, task).open("rb") as log:
             log.seek(max(0, log.seek(0, 2) - 2000))
-            said = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     except OSError:
         return ""
-    return f". Its last run ended with: {said[-1]}" if said else ""
+    return f". Its last run ended with: {lines[-1]}" if lines else ""
 
 
 def _size(path: Path) -> int:
@@ -238,8 +238,8 @@ def _read_curve(path: Path) -> Curve:
                     bad += 1
     except OSError as error:
         return Curve([], f"{path.parent.name}/{path.name} cannot be read ({error.strerror}).")
-    said = f"{path.parent.name}/{path.name}: {bad} of its lines cannot be read and are left out." if bad else ""
-    return Curve(records, said)
+    problem = f"{path.parent.name}/{path.name}: {bad} of its lines cannot be read and are left out." if bad else ""
+    return Curve(records, problem)
 
 
 def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence[SampleText], str]:
@@ -249,18 +249,20 @@ def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence
     if problem:
         return [], "No model was asked for a sample yet. Run: doit report"
     try:
-        made = report_structs.parse(read, PageReport, shown=shown.as_posix(), advice="Run: doit report").figures.samples
+        samples = report_structs.parse(
+            read, PageReport, shown=shown.as_posix(), advice="Run: doit report"
+        ).figures.samples
     except ArtifactError as error:
         return [], f"No sample is shown: {error.problems[0]}"
     known = {one.task: model_key(one.report.stage) for one in stages if one.report}
-    kept = [one for one in made if known.get(one.model) == one.model_key]
-    left_out = len(made) - len(kept)
-    return kept, f"{left_out} samples of earlier models are left out. Run: doit report" if left_out else ""
+    current = [one for one in samples if known.get(one.model) == one.model_key]
+    left_out = len(samples) - len(current)
+    return current, f"{left_out} samples of earlier models are left out. Run: doit report" if left_out else ""
 
 
-def model_key(made: Provenance) -> str:
+def model_key(provenance: Provenance) -> str:
     """Return a key of a model's settings and inputs, to which a sample can be compared."""
-    return f"{made.settings_digest}-{made.inputs_digest}"
+    return f"{provenance.settings_digest}-{provenance.inputs_digest}"
 
 
 def column(records: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:

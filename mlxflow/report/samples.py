@@ -75,17 +75,17 @@ def write_samples(
     Raises:
         ArtifactError: a model cannot be opened.
     """
-    asked = _choose_prompts(request, models, validation)
-    found: list[SampleText] = []
+    prompts = _choose_prompts(request, models, validation)
+    samples: list[SampleText] = []
     for reference, path in models.items():
         key = model_key(report_structs.read_provenance(reports[reference], advice=f"Run: doit {reference}"))
         try:
-            made = _written(request, path.parent, asked)
+            texts_of_model = _written(request, path.parent, prompts)
         except RuntimeError as error:  # out of memory: the page is written without this model
-            found.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
+            samples.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
             continue
-        found += [SampleText(model=reference, model_key=key, **texts._asdict()) for texts in made]
-    return found
+        samples += [SampleText(model=reference, model_key=key, **texts._asdict()) for texts in texts_of_model]
+    return samples
 
 
 def _choose_prompts(request: SampleRequest, models: Mapping[str, Path], validation: tuple[Path, ...]) -> _Asked:
@@ -102,24 +102,24 @@ def _choose_prompts(request: SampleRequest, models: Mapping[str, Path], validati
     return _Asked(texts, [], None, are_messages=False)
 
 
-def _written(request: SampleRequest, folder: Path, asked: _Asked) -> list[_Texts]:
+def _written(request: SampleRequest, folder: Path, prompts: _Asked) -> list[_Texts]:
     """Return the texts of one model; an entry with a question is an answer, one without continues its prompt."""
     writer = Writer(folder)
-    is_chat = asked.are_messages and writer.has_template
-    likeliest = bool(asked.questions) or is_chat
+    is_chat = prompts.are_messages and writer.has_template
+    likeliest = bool(prompts.questions) or is_chat
     temperature = request.temperature if request.temperature != "auto" else 0.0 if likeliest else _TEXT_TEMPERATURE
     sampling = Sampling(request.max_tokens, temperature, request.seed)
-    found: list[_Texts] = []
-    for text in asked.texts:
+    texts: list[_Texts] = []
+    for text in prompts.texts:
         ids = writer.chat_ids([{"role": "user", "content": text}]) if is_chat else writer.text_ids(text)
         written = "".join(writer.write(ids, sampling))
-        found.append(_Texts(written, question=text) if is_chat else _Texts(written, prompt=text))
-    if asked.questions:
-        reads_ids = writer.tokenizer.digest_vocabulary() == asked.tokenizer.digest_vocabulary()
-        for one in asked.questions:
+        texts.append(_Texts(written, question=text) if is_chat else _Texts(written, prompt=text))
+    if prompts.questions:
+        reads_ids = writer.tokenizer.digest_vocabulary() == prompts.tokenizer.digest_vocabulary()
+        for one in prompts.questions:
             ids = one.ids if reads_ids else _ids_of_another(writer, one.text)
-            found.append(_Texts("".join(writer.write(ids, sampling)), question=one.text, answer=one.answer))
-    return found
+            texts.append(_Texts("".join(writer.write(ids, sampling)), question=one.text, answer=one.answer))
+    return texts
 
 
 def _ids_of_another(writer: Writer, text: str) -> list[int]:

@@ -31,19 +31,19 @@ _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
 
 def answers(run: Run) -> list[Answer]:
     """Return the answers from the reports; unknown ones say so."""
-    found = [_state(run)]
+    lines = [_state(run)]
     for answer in (_data, _quality, _speed, _size, _memory, _gain):
-        found += answer(run)
-    return found
+        lines += answer(run)
+    return lines
 
 
 def _state(run: Run) -> Answer:
     fresh = sum(one.state == "fresh" for one in run.stages)
     took = show_seconds(sum(one.report.run.seconds for one in run.stages if one.report))
     rest = [f"{one.task} is {WORDS[one.state]}" for one in run.stages if one.state != "fresh"]
-    said = f"stages built; together they took {took}."
+    text = f"stages built; together they took {took}."
     return Answer(
-        "Is it done?", f"{fresh} of {len(run.stages)}", said + (f" {'; '.join(rest)}." if rest else ""), "stages"
+        "Is it done?", f"{fresh} of {len(run.stages)}", text + (f" {'; '.join(rest)}." if rest else ""), "stages"
     )
 
 
@@ -57,12 +57,12 @@ def _data(run: Run) -> Iterator[Answer]:
 
 def _corpus(report: PretokenizeReport) -> str:
     """Return the figures of a corpus, in sentences."""
-    said = f"tokens of {plural(report.train.documents, 'document')} to learn from, "
-    said += f"{show_large(report.validation.tokens)} held out."
+    text = f"tokens of {plural(report.train.documents, 'document')} to learn from, "
+    text += f"{show_large(report.validation.tokens)} held out."
     bad = sum(source.bad_records for source in report.sources)
     dropped = sum(side.dropped + side.truncated for side in (report.train, report.validation))
-    said += f" {plural(bad, 'record')} could not be read." if bad else ""
-    return said + (f" {plural(dropped, 'document')} dropped or cut short." if dropped else "")
+    text += f" {plural(bad, 'record')} could not be read." if bad else ""
+    return text + (f" {plural(dropped, 'document')} dropped or cut short." if dropped else "")
 
 
 def _of_each(run: Run, form: type[F], one: str, several: str) -> list[tuple[LoadedStage, F, str]]:
@@ -96,26 +96,26 @@ def _quality(run: Run) -> Iterator[Answer]:
 
 def _learned(report: TrainReport) -> str:
     """Return the result of a training, in sentences."""
-    said = f"perplexity on held-out text after {plural(report.steps, 'step')}"
-    said += f", from {show(report.first_validation_perplexity)} before."
-    kept, best = report.gain_kept, report.best_validation_perplexity
-    if kept is not None and round(kept, 2) < 1:
-        said += f" The trained model had {show(report.trained_validation_perplexity)}: "
-        said += f"its files keep {show_percent(max(0.0, kept))} of the gain."
+    text = f"perplexity on held-out text after {plural(report.steps, 'step')}"
+    text += f", from {show(report.first_validation_perplexity)} before."
+    gain_kept, best = report.gain_kept, report.best_validation_perplexity
+    if gain_kept is not None and round(gain_kept, 2) < 1:
+        text += f" The trained model had {show(report.trained_validation_perplexity)}: "
+        text += f"its files keep {show_percent(max(0.0, gain_kept))} of the gain."
     elif best < report.last_validation_perplexity * 0.999:
-        said += f" The best was {show(best)}, at step {show(report.best_validation_step)}."
+        text += f" The best was {show(best)}, at step {show(report.best_validation_step)}."
     if report.fuse == "never":
-        said += " Its adapters lie beside the base model: a tool that does not apply them opens the base model."
-    return said
+        text += " Its adapters lie beside the base model: a tool that does not apply them opens the base model."
+    return text
 
 
 def _speed(run: Run) -> Iterator[Answer]:
     for _, report, question in _of_each(run, TrainReport, "How fast was it?", "How fast was {name}?"):
         about = report.run
-        said = "tokens learned from a second while training"
+        text = "tokens learned from a second while training"
         whole = about.training_seconds
-        said += f"; {show_percent(about.data_wait_seconds / whole)} of the time it waited for data" if whole else ""
-        yield Answer(question, show(about.tokens_per_second), f"{said}.", "learning")
+        text += f"; {show_percent(about.data_wait_seconds / whole)} of the time it waited for data" if whole else ""
+        yield Answer(question, show(about.tokens_per_second), f"{text}.", "learning")
 
 
 def _size(run: Run) -> Iterator[Answer]:
@@ -133,20 +133,20 @@ def _size(run: Run) -> Iterator[Answer]:
 
 
 def _models(bench: LoadedStage) -> tuple[ModelRow, ...]:
-    found = bench.figures(BenchmarkReport)
-    return found.models if found else ()
+    report = bench.figures(BenchmarkReport)
+    return report.models if report else ()
 
 
 def _sized(report: QuantizeReport, row: ModelRow | None) -> str:
     """Return size and quality of a quantized model in words; the quality from the benchmark if its report has none."""
-    said = f"times smaller than in fp32{_than_dense(report)}: "
-    said += f"{show_bytes(report.model_bytes)}, {show(report.bits_per_weight)} bits a weight"
+    text = f"times smaller than in fp32{_than_dense(report)}: "
+    text += f"{show_bytes(report.model_bytes)}, {show(report.bits_per_weight)} bits a weight"
     of = report.quality or row
     if of is not None and of.perplexity is not None:
-        said += f"; perplexity {show_interval(of.perplexity, of.perplexity_standard_error)}"
+        text += f"; perplexity {show_interval(of.perplexity, of.perplexity_standard_error)}"
     if report.quality:
-        said += f", dense {show(report.quality.dense_perplexity)}" + _another_model(report.quality)
-    return said
+        text += f", dense {show(report.quality.dense_perplexity)}" + _another_model(report.quality)
+    return text
 
 
 def _than_dense(report: QuantizeReport) -> str:
@@ -167,12 +167,17 @@ def _another_model(quality: QualityFigures) -> str:
     If text were distributed as the dense model predicts, rounding would raise the loss by the divergence. A model
     that was trained in between predicts the text better again, but differs from the dense model.
     """
-    kl, found, dense = quality.kl, quality.perplexity, quality.dense_perplexity
-    if found <= 0 or dense <= 0 or kl < _ROUNDING_NATS or math.log(found) - math.log(dense) > _SHOWN_SHARE * kl:
+    kl, perplexity, dense = quality.kl, quality.perplexity, quality.dense_perplexity
+    if (
+        perplexity <= 0
+        or dense <= 0
+        or kl < _ROUNDING_NATS
+        or math.log(perplexity) - math.log(dense) > _SHOWN_SHARE * kl
+    ):
         return ""
-    said = f"; but its predictions diverge from the dense model's by {show(kl)} nats a token"
-    said += f" and share {show_percent(quality.top1_agreement)} of first choices"
-    return f"{said}: not the dense model made smaller, another one that fits this text"
+    text = f"; but its predictions diverge from the dense model's by {show(kl)} nats a token"
+    text += f" and share {show_percent(quality.top1_agreement)} of first choices"
+    return f"{text}: not the dense model made smaller, another one that fits this text"
 
 
 def _memory(run: Run) -> Iterator[Answer]:
@@ -189,20 +194,20 @@ def _memory(run: Run) -> Iterator[Answer]:
 
 def _peak(report: ProfileReport) -> str:
     """Return the result of a profile in a sentence."""
-    said = "in MLX's arrays at the peak of a training step" + _largest_part(report.composition)
+    text = "in MLX's arrays at the peak of a training step" + _largest_part(report.composition)
     verdict = {"none": "no leak", "leak": "a leak was found"}.get(report.leak.verdict, report.leak.verdict)
-    return f"{said}; {verdict}."
+    return f"{text}; {verdict}."
 
 
 def _largest_part(composition: PeakParts) -> str:
     """Return the largest part of MLX's arrays with its share."""
-    made = {part: size for part in ARRAYS if (size := getattr(composition, f"{part}_bytes"))}
-    if not made:
+    sizes = {part: size for part in ARRAYS if (size := getattr(composition, f"{part}_bytes"))}
+    if not sizes:
         return ""
-    most = max(made, key=lambda part: made[part])
-    share = made[most] / sum(made.values())
+    most = max(sizes, key=lambda part: sizes[part])
+    share = sizes[most] / sum(sizes.values())
     word = "most of it" if share > 0.5 else "the largest part of it"
-    return f", {word} {most} ({show_bytes(made[most])}, {share:.0%})"
+    return f", {word} {most} ({show_bytes(sizes[most])}, {share:.0%})"
 
 
 def _memory_until_the_end(run: Run) -> Answer | None:
@@ -211,8 +216,8 @@ def _memory_until_the_end(run: Run) -> Answer | None:
         if left := run.cut_off.get(one.task):
             peaks = [float(left.columns[key].max()) for key in _PEAKS if len(left.columns.get(key, ()))]
             peaks += [phase.peak_bytes for phase in left.phases]
-            said = f"at most until the profile ended: it {clean(left.ended)}."
-            return Answer("Where does memory go?", show_bytes(max(peaks, default=None)), said, "memory")
+            text = f"at most until the profile ended: it {clean(left.ended)}."
+            return Answer("Where does memory go?", show_bytes(max(peaks, default=None)), text, "memory")
     return None
 
 

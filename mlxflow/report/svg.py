@@ -116,10 +116,10 @@ def thin(x: "NDArray[Any]", y: "NDArray[Any]", buckets: int = BUCKETS) -> "tuple
     if len(x) <= 2 * buckets:
         return x, y
     edges = np.linspace(0, len(x), buckets + 1).astype(np.int64)
-    kept = {0, len(x) - 1}
+    indices = {0, len(x) - 1}
     for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        kept |= {begin + int(np.argmin(y[begin:end])), begin + int(np.argmax(y[begin:end]))}
-    chosen: NDArray[np.int64] = np.array(sorted(kept))
+        indices |= {begin + int(np.argmin(y[begin:end])), begin + int(np.argmax(y[begin:end]))}
+    chosen: NDArray[np.int64] = np.array(sorted(indices))
     return x[chosen], y[chosen]
 
 

@@ -64,27 +64,27 @@ def read_timeline(path: Path) -> Timeline:
             begin, end = (int(offset) for offset in entry["data_offsets"])
             dtype = np.dtype(_DTYPES[entry["dtype"]])
             one_dimension = len(entry["shape"]) == 1 and 0 <= begin <= end
-            wanted = int(entry["shape"][0]) * dtype.itemsize
+            expected_bytes = int(entry["shape"][0]) * dtype.itemsize
         except (KeyError, TypeError, ValueError):
             cut.append(name)
             continue
-        if not one_dimension or wanted != end - begin:
+        if not one_dimension or expected_bytes != end - begin:
             cut.append(name)
             continue
         part = data[8 + length + begin : 8 + length + end]
-        if len(part) < wanted:
+        if len(part) < expected_bytes:
             cut.append(name)
         columns[name] = np.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype).astype(np.float64)
-    said = f"{shown} is damaged or was cut off in {', '.join(cut)}; what is there is shown." if cut else ""
-    return Timeline(columns, said, _phases(columns, header.get("__metadata__")))
+    problem = f"{shown} is damaged or was cut off in {', '.join(cut)}; what is there is shown." if cut else ""
+    return Timeline(columns, problem, _phases(columns, header.get("__metadata__")))
 
 
 def _phases(columns: "dict[str, NDArray[Any]]", metadata: object) -> tuple[Span, ...]:
     """Return the phases of a finished timeline."""
     try:
         names = json.loads(metadata["phases"])  # type: ignore[index]
-        told = zip(*(columns[name].tolist() for name in _PHASE_COLUMNS), strict=False)
-        return tuple(Span(str(names[int(number)]), *rest) for number, *rest in told if number >= 0)
+        rows = zip(*(columns[name].tolist() for name in _PHASE_COLUMNS), strict=False)
+        return tuple(Span(str(names[int(number)]), *rest) for number, *rest in rows if number >= 0)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError):
         return ()
 

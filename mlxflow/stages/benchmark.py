@@ -180,7 +180,7 @@ def _measure(
     rows = models.measure(budget)
     budget.begin(1.0)
     bottleneck = _bottleneck(config, suite, training, models.dense_row(rows))
-    asked = AskedAmounts(config.num_steps, config.convergence_steps, config.max_validation_rows, config.max_seconds)
+    requested = AskedAmounts(config.num_steps, config.convergence_steps, config.max_validation_rows, config.max_seconds)
     return BenchmarkReport(
         version=VERSION,
         device=_device(context),
@@ -190,7 +190,7 @@ def _measure(
         models=rows,
         bottleneck=bottleneck,
         promises=keep_promises(training, rows, bottleneck.data_share, suite.own_batch_size),
-        lowered=tuple(lowered(asked, training=training, convergence=curves or (), models=rows)) or None,
+        lowered=tuple(lowered(requested, training=training, convergence=curves or (), models=rows)) or None,
     )
 
 

@@ -210,19 +210,19 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
     files = job.CorpusFiles(
         outputs.tokenizer, outputs.tokenizer_config, outputs.train, outputs.validation, outputs.files
     )
-    made = job.run_job(_request(config, inputs, context), files, context)
-    warnings = [*corpus_report.warnings(made.contents, made.counts), *made.endings.warnings()]
-    lines = (*warnings, corpus_report.summary(made.contents, made.counts))
+    corpus = job.run_job(_request(config, inputs, context), files, context)
+    warnings = [*corpus_report.warnings(corpus.contents, corpus.counts), *corpus.endings.warnings()]
+    lines = (*warnings, corpus_report.summary(corpus.contents, corpus.counts))
     terminal.say(*(f"{context.task}: {line}" for line in lines))
     return PretokenizeReport.of(
-        made.contents,
-        made.counts,
-        made.endings,
-        vocab_size=made.vocabulary.size,
+        corpus.contents,
+        corpus.counts,
+        corpus.endings,
+        vocab_size=corpus.vocabulary.size,
         context_length=config.context_length,
         packing=config.packing,
         warnings=warnings,
-        run=PretokenizeRun.of(made.tokenized, made.engine),
+        run=PretokenizeRun.of(corpus.tokenized, corpus.engine),
     )
 
 

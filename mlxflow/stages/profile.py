@@ -255,8 +255,8 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
         packing=_packing(inputs, config.data),
         batch_size=_trained_settings(config, inputs, context).batch_size,
     )
-    made = suggestions.suggest(model, settings, situation)
-    return taken._replace(suggestions=tuple(_figures_of(one, config) for one in made))
+    suggested = suggestions.suggest(model, settings, situation)
+    return taken._replace(suggestions=tuple(_figures_of(one, config) for one in suggested))
 
 
 def _figures_of(suggestion: "Suggestion", config: Config) -> "SuggestionFigures":
@@ -285,11 +285,11 @@ def _require_budgets(config: Config, context: Context, report: "ProfileReport") 
         ("max_leak_per_step", report.leak.bytes_per_step, "arrays leak", " a step"),
     )
     lines = []
-    for name, bytes_, said, unit in over:
+    for name, bytes_, verb, unit in over:
         budget = getattr(config, name)
         if budget and bytes_ > parse_size(budget, context.memory_limit_bytes):
             lines.append(
-                f'{context.task}.{name} = "{budget}": {said} {bytes_ / 1e6:,.3f} MB{unit}. {_advise(report, name)}'
+                f'{context.task}.{name} = "{budget}": {verb} {bytes_ / 1e6:,.3f} MB{unit}. {_advise(report, name)}'
             )
     if lines:
         raise StageError("\n".join(lines))

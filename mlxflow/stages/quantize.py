@@ -112,11 +112,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         """Set missing bits and group sizes to the defaults of the modes of the table and of its rules."""
-        asked = RequestedSetting(self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size)))
-        own = asked.setting
+        requested = RequestedSetting(
+            self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size))
+        )
+        own = requested.setting
         msgspec.structs.force_setattr(self, "bits", own.bits)
         msgspec.structs.force_setattr(self, "group_size", own.group_size)
-        msgspec.structs.force_setattr(self, "layers", tuple(rule.completed(asked) for rule in self.layers))
+        msgspec.structs.force_setattr(self, "layers", tuple(rule.completed(requested) for rule in self.layers))
 
     def problems(self) -> Iterator[Problem]:
         """Yield bits and group sizes that the mode does not support, and keys that contradict each other."""
@@ -142,14 +144,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def needs_tokens(self) -> dict[str, None]:
         """The keys that need tokens."""
-        asked = {
+        uses = {
             "method": self.method != "rtn",
             "target_bits_per_weight": bool(self.target_bits_per_weight),
             "target_size": bool(self.target_size),
             "max_perplexity_increase": bool(self.max_perplexity_increase),
             "max_kl": bool(self.max_kl),
         }
-        return dict.fromkeys(key for key, is_asked in asked.items() if is_asked)
+        return dict.fromkeys(key for key, is_asked in uses.items() if is_asked)
 
     @property
     def default(self) -> Setting:
@@ -253,8 +255,8 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         inputs.tokens, folder, dense.config_json, key=f"{task}.data", stage=config.token_stage
     )
     metrics = outputs.metrics[0] if outputs.metrics else None
-    made = job.run_job(_request(config, context), dense, tokens, outputs=outputs, metrics=metrics, context=context)
-    return size_report.report_of(config.method, made, outputs.model.stat().st_size)
+    result = job.run_job(_request(config, context), dense, tokens, outputs=outputs, metrics=metrics, context=context)
+    return size_report.report_of(config.method, result, outputs.model.stat().st_size)
 
 
 def _request(config: Config, context: Context) -> "QuantizationRequest":
@@ -268,7 +270,7 @@ def _request(config: Config, context: Context) -> "QuantizationRequest":
         config.target_bits_per_weight,
         parse_size(config.target_size, 0) if config.target_size else 0,
         config.candidate_bits,
-        asked=f"{context.task}.{key} = {toml_value(getattr(config, key))}",
+        setting=f"{context.task}.{key} = {toml_value(getattr(config, key))}",
         key=context.task,
     )
     return QuantizationRequest(

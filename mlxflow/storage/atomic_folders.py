@@ -68,8 +68,8 @@ def _publish(private: Path, folder: Path, keep: Callable[[], Iterable[str]]) -> 
     try:
         _flush(folder.parent)
     except OSError as error:
-        said = f"{folder.parent}: cannot be flushed to the disk ({error.strerror})"
-        raise StageError(f"{said}. {advise(error)}; {folder} was replaced.") from error
+        message = f"{folder.parent}: cannot be flushed to the disk ({error.strerror})"
+        raise StageError(f"{message}. {advise(error)}; {folder} was replaced.") from error
     _remove_replaced(private)
 
 
@@ -197,13 +197,13 @@ def remove_folder(folder: Path) -> None:
 
 def partial_folders(artifacts: Path) -> list[Path]:
     """Return the private folders of stages and variants, in use or left by a crash."""
-    found: set[Path] = set()
+    folders: set[Path] = set()
     for entry in _folders(artifacts):
         for one in (entry, *(() if entry.name[0] == "." else _folders(Path(entry.path)))):
             place = _private(Path(os.path.realpath(one.path))) if one.is_symlink() else Path(one.path)
             if place.name[0] == "." and place.name.endswith((_PARTIAL_SUFFIX, _ASIDE_SUFFIX)) and _is_own(place):
-                found.add(place)
-    return sorted(found)
+                folders.add(place)
+    return sorted(folders)
 
 
 def _is_own(folder: Path) -> bool:

@@ -225,12 +225,12 @@ def describing(config: Mapping[str, Any], *, weights: Iterable[str], is_quantize
     absent |= {"_name_or_path"}  # a path on its author's machine; mlx-lm's converter drops it, too
     if not is_quantized:
         absent |= set(_QUANTIZATION)
-    kept = {key: value for key, value in config.items() if key not in absent}
-    for table in set(kept) & set(_TEXT):
-        kept[table] = {key: value for key, value in kept[table].items() if key not in _QUANTIZATION}
-    if is_quantized and "quantization" in kept:
-        kept["quantization_config"] = kept["quantization"]
-    return kept
+    described = {key: value for key, value in config.items() if key not in absent}
+    for table in set(described) & set(_TEXT):
+        described[table] = {key: value for key, value in described[table].items() if key not in _QUANTIZATION}
+    if is_quantized and "quantization" in described:
+        described["quantization_config"] = described["quantization"]
+    return described
 
 
 def keeps_codes(config: Mapping[str, Any]) -> bool:

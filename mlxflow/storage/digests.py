@@ -194,14 +194,14 @@ class DigestCache:
             pass
 
     def digests(
-        self, path: str | os.PathLike[str], *, again: bool = False, found: os.stat_result | None = None
+        self, path: str | os.PathLike[str], *, again: bool = False, status: os.stat_result | None = None
     ) -> Digests:
         """Return the digests of a file; it is read only if its size or times changed.
 
         Args:
             path: the file.
             again: read it in any case.
-            found: the current result of `os.stat`; None to call it.
+            status: the current result of `os.stat`; None to call it.
 
         Raises:
             OSError: the file cannot be read.
@@ -209,13 +209,13 @@ class DigestCache:
         """
         text = os.fspath(path)  # hot path of a no-op: strings, because pathlib takes ten times as long
         key = text if text.startswith("/") else f"{os.getcwd()}/{text}"  # noqa: PTH109
-        found = found or os.stat(key)  # noqa: PTH116
-        stamp = _Stamp.of(found)
+        status = status or os.stat(key)  # noqa: PTH116
+        stamp = _Stamp.of(status)
         self._there.add(key)
         known = self._known.get(key)
         if known and known.stamp == stamp and not known.doubted_since and not again:
             return known.digests
-        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise ValueError("it is no regular file")
         begin = time.time_ns()
         digests = digest_file(Path(key))

@@ -23,7 +23,7 @@ def fetch(name: str, *, patterns: Sequence[str], key: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except Exception as error:  # any exception: no such model, no network, no permission
-        said = reason_of(error)
+        reason = reason_of(error)
         raise SourceError(
-            f'{key} = "{name}": cannot be fetched from the hub ({said}). Name a folder, or fetch it first.'
+            f'{key} = "{name}": cannot be fetched from the hub ({reason}). Name a folder, or fetch it first.'
         ) from error

@@ -302,8 +302,8 @@ def copy(folder: Path, names: Iterable[str], to: Path) -> None:
         (to / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, to / name)
         table = remote_code.read_table(to / name) if name in (CONFIG, TOKENIZER_CONFIG) else {}
-        if table != (kept := remote_code.copied(table)):
-            (to / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        if table != (copied_table := remote_code.copied(table)):
+            (to / name).write_text(json.dumps(copied_table, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -39,9 +39,9 @@ class ObservedInputs(DigestCache):
         self._settled: set[str] = set()
 
     def digests(
-        self, path: str | os.PathLike[str], *, again: bool = False, found: os.stat_result | None = None
+        self, path: str | os.PathLike[str], *, again: bool = False, status: os.stat_result | None = None
     ) -> Digests:
-        """Return the first digests of a file; `again` reads it from the disk. `found` is not used.
+        """Return the first digests of a file; `again` reads it from the disk. `status` is not used.
 
         Raises:
             OSError: the file cannot be read.

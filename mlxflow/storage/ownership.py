@@ -74,13 +74,13 @@ def remove_own_files(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
         folder: the artifact.
         outputs: see `foreign_names`.
     """
-    kept = foreign_names(folder, outputs)
-    for name in set(_names(folder)).difference(kept):
+    foreign = foreign_names(folder, outputs)
+    for name in set(_names(folder)).difference(foreign):
         (folder / name).unlink()
     for parent, _, _ in os.walk(os.path.realpath(folder), topdown=False):
         if not os.listdir(parent):  # noqa: PTH208
             os.rmdir(parent)  # noqa: PTH106
-    return kept
+    return foreign
 
 
 def _lies_in_another(folder: Path, name: str) -> bool:

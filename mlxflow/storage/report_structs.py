@@ -265,13 +265,13 @@ def _line(error: msgspec.ValidationError, prefix: str) -> str:
     """Return msgspec's message as `key: problem`."""
     what, _, where = str(error).partition(" - at `$.")
     where = where.rstrip("`")
-    for begin, said in (
+    for begin, replacement in (
         ("Object missing required field `", "missing"),
         ("Object contains unknown field `", "unknown key"),
     ):
         if what.startswith(begin):
             key = what.removeprefix(begin).rstrip("`")
-            return f"{prefix}{where}{'.' if where else ''}{key}: {said}"
+            return f"{prefix}{where}{'.' if where else ''}{key}: {replacement}"
     return f"{prefix}{where}: {what[:1].lower()}{what[1:]}"
 
 

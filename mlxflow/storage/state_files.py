@@ -42,7 +42,9 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> by
 
     Args:
         path: the file.
-        largest: maximum size in bytes. Raises:
+        largest: maximum size in bytes.
+
+    Raises:
         FileNotFoundError: there is none.
         InvalidStateError: it is no regular file, or is larger.
         OSError: it cannot be read now; its content may be valid.
@@ -55,11 +57,11 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_BYTES) -> by
                 raise InvalidStateError("a link") from error
             raise
         try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise InvalidStateError("no regular file")
-            if found.st_size > largest:
-                raise InvalidStateError(f"{found.st_size:,} bytes, at most {largest:,} are read")
+            if status.st_size > largest:
+                raise InvalidStateError(f"{status.st_size:,} bytes, at most {largest:,} are read")
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read()
         finally:

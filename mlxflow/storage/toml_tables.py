@@ -143,11 +143,11 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
             lines.append(word(problem, file, key))
     if len(lines) > before:
         return None
-    made = struct(**values)
-    checks: Callable[[], Iterator[Problem]] | None = getattr(made, "problems", None)
+    made_struct = struct(**values)
+    checks: Callable[[], Iterator[Problem]] | None = getattr(made_struct, "problems", None)
     if checks is not None:
         lines.extend(word(problem, file, key) for problem in checks())
-    return made if len(lines) == before else None
+    return made_struct if len(lines) == before else None
 
 
 def unknown_key(dotted: str, known: list[str], *, file: str, guesses: bool = True) -> str:

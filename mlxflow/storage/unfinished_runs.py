@@ -60,15 +60,15 @@ def of_no_task(state: Path, tasks: Iterable[str]) -> list[Unfinished]:
     top = state / layout.UNFINISHED
     known = {stage_folder(state, task) for task in tasks}
     parents = [*_folders(top), *(variant for stage in _folders(top) for variant in _folders(stage))]
-    return [found for parent in parents if parent not in known for found in _in(parent)]
+    return [run for parent in parents if parent not in known for run in _in(parent)]
 
 
 def prune(state: Path, task: str) -> Iterator[Unfinished]:
     """Remove and yield the unfinished runs of a stage with other settings, except the newest one while it is recent."""
-    for number, found in enumerate(of_task(state, task)):
-        if number or found.written < time.time() - KEPT_SECONDS:
-            found.remove()
-            yield found
+    for number, run in enumerate(of_task(state, task)):
+        if number or run.written < time.time() - KEPT_SECONDS:
+            run.remove()
+            yield run
 
 
 def size_of(folder: Path) -> int:
@@ -79,8 +79,8 @@ def size_of(folder: Path) -> int:
 def _in(parent: Path) -> list[Unfinished]:
     folders = [folder for folder in _folders(parent) if _KEY.fullmatch(folder.name)]
     written = {folder: max((s.st_mtime for s in _stats(folder)), default=folder.stat().st_mtime) for folder in folders}
-    found = [Unfinished(folder, size_of(folder), written[folder]) for folder in folders]
-    return sorted(found, key=lambda one: one.written, reverse=True)
+    runs = [Unfinished(folder, size_of(folder), written[folder]) for folder in folders]
+    return sorted(runs, key=lambda one: one.written, reverse=True)
 
 
 def _stats(folder: Path) -> list[os.stat_result]:

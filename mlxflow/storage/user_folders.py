@@ -106,15 +106,15 @@ def _make_own(folder: Path) -> str:
             if not place.is_dir():
                 place.mkdir(mode=0o700, exist_ok=True)
         real = Path(os.path.realpath(folder))
-        found = real.stat()
-        owners = {folder.lstat().st_uid, found.st_uid}  # a link of another user may point to a folder of this user
-        is_read_only = not found.st_mode & stat.S_IWUSR or bool(os.statvfs(real).f_flag & os.ST_RDONLY)
+        status = real.stat()
+        owners = {folder.lstat().st_uid, status.st_uid}  # a link of another user may point to a folder of this user
+        is_read_only = not status.st_mode & stat.S_IWUSR or bool(os.statvfs(real).f_flag & os.ST_RDONLY)
         for owner in owners - {os.geteuid(), 0 if is_read_only else os.geteuid()}:
             return f"belongs to user {owner}"
         for place in (real, *real.parents):
             if reason := _exposed(place):
                 return reason
-        if found.st_uid == os.geteuid() and found.st_mode & 0o077 and not is_read_only:
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077 and not is_read_only:
             real.chmod(0o700)
         return "" if is_read_only or os.access(real, os.W_OK | os.X_OK) else "cannot be written"
     except OSError as error:
@@ -127,20 +127,20 @@ def _exposed(folder: Path) -> str:
     The owner of a parent folder can, and everyone with write permission unless its sticky bit is set. A group with
     the user's own id has no other members by convention.
     """
-    found = folder.stat()
-    if found.st_uid not in (os.geteuid(), 0, Path("/").stat().st_uid):
-        return f"{folder} belongs to user {found.st_uid}"
-    own_group = found.st_gid in (0, os.geteuid())
-    writers = found.st_mode & (stat.S_IWOTH if own_group else stat.S_IWOTH | stat.S_IWGRP)
-    return f"{folder} can be written by others" if writers and not found.st_mode & stat.S_ISVTX else ""
+    status = folder.stat()
+    if status.st_uid not in (os.geteuid(), 0, Path("/").stat().st_uid):
+        return f"{folder} belongs to user {status.st_uid}"
+    own_group = status.st_gid in (0, os.geteuid())
+    writers = status.st_mode & (stat.S_IWOTH if own_group else stat.S_IWOTH | stat.S_IWGRP)
+    return f"{folder} can be written by others" if writers and not status.st_mode & stat.S_ISVTX else ""
 
 
 def _lacks(folder: Path, needed_bytes: int) -> str:
     """Return why a folder cannot hold compiled code; empty if it can."""
-    found = os.statvfs(folder)
+    status = os.statvfs(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         return "cannot be written"
-    if found.f_flag & getattr(os, "ST_NOEXEC", 0):
+    if status.f_flag & getattr(os, "ST_NOEXEC", 0):
         return "is on a file system from which nothing may be run"
-    free = found.f_bavail * found.f_frsize
+    free = status.f_bavail * status.f_frsize
     return f"{free:,} bytes are free and {needed_bytes:,} needed" if free < needed_bytes else ""

@@ -73,11 +73,12 @@ def continue_adapters(model: nn.Module, shape: AdapterShape, *, folder: Path, ta
         "lora.rank": (shape.rank, own.get("rank")),
         "lora.scale": (shape.scale, own.get("scale")),
     }
-    for setting, (wanted, found) in pairs.items():
-        if wanted != found:
+    for setting, (expected, existing) in pairs.items():
+        if expected != existing:
             raise WorkflowError(
-                f"{task}.{setting} = {toml_value(wanted)}: {folder} has adapters with {toml_value(found)}, and these "
-                f"are trained further. Set {task}.{setting} = {toml_value(found)}, or name a model without adapters."
+                f"{task}.{setting} = {toml_value(expected)}: {folder} has adapters with {toml_value(existing)}, and "
+                f"these are trained further. Set {task}.{setting} = {toml_value(existing)}, or name a model without "
+                "adapters."
             )
     if set(_chosen_layers(model, config)) != set(adapter_files.layers_of(model)):
         raise WorkflowError(

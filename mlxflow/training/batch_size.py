@@ -116,8 +116,8 @@ class BatchSizes:
         self._decide(Decision(0, self._replayed(0, size), "begin", {}))
 
     def _replayed(self, step: int, batch_size: int) -> int:
-        found = self._replay.get((step, False))
-        return found.batch_size if found else batch_size
+        decision = self._replay.get((step, False))
+        return decision.batch_size if decision else batch_size
 
     @property
     def rows_per_update(self) -> int:
@@ -131,8 +131,8 @@ class BatchSizes:
         always held grows with the rows, and never again to a size that was too large.
         """
         if self._is_replaying:
-            found = self._replay.get((step, False))
-            return self._decide(found) if found and step > 0 else None
+            decision = self._replay.get((step, False))
+            return self._decide(decision) if decision and step > 0 else None
         if self._is_fixed:
             return None
         place = self._sizes.index(self.size)
@@ -150,8 +150,8 @@ class BatchSizes:
 
     def must_shrink(self, step: int) -> bool:
         """Return whether the replayed run ran out of memory in the update after a step, with more rows than now."""
-        found = self._replay.get((step, True))
-        return found is not None and found.batch_size < self.size
+        decision = self._replay.get((step, True))
+        return decision is not None and decision.batch_size < self.size
 
     def follow_shrink(self, step: int) -> Decision:
         """Apply the decision that `must_shrink` found."""
@@ -204,15 +204,15 @@ def read_decisions(path: Path, key: str) -> list[Decision]:
     Raises:
         SourceError: the file cannot be read, or holds no decisions.
     """
-    found = []
+    decisions = []
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if record.get("kind") == "batch_size":
-                found.append(Decision(**{name: record[name] for name in Decision._fields}))
+                decisions.append(Decision(**{name: record[name] for name in Decision._fields}))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         advice = advise_on(error, "Name one")
         raise SourceError(f"{key}: {path} cannot be read as a run's metrics.jsonl ({error}). {advice}.") from error
-    if not found:
+    if not decisions:
         raise SourceError(f"{key}: {path} holds no batch size. Name the metrics.jsonl of a run of this version.")
-    return found
+    return decisions

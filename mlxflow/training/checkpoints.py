@@ -94,8 +94,8 @@ class CheckpointStore:
             (private / _METRICS).write_text(metrics)
             files = {name: digest_file(private / name).content for name in (_STATE, _METRICS)}
             best = self._best_digests.get(facts.get("best_step", -1), "")
-            kept = _Kept(self._settings, dict(facts), files, best)
-            (private / _FACTS).write_bytes(state_files.encode(msgspec.structs.asdict(kept)))
+            contents = _Kept(self._settings, dict(facts), files, best)
+            (private / _FACTS).write_bytes(state_files.encode(msgspec.structs.asdict(contents)))
         for old in self._folders()[: -self._keep]:
             shutil.rmtree(old)
         return folder
@@ -113,13 +113,13 @@ class CheckpointStore:
         temporary_files.remove_orphans(self._folder)
         for folder in reversed(self._folders()):
             try:
-                found = self._read(folder)
-                if reason := unfit(found):
+                read_checkpoint = self._read(folder)
+                if reason := unfit(read_checkpoint):
                     raise InvalidStateError(reason)
             except (OSError, ValueError, RuntimeError, ArtifactError) as error:
                 self._say(f"{folder}: not a whole checkpoint ({error}); it is not used. Remove it.")
             else:
-                return found
+                return read_checkpoint
         for other in sorted(self._folder.parent.glob("*/step-*/state.json")):
             if other.parent.parent != self._folder:
                 self._say(
@@ -159,19 +159,19 @@ class CheckpointStore:
         return sorted(path for path in self._folder.glob("step-*") if path.is_dir())
 
     def _read(self, folder: Path) -> Checkpoint:
-        kept = _read_kept(folder)
-        if kept.settings != self._settings:
-            raise InvalidStateError(f"another configuration: {self._difference(kept.settings)}")
-        files = {folder / name: kept.files.get(name, "") for name in (_STATE, _METRICS)}
-        best_step = kept.facts.get("best_step")
-        if kept.best and isinstance(best_step, int):
-            files[self._best(best_step)] = self._best_digests[best_step] = kept.best
+        contents = _read_kept(folder)
+        if contents.settings != self._settings:
+            raise InvalidStateError(f"another configuration: {self._difference(contents.settings)}")
+        files = {folder / name: contents.files.get(name, "") for name in (_STATE, _METRICS)}
+        best_step = contents.facts.get("best_step")
+        if contents.best and isinstance(best_step, int):
+            files[self._best(best_step)] = self._best_digests[best_step] = contents.best
         for path, digest in files.items():
             if problem := _problem(path, digest):
                 raise InvalidStateError(f"{path.name} {problem}")
         arrays = cast("dict[str, mx.array]", mx.load(str(folder / _STATE)))
         mx.eval(arrays)  # the file may be removed while the run continues
-        return Checkpoint(folder, arrays, kept.facts, (folder / _METRICS).read_text())
+        return Checkpoint(folder, arrays, contents.facts, (folder / _METRICS).read_text())
 
     def _best_step(self, folder: Path) -> int:
         try:
@@ -184,8 +184,8 @@ class CheckpointStore:
         keys = [key for key in {**theirs, **self._settings} if theirs.get(key) != self._settings.get(key)]
         if not keys:
             return "made by another version of the stage"
-        told = [f"{key}: {theirs.get(key)} -> {self._settings.get(key)}" for key in keys[:3]]
-        return ", ".join(told) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        changes = [f"{key}: {theirs.get(key)} -> {self._settings.get(key)}" for key in keys[:3]]
+        return ", ".join(changes) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
     def _word_other(self, folder: Path) -> str:
         try:

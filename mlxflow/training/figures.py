@@ -80,13 +80,13 @@ class TrainingFigures(ReportTable, frozen=True, kw_only=True):
         """
         from mlxflow.evaluation.perplexity import perplexity_of
 
-        kept = result.best_validation_loss if keeps_best else result.last_validation_loss
+        kept_loss = result.best_validation_loss if keeps_best else result.last_validation_loss
         return cls(
             steps=result.steps,
             tokens=result.tokens,
             skipped_steps=result.skipped_steps,
             first_validation_perplexity=perplexity_of(result.first_validation_loss),
-            trained_validation_perplexity=perplexity_of(kept),
+            trained_validation_perplexity=perplexity_of(kept_loss),
             best_validation_perplexity=perplexity_of(result.best_validation_loss),
             best_validation_step=result.best_step,
         )

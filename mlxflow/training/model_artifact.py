@@ -116,8 +116,8 @@ def quality_of(figures: TrainingFigures, measured: Perplexity) -> ArtifactQualit
         measured: of `measure_artifact`.
     """
     before, trained = math.log(figures.first_validation_perplexity), math.log(figures.trained_validation_perplexity)
-    kept = (before - measured.loss) / (before - trained) if before > trained else None
-    return ArtifactQuality(measured.perplexity, measured.standard_error, kept)
+    gain_kept = (before - measured.loss) / (before - trained) if before > trained else None
+    return ArtifactQuality(measured.perplexity, measured.standard_error, gain_kept)
 
 
 def warn_of_loss(figures: TrainingFigures, quality: ArtifactQuality, *, fuse: str, task: str) -> str | None:
@@ -129,13 +129,17 @@ def warn_of_loss(figures: TrainingFigures, quality: ArtifactQuality, *, fuse: st
         fuse: how trained adapters were saved; "" if all weights were trained.
         task: the stage's name.
     """
-    kept = quality.gain_kept
-    if kept is None or kept >= _LEAST_KEPT:
+    gain_kept = quality.gain_kept
+    if gain_kept is None or gain_kept >= _LEAST_KEPT:
         return None
     is_fused = fuse not in ("", "never")
     about = f'{task}.fuse = "{fuse}"' if is_fused else task
     advice = f' {task}.fuse = "never" keeps all of it.' if is_fused else ""
     first, trained = figures.first_validation_perplexity, figures.trained_validation_perplexity
     last = quality.last_validation_perplexity
-    how = f"the artifact keeps {kept:.0%} of what training gained" if kept > 0 else "the artifact lost what was gained"
+    how = (
+        f"the artifact keeps {gain_kept:.0%} of what training gained"
+        if gain_kept > 0
+        else "the artifact lost what was gained"
+    )
     return f"{about}: {how}: perplexity {first:.4g} before, {trained:.4g} trained, {last:.4g} in the files.{advice}"

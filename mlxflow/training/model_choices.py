@@ -52,9 +52,9 @@ def _masks(model: nn.Module, tokens: TokenFile, written: Choice, names: SettingN
     Raises:
         WorkflowError: it is configured, but the model's architecture cannot keep documents apart.
     """
-    wanted = tokens.has_conversations if written == "auto" else written
-    if not wanted or document_mask.can_mask_documents(model, tokens.vocab_size):
-        return bool(wanted)
+    is_requested = tokens.has_conversations if written == "auto" else written
+    if not is_requested or document_mask.can_mask_documents(model, tokens.vocab_size):
+        return bool(is_requested)
     if tokens.packs_documents:
         key = names.of("document_mask")
         raise WorkflowError(

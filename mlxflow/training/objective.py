@@ -49,9 +49,9 @@ def distilling_objective(teacher: nn.Module, *, masks_documents: bool) -> Object
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
         pieces = marks[:, :-1] if masks_documents else None
-        wanted = mx.stop_gradient(document_mask.apply(teacher, tokens[:, :-1], pieces)).astype(mx.float32)
+        teacher_logits = mx.stop_gradient(document_mask.apply(teacher, tokens[:, :-1], pieces)).astype(mx.float32)
         logits = document_mask.apply(model, tokens[:, :-1], pieces).astype(mx.float32)
-        expected = (mx.softmax(wanted, axis=-1) * logits).sum(axis=-1)
+        expected = (mx.softmax(teacher_logits, axis=-1) * logits).sum(axis=-1)
         return ((mx.logsumexp(logits, axis=-1) - expected) * weights).sum(), weights.sum()
 
     return objective

@@ -102,14 +102,14 @@ def make_optimizer(
         weight_decay: of matrices; ignored by optimizers without weight decay.
         options: others of its options, by name.
     """
-    made = _class_of(name)
+    optimizer_class = _class_of(name)
     kind: dict[str, Any] = dict(options)
     if name == "adafactor":
         kind = {"relative_step": False, "scale_parameter": False} | kind
     if "weight_decay" not in options_of(name):
-        return made(learning_rate=schedule, **kind)
-    decayed = made(learning_rate=schedule, weight_decay=weight_decay, **kind)
-    spared = made(learning_rate=schedule, weight_decay=0.0, **kind)
+        return optimizer_class(learning_rate=schedule, **kind)
+    decayed = optimizer_class(learning_rate=schedule, weight_decay=weight_decay, **kind)
+    spared = optimizer_class(learning_rate=schedule, weight_decay=0.0, **kind)
     return optim.MultiOptimizer([decayed, spared], [lambda path, weight: weight.ndim > 1])
 
 

@@ -42,8 +42,8 @@ def rehearse(
             _do(make_step(), rows, is_one_pass=is_one_pass)
             measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
     except Exception as failure:  # whatever it is, training is not affected or fails with it, too
-        said = reason_of(failure)
-        terminal.say(f"mlxflow: not all of the first step was compiled ahead ({said})")
+        reason = reason_of(failure)
+        terminal.say(f"mlxflow: not all of the first step was compiled ahead ({reason})")
     mx.clear_cache()
 
 

@@ -24,11 +24,15 @@ def show_progress(*, num_steps: int) -> Iterator[Log]:
     columns = (MofNCompleteColumn(), BarColumn(8), terminal.text_column(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=False) as progress:
         bar = progress.add_task("", total=num_steps)
-        said = {"train": "", "validation": "", "batch_size": ""}  # the last value of each; perplexity is of validation
+        latest = {
+            "train": "",
+            "validation": "",
+            "batch_size": "",
+        }  # the last value of each; perplexity is of validation
 
         def log(record: dict[str, Any]) -> None:
-            said[record["kind"]] = _say(record)
-            first, *others = filter(None, [said["train"], said["validation"], said["batch_size"]])
+            latest[record["kind"]] = _say(record)
+            first, *others = filter(None, [latest["train"], latest["validation"], latest["batch_size"]])
             described = first + "\n" + "  ".join(others)  # two lines: one would be too long
             progress.update(bar, completed=record["step"], description=described)
 

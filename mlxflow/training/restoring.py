@@ -51,11 +51,11 @@ def unlike_arrays(stored: Mapping[str, mx.array], expected: Any) -> str:
 
     The dtype of `partial`, the sums of an interrupted update, is not compared: it depends on how they were computed.
     """
-    wanted = dict(tree_flatten(expected))
-    if different := sorted(wanted.keys() ^ stored.keys()):
-        return f"{different[0]} is {'missing' if different[0] in wanted else 'not of this run'}"
-    for name, array in wanted.items():
-        found = stored[name]
-        if found.shape != array.shape or (found.dtype != array.dtype and not name.startswith("partial.")):
-            return f"{name} is {found.dtype} {list(found.shape)}, not {array.dtype} {list(array.shape)}"
+    expected_arrays = dict(tree_flatten(expected))
+    if different := sorted(expected_arrays.keys() ^ stored.keys()):
+        return f"{different[0]} is {'missing' if different[0] in expected_arrays else 'not of this run'}"
+    for name, array in expected_arrays.items():
+        stored_array = stored[name]
+        if stored_array.shape != array.shape or (stored_array.dtype != array.dtype and not name.startswith("partial.")):
+            return f"{name} is {stored_array.dtype} {list(stored_array.shape)}, not {array.dtype} {list(array.shape)}"
     return ""

@@ -77,12 +77,12 @@ def train(
 
         session = Session(checkpoints, memory_limit_bytes, log, stop_requested)
         with build.ready_trainer(subject, kernels, data, session, replay=replay) as trainer:
-            found = checkpoints.latest(trainer.unfit)
-            if found is not None:
-                terminal.say(f"{table}: goes on from step {found.facts['step']} ({found.folder})")
-                metrics.write(found.metrics)
+            checkpoint = checkpoints.latest(trainer.unfit)
+            if checkpoint is not None:
+                terminal.say(f"{table}: goes on from step {checkpoint.facts['step']} ({checkpoint.folder})")
+                metrics.write(checkpoint.metrics)
             try:
-                return trainer.run(found)
+                return trainer.run(checkpoint)
             except Stopped as stopped:
                 terminal.say(
                     f"{table}: stopped after step {stopped.step}; {stopped.checkpoint} "

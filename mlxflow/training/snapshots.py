@@ -36,10 +36,10 @@ class Snapshots:
         Args:
             partial: sums of an interrupted update.
         """
-        found: dict[str, Any] = {"update": self._step.state[1], "random": list(self._step.state[2])}
+        tree: dict[str, Any] = {"update": self._step.state[1], "random": list(self._step.state[2])}
         if partial is not None:
-            found["partial"] = list(partial)
-        return found
+            tree["partial"] = list(partial)
+        return tree
 
     def unfit(self, checkpoint: Checkpoint) -> str:
         """Return why this run cannot continue from a checkpoint; empty if it can."""
@@ -62,9 +62,9 @@ class Snapshots:
         Returns:
             sums of an interrupted update; None if there was none.
         """
-        kept = dict(checkpoint.facts)
-        self._sizes.restore(kept.pop("sizes"))
-        vars(self._state).update(kept)
+        facts = dict(checkpoint.facts)
+        self._sizes.restore(facts.pop("sizes"))
+        vars(self._state).update(facts)
         target = self._target(self._state.rows_done)
         _assign(target, "", checkpoint.arrays)
         self._step.publish()

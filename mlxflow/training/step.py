@@ -147,8 +147,10 @@ def put_random_key(key: mx.array) -> None:
 
 def out_of_memory_bytes(error: RuntimeError) -> int | None:
     """Return the bytes of the allocation that failed, 0 if MLX names no number; None if the error is another one."""
-    said = str(error)
-    if not re.search(r"malloc|unable to allocate|out of memory|attempting to allocate|insufficient memory", said, re.I):
+    message = str(error)
+    if not re.search(
+        r"malloc|unable to allocate|out of memory|attempting to allocate|insufficient memory", message, re.I
+    ):
         return None
-    number = re.search(r"(\d+) bytes", said)
+    number = re.search(r"(\d+) bytes", message)
     return int(number[1]) if number else 0

@@ -23,19 +23,19 @@ class StopFlag:
 @contextmanager
 def heeding_signals() -> Iterator[StopFlag]:
     """Set a flag on SIGINT or SIGTERM instead of ending; a second one ends the process. In the main thread only."""
-    asked = StopFlag()
+    flag = StopFlag()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: object) -> None:
-        asked.signal = number
+        flag.signal = number
         for one, handler in before.items():
             signal.signal(one, handler)
 
     for number in numbers:
         signal.signal(number, note)
     try:
-        yield asked
+        yield flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

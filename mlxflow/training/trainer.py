@@ -310,9 +310,9 @@ class Trainer:
             facts = self._facts
             arrays = dict(tree_flatten(self._snapshots.arrays(self._partial)))
             name = f"{facts.step:06}" + (f"-{facts.rows_done:06}" if facts.rows_done else "")
-            told = vars(facts) | {"sizes": self._sizes.state()}
+            saved_facts = vars(facts) | {"sizes": self._sizes.state()}
             return self._session.checkpoints.save(
-                name, arrays, told, "".join(line + "\n" for line in self._recorder.lines)
+                name, arrays, saved_facts, "".join(line + "\n" for line in self._recorder.lines)
             )
 
     def unfit(self, checkpoint: Checkpoint) -> str:

@@ -177,11 +177,11 @@ def unchanged(root: Path, lookups: Iterable[Lookup]) -> bool:
     for name, args, answer, error in lookups:
         if name not in _QUESTIONS:
             return False
-        found: tuple[object, list[Any] | None]
+        current: tuple[object, list[Any] | None]
         try:
-            found = getattr(disk, name)(*args), None
+            current = getattr(disk, name)(*args), None
         except OSError as problem:
-            found = None, [problem.errno, problem.strerror, problem.filename]
-        if found != (answer, error):
+            current = None, [problem.errno, problem.strerror, problem.filename]
+        if current != (answer, error):
             return False
     return True

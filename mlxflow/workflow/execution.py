@@ -30,17 +30,17 @@ from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.user_folders import prepare_compiled_folder
-from mlxflow.workflow import stage
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
+from mlxflow.workflow.stage import outputs_of, paths_of, rooted, settings_digest
 
 
-def execute_stage(workflow: Workflow, one: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
+def execute_stage(workflow: Workflow, stage: Stage, into: Path | None = None, handover: Handover | None = None) -> Path:
     """Run one stage in this process, without locks, and return its artifact folder. See `run_stage`.
 
     Args:
         workflow: the workflow.
-        one: one of its stages.
+        stage: one of its stages.
         into: the folder to write instead of the stage's own.
         handover: settings and inputs passed by doit; None if doit did not start this process.
 
@@ -51,76 +51,78 @@ def execute_stage(workflow: Workflow, one: Stage, into: Path | None = None, hand
     started = time.perf_counter()
     if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
         raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
-    if getattr(one.module, "USES_DEVICE", True):
+    if getattr(stage.module, "USES_DEVICE", True):
         prepare_compiled_folder()  # before starting any process that compiles
-    begin = getattr(one.module, "begin", None)
-    with nullcontext() if begin is None else begin(one.config, workflow.settings.device) as begun:
-        return _run(workflow, one, into, begun, started, handover)
+    begin = getattr(stage.module, "begin", None)
+    with nullcontext() if begin is None else begin(stage.config, workflow.settings.device) as begun:
+        return _run(workflow, stage, into, begun, started, handover)
 
 
 def _run(
-    workflow: Workflow, one: Stage, into: Path | None, begun: Any, started: float, handover: Handover | None
+    workflow: Workflow, stage: Stage, into: Path | None, begun: Any, started: float, handover: Handover | None
 ) -> Path:
-    uses_device = getattr(one.module, "USES_DEVICE", True)
+    uses_device = getattr(stage.module, "USES_DEVICE", True)
     if uses_device:
         if workflow.settings.threads:
             cpu_backend.fix_threads(workflow.settings.threads, key="workflow.threads")
         cpu_backend.prepare()
-    digests, identities = _observe_inputs(workflow, one)
-    settings = one.settings() | compute_device.environment(one.bound_device)
+    digests, identities = _observe_inputs(workflow, stage)
+    settings = stage.settings() | compute_device.environment(stage.bound_device)
     if handover:
-        handover.check(one.task, settings, identities)
-    provenance = _provenance(workflow, one, settings, identities)
+        handover.check(stage.task, settings, identities)
+    provenance = _provenance(workflow, stage, settings, identities)
     chosen = _select_device(workflow) if uses_device else None
     limit = _limit_memory(workflow) if uses_device else 0
     threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
-    folder = into or workflow.root / one.folder
-    unfinished = left.folder_of(workflow.state, one.task, _key_of(provenance, threads))
+    folder = into or workflow.root / stage.folder
+    unfinished = left.folder_of(workflow.state, stage.task, _key_of(provenance, threads))
     if into:  # starts from the beginning and leaves no files
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         atomic_folders.remove_folder(unfinished)
     publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
-    with remote_code.trusting_code(workflow.trusts_code(one)), publishing as private:
+    with remote_code.trusting_code(workflow.trusts_code(stage)), publishing as private:
         context = Context(
-            task=one.task,
+            task=stage.task,
             seed=workflow.settings.seed,
             device=chosen or "cpu",
             memory_limit_bytes=limit,
             provenance=provenance,
             root=workflow.root,
             state=workflow.state,
-            tasks=tuple(one.task for one in workflow.stages),
+            tasks=tuple(each.task for each in workflow.stages),
             members=workflow.members(),
             name=workflow.settings.name,
             folder=private,
             unfinished=unfinished,
             digests=digests,
-            published=_published(workflow.root / one.folder) if into else None,
+            published=_published(workflow.root / stage.folder) if into else None,
             begun=begun,
         )
-        _make_artifact(one, context, started, chosen, threads)
-        _require_unchanged(workflow, one, digests, identities, unfinished)
+        _make_artifact(stage, context, started, chosen, threads)
+        _require_unchanged(workflow, stage, digests, identities, unfinished)
     atomic_folders.remove_folder(unfinished)
     if into is None:
-        _tidy(workflow, one)
+        _tidy(workflow, stage)
     return folder
 
 
-def _observe_inputs(workflow: Workflow, one: Stage) -> tuple[ObservedInputs, dict[str, str]]:
+def _observe_inputs(workflow: Workflow, stage: Stage) -> tuple[ObservedInputs, dict[str, str]]:
     """Return the current digests of the inputs, and the identity of each by name."""
     digests = ObservedInputs(workflow.state / layout.DIGESTS)
     try:
-        return digests, _identify_inputs(workflow, one, digests)
+        return digests, _identify_inputs(workflow, stage, digests)
     finally:
         digests.save()
 
 
-def _provenance(workflow: Workflow, one: Stage, settings: dict[str, Any], identities: dict[str, str]) -> dict[str, str]:
+def _provenance(
+    workflow: Workflow, stage: Stage, settings: dict[str, Any], identities: dict[str, str]
+) -> dict[str, str]:
     """Return the provenance metadata for the header of every file of the artifact."""
     return {
-        "stage": one.task,
-        "settings_digest": stage.settings_digest(settings),
-        "inputs_digest": stage.settings_digest(dict(identities)),
+        "stage": stage.task,
+        "settings_digest": settings_digest(settings),
+        "inputs_digest": settings_digest(dict(identities)),
         "seed": str(workflow.settings.seed),
         "mlxflow": version("mlxflow"),
         "mlx": version("mlx"),
@@ -136,40 +138,40 @@ def _select_device(workflow: Workflow) -> str:
     return chosen
 
 
-def _make_artifact(one: Stage, context: Context, started: float, chosen: str | None, threads: int | None) -> None:
+def _make_artifact(stage: Stage, context: Context, started: float, chosen: str | None, threads: int | None) -> None:
     """Run a stage in the private folder, write its report, and check all outputs.
 
     Raises:
         StageError: an output was not written.
         ArtifactError: a safetensors file is incomplete.
     """
-    outputs = stage.rooted(stage.outputs_of(one.module, one.config), context.folder)
-    inputs = stage.rooted(one.inputs, context.root)
-    figures = one.module.run(config=one.config, inputs=inputs, outputs=outputs, context=context)
+    outputs = rooted(outputs_of(stage.module, stage.config), context.folder)
+    inputs = rooted(stage.inputs, context.root)
+    figures = stage.module.run(config=stage.config, inputs=inputs, outputs=outputs, context=context)
     files = sorted({*ownership.written_names(context.folder), layout.REPORT})
     run = _describe_run(round(time.perf_counter() - started, 3), chosen, threads, files)
     stage_table = report_structs.Provenance(**context.provenance)
     report_structs.write(context.folder / layout.REPORT, report_structs.Report(stage_table, figures, run))
-    if unwritten := [path.name for path in stage.paths_of(outputs) if not path.exists()]:
-        raise StageError(f"{one.task}: ended without writing {', '.join(unwritten)}.")
-    for path in stage.paths_of(outputs):
+    if unwritten := [path.name for path in paths_of(outputs) if not path.exists()]:
+        raise StageError(f"{stage.task}: ended without writing {', '.join(unwritten)}.")
+    for path in paths_of(outputs):
         if path.suffix == ".safetensors":
             tensor_writing.check_whole(path)
 
 
-def _tidy(workflow: Workflow, one: Stage) -> None:
+def _tidy(workflow: Workflow, stage: Stage) -> None:
     """Remove unfinished runs with other settings, and update the copies in the artifacts folder."""
-    for found in left.prune(workflow.state, one.task):
+    for run in left.prune(workflow.state, stage.task):
         terminal.say(
-            f"{found.folder}: removed, {found.num_bytes:,} bytes left by a run of {one.task} with other settings."
+            f"{run.folder}: removed, {run.num_bytes:,} bytes left by a run of {stage.task} with other settings."
         )
-    for copy, original in one.copies.items():
+    for copy, original in stage.copies.items():
         with atomic_folders.writable(workflow.root / copy):
             atomic_folders.write_whole(workflow.root / copy, (workflow.root / original).read_bytes())
 
 
 def _require_unchanged(
-    workflow: Workflow, one: Stage, digests: ObservedInputs, identities: dict[str, str], unfinished: Path
+    workflow: Workflow, stage: Stage, digests: ObservedInputs, identities: dict[str, str], unfinished: Path
 ) -> None:
     """Refuse the result of a run whose inputs changed, and remove its checkpoints.
 
@@ -177,11 +179,11 @@ def _require_unchanged(
         StageError: inputs changed; one line for each.
     """
     try:
-        digests.require_unchanged(one.task, workflow.root)
-        now = dict.fromkeys(one.files_read(workflow.root)) | one.corpus_identities(digests)
+        digests.require_unchanged(stage.task, workflow.root)
+        now = dict.fromkeys(stage.files_read(workflow.root)) | stage.corpus_identities(digests)
         changed = [name for name in identities if name not in now or now[name] not in (None, identities[name])]
         if names := sorted({*changed, *now.keys() - identities.keys()}):
-            advice = f"changed while {one.task} ran, so its result is not kept. Run it again."
+            advice = f"changed while {stage.task} ran, so its result is not kept. Run it again."
             raise StageError("\n".join(f"{name}: {advice}" for name in names))
     except StageError:
         atomic_folders.remove_folder(unfinished)
@@ -195,10 +197,10 @@ def _published(folder: Path) -> Path | None:
 def _key_of(provenance: dict[str, str], threads: int | None) -> str:
     """Return a short key of the settings, the inputs and the number of threads of a run."""
     known = {key: provenance[key] for key in ("settings_digest", "inputs_digest")}
-    return stage.settings_digest(known | ({"threads": threads} if threads else {}))[:12]
+    return settings_digest(known | ({"threads": threads} if threads else {}))[:12]
 
 
-def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> dict[str, str]:
+def _identify_inputs(workflow: Workflow, stage: Stage, cache: ObservedInputs) -> dict[str, str]:
     """Return the identity of every input by name.
 
     Raises:
@@ -206,7 +208,7 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> d
     """
     identities: dict[str, str] = {}
     lines: list[str] = []
-    for record_name, name in one.files_read(workflow.root).items():
+    for record_name, name in stage.files_read(workflow.root).items():
         path = workflow.root / name
         try:
             identities[record_name] = cache.digests(path).identity
@@ -219,7 +221,7 @@ def _identify_inputs(workflow: Workflow, one: Stage, cache: ObservedInputs) -> d
             lines.append(f"{paths.shown(path)}: damaged ({error}){_word_maker(workflow, name)}")
     if lines:
         raise ArtifactError(*dict.fromkeys(lines))
-    return identities | one.corpus_identities(cache)
+    return identities | stage.corpus_identities(cache)
 
 
 def _advise(error: OSError, workflow: Workflow, name: Path) -> str:
@@ -277,7 +279,7 @@ def _describe_run(seconds: float, chosen: str | None, threads: int | None, files
     )
 
 
-def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
+def run_stage(workflow: Workflow, stage: Stage, into: Path | None = None) -> Path:
     """Run one stage in this process under the same locks as doit, and return its artifact folder.
 
     Waits until no doit uses the artifacts and, for a stage that computes, until the device is free. Missing or stale
@@ -285,20 +287,20 @@ def run_stage(workflow: Workflow, one: Stage, into: Path | None = None) -> Path:
 
     Args:
         workflow: the workflow; see `load_workflow`.
-        one: one of its stages: `workflow.find("train")`.
+        stage: one of its stages: `workflow.find("train")`.
         into: the folder to write instead of the stage's own.
 
     Raises:
         CallError: `into` contains files that are no artifact.
         MlxflowError: the stage failed or inputs are missing; the old artifact is unchanged.
     """
-    waiting = f"{one.task}: waits for the artifacts, used by process {{holder}}"
+    waiting = f"{stage.task}: waits for the artifacts, used by process {{holder}}"
     atomic_folders.make_link_target(workflow.artifacts)
     with ExitStack() as held:
         if not held.enter_context(hold(workflow.state / layout.LOCK, waiting, wait=True, needed=into is None)):
             temporary_files.remove_orphans(workflow.artifacts, ".")
             temporary_files.remove_orphans_below(workflow.state)
-        if getattr(one.module, "USES_DEVICE", True):
-            chosen, measures = workflow.settings.device, one.bound_device is not None
-            held.enter_context(compute_device.turn(one.task, workflow.root, chosen, measures=measures))
-        return execute_stage(workflow, one, into)
+        if getattr(stage.module, "USES_DEVICE", True):
+            chosen, measures = workflow.settings.device, stage.bound_device is not None
+            held.enter_context(compute_device.turn(stage.task, workflow.root, chosen, measures=measures))
+        return execute_stage(workflow, stage, into)

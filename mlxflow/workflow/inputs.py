@@ -144,15 +144,15 @@ class References:
 
     def sources(self, patterns: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
         """Return the files that sources name, in a fixed order."""
-        found: list[Path | Corpus] = []
+        files: list[Path | Corpus] = []
         for pattern in patterns:
             if pattern.startswith("builtin:"):
-                found += self._builtin(pattern, key)
+                files += self._builtin(pattern, key)
             elif pattern.startswith(sources.HF) and not self._is_folder(pattern.removeprefix(sources.HF)):
-                found += self._data_set(pattern, key)
+                files += self._data_set(pattern, key)
             else:
-                found += self._files(pattern, key)
-        return tuple(dict.fromkeys(found))
+                files += self._files(pattern, key)
+        return tuple(dict.fromkeys(files))
 
     def files(self, names: tuple[str, ...], key: str) -> tuple[Path, ...]:
         """Return single files."""
@@ -188,16 +188,16 @@ class References:
         if folder is None:
             return ()
         try:
-            found = ModelFolderFiles(*self._disk.model_folder(folder))
+            files = ModelFolderFiles(*self._disk.model_folder(folder))
         except OSError as error:
             return self._note_unreadable(key, name, error, advice)
-        if found.problem:
-            self._note(key, name, found.problem, found.advice)
-        elif found.code and not trusts_code:
-            self._note_untrusted(key, name, CONFIG, found.code)
+        if files.problem:
+            self._note(key, name, files.problem, files.advice)
+        elif files.code and not trusts_code:
+            self._note_untrusted(key, name, CONFIG, files.code)
         elif needs_tokenizer and not trusts_code and any(code := self._disk.tokenizer_code(folder)):
             self._note_untrusted(key, name, *code)
-        return tuple(Path(folder, file) for file in found.read)
+        return tuple(Path(folder, file) for file in files.read)
 
     def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:
         """Return the folder of a name; None for a name of the hub, and for a missing folder, which is reported."""
@@ -267,8 +267,8 @@ class References:
         """Return why a folder has no readable file."""
         counts = self._disk.left_out(folder)
         kinds = ("hidden", "binary by suffix", "links to nothing", "beside records")
-        found = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]
-        return f"is a folder without text ({', '.join(found)})" if found else "is an empty folder"
+        reasons = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]
+        return f"is a folder without text ({', '.join(reasons)})" if reasons else "is an empty folder"
 
     def _data_set(self, name: str, key: str) -> list[Corpus]:
         if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name):

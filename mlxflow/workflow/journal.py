@@ -97,10 +97,10 @@ def _checked(record: object) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise InvalidStateError("no table")
-    kept = {key: value for key, value in record.items() if key in KEPT_KEYS}
-    for key, value in kept.items():
+    stored = {key: value for key, value in record.items() if key in KEPT_KEYS}
+    for key, value in stored.items():
         if key == VALUES:
             check_values(value)
         elif not isinstance(value, str | None):
             raise InvalidStateError(f"{key} expected text")
-    return kept
+    return stored

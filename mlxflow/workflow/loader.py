@@ -174,25 +174,25 @@ class _WorkflowLoader:
                     workflow.left_out[name] = lines
                     workflow.stages.remove(one)
 
-    def _require_few_files(self, one: Stage, num_files: int) -> None:
+    def _require_few_files(self, stage: Stage, num_files: int) -> None:
         if num_files > _MAX_FILES:
             raise WorkflowError(
-                f"{self.shown}: {one.table}: the stages up to here read {num_files:,} files: "
+                f"{self.shown}: {stage.table}: the stages up to here read {num_files:,} files: "
                 f"expected at most {_MAX_FILES:,}. Let fewer variants read many files, or split the workflow."
             )
 
 
-def _find_inputs(one: Stage, references: References) -> None:
+def _find_inputs(stage: Stage, references: References) -> None:
     """Set the inputs of a stage, after resolving the keys of its table that depend on other files."""
-    one.config = getattr(one.module, "resolve", lambda config, _: config)(one.config, references)
-    one.inputs = one.module.Inputs.of(one.config, references)
-    one.spellings = references.spellings
+    stage.config = getattr(stage.module, "resolve", lambda config, _: config)(stage.config, references)
+    stage.inputs = stage.module.Inputs.of(stage.config, references)
+    stage.spellings = references.spellings
 
 
-def _changed_keys(one: Stage) -> set[str]:
+def _changed_keys(stage: Stage) -> set[str]:
     """Return the keys of a stage's table whose values differ from the default."""
-    default = one.module.Config()
-    return {key for key in default.__struct_fields__ if getattr(one.config, key) != getattr(default, key)}
+    default = stage.module.Config()
+    return {key for key in default.__struct_fields__ if getattr(stage.config, key) != getattr(default, key)}
 
 
 def _follow_readers(workflow: Workflow) -> None:

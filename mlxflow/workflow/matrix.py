@@ -74,13 +74,13 @@ def count(table: object) -> tuple[int, int]:
 
 def _num_values(value: object) -> int:
     """Return the number of values in a table, nested ones included."""
-    waiting, found = [value], 0
+    waiting, count = [value], 0
     while waiting:
         one = waiting.pop()
-        found += 1
+        count += 1
         if isinstance(one, dict | list):
             waiting += one.values() if isinstance(one, dict) else one
-    return found
+    return count
 
 
 def _matrix_problems(matrix: Any, excluded: Any, table: dict[str, Any]) -> Iterator[Problem]:

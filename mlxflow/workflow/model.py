@@ -266,25 +266,25 @@ class Workflow:
             path for one in self.stages for path in one.outputs if path.name == layout.METRICS or one.is_measured
         )
 
-    def trusts_code(self, one: Stage) -> bool:
+    def trusts_code(self, stage: Stage) -> bool:
         """Return whether a stage, or one that it reads from, is set to run Python code of model folders."""
-        return one.task in self._trusting
+        return stage.task in self._trusting
 
     @cached_property
     def _trusting(self) -> set[str]:
-        found: set[str] = set()
+        trusting: set[str] = set()
         for one, member in zip(self.stages, self._members, strict=True):  # each after the ones it reads from
-            if getattr(one.config, "trusts_code", False) or not found.isdisjoint(member.reads):
-                found.add(one.task)
-        return found
+            if getattr(one.config, "trusts_code", False) or not trusting.isdisjoint(member.reads):
+                trusting.add(one.task)
+        return trusting
 
     @cached_property
     def _by_name(self) -> dict[str, list[Stage]]:
-        found: dict[str, list[Stage]] = {}
+        by_name: dict[str, list[Stage]] = {}
         for one in self.stages:
             for name in {one.task, one.name}:
-                found.setdefault(name, []).append(one)
-        return found
+                by_name.setdefault(name, []).append(one)
+        return by_name
 
     def find(self, task: str) -> Stage:
         """Return the stage of a name such as `train` or `quantize:q4`; `quantize` may stand for its only variant.

@@ -69,10 +69,10 @@ def damaged_outputs(node: Node, record: dict[str, Any], cache: DigestCache, *, a
         size, content = recorded[original]
         path = node.path(name)
         try:
-            found = os.stat(path)  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
-            if found.st_size != size:
-                yield f"{name} has {found.st_size:,} bytes instead of {size:,}"
-            elif cache.digests(path, again=again, found=found).content != content:
+            status = os.stat(path)  # noqa: PTH116 - strings, not paths: this runs for every file of a no-op
+            if status.st_size != size:
+                yield f"{name} has {status.st_size:,} bytes instead of {size:,}"
+            elif cache.digests(path, again=again, status=status).content != content:
                 yield f"{name} was changed after the run"
         except FileNotFoundError:
             yield f"{name} is missing"

@@ -55,7 +55,7 @@ def note_excess(artifacts: Artifacts, *bounds: tuple[Mapping[str, int | tuple[in
         artifacts: where it is reported.
         bounds: arguments of `excess`.
     """
-    problem = next((found for one in bounds if (found := excess(*one))), None)
+    problem = next((problem_found for one in bounds if (problem_found := excess(*one))), None)
     if problem is not None:
         artifacts.note(problem)
 

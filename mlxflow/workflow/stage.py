@@ -140,8 +140,8 @@ def summary(module: StageModule) -> str:
 
 def outputs_of(module: StageModule, config: msgspec.Struct) -> msgspec.Struct:
     """Return the files that a stage writes with a configuration; `Outputs` may have a class method `of`."""
-    made: Callable[[msgspec.Struct], msgspec.Struct] = getattr(module.Outputs, "of", lambda _: module.Outputs())
-    return made(config)
+    make: Callable[[msgspec.Struct], msgspec.Struct] = getattr(module.Outputs, "of", lambda _: module.Outputs())
+    return make(config)
 
 
 def is_own_name(module: StageModule, variant: str) -> bool:

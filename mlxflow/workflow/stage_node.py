@@ -93,10 +93,10 @@ class Node:
             if not check(value[name]):
                 raise InvalidStateError(f"{name} of a stage is not valid")
         fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
-        made = cls(**fields)
-        if made.folder != layout.stage_folder(made.task).as_posix() or not made._writes_artifacts():
-            raise InvalidStateError(f"{made.task!r} writes outside of its artifact")
-        return replace(made, root=Path(made.root))
+        node = cls(**fields)
+        if node.folder != layout.stage_folder(node.task).as_posix() or not node._writes_artifacts():
+            raise InvalidStateError(f"{node.task!r} writes outside of its artifact")
+        return replace(node, root=Path(node.root))
 
     def _writes_artifacts(self) -> bool:
         """Return whether every file that the stage writes is inside of its folder."""

@@ -94,7 +94,7 @@ def _refuse_too_many(document: dict[str, Any], shown: str) -> None:
             f"{shown}: {paths.printable(name)}: makes {totals[name]:,} variants: expected at most {MAX_VARIANTS:,} "
             "of all stages. Shorten the lists of its matrix, or split the file."
         )
-    values = {name: sum(count * size for count, size in found) for name, found in counts.items()}
+    values = {name: sum(count * size for count, size in sizes) for name, sizes in counts.items()}
     if sum(values.values()) > MAX_VALUES:
         name = max(values, key=lambda one: values[one])
         raise WorkflowError(

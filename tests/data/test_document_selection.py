@@ -32,7 +32,7 @@ def _select(
     weights: Sequence[float] | None = None,
     holdout: float = 0.1,
     deduplicate: bool = True,
-    asked: Sequence[bool] | None = None,
+    is_configured: Sequence[bool] | None = None,
 ) -> DocumentSelection:
     return select(
         opened,
@@ -41,7 +41,7 @@ def _select(
         weights=weights or [1.0] * len(opened),
         holdout=holdout,
         deduplicate=deduplicate,
-        asked=asked or [False] * len(opened),
+        is_configured=is_configured or [False] * len(opened),
     )
 
 
@@ -93,7 +93,9 @@ def test_no_validation_document_is_trained_on(store: ShardStore, deduplicate: bo
 
 def test_configured_validation_sources_have_priority_over_a_test_split(store: ShardStore) -> None:
     opened = [write(store, KEYS[0], ["a", "b"]), write(store, KEYS[1], ["a"]), write(store, KEYS[2], ["b"])]
-    chosen = _select(opened, fixed=["test", "validation", "validation"], holdout=0.0, asked=[False, True, False])
+    chosen = _select(
+        opened, fixed=["test", "validation", "validation"], holdout=0.0, is_configured=[False, True, False]
+    )
     assert [side.tolist() for side in chosen.sides] == [[DUPLICATE, TEST], [VALIDATION], [DUPLICATE]]
 
 

@@ -50,7 +50,7 @@ def test_the_plan_has_the_least_cost_within_the_budget(seed: int, share: float) 
     costs, sizes = _table(5, seed)
     least, most = (sum(pick(one.values()) for one in sizes.values()) for pick in (min, max))
     budget = int(least + share * (most - least))
-    plan = cheapest_plan(costs, sizes, budget_bytes=budget, asked="", parameters=1)
+    plan = cheapest_plan(costs, sizes, budget_bytes=budget, budget_setting="", parameters=1)
     every = [dict(zip(costs, choice, strict=True)) for choice in itertools.product(CANDIDATES, repeat=len(costs))]
     best = min(
         sum(costs[path][setting] for path, setting in one.items()) for one in every if plan_bytes(one, sizes) <= budget
@@ -65,7 +65,7 @@ def test_sizes_without_a_common_unit_still_keep_the_budget_and_fill_it() -> None
     sizes = {f"{n}": {one: int(one.bits * random.integers(10**7, 2 * 10**7)) for one in CANDIDATES} for n in range(40)}
     costs = {path: {one: 4.0**-one.bits * (1 + place) for one in CANDIDATES} for place, path in enumerate(sizes)}
     budget = sum(one[CANDIDATES[2]] for one in sizes.values())
-    plan = cheapest_plan(costs, sizes, budget_bytes=budget, asked="", parameters=1)
+    plan = cheapest_plan(costs, sizes, budget_bytes=budget, budget_setting="", parameters=1)
     assert 0.99 * budget < plan_bytes(plan, sizes) <= budget
 
 
@@ -73,7 +73,9 @@ def test_an_impossible_budget_is_an_error_with_the_smallest_size() -> None:
     costs, sizes = _table(3, 0)
     least = sum(min(one.values()) for one in sizes.values())
     with pytest.raises(WorkflowError) as caught:
-        cheapest_plan(costs, sizes, budget_bytes=least - 1, asked='quantize.target_size = "1 kB"', parameters=1000)
+        cheapest_plan(
+            costs, sizes, budget_bytes=least - 1, budget_setting='quantize.target_size = "1 kB"', parameters=1000
+        )
     assert str(caught.value) == (
         f'quantize.target_size = "1 kB": the least possible is {8 * least / 1000:.3f} bits per weight ({least:,} '
         f"bytes) in the layers that are quantized, and the budget leaves {least - 1:,} bytes for them. Raise it, or "

@@ -75,14 +75,14 @@ def _letter(run: Run) -> str:
     return run.label.partition(":")[0]
 
 
-def _ratio(one: _Known, other: _Known) -> str:
+def _ratio(first: _Known, second: _Known) -> str:
     """Return the ratio of the second to the first, in words."""
-    said = f"{show(other[0] / one[0])} times"
-    (low, high), (other_low, other_high) = one[1:], other[1:]
+    text = f"{show(second[0] / first[0])} times"
+    (low, high), (other_low, other_high) = first[1:], second[1:]
     if not low or not high or other_low is None or other_high is None:
-        return said
+        return text
     least, most = other_low / high, other_high / low
-    return f"{said} ({show(least)} to {show(most)})" + (", inside the noise" if least <= 1 <= most else "")
+    return f"{text} ({show(least)} to {show(most)})" + (", inside the noise" if least <= 1 <= most else "")
 
 
 def _blocks(run: Run) -> list[Block]:
@@ -232,14 +232,14 @@ def _bottleneck(figures: BottleneckFigures) -> list[Block]:
     blocks: list[Block] = [
         Figure("Where a step's time goes", charts.stacked(known, label=label), legend=legend, wide=True)
     ]
-    for found, most, what, unit in (
+    for rate, most, what, unit in (
         (figures.flops_per_second, figures.ceiling_flops_per_second, "Arithmetic", "FLOP/s"),
         (figures.decode_bytes_per_second, figures.ceiling_bytes_per_second, "Decoding reads", "B/s"),
     ):
-        if found is not None and most:
-            rates = f"{show(found / 1e9)} of {show(most / 1e9)} G{unit}"
-            said = f"{what}: {rates}, {show_percent(found / most)} of what this device was measured to do."
-            blocks.append(Text(said))
+        if rate is not None and most:
+            rates = f"{show(rate / 1e9)} of {show(most / 1e9)} G{unit}"
+            text = f"{what}: {rates}, {show_percent(rate / most)} of what this device was measured to do."
+            blocks.append(Text(text))
     if figures.advice:
         blocks.append(Text(f"Most worth changing: {figures.advice}"))
     return blocks
@@ -248,8 +248,8 @@ def _bottleneck(figures: BottleneckFigures) -> list[Block]:
 def _drift(drift: DriftFigures | None) -> list[Block]:
     if drift is None:
         return []
-    said = f"The first setting, timed again at the end, took {show(drift.ratio)} times as long a step."
-    return [Note(f"{said} The device slowed down meanwhile.") if drift.is_noticed else Text(said)]
+    text = f"The first setting, timed again at the end, took {show(drift.ratio)} times as long a step."
+    return [Note(f"{text} The device slowed down meanwhile.") if drift.is_noticed else Text(text)]
 
 
 def _promises(report: BenchmarkReport) -> list[Block]:

@@ -97,7 +97,7 @@ def _losses(report: PretokenizeReport) -> Block:
     sides = (report.train, report.validation)
     totals = [(words, sum(getattr(source, name) for source in report.sources)) for name, words in _SOURCE_LOSSES]
     totals += [(words, sum(getattr(side, name) for side in sides)) for name, words in _SIDE_LOSSES]
-    found = [(words, show(total)) for words, total in totals if total]
-    if not found:
+    rows = [(words, show(total)) for words, total in totals if total]
+    if not rows:
         return Note("Nothing of the text was lost, cut or left out.")
-    return Table("What was cut, dropped or left out", ("What", "Count"), found)
+    return Table("What was cut, dropped or left out", ("What", "Count"), rows)

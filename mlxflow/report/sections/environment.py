@@ -29,9 +29,9 @@ def _blocks(run: Run) -> list[Block]:
         blocks.append(Note(f"{layout.LOCKFILE} {run.lock_problem}: doit writes it when it builds a stage."))
         return blocks
     blocks.append(_lock(run))
-    for task, made in run.lock.items():
-        if isinstance(made, dict) and made.get("config"):
-            blocks.append(Code(f"Settings of {task}", _toml(made["config"])))
+    for task, entry in run.lock.items():
+        if isinstance(entry, dict) and entry.get("config"):
+            blocks.append(Code(f"Settings of {task}", _toml(entry["config"])))
     return blocks
 
 
@@ -40,7 +40,7 @@ def _machine(run: Run) -> Table:
     reports = [one.report for one in run.stages if one.report]
     answers = [(words, _each_once(getattr(report.run, name) for report in reports)) for name, words in _ABOUT]
     answers += [(name, _each_once(getattr(report.stage, name) for report in reports)) for name in _VERSIONS]
-    cells = [(words, found) for words, found in answers if found]
+    cells = [(words, values) for words, values in answers if values]
     peaks = [(one.report.run.peak_rss_bytes, one.task) for one in run.stages if one.report]
     if peaks:
         cells.append(("Most memory of a process", f"{show_bytes(max(peaks)[0])} ({max(peaks)[1]})"))
@@ -58,15 +58,15 @@ def _lock(run: Run) -> Table:
     return Table(f"{layout.LOCKFILE}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
 
 
-def _lock_row(one: LoadedStage, made: dict[str, object]) -> tuple[str, ...]:
+def _lock_row(stage: LoadedStage, entry: dict[str, object]) -> tuple[str, ...]:
     def told(key: str) -> str:
-        return str(made[key]) if key in made else UNKNOWN
+        return str(entry[key]) if key in entry else UNKNOWN
 
-    outputs = made.get("outputs")
-    digest = outputs.get((one.member.folder / layout.REPORT).as_posix()) if isinstance(outputs, dict) else None
+    outputs = entry.get("outputs")
+    digest = outputs.get((stage.member.folder / layout.REPORT).as_posix()) if isinstance(outputs, dict) else None
     commit, _, changed = told("commit").partition("+")
     shown = commit[:12] + (f"+{changed}" if changed else "")
-    return (one.task, shown, told("seed"), told("mlx"), told("python"), told("device"), str(digest or UNKNOWN)[:12])
+    return (stage.task, shown, told("seed"), told("mlx"), told("python"), told("device"), str(digest or UNKNOWN)[:12])
 
 
 def _toml(config: object) -> str:

@@ -81,8 +81,8 @@ def _series(run: Run, index: int, task: str, kind: str, key: str, name: str, sty
     return Series(shown, np.array(x), np.array(y), style + (" b" if index else ""))
 
 
-def _ends(one: Series) -> str:
-    return f"from {show(float(one.y[0]))} to {show(float(one.y[-1]))}"
+def _ends(series: Series) -> str:
+    return f"from {show(float(series.y[0]))} to {show(float(series.y[-1]))}"
 
 
 def _legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:

@@ -37,20 +37,20 @@ def _blocks(run: Run) -> list[Block]:
 
 def _leak(leak: LeakReport) -> list[Block]:
     if leak.verdict == "none":
-        said = "No leak: active memory at the steps' ends does not grow."
+        text = "No leak: active memory at the steps' ends does not grow."
     elif leak.verdict == "leak":
         until = leak.steps_until_limit
-        said = f"A leak: active memory grows by {show_bytes(leak.bytes_per_step)} a step"
-        said += f" and meets the limit in {plural(until, 'step')}." if until is not None else "."
+        text = f"A leak: active memory grows by {show_bytes(leak.bytes_per_step)} a step"
+        text += f" and meets the limit in {plural(until, 'step')}." if until is not None else "."
     else:
-        said = "Bounded growth: active memory grew, and stopped growing."
+        text = "Bounded growth: active memory grew, and stopped growing."
     if leak.process.verdict != "none":
-        said += f" The process's memory, outside of MLX: {leak.process.verdict}."
-    return [Text(said) if leak.verdict == "none" else Note(said)]
+        text += f" The process's memory, outside of MLX: {leak.process.verdict}."
+    return [Text(text) if leak.verdict == "none" else Note(text)]
 
 
-def _composition(made: PeakParts) -> list[Block]:
-    known = [(part, size) for part in _PARTS if (size := getattr(made, f"{part}_bytes"))]
+def _composition(composition: PeakParts) -> list[Block]:
+    known = [(part, size) for part in _PARTS if (size := getattr(composition, f"{part}_bytes"))]
     if not known:
         return [Note("The profile did not report what its peak is made of.")]
     parts = [(part, size, charts.style_of(index)) for index, (part, size) in enumerate(known)]

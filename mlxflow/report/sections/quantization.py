@@ -156,8 +156,8 @@ def _layer_table(by_task: Mapping[str, Mapping[str, LayerFigures]], names: Seque
     head = ("Layer", *(f"{task}: {what}" for task in by_task for what in ("bits a weight", "error")))
     cells = []
     for name in names[:_MOST_ROWS]:
-        found = [layers.get(name) for layers in by_task.values()]
-        figures = [(layer.bits_per_weight, layer.relative_error) if layer else (None, None) for layer in found]
+        layers_of_name = [layers.get(name) for layers in by_task.values()]
+        figures = [(layer.bits_per_weight, layer.relative_error) if layer else (None, None) for layer in layers_of_name]
         cells.append((shorten(clean(name), 80), *(show(value) for pair in figures for value in pair)))
     more = f", the first {_MOST_ROWS} of {len(names)}" if len(names) > _MOST_ROWS else ""
     return Table(f"Every layer{more}", head, cells, folded=True)

@@ -21,9 +21,9 @@ def _blocks(run: Run) -> list[Block]:
     return shown or [Note("No model was asked for a sample: report.models is empty or no model is built.")]
 
 
-def _block(one: SampleText) -> Block | None:
-    if one.text is None:
+def _block(sample: SampleText) -> Block | None:
+    if sample.text is None:
         return None
-    if one.question is not None:
-        return Exchange(one.model, one.question, one.text.strip(), one.answer or "")
-    return Sample(one.model, one.prompt, one.text) if one.prompt is not None else None
+    if sample.question is not None:
+        return Exchange(sample.model, sample.question, sample.text.strip(), sample.answer or "")
+    return Sample(sample.model, sample.prompt, sample.text) if sample.prompt is not None else None

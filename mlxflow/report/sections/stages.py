@@ -26,11 +26,11 @@ def _blocks(run: Run) -> list[Block]:
     return [drawn, *notes, _table(run)]
 
 
-def _lines(one: LoadedStage) -> tuple[str, ...]:
-    if one.state in ("missing", "damaged"):
-        return (WORDS[one.state],)
-    seconds = show_seconds(one.report.run.seconds if one.report else None)
-    return (WORDS[one.state], f"{seconds} \N{MIDDLE DOT} {show_bytes(one.size_bytes)}")
+def _lines(stage: LoadedStage) -> tuple[str, ...]:
+    if stage.state in ("missing", "damaged"):
+        return (WORDS[stage.state],)
+    seconds = show_seconds(stage.report.run.seconds if stage.report else None)
+    return (WORDS[stage.state], f"{seconds} \N{MIDDLE DOT} {show_bytes(stage.size_bytes)}")
 
 
 def _table(run: Run) -> Table:

@@ -51,42 +51,42 @@ class _Axis(NamedTuple):
     what: str
 
 
-def draw(one: LoadedStage, timeline: Timeline | None, until: str = "") -> list[Block]:
+def draw(stage: LoadedStage, timeline: Timeline | None, until: str = "") -> list[Block]:
     """Return the plots of a timeline.
 
     Args:
-        one: the stage.
+        stage: the stage.
         timeline: of the stage, or None.
         until: suffix of the titles.
     """
     if timeline is None:
-        return [Note(f"No memory timeline to show: {one.task} left no timeline.safetensors. Run: doit {one.task}")]
+        return [Note(f"No memory timeline to show: {stage.task} left no timeline.safetensors. Run: doit {stage.task}")]
     plots: list[Block] = []
     for prefix, x_name, x_form, what in (
         ("", "step", "number", "at each step's end"),
         ("sample_", "seconds", "seconds", "sampled"),
     ):
-        axis = _Axis(prefix, x_name, x_form, f"memory {one.task} {x_name}{until}", what + until)
+        axis = _Axis(prefix, x_name, x_form, f"memory {stage.task} {x_name}{until}", what + until)
         for keys, title in (
             (_MLX, "MLX's memory"),
             (_PROCESS, "The process's memory"),
             (_SYSTEM, "The system's memory"),
         ):
-            plots += _plot(timeline, keys, title, axis, [] if until or prefix or keys is not _MLX else _marks(one))
+            plots += _plot(timeline, keys, title, axis, [] if until or prefix or keys is not _MLX else _marks(stage))
     if not plots:
-        plots.append(Note(f"{one.task} left a timeline that holds no readings."))
+        plots.append(Note(f"{stage.task} left a timeline that holds no readings."))
     return [Note(timeline.problem), *plots] if timeline.problem else plots
 
 
-def draw_cut_off(one: LoadedStage, timeline: Timeline) -> list[Block]:
+def draw_cut_off(stage: LoadedStage, timeline: Timeline) -> list[Block]:
     """Return the plots of an unfinished run, and how it ended."""
-    again = "" if timeline.ended.startswith("is still") else f" Run: doit {one.task}"
-    said = f"The last run of {one.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
-    return [Note(said), *draw(one, timeline, " until then")]
+    again = "" if timeline.ended.startswith("is still") else f" Run: doit {stage.task}"
+    text = f"The last run of {stage.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
+    return [Note(text), *draw(stage, timeline, " until then")]
 
 
-def _marks(one: LoadedStage) -> list[Mark]:
-    report = one.figures(ProfileReport)
+def _marks(stage: LoadedStage) -> list[Mark]:
+    report = stage.figures(ProfileReport)
     return [
         Mark(peak.step, peak.bytes, f"{show_bytes(peak.bytes)} in {clean(peak.phase)}, step {show(peak.step)}")
         for peak in (report.peaks if report else ())
@@ -174,14 +174,14 @@ def _phase_peaks(timeline: Timeline) -> list[Series]:
     steps, ends = timeline.columns.get("step"), timeline.columns.get("seconds")
     if steps is None or ends is None or len(steps) != len(ends):
         return []
-    found: dict[str, dict[int, float]] = {}
+    peaks_by_phase: dict[str, dict[int, float]] = {}
     for phase in _known(timeline.phases):
         place = int(np.searchsorted(ends, phase.end_seconds))
         if "/" in phase.name and place < len(steps):
-            peaks = found.setdefault(clean(phase.name), {})
+            peaks = peaks_by_phase.setdefault(clean(phase.name), {})
             peaks[place] = max(peaks.get(place, 0.0), phase.peak_bytes)
     # A phase of only the first step is not part of every step
-    told = [(name, sorted(peaks.items())) for name, peaks in found.items() if len(peaks) > 1]
+    repeated = [(name, sorted(peaks.items())) for name, peaks in peaks_by_phase.items() if len(peaks) > 1]
     return [
         Series(
             f"peak in {_last_part(name)}",
@@ -189,7 +189,7 @@ def _phase_peaks(timeline: Timeline) -> list[Series]:
             np.array([peak for _, peak in peaks]),
             f"c{3 + index}",
         )
-        for index, (name, peaks) in enumerate(told[:3])
+        for index, (name, peaks) in enumerate(repeated[:3])
     ]
 
 
