@@ -2,6 +2,7 @@
 
 import argparse
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 from mlxflow.cli.arguments import add_workflow
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import ArtifactError, CallError, UserError
-from mlxflow.report.load_run import read_run
+from mlxflow.report.load_run import Run, read_run
 from mlxflow.report.render import render
 from mlxflow.storage import atomic_folders, layout, paths, report_structs
 from mlxflow.storage.digests import DigestCache
@@ -23,53 +24,91 @@ from mlxflow.workflow.staleness import StaleStage, find_stale, record_of_report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow report`."""
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="FOLDER",
+        help="two or more runs to compare, such as . ../other: artifacts/compare.html of the first",
+    )
     parser.add_argument("--open", action="store_true", help="show it in the browser")
-    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="another run beside it: artifacts/compare.html")
     add_workflow(parser)
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Write the page and print its path."""
-    page = report(load_workflow(parsed.workflow), compare=parsed.compare, opens=parsed.open)
+    page = compare(parsed.runs) if parsed.runs else report(load_workflow(parsed.workflow))
+    if parsed.open and not webbrowser.open(page.resolve().as_uri()):
+        terminal.say(f"{paths.shown(page)}: no browser could be opened. Open the file yourself.")
     terminal.show(paths.shown(page))
 
 
-def report(workflow: Workflow, *, compare: Path | None = None, opens: bool = False) -> Path:
-    """Write the page of all existing reports and return its path.
+def report(workflow: Workflow) -> Path:
+    """Write the page of what is there and return its path.
 
     Args:
         workflow: the workflow.
-        compare: another run, shown beside it: a workflow's folder or its artifacts folder.
-        opens: whether to show the page in the browser.
 
     Raises:
-        CallError: there is nothing to compare with.
         StageError: the page cannot be written.
     """
-    page = workflow.artifacts / (layout.COMPARISON_PAGE if compare else layout.PAGE)
-    if compare:
-        other = _other_root(compare)
-        name, members = _described(other)
-        labels = [f"A: {paths.shown(workflow.root)}", f"B: {paths.shown(other)}"]
-        runs = [read_run(workflow.root, _members(workflow), name=workflow.settings.name, label=labels[0])]
-        runs.append(read_run(other, members, name=name, label=labels[1]))
-    else:
-        runs = [read_run(workflow.root, _members(workflow), name=workflow.settings.name)]
-    with atomic_folders.writable(page):
-        page.parent.mkdir(exist_ok=True)
-        atomic_folders.write_whole(page, render(runs))
-    if opens and not webbrowser.open(page.resolve().as_uri()):
-        terminal.say(f"{paths.shown(page)}: no browser could be opened. Open the file yourself.")
+    page = workflow.artifacts / layout.PAGE
+    _write(page, [read(workflow)])
     return page
 
 
-def _other_root(compare: Path) -> Path:
-    for root in (compare, compare.parent):
-        if (root / layout.ARTIFACTS).is_dir() and (root == compare or compare.name == layout.ARTIFACTS):
+def read(workflow: Workflow) -> Run:
+    """Return the run of a workflow, as far as it has come."""
+    return read_run(workflow.root, _members(workflow), name=workflow.settings.name)
+
+
+def compare(folders: Sequence[Path]) -> Path:
+    """Write the page of several runs side by side, in the artifacts of the first, and return its path.
+
+    Args:
+        folders: of each run: a workflow's folder or its artifacts folder.
+
+    Raises:
+        CallError: there are fewer than two, or one holds no artifacts.
+        StageError: the page cannot be written.
+    """
+    if len(folders) < 2:
+        raise CallError(f"report: {str(folders[0])!r}: expected two or more runs. Use: mlxflow report . {folders[0]}")
+    runs = []
+    for index, root in enumerate([_root(folder) for folder in folders]):
+        name, members = _described(root)
+        runs.append(read_run(root, members, name=name, label=f"{_letters(index)}: {paths.shown(root)}"))
+    page = layout.artifacts_folder(_root(folders[0])) / layout.COMPARISON_PAGE
+    _write(page, runs)
+    return page
+
+
+def _write(page: Path, runs: Sequence[Run]) -> None:
+    with atomic_folders.writable(page):
+        page.parent.mkdir(exist_ok=True)
+        atomic_folders.write_whole(page, render(runs))
+
+
+def _letters(index: int) -> str:
+    """Return A, B, ... Z, AA, AB, ... for 0, 1, ..."""
+    letters = ""
+    index += 1
+    while index:
+        index, digit = divmod(index - 1, 26)
+        letters = chr(ord("A") + digit) + letters
+    return letters
+
+
+def _root(folder: Path) -> Path:
+    """Return the workflow's folder of a run.
+
+    Raises:
+        CallError: it holds no artifacts.
+    """
+    for root in (folder, folder.parent):
+        if (root / layout.ARTIFACTS).is_dir() and (root == folder or folder.name == layout.ARTIFACTS):
             return root
-    raise CallError(
-        f"report: --compare = {str(compare)!r}: holds no {layout.ARTIFACTS}. Name a folder in which doit built a stage."
-    )
+    raise CallError(f"report: {str(folder)!r}: holds no {layout.ARTIFACTS}. Name a folder in which doit built a stage.")
 
 
 def _described(root: Path) -> tuple[str, list[Member]]:

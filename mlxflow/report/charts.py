@@ -20,24 +20,22 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "percent": formatting.show_percent,
 }
 
-
-#: Number of series that can be distinguished in one plot.
-STYLES = 32
-_COLORS = 8
-
-
-def style_of(index: int) -> str:
-    """Return the CSS classes of one of many series: eight colors, each plain and in three patterns.
-
-    A pattern is the dash of a line, the shape of a mark, or the opacity of a bar.
-    """
-    pattern = index // _COLORS % (STYLES // _COLORS)
-    return f"c{index % _COLORS}" + (f" p{pattern}" if pattern else "")
+# Ticks this near to an end of their axis have words that begin or end at them
+_EDGE = 0.06
 
 
 def round_tick(tick: float) -> float:
     """Return a tick without rounding error."""
     return float(f"{tick:.9g}")
+
+
+def anchor_of(place: float) -> str:
+    """Return how the word of a tick is anchored so that it stays within its axis; a place is from 0 to 1."""
+    return "start" if place < _EDGE else "end" if place > 1 - _EDGE else "middle"
+
+
+def _tick_word(tick: float) -> str:
+    return formatting.show_large(round_tick(tick))
 
 
 class Bar(NamedTuple):
@@ -144,9 +142,9 @@ def spans(rows: Sequence[Spread], *, label: str, marker: float | None, marker_na
             tag("div", {"class": "bar-value"}, f"{formatting.show(median)} median"),
         ]
     words = [
-        tag("text", {"x": place(tick), "y": 14, "text-anchor": "middle"}, formatting.show_large(round_tick(tick)))
+        tag("text", {"x": place(tick), "y": 14, "text-anchor": anchor_of(across(tick))}, _tick_word(tick))
         for tick in across.ticks(5)
     ]
     axis = tag("svg", {"class": "x", "aria-hidden": "true", "height": 20}, *words)
-    drawn += [tag("div", {}), axis, tag("div", {})]
+    drawn += [tag("div", {"class": "gap"}), axis, tag("div", {"class": "gap"})]
     return tag("div", {"class": "bars", "role": "img", "aria-label": label}, *drawn)

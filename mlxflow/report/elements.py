@@ -49,6 +49,7 @@ class Figure(NamedTuple):
         legend: a CSS class and a name for each series.
         wide: whether it has the full width.
         hint: help for pointer and keys; empty for none.
+        switches: whether the page's script offers smoothing and a logarithmic scale.
     """
 
     caption: str
@@ -57,6 +58,7 @@ class Figure(NamedTuple):
     legend: tuple[tuple[str, str], ...] = ()
     wide: bool = False
     hint: str = ""
+    switches: bool = False
     kind: str = "figure"
 
 
@@ -89,10 +91,10 @@ class Code(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """The same element of two runs, side by side."""
+    """The same element of several runs, side by side."""
 
-    titles: tuple[str, str]
-    sides: tuple["list[Block]", "list[Block]"]
+    titles: tuple[str, ...]
+    sides: tuple["list[Block]", ...]
     kind: str = "sides"
 
 

@@ -7,7 +7,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from mlxflow.report import formatting, svg
-from mlxflow.report.charts import FORMATS, round_tick
+from mlxflow.report.charts import FORMATS, anchor_of, round_tick
 from mlxflow.report.svg import Scale, tag
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def lines(
     lanes = (max(band.lane for band in bands) + 1) * _LANE if bands else 0.0
     up = up._replace(high=up.low + (up.high - up.low) * height / (height - lanes))
     drawn = [_grid(ticks, up, height), *_bands(bands, across, up, height)]
-    drawn += [_line(one, across, up, height) for one in thinned]
+    drawn += [_line(one, index, across, up, height) for index, one in enumerate(thinned)]
     drawn += [_mark(mark, across, up, height) for mark in marks]
     shape = {
         "class": "area",
@@ -123,7 +123,7 @@ def lines(
         "preserveAspectRatio": "none",
         "height": height,
     }
-    data = _data(thinned, bands, axes, across)
+    data = _data(thinned, bands, axes, across, up)
     attributes = {"class": "plot", "data-group": group or None}
     y_axis, x_axis = _y_axis(ticks, up, axes.form, height), _x_axis(across, axes)
     return tag("div", attributes, y_axis, tag("svg", shape, *drawn), x_axis, data)
@@ -142,7 +142,7 @@ def _scale_up(series: Sequence[Series], marks: Sequence[Mark], bands: Sequence[B
     return svg.scale_of(ends, logarithmic=axes.logarithmic, from_zero=axes.from_zero)
 
 
-def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: Scale) -> Markup:
+def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: Scale, up: Scale) -> Markup:
     """Return the data of a plot for the page's script."""
     data: dict[str, Any] = {
         "form": axes.form,
@@ -151,6 +151,7 @@ def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: S
         "names": [formatting.clean(name) for name in axes.names],
         "low": across.low,
         "high": across.high,
+        "up": [up.low, up.high],
         "series": [
             {"name": formatting.clean(one.name), "style": one.style, "x": _values(one.x), "y": _values(one.y)}
             for one in series
@@ -172,16 +173,17 @@ def _grid(ticks: Sequence[float], up: Scale, height: float) -> Markup:
     return tag("path", {"class": "grid", "d": path})
 
 
-def _line(series: Series, across: Scale, up: Scale, height: float) -> Markup:
+def _line(series: Series, index: int, across: Scale, up: Scale, height: float) -> Markup:
     x, y = series.x.tolist(), series.y.tolist()
     if series.points or len(x) == 1:
         places = [(across(a) * WIDTH, (1 - up(b)) * height) for a, b in zip(x, y, strict=True)]
         path = "".join(f"M{svg.trim(a)} {svg.trim(b)}h0" for a, b in places)
-        dots = tag("path", {"class": f"dots {series.style}", "d": path})
+        dots = tag("path", {"class": f"dots {series.style}", "d": path, "data-series": index})
         if series.style.endswith(("p2", "p3")):  # hollow
             dots += tag("path", {"class": f"dots hole {series.style.rpartition(' ')[2]}", "d": path})
         return dots
-    return tag("path", {"class": f"line {series.style}", "d": svg.path_of(x, y, across, up, WIDTH, height)})
+    path = svg.path_of(x, y, across, up, WIDTH, height)
+    return tag("path", {"class": f"line {series.style}", "d": path, "data-series": index})
 
 
 def _bands(bands: Sequence[Band], across: Scale, up: Scale, height: float) -> list[Markup]:
@@ -232,7 +234,7 @@ def _x_axis(across: Scale, axes: Axes) -> Markup:
         place = across(tick)
         if axes.names and not (tick.is_integer() and 0 <= tick < len(axes.names)):
             continue
-        anchor = "start" if place < 0.04 else "end" if place > 0.96 else "middle"
+        anchor = anchor_of(place)
         shown = FORMATS[axes.x_form](round_tick(tick))
         words.append(tag("text", {"x": f"{svg.trim(100 * place)}%", "y": 14, "text-anchor": anchor}, shown))
     axis = tag("svg", {"class": "x", "aria-hidden": "true", "height": 20}, *words)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mlxflow.messages.errors import ArtifactError
+from mlxflow.report import model_folder
+from mlxflow.report.model_folder import ModelFolderFacts
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.report.stage_reports.profile import ProfileReport
@@ -17,7 +19,7 @@ from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.report.stage_reports.report import PageReport, SampleText
 from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
-from mlxflow.storage import layout, report_structs, toml_text, unfinished_runs
+from mlxflow.storage import layout, model_files, report_structs, toml_text, unfinished_runs
 from mlxflow.storage.report_structs import F, Provenance, Report, StageReport
 from mlxflow.storage.run_context import Member
 
@@ -86,6 +88,7 @@ class Run(NamedTuple):
         lock_problem: why it is empty.
         samples: generated texts from the report of the report stage.
         samples_problem: why there are none.
+        models: by task, what the folder of a built model says.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Run(NamedTuple):
     lock_problem: str
     samples: Sequence[SampleText]
     samples_problem: str
+    models: dict[str, ModelFolderFacts]
 
     def of_kind(self, kind: str) -> list[LoadedStage]:
         """Return the stage of a name, or all its variants."""
@@ -135,7 +139,21 @@ def read_run(
     if samples is None:
         samples, samples_problem = _recall_samples(root, stages)
     lock = {task: lock[task] for task in (one.task for one in stages) if task in lock}
-    return Run(name, label, stages, curves, timelines, cut_off, lock, lock_problem, samples, samples_problem)
+    models = _look_at_models(root, stages, lock)
+    return Run(name, label, stages, curves, timelines, cut_off, lock, lock_problem, samples, samples_problem, models)
+
+
+def _look_at_models(root: Path, stages: Sequence[LoadedStage], lock: Mapping[str, Any]) -> dict[str, ModelFolderFacts]:
+    """Return what the folder of each built model says; the base is that of the stage it was made from."""
+    models: dict[str, ModelFolderFacts] = {}
+    for one in stages:
+        if one.report is None or not (root / one.member.folder / model_files.CONFIG).is_file():
+            continue
+        config = lock.get(one.task, {}).get("config")
+        found = model_folder.look_at(root, root / one.member.folder, config if isinstance(config, dict) else {})
+        before = next((models[task] for task in one.member.reads if task in models), None)
+        models[one.task] = found._replace(base=before.base, licence=before.licence) if before else found
+    return models
 
 
 def _read_cut_off(root: Path, stage: LoadedStage) -> Timeline | None:

@@ -2,26 +2,42 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jinja2 import BaseLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mlxflow.report.elements import Answer
+from mlxflow.report.facts import facts
 from mlxflow.report.formatting import clean
 from mlxflow.report.load_run import Run
-from mlxflow.report.sections import benchmark, corpus, environment, learning, memory, quantization, samples, stages
+from mlxflow.report.sections import (
+    benchmark,
+    comparison,
+    corpus,
+    environment,
+    learning,
+    memory,
+    models,
+    quantization,
+    samples,
+    stages,
+)
 from mlxflow.report.summary import answers
 
-_SECTIONS = (stages, corpus, learning, quantization, memory, benchmark, samples, environment)
+_SECTIONS = (comparison, models, stages, corpus, learning, quantization, memory, benchmark, samples, environment)
+
+# More answers side by side than these would be too narrow to read: they stand below each other
+_MOST_COLUMNS = 4
 
 
-def render(runs: Sequence[Run]) -> bytes:
-    """Return the page of one run, or of two side by side; equal runs give equal bytes.
+def render(runs: Sequence[Run], *, is_live: bool = False) -> bytes:
+    """Return the page of one run, or of several side by side; equal runs give equal bytes.
 
     Args:
-        runs: one or two of them; two have labels.
+        runs: one or more; several have labels.
+        is_live: whether the page asks its server for changes, and shows them.
     """
     loader = PackageLoader("mlxflow.report")
     jinja = Environment(
@@ -32,12 +48,14 @@ def render(runs: Sequence[Run]) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = (_asset(jinja, loader, name) for name in ("page.css", "page.js"))
+    style = _asset(jinja, loader, "page.css")
+    scripts = [_asset(jinja, loader, name) for name in ("page.js", *(("live.js",) if is_live else ()))]
     policy = "; ".join(
         [
             "default-src 'none'",
             f"style-src 'sha256-{_hash(style)}'",
-            f"script-src 'sha256-{_hash(script)}'",
+            "script-src " + " ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+            *(("connect-src 'self'",) if is_live else ()),
             "base-uri 'none'",
             "form-action 'none'",
         ]
@@ -46,12 +64,22 @@ def render(runs: Sequence[Run]) -> bytes:
         title=" and ".join(dict.fromkeys(run.name for run in runs)),
         policy=policy,
         style=Markup(style),  # noqa: S704 - our own files
-        script=Markup(script),  # noqa: S704
+        scripts=[Markup(script) for script in scripts],  # noqa: S704
         labels=[run.label for run in runs if run.label],
+        columns=min(len(runs), _MOST_COLUMNS),
+        facts=facts(runs[0]) if len(runs) == 1 else [],
+        warnings=[warning for run in runs for warning in _warnings(run)],
         answers=_lines([answers(run) for run in runs]),
-        sections=[module.section(runs) for module in _SECTIONS],
+        sections=[section for module in _SECTIONS if (section := module.section(runs)).blocks],
     )
     return page.encode()
+
+
+def _warnings(run: Run) -> Iterator[str]:
+    """Yield what the stages warn of, each with its stage and run."""
+    for one in run.stages:
+        for line in getattr(one.report.figures, "warnings", ()) if one.report else ():
+            yield ": ".join(word for word in (run.label, one.task, clean(str(line))) if word)
 
 
 def _lines(runs: Sequence[Sequence[Answer]]) -> list[tuple[Answer, list[Answer | None]]]:

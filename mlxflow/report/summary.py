@@ -32,7 +32,7 @@ _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
 def answers(run: Run) -> list[Answer]:
     """Return the answers from the reports; unknown ones say so."""
     lines = [_state(run)]
-    for answer in (_data, _quality, _speed, _size, _memory, _gain):
+    for answer in (_data, _quality, _speed, _size, _decode, _memory, _gain):
         lines += answer(run)
     return lines
 
@@ -130,6 +130,32 @@ def _size(run: Run) -> Iterator[Answer]:
         )
     if run.of_kind("quantize") and not built:
         yield Answer("How small is it?", UNKNOWN, "No quantized model was reported.", "quantization")
+
+
+def _decode(run: Run) -> Iterator[Answer]:
+    """Yield how fast each quantized model writes, compared with the model that it was made from."""
+    rows = {row.model: row for bench in run.stages for row in _models(bench)}
+    for one in run.of_kind("quantize"):
+        row = rows.get(one.task)
+        if row is None or one.report is None:
+            continue
+        question = f"How fast is {_name(one)}?"
+        if row.decode_speed is None:
+            said = f"was not measured: {clean(row.error or 'the benchmark reported no speed')}."
+            yield Answer(question, UNKNOWN, said, "benchmark")
+            continue
+        dense = next((rows[task] for task in one.member.reads if task in rows), None)
+        said = "tokens a second in writing" + _against_dense(row, dense)
+        yield Answer(question, show(row.decode_speed.value), f"{said}.", "benchmark")
+
+
+def _against_dense(row: ModelRow, dense: ModelRow | None) -> str:
+    """Return the speed of a model against the one that it was made from, in words."""
+    if dense is None or row.decode_speed is None or dense.decode_speed is None:
+        return ""
+    own, other = row.decode_speed, dense.decode_speed
+    word = "faster" if own.low > other.high else "slower" if own.high < other.low else "the same within the noise"
+    return f", {show(own.value / other.value)} times those of {clean(dense.model)} ({show(other.value)}): {word}"
 
 
 def _models(bench: LoadedStage) -> tuple[ModelRow, ...]:

@@ -3,7 +3,7 @@
     workflow.toml
     mlxflow.lock                            inputs and settings of each artifact, to be committed
     artifacts/
-        index.html, compare.html            the page of one run, and of two runs side by side
+        index.html, compare.html            the page of one run, and of several side by side
         train/, quantize/q4/ ...            one folder for each stage or variant, with its report.toml
         logs/train.log                      output of the stage's last run
         .mlxflow/                           state; removing it only costs time
@@ -29,7 +29,7 @@ ARTIFACTS = "artifacts"
 REPORT, METRICS, PAGE = "report.toml", "metrics.jsonl", "index.html"
 TIMELINE, TIMELINE_JOURNAL = "timeline.safetensors", "timeline.jsonl"
 
-#: The page of two runs side by side.
+#: The page of several runs side by side.
 COMPARISON_PAGE = "compare.html"
 
 STATE, LOGS = ".mlxflow", "logs"

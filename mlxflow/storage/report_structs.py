@@ -65,6 +65,7 @@ class RunFacts(ReportTable, frozen=True, kw_only=True):
         blas: library of matrix products; None for a stage without MLX.
         threads: of matrix products on the CPU; None elsewhere.
         peak_memory_bytes: most memory that MLX's arrays held; None for a stage without MLX.
+        ended: when, in UTC, as ISO 8601 to the second; None in reports of earlier versions.
         files: names of the files that the run wrote, relative to the artifact; empty in reports of earlier versions.
     """
 
@@ -77,6 +78,7 @@ class RunFacts(ReportTable, frozen=True, kw_only=True):
     blas: str | None = None
     threads: Count | None = None
     peak_memory_bytes: Count | None = None
+    ended: str | None = None
     files: tuple[str, ...] = ()
 
 

@@ -264,6 +264,7 @@ def _describe_run(seconds: float, chosen: str | None, threads: int | None, files
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         peak_rss_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        ended=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         files=tuple(files),
     )
     if chosen is None:

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.cli.report import report
+from mlxflow.__main__ import main
+from mlxflow.cli.report import compare, report
 from mlxflow.device import compute_device
-from mlxflow.messages.errors import CallError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import doit, mlxflow
 from tests.report.pages import Seen
 
 
-def _report(folder: Path, **how: object) -> str:
-    return Seen(report(load_workflow(folder / "workflow.toml"), **how).read_bytes()).text  # type: ignore[arg-type]
+def _report(folder: Path) -> str:
+    return Seen(report(load_workflow(folder / "workflow.toml")).read_bytes()).text
+
+
+def _compare(*folders: Path) -> str:
+    return Seen(compare(folders).read_bytes()).text
 
 
 def test_the_report_stage_writes_its_page_beside_all_artifacts(built: Path) -> None:
@@ -90,26 +94,31 @@ def test_mlxflow_report_shows_two_folders_side_by_side(built: Path, job_copy: Pa
     first = Path(shutil.copytree(built, tmp_path / "first"))
     before = (job_copy / "artifacts/index.html").read_bytes()
     (job_copy / "workflow.toml").write_text((built / "workflow.toml").read_text().replace('"tiny"', '"other"'))
-    text = _report(first, compare=job_copy / "artifacts")
+    text = _compare(first, job_copy / "artifacts")
     assert "tiny and other" in text
     assert text.count("6 of 6 stages built") == 2
     assert (first / "artifacts/compare.html").exists()
     assert (job_copy / "artifacts/index.html").read_bytes() == before
     (job_copy / "workflow.toml").unlink()  # as of artifacts that were downloaded
-    assert len(re.findall(r"(\d) of \1 stages built", _report(first, compare=job_copy))) == 2
+    assert len(re.findall(r"(\d) of \1 stages built", _compare(first, job_copy))) == 2
 
 
-def test_a_folder_without_artifacts_cannot_be_compared(job: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_comparison_needs_two_folders_with_artifacts(
+    job: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(CallError) as caught:
-        _report(job, compare=empty)
-    expected = f"report: --compare = {str(empty)!r}: holds no artifacts. Name a folder in which doit built a stage."
-    assert str(caught.value) == expected
-    assert not (job / "artifacts").exists()
+    (job / "artifacts").mkdir()
+    assert main(["report", str(job), str(empty)]) == 2
+    expected = f"report: {str(empty)!r}: holds no artifacts. Name a folder in which doit built a stage.\n"
+    assert capsys.readouterr().err == expected
+    assert main(["report", str(job)]) == 2
+    expected = f"report: {str(job)!r}: expected two or more runs. Use: mlxflow report . {job}\n"
+    assert capsys.readouterr().err == expected
+    assert not any((job / "artifacts").iterdir())
 
 
 def test_open_shows_the_page_in_the_browser(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
-    _report(job, opens=True)
+    assert main(["report", "--open", "--workflow", str(job / "workflow.toml")]) == 0
     assert opened == [(job / "artifacts/index.html").resolve().as_uri()]

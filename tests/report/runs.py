@@ -58,6 +58,8 @@ def write_run(root: Path, *, name: str = "stage", points: int = 200) -> None:
         report["stage"] = {"stage": task, "mlxflow": version("mlxflow")} | about
         report["run"] = _RUN | {"device": "cpu", "device_name": name, "system": name} | report.get("run", {})
         (folder / "report.toml").write_text(tomli_w.dumps(report), encoding="utf-8")
+    for task in ("train", "quantize/q4", "quantize/q8"):
+        (root / "artifacts" / task / "config.json").write_text('{"model_type": "llama"}')
     write_curve(root, points)
     write_timeline(root, points)
     locked = {task: {"commit": name, "device": name, "mlx": name, "seed": 0, "config": {"key": name}} for task in TASKS}

@@ -1,5 +1,6 @@
 """The page as a browser shows it."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,3 +226,79 @@ def test_the_phase_under_the_pointer_is_shown(page_file: Path, show: Open) -> No
     sizes = area.locator(".band").evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
     assert len(sizes) == 4
     assert all(size > 0 for size in sizes)
+
+
+def test_the_loss_is_smoothed_and_drawn_by_its_logarithm_and_back(page_file: Path, show: Open) -> None:
+    page = show(page_file)
+    figure = page.locator("figure[data-switches]")
+    first = figure.locator(".line").first
+
+    def drawn() -> tuple[Any, ...]:
+        words = figure.locator(".y text").all_text_contents()
+        return first.get_attribute("d"), words, figure.locator(".grid").get_attribute("d")
+
+    before = drawn()
+    figure.get_by_label("Smoothing").fill("0.9")
+    assert figure.locator(".line.raw").first.get_attribute("d") == before[0]
+    smooth = figure.locator(".line:not(.raw)").first.get_attribute("d")
+    assert smooth.count("L") == before[0].count("L")
+    assert smooth != before[0]
+    figure.get_by_label("Smoothing").fill("0")
+    assert drawn() == before
+    figure.get_by_label("Logarithmic scale").check()
+    heights = [float(point.split(" ")[1]) for point in first.get_attribute("d")[1:].split("L")]
+    losses = page.evaluate("JSON.parse(document.querySelector('figure[data-switches] script').textContent).series[0].y")
+    low, high = math.log(losses[-1]), math.log(losses[0])
+    middle = len(losses) // 2
+    expected = (high - math.log(losses[middle])) / (high - low)
+    assert (heights[middle] - heights[0]) / (heights[-1] - heights[0]) == pytest.approx(expected, abs=2e-3)
+    assert len(drawn()[1]) >= 3
+    figure.get_by_label("Logarithmic scale").uncheck()
+    assert drawn() == before
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_every_word_of_an_axis_is_within_the_page_and_ticks_stand_at_their_values(
+    page_file: Path, show: Open, width: int
+) -> None:
+    page = show(page_file, width=width)
+    outside = page.eval_on_selector_all(
+        "svg.x text, svg.y text",
+        "(all, width) => all.map(e => [e.textContent, e.getBoundingClientRect()])"
+        ".filter(([, box]) => box.width && (box.left < 0 || box.right > width)).map(([word]) => word)",
+        width,
+    )
+    assert outside == []
+    plot = page.locator("#data .bars")
+    area, axis = plot.locator(".bar-area").bounding_box(), plot.locator(".x").bounding_box()
+    assert (area["x"], area["width"]) == (axis["x"], axis["width"])
+    ticks = {e.text_content(): e.bounding_box() for e in plot.locator(".x text").all()}
+    median = plot.locator(".median").bounding_box()["x"]
+    assert plot.locator(".bar-value").inner_text() == "5,349 median"
+    assert ticks["1,000"]["x"] < median < ticks["10,000"]["x"] + ticks["10,000"]["width"]
+
+
+def test_a_table_that_scrolls_has_an_edge_that_shows_it(page_file: Path, show: Open) -> None:
+    page = show(page_file, width=390)
+    scrolling = page.locator(".scroll").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => getComputedStyle(e).backgroundImage)"
+    )
+    assert scrolling
+    assert all(image.count("linear-gradient") == 4 for image in scrolling)
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_many_runs_are_compared_on_one_page_in_every_width(
+    page_file: Path, tmp_path: Path, show: Open, count: int
+) -> None:
+    path = tmp_path / "compare.html"
+    labels = [f"{chr(ord('A') + number)}: a run" for number in range(count)]
+    path.write_bytes(render([read(page_file.parent, label=label) for label in labels]))
+    for width in (1200, 390):
+        page = show(path, width=width)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.locator("#answers .answers > div:not(.who)").first.locator("dd:visible").count() == count
+    lines = page.locator("#learning figure[data-switches] .line").evaluate_all(
+        "all => all.map(e => getComputedStyle(e).stroke)"
+    )
+    assert len(set(lines)) == count

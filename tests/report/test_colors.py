@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.report import charts
+from mlxflow.report import colors
 
-_CSS = (Path(charts.__file__).parent / "templates/page.css").read_text()
+_CSS = (Path(colors.__file__).parent / "templates/page.css").read_text()
 _PALETTES = [dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6});", root)) for root in re.findall(r":root \{.*?\}", _CSS, re.S)]
 
 
@@ -38,8 +38,8 @@ def _oklab(color: str) -> tuple[float, float, float]:
 
 
 def test_each_of_many_series_has_a_style_of_its_own_that_the_page_knows() -> None:
-    styles = [charts.style_of(index) for index in range(charts.STYLES)]
-    assert len(set(styles)) == charts.STYLES > 11
+    styles = [colors.style_of(index) for index in range(colors.STYLES)]
+    assert len(set(styles)) == colors.STYLES > 11
     for name in {name for style in styles for name in style.split()}:
         kinds = (".line", ".dots", ".bar", ".key") if name != "p2" else (".line", ".bar", ".key")
         for kind in kinds:

@@ -40,8 +40,11 @@ def test_the_template_shows_every_text_of_an_element(block: Block, shown: tuple[
         title="a run",
         policy="",
         style="",
-        script="",
+        scripts=[],
         labels=[],
+        columns=1,
+        facts=[],
+        warnings=[],
         answers=[],
         sections=[Section("an-id", "A section", [block])],
     )

@@ -182,11 +182,11 @@ def test_two_runs_have_their_answers_timelines_and_bars_together(
     assert "workflow, 16 rows 8,000 12,000 1.50 times (1.34 to 1.67)" in text
     assert "baseline, 16 rows 4,000 4,000 1 times (0.905 to 1.11), inside the noise" in text
     assert "stage 410 410 1 times (0.952 to 1.05), inside the noise" in text
-    both = page.decode().partition("MLX&#39;s memory of both runs, at each step&#39;s end")[2].partition("</figure>")[0]
+    both = page.decode().partition("MLX&#39;s memory of all runs, at each step&#39;s end")[2].partition("</figure>")[0]
     for name in ("active, A: here", "peak, A: here", "active, B: there", "peak, B: there"):
         assert f'"name":"{name}"' in both
-    assert 'class="line c1 b"' in both
-    assert "The process&#39;s memory of both runs, sampled" in page.decode()
+    assert 'class="line c1 b"' in both  # a color for each run, a dash for what of it
+    assert "The process&#39;s memory of all runs, sampled" in page.decode()
 
 
 def _replaced(value: Any, number: Any) -> Any:

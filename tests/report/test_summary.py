@@ -122,3 +122,35 @@ def test_the_summary_names_the_gain_lost_in_the_artifact(tmp_path_factory: pytes
     text = Seen(render([read(folder)])).text
     assert "beside the base model: a tool that does not apply them opens the base model." in text
     assert "from 2,079 before. The trained model had 30: its files keep 29.3 % of the gain." in text
+
+
+def _model(name: str, speed: float | None) -> dict[str, Any]:
+    if speed is None:
+        return {"model": name, "error": "out of memory"}
+    ends = {"low_decode_tokens_per_second": 0.9 * speed, "high_decode_tokens_per_second": 1.1 * speed}
+    return {"model": name, "model_bytes": 10, "decode_tokens_per_second": speed, "prefill": []} | ends
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"),
+    [
+        (900.0, "900 tokens a second in writing, 3 times those of train (300): faster."),
+        (100.0, "100 tokens a second in writing, 0.333 times those of train (300): slower."),
+        (310.0, "310 tokens a second in writing, 1.03 times those of train (300): the same within the noise."),
+        (None, "\N{EM DASH} was not measured: out of memory."),
+    ],
+)
+def test_the_speed_of_a_quantized_model_is_an_answer_whether_better_or_worse(
+    root: Path, speed: float | None, said: str
+) -> None:
+    models = [_model("train", 300.0), _model("quantize:q4", speed)]
+    edit(root, "benchmark", lambda report: report.update(models=models))
+    text = text_of(root)
+    assert f"How fast is q4? {said}" in text
+    assert "How fast is q8?" not in text  # the benchmark did not measure it
+
+
+def test_warnings_of_stages_stand_above_the_answers(root: Path) -> None:
+    edit(root, "pretokenize", lambda report: report.update(warnings=["3 files are <b>empty</b>"]))
+    text = text_of(root)
+    assert text.index("pretokenize: 3 files are <b>empty</b>") < text.index("Is it done?")

@@ -7,7 +7,7 @@ from mlxflow.report.load_run import Run
 
 
 def beside(runs: Sequence[Run], build: Callable[[Run], list[Block]]) -> list[Block]:
-    """Return the blocks of one run, or of two runs side by side."""
+    """Return the blocks of one run, or of several runs side by side."""
     if len(runs) == 1:
         return build(runs[0])
-    return [Sides((runs[0].label, runs[1].label), (build(runs[0]), build(runs[1])))]
+    return [Sides(tuple(run.label for run in runs), tuple(build(run) for run in runs))]

@@ -1,10 +1,10 @@
 """The benchmark section: training speed with intervals, models, convergence, bottleneck, targets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mlxflow.report import charts, line_plot
+from mlxflow.report import charts, colors, line_plot
 from mlxflow.report.charts import Bar
 from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
 from mlxflow.report.formatting import UNKNOWN, clean, show, show_bytes, show_interval, show_percent, show_seconds
@@ -21,31 +21,49 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _pairs(runs: Sequence[Run]) -> list[Block]:
-    """Return the figures of both of two runs as pairs of bars on one scale."""
+    """Return the figures that the first run and others have, as bars on one scale."""
     if len(runs) < 2:
         return []
-    blocks: list[Block] = []
     figures: tuple[tuple[Callable[[Run], dict[str, _Known]], str, str, bool], ...] = (
-        (_training_speeds, "Training: tokens learned from per second, both runs", "number", True),
-        (_decode_speeds, "Decode, tokens per second, both runs", "number", False),
-        (_sizes, "Size of the model, both runs", "bytes", False),
+        (_training_speeds, "Training: tokens learned from per second, all runs", "number", True),
+        (_decode_speeds, "Decode, tokens per second, all runs", "number", False),
+        (_sizes, "Size of the model, all runs", "bytes", False),
     )
-    for of_run, title, form, wide in figures:
-        known, other = (of_run(run) for run in runs)
-        bars, cells = [], []
-        for name in (name for name in known if name in other):
-            for run, style, figure in zip(runs, ("c0", "c0 b"), (known[name], other[name]), strict=True):
-                bars.append(Bar(f"{name}, {_letter(run)}", figure[0], figure[1], figure[2], style))
-            words = [charts.FORMATS[form](figure[0]) for figure in (known[name], other[name])]
-            cells.append((name, *words, _ratio(known[name], other[name])))
-        if bars:
-            label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
-            head = ("Setting", *(run.label for run in runs), f"{_letter(runs[1])} against {_letter(runs[0])}")
-            table = Table(f"{title}, in figures", head, cells, folded=True, words=(0, 3))
-            legend = tuple((f"{style} box", run.label) for run, style in zip(runs, ("c0", "c0 b"), strict=True))
-            drawn = charts.bars(bars, label=label, form=form)
-            blocks.append(Figure(title, drawn, table, legend, wide=wide))
-    return blocks
+    drawn = (
+        _beside(runs, [of_run(run) for run in runs], title, form, wide=wide) for of_run, title, form, wide in figures
+    )
+    return [figure for figure in drawn if figure]
+
+
+def _beside(
+    runs: Sequence[Run], known: Sequence["dict[str, _Known]"], title: str, form: str, *, wide: bool
+) -> Figure | None:
+    """Return bars of the figures that the first run and at least one other have; None if there are none."""
+    bars, cells = [], []
+    for name, first in known[0].items():
+        found = [figures.get(name) for figures in known]
+        if sum(figure is not None for figure in found) < 2:
+            continue
+        bars += [
+            Bar(f"{name}, {_letter(run)}", *figure, colors.style_of(index))
+            for index, (run, figure) in enumerate(zip(runs, found, strict=True))
+            if figure
+        ]
+        words = [charts.FORMATS[form](figure[0]) if figure else UNKNOWN for figure in found]
+        cells.append((name, *words, *(_ratio(first, figure) if figure else UNKNOWN for figure in found[1:])))
+    if not bars:
+        return None
+    label = f"{title}. " + " ".join(f"{bar.name}: {charts.FORMATS[form](bar.value)}." for bar in bars)
+    legend = tuple((f"{colors.style_of(index)} box", run.label) for index, run in enumerate(runs))
+    table = _ratios(runs, cells, f"{title}, in figures")
+    return Figure(title, charts.bars(bars, label=label, form=form), table, legend, wide=wide)
+
+
+def _ratios(runs: Sequence[Run], cells: Sequence[tuple[str, ...]], caption: str) -> Table:
+    """Return the figures of all runs as a table, with columns for the ratios to the first run."""
+    against = (f"{_letter(run)} against {_letter(runs[0])}" for run in runs[1:])
+    head = ("Setting", *(run.label for run in runs), *against)
+    return Table(caption, head, cells, folded=True, words=(0, *range(1 + len(runs), 2 * len(runs))))
 
 
 _Known = tuple[float, float | None, float | None]
@@ -92,7 +110,8 @@ def _blocks(run: Run) -> list[Block]:
         if report is None:
             blocks.append(Note(f"No benchmark to show: {one.said}"))
             continue
-        blocks += _training(report.training) + _drift(report.drift) + _models(report.models)
+        blocks += _training(report.training) + _drift(report.drift)
+        blocks += _models(report.models, colors.styles_of_models([*run.models]))
         blocks += _convergence(report.convergence or ()) + _bottleneck(report.bottleneck) + _promises(report)
     return blocks or [Note("No benchmark to show: the workflow has no benchmark stage.")]
 
@@ -107,7 +126,7 @@ def _training(rows: Sequence[TrainingRow]) -> list[Block]:
     for row in rows:
         name, speed = row_name(row), row.speed
         if speed is not None:
-            bars.append(Bar(name, *speed, "c1" if row.name == "baseline" else "c0"))
+            bars.append(Bar(name, *speed, colors.style_of_thing(row.name)))
         cells.append(
             (
                 name,
@@ -143,7 +162,7 @@ def _training(rows: Sequence[TrainingRow]) -> list[Block]:
     return [Figure(caption, charts.bars(bars, label=label), figures, wide=True), *failures]
 
 
-def _models(rows: Sequence[ModelRow]) -> list[Block]:
+def _models(rows: Sequence[ModelRow], styles: Mapping[str, str]) -> list[Block]:
     if not rows:
         return [Note("The benchmark reported no models.")]
     cells = [
@@ -169,8 +188,16 @@ def _models(rows: Sequence[ModelRow]) -> list[Block]:
         "Decode, tokens/s",
         "Peak memory",
     )
-    sizes = [Bar(clean(row.model), row.model_bytes, None, None, "c3") for row in rows if row.model_bytes is not None]
-    speeds = [Bar(clean(row.model), *row.decode_speed, "c2") for row in rows if row.decode_speed is not None]
+    sizes = [
+        Bar(clean(row.model), row.model_bytes, None, None, styles.get(row.model, "c7"))
+        for row in rows
+        if row.model_bytes is not None
+    ]
+    speeds = [
+        Bar(clean(row.model), *row.decode_speed, styles.get(row.model, "c7"))
+        for row in rows
+        if row.decode_speed is not None
+    ]
     blocks: list[Block] = [Table("Models", head, cells, words=(0, 5))]
     for title, bars, form in (
         ("Size of the model", sizes, "bytes"),
@@ -201,10 +228,10 @@ def _convergence(curves: Sequence[ConvergenceCurve]) -> list[Block]:
 def _loss_curves(curves: Sequence[ConvergenceCurve], columns: Sequence[Sequence[float]]) -> list[Series]:
     """Return the loss of each run over a column of its curve."""
     series = []
-    for index, (curve, column) in enumerate(zip(curves, columns, strict=True)):
+    for curve, column in zip(curves, columns, strict=True):
         if points := sorted(zip(column, curve.loss, strict=False)):
             across, up = np.array([x for x, _ in points]), np.array([y for _, y in points])
-            series.append(Series(clean(curve.name), across, up, charts.style_of(index)))
+            series.append(Series(clean(curve.name), across, up, colors.style_of_thing(curve.name)))
     return series
 
 
@@ -224,7 +251,7 @@ def _bottleneck(figures: BottleneckFigures) -> list[Block]:
         ("computing", figures.compute_share),
         ("synchronizing", figures.synchronize_share),
     )
-    known = [(name, share, f"c{index}") for index, (name, share) in enumerate(shares) if share is not None]
+    known = [(name, share, colors.style_of_thing(name)) for name, share in shares if share is not None]
     if not known:
         return [Note("The benchmark did not report where a step's time goes.")]
     label = "Where a step's time goes: " + ", ".join(f"{name} {show_percent(share)}" for name, share, _ in known)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxflow.report import line_plot
+from mlxflow.report import colors, line_plot
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
 from mlxflow.report.formatting import show
 from mlxflow.report.line_plot import Axes, Series
@@ -21,6 +21,7 @@ _FURTHER = (
     ("batch_size", "Rows in a forward pass", "number"),
     ("peak_memory_bytes", "Peak memory", "bytes"),
 )
+_FURTHER_STYLE = "c2"
 _ROWS = 24
 
 
@@ -44,9 +45,9 @@ def _of(run: Run) -> str:
 def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
     title = f" of {task}" if several else ""
     losses = [
-        _series(run, index, task, kind, "loss", name, style)
+        _series(run, task, kind, "loss", name, _loss_style(name, index, len(runs)))
         for index, run in enumerate(runs)
-        for kind, name, style in (("train", "training", "c0"), ("validation", "held-out", "c1"))
+        for kind, name in (("train", "training"), ("validation", "held-out"))
     ]
     known = [one for one in losses if len(one.x)]
     if not known:
@@ -54,7 +55,15 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
     label = f"Loss{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in known)}"
     plot = line_plot.lines(known, Axes("step"), label=label, group=f"steps {task}", height=280)
     blocks: list[Block] = [
-        Figure(f"Loss{title}, in nats a token", plot, _loss_table(known), _legend(known), wide=True, hint=_HINT)
+        Figure(
+            f"Loss{title}, in nats a token",
+            plot,
+            _loss_table(known),
+            _legend(known),
+            wide=True,
+            hint=_HINT,
+            switches=True,
+        )
     ]
     for key, name, form in _FURTHER:
         blocks += _further(task, runs, title, key, name, form)
@@ -63,7 +72,11 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
 
 def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, form: str) -> list[Block]:
     """Return the smaller plot of one column of the metrics, if it has values."""
-    columns = [_series(run, index, task, "train", key, name, "c2") for index, run in enumerate(runs)]
+    style = colors.style_of_thing("peak") if key == "peak_memory_bytes" else _FURTHER_STYLE
+    columns = [
+        _series(run, task, "train", key, name, style if len(runs) == 1 else colors.style_of(index))
+        for index, run in enumerate(runs)
+    ]
     drawn = [one for one in columns if len(one.x) > 1 and (key != "batch_size" or one.y.min() < one.y.max())]
     if not drawn:
         return []
@@ -73,12 +86,19 @@ def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, fo
     return [Figure(f"{name}{title}", plot, legend=_legend(drawn) if len(runs) > 1 else ())]
 
 
-def _series(run: Run, index: int, task: str, kind: str, key: str, name: str, style: str) -> Series:
+def _loss_style(name: str, index: int, num_runs: int) -> str:
+    """Return the style of a loss: a color for each kind, or of several runs a color for each run."""
+    if num_runs == 1:
+        return colors.style_of_thing(name)
+    return colors.style_of(index) + (" b" if name == "training" else "")
+
+
+def _series(run: Run, task: str, kind: str, key: str, name: str, style: str) -> Series:
     curve = run.curves.get(task)
     records: Iterable[dict[str, Any]] = curve.records if curve else ()
     x, y = column([one for one in records if one.get("kind") == kind], "step", key)
     shown = f"{name}, {run.label}" if run.label else name
-    return Series(shown, np.array(x), np.array(y), style + (" b" if index else ""))
+    return Series(shown, np.array(x), np.array(y), style)
 
 
 def _ends(series: Series) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mlxflow.report import charts
+from mlxflow.report import charts, colors
 from mlxflow.report.elements import Block, Figure, Note, Section, Table, Text
 from mlxflow.report.formatting import clean, plural, show, show_bytes, show_seconds
 from mlxflow.report.load_run import Run
@@ -53,7 +53,7 @@ def _composition(composition: PeakParts) -> list[Block]:
     known = [(part, size) for part in _PARTS if (size := getattr(composition, f"{part}_bytes"))]
     if not known:
         return [Note("The profile did not report what its peak is made of.")]
-    parts = [(part, size, charts.style_of(index)) for index, (part, size) in enumerate(known)]
+    parts = [(part, size, colors.style_of_thing(part)) for part, size in known]
     label = "What the peak is made of: " + ", ".join(f"{part} {show_bytes(size)}" for part, size in known)
     total = sum(size for _, size in known)
     arrays = sum(size for part, size in known if part in ARRAYS)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxflow.report import charts, line_plot
+from mlxflow.report import colors, line_plot
 from mlxflow.report.elements import Block, Code, Figure, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, clean, shorten, show, show_bytes, show_interval, show_percent
 from mlxflow.report.line_plot import Axes, Series
@@ -33,7 +33,10 @@ def _blocks(run: Run) -> list[Block]:
     if not built:
         return missing
     blocks: list[Block] = [_summary(built)]
-    blocks += _layers({task: {layer.path: layer for layer in report.layers} for task, report in built.items()})
+    blocks += _layers(
+        {task: {layer.path: layer for layer in report.layers} for task, report in built.items()},
+        colors.styles_of_models([*run.models, *built]),
+    )
     for task, report in built.items():
         if report.layers_toml:
             title = f"The layers' bits that the budget of {task} chose, to paste into its table"
@@ -82,11 +85,12 @@ def _quality_cells(quality: QualityFigures | None) -> tuple[str, ...]:
     )
 
 
-def _layers(by_task: Mapping[str, Mapping[str, LayerFigures]]) -> list[Block]:
+def _layers(by_task: Mapping[str, Mapping[str, LayerFigures]], styles: Mapping[str, str]) -> list[Block]:
     """Return bits and error of every layer of every model.
 
     Args:
         by_task: layers of each model by path.
+        styles: of each model.
     """
     names = list(dict.fromkeys(path for layers in by_task.values() for path in layers))
     if not names:
@@ -97,8 +101,8 @@ def _layers(by_task: Mapping[str, Mapping[str, LayerFigures]]) -> list[Block]:
         (_relative_error, "Relative error, by layer", True),
     ):
         series = [
-            _layer_series(layers, names, figure, index, len(by_task), task)
-            for index, (task, layers) in enumerate([*by_task.items()][: charts.STYLES])
+            _layer_series(layers, names, figure, index, len(by_task), task)._replace(style=styles[task])
+            for index, (task, layers) in enumerate([*by_task.items()][: colors.STYLES])
         ]
         if shown := [one for one in series if len(one.x)]:
             averages = " ".join(f"{one.name}: {show(_average(one.y))} on average." for one in shown)
@@ -106,8 +110,8 @@ def _layers(by_task: Mapping[str, Mapping[str, LayerFigures]]) -> list[Block]:
             plot = line_plot.lines(shown, axes, label=f"{title}. {averages}", group="layers", height=180)
             legend = tuple((f"{one.style} dot", one.name) for one in shown)
             blocks.append(Figure(title, plot, legend=legend))
-    if len(by_task) > charts.STYLES:
-        shown_of = f"{charts.STYLES} of {len(by_task)} models"
+    if len(by_task) > colors.STYLES:
+        shown_of = f"{colors.STYLES} of {len(by_task)} models"
         blocks.append(Note(f"The plots show {shown_of}; the table below has all of them."))
     blocks.append(_layer_table(by_task, names))
     return blocks
@@ -143,7 +147,7 @@ def _layer_series(
     known = [(place, value) for place, value in points if value > 0]
     aside = min(0.16, 0.8 / num_models) * (index - (num_models - 1) / 2)
     x, y = np.array([place + aside for place, _ in known]), np.array([value for _, value in known])
-    return Series(task, x, y, charts.style_of(index), points=True)
+    return Series(task, x, y, colors.style_of(index), points=True)
 
 
 def _average(values: "NDArray[np.float64]") -> float:

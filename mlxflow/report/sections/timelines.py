@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlxflow.report import line_plot
+from mlxflow.report import colors, line_plot
 from mlxflow.report.elements import Block, Figure, Note, Table
 from mlxflow.report.formatting import clean, show, show_bytes
 from mlxflow.report.line_plot import Axes, Band, Mark, Series
@@ -20,21 +20,21 @@ _HINT = "Drag to zoom all timelines of a kind, double-click to go back."
 
 #: Columns drawn over the steps of a profile, in plots of their own scale.
 _MLX = (
-    ("active_memory_bytes", "active", "c0"),
-    ("peak_memory_bytes", "peak", "c1"),
-    ("cache_memory_bytes", "cache", "c2"),
+    ("active_memory_bytes", "active"),
+    ("peak_memory_bytes", "peak"),
+    ("cache_memory_bytes", "cache"),
 )
 _PROCESS = (
-    ("rss_bytes", "resident", "c0"), ("footprint_bytes", "footprint", "c1"), ("pss_bytes", "proportional", "c2"),
-    ("unique_bytes", "unique", "c3"),
+    ("rss_bytes", "resident"), ("footprint_bytes", "footprint"), ("pss_bytes", "proportional"),
+    ("unique_bytes", "unique"),
 )  # fmt: skip
-_SYSTEM = (("available_bytes", "available", "c4"), ("swap_bytes", "swap", "c1"), ("device_bytes", "device", "c2"))
+_SYSTEM = (("available_bytes", "available"), ("swap_bytes", "swap"), ("device_bytes", "device"))
 
 #: Plots of two runs: title, prefix of the columns, axis, and columns.
 _OVERLAID = (
-    ("MLX's memory of both runs, at each step's end", "", "step", _MLX[:2]),
-    ("MLX's memory of both runs, sampled", "sample_", "seconds", _MLX[:1]),
-    ("The process's memory of both runs, sampled", "sample_", "seconds", _PROCESS[:1]),
+    ("MLX's memory of all runs, at each step's end", "", "step", _MLX[:2]),
+    ("MLX's memory of all runs, sampled", "sample_", "seconds", _MLX[:1]),
+    ("The process's memory of all runs, sampled", "sample_", "seconds", _PROCESS[:1]),
 )
 
 # Adjacent phases of one name that are shorter than this share of the timeline are drawn as one
@@ -94,7 +94,7 @@ def _marks(stage: LoadedStage) -> list[Mark]:
 
 
 def _plot(
-    timeline: Timeline, keys: Sequence[tuple[str, str, str]], title: str, axis: _Axis, marks: list[Mark]
+    timeline: Timeline, keys: Sequence[tuple[str, str]], title: str, axis: _Axis, marks: list[Mark]
 ) -> list[Block]:
     columns = timeline.columns
     x = columns.get(axis.prefix + axis.name)
@@ -144,12 +144,12 @@ def _legend(series: Sequence[Series], bands: Sequence[Band]) -> tuple[tuple[str,
 
 def _series(
     columns: "dict[str, NDArray[np.float64]]",
-    keys: Sequence[tuple[str, str, str]],
+    keys: Sequence[tuple[str, str]],
     prefix: str,
     x: "NDArray[np.float64] | None",
 ) -> list[Series]:
     series = []
-    for key, name, style in keys:
+    for key, name in keys:
         y = columns.get(prefix + key)
         if y is None or (key == "device_bytes" and not y.any()):  # a device without memory of its own
             continue
@@ -157,7 +157,7 @@ def _series(
         across = np.arange(len(y), dtype=np.float64) if x is None or len(x) < len(y) else x[: len(y)]
         known = np.isfinite(y) & np.isfinite(across)
         if known.any():
-            series.append(Series(name, across[known], y[known], style))
+            series.append(Series(name, across[known], y[known], colors.style_of_thing(name)))
     return series
 
 
@@ -182,14 +182,15 @@ def _phase_peaks(timeline: Timeline) -> list[Series]:
             peaks[place] = max(peaks.get(place, 0.0), phase.peak_bytes)
     # A phase of only the first step is not part of every step
     repeated = [(name, sorted(peaks.items())) for name, peaks in peaks_by_phase.items() if len(peaks) > 1]
+    styles = colors.styles_of_phases([_last_part(name) for name, _ in repeated])
     return [
         Series(
             f"peak in {_last_part(name)}",
             steps[[place for place, _ in peaks]],
             np.array([peak for _, peak in peaks]),
-            f"c{3 + index}",
+            styles[_last_part(name)],
         )
-        for index, (name, peaks) in enumerate(repeated[:3])
+        for name, peaks in repeated[:3]
     ]
 
 
@@ -211,12 +212,12 @@ def _bands(phases: Sequence[Span]) -> list[Band]:
 
 def _styled(shown: Sequence[tuple[Span, int]]) -> list[Band]:
     """Return phases as bands, each nested phase with its own style in a lane below its parent."""
-    styles: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    parts = colors.styles_of_phases([_last_part(phase.name) for phase, _ in shown if "/" in phase.name])
+    wholes = colors.styles_of_phases([_last_part(phase.name) for phase, _ in shown if "/" not in phase.name])
     bands = []
     for phase, count in shown:
         part = _last_part(phase.name)
-        of_lane = styles["/" in phase.name]
-        style = of_lane.setdefault(part, f"c{(3 + len(of_lane)) % 6}" + ("" if "/" in phase.name else " b"))
+        style = parts[part] if "/" in phase.name else f"{wholes[part]} b"
         name = clean(phase.name) + (f", {count} times" if count > 1 else "")
         is_whole = phase.name.count("/") == 0
         # If the parts of a phase are drawn, only they have heights
@@ -255,7 +256,7 @@ def _ends_table(series: Sequence[Series]) -> Table:
 
 
 def over_each_other(runs: Sequence[Run]) -> list[Block]:
-    """Return plots that overlay the timelines of two runs, as far as both have them."""
+    """Return plots that overlay the timelines of several runs, as far as all have them."""
     blocks: list[Block] = []
     if len(runs) < 2:
         return blocks
@@ -272,16 +273,16 @@ def _overlays(task: str, labels: Sequence[str], timelines: Sequence[Timeline]) -
     """Yield each plot with a line of every run."""
     for title, prefix, x_name, keys in _OVERLAID:
         series = [
-            one._replace(name=f"{one.name}, {label}", style=one.style + (" b" if index else ""))
+            one._replace(name=f"{one.name}, {label}", style=colors.style_of(index) + (" b" if nth else ""))
             for index, (label, timeline) in enumerate(zip(labels, timelines, strict=True))
-            for one in _of_one_run(timeline, keys, prefix, x_name)
+            for nth, one in enumerate(_of_one_run(timeline, keys, prefix, x_name))
         ]
-        if len({one.style[3:] for one in series}) >= len(labels):
-            group = f"memory {task} {x_name}{' of both' if prefix else ''}"
+        if len({one.style.partition(" b")[0] for one in series}) >= min(len(labels), colors.STYLES):
+            group = f"memory {task} {x_name}{' of all' if prefix else ''}"
             yield _overlay(series, title, x_name, group, from_zero=keys is not _OVERLAID[-1][-1])
 
 
-def _of_one_run(timeline: Timeline, keys: Sequence[tuple[str, str, str]], prefix: str, x_name: str) -> list[Series]:
+def _of_one_run(timeline: Timeline, keys: Sequence[tuple[str, str]], prefix: str, x_name: str) -> list[Series]:
     return _series(timeline.columns, keys, prefix, _from_zero(timeline.columns.get(prefix + x_name), prefix))
 
 
@@ -294,5 +295,5 @@ def _overlay(series: list[Series], title: str, x_name: str, group: str, *, from_
 
 
 def _from_zero(x: "NDArray[np.float64] | None", prefix: str) -> "NDArray[np.float64] | None":
-    """Return seconds since the first sample, whose time differs between two runs."""
+    """Return seconds since the first sample, whose time differs between runs."""
     return x - x[0] if prefix and x is not None and len(x) else x

@@ -4,6 +4,7 @@
   const svgSpace = "http://www.w3.org/2000/svg";
   const width = 1000;
   const groups = new Map();
+  const choices = new Map(); // by the caption of a figure: what a reader chose, kept when the page is drawn again
 
   const significant = (value) => {
     const size = Math.abs(value);
@@ -30,6 +31,35 @@
     return Math.abs(xs[low] - at) <= Math.abs(xs[high] - at) ? low : high;
   };
 
+  // As in Python: round values between two ends, about as many as wanted
+  const evenTicks = (low, high, count) => {
+    const raw = (high - low) / count;
+    const power = 10 ** Math.floor(Math.log10(raw));
+    const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= raw * 0.999);
+    const ticks = [];
+    for (let at = Math.ceil(low / step - 1e-9); at <= Math.floor(high / step + 1e-9); at += 1) ticks.push(at * step);
+    return ticks;
+  };
+  const logTicks = (low, high, count) => {
+    for (const factors of [[1, 2, 3, 5], [1, 2, 5], [1, 3], [1]]) {
+      const ticks = [];
+      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
+        ticks.push(...factors.map((factor) => factor * 10 ** power).filter((tick) => tick >= low && tick <= high));
+      }
+      if (ticks.length <= count + 2) return ticks.length > 2 ? ticks : evenTicks(low, high, count);
+    }
+    return [low, high];
+  };
+  // An exponential moving average without the bias of its beginning
+  const smooth = (values, weight) => {
+    let sum = 0, whole = 0;
+    return values.map((value) => {
+      sum = sum * weight + value * (1 - weight);
+      whole = whole * weight + 1 - weight;
+      return sum / whole;
+    });
+  };
+
   const place = (x, y) => {
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
@@ -50,9 +80,73 @@
       this.at = null;
       this.cursor = this.add("line", "cursor", { y1: 0, y2: this.height, visibility: "hidden" });
       this.selected = this.add("rect", "selected", { y: 0, height: this.height, width: 0 });
+      this.words_up = element.querySelector(".y");
+      this.paths = this.data.series.map((_, index) => this.area.querySelector(`[data-series="${index}"]`));
       this.group = element.dataset.group || "";
       if (this.group) groups.set(this.group, [...(groups.get(this.group) || []), this]);
+      this.figure = element.closest("figure");
+      if (this.figure && "switches" in this.figure.dataset) this.offer();
       this.listen();
+      const kept = choices.get(this.key_of("view"));
+      if (kept) this.look(kept);
+    }
+    key_of(what) {
+      const caption = this.figure && this.figure.querySelector("figcaption");
+      return `${what} ${caption ? caption.textContent : ""}`;
+    }
+    offer() {
+      const drawn = { up: this.words_up.innerHTML, grid: this.area.querySelector(".grid").getAttribute("d"), paths: this.paths.map((path) => path.getAttribute("d")) };
+      const chosen = choices.get(this.key_of("switches")) || { smoothing: 0, log: false };
+      const box = document.createElement("div");
+      box.className = "switches";
+      const input = (word, attributes, listen) => {
+        const label = document.createElement("label");
+        const made = Object.assign(document.createElement("input"), attributes);
+        made.addEventListener("input", () => { listen(made); choices.set(this.key_of("switches"), chosen); this.redraw(chosen, drawn); });
+        label.append(...(made.type === "range" ? [word, made] : [made, word]));
+        box.append(label);
+      };
+      input("Smoothing", { type: "range", min: 0, max: 0.98, step: 0.02, value: chosen.smoothing }, (made) => { chosen.smoothing = Number(made.value); });
+      if (this.data.series.every((one) => one.y.every((value) => value > 0))) {
+        input("Logarithmic scale", { type: "checkbox", checked: chosen.log }, (made) => { chosen.log = made.checked; });
+      }
+      this.figure.querySelector(".drawing").before(box);
+      if (chosen.smoothing || chosen.log) this.redraw(chosen, drawn);
+    }
+    redraw({ smoothing, log }, drawn) {
+      for (const raw of this.area.querySelectorAll(".raw")) raw.remove();
+      let [low, high] = this.data.up;
+      if (log) {
+        const values = this.data.series.flatMap((one) => one.y);
+        [low, high] = [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+        if (high / low < 2) [low, high] = [low / 1.5, high * 1.5];
+        const room = (high / low) ** 0.04;
+        [low, high] = [low / room, high * room];
+      }
+      const share = (value) => (log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low));
+      const up = (value) => Math.round((1 - share(value)) * this.height * 10) / 10;
+      const line = (one, ys) => one.x.map((x, index) => `${index ? "L" : "M"}${Math.round(this.to(x) * 10) / 10} ${up(ys[index])}`).join("") + (one.x.length === 1 ? "h0" : "");
+      this.data.series.forEach((one, index) => {
+        const path = this.paths[index];
+        if (smoothing && one.y.length > 2) {
+          const raw = path.cloneNode();
+          raw.classList.add("raw");
+          raw.setAttribute("d", log ? line(one, one.y) : drawn.paths[index]);
+          path.before(raw);
+        }
+        path.setAttribute("d", smoothing || log ? line(one, smoothing ? smooth(one.y, smoothing) : one.y) : drawn.paths[index]);
+      });
+      const grid = this.area.querySelector(".grid");
+      if (!log) { this.words_up.innerHTML = drawn.up; grid.setAttribute("d", drawn.grid); return; }
+      const ticks = logTicks(low, high, 5);
+      grid.setAttribute("d", ticks.map((tick) => `M0 ${up(tick)}H${width}`).join(""));
+      this.words_up.textContent = "";
+      for (const tick of ticks) {
+        const word = document.createElementNS(svgSpace, "text");
+        for (const [key, value] of [["x", 60], ["y", up(tick) + 4], ["text-anchor", "end"]]) word.setAttribute(key, value);
+        word.textContent = forms[this.data.form](Number(tick.toPrecision(6)));
+        this.words_up.append(word);
+      }
     }
     add(name, style, attributes) {
       const made = document.createElementNS(svgSpace, name);
@@ -151,26 +245,29 @@
       const wanted = view ? [Math.max(low, view[0]), Math.min(high, view[1])] : [low, high];
       if (wanted[1] - wanted[0] < (high - low) / 1e4) return;
       this.view = wanted;
+      if (wanted[0] === low && wanted[1] === high) choices.delete(this.key_of("view")); else choices.set(this.key_of("view"), wanted);
       const begin = this.to(wanted[0]);
       this.area.setAttribute("viewBox", `${begin} 0 ${this.to(wanted[1]) - begin} ${this.height}`);
       if (wanted[0] === low && wanted[1] === high) { this.axis.innerHTML = this.words; return; }
       this.axis.textContent = "";
-      const raw = (wanted[1] - wanted[0]) / 5;
-      const power = 10 ** Math.floor(Math.log10(raw));
-      const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= raw * 0.999);
-      for (let tick = Math.ceil(wanted[0] / step) * step; tick <= wanted[1]; tick += step) {
+      for (const tick of evenTicks(wanted[0], wanted[1], 5)) {
         const word = document.createElementNS(svgSpace, "text");
         const share = (tick - wanted[0]) / (wanted[1] - wanted[0]);
         word.setAttribute("x", `${100 * share}%`);
         word.setAttribute("y", 14);
-        word.setAttribute("text-anchor", share < 0.04 ? "start" : share > 0.96 ? "end" : "middle");
+        word.setAttribute("text-anchor", share < 0.06 ? "start" : share > 0.94 ? "end" : "middle");
         word.textContent = forms[this.data.xform](Number(tick.toPrecision(6)));
         this.axis.append(word);
       }
     }
   }
 
-  for (const element of document.querySelectorAll(".plot")) new Plot(element);
+  const start = () => {
+    groups.clear();
+    for (const element of document.querySelectorAll(".plot")) new Plot(element);
+  };
+  start();
+  document.addEventListener("mlxflow:drawn", start);
   document.addEventListener("pointerover", (event) => {
     const told = event.target instanceof Element && event.target.closest("[data-title]");
     if (!told) return;

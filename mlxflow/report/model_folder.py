@@ -1,0 +1,83 @@
+"""What the page says of a model's folder: whether it can chat, whether it has code, and the licence of its base."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxflow.storage import model_files
+from mlxflow.storage.paths import locate
+
+_MOST_BYTES = 1 << 23
+_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+_LICENCE_LINE = re.compile(r"^license(?:_name)?:[ \t]*[\"']?([^\s\"'#][^\n\"'#]*)", re.MULTILINE)
+
+
+class ModelFolderFacts(NamedTuple):
+    """A model's folder.
+
+    Attributes:
+        has_template: whether its tokenizer has a chat template.
+        has_code: whether it has Python code of its own.
+        base: the model that it was made from, as the workflow names it; empty where it was trained from scratch.
+        licence: of the base; empty where its folder names none.
+    """
+
+    has_template: bool
+    has_code: bool
+    base: str
+    licence: str
+
+
+def look_at(root: Path, folder: Path, config: Mapping[str, Any]) -> ModelFolderFacts:
+    """Return what a model's folder says.
+
+    Args:
+        root: the workflow's folder.
+        folder: of the model.
+        config: of the stage that made it, as the lock holds it.
+    """
+    base = _base_of(config)
+    has_template = (folder / "chat_template.jinja").is_file() or bool(
+        _json(folder / model_files.TOKENIZER_CONFIG).get("chat_template")
+    )
+    has_code = "auto_map" in _json(folder / model_files.CONFIG)
+    return ModelFolderFacts(has_template, has_code, base, licence_of(locate(base, root)) if base else "")
+
+
+def _base_of(config: Mapping[str, Any]) -> str:
+    """Return the folder or name of the model that a stage begins with; empty for none and for another stage's."""
+    model = config.get("model")
+    name = model.get("from", "") if isinstance(model, dict) else model
+    is_stage = isinstance(name, str) and re.fullmatch(r"(train|quantize)(:.*)?", name)
+    return name if isinstance(name, str) and not is_stage else ""
+
+
+def licence_of(folder: Path) -> str:
+    """Return the licence that a model's folder names in the head of its README, or else begins a licence file with."""
+    head = _text(folder / "README.md").removeprefix("---").partition("\n---")[0]
+    if _text(folder / "README.md").startswith("---") and (named := _LICENCE_LINE.search(head)):
+        return named[1].strip()
+    for name in _LICENCE_FILES:
+        if line := next((line.strip() for line in _text(folder / name).splitlines() if line.strip()), ""):
+            return f"{line[:80]} ({name})"
+    return ""
+
+
+def _text(path: Path) -> str:
+    """Return a small text file; empty where there is none that can be read."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return ""
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
