@@ -58,6 +58,7 @@ def test_the_wheel_has_every_module_and_no_other_top_level_name(wheel: Path) -> 
     assert {name.split("/")[0] for name in names} == {"mlxflow"}
     assert "mlxflow/py.typed" in names
     assert "mlxflow/cli/templates/hello.toml" in names
+    assert "mlxflow/cli/workflow.schema.json" in names
 
 
 def test_an_installed_wheel_runs_a_workflow_beside_a_tasks_py_of_the_project(wheel: Path, tmp_path: Path) -> None:

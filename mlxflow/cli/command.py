@@ -19,9 +19,10 @@ _DESCRIPTION = "Build the stages of a workflow.toml, inspect their artifacts, an
 
 #: Every verb with its line of help, in the order of `mlxflow --help`.
 VERBS = {
-    "init": "write a new project from a template: a workflow.toml, a dodo.py, a .gitignore",
+    "init": "write a new project from a template: a workflow.toml with its JSON schema, a dodo.py, a .gitignore",
     "build": "build every stale stage, or those that are named, as `doit` does; no dodo.py is needed",
     "check": "print the resolved workflow with every default, or every mistake at once",
+    "schema": "print the JSON schema of workflow.toml, by which an editor completes and checks its keys",
     "run": "run one stage in this process, stale or not; doit calls this",
     "show": "print the contents of an artifact: packed rows with loss masks, or each layer's bits",
     "fit": "print which batch sizes and context lengths fit into the memory, from a few trials",

@@ -26,6 +26,9 @@ _DODO = '''"""The task graph of workflow.toml: `doit` builds it, `doit list` sho
 from mlxflow.tasks.dodo import DOIT_CONFIG, task_stages  # noqa: F401
 '''
 
+#: The project's copy of the workflow file's JSON schema, which the first line of every template names, for editors.
+SCHEMA_FILE = ".workflow.schema.json"
+
 _GITIGNORE = f"{layout.ARTIFACTS}/\n.venv/\n__pycache__/\n"
 
 _GITHUB = ".github/workflows/mlxflow.yml"
@@ -100,10 +103,12 @@ def _files(template: str) -> dict[str, str]:
     """Return the files of a template, by path relative to the project."""
     folder = resources.files("mlxflow.cli") / "templates"
     workflow = "hello" if template == "ci" else template
+    schema = resources.files("mlxflow.cli") / "workflow.schema.json"
     files = {
         layout.WORKFLOW: (folder / f"{workflow}.toml").read_text(encoding="utf-8"),
         "dodo.py": _DODO,
         ".gitignore": _GITIGNORE,
+        SCHEMA_FILE: schema.read_text(encoding="utf-8"),
     }
     if template == "ci":
         files[_GITHUB] = (folder / "github.yml").read_text(encoding="utf-8")

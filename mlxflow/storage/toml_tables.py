@@ -19,6 +19,9 @@ from msgspec import Meta
 # Key in `Meta.extra` of a number for which infinity means no limit; its value is the number that means the same
 _UNLIMITED = "unlimited"
 
+#: Key in the JSON schema of such a number.
+UNLIMITED_MARK = "x-unlimited"
+
 S = TypeVar("S", bound=msgspec.Struct)
 
 #: Upper bounds of numbers in tables: optimizer updates, rows of a batch or of a file, positions and other dimensions.
@@ -46,7 +49,8 @@ def limit(most: float, description: str, *, least: float = 0, unlimited: float =
         least: the smallest value.
         unlimited: the value that means the same as `inf`.
     """
-    return Meta(ge=least, le=most, description=description, extra={_UNLIMITED: unlimited})
+    extra, mark = {_UNLIMITED: unlimited}, {UNLIMITED_MARK: True}
+    return Meta(ge=least, le=most, description=description, extra=extra, extra_json_schema=mark)
 
 
 class Problem(NamedTuple):

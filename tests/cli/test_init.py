@@ -42,7 +42,7 @@ def test_a_template_is_valid_once_the_files_that_it_names_are_there(
 def test_the_files_are_named_with_the_next_commands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "my notes", "--template", "notes"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "wrote my notes/workflow.toml, my notes/dodo.py, my notes/.gitignore",
+        "wrote my notes/workflow.toml, my notes/dodo.py, my notes/.gitignore, my notes/.workflow.schema.json",
         "Put your texts into the folder notes, or name another in my notes/workflow.toml: pretokenize.sources",
         "Next:",
         "    cd 'my notes'",
