@@ -22,7 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxflow.data.token_file import Rows
-from mlxflow.evaluation.dense_reference import kept_reference
+from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.evaluation.perplexity import measure_perplexity
 from mlxflow.models import model_folder
@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def kept() -> Any:
-            return kept_reference(
+            return cached_reference(
                 lambda: dense, rows, folder=Path(folder), key="dense", batch_size=32, masks_documents=False
             )
 

@@ -41,7 +41,7 @@ def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) ->
     return freed_bytes + (_remove(left) if is_wanted and not dryrun else 0)
 
 
-def word_freed(num_bytes: int, cache: DigestCache) -> str:
+def freed_message(num_bytes: int, cache: DigestCache) -> str:
     """Drop digests of files that no longer exist; return a line about what was freed, empty if nothing was."""
     num_digests = cache.drop_missing()
     parts = [f"{num_bytes:,} bytes"] if num_bytes else []

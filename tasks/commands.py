@@ -59,7 +59,7 @@ class Verify(StageVerb):
 
     def _execute(self, pos_args: list[str]) -> int:
         from mlxflow.device.cpu_backend import thread_count
-        from mlxflow.tasks.reproduction import word_other_threads
+        from mlxflow.tasks.reproduction import other_threads_message
         from mlxflow.workflow.outputs import damaged_outputs
         from mlxflow.workflow.records import is_complete
 
@@ -72,7 +72,7 @@ class Verify(StageVerb):
             terminal.show(line)
         for node in built:
             threads = node.threads or thread_count()
-            if line := word_other_threads(node.task, graph.record(node.task), threads, "here it would be"):
+            if line := other_threads_message(node.task, graph.record(node.task), threads, "here it would be"):
                 terminal.show(line)
         files = sum(len(graph.record(node.task)["outputs"]) for node in built)
         terminal.show(f"{files} files of {len(built)} stages read, {len(damage)} damaged")

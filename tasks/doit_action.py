@@ -13,7 +13,7 @@ from doit.globals import Globals
 
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import StageError, UserError
-from mlxflow.messages.os_errors import word_cause
+from mlxflow.messages.os_errors import cause_message
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
 from mlxflow.workflow.outputs import observe_outputs
@@ -85,7 +85,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
         try:
             outputs = observe_outputs(self.node, self.cache)
         except OSError as error:
-            return self._fail(TaskFailed, f"{self.node.task}: an output: {word_cause(error, self.node.folder)}")
+            return self._fail(TaskFailed, f"{self.node.task}: an output: {cause_message(error, self.node.folder)}")
         except ValueError as error:
             return self._fail(TaskFailed, f"{self.node.task}: an output is damaged ({error})")
         self.cache.save()
@@ -102,7 +102,7 @@ class StageAction(BaseAction):  # type: ignore[misc]  # doit has no types
             try:
                 inputs = observe_inputs(node, self.cache)
             except OSError as error:
-                return self._fail(TaskFailed, f"{node.task}: an input: {word_cause(error, node.task)}")
+                return self._fail(TaskFailed, f"{node.task}: an input: {cause_message(error, node.task)}")
             except ValueError as error:
                 return self._fail(TaskFailed, f"{node.task}: an input is damaged ({error})")
             settings = observe_settings(node)

@@ -36,7 +36,7 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
             return code
         differences = list(differing(node, into))
         threads = read_device(into / layout.REPORT).threads if "threads" in record else None
-    if line := word_other_threads(node.task, record, threads, "this build by"):
+    if line := other_threads_message(node.task, record, threads, "this build by"):
         terminal.show(line)
     for line in differences:
         terminal.show(f"{node.task}: {line}")
@@ -45,7 +45,7 @@ def reproduce(node: Node, record: dict[str, Any]) -> int:
     return int(bool(differences))
 
 
-def word_other_threads(task: str, record: dict[str, Any], threads: int | None, other: str) -> str:
+def other_threads_message(task: str, record: dict[str, Any], threads: int | None, other: str) -> str:
     """Return a line if an artifact was computed by another number of threads, else an empty text.
 
     Args:

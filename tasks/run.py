@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 from doit.cmd_run import Run
 
 from mlxflow.messages import terminal
-from mlxflow.messages.os_errors import word_cause
+from mlxflow.messages.os_errors import cause_message
 from mlxflow.storage import layout
 from mlxflow.tasks.adoption import Adoption
 from mlxflow.tasks.doit_backend import Journal
-from mlxflow.tasks.selection import Selection, refuse, word_unknown
+from mlxflow.tasks.selection import Selection, refuse, unknown_name_message
 from mlxflow.tasks.verb import Verb
 
 _NO_WAIT = {
@@ -45,7 +45,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         known = {name for task in self.task_list for name in (task.name, *task.targets)}
         for name in self.sel_tasks or ():
             if not name.startswith("-") and "*" not in name and name not in known:
-                refuse(word_unknown(name, self._names()))
+                refuse(unknown_name_message(name, self._names()))
 
     def _execute(  # type: ignore[no-untyped-def]  # doit passes options by the names in this signature
         self,
@@ -119,7 +119,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
         except BrokenPipeError:  # handled by `Verb`
             raise
         except OSError as error:  # doit's own state cannot be written
-            terminal.say_last(word_cause(error, Path(journal.name).parent))
+            terminal.say_last(cause_message(error, Path(journal.name).parent))
             return 1
         except KeyboardInterrupt:
             terminal.say_last("interrupted: finished stages are kept, the artifact of the running one is unchanged")

@@ -44,7 +44,7 @@ class Selection:
         """
         for name in names:
             if not any(node.task == name or node.task.startswith(f"{name}:") for node in self.nodes):
-                refuse(word_unknown(name, [node.task for node in self.nodes]))
+                refuse(unknown_name_message(name, [node.task for node in self.nodes]))
         return [node for node in self.nodes if not names or node.task in names or node.task.partition(":")[0] in names]
 
     def one(self, names: list[str], usage: str) -> Node:
@@ -95,7 +95,7 @@ def with_upstream(nodes: Iterable[Node], wanted: Iterable[str]) -> list[Node]:
     return chosen[::-1]
 
 
-def word_unknown(name: str, known: Sequence[str], kind: str = "stage") -> str:
+def unknown_name_message(name: str, known: Sequence[str], kind: str = "stage") -> str:
     """Return the message for an unknown name.
 
     Args:

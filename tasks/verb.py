@@ -20,10 +20,10 @@ from doit.exceptions import InvalidCommand, InvalidDodoFile
 
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import MlxflowError
-from mlxflow.messages.os_errors import naming, word_cause
+from mlxflow.messages.os_errors import cause_message, naming
 from mlxflow.storage import layout
 from mlxflow.tasks.doit_backend import BACKEND, Journal
-from mlxflow.tasks.selection import refuse, word_unknown
+from mlxflow.tasks.selection import refuse, unknown_name_message
 
 #: Options of doit's state, which stages do not support.
 _FIXED_OPTIONS = {"backend": "--backend", "dep_file": "--db-file", "check_file_uptodate": "--check_file_uptodate"}
@@ -70,7 +70,7 @@ class Verb:
             if not self.is_of_stages:
                 raise
             terminal.discard_unwritable()
-            refuse(word_cause(error, self.writes_to), 1)
+            refuse(cause_message(error, self.writes_to), 1)
         except CmdParseError as error:
             line = str(error).partition(" (parsing options:")[0]  # the rest lists every option
             if not self.is_of_stages:
@@ -87,7 +87,7 @@ class Verb:
             if not self.is_of_stages:
                 raise
             unknown = [name for name in args if "*" not in name and name not in self._names()]
-            refuse("\n".join(word_unknown(name, self._names()) for name in unknown) or str(error))
+            refuse("\n".join(unknown_name_message(name, self._names()) for name in unknown) or str(error))
         except MlxflowError as error:
             refuse(str(error), error.exit_code)
         except BrokenPipeError:
@@ -98,7 +98,7 @@ class Verb:
         except OSError as error:
             if not self.is_of_stages:
                 raise
-            refuse(word_cause(error, self.writes_to), 1)
+            refuse(cause_message(error, self.writes_to), 1)
 
     def get_checker_cls(self, check_file_uptodate: object) -> Any:
         """Return doit's checker class; refuse options that stages do not support before anything is opened.

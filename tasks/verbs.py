@@ -17,7 +17,7 @@ from doit.cmd_strace import Strace
 from doit.exceptions import InvalidDodoFile
 
 from mlxflow.messages import terminal
-from mlxflow.tasks.selection import Selection, refuse, word_unknown
+from mlxflow.tasks.selection import Selection, refuse, unknown_name_message
 from mlxflow.tasks.verb import StageVerb, Verb
 
 _LEFTOVERS = {
@@ -126,7 +126,7 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
         if not self.is_of_stages:
             clean()
             return
-        from mlxflow.tasks.cleaning import remove_leftovers, word_freed
+        from mlxflow.tasks.cleaning import freed_message, remove_leftovers
 
         self._freed_bytes = 0
         graph = Selection(self)
@@ -136,7 +136,7 @@ class StageClean(Verb, Clean):  # type: ignore[misc]
             if not leftovers:
                 clean()
             self._freed_bytes += remove_leftovers(graph.nodes, is_wanted=leftovers, dryrun=dryrun)
-            if not dryrun and (line := word_freed(self._freed_bytes, graph.cache)):
+            if not dryrun and (line := freed_message(self._freed_bytes, graph.cache)):
                 terminal.show(line)
 
 
@@ -254,5 +254,5 @@ class StageHelp(Verb, Help):  # type: ignore[misc]
     def _execute(self, pos_args: list[str]) -> bool:
         is_found = bool(super()._execute(pos_args))
         if not is_found and self.is_of_stages:
-            refuse(word_unknown(pos_args[0], [*self._names(), *self.cmds], "stage or command"))
+            refuse(unknown_name_message(pos_args[0], [*self._names(), *self.cmds], "stage or command"))
         return is_found

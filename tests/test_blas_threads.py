@@ -14,7 +14,7 @@ from mlxflow.device import cpu_backend
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks import lockfile
 from mlxflow.tasks.cache_key import cache_key
-from mlxflow.tasks.reproduction import word_other_threads
+from mlxflow.tasks.reproduction import other_threads_message
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import reasons
 
@@ -173,4 +173,4 @@ def test_a_cache_key_follows_the_fixed_number_where_the_stage_computes(tmp_path:
 
 @pytest.mark.parametrize(("record", "threads"), [({}, 2), ({"threads": 2}, 2), ({"threads": 2}, None)])
 def test_equal_or_unknown_numbers_of_threads_are_not_reported(record: dict[str, int], threads: int | None) -> None:
-    assert word_other_threads("train", record, threads, "this build by") == ""
+    assert other_threads_message("train", record, threads, "this build by") == ""

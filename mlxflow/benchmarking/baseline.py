@@ -19,7 +19,7 @@ from mlxflow.report.stage_reports.benchmark import BenchmarkReport, ComparisonFi
 REPETITIONS = 3
 
 
-def hold_against(
+def compare_with_baseline(
     baseline: BenchmarkReport,
     report: BenchmarkReport,
     measure_again: Callable[[Set[str]], HasRows],

@@ -16,7 +16,7 @@ from mlxflow.data.loader import DeviceBatch
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.ops import document_mask
-from mlxflow.ops.overrides import Arithmetic, replaced_operations
+from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training import build
 from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
@@ -93,7 +93,7 @@ class Runner:
         self.targets += batch.targets
         return batch
 
-    def take_apart(self) -> Parts:
+    def time_parts(self) -> Parts:
         """Run one step, waiting for each part of it."""
         begin = time.perf_counter()
         batch = self._next()
@@ -175,15 +175,15 @@ def _advance(
         optimizer.init(model.trainable_parameters())
         update, updated = _plain_update(model, optimizer, subject.settings.max_grad_norm), optimizer.state
     state = [model.state, updated, mx.random.state]
-    arithmetic = build.arithmetic_of(subject.settings, kernels)._replace(is_replaced=recipe.replaces_operations)
-    advance = _plain_step(model, objective, update, arithmetic, batch_size=batch_size)
+    overrides = build.overrides_of(subject.settings, kernels)._replace(is_enabled=recipe.replaces_operations)
+    advance = _plain_step(model, objective, update, overrides, batch_size=batch_size)
     if recipe.is_compiled:
         advance = cast("_Advance", mx.compile(advance, inputs=state, outputs=state))
     return advance, state
 
 
 def _plain_step(
-    model: nn.Module, objective: Objective, update: _PlainUpdate, arithmetic: Arithmetic, *, batch_size: int
+    model: nn.Module, objective: Objective, update: _PlainUpdate, overrides: OperationOverrides, *, batch_size: int
 ) -> _Advance:
     """Return a step without the compiled pieces of `training.step`; gradients of several passes are summed in fp32."""
 
@@ -193,7 +193,7 @@ def _plain_step(
 
     def compute(tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array, Any]:
         weights = model.trainable_parameters()
-        with replaced_operations(model, tokens, arithmetic):
+        with replaced_operations(model, tokens, overrides):
             (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
         model.update(weights)  # undoes the transformation's replacement of the weights
         return total, count, tree

@@ -160,7 +160,7 @@ class Suite:
             }
             return converge(runners, num_steps=num_steps, budget=self.budget)
 
-    def take_apart(self) -> Parts:
+    def time_parts(self) -> Parts:
         """Return the seconds of the parts of a step of the workflow, medians of several steps.
 
         Raises:
@@ -168,10 +168,10 @@ class Suite:
         """
         with self.open(self.workflow(self.own_batch_size)) as runner:
             runner.run(2)
-            steps = [runner.take_apart()]
+            steps = [runner.time_parts()]
             most = min(_PARTED_STEPS, max(3, self.num_steps))
             while len(steps) < most and (len(steps) < FEWEST_ROUNDS or not self.budget.is_over):
-                steps.append(runner.take_apart())
+                steps.append(runner.time_parts())
         return Parts(*(statistics.median(column) for column in zip(*steps, strict=True)))
 
     def against_ceilings(self, training: Iterable[TrainingRow], dense: ModelRow | None) -> BottleneckFigures:

@@ -17,7 +17,7 @@ _MODEL_SIZE = "models 4 to 8 times smaller than fp32, or as many times as the bi
 _DATA_WAIT = "waiting for data close to none"
 
 
-def keep_promises(
+def check_targets(
     training: Iterable[TrainingRow],
     models: Iterable[ModelRow],
     data_share: float | None,

@@ -13,7 +13,7 @@ from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import vocabularies
 from mlxflow.models.new_model import llama_config
 from mlxflow.storage import config_json, paths, remote_code
-from mlxflow.storage.toml_tables import Problem, toml_value, word
+from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.workflow.loader import load_workflow, resolved_toml
 from mlxflow.workflow.model import Stage, Workflow
 
@@ -49,7 +49,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
 
     Tokenizers that the workflow trains, and models on the hub, are checked by the stages when they run.
     """
-    means_the_same = cache(vocabularies.means_the_same)  # variants of one model have the same files
+    have_equal_ids = cache(vocabularies.have_equal_ids)  # variants of one model have the same files
     for one in (one for one in workflow.stages if one.name in ("train", "quantize")):
         config: Any = one.config
         reference = config.input if one.name == "train" else config.token_stage if config.model else ""
@@ -64,7 +64,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
         if not files or not own.is_file():
             continue
         try:
-            is_same = means_the_same(own, files[0])
+            is_same = have_equal_ids(own, files[0])
         except (OSError, ValueError) as error:
             advice = advise_on(error, "Fix it")
             raise ArtifactError(f"{paths.shown(folder)}: its tokenizer cannot be read ({error}). {advice}.") from error
@@ -73,7 +73,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
             setting = f"{tokens.table}.tokenizer.from = {toml_value(settings.tokenizer.from_)}"
             expected = f"has another tokenizer than its tokens, which are made with {setting}"
             advice = f"Set {tokens.table}.tokenizer.from = {toml_value(value)}, or read tokens of another stage."
-            yield word(Problem(key, value, expected, advice), paths.shown(workflow.path), one.table)
+            yield problem_message(Problem(key, value, expected, advice), paths.shown(workflow.path), one.table)
 
 
 def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
@@ -98,7 +98,9 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
         if config.document_mask is True and tokens.packing != "none" and document_mask.has_row_state(skeleton):
             expected = f"{architecture['model_type']} counts positions through the whole row"
             advice = f'Set document_mask = false, or {source.table}.packing = "none".'
-            yield word(Problem("document_mask", True, expected, advice), paths.shown(workflow.path), one.table)
+            yield problem_message(
+                Problem("document_mask", True, expected, advice), paths.shown(workflow.path), one.table
+            )
 
 
 def _plan_mistakes(workflow: Workflow) -> list[str]:

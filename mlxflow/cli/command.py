@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import MlxflowError
-from mlxflow.messages.os_errors import is_about_a_file, word_cause
+from mlxflow.messages.os_errors import cause_message, is_about_a_file
 
 _DESCRIPTION = "Build the stages of a workflow.toml, inspect their artifacts, and generate text with the models."
 
@@ -69,7 +69,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if not is_about_a_file(error):
             raise
         terminal.discard_unwritable()
-        terminal.say_last(word_cause(error, str(getattr(parsed, "stage", "mlxflow"))))
+        terminal.say_last(cause_message(error, str(getattr(parsed, "stage", "mlxflow"))))
         return 1
 
 

@@ -61,7 +61,7 @@ def converted(files: Mapping[str, Path], to: Path, name: str, *, key: str, trust
         return dict(files)
     key = f"{key} = {json.dumps(name)}"
     if not remote_code.trusts_code():
-        raise SourceError(f"{key}: {model_code.word_untrusted(file, code, trust_key)}")
+        raise SourceError(f"{key}: {model_code.untrusted_code_message(file, code, trust_key)}")
     from transformers import AutoTokenizer
 
     try:

@@ -55,7 +55,7 @@ class Reference:
         return self._kept.read(begin, begin + len(part.targets))
 
 
-def kept_reference(
+def cached_reference(
     load: Callable[[], nn.Module],
     rows: TokenRows,
     *,

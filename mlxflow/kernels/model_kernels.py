@@ -96,7 +96,7 @@ def choose_for(
     *,
     recorded: Iterable[str] | None = None,
     ahead: "EarlyVerifier | None" = None,
-    rehearse: Callable[[ModelKernels], object] = lambda _: None,
+    precompile_step: Callable[[ModelKernels], object] = lambda _: None,
 ) -> ModelKernels:
     """Select the kernels for training a model on the default device; verify those without a cached result.
 
@@ -105,7 +105,7 @@ def choose_for(
         traits: of the training.
         recorded: names of the kernels of the run that is repeated or continued; then nothing is verified.
         ahead: of `begin_verification`.
-        rehearse: called with the expected selection while verification waits for MLX's compiler.
+        precompile_step: called with the expected selection while verification waits for MLX's compiler.
     """
     from mlxflow.kernels import kernel_names, layer_patching, registry
 
@@ -116,7 +116,7 @@ def choose_for(
     known = [name for name in names if kernel_names.is_known(name)]
     if recorded is not None:
         return _model_kernels(registry.recorded(known, recorded), layers, dtype)
-    selection = registry.choose(known, ahead, lambda expected: rehearse(_model_kernels(expected, layers, dtype)))
+    selection = registry.choose(known, ahead, lambda expected: precompile_step(_model_kernels(expected, layers, dtype)))
     return _model_kernels(selection, layers, dtype)
 
 

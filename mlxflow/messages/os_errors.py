@@ -55,7 +55,7 @@ def advise_on(error: Exception, otherwise: str) -> str:
     return advise(error) if isinstance(error, OSError) and error.errno in _OF_MACHINE else otherwise
 
 
-def word_cause(error: OSError, place: str | os.PathLike[str]) -> str:
+def cause_message(error: OSError, place: str | os.PathLike[str]) -> str:
     """Return the message for a failed file call.
 
     Args:

@@ -33,7 +33,7 @@ def classes(config: Mapping[str, Any], code: Path | None) -> Any:
     if not file:
         return _known_classes(config)
     if code is None or not remote_code.trusts_code():
-        raise ArtifactError(f"{code or 'the model'}: {word_untrusted(model_files.CONFIG, file)}")
+        raise ArtifactError(f"{code or 'the model'}: {untrusted_code_message(model_files.CONFIG, file)}")
     mlx_lm_import.prepare()  # what it imports of mlx-lm
     try:
         module = _run_code(code / file)
@@ -96,7 +96,7 @@ def _run_code(file: Path) -> types.ModuleType:
     return module
 
 
-def word_untrusted(file: str, code: str, key: str = "") -> str:
+def untrusted_code_message(file: str, code: str, key: str = "") -> str:
     """Return the message for a model or tokenizer that is refused because it needs code that is not trusted.
 
     Args:

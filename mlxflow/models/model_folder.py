@@ -95,7 +95,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     if files.problem:
         raise ArtifactError(f"{folder}: {files.problem}. {files.advice}")
     if files.code and not remote_code.trusts_code():
-        raise ArtifactError(f"{folder}: {model_code.word_untrusted(model_files.CONFIG, files.code)}")
+        raise ArtifactError(f"{folder}: {model_code.untrusted_code_message(model_files.CONFIG, files.code)}")
     weight_checks.require_sound(folder, files.weights)
     file = str(folder / model_files.CONFIG)
     config_json.read(folder)
@@ -123,7 +123,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
                 get_model_classes=classes,
             )
         except (OSError, *config_fields.BUILD_ERRORS) as error:
-            raise ArtifactError(_word_unopened(folder, str(error).replace(str(links), str(folder)))) from error
+            raise ArtifactError(_unopened_message(folder, str(error).replace(str(links), str(folder)))) from error
     weight_checks.require_readable_codes(folder, model)
     weight_checks.require_numbers(folder, model, floating)
     config = remote_code.copied(config | {"model_file": files.code})
@@ -137,7 +137,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
     return model, config_json.describing(config, weights=names, is_quantized=quantized_layers.is_quantized(model))
 
 
-def _word_unopened(folder: Path, error: str) -> str:
+def _unopened_message(folder: Path, error: str) -> str:
     """Return why a folder cannot be opened, with the packing format if mlx-lm does not support it."""
     reason = " ".join(error.split())
     config = config_json.read(folder)
@@ -277,7 +277,9 @@ def fetch(name: str, *, key: str, trust_key: str) -> Path:
     if files.problem:
         raise ArtifactError(f'{key} = "{name}": {files.problem}. {files.advice}')
     if files.code and not remote_code.trusts_code():
-        raise ArtifactError(f'{key} = "{name}": {model_code.word_untrusted(model_files.CONFIG, files.code, trust_key)}')
+        raise ArtifactError(
+            f'{key} = "{name}": {model_code.untrusted_code_message(model_files.CONFIG, files.code, trust_key)}'
+        )
     return folder
 
 

@@ -38,7 +38,7 @@ def require_tokenizer(folder: Path, tokenizer_file: Path, key: str, *, tokens_ke
             )
         return
     try:
-        is_same = vocabularies.means_the_same(own, tokenizer_file)
+        is_same = vocabularies.have_equal_ids(own, tokenizer_file)
     except (OSError, ValueError) as error:
         advice = advise_on(error, "Name another")
         raise ArtifactError(f"{key}: the tokenizer of {folder} cannot be read ({error}). {advice}.") from error
@@ -78,7 +78,7 @@ def require_tokenizer_trust(folder: Path, trust_key: str = "") -> None:
     """
     file, code = remote_code.tokenizer_code(folder)
     if code and not remote_code.trusts_code():
-        raise ArtifactError(f"{folder}: {model_code.word_untrusted(file, code, trust_key)}")
+        raise ArtifactError(f"{folder}: {model_code.untrusted_code_message(file, code, trust_key)}")
 
 
 def _open_in_transformers(folder: Path) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-def means_the_same(one: Path, other: Path) -> bool:
+def have_equal_ids(one: Path, other: Path) -> bool:
     """Return whether two tokenizers map the ids that both have to the same texts.
 
     The vocabularies must be equal; either may have added tokens that the other lacks.

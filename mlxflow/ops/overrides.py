@@ -12,22 +12,22 @@ from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, replace
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
 
 
-class Arithmetic(NamedTuple):
+class OperationOverrides(NamedTuple):
     """Which operations of a step are replaced.
 
     Attributes:
-        is_replaced: replace them; False leaves everything to MLX.
+        is_enabled: replace them; False leaves everything to MLX.
         is_deterministic: on a GPU, too, gradients are accumulated in a fixed order: two runs are equal to the bit.
         attention: a kernel for causal 16-bit attention on CUDA; None for plain operations there.
     """
 
-    is_replaced: bool = True
+    is_enabled: bool = True
     is_deterministic: bool = True
     attention: Causal | None = None
 
 
 @contextmanager
-def replaced_operations(model: nn.Module, tokens: mx.array, how: Arithmetic) -> Iterator[None]:
+def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverrides) -> Iterator[None]:
     """Replace MLX operations in what is traced until the block ends.
 
     On the CPU: products, causal attention and SwiGLU. On a GPU: products, and for deterministic gradients embedding
@@ -39,7 +39,7 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: Arithmetic) -> 
         how: which operations.
     """
     with ExitStack() as replaced:
-        if how.is_replaced:
+        if how.is_enabled:
             on_cpu = mx.default_device() == mx.cpu
             replaced.enter_context(replaced_products([] if on_cpu else find_siblings(model, tokens[:1, :2])))
             if on_cpu:

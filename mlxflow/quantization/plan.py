@@ -134,7 +134,7 @@ def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: s
         else:
             plan.layers[path] = setting
     if not plan.layers:
-        raise WorkflowError(_word_nothing(plan, key, layers))
+        raise WorkflowError(_nothing_quantized_message(plan, key, layers))
     return plan
 
 
@@ -236,7 +236,7 @@ def _near(pattern: str, layers: Mapping[str, nn.Module]) -> str:
     return f"Layers are, for example, {', '.join(dict.fromkeys(names.values()))}."
 
 
-def _word_nothing(plan: QuantizationPlan, key: str, layers: Mapping[str, nn.Module]) -> str:
+def _nothing_quantized_message(plan: QuantizationPlan, key: str, layers: Mapping[str, nn.Module]) -> str:
     if not plan.undivided:
         return f"{key}.layers: every layer stays dense, nothing would be quantized. Leave one to be quantized."
     widths = {layers[path].weight.shape[-1] for path in plan.undivided}

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.device import compute_device
-from mlxflow.evaluation.dense_reference import kept_reference
+from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure_divergence
 from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder, quantized_layers
@@ -63,7 +63,7 @@ def measure_quality(
     rows = validation.rows.head(limits.max_rows)
     masks = document_mask.masks_conversations(model, validation)
     cache_folder = context.state / _KEPT_FOLDER
-    reference = kept_reference(
+    reference = cached_reference(
         lambda: _open_dense(dense, lazy=True),
         rows,
         folder=cache_folder,

@@ -187,7 +187,7 @@ def _read_stage(root: Path, member: Member) -> LoadedStage:
     shown = (member.folder / layout.REPORT).as_posix()
     if problem == "is missing":
         message = f"{shown} is missing. Run: doit {member.task}"
-        return LoadedStage(member, None, "missing", message + _last_words(root, member.task), size)
+        return LoadedStage(member, None, "missing", message + _last_log_line(root, member.task), size)
     if problem:
         return LoadedStage(member, None, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
     form = _FORMS.get(member.task.partition(":")[0], StageReport)
@@ -223,7 +223,7 @@ def _written_by(table: Mapping[str, Any]) -> str:
     return f"mlxflow {made_by} wrote a report that this version cannot read: "
 
 
-def _last_words(root: Path, task: str) -> str:
+def _last_log_line(root: Path, task: str) -> str:
     """Return the last line of a stage's log, if it has a log and no artifact."""
     try:
         with layout.log_file(root, task).open("rb") as log:

@@ -170,7 +170,7 @@ class _Replayed:
         last = max(seconds, default=0.0)
         return self.phases + [Span(name, begin, max(begin, last), 0.0) for name, begin in self.entered]
 
-    def word_end(self, *, runs: bool) -> str:
+    def end_of_run(self, *, runs: bool) -> str:
         """Return in a few words how and where the run ended."""
         where = f"in {self.entered[-1][0]}" if self.entered else ""
         after = f"after step {int(self.steps[-1][0])}" if self.steps else "before the first step's end"
@@ -186,4 +186,4 @@ def _replay(lines: list[bytes], *, runs: bool) -> Timeline:
             replayed.take(line)
         except (ValueError, TypeError, IndexError, RecursionError):
             continue
-    return Timeline(replayed.columns(), "", tuple(replayed.all_phases()), replayed.word_end(runs=runs))
+    return Timeline(replayed.columns(), "", tuple(replayed.all_phases()), replayed.end_of_run(runs=runs))

@@ -166,7 +166,7 @@ def _measure(
     config: Config, context: Context, suite: "Suite", models: "ComparedModels", budget: "Budget"
 ) -> "BenchmarkReport":
     """Return all figures, without a comparison."""
-    from mlxflow.benchmarking.targets import keep_promises
+    from mlxflow.benchmarking.targets import check_targets
     from mlxflow.benchmarking.time_budget import AskedAmounts, lowered
     from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 
@@ -189,7 +189,7 @@ def _measure(
         convergence=curves,
         models=rows,
         bottleneck=bottleneck,
-        promises=keep_promises(training, rows, bottleneck.data_share, suite.own_batch_size),
+        promises=check_targets(training, rows, bottleneck.data_share, suite.own_batch_size),
         lowered=tuple(lowered(requested, training=training, convergence=curves or (), models=rows)) or None,
     )
 
@@ -201,7 +201,7 @@ def _bottleneck(
     from mlxflow.benchmarking.bottleneck import advise
     from mlxflow.report.stage_reports.benchmark import BottleneckFigures
 
-    parts = _if_it_fits(suite.take_apart)
+    parts = _if_it_fits(suite.time_parts)
     ceilings = _if_it_fits(lambda: suite.against_ceilings(training, dense)) or BottleneckFigures()
     if parts is None:
         return ceilings
@@ -225,8 +225,8 @@ def _compare(
     baseline: "BenchmarkReport",
     report: "BenchmarkReport",
 ) -> "ComparisonFigures":
-    """Return the comparison with the baseline; see `hold_against`."""
-    from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
+    """Return the comparison with the baseline; see `compare_with_baseline`."""
+    from mlxflow.benchmarking.baseline import REPETITIONS, compare_with_baseline
     from mlxflow.benchmarking.report_comparison import RepeatedRows
     from mlxflow.benchmarking.time_budget import Budget
 
@@ -235,7 +235,7 @@ def _compare(
         training, _ = _suite(config, inputs, context, budget).measure(only=names)
         return RepeatedRows(training, models.only(names).measure_speeds(budget))
 
-    return hold_against(
+    return compare_with_baseline(
         baseline, report, again, name=config.baseline, max_regression=config.max_regression, task=context.task
     )
 

@@ -173,10 +173,10 @@ def writable(target: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, BrokenPipeError) or not is_about_a_file(error):
             raise
-        raise StageError(f"{_word_failure(error, target)}. {advise(error)}; {target} is unchanged.") from error
+        raise StageError(f"{_failure_message(error, target)}. {advise(error)}; {target} is unchanged.") from error
 
 
-def _word_failure(error: OSError, target: Path) -> str:
+def _failure_message(error: OSError, target: Path) -> str:
     """Return which file could not be written, or only which call failed for files outside of the target."""
     where = named(error, target)
     file, place = Path(os.path.realpath(where)), Path(os.path.realpath(target))

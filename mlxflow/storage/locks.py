@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import UserError
-from mlxflow.messages.os_errors import naming, word_cause
+from mlxflow.messages.os_errors import cause_message, naming
 from mlxflow.storage.regular_files import open_own
 from mlxflow.storage.user_folders import cache_folder
 
@@ -68,7 +68,7 @@ def hold(
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        unwritable = UnwritableError(word_cause(error, path))
+        unwritable = UnwritableError(cause_message(error, path))
         if needed:
             raise unwritable from error
         yield unwritable

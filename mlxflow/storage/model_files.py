@@ -206,11 +206,11 @@ def find(folder: Path) -> ModelFolderFiles:
     if code and code not in names:
         problem = problem or f"lacks {code}, which its {CONFIG} names"
     if not problem and (out := leading_out(folder, [*others, *weights])):
-        problem = word_leading_out(out)
+        problem = leading_out_problem(out)
     return ModelFolderFiles([] if problem else weights, others, code, problem, _advise(problem))
 
 
-def word_leading_out(name: str) -> str:
+def leading_out_problem(name: str) -> str:
     """Return the message about a file that `leading_out` found."""
     return f"holds {name}, a link to a file outside of the folder"
 

@@ -98,7 +98,7 @@ def _toml_character(character: str) -> str:
     return f"\\u{ord(character):04X}" if ord(character) < 0x10000 else f"\\U{ord(character):08X}"
 
 
-def word(problem: Problem, file: str, table: str) -> str:
+def problem_message(problem: Problem, file: str, table: str) -> str:
     """Return the message for a problem in a table of a file, one line."""
     key = ".".join(part for part in (table, problem.key) if part)
     value = "" if problem.value is msgspec.UNSET else f" = {_shortened(toml_value(problem.value))}"
@@ -129,7 +129,7 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
     """
     if not isinstance(table, dict):
         problem = Problem("", table, "expected a table", f"Write [{key}] on a line of its own and its keys below it.")
-        lines.append(word(problem, file, key))
+        lines.append(problem_message(problem, file, key))
         return None
     before = len(lines)
     fields, types = _fields_of(struct)
@@ -144,13 +144,13 @@ def read_struct(table: object, struct: type[S], *, file: str, key: str, lines: l
         if name not in table and field.required:
             where = key if key.endswith("]") else f"[{key}]"
             problem = Problem(name, msgspec.UNSET, "missing", f"Add {name} to {where}.")
-            lines.append(word(problem, file, key))
+            lines.append(problem_message(problem, file, key))
     if len(lines) > before:
         return None
     made_struct = struct(**values)
     checks: Callable[[], Iterator[Problem]] | None = getattr(made_struct, "problems", None)
     if checks is not None:
-        lines.extend(word(problem, file, key) for problem in checks())
+        lines.extend(problem_message(problem, file, key) for problem in checks())
     return made_struct if len(lines) == before else None
 
 
@@ -196,7 +196,7 @@ def _read_value(
         return msgspec.convert(_without_limit(type_) if value == math.inf else value, type_)
     except msgspec.ValidationError:
         advice = f"Set {dotted} to one." if field.required else _advise_default(dotted, field)
-        lines.append(word(Problem("", value, f"expected {describe(type_)}", advice), file, dotted))
+        lines.append(problem_message(Problem("", value, f"expected {describe(type_)}", advice), file, dotted))
         return None
 
 

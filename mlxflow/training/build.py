@@ -12,7 +12,7 @@ from mlxflow.data.loader import Loader, name_by_number
 from mlxflow.data.token_file import Rows
 from mlxflow.kernels import model_kernels
 from mlxflow.ops.gradient_checkpointing import recomputed
-from mlxflow.ops.overrides import Arithmetic
+from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training import adapters, objective, optimizers
 from mlxflow.training.batch_size import BatchSizes, Decision
 from mlxflow.training.objective import Objective
@@ -143,9 +143,9 @@ def make_update(subject: Subject, kernels: model_kernels.ModelKernels) -> optimi
     )
 
 
-def arithmetic_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels) -> Arithmetic:
+def overrides_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels) -> OperationOverrides:
     """Return which MLX operations are replaced in a step."""
-    return Arithmetic(is_deterministic=settings.deterministic, attention=kernels.attention)
+    return OperationOverrides(is_deterministic=settings.deterministic, attention=kernels.attention)
 
 
 @contextmanager
@@ -169,8 +169,8 @@ def make_step(
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
-    how = arithmetic_of(subject.settings, kernels)._replace(is_replaced=replaces_operations)
-    return Step(subject.model, make_update(subject, kernels), chosen, arithmetic=how)
+    how = overrides_of(subject.settings, kernels)._replace(is_enabled=replaces_operations)
+    return Step(subject.model, make_update(subject, kernels), chosen, overrides=how)
 
 
 @contextmanager

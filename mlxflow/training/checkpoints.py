@@ -123,7 +123,7 @@ class CheckpointStore:
         for other in sorted(self._folder.parent.glob("*/step-*/state.json")):
             if other.parent.parent != self._folder:
                 self._say(
-                    f"{other.parent}: a checkpoint of another configuration ({self._word_other(other.parent)}); "
+                    f"{other.parent}: a checkpoint of another configuration ({self._other_description(other.parent)}); "
                     "it is left alone and training starts from step 0."
                 )
         return None
@@ -187,7 +187,7 @@ class CheckpointStore:
         changes = [f"{key}: {theirs.get(key)} -> {self._settings.get(key)}" for key in keys[:3]]
         return ", ".join(changes) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
-    def _word_other(self, folder: Path) -> str:
+    def _other_description(self, folder: Path) -> str:
         try:
             return self._difference(_read_kept(folder).settings)
         except (OSError, ValueError):

@@ -145,7 +145,7 @@ def select_kernels(
         subject.kernel_traits,
         recorded=request.recorded(),
         ahead=ahead,
-        rehearse=lambda expected: _rehearse(subject, expected, rows),
+        precompile_step=lambda expected: _precompile(subject, expected, rows),
     )
     if request.mode == "require" and selected.refused:
         name = subject.names.of("kernels")
@@ -156,13 +156,13 @@ def select_kernels(
     return selected
 
 
-def _rehearse(subject: "Subject", kernels: "ModelKernels", rows: "Rows") -> None:
+def _precompile(subject: "Subject", kernels: "ModelKernels", rows: "Rows") -> None:
     """Let MLX compile the kernels of the first step and validation."""
     from mlxflow.training import build, precompile
 
     chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel)
     with build.patched(subject, kernels):
-        precompile.rehearse(
+        precompile.precompile_step(
             subject.model,
             lambda: build.make_step(subject, chosen, kernels),
             rows,

@@ -15,7 +15,7 @@ from mlxflow.messages.errors import reason_of
 from mlxflow.training.step import Step, put_random_key
 
 
-def rehearse(
+def precompile_step(
     model: nn.Module,
     make_step: Callable[[], Step],
     rows: Rows,

@@ -16,7 +16,7 @@ class _Sizes(msgspec.Struct, forbid_unknown_fields=True):
     decisions: list[dict[str, Any]]
 
 
-def unlike_facts(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+def facts_problem(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     """Return how the facts of a checkpoint differ in names or types from those of a run; empty if they match.
 
     Args:
@@ -35,7 +35,7 @@ def unlike_facts(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return ""
 
 
-def unlike_sizes(stored: object) -> str:
+def sizes_problem(stored: object) -> str:
     """Return what is wrong with a stored state of `BatchSizes`; empty if nothing is."""
     try:
         sizes = msgspec.convert(stored, _Sizes)
@@ -46,7 +46,7 @@ def unlike_sizes(stored: object) -> str:
     return "" if sizes.size > 0 and sizes.decisions else "its batch sizes are none"
 
 
-def unlike_arrays(stored: Mapping[str, mx.array], expected: Any) -> str:
+def arrays_problem(stored: Mapping[str, mx.array], expected: Any) -> str:
     """Return how arrays differ in names, shapes or dtypes from those of a tree; empty if they match.
 
     The dtype of `partial`, the sums of an interrupted update, is not compared: it depends on how they were computed.

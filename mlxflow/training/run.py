@@ -14,7 +14,7 @@ from mlxflow.training.batch_size import read_decisions
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames
-from mlxflow.training.stop_signals import heeding_signals
+from mlxflow.training.stop_signals import stop_on_signals
 from mlxflow.training.trainer import Session, Stopped
 
 
@@ -67,7 +67,7 @@ def train(
     with (
         progress.show_progress(num_steps=settings.num_steps) as show,
         files.metrics.open("w") as metrics,
-        heeding_signals() as stop_requested,
+        stop_on_signals() as stop_requested,
     ):
 
         def log(record: dict[str, Any]) -> None:

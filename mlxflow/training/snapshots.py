@@ -9,7 +9,7 @@ from mlx.utils import tree_map
 
 from mlxflow.training.batch_size import BatchSizes
 from mlxflow.training.checkpoints import Checkpoint
-from mlxflow.training.restoring import unlike_arrays, unlike_facts, unlike_sizes
+from mlxflow.training.restoring import arrays_problem, facts_problem, sizes_problem
 from mlxflow.training.run_state import RunState
 from mlxflow.training.step import Gradients, Step, put_random_key
 
@@ -45,8 +45,8 @@ class Snapshots:
         """Return why this run cannot continue from a checkpoint; empty if it can."""
         facts = dict(checkpoint.facts)
         sizes = facts.pop("sizes", None)
-        problem = unlike_facts(facts, vars(self._state)) or unlike_sizes(sizes)
-        return problem or unlike_arrays(checkpoint.arrays, self._target(facts["rows_done"]))
+        problem = facts_problem(facts, vars(self._state)) or sizes_problem(sizes)
+        return problem or arrays_problem(checkpoint.arrays, self._target(facts["rows_done"]))
 
     def _target(self, rows_done: int) -> dict[str, Any]:
         """Return the tree that the arrays of a checkpoint are assigned to, with the sums of an interrupted update."""

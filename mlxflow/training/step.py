@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxflow.ops.overrides import Arithmetic, replaced_operations
+from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.batch_size import split
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizers import Update
 
-_OWN = Arithmetic()
+_OWN = OperationOverrides()
 
 
 class Gradients(NamedTuple):
@@ -57,14 +57,14 @@ class Step:
         model: in training mode; its parameters are evaluated.
         update: of the same model.
         objective: the loss to minimize.
-        arithmetic: which operations of MLX are replaced.
+        overrides: which operations of MLX are replaced.
 
     Attributes:
         state: everything that changes from update to update, including the random state: to evaluate and to save.
     """
 
     def __init__(
-        self, model: nn.Module, update: Update, objective: Objective, *, arithmetic: Arithmetic = _OWN
+        self, model: nn.Module, update: Update, objective: Objective, *, overrides: OperationOverrides = _OWN
     ) -> None:
         self.state: list[Any] = [model.state, update.state, mx.random.state]
 
@@ -74,7 +74,7 @@ class Step:
 
         def compute(tokens: mx.array, marks: mx.array) -> Gradients:
             weights = model.trainable_parameters()
-            with replaced_operations(model, tokens, arithmetic):
+            with replaced_operations(model, tokens, overrides):
                 (total, count), tree = mx.value_and_grad(loss)(weights, tokens, marks)
             model.update(weights)  # the original weights, not those of the transformation
             return Gradients(total, count, tree)

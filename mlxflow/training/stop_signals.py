@@ -21,7 +21,7 @@ class StopFlag:
 
 
 @contextmanager
-def heeding_signals() -> Iterator[StopFlag]:
+def stop_on_signals() -> Iterator[StopFlag]:
     """Set a flag on SIGINT or SIGTERM instead of ending; a second one ends the process. In the main thread only."""
     flag = StopFlag()
     numbers = (signal.SIGINT, signal.SIGTERM)

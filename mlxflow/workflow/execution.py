@@ -24,8 +24,8 @@ from mlxflow.storage import (
     report_structs,
     temporary_files,
     tensor_writing,
+    unfinished_runs,
 )
-from mlxflow.storage import unfinished_runs as left
 from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
@@ -75,7 +75,7 @@ def _run(
     limit = _limit_memory(workflow) if uses_device else 0
     threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
     folder = into or workflow.root / stage.folder
-    unfinished = left.folder_of(workflow.state, stage.task, _key_of(provenance, threads))
+    unfinished = unfinished_runs.folder_of(workflow.state, stage.task, _key_of(provenance, threads))
     if into:  # starts from the beginning and leaves no files
         unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
         atomic_folders.remove_folder(unfinished)
@@ -161,7 +161,7 @@ def _make_artifact(stage: Stage, context: Context, started: float, chosen: str |
 
 def _tidy(workflow: Workflow, stage: Stage) -> None:
     """Remove unfinished runs with other settings, and update the copies in the artifacts folder."""
-    for run in left.prune(workflow.state, stage.task):
+    for run in unfinished_runs.prune(workflow.state, stage.task):
         terminal.say(
             f"{run.folder}: removed, {run.num_bytes:,} bytes left by a run of {stage.task} with other settings."
         )
@@ -214,21 +214,21 @@ def _identify_inputs(workflow: Workflow, stage: Stage, cache: ObservedInputs) ->
             identities[record_name] = cache.digests(path).identity
         except FileNotFoundError:
             gone = path if path.parent.is_dir() else path.parent
-            lines.append(f"{paths.shown(gone)}: missing{_word_maker(workflow, name)}")
+            lines.append(f"{paths.shown(gone)}: missing{_maker_advice(workflow, name)}")
         except OSError as error:
             lines.append(f"{paths.shown(path)}: cannot be read ({error.strerror}). {_advise(error, workflow, name)}")
         except ValueError as error:
-            lines.append(f"{paths.shown(path)}: damaged ({error}){_word_maker(workflow, name)}")
+            lines.append(f"{paths.shown(path)}: damaged ({error}){_maker_advice(workflow, name)}")
     if lines:
         raise ArtifactError(*dict.fromkeys(lines))
     return identities | stage.corpus_identities(cache)
 
 
 def _advise(error: OSError, workflow: Workflow, name: Path) -> str:
-    return advise_on(error, _word_maker(workflow, name).removeprefix(". ").removesuffix(".")) + "."
+    return advise_on(error, _maker_advice(workflow, name).removeprefix(". ").removesuffix(".")) + "."
 
 
-def _word_maker(workflow: Workflow, name: Path) -> str:
+def _maker_advice(workflow: Workflow, name: Path) -> str:
     maker = next((maker.task for maker in workflow.stages if name in maker.outputs), None)
     return f". Run: doit {maker}" if maker else ". Fix it or change the workflow."
 

@@ -11,8 +11,8 @@ import msgspec
 from mlxflow.data import sources
 from mlxflow.data.sources import Corpus
 from mlxflow.storage import layout
-from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, ModelFolderFiles, word_leading_out
-from mlxflow.storage.toml_tables import Problem, toml_value, word
+from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, ModelFolderFiles, leading_out_problem
+from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.workflow.disk_queries import Disk
 
 _NO_MAKER = "no stage before this one makes it"
@@ -173,7 +173,7 @@ class References:
         except OSError as error:
             return self._note_unreadable(key, name, error, advice)
         if out := self._disk.link_leading_out(folder):
-            self._note(key, name, word_leading_out(out), ADVICE_LEADING_OUT)
+            self._note(key, name, leading_out_problem(out), ADVICE_LEADING_OUT)
         elif "tokenizer.json" not in files:
             if code and not trusts_code:
                 self._note_untrusted(key, name, file, code)
@@ -233,7 +233,7 @@ class References:
 
     def note(self, problem: Problem) -> None:
         """Report a mistake in the stage's table."""
-        self._lines.append(word(problem, self._shown, self._table))
+        self._lines.append(problem_message(problem, self._shown, self._table))
 
     def _expand(self, written: str) -> str:
         """Return a path with everything expanded, and record its spelling."""

@@ -11,7 +11,7 @@ import msgspec
 
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import paths
-from mlxflow.storage.toml_tables import Problem, read_struct, toml_value, unknown_key, word
+from mlxflow.storage.toml_tables import Problem, problem_message, read_struct, toml_value, unknown_key
 from mlxflow.workflow import stage, workflow_text
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.inputs import Known, References
@@ -116,7 +116,7 @@ class _WorkflowLoader:
                 read_struct(written, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             else:
                 advice = f"Write [[{name}]] on a line of its own and its keys below it."
-                lines.append(word(Problem("", written, "expected a table", advice), self.shown, key))
+                lines.append(problem_message(Problem("", written, "expected a table", advice), self.shown, key))
             return
         for table in list(expand_matrix(written, problems)):
             variant = table.pop("name", None)
@@ -125,7 +125,7 @@ class _WorkflowLoader:
             config = read_struct(table, self.modules[name].Config, file=self.shown, key=key, lines=lines)
             if config is not None:
                 yield variant, key, config
-        lines += [word(problem, self.shown, key) for problem in problems]
+        lines += [problem_message(problem, self.shown, key) for problem in problems]
 
     def _check_name(self, key: str, table: str, variant: object, seen: dict[str, str]) -> bool:
         if variant is None:
@@ -144,7 +144,7 @@ class _WorkflowLoader:
         else:
             seen[variant.casefold()] = variant
             return True
-        if (line := word(problem, self.shown, key)) not in self.mistakes[table]:
+        if (line := problem_message(problem, self.shown, key)) not in self.mistakes[table]:
             self.mistakes[table].append(line)
         return False
 

@@ -178,10 +178,10 @@ def _changed_inputs(
     for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
         if name in now and name in before and now[name] == before[name]:
             continue
-        yield _word_change(name, before, now)
+        yield _change_message(name, before, now)
 
 
-def _word_change(name: str, before: dict[str, str], now: dict[str, str | None]) -> str:
+def _change_message(name: str, before: dict[str, str], now: dict[str, str | None]) -> str:
     shown = printable(name if name.startswith(f"{layout.ARTIFACTS}/") else f"source {name}")
     if name not in now:
         return f"{shown} is gone"

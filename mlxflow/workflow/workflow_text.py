@@ -41,7 +41,7 @@ def read(path: Path, shown: str, data: bytes | None = None) -> dict[str, Any]:
     try:
         document = toml_text.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise WorkflowError(_word_toml_error(shown, str(error), len(text.rstrip().splitlines()))) from error
+        raise WorkflowError(_toml_error_message(shown, str(error), len(text.rstrip().splitlines()))) from error
     _refuse_too_many(document, shown)
     return document
 
@@ -70,7 +70,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _word_toml_error(shown: str, message: str, last_line: int) -> str:
+def _toml_error_message(shown: str, message: str, last_line: int) -> str:
     match = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message)
     if match:
         return f"{shown}:{match[2]}:{match[3]}: not valid TOML ({match[1]}). Fix the line."

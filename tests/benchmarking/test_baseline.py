@@ -5,7 +5,7 @@ from collections.abc import Callable, Set
 import msgspec
 import pytest
 
-from mlxflow.benchmarking.baseline import REPETITIONS, hold_against
+from mlxflow.benchmarking.baseline import REPETITIONS, compare_with_baseline
 from mlxflow.benchmarking.report_comparison import HasRows
 from mlxflow.messages.errors import StageError
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ComparisonFigures, DeviceFacts
@@ -45,7 +45,9 @@ def _hold(
     *,
     max_regression: float = 0.05,
 ) -> ComparisonFigures:
-    return hold_against(before, after, again, name="before.toml", max_regression=max_regression, task="benchmark")
+    return compare_with_baseline(
+        before, after, again, name="before.toml", max_regression=max_regression, task="benchmark"
+    )
 
 
 def test_a_regression_that_every_repetition_confirms_fails_the_stage() -> None:

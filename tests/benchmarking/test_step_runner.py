@@ -11,7 +11,7 @@ from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.unpacked_rows import apart
 from mlxflow.kernels import model_kernels
 from tests.benchmarking.small_steps import open_runner, packed_rows, subject_of, workflow_recipe
-from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
+from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 from tests.small_models import llama
 
 
@@ -29,7 +29,7 @@ def test_recorded_kernels_are_used_until_they_are_switched_off(
     monkeypatch: pytest.MonkeyPatch,
     uncompiled: None,  # noqa: F811
 ) -> None:
-    calls = let_references_serve(monkeypatch)
+    calls = use_references(monkeypatch)
     known = model_kernels.choose_for(llama()[0], model_kernels.TrainingTraits("fp32", 8), recorded=[])
     recipe = workflow_recipe(kernels=tuple(known.refused))
     (without,) = (one for one in recipe.ablations() if one.name == "without own kernels")
@@ -110,6 +110,6 @@ def test_the_parts_of_a_step_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch
         runner.run(1)
         ticks = iter([0.0, 1.0, 1.0, 1.5, 3.0, 7.0, 7.25])  # two of them are the loader's own
         monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
-        parts = runner.take_apart()
+        parts = runner.time_parts()
     assert parts[2:] == (4.0, 0.25)
     assert sum(parts) == 7.25

@@ -87,7 +87,7 @@ def test_the_parts_of_a_step_are_medians_of_several_steps(monkeypatch: pytest.Mo
     class Runner:
         def run(self, num_steps: int) -> None: ...
 
-        def take_apart(self) -> Parts:
+        def time_parts(self) -> Parts:
             return next(steps)
 
     class Opened:
@@ -101,7 +101,7 @@ def test_the_parts_of_a_step_are_medians_of_several_steps(monkeypatch: pytest.Mo
         return Opened()
 
     monkeypatch.setattr(Suite, "open", opened)
-    parts = _suite(4).take_apart()
+    parts = _suite(4).time_parts()
     assert parts == Parts(2, 2, 2, 2)
     assert parts.shares() == Parts(0.25, 0.25, 0.25, 0.25)
 

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.benchmarking.targets import keep_promises
+from mlxflow.benchmarking.targets import check_targets
 from mlxflow.report.stage_reports.benchmark import PromiseFigures
 from tests.benchmarking.report_rows import failed_row, model_row, training_row
 
@@ -13,7 +13,7 @@ def _kept(
     speedups: Any = {"workflow_speedup": speedup, "low_workflow_speedup": low, "high_workflow_speedup": speedup + 1}
     rows = [training_row(100, name="baseline", peak=100, **speedups), training_row(100 * speedup, peak=peak)]
     models = [model_row("train", compression_ratio_fp32=1.0), model_row("q4", compression_ratio_fp32=ratio)]
-    return {name: promise.holds for name, promise in keep_promises(rows, models, share, 8).items()}
+    return {name: promise.holds for name, promise in check_targets(rows, models, share, 8).items()}
 
 
 def test_every_target_is_checked_by_its_own_figure() -> None:
@@ -39,7 +39,7 @@ def _sized(**models: tuple[float, float]) -> PromiseFigures:
         model_row(name, compression_ratio_fp32=ratio, asked_bits_per_weight=bits, perplexity=9.0)
         for name, (ratio, bits) in models.items()
     ]
-    return keep_promises([], rows, None, 8)["model_size"]
+    return check_targets([], rows, None, 8)["model_size"]
 
 
 def test_the_size_target_follows_from_the_bits_of_each_model() -> None:
@@ -56,18 +56,18 @@ def test_the_size_target_follows_from_the_bits_of_each_model() -> None:
 
 
 def test_rows_out_of_memory_meet_no_target() -> None:
-    promises = keep_promises([failed_row("baseline"), training_row(100, peak=10)], [], 0.0, 8)
+    promises = check_targets([failed_row("baseline"), training_row(100, peak=10)], [], 0.0, 8)
     assert [name for name, promise in promises.items() if promise.holds] == ["data_wait"]
     assert promises["training_speed"].measured is None
 
 
 def test_without_paired_rounds_the_speedup_is_the_ratio_of_the_speeds() -> None:
     rows = [training_row(100, name="baseline"), training_row(170)]
-    promise = keep_promises(rows, [], None, 8)["training_speed"]
+    promise = check_targets(rows, [], None, 8)["training_speed"]
     assert (promise.measured, promise.low, promise.high, promise.holds) == (1.7, 1.7, 1.7, True)
 
 
 def test_an_increase_in_memory_is_reported_as_more() -> None:
     rows = [training_row(100, name="baseline", peak=100), training_row(100, peak=120)]
-    figure = keep_promises(rows, [], 0.0, 8)["training_memory"].figure
+    figure = check_targets(rows, [], 0.0, 8)["training_memory"].figure
     assert figure == "20% more: 120 bytes instead of 100 at 8 rows"

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks.architecture_configs import config_of
-from mlxflow.evaluation.dense_reference import kept_reference
+from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import measure_divergence
 from mlxflow.models import model_folder
 from tests.evaluation.test_kl_divergence import _pair, _rows
@@ -42,7 +42,9 @@ def test_cached_hidden_states_equal_the_computed_ones(architecture: str, tmp_pat
     load = _Counting(lambda: model_folder.build(config_of(architecture), seed=0))
     counts = []
     for _ in range(3):
-        reference = kept_reference(load, rows, folder=tmp_path / "kept", key="one", batch_size=4, masks_documents=False)
+        reference = cached_reference(
+            load, rows, folder=tmp_path / "kept", key="one", batch_size=4, masks_documents=False
+        )
         found = measure_divergence(reference, other, rows, batch_size=4, masks_documents=False)
         counts.append(load.rows)
         assert found == wanted
@@ -57,7 +59,9 @@ def test_a_damaged_cache_file_is_computed_again(tmp_path: Path) -> None:
     wanted = measure_divergence(dense, other, rows, batch_size=4, masks_documents=False)
 
     def measured() -> Any:
-        reference = kept_reference(lambda: dense, rows, folder=tmp_path, key="one", batch_size=4, masks_documents=False)
+        reference = cached_reference(
+            lambda: dense, rows, folder=tmp_path, key="one", batch_size=4, masks_documents=False
+        )
         return measure_divergence(reference, other, rows, batch_size=4, masks_documents=False)
 
     assert measured() == wanted
@@ -71,7 +75,7 @@ def test_a_damaged_cache_file_is_computed_again(tmp_path: Path) -> None:
 def test_the_least_recently_used_cache_file_is_removed_first(tmp_path: Path) -> None:
     rows, dense = _rows(vocab_size=50), llama()[0]
     for key in ("a", "b", "c", "d", "a", "e"):
-        kept_reference(lambda: dense, rows, folder=tmp_path, key=key, batch_size=4, masks_documents=False)
+        cached_reference(lambda: dense, rows, folder=tmp_path, key=key, batch_size=4, masks_documents=False)
     assert sorted(file.stem for file in tmp_path.iterdir()) == ["a", "c", "d", "e"]
 
 
@@ -94,7 +98,7 @@ class _LogitsOfAllPositions(nn.Module):  # type: ignore[misc]
 def test_a_model_without_a_recognized_body_is_not_cached(tmp_path: Path) -> None:
     dense, other = (_LogitsOfAllPositions(one) for one in _pair("llama"))
     rows = _rows()
-    reference = kept_reference(lambda: dense, rows, folder=tmp_path, key="one", batch_size=4, masks_documents=False)
+    reference = cached_reference(lambda: dense, rows, folder=tmp_path, key="one", batch_size=4, masks_documents=False)
     wanted = measure_divergence(dense, other, rows, batch_size=4, masks_documents=False)
     assert measure_divergence(reference, other, rows, batch_size=4, masks_documents=False) == wanted
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import pytest
 from mlxflow.kernels import adamw, attention, cross_entropy, embedding, gated_activation, rms_norm, rotary
 
 
-def let_references_serve(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def use_references(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Put the references in the place of the kernels; return how often each is called."""
     calls: Counter[str] = Counter()
 

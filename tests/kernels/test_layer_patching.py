@@ -18,7 +18,7 @@ from mlxflow.quantization.fake_quant import fake_quantized
 from mlxflow.quantization.settings import Setting
 from mlxflow.training import adapters
 from mlxflow.training.settings import AdapterShape
-from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
+from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 from tests.small_models import llama
 
 _SHAPE = {
@@ -185,7 +185,7 @@ def test_rotary_positions_match_the_layer(
     layer = initialize_rope(32, 1e4, interleaved, _SCALED.get(scaling or ""), max_position_embeddings=64)
     x = mx.random.normal((2, 3, 50, 40), key=mx.random.key(0))
     wanted, later = layer(x), layer(x, offset=7)
-    calls = let_references_serve(monkeypatch)
+    calls = use_references(monkeypatch)
     layers = layer_patching.find_layers(layer)
     assert [pattern for _, pattern in layers] == [Rotary(32, interleaved)]
     names = [pattern.kernel_name(module, mx.float32) for module, pattern in layers]

@@ -12,7 +12,7 @@ import pytest
 from mlxflow.kernels import cache, codegen, model_kernels, nvrtc, verification
 from mlxflow.kernels.model_kernels import TrainingTraits
 from mlxflow.kernels.verification_cases import case_of
-from mlxflow.ops.overrides import Arithmetic
+from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Step
@@ -96,8 +96,8 @@ def test_a_training_step_uses_precompiled_kernels_only(
     optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-3), weight_decay=0.1, options={})
     update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", uses_kernel=use.uses)
     with use.patched():
-        how = Arithmetic(attention=use.attention)
-        step = Step(model, update, plain_objective(masks_documents=False, uses_kernel=True), arithmetic=how)
+        how = OperationOverrides(attention=use.attention)
+        step = Step(model, update, plain_objective(masks_documents=False, uses_kernel=True), overrides=how)
         rows = mx.zeros((2, 17), tokens)
         marks = mx.full(rows.shape, 3, mx.uint8)
         step.update(step.add(rows, marks, step.compute(rows, marks)))

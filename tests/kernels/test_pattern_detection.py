@@ -7,7 +7,7 @@ import pytest
 from mlxflow.kernels import layer_patching
 from mlxflow.kernels.layer_patterns import Block, GatedMLP, Norm
 from mlxflow.kernels.registry import recorded
-from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
+from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 from tests.kernels.test_layer_patching import _fitted, _lora
 from tests.small_models import llama
 

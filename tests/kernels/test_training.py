@@ -12,12 +12,12 @@ from mlxflow.evaluation import perplexity
 from mlxflow.kernels import codegen, model_kernels
 from mlxflow.kernels.model_kernels import TrainingTraits
 from mlxflow.ops import gradient_checkpointing
-from mlxflow.ops.overrides import Arithmetic
+from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training import precompile
 from mlxflow.training.objective import make_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
 from mlxflow.training.step import Step
-from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
+from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 from tests.small_models import llama
 
 STEPS, ROWS, LENGTH, VOCAB = 100, 4, 16, 104
@@ -76,12 +76,12 @@ def _train(
     def make_step() -> Step:
         optimizer = make_optimizer(name="adamw", schedule=schedule, weight_decay=0.1, options={"betas": [0.9, 0.95]})
         update = Update(model, optimizer, max_grad_norm=1.0, has_masters=precision == "bf16", uses_kernel=use.uses)
-        return Step(model, update, objective, arithmetic=Arithmetic(attention=use.attention))
+        return Step(model, update, objective, overrides=OperationOverrides(attention=use.attention))
 
     with use.patched(), gradient_checkpointing.recomputed(model, every=every):
         if rehearses:
             few = Rows(np.array(rows[0], np.uint16), np.array(marks))
-            precompile.rehearse(model, make_step, few, is_one_pass=True, masks_documents=masks)
+            precompile.precompile_step(model, make_step, few, is_one_pass=True, masks_documents=masks)
         step = make_step()
         for number in range(steps):
             outcome = step.update(step.compute(rows[number % len(rows)], marks))
@@ -97,7 +97,7 @@ def _same(first: Run, second: Run) -> bool:
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_hundred_steps_on_the_references_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = let_references_serve(monkeypatch)
+    calls = use_references(monkeypatch)
     plain = _train(kernels=False)
     assert not calls
     fitted = _train(kernels=True)
@@ -111,7 +111,7 @@ def test_a_hundred_steps_on_the_references_give_the_same_losses(monkeypatch: pyt
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kernels", [False, True])
 def test_two_runs_on_the_references_are_equal_to_the_bit(monkeypatch: pytest.MonkeyPatch, kernels: bool) -> None:
-    let_references_serve(monkeypatch)
+    use_references(monkeypatch)
     first, second = (_train(kernels=kernels, every=1, steps=20) for _ in range(2))
     assert _same(first, second)
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlxflow.data.decompression import naming_errors
 from mlxflow.messages.errors import MlxflowError
-from mlxflow.messages.os_errors import advise_on, is_about_a_file, naming, word_cause
+from mlxflow.messages.os_errors import advise_on, cause_message, is_about_a_file, naming
 from mlxflow.models import adapter_files
 from mlxflow.storage import config_json
 from mlxflow.training import batch_size
@@ -29,13 +29,13 @@ from mlxflow.workflow import workflow_text
     ],
 )
 def test_the_advice_fits_the_reason(number: int, line: str) -> None:
-    assert word_cause(OSError(number, os.strerror(number), "a/b"), "elsewhere") == line
-    assert word_cause(OSError(number, os.strerror(number)), "a/b") == line
+    assert cause_message(OSError(number, os.strerror(number), "a/b"), "elsewhere") == line
+    assert cause_message(OSError(number, os.strerror(number)), "a/b") == line
 
 
 def test_the_written_file_is_named_in_errors_of_two_files() -> None:
     error = OSError(errno.EIO, os.strerror(errno.EIO), ".a.tmp", None, "a")
-    assert word_cause(error, "").startswith("a: ")
+    assert cause_message(error, "").startswith("a: ")
 
 
 def test_a_file_is_named_only_if_the_error_names_none(tmp_path: Path) -> None:

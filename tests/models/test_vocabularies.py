@@ -10,7 +10,7 @@ import pytest
 from mlxflow.cli.check import check_plans
 from mlxflow.messages.errors import ArtifactError, WorkflowError
 from mlxflow.models.tokenizer_files import require_tokenizer
-from mlxflow.models.vocabularies import means_the_same
+from mlxflow.models.vocabularies import have_equal_ids
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
 from tests.conftest import mlxflow
@@ -170,5 +170,5 @@ def test_vocabularies_are_equal_if_they_give_equal_ids(
     files = [tmp_path / name for name in ("one.json", "other.json")]
     for file, one in zip(files, (definition, change(definition)), strict=True):
         file.write_text(json.dumps(one))
-    assert means_the_same(*files) is is_same
-    assert means_the_same(*reversed(files)) is is_same
+    assert have_equal_ids(*files) is is_same
+    assert have_equal_ids(*reversed(files)) is is_same

@@ -11,7 +11,7 @@ import pytest
 
 from mlxflow.ops import attention_overrides
 from mlxflow.ops.attention_overrides import Heads, causal_attention, causal_by_blocks, first_causal_heads
-from mlxflow.ops.overrides import Arithmetic
+from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer
 from mlxflow.training.step import Step
@@ -102,7 +102,9 @@ def test_a_training_step_with_blockwise_attention_matches_plain_attention(monkey
         model.train()
         optimizer = make_optimizer(name="adamw", schedule=lambda _: mx.array(1e-2), weight_decay=0.0, options={})
         update = Update(model, optimizer, max_grad_norm=1.0, has_masters=False)
-        step = Step(model, update, plain_objective(masks_documents=False), arithmetic=Arithmetic(is_replaced=blocks))
+        step = Step(
+            model, update, plain_objective(masks_documents=False), overrides=OperationOverrides(is_enabled=blocks)
+        )
         outcomes = [step.update(step.compute(tokens, marks)) for _ in range(3)]
         return [float(value) for outcome in outcomes for value in (outcome.loss, outcome.norm)]
 

@@ -3,7 +3,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxflow.ops.overrides import Arithmetic, replaced_operations
+from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.objective import plain_objective
 from tests.small_models import llama
 
@@ -18,7 +18,7 @@ def _operations() -> list[object]:
     ]
 
 
-def _replaced(how: Arithmetic) -> list[bool]:
+def _replaced(how: OperationOverrides) -> list[bool]:
     model, before = llama()[0], _operations()
     with replaced_operations(model, mx.zeros((1, 5), mx.int32), how):
         inside = _operations()
@@ -27,19 +27,22 @@ def _replaced(how: Arithmetic) -> list[bool]:
 
 
 def test_without_replacement_all_operations_are_those_of_mlx() -> None:
-    assert not any(_replaced(Arithmetic(is_replaced=False)))
+    assert not any(_replaced(OperationOverrides(is_enabled=False)))
 
 
 def test_an_error_restores_the_operations() -> None:
     before = _operations()
-    with pytest.raises(ValueError, match="stop"), replaced_operations(llama()[0], mx.zeros((1, 5)), Arithmetic()):
+    with (
+        pytest.raises(ValueError, match="stop"),
+        replaced_operations(llama()[0], mx.zeros((1, 5)), OperationOverrides()),
+    ):
         raise ValueError("stop")
     assert _operations() == before
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="other operations are replaced on a GPU")
 def test_products_and_attention_are_replaced_on_the_cpu() -> None:
-    assert _replaced(Arithmetic()) == [True, True, False, True]
+    assert _replaced(OperationOverrides()) == [True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def test_lookups_are_replaced_on_a_gpu_for_determinism_and_attention_on_cuda_alo
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
-    assert _replaced(Arithmetic(is_deterministic=is_deterministic)) == expected
+    assert _replaced(OperationOverrides(is_deterministic=is_deterministic)) == expected
 
 
 def test_causal_attention_on_cuda_calls_the_given_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +71,7 @@ def test_causal_attention_on_cuda_calls_the_given_kernel(monkeypatch: pytest.Mon
         return queries
 
     queries = mx.zeros((1, 2, 5, 8), mx.bfloat16)
-    with replaced_operations(llama()[0], mx.zeros((1, 5), mx.int32), Arithmetic(attention=kernel)):
+    with replaced_operations(llama()[0], mx.zeros((1, 5), mx.int32), OperationOverrides(attention=kernel)):
         mx.fast.scaled_dot_product_attention(queries, queries, queries, scale=0.4, mask="causal")
     assert len(called) == 1
 
@@ -79,12 +82,12 @@ def test_replaced_operations_have_the_gradients_of_mlx() -> None:
     marks = mx.full((3, 9), 3, mx.uint8)
     objective = plain_objective(masks_documents=False)
 
-    def gradients(how: Arithmetic) -> dict[str, mx.array]:
+    def gradients(how: OperationOverrides) -> dict[str, mx.array]:
         with replaced_operations(model, tokens, how):
             step = nn.value_and_grad(model, lambda: objective(model, tokens, marks)[0])
             return dict(tree_flatten(step()[1]))
 
-    expected = gradients(Arithmetic(is_replaced=False))
-    for name, found in gradients(Arithmetic()).items():
+    expected = gradients(OperationOverrides(is_enabled=False))
+    for name, found in gradients(OperationOverrides()).items():
         # fewer than 512 additions in fp32 on the way to a gradient: as many units in the last place of the largest
         assert mx.abs(found - expected[name]).max() <= 512 * 2**-23 * mx.abs(expected[name]).max(), name

@@ -24,7 +24,7 @@ from mlxflow.storage import report_files
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from tests.conftest import REPOSITORY, mlxflow
-from tests.kernels.stand_ins import let_references_serve, uncompiled  # noqa: F401
+from tests.kernels.stand_ins import uncompiled, use_references  # noqa: F401
 
 TEXT = """
 [pretokenize]
@@ -76,7 +76,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 def calls(monkeypatch: pytest.MonkeyPatch, uncompiled: None) -> Counter[str]:  # noqa: F811
     """A device that takes kernels, as far as the stages know."""
     monkeypatch.setattr(compute_device, "select", lambda _, *, key: "gpu")
-    return let_references_serve(monkeypatch)
+    return use_references(monkeypatch)
 
 
 Meanwhile = Callable[[registry.KernelSelection], object]

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec import Meta
 
-from mlxflow.storage.toml_tables import Problem, describe, read_struct, toml_value, unknown_key, word
+from mlxflow.storage.toml_tables import Problem, describe, problem_message, read_struct, toml_value, unknown_key
 
 
 class Inner(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,5 +128,8 @@ def test_an_unknown_key_is_reported_with_the_nearest_or_all_keys(key: str, line:
 
 
 def test_a_problem_without_a_value_shows_none() -> None:
-    assert word(Problem("a", msgspec.UNSET, "missing", "Add it."), "f.toml", "t") == "f.toml: t.a: missing. Add it."
-    assert word(Problem("", 3, "no table", "Fix it."), "f.toml", "t") == "f.toml: t = 3: no table. Fix it."
+    assert (
+        problem_message(Problem("a", msgspec.UNSET, "missing", "Add it."), "f.toml", "t")
+        == "f.toml: t.a: missing. Add it."
+    )
+    assert problem_message(Problem("", 3, "no table", "Fix it."), "f.toml", "t") == "f.toml: t = 3: no table. Fix it."

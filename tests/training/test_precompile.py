@@ -13,7 +13,7 @@ from mlxflow.kernels import codegen
 from mlxflow.training.adapters import add_adapters
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update, make_optimizer, make_schedule
-from mlxflow.training.precompile import rehearse
+from mlxflow.training.precompile import precompile_step
 from mlxflow.training.settings import AdapterShape
 from mlxflow.training.step import Step
 from tests.small_models import llama
@@ -54,7 +54,7 @@ def test_precompile_runs_a_step_and_undoes_it(is_one_pass: bool, capfd: pytest.C
     before = dict(tree_flatten(model.parameters()))
     mx.random.seed(7)
     key = _random_key()
-    rehearse(model, _maker(model, steps), ROWS, is_one_pass=is_one_pass, masks_documents=False)
+    precompile_step(model, _maker(model, steps), ROWS, is_one_pass=is_one_pass, masks_documents=False)
     assert not capfd.readouterr().err
     (step,) = steps
     moments = dict(tree_flatten(step.state[1]["optimizer"]))
@@ -79,7 +79,7 @@ def test_a_failed_precompile_is_reported_and_undone(
         raise error
 
     monkeypatch.setattr("mlxflow.training.precompile.measure_perplexity", failing)
-    rehearse(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
+    precompile_step(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
     assert capfd.readouterr().err == f"mlxflow: not all of the first step was compiled ahead ({error})\n"
     after = dict(tree_flatten(model.parameters()))
     assert len(steps) == 1
@@ -95,6 +95,6 @@ def test_without_precompiled_programs_no_unverified_kernel_is_launched(
     steps: list[Step] = []
     monkeypatch.setattr(codegen, "language", lambda: words)
     monkeypatch.setattr(codegen, "programs_run", lambda: False)
-    rehearse(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
+    precompile_step(model, _maker(model, steps), ROWS, is_one_pass=True, masks_documents=False)
     assert not steps
     assert "runs no precompiled programs" in capfd.readouterr().err

@@ -3,7 +3,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxflow.training.restoring import unlike_arrays, unlike_facts, unlike_sizes
+from mlxflow.training.restoring import arrays_problem, facts_problem, sizes_problem
 
 FACTS = {"step": 3, "loss": 0.5, "ended": False}
 
@@ -21,21 +21,21 @@ FACTS = {"step": 3, "loss": 0.5, "ended": False}
     ],
 )
 def test_different_facts_are_named_by_the_first_difference(change: dict[str, Any], problem: str) -> None:
-    assert unlike_facts(FACTS | change, FACTS) == problem
+    assert facts_problem(FACTS | change, FACTS) == problem
 
 
 def test_sizes_without_a_size_or_decisions_are_refused() -> None:
-    assert unlike_sizes({"size": 4, "too_large": None, "decisions": []}) == "its batch sizes are none"
-    assert unlike_sizes({"size": 4, "decisions": []}).startswith("its batch sizes: Object missing required field")
-    assert unlike_sizes([]).startswith("its batch sizes: Expected `object`")
+    assert sizes_problem({"size": 4, "too_large": None, "decisions": []}) == "its batch sizes are none"
+    assert sizes_problem({"size": 4, "decisions": []}).startswith("its batch sizes: Object missing required field")
+    assert sizes_problem([]).startswith("its batch sizes: Expected `object`")
 
 
 def test_different_arrays_are_found_by_name_shape_and_dtype() -> None:
     expected = {"update": {"a": mx.zeros((2,))}, "partial": [mx.zeros((1,))]}
     stored = {"update.a": mx.ones((2,)), "partial.0": mx.ones((1,), mx.bfloat16)}
-    assert unlike_arrays(stored, expected) == ""
-    assert unlike_arrays({"update.a": stored["update.a"]}, expected) == "partial.0 is missing"
-    assert unlike_arrays(stored | {"x": mx.zeros(1)}, expected) == "x is not of this run"
-    wrong = unlike_arrays(stored | {"update.a": mx.ones((3,))}, expected)
+    assert arrays_problem(stored, expected) == ""
+    assert arrays_problem({"update.a": stored["update.a"]}, expected) == "partial.0 is missing"
+    assert arrays_problem(stored | {"x": mx.zeros(1)}, expected) == "x is not of this run"
+    wrong = arrays_problem(stored | {"update.a": mx.ones((3,))}, expected)
     assert wrong == "update.a is mlx.core.float32 [3], not mlx.core.float32 [2]"
-    assert unlike_arrays(stored | {"update.a": mx.ones((2,), mx.bfloat16)}, expected).startswith("update.a is")
+    assert arrays_problem(stored | {"update.a": mx.ones((2,), mx.bfloat16)}, expected).startswith("update.a is")

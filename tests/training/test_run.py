@@ -75,7 +75,7 @@ def test_a_stopped_run_continues_to_the_same_weights(
 
     capsys.readouterr()
     with monkeypatch.context() as patched:
-        patched.setattr(running, "heeding_signals", stopping)
+        patched.setattr(running, "stop_on_signals", stopping)
         with pytest.raises(SystemExit) as raised:
             _train(files)
     assert raised.value.code == 128 + signal.SIGTERM

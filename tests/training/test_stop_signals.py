@@ -1,11 +1,11 @@
 import signal
 
-from mlxflow.training.stop_signals import heeding_signals
+from mlxflow.training.stop_signals import stop_on_signals
 
 
 def test_the_first_signal_sets_the_flag_and_the_next_one_ends_the_process() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with heeding_signals() as asked:
+    with stop_on_signals() as asked:
         assert not asked()
         signal.raise_signal(signal.SIGTERM)
         assert asked()

@@ -260,7 +260,7 @@ def _bottleneck(figures: BottleneckFigures) -> list[Block]:
         Figure("Where a step's time goes", charts.stacked(known, label=label), legend=legend, wide=True)
     ]
     for rate, most, what, unit in (
-        (figures.flops_per_second, figures.ceiling_flops_per_second, "Arithmetic", "FLOP/s"),
+        (figures.flops_per_second, figures.ceiling_flops_per_second, "OperationOverrides", "FLOP/s"),
         (figures.decode_bytes_per_second, figures.ceiling_bytes_per_second, "Decoding reads", "B/s"),
     ):
         if rate is not None and most:

@@ -16,7 +16,7 @@ _PARTS = (*ARRAYS, "cache", "other")
 
 def section(runs: Sequence[Run]) -> Section:
     """Return the section."""
-    return Section("memory", "Memory", timelines.over_each_other(runs) + beside(runs, _blocks))
+    return Section("memory", "Memory", timelines.overlay_timelines(runs) + beside(runs, _blocks))
 
 
 def _blocks(run: Run) -> list[Block]:

@@ -107,12 +107,12 @@ def _plot(
         bands = _bands(timeline.phases)
     elif of_mlx and x is not None:
         series += _phase_peaks(timeline)
-    phases = _word_phases(bands)
+    phases = _phases_sentence(bands)
     x_name, x_form = (axis.name, axis.form) if x is not None else ("reading", "number")
     plot = line_plot.lines(
         series,
         Axes(x_name, "bytes", x_form, from_zero=of_mlx),
-        label=f"{title}, {axis.what}. {_word_most(series)}{phases}",
+        label=f"{title}, {axis.what}. {_maximum_sentence(series)}{phases}",
         group=axis.group,
         marks=_marks_within(marks, series),
         bands=bands,
@@ -123,7 +123,7 @@ def _plot(
     return [Figure(f"{title}, {axis.what}", plot, figures, legend, wide=of_mlx, hint=_HINT if of_mlx else "")]
 
 
-def _word_phases(bands: Sequence[Band]) -> str:
+def _phases_sentence(bands: Sequence[Band]) -> str:
     named = dict.fromkeys(band.name.partition(",")[0] for band in bands)
     return f" Phases: {', '.join(named)}." if named else ""
 
@@ -133,7 +133,7 @@ def _marks_within(marks: Sequence[Mark], series: Sequence[Series]) -> list[Mark]
     return [mark for mark in marks if begin <= mark.x <= end]
 
 
-def _word_most(series: Sequence[Series]) -> str:
+def _maximum_sentence(series: Sequence[Series]) -> str:
     return " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
 
 
@@ -255,7 +255,7 @@ def _ends_table(series: Sequence[Series]) -> Table:
     return Table("Each line in figures", ("Line", "First", "Least", "Most", "Last"), cells, folded=True)
 
 
-def over_each_other(runs: Sequence[Run]) -> list[Block]:
+def overlay_timelines(runs: Sequence[Run]) -> list[Block]:
     """Return plots that overlay the timelines of several runs, as far as all have them."""
     blocks: list[Block] = []
     if len(runs) < 2:
@@ -289,7 +289,7 @@ def _of_one_run(timeline: Timeline, keys: Sequence[tuple[str, str]], prefix: str
 def _overlay(series: list[Series], title: str, x_name: str, group: str, *, from_zero: bool) -> Figure:
     by_seconds = x_name == "seconds"
     axes = Axes(x_name, "bytes", "seconds" if by_seconds else "number", from_zero=from_zero)
-    plot = line_plot.lines(series, axes, label=f"{title}. {_word_most(series)}", group=group)
+    plot = line_plot.lines(series, axes, label=f"{title}. {_maximum_sentence(series)}", group=group)
     hint = "" if by_seconds else _HINT
     return Figure(title, plot, _ends_table(series), _legend(series, ()), wide=not by_seconds, hint=hint)
 
