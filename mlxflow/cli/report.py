@@ -11,8 +11,10 @@ import msgspec
 from mlxflow.cli.arguments import add_workflow
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import ArtifactError, CallError, UserError
+from mlxflow.report.live_server import LivePage, PageServer
 from mlxflow.report.load_run import Run, read_run
 from mlxflow.report.render import render
+from mlxflow.report.run_changes import stamps
 from mlxflow.storage import atomic_folders, layout, paths, report_structs
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.run_context import Member
@@ -32,11 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs to compare, such as . ../other: artifacts/compare.html of the first",
     )
     parser.add_argument("--open", action="store_true", help="show it in the browser")
+    parser.add_argument(
+        "--watch", action="store_true", help="show it on 127.0.0.1 and follow the run until Ctrl-C; no file is written"
+    )
+    parser.add_argument("--port", type=int, default=0, help="of --watch; default: a free one")
     add_workflow(parser)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Write the page and print its path."""
+    """Write the page and print its path, or follow the run until Ctrl-C."""
+    if parsed.port and not (parsed.watch and 0 < parsed.port < 2**16):
+        raise CallError(
+            f"report: --port = {parsed.port}: expected 1 to 65535, with --watch. Add --watch or leave it out."
+        )
+    if parsed.watch:
+        watch(parsed.runs, parsed.workflow, port=parsed.port, opens=parsed.open)
+        return
     page = compare(parsed.runs) if parsed.runs else report(load_workflow(parsed.workflow))
     if parsed.open and not webbrowser.open(page.resolve().as_uri()):
         terminal.say(f"{paths.shown(page)}: no browser could be opened. Open the file yourself.")
@@ -62,6 +75,34 @@ def read(workflow: Workflow) -> Run:
     return read_run(workflow.root, _members(workflow), name=workflow.settings.name)
 
 
+def watch(folders: Sequence[Path], workflow: Path, *, port: int, opens: bool) -> None:
+    """Answer requests for the page on 127.0.0.1 until the process is interrupted.
+
+    Args:
+        folders: of the runs to compare; empty for the run of the workflow alone.
+        workflow: the workflow file.
+        port: to listen on; 0 for a free one.
+        opens: whether to show the page in the browser.
+
+    Raises:
+        UserError: the workflow file has mistakes, a folder holds no artifacts, or the port cannot be used.
+    """
+    roots = [_root(folder) for folder in folders] or [workflow.parent]
+
+    def draw() -> bytes:
+        runs = _read_all(folders) if folders else [read(load_workflow(workflow))]
+        return render(runs, is_live=True)
+
+    page = LivePage(draw, lambda: [stamps(root) for root in roots])
+    page.current()  # a mistake is named before an address is printed
+    with PageServer(page, port) as server:
+        terminal.show(server.url)
+        terminal.say("The page follows the run. Ctrl-C ends it.")
+        if opens and not webbrowser.open(server.url):
+            terminal.say(f"{server.url}: no browser could be opened. Open the address yourself.")
+        server.serve_forever(poll_interval=0.2)
+
+
 def compare(folders: Sequence[Path]) -> Path:
     """Write the page of several runs side by side, in the artifacts of the first, and return its path.
 
@@ -72,15 +113,25 @@ def compare(folders: Sequence[Path]) -> Path:
         CallError: there are fewer than two, or one holds no artifacts.
         StageError: the page cannot be written.
     """
+    runs = _read_all(folders)
+    page = layout.artifacts_folder(_root(folders[0])) / layout.COMPARISON_PAGE
+    _write(page, runs)
+    return page
+
+
+def _read_all(folders: Sequence[Path]) -> list[Run]:
+    """Return the runs in folders, labelled A, B, ...
+
+    Raises:
+        CallError: there are fewer than two, or one holds no artifacts.
+    """
     if len(folders) < 2:
         raise CallError(f"report: {str(folders[0])!r}: expected two or more runs. Use: mlxflow report . {folders[0]}")
     runs = []
     for index, root in enumerate([_root(folder) for folder in folders]):
         name, members = _described(root)
         runs.append(read_run(root, members, name=name, label=f"{_letters(index)}: {paths.shown(root)}"))
-    page = layout.artifacts_folder(_root(folders[0])) / layout.COMPARISON_PAGE
-    _write(page, runs)
-    return page
+    return runs
 
 
 def _write(page: Path, runs: Sequence[Run]) -> None:

@@ -34,7 +34,7 @@ class Box(NamedTuple):
     Attributes:
         task: its name.
         reads: the tasks it reads from.
-        state: a CSS class: fresh, stale, missing or damaged.
+        state: a CSS class: fresh, stale, missing, damaged or running.
         lines: text below the name.
     """
 
@@ -50,6 +50,7 @@ SIGNS = {
     "stale": "\N{CLOCKWISE OPEN CIRCLE ARROW}",
     "missing": "\N{EN DASH}",
     "damaged": "!",
+    "running": "\N{BLACK RIGHT-POINTING TRIANGLE}",
 }
 
 

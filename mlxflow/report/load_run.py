@@ -19,7 +19,7 @@ from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.report.stage_reports.report import PageReport, SampleText
 from mlxflow.report.stage_reports.train import TrainReport
 from mlxflow.report.timelines import Timeline, read_cut_off, read_timeline
-from mlxflow.storage import layout, model_files, report_structs, toml_text, unfinished_runs
+from mlxflow.storage import atomic_folders, layout, locks, model_files, report_structs, toml_text, unfinished_runs
 from mlxflow.storage.report_structs import F, Provenance, Report, StageReport
 from mlxflow.storage.run_context import Member
 
@@ -40,7 +40,7 @@ class LoadedStage(NamedTuple):
     Attributes:
         member: the stage.
         report: None if it is missing or cannot be read.
-        state: fresh, stale, missing or damaged.
+        state: fresh, stale, missing, damaged or running.
         said: the state in a sentence, with advice.
         size_bytes: of the artifact's files.
     """
@@ -120,12 +120,9 @@ def read_run(
         label: see `Run`.
         samples: generated texts; None for those of the report stage's last run.
     """
-    stages = [_read_stage(root, member) for member in members]
-    curves = {
-        one.task: _read_curve(root / one.member.folder / layout.METRICS)
-        for one in stages
-        if _has(one, layout.METRICS, root)
-    }
+    is_in_use = locks.is_held(layout.state_folder(root) / layout.LOCK)
+    stages = [_mark_running(root, _read_stage(root, member), is_in_use=is_in_use) for member in members]
+    curves = {one.task: _read_curve(path) for one in stages if (path := _metrics_of(root, one)) is not None}
     timelines = {
         one.task: read_timeline(root / one.member.folder / layout.TIMELINE)
         for one in stages
@@ -154,6 +151,24 @@ def _look_at_models(root: Path, stages: Sequence[LoadedStage], lock: Mapping[str
         before = next((models[task] for task in one.member.reads if task in models), None)
         models[one.task] = found._replace(base=before.base, licence=before.licence) if before else found
     return models
+
+
+def _mark_running(root: Path, stage: LoadedStage, *, is_in_use: bool) -> LoadedStage:
+    """Return a stage with the state `running` where a process writes its next artifact."""
+    if not is_in_use or not atomic_folders.private_folder(root / stage.member.folder).is_dir():
+        return stage
+    return stage._replace(state="running", said=f"{stage.task} is running; the page shows it so far.")
+
+
+def _metrics_of(root: Path, stage: LoadedStage) -> Path | None:
+    """Return the metrics of a stage: of the run that goes on, of the artifact, or of a run that was cut off."""
+    unfinished = atomic_folders.private_folder(root / stage.member.folder) / layout.METRICS
+    if stage.state == "running" or stage.report is None:
+        if unfinished.is_file():
+            return unfinished
+        if stage.state == "running":
+            return None
+    return root / stage.member.folder / layout.METRICS if _has(stage, layout.METRICS, root) else None
 
 
 def _read_cut_off(root: Path, stage: LoadedStage) -> Timeline | None:

@@ -15,7 +15,7 @@ from mlxflow.report.formatting import (
     show_percent,
     show_seconds,
 )
-from mlxflow.report.load_run import LoadedStage, Run
+from mlxflow.report.load_run import LoadedStage, Run, column
 from mlxflow.report.sections.memory import ARRAYS
 from mlxflow.report.sections.stages import WORDS
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
@@ -32,7 +32,7 @@ _PEAKS = ("peak_memory_bytes", "sample_peak_memory_bytes")
 def answers(run: Run) -> list[Answer]:
     """Return the answers from the reports; unknown ones say so."""
     lines = [_state(run)]
-    for answer in (_data, _quality, _speed, _size, _decode, _memory, _gain):
+    for answer in (_progress, _data, _quality, _speed, _size, _decode, _memory, _gain):
         lines += answer(run)
     return lines
 
@@ -45,6 +45,23 @@ def _state(run: Run) -> Answer:
     return Answer(
         "Is it done?", f"{fresh} of {len(run.stages)}", text + (f" {'; '.join(rest)}." if rest else ""), "stages"
     )
+
+
+def _progress(run: Run) -> Iterator[Answer]:
+    """Yield how far each stage that trains now has come."""
+    for one in run.stages:
+        if one.state != "running":
+            continue
+        records = run.curves[one.task].records if one.task in run.curves else []
+        steps, losses = column([each for each in records if each.get("kind") == "train"], "step", "loss")
+        if not steps:
+            continue
+        said = f"nats a token while training, at step {show(steps[-1])}"
+        _, held_out = column([each for each in records if each.get("kind") == "validation"], "step", "loss")
+        if held_out:
+            latest = f"{show(held_out[-1], 4)}, from " if len(held_out) > 1 else ""
+            said += f"; on held-out text {latest}{show(held_out[0], 4)} before"
+        yield Answer(f"How is {_name(one)} doing?", show(losses[-1], 4), f"{said}.", "learning")
 
 
 def _data(run: Run) -> Iterator[Answer]:

@@ -45,6 +45,15 @@ def publishing(folder: Path, keep: Callable[[], Iterable[str]] = tuple) -> Itera
         yield from _publish(_private(place), place, keep)
 
 
+def private_folder(folder: Path) -> Path:
+    """Return the folder into which a run writes that will replace an artifact; it exists meanwhile, or after a kill.
+
+    Args:
+        folder: the artifact.
+    """
+    return _private(Path(os.path.realpath(folder)) if folder.is_symlink() else folder)
+
+
 def _private(place: Path) -> Path:
     return place.with_name(f".{place.name}{_PARTIAL_SUFFIX}")
 

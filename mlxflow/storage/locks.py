@@ -118,6 +118,18 @@ def _open(path: Path) -> TextIOWrapper:
     return open(path, "a+", encoding="utf-8", errors="surrogateescape", opener=lambda *_: descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Return whether a process holds a lock; False if the file is missing or its file system has no locks."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> str:
     """Lock a file; print which process it waits for and, after a long wait, its duration.
 

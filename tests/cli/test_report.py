@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -122,3 +126,30 @@ def test_open_shows_the_page_in_the_browser(job: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("webbrowser.open", lambda url: not opened.append(url))  # type: ignore[func-returns-value]
     assert main(["report", "--open", "--workflow", str(job / "workflow.toml")]) == 0
     assert opened == [(job / "artifacts/index.html").resolve().as_uri()]
+
+
+def test_watch_prints_an_address_and_ends_with_ctrl_c(job: Path) -> None:
+    command = [sys.executable, "-m", "mlxflow", "report", "--watch"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=job, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+        with urllib.request.urlopen(url) as answer:  # noqa: S310
+            assert "0 of 6 stages built" in Seen(answer.read()).text
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "The page follows the run. Ctrl-C ends it.\n")
+    assert not (job / "artifacts/index.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "port"),
+    [(["--port", "8000"], 8000), (["--watch", "--port", "70000"], 70000), (["--watch", "--port", "-1"], -1)],
+)
+def test_a_port_that_cannot_be_is_refused(
+    job: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], port: int
+) -> None:
+    assert main(["report", *arguments, "--workflow", str(job / "workflow.toml")]) == 2
+    said = f"report: --port = {port}: expected 1 to 65535, with --watch. Add --watch or leave it out.\n"
+    assert capsys.readouterr().err == said

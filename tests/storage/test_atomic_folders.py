@@ -300,3 +300,13 @@ def test_a_full_disk_keeps_the_old_folder_and_is_reported(tmp_path: Path) -> Non
     assert message.startswith(f"{folder}: cannot be written (No space left on device; ")
     assert message.endswith(f" bytes free). Make room or choose another folder; {folder} is unchanged.")
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_the_private_folder_of_an_artifact_exists_while_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "train").symlink_to(tmp_path / "disk/train")
+    (tmp_path / "disk/train").mkdir()
+    for folder in (tmp_path / "train", tmp_path / "plain"):
+        with atomic_folders.publishing(folder) as private:
+            assert atomic_folders.private_folder(folder).samefile(private)
+        assert not atomic_folders.private_folder(folder).exists()

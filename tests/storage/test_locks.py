@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxflow.device import compute_device
-from mlxflow.storage.locks import LockedError, LockUnsupportedError, device_lock, hold
+from mlxflow.storage.locks import LockedError, LockUnsupportedError, device_lock, hold, is_held
 
 _WAITING = "train: waits for it, used by process {holder}"
 
@@ -126,3 +126,12 @@ def test_waiting_for_the_device_imports_no_mlx() -> None:
     command = f"{imports}; print('mlx' in sys.modules, 'numpy' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert found.stdout == "False False\n"
+
+
+def test_a_lock_is_held_while_its_block_runs(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)  # there is no file
+    for shared in (False, True):
+        with hold(path, "", wait=False, shared=shared):
+            assert is_held(path) is not shared  # a shared lock excludes no other reader
+        assert not is_held(path)

@@ -9,7 +9,7 @@ from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.sections import beside
 
 #: Each state in words.
-WORDS = {"fresh": "built", "stale": "out of date", "missing": "not built", "damaged": "damaged"}
+WORDS = {"fresh": "built", "stale": "out of date", "missing": "not built", "damaged": "damaged", "running": "running"}
 
 
 def section(runs: Sequence[Run]) -> Section:
@@ -27,7 +27,7 @@ def _blocks(run: Run) -> list[Block]:
 
 
 def _lines(stage: LoadedStage) -> tuple[str, ...]:
-    if stage.state in ("missing", "damaged"):
+    if stage.state in ("missing", "damaged", "running"):
         return (WORDS[stage.state],)
     seconds = show_seconds(stage.report.run.seconds if stage.report else None)
     return (WORDS[stage.state], f"{seconds} \N{MIDDLE DOT} {show_bytes(stage.size_bytes)}")

@@ -264,6 +264,7 @@
 
   const start = () => {
     groups.clear();
+    hide();
     for (const element of document.querySelectorAll(".plot")) new Plot(element);
   };
   start();
