@@ -1,6 +1,7 @@
 """What the tests share: a small text, and the whole chain built from it once."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -131,3 +132,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and MLX finds none here"))
+
+
+@pytest.fixture(scope="module")
+def good_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model folder; tests copy it."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlxflow.models import model_folder
+    from tests.models.spoilt_folders import LLAMA
+
+    folder = tmp_path_factory.mktemp("good")
+    weights: dict[str, mx.array] = dict(tree_flatten(model_folder.build(LLAMA, seed=0).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return folder
+
+
+@pytest.fixture
+def llama_folder(good_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the model folder, to be spoilt."""
+    return Path(shutil.copytree(good_llama, tmp_path / "model"))

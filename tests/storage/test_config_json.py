@@ -77,7 +77,7 @@ def test_a_config_of_very_many_lists_is_read_in_bounded_time_and_memory(llama_fo
         "import resource, sys, pathlib\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "from mlxflow import errors\nfrom mlxflow.models import config_json\nfrom mlxflow.storage import digests\n"
+        "from mlxflow.messages import errors\nfrom mlxflow.storage import config_json, digests\n"
         "try: config_json.read(pathlib.Path(sys.argv[1]))\n"
         "except errors.ArtifactError: pass\n"
         "try: digests.digest_file(pathlib.Path(sys.argv[1], 'model.safetensors'))\n"
