@@ -11,12 +11,19 @@ from typing import Any, NamedTuple
 from mlxflow.data.sources import corpus_identity
 from mlxflow.device.compute_device import environment
 from mlxflow.messages.os_errors import ABSENT, reason_of
-from mlxflow.storage import layout, model_files
+from mlxflow.storage import model_files
 from mlxflow.storage.digests import DigestCache, digest_json
 from mlxflow.storage.paths import printable, record_name
 from mlxflow.workflow.outputs import damaged_outputs
 from mlxflow.workflow.records import FORGOTTEN, is_complete
 from mlxflow.workflow.stage_node import Node
+from mlxflow.workflow.staleness_reasons import (
+    MOST_NAMED,
+    damage_reasons,
+    input_reasons,
+    setting_reasons,
+    upstream_reasons,
+)
 
 _FORGOTTEN = "forgotten by doit forget"
 _OLDER = "its record is of an older version"
@@ -80,10 +87,10 @@ def reasons(
         return
     settings = observe_settings(node)
     if settings != record["settings"]:
-        yield from _changed_settings(node.task, record["settings"], settings)
+        yield from setting_reasons(node.task, record["settings"], settings)
     if node.threads and record.get("device", "").startswith("cpu") and record.get("threads") != node.threads:
         yield f"workflow.threads: {record.get('threads', 'unknown')} -> {node.threads}"
-    yield from damaged_outputs(node, record, cache)
+    yield from damage_reasons(damaged_outputs(node, record, cache))
     yield from _changed_inputs(node, record["inputs"], cache, leave_out)
 
 
@@ -125,7 +132,7 @@ class StaleStage(NamedTuple):
     @property
     def reasons(self) -> list[str]:
         """Every reason, in words."""
-        return [*self.own_reasons, *(f"because {task} runs" for task in self.upstream)]
+        return [*self.own_reasons, *upstream_reasons(self.upstream)]
 
 
 def find_stale(
@@ -163,6 +170,7 @@ def _changed_inputs(
 ) -> Iterator[str]:
     left_out = tuple(f"{folder}/" for folder in leave_out)
     now: dict[str, str | None] = dict(observe_corpora(node, cache))
+    unreadable: list[str] = []
     for name, path in files_read(node).items():
         if name.startswith(left_out):
             continue
@@ -171,47 +179,12 @@ def _changed_inputs(
         except (*ABSENT, ValueError):
             now[name] = None
         except OSError as error:
-            yield f"{printable(name)} cannot be read ({reason_of(error)})"
+            unreadable.append(f"{printable(name)} cannot be read ({reason_of(error)})")
             before = {other: identity for other, identity in before.items() if other != name}
-    if now == before:
-        return
-    for name in sorted(name for name in {*before, *now} if not name.startswith(left_out)):
-        if name in now and name in before and now[name] == before[name]:
-            continue
-        yield _change_message(name, before, now)
-
-
-def _change_message(name: str, before: dict[str, str], now: dict[str, str | None]) -> str:
-    shown = printable(name if name.startswith(f"{layout.ARTIFACTS}/") else f"source {name}")
-    if name not in now:
-        return f"{shown} is gone"
-    if name not in before:
-        return f"{shown} is new"
-    return f"{shown} changed" if now[name] else f"{printable(name)} is missing or damaged"
-
-
-def _changed_settings(task: str, before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    names = {"version": "the stage's code", "seed": "workflow.seed", "mlx": "mlx", "device": "the device"}
-    names["name"] = "workflow.name"
-    for key in sorted({*before, *now}):
-        if before.get(key) == now.get(key):
-            continue
-        if key == "config":
-            yield from _changed_values(task.partition(":")[0], before.get(key), now.get(key))
-        else:
-            yield f"{names.get(key, key)}: {_toml(before.get(key))} -> {_toml(now.get(key))}"
-
-
-def _changed_values(key: str, before: Any, now: Any) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in [*now, *(name for name in before if name not in now)]:
-            if before.get(name) != now.get(name):
-                yield from _changed_values(f"{key}.{name}", before.get(name), now.get(name))
-    else:
-        yield f"{key}: {_toml(before)} -> {_toml(now)}"
-
-
-def _toml(value: Any) -> str:
-    from mlxflow.storage.toml_tables import toml_value
-
-    return "nothing" if value is None else toml_value(value)
+    yield from unreadable[:MOST_NAMED]
+    if len(unreadable) > MOST_NAMED:
+        yield f"{len(unreadable) - MOST_NAMED:,} more files cannot be read"
+    if now != before:
+        yield from input_reasons(
+            {name: identity for name, identity in before.items() if not name.startswith(left_out)}, now
+        )
