@@ -113,7 +113,7 @@ def _is_made_by(report: str, settings: dict[str, Any], inputs: dict[str, str]) -
 
 
 def _seconds_of(report: str) -> dict[str, Any]:
-    """Return the key `seconds` of a report's run, if it is there."""
+    """Return the key `seconds` of a report's run, if it has one."""
     seconds = _table(report, "run").get("seconds")
     return {"seconds": seconds} if is_seconds(seconds) else {}
 

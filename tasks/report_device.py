@@ -25,7 +25,7 @@ class ReportDevice(NamedTuple):
 
     Attributes:
         device: kind and name, such as "cpu: Apple M4"; "unknown" for a stage that does not compute with MLX.
-        threads: of matrix products; None where the CPU did not compute them.
+        threads: of matrix products; None if the CPU did not compute them.
     """
 
     device: str

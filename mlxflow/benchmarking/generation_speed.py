@@ -1,4 +1,4 @@
-"""Speed of prefill and decode of several models, measured in turns so that drift of the device affects all alike.
+"""Speed of prefill and decode of several models, measured in turns so that drift of the device affects all equally.
 
 Prefill runs all of a prompt through the model at once and is bound by arithmetic. Decode runs one token at a time,
 reads every weight for it, and is bound by memory bandwidth.

@@ -208,7 +208,7 @@ def _prefill_figures(tokens: int, speed: GenerationSpeed) -> PrefillFigures:
 
 
 def _asked_bits(path: Path) -> float | None:
-    """Return the bits per weight that the plan of a quantized model asked for; None for a dense one."""
+    """Return the bits per weight that the plan of a quantized model requested; None for a dense one."""
     report, advice = path.with_name(layout.REPORT), "Build the model again."
     if report_structs.read_provenance(report, advice=advice).stage.partition(":")[0] != "quantize":
         return None

@@ -26,7 +26,7 @@ from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 from mlxflow.training import build
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
-# Number of unpacked rows: batches are seldom repeated, and the rows are made quickly
+# Number of unpacked rows: batches are rarely repeated, and the rows are made quickly
 _ROWS_APART = 2048
 
 # Rows, spread over the file, in which tokens are counted: a large file is not read as a whole

@@ -13,7 +13,7 @@ _LEAST_RATIO, _REACHED_SHARE = 4.0, 0.9
 
 _TRAINING_SPEED = "training 1.5 to 2.5 times as fast as the baseline"
 _TRAINING_MEMORY = "30 to 50 % less memory in training"
-_MODEL_SIZE = "models 4 to 8 times smaller than fp32, or as many times as the bits asked for allow"
+_MODEL_SIZE = "models 4 to 8 times smaller than fp32, or as many times as the requested bits allow"
 _DATA_WAIT = "waiting for data close to none"
 
 
@@ -76,7 +76,7 @@ def _speed(baseline: TimedFigures, workflow: TimedFigures, speedup: Bounded | No
 
 
 class _Sized(NamedTuple):
-    """A measured model, and the bits per weight that its plan asked for; None for a dense one."""
+    """A measured model, and the bits per weight that its plan requested; None for a dense one."""
 
     name: str
     figures: ModelFigures

@@ -41,7 +41,7 @@ FEWEST_ROUNDS = 3
 def interleave(
     steps: Sequence[Callable[[], object]], *, num_rounds: int, goes_on: Callable[[int], bool] = lambda done: True
 ) -> list[Timing]:
-    """Time several steps in turns, so that drift of the machine affects them alike.
+    """Time several steps in turns, so that drift of the machine affects them equally.
 
     Args:
         steps: functions to time.

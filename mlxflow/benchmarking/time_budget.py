@@ -90,7 +90,7 @@ class Budget:
 
 
 class AskedAmounts(NamedTuple):
-    """How much of each part of a benchmark was asked for.
+    """The requested amount of each part of a benchmark.
 
     Attributes:
         num_steps: timed training steps.
@@ -112,10 +112,10 @@ def lowered(
     convergence: Sequence[ConvergenceCurve],
     models: Sequence[ModelRow],
 ) -> Iterator[str]:
-    """Yield a line for each part that was measured less than asked for, because `max_seconds` did not suffice.
+    """Yield a line for each part that was measured less than requested, because `max_seconds` did not suffice.
 
     Args:
-        requested: what was asked for.
+        requested: the requested amounts.
         training: rows of the report.
         convergence: curves of the report.
         models: rows of the report.

@@ -85,7 +85,7 @@ def write_project(folder: Path, files: Mapping[str, str]) -> None:
         files: content by path relative to the folder.
 
     Raises:
-        CallError: one of the files is there already, or the folder is a file.
+        CallError: one of the files exists already, or the folder is a file.
         OSError: one of them cannot be written.
     """
     if folder.exists() and not folder.is_dir():

@@ -57,7 +57,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def report(workflow: Workflow) -> Path:
-    """Write the page of what is there and return its path.
+    """Write the page of all existing reports and return its path.
 
     Args:
         workflow: the workflow.

@@ -85,11 +85,11 @@ class SideCounts(ReportTable, frozen=True, kw_only=True):
         targets: tokens that the model learns to predict.
         rows: in the token file.
         slots: tokens that the rows could hold.
-        cut_documents: laid into more than one row.
+        cut_documents: split over several rows.
         needlessly_cut: those of them that would fit into a row.
         truncated: conversations without their end.
         dropped: conversations left out because they are longer than a row.
-        rows_without_targets: rows left out because the model learns to predict no token of theirs.
+        rows_without_targets: rows left out because none of their tokens is trained on.
     """
 
     documents: Count

@@ -61,7 +61,7 @@ def parts_of(splits: Mapping[str, Any], split: str, *, key: str) -> Iterator[Dat
         try:
             requested.append((one.split, *one.bounds(len(splits[one.split]))))
         except ValueError as error:
-            raise SourceError(f"{key}.split = {toml_value(split)}: {error}. Name rows that are there.") from error
+            raise SourceError(f"{key}.split = {toml_value(split)}: {error}. Name existing rows.") from error
     for name, begin, end in requested:
         while begin < end:  # parts end at fixed rows for any request, so that shards can be reused
             until = min(end, begin - begin % _ROWS_PER_PART + _ROWS_PER_PART)

@@ -131,7 +131,7 @@ def require_plausible(total: int, stored: int) -> None:
     """
     if total > max(_FREE_INFLATION_BYTES, MAX_INFLATION * stored):
         raise FileProblem(
-            f"inflates to over {MAX_INFLATION} times its size ({total:,} bytes and no end). Unpack it and look at it"
+            f"inflates to over {MAX_INFLATION} times its size ({total:,} bytes and no end). Unpack it and check it"
         )
 
 

@@ -80,7 +80,7 @@ def select(
 ) -> DocumentSelection:
     """Decide on the side and the repeats of every document.
 
-    One of equal documents is kept: on the test side if any is there, else on the validation side, else the first.
+    One of equal documents is kept: on the test side if possible, else on the validation side, else the first.
 
     Args:
         shards: in the order of the corpus.

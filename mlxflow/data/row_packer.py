@@ -44,7 +44,7 @@ _MOST_KEPT = 0.25
 
 
 class RowSettings(NamedTuple):
-    """How documents are laid into rows.
+    """The settings of packing documents into rows.
 
     Attributes:
         capacity: tokens that a row holds.

@@ -108,12 +108,14 @@ class TokenFile(NamedTuple):
         except KeyError as error:
             raise ArtifactError(f"{path}: no token file (its metadata lacks {error}). Run: doit pretokenize") from error
         except ValueError as error:
-            raise ArtifactError(f"{path}: damaged (a number in its metadata is none). Run: doit pretokenize") from error
+            raise ArtifactError(
+                f"{path}: damaged (a number in its metadata is not valid). Run: doit pretokenize"
+            ) from error
         rows = Rows(tensor_reading.map_tensor(path, "tokens"), tensor_reading.map_tensor(path, "marks"))
         if rows.tokens.ndim != 2 or rows.marks.shape != rows.tokens.shape:
             raise ArtifactError(f"{path}: damaged (its tokens and marks differ in shape). Run: doit pretokenize")
         if min(numbers) < 0 or not all(0 <= one < numbers[1] for one in (numbers[2], *ends)):
-            raise ArtifactError(f"{path}: damaged (its metadata names ids that are none). Run: doit pretokenize")
+            raise ArtifactError(f"{path}: damaged (its metadata names invalid ids). Run: doit pretokenize")
         return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3], ends)
 
     def full_rows(self, batch_size: int, key: str, *, sources: str = "the sources") -> Rows:

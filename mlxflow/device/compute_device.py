@@ -49,7 +49,7 @@ def _read_size(text: str) -> tuple[float, str]:
     return float(match[1]), match[2].upper()
 
 
-#: The most that a size may be; MLX takes its limits as 64-bit numbers.
+#: The upper bound of sizes; MLX takes its limits as 64-bit numbers.
 _MAX_SIZE_BYTES, _MAX_SIZE = 2**50, "1024 TiB"
 
 
@@ -121,11 +121,11 @@ def select(device: str, *, key: str = "device") -> str:
     """Make a device MLX's default and return "gpu" or "cpu".
 
     Args:
-        device: "auto" (the GPU where there is one), "gpu" or "cpu".
+        device: "auto" (the GPU if there is one), "gpu" or "cpu".
         key: the setting, for the message.
 
     Raises:
-        WorkflowError: a GPU was asked for where MLX has none.
+        WorkflowError: a GPU is requested and MLX has none.
     """
     import mlx.core as mx
 

@@ -97,7 +97,7 @@ def thread_count() -> int:
 
 
 def fix_threads(threads: int, *, key: str = "threads") -> None:
-    """Set the number of threads of the BLAS, whatever the number of processors.
+    """Set the number of threads of the BLAS, regardless of the number of processors.
 
     Call it before MLX is imported. MLX's own operations, and a BLAS that is built into it, use one thread each.
 

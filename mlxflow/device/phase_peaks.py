@@ -1,7 +1,7 @@
 """Peak memory of nested phases, from MLX's single peak counter for the process.
 
 The counter is reset where a phase begins and ends. Its value before a reset is credited to every open phase, so no
-phase loses its peak to another one, of whatever profiler or thread. Afterwards MLX's counter no longer holds the peak
+phase loses its peak to another one, of any profiler or thread. Afterwards MLX's counter no longer holds the peak
 of the process; `process_peak` does. Nothing else in mlxflow resets the counter.
 """
 

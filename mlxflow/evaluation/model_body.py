@@ -156,7 +156,7 @@ class _Replaceable:
 
     @contextmanager
     def answering(self, result: mx.array) -> Iterator[None]:
-        """Make the module return an array whatever its arguments, until the block ends."""
+        """Make the module return an array for any arguments, until the block ends."""
         self._answer = result
         try:
             with self._in_place():

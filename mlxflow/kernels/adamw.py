@@ -4,7 +4,7 @@
     w' = (1 - rate decay) w - rate m' / (sqrt(v') root + eps)
 
 With bias correction, root is 1 / sqrt(1 - b2^t) and the rate before m' is divided by 1 - b1^t. Computed in fp32, stored
-in the types given. Where `keep` is 0, after a loss or gradient that is not finite, everything stays as it was.
+in the types given. Where `keep` is 0, after a loss or gradient that is not finite, nothing changes.
 
 | takes | |
 | --- | --- |

@@ -30,7 +30,7 @@ THREADS = 256
 
 
 def language() -> str | None:
-    """Return the kernel language of the default device, "cuda" or "metal"; None where it takes no kernels."""
+    """Return the kernel language of the default device, "cuda" or "metal"; None if it supports no kernels."""
     if mx.default_device() == mx.cpu:
         return None
     if mx.metal.is_available():
@@ -143,7 +143,7 @@ _TRIAL = KernelSource(
 
 
 def trial_program() -> "Program | None":
-    """Return the program that shows whether programs run on this device; None where it cannot be compiled."""
+    """Return the program that shows whether programs run on this device; None if it cannot be compiled."""
     if language() != "cuda":
         return None
     return compile_program(_TRIAL, ("float32",), ("float32",), (("THREADS", str(THREADS)),), 1)
@@ -178,7 +178,7 @@ def programs_run() -> bool:
 
 
 def _driver() -> str:
-    """Return the version text of NVIDIA's driver; empty where the system has none."""
+    """Return the version text of NVIDIA's driver; empty if the system has none."""
     try:
         return Path("/proc/driver/nvidia/version").read_text()
     except OSError:

@@ -36,7 +36,7 @@ class EarlyVerifier(ExitStack):
     """Holds a verifier process and the lock for it until the block ends.
 
     Attributes:
-        process: the process; None where none is needed or another one verifies.
+        process: the process; None if none is needed or another one verifies.
     """
 
     process: "VerifierProcess | None" = None
@@ -60,7 +60,7 @@ class EarlyVerifier(ExitStack):
                 self.push(held.pop_all())
 
     def stop(self) -> None:
-        """End the process, where there is one."""
+        """End the process if there is one."""
         self.process = None
         self.close()
 

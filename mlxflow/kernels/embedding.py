@@ -108,7 +108,7 @@ def reference_gradient(numbers: mx.array, incoming: mx.array, count: int) -> mx.
 
 
 def supports(incoming: mx.array, count: int) -> bool:
-    """Return whether the kernel takes rows of this shape and type for a table of so many."""
+    """Return whether the kernel takes rows of this shape and type for a table with this number of rows."""
     is_supported = incoming.dtype in (mx.float32, mx.bfloat16) and incoming.ndim == 2 and incoming.shape[1] % 8 == 0
     return is_supported and max(len(incoming), count) * incoming.shape[1] < 2**31 and incoming.size > 0
 

@@ -63,7 +63,7 @@ template <int ACT> INLINE void both(float x, LOCAL float& value, LOCAL float& sl
 }
 """
 
-# What stands for the two places is where da and db go
+# The two placeholders are replaced by the positions of da and db
 _BODY = """
   const int size = a_size;
   const int at = (group * THREADS + worker) * 8;

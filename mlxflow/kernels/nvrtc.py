@@ -32,7 +32,7 @@ _GATHERED: ContextVar[list[str] | None] = ContextVar("gathered", default=None)
 
 
 def compiled(text: str) -> bytes | None:
-    """Return the machine code of a program, from the cache if it is there; None without NVRTC or if it fails.
+    """Return the machine code of a program, from the cache if possible; None without NVRTC or if it fails.
 
     Args:
         text: the program.

@@ -237,7 +237,7 @@ def _match_joined_mlp(module: nn.Module, inner: list[str]) -> JoinedMLP | None:
 def _is_ambiguous(activation: str, a: mx.array, b: mx.array) -> bool:
     """Return whether another gated activation gives the same result: with equal weights, or tiny ones.
 
-    Only precompiled operations are used. The two forms of GELU, equal in bf16 but for rounding, count as one.
+    Only precompiled operations are used. The two forms of GELU, equal in bf16 up to rounding, count as one.
     """
     with mx.stream(mx.cpu):
         x, y = a.astype(mx.float32), b.astype(mx.float32)
@@ -266,7 +266,7 @@ def _sample(shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 def _same(result: Any, expected: mx.array) -> bool:
-    """Return whether two results are equal but for rounding, row by row; rows of zeros do not count as equal."""
+    """Return whether two results are equal up to rounding, row by row; rows of zeros do not count as equal."""
     if not isinstance(result, mx.array) or result.shape != expected.shape:
         return False
     tolerance = 2e-5 if result.dtype == mx.float32 else 1e-2

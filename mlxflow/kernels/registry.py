@@ -114,7 +114,7 @@ def verify_all(
     process: "VerifierProcess | None" = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> dict[str, VerificationResult]:
-    """Return the result of each kernel, from the cache where it is there; print why new ones are not used.
+    """Return the result of each kernel, from the cache if possible; print why new ones are not used.
 
     Where two processes want the same kernels, one verifies and the other waits.
 
@@ -168,6 +168,6 @@ def known_results(place: str) -> dict[str, VerificationResult]:
 
 
 def keep_results(place: str, results: Mapping[str, VerificationResult]) -> None:
-    """Cache the results for an environment beside those of others."""
+    """Cache the results for an environment beside those of other environments."""
     entries = {name: result._asdict() for name, result in sorted(results.items())}
     cache.write_table(cache_file(), cache.read_table(cache_file()) | {place: entries})

@@ -5,7 +5,7 @@ For a pair of numbers (a, b) of a head at a position, with that position's cosin
     a' = a c - b s          b' = b c + a s
 
 The gradient is the rotation back: the same with -s. A pair is i and i + D / 2, or, interleaved, 2 i and 2 i + 1.
-Cosines and sines are what the model's own layer makes of ones and zeros, whatever its frequencies and scales.
+Cosines and sines are the result of the model's own layer for ones and zeros, for any frequencies and scales.
 
 Queries and keys come as a projection made them, (B, L, H, E) seen as (B, H, L, E). The kernel reads and writes them
 in that order, so that nothing is copied: neither here, nor before the attention, nor after it. A thread turns the same

@@ -45,7 +45,7 @@ class VerifierOutput(NamedTuple):
     Attributes:
         results: of the kernels that it finished.
         begun: the kernel that it began last; empty for none.
-        failure: how the process failed; empty where it ended well or is still running.
+        failure: how the process failed; empty if it succeeded or is still running.
         is_cold: whether it still runs, and has been at one kernel for so long that MLX must be compiling.
     """
 
@@ -108,7 +108,7 @@ class VerifierProcess:
         self._write("stop")
 
     def _write(self, line: str) -> None:
-        with suppress(BrokenPipeError):  # it has ended; `_failure` says how
+        with suppress(BrokenPipeError):  # it has ended; `_failure` returns how
             cast("IO[str]", self._process.stdin).write(line + "\n")
 
     def listen(self, names: Sequence[str], limit_seconds: float, cold_seconds: float | None = None) -> VerifierOutput:
@@ -164,7 +164,7 @@ class Verifier(NamedTuple):
     Attributes:
         command: verifies the kernels whose names it reads, and prints what `mlxflow.kernels.verification` prints.
         compiler: compiles the kernel whose name it reads, so that its verification finds it compiled; where compiling
-            takes long, all are compiled at the same time. None where compiling takes hardly any time.
+            takes long, all are compiled at the same time. None if compiling takes almost no time.
         limit_seconds: without output from either, after which a kernel counts as hung.
     """
 

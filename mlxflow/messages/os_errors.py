@@ -8,7 +8,13 @@ from contextlib import contextmanager
 _ADVICE = {
     "Make room or choose another folder": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     "Let it be written or choose another folder": (errno.EROFS, errno.EACCES, errno.EPERM),
-    "Move away what is in its place": (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP),
+    "Move away the file or folder of this name": (
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ENOTEMPTY,
+        errno.ELOOP,
+    ),
     "Look whether its disk works, and run it again": (
         *(errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EXDEV),
         *(errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS),

@@ -15,7 +15,7 @@ from mlxflow.storage import tensor_reading, tensor_types
 def require_sound(folder: Path, weights: Iterable[str]) -> None:
     """Refuse weight files with invalid headers, a dtype that MLX does not read, or a tensor that two files hold.
 
-    MLX trusts headers, and mlx-lm would load either of two tensors of one name, whatever the index says.
+    MLX trusts headers, and mlx-lm would load either of two tensors of one name, regardless of the index.
 
     Args:
         folder: the model folder.

@@ -154,7 +154,7 @@ class _TokenFacts(Protocol):
 
 
 def masks_conversations(model: nn.Module, tokens: _TokenFacts) -> bool:
-    """Return whether documents are kept apart by default: where there are conversations and the model can.
+    """Return whether documents are kept apart by default: if there are conversations and the model supports it.
 
     Args:
         model: see `can_mask_documents`.

@@ -31,7 +31,7 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
     """Replace MLX operations in what is traced until the block ends.
 
     On the CPU: products, causal attention and SwiGLU. On a GPU: products, and for deterministic gradients embedding
-    lookups and, on CUDA, attention. Each module says for which arguments; other calls go to MLX.
+    lookups and, on CUDA, attention. Each module documents the supported arguments; other calls go to MLX.
 
     Args:
         model: the model that is traced.

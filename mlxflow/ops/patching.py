@@ -24,7 +24,7 @@ class Replacement(NamedTuple):
     Attributes:
         target: what is replaced, such as `mlx.core.fast.scaled_dot_product_attention`, `class of mlx.nn.Linear` for one
             layer of that class, or `sys.modules[huggingface_hub]`.
-        by: the module that asked for it.
+        by: the module that made it.
         is_permanent: it stays until `uninstall`, not until a block ends.
     """
 
@@ -99,7 +99,7 @@ _Slot = _Attribute | _LayerClass | _ImportedModule
 
 
 class _Undoable:
-    """A replacement in force: where it is and the value to put back."""
+    """A replacement in force: its location and the value to restore."""
 
     def __init__(self, slot: _Slot, value: Any, by: str, *, is_permanent: bool) -> None:
         self.slot = slot
@@ -167,7 +167,8 @@ def layer_method(
     """Replace a method of one layer until the block ends.
 
     Python looks special methods up in the class, so the layer gets a class of its own. That class is part of a
-    reference cycle: whatever its method closes over lives until the next garbage collection, so keep no arrays there.
+    reference cycle: objects that its method closes over live until the next garbage collection, so keep no arrays
+    there.
 
     Args:
         layer: the layer; others of its class keep their method.
@@ -228,7 +229,7 @@ def _install(slot: _Slot, value: Any, by: str) -> None:
 
 
 def uninstall(owner: Any, name: str, *, by: str) -> None:
-    """Undo an `install`; does nothing where there was none."""
+    """Undo an `install`; does nothing without one."""
     entry = _installed(_Attribute(owner, name), by)
     if entry is not None:
         entry.undo()

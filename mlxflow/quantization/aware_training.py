@@ -21,7 +21,7 @@ from mlxflow.training import adapters, build, kernel_selection, objective, run
 from mlxflow.training.figures import TrainingFigures, TrainingRun
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
-# The learning rate found best for so many steps, by `benchmarks/quantize.py recovery`
+# The best learning rate found for this number of steps, by `benchmarks/quantize.py recovery`
 _LEARNING_RATE, _STEPS = 8e-4, 300
 
 

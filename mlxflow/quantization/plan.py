@@ -97,8 +97,8 @@ def resolve(model: nn.Module, *, default: Setting, rules: Sequence[Rule], key: s
     """Return the plan for a model, from shapes only.
 
     Layers without a rule are treated as by mlx-lm's converter: if the default's group size does not divide their width
-    they stay dense; else the architecture's `quant_predicate` applies, if it has one. It may ask for 8-bit affine
-    routers, for example, whatever the mode.
+    they stay dense; else the architecture's `quant_predicate` applies, if it has one. It may request 8-bit affine
+    routers, for example, in any mode.
 
     Args:
         model: dense; its weights need not be evaluated.

@@ -56,7 +56,7 @@ def _training(run: Run, one: LoadedStage) -> Iterator[Fact]:
 
 
 def epochs_of(run: Run, one: LoadedStage) -> float | None:
-    """Return how often a train stage saw its data; None where its data were not reported."""
+    """Return how often a train stage saw its data; None if its data were not reported."""
     report = one.figures(TrainReport)
     targets = sum(data.train.targets for data in _data_of(run, one))
     return report.tokens / targets if report and targets else None

@@ -88,7 +88,7 @@ class Run(NamedTuple):
         lock_problem: why it is empty.
         samples: generated texts from the report of the report stage.
         samples_problem: why there are none.
-        models: by task, what the folder of a built model says.
+        models: by task, facts about the folder of each built model.
     """
 
     name: str
@@ -141,7 +141,7 @@ def read_run(
 
 
 def _look_at_models(root: Path, stages: Sequence[LoadedStage], lock: Mapping[str, Any]) -> dict[str, ModelFolderFacts]:
-    """Return what the folder of each built model says; the base is that of the stage it was made from."""
+    """Return facts about the folder of each built model; the base is that of the stage it was made from."""
     models: dict[str, ModelFolderFacts] = {}
     for one in stages:
         if one.report is None or not (root / one.member.folder / model_files.CONFIG).is_file():
@@ -161,7 +161,7 @@ def _mark_running(root: Path, stage: LoadedStage, *, is_in_use: bool) -> LoadedS
 
 
 def _metrics_of(root: Path, stage: LoadedStage) -> Path | None:
-    """Return the metrics of a stage: of the run that goes on, of the artifact, or of a run that was cut off."""
+    """Return the metrics of a stage: of the running stage, of the artifact, or of a run that was cut off."""
     unfinished = atomic_folders.private_folder(root / stage.member.folder) / layout.METRICS
     if stage.state == "running" or stage.report is None:
         if unfinished.is_file():
@@ -280,7 +280,7 @@ def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence
     shown = layout.stage_folder("report") / layout.REPORT
     read, problem = read_toml(root / shown)
     if problem:
-        return [], "No model was asked for a sample yet. Run: doit report"
+        return [], "No sample was generated yet. Run: doit report"
     try:
         samples = report_structs.parse(
             read, PageReport, shown=shown.as_posix(), advice="Run: doit report"

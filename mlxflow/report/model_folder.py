@@ -1,4 +1,4 @@
-"""What the page says of a model's folder: whether it can chat, whether it has code, and the licence of its base."""
+"""The facts about a model's folder on the page: chat template, code, and the licence of its base."""
 
 import json
 import re
@@ -20,8 +20,8 @@ class ModelFolderFacts(NamedTuple):
     Attributes:
         has_template: whether its tokenizer has a chat template.
         has_code: whether it has Python code of its own.
-        base: the model that it was made from, as the workflow names it; empty where it was trained from scratch.
-        licence: of the base; empty where its folder names none.
+        base: the model that it was made from, as the workflow names it; empty if it was trained from scratch.
+        licence: of the base; empty if its folder names none.
     """
 
     has_template: bool
@@ -31,7 +31,7 @@ class ModelFolderFacts(NamedTuple):
 
 
 def look_at(root: Path, folder: Path, config: Mapping[str, Any]) -> ModelFolderFacts:
-    """Return what a model's folder says.
+    """Return the facts about a model's folder.
 
     Args:
         root: the workflow's folder.
@@ -66,7 +66,7 @@ def licence_of(folder: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    """Return a small text file; empty where there is none that can be read."""
+    """Return a small text file; empty if it cannot be read."""
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             return ""

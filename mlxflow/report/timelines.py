@@ -75,7 +75,7 @@ def read_timeline(path: Path) -> Timeline:
         if len(part) < expected_bytes:
             cut.append(name)
         columns[name] = np.frombuffer(part[: len(part) // dtype.itemsize * dtype.itemsize], dtype).astype(np.float64)
-    problem = f"{shown} is damaged or was cut off in {', '.join(cut)}; what is there is shown." if cut else ""
+    problem = f"{shown} is damaged or was cut off in {', '.join(cut)}; the existing part is shown." if cut else ""
     return Timeline(columns, problem, _phases(columns, header.get("__metadata__")))
 
 

@@ -71,7 +71,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_seconds: Annotated[
         float,
         limit(
-            1e9, "after so many rounds, steps and validation rows get fewer, down to a few of each; 0 or inf: no bound"
+            1e9,
+            "seconds after which rounds, steps and validation rows get fewer, down to a few of each; 0 or inf: none",
         ),
     ] = 900.0
     baseline: Annotated[str, Meta(description="report.toml of an earlier run to compare with")] = ""

@@ -144,7 +144,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     fuse: Annotated[
         Literal["auto", "never", "requantize", "dense"],
         Meta(
-            description="what becomes of trained adapters: files beside the model; added to weights that are quantized "
+            description="how trained adapters are saved: files beside the model; added to weights that are quantized "
             "again; added to dense weights; auto: dense beside a dense model, never beside a quantized one"
         ),
     ] = "auto"

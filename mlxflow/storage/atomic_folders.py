@@ -38,7 +38,7 @@ def publishing(folder: Path, keep: Callable[[], Iterable[str]] = tuple) -> Itera
 
     Raises:
         StageError: a file call failed: for example because the disk is full;
-            the old artifact is as it was, unless the message says that it was replaced.
+            the old artifact is unchanged, unless the message says that it was replaced.
     """
     with writable(folder):
         place = place_of(folder)

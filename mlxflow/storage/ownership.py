@@ -89,7 +89,7 @@ def _lies_in_another(folder: Path, name: str) -> bool:
 
 
 def _read(folder: Path) -> _Ownership:
-    """Return what the report says; nothing where it cannot be read, so that no file is the artifact's own."""
+    """Return the facts of the report; empty if it cannot be read, so that no file is the artifact's own."""
     try:
         return report_structs.read_part(folder / layout.REPORT, _Ownership, advice="")
     except (ArtifactError, OSError):

@@ -83,7 +83,7 @@ def continue_adapters(model: nn.Module, shape: AdapterShape, *, folder: Path, ta
     if set(_chosen_layers(model, config)) != set(adapter_files.layers_of(model)):
         raise WorkflowError(
             f"{task}.lora: {folder} has adapters beside other layers than lora.keys and lora.num_layers name, and "
-            "these are trained further. Set both as they were, or name a model without adapters."
+            "these are trained further. Restore both, or name a model without adapters."
         )
     _train_only(model)
     for layer in adapter_files.layers_of(model).values():
@@ -167,7 +167,7 @@ def _left_out(model: nn.Module, shape: AdapterShape) -> list[str]:
 
 
 def _chosen_layers(model: nn.Module, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the paths of the layers beside which adapters of a config lie."""
+    """Yield the paths of the layers that get adapters by a config."""
     chosen = set(config["lora_parameters"]["keys"])
     last = model.layers[-config["num_layers"] :]
     blocks = {path: block for path, block in model.named_modules() if any(block is one for one in last)}

@@ -53,7 +53,7 @@ class Decision(NamedTuple):
         step: the update it was taken after, 0 before the first.
         batch_size: rows from then on.
         reason: "begin", "grow", "shrink" or "out of memory".
-        reading: the memory then, by name; empty where none was read.
+        reading: the memory then, by name; empty if none was read.
     """
 
     step: int

@@ -33,7 +33,7 @@ class _Kept(msgspec.Struct):
         settings: what determines the run, by dotted key.
         facts: JSON values.
         files: digests of the other files, by name.
-        best: digest of the best weights so far; empty where none were kept.
+        best: digest of the best weights so far; empty if none were kept.
     """
 
     settings: dict[str, Any]
@@ -85,7 +85,7 @@ class CheckpointStore:
             metrics: the records so far.
 
         Raises:
-            StageError: the disk is full or cannot be written; the checkpoints that are there stay as they are.
+            StageError: the disk is full or cannot be written; existing checkpoints are kept.
         """
         folder = self._folder / f"step-{name}"
         with atomic_folders.publishing(folder) as private:

@@ -128,7 +128,7 @@ def select_kernels(
     """Return the kernels of a training run; of a run that continues or repeats another one, those of that run.
 
     Args:
-        request: what the run asks for.
+        request: the request of the run.
         subject: what is trained; its settings name no kernels yet.
         rows: one batch, for compiling in advance.
         ahead: of `begin_verification`.

@@ -17,7 +17,7 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     rank: Annotated[int, Meta(ge=1, le=MAX_SIZE, description="columns of the low-rank factors")] = 8
     scale: Annotated[float, Meta(gt=0, le=1e6, description="factor of the adapters' product")] = 20.0
     dropout: Annotated[float, Meta(ge=0, lt=1, description="share of an adapter's inputs zeroed in training")] = 0.0
-    num_layers: Annotated[int, limit(MAX_SIZE, "the last so many blocks get adapters; 0 or inf: all")] = 0
+    num_layers: Annotated[int, limit(MAX_SIZE, "number of last blocks that get adapters; 0 or inf: all")] = 0
     keys: Annotated[
         tuple[str, ...], Meta(min_length=1, description='patterns of layers within a block, such as "self_attn.*"')
     ] = ("*",)

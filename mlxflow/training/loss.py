@@ -18,7 +18,7 @@ from mlxflow.ops.fast_exp import LOG2_E, exp2_below
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = False) -> mx.array:
-    """Return `logsumexp(logits) - logits[target]` for every row, in fp32 whatever the dtype of the logits.
+    """Return `logsumexp(logits) - logits[target]` for every row, in fp32 for any dtype of the logits.
 
     The gradient is (softmax(logits) - one_hot(targets)) times the incoming gradient, in the dtype of the logits.
 

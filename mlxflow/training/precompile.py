@@ -1,4 +1,4 @@
-"""Rehearse a training step so that MLX compiles its kernels while our kernels are still being verified."""
+"""Precompile a training step with empty kernels: MLX compiles its operations while our kernels are verified."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def precompile_step(
     """Run a step and a validation with empty kernels in place of ours; model and random state are restored.
 
     On CUDA MLX compiles the operations of a step at their first use, 3 to 5 s each, and caches them on the disk. A
-    rehearsal that fails is logged; what it compiled before stays cached.
+    step that fails is logged; what it compiled before stays cached.
 
     Args:
         model: in training mode, evaluated.

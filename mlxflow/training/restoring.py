@@ -43,7 +43,7 @@ def sizes_problem(stored: object) -> str:
             msgspec.convert([decision.get(name) for name in Decision._fields], Decision)
     except msgspec.ValidationError as error:
         return f"its batch sizes: {error}"
-    return "" if sizes.size > 0 and sizes.decisions else "its batch sizes are none"
+    return "" if sizes.size > 0 and sizes.decisions else "its batch sizes are missing"
 
 
 def arrays_problem(stored: Mapping[str, mx.array], expected: Any) -> str:

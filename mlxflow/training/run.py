@@ -79,14 +79,14 @@ def train(
         with build.ready_trainer(subject, kernels, data, session, replay=replay) as trainer:
             checkpoint = checkpoints.latest(trainer.unfit)
             if checkpoint is not None:
-                terminal.say(f"{table}: goes on from step {checkpoint.facts['step']} ({checkpoint.folder})")
+                terminal.say(f"{table}: resumes from step {checkpoint.facts['step']} ({checkpoint.folder})")
                 metrics.write(checkpoint.metrics)
             try:
                 return trainer.run(checkpoint)
             except Stopped as stopped:
                 terminal.say(
                     f"{table}: stopped after step {stopped.step}; {stopped.checkpoint} "
-                    "lets the next run go on from there"
+                    "lets the next run resume from there"
                 )
                 raise SystemExit(128 + stop_requested.signal) from stopped
 

@@ -39,7 +39,7 @@ def method_problems(config: Any) -> Iterator[Problem]:
         config: a `[train]` table.
     """
     if config.method != "full" and not config.model.from_:
-        expected = "adapters need a model beside which to lie"
+        expected = "adapters need a base model"
         yield Problem("method", config.method, expected, 'Set model.from, or method = "full".')
     if config.method == "full" and config.fuse != "auto":
         expected = 'method = "full" trains no adapters'

@@ -57,7 +57,7 @@ class Disk:
 
     Args:
         root: the workflow's folder.
-        lookups: answers that are returned without a look at the disk.
+        lookups: answers that are returned without querying the disk.
     """
 
     def __init__(self, root: Path, lookups: Iterable[Lookup] = ()) -> None:

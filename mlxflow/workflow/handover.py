@@ -54,7 +54,7 @@ class Handover(NamedTuple):
         if self.inputs is not None:
             names = sorted({*inputs, *self.inputs})
             differing = [name for name in names if inputs.get(name) != self.inputs.get(name)]
-            lines += [f"{name}: changed since doit looked at it for {task}. Run doit again." for name in differing]
+            lines += [f"{name}: changed since doit checked it for {task}. Run doit again." for name in differing]
         if lines:
             raise StageError("\n".join(lines))
 

@@ -34,7 +34,7 @@ def load_workflow(path: Path, disk: Disk | None = None, data: bytes | None = Non
 
     Args:
         path: the TOML file.
-        disk: answers queries of other files; None to look at the disk.
+        disk: answers queries of other files; None to query the disk.
         data: content of the file; None to read it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Read and parse a workflow file in bounded time and memory, whatever its content."""
+"""Read and parse a workflow file in bounded time and memory for any content."""
 
 import os
 import re

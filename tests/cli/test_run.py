@@ -19,6 +19,6 @@ def test_an_unknown_stage_is_an_error_with_the_known_ones(job: Path) -> None:
 def test_a_file_in_place_of_the_artifacts_folder_is_one_line(job: Path) -> None:
     (job / "artifacts").write_text("a file")
     result = mlxflow(job, "run", "pretokenize")
-    line = "artifacts/.mlxflow: Not a directory. Move away what is in its place.\n"
+    line = "artifacts/.mlxflow: Not a directory. Move away the file or folder of this name.\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", line)
     assert (job / "artifacts").read_text() == "a file"

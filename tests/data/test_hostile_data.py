@@ -264,7 +264,7 @@ def test_a_parquet_file_that_expands_to_a_large_multiple_is_refused(
     path = _table(tmp_path / "a.parquet", column(), **options)
     said = _problem(path)
     assert said.startswith("inflates to over 400 times its size (")
-    assert said.endswith(" bytes and no end). Unpack it and look at it")
+    assert said.endswith(" bytes and no end). Unpack it and check it")
     assert pyarrow.total_allocated_bytes() < 100_000_000
 
 

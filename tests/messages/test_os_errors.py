@@ -24,7 +24,7 @@ from mlxflow.workflow import workflow_text
         (errno.EROFS, "a/b: Read-only file system. Let it be written or choose another folder."),
         (errno.EIO, "a/b: Input/output error. Look whether its disk works, and run it again."),
         (errno.EMFILE, "a/b: Too many open files. Allow this process more open files (ulimit -n)."),
-        (errno.EISDIR, "a/b: Is a directory. Move away what is in its place."),
+        (errno.EISDIR, "a/b: Is a directory. Move away the file or folder of this name."),
         (errno.ENOENT, "a/b: No such file or directory. Put it there, or name another."),
     ],
 )

@@ -171,7 +171,7 @@ def test_all_weights_of_a_quantized_model_cannot_be_trained(project: Path, tmp_p
     [
         ('model.from = "nowhere/at/all"', 'train.model.from = "nowhere/at/all": no such folder. Name a folder with'),
         ('model.from = "notes"', 'train.model.from = "notes": has no config.json. Name a model folder.'),
-        ('method = "lora"', 'train.method = "lora": adapters need a model beside which to lie. Set model.from'),
+        ('method = "lora"', 'train.method = "lora": adapters need a base model. Set model.from'),
         ("grow_below = 0.9", "train.grow_below = 0.9: expected less than shrink_above = 0.8. Change one of the two."),
         ('optimizer = "adam"\nweight_decay = 0.1', "train.weight_decay = 0.1: the optimizer 'adam' knows none. Set"),
         ("final_learning_rate = 1.0", "train.final_learning_rate = 1.0: expected at most learning_rate = 0.001."),

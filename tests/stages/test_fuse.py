@@ -336,7 +336,7 @@ def test_adapters_are_trained_further(project: Path, adapted: Path, tmp_path: Pa
         (
             'method = "lora"\nlora.num_layers = 1',
             "train.lora: {} has adapters beside other layers than lora.keys and lora.num_layers name, and these are "
-            "trained further. Set both as they were, or name a model without adapters.",
+            "trained further. Restore both, or name a model without adapters.",
         ),
     ],
 )

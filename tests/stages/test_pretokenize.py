@@ -493,7 +493,7 @@ def test_slices_apply_to_saved_data_sets(job: Job) -> None:
         ),
         (
             'path = "hf:set", config = "one", split = "train[:99]"',
-            'pretokenize.sources[0].split = "train[:99]": train has 15 rows. Name rows that are there.',
+            'pretokenize.sources[0].split = "train[:99]": train has 15 rows. Name existing rows.',
         ),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_stop_signal_saves_a_checkpoint_and_is_reported(whole: Path, tmp_path:
     said = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGTERM
     assert "train: stopped after step " in said
-    assert "lets the next run go on from there" in said
+    assert "lets the next run resume from there" in said
     assert "Traceback" not in said
     last = mlxflow(folder, "run", "train")
     assert last.returncode == 0, last.stderr

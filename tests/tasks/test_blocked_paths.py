@@ -46,7 +46,7 @@ PLACES = {
     ("artifacts/.mlxflow/lock", "FIFO"): f"artifacts/.mlxflow/lock: {NO_FILE}",
     ("artifacts/logs/s2.log", "link to a file"): "",
     ("artifacts/logs/s2.log", "FIFO"): "",
-    ("artifacts/logs", "file"): "artifacts/logs: File exists. Move away what is in its place.",
+    ("artifacts/logs", "file"): "artifacts/logs: File exists. Move away the file or folder of this name.",
     ("artifacts/s2/a", "FIFO"): "",
     ("artifacts/s2/a", "link to a file"): "",
     ("mlxflow.lock", "FIFO"): "mlxflow.lock: is no regular file. Fix that, and run it again.",

@@ -25,7 +25,7 @@ def test_different_facts_are_named_by_the_first_difference(change: dict[str, Any
 
 
 def test_sizes_without_a_size_or_decisions_are_refused() -> None:
-    assert sizes_problem({"size": 4, "too_large": None, "decisions": []}) == "its batch sizes are none"
+    assert sizes_problem({"size": 4, "too_large": None, "decisions": []}) == "its batch sizes are missing"
     assert sizes_problem({"size": 4, "decisions": []}).startswith("its batch sizes: Object missing required field")
     assert sizes_problem([]).startswith("its batch sizes: Expected `object`")
 

@@ -83,10 +83,10 @@ def test_a_stopped_run_continues_to_the_same_weights(
     step = int(checkpoint.name.partition("-")[2])
     assert 0 < step < 6
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"train:a: stopped after step {step}; {checkpoint} lets the next run go on from there"
+        f"train:a: stopped after step {step}; {checkpoint} lets the next run resume from there"
     )
     _, continued = _train(files)
-    assert f"train:a: goes on from step {step} ({checkpoint})" in capsys.readouterr().err.splitlines()
+    assert f"train:a: resumes from step {step} ({checkpoint})" in capsys.readouterr().err.splitlines()
     assert _records(files) == curve
     assert all(mx.array_equal(continued[name], value) for name, value in whole.items())
 

@@ -33,6 +33,6 @@ def test_check_names_every_difference() -> None:
         HANDOVER.check("train", {"seed": 1}, {"a": "34", "b": "56"})
     assert str(caught.value).splitlines() == [
         "train: mlxflow or MLX was changed since doit began. Run doit again.",
-        "a: changed since doit looked at it for train. Run doit again.",
-        "b: changed since doit looked at it for train. Run doit again.",
+        "a: changed since doit checked it for train. Run doit again.",
+        "b: changed since doit checked it for train. Run doit again.",
     ]

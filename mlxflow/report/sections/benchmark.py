@@ -216,7 +216,7 @@ def _convergence(curves: Sequence[ConvergenceCurve]) -> list[Block]:
         ([curve.seconds for curve in curves], "Loss over seconds", "seconds"),
     ):
         if series := _loss_curves(curves, columns):
-            label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} in the end." for s in series)
+            label = f"{title}. " + " ".join(f"{s.name}: {show(float(s.y[-1]))} at the end." for s in series)
             key = title.rpartition(" ")[2]
             plot = line_plot.lines(series, Axes(key, x_form=form), label=label, height=180)
             cells = [(s.name, show(float(s.x[-1])), show(float(s.y[-1]), 4)) for s in series]

@@ -56,7 +56,7 @@ def _of_stage(task: str, report: PretokenizeReport) -> list[Block]:
         )
         for part, side in (("trained on", report.train), ("held out", report.validation))
     ]
-    head = ("Part", "Documents", "Tokens", "Learnt from", "Rows", "Real tokens")
+    head = ("Part", "Documents", "Tokens", "Trained on", "Rows", "Real tokens")
     blocks: list[Block] = [Table(f"What {task} made", head, figures)]
     blocks += [Note(shorten(clean(line), 300)) for line in report.warnings]
     blocks += _lengths(task, report)

@@ -18,7 +18,7 @@ def _blocks(run: Run) -> list[Block]:
     shown += [Note(f"{one.model} could not be asked: {one.error}") for one in run.samples if one.error is not None]
     if run.samples_problem:
         shown.append(Note(run.samples_problem))
-    return shown or [Note("No model was asked for a sample: report.models is empty or no model is built.")]
+    return shown or [Note("No sample was generated: report.models is empty or no model is built.")]
 
 
 def _block(sample: SampleText) -> Block | None:
