@@ -44,7 +44,7 @@ def _qat_settings(model: Any, **table: Any) -> Any:
     from mlxflow.stages import quantize
 
     config = quantize.Config(method="qat", **table)
-    return suited(quantize.written_settings(config), model, learning_rate=config.learning_rate)
+    return suited(quantize.written_settings(config, num_rows=1), model, learning_rate=config.learning_rate)
 
 
 class Job:
@@ -131,10 +131,11 @@ class Job:
     def continued(self, model: Any, *, seed: int) -> None:
         """Train a model on as `[train]` would by its own defaults, as long and as fast as the quantize table has it."""
         from mlxflow.stages import train
+        from mlxflow.training import table_settings
 
         rate = _qat_settings(model, num_steps=STEPS).learning_rate
         config = train.Config(num_steps=STEPS, batch_size=BATCH, learning_rate=rate, warmup_steps=STEPS // 10)
-        self._train(model, train.training_settings(config), seed=seed)
+        self._train(model, table_settings.training_settings(config, STEPS), seed=seed)
 
     def _train(self, model: Any, settings: Any, *, seed: int) -> list[float]:
         """Train a model; return the seconds of every step."""

@@ -27,14 +27,19 @@ class Plan(StageVerb):
 
     def _execute(self, exit_code: bool, pos_args: list[str]) -> int:
         from mlxflow.tasks.leftovers import find_leftovers
+        from mlxflow.training import length
         from mlxflow.workflow.staleness import find_stale
 
         graph = Selection(self)
+        root = graph.nodes[0].root
         nodes = with_upstream(graph.nodes, [node.task for node in graph.select(pos_args)])
         planned = find_stale(nodes, graph.record, graph.cache, graph.is_ignored)
         for stale in planned:
-            took = f"  ({stale.seconds:,.1f} s last time)" if stale.seconds is not None else ""
-            terminal.show(f"{stale.node.task}: {'; '.join(stale.reasons)}{took}")
+            config, made = stale.node.settings.get("config", {}), {one.node.folder for one in planned}
+            notes = [length.describe_stage(config, stale.node.inputs, root, unbuilt=made)]
+            notes += [f"{stale.seconds:,.1f} s last time"] if stale.seconds is not None else []
+            more = "; ".join(filter(None, notes))
+            terminal.show(f"{stale.node.task}: {'; '.join(stale.reasons)}" + (f"  ({more})" if more else ""))
         known = [one.seconds for one in planned if one.seconds is not None]
         if not planned:
             terminal.show(f"nothing to do: {len(nodes)} stages are fresh")
@@ -45,7 +50,7 @@ class Plan(StageVerb):
             terminal.show(
                 f"{node.task}: ignored, and so are those that read from it, until doit ignore --undo {node.task}"
             )
-        for leftover in find_leftovers(graph.nodes[0].root, graph.nodes):
+        for leftover in find_leftovers(root, graph.nodes):
             terminal.show(leftover)
         return int(bool(planned) and exit_code)
 

@@ -16,6 +16,7 @@ from mlxflow.device.compute_device import SIZE_PATTERN
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.stages import train
 from mlxflow.storage.toml_tables import read_struct, toml_value
+from mlxflow.training import length, table_settings
 from mlxflow.training.optimizers import make_schedule
 from mlxflow.workflow.loader import STAGES, load_workflow, resolved_toml
 from mlxflow.workflow.model import Settings
@@ -154,10 +155,17 @@ def test_sizes_above_the_maximum_are_refused(key: str, value: str) -> None:
 
 
 CONTRADICTIONS = {
-    "[train]\nlearning_rate = inf": "workflow.toml: train.learning_rate = inf: expected a number from 1e-12 to 1e+06. "
-    "Use train.learning_rate = 0.015 (the default) or remove the key.",
+    "[train]\nlearning_rate = inf": "workflow.toml: train.learning_rate = inf: "
+    'expected "auto" or a number from 1e-12 to 1e+06. Use train.learning_rate = "auto" (the default) or remove the '
+    "key.",
     "[train]\nnum_steps = 10000000000000000000000": "workflow.toml: train.num_steps = 10000000000000000000000: "
-    "expected a whole number from 1 to 1_000_000_000. Use train.num_steps = 240 (the default) or remove the key.",
+    'expected "auto" or a whole number from 1 to 1_000_000_000. Use train.num_steps = "auto" (the default) or remove '
+    "the key.",
+    "[train]\nnum_steps = 10\nnum_epochs = 2": "workflow.toml: train.num_epochs = 2.0: "
+    "expected without num_steps = 10, which says the same in updates. Remove one of the two.",
+    "[train]\nnum_epochs = 2\nconstant_tokens_per_step = false": "workflow.toml: train.num_epochs = 2.0: an epoch has "
+    "no fixed number of updates while constant_tokens_per_step = false lets them grow. Set num_steps instead, or "
+    "remove the other key.",
     "[train]\nbatch_size = 16\nmax_batch_size = 8": "workflow.toml: train.max_batch_size = 8: "
     "expected at least batch_size = 16. Set it to 16 or remove it.",
     '[workflow]\nmemory_limit = "900%"': 'workflow.toml: workflow.memory_limit = "900%": expected at most 100%. '
@@ -199,6 +207,9 @@ def test_settings_that_contradict_each_other_are_refused(text: str) -> None:
     "text",
     [
         "[train]\nbatch_size = 500",
+        "[train]\nnum_epochs = 0.5",
+        "[train]\nnum_epochs = 2\nwarmup_steps = 1000",
+        "[train]\nnum_epochs = 2\nconstant_tokens_per_step = false\ndynamic_batch_size = false",
         "[train]\nnum_steps = 1",
         "[train]\nnum_steps = 1\nwarmup_steps = 0",
         '[train]\nnum_steps = 10\nschedule = "wsd"\nwarmup_steps = 4\ndecay_steps = 6',
@@ -212,9 +223,9 @@ def test_defaults_adapt_to_the_keys_that_are_set(text: str) -> None:
 
 def test_derived_defaults_are_computed_from_num_steps_and_batch_size() -> None:
     resolved = [train.Config(num_steps=n, batch_size=b) for n, b in ((240, 32), (1, 500), (30, 1))]
-    assert [one.resolved_warmup_steps for one in resolved] == [20, 0, 15]
-    assert [one.resolved_decay_steps for one in resolved] == [48, 1, 6]
-    assert [one.resolved_max_batch_size for one in resolved] == [64, 500, 64]
+    assert [table_settings.warmup_steps(one, length.planned_steps(one, 1)) for one in resolved] == [20, 0, 15]
+    assert [table_settings.decay_steps(one, length.planned_steps(one, 1)) for one in resolved] == [48, 1, 6]
+    assert [table_settings.max_batch_size(one) for one in resolved] == [64, 500, 64]
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
@@ -226,8 +237,8 @@ def test_the_final_learning_rate_is_reached_right_after_the_last_step(name: str,
         learning_rate=2.0,
         final_learning_rate=0.5,
         num_steps=num_steps,
-        warmup_steps=config.resolved_warmup_steps,
-        decay_steps=config.resolved_decay_steps,
+        warmup_steps=table_settings.warmup_steps(config, num_steps),
+        decay_steps=table_settings.decay_steps(config, num_steps),
     )
     last, after = (float(schedule(mx.array(step, mx.uint64))) for step in (num_steps - 1, num_steps))
     assert after == pytest.approx(0.5, abs=1e-6)

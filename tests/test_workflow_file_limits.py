@@ -23,9 +23,11 @@ BOMBS = {
     "a = " + "[" * 9999 + "]" * 9999: "workflow.toml: not valid TOML (nested too deeply). Fix the file.",
     "a = " + "9" * 5000: "workflow.toml: not valid TOML (a whole number of too many digits). Fix the file.",
     "[train]\nnum_steps = 0x" + "f" * 2000: f"workflow.toml: train.num_steps = 0x{'f' * 498} ... {'f' * 250}: "
-    "expected a whole number from 1 to 1_000_000_000. Use train.num_steps = 240 (the default) or remove the key.",
-    "[train]\nlearning_rate = 1e999": "workflow.toml: train.learning_rate = inf: expected a number from 1e-12 to 1e+06."
-    " Use train.learning_rate = 0.015 (the default) or remove the key.",
+    'expected "auto" or a whole number from 1 to 1_000_000_000. '
+    'Use train.num_steps = "auto" (the default) or remove the key.',
+    "[train]\nlearning_rate = 1e999": "workflow.toml: train.learning_rate = inf: "
+    'expected "auto" or a number from 1e-12 to 1e+06. '
+    'Use train.learning_rate = "auto" (the default) or remove the key.',
     f"[profile]\nnum_steps = 1{'0' * 30}": f"workflow.toml: profile.num_steps = 1{'0' * 30}: "
     "expected a whole number from 1 to 1_000_000_000. Use profile.num_steps = 20 (the default) or remove the key.",
     "[train.model]\nnum_layers = 10000000": "workflow.toml: train.model.num_layers = 10000000: "

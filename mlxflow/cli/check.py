@@ -14,6 +14,7 @@ from mlxflow.models import vocabularies
 from mlxflow.models.new_model import llama_config
 from mlxflow.storage import config_json, paths, remote_code
 from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
+from mlxflow.training import length, run_warnings
 from mlxflow.workflow.loader import load_workflow, resolved_toml
 from mlxflow.workflow.model import Stage, Workflow
 
@@ -29,6 +30,12 @@ def run(parsed: argparse.Namespace) -> None:
     check_plans(workflow)
     for name, reasons in workflow.left_out.items():
         terminal.say(f"{name}: left out, for no [{name}] is written and its defaults do not fit:", *reasons)
+    for one in workflow.stages:
+        files = [path.as_posix() for path in one.input_files]
+        if said := length.describe_stage(one.settings()["config"], files, workflow.root):
+            terminal.say(f"{one.task}: {said}")
+        if one.name == "train":
+            terminal.say(*_training_warnings(workflow, one))
     terminal.write(resolved_toml(workflow))
 
 
@@ -42,6 +49,14 @@ def check_plans(workflow: Workflow) -> None:
     lines = [*_tokenizer_mistakes(workflow), *_mask_mistakes(workflow), *_plan_mistakes(workflow)]
     if lines:
         raise WorkflowError(*lines)
+
+
+def _training_warnings(workflow: Workflow, one: Stage) -> Iterator[str]:
+    """Yield the warnings about a training that are known without its model; none before its tokens are there."""
+    inputs: Any = one.inputs
+    outline = run_warnings.outline_of(one.config, workflow.root / inputs.train, workflow.root / inputs.validation)
+    if outline is not None:
+        yield from (warning.line for warning in run_warnings.before(outline, task=one.task))
 
 
 def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:

@@ -144,7 +144,7 @@ def train_rounded(
         packed = pack()
         mx.eval(packed)
     adapter_files.fuse(model)
-    figures = TrainingFigures.of(result, keeps_best=False)
+    figures = TrainingFigures.of(result, num_rows=rows.num_rows, keeps_best=False)
     return RoundedTraining(packed, kernels.selected, figures, TrainingRun.of(result, kernels))
 
 

@@ -114,6 +114,8 @@ def _quality(run: Run) -> Iterator[Answer]:
 def _learned(report: TrainReport) -> str:
     """Return the result of a training, in sentences."""
     text = f"perplexity on held-out text after {plural(report.steps, 'step')}"
+    if report.epochs is not None:
+        text += f" ({report.epochs:.2g} epochs)"
     text += f", from {show(report.first_validation_perplexity)} before."
     gain_kept, best = report.gain_kept, report.best_validation_perplexity
     if gain_kept is not None and round(gain_kept, 2) < 1:

@@ -16,6 +16,7 @@ from mlxflow.storage import layout
 from mlxflow.storage.model_files import HUB_MODEL
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import Problem
+from mlxflow.training import defaults
 from mlxflow.workflow.stage import Artifacts
 
 if TYPE_CHECKING:
@@ -65,7 +66,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_bad_records: Annotated[
         float, Meta(ge=0, le=1, description="largest share of skipped records; the stage fails above it")
     ] = 0.01
-    context_length: Annotated[int, Meta(ge=2, le=1_048_576, description="positions the model sees")] = 64
+    context_length: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=2, le=1_048_576)],
+        Meta(
+            description="positions the model sees; auto: 64 for a new model, 1024 for one that training continues, at "
+            "most its own"
+        ),
+    ] = "auto"
     packing: Annotated[
         Literal["best-fit", "concat", "none"], Meta(description="how documents are packed into rows")
     ] = "best-fit"
@@ -102,7 +109,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
-    """Return the table with the tokenizer of the base model of its readers, unless it names a tokenizer.
+    """Return the table with tokenizer and context length of the base model of its readers, unless it has its own.
 
     A model among the workflow's own artifacts has the tokenizer of this stage.
 
@@ -111,14 +118,31 @@ def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
         readers: the tables that name its tokens as their input.
         disk: queries of the disk.
     """
-    own = config.tokenizer
     models = [reader.model for reader in readers if hasattr(getattr(reader, "model", None), "from_")]
     bases = [model for model in models if model.from_ and _brings_a_tokenizer(model.from_, disk)]
+    if config.context_length == "auto":
+        length = _context_length([base.from_ for base in bases], disk)
+        config = msgspec.structs.replace(config, context_length=length)
+    own = config.tokenizer
     if own.from_ or own.vocab_size != TokenizerConfig().vocab_size or not bases:
         return config
     trusts = own.trust_remote_code or bases[0].trust_remote_code
     followed = msgspec.structs.replace(own, from_=bases[0].from_, trust_remote_code=trusts)
     return msgspec.structs.replace(config, tokenizer=followed)
+
+
+def _context_length(bases: Sequence[str], disk: Any) -> int:
+    """Return the default of `context_length`: a new model's, or what every model that training continues can see.
+
+    Args:
+        bases: the models that training continues: folders or names of the hub.
+        disk: answers what there is.
+    """
+    if not bases:
+        return defaults.NEW_CONTEXT_LENGTH
+    folders = [disk.expand(name) for name in bases]
+    positions: list[int | None] = [disk.num_positions(folder) for folder in folders if disk.is_dir(folder)]
+    return min([defaults.PRETRAINED_CONTEXT_LENGTH, *(one for one in positions if one is not None and one > 1)])
 
 
 def _brings_a_tokenizer(name: str, disk: Any) -> bool:
@@ -219,7 +243,7 @@ def work(config: Config, inputs: Inputs, outputs: Outputs, context: Context) -> 
         corpus.counts,
         corpus.endings,
         vocab_size=corpus.vocabulary.size,
-        context_length=config.context_length,
+        context_length=cast("int", config.context_length),
         packing=config.packing,
         warnings=warnings,
         run=PretokenizeRun.of(corpus.tokenized, corpus.engine),
@@ -253,7 +277,7 @@ def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest
         max_bad_records=config.max_bad_records if config.on_bad_record == "skip" else None,
         train_on=config.train_on,
         workers=config.workers,
-        layout=RowLayout(config.context_length, config.packing, config.on_long),
+        layout=RowLayout(cast("int", config.context_length), config.packing, config.on_long),
         names=names,
     )
 

@@ -16,17 +16,23 @@ from mlxflow.stages import train
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit, toml_value
+from mlxflow.training import length
 from mlxflow.training.lora_config import LoraConfig
 from mlxflow.workflow import products
 from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 
 if TYPE_CHECKING:
     from mlxflow.quantization.aware_training import AwareTraining
+    from mlxflow.quantization.dense_model import TokenPair
     from mlxflow.quantization.job import QuantizationRequest
     from mlxflow.report.stage_reports.quantize import QuantizeReport
     from mlxflow.training.settings import TrainingSettings
 
 VERSION = 7
+
+LATER_KEYS = {"num_epochs": "auto"}
+
+_QAT_STEPS = 36
 
 _MODES = Literal["affine", "symmetric", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -78,7 +84,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = (2, 3, 4, 6, 8)
     calibration_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="training rows for calibration")] = 64
 
-    num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="of qat: optimizer updates")] = 36
+    num_steps: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],
+        Meta(description="of qat: optimizer updates; auto: 36, or as many as num_epochs takes"),
+    ] = "auto"
+    num_epochs: Annotated[
+        Literal["auto"] | Annotated[float, Meta(gt=0, le=MAX_STEPS)],
+        Meta(description="of qat: passes over the training rows, instead of num_steps; auto: none"),
+    ] = "auto"
     learning_rate: Annotated[
         Literal["auto"] | Annotated[float, Meta(ge=1e-12, le=1e6)],
         Meta(description="of qat: peak learning rate, after warm-up; auto: 8e-4, less for fewer than 300 num_steps"),
@@ -111,7 +124,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.0
 
     def __post_init__(self) -> None:
-        """Set missing bits and group sizes to the defaults of the modes of the table and of its rules."""
+        """Set missing keys: bits and group sizes to the defaults of the modes, and the steps of qat."""
+        if self.num_steps == "auto" and self.num_epochs == "auto":
+            msgspec.structs.force_setattr(self, "num_steps", _QAT_STEPS)
         requested = RequestedSetting(
             self.mode, *(None if one == "auto" else one for one in (self.bits, self.group_size))
         )
@@ -123,6 +138,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def problems(self) -> Iterator[Problem]:
         """Yield bits and group sizes that the mode does not support, and keys that contradict each other."""
         yield from table_problems(self)
+        yield from length.length_problems(self)
 
     @property
     def trusts_code(self) -> bool:
@@ -255,11 +271,13 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         inputs.tokens, folder, dense.config_json, key=f"{task}.data", stage=config.token_stage
     )
     metrics = outputs.metrics[0] if outputs.metrics else None
-    result = job.run_job(_request(config, context), dense, tokens, outputs=outputs, metrics=metrics, context=context)
+    result = job.run_job(
+        _request(config, context, tokens), dense, tokens, outputs=outputs, metrics=metrics, context=context
+    )
     return size_report.report_of(config.method, result, outputs.model.stat().st_size)
 
 
-def _request(config: Config, context: Context) -> "QuantizationRequest":
+def _request(config: Config, context: Context, tokens: "TokenPair | None") -> "QuantizationRequest":
     """Return the settings of the quantization from the table."""
     from mlxflow.quantization.bit_allocation import BudgetRequest
     from mlxflow.quantization.job import QuantizationRequest
@@ -279,18 +297,19 @@ def _request(config: Config, context: Context) -> "QuantizationRequest":
         [one.rule for one in config.layers],
         config.calibration_rows,
         budget if config.has_budget else None,
-        aware_training(config, context) if config.method == "qat" else None,
+        aware_training(config, context, tokens.train.rows.num_rows) if config.method == "qat" and tokens else None,
         QualityLimits(config.max_validation_rows, config.max_perplexity_increase, config.max_kl),
         config.batch_size,
     )
 
 
-def aware_training(config: Config, context: Context) -> "AwareTraining":
+def aware_training(config: Config, context: Context, num_rows: int) -> "AwareTraining":
     """Return the quantization-aware training of the table.
 
     Args:
         config: the table.
         context: of the stage.
+        num_rows: of the training file.
     """
     from mlxflow.quantization.aware_training import AwareTraining
     from mlxflow.training.run import describe
@@ -299,21 +318,22 @@ def aware_training(config: Config, context: Context) -> "AwareTraining":
     names = SettingNames.of_stage(context.task, config.token_stage, MEMORY_LIMIT_KEY, has_fused_loss=False)
     description = describe(msgspec.to_builtins(config), names, context)
     return AwareTraining(
-        written_settings(config), config.learning_rate, config.kernels, config.distill, names, description
+        written_settings(config, num_rows), config.learning_rate, config.kernels, config.distill, names, description
     )
 
 
-def written_settings(config: Config) -> "TrainingSettings":
+def written_settings(config: Config, num_rows: int) -> "TrainingSettings":
     """Return the training settings in the table; `quantization.aware_training.suited` completes them.
 
     Args:
         config: the table.
+        num_rows: of the training file.
     """
     from mlxflow.training.settings import TrainingSettings, checkpoint_every
 
     return TrainingSettings(
         adapters=config.lora.shape(config.training) or "none",
-        num_steps=config.num_steps,
+        num_steps=length.planned_steps(config, num_rows),
         batch_size=config.batch_size,
         grad_accum_steps=config.grad_accum_steps,
         checkpoint_every=checkpoint_every(config.checkpointing),

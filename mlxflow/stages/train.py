@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
 import msgspec
 from msgspec import Meta
@@ -15,29 +15,42 @@ from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS, adapters_folder
 from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit
-from mlxflow.training import setting_checks
+from mlxflow.training import defaults, length, setting_checks, table_settings
 from mlxflow.training.lora_config import LoraConfig, decide_fuse
-from mlxflow.training.optimizer_options import DEFAULT_BETAS, WITH_BETAS, Optimizer, optimizer_problems
+from mlxflow.training.optimizer_options import DEFAULT_BETAS, Optimizer, optimizer_problems
 from mlxflow.workflow import products
 from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts
 
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.train import TrainReport
     from mlxflow.training.run import RunFiles
-    from mlxflow.training.settings import SettingNames, TrainingSettings
+    from mlxflow.training.run_warnings import RunOutline
+    from mlxflow.training.settings import SettingNames
 
 VERSION = 10
 
 #: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
 
+LATER_KEYS = {"num_epochs": "auto", "require_improvement": False}
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[train]` table."""
 
     input: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
-    num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="optimizer updates")] = 240
-    batch_size: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="rows in one forward pass, at the start")] = 32
+    num_steps: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],
+        Meta(description="optimizer updates; auto: 240 for a new model, else as many as num_epochs takes"),
+    ] = "auto"
+    num_epochs: Annotated[
+        Literal["auto"] | Annotated[float, Meta(gt=0, le=MAX_STEPS)],
+        Meta(description="passes over the training rows, instead of num_steps; auto: 3 with model.from, else none"),
+    ] = "auto"
+    batch_size: Annotated[
+        Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_ROWS)],
+        Meta(description="rows in one forward pass, at the start; auto: 32 for a new model, 4 with model.from"),
+    ] = "auto"
     grad_accum_steps: Annotated[
         int, Meta(ge=1, le=MAX_ROWS, description="forward passes of batch_size rows per update")
     ] = 1
@@ -60,7 +73,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     optimizer: Annotated[Optimizer, Meta(description="one of mlx.optimizers")] = "adamw"
     optimizer_options: Annotated[dict[str, Any], Meta(description="its other options, by MLX's names")] = {}
-    learning_rate: Annotated[float, Meta(ge=1e-12, le=1e6, description="peak learning rate, after warm-up")] = 1.5e-2
+    learning_rate: Annotated[
+        Literal["auto"] | Annotated[float, Meta(ge=1e-12, le=1e6)],
+        Meta(
+            description="peak learning rate, after warm-up; auto: 1.5e-2 for a new model; with model.from 1e-4 for "
+            "adapters, 1e-5 for all weights"
+        ),
+    ] = "auto"
     final_learning_rate: Annotated[
         float, Meta(ge=0, le=1e6, description="final learning rate of decaying schedules")
     ] = 0.0
@@ -130,6 +149,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     keep: Annotated[
         Literal["last", "best"], Meta(description="which weights are saved: the last, or those of the best validation")
     ] = "last"
+    require_improvement: Annotated[
+        bool,
+        Meta(description="whether a model no better than the start fails the stage, which publishes nothing"),
+    ] = False
     save_every: Annotated[int, limit(MAX_STEPS, "steps between two checkpoints; 0 or inf: only when stopped")] = 100
     keep_checkpoints: Annotated[int, Meta(ge=1, le=1000, description="checkpoints kept during the run")] = 2
     document_mask: Annotated[
@@ -151,26 +174,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     model: Annotated[ModelConfig, Meta(description="the model's shape, or its origin")] = ModelConfig()
     lora: Annotated[LoraConfig, Meta(description="the adapters, for lora and dora")] = LoraConfig()
 
+    def __post_init__(self) -> None:
+        """Set keys that were left out to values that fit the method and the model's origin."""
+        for key, value in defaults.resolved_values(self).items():
+            msgspec.structs.force_setattr(self, key, value)
+
     def problems(self) -> Iterator[Problem]:
         """Yield settings that contradict each other."""
+        yield from length.length_problems(self)
         yield from setting_checks.step_problems(self)
         yield from optimizer_problems(self)
         yield from setting_checks.method_problems(self)
-
-    @property
-    def resolved_max_batch_size(self) -> int:
-        """The largest batch size, with `auto` resolved."""
-        return max(64, self.batch_size) if self.max_batch_size == "auto" else self.max_batch_size
-
-    @property
-    def resolved_warmup_steps(self) -> int:
-        """The number of warm-up steps, with `auto` resolved."""
-        return min(20, self.num_steps // 2) if self.warmup_steps == "auto" else self.warmup_steps
-
-    @property
-    def resolved_decay_steps(self) -> int:
-        """The number of decay steps of the schedule "wsd", with `auto` resolved."""
-        return max(1, self.num_steps // 5) if self.decay_steps == "auto" else self.decay_steps
 
     @property
     def keeps_quantized(self) -> bool:
@@ -260,20 +274,22 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     Raises:
         SourceError: there are fewer rows than in one batch.
-        StageError: the loss stays without a finite value.
+        StageError: the loss stays without a finite value, or `require_improvement` refuses the model.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
     from mlxflow.data.token_file import TokenFile
     from mlxflow.report.stage_reports.train import TrainReport
     from mlxflow.training import job, kernel_selection, model_artifact, optimizers, starting_model
     from mlxflow.training.figures import TrainingFigures
+    from mlxflow.training.run_warnings import Ending, outline_of
     from mlxflow.training.settings import SettingNames
 
-    settings = training_settings(config)
-    compute_device.bound_graphs(recomputes=settings.checkpoint_every > 0)
     tokens = TokenFile.open(inputs.train)
     names = SettingNames.of_stage(context.task, config.input, MEMORY_LIMIT_KEY)
-    tokens.full_rows(config.batch_size, names.of("batch_size"), sources=names.sources)
+    rows = tokens.full_rows(cast("int", config.batch_size), names.of("batch_size"), sources=names.sources)
+    settings = table_settings.training_settings(config, length.planned_steps(config, rows.num_rows))
+    setting_checks.require_fitting_steps(config, settings.num_steps, rows.num_rows, table=context.task)
+    compute_device.bound_graphs(recomputes=settings.checkpoint_every > 0)
     optimizers.require_known(
         config.optimizer,
         config.optimizer_options,
@@ -289,6 +305,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             kernel_selection.KernelRequest.of(config.kernels, context),
             masks_documents=config.document_mask,
             fused_loss=config.fused_loss,
+            outline=cast("RunOutline", outline_of(config, inputs.train, inputs.validation)),
             model_seed=derive_seed(context.seed, "train.model"),
             data_seed=derive_seed(context.seed, "train.batches"),
         ),
@@ -298,13 +315,17 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         tokenizer=inputs.tokenizer,
         context=context,
     )
-    figures = TrainingFigures.of(trained.result, keeps_best=config.keep == "best")
+    figures = TrainingFigures.of(trained.result, num_rows=rows.num_rows, keeps_best=config.keep == "best")
     # the trained model is freed by now: there is memory for the one in the files
     measured = model_artifact.measure_artifact(context.folder, inputs.validation, trained.settings)
     quality = model_artifact.quality_of(figures, measured)
-    if warning := model_artifact.warn_of_loss(figures, quality, fuse=trained.fuse, task=context.task):
-        terminal.say(warning)
-    return TrainReport.of(trained, figures, quality)
+    lost = model_artifact.warn_of_loss(figures, quality, fuse=trained.fuse, task=context.task)
+    rises = trained.result.validations_since_best
+    ending = Ending(figures, quality.last_validation_perplexity, config.keep, config.patience, rises)
+    judged = ending.judged(context.task, requires_improvement=config.require_improvement)
+    warnings = [*([lost] if lost else []), *judged]
+    terminal.say(*warnings)
+    return TrainReport.of(trained, figures, quality, warnings)
 
 
 def _run_files(config: Config, inputs: Inputs, outputs: Outputs, context: Context, names: "SettingNames") -> "RunFiles":
@@ -318,29 +339,3 @@ def _run_files(config: Config, inputs: Inputs, outputs: Outputs, context: Contex
         description=describe(msgspec.to_builtins(config), names, context, without=EXECUTION_ONLY_KEYS),
         replay=inputs.replay[0] if inputs.replay else None,
     )
-
-
-def training_settings(config: Config) -> "TrainingSettings":
-    """Return the settings of a table, resolved except for those that depend on the model.
-
-    Document mask, fused loss and kernels are off.
-
-    Args:
-        config: the table.
-    """
-    from mlxflow.training.settings import TrainingSettings, checkpoint_every
-
-    same = {name: getattr(config, name) for name in TrainingSettings.__struct_fields__ if hasattr(config, name)}
-    betas = {"betas": list(config.betas)} if config.optimizer in WITH_BETAS else {}
-    resolved = {
-        "adapters": config.lora.shape(config.method) or "none",
-        "max_batch_size": config.resolved_max_batch_size,
-        "optimizer_options": betas | config.optimizer_options,
-        "weight_decay": 0.1 if config.weight_decay == "auto" else config.weight_decay,
-        "warmup_steps": config.resolved_warmup_steps,
-        "decay_steps": config.resolved_decay_steps,
-        "checkpoint_every": checkpoint_every(config.checkpointing),
-        "fused_loss": False,
-        "kernels": (),
-    }
-    return TrainingSettings(**(same | resolved))

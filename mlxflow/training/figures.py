@@ -54,6 +54,7 @@ class TrainingFigures(ReportTable, frozen=True, kw_only=True):
 
     Attributes:
         steps: optimizer updates.
+        epochs: passes over the training rows; None in reports of earlier versions.
         tokens: learned from.
         skipped_steps: without a finite loss and gradient.
         first_validation_perplexity: before the first step.
@@ -63,6 +64,7 @@ class TrainingFigures(ReportTable, frozen=True, kw_only=True):
     """
 
     steps: Count
+    epochs: float | None = None
     tokens: Count
     skipped_steps: Count
     first_validation_perplexity: float
@@ -71,11 +73,12 @@ class TrainingFigures(ReportTable, frozen=True, kw_only=True):
     best_validation_step: Count
 
     @classmethod
-    def of(cls, result: "Result", *, keeps_best: bool) -> Self:
+    def of(cls, result: "Result", *, num_rows: int, keeps_best: bool) -> Self:
         """Return the figures of a training run.
 
         Args:
             result: of `training.run.train`.
+            num_rows: of the training file.
             keeps_best: whether the trained model has the weights of the best validation; else of the last.
         """
         from mlxflow.evaluation.perplexity import perplexity_of
@@ -83,6 +86,7 @@ class TrainingFigures(ReportTable, frozen=True, kw_only=True):
         kept_loss = result.best_validation_loss if keeps_best else result.last_validation_loss
         return cls(
             steps=result.steps,
+            epochs=result.rows / num_rows,
             tokens=result.tokens,
             skipped_steps=result.skipped_steps,
             first_validation_perplexity=perplexity_of(result.first_validation_loss),

@@ -3,11 +3,22 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from mlx.utils import tree_flatten
+
 from mlxflow.data.token_file import TokenFile
 from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.messages import terminal
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.storage.run_context import Context, ModelFolder
-from mlxflow.training import build, kernel_selection, model_artifact, model_choices, run, starting_model
+from mlxflow.training import (
+    build,
+    kernel_selection,
+    model_artifact,
+    model_choices,
+    run,
+    run_warnings,
+    starting_model,
+)
 from mlxflow.training.kernel_selection import KernelRequest
 from mlxflow.training.lora_config import decide_fuse
 from mlxflow.training.run_state import Result
@@ -24,6 +35,7 @@ class Job(NamedTuple):
         kernels: the requested kernels.
         masks_documents: as written, see `model_choices.with_model_choices`.
         fused_loss: as written, see there.
+        outline: of the run, for warnings; of trained weights it may know no number.
         model_seed: of initial weights.
         data_seed: of the order of the rows.
     """
@@ -34,6 +46,7 @@ class Job(NamedTuple):
     kernels: KernelRequest
     masks_documents: model_choices.Choice
     fused_loss: model_choices.Choice
+    outline: run_warnings.RunOutline
     model_seed: int
     data_seed: int
 
@@ -47,6 +60,7 @@ class Trained(NamedTuple):
         result: the figures of the run.
         fuse: how trained adapters were saved; "" if all weights were trained.
         parameters: of the written model, without adapters beside it.
+        warnings: printed before the first step.
     """
 
     settings: TrainingSettings
@@ -54,6 +68,7 @@ class Trained(NamedTuple):
     result: Result
     fuse: str
     parameters: int
+    warnings: tuple[str, ...]
 
 
 def run_job(
@@ -101,6 +116,7 @@ def run_job(
         subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
         kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
     settings = settings.replace(kernels=tuple(kernels.selected))
+    warnings = _warn(job, start)
     result = run.train(
         subject._replace(settings=settings),
         kernels,
@@ -113,4 +129,15 @@ def run_job(
         outputs, context, trained=start, source=job.source._replace(fuse=fuse), tokenizer=tokenizer
     )
     parameters = model_folder.num_parameters(model)
-    return Trained(settings, kernels, result, fuse if start.adapter_config else "", parameters)
+    return Trained(settings, kernels, result, fuse if start.adapter_config else "", parameters, warnings)
+
+
+def _warn(job: Job, start: starting_model.StartingModel) -> tuple[str, ...]:
+    """Print what a user should know before the first step, and return the lines."""
+    outline = job.outline
+    if outline.is_adapter or job.source.folder is None:
+        trained = sum(value.size for _, value in tree_flatten(start.model.trainable_parameters()))
+        outline = outline._replace(trained_weights=trained)
+    lines = tuple(one.line for one in run_warnings.before(outline, task=job.names.table))
+    terminal.say(*lines)
+    return lines

@@ -10,11 +10,14 @@ class Result(NamedTuple):
 
     Attributes:
         steps: updates; fewer than planned where training ended early.
+        rows: of the training file that the updates summed; a row counts each time.
         best_step: of the lowest validation loss.
+        validations_since_best: validations after the one of the lowest loss.
         skipped_steps: updates without a finite loss or gradient.
     """
 
     steps: int
+    rows: int
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -25,6 +28,7 @@ class Result(NamedTuple):
     last_validation_loss: float
     best_validation_loss: float
     best_step: int
+    validations_since_best: int
     skipped_steps: int
     peak_memory_bytes: int
 
@@ -67,6 +71,7 @@ class RunState:
         """Return the result of the run."""
         return Result(
             steps=self.step,
+            rows=self.cursor,
             tokens=self.tokens,
             seconds=self.seconds,
             tokens_per_second=self.tokens_per_second(),
@@ -77,6 +82,7 @@ class RunState:
             last_validation_loss=self.last_loss,
             best_validation_loss=self.best_loss,
             best_step=self.best_step,
+            validations_since_best=self.validations_since_best,
             skipped_steps=self.skipped_steps,
             peak_memory_bytes=self.peak_memory_bytes,
         )

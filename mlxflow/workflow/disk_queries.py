@@ -139,6 +139,14 @@ class Disk:
             return None
 
     @_question
+    def num_positions(self, folder: str) -> int | None:
+        """Return the positions that the model of a folder is made for; None without a valid `config.json`."""
+        try:
+            return config_json.num_positions(config_json.read(Path(self.root, folder)))
+        except ArtifactError:
+            return None
+
+    @_question
     def source(self, pattern: str) -> list[str]:
         """Return the files that a source names; see `mlxflow.data.sources.find`.
 

@@ -161,7 +161,7 @@ class Stage:
         config = json.loads(msgspec.json.encode(self.config))
         return {
             "version": self.module.VERSION,
-            "config": {k: v for k, v in config.items() if k not in getattr(self.module, "EXECUTION_ONLY_KEYS", ())},
+            "config": stage.recorded_config(config, self.module),
             "seed": self._workflow.settings.seed,
             **({"name": self._workflow.settings.name} if getattr(self.module, "SHOWS_NAME", False) else {}),
         }

@@ -84,11 +84,12 @@ def note_training(config: Any, artifacts: Artifacts, tokens: str, *, prefetch: M
         return
     one_pass = {"batch_size": config.batch_size, **row}
     update = {**one_pass, "grad_accum_steps": config.grad_accum_steps}
+    steps = {} if config.num_steps == "auto" else {"num_steps": config.num_steps}  # epochs: the rows bound them
     note_excess(
         artifacts,
         (one_pass, MAX_PASS_TOKENS, "tokens in a forward pass"),
         (update, MAX_UPDATE_TOKENS, "tokens in an update"),
-        ({**update, "num_steps": config.num_steps}, MAX_TRAINING_TOKENS, "tokens in all"),
+        ({**update, **steps}, MAX_TRAINING_TOKENS, "tokens in all"),
         ({**one_pass, **prefetch}, MAX_TOKENS_AHEAD, "tokens gathered ahead"),
     )
 

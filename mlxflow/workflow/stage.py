@@ -19,6 +19,8 @@ It may have eight more:
     USES_DEVICE = False              the stage does not compute on MLX's device
     EXECUTION_ONLY_KEYS              keys that do not affect the result: a change of one does not make the artifact
                                      stale
+    LATER_KEYS                       dotted keys that were added after artifacts were made, with their defaults: a key
+                                     with its default is not recorded, so that those artifacts stay fresh
     COPIED_TO_ARTIFACTS_ROOT         outputs that are copied to the artifacts folder, if the stage has no variants
     SHOWS_NAME = True                the workflow's name is part of the output
     SHOWS_TIMES = True               the output shows measurements of other stages: equal runs make different ones
@@ -188,6 +190,28 @@ def rooted(struct: T, root: Path) -> T:
         elif isinstance(value, dict):
             changes[name] = {key: root / item for key, item in value.items()}
     return msgspec.structs.replace(struct, **changes)
+
+
+def recorded_config(config: Mapping[str, Any], module: StageModule) -> dict[str, Any]:
+    """Return the keys of a stage's table that the artifact depends on.
+
+    Args:
+        config: the resolved table as JSON values.
+        module: the stage.
+    """
+    later: Mapping[str, object] = getattr(module, "LATER_KEYS", {})
+    return _without(config, {**dict.fromkeys(getattr(module, "EXECUTION_ONLY_KEYS", ()), ...), **later})
+
+
+def _without(table: Mapping[str, Any], left_out: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+    """Return a table without keys that have a value, or any value where that is `...`."""
+    kept = {}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if key in left_out and left_out[key] in (..., value):
+            continue
+        kept[name] = _without(value, left_out, f"{key}.") if isinstance(value, dict) else value
+    return kept
 
 
 def settings_digest(settings: dict[str, object]) -> str:

@@ -175,10 +175,11 @@ def test_interrupted_qat_resumes_to_the_same_bytes(job: Job, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("table", "rate"), [({}, 8e-4 * 0.12**0.5), ({"num_steps": 300}, 8e-4), ({"num_steps": 9000}, 8e-4)]
+    ("table", "rate"),
+    [({}, 8e-4 * 0.12**0.5), ({"num_steps": 300}, 8e-4), ({"num_steps": 9000}, 8e-4), ({"num_epochs": 150}, 8e-4)],
 )
 def test_qat_of_few_steps_uses_a_lower_learning_rate(table: dict[str, Any], rate: float) -> None:
-    written, model = written_settings(Config(method="qat", **table)), nn.Linear(4, 4)
+    written, model = written_settings(Config(method="qat", **table), 64), nn.Linear(4, 4)
     assert suited(written, model, learning_rate="auto").learning_rate == pytest.approx(rate)
     assert suited(written, model, learning_rate=0.1).learning_rate == 0.1
 

@@ -137,3 +137,25 @@ def test_a_far_too_high_learning_rate_fails_and_keeps_the_old_artifact(project: 
         _train(project, folder, "learning_rate = 1e6", "warmup_steps = 0", "num_steps = 40")
     assert [path.name for path in folder.iterdir()] == ["report.toml"]
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+WORSE = ("learning_rate = 3.0", "max_grad_norm = 0.0")
+
+
+def test_a_run_that_ends_worse_than_it_began_warns_in_its_last_line(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _train(project, tmp_path / "worse", *WORSE)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith('train.keep = "last": the published weights are worse than the start: perplexity ')
+    report = (folder / "report.toml").read_text()
+    assert report.startswith('warning = "train.keep = \\"last\\": the published weights are worse than the start: ')
+    assert last.replace('"', '\\"') in report.splitlines()[0]
+
+
+def test_a_required_improvement_fails_and_leaves_the_artifact_as_it_was(project: Path, tmp_path: Path) -> None:
+    folder = _train(project, tmp_path / "artifact")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(StageError, match=r"^train\.require_improvement = true: perplexity .* nothing is published\. "):
+        _train(project, folder, *WORSE, "weight_decay = 0.1\nrequire_improvement = true")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -7,6 +7,7 @@ import pytest
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.stages import train
 from mlxflow.storage import report_files
+from mlxflow.training import table_settings
 from mlxflow.training.settings import AdapterShape, TrainingSettings, read_settings
 
 ADAPTERS = AdapterShape("dora", 4, 20.0, 0.1, 2, ("self_attn.*", "mlp.*"))
@@ -70,4 +71,4 @@ def test_a_report_without_settings_names_the_command_that_writes_one(tmp_path: P
 
 
 def test_the_defaults_are_those_of_the_train_table() -> None:
-    assert train.training_settings(train.Config()) == TrainingSettings()
+    assert table_settings.training_settings(train.Config(), 240) == TrainingSettings()

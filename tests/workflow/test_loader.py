@@ -38,8 +38,8 @@ bits = 7
 """
     assert mistakes(folder, text) == [
         "workflow.toml: train.num_stepz: unknown key. Did you mean train.num_steps?",
-        "workflow.toml: train.batch_size = 0: expected a whole number from 1 to 1_048_576. "
-        "Use train.batch_size = 32 (the default) or remove the key.",
+        'workflow.toml: train.batch_size = 0: expected "auto" or a whole number from 1 to 1_048_576. '
+        'Use train.batch_size = "auto" (the default) or remove the key.',
         "workflow.toml: workflow.sed: unknown key. Did you mean workflow.seed?",
         'workflow.toml: quantize.bits = 7: expected one of "auto", 2, 3, 4, 5, 6, 8. '
         'Use quantize.bits = "auto" (the default) or remove the key.',
@@ -57,23 +57,24 @@ ONE_MISTAKE = {
     "checkpointing, constant_tokens_per_step, decay_steps, deterministic, document_mask, dynamic_batch_size, "
     "eval_every, final_learning_rate, fuse, fused_loss, grad_accum_steps, grow_below, input, keep, "
     "keep_checkpoints, kernels, lazy_eval_every, learning_rate, log_every, lora, max_bad_steps, "
-    "max_batch_size, max_grad_norm, max_validation_rows, method, model, num_steps, optimizer, "
-    "optimizer_options, patience, precision, prefetch_batches, replay, save_every, schedule, "
-    "shrink_above, warmup_steps, weight_decay, workers.",
+    "max_batch_size, max_grad_norm, max_validation_rows, method, model, num_epochs, num_steps, "
+    "optimizer, optimizer_options, patience, precision, prefetch_batches, replay, require_improvement, save_every, "
+    "schedule, shrink_above, warmup_steps, weight_decay, workers.",
     "[train.model]\nlayers = 1": "workflow.toml: train.model.layers: unknown key. Did you mean train.model.num_layers?",
     'train = "fast"': 'workflow.toml: train = "fast": expected a table. '
     "Write [train] on a line of its own and its keys below it.",
     '[train]\nnum_steps = "many"': 'workflow.toml: train.num_steps = "many": '
-    "expected a whole number from 1 to 1_000_000_000. "
-    "Use train.num_steps = 240 (the default) or remove the key.",
+    'expected "auto" or a whole number from 1 to 1_000_000_000. '
+    'Use train.num_steps = "auto" (the default) or remove the key.',
     "[train]\nnum_steps = 2.5": "workflow.toml: train.num_steps = 2.5: "
-    "expected a whole number from 1 to 1_000_000_000. "
-    "Use train.num_steps = 240 (the default) or remove the key.",
+    'expected "auto" or a whole number from 1 to 1_000_000_000. '
+    'Use train.num_steps = "auto" (the default) or remove the key.',
     "[train]\nlearning_rate = -0.1": "workflow.toml: train.learning_rate = -0.1: "
-    "expected a number from 1e-12 to 1e+06. "
-    "Use train.learning_rate = 0.015 (the default) or remove the key.",
-    "[train]\nlearning_rate = nan": "workflow.toml: train.learning_rate = nan: expected a number from 1e-12 to 1e+06. "
-    "Use train.learning_rate = 0.015 (the default) or remove the key.",
+    'expected "auto" or a number from 1e-12 to 1e+06. '
+    'Use train.learning_rate = "auto" (the default) or remove the key.',
+    "[train]\nlearning_rate = nan": "workflow.toml: train.learning_rate = nan: "
+    'expected "auto" or a number from 1e-12 to 1e+06. '
+    'Use train.learning_rate = "auto" (the default) or remove the key.',
     "[train.model]\nnum_heads = 3": "workflow.toml: train.model.hidden_size = 128: "
     "expected a multiple of twice num_heads = 3. Change one of the two.\n"
     "workflow.toml: train.model.num_kv_heads = 2: expected a divisor of num_heads = 3. Change one of the two.",

@@ -1,5 +1,6 @@
 """The figures of a train stage in report.toml."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -17,6 +18,8 @@ class TrainReport(StageReport, frozen=True, kw_only=True):
     """The figures of a train stage.
 
     Attributes:
+        warning: the gravest about the written model, such as that it is worse than the start; None without one.
+        warnings: every line that a user should know, about the written model first.
         fuse: how trained adapters were saved; None if all weights were trained.
         parameters: weights of the model in the files.
         document_mask: whether a token attended only to its own document.
@@ -31,12 +34,15 @@ class TrainReport(StageReport, frozen=True, kw_only=True):
         run: facts that may differ between two equal runs.
     """
 
+    warning: str | None = None
+    warnings: tuple[str, ...] = ()
     fuse: str | None = None
     parameters: Count
     document_mask: bool
     fused_loss: bool
     kernels: tuple[str, ...]
     steps: Count
+    epochs: float | None = None
     tokens: Count
     skipped_steps: Count
     first_validation_perplexity: float
@@ -50,15 +56,20 @@ class TrainReport(StageReport, frozen=True, kw_only=True):
     run: TrainingRun
 
     @classmethod
-    def of(cls, trained: "Trained", figures: TrainingFigures, quality: "ArtifactQuality") -> Self:
+    def of(
+        cls, trained: "Trained", figures: TrainingFigures, quality: "ArtifactQuality", warnings: Sequence[str]
+    ) -> Self:
         """Return the figures of a stage.
 
         Args:
             trained: the result of the training.
             figures: of the training.
             quality: of the model in the files.
+            warnings: about the written model, the gravest last.
         """
         return cls(
+            warning=warnings[-1] if warnings else None,
+            warnings=(*reversed(warnings), *trained.warnings),
             fuse=trained.fuse or None,
             parameters=trained.parameters,
             document_mask=trained.settings.masks_documents,
