@@ -6,7 +6,7 @@ from mlxflow.messages import terminal
 from mlxflow.storage import layout, unfinished_runs
 from mlxflow.storage.digests import DigestCache
 from mlxflow.storage.unfinished_runs import Unfinished
-from mlxflow.tasks.leftovers import find_leftovers, remove_leftover
+from mlxflow.tasks.leftovers import advise_removal, find_leftovers, remove_leftover
 from mlxflow.workflow.stage_node import Node
 
 
@@ -36,7 +36,7 @@ def remove_leftovers(nodes: Sequence[Node], *, is_wanted: bool, dryrun: bool) ->
     left = unfinished_runs.of_no_task(layout.state_folder(root), [node.task for node in nodes])
     for run in left:
         folder = run.folder.relative_to(root).as_posix()
-        advice = f"belongs to no stage ({run.num_bytes:,} bytes). Remove it with: doit clean --leftovers"
+        advice = f"belongs to no stage ({run.num_bytes:,} bytes). {advise_removal()}"
         terminal.show(f"removing {folder}" if is_wanted else f"{folder}: {advice}")
     return freed_bytes + (_remove(left) if is_wanted and not dryrun else 0)
 

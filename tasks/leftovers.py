@@ -16,10 +16,13 @@ class Leftover(NamedTuple):
     num_bytes: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.folder.as_posix()}: belongs to no stage ({self.num_files} files, {self.num_bytes:,} bytes). "
-            "Remove it with: doit clean --leftovers"
-        )
+        size = f"{self.num_files} files, {self.num_bytes:,} bytes"
+        return f"{self.folder.as_posix()}: belongs to no stage ({size}). {advise_removal()}"
+
+
+def advise_removal() -> str:
+    """Return the advice to remove what belongs to no stage; `doit` works only where there is a dodo.py."""
+    return "Remove it with: doit clean --leftovers" if Path("dodo.py").is_file() else "Remove the folder."
 
 
 def find_leftovers(root: Path, nodes: Iterable[Node]) -> Iterator[Leftover]:

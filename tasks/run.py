@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from doit.cmd_run import Run
 
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.os_errors import cause_message
 from mlxflow.storage import layout
 from mlxflow.tasks.adoption import Adoption
@@ -33,12 +34,22 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
     """
 
     name = "run"
+    doc_purpose = "build stale stages, as doit without a command does"
+    doc_usage = "[STAGE ...] [workflow=FILE]"
     cmd_options = (*Run.cmd_options, _NO_WAIT)
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Store whether to wait, which doit's signature has no parameter for."""
         self._no_wait = bool(params.get("no_wait"))
         return super().execute(params, args)
+
+    def show_help(self) -> None:
+        """Print the overview: `doit -h` asks for it."""
+        from doit.doit_cmd import DoitMain
+
+        from mlxflow.tasks.help_text import usage
+
+        terminal.show(*usage(DoitMain().get_cmds().to_dict()))
 
     def _check_names(self) -> None:
         """Refuse an unknown stage before anything is written; doit would notice it later, under the lock."""
@@ -137,7 +148,7 @@ class StageRun(Verb, Run):  # type: ignore[misc]  # doit has no types
             selected = {node.task for node in upstream if node.task == name or node.task.partition(":")[0] == name}
             planned = find_stale([node for node in upstream if node.task not in selected], graph.record, graph.cache)
             lines += [
-                f"{name}: reads from {one.node.task}, which is stale ({'; '.join(one.reasons)}). Run: doit {name}"
+                f"{name}: reads from {one.node.task}, which is stale ({'; '.join(one.reasons)}). {advise_build(name)}"
                 for one in planned
             ]
         return lines

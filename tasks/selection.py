@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 from doit.cmd_base import DoitCmdBase
 
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.doit_backend import Journal
 from mlxflow.workflow.records import is_complete
@@ -70,10 +71,11 @@ class Selection:
 
         record = self.record(node.task)
         if not is_complete(record):
-            refuse(f"{node.task}: never built here. Run: doit {node.task}", 1)
+            refuse(f"{node.task}: never built here. {advise_build(node.task)}", 1)
         if damage := list(damaged_outputs(node, record, self.cache, again=True)):
             refuse(
-                "\n".join([*damage, f"{node.task}: its artifact was changed after its run. Run: doit {node.task}"]), 1
+                "\n".join([*damage, f"{node.task}: its artifact was changed after its run. {advise_build(node.task)}"]),
+                1,
             )
         return record
 

@@ -59,6 +59,9 @@ class Verb:
         if _open_closed_streams():
             self.outstream = sys.stdout
         try:
+            if in_args in (["-h"], ["--help"]) and self.is_of_stages:
+                self.show_help()
+                return 0
             with _rare_collections():
                 code = super().parse_execute(in_args)  # type: ignore[misc]
             with naming("standard output"):
@@ -99,6 +102,10 @@ class Verb:
             if not self.is_of_stages:
                 raise
             refuse(cause_message(error, self.writes_to), 1)
+
+    def show_help(self) -> None:
+        """Print the options of this command."""
+        terminal.write(f"{self.help()}\n")  # type: ignore[attr-defined]
 
     def get_checker_cls(self, check_file_uptodate: object) -> Any:
         """Return doit's checker class; refuse options that stages do not support before anything is opened.

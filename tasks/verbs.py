@@ -218,6 +218,7 @@ class StageResetDep(Verb, ResetDep):  # type: ignore[misc]
     """`doit reset-dep`, refused for stages."""
 
     name = "reset-dep"
+    doc_purpose = "not for stages: their freshness follows from the record of the last run"
 
     def _execute(self, pos_args: list[str] | None = None) -> None:
         if self.is_of_stages:
@@ -243,13 +244,25 @@ class StageTabCompletion(Verb, TabCompletion):  # type: ignore[misc]
     """`doit tabcompletion`."""
 
     name = "tabcompletion"
+    doc_purpose = "print a script for the shell's completion of commands and stages"
 
 
 class StageHelp(Verb, Help):  # type: ignore[misc]
     """`doit help`."""
 
     name = "help"
+    doc_purpose = "show this overview, or the options of a command"
+    doc_usage = "[COMMAND]"
     writes_to = "standard output"
+
+    def print_usage(self, cmds: dict[str, Any]) -> None:
+        """Print the overview."""
+        if not self.is_of_stages:
+            super().print_usage(cmds)
+            return
+        from mlxflow.tasks.help_text import usage
+
+        terminal.show(*usage(cmds))
 
     def _execute(self, pos_args: list[str]) -> bool:
         is_found = bool(super()._execute(pos_args))

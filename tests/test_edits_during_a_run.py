@@ -111,7 +111,7 @@ def _run_with_handover(project: Path, edit: Callable[[Path], object]) -> tuple[i
 
 
 def test_a_source_edited_after_the_staleness_check_is_not_read(project: Path) -> None:
-    line = "notes/03.txt: changed since doit checked it for pretokenize. Run doit again.\n"
+    line = "notes/03.txt: changed since the build checked it for pretokenize. Build again.\n"
     assert _run_with_handover(project, lambda path: path.write_bytes(b"edited")) == (1, line)
     assert not (project / "artifacts/pretokenize").exists()
 

@@ -18,7 +18,7 @@ def test_a_damaged_input_is_refused_by_name(job_copy: Path) -> None:
     assert result.returncode == 2
     assert result.stderr == (
         f"artifacts/train/model.safetensors: damaged (it has {size - 5:,} bytes, its header says {size:,}). "
-        "Run: doit train\n"
+        "Run: mlxflow build train\n"
     )
 
 

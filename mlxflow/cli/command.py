@@ -17,6 +17,12 @@ from mlxflow.messages.os_errors import cause_message, is_about_a_file
 
 _DESCRIPTION = "Build the stages of a workflow.toml, inspect their artifacts, and generate text with the models."
 
+_EPILOG = """\
+mlxflow VERB --help lists the arguments of a verb; --workflow FILE names another file than workflow.toml. In a folder
+with a dodo.py, doit has more verbs for the same stages, such as list, plan, info, clean and pack; it takes
+workflow=FILE. See doit help.
+"""
+
 #: Every verb with its line of help, in the order of `mlxflow --help`.
 VERBS = {
     "init": "write a new project from a template: a workflow.toml with its JSON schema, a dodo.py, a .gitignore",
@@ -112,7 +118,7 @@ class _VerbParser(_Parser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mlxflow", description=_DESCRIPTION)
+    parser = _Parser(prog="mlxflow", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_VerbParser)
     for name, line in VERBS.items():

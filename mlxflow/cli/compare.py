@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.stages.benchmark import read_benchmark
@@ -67,7 +68,7 @@ def _read(name: str) -> BenchmarkReport:
     if path.is_dir():
         existing = [path / place for place in _PLACES if (path / place).is_file()]
         if not existing:
-            raise ArtifactError(f"{name}: no benchmark's report in it. Run: doit benchmark")
+            raise ArtifactError(f"{name}: no benchmark's report in it. {advise_build('benchmark')}")
         return read_benchmark(existing[0])
     if not path.exists() and ":" in name:
         return _read_commit(name)
@@ -109,7 +110,7 @@ def _why_not_in_git(commit: str, file: str) -> str:
     here = next((place for place in _places_in_git(file) if Path(place).is_file()), None)
     commands = f'git add -f {shlex.quote(Path(here or _BENCHMARK).as_posix())} && git commit -m "Benchmark"'
     if here is None:
-        commands = f"doit benchmark && {commands}"
+        commands = f"mlxflow build benchmark && {commands}"
     if (about := _git("rev-parse", "--git-dir")).returncode:
         message = about.stderr.decode(errors="replace").strip().partition("\n")[0]
         return f"git cannot be asked ({message}). Name a report or a folder, or run: git init && {commands}"

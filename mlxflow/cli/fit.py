@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.storage import layout, remote_code
 from mlxflow.storage.observed_inputs import ObservedInputs
@@ -53,7 +54,7 @@ def fit(workflow: Workflow, stage: Stage, *, batch_sizes: Sequence[int], context
     inputs = rooted(stage.inputs, workflow.root)
     for path in (inputs.config, inputs.model, inputs.tokens):  # type: ignore[attr-defined]
         if not path.exists():
-            raise ArtifactError(f"{path}: missing. Run: doit {stage.task}")
+            raise ArtifactError(f"{path}: missing. {advise_build(stage.task)}")
     with remote_code.trusting_code(workflow.trusts_code(stage)):
         _print(workflow, stage, inputs, batch_sizes, context_lengths)
 

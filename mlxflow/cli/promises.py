@@ -18,7 +18,9 @@ from mlxflow.workflow.model import Stage, Workflow
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow promises`."""
     parser.add_argument("--stage", default="benchmark", help="default: benchmark")
-    parser.add_argument("--measure", action="store_true", help="measure now; default: the figures of doit benchmark")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure now; default: the figures of the benchmark stage"
+    )
     add_workflow(parser)
 
 

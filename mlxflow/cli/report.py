@@ -10,6 +10,7 @@ import msgspec
 
 from mlxflow.cli.arguments import add_workflow
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError, UserError
 from mlxflow.report.live_server import LivePage, PageServer
 from mlxflow.report.load_run import Run, read_run
@@ -159,7 +160,7 @@ def _root(folder: Path) -> Path:
     for root in (folder, folder.parent):
         if (root / layout.ARTIFACTS).is_dir() and (root == folder or folder.name == layout.ARTIFACTS):
             return root
-    raise CallError(f"report: {str(folder)!r}: holds no {layout.ARTIFACTS}. Name a folder in which doit built a stage.")
+    raise CallError(f"report: {str(folder)!r}: holds no {layout.ARTIFACTS}. Name a folder in which a stage was built.")
 
 
 def _described(root: Path) -> tuple[str, list[Member]]:
@@ -196,7 +197,7 @@ def _provenance(root: Path, task: str) -> dict[str, Any]:
     """Return the table `stage` of a stage's report; empty if it cannot be read."""
     report = root / layout.stage_folder(task) / layout.REPORT
     try:
-        return msgspec.structs.asdict(report_structs.read_provenance(report, advice=f"Run: doit {task}"))
+        return msgspec.structs.asdict(report_structs.read_provenance(report, advice=advise_build(task)))
     except (ArtifactError, OSError):
         return {}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import CallError
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.report.stage_reports.quantize import QuantizeReport
@@ -65,7 +66,7 @@ def _show_layers(console: "Console", folder: Path, task: str) -> None:
     from mlxflow.workflow.stage import require
 
     path = require(folder / layout.REPORT, task)
-    report = report_structs.read(path, QuantizeReport, advice=f"Run: doit {task}").figures
+    report = report_structs.read(path, QuantizeReport, advice=advise_build(task)).figures
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", no_wrap=True)
     for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
@@ -112,7 +113,7 @@ def _show_tokens(console: "Console", folder: Path, task: str, row: int | None) -
     if row is not None and not 0 <= row < count:
         raise CallError(f"show {task}: --row = {row}: expected 0 to {count - 1:,}. Name one of the training rows.")
     if row is None:
-        read = report_structs.read(folder / layout.REPORT, PretokenizeReport, advice=f"Run: doit {task}")
+        read = report_structs.read(folder / layout.REPORT, PretokenizeReport, advice=advise_build(task))
         for line in _summary(read.figures):
             console.print(line)
     for number in range(min(_SHOWN_ROWS, count)) if row is None else [row]:

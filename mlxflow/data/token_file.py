@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, SourceError
 from mlxflow.storage import tensor_reading
 
@@ -106,16 +107,20 @@ class TokenFile(NamedTuple):
             has_conversations = metadata["has_conversations"] == "true"
             ends = tuple(int(number) for number in metadata["end_tokens"].split())
         except KeyError as error:
-            raise ArtifactError(f"{path}: no token file (its metadata lacks {error}). Run: doit pretokenize") from error
+            raise ArtifactError(
+                f"{path}: no token file (its metadata lacks {error}). {advise_build('pretokenize')}"
+            ) from error
         except ValueError as error:
             raise ArtifactError(
-                f"{path}: damaged (a number in its metadata is not valid). Run: doit pretokenize"
+                f"{path}: damaged (a number in its metadata is not valid). {advise_build('pretokenize')}"
             ) from error
         rows = Rows(tensor_reading.map_tensor(path, "tokens"), tensor_reading.map_tensor(path, "marks"))
         if rows.tokens.ndim != 2 or rows.marks.shape != rows.tokens.shape:
-            raise ArtifactError(f"{path}: damaged (its tokens and marks differ in shape). Run: doit pretokenize")
+            raise ArtifactError(
+                f"{path}: damaged (its tokens and marks differ in shape). {advise_build('pretokenize')}"
+            )
         if min(numbers) < 0 or not all(0 <= one < numbers[1] for one in (numbers[2], *ends)):
-            raise ArtifactError(f"{path}: damaged (its metadata names invalid ids). Run: doit pretokenize")
+            raise ArtifactError(f"{path}: damaged (its metadata names invalid ids). {advise_build('pretokenize')}")
         return cls(path, rows, numbers[0], numbers[1], numbers[2], has_conversations, numbers[3], ends)
 
     def full_rows(self, batch_size: int, key: str, *, sources: str = "the sources") -> Rows:

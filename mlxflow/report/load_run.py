@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.report import model_folder
 from mlxflow.report.model_folder import ModelFolderFacts
@@ -201,13 +202,13 @@ def _read_stage(root: Path, member: Member) -> LoadedStage:
     size = sum(_size(root / path) for path in member.outputs)
     shown = (member.folder / layout.REPORT).as_posix()
     if problem == "is missing":
-        message = f"{shown} is missing. Run: doit {member.task}"
+        message = f"{shown} is missing. {advise_build(member.task)}"
         return LoadedStage(member, None, "missing", message + _last_log_line(root, member.task), size)
     if problem:
-        return LoadedStage(member, None, "damaged", f"{shown} {problem}. Run: doit {member.task}", size)
+        return LoadedStage(member, None, "damaged", f"{shown} {problem}. {advise_build(member.task)}", size)
     form = _FORMS.get(member.task.partition(":")[0], StageReport)
     try:
-        report = report_structs.parse(table, form, shown=shown, advice=f"Run: doit {member.task}")
+        report = report_structs.parse(table, form, shown=shown, advice=advise_build(member.task))
     except ArtifactError as error:
         return LoadedStage(member, None, "damaged", f"{_written_by(table)}{error.problems[0]}", size)
     if report.stage.mlxflow != version("mlxflow"):
@@ -280,17 +281,17 @@ def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence
     shown = layout.stage_folder("report") / layout.REPORT
     read, problem = read_toml(root / shown)
     if problem:
-        return [], "No sample was generated yet. Run: doit report"
+        return [], f"No sample was generated yet. {advise_build('report')}"
     try:
         samples = report_structs.parse(
-            read, PageReport, shown=shown.as_posix(), advice="Run: doit report"
+            read, PageReport, shown=shown.as_posix(), advice=advise_build("report")
         ).figures.samples
     except ArtifactError as error:
         return [], f"No sample is shown: {error.problems[0]}"
     known = {one.task: model_key(one.report.stage) for one in stages if one.report}
     current = [one for one in samples if known.get(one.model) == one.model_key]
     left_out = len(samples) - len(current)
-    return current, f"{left_out} samples of earlier models are left out. Run: doit report" if left_out else ""
+    return current, f"{left_out} samples of earlier models are left out. {advise_build('report')}" if left_out else ""
 
 
 def model_key(provenance: Provenance) -> str:

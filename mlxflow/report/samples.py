@@ -8,6 +8,7 @@ from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.data.held_out_questions import held_out_beginnings, held_out_questions
 from mlxflow.data.token_file import TokenFile
 from mlxflow.evaluation.text_generation import Sampling, Writer, open_template
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import reason_of
 from mlxflow.report.load_run import model_key
 from mlxflow.report.stage_reports.report import SampleText
@@ -78,7 +79,7 @@ def write_samples(
     prompts = _choose_prompts(request, models, validation)
     samples: list[SampleText] = []
     for reference, path in models.items():
-        key = model_key(report_structs.read_provenance(reports[reference], advice=f"Run: doit {reference}"))
+        key = model_key(report_structs.read_provenance(reports[reference], advice=advise_build(reference)))
         try:
             texts_of_model = _written(request, path.parent, prompts)
         except RuntimeError as error:  # out of memory: the page is written without this model

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from mlxflow.messages.advice import advise_build
 from mlxflow.storage import layout
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def read_timeline(path: Path) -> Timeline:
     except OSError as error:
         return Timeline({}, f"{shown} cannot be read ({error.strerror}).")
     except (ValueError, RecursionError):
-        return Timeline({}, f"{shown} is damaged: its header cannot be read. Run: doit profile")
+        return Timeline({}, f"{shown} is damaged: its header cannot be read. {advise_build('profile')}")
     columns, cut = {}, []
     for name, entry in sorted(header.items()):
         if name == "__metadata__":

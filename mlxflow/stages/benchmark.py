@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, derive_seed
@@ -269,9 +270,9 @@ def read_benchmark(path: Path) -> "BenchmarkReport":
     if report.get("version") != VERSION:
         raise ArtifactError(
             f"{path}: version = {report.get('version', 'none')}: expected {VERSION}. "
-            "Measure it again with this version of mlxflow: doit benchmark"
+            "Measure it again with this version of mlxflow: mlxflow build benchmark"
         )
-    return report_structs.parse(report, BenchmarkReport, shown=str(path), advice="Run: doit benchmark").figures
+    return report_structs.parse(report, BenchmarkReport, shown=str(path), advice=advise_build("benchmark")).figures
 
 
 def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -> "Suite":

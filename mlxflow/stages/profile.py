@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import StageError
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, derive_seed
@@ -215,7 +216,7 @@ def _packing(inputs: Inputs, data: str) -> str:
     from mlxflow.storage import report_structs
 
     report = inputs.tokens.with_name(layout.REPORT)
-    return report_structs.read(report, PretokenizeReport, advice=f"Run: doit {data}").figures.packing
+    return report_structs.read(report, PretokenizeReport, advice=advise_build(data)).figures.packing
 
 
 class _Taken(NamedTuple):

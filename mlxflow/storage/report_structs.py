@@ -129,7 +129,7 @@ def read(path: Path, form: type[F], *, shown: str = "", advice: str) -> Report[F
         path: a report.toml.
         form: struct of the stage's figures.
         shown: the path for messages; empty for `path` itself.
-        advice: the last sentence of a message, such as "Run: doit train".
+        advice: the last sentence of a message, such as advise_build("train").
 
     Raises:
         ArtifactError: it is missing, damaged or does not match the struct; see `parse`.

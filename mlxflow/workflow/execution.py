@@ -13,6 +13,7 @@ import msgspec
 
 from mlxflow.device import compute_device, cpu_backend
 from mlxflow.messages import terminal
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError, StageError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.storage import (
@@ -230,7 +231,7 @@ def _advise(error: OSError, workflow: Workflow, name: Path) -> str:
 
 def _maker_advice(workflow: Workflow, name: Path) -> str:
     maker = next((maker.task for maker in workflow.stages if name in maker.outputs), None)
-    return f". Run: doit {maker}" if maker else ". Fix it or change the workflow."
+    return f". {advise_build(maker)}" if maker else ". Fix it or change the workflow."
 
 
 def _limit_memory(workflow: Workflow) -> int:

@@ -50,11 +50,11 @@ class Handover(NamedTuple):
         """
         lines = []
         if json.loads(json.dumps(settings)) != self.settings:
-            lines.append(f"{task}: mlxflow or MLX was changed since doit began. Run doit again.")
+            lines.append(f"{task}: mlxflow or MLX was changed since the build began. Build again.")
         if self.inputs is not None:
             names = sorted({*inputs, *self.inputs})
             differing = [name for name in names if inputs.get(name) != self.inputs.get(name)]
-            lines += [f"{name}: changed since doit checked it for {task}. Run doit again." for name in differing]
+            lines += [f"{name}: changed since the build checked it for {task}. Build again." for name in differing]
         if lines:
             raise StageError("\n".join(lines))
 

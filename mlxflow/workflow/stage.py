@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, r
 import msgspec
 
 from mlxflow.data.sources import Corpus
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_json
@@ -226,5 +227,5 @@ def require(path: Path, task: str) -> Path:
         ArtifactError: it is missing; the message names the command that makes it.
     """
     if not path.exists():
-        raise ArtifactError(f"{path}: missing. Run: doit {task}")
+        raise ArtifactError(f"{path}: missing. {advise_build(task)}")
     return path

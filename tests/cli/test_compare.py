@@ -84,10 +84,10 @@ def test_what_is_not_committed_is_refused_with_the_command_that_commits_it(
     commit = 'git add -f artifacts/benchmark/report.toml && git commit -m "Benchmark"'
     assert refused("HEAD:artifacts") == (
         "git cannot be asked (fatal: not a git repository (or any of the parent directories): .git). "
-        f"Name a report or a folder, or run: git init && doit benchmark && {commit}"
+        f"Name a report or a folder, or run: git init && mlxflow build benchmark && {commit}"
     )
     subprocess.run(["git", "init", "-q"], check=True)
-    assert refused("HEAD:artifacts") == f"nothing is committed yet. Run: doit benchmark && {commit}"
+    assert refused("HEAD:artifacts") == f"nothing is committed yet. Run: mlxflow build benchmark && {commit}"
     Path("artifacts/benchmark").mkdir(parents=True)
     _write(Path("artifacts/benchmark/report.toml"), report)
     assert refused("HEAD:artifacts/benchmark") == f"nothing is committed yet. Run: {commit}"
@@ -111,7 +111,7 @@ def test_another_version_is_refused_by_name(
     assert main(["compare", str(path), str(path)]) == 2
     assert capsys.readouterr().err == (
         f"{path}: version = 3: expected {benchmark.VERSION}. "
-        "Measure it again with this version of mlxflow: doit benchmark\n"
+        "Measure it again with this version of mlxflow: mlxflow build benchmark\n"
     )
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_is_no_benchmark_report_is_refused_by_name(
     assert main(["compare", str(path), str(path)]) == 2
     assert capsys.readouterr().err == f"{path}: no benchmark's report (it has no training and models). Name one.\n"
     assert main(["compare", str(tmp_path), str(path)]) == 2
-    assert capsys.readouterr().err == f"{tmp_path}: no benchmark's report in it. Run: doit benchmark\n"
+    assert capsys.readouterr().err == f"{tmp_path}: no benchmark's report in it. Run: mlxflow build benchmark\n"
     empty = tmp_path / "empty.toml"
     whole = report_files.read_report(built / "artifacts/benchmark/report.toml")
     report_files.write_report(empty, whole | {"training": [], "models": []})
@@ -191,4 +191,4 @@ def test_a_benchmark_of_another_form_is_not_compared(
     report_files.write_report(bad, report)
     for order in ((good, bad), (bad, good)):
         assert main(["compare", *map(str, order)]) == 2
-        assert tuple(capsys.readouterr()) == ("", f"{bad}: {said}. Run: doit benchmark\n")
+        assert tuple(capsys.readouterr()) == ("", f"{bad}: {said}. Run: mlxflow build benchmark\n")

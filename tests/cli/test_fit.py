@@ -16,7 +16,7 @@ def test_fit_refuses_other_stages_and_invalid_sizes(
     assert capsys.readouterr().err.splitlines() == [
         "train: expected a profile stage. Name one.",
         "fit: 0: expected a number of at least 1. Use one such as 32.",
-        "artifacts/train/config.json: missing. Run: doit profile",
+        "artifacts/train/config.json: missing. Run: mlxflow build profile",
     ]
 
 

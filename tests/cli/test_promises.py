@@ -24,7 +24,7 @@ def test_promises_need_a_benchmark(
 ) -> None:
     monkeypatch.chdir(job)
     assert main(["promises"]) == 2
-    assert capsys.readouterr().err == "artifacts/benchmark/report.toml: missing. Run: doit benchmark\n"
+    assert capsys.readouterr().err == "artifacts/benchmark/report.toml: missing. Run: mlxflow build benchmark\n"
     assert main(["promises", "--stage", "train"]) == 2
     assert capsys.readouterr().err == (
         "promises: --stage = train: expected a benchmark stage. Use benchmark (the default).\n"

@@ -68,7 +68,7 @@ def test_mlxflow_report_names_stale_and_missing_stages(job_copy: Path) -> None:
     assert "1 of 6 stages built" in text
     assert "train is out of date: its settings, its code or MLX changed." in text
     assert "quantize:q4 is out of date: train, which it reads from, is out of date or not built." in text
-    assert "No benchmark to show: artifacts/benchmark/report.toml is missing. Run: doit benchmark" in text
+    assert "No benchmark to show: artifacts/benchmark/report.toml is missing. Run: mlxflow build benchmark" in text
     assert "Loss, in nats a token" in text
 
 
@@ -113,7 +113,7 @@ def test_a_comparison_needs_two_folders_with_artifacts(
     empty = tmp_path_factory.mktemp("empty")
     (job / "artifacts").mkdir()
     assert main(["report", str(job), str(empty)]) == 2
-    expected = f"report: {str(empty)!r}: holds no artifacts. Name a folder in which doit built a stage.\n"
+    expected = f"report: {str(empty)!r}: holds no artifacts. Name a folder in which a stage was built.\n"
     assert capsys.readouterr().err == expected
     assert main(["report", str(job)]) == 2
     expected = f"report: {str(job)!r}: expected two or more runs. Use: mlxflow report . {job}\n"

@@ -6,7 +6,7 @@ from tests.conftest import STAGES, mlxflow
 def test_a_stage_without_its_input_names_the_command_that_makes_it(job: Path) -> None:
     result = mlxflow(job, "run", "train")
     assert result.returncode == 2
-    assert result.stderr == "artifacts/pretokenize: missing. Run: doit pretokenize\n"
+    assert result.stderr == "artifacts/pretokenize: missing. Run: mlxflow build pretokenize\n"
     assert not (job / "artifacts/train").exists()
 
 

@@ -68,7 +68,7 @@ def test_a_report_of_another_form_is_not_printed(
     path = job / "artifacts/quantize/q4/report.toml"
     path.parent.mkdir(parents=True)
     write_report(path, report)
-    assert _show(job, capsys, "quantize:q4") == (2, "", f"{path}: {said}. Run: doit quantize:q4\n")
+    assert _show(job, capsys, "quantize:q4") == (2, "", f"{path}: {said}. Run: mlxflow build quantize:q4\n")
 
 
 def test_odd_names_are_printed_without_control_characters(

@@ -186,11 +186,11 @@ def test_ids_outside_the_models_vocabulary_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"targets": "x"}, "a number in its metadata is none"),
-        ({"context_length": "9" * 5000}, "a number in its metadata is none"),
-        ({"end_tokens": "100"}, "its metadata names ids that are none"),
-        ({"end_of_text": "-1"}, "its metadata names ids that are none"),
-        ({"vocab_size": "0"}, "its metadata names ids that are none"),
+        ({"targets": "x"}, "a number in its metadata is not valid"),
+        ({"context_length": "9" * 5000}, "a number in its metadata is not valid"),
+        ({"end_tokens": "100"}, "its metadata names invalid ids"),
+        ({"end_of_text": "-1"}, "its metadata names invalid ids"),
+        ({"vocab_size": "0"}, "its metadata names invalid ids"),
         ({}, "its tokens and marks differ in shape"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_damaged_token_file_is_named(tmp_path: Path, change: dict[str, str], r
     tensor_writing.write_arrays(path, arrays, metadata | {"has_conversations": "false"} | change)
     with pytest.raises(ArtifactError) as caught:
         TokenFile.open(path)
-    assert str(caught.value) == f"{path}: damaged ({reason}). Run: doit pretokenize"
+    assert str(caught.value) == f"{path}: damaged ({reason}). Run: mlxflow build pretokenize"
 
 
 def test_a_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -210,4 +210,6 @@ def test_a_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     tensor_writing.write_arrays(path, {"tokens": np.arange(5)}, {})
     with pytest.raises(ArtifactError) as caught:
         TokenFile.open(path)
-    assert str(caught.value) == (f"{path}: no token file (its metadata lacks 'context_length'). Run: doit pretokenize")
+    assert str(caught.value) == (
+        f"{path}: no token file (its metadata lacks 'context_length'). Run: mlxflow build pretokenize"
+    )

@@ -13,7 +13,7 @@ def test_a_missing_report_is_named_and_the_rest_is_shown(root: Path, task: str) 
     (root / "artifacts" / Path(*task.split(":")) / "report.toml").unlink()
     text = text_of(root)
     assert f"{task} is not built" in text
-    assert f"artifacts/{task.replace(':', '/')}/report.toml is missing. Run: doit {task}" in text
+    assert f"artifacts/{task.replace(':', '/')}/report.toml is missing. Run: mlxflow build {task}" in text
     assert "5 of 6 stages built" in text
 
 

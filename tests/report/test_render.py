@@ -79,7 +79,7 @@ def test_a_malformed_report_counts_as_missing_and_is_named(
     root: Path, change: Callable[[dict[str, Any]], object], said: str
 ) -> None:
     edit(root, "profile", change)
-    line = f"artifacts/profile/report.toml: {said}. Run: doit profile"
+    line = f"artifacts/profile/report.toml: {said}. Run: mlxflow build profile"
     text = text_of(root)
     assert "profile is damaged" in text
     assert f"No memory profile to show: {line}" in text

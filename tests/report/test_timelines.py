@@ -15,7 +15,7 @@ def test_a_cut_off_timeline_is_shown_up_to_the_cut(root: Path) -> None:
     assert "MLX&#39;s memory, at each step&#39;s end" in page
     path.write_bytes(b"\xff" * 40)
     page = render([read(root)]).decode()
-    assert "profile/timeline.safetensors is damaged: its header cannot be read. Run: doit profile" in page
+    assert "profile/timeline.safetensors is damaged: its header cannot be read. Run: mlxflow build profile" in page
 
 
 def _leave_a_journal(root: Path, *, end: bool = False) -> Path:

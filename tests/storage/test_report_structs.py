@@ -39,9 +39,10 @@ def test_a_report_is_equal_bytes_when_it_is_written_again(built: Path, tmp_path:
 
 def _lines(table: dict[str, Any], form: type[StageReport]) -> list[str]:
     with pytest.raises(ArtifactError) as caught:
-        report_structs.parse(table, form, shown="report.toml", advice="Run: doit train")
+        report_structs.parse(table, form, shown="report.toml", advice="Run: mlxflow build train")
     return [
-        line.removeprefix("report.toml: ").removesuffix(". Run: doit train") for line in str(caught.value).split("\n")
+        line.removeprefix("report.toml: ").removesuffix(". Run: mlxflow build train")
+        for line in str(caught.value).split("\n")
     ]
 
 
@@ -101,11 +102,11 @@ def test_the_table_of_provenance_is_read_alone(tmp_path: Path) -> None:
     path = tmp_path / "report.toml"
     about = dict.fromkeys(("stage", "settings_digest", "inputs_digest", "seed", "mlxflow", "mlx"), "x")
     path.write_text(tomli_w.dumps({"stage": about, "steps": "many"}))
-    assert report_structs.read_provenance(path, advice="Run: doit train").stage == "x"
+    assert report_structs.read_provenance(path, advice="Run: mlxflow build train").stage == "x"
     path.write_text(tomli_w.dumps({"steps": 3}))
     with pytest.raises(ArtifactError) as caught:
-        report_structs.read_provenance(path, advice="Run: doit train")
-    assert str(caught.value) == f"{path}: stage: expected a table. Run: doit train"
+        report_structs.read_provenance(path, advice="Run: mlxflow build train")
+    assert str(caught.value) == f"{path}: stage: expected a table. Run: mlxflow build train"
 
 
 class _Run(msgspec.Struct, frozen=True):
@@ -135,5 +136,5 @@ def test_part_of_a_report_with_a_wrong_key_is_refused(tmp_path: Path, text: str,
     path = tmp_path / "report.toml"
     path.write_text(text)
     with pytest.raises(ArtifactError) as caught:
-        report_structs.read_part(path, _Part, advice="Run: doit train")
-    assert str(caught.value) == f"{path}: {said}. Run: doit train"
+        report_structs.read_part(path, _Part, advice="Run: mlxflow build train")
+    assert str(caught.value) == f"{path}: {said}. Run: mlxflow build train"

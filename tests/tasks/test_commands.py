@@ -196,7 +196,7 @@ def test_a_damaged_artifact_is_not_packed(chain: Chain, tmp_path: Path) -> None:
     assert chain.doit("pack", "s1", str(tmp_path / "s1.tar")) == (
         1,
         "",
-        "artifacts/s1/a was changed after the run\ns1: its artifact was changed after its run. Run: doit s1\n",
+        "artifacts/s1/a was changed after the run\ns1: its artifact was changed after its run. Run: mlxflow build s1\n",
     )
     assert not (tmp_path / "s1.tar").exists()
 
@@ -280,5 +280,5 @@ def test_no_verb_shows_a_traceback_for_an_invalid_record(chain: Chain) -> None:
 def test_a_forgotten_stage_is_neither_verified_nor_packed(chain: Chain, tmp_path: Path) -> None:
     assert chain.doit("forget", "s2")[0] == 0
     assert chain.doit("verify")[:2] == (0, "5 files of 5 stages read, 0 damaged\n")
-    said = "s2: never built here. Run: doit s2\n"
+    said = "s2: never built here. Run: mlxflow build s2\n"
     assert chain.doit("pack", "s2", str(tmp_path / "s2.tar")) == (1, "", said)

@@ -90,8 +90,8 @@ def test_a_single_stage_with_stale_inputs_is_refused(chain: Chain) -> None:
     code, out, err = chain.doit("-s", "s3")
     assert (code, out) == (1, "")
     assert err.splitlines() == [
-        "s3: reads from s1, which is stale (source source changed). Run: doit s3",
-        "s3: reads from s2, which is stale (because s1 runs). Run: doit s3",
+        "s3: reads from s1, which is stale (source source changed). Run: mlxflow build s3",
+        "s3: reads from s2, which is stale (because s1 runs). Run: mlxflow build s3",
     ]
     (chain.folder / "source").write_bytes(b"the source")
     chain.path(3).unlink()

@@ -101,10 +101,10 @@ def test_every_missing_input_is_reported_once_with_its_stage(workflow: Workflow)
     with pytest.raises(ArtifactError) as caught:
         execute_stage(workflow, workflow.find("benchmark"))
     assert caught.value.problems == (
-        "artifacts/train: missing. Run: doit train",
-        "artifacts/quantize/q4: missing. Run: doit quantize:q4",
-        "artifacts/quantize/q8: missing. Run: doit quantize:q8",
-        "artifacts/pretokenize: missing. Run: doit pretokenize",
+        "artifacts/train: missing. Run: mlxflow build train",
+        "artifacts/quantize/q4: missing. Run: mlxflow build quantize:q4",
+        "artifacts/quantize/q8: missing. Run: mlxflow build quantize:q8",
+        "artifacts/pretokenize: missing. Run: mlxflow build pretokenize",
     )
     assert not Path("artifacts/benchmark").exists()
 

@@ -32,7 +32,7 @@ def test_check_names_every_difference() -> None:
     with pytest.raises(StageError) as caught:
         HANDOVER.check("train", {"seed": 1}, {"a": "34", "b": "56"})
     assert str(caught.value).splitlines() == [
-        "train: mlxflow or MLX was changed since doit began. Run doit again.",
-        "a: changed since doit checked it for train. Run doit again.",
-        "b: changed since doit checked it for train. Run doit again.",
+        "train: mlxflow or MLX was changed since the build began. Build again.",
+        "a: changed since the build checked it for train. Build again.",
+        "b: changed since the build checked it for train. Build again.",
     ]

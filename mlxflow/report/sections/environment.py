@@ -26,7 +26,7 @@ def section(runs: Sequence[Run]) -> Section:
 def _blocks(run: Run) -> list[Block]:
     blocks: list[Block] = [_machine(run)]
     if run.lock_problem:
-        blocks.append(Note(f"{layout.LOCKFILE} {run.lock_problem}: doit writes it when it builds a stage."))
+        blocks.append(Note(f"{layout.LOCKFILE} {run.lock_problem}: it is written when a stage is built."))
         return blocks
     blocks.append(_lock(run))
     for task, entry in run.lock.items():

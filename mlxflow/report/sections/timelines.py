@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mlxflow.messages.advice import advise_build
 from mlxflow.report import colors, line_plot
 from mlxflow.report.elements import Block, Figure, Note, Table
 from mlxflow.report.formatting import clean, show, show_bytes
@@ -60,7 +61,9 @@ def draw(stage: LoadedStage, timeline: Timeline | None, until: str = "") -> list
         until: suffix of the titles.
     """
     if timeline is None:
-        return [Note(f"No memory timeline to show: {stage.task} left no timeline.safetensors. Run: doit {stage.task}")]
+        return [
+            Note(f"No memory timeline to show: {stage.task} left no timeline.safetensors. {advise_build(stage.task)}")
+        ]
     plots: list[Block] = []
     for prefix, x_name, x_form, what in (
         ("", "step", "number", "at each step's end"),
@@ -80,7 +83,7 @@ def draw(stage: LoadedStage, timeline: Timeline | None, until: str = "") -> list
 
 def draw_cut_off(stage: LoadedStage, timeline: Timeline) -> list[Block]:
     """Return the plots of an unfinished run, and how it ended."""
-    again = "" if timeline.ended.startswith("is still") else f" Run: doit {stage.task}"
+    again = "" if timeline.ended.startswith("is still") else f" {advise_build(stage.task)}"
     text = f"The last run of {stage.task} {clean(timeline.ended)}; all that it measured until then is shown.{again}"
     return [Note(text), *draw(stage, timeline, " until then")]
 

@@ -46,4 +46,4 @@ def test_settings_are_shown_as_toml(root: Path) -> None:
 def test_a_missing_lock_is_noted(root: Path) -> None:
     (root / "mlxflow.lock").unlink()
     notes = [block.text for block in environment.section([read(root)]).blocks if isinstance(block, Note)]
-    assert notes == ["mlxflow.lock is missing: doit writes it when it builds a stage."]
+    assert notes == ["mlxflow.lock is missing: it is written when a stage is built."]

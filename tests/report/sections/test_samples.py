@@ -15,4 +15,4 @@ def test_samples_of_an_earlier_model_are_left_out(root: Path) -> None:
     edit(root, "train", lambda report: report["stage"].update(inputs_digest="another"))
     text = text_of(root)
     assert "stage and on" not in text
-    assert "1 samples of earlier models are left out. Run: doit report" in text
+    assert "1 samples of earlier models are left out. Run: mlxflow build report" in text

@@ -23,7 +23,7 @@ def test_every_stage_has_its_state_time_and_artifact(root: Path) -> None:
     said = [block.text for block in notes if isinstance(block, Note)]
     assert said[0] == "artifacts/train/report.toml was written by mlxflow 0.0.1."
     assert said[1].startswith("artifacts/quantize/q4/report.toml is damaged (")
-    assert said[2] == "artifacts/profile/report.toml is missing. Run: doit profile"
+    assert said[2] == "artifacts/profile/report.toml is missing. Run: mlxflow build profile"
     for row in table.rows:
         assert f"{row[0]}: {row[1]}" in drawn.drawing, "the plot's name for a screen reader"
 

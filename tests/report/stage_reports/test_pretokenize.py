@@ -16,6 +16,6 @@ def test_a_figure_of_the_wrong_type_is_named_by_its_key(built: Path) -> None:
     )
     with pytest.raises(ArtifactError) as caught:
         report_structs.parse(
-            table | {"packing": 3}, PretokenizeReport, shown="report.toml", advice="Run: doit pretokenize"
+            table | {"packing": 3}, PretokenizeReport, shown="report.toml", advice="Run: mlxflow build pretokenize"
         )
-    assert str(caught.value) == "report.toml: packing: expected `str`, got `int`. Run: doit pretokenize"
+    assert str(caught.value) == "report.toml: packing: expected `str`, got `int`. Run: mlxflow build pretokenize"

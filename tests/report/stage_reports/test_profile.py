@@ -16,6 +16,9 @@ def test_a_figure_of_the_wrong_type_is_named_by_its_key(built: Path) -> None:
     )
     with pytest.raises(ArtifactError) as caught:
         report_structs.parse(
-            table | {"median_step_seconds": -1.0}, ProfileReport, shown="report.toml", advice="Run: doit profile"
+            table | {"median_step_seconds": -1.0},
+            ProfileReport,
+            shown="report.toml",
+            advice="Run: mlxflow build profile",
         )
-    assert str(caught.value) == "report.toml: median_step_seconds: expected `float` >= 0.0. Run: doit profile"
+    assert str(caught.value) == "report.toml: median_step_seconds: expected `float` >= 0.0. Run: mlxflow build profile"

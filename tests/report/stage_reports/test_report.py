@@ -15,5 +15,7 @@ def test_a_figure_of_the_wrong_type_is_named_by_its_key(built: Path) -> None:
         == table["page_bytes"]
     )
     with pytest.raises(ArtifactError) as caught:
-        report_structs.parse(table | {"page_bytes": 1.5}, PageReport, shown="report.toml", advice="Run: doit report")
-    assert str(caught.value) == "report.toml: page_bytes: expected `int`, got `float`. Run: doit report"
+        report_structs.parse(
+            table | {"page_bytes": 1.5}, PageReport, shown="report.toml", advice="Run: mlxflow build report"
+        )
+    assert str(caught.value) == "report.toml: page_bytes: expected `int`, got `float`. Run: mlxflow build report"

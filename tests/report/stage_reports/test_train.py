@@ -17,8 +17,8 @@ def test_settings_are_read_with_every_key(built: Path) -> None:
     assert report.settings == msgspec.convert(table["settings"], TrainingSettings)
     del table["settings"]["keep"]
     with pytest.raises(ArtifactError) as caught:
-        report_structs.parse(table, TrainReport, shown="report.toml", advice="Run: doit train")
-    assert str(caught.value) == "report.toml: settings.keep: missing. Run: doit train"
+        report_structs.parse(table, TrainReport, shown="report.toml", advice="Run: mlxflow build train")
+    assert str(caught.value) == "report.toml: settings.keep: missing. Run: mlxflow build train"
 
 
 def test_the_train_report_has_every_setting_resolved(built: Path) -> None:
