@@ -69,7 +69,7 @@ def test_a_saved_report_is_read_from_its_commit(
     assert main(["compare", ":artifacts", "artifacts"]) == 0  # from git's index
 
 
-def test_what_is_not_committed_is_refused_with_the_command_that_commits_it(
+def test_an_uncommitted_report_is_refused_with_the_command_that_commits_it(
     report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

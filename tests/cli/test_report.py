@@ -147,7 +147,7 @@ def test_watch_prints_an_address_and_ends_with_ctrl_c(job: Path) -> None:
     ("arguments", "port"),
     [(["--port", "8000"], 8000), (["--watch", "--port", "70000"], 70000), (["--watch", "--port", "-1"], -1)],
 )
-def test_a_port_that_cannot_be_is_refused(
+def test_an_invalid_port_is_refused(
     job: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], port: int
 ) -> None:
     assert main(["report", *arguments, "--workflow", str(job / "workflow.toml")]) == 2

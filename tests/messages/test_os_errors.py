@@ -75,7 +75,7 @@ def _open(path: Path) -> None:
     ],
     ids=["config.json", "adapter_config.json", "workflow.toml", "metrics.jsonl", "source"],
 )
-def test_no_more_open_files_are_named_as_what_they_are(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_the_limit_of_open_files_is_named_in_the_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(MlxflowError):  # the file is missing; what reading it imports is imported now
         read(tmp_path)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -53,7 +53,7 @@ def test_products_and_attention_are_replaced_on_the_cpu() -> None:
         (True, True, [True, True, True, False]),
     ],
 )
-def test_lookups_are_replaced_on_a_gpu_for_determinism_and_attention_on_cuda_alone(
+def test_lookups_are_replaced_on_a_gpu_and_attention_only_on_cuda(
     on_metal: bool, is_deterministic: bool, expected: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))

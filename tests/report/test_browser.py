@@ -258,9 +258,7 @@ def test_the_loss_is_smoothed_and_drawn_by_its_logarithm_and_back(page_file: Pat
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_every_word_of_an_axis_is_within_the_page_and_ticks_stand_at_their_values(
-    page_file: Path, show: Open, width: int
-) -> None:
+def test_axis_labels_are_within_the_page_and_ticks_at_their_values(page_file: Path, show: Open, width: int) -> None:
     page = show(page_file, width=width)
     outside = page.eval_on_selector_all(
         "svg.x text, svg.y text",

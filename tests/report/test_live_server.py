@@ -47,7 +47,7 @@ def server() -> Iterator[PageServer]:
         yield server
 
 
-def test_the_page_is_answered_once_and_then_named_unchanged(server: PageServer) -> None:
+def test_an_unchanged_page_is_sent_only_once(server: PageServer) -> None:
     status, body, headers = _ask(server)
     assert (status, body) == (200, b"<p>the page</p>")
     assert headers["Content-Type"] == "text/html; charset=utf-8"
@@ -63,7 +63,7 @@ def test_the_page_is_answered_once_and_then_named_unchanged(server: PageServer) 
 @pytest.mark.parametrize(
     "host", ["example.org", "example.org:{port}", "127.0.0.1", "127.0.0.1:1", "localhost.example.org:{port}"]
 )
-def test_a_request_by_another_name_is_refused(server: PageServer, host: str) -> None:
+def test_a_request_for_another_host_name_is_refused(server: PageServer, host: str) -> None:
     assert _ask(server, Host=host.format(port=server.server_port))[:2] == (421, b"")
 
 
@@ -71,12 +71,12 @@ def test_a_request_by_another_name_is_refused(server: PageServer, host: str) -> 
     "path",
     ["/index.html", "/workflow.toml", "/../workflow.toml", "/?x", "/artifacts/", "/%2e%2e/etc/passwd"],
 )
-def test_nothing_but_the_page_is_answered(server: PageServer, path: str) -> None:
+def test_only_the_page_is_served(server: PageServer, path: str) -> None:
     assert _ask(server, path)[:2] == (404, b"")
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
-def test_nothing_can_be_sent(server: PageServer, method: str) -> None:
+def test_only_get_requests_are_accepted(server: PageServer, method: str) -> None:
     assert _ask(server, method=method)[0] == 501
 
 
@@ -97,7 +97,7 @@ def test_a_page_is_drawn_again_after_a_change_only() -> None:
     assert drawn == [1, 2]
 
 
-def test_a_page_that_cannot_be_drawn_is_said_and_asked_for_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_that_cannot_be_rendered_is_reported_and_requested_again(capsys: pytest.CaptureFixture[str]) -> None:
     pages: list[bytes] = [b"a page"]
 
     def draw() -> bytes:
@@ -158,7 +158,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def test_a_browser_shows_the_training_as_it_goes_on(root: Path, chromium: Any) -> None:
+def test_a_browser_shows_the_progress_of_the_training(root: Path, chromium: Any) -> None:
     shutil.rmtree(root / "artifacts/train")
     live = LivePage(lambda: render([read(root)], is_live=True), lambda: stamps(root))
     problems: list[str] = []

@@ -98,7 +98,7 @@ def test_an_optional_key_that_is_missing_is_none_and_is_not_written(built: Path)
     assert tomli_w.dumps(report_structs.as_table(report)) == tomli_w.dumps(table)
 
 
-def test_the_table_of_provenance_is_read_alone(tmp_path: Path) -> None:
+def test_the_table_of_provenance_can_be_read_alone(tmp_path: Path) -> None:
     path = tmp_path / "report.toml"
     about = dict.fromkeys(("stage", "settings_digest", "inputs_digest", "seed", "mlxflow", "mlx"), "x")
     path.write_text(tomli_w.dumps({"stage": about, "steps": "many"}))

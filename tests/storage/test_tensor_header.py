@@ -17,7 +17,7 @@ def _entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, obje
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_a_header_is_read_as_it_was_encoded(tmp_path: Path) -> None:
+def test_an_encoded_header_is_read_unchanged(tmp_path: Path) -> None:
     entries: dict[str, object] = {"x": _entry("U8", [3], 0, 3), "y": _entry("BF16", [2, 1], 3, 7)}
     path = _write(tmp_path / "a.safetensors", entries, bytes(7))
     header, begin = read_safetensors_header(path)

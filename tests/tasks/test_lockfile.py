@@ -58,7 +58,7 @@ def test_a_lock_table_holds_every_field_of_a_record_except_sizes_and_seconds(tmp
     assert lockfile.recorded(table | {"seconds": 12.5}) == VALUES | {"outputs": OUTPUTS}  # as earlier versions wrote it
 
 
-def test_of_measurements_a_table_has_the_names_alone() -> None:
+def test_a_lock_table_of_a_measurement_has_only_the_names_of_its_files() -> None:
     node = replace(_node("train"), measured=("notes/ü.txt", "artifacts/train/b"))
     table = lockfile.describe(node, VALUES)
     assert table["inputs"] == {"builtin:python-stdlib": "1" * 32}
@@ -68,7 +68,7 @@ def test_of_measurements_a_table_has_the_names_alone() -> None:
     assert (lockfile.recorded(lockfile.describe(whole, VALUES)) or {})["outputs"] == {}
 
 
-def test_a_report_is_known_by_all_but_its_table_run(tmp_path: Path) -> None:
+def test_the_identity_of_a_report_leaves_out_its_table_run(tmp_path: Path) -> None:
     node = replace(_node("train"), root=tmp_path)
     report = tmp_path / "artifacts/train/report.toml"
     report.parent.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_a_report_is_known_by_all_but_its_table_run(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
-def test_the_commit_is_that_of_the_first_run_that_made_it_so(tmp_path: Path) -> None:
+def test_a_lock_table_has_the_commit_of_the_first_run_with_its_result(tmp_path: Path) -> None:
     before = _write(tmp_path / "lock", "train")
     node = _node("train")
     lockfile.update(tmp_path / "lock", node, VALUES | {"commit": "f" * 40, "seconds": 99.0}, {"train"})

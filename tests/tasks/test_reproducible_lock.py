@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_built_again_on_the_same_machine_it_is_the_same_bytes(folder: Path) -> None:
+def test_a_rebuild_on_the_same_machine_writes_the_same_lock_file(folder: Path) -> None:
     lock = (folder / "mlxflow.lock").read_bytes()
     pages = [(folder / "artifacts/index.html").read_bytes()]
     shutil.rmtree(folder / "artifacts")
@@ -75,7 +75,7 @@ def test_without_the_state_the_lock_describes_measured_artifacts_too(folder: Pat
     assert doit(copy, "plan").stdout.splitlines()[0] == "profile: never built"
 
 
-def test_another_learning_rate_changes_it(folder: Path, tmp_path: Path) -> None:
+def test_another_learning_rate_changes_the_lock_file(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     before = tomllib.loads((copy / "mlxflow.lock").read_text())
     path = copy / "workflow.toml"

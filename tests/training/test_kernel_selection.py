@@ -26,7 +26,7 @@ def test_a_resumed_run_reuses_the_recorded_kernel_selection(tmp_path: Path) -> N
         assert request.recorded() is None
 
 
-def test_a_repeated_run_takes_the_kernels_of_the_published_report(tmp_path: Path) -> None:
+def test_a_repeated_run_uses_the_kernels_of_the_published_report(tmp_path: Path) -> None:
     request = KernelRequest("auto", "gpu", tmp_path / "kernels.json", published=tmp_path)
     report = tmp_path / "report.toml"
     report.write_text('kernels = ["adamw/float32/float32"]\nsteps = "of another version"\n')

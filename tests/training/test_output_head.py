@@ -85,7 +85,7 @@ def test_any_change_a_model_makes_to_its_logits_is_detected(change: str, tied: b
     assert find_head(model, 50) is None
 
 
-def test_looking_for_a_head_leaves_the_model_as_it_was() -> None:
+def test_head_detection_leaves_the_model_unchanged() -> None:
     model, _ = llama()
     model.train()
     model.layers[0].eval()

@@ -91,7 +91,7 @@ def test_a_stopped_run_continues_to_the_same_weights(
     assert all(mx.array_equal(continued[name], value) for name, value in whole.items())
 
 
-def test_a_run_is_described_by_dotted_keys_and_what_it_is_made_from(tmp_path: Path) -> None:
+def test_a_run_is_described_by_dotted_keys_and_its_inputs(tmp_path: Path) -> None:
     given: dict[str, Any] = dict.fromkeys(("state", "folder", "unfinished", "root"), tmp_path)
     context = Context(
         task="train:a",

@@ -21,7 +21,7 @@ def _read(folder: Path, table: dict[str, Any]) -> TrainingSettings:
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, TrainingSettings()])
-def test_settings_are_read_from_a_report_as_they_were_written(tmp_path: Path, settings: TrainingSettings) -> None:
+def test_settings_of_a_report_are_read_unchanged(tmp_path: Path, settings: TrainingSettings) -> None:
     assert _read(tmp_path, {"settings": msgspec.to_builtins(settings)}) == settings
 
 

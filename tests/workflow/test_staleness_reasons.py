@@ -10,7 +10,7 @@ from mlxflow.workflow.staleness_reasons import (
 MANY = [f"notes/{number:03}.txt" for number in range(300)]
 
 
-def test_few_changed_files_are_named_one_by_one_in_their_order() -> None:
+def test_few_changed_files_are_named_in_order() -> None:
     before = {"a": "1", "b": "1", "artifacts/train/model.safetensors": "1", "d": "1"}
     now = {"a": "2", "artifacts/train/model.safetensors": "2", "c": "1", "d": None}
     assert sorted(input_reasons(before, now)) == [
@@ -43,7 +43,7 @@ def test_control_characters_in_names_are_escaped() -> None:
     assert list(input_reasons({}, names)) == [r"4 files are new: a\x1b[31m, b, c and 1 more"]
 
 
-def test_many_stages_that_run_are_one_reason() -> None:
+def test_many_upstream_stages_are_one_reason() -> None:
     assert list(upstream_reasons(["a", "b"])) == ["because a runs", "because b runs"]
     assert list(upstream_reasons([f"q{n}" for n in range(40)])) == ["because 40 stages run: q0, q1, q2 and 37 more"]
 

@@ -14,7 +14,7 @@ def _tables(root: Path) -> dict[str, Table]:
     return {block.caption: block for block in blocks if isinstance(block, Table)}
 
 
-def test_answers_of_the_stages_are_shown_once_each(root: Path) -> None:
+def test_equal_machine_facts_of_stages_are_shown_once(root: Path) -> None:
     edit(root, "profile", lambda report: report["run"].update(device_name="another", peak_rss_bytes=3 * 10**9))
     cells = {row[0]: row[1] for row in _tables(root)["Machine and versions"].rows}
     assert cells["Device"] == "stage; another"

@@ -47,7 +47,7 @@ def test_the_parts_of_the_peak_are_shares_of_the_whole(root: Path) -> None:
     assert "update" not in [row[0] for row in parts.table.rows], "it has no bytes"
 
 
-def test_suggestions_and_peaks_are_tables_only_where_there_are_some(root: Path) -> None:
+def test_suggestions_and_peaks_are_tables_if_there_are_any(root: Path) -> None:
     def captions() -> list[str]:
         return [block.caption for block in memory.section([read(root)]).blocks if isinstance(block, Table)]
 

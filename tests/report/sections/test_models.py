@@ -32,7 +32,7 @@ def test_each_model_has_its_folder_size_base_and_licence(root: Path) -> None:
     ]
 
 
-def test_without_a_built_model_that_is_said(root: Path) -> None:
+def test_without_a_built_model_there_is_a_note(root: Path) -> None:
     for config in root.glob("artifacts/**/config.json"):
         config.unlink()
     (note,) = section([read(root)]).blocks

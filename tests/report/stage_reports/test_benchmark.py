@@ -4,7 +4,7 @@ from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.storage import report_structs
 
 
-def test_a_report_is_written_as_it_was_read(built: Path, tmp_path: Path) -> None:
+def test_reading_and_writing_a_report_changes_nothing(built: Path, tmp_path: Path) -> None:
     file = built / "artifacts/benchmark/report.toml"
     report = report_structs.read(file, BenchmarkReport, advice="")
     assert len(report.figures.training) > 4
