@@ -82,7 +82,7 @@ def describe_length(config: Any, num_rows: int | None) -> str:
 
     Args:
         config: a `[train]` table, or another one with the same keys.
-        num_rows: of the training file; None where it is not there yet.
+        num_rows: of the training file; None if it does not exist yet.
     """
     rows = config.batch_size * config.grad_accum_steps
     is_in_epochs = config.num_epochs != "auto"
@@ -96,7 +96,7 @@ def describe_length(config: Any, num_rows: int | None) -> str:
 def describe_stage(
     config: Mapping[str, Any], inputs: Iterable[str], root: Path, unbuilt: Container[str] = frozenset()
 ) -> str:
-    """Return the length of the training of a stage in words; empty where it has none, or where it is not known yet.
+    """Return the length of the training of a stage in words; empty if it has none or if it is not known yet.
 
     Args:
         config: the stage's table, as JSON values.

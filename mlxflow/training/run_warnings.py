@@ -38,7 +38,7 @@ class RunOutline(NamedTuple):
         num_epochs: passes over the training rows.
         num_rows: of the training file.
         tokens: of the training file, each counted once, that are learned from.
-        trained_weights: number of them; None where it is not known, or where all weights of a pretrained model are.
+        trained_weights: number of them; None if it is not known, or if all weights of a pretrained model are trained.
         is_adapter: whether the trained weights are adapters.
         validation_rows: in the file.
         max_validation_rows: the most that are used.
@@ -66,7 +66,7 @@ def outline_of(config: Any, train: Path, validation: Path) -> RunOutline | None:
         validation: the token file of validations.
 
     Returns:
-        None where a file is missing or damaged.
+        None if a file is missing or damaged.
     """
     sides = [length.read_rows(file) for file in (train, validation)]
     if sides[0] is None or sides[1] is None:

@@ -49,7 +49,7 @@ def schedule_problems(config: Any, num_steps: int, shown: str) -> Iterator[Probl
 
 
 def require_fitting_steps(config: Any, num_steps: int, num_rows: int, *, table: str) -> None:
-    """Make sure that warm-up and decay fit into steps that are known only now, because epochs are asked for.
+    """Make sure that warm-up and decay fit into steps that are known only now, because the table has epochs.
 
     Args:
         config: a `[train]` table.
@@ -62,7 +62,7 @@ def require_fitting_steps(config: Any, num_steps: int, num_rows: int, *, table: 
     """
     if config.num_steps != "auto":
         return
-    shown = f"the {num_steps} steps that num_epochs = {config.num_epochs:g} makes of {num_rows} rows"
+    shown = f"the {num_steps} steps of num_epochs = {config.num_epochs:g} on {num_rows} rows"
     lines = [
         f"{table}.{one.key} = {one.value}: {one.expected}. {one.advice}"
         for one in schedule_problems(config, num_steps, shown)
