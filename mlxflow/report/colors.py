@@ -27,7 +27,11 @@ _THINGS = {
     "available": "c4",
     "swap": "c1",
     "device": "c2",
-    # Phases of a step, and what is in memory meanwhile
+    # Phases: whole ones, parts of a step, and what is in memory meanwhile
+    "load_model": "c6",
+    "first_step": "c7",
+    "training_step": "c7 p2",
+    "step": "c7 p2",
     "data": "c3",
     "forward_backward": "c4",
     "activations": "c4",

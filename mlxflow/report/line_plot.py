@@ -17,6 +17,9 @@ WIDTH = 1000.0
 _HEIGHT = 220.0
 _LANE = 13.0
 
+# Share of the axis that is left free at both ends of plots that are zoomed together, so that marks there are whole
+_MARK_ROOM = 0.01
+
 
 class Series(NamedTuple):
     """One line of a plot.
@@ -106,7 +109,9 @@ def lines(
         height: in pixels.
     """
     thinned = [one._replace(x=x, y=y) for one in series for x, y in [svg.thin(one.x, one.y)] if len(x)]
-    across = _scale_across(thinned, bands, room=0.5 if axes.names else 0.0)
+    inner = _scale_across(thinned, bands, room=0.5 if axes.names else 0.0)
+    free = _MARK_ROOM * (inner.high - inner.low) if group else 0.0
+    across = Scale(inner.low - free, inner.high + free)
     up = _scale_up(thinned, marks, bands, axes)
     ticks = up.ticks(5)
     lanes = (max(band.lane for band in bands) + 1) * _LANE if bands else 0.0
@@ -123,7 +128,7 @@ def lines(
         "preserveAspectRatio": "none",
         "height": height,
     }
-    data = _data(thinned, bands, axes, across, up)
+    data = _data(thinned, bands, axes, (across, inner), up)
     attributes = {"class": "plot", "data-group": group or None}
     y_axis, x_axis = _y_axis(ticks, up, axes.form, height), _x_axis(across, axes)
     return tag("div", attributes, y_axis, tag("svg", shape, *drawn), x_axis, data)
@@ -142,8 +147,19 @@ def _scale_up(series: Sequence[Series], marks: Sequence[Mark], bands: Sequence[B
     return svg.scale_of(ends, logarithmic=axes.logarithmic, from_zero=axes.from_zero)
 
 
-def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: Scale, up: Scale) -> Markup:
-    """Return the data of a plot for the page's script."""
+def _data(
+    series: Sequence[Series], bands: Sequence[Band], axes: Axes, scales: tuple[Scale, Scale], up: Scale
+) -> Markup:
+    """Return the data of a plot for the page's script.
+
+    Args:
+        series: thinned.
+        bands: stretches of the axis.
+        axes: of the plot.
+        scales: of the axis across, with the room at its ends and without.
+        up: of the values.
+    """
+    across, inner = scales
     data: dict[str, Any] = {
         "form": axes.form,
         "x": axes.x_name,
@@ -151,6 +167,7 @@ def _data(series: Sequence[Series], bands: Sequence[Band], axes: Axes, across: S
         "names": [formatting.clean(name) for name in axes.names],
         "low": across.low,
         "high": across.high,
+        "ends": [inner.low, inner.high],
         "up": [up.low, up.high],
         "series": [
             {"name": formatting.clean(one.name), "style": one.style, "x": _values(one.x), "y": _values(one.y)}

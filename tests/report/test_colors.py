@@ -3,10 +3,13 @@
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxflow.report import colors
+from mlxflow.report.render import render
+from tests.report.runs import edit, read
 
 _CSS = (Path(colors.__file__).parent / "templates/page.css").read_text()
 _PALETTES = [dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6});", root)) for root in re.findall(r":root \{.*?\}", _CSS, re.S)]
@@ -55,3 +58,24 @@ def test_colors_stand_out_from_the_page_and_from_one_another(palette: dict[str, 
     for one, other in itertools.combinations(colors, 2):
         distance = sum((a - b) ** 2 for a, b in zip(_oklab(one), _oklab(other), strict=True)) ** 0.5
         assert distance > 0.08, (one, other)
+
+
+def _styles(page: str, name: str) -> set[str]:
+    """Return the colors of everything of a name in the legends and plots of a page."""
+    keys = re.findall(rf'<span class="key (c\d)[^"]*"></span><bdi>{re.escape(name)}(?: [\d.]+ [KMG]?B)?</bdi>', page)
+    series = re.findall(rf'"name":"{re.escape(name)}","style":"(c\d)', page)
+    bars = re.findall(rf'<bdi>{re.escape(name)}</bdi></div><svg class="bar-area"[^>]*><rect class="bar (c\d)', page)
+    return {*keys, *series, *bars}
+
+
+def test_a_thing_has_one_color_on_every_plot(root: Path) -> None:
+    def name_models(report: dict[str, Any]) -> None:
+        (row,) = report["models"]
+        report["models"] = [row | {"model": task} for task in ("train", "quantize:q4", "quantize:q8")]
+
+    edit(root, "benchmark", name_models)
+    page = render([read(root)]).decode()
+    models = [_styles(page, task) for task in ("train", "quantize:q4", "quantize:q8")]
+    assert models == [{"c0"}, {"c1"}, {"c2"}]
+    for name in ("training", "held-out", "active", "peak", "cache", "weights", "update", "activations", "logits"):
+        assert _styles(page, name) == {colors.style_of_thing(name)}, name

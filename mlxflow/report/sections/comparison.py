@@ -38,7 +38,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 def _facts(runs: Sequence[Run]) -> Table:
     known = [dict(facts(run)) for run in runs]
-    names = dict.fromkeys(name for found in known for name in found)
+    names = dict.fromkeys(name for found in sorted(known, key=len, reverse=True) for name in found)
     rows = [(name, *(found.get(name, UNKNOWN) for found in known)) for name in names]
     head = ("What", *(run.label for run in runs))
     return Table("Each run", head, rows, words=tuple(range(len(head))))

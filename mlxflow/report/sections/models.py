@@ -24,7 +24,7 @@ def _blocks(run: Run) -> list[Block]:
         if folder is None or one.report is None:
             continue
         rows.append((one.task, one.member.folder.as_posix(), *_sizes(one), *_base(run, one, folder)))
-        loads.append(Code(f"Load and use {one.task}", commands(one, folder), folded=bool(loads)))
+        loads.append(Code(f"Load and use {one.task}", commands(one, folder), folded=bool(loads or run.label)))
     if not rows:
         return [Note("There is no model to load: no stage that makes one is built.")]
     head = ("Model", "Folder", "Parameters", "Bits a weight", "Size", "Base model", "Its licence")

@@ -188,7 +188,7 @@
       const [low, high] = this.view;
       const at = this.at === null ? (low + high) / 2 : this.at;
       if (key === "ArrowLeft" || key === "ArrowRight") { this.step(key === "ArrowLeft" ? -1 : 1); return true; }
-      if (key === "Home" || key === "End") { this.point(key === "Home" ? low : high); return true; }
+      if (key === "Home" || key === "End") { this.point(key === "Home" ? Math.max(low, this.data.ends[0]) : Math.min(high, this.data.ends[1])); return true; }
       if (key === "Escape") { this.leave(); return true; }
       if (!this.group) return false;
       if (key === "0") { this.zoom(null); return true; }
