@@ -18,7 +18,7 @@ _HEIGHT = 220.0
 _LANE = 13.0
 
 # Share of the axis that is left free at both ends of plots that are zoomed together, so that marks there are whole
-_MARK_ROOM = 0.01
+_MARK_ROOM = 0.016
 
 
 class Series(NamedTuple):
