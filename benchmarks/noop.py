@@ -30,8 +30,9 @@ from mlxflow.tasks.creator import configuration, tasks_of
 from mlxflow.workflow.stage_node import Node
 state = Path("artifacts/.mlxflow")
 cache = DigestCache(state / "digests.json")
+root = Path(".")  # one for all stages, as in a graph that is read
 nodes = [
-    Node(task=name, doc="", root=Path("."), folder="out", inputs=(read,), outputs=(written,), settings={{}},
+    Node(task=name, doc="", root=root, folder="out", inputs=(read,), outputs=(written,), settings={{}},
          command=("cp", read, written))
     for name, read, written in {edges!r}
 ]

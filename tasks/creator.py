@@ -98,7 +98,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
             grouped.add(name)
             yield {"basename": name, "name": None, "doc": node.doc}
         freshness = Freshness(node, cache)
-        shown = _shown_paths(node.root)
+        shown = _shown_paths(os.fspath(node.root))  # text: a path has a slow hash
         yield {
             "basename": name,
             **({"name": variant} if variant else {}),
@@ -114,7 +114,7 @@ def tasks_of(nodes: Sequence[Node], cache: DigestCache) -> Iterator[dict[str, An
 
 
 @functools.cache
-def _shown_paths(root: Path) -> Callable[[str], str]:
+def _shown_paths(root: str) -> Callable[[str], str]:
     """Return a function that maps names relative to the workflow's folder to paths from the current folder."""
     prefix = os.path.relpath(root)
     return (lambda name: name) if prefix == "." else (lambda name: os.path.join(prefix, name))  # noqa: PTH118

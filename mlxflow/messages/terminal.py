@@ -46,7 +46,8 @@ def one_line(text: object) -> str:
 
 def foreign(text: str) -> str:
     """Return a text of another program with everything escaped except colors and progress bars."""
-    return text if text.isprintable() else _FOREIGN.sub(lambda found: found[1] or _escape(found), text)
+    is_plain = text.isprintable() or text.removesuffix("\n").isprintable()  # a line, as of a no-op, needs no search
+    return text if is_plain else _FOREIGN.sub(lambda found: found[1] or _escape(found), text)
 
 
 def _escape(match: re.Match[str]) -> str:

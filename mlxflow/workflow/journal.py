@@ -79,14 +79,19 @@ def _read_line(line: bytes, damage: dict[str, str]) -> tuple[str, dict[str, Any]
     if not isinstance(entry, dict) or not isinstance(task := entry.get("task"), str) or "record" not in entry:
         raise InvalidStateError("no task with its record")
     record = entry["record"]
-    damage.pop(shown := f"the record of {printable(task)}", None)
+    if damage:
+        damage.pop(_record_of(task), None)
     if record is None:
         return task, None
     try:
         return task, _checked(record)
     except InvalidStateError as error:
-        damage[shown] = str(error)
+        damage[_record_of(task)] = str(error)
         return task, None
+
+
+def _record_of(task: str) -> str:
+    return f"the record of {printable(task)}"
 
 
 def _checked(record: object) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A stage as a node of doit's graph: names of its files, its settings and its command."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -58,7 +59,8 @@ class Node:
 
     def __post_init__(self) -> None:
         """Keep the root as text: `path` is called for every file of a no-op `doit`."""
-        object.__setattr__(self, "_prefix", os.path.join(os.fspath(self.root), ""))  # noqa: PTH118
+        root = os.fspath(self.root)
+        object.__setattr__(self, "_prefix", root if root.endswith("/") else f"{root}/")
 
     def path(self, name: str) -> str:
         """Return the path of a file of the workflow from the current folder."""
@@ -93,10 +95,10 @@ class Node:
             if not check(value[name]):
                 raise InvalidStateError(f"{name} of a stage is not valid")
         fields: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
-        node = cls(**fields)
+        node = cls(**fields | {"root": _folder(value["root"])})
         if node.folder != layout.stage_folder(node.task).as_posix() or not node._writes_artifacts():
             raise InvalidStateError(f"{node.task!r} writes outside of its artifact")
-        return replace(node, root=Path(node.root))
+        return node
 
     def _writes_artifacts(self) -> bool:
         """Return whether every file that the stage writes is inside of its folder."""
@@ -106,6 +108,12 @@ class Node:
             name.startswith(f"{folder}/") and not {"", ".", ".."}.intersection(name.split("/"))
             for name, folder in written
         )
+
+
+@functools.cache
+def _folder(name: str) -> Path:
+    """Return the path of a folder: one object for all stages of a workflow."""
+    return Path(name)
 
 
 def _is_text(value: object) -> bool:
