@@ -89,19 +89,8 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         ArtifactError: the folder is no model folder, needs untrusted code, or its weights or adapters do not fit its
             config.
     """
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
-    files = model_files.find(folder)
-    if files.problem:
-        raise ArtifactError(f"{folder}: {files.problem}. {files.advice}")
-    if files.code and not remote_code.trusts_code():
-        raise ArtifactError(f"{folder}: {model_code.untrusted_code_message(model_files.CONFIG, files.code)}")
-    weight_checks.require_sound(folder, files.weights)
+    files = _checked_files(folder)
     file = str(folder / model_files.CONFIG)
-    config_json.read(folder)
-    generation = remote_code.read_table(folder / model_files.GENERATION)
-    config_json.require_types(generation, str(folder / model_files.GENERATION))
-
     floating: dict[str, type[nn.Module]] = {}
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -135,6 +124,26 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
             mx.eval(model.parameters())
     names = [name for name, _ in tree_flatten(model.parameters())]
     return model, config_json.describing(config, weights=names, is_quantized=quantized_layers.is_quantized(model))
+
+
+def _checked_files(folder: Path) -> model_files.ModelFolderFiles:
+    """Return the files of a model folder after the checks that need no model.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or is code that is not trusted.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: missing. Name a model folder such as artifacts/train.")
+    files = model_files.find(folder)
+    if files.problem:
+        raise ArtifactError(f"{folder}: {files.problem}. {files.advice}")
+    if files.code and not remote_code.trusts_code():
+        raise ArtifactError(f"{folder}: {model_code.untrusted_code_message(model_files.CONFIG, files.code)}")
+    weight_checks.require_sound(folder, files.weights)
+    config_json.read(folder)
+    generation = remote_code.read_table(folder / model_files.GENERATION)
+    config_json.require_types(generation, str(folder / model_files.GENERATION))
+    return files
 
 
 def _unopened_message(folder: Path, error: str) -> str:

@@ -193,10 +193,7 @@ def dwq(
             f"{name}: needs {2 * batch_size} calibration rows, two batches, and has {len(tokens)}. "
             "Raise calibration_rows."
         )
-    student = copy.deepcopy(model)
-    layers = quantizable_layers(student)
-    student.update_modules(tree_unflatten([(path, packed_layer(layers[path], plan[path])) for path in plan]))
-    student.freeze()
+    student = _rounded_copy(model, plan)
     dtype = next(layer.weight.dtype for path, layer in quantizable_layers(model).items() if path in plan)
     rows = [(row, 0) for row in np.array(tokens).tolist()]
     with numpy_random_kept(), dense_products(student), quiet():
@@ -212,6 +209,15 @@ def dwq(
             dtype=dtype,
         )
     return _packed_layers(student, plan)
+
+
+def _rounded_copy(model: nn.Module, plan: Mapping[str, Setting]) -> nn.Module:
+    """Return a frozen copy of a model with the layers of a plan rounded."""
+    student = copy.deepcopy(model)
+    layers = quantizable_layers(student)
+    student.update_modules(tree_unflatten([(path, packed_layer(layers[path], plan[path])) for path in plan]))
+    student.freeze()
+    return student
 
 
 def choose_rows(marks: Any, *, count: int, seed: int) -> Any:

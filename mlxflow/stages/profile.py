@@ -18,6 +18,7 @@ from mlxflow.workflow import products
 from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 
 if TYPE_CHECKING:
+    from mlxflow.profiling.profiler import MemoryProfiler
     from mlxflow.profiling.step_memory import ProfiledModel
     from mlxflow.profiling.suggestions import Suggestion
     from mlxflow.report.stage_reports.profile import PeakParts, ProfileReport, SuggestionFigures
@@ -113,11 +114,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     Raises:
         SourceError: there are fewer rows than in one step.
     """
-    import mlx.core as mx
-
-    from mlxflow.profiling import profile_figures
     from mlxflow.profiling.profiler import MemoryProfiler
-    from mlxflow.report.stage_reports.profile import ProfileReport, ProfileRun
     from mlxflow.storage import atomic_folders, tensor_writing
 
     with atomic_folders.writable(context.unfinished):
@@ -136,17 +133,47 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     tensor_writing.write_arrays(
         outputs.timeline, timeline, tensor_writing.provenance_metadata(context.provenance) | phases
     )
-    active = timeline["active_memory_bytes"]
-    report = ProfileReport(
+    report = _figures(config, context, settings, taken, profiler, timeline, rss_before_bytes=before.rss_bytes)
+    _require_budgets(config, context, report)
+    return report
+
+
+def _figures(
+    config: Config,
+    context: Context,
+    settings: "TrainingSettings",
+    taken: "_Taken",
+    profiler: "MemoryProfiler",
+    timeline: dict[str, Any],
+    *,
+    rss_before_bytes: int,
+) -> "ProfileReport":
+    """Return the figures of the profiled steps.
+
+    Args:
+        config: the table.
+        context: of the stage.
+        settings: of the steps.
+        taken: the steps.
+        profiler: that measured them.
+        timeline: of the profiler, by column.
+        rss_before_bytes: of the process before the model was loaded.
+    """
+    import mlx.core as mx
+
+    from mlxflow.profiling import profile_figures
+    from mlxflow.report.stage_reports.profile import ProfileReport, ProfileRun
+
+    return ProfileReport(
         batch_size=settings.batch_size,
         num_steps=config.num_steps,
         settings=settings,
         memory_limit_bytes=context.memory_limit_bytes,
         cache_limit_bytes=profiler.limits.cache,
-        active_memory_bytes=int(active[-1]),
+        active_memory_bytes=int(timeline["active_memory_bytes"][-1]),
         peak_memory_bytes=int(timeline["peak_memory_bytes"].max()),
         cache_memory_bytes=int(timeline["cache_memory_bytes"].max()),
-        rss_before_bytes=before.rss_bytes,
+        rss_before_bytes=rss_before_bytes,
         rss_bytes=int(timeline["rss_bytes"].max()),
         footprint_bytes=int(timeline["footprint_bytes"].max()),
         available_bytes=int(timeline["available_bytes"].min()),
@@ -161,8 +188,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         trend=profile_figures.trend(timeline),
         run=ProfileRun(mlx_device_info={key: str(value) for key, value in mx.device_info().items()}),
     )
-    _require_budgets(config, context, report)
-    return report
 
 
 def settings_of(config: Config, inputs: Inputs, context: Context) -> "TrainingSettings":

@@ -78,13 +78,7 @@ def hold(
         with naming(path):
             refusal = _acquire(file, waiting, wait=wait, shared=shared)
         if refusal:
-            file = held.enter_context(_stand_in(path, refusal))
-            if _acquire(file, waiting, wait=wait, shared=shared):
-                raise _unsupported(path, refusal)
-            _say(
-                f"{path}: its file system cannot lock files ({refusal}). {file.name} is locked instead, which other "
-                "machines do not see: let one machine at a time work on this folder."
-            )
+            file = held.enter_context(_locked_stand_in(path, refusal, waiting, wait=wait, shared=shared))
         line = f"{os.getpid()} {about}".strip()
         with naming(path):
             _write_holders(file, [*(_holders(file) if shared else ()), line])
@@ -192,6 +186,19 @@ def _is_alive(process: str) -> bool:
     except PermissionError:  # owned by another user
         return True
     return True
+
+
+@contextmanager
+def _locked_stand_in(path: Path, refusal: str, waiting: str, *, wait: bool, shared: bool) -> Iterator[TextIOWrapper]:
+    """Lock the substitute for a file whose file system has no locks, with a message; arguments as those of `hold`."""
+    with _stand_in(path, refusal) as file:
+        if _acquire(file, waiting, wait=wait, shared=shared):
+            raise _unsupported(path, refusal)
+        _say(
+            f"{path}: its file system cannot lock files ({refusal}). {file.name} is locked instead, which other "
+            "machines do not see: let one machine at a time work on this folder."
+        )
+        yield file
 
 
 def _stand_in(path: Path, refusal: str) -> TextIOWrapper:
