@@ -1,6 +1,7 @@
 """README and docs: short, true where the code can say so, and without a broken link."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,17 @@ def test_benchmark_pages_name_command_and_date() -> None:
             text = path.read_text()
             assert re.search(r"`python benchmarks/\w+\.py|`doit ", text), path
             assert re.search(r"20\d\d-\d\d-\d\d", text), path
+
+
+def test_the_changelog_has_the_version_and_at_most_15_entries_for_each() -> None:
+    sections = re.split(r"^## ", (REPOSITORY / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    assert any(section.startswith(f"[{version}]") for section in sections)
+    counts = {section.splitlines()[0]: len(re.findall(r"^- ", section, flags=re.MULTILINE)) for section in sections}
+    assert {title: count for title, count in counts.items() if count > 15} == {}
+
+
+def test_the_navigation_of_the_site_has_every_page_once() -> None:
+    navigation = tomllib.loads((REPOSITORY / "zensical.toml").read_text())["project"]["nav"]
+    pages = re.findall(r"'([\w/-]+\.md)'", repr(navigation))
+    assert sorted(pages) == sorted(path.relative_to(REPOSITORY / "docs").as_posix() for path in PAGES)

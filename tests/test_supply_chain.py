@@ -14,6 +14,9 @@ from tests.conftest import REPOSITORY
 
 WORKFLOWS = sorted((REPOSITORY / ".github/workflows").glob("*.y*ml"))
 
+#: Rights of single jobs: publishing by trusted publishing, and attesting what is published.
+_MORE_RIGHTS = {"release.yml": {"publish": {"contents": "read", "id-token": "write", "attestations": "write"}}}
+
 _PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+")
 
 
@@ -35,7 +38,7 @@ def _locked(name: str) -> dict[str, list[tuple[str, str, int]]]:
 
 
 def test_there_is_a_ci_workflow() -> None:
-    assert [path.name for path in WORKFLOWS] == ["ci.yml"]
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "release.yml"]
 
 
 @pytest.mark.parametrize("name", [path.name for path in WORKFLOWS])
@@ -50,13 +53,37 @@ def test_every_action_is_pinned_by_commit_with_its_version_beside_it(name: str) 
 def test_ci_workflows_have_read_only_permissions(name: str) -> None:
     workflow = _load(name)
     assert workflow["permissions"] == {"contents": "read"}
-    assert [job for job in workflow["jobs"].values() if "permissions" in job] == []
+    more = {job: one["permissions"] for job, one in workflow["jobs"].items() if "permissions" in one}
+    assert more == _MORE_RIGHTS.get(name, {})
     events = workflow[True]  # how YAML reads `on`
     assert not set(events) - {"push", "pull_request"}  # not pull_request_target, which has the rights of the project
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     checkouts = [step for step in steps if step.get("uses", "").startswith("actions/checkout@")]
     assert [step["with"]["persist-credentials"] for step in checkouts] == [False] * len(checkouts)
     assert checkouts
+
+
+def test_a_release_is_built_and_tried_without_the_rights_to_publish_it() -> None:
+    release = _load("release.yml")
+    assert release[True] == {"push": {"tags": ["v*"]}}
+    publish = release["jobs"]["publish"]
+    assert publish["needs"] == "build"
+    assert publish["environment"] == "release"
+    used = [step["uses"].partition("@")[0] for step in publish["steps"]]
+    assert used == ["actions/download-artifact", "actions/attest-build-provenance", "pypa/gh-action-pypi-publish"]
+    assert [step for step in publish["steps"] if "run" in step] == []  # no code of the project beside those rights
+    commands = "\n".join(step.get("run", "") for step in release["jobs"]["build"]["steps"])
+    assert "--require-hashes -r requirements.lock" in commands
+    assert 'test "$GITHUB_REF_NAME" = "v$version"' in commands
+    assert "empty/bin/mlxflow build" in commands
+
+
+def test_hooks_before_a_commit_are_the_checks_of_ci() -> None:
+    hooks = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    ci = (REPOSITORY / ".ci/run").read_text().splitlines()
+    entries = [hook["entry"] for hook in hooks]
+    assert {line.partition(" >")[0] for line in ci} >= set(entries) - {"python -m tools.docs --check"}
+    assert {"ruff check .", "ruff format --check .", "mypy", "lint-imports"} <= set(entries)
 
 
 @pytest.mark.parametrize("name", [path.name for path in WORKFLOWS])
