@@ -152,5 +152,7 @@ def test_the_speed_of_a_quantized_model_is_an_answer_whether_better_or_worse(
 
 def test_warnings_of_stages_stand_above_the_answers(root: Path) -> None:
     edit(root, "pretokenize", lambda report: report.update(warnings=["3 files are <b>empty</b>"]))
+    edit(root, "train", lambda report: report.update(warning="worse", warnings=["worse", "12 epochs"]))
     text = text_of(root)
+    assert text.index("train: worse") < text.index("train: 12 epochs") < text.index("Is it done?")
     assert text.index("pretokenize: 3 files are <b>empty</b>") < text.index("Is it done?")
