@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow generate`."""
     add_model(parser)
     parser.add_argument("--prompt", required=True, help="the question, or the text to continue")
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--chat", action="store_true", help="ask through the folder's chat template; an error without one")
+    how.add_argument(
         "--raw",
         "--no-chat-template",
         action="store_true",
@@ -115,6 +117,11 @@ def run(parsed: argparse.Namespace) -> None:
     sampling = Sampling(parsed.max_tokens, parsed.temperature, parsed.seed)
     with remote_code.trusting_code(parsed.trust_remote_code):
         is_chat, texts = generate(parsed.model, prompt=parsed.prompt, sampling=sampling, raw=parsed.raw)
+        if parsed.chat and not is_chat:
+            raise CallError(
+                f"generate: --chat: {parsed.model} has no chat template. Remove --chat to continue the text, or train "
+                'it on conversations with pretokenize.chat_template = "chatml".'
+            )
     if is_chat:
         how = "asked through its chat template; --raw continues the text as it is"
     else:

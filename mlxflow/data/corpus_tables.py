@@ -50,6 +50,10 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
         False
     )
+    add_tokens: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        Meta(description="control tokens added to the vocabulary, besides those of a chat_template that is named"),
+    ] = ()
     vocab_size: Annotated[
         int, Meta(ge=257, le=1_000_000, description="vocabulary size of the byte-level BPE that is trained here")
     ] = 2048

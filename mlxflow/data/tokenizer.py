@@ -133,6 +133,21 @@ def trained_vocabulary(
     return _vocabulary(tokenizer, config, key=template_key, template_key=template_key, end=END_OF_TEXT)
 
 
+class Additions(NamedTuple):
+    """What is added to an existing tokenizer.
+
+    Attributes:
+        tokens: control tokens; those that it has already are left as they are.
+        turn_end: the token that ends a turn, its end-of-sequence token from then on; empty for its own.
+    """
+
+    tokens: tuple[str, ...] = ()
+    turn_end: str = ""
+
+
+_NO_ADDITIONS = Additions()
+
+
 def open_vocabulary(
     files: Mapping[str, Path],
     *,
@@ -140,8 +155,9 @@ def open_vocabulary(
     name: str,
     key: str = "tokenizer.from",
     template_key: str = "chat_template",
+    additions: Additions = _NO_ADDITIONS,
 ) -> Vocabulary:
-    """Return an existing tokenizer.
+    """Return an existing tokenizer, with added control tokens.
 
     Args:
         files: of its folder, by their names below it; see `mlxflow.storage.model_files.tokenizer_files`.
@@ -149,6 +165,7 @@ def open_vocabulary(
         name: the folder or hub id, for the messages.
         key: the setting that names the tokenizer, for messages.
         template_key: the setting that names the template, for messages.
+        additions: control tokens to add.
 
     Raises:
         SourceError: the files are no tokenizer, it has no end-of-text token, or its ids differ between two runs.
@@ -164,7 +181,12 @@ def open_vocabulary(
         tokenizer = _opened(files["tokenizer.json"], key)
     config = _config_of(files, template, key)
     template_key = key if template is None else template_key
-    return _vocabulary(tokenizer, config, key=key, template_key=template_key, subject=subject)
+    lacking = [text for text in dict.fromkeys(additions.tokens) if tokenizer.token_to_id(text) is None]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in lacking])
+    end = config["eos_token"]
+    if additions.turn_end:
+        config["eos_token"] = additions.turn_end
+    return _vocabulary(tokenizer, config, key=key, template_key=template_key, end=end, subject=subject)
 
 
 def _opened(path: Path, key: str) -> Tokenizer:

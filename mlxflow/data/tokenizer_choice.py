@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxflow.data import chat, tokenizer, tokenizer_folder, tokenizer_sample
-from mlxflow.data.chatml import CHATML
+from mlxflow.data.chatml import CHATML, NAMED_TEMPLATES
 from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_tables import TokenizerConfig
 from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
@@ -27,7 +27,8 @@ class TokenizerRequest(NamedTuple):
         table: the workflow's table.
         files: of an existing tokenizer; empty for one on the hub or a new one.
         template_file: a Jinja file with the chat template; None for the tokenizer's own.
-        template_key: the setting that names that file, for messages.
+        template_name: the chat template by name, see `NAMED_TEMPLATES`; empty for none.
+        template_key: the setting that names template or file, for messages.
         names: of the settings, for messages.
         version: of the stage; a tokenizer trained by another version is not reused.
     """
@@ -35,6 +36,7 @@ class TokenizerRequest(NamedTuple):
     table: TokenizerConfig
     files: tuple[Path, ...]
     template_file: Path | None
+    template_name: str
     template_key: str
     names: CorpusNames
     version: int
@@ -55,7 +57,8 @@ def choose_vocabulary(
     Raises:
         SourceError: the tokenizer or the chat template cannot be used.
     """
-    template = request.template_file.read_text(encoding="utf-8") if request.template_file else None
+    named = NAMED_TEMPLATES.get(request.template_name)
+    template = request.template_file.read_text(encoding="utf-8") if request.template_file else named and named[0]
     name, key = request.table.from_, request.names.of("tokenizer.from")
     if not name:
         return _trained(
@@ -68,8 +71,19 @@ def choose_vocabulary(
         trust_key = request.names.of("tokenizer.trust_remote_code")
         tokenizer_files = tokenizer_folder.converted(tokenizer_files, scratch, name, key=key, trust_key=trust_key)
         return tokenizer.open_vocabulary(
-            tokenizer_files, template=template, name=name, key=key, template_key=request.template_key
+            tokenizer_files,
+            template=template,
+            name=name,
+            key=key,
+            template_key=request.template_key,
+            additions=_additions(request),
         )
+
+
+def _additions(request: TokenizerRequest) -> tokenizer.Additions:
+    """Return what is added to an existing tokenizer: the tokens of the table, and those of a named template."""
+    template, turn_end = NAMED_TEMPLATES.get(request.template_name, ("", ""))
+    return tokenizer.Additions((*chat.markers(template), *request.table.add_tokens), turn_end)
 
 
 def _trained(
@@ -94,7 +108,7 @@ def _trained(
             files, template=compiled, holdout=holdout, max_bytes=table.max_training_bytes, on_read=on_read
         )
     template = CHATML if template is None and sample.has_conversations else template
-    special = chat.markers(template) if template else []
+    special = list(dict.fromkeys([*(chat.markers(template) if template else ()), *table.add_tokens]))
     cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.decoded())) else []
     key = digest_json([request.version, table.vocab_size, special, [one.hex() for one in sample.digests], *cut])
     file = cache_folder / f"{key}.tokenizer.json"

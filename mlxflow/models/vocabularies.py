@@ -28,6 +28,22 @@ def have_equal_ids(one: Path, other: Path) -> bool:
     return all(first.ids.get(t, n) == n and texts.get(n, t) == t for t, n in second.ids.items())
 
 
+def added_tokens(tokenizer_file: Path, *, beyond: Path) -> list[str]:
+    """Return the tokens of a tokenizer that another one lacks, in the order of their ids.
+
+    Args:
+        tokenizer_file: a `tokenizer.json`.
+        beyond: that of the other one.
+
+    Raises:
+        ValueError: one of them is no valid `tokenizer.json`.
+    """
+    if tokenizer_file.read_bytes() == beyond.read_bytes():
+        return []
+    ids, known = _read(tokenizer_file).ids, _read(beyond).ids
+    return sorted(ids.keys() - known.keys(), key=ids.__getitem__)
+
+
 class _Ids(NamedTuple):
     """Ids by text: those of all tokens, and those of the added tokens."""
 

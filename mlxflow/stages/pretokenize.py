@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 import msgspec
 from msgspec import Meta
 
+from mlxflow.data.chatml import NAMED_TEMPLATES
 from mlxflow.data.corpus_tables import Format, SourceConfig, TokenizerConfig
 from mlxflow.data.sources import Corpus
 from mlxflow.messages import terminal
@@ -33,6 +34,8 @@ USES_DEVICE = False
 #: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers",)
 
+LATER_KEYS: dict[str, object] = {"tokenizer.add_tokens": []}
+
 Source = str | SourceConfig
 
 
@@ -54,7 +57,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     text_key: Annotated[str, Meta(min_length=1, description="key of the text in a record, or column of a table")] = (
         "text"
     )
-    chat_template: Annotated[str, Meta(description="a Jinja file; empty: the tokenizer's own, or ChatML")] = ""
+    chat_template: Annotated[
+        str,
+        Meta(description='"chatml" or a Jinja file; empty: the tokenizer\'s own, or ChatML for a new one'),
+    ] = ""
     train_on: Annotated[
         Literal["completion", "last", "all"],
         Meta(description="targets in conversations: all assistant messages, the last one only, or every token"),
@@ -179,8 +185,14 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
             sources=tuple(source for source, _ in pairs),
             owners=tuple(number for _, number in pairs),
             tokenizer=_tokenizer_files(config.tokenizer, artifacts) if config.tokenizer.from_ else (),
-            template=artifacts.files((config.chat_template,), "chat_template") if config.chat_template else (),
+            template=_template_files(config, artifacts),
         )
+
+
+def _template_files(config: Config, artifacts: Artifacts) -> tuple[Path, ...]:
+    """Return the file of the chat template; none for a template that is named, and for the tokenizer's own."""
+    name = config.chat_template
+    return artifacts.files((name,), "chat_template") if name and name not in NAMED_TEMPLATES else ()
 
 
 def _tokenizer_files(tokenizer: TokenizerConfig, artifacts: Artifacts) -> tuple[Path, ...]:
@@ -268,6 +280,7 @@ def _request(config: Config, inputs: Inputs, context: Context) -> "CorpusRequest
             config.tokenizer,
             inputs.tokenizer,
             inputs.template[0] if inputs.template else None,
+            config.chat_template if config.chat_template in NAMED_TEMPLATES else "",
             f"{names.of('chat_template')} = {json.dumps(config.chat_template)}",
             names=names,
             version=VERSION,

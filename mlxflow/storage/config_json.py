@@ -161,6 +161,15 @@ def vocab_size(config: Mapping[str, Any]) -> int:
     return int(_of_text(config, ("vocab_size",)) or _UNLIMITED)
 
 
+def with_vocab_size(config: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Return a config with another vocabulary size, where it names one."""
+    changed = {**config, "vocab_size": vocab_size} if "vocab_size" in config else dict(config)
+    text = config.get("text_config")
+    if isinstance(text, dict) and "vocab_size" in text:
+        changed["text_config"] = {**text, "vocab_size": vocab_size}
+    return changed
+
+
 def num_positions(config: Mapping[str, Any]) -> int:
     """Return the context length that a model is made for, in tokens; 2**62 if its config has none."""
     return int(_of_text(config, _POSITIONS) or _UNLIMITED)

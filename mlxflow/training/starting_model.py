@@ -1,5 +1,6 @@
 """The model that a training starts from: a new one, or that of a model folder, with its adapters beside it."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files
+from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files, vocabularies
 from mlxflow.models.new_model import ModelConfig, llama_config
+from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
 from mlxflow.training import adapters
 from mlxflow.training.build import dtype_of
@@ -122,9 +124,8 @@ def _open(
         ArtifactError: it is no model folder, its vocabulary lacks tokens, or it does not fit the method or `fuse`.
     """
     key = names.of("model.from")
-    model, config = model_folder.load(folder)
-    tokens.require_vocabulary(model_folder.vocab_size(folder), key)
-    tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
+    model, own_config = model_folder.load(folder)
+    config = _fit_vocabulary(model, own_config, folder, source, settings, tokens, names)
     positions = config_json.num_positions(config)
     if tokens.context_length > positions:
         raise ArtifactError(
@@ -140,6 +141,41 @@ def _open(
     if source.fuse == "dense":
         quantized_layers.require_unpackable(model)
     return model, config
+
+
+def _fit_vocabulary(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    folder: Path,
+    source: ModelSource,
+    settings: TrainingSettings,
+    tokens: TokenFile,
+    names: SettingNames,
+) -> Mapping[str, Any]:
+    """Give a model rows for tokens that were added to its tokenizer, and return its `config.json`.
+
+    Raises:
+        ArtifactError: the tokens are of another tokenizer, or the rows of added tokens cannot be made or trained.
+    """
+    key, own = names.of("model.from"), folder / "tokenizer.json"
+    num_known = model_folder.vocab_size(folder)
+    if not own.is_file():
+        tokens.require_vocabulary(num_known, key)
+    tokenizer_files.require_tokenizer(folder, source.tokenizer, key, tokens_key=names.tokenizer)
+    added = vocabularies.added_tokens(source.tokenizer, beyond=own) if own.is_file() else []
+    if added and settings.adapter_shape is not None:
+        listed = ", ".join(json.dumps(text) for text in added[:4]) + (" ..." if len(added) > 4 else "")
+        raise ArtifactError(
+            f'{names.of("method")} = "{settings.adapter_shape.method}": the tokens {listed} are new to {folder}, and '
+            f'adapters do not train their embeddings. Set {names.of("method")} = "full", or use a template whose '
+            "tokens the model has."
+        )
+    if tokens.vocab_size <= num_known:
+        return config
+    try:
+        return grow_vocabulary(model, config, tokens.vocab_size)
+    except ValueError as error:
+        raise ArtifactError(f"{key}: {folder} cannot get added tokens ({error}). Name another model.") from error
 
 
 def _add_adapters(

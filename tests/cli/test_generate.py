@@ -45,3 +45,13 @@ def test_generate_without_a_tokenizer_is_one_line(job_copy: Path) -> None:
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("artifacts/train: its tokenizer cannot be opened (")
+
+
+def test_generate_chat_refuses_a_model_without_a_template(built: Path) -> None:
+    result = mlxflow(built, "generate", "artifacts/train", "--chat", "--prompt", "x")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "generate: --chat: artifacts/train has no chat template. Remove --chat to continue the text, or train it on "
+        'conversations with pretokenize.chat_template = "chatml".\n'
+    )

@@ -193,3 +193,70 @@ def test_an_unknown_optimizer_option_is_an_error(project: Path, tmp_path: Path) 
     assert _said(project, tmp_path, "optimizer_options = { momentum = 0.9 }\n") == (
         "train.optimizer_options.momentum: unknown to adamw. Known: bias_correction, eps."
     )
+
+
+CHATML = """
+[workflow]
+seed = 0
+[pretokenize]
+sources = ["talks.jsonl"]
+holdout = 0.2
+chat_template = "chatml"
+tokenizer = { from = "base", add_tokens = ["<|note|>"] }
+[train]
+num_steps = 3
+model = { from = "base" }
+"""
+
+
+@pytest.fixture
+def base_without_template(project: Path, tmp_path: Path) -> Path:
+    """A folder with a base model, whose tokenizer has no template, and conversations beside it."""
+    shutil.copytree(project / "artifacts" / "train", tmp_path / "base")
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "chat_template"}))
+    turns = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"}]}
+        for i in range(40)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    return tmp_path
+
+
+def _run(folder: Path, text: str) -> Path:
+    (folder / "workflow.toml").write_text(text)
+    loaded = load_workflow(folder / "workflow.toml")
+    execute_stage(loaded, loaded.find("pretokenize"))
+    return execute_stage(loaded, loaded.find("train"))
+
+
+def test_a_base_model_gets_a_template_by_name_and_its_tokens(base_without_template: Path) -> None:
+    import mlx_lm
+    from transformers import AutoTokenizer
+
+    made = _run(base_without_template, CHATML)
+    model, tokenizer = mlx_lm.load(str(made))
+    size = json.loads((made / "config.json").read_text())["vocab_size"]
+    assert size == json.loads((base_without_template / "base/config.json").read_text())["vocab_size"] + 3
+    assert model.model.embed_tokens.weight.shape[0] == size
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in tokenizer.eos_token_ids
+    assert end in json.loads((made / "generation_config.json").read_text())["eos_token_id"]
+    prompt = [{"role": "user", "content": "say 3"}]
+    opened = AutoTokenizer.from_pretrained(made)
+    text = opened.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nsay 3<|im_end|>\n<|im_start|>assistant\n"
+    ids = opened(text, add_special_tokens=False)["input_ids"]
+    assert ids[0] == opened.convert_tokens_to_ids("<|im_start|>") >= size - 3
+    embedding = _weights(made)["model.embed_tokens.weight"]
+    assert not mx.array_equal(embedding[end], embedding[opened.convert_tokens_to_ids("<|note|>")])  # it was trained
+
+
+def test_adapters_beside_a_model_that_lacks_the_tokens_are_refused(base_without_template: Path) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        _run(base_without_template, CHATML.replace("[train]", '[train]\nmethod = "lora"'))
+    base = base_without_template / "base"
+    assert str(caught.value) == (
+        f'train.method = "lora": the tokens "<|im_start|>", "<|im_end|>", "<|note|>" are new to {base}, and adapters '
+        'do not train their embeddings. Set train.method = "full", or use a template whose tokens the model has.'
+    )
