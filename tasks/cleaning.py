@@ -50,7 +50,7 @@ def freed_message(num_bytes: int, cache: DigestCache) -> str:
 
 
 def _num_bytes(runs: Sequence[Unfinished]) -> int:
-    return sum(one.num_bytes for one in runs)
+    return sum(run.num_bytes for run in runs)
 
 
 def _remove(runs: Sequence[Unfinished]) -> int:

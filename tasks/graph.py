@@ -142,4 +142,4 @@ def _resolve(path: Path, data: bytes | None) -> list[Node]:
     workflow = load_workflow(path, data=data)
     _refuse_command_names({one.name for one in workflow.stages})
     basis = None if data is None else Basis(data.decode(), workflow.disk.lookups)
-    return [one.node(_command(one.task, path), basis) for one in workflow.stages]
+    return [stage.node(_command(stage.task, path), basis) for stage in workflow.stages]

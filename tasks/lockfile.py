@@ -155,7 +155,9 @@ def settle_merge(path: Path, nodes: Iterable[Node], describes: Callable[[Node, T
     tables: dict[str, Table] = {}
     for node in nodes:
         if stage_tables := lock.tables.get(node.task):
-            tables[node.task] = next((one for one in stage_tables if describes(node, one)), stage_tables[0])
+            tables[node.task] = next(
+                (stage_table for stage_table in stage_tables if describes(node, stage_table)), stage_tables[0]
+            )
     with _writing:
         _write(path, tables)
     return f"{path}: {lock.damage}. For each stage the side that describes its artifact here is kept."

@@ -60,7 +60,7 @@ class StageList(Verb, List):  # type: ignore[misc]  # doit has no types
 
     def _status(self, task: Any, tasks: dict[str, Any]) -> str:
         members = [tasks[name] for name in task.task_dep] if task.has_subtask else [task]
-        states = {self._status_of(one, tasks) for one in members}
+        states = {self._status_of(member, tasks) for member in members}
         return next((status for status in "RIU" if status in states), "U")
 
     def _status_of(self, task: Any, tasks: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def compare_with_baseline(
     differences = compare_reports(baseline, report)
     terminal.write(markdown_of_differences(differences))
     suspects = regressions(differences, max_regression)
-    if any(one.depends_on_time for one in suspects):
+    if any(suspect.depends_on_time for suspect in suspects):
         terminal.say(f"{task}: {len(suspects)} figures look worse and are measured again")
     confirmation = confirm(
         baseline, suspects, measure_again, max_regression=max_regression, most_repetitions=REPETITIONS

@@ -150,7 +150,7 @@ def measure_generation(
     finally:
         for one in models:
             one.release()
-    return [one.failure or one.speed(machine) for one in models]
+    return [model.failure or model.speed(machine) for model in models]
 
 
 def _take(turns: _Turns, models: Sequence[_Turns], holds: bool) -> bool:

@@ -135,7 +135,7 @@ def confirm(
         max_regression: largest relative change for the worse that is accepted.
         most_repetitions: regressions that are left after these are confirmed.
     """
-    certain = [one for one in suspects if not one.depends_on_time]
+    certain = [suspect for suspect in suspects if not suspect.depends_on_time]
     doubtful = {(one.what, one.figure): one for one in suspects if one.depends_on_time}
     cleared: list[Difference] = []
     repetitions = 0
@@ -155,7 +155,7 @@ def training_name(name: str, batch_size: int) -> str:
 
 def regressions(differences: Iterable[Difference], max_regression: float) -> list[Difference]:
     """Return the differences that are worse, beyond the noise, by more than a share."""
-    return [one for one in differences if one.is_worse and abs(one.change) > max_regression]
+    return [difference for difference in differences if difference.is_worse and abs(difference.change) > max_regression]
 
 
 def _rows(report: HasRows) -> Iterator[tuple[str, Iterator[tuple[str, Estimate]]]]:
@@ -236,9 +236,9 @@ def markdown_of_differences(differences: Sequence[Difference]) -> str:
     """Return a Markdown table with a line for each figure."""
     lines = ["| what | figure | before | after | change | |", "|---|---|---:|---:|---:|---|"]
     lines += [
-        f"| {_cell(one.what)} | {one.figure} | {_number(one.before)} | {_number(one.after)} | {one.change:+.1%} "
-        f"| {one.verdict} |"
-        for one in differences
+        f"| {_cell(row.what)} | {row.figure} | {_number(row.before)} | {_number(row.after)} | {row.change:+.1%} "
+        f"| {row.verdict} |"
+        for row in differences
     ]
     return "\n".join(lines) + "\n"
 

@@ -108,7 +108,7 @@ def _sizes(models: Sequence[_Sized]) -> PromiseFigures:
     return PromiseFigures(
         promise=_MODEL_SIZE,
         holds=holds,
-        measured=max(one.figures.compression_ratio_fp32 for one in models),
+        measured=max(model.figures.compression_ratio_fp32 for model in models),
         figure="; ".join(texts),
     )
 

@@ -65,7 +65,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
     Tokenizers that the workflow trains, and models on the hub, are checked by the stages when they run.
     """
     have_equal_ids = cache(vocabularies.have_equal_ids)  # variants of one model have the same files
-    for one in (one for one in workflow.stages if one.name in ("train", "quantize")):
+    for one in (stage for stage in workflow.stages if stage.name in ("train", "quantize")):
         config: Any = one.config
         reference = config.input if one.name == "train" else config.token_stage if config.model else ""
         folder = _named_folder(workflow, one)
@@ -100,7 +100,7 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
     from mlxflow.models import model_folder
     from mlxflow.ops import document_mask
 
-    for one in (one for one in workflow.stages if one.name == "train"):
+    for one in (stage for stage in workflow.stages if stage.name == "train"):
         config: Any = one.config
         folder = _named_folder(workflow, one)
         source = workflow.find(config.input)
@@ -125,7 +125,7 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
 
     lines: list[str] = []
     cached: tuple[Any, Any] = (None, None)  # variants of one model mostly follow each other
-    for one in (one for one in workflow.stages if one.name == "quantize"):
+    for one in (stage for stage in workflow.stages if stage.name == "quantize"):
         architecture, folder = _architecture(workflow, one)
         if architecture is None:
             continue

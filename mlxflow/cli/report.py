@@ -180,7 +180,7 @@ def _found(root: Path) -> list[Member]:
 
 def _members(workflow: Workflow) -> list[Member]:
     """Return every stage except `report`, with the reasons why it is stale."""
-    nodes = [one.node() for one in workflow.stages]
+    nodes = [stage.node() for stage in workflow.stages]
     recorded = read_records(workflow.state / layout.JOURNAL)
 
     def record(task: str) -> dict[str, Any]:

@@ -97,8 +97,8 @@ class ChatTemplate:
         """
         if self.control_tokens.may_be_in(encoded or json.dumps([messages, tools])):
             messages = [
-                {key: value if key == "role" else self.control_tokens.enclosed(value) for key, value in one.items()}
-                for one in messages
+                {key: value if key == "role" else self.control_tokens.enclosed(value) for key, value in message.items()}
+                for message in messages
             ]
             tools = self.control_tokens.enclosed(tools)
         origins = owners or self._finder.needs_origins(messages)

@@ -99,7 +99,7 @@ class DocumentEncoder:
             end = begin + 1
             while end < len(documents) and documents[end].is_templated == special:
                 end += 1
-            texts = ["" if one.literals else one.text for one in documents[begin:end]]
+            texts = ["" if document.literals else document.text for document in documents[begin:end]]
             ids, offsets = self._encoder.encode(texts, special=special)
             stored = ids.astype(self._vocabulary.dtype)
             bounds = offsets.tolist()

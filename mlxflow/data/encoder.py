@@ -164,7 +164,7 @@ class LibraryEncoder:
         try:
             tokenizer.encode_special_tokens = not special
             encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.array(one.ids, np.uint32) for one in encodings]
+            return [np.array(encoding.ids, np.uint32) for encoding in encodings]
         finally:
             self._free.put(tokenizer)
 

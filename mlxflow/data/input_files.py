@@ -75,7 +75,7 @@ def list_files(
     files: list[SourceFile] = []
     for number, entry in enumerate(settings):
         members = [one for one, owner in zip(inputs, owners, strict=True) if owner == number]
-        paths = [one for one in members if isinstance(one, Path)]
+        paths = [member for member in members if isinstance(member, Path)]
         if entry.path in sources.BUILTINS:
             files += _builtin(entry, number, digests) if members else []
         elif entry.path.startswith(sources.HF):

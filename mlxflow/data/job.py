@@ -185,7 +185,7 @@ def _select(request: CorpusRequest, files: Sequence[SourceFile], shards: Sequenc
         shards,
         fixed_sides=[file.side for file in files],
         sources=[file.source for file in files],
-        weights=[one.weight for one in request.sources],
+        weights=[source.weight for source in request.sources],
         holdout=request.holdout,
         deduplicate=request.deduplicate,
         is_configured=[request.sources[file.source].is_validation for file in files],

@@ -77,7 +77,7 @@ def _chunks_of(file: Any, group: int, columns: Sequence[str]) -> list[Any]:
     """Return the footer's metadata of some columns in a row group, including columns nested in lists and structs."""
     row_group = file.metadata.row_group(group)
     chunks = (row_group.column(index) for index in range(row_group.num_columns))
-    return [one for one in chunks if one.path_in_schema.split(".")[0] in columns]
+    return [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
 
 
 def _decoded_bytes(chunk: Any) -> int:
@@ -87,7 +87,7 @@ def _decoded_bytes(chunk: Any) -> int:
 def _rows_per_batch(path: Path, chunks: Sequence[Any], num_rows: int) -> int:
     """Return the number of rows that fit into a batch even if each has the largest value of a dictionary."""
     plain = sum(_decoded_bytes(one) for one in chunks) // max(1, num_rows)
-    repeated = sum(_dictionary_bytes(path, one) for one in chunks)
+    repeated = sum(_dictionary_bytes(path, chunk) for chunk in chunks)
     return max(1, min(_MOST_ROWS_PER_BATCH, _BATCH_BYTES // max(1, plain, repeated)))
 
 

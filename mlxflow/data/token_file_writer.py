@@ -96,7 +96,7 @@ def _documents(
     shards: Sequence[Shard], selection: DocumentSelection, side: int, part: Part, held_out: float
 ) -> Iterator[Stored]:
     """Yield documents in the order of the corpus, then again those that an epoch contains twice, and so on."""
-    most = max((int(one.max(initial=0)) for one in selection.repeats), default=0) if part != "end" else 1
+    most = max((int(repeat.max(initial=0)) for repeat in selection.repeats), default=0) if part != "end" else 1
     for showing in range(most):
         number = 0
         for index, shard in enumerate(shards):

@@ -110,7 +110,7 @@ def _trained(
     template = CHATML if template is None and sample.has_conversations else template
     special = list(dict.fromkeys([*(chat.markers(template) if template else ()), *table.add_tokens]))
     cut = [MAX_WORD_LENGTH] if any(map(has_long_word, sample.decoded())) else []
-    key = digest_json([request.version, table.vocab_size, special, [one.hex() for one in sample.digests], *cut])
+    key = digest_json([request.version, table.vocab_size, special, [digest.hex() for digest in sample.digests], *cut])
     file = cache_folder / f"{key}.tokenizer.json"
     if not file.exists():
         definition = tokenizer.train_tokenizer(sample.taken(), vocab_size=table.vocab_size, special_tokens=special)

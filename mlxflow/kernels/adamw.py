@@ -150,7 +150,7 @@ def kernel(
     """
     source, types = (_PLAIN, []) if rounded == w.dtype else (_ROUNDING, [rounded])
     outputs = source.launch(
-        [w, g, m, v, *(one.reshape(1) for one in scalars), mx.array([*settings] * 2)],
+        [w, g, m, v, *(scalar.reshape(1) for scalar in scalars), mx.array([*settings] * 2)],
         constants=[("W", w.dtype), *(("R", one) for one in types)],
         groups=groups_for(w.size),
         shapes=[w.shape] * (3 + len(types)),

@@ -86,7 +86,7 @@ class Guarded:
                 yield
         except BUILD_ERRORS as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            odd = "".join(f"{one}, " for one in self._suspects[:4])
+            odd = "".join(f"{suspect}, " for suspect in self._suspects[:4])
             kind = toml_value(self._root.get("model_type"))
             raise ArtifactError(
                 f"{self._file}: {odd}model_type = {kind}: mlx-lm cannot build that ({reason}). {_ADVICE}"
@@ -172,13 +172,13 @@ def _mismatch(value: Any, hint: Any) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) or value in (0, 1) else "true or false"
     if kind in (list, tuple):
-        return _list_mismatch(value, [one for one in arguments if one is not Ellipsis])
+        return _list_mismatch(value, [argument for argument in arguments if argument is not Ellipsis])
     noun = _NOUNS.get(kind)
     return "" if noun is None or isinstance(value, kind) else noun
 
 
 def _union_mismatch(value: Any, hints: tuple[Any, ...]) -> str:
-    expected = [_mismatch(value, one) for one in hints]
+    expected = [_mismatch(value, hint) for hint in hints]
     return "" if not all(expected) else " or ".join(dict.fromkeys(one for one in expected if one != "null"))
 
 
@@ -196,7 +196,7 @@ def _list_mismatch(value: Any, kinds: list[Any]) -> str:
         return f"a list of at most {_MOST_ITEMS:,}"
     infinite = (math.inf, -math.inf)  # such as of a time step
     items = [one for one in value if not (isinstance(one, float) and one in infinite)]
-    expected_item = next((expected for one in items if kinds and (expected := _mismatch(one, kinds[0]))), "")
+    expected_item = next((expected for item in items if kinds and (expected := _mismatch(item, kinds[0]))), "")
     return f"a list, each {expected_item}" if expected_item else ""
 
 

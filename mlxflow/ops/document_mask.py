@@ -130,7 +130,7 @@ def _run(module: nn.Module, tokens: mx.array, marks: mx.array | None, model: nn.
 def _groups_heads(model: nn.Module) -> bool:
     """Return whether scores have an axis for key heads and one for the queries of each, as in Gemma 2."""
     layers = model.layers[0].modules() if len(model.layers) else []
-    return any(hasattr(one, "attn_logit_softcapping") and getattr(one, "repeats", 1) > 1 for one in layers)
+    return any(hasattr(layer, "attn_logit_softcapping") and getattr(layer, "repeats", 1) > 1 for layer in layers)
 
 
 def has_row_state(model: nn.Module) -> bool:

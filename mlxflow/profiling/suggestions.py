@@ -65,7 +65,9 @@ def suggest(
     """
     suggestions = [*_by_settings(model, settings, situation, predicts), *_by_cache(situation)]
     least = _WORTH_SHARE * (situation.peaks.whole + situation.cache_memory_bytes)
-    return sorted((one for one in suggestions if one.saves_bytes > least), key=lambda one: -one.saves_bytes)
+    return sorted(
+        (suggestion for suggestion in suggestions if suggestion.saves_bytes > least), key=lambda one: -one.saves_bytes
+    )
 
 
 def _candidates(settings: TrainingSettings, situation: Situation) -> Iterator[tuple[str, Any, TrainingSettings, str]]:

@@ -31,7 +31,8 @@ def sizes_of(model: nn.Module, candidates: Mapping[str, Sequence[Setting]], *, d
     modules = dict(model.named_modules())
     return {
         path: {
-            one: packed_bytes(modules[path].weight.shape, one, dtype or modules[path].weight.dtype) for one in settings
+            setting: packed_bytes(modules[path].weight.shape, setting, dtype or modules[path].weight.dtype)
+            for setting in settings
         }
         for path, settings in candidates.items()
     }

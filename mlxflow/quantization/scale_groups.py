@@ -166,7 +166,7 @@ def _after_norms(
 ) -> Iterator[Group]:
     """Yield for each norm the layers that read its output."""
     norms = {path: one for path, one in calls.items() if layers[path].weight.ndim == 1 and one.y is not None}
-    returned = {id(one.y) for one in norms.values()}
+    returned = {id(norm.y) for norm in norms.values()}
     for path, one in norms.items():
         readers = [
             other

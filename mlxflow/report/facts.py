@@ -21,17 +21,17 @@ class Fact(NamedTuple):
 
 def facts(run: Run) -> list[Fact]:
     """Return the facts that the reports and the lock hold."""
-    return [*_origin(run), *(fact for one in run.stages for fact in _training(run, one))]
+    return [*_origin(run), *(fact for stage in run.stages for fact in _training(run, stage))]
 
 
 def _origin(run: Run) -> Iterator[Fact]:
     """Yield when and where the artifacts were made."""
-    about = [one.report.run for one in run.stages if one.report]
+    about = [stage.report.run for stage in run.stages if stage.report]
     if ended := sorted(clean(one.ended) for one in about if one.ended):
         yield Fact("Built", ended[-1].replace("T", " ").replace("Z", " UTC"))
     commits = dict.fromkeys(_commit(str(made.get("commit", "unknown"))) for made in run.lock.values())
     if commits:
-        known = ", ".join(clean(one) for one in commits if one != "unknown")
+        known = ", ".join(clean(commit) for commit in commits if commit != "unknown")
         yield Fact("Commit", known or "none: the folder is in no git repository")
     if devices := dict.fromkeys(clean(one.device_name) for one in about):
         yield Fact("Device", ", ".join(devices))

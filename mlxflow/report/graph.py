@@ -90,7 +90,7 @@ def _columns(boxes: Sequence[Box]) -> dict[str, int]:
     """Return the rank of each stage: the number of stages before it on the longest path."""
     columns: dict[str, int] = {}
     for box in boxes:  # each after the ones it reads from
-        columns[box.task] = 1 + max((columns[one] for one in box.reads if one in columns), default=-1)
+        columns[box.task] = 1 + max((columns[read] for read in box.reads if read in columns), default=-1)
     return columns
 
 
@@ -98,7 +98,7 @@ def _direct(box: Box, boxes: Sequence[Box]) -> list[str]:
     """Return the inputs of a stage that are not inputs, directly or indirectly, of another input."""
     reads: Mapping[str, tuple[str, ...]] = {one.task: one.reads for one in boxes}
     above: set[str] = set()
-    waiting = [further for one in box.reads for further in reads.get(one, ())]
+    waiting = [further for read in box.reads for further in reads.get(read, ())]
     while waiting:
         one = waiting.pop()
         if one not in above:

@@ -108,7 +108,7 @@ def lines(
         bands: named intervals of the axis, in lanes above the lines.
         height: in pixels.
     """
-    thinned = [one._replace(x=x, y=y) for one in series for x, y in [svg.thin(one.x, one.y)] if len(x)]
+    thinned = [curve._replace(x=x, y=y) for curve in series for x, y in [svg.thin(curve.x, curve.y)] if len(x)]
     inner = _scale_across(thinned, bands, room=0.5 if axes.names else 0.0)
     free = _MARK_ROOM * (inner.high - inner.low) if group else 0.0
     across = Scale(inner.low - free, inner.high + free)
@@ -135,14 +135,14 @@ def lines(
 
 
 def _scale_across(series: Sequence[Series], bands: Sequence[Band], *, room: float) -> Scale:
-    ends = [value for one in series for value in (float(one.x[0]), float(one.x[-1]))]
+    ends = [value for curve in series for value in (float(curve.x[0]), float(curve.x[-1]))]
     ends += [end for band in bands for end in (band.begin, band.end)]
     across = Scale(min(ends) - room, max(ends) + room)
     return Scale(across.low - 0.5, across.high + 0.5) if across.low == across.high else across
 
 
 def _scale_up(series: Sequence[Series], marks: Sequence[Mark], bands: Sequence[Band], axes: Axes) -> Scale:
-    ends = [float(value) for one in series for value in (one.y.min(), one.y.max())]
+    ends = [float(value) for curve in series for value in (curve.y.min(), curve.y.max())]
     ends += [mark.y for mark in marks] + [band.value for band in bands if band.value]
     return svg.scale_of(ends, logarithmic=axes.logarithmic, from_zero=axes.from_zero)
 
@@ -170,12 +170,12 @@ def _data(
         "ends": [inner.low, inner.high],
         "up": [up.low, up.high],
         "series": [
-            {"name": formatting.clean(one.name), "style": one.style, "x": _values(one.x), "y": _values(one.y)}
-            for one in series
+            {"name": formatting.clean(curve.name), "style": curve.style, "x": _values(curve.x), "y": _values(curve.y)}
+            for curve in series
         ],
     }
     if bands:
-        data["bands"] = [[formatting.clean(one.name), *(float(f"{part:.7g}") for part in one[1:4])] for one in bands]
+        data["bands"] = [[formatting.clean(band.name), *(float(f"{part:.7g}") for part in band[1:4])] for band in bands]
     return tag("script", {"type": "application/json"}, htmlsafe_json_dumps(data, separators=(",", ":")))
 
 

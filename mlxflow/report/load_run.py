@@ -106,7 +106,7 @@ class Run(NamedTuple):
 
     def of_kind(self, kind: str) -> list[LoadedStage]:
         """Return the stage of a name, or all its variants."""
-        return [one for one in self.stages if one.kind == kind]
+        return [stage for stage in self.stages if stage.kind == kind]
 
 
 def read_run(
@@ -123,7 +123,7 @@ def read_run(
     """
     is_in_use = locks.is_held(layout.state_folder(root) / layout.LOCK)
     stages = [_mark_running(root, _read_stage(root, member), is_in_use=is_in_use) for member in members]
-    curves = {one.task: _read_curve(path) for one in stages if (path := _metrics_of(root, one)) is not None}
+    curves = {stage.task: _read_curve(path) for stage in stages if (path := _metrics_of(root, stage)) is not None}
     timelines = {
         one.task: read_timeline(root / one.member.folder / layout.TIMELINE)
         for one in stages
@@ -288,8 +288,8 @@ def _recall_samples(root: Path, stages: Sequence[LoadedStage]) -> tuple[Sequence
         ).figures.samples
     except ArtifactError as error:
         return [], f"No sample is shown: {error.problems[0]}"
-    known = {one.task: model_key(one.report.stage) for one in stages if one.report}
-    current = [one for one in samples if known.get(one.model) == one.model_key]
+    known = {stage.task: model_key(stage.report.stage) for stage in stages if stage.report}
+    current = [sample for sample in samples if known.get(sample.model) == sample.model_key]
     left_out = len(samples) - len(current)
     return current, f"{left_out} samples of earlier models are left out. {advise_build('report')}" if left_out else ""
 
@@ -303,6 +303,6 @@ def column(records: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[f
     """Return two columns of the records in which both are finite numbers, sorted by the first."""
     from mlxflow.report.formatting import number
 
-    pairs = [(number(one.get(x)), number(one.get(y))) for one in records]
+    pairs = [(number(record.get(x)), number(record.get(y))) for record in records]
     known = sorted((a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(b))
     return [a for a, _ in known], [b for _, b in known]

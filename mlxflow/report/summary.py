@@ -40,7 +40,7 @@ def answers(run: Run) -> list[Answer]:
 def _state(run: Run) -> Answer:
     fresh = sum(one.state == "fresh" for one in run.stages)
     took = show_seconds(sum(one.report.run.seconds for one in run.stages if one.report))
-    rest = [f"{one.task} is {WORDS[one.state]}" for one in run.stages if one.state != "fresh"]
+    rest = [f"{stage.task} is {WORDS[stage.state]}" for stage in run.stages if stage.state != "fresh"]
     text = f"stages built; together they took {took}."
     return Answer(
         "Is it done?", f"{fresh} of {len(run.stages)}", text + (f" {'; '.join(rest)}." if rest else ""), "stages"
@@ -138,7 +138,7 @@ def _speed(run: Run) -> Iterator[Answer]:
 
 
 def _size(run: Run) -> Iterator[Answer]:
-    built = [(one, figures) for one in run.stages if (figures := one.figures(QuantizeReport)) is not None]
+    built = [(stage, figures) for stage in run.stages if (figures := stage.figures(QuantizeReport)) is not None]
     measured = {row.model: row for bench in run.stages for row in _models(bench)}
     for one, report in built:
         yield Answer(

@@ -148,7 +148,12 @@ def _context_length(bases: Sequence[str], disk: Any) -> int:
         return defaults.NEW_CONTEXT_LENGTH
     folders = [disk.expand(name) for name in bases]
     positions: list[int | None] = [disk.num_positions(folder) for folder in folders if disk.is_dir(folder)]
-    return min([defaults.PRETRAINED_CONTEXT_LENGTH, *(one for one in positions if one is not None and one > 1)])
+    return min(
+        [
+            defaults.PRETRAINED_CONTEXT_LENGTH,
+            *(position for position in positions if position is not None and position > 1),
+        ]
+    )
 
 
 def _brings_a_tokenizer(name: str, disk: Any) -> bool:

@@ -294,7 +294,7 @@ def _request(config: Config, context: Context, tokens: "TokenPair | None") -> "Q
     return QuantizationRequest(
         config.method,
         config.default,
-        [one.rule for one in config.layers],
+        [layer.rule for layer in config.layers],
         config.calibration_rows,
         budget if config.has_budget else None,
         aware_training(config, context, tokens.train.rows.num_rows) if config.method == "qat" and tokens else None,

@@ -137,7 +137,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         derive_seed(context.seed, "report.samples"),
     )
     samples = write_samples(request, inputs.models, reports=inputs.reports, validation=inputs.validation)
-    members = [one for one in context.members if one.task in inputs.reports]
+    members = [member for member in context.members if member.task in inputs.reports]
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])
     atomic_folders.write_whole(outputs.page, page)

@@ -85,7 +85,7 @@ def remove_own_files(folder: Path, outputs: Iterable[str] = ()) -> list[str]:
 
 def _lies_in_another(folder: Path, name: str) -> bool:
     parents = (folder / one for one in (Path(name), *Path(name).parents) if one != Path())
-    return any(maker(one) for one in parents)
+    return any(maker(parent) for parent in parents)
 
 
 def _read(folder: Path) -> _Ownership:

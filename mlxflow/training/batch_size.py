@@ -186,7 +186,11 @@ class BatchSizes:
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as JSON values."""
-        return {"size": self.size, "too_large": self._too_large, "decisions": [one._asdict() for one in self.decisions]}
+        return {
+            "size": self.size,
+            "too_large": self._too_large,
+            "decisions": [decision._asdict() for decision in self.decisions],
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""

@@ -60,7 +60,9 @@ def options_of(name: str) -> dict[str, Any]:
         name: a class of `mlx.optimizers`, in lower case.
     """
     parameters = inspect.signature(_class_of(name).__init__).parameters.values()
-    return {one.name: one.default for one in parameters if one.name not in ("self", "learning_rate")}
+    return {
+        parameter.name: parameter.default for parameter in parameters if parameter.name not in ("self", "learning_rate")
+    }
 
 
 def require_known(name: str, options: Iterable[str], *, reserved: Iterable[str], key: str) -> None:

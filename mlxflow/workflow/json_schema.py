@@ -25,7 +25,7 @@ def workflow_schema() -> dict[str, Any]:
     modules = {name: importlib.import_module(f"mlxflow.stages.{name}") for name in STAGES}
     types = [Settings, *(module.Config for module in modules.values())]
     references, made = msgspec.json.schema_components(types, ref_template=_DEFINITIONS + "{name}")
-    tables = dict(zip(["workflow", *STAGES], (_key(one) for one in references), strict=True))
+    tables = dict(zip(["workflow", *STAGES], (_key(reference) for reference in references), strict=True))
     definitions = {key: table for key, table in made.items() if key not in tables.values()}
     for name, key in tables.items():
         definitions[name] = made[key] | {"title": name}

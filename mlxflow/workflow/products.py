@@ -39,7 +39,7 @@ def excess(factors: Mapping[str, int | tuple[int, ...]], most: int, noun: str) -
         most: upper bound of the product.
         noun: what the product counts.
     """
-    number = math.prod(max(one) if isinstance(one, tuple) else one for one in factors.values())
+    number = math.prod(max(factor) if isinstance(factor, tuple) else factor for factor in factors.values())
     if number <= most:
         return None
     (key, value), *others = factors.items()
@@ -55,7 +55,7 @@ def note_excess(artifacts: Artifacts, *bounds: tuple[Mapping[str, int | tuple[in
         artifacts: where it is reported.
         bounds: arguments of `excess`.
     """
-    problem = next((problem_found for one in bounds if (problem_found := excess(*one))), None)
+    problem = next((problem_found for bound in bounds if (problem_found := excess(*bound))), None)
     if problem is not None:
         artifacts.note(problem)
 

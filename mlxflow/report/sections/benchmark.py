@@ -70,7 +70,7 @@ _Known = tuple[float, float | None, float | None]
 
 
 def _reports(run: Run) -> list[BenchmarkReport]:
-    return [report for one in run.stages if (report := one.figures(BenchmarkReport)) is not None]
+    return [report for stage in run.stages if (report := stage.figures(BenchmarkReport)) is not None]
 
 
 def _training_speeds(run: Run) -> dict[str, _Known]:
@@ -281,7 +281,7 @@ def _drift(drift: DriftFigures | None) -> list[Block]:
 
 def _promises(report: BenchmarkReport) -> list[Block]:
     cells = [
-        (one.promise, clean(one.figure or "not measured"), "yes" if one.holds else "no")
-        for one in report.promises.values()
+        (promise.promise, clean(promise.figure or "not measured"), "yes" if promise.holds else "no")
+        for promise in report.promises.values()
     ]
     return [Table("Promises", ("Promise", "Measured here", "Held"), cells, words=(0, 1, 2))] if cells else []

@@ -37,7 +37,7 @@ def _blocks(run: Run) -> list[Block]:
 
 def _machine(run: Run) -> Table:
     """Return the machine facts of the stages; several values if they ran on several machines."""
-    reports = [one.report for one in run.stages if one.report]
+    reports = [stage.report for stage in run.stages if stage.report]
     answers = [(words, _each_once(getattr(report.run, name) for report in reports)) for name, words in _ABOUT]
     answers += [(name, _each_once(getattr(report.stage, name) for report in reports)) for name in _VERSIONS]
     cells = [(words, values) for words, values in answers if values]
@@ -54,7 +54,7 @@ def _each_once(values: Iterable[str | None]) -> str:
 
 def _lock(run: Run) -> Table:
     head = ("Stage", "Commit", "Seed", "MLX", "Python", "Device", "Report's digest")
-    cells = [_lock_row(one, run.lock.get(one.task, {})) for one in run.stages]
+    cells = [_lock_row(stage, run.lock.get(stage.task, {})) for stage in run.stages]
     return Table(f"{layout.LOCKFILE}: what each stage was made of", head, cells, folded=True, words=(0, 1, 3, 4, 5, 6))
 
 

@@ -28,7 +28,7 @@ _ROWS = 24
 def section(runs: Sequence[Run]) -> Section:
     """Return the section."""
     blocks: list[Block] = []
-    for task in dict.fromkeys(one.task for run in runs for one in run.stages if one.task in run.curves):
+    for task in dict.fromkeys(stage.task for run in runs for stage in run.stages if stage.task in run.curves):
         blocks += _of_task(task, runs, several=len({task for run in runs for task in run.curves}) > 1)
     for run in runs:
         blocks += [Note(curve.problem) for curve in run.curves.values() if curve.problem]
@@ -49,7 +49,7 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
         for index, run in enumerate(runs)
         for kind, name in (("train", "training"), ("validation", "held-out"))
     ]
-    known = [one for one in losses if len(one.x)]
+    known = [loss for loss in losses if len(loss.x)]
     if not known:
         return []
     label = f"Loss{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in known)}"
@@ -96,7 +96,7 @@ def _loss_style(name: str, index: int, num_runs: int) -> str:
 def _series(run: Run, task: str, kind: str, key: str, name: str, style: str) -> Series:
     curve = run.curves.get(task)
     records: Iterable[dict[str, Any]] = curve.records if curve else ()
-    x, y = column([one for one in records if one.get("kind") == kind], "step", key)
+    x, y = column([record for record in records if record.get("kind") == kind], "step", key)
     shown = f"{name}, {run.label}" if run.label else name
     return Series(shown, np.array(x), np.array(y), style)
 
@@ -106,13 +106,13 @@ def _ends(series: Series) -> str:
 
 
 def _legend(series: Sequence[Series]) -> tuple[tuple[str, str], ...]:
-    return tuple((one.style, one.name) for one in series)
+    return tuple((curve.style, curve.name) for curve in series)
 
 
 def _loss_table(series: Sequence[Series]) -> Table:
     """Return a table of the curves at a few evenly spaced steps."""
     steps = sorted({float(step) for one in series for step in one.x.tolist()})
     chosen = steps if len(steps) <= _ROWS else [steps[round(i * (len(steps) - 1) / (_ROWS - 1))] for i in range(_ROWS)]
-    known = [dict(zip(one.x.tolist(), one.y.tolist(), strict=True)) for one in series]
+    known = [dict(zip(curve.x.tolist(), curve.y.tolist(), strict=True)) for curve in series]
     rows = [(show(step), *(show(values.get(step), 4) for values in known)) for step in dict.fromkeys(chosen)]
     return Table("Loss by step", ("Step", *(one.name for one in series)), rows, folded=True)

@@ -26,7 +26,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 def _blocks(run: Run) -> list[Block]:
     stages = run.of_kind("quantize")
-    built = {one.task: report for one in stages if (report := one.figures(QuantizeReport)) is not None}
+    built = {stage.task: report for stage in stages if (report := stage.figures(QuantizeReport)) is not None}
     missing: list[Block] = [Note(f"{one.task} is not shown: {one.said}") for one in stages if one.task not in built]
     if not stages:
         return [Note("Nothing was quantized: the workflow has no quantize stage.")]
@@ -104,7 +104,7 @@ def _layers(by_task: Mapping[str, Mapping[str, LayerFigures]], styles: Mapping[s
             _layer_series(layers, names, figure, index, len(by_task), task)._replace(style=styles[task])
             for index, (task, layers) in enumerate([*by_task.items()][: colors.STYLES])
         ]
-        if shown := [one for one in series if len(one.x)]:
+        if shown := [curve for curve in series if len(curve.x)]:
             averages = " ".join(f"{one.name}: {show(_average(one.y))} on average." for one in shown)
             axes = Axes("layer, in the model's order", logarithmic=logarithmic, from_zero=not logarithmic, names=names)
             plot = line_plot.lines(shown, axes, label=f"{title}. {averages}", group="layers", height=180)

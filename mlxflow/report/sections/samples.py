@@ -14,7 +14,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _blocks(run: Run) -> list[Block]:
-    shown: list[Block] = [block for one in run.samples if (block := _block(one)) is not None]
+    shown: list[Block] = [block for sample in run.samples if (block := _block(sample)) is not None]
     shown += [Note(f"{one.model} could not be asked: {one.error}") for one in run.samples if one.error is not None]
     if run.samples_problem:
         shown.append(Note(run.samples_problem))

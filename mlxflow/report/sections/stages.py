@@ -18,7 +18,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def _blocks(run: Run) -> list[Block]:
-    boxes = [graph.Box(one.task, one.member.reads, one.state, _lines(one)) for one in run.stages]
+    boxes = [graph.Box(stage.task, stage.member.reads, stage.state, _lines(stage)) for stage in run.stages]
     states = [f"{one.task}: {WORDS[one.state]}" for one in run.stages]
     label = f"The stages and what each reads from. {'; '.join(states)}."
     drawn = Figure("What reads from what", graph.draw(boxes, label), wide=True) if boxes else Note("There is no stage.")

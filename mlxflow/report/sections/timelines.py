@@ -132,17 +132,20 @@ def _phases_sentence(bands: Sequence[Band]) -> str:
 
 
 def _marks_within(marks: Sequence[Mark], series: Sequence[Series]) -> list[Mark]:
-    begin, end = min(float(one.x[0]) for one in series), max(float(one.x[-1]) for one in series)
+    begin, end = min(float(curve.x[0]) for curve in series), max(float(one.x[-1]) for one in series)
     return [mark for mark in marks if begin <= mark.x <= end]
 
 
 def _maximum_sentence(series: Sequence[Series]) -> str:
-    return " ".join(f"{one.name}: {show_bytes(float(one.y.max()))} at most." for one in series)
+    return " ".join(f"{curve.name}: {show_bytes(float(curve.y.max()))} at most." for curve in series)
 
 
 def _legend(series: Sequence[Series], bands: Sequence[Band]) -> tuple[tuple[str, str], ...]:
     words = {band.style: _last_part(band.name.partition(",")[0]) for band in bands}
-    return (*((one.style, one.name) for one in series), *((f"{style} box", word) for style, word in words.items()))
+    return (
+        *((curve.style, curve.name) for curve in series),
+        *((f"{style} box", word) for style, word in words.items()),
+    )
 
 
 def _series(
@@ -252,8 +255,8 @@ def _joined(phases: Sequence[Span], narrow: float) -> Iterator[tuple[Span, int]]
 
 def _ends_table(series: Sequence[Series]) -> Table:
     cells = [
-        (one.name, *(show_bytes(float(value)) for value in (one.y[0], one.y.min(), one.y.max(), one.y[-1])))
-        for one in series
+        (curve.name, *(show_bytes(float(value)) for value in (curve.y[0], curve.y.min(), curve.y.max(), curve.y[-1])))
+        for curve in series
     ]
     return Table("Each line in figures", ("Line", "First", "Least", "Most", "Last"), cells, folded=True)
 
@@ -280,7 +283,7 @@ def _overlays(task: str, labels: Sequence[str], timelines: Sequence[Timeline]) -
             for index, (label, timeline) in enumerate(zip(labels, timelines, strict=True))
             for nth, one in enumerate(_of_one_run(timeline, keys, prefix, x_name))
         ]
-        if len({one.style.partition(" b")[0] for one in series}) >= min(len(labels), colors.STYLES):
+        if len({curve.style.partition(" b")[0] for curve in series}) >= min(len(labels), colors.STYLES):
             group = f"memory {task} {x_name}{' of all' if prefix else ''}"
             yield _overlay(series, title, x_name, group, from_zero=keys is not _OVERLAID[-1][-1])
 
