@@ -36,6 +36,7 @@ VERBS = {
     "compare": "compare two benchmark reports; differences within measurement noise are marked as noise",
     "promises": "print each promise with its figure on this machine; exit code 1 if one fails",
     "report": "write the HTML page about a run, finished or not: artifacts/index.html",
+    "completion": "print a script by which bash, zsh or fish completes commands, options, files and stages",
     "chat": "talk with a chat model in the terminal",
     "generate": "ask a chat model through its template, or let a model continue a text",
 }
@@ -109,18 +110,29 @@ class _Version(argparse.Action):
 class _VerbParser(_Parser):
     """The parser of one verb; it imports the verb's module only to parse its arguments."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments after the verb."""
+    def add_own_arguments(self) -> None:
+        """Add the arguments of the verb."""
         module = importlib.import_module(f"mlxflow.cli.{self.prog.rpartition(' ')[2]}")
         module.add_arguments(self)
         self.set_defaults(command=module.run)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments after the verb."""
+        self.add_own_arguments()
         return super().parse_known_args(args, namespace)
 
 
-def _parser() -> argparse.ArgumentParser:
+def whole_parser() -> argparse.ArgumentParser:
+    """Return the parser with the arguments of every verb, which takes the imports of all of them."""
+    return _parser(are_complete=True)
+
+
+def _parser(*, are_complete: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(prog="mlxflow", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action=_Version, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_VerbParser)
     for name, line in VERBS.items():
-        commands.add_parser(name, help=line, description=line)
+        verb = commands.add_parser(name, help=line, description=line)
+        if are_complete:
+            verb.add_own_arguments()
     return parser
