@@ -18,6 +18,19 @@ SHELLS = {
 
 _STAGES_OPTION = "--stages"
 
+# Completes a stage when the key is pressed: `shtab.cmd` would ask zsh once, when the script is loaded
+_LIST_STAGES = f"mlxflow completion {_STAGES_OPTION} 2>/dev/null"
+_STAGES = {
+    "bash": "_mlxflow_stages",
+    "zsh": "_mlxflow_stages",
+    "fish": f"({_LIST_STAGES})",
+    "preamble": {
+        "bash": f'_mlxflow_stages() {{ compgen -W "$({_LIST_STAGES})" -- "$1"; }}\n'
+        'COMP_WORDBREAKS="${COMP_WORDBREAKS//:/}"  # a variant such as quantize:q4 is one word',
+        "zsh": f'_mlxflow_stages() {{ compadd -- ${{(f)"$({_LIST_STAGES})"}} }}',
+    },
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow completion`."""
@@ -69,7 +82,7 @@ def _set_completion(verb: str, action: Any) -> None:
     from mlxflow.cli.init import TEMPLATES
 
     if action.dest in ("stage", "stages") and action.nargs != 0:
-        action.complete = shtab.cmd(f"mlxflow completion {_STAGES_OPTION} 2>/dev/null")
+        action.complete = _STAGES
     elif action.type is Path or (verb == "compare" and not action.option_strings):
         action.complete = shtab.FILE
     elif action.dest == "shell":
