@@ -138,6 +138,7 @@ def train_rounded(
                 checkpoints=context.unfinished,
                 description=request.description,
             ),
+            task=context.task,
             data_seed=derive_seed(context.seed, "train.batches"),
             memory_limit_bytes=context.memory_limit_bytes,
         )

@@ -121,6 +121,7 @@ def run_job(
         subject._replace(settings=settings),
         kernels,
         files,
+        task=context.task,
         data_seed=job.data_seed,
         memory_limit_bytes=context.memory_limit_bytes,
     )

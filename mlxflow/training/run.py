@@ -39,7 +39,13 @@ class RunFiles(NamedTuple):
 
 
 def train(
-    subject: build.Subject, kernels: ModelKernels, files: RunFiles, *, data_seed: int, memory_limit_bytes: int
+    subject: build.Subject,
+    kernels: ModelKernels,
+    files: RunFiles,
+    *,
+    task: str,
+    data_seed: int,
+    memory_limit_bytes: int,
 ) -> Result:
     """Train a model, from its last checkpoint if there is one.
 
@@ -47,6 +53,7 @@ def train(
         subject: the model, changed in place, and its settings.
         kernels: in use.
         files: of the run.
+        task: name of the stage, for the progress.
         data_seed: of the order of the rows.
         memory_limit_bytes: of MLX.
 
@@ -65,7 +72,7 @@ def train(
     )
     replay = read_decisions(files.replay, subject.names.of("replay")) if files.replay else ()
     with (
-        progress.show_progress(num_steps=settings.num_steps) as show,
+        progress.show_progress(task, num_steps=settings.num_steps) as show,
         files.metrics.open("w") as metrics,
         stop_on_signals() as stop_requested,
     ):

@@ -41,7 +41,7 @@ def _train(files: RunFiles) -> tuple[Result, dict[str, mx.array]]:
     model = small_model()
     build.prepare_model(model, SETTINGS, adapter_seed=0)
     subject = build.Subject(model, SETTINGS, 50, 8, SettingNames("train:a"))
-    result = train(subject, model_kernels.no_kernels(), files, data_seed=1, memory_limit_bytes=GB)
+    result = train(subject, model_kernels.no_kernels(), files, task="train", data_seed=1, memory_limit_bytes=GB)
     return result, dict(tree_flatten(model.parameters()))
 
 
