@@ -39,7 +39,7 @@ def _pretokenize(report: dict[str, Any]) -> Iterator[str]:
 def _train(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['steps']:,} steps"
     first, last = report["first_validation_perplexity"], report["last_validation_perplexity"]
-    yield f"held-out perplexity {first:,.1f} -> {last:,.1f}"
+    yield f"held-out perplexity {_perplexity(first)} -> {_perplexity(last)}"
 
 
 def _quantize(report: dict[str, Any]) -> Iterator[str]:
@@ -47,7 +47,7 @@ def _quantize(report: dict[str, Any]) -> Iterator[str]:
     yield f"{report['bits_per_weight']:.2f} bits per weight"
     if quality := report.get("quality"):
         dense, own = quality["dense_perplexity"], quality["perplexity"]
-        yield f"held-out perplexity {own:,.1f} (unquantized {dense:,.1f})"
+        yield f"held-out perplexity {_perplexity(own)} (unquantized {_perplexity(dense)})"
 
 
 def _profile(report: dict[str, Any]) -> Iterator[str]:
@@ -101,8 +101,12 @@ def _models(report: dict[str, Any]) -> Iterator[str]:
 def _model_figures(row: dict[str, Any]) -> Iterator[str]:
     size, perplexity, speed = (row.get(key) for key in ("model_bytes", "perplexity", "decode_tokens_per_second"))
     yield _size(size) if size is not None else "-"
-    yield f"held-out perplexity {perplexity:,.1f}" if perplexity is not None else "perplexity -"
+    yield f"held-out perplexity {_perplexity(perplexity)}" if perplexity is not None else "perplexity -"
     yield f"{speed:,.0f} tokens/s" if speed is not None else "-"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
 
 def _size(num_bytes: float) -> str:

@@ -85,8 +85,8 @@ class Budget:
         if self._clock() - self._said < _SECONDS_BETWEEN_LINES or done >= of or self.is_over:
             return
         self._said = self._clock()
-        left = min(self.left, seconds / max(1, done) * (of - done))
-        self._say_line(f"{self._task}: {what} {done} of {of}, {left:,.0f} s left")
+        left = f", {min(self.left, seconds / done * (of - done)):,.0f} s left" if done and seconds else ""
+        self._say_line(f"{self._task}: {what} {done} of {of}{left}")
 
 
 class AskedAmounts(NamedTuple):

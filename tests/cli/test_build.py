@@ -26,7 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "dodo.py").rename(folder / "another.py")
     done = mlxflow(folder, "build", "pretokenize")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [".  pretokenize: never built"]
+    assert done.stdout.splitlines()[0] == ".  pretokenize: never built"
     return folder
 
 
