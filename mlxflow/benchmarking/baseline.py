@@ -13,6 +13,7 @@ from mlxflow.benchmarking.report_comparison import (
 )
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import StageError
+from mlxflow.messages.markdown_tables import write_markdown
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport, ComparisonFigures
 
 #: How often a figure that looks worse is measured again.
@@ -48,7 +49,7 @@ def compare_with_baseline(
         )
         return ComparisonFigures(baseline=name, compared=False)
     differences = compare_reports(baseline, report)
-    terminal.write(markdown_of_differences(differences))
+    write_markdown(markdown_of_differences(differences))
     suspects = regressions(differences, max_regression)
     if any(suspect.depends_on_time for suspect in suspects):
         terminal.say(f"{task}: {len(suspects)} figures look worse and are measured again")

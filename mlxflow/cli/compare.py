@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
-from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError
+from mlxflow.messages.markdown_tables import write_markdown
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Print the table of `compare`."""
-    terminal.write(compare(parsed.before, parsed.after, force=parsed.force))
+    write_markdown(compare(parsed.before, parsed.after, force=parsed.force))
 
 
 def compare(before: str, after: str, *, force: bool) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.cli.compare import describe_device
-from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
+from mlxflow.messages.markdown_tables import write_markdown
 from mlxflow.stages.benchmark import read_benchmark
 from mlxflow.storage import layout
 from mlxflow.workflow import stage
@@ -34,7 +34,7 @@ def run(parsed: argparse.Namespace) -> int:
     if one.name != "benchmark":
         raise CallError(f"promises: --stage = {parsed.stage}: expected a benchmark stage. Use benchmark (the default).")
     text, all_hold = promises(workflow, one, measure=parsed.measure)
-    terminal.write(text)
+    write_markdown(text)
     return 0 if all_hold else 1
 
 

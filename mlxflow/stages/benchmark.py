@@ -12,6 +12,7 @@ from msgspec import Meta
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError
+from mlxflow.messages.markdown_tables import write_markdown
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, derive_seed
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
@@ -157,7 +158,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     report = _measure(config, context, suite, models, budget)
     if report.lowered:
         terminal.say(*(f"{context.task}: {line}" for line in report.lowered))
-    terminal.write(markdown_of_report(report))
+    write_markdown(markdown_of_report(report))
     if baseline is None:
         return report
     comparison = _compare(config, inputs, context, models, baseline, report)

@@ -1,0 +1,48 @@
+"""Markdown whose tables are drawn on a terminal; in a pipe or file it stays Markdown."""
+
+import re
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from mlxflow.messages import terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_RULE = re.compile(r"\|(\s*:?-+:?\s*\|)+")
+
+
+def write_markdown(text: str) -> None:
+    """Print Markdown on standard output, with tables drawn to the width of the terminal if it is one."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        terminal.write(text)
+        return
+    console = terminal.console()
+    for is_table, group in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
+        lines = list(group)
+        if is_table and len(lines) > 1 and _RULE.fullmatch(lines[1]):
+            console.print(_drawn(lines))
+        else:
+            for line in lines:
+                console.print(line, soft_wrap=True)
+
+
+def _drawn(lines: Sequence[str]) -> "Table":
+    """Return a table of rich for the lines of a Markdown table."""
+    from rich import box
+    from rich.table import Table
+
+    header, rule, *rows = [_cells(line) for line in lines]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, dashes in zip(header, rule, strict=True):
+        table.add_column(title, justify="right" if dashes.endswith(":") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _cells(line: str) -> list[str]:
+    """Return the cells of a table's line."""
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
