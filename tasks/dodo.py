@@ -1,7 +1,7 @@
 """The names that a dodo.py imports: doit's configuration and task creator for the workflow of the command line."""
 
 from mlxflow.messages import terminal
-from mlxflow.storage import layout
+from mlxflow.storage import layout, paths
 from mlxflow.tasks.search_path import search_project_last
 
 search_project_last()  # before anything else is imported
@@ -18,7 +18,7 @@ from mlxflow.storage.digests import DigestCache
 from mlxflow.tasks.creator import configuration, tasks_of
 from mlxflow.tasks.graph import load_nodes
 
-_workflow = Path(get_var("workflow") or layout.WORKFLOW)
+_workflow = Path(paths.expand(get_var("workflow") or layout.WORKFLOW))
 _state = layout.state_folder(_workflow.parent)
 _cache = DigestCache(_state / layout.DIGESTS)
 try:

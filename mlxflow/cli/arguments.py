@@ -4,15 +4,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxflow.storage import layout
+from mlxflow.storage import layout, paths
 
 if TYPE_CHECKING:
     from mlxflow.workflow.model import Stage, Workflow
 
 
+def user_path(text: str) -> Path:
+    """Return a path of the command line; `~`, which a shell leaves alone in `--option=~/x`, is the home folder."""
+    return Path(paths.expand(text))
+
+
 def add_workflow(parser: argparse.ArgumentParser) -> None:
     """Add `--workflow`, the path of the workflow file."""
-    parser.add_argument("--workflow", type=Path, default=Path(layout.WORKFLOW), help=f"default: {layout.WORKFLOW}")
+    parser.add_argument("--workflow", type=user_path, default=Path(layout.WORKFLOW), help=f"default: {layout.WORKFLOW}")
 
 
 def read_stage(parsed: argparse.Namespace) -> "tuple[Workflow, Stage]":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
+from mlxflow.cli.arguments import user_path
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.messages.markdown_tables import write_markdown
@@ -64,7 +65,7 @@ def describe_device(report: BenchmarkReport) -> str:
 
 
 def _read(name: str) -> BenchmarkReport:
-    path = Path(name)
+    path = user_path(name)
     if path.is_dir():
         existing = [path / place for place in _PLACES if (path / place).is_file()]
         if not existing:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlxflow.cli.arguments import user_path
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError, UserError
 from mlxflow.storage import layout
@@ -83,7 +84,7 @@ def _set_completion(verb: str, action: Any) -> None:
 
     if action.dest in ("stage", "stages") and action.nargs != 0:
         action.complete = _STAGES
-    elif action.type is Path or (verb == "compare" and not action.option_strings):
+    elif action.type is user_path or (verb == "compare" and not action.option_strings):
         action.complete = shtab.FILE
     elif action.dest == "shell":
         action.choices = list(SHELLS)

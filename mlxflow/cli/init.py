@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
+from mlxflow.cli.arguments import user_path
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import CallError
 from mlxflow.storage import layout
@@ -37,7 +38,7 @@ _GITHUB = ".github/workflows/mlxflow.yml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow init`."""
     about = "; ".join(f"{name}: {what}" for name, what in TEMPLATES.items())
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="of the project; default: this one")
+    parser.add_argument("folder", nargs="?", type=user_path, default=Path(), help="of the project; default: this one")
     parser.add_argument("--template", default="hello", metavar="NAME", help=f"default: hello. {about}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from mlxflow.cli.arguments import add_workflow
+from mlxflow.cli.arguments import add_workflow, user_path
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError, UserError
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs",
         nargs="*",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="two or more runs to compare, such as . ../other: artifacts/compare.html of the first",
     )

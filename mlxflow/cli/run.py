@@ -1,15 +1,16 @@
 """`mlxflow run`: runs one stage in this process."""
 
 import argparse
-from pathlib import Path
 
-from mlxflow.cli.arguments import add_workflow, read_stage
+from mlxflow.cli.arguments import add_workflow, read_stage, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow run`."""
     parser.add_argument("stage", help="such as train or quantize:q4")
-    parser.add_argument("--into", type=Path, help="write the artifact there and keep the workflow's artifact unchanged")
+    parser.add_argument(
+        "--into", type=user_path, help="write the artifact there and keep the workflow's artifact unchanged"
+    )
     add_workflow(parser)
 
 

@@ -358,3 +358,40 @@ def test_the_resolved_workflow_is_a_workflow_file_that_resolves_to_itself(folder
     assert resolved_toml(load_workflow(Path("resolved.toml"))) == resolved
     assert "num_steps = 50" in resolved
     assert "context_length = 64" in resolved
+
+
+@pytest.mark.parametrize("prefix", ["~", "{home}", "../home"])
+def test_every_path_of_a_workflow_may_be_absolute_of_the_home_folder_or_outside_of_the_project(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, project = tmp_path / "home", tmp_path / "project"
+    for folder in (home / "texts", home / "model", project):
+        folder.mkdir(parents=True)
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    for name in (*(f"model/{name}" for name in names), "texts/a.txt", "t.jinja", "metrics.jsonl", "report.toml"):
+        (home / name).write_text("{}")
+    monkeypatch.setenv("HOME", str(home))
+    at = prefix.format(home=home)
+    (project / "workflow.toml").write_text(
+        f"""[pretokenize]
+sources = ["{at}/texts"]
+chat_template = "{at}/t.jinja"
+tokenizer.from = "{at}/model"
+[train]
+model.from = "{at}/model"
+replay = "{at}/metrics.jsonl"
+[quantize]
+model = "{at}/model"
+[benchmark]
+baseline = "{at}/report.toml"
+"""
+    )
+    read = {
+        one.name: {(project / path).resolve() for path in one.input_files if path.parts[0] != "artifacts"}
+        for one in load_workflow(project / "workflow.toml").stages
+    }
+    model = {home / "model" / name for name in names}
+    assert read["pretokenize"] == {home / "texts/a.txt", home / "t.jinja", *sorted(model)[2:]}
+    assert read["train"] == {home / "metrics.jsonl", *model}
+    assert read["quantize"] == model
+    assert read["benchmark"] == {home / "report.toml"}
