@@ -107,6 +107,12 @@ def unknown_name_message(name: str, known: Sequence[str], kind: str = "stage") -
     """
     from difflib import get_close_matches
 
+    from mlxflow.workflow.loader import STAGES
+
+    if kind == "stage" and name in STAGES and not any(one.startswith(f"{name}:") for one in known):
+        return (
+            f"{name}: the workflow has no [{name}] table, and no stage reads from it. Add it: its keys have defaults."
+        )
     if near := get_close_matches(name, known, n=1):
         return f"{name}: no such {kind}. Did you mean {near[0]}?"
     return f"{name}: no such {kind}. Known: {', '.join(known)}."

@@ -17,6 +17,7 @@ from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.training import length, run_warnings
 from mlxflow.workflow.loader import load_workflow, resolved_toml
 from mlxflow.workflow.model import Stage, Workflow
+from mlxflow.workflow.stage import names_stage, token_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +68,7 @@ def _tokenizer_mistakes(workflow: Workflow) -> Iterator[str]:
     have_equal_ids = cache(vocabularies.have_equal_ids)  # variants of one model have the same files
     for one in (stage for stage in workflow.stages if stage.name in ("train", "quantize")):
         config: Any = one.config
-        reference = config.input if one.name == "train" else config.token_stage if config.model else ""
+        reference = token_stage(config)
         folder = _named_folder(workflow, one)
         if folder is None or not reference:
             continue
@@ -102,7 +103,7 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
 
     for one in (stage for stage in workflow.stages if stage.name == "train"):
         config: Any = one.config
-        folder = _named_folder(workflow, one)
+        folder = _named_folder(workflow, _maker(workflow, one))
         source = workflow.find(config.input)
         tokens: Any = source.config
         if folder is None:
@@ -125,8 +126,8 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
 
     lines: list[str] = []
     cached: tuple[Any, Any] = (None, None)  # variants of one model mostly follow each other
-    for one in (stage for stage in workflow.stages if stage.name == "quantize"):
-        architecture, folder = _architecture(workflow, one)
+    for one in (one for one in workflow.stages if one.name == "quantize"):
+        architecture, folder = _architecture(workflow, _maker(workflow, one))
         if architecture is None:
             continue
         what = (architecture, folder, workflow.trusts_code(one))
@@ -145,27 +146,39 @@ def _plan_mistakes(workflow: Workflow) -> list[str]:
     return lines
 
 
-def _architecture(workflow: Workflow, stage: Stage) -> tuple[dict[str, Any] | None, Path | None]:
-    """Return the `config.json` and the folder of the model that a stage quantizes; None for a model on the hub."""
+def _maker(workflow: Workflow, stage: Stage) -> Stage:
+    """Return the stage whose model a train or quantize stage has in the end: one that reads no other stage's."""
+    while other := _stage_read(stage):
+        stage = workflow.find(other)
+    return stage
+
+
+def _stage_read(stage: Stage) -> str:
+    """Return the stage whose model a train or quantize stage starts from; empty if it is no stage."""
     config: Any = stage.config
-    maker = stage if config.model else workflow.find(config.input)
+    name = config.model.from_ if stage.name == "train" else config.model or config.input
+    return name if names_stage(name) else ""
+
+
+def _architecture(workflow: Workflow, maker: Stage) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the `config.json` of a stage's model and its folder, where there is one; None of the hub's."""
     folder = _named_folder(workflow, maker)
     if folder is not None:
         return _read(folder), folder
-    shape: Any = maker.config
-    if config.model or shape.model.from_:
+    config: Any = maker.config
+    if maker.name == "quantize" or config.model.from_:
         return None, None
-    tokens: Any = workflow.find(shape.input).config
+    tokens: Any = workflow.find(config.input).config
     # an upper bound: the plan depends on the widths only
     vocab_size = tokens.tokenizer.vocab_size
-    return llama_config(shape.model, vocab_size=vocab_size, context_length=tokens.context_length), None
+    return llama_config(config.model, vocab_size=vocab_size, context_length=tokens.context_length), None
 
 
 def _named_folder(workflow: Workflow, stage: Stage) -> Path | None:
     """Return the base model's folder of a train or quantize stage; None without one, or for a model on the hub."""
     inputs: Any = stage.inputs
     files = inputs.base if stage.name == "train" else inputs.model
-    return workflow.root / files[0].parent if files else None
+    return workflow.root / files[0].parent if files and not _stage_read(stage) else None
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     from_: Annotated[
         str,
         Meta(
-            description="a folder with a tokenizer.json, or a hub id; empty: that of train.model.from, else a new one"
+            description="a folder with a tokenizer.json, a hub id or a stage; "
+            "empty: that of train.model.from, else a new one"
         ),
     ] = msgspec.field(default="", name="from")
     trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (

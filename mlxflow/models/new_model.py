@@ -13,7 +13,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """The `[train.model]` table: the shape of a new model, or a base model."""
 
     from_: Annotated[
-        str, Meta(description="a model folder or a hub id to start from; empty: a new model of the shape below")
+        str,
+        Meta(description="a model folder, a hub id or a stage to start from; empty: a new model of the shape below"),
     ] = msgspec.field(default="", name="from")
     trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
         False

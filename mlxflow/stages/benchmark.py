@@ -17,7 +17,7 @@ from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, derive_seed
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
 from mlxflow.workflow import products
-from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside, follow_training
 
 if TYPE_CHECKING:
     from mlxflow.benchmarking.model_measurement import ComparedModels
@@ -45,8 +45,12 @@ _SHARES = {"training": 0.5, "convergence": 0.65, "models": 0.95}
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[benchmark]` table."""
 
-    data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
-    input: Annotated[str, Meta(description="the dense model that is trained on: a train stage")] = "train"
+    data: Annotated[str, Meta(description="the token files: a pretokenize stage; of several that of the input")] = (
+        "pretokenize"
+    )
+    input: Annotated[
+        str, Meta(description="the dense model that is trained on: a train stage; the first of several")
+    ] = "train"
     models: Annotated[
         tuple[str, ...], Meta(min_length=1, description='model stages to compare; "stage:*" is all variants')
     ] = ("train", "quantize:*")
@@ -128,7 +132,13 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table unchanged; report more tokens in a forward pass, or in all steps, than a machine can compute."""
+    """Return the table with the first of several train stages, its tokens, and all of them among the models.
+
+    More tokens in a forward pass, or in all steps, than a machine can compute are reported.
+    """
+    config = follow_training(config, artifacts)
+    if config.models == Config().models and artifacts.first("train") != "train":
+        config = msgspec.structs.replace(config, models=("train:*", "quantize:*"))
     if not (row := products.rows_of(artifacts, config.data)):
         return config
     one_pass: dict[str, int | tuple[int, ...]] = {"batch_sizes": config.batch_sizes, **row}

@@ -18,7 +18,8 @@ from mlxflow.storage.model_files import HUB_MODEL
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import Problem
 from mlxflow.training import defaults
-from mlxflow.workflow.stage import Artifacts
+from mlxflow.workflow.stage import Artifacts, names_stage
+from mlxflow.workflow.stage_references import tokenizer_origin, trained_length
 
 if TYPE_CHECKING:
     from mlxflow.data.corpus_names import CorpusNames
@@ -94,6 +95,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             expected = "is for a corpus without documents for validation, and validation_sources names some"
             yield Problem("holdout", self.holdout, expected, "Remove one of the two.")
 
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer comes from: a folder, one of the hub or a stage; empty if it is trained here."""
+        return self.tokenizer.from_
+
     def place(self, number: int) -> str:
         """Return the place of an entry in this table, such as "sources[0]", by its number in `entries`."""
         count = len(self.sources)
@@ -114,46 +120,57 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         )
 
 
-def follow(config: Config, readers: Sequence[Any], disk: Any) -> Config:
+def follow(config: Config, task: str, readers: Sequence[Any], known: Any, disk: Any) -> Config:
     """Return the table with tokenizer and context length of the base model of its readers, unless it has its own.
 
-    A model among the workflow's own artifacts has the tokenizer of this stage.
+    A model that is trained on this stage's own tokens has its tokenizer.
 
     Args:
         config: a `[pretokenize]` table.
+        task: the stage's name.
         readers: the tables that name its tokens as their input.
+        known: the tables of all stages, by reference.
         disk: queries of the disk.
     """
     models = [reader.model for reader in readers if hasattr(getattr(reader, "model", None), "from_")]
-    bases = [model for model in models if model.from_ and _brings_a_tokenizer(model.from_, disk)]
+    origins = [(tokenizer_origin(model.from_, known), model) for model in models if model.from_]
+    bases = [
+        (name, model)
+        for name, model in origins
+        if known.resolved(name) != task and (names_stage(name) or _brings_a_tokenizer(name, disk))
+    ]
     if config.context_length == "auto":
-        length = _context_length([base.from_ for base in bases], disk)
+        length = _context_length([model.from_ for _, model in bases], known, disk)
         config = msgspec.structs.replace(config, context_length=length)
     own = config.tokenizer
     if own.from_ or own.vocab_size != TokenizerConfig().vocab_size or not bases:
         return config
-    trusts = own.trust_remote_code or bases[0].trust_remote_code
-    followed = msgspec.structs.replace(own, from_=bases[0].from_, trust_remote_code=trusts)
+    name, model = bases[0]
+    followed = msgspec.structs.replace(
+        own, from_=name, trust_remote_code=own.trust_remote_code or model.trust_remote_code
+    )
     return msgspec.structs.replace(config, tokenizer=followed)
 
 
-def _context_length(bases: Sequence[str], disk: Any) -> int:
+def _context_length(bases: Sequence[str], known: Any, disk: Any) -> int:
     """Return the default of `context_length`: a new model's, or what every model that training continues can see.
 
     Args:
-        bases: the models that training continues: folders or names of the hub.
+        bases: the models that training continues: stages, folders or names of the hub.
+        known: the tables of all stages, by reference.
         disk: answers what there is.
     """
     if not bases:
         return defaults.NEW_CONTEXT_LENGTH
-    folders = [disk.expand(name) for name in bases]
-    positions: list[int | None] = [disk.num_positions(folder) for folder in folders if disk.is_dir(folder)]
-    return min(
-        [
-            defaults.PRETRAINED_CONTEXT_LENGTH,
-            *(position for position in positions if position is not None and position > 1),
-        ]
-    )
+    lengths = [defaults.PRETRAINED_CONTEXT_LENGTH]
+    for name in bases:
+        origin, length = trained_length(name, known)
+        folder = disk.expand(origin)
+        if origin and disk.is_dir(folder):
+            length = disk.num_positions(folder)
+        lengths += [length] if isinstance(length, int) and length > 1 else []
+        lengths += [defaults.NEW_CONTEXT_LENGTH] if length == "auto" else []
+    return min(lengths)
 
 
 def _brings_a_tokenizer(name: str, disk: Any) -> bool:
@@ -201,6 +218,8 @@ def _template_files(config: Config, artifacts: Artifacts) -> tuple[Path, ...]:
 
 
 def _tokenizer_files(tokenizer: TokenizerConfig, artifacts: Artifacts) -> tuple[Path, ...]:
+    if folder := artifacts.stage_of(tokenizer.from_, "tokenizer.from"):
+        return folder / "tokenizer.json", folder / "tokenizer_config.json"
     return artifacts.tokenizer(tokenizer.from_, "tokenizer.from", trusts_code=tokenizer.trust_remote_code)
 
 

@@ -15,7 +15,7 @@ from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, derive_seed
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem
 from mlxflow.workflow import products
-from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside, follow_training
 
 if TYPE_CHECKING:
     from mlxflow.profiling.profiler import MemoryProfiler
@@ -36,8 +36,12 @@ _PADDING_ROWS = 1024
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[profile]` table."""
 
-    input: Annotated[str, Meta(description="the dense model: a train stage, whose steps are profiled")] = "train"
-    data: Annotated[str, Meta(description="the token files: a pretokenize stage")] = "pretokenize"
+    input: Annotated[
+        str, Meta(description="the dense model: a train stage, whose steps are profiled; the first of several")
+    ] = "train"
+    data: Annotated[str, Meta(description="the token files: a pretokenize stage; of several that of the input")] = (
+        "pretokenize"
+    )
     num_steps: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="training steps measured")] = 20
     batch_size: Annotated[int, Meta(ge=0, le=MAX_ROWS, description="rows in one forward pass; 0: as in training")] = 0
     samples_per_second: Annotated[
@@ -96,7 +100,11 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table unchanged; report more tokens in a forward pass or in all steps than a machine can compute."""
+    """Return the table with the first of several train stages and the tokens that it was trained on.
+
+    More tokens in a forward pass or in all steps than a machine can compute are reported.
+    """
+    config = follow_training(config, artifacts)
     own, key = {"batch_size": config.batch_size}, f"{config.input}.batch_size"
     trained = {key: getattr(artifacts.table(config.input), "batch_size", 1)}
     if not (row := products.rows_of(artifacts, config.data)):

@@ -12,14 +12,14 @@ from mlxflow.device.compute_device import SIZE_PATTERN, parse_size
 from mlxflow.quantization.layer_rules import LayerRule
 from mlxflow.quantization.settings import RequestedSetting, Setting
 from mlxflow.quantization.table_checks import table_problems
-from mlxflow.stages import train
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit, toml_value
 from mlxflow.training import length
 from mlxflow.training.lora_config import LoraConfig
 from mlxflow.workflow import products
-from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside, model_files_of, names_stage
+from mlxflow.workflow.stage_references import tokens_of_model
 
 if TYPE_CHECKING:
     from mlxflow.quantization.aware_training import AwareTraining
@@ -41,7 +41,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One `[quantize]` table, or one of `[[quantize]]`."""
 
     input: Annotated[str, Meta(description="the dense model: a train stage")] = "train"
-    model: Annotated[str, Meta(description="instead of the input, a model folder or a hub id")] = ""
+    model: Annotated[str, Meta(description="instead of the input, a model folder, a hub id or a stage")] = ""
     trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
         False
     )
@@ -146,6 +146,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.trust_remote_code
 
     @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer comes from: the model that is quantized."""
+        return self.model or self.input
+
+    def kind_made(self, artifacts: Artifacts) -> Literal["quantized"]:
+        """Return the kind of the artifact's weights."""
+        return "quantized"
+
+    @property
     def has_budget(self) -> bool:
         """Whether bits are chosen under a budget."""
         return bool(self.target_bits_per_weight or self.target_size)
@@ -154,7 +163,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def token_stage(self) -> str:
         """The pretokenize stage whose tokens are used; empty if none are."""
         if self.data == "auto":
-            return "" if self.model else "pretokenize"
+            return "" if self.model and not names_stage(self.model) else "pretokenize"
         return self.data
 
     @property
@@ -197,18 +206,14 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         if config.token_stage:
             data = artifacts.folder(config.token_stage, "data")
             tokens = (data / "train.safetensors", data / "validation.safetensors")
-        if config.model:
+        folder = artifacts.stage_of(config.model, "model") if config.model else artifacts.folder(config.input, "input")
+        if folder is None:
             trusts = config.trust_remote_code
             return cls(
                 model=artifacts.model(config.model, "model", trusts_code=trusts, needs_tokenizer=True), tokens=tokens
             )
-        folder = artifacts.folder(config.input, "input")
-        return cls(
-            model=(folder / "config.json", folder / "model.safetensors"),
-            tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
-            beside=(Beside(folder),),
-            tokens=tokens,
-        )
+        files = model_files_of(folder)
+        return cls(model=files[:2], tokenizer=files[2:], beside=(Beside(folder),), tokens=tokens)
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
@@ -223,16 +228,17 @@ class Outputs(ModelFolder, frozen=True, kw_only=True):
 
 
 def resolve(config: Config, artifacts: Artifacts) -> Config:
-    """Return the table unchanged; report numbers whose product is too large, and an already quantized model."""
+    """Return the table with the tokens that its model was trained on, unless it names some.
+
+    Numbers whose product is too large, and an already quantized model, are reported.
+    """
+    if config.data == "auto" and (stage := tokens_of_model(config, artifacts)) != config.token_stage:
+        config = msgspec.structs.replace(config, data=stage)
     if config.method == "qat":
         products.note_training(config, artifacts, config.token_stage, prefetch={})
         if config.training != "full":
             products.note_adapters(config.lora, artifacts)
-    trained = artifacts.table(config.input)
-    name = config.model
-    if not name and isinstance(trained, train.Config) and trained.keeps_quantized:
-        name = trained.model.from_
-    if name and not config.requantize and artifacts.kind_of_model(name) == "quantized":
+    if not config.requantize and artifacts.kind_of_model(config.model or config.input) == "quantized":
         artifacts.note(_already_quantized(config))
     return config
 

@@ -35,7 +35,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description='models that generate samples; "stage:*" is all variants; none: no samples'),
     ] = ("train:*", "quantize:*")
     data: Annotated[
-        str, Meta(description="the pretokenize stage with the held-out documents for samples; the first of several")
+        str,
+        Meta(
+            description="the pretokenize stage with the held-out documents for samples; the first of several; "
+            "without one there are no samples"
+        ),
     ] = "pretokenize:*"
     prompts: Annotated[
         tuple[Annotated[str, Meta(min_length=1)], ...],
@@ -76,11 +80,12 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
         def made(name: str) -> dict[str, Path]:
             return {task: layout.stage_folder(task) / name for task, names in makers.items() if name in names}
 
-        models = {one: artifacts.folder(one, "models") for one in artifacts.expand(config.models, "models")}
+        data = () if config.prompts else artifacts.expand((config.data,), "data")[:1]
+        names = artifacts.expand(config.models, "models") if config.prompts or data else ()
+        models = {one: artifacts.folder(one, "models") for one in names}
+        data = data if models else ()
         _note_samples(config, len(models), artifacts)
         files = ("config.json", "tokenizer.json", "tokenizer_config.json")
-        from_documents = bool(models) and not config.prompts
-        data = artifacts.expand((config.data,), "data")[:1] if from_documents else ()
         return cls(
             reports=made(layout.REPORT),
             curves=made(layout.METRICS),

@@ -19,7 +19,8 @@ from mlxflow.training import defaults, length, setting_checks, table_settings
 from mlxflow.training.lora_config import LoraConfig, decide_fuse
 from mlxflow.training.optimizer_options import DEFAULT_BETAS, Optimizer, optimizer_problems
 from mlxflow.workflow import products
-from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
+from mlxflow.workflow.stage_references import model_inputs, note_other_tokenizer
 
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.train import TrainReport
@@ -70,7 +71,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = 0.8
     adjust_every: Annotated[int, Meta(ge=1, le=MAX_STEPS, description="steps between adjustments of batch_size")] = 50
     replay: Annotated[str, Meta(description="the metrics.jsonl of a run whose batch sizes are repeated")] = ""
-
     optimizer: Annotated[Optimizer, Meta(description="one of mlx.optimizers")] = "adamw"
     optimizer_options: Annotated[dict[str, Any], Meta(description="its other options, by MLX's names")] = {}
     learning_rate: Annotated[
@@ -191,6 +191,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Whether the artifact is quantized if the base model is."""
         return bool(self.model.from_) and self.method != "full" and self.fuse != "dense"
 
+    def kind_made(self, artifacts: Artifacts) -> Literal["dense", "quantized", "hub", "unknown"]:
+        """Return whether the artifact is dense or quantized; "hub" or "unknown" where the model to start from says."""
+        return artifacts.kind_of_model(self.model.from_) if self.keeps_quantized else "dense"
+
     @property
     def trusts_code(self) -> bool:
         """Whether Python code of the base model, and of the artifact, may be run."""
@@ -204,23 +208,22 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     validation: Path = Path()
     tokenizer: tuple[Path, ...] = ()
     base: tuple[Path, ...] = ()
+    beside: tuple[Beside, ...] = ()
     replay: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the tokens from a pretokenize stage, base model and replay from the table."""
         folder = artifacts.folder(config.input, "input")
+        base, beside = model_inputs(config.model, artifacts) if config.model.from_ else ((), ())
         return cls(
             train=folder / "train.safetensors",
             validation=folder / "validation.safetensors",
             tokenizer=(folder / "tokenizer.json", folder / "tokenizer_config.json"),
-            base=_base_files(config.model, artifacts) if config.model.from_ else (),
+            base=base,
+            beside=beside,
             replay=artifacts.files((config.replay,), "replay") if config.replay else (),
         )
-
-
-def _base_files(model: ModelConfig, artifacts: Artifacts) -> tuple[Path, ...]:
-    return artifacts.model(model.from_, "model.from", trusts_code=model.trust_remote_code)
 
 
 class Outputs(ModelFolder, frozen=True, kw_only=True):
@@ -248,6 +251,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
     For a model on the hub it is resolved after the download.
     """
+    note_other_tokenizer(config.model.from_, config.input, artifacts)
     products.note_training(config, artifacts, config.input, prefetch={"prefetch_batches": config.prefetch_batches})
     if not config.model.from_:
         products.note_weights(config.model, artifacts, config.input)

@@ -14,35 +14,20 @@ from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, ModelFolderFiles, leading_out_problem
 from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.workflow.disk_queries import Disk
+from mlxflow.workflow.stage import names_stage
+from mlxflow.workflow.stage_references import Known, kind_made
 
 _NO_MAKER = "no stage before this one makes it"
 _NAME_TEXT = "Name a file, a folder or a glob with text in it."
 
 
-class Known:
-    """The stages and variants that a stage may read from.
-
-    Args:
-        makers: by name, the files that each makes.
-        tables: by name, their resolved tables.
-    """
-
-    def __init__(self, makers: Mapping[str, Set[str]], tables: Mapping[str, msgspec.Struct]) -> None:
-        self.makers = makers
-        self.tables = tables
-        self.variants: dict[str, list[str]] = {}
-        for task in makers:
-            name, _, variant = task.partition(":")
-            if variant:
-                self.variants.setdefault(name, []).append(task)
-
-
-class References:
-    """Resolves the inputs of one stage; the argument of `Inputs.of`, see `mlxflow.workflow.stage.Artifacts`.
+class StageReferences:
+    """Resolves the references of one stage to others, and reports those that are invalid.
 
     Args:
         disk: all queries of the disk go through it.
         known: the stages and variants that the stage may read from.
+        written: keys of the stage's table with other values than the default.
         broken: names of stages with a variant that could not be read.
         left_out: names of stages that the file does not mention and that were left out.
         shown: the workflow file's name, for the messages.
@@ -57,6 +42,7 @@ class References:
         self,
         disk: Disk,
         known: Known,
+        written: Set[str],
         broken: Set[str],
         left_out: Set[str],
         shown: str,
@@ -65,9 +51,8 @@ class References:
     ) -> None:
         self._disk = disk
         self.spellings: dict[str, str] = {}
-        self._known = known.makers
-        self._tables = known.tables
-        self._variants_of = known.variants
+        self._known = known
+        self._written = written
         self._broken = broken
         self._left_out = left_out
         self._asked: list[tuple[str, str]] = []
@@ -81,50 +66,59 @@ class References:
         self._asked.append((reference, key))
         return layout.stage_folder(self._resolved(reference))
 
+    def stage_of(self, name: str, key: str) -> Path | None:
+        """Return the artifact folder of the stage that a text names; None if it names a folder or one of the hub."""
+        if not names_stage(name):
+            return None
+        if self._is_folder(name):
+            advice = f'Write "./{name}" for the folder, or rename it to read from the stage.'
+            self._note(key, name, "names a stage and a folder beside the workflow file", advice)
+        return self.folder(name, key)
+
     def table(self, reference: str) -> msgspec.Struct | None:
         """Return the resolved table of an earlier stage or variant; None if there is none."""
-        return self._tables.get(self._resolved(reference))
+        return self._known.tables.get(self._resolved(reference))
 
-    def _variants(self, name: str) -> list[str]:
-        """Return the variants of an earlier stage."""
-        return self._variants_of.get(name, [])
+    def first(self, reference: str) -> str:
+        """Return the first variant for the name of a stage with several; else the reference itself."""
+        return self._known.first(reference)
 
     def _resolved(self, reference: str) -> str:
         """Return the stage or variant of a reference; a stage's name may stand for its only variant."""
-        variants = self._variants(reference)
-        return variants[0] if len(variants) == 1 and reference not in {*self._known, *self._broken} else reference
+        return reference if reference in self._broken else self._known.resolved(reference)
 
-    def check_makers(self, files: Iterable[Path], written: Set[str]) -> None:
+    def check_makers(self, files: Iterable[Path]) -> None:
         """Report every reference whose stage does not exist or does not make the files.
+
+        If several keys name an artifact, the written ones are reported.
 
         Args:
             files: all files that the stage reads.
-            written: keys with other values than the default; if several keys name an artifact, these are reported.
         """
         made_in: dict[Path, set[str]] = {}
         for file in files:
             made_in.setdefault(file.parent, set()).add(file.name)
-        to_blame = {reference for reference, key in self._asked if key in written}
+        to_blame = {reference for reference, key in self._asked if key in self._written}
         for reference, key in dict.fromkeys(self._asked):
-            if reference in to_blame and key not in written:
+            if reference in to_blame and key not in self._written:
                 continue
             stage = self._resolved(reference)
-            lacking = made_in.get(layout.stage_folder(stage), set()) - self._known.get(stage, set())
-            if stage in self._known and not lacking:
+            lacking = made_in.get(layout.stage_folder(stage), set()) - self._known.makers.get(stage, set())
+            if stage in self._known.makers and not lacking:
                 continue
-            makers = [maker for maker, made in self._known.items() if lacking <= made]
+            makers = [maker for maker, made in self._known.nameable.items() if lacking <= made]
             if stage in makers or reference.partition(":")[0] in self._broken:
                 continue
-            if variants := self._variants(reference):
-                self._note(key, reference, "expected one of its variants", self._advise_variants(variants, key))
+            if variants := self._known.variants(reference):
+                self._note(
+                    key,
+                    reference,
+                    "expected one of its variants",
+                    _advise_variants(variants, takes_all=key in self._list_keys),
+                )
                 continue
-            expected = f"makes no {min(lacking)}" if stage in self._known else _NO_MAKER
+            expected = f"makes no {min(lacking)}" if stage in self._known.makers else _NO_MAKER
             self._note(key, reference, expected, _list(makers))
-
-    def _advise_variants(self, variants: list[str], key: str) -> str:
-        """Return the advice for a reference to a stage with several variants."""
-        every = [f"{variants[0].partition(':')[0]}:*"] if key in self._list_keys else []
-        return f"Write {' or '.join(toml_value(one) for one in [*variants, *every])}."
 
     def expand(self, references: tuple[str, ...], key: str) -> tuple[str, ...]:
         """Return references with each `stage:*` replaced by all of that stage's variants."""
@@ -132,15 +126,37 @@ class References:
         expanded: list[str] = []
         for reference in references:
             name, _, variant = reference.partition(":")
-            matching = [name] if name in self._known else self._variants(name)
-            if variant == "*" and not matching and name not in {*self._broken, *self._left_out}:
-                self._note(key, reference, _NO_MAKER, _list(self._known))
+            matching = self._known.matching(name)
+            expects = key in self._written and name not in {*self._broken, *self._left_out}
+            if variant == "*" and not matching and expects:
+                self._note(key, reference, _NO_MAKER, _list(self._known.nameable))
             expanded += matching if variant == "*" else [self._resolved(reference)]
         return tuple(dict.fromkeys(expanded))
 
     def makers(self) -> Mapping[str, Set[str]]:
         """Return every earlier stage and variant, with the names of the files it makes."""
-        return self._known
+        return self._known.makers
+
+    def note(self, problem: Problem) -> None:
+        """Report a mistake in the stage's table."""
+        self._lines.append(problem_message(problem, self._shown, self._table))
+
+    def _note(self, key: str, value: str, expected: str, advice: str) -> None:
+        self.note(Problem(key, value, expected, advice))
+
+    def _expand(self, written: str) -> str:
+        """Return a path with everything expanded, and record its spelling."""
+        place = self._disk.expand(written)
+        if place != written and (leading := self._disk.spelling(written)):
+            self.spellings[leading[0]] = leading[1]
+        return place
+
+    def _is_folder(self, written: str) -> bool:
+        return self._disk.is_dir(self._expand(written))
+
+
+class References(StageReferences):
+    """Resolves the inputs of one stage; the argument of `Inputs.of`, see `mlxflow.workflow.stage.Artifacts`."""
 
     def sources(self, patterns: tuple[str, ...], key: str) -> tuple[Path | Corpus, ...]:
         """Return the files that sources name, in a fixed order."""
@@ -224,26 +240,14 @@ class References:
         self._note(key, name, f"its {file} names Python code of its own, {code}", advice)
 
     def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
-        """Return the kind of a model folder's weights by its config; "hub" for a name of the hub."""
+        """Return the kind of weights of a stage's model or of a folder; "hub" for a name of the hub."""
+        if names_stage(name):
+            return kind_made(self.table(name), self)
         place = self._expand(name)
         if not self._disk.is_dir(place):
             return "hub" if _is_hub_id(name) else "unknown"
         quantized = self._disk.is_quantized(place)
         return "unknown" if quantized is None else "quantized" if quantized else "dense"
-
-    def note(self, problem: Problem) -> None:
-        """Report a mistake in the stage's table."""
-        self._lines.append(problem_message(problem, self._shown, self._table))
-
-    def _expand(self, written: str) -> str:
-        """Return a path with everything expanded, and record its spelling."""
-        place = self._disk.expand(written)
-        if place != written and (leading := self._disk.spelling(written)):
-            self.spellings[leading[0]] = leading[1]
-        return place
-
-    def _is_folder(self, written: str) -> bool:
-        return self._disk.is_dir(self._expand(written))
 
     def _files(self, pattern: str, key: str) -> list[Path]:
         try:
@@ -257,18 +261,11 @@ class References:
             return []
         if not files:
             is_folder = bool(pattern) and self._is_folder(pattern)
-            expected = self._without_files(pattern) if is_folder else "names no file"
+            expected = _without_files(self._disk, pattern) if is_folder else "names no file"
             self._note_missing(key, pattern, expected, _NAME_TEXT)
         elif not has_text:
             self._note(key, pattern, "all its files are empty" if self._is_folder(pattern) else "is empty", _NAME_TEXT)
         return [Path(file) for file in files]
-
-    def _without_files(self, folder: str) -> str:
-        """Return why a folder has no readable file."""
-        counts = self._disk.left_out(folder)
-        kinds = ("hidden", "binary by suffix", "links to nothing", "beside records")
-        reasons = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]
-        return f"is a folder without text ({', '.join(reasons)})" if reasons else "is an empty folder"
 
     def _data_set(self, name: str, key: str) -> list[Corpus]:
         if re.fullmatch(r"hf:[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", name):
@@ -282,8 +279,19 @@ class References:
         self._note(key, name, "no such built-in corpus", _list(sources.BUILTINS))
         return []
 
-    def _note(self, key: str, value: str, expected: str, advice: str) -> None:
-        self.note(Problem(key, value, expected, advice))
+
+def _without_files(disk: Disk, folder: str) -> str:
+    """Return why a folder has no readable file."""
+    counts = disk.left_out(folder)
+    kinds = ("hidden", "binary by suffix", "links to nothing", "beside records")
+    reasons = [f"{count} {kind}" for count, kind in zip(counts, kinds, strict=True) if count]
+    return f"is a folder without text ({', '.join(reasons)})" if reasons else "is an empty folder"
+
+
+def _advise_variants(variants: list[str], *, takes_all: bool) -> str:
+    """Return the advice for a reference to a stage with several variants."""
+    every = [f"{variants[0].partition(':')[0]}:*"] if takes_all else []
+    return f"Write {' or '.join(toml_value(one) for one in [*variants, *every])}."
 
 
 def _is_hub_id(name: str, pattern: str = HUB_MODEL) -> bool:

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +13,11 @@ from mlxflow.storage import paths
 from mlxflow.storage.toml_tables import Problem, problem_message, read_struct, toml_value, unknown_key
 from mlxflow.workflow import stage, workflow_text
 from mlxflow.workflow.disk_queries import Disk
-from mlxflow.workflow.inputs import Known, References
+from mlxflow.workflow.inputs import References
 from mlxflow.workflow.matrix import expand_matrix
 from mlxflow.workflow.model import Settings, Stage, Workflow
-from mlxflow.workflow.stage import StageModule
+from mlxflow.workflow.stage import Artifacts, StageModule
+from mlxflow.workflow.stage_references import CycleError, Known, ReferenceRecorder, ordered, upstream
 
 #: Every stage, in the order of `doit list`. To add one, add a file to `stages/` and its name here.
 STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark", "report")
@@ -73,7 +73,8 @@ class _WorkflowLoader:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
         _follow_readers(workflow)
-        self._resolve(workflow, {name for name, made in read.items() if not made})
+        nameable = self._plan(workflow)
+        self._resolve(workflow, nameable, {name for name, made in read.items() if not made})
         if any(self.mistakes.values()):
             raise WorkflowError(*self._lines())
         return workflow
@@ -148,31 +149,91 @@ class _WorkflowLoader:
             self.mistakes[table].append(line)
         return False
 
-    def _resolve(self, workflow: Workflow, unread: set[str]) -> None:
+    def _plan(self, workflow: Workflow) -> list[Stage]:
+        """Keep the stages that are wanted and those that they read from, and put each after the ones it reads from.
+
+        Args:
+            workflow: its stages are changed.
+
+        Returns:
+            all stages, also those that are not built, in this order.
+
+        Raises:
+            WorkflowError: stages read from one another in a circle.
+        """
+        known = Known()
+        for one in workflow.stages:
+            known.add(one.task, one.config)
+        keys: dict[str, dict[str, tuple[str, str]]] = {}
+        for one in workflow.stages:
+            recorder = ReferenceRecorder(known)
+            _find_inputs(one.module, one.config, recorder)
+            keys[one.task] = recorder.keys
+        tables = {one.task: one.table for one in workflow.stages}
+        try:
+            order = ordered(keys)
+        except CycleError as error:
+            key, reference = keys[error.tasks[0]][error.tasks[1]]
+            problem = Problem(
+                key, reference, f"reads from itself ({' -> '.join(error.tasks)})", "Name a stage that does not."
+            )
+            raise WorkflowError(*self._lines(), problem_message(problem, self.shown, tables[error.tasks[0]])) from error
+        wanted = upstream(self._wanted(workflow), keys)
+        workflow.unplanned = [name for name in STAGES if not any(one.partition(":")[0] == name for one in wanted)]
+        by_task = {one.task: one for one in workflow.stages}
+        workflow.stages = [by_task[task] for task in order if task in wanted]
+        return [by_task[task] for task in order]
+
+    def _wanted(self, workflow: Workflow) -> list[str]:
+        """Return the tasks that the file asks for; note names in `workflow.stages` that are none."""
+        if not workflow.settings.stages:
+            written = {name for name in self.document if name in STAGES}
+            return [one.task for one in workflow.stages if not written or one.name in written]
+        wanted = []
+        for number, name in enumerate(workflow.settings.stages):
+            named = [one.task for one in workflow.stages if name in (one.task, one.name)]
+            wanted += named
+            if not named and not self.mistakes.get(name.partition(":")[0]):
+                known = ", ".join(one.task for one in workflow.stages)
+                problem = Problem(f"stages[{number}]", name, "no such stage", f"Known: {known}.")
+                self.mistakes.setdefault("workflow", []).append(problem_message(problem, self.shown, "workflow"))
+        return wanted
+
+    def _resolve(self, workflow: Workflow, nameable: list[Stage], unread: set[str]) -> None:
         """Resolve the inputs of every stage; leave out stages that are not in the file if their defaults are invalid.
 
         Args:
             workflow: its stages are changed.
+            nameable: these and the stages that are not built.
             unread: names of stages whose tables could not be read; their defaults are not reported.
         """
         broken = {name for name in STAGES if self.mistakes[name]}
+        known = Known()
         num_files = 0
-        for number, name in enumerate(STAGES):
-            before = [one for one in workflow.stages if STAGES.index(one.name) < number]
-            known = Known({one.task: one.file_names for one in before}, {one.task: one.config for one in before})
-            is_written = name in self.document
-            for one in [one for one in workflow.stages if one.name == name and name not in unread]:
-                lines = self.mistakes[name] if is_written else []
-                references = References(
-                    workflow.disk, known, broken, workflow.left_out.keys(), self.shown, one.table, lines
-                )
-                _find_inputs(one, references)
-                num_files += len(one.input_files)
-                self._require_few_files(one, num_files)
-                references.check_makers(one.input_files, _changed_keys(one))
-                if lines and not is_written:
-                    workflow.left_out[name] = lines
-                    workflow.stages.remove(one)
+        planned = set(workflow.stages)
+        for one in nameable:
+            if one not in planned:
+                known.nameable[one.task] = one.file_names
+                continue
+            if one.name in unread:
+                known.add(one.task, one.config, one.file_names)
+                continue
+            is_written = one.name in self.document
+            lines = self.mistakes[one.name] if is_written else []
+            not_there = {*workflow.left_out, *workflow.unplanned}
+            references = References(
+                workflow.disk, known, _changed_keys(one), broken, not_there, self.shown, one.table, lines
+            )
+            one.config, one.inputs = _find_inputs(one.module, one.config, references)
+            one.spellings = references.spellings
+            num_files += len(one.input_files)
+            self._require_few_files(one, num_files)
+            references.check_makers(one.input_files)
+            if lines and not is_written:
+                workflow.left_out[one.name] = lines
+                workflow.stages.remove(one)
+            else:
+                known.add(one.task, one.config, one.file_names)
 
     def _require_few_files(self, stage: Stage, num_files: int) -> None:
         if num_files > _MAX_FILES:
@@ -182,11 +243,10 @@ class _WorkflowLoader:
             )
 
 
-def _find_inputs(stage: Stage, references: References) -> None:
-    """Set the inputs of a stage, after resolving the keys of its table that depend on other files."""
-    stage.config = getattr(stage.module, "resolve", lambda config, _: config)(stage.config, references)
-    stage.inputs = stage.module.Inputs.of(stage.config, references)
-    stage.spellings = references.spellings
+def _find_inputs(module: StageModule, config: msgspec.Struct, artifacts: Artifacts) -> tuple[Any, Any]:
+    """Return a stage's table with the keys resolved that depend on other files and stages, and its inputs."""
+    resolved = getattr(module, "resolve", lambda config, _: config)(config, artifacts)
+    return resolved, module.Inputs.of(resolved, artifacts)
 
 
 def _changed_keys(stage: Stage) -> set[str]:
@@ -197,16 +257,15 @@ def _changed_keys(stage: Stage) -> set[str]:
 
 def _follow_readers(workflow: Workflow) -> None:
     """Resolve keys of stages that depend on the tables that name them as `input`."""
+    known = Known()
+    for one in workflow.stages:
+        known.add(one.task, one.config)
     readers: dict[str, list[msgspec.Struct]] = {}
     for one in workflow.stages:
-        readers.setdefault(getattr(one.config, "input", ""), []).append(one.config)
-    counts = Counter(one.name for one in workflow.stages)
+        readers.setdefault(known.resolved(getattr(one.config, "input", "")), []).append(one.config)
     for one in workflow.stages:
-        follow = getattr(one.module, "follow", None)
-        if follow is None:
-            continue
-        names = dict.fromkeys([one.task, one.name] if counts[one.name] == 1 else [one.task])
-        one.config = follow(one.config, [reader for name in names for reader in readers.get(name, [])], workflow.disk)
+        if follow := getattr(one.module, "follow", None):
+            one.config = follow(one.config, one.task, readers.get(one.task, []), known, workflow.disk)
 
 
 def resolved_toml(workflow: Workflow) -> str:

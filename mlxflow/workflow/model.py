@@ -64,6 +64,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="memory that stays resident on a Mac: share of the memory limit, or a size",
         ),
     ] = "100%"
+    stages: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="stages or variants that are built, with those that they read from; "
+            "empty: those that have a table in this file, or all stages if none has"
+        ),
+    ] = ()
 
     def problems(self) -> Iterator[Problem]:
         """Yield a memory limit of zero, and limits above 100 %."""
@@ -220,7 +227,8 @@ class Workflow:
         root: its folder; relative paths are relative to it.
         settings: the `[workflow]` table.
         stages: every stage and variant, each after the ones it reads from.
-        left_out: by name of a stage that was left out, the messages that say why.
+        left_out: by name of a stage that others need and whose defaults do not fit, the messages that say why.
+        unplanned: names of stages that the file does not ask for and that no other stage needs.
         disk: the queries of the disk made while resolving the inputs, with their answers.
     """
 
@@ -231,6 +239,7 @@ class Workflow:
         self.settings = settings
         self.stages: list[Stage] = []
         self.left_out: dict[str, list[str]] = {}
+        self.unplanned: list[str] = []
 
     @property
     def artifacts(self) -> Path:
@@ -298,5 +307,20 @@ class Workflow:
             return (exact or named)[0]
         if task in self.left_out:
             raise CallError(*self.left_out[task])
+        if task in self.unplanned:
+            raise CallError(word_unplanned(task, paths.shown(self.path), self.settings.stages))
         known = ", ".join(one.task for one in self.stages)
         raise CallError(f"{task}: no such stage in {self.path}. Known: {known}.")
+
+
+def word_unplanned(task: str, shown: str, stages: tuple[str, ...]) -> str:
+    """Return the message for a stage that a workflow does not build.
+
+    Args:
+        task: its name.
+        shown: the workflow file's name.
+        stages: `workflow.stages` as written.
+    """
+    if stages:
+        return f"{task}: {shown} does not build it. Add {toml_value(task)} to workflow.stages."
+    return f"{task}: {shown} has no [{task}] table, and no stage reads from it. Add it: its keys have defaults."

@@ -14,7 +14,8 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
 It may have eight more:
 
     resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
-    follow(config, readers, disk)    returns it with defaults filled in that depend on the tables of its readers
+    follow(config, task, readers, known, disk)
+                                     returns it with defaults filled in that depend on the tables of its readers
     DEVICE_BOUND = True              the artifact describes the machine it was made on
     USES_DEVICE = False              the stage does not compute on MLX's device
     EXECUTION_ONLY_KEYS              keys that do not affect the result: a change of one does not make the artifact
@@ -39,6 +40,7 @@ from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import layout
 from mlxflow.storage.digests import digest_json
+from mlxflow.storage.run_context import ModelFolder
 from mlxflow.storage.toml_tables import Problem
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 #: What messages call the setting of the most memory that MLX may hold.
 MEMORY_LIMIT_KEY = "workflow.memory_limit"
+
+#: The stages whose artifact has a tokenizer, and of most a model: they may be named where a folder is expected.
+FOLDER_STAGES = ("pretokenize", "train", "quantize")
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -67,6 +72,14 @@ class Artifacts(Protocol):
 
     def folder(self, reference: str, key: str) -> Path:
         """Return the artifact folder of `stage` or `stage:variant`; an invalid reference is noted as a problem."""
+        ...
+
+    def stage_of(self, name: str, key: str) -> Path | None:
+        """Return the artifact folder of the stage that a text names; None if it names a folder or one of the hub."""
+        ...
+
+    def first(self, reference: str) -> str:
+        """Return the first variant for the name of a stage with several; else the reference itself."""
         ...
 
     def table(self, reference: str) -> msgspec.Struct | None:
@@ -105,7 +118,7 @@ class Artifacts(Protocol):
         ...
 
     def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
-        """Return the kind of a model folder's weights by its config; "hub" for a name of the hub."""
+        """Return the kind of weights of a stage's model or of a folder; "hub" for a name of the hub."""
         ...
 
     def note(self, problem: Problem) -> None:
@@ -129,6 +142,49 @@ class StageModule(Protocol):
     Outputs: type[Any]
 
     run: Callable[..., "StageReport"]
+
+
+def names_stage(text: str) -> bool:
+    """Return whether a text that may name a folder names a stage or variant instead, an existing one or not."""
+    return text.partition(":")[0] in FOLDER_STAGES
+
+
+def follow_training(config: T, artifacts: Artifacts) -> T:
+    """Return a table whose `input` and `data` name one stage each, where the workflow has several variants of them.
+
+    Args:
+        config: has `input`, a train stage, and `data`, a pretokenize stage; "train" stands for the first variant,
+            "pretokenize" for the one whose tokens that was trained on.
+        artifacts: the tables of the workflow.
+    """
+    names: Any = config
+    trained = artifacts.first(names.input)
+    data = names.data
+    if artifacts.first(data) != data:
+        data = token_stage(artifacts.table(trained)) or data
+    if (trained, data) == (names.input, names.data):
+        return config
+    return msgspec.structs.replace(config, input=trained, data=data)
+
+
+def token_stage(table: Any) -> str:
+    """Return the pretokenize stage whose tokens a train or quantize stage uses; empty for none.
+
+    Args:
+        table: the stage's, or None.
+    """
+    found: str = getattr(table, "token_stage", getattr(table, "input", ""))
+    return found
+
+
+def model_files_of(folder: Path) -> tuple[Path, ...]:
+    """Return the files of the model that a stage makes, its configuration first.
+
+    Args:
+        folder: its artifact.
+    """
+    made = ModelFolder()
+    return tuple(folder / file for file in (made.config, made.model, made.tokenizer, made.tokenizer_config))
 
 
 def stage_name(module: StageModule) -> str:

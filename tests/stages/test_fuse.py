@@ -227,6 +227,7 @@ num_steps = 1
 convergence_steps = 2
 max_validation_rows = 24
 prompt_lengths = [4]
+[report]
 """
 )
 
@@ -292,7 +293,8 @@ def test_quantize_refuses_the_unfused_artifact_unless_configured(chain: Path) ->
 
 def test_with_a_quantized_base_model_the_quantize_stage_is_left_out(chain: Path) -> None:
     path = chain / "workflow.toml"
-    path.write_text(HEAD + TRAIN + 'method = "lora"\nmodel.from = "q2"\n')
+    stages = 'stages = ["train", "quantize", "profile", "benchmark", "report"]'
+    path.write_text(f"[workflow]\n{stages}\n" + HEAD + TRAIN + 'method = "lora"\nmodel.from = "q2"\n')
     assert [one.task for one in load_workflow(path).stages] == [
         "pretokenize",
         "train",

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mlxflow.data.sources import Corpus
 from mlxflow.workflow.disk_queries import Disk
-from mlxflow.workflow.inputs import Known, References
+from mlxflow.workflow.inputs import References
+from mlxflow.workflow.stage_references import Known
 
 MADE = {
     "pretokenize": {"train.safetensors"},
@@ -22,7 +24,10 @@ def lines() -> list[str]:
 
 @pytest.fixture
 def references(tmp_path: Path, lines: list[str]) -> References:
-    return References(Disk(tmp_path), Known(MADE, {}), set(), set(), "w.toml", "report", lines)
+    known = Known()
+    for task, files in MADE.items():
+        known.add(task, msgspec.defstruct("Table", [])(), files)
+    return References(Disk(tmp_path), known, {"model", "models"}, set(), set(), "w.toml", "report", lines)
 
 
 def test_a_stage_s_name_stands_for_its_only_variant(references: References) -> None:
@@ -46,7 +51,7 @@ def test_a_reference_to_a_stage_without_the_file_lists_the_stages_that_make_it(
     references: References, lines: list[str]
 ) -> None:
     file = references.folder("pretokenize", "model") / "model.safetensors"
-    references.check_makers([file], {"model"})
+    references.check_makers([file])
     assert lines == [
         'w.toml: report.model = "pretokenize": makes no model.safetensors. Known: train, quantize:q4, quantize:q8.'
     ]
@@ -54,7 +59,7 @@ def test_a_reference_to_a_stage_without_the_file_lists_the_stages_that_make_it(
 
 def test_a_reference_to_a_stage_of_several_variants_lists_them(references: References, lines: list[str]) -> None:
     file = references.folder("quantize", "model") / "model.safetensors"
-    references.check_makers([file], {"model"})
+    references.check_makers([file])
     assert lines == [
         'w.toml: report.model = "quantize": expected one of its variants. Write "quantize:q4" or "quantize:q8".'
     ]

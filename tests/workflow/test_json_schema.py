@@ -68,7 +68,7 @@ def test_a_number_without_limit_may_be_null_which_taplo_reads_infinity_as() -> N
     [
         ("[trian]", [("", "Additional properties are not allowed ('trian' was unexpected)")]),
         ("[train]\nnum_stesp = 3", [("train", "Additional properties are not allowed ('num_stesp' was unexpected)")]),
-        ('[train]\nnum_steps = "3"', [("train.num_steps", "'3' is not of type 'integer'")]),
+        ('[train]\nlog_every = "3"', [("train.log_every", "'3' is not of type 'integer'")]),
         ("[train]\nlora.rank = 0", [("train.lora.rank", "0 is less than the minimum of 1")]),
         ("train = 3", [("train", "3 is not of type 'object', 'array'")]),
         ("[[quantize]]", [("quantize.0", "'name' is a required property")]),
@@ -89,5 +89,5 @@ def test_every_key_is_described_and_has_its_default() -> None:
     definitions = workflow_schema()["definitions"]
     keys = {(name, key): schema for name, table in definitions.items() for key, schema in table["properties"].items()}
     assert not [place for place, schema in keys.items() if not schema.get("description")]
-    assert keys["train", "num_steps"]["default"] > 0
+    assert keys["train", "log_every"]["default"] > 0
     assert definitions["train"]["description"].startswith("Train")

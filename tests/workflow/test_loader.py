@@ -1,5 +1,6 @@
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,8 +105,8 @@ ONE_MISTAKE = {
     "Known: train.",
     '[profile]\ninput = "pretokenize"': 'workflow.toml: profile.input = "pretokenize": makes no config.json. '
     "Known: train, quantize.",
-    '[train]\ninput = "train"': 'workflow.toml: train.input = "train": no stage before this one makes it. '
-    "Known: pretokenize.",
+    '[train]\ninput = "train"': 'workflow.toml: train.input = "train": reads from itself (train -> train). '
+    "Name a stage that does not.",
     '[benchmark]\nmodels = ["quantize:q9"]': 'workflow.toml: benchmark.models = "quantize:q9": '
     "no stage before this one makes it. Known: train, quantize.",
     '[benchmark]\nmodels = ["quantise:*"]': 'workflow.toml: benchmark.models = "quantise:*": '
@@ -246,13 +247,12 @@ def test_an_unknown_stage_is_an_error_with_the_known_stages(folder: Path) -> Non
     with pytest.raises(CallError) as caught:
         load_workflow(Path("workflow.toml")).find("quantize")
     assert str(caught.value) == (
-        "quantize: no such stage in workflow.toml. "
-        "Known: pretokenize, train, quantize:q4, quantize:q8, profile, benchmark, report."
+        "quantize: no such stage in workflow.toml. Known: pretokenize, train, quantize:q4, quantize:q8."
     )
 
 
 def test_each_variant_has_its_own_task_folder_and_settings(folder: Path) -> None:
-    (folder / "workflow.toml").write_text('[[quantize]]\nname = "a"\n[[quantize]]\nname = "b"\nbits = 8')
+    (folder / "workflow.toml").write_text('[[quantize]]\nname = "a"\n[[quantize]]\nname = "b"\nbits = 8\n[benchmark]')
     workflow = load_workflow(Path("workflow.toml"))
     first, second = workflow.find("quantize:a"), workflow.find("quantize:b")
     assert (first.folder.as_posix(), second.folder.as_posix()) == ("artifacts/quantize/a", "artifacts/quantize/b")
@@ -264,7 +264,8 @@ TWO = '[[train]]\nname = "a"\n[[train]]\nname = "b"\nnum_steps = 9\n'
 
 
 def test_a_stage_with_one_variant_is_found_by_its_name_alone(folder: Path) -> None:
-    (folder / "workflow.toml").write_text('[[pretokenize]]\nname = "p"\n[[train]]\nname = "a"\n')
+    later = "[quantize]\n[profile]\n[benchmark]\n[report]\n"
+    (folder / "workflow.toml").write_text(f'[[pretokenize]]\nname = "p"\n[[train]]\nname = "a"\n{later}')
     workflow = load_workflow(Path("workflow.toml"))
     tasks = ["pretokenize:p", "train:a", "quantize", "profile", "benchmark", "report"]
     assert [one.task for one in workflow.stages] == tasks
@@ -275,8 +276,8 @@ def test_a_stage_with_one_variant_is_found_by_its_name_alone(folder: Path) -> No
     assert workflow.find("train").task == "train:a"
 
 
-def test_default_stages_are_left_out_if_their_input_has_variants(folder: Path) -> None:
-    (folder / "workflow.toml").write_text(TWO)
+def test_a_default_stage_with_an_ambiguous_input_is_left_out_with_the_variants(folder: Path) -> None:
+    (folder / "workflow.toml").write_text(f'[workflow]\nstages = ["train", "quantize", "report"]\n{TWO}')
     workflow = load_workflow(Path("workflow.toml"))
     assert [one.task for one in workflow.stages] == ["pretokenize", "train:a", "train:b", "report"]
     line = 'workflow.toml: quantize.input = "train": expected one of its variants. Write "train:a" or "train:b".'
@@ -284,15 +285,157 @@ def test_default_stages_are_left_out_if_their_input_has_variants(folder: Path) -
     with pytest.raises(CallError) as caught:
         workflow.find("quantize")
     assert str(caught.value) == line
+
+
+def test_profile_and_benchmark_take_the_first_of_several_train_variants_and_its_tokens(folder: Path) -> None:
+    tokens = '[[pretokenize]]\nname = "x"\n[[pretokenize]]\nname = "y"\ncontext_length = 32\n'
+    train = '[[train]]\nname = "a"\ninput = "pretokenize:y"\n[[train]]\nname = "b"\ninput = "pretokenize:x"\n'
+    (folder / "workflow.toml").write_text(f"{tokens}{train}[profile]\nnum_steps = 9\n[benchmark]\n")
+    workflow = load_workflow(Path("workflow.toml"))
+    for name in ("profile", "benchmark"):
+        config: Any = workflow.find(name).config
+        assert (config.input, config.data) == ("train:a", "pretokenize:y")
+    assert set(workflow.find("benchmark").inputs.models) == {"train:a", "train:b"}  # type: ignore[attr-defined]
     (folder / "resolved.toml").write_text(resolved_toml(workflow))
     assert resolved_toml(load_workflow(Path("resolved.toml"))) == resolved_toml(workflow)
 
 
 def test_a_configured_stage_with_an_ambiguous_input_is_an_error_with_the_variants(folder: Path) -> None:
-    assert mistakes(folder, f'{TWO}[profile]\nnum_steps = 9\n[benchmark]\ninput = "train:b"\n') == [
-        'workflow.toml: profile.input = "train": expected one of its variants. Write "train:a" or "train:b".',
+    assert mistakes(folder, f'{TWO}[quantize]\nbits = 4\n[benchmark]\ninput = "train:b"\nmodels = ["train"]\n') == [
+        'workflow.toml: quantize.input = "train": expected one of its variants. Write "train:a" or "train:b".',
         'workflow.toml: benchmark.models = "train": expected one of its variants. '
         'Write "train:a" or "train:b" or "train:*".',
+    ]
+
+
+TABLES = {
+    "": ["pretokenize", "train", "quantize", "profile", "benchmark", "report"],
+    "[workflow]\nseed = 1": ["pretokenize", "train", "quantize", "profile", "benchmark", "report"],
+    "[train]\nnum_steps = 9": ["pretokenize", "train"],
+    "[report]": ["report"],
+    "[quantize]\n[report]": ["pretokenize", "train", "quantize", "report"],
+    '[[quantize]]\nname = "a"\nmodel = "owner/name"': ["quantize:a"],
+    "[benchmark]": ["pretokenize", "train", "benchmark"],
+    '[workflow]\nstages = ["train"]\n[profile]\n[quantize]': ["pretokenize", "train"],
+    '[workflow]\nstages = ["quantize:b"]\n[[quantize]]\nname = "a"\n[[quantize]]\nname = "b"': [
+        "pretokenize",
+        "train",
+        "quantize:b",
+    ],
+}
+
+
+@pytest.mark.parametrize("text", TABLES)
+def test_stages_with_a_table_are_built_and_those_they_read_from(folder: Path, text: str) -> None:
+    (folder / "workflow.toml").write_text(text)
+    assert [one.task for one in load_workflow(Path("workflow.toml")).stages] == TABLES[text]
+
+
+def test_a_stage_that_is_not_built_is_an_error_that_says_how_to_build_it(folder: Path) -> None:
+    (folder / "workflow.toml").write_text("[train]\nnum_steps = 9")
+    with pytest.raises(CallError) as caught:
+        load_workflow(Path("workflow.toml")).find("profile")
+    assert str(caught.value) == (
+        "profile: workflow.toml has no [profile] table, and no stage reads from it. Add it: its keys have defaults."
+    )
+    (folder / "workflow.toml").write_text('[workflow]\nstages = ["train"]\n[profile]')
+    with pytest.raises(CallError) as caught:
+        load_workflow(Path("workflow.toml")).find("profile")
+    assert str(caught.value) == 'profile: workflow.toml does not build it. Add "profile" to workflow.stages.'
+
+
+def test_a_mistyped_name_of_a_stage_to_build_is_an_error(folder: Path) -> None:
+    assert mistakes(folder, '[workflow]\nstages = ["train", "profil"]') == [
+        'workflow.toml: workflow.stages[1] = "profil": no such stage. '
+        "Known: pretokenize, train, quantize, profile, benchmark, report."
+    ]
+
+
+CHAIN = """
+[[pretokenize]]
+name = "base"
+[[pretokenize]]
+name = "chat"
+context_length = 32
+[[train]]
+name = "qlora"
+input = "pretokenize:chat"
+method = "lora"
+model = { from = "quantize:q4" }
+[[train]]
+name = "base"
+input = "pretokenize:base"
+[[train]]
+name = "chat"
+input = "pretokenize:chat"
+model = { from = "train:base" }
+[[quantize]]
+name = "q4"
+model = "train:chat"
+[[quantize]]
+name = "again"
+model = "train:qlora"
+requantize = true
+"""
+
+
+def test_a_model_may_come_from_another_stage_and_is_built_before(folder: Path) -> None:
+    (folder / "workflow.toml").write_text(CHAIN)
+    workflow = load_workflow(Path("workflow.toml"))
+    assert [one.task for one in workflow.stages] == [
+        "pretokenize:base",
+        "pretokenize:chat",
+        "train:base",
+        "train:chat",
+        "quantize:q4",
+        "train:qlora",
+        "quantize:again",
+    ]
+    reads = {one.task: set(one.reads) for one in workflow.members()}
+    assert reads["pretokenize:chat"] == {"pretokenize:base"}  # the tokenizer follows the model
+    assert reads["train:chat"] == {"pretokenize:chat", "train:base"}
+    assert reads["quantize:q4"] == {"pretokenize:chat", "train:chat"}  # its tokens follow the model, too
+    assert reads["train:qlora"] == {"pretokenize:chat", "quantize:q4"}
+    assert (workflow.find("train:qlora").config.fuse, workflow.find("train:chat").config.fuse) == ("never", "auto")  # type: ignore[attr-defined]
+    (folder / "resolved.toml").write_text(resolved_toml(workflow))
+    assert resolved_toml(load_workflow(Path("resolved.toml"))) == resolved_toml(workflow)
+
+
+def test_a_model_that_is_quantized_by_another_stage_is_not_quantized_again_unless_asked(folder: Path) -> None:
+    assert mistakes(folder, CHAIN.replace("requantize = true", "")) == [
+        'workflow.toml: quantize[1].model = "train:qlora": is quantized already, and what was lost does not come back. '
+        "Name a dense model, or set requantize = true."
+    ]
+
+
+def test_stages_that_read_from_one_another_in_a_circle_are_an_error(folder: Path) -> None:
+    text = '[[train]]\nname = "a"\nmodel = { from = "quantize" }\n[quantize]\ninput = "train:a"'
+    assert mistakes(folder, text) == [
+        'workflow.toml: train[0].model.from = "quantize": reads from itself (train:a -> quantize -> train:a). '
+        "Name a stage that does not."
+    ]
+
+
+def test_a_model_of_another_stage_whose_tokenizer_is_another_one_is_an_error(folder: Path) -> None:
+    text = CHAIN.replace("context_length = 32", "tokenizer = { vocab_size = 300 }")
+    assert mistakes(folder, text)[0] == (
+        'workflow.toml: train[2].model.from = "train:base": has the tokenizer of pretokenize:base, and its tokens are '
+        'made with that of pretokenize:chat. Set pretokenize:chat.tokenizer.from = "pretokenize:base", '
+        "or read tokens of another stage."
+    )
+
+
+def test_a_folder_with_the_name_of_a_stage_is_an_error_where_either_may_be_meant(folder: Path) -> None:
+    (folder / "train").mkdir()
+    text = '[pretokenize]\nsources = ["builtin:python-stdlib"]\ntokenizer = { from = "train" }\n'
+    assert mistakes(folder, text + "[train]\ninput = 'pretokenize'")[-1:] == [
+        'workflow.toml: pretokenize.tokenizer.from = "train": reads from itself (pretokenize -> train -> pretokenize). '
+        "Name a stage that does not."
+    ]
+    text = '[[quantize]]\nname = "a"\nmodel = "train"\n'
+    assert mistakes(folder, text) == [
+        'workflow.toml: quantize[0].model = "train": names a stage and a folder beside the workflow file. '
+        'Write "./train" for the folder, or rename it to read from the stage.'
     ]
 
 
