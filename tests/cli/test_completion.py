@@ -12,7 +12,7 @@ from mlxflow.cli.command import VERBS, main
 from mlxflow.cli.completion import SHELLS, script
 from tests.conftest import REPOSITORY
 
-STAGES = ["pretokenize", "train", "quantize", "quantize:q4", "quantize:q8", "profile", "benchmark", "report"]
+STAGES = ["pretokenize", "train", "quantize", "quantize:q4", "quantize:q8"]
 
 # Calls the completion function as readline does, and prints what it found
 BASH = """
