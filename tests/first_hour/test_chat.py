@@ -1,0 +1,20 @@
+"""The first hour of a user with a chat model and conversations."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.first_hour.conftest import EXAMPLES, Newcomer
+
+pytestmark = pytest.mark.first_hour
+
+
+def test_a_chat_model_learns_conversations_and_answers(newcomer: Newcomer, chat_model: Path) -> None:
+    newcomer.types("mlxflow init talk --template chat")
+    shutil.copytree(chat_model, newcomer.folder / "talk/model")
+    shutil.copy(EXAMPLES / "chat-lora/chats.jsonl", newcomer.folder / "talk")
+    newcomer.types("cd talk && mlxflow build train report")
+    newcomer.assert_improved("talk")
+    answer = newcomer.types("cd talk && mlxflow chat artifacts/train --max-tokens 20", stdin="hello\n")
+    assert answer.strip()
