@@ -57,6 +57,11 @@ class Newcomer:
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout
 
+    def is_fresh(self, project: str) -> bool:
+        """Return whether a build finds every stage fresh."""
+        lines = self.types(f"cd {project} && mlxflow build").splitlines()
+        return bool(lines) and all(line.startswith("-- ") for line in lines)
+
     def report(self, artifact: str) -> dict[str, Any]:
         """Return the figures of an artifact below the folder."""
         return tomllib.loads((self.folder / artifact / "report.toml").read_text())

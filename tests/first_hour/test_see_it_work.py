@@ -14,4 +14,4 @@ def test_two_commands_make_a_model_its_quantized_form_and_the_page(newcomer: New
     assert (newcomer.folder / "hello/artifacts/index.html").stat().st_size > 50_000
     text = newcomer.types("cd hello && mlxflow generate artifacts/quantize/q4 --prompt 'def ' --max-tokens 20")
     assert len(text) > 20
-    assert newcomer.types("cd hello && mlxflow build") == ""  # nothing is stale
+    assert newcomer.is_fresh("hello")
