@@ -77,7 +77,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto"] | Annotated[float, Meta(ge=1e-12, le=1e6)],
         Meta(
             description="peak learning rate, after warm-up; auto: 1.5e-2 for a new model; with model.from 1e-4 for "
-            "adapters, 1e-5 for all weights"
+            "adapters, 3e-5 for all weights"
         ),
     ] = "auto"
     final_learning_rate: Annotated[

@@ -21,7 +21,7 @@ NEW_CONTEXT_LENGTH, PRETRAINED_CONTEXT_LENGTH = 64, 1024
 NEW_STEPS, PRETRAINED_EPOCHS = 240, 3.0
 
 #: Learning rate of a new model, of all weights of one that exists, and of adapters beside it.
-NEW_RATE, FULL_RATE, ADAPTER_RATE = 1.5e-2, 1e-5, 1e-4
+NEW_RATE, FULL_RATE, ADAPTER_RATE = 1.5e-2, 3e-5, 1e-4
 
 
 class Defaults(NamedTuple):

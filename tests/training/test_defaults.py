@@ -22,11 +22,11 @@ def _config(tmp_path: Path, text: str) -> train.Config:
     [
         ("", Defaults(1.5e-2, 32, 240, "auto")),
         ("num_epochs = 2", Defaults(1.5e-2, 32, "auto", 2.0)),
-        ('model = { from = "org/model" }', Defaults(1e-5, 4, "auto", 3.0)),
+        ('model = { from = "org/model" }', Defaults(3e-5, 4, "auto", 3.0)),
         ('method = "lora"\nmodel = { from = "org/model" }', Defaults(1e-4, 4, "auto", 3.0)),
         ('method = "dora"\nmodel = { from = "org/model" }\nnum_steps = 7', Defaults(1e-4, 4, 7, "auto")),
         ('model = { from = "org/model" }\nlearning_rate = 0.5\nbatch_size = 9', Defaults(0.5, 9, "auto", 3.0)),
-        ('model = { from = "org/model" }\nconstant_tokens_per_step = false', Defaults(1e-5, 4, 240, "auto")),
+        ('model = { from = "org/model" }\nconstant_tokens_per_step = false', Defaults(3e-5, 4, 240, "auto")),
     ],
 )
 def test_defaults_fit_the_method_and_the_origin(text: str, expected: Defaults, tmp_path: Path) -> None:
