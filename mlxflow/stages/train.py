@@ -20,7 +20,7 @@ from mlxflow.training.lora_config import LoraConfig, decide_fuse
 from mlxflow.training.optimizer_options import DEFAULT_BETAS, Optimizer, optimizer_problems
 from mlxflow.workflow import products
 from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
-from mlxflow.workflow.stage_references import model_inputs, note_other_tokenizer
+from mlxflow.workflow.stage_references import model_inputs, note_other_model
 
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.train import TrainReport
@@ -251,7 +251,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
     For a model on the hub it is resolved after the download.
     """
-    note_other_tokenizer(config.model.from_, config.input, artifacts)
+    note_other_model(config.model.from_, config.input, artifacts)
     products.note_training(config, artifacts, config.input, prefetch={"prefetch_batches": config.prefetch_batches})
     if not config.model.from_:
         products.note_weights(config.model, artifacts, config.input)

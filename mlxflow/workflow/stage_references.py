@@ -86,7 +86,7 @@ def tokenizer_origin(name: str, known: Known | Artifacts) -> str:
     return name
 
 
-def trained_length(name: str, known: Known) -> tuple[str, int | Literal["auto"] | None]:
+def trained_length(name: str, known: Known | Artifacts) -> tuple[str, int | Literal["auto"] | None]:
     """Return where the weights of a model come from, and the tokens of a row of the training that made them.
 
     Args:
@@ -122,17 +122,25 @@ def tokens_of_model(quantized: Any, artifacts: Artifacts) -> str:
     return str(quantized.token_stage) if table is None else token_stage(table)
 
 
-def note_other_tokenizer(model: str, tokens: str, artifacts: Artifacts) -> None:
-    """Note a model of another stage whose tokenizer is not that of the tokens; of two folders it is found at run.
+def note_other_model(model: str, tokens: str, artifacts: Artifacts) -> None:
+    """Note a model of another stage that does not fit the tokens: another tokenizer, or fewer positions than a row has.
+
+    Of folders it is found at run.
 
     Args:
         model: where training starts from: a stage, a folder or one of the hub.
         tokens: the pretokenize stage.
         artifacts: the tables of the workflow.
     """
+    if not names_stage(model):
+        return
+    length, row = trained_length(model, artifacts)[1], getattr(artifacts.table(tokens), "context_length", None)
+    if isinstance(length, int) and isinstance(row, int) and length < row:
+        expected = f"is made for {length:,} positions, and the rows of {tokens} have {row:,}"
+        artifacts.note(Problem("model.from", model, expected, f"Lower {tokens}.context_length."))
     own, its = tokenizer_origin(tokens, artifacts), tokenizer_origin(model, artifacts)
     are_folders = not names_stage(own) and not names_stage(its)
-    if not names_stage(model) or own == its or are_folders or artifacts.table(own) is artifacts.table(its):
+    if own == its or are_folders or artifacts.table(own) is artifacts.table(its):
         return
     expected = f"has the tokenizer of {its}, and its tokens are made with that of {own}"
     advice = f"Set {tokens}.tokenizer.from = {toml_value(its)}, or read tokens of another stage."

@@ -425,6 +425,14 @@ def test_a_model_of_another_stage_whose_tokenizer_is_another_one_is_an_error(fol
     )
 
 
+def test_a_model_of_another_stage_with_fewer_positions_than_a_row_is_an_error(folder: Path) -> None:
+    said = "is made for 64 positions, and the rows of pretokenize:chat have 100. Lower pretokenize:chat.context_length."
+    assert mistakes(folder, CHAIN.replace("context_length = 32", "context_length = 100")) == [
+        f'workflow.toml: train[2].model.from = "train:base": {said}',
+        f'workflow.toml: train[0].model.from = "quantize:q4": {said}',
+    ]
+
+
 def test_a_folder_with_the_name_of_a_stage_is_an_error_where_either_may_be_meant(folder: Path) -> None:
     (folder / "train").mkdir()
     text = '[pretokenize]\nsources = ["builtin:python-stdlib"]\ntokenizer = { from = "train" }\n'
