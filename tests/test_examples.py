@@ -1,5 +1,6 @@
 """Every example is run, on a copy, with its own data."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -65,12 +66,15 @@ def test_chat_lora_teaches_the_conversations(copied: Path, monkeypatch: pytest.M
     assert (project / "artifacts/train/adapters/adapters.safetensors").is_file()
 
 
-def test_pretrain_then_chat_tunes_and_quantizes_the_base(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrain_then_chat_is_one_graph_in_which_each_model_improves(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = _open("pretrain-then-chat", copied, monkeypatch)
-    _build("base/workflow.toml", "pretokenize", "train")
     _build("workflow.toml", "pretokenize", "train", "quantize")
-    assert _improves("artifacts/train")
+    assert all(_improves(f"artifacts/train/{name}") for name in ("base", "chat", "adapters"))
     assert (project / "artifacts/quantize/q4/model.safetensors").is_file()
+    template = json.loads((project / "artifacts/train/chat/tokenizer_config.json").read_text())["chat_template"]
+    assert "<|im_start|>" in template
 
 
 def test_quantize_only_trains_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
