@@ -53,7 +53,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Job:
     text = (REPOSITORY / "tests" / "tiny.toml").read_text()
     text = text.replace("[pretokenize]", '[pretokenize]\nsources = ["notes"]', 1)
     text = text.replace("convergence_steps = 4", "convergence_steps = 0", 1)  # every second row takes the benchmark
-    (folder / "workflow.toml").write_text(text + "\n[report]\nmodels = []\nnum_prompts = 1\n")  # samples take long
+    text = text.replace("[report]\n", "[report]\nmodels = []\nnum_prompts = 1\n")  # samples take long
+    (folder / "workflow.toml").write_text(text)
     (folder / "notes").mkdir()
     for number in range(20):
         lines = [f"note {number} line {line}: the {line * number % 17}th thing to remember" for line in range(60)]

@@ -151,6 +151,6 @@ def test_very_many_files_read_by_many_variants_are_refused(tmp_path: Path, monke
     with pytest.raises(WorkflowError) as caught:
         load_workflow(Path("workflow.toml"))
     assert str(caught.value) == (
-        "workflow.toml: profile[29]: the stages up to here read 101 files: expected at most 100. "
+        "workflow.toml: profile[31]: the stages up to here read 101 files: expected at most 100. "
         "Let fewer variants read many files, or split the workflow."
     )

@@ -26,15 +26,15 @@ def show_progress(task: str, *, num_steps: int) -> Iterator[Log]:
     """
     console = terminal.console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(task, num_steps).show
+        yield _StepLines(task, num_steps).show
         return
     columns = (terminal.text_column(task), MofNCompleteColumn(), BarColumn(16), TimeRemainingColumn(compact=True))
-    with _Bar(*columns, terminal.text_column("left"), console=console, transient=True) as bar:
+    with _StepBar(*columns, terminal.text_column("left"), console=console, transient=True) as bar:
         bar.add_task("", total=num_steps)
         yield bar.show
 
 
-class _Lines:
+class _StepLines:
     """A line for each record, with the time left at the pace of this process."""
 
     def __init__(self, task: str, num_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -54,7 +54,7 @@ class _Lines:
         terminal.say(f"{self._task}: step {step} of {self._num_steps}  {'  '.join(figures(record))}{left}")
 
 
-class _Bar(Progress):
+class _StepBar(Progress):
     """A bar with the last figures of each kind below it, in lines of at most 60 characters."""
 
     latest: dict[str, list[str]]

@@ -124,7 +124,8 @@ def test_a_stage_that_finds_a_user_error_ends_doit_with_2_and_one_line(job: Path
     (job / "workflow.toml").write_text(text.replace("batch_size = 4\neval_every", "batch_size = 4000\neval_every"))
     result = doit(job)
     assert result.returncode == 2
-    assert result.stdout.splitlines()[-1] == "!! train: failed; its artifact is unchanged"
+    assert result.stdout.splitlines()[-2] == "!! train: failed; its artifact is unchanged"
+    assert result.stdout.splitlines()[-1].startswith("1 stage built in ")
     made, mistake = result.stderr.splitlines()
     assert made.startswith("pretokenize: 19 documents (")
     assert mistake.startswith("train.batch_size = 4000: the training text fills ")
