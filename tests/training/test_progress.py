@@ -38,7 +38,7 @@ def test_a_record_is_one_line_where_there_is_no_terminal(
 
 def test_the_time_left_follows_from_the_steps_of_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([100.0, 104.0])
-    lines = progress._Lines("train:base", 130, lambda: next(times))
+    lines = progress._StepLines("train:base", 130, lambda: next(times))
     lines.show(VALIDATION | {"step": 20})  # a run that was resumed
     lines.show(TRAIN | {"step": 30})
     assert capsys.readouterr().err.splitlines()[1].endswith("1.50 GB  40 s left")
