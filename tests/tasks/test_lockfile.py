@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from mlxflow.storage import layout
 from mlxflow.storage.digests import DigestCache
@@ -19,6 +20,7 @@ from mlxflow.tasks.adoption import Adoption
 from mlxflow.workflow.stage_node import Node
 from mlxflow.workflow.staleness import files_read
 from tests.chain import Chain
+from tests.conftest import REPOSITORY, doit
 
 VALUES: dict[str, Any] = {
     "settings": {
@@ -322,3 +324,17 @@ def test_unpacking_writes_the_lock_too(template: Path, tmp_path: Path) -> None:
     assert other.doit("unpack", str(tmp_path / "s1.tar"))[0] == 0
     shutil.rmtree(other.folder / "artifacts/.mlxflow")
     assert other.doit("plan", "s1")[1] == "nothing to do: 1 stages are fresh\n"
+
+
+def test_the_lock_file_has_the_digest_of_a_source_outside_of_the_project(tmp_path: Path) -> None:
+    project, outside = tmp_path / "project", tmp_path / "outside.txt"
+    project.mkdir()
+    (project / "dodo.py").write_bytes((REPOSITORY / "dodo.py").read_bytes())
+    outside.write_text("".join(f"line {number} of a text outside\n" for number in range(60)))
+    table = f'sources = ["../outside.txt", "{outside}"]\ncontext_length = 16\ntokenizer = {{ vocab_size = 300 }}'
+    (project / "workflow.toml").write_text(f"[pretokenize]\n{table}\nholdout = 0.5\n")
+    result = doit(project)
+    assert result.returncode == 0, result.stderr
+    inputs = tomllib.loads((project / "mlxflow.lock").read_text())["pretokenize"]["inputs"]
+    digest = xxhash.xxh3_128(outside.read_bytes()).hexdigest()
+    assert inputs == {"../outside.txt": digest, str(outside): digest}
