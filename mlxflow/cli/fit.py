@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxflow.cli.arguments import add_workflow, read_stage
-from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError
+from mlxflow.messages.markdown_tables import table_of, write_markdown
 from mlxflow.storage import layout, remote_code
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
@@ -82,20 +82,26 @@ def _print(workflow: Workflow, stage: Stage, inputs: Any, sizes: Sequence[int], 
     off = law.peak_bytes(judge.batch_size, judge.context_length) / judge.peaks.whole - 1
     sizes = sizes or [max(1, size // 2), size, 2 * size, 4 * size, 8 * size]
     lengths = lengths or [max(1, length // 2), length, 2 * length]
-    terminal.show(
-        f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB"
-    )
-    terminal.show(
-        "context_length " + "".join(f"{f'batch {stage}':>14}" for stage in sizes) + f"{'largest that fits':>20}"
-    )
-    for one_length in lengths:
-        peaks = [law.peak_bytes(one_size, one_length) for one_size in sizes]
-        cells = "".join(f"{peak / 1e6:>13,.1f}{' ' if peak <= limit else '!'}" for peak in peaks)
-        terminal.show(f"{one_length:>14} {cells}{law.largest_batch_size(one_length, limit):>20,}")
-    terminal.show(
+    titles = ["context_length", *(f"batch {size}" for size in sizes), "largest that fits"]
+    rows = [
+        [
+            str(row_length),
+            *(_cell(law.peak_bytes(size, row_length), limit) for size in sizes),
+            f"{law.largest_batch_size(row_length, limit):,}",
+        ]
+        for row_length in lengths
+    ]
+    write_markdown(
+        f"peak of a training step in MB, predicted from {len(points)} measured points; limit {limit / 1e6:,.0f} MB\n\n"
+        f"{table_of(titles, rows)}\n"
         f"checked at batch {judge.batch_size}, context {judge.context_length}: "
-        f"{judge.peaks.whole / 1e6:,.1f} MB measured, {off:+.1%} predicted; ! is over the limit"
+        f"{judge.peaks.whole / 1e6:,.1f} MB measured, {off:+.1%} predicted; ! is over the limit\n"
     )
+
+
+def _cell(peak: float, limit: int) -> str:
+    """Return a peak in MB, marked where it is over the limit."""
+    return f"{peak / 1e6:,.1f}{'' if peak <= limit else ' !'}"
 
 
 def _context(workflow: Workflow, stage: Stage, chosen: str, limit: int) -> Context:

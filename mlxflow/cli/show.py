@@ -11,6 +11,7 @@ from mlxflow.cli.arguments import add_workflow, read_stage
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import CallError
+from mlxflow.messages.markdown_tables import table_of, write_markdown
 from mlxflow.report.stage_reports.pretokenize import PretokenizeReport
 from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.storage import layout, report_structs
@@ -61,31 +62,25 @@ def show(workflow: Workflow, stage: Stage, row: int | None) -> None:
 
 def _show_layers(console: "Console", folder: Path, task: str) -> None:
     """Print a line for each layer of the quantized model, then its total sizes."""
-    from rich.table import Table
-
     from mlxflow.workflow.stage import require
 
     path = require(folder / layout.REPORT, task)
     report = report_structs.read(path, QuantizeReport, advice=advise_build(task)).figures
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    for title in ("shape", "mode", "bits", "group", "bytes", "bits/weight", "error"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for layer in report.layers:
-        is_packed = layer.bits > 0
-        table.add_row(
+    titles = ("layer", "shape", "mode", "bits", "group", "bytes", "bits/weight", "error")
+    rows = [
+        (
             layer.path,
             " x ".join(map(str, layer.shape)),
             layer.mode,
-            str(layer.bits) if is_packed else "-",
-            str(layer.group_size) if is_packed else "-",
+            str(layer.bits) if layer.bits > 0 else "-",
+            str(layer.group_size) if layer.bits > 0 else "-",
             f"{layer.bytes:,}",
             f"{layer.bits_per_weight:.2f}",
-            f"{layer.relative_error:.3g}" if is_packed else "-",
+            f"{layer.relative_error:.3g}" if layer.bits > 0 else "-",
         )
-    longest = max((len(layer.path) for layer in report.layers), default=0)
-    console.width = max(console.width, 80 + longest)  # cells are never truncated
-    console.print(table)
+        for layer in report.layers
+    ]
+    write_markdown(f"{table_of(titles, rows)}\n")
     console.print(
         f"{task}: {report.parameters:,} parameters in {report.model_bytes:,} bytes, "
         f"{report.bits_per_weight:.2f} bits a weight; {report.compression_ratio_fp32:.2f} times smaller than "

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,21 @@ def write_markdown(text: str) -> None:
         else:
             for line in lines:
                 console.print(line, soft_wrap=True)
+
+
+def table_of(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; all columns but the first are numbers, aligned on the right.
+
+    Args:
+        titles: of the columns.
+        rows: their cells as text; a "|" in a cell is written as a slash.
+    """
+    lines = [
+        titles,
+        ["---", *["--:"] * (len(titles) - 1)],
+        *([terminal.one_line(cell).replace("|", "/") for cell in row] for row in rows),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _drawn(lines: Sequence[str]) -> "Table":

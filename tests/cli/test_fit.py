@@ -24,6 +24,6 @@ def test_fit_prints_the_predicted_peak_of_each_shape(built: Path) -> None:
     result = mlxflow(built, "fit", "--batch-sizes", "2", "4")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[1].split()[:5] == ["context_length", "batch", "2", "batch", "4"]
-    assert [line.split()[0] for line in lines[2:5]] == ["8", "16", "32"]
+    assert lines[2] == "| context_length | batch 2 | batch 4 | largest that fits |"
+    assert [line.split()[1] for line in lines[4:7]] == ["8", "16", "32"]
     assert "predicted" in lines[-1]

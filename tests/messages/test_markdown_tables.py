@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxflow.messages.markdown_tables import write_markdown
+from mlxflow.messages.markdown_tables import table_of, write_markdown
 from tests.conftest import REPOSITORY
 
 TEXT = "On a CPU:\n\n| promise | measured | holds |\n|---|--:|---|\n| a \x1b[2J claim | 1.5 | yes |\n\nEnd.\n"
@@ -44,3 +44,9 @@ def test_a_table_is_drawn_on_a_terminal_within_its_width(columns: int, tmp_path:
     assert "\\x1b[2J" in shown
     assert "\x1b[2J" not in shown
     assert max(len(line) for line in shown.replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()) <= columns
+
+
+def test_a_table_keeps_one_line_a_row_whatever_its_cells_hold() -> None:
+    assert table_of(("layer", "bytes"), [("a|b\nc", "1,000")]) == (
+        "| layer | bytes |\n| --- | --: |\n| a/b\\nc | 1,000 |\n"
+    )
