@@ -23,7 +23,7 @@ def write_markdown(text: str) -> None:
     for is_table, group in groupby(text.splitlines(), key=lambda line: line.startswith("|")):
         lines = list(group)
         if is_table and len(lines) > 1 and _RULE.fullmatch(lines[1]):
-            console.print(_drawn(lines))
+            console.print(_drawn(lines, console.width))
         else:
             for line in lines:
                 console.print(line, soft_wrap=True)
@@ -44,15 +44,17 @@ def table_of(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _drawn(lines: Sequence[str]) -> "Table":
-    """Return a table of rich for the lines of a Markdown table."""
+def _drawn(lines: Sequence[str], width: int) -> "Table":
+    """Return a table of rich for the lines of a Markdown table; a first column up to half the width is not folded."""
     from rich import box
     from rich.table import Table
 
     header, rule, *rows = [_cells(line) for line in lines]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, dashes in zip(header, rule, strict=True):
-        table.add_column(title, justify="right" if dashes.endswith(":") else "left", overflow="fold")
+    longest = max(len(cells[0]) for cells in (header, *rows))
+    for number, (title, dashes) in enumerate(zip(header, rule, strict=True)):
+        least = longest if number == 0 and longest <= width // 2 else None
+        table.add_column(title, justify="right" if dashes.endswith(":") else "left", overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*row)
     return table
