@@ -137,7 +137,8 @@ def follow(config: Config, task: str, readers: Sequence[Any], known: Any, disk: 
     bases = [
         (name, model)
         for name, model in origins
-        if known.resolved(name) != task and (names_stage(name) or _brings_a_tokenizer(name, disk))
+        if known.resolved(name) != task
+        and (known.table(name) is not None if names_stage(name) else _brings_a_tokenizer(name, disk))
     ]
     if config.context_length == "auto":
         length = _context_length([model.from_ for _, model in bases], known, disk)

@@ -132,7 +132,7 @@ def note_other_model(model: str, tokens: str, artifacts: Artifacts) -> None:
         tokens: the pretokenize stage.
         artifacts: the tables of the workflow.
     """
-    if not names_stage(model):
+    if not names_stage(model) or artifacts.table(model) is None:  # a mistyped name is reported as one
         return
     length, row = trained_length(model, artifacts)[1], getattr(artifacts.table(tokens), "context_length", None)
     if isinstance(length, int) and isinstance(row, int) and length < row:

@@ -433,6 +433,12 @@ def test_a_model_of_another_stage_with_fewer_positions_than_a_row_is_an_error(fo
     ]
 
 
+def test_a_mistyped_stage_of_a_model_is_one_mistake(folder: Path) -> None:
+    assert mistakes(folder, '[[train]]\nname = "base"\n[[train]]\nname = "b"\nmodel = { from = "train:bsae" }\n') == [
+        'workflow.toml: train[1].model.from = "train:bsae": no stage before this one makes it. Known: train:base.'
+    ]
+
+
 def test_a_folder_with_the_name_of_a_stage_is_an_error_where_either_may_be_meant(folder: Path) -> None:
     (folder / "train").mkdir()
     text = '[pretokenize]\nsources = ["builtin:python-stdlib"]\ntokenizer = { from = "train" }\n'
