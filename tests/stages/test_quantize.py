@@ -427,7 +427,8 @@ def test_show_prints_each_layer_with_its_bits_and_error(job: Job) -> None:
     report = job.run(bits=3, layers=[{"match": "*embed*", "skip": True}])
     result = mlxflow(job.folder, "show", "quantize")
     assert result.returncode == 0, result.stderr
-    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.startswith("model.")}
+    cells = [line.strip("| ").split() for line in result.stdout.splitlines() if line.startswith("| model.")]
+    lines = {row[0]: [cell for cell in row if cell != "|"] for row in cells}
     assert lines.keys() == {row["path"] for row in report["layers"]}
     assert lines["model.embed_tokens"][4:7] == ["dense", "-", "-"]
     shown = lines["model.layers.0.mlp.up_proj"]
