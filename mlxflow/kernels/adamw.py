@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxflow.kernels.codegen import KernelSource, groups_for
+from mlxflow.kernels.codegen import THREADS, KernelSource, groups_for
 
 _BODY = """
   const int size = w_size;
@@ -160,6 +160,9 @@ def kernel(
 
 
 _SUM_GROUPS = 1024
+
+#: Numbers that all groups of the sum of squares read in a round.
+SQUARES_AT_ONCE = _SUM_GROUPS * THREADS * 8
 
 _SQUARES = KernelSource(
     "sum_of_squares",

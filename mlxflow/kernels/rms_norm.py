@@ -72,7 +72,7 @@ def supports(x: mx.array) -> bool:
 
 def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """Return what `reference` does, by the kernel."""
-    constants, slots = _split(x)
+    constants, slots = _split(x.shape[-1])
     rows = x.size // x.shape[-1]
     inputs = [x, weight, mx.array([eps] * 8)]
     groups = -(-rows // slots)
@@ -89,7 +89,7 @@ def kernel_gradients(x: mx.array, weight: mx.array, eps: float, incoming: mx.arr
 
 def kernel_sum(x: mx.array, r: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
     """Return what `reference_sum` does, by the kernel."""
-    constants, slots = _split(x)
+    constants, slots = _split(x.shape[-1])
     h, y = SUM_FORWARD.launch(
         [x, r, weight, mx.array([eps] * 8)],
         constants=[*constants, ("T", x.dtype)],
@@ -108,9 +108,14 @@ def kernel_sum_gradients(
     return _launch_backward(SUM_BACKWARD, [h, weight, past, incoming, mx.array([eps] * 8)])
 
 
+def rows_at_once(width: int) -> int:
+    """Return the rows of a width that all groups of a backward pass read in a round."""
+    return _GROUPS * _split(width)[1]
+
+
 def _launch_backward(source: KernelSource, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
     x, weight = inputs[:2]
-    constants, slots = _split(x)
+    constants, slots = _split(x.shape[-1])
     groups = min(_GROUPS, -(-(x.size // x.shape[-1]) // slots))
     dx, shares = source.launch(
         inputs,
@@ -130,9 +135,8 @@ def _launch_backward(source: KernelSource, inputs: list[mx.array]) -> tuple[mx.a
     return dx, dw
 
 
-def _split(x: mx.array) -> tuple[list[tuple[str, Any]], int]:
+def _split(width: int) -> tuple[list[tuple[str, Any]], int]:
     """Return the constants of a row's split among threads, and how many rows a group takes at a time."""
-    width = x.shape[-1]
     warps = next((count for count in (1, 2, 4) if width <= 768 * count), 8)
     return [("D", width), ("WARPS", warps)], THREADS // (32 * warps)
 

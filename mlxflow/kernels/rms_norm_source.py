@@ -12,35 +12,32 @@ _ROW = """
 _FORWARD_BODY = (
     _ROW
     + """
-  for (int base = group * SLOTS; base < rows; base += groups * SLOTS) {
-    const int row = base + slot;
-    float xs[TIMES][8];
-    float squares = 0;
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (row < rows && vector < VECTORS) {
-        read_8(x + (row * VECTORS + vector) * 8, xs[t]);
-        AFTER_READING
-        for (int i = 0; i < 8; ++i) squares += xs[t][i] * xs[t][i];
-      }
+  const int row = group * SLOTS + slot;
+  float xs[TIMES][8];
+  float squares = 0;
+  for (int t = 0; t < TIMES; ++t) {
+    const int vector = lane + t * LANES;
+    if (row < rows && vector < VECTORS) {
+      read_8(x + (row * VECTORS + vector) * 8, xs[t]);
+      AFTER_READING
+      for (int i = 0; i < 8; ++i) squares += xs[t][i] * xs[t][i];
     }
-    squares = sum_32(squares);
-    if (WARPS > 1) {
-      BARRIER;
-      partial[0][worker / 32] = squares;
-      BARRIER;
-      squares = 0;
-      for (int i = 0; i < WARPS; ++i) squares += partial[0][slot * WARPS + i];
-    }
-    const float r = RSQRT(squares / D + eps[0]);
-    for (int t = 0; t < TIMES; ++t) {
-      const int vector = lane + t * LANES;
-      if (row < rows && vector < VECTORS) {
-        float ws[8];
-        read_8(w + vector * 8, ws);
-        for (int i = 0; i < 8; ++i) xs[t][i] *= r * ws[i];
-        write_8(y + (row * VECTORS + vector) * 8, xs[t]);
-      }
+  }
+  squares = sum_32(squares);
+  if (WARPS > 1) {
+    partial[0][worker / 32] = squares;
+    BARRIER;
+    squares = 0;
+    for (int i = 0; i < WARPS; ++i) squares += partial[0][slot * WARPS + i];
+  }
+  const float scale = RSQRT(squares / D + eps[0]);
+  for (int t = 0; t < TIMES; ++t) {
+    const int vector = lane + t * LANES;
+    if (row < rows && vector < VECTORS) {
+      float ws[8];
+      read_8(w + vector * 8, ws);
+      for (int i = 0; i < 8; ++i) xs[t][i] *= scale * ws[i];
+      write_8(y + (row * VECTORS + vector) * 8, xs[t]);
     }
   }
 """
@@ -104,22 +101,23 @@ _BACKWARD_BODY = (
       }
     }
   }
-  SHARED float shares[SLOTS > 1 ? SLOTS * D : 1];
-  for (int t = 0; t < TIMES; ++t) {
-    const int vector = lane + t * LANES;
-    if (vector < VECTORS) {
-      for (int i = 0; i < 8; ++i) {
-        if (SLOTS > 1) shares[slot * D + vector * 8 + i] = sums[t][i];
-        else dw[group * D + vector * 8 + i] = sums[t][i];
-      }
+  if (SLOTS == 1) {
+    for (int t = 0; t < TIMES; ++t) {
+      const int vector = lane + t * LANES;
+      if (vector < VECTORS) write_8(dw + group * D + vector * 8, sums[t]);
     }
+    return;
   }
-  BARRIER;
-  if (SLOTS > 1) {
-    for (int column = worker; column < D; column += THREADS) {
+  SHARED float shares[SLOTS > 1 ? THREADS * 8 : 1];  // of a part of the columns, so that two groups fit a processor
+  for (int t = 0; t < TIMES; ++t) {
+    const int first = t * LANES * 8, columns = D - first < LANES * 8 ? D - first : LANES * 8;
+    BARRIER;
+    if (lane * 8 < columns) for (int i = 0; i < 8; ++i) shares[slot * columns + lane * 8 + i] = sums[t][i];
+    BARRIER;
+    for (int column = worker; column < columns; column += THREADS) {
       float sum = 0;
-      for (int i = 0; i < SLOTS; ++i) sum += shares[i * D + column];
-      dw[group * D + column] = sum;
+      for (int i = 0; i < SLOTS; ++i) sum += shares[i * columns + column];
+      dw[group * D + first + column] = sum;
     }
   }
 """

@@ -34,6 +34,8 @@ class Case(NamedTuple):
         mlx: MLX's implementation, which the kernel must be faster than.
         tolerance: of a result, relative to the largest value in its row.
         is_compiled: whether the kernel is timed inside `mx.compile`, as MLX's implementation is.
+        more_inputs: further inputs that are compared and not timed, with which each loop whose rounds depend on a shape
+            takes at least two: what a round leaves behind may spoil the next.
     """
 
     inputs: Callable[[int], Arrays]
@@ -42,6 +44,15 @@ class Case(NamedTuple):
     mlx: Callable[..., Arrays]
     tolerance: float
     is_compiled: bool = True
+    more_inputs: tuple[Callable[[], Arrays], ...] = ()
+
+    def checked_inputs(self, size: int) -> list[Arrays]:
+        """Return all inputs with which the kernel is compared with its reference.
+
+        Args:
+            size: number of elements of the first ones.
+        """
+        return [self.inputs(size), *(make() for make in self.more_inputs)]
 
 
 def case_of(name: str) -> Case:
@@ -64,12 +75,19 @@ def _tolerance(dtype: mx.Dtype) -> float:
 def _norm(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
     plain = partial(_norm_and_gradients, lambda x, w: mx.fast.rms_norm(x, w, _EPS))
     inputs = partial(verification_inputs.norm, dtype, int(rest[0]))
-    return Case(inputs, _norm_kernel, _norm_reference, mx.compile(plain), _tolerance(dtype))
+    more = (partial(inputs, _norm_size(int(rest[0]))),)
+    return Case(inputs, _norm_kernel, _norm_reference, mx.compile(plain), _tolerance(dtype), more_inputs=more)
+
+
+def _norm_size(width: int) -> int:
+    """Return the size of rows of which every group of the backward pass takes two times its share, and some a third."""
+    return (2 * rms_norm.rows_at_once(width) + 3) * width
 
 
 def _sum(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
     inputs = partial(verification_inputs.residual_norm, dtype, int(rest[0]))
-    return Case(inputs, _sum_kernel, _sum_reference, _sum_mlx, _tolerance(dtype))
+    more = (partial(inputs, _norm_size(int(rest[0]))),)
+    return Case(inputs, _sum_kernel, _sum_reference, _sum_mlx, _tolerance(dtype), more_inputs=more)
 
 
 def _gated(kind: str, dtype: mx.Dtype, _: Sequence[str]) -> Case:
@@ -86,26 +104,32 @@ def _gated(kind: str, dtype: mx.Dtype, _: Sequence[str]) -> Case:
 
 def _rotary(kind: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
     interleaved = kind.endswith("_interleaved")
+    width = int(rest[0])
+    partly = partial(verification_inputs.rotary, dtype, width, 9 * 4 * 2 * width, head_width=2 * width)
     return Case(
-        partial(verification_inputs.rotary, dtype, int(rest[0])),
+        partial(verification_inputs.rotary, dtype, width),
         partial(_turn_and_back, rotary.kernel, interleaved),
         partial(_wide_turns, interleaved),
         mx.compile(partial(_turn_and_back_mlx, interleaved)),
         _tolerance(dtype),
+        more_inputs=(partly,),
     )
 
 
 def _attention(kind: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
     width = int(rest[0])
     scale = width**-0.5
+    inputs = partial(verification_inputs.attention, dtype, width, kind.endswith("_bounded"))
+    longer = (partial(inputs, 3 * 6 * 333 * width, length=333), partial(inputs, 6 * 2190 * width, length=2190))
     plain = partial(_attended_and_gradients, lambda q, k, v, *low: attention.reference(q, k, v, scale, *low)[0])
     return Case(
-        partial(verification_inputs.attention, dtype, width, kind.endswith("_bounded")),
+        inputs,
         partial(_attended_and_gradients, attention.attention(scale)),
         partial(_wide_attention, plain),
         plain,  # MLX's deterministic attention; compiled it is no faster, and takes long to compile
         2**-6,
         is_compiled=False,
+        more_inputs=longer,
     )
 
 
@@ -117,12 +141,14 @@ def _embedding(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Case:
         partial(_lookup_gradient, ordered_gradient),  # compiled it is no faster, and takes 20 s to compile
         _tolerance(dtype),
         is_compiled=False,
+        more_inputs=(partial(verification_inputs.embedding, dtype, 64 * 2312, width=2312),),
     )
 
 
 def _cross_entropy(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Case:
     inputs = partial(verification_inputs.cross_entropy, dtype)
-    return Case(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_mlx), _tolerance(dtype))
+    more = (partial(inputs, 7 * 6152, width=6152),)
+    return Case(inputs, _loss_kernel, _loss_reference, mx.compile(_loss_mlx), _tolerance(dtype), more_inputs=more)
 
 
 def _adamw(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
@@ -136,9 +162,9 @@ def _sum_of_squares(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Case:
     squares, kernel = (
         partial(_as_list, sums) for sums in (adamw.reference_sum_of_squares, adamw.kernel_sum_of_squares)
     )
-    return Case(
-        partial(verification_inputs.normal, dtype, 1), kernel, squares, mx.compile(squares), _tolerance(mx.float32)
-    )
+    more = (partial(verification_inputs.flat, dtype, 5 * adamw.SQUARES_AT_ONCE // 2 + 5),)
+    inputs = partial(verification_inputs.normal, dtype, 1)
+    return Case(inputs, kernel, squares, mx.compile(squares), _tolerance(mx.float32), more_inputs=more)
 
 
 #: By the prefix of the kind: takes the kind, the first dtype and the other parts of a name.
@@ -243,7 +269,7 @@ def _wide_attention(function: Callable[..., Arrays], *inputs: mx.array) -> Array
 def _lookup_gradient(
     function: Callable[[mx.array, mx.array, int], mx.array], numbers: mx.array, incoming: mx.array
 ) -> Arrays:
-    return [function(numbers, incoming, verification_inputs.TABLE_ROWS)]
+    return [function(numbers, incoming, verification_inputs.table_rows(incoming.shape[1]))]
 
 
 def _loss_kernel(z: mx.array, s: mx.array, t: mx.array, w: mx.array) -> Arrays:

@@ -17,8 +17,8 @@ ROTARY_BASE = 10_000.0
 #: Up to this size every value is compared and nothing is timed.
 _AWKWARD = 1 << 20
 
-#: Rows of the embedding table.
-TABLE_ROWS = 32_768
+# Rows of the embedding table, and its numbers where rows are wide
+_TABLE_ROWS, _TABLE_NUMBERS = 32_768, 32_768 * 576
 
 
 def _random_array(shape: tuple[int, ...], seed: int, dtype: mx.Dtype) -> mx.array:
@@ -30,6 +30,11 @@ def normal(dtype: mx.Dtype, count: int, size: int) -> Arrays:
     width = 1024
     sizes = _row_scales(max(2, size // width))
     return [(_random_array((len(sizes), width), seed, mx.float32) * sizes).astype(dtype) for seed in range(count)]
+
+
+def flat(dtype: mx.Dtype, size: int) -> Arrays:
+    """Return one array, (N,), with large, tiny and zero numbers."""
+    return [(_random_array((size,), 0, mx.float32) * _cycled([1.0, 1e-3, 30.0, 0.0, 1.0], size)).astype(dtype)]
 
 
 def _row_scales(rows: int) -> mx.array:
@@ -57,26 +62,43 @@ def residual_norm(dtype: mx.Dtype, width: int, size: int) -> Arrays:
     return [x, r, w, e, g]
 
 
-def rotary(dtype: mx.Dtype, width: int, size: int) -> Arrays:
-    """Return queries in the layout of a projection, their incoming gradient, cosines and sines; heads are scaled."""
+def rotary(dtype: mx.Dtype, width: int, size: int, *, head_width: int | None = None) -> Arrays:
+    """Return queries in the layout of a projection, their incoming gradient, cosines and sines; heads are scaled.
+
+    Args:
+        dtype: of queries and gradient.
+        width: rotated dimensions of a head.
+        size: number of elements.
+        head_width: dimensions of a head; None for `width`.
+    """
     heads = 9
-    length = max(4, min(1024, size // (heads * width)))
-    batch = max(1, size // (heads * width * length))
+    head_width = head_width or width
+    length = max(4, min(1024, size // (heads * head_width)))
+    batch = max(1, size // (heads * head_width * length))
     scales = mx.array([1.0, 30.0, 1e-3, 1.0, 0.0, 1.0, 1.0, 1e3, 1.0])[:, None]
     x, g = (
-        (_random_array((batch, length, heads, width), seed, mx.float32) * scales).astype(dtype).transpose(0, 2, 1, 3)
+        (_random_array((batch, length, heads, head_width), seed, mx.float32) * scales)
+        .astype(dtype)
+        .transpose(0, 2, 1, 3)
         for seed in (0, 1)
     )
     angles = np.arange(length)[:, None] * ROTARY_BASE ** (-np.arange(width // 2) * 2 / width)
     return [x, g, *(mx.array(found.astype(np.float32)) for found in (np.cos(angles), np.sin(angles)))]
 
 
-def attention(dtype: mx.Dtype, width: int, is_bounded: bool, size: int) -> Arrays:
+def attention(dtype: mx.Dtype, width: int, is_bounded: bool, size: int, *, length: int | None = None) -> Arrays:
     """Return queries, keys, values, the incoming gradient, and with bounds each query's first key.
 
     Heads are scaled; the last block is partial.
+
+    Args:
+        dtype: of queries, keys, values and gradient.
+        width: of a head.
+        is_bounded: whether queries see only the keys from a first key on.
+        size: number of elements.
+        length: tokens of a row; None for some that suit the size.
     """
-    length = 333 if size > _AWKWARD else 77
+    length = length or (333 if size > _AWKWARD else 77)
     batch = max(1, size // (6 * length * width))
     scales = ([1.0, 2.0, 1e-3, 1.0, 0.0, 3.0], [1.0, 0.5], [1.0, 30.0], [1.0, 1e3, 1.0, 1e-3, 1.0, 1.0])
     arrays = []
@@ -92,19 +114,23 @@ def attention(dtype: mx.Dtype, width: int, is_bounded: bool, size: int) -> Array
     return arrays
 
 
-def embedding(dtype: mx.Dtype, size: int) -> Arrays:
-    """Return token ids, some repeated and some absent, and the incoming gradient of their rows."""
-    width = 576
-    rows = max(8, size // width)
-    numbers = np.random.default_rng(1).integers(0, TABLE_ROWS, rows, np.int32)
-    numbers[::16] = 3
-    numbers[:3] = 0, TABLE_ROWS - 1, TABLE_ROWS - 1
+def table_rows(width: int) -> int:
+    """Return the rows of the embedding table of a width."""
+    return min(_TABLE_ROWS, _TABLE_NUMBERS // width)
+
+
+def embedding(dtype: mx.Dtype, size: int, *, width: int = 576) -> Arrays:
+    """Return token ids, some absent, repeated or frequent, and the incoming gradient of their rows."""
+    rows, most = max(8, size // width), table_rows(width)
+    numbers = np.random.default_rng(1).integers(0, most, rows, np.int32)
+    numbers[:: max(2, min(16, rows // 60))] = 3
+    numbers[1:24:2] = 5
+    numbers[:3] = 0, most - 1, most - 1
     return [mx.array(numbers), (_random_array((rows, width), 0, mx.float32) * _row_scales(rows)).astype(dtype)]
 
 
-def cross_entropy(dtype: mx.Dtype, size: int) -> Arrays:
+def cross_entropy(dtype: mx.Dtype, size: int, *, width: int = 4096) -> Arrays:
     """Return logits, (N, V), their log-sum-exp, targets and weights, (N,) each."""
-    width = 4096
     rows = max(4, size // width)
     logits = (_random_array((rows, width), 0, mx.float32) * (1 + _row_scales(rows))).astype(dtype)
     targets = np.random.default_rng(1).integers(0, width, rows, np.int32)

@@ -70,6 +70,20 @@ def test_very_short_calls_are_timed_on_larger_inputs() -> None:
     assert asked == [1 << 14, 1 << 10, 1 << 12]
 
 
+def test_a_kernel_that_is_wrong_with_further_inputs_only_does_not_pass() -> None:
+    def kernel(*inputs: mx.array) -> Arrays:
+        da, db = _RIGHT.reference(*inputs)
+        return [da if len(da) < 64 else da * 1.01, db]
+
+    def more() -> Arrays:
+        return _RIGHT.inputs(1 << 16)
+
+    result = verify(_RIGHT._replace(kernel=kernel, more_inputs=(more,)), clock=_takes(1.0, 2.0))
+    assert not result.passed
+    assert result.reason == "it deviates by 0.01 (at most 2e-05)"
+    assert verify(_RIGHT._replace(kernel=kernel), clock=_takes(1.0, 2.0)).passed
+
+
 def test_one_round_is_enough_for_a_clear_difference() -> None:
     rounds = iter([1.0] * 4 + [1.0, 3.0])
     ends = itertools.chain.from_iterable((0.0, seconds) for seconds in rounds)

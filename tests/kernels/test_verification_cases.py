@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlxflow.kernels import adamw, attention, gated_activation, rms_norm, rotary
+from mlxflow.kernels.codegen import KernelSource
 from mlxflow.kernels.verification import _deviation, verify
 from mlxflow.kernels.verification_cases import case_of
 from tests.kernels.stand_ins import uncompiled  # noqa: F401
@@ -105,6 +106,21 @@ def test_two_runs_of_a_kernel_are_equal_to_the_bit(name: str) -> None:
     for _ in range(5):
         again = tried.kernel(*inputs)
         assert all(mx.array_equal(one, other, equal_nan=True) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["rms_norm/float32/2056", "sum_rms_norm/bfloat16/2056", "rms_norm/bfloat16/1536"])
+def test_the_backward_norm_without_its_barrier_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    barrier = "      BARRIER;\n      partial[0]"
+    for source in ("BACKWARD", "SUM_BACKWARD"):
+        kernel: KernelSource = getattr(rms_norm, source)
+        assert kernel.body.count(barrier) == 1
+        without = kernel.body.replace(barrier, "      partial[0]")
+        monkeypatch.setattr(rms_norm, source, kernel._replace(name=f"{kernel.name}_mutant", body=without))
+    result = verify(case_of(name))
+    assert not result.passed
+    assert result.reason.startswith("it deviates by ")
+    mx.clear_cache()
 
 
 def _functions(dtype: mx.Dtype, width: int) -> dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]]:
