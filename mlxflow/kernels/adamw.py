@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlxflow.device.gpu_cores import gpu_cores
 from mlxflow.kernels.codegen import THREADS, KernelSource, groups_for
 
 _BODY = """
@@ -159,10 +160,18 @@ def kernel(
     return outputs[0], outputs[1], outputs[2], outputs[-1] if types else outputs[0]
 
 
-_SUM_GROUPS = 1024
+# Groups of the sum of squares: as many as a core of a large GPU runs at once
+_SUM_GROUPS_A_CORE = 8
 
-#: Numbers that all groups of the sum of squares read in a round.
-SQUARES_AT_ONCE = _SUM_GROUPS * THREADS * 8
+
+def squares_at_once() -> int:
+    """Return the numbers that all groups of the sum of squares read in a round."""
+    return _max_sum_groups() * THREADS * 8
+
+
+def _max_sum_groups() -> int:
+    return _SUM_GROUPS_A_CORE * gpu_cores()
+
 
 _SQUARES = KernelSource(
     "sum_of_squares",
@@ -202,5 +211,5 @@ def reference_sum_of_squares(x: mx.array) -> mx.array:
 
 def kernel_sum_of_squares(x: mx.array) -> mx.array:
     """Return what `reference_sum_of_squares` does, by the kernel: each thread's share, then the shares."""
-    groups = min(_SUM_GROUPS, groups_for(x.size))
+    groups = min(_max_sum_groups(), groups_for(x.size))
     return _SQUARES.launch([x], constants=[], groups=groups, shapes=[(groups,)], dtypes=[mx.float32])[0].sum()

@@ -23,13 +23,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxflow.device.gpu_cores import gpu_cores
 from mlxflow.kernels.codegen import THREADS, KernelSource
 from mlxflow.kernels.rms_norm_source import ADD_SHARES, BACKWARD, FORWARD, SUM_BACKWARD, SUM_FORWARD
 
-#: Groups of threads in a backward pass: what a large GPU runs at the same time.
-_GROUPS = 264
-#: Groups on a processor at once: left to itself the compiler gives a thread of the sum's kernels so many registers that
-#: one group has a processor alone, and nothing is read while it waits.
+#: Groups on a core at once; a backward pass has no others. Left to itself the compiler gives a thread of the sum's
+#: kernels so many registers that one group has a core alone, and nothing is read while it waits.
 _RESIDENT = 2
 
 
@@ -110,13 +109,17 @@ def kernel_sum_gradients(
 
 def rows_at_once(width: int) -> int:
     """Return the rows of a width that all groups of a backward pass read in a round."""
-    return _GROUPS * _split(width)[1]
+    return _max_groups() * _split(width)[1]
+
+
+def _max_groups() -> int:
+    return _RESIDENT * gpu_cores()
 
 
 def _launch_backward(source: KernelSource, inputs: list[mx.array]) -> tuple[mx.array, mx.array]:
     x, weight = inputs[:2]
     constants, slots = _split(x.shape[-1])
-    groups = min(_GROUPS, -(-(x.size // x.shape[-1]) // slots))
+    groups = min(_max_groups(), -(-(x.size // x.shape[-1]) // slots))
     dx, shares = source.launch(
         inputs,
         constants=constants,
