@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from mlxflow.messages.errors import MlxflowError
     from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
     from mlxflow.quantization.apply import apply_plan, quantize_model_for_inference
+    from mlxflow.training.batches import TrainingData
     from mlxflow.training.build import Subject, make_data, prepare_model, ready_step, ready_trainer
     from mlxflow.training.checkpoints import CheckpointStore
     from mlxflow.training.settings import TrainingSettings
-    from mlxflow.training.trainer import Session, Trainer, TrainingData
+    from mlxflow.training.trainer import Session, Trainer
     from mlxflow.workflow.execution import run_stage
     from mlxflow.workflow.loader import load_workflow
 
@@ -58,7 +59,7 @@ _HOMES = {
     "Subject": ("mlxflow.training.build", "Subject"),
     "TokenFile": ("mlxflow.data.token_file", "TokenFile"),
     "Trainer": ("mlxflow.training.trainer", "Trainer"),
-    "TrainingData": ("mlxflow.training.trainer", "TrainingData"),
+    "TrainingData": ("mlxflow.training.batches", "TrainingData"),
     "TrainingSettings": ("mlxflow.training.settings", "TrainingSettings"),
     "apply_plan": ("mlxflow.quantization.apply", "apply_plan"),
     "load_workflow": ("mlxflow.workflow.loader", "load_workflow"),

@@ -40,8 +40,6 @@ class DeviceBatch(NamedTuple):
 class Order:
     """The order of rows in an endless stream: every epoch is another permutation of all rows.
 
-    In a distributed run each rank takes a share of every batch; the shares are disjoint and cover all rows.
-
     Args:
         count: of rows, R.
         seed: determines the order together with the epoch.
@@ -81,22 +79,6 @@ def name_by_number(rows: "NDArray[np.int64]") -> str:
     return f"rows {rows.tolist()}"
 
 
-class Share(NamedTuple):
-    """The share of each batch for a process of a distributed run.
-
-    Attributes:
-        rank: of the process.
-        num_ranks: processes in the run.
-    """
-
-    rank: int
-    num_ranks: int
-
-
-#: The share of a single process.
-ALL_ROWS = Share(0, 1)
-
-
 class Loader(Iterator[DeviceBatch]):
     """An endless iterator of prefetched batches, used in a `with` block, which ends its threads.
 
@@ -107,11 +89,13 @@ class Loader(Iterator[DeviceBatch]):
         workers: threads that gather rows.
         prefetch_batches: maximum number of prefetched batches.
         cursor: number of rows of the stream that were already used; resuming takes the same time from any position.
-        share: of this process in a distributed run.
+        own: (B',) positions, within a batch, of the rows that this process reads, in this order; None for all. In a
+            distributed run every position belongs to one rank.
         name_rows: returns the documents in rows as text, for error messages.
 
     Attributes:
-        cursor: number of rows of the stream returned so far to all ranks; the only state for a checkpoint.
+        cursor: number of rows of the stream in the batches so far, those of other ranks included; the only state for
+            a checkpoint.
         waited_seconds: total time that the caller waited for rows.
     """
 
@@ -124,7 +108,7 @@ class Loader(Iterator[DeviceBatch]):
         workers: int,
         prefetch_batches: int,
         cursor: int = 0,
-        share: Share = ALL_ROWS,
+        own: "NDArray[np.int64] | None" = None,
         name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
     ) -> None:
         self.cursor = cursor
@@ -132,7 +116,7 @@ class Loader(Iterator[DeviceBatch]):
         self._rows = rows
         self._batch_size = batch_size
         self._first = cursor
-        self._rank, self._num_ranks = share
+        self._own = own
         self._name_rows = name_rows
         self._order = Order(rows.num_rows, seed=seed)
         self._order_lock = threading.Lock()
@@ -168,7 +152,7 @@ class Loader(Iterator[DeviceBatch]):
         """
         batch = self._next or self._upload(self._take())
         self._next = None
-        self.cursor += self._batch_size * self._num_ranks
+        self.cursor += self._batch_size
         with self._state:
             is_ready = self._taken in self._ready
         if is_ready:
@@ -207,10 +191,10 @@ class Loader(Iterator[DeviceBatch]):
                 self._filled.notify()
 
     def _gather(self, number: int) -> Batch | Exception:
-        share = self._batch_size * self._num_ranks
-        begin = self._first + number * share + self._rank * self._batch_size
         with self._order_lock:
-            indices = self._order.rows(begin, self._batch_size)
+            indices = self._order.rows(self._first + number * self._batch_size, self._batch_size)
+        if self._own is not None:
+            indices = indices[self._own]
         try:
             return self._rows.take(indices)
         except Exception as error:  # raised again in the caller's thread

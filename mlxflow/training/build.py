@@ -15,10 +15,11 @@ from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.overrides import OperationOverrides
 from mlxflow.training import adapters, objective, optimizers
 from mlxflow.training.batch_size import BatchSizes, Decision
+from mlxflow.training.batches import TrainingData
 from mlxflow.training.objective import Objective
 from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.step import Step
-from mlxflow.training.trainer import Session, Trainer, TrainingData
+from mlxflow.training.trainer import Session, Trainer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,6 +198,7 @@ def make_loader(
     num_rows: int,
     seed: int,
     cursor: int = 0,
+    own: "NDArray[np.int64] | None" = None,
     name_rows: Callable[["NDArray[np.int64]"], str] = name_by_number,
 ) -> Loader:
     """Return the data loader of a training.
@@ -207,6 +209,7 @@ def make_loader(
         num_rows: per batch.
         seed: of the order.
         cursor: number of rows of the stream already used.
+        own: see `Loader`.
         name_rows: see `Loader`.
     """
     return Loader(
@@ -216,6 +219,7 @@ def make_loader(
         workers=settings.workers,
         prefetch_batches=settings.prefetch_batches,
         cursor=cursor,
+        own=own,
         name_rows=name_rows,
     )
 
@@ -238,8 +242,8 @@ def make_data(
         name_rows: see `Loader`.
     """
 
-    def open_loader(num_rows: int, cursor: int) -> Loader:
-        return make_loader(rows, settings, num_rows=num_rows, seed=seed, cursor=cursor, name_rows=name_rows)
+    def open_loader(num_rows: int, cursor: int, own: "NDArray[np.int64] | None") -> Loader:
+        return make_loader(rows, settings, num_rows=num_rows, seed=seed, cursor=cursor, own=own, name_rows=name_rows)
 
     return TrainingData(open_loader, validation.head(settings.max_validation_rows))
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxflow.data.loader import DeviceBatch, Loader, Order, Share
+from mlxflow.data.loader import DeviceBatch, Loader, Order
 from mlxflow.data.token_file import Batch, Rows, TokenFile
 from mlxflow.messages.errors import ArtifactError, SourceError
 from mlxflow.storage import tensor_writing
@@ -20,9 +20,7 @@ def _rows(count: int, length: int = 3) -> Rows:
     return Rows(tokens, np.full((count, length), 3, np.uint8))
 
 
-def _loader(
-    rows: Rows, *, batch_size: int = 4, seed: int = 0, cursor: int = 0, rank: int = 0, num_ranks: int = 1
-) -> Loader:
+def _loader(rows: Rows, *, batch_size: int = 4, seed: int = 0, cursor: int = 0, own: list[int] | None = None) -> Loader:
     return Loader(
         rows,
         batch_size=batch_size,
@@ -30,7 +28,7 @@ def _loader(
         workers=8,
         prefetch_batches=4,
         cursor=cursor,
-        share=Share(rank, num_ranks),
+        own=None if own is None else np.array(own, np.int64),
     )
 
 
@@ -64,14 +62,16 @@ def test_a_cursor_resumes_at_any_step() -> None:
             assert begun + _numbers(islice(resumed, 12 - steps)) == whole
 
 
-def test_rank_shares_are_disjoint_and_cover_all_rows() -> None:
-    shares = []
-    for rank in range(3):
-        with _loader(_rows(24), batch_size=2, rank=rank, num_ranks=3) as loader:
-            shares.append(_numbers(islice(loader, 4)))
+def test_ranks_read_their_own_rows_of_the_batches_of_one_process() -> None:
+    with _loader(_rows(24), batch_size=6) as loader:
+        whole = [_numbers(iter([batch])) for batch in islice(loader, 4)]
+    owned = [[0, 1, 4, 5], [2, 3], []]
+    for own in owned:
+        with _loader(_rows(24), batch_size=6, own=own) as loader:
+            batches = list(islice(loader, 4))
+            assert [_numbers(iter([batch])) for batch in batches] == [[rows[place] for place in own] for rows in whole]
+            assert {batch.targets for batch in batches} == {2 * len(own)}
             assert loader.cursor == 24
-    assert sorted(number for share in shares for number in share) == list(range(24))
-    assert all(len(share) == 8 for share in shares)
 
 
 def test_the_next_batch_is_prefetched_to_the_device() -> None:
