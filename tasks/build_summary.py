@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxflow.messages.advice import command
 from mlxflow.storage import layout
 from mlxflow.workflow.stage_node import Node
 
@@ -87,7 +88,7 @@ def closing_lines(built: Sequence[Node], num_fresh: int, seconds: float) -> Iter
     root = built[0].root
     page = layout.artifacts_folder(root) / layout.PAGE
     if page.is_file():
-        yield f"page: {Path(os.path.relpath(page)).as_posix()}  (mlxflow report --open shows it)"
+        yield f"page: {Path(os.path.relpath(page)).as_posix()}  ({command('report --open')} shows it)"
 
 
 def _models(report: dict[str, Any]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The names that a dodo.py imports: doit's configuration and task creator for the workflow of the command line."""
 
-from mlxflow.messages import terminal
+from mlxflow.messages import advice, terminal
 from mlxflow.storage import layout, paths
 from mlxflow.tasks.search_path import search_project_last
 
@@ -19,6 +19,7 @@ from mlxflow.tasks.creator import configuration, tasks_of
 from mlxflow.tasks.graph import load_nodes
 
 _workflow = Path(paths.expand(get_var("workflow") or layout.WORKFLOW))
+advice.name_workflow(paths.shown(_workflow))
 _state = layout.state_folder(_workflow.parent)
 _cache = DigestCache(_state / layout.DIGESTS)
 try:

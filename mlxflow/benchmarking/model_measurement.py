@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,7 @@ from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
 from mlxflow.report.stage_reports.quantize import QuantizeReport
-from mlxflow.storage import layout, report_structs
+from mlxflow.storage import config_json, layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
 from mlxflow.training.step import out_of_memory_bytes
 
@@ -28,6 +28,9 @@ _GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
 
 # Models whose total size is a smaller share of the memory limit are held together; larger ones are loaded for each turn
 _HELD_SHARE = 0.25
+
+# Tokens of the longest prompt, and ids in prompts, where no token file says them
+_PROMPT_TOKENS, _PROMPT_IDS = 512, 1000
 
 # Validation rows that are used even if the time is over
 _FEWEST_ROWS = 8
@@ -41,8 +44,8 @@ class ComparedModels(NamedTuple):
 
     Attributes:
         weights: `model.safetensors` of each, by reference such as "quantize:q4".
-        dense: `model.safetensors` of the model that sizes are compared with.
-        validation: the token file.
+        dense: `model.safetensors` of the model that sizes are compared with; None for none on this machine.
+        validation: the token file; None for no perplexity.
         prompt_lengths: in tokens; empty for a quarter, half and all of the context.
         max_rows: the most validation rows used for the perplexity.
         memory_limit_bytes: of MLX.
@@ -50,8 +53,8 @@ class ComparedModels(NamedTuple):
     """
 
     weights: Mapping[str, Path]
-    dense: Path
-    validation: Path
+    dense: Path | None
+    validation: Path | None
     prompt_lengths: tuple[int, ...]
     max_rows: int
     memory_limit_bytes: int
@@ -122,23 +125,38 @@ class ComparedModels(NamedTuple):
 
     def _generation(self, budget: Budget) -> list[GenerationSpeed | RuntimeError]:
         """Return the generation speed of each model, or the error; small models are held in memory together."""
-        tokens = TokenFile.open(self.validation)
-        for path in self.weights.values():
-            tokens.require_vocabulary(model_folder.vocab_size(path.parent), self.key)
-        length = tokens.context_length
+        length, vocab_size = self._prompts()
         whole = sum(stored_bytes(path) for path in self.weights.values())
         return measure_generation(
             [partial(_load, path.parent) for path in self.weights.values()],
             prompt_lengths=sorted(set(self.prompt_lengths or (max(1, length // 4), max(1, length // 2), length))),
             decode_tokens=min(_DECODE_TOKENS, length),
             num_rounds=_GENERATION_ROUNDS,
-            vocab_size=tokens.vocab_size,
+            vocab_size=vocab_size,
             holds=whole < _HELD_SHARE * self.memory_limit_bytes,
             budget=budget,
         )
 
+    def _prompts(self) -> tuple[int, int]:
+        """Return the tokens of the longest prompt, and the number of token ids that prompts may have.
+
+        Raises:
+            ArtifactError: a model's vocabulary lacks tokens.
+        """
+        folders = [path.parent for path in self.weights.values()]
+        sizes = [model_folder.vocab_size(folder) for folder in folders]
+        if self.validation is None:
+            positions = (config_json.num_positions(config_json.read(folder)) for folder in folders)
+            return min(_PROMPT_TOKENS, *positions), min(_PROMPT_IDS, *sizes)
+        tokens = TokenFile.open(self.validation)
+        for size in sizes:
+            tokens.require_vocabulary(size, self.key)
+        return tokens.context_length, tokens.vocab_size
+
     def _rows_in_time(self, speeds: Sequence[GenerationSpeed | RuntimeError], budget: Budget) -> int:
         """Return the number of validation rows that the time allows for all models, estimated from prefill."""
+        if self.validation is None:
+            return 0
         length = TokenFile.open(self.validation).context_length
         fits = [speed for speed in speeds if not isinstance(speed, RuntimeError)]
         seconds_a_row = sum(2 * length / list(speed.prefill.values())[-1].median for speed in fits)
@@ -148,6 +166,9 @@ class ComparedModels(NamedTuple):
         return max(_FEWEST_ROWS, min(self.max_rows, int(budget.left / seconds_a_row)))
 
     def _measure_model(self, reference: str, path: Path, speed: GenerationSpeed, most_rows: int) -> ModelRow:
+        sizes = self._sizes(reference, path)
+        if self.validation is None:
+            return msgspec.structs.replace(_speed_row(reference, speed), **sizes)
         tokens = TokenFile.open(self.validation)
         model = _load(path.parent)
         masks = document_mask.masks_conversations(model, tokens)
@@ -155,24 +176,31 @@ class ComparedModels(NamedTuple):
         measured = measure_perplexity(
             quantized_layers.for_evaluation(model), rows, batch_size=_EVAL_BATCH, masks_documents=masks
         )
-        model_bytes, dense_bytes = (stored_bytes(one) for one in (path, self.dense))
         if not math.isfinite(measured.perplexity):
             error = "its perplexity is not a number. Look for weights that are not finite"
-            return ModelRow(model=reference, model_bytes=model_bytes, error=error)
-        parameters = model_folder.num_parameters(_load(self.dense.parent))
+            return ModelRow(model=reference, model_bytes=sizes["model_bytes"], error=error)
         return msgspec.structs.replace(
             _speed_row(reference, speed),
-            model_bytes=model_bytes,
-            compression_ratio=dense_bytes / model_bytes,
-            compression_ratio_fp32=4 * parameters / model_bytes,
-            compression_ratio_bf16=2 * parameters / model_bytes,
-            asked_bits_per_weight=_asked_bits(path),
+            **sizes,
             perplexity=measured.perplexity,
             perplexity_standard_error=measured.standard_error,
             validation_tokens=measured.tokens,
             validation_rows=rows.num_rows,
             has_fewer_rows=most_rows < min(self.max_rows, tokens.rows.num_rows),
         )
+
+    def _sizes(self, reference: str, path: Path) -> dict[str, Any]:
+        """Return the figures of a row about the size of a model, compared with the dense one or with itself."""
+        dense = self.dense or path
+        model_bytes, dense_bytes = (stored_bytes(one) for one in (path, dense))
+        parameters = model_folder.num_parameters(_load(dense.parent))
+        return {
+            "model_bytes": model_bytes,
+            "compression_ratio": dense_bytes / model_bytes,
+            "compression_ratio_fp32": 4 * parameters / model_bytes,
+            "compression_ratio_bf16": 2 * parameters / model_bytes,
+            "asked_bits_per_weight": _asked_bits(reference, path),
+        }
 
 
 def _load(folder: Path) -> nn.Module:
@@ -207,11 +235,11 @@ def _prefill_figures(tokens: int, speed: GenerationSpeed) -> PrefillFigures:
     )
 
 
-def _asked_bits(path: Path) -> float | None:
+def _asked_bits(reference: str, path: Path) -> float | None:
     """Return the bits per weight that the plan of a quantized model requested; None for a dense one."""
-    report, advice = path.with_name(layout.REPORT), "Build the model again."
-    if report_structs.read_provenance(report, advice=advice).stage.partition(":")[0] != "quantize":
+    if reference.partition(":")[0] != "quantize":
         return None
+    report, advice = path.with_name(layout.REPORT), "Build the model again."
     layers = report_structs.read(report, QuantizeReport, advice=advice).figures.layers
     parameters = sum(layer.parameters for layer in layers)
     if not parameters:

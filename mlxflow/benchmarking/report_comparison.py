@@ -244,16 +244,19 @@ def markdown_of_differences(differences: Sequence[Difference]) -> str:
 
 
 def markdown_of_report(report: HasRows) -> str:
-    """Return a report's training and models as two tables in Markdown."""
-    lines = [
+    """Return a report's training and models as two tables in Markdown; the first one only if training was timed."""
+    training = [
         "| training | rows | tokens learned from/s | | processed/s | peak GB | waiting for data | the workflow is |",
         "|---|--:|--:|---|--:|--:|--:|---|",
+        *(_training_line(row) for row in report.training),
+        "",
     ]
-    lines += [_training_line(row) for row in report.training]
-    lines += ["", "| model | MB | smaller than fp32 | than the trained model | decode tokens/s | perplexity |"]
-    lines += ["|---|--:|--:|--:|--:|--:|"]
-    lines += [_model_line(row) for row in report.models]
-    return "\n".join(lines) + "\n"
+    models = [
+        "| model | MB | smaller than fp32 | than the dense model | decode tokens/s | perplexity |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(_model_line(row) for row in report.models),
+    ]
+    return "\n".join([*(training if report.training else []), *models]) + "\n"
 
 
 def _training_line(row: TrainingRow) -> str:
@@ -278,11 +281,14 @@ def _model_line(row: ModelRow) -> str:
     figures = row.measured
     if figures is None:
         return f"| {_cell(row.model)} | {_cell(row.error or '')} | | | | |"
+    perplexity = "-"
+    if figures.perplexity is not None:
+        perplexity = f"{figures.perplexity:.2f} ± {figures.perplexity_standard_error:.2f}"
     return (
         f"| {_cell(row.model)} | {figures.model_bytes / 1e6:.2f} | {figures.compression_ratio_fp32:.1f} times "
         f"| {figures.compression_ratio:.1f} times "
         f"| {_number(figures.decode_speed.value)} "
-        f"| {figures.perplexity:.2f} ± {figures.perplexity_standard_error:.2f} |"
+        f"| {perplexity} |"
     )
 
 

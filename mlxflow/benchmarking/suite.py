@@ -20,6 +20,7 @@ from mlxflow.benchmarking.throughput import FEWEST_ROUNDS
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.benchmarking.unpacked_rows import apart, holds_several
 from mlxflow.data.token_file import Rows, TokenFile
+from mlxflow.messages import terminal
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.report.stage_reports.benchmark import BottleneckFigures, ConvergenceCurve, DriftFigures
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
@@ -210,6 +211,28 @@ class Suite:
         )
         slots = own[0].samples_per_second * self.tokens.context_length  # padding is computed, too
         return slots * per_token
+
+
+def sizes_with_rows(
+    sizes: tuple[int, ...], default: tuple[int, ...], *, own: int, num_rows: int, task: str
+) -> tuple[int, ...]:
+    """Return the batch sizes to time: of the default ones, those that have enough rows; a line says which are left.
+
+    Args:
+        sizes: of the table.
+        default: the default of the table.
+        own: the batch size of the training, which is timed if there are too few rows for all others.
+        num_rows: of the training file.
+        task: the stage, for the line.
+    """
+    if sizes != default:
+        return sizes
+    fitting = tuple(size for size in sizes if size <= num_rows) or (min(own, num_rows),)
+    if fitting != sizes:
+        listed, every = (", ".join(map(str, some)) for some in (fitting, sizes))
+        fact = f"the training text fills {num_rows:,} rows"
+        terminal.say(f"{task}.batch_sizes: {listed} instead of {every}, the default: {fact}")
+    return fitting
 
 
 def _main_type(model: nn.Module) -> mx.Dtype:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
 from mlxflow.cli.arguments import user_path
-from mlxflow.messages.advice import advise_build
+from mlxflow.messages.advice import advise_build, command
 from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.messages.markdown_tables import write_markdown
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
@@ -111,7 +111,7 @@ def _why_not_in_git(commit: str, file: str) -> str:
     here = next((place for place in _places_in_git(file) if Path(place).is_file()), None)
     commands = f'git add -f {shlex.quote(Path(here or _BENCHMARK).as_posix())} && git commit -m "Benchmark"'
     if here is None:
-        commands = f"mlxflow build benchmark && {commands}"
+        commands = f"{command('build benchmark')} && {commands}"
     if (about := _git("rev-parse", "--git-dir")).returncode:
         message = about.stderr.decode(errors="replace").strip().partition("\n")[0]
         return f"git cannot be asked ({message}). Name a report or a folder, or run: git init && {commands}"

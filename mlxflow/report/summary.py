@@ -274,6 +274,8 @@ def _gain(run: Run) -> Iterator[Answer]:
     if not reported:
         yield Answer("Is it worth it?", UNKNOWN, unknown, "benchmark")
     for _, report, question in reported:
+        if not report.training:  # only models were measured
+            continue
         speed = _promised_speed(report) or _compared_speed(report)
         if speed is None:
             yield Answer(question, UNKNOWN, unknown, "benchmark")

@@ -1,62 +1,60 @@
 """Measure the speed of training, and the size and quality of every model."""
 
 import json
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Set
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Self
 
 import msgspec
 from msgspec import Meta
 
 from mlxflow.messages import terminal
-from mlxflow.messages.advice import advise_build
+from mlxflow.messages.advice import advise_build, command
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.messages.markdown_tables import write_markdown
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, derive_seed
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_SIZE, MAX_STEPS, limit
 from mlxflow.workflow import products
-from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside, follow_training
+from mlxflow.workflow.measured_models import BaseModel, base_model, follow_plan
+from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside
 
 if TYPE_CHECKING:
+    from mlxflow.benchmarking.measurement import BenchmarkRequest
     from mlxflow.benchmarking.model_measurement import ComparedModels
     from mlxflow.benchmarking.suite import Suite
     from mlxflow.benchmarking.time_budget import Budget
     from mlxflow.report.stage_reports.benchmark import (
         BenchmarkReport,
-        BottleneckFigures,
         ComparisonFigures,
         DeviceFacts,
     )
-    from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 VERSION = 6
-
-T = TypeVar("T")
 
 #: The artifact depends on the machine; on another one it is stale.
 DEVICE_BOUND = True
 
-# Shares of `max_seconds` after which each part should end; the rest is for the parts of a step
-_SHARES = {"training": 0.5, "convergence": 0.65, "models": 0.95}
+#: A benchmark measures the training only if there is one; alone in the file, it makes the workflow train.
+FOLLOWS = ("train", "quantize")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The `[benchmark]` table."""
 
-    data: Annotated[str, Meta(description="the token files: a pretokenize stage; of several that of the input")] = (
-        "pretokenize"
-    )
+    data: Annotated[
+        str, Meta(description="the token files: a pretokenize stage; of several that of the input; empty: none")
+    ] = "pretokenize"
     input: Annotated[
-        str, Meta(description="the dense model that is trained on: a train stage; the first of several")
+        str, Meta(description="the dense model that is trained on: a train stage; the first of several; empty: none")
     ] = "train"
     models: Annotated[
         tuple[str, ...], Meta(min_length=1, description='model stages to compare; "stage:*" is all variants')
     ] = ("train", "quantize:*")
     batch_sizes: Annotated[
         tuple[Annotated[int, Meta(ge=1, le=MAX_ROWS)], ...],
-        Meta(min_length=1, description="batch sizes to time"),
+        Meta(min_length=1, description="batch sizes to time, by default those for which there are enough rows"),
     ] = (16, 32, 64)
     num_steps: Annotated[
         int, Meta(ge=1, le=MAX_STEPS, description="timed training steps of each recipe at each batch size")
@@ -94,34 +92,44 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
     """A model to train, models to compare, tokens for both.
 
     Attributes:
+        model: None without training.
         beside: other files of each model, such as adapters.
+        tokens: None without tokens.
+        validation: None without tokens.
         models: by reference, such as "quantize:q4".
+        base_name: without training, the folder that the first quantized model was made from, as written.
+        base: its files.
     """
 
-    model: Path = Path()
+    model: Path | None = None
     configs: tuple[Path, ...] = ()
     beside: tuple[Beside, ...] = ()
-    tokens: Path = Path()
-    validation: Path = Path()
+    tokens: Path | None = None
+    validation: Path | None = None
     models: dict[str, Path] = {}
     baseline: tuple[Path, ...] = ()
+    base_name: str = ""
+    base: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, config: Config, artifacts: Artifacts) -> Self:
         """Take the models from train and quantize stages and the tokens from a pretokenize stage."""
-        tokens = artifacts.folder(config.data, "data")
-        trained = artifacts.folder(config.input, "input")
+        tokens = artifacts.folder(config.data, "data") if config.data else None
+        trained = artifacts.folder(config.input, "input") if config.input else None
         references = artifacts.expand(config.models, "models")
         folders = {reference: artifacts.folder(reference, "models") for reference in references}
-        every = dict.fromkeys([trained, *folders.values()])
+        every = dict.fromkeys([*([trained] if trained else []), *folders.values()])
+        base = BaseModel() if trained else base_model(references, artifacts)
         return cls(
-            model=trained / "model.safetensors",
+            model=trained / "model.safetensors" if trained else None,
             configs=tuple(folder / "config.json" for folder in every),
             beside=tuple(Beside(folder) for folder in every),
-            tokens=tokens / "train.safetensors",
-            validation=tokens / "validation.safetensors",
+            tokens=tokens / "train.safetensors" if tokens else None,
+            validation=tokens / "validation.safetensors" if tokens else None,
             models={reference: folder / "model.safetensors" for reference, folder in folders.items()},
             baseline=artifacts.files((config.baseline,), "baseline") if config.baseline else (),
+            base_name=base.name,
+            base=base.files,
         )
 
 
@@ -136,7 +144,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
 
     More tokens in a forward pass, or in all steps, than a machine can compute are reported.
     """
-    config = follow_training(config, artifacts)
+    config = follow_plan(config, artifacts)
     if config.models == Config().models and artifacts.first("train") != "train":
         config = msgspec.structs.replace(config, models=("train:*", "quantize:*"))
     if not (row := products.rows_of(artifacts, config.data)):
@@ -158,6 +166,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         SourceError: there are fewer rows than in the largest batch.
         StageError: a figure is worse than the baseline's.
     """
+    from mlxflow.benchmarking.measurement import measure
     from mlxflow.benchmarking.report_comparison import markdown_of_report
     from mlxflow.benchmarking.time_budget import Budget
 
@@ -165,7 +174,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     budget = Budget(config.max_seconds, task=context.task)
     suite = _suite(config, inputs, context, budget)
     models = _compared_models(config, inputs, context)
-    report = _measure(config, context, suite, models, budget)
+    report = measure(_request(config, context), suite, models, budget)
     if report.lowered:
         terminal.say(*(f"{context.task}: {line}" for line in report.lowered))
     write_markdown(markdown_of_report(report))
@@ -175,59 +184,12 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     return msgspec.structs.replace(report, comparison=comparison)
 
 
-def _measure(
-    config: Config, context: Context, suite: "Suite", models: "ComparedModels", budget: "Budget"
-) -> "BenchmarkReport":
-    """Return all figures, without a comparison."""
-    from mlxflow.benchmarking.targets import check_targets
-    from mlxflow.benchmarking.time_budget import AskedAmounts, lowered
-    from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+def _request(config: Config, context: Context) -> "BenchmarkRequest":
+    from mlxflow.benchmarking.measurement import BenchmarkRequest
+    from mlxflow.benchmarking.time_budget import AskedAmounts
 
-    budget.begin(_SHARES["training"])
-    training, drift = suite.measure()
-    curves = None
-    if config.convergence_steps:
-        budget.begin(_SHARES["convergence"])
-        curves = _if_it_fits(lambda: suite.converge(config.convergence_steps)) or ()
-    budget.begin(_SHARES["models"])
-    rows = models.measure(budget)
-    budget.begin(1.0)
-    bottleneck = _bottleneck(config, suite, training, models.dense_row(rows))
-    requested = AskedAmounts(config.num_steps, config.convergence_steps, config.max_validation_rows, config.max_seconds)
-    return BenchmarkReport(
-        version=VERSION,
-        device=_device(context),
-        training=training,
-        drift=drift,
-        convergence=curves,
-        models=rows,
-        bottleneck=bottleneck,
-        promises=check_targets(training, rows, bottleneck.data_share, suite.own_batch_size),
-        lowered=tuple(lowered(requested, training=training, convergence=curves or (), models=rows)) or None,
-    )
-
-
-def _bottleneck(
-    config: Config, suite: "Suite", training: Sequence["TrainingRow"], dense: "ModelRow | None"
-) -> "BottleneckFigures":
-    """Return the shares of a step's time, the ceilings of the device, and the most promising change of a setting."""
-    from mlxflow.benchmarking.bottleneck import advise
-    from mlxflow.report.stage_reports.benchmark import BottleneckFigures
-
-    parts = _if_it_fits(suite.time_parts)
-    ceilings = _if_it_fits(lambda: suite.against_ceilings(training, dense)) or BottleneckFigures()
-    if parts is None:
-        return ceilings
-    shares = parts.shares()
-    advice = advise(shares, training, suite.own_batch_size, training_table=config.input, tokens_table=config.data)
-    return msgspec.structs.replace(
-        ceilings,
-        data_share=shares.data,
-        graph_share=shares.graph,
-        compute_share=shares.compute,
-        synchronize_share=shares.synchronize,
-        advice=advice,
-    )
+    amounts = AskedAmounts(config.num_steps, config.convergence_steps, config.max_validation_rows, config.max_seconds)
+    return BenchmarkRequest(VERSION, _device(context), amounts, config.input, config.data)
 
 
 def _compare(
@@ -245,25 +207,13 @@ def _compare(
 
     def again(names: Set[str]) -> RepeatedRows:
         budget = Budget(config.max_seconds / REPETITIONS, task=context.task)
-        training, _ = _suite(config, inputs, context, budget).measure(only=names)
+        suite = _suite(config, inputs, context, budget)
+        training = () if suite is None else suite.measure(only=names)[0]
         return RepeatedRows(training, models.only(names).measure_speeds(budget))
 
     return compare_with_baseline(
         baseline, report, again, name=config.baseline, max_regression=config.max_regression, task=context.task
     )
-
-
-def _if_it_fits(compute: Callable[[], T]) -> T | None:
-    """Return the result; None, with a line for the terminal, if it runs out of memory."""
-    from mlxflow.training.step import out_of_memory_bytes
-
-    try:
-        return compute()
-    except RuntimeError as error:
-        if out_of_memory_bytes(error) is None:
-            raise
-        terminal.say(f"benchmark: left out, it does not fit into the memory ({error})")
-        return None
 
 
 def read_benchmark(path: Path) -> "BenchmarkReport":
@@ -281,13 +231,16 @@ def read_benchmark(path: Path) -> "BenchmarkReport":
     if report.get("version") != VERSION:
         raise ArtifactError(
             f"{path}: version = {report.get('version', 'none')}: expected {VERSION}. "
-            "Measure it again with this version of mlxflow: mlxflow build benchmark"
+            f"Measure it again with this version of mlxflow: {command('build benchmark')}"
         )
     return report_structs.parse(report, BenchmarkReport, shown=str(path), advice=advise_build("benchmark")).figures
 
 
-def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -> "Suite":
-    from mlxflow.benchmarking.suite import Suite
+def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -> "Suite | None":
+    """Return the training benchmark; None without a model that was trained here."""
+    if inputs.model is None or inputs.tokens is None:
+        return None
+    from mlxflow.benchmarking.suite import Suite, sizes_with_rows
     from mlxflow.data.token_file import TokenFile
     from mlxflow.models import model_folder
     from mlxflow.training.settings import SettingNames, read_settings
@@ -297,8 +250,11 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -
     tokens.require_vocabulary(model_folder.vocab_size(folder), key)
     report = folder / layout.REPORT
     settings = read_settings(report, shown=str(report.relative_to(context.root)), task=config.input, key=key)
-    most_rows = max(config.batch_sizes) * settings.grad_accum_steps
-    tokens.full_rows(most_rows, f"{context.task}.batch_sizes", sources=f"{config.data}.sources")
+    default = Config().batch_sizes
+    sizes = sizes_with_rows(
+        config.batch_sizes, default, own=settings.batch_size, num_rows=tokens.rows.num_rows, task=context.task
+    )
+    tokens.full_rows(max(sizes), f"{context.task}.batch_sizes", sources=f"{config.data}.sources")
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
     has_adapters = settings.adapter_shape is not None
@@ -308,7 +264,7 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -
         tokens=tokens,
         settings=settings,
         names=SettingNames.of_stage(config.input, config.data, MEMORY_LIMIT_KEY),
-        batch_sizes=config.batch_sizes,
+        batch_sizes=sizes,
         num_steps=config.num_steps,
         memory_limit_bytes=context.memory_limit_bytes,
         seed=seed,
@@ -327,9 +283,10 @@ def _compared_models(config: Config, inputs: Inputs, context: Context) -> "Compa
     """Return the models to measure, with the settings of the measurement."""
     from mlxflow.benchmarking.model_measurement import ComparedModels
 
+    base = {inputs.base_name: inputs.base[0].with_name("model.safetensors")} if inputs.base else {}
     return ComparedModels(
-        inputs.models,
-        inputs.model,
+        base | inputs.models,
+        inputs.model or next(iter(base.values()), None),
         inputs.validation,
         config.prompt_lengths,
         config.max_validation_rows,

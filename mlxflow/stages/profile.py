@@ -274,7 +274,7 @@ def _take_steps(config: Config, inputs: Inputs, context: Context, profiler: Any,
 
     tokens = TokenFile.open(inputs.tokens)
     model = model_of(config, inputs, context, tokens)
-    rows = tokens.full_rows(settings.rows_per_step, f"{context.task}.batch_size", sources=f"{config.data}.sources")
+    rows = tokens.full_rows(config.batch_size, f"{context.task}.batch_size", sources=f"{config.data}.sources")
     with profiler.sampling():
         measured = step_memory.take_steps(model, rows, settings, profiler, num_steps=config.num_steps)
     taken = _Taken(measured.model_bytes, measured.composition)

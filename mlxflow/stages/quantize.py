@@ -322,6 +322,7 @@ def aware_training(config: Config, context: Context, num_rows: int) -> "AwareTra
     from mlxflow.training.settings import SettingNames
 
     names = SettingNames.of_stage(context.task, config.token_stage, MEMORY_LIMIT_KEY, has_fused_loss=False)
+    config = length.fitted(config, num_rows, key=names.of("batch_size"))
     description = describe(msgspec.to_builtins(config), names, context)
     return AwareTraining(
         written_settings(config, num_rows), config.learning_rate, config.kernels, config.distill, names, description

@@ -50,7 +50,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     batch_size: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_ROWS)],
-        Meta(description="rows in one forward pass, at the start; auto: 32 for a new model, 4 with model.from"),
+        Meta(description="rows in one forward pass, initially; auto: 32, or 4 with model.from, or all rows if fewer"),
     ] = "auto"
     grad_accum_steps: Annotated[
         int, Meta(ge=1, le=MAX_ROWS, description="forward passes of batch_size rows per update")
@@ -290,6 +290,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     tokens = TokenFile.open(inputs.train)
     names = SettingNames.of_stage(context.task, config.input, MEMORY_LIMIT_KEY)
+    config = length.fitted(config, tokens.rows.num_rows, key=names.of("batch_size"))
     rows = tokens.full_rows(cast("int", config.batch_size), names.of("batch_size"), sources=names.sources)
     settings = table_settings.training_settings(config, length.planned_steps(config, rows.num_rows))
     setting_checks.require_fitting_steps(config, settings.num_steps, rows.num_rows, table=context.task)

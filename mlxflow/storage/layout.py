@@ -21,7 +21,9 @@ No other module spells these names.
 from collections.abc import Iterator
 from pathlib import Path
 
-WORKFLOW = "workflow.toml"
+from mlxflow.messages.advice import DEFAULT_WORKFLOW
+
+WORKFLOW = DEFAULT_WORKFLOW
 LOCKFILE = "mlxflow.lock"
 ARTIFACTS = "artifacts"
 

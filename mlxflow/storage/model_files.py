@@ -328,10 +328,12 @@ def stored_bytes(weights: Path) -> int:
     """Return the size of a model's weights on the disk in bytes, including adapters beside them.
 
     Args:
-        weights: the file `model.safetensors`.
+        weights: the file `model.safetensors`, or where it would be if the weights were in one file.
 
     Raises:
         OSError: it cannot be looked up.
     """
+    shards = [] if weights.is_file() else sorted(weights.parent.glob(f"{weights.stem}-*{weights.suffix}"))
     beside = weights.with_name(ADAPTERS[0])
-    return weights.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+    files = [*(shards or [weights]), *([beside] if beside.is_file() else [])]
+    return sum(file.stat().st_size for file in files)

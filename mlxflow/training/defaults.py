@@ -7,12 +7,9 @@ measured on SmolLM2-135M with small sets of chats and of texts, see `docs/explan
 
 from typing import Any, Literal, NamedTuple
 
-from mlxflow.training.length import updates_may_grow
+from mlxflow.training.length import default_batch_size, updates_may_grow
 
 Auto = Literal["auto"]
-
-#: Rows in a forward pass: of a new model, and of one that exists.
-NEW_BATCH_SIZE, PRETRAINED_BATCH_SIZE = 32, 4
 
 #: Positions of a row: for a new model, and the most for one that exists.
 NEW_CONTEXT_LENGTH, PRETRAINED_CONTEXT_LENGTH = 64, 1024
@@ -46,12 +43,13 @@ def defaults_of(config: Any) -> Defaults:
     Args:
         config: a `[train]` table.
     """
+    rows = default_batch_size(config)
     if not config.model.from_:
-        return Defaults(NEW_RATE, NEW_BATCH_SIZE, NEW_STEPS, "auto")
+        return Defaults(NEW_RATE, rows, NEW_STEPS, "auto")
     rate = FULL_RATE if config.method == "full" else ADAPTER_RATE
     if updates_may_grow(config):
-        return Defaults(rate, PRETRAINED_BATCH_SIZE, NEW_STEPS, "auto")
-    return Defaults(rate, PRETRAINED_BATCH_SIZE, "auto", PRETRAINED_EPOCHS)
+        return Defaults(rate, rows, NEW_STEPS, "auto")
+    return Defaults(rate, rows, "auto", PRETRAINED_EPOCHS)
 
 
 def resolved_values(config: Any) -> dict[str, Any]:

@@ -4,10 +4,18 @@ import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
+
+from mlxflow.messages import terminal
 from mlxflow.storage import tensor_header
 from mlxflow.storage.toml_tables import MAX_STEPS, Problem
+
+#: Rows in a forward pass where the table has no number: of a new model, and of one that exists.
+NEW_BATCH_SIZE, PRETRAINED_BATCH_SIZE = 32, 4
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 _TRAIN_TOKENS = "train.safetensors"
 
@@ -64,6 +72,45 @@ def epochs_of(num_steps: int, *, num_rows: int, rows_per_step: int) -> float:
     return num_steps * rows_per_step / num_rows
 
 
+def default_batch_size(config: Any) -> int:
+    """Return the rows of a forward pass of a table without a number.
+
+    Args:
+        config: a `[train]` table, or another one with the same keys.
+    """
+    return PRETRAINED_BATCH_SIZE if getattr(config.model, "from_", "") else NEW_BATCH_SIZE
+
+
+def batch_size_of(config: Any, num_rows: int) -> int:
+    """Return the rows of a forward pass: those of the table, or all rows if there are fewer than the default.
+
+    A written number that equals the default counts as the default: both are the same workflow.
+
+    Args:
+        config: a `[train]` table, or another one with the same keys.
+        num_rows: of the training file.
+    """
+    size: int = config.batch_size
+    return max(1, min(size, num_rows)) if size == default_batch_size(config) else size
+
+
+def fitted(config: T, num_rows: int, *, key: str) -> T:
+    """Return a table with all rows as its batch if there are fewer than the default; print a line about it.
+
+    Args:
+        config: a `[train]` table, or another one with the same keys.
+        num_rows: of the training file.
+        key: of the batch size, such as "train.batch_size".
+    """
+    written: Any = config
+    size = batch_size_of(config, num_rows)
+    if size == written.batch_size:
+        return config
+    fact = f"the training text fills {num_rows:,} rows"
+    terminal.say(f"{key}: {size} instead of {written.batch_size}, the default: {fact}")
+    return msgspec.structs.replace(config, batch_size=size)
+
+
 def planned_steps(config: Any, num_rows: int) -> int:
     """Return the updates of a training, where epochs are a number of them.
 
@@ -73,7 +120,7 @@ def planned_steps(config: Any, num_rows: int) -> int:
     """
     if config.num_epochs == "auto":
         return int(config.num_steps)
-    rows = config.batch_size * config.grad_accum_steps
+    rows = batch_size_of(config, num_rows) * config.grad_accum_steps
     return steps_of(config.num_epochs, num_rows=num_rows, rows_per_step=rows)
 
 
@@ -84,7 +131,7 @@ def describe_length(config: Any, num_rows: int | None) -> str:
         config: a `[train]` table, or another one with the same keys.
         num_rows: of the training file; None if it does not exist yet.
     """
-    rows = config.batch_size * config.grad_accum_steps
+    rows = (config.batch_size if num_rows is None else batch_size_of(config, num_rows)) * config.grad_accum_steps
     is_in_epochs = config.num_epochs != "auto"
     if num_rows is None:
         return f"{config.num_epochs:g} epochs of the corpus" if is_in_epochs else f"{config.num_steps:,} steps"
@@ -108,7 +155,9 @@ def describe_stage(
     trains = "grad_accum_steps" in config and config.get("method") in _TRAINING_METHODS
     if not files or not trains:
         return ""
-    table = SimpleNamespace(**{"num_epochs": "auto", **config})
+    model = config["model"]
+    origin = SimpleNamespace(from_=model["from"]) if isinstance(model, dict) else model
+    table = SimpleNamespace(**{"num_epochs": "auto", **config, "model": origin})
     found = None if files[0].parent.as_posix() in unbuilt else read_rows(root / files[0])
     num_rows = found and found[0]
     return "" if num_rows is None and table.num_epochs == "auto" else describe_length(table, num_rows)

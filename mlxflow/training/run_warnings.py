@@ -73,7 +73,7 @@ def outline_of(config: Any, train: Path, validation: Path) -> RunOutline | None:
         return None
     rows, metadata = sides[0]
     in_epochs = config.num_epochs != "auto"
-    per_step = config.batch_size * config.grad_accum_steps
+    per_step = length.batch_size_of(config, rows) * config.grad_accum_steps
     num_steps = length.planned_steps(config, rows)
     num_epochs = length.epochs_of(num_steps, num_rows=rows, rows_per_step=per_step)
     is_new = not config.model.from_

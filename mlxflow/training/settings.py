@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import msgspec
 from msgspec import Meta
 
+from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.storage import report_files, report_structs
 
@@ -206,7 +207,7 @@ def read_settings(report_file: Path, *, shown: str, task: str, key: str) -> Trai
             unknown one, or one has an invalid value; a line for each, with the file and the key.
     """
     report = report_files.read_report(report_file)
-    advice = f"Run: mlxflow run {task}"
+    advice = advise_build(task)
     table = report.get(TABLE)
     if TABLE not in report and (report_file.parent / "config.json").is_file():
         from mlxflow.models import model_folder

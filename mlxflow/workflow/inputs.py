@@ -79,6 +79,10 @@ class StageReferences:
         """Return the resolved table of an earlier stage or variant; None if there is none."""
         return self._known.tables.get(self._resolved(reference))
 
+    def is_planned(self, stage: str) -> bool:
+        """Return whether the workflow builds a stage, or a variant of it."""
+        return self._known.is_planned(stage)
+
     def first(self, reference: str) -> str:
         """Return the first variant for the name of a stage with several; else the reference itself."""
         return self._known.first(reference)

@@ -164,11 +164,8 @@ class _WorkflowLoader:
         known = Known()
         for one in workflow.stages:
             known.add(one.task, one.config)
-        keys: dict[str, dict[str, tuple[str, str]]] = {}
-        for one in workflow.stages:
-            recorder = ReferenceRecorder(known)
-            _find_inputs(one.module, one.config, recorder)
-            keys[one.task] = recorder.keys
+        wanted = self._wanted(workflow)
+        keys = _references(workflow, wanted, known)
         tables = {one.task: one.table for one in workflow.stages}
         try:
             order = ordered(keys)
@@ -178,10 +175,10 @@ class _WorkflowLoader:
                 key, reference, f"reads from itself ({' -> '.join(error.tasks)})", "Name a stage that does not."
             )
             raise WorkflowError(*self._lines(), problem_message(problem, self.shown, tables[error.tasks[0]])) from error
-        wanted = upstream(self._wanted(workflow), keys)
-        workflow.unplanned = [name for name in STAGES if not any(one.partition(":")[0] == name for one in wanted)]
+        planned = upstream(wanted, keys)
+        workflow.unplanned = [name for name in STAGES if not any(one.partition(":")[0] == name for one in planned)]
         by_task = {one.task: one for one in workflow.stages}
-        workflow.stages = [by_task[task] for task in order if task in wanted]
+        workflow.stages = [by_task[task] for task in order if task in planned]
         return [by_task[task] for task in order]
 
     def _wanted(self, workflow: Workflow) -> list[str]:
@@ -211,6 +208,7 @@ class _WorkflowLoader:
         known = Known()
         num_files = 0
         planned = set(workflow.stages)
+        known.planned = {one.name for one in planned}
         for one in nameable:
             if one not in planned:
                 known.nameable[one.task] = one.file_names
@@ -241,6 +239,38 @@ class _WorkflowLoader:
                 f"{self.shown}: {stage.table}: the stages up to here read {num_files:,} files: "
                 f"expected at most {_MAX_FILES:,}. Let fewer variants read many files, or split the workflow."
             )
+
+
+def _references(workflow: Workflow, wanted: list[str], known: Known) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return by task the tasks that each stage names, with the key of its table and the text there.
+
+    Args:
+        workflow: its stages.
+        wanted: tasks that the file asks for.
+        known: has all stages; gets the plan without the stages that follow others.
+    """
+    followers = {one.task: one for one in workflow.stages if _followed(one)}
+    keys: dict[str, dict[str, tuple[str, str]]] = {task: {} for task in followers}
+    for one in workflow.stages:
+        if one.task not in followers:
+            keys[one.task] = _recorded(one, known)
+    planned = {task.partition(":")[0] for task in upstream((one for one in wanted if one not in followers), keys)}
+    for task, one in followers.items():
+        known.planned = planned if planned.intersection(_followed(one)) else None
+        keys[task] = _recorded(one, known)
+    return {one.task: keys[one.task] for one in workflow.stages}
+
+
+def _followed(stage: Stage) -> tuple[str, ...]:
+    """Return the stages that one follows, see `mlxflow.workflow.stage`."""
+    followed: tuple[str, ...] = getattr(stage.module, "FOLLOWS", ())
+    return followed
+
+
+def _recorded(stage: Stage, known: Known) -> dict[str, tuple[str, str]]:
+    recorder = ReferenceRecorder(known)
+    _find_inputs(stage.module, stage.config, recorder)
+    return recorder.keys
 
 
 def _find_inputs(module: StageModule, config: msgspec.Struct, artifacts: Artifacts) -> tuple[Any, Any]:

@@ -11,11 +11,13 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     run       the function that does the work and returns the figures for the report, a struct of
               `mlxflow/report/stage_reports`; heavy imports happen inside it
 
-It may have eight more:
+It may have nine more:
 
     resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
     follow(config, task, readers, known, disk)
                                      returns it with defaults filled in that depend on the tables of its readers
+    FOLLOWS              names of stages: if the workflow builds one of them, the defaults of this stage's table make it
+                         build no others, see `Artifacts.is_planned`
     DEVICE_BOUND = True              the artifact describes the machine it was made on
     USES_DEVICE = False              the stage does not compute on MLX's device
     EXECUTION_ONLY_KEYS              keys that do not affect the result: a change of one does not make the artifact
@@ -80,6 +82,10 @@ class Artifacts(Protocol):
 
     def first(self, reference: str) -> str:
         """Return the first variant for the name of a stage with several; else the reference itself."""
+        ...
+
+    def is_planned(self, stage: str) -> bool:
+        """Return whether the workflow builds a stage, or a variant of it, also without the table that asks."""
         ...
 
     def table(self, reference: str) -> msgspec.Struct | None:

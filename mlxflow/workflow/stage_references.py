@@ -24,12 +24,14 @@ class Known:
         makers: by task, the names of the files that each makes.
         tables: by task, their resolved tables.
         nameable: by task, the files of each stage that a message may propose, built or not.
+        planned: names of the stages that are built without those that are being resolved; None if there is no plan yet.
     """
 
     def __init__(self) -> None:
         self.makers: dict[str, Set[str]] = {}
         self.tables: dict[str, msgspec.Struct] = {}
         self.nameable: dict[str, Set[str]] = {}
+        self.planned: Set[str] | None = None
         self._variants: dict[str, list[str]] = {}
 
     def add(self, task: str, table: msgspec.Struct, files: Set[str] = frozenset()) -> None:
@@ -59,6 +61,10 @@ class Known:
         """Return the first variant for the name of a stage with several; else the reference itself."""
         variants = self.variants(reference)
         return variants[0] if len(variants) > 1 else reference
+
+    def is_planned(self, stage: str) -> bool:
+        """Return whether a stage, or a variant of it, is built; every one is as long as there is no plan."""
+        return self.planned is None or stage in self.planned
 
     def table(self, reference: str) -> msgspec.Struct | None:
         """Return the table of a stage or variant; None if there is none."""
@@ -185,6 +191,10 @@ class ReferenceRecorder:
     def stage_of(self, name: str, key: str) -> Path | None:
         """Record a reference if the text has the form of one."""
         return self.folder(name, key) if names_stage(name) else None
+
+    def is_planned(self, stage: str) -> bool:
+        """Return whether a stage, or a variant of it, is built."""
+        return self._known.is_planned(stage)
 
     def table(self, reference: str) -> msgspec.Struct | None:
         """Return the table of a stage or variant, with its defaults not resolved."""

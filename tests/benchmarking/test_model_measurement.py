@@ -30,6 +30,7 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
     monkeypatch.setattr(model_measurement, "_load", loads)
     dense, q4 = _models(built).measure(FREE)
     assert dense.measured is not None
+    assert dense.measured.perplexity is not None
     assert dense.measured.perplexity > 1
     assert dense.measured.decode_speed.low > 0
     assert q4.error == "out of memory: 777,777 more bytes needed, memory limit 1"

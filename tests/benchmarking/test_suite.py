@@ -8,7 +8,7 @@ from mlxflow.benchmarking import roofline
 from mlxflow.benchmarking import suite as suites
 from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.step_runner import Parts
-from mlxflow.benchmarking.suite import Suite
+from mlxflow.benchmarking.suite import Suite, sizes_with_rows
 from mlxflow.data.token_file import TokenFile
 from mlxflow.training.settings import SettingNames
 from tests.benchmarking.report_rows import failed_row, model_row, training_row
@@ -126,3 +126,19 @@ def _arrays(suite: Suite) -> list[tuple[str, mx.array]]:
 
     found: list[tuple[str, mx.array]] = tree_flatten(suite.load().parameters())
     return found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_rows", "timed", "said"),
+    [
+        ((16, 32), 32, (16, 32), ""),
+        ((16, 32), 20, (16,), "16 instead of 16, 32, the default: the training text fills 20 rows"),
+        ((16, 32), 7, (6,), "6 instead of 16, 32, the default: the training text fills 7 rows"),
+        ((16, 33), 7, (16, 33), ""),
+    ],
+)
+def test_of_the_default_batch_sizes_those_with_enough_rows_are_timed(
+    sizes: tuple[int, ...], num_rows: int, timed: tuple[int, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sizes_with_rows(sizes, (16, 32), own=6, num_rows=num_rows, task="benchmark") == timed
+    assert capsys.readouterr().err == (f"benchmark.batch_sizes: {said}\n" if said else "")

@@ -50,8 +50,8 @@ def test_the_size_target_follows_from_the_bits_of_each_model() -> None:
     assert promise.holds
     assert promise.measured == 7.0
     assert promise.figure == (
-        "q8 3.8 times (its bits allow 3.8), 3.0 than the trained model, perplexity 9.00 ± 0.10; "
-        "q4 7.0 times (its bits allow 7.1), 3.0 than the trained model, perplexity 9.00 ± 0.10"
+        "q8 3.8 times (its bits allow 3.8), 3.0 than the dense model, perplexity 9.00 ± 0.10; "
+        "q4 7.0 times (its bits allow 7.1), 3.0 than the dense model, perplexity 9.00 ± 0.10"
     )
 
 

@@ -1,11 +1,13 @@
 import argparse
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
 from mlxflow.__main__ import main
 from mlxflow.cli.command import VERBS
+from mlxflow.messages import terminal
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -36,3 +38,16 @@ def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         main(["brew"])
     assert ended.value.code == 2
     assert "mlxflow: error: argument COMMAND: invalid choice: 'brew'" in capsys.readouterr().err
+
+
+def test_advice_names_the_workflow_file_of_the_command_line(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(job)
+    (job / "workflow.toml").rename(job / "other.toml")
+    said: list[str] = []
+    monkeypatch.setattr(terminal, "say_error", lambda error: said.append(str(error)))
+    assert main(["show", "pretokenize", "--workflow", "other.toml"]) == 2
+    missing = "artifacts/pretokenize/train.safetensors: missing. Run: mlxflow build pretokenize --workflow other.toml"
+    assert said == [missing]
+    (job / "other.toml").rename(job / "workflow.toml")
+    assert main(["show", "pretokenize"]) == 2
+    assert said[1] == "artifacts/pretokenize/train.safetensors: missing. Run: mlxflow build pretokenize"

@@ -77,18 +77,3 @@ def test_curves_bottleneck_device_and_speeds_are_reported(report: dict[str, Any]
         assert row["compression_ratio_fp32"] == pytest.approx(2 * row["compression_ratio_bf16"])
         assert row["peak_memory_bytes"] > 0.9 * row["model_bytes"]
         assert row["decode_tokens_per_second"] > 0
-
-
-def test_parts_out_of_memory_are_left_out_and_other_failures_are_raised(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail(said: str) -> None:
-        raise RuntimeError(said)
-
-    assert benchmark._if_it_fits(lambda: 3) == 3
-    assert benchmark._if_it_fits(lambda: fail("[malloc] Unable to allocate 5 bytes.")) is None
-    assert capsys.readouterr().err == (
-        "benchmark: left out, it does not fit into the memory ([malloc] Unable to allocate 5 bytes.)\n"
-    )
-    with pytest.raises(RuntimeError, match="a mistake"):
-        benchmark._if_it_fits(lambda: fail("a mistake"))

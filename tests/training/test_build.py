@@ -92,6 +92,7 @@ def _profile(inputs: profile.Inputs, context: Context, made: Path, method: str) 
 
 def _benchmark(inputs: benchmark.Inputs, context: Context, made: Path, method: str) -> Taken:
     suite = benchmark._suite(benchmark.Config(batch_sizes=(4,)), inputs, context, FREE)
+    assert suite is not None
     with suite.open(suite.workflow(4)) as runner:
         losses = runner.run(STEPS)
         return Taken(losses, _trained(made, method, dict(tree_flatten(runner._state[0]))))

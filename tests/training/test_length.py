@@ -2,8 +2,9 @@
 
 import pytest
 
-from mlxflow.stages import train
-from mlxflow.training.length import describe_length, epochs_of, steps_of
+from mlxflow.models.new_model import ModelConfig
+from mlxflow.stages import quantize, train
+from mlxflow.training.length import describe_length, epochs_of, fitted, steps_of
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,31 @@ def test_epochs_of_steps() -> None:
 )
 def test_the_length_of_a_training_is_described(config: train.Config, num_rows: int | None, line: str) -> None:
     assert describe_length(config, num_rows) == line
+
+
+@pytest.mark.parametrize(
+    ("config", "num_rows", "batch_size"),
+    [
+        (train.Config(), 7, 7),
+        (train.Config(), 32, 32),
+        (train.Config(model=ModelConfig(from_="folder")), 3, 3),
+        (train.Config(batch_size=16), 7, 16),
+        (quantize.Config(method="qat"), 7, 7),
+        (quantize.Config(method="qat", batch_size=16), 7, 16),
+    ],
+)
+def test_a_default_batch_is_all_rows_if_there_are_fewer(
+    config: train.Config | quantize.Config, num_rows: int, batch_size: int
+) -> None:
+    assert fitted(config, num_rows, key="train.batch_size").batch_size == batch_size
+
+
+def test_a_smaller_batch_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
+    fitted(train.Config(), 7, key="train:a.batch_size")
+    said = "train:a.batch_size: 7 instead of 32, the default: the training text fills 7 rows\n"
+    assert capsys.readouterr().err == said
+
+
+def test_the_plan_counts_epochs_by_the_smaller_batch() -> None:
+    config = train.Config(num_epochs=2, grad_accum_steps=2)
+    assert describe_length(config, 7) == "2 epochs of 7 rows: 1 steps of 14 rows"

@@ -36,7 +36,7 @@ def test_a_missing_setting_is_named_with_file_and_key(tmp_path: Path, name: str)
     table = msgspec.to_builtins(SETTINGS)
     del table[name]
     assert _mistakes(tmp_path, {"settings": table}) == [
-        f"artifacts/train/report.toml: settings.{name}: missing. Run: mlxflow run train"
+        f"artifacts/train/report.toml: settings.{name}: missing. Run: mlxflow build train"
     ]
 
 
@@ -52,7 +52,7 @@ def test_a_missing_setting_is_named_with_file_and_key(tmp_path: Path, name: str)
 )
 def test_an_unknown_setting_and_an_invalid_one_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     assert _mistakes(tmp_path, {"settings": msgspec.to_builtins(SETTINGS) | changes}) == [
-        f"artifacts/train/report.toml: {said}. Run: mlxflow run train"
+        f"artifacts/train/report.toml: {said}. Run: mlxflow build train"
     ]
 
 
@@ -66,7 +66,7 @@ def test_every_invalid_setting_has_a_line(tmp_path: Path) -> None:
 
 def test_a_report_without_settings_names_the_command_that_writes_one(tmp_path: Path) -> None:
     assert _mistakes(tmp_path, {"steps": 3}) == [
-        "artifacts/train/report.toml: settings: missing: expected how the model was trained. Run: mlxflow run train"
+        "artifacts/train/report.toml: settings: missing: expected how the model was trained. Run: mlxflow build train"
     ]
 
 

@@ -182,7 +182,7 @@ def _models(rows: Sequence[ModelRow], styles: Mapping[str, str]) -> list[Block]:
         "Model",
         "Size",
         "Times smaller than fp32",
-        "Than the trained model",
+        "Than the dense model",
         "Perplexity",
         "Prefill, tokens/s at tokens",
         "Decode, tokens/s",
@@ -260,7 +260,7 @@ def _bottleneck(figures: BottleneckFigures) -> list[Block]:
         Figure("Where a step's time goes", charts.stacked(known, label=label), legend=legend, wide=True)
     ]
     for rate, most, what, unit in (
-        (figures.flops_per_second, figures.ceiling_flops_per_second, "OperationOverrides", "FLOP/s"),
+        (figures.flops_per_second, figures.ceiling_flops_per_second, "Training computes", "FLOP/s"),
         (figures.decode_bytes_per_second, figures.ceiling_bytes_per_second, "Decoding reads", "B/s"),
     ):
         if rate is not None and most:

@@ -130,14 +130,14 @@ class PrefillFigures(ReportTable, frozen=True, kw_only=True):
 
 
 class ModelFigures(NamedTuple):
-    """The figures of every measured model; see `ModelRow`."""
+    """The figures of every measured model, and the perplexity if there are tokens; see `ModelRow`."""
 
     model_bytes: int
     compression_ratio: float
     compression_ratio_fp32: float
     decode_speed: Bounded
-    perplexity: float
-    perplexity_standard_error: float
+    perplexity: float | None
+    perplexity_standard_error: float | None
 
 
 class ModelRow(ReportTable, frozen=True, kw_only=True):
@@ -157,7 +157,7 @@ class ModelRow(ReportTable, frozen=True, kw_only=True):
         high_relative_decode_tokens_per_second: the same, upper end.
         machine_seconds: of the fixed work in the same rounds.
         peak_memory_bytes: highest memory of MLX's arrays.
-        perplexity: on validation rows.
+        perplexity: on validation rows; None without tokens.
         perplexity_standard_error: of the same.
         validation_tokens: predicted.
         validation_rows: read.
@@ -206,10 +206,10 @@ class ModelRow(ReportTable, frozen=True, kw_only=True):
     def measured(self) -> ModelFigures | None:
         """The figures; None if there is an error, or only the speed was measured."""
         size, ratio, ratio_fp32 = self.model_bytes, self.compression_ratio, self.compression_ratio_fp32
-        speed, perplexity, error = self.decode_speed, self.perplexity, self.perplexity_standard_error
-        if size is None or ratio is None or ratio_fp32 is None or speed is None or perplexity is None or error is None:
+        speed = self.decode_speed
+        if size is None or ratio is None or ratio_fp32 is None or speed is None:
             return None
-        return ModelFigures(size, ratio, ratio_fp32, speed, perplexity, error)
+        return ModelFigures(size, ratio, ratio_fp32, speed, self.perplexity, self.perplexity_standard_error)
 
 
 def _bounded(value: float | None, low: float | None, high: float | None) -> Bounded | None:
