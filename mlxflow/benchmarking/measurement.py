@@ -45,7 +45,7 @@ class BenchmarkRequest(NamedTuple):
     tokens_table: str
 
 
-class _TrainingFigures(NamedTuple):
+class _TimedTraining(NamedTuple):
     """The figures of the training benchmark, without the parts of a step."""
 
     rows: tuple[TrainingRow, ...] = ()
@@ -63,7 +63,7 @@ def measure(request: BenchmarkRequest, suite: Suite | None, models: ComparedMode
         budget: of time.
     """
     amounts = request.amounts
-    training = _TrainingFigures() if suite is None else _measure_training(suite, amounts.convergence_steps, budget)
+    training = _TimedTraining() if suite is None else _measure_training(suite, amounts.convergence_steps, budget)
     budget.begin(_SHARES["models"])
     rows = models.measure(budget)
     budget.begin(1.0)
@@ -88,13 +88,13 @@ def measure(request: BenchmarkRequest, suite: Suite | None, models: ComparedMode
     )
 
 
-def _measure_training(suite: Suite, convergence_steps: int, budget: Budget) -> _TrainingFigures:
+def _measure_training(suite: Suite, convergence_steps: int, budget: Budget) -> _TimedTraining:
     budget.begin(_SHARES["training"])
     rows, drift = suite.measure()
     if not convergence_steps:
-        return _TrainingFigures(rows, drift)
+        return _TimedTraining(rows, drift)
     budget.begin(_SHARES["convergence"])
-    return _TrainingFigures(rows, drift, if_it_fits(lambda: suite.converge(convergence_steps)) or ())
+    return _TimedTraining(rows, drift, if_it_fits(lambda: suite.converge(convergence_steps)) or ())
 
 
 def _bottleneck(

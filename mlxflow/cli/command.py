@@ -31,7 +31,7 @@ VERBS = {
     "check": "print the resolved workflow with every default, or every mistake at once",
     "schema": "print the JSON schema of workflow.toml, by which an editor completes and checks its keys",
     "run": "run one stage in this process, stale or not; doit calls this",
-    "show": "print the contents of an artifact: packed rows with loss masks, or each layer's bits",
+    "show": "print the contents of an artifact: packed rows with masks, the learning curve, each layer's bits, figures",
     "fit": "print which batch sizes and context lengths fit into the memory, from a few trials",
     "doctor": "print the device, limits and versions, and what is slow or missing",
     "compare": "compare two benchmark reports; differences within measurement noise are marked as noise",

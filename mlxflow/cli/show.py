@@ -1,4 +1,4 @@
-"""`mlxflow show`: the contents of a pretokenize or quantize artifact."""
+"""`mlxflow show`: the contents of a stage's artifact."""
 
 import argparse
 import sys
@@ -25,9 +25,11 @@ _SHOWN_ROWS = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow show`."""
-    parser.add_argument("stage", help="such as pretokenize or quantize:q4")
+    parser.add_argument("stage", help="such as pretokenize, train or quantize:q4")
     parser.add_argument(
-        "--row", type=int, help="one of the training rows, from 0; default: a summary and the first ones"
+        "--row",
+        type=int,
+        help="of pretokenize: number of a training row, from 0; default: a summary and the first ones",
     )
     add_workflow(parser)
 
@@ -43,21 +45,33 @@ def show(workflow: Workflow, stage: Stage, row: int | None) -> None:
 
     Args:
         workflow: the workflow.
-        stage: a pretokenize or quantize stage.
+        stage: one of its stages.
         row: number of the training row of a pretokenize stage to print; None for a summary and the first rows.
 
     Raises:
-        CallError: it is another kind of stage, or there is no such row.
+        CallError: there is no such row.
         ArtifactError: it is not built.
         SourceError: its tokenizer takes too much time or memory.
     """
+    if row is not None and stage.name != "pretokenize":
+        raise CallError(f"show {stage.task}: --row = {row}: only pretokenize has rows. Remove the option.")
     console = terminal.console(soft_wrap=True)
     if stage.name == "quantize":
         _show_layers(console, workflow.root / stage.folder, stage.task)
     elif stage.name == "pretokenize":
         _show_tokens(console, workflow.root / stage.folder, stage.task, row)
     else:
-        raise CallError(f"{stage.task}: expected a pretokenize or a quantize stage. Name one.")
+        _show_figures(workflow.root / stage.folder, stage.task)
+
+
+def _show_figures(folder: Path, task: str) -> None:
+    """Print the figures of a stage whose artifact is a model or a report."""
+    from mlxflow.cli.stage_texts import FORMS, text_of
+    from mlxflow.workflow.stage import require
+
+    path = require(folder / layout.REPORT, task)
+    read = report_structs.read(path, FORMS[task.partition(":")[0]], advice=advise_build(task))
+    write_markdown(text_of(read.figures, folder, task))
 
 
 def _show_layers(console: "Console", folder: Path, task: str) -> None:

@@ -123,7 +123,7 @@ def read_run(
     """
     is_in_use = locks.is_held(layout.state_folder(root) / layout.LOCK)
     stages = [_mark_running(root, _read_stage(root, member), is_in_use=is_in_use) for member in members]
-    curves = {stage.task: _read_curve(path) for stage in stages if (path := _metrics_of(root, stage)) is not None}
+    curves = {stage.task: read_curve(path) for stage in stages if (path := _metrics_of(root, stage)) is not None}
     timelines = {
         one.task: read_timeline(root / one.member.folder / layout.TIMELINE)
         for one in stages
@@ -257,7 +257,8 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _read_curve(path: Path) -> Curve:
+def read_curve(path: Path) -> Curve:
+    """Return the records of a `metrics.jsonl`; its `problem` says why some or all are missing."""
     records, bad = [], 0
     try:
         with path.open(encoding="utf-8", errors="replace") as file:

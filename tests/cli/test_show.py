@@ -24,12 +24,12 @@ def test_show_pretokenize_prints_a_summary_and_rows(built: Path, capsys: pytest.
     assert row in out
 
 
-def test_show_refuses_other_stages_and_missing_rows(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_refuses_missing_rows_and_rows_of_other_stages(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_report(built / "artifacts/pretokenize/report.toml")["train"]["rows"]
-    assert _show(built, capsys, "train") == (
+    assert _show(built, capsys, "train", "--row", "0") == (
         2,
         "",
-        "train: expected a pretokenize or a quantize stage. Name one.\n",
+        "show train: --row = 0: only pretokenize has rows. Remove the option.\n",
     )
     assert _show(built, capsys, "pretokenize", "--row", str(rows)) == (
         2,
@@ -68,7 +68,8 @@ def test_a_report_of_another_form_is_not_printed(
     path = job / "artifacts/quantize/q4/report.toml"
     path.parent.mkdir(parents=True)
     write_report(path, report)
-    assert _show(job, capsys, "quantize:q4") == (2, "", f"{path}: {said}. Run: mlxflow build quantize:q4\n")
+    command = f"mlxflow build quantize:q4 --workflow {job}/workflow.toml"
+    assert _show(job, capsys, "quantize:q4") == (2, "", f"{path}: {said}. Run: {command}\n")
 
 
 def test_odd_names_are_printed_without_control_characters(
