@@ -51,9 +51,9 @@ _SOURCE = KernelSource(
     inputs=("g", "n", "begins", "ends"),
     outputs=("de",),
     header="""
-constexpr int FEW = 16, AT_ONCE = 8;
-template <typename T> INLINE void add_rows(const GLOBAL T* g, const GLOBAL int* n, int vector, int vectors, int begin,
-                                           int end, int step, LOCAL float (&sums)[8]) {
+enum { FEW = 16, AT_ONCE = 8 };  // a variable of a program must be in constant memory on Metal
+template <typename G, typename N> INLINE void add_rows(G g, N n, int vector, int vectors, int begin, int end, int step,
+                                                       LOCAL float (&sums)[8]) {
   for (int at = begin; at < end; at += step) {
     float rows[AT_ONCE][8];
     for (int i = 0; i < AT_ONCE; ++i) {

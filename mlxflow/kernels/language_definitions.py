@@ -30,7 +30,8 @@ template <typename T> INLINE void write_8(T* to, const float (&from)[8]) {
 }
 """
 
-#: The same definitions for Metal.
+#: The same definitions for Metal. MLX passes an input of fewer than 8 numbers in constant memory, another in device
+#: memory: what reads an input takes both.
 METAL = """
 #define GLOBAL device
 #define LOCAL thread
@@ -46,6 +47,9 @@ INLINE float sum_32(float x) {
   return x;
 }
 template <typename T> INLINE void read_8(const device T* from, thread float (&to)[8]) {
+  for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(from[i]);
+}
+template <typename T> INLINE void read_8(const constant T* from, thread float (&to)[8]) {
   for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(from[i]);
 }
 template <typename T> INLINE void write_8(device T* to, thread const float (&from)[8]) {
