@@ -38,6 +38,20 @@ _CLOSED_PIPE = 128 + signal.SIGPIPE
 _COLLECT_AFTER = 1_000_000
 
 
+def loads_stages(loader: Any) -> bool:
+    """Return whether the graph of a doit loader consists of stages; the graph is loaded if it is not yet.
+
+    Args:
+        loader: a doit loader with a namespace.
+    """
+    if loader.namespace is None:  # a wrong argument was found before the graph was loaded
+        try:
+            loader.setup({option["name"]: option["default"] for option in loader.cmd_options})
+        except InvalidDodoFile:
+            return False
+    return bool((loader.namespace or {}).get("DOIT_CONFIG", {}).get("backend") == BACKEND)
+
+
 class Verb:
     """A mixin for doit's commands; inherit it before one.
 
@@ -123,13 +137,7 @@ class Verb:
     @property
     def is_of_stages(self) -> bool:
         """Whether the graph consists of stages."""
-        if self.loader.namespace is None:  # a wrong argument was found before the graph was loaded
-            try:
-                self.loader.setup({option["name"]: option["default"] for option in self.loader.cmd_options})
-            except InvalidDodoFile:
-                return False
-        namespace = self.loader.namespace or {}
-        return bool(namespace.get("DOIT_CONFIG", {}).get("backend") == BACKEND)
+        return loads_stages(self.loader)
 
     @property
     def journal(self) -> Journal:

@@ -18,7 +18,7 @@ from doit.exceptions import InvalidDodoFile
 
 from mlxflow.messages import terminal
 from mlxflow.tasks.selection import Selection, refuse, unknown_name_message
-from mlxflow.tasks.verb import StageVerb, Verb
+from mlxflow.tasks.verb import StageVerb, Verb, loads_stages
 
 _LEFTOVERS = {
     "name": "leftovers",
@@ -247,6 +247,30 @@ class StageTabCompletion(Verb, TabCompletion):  # type: ignore[misc]
     doc_purpose = "print a script for the shell's completion of commands and stages"
 
 
+_print_doits_usage = Help.print_usage
+
+
+def _print_usage(own: Any, cmds: dict[str, Any]) -> None:
+    """Print the overview of stages, or that of doit for another graph."""
+    if not loads_stages(own.loader):
+        _print_doits_usage(own, cmds)
+        return
+    from mlxflow.tasks.help_text import usage
+
+    try:
+        terminal.show(*usage(cmds))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if isinstance(own, Verb):  # it has an exit code for that
+            raise
+        terminal.discard_unwritable()
+
+
+# `doit --help` uses doit's own class, which no plugin can replace; it loads the plugins, and so this module, before it
+# prints.
+Help.print_usage = _print_usage
+
+
 class StageHelp(Verb, Help):  # type: ignore[misc]
     """`doit help`."""
 
@@ -254,15 +278,6 @@ class StageHelp(Verb, Help):  # type: ignore[misc]
     doc_purpose = "show this overview, or the options of a command"
     doc_usage = "[COMMAND]"
     writes_to = "standard output"
-
-    def print_usage(self, cmds: dict[str, Any]) -> None:
-        """Print the overview."""
-        if not self.is_of_stages:
-            super().print_usage(cmds)
-            return
-        from mlxflow.tasks.help_text import usage
-
-        terminal.show(*usage(cmds))
 
     def _execute(self, pos_args: list[str]) -> bool:
         is_found = bool(super()._execute(pos_args))
