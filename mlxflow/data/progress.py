@@ -54,6 +54,22 @@ def show_waiting(doing: str) -> Iterator[Callable[[], None]]:
     yield watch
 
 
+@contextmanager
+def show_activity(doing: str) -> Iterator[None]:
+    """Show an activity without known length on a terminal until the context ends; nothing in a log.
+
+    Args:
+        doing: the activity.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.text import Text
+
+    with terminal.console(stderr=True).status(Text(doing)):
+        yield
+
+
 def _say(progress: Progress, seconds: float) -> str:
     text = f"{progress.read_bytes / 1e6:,.0f} MB"
     if progress.documents:
@@ -87,8 +103,9 @@ class _ByteBar:
         from rich.progress import BarColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        columns = (terminal.text_column(doing), BarColumn(10), terminal.text_column(), TimeRemainingColumn())
-        self._bars = Bars(*columns, console=terminal.console(stderr=True))
+        columns = (terminal.text_column(doing), BarColumn(10), TimeRemainingColumn(compact=True))
+        left, figures = terminal.text_column("left"), terminal.text_column()
+        self._bars = Bars(*columns, left, figures, console=terminal.console(stderr=True), transient=True)
         self._bar = self._bars.add_task("", total=max(1, total_bytes))
         self._begun = False
 

@@ -9,7 +9,7 @@ from mlxflow.data.chatml import CHATML, NAMED_TEMPLATES
 from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_tables import TokenizerConfig
 from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
-from mlxflow.data.progress import show_progress
+from mlxflow.data.progress import show_activity, show_progress
 from mlxflow.data.shard_builder import SourceFile
 from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.device import heap
@@ -113,7 +113,8 @@ def _trained(
     key = digest_json([request.version, table.vocab_size, special, [digest.hex() for digest in sample.digests], *cut])
     file = cache_folder / f"{key}.tokenizer.json"
     if not file.exists():
-        definition = tokenizer.train_tokenizer(sample.taken(), vocab_size=table.vocab_size, special_tokens=special)
+        with show_activity(f"training a tokenizer of {table.vocab_size:,} tokens"):
+            definition = tokenizer.train_tokenizer(sample.taken(), vocab_size=table.vocab_size, special_tokens=special)
         write_whole(file, definition.to_str().encode())
         heap.trim()
     return tokenizer.trained_vocabulary(

@@ -1,9 +1,14 @@
-"""The progress bar over layers: shown on a terminal, silent in a log."""
+"""Progress of quantizing: bars over layers and over validation rows on a terminal, few lines in a log."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from mlxflow.data.token_file import Rows
 from mlxflow.messages import terminal
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
@@ -17,12 +22,86 @@ def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
     Yields:
         a function to call with the path of each finished layer.
     """
+    with _bar(task, count) as update:
+        yield lambda path: update(advance=1, description=terminal.one_line(path)[-40:])
+
+
+@contextmanager
+def watched_rows(task: str, doing: str, rows: Rows) -> Iterator["WatchedRows"]:
+    """Show how many of some rows were read on standard error until the block ends: a bar, or a line every ten seconds.
+
+    Args:
+        task: name of the stage.
+        doing: the activity.
+        rows: to read.
+
+    Yields:
+        the rows to read instead.
+    """
+    if not terminal.console(stderr=True).is_terminal:
+        yield WatchedRows(rows, _RowLines(f"{task}: {doing}", rows.num_rows).show)
+        return
+    with _bar(task, rows.num_rows) as update:
+        update(description=doing)
+        yield WatchedRows(rows, lambda done: update(completed=done, description=doing))
+
+
+class WatchedRows:
+    """Rows for an evaluation that report how many were read before each batch.
+
+    Args:
+        rows: tokens and marks.
+        watch: gets the number of rows before a batch.
+    """
+
+    def __init__(self, rows: Rows, watch: Callable[[int], None]) -> None:
+        self._rows = rows
+        self._watch = watch
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows, R."""
+        return self._rows.num_rows
+
+    def batch(self, begin: int, end: int) -> tuple[Any, Any]:
+        """Return tokens and marks of consecutive rows, (B, L + 1) each."""
+        self._watch(begin)
+        return self._rows.batch(begin, end)
+
+
+class _RowLines:
+    """A line every ten seconds, with the time left."""
+
+    def __init__(self, begin: str, num_rows: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._begin = begin
+        self._num_rows = num_rows
+        self._clock = clock
+        self._started = self._said = clock()
+
+    def show(self, done: int) -> None:
+        """Print the number of rows that are read, if it is time for a line."""
+        now = self._clock()
+        if not done or now - self._said < _SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        left = (now - self._started) / done * (self._num_rows - done)
+        terminal.say(f"{self._begin}, {done:,} of {self._num_rows:,} rows, {left:,.0f} s left")
+
+
+@contextmanager
+def _bar(task: str, total: int) -> Iterator[Callable[..., None]]:
+    """Yield a function that updates a bar on a terminal; it is removed at the end, and not drawn elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = terminal.console(stderr=True)
-    columns = (terminal.text_column(task), MofNCompleteColumn(), BarColumn(10), terminal.text_column())
+    columns = (terminal.text_column(task), MofNCompleteColumn(), BarColumn(10), TimeRemainingColumn(compact=True))
     with Progress(
-        *columns, TimeRemainingColumn(compact=True), console=console, disable=not console.is_terminal
+        *columns,
+        terminal.text_column("left"),
+        terminal.text_column(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
     ) as bars:
-        bar = bars.add_task("", total=count)
-        yield lambda path: bars.update(bar, advance=1, description=terminal.one_line(path)[-40:])
+        bar = bars.add_task("", total=total)
+        yield lambda **how: bars.update(bar, **how)

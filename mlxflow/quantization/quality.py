@@ -14,6 +14,7 @@ from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure
 from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
+from mlxflow.quantization.progress import watched_rows
 from mlxflow.report.stage_reports.quantize import QualityFigures
 from mlxflow.storage import atomic_folders, model_files
 from mlxflow.storage.digests import digest_json
@@ -63,15 +64,17 @@ def measure_quality(
     rows = validation.rows.head(limits.max_rows)
     masks = document_mask.masks_conversations(model, validation)
     cache_folder = context.state / _KEPT_FOLDER
-    reference = cached_reference(
-        lambda: _open_dense(dense, lazy=True),
-        rows,
-        folder=cache_folder,
-        key=_reference_key(dense, validation.path, rows.num_rows, masks=masks, context=context),
-        batch_size=_EVAL_BATCH,
-        masks_documents=masks,
-    )
-    divergence = measure_divergence(reference, model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
+    with watched_rows(task, "measuring the dense model", rows) as watched:
+        reference = cached_reference(
+            lambda: _open_dense(dense, lazy=True),
+            watched,
+            folder=cache_folder,
+            key=_reference_key(dense, validation.path, rows.num_rows, masks=masks, context=context),
+            batch_size=_EVAL_BATCH,
+            masks_documents=masks,
+        )
+    with watched_rows(task, "measuring the quality loss", rows) as watched:
+        divergence = measure_divergence(reference, model, watched, batch_size=_EVAL_BATCH, masks_documents=masks)
     if context.digests.changed():  # an input changed during the run: the cached file may belong to another model
         atomic_folders.remove_folder(cache_folder)
     if not math.isfinite(divergence.kl):
