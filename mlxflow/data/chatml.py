@@ -44,6 +44,3 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-
-#: Chat templates that a workflow may name, each with its token that ends a turn.
-NAMED_TEMPLATES = {"chatml": (CHATML, TURN_END)}

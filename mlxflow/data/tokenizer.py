@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from mlxflow.data.chat import ChatTemplate, markers
 from mlxflow.data.chat_compiler import TemplateProblem
-from mlxflow.data.chatml import CHATML
 from mlxflow.data.control_tokens import ControlTokens
 from mlxflow.data.long_words import cut_long_words, split_at_words
+from mlxflow.data.named_templates import turn_end_of
 from mlxflow.data.watched import Work
 from mlxflow.data.watched_tokenizer import randomness
 from mlxflow.messages.errors import SourceError
@@ -127,8 +127,7 @@ def trained_vocabulary(
     }
     if template is not None:
         config["chat_template"] = template
-        if template == CHATML:
-            config["eos_token"] = "<|im_end|>"  # noqa: S105 - what generation stops at
+        config["eos_token"] = turn_end_of(template) or END_OF_TEXT  # what generation stops at
     tokenizer = Tokenizer.from_str(definition)
     return _vocabulary(tokenizer, config, key=template_key, template_key=template_key, end=END_OF_TEXT)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxflow.data import chat, tokenizer, tokenizer_folder, tokenizer_sample
-from mlxflow.data.chatml import CHATML, NAMED_TEMPLATES
+from mlxflow.data.chatml import CHATML
 from mlxflow.data.corpus_names import CorpusNames
 from mlxflow.data.corpus_tables import TokenizerConfig
 from mlxflow.data.long_words import MAX_WORD_LENGTH, has_long_word
+from mlxflow.data.named_templates import NAMED_TEMPLATES
 from mlxflow.data.progress import show_activity, show_progress
 from mlxflow.data.shard_builder import SourceFile
 from mlxflow.data.tokenizer import Vocabulary

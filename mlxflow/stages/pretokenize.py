@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow.data.chatml import NAMED_TEMPLATES
 from mlxflow.data.corpus_tables import Format, SourceConfig, TokenizerConfig
+from mlxflow.data.named_templates import NAMED_TEMPLATES
 from mlxflow.data.sources import Corpus
 from mlxflow.messages import terminal
 from mlxflow.storage import layout
@@ -60,7 +60,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     )
     chat_template: Annotated[
         str,
-        Meta(description='"chatml" or a Jinja file; empty: the tokenizer\'s own, or ChatML for a new one'),
+        Meta(description='"chatml", "llama3", "gemma" or a Jinja file; empty: that of the tokenizer, or ChatML if new'),
     ] = ""
     train_on: Annotated[
         Literal["completion", "last", "all"],

@@ -142,7 +142,7 @@ def _acquire(file: TextIOWrapper, waiting: str, *, wait: bool, shared: bool) -> 
         fcntl.flock(file, kind)
         took = time.perf_counter() - begin
         if took > _WORTH_A_LINE_SECONDS:
-            _say(f"{line.partition(':')[0]}: waited {took:,.0f} s")
+            _say(f"{line.partition(': ')[0]}: waited {took:,.0f} s")
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise

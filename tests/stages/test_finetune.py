@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxflow.evaluation.text_generation import Sampling, Writer
 from mlxflow.messages.errors import ArtifactError, MlxflowError, WorkflowError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
@@ -250,6 +251,34 @@ def test_a_base_model_gets_a_template_by_name_and_its_tokens(base_without_templa
     assert ids[0] == opened.convert_tokens_to_ids("<|im_start|>") >= size - 3
     embedding = _weights(made)["model.embed_tokens.weight"]
     assert not mx.array_equal(embedding[end], embedding[opened.convert_tokens_to_ids("<|note|>")])  # it was trained
+
+
+@pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>")])
+def test_a_model_that_gained_control_tokens_ends_its_answers_with_one(
+    base_without_template: Path, name: str, end: str
+) -> None:
+    import mlx_lm
+
+    answers = ("yes", "no it is not")
+    turns = [
+        [{"role": "user", "content": f"{'ab'[i % 2]} {i}"}, {"role": "assistant", "content": answers[i % 2]}]
+        for i in range(60)
+    ]
+    lines = (json.dumps({"messages": turn}) + "\n" for turn in turns)
+    (base_without_template / "talks.jsonl").write_text("".join(lines))
+    config = base_without_template / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 64}))
+    text = CHATML.replace('"chatml"', f'"{name}"\ncontext_length = 64')
+    steps = "num_steps = 90\nbatch_size = 8\nlearning_rate = 1e-2"
+    made = _run(base_without_template, text.replace("num_steps = 3", steps))
+    assert json.loads((made / "tokenizer_config.json").read_text())["eos_token"] == end
+    writer = Writer(made)
+    for letter, answer in zip("ab", answers, strict=True):
+        ids = writer.chat_ids([{"role": "user", "content": f"{letter} 8"}])
+        assert "".join(writer.write(ids, Sampling(30, 0.0, 0))) == answer
+    model, tokenizer = mlx_lm.load(str(made))[:2]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a 8"}], add_generation_prompt=True)
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=30) == "yes"
 
 
 def test_adapters_beside_a_model_that_lacks_the_tokens_are_refused(base_without_template: Path) -> None:
