@@ -7,6 +7,8 @@
 - exponential: of (512, 2048) numbers, ours against `mx.exp`;
 - attention: causal, with its gradients, 2 rows of 2,048 tokens, 2 heads of 64, ours against `mx.fast`;
 - SwiGLU: with its gradients, (4096, 512), ours against mlx-lm's;
+- quantized: product of 512 rows with a 4-bit weight, (1536, 576) in groups of 64, and the gradient of the rows, in fp32
+  and bf16, ours against `mx.quantized_matmul`;
 - denormals: matrix product of attention probabilities as a trained model has them, denormals flushed and not.
 """
 
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 ROUNDS = 7
 
@@ -113,6 +116,27 @@ def compare_arithmetic() -> None:
     )
     pair = [mx.random.normal((4096, 512), key=mx.random.key(number)) for number in range(2)]
     _compare("SwiGLU, with gradients", with_gradients(swiglu, 2), with_gradients(activations.swiglu, 2), *pair)
+    compare_quantized_products(with_gradients)
+
+
+def compare_quantized_products(with_gradients: Callable[[Callable[..., Any], int], Callable[..., object]]) -> None:
+    """Time products of many rows with packed codes."""
+    import mlx.core as mx
+
+    from mlxflow.ops import quantized_matmul
+
+    def product(matmul: Callable[..., mx.array], codes: mx.array, *scales: mx.array) -> Callable[..., mx.array]:
+        return lambda x: matmul(x, codes, *scales, group_size=64, bits=4)
+
+    plain = mx.quantized_matmul
+    quantized_matmul.install()
+    for dtype in (mx.float32, mx.bfloat16):
+        weight = mx.quantize(mx.random.normal((1536, 576), key=mx.random.key(0)).astype(dtype), group_size=64, bits=4)
+        rows = mx.random.normal((512, 576), key=mx.random.key(1)).astype(dtype)
+        mx.eval(weight)
+        ours, theirs = (with_gradients(product(matmul, *weight), 1) for matmul in (mx.quantized_matmul, plain))
+        _compare(f"quantized: product and gradient, {dtype}", ours, theirs, rows)
+    quantized_matmul.uninstall()
 
 
 def _compare(name: str, ours: Callable[..., object], theirs: Callable[..., object], *inputs: object) -> None:

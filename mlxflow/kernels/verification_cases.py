@@ -80,7 +80,7 @@ def _norm(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
 
 
 def _norm_size(width: int) -> int:
-    """Return the size of rows of which every group of the backward pass takes two times its share, and some a third."""
+    """Return the size of rows that take every group of the backward pass two rounds, and some groups a third."""
     return (2 * rms_norm.rows_at_once(width) + 3) * width
 
 

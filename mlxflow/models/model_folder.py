@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import adapter_files, config_fields, model_code, quantized_layers, weight_checks
-from mlxflow.ops import gather_matmul, mlx_lm_import
+from mlxflow.ops import gather_matmul, mlx_lm_import, quantized_matmul
 from mlxflow.storage import config_json, hub, model_files, remote_code, tensor_reading, tensor_writing
 
 
@@ -65,6 +65,7 @@ def skeleton(config: Mapping[str, Any], *, code: Path | None = None) -> nn.Modul
             a required key.
     """
     gather_matmul.install()
+    quantized_matmul.install()
     file = str(code / model_files.CONFIG) if code else model_files.CONFIG
     own = copy.deepcopy(dict(config))  # some architectures complete the tables within it
     try:
@@ -103,6 +104,7 @@ def load(folder: Path, *, lazy: bool = False) -> tuple[nn.Module, dict[str, Any]
         return model
 
     gather_matmul.install()
+    quantized_matmul.install()
     with model_files.opened(folder, [name for name in files.read if not name.endswith(".py")]) as links:
         try:
             model, config = mlx_lm_import.mlx_lm_utils().load_model(

@@ -172,7 +172,7 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
 ]
 
 #: What replaces an attribute for the whole process.
-PERMANENT = {"mlxflow.ops.gather_matmul", "mlxflow.ops.mlx_lm_import"}
+PERMANENT = {"mlxflow.ops.gather_matmul", "mlxflow.ops.mlx_lm_import", "mlxflow.ops.quantized_matmul"}
 
 
 _IMPORTS = ("mlx_lm.utils", "mlx_lm.tokenizer_utils", "huggingface_hub")
