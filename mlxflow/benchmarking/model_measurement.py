@@ -14,13 +14,13 @@ import msgspec
 from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_generation
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import TokenFile
-from mlxflow.evaluation.perplexity import measure_perplexity
-from mlxflow.models import model_folder, quantized_layers
+from mlxflow.models import model_folder
 from mlxflow.ops import document_mask
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
 from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.storage import config_json, layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
+from mlxflow.training.model_artifact import measure_model
 from mlxflow.training.step import out_of_memory_bytes
 
 # Timed rounds of generation, and tokens generated in each
@@ -173,9 +173,7 @@ class ComparedModels(NamedTuple):
         model = _load(path.parent)
         masks = document_mask.masks_conversations(model, tokens)
         rows = tokens.rows.head(most_rows)
-        measured = measure_perplexity(
-            quantized_layers.for_evaluation(model), rows, batch_size=_EVAL_BATCH, masks_documents=masks
-        )
+        measured = measure_model(model, rows, batch_size=_EVAL_BATCH, masks_documents=masks)
         if not math.isfinite(measured.perplexity):
             error = "its perplexity is not a number. Look for weights that are not finite"
             return ModelRow(model=reference, model_bytes=sizes["model_bytes"], error=error)

@@ -99,7 +99,7 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
         ArtifactError: the model's `config.json` describes no model.
     """
     from mlxflow.models import model_folder
-    from mlxflow.ops import document_mask
+    from mlxflow.training import model_choices
 
     for one in (stage for stage in workflow.stages if stage.name == "train"):
         config: Any = one.config
@@ -111,7 +111,11 @@ def _mask_mistakes(workflow: Workflow) -> Iterator[str]:
         architecture = _read(folder)
         with remote_code.trusting_code(workflow.trusts_code(one)):
             skeleton = model_folder.skeleton(architecture, code=folder)
-        if config.document_mask is True and tokens.packing != "none" and document_mask.has_row_state(skeleton):
+        if (
+            config.document_mask is True
+            and tokens.packing != "none"
+            and model_choices.counts_positions_through_rows(skeleton)
+        ):
             expected = f"{architecture['model_type']} counts positions through the whole row"
             advice = f'Set document_mask = false, or {source.table}.packing = "none".'
             yield problem_message(

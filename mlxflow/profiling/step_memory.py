@@ -15,12 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflow.data.token_file import Rows
-from mlxflow.models import model_folder
 from mlxflow.profiling.peak_breakdown import compose
 from mlxflow.profiling.profiled_step import ProfiledSteps, logits_bytes, profiled_steps
 from mlxflow.profiling.profiler import MemoryProfiler, profile_memory
 from mlxflow.report.stage_reports.profile import PeakParts
-from mlxflow.training import build
+from mlxflow.training import build, starting_model
 from mlxflow.training.settings import SettingNames, TrainingSettings
 
 #: Steps of a trial: the first creates the optimizer's state, and the reuse of buffers varies by chance.
@@ -58,8 +57,7 @@ class ProfiledModel(NamedTuple):
         Raises:
             ArtifactError: it cannot be opened, or is quantized and all weights are trained.
         """
-        trains_adapters = settings.adapter_shape is not None
-        model = model_folder.load_for_steps(self.folder, self.key, trains_adapters=trains_adapters)
+        model = starting_model.open_for_steps(self.folder, settings, key=self.key)
         build.prepare_model(model, settings, adapter_seed=self.seed, names=self.names)
         return build.Subject(model, settings, self.vocab_size, self.context_length, self.names)
 
@@ -105,7 +103,7 @@ def take_steps(
     before = mx.get_active_memory()
     with profile_memory(profiler, "load_model"):
         subject = model.open(settings)
-    model_bytes = model_folder.num_bytes(subject.model)
+    model_bytes = starting_model.num_bytes(subject.model)
     with _steps(subject, rows, profiler, seed=model.seed) as steps:
         with profile_memory(profiler, "first_step"):
             steps.run()  # compiles, and creates the optimizer's state

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxflow.data.token_file import TokenFile
+from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.perplexity import Perplexity, measure_perplexity
 from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files
 from mlxflow.storage import config_json, model_files
@@ -88,9 +88,15 @@ def measure_artifact(folder: Path, validation: Path, settings: TrainingSettings)
     """
     gc.collect()  # frees the trained model and its optimizer, which are in reference cycles
     mx.clear_cache()
-    model = quantized_layers.for_evaluation(model_folder.load(folder)[0])
+    model = model_folder.load(folder)[0]
     rows = TokenFile.open(validation).rows.head(settings.max_validation_rows)
-    return measure_perplexity(model, rows, batch_size=settings.batch_size, masks_documents=settings.masks_documents)
+    return measure_model(model, rows, batch_size=settings.batch_size, masks_documents=settings.masks_documents)
+
+
+def measure_model(model: nn.Module, rows: Rows, *, batch_size: int, masks_documents: bool) -> Perplexity:
+    """Return the perplexity of an opened model, quantized or not; see `measure_perplexity`."""
+    model = quantized_layers.for_evaluation(model)
+    return measure_perplexity(model, rows, batch_size=batch_size, masks_documents=masks_documents)
 
 
 class ArtifactQuality(NamedTuple):

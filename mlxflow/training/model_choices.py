@@ -76,3 +76,12 @@ def default_objective(model: nn.Module, tokens: TokenFile, *, batch_size: int) -
     fused = objective.uses_fused_loss(model, wanted=None, vocab_size=size, tokens=batch_size * tokens.context_length)
     masks = document_mask.masks_conversations(model, tokens)
     return objective.make_objective(model, fused=fused, vocab_size=size, masks_documents=masks)
+
+
+def counts_positions_through_rows(model: nn.Module) -> bool:
+    """Return whether a model's state runs through a whole row, so that documents in it cannot be kept apart.
+
+    Args:
+        model: weights are not needed.
+    """
+    return document_mask.has_row_state(model)

@@ -188,3 +188,22 @@ def _add_adapters(
     if folder is not None and adapter_files.layers_of(model):
         return adapters.continue_adapters(model, shape, folder=folder, task=names.table)
     return adapters.add_adapters(model, shape, seed=seed, key=names.of("lora.keys"))
+
+
+def open_for_steps(folder: Path, settings: TrainingSettings, *, key: str) -> nn.Module:
+    """Return the model of a folder for training steps whose result is not kept; see `model_folder.load_for_steps`.
+
+    Args:
+        folder: the model folder.
+        settings: of the training.
+        key: the setting that names the folder, for messages.
+
+    Raises:
+        ArtifactError: the files cannot be opened as a model, or cannot be trained that way.
+    """
+    return model_folder.load_for_steps(folder, key, trains_adapters=settings.adapter_shape is not None)
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights."""
+    return model_folder.num_bytes(model)
