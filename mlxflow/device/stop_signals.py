@@ -1,4 +1,4 @@
-"""Stop a training run on SIGINT or SIGTERM at a point from which it can continue."""
+"""A stop flag for SIGINT and SIGTERM, so that a run ends at a point from which it can continue."""
 
 import signal
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 import signal
 
-from mlxflow.training.stop_signals import stop_on_signals
+from mlxflow.device.stop_signals import stop_on_signals
 
 
 def test_the_first_signal_sets_the_flag_and_the_next_one_ends_the_process() -> None:
