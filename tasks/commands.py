@@ -36,7 +36,7 @@ class Plan(StageVerb):
         planned = find_stale(nodes, graph.record, graph.cache, graph.is_ignored)
         for stale in planned:
             config, made = stale.node.settings.get("config", {}), {one.node.folder for one in planned}
-            notes = [length.describe_stage(config, stale.node.inputs, root, unbuilt=made)]
+            notes = [length.describe_stage(config, stale.node.inputs, root, unbuilt=made), stale.node.ranks]
             notes += [f"{stale.seconds:,.1f} s last time"] if stale.seconds is not None else []
             more = "; ".join(filter(None, notes))
             terminal.show(f"{stale.node.task}: {'; '.join(stale.reasons)}" + (f"  ({more})" if more else ""))

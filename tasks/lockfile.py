@@ -66,7 +66,7 @@ def describe(node: Node, values: dict[str, Any]) -> Table:
         "python": platform.python_version(),
         "device": values.get("device", "unknown"),
         "commit": values.get("commit", "unknown"),
-        **({"threads": values["threads"]} if "threads" in values else {}),
+        **{key: values[key] for key in ("threads", "ranks") if key in values},
         **({"measured": sorted(map(printable, node.measured))} if node.measured else {}),
         "inputs": {printable(name): digest for name, digest in values["inputs"].items() if name not in node.measured},
         "outputs": {
@@ -91,7 +91,7 @@ def recorded(table: Table) -> dict[str, Any] | None:
     others = table.get("settings", {})
     settings = {key: table[name] for key, name in _SETTINGS.items() if name in table}
     rest = {key: table.get(key, "unknown") for key in ("inputs", "outputs", "device", "commit")}
-    rest |= {key: table[key] for key in ("threads", "seconds") if key in table}
+    rest |= {key: table[key] for key in ("threads", "ranks", "seconds") if key in table}
     if not isinstance(others, dict) or not isinstance(rest["outputs"], dict):
         return None
     sized = {name: [0, digest] for name, digest in rest["outputs"].items()}

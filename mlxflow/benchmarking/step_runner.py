@@ -14,7 +14,6 @@ from mlxflow.benchmarking.recipe import Recipe
 from mlxflow.benchmarking.unpacked_rows import InlineLoader
 from mlxflow.data.loader import DeviceBatch
 from mlxflow.data.token_file import Rows
-from mlxflow.kernels import model_kernels
 from mlxflow.ops import document_mask
 from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training import build
@@ -156,7 +155,7 @@ def _mlx_objective(masks: bool) -> Objective:
 
 
 def _advance(
-    subject: build.Subject, objective: Objective, recipe: Recipe, kernels: model_kernels.ModelKernels
+    subject: build.Subject, objective: Objective, recipe: Recipe, kernels: build.ModelKernels
 ) -> tuple[_Advance, list[Any]]:
     """Return a step of a recipe, and the state that it changes."""
     model, batch_size = subject.model, recipe.batch_size

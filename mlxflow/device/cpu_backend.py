@@ -23,9 +23,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.user_folders import prepare_compiled_folder
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 #: The command that installs what `missing` returns, on Debian and Ubuntu.
 INSTALL = "sudo apt-get install -y libopenblas0-pthread g++"
@@ -63,6 +67,16 @@ def prepare() -> str | None:
 
         mx.eval(mx.add(mx.zeros(1, stream=mx.cpu), 1.0, stream=mx.cpu))  # starts the thread of the CPU's stream
     return library
+
+
+def new_stream() -> "mx.Stream":
+    """Return another stream of MLX's CPU backend; like the default stream's, its thread treats denormals as zero."""
+    import mlx.core as mx
+
+    with _without_denormals():
+        stream = mx.new_stream(mx.cpu)
+        mx.eval(mx.add(mx.zeros(1, stream=stream), 1.0, stream=stream))  # starts its thread
+        return stream
 
 
 def _load_blas() -> str | None:

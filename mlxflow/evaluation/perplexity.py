@@ -5,7 +5,8 @@ row, never exist at once.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlxflow.evaluation.model_body import Body
-from mlxflow.evaluation.positions import TokenRows, hidden_states, parts, rows_for
+from mlxflow.evaluation.positions import EvaluationRows, TokenRows, hidden_states, parts, rows_for
 from mlxflow.evaluation.slices import positions_at_once
 from mlxflow.messages.errors import StageError
 from mlxflow.ops.eval_mode import evaluating
@@ -55,23 +56,58 @@ def measure_perplexity(
     Raises:
         StageError: the rows have no target.
     """
-    losses: list[NDArray[np.float64]] = []
-    with evaluating(model):
-        body = Body.of(model)
-        at_once = rows_for(model, body, rows, batch_size)
-        for part in parts(rows, at_once=at_once, masks_documents=masks_documents):
-            hidden = hidden_states(body, part)
-            step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
-            losses += [
-                np.array(_losses(body, hidden[begin : begin + step], part.targets[begin : begin + step]), np.float64)
-                for begin in range(0, len(hidden), step)
-            ]
+    losses = part_losses(model, rows, batch_size=batch_size, masks_documents=masks_documents)
     return perplexity_from(np.concatenate([np.empty(0), *losses]))
 
 
-def _losses(body: Body, hidden: mx.array, targets: mx.array) -> mx.array:
-    losses: mx.array = nn.losses.cross_entropy(body.logits(hidden).astype(mx.float32), targets, reduction="none")
+def part_losses(
+    model: nn.Module,
+    rows: TokenRows,
+    *,
+    batch_size: int,
+    masks_documents: bool = False,
+    is_wanted: Callable[[int], bool] = lambda part: True,
+) -> list[NDArray[np.float32]]:
+    """Return the losses in nats of the target tokens of each forward pass; see `measure_perplexity`.
+
+    Args:
+        model: maps (B, L) token ids to (B, L, V) logits.
+        rows: tokens and marks.
+        batch_size: largest number of rows in a forward pass.
+        masks_documents: no token attends to another document in its row.
+        is_wanted: takes the number of a forward pass; a pass that is not wanted reads no rows and has no losses.
+    """
+    losses: list[NDArray[np.float32]] = []
+    with evaluating(model):
+        body = Body.of(model)
+        at_once = rows_for(model, body, rows, batch_size)
+        for number, begin in enumerate(range(0, rows.num_rows, at_once)):
+            if is_wanted(number):
+                found = parts(_Window(rows, begin, at_once), at_once=at_once, masks_documents=masks_documents)
+                losses.append(np.concatenate([np.empty(0, np.float32), *(_losses(body, part) for part in found)]))
     return losses
+
+
+class _Window(NamedTuple):
+    """Some consecutive rows as rows of their own."""
+
+    rows: TokenRows
+    first: int
+    num_rows: int
+
+    def batch(self, begin: int, end: int) -> tuple[Any, Any]:
+        return self.rows.batch(self.first + begin, self.first + end)
+
+
+def _losses(body: Body, part: EvaluationRows) -> NDArray[np.float32]:
+    """Return the losses at the target positions of a forward pass, for some positions at a time."""
+    hidden = hidden_states(body, part)
+    step = positions_at_once(body.logits(hidden[:1]).shape[-1], arrays=_ARRAYS)
+    losses = []
+    for begin in range(0, len(hidden), step):
+        logits = body.logits(hidden[begin : begin + step]).astype(mx.float32)
+        losses.append(np.array(nn.losses.cross_entropy(logits, part.targets[begin : begin + step], reduction="none")))
+    return np.concatenate(losses)
 
 
 def perplexity_from(losses: NDArray[np.float64]) -> Perplexity:

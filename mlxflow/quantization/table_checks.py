@@ -25,6 +25,11 @@ def table_problems(config: Any) -> Iterator[Problem]:
         yield Problem(asking, getattr(config, asking), "needs tokens, and data names none", 'Set data = "pretokenize".')
 
 
+def most_ranks(config: Any) -> int:
+    """Return the most processes that can share an update of quantization-aware training; 0 for other methods."""
+    return int(config.batch_size * config.grad_accum_steps) if config.method == "qat" else 0
+
+
 def _budget_problems(config: Any) -> Iterator[Problem]:
     """Yield budgets that no choice of bits can keep."""
     example = 'Write such as "200 MB".'

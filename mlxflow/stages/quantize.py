@@ -11,6 +11,7 @@ from msgspec import Meta
 from mlxflow.device.compute_device import SIZE_PATTERN, parse_size
 from mlxflow.quantization.layer_rules import LayerRule
 from mlxflow.quantization.settings import RequestedSetting, Setting
+from mlxflow.quantization.table_checks import most_ranks as most_ranks
 from mlxflow.quantization.table_checks import table_problems
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, ModelFolder

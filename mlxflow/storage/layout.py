@@ -13,6 +13,7 @@
             lock                            held by the process that uses these artifacts
             shards/                         tokenized shards, by content
             unfinished/train/0123456789ab/  checkpoints of an interrupted run
+            ranks/train/1/                  what a rank of a running distributed training writes, and no one reads
             reproduce-*/                    builds of `doit reproduce`
 
 No other module spells these names.
@@ -38,7 +39,7 @@ STATE, LOGS = ".mlxflow", "logs"
 
 #: Files and folders of the state.
 JOURNAL, GRAPH, DIGESTS, LOCK = "state.jsonl", "graph.json", "digests.json", "lock"
-SHARDS, UNFINISHED = "shards", "unfinished"
+SHARDS, UNFINISHED, RANKS = "shards", "unfinished", "ranks"
 
 #: Prefixes of the names of folders in which a stage is built again.
 REPRODUCTION_PREFIX = "reproduce-"

@@ -64,6 +64,8 @@ class RunFacts(ReportTable, frozen=True, kw_only=True):
         peak_rss_bytes: most resident memory of the process.
         blas: library of matrix products; None for a stage without MLX.
         threads: of matrix products on the CPU; None elsewhere.
+        ranks: processes that trained together; None for one.
+        backend: of their communication; None for one process.
         peak_memory_bytes: most memory that MLX's arrays held; None for a stage without MLX.
         ended: when, in UTC, as ISO 8601 to the second; None in reports of earlier versions.
         files: names of the files that the run wrote, relative to the artifact; empty in reports of earlier versions.
@@ -77,6 +79,8 @@ class RunFacts(ReportTable, frozen=True, kw_only=True):
     peak_rss_bytes: Count
     blas: str | None = None
     threads: Count | None = None
+    ranks: Count | None = None
+    backend: str | None = None
     peak_memory_bytes: Count | None = None
     ended: str | None = None
     files: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """The summed gradients of an update, by forward passes of the chosen batch size; smaller ones after out of memory."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -69,6 +69,15 @@ class Accumulator:
         self._stop = stop
         self._batch: DeviceBatch | None = None
         self._shapes: set[tuple[str, int]] = set()
+
+    def begin(self, digests: Mapping[str, str]) -> None:
+        """Begin the training; a single process compares nothing."""
+
+    def after_update(self, *, compares: bool) -> None:
+        """Do nothing; the ranks of a distributed run compare their weights."""
+
+    def finish(self) -> None:
+        """End the training."""
 
     def take_batch(self) -> bool:
         """Take the rows of the next update; return whether a shape of its forward passes is new."""

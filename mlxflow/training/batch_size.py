@@ -90,6 +90,7 @@ class BatchSizes:
         settings: of the training: the batch size to begin with and how it may change.
         replay: recorded decisions to follow instead of the memory.
         names: of the settings, for messages.
+        ranks: processes that share the rows of an update; a batch grows no larger than the share of one.
 
     Attributes:
         size: rows of the next forward pass.
@@ -97,15 +98,21 @@ class BatchSizes:
     """
 
     def __init__(
-        self, settings: TrainingSettings, *, replay: Iterable[Decision] = (), names: SettingNames = _NAMES
+        self,
+        settings: TrainingSettings,
+        *,
+        replay: Iterable[Decision] = (),
+        names: SettingNames = _NAMES,
+        ranks: int = 1,
     ) -> None:
         self._is_fixed = not settings.dynamic_batch_size
         is_constant = settings.constant_tokens_per_step or self._is_fixed
         self._rows_per_update = settings.rows_per_step if is_constant else None
         self._grad_accum_steps = settings.grad_accum_steps
-        size = settings.batch_size
+        share = -(-settings.rows_per_step // ranks)
+        size = min(settings.batch_size, share) if is_constant and not self._is_fixed else settings.batch_size
         most = max(size, settings.max_batch_size)
-        self._sizes = ladder(size, max(size, min(most, settings.rows_per_step)) if is_constant else most)
+        self._sizes = ladder(size, max(size, min(most, share)) if is_constant else most)
         self._grow_below, self._shrink_above = settings.grow_below, settings.shrink_above
         self._too_large = most + 1
         self._replay = {(one.step, one.reason == "out of memory"): one for one in replay}
@@ -195,6 +202,8 @@ class BatchSizes:
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
         self.size, self._too_large = state["size"], state["too_large"]
+        if not (self._is_fixed or self._is_replaying) and self.size not in self._sizes:  # of another number of ranks
+            self.size = max((size for size in self._sizes if size < self.size), default=self._sizes[0])
         self.decisions = [Decision(**one) for one in state["decisions"]]
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _NAMES = SettingNames()
 
+#: The kernels that replace parts of a model.
+ModelKernels = model_kernels.ModelKernels
+
 #: Returns the loss to minimize; takes whether a kernel computes the gradient of the cross-entropy.
 ObjectiveMaker = Callable[[bool], Objective]
 
@@ -267,7 +270,7 @@ def ready_trainer(
         replay: recorded batch size decisions to follow instead of the memory.
     """
     with ready_step(subject, kernels) as step:
-        sizes = BatchSizes(subject.settings, replay=replay, names=subject.names)
+        sizes = BatchSizes(subject.settings, replay=replay, names=subject.names, ranks=session.team.size)
         yield Trainer(
             subject.model, step, subject.settings, sizes=sizes, data=data, session=session, names=subject.names
         )

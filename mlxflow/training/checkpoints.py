@@ -66,9 +66,19 @@ class CheckpointStore:
         keep: number of checkpoints kept.
         settings: what determines the run, by dotted key; compared with those of other checkpoints.
         say: prints a line for the user.
+        is_read_only: whether nothing is written: of the ranks of a distributed run only the first one writes.
     """
 
-    def __init__(self, folder: Path, *, keep: int, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
+        is_read_only: bool = False,
+    ) -> None:
+        self._is_read_only = is_read_only
         self._folder = folder
         self._keep = keep
         self._settings = json.loads(json.dumps(settings))
@@ -88,6 +98,8 @@ class CheckpointStore:
             StageError: the disk is full or cannot be written; existing checkpoints are kept.
         """
         folder = self._folder / f"step-{name}"
+        if self._is_read_only:
+            return folder
         with atomic_folders.publishing(folder) as private:
             tensor_writing.write_tensors(private / _STATE, arrays, {})
             tensor_writing.check_whole(private / _STATE)
@@ -108,9 +120,8 @@ class CheckpointStore:
         Args:
             unfit: returns why the run cannot continue from a checkpoint; empty if it can.
         """
-        for partial in self._folder.glob(".step-*.partial*"):
-            atomic_folders.remove_folder(partial)
-        temporary_files.remove_orphans(self._folder)
+        if not self._is_read_only:
+            self._remove_unfinished()
         for folder in reversed(self._folders()):
             try:
                 read_checkpoint = self._read(folder)
@@ -128,8 +139,15 @@ class CheckpointStore:
                 )
         return None
 
+    def _remove_unfinished(self) -> None:
+        for partial in self._folder.glob(".step-*.partial*"):
+            atomic_folders.remove_folder(partial)
+        temporary_files.remove_orphans(self._folder)
+
     def save_best(self, step: int, weights: Mapping[str, mx.array]) -> None:
         """Save the weights of the best validation so far; earlier ones are kept while a checkpoint refers to them."""
+        if self._is_read_only:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._best(step)
         temporary = temporary_files.beside(path, ".tmp.safetensors")

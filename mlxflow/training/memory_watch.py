@@ -1,5 +1,7 @@
 """Keep a training run within its memory limit: smaller batches, and fewer updates that the host sends ahead."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from mlxflow.training.batch_size import BatchSizes, Decision, MemoryUse
@@ -14,9 +16,13 @@ class MemoryWatch:
     Args:
         sizes: chooses the batch size.
         limit_bytes: the memory limit of MLX.
+        decisive: takes the memory of this process; returns that of the process of the run that decides for all.
     """
 
-    def __init__(self, sizes: BatchSizes, limit_bytes: int) -> None:
+    def __init__(
+        self, sizes: BatchSizes, limit_bytes: int, decisive: Callable[[MemoryUse], MemoryUse] = lambda own: own
+    ) -> None:
+        self._decisive = decisive
         self._sizes = sizes
         self._limit = self._lowered_limit = limit_bytes
         self._throttled = 0
@@ -28,7 +34,7 @@ class MemoryWatch:
             WorkflowError: the smallest batch exceeds the limit.
         """
         mx.synchronize()  # a result is available before the buffers of its inputs are freed
-        reading = MemoryUse.take(self._limit)
+        reading = self._decisive(MemoryUse.take(self._limit))
         decision = self._sizes.look(step, reading)
         if decision is None and reading.used > 1:
             self._throttle(reading)
@@ -54,5 +60,5 @@ class MemoryWatch:
             WorkflowError: there is no smaller one.
         """
         mx.clear_cache()
-        reading = MemoryUse.take(self._limit)
+        reading = self._decisive(MemoryUse.take(self._limit))
         return self._sizes.run_out(step, reading, reading.active_bytes + needed_bytes)

@@ -14,16 +14,20 @@ from mlxflow.training.recorder import Log
 
 
 @contextmanager
-def show_progress(task: str, *, num_steps: int) -> Iterator[Log]:
+def show_progress(task: str, *, num_steps: int, is_silent: bool = False) -> Iterator[Log]:
     """Show training records on standard error until the block ends.
 
     Args:
         task: name of the stage.
         num_steps: of the run.
+        is_silent: whether nothing is shown.
 
     Yields:
         a function that takes each record of the training run.
     """
+    if is_silent:
+        yield lambda record: None
+        return
     console = terminal.console(stderr=True)
     if not console.is_terminal:
         yield _StepLines(task, num_steps).show

@@ -1,20 +1,24 @@
 """Run a training from token files: progress, learning curve, checkpoints, and a clean stop on a signal."""
 
 import json
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxflow.data.token_file import TokenFile
+from mlxflow.device.stop_signals import stop_on_signals
+from mlxflow.distributed.code_digest import code_digest
+from mlxflow.distributed.team import Team, of_this_process
 from mlxflow.kernels.model_kernels import ModelKernels
 from mlxflow.messages import terminal
+from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context
 from mlxflow.training import build, progress
 from mlxflow.training.batch_size import read_decisions
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.run_state import Result
-from mlxflow.training.settings import SettingNames
-from mlxflow.training.stop_signals import stop_on_signals
+from mlxflow.training.settings import SettingNames, TrainingSettings
 from mlxflow.training.trainer import Session, Stopped
 
 
@@ -58,21 +62,20 @@ def train(
         memory_limit_bytes: of MLX.
 
     Raises:
-        SystemExit: SIGINT or SIGTERM ended the run; a checkpoint is saved.
+        SystemExit: SIGINT or SIGTERM ended the run; a checkpoint is saved. Or this is a rank of a distributed run that
+            has no more to do after the training: rank 0 writes the model.
         StageError: the loss stays without a finite value.
         UserError: no batch fits into the memory.
     """
-    settings, table = subject.settings, subject.names.table
-    tokens = TokenFile.open(files.train)
-    checkpoints = CheckpointStore(
-        files.checkpoints, keep=settings.keep_checkpoints, settings=files.description, say=terminal.say
-    )
+    settings, table, team = subject.settings, subject.names.table, of_this_process()
+    say = terminal.say if team.rank.is_first else _say_nothing
+    tokens, checkpoints = TokenFile.open(files.train), _store(files, settings, team, say)
     data = build.make_data(
         tokens.rows, TokenFile.open(files.validation).rows, settings, seed=data_seed, name_rows=tokens.name_rows
     )
     replay = read_decisions(files.replay, subject.names.of("replay")) if files.replay else ()
     with (
-        progress.show_progress(task, num_steps=settings.num_steps) as show,
+        progress.show_progress(task, num_steps=settings.num_steps, is_silent=not team.rank.is_first) as show,
         files.metrics.open("w") as metrics,
         stop_on_signals() as stop_requested,
     ):
@@ -82,20 +85,42 @@ def train(
             metrics.flush()
             show(record)
 
-        session = Session(checkpoints, memory_limit_bytes, log, stop_requested)
+        session = Session(checkpoints, memory_limit_bytes, log, stop_requested, team, _shared(files, settings, team))
         with build.ready_trainer(subject, kernels, data, session, replay=replay) as trainer:
             checkpoint = checkpoints.latest(trainer.unfit)
             if checkpoint is not None:
-                terminal.say(f"{table}: resumes from step {checkpoint.facts['step']} ({checkpoint.folder})")
+                say(f"{table}: resumes from step {checkpoint.facts['step']} ({checkpoint.folder})")
                 metrics.write(checkpoint.metrics)
             try:
-                return trainer.run(checkpoint)
+                result = trainer.run(checkpoint)
             except Stopped as stopped:
-                terminal.say(
-                    f"{table}: stopped after step {stopped.step}; {stopped.checkpoint} "
-                    "lets the next run resume from there"
-                )
-                raise SystemExit(128 + stop_requested.signal) from stopped
+                say(f"{table}: {_describe_stop(stopped)}")
+                raise SystemExit(128 + (stop_requested.signal or signal.SIGTERM)) from stopped
+    if not team.rank.is_first:
+        raise SystemExit(0)
+    return result
+
+
+def _say_nothing(line: str) -> None:
+    """Print nothing: rank 0 prints for all."""
+
+
+def _describe_stop(stopped: Stopped) -> str:
+    return f"stopped after step {stopped.step}; {stopped.checkpoint} lets the next run resume from there"
+
+
+def _store(files: RunFiles, settings: TrainingSettings, team: Team, say: Callable[[str], None]) -> CheckpointStore:
+    """Return the checkpoints of a run, which only rank 0 writes."""
+    kept, is_read_only = settings.keep_checkpoints, not team.rank.is_first
+    return CheckpointStore(files.checkpoints, keep=kept, settings=files.description, say=say, is_read_only=is_read_only)
+
+
+def _shared(files: RunFiles, settings: TrainingSettings, team: Team) -> dict[str, str]:
+    """Return digests of what the ranks of a distributed run must share, by its name in words."""
+    if team.size == 1:
+        return {}
+    described = {"description": dict(files.description), "settings": settings.table()}
+    return {"code": code_digest(), "tokens": str(files.description["inputs"]), "settings": digest_json(described)}
 
 
 def describe(

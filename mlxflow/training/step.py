@@ -103,10 +103,12 @@ class Step:
 
     def add(self, tokens: mx.array, marks: mx.array, so_far: Gradients | None) -> Gradients:
         """Return the gradients of a batch added to earlier ones, in fp32."""
-        if so_far is None:
-            zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
-            so_far = Gradients(mx.array(0.0), mx.array(0.0), zeros)
-        return Gradients(*self._add(tokens, marks, *so_far))
+        return Gradients(*self._add(tokens, marks, *(self.zeros() if so_far is None else so_far)))
+
+    def zeros(self) -> Gradients:
+        """Return the sums of no rows, in fp32."""
+        zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
+        return Gradients(mx.array(0.0), mx.array(0.0), zeros)
 
     def update(self, gradients: Gradients) -> Outcome:
         """Update the model from the gradients of all its batches."""

@@ -31,6 +31,17 @@ def decay_steps(config: Any, num_steps: int) -> int:
     return max(1, num_steps // 5) if config.decay_steps == "auto" else int(config.decay_steps)
 
 
+def most_ranks(config: Any) -> int:
+    """Return the most processes that can share an update: each has a forward pass or, if they may be split, a row.
+
+    Args:
+        config: a `[train]` table.
+    """
+    if config.dynamic_batch_size and config.constant_tokens_per_step:
+        return int(config.batch_size * config.grad_accum_steps)
+    return int(config.grad_accum_steps)
+
+
 def training_settings(config: Any, num_steps: int) -> TrainingSettings:
     """Return the settings of a table, resolved except for those that depend on the model.
 

@@ -6,21 +6,24 @@ The host builds the next update while the device computes this one. It waits whe
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxflow.device import phase_peaks
+from mlxflow.distributed.team import SOLO, Team
 from mlxflow.messages.errors import StageError
 from mlxflow.training.accumulation import Accumulator, RunParts, wait
-from mlxflow.training.batch_size import BatchSizes
+from mlxflow.training.batch_size import BatchSizes, MemoryUse
 from mlxflow.training.batches import Batches, TrainingData
 from mlxflow.training.checkpoints import Checkpoint, CheckpointStore
 from mlxflow.training.memory_watch import MemoryWatch
+from mlxflow.training.rank_accumulation import RankAccumulator
 from mlxflow.training.recorder import Log, Recorder
 from mlxflow.training.run_state import Result, RunState
 from mlxflow.training.settings import SettingNames, TrainingSettings
@@ -39,12 +42,16 @@ class Session(NamedTuple):
         memory_limit_bytes: of MLX.
         log: called with each record.
         stop_requested: checked between forward passes; training then saves a checkpoint and ends.
+        team: the ranks of a distributed run.
+        digests: of what all ranks must share, by its name in words.
     """
 
     checkpoints: CheckpointStore
     memory_limit_bytes: int
     log: Log = lambda record: None
     stop_requested: Callable[[], bool] = lambda: False
+    team: Team = SOLO
+    digests: Mapping[str, str] = MappingProxyType({})
 
 
 class Stopped(Exception):  # noqa: N818 - no error: a signal asks for it
@@ -103,11 +110,16 @@ class Trainer:
         self._facts = RunState()
         self._pending: deque[_Pending] = deque()
         self._recorder = Recorder(self._facts, sizes, session.log)
-        self._memory = MemoryWatch(sizes, session.memory_limit_bytes)
+        self._team = session.team
+        self._memory = MemoryWatch(sizes, session.memory_limit_bytes, self._most_used)
         self._snapshots = Snapshots(model, step, sizes, self._facts)
         self._batches = Batches(data, self._facts)
         parts = RunParts(step, sizes, self._memory, self._recorder, self._batches, self._facts)
-        self._accumulator = Accumulator(parts, session.stop_requested, self._stop)
+        self._accumulator: Accumulator | RankAccumulator = (
+            Accumulator(parts, session.stop_requested, self._stop)
+            if self._team.size == 1
+            else RankAccumulator(self._team, parts, session.stop_requested, names)
+        )
         self._validator = Validator(
             model,
             data.validation,
@@ -115,6 +127,7 @@ class Trainer:
             state=self._facts,
             recorder=self._recorder,
             checkpoints=session.checkpoints,
+            team=self._team,
         )
 
     def run(self, checkpoint: Checkpoint | None = None) -> Result:
@@ -132,7 +145,8 @@ class Trainer:
         phase_peaks.reset()
         if checkpoint is not None:
             self._restore(checkpoint)
-        else:
+        self._accumulator.begin(self._session.digests)
+        if checkpoint is None:
             self._recorder.write(self._sizes.decisions[-1].record())
             self._validator.validate()
         self._recorder.begin = time.perf_counter() - facts.seconds
@@ -144,7 +158,8 @@ class Trainer:
             self._batches.close()
         self._settle(0)
         self._facts.note_peak()
-        if settings.keep == "best" and facts.best_step < facts.step:
+        self._accumulator.finish()
+        if settings.keep == "best" and facts.best_step < facts.step and self._team.rank.is_first:
             self._model.load_weights(list(self._session.checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
         return self._facts.result()
@@ -183,13 +198,24 @@ class Trainer:
         self._pending.append(_Pending(number, outcome, summed.targets))
         facts.step, facts.rows_done, facts.cursor = number, 0, summed.cursor
         facts.tokens += summed.targets
+        self._accumulator.after_update(compares=number % settings.log_every == 0)
         if looks or compiles:
-            wait(self._step.state, facts)
+            self._wait(self._step.state)
         if compiles:
             facts.compile_seconds += time.perf_counter() - begin
             facts.compile_tokens += summed.targets
         if looks and (decision := self._memory.look(number)) is not None:
             self._recorder.write(decision.record())
+
+    def _wait(self, what: Any) -> None:
+        self._team.beat("sum of gradients", waits=True)
+        wait(what, self._facts)
+        self._team.beat("update")
+
+    def _most_used(self, own: MemoryUse) -> MemoryUse:
+        """Return the memory of the rank that uses the largest share of its limit."""
+        everyone = [MemoryUse(*row) for row in self._team.exchange("reading of the memory", own).tolist()]
+        return max(everyone, key=lambda reading: reading.used)
 
     def _settle(self, ahead: int) -> None:
         """Wait for all updates except a few, read their figures, and write the records that are due.
@@ -200,7 +226,7 @@ class Trainer:
         facts, settings, names = self._facts, self._settings, self._names
         while len(self._pending) > ahead:
             done = self._pending.popleft()
-            wait(done.outcome, facts)
+            self._wait(done.outcome)
             loss, norm, rate = (float(value) for value in done.outcome[:3])
             if bool(done.outcome.is_finite):
                 facts.bad_in_a_row = 0
@@ -222,6 +248,7 @@ class Trainer:
     def _save(self) -> Path:
         """Write a checkpoint and return its folder."""
         self._settle(0)
+        self._team.beat("checkpoint")
         with self._recorder.paused():
             self._facts.note_peak()
             facts = self._facts

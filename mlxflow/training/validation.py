@@ -1,14 +1,21 @@
 """Validations of a training run, the best weights so far, and early stopping."""
 
+from typing import TYPE_CHECKING
+
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflow.data.token_file import Rows
-from mlxflow.evaluation.perplexity import measure_perplexity
+from mlxflow.distributed.team import SOLO, Team
+from mlxflow.evaluation.perplexity import part_losses, perplexity_from
 from mlxflow.training.checkpoints import CheckpointStore
 from mlxflow.training.recorder import Recorder
 from mlxflow.training.run_state import RunState
 from mlxflow.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class Validator:
@@ -21,6 +28,7 @@ class Validator:
         state: of the run; its losses are kept up to date.
         recorder: writes the records.
         checkpoints: stores the best weights, if the settings ask for them.
+        team: the ranks of a distributed run, which share the rows.
     """
 
     def __init__(
@@ -32,6 +40,7 @@ class Validator:
         state: RunState,
         recorder: Recorder,
         checkpoints: CheckpointStore,
+        team: Team = SOLO,
     ) -> None:
         self._model = model
         self._rows = rows
@@ -39,16 +48,29 @@ class Validator:
         self._state = state
         self._recorder = recorder
         self._checkpoints = checkpoints
+        self._team = team
 
-    def validate(self) -> None:
-        """Measure the loss on the validation rows; random state and model stay unchanged."""
-        state, settings = self._state, self._settings
-        measured = measure_perplexity(
+    def _losses(self) -> "NDArray[np.float64]":
+        """Return the losses of all target tokens, in their order; each rank measures some of the rows."""
+        team, settings = self._team, self._settings
+
+        def is_own(part: int) -> bool:
+            team.beat("validation")
+            return part % team.size == team.rank.number
+
+        own = part_losses(
             self._model,
             self._rows,
             batch_size=settings.batch_size,
             masks_documents=settings.masks_documents,
+            is_wanted=is_own,
         )
+        return np.concatenate([np.empty(0), *team.take_turns(own)])
+
+    def validate(self) -> None:
+        """Measure the loss on the validation rows; random state and model stay unchanged."""
+        state, settings = self._state, self._settings
+        measured = perplexity_from(self._losses())
         self._recorder.write(
             {"kind": "validation", "step": state.step, "loss": measured.loss, "perplexity": measured.perplexity}
         )

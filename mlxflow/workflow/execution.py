@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 
 from mlxflow.device import compute_device, cpu_backend
+from mlxflow.distributed.rank import Rank, of_this_process
+from mlxflow.distributed.rank_failures import reported
 from mlxflow.messages import terminal
 from mlxflow.messages.advice import advise_build
 from mlxflow.messages.errors import ArtifactError, CallError, StageError
@@ -31,6 +33,7 @@ from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.user_folders import prepare_compiled_folder
+from mlxflow.workflow import ranked_execution
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import outputs_of, paths_of, rooted, settings_digest
@@ -52,10 +55,18 @@ def execute_stage(workflow: Workflow, stage: Stage, into: Path | None = None, ha
     started = time.perf_counter()
     if into is not None and into.is_dir() and any(into.iterdir()) and not ownership.maker(into):
         raise CallError(f"--into {into}: holds files that no stage wrote. Name a new or an empty folder.")
+    rank = of_this_process()
+    if stage.ranks > 1 and rank.size == 1:
+        _observe_inputs(workflow, stage)  # reports missing files once, and saves their digests for the ranks
+        ranked_execution.run_ranks(workflow, stage, into, handover)
+        return into or workflow.root / stage.folder
     if getattr(stage.module, "USES_DEVICE", True):
         prepare_compiled_folder()  # before starting any process that compiles
     begin = getattr(stage.module, "begin", None)
-    with nullcontext() if begin is None else begin(stage.config, workflow.settings.device) as begun:
+    with (
+        reported(rank, stage.task),
+        nullcontext() if begin is None else begin(stage.config, workflow.settings.device) as begun,
+    ):
         return _run(workflow, stage, into, begun, started, handover)
 
 
@@ -73,13 +84,16 @@ def _run(
         handover.check(stage.task, settings, identities)
     provenance = _provenance(workflow, stage, settings, identities)
     chosen = _select_device(workflow) if uses_device else None
-    limit = _limit_memory(workflow) if uses_device else 0
+    rank = of_this_process()
+    limit = _limit_memory(workflow, rank) if uses_device else 0
+    ranked_execution.join(rank)
     threads = (workflow.settings.threads or cpu_backend.thread_count()) if chosen == "cpu" else None
     folder = into or workflow.root / stage.folder
     unfinished = unfinished_runs.folder_of(workflow.state, stage.task, _key_of(provenance, threads))
-    if into:  # starts from the beginning and leaves no files
-        unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
-        atomic_folders.remove_folder(unfinished)
+    if into:
+        unfinished = _prepare_scratch(folder, rank)
+    if not rank.is_first:
+        folder = ranked_execution.folder_of_rank(workflow, stage, rank)
     publishing = atomic_folders.publishing(folder, keep=lambda: ownership.foreign_names(folder))
     with remote_code.trusting_code(workflow.trusts_code(stage)), publishing as private:
         context = Context(
@@ -105,6 +119,14 @@ def _run(
     if into is None:
         _tidy(workflow, stage)
     return folder
+
+
+def _prepare_scratch(folder: Path, rank: Rank) -> Path:
+    """Return the folder for checkpoints of a run that starts from the beginning and leaves no files."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished.partial")
+    if rank.is_first:
+        atomic_folders.remove_folder(unfinished)
+    return unfinished
 
 
 def _observe_inputs(workflow: Workflow, stage: Stage) -> tuple[ObservedInputs, dict[str, str]]:
@@ -234,12 +256,13 @@ def _maker_advice(workflow: Workflow, name: Path) -> str:
     return f". {advise_build(maker)}" if maker else ". Fix it or change the workflow."
 
 
-def _limit_memory(workflow: Workflow) -> int:
-    """Set MLX's limits and return its memory limit in bytes."""
+def _limit_memory(workflow: Workflow, rank: Rank) -> int:
+    """Set MLX's limits and return its memory limit in bytes; ranks that share a device share its memory."""
     import mlx.core as mx
 
     settings = workflow.settings
     limit = compute_device.parse_size(settings.memory_limit, compute_device.working_set_bytes())
+    limit //= rank.size if rank.backend == "ring" else 1
     mx.set_memory_limit(limit)
     if settings.cache_limit:
         mx.set_cache_limit(compute_device.parse_size(settings.cache_limit, limit))
@@ -272,11 +295,14 @@ def _describe_run(seconds: float, chosen: str | None, threads: int | None, files
         return facts
     from mlxflow.device.phase_peaks import process_peak
 
+    rank = of_this_process()
     return msgspec.structs.replace(
         facts,
         device=chosen,
         blas=cpu_backend.prepare() or "built in",
         threads=threads or None,
+        ranks=rank.size if rank.size > 1 else None,
+        backend=rank.backend or None,
         peak_memory_bytes=process_peak(),
     )
 

@@ -42,8 +42,8 @@ def load_workflow(path: Path, disk: Disk | None = None, data: bytes | None = Non
             for each of them.
     """
     shown = paths.shown(path)
-    document = workflow_text.read(path, shown, data)
-    return _WorkflowLoader(shown, document).load(path, disk or Disk(path.parent))
+    written = workflow_text.read(path, shown, data)
+    return _WorkflowLoader(shown, written.tables).load(path, disk or Disk(path.parent), written.text)
 
 
 class _WorkflowLoader:
@@ -56,7 +56,7 @@ class _WorkflowLoader:
         self.mistakes: dict[str, list[str]] = {name: [] for name in (*document, *STAGES)}
         self.modules = {name: cast("StageModule", importlib.import_module(f"mlxflow.stages.{name}")) for name in STAGES}
 
-    def load(self, path: Path, disk: Disk) -> Workflow:
+    def load(self, path: Path, disk: Disk, text: str) -> Workflow:
         settings = Settings()
         read: dict[str, list[tuple[str | None, str, msgspec.Struct]]] = {}
         for name, table in self.document.items():
@@ -68,13 +68,14 @@ class _WorkflowLoader:
             else:
                 guesses = len(self.mistakes) < _MAX_LINES
                 self.mistakes[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown, guesses=guesses))
-        workflow = Workflow(path, settings, disk)
+        workflow = Workflow(path, settings, disk, text)
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
         _follow_readers(workflow)
         nameable = self._plan(workflow)
         self._resolve(workflow, nameable, {name for name, made in read.items() if not made})
+        self._check_ranks(workflow)
         if any(self.mistakes.values()):
             raise WorkflowError(*self._lines())
         return workflow
@@ -232,6 +233,16 @@ class _WorkflowLoader:
                 workflow.stages.remove(one)
             else:
                 known.add(one.task, one.config, one.file_names)
+
+    def _check_ranks(self, workflow: Workflow) -> None:
+        """Note more ranks than forward passes, or rows, in an update of a stage that trains."""
+        processes = workflow.settings.distributed.processes
+        for one in workflow.stages:
+            if 0 < one.most_ranks < processes:
+                expected = f"expected at most {one.most_ranks}, the forward passes in an update of {one.task}"
+                advice = f"Lower it, or raise {one.table}.grad_accum_steps."
+                problem = Problem("distributed.processes", processes, expected, advice)
+                self.mistakes["workflow"].append(problem_message(problem, self.shown, "workflow"))
 
     def _require_few_files(self, stage: Stage, num_files: int) -> None:
         if num_files > _MAX_FILES:

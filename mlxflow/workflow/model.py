@@ -13,6 +13,8 @@ from mlxflow.data import sources
 from mlxflow.data.sources import Corpus
 from mlxflow.device import compute_device
 from mlxflow.device.compute_device import SIZE_PATTERN
+from mlxflow.distributed.backends import describe_ranks
+from mlxflow.distributed.table import MAX_TIMEOUT_SECONDS, Distributed
 from mlxflow.messages.errors import CallError
 from mlxflow.storage import layout, model_files, paths
 from mlxflow.storage.digests import DigestCache
@@ -72,8 +74,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = ()
 
+    distributed: Annotated[
+        Distributed, Meta(description="processes that train a model together; how many changes no artifact")
+    ] = Distributed()
+
     def problems(self) -> Iterator[Problem]:
-        """Yield a memory limit of zero, and limits above 100 %."""
+        """Yield sizes and times out of range, and GPUs that the device rules out."""
+        if not 0 < self.distributed.timeout_seconds <= MAX_TIMEOUT_SECONDS:
+            timeout, bounds = self.distributed.step_timeout, "expected more than 0 s and at most 168 h"
+            yield Problem("distributed.step_timeout", timeout, bounds, 'Use "10 min" (the default).')
+        if self.distributed.backend == "nccl" and self.device == "cpu":
+            yield Problem("distributed.backend", "nccl", 'needs GPUs, and device = "cpu"', "Change one of the two.")
         for key in ("memory_limit", "cache_limit", "wired_limit"):
             value, default = getattr(self, key), toml_value(getattr(Settings(), key))
             if value and (expected := compute_device.size_mistake(value)):
@@ -196,6 +207,7 @@ class Stage:
             bound_device=self.bound_device,
             device=settings.device,
             threads=settings.threads,
+            ranks=describe_ranks(settings.distributed, settings.device) if self.ranks > 1 else "",
             uses_device=getattr(self.module, "USES_DEVICE", True),
             copies={copy.as_posix(): original.as_posix() for copy, original in self.copies.items()},
             measured=tuple(
@@ -203,6 +215,16 @@ class Stage:
             ),
             basis=basis,
         )
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that run it together."""
+        return self._workflow.settings.distributed.processes if self.most_ranks else 1
+
+    @property
+    def most_ranks(self) -> int:
+        """The most processes that can run it together; 0 for a stage that does not train."""
+        return int(getattr(self.module, "most_ranks", lambda config: 0)(self.config))
 
     @property
     def bound_device(self) -> str | None:
@@ -230,10 +252,12 @@ class Workflow:
         left_out: by name of a stage that others need and whose defaults do not fit, the messages that say why.
         unplanned: names of stages that the file does not ask for and that no other stage needs.
         disk: the queries of the disk made while resolving the inputs, with their answers.
+        text: the content of the file.
     """
 
-    def __init__(self, path: Path, settings: Settings, disk: Disk) -> None:
+    def __init__(self, path: Path, settings: Settings, disk: Disk, text: str = "") -> None:
         self.path = path
+        self.text = text
         self.root = path.parent
         self.disk = disk
         self.settings = settings

@@ -82,6 +82,7 @@ _FIELDS: dict[str, tuple[bool, _Check, str]] = {
     "device": (False, _is_text, "text"),
     "commit": (False, _is_text, "text"),
     "threads": (False, _is_count, "a number of threads"),
+    "ranks": (False, _is_text, "text"),
 }
 
 

@@ -11,13 +11,14 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     run       the function that does the work and returns the figures for the report, a struct of
               `mlxflow/report/stage_reports`; heavy imports happen inside it
 
-It may have nine more:
+It may have ten more:
 
     resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
     follow(config, task, readers, known, disk)
                                      returns it with defaults filled in that depend on the tables of its readers
     FOLLOWS              names of stages: if the workflow builds one of them, the defaults of this stage's table make it
                          build no others, see `Artifacts.is_planned`
+    most_ranks(config)               returns how many processes may share its training; 0 if it does not train
     DEVICE_BOUND = True              the artifact describes the machine it was made on
     USES_DEVICE = False              the stage does not compute on MLX's device
     EXECUTION_ONLY_KEYS              keys that do not affect the result: a change of one does not make the artifact

@@ -33,6 +33,7 @@ class Node:
         device: the workflow's `device`.
         uses_device: whether the stage computes on the device.
         threads: the workflow's `threads`; 0 for as many as the machine has processors.
+        ranks: the processes that run the stage together, in words; empty for one.
         copies: names of copies of outputs, each with the output's name.
         measured: names of inputs and outputs that differ between equal runs, such as rates and a page that shows them.
         basis: the data that the workflow was resolved from; None without a workflow file.
@@ -53,6 +54,7 @@ class Node:
     device: str = "auto"
     uses_device: bool = True
     threads: int = 0
+    ranks: str = ""
     copies: dict[str, str] = field(default_factory=dict)
     measured: tuple[str, ...] = ()
     basis: Basis | None = field(default=None, compare=False, repr=False)
@@ -129,7 +131,7 @@ def _are_pairs(value: object) -> bool:
 
 
 _CHECKS: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("task", "doc", "root", "folder", "device"), _is_text),
+    **dict.fromkeys(("task", "doc", "root", "folder", "device", "ranks"), _is_text),
     **dict.fromkeys(("inputs", "outputs", "command", "corpora", "beside", "measured"), _are_names),
     **dict.fromkeys(("spellings", "copies"), _are_pairs),
     "settings": are_settings,

@@ -5,7 +5,7 @@ import re
 import stat
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.messages.os_errors import advise_on
@@ -17,8 +17,20 @@ from mlxflow.workflow import matrix
 MAX_VARIANTS, MAX_VALUES = 1000, 100_000
 
 
-def read(path: Path, shown: str, data: bytes | None = None) -> dict[str, Any]:
-    """Return the tables of a workflow file.
+class WorkflowText(NamedTuple):
+    """A workflow file.
+
+    Attributes:
+        text: its content.
+        tables: its tables.
+    """
+
+    text: str
+    tables: dict[str, Any]
+
+
+def read(path: Path, shown: str, data: bytes | None = None) -> WorkflowText:
+    """Return the content and the tables of a workflow file.
 
     Args:
         path: the file.
@@ -43,7 +55,7 @@ def read(path: Path, shown: str, data: bytes | None = None) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise WorkflowError(_toml_error_message(shown, str(error), len(text.rstrip().splitlines()))) from error
     _refuse_too_many(document, shown)
-    return document
+    return WorkflowText(data.decode(), document)
 
 
 def _read_bytes(path: Path, shown: str) -> bytes:

@@ -9,7 +9,9 @@ from tests.training.small_training import make_trainer
 
 @pytest.fixture
 def accumulator() -> Accumulator:
-    return make_trainer(lambda record: None, accum=3, dynamic_batch_size=False)._accumulator
+    accumulator = make_trainer(lambda record: None, accum=3, dynamic_batch_size=False)._accumulator
+    assert isinstance(accumulator, Accumulator)
+    return accumulator
 
 
 def test_a_shape_is_new_once(accumulator: Accumulator) -> None:

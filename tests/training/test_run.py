@@ -9,6 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxflow.device.stop_signals import StopFlag
 from mlxflow.kernels import model_kernels
 from mlxflow.storage import tensor_writing
 from mlxflow.storage.observed_inputs import ObservedInputs
@@ -18,7 +19,6 @@ from mlxflow.training import run as running
 from mlxflow.training.run import RunFiles, describe, train
 from mlxflow.training.run_state import Result
 from mlxflow.training.settings import SettingNames, TrainingSettings
-from mlxflow.training.stop_signals import StopFlag
 from tests.training.small_training import GB, small_model, small_rows
 
 SETTINGS = TrainingSettings(

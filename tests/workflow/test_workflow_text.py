@@ -17,8 +17,8 @@ def _problem(path: Path, data: bytes | None = None) -> str:
 def test_read_returns_the_tables_of_the_file_or_of_the_given_bytes(tmp_path: Path) -> None:
     path = tmp_path / "workflow.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\r\nnum_steps = 3\r\n")
-    assert workflow_text.read(path, "w.toml") == {"train": {"num_steps": 3}}
-    assert workflow_text.read(path, "w.toml", b"a = 1") == {"a": 1}
+    assert workflow_text.read(path, "w.toml").tables == {"train": {"num_steps": 3}}
+    assert workflow_text.read(path, "w.toml", b"a = 1") == ("a = 1", {"a": 1})
 
 
 @pytest.mark.parametrize(

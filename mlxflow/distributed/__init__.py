@@ -1,0 +1,1 @@
+"""Training on several processes: launcher, supervisor, and the collectives of the ranks."""

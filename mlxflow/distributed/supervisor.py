@@ -1,0 +1,255 @@
+"""Watch the ranks of a run: end all when one ends or makes no progress, and start them again from their checkpoint.
+
+MLX's backends have no timeout: a rank waits for ever for one that is stopped. So every rank sends heartbeats, and the
+supervisor ends all of them when one is silent for too long. A rank that is killed at any moment leaves only whole
+checkpoints, so no rank needs time to clean up.
+"""
+
+import select
+import signal
+import time
+from typing import NamedTuple
+
+from mlxflow.device.stop_signals import StopFlag, stop_on_signals
+from mlxflow.distributed.heartbeat import Failure
+from mlxflow.distributed.launcher import Launch, RankProcess
+from mlxflow.messages import terminal
+from mlxflow.messages.errors import StageError, UserError
+
+# Time between two checks of processes and clocks
+_TICK_SECONDS = 0.1
+
+# A rank notices at once that a peer has ended: this long the supervisor waits for news of that peer itself
+_CAUSE_SECONDS = 2.0
+
+# For a checkpoint after SIGTERM; doit waits for 30 s
+_GRACE_SECONDS = 25.0
+
+# How often the ranks start again because a port was taken by another program; these restarts are not counted
+_MAX_PORT_RETRIES = 5
+
+
+class RestartLimits(NamedTuple):
+    """When the supervisor intervenes.
+
+    Attributes:
+        timeout: of a rank without progress, as the user wrote it.
+        timeout_seconds: the same as a number.
+        restarts: how often all ranks may start again.
+    """
+
+    timeout: str
+    timeout_seconds: float
+    restarts: int
+
+
+class Cause(NamedTuple):
+    """Why the ranks were ended.
+
+    Attributes:
+        reason: in words, such as "rank 1 ended with signal SIGKILL at step 3 (forward pass)".
+        rank: the rank that failed.
+        failure: the rank's own message; None if it sent none.
+    """
+
+    reason: str
+    rank: int
+    failure: Failure | None = None
+
+
+def supervise(task: str, launch: Launch, limits: RestartLimits) -> None:
+    """Run all ranks to the end of their stage.
+
+    Args:
+        task: the stage, for messages.
+        launch: how to start the ranks.
+        limits: when to intervene.
+
+    Raises:
+        SystemExit: SIGINT or SIGTERM ended the run; a checkpoint is saved if the training had begun.
+        StageError: a rank failed, more often than it may start again.
+        UserError: a rank found a mistake of the user.
+    """
+    restarts = port_retries = 0
+    while True:
+        cause = _Watch(task, launch, limits).run()
+        if cause is None:
+            return
+        _refuse_mistake(cause)
+        if cause.failure and cause.failure.kind == "join" and port_retries < _MAX_PORT_RETRIES:
+            port_retries += 1
+            terminal.say(f"{task}: {cause.reason}; the ranks start again with other ports")
+            continue
+        if restarts == limits.restarts:
+            tried = f" after {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
+            raise StageError(
+                f"{task}: {cause.reason}{tried}. See {launch.logs[cause.rank]}. Run it again, which resumes from the "
+                "last checkpoint."
+            )
+        restarts += 1
+        terminal.say(
+            f"{task}: {cause.reason}; all ranks start again from the last checkpoint (restart {restarts} of "
+            f"{limits.restarts})"
+        )
+
+
+def _refuse_mistake(cause: Cause) -> None:
+    """Raise the error of a rank that a restart would repeat."""
+    failure = cause.failure
+    if failure is None or failure.kind != "refused":
+        return
+    if failure.exit_code == UserError.exit_code:
+        raise UserError(*failure.lines)
+    raise StageError("\n".join(failure.lines))
+
+
+class _Watch:
+    """One start of all ranks, watched until the last of them has ended."""
+
+    def __init__(self, task: str, launch: Launch, limits: RestartLimits) -> None:
+        self._task = task
+        self._launch = launch
+        self._limits = limits
+        self._ranks: list[RankProcess] = []
+        self._alive: dict[int, float] = {}
+        self._failed_since: float | None = None
+        self._stopping_since: float | None = None
+
+    def run(self) -> Cause | None:
+        """Start the ranks and wait for them; return why they failed, None if they are done.
+
+        Raises:
+            SystemExit: a signal ended the run.
+        """
+        with stop_on_signals() as stop_requested:
+            try:
+                ports = self._launch.find_ports(self._launch.size)
+                for number in range(self._launch.size):
+                    self._ranks.append(RankProcess(self._launch, number, ports))
+                    self._alive[number] = time.monotonic()
+                cause = self._watch(stop_requested)
+            finally:
+                self._end()
+            if stop_requested() and any(rank.process.returncode for rank in self._ranks):
+                raise SystemExit(128 + stop_requested.signal)
+            return cause
+
+    def _watch(self, stop_requested: StopFlag) -> Cause | None:
+        while True:
+            self._read(_TICK_SECONDS)
+            if stop_requested() and self._stopping_since is None:
+                self._stopping_since = time.monotonic()
+                for rank in self._ranks:
+                    rank.signal(signal.SIGTERM)
+            ended = [rank for rank in self._ranks if rank.process.poll() is not None]
+            if self._stopping_since is not None:
+                if len(ended) == len(self._ranks) or time.monotonic() > self._stopping_since + _GRACE_SECONDS:
+                    return None
+            elif cause := self._failed(ended) or self._silent():
+                return cause
+            elif len(ended) == len(self._ranks):
+                return None
+
+    def _read(self, seconds: float) -> None:
+        """Take messages and output of the ranks, waiting for them at most so long."""
+        owners = {pipe: rank for rank in self._ranks for pipe in rank.pipes}
+        if not owners:
+            time.sleep(seconds)
+            return
+        poll = select.poll()
+        for pipe in owners:
+            poll.register(pipe, select.POLLIN | select.POLLHUP)
+        for pipe, _ in poll.poll(seconds * 1000):
+            if owners[pipe].read(pipe):
+                self._alive[owners[pipe].number] = time.monotonic()
+
+    def _failed(self, ended: list[RankProcess]) -> Cause | None:
+        """Return why the first rank failed; None while none has, or while its own cause may still become known."""
+        failed = [rank for rank in ended if rank.process.returncode or not rank.beat.is_done]
+        if not failed:
+            return None
+        self._failed_since = self._failed_since or time.monotonic()
+        self._drain()
+        causes = sorted(failed, key=_order_of_blame)
+        is_consequence = _order_of_blame(causes[0]) >= _CONSEQUENCE
+        if is_consequence and time.monotonic() < self._failed_since + _CAUSE_SECONDS:
+            return None
+        return _cause_of(causes[0])
+
+    def _silent(self) -> Cause | None:
+        """Return which rank made no progress for too long; a rank that waits for others is not to blame for that."""
+        running = [rank for rank in self._ranks if rank.is_training]
+        waiting = [rank for rank in running if rank.beat.waits]
+        busy = [rank for rank in running if not rank.beat.waits and (rank.beat.step >= 0 or waiting)]
+        late = [rank for rank in busy or waiting if self._is_late(rank, waiting)]
+        if not late or (not busy and len(late) < len(waiting)):
+            return None
+        slowest = min(late, key=self._order_of_silence)
+        return Cause(_describe_silence(slowest, waiting, self._limits.timeout), slowest.number)
+
+    def _order_of_silence(self, rank: RankProcess) -> tuple[bool, int, float]:
+        """Return the order of late ranks: the first one is to blame."""
+        return not rank.is_stopped, rank.beat.step, self._alive[rank.number]
+
+    def _is_late(self, rank: RankProcess, waiting: list[RankProcess]) -> bool:
+        """Return whether a rank's time is over.
+
+        It began with the rank's last sign of life or, before the training, when another one began to wait.
+        """
+        begin = self._alive[rank.number]
+        if rank.beat.step < 0 and waiting:
+            begin = max(begin, min(self._alive[other.number] for other in waiting))
+        return time.monotonic() > begin + self._limits.timeout_seconds
+
+    def _drain(self) -> None:
+        """Take what ended ranks have sent before."""
+        for _ in range(100):
+            before = sum(len(rank.pipes) for rank in self._ranks)
+            self._read(0.0)
+            if before == sum(len(rank.pipes) for rank in self._ranks):
+                return
+
+    def _end(self) -> None:
+        """Kill every rank that still runs, and take the rest of the output."""
+        for rank in self._ranks:
+            rank.signal(signal.SIGKILL)
+        for rank in self._ranks:
+            rank.process.wait()
+        self._drain()
+        for rank in self._ranks:
+            rank.close()
+
+
+# From this place on in the order of blame, the end of a rank may be a consequence of another one's
+_CONSEQUENCE = 3
+
+
+def _order_of_blame(rank: RankProcess) -> int:
+    """Return how likely a rank's end is the cause of the others' ends: 0 comes first."""
+    if rank.failure is None:
+        return 0 if rank.process.returncode < 0 else _CONSEQUENCE  # NCCL ends a process that lost a peer
+    return {"refused": 1, "error": 1, "join": 2, "peer": _CONSEQUENCE + 1}[rank.failure.kind]
+
+
+def _cause_of(rank: RankProcess) -> Cause:
+    code = rank.process.returncode
+    if rank.failure is not None:
+        words = {"join": "could not join the others", "peer": "lost the connection to another rank"}
+        what = words.get(rank.failure.kind, "failed")
+        return Cause(f"rank {rank.number} {what} {_place(rank)}: {rank.failure.lines[0]}", rank.number, rank.failure)
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return Cause(f"rank {rank.number} ended with {how} {_place(rank)}", rank.number)
+
+
+def _describe_silence(slowest: RankProcess, waiting: list[RankProcess], timeout: str) -> str:
+    stopped = " and is stopped" if slowest.is_stopped else ""
+    others = [rank for rank in waiting if rank is not slowest]
+    meanwhile = f"; rank {others[0].number} waited in: {others[0].beat.doing}" if others else ""
+    return f"rank {slowest.number} made no progress for {timeout} {_place(slowest)}{stopped}{meanwhile}"
+
+
+def _place(rank: RankProcess) -> str:
+    """Return in words where a rank is in its run."""
+    beat = rank.beat
+    where = "before the training" if beat.step < 0 else "before step 1" if not beat.step else f"at step {beat.step}"
+    return f"{where} ({beat.doing})"

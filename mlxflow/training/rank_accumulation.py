@@ -1,0 +1,288 @@
+"""The summed gradients of an update over the ranks of a distributed run.
+
+The rows of an update are split into the forward passes that one process would make. Pass i belongs to rank i modulo the
+number of ranks. After each round of passes, one of each rank, the gradients are added in the order of the passes: the
+sum has the bits of one process's. With `reduction = "fast"` each rank adds its own passes, and the backend adds those
+of the ranks.
+
+Before each reduction the ranks exchange a few numbers: whether the pass fit into the memory, whether a signal asks to
+stop, and the digest of the weights. The device computes meanwhile.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from mlxflow.data.loader import DeviceBatch
+from mlxflow.distributed import reduction
+from mlxflow.distributed.team import Team, odd_rank
+from mlxflow.distributed.weight_digest import digest_of
+from mlxflow.messages.errors import StageError
+from mlxflow.training.accumulation import RunParts, Summed, send
+from mlxflow.training.batch_size import split
+from mlxflow.training.random_streams import RandomStream
+from mlxflow.training.settings import SettingNames
+from mlxflow.training.step import Gradients, out_of_memory_bytes
+
+
+class _Pass(NamedTuple):
+    """A forward pass of this rank.
+
+    Attributes:
+        number: of the pass in the update.
+        begin: its first row, among those that this rank has read.
+        end: one past its last.
+    """
+
+    number: int
+    begin: int
+    end: int
+
+
+class _Status(NamedTuple):
+    """The numbers that the ranks exchange before a reduction: of one rank, or a column of each of all ranks."""
+
+    batch_size: Any
+    passes: Any
+    targets: Any
+    is_out_of_memory: Any
+    needed_bytes: Any
+    stops: Any
+    draws: Any
+    weights: Any
+
+
+class _OutOfMemoryError(Exception):
+    """A rank could not compute its pass; all of them try again with fewer rows."""
+
+    def __init__(self, needed_bytes: int) -> None:
+        super().__init__(needed_bytes)
+        self.needed_bytes = needed_bytes
+
+
+class RankAccumulator:
+    """Sums the gradients of an update over all ranks; see `accumulation.Accumulator`.
+
+    Args:
+        team: of this process.
+        parts: of the run.
+        signalled: whether a signal asks this process to end the run.
+        names: of the settings, for messages.
+
+    Attributes:
+        partial: the sums of an update that one process began and was stopped in; None without one.
+    """
+
+    def __init__(self, team: Team, parts: RunParts, signalled: Callable[[], bool], names: SettingNames) -> None:
+        self.partial: Gradients | None = None
+        self._team = team
+        self._parts = parts
+        self._signalled = signalled
+        self._task = names.table or "training"
+        self._stops = False
+        self._random = RandomStream()
+        self._digest: mx.array | None = None
+        self._batch: DeviceBatch | None = None
+        self._passes: list[_Pass] = []
+        self._count = 0  # passes of all ranks in this update
+        self._targets = 0  # of all ranks
+        self._shapes: set[int] = set()
+
+    def begin(self, digests: Mapping[str, str]) -> None:
+        """Compare this rank with the others before its first step.
+
+        Args:
+            digests: of what all ranks must share, by its name.
+
+        Raises:
+            StageError: a rank differs.
+        """
+        own = {"weights": str(self._weights_digest().item()), "checkpoint": str(self._parts.state.step)}
+        self._team.step = self._parts.state.step
+        self._team.require_equal({**digests, **own}, task=self._task)
+
+    def after_update(self, *, compares: bool) -> None:
+        """Note the digest of the weights after an update, if they are to be compared; the next exchange compares it."""
+        if compares:
+            self._digest = self._weights_digest()
+            mx.async_eval(self._digest)
+
+    def finish(self) -> None:
+        """Compare the weights at the end of the training, and report the end to the supervisor.
+
+        Raises:
+            StageError: a rank differs.
+        """
+        self._team.require_equal({"weights": str(self._weights_digest().item())}, task=self._task)
+        self._team.heart.beat(self._team.step, "after the training", is_done=True)
+
+    def stop_requested(self) -> bool:
+        """Return whether a signal asks any rank to end the run; the same on all ranks."""
+        return self._stops
+
+    def take_batch(self) -> bool:
+        """Take this rank's rows of the next update; return whether a shape of its forward passes is new."""
+        self._team.step = self._parts.state.step + 1
+        self._team.beat("reading rows")
+        self._read_rows()
+        new = {one.end - one.begin for one in self._passes} - self._shapes
+        self._shapes |= new
+        return bool(new)
+
+    def _read_rows(self) -> None:
+        sizes, team = self._parts.sizes, self._team
+        rows = sizes.rows_per_update
+        spans = [span for span in split(rows, sizes.size) if span[1] > self._parts.state.rows_done]
+        self._count = len(spans)
+        own, self._passes = [np.empty(0, np.int64)], []
+        for number, (first, last) in list(enumerate(spans))[team.rank.number :: team.size]:
+            begin = sum(map(len, own))
+            own.append(np.arange(first, last, dtype=np.int64))
+            self._passes.append(_Pass(number, begin, begin + last - first))
+        self._batch = self._parts.batches.take(rows, np.concatenate(own))
+
+    def accumulate(self, *, waits: bool) -> Summed:
+        """Return the sums of the update, the same on all ranks; with smaller batches after a rank was out of memory.
+
+        Args:
+            waits: whether to wait for the device after each forward pass.
+
+        Raises:
+            StageError: the ranks differ in their weights or in what they do.
+            WorkflowError: no batch fits into the memory of every rank.
+        """
+        parts = self._parts
+        while True:
+            if parts.sizes.must_shrink(parts.state.step):
+                parts.recorder.write(parts.sizes.follow_shrink(parts.state.step).record())
+                self._read_rows()
+            self._random.begin_update()
+            try:
+                gradients = self._fast(waits) if self._team.rank.reduction == "fast" else self._in_order(waits)
+            except _OutOfMemoryError as error:
+                needed = error.needed_bytes
+            else:
+                self._random.end_update(self._count)
+                self.partial = self._batch = None
+                return Summed(gradients, self._targets, parts.batches.cursor)
+            self.partial, parts.state.rows_done = None, 0
+            parts.recorder.write(parts.memory.shrink(parts.state.step, needed).record())
+            parts.batches.close()
+            self._read_rows()
+            waits = True  # the next one may be too large, too
+
+    def _in_order(self, waits: bool) -> Gradients:
+        """Return the sums of all passes, added in their order after each round of them."""
+        team, so_far = self._team, self.partial or self._zeros()
+        for first in range(0, self._count, team.size):
+            own = [one for one in self._passes if first <= one.number < first + team.size]
+            mine = self._computed(own, None, waits=waits) or self._zeros()
+            count = min(team.size, self._count - first)
+            so_far = _like(so_far, reduction.add_in_rank_order(team, _arrays(so_far), _arrays(mine), count=count))
+            self._send(so_far, waits=waits)
+        return so_far
+
+    def _fast(self, waits: bool) -> Gradients:
+        """Return the sums of all passes, added by each rank and then by the backend."""
+        begun = self.partial if self._team.rank.is_first else None
+        mine = self._computed(self._passes, begun, waits=waits) or self._zeros()
+        summed = _like(mine, reduction.sum_fast(self._team, _arrays(mine)))
+        self._send(summed, waits=waits)
+        return summed
+
+    def _send(self, gradients: Gradients, *, waits: bool) -> None:
+        self._team.beat("sum of gradients", waits=waits)
+        send(gradients, self._parts.state, waits=waits)
+        self._team.beat("update")
+
+    def _computed(self, passes: list[_Pass], begun: Gradients | None, *, waits: bool) -> Gradients | None:
+        """Return the sums of this rank's passes, when every rank has computed its own; None without passes.
+
+        Raises:
+            _OutOfMemoryError: a rank could not.
+        """
+        so_far, needed = begun, None
+        try:
+            for one in passes:
+                self._team.beat("forward pass")
+                so_far = self._forward(one, so_far, adds=begun is not None or len(passes) > 1)
+                send(so_far, self._parts.state, waits=waits)
+        except RuntimeError as error:
+            needed = out_of_memory_bytes(error)
+            if needed is None:
+                raise
+        self._agree(needed)
+        return so_far
+
+    def _forward(self, one: _Pass, so_far: Gradients | None, *, adds: bool) -> Gradients:
+        tokens, marks = (rows[one.begin : one.end] for rows in cast("DeviceBatch", self._batch)[:2])
+        step = self._parts.step
+
+        def compute() -> Gradients:
+            self._random.begin_pass(one.number)
+            return step.add(tokens, marks, so_far) if adds else step.compute(tokens, marks)
+
+        gradients = compute()
+        if self._random.draws < 0:
+            mx.eval(gradients, step.state[2])
+            if self._random.count_draws():
+                gradients = compute()
+        return gradients
+
+    def _agree(self, needed_bytes: int | None) -> None:
+        """Exchange what all ranks must know before they add their gradients.
+
+        Raises:
+            StageError: the ranks differ in their weights or in what they do.
+            _OutOfMemoryError: a rank has no gradients.
+        """
+        parts = self._parts
+        mine = _Status(
+            batch_size=parts.sizes.size,
+            passes=self._count,
+            targets=cast("DeviceBatch", self._batch).targets,
+            is_out_of_memory=int(needed_bytes is not None),
+            needed_bytes=needed_bytes or 0,
+            stops=int(self._signalled()),
+            draws=self._random.draws,
+            weights=self._digest_number(),
+        )
+        everyone = _Status(*self._team.exchange("check before the sum of gradients", mine).T)
+        for what, values in (("a batch size", everyone.batch_size), ("a number of passes", everyone.passes)):
+            if (odd := odd_rank(values)) is not None:
+                raise StageError(f"{self._task}: rank {odd} has {what} of its own in step {self._team.step}: {values}.")
+        if (odd := odd_rank(everyone.weights)) is not None:
+            raise StageError(
+                f"{self._task}: rank {odd} has other weights than the other ranks after step {parts.state.step}. "
+                "Run it again: it resumes from the last checkpoint."
+            )
+        self._stops |= bool(everyone.stops.any())
+        self._random.draws = int(everyone.draws.max())
+        self._targets = int(everyone.targets.sum())
+        if everyone.is_out_of_memory.any():
+            raise _OutOfMemoryError(int(everyone.needed_bytes.max()))
+
+    def _weights_digest(self) -> mx.array:
+        return digest_of(self._parts.step.state[1]["weights"])
+
+    def _digest_number(self) -> int:
+        """Return the digest of the weights that was noted, 0 without one; then it is no longer noted."""
+        digest, self._digest = self._digest, None
+        return 0 if digest is None else cast("int", digest.item())
+
+    def _zeros(self) -> Gradients:
+        return self._parts.step.zeros()
+
+
+def _arrays(gradients: Gradients) -> list[mx.array]:
+    return [gradients.total, gradients.targets, *(array for _, array in tree_flatten(gradients.tree))]
+
+
+def _like(gradients: Gradients, arrays: list[mx.array]) -> Gradients:
+    """Return gradients with other arrays, in the order of `_arrays`."""
+    total, targets, *leaves = arrays
+    rest = iter(leaves)
+    return Gradients(total, targets, tree_map(lambda _: next(rest), gradients.tree))

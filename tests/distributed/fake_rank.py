@@ -1,0 +1,52 @@
+"""A rank of a test of the supervisor: it does what its script says, without MLX."""
+
+import os
+import signal
+import sys
+import time
+
+from mlxflow.distributed.heartbeat import Heart
+from mlxflow.distributed.rank import of_this_process
+
+rank = of_this_process()
+heart = Heart(rank.beats)
+script = sys.stdin.read().split(";")
+
+
+def end(number: int, frame: object) -> None:
+    """End as a rank that has saved its checkpoint."""
+    print("saved", flush=True)
+    sys.exit(128 + number)
+
+
+signal.signal(signal.SIGTERM, end)
+for line in script:
+    number, _, action = line.strip().partition(" ")
+    if number not in ("all", str(rank.number)):
+        continue
+    verb, _, rest = action.partition(" ")
+    if verb == "beat":
+        step, _, doing = rest.partition(" ")
+        heart.beat(int(step), doing)
+    elif verb == "wait":
+        step, _, doing = rest.partition(" ")
+        heart.beat(int(step), doing, waits=True)
+    elif verb == "done":
+        heart.beat(9, "after the training", is_done=True)
+    elif verb == "print":
+        print(rest, flush=True)
+    elif verb == "fail":
+        kind, code, message = rest.split(" ", 2)
+        heart.fail(kind, message, int(code))  # type: ignore[arg-type]
+        sys.exit(int(code))
+    elif verb == "exit":
+        sys.exit(int(rest))
+    elif verb == "sleep":
+        time.sleep(float(rest))
+    elif verb == "once":  # what follows is done in the first start only
+        try:
+            open(rest, "x").close()  # noqa: PTH123
+        except FileExistsError:
+            break
+    elif verb == "kill":
+        os.kill(os.getpid(), getattr(signal, rest))

@@ -1,0 +1,123 @@
+"""Trainings on real ranks: the bytes of one process, whatever happens on the way."""
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlxflow.distributed import launcher
+from mlxflow.messages.errors import StageError
+from tests.distributed.conftest import Build, Faults
+
+Alone = tuple[Path, bytes]
+
+
+def _records(kind: str, folder: Path = Path()) -> list[dict[str, object]]:
+    lines = (folder / "artifacts/train/metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_killed_and_stopped_ranks_and_a_taken_port_change_no_byte(
+    trained_alone: Alone,
+    train: Build,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    found: list[list[int]] = []
+
+    def ports(count: int) -> list[int]:
+        found.append(free_ports(count))
+        return [taken.getsockname()[1], *found[-1][1:]] if len(found) == 1 else found[-1]
+
+    free_ports = launcher.free_ports
+    monkeypatch.setattr(launcher, "free_ports", ports)
+    faults.planned = {
+        (0, 4): (signal.SIGKILL, "rank"),
+        (1, 8): (signal.SIGSTOP, "rank"),
+        (1, 11): (signal.SIGKILL, "rank"),
+    }
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        model = train(2, step_timeout='"3 s"')
+    assert model == trained_alone[1]
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: rank")]
+    assert len(said) == faults.starts - 1 == 4
+    assert "could not join the others" in said[0]
+    assert said[1].startswith("train: rank 0 ended with signal SIGKILL at step 4 (")
+    assert said[2].startswith("train: rank 1 made no progress for 3 s at step 8 (")
+    assert "and is stopped" in said[2]
+    assert said[3].startswith("train: rank 1 ended with signal SIGKILL at step 11 (")
+    assert said[3].endswith("(restart 3 of 3)")
+    for kind, figures in (("train", ("step", "loss", "gradient_norm", "tokens")), ("validation", ("step", "loss"))):
+        ours, alone = _records(kind), _records(kind, trained_alone[0])
+        assert [[one[name] for name in figures] for one in ours] == [[one[name] for name in figures] for one in alone]
+
+
+def test_a_run_stops_on_four_ranks_continues_on_two_and_ends_on_one_in_the_same_bytes(
+    trained_alone: Alone, train: Build, faults: Faults, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for processes, step in ((4, 3), (2, 7)):
+        faults.planned = {(processes - 1, step): (signal.SIGTERM, "supervisor")}
+        with pytest.raises(SystemExit) as caught:
+            train(processes)
+        assert caught.value.code == 128 + signal.SIGTERM
+        assert f"rank 0: train: stopped after step {step}; " in capfd.readouterr().err
+    assert train(1) == trained_alone[1]
+    assert "train: resumes from step 7 (" in capfd.readouterr().err
+
+
+def test_a_fast_reduction_differs_from_the_ordered_one_by_rounding_only(trained_alone: Alone, train: Build) -> None:
+    train(2, reduction='"fast"')
+    fast = load_file("artifacts/train/model.safetensors")
+    for name, ordered in load_file(trained_alone[0] / "artifacts/train/model.safetensors").items():
+        np.testing.assert_allclose(fast[name], ordered, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_a_rank_that_is_out_of_memory_makes_all_retry_with_fewer_rows(
+    train: Build, fault: Callable[[str], None]
+) -> None:
+    fault("memory")
+    train(2, train="", restarts=0)
+    sizes = [(record["step"], record["batch_size"], record["reason"]) for record in _records("batch_size")]
+    assert sizes == [(0, 2, "begin"), (1, 3, "grow"), (1, 2, "out of memory")]
+    assert _records("train")[-1]["step"] == 12
+
+
+def test_a_rank_with_other_weights_ends_the_run_with_its_name(train: Build, fault: Callable[[str], None]) -> None:
+    fault("weights")
+    with pytest.raises(StageError) as caught:
+        train(2)
+    assert str(caught.value) == (
+        "train: rank 1 has other weights than the other ranks after step 2. Run it again: it resumes from the last "
+        "checkpoint."
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_killed_at_random_steps_end_in_the_same_bytes(
+    trained_alone: Alone, train: Build, faults: Faults, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    first, second = sorted(generator.choice(np.arange(1, 13), 2, replace=False).tolist())
+    faults.planned = {
+        (seed % 2, first): (signal.SIGKILL, "rank"),
+        (int(generator.integers(2)), second): (signal.SIGKILL, "rank"),
+    }
+    assert train(2) == trained_alone[1]
+
+
+@pytest.mark.faults
+def test_a_rank_that_raises_is_named_and_the_run_continues(
+    trained_alone: Alone, train: Build, fault: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault("raises")
+    assert train(2) == trained_alone[1]
+    assert "train: rank 1 failed at step 2 (forward pass): ValueError: an odd number; " in capfd.readouterr().err

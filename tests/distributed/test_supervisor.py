@@ -1,0 +1,172 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlxflow.distributed import supervisor
+from mlxflow.distributed.launcher import Launch, free_ports
+from mlxflow.distributed.supervisor import RestartLimits, supervise
+from mlxflow.messages.errors import StageError, UserError
+from mlxflow.storage.regular_files import open_log
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that supervises ranks that follow a script; see `fake_rank`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(supervisor, "_CAUSE_SECONDS", 0.5)
+
+    def start(script: str, *, size: int = 2, restarts: int = 0, timeout: float = 60.0) -> None:
+        supervise(
+            "train",
+            Launch(
+                command=(sys.executable, str(Path(__file__).with_name("fake_rank.py"))),
+                data=script.encode(),
+                size=size,
+                backend="ring",
+                reduction="ordered",
+                logs=[Path(f"rank-{number}.log") for number in range(size)],
+                open_log=open_log,
+                find_ports=free_ports,
+            ),
+            RestartLimits(f"{timeout:g} s", timeout, restarts),
+        )
+        assert not psutil.Process().children()
+
+    return start
+
+
+def test_ranks_that_end_well_are_done_and_their_output_is_prefixed_and_logged(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run("all beat 1 forward pass; 0 print one; 1 print two; all done")
+    lines = capfd.readouterr().err.splitlines()
+    assert sorted(lines) == ["rank 0: one", "rank 1: two"]
+    assert [Path(f"rank-{number}.log").read_text() for number in range(2)] == ["one\n", "two\n"]
+
+
+def test_a_killed_rank_ends_all_and_is_named_with_its_step(run: Run) -> None:
+    with pytest.raises(StageError) as caught:
+        run("0 wait 3 check before the sum of gradients; 0 sleep 60; 1 beat 3 forward pass; 1 kill SIGKILL")
+    assert str(caught.value) == (
+        "train: rank 1 ended with signal SIGKILL at step 3 (forward pass). See rank-1.log. Run it again, which resumes "
+        "from the last checkpoint."
+    )
+
+
+def test_the_rank_that_was_killed_is_named_and_not_those_that_lost_it(run: Run) -> None:
+    script = "0 beat 3 update; 0 fail peer 1 [ring] lost; 1 beat 3 forward pass; 1 sleep 0.3; 1 kill SIGKILL"
+    with pytest.raises(StageError, match=r"^train: rank 1 ended with signal SIGKILL at step 3 \(forward pass\)\. "):
+        run(script)
+
+
+def test_all_ranks_start_again_as_often_as_the_limit_says(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StageError) as caught:
+        run("0 sleep 60; 1 beat 0 validation; 1 exit 7", restarts=2)
+    again = "all ranks start again from the last checkpoint"
+    cause = "train: rank 1 ended with exit code 7 before step 1 (validation)"
+    assert capfd.readouterr().err.splitlines() == [
+        f"{cause}; {again} (restart 1 of 2)",
+        f"{cause}; {again} (restart 2 of 2)",
+    ]
+    assert str(caught.value) == (
+        f"{cause} after 2 restarts. See rank-1.log. Run it again, which resumes from the last checkpoint."
+    )
+
+
+def test_a_restart_that_succeeds_is_a_success(run: Run) -> None:
+    run("1 once begun; 1 fail error 1 ValueError: odd; all done", restarts=1)
+
+
+def test_a_rank_that_ends_before_its_training_is_over_has_failed(run: Run) -> None:
+    with pytest.raises(StageError, match=r"^train: rank 1 ended with exit code 0 at step 2 \(update\)\. "):
+        run("0 sleep 60; 1 beat 2 update")
+
+
+def test_a_silent_rank_is_ended_after_the_timeout_and_named_with_what_the_others_waited_in(run: Run) -> None:
+    with pytest.raises(StageError) as caught:
+        run("1 wait 4 reading of the memory; 0 beat 4 forward pass; all sleep 60", timeout=0.5)
+    assert str(caught.value).startswith(
+        "train: rank 0 made no progress for 0.5 s at step 4 (forward pass); rank 1 waited in: reading of the memory. "
+    )
+
+
+def test_a_stopped_rank_is_named_as_stopped(run: Run) -> None:
+    with pytest.raises(StageError, match=r"^train: rank 1 made no progress for 1 s at step 4 \(sum\) and is stopped; "):
+        run("all wait 4 sum; 1 kill SIGSTOP; all sleep 60", timeout=1.0)
+
+
+def test_a_rank_that_others_wait_for_before_the_training_has_the_same_time(run: Run) -> None:
+    with pytest.raises(StageError, match=r"^train: rank 1 made no progress for 0\.5 s before the training \(start\); "):
+        run("0 wait -1 joining the other ranks; all sleep 60", timeout=0.5)
+
+
+def test_a_long_start_and_long_work_after_the_training_have_no_timeout(run: Run) -> None:
+    run("all sleep 1; all beat 1 forward pass; all done; 0 sleep 1", timeout=0.3)
+
+
+def test_a_mistake_of_the_user_is_raised_once_and_not_tried_again(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        run("all beat 1 x; all fail refused 2 train.batch_size: too large.", restarts=3)
+    assert caught.value.problems == ("train.batch_size: too large.",)
+    with pytest.raises(StageError, match=r"^the disk is full$"):
+        run("0 fail refused 1 the disk is full; 1 sleep 60", restarts=3)
+    assert capfd.readouterr().err == ""
+
+
+def test_ports_that_were_taken_are_chosen_again_without_a_counted_restart(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run("0 once begun; 0 fail join 1 JoinError: [ring] Couldn't bind socket (error: 98); all done")
+    assert capfd.readouterr().err.splitlines() == [
+        "train: rank 0 could not join the others before the training (start): JoinError: [ring] Couldn't bind socket "
+        "(error: 98); the ranks start again with other ports"
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_ranks_save_and_ends_the_run(
+    run: Run, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
+    with pytest.raises(SystemExit) as caught:
+        run("all beat 1 x; all sleep 60", restarts=3)
+    assert caught.value.code == 128 + number
+    assert sorted(capfd.readouterr().err.splitlines()) == ["rank 0: saved", "rank 1: saved"]
+
+
+def test_a_supervisor_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from mlxflow.distributed.launcher import Launch, free_ports
+from mlxflow.distributed.supervisor import RestartLimits, supervise
+from mlxflow.storage.regular_files import open_log
+command = (sys.executable, "-c", {_ENDS_WITH_PARENT!r})
+logs = [Path("0.log"), Path("1.log")]
+launch = Launch(command, b"", 2, "ring", "ordered", logs, open_log, free_ports)
+supervise("train", launch, RestartLimits("1 h", 3600, 0))
+"""
+    watching = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+    lines = [watching.stderr.readline() for _ in range(2)]  # "rank 0: its process"
+    ranks = [psutil.Process(int(line.split()[-1])) for line in lines]
+    watching.kill()
+    watching.wait()
+    watching.stderr.close()
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
+
+
+_ENDS_WITH_PARENT = (
+    "import os, time; from mlxflow.device.child_processes import end_with_parent\n"
+    "assert end_with_parent()\n"
+    "print(os.getpid(), flush=True)\n"
+    "time.sleep(600)\n"
+)
