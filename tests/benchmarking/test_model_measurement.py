@@ -5,7 +5,7 @@ import pytest
 
 from mlxflow.benchmarking import model_measurement
 from mlxflow.benchmarking.model_measurement import ComparedModels
-from mlxflow.evaluation import perplexity
+from mlxflow.training import model_artifact
 from tests.benchmarking.report_rows import model_row
 from tests.small_models import FREE
 
@@ -37,12 +37,12 @@ def test_a_model_that_does_not_fit_has_an_error_and_the_others_are_measured(
 
 
 def test_a_model_whose_perplexity_is_not_a_number_has_an_error(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = perplexity.measure_perplexity
+    measure = model_artifact.measure_model
 
     def measured(model: Any, rows: Any, **how: Any) -> Any:
         return measure(model, rows, **how)._replace(perplexity=float("nan"))
 
-    monkeypatch.setattr(model_measurement, "measure_perplexity", measured)
+    monkeypatch.setattr(model_measurement, "measure_model", measured)
     (row,) = _models(built).only({"quantize:q4"}).measure(FREE)
     assert row.error == "its perplexity is not a number. Look for weights that are not finite"
     assert row.measured is None
