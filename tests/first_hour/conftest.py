@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.journey import pretrained
 
 #: A first hour takes no more commands than these.
 MAX_COMMANDS = 4
@@ -100,7 +101,10 @@ def newcomer(programs: Path, tmp_path: Path) -> Newcomer:
 
 @pytest.fixture(scope="session")
 def chat_model(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny chat model, as one from elsewhere: made by the base workflow of an example."""
+    """The folder of a chat model: SmolLM2-135M-Instruct if it was downloaded before, else one of an example's base."""
+    downloaded = pretrained.cache_folder() / "SmolLM2-135M-Instruct"
+    if (downloaded / "config.json").is_file():
+        return downloaded
     folder = tmp_path_factory.mktemp("model")
     shutil.copytree(EXAMPLES / "chat-lora", folder / "made", ignore=shutil.ignore_patterns("artifacts"))
     maker = Newcomer(folder / "made", programs)

@@ -1,5 +1,6 @@
 """The first hour of a user with a chat model and conversations."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ pytestmark = pytest.mark.first_hour
 
 def test_a_chat_model_learns_conversations_and_answers(newcomer: Newcomer, chat_model: Path) -> None:
     newcomer.types("mlxflow init talk --template chat")
-    shutil.copytree(chat_model, newcomer.folder / "talk/model")
+    workflow = newcomer.folder / "talk/workflow.toml"
+    workflow.write_text(workflow.read_text().replace('"model"', json.dumps(str(chat_model))))
     shutil.copy(EXAMPLES / "chat-lora/chats.jsonl", newcomer.folder / "talk")
     newcomer.types("cd talk && mlxflow build train report")
     newcomer.assert_improved("talk")

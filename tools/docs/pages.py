@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tools.docs.api_page import api_page
 from tools.docs.command_page import command_page
+from tools.docs.messages_page import messages_page
 from tools.docs.workflow_pages import workflow_pages
 
 REPOSITORY = Path(__file__).parents[2]
@@ -17,6 +18,7 @@ def generated_pages() -> dict[str, str]:
     return {
         **tables,
         f"{REFERENCE}/command.md": command_page(REPOSITORY),
+        f"{REFERENCE}/messages.md": messages_page(REPOSITORY),
         f"{REFERENCE}/python-api.md": api_page(REPOSITORY),
     }
 
