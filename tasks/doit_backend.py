@@ -110,6 +110,8 @@ class Journal:
             raise self.unwritable
 
     def _append(self, task_id: str) -> None:
+        from mlxflow.storage.flushing import flush_drive
+
         self.check_writable()
         Path(self.name).parent.mkdir(parents=True, exist_ok=True)
         if self._damaged:
@@ -121,7 +123,7 @@ class Journal:
         with naming(self.name), open(self.name, "ab", buffering=0, opener=_open_to_append) as file:
             while data:
                 data = data[file.write(data) :]
-            os.fsync(file.fileno())
+            flush_drive(file.fileno())
         self._torn = False
         self._lines += 1
 

@@ -1,9 +1,12 @@
 """Run a stage in a child process that ends with doit; its output goes to the terminal and to a log."""
 
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +17,10 @@ from mlxflow.messages import terminal
 from mlxflow.messages.os_errors import naming
 from mlxflow.storage.regular_files import open_log
 
-_GRACE_SECONDS = 30
+_GRACE_SECONDS = 30.0
+
+# How often a process that is being ended is looked at while its output is read
+_LOOK_SECONDS = 0.05
 
 _running: set["subprocess.Popen[bytes]"] = set()
 
@@ -45,13 +51,15 @@ def run_process(command: Sequence[str], log: Path, handover: bytes = b"") -> int
             os.close(child_output)
             child_output = -1
             _running.add(process)
+            copied = _Output(output, file)
             try:
                 _write(process, handover)
-                _copy(output, file)
+                copied.copy()
                 return process.wait()
             except BaseException:
-                _end(process)
-                _copy(output, file)  # its last output
+                copied.is_final = True
+                _end(process, copied)
+                copied.copy()  # its last output
                 raise
             finally:
                 _running.discard(process)
@@ -75,19 +83,38 @@ def end_all() -> None:
         _end(process)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Terminate a process group: SIGTERM, then SIGKILL after a grace period."""
+def _end(process: "subprocess.Popen[bytes]", output: "_Output | None" = None) -> None:
+    """Terminate a process group: SIGTERM, then SIGKILL after a grace period.
+
+    Args:
+        process: the leader of the group.
+        output: of the process, if no other thread reads it. It is read meanwhile: a process that writes more than a
+            pipe holds does not end before, and on macOS none does whose output on a pseudo-terminal is not read.
+    """
     if process.poll() is not None:
         return
-    for number, patience in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
+    for number, patience in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, math.inf)):
         try:
             os.killpg(process.pid, number)
-            process.wait(patience)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # it has ended; macOS denies signals to a group of dead processes
             return
-        except subprocess.TimeoutExpired:
-            continue
-        return
+        if _has_ended(process, output, patience):
+            return
+
+
+def _has_ended(process: "subprocess.Popen[bytes]", output: "_Output | None", seconds: float) -> bool:
+    """Wait for the end of a process while its output is read; return False if it takes longer than some seconds."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        if output is None or output.has_ended:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(None if left == math.inf else left)
+        else:
+            output.copy(min(left, _LOOK_SECONDS))
+    return True
 
 
 def _open_terminal() -> tuple[int, int]:
@@ -102,18 +129,42 @@ def _open_terminal() -> tuple[int, int]:
     return ours, theirs
 
 
-def _copy(source: int, log: BinaryIO) -> None:
-    """Copy a process's output to standard error and a log until it ends; control characters are escaped."""
-    shown = terminal.Foreign()
-    data = b"-"
-    while data:
+class _Output:
+    """The output of a process, copied to standard error and a log; control characters are escaped.
+
+    Args:
+        source: the descriptor to read.
+        log: the file that gets a copy.
+
+    Attributes:
+        has_ended: whether all of it was read.
+        is_final: the process is being ended: what cannot be written is still read, and the first error counts.
+    """
+
+    def __init__(self, source: int, log: BinaryIO) -> None:
+        self._source, self._log = source, log
+        self._shown = terminal.Foreign()
+        self.has_ended = False
+        self.is_final = False
+
+    def copy(self, seconds: float | None = None) -> None:
+        """Copy the output until it ends, or for some seconds."""
+        deadline = time.monotonic() + seconds if seconds is not None else math.inf
+        while not self.has_ended and (left := deadline - time.monotonic()) > 0:
+            if not select.select([self._source], [], [], None if left == math.inf else left)[0]:
+                return
+            self._copy_piece()
+
+    def _copy_piece(self) -> None:
         try:
-            data = os.read(source, 1 << 16)
+            data = os.read(self._source, 1 << 16)
         except OSError:  # on Linux, the other end of the pseudo-terminal was closed
             data = b""
-        if text := shown.feed(data, ends=not data):
-            log.write(text)
-            log.flush()
-            with naming("standard error"):
-                sys.stderr.flush()
-                os.write(2, text)
+        self.has_ended = not data
+        if text := self._shown.feed(data, ends=not data):
+            with suppress(*([OSError] if self.is_final else [])):
+                self._log.write(text)
+                self._log.flush()
+                with naming("standard error"):
+                    sys.stderr.flush()
+                    os.write(2, text)

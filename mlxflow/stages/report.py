@@ -145,5 +145,5 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     members = [member for member in context.members if member.task in inputs.reports]
     read = read_run(context.root, members, name=context.name, samples=samples)
     page = render([read])
-    atomic_folders.write_whole(outputs.page, page)
+    atomic_folders.write_whole(outputs.page, page, is_published=True)
     return PageReport(page_bytes=len(page), samples=tuple(samples))

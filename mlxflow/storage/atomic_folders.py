@@ -16,7 +16,7 @@ from pathlib import Path
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import StageError
 from mlxflow.messages.os_errors import OF_WRITING, advise, is_about_a_file, named, naming
-from mlxflow.storage import temporary_files
+from mlxflow.storage import flushing, temporary_files
 
 _PARTIAL_SUFFIX = ".partial"
 _ASIDE_SUFFIX = f"{_PARTIAL_SUFFIX}.old"
@@ -65,10 +65,7 @@ def _publish(private: Path, folder: Path, keep: Callable[[], Iterable[str]]) -> 
         yield private
         for name in keep():
             _carry_over(folder / name, private / name)
-        for path in sorted(private.rglob("*")):
-            if not path.is_symlink():
-                _flush(path)
-        _flush(private)
+        _flush_all(private)
         _swap(private, folder)
     except BaseException:
         with suppress(OSError):  # the first error is reported, and the next run removes the folder
@@ -227,31 +224,27 @@ def _folders(folder: Path) -> list["os.DirEntry[str]"]:
         return [entry for entry in entries if entry.is_symlink() or entry.is_dir()]
 
 
-def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+def _flush_all(folder: Path) -> None:
+    """Flush everything in a folder to the disk: each file to the drive, and the drive's cache once."""
+    paths = [path for path in sorted(folder.rglob("*")) if not path.is_symlink()]
+    last = next(filter(Path.is_file, reversed(paths)), folder)
+    for path in (*paths, folder):
+        if path != last:
+            _flush(path)
+    _flush(last, by=flushing.flush_drive)
+
+
+def _flush(path: Path, *, by: Callable[[int], None] = flushing.flush) -> None:
+    """Flush a file or folder."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            _flush_descriptor(descriptor)
+            by(descriptor)
         except OSError as error:
             if error.errno not in _CANNOT_FLUSH or not path.is_dir():
                 raise
         finally:
             os.close(descriptor)
-
-
-def _flush_descriptor(descriptor: int) -> None:
-    import fcntl
-
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync does not flush the drive's cache
-    if full is not None:
-        try:
-            fcntl.fcntl(descriptor, full)
-        except OSError:  # a file system without this call
-            pass
-        else:
-            return
-    os.fsync(descriptor)
 
 
 def _swap(private: Path, folder: Path) -> None:
@@ -286,10 +279,15 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, is_published: bool = False) -> None:
     """Write a file atomically: readers see the old bytes or the new ones.
 
     A link stays a link; its target is written.
+
+    Args:
+        path: the file.
+        data: its new content.
+        is_published: the file lies in the folder of `publishing`, which flushes the drive for all of its files.
     """
     place = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = temporary_files.beside(place)
@@ -297,7 +295,7 @@ def write_whole(path: Path, data: bytes) -> None:
         with naming(place), temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            _flush_descriptor(file.fileno())
+            (flushing.flush if is_published else flushing.flush_drive)(file.fileno())
         temporary.replace(place)
     except BaseException:
         with suppress(OSError):  # the first error is reported

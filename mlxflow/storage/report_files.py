@@ -12,10 +12,13 @@ from mlxflow.storage.regular_files import read_regular
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as TOML. Values that differ between equal runs belong in its `[run]` table."""
+    """Write the report of an artifact that is being published, as TOML.
+
+    Values that differ between equal runs belong in its `[run]` table.
+    """
     import tomli_w
 
-    write_whole(path, tomli_w.dumps(report).encode())
+    write_whole(path, tomli_w.dumps(report).encode(), is_published=True)
 
 
 def read_report(path: Path) -> dict[str, Any]:
