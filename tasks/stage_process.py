@@ -19,8 +19,8 @@ from mlxflow.storage.regular_files import open_log
 
 _GRACE_SECONDS = 30.0
 
-# How often a process that is being ended is looked at while its output is read
-_LOOK_SECONDS = 0.05
+# How often a process that is being ended is polled while its output is read
+_POLL_SECONDS = 0.05
 
 _running: set["subprocess.Popen[bytes]"] = set()
 
@@ -113,7 +113,7 @@ def _has_ended(process: "subprocess.Popen[bytes]", output: "_Output | None", sec
             with suppress(subprocess.TimeoutExpired):
                 process.wait(None if left == math.inf else left)
         else:
-            output.copy(min(left, _LOOK_SECONDS))
+            output.copy(min(left, _POLL_SECONDS))
     return True
 
 
