@@ -31,7 +31,8 @@ template <typename T> INLINE void write_8(T* to, const float (&from)[8]) {
 """
 
 #: The same definitions for Metal. MLX passes an input of fewer than 8 numbers in constant memory, another in device
-#: memory: what reads an input takes both.
+#: memory: what reads an input takes both. In device memory eight numbers are two accesses of four, which may begin at
+#: any number: a view does.
 METAL = """
 #define GLOBAL device
 #define LOCAL thread
@@ -46,14 +47,30 @@ INLINE float sum_32(float x) {
   for (ushort step = 16; step > 0; step >>= 1) x += metal::simd_shuffle_xor(x, step);
   return x;
 }
+template <typename T> struct Four;
+template <> struct Four<float> { typedef packed_float4 type; };
+template <> struct Four<bfloat16_t> { typedef packed_bfloat4 type; };
 template <typename T> INLINE void read_8(const device T* from, thread float (&to)[8]) {
-  for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(from[i]);
+  typedef typename Four<T>::type Vector;
+  const Vector low = *reinterpret_cast<const device Vector*>(from);
+  const Vector high = *reinterpret_cast<const device Vector*>(from + 4);
+  for (int i = 0; i < 4; ++i) {
+    to[i] = static_cast<float>(low[i]);
+    to[i + 4] = static_cast<float>(high[i]);
+  }
 }
 template <typename T> INLINE void read_8(const constant T* from, thread float (&to)[8]) {
   for (int i = 0; i < 8; ++i) to[i] = static_cast<float>(from[i]);
 }
 template <typename T> INLINE void write_8(device T* to, thread const float (&from)[8]) {
-  for (int i = 0; i < 8; ++i) to[i] = static_cast<T>(from[i]);
+  typedef typename Four<T>::type Vector;
+  Vector low, high;
+  for (int i = 0; i < 4; ++i) {
+    low[i] = static_cast<T>(from[i]);
+    high[i] = static_cast<T>(from[i + 4]);
+  }
+  *reinterpret_cast<device Vector*>(to) = low;
+  *reinterpret_cast<device Vector*>(to + 4) = high;
 }
 """
 

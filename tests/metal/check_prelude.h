@@ -22,6 +22,8 @@ typedef float float4 __attribute__((ext_vector_type(4)));
 typedef half half4 __attribute__((ext_vector_type(4)));
 typedef half bfloat;  // clang's C++ for OpenCL has no bfloat
 typedef half4 bfloat4;
+typedef float packed_float4 __attribute__((ext_vector_type(4), aligned(4)));
+typedef half packed_bfloat4 __attribute__((ext_vector_type(4), aligned(2)));
 typedef half float16_t;
 typedef bfloat bfloat16_t;
 

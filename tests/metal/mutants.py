@@ -38,9 +38,6 @@ class Mutant(NamedTuple):
 
 
 _DIFFERS = r"\w+ differs in (reverse|shuffled) order of threads from element \d+ on"
-_WIDE_READ = """const device T* from, thread float (&to)[8]) {
-  const float4 a = *reinterpret_cast<const device float4*>(from), b = *reinterpret_cast<const device float4*>(from + 4);
-  for (int i = 0; i < 8; ++i) to[i] = i < 4 ? a[i] : b[i - 4];"""
 
 MUTANTS = {
     "norm backward: no barrier before the next row's sums": Mutant(
@@ -107,9 +104,8 @@ MUTANTS = {
     "eight numbers: read as two float4, which a view does not allow": Mutant(
         codegen,
         "METAL",
-        "const device T* from, thread float (&to)[8]) {\n  for (int i = 0; i < 8; ++i) to[i] = "
-        "static_cast<float>(from[i]);",
-        _WIDE_READ,
+        "typedef packed_float4 type",
+        "typedef float4 type",
         "silu, 8 numbers",
         "reads or writes at an address that is not aligned for the type",
     ),
