@@ -35,6 +35,7 @@ NAMES = [f"{kind}/{dtype}{rest}" for dtype in ("float32", "bfloat16") for kind, 
 if not mx.metal.is_available():  # for which attention has no source
     NAMES += [f"attention{kind}/bfloat16/{width}" for kind in ("", "_bounded") for width in (64, 128)]
 TYPES = [mx.float32, mx.bfloat16]
+_ON_CUDA = pytest.mark.skipif(mx.metal.is_available(), reason="attention has no source for Metal")
 PLAIN = mx.float16  #: a type in which no kernel serves, whatever arrays come
 
 
@@ -123,6 +124,36 @@ def test_the_backward_norm_without_its_barrier_is_refused(name: str, monkeypatch
     mx.clear_cache()
 
 
+# Loops over the blocks of attention: the source, what advances the loop, and what ends it after its first round
+_BLOCK_LOOPS = [
+    ("FORWARD", "++tile", "tile = 1 << 30"),
+    ("BACKWARD_QUERIES", "++tile", "tile = 1 << 30"),
+    ("BACKWARD_QUERIES", "part += PART", "part = KEYS"),
+    ("BACKWARD_KEYS", "++tile", "tile = 1 << 30"),
+    ("BACKWARD_KEYS", "part += PART", "part = QUERIES"),
+    ("BACKWARD_KEYS", "i += 32", "i = 1 << 30"),
+]
+
+
+@pytest.mark.gpu
+@_ON_CUDA
+@pytest.mark.parametrize(("source", "step", "end"), _BLOCK_LOOPS)
+def test_an_attention_loop_that_ends_after_its_first_round_is_refused(
+    source: str, step: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: tuple[KernelSource, KernelSource] = getattr(attention, source)
+    assert all(kernel.body.count(f"; {step})") == 1 for kernel in kernels)
+    mutants = tuple(
+        kernel._replace(name=f"{kernel.name}_mutant", body=kernel.body.replace(f"; {step})", f"; {end})"))
+        for kernel in kernels
+    )
+    monkeypatch.setattr(attention, source, mutants)
+    result = verify(case_of("attention_bounded/bfloat16/64"))
+    assert not result.passed
+    assert result.reason.startswith("it deviates by ")
+    mx.clear_cache()
+
+
 def _functions(dtype: mx.Dtype, width: int) -> dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]]:
     """Return each differentiable function of rows as the kernel serves it, and in plain operations."""
     weight = 1 + _random((width,), 9, dtype) * 0.2
@@ -199,9 +230,6 @@ def test_the_adamw_kernel_accepts_any_length_and_propagates_non_finite_values(
         assert one.dtype == other.dtype
         limit = 1e-5 if one.dtype == mx.float32 else 2**-7
         assert _deviation(one, other) <= limit
-
-
-_ON_CUDA = pytest.mark.skipif(mx.metal.is_available(), reason="attention has no source for Metal")
 
 
 @pytest.mark.gpu
