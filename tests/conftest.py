@@ -123,10 +123,27 @@ def job_copy(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "copy"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs the tests of a GPU without one."""
+    parser.addoption("--metal", action="store_true", help="run the tests marked gpu on the stand-in for Metal")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the stand-in in the place of Metal before the tests are collected, which ask for the device."""
+    if config.getoption("--metal"):
+        from tests.metal import gpu_session
+
+        gpu_session.begin(config)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     import mlx.core as mx
 
+    if config.getoption("--metal"):
+        from tests.metal import gpu_session
+
+        gpu_session.leave_out(items)
     if mx.metal.is_available() or mx.cuda.is_available():
         return
     for item in items:

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -200,11 +201,15 @@ void advance(Fiber* lanes, unsigned count, const std::vector<unsigned>& order) {
   }
 }
 
-std::vector<unsigned> ordered(unsigned count, unsigned order, unsigned seed) {
-  std::vector<unsigned> all(count);
+// The numbers below a count in an order; a few shuffles are kept and taken in turn.
+const std::vector<unsigned>& ordered(unsigned count, unsigned order, unsigned seed) {
+  static std::map<std::array<unsigned, 3>, std::vector<unsigned>> known;
+  auto& all = known[{count, order, order == 2 ? seed % 16 : 0}];
+  if (all.size() == count) return all;
+  all.resize(count);
   std::iota(all.begin(), all.end(), 0);
   if (order == 1) std::reverse(all.begin(), all.end());
-  if (order == 2) std::shuffle(all.begin(), all.end(), std::mt19937(seed));
+  if (order == 2) std::shuffle(all.begin(), all.end(), std::mt19937(seed % 16));
   return all;
 }
 

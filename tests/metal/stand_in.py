@@ -1,5 +1,7 @@
 """Puts the stand-in in the place of Metal: MLX's custom kernels are checked and executed on the CPU."""
 
+import functools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,18 +20,22 @@ _MLX_KERNEL: Callable[..., Callable[..., list[mx.array]]] = cast("Any", mx.fast.
 #: Cores of the GPU that is stood in for: few, so that small inputs take loops a second round.
 CORES = 2
 
+# So that the second of two runs meets other orders of threads than the first
+_VARYING = random.Random(0)
+_ONE_ORDER = (execution.FORWARD, execution.REVERSE, execution.SHUFFLED)
+
 
 class StandInKernel:
     """What `mx.fast.metal_kernel` returns.
 
     Attributes:
         sources: all that were captured, in the order of the first calls.
-        orders: in which the threads of later calls run.
+        orders: in which the threads of later calls run; None for one order, another for each call.
         executes: whether calls are executed; if not, their sources are only checked and the results are zeros.
     """
 
     sources: list[MetalSource] = []  # noqa: RUF012 of all kernels
-    orders = execution.ALL_ORDERS
+    orders: int | None = execution.ALL_ORDERS
     executes = True
 
     def __init__(self, name: str, input_names: Sequence[str], output_names: Sequence[str], **others: Any) -> None:
@@ -57,12 +63,10 @@ class StandInKernel:
         source = self._source(inputs, grid, threadgroup, output_shapes, output_dtypes, template)
         if not StandInKernel.executes:
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
-        arrays = [_numbers(array) for array in inputs]
         known: dict[str, np.ndarray[Any, Any] | Output] = {}
-        for name, array, given in zip(self._inputs, arrays, inputs, strict=True):
-            known[name] = array
-            known[f"{name}_shape"] = np.array(given.shape, np.int32)
-            known[f"{name}_ndim"] = np.array([given.ndim], np.int32)
+        for name, array in zip(self._inputs, inputs, strict=True):
+            known[name] = _numbers(array)
+            known[f"{name}_shape"], known[f"{name}_ndim"] = _shape(array.shape)
         for name, shape, dtype in zip(self._outputs, output_shapes, output_dtypes, strict=True):
             known[name] = Output(int(np.prod(shape)), dtype.size)
         names = [parameter.name for parameter in source.parameters if parameter.attribute == "buffer"]
@@ -71,7 +75,7 @@ class StandInKernel:
             grid=grid[0],
             threads=threadgroup[0],
             buffers=[(name, known[name]) for name in names],
-            orders=StandInKernel.orders,
+            orders=StandInKernel.orders or _VARYING.choice(_ONE_ORDER),
         )
         return [
             mx.array(np.frombuffer(found, f"u{dtype.size}")).view(dtype).reshape(shape)
@@ -99,6 +103,11 @@ class StandInKernel:
             self._captured[key] = source
             StandInKernel.sources.append(source)
         return self._captured[key]
+
+
+@functools.cache
+def _shape(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    return np.array(shape, np.int32), np.array([len(shape)], np.int32)
 
 
 def _numbers(array: mx.array) -> np.ndarray[Any, Any]:

@@ -7,6 +7,8 @@ import pytest
 
 from tests.metal.capture import MetalSource, Parameter, capture
 
+pytestmark = pytest.mark.usefixtures("compiler")
+
 
 def _captured(numbers: int, dtype: mx.Dtype = mx.float32) -> MetalSource:
     kernel: Any = mx.fast.metal_kernel(
