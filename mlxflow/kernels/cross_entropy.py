@@ -53,7 +53,7 @@ def reference_gradient(logits: mx.array, sums: mx.array, targets: mx.array, weig
 def supports(logits: mx.array) -> bool:
     """Return whether the kernel takes logits of this shape and type."""
     is_supported = logits.dtype in (mx.float32, mx.bfloat16) and logits.ndim == 2
-    return is_supported and logits.shape[-1] % 8 == 0 and logits.size < 2**31
+    return is_supported and logits.shape[-1] % 8 == 0 and 0 < logits.size < 2**31
 
 
 def kernel_gradient(logits: mx.array, sums: mx.array, targets: mx.array, weights: mx.array) -> mx.array:

@@ -66,7 +66,8 @@ def reference_sum_gradients(
 def supports(x: mx.array) -> bool:
     """Return whether the kernels take rows of this shape and type."""
     width = x.shape[-1]
-    return x.dtype in (mx.float32, mx.bfloat16) and x.ndim > 1 and width % 8 == 0 and width <= 8192 and x.size < 2**31
+    is_supported = x.dtype in (mx.float32, mx.bfloat16) and x.ndim > 1 and width % 8 == 0 and width <= 8192
+    return is_supported and 0 < x.size < 2**31
 
 
 def kernel(x: mx.array, weight: mx.array, eps: float) -> mx.array:

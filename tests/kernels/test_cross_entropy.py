@@ -18,3 +18,12 @@ def test_cross_entropy_gradient_matches_mlx() -> None:
 
     found = cross_entropy.reference_gradient(logits, mx.logsumexp(logits, axis=-1), targets, weights)
     assert mx.allclose(found, mx.grad(loss)(logits), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_taken"), [((3, 8), True), ((0, 8), False), ((3, 12), False), ((8,), False), ((1, 3, 8), False)]
+)
+def test_unsupported_logits_use_the_reference(shape: tuple[int, ...], is_taken: bool) -> None:
+    assert cross_entropy.supports(mx.zeros(shape)) == is_taken
+    assert cross_entropy.supports(mx.zeros(shape, mx.bfloat16)) == is_taken
+    assert not cross_entropy.supports(mx.zeros(shape, mx.float16))

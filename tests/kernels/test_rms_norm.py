@@ -47,6 +47,7 @@ def test_sum_rms_norm_with_a_used_sum_matches_mlx(dtype: mx.Dtype) -> None:
         (mx.zeros((3, 12)), False),
         (mx.zeros((3, 8200)), False),
         (mx.zeros(8), False),
+        (mx.zeros((0, 8)), False),
     ],
 )
 def test_unsupported_norms_use_the_reference(x: mx.array, is_taken: bool) -> None:

@@ -49,3 +49,4 @@ float rsqrt(float);
 }  // namespace precise
 using namespace precise;
 }  // namespace metal
+using namespace metal;  // as MLX's own header has it

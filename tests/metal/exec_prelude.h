@@ -70,3 +70,4 @@ inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
 }  // namespace precise
 using namespace precise;
 }  // namespace metal
+using namespace metal;  // as MLX's own header has it
