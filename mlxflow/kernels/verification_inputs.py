@@ -105,9 +105,10 @@ def attention(dtype: mx.Dtype, width: int, is_bounded: bool, size: int, *, lengt
     for seed, each in enumerate(scales):
         x = _random_array((batch, length, len(each), width), seed, mx.float32) * mx.array(each)[:, None]
         arrays.append(x.astype(dtype).transpose(0, 2, 1, 3))
-    if is_bounded:  # by documents of 1 to 150 tokens, and in some rows by a window
+    if is_bounded:  # by documents of 1 to 150 tokens, a long one in long rows, and in some rows by a window
         places = np.arange(length)[None]
-        begins = np.array([0, 1, 2, 30, 63, 64, 70, 140, 180, 330])
+        short = [63, 64, 70, 140, 180, 330] if length < 1024 else [length - 40]
+        begins = np.array([0, 1, 2, 30, *short])
         document = np.where(places[..., None] >= begins, begins, 0).max(axis=-1)
         is_window = np.arange(batch)[:, None] % 3 == 2
         arrays.append(mx.array(np.where(is_window, np.maximum(places - 40, 0), document).astype(np.int32)))
