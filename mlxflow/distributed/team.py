@@ -6,6 +6,7 @@ on one stream, in the order of the calls, and each exchange of numbers begins wi
 
 import functools
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -36,13 +37,15 @@ class Team:
     Attributes:
         rank: the place of this process.
         heart: sends heartbeats.
-        step: the update that this rank works on, for heartbeats and messages.
+        step: the update that this rank works on, for heartbeats and messages; -1 before the training.
+        waited_seconds: time of all exchanges so far: for the device, and for the slowest rank.
     """
 
     def __init__(self, rank: Rank, group: "mx.distributed.Group | None") -> None:
         self.rank = rank
         self.heart = Heart(rank.beats)
-        self.step = 0
+        self.step = -1
+        self.waited_seconds = 0.0
         self._group = group
         self._stream = None if group is None else _communication_stream(rank.backend)
 
@@ -68,9 +71,11 @@ class Team:
         if self._group is None:
             return np.array([numbers], np.int64)
         self.beat(what, waits=True)
+        begin = time.perf_counter()
         mine = mx.array(np.array([[_number_of(what), self.step, *numbers]], np.int64))
         everyone = np.array(self.gather(mine))
-        self.beat("update")
+        self.waited_seconds += time.perf_counter() - begin
+        self.beat(f"after: {what}")
         names = everyone[:, 0]
         for number in range(1, self.size):
             if names[number] != names[0] or everyone[number, 1] != everyone[0, 1]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 import msgspec
 
 from mlxflow.device import compute_device
+from mlxflow.distributed import rank
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from mlxflow.training.build import Subject
 
 Mode = Literal["auto", "off", "require"]
+
+_SELECTION = "selection of kernels"
 
 
 class _ReportedKernels(msgspec.Struct, frozen=True):
@@ -100,7 +103,7 @@ def begin_early(mode: str, device: str) -> AbstractContextManager[Any]:
     Returns:
         a context manager that gives the process for `KernelRequest.begun` and ends it.
     """
-    if mode == "off" or device == "cpu":
+    if mode == "off" or device == "cpu" or not rank.of_this_process().is_first:
         return nullcontext()
     from mlxflow.kernels import early_start
 
@@ -113,7 +116,7 @@ def begin_verification(request: KernelRequest) -> AbstractContextManager[Any]:
     Returns:
         a context manager that gives the process for `select_kernels` and ends it.
     """
-    if request.uses_none or request.recorded() is not None:
+    if request.uses_none or request.recorded() is not None or not rank.of_this_process().is_first:
         if request.begun is not None:
             request.begun.stop()
         return nullcontext()
@@ -127,6 +130,8 @@ def select_kernels(
 ) -> "ModelKernels":
     """Return the kernels of a training run; of a run that continues or repeats another one, those of that run.
 
+    In a distributed run rank 0 selects, and the other ranks use its selection.
+
     Args:
         request: the request of the run.
         subject: what is trained; its settings name no kernels yet.
@@ -136,10 +141,14 @@ def select_kernels(
     Raises:
         WorkflowError: all are required and one is missing.
     """
+    from mlxflow.distributed.team import of_this_process
     from mlxflow.kernels import model_kernels
 
     if request.uses_none:
         return model_kernels.no_kernels()
+    team = of_this_process()
+    if not team.rank.is_first:
+        team.exchange(_SELECTION, ())  # waits until rank 0 has saved its selection
     selected = model_kernels.choose_for(
         subject.model,
         subject.kernel_traits,
@@ -152,7 +161,9 @@ def select_kernels(
         raise WorkflowError(
             f'{name} = "require": {compute_device.name()} lacks {_missing(selected.refused)}. Set {name} = "auto".'
         )
-    request.remember(selected.selected)
+    if team.rank.is_first:
+        request.remember(selected.selected)
+        team.exchange(_SELECTION, ())
     return selected
 
 

@@ -52,6 +52,7 @@ class _Status(NamedTuple):
     needed_bytes: Any
     stops: Any
     draws: Any
+    waited_ms: Any
     weights: Any
 
 
@@ -144,6 +145,11 @@ class RankAccumulator:
             self._passes.append(_Pass(number, begin, begin + last - first))
         self._batch = self._parts.batches.take(rows, np.concatenate(own))
 
+    def _read_rows_again(self) -> None:
+        """Read this rank's rows of the same update, whose batch size has changed."""
+        self._parts.batches.close()
+        self._read_rows()
+
     def accumulate(self, *, waits: bool) -> Summed:
         """Return the sums of the update, the same on all ranks; with smaller batches after a rank was out of memory.
 
@@ -158,7 +164,7 @@ class RankAccumulator:
         while True:
             if parts.sizes.must_shrink(parts.state.step):
                 parts.recorder.write(parts.sizes.follow_shrink(parts.state.step).record())
-                self._read_rows()
+                self._read_rows_again()
             self._random.begin_update()
             try:
                 gradients = self._fast(waits) if self._team.rank.reduction == "fast" else self._in_order(waits)
@@ -170,8 +176,7 @@ class RankAccumulator:
                 return Summed(gradients, self._targets, parts.batches.cursor)
             self.partial, parts.state.rows_done = None, 0
             parts.recorder.write(parts.memory.shrink(parts.state.step, needed).record())
-            parts.batches.close()
-            self._read_rows()
+            self._read_rows_again()
             waits = True  # the next one may be too large, too
 
     def _in_order(self, waits: bool) -> Gradients:
@@ -248,6 +253,7 @@ class RankAccumulator:
             needed_bytes=needed_bytes or 0,
             stops=int(self._signalled()),
             draws=self._random.draws,
+            waited_ms=round(1000 * self._team.waited_seconds),
             weights=self._digest_number(),
         )
         everyone = _Status(*self._team.exchange("check before the sum of gradients", mine).T)
@@ -262,6 +268,7 @@ class RankAccumulator:
         self._stops |= bool(everyone.stops.any())
         self._random.draws = int(everyone.draws.max())
         self._targets = int(everyone.targets.sum())
+        parts.recorder.rank_waited_seconds = (everyone.waited_ms / 1000).tolist()
         if everyone.is_out_of_memory.any():
             raise _OutOfMemoryError(int(everyone.needed_bytes.max()))
 

@@ -24,6 +24,7 @@ class Recorder:
         log: called with each record.
 
     Attributes:
+        rank_waited_seconds: of each rank of a distributed run, how long it waited for others and for its device.
         lines: all records so far, as JSON.
         begin: when the run began, in seconds of a clock without the paused time.
     """
@@ -32,6 +33,7 @@ class Recorder:
         self._state = state
         self._sizes = sizes
         self._log = log
+        self.rank_waited_seconds: list[float] = []
         self.lines: list[str] = []
         self.begin = time.perf_counter()
 
@@ -66,6 +68,7 @@ class Recorder:
                 "active_memory_bytes": mx.get_active_memory(),
                 "cache_memory_bytes": mx.get_cache_memory(),
                 "peak_memory_bytes": state.peak_memory_bytes,
+                **({"rank_waited_seconds": self.rank_waited_seconds} if self.rank_waited_seconds else {}),
             }
         )
 

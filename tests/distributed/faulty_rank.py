@@ -1,9 +1,13 @@
 """A rank with a fault of the test's choice: `python faulty_rank.py FAULT MARKER run STAGE ...`.
 
-Every fault strikes rank 1 in its third forward pass, and only while the file MARKER does not exist.
+A fault strikes rank 1 in its third forward pass (a full disk: rank 0 in step 4), unless the file MARKER exists.
 """
 
+import errno
+import os
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import mlx.core as mx  # noqa: E402
 
 from mlxflow.__main__ import main  # noqa: E402
 from mlxflow.distributed.rank import of_this_process  # noqa: E402
+from mlxflow.storage import atomic_folders  # noqa: E402
 from mlxflow.training.step import Step  # noqa: E402
 
 fault, marker, *arguments = sys.argv[1:]
@@ -33,6 +38,9 @@ def faulty(step: Step, tokens: mx.array, marks: mx.array) -> Any:
     if strikes and fault == "raises":
         Path(marker).touch()
         raise ValueError("an odd number")
+    if strikes and fault == "link":
+        Path(marker).touch()
+        _cut_connections()
     if strikes and fault == "weights":
         Path(marker).touch()
         weights = step.state[1]["weights"]
@@ -42,5 +50,22 @@ def faulty(step: Step, tokens: mx.array, marks: mx.array) -> Any:
     return compute(step, tokens, marks)
 
 
+def _cut_connections() -> None:
+    """Shut down every TCP connection of this process, as a cut link does."""
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208
+        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def full(folder: Path, **named: Any) -> Any:
+    """Publish a folder, or fail as on a full disk: the checkpoint of step 4 on rank 0."""
+    if fault == "disk" and folder.name == "step-000004" and not Path(marker).exists():
+        Path(marker).touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+    return publishing(folder, **named)
+
+
+publishing = atomic_folders.publishing
+atomic_folders.publishing = full  # type: ignore[assignment]
 Step.compute = faulty  # type: ignore[method-assign,assignment]
 sys.exit(main(arguments))

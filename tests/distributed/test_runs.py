@@ -1,8 +1,12 @@
 """Trainings on real ranks: the bytes of one process, whatever happens on the way."""
 
 import json
+import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from safetensors.numpy import load_file
 
 from mlxflow.distributed import launcher
 from mlxflow.messages.errors import StageError
-from tests.distributed.conftest import Build, Faults
+from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
 Alone = tuple[Path, bytes]
 
@@ -121,3 +125,36 @@ def test_a_rank_that_raises_is_named_and_the_run_continues(
     fault("raises")
     assert train(2) == trained_alone[1]
     assert "train: rank 1 failed at step 2 (forward pass): ValueError: an odd number; " in capfd.readouterr().err
+
+
+@pytest.mark.faults
+def test_a_full_disk_of_rank_0_ends_the_run_once_and_the_next_one_continues(
+    trained_alone: Alone, train: Build, fault: Callable[[str], None], tmp_path: Path
+) -> None:
+    fault("disk")
+    with pytest.raises(StageError, match=r"step-000004.*No space left on device"):
+        train(2)
+    assert (tmp_path / "struck").exists()
+    assert train(2) == trained_alone[1]
+
+
+@pytest.mark.faults
+def test_a_lost_connection_starts_all_ranks_again(
+    trained_alone: Alone, train: Build, fault: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    fault("link")
+    assert train(2) == trained_alone[1]
+    assert re.search(r"^train: rank [01] lost the connection to another rank .*\[ring\]", capfd.readouterr().err, re.M)
+
+
+@pytest.mark.faults
+def test_two_runs_at_once_take_ports_of_their_own(trained_alone: Alone, tmp_path: Path) -> None:
+    runs = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        shutil.copytree(trained_alone[0], folder, ignore=shutil.ignore_patterns("train", "unfinished"))
+        (folder / "workflow.toml").write_text(WORKFLOW.format(distributed="processes = 2", train=FIXED))
+        runs.append(subprocess.Popen([sys.executable, "-m", "mlxflow", "run", "train"], cwd=folder))
+    assert [run.wait() for run in runs] == [0, 0]
+    for number in range(2):
+        assert (tmp_path / str(number) / "artifacts/train/model.safetensors").read_bytes() == trained_alone[1]

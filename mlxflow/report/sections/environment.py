@@ -39,7 +39,9 @@ def _machine(run: Run) -> Table:
     """Return the machine facts of the stages; several values if they ran on several machines."""
     reports = [stage.report for stage in run.stages if stage.report]
     answers = [(words, _each_once(getattr(report.run, name) for report in reports)) for name, words in _ABOUT]
+    runs = [report.run for report in reports]
     answers += [(name, _each_once(getattr(report.stage, name) for report in reports)) for name in _VERSIONS]
+    answers.append(("Ranks", _each_once(f"{run.ranks} ({run.backend})" if run.ranks else None for run in runs)))
     cells = [(words, values) for words, values in answers if values]
     peaks = [(one.report.run.peak_rss_bytes, one.task) for one in run.stages if one.report]
     if peaks:
