@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from mlxflow.distributed.heartbeat import Heart
 from mlxflow.distributed.rank import of_this_process
@@ -45,8 +46,15 @@ for line in script:
         time.sleep(float(rest))
     elif verb == "once":  # what follows is done in the first start only
         try:
-            open(rest, "x").close()  # noqa: PTH123
+            Path(rest).touch(exist_ok=False)
         except FileExistsError:
             break
+    elif verb == "touch":
+        Path(rest).touch()
+    elif verb == "until":  # another rank has touched a file
+        while not Path(rest).exists():
+            time.sleep(0.01)
+    elif verb == "signal":
+        os.kill(os.getppid(), getattr(signal, rest))
     elif verb == "kill":
         os.kill(os.getpid(), getattr(signal, rest))

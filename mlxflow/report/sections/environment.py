@@ -1,12 +1,14 @@
 """The environment section: machine, versions, seeds, commits, digests and settings."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mlxflow.report.elements import Block, Code, Note, Section, Table
 from mlxflow.report.formatting import UNKNOWN, show_bytes
 from mlxflow.report.load_run import LoadedStage, Run
 from mlxflow.report.sections import beside
 from mlxflow.storage import layout
+from mlxflow.storage.report_structs import Report
 
 _ABOUT = (
     ("device_name", "Device"),
@@ -39,14 +41,17 @@ def _machine(run: Run) -> Table:
     """Return the machine facts of the stages; several values if they ran on several machines."""
     reports = [stage.report for stage in run.stages if stage.report]
     answers = [(words, _each_once(getattr(report.run, name) for report in reports)) for name, words in _ABOUT]
-    runs = [report.run for report in reports]
     answers += [(name, _each_once(getattr(report.stage, name) for report in reports)) for name in _VERSIONS]
-    answers.append(("Ranks", _each_once(f"{run.ranks} ({run.backend})" if run.ranks else None for run in runs)))
+    answers.append(("Ranks", _each_once(map(_ranks, reports))))
     cells = [(words, values) for words, values in answers if values]
     peaks = [(one.report.run.peak_rss_bytes, one.task) for one in run.stages if one.report]
     if peaks:
         cells.append(("Most memory of a process", f"{show_bytes(max(peaks)[0])} ({max(peaks)[1]})"))
     return Table("Machine and versions", ("What", "Value"), cells or [("Nothing was reported", UNKNOWN)], words=(0, 1))
+
+
+def _ranks(report: "Report[Any]") -> str | None:
+    return f"{report.run.ranks} ({report.run.backend})" if report.run.ranks else None
 
 
 def _each_once(values: Iterable[str | None]) -> str:
