@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxflow.device import developer_tools
 from mlxflow.messages.os_errors import naming
 from mlxflow.storage import layout, toml_text
 from mlxflow.storage.digests import digest_file
@@ -234,9 +235,12 @@ def _sorted(value: Any) -> Any:
 
 def source_commit(folder: Path) -> str:
     """Return the git commit of a folder, with `+changes` if files differ from it; `unknown` without git."""
+    program = developer_tools.find("git")
+    if program is None:
+        return "unknown"
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        command = [program, "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

@@ -144,7 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from tests.metal import gpu_session
 
         gpu_session.leave_out(items)
-    if mx.metal.is_available() or mx.cuda.is_available():
+    if mx.is_available(mx.gpu):
         return
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -18,6 +18,7 @@ from mlxflow.benchmarking.statistics import Interval, median_interval, ratio_int
 from mlxflow.benchmarking.throughput import FEWEST_ROUNDS, time_once
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.device import phase_peaks
+from mlxflow.device.memory_errors import out_of_memory_bytes, settle
 from mlxflow.ops import mlx_lm_import
 
 #: Returns a model in eval mode; its weights may be lazy.
@@ -72,7 +73,9 @@ class _Turns:
     def _pass(self, model: nn.Module) -> tuple[list[float], float]:
         shortest = next(iter(self._prompts.values()))
         reading = [_prefill(model, prompt) for prompt in self._prompts.values()]
-        return reading, _decode(model, shortest, self._decode_tokens)
+        decoding = _decode(model, shortest, self._decode_tokens)
+        settle()
+        return reading, decoding
 
     def release(self) -> None:
         """Free the model's memory."""
@@ -158,6 +161,8 @@ def _take(turns: _Turns, models: Sequence[_Turns], holds: bool) -> bool:
     try:
         turns.take()
     except RuntimeError as error:
+        if out_of_memory_bytes(error) is not None:
+            settle(drops=True)
         if not holds:
             turns.failure = error.with_traceback(None)  # the traceback's frames hold the model
     else:

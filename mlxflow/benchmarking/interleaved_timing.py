@@ -16,9 +16,9 @@ from mlxflow.benchmarking.step_runner import Runner
 from mlxflow.benchmarking.throughput import Timing, interleave
 from mlxflow.benchmarking.time_budget import NOT_MEASURED, Budget
 from mlxflow.device import phase_peaks
+from mlxflow.device.memory_errors import out_of_memory_bytes, settle
 from mlxflow.report.stage_reports.benchmark import DriftFigures
 from mlxflow.report.stage_reports.benchmark_rows import TrainingRow
-from mlxflow.training.step import out_of_memory_bytes
 
 # Steps whose peaks are measured, for the highest: how far the host runs ahead varies by chance
 _PEAK_STEPS = 8
@@ -91,6 +91,7 @@ class _LoadedRecipes:
         Raises:
             _DoesNotFitError: out of memory.
         """
+        settle()
         mx.clear_cache()
         before = mx.get_active_memory()
         with ExitStack() as opening:
@@ -105,6 +106,7 @@ class _LoadedRecipes:
                 needed = out_of_memory_bytes(error)
                 if needed is None:
                     raise
+                settle(drops=True)
                 raise _DoesNotFitError(_lacking(mx.get_active_memory() - before + needed, limit_bytes)) from None
             active, peak = mx.get_active_memory(), followed.bytes
             if peak > limit_bytes:

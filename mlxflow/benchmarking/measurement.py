@@ -10,6 +10,7 @@ from mlxflow.benchmarking.model_measurement import ComparedModels
 from mlxflow.benchmarking.suite import Suite
 from mlxflow.benchmarking.targets import MODEL_SIZE, check_targets
 from mlxflow.benchmarking.time_budget import AskedAmounts, Budget, lowered
+from mlxflow.device.memory_errors import out_of_memory_bytes, settle
 from mlxflow.messages import terminal
 from mlxflow.report.stage_reports.benchmark import (
     BenchmarkReport,
@@ -19,7 +20,6 @@ from mlxflow.report.stage_reports.benchmark import (
     DriftFigures,
 )
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
-from mlxflow.training.step import out_of_memory_bytes
 
 T = TypeVar("T")
 
@@ -120,9 +120,12 @@ def _bottleneck(
 def if_it_fits(compute: Callable[[], T]) -> T | None:
     """Return the result; None, with a line for the terminal, if it runs out of memory."""
     try:
-        return compute()
+        computed = compute()
+        settle()
     except RuntimeError as error:
         if out_of_memory_bytes(error) is None:
             raise
+        settle(drops=True)
         terminal.say(f"benchmark: left out, it does not fit into the memory ({error})")
         return None
+    return computed

@@ -14,6 +14,7 @@ import msgspec
 from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_generation
 from mlxflow.benchmarking.time_budget import Budget
 from mlxflow.data.token_file import TokenFile
+from mlxflow.device.memory_errors import out_of_memory_bytes, settle
 from mlxflow.models import model_folder
 from mlxflow.ops import document_mask
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, PrefillFigures
@@ -21,7 +22,6 @@ from mlxflow.report.stage_reports.quantize import QuantizeReport
 from mlxflow.storage import config_json, layout, report_structs
 from mlxflow.storage.model_files import stored_bytes
 from mlxflow.training.model_artifact import measure_model
-from mlxflow.training.step import out_of_memory_bytes
 
 # Timed rounds of generation, and tokens generated in each
 _GENERATION_ROUNDS, _DECODE_TOKENS = 5, 32
@@ -86,9 +86,12 @@ class ComparedModels(NamedTuple):
                 rows.append(self._lacking(reference, speed))
                 continue
             try:
-                rows.append(self._measure_model(reference, path, speed, most))
+                row = self._measure_model(reference, path, speed, most)
+                settle()
             except RuntimeError as error:
-                rows.append(self._lacking(reference, error))
+                row = self._lacking(reference, error)
+                settle(drops=True)
+            rows.append(row)
             gc.collect()
             mx.clear_cache()
         return tuple(rows)

@@ -75,6 +75,13 @@ def _main(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         terminal.discard_unwritable()
         return 128 + signal.SIGPIPE
+    except RuntimeError as error:
+        from mlxflow.device import memory_errors
+
+        if (line := memory_errors.describe(error, "mlxflow")) is None:
+            raise
+        terminal.say_last(line)
+        return 1
     except OSError as error:
         if not is_about_a_file(error):
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlxflow.benchmarking.report_comparison import compare_reports, markdown_of_differences
 from mlxflow.cli.arguments import user_path
+from mlxflow.device import developer_tools
 from mlxflow.messages.advice import advise_build, command
 from mlxflow.messages.errors import ArtifactError, CallError
 from mlxflow.messages.markdown_tables import write_markdown
@@ -137,7 +138,7 @@ def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     Raises:
         CallError: it is not installed.
     """
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, check=False)
-    except FileNotFoundError as error:
-        raise CallError("compare: git is not installed. Install it, or name a report or a folder.") from error
+    program = developer_tools.find("git")
+    if program is None:
+        raise CallError("compare: git is not installed. Install it, or name a report or a folder.")
+    return subprocess.run([program, *arguments], capture_output=True, check=False)

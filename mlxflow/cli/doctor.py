@@ -31,7 +31,7 @@ def examine() -> int:
     console = terminal.console()
     console.print(table)
     for lacking in cpu_backend.missing():
-        console.print(f"slow: no {lacking}. Run: {cpu_backend.INSTALL}", soft_wrap=True)
+        console.print(f"slow: no {lacking}. Run: {cpu_backend.install_command()}", soft_wrap=True)
     return 0
 
 
@@ -46,7 +46,7 @@ def _describe_device(library: str | None) -> list[tuple[str, str]]:
         ("BLAS", f"{library or 'built in'}, computes with {cpu_backend.thread_count()} threads"),
         ("mx.compile", "available" if not _lacks_compiler() else "runs uncompiled"),
         ("GPU kernels", _describe_kernels()),
-        ("Metal", "yes" if mx.metal.is_available() else "no"),
+        ("Metal", "yes" if mx.metal.is_available() and mx.is_available(mx.gpu) else "no"),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
     ]
 

@@ -129,7 +129,7 @@ def select(device: str, *, key: str = "device") -> str:
     """
     import mlx.core as mx
 
-    has_gpu = mx.metal.is_available() or (hasattr(mx, "cuda") and mx.cuda.is_available())
+    has_gpu = mx.is_available(mx.gpu)  # mx.metal.is_available() is true on every Mac, one without a GPU too
     if device == "gpu" and not has_gpu:
         raise WorkflowError(f'{key} = "gpu": MLX finds no GPU here. Use {key} = "auto".')
     chosen = "gpu" if has_gpu and device != "cpu" else "cpu"

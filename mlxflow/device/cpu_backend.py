@@ -25,14 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxflow.device import developer_tools
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.user_folders import prepare_compiled_folder
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-#: The command that installs what `missing` returns, on Debian and Ubuntu.
-INSTALL = "sudo apt-get install -y libopenblas0-pthread g++"
 
 _LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.2", "libmkl_rt.so")
 
@@ -58,6 +56,7 @@ def prepare() -> str | None:
         NoFolderError: no folder is safe for compiled code.
     """
     prepare_compiled_folder()
+    developer_tools.prepare_mlx()
     if not sys.platform.startswith("linux"):
         return None
     with _without_denormals():
@@ -219,17 +218,34 @@ def _precompile(source: Path, path: Path) -> None:
     private.replace(path)
 
 
+_UNCOMPILED = "mx.compile silently runs uncompiled without it"
+
+
+def install_command() -> str:
+    """Return the command that installs what `missing` returns, on macOS, Debian and Ubuntu."""
+    if sys.platform == "darwin":
+        return developer_tools.INSTALL
+    return "sudo apt-get install -y libopenblas0-pthread g++"
+
+
 def missing() -> list[str]:
-    """Return which of `OpenBLAS` and `g++` MLX's CPU backend lacks here, each with the consequence; imports mlx."""
+    """Return which of `OpenBLAS` and `g++` MLX lacks here, each with the consequence; imports mlx on Linux."""
+    if sys.platform == "darwin":
+        return [] if developer_tools.find("g++") else [f"g++ ({_UNCOMPILED})"]
     if not sys.platform.startswith("linux"):
         return []
     lacking = [] if prepare() else ["OpenBLAS (matrix products run about 15 times slower without it)"]
     if not shutil.which("g++"):
-        lacking.append("g++ (mx.compile silently runs uncompiled without it)")
+        lacking.append(f"g++ ({_UNCOMPILED})")
     return lacking
 
 
-def notice() -> str | None:
-    """Return a line that names what is missing and the command that installs it; None if nothing is missing."""
-    lacking = missing()
-    return f"mlxflow: the CPU backend lacks {' and '.join(lacking)}. Run: {INSTALL}" if lacking else None
+def notice(device: str) -> str | None:
+    """Return a line that names what is missing and the command that installs it; None if nothing is missing.
+
+    Args:
+        device: "cpu", or "gpu", for which only MLX on macOS calls a compiler.
+    """
+    lacking = missing() if device == "cpu" or sys.platform == "darwin" else []
+    name = "MLX" if sys.platform == "darwin" else "the CPU backend"
+    return f"mlxflow: {name} lacks {' and '.join(lacking)}. Run: {install_command()}" if lacking else None

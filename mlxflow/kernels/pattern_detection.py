@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxflow.device.memory_errors import is_late
 from mlxflow.kernels import gated_activation, rms_norm, rotary
 from mlxflow.kernels.layer_patterns import (
     Block,
@@ -65,7 +66,9 @@ def detect_pattern(module: nn.Module) -> Detection:
     depends_on_weights = len(inner) in (2, 3)
     try:
         pattern = _match(module, inner)
-    except RuntimeError:  # out of memory, maybe
+    except RuntimeError as error:  # out of memory, maybe
+        if is_late(error):  # of what was computed before
+            raise
         return Detection(None, False)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):
         return Detection(None, not depends_on_weights)

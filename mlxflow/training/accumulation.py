@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from mlxflow.data.loader import DeviceBatch
+from mlxflow.device.memory_errors import is_late, out_of_memory_bytes, settle
 from mlxflow.training.batch_size import BatchSizes, split
 from mlxflow.training.batches import Batches
 from mlxflow.training.memory_watch import MemoryWatch
 from mlxflow.training.recorder import Recorder
 from mlxflow.training.run_state import RunState
-from mlxflow.training.step import Gradients, Step, out_of_memory_bytes
+from mlxflow.training.step import Gradients, Step
 
 
 class Summed(NamedTuple):
@@ -93,10 +94,11 @@ class Accumulator:
         """Return the sums of the update whose rows were taken, with smaller batches after an allocation failed.
 
         Args:
-            waits: whether to wait for the device after each forward pass.
+            waits: whether to wait for the device after each forward pass; then all earlier work is done.
 
         Raises:
             WorkflowError: no batch fits into the memory.
+            RuntimeError: an earlier update failed, so that the weights may be wrong.
         """
         parts, batch = self._parts, cast("DeviceBatch", self._batch)
         self._batch = None
@@ -107,8 +109,9 @@ class Accumulator:
                 return Summed(self._pass_over(batch, waits=waits), batch.targets, parts.batches.cursor)
             except RuntimeError as error:
                 needed = out_of_memory_bytes(error)
-                if needed is None:
+                if needed is None or (is_late(error) and not waits):
                     raise
+            settle(drops=waits)
             self.partial, parts.state.rows_done = None, 0
             parts.recorder.write(parts.memory.shrink(parts.state.step, needed).record())
             waits = True  # the next one may be too large, too

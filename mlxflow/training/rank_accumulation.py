@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlxflow.data.loader import DeviceBatch
+from mlxflow.device.memory_errors import is_late, out_of_memory_bytes, settle
 from mlxflow.distributed import reduction
 from mlxflow.distributed.team import Team, odd_rank
 from mlxflow.distributed.weight_digest import digest_of
@@ -25,7 +26,7 @@ from mlxflow.training.accumulation import RunParts, Summed, send
 from mlxflow.training.batch_size import split
 from mlxflow.training.random_streams import RandomStream
 from mlxflow.training.settings import SettingNames
-from mlxflow.training.step import Gradients, out_of_memory_bytes
+from mlxflow.training.step import Gradients
 
 
 class _Pass(NamedTuple):
@@ -217,8 +218,9 @@ class RankAccumulator:
                 send(so_far, self._parts.state, waits=waits)
         except RuntimeError as error:
             needed = out_of_memory_bytes(error)
-            if needed is None:
+            if needed is None or (is_late(error) and not waits):
                 raise
+            settle(drops=waits)
         self._agree(needed)
         return so_far
 

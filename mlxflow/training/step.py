@@ -4,7 +4,6 @@ The parts are separate so that an update may take any number of forward passes, 
 of memory leaves the model unchanged and can be retried with fewer rows.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -145,14 +144,3 @@ def put_random_key(key: mx.array) -> None:
     """Set MLX's random state to a key, (2,), such as `mx.random.state` holds."""
     high, low = cast("list[int]", key.tolist())
     mx.random.seed((high << 32) | low)  # MLX makes a key from the two halves of a seed
-
-
-def out_of_memory_bytes(error: RuntimeError) -> int | None:
-    """Return the bytes of the allocation that failed, 0 if MLX names no number; None if the error is another one."""
-    message = str(error)
-    if not re.search(
-        r"malloc|unable to allocate|out of memory|attempting to allocate|insufficient memory", message, re.I
-    ):
-        return None
-    number = re.search(r"(\d+) bytes", message)
-    return int(number[1]) if number else 0

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxflow.device import phase_peaks
+from mlxflow.device import memory_errors, phase_peaks
 from mlxflow.distributed.team import SOLO, Team
 from mlxflow.messages.errors import StageError
 from mlxflow.training.accumulation import Accumulator, RunParts, wait
@@ -139,6 +139,7 @@ class Trainer:
         Raises:
             StageError: the loss stays without a finite value.
             WorkflowError: no batch fits into the memory.
+            RuntimeError: the device ran out of memory in work that cannot be repeated.
             Stopped: a signal arrived; the checkpoint is saved.
         """
         facts, settings = self._facts, self._settings
@@ -189,6 +190,7 @@ class Trainer:
         looks = bool(settings.adjust_every) and (number == 1 or number % settings.adjust_every == 0)
         if looks or compiles:
             self._settle(0)
+            memory_errors.settle()  # what fails from here on is this update's own work, and can be repeated
             self._facts.note_peak()
             phase_peaks.reset()
         begin = time.perf_counter()

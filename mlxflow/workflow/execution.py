@@ -4,14 +4,15 @@ import platform
 import resource
 import sys
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mlxflow.device import compute_device, cpu_backend
+from mlxflow.device import compute_device, cpu_backend, developer_tools, memory_errors
 from mlxflow.distributed.rank import Rank, of_this_process
 from mlxflow.distributed.rank_failures import reported
 from mlxflow.messages import terminal
@@ -62,6 +63,7 @@ def execute_stage(workflow: Workflow, stage: Stage, into: Path | None = None, ha
         return into or workflow.root / stage.folder
     if getattr(stage.module, "USES_DEVICE", True):
         prepare_compiled_folder()  # before starting any process that compiles
+        developer_tools.prepare_mlx()
     begin = getattr(stage.module, "begin", None)
     with (
         reported(rank, stage.task),
@@ -156,21 +158,39 @@ def _select_device(workflow: Workflow) -> str:
     chosen = compute_device.select(workflow.settings.device, key="workflow.device")
     if chosen == "cpu":
         cpu_backend.prepare_compiler()
-        if notice := cpu_backend.notice():
-            terminal.say(notice)
+    if notice := cpu_backend.notice(chosen):
+        terminal.say(notice)
     return chosen
+
+
+@contextmanager
+def _naming_memory(task: str) -> Iterator[None]:
+    """Make an error of MLX that is about memory one line.
+
+    Raises:
+        StageError: the device ran out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if (line := memory_errors.describe(error, task)) is None:
+            raise
+        raise StageError(line) from error
 
 
 def _make_artifact(stage: Stage, context: Context, started: float, chosen: str | None, threads: int | None) -> None:
     """Run a stage in the private folder, write its report, and check all outputs.
 
     Raises:
-        StageError: an output was not written.
+        StageError: an output was not written, or the device ran out of memory.
         ArtifactError: a safetensors file is incomplete.
     """
     outputs = rooted(outputs_of(stage.module, stage.config), context.folder)
     inputs = rooted(stage.inputs, context.root)
-    figures = stage.module.run(config=stage.config, inputs=inputs, outputs=outputs, context=context)
+    with _naming_memory(stage.task) if chosen else nullcontext():
+        figures = stage.module.run(config=stage.config, inputs=inputs, outputs=outputs, context=context)
+        if chosen:
+            memory_errors.settle()  # the files may hold results of work whose error was not raised yet
     files = sorted({*ownership.written_names(context.folder), layout.REPORT})
     run = _describe_run(round(time.perf_counter() - started, 3), chosen, threads, files)
     stage_table = report_structs.Provenance(**context.provenance)
@@ -266,7 +286,7 @@ def _limit_memory(workflow: Workflow, rank: Rank) -> int:
     mx.set_memory_limit(limit)
     if settings.cache_limit:
         mx.set_cache_limit(compute_device.parse_size(settings.cache_limit, limit))
-    if mx.metal.is_available():  # no effect on other systems
+    if mx.default_device() == mx.gpu and mx.metal.is_available():  # no effect on other systems
         most = int(mx.device_info().get("max_recommended_working_set_size", 0))
         mx.set_wired_limit(min(compute_device.parse_size(settings.wired_limit, limit), most))
     return limit

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from mlxflow.benchmarking.generation_speed import GenerationSpeed, measure_generation
+from tests.late_device import LateDevice
 from tests.small_models import FREE, llama
 
 
@@ -113,3 +114,20 @@ def test_a_model_that_cannot_run_alone_has_an_error_and_the_others_are_measured(
     assert isinstance(b, GenerationSpeed)
     assert bench.loaded.count("x") == 2
     assert bench.turns == "bbbb"
+
+
+def test_an_error_that_is_raised_late_belongs_to_the_model_whose_turn_it_was(
+    bench: _Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = LateDevice(monkeypatch)
+
+    class _FailsLate(_Counting):
+        def __call__(self, tokens: mx.array, cache: object = None) -> mx.array:
+            is_last = [count for _, count in bench.passes[-4:]] == [4, 8, 4, 1]
+            device.calls_left = 4 if is_last else device.calls_left  # after the calls that wait for its tokens
+            return super().__call__(tokens, cache)
+
+    failed, b = bench.measure(lambda: _FailsLate("a", bench.passes, bench.clock), bench.load("b"), holds=False)
+    assert isinstance(failed, RuntimeError)
+    assert device.raised_by == ["synchronize"]
+    assert isinstance(b, GenerationSpeed)

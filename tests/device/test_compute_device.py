@@ -21,11 +21,20 @@ def test_parse_size_refuses_invalid_sizes(text: str) -> None:
         compute_device.parse_size(text, 1000)
 
 
-@pytest.mark.skipif(mx.metal.is_available() or mx.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="there is a GPU here")
 def test_a_missing_gpu_is_an_error() -> None:
     with pytest.raises(WorkflowError) as caught:
         compute_device.select("gpu", key="workflow.device")
     assert str(caught.value) == 'workflow.device = "gpu": MLX finds no GPU here. Use workflow.device = "auto".'
+
+
+def test_a_mac_on_which_mlx_cannot_use_the_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX for macOS says that Metal is available on every machine, a virtual one without a GPU too."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "is_available", lambda device: device == mx.cpu)
+    assert compute_device.select("auto") == "cpu"
+    with pytest.raises(WorkflowError, match="MLX finds no GPU here"):
+        compute_device.select("gpu")
 
 
 def test_the_device_has_a_name_and_memory() -> None:

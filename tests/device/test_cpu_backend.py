@@ -99,7 +99,7 @@ def test_kernels_compile_without_a_cached_header(tmp_path: Path) -> None:
 def test_missing_libraries_are_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "prepare", lambda: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert cpu_backend.notice() == (
+    assert cpu_backend.notice("cpu") == (
         "mlxflow: the CPU backend lacks OpenBLAS (matrix products run about 15 times slower without it) and "
         "g++ (mx.compile silently runs uncompiled without it). Run: sudo apt-get install -y libopenblas0-pthread g++"
     )
@@ -108,4 +108,4 @@ def test_missing_libraries_are_reported_with_the_install_command(monkeypatch: py
 def test_nothing_is_reported_when_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "prepare", lambda: "libopenblas.so.0")
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
-    assert cpu_backend.notice() is None
+    assert cpu_backend.notice("cpu") is None

@@ -130,6 +130,7 @@ def metal(cores: int = CORES) -> Iterator[type[StandInKernel]]:
     try:
         with (
             mock.patch.object(mx.fast, "metal_kernel", StandInKernel),
+            mock.patch.object(mx, "is_available", return_value=True),
             mock.patch.object(mx.metal, "is_available", return_value=True),
             mock.patch.object(mx, "default_device", return_value=mx.Device(mx.gpu, 0)),
             mock.patch.object(rms_norm, "gpu_cores", return_value=cores),

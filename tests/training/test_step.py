@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
-from mlxflow.training.step import Gradients, Step, out_of_memory_bytes
+from mlxflow.training.step import Gradients, Step
 from tests.small_models import llama
 
 
@@ -163,8 +163,3 @@ def test_master_weights_keep_updates_that_pure_bf16_rounds_away() -> None:
     shown = [value.reshape(-1).astype(mx.float32) for value in _weights(model).values()]
     assert mx.array_equal(mx.sort(numbers), mx.sort(mx.concatenate(shown)))
     assert moved[True] > 1.2 * moved[False]
-
-
-def test_allocation_failures_are_distinguished_from_other_errors() -> None:
-    assert out_of_memory_bytes(RuntimeError("[malloc] Unable to allocate 123 bytes.")) == 123
-    assert out_of_memory_bytes(RuntimeError("[matmul] shapes do not fit")) is None

@@ -9,8 +9,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow.messages.errors import StageError
+from mlxflow.training.accumulation import Accumulator
 from mlxflow.training.batch_size import Decision
+from mlxflow.training.step import Gradients, Outcome, Step
 from mlxflow.training.trainer import Stopped
+from tests.late_device import LateDevice
 from tests.training.small_training import (
     Records,
     bytes_of,
@@ -102,6 +105,63 @@ def test_steps_without_a_finite_loss_are_skipped_and_then_end_training() -> None
     said = str(caught.value)
     assert said.startswith("train: 3 steps in a row had no finite loss and gradient, the last being step 4 (loss ")
     assert said.endswith(" with learning rate 0.001. Lower train.learning_rate.")
+
+
+# --- out of memory on Metal: the error is raised later
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4, 5, 6])
+def test_a_lost_update_ends_training_and_is_never_taken_for_a_batch_that_is_too_large(
+    fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights hold anything: a smaller batch would train on with them."""
+    device, update, store = LateDevice(monkeypatch), Step.update, checkpoint_store(tmp_path)
+    done: list[int] = []
+
+    def lose(step: Step, gradients: Gradients) -> Outcome:
+        outcome = update(step, gradients)
+        done.append(1)
+        device.calls_left = 2 if len(done) == fails_at else 0  # not yet where it is sent
+        return outcome
+
+    monkeypatch.setattr(Step, "update", lose)
+    records: Records = []
+    trainer = make_trainer(records.append, store=store, dynamic_batch_size=False, adjust_every=0, save_every=2)
+    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+        trainer.run()
+    assert len(device.raised_by) == 1
+    assert [one["reason"] for one in records_of(records, "batch_size")] == ["begin"]
+    checkpoint = store.latest()
+    assert (0 if checkpoint is None else checkpoint.facts["step"]) < fails_at
+
+
+def test_a_forward_pass_of_a_new_shape_that_fails_late_is_repeated_with_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, compute = LateDevice(monkeypatch), Step.compute
+
+    def fail_once(step: Step, tokens: mx.array, marks: mx.array) -> Gradients:
+        gradients = compute(step, tokens, marks)
+        device.calls_left = int(len(tokens) == 8)
+        return gradients
+
+    monkeypatch.setattr(Step, "compute", fail_once)
+    result, records, _ = train_small(accum=1, num_steps=2, adjust_every=0)
+    assert result.steps == 2
+    decisions = [(one["batch_size"], one["reason"]) for one in records_of(records, "batch_size")]
+    assert decisions == [(8, "begin"), (6, "out of memory")]
+    assert device.raised_by == ["eval"]
+
+
+def test_an_error_of_earlier_work_is_not_blamed_on_the_pass_that_meets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = LateDevice(monkeypatch)
+    accumulator = make_trainer(lambda record: None, accum=1)._accumulator
+    assert isinstance(accumulator, Accumulator)
+    accumulator.take_batch()
+    device.calls_left = 1
+    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+        accumulator.accumulate(waits=False)
+    accumulator._parts.batches.close()
 
 
 # --- checkpoints

@@ -13,6 +13,7 @@ from mlxflow.workflow import stage
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
 from mlxflow.workflow.model import Workflow
+from tests.late_device import LateDevice
 
 
 @pytest.fixture
@@ -141,3 +142,28 @@ def test_times_and_host_names_are_only_in_the_run_table(workflow: Workflow) -> N
     assert first.pop("run").keys() == second.pop("run").keys()
     assert first == second
     assert stage.stage_name(workflow.find("pretokenize").module) == first["stage"]["stage"]
+
+
+@pytest.mark.parametrize("task", ["train", "quantize:q4", "profile", "benchmark"])
+def test_an_error_of_memory_that_no_call_has_raised_yet_fails_the_stage(
+    task: str, job_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Metal the last command buffer may have failed although every call of the stage succeeded."""
+    workflow = load_workflow(job_copy / "workflow.toml")
+    found = workflow.find(task)
+    report = workflow.root / found.folder / "report.toml"
+    before = report.read_bytes()
+    device = LateDevice(monkeypatch)
+
+    def run(**_: Any) -> None:
+        device.calls_left = 1
+
+    monkeypatch.setattr(found.module, "run", run)
+    with pytest.raises(StageError) as caught:
+        execute_stage(workflow, found)
+    assert str(caught.value) == (
+        f"{task}: out of memory: memory limit {mx.get_memory_limit():,}. "
+        "Close other programs, or use a smaller batch_size or model, and run it again."
+    )
+    assert device.raised_by == ["synchronize"]
+    assert report.read_bytes() == before
