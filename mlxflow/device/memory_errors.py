@@ -7,6 +7,10 @@ So what such an error is about must be known before work is repeated: wait for e
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlxflow.messages.errors import StageError
 
 _OUT_OF_MEMORY = re.compile(
     r"malloc|unable to allocate|out ?of ?memory|attempting to allocate|insufficient memory", re.IGNORECASE
@@ -62,3 +66,21 @@ def describe(error: RuntimeError, subject: str) -> str | None:
         f"{subject}: out of memory: {more}memory limit {mx.get_memory_limit():,}. "
         "Close other programs, or use a smaller batch_size or model, and run it again."
     )
+
+
+@contextmanager
+def naming(task: str) -> Iterator[None]:
+    """Wait for the device at the end of a stage, and make errors about memory one line.
+
+    What the stage wrote may be the result of work that failed, and whose error no call has raised yet.
+
+    Raises:
+        StageError: the device ran out of memory.
+    """
+    try:
+        yield
+        settle()
+    except RuntimeError as error:
+        if (line := describe(error, task)) is None:
+            raise
+        raise StageError(line) from error

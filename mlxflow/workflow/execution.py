@@ -4,8 +4,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -163,21 +162,6 @@ def _select_device(workflow: Workflow) -> str:
     return chosen
 
 
-@contextmanager
-def _naming_memory(task: str) -> Iterator[None]:
-    """Make an error of MLX that is about memory one line.
-
-    Raises:
-        StageError: the device ran out of memory.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if (line := memory_errors.describe(error, task)) is None:
-            raise
-        raise StageError(line) from error
-
-
 def _make_artifact(stage: Stage, context: Context, started: float, chosen: str | None, threads: int | None) -> None:
     """Run a stage in the private folder, write its report, and check all outputs.
 
@@ -187,10 +171,8 @@ def _make_artifact(stage: Stage, context: Context, started: float, chosen: str |
     """
     outputs = rooted(outputs_of(stage.module, stage.config), context.folder)
     inputs = rooted(stage.inputs, context.root)
-    with _naming_memory(stage.task) if chosen else nullcontext():
+    with memory_errors.naming(stage.task) if chosen else nullcontext():
         figures = stage.module.run(config=stage.config, inputs=inputs, outputs=outputs, context=context)
-        if chosen:
-            memory_errors.settle()  # the files may hold results of work whose error was not raised yet
     files = sorted({*ownership.written_names(context.folder), layout.REPORT})
     run = _describe_run(round(time.perf_counter() - started, 3), chosen, threads, files)
     stage_table = report_structs.Provenance(**context.provenance)
