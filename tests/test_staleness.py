@@ -215,7 +215,11 @@ EDITS: dict[str, tuple[Callable[[Job], object], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
+#: Edits of a matrix of variants that are made by `pytest -m matrix`: each trains several models.
+_SLOW = {"a value more in a matrix", "an exclusion", "no matrix any more"}
+
+
+@pytest.mark.parametrize("edit", [pytest.param(edit, marks=[pytest.mark.matrix] * (edit in _SLOW)) for edit in EDITS])
 def test_an_edit_reruns_the_stages_it_makes_stale_and_no_other(job: Job, edit: str) -> None:
     change, expected = EDITS[edit]
     change(job)
