@@ -48,6 +48,7 @@ class ModelKernels(NamedTuple):
         selected: names of the kernels that are used.
         refused: why the others are not, by name.
         attention: causal attention by a kernel; None if it is not used.
+        keeps_mlx_attention: whether MLX's own attention gives the same gradients twice, to the bit.
     """
 
     uses: Callable[[str], bool]
@@ -56,6 +57,7 @@ class ModelKernels(NamedTuple):
     selected: list[str]
     refused: dict[str, str]
     attention: Causal | None = None
+    keeps_mlx_attention: bool = False
 
 
 def no_kernels() -> ModelKernels:
@@ -132,23 +134,25 @@ def _update_kernels(traits: TrainingTraits) -> set[str]:
 
 
 def _attention_kernels(model: nn.Module, traits: TrainingTraits) -> set[str]:
-    """Return the names of the attention kernels that a model can use."""
-    from mlxflow.kernels import kernel_names
+    """Return the names of the attention kernels that a model can use; on Metal, of the checks of MLX's attention."""
+    from mlxflow.kernels import kernel_names, repeatability
 
-    if not traits.is_deterministic or mx.metal.is_available():
+    if not traits.is_deterministic:
         return set()
     masks = traits.masks_documents
     heads = first_causal_heads(model, context_length=traits.context_length, masks_documents=masks)
     if heads is None:
         return set()
     kinds = {heads.is_bounded, masks}  # one layer may have a window, and another none
+    if mx.metal.is_available():
+        return {repeatability.attention_check(traits.dtype, heads.width, is_masked=kind) for kind in kinds}
     return {kernel_names.attention_name(traits.dtype, heads.width, is_bounded=is_bounded) for is_bounded in kinds}
 
 
 def _model_kernels(
     selection: "KernelSelection", layers: "list[tuple[nn.Module, LayerPattern]]", dtype: mx.Dtype
 ) -> ModelKernels:
-    from mlxflow.kernels import attention, kernel_names, layer_patching
+    from mlxflow.kernels import attention, kernel_names, layer_patching, repeatability
 
     @contextmanager
     def patched() -> Iterator[None]:
@@ -163,6 +167,13 @@ def _model_kernels(
 
     loss = selection.uses(kernel_names.cross_entropy_name(dtype))
     attends = any(name.startswith("attention") for name in selection.selected)
+    checks = {name: result.passed for name, result in selection.results.items() if repeatability.is_check(name)}
     return ModelKernels(
-        selection.uses, loss, patched, selection.selected, selection.refused, attend if attends else None
+        selection.uses,
+        loss,
+        patched,
+        selection.selected,
+        {name: reason for name, reason in selection.refused.items() if name not in checks},
+        attend if attends else None,
+        bool(checks) and all(checks.values()),
     )

@@ -26,7 +26,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlxflow.device import child_processes
-from mlxflow.kernels import codegen, nvrtc
+from mlxflow.kernels import codegen, nvrtc, repeatability
 from mlxflow.kernels.verification_cases import Case, case_of
 from mlxflow.kernels.verification_inputs import Arrays
 from mlxflow.kernels.verifier_process import VerificationResult
@@ -288,7 +288,10 @@ def main(arguments: list[str]) -> None:
         make_ready(names, is_stopped, report_seconds)
         for name in names:
             print(f"begin {name}", flush=True)
-            if "--compile" in flags:
+            result: VerificationResult | None
+            if repeatability.is_check(name):
+                result = repeatability.check(name)
+            elif "--compile" in flags:
                 result = compile_only(case_of(name))
             else:
                 result = verify(

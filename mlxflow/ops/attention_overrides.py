@@ -1,4 +1,4 @@
-"""Attention for training: blockwise causal attention on the CPU, and a deterministic gradient on CUDA.
+"""Attention for training: blockwise causal attention on the CPU, and a deterministic gradient on a GPU.
 
 On the CPU MLX computes all L x L scores of causal attention, masks half of them and takes 13 ns for each exponential.
 Here, in fp32, each block of queries is multiplied only with the keys up to its own end, the exponentials are those of
@@ -46,18 +46,20 @@ def causal_by_blocks() -> Iterator[None]:
 
 
 @contextmanager
-def in_fixed_order(causal: Causal | None) -> Iterator[None]:
-    """Make the gradient of 16-bit attention deterministic, for functions traced while the context is open.
+def in_fixed_order(causal: Causal | None, *, only_16_bits: bool = True) -> Iterator[None]:
+    """Make the gradient of attention deterministic, for functions traced while the context is open.
 
     On CUDA MLX uses cuDNN, which accumulates the gradient of the queries with atomics. It is replaced by a kernel, or
     where that does not support the call by plain operations, which hold all L x L scores.
 
     Args:
         causal: the kernel; None for plain operations everywhere.
+        only_16_bits: MLX's attention in fp32 is deterministic, as on CUDA.
     """
 
     def ordered(plain: Attention, queries: mx.array, keys: mx.array, values: mx.array, **named: Any) -> mx.array:
-        if queries.dtype not in (mx.bfloat16, mx.float16) or named.keys() - {"scale", "mask", "sinks"}:
+        is_kept = only_16_bits and queries.dtype not in (mx.bfloat16, mx.float16)
+        if is_kept or named.keys() - {"scale", "mask", "sinks"}:
             return plain(queries, keys, values, **named)
         result = None
         if causal is not None and _is_causal(queries, keys, bounds, **named):

@@ -19,11 +19,14 @@ class OperationOverrides(NamedTuple):
         is_enabled: replace them; False leaves everything to MLX.
         is_deterministic: on a GPU, too, gradients are accumulated in a fixed order: two runs are equal to the bit.
         attention: a kernel for causal 16-bit attention on CUDA; None for plain operations there.
+        keeps_mlx_attention: on Metal, MLX's attention gives the same gradients twice, to the bit; else plain
+            operations take its place.
     """
 
     is_enabled: bool = True
     is_deterministic: bool = True
     attention: Causal | None = None
+    keeps_mlx_attention: bool = False
 
 
 @contextmanager
@@ -31,7 +34,7 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
     """Replace MLX operations in what is traced until the block ends.
 
     On the CPU: products, causal attention and SwiGLU. On a GPU: products, and for deterministic gradients embedding
-    lookups and, on CUDA, attention. Each module documents the supported arguments; other calls go to MLX.
+    lookups and attention. Each module documents the supported arguments; other calls go to MLX.
 
     Args:
         model: the model that is traced.
@@ -47,6 +50,6 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
                 replaced.enter_context(replaced_swiglu())
             elif how.is_deterministic:
                 replaced.enter_context(ordered_lookups())
-                if not mx.metal.is_available():  # on Metal, MLX trains attention with plain operations
-                    replaced.enter_context(in_fixed_order(how.attention))
+                if not how.keeps_mlx_attention:
+                    replaced.enter_context(in_fixed_order(how.attention, only_16_bits=not mx.metal.is_available()))
         yield

@@ -149,7 +149,11 @@ def make_update(subject: Subject, kernels: model_kernels.ModelKernels) -> optimi
 
 def overrides_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels) -> OperationOverrides:
     """Return which MLX operations are replaced in a step."""
-    return OperationOverrides(is_deterministic=settings.deterministic, attention=kernels.attention)
+    return OperationOverrides(
+        is_deterministic=settings.deterministic,
+        attention=kernels.attention,
+        keeps_mlx_attention=kernels.keeps_mlx_attention,
+    )
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -46,19 +48,42 @@ def test_products_and_attention_are_replaced_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_metal", "is_deterministic", "expected"),
+    ("on_metal", "how", "expected"),
     [
-        (False, True, [True, True, True, True]),
-        (False, False, [True, True, False, False]),
-        (True, True, [True, True, True, False]),
+        (False, OperationOverrides(), [True, True, True, True]),
+        (False, OperationOverrides(is_deterministic=False), [True, True, False, False]),
+        (True, OperationOverrides(keeps_mlx_attention=True), [True, True, True, False]),
+        (True, OperationOverrides(), [True, True, True, True]),
     ],
 )
-def test_lookups_are_replaced_on_a_gpu_and_attention_only_on_cuda(
-    on_metal: bool, is_deterministic: bool, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+def test_lookups_are_replaced_on_a_gpu_and_attention_unless_it_repeats_to_the_bit(
+    on_metal: bool, how: OperationOverrides, expected: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
-    assert _replaced(OperationOverrides(is_deterministic=is_deterministic)) == expected
+    assert _replaced(how) == expected
+
+
+@pytest.mark.parametrize(("on_metal", "is_replaced"), [(True, True), (False, False)])
+def test_attention_in_fp32_is_replaced_on_metal_only(
+    on_metal: bool, is_replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Metal MLX's kernels for the gradient take fp32, too; cuDNN does not."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: on_metal)
+    called: list[bool] = []
+    plain = mx.fast.scaled_dot_product_attention
+
+    def attend(*arrays: mx.array, **named: Any) -> mx.array:
+        called.append(True)
+        return plain(*arrays, **named)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    queries = mx.zeros((1, 2, 5, 8))
+    with replaced_operations(llama()[0], mx.zeros((1, 5), mx.int32), OperationOverrides()):
+        called.clear()  # the model was run once
+        mx.fast.scaled_dot_product_attention(queries, queries, queries, scale=0.4, mask="causal")
+    assert (not called) is is_replaced
 
 
 def test_causal_attention_on_cuda_calls_the_given_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
