@@ -32,13 +32,6 @@ def test_a_damaged_input_is_refused_by_name(job_copy: Path) -> None:
             "train.batch_size = 4000: the training text fills {rows} rows of 16 tokens. "
             "Lower train.batch_size or add text to pretokenize.sources.\n",
         ),
-        (
-            "[2, 4]",
-            "[2, 4000]",
-            "benchmark",
-            "benchmark.batch_sizes = 4000: the training text fills {rows} rows of 16 tokens. "
-            "Lower benchmark.batch_sizes or add text to pretokenize.sources.\n",
-        ),
     ],
 )
 def test_a_corpus_too_small_for_a_batch_keeps_the_old_artifact(

@@ -216,7 +216,9 @@ class Suite:
 def sizes_with_rows(
     sizes: tuple[int, ...], default: tuple[int, ...], *, own: int, num_rows: int, task: str
 ) -> tuple[int, ...]:
-    """Return the batch sizes to time: of the default ones, those that have enough rows; a line says which are left.
+    """Return the batch sizes to time, and say where there are fewer rows.
+
+    Of the default ones those are timed that have enough rows. A batch of a written size takes some rows repeatedly.
 
     Args:
         sizes: of the table.
@@ -225,12 +227,14 @@ def sizes_with_rows(
         num_rows: of the training file.
         task: the stage, for the line.
     """
+    fact = f"the training text fills {num_rows:,} rows"
     if sizes != default:
+        if max(sizes) > num_rows:
+            terminal.say(f"{task}.batch_sizes: {max(sizes)} rows repeat some: {fact}")
         return sizes
     fitting = tuple(size for size in sizes if size <= num_rows) or (min(own, num_rows),)
     if fitting != sizes:
         listed, every = (", ".join(map(str, some)) for some in (fitting, sizes))
-        fact = f"the training text fills {num_rows:,} rows"
         terminal.say(f"{task}.batch_sizes: {listed} instead of {every}, the default: {fact}")
     return fitting
 

@@ -163,7 +163,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
 
     Raises:
         ArtifactError: the report of the dense model has no training settings, or the baseline is of another version.
-        SourceError: there are fewer rows than in the largest batch.
         StageError: a figure is worse than the baseline's.
     """
     from mlxflow.benchmarking.measurement import measure
@@ -254,7 +253,6 @@ def _suite(config: Config, inputs: Inputs, context: Context, budget: "Budget") -
     sizes = sizes_with_rows(
         config.batch_sizes, default, own=settings.batch_size, num_rows=tokens.rows.num_rows, task=context.task
     )
-    tokens.full_rows(max(sizes), f"{context.task}.batch_sizes", sources=f"{config.data}.sources")
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     seed = derive_seed(context.seed, context.task)
     has_adapters = settings.adapter_shape is not None

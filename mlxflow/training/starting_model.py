@@ -173,7 +173,7 @@ def _fit_vocabulary(
     if tokens.vocab_size <= num_known:
         return config
     try:
-        return grow_vocabulary(model, config, tokens.vocab_size)
+        return grow_vocabulary(model, config, tokens.vocab_size, ends=tokens.end_tokens)
     except ValueError as error:
         raise ArtifactError(f"{key}: {folder} cannot get added tokens ({error}). Name another model.") from error
 

@@ -134,7 +134,8 @@ def _arrays(suite: Suite) -> list[tuple[str, mx.array]]:
         ((16, 32), 32, (16, 32), ""),
         ((16, 32), 20, (16,), "16 instead of 16, 32, the default: the training text fills 20 rows"),
         ((16, 32), 7, (6,), "6 instead of 16, 32, the default: the training text fills 7 rows"),
-        ((16, 33), 7, (16, 33), ""),
+        ((16, 33), 40, (16, 33), ""),
+        ((16, 33), 7, (16, 33), "33 rows repeat some: the training text fills 7 rows"),
     ],
 )
 def test_of_the_default_batch_sizes_those_with_enough_rows_are_timed(

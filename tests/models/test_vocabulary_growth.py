@@ -29,6 +29,16 @@ def test_new_rows_are_the_mean_and_old_logits_stay(tied: bool) -> None:
     assert grown.keys() == config.keys()
 
 
+def test_a_new_token_that_ends_an_answer_begins_as_the_models_end_token() -> None:
+    config = llama_config(ModelConfig(hidden_size=16, intermediate_size=16), vocab_size=V, context_length=8)
+    model = model_folder.build(config, seed=0)
+    grow_vocabulary(model, config | {"eos_token_id": [7, 3]}, GROWN, ends=[5, V + 1])
+    rows = model.model.embed_tokens.weight
+    assert mx.array_equal(rows[V + 1], rows[3])
+    assert mx.array_equal(rows[V], rows[V + 2])
+    assert not mx.array_equal(rows[V], rows[V + 1])
+
+
 def test_a_vocabulary_size_below_text_config_changes_there() -> None:
     changed = config_json.with_vocab_size({"text_config": {"vocab_size": 5, "x": 1}}, 7)
     assert changed == {"text_config": {"vocab_size": 7, "x": 1}}
