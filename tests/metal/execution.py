@@ -199,6 +199,7 @@ class Runner:
         return found
 
 
+@functools.cache
 def _text(text: str) -> bytes:
     return struct.pack("<I", len(text.encode())) + text.encode()
 

@@ -28,6 +28,7 @@ namespace {
 
 constexpr unsigned LANES = 32, MOST_THREADS = 1024, PAGE = 4096;
 constexpr size_t STACK = 128 << 10, MOST_THREADGROUP_BYTES = 32 << 10;
+constexpr size_t MOST_KEPT_BYTES = 256 << 10;
 constexpr unsigned char OUTSIDE = 0xA5;
 
 struct Position {
@@ -98,6 +99,7 @@ std::string next_text() {
 enum State { READY, AT_SIMD, AT_BARRIER, ENDED };
 
 struct Fiber {
+  char* stack;
   void* stack_pointer;
   State state;
   int line, operation, argument;
@@ -108,7 +110,6 @@ struct Fiber {
 Fiber fibers[MOST_THREADS];
 Fiber* running;
 void* scheduler;
-char* stacks;
 const Program* program;
 std::vector<void*> arguments;
 
@@ -142,12 +143,14 @@ void begin_fiber() {
   pause_fiber();
 }
 
-void make_ready(unsigned thread, const Position& position) {
-  Fiber& fiber = fibers[thread];
-  fiber = {};
-  fiber.position = position;
+// Stacks that no thread has; the last one given back is the next one taken, since it is in the cache.
+std::vector<char*> free_stacks;
+
+void start(Fiber& fiber) {
+  fiber.stack = free_stacks.back();
+  free_stacks.pop_back();
   // Six registers, the address to go to, and one more so that the stack is aligned as after a call
-  void** top = reinterpret_cast<void**>(stacks + (thread + 1) * STACK) - 2;
+  void** top = reinterpret_cast<void**>(fiber.stack + STACK) - 2;
   top[1] = nullptr;
   top[0] = reinterpret_cast<void*>(begin_fiber);
   fiber.stack_pointer = std::fill_n(top - 6, 6, nullptr) - 6;
@@ -186,7 +189,9 @@ void advance(Fiber* lanes, unsigned count, const std::vector<unsigned>& order) {
     for (unsigned lane : order) {
       if (lane >= count || lanes[lane].state != READY) continue;
       running = &lanes[lane];
+      if (!running->stack) start(*running);
       metal_switch(&scheduler, running->stack_pointer);
+      if (running->state == ENDED) free_stacks.push_back(running->stack);
     }
     const auto at_simd = [](const Fiber& each) { return each.state == AT_SIMD; };
     if (std::none_of(lanes, lanes + count, at_simd)) return;
@@ -233,18 +238,40 @@ void run_all(unsigned grid, unsigned threads, unsigned order) {
     const unsigned here = std::min(threads, grid - group * threads);
     if (program->shared_begin)
       memset(program->shared_begin, order == 1 ? 0xFE : 0xFF, program->shared_end - program->shared_begin);
-    for (unsigned i = 0; i < here; ++i) make_ready(i, {group, groups, i, here});
+    for (unsigned i = 0; i < here; ++i) {
+      fibers[i] = {};
+      fibers[i].position = {group, groups, i, here};
+    }
     run_group(here, order);
   }
 }
 
 // --- memory
 
+// Mappings of earlier buffers by their number of bytes: to make one takes longer than most kernels.
+std::map<size_t, std::vector<char*>> free_mappings;
+
+char* mapping_of(size_t bytes) {
+  auto& free = free_mappings[bytes];
+  if (!free.empty()) {
+    char* mapping = free.back();
+    free.pop_back();
+    return mapping;
+  }
+  void* mapping = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping == MAP_FAILED) fail("no memory for %zu bytes", bytes);
+  return static_cast<char*>(mapping);
+}
+
+void release(Buffer& buffer) {
+  if (buffer.mapped <= MOST_KEPT_BYTES) free_mappings[buffer.mapped].push_back(buffer.mapping);
+  else munmap(buffer.mapping, buffer.mapped);
+}
+
 void place(Buffer& buffer, unsigned order) {
   const size_t pages = (buffer.bytes + 16 + PAGE - 1) / PAGE * PAGE;
   buffer.mapped = pages + 2 * PAGE;
-  buffer.mapping = static_cast<char*>(mmap(nullptr, buffer.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (buffer.mapping == MAP_FAILED) fail("no memory for %zu bytes", buffer.mapped);
+  buffer.mapping = mapping_of(buffer.mapped);
   char *begin = buffer.mapping + PAGE, *end = begin + pages;
   mprotect(begin, pages, PROT_READ | PROT_WRITE);
   memset(begin, OUTSIDE, pages);
@@ -350,7 +377,7 @@ void answer_request() {
         if (is_first) results.emplace_back(buffer.data, buffer.data + buffer.bytes);
         else compare(buffer, results[output++], order);
       }
-      munmap(buffer.mapping, buffer.mapped);
+      release(buffer);
     }
   }
   alarm(0);
@@ -395,9 +422,12 @@ extern "C" __bf16 __truncsfbf2(float x) {
 int main() {
   _MM_SET_FLUSH_ZERO_MODE(_MM_FLUSH_ZERO_ON);
   _MM_SET_DENORMALS_ZERO_MODE(_MM_DENORMALS_ZERO_ON);
-  stacks = static_cast<char*>(mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
-                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (unsigned i = 0; i < MOST_THREADS; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
+  char* stacks = static_cast<char*>(mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  for (unsigned i = 0; i < MOST_THREADS; ++i) {
+    mprotect(stacks + i * STACK, PAGE, PROT_NONE);
+    free_stacks.push_back(stacks + i * STACK);
+  }
   static char signal_stack[64 << 10];
   const stack_t stack = {signal_stack, 0, sizeof signal_stack};
   sigaltstack(&stack, nullptr);

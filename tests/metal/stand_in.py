@@ -64,17 +64,16 @@ class StandInKernel:
         if not StandInKernel.executes:
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         known: dict[str, np.ndarray[Any, Any] | Output] = {}
-        for name, array in zip(self._inputs, inputs, strict=True):
-            known[name] = _numbers(array)
+        for name, array in zip(self._inputs, _numbers(inputs), strict=True):
+            known[name] = array
             known[f"{name}_shape"], known[f"{name}_ndim"] = _shape(array.shape)
         for name, shape, dtype in zip(self._outputs, output_shapes, output_dtypes, strict=True):
             known[name] = Output(int(np.prod(shape)), dtype.size)
-        names = [parameter.name for parameter in source.parameters if parameter.attribute == "buffer"]
         results = execution.runner().run(
             execution.compiled(source, threadgroup[0]),
             grid=grid[0],
             threads=threadgroup[0],
-            buffers=[(name, known[name]) for name in names],
+            buffers=[(name, known[name]) for name in _buffers(source)],
             orders=StandInKernel.orders or _VARYING.choice(_ONE_ORDER),
         )
         return [
@@ -106,15 +105,24 @@ class StandInKernel:
 
 
 @functools.cache
+def _buffers(source: MetalSource) -> list[str]:
+    return [parameter.name for parameter in source.parameters if parameter.attribute == "buffer"]
+
+
+@functools.cache
 def _shape(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return np.array(shape, np.int32), np.array([len(shape)], np.int32)
 
 
-def _numbers(array: mx.array) -> np.ndarray[Any, Any]:
-    """Return an array's bits as unsigned integers; numpy has no bfloat16."""
-    names = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-    whole = mx.contiguous(array).reshape(-1)
-    return np.array(whole if array.dtype == mx.bool_ else whole.view(names[array.dtype.size]))
+def _numbers(arrays: Sequence[mx.array]) -> list[np.ndarray[Any, Any]]:
+    """Return the elements of arrays, those of bfloat16 as integers of the same bits: numpy has no such type."""
+    known = [array.view(mx.uint16) if array.dtype == mx.bfloat16 else array for array in arrays]
+    mx.eval(known)  # once for all of them
+    return [np.asarray(array) for array in known]
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *_: value
 
 
 @contextmanager
@@ -130,11 +138,11 @@ def metal(cores: int = CORES) -> Iterator[type[StandInKernel]]:
     try:
         with (
             mock.patch.object(mx.fast, "metal_kernel", StandInKernel),
-            mock.patch.object(mx, "is_available", return_value=True),
-            mock.patch.object(mx.metal, "is_available", return_value=True),
-            mock.patch.object(mx, "default_device", return_value=mx.Device(mx.gpu, 0)),
-            mock.patch.object(rms_norm, "gpu_cores", return_value=cores),
-            mock.patch.object(adamw, "gpu_cores", return_value=cores),
+            mock.patch.object(mx, "is_available", _always(True)),
+            mock.patch.object(mx.metal, "is_available", _always(True)),
+            mock.patch.object(mx, "default_device", _always(mx.Device(mx.gpu, 0))),
+            mock.patch.object(rms_norm, "gpu_cores", _always(cores)),
+            mock.patch.object(adamw, "gpu_cores", _always(cores)),
         ):
             yield StandInKernel
     finally:
