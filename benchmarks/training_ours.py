@@ -36,11 +36,19 @@ class Variant(NamedTuple):
     document_length: int = 0
 
 
-def ours(row: str, variant: Variant, *, job: Job = REFERENCE) -> None:
-    """Train and print the row; kernels are verified first, as a stage does it."""
+def ours(row: str, variant: Variant, *, job: Job = REFERENCE, team: Any = None) -> None:
+    """Train and print the row; kernels are verified first, as a stage does it.
+
+    Args:
+        row: its name.
+        variant: how it is trained.
+        job: what is trained, by all ranks together.
+        team: the ranks; None for one process.
+    """
     import mlx.core as mx
 
     from mlxflow.device import compute_device
+    from mlxflow.distributed.team import SOLO
     from mlxflow.kernels import model_kernels
     from mlxflow.training import build, kernel_selection
     from mlxflow.training.checkpoints import CheckpointStore
@@ -62,7 +70,7 @@ def ours(row: str, variant: Variant, *, job: Job = REFERENCE) -> None:
     use = kernel_selection.select_kernels(request, subject, rows.head(settings.batch_size), ahead)
     proof_seconds = time.perf_counter() - begin
     logs: list[dict[str, Any]] = []
-    session = Session(CheckpointStore(folder, keep=1, settings={}, say=print), limit, logs.append)
+    session = Session(CheckpointStore(folder, keep=1, settings={}, say=print), limit, logs.append, team=team or SOLO)
     data = build.make_data(rows, rows.head(1), settings, seed=0)
     with build.ready_trainer(subject, use, data, session) as trainer:
         result = trainer.run()

@@ -94,13 +94,13 @@ def build_model(job: Job, dtype: str) -> Any:
     return model
 
 
-def mlx_lm(row: str, *, job: Job = REFERENCE) -> None:
+def mlx_lm(row: str, *, job: Job = REFERENCE, dtype: str = "bfloat16") -> None:
     """Train by mlx-lm's own trainer, as it is shipped."""
     import mlx.core as mx
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, train
 
-    model = build_model(job, "bfloat16")
+    model = build_model(job, dtype)
     data = [(line.tolist(), 0) for line in random_rows(job)]
     reports = TrainerReports()
     mx.reset_peak_memory()
