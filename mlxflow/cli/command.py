@@ -62,6 +62,9 @@ def _main(arguments: Sequence[str] | None) -> int:
     parsed = argparse.Namespace()
     os.environ["PYTHONSAFEPATH"] = "1"  # of the processes that this one starts
     signal.signal(signal.SIGTERM, _terminate)
+    if sys.platform == "darwin" and (line := _system_mistake()):
+        terminal.say_last(line)
+        return 2
     try:
         _parser().parse_args(arguments, parsed)
         if hasattr(parsed, "workflow"):
@@ -88,6 +91,12 @@ def _main(arguments: Sequence[str] | None) -> int:
         terminal.discard_unwritable()
         terminal.say_last(cause_message(error, str(getattr(parsed, "stage", "mlxflow"))))
         return 1
+
+
+def _system_mistake() -> str | None:
+    from mlxflow.device import supported_system
+
+    return supported_system.mistake()
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxflow.device import developer_tools
+from mlxflow.device import developer_tools, mlx_environment
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.user_folders import prepare_compiled_folder
 
@@ -56,7 +56,7 @@ def prepare() -> str | None:
         NoFolderError: no folder is safe for compiled code.
     """
     prepare_compiled_folder()
-    developer_tools.prepare_mlx()
+    mlx_environment.prepare()
     if not sys.platform.startswith("linux"):
         return None
     with _without_denormals():
@@ -219,6 +219,11 @@ def _precompile(source: Path, path: Path) -> None:
 
 
 _UNCOMPILED = "mx.compile silently runs uncompiled without it"
+
+
+def lacks_compiler() -> bool:
+    """Return whether `mx.compile` runs uncompiled; imports mlx on Linux."""
+    return any(lacking.startswith("g++") for lacking in missing())
 
 
 def install_command() -> str:

@@ -5,7 +5,6 @@ install the tools, also in the middle of a build. So it is called only where the
 """
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +15,6 @@ INSTALL = "xcode-select --install"
 
 # The folder of the stand-ins
 _STAND_INS = "/usr/bin"
-
-# The environment variable by which MLX runs uncompiled and looks for no compiler
-_NO_COMPILING = "MLX_DISABLE_COMPILE"
 
 
 def find(program: str) -> str | None:
@@ -31,15 +27,6 @@ def find(program: str) -> str | None:
 
 def _is_stand_in(path: str) -> bool:
     return sys.platform == "darwin" and Path(path).parent == Path(_STAND_INS) and not _are_installed()
-
-
-def prepare_mlx() -> None:
-    """Keep MLX from calling the stand-in for `g++`; call it before MLX is imported, and before a child process starts.
-
-    MLX asks `g++` for its version before it compiles anything, for the GPU too, and runs uncompiled without it.
-    """
-    if sys.platform == "darwin" and find("g++") is None:
-        os.environ[_NO_COMPILING] = "1"
 
 
 @functools.cache

@@ -10,8 +10,8 @@ or of its window. Blocks that no query sees are skipped. No L x L array is store
 log-sum-exp of each row, from which the backward pass recomputes P. cuDNN, which MLX uses on CUDA, adds each block of
 keys to the gradient of the queries by atomics, so two runs differ. Here one kernel computes the queries' gradient, each
 group of threads iterating over the keys, and another that of keys and values, each group iterating over the queries of
-all heads that share them: seven products instead of five, and no array that two groups add to. MLX's attention on Metal
-has no atomics in its gradient; this kernel has no Metal source.
+all heads that share them: seven products instead of five, and no array that two groups add to. This kernel
+has no Metal source; `repeatability` checks MLX's attention there.
 
 | takes | |
 | --- | --- |

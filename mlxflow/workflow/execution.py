@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mlxflow.device import compute_device, cpu_backend, developer_tools, memory_errors
+from mlxflow.device import compute_device, cpu_backend, memory_errors, mlx_environment
 from mlxflow.distributed.rank import Rank, of_this_process
 from mlxflow.distributed.rank_failures import reported
 from mlxflow.messages import terminal
@@ -62,7 +62,7 @@ def execute_stage(workflow: Workflow, stage: Stage, into: Path | None = None, ha
         return into or workflow.root / stage.folder
     if getattr(stage.module, "USES_DEVICE", True):
         prepare_compiled_folder()  # before starting any process that compiles
-        developer_tools.prepare_mlx()
+        mlx_environment.prepare()
     begin = getattr(stage.module, "begin", None)
     with (
         reported(rank, stage.task),

@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ from mlxflow.cli import compare
 from mlxflow.device import cpu_backend, developer_tools
 from mlxflow.messages.errors import CallError
 from mlxflow.tasks import lockfile
-from tests.conftest import REPOSITORY
 
 _MAC = """
 import sys
@@ -62,18 +60,6 @@ def test_git_is_called_where_the_tools_are_installed(stand_ins: Path, tmp_path: 
     assert developer_tools.find("git") == str(stand_ins / "git")
     lockfile.source_commit(tmp_path)
     assert [call.split()[0] for call in _calls(stand_ins)] == ["git"]
-
-
-@pytest.mark.parametrize("prepares", [True, False])
-def test_mlx_calls_no_stand_in_for_a_compiler(stand_ins: Path, tmp_path: Path, prepares: bool) -> None:
-    script = f"{_MAC}\nif {prepares}: developer_tools.prepare_mlx()\nsys.platform = 'linux'\nimport mlx.core as mx\n"
-    script += "mx.set_default_device(mx.cpu)\nprint(mx.compile(lambda x: mx.exp(x) * 2)(mx.zeros(3)).tolist())"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(stand_ins)], capture_output=True, text=True, check=True, env=environment
-    )
-    assert result.stdout == "[2.0, 2.0, 2.0]\n"
-    assert ("g++ --version" in _calls(stand_ins)) is not prepares
 
 
 def test_a_mac_without_the_tools_gets_one_line_about_them(stand_ins: Path) -> None:
