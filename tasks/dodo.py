@@ -19,7 +19,7 @@ from mlxflow.tasks.creator import configuration, tasks_of
 from mlxflow.tasks.graph import load_nodes
 
 _workflow = Path(paths.expand(get_var("workflow") or layout.WORKFLOW))
-advice.name_workflow(paths.shown(_workflow))
+advice.name_workflow(layout.named_workflow(_workflow))
 _state = layout.state_folder(_workflow.parent)
 _cache = DigestCache(_state / layout.DIGESTS)
 try:

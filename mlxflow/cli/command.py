@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from mlxflow.messages import advice, terminal
 from mlxflow.messages.errors import MlxflowError
 from mlxflow.messages.os_errors import cause_message, is_about_a_file
-from mlxflow.storage import paths
+from mlxflow.storage import layout
 
 _DESCRIPTION = "Build the stages of a workflow.toml, inspect their artifacts, and generate text with the models."
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code: 0 fine, 1 a stage failed, 2 the file or the call is wrong."""
     if arguments is None:
         _read_names_as_utf8()
-    with terminal.guarded(), advice.about_workflow(advice.DEFAULT_WORKFLOW):
+    with terminal.guarded(), advice.about_workflow(""):
         return _main(arguments)
 
 
@@ -68,7 +68,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         _parser().parse_args(arguments, parsed)
         if hasattr(parsed, "workflow"):
-            advice.name_workflow(paths.shown(parsed.workflow))
+            advice.name_workflow(layout.named_workflow(parsed.workflow))
         return int(parsed.command(parsed) or 0)
     except MlxflowError as error:
         terminal.say_error(error)

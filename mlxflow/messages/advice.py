@@ -4,17 +4,14 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: The workflow file that a command uses without `--workflow`.
-DEFAULT_WORKFLOW = "workflow.toml"
-
-_workflow = DEFAULT_WORKFLOW
+_workflow = ""
 
 
 def name_workflow(shown: str) -> None:
     """Set the workflow file that the commands of later messages name.
 
     Args:
-        shown: its path as the user would write it.
+        shown: its path as the user would write it; empty for the one that commands use by default.
     """
     global _workflow  # one command is about one workflow file
     _workflow = shown
@@ -25,7 +22,7 @@ def about_workflow(shown: str) -> Iterator[None]:
     """Set the workflow file for the messages of a block.
 
     Args:
-        shown: its path as the user would write it.
+        shown: its path as the user would write it; empty for the one that commands use by default.
     """
     before = _workflow
     name_workflow(shown)
@@ -41,7 +38,7 @@ def command(text: str) -> str:
     Args:
         text: the verb and its arguments, such as "report --open".
     """
-    option = "" if _workflow == DEFAULT_WORKFLOW else f" --workflow {shlex.quote(_workflow)}"
+    option = f" --workflow {shlex.quote(_workflow)}" if _workflow else ""
     return f"mlxflow {text}{option}"
 
 

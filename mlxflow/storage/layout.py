@@ -22,9 +22,9 @@ No other module spells these names.
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxflow.messages.advice import DEFAULT_WORKFLOW
+from mlxflow.storage import paths
 
-WORKFLOW = DEFAULT_WORKFLOW
+WORKFLOW = "workflow.toml"
 LOCKFILE = "mlxflow.lock"
 ARTIFACTS = "artifacts"
 
@@ -46,6 +46,16 @@ REPRODUCTION_PREFIX = "reproduce-"
 
 #: Suffixes of the names of temporary folders and files, and of locks.
 TEMPORARY_ENDINGS = (".partial", ".partial.old", ".unfinished", ".tmp", ".lock")
+
+
+def named_workflow(path: Path) -> str:
+    """Return a workflow file as commands have to name it; empty for the one that they use by default.
+
+    Args:
+        path: the file, relative to the current folder or absolute.
+    """
+    shown = paths.shown(path)
+    return "" if shown == WORKFLOW else shown
 
 
 def artifacts_folder(root: Path) -> Path:

@@ -43,7 +43,7 @@ def test_every_section_shows_what_its_stage_reported(root: Path) -> None:
         "Loss over tokens",
         "To a loss of 2.20 it took stage 30 tokens and 3 s.",
         "Where a step's time goes",
-        "OperationOverrides: 10 of 40 GFLOP/s, 25.0 %",
+        "Training computes: 10 of 40 GFLOP/s, 25.0 %",
         "stage and on",
         "Machine and versions",
         "mlxflow.lock: what each stage was made of",

@@ -11,4 +11,4 @@ def test_sizes_are_compared_with_fp32_and_with_the_dense_model(root: Path) -> No
         "7.10 times smaller than in fp32, 3.56 times smaller than the dense model of 16 bits a weight: 49.1 KB" in text
     )
     assert "Times smaller than fp32 Than the dense model" in text
-    assert "Times smaller than fp32 Than the trained model" in text
+    assert "Times smaller than fp32 Than the dense model" in text
