@@ -23,6 +23,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(Path(__file__).parents[1])  # the modules beside this one are those of a package
+
 from benchmarks.shapes import TINY_LLAMA
 from benchmarks.training_ours import Variant, ours
 from benchmarks.training_peers import LARGE, REFERENCE, Job, mlx_lm
@@ -59,7 +61,7 @@ def main(ranks: int, job: str, rounds: int) -> None:
 
 def _start(row: str, ranks: int, job: str, folder: Path) -> list[dict[str, Any]]:
     """Run a row and return what its ranks print: rank 0 for all, or each process for itself."""
-    command = [sys.executable, "-m", "benchmarks.distributed", "row", row, job]
+    command = [sys.executable, __file__, "row", row, job]
     if row.endswith("alone") or row == "side by side":
         count = ranks if row == "side by side" else 1
         started = [

@@ -57,6 +57,7 @@ def test_a_lock_table_holds_every_field_of_a_record_except_sizes_and_seconds(tmp
     _write(tmp_path / "lock", "train:a")
     (table,) = lockfile.read(tmp_path / "lock").tables["train:a"]
     assert lockfile.recorded(table) == {k: v for k, v in VALUES.items() if k != "seconds"} | {"outputs": OUTPUTS}
+    assert lockfile.recorded(table | {"ranks": "2 (ring)"}) == lockfile.recorded(table) | {"ranks": "2 (ring)"}  # type: ignore[operator]
     assert lockfile.recorded(table | {"seconds": 12.5}) == VALUES | {"outputs": OUTPUTS}  # as earlier versions wrote it
 
 
