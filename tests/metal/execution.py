@@ -4,6 +4,7 @@ import atexit
 import functools
 import hashlib
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -124,6 +125,13 @@ def compiled(source: MetalSource, threads: int) -> Path:
         f'extern "C" void metal_entry(void* const* b, const Position* p) {{ {entry} }}\n'
     )
     return _compiled(source.instance.partition("<")[0].removeprefix("custom_kernel_"), text, _FLAGS)
+
+
+def threadgroup_bytes(source: MetalSource, threads: int) -> int:
+    """Return the threadgroup memory of a kernel; arguments and errors are those of `compiled`."""
+    sizes = subprocess.run(["size", "-A", compiled(source, threads)], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"^metal_threadgroup\s+(\d+)", sizes, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 class Runner:

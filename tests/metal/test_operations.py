@@ -1,8 +1,9 @@
 import mlx.core as mx
 import pytest
 
+from mlxflow.kernels.codegen import THREADS
 from mlxflow.kernels.kernel_names import TYPES
-from tests.metal import operations
+from tests.metal import execution, operations
 from tests.metal.mutants import MUTANTS
 from tests.metal.stand_in import StandInKernel
 
@@ -45,3 +46,16 @@ def test_views_and_transposed_arrays_are_taken(dtype: str) -> None:
     for x in (begin, begin[1::2], operations.random((72, 41), 2, TYPES[dtype]).T, begin[:, ::-1]):
         operation = usual._replace(inputs=[x, weight, mx.broadcast_to(weight, x.shape)], additions=300)
         assert operation.error() <= 1
+
+
+@pytest.mark.metal
+@pytest.mark.parametrize("dtype", TYPES)
+def test_two_groups_of_a_norm_fit_the_memory_of_a_core(metal: type[StandInKernel], dtype: str) -> None:
+    metal.executes = False
+    for name, operation in operations.every(TYPES[dtype]).items():
+        if "norm" in name:
+            operation.kernel(*operation.inputs)
+    sizes = {source.instance: execution.threadgroup_bytes(source, THREADS) for source in metal.sources}
+    assert len(sizes) >= 10
+    assert max(sizes.values()) > 8000, "the backward norm shares a part of the columns"
+    assert max(sizes.values()) <= 12 * 1024
