@@ -42,6 +42,16 @@ def test_only_stages_that_train_have_ranks(workflow: Workflow) -> None:
     assert [one.node().ranks for one in workflow.stages] == ["", "2 ranks (ring)", ""]
 
 
+@pytest.mark.parametrize("change", ["processes = 1", 'reduction = "ordered"', "restarts = 0", 'step_timeout = "1 h"'])
+def test_no_key_of_the_table_makes_an_artifact_stale(workflow: Workflow, change: str) -> None:
+    key = change.partition(" ")[0]
+    lines = [change if line.startswith(f"{key} ") else line for line in TEXT.splitlines()]
+    assert change in lines
+    Path("other.toml").write_text("\n".join(lines))
+    other = load_workflow(Path("other.toml"))
+    assert [one.settings() for one in other.stages] == [one.settings() for one in workflow.stages]
+
+
 def test_the_ranks_get_the_workflow_that_was_read_and_the_limits_of_the_table(
     workflow: Workflow, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
