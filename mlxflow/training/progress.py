@@ -38,6 +38,15 @@ def show_progress(task: str, *, num_steps: int, is_silent: bool = False) -> Iter
         yield bar.show
 
 
+def steps_to(show: Log) -> Callable[[int], None]:
+    """Return a function that advances what `show_progress` shows to a number of steps, without a record of them.
+
+    Args:
+        show: the function that it yields.
+    """
+    return lambda step: show({"kind": "step", "step": step})
+
+
 class _StepLines:
     """A line for each record, with the time left at the pace of this process."""
 
@@ -48,7 +57,9 @@ class _StepLines:
         self._begin: tuple[int, float] | None = None
 
     def show(self, record: dict[str, Any]) -> None:
-        """Print a record."""
+        """Print a record; a step without one is not worth a line."""
+        if record["kind"] == "step":
+            return
         step = record["step"]
         begin_step, begin_seconds = self._begin = self._begin or (step, self._clock())
         left = ""
@@ -74,8 +85,9 @@ class _StepBar(Progress):
                 yield Text(f"  {shown}")
 
     def show(self, record: dict[str, Any]) -> None:
-        """Show a record."""
-        self.latest = getattr(self, "latest", {}) | {record["kind"]: figures(record)}
+        """Show a record, or only its step."""
+        if record["kind"] != "step":
+            self.latest = getattr(self, "latest", {}) | {record["kind"]: figures(record)}
         self.update(self.tasks[0].id, completed=record["step"])
 
 

@@ -85,7 +85,8 @@ def train(
             metrics.flush()
             show(record)
 
-        session = Session(checkpoints, memory_limit_bytes, log, stop_requested, team, _shared(files, settings, team))
+        shared = _shared(files, settings, team)
+        session = Session(checkpoints, memory_limit_bytes, log, stop_requested, team, shared, progress.steps_to(show))
         with build.ready_trainer(subject, kernels, data, session, replay=replay) as trainer:
             checkpoint = checkpoints.latest(trainer.unfit)
             if checkpoint is not None:

@@ -44,6 +44,7 @@ class Session(NamedTuple):
         stop_requested: checked between forward passes; training then saves a checkpoint and ends.
         team: the ranks of a distributed run.
         digests: of what all ranks must share, by its name in words.
+        on_step: called with the number of updates when the host has waited for the device, more often than `log`.
     """
 
     checkpoints: CheckpointStore
@@ -52,6 +53,7 @@ class Session(NamedTuple):
     stop_requested: Callable[[], bool] = lambda: False
     team: Team = SOLO
     digests: Mapping[str, str] = MappingProxyType({})
+    on_step: Callable[[int], None] = lambda step: None
 
 
 class Stopped(Exception):  # noqa: N818 - no error: a signal asks for it
@@ -170,6 +172,7 @@ class Trainer:
         at_end = facts.step == settings.num_steps
         if facts.step % settings.lazy_eval_every == 0 or (facts.step - 1) % settings.log_every == 0:
             self._settle(1)  # one stays on the device, so that it is not idle
+            self._session.on_step(facts.step)
         if at_end or (settings.eval_every and facts.step % settings.eval_every == 0):
             self._settle(0)
             with self._recorder.paused():

@@ -5,7 +5,7 @@ import pytest
 
 from mlxflow.messages import terminal
 from mlxflow.training import progress
-from mlxflow.training.progress import duration, show_progress
+from mlxflow.training.progress import duration, show_progress, steps_to
 
 TRAIN = {
     "kind": "train",
@@ -66,3 +66,17 @@ def test_a_terminal_shows_a_bar_and_the_last_figures(width: int, monkeypatch: py
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_steps_without_a_record_advance_the_bar_and_print_no_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with show_progress("train", num_steps=20) as log:
+        steps_to(log)(3)
+    assert capsys.readouterr().err == ""
+    plain = terminal.console
+    monkeypatch.setattr(terminal, "console", lambda *, stderr: plain(stderr=stderr, force_terminal=True, width=80))
+    with show_progress("train", num_steps=20) as log:
+        log(BATCH)
+        steps_to(log)(9)
+    assert "9/20" in capsys.readouterr().err

@@ -34,6 +34,14 @@ def test_every_target_of_every_row_is_counted_once() -> None:
     assert [record["step"] for record in records_of(records, "train")] == [2, 4, 5]
 
 
+def test_steps_are_announced_where_the_host_waits_for_the_device() -> None:
+    steps: list[int] = []
+    trainer = make_trainer(lambda record: None, log_every=100, lazy_eval_every=2)
+    trainer._session = trainer._session._replace(on_step=steps.append)
+    trainer.run()
+    assert steps == [1, 2, 4, 6]
+
+
 def _rows_targets() -> int:
     return int((small_rows().marks[:, 1:] & 1).sum())
 
