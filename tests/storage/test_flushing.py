@@ -15,13 +15,14 @@ _FULL = 51
 
 
 @pytest.fixture
-def flushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """A system with F_FULLFSYNC: the flushes in their order, each with the name of its file."""
     calls: list[tuple[str, str]] = []
     call = fcntl.fcntl
 
     def name(descriptor: int) -> str:
-        return Path(f"/dev/fd/{descriptor}").resolve().name
+        inode = os.fstat(descriptor).st_ino
+        return next(path.name for path in (tmp_path, *tmp_path.rglob("*")) if path.stat().st_ino == inode)
 
     def control(descriptor: int, command: int, *arguments: Any) -> Any:
         if command != _FULL:

@@ -10,6 +10,7 @@ from mlxflow.distributed.team import Team
 from mlxflow.messages.errors import StageError
 from mlxflow.training import trainer
 from mlxflow.training.rank_accumulation import RankAccumulator, _Status
+from tests.late_device import LateDevice
 from tests.training.small_training import make_trainer
 
 
@@ -112,3 +113,16 @@ def test_a_rank_that_differs_ends_the_run_with_its_name(
         accumulator.accumulate(waits=False)
     accumulator._parts.batches.close()
     assert str(caught.value) == f"train: rank 1 has {message}"
+
+
+def test_an_error_of_earlier_work_is_raised_and_not_taken_for_a_batch_that_is_too_large(
+    accumulator: RankAccumulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Metal out of memory is raised later than it happens: the weights of the last update may be lost."""
+    device = LateDevice(monkeypatch)
+    accumulator.take_batch()
+    device.calls_left = 1
+    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+        accumulator.accumulate(waits=False)
+    assert [one.reason for one in accumulator._parts.sizes.decisions] == ["begin"]
+    accumulator._parts.batches.close()
