@@ -76,12 +76,15 @@ def write_samples(
     Raises:
         ArtifactError: a model cannot be opened.
     """
+    import mlx.core as mx
+
     prompts = _choose_prompts(request, models, validation)
     samples: list[SampleText] = []
     for reference, path in models.items():
         key = model_key(report_structs.read_provenance(reports[reference], advice=advise_build(reference)))
         try:
             texts_of_model = _written(request, path.parent, prompts)
+            mx.synchronize()  # on Metal, an error may be raised later than it happened, by the next model's work
         except RuntimeError as error:  # out of memory: the page is written without this model
             samples.append(SampleText(model=reference, model_key=key, error=reason_of(error, None)))
             continue

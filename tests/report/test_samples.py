@@ -9,13 +9,16 @@ import msgspec
 import pytest
 
 from mlxflow.evaluation.text_generation import Sampling, Writer
+from mlxflow.report import samples
 from mlxflow.report.load_run import read_run
 from mlxflow.report.render import render
 from mlxflow.report.samples import SampleRequest, write_samples
 from mlxflow.report.stage_reports.report import SampleText
+from mlxflow.storage import report_structs
 from mlxflow.storage.run_context import Member, derive_seed
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
+from tests.late_device import MESSAGE, LateDevice
 from tests.report.pages import Seen
 
 TRAINING = """
@@ -139,3 +142,23 @@ def test_the_page_shows_question_answer_and_reference_answer(chats: Path) -> Non
     members = [Member("train", chats / "artifacts/train", (), ())]
     page = render([read_run(chats, members, name="chats", samples=found)])
     assert f"train Question {made.question} Answer It <is> wrong. In the data {made.answer}" in Seen(page).text
+
+
+def test_an_error_that_is_raised_late_belongs_to_the_model_that_caused_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device = LateDevice(monkeypatch)
+
+    def write(request: SampleRequest, folder: Path, prompts: object) -> list[object]:
+        device.calls_left = int(folder.name == "large")
+        return []
+
+    monkeypatch.setattr(samples, "_written", write)
+    monkeypatch.setattr(samples, "_choose_prompts", lambda *_: None)
+    monkeypatch.setattr(samples, "model_key", lambda provenance: "key")
+    monkeypatch.setattr(report_structs, "read_provenance", lambda *_, **__: None)
+    models = {name: tmp_path / name / "model.safetensors" for name in ("large", "small")}
+    request = SampleRequest((), 1, 8, 8, 0.0, 0)
+    (failed,) = write_samples(request, models, reports=models, validation=())
+    assert failed.model == "large"
+    assert failed.error == MESSAGE
