@@ -3,6 +3,8 @@
     python benchmarks/cpu.py
 
 - blas: one 1024 x 1024 fp32 matrix product, OpenBLAS against the wheel's own BLAS (a process each);
+- core: the same, OpenBLAS as mlxflow loads it against the code that OpenBLAS chooses itself, which is old code for a
+  processor that it does not know;
 - loss: cross-entropy with its gradient over (2048, 2048) logits, ours against `mlx.nn.losses.cross_entropy`;
 - exponential: of (512, 2048) numbers, ours against `mx.exp`;
 - attention: causal, with its gradients, 2 rows of 2,048 tokens, 2 heads of 64, ours against `mx.fast`;
@@ -54,12 +56,14 @@ print(sorted(seconds)[2])
 """
 
 PREPARE = "from mlxflow.device import cpu_backend; cpu_backend.prepare()"
+OWN_CORE = "import ctypes; ctypes.CDLL('libopenblas.so.0', ctypes.RTLD_GLOBAL)"
 BLAS_ONLY = "from mlxflow.device import cpu_backend; cpu_backend._load_blas()"
 
 
 def main() -> None:
     """Print a line for each row: medians and the ratio."""
     compare_processes("blas: matrix product", MATMUL, PREPARE, "")
+    compare_processes("core: matrix product", MATMUL, PREPARE, OWN_CORE)
     compare_processes("denormals: elementwise product", SMALL_NUMBERS, PREPARE, BLAS_ONLY)
     compare_arithmetic()
 

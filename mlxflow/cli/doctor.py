@@ -77,7 +77,7 @@ def _describe_device(library: str | None) -> list[tuple[str, str]]:
         ("device", f"{chosen}: {compute_device.name()}"),
         ("memory MLX can use well", f"{compute_device.working_set_bytes() / 1e9:.1f} GB"),
         ("matrix products, fp32", f"{device_report.measure_gflops('float32'):.0f} GFLOP/s (1024 x 1024, best of 5)"),
-        ("BLAS", f"{library or 'built in'}, computes with {cpu_backend.thread_count()} threads"),
+        ("BLAS", f"{cpu_backend.describe_blas(library)}, computes with {cpu_backend.thread_count()} threads"),
         ("mx.compile", "runs uncompiled" if cpu_backend.lacks_compiler() else "available"),
         ("GPU kernels", _describe_kernels()),
         ("Metal", "yes" if mx.metal.is_available() and mx.is_available(mx.gpu) else "no"),

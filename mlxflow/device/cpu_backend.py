@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxflow.device import developer_tools, mlx_environment
+from mlxflow.device import developer_tools, mlx_environment, openblas_core
 from mlxflow.messages.errors import WorkflowError
 from mlxflow.storage.user_folders import prepare_compiled_folder
 
@@ -81,11 +81,23 @@ def new_stream() -> "mx.Stream":
 def _load_blas() -> str | None:
     for name in _LIBRARIES:
         try:
-            ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+            if name.startswith("libopenblas"):
+                openblas_core.load(name)
+            else:
+                ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         return name
     return None
+
+
+def describe_blas(library: str | None) -> str:
+    """Return the name of the BLAS that `prepare` returned and, of OpenBLAS, the processor type whose code it uses."""
+    if library is None:
+        return "built in"
+    if not library.startswith("libopenblas"):
+        return library
+    return f"{library} ({openblas_core.core_of(ctypes.CDLL(library))})"
 
 
 #: Functions of a BLAS that set and return its number of threads, by the beginning of its file's name.
