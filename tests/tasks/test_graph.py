@@ -456,6 +456,7 @@ def test_a_node_with_every_field_set_survives_caching() -> None:
         device="cpu",
         uses_device=False,
         threads=3,
+        ranks="2 ranks (ring)",
         copies={"artifacts/out": "artifacts/train/a/out"},
         measured=("artifacts/train/a/out",),
     )
