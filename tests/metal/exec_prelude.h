@@ -1,21 +1,5 @@
 // Metal's vocabulary in C++17, for a kernel that runs on the CPU. Put before the source that MLX built.
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
-typedef unsigned long size_t;
-typedef uchar uint8_t;
-typedef ushort uint16_t;
-typedef uint uint32_t;
-typedef ulong uint64_t;
-typedef signed char int8_t;
-typedef short int16_t;
-typedef int int32_t;
-typedef long int64_t;
-typedef uint uint2 __attribute__((ext_vector_type(2)));
-typedef uint uint3 __attribute__((ext_vector_type(3)));
-typedef float float2 __attribute__((ext_vector_type(2)));
-typedef float float4 __attribute__((ext_vector_type(4)));
+#include "types_prelude.h"
 typedef float packed_float4 __attribute__((ext_vector_type(4), aligned(4)));
 typedef _Float16 half;
 typedef _Float16 float16_t;
