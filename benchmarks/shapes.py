@@ -23,6 +23,17 @@ LLAMA_1B = SMOLLM2_135M | {
     "num_key_value_heads": 8,
     "vocab_size": 32_768,
 }
+LLAMA_8B = SMOLLM2_135M | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14_336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": False,
+}
 TINY_LLAMA = SMOLLM2_135M | {
     "hidden_size": 64,
     "num_hidden_layers": 2,

@@ -1,0 +1,177 @@
+"""What the rows of `benchmarks/finetune.py` train: a model folder and rows of tokens, made here.
+
+The tokenizer has a word for each id, so that a text of words is a row of known tokens for mlx-lm's command, too.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.shapes import LLAMA_1B, LLAMA_8B, TINY_LLAMA
+
+_IS_TINY = bool(os.environ.get("TINY"))
+_UNKNOWN, _END = "<unknown>", "<end>"  # ids 0 and 1; no word contains them
+
+
+class Job(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        shape: of the model, its `config.json`; empty for a pretrained model.
+        batch: rows a step.
+        length: tokens of a row.
+        bits: of the weights; 0 for dense ones in bf16.
+        method: "lora", "dora" or "full".
+        steps: timed, after `warm` others.
+        warm: steps that are not timed.
+        learning_rate: constant.
+    """
+
+    shape: dict[str, Any]
+    batch: int
+    length: int
+    bits: int = 4
+    method: str = "lora"
+    steps: int = 8
+    warm: int = 2
+    learning_rate: float = 1e-5
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.length
+
+
+_LARGE = TINY_LLAMA if _IS_TINY else LLAMA_8B
+_LENGTH = 32 if _IS_TINY else 2048
+_DENSE = TINY_LLAMA if _IS_TINY else LLAMA_1B | {"vocab_size": 128_256}
+
+#: The jobs by their names on the command line.
+JOBS = {
+    "8b": Job(_LARGE, 4, _LENGTH),
+    "8b-8k": Job(_LARGE, 1, 4 * _LENGTH, steps=6),
+    "8b-32k": Job(_LARGE, 1, 16 * _LENGTH, steps=3, warm=1),
+    "8b-dora": Job(_LARGE, 4, _LENGTH, method="dora", steps=5),
+    "1b-full": Job(_DENSE, 4, _LENGTH, bits=0, method="full"),
+    "cpu": Job({}, 4, 32 if _IS_TINY else 64, steps=4, warm=1),
+}
+
+
+def make(name: str, folder: Path) -> None:
+    """Write the model folder of a job and the texts that mlx-lm's command reads, if they are not there.
+
+    Args:
+        name: of the job.
+        folder: gets `model` and `data`.
+    """
+    job = JOBS[name]
+    if not (folder / "model" / "model.safetensors").exists():
+        (folder / "model").mkdir(parents=True, exist_ok=True)
+        if job.shape:
+            _write_random_model(job, folder / "model")
+        else:
+            _quantize_pretrained(job, folder / "model")
+    (folder / "data").mkdir(exist_ok=True)
+    texts = [_text(row) for row in token_rows(job, folder)[:, :-1]]
+    for file, chosen in (("train", texts), ("valid", [text[: len(text) // 8] for text in texts])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
+        (folder / "data" / f"{file}.jsonl").write_text(lines)
+
+
+def token_rows(job: Job, folder: Path) -> Any:
+    """Return the rows of every step, (B, L + 1): random words and the end of a text."""
+    vocab_size = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
+    rows = np.random.default_rng(0).integers(2, vocab_size, size=(job.batch, job.length + 1))
+    rows[:, -1] = 1
+    return rows.astype(np.int32)
+
+
+def _text(row: Any) -> str:
+    return " ".join(f"w{number}" for number in row)
+
+
+def _write_tokenizer(vocab_size: int, folder: Path) -> None:
+    vocabulary = {_UNKNOWN: 0, _END: 1} | {f"w{number}": number for number in range(2, vocab_size)}
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder")),
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": _UNKNOWN},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END, "unk_token": _UNKNOWN}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+
+
+def _write_random_model(job: Job, folder: Path) -> None:
+    """Write random weights tensor by tensor: codes are random bits, scales give the spread of fresh weights."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    from mlxflow.models import model_folder
+
+    mx.random.seed(0)
+    model = model_folder.skeleton(job.shape)
+    quantization = {"group_size": 64, "bits": job.bits}
+    if job.bits:
+        nn.quantize(model, **quantization)
+    weights = {name: _random(mx, name, value, job.bits) for name, value in tree_flatten(model.parameters())}
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    config = job.shape | {"eos_token_id": 1, "torch_dtype": "bfloat16"}
+    if job.bits:
+        config |= {"quantization": quantization, "quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(job.shape["vocab_size"], folder)
+
+
+def random_codes(mx: Any, shape: tuple[int, ...]) -> Any:
+    """Return random bits as packed codes."""
+    low, high = (mx.random.randint(0, 1 << 16, shape).astype(mx.uint32) for _ in range(2))
+    return (high << 16) | low
+
+
+def _random(mx: Any, name: str, value: Any, bits: int) -> Any:
+    """Return a parameter's random value; the model's own, which is lazy, gives its shape."""
+    step = 0.02 / (2**bits / 12**0.5) if bits else 0.0  # of uniform codes with a deviation of 0.02
+    if value.dtype == mx.uint32:
+        return random_codes(mx, value.shape)
+    if name.endswith("norm.weight"):
+        return mx.ones(value.shape, mx.bfloat16)
+    if name.endswith("scales"):
+        return (mx.random.uniform(0.8, 1.2, value.shape) * step).astype(mx.bfloat16)
+    if name.endswith("biases"):
+        return mx.full(value.shape, -step * (2**bits - 1) / 2, mx.bfloat16)
+    return (mx.random.normal(value.shape) * 0.02).astype(mx.bfloat16)
+
+
+def _quantize_pretrained(job: Job, folder: Path) -> None:
+    """Write SmolLM2-135M-Instruct in 4 bits, from the folder that the journey's tests made, with the words as tokens.
+
+    Raises:
+        SystemExit: that folder is missing.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from mlxflow.models import model_folder
+
+    source = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/mlxflow-tests/SmolLM2-135M-Instruct"))
+    if not (source / "config.json").exists():
+        raise SystemExit(f"{source}: missing. Run: python -m pytest -m journey tests/journey, or set SMOLLM2.")
+    model, config = model_folder.load(source)
+    nn.quantize(model, group_size=64, bits=job.bits)
+    mx.eval(model.parameters())
+    model_folder.save(
+        model=model,
+        config=config | {"quantization": {"group_size": 64, "bits": job.bits}, "eos_token_id": 1},
+        config_file=folder / "config.json",
+        model_file=folder / "model.safetensors",
+        provenance={},
+    )
+    _write_tokenizer(config["vocab_size"], folder)
