@@ -4,6 +4,7 @@ Logits are too many to store, R * L * V. Hidden states are few, R * L * D, and t
 them to the bit.
 """
 
+import gc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -70,7 +71,8 @@ def cached_reference(
     recognized: then each comparison computes them.
 
     Args:
-        load: returns the dense model with lazy weights; with cached hidden states, only those of its head are read.
+        load: returns the dense model with lazy weights; with cached hidden states, only those of its head are read. It
+            is called again once they are stored, so that the weights of the body are freed.
         rows: tokens and marks.
         folder: of the cache.
         key: a file name that identifies the model's content, the rows and everything else the hidden states depend on.
@@ -102,7 +104,12 @@ def cached_reference(
             out.put_rows(_NAME, hidden_states(body, part))
     temporary.replace(file)
     _remove_oldest(folder)
-    return _opened(model, file)
+    del model, body, begun
+    gc.collect()  # weights that are in reference cycles
+    mx.clear_cache()
+    lazy = load()
+    lazy.eval()
+    return _opened(lazy, file)
 
 
 def _opened(model: nn.Module, file: Path) -> Reference:

@@ -10,7 +10,9 @@ from mlx.utils import tree_flatten
 # Fractions of the memory limit, as divisors: for the activations of a pass through the body, and for a slice of logits
 _BODY_SHARE, _SLICE_SHARE = 8, 16
 
-# Largest slices of logits; larger ones are no faster (`benchmarks/evaluation.py`)
+# Largest activations of a pass through the body, and largest slices of logits; larger ones are no faster
+# (`benchmarks/evaluation.py`)
+_BODY_BYTES = {"cpu": 128 << 20, "gpu": 4 << 30}
 _SLICE_BYTES = {"cpu": 128 << 20, "gpu": 512 << 20}
 
 # fp32 arrays that a block holds at a time: as wide as the widest layer, and as large as the attention scores
@@ -27,8 +29,7 @@ def positions_at_once(vocab_size: int, *, arrays: int) -> int:
         vocab_size: V.
         arrays: fp32 arrays of V numbers that are held for each position.
     """
-    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
-    room = min(_SLICE_BYTES[device], mx.get_memory_limit() // _SLICE_SHARE)
+    room = min(_SLICE_BYTES[_device()], mx.get_memory_limit() // _SLICE_SHARE)
     return max(1, room // (4 * vocab_size * arrays))
 
 
@@ -48,8 +49,12 @@ def rows_at_once(model: nn.Module, *, context_length: int, most: int, logits: in
     widest = max((max(shape[-2:]) for shape in shapes if shape[-2] < vocab_size), default=vocab_size)
     heads = _num_heads(model) or -(-widest // _USUAL_HEAD_WIDTH)
     numbers = _WIDE_ARRAYS * widest + _SCORE_ARRAYS * heads * context_length + 2 * logits
-    room = mx.get_memory_limit() // _BODY_SHARE
+    room = min(_BODY_BYTES[_device()], mx.get_memory_limit() // _BODY_SHARE)
     return int(min(most, max(1, room // (4 * context_length * numbers))))
+
+
+def _device() -> str:
+    return "cpu" if mx.default_device() == mx.cpu else "gpu"
 
 
 def _num_heads(model: nn.Module) -> int:

@@ -87,13 +87,24 @@ def dense_weight(layer: nn.Module) -> mx.array:
 
 
 def for_evaluation(model: nn.Module) -> nn.Module:
-    """Return a model with the same results that is fast for many tokens at once: dequantized on the CPU.
+    """Return a model with the same results that is fast for many tokens at once on the CPU, in little memory.
 
-    MLX's quantized matrix product on the CPU runs at a few GFLOP/s, however many tokens there are.
+    MLX's quantized matrix product on the CPU runs at a few GFLOP/s, however many tokens there are. Linear layers of the
+    blocks stay packed: `ops.quantized_matmul` dequantizes each for its product. All others are dequantized here: the
+    head, for example, is called for few positions at a time.
     """
     if mx.default_device() != mx.cpu:
         return model
-    return _unpacked(model)
+    blocks = getattr(model, "layers", None) or []
+    inside = {id(module) for block in blocks if isinstance(block, nn.Module) for module in block.modules()}
+    packed = [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if type(layer) is nn.QuantizedLinear and id(layer) in inside
+    ]
+    dense = _unpacked(model)
+    dense.update_modules(tree_unflatten(packed))
+    return dense
 
 
 def _unpacked(model: nn.Module) -> nn.Module:

@@ -64,10 +64,12 @@ def _is_faster_dense(x: mx.array, w: mx.array) -> bool:
 
 
 @functools.cache
-def _dense_product(transpose: bool, group_size: int | None, bits: int | None, mode: str, _: str) -> _Matmul:
+def _dense_product(transpose: bool, group_size: int | None, bits: int | None, mode: str, rows_dtype: str) -> _Matmul:
     """Return a differentiable product of rows, (..., D), with a quantized weight, (N, D) or, not transposed, (D, N)."""
 
     def weight(codes: mx.array, scales: mx.array, *biases: mx.array) -> mx.array:
+        if biases and rows_dtype == str(mx.float32):  # MLX casts 16-bit scales to the dtype of the rows, too
+            scales, biases = scales.astype(mx.float32), (biases[0].astype(mx.float32),)
         dense = mx.dequantize(codes, scales, biases[0] if biases else None, group_size, bits, mode)
         return dense.astype(mx.float32)
 

@@ -60,7 +60,7 @@ def measure_quality(
         StageError: a limit is exceeded (names the worst layers), or a result is not finite.
     """
     task = context.task
-    model = quantized_layers.for_evaluation(model_folder.load(context.folder)[0])
+    model = quantized_layers.for_evaluation(model_folder.load(context.folder, lazy=True)[0])
     rows = validation.rows.head(limits.max_rows)
     masks = document_mask.masks_conversations(model, validation)
     cache_folder = context.state / _KEPT_FOLDER

@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,29 @@ def test_a_model_without_a_recognized_body_is_not_cached(tmp_path: Path) -> None
     wanted = measure_divergence(dense, other, rows, batch_size=4, masks_documents=False)
     assert measure_divergence(reference, other, rows, batch_size=4, masks_documents=False) == wanted
     assert not list(tmp_path.iterdir())
+
+
+def test_only_the_weights_of_the_head_stay_in_memory_once_hidden_states_are_stored(tmp_path: Path) -> None:
+    model, config = llama(hidden_size=256, num_layers=4, intermediate_size=1024, vocab_size=50)
+    model_folder.save(
+        model=model,
+        config=config,
+        model_file=tmp_path / "model.safetensors",
+        config_file=tmp_path / "config.json",
+        provenance={},
+    )
+    size = model_folder.num_bytes(model)
+    del model
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    reference = cached_reference(
+        lambda: model_folder.load(tmp_path, lazy=True)[0],
+        _rows(vocab_size=50),
+        folder=tmp_path / "kept",
+        key="one",
+        batch_size=4,
+        masks_documents=False,
+    )
+    mx.eval(reference.body.logits(mx.zeros((1, 256))))
+    assert mx.get_active_memory() - before < size // 10

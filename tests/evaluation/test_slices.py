@@ -36,6 +36,8 @@ class _Model(nn.Module):  # type: ignore[misc]
 
 def test_rows_per_slice_follow_from_widths_heads_and_memory_limit(limit: list[int]) -> None:
     few, many = _Model(1), _Model(100)
+    bounded = slices._BODY_BYTES[DEVICE] // (4 * 128 * (8 * 256 + 3 * 128))
+    assert rows_at_once(few, context_length=128, most=1 << 20) == bounded
     assert rows_at_once(few, context_length=128, most=64) == 64
     limit[0] = 8 * 4 * 128 * (8 * 256 + 3 * 128) * 7
     assert rows_at_once(few, context_length=128, most=64) == 7

@@ -35,3 +35,20 @@ def test_dequantizing_names_a_layer_that_cannot_be_unpacked() -> None:
     with pytest.raises(ArtifactError) as caught:
         quantized_layers.dequantized(model, {})
     assert str(caught.value) == "layers.0: mlx-lm cannot unpack a BitLinear. Name a dense model."
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="on a GPU the model stays packed")
+def test_for_evaluation_keeps_the_linear_layers_of_the_blocks_packed() -> None:
+    from mlx_lm.utils import quantize_model
+
+    config = config_of("llama")
+    model = model_folder.build(config, seed=0)
+    model.eval()
+    quantized, _ = quantize_model(model, config, 32, 4)
+    tokens = mx.arange(32)[None]
+    wanted = quantized(tokens)
+    made = quantized_layers.for_evaluation(quantized)
+    packed = {path for path, layer in made.named_modules() if quantized_layers.holds_codes(layer)}
+    assert packed
+    assert all(path.startswith("model.layers.") for path in packed)
+    assert mx.allclose(made(tokens), wanted, atol=1e-4)
