@@ -29,7 +29,7 @@ from benchmarks.shapes import TINY_LLAMA
 from benchmarks.training_ours import Variant, ours
 from benchmarks.training_peers import LARGE, REFERENCE, Job, mlx_lm
 from mlxflow.distributed.heartbeat import Heart
-from mlxflow.distributed.launcher import Launch, free_ports
+from mlxflow.distributed.launcher import Launch
 from mlxflow.distributed.rank import of_this_process
 from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.storage.regular_files import open_log
@@ -80,7 +80,7 @@ def _start(row: str, ranks: int, job: str, folder: Path) -> list[dict[str, Any]]
         reduction = row if row in ("ordered", "fast") else "ordered"
         backend = "ring" if job == "cpu" else "nccl"
         with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123
-            launch = Launch(command, b"", ranks, backend, reduction, logs, open_log, free_ports)
+            launch = Launch(command, b"", ranks, backend, reduction, logs, open_log, 0, None, None)
             supervise(row, launch, RestartLimits("10 min", 600, 0))
         texts = [logs[0].read_text()]
     return [next(json.loads(line) for line in text.splitlines() if line.startswith("{")) for text in texts]

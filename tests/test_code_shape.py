@@ -42,6 +42,9 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/data/shortage.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/tokenizer_choice.py": "tests/stages/test_pretokenize.py",
     "mlxflow/data/tokenizer_sample.py": "tests/stages/test_pretokenize.py",
+    "mlxflow/distributed/rank_start.py": "tests/distributed/test_launcher.py",
+    "mlxflow/distributed/running_rank.py": "tests/distributed/test_launcher.py",
+    "mlxflow/distributed/ssh_link.py": "tests/distributed/test_remote_rank.py",
     "mlxflow/kernels/attention_source.py": "tests/kernels/test_nvrtc.py",
     "mlxflow/kernels/attention_tiles.py": "tests/kernels/test_nvrtc.py",
     "mlxflow/kernels/language_definitions.py": "tests/kernels/test_nvrtc.py",
@@ -61,6 +64,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/training/lora_config.py": "tests/stages/test_fuse.py",
     "mlxflow/training/setting_checks.py": "tests/test_number_bounds.py",
     "mlxflow/training/starting_model.py": "tests/stages/test_finetune.py",
+    "mlxflow/workflow/remote_files.py": "tests/distributed/test_remote_rank.py",
 }
 
 _DECISIONS = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.Assert, ast.comprehension)

@@ -6,9 +6,9 @@ import time
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
-#: Why a rank failed: a mistake that a restart repeats, an unexpected error, a peer that is gone, or a group of
-#: ranks that could not be formed.
-Kind = Literal["refused", "error", "peer", "join"]
+#: Why a rank failed: a mistake that a restart repeats, an unexpected error, a peer that is gone, a group of ranks that
+#: could not be formed, or another host that cannot be reached or used.
+Kind = Literal["refused", "error", "peer", "join", "host"]
 
 _MAX_LINES, _MAX_CHARACTERS = 100, 400
 

@@ -1,39 +1,41 @@
-"""Start the ranks of a run as child processes: addresses, backend variables, heartbeats, and prefixed output."""
+"""Start the ranks of a run: on this host as child processes, on others through ssh."""
 
-import json
 import os
-import socket
+import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import psutil
 
-from mlxflow.device import child_processes
-from mlxflow.distributed.heartbeat import Beat, Failure, read_message
+from mlxflow.distributed.backend_variables import variables_of
+from mlxflow.distributed.hosts import Hostfile
 from mlxflow.distributed.rank import Rank
-from mlxflow.messages import terminal
-from mlxflow.messages.os_errors import naming
+from mlxflow.distributed.rank_start import RankStart, free_ports
+from mlxflow.distributed.remote_rank import RemoteRank, Remotes
+from mlxflow.distributed.running_rank import RunningRank
+from mlxflow.messages.errors import WorkflowError
 
-_HOST = "127.0.0.1"
 _READ_BYTES = 1 << 16
+_HERE = "127.0.0.1"
 
 
 class Launch(NamedTuple):
     """How the ranks of a run are started.
 
     Attributes:
-        command: program and arguments of every rank.
+        command: program and arguments of every rank on this host.
         data: the standard input of every rank.
         size: number of ranks.
-        backend: "ring" or "nccl".
+        backend: "ring", "nccl" or "jaccl".
         reduction: see `Rank`.
         logs: a file for the output of each rank.
         open_log: opens one of them for writing.
-        find_ports: returns free ports of this machine, one for each rank.
+        threads: of matrix products of each rank; 0 for one per processor.
+        hosts: of the ranks; None if all are on this host.
+        remotes: what ranks on other hosts are started with; None without any.
     """
 
     command: Sequence[str]
@@ -43,50 +45,30 @@ class Launch(NamedTuple):
     reduction: str
     logs: Sequence[Path]
     open_log: Callable[[Path], BinaryIO]
-    find_ports: Callable[[int], list[int]]
+    threads: int
+    hosts: Hostfile | None
+    remotes: Remotes | None
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports that no process uses now; another one may take them before they are bound."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind((_HOST, 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-class RankProcess:
-    """A running rank.
+class RankProcess(RunningRank):
+    """A rank on this host.
 
     Args:
-        launch: how to start it.
-        number: of the rank.
-        ports: of all ranks.
+        launch: of all ranks.
+        start: how to start this one.
 
     Attributes:
-        number: of the rank.
         process: its process.
-        beat: what it does.
-        failure: why it is about to end; None while it runs well.
-        pipes: descriptors to read with `read`, until each has ended.
     """
 
-    def __init__(self, launch: Launch, number: int, ports: Sequence[int]) -> None:
-        self.number = number
-        self.beat = Beat()
-        self.failure: Failure | None = None
-        self._messages = b""
-        self._line = b""
+    def __init__(self, launch: Launch, start: RankStart) -> None:
+        number = start.rank.number
+        super().__init__(number, "", launch.logs[number], launch.open_log)
         self._beats, beats = os.pipe()
         self._output, output = os.pipe()
-        self._log = launch.open_log(launch.logs[number])
-        self._log_name = launch.logs[number]
         self.pipes = {self._beats, self._output}
         try:
-            self.process: subprocess.Popen[bytes] = _start(launch, number, ports, beats, output)
+            self.process: subprocess.Popen[bytes] = start.run(beats, output)
         except BaseException:
             self.close()
             raise
@@ -103,25 +85,7 @@ class RankProcess:
         if pipe == self._output:
             self._show(data)
             return False
-        *lines, self._messages = (self._messages + data).split(b"\n")
-        for line in lines:
-            message = read_message(line)
-            if isinstance(message, Beat):
-                self.beat = message
-            elif message is not None:
-                self.failure = message
-        return bool(lines)
-
-    def _show(self, data: bytes) -> None:
-        """Print whole lines with the rank in front, and log them."""
-        with naming(self._log_name):
-            self._log.write(data)
-            self._log.flush()
-        *lines, self._line = (self._line + data).split(b"\n")
-        if not data and self._line:
-            lines, self._line = [*lines, self._line], b""
-        for line in lines:
-            terminal.say(f"rank {self.number}: {line.decode(errors='backslashreplace')}")
+        return self._take_beats(data)
 
     def signal(self, number: int) -> None:
         """Send a signal to the rank and the processes it started, unless it has ended."""
@@ -130,9 +94,9 @@ class RankProcess:
                 os.killpg(self.process.pid, number)
 
     @property
-    def is_training(self) -> bool:
-        """Whether it runs and its training is not over."""
-        return self.process.poll() is None and not self.beat.is_done
+    def exit_code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self.process.poll()
 
     @property
     def is_stopped(self) -> bool:
@@ -140,6 +104,11 @@ class RankProcess:
         with suppress(psutil.Error):
             return bool(psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED)
         return False
+
+    def end(self) -> None:
+        """Kill it if it still runs, and wait for its end."""
+        self.signal(signal.SIGKILL)
+        self.process.wait()
 
     def close(self) -> None:
         """Close the pipes and the log."""
@@ -149,41 +118,88 @@ class RankProcess:
         self._log.close()
 
 
-def _start(launch: Launch, number: int, ports: Sequence[int], beats: int, output: int) -> "subprocess.Popen[bytes]":
-    """Start a rank that writes to the given descriptors."""
-    rank = Rank(number, launch.size, launch.backend, launch.reduction, beats)
-    hosts, variables = _backend(launch.backend, number, ports)
-    try:
-        with tempfile.TemporaryFile() as data:
-            data.write(launch.data)
-            data.seek(0)
-            return child_processes.start(
-                launch.command,
-                stdin=data,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                pass_fds=(beats, *hosts),
-                env=os.environ | rank.environment() | variables,
-            )
-    finally:
-        for descriptor in hosts:
-            os.close(descriptor)
+def start_ranks(
+    launch: Launch, ranks: list[RunningRank], stop_requested: Callable[[], bool], start: Callable[..., RankProcess]
+) -> None:
+    """Start all ranks: first the agents on other hosts, which check their versions and files, then every rank.
+
+    Args:
+        launch: how.
+        ranks: gets each of them as soon as something of it runs.
+        stop_requested: whether to give up.
+        start: starts a rank on this host: `RankProcess`.
+
+    Raises:
+        HostError: a rank on another host cannot be started.
+        SystemExit: a stop was requested.
+        WorkflowError: the first host is not this one.
+    """
+    _require_first_here(launch.hosts)
+    remote = {
+        number: RemoteRank(
+            number,
+            host,
+            launch.remotes,
+            log=(launch.logs[number], launch.open_log),
+            stop_requested=stop_requested,
+        )
+        for number, host in enumerate(launch.hosts.hosts if launch.hosts and launch.remotes else ())
+        if launch.remotes and not host.is_here
+    }
+    ranks += remote.values()
+    for number, one in remote.items():
+        count = launch.hosts.place_on_host(number)[1] if launch.hosts else 0
+        one.prepare(launch.backend, count)
+    addresses = list(_addresses(launch, remote))
+    for number in range(launch.size):
+        begin = _start_of(launch, number, addresses)
+        if number in remote:
+            remote[number].begin(begin)
+        else:
+            ranks.append(start(launch, begin))
+    ranks.sort(key=lambda one: one.number)
 
 
-def _backend(backend: str, number: int, ports: Sequence[int]) -> tuple[tuple[int, ...], dict[str, str]]:
-    """Return descriptors to pass to a rank, and the environment variables from which MLX reads its group."""
-    variables = {"MLX_RANK": str(number), "MLX_WORLD_SIZE": str(len(ports))}
-    if backend == "nccl":
-        gpu = _visible_gpu(number)
-        return (), variables | {"NCCL_HOST_IP": _HOST, "NCCL_PORT": str(ports[0]), "CUDA_VISIBLE_DEVICES": gpu}
-    reading, writing = os.pipe()  # read once, when the rank joins the group: no file is left behind
-    os.write(writing, json.dumps([[f"{_HOST}:{port}"] for port in ports]).encode())
-    os.close(writing)
-    return (reading,), variables | {"MLX_HOSTFILE": f"/dev/fd/{reading}"}
+def _require_first_here(hosts: Hostfile | None) -> None:
+    if hosts and not hosts.hosts[0].is_here:
+        raise WorkflowError(
+            f"{hosts.file}:{hosts.hosts[0].line}: entry 1: ssh = {hosts.hosts[0].ssh}: expected this machine, because "
+            "rank 0 writes the artifacts. Put its entry first: under the name that hostname prints, or localhost."
+        )
 
 
-def _visible_gpu(number: int) -> str:
-    """Return the GPU of a rank, among those that the user left visible."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return visible[number] if visible else str(number)
+def _addresses(launch: Launch, remote: dict[int, RemoteRank]) -> Iterator[list[str]]:
+    """Yield for each rank the addresses at which it can be reached."""
+    if launch.hosts is None:
+        yield from ([f"{_HERE}:{port}"] for port in free_ports(launch.size))
+        return
+    for number, host in enumerate(launch.hosts.hosts):
+        if number in remote:
+            ports = remote[number].ports
+        else:
+            try:
+                ports = [free_ports(1, address)[0] for address in host.ips]
+            except OSError as error:
+                raise WorkflowError(
+                    f"{launch.hosts.file}:{host.line}: entry {number + 1}: ips: cannot be used on this machine "
+                    f"({error.strerror}). Write addresses that it has."
+                ) from error
+        yield [f"{address}:{port}" for address, port in zip(host.ips, ports, strict=True)]
+
+
+def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]]) -> RankStart:
+    hosts = launch.hosts
+    place, neighbours = hosts.place_on_host(number) if hosts else (number, launch.size)
+    return RankStart(
+        command=launch.command,
+        data=launch.data,
+        rank=Rank(number, launch.size, launch.backend, launch.reduction),
+        variables=variables_of(
+            launch.backend, number, addresses, rdma=[host.rdma for host in hosts.hosts] if hosts else ()
+        ),
+        environment=dict(hosts.environment) if hosts else {},
+        place=place,
+        neighbours=neighbours,
+        threads=launch.threads,
+        folder="",
+    )

@@ -2,7 +2,9 @@
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 _RANK, _BEATS = "MLXFLOW_RANK", "MLXFLOW_BEATS_FD"
@@ -14,9 +16,11 @@ class Rank(NamedTuple):
     Attributes:
         number: of the process, from 0; rank 0 writes the artifact.
         size: processes in the run.
-        backend: "ring" or "nccl"; empty for a single process.
+        backend: "ring", "nccl" or "jaccl"; empty for a single process.
         reduction: "ordered" or "fast".
         beats: descriptor of the pipe for heartbeats; -1 for none.
+        sharing: ranks that share this one's device and its memory, itself included.
+        cores: the processors it may run on; empty for all.
     """
 
     number: int = 0
@@ -24,6 +28,8 @@ class Rank(NamedTuple):
     backend: str = ""
     reduction: str = "ordered"
     beats: int = -1
+    sharing: int = 1
+    cores: tuple[int, ...] = ()
 
     @property
     def is_first(self) -> bool:
@@ -32,15 +38,18 @@ class Rank(NamedTuple):
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables from which the process reads its place."""
-        return {_RANK: f"{self.number} {self.size} {self.backend} {self.reduction}", _BEATS: str(self.beats)}
+        cores = ",".join(map(str, self.cores))
+        place = f"{self.number} {self.size} {self.backend} {self.reduction} {self.sharing} {cores}"
+        return {_RANK: place, _BEATS: str(self.beats)}
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> Self | None:
         """Return the place that a launcher wrote into an environment; None if there is none."""
         if _RANK not in environment:
             return None
-        number, size, backend, reduction = environment[_RANK].split(" ")
-        return cls(int(number), int(size), backend, reduction, int(environment[_BEATS]))
+        number, size, backend, reduction, sharing, cores = environment[_RANK].split(" ")
+        allowed = tuple(int(core) for core in cores.split(",") if core)
+        return cls(int(number), int(size), backend, reduction, int(environment[_BEATS]), int(sharing), allowed)
 
 
 #: A process that trains alone.
@@ -49,11 +58,17 @@ ALONE = Rank()
 
 @functools.cache
 def of_this_process() -> Rank:
-    """Return the place of this process; its own child processes do not inherit it."""
+    """Return the place of this process; its own child processes do not inherit it.
+
+    The first call limits the process to its processors, so it comes before any thread of MLX or of a BLAS starts.
+    """
     rank = Rank.read(os.environ)
     for name in (_RANK, _BEATS):
         os.environ.pop(name, None)
     if rank is None:
         return ALONE
     os.set_inheritable(rank.beats, False)
+    if rank.cores and sys.platform == "linux":
+        with suppress(OSError):  # they were taken from this user meanwhile
+            os.sched_setaffinity(0, rank.cores)
     return rank

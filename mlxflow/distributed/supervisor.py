@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from mlxflow.device.stop_signals import StopFlag, stop_on_signals
 from mlxflow.distributed.heartbeat import Failure
-from mlxflow.distributed.launcher import Launch, RankProcess
+from mlxflow.distributed.launcher import Launch, RankProcess, start_ranks
+from mlxflow.distributed.remote_rank import HostError
+from mlxflow.distributed.running_rank import RunningRank
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import StageError, UserError
 
@@ -27,6 +29,9 @@ _GRACE_SECONDS = 25.0
 
 # How often the ranks start again because a port was taken by another program; these restarts are not counted
 _MAX_PORT_RETRIES = 5
+
+# Before the ranks start again after another host was lost
+_HOST_SECONDS = 5.0
 
 
 class RestartLimits(NamedTuple):
@@ -50,11 +55,20 @@ class Cause(NamedTuple):
         reason: in words, such as "rank 1 ended with signal SIGKILL at step 3 (forward pass)".
         rank: the rank that failed.
         failure: the rank's own message; None if it sent none.
+        is_final: whether another start would fail in the same way.
+        has_trained: whether a rank had begun to train, or another start may be different.
     """
 
     reason: str
     rank: int
     failure: Failure | None = None
+    is_final: bool = False
+    has_trained: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The kind of the rank's own message; empty if it sent none."""
+        return self.failure.kind if self.failure else ""
 
 
 def supervise(task: str, launch: Launch, limits: RestartLimits) -> None:
@@ -71,26 +85,50 @@ def supervise(task: str, launch: Launch, limits: RestartLimits) -> None:
         UserError: a rank found a mistake of the user.
     """
     restarts = port_retries = 0
+    has_trained = False
+    last = ""
     while True:
         cause = _Watch(task, launch, limits).run()
         if cause is None:
             return
         _refuse_mistake(cause)
-        if cause.failure and cause.failure.kind == "join" and port_retries < _MAX_PORT_RETRIES:
+        if cause.kind == "join" and port_retries < _MAX_PORT_RETRIES:
             port_retries += 1
             terminal.say(f"{task}: {cause.reason}; the ranks start again with other ports")
             continue
-        if restarts == limits.restarts:
-            tried = f" after {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
-            raise StageError(
-                f"{task}: {cause.reason}{tried}. See {launch.logs[cause.rank]}. Run it again, which resumes from the "
-                "last checkpoint."
-            )
+        has_trained |= cause.has_trained
+        if end := _end_of_restarts(cause, restarts, limits, has_trained=has_trained, last=last):
+            raise StageError(f"{task}: {cause.reason}{end[0]}. See {launch.logs[cause.rank]}.{end[1]}")
         restarts += 1
+        last = cause.reason
         terminal.say(
             f"{task}: {cause.reason}; all ranks start again from the last checkpoint (restart {restarts} of "
             f"{limits.restarts})"
         )
+        if cause.kind == "host":
+            time.sleep(_HOST_SECONDS)
+
+
+def _end_of_restarts(
+    cause: Cause, restarts: int, limits: RestartLimits, *, has_trained: bool, last: str
+) -> tuple[str, str] | None:
+    """Return words after the reason and advice if the ranks must not start again; None if they may.
+
+    Args:
+        cause: of their end.
+        restarts: so far.
+        limits: when to intervene.
+        has_trained: whether the ranks of any start trained.
+        last: the reason of the last restart.
+    """
+    if cause.is_final or (not has_trained and cause.kind in ("", "error", "host")):
+        return "", ""
+    if cause.kind == "error" and cause.reason == last:
+        return ", as before the last restart", ""
+    if restarts < limits.restarts:
+        return None
+    tried = f" after {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
+    return tried, " Run it again, which resumes from the last checkpoint."
 
 
 def _refuse_mistake(cause: Cause) -> None:
@@ -110,7 +148,7 @@ class _Watch:
         self._task = task
         self._launch = launch
         self._limits = limits
-        self._ranks: list[RankProcess] = []
+        self._ranks: list[RunningRank] = []
         self._alive: dict[int, float] = {}
         self._failed_since: float | None = None
         self._stopping_since: float | None = None
@@ -123,14 +161,16 @@ class _Watch:
         """
         with stop_on_signals() as stop_requested:
             try:
-                ports = self._launch.find_ports(self._launch.size)
-                for number in range(self._launch.size):
-                    self._ranks.append(RankProcess(self._launch, number, ports))
-                    self._alive[number] = time.monotonic()
+                start_ranks(self._launch, self._ranks, stop_requested, RankProcess)
+                self._alive = dict.fromkeys(range(self._launch.size), time.monotonic())
                 cause = self._watch(stop_requested)
+            except HostError as error:
+                failure = Failure("host", (str(error),), 1)
+                words = f"rank {error.number} could not be started: {error}".rstrip(".")
+                cause = Cause(words, error.number, failure, is_final=error.is_final, has_trained=False)
             finally:
                 self._end()
-            if stop_requested() and any(rank.process.returncode for rank in self._ranks):
+            if stop_requested() and (cause or any(rank.exit_code for rank in self._ranks)):
                 raise SystemExit(128 + stop_requested.signal)
             return cause
 
@@ -140,8 +180,11 @@ class _Watch:
             if stop_requested() and self._stopping_since is None:
                 self._stopping_since = time.monotonic()
                 for rank in self._ranks:
+                    rank.release()
                     rank.signal(signal.SIGTERM)
-            ended = [rank for rank in self._ranks if rank.process.poll() is not None]
+            for rank in self._ranks:
+                rank.tick()
+            ended = [rank for rank in self._ranks if rank.exit_code is not None]
             if self._stopping_since is not None:
                 if len(ended) == len(self._ranks) or time.monotonic() > self._stopping_since + _GRACE_SECONDS:
                     return None
@@ -163,9 +206,9 @@ class _Watch:
             if owners[pipe].read(pipe):
                 self._alive[owners[pipe].number] = time.monotonic()
 
-    def _failed(self, ended: list[RankProcess]) -> Cause | None:
+    def _failed(self, ended: list[RunningRank]) -> Cause | None:
         """Return why the first rank failed; None while none has, or while its own cause may still become known."""
-        failed = [rank for rank in ended if rank.process.returncode or not rank.beat.is_done]
+        failed = [rank for rank in ended if rank.exit_code or not rank.beat.is_done]
         if not failed:
             return None
         self._failed_since = self._failed_since or time.monotonic()
@@ -174,7 +217,7 @@ class _Watch:
         is_consequence = _order_of_blame(causes[0]) >= _CONSEQUENCE
         if is_consequence and time.monotonic() < self._failed_since + _CAUSE_SECONDS:
             return None
-        return _cause_of(causes[0])
+        return _cause_of(causes[0], has_trained=any(rank.beat.step >= 0 for rank in self._ranks))
 
     def _silent(self) -> Cause | None:
         """Return which rank made no progress for too long; a rank that waits for others is not to blame for that."""
@@ -187,11 +230,11 @@ class _Watch:
         slowest = min(late, key=self._order_of_silence)
         return Cause(_describe_silence(slowest, waiting, self._limits.timeout), slowest.number)
 
-    def _order_of_silence(self, rank: RankProcess) -> tuple[bool, int, float]:
+    def _order_of_silence(self, rank: RunningRank) -> tuple[bool, int, float]:
         """Return the order of late ranks: the first one is to blame."""
         return not rank.is_stopped, rank.beat.step, self._alive[rank.number]
 
-    def _is_late(self, rank: RankProcess, waiting: list[RankProcess]) -> bool:
+    def _is_late(self, rank: RunningRank, waiting: list[RunningRank]) -> bool:
         """Return whether a rank's time is over.
 
         It began with the rank's last sign of life or, before the training, when another one began to wait.
@@ -214,7 +257,7 @@ class _Watch:
         for rank in self._ranks:
             rank.signal(signal.SIGKILL)
         for rank in self._ranks:
-            rank.process.wait()
+            rank.end()
         self._drain()
         for rank in self._ranks:
             rank.close()
@@ -224,31 +267,37 @@ class _Watch:
 _CONSEQUENCE = 3
 
 
-def _order_of_blame(rank: RankProcess) -> int:
+def _order_of_blame(rank: RunningRank) -> int:
     """Return how likely a rank's end is the cause of the others' ends: 0 comes first."""
     if rank.failure is None:
-        return 0 if rank.process.returncode < 0 else _CONSEQUENCE  # NCCL ends a process that lost a peer
-    return {"refused": 1, "error": 1, "join": 2, "peer": _CONSEQUENCE + 1}[rank.failure.kind]
+        return 0 if (rank.exit_code or 0) < 0 else _CONSEQUENCE  # NCCL ends a process that lost a peer
+    return {"refused": 1, "error": 1, "host": 1, "join": 2, "peer": _CONSEQUENCE + 1}[rank.failure.kind]
 
 
-def _cause_of(rank: RankProcess) -> Cause:
-    code = rank.process.returncode
+def _cause_of(rank: RunningRank, *, has_trained: bool) -> Cause:
+    code, name = rank.exit_code or 0, rank.name
     if rank.failure is not None:
-        words = {"join": "could not join the others", "peer": "lost the connection to another rank"}
+        words = {
+            "join": "could not join the others",
+            "peer": "lost the connection to another rank",
+            "host": "was lost",
+        }
         what = words.get(rank.failure.kind, "failed")
-        return Cause(f"rank {rank.number} {what} {_place(rank)}: {rank.failure.lines[0]}", rank.number, rank.failure)
+        reason = f"{name} {what} {_place(rank)}: {rank.failure.lines[0]}"
+        return Cause(reason, rank.number, rank.failure, has_trained=has_trained)
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return Cause(f"rank {rank.number} ended with {how} {_place(rank)}", rank.number)
+    said = f": {rank.last_line}" if rank.last_line and not has_trained and code > 0 else ""
+    return Cause(f"{name} ended with {how} {_place(rank)}{said}", rank.number, has_trained=has_trained or code < 0)
 
 
-def _describe_silence(slowest: RankProcess, waiting: list[RankProcess], timeout: str) -> str:
+def _describe_silence(slowest: RunningRank, waiting: list[RunningRank], timeout: str) -> str:
     stopped = " and is stopped" if slowest.is_stopped else ""
     others = [rank for rank in waiting if rank is not slowest]
-    meanwhile = f"; rank {others[0].number} waited in: {others[0].beat.doing}" if others else ""
-    return f"rank {slowest.number} made no progress for {timeout} {_place(slowest)}{stopped}{meanwhile}"
+    meanwhile = f"; {others[0].name} waited in: {others[0].beat.doing}" if others else ""
+    return f"{slowest.name} made no progress for {timeout} {_place(slowest)}{stopped}{meanwhile}"
 
 
-def _place(rank: RankProcess) -> str:
+def _place(rank: RunningRank) -> str:
     """Return in words where a rank is in its run."""
     beat = rank.beat
     where = "before the training" if beat.step < 0 else "before step 1" if not beat.step else f"at step {beat.step}"

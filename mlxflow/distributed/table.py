@@ -9,6 +9,9 @@ from msgspec import Meta
 #: The most processes of a run.
 MAX_PROCESSES = 256
 
+#: What `backend` may be.
+BACKENDS = ("auto", "ring", "nccl", "jaccl")
+
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*")
 _DURATION_PATTERN = r"^\s*\d+(\.\d+)?\s*(s|min|h)\s*$"
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -33,11 +36,23 @@ class Distributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "and of quantization-aware training",
         ),
     ] = 1
-    backend: Annotated[
-        Literal["auto", "ring", "nccl"],
+    hosts: Annotated[
+        str,
         Meta(
-            description="communication between ranks: ring over TCP, or nccl with one NVIDIA GPU for each rank; "
-            "auto: nccl if device allows a GPU and there are NVIDIA GPUs, else ring"
+            examples=["hosts.json"],
+            description="instead of processes: a hostfile as mlx.distributed_config writes it, with an entry for each "
+            "rank; the first one is this machine, and ranks on other hosts are started by ssh; empty: none",
+        ),
+    ] = ""
+    python: Annotated[
+        str, Meta(description="the Python with mlxflow on the other hosts; empty: the same path as on this one")
+    ] = ""
+    backend: Annotated[
+        Literal["auto", "ring", "nccl", "jaccl"],
+        Meta(
+            description="communication between ranks: ring over TCP, nccl with one NVIDIA GPU for each rank, or jaccl "
+            "over Thunderbolt with RDMA; auto: what the hostfile says, or nccl if device allows a GPU and there are "
+            "NVIDIA GPUs, else ring"
         ),
     ] = "auto"
     reduction: Annotated[

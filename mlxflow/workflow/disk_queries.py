@@ -4,6 +4,7 @@ A cached workflow is valid as long as every query has the same answer; see `mlxf
 resolving depends on must therefore be queried here: a new query is a new method of `Disk` with `@_question`.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from mlxflow.data import sources
+from mlxflow.distributed.hosts import MAX_BYTES
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.storage import config_json, model_files, paths, remote_code
+from mlxflow.storage import config_json, model_files, paths, regular_files, remote_code
 
 #: The name of a query, its arguments, its answer and its error, as JSON values.
 Lookup = list[Any]
@@ -86,6 +88,18 @@ class Disk:
     def unset_variables(self, name: str) -> list[str]:
         """Return the unset environment variables in a path."""
         return paths.unset_variables(name)
+
+    @_question
+    def hostfile(self, name: str) -> str:
+        """Return the text of a hostfile; bytes that are no UTF-8 are replaced.
+
+        Raises:
+            OSError: it cannot be read, or is too large.
+        """
+        data = regular_files.read_regular(self.root / paths.expand(name))
+        if len(data) > MAX_BYTES:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), name)
+        return data.decode(errors="replace")
 
     @_question
     def is_file(self, name: str) -> bool:

@@ -264,7 +264,7 @@ def _limit_memory(workflow: Workflow, rank: Rank) -> int:
 
     settings = workflow.settings
     limit = compute_device.parse_size(settings.memory_limit, compute_device.working_set_bytes())
-    limit //= rank.size if rank.backend == "ring" else 1
+    limit //= rank.sharing
     mx.set_memory_limit(limit)
     if settings.cache_limit:
         mx.set_cache_limit(compute_device.parse_size(settings.cache_limit, limit))

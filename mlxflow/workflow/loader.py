@@ -16,6 +16,7 @@ from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.inputs import References
 from mlxflow.workflow.matrix import expand_matrix
 from mlxflow.workflow.model import Settings, Stage, Workflow
+from mlxflow.workflow.ranks import read_ranks
 from mlxflow.workflow.stage import Artifacts, StageModule
 from mlxflow.workflow.stage_references import CycleError, Known, ReferenceRecorder, ordered, upstream
 
@@ -69,6 +70,8 @@ class _WorkflowLoader:
                 guesses = len(self.mistakes) < _MAX_LINES
                 self.mistakes[name].append(unknown_key(name, ["workflow", *STAGES], file=self.shown, guesses=guesses))
         workflow = Workflow(path, settings, disk, text)
+        lines = self.mistakes.get("workflow", [])
+        workflow.ranks = read_ranks(settings.distributed, settings.device, disk, shown=self.shown, lines=lines)
         for name in STAGES:
             for variant, table_, config in read.get(name) or [(None, name, self.modules[name].Config())]:
                 workflow.stages.append(Stage(self.modules[name], variant, table_, config, workflow))
@@ -236,12 +239,8 @@ class _WorkflowLoader:
 
     def _check_ranks(self, workflow: Workflow) -> None:
         """Note more ranks than forward passes, or rows, in an update of a stage that trains."""
-        processes = workflow.settings.distributed.processes
         for one in workflow.stages:
-            if 0 < one.most_ranks < processes:
-                expected = f"expected at most {one.most_ranks}, the forward passes in an update of {one.task}"
-                advice = f"Lower it, or raise {one.table}.grad_accum_steps."
-                problem = Problem("distributed.processes", processes, expected, advice)
+            if problem := workflow.ranks.too_many(one.most_ranks, one.task, one.table):
                 self.mistakes["workflow"].append(problem_message(problem, self.shown, "workflow"))
 
     def _require_few_files(self, stage: Stage, num_files: int) -> None:

@@ -13,8 +13,7 @@ from mlxflow.data import sources
 from mlxflow.data.sources import Corpus
 from mlxflow.device import compute_device
 from mlxflow.device.compute_device import SIZE_PATTERN
-from mlxflow.distributed.backends import describe_ranks
-from mlxflow.distributed.table import MAX_TIMEOUT_SECONDS, Distributed
+from mlxflow.distributed.table import Distributed
 from mlxflow.messages.errors import CallError
 from mlxflow.storage import layout, model_files, paths
 from mlxflow.storage.digests import DigestCache
@@ -23,6 +22,7 @@ from mlxflow.storage.toml_tables import Problem, toml_value
 from mlxflow.workflow import stage
 from mlxflow.workflow.disk_queries import Disk
 from mlxflow.workflow.handover import Basis
+from mlxflow.workflow.ranks import Ranks, table_problems
 from mlxflow.workflow.stage import StageModule
 from mlxflow.workflow.stage_node import Node
 
@@ -79,12 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = Distributed()
 
     def problems(self) -> Iterator[Problem]:
-        """Yield sizes and times out of range, and GPUs that the device rules out."""
-        if not 0 < self.distributed.timeout_seconds <= MAX_TIMEOUT_SECONDS:
-            timeout, bounds = self.distributed.step_timeout, "expected more than 0 s and at most 168 h"
-            yield Problem("distributed.step_timeout", timeout, bounds, 'Use "10 min" (the default).')
-        if self.distributed.backend == "nccl" and self.device == "cpu":
-            yield Problem("distributed.backend", "nccl", 'needs GPUs, and device = "cpu"', "Change one of the two.")
+        """Yield sizes and times out of range, and what `[workflow.distributed]` contradicts."""
+        yield from table_problems(self.distributed, self.device)
         for key in ("memory_limit", "cache_limit", "wired_limit"):
             value, default = getattr(self, key), toml_value(getattr(Settings(), key))
             if value and (expected := compute_device.size_mistake(value)):
@@ -207,7 +203,7 @@ class Stage:
             bound_device=self.bound_device,
             device=settings.device,
             threads=settings.threads,
-            ranks=describe_ranks(settings.distributed, settings.device) if self.ranks > 1 else "",
+            ranks=self._workflow.ranks.words if self.ranks > 1 else "",
             uses_device=getattr(self.module, "USES_DEVICE", True),
             copies={copy.as_posix(): original.as_posix() for copy, original in self.copies.items()},
             measured=tuple(
@@ -219,7 +215,7 @@ class Stage:
     @property
     def ranks(self) -> int:
         """The number of processes that run it together."""
-        return self._workflow.settings.distributed.processes if self.most_ranks else 1
+        return self._workflow.ranks.number if self.most_ranks else 1
 
     @property
     def most_ranks(self) -> int:
@@ -248,6 +244,7 @@ class Workflow:
         path: the file.
         root: its folder; relative paths are relative to it.
         settings: the `[workflow]` table.
+        ranks: that train together.
         stages: every stage and variant, each after the ones it reads from.
         left_out: by name of a stage that others need and whose defaults do not fit, the messages that say why.
         unplanned: names of stages that the file does not ask for and that no other stage needs.
@@ -261,6 +258,7 @@ class Workflow:
         self.root = path.parent
         self.disk = disk
         self.settings = settings
+        self.ranks = Ranks(settings.distributed, settings.device)
         self.stages: list[Stage] = []
         self.left_out: dict[str, list[str]] = {}
         self.unplanned: list[str] = []

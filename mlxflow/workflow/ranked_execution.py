@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 from mlxflow.device import compute_device
-from mlxflow.distributed.backends import require_gpus, resolve_backend
+from mlxflow.distributed.backends import require_available, require_gpus
 from mlxflow.distributed.rank import Rank
 from mlxflow.messages import terminal
 from mlxflow.storage import atomic_folders, layout
 from mlxflow.storage.regular_files import open_log
 from mlxflow.workflow.handover import Basis, Handover
 from mlxflow.workflow.model import Stage, Workflow
+from mlxflow.workflow.remote_files import remotes_of
 
 
 def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Handover | None) -> None:
@@ -28,22 +29,23 @@ def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Han
         StageError: a rank failed more often than the ranks may start again.
         UserError: a rank found a mistake of the user.
     """
-    from mlxflow.distributed.launcher import Launch, free_ports
+    from mlxflow.distributed.launcher import Launch
     from mlxflow.distributed.supervisor import RestartLimits, supervise
 
-    table = workflow.settings.distributed
-    backend = resolve_backend(table, workflow.settings.device)
-    require_gpus(table, backend)
-    _advise_on_threads(workflow, backend)
+    table, ranks = workflow.settings.distributed, workflow.ranks
+    require_gpus(table, ranks.backend, ranks.hosts)
+    _advise_on_threads(workflow)
     launch = Launch(
-        command=_command(workflow, stage, into),
+        command=(sys.executable, "-P", *_arguments(stage, str(workflow.path), into)),
         data=(handover or _handover(workflow, stage)).as_bytes(),
-        size=table.processes,
-        backend=backend,
+        size=ranks.number,
+        backend=ranks.backend,
         reduction=table.reduction,
-        logs=tuple(layout.log_file(workflow.root, f"{stage.task}:rank:{number}") for number in range(table.processes)),
+        logs=tuple(layout.log_file(workflow.root, f"{stage.task}:rank:{number}") for number in range(ranks.number)),
         open_log=open_log,
-        find_ports=free_ports,
+        threads=workflow.settings.threads,
+        hosts=ranks.hosts,
+        remotes=remotes_of(workflow, stage, _arguments(stage, workflow.path.name, None)) if ranks.hosts else None,
     )
     atomic_folders.remove_folder(_ranks_folder(workflow, stage))
     try:
@@ -62,6 +64,7 @@ def join(rank: Rank) -> None:
         JoinError: the ranks cannot connect.
     """
     if rank.size > 1:
+        require_available(rank.backend)
         from mlxflow.distributed import team
 
         team.of_this_process()
@@ -76,9 +79,15 @@ def _ranks_folder(workflow: Workflow, stage: Stage) -> Path:
     return workflow.state / layout.RANKS / stage.task.replace(":", "/")
 
 
-def _command(workflow: Workflow, stage: Stage, into: Path | None) -> tuple[str, ...]:
-    options = [f"--workflow={workflow.path}", *([f"--into={into}"] if into else [])]
-    return (sys.executable, "-P", "-m", "mlxflow", "run", stage.task, *options)
+def _arguments(stage: Stage, file: str, into: Path | None) -> tuple[str, ...]:
+    """Return the arguments of Python for a rank.
+
+    Args:
+        stage: that it runs.
+        file: the workflow file.
+        into: see `run_ranks`.
+    """
+    return ("-m", "mlxflow", "run", stage.task, f"--workflow={file}", *([f"--into={into}"] if into else []))
 
 
 def _handover(workflow: Workflow, stage: Stage) -> Handover:
@@ -87,10 +96,10 @@ def _handover(workflow: Workflow, stage: Stage) -> Handover:
     return Handover(Basis(workflow.text, workflow.disk.lookups), settings, None)
 
 
-def _advise_on_threads(workflow: Workflow, backend: str) -> None:
+def _advise_on_threads(workflow: Workflow) -> None:
     """Advise fewer threads for each rank where the ranks' matrix products would compete for the processors."""
-    size, processors = workflow.settings.distributed.processes, os.cpu_count() or 1
-    if backend == "nccl" or (workflow.settings.device != "cpu" and compute_device.may_have_gpu()):
+    size, processors = workflow.ranks.number_here, os.cpu_count() or 1
+    if workflow.ranks.backend == "nccl" or (workflow.settings.device != "cpu" and compute_device.may_have_gpu()):
         return
     threads = workflow.settings.threads or processors
     if threads > 1 and threads * size > processors:

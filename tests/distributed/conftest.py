@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 import pytest
 
 from mlxflow.distributed import launcher, supervisor
+from mlxflow.distributed.rank_start import RankStart
+from mlxflow.distributed.remote_rank import RemoteRank
+from mlxflow.distributed.running_rank import RunningRank
 from mlxflow.workflow import ranked_execution
 from mlxflow.workflow.execution import run_stage
 from mlxflow.workflow.loader import load_workflow
@@ -51,6 +53,7 @@ intermediate_size = 32
 FIXED = "dynamic_batch_size = false"
 
 Build = Callable[..., bytes]
+Alone = tuple[Path, bytes]
 
 
 @pytest.fixture(scope="session")
@@ -98,12 +101,15 @@ class Faults:
         self.planned: dict[tuple[int, int], tuple[signal.Signals, str]] = {}
         self.starts = 0
 
-    def look(self, rank: launcher.RankProcess) -> None:
+    def look(self, rank: RunningRank) -> None:
         """Strike, if it is time."""
         for (number, step), (what, target) in list(self.planned.items()):
             if number == rank.number and rank.beat.step >= step:
                 del self.planned[number, step]
-                os.kill(rank.process.pid if target == "rank" else os.getpid(), what)
+                if target == "rank":
+                    rank.signal(what)
+                else:
+                    os.kill(os.getpid(), what)
 
 
 @pytest.fixture
@@ -112,16 +118,23 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     planned = Faults()
 
     class Watched(launcher.RankProcess):
-        def __init__(self, launch: launcher.Launch, number: int, ports: list[int]) -> None:
-            super().__init__(launch, number, ports)
-            planned.starts += number == 0
+        def __init__(self, launch: launcher.Launch, start: RankStart) -> None:
+            super().__init__(launch, start)
+            planned.starts += start.rank.number == 0
 
         def read(self, pipe: int) -> bool:
             is_alive = super().read(pipe)
             planned.look(self)
             return is_alive
 
+    class WatchedRemote(RemoteRank):
+        def read(self, pipe: int) -> bool:
+            is_alive = super().read(pipe)
+            planned.look(self)
+            return is_alive
+
     monkeypatch.setattr(supervisor, "RankProcess", Watched)
+    monkeypatch.setattr(launcher, "RemoteRank", WatchedRemote)
     yield planned
     assert not planned.planned
 
@@ -129,14 +142,13 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """Return a function that lets rank 1 have a fault in its third pass; see `faulty_rank`."""
-    command = ranked_execution._command
+    arguments = ranked_execution._arguments
 
     def strike(name: str) -> None:
-        def faulty(*arguments: Any) -> tuple[str, ...]:
-            rest = command(*arguments)[4:]
+        def faulty(*given: Any) -> tuple[str, ...]:
             script = Path(__file__).with_name("faulty_rank.py")
-            return (sys.executable, str(script), name, str(tmp_path / "struck"), *rest)
+            return (str(script), name, str(tmp_path / "struck"), *arguments(*given)[2:])
 
-        monkeypatch.setattr(ranked_execution, "_command", faulty)
+        monkeypatch.setattr(ranked_execution, "_arguments", faulty)
 
     return strike

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlxflow.distributed import launcher, supervisor
+from mlxflow.distributed import launcher, rank_start, supervisor
 from mlxflow.messages.errors import StageError
 from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
@@ -39,7 +39,7 @@ def test_killed_and_stopped_ranks_and_a_taken_port_change_no_byte(
         found.append(free_ports(count))
         return [taken.getsockname()[1], *found[-1][1:]] if len(found) == 1 else found[-1]
 
-    free_ports = launcher.free_ports
+    free_ports = rank_start.free_ports
     monkeypatch.setattr(launcher, "free_ports", ports)
     # no clock: a busy machine fails no test
     monkeypatch.setattr(supervisor._Watch, "_is_late", lambda watch, rank, waiting: rank.is_stopped)

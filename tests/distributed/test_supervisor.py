@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from mlxflow.distributed import supervisor
-from mlxflow.distributed.launcher import Launch, free_ports
+from mlxflow.distributed.launcher import Launch
 from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.messages.errors import StageError, UserError
 from mlxflow.storage.regular_files import open_log
@@ -33,7 +33,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
                 reduction="ordered",
                 logs=[Path(f"rank-{number}.log") for number in range(size)],
                 open_log=open_log,
-                find_ports=free_ports,
+                threads=0,
+                hosts=None,
+                remotes=None,
             ),
             RestartLimits(f"{timeout:g} s", timeout, restarts),
         )
@@ -81,7 +83,34 @@ def test_all_ranks_start_again_as_often_as_the_limit_says(run: Run, capfd: pytes
 
 
 def test_a_restart_that_succeeds_is_a_success(run: Run) -> None:
-    run("1 once begun; 1 fail error 1 ValueError: odd; all done", restarts=1)
+    run("1 once begun; 1 beat 1 x; 1 fail error 1 ValueError: odd; all done", restarts=1)
+
+
+def test_a_start_that_fails_is_not_repeated_and_said_in_one_line(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    for script, reason in (
+        (
+            "0 sleep 60; 1 print Traceback; 1 print ModuleNotFoundError: No module named 'mlx'; 1 exit 1",
+            "ended with exit code 1 before the training (start): ModuleNotFoundError: No module named 'mlx'",
+        ),
+        ("0 sleep 60; 1 exit 0", "ended with exit code 0 before the training (start)"),
+        ("1 fail error 1 ValueError: odd", "failed before the training (start): ValueError: odd"),
+    ):
+        with pytest.raises(StageError) as caught:
+            run(script, restarts=3)
+        assert str(caught.value) == f"train: rank 1 {reason}. See rank-1.log."
+        assert capfd.readouterr().err == ""
+
+
+def test_the_same_error_at_the_same_step_ends_the_run_after_one_restart(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StageError) as caught:
+        run("0 sleep 60; 1 beat 2 update; 1 fail error 1 ValueError: odd", restarts=3)
+    cause = "train: rank 1 failed at step 2 (update): ValueError: odd"
+    assert str(caught.value) == f"{cause}, as before the last restart. See rank-1.log."
+    assert capfd.readouterr().err.splitlines() == [
+        f"{cause}; all ranks start again from the last checkpoint (restart 1 of 3)"
+    ]
 
 
 def test_a_rank_that_ends_before_its_training_is_over_has_failed(run: Run) -> None:
@@ -152,12 +181,12 @@ def test_a_supervisor_that_is_killed_leaves_no_rank(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from mlxflow.distributed.launcher import Launch, free_ports
+from mlxflow.distributed.launcher import Launch
 from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.storage.regular_files import open_log
 command = (sys.executable, "-c", {_ENDS_WITH_PARENT!r})
 logs = [Path("0.log"), Path("1.log")]
-launch = Launch(command, b"", 2, "ring", "ordered", logs, open_log, free_ports)
+launch = Launch(command, b"", 2, "ring", "ordered", logs, open_log, 0, None, None)
 supervise("train", launch, RestartLimits("1 h", 3600, 0))
 """
     watching = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
@@ -172,6 +201,8 @@ supervise("train", launch, RestartLimits("1 h", 3600, 0))
 _ENDS_WITH_PARENT = (
     "import os, time; from mlxflow.device.child_processes import end_with_parent\n"
     "assert end_with_parent()\n"
+    "import json\n"
     "print(os.getpid(), flush=True)\n"
+    "os.write(int(os.environ['MLXFLOW_BEATS_FD']), b'{\"beat\": [-1, \"x\", false, false]}\\n')\n"
     "time.sleep(600)\n"
 )

@@ -122,9 +122,9 @@ def test_mistakes_in_the_table_are_reported_with_their_keys(tmp_path: Path) -> N
     path = tmp_path / "workflow.toml"
     path.write_text(
         '[workflow]\ndevice = "cpu"\n[workflow.distributed]\nbackend = "nccl"\nprocesses = 0\nstep_timeout = "soon"\n'
-        'hosts = "h"\n'
+        'host = "h"\n'
     )
     with pytest.raises(WorkflowError) as caught:
         load_workflow(path)
     keys = [line.removeprefix(f"{path}: workflow.distributed.").partition(":")[0] for line in caught.value.problems]
-    assert keys == ["processes = 0", 'step_timeout = "soon"', "hosts"]
+    assert keys == ["processes = 0", 'step_timeout = "soon"', "host"]
