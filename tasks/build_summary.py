@@ -51,6 +51,14 @@ def _quantize(report: dict[str, Any]) -> Iterator[str]:
         yield f"held-out perplexity {_perplexity(own)} (unquantized {_perplexity(dense)})"
 
 
+def _export(report: dict[str, Any]) -> Iterator[str]:
+    yield f"{report['format']} {report['type']}".rstrip()
+    yield _size(report["bytes"])
+    yield f"{report['bits_per_weight']:.2f} bits per weight"
+    if requantized := report.get("requantized"):
+        yield f"{len(requantized)} quantized tensors encoded again"
+
+
 def _profile(report: dict[str, Any]) -> Iterator[str]:
     yield f"peak memory {_size(report['peak_memory_bytes'])}"
     yield f"{report['median_step_seconds']:.3f} s a step"
@@ -67,6 +75,7 @@ _FIGURES = {
     "pretokenize": _pretokenize,
     "train": _train,
     "quantize": _quantize,
+    "export": _export,
     "profile": _profile,
     "benchmark": _benchmark,
 }

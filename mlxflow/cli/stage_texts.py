@@ -1,4 +1,4 @@
-"""The reports of train, profile, benchmark and report stages as text for a terminal."""
+"""The reports of train, export, profile, benchmark and report stages as text for a terminal."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from mlxflow.messages.markdown_tables import table_of
 from mlxflow.report.formatting import show, show_bytes, show_seconds
 from mlxflow.report.load_run import read_curve
 from mlxflow.report.stage_reports.benchmark import BenchmarkReport
+from mlxflow.report.stage_reports.export import ExportReport
 from mlxflow.report.stage_reports.profile import ProfileReport
 from mlxflow.report.stage_reports.report import PageReport
 from mlxflow.report.stage_reports.train import TrainReport
@@ -21,6 +22,7 @@ _MOST_POINTS = 20
 #: The form of each report that `text_of` prints, by stage.
 FORMS: dict[str, type[StageReport]] = {
     "train": TrainReport,
+    "export": ExportReport,
     "profile": ProfileReport,
     "benchmark": BenchmarkReport,
     "report": PageReport,
@@ -38,6 +40,8 @@ def text_of(report: StageReport, folder: Path, task: str) -> str:
     match report:
         case TrainReport():
             return "\n".join(_training(report, folder, task)) + "\n"
+        case ExportReport():
+            return "\n".join(_export(report, folder, task)) + "\n"
         case ProfileReport():
             return "\n".join(_profile(report, task)) + "\n"
         case BenchmarkReport():
@@ -80,6 +84,28 @@ def _curve(records: Sequence[dict[str, Any]]) -> str:
         figures = (train.get("loss"), validation.get("loss"), validation.get("perplexity"), train.get("learning_rate"))
         rows.append([f"{step:,}", *("-" if one is None else f"{one:.4g}" for one in figures)])
     return table_of(("step", "loss", "held-out loss", "held-out perplexity", "learning rate"), rows)
+
+
+def _export(report: ExportReport, folder: Path, task: str) -> Iterator[str]:
+    rows = [
+        (
+            one.name,
+            " x ".join(map(str, one.shape)),
+            one.type,
+            "as they are" if one.keeps_codes else "encoded again" if one.name in report.requantized else "-",
+            f"{one.relative_error:.3g}",
+        )
+        for one in report.tensors
+    ]
+    if rows:
+        yield table_of(("tensor", "shape", "type", "codes", "error"), rows)
+    files = ", ".join((folder / name).as_posix() for name in report.files)
+    yield f"{task}: {files}: {show_bytes(report.bytes)}, {report.bits_per_weight:.2f} bits a weight"
+    if report.requantized:
+        yield (
+            f"{len(report.requantized)} quantized tensors were encoded again, which adds an error of at most "
+            f"{report.largest_relative_error:.3g} of a tensor's norm"
+        )
 
 
 def _profile(report: ProfileReport, task: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -159,6 +160,19 @@ class Disk:
             return config_json.num_positions(config_json.read(Path(self.root, folder)))
         except ArtifactError:
             return None
+
+    @_question
+    def model_type(self, folder: str) -> str:
+        """Return the `model_type` of a model folder; empty without a valid `config.json`."""
+        try:
+            return str(config_json.read(Path(self.root, folder)).get("model_type", ""))
+        except ArtifactError:
+            return ""
+
+    @_question
+    def has_package(self, name: str) -> bool:
+        """Return whether a package is installed."""
+        return find_spec(name) is not None
 
     @_question
     def source(self, pattern: str) -> list[str]:

@@ -253,6 +253,16 @@ class References(StageReferences):
         quantized = self._disk.is_quantized(place)
         return "unknown" if quantized is None else "quantized" if quantized else "dense"
 
+    def model_type(self, name: str) -> str:
+        """Return the `model_type` of a model folder; empty for one of the hub, or without a valid `config.json`."""
+        place = self._expand(name)
+        return self._disk.model_type(place) if self._disk.is_dir(place) else ""
+
+    def require_package(self, package: str, key: str, value: str) -> None:
+        """Report an optional package that is not installed."""
+        if not self._disk.has_package(package):
+            self._note(key, value, f"needs {package}", f"Run: pip install 'mlxflow[{package}]'.")
+
     def _files(self, pattern: str, key: str) -> list[Path]:
         try:
             self._expand(pattern)

@@ -21,7 +21,7 @@ from mlxflow.workflow.stage import Artifacts, StageModule
 from mlxflow.workflow.stage_references import CycleError, Known, ReferenceRecorder, ordered, upstream
 
 #: Every stage, in the order of `doit list`. To add one, add a file to `stages/` and its name here.
-STAGES = ("pretokenize", "train", "quantize", "profile", "benchmark", "report")
+STAGES = ("pretokenize", "train", "quantize", "export", "profile", "benchmark", "report")
 
 #: The most files that all stages may read together; a file counts once for each stage that reads it.
 _MAX_FILES = 100_000
@@ -189,7 +189,7 @@ class _WorkflowLoader:
         """Return the tasks that the file asks for; note names in `workflow.stages` that are none."""
         if not workflow.settings.stages:
             written = {name for name in self.document if name in STAGES}
-            return [one.task for one in workflow.stages if not written or one.name in written]
+            return [one.task for one in workflow.stages if one.name in written or (not written and _is_usual(one))]
         wanted = []
         for number, name in enumerate(workflow.settings.stages):
             named = [one.task for one in workflow.stages if name in (one.task, one.name)]
@@ -269,6 +269,11 @@ def _references(workflow: Workflow, wanted: list[str], known: Known) -> dict[str
         known.planned = planned if planned.intersection(_followed(one)) else None
         keys[task] = _recorded(one, known)
     return {one.task: keys[one.task] for one in workflow.stages}
+
+
+def _is_usual(stage: Stage) -> bool:
+    """Return whether a workflow file that names no stage builds this one."""
+    return not getattr(stage.module, "ONLY_IF_WRITTEN", False)
 
 
 def _followed(stage: Stage) -> tuple[str, ...]:

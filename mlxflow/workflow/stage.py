@@ -11,7 +11,7 @@ artifact folder, and the first line of its docstring is what `doit list` prints:
     run       the function that does the work and returns the figures for the report, a struct of
               `mlxflow/report/stage_reports`; heavy imports happen inside it
 
-It may have ten more:
+It may have eleven more:
 
     resolve(config, artifacts)       returns the table with defaults filled in that depend on other files
     follow(config, task, readers, known, disk)
@@ -21,6 +21,7 @@ It may have ten more:
     most_ranks(config)               returns how many processes may share its training; 0 if it does not train
     DEVICE_BOUND = True              the artifact describes the machine it was made on
     USES_DEVICE = False              the stage does not compute on MLX's device
+    ONLY_IF_WRITTEN = True           a workflow file that names no stage, so that all are built, does not build it
     EXECUTION_ONLY_KEYS              keys that do not affect the result: a change of one does not make the artifact
                                      stale
     LATER_KEYS                       dotted keys that were added after artifacts were made, with their defaults: a key
@@ -126,6 +127,14 @@ class Artifacts(Protocol):
 
     def kind_of_model(self, name: str) -> Literal["dense", "quantized", "hub", "unknown"]:
         """Return the kind of weights of a stage's model or of a folder; "hub" for a name of the hub."""
+        ...
+
+    def model_type(self, name: str) -> str:
+        """Return the `model_type` of a model folder; empty for one of the hub, or without a valid `config.json`."""
+        ...
+
+    def require_package(self, package: str, key: str, value: str) -> None:
+        """Note a problem if an optional package that a value of a key needs is not installed."""
         ...
 
     def note(self, problem: Problem) -> None:

@@ -232,6 +232,13 @@ class ReferenceRecorder:
         """Return "unknown": no folder is looked up."""
         return "unknown"
 
+    def model_type(self, name: str) -> str:
+        """Return nothing: no folder is looked up."""
+        return ""
+
+    def require_package(self, package: str, key: str, value: str) -> None:
+        """Ignore it; a missing package is reported when the stage is resolved."""
+
     def note(self, problem: Problem) -> None:
         """Ignore a mistake; it is reported when the stage is resolved."""
 

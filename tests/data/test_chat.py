@@ -202,7 +202,7 @@ def _word_level() -> Tokenizer:
     )
     names = ["[UNK]", "system", *words]
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(names))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     return tokenizer

@@ -13,7 +13,7 @@ from mlxflow.storage import remote_code
 def _save(file: Path, *words: str) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = {word: number for number, word in enumerate(["[UNK]", *words])}
-    Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")).save(str(file))  # noqa: S106
+    Tokenizer(WordLevel(vocabulary, unk_token="[UNK]")).save(str(file))
     return file
 
 

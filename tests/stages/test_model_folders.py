@@ -339,8 +339,8 @@ def _own_tokenizer(folder: Path) -> None:
         folder / "tokenizer_config.json",
         auto_map={"AutoTokenizer": ["tokenization.Own", "tokenization.Own"]},
         tokenizer_class="Own",
-        eos_token="<end>",  # noqa: S106
-        unk_token="?",  # noqa: S106
+        eos_token="<end>",
+        unk_token="?",
     )
 
 

@@ -1,0 +1,158 @@
+"""Read a GGUF file as a model folder in mlx-lm's format: weights, configuration, and a rebuilt tokenizer.
+
+Tensors of floats keep their dtype. Quantized ones are dequantized through `gguf`, to fp16: their scales have no more
+precision, and the rounding is a hundredth of that of the codes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxflow.messages.errors import ArtifactError, reason_of
+from mlxflow.messages.os_errors import advise_on
+from mlxflow.models import gguf_architectures, gguf_vocabulary
+from mlxflow.models.gguf_architectures import GgufArchitecture
+from mlxflow.storage import config_json, model_files
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+_FACTORS = "rope_freqs.weight"
+
+
+def write_folder(file: Path, folder: Path, *, key: str) -> None:
+    """Write the model folder of a GGUF file; `config.json` is written last.
+
+    Args:
+        file: the GGUF file.
+        folder: is there already, and empty.
+        key: names the file in messages.
+
+    Raises:
+        ArtifactError: `gguf` is not installed, the file is damaged, its architecture or tokenizer is not known, a
+            tensor has no place in the model, or the vocabulary does not round-trip.
+    """
+    reader = _open(file, key)
+    field = _fields(reader)
+    architecture = gguf_architectures.of_name(str(field("general.architecture")), key)
+    definition = gguf_vocabulary.definition_of(field, key)
+    gguf_vocabulary.require_round_trip(definition, key)
+    config = _config(architecture, field, reader, key)
+    _write_weights(reader, architecture, config, folder / model_files.WEIGHTS, key)
+    settings = gguf_vocabulary.settings_of(field, config["max_position_embeddings"])
+    (folder / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
+    (folder / model_files.TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    config_json.write(folder / model_files.CONFIG, config)
+
+
+def _open(file: Path, key: str) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ArtifactError(f"{key}: needs gguf. Run: pip install 'mlxflow[gguf]'") from error
+    try:
+        return GGUFReader(file)
+    except (OSError, ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        advice = advise_on(error, "Download it again")
+        raise ArtifactError(f"{key}: cannot be read as GGUF ({reason_of(error)}). {advice}.") from error
+
+
+def _fields(reader: Any) -> Callable[[str], Any]:
+    """Return a function that returns a field of the header by its name, decoded once."""
+    known: dict[str, Any] = {}
+
+    def field(name: str) -> Any:
+        if name not in known:
+            found = reader.fields.get(name)
+            value = None if found is None else found.contents()
+            known[name] = float(str(np.float32(value))) if isinstance(value, float) else value
+        return known[name]
+
+    return field
+
+
+def _config(architecture: GgufArchitecture, field: Callable[[str], Any], reader: Any, key: str) -> dict[str, Any]:
+    try:
+        config = gguf_architectures.config_json(architecture, field)
+    except KeyError as error:
+        raise ArtifactError(f"{key}: its header has no {error.args[0]}. Download it again.") from error
+    names = {tensor.name for tensor in reader.tensors}
+    if _FACTORS in names or any(name.startswith("rope_factors") for name in names):
+        raise ArtifactError(
+            f"{key}: its rotary embedding has a table of factors, which cannot be read. Use the original model folder."
+        )
+    config["tie_word_embeddings"] = "output.weight" not in names
+    biased = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
+    if architecture.name == "llama":
+        config |= {own: f"blk.0.{name}" in names for name, own in biased.items()}
+    embedding = next((one for one in reader.tensors if one.name == "token_embd.weight"), None)
+    if embedding is not None:
+        config["vocab_size"] = int(embedding.shape[-1])
+    ends = gguf_vocabulary.ends_of(field)
+    if ends:
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    config["bos_token_id"] = field("tokenizer.ggml.bos_token_id")
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str, Any], file: Path, key: str) -> None:
+    """Write the tensors one by one, and set the dtype of the config.
+
+    Raises:
+        ArtifactError: a tensor has no place in the model, or is of a type that cannot be dequantized.
+    """
+    import mlx.core as mx
+
+    from mlxflow.storage.tensor_writing import TensorFile
+
+    dtypes = {"F32": mx.float32, "BF16": mx.bfloat16}
+    entries: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {}
+    matrices: set[str] = set()
+    for tensor in reader.tensors:
+        if not (path := architecture.path(tensor.name)):
+            raise ArtifactError(f"{key}: its tensor {tensor.name} has no place in {architecture.name}. Name another.")
+        shape = tuple(int(one) for one in reversed(tensor.shape))
+        entries[path] = (dtypes.get(tensor.tensor_type.name, mx.float16), shape)
+        if len(shape) > 1:
+            matrices.add(path)
+    kinds = [entries[path][0] for path in matrices]
+    dtype = max(set(kinds), key=kinds.count) if kinds else mx.float16
+    entries = {path: (dtype, shape) for path, (_, shape) in entries.items()}
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    with TensorFile(file, entries, {"format": "mlx"}) as written:
+        for tensor in reader.tensors:
+            dense = _dense(tensor, key)
+            kind = tensor.name.split(".")[-2]
+            if architecture.permutes and kind in heads:
+                dense = unpermuted(dense, heads[kind])
+            if architecture.adds_one and kind.endswith("norm"):
+                dense = dense - np.float32(1)
+            written.put(architecture.path(tensor.name), mx.array(dense).astype(dtype))
+    config["torch_dtype"] = str(dtype).rpartition(".")[2]
+
+
+def _dense(tensor: Any, key: str) -> "NDArray[Any]":
+    from gguf import dequantize
+
+    try:
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+        raise ArtifactError(
+            f"{key}: {tensor.name} is of the type {tensor.tensor_type.name}, which gguf cannot dequantize. "
+            "Name another file."
+        ) from error
+
+
+def unpermuted(rows: "NDArray[Any]", num_heads: int) -> "NDArray[Any]":
+    """Return the rows of q or k, (H * D, ...), in the order of Hugging Face's rotary embedding.
+
+    Args:
+        rows: in llama.cpp's order, the two halves of each head taking turns.
+        num_heads: H.
+    """
+    rest: tuple[int, ...] = rows.shape[1:]
+    return rows.reshape(num_heads, -1, 2, *rest).swapaxes(1, 2).reshape(-1, *rest)
