@@ -62,6 +62,9 @@ def _training(report: TrainReport, folder: Path, task: str) -> Iterator[str]:
         f"{task}: {report.parameters:,} parameters, {report.steps:,} steps{epochs}, {report.tokens:,} tokens, "
         f"{show(report.run.tokens_per_second)} tokens/s, peak {show_bytes(report.run.training_peak_memory_bytes)}"
     )
+    if waits := report.run.rank_waited_seconds:
+        shown = ", ".join(f"rank {rank} {show_seconds(seconds)}" for rank, seconds in enumerate(waits))
+        yield f"{len(waits)} ranks, which waited for each other, validations and checkpoints included: {shown}"
     yield (
         f"held-out perplexity {report.first_validation_perplexity:.4g} -> {report.last_validation_perplexity:.4g} "
         f"(+- {report.last_validation_perplexity_standard_error:.2g}), best {report.best_validation_perplexity:.4g} "

@@ -13,11 +13,12 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
     """The table `run` of a stage that trains: its own keys.
 
     Attributes:
-        tokens_per_second: tokens learned from, per second of training.
+        tokens_per_second: tokens learned from by all ranks, per second of training.
         training_seconds: wall clock of all steps, data included.
         compile_seconds: extra time of first steps over later ones.
         data_wait_seconds: time that steps waited for batches.
         device_wait_seconds: time that the host waited for the device.
+        rank_waited_seconds: how long each rank waited for the others since its last start; empty for one process.
         training_peak_memory_bytes: most memory that MLX's arrays held in training.
         kernels_refused: `name: reason` of each fused kernel that is not in use.
     """
@@ -27,6 +28,7 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
     compile_seconds: Seconds
     data_wait_seconds: Seconds
     device_wait_seconds: Seconds
+    rank_waited_seconds: tuple[Seconds, ...] = ()
     training_peak_memory_bytes: Count
     kernels_refused: tuple[str, ...]
 
@@ -44,6 +46,7 @@ class TrainingRun(ReportTable, frozen=True, kw_only=True):
             compile_seconds=result.compile_seconds,
             data_wait_seconds=result.data_wait_seconds,
             device_wait_seconds=result.device_wait_seconds,
+            rank_waited_seconds=result.rank_waited_seconds,
             training_peak_memory_bytes=result.peak_memory_bytes,
             kernels_refused=tuple(f"{name}: {reason}" for name, reason in kernels.refused.items()),
         )

@@ -35,7 +35,7 @@ class Recorder:
         self._log = log
         self.rank_waited_seconds: list[float] = []
         self.lines: list[str] = []
-        self.begin = time.perf_counter()
+        self.begin = self._started = time.perf_counter()
 
     def train(self, step: int, norm: float, rate: float) -> None:
         """Record an update and the mean loss since the last record.
@@ -68,9 +68,16 @@ class Recorder:
                 "active_memory_bytes": mx.get_active_memory(),
                 "cache_memory_bytes": mx.get_cache_memory(),
                 "peak_memory_bytes": state.peak_memory_bytes,
-                **({"rank_waited_seconds": self.rank_waited_seconds} if self.rank_waited_seconds else {}),
+                **self._ranks(),
             }
         )
+
+    def _ranks(self) -> dict[str, Any]:
+        """Return what a distributed run records in addition: waiting, and the time in which that was."""
+        if not self.rank_waited_seconds:
+            return {}
+        elapsed = time.perf_counter() - self._started
+        return {"rank_waited_seconds": self.rank_waited_seconds, "elapsed_seconds": elapsed}
 
     def write(self, record: dict[str, Any]) -> None:
         """Log a record, and keep it for checkpoints."""

@@ -14,6 +14,7 @@ class Result(NamedTuple):
         best_step: of the lowest validation loss.
         validations_since_best: validations after the one of the lowest loss.
         skipped_steps: updates without a finite loss or gradient.
+        rank_waited_seconds: of each rank of a distributed run since its last start; empty for a single process.
     """
 
     steps: int
@@ -31,6 +32,7 @@ class Result(NamedTuple):
     validations_since_best: int
     skipped_steps: int
     peak_memory_bytes: int
+    rank_waited_seconds: tuple[float, ...] = ()
 
 
 class RunState:

@@ -165,7 +165,7 @@ class Trainer:
         if settings.keep == "best" and facts.best_step < facts.step and self._team.rank.is_first:
             self._model.load_weights(list(self._session.checkpoints.read_best(facts.best_step).items()), strict=False)
         mx.eval(self._step.state)
-        return self._facts.result()
+        return self._facts.result()._replace(rank_waited_seconds=tuple(self._recorder.rank_waited_seconds))
 
     def _after_update(self) -> None:
         facts, settings = self._facts, self._settings

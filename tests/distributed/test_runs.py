@@ -78,10 +78,14 @@ def test_a_run_stops_on_four_ranks_continues_on_two_and_ends_on_one_in_the_same_
 
 
 def test_a_fast_reduction_differs_from_the_ordered_one_by_rounding_only(trained_alone: Alone, train: Build) -> None:
-    train(2, reduction='"fast"')
+    model = train(2, reduction='"fast"')
     fast = load_file("artifacts/train/model.safetensors")
     for name, ordered in load_file(trained_alone[0] / "artifacts/train/model.safetensors").items():
-        np.testing.assert_allclose(fast[name], ordered, rtol=1e-4, atol=1e-4, err_msg=name)
+        # relative to the largest weight of a tensor: fp32 rounds the 8 additions of an update to 8 * 6e-8 of a gradient
+        # at most, and AdamW's steps are as large for each weight
+        assert np.abs(fast[name] - ordered).max() <= 1e-6 * np.abs(ordered).max(), name
+    shutil.rmtree("artifacts/train")
+    assert train(2, reduction='"fast"') == model
 
 
 def test_a_rank_that_is_out_of_memory_makes_all_retry_with_fewer_rows(

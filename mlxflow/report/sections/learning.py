@@ -7,9 +7,10 @@ import numpy as np
 
 from mlxflow.report import colors, line_plot
 from mlxflow.report.elements import Block, Figure, Note, Section, Table
-from mlxflow.report.formatting import show
-from mlxflow.report.line_plot import Axes, Series
+from mlxflow.report.formatting import show, show_percent
+from mlxflow.report.line_plot import Axes, Band, Series
 from mlxflow.report.load_run import Run, column
+from mlxflow.report.rank_waits import WaitSpan, wait_spans
 
 _HINT = "Move over a plot for values; drag to zoom all of them, double-click to go back. Keys: arrows, +, -, 0."
 
@@ -23,6 +24,9 @@ _FURTHER = (
 )
 _FURTHER_STYLE = "c2"
 _ROWS = 24
+
+# The most ranks with a line of their own
+_MOST_RANKS = 8
 
 
 def section(runs: Sequence[Run]) -> Section:
@@ -65,9 +69,55 @@ def _of_task(task: str, runs: Sequence[Run], *, several: bool) -> list[Block]:
             switches=True,
         )
     ]
+    for run in runs:
+        blocks += _ranks(task, run, title)
     for key, name, form in _FURTHER:
         blocks += _further(task, runs, title, key, name, form)
     return blocks
+
+
+def _ranks(task: str, run: Run, title: str) -> list[Block]:
+    """Return the waiting of each rank over the steps, with the slowest rank above; nothing for a single process."""
+    spans = wait_spans(run.curves[task].records if task in run.curves else ())
+    count = min((len(span.shares) for span in spans), default=0)
+    if len(spans) < 2 or count < 2:
+        return []
+    steps = np.array([span.end for span in spans])
+    shown = range(count) if count <= _MOST_RANKS else sorted({*range(_MOST_RANKS - 1), count - 1})
+    series = [
+        Series(f"rank {rank}", steps, np.array([span.shares[rank] for span in spans]), colors.style_of(rank))
+        for rank in shown
+    ]
+    bands = [
+        Band(f"slowest: rank {slowest}", begin, end, 0.0, 0, colors.style_of(slowest))
+        for slowest, begin, end in _slowest(spans)
+    ]
+    means = [float(np.mean([span.shares[rank] for span in spans])) for rank in range(count)]
+    waits = ", ".join(f"rank {rank}: {show_percent(means[rank])}" for rank in shown)
+    label = f"Share of the time that each rank waited for the others{title}, over steps. {waits}."
+    axes = Axes("step", "percent", from_zero=True)
+    plot = line_plot.lines(series, axes, label=label, bands=bands, group=f"steps {task}", height=170)
+    hint = "The bar above the lines has the color of the slowest rank: the one that waited the least."
+    name = f"Share of the time that each rank waited for the others{title}{_of(run)}"
+    return [Figure(name, plot, _rank_table(spans, means, shown), _legend(series), wide=True, hint=hint)]
+
+
+def _slowest(spans: Sequence[WaitSpan]) -> list[tuple[int, float, float]]:
+    """Return the slowest rank with the steps from which and to which it is that."""
+    found: list[tuple[int, float, float]] = []
+    for span in spans:
+        if found and found[-1][0] == span.slowest and found[-1][2] == span.begin:
+            found[-1] = (span.slowest, found[-1][1], span.end)
+        else:
+            found.append((span.slowest, span.begin, span.end))
+    return found
+
+
+def _rank_table(spans: Sequence[WaitSpan], means: Sequence[float], shown: Iterable[int]) -> Table:
+    steps = sum(span.end - span.begin for span in spans)
+    slow = [sum(span.end - span.begin for span in spans if span.slowest == rank) for rank in range(len(means))]
+    rows = [(str(rank), show_percent(means[rank]), show_percent(slow[rank] / steps)) for rank in shown]
+    return Table("Waiting of each rank", ("Rank", "Waited", "Steps as the slowest"), rows, folded=True)
 
 
 def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, form: str) -> list[Block]:
@@ -80,6 +130,8 @@ def _further(task: str, runs: Sequence[Run], title: str, key: str, name: str, fo
     drawn = [one for one in columns if len(one.x) > 1 and (key != "batch_size" or one.y.min() < one.y.max())]
     if not drawn:
         return []
+    if key == "tokens_per_second" and any(wait_spans(run.curves[task].records) for run in runs if task in run.curves):
+        name = f"{name}, by all ranks"
     label = f"{name}{title} over steps. {' '.join(f'{one.name}: {_ends(one)}.' for one in drawn)}"
     zero = key in ("tokens_per_second", "peak_memory_bytes", "batch_size")
     plot = line_plot.lines(drawn, Axes("step", form, from_zero=zero), label=label, group=f"steps {task}", height=150)
