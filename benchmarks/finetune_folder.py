@@ -6,7 +6,7 @@ The tokenizer has a word for each id, so that a text of words is a row of known 
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Job(NamedTuple):
         steps: timed, after `warm` others.
         warm: steps that are not timed.
         learning_rate: constant.
+        precision: of our rows, as `[train]` has it; mlx-lm computes in the folder's bf16.
     """
 
     shape: dict[str, Any]
@@ -38,6 +39,7 @@ class Job(NamedTuple):
     steps: int = 8
     warm: int = 2
     learning_rate: float = 1e-5
+    precision: Literal["fp32", "bf16", "bf16-pure"] = "bf16"
 
     @property
     def tokens(self) -> int:
@@ -55,8 +57,8 @@ JOBS = {
     "8b-8k": Job(_LARGE, 1, 4 * _LENGTH, steps=6),
     "8b-32k": Job(_LARGE, 1, 16 * _LENGTH, steps=3, warm=1),
     "8b-dora": Job(_LARGE, 4, _LENGTH, method="dora", steps=5),
-    "1b-full": Job(_DENSE, 4, _LENGTH, bits=0, method="full"),
-    "cpu": Job({}, 4, 32 if _IS_TINY else 64, steps=4, warm=1),
+    "1b-full": Job(_DENSE, 4, _LENGTH, bits=0, method="full", precision="bf16-pure"),
+    "cpu": Job({}, 2, 8 if _IS_TINY else 64, steps=2, warm=1, precision="fp32"),
 }
 
 

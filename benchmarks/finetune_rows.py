@@ -139,7 +139,7 @@ def _settings(job: Job, checkpoint_every: int) -> Any:
         save_every=0,
         workers=1,
         adjust_every=0,
-        precision="bf16-pure" if job.method == "full" else "bf16",
+        precision=job.precision,
         checkpoint_every=checkpoint_every,
     )
 

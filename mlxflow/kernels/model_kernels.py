@@ -1,5 +1,6 @@
 """Selects the kernels for training a model and installs them: those that it can use and that passed verification."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxflow.ops.attention_overrides import Causal, first_causal_heads
+from mlxflow.ops.quantized_matmul import Format, IsFasterDense
 
 if TYPE_CHECKING:
     from mlxflow.kernels.early_start import EarlyVerifier
@@ -49,6 +51,7 @@ class ModelKernels(NamedTuple):
         refused: why the others are not, by name.
         attention: causal attention by a kernel; None if it is not used.
         keeps_mlx_attention: whether MLX's own attention gives the same gradients twice, to the bit.
+        is_faster_dense: which products with quantized weights take a dense copy; None if none does.
     """
 
     uses: Callable[[str], bool]
@@ -58,6 +61,7 @@ class ModelKernels(NamedTuple):
     refused: dict[str, str]
     attention: Causal | None = None
     keeps_mlx_attention: bool = False
+    is_faster_dense: IsFasterDense | None = None
 
 
 def no_kernels() -> ModelKernels:
@@ -114,7 +118,7 @@ def choose_for(
     dtype = traits.dtype
     layers = layer_patching.find_layers(model)
     names = {pattern.kernel_name(module, dtype) for module, pattern in layers}
-    names |= _update_kernels(traits) | _attention_kernels(model, traits)
+    names |= _update_kernels(traits) | _attention_kernels(model, traits) | _quantized_products(model, dtype)
     known = [name for name in names if kernel_names.is_known(name)]
     if recorded is not None:
         return _model_kernels(registry.recorded(known, recorded), layers, dtype)
@@ -131,6 +135,20 @@ def _update_kernels(traits: TrainingTraits) -> set[str]:
     updates = {kernel_names.adamw_name(weights, dtype) for dtype in dtypes}
     norms = {kernel_names.sum_of_squares_name(dtype) for dtype in dtypes}
     return updates | norms | {kernel_names.cross_entropy_name(traits.dtype)}
+
+
+def _quantized_products(model: nn.Module, dtype: mx.Dtype) -> set[str]:
+    """Return the names of the products with a model's quantized weights."""
+    from mlxflow.kernels import quantized_product
+
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)]
+    kinds = {(layer.weight.shape, Format(layer.group_size, layer.bits, layer.mode)): layer for layer in layers}
+    shapes = [
+        quantized_product.shape_of(dtype, layer.weight, form, rows)
+        for (_, form), layer in kinds.items()
+        for rows in quantized_product.ROW_CLASSES
+    ]
+    return {shape.name for shape in shapes if shape is not None}
 
 
 def _attention_kernels(model: nn.Module, traits: TrainingTraits) -> set[str]:
@@ -152,7 +170,7 @@ def _attention_kernels(model: nn.Module, traits: TrainingTraits) -> set[str]:
 def _model_kernels(
     selection: "KernelSelection", layers: "list[tuple[nn.Module, LayerPattern]]", dtype: mx.Dtype
 ) -> ModelKernels:
-    from mlxflow.kernels import attention, kernel_names, layer_patching, repeatability
+    from mlxflow.kernels import attention, kernel_names, layer_patching, quantized_product, repeatability
 
     @contextmanager
     def patched() -> Iterator[None]:
@@ -165,6 +183,10 @@ def _model_kernels(
             return None
         return attention.attention(scale)(q, k, v, *([] if low is None else [low]))
 
+    def is_faster_dense(x: mx.array, codes: mx.array, transpose: bool, form: Format) -> bool:
+        shape = quantized_product.shape_of(x.dtype, codes, form, math.prod(x.shape[:-1]))
+        return shape is not None and selection.uses(shape.name)
+
     loss = selection.uses(kernel_names.cross_entropy_name(dtype))
     attends = any(name.startswith("attention") for name in selection.selected)
     checks = {name: result.passed for name, result in selection.results.items() if repeatability.is_check(name)}
@@ -176,4 +198,5 @@ def _model_kernels(
         {name: reason for name, reason in selection.refused.items() if name not in checks},
         attend if attends else None,
         bool(checks) and all(checks.values()),
+        is_faster_dense if any(name.startswith(quantized_product.KIND) for name in selection.selected) else None,
     )

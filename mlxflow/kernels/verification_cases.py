@@ -12,6 +12,7 @@ from mlxflow.kernels import (
     cross_entropy,
     embedding,
     gated_activation,
+    quantized_product,
     rms_norm,
     rotary,
     verification_inputs,
@@ -169,6 +170,17 @@ def _sum_of_squares(_: str, dtype: mx.Dtype, __: Sequence[str]) -> Case:
     return Case(inputs, kernel, squares, mx.compile(squares), _tolerance(mx.float32), more_inputs=more)
 
 
+def _quantized_product(_: str, dtype: mx.Dtype, rest: Sequence[str]) -> Case:
+    shape = quantized_product.ProductShape.of(dtype, rest)
+    return Case(
+        partial(quantized_product.inputs, shape),
+        partial(quantized_product.kernel, shape),
+        partial(quantized_product.reference, shape),
+        mx.compile(partial(quantized_product.mlx, shape)),
+        _tolerance(dtype),
+    )
+
+
 #: By the prefix of the kind: takes the kind, the first dtype and the other parts of a name.
 _MAKERS: dict[str, Callable[[str, mx.Dtype, Sequence[str]], Case]] = {
     "rms_norm": _norm,
@@ -181,6 +193,7 @@ _MAKERS: dict[str, Callable[[str, mx.Dtype, Sequence[str]], Case]] = {
     "cross_entropy": _cross_entropy,
     "adamw": _adamw,
     "sum_of_squares": _sum_of_squares,
+    quantized_product.KIND: _quantized_product,
 }
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxflow.ops import adapter_products, quantized_matmul
 from mlxflow.ops.attention_overrides import Causal, causal_by_blocks, in_fixed_order
 from mlxflow.ops.linear_gradients import find_siblings, ordered_lookups, replaced_products
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
@@ -21,12 +22,14 @@ class OperationOverrides(NamedTuple):
         attention: a kernel for causal 16-bit attention on CUDA; None for plain operations there.
         keeps_mlx_attention: on Metal, MLX's attention gives the same gradients twice, to the bit; else plain
             operations take its place.
+        is_faster_dense: on a GPU, which products with quantized weights take a dense copy; None for none.
     """
 
     is_enabled: bool = True
     is_deterministic: bool = True
     attention: Causal | None = None
     keeps_mlx_attention: bool = False
+    is_faster_dense: quantized_matmul.IsFasterDense | None = None
 
 
 @contextmanager
@@ -44,6 +47,12 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
     with ExitStack() as replaced:
         if how.is_enabled:
             on_cpu = mx.default_device() == mx.cpu
+            is_faster_dense = quantized_matmul.is_faster_on_cpu if on_cpu else how.is_faster_dense or _never
+            if not on_cpu:
+                replaced.enter_context(quantized_matmul.replaced(is_faster_dense))
+            replaced.enter_context(
+                adapter_products.replaced_adapters(adapter_products.find_groups(model, tokens[:1, :2]), is_faster_dense)
+            )
             replaced.enter_context(replaced_products([] if on_cpu else find_siblings(model, tokens[:1, :2])))
             if on_cpu:
                 replaced.enter_context(causal_by_blocks())
@@ -53,3 +62,7 @@ def replaced_operations(model: nn.Module, tokens: mx.array, how: OperationOverri
                 if not how.keeps_mlx_attention:
                     replaced.enter_context(in_fixed_order(how.attention, only_16_bits=not mx.metal.is_available()))
         yield
+
+
+def _never(*_: Any) -> bool:
+    return False

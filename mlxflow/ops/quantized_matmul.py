@@ -1,27 +1,44 @@
-"""`mx.quantized_matmul` of many rows on the CPU: the weight is dequantized and multiplied by the BLAS.
+"""`mx.quantized_matmul` of many rows: the weight is dequantized and multiplied as a dense one.
 
 MLX multiplies with packed codes on the CPU at about 3 GFLOP/s, and in 16-bit types at a tenth of that, however many
 rows there are. For more than a few rows it is faster to write the dense weight, in fp32, and to multiply with that: 17
-times for 512 rows in fp32, 80 times in bf16 (`python benchmarks/quantized_matmul.py`). Sums are in fp32 and rounded
-once, which is at least as exact.
+times for 512 rows in fp32, 80 times in bf16 (`python benchmarks/cpu.py`). Sums are in fp32 and rounded once, which is
+at least as exact. On a GPU the kernel verification decides for each shape (`mlxflow/kernels/quantized_product.py`).
 
-The dense weight lives for one product: the gradient of the rows writes it once more, after the incoming gradient is
-known, so that a training step never holds the dense model.
+The dense weight lives for one product, and that of a large weight, such as an output head's, in slices: the gradient of
+the rows writes it once more, after the incoming gradient is known, so that a training step never holds the dense model.
 """
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from mlxflow.ops import patching
 
-# Rows from which a dense product is faster, for each type of the rows
+# Rows from which a dense product is faster on the CPU, for each type of the rows
 _MIN_ROWS = {mx.float32: 16, mx.bfloat16: 2, mx.float16: 2}
 
+#: Rows of a weight that are dequantized at a time.
+SLICE_ROWS = 16_384
+
 _Matmul = Callable[..., mx.array]
+
+
+class Format(NamedTuple):
+    """How a weight is quantized; the arguments of `mx.dequantize`."""
+
+    group_size: int | None
+    bits: int | None
+    mode: str
+
+
+#: Returns whether the product of x, (..., D), with codes is faster through a dense weight: of rows, codes, transpose
+#: and format.
+IsFasterDense = Callable[[mx.array, mx.array, bool, Format], bool]
 
 
 def install() -> None:
@@ -29,7 +46,7 @@ def install() -> None:
 
     MLX's layers look the function up at each call, so existing models use the replacement, too.
     """
-    patching.install(mx, "quantized_matmul", _by_rows(mx.quantized_matmul), by=__name__)
+    patching.install(mx, "quantized_matmul", _replacing(mx.quantized_matmul, is_faster_on_cpu), by=__name__)
 
 
 def uninstall() -> None:
@@ -37,7 +54,20 @@ def uninstall() -> None:
     patching.uninstall(mx, "quantized_matmul", by=__name__)
 
 
-def _by_rows(plain: _Matmul) -> _Matmul:
+@contextmanager
+def replaced(is_faster_dense: IsFasterDense) -> Iterator[None]:
+    """Replace `mx.quantized_matmul` in what is traced until the block ends.
+
+    Args:
+        is_faster_dense: decides for each product; others are passed on.
+    """
+    with patching.attributes(
+        (mx, "quantized_matmul", _replacing(mx.quantized_matmul, is_faster_dense)), by=f"{__name__}.replaced"
+    ):
+        yield
+
+
+def _replacing(plain: _Matmul, is_faster_dense: IsFasterDense) -> _Matmul:
     @functools.wraps(plain)
     def quantized_matmul(
         x: mx.array,
@@ -50,48 +80,103 @@ def _by_rows(plain: _Matmul) -> _Matmul:
         mode: str = "affine",
         **named: Any,
     ) -> mx.array:
-        if named or not _is_faster_dense(x, w):
+        form = Format(group_size, bits, mode)
+        if named or w.ndim != 2 or x.ndim < 2 or not is_faster_dense(x, w, transpose, form):
             return plain(x, w, scales, biases, transpose, group_size, bits, mode, **named)
-        multiply = _dense_product(transpose, group_size, bits, mode, str(x.dtype))
-        return multiply(x, w, scales, *([] if biases is None else [biases]))
+        return dense_product(x, (w, scales, *([] if biases is None else [biases])), form, transpose=transpose)
 
     return quantized_matmul
 
 
-def _is_faster_dense(x: mx.array, w: mx.array) -> bool:
-    rows = math.prod(x.shape[:-1])
-    return mx.default_device() == mx.cpu and w.ndim == 2 and x.ndim > 1 and rows >= _MIN_ROWS.get(x.dtype, math.inf)
+def is_faster_on_cpu(x: mx.array, w: mx.array, transpose: bool, form: Format) -> bool:
+    """Return whether a dense product is faster than MLX's on the CPU; False on other devices."""
+    return mx.default_device() == mx.cpu and math.prod(x.shape[:-1]) >= _MIN_ROWS.get(x.dtype, math.inf)
+
+
+def dense_product(x: mx.array, weight: tuple[mx.array, ...], form: Format, *, transpose: bool) -> mx.array:
+    """Return the product of rows with a quantized weight, through its dense copy; differentiable.
+
+    Args:
+        x: (..., D).
+        weight: codes of (N, D) numbers, or of (D, N) if it is not transposed; scales; biases if the mode has them.
+        form: of the weight.
+        transpose: as `mx.quantized_matmul` has it.
+    """
+    return _dense_product(transpose, form, str(x.dtype))(x, *weight)
+
+
+def multiply(
+    x: mx.array, weight: tuple[mx.array, ...], form: Format, *, transpose: bool, plus: mx.array | None = None
+) -> mx.array:
+    """Return what `dense_product` does, slice by slice of a large weight; without a gradient.
+
+    A slice is dequantized after `x` is known and after the slice before was used.
+
+    Args:
+        x: see `dense_product`.
+        weight: see there.
+        form: see there.
+        transpose: see there.
+        plus: added to the result; None for nothing.
+    """
+    slices = [tuple(part[begin : begin + SLICE_ROWS] for part in weight) for begin in _slice_begins(weight[0])]
+    total = None if plus is None else _widened(plus)
+    if transpose:
+        parts: list[mx.array] = []
+        for part in slices:
+            dense = _dense(part, form, x.dtype, after=parts[-1] if parts else x)
+            parts.append(_widened(x) @ dense.T)
+        product = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        return (product if total is None else total + product).astype(x.dtype)
+    for begin, part in zip(_slice_begins(weight[0]), slices, strict=True):
+        rows = _widened(x[..., begin : begin + SLICE_ROWS] if len(slices) > 1 else x)
+        dense = _dense(part, form, x.dtype, after=x if total is None else total)
+        total = rows @ dense if total is None else mx.addmm(total, rows, dense)
+    return cast("mx.array", total).astype(x.dtype)
+
+
+def _slice_begins(codes: mx.array) -> range:
+    return range(0, len(codes), SLICE_ROWS)
+
+
+def _widened(x: mx.array) -> mx.array:
+    """Return rows as they are multiplied: in fp32 on the CPU, where MLX's 16-bit products are slow."""
+    return x.astype(mx.float32) if mx.default_device() == mx.cpu else x
+
+
+def _dense(weight: tuple[mx.array, ...], form: Format, dtype: mx.Dtype, *, after: mx.array) -> mx.array:
+    """Return a dense weight that is written after another array is known.
+
+    Without that order MLX may write those of many layers first, and `mx.compile` would keep the one of the forward pass
+    for the gradient.
+    """
+    codes, scales, *biases = weight
+    codes = mx.depends([codes], [after])[0]
+    if biases and dtype == mx.float32:  # MLX casts 16-bit scales to the dtype of the rows, too
+        scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+    dense = mx.dequantize(codes, scales, biases[0] if biases else None, form.group_size, form.bits, form.mode)
+    return dense.astype(mx.float32 if mx.default_device() == mx.cpu else dtype)
 
 
 @functools.cache
-def _dense_product(transpose: bool, group_size: int | None, bits: int | None, mode: str, rows_dtype: str) -> _Matmul:
-    """Return a differentiable product of rows, (..., D), with a quantized weight, (N, D) or, not transposed, (D, N)."""
-
-    def weight(codes: mx.array, scales: mx.array, *biases: mx.array) -> mx.array:
-        if biases and rows_dtype == str(mx.float32):  # MLX casts 16-bit scales to the dtype of the rows, too
-            scales, biases = scales.astype(mx.float32), (biases[0].astype(mx.float32),)
-        dense = mx.dequantize(codes, scales, biases[0] if biases else None, group_size, bits, mode)
-        return dense.astype(mx.float32)
-
-    def product(x: mx.array, dense: mx.array, *, transposed: bool) -> mx.array:
-        return (x.astype(mx.float32) @ (dense.T if transposed else dense)).astype(x.dtype)
+def _dense_product(transpose: bool, form: Format, _: str) -> _Matmul:
+    """Return a differentiable product of rows, (..., D), with a quantized weight."""
 
     @mx.custom_function
-    def multiply(x: mx.array, codes: mx.array, *scales: mx.array) -> mx.array:
-        return product(x, weight(codes, *scales), transposed=transpose)
+    def product(x: mx.array, *weight: mx.array) -> mx.array:
+        return multiply(x, weight, form, transpose=transpose)
 
-    @multiply.vjp
+    @product.vjp
     def gradients(primals: tuple[mx.array, ...], incoming: mx.array, _: mx.array) -> tuple[mx.array, ...]:
         x, codes, *scales = primals
-        # otherwise mx.compile would keep the dense weight of the forward pass for this product
-        later = mx.depends([codes], [incoming])[0]
-        dx = product(incoming, weight(later, *scales), transposed=not transpose)
+        dx = multiply(incoming, (codes, *scales), form, transpose=not transpose)
 
         def of_scales(*scales: mx.array) -> mx.array:
-            return product(x, weight(codes, *scales), transposed=transpose)
+            return multiply(x, (codes, *scales), form, transpose=transpose)
 
         # lazy, and not computed for frozen layers; MLX has no gradient of the scales of other modes
-        for_scales = mx.vjp(of_scales, scales, [incoming])[1] if mode == "affine" else map(mx.zeros_like, scales)
+        is_affine = form.mode == "affine"
+        for_scales = mx.vjp(of_scales, scales, [incoming])[1] if is_affine else map(mx.zeros_like, scales)
         return dx, mx.zeros_like(codes), *for_scales
 
-    return cast("_Matmul", multiply)
+    return cast("_Matmul", product)

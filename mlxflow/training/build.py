@@ -153,6 +153,7 @@ def overrides_of(settings: TrainingSettings, kernels: model_kernels.ModelKernels
         is_deterministic=settings.deterministic,
         attention=kernels.attention,
         keeps_mlx_attention=kernels.keeps_mlx_attention,
+        is_faster_dense=kernels.is_faster_dense,
     )
 
 

@@ -14,7 +14,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxflow.ops import quantized_matmul
 from mlxflow.ops.fast_exp import LOG2_E, exp2_below
+from mlxflow.ops.quantized_matmul import Format
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, *, uses_kernel: bool = False) -> mx.array:
@@ -112,13 +114,14 @@ _cross_entropy_kernel = _fast_cross_entropy(_kernel_gradient)
 
 def linear_cross_entropy(
     hidden: mx.array,
-    weight: mx.array,
+    weight: mx.array | tuple[mx.array, ...],
     targets: mx.array,
     weights: mx.array,
     *,
     chunk_rows: int,
     trains_weight: bool,
     uses_kernel: bool = False,
+    form: Format | None = None,
 ) -> mx.array:
     """Return the weighted sum of the cross-entropies of `hidden @ weight.T`, a scalar in fp32.
 
@@ -128,15 +131,44 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D), the input of the head.
-        weight: (V, D) of the head; in the dtype of `hidden`.
+        weight: (V, D) of the head, in the dtype of `hidden`; a frozen quantized one: codes, scales and maybe biases.
         targets: (N,) ids from 0 to V - 1.
         weights: (N,) of each row in the sum, in fp32; 0 leaves it out.
         chunk_rows: rows whose logits are held at a time.
         trains_weight: whether the gradient of `weight` is needed.
         uses_kernel: see `cross_entropy`.
+        form: of a quantized weight, which is dequantized in slices for each chunk; None for a dense one.
     """
-    function = _linear_cross_entropy(chunk_rows, trains_weight, uses_kernel)
-    return function(hidden, weight, targets, weights)[0]
+    if form is None:
+        function = _linear_cross_entropy(chunk_rows, trains_weight, uses_kernel)
+        return function(hidden, weight, targets, weights)[0]
+    return _frozen_cross_entropy(chunk_rows, form, uses_kernel)(hidden, targets, weights, *weight)[0]
+
+
+@functools.cache
+def _frozen_cross_entropy(chunk_rows: int, form: Format, uses_kernel: bool) -> Callable[..., tuple[mx.array, ...]]:
+    """Return the same for a frozen quantized weight; no dense copy of it is held."""
+
+    @mx.custom_function
+    def function(hidden: mx.array, targets: mx.array, weights: mx.array, *weight: mx.array) -> tuple[mx.array, ...]:
+        total = mx.array(0.0)
+        parts: list[mx.array] = []
+        for begin in range(0, len(hidden), chunk_rows):
+            rows = slice(begin, begin + chunk_rows)
+            part = mx.depends(hidden[rows], [total, parts[-1]]) if parts else hidden[rows]
+            logits = quantized_matmul.multiply(part, weight, form, transpose=True)
+            losses, gradient = _losses_and_gradient(logits, targets[rows], weights[rows], uses_kernel)
+            total = total + losses
+            parts.append(quantized_matmul.multiply(gradient, weight, form, transpose=False))
+        return total, mx.concatenate(parts)
+
+    @function.vjp
+    def backward(
+        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, ...]:
+        return (outputs[1] * cotangents[0]).astype(outputs[1].dtype), *map(mx.zeros_like, primals[1:])
+
+    return cast("Callable[..., tuple[mx.array, ...]]", function)
 
 
 @functools.cache

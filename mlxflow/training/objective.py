@@ -1,6 +1,7 @@
 """Training losses: the summed loss of a model on rows of tokens, and the number of target tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,14 +71,16 @@ def fused_objective(head: Head, *, masks_documents: bool, chunk_rows: int, uses_
     def objective(model: nn.Module, tokens: mx.array, marks: mx.array) -> tuple[mx.array, mx.array]:
         weights = (marks[:, 1:] & 1).astype(mx.float32)
         hidden = document_mask.apply_body(model, tokens[:, :-1], marks[:, :-1] if masks_documents else None)
+        packed = head.packed(model) if mx.default_device() != mx.cpu else None
         total = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
-            head.weight(model, hidden.dtype),
+            packed[0] if packed else head.weight(model, hidden.dtype),
             tokens[:, 1:].reshape(-1),
             weights.reshape(-1),
             chunk_rows=chunk_rows,
             trains_weight=head.is_trained(model),
             uses_kernel=uses_kernel,
+            form=packed[1] if packed else None,
         )
         return total, weights.sum()
 
@@ -89,8 +92,10 @@ def uses_fused_loss(
 ) -> bool:
     """Return whether output head and loss are computed together.
 
-    With `wanted` None: on the CPU always, where it costs no time; on a GPU, where holding the logits is a little faster
-    (`benchmarks/train.py`), if logits and their gradient take more memory than weights, gradients and moments.
+    With `wanted` None: on the CPU always, where it costs no time. On a GPU for a frozen head, whose weight has no
+    gradient to add up, as soon as the logits are more than those held at a time; for a trained one, where holding the
+    logits is a little faster (`benchmarks/train.py`), if logits and their gradient take more memory than weights, and
+    gradients and moments of those that are trained.
 
     Args:
         model: of any architecture that mlx-lm knows.
@@ -102,17 +107,29 @@ def uses_fused_loss(
     Raises:
         WorkflowError: it is wanted, and the model's logits are not the product of one weight.
     """
-    parameters = sum(value.size for _, value in tree_flatten(model.parameters()))
-    pays = mx.default_device() == mx.cpu or 2 * vocab_size * tokens > 4 * parameters
-    if wanted is False or (wanted is None and not pays):
+    if wanted is False:
         return False
-    if find_head(model, vocab_size) is not None:
-        return True
+    head = find_head(model, vocab_size)
+    if head is not None:
+        return wanted is True or _fused_loss_pays(model, head, vocab_size, tokens)
     if wanted:
         raise WorkflowError(
             f"{setting} = true: this model does more to its logits than one product. Set {setting} = false."
         )
     return False
+
+
+def _fused_loss_pays(model: nn.Module, head: Head, vocab_size: int, tokens: int) -> bool:
+    if mx.default_device() == mx.cpu:
+        return True
+    if not head.is_trained(model):
+        return tokens > chunk_rows(vocab_size)
+    held = _num_bytes(model.parameters()) + 3 * _num_bytes(model.trainable_parameters())
+    return 2 * vocab_size * tokens * int(head.module(model).weight.itemsize) > held
+
+
+def _num_bytes(parameters: Any) -> int:
+    return sum(value.nbytes for _, value in tree_flatten(parameters))
 
 
 def make_objective(

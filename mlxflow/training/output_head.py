@@ -10,6 +10,7 @@ import numpy as np
 from mlxflow.models import quantized_layers
 from mlxflow.ops.eval_mode import evaluating
 from mlxflow.ops.patching import layer_method
+from mlxflow.ops.quantized_matmul import Format
 
 # Test values that a head returns instead of its product: powers of ten that every floating dtype holds
 _SMALLEST_POWER, _LARGEST_POWER = -4, 4
@@ -35,6 +36,14 @@ class Head(NamedTuple):
             return quantized_layers.dense_weight(layer).astype(dtype)
         faked = getattr(type(layer), "fake_weight", None)  # of a class that `fake_quant.fake_quantized` made
         return cast("mx.array", layer.weight if faked is None else faked(layer))
+
+    def packed(self, model: nn.Module) -> tuple[tuple[mx.array, ...], Format] | None:
+        """Return codes, scales and biases of a quantized weight, and its format; None if it is not quantized."""
+        layer = self.module(model)
+        if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            return None
+        weight = (layer.weight, layer.scales, *([] if layer.get("biases") is None else [layer.biases]))
+        return weight, Format(layer.group_size, layer.bits, layer.mode)
 
     def is_trained(self, model: nn.Module) -> bool:
         """Return whether the weight is one of the trainable parameters."""

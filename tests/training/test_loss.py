@@ -2,6 +2,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlxflow.ops.quantized_matmul import Format
 from mlxflow.training.loss import cross_entropy, linear_cross_entropy
 
 
@@ -126,3 +127,25 @@ def test_a_head_that_is_not_trained_gets_no_gradient() -> None:
         return linear_cross_entropy(hidden, weight, targets, weights, chunk_rows=8, trains_weight=False)
 
     assert not mx.any(mx.grad(fused)(weight))
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+def test_the_fused_loss_of_a_packed_weight_is_that_of_its_dense_copy(mode: str) -> None:
+    size = {"affine": 64, "mxfp4": 32, "nvfp4": 16}[mode]
+    hidden = mx.random.normal((50, 64), key=mx.random.key(0))
+    packed = tuple(mx.quantize(mx.random.normal((96, 64), key=mx.random.key(1)) * 0.3, size, 4, mode))
+    biases = packed[2] if len(packed) > 2 else None
+    weight = mx.dequantize(packed[0], packed[1], biases, size, 4, mode).astype(mx.float32)
+    targets, weights = mx.arange(50) % 96, (mx.arange(50) % 3 != 0).astype(mx.float32)
+
+    def fused(hidden: mx.array) -> mx.array:
+        form = Format(size, 4, mode)
+        total = linear_cross_entropy(hidden, packed, targets, weights, chunk_rows=16, trains_weight=False, form=form)
+        return 0.5 * total
+
+    def plain(hidden: mx.array) -> mx.array:
+        return 0.5 * (cross_entropy(hidden @ weight.T, targets) * weights).sum()
+
+    (found, gradient), (expected, wanted) = (mx.value_and_grad(loss)(hidden) for loss in (fused, plain))
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    assert float(mx.abs(gradient - wanted).max()) <= 200 * 2.0**-24 * float(mx.abs(wanted).max())

@@ -8,8 +8,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxflow.models import model_folder
+from mlxflow.training import adapters, objective
 from mlxflow.training.objective import distilling_objective, fused_objective, plain_objective
 from mlxflow.training.output_head import Head, find_head
+from mlxflow.training.settings import AdapterShape
 from tests.small_models import llama
 
 
@@ -125,3 +127,31 @@ def test_distillation_has_the_gradient_of_the_divergence_from_the_teacher() -> N
     model.update(teacher.parameters())
     at_rest = dict(tree_flatten(mx.grad(loss)(model.trainable_parameters())))
     assert max(float(mx.abs(value).max()) for value in at_rest.values()) < 1e-5
+
+
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the choice of the loss take the default device for a GPU; nothing is computed."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_frozen_head_takes_the_fused_loss_by_itself(
+    is_quantized: bool, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab_size = 40_000
+    shape = {"model_type": "llama", **SMALL, "tie_word_embeddings": tied, "vocab_size": vocab_size}
+    model = model_folder.build(shape, seed=0)
+    if is_quantized:
+        nn.quantize(model, group_size=32, bits=4)
+    head = find_head(model, vocab_size)
+    assert head is not None
+    adapters.ensure_adapters(model, AdapterShape("lora", 2, 2.0, 0.0, 0, ("self_attn.*",)), seed=0, key="keys")
+    _on_a_gpu(monkeypatch)
+    most = objective.chunk_rows(vocab_size)
+    assert objective._fused_loss_pays(model, head, vocab_size, most + 1)
+    assert not objective._fused_loss_pays(model, head, vocab_size, most)
+    if not is_quantized:  # a trained head adds up the gradient of its weight
+        model.unfreeze()
+        assert not objective._fused_loss_pays(model, head, vocab_size, 64)
+        assert objective._fused_loss_pays(model, head, vocab_size, 100_000)
