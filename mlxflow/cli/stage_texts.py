@@ -45,7 +45,8 @@ def text_of(report: StageReport, folder: Path, task: str) -> str:
         case ProfileReport():
             return "\n".join(_profile(report, task)) + "\n"
         case BenchmarkReport():
-            return markdown_of_report(report)
+            ranks = f"\n{report.ranks.words}\n" if report.ranks else ""
+            return markdown_of_report(report) + ranks
         case PageReport():
             return "\n".join(_page(report, folder, task)) + "\n"
     raise TypeError(report)

@@ -166,14 +166,16 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: a figure is worse than the baseline's.
     """
     from mlxflow.benchmarking.measurement import measure
+    from mlxflow.benchmarking.rank_efficiency import time_ranks
     from mlxflow.benchmarking.report_comparison import markdown_of_report
     from mlxflow.benchmarking.time_budget import Budget
 
     baseline = read_benchmark(inputs.baseline[0]) if inputs.baseline else None
+    ranks = time_ranks(context, config.input, config.num_steps) if config.input else None
     budget = Budget(config.max_seconds, task=context.task)
     suite = _suite(config, inputs, context, budget)
     models = _compared_models(config, inputs, context)
-    report = measure(_request(config, context), suite, models, budget)
+    report = msgspec.structs.replace(measure(_request(config, context), suite, models, budget), ranks=ranks)
     if report.lowered:
         terminal.say(*(f"{context.task}: {line}" for line in report.lowered))
     write_markdown(markdown_of_report(report))

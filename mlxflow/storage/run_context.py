@@ -1,6 +1,7 @@
 """What a running stage gets besides its own table: seed, device, limits, folders, and the digests of its inputs."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,22 @@ class Member(NamedTuple):
     stale: str = ""
 
 
+class RankSpeed(NamedTuple):
+    """The speed of a training on a number of processes.
+
+    Attributes:
+        ranks: these processes.
+        backend: of their communication; empty for one process.
+        tokens_per_second: learned from by all of them.
+        waited_seconds: of each rank for the others; empty for one process.
+    """
+
+    ranks: int
+    backend: str
+    tokens_per_second: float
+    waited_seconds: tuple[float, ...]
+
+
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """The environment of a running stage: everything it gets besides its own table.
 
@@ -58,6 +75,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         published: the stage's existing artifact, if the stage is built again for a comparison; else None.
         begun: the value of the module's `begin`; None without one.
         digests: of the inputs as first read by this run.
+        time_ranks: returns the speeds of a train stage on one process and on all ranks, measured in a number of
+            updates; empty if the workflow has one rank.
     """
 
     task: str
@@ -75,6 +94,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     digests: ObservedInputs
     published: Path | None = None
     begun: Any = None
+    time_ranks: Callable[[str, int], tuple[RankSpeed, ...]] = lambda task, num_steps: ()
 
 
 def derive_seed(seed: int, name: str) -> int:

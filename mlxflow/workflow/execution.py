@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.user_folders import prepare_compiled_folder
-from mlxflow.workflow import ranked_execution
+from mlxflow.workflow import rank_timing, ranked_execution
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import outputs_of, paths_of, rooted, settings_digest
@@ -113,6 +114,7 @@ def _run(
             digests=digests,
             published=_published(workflow.root / stage.folder) if into else None,
             begun=begun,
+            time_ranks=partial(rank_timing.time_ranks, workflow),
         )
         _make_artifact(stage, context, started, chosen, threads)
         _require_unchanged(workflow, stage, digests, identities, unfinished)

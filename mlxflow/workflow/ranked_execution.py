@@ -35,6 +35,7 @@ def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Han
     table, ranks = workflow.settings.distributed, workflow.ranks
     require_gpus(table, ranks.backend, ranks.hosts)
     _advise_on_threads(workflow)
+    apart = Path(layout.STATE, layout.RANKS) if into else None  # no checkpoint of the workflow's own run
     launch = Launch(
         command=(sys.executable, "-P", *_arguments(stage, str(workflow.path), into)),
         data=(handover or _handover(workflow, stage)).as_bytes(),
@@ -45,7 +46,7 @@ def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Han
         open_log=open_log,
         threads=workflow.settings.threads,
         hosts=ranks.hosts,
-        remotes=remotes_of(workflow, stage, _arguments(stage, workflow.path.name, None)) if ranks.hosts else None,
+        remotes=remotes_of(workflow, stage, _arguments(stage, workflow.path.name, apart)) if ranks.hosts else None,
     )
     atomic_folders.remove_folder(_ranks_folder(workflow, stage))
     try:

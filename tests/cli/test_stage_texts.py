@@ -1,10 +1,12 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mlxflow.cli.command import main
 from mlxflow.cli.stage_texts import _curve
+from mlxflow.storage import report_files
 
 
 @pytest.mark.parametrize(
@@ -32,3 +34,16 @@ def test_a_long_learning_curve_is_thinned_and_keeps_its_ends() -> None:
     assert lines[2] == "| 0 | - | 3 | 20.1 | - |"
     assert lines[-1] == "| 100 | 2 | - | - | 0.1 |"
     assert len(lines) < 25
+
+
+def test_show_prints_the_efficiency_of_ranks(built: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(built, root)
+    path = root / "artifacts/benchmark/report.toml"
+    speeds = {"alone_tokens_per_second": 10.0, "tokens_per_second": 19.0, "efficiency": 0.95}
+    ranks = {"ranks": 2, "backend": "ring"} | speeds
+    report_files.write_report(path, report_files.read_report(path) | {"ranks": ranks})
+    assert main(["show", "benchmark", "--workflow", str(root / "workflow.toml")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "2 ranks (ring) 19 tokens/s, one process 10 tokens/s: 1.90 times as fast, an efficiency of 95%"
+    )

@@ -11,7 +11,13 @@ from mlxflow.report.formatting import UNKNOWN, clean, show, show_bytes, show_int
 from mlxflow.report.line_plot import Axes, Series
 from mlxflow.report.load_run import Run
 from mlxflow.report.sections import beside
-from mlxflow.report.stage_reports.benchmark import BenchmarkReport, BottleneckFigures, ConvergenceCurve, DriftFigures
+from mlxflow.report.stage_reports.benchmark import (
+    BenchmarkReport,
+    BottleneckFigures,
+    ConvergenceCurve,
+    DriftFigures,
+    RankFigures,
+)
 from mlxflow.report.stage_reports.benchmark_rows import ModelRow, TrainingRow
 
 
@@ -110,10 +116,28 @@ def _blocks(run: Run) -> list[Block]:
         if report is None:
             blocks.append(Note(f"No benchmark to show: {one.said}"))
             continue
-        blocks += _training(report.training) + _drift(report.drift)
+        blocks += _training(report.training) + _drift(report.drift) + _ranks(report.ranks)
         blocks += _models(report.models, colors.styles_of_models([*run.models]))
         blocks += _convergence(report.convergence or ()) + _bottleneck(report.bottleneck) + _promises(report)
     return blocks or [Note("No benchmark to show: the workflow has no benchmark stage.")]
+
+
+def _ranks(figures: RankFigures | None) -> list[Block]:
+    """Return the speed on one process and on all ranks; nothing where one process trains."""
+    if figures is None:
+        return []
+    waited = ", ".join(show_seconds(seconds) for seconds in figures.waited_seconds)
+    rows = [
+        ("1 process", show(figures.alone_tokens_per_second), UNKNOWN, UNKNOWN),
+        (
+            f"{figures.ranks} ranks ({clean(figures.backend)})",
+            show(figures.tokens_per_second),
+            show_percent(figures.efficiency),
+            waited or UNKNOWN,
+        ),
+    ]
+    head = ("Processes", "Tokens learned from per second", "Efficiency", "Waiting of each rank")
+    return [Table("Training on several ranks", head, rows)]
 
 
 def row_name(row: TrainingRow) -> str:

@@ -122,6 +122,36 @@ class ComparisonFigures(ReportTable, frozen=True, kw_only=True):
     noise_between_runs: tuple[str, ...] | None = None
 
 
+class RankFigures(ReportTable, frozen=True, kw_only=True):
+    """The speed of the training on the workflow's ranks and on one process, in a few updates of the train stage.
+
+    Attributes:
+        ranks: processes that train together.
+        backend: of their communication.
+        alone_tokens_per_second: learned from by one process.
+        tokens_per_second: learned from by all ranks.
+        efficiency: their speed as a share of that of as many single processes.
+        waited_seconds: of each rank for the others.
+    """
+
+    ranks: Count
+    backend: str
+    alone_tokens_per_second: float
+    tokens_per_second: float
+    efficiency: float
+    waited_seconds: tuple[Seconds, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The figures in one line."""
+        times = self.tokens_per_second / self.alone_tokens_per_second
+        return (
+            f"{self.ranks} ranks ({self.backend}) {self.tokens_per_second:,.0f} tokens/s, one process "
+            f"{self.alone_tokens_per_second:,.0f} tokens/s: {times:.2f} times as fast, an efficiency of "
+            f"{self.efficiency:.0%}"
+        )
+
+
 class BenchmarkReport(StageReport, frozen=True, kw_only=True):
     """The figures of a benchmark stage.
 
@@ -136,6 +166,7 @@ class BenchmarkReport(StageReport, frozen=True, kw_only=True):
         promises: by name.
         lowered: a line for each measurement with fewer rounds or rows than requested.
         comparison: with the baseline; None without one.
+        ranks: of the workflow; None if one process trains.
     """
 
     version: Count
@@ -148,3 +179,4 @@ class BenchmarkReport(StageReport, frozen=True, kw_only=True):
     promises: dict[str, PromiseFigures]
     lowered: tuple[str, ...] | None = None
     comparison: ComparisonFigures | None = None
+    ranks: RankFigures | None = None
