@@ -12,7 +12,7 @@ from mlxflow.messages.errors import ArtifactError, WorkflowError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import vocabularies
 from mlxflow.models.new_model import llama_config
-from mlxflow.storage import config_json, paths, remote_code
+from mlxflow.storage import config_json, gguf_header, paths, remote_code
 from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.training import length, run_warnings
 from mlxflow.workflow.loader import load_workflow, resolved_toml
@@ -181,8 +181,10 @@ def _architecture(workflow: Workflow, maker: Stage) -> tuple[dict[str, Any] | No
 def _named_folder(workflow: Workflow, stage: Stage) -> Path | None:
     """Return the base model's folder of a train or quantize stage; None without one, or for a model on the hub."""
     inputs: Any = stage.inputs
-    files = inputs.base if stage.name == "train" else inputs.model
-    return workflow.root / files[0].parent if files and not _stage_read(stage) else None
+    files: tuple[Path, ...] = inputs.base if stage.name == "train" else inputs.model
+    if not files or _stage_read(stage) or gguf_header.is_named(files[0].name):
+        return None
+    return workflow.root / files[0].parent
 
 
 def _read(folder: Path) -> dict[str, Any]:

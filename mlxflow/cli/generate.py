@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the folder of the model that generates."""
-    parser.add_argument("model", type=user_path, help="a model folder, such as artifacts/train")
+    parser.add_argument("model", type=user_path, help="a model folder, such as artifacts/train, or a GGUF file")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the folder; read it first")
 
 

@@ -14,6 +14,7 @@ from mlxflow.data.progress import show_activity, show_progress
 from mlxflow.data.shard_builder import SourceFile
 from mlxflow.data.tokenizer import Vocabulary
 from mlxflow.device import heap
+from mlxflow.models import gguf_reading
 from mlxflow.storage import remote_code
 from mlxflow.storage.atomic_folders import write_whole
 from mlxflow.storage.digests import digest_json
@@ -66,8 +67,9 @@ def choose_vocabulary(
             request, files, template, holdout=holdout, context_length=context_length, cache_folder=cache_folder
         )
     with remote_code.trusting_code(request.table.trust_remote_code), scratch_folder() as scratch:
-        folder = request.files[0].parent if request.files else Path()
-        tokenizer_files = {path.relative_to(folder).as_posix(): path for path in request.files}
+        files_found = gguf_reading.tokenizer_files(request.files, key=f'{key} = "{name}"')
+        folder = files_found[0].parent if files_found else Path()
+        tokenizer_files = {path.relative_to(folder).as_posix(): path for path in files_found}
         tokenizer_files = tokenizer_files or tokenizer_folder.hub_files(name, key)
         trust_key = request.names.of("tokenizer.trust_remote_code")
         tokenizer_files = tokenizer_folder.converted(tokenizer_files, scratch, name, key=key, trust_key=trust_key)

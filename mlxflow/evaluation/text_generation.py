@@ -16,7 +16,7 @@ from mlxflow.data.chatml import CHATML, TURN_END
 from mlxflow.data.guarded_template import GuardedTemplate
 from mlxflow.data.guarded_tokenizer import GuardedTokenizer
 from mlxflow.messages.errors import ArtifactError, CallError
-from mlxflow.models import model_folder
+from mlxflow.models import gguf_reading, model_folder
 from mlxflow.storage import config_json
 
 # Prompt tokens in a forward pass of prefill; the memory of attention grows with it
@@ -91,7 +91,7 @@ class Writer:
     """A model with its tokenizer and, if its folder has one, its chat template.
 
     Args:
-        folder: a model folder, dense or quantized.
+        folder: a model folder, dense or quantized, or a GGUF file.
 
     Raises:
         ArtifactError: the folder is no model folder, or its tokenizer or template cannot be opened.
@@ -99,7 +99,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = folder = gguf_reading.opened(folder)
         self.tokenizer = GuardedTokenizer(folder)  # its process starts while the model is read
         self._model, config = model_folder.load(folder)
         if random := self.tokenizer.open():

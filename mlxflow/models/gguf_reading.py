@@ -5,22 +5,33 @@ precision, and the rounding is a hundredth of that of the codes.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlxflow.messages import terminal
 from mlxflow.messages.errors import ArtifactError, reason_of
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import gguf_architectures, gguf_vocabulary
 from mlxflow.models.gguf_architectures import GgufArchitecture
-from mlxflow.storage import config_json, model_files
+from mlxflow.storage import atomic_folders, config_json, gguf_header, model_files, user_folders
+from mlxflow.storage.digests import digest_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# Part of the name of the folders: raised when earlier ones are no longer right
+_FORM = 1
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _FACTORS = "rope_freqs.weight"
 
 
@@ -47,6 +58,53 @@ def write_folder(file: Path, folder: Path, *, key: str) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
     (folder / model_files.TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     config_json.write(folder / model_files.CONFIG, config)
+
+
+def folder_of(files: Sequence[Path], *, key: str) -> Path:
+    """Return the folder of a model's files; of a GGUF file, the one that it is converted to.
+
+    The folder of a GGUF file is in the user's cache, named by the content of the file, and is written once.
+
+    Args:
+        files: of a model folder, or one GGUF file.
+        key: names the model in messages.
+
+    Raises:
+        ArtifactError: see `write_folder`.
+    """
+    if not gguf_header.is_named(files[0].name):
+        return files[0].parent
+    folder = user_folders.cache_folder() / "gguf" / f"{digest_file(files[0]).identity[:24]}-{_FORM}"
+    if not (folder / model_files.CONFIG).is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folders.publishing(folder) as private:
+            write_folder(files[0], private, key=key)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        terminal.say(f"{key}: converted to {folder}, {size:,} bytes; it is used again as long as the file is the same")
+    return folder
+
+
+def opened(model: Path) -> Path:
+    """Return a model folder; of a GGUF file, the one that it is converted to.
+
+    Raises:
+        ArtifactError: see `write_folder`.
+    """
+    if gguf_header.is_named(model.name) and model.is_file():
+        return folder_of([model], key=str(model))
+    return model
+
+
+def tokenizer_files(files: Sequence[Path], *, key: str) -> tuple[Path, ...]:
+    """Return the files of a tokenizer; those of a GGUF file are in the folder that it is converted to.
+
+    Raises:
+        ArtifactError: see `write_folder`.
+    """
+    if not files or not gguf_header.is_named(files[0].name):
+        return tuple(files)
+    folder = folder_of(files, key=key)
+    return tuple(folder / name for name in model_files.tokenizer_files(folder))
 
 
 def _open(file: Path, key: str) -> Any:
@@ -81,10 +139,7 @@ def _config(architecture: GgufArchitecture, field: Callable[[str], Any], reader:
     except KeyError as error:
         raise ArtifactError(f"{key}: its header has no {error.args[0]}. Download it again.") from error
     names = {tensor.name for tensor in reader.tensors}
-    if _FACTORS in names or any(name.startswith("rope_factors") for name in names):
-        raise ArtifactError(
-            f"{key}: its rotary embedding has a table of factors, which cannot be read. Use the original model folder."
-        )
+    config |= _rope_scaling(config, reader, key)
     config["tie_word_embeddings"] = "output.weight" not in names
     biased = {"attn_q.bias": "attention_bias", "ffn_gate.bias": "mlp_bias"}
     if architecture.name == "llama":
@@ -97,6 +152,25 @@ def _config(architecture: GgufArchitecture, field: Callable[[str], Any], reader:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     config["bos_token_id"] = field("tokenizer.ggml.bos_token_id")
     return {name: value for name, value in config.items() if value is not None}
+
+
+def _rope_scaling(config: dict[str, Any], reader: Any, key: str) -> dict[str, Any]:
+    """Return the scaling of the rotary embedding that a table of factors is made of; empty without a table.
+
+    Raises:
+        ArtifactError: it is not that of Llama 3.1 and newer, which differ by one factor.
+    """
+    tables = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    if not tables:
+        return {}
+    factors = np.asarray(tables[0].data, np.float32)
+    scaling = {**_LLAMA3, "factor": float(factors.max())}
+    expected = np.asarray(gguf_architectures.rope_factors({**config, "rope_scaling": scaling}), np.float32)
+    if tables[0].name != _FACTORS or len(expected) != len(factors) or not np.allclose(expected, factors, rtol=1e-4):
+        raise ArtifactError(
+            f"{key}: its rotary embedding has a table of factors that is not Llama 3's. Use the original model folder."
+        )
+    return {"rope_scaling": scaling}
 
 
 def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str, Any], file: Path, key: str) -> None:
@@ -112,7 +186,8 @@ def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str
     dtypes = {"F32": mx.float32, "BF16": mx.bfloat16}
     entries: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {}
     matrices: set[str] = set()
-    for tensor in reader.tensors:
+    tensors = [tensor for tensor in reader.tensors if tensor.name != _FACTORS]
+    for tensor in tensors:
         if not (path := architecture.path(tensor.name)):
             raise ArtifactError(f"{key}: its tensor {tensor.name} has no place in {architecture.name}. Name another.")
         shape = tuple(int(one) for one in reversed(tensor.shape))
@@ -124,7 +199,7 @@ def _write_weights(reader: Any, architecture: GgufArchitecture, config: dict[str
     entries = {path: (dtype, shape) for path, (_, shape) in entries.items()}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     with TensorFile(file, entries, {"format": "mlx"}) as written:
-        for tensor in reader.tensors:
+        for tensor in tensors:
             dense = _dense(tensor, key)
             kind = tensor.name.split(".")[-2]
             if architecture.permutes and kind in heads:

@@ -14,7 +14,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     from_: Annotated[
         str,
-        Meta(description="a model folder, a hub id or a stage to start from; empty: a new model of the shape below"),
+        Meta(description="a model folder, a GGUF file, a hub id or a stage to start from; empty: a new model"),
     ] = msgspec.field(default="", name="from")
     trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
         False

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import model_folder, quantized_layers, tokenizer_files
+from mlxflow.models import gguf_reading, model_folder, quantized_layers, tokenizer_files
 from mlxflow.storage import config_json
 from mlxflow.storage.tensor_reading import StoredRows
 
@@ -41,7 +41,7 @@ def find_folder(name: str, files: tuple[Path, ...], *, task: str) -> Path:
 
     Args:
         name: of a model on the hub.
-        files: of a folder; empty for a model on the hub.
+        files: of a folder, or a GGUF file; empty for a model on the hub.
         task: the stage that names it, for messages.
 
     Raises:
@@ -49,7 +49,7 @@ def find_folder(name: str, files: tuple[Path, ...], *, task: str) -> Path:
         SourceError: it cannot be downloaded.
     """
     if files:
-        return files[0].parent
+        return gguf_reading.folder_of(files, key=f'{task}.model = "{name}"')
     trust_key = f"{task}.trust_remote_code"
     folder = model_folder.fetch(name, key=f"{task}.model", trust_key=trust_key)
     tokenizer_files.require_tokenizer_trust(folder, trust_key)

@@ -13,7 +13,7 @@ from mlxflow.data.corpus_tables import Format, SourceConfig, TokenizerConfig
 from mlxflow.data.named_templates import NAMED_TEMPLATES
 from mlxflow.data.sources import Corpus
 from mlxflow.messages import terminal
-from mlxflow.storage import layout
+from mlxflow.storage import gguf_header, layout
 from mlxflow.storage.model_files import HUB_MODEL
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import Problem
@@ -169,6 +169,8 @@ def _context_length(bases: Sequence[str], known: Any, disk: Any) -> int:
         folder = disk.expand(origin)
         if origin and disk.is_dir(folder):
             length = disk.num_positions(folder)
+        elif gguf_header.is_named(origin) and disk.is_file(folder):
+            length = gguf_header.GgufHeader(*disk.gguf_header(folder)).num_positions
         lengths += [length] if isinstance(length, int) and length > 1 else []
         lengths += [defaults.NEW_CONTEXT_LENGTH] if length == "auto" else []
     return min(lengths)
@@ -177,6 +179,8 @@ def _context_length(bases: Sequence[str], known: Any, disk: Any) -> int:
 def _brings_a_tokenizer(name: str, disk: Any) -> bool:
     """Return whether a model has a tokenizer; a model on the hub is assumed to have one."""
     folder = disk.expand(name)
+    if gguf_header.is_named(name):
+        return True
     if not disk.is_dir(folder):
         return re.fullmatch(HUB_MODEL, name) is not None
     return Path(folder).parts[:1] != (layout.ARTIFACTS,) and "tokenizer.json" in disk.tokenizer_files(folder)

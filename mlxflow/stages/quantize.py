@@ -42,7 +42,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One `[quantize]` table, or one of `[[quantize]]`."""
 
     input: Annotated[str, Meta(description="the dense model: a train stage")] = "train"
-    model: Annotated[str, Meta(description="instead of the input, a model folder, a hub id or a stage")] = ""
+    model: Annotated[str, Meta(description="instead of the input: a folder, a GGUF file, a hub id or a stage")] = ""
     trust_remote_code: Annotated[bool, Meta(description="whether Python code of the folder may run; read it first")] = (
         False
     )

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import adapter_files, model_folder, quantized_layers, tokenizer_files, vocabularies
+from mlxflow.models import adapter_files, gguf_reading, model_folder, quantized_layers, tokenizer_files, vocabularies
 from mlxflow.models.new_model import ModelConfig, llama_config
 from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
@@ -53,8 +53,8 @@ def find_folder(name: str, files: tuple[Path, ...], names: SettingNames) -> Path
     """Return the folder of the base model, downloaded from the hub if necessary.
 
     Args:
-        name: of a folder or of a model on the hub; empty for a new model.
-        files: of the folder; empty for a model on the hub.
+        name: of a folder, a GGUF file or a model on the hub; empty for a new model.
+        files: of the folder, or the GGUF file; empty for a model on the hub.
         names: of the settings, for messages.
 
     Raises:
@@ -64,7 +64,7 @@ def find_folder(name: str, files: tuple[Path, ...], names: SettingNames) -> Path
     if not name:
         return None
     if files:
-        return files[0].parent
+        return gguf_reading.folder_of(files, key=f'{names.of("model.from")} = "{name}"')
     return model_folder.fetch(name, key=names.of("model.from"), trust_key=names.of("model.trust_remote_code"))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from mlxflow.data import sources
 from mlxflow.distributed.hosts import MAX_BYTES
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.storage import config_json, model_files, paths, regular_files, remote_code
+from mlxflow.storage import config_json, gguf_header, model_files, paths, regular_files, remote_code
 
 #: The name of a query, its arguments, its answer and its error, as JSON values.
 Lookup = list[Any]
@@ -160,6 +160,15 @@ class Disk:
             return config_json.num_positions(config_json.read(Path(self.root, folder)))
         except ArtifactError:
             return None
+
+    @_question
+    def gguf_header(self, file: str) -> list[Any]:
+        """Return the fields of `mlxflow.storage.gguf_header.GgufHeader` for a file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return list(gguf_header.read(Path(self.root, file)))
 
     @_question
     def model_type(self, folder: str) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from mlxflow.data import sources
 from mlxflow.data.sources import Corpus
-from mlxflow.storage import layout
+from mlxflow.storage import gguf_header, layout
 from mlxflow.storage.model_files import ADVICE_LEADING_OUT, CONFIG, HUB_MODEL, ModelFolderFiles, leading_out_problem
 from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.workflow.disk_queries import Disk
@@ -184,6 +184,8 @@ class References(StageReferences):
 
     def tokenizer(self, name: str, key: str, *, trusts_code: bool) -> tuple[Path, ...]:
         """Return the tokenizer files of a folder."""
+        if gguf_header.is_named(name):
+            return self._gguf_file(name, key)
         hub_id, advice = r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?", "Name a folder with a tokenizer.json, or a hub id."
         folder = self._folder_or_hub(name, key, hub_id, advice)
         if folder is None:
@@ -203,6 +205,8 @@ class References(StageReferences):
 
     def model(self, name: str, key: str, *, trusts_code: bool, needs_tokenizer: bool = False) -> tuple[Path, ...]:
         """Return the files of a model folder, its configuration first."""
+        if gguf_header.is_named(name):
+            return self._gguf_file(name, key)
         advice = "Name a folder with a config.json, or a hub id."
         folder = self._folder_or_hub(name, key, HUB_MODEL, advice)
         if folder is None:
@@ -218,6 +222,21 @@ class References(StageReferences):
         elif needs_tokenizer and not trusts_code and any(code := self._disk.tokenizer_code(folder)):
             self._note_untrusted(key, name, *code)
         return tuple(Path(folder, file) for file in files.read)
+
+    def _gguf_file(self, name: str, key: str) -> tuple[Path, ...]:
+        """Return a GGUF file; one that is missing, or cannot be read as a model, is reported."""
+        place, advice = self._expand(name), "Name a GGUF file, a model folder, or a hub id."
+        if not self._disk.is_file(place):
+            self._note_missing(key, name, "no such file", advice)
+            return ()
+        try:
+            header = gguf_header.GgufHeader(*self._disk.gguf_header(place))
+        except OSError as error:
+            return self._note_unreadable(key, name, error, advice)
+        if header.problem:
+            self._note(key, name, header.problem, f"Known: {', '.join(gguf_header.READABLE)}.")
+        self.require_package("gguf", key, name)
+        return (Path(place),)
 
     def _folder_or_hub(self, name: str, key: str, hub_id: str, advice: str) -> str | None:
         """Return the folder of a name; None for a name of the hub, and for a missing folder, which is reported."""
@@ -248,6 +267,8 @@ class References(StageReferences):
         if names_stage(name):
             return kind_made(self.table(name), self)
         place = self._expand(name)
+        if gguf_header.is_named(name):
+            return "dense"  # its codes are dequantized
         if not self._disk.is_dir(place):
             return "hub" if _is_hub_id(name) else "unknown"
         quantized = self._disk.is_quantized(place)

@@ -43,7 +43,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
+            "original_max_position_embeddings": 8192,
         },
     },
     "biased": {**_SHAPE, "model_type": "llama", "attention_bias": True, "mlp_bias": True},

@@ -1,6 +1,7 @@
 """Tokenizers as fields of a header, and back."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.models import gguf_tokenizer, gguf_vocabulary
+from mlxflow.models import gguf_token_rules, gguf_tokenizer, gguf_vocabulary
 
 TEXTS = ["a small text of words, numbers 1234 and\nlines\n" * 3, "été déjà vu: naïve café", "x = {'key': [1, 2]}"]
 KEY = 'export.model = "train"'
@@ -28,7 +29,7 @@ def _byte_level(split: Any, *, ignore_merges: bool = False, normalizer: Any = No
     return tokenizer
 
 
-def _with_fallback() -> Tokenizer:
+def with_fallback() -> Tokenizer:
     """Return a tokenizer in the form of SentencePiece, as Gemma's and Mistral's are."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -45,7 +46,7 @@ def _with_fallback() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(definition))
 
 
-def _write(folder: Path, tokenizer: Tokenizer, **settings: Any) -> Path:
+def write(folder: Path, tokenizer: Tokenizer, **settings: Any) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
@@ -62,29 +63,32 @@ def _split(regex: str) -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), _PLAIN])
 
 
-@pytest.mark.parametrize(
-    ("rule", "tokenizer"),
-    [
-        ("gpt-2", lambda: _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))),
-        (
-            "smollm",
-            lambda: _byte_level(
-                pre_tokenizers.Sequence(
-                    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-                )
-            ),
-        ),
-        ("llama-bpe", lambda: _byte_level(_split(_CL100K), ignore_merges=True)),
-        ("dbrx", lambda: _byte_level(_split(_CL100K))),
-        (
-            "qwen2",
-            lambda: _byte_level(_split(_CL100K.replace(r"\p{N}{1,3}", r"\p{N}")), normalizer=normalizers.NFC()),
-        ),
-    ],
-)
+def _with_digits() -> Any:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+#: Makes a tokenizer for each rule of llama.cpp.
+BYTE_LEVEL: dict[str, Callable[[], Tokenizer]] = {
+    "gpt-2": lambda: _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "smollm": lambda: _byte_level(_with_digits()),
+    "llama-bpe": lambda: _byte_level(_split(_CL100K), ignore_merges=True),
+    "dbrx": lambda: _byte_level(_split(_CL100K)),
+    "qwen2": lambda: _byte_level(_split(_CL100K.replace(r"\p{N}{1,3}", r"\p{N}")), normalizer=normalizers.NFC()),
+    "gpt-4o": lambda: _byte_level(_split(_regex_of("gpt-4o"))),
+    "tekken": lambda: _byte_level(_split(_regex_of("tekken")), ignore_merges=True),
+}
+
+
+def _regex_of(rule: str) -> str:
+    """Return the regex of a rule; that of cl100k is written out above."""
+    return str(gguf_token_rules.RULES[rule][0]["pretokenizers"][0]["pattern"]["Regex"])
+
+
+@pytest.mark.parametrize(("rule", "tokenizer"), BYTE_LEVEL.items(), ids=BYTE_LEVEL)
 def test_a_byte_level_tokenizer_comes_back_with_the_same_ids(tmp_path: Path, rule: str, tokenizer: Any) -> None:
     own = tokenizer()
-    folder = _write(tmp_path, own, eos_token="<|end|>", pad_token={"content": "<|pad|>"})
+    folder = write(tmp_path, own, eos_token="<|end|>", pad_token={"content": "<|pad|>"})
     fields = gguf_tokenizer.fields_of(folder, [0], 400, KEY)
     assert fields["tokenizer.ggml.pre"] == rule
     assert fields["tokenizer.ggml.eos_token_id"] == 0
@@ -100,8 +104,8 @@ def test_a_byte_level_tokenizer_comes_back_with_the_same_ids(tmp_path: Path, rul
 
 
 def test_a_tokenizer_with_byte_fallback_comes_back_with_the_same_ids(tmp_path: Path) -> None:
-    own = _with_fallback()
-    folder = _write(tmp_path, own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    own = with_fallback()
+    folder = write(tmp_path, own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fields = gguf_tokenizer.fields_of(folder, [2], own.get_vocab_size(), KEY)
     assert fields["tokenizer.ggml.model"] == "llama"
     assert fields["tokenizer.ggml.add_space_prefix"] is True
@@ -136,7 +140,7 @@ def test_a_tokenizer_with_byte_fallback_comes_back_with_the_same_ids(tmp_path: P
 def test_tokenizers_that_llama_cpp_does_not_know_are_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    folder = _write(tmp_path, _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)), eos_token="<|end|>")
+    folder = write(tmp_path, _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)), eos_token="<|end|>")
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError) as caught:
@@ -145,7 +149,7 @@ def test_tokenizers_that_llama_cpp_does_not_know_are_refused(
 
 
 def test_more_ids_than_rows_are_refused(tmp_path: Path) -> None:
-    folder = _write(tmp_path, _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)), eos_token="<|end|>")
+    folder = write(tmp_path, _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)), eos_token="<|end|>")
     with pytest.raises(ArtifactError, match="its tokenizer has ids to 320, and its embedding 300 rows"):
         gguf_tokenizer.fields_of(folder, [0], 300, KEY)
 
@@ -168,7 +172,7 @@ def test_a_token_before_every_text_is_kept(tmp_path: Path) -> None:
 
     tokenizer = _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
-    folder = _write(tmp_path, tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    folder = write(tmp_path, tokenizer, bos_token="<|end|>", eos_token="<|end|>")
     fields = gguf_tokenizer.fields_of(folder, [0, 1], 400, KEY)
     assert fields["tokenizer.ggml.add_bos_token"] is True
     assert fields["tokenizer.ggml.eot_token_id"] == 1

@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in gguf_models.CONFIGS if name != "llama3"])
+@pytest.mark.parametrize("name", gguf_models.CONFIGS)
 def test_a_model_comes_back_from_its_file_with_equal_logits_and_tokenizer(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
@@ -52,7 +52,7 @@ def test_a_model_comes_back_from_its_file_with_equal_logits_and_tokenizer(
         ({"bits": 5}, {"q5_1"}),
         ({"mode": "mxfp4"}, {"mxfp4"}),
     ],
-    ids=str,
+    ids=["4 bits", "3 bits", "2 bits", "5 bits", "mxfp4"],
 )
 def test_codes_of_a_quantized_model_are_kept(
     folder: Path, tmp_path: Path, setting: dict[str, Any], kinds: set[str]
@@ -93,7 +93,13 @@ def test_a_table_of_rotary_factors_is_that_of_mlx(folder: Path, tmp_path: Path) 
     rope = model_folder.load(folder)[0].layers[0].self_attn.rope
     plain = 10_000.0 ** (np.arange(0, 32, 2) / 32)
     assert np.allclose(tensors["rope_freqs.weight"] * plain, np.array(rope._freqs), rtol=1e-5)
-    with pytest.raises(ArtifactError, match="its rotary embedding has a table of factors, which cannot be read"):
+
+
+def test_another_table_of_rotary_factors_is_refused(folder: Path, tmp_path: Path) -> None:
+    gguf_models.write_model(folder, "llama3")
+    _change(folder, {"rope_scaling": {**gguf_models.CONFIGS["llama3"]["rope_scaling"], "high_freq_factor": 3.0}})
+    _write(folder, tmp_path / "model.gguf")
+    with pytest.raises(ArtifactError, match="its rotary embedding has a table of factors that is not Llama 3's"):
         gguf_reading.write_folder(tmp_path / "model.gguf", tmp_path, key="model.gguf")
 
 
