@@ -1,6 +1,6 @@
 """Training on several ranks against one process, side by side with mlx-lm's own distributed trainer.
 
-    python benchmarks/distributed.py RANKS JOB [ROUNDS]     such as 2 cpu; 135m and 1b need a GPU for each rank
+    python benchmarks/distributed.py RANKS JOB [ROUNDS [ROW...]]   such as 2 cpu; 135m and 1b need a GPU for each rank
 
 Each rank takes the rows of one process, so the work of a rank is the same in every row but the sums. A row is started
 ROUNDS times (3) in turns with the others, and printed as the median of its tokens/s over all ranks:
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,24 @@ JOBS = {"cpu": Job(TINY_LLAMA | {"hidden_size": 128, "vocab_size": 2048}, 8, 128
 ROWS = ("alone", "side by side", "ordered", "fast", "mlx-lm alone", "mlx-lm")
 
 
-def main(ranks: int, job: str, rounds: int) -> None:
-    """Start all rows in turns and print a line of JSON for each."""
-    speeds: dict[str, list[float]] = {row: [] for row in ROWS}
+def main(ranks: int, job: str, rounds: int, rows: Sequence[str]) -> None:
+    """Start rows in turns and print a line of JSON for each."""
+    speeds: dict[str, list[float]] = {row: [] for row in rows}
     peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
-            for row in ROWS:
+            for row in rows:
                 printed = _start(row, ranks, job, Path(folder))
                 speeds[row].append(sum(one["tokens_per_second"] for one in printed))
                 peaks[row] = max(one["peak_gb"] for one in printed)
-    bound = statistics.median(speeds["side by side"])
+    bounds = {row: statistics.median(speeds[row]) for row in ("side by side", "alone") if row in speeds}
     for row, found in speeds.items():
         line = {"row": row, "ranks": 1 if row.endswith("alone") else ranks, "job": job}
         speed = statistics.median(found)
         figures = {"tokens_per_second": round(speed), "spread": [round(min(found)), round(max(found))]}
         if not row.startswith("mlx-lm"):
-            figures |= {"times_alone": round(speed / statistics.median(speeds["alone"]), 2)}
-            figures |= {"efficiency": round(speed / bound, 3)}
+            names = {"alone": "times_alone", "side by side": "efficiency"}
+            figures |= {names[other]: round(speed / bound, 3) for other, bound in bounds.items()}
         print(json.dumps(line | figures | {"peak_gb_a_rank": peaks[row]}), flush=True)
 
 
@@ -121,6 +122,6 @@ if __name__ == "__main__":
         case ["row", row, job]:
             run_row(row, job)
         case [ranks, job, *rest]:
-            main(int(ranks), job, int(rest[0]) if rest else 3)
+            main(int(ranks), job, int(rest[0]) if rest else 3, rest[1:] or ROWS)
         case _:
             sys.exit(__doc__)

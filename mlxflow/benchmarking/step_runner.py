@@ -168,7 +168,7 @@ def _advance(
     update: _PlainUpdate
     if recipe.joins_updates:
         joined = build.make_update(subject, kernels)
-        update, updated = (lambda total, count, tree: joined(total, count, tree)[0]), joined.state
+        update, updated = (lambda total, count, tree: joined(total, count, joined.join(tree))[0]), joined.state
     else:
         optimizer = build.make_optimizer(subject.settings, names=subject.names)
         optimizer.init(model.trainable_parameters())

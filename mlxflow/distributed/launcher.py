@@ -1,6 +1,7 @@
 """Start the ranks of a run: on this host as child processes, on others through ssh."""
 
 import os
+import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -150,9 +151,9 @@ def start_ranks(
     for number, one in remote.items():
         count = launch.hosts.place_on_host(number)[1] if launch.hosts else 0
         one.prepare(launch.backend, count)
-    addresses = list(_addresses(launch, remote))
+    addresses, key = list(_addresses(launch, remote)), secrets.token_hex(16)
     for number in range(launch.size):
-        begin = _start_of(launch, number, addresses)
+        begin = _start_of(launch, number, addresses, key)
         if number in remote:
             remote[number].begin(begin)
         else:
@@ -187,7 +188,7 @@ def _addresses(launch: Launch, remote: dict[int, RemoteRank]) -> Iterator[list[s
         yield [f"{address}:{port}" for address, port in zip(host.ips, ports, strict=True)]
 
 
-def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]]) -> RankStart:
+def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]], key: str) -> RankStart:
     hosts = launch.hosts
     place, neighbours = hosts.place_on_host(number) if hosts else (number, launch.size)
     return RankStart(
@@ -195,7 +196,7 @@ def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]]) -
         data=launch.data,
         rank=Rank(number, launch.size, launch.backend, launch.reduction),
         variables=variables_of(
-            launch.backend, number, addresses, rdma=[host.rdma for host in hosts.hosts] if hosts else ()
+            launch.backend, number, addresses, rdma=[host.rdma for host in hosts.hosts] if hosts else (), key=key
         ),
         environment=dict(hosts.environment) if hosts else {},
         place=place,

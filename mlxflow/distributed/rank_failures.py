@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlxflow.distributed.heartbeat import Heart, Kind
+from mlxflow.distributed.number_exchange import LOST
 from mlxflow.distributed.rank import Rank
 from mlxflow.messages.errors import MlxflowError, reason_of
 from mlxflow.messages.os_errors import cause_message, is_about_a_file
 
 # How errors of MLX's backends begin: the connection to a peer was lost
-_BACKENDS = ("[ring]", "[nccl]", "[mpi]", "[jaccl]")
+_BACKENDS = ("[ring]", "[nccl]", "[mpi]", "[jaccl]", LOST)
 
 
 @contextmanager

@@ -1,76 +1,77 @@
-"""Sums of arrays over ranks in fp32, in pieces of bounded size, either in rank order or by the backend's own sum."""
+"""Sums of arrays over ranks in fp32, either in rank order or by the backend's own sum.
 
-from collections.abc import Iterator, Sequence
+Each piece is sent by an evaluation of its own. On CUDA the host waits for the device where one evaluation has work on
+two streams (MLX's fence between them), and does not where a later evaluation uses a result of an earlier one. So the
+device sends while it computes what is left of the backward pass, and the host runs ahead. All ranks send in one order,
+that of the calls.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from mlxflow.distributed.team import Team
 
-#: Numbers in one piece, 32 MiB in fp32: the memory that a sum needs beside the arrays is one piece for each rank.
-PIECE = 1 << 23
+#: Numbers that all ranks together send at a time.
+PIECE = 1 << 26
 
 
-def add_in_rank_order(
-    team: Team, so_far: Sequence[mx.array], mine: Sequence[mx.array], *, count: int, piece: int = PIECE
+def gather_pieces(team: Team, array: mx.array, *, piece: int = PIECE) -> list[mx.array]:
+    """Send an array to all ranks; return its pieces of all ranks, (number of ranks, N) each.
+
+    Args:
+        team: of this process.
+        array: of one dimension, scheduled for evaluation before.
+        piece: the most numbers that all ranks send together.
+    """
+    return [_sent(team.gather(part)) for part in split(array, team, piece=piece)]
+
+
+def sum_pieces(team: Team, array: mx.array, *, piece: int = PIECE) -> list[mx.array]:
+    """Let the backend add the arrays of all ranks; return the pieces of the sum, (1, N) each.
+
+    Args:
+        team: of this process.
+        array: of one dimension, in fp32, scheduled for evaluation before.
+        piece: the most numbers that all ranks send together.
+    """
+    return [_sent(team.sum(part)) for part in split(array, team, piece=piece)]
+
+
+def added_in_rank_order(
+    pieces: Sequence[mx.array], so_far: Sequence[mx.array] | None = None, *, count: int
 ) -> list[mx.array]:
-    """Return sums to which the arrays of the first ranks were added one after another, in fp32; lazy.
+    """Return the pieces of the sum of an array over the first ranks, added one after another in fp32; lazy.
 
     The result has the same bits on all ranks, and as if one process had added the arrays.
 
     Args:
-        team: of this process.
-        so_far: the sums, the same on all ranks.
-        mine: arrays of this rank, of the same shapes; any values of that shape on ranks from `count` on.
+        pieces: of the array, (number of ranks, N) each, as `gather_pieces` returns them.
+        so_far: an earlier sum in the same pieces, (N,) each, the same on all ranks; None for zeros.
         count: number of ranks whose arrays are added.
-        piece: the most numbers that are sent together.
     """
-    sums = _flat(so_far)
-    parts: list[mx.array] = []
-    for part in _pieces(_flat(mine), piece, after=parts):
-        gathered = team.gather(part[None])
-        begin = sum(len(done) for done in parts)
-        total = sums[begin : begin + len(part)]
-        for rank in range(count):
-            total = total + gathered[rank]
-        parts.append(total)
-    return _shaped(parts, so_far)
+    sums: Sequence[Any] = [0.0] * len(pieces) if so_far is None else so_far
+    for rank in range(count):
+        # a slice is a view, where an integer would copy the row
+        rows = [piece[rank : rank + 1].reshape(-1).astype(mx.float32) for piece in pieces]
+        sums = [total + row for total, row in zip(sums, rows, strict=True)]
+    return list(sums)
 
 
-def sum_fast(team: Team, mine: Sequence[mx.array], *, piece: int = PIECE) -> list[mx.array]:
-    """Return the sums of the ranks' arrays in fp32 in an order that the backend chooses; lazy.
+def _sent(array: mx.array) -> mx.array:
+    mx.async_eval(array)
+    return array
+
+
+def split(array: mx.array, team: Team, *, piece: int = PIECE) -> list[mx.array]:
+    """Return an array of one dimension in the pieces that are sent, (1, N) each; on the stream of the collectives.
 
     Args:
+        array: to split.
         team: of this process.
-        mine: arrays of this rank.
-        piece: the most numbers that are sent together.
+        piece: the most numbers that all ranks send together.
     """
-    parts: list[mx.array] = []
-    for part in _pieces(_flat(mine), piece, after=parts):
-        parts.append(team.sum(part))
-    return _shaped(parts, mine)
-
-
-def _flat(arrays: Sequence[mx.array]) -> mx.array:
-    return mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays])
-
-
-def _pieces(array: mx.array, piece: int, *, after: list[mx.array]) -> Iterator[mx.array]:
-    """Yield an array in pieces; each is sent after the one before, so that all ranks send in one order.
-
-    Args:
-        array: (N,).
-        piece: the most numbers in one.
-        after: results so far; the next piece depends on the last of them.
-    """
-    for begin in range(0, len(array), piece):
-        part = array[begin : begin + piece]
-        yield mx.depends(part, after[-1]) if after else part
-
-
-def _shaped(parts: Sequence[mx.array], like: Sequence[mx.array]) -> list[mx.array]:
-    flat = mx.concatenate(list(parts))
-    shaped, begin = [], 0
-    for array in like:
-        shaped.append(flat[begin : begin + array.size].reshape(array.shape))
-        begin += array.size
-    return shaped
+    numbers = max(1, piece // team.size)
+    with team.communicating():
+        return [array[None, begin : begin + numbers] for begin in range(0, array.size, numbers)]

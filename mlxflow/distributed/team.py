@@ -6,15 +6,20 @@ on one stream, in the order of the calls, and each exchange of numbers begins wi
 
 import functools
 import hashlib
+import os
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxflow.device import cpu_backend
+from mlxflow.distributed.backend_variables import MEETING
 from mlxflow.distributed.heartbeat import Heart
+from mlxflow.distributed.number_exchange import Meeting, NumberExchange
 from mlxflow.distributed.rank import ALONE, Rank
 from mlxflow.distributed.rank import of_this_process as place_of_this_process
 from mlxflow.messages.errors import StageError
@@ -33,6 +38,7 @@ class Team:
     Args:
         rank: the place of this process.
         group: of MLX; None for a single process.
+        numbers: exchanges what the host waits for; None to use the group.
 
     Attributes:
         rank: the place of this process.
@@ -41,13 +47,19 @@ class Team:
         waited_seconds: time of all exchanges so far: for the device, and for the slowest rank.
     """
 
-    def __init__(self, rank: Rank, group: "mx.distributed.Group | None") -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        group: "mx.distributed.Group | None",
+        numbers: NumberExchange | None = None,
+    ) -> None:
         self.rank = rank
         self.heart = Heart(rank.beats)
         self.step = -1
         self.waited_seconds = 0.0
         self._group = group
         self._stream = None if group is None else _communication_stream(rank.backend)
+        self._numbers = numbers
 
     @property
     def size(self) -> int:
@@ -72,8 +84,7 @@ class Team:
             return np.array([numbers], np.int64)
         self.beat(what, waits=True)
         begin = time.perf_counter()
-        mine = mx.array(np.array([[_number_of(what), self.step, *numbers]], np.int64))
-        everyone = np.array(self.gather(mine))
+        everyone = self._gather_numbers(np.array([[_number_of(what), self.step, *numbers]], np.int64))
         self.waited_seconds += time.perf_counter() - begin
         self.beat(f"after: {what}")
         names = everyone[:, 0]
@@ -96,6 +107,31 @@ class Team:
             return array
         return mx.distributed.all_gather(array, group=self._group, stream=self._stream)
 
+    def _gather_numbers(self, mine: "NDArray[Any]") -> "NDArray[Any]":
+        """Return the rows of all ranks, one of each; waits for them."""
+        if self._numbers is None:
+            return np.array(self.gather(mx.array(mine)))
+        everyone = self._numbers.gather(mine.tobytes())
+        return np.stack([np.frombuffer(row, mine.dtype) for row in everyone])
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Run the operations of the block on the stream of the collectives, so that they do not hold up others."""
+        if self._stream is None:
+            yield
+            return
+        with mx.stream(self._stream):
+            yield
+
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Run additions of what was received on the stream of the collectives, where that is on the GPU."""
+        if self.rank.backend == "nccl":
+            with self.communicating():
+                yield
+        else:
+            yield
+
     def sum(self, array: mx.array) -> mx.array:
         """Return the sum of the arrays of all ranks, in the order of the backend; lazy."""
         if self._group is None:
@@ -116,7 +152,7 @@ class Team:
         flat = np.zeros((1, longest), np.float32)
         whole = np.concatenate([np.empty(0, np.float32), *mine])
         flat[0, : len(whole)] = whole
-        rows = np.array(self.gather(mx.array(flat)))
+        rows = self._gather_numbers(flat)
         ends = np.maximum(lengths, 0).cumsum(axis=1)
         return [
             rows[rank, ends[rank, turn] - lengths[rank, turn] : ends[rank, turn]]
@@ -188,9 +224,22 @@ def of_this_process() -> Team:
     heart.beat(-1, "joining the other ranks", waits=True)
     try:
         group = mx.distributed.init(strict=True, backend=rank.backend)
-    except RuntimeError as error:
+        numbers = _meet(rank)
+    except (RuntimeError, OSError) as error:
         raise JoinError(str(error)) from error
     if (group.rank(), group.size()) != (rank.number, rank.size):
         raise JoinError(f"{rank.backend} gave rank {group.rank()} of {group.size()}, not {rank.number} of {rank.size}")
     heart.beat(-1, "preparing the training")
-    return Team(rank, group)
+    return Team(rank, group, numbers)
+
+
+def _meet(rank: Rank) -> NumberExchange | None:
+    """Return the exchange of numbers of the ranks of nccl; None for other backends.
+
+    Raises:
+        OSError: the ranks cannot meet.
+    """
+    file = os.environ.pop(MEETING, None)
+    if file is None:
+        return None
+    return NumberExchange(Meeting.read(Path(file).read_text()), rank.number, rank.size)

@@ -10,10 +10,11 @@ from mlxflow.data.loader import DeviceBatch
 from mlxflow.device.memory_errors import is_late, out_of_memory_bytes, settle
 from mlxflow.training.batch_size import BatchSizes, split
 from mlxflow.training.batches import Batches
+from mlxflow.training.gradient_packing import Gradients, Joined
 from mlxflow.training.memory_watch import MemoryWatch
 from mlxflow.training.recorder import Recorder
 from mlxflow.training.run_state import RunState
-from mlxflow.training.step import Gradients, Step
+from mlxflow.training.step import Step
 
 
 class Summed(NamedTuple):
@@ -25,7 +26,7 @@ class Summed(NamedTuple):
         cursor: rows of the stream that are used when the update is done.
     """
 
-    gradients: Gradients
+    gradients: Gradients | Joined
     targets: int
     cursor: int
 

@@ -16,37 +16,41 @@ class FlatLayout:
 
     Args:
         tree: of arrays; their shapes and dtypes define the layout.
+
+    Attributes:
+        places: path and shape of each array in a long array, by the name of the long array.
     """
 
     def __init__(self, tree: Any) -> None:
-        self._places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        self.places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for path, leaf in tree_flatten(tree):
             kind = "vectors" if leaf.ndim < 2 else "matrices"
-            self._places.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
+            self.places.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
 
     def gather(self, tree: Any) -> dict[str, mx.array]:
         """Return the leaves of a tree as long arrays; their dtypes may differ from those of the layout."""
         leaves = dict(tree_flatten(tree))
-        return {
-            name: _long([leaves[path] for path, _ in places], name.startswith("matrices"))
-            for name, places in self._places.items()
-        }
+        return self.shaped(
+            {
+                name: mx.concatenate([leaves[path].reshape(-1) for path, _ in places])
+                for name, places in self.places.items()
+            }
+        )
+
+    def shaped(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return long arrays of one dimension in their shapes."""
+        return {name: array[None] if name.startswith("matrices") else array for name, array in arrays.items()}
 
     def scatter(self, arrays: dict[str, mx.array]) -> Any:
         """Return long arrays as a tree of views."""
         leaves = []
-        for name, places in self._places.items():
+        for name, places in self.places.items():
             flat, begin = arrays[name].reshape(-1), 0
             for path, shape in places:
                 end = begin + _size(shape)
                 leaves.append((path, flat[begin:end].reshape(shape)))
                 begin = end
         return tree_unflatten(leaves)
-
-
-def _long(leaves: list[mx.array], is_matrix: bool) -> mx.array:
-    flat = mx.concatenate([leaf.reshape(-1) for leaf in leaves])
-    return flat[None] if is_matrix else flat
 
 
 def _size(shape: tuple[int, ...]) -> int:

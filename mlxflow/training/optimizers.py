@@ -134,6 +134,7 @@ class Update:
     Attributes:
         state: all that an update changes outside the model: a tree to capture, save and restore. `publish` computes
             the model's trainable weights from it.
+        layout: of the long arrays; None without them.
     """
 
     def __init__(
@@ -155,11 +156,18 @@ class Update:
         self._model_type = types.pop() if len(types) == 1 else None
         if has_masters:
             trainable = _map(lambda weight: weight.astype(mx.float32), trainable)
-        self._layout = FlatLayout(trainable) if _is_elementwise(optimizer) else None
-        weights = self._gathered(trainable)
+        self.layout = FlatLayout(trainable) if _is_elementwise(optimizer) else None
+        weights = self.join(trainable)
         optimizer.init(weights)
         self.state: dict[str, Any] = {"weights": weights, "optimizer": optimizer.state}
         self.publish()
+
+    def join(self, tree: Any) -> Any:
+        """Return a tree like that of the trainable weights as the update takes gradients.
+
+        For an elementwise optimizer: long arrays by name, see `FlatLayout`; the tree itself for others.
+        """
+        return tree if self.layout is None else self.layout.gather(tree)
 
     def publish(self) -> None:
         """Set the model's weights to those of the state."""
@@ -167,7 +175,7 @@ class Update:
         self._publish_arrays(weights)
 
     def _publish_arrays(self, arrays: Any) -> None:
-        tree = arrays if self._layout is None else self._layout.scatter(arrays)
+        tree = arrays if self.layout is None else self.layout.scatter(arrays)
         self._model.update(_map(lambda weight, dtype: weight.astype(dtype), tree, self._types))
 
     def __call__(
@@ -178,11 +186,11 @@ class Update:
         Args:
             total: sum of the losses in nats, a scalar.
             count: tokens in the sum, a scalar.
-            gradients: tree of the gradients of the sum, of any dtype.
+            gradients: of the sum, of any dtype, joined by `join`.
         """
         count = mx.maximum(count, 1.0)
         loss = total / count
-        weights, gradients = self.state["weights"], self._gathered(gradients)
+        weights = self.state["weights"]
         norm, scale = mx.array(0.0), 1 / count
         if self._max_grad_norm:
             norm = mx.sqrt(_sum([self._squares(gradient) for _, gradient in tree_flatten(gradients)])) / count
@@ -203,7 +211,7 @@ class Update:
         """Return whether the fused AdamW kernel supports the optimizer and all long arrays."""
         parts = getattr(self._optimizer, "optimizers", [self._optimizer])
         if (
-            self._layout is None
+            self.layout is None
             or self._model_type is None
             or any(type(part) not in (optim.AdamW, optim.Adam) for part in parts)
         ):
@@ -239,9 +247,6 @@ class Update:
         from mlxflow.kernels import adamw
 
         return adamw.kernel_sum_of_squares(gradient)
-
-    def _gathered(self, tree: Any) -> Any:
-        return tree if self._layout is None else self._layout.gather(tree)
 
 
 def _kernel_name(*types: mx.Dtype) -> str:

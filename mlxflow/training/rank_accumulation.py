@@ -14,19 +14,18 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
 
 from mlxflow.data.loader import DeviceBatch
 from mlxflow.device.memory_errors import is_late, out_of_memory_bytes, settle
-from mlxflow.distributed import reduction
 from mlxflow.distributed.team import Team, odd_rank
 from mlxflow.distributed.weight_digest import digest_of
 from mlxflow.messages.errors import StageError
 from mlxflow.training.accumulation import RunParts, Summed, send
 from mlxflow.training.batch_size import split
+from mlxflow.training.gradient_packing import Gradients, Joined
 from mlxflow.training.random_streams import RandomStream
+from mlxflow.training.rank_step import Packed, RankStep, Sums
 from mlxflow.training.settings import SettingNames
-from mlxflow.training.step import Gradients
 
 
 class _Pass(NamedTuple):
@@ -82,6 +81,7 @@ class RankAccumulator:
         self.partial: Gradients | None = None
         self._team = team
         self._parts = parts
+        self._rank_step = RankStep(parts.step, parts.step.packing(), team)
         self._signalled = signalled
         self._task = names.table or "training"
         self._stops = False
@@ -168,44 +168,53 @@ class RankAccumulator:
                 self._read_rows_again()
             self._random.begin_update()
             try:
-                gradients = self._fast(waits) if self._team.rank.reduction == "fast" else self._in_order(waits)
+                sums = self._fast(waits) if self._team.rank.reduction == "fast" else self._in_order(waits)
             except _OutOfMemoryError as error:
                 needed = error.needed_bytes
             else:
                 self._random.end_update(self._count)
                 self.partial = self._batch = None
+                gradients = self._rank_step.unpack(sums)
+                if waits:
+                    self._send(gradients, waits=True)
                 return Summed(gradients, self._targets, parts.batches.cursor)
             self.partial, parts.state.rows_done = None, 0
             parts.recorder.write(parts.memory.shrink(parts.state.step, needed).record())
             self._read_rows_again()
             waits = True  # the next one may be too large, too
 
-    def _in_order(self, waits: bool) -> Gradients:
+    def _in_order(self, waits: bool) -> Sums:
         """Return the sums of all passes, added in their order after each round of them."""
-        team, so_far = self._team, self.partial or self._zeros()
+        team, rank_step = self._team, self._rank_step
+        so_far = None if self.partial is None else rank_step.begun(self.partial)
         for first in range(0, self._count, team.size):
+            if so_far is not None:
+                self._send(so_far, waits=waits)
             own = [one for one in self._passes if first <= one.number < first + team.size]
-            mine = self._computed(own, None, waits=waits) or self._zeros()
+            mine = self._computed(own, None, waits=waits)
             count = min(team.size, self._count - first)
-            so_far = _like(so_far, reduction.add_in_rank_order(team, _arrays(so_far), _arrays(mine), count=count))
-            self._send(so_far, waits=waits)
-        return so_far
+            team.beat("sum of gradients", waits=True)
+            so_far = rank_step.add_in_rank_order(so_far, mine, count)
+            team.beat("update")
+        return cast("Sums", so_far)
 
-    def _fast(self, waits: bool) -> Gradients:
+    def _fast(self, waits: bool) -> Sums:
         """Return the sums of all passes, added by each rank and then by the backend."""
-        begun = self.partial if self._team.rank.is_first else None
-        mine = self._computed(self._passes, begun, waits=waits) or self._zeros()
-        summed = _like(mine, reduction.sum_fast(self._team, _arrays(mine)))
-        self._send(summed, waits=waits)
-        return summed
+        is_own = self.partial is not None and self._team.rank.is_first
+        begun = self._rank_step.pack(cast("Gradients", self.partial)) if is_own else None
+        mine = self._computed(self._passes, begun, waits=waits)
+        self._team.beat("sum of gradients", waits=True)
+        sums = self._rank_step.sum_fast(mine)
+        self._team.beat("update")
+        return sums
 
-    def _send(self, gradients: Gradients, *, waits: bool) -> None:
+    def _send(self, packed: Sums | Joined, *, waits: bool) -> None:
         self._team.beat("sum of gradients", waits=waits)
-        send(gradients, self._parts.state, waits=waits)
+        send(packed, self._parts.state, waits=waits)
         self._team.beat("update")
 
-    def _computed(self, passes: list[_Pass], begun: Gradients | None, *, waits: bool) -> Gradients | None:
-        """Return the sums of this rank's passes, when every rank has computed its own; None without passes.
+    def _computed(self, passes: list[_Pass], begun: Packed | None, *, waits: bool) -> Packed:
+        """Return the sums of this rank's passes, when every rank has computed its own.
 
         Raises:
             _OutOfMemoryError: a rank could not.
@@ -215,26 +224,30 @@ class RankAccumulator:
             for one in passes:
                 self._team.beat("forward pass")
                 so_far = self._forward(one, so_far, adds=begun is not None or len(passes) > 1)
-                send(so_far, self._parts.state, waits=waits)
+                # of the last pass only the first part: the others follow while it is sent; by then the most memory
+                # of a backward pass is in use
+                send(so_far if waits or one is not passes[-1] else so_far[0], self._parts.state, waits=waits)
+            if so_far is None:
+                so_far = self._rank_step.zeros()
         except RuntimeError as error:
             needed = out_of_memory_bytes(error)
             if needed is None or (is_late(error) and not waits):
                 raise
             settle(drops=waits)
         self._agree(needed)
-        return so_far
+        return cast("Packed", so_far)
 
-    def _forward(self, one: _Pass, so_far: Gradients | None, *, adds: bool) -> Gradients:
+    def _forward(self, one: _Pass, so_far: Packed | None, *, adds: bool) -> Packed:
         tokens, marks = (rows[one.begin : one.end] for rows in cast("DeviceBatch", self._batch)[:2])
-        step = self._parts.step
+        rank_step = self._rank_step
 
-        def compute() -> Gradients:
+        def compute() -> Packed:
             self._random.begin_pass(one.number)
-            return step.add(tokens, marks, so_far) if adds else step.compute(tokens, marks)
+            return rank_step.add(tokens, marks, so_far) if adds else rank_step.compute(tokens, marks)
 
         gradients = compute()
         if self._random.draws < 0:
-            mx.eval(gradients, step.state[2])
+            mx.eval(gradients, self._parts.step.state[2])
             if self._random.count_draws():
                 gradients = compute()
         return gradients
@@ -281,17 +294,3 @@ class RankAccumulator:
         """Return the digest of the weights that was noted, 0 without one; then it is no longer noted."""
         digest, self._digest = self._digest, None
         return 0 if digest is None else cast("int", digest.item())
-
-    def _zeros(self) -> Gradients:
-        return self._parts.step.zeros()
-
-
-def _arrays(gradients: Gradients) -> list[mx.array]:
-    return [gradients.total, gradients.targets, *(array for _, array in tree_flatten(gradients.tree))]
-
-
-def _like(gradients: Gradients, arrays: list[mx.array]) -> Gradients:
-    """Return gradients with other arrays, in the order of `_arrays`."""
-    total, targets, *leaves = arrays
-    rest = iter(leaves)
-    return Gradients(total, targets, tree_map(lambda _: next(rest), gradients.tree))

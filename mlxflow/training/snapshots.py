@@ -9,9 +9,10 @@ from mlx.utils import tree_map
 
 from mlxflow.training.batch_size import BatchSizes
 from mlxflow.training.checkpoints import Checkpoint
+from mlxflow.training.gradient_packing import Gradients
 from mlxflow.training.restoring import arrays_problem, facts_problem, sizes_problem
 from mlxflow.training.run_state import RunState
-from mlxflow.training.step import Gradients, Step, put_random_key
+from mlxflow.training.step import Step, put_random_key
 
 
 class Snapshots:

@@ -13,24 +13,11 @@ from mlx.utils import tree_map
 
 from mlxflow.ops.overrides import OperationOverrides, replaced_operations
 from mlxflow.training.batch_size import split
+from mlxflow.training.gradient_packing import GradientPacking, Gradients, Joined
 from mlxflow.training.objective import Objective
 from mlxflow.training.optimizers import Update
 
 _OWN = OperationOverrides()
-
-
-class Gradients(NamedTuple):
-    """Sums over the target tokens; all lazy.
-
-    Attributes:
-        total: of the losses in nats, a scalar in fp32.
-        targets: number of target tokens, a scalar in fp32.
-        tree: of the gradients of the losses, as the model's trainable parameters.
-    """
-
-    total: mx.array
-    targets: mx.array
-    tree: Any
 
 
 class Outcome(NamedTuple):
@@ -87,10 +74,17 @@ class Step:
         self._compute = cast("Callable[..., Gradients]", mx.compile(compute, inputs=read, outputs=drawn))
         self._add = cast("Callable[..., Gradients]", mx.compile(add, inputs=read, outputs=drawn))
         self._update = mx.compile(
-            lambda total, count, tree: Outcome(*update(total, count, tree)), inputs=self.state, outputs=self.state
+            lambda total, count, arrays: Outcome(*update(total, count, arrays)), inputs=self.state, outputs=self.state
+        )
+        self._update_of_tree = mx.compile(
+            lambda total, count, tree: Outcome(*update(total, count, update.join(tree))),
+            inputs=self.state,
+            outputs=self.state,
         )
         self._model = model
         self._publish = update.publish
+        self._join, self._layout = update.join, update.layout
+        self._read, self._drawn, self._gradients = read, drawn, compute
 
     def publish(self) -> None:
         """Set the model's weights to those of the state, after the state was restored."""
@@ -109,9 +103,30 @@ class Step:
         zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
         return Gradients(mx.array(0.0), mx.array(0.0), zeros)
 
-    def update(self, gradients: Gradients) -> Outcome:
+    def join(self, gradients: Gradients) -> Joined:
+        """Return gradients as the update takes them."""
+        return Joined(gradients.total, gradients.targets, self._join(gradients.tree))
+
+    def packing(self) -> GradientPacking:
+        """Return how the gradients are sent to other ranks."""
+        return GradientPacking(self._model.trainable_parameters(), self._layout)
+
+    def compiled(self, of_gradients: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a compiled function of tokens, marks and other arguments that computes the gradients of a batch.
+
+        Args:
+            of_gradients: of the gradients and the other arguments.
+        """
+
+        def compute(tokens: mx.array, marks: mx.array, *others: Any) -> Any:
+            return of_gradients(self._gradients(tokens, marks), *others)
+
+        return mx.compile(compute, inputs=self._read, outputs=self._drawn)
+
+    def update(self, gradients: Gradients | Joined) -> Outcome:
         """Update the model from the gradients of all its batches."""
-        return Outcome(*self._update(*gradients))
+        compiled = self._update if isinstance(gradients, Joined) else self._update_of_tree
+        return Outcome(*compiled(*gradients))
 
 
 def accumulate(

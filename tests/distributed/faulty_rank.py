@@ -20,14 +20,14 @@ import mlx.core as mx  # noqa: E402
 from mlxflow.__main__ import main  # noqa: E402
 from mlxflow.distributed.rank import of_this_process  # noqa: E402
 from mlxflow.storage import atomic_folders  # noqa: E402
-from mlxflow.training.step import Step  # noqa: E402
+from mlxflow.training.rank_step import RankStep  # noqa: E402
 
 fault, marker, *arguments = sys.argv[1:]
 computed = 0
-compute = Step.compute
+compute = RankStep.compute
 
 
-def faulty(step: Step, tokens: mx.array, marks: mx.array) -> Any:
+def faulty(rank_step: RankStep, tokens: mx.array, marks: mx.array) -> Any:
     """Compute the gradients of a batch, or fail."""
     global computed
     computed += 1
@@ -43,11 +43,12 @@ def faulty(step: Step, tokens: mx.array, marks: mx.array) -> Any:
         _cut_connections()
     if strikes and fault == "weights":
         Path(marker).touch()
+        step = rank_step._step
         weights = step.state[1]["weights"]
         name = sorted(weights)[0]
         weights[name] = weights[name] * (1 + 1e-6)
         step.publish()
-    return compute(step, tokens, marks)
+    return compute(rank_step, tokens, marks)
 
 
 def _cut_connections() -> None:
@@ -67,5 +68,5 @@ def full(folder: Path, **named: Any) -> Any:
 
 publishing = atomic_folders.publishing
 atomic_folders.publishing = full  # type: ignore[assignment]
-Step.compute = faulty  # type: ignore[method-assign,assignment]
+RankStep.compute = faulty  # type: ignore[method-assign,assignment]
 sys.exit(main(arguments))

@@ -20,6 +20,9 @@ found = {name: os.environ[name] for name in names if name in os.environ}
 if "MLX_HOSTFILE" in os.environ:
     with open(os.environ["MLX_HOSTFILE"]) as file:
         found["hosts"] = json.load(file)
+if "MLXFLOW_MEETING" in os.environ:
+    with open(os.environ["MLXFLOW_MEETING"]) as file:
+        found["meeting"] = json.load(file)
 print(json.dumps(found))
 print(sys.stdin.read(), end="")
 """
@@ -71,7 +74,7 @@ def test_output_is_printed_with_the_first_heartbeat(
     assert sorted(capfd.readouterr().err.splitlines()) == ["rank 0: 1", "rank 1: 1"]
 
 
-def test_a_rank_of_nccl_gets_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_of_nccl_gets_a_gpu_and_a_meeting_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {
         "MLX_RANK": "1",
         "MLX_WORLD_SIZE": "2",
@@ -82,9 +85,12 @@ def test_a_rank_of_nccl_gets_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     launch = _launch(tmp_path, "nccl")
     found = json.loads(_output_of(tmp_path, launch, 1, monkeypatch)[0])
+    *place, key = found.pop("meeting")
+    assert (place, len(key)) == ([1, "127.0.0.1", 7002], 32)
     assert found == expected | {"CUDA_VISIBLE_DEVICES": "1"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     found = json.loads(_output_of(tmp_path, launch, 1, monkeypatch)[0])
+    assert found.pop("meeting")[-1] != key
     assert found == expected | {"CUDA_VISIBLE_DEVICES": "6"}
 
 

@@ -8,11 +8,11 @@ from mlxflow.distributed.team import Team
 
 
 class _TeamWithArrays(Team):
-    """Rank 0 of ranks whose arrays are known."""
+    """Rank 0 of ranks whose array is known; it is sent in pieces, one after another."""
 
-    def __init__(self, arrays: list[list[mx.array]]) -> None:
+    def __init__(self, arrays: list[mx.array]) -> None:
         super().__init__(Rank(0, len(arrays), "", "ordered"), None)
-        self._everyone = mx.stack([mx.concatenate([one.reshape(-1) for one in mine]) for mine in arrays])
+        self._everyone = mx.stack(arrays)
         self.pieces: list[int] = []
 
     def gather(self, array: mx.array) -> mx.array:
@@ -21,40 +21,44 @@ class _TeamWithArrays(Team):
         return self._everyone[:, begin : begin + array.size]
 
     def sum(self, array: mx.array) -> mx.array:
-        return self.gather(array[None]).sum(axis=0)
+        return self.gather(array).sum(axis=0, keepdims=True)
 
 
-def _arrays(seed: int) -> list[mx.array]:
-    generator = np.random.default_rng(seed)
-    shapes: list[tuple[int, ...]] = [(), (3, 5), (7,)]
-    return [mx.array(generator.standard_normal(shape).astype(np.float32) * 10.0**seed) for shape in shapes]
+def _array(seed: int) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(23).astype(np.float32) * 10.0**seed)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("has_sums", [False, True])
 @pytest.mark.parametrize(("piece", "pieces"), [(100, [23]), (10, [10, 10, 3]), (23, [23])])
-def test_sums_have_the_bits_of_additions_in_rank_order(piece: int, pieces: list[int]) -> None:
-    ranks = [_arrays(seed) for seed in range(3)]
-    so_far = _arrays(4)
+def test_sums_have_the_bits_of_additions_in_rank_order(
+    piece: int, pieces: list[int], has_sums: bool, count: int
+) -> None:
+    ranks = [_array(seed) for seed in range(3)]
+    so_far = _array(4) if has_sums else None
+    begun = None if so_far is None else [so_far[begin : begin + piece] for begin in range(0, 23, piece)]
     team = _TeamWithArrays(ranks)
-    sums = reduction.add_in_rank_order(team, so_far, ranks[0], count=3, piece=piece)
+    gathered = reduction.gather_pieces(team, ranks[0], piece=3 * piece)
     assert team.pieces == pieces
-    for found, begun, *terms in zip(sums, so_far, *ranks, strict=True):
-        expected = np.array(begun)
-        for term in terms:
-            expected = expected + np.array(term)
-        assert found.shape == begun.shape
-        assert np.array_equal(np.array(found), expected)
+    expected = np.zeros(23, np.float32) if so_far is None else np.array(so_far)
+    for term in ranks[:count]:
+        expected = expected + np.array(term)
+    found = reduction.added_in_rank_order(gathered, begun, count=count)
+    assert np.array_equal(np.concatenate([np.array(part) for part in found]), expected)
 
 
-def test_only_the_first_ranks_are_added() -> None:
-    ranks = [_arrays(seed) for seed in range(3)]
-    zeros = [mx.zeros_like(one) for one in ranks[0]]
-    sums = reduction.add_in_rank_order(_TeamWithArrays(ranks), zeros, ranks[0], count=1)
-    assert all(np.array_equal(np.array(one), np.array(other)) for one, other in zip(sums, ranks[0], strict=True))
+def test_arrays_are_sent_in_their_own_dtype_and_added_in_fp32() -> None:
+    ranks = [_array(seed).astype(mx.bfloat16) for seed in range(2)]
+    team = _TeamWithArrays(ranks)
+    (gathered,) = reduction.gather_pieces(team, ranks[0])
+    assert gathered.dtype == mx.bfloat16
+    (found,) = reduction.added_in_rank_order([gathered], count=2)
+    assert found.dtype == mx.float32
+    assert np.array_equal(np.array(found), sum(np.array(rank.astype(mx.float32)) for rank in ranks))
 
 
-def test_a_fast_sum_is_that_of_the_backend_in_fp32() -> None:
-    ranks = [_arrays(seed) for seed in range(3)]
-    halves = [one.astype(mx.bfloat16) for one in ranks[0]]
-    for found, *terms in zip(reduction.sum_fast(_TeamWithArrays(ranks), halves, piece=10), *ranks, strict=True):
-        assert found.dtype == mx.float32
-        np.testing.assert_allclose(np.array(found), sum(np.array(term) for term in terms), rtol=1e-6)
+def test_the_backend_adds_pieces() -> None:
+    ranks = [_array(seed) for seed in range(3)]
+    summed = reduction.sum_pieces(_TeamWithArrays(ranks), ranks[0], piece=3 * 10)
+    found = np.concatenate([np.array(part)[0] for part in summed])
+    np.testing.assert_allclose(found, sum(np.array(rank) for rank in ranks), rtol=1e-6)

@@ -37,7 +37,7 @@ def test_killed_and_stopped_ranks_and_a_taken_port_change_no_byte(
 
     def ports(count: int) -> list[int]:
         found.append(free_ports(count))
-        return [taken.getsockname()[1], *found[-1][1:]] if len(found) == 1 else found[-1]
+        return [found[-1][0], taken.getsockname()[1], *found[-1][2:]] if len(found) == 1 else found[-1]
 
     free_ports = rank_start.free_ports
     monkeypatch.setattr(launcher, "free_ports", ports)

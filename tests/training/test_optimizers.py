@@ -49,7 +49,7 @@ def _updated(name: str, weight_decay: float, **options: Any) -> dict[str, np.nda
     optimizer = make_optimizer(name=name, schedule=lambda _: mx.array(0.1), weight_decay=weight_decay, options=options)
     update = Update(model, optimizer, max_grad_norm=1e9, has_masters=False)
     gradients = {"matrix": mx.full((4, 3), 0.5), "vector": mx.full((3,), 0.5)}
-    mx.eval(update(mx.array(1.0), mx.array(1.0), gradients), model.state, update.state)
+    mx.eval(update(mx.array(1.0), mx.array(1.0), update.join(gradients)), model.state, update.state)
     return {key: np.array(value) for key, value in tree_flatten(model.parameters())}
 
 
@@ -72,7 +72,7 @@ def test_an_update_matches_mlx_s_optimizer_on_each_array(name: str) -> None:
         gradients = {
             key: mx.random.normal(value.shape, key=mx.random.key(step)) for key, value in plain.parameters().items()
         }
-        mx.eval(update(mx.array(1.0), mx.array(1.0), gradients), model.state, update.state)
+        mx.eval(update(mx.array(1.0), mx.array(1.0), update.join(gradients)), model.state, update.state)
         theirs.update(plain, gradients)
     for key, value in tree_flatten(plain.parameters()):
         assert np.allclose(np.array(value), np.array(model[key]), rtol=1e-6, atol=1e-7), key
@@ -107,7 +107,7 @@ def test_the_gradient_is_the_mean_over_tokens_with_its_norm_clipped() -> None:
     )
     before = {key: np.array(value) for key, value in tree_flatten(model.parameters())}
     gradients = {"matrix": mx.full((4, 3), 10.0), "vector": mx.full((3,), 10.0)}
-    outcome = update(mx.array(30.0), mx.array(10.0), gradients)
+    outcome = update(mx.array(30.0), mx.array(10.0), update.join(gradients))
     loss, norm, rate, is_finite = (value.item() for value in outcome)
     assert (loss, rate, is_finite) == (3.0, 1.0, True)
     assert norm == pytest.approx(math.sqrt(15))

@@ -9,6 +9,7 @@ from mlxflow.distributed.rank import Rank
 from mlxflow.distributed.team import Team
 from mlxflow.messages.errors import StageError
 from mlxflow.training import trainer
+from mlxflow.training.gradient_packing import Joined
 from mlxflow.training.rank_accumulation import RankAccumulator, _Status
 from tests.late_device import LateDevice
 from tests.training.small_training import make_trainer
@@ -60,9 +61,9 @@ def test_each_round_adds_a_pass_of_each_rank(accumulator: RankAccumulator) -> No
     passes = [step.compute(batch.tokens[begin : begin + 8], batch.marks[begin : begin + 8]) for begin in (0, 8)]
     summed = accumulator.accumulate(waits=True)
     accumulator._parts.batches.close()
-    for (name, found), *own in zip(
-        tree_flatten(summed.gradients.tree), *(tree_flatten(one.tree) for one in passes), strict=True
-    ):
+    assert isinstance(summed.gradients, Joined)
+    own_passes = [tree_flatten(step.join(one).arrays) for one in passes]
+    for (name, found), *own in zip(tree_flatten(summed.gradients.arrays), *own_passes, strict=True):
         first, second = (gradient for _, gradient in own)
         expected = (((mx.zeros_like(first) + first) + first) + second) + second
         assert np.array_equal(np.array(found), np.array(expected)), name
@@ -79,7 +80,9 @@ def test_a_fast_reduction_adds_each_rank_first(monkeypatch: pytest.MonkeyPatch) 
     own = step.add(batch.tokens[8:], batch.marks[8:], step.add(batch.tokens[:8], batch.marks[:8], None))
     summed = accumulator.accumulate(waits=False)
     accumulator._parts.batches.close()
-    for (name, found), (_, mine) in zip(tree_flatten(summed.gradients.tree), tree_flatten(own.tree), strict=True):
+    assert isinstance(summed.gradients, Joined)
+    expected = tree_flatten(step.join(own).arrays)
+    for (name, found), (_, mine) in zip(tree_flatten(summed.gradients.arrays), expected, strict=True):
         assert np.array_equal(np.array(found), np.array(mine + mine)), name
 
 

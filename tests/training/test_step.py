@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxflow.training.gradient_packing import Gradients
 from mlxflow.training.objective import plain_objective
 from mlxflow.training.optimizers import Update
-from mlxflow.training.step import Gradients, Step
+from mlxflow.training.step import Step
 from tests.small_models import llama
 
 

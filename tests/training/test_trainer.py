@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from mlxflow.messages.errors import StageError
 from mlxflow.training.accumulation import Accumulator
 from mlxflow.training.batch_size import Decision
-from mlxflow.training.step import Gradients, Outcome, Step
+from mlxflow.training.gradient_packing import Gradients
+from mlxflow.training.step import Outcome, Step
 from mlxflow.training.trainer import Stopped
 from tests.late_device import LateDevice
 from tests.training.small_training import (
