@@ -34,15 +34,18 @@ from mlxflow.device import cpu_backend
 
 Row = Callable[..., None]
 
+
+def _recomputed(limit_gb: float) -> Row:
+    return partial(finetune_rows.ours, checkpointing="layers", limit_gb=limit_gb)
+
+
 ROWS: dict[str, Row] = {
-    "mlxflow, layers recomputed": partial(finetune_rows.ours, checkpoint_every=1),
+    "mlxflow, layers recomputed": _recomputed(0),
     "mlx-lm lora --grad-checkpoint": partial(finetune_rows.mlx_lm, recomputes=True),
     "mlxflow, nothing recomputed": finetune_rows.ours,
+    "mlxflow, recomputation chosen": partial(finetune_rows.ours, checkpointing="auto"),
     "mlx-lm lora": partial(finetune_rows.mlx_lm, recomputes=False),
-    **{
-        f"mlxflow, layers recomputed, limit {limit} GB": partial(finetune_rows.ours, checkpoint_every=1, limit_gb=limit)
-        for limit in (8, 9, 16)
-    },
+    **{f"mlxflow, layers recomputed, limit {limit} GB": _recomputed(limit) for limit in (8, 9, 16)},
     "PyTorch, dense LoRA, layers recomputed": partial(finetune_rows.torch_lora, recomputes=True),
     "PyTorch, dense LoRA": partial(finetune_rows.torch_lora, recomputes=False),
 }

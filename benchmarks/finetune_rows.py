@@ -47,68 +47,75 @@ def print_speed(row: str, job: Job, speed: Speed, **figures: Any) -> None:
     print(json.dumps(line | figures), flush=True)
 
 
-def ours(row: str, job: Job, folder: Path, *, checkpoint_every: int = 0, limit_gb: float = 0, **changes: Any) -> None:
+def ours(row: str, job: Job, folder: Path, *, checkpointing: str | int = "none", limit_gb: float = 0) -> None:
     """Fine-tune by this project's trainer and print the row; kernels are verified first, as a stage does it.
 
     Args:
         row: its name.
         job: what is trained.
         folder: with its model.
-        checkpoint_every: every which layer is checkpointed; 0 for none.
+        checkpointing: as `[train]` has it.
         limit_gb: memory limit; 0 for the device's own.
-        changes: of the settings.
     """
     import mlx.core as mx
 
     from mlxflow.data.token_file import Rows
-    from mlxflow.device import compute_device, phase_peaks
+    from mlxflow.device import compute_device
     from mlxflow.kernels import model_kernels
-    from mlxflow.models import model_folder
-    from mlxflow.training import build, kernel_selection, objective
+    from mlxflow.training import build, kernel_selection
+    from mlxflow.training.checkpointing_choice import choose_checkpointing
     from mlxflow.training.checkpoints import CheckpointStore
     from mlxflow.training.trainer import Session
 
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
-    compute_device.bound_graphs(recomputes=bool(checkpoint_every))
+    compute_device.bound_graphs(recomputes=checkpointing != "none")
     limit = int(limit_gb * 1e9) or int(compute_device.working_set_bytes() * 0.8)
     mx.set_memory_limit(limit)
     ahead = model_kernels.begin_verification() if device == "gpu" else None
     begin = time.perf_counter()
-    model, _ = model_folder.load(folder / "model")
-    settings = _settings(job, checkpoint_every).replace(**changes)
-    build.prepare_model(model, settings, adapter_seed=0)
-    load_seconds, load_peak = time.perf_counter() - begin, phase_peaks.process_peak()
+    subject, figures = _opened(job, folder, checkpointing)
     tokens = token_rows(job, folder)
-    vocab_size = model_folder.vocab_size(folder / "model")
-    fused = objective.uses_fused_loss(model, wanted=None, vocab_size=vocab_size, tokens=job.tokens)
-    subject = build.Subject(model, settings.replace(fused_loss=fused), vocab_size, job.length)
     rows = Rows(tokens, np.full(tokens.shape, 3, np.uint8))
     scratch = Path(tempfile.mkdtemp())
     request = kernel_selection.KernelRequest("auto", device, scratch / "kernels.json")
     use = kernel_selection.select_kernels(request, subject, rows, ahead)
+    if checkpointing == "auto":
+        choice = choose_checkpointing(subject, use, rows, limit_bytes=limit)
+        figures["chosen"] = choice.line
+        subject = subject._replace(settings=subject.settings.replace(checkpoint_every=choice.every))
     logs: list[dict[str, Any]] = []
     session = Session(CheckpointStore(scratch, keep=1, settings={}, say=print), limit, logs.append)
-    data = build.make_data(rows, rows.head(1), settings, seed=0)
+    data = build.make_data(rows, rows.head(1), subject.settings, seed=0)
     started = time.perf_counter()
     with build.ready_trainer(subject, use, data, session) as trainer:
         result = trainer.run()
     records = [log for log in logs if log["kind"] == "train"]
     ends = [record["seconds"] for record in records]
     speed = Speed(np.diff(ends).tolist(), [record["loss"] for record in records], result.peak_memory_bytes)
-    print_speed(
-        row,
-        job,
-        speed,
-        fused_loss=fused,
-        kernels=list(use.selected),
-        load_seconds=round(load_seconds, 1),
-        load_peak_gb=round(load_peak / 1e9, 2),
-        to_first_step_seconds=round(started - begin + ends[0], 1),
-        limit_gb=limit_gb,
-    )
+    figures |= {"kernels": list(use.selected), "to_first_step_seconds": round(started - begin + ends[0], 1)}
+    print_speed(row, job, speed, limit_gb=limit_gb, **figures)
 
 
-def _settings(job: Job, checkpoint_every: int) -> Any:
+def _opened(job: Job, folder: Path, checkpointing: str | int) -> tuple[Any, dict[str, Any]]:
+    """Return the job's model, ready to be trained, and figures of its loading."""
+    from mlxflow.device import phase_peaks
+    from mlxflow.models import model_folder
+    from mlxflow.training import build, objective
+    from mlxflow.training.settings import checkpoint_every
+
+    begin = time.perf_counter()
+    model, _ = model_folder.load(folder / "model")
+    settings = _settings(job, checkpoint_every(checkpointing))
+    build.prepare_model(model, settings, adapter_seed=0)
+    figures = {"load_seconds": round(time.perf_counter() - begin, 1)}
+    figures["load_peak_gb"] = round(phase_peaks.process_peak() / 1e9, 2)
+    vocab_size = model_folder.vocab_size(folder / "model")
+    fused = objective.uses_fused_loss(model, wanted=None, vocab_size=vocab_size, tokens=job.tokens)
+    subject = build.Subject(model, settings.replace(fused_loss=fused), vocab_size, job.length)
+    return subject, figures | {"fused_loss": fused}
+
+
+def _settings(job: Job, every: int) -> Any:
     """Return settings with a fixed batch size and learning rate, and as little as can be beside the steps."""
     from mlxflow.training.settings import AdapterShape, TrainingSettings
 
@@ -140,7 +147,7 @@ def _settings(job: Job, checkpoint_every: int) -> Any:
         workers=1,
         adjust_every=0,
         precision=job.precision,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=every,
     )
 
 

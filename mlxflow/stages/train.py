@@ -122,8 +122,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description="bf16: bf16 model with fp32 weights and moments; bf16-pure: without them"),
     ] = "fp32"
     checkpointing: Annotated[
-        Literal["none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
-        Meta(description="gradient checkpointing: every layer, or every k-th layer"),
+        Literal["auto", "none", "layers"] | Annotated[int, Meta(ge=1, le=10_000)],
+        Meta(description="gradient checkpointing: every layer, every k-th, or auto: the fewest that fit, by trials"),
     ] = "none"
     fused_loss: Annotated[
         Literal["auto"] | bool, Meta(description="whether head and loss are fused, without holding all logits")
@@ -311,6 +311,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
             kernel_selection.KernelRequest.of(config.kernels, context),
             masks_documents=config.document_mask,
             fused_loss=config.fused_loss,
+            picks_checkpointing=config.checkpointing == "auto",
             outline=cast("RunOutline", outline_of(config, inputs.train, inputs.validation)),
             model_seed=derive_seed(context.seed, "train.model"),
             data_seed=derive_seed(context.seed, "train.batches"),

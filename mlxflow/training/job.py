@@ -12,6 +12,7 @@ from mlxflow.models import model_folder, quantized_layers
 from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.training import (
     build,
+    checkpointing_choice,
     kernel_selection,
     model_artifact,
     model_choices,
@@ -35,6 +36,7 @@ class Job(NamedTuple):
         kernels: the requested kernels.
         masks_documents: as written, see `model_choices.with_model_choices`.
         fused_loss: as written, see there.
+        picks_checkpointing: whether trials choose the layers that are recomputed.
         outline: of the run, for warnings; of trained weights it may know no number.
         model_seed: of initial weights.
         data_seed: of the order of the rows.
@@ -46,6 +48,7 @@ class Job(NamedTuple):
     kernels: KernelRequest
     masks_documents: model_choices.Choice
     fused_loss: model_choices.Choice
+    picks_checkpointing: bool
     outline: run_warnings.RunOutline
     model_seed: int
     data_seed: int
@@ -95,6 +98,39 @@ def run_job(
         SystemExit: a signal ended the run; a checkpoint is saved.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
+    start, subject, kernels = _prepare(job, tokens, context)
+    warnings = _warn(job, start)
+    settings = subject.settings.replace(kernels=tuple(kernels.selected))
+    if job.picks_checkpointing:
+        every = checkpointing_choice.resolve_checkpointing(
+            subject,
+            kernels,
+            tokens.rows.head(settings.batch_size),
+            limit_bytes=context.memory_limit_bytes,
+            memory_file=context.unfinished / "checkpointing.json",
+            published=context.published,
+        )
+        settings = settings.replace(checkpoint_every=every)
+    result = run.train(
+        subject._replace(settings=settings),
+        kernels,
+        files,
+        task=context.task,
+        data_seed=job.data_seed,
+        memory_limit_bytes=context.memory_limit_bytes,
+    )
+    fuse = decide_fuse(job.source.fuse, is_quantized=quantized_layers.is_quantized(start.model))
+    model = model_artifact.write_model(
+        outputs, context, trained=start, source=job.source._replace(fuse=fuse), tokenizer=tokenizer
+    )
+    parameters = model_folder.num_parameters(model)
+    return Trained(settings, kernels, result, fuse if start.adapter_config else "", parameters, warnings)
+
+
+def _prepare(
+    job: Job, tokens: TokenFile, context: Context
+) -> tuple[starting_model.StartingModel, build.Subject, ModelKernels]:
+    """Open the model, resolve the settings that depend on it, and select the kernels."""
     names = job.names
     with kernel_selection.begin_verification(job.kernels) as ahead:
         start = starting_model.make_model(
@@ -115,22 +151,7 @@ def run_job(
         )
         subject = build.Subject(start.model, settings, tokens.vocab_size, tokens.context_length, names)
         kernels = kernel_selection.select_kernels(job.kernels, subject, tokens.rows.head(settings.batch_size), ahead)
-    settings = settings.replace(kernels=tuple(kernels.selected))
-    warnings = _warn(job, start)
-    result = run.train(
-        subject._replace(settings=settings),
-        kernels,
-        files,
-        task=context.task,
-        data_seed=job.data_seed,
-        memory_limit_bytes=context.memory_limit_bytes,
-    )
-    fuse = decide_fuse(job.source.fuse, is_quantized=quantized_layers.is_quantized(start.model))
-    model = model_artifact.write_model(
-        outputs, context, trained=start, source=job.source._replace(fuse=fuse), tokenizer=tokenizer
-    )
-    parameters = model_folder.num_parameters(model)
-    return Trained(settings, kernels, result, fuse if start.adapter_config else "", parameters, warnings)
+    return start, subject, kernels
 
 
 def _warn(job: Job, start: starting_model.StartingModel) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def precompile_step(
     from mlxflow.kernels import codegen
 
     try:
-        with _restored(model), codegen.doing_nothing():
+        with restored(model), codegen.doing_nothing():
             _do(make_step(), rows, is_one_pass=is_one_pass)
             measure_perplexity(model, rows, batch_size=rows.num_rows, masks_documents=masks_documents)
     except Exception as failure:  # whatever it is, training is not affected or fails with it, too
@@ -54,7 +54,7 @@ def _do(step: Step, rows: Rows, *, is_one_pass: bool) -> None:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Restore the model's weights and MLX's random state when the block ends."""
     weights = tree_map(lambda leaf: leaf, model.parameters())
     (key,) = cast("Any", mx.random.state)

@@ -149,9 +149,9 @@ def checkpoint_every(checkpointing: str | int) -> int:
     """Return N such that one of every N layers is recomputed in the backward pass; 0 for none.
 
     Args:
-        checkpointing: "none", "layers" for all of them, or N.
+        checkpointing: "none", "layers" for all of them, or N; "auto" stands for all of them until it is chosen.
     """
-    return checkpointing if isinstance(checkpointing, int) else int(checkpointing == "layers")
+    return checkpointing if isinstance(checkpointing, int) else int(checkpointing in ("layers", "auto"))
 
 
 class SettingNames(NamedTuple):

@@ -1,0 +1,143 @@
+"""`checkpointing = "auto"`: as few layers as possible are recomputed within the memory limit, found by trials.
+
+Recomputing a layer costs a forward pass of it and saves all of its activations but its input. What the activations of
+all layers take is measured on a part of the rows, with every layer recomputed and with none; settings that should fit
+are then tried with all rows, the fastest first.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from mlxflow.data.token_file import Rows
+from mlxflow.distributed.team import of_this_process
+from mlxflow.kernels.model_kernels import ModelKernels
+from mlxflow.messages import terminal
+from mlxflow.storage import atomic_folders, layout, report_structs, state_files
+from mlxflow.training import build, starting_model
+from mlxflow.training.step_trials import StepTrial, part_of, try_step
+
+#: Every which layer is recomputed, the fastest first: none, one of four, every other, all.
+CANDIDATES = (0, 4, 2, 1)
+
+# The part of the rows with which activations are measured: one of so many tokens
+_PART = 4
+
+
+class CheckpointingChoice(NamedTuple):
+    """The chosen setting.
+
+    Attributes:
+        every: N such that one of every N layers is recomputed; 0 for none.
+        line: what was measured, for the user.
+    """
+
+    every: int
+    line: str
+
+
+def choose_checkpointing(
+    subject: build.Subject, kernels: ModelKernels, rows: Rows, *, limit_bytes: int
+) -> CheckpointingChoice:
+    """Try gradient checkpointing on the rows of a pass and return the fastest setting within a limit.
+
+    The limit counts up to the share above which a batch would shrink. If nothing fits, all layers are recomputed.
+
+    Args:
+        subject: the model and its settings.
+        kernels: in use.
+        rows: of one pass.
+        limit_bytes: memory limit of MLX.
+    """
+
+    def trial(every: int, some: Rows) -> StepTrial | None:
+        settings = subject.settings.replace(checkpoint_every=every)
+        return try_step(subject._replace(settings=settings), kernels, some)
+
+    allowed = int(limit_bytes * min(1.0, subject.settings.shrink_above))
+    part = part_of(rows, _PART)
+    small = {every: measured for every in (1, 0) if (measured := trial(every, part)) is not None}
+    if len(small) < 2:
+        return CheckpointingChoice(1, "every layer is recomputed: a part of the rows fills the memory")
+    weights = starting_model.num_bytes(subject.model)
+    tokens = rows.num_rows * (rows.tokens.shape[1] - 1)
+
+    def expected(every: int) -> float:
+        """Return the peak of a pass over all rows, in bytes: those of the part scaled by the tokens."""
+        share = 1.0 if every == 0 else 1 - 1 / every
+        peak: float = small[1].peak_bytes * (1 - share) + small[0].peak_bytes * share
+        return float(weights + max(0.0, peak - weights) * tokens / small[1].tokens)
+
+    for every in CANDIDATES:
+        measured = trial(every, rows) if every == 1 or expected(every) <= allowed else None
+        if measured is not None and measured.peak_bytes <= allowed:
+            return CheckpointingChoice(every, _describe(every, measured, expected(0), allowed))
+    return CheckpointingChoice(1, f"every layer is recomputed, and exceeds the {allowed / 1e9:.1f} GB allowed")
+
+
+def _describe(every: int, measured: StepTrial, everything: float, allowed: int) -> str:
+    words = {0: "no layer is recomputed", 1: "every layer is recomputed"}
+    speed = f"{measured.tokens / measured.seconds:,.0f} tokens/s with a peak of {measured.peak_bytes / 1e9:.1f} GB"
+    rest = f"; to keep all activations takes about {everything / 1e9:.1f} GB" if every else ""
+    return f"{words.get(every, f'one of {every} layers is recomputed')}: {speed}, {allowed / 1e9:.1f} GB allowed{rest}"
+
+
+class _ReportedSettings(msgspec.Struct, frozen=True):
+    """The setting in the table `settings` of a report."""
+
+    checkpoint_every: int = 0
+
+
+class _Reported(msgspec.Struct, frozen=True):
+    settings: _ReportedSettings | None = None
+
+
+def resolve_checkpointing(
+    subject: build.Subject,
+    kernels: ModelKernels,
+    rows: Rows,
+    *,
+    limit_bytes: int,
+    memory_file: Path,
+    published: Path | None,
+) -> int:
+    """Return the setting of the run that is continued or repeated; for a new run, that of `choose_checkpointing`.
+
+    In a distributed run rank 0 chooses for all.
+
+    Args:
+        subject: see `choose_checkpointing`.
+        kernels: see there.
+        rows: see there.
+        limit_bytes: see there.
+        memory_file: keeps the choice until the run ends.
+        published: the artifact that the run repeats; None for a new one.
+
+    Raises:
+        ArtifactError: the report of the artifact that is repeated is missing or damaged.
+    """
+    if published is not None:
+        reported = report_structs.read_part(
+            published / layout.REPORT, _Reported, advice="Remove it and build it again."
+        ).settings
+        if reported is not None:
+            return reported.checkpoint_every
+    team = of_this_process()
+    every = _remembered(memory_file)
+    if every is None and team.rank.is_first:
+        choice = choose_checkpointing(subject, kernels, rows, limit_bytes=limit_bytes)
+        terminal.say(f'{subject.names.of("checkpointing")} = "auto": {choice.line}')
+        every = choice.every
+        memory_file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_folders.write_whole(memory_file, json.dumps(every).encode())
+    return int(team.exchange("gradient checkpointing", [0 if every is None else every])[0, 0])
+
+
+def _remembered(file: Path) -> int | None:
+    try:
+        every = state_files.parse_json(state_files.read_bytes(file))
+    except (OSError, ValueError):
+        return None
+    return every if isinstance(every, int) and every >= 0 else None

@@ -1,0 +1,34 @@
+import numpy as np
+
+from mlxflow.data.token_file import Rows
+from mlxflow.kernels import model_kernels
+from mlxflow.training import build
+from mlxflow.training.settings import TrainingSettings
+from mlxflow.training.step_trials import part_of, try_step
+from tests.small_models import llama
+
+LENGTH = 64
+
+
+def _rows() -> Rows:
+    tokens = np.random.default_rng(0).integers(0, 64, (8, LENGTH + 1)).astype(np.int32)
+    return Rows(tokens, np.full(tokens.shape, 3, np.uint8))
+
+
+def test_a_part_of_the_rows_has_about_a_share_of_the_tokens() -> None:
+    rows = _rows()
+    assert part_of(rows, 4).tokens.shape == (2, LENGTH + 1)
+    assert part_of(rows.head(2), 4).tokens.shape == (1, LENGTH // 2 + 1)
+    assert part_of(rows.head(1), 4).tokens.shape == (1, LENGTH // 4 + 1)
+
+
+def test_the_peak_of_a_trial_grows_with_the_tokens() -> None:
+    model, _ = llama(vocab_size=64, hidden_size=32, num_layers=2, seed=0)
+    settings = TrainingSettings(batch_size=8, warmup_steps=0)
+    build.prepare_model(model, settings, adapter_seed=0)
+    subject = build.Subject(model, settings, 64, LENGTH)
+    trials = [try_step(subject, model_kernels.no_kernels(), rows) for rows in (_rows(), part_of(_rows(), 4))]
+    (whole, part) = (trial for trial in trials if trial is not None)
+    assert (whole.tokens, part.tokens) == (8 * LENGTH, 2 * LENGTH)
+    assert part.peak_bytes < whole.peak_bytes
+    assert min(whole.seconds, part.seconds) > 0
