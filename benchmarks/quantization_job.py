@@ -40,11 +40,12 @@ def print_row(row: str, **figures: Any) -> None:
 
 def _qat_settings(model: Any, **table: Any) -> Any:
     """Return the settings by which a `[quantize]` table with `method = "qat"` trains."""
+    from mlxflow.quantization import table_requests
     from mlxflow.quantization.aware_training import suited
     from mlxflow.stages import quantize
 
     config = quantize.Config(method="qat", **table)
-    return suited(quantize.written_settings(config, num_rows=1), model, learning_rate=config.learning_rate)
+    return suited(table_requests.written_settings(config, num_rows=1), model, learning_rate=config.learning_rate)
 
 
 class Job:

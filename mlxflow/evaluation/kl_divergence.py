@@ -64,6 +64,29 @@ def measure_divergence(
     Raises:
         StageError: the rows have no target.
     """
+    losses, other, kl, same = compare_positions(
+        dense, quantized, rows, batch_size=batch_size, masks_documents=masks_documents
+    )
+    dense_side = perplexity_from(losses)
+    mean, error = mean_and_error(kl)
+    not_negative = float(np.maximum(0.0, mean))  # rounding may give less; a NaN stays one
+    return Divergence(dense_side, perplexity_from(other), not_negative, error, float(same.mean()))
+
+
+def compare_positions(
+    dense: nn.Module | Reference, quantized: nn.Module, rows: TokenRows, *, batch_size: int, masks_documents: bool
+) -> NDArray[np.float64]:
+    """Return for each target, in the order of the rows, what two models give, (4, N).
+
+    Both losses in nats, the divergence in nats, and 1 if both rank the same token first, else 0.
+
+    Args:
+        dense: see `measure_divergence`.
+        quantized: see `measure_divergence`.
+        rows: tokens and marks.
+        batch_size: largest number of rows in a forward pass.
+        masks_documents: no token attends to another document in its row.
+    """
     reference = dense if isinstance(dense, Reference) else Reference.of(dense)
     quantized.eval()
     body = Body.of(quantized)
@@ -73,11 +96,7 @@ def measure_divergence(
         sides = reference.hidden(part, count), hidden_states(body, part)
         columns += [_compared(*one) for one in _slices(reference.body, body, sides, part)]
         count += len(part.targets)
-    losses, other, kl, same = np.concatenate(columns, axis=1)
-    dense_side = perplexity_from(losses)
-    mean, error = mean_and_error(kl)
-    not_negative = float(np.maximum(0.0, mean))  # rounding may give less; a NaN stays one
-    return Divergence(dense_side, perplexity_from(other), not_negative, error, float(same.mean()))
+    return np.concatenate(columns, axis=1)
 
 
 def costs_by_layer(

@@ -254,7 +254,7 @@ def cast(model: nn.Module, config: Mapping[str, Any], dtype: str) -> tuple[nn.Mo
     Args:
         model: changed in place.
         config: its `config.json`.
-        dtype: "fp32", "fp16", "bf16", or "keep" for the config's, by the rule of mlx-lm's converter.
+        dtype: "fp32", "fp16", "bf16", or another word for the config's, by the rule of mlx-lm's converter.
     """
     names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     target = names.get(dtype) or config_json.dtype(config)

@@ -95,6 +95,7 @@ def for_evaluation(model: nn.Module) -> nn.Module:
     """
     if mx.default_device() != mx.cpu:
         return model
+    _widen_scales(model)
     blocks = getattr(model, "layers", None) or []
     inside = {id(module) for block in blocks if isinstance(block, nn.Module) for module in block.modules()}
     packed = [
@@ -105,6 +106,16 @@ def for_evaluation(model: nn.Module) -> nn.Module:
     dense = _unpacked(model)
     dense.update_modules(tree_unflatten(packed))
     return dense
+
+
+def _widen_scales(model: nn.Module) -> None:
+    """Cast 16-bit scales of a model with fp32 activations to fp32, as MLX does in each product."""
+    floating = [value.dtype for _, value in tree_flatten(model.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
+    if mx.float32 not in floating:
+        return
+    for layer in model.modules():
+        if "scales" in layer and "biases" in layer:
+            layer.scales, layer.biases = layer.scales.astype(mx.float32), layer.biases.astype(mx.float32)
 
 
 def _unpacked(model: nn.Module) -> nn.Module:

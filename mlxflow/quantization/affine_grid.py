@@ -10,7 +10,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from mlxflow.quantization.codec import codes_on, places_on
+from mlxflow.quantization.codec import codes_on, mlx_grid, places_on
 from mlxflow.quantization.settings import Setting
 
 #: The smallest share of a group's range that a grid may span, by bits: below it, clipping costs more than it saves.
@@ -34,19 +34,18 @@ def best_grid(weight: mx.array, setting: Setting) -> mx.array:
         setting: of mode "affine".
 
     Returns:
-        Scales and biases, (2, ..., N / G), in the dtype of the weights.
+        Scales and biases, (2, ..., N / G), in the dtype of `codec.scales_dtype`.
     """
     groups = weight.reshape(*weight.shape[:-1], -1, setting.group_size)
     low, high = groups.min(axis=-1), groups.max(axis=-1)
-    _, *of_mlx = mx.quantize(weight, group_size=setting.group_size, bits=setting.bits)
-    best, least = mx.stack(of_mlx), mx.full(low.shape, mx.inf)
+    best, least = mlx_grid(weight, setting), mx.full(low.shape, mx.inf)
     closer = _closer(setting.bits)
     best, least, _ = closer(groups, best, best, least)
     step = (1 - _LEAST_SHARE[setting.bits]) / (_SHARES - 1)
     for number, below in itertools.product(range(_SHARES), _SHARES_BELOW):
         left_out = number * step
         span = (high - low) * (1 - left_out)
-        tried = mx.stack([span / (2**setting.bits - 1), low + (high - low) * (left_out * below)])
+        tried = mx.stack([span / (2**setting.bits - 1), low + (high - low) * (left_out * below)]).astype(best.dtype)
         best, least, _ = closer(groups, tried, best, least)
         mx.eval(best, least)  # else the graph would hold the codes of every trial
     tried = best
@@ -57,12 +56,12 @@ def best_grid(weight: mx.array, setting: Setting) -> mx.array:
 
 
 def round_on(weight: mx.array, setting: Setting, grid: mx.array) -> mx.array:
-    """Return a matrix rounded to a grid, in the dtype of both; equal to packing and unpacking it.
+    """Return a matrix rounded to a grid, in its own dtype; equal to packing and unpacking it.
 
     MLX's dequantization is applied to codes of one byte each, so nothing is packed.
     """
     codes = codes_on(_in_groups(weight, grid), grid, setting.bits).astype(mx.uint8)
-    scales, biases = grid
+    scales, biases = grid.astype(weight.dtype)
     words = codes.reshape(weight.shape).view(mx.uint32)
     return mx.dequantize(words, scales, biases, group_size=setting.group_size, bits=8)
 
@@ -87,8 +86,8 @@ def _closer(bits: int) -> Callable[[mx.array, mx.array, mx.array, mx.array], tup
 
     def one(groups: mx.array, grid: mx.array, best: mx.array, least: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         weights, codes = groups.astype(mx.float32), codes_on(groups, grid, bits)
-        scales, biases = grid[..., None]
-        rounded = codes.astype(grid.dtype) * scales + biases  # in MLX's dtype
+        scales, biases = grid.astype(groups.dtype)[..., None]
+        rounded = codes.astype(groups.dtype) * scales + biases  # in MLX's dtype
         error = (rounded.astype(mx.float32) - weights).square().sum(axis=-1)
         apart = codes - codes.mean(axis=-1, keepdims=True)
         spread = apart.square().sum(axis=-1, keepdims=True)

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxflow.messages.errors import CallError
-from mlxflow.quantization.codec import Packed, pack
+from mlxflow.quantization.codec import Packed, narrowed, pack
 from mlxflow.quantization.mlx_lm_patches import (
     dense_products,
     following,
@@ -78,6 +78,13 @@ def learn(
         CallError: the method does not support the plan, or there are too few rows.
     """
     mx.eval(model.parameters(), tokens)
+    packed = _learned(method, model, plan, tokens, seed=seed, key=key)
+    return {path: narrowed(packed.pop(path), plan[path]) for path in list(packed)}
+
+
+def _learned(
+    method: str, model: nn.Module, plan: Mapping[str, Setting], tokens: mx.array, *, seed: int, key: str
+) -> dict[str, Packed]:
     if method == "gptq":
         return gptq(model, plan, tokens[:, :-1], batch_size=BATCH_SIZE, key=key)
     if method == "awq":

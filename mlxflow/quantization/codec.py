@@ -47,6 +47,8 @@ def pack(weight: mx.array, setting: Setting, grid: mx.array | None = None) -> Pa
     """
     if grid is None and setting.mode == "symmetric":
         grid = symmetric_grid(weight, setting)
+    if grid is None and scales_dtype(setting, weight.dtype) != weight.dtype:
+        grid = mlx_grid(weight, setting)
     if grid is not None:
         return Packed(_pack_on(setting.bits)(weight, grid), grid[0], grid[1])
     parts = mx.quantize(weight, group_size=setting.group_size, bits=setting.bits, mode=setting.mode)
@@ -54,16 +56,41 @@ def pack(weight: mx.array, setting: Setting, grid: mx.array | None = None) -> Pa
 
 
 def unpack(packed: Packed, setting: Setting, dtype: mx.Dtype | None = None) -> mx.array:
-    """Return the dequantized matrix, in the dtype of the scales, or in `dtype` for modes with integer scales."""
+    """Return the dequantized matrix, in the dtype of the scales if none is given; modes with integer scales need one.
+
+    Wider than the scales, it is what MLX computes with for activations of that dtype.
+    """
+    scales, biases = packed.scales, packed.biases
+    if biases is not None and dtype is not None:
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
     return mx.dequantize(
         packed.weight,
-        packed.scales,
-        packed.biases,
+        scales,
+        biases,
         group_size=setting.group_size,
         bits=setting.bits,
         mode=setting.stored_mode,
         dtype=dtype,
     )
+
+
+def scales_dtype(setting: Setting, weight_dtype: mx.Dtype) -> mx.Dtype:
+    """Return the dtype of the affine scales and biases of weights with a dtype."""
+    return mx.bfloat16 if setting.has_narrow_scales and weight_dtype == mx.float32 else weight_dtype
+
+
+def mlx_grid(weight: mx.array, setting: Setting) -> mx.array:
+    """Return MLX's affine scales and biases of a matrix, (2, ..., N / group_size), in the dtype of `scales_dtype`."""
+    _, *grid = mx.quantize(weight, group_size=setting.group_size, bits=setting.bits)
+    return mx.stack(grid).astype(scales_dtype(setting, weight.dtype))
+
+
+def narrowed(packed: Packed, setting: Setting) -> Packed:
+    """Return a packed matrix with its affine scales and biases in the dtype that a setting has for fp32 weights."""
+    if packed.biases is None:
+        return packed
+    dtype = scales_dtype(setting, packed.scales.dtype)
+    return Packed(packed.weight, packed.scales.astype(dtype), packed.biases.astype(dtype))
 
 
 def round_trip(weight: mx.array, setting: Setting) -> mx.array:
@@ -113,12 +140,12 @@ def packed_bytes(shape: tuple[int, ...], setting: Setting, dtype: mx.Dtype) -> i
     for length in shape:
         count *= length
     groups = count // setting.group_size
-    per_group = 2 * dtype.size if setting.stored_mode == "affine" else 1
+    per_group = 2 * scales_dtype(setting, dtype).size if setting.stored_mode == "affine" else 1
     return count * setting.bits // 8 + groups * per_group
 
 
 def symmetric_grid(weight: mx.array, setting: Setting) -> mx.array:
-    """Return for each group the scale with the least squared error, and its bias, in the dtype of the weights.
+    """Return for each group the scale with the least squared error, and its bias, in the dtype of `scales_dtype`.
 
     Codes run from -2^(bits-1) to 2^(bits-1) - 1, and the scale has a sign, so that either side may have the extra code.
     Multiples of the scale that maps the largest weight to the last code are tried, each with its least-squares refit.
@@ -130,7 +157,7 @@ def symmetric_grid(weight: mx.array, setting: Setting) -> mx.array:
     Returns:
         Scales and biases, (2, ..., N / group_size): the biases are -2^(bits-1) times the scales.
     """
-    scales = _symmetric_scales(setting.bits, setting.group_size)(weight)
+    scales = _symmetric_scales(setting.bits, setting.group_size)(weight).astype(scales_dtype(setting, weight.dtype))
     return mx.stack([scales, scales * -(2 ** (setting.bits - 1))])
 
 

@@ -21,12 +21,19 @@ class DenseModel(NamedTuple):
         model: in eval mode, with lazy weights.
         config_json: its `config.json`.
         stored: matrices that can be read from the files row by row, by the model's names.
+        dtype: as requested for its weights; see `open_dense`.
     """
 
     folder: Path
     model: nn.Module
     config_json: dict[str, Any]
     stored: dict[str, StoredRows]
+    dtype: str
+
+    def reopened(self) -> nn.Module:
+        """Return the model once more, with lazy weights that can be freed one by one."""
+        model = quantized_layers.made_dense(*model_folder.load(self.folder, lazy=True))
+        return model_folder.cast(*model, self.dtype)[0]
 
 
 class TokenPair(NamedTuple):
@@ -61,7 +68,7 @@ def open_dense(folder: Path, *, dtype: str, refusal: str) -> DenseModel:
 
     Args:
         folder: a model folder.
-        dtype: of the weights: "fp32", "fp16", "bf16", or "keep" for that of the config.
+        dtype: of the weights: "fp32", "fp16", "bf16", or "keep" or "auto" for that of the config.
         refusal: the message for an already quantized model; empty to dequantize it.
 
     Raises:
@@ -72,7 +79,7 @@ def open_dense(folder: Path, *, dtype: str, refusal: str) -> DenseModel:
     if is_quantized and refusal:
         raise ArtifactError(refusal)
     stored = {} if is_quantized else model_folder.stored_matrices(folder, model)
-    return DenseModel(folder, *model_folder.cast(*quantized_layers.made_dense(model, config), dtype), stored)
+    return DenseModel(folder, *model_folder.cast(*quantized_layers.made_dense(model, config), dtype), stored, dtype)
 
 
 def open_tokens(

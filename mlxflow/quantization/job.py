@@ -1,34 +1,40 @@
 """The work of the stage `quantize`: choose a plan, calibrate, write the model folder, measure it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages import terminal
 from mlxflow.models import tokenizer_files
-from mlxflow.quantization import bit_allocation, calibrated
+from mlxflow.quantization import bit_allocation, block_method, calibrated
 from mlxflow.quantization import plan as plans
 from mlxflow.quantization.aware_training import AwareTraining, RoundedTraining, train_rounded
+from mlxflow.quantization.block_method import BlockErrors
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
-from mlxflow.quantization.progress import show_layers
+from mlxflow.quantization.judged_text import QuantizationTexts, describe_texts, text_warnings
+from mlxflow.quantization.progress import show_blocks, show_layers
 from mlxflow.quantization.quality import QualityLimits, measure_quality
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.streaming_export import Exported, export
 from mlxflow.report.stage_reports.quantize import QualityFigures
 from mlxflow.storage import config_json, tensor_writing
+from mlxflow.storage.digests import digest_json
 from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
 from mlxflow.training.model_choices import default_objective
+
+_BLOCK = '{}.method = "block"'
 
 
 class QuantizationRequest(NamedTuple):
     """The request for a quantization.
 
     Attributes:
-        method: "rtn", "gptq", "awq", "dwq" or "qat".
+        method: "rtn", "gptq", "awq", "dwq", "block" or "qat".
         default: the setting of layers that no rule names.
         rules: settings by layer.
         calibration_rows: training rows that learned methods and a budget use.
@@ -36,6 +42,8 @@ class QuantizationRequest(NamedTuple):
         training: of "qat"; None for other methods.
         limits: on the cost.
         batch_size: rows in one forward pass, as far as the loss of a budget depends on it.
+        token_stage: the stage of the tokens, for the report.
+        block_steps: updates of each block, of "block".
     """
 
     method: str
@@ -46,6 +54,8 @@ class QuantizationRequest(NamedTuple):
     training: AwareTraining | None
     limits: QualityLimits
     batch_size: int
+    token_stage: str
+    block_steps: int
 
 
 class QuantizationResult(NamedTuple):
@@ -56,14 +66,20 @@ class QuantizationResult(NamedTuple):
         exported: the written model.
         budget_losses: in nats per token, of the plans tried for a budget; None without a budget.
         training: of "qat"; None for other methods.
+        blocks: errors of the blocks, of "block"; empty for other methods.
+        texts: that the method learned and that judged it; None without tokens.
         quality: the quality loss; None without tokens.
+        warnings: about figures that flatter the method.
     """
 
     plan: plans.QuantizationPlan
     exported: Exported
     budget_losses: list[float] | None
     training: RoundedTraining | None
+    blocks: list[BlockErrors]
+    texts: QuantizationTexts | None
     quality: QualityFigures | None
+    warnings: list[str]
 
 
 def run_job(
@@ -93,10 +109,13 @@ def run_job(
     """
     plan, losses = _choose_plan(request, dense, tokens, context)
     packed: dict[str, Packed] = {}
-    trained = None
+    trained, blocks = None, []
     if tokens is not None and request.training is not None and metrics is not None:
         trained = train_rounded(request.training, dense, plan.layers, tokens, metrics=metrics, context=context)
         packed = trained.packed
+    elif tokens is not None and request.method == "block":
+        learned = _learn_blocks(request, dense, plan, tokens.train, context)
+        packed, blocks = learned.packed, learned.errors
     elif tokens is not None and request.method != "rtn":
         rows, _ = _calibration_rows(request, tokens.train, context)
         seed = derive_seed(context.seed, "quantize.rows")
@@ -104,12 +123,65 @@ def run_job(
             request.method, dense.model, plan.layers, rows.astype(mx.int32), seed=seed, key=context.task
         )
     exported = _write(request, dense, plan, packed, outputs, context)
-    quality = None
-    if tokens is not None:
-        quality = measure_quality(
-            dense.folder, tokens.validation, layers=plan.layers, limits=request.limits, context=context
+    if tokens is None:
+        return QuantizationResult(plan, exported, losses, trained, blocks, None, None, [])
+    texts = _texts(request, tokens, context)
+    quality = measure_quality(
+        dense.folder, tokens.validation, layers=plan.layers, limits=request.limits, texts=texts, context=context
+    )
+    learns_text = request.training is not None and not request.training.distills
+    warnings = text_warnings(
+        texts, task=context.task, perplexity_increase=quality.perplexity_increase, learns_text=learns_text
+    )
+    warnings += [*_shortage(request, tokens.train, context.task)]
+    for warning in warnings:
+        terminal.say(warning)
+    return QuantizationResult(plan, exported, losses, trained, blocks, texts, quality, warnings)
+
+
+def _learn_blocks(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    plan: plans.QuantizationPlan,
+    tokens: TokenFile,
+    context: Context,
+) -> block_method.LearnedBlocks:
+    """Return the layers that the method "block" learns; its files make an interrupted run resume."""
+    key = context.task
+    origin = {name: context.provenance[name] for name in sorted(context.provenance)}
+    asked = block_method.BlockRequest(
+        num_steps=request.block_steps,
+        seed=derive_seed(context.seed, "quantize.rows"),
+        folder=context.unfinished,
+        identity=digest_json({"origin": origin, "device": context.device}),
+        name=_BLOCK.format(key),
+    )
+    rows = np.array(_calibration_rows(request, tokens, context)[0])[:, :-1]
+    with show_blocks(key, len(dense.model.layers)) as watch:
+        return block_method.learn_blocks(
+            dense.reopened, plan.layers, rows, asked, watch=lambda one: watch(f"{one.path}: error {one.output:.2g}")
         )
-    return QuantizationResult(plan, exported, losses, trained, quality)
+
+
+def _shortage(request: QuantizationRequest, tokens: TokenFile, task: str) -> Iterator[str]:
+    """Yield a warning if there are fewer calibration rows than requested."""
+    uses = request.budget is not None or request.method not in ("rtn", "qat")
+    if uses and tokens.rows.num_rows < request.calibration_rows:
+        yield (
+            f"{task}.calibration_rows = {request.calibration_rows}: {request.token_stage} has {tokens.rows.num_rows} "
+            "training rows, and the method learned these. Add text to its sources, or lower the number."
+        )
+
+
+def _texts(request: QuantizationRequest, tokens: TokenPair, context: Context) -> QuantizationTexts:
+    """Return the names of the texts that the method learned and that judge it."""
+    learned = None
+    if request.training is not None:
+        learned = tokens.train.rows.tokens
+    elif request.method != "rtn" or request.budget is not None:
+        learned = np.array(_calibration_rows(request, tokens.train, context)[0])
+    judging = tokens.validation.rows.head(request.limits.max_rows)
+    return describe_texts(learned, tokens.train, judging, stage=request.token_stage)
 
 
 def _choose_plan(
@@ -120,6 +192,9 @@ def _choose_plan(
     plan = plans.resolve(model, default=request.default, rules=request.rules, key=key)
     plans.check_supported(plan.layers, key)
     calibrated.require_learnable(request.method, model, plan.layers, key=key)
+    if request.method == "block" and tokens is not None:
+        length = tokens.train.context_length
+        block_method.require_blocks(model, plan.layers, context_length=length, name=_BLOCK.format(key))
     if warning := plan.warning(key):
         terminal.say(warning)
     if request.budget is None or tokens is None:
@@ -160,7 +235,7 @@ def _write(
             file=outputs.model,
             metadata={"format": "mlx"} | tensor_writing.provenance_metadata(context.provenance),
             packed=lambda path: packed.pop(path, None),
-            stored=dense.stored if request.method == "rtn" else {},
+            stored=dense.stored if request.method in ("rtn", "block") else {},
             source=str(dense.folder),
             watch=watch,
         )

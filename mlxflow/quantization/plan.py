@@ -171,9 +171,8 @@ def _own_setting(request: Mapping[str, Any], default: Setting) -> Setting:
 
     If the default is symmetric, which MLX does not have, a requested affine layer becomes symmetric.
     """
-    usual = Setting(
-        "symmetric" if default.mode == "symmetric" else "affine", BITS["affine"][0], GROUP_SIZES["affine"][0]
-    )
+    mode = "symmetric" if default.mode == "symmetric" else "affine"
+    usual = Setting(mode, BITS["affine"][0], GROUP_SIZES["affine"][0], default.narrows_scales)
     return completed(usual, mode=request.get("mode"), bits=request.get("bits"), group_size=request.get("group_size"))
 
 

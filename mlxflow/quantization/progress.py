@@ -27,6 +27,30 @@ def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
+def show_blocks(task: str, count: int) -> Iterator[Callable[[str], None]]:
+    """Show the progress over blocks on standard error until the block ends: a bar, or a line every ten seconds.
+
+    Args:
+        task: name of the work.
+        count: number of blocks.
+
+    Yields:
+        a function to call with a description of each finished block.
+    """
+    lines, done = _ProgressLines(f"{task}: learning", count, "blocks"), 0
+    with _bar(task, count) as update:
+
+        def finished(description: str) -> None:
+            nonlocal done
+            done += 1
+            update(completed=done, description=terminal.one_line(description)[-40:])
+            if not terminal.console(stderr=True).is_terminal and done < count:
+                lines.show(done)
+
+        yield finished
+
+
+@contextmanager
 def watched_rows(task: str, doing: str, rows: Rows) -> Iterator["WatchedRows"]:
     """Show how many of some rows were read on standard error until the block ends: a bar, or a line every ten seconds.
 
@@ -39,7 +63,7 @@ def watched_rows(task: str, doing: str, rows: Rows) -> Iterator["WatchedRows"]:
         the rows to read instead.
     """
     if not terminal.console(stderr=True).is_terminal:
-        yield WatchedRows(rows, _RowLines(f"{task}: {doing}", rows.num_rows).show)
+        yield WatchedRows(rows, _ProgressLines(f"{task}: {doing}", rows.num_rows, "rows").show)
         return
     with _bar(task, rows.num_rows) as update:
         update(description=doing)
@@ -69,23 +93,24 @@ class WatchedRows:
         return self._rows.batch(begin, end)
 
 
-class _RowLines:
+class _ProgressLines:
     """A line every ten seconds, with the time left."""
 
-    def __init__(self, begin: str, num_rows: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, begin: str, total: int, unit: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self._begin = begin
-        self._num_rows = num_rows
+        self._total = total
+        self._unit = unit
         self._clock = clock
         self._started = self._said = clock()
 
     def show(self, done: int) -> None:
-        """Print the number of rows that are read, if it is time for a line."""
+        """Print how many are done, if it is time for a line."""
         now = self._clock()
         if not done or now - self._said < _SECONDS_BETWEEN_LINES:
             return
         self._said = now
-        left = (now - self._started) / done * (self._num_rows - done)
-        terminal.say(f"{self._begin}, {done:,} of {self._num_rows:,} rows, {left:,.0f} s left")
+        left = (now - self._started) / done * (self._total - done)
+        terminal.say(f"{self._begin}, {done:,} of {self._total:,} {self._unit}, {left:,.0f} s left")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mlxflow.evaluation.kl_divergence import Divergence, costs_by_layer, measure
 from mlxflow.messages.errors import StageError
 from mlxflow.models import model_folder, quantized_layers
 from mlxflow.ops import document_mask
+from mlxflow.quantization.judged_text import QuantizationTexts
 from mlxflow.quantization.progress import watched_rows
 from mlxflow.report.stage_reports.quantize import QualityFigures
 from mlxflow.storage import atomic_folders, model_files
@@ -45,7 +46,13 @@ class QualityLimits(NamedTuple):
 
 
 def measure_quality(
-    dense: Path, validation: TokenFile, *, layers: Mapping[str, Any], limits: QualityLimits, context: Context
+    dense: Path,
+    validation: TokenFile,
+    *,
+    layers: Mapping[str, Any],
+    limits: QualityLimits,
+    texts: QuantizationTexts,
+    context: Context,
 ) -> QualityFigures:
     """Return the quality loss, measured on the written files.
 
@@ -54,6 +61,7 @@ def measure_quality(
         validation: the tokens to compare on.
         layers: the quantized layers, by module path.
         limits: of the quality loss.
+        texts: that the method learned and that judge it.
         context: of the stage, whose folder has the quantized model.
 
     Raises:
@@ -86,6 +94,10 @@ def measure_quality(
     if problems:
         worst = _worst_layers(_open_dense(dense), model, layers, rows, masks=masks)
         raise StageError("\n".join(f"{problem} Costs most: {worst}." for problem in problems))
+    return _figures(divergence, texts)
+
+
+def _figures(divergence: Divergence, texts: QuantizationTexts) -> QualityFigures:
     return QualityFigures(
         tokens=divergence.dense.tokens,
         dense_perplexity=divergence.dense.perplexity,
@@ -96,6 +108,8 @@ def measure_quality(
         kl=divergence.kl,
         kl_standard_error=divergence.kl_standard_error,
         top1_agreement=divergence.top1_agreement,
+        text=texts.judging,
+        overlap=texts.overlap,
     )
 
 

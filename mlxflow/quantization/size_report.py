@@ -2,7 +2,7 @@
 
 from mlxflow.quantization.job import QuantizationResult
 from mlxflow.quantization.streaming_export import LayerFacts
-from mlxflow.report.stage_reports.quantize import LayerFigures, QuantizeReport
+from mlxflow.report.stage_reports.quantize import BlockFigures, LayerFigures, QuantizeReport
 
 
 def report_of(method: str, result: QuantizationResult, file_bytes: int) -> QuantizeReport:
@@ -32,7 +32,15 @@ def report_of(method: str, result: QuantizationResult, file_bytes: int) -> Quant
         budget_losses=None if result.budget_losses is None else tuple(result.budget_losses),
         kernels=tuple(training.kernels) if training else None,
         training=training.figures if training else None,
+        blocks=tuple(
+            BlockFigures(
+                path=one.path, error_before_training=one.before, error_after_training=one.after, error=one.output
+            )
+            for one in result.blocks
+        ),
+        calibration_text=None if result.texts is None else result.texts.calibration,
         quality=result.quality,
+        warnings=tuple(result.warnings),
         run=training.run if training else None,
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxflow.messages.errors import ArtifactError
-from mlxflow.quantization.codec import Packed, pack, unpack
+from mlxflow.quantization.codec import Packed, pack, scales_dtype, unpack
 from mlxflow.quantization.settings import Setting
 from mlxflow.storage.tensor_reading import StoredRows
 from mlxflow.storage.tensor_writing import TensorFile
@@ -172,9 +172,10 @@ def _entries(model: nn.Module, layers: Mapping[str, Setting]) -> Iterator[tuple[
         groups = (*rows, width // setting.group_size)
         yield name, (mx.uint32, (*rows, width * setting.bits // 32))
         has_biases = setting.stored_mode == "affine"
-        yield f"{path}.scales", (value.dtype if has_biases else mx.uint8, groups)
+        dtype = scales_dtype(setting, value.dtype) if has_biases else mx.uint8
+        yield f"{path}.scales", (dtype, groups)
         if has_biases:
-            yield f"{path}.biases", (value.dtype, groups)
+            yield f"{path}.biases", (dtype, groups)
 
 
 class _Matrix:

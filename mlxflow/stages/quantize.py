@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 import msgspec
 from msgspec import Meta
 
-from mlxflow.device.compute_device import SIZE_PATTERN, parse_size
+from mlxflow.device.compute_device import SIZE_PATTERN
 from mlxflow.quantization.layer_rules import LayerRule
 from mlxflow.quantization.settings import RequestedSetting, Setting
 from mlxflow.quantization.table_checks import most_ranks as most_ranks
 from mlxflow.quantization.table_checks import table_problems
 from mlxflow.storage import layout
 from mlxflow.storage.run_context import Context, ModelFolder
-from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit, toml_value
+from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit
 from mlxflow.training import length
 from mlxflow.training.lora_config import LoraConfig
 from mlxflow.workflow import products
@@ -23,13 +23,9 @@ from mlxflow.workflow.stage import MEMORY_LIMIT_KEY, Artifacts, Beside, model_fi
 from mlxflow.workflow.stage_references import tokens_of_model
 
 if TYPE_CHECKING:
-    from mlxflow.quantization.aware_training import AwareTraining
-    from mlxflow.quantization.dense_model import TokenPair
-    from mlxflow.quantization.job import QuantizationRequest
     from mlxflow.report.stage_reports.quantize import QuantizeReport
-    from mlxflow.training.settings import TrainingSettings
 
-VERSION = 7
+VERSION = 8
 
 LATER_KEYS = {"num_epochs": "auto"}
 
@@ -51,8 +47,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Meta(description='the token files: a pretokenize stage; auto: "pretokenize" for a trained model, else none'),
     ] = "auto"
     method: Annotated[
-        Literal["rtn", "gptq", "awq", "dwq", "qat"],
-        Meta(description="rtn rounds to nearest; gptq, awq and dwq calibrate on data; qat trains"),
+        Literal["rtn", "gptq", "awq", "dwq", "block", "qat"],
+        Meta(
+            description="rtn rounds to nearest; gptq, awq and dwq calibrate on data; block trains one block after the "
+            "other on calibration rows; qat trains the model"
+        ),
     ] = "rtn"
     mode: Annotated[
         _MODES, Meta(description="quantization mode: MLX's, or symmetric (affine with a fixed zero point)")
@@ -69,9 +68,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = "auto"
     layers: Annotated[tuple[LayerRule, ...], Meta(description="settings by layer; the first match applies")] = ()
     dtype: Annotated[
-        Literal["keep", "fp32", "fp16", "bf16"],
-        Meta(description="dtype of unquantized weights, scales and biases; keep: that of the model's config"),
-    ] = "keep"
+        Literal["auto", "keep", "fp32", "fp16", "bf16"],
+        Meta(
+            description="dtype of unquantized weights, scales and biases; keep: that of the model's config; auto: as "
+            "keep, but scales and biases of fp32 weights in bf16 for less than 8 bits"
+        ),
+    ] = "auto"
     requantize: Annotated[bool, Meta(description="whether an already quantized model is accepted")] = False
 
     target_bits_per_weight: Annotated[
@@ -84,6 +86,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[Literal[2, 3, 4, 5, 6, 8], ...], Meta(min_length=1, description="bits that a budget may choose from")
     ] = (2, 3, 4, 6, 8)
     calibration_rows: Annotated[int, Meta(ge=1, le=MAX_ROWS, description="training rows for calibration")] = 64
+
+    block_steps: Annotated[
+        int,
+        Meta(ge=0, le=MAX_STEPS, description="of block: updates of each block, of 2,048 tokens; 0: compensation only"),
+    ] = 100
 
     num_steps: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],
@@ -182,7 +189,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def default(self) -> Setting:
         """The setting of layers without a rule."""
-        return RequestedSetting(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
+        setting = RequestedSetting(self.mode, cast("int", self.bits), cast("int", self.group_size)).setting
+        return setting._replace(narrows_scales=self.dtype == "auto")
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,7 +275,7 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: the loss of quality exceeds the limits of the table.
         WorkflowError: the plan or the method does not fit the model.
     """
-    from mlxflow.quantization import dense_model, job, size_report
+    from mlxflow.quantization import dense_model, job, size_report, table_requests
 
     task = context.task
     folder = dense_model.find_folder(config.model, inputs.model, task=task)
@@ -278,73 +286,6 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         inputs.tokens, folder, dense.config_json, key=f"{task}.data", stage=config.token_stage
     )
     metrics = outputs.metrics[0] if outputs.metrics else None
-    result = job.run_job(
-        _request(config, context, tokens), dense, tokens, outputs=outputs, metrics=metrics, context=context
-    )
+    request = table_requests.request_of(config, context, tokens, memory_key=MEMORY_LIMIT_KEY)
+    result = job.run_job(request, dense, tokens, outputs=outputs, metrics=metrics, context=context)
     return size_report.report_of(config.method, result, outputs.model.stat().st_size)
-
-
-def _request(config: Config, context: Context, tokens: "TokenPair | None") -> "QuantizationRequest":
-    """Return the settings of the quantization from the table."""
-    from mlxflow.quantization.bit_allocation import BudgetRequest
-    from mlxflow.quantization.job import QuantizationRequest
-    from mlxflow.quantization.quality import QualityLimits
-
-    key = "target_size" if config.target_size else "target_bits_per_weight"
-    budget = BudgetRequest(
-        config.target_bits_per_weight,
-        parse_size(config.target_size, 0) if config.target_size else 0,
-        config.candidate_bits,
-        setting=f"{context.task}.{key} = {toml_value(getattr(config, key))}",
-        key=context.task,
-    )
-    return QuantizationRequest(
-        config.method,
-        config.default,
-        [layer.rule for layer in config.layers],
-        config.calibration_rows,
-        budget if config.has_budget else None,
-        aware_training(config, context, tokens.train.rows.num_rows) if config.method == "qat" and tokens else None,
-        QualityLimits(config.max_validation_rows, config.max_perplexity_increase, config.max_kl),
-        config.batch_size,
-    )
-
-
-def aware_training(config: Config, context: Context, num_rows: int) -> "AwareTraining":
-    """Return the quantization-aware training of the table.
-
-    Args:
-        config: the table.
-        context: of the stage.
-        num_rows: of the training file.
-    """
-    from mlxflow.quantization.aware_training import AwareTraining
-    from mlxflow.training.run import describe
-    from mlxflow.training.settings import SettingNames
-
-    names = SettingNames.of_stage(context.task, config.token_stage, MEMORY_LIMIT_KEY, has_fused_loss=False)
-    config = length.fitted(config, num_rows, key=names.of("batch_size"))
-    description = describe(msgspec.to_builtins(config), names, context)
-    return AwareTraining(
-        written_settings(config, num_rows), config.learning_rate, config.kernels, config.distill, names, description
-    )
-
-
-def written_settings(config: Config, num_rows: int) -> "TrainingSettings":
-    """Return the training settings in the table; `quantization.aware_training.suited` completes them.
-
-    Args:
-        config: the table.
-        num_rows: of the training file.
-    """
-    from mlxflow.training.settings import TrainingSettings, checkpoint_every
-
-    return TrainingSettings(
-        adapters=config.lora.shape(config.training) or "none",
-        num_steps=length.planned_steps(config, num_rows),
-        batch_size=config.batch_size,
-        grad_accum_steps=config.grad_accum_steps,
-        checkpoint_every=checkpoint_every(config.checkpointing),
-        deterministic=config.deterministic,
-        max_validation_rows=config.max_validation_rows,
-    )

@@ -43,3 +43,23 @@ def test_symmetric_codes_have_zero_on_the_grid(bits: int) -> None:
 def test_unknown_settings_are_not_supported() -> None:
     assert is_supported(Setting("affine", 4, 32))
     assert not is_supported(Setting("affine", 7, 32))
+
+
+@pytest.mark.parametrize("mode", ["affine", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_narrow_scales_of_fp32_weights_do_not_add_to_the_error(mode: str, bits: int) -> None:
+    weight = mx.random.normal((64, 256), key=mx.random.key(0))
+    wide = Setting(mode, bits, 64)
+    narrow = wide._replace(narrows_scales=True)
+    packed = pack(weight, narrow)
+    assert packed.scales.dtype == packed.biases.dtype == mx.bfloat16  # type: ignore[union-attr]
+    assert packed.nbytes == packed_bytes((64, 256), narrow, mx.float32) < packed_bytes((64, 256), wide, mx.float32)
+    errors = [float(mx.linalg.norm(round_trip(weight, setting) - weight)) for setting in (narrow, wide)]
+    assert errors[0] < 1.01 * errors[1]
+
+
+def test_scales_of_8_bits_and_of_16_bit_weights_keep_their_dtype() -> None:
+    weight = mx.random.normal((8, 64), key=mx.random.key(0))
+    assert pack(weight, Setting("affine", 8, 64, narrows_scales=True)).scales.dtype == mx.float32
+    half = weight.astype(mx.float16)
+    assert pack(half, Setting("affine", 4, 64, narrows_scales=True)).scales.dtype == mx.float16

@@ -48,7 +48,7 @@ def test_rows_are_read_through_and_their_progress_is_drawn(
 
 def test_a_log_gets_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     times = iter([0.0, 0.0, 9.0, 20.0, 25.0])
-    lines = progress._RowLines("quantize: measuring", 400, lambda: next(times))
+    lines = progress._ProgressLines("quantize: measuring", 400, "rows", lambda: next(times))
     for done in (0, 80, 160, 240):
         lines.show(done)
     assert capsys.readouterr().err == "quantize: measuring, 160 of 400 rows, 30 s left\n"

@@ -77,7 +77,7 @@ def _weights(folder: Path) -> dict[str, mx.array]:
 
 
 def test_quantizing_writes_what_mlx_lms_converter_writes(job: Path) -> None:
-    made = _run(job, "quantize", '[quantize]\nmodel = "given"\ndata = ""\ngroup_size = 32\n')
+    made = _run(job, "quantize", '[quantize]\nmodel = "given"\ndata = ""\ngroup_size = 32\ndtype = "keep"\n')
     convert(str(job / "given"), str(job / "theirs"), quantize=True, q_bits=4, q_group_size=32)
     ours, theirs = _weights(made), _weights(job / "theirs")
     assert ours.keys() == theirs.keys()

@@ -23,7 +23,8 @@ from mlxflow.models import model_folder
 from mlxflow.models.model_folder import load
 from mlxflow.models.quantized_layers import dense_weights, for_evaluation
 from mlxflow.quantization.aware_training import suited
-from mlxflow.stages.quantize import Config, written_settings
+from mlxflow.quantization.table_requests import written_settings
+from mlxflow.stages.quantize import Config
 from mlxflow.storage.report_files import read_report
 from mlxflow.storage.toml_tables import toml_value
 from mlxflow.workflow.execution import execute_stage
@@ -87,7 +88,7 @@ def test_layer_rules_match_mlx_lm_with_the_same_predicate(job: Job, tmp_path: Pa
         {"match": "*.o_proj", "skip": True},
         {"match": "*.1.mlp.*", "mode": "mxfp4"},
     ]
-    report = job.run(bits=3, layers=layers)
+    report = job.run(bits=3, layers=layers, dtype="keep")
     convert(
         str(job.folder / "artifacts/train"), str(tmp_path / "q"), quantize=True, q_bits=3, q_group_size=64,
         quant_predicate=predicate,
@@ -211,7 +212,7 @@ def test_out_of_memory_in_qat_names_the_keys_of_quantize(job: Job, monkeypatch: 
     assert not job.artifact.exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "dwq", "block"])
 def test_calibrated_methods_lose_less_than_rounding_and_mlx_lm_opens_their_models(job: Job, method: str) -> None:
     job.run(bits=2, group_size=32, max_validation_rows=64)
     rounded = job.tensors()
@@ -226,8 +227,32 @@ def test_calibrated_methods_lose_less_than_rounding_and_mlx_lm_opens_their_model
     )
 
 
+def test_block_reports_its_texts_and_blocks_and_leaves_no_files(job: Job) -> None:
+    report = job.run(method="block", bits=2, group_size=32, block_steps=8, max_validation_rows=64)
+    rows = TokenFile.open(job.folder / "artifacts/pretokenize/train.safetensors").rows.num_rows
+    assert [one["path"] for one in report["blocks"]] == ["model.layers.0", "model.layers.1"]
+    assert all(0 < one["error_after_training"] < one["error_before_training"] for one in report["blocks"])
+    assert report["calibration_text"] == f"64 of {rows} training rows of pretokenize, 16 tokens each"
+    judging = TokenFile.open(job.folder / "artifacts/pretokenize/validation.safetensors").rows.head(64).num_rows
+    assert report["quality"]["text"] == f"{judging} validation rows of pretokenize, 16 tokens each"
+    rounded = job.run(bits=2, group_size=32, max_validation_rows=64)
+    assert report["quality"]["kl"] < 0.8 * rounded["quality"]["kl"]
+    assert report["bits_per_weight"] == rounded["bits_per_weight"]
+    assert "calibration_text" not in rounded
+    assert not list((job.folder / "artifacts").rglob("block-*.safetensors"))
+
+
+def test_fewer_calibration_rows_than_requested_are_a_warning(job: Job) -> None:
+    rows = TokenFile.open(job.folder / "artifacts/pretokenize/train.safetensors").rows.num_rows
+    report = job.run(method="block", bits=4, block_steps=0, calibration_rows=100_000)
+    assert report["warnings"][-1] == (
+        f"quantize.calibration_rows = 100000: pretokenize has {rows} training rows, and the method learned these. "
+        "Add text to its sources, or lower the number."
+    )
+
+
 def test_a_size_budget_is_met_and_its_rules_reproduce_the_model(job: Job) -> None:
-    report = job.run(target_bits_per_weight=4.7, calibration_rows=16)
+    report = job.run(target_bits_per_weight=4.7, calibration_rows=16, dtype="keep")
     assert 0.99 * 4.7 <= report["bits_per_weight"] <= 4.7
     assert len({row["bits"] for row in report["layers"]} - {0}) > 1
     tensors = job.tensors()
@@ -235,9 +260,9 @@ def test_a_size_budget_is_met_and_its_rules_reproduce_the_model(job: Job) -> Non
     import tomllib
 
     layers = tomllib.loads(report["layers_toml"])["layers"]
-    job.run(layers=layers)
+    job.run(layers=layers, dtype="keep")
     assert all(mx.array_equal(value, tensors[name]) for name, value in job.tensors().items())
-    by_size = job.run(target_size="48 KB", calibration_rows=16)
+    by_size = job.run(target_size="48 KB", calibration_rows=16, dtype="keep")
     assert 0.95 * 48_000 < by_size["model_bytes"] <= 48_000  # of the file, its header included
 
 
@@ -253,10 +278,12 @@ def test_a_model_of_the_hub_is_its_own_teacher(job: Job, monkeypatch: pytest.Mon
     [
         ({"bits": 2, "dtype": "bf16"}, "bf16"),
         ({"mode": "mxfp4"}, "fp32"),
-        ({"bits": 2, "method": "gptq"}, "fp32"),
-        ({"bits": 3, "method": "awq"}, "fp32"),
-        ({"bits": 3, "method": "dwq"}, "fp32"),
-        ({"bits": 2, "method": "qat", "num_steps": 4, "batch_size": 4}, "fp32"),
+        ({"bits": 2, "method": "gptq", "dtype": "keep"}, "fp32"),
+        ({"bits": 3, "method": "awq", "dtype": "keep"}, "fp32"),
+        ({"bits": 3, "method": "dwq", "dtype": "keep"}, "fp32"),
+        ({"bits": 2, "method": "block", "block_steps": 2, "dtype": "keep"}, "fp32"),
+        ({"bits": 3, "method": "dwq"}, "bf16"),  # rows of the embedding are in bf16, as its scales
+        ({"bits": 2, "method": "qat", "num_steps": 4, "batch_size": 4, "dtype": "keep"}, "fp32"),
         ({"bits": 2, "method": "qat", "num_steps": 4, "batch_size": 4, "dtype": "bf16", "training": "lora"}, "bf16"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -368,7 +395,7 @@ def test_a_weight_that_is_not_finite_is_named(job: Job) -> None:
         (
             WorkflowError,
             {"target_bits_per_weight": 2.5},
-            "quantize.target_bits_per_weight = 2.5: the least possible is 3.000 bits per weight",
+            "quantize.target_bits_per_weight = 2.5: the least possible is 2.500 bits per weight",
         ),
         (
             UserError,

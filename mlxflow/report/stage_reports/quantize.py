@@ -1,6 +1,6 @@
 """The figures of a quantize stage in report.toml."""
 
-from mlxflow.storage.report_structs import Count, ReportTable, StageReport
+from mlxflow.storage.report_structs import Count, ReportTable, Share, StageReport
 from mlxflow.training.figures import TrainingFigures, TrainingRun
 
 
@@ -43,6 +43,8 @@ class QualityFigures(ReportTable, frozen=True, kw_only=True):
         kl: mean divergence of the predicted distributions, in nats per token.
         kl_standard_error: of the same.
         top1_agreement: share of tokens whose likeliest prediction is the same.
+        text: the rows that judge.
+        overlap: share of their tokens that lie in passages of the calibration text, too.
     """
 
     tokens: Count
@@ -54,13 +56,31 @@ class QualityFigures(ReportTable, frozen=True, kw_only=True):
     kl: float
     kl_standard_error: float
     top1_agreement: float
+    text: str | None = None
+    overlap: Share = 0.0
+
+
+class BlockFigures(ReportTable, frozen=True, kw_only=True):
+    """A block that was trained by itself.
+
+    Attributes:
+        path: of the block.
+        error_before_training: squared error of its outputs by their square, in the first updates.
+        error_after_training: the same in the last ones.
+        error: the same on all calibration rows, with the stored weights.
+    """
+
+    path: str
+    error_before_training: float
+    error_after_training: float
+    error: float
 
 
 class QuantizeReport(StageReport, frozen=True, kw_only=True):
     """The figures of a quantize stage.
 
     Attributes:
-        method: "rtn", "gptq", "awq", "dwq" or "qat".
+        method: "rtn", "gptq", "awq", "dwq", "block" or "qat".
         mode: of layers without a rule, as are `bits` and `group_size`.
         bits: of a code.
         group_size: weights that share a scale.
@@ -77,7 +97,10 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
         budget_losses: nats per token of the plans that were tried; None without a budget.
         kernels: names of the fused GPU kernels in use; None if nothing was trained.
         training: of quantization-aware training; None without it.
+        blocks: of the method "block"; empty for others.
+        calibration_text: the rows that the method learned; None if it learned none.
         quality: None without tokens.
+        warnings: about figures that flatter the method.
         run: the stage's own keys; None if nothing was trained.
     """
 
@@ -98,5 +121,8 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
     budget_losses: tuple[float, ...] | None = None
     kernels: tuple[str, ...] | None = None
     training: TrainingFigures | None = None
+    blocks: tuple[BlockFigures, ...] = ()
+    calibration_text: str | None = None
     quality: QualityFigures | None = None
+    warnings: tuple[str, ...] = ()
     run: TrainingRun | None = None

@@ -1,0 +1,68 @@
+"""Round a matrix column by column so that later columns compensate the errors of earlier ones, on a fixed grid.
+
+GPTQ (Frantar et al. 2022, arXiv:2210.17323) with two differences. The grids of all groups are chosen first, so the
+columns may be rounded in any order: those with the largest inputs first, which MLX's format stores like any other
+codes. And the result is the compensated weights before rounding, from which training may start.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Share of the mean diagonal that is added to it: few rows leave directions without inputs. Raised until the matrix has
+# an inverse
+_DAMPING = (0.01, 0.1, 1.0)
+
+# Columns whose errors are collected before all later columns are updated by one product
+_COLUMNS_AT_ONCE = 64
+
+
+def compensated(
+    weight: NDArray[np.float32], inputs: NDArray[np.float32], grid: NDArray[np.float32], *, bits: int
+) -> NDArray[np.float32]:
+    """Return weights that lose less of their products with the inputs when they are rounded to their grid.
+
+    Args:
+        weight: (..., D).
+        inputs: sum over inputs of x x^T, (D, D).
+        grid: scales and biases, (2, ..., D / G), as they will be stored.
+        bits: of a code.
+
+    Returns:
+        The weights, (..., D), before rounding.
+    """
+    width = weight.shape[-1]
+    columns = weight.reshape(-1, width).T.copy()  # (D, N): each column is consecutive in memory
+    scales, biases = (part.reshape(-1, part.shape[-1]).T for part in grid)
+    scales = np.where(scales == 0, np.float32(1), scales)
+    order = np.argsort(-np.diag(inputs), kind="stable")
+    groups = order * scales.shape[0] // width
+    columns = columns[order]
+    factor = _inverse_factor(inputs[order][:, order])
+    for begin in range(0, width, _COLUMNS_AT_ONCE):
+        end = min(begin + _COLUMNS_AT_ONCE, width)
+        errors = np.empty((end - begin, columns.shape[1]), np.float32)
+        for place in range(begin, end):
+            scale, bias = scales[groups[place]], biases[groups[place]]
+            codes = np.clip(np.rint((columns[place] - bias) / scale), 0, 2**bits - 1)
+            error = (columns[place] - codes * scale - bias) / factor[place, place]
+            columns[place + 1 : end] -= np.outer(factor[place, place + 1 : end], error)
+            errors[place - begin] = error
+        columns[end:] -= factor[begin:end, end:].T @ errors
+    result = np.empty_like(columns)
+    result[order] = columns
+    return np.ascontiguousarray(result.T).reshape(weight.shape)
+
+
+def _inverse_factor(inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the upper Cholesky factor of the inverse of a matrix, with damping; the identity if it is not finite."""
+    width = len(inputs)
+    mean = float(np.mean(np.diag(inputs)))
+    for damping in _DAMPING if mean > 0 and np.isfinite(inputs).all() else ():
+        damped = inputs.astype(np.float64)
+        damped[np.arange(width), np.arange(width)] += damping * mean
+        try:
+            upper: NDArray[np.float64] = np.linalg.cholesky(np.linalg.inv(damped)).T
+        except np.linalg.LinAlgError:
+            continue
+        return np.ascontiguousarray(upper.astype(np.float32))
+    return np.eye(width, dtype=np.float32)

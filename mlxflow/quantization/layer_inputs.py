@@ -1,0 +1,75 @@
+"""Inputs of single layers during a forward pass, and layers with other weights or none."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxflow.ops.patching import layer_method
+
+
+def input_products(
+    module: nn.Module, paths: list[str], run: Callable[[int, int], mx.array], spans: Iterable[tuple[int, int]]
+) -> dict[str, mx.array]:
+    """Return for each layer the sum over the inputs of its products of x x^T, (D, D), in fp32.
+
+    Layers that read one array share its product. Lookups of an embedding have none; its use as a head has.
+
+    Args:
+        module: contains the layers.
+        paths: of the layers within it.
+        run: computes it on consecutive rows.
+        spans: the first row, and one past the last, of each call of `run`.
+    """
+    sums: dict[str, mx.array] = {}
+    seen: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def adding(path: str) -> Callable[[Any], Any]:
+        def make(call: Any) -> Any:
+            def added_call(self: Any, x: mx.array, *others: Any, **named: Any) -> Any:
+                if id(x) not in seen:
+                    rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
+                    seen[id(x)] = x, rows.T @ rows
+                product = seen[id(x)][1]
+                sums[path] = sums[path] + product if path in sums else product
+                return call(self, x, *others, **named)
+
+            return added_call
+
+        return make
+
+    modules = dict(module.named_modules())
+    with ExitStack() as stack:
+        for path in paths:
+            name = "as_linear" if hasattr(modules[path], "as_linear") else "__call__"
+            stack.enter_context(layer_method(modules[path], name, adding(path), by=__name__))
+        for span in spans:
+            run(*span)
+            mx.eval(list(sums.values()))
+            seen.clear()
+    found = dict(sums)
+    sums.clear()  # see `layer_method`
+    return found
+
+
+@contextmanager
+def other_weights(model: nn.Module, weights: Mapping[str, mx.array]) -> Iterator[None]:
+    """Give layers other weights until the block ends."""
+    modules = dict(model.named_modules())
+    dense = {path: modules[path].weight for path in weights}
+    try:
+        for path, weight in weights.items():
+            modules[path].weight = weight
+        yield
+    finally:
+        for path, weight in dense.items():
+            modules[path].weight = weight
+
+
+def remove_weights(block: nn.Module) -> None:
+    """Remove all arrays of a module, which frees their memory."""
+    for module in block.modules():
+        for name in [name for name, value in module.items() if isinstance(value, mx.array)]:
+            module.pop(name)

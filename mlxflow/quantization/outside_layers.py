@@ -1,0 +1,89 @@
+"""Round the layers outside of the blocks, embedding and head, so that the logits change least.
+
+The head is compensated for its inputs, the dense model's last hidden states. An embedding that is also the head is
+compensated for both uses: lookups take every column alike.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from mlxflow.ops.patching import layer_method
+from mlxflow.quantization.affine_grid import best_grid
+from mlxflow.quantization.block_calls import record_blocks
+from mlxflow.quantization.codec import Packed, pack, symmetric_grid, unpack
+from mlxflow.quantization.error_compensation import compensated
+from mlxflow.quantization.layer_inputs import input_products, remove_weights
+from mlxflow.quantization.plan import quantizable_layers
+from mlxflow.quantization.scale_groups import cast_to
+from mlxflow.quantization.settings import Setting
+
+# Weight of the lookups of an embedding that is also the head, relative to the mean over its columns as a head
+_LOOKUPS = 1.0
+
+
+def round_outside(
+    load: Callable[[], nn.Module], plan: Mapping[str, Setting], tokens: NDArray[Any], *, name: str
+) -> dict[str, tuple[Packed, mx.array]]:
+    """Return the codes of the layers outside of the blocks, and their lazy rounded weights, by module path.
+
+    Args:
+        load: returns the dense model in eval mode, with lazy weights of its own.
+        plan: of these layers, module path to setting.
+        tokens: (R, L) ids on which the inputs of the head are measured.
+        name: of the setting, for messages.
+    """
+    model = load()
+    affine = [path for path, setting in plan.items() if setting.stored_mode == "affine"]
+    products = _head_inputs(model, affine, tokens, name=name)
+    layers = quantizable_layers(model)
+    rounded = {}
+    for path, setting in plan.items():
+        weight, grid = layers[path].weight, None
+        exact = weight
+        if path in affine:
+            grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
+        inputs = products.pop(path, None)
+        if grid is not None and inputs is not None and inputs.shape[-1] == weight.shape[-1]:
+            if hasattr(layers[path], "as_linear"):
+                inputs = inputs + mx.eye(len(inputs)) * (_LOOKUPS * mx.diag(inputs).mean())
+            numbers = (np.array(one.astype(mx.float32)) for one in (weight, inputs, grid))
+            exact = mx.array(compensated(*numbers, bits=setting.bits))
+        packed = pack(exact, setting, grid)
+        mx.eval(packed)
+        rounded[path] = packed, unpack(packed, setting, weight.dtype)
+    return rounded
+
+
+def _head_inputs(model: nn.Module, paths: list[str], tokens: NDArray[Any], *, name: str) -> dict[str, mx.array]:
+    """Return the products of the inputs of layers after the blocks; the blocks lose their weights one by one."""
+    recorded = record_blocks(model, context_length=tokens.shape[1], name=name)
+    on_cpu = mx.default_device() == mx.cpu
+    hidden = recorded.embed(mx.array(tokens.astype(np.int32)))
+    modules = dict(model.named_modules())
+    for call in recorded.calls:
+        block = modules[call.path]
+        if on_cpu:  # which multiplies 16-bit numbers ten times more slowly
+            hidden = cast_to(mx.float32, hidden)
+            block.update(cast_to(mx.float32, block.parameters()))
+        hidden = mx.concatenate([call(block, hidden[row : row + 1]) for row in range(len(hidden))])
+        mx.eval(hidden)
+        remove_weights(block)
+    blocks = [modules[call.path] for call in recorded.calls]
+
+    def tail(begin: int, end: int) -> mx.array:
+        def passing(call: Any) -> Any:
+            return lambda self, x, *others, **named: hidden[begin:end]
+
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(layer_method(block, "__call__", passing, by=__name__))
+            logits: mx.array = model(mx.array(tokens[begin:end].astype(np.int32)))
+        return logits  # not evaluated: only the inputs of the layers are
+
+    return input_products(model, paths, tail, [(row, row + 1) for row in range(len(hidden))])

@@ -1,0 +1,72 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxflow.quantization.affine_grid import best_grid
+from mlxflow.quantization.block_training import BlockRows, TrainedBlock, relative_error, train_block
+from mlxflow.quantization.settings import Setting
+from mlxflow.quantization.trained_grid import GridLayer
+
+FP32 = (mx.float32, mx.float32)
+
+
+class _Block(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y: mx.array = x + self.down(nn.silu(self.up(self.norm(x))))
+        return y
+
+
+def _trained(*, num_steps: int) -> tuple[TrainedBlock, float]:
+    """Return a trained block of 2 bits, and its error on rows that it was not trained on."""
+    mx.random.seed(0)
+    block, setting = _Block(), Setting("affine", 2, 32)
+    hidden = mx.random.normal((48, 8, 32)) * 0.3
+    targets = block(hidden)
+    mx.eval(targets)
+    pairs = {
+        path: GridLayer.begin(layer.weight, setting, best_grid(layer.weight, setting), dtypes=FP32)
+        for path, layer in (("up", block.up), ("down", block.down))
+    }
+    dense = {path: layer.weight for path, layer in (("up", block.up), ("down", block.down))}
+    layers = {path: pair[0] for path, pair in pairs.items()}
+    rows = BlockRows(32, lambda numbers: (hidden[mx.array(numbers)], targets[mx.array(numbers)]))
+    made = train_block(
+        block,
+        lambda block, x: block(x),
+        layers,
+        {path: pair[1] for path, pair in pairs.items()},
+        rows,
+        num_steps=num_steps,
+        batch_size=8,
+        seed=0,
+    )
+    for path, weight in dense.items():
+        assert getattr(block, path).weight is weight
+        getattr(block, path).weight = layers[path].weight(made.trained[path])
+    return made, float(relative_error(block(hidden[32:]), targets[32:]))
+
+
+def test_training_lowers_the_error_on_other_rows() -> None:
+    none, before = _trained(num_steps=0)
+    assert (none.first_error, none.last_error) == (0.0, 0.0)
+    made, after = _trained(num_steps=100)
+    assert made.last_error < 0.85 * made.first_error
+    assert after < 0.85 * before
+
+
+def test_training_twice_gives_the_same_numbers() -> None:
+    one, other = (_trained(num_steps=5)[0] for _ in range(2))
+    assert one.last_error == other.last_error
+    for path, arrays in one.trained.items():
+        for name, array in arrays.items():
+            assert mx.array_equal(array, other.trained[path][name])
+
+
+def test_the_error_of_a_token_is_relative_to_its_size() -> None:
+    targets = mx.array(np.array([[[1.0, 0.0], [1000.0, 0.0]]], np.float32))
+    assert float(relative_error(targets * 1.1, targets)) == pytest.approx(0.01, rel=1e-4)

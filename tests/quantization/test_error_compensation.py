@@ -1,0 +1,50 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxflow.quantization.affine_grid import round_on
+from mlxflow.quantization.codec import mlx_grid, round_trip
+from mlxflow.quantization.error_compensation import compensated
+from mlxflow.quantization.settings import Setting
+
+
+def _case(width: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Return a matrix, and inputs whose channels are correlated and of different sizes."""
+    random = np.random.default_rng(0)
+    mixed = random.normal(size=(width, width)) * 0.3 + np.eye(width)
+    inputs = random.normal(size=(1000, width)) @ mixed * np.exp(random.normal(size=width))
+    return random.normal(size=(96, width)).astype(np.float32), inputs.astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_compensated_weights_lose_less_of_their_products(bits: int) -> None:
+    weight, inputs = _case()
+    setting = Setting("affine", bits, 32)
+    grid = mlx_grid(mx.array(weight), setting)
+    made = compensated(weight, inputs.T @ inputs, np.array(grid), bits=bits)
+    rounded = np.array(round_on(mx.array(made), setting, grid))
+
+    def lost(matrix: np.ndarray) -> float:
+        return float(np.square(inputs @ (matrix - weight).T).sum())
+
+    assert lost(rounded) < 0.6 * lost(np.array(round_trip(mx.array(weight), setting)))
+
+
+def test_without_correlated_inputs_the_weights_are_unchanged() -> None:
+    weight, _ = _case()
+    setting = Setting("affine", 3, 32)
+    grid = np.array(mlx_grid(mx.array(weight), setting))
+    identity = np.eye(128, dtype=np.float32)
+    for inputs in (identity, np.full_like(identity, np.inf), identity * 0):
+        assert np.allclose(compensated(weight, inputs, grid, bits=3), weight, atol=1e-5)
+
+
+def test_experts_and_inputs_without_rank_are_compensated_too() -> None:
+    weight, inputs = _case()
+    setting = Setting("affine", 4, 32)
+    grid = np.array(mlx_grid(mx.array(weight), setting))
+    few = inputs[:5].T @ inputs[:5]
+    made = compensated(weight, few, grid, bits=4)
+    assert np.isfinite(made).all()
+    experts = compensated(weight.reshape(4, 24, 128), few, grid.reshape(2, 4, 24, 4), bits=4)
+    assert np.array_equal(experts.reshape(96, 128), made)
