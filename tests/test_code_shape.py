@@ -64,6 +64,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/quantization/table_checks.py": "tests/test_number_bounds.py",
     "mlxflow/quantization/table_requests.py": "tests/stages/test_quantize.py",
     "mlxflow/report/stage_reports/export.py": "tests/stages/test_export.py",
+    "mlxflow/workflow/artifact_card.py": "tests/stages/test_export.py",
     "mlxflow/training/job.py": "tests/stages/test_train.py",
     "mlxflow/training/lora_config.py": "tests/stages/test_fuse.py",
     "mlxflow/training/setting_checks.py": "tests/test_number_bounds.py",

@@ -5,9 +5,13 @@ A model whose settings llama.cpp does not read is refused, because it would comp
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxflow.messages.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _ATTENTION = {
     "attn_norm": "input_layernorm",
@@ -287,6 +291,18 @@ def rope_factors(config: Mapping[str, Any]) -> list[float]:
         return float(1 / ((1 - smooth) / factor + smooth))
 
     return [factor_of(place) for place in range(0, dims, 2)]
+
+
+def rotary_order(num_rows: int, num_heads: int) -> "NDArray[np.intp]":
+    """Return the order in which llama.cpp has the rows of q or k: the two halves of each head take turns.
+
+    Args:
+        num_rows: of the matrix, H * D.
+        num_heads: H.
+    """
+    import numpy as np
+
+    return np.arange(num_rows).reshape(num_heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def config_json(architecture: GgufArchitecture, field: Callable[[str], Any]) -> dict[str, Any]:

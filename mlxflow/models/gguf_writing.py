@@ -204,7 +204,7 @@ def _sources(
         kind = name.split(".")[-2]
         matrix = layer if own == "weight" and value.ndim > 1 else None
         permutes = architecture.permutes and kind in heads
-        rows = _rotary_order(value.shape[0], heads[kind] or heads["attn_q"]) if permutes else None
+        rows = gguf_architectures.rotary_order(value.shape[0], heads[kind] or heads["attn_q"]) if permutes else None
         added = 1.0 if architecture.adds_one and kind.endswith("norm") else 0.0
         yield _Source(name, path, matrix, value, _encoding(kind, matrix, request), rows, added)
 
@@ -215,11 +215,6 @@ def _encoding(kind: str, matrix: nn.Module | None, request: GgufRequest) -> Enco
         return Encoding("f32", keeps_codes=False)
     is_outer = kind in ("token_embd", "output")
     return gguf_blocks.choose(matrix, request.type, is_outer=is_outer, outer=request.outer_type)
-
-
-def _rotary_order(num_rows: int, num_heads: int) -> "NDArray[np.intp]":
-    """Return the order in which llama.cpp has the rows of q or k: the two halves of each head take turns."""
-    return np.arange(num_rows).reshape(num_heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def _write_file(file: Path, architecture: str, fields: Mapping[str, Any], sources: list[_Source]) -> None:

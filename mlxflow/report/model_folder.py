@@ -1,17 +1,13 @@
 """The facts about a model's folder on the page: chat template, code, and the licence of its base."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxflow.storage import model_files
+from mlxflow.storage import model_files, remote_code
+from mlxflow.storage.model_card import licence_of
 from mlxflow.storage.paths import locate
-
-_MOST_BYTES = 1 << 23
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
-_LICENCE_LINE = re.compile(r"^license(?:_name)?:[ \t]*[\"']?([^\s\"'#][^\n\"'#]*)", re.MULTILINE)
 
 
 class ModelFolderFacts(NamedTuple):
@@ -40,9 +36,9 @@ def look_at(root: Path, folder: Path, config: Mapping[str, Any]) -> ModelFolderF
     """
     base = _base_of(config)
     has_template = (folder / "chat_template.jinja").is_file() or bool(
-        _json(folder / model_files.TOKENIZER_CONFIG).get("chat_template")
+        remote_code.read_table(folder / model_files.TOKENIZER_CONFIG).get("chat_template")
     )
-    has_code = "auto_map" in _json(folder / model_files.CONFIG)
+    has_code = "auto_map" in remote_code.read_table(folder / model_files.CONFIG)
     return ModelFolderFacts(has_template, has_code, base, licence_of(locate(base, root)) if base else "")
 
 
@@ -52,32 +48,3 @@ def _base_of(config: Mapping[str, Any]) -> str:
     name = model.get("from", "") if isinstance(model, dict) else model
     is_stage = isinstance(name, str) and re.fullmatch(r"(train|quantize)(:.*)?", name)
     return name if isinstance(name, str) and not is_stage else ""
-
-
-def licence_of(folder: Path) -> str:
-    """Return the licence that a model's folder names in the head of its README, or else begins a licence file with."""
-    head = _text(folder / "README.md").removeprefix("---").partition("\n---")[0]
-    if _text(folder / "README.md").startswith("---") and (named := _LICENCE_LINE.search(head)):
-        return named[1].strip()
-    for name in _LICENCE_FILES:
-        if line := next((line.strip() for line in _text(folder / name).splitlines() if line.strip()), ""):
-            return f"{line[:80]} ({name})"
-    return ""
-
-
-def _text(path: Path) -> str:
-    """Return a small text file; empty if it cannot be read."""
-    try:
-        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
-            return ""
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -34,7 +34,7 @@ from mlxflow.storage.locks import hold
 from mlxflow.storage.observed_inputs import ObservedInputs
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.user_folders import prepare_compiled_folder
-from mlxflow.workflow import rank_timing, ranked_execution
+from mlxflow.workflow import artifact_card, rank_timing, ranked_execution
 from mlxflow.workflow.handover import Handover
 from mlxflow.workflow.model import Stage, Workflow
 from mlxflow.workflow.stage import outputs_of, paths_of, rooted, settings_digest
@@ -175,6 +175,7 @@ def _make_artifact(stage: Stage, context: Context, started: float, chosen: str |
     inputs = rooted(stage.inputs, context.root)
     with memory_errors.naming(stage.task) if chosen else nullcontext():
         figures = stage.module.run(config=stage.config, inputs=inputs, outputs=outputs, context=context)
+    artifact_card.write(stage, inputs, context, figures)
     files = sorted({*ownership.written_names(context.folder), layout.REPORT})
     run = _describe_run(round(time.perf_counter() - started, 3), chosen, threads, files)
     stage_table = report_structs.Provenance(**context.provenance)

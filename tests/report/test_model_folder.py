@@ -6,29 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxflow.report.model_folder import ModelFolderFacts, licence_of, look_at
-
-
-@pytest.mark.parametrize(
-    ("files", "licence"),
-    [
-        ({"README.md": "---\nlanguage: en\nlicense: apache-2.0\n---\n# A model\n"}, "apache-2.0"),
-        ({"README.md": "---\nlicense: other\nlicense_name: 'a license'\n---\n"}, "other"),
-        (
-            {"README.md": "# A model\nlicense: it is free\n", "LICENSE": "\n  MIT License\n\nText"},
-            "MIT License (LICENSE)",
-        ),
-        ({"README.md": "---\nlanguage: en\n---\nlicense: mit\n"}, ""),
-        ({"COPYING": "x" * 200}, f"{'x' * 80} (COPYING)"),
-        ({}, ""),
-    ],
-)
-def test_a_licence_is_read_from_the_head_of_the_readme_or_a_licence_file(
-    tmp_path: Path, files: dict[str, str], licence: str
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert licence_of(tmp_path) == licence
+from mlxflow.report.model_folder import ModelFolderFacts, look_at
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The export stage in a workflow: what it writes, when it is stale, and what is refused before anything is trained."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,71 @@ def test_a_quantized_model_keeps_its_codes_and_show_lists_them(project: Path) ->
     assert done.returncode == 0, done.stderr
     assert "blk.1.ffn_up.weight" in done.stdout
     assert "as they are" in done.stdout
+
+
+ADAPTED = (
+    HEAD.partition("[train]")[0]
+    + """
+[[train]]
+name = "adapted"
+method = "lora"
+num_steps = 2
+batch_size = 4
+model = { from = "base" }
+[[quantize]]
+name = "q4"
+model = "base"
+group_size = 32
+[[export]]
+name = "peft"
+model = "train:adapted"
+format = "peft"
+base_model = "owner/base"
+[[export]]
+name = "llama"
+model = "train:adapted"
+format = "adapter-gguf"
+[[export]]
+name = "shards"
+model = "quantize:q4"
+format = "mlx"
+max_shard_size = "30 KB"
+"""
+)
+
+
+def test_adapters_and_shards_are_written_with_cards(project: Path) -> None:
+    base = project / "base"
+    shutil.copytree(project / "artifacts/train", base)
+    (base / "README.md").write_text("---\nlicense: mit\nbase_model: owner/base\n---\n")
+    (project / "adapters.toml").write_text(ADAPTED)
+    done = mlxflow(project, "build", "--workflow", "adapters.toml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = {name: project / "artifacts/export" / name for name in ("peft", "llama", "shards")}
+    config = json.loads((folders["peft"] / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (8, 160.0, "owner/base")
+    assert (folders["llama"] / "adapter.gguf").is_file()
+    assert len(list(folders["shards"].glob("model-*-of-*.safetensors"))) > 1
+    assert model_folder.load(folders["shards"])[1]["quantization"]["group_size"] == 32
+    made = {**folders, "train": project / "artifacts/train/adapted", "quantize": project / "artifacts/quantize/q4"}
+    for folder in made.values():
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlicense: mit\nbase_model: owner/base\n")
+        assert str(project) not in card
+    assert 'model = PeftModel.from_pretrained(model, "FOLDER")' in (folders["peft"] / "README.md").read_text()
+    assert "| last_validation_perplexity | " in (made["train"] / "README.md").read_text()
+
+
+def test_adapters_of_a_model_without_any_are_refused_before_anything_runs(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    Path("export.toml").write_text(HEAD + '[export]\nformat = "peft"\n')
+    with pytest.raises(WorkflowError) as caught:
+        load_workflow(Path("export.toml"))
+    assert str(caught.value) == (
+        'export.toml: export.model = "train": has no adapters. Train it with method = "lora", or set format = "mlx".'
+    )
 
 
 def test_only_a_changed_model_or_table_makes_it_stale(job: Path) -> None:

@@ -28,7 +28,7 @@ class ExportReport(StageReport, frozen=True, kw_only=True):
     """The figures of an export stage.
 
     Attributes:
-        format: "gguf".
+        format: "gguf", "mlx", "peft" or "adapter-gguf".
         architecture: in the words of the format, such as "llama".
         type: that of most weights; empty for formats without.
         files: that were written, without this report.
