@@ -223,12 +223,22 @@ class _Watch:
         """Return which rank made no progress for too long; a rank that waits for others is not to blame for that."""
         running = [rank for rank in self._ranks if rank.is_training]
         waiting = [rank for rank in running if rank.beat.waits]
-        busy = [rank for rank in running if not rank.beat.waits and (rank.beat.step >= 0 or waiting)]
-        late = [rank for rank in busy or waiting if self._is_late(rank, waiting)]
-        if not late or (not busy and len(late) < len(waiting)):
+        late = self._late_ones(running, waiting)
+        if not late:
             return None
-        slowest = min(late, key=self._order_of_silence)
+        # one that computes waits for a stopped one, too, when its device has no more room for work
+        slowest = min([*late, *(rank for rank in waiting if rank.is_stopped)], key=self._order_of_silence)
         return Cause(_describe_silence(slowest, waiting, self._limits.timeout), slowest.number)
+
+    def _late_ones(self, running: list[RunningRank], waiting: list[RunningRank]) -> list[RunningRank]:
+        """Return the ranks whose time is over; of ranks that wait, only a stopped one, or all of them."""
+        busy = [rank for rank in running if not rank.beat.waits and (rank.beat.step >= 0 or waiting)]
+        late = [rank for rank in [*busy, *waiting] if self._is_late(rank, waiting)]
+        stopped = [rank for rank in late if rank.is_stopped]
+        if stopped:
+            return stopped
+        late_and_busy = [rank for rank in late if not rank.beat.waits]
+        return late_and_busy if busy else late if len(late) == len(waiting) else []
 
     def _order_of_silence(self, rank: RunningRank) -> tuple[bool, int, float]:
         """Return the order of late ranks: the first one is to blame."""

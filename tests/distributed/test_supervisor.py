@@ -139,6 +139,17 @@ def test_a_stopped_rank_is_named_as_stopped(run: Run) -> None:
         )
 
 
+def test_a_stopped_rank_is_named_before_one_that_computes(run: Run) -> None:
+    with pytest.raises(
+        StageError, match=r"^train: rank 1 made no progress for 2 s at step 4 \(sum\) and is stopped\. "
+    ):
+        run(
+            "0 until began; 0 beat 4 forward pass; 0 touch waiting; "
+            "1 touch began; 1 until waiting; 1 wait 4 sum; 1 kill SIGSTOP; all sleep 60",
+            timeout=2.0,
+        )
+
+
 def test_a_rank_that_others_wait_for_before_the_training_has_the_same_time(run: Run) -> None:
     with pytest.raises(StageError, match=r"^train: rank 1 made no progress for 0\.5 s before the training \(start\); "):
         run("0 wait -1 joining the other ranks; all sleep 60", timeout=0.5)
