@@ -8,6 +8,7 @@ ROUNDS times (3) in turns with the others, and printed as the median of its toke
 - alone: this project's trainer on one process;
 - side by side: as many single processes at once, with no exchange: what the machine allows;
 - ordered, fast: this project's ranks, by `reduction`;
+- sharded: in order, each rank keeping a part of the optimizer's state;
 - mlx-lm alone, mlx-lm: its trainer on one process and on the ranks.
 
 The efficiency is the share of side by side.
@@ -36,7 +37,7 @@ from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.storage.regular_files import open_log
 
 JOBS = {"cpu": Job(TINY_LLAMA | {"hidden_size": 128, "vocab_size": 2048}, 8, 128), "135m": REFERENCE, "1b": LARGE}
-ROWS = ("alone", "side by side", "ordered", "fast", "mlx-lm alone", "mlx-lm")
+ROWS = ("alone", "side by side", "ordered", "fast", "sharded", "mlx-lm alone", "mlx-lm")
 
 
 def main(ranks: int, job: str, rounds: int, rows: Sequence[str]) -> None:
@@ -81,7 +82,7 @@ def _start(row: str, ranks: int, job: str, folder: Path) -> list[dict[str, Any]]
         reduction = row if row in ("ordered", "fast") else "ordered"
         backend = "ring" if job == "cpu" else "nccl"
         with contextlib.redirect_stderr(open(os.devnull, "w")):  # noqa: PTH123
-            launch = Launch(command, b"", ranks, backend, reduction, logs, open_log, 0, None, None)
+            launch = Launch(command, b"", ranks, backend, reduction, row == "sharded", logs, open_log, 0, None, None)
             supervise(row, launch, RestartLimits("10 min", 600, 0))
         texts = [logs[0].read_text()]
     return [next(json.loads(line) for line in text.splitlines() if line.startswith("{")) for text in texts]

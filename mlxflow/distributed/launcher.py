@@ -32,6 +32,7 @@ class Launch(NamedTuple):
         size: number of ranks.
         backend: "ring", "nccl" or "jaccl".
         reduction: see `Rank`.
+        shards_optimizer: see `Rank`.
         logs: a file for the output of each rank.
         open_log: opens one of them for writing.
         threads: of matrix products of each rank; 0 for one per processor.
@@ -44,6 +45,7 @@ class Launch(NamedTuple):
     size: int
     backend: str
     reduction: str
+    shards_optimizer: bool
     logs: Sequence[Path]
     open_log: Callable[[Path], BinaryIO]
     threads: int
@@ -194,7 +196,7 @@ def _start_of(launch: Launch, number: int, addresses: Sequence[Sequence[str]], k
     return RankStart(
         command=launch.command,
         data=launch.data,
-        rank=Rank(number, launch.size, launch.backend, launch.reduction),
+        rank=Rank(number, launch.size, launch.backend, launch.reduction, shards_optimizer=launch.shards_optimizer),
         variables=variables_of(
             launch.backend, number, addresses, rdma=[host.rdma for host in hosts.hosts] if hosts else (), key=key
         ),

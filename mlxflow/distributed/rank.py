@@ -21,6 +21,7 @@ class Rank(NamedTuple):
         beats: descriptor of the pipe for heartbeats; -1 for none.
         sharing: ranks that share this one's device and its memory, itself included.
         cores: the processors it may run on; empty for all.
+        shards_optimizer: whether each rank keeps a part of the optimizer's state.
     """
 
     number: int = 0
@@ -30,6 +31,7 @@ class Rank(NamedTuple):
     beats: int = -1
     sharing: int = 1
     cores: tuple[int, ...] = ()
+    shards_optimizer: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -39,7 +41,8 @@ class Rank(NamedTuple):
     def environment(self) -> dict[str, str]:
         """Return the environment variables from which the process reads its place."""
         cores = ",".join(map(str, self.cores))
-        place = f"{self.number} {self.size} {self.backend} {self.reduction} {self.sharing} {cores}"
+        shards = int(self.shards_optimizer)
+        place = f"{self.number} {self.size} {self.backend} {self.reduction} {self.sharing} {cores} {shards}"
         return {_RANK: place, _BEATS: str(self.beats)}
 
     @classmethod
@@ -47,9 +50,10 @@ class Rank(NamedTuple):
         """Return the place that a launcher wrote into an environment; None if there is none."""
         if _RANK not in environment:
             return None
-        number, size, backend, reduction, sharing, cores = environment[_RANK].split(" ")
+        number, size, backend, reduction, sharing, cores, shards = environment[_RANK].split(" ")
         allowed = tuple(int(core) for core in cores.split(",") if core)
-        return cls(int(number), int(size), backend, reduction, int(environment[_BEATS]), int(sharing), allowed)
+        beats = int(environment[_BEATS])
+        return cls(int(number), int(size), backend, reduction, beats, int(sharing), allowed, shards == "1")
 
 
 #: A process that trains alone.

@@ -62,6 +62,14 @@ class Distributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "number of ranks; fast: the backend's own sum, which moves less data and rounds differently"
         ),
     ] = "ordered"
+    optimizer_sharding: Annotated[
+        bool,
+        Meta(
+            description="each rank keeps a part of the optimizer's state and of fp32 copies of the weights (ZeRO-1), "
+            "and the ranks exchange the updated weights; for optimizers that update each number by itself, such as "
+            "adamw and sgd"
+        ),
+    ] = False
     step_timeout: Annotated[
         str,
         Meta(

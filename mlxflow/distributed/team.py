@@ -114,6 +114,15 @@ class Team:
         everyone = self._numbers.gather(mine.tobytes())
         return np.stack([np.frombuffer(row, mine.dtype) for row in everyone])
 
+    def gather_within(self, array: mx.array) -> mx.array:
+        """Return what `gather` returns, for use within a larger evaluation; lazy.
+
+        On CUDA the host would wait for the device where an evaluation has work on two streams.
+        """
+        if self._group is None or self.rank.backend != "nccl":
+            return self.gather(array)
+        return mx.distributed.all_gather(array, group=self._group)
+
     @contextmanager
     def communicating(self) -> Iterator[None]:
         """Run the operations of the block on the stream of the collectives, so that they do not hold up others."""

@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 
 from mlxflow.data.loader import Loader, name_by_number
 from mlxflow.data.token_file import Rows
+from mlxflow.distributed.team import SOLO, Team
 from mlxflow.kernels import model_kernels
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.overrides import OperationOverrides
@@ -136,14 +137,15 @@ def make_optimizer(settings: TrainingSettings, *, names: SettingNames = _NAMES) 
     )
 
 
-def make_update(subject: Subject, kernels: model_kernels.ModelKernels) -> optimizers.Update:
-    """Return the optimizer's update of a model."""
+def make_update(subject: Subject, kernels: model_kernels.ModelKernels, team: Team = SOLO) -> optimizers.Update:
+    """Return the optimizer's update of a model; `team` are the ranks of a distributed run."""
     return optimizers.Update(
         subject.model,
         make_optimizer(subject.settings, names=subject.names),
         max_grad_norm=subject.settings.max_grad_norm,
         has_masters=subject.settings.precision == "bf16",
         uses_kernel=kernels.uses,
+        team=team,
     )
 
 
@@ -165,7 +167,12 @@ def patched(subject: Subject, kernels: model_kernels.ModelKernels) -> Iterator[N
 
 
 def make_step(
-    subject: Subject, chosen: Objective, kernels: model_kernels.ModelKernels, *, replaces_operations: bool = True
+    subject: Subject,
+    chosen: Objective,
+    kernels: model_kernels.ModelKernels,
+    *,
+    replaces_operations: bool = True,
+    team: Team = SOLO,
 ) -> Step:
     """Return the compiled training step.
 
@@ -174,29 +181,33 @@ def make_step(
         chosen: the loss to minimize; made before the model was patched.
         kernels: in use.
         replaces_operations: whether MLX operations are replaced, see `ops.overrides`.
+        team: the ranks of a distributed run.
 
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
     how = overrides_of(subject.settings, kernels)._replace(is_enabled=replaces_operations)
-    return Step(subject.model, make_update(subject, kernels), chosen, overrides=how)
+    return Step(subject.model, make_update(subject, kernels, team), chosen, overrides=how)
 
 
 @contextmanager
-def ready_step(subject: Subject, kernels: model_kernels.ModelKernels, *, chunk_share: float = 1.0) -> Iterator[Step]:
+def ready_step(
+    subject: Subject, kernels: model_kernels.ModelKernels, *, chunk_share: float = 1.0, team: Team = SOLO
+) -> Iterator[Step]:
     """Yield the compiled training step, with kernels and gradient checkpointing installed until the block ends.
 
     Args:
         subject: the model and its settings.
         kernels: in use.
         chunk_share: see `objective.make_objective`.
+        team: the ranks of a distributed run.
 
     Raises:
         ArtifactError: an option that the optimizer does not know.
     """
     chosen = subject.objective(uses_kernel=kernels.uses_loss_kernel, chunk_share=chunk_share)
     with patched(subject, kernels):
-        yield make_step(subject, chosen, kernels)
+        yield make_step(subject, chosen, kernels, team=team)
 
 
 def make_loader(
@@ -274,7 +285,7 @@ def ready_trainer(
         session: the environment of the run.
         replay: recorded batch size decisions to follow instead of the memory.
     """
-    with ready_step(subject, kernels) as step:
+    with ready_step(subject, kernels, team=session.team) as step:
         sizes = BatchSizes(subject.settings, replay=replay, names=subject.names, ranks=session.team.size)
         yield Trainer(
             subject.model, step, subject.settings, sizes=sizes, data=data, session=session, names=subject.names

@@ -11,8 +11,10 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from mlxflow.messages.errors import ArtifactError
+from mlxflow.distributed.team import SOLO, Team
+from mlxflow.messages.errors import ArtifactError, UserError
 from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
+from mlxflow.training.optimizer_shards import OptimizerShards
 
 #: Takes the number of the update, from 0, and returns the learning rate, a scalar.
 Schedule = Callable[[mx.array], mx.array]
@@ -130,6 +132,7 @@ class Update:
             computed, and only the loss is checked for finite values.
         has_masters: whether fp32 copies of weights in another dtype are kept.
         uses_kernel: takes the name of a kernel; returns whether it is used.
+        team: the ranks of a distributed run; each may keep a part of the state.
 
     Attributes:
         state: all that an update changes outside the model: a tree to capture, save and restore. `publish` computes
@@ -145,6 +148,7 @@ class Update:
         max_grad_norm: float,
         has_masters: bool,
         uses_kernel: Callable[[str], bool] = lambda _: False,
+        team: Team = SOLO,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
@@ -158,9 +162,13 @@ class Update:
             trainable = _map(lambda weight: weight.astype(mx.float32), trainable)
         self.layout = FlatLayout(trainable) if _is_elementwise(optimizer) else None
         weights = self.join(trainable)
+        self._shards: OptimizerShards | None = None
+        self._publish_arrays(weights)
+        if team.rank.shards_optimizer:
+            self._shards = self._make_shards(weights, team)
+            weights = self._shards.own(weights)
         optimizer.init(weights)
         self.state: dict[str, Any] = {"weights": weights, "optimizer": optimizer.state}
-        self.publish()
 
     def join(self, tree: Any) -> Any:
         """Return a tree like that of the trainable weights as the update takes gradients.
@@ -169,12 +177,42 @@ class Update:
         """
         return tree if self.layout is None else self.layout.gather(tree)
 
+    def _make_shards(self, weights: Any, team: Team) -> OptimizerShards:
+        if self.layout is None:
+            kind = type(getattr(self._optimizer, "optimizers", [self._optimizer])[0]).__name__
+            raise UserError(
+                f"workflow.distributed.optimizer_sharding = true: {kind} updates whole matrices, which cannot be split "
+                "between ranks. Remove it, or choose adamw or sgd as the optimizer."
+            )
+        return OptimizerShards(weights, team)
+
+    def whole_state(self) -> Any:
+        """Return the state with whole arrays for a checkpoint; of several ranks only rank 0 gets them."""
+        return self.state if self._shards is None else self._shards.whole_state(self.state)
+
+    def state_like(self) -> Any:
+        """Return a tree of the shapes and dtypes of `whole_state`, whose arrays may be replaced."""
+        return self.state if self._shards is None else self._shards.state_like(self.state)
+
+    def restore(self, state: Any) -> None:
+        """Take whole arrays, as of `whole_state`, as the state; `publish` is called."""
+        if self._shards is not None:
+            _assign(self.state, self._shards.own_state(state))
+        self.publish()
+
+    def shared_weights(self) -> Any:
+        """Return a tree of weights that every rank has: those of the state, or else the model's."""
+        return self.state["weights"] if self._shards is None else self._model.trainable_parameters()
+
     def publish(self) -> None:
         """Set the model's weights to those of the state."""
-        weights = self.state["weights"]
-        self._publish_arrays(weights)
+        self._publish_arrays(self.state["weights"])
 
     def _publish_arrays(self, arrays: Any) -> None:
+        if self._shards is not None:  # in the dtype of the model, which may be half of the state's
+            types = self._model_type
+            arrays = {name: array if types is None else array.astype(types) for name, array in arrays.items()}
+            arrays = self._shards.whole(arrays)
         tree = arrays if self.layout is None else self.layout.scatter(arrays)
         self._model.update(_map(lambda weight, dtype: weight.astype(dtype), tree, self._types))
 
@@ -196,6 +234,8 @@ class Update:
             norm = mx.sqrt(_sum([self._squares(gradient) for _, gradient in tree_flatten(gradients)])) / count
             scale = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0) / count
         is_finite = mx.isfinite(loss) & mx.isfinite(norm)
+        if self._shards is not None:
+            gradients = self._shards.own(gradients)
         if self._is_fused(weights, gradients):
             return loss, norm, self._apply_fused(weights, gradients, scale, is_finite), is_finite
         scaled = _map(lambda weight, gradient: _scaled(gradient, scale, weight.dtype), weights, gradients)
@@ -298,3 +338,12 @@ def _keep_where(condition: mx.array, state: Any, before: Any) -> None:
             _keep_where(condition, value, before[key])
         else:
             state[key] = mx.where(condition, value, before[key])
+
+
+def _assign(state: Any, new: Any) -> None:
+    """Replace the arrays of a tree in place by those of another tree of the same form."""
+    for key, value in list(state.items() if isinstance(state, dict) else enumerate(state)):
+        if isinstance(value, dict | list):
+            _assign(value, new[key])
+        else:
+            state[key] = new[key]

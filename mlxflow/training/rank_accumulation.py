@@ -288,7 +288,7 @@ class RankAccumulator:
             raise _OutOfMemoryError(int(everyone.needed_bytes.max()))
 
     def _weights_digest(self) -> mx.array:
-        return digest_of(self._parts.step.state[1]["weights"])
+        return digest_of(self._parts.step.shared_weights())
 
     def _digest_number(self) -> int:
         """Return the digest of the weights that was noted, 0 without one; then it is no longer noted."""

@@ -37,10 +37,13 @@ class Snapshots:
         Args:
             partial: sums of an interrupted update.
         """
-        tree: dict[str, Any] = {"update": self._step.state[1], "random": list(self._step.state[2])}
+        tree = self._tree(self._step.whole_state())
         if partial is not None:
             tree["partial"] = list(partial)
         return tree
+
+    def _tree(self, update: Any) -> dict[str, Any]:
+        return {"update": update, "random": list(self._step.state[2])}
 
     def unfit(self, checkpoint: Checkpoint) -> str:
         """Return why this run cannot continue from a checkpoint; empty if it can."""
@@ -51,7 +54,7 @@ class Snapshots:
 
     def _target(self, rows_done: int) -> dict[str, Any]:
         """Return the tree that the arrays of a checkpoint are assigned to, with the sums of an interrupted update."""
-        target = self.arrays(None)
+        target = self._tree(self._step.state_like())
         if rows_done:
             zero = mx.array(0.0)
             target["partial"] = [zero, zero, tree_map(lambda weight: weight, self._model.trainable_parameters())]
@@ -68,7 +71,7 @@ class Snapshots:
         vars(self._state).update(facts)
         target = self._target(self._state.rows_done)
         _assign(target, "", checkpoint.arrays)
-        self._step.publish()
+        self._step.restore(target["update"])
         put_random_key(target["random"][0])
         mx.eval(self._step.state)
         checkpoint.arrays.clear()  # references to the checkpoint must not keep the old weights alive

@@ -82,13 +82,24 @@ class Step:
             outputs=self.state,
         )
         self._model = model
-        self._publish = update.publish
-        self._join, self._layout = update.join, update.layout
+        self._of_update = update
         self._read, self._drawn, self._gradients = read, drawn, compute
 
-    def publish(self) -> None:
-        """Set the model's weights to those of the state, after the state was restored."""
-        self._publish()
+    def whole_state(self) -> Any:
+        """Return the state of the update for a checkpoint; of several ranks that share it only rank 0 gets it."""
+        return self._of_update.whole_state()
+
+    def state_like(self) -> Any:
+        """Return a tree of the shapes and dtypes of `whole_state`, whose arrays may be replaced."""
+        return self._of_update.state_like()
+
+    def restore(self, state: Any) -> None:
+        """Take a state of the update from a checkpoint, and set the model's weights from it."""
+        self._of_update.restore(state)
+
+    def shared_weights(self) -> Any:
+        """Return a tree of weights that every rank has: those of the state, or else the model's."""
+        return self._of_update.shared_weights()
 
     def compute(self, tokens: mx.array, marks: mx.array) -> Gradients:
         """Return the gradients of a batch, (B, L + 1) each, in the dtypes of the weights."""
@@ -105,11 +116,11 @@ class Step:
 
     def join(self, gradients: Gradients) -> Joined:
         """Return gradients as the update takes them."""
-        return Joined(gradients.total, gradients.targets, self._join(gradients.tree))
+        return Joined(gradients.total, gradients.targets, self._of_update.join(gradients.tree))
 
     def packing(self) -> GradientPacking:
         """Return how the gradients are sent to other ranks."""
-        return GradientPacking(self._model.trainable_parameters(), self._layout)
+        return GradientPacking(self._model.trainable_parameters(), self._of_update.layout)
 
     def compiled(self, of_gradients: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled function of tokens, marks and other arguments that computes the gradients of a batch.

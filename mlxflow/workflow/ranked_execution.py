@@ -42,6 +42,7 @@ def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Han
         size=ranks.number,
         backend=ranks.backend,
         reduction=table.reduction,
+        shards_optimizer=table.optimizer_sharding,
         logs=tuple(layout.log_file(workflow.root, f"{stage.task}:rank:{number}") for number in range(ranks.number)),
         open_log=open_log,
         threads=workflow.settings.threads,

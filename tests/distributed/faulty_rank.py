@@ -47,7 +47,7 @@ def faulty(rank_step: RankStep, tokens: mx.array, marks: mx.array) -> Any:
         weights = step.state[1]["weights"]
         name = sorted(weights)[0]
         weights[name] = weights[name] * (1 + 1e-6)
-        step.publish()
+        step.restore(step.state[1])
     return compute(rank_step, tokens, marks)
 
 

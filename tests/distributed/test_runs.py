@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlxflow.distributed import launcher, rank_start, supervisor
-from mlxflow.messages.errors import StageError
+from mlxflow.messages.errors import StageError, UserError
 from tests.distributed.conftest import FIXED, WORKFLOW, Build, Faults
 
 Alone = tuple[Path, bytes]
@@ -75,6 +75,24 @@ def test_a_run_stops_on_four_ranks_continues_on_two_and_ends_on_one_in_the_same_
         assert f"rank 0: train: stopped after step {step}; " in capfd.readouterr().err
     assert train(1) == trained_alone[1]
     assert "train: resumes from step 7 (" in capfd.readouterr().err
+
+
+def test_a_sharded_optimizer_ends_in_the_same_bytes_from_a_checkpoint_of_any_number_of_ranks(
+    trained_alone: Alone, train: Build, faults: Faults
+) -> None:
+    faults.planned = {(1, 5): (signal.SIGKILL, "rank"), (0, 9): (signal.SIGTERM, "supervisor")}
+    with pytest.raises(SystemExit):
+        train(2, optimizer_sharding="true")
+    assert train(1) == trained_alone[1]
+
+
+def test_an_optimizer_of_whole_matrices_is_not_sharded(train: Build) -> None:
+    with pytest.raises(UserError) as caught:
+        train(2, train=FIXED + '\noptimizer = "muon"\n', optimizer_sharding="true", restarts=3)
+    assert str(caught.value) == (
+        "workflow.distributed.optimizer_sharding = true: Muon updates whole matrices, which cannot be split between "
+        "ranks. Remove it, or choose adamw or sgd as the optimizer."
+    )
 
 
 def test_a_fast_reduction_differs_from_the_ordered_one_by_rounding_only(trained_alone: Alone, train: Build) -> None:

@@ -31,6 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
                 size=size,
                 backend="ring",
                 reduction="ordered",
+                shards_optimizer=False,
                 logs=[Path(f"rank-{number}.log") for number in range(size)],
                 open_log=open_log,
                 threads=0,
@@ -197,7 +198,7 @@ from mlxflow.distributed.supervisor import RestartLimits, supervise
 from mlxflow.storage.regular_files import open_log
 command = (sys.executable, "-c", {_ENDS_WITH_PARENT!r})
 logs = [Path("0.log"), Path("1.log")]
-launch = Launch(command, b"", 2, "ring", "ordered", logs, open_log, 0, None, None)
+launch = Launch(command, b"", 2, "ring", "ordered", False, logs, open_log, 0, None, None)
 supervise("train", launch, RestartLimits("1 h", 3600, 0))
 """
     watching = psutil.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
