@@ -30,8 +30,8 @@ _GRACE_SECONDS = 25.0
 # How often the ranks start again because a port was taken by another program; these restarts are not counted
 _MAX_PORT_RETRIES = 5
 
-# Before the ranks start again after another host was lost
-_HOST_SECONDS = 5.0
+# Before the ranks start again after another host was lost: the first time, and at most
+_HOST_SECONDS, _MOST_HOST_SECONDS = 5.0, 60.0
 
 
 class RestartLimits(NamedTuple):
@@ -106,7 +106,7 @@ def supervise(task: str, launch: Launch, limits: RestartLimits) -> None:
             f"{limits.restarts})"
         )
         if cause.kind == "host":
-            time.sleep(_HOST_SECONDS)
+            time.sleep(min(_MOST_HOST_SECONDS, _HOST_SECONDS * 3 ** (restarts - 1)))
 
 
 def _end_of_restarts(

@@ -1,6 +1,7 @@
 """Trainings on real ranks: the bytes of one process, whatever happens on the way."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -158,6 +159,48 @@ def test_a_full_disk_of_rank_0_ends_the_run_once_and_the_next_one_continues(
         train(2)
     assert (tmp_path / "struck").exists()
     assert train(2) == trained_alone[1]
+
+
+@pytest.mark.faults
+def test_a_file_system_without_space_ends_the_run_once_and_with_space_it_continues(
+    trained_alone: Alone, train: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root: it mounts a small file system")
+    unfinished = Path("artifacts/.mlxflow/unfinished")
+    unfinished.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", unfinished], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with (unfinished / "filling").open("wb") as file:
+            file.write(bytes(600_000))  # room for one checkpoint of 300 KB, not for the second
+        with pytest.raises(
+            StageError, match=r"^state\.safetensors: needs [\d,]+ bytes, .* are free in .* Make room\.$"
+        ):
+            train(2)
+        assert "starts again" not in capfd.readouterr().err
+        (unfinished / "filling").unlink()
+        assert train(2) == trained_alone[1]
+        assert "train: resumes from step 2 (" in capfd.readouterr().err
+    finally:
+        subprocess.run(["umount", unfinished], check=True)
+
+
+@pytest.mark.faults
+def test_mistakes_in_a_hostfile_are_all_said_before_anything_runs(
+    train: Build, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = 'hosts = "hosts.json"\n'
+    Path("workflow.toml").write_text(WORKFLOW.format(distributed=table, train=FIXED))
+    Path("hosts.json").write_text('[{"ssh": "localhost", "ips": ["::1"]},\n {"ssh": "b", "ips": ["b"]},\n {"ips": []}]')
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxflow", "run", "train"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        'hosts.json:2: entry 2: ips[0] = "b": expected an IP address, such as 10.0.0.2.',
+        'hosts.json:3: entry 3: ssh: missing. Add the name for "ssh".',
+    ]
 
 
 @pytest.mark.faults
