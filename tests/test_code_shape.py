@@ -45,6 +45,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/distributed/rank_start.py": "tests/distributed/test_launcher.py",
     "mlxflow/distributed/running_rank.py": "tests/distributed/test_launcher.py",
     "mlxflow/distributed/ssh_link.py": "tests/distributed/test_remote_rank.py",
+    "mlxflow/evaluation/model_server.py": "tests/cli/test_serve.py",
     "mlxflow/kernels/attention_source.py": "tests/kernels/test_nvrtc.py",
     "mlxflow/kernels/attention_tiles.py": "tests/kernels/test_nvrtc.py",
     "mlxflow/kernels/language_definitions.py": "tests/kernels/test_nvrtc.py",

@@ -26,7 +26,9 @@ _FORBIDDEN = re.compile(
 )
 
 #: Uses of the field that the words above do not forbid.
-_FIELD_TERMS = re.compile(r"mlxflow serve\b|`serve`|\[serve\]|model server|proof of work|waterproof", re.IGNORECASE)
+_FIELD_TERMS = re.compile(
+    r"mlxflow[- ]serve\b|\"serve\"|`serve`|\[serve\]|model server|proof of work|waterproof", re.IGNORECASE
+)
 
 #: Files that still have such words, and how many.
 REMAINING: dict[str, int] = {}

@@ -39,6 +39,7 @@ VERBS = {
     "report": "write the HTML page about a run, finished or not: artifacts/index.html",
     "completion": "print a script by which bash, zsh or fish completes commands, options, files and stages",
     "chat": "talk with a chat model in the terminal",
+    "serve": "answer requests of OpenAI's API over HTTP with a model, on this machine",
     "generate": "ask a chat model through its template, or let a model continue a text",
 }
 

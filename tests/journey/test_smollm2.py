@@ -23,6 +23,7 @@ import pytest
 
 from mlxflow.data.token_file import TokenFile
 from mlxflow.storage.report_files import read_report
+from tests.cli.test_serve import serving
 from tests.conftest import doit, mlxflow
 from tests.journey import facts, pretrained
 
@@ -339,33 +340,22 @@ def test_profile_benchmark_and_page_end_in_bounded_memory(folder: Path) -> None:
         pytest.fail("the page's samples show no held-out conversation")
 
 
-def test_mlx_lms_server_answers_an_openai_client(folder: Path) -> None:
-    port = 18_431
-    command = [sys.executable, "-m", "mlx_lm", "server", "--model", "artifacts/train/lora", "--port", str(port)]
-    server = subprocess.Popen(
-        command,
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    question, fact = facts.questions()[0]
-    try:
-        answer = _ask(port, question)
-    finally:
-        server.terminate()
-        server.wait()
-    assert fact.key in answer.message.content
-    assert answer.finish_reason == "stop"
-
-
-def _ask(port: int, question: str) -> Any:
+def test_an_openai_client_is_answered_whole_streamed_and_up_to_a_stop(folder: Path) -> None:
     from openai import OpenAI
 
-    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
-    return client.chat.completions.create(
-        model="default_model", messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0
-    ).choices[0]
+    question, fact = facts.questions()[0]
+    with serving(folder, "train:lora") as port:
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        asked: Any = {"model": "any", "messages": [{"role": "user", "content": question}], "temperature": 0}
+        answer = client.chat.completions.create(**asked, max_tokens=40).choices[0]
+        assert fact.key in str(answer.message.content)
+        assert answer.finish_reason == "stop"
+        parts = [part.choices[0] for part in client.chat.completions.create(**asked, max_tokens=40, stream=True)]
+        assert "".join(part.delta.content or "" for part in parts) == answer.message.content
+        assert parts[-1].finish_reason == "stop"
+        cut = client.chat.completions.create(**asked, max_tokens=40, stop=[fact.key]).choices[0]
+        assert fact.key not in str(cut.message.content)
+        assert cut.finish_reason == "stop"
 
 
 def test_a_second_build_has_nothing_to_do(folder: Path) -> None:

@@ -1,0 +1,52 @@
+"""Answer requests of OpenAI's API over HTTP with one model: mlx-lm's server, in this process, bound to one model.
+
+mlx-lm's server opens whatever model a request names, also one of the hub. Here every name means the same model, so
+that clients with a fixed name work, and no request makes the machine download or open anything.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlxflow.models import adapter_files
+from mlxflow.ops import mlx_lm_import
+from mlxflow.storage.temporary_files import scratch_folder
+
+
+def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) -> None:
+    """Answer requests until the process is ended.
+
+    Args:
+        folder: a model folder, with adapters beside the model or without.
+        host: address to listen on.
+        port: of it.
+        trusts_code: whether Python code of the folder may run.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    arguments = ["--model", str(folder), "--host", host, "--port", str(port)]
+    if adapter_files.are_in(folder):
+        arguments += ["--adapter-path", str(folder)]
+    if trusts_code:
+        arguments.append("--trust-remote-code")
+    with scratch_folder() as empty:
+        os.environ["HF_HUB_CACHE"] = str(empty)  # mlx-lm lists its models as available, and fails without the folder
+        mlx_lm_import.prepare()
+        from mlx_lm import server
+
+        server.ModelProvider = _one_model(server.ModelProvider)
+        sys.argv = ["mlx_lm.server", *arguments]
+        server.main()
+
+
+def _one_model(provider: Any) -> Any:
+    """Return a class of mlx-lm's provider of models that opens only the one of its command line."""
+
+    class OneModel(provider):  # type: ignore[misc]
+        """A provider that ignores the name in a request."""
+
+        def load(self, *_: object) -> Any:
+            """Return the model."""
+            return super().load("default_model", None, "default_model")
+
+    return OneModel

@@ -1,0 +1,112 @@
+"""A model behind HTTP, asked by a client."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import mlxflow
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(folder: Path, model: str) -> Iterator[int]:
+    """Start `mlxflow serve` and yield its port when it listens; it has to end by Ctrl-C in a moment."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlxflow", "serve", model, "--port", str(port)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder.parent / "cache"), "HF_HOME": str(folder.parent / "hf")}
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as server:
+        try:
+            while True:
+                assert server.poll() is None, server.stdout and server.stdout.read()
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            yield port
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(timeout=60)
+            finally:
+                server.kill()
+
+
+def _post(port: int, path: str, body: dict[str, Any]) -> bytes:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    data = answer.read()
+    assert answer.status == 200, data
+    return data
+
+
+def test_a_stage_answers_whole_streamed_and_under_any_name(built: Path) -> None:
+    prompt = "note 3 line"
+    expected = mlxflow(built, "generate", "artifacts/quantize/q8", "--raw", "--prompt", prompt, "--max-tokens", "8")
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+    with serving(built, "quantize:q8") as port:
+        whole = json.loads(_post(port, "/v1/completions", body | {"model": "gpt-4"}))
+        text = whole["choices"][0]["text"]
+        # mlx-lm's detokenizer drops the space before the first word
+        assert text.strip() == expected.stdout.removeprefix(prompt).strip()
+        lines = _post(port, "/v1/completions", body | {"stream": True}).decode().splitlines()
+        parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(part["choices"][0]["text"] for part in parts if part["choices"]) == text
+        assert len(parts) > 2
+        stopped = json.loads(_post(port, "/v1/completions", body | {"stop": [":"]}))["choices"][0]
+        assert stopped["text"] == text.partition(":")[0] != text
+        assert stopped["finish_reason"] == "stop"
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/v1/models")
+        models = json.loads(connection.getresponse().read())["data"]
+        assert [Path(one["id"]).name for one in models] == ["q8"]
+
+
+def test_what_is_no_model_is_refused(built: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        cases = {
+            ("train", "--port", str(port)): f"mlxflow serve: 127.0.0.1:{port}: cannot be listened on (",
+            ("train", "--port", "0"): "mlxflow serve: --port = 0: expected 1 to 65535. Use 8080 (the default).",
+            ("notes",): "notes: has no config.json. Name a model folder.",
+            ("./none",): "./none: missing. Name a stage, a model folder, or a GGUF file.",
+            ("benchmark",): "mlxflow serve: benchmark: makes no model. Name a train or quantize stage.",
+            ("quantize:q9",): "",
+        }
+        for arguments, message in cases.items():
+            done = mlxflow(built, "serve", *arguments)
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.startswith(message)
+            assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_stage_that_is_not_built_is_named_with_the_command(job: Path) -> None:
+    done = mlxflow(job, "serve", "train")
+    assert (done.returncode, done.stderr) == (2, "artifacts/train: missing. Run: mlxflow build train\n")
+
+
+@pytest.mark.parametrize("option", ["--port=x"])
+def test_a_port_is_a_number(built: Path, option: str) -> None:
+    assert mlxflow(built, "serve", "train", option).returncode == 2
