@@ -61,9 +61,7 @@ def replaced(is_faster_dense: IsFasterDense) -> Iterator[None]:
     Args:
         is_faster_dense: decides for each product; others are passed on.
     """
-    with patching.attributes(
-        (mx, "quantized_matmul", _replacing(mx.quantized_matmul, is_faster_dense)), by=f"{__name__}.replaced"
-    ):
+    with patching.attributes((mx, "quantized_matmul", _replacing(mx.quantized_matmul, is_faster_dense)), by=__name__):
         yield
 
 

@@ -178,18 +178,17 @@ def _linear_cross_entropy(
     def forward(hidden: mx.array, weight: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
         total = mx.array(0.0)
         parts: list[mx.array] = []
-        weight_gradient = mx.zeros(weight.shape, mx.float32)
+        weight_gradients = [mx.zeros(weight.shape, mx.float32)] if trains_weight else []
         for begin in range(0, len(hidden), chunk_rows):
             rows = slice(begin, begin + chunk_rows)
             part = hidden[rows]
             if parts:  # without an order all chunks would be computed, and held, at the same time
-                part = mx.depends(part, [total, parts[-1], weight_gradient])
+                part = mx.depends(part, [total, parts[-1], *weight_gradients])
             losses, gradient = _losses_and_gradient(part @ weight.T, targets[rows], weights[rows], uses_kernel)
             total = total + losses
             parts.append(gradient @ weight)
-            if trains_weight:
-                weight_gradient = weight_gradient + (gradient.T @ part).astype(mx.float32)
-        return total, mx.concatenate(parts), weight_gradient.astype(weight.dtype)
+            weight_gradients = [sums + (gradient.T @ part).astype(mx.float32) for sums in weight_gradients]
+        return total, mx.concatenate(parts), *(sums.astype(weight.dtype) for sums in weight_gradients)
 
     function = mx.custom_function(forward)
 

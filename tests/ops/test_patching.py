@@ -13,13 +13,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import activations, base, llama
+from mlx_lm.tuner import lora
 
 from benchmarks.architecture_configs import config_of
 from mlxflow.evaluation.model_body import Body
 from mlxflow.kernels import layer_patching
 from mlxflow.kernels.registry import recorded
 from mlxflow.models import config_fields
-from mlxflow.ops import attention_overrides, document_mask, gather_matmul, linear_gradients, mlx_lm_import, patching
+from mlxflow.ops import (
+    adapter_products,
+    attention_overrides,
+    document_mask,
+    gather_matmul,
+    linear_gradients,
+    mlx_lm_import,
+    patching,
+    quantized_matmul,
+)
 from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.patching import Replacement, active
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
@@ -73,6 +83,12 @@ ATTENTION = "mlx.core.fast.scaled_dot_product_attention"
 MASK = "mlx_lm.models.base.create_causal_mask"
 LAYERS = "mlx.nn.layers"
 
+
+def _adapters() -> Block:
+    layer = lora.LoRALinear.from_base(nn.Linear(4, 4))
+    return adapter_products.replaced_adapters([(layer,)], lambda *_: False)
+
+
 #: The blocks that replace something: module, how to enter one, and what is replaced, without repetitions.
 BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     ("mlxflow.ops.attention_overrides", lambda _: attention_overrides.causal_by_blocks(), {ATTENTION}),
@@ -95,7 +111,13 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
     (
         "mlxflow.ops.gradient_checkpointing",
         lambda model: recomputed(model, every=1),
-        {"class of mlx_lm.models.llama.TransformerBlock"},
+        {"class of mlx_lm.models.llama.TransformerBlock", "class of mlx_lm.models.llama.MLP"},
+    ),
+    ("mlxflow.ops.adapter_products", lambda _: _adapters(), {"mlx_lm.tuner.lora.LoRALinear.__call__"}),
+    (
+        "mlxflow.ops.quantized_matmul",
+        lambda _: quantized_matmul.replaced(quantized_matmul.is_faster_on_cpu),
+        {"mlx.core.quantized_matmul"},
     ),
     (
         "mlxflow.kernels.layer_patching",
@@ -196,7 +218,7 @@ def _import_utils() -> None:
 
 def _state(model: nn.Module) -> list[Any]:
     """Return all that the blocks replace: operations, methods, the classes of layers and modules."""
-    owners = [mx.fast, nn.Linear, nn.Embedding, base, base.BaseModelArgs, activations, llama]
+    owners = [mx, mx.fast, nn.Linear, nn.Embedding, base, base.BaseModelArgs, activations, llama, lora.LoRALinear]
     return [
         *(dict(vars(owner)) for owner in owners),
         {path: type(layer) for path, layer in model.named_modules()},
