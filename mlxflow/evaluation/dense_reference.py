@@ -103,7 +103,7 @@ def cached_reference(
         for part in begun:
             out.put_rows(_NAME, hidden_states(body, part))
     temporary.replace(file)
-    _remove_oldest(folder)
+    remove_oldest(folder)
     del model, body, begun
     gc.collect()  # weights that are in reference cycles
     mx.clear_cache()
@@ -120,11 +120,12 @@ def _opened(model: nn.Module, file: Path) -> Reference:
     """
     stored = tensor_reading.stored_rows(file)[_NAME]
     body = Body(model, tensor_reading.read_metadata(file)["body"])
-    file.touch()  # for `_remove_oldest`
+    file.touch()  # for `remove_oldest`
     return Reference(body, stored)
 
 
-def _remove_oldest(folder: Path) -> None:
+def remove_oldest(folder: Path) -> None:
+    """Remove the least recently used files of a cache of tensors, all but four."""
     files = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)
     for file in files[:-_MOST_FILES]:
         file.unlink(missing_ok=True)

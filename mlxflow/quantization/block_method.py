@@ -29,8 +29,8 @@ from mlxflow.quantization.scale_groups import cast_to
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.trained_grid import GridLayer, Trained
 
-# Tokens in an update, and in a forward pass without gradients
-_TOKENS_PER_STEP, _TOKENS_AT_ONCE = 2048, 4096
+#: Tokens in an update. Below: in a forward pass without gradients
+TOKENS_PER_STEP, _TOKENS_AT_ONCE = 2048, 4096
 
 # Tokens on which the inputs of the head are measured
 _HEAD_TOKENS = 4096
@@ -200,7 +200,7 @@ class _BlockWork:
                 lambda rows: (streams.read("quantized", number, rows), streams.read("dense", number + 1, rows)),
             ),
             num_steps=self._request.num_steps,
-            batch_size=max(1, min(streams.num_rows, _TOKENS_PER_STEP // streams.context_length)),
+            batch_size=max(1, min(streams.num_rows, TOKENS_PER_STEP // streams.context_length)),
             seed=self._request.seed + number,
         )
         packed = {path: layer.packed(trained.trained.pop(path)) for path, layer in layers.items()}

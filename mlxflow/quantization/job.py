@@ -8,19 +8,24 @@ import mlx.core as mx
 import numpy as np
 
 from mlxflow.data.token_file import TokenFile
+from mlxflow.device import compute_device
 from mlxflow.messages import terminal
+from mlxflow.messages.errors import CallError
 from mlxflow.models import tokenizer_files
 from mlxflow.quantization import bit_allocation, block_method, calibrated
 from mlxflow.quantization import plan as plans
+from mlxflow.quantization.apply import apply_plan
 from mlxflow.quantization.aware_training import AwareTraining, RoundedTraining, train_rounded
 from mlxflow.quantization.block_method import BlockErrors
 from mlxflow.quantization.codec import Packed
 from mlxflow.quantization.dense_model import DenseModel, TokenPair
 from mlxflow.quantization.judged_text import QuantizationTexts, describe_texts, text_warnings
-from mlxflow.quantization.progress import show_blocks, show_layers
+from mlxflow.quantization.progress import show_layers, show_parts
 from mlxflow.quantization.quality import QualityLimits, measure_quality
+from mlxflow.quantization.scale_tuning import TunedScales, tune_scales
 from mlxflow.quantization.settings import Setting
 from mlxflow.quantization.streaming_export import Exported, export
+from mlxflow.quantization.teacher_logits import cached_teacher
 from mlxflow.report.stage_reports.quantize import QualityFigures
 from mlxflow.storage import config_json, tensor_writing
 from mlxflow.storage.digests import digest_json
@@ -28,6 +33,9 @@ from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
 from mlxflow.training.model_choices import default_objective
 
 _BLOCK = '{}.method = "block"'
+
+# The folder of the dense model's distributions in the state folder, and the number of tokens stored for a position
+_TEACHERS, _LIKELIEST = "teachers", 64
 
 
 class QuantizationRequest(NamedTuple):
@@ -44,6 +52,7 @@ class QuantizationRequest(NamedTuple):
         batch_size: rows in one forward pass, as far as the loss of a budget depends on it.
         token_stage: the stage of the tokens, for the report.
         block_steps: updates of each block, of "block".
+        scale_steps: updates of all scales and biases afterwards; 0 for none.
     """
 
     method: str
@@ -56,6 +65,7 @@ class QuantizationRequest(NamedTuple):
     batch_size: int
     token_stage: str
     block_steps: int
+    scale_steps: int
 
 
 class QuantizationResult(NamedTuple):
@@ -67,6 +77,7 @@ class QuantizationResult(NamedTuple):
         budget_losses: in nats per token, of the plans tried for a budget; None without a budget.
         training: of "qat"; None for other methods.
         blocks: errors of the blocks, of "block"; empty for other methods.
+        tuned: scales of the whole model, of "block"; None without.
         texts: that the method learned and that judged it; None without tokens.
         quality: the quality loss; None without tokens.
         warnings: about figures that flatter the method.
@@ -77,6 +88,7 @@ class QuantizationResult(NamedTuple):
     budget_losses: list[float] | None
     training: RoundedTraining | None
     blocks: list[BlockErrors]
+    tuned: TunedScales | None
     texts: QuantizationTexts | None
     quality: QualityFigures | None
     warnings: list[str]
@@ -109,13 +121,16 @@ def run_job(
     """
     plan, losses = _choose_plan(request, dense, tokens, context)
     packed: dict[str, Packed] = {}
-    trained, blocks = None, []
+    trained, tuned, blocks = None, None, []
     if tokens is not None and request.training is not None and metrics is not None:
         trained = train_rounded(request.training, dense, plan.layers, tokens, metrics=metrics, context=context)
         packed = trained.packed
     elif tokens is not None and request.method == "block":
         learned = _learn_blocks(request, dense, plan, tokens.train, context)
         packed, blocks = learned.packed, learned.errors
+        if request.scale_steps:
+            tuned = _tune_scales(request, dense, plan, packed, tokens.train, context)
+            packed = tuned.packed
     elif tokens is not None and request.method != "rtn":
         rows, _ = _calibration_rows(request, tokens.train, context)
         seed = derive_seed(context.seed, "quantize.rows")
@@ -124,7 +139,7 @@ def run_job(
         )
     exported = _write(request, dense, plan, packed, outputs, context)
     if tokens is None:
-        return QuantizationResult(plan, exported, losses, trained, blocks, None, None, [])
+        return QuantizationResult(plan, exported, losses, trained, blocks, tuned, None, None, [])
     texts = _texts(request, tokens, context)
     quality = measure_quality(
         dense.folder, tokens.validation, layers=plan.layers, limits=request.limits, texts=texts, context=context
@@ -136,7 +151,7 @@ def run_job(
     warnings += [*_shortage(request, tokens.train, context.task)]
     for warning in warnings:
         terminal.say(warning)
-    return QuantizationResult(plan, exported, losses, trained, blocks, texts, quality, warnings)
+    return QuantizationResult(plan, exported, losses, trained, blocks, tuned, texts, quality, warnings)
 
 
 def _learn_blocks(
@@ -157,9 +172,49 @@ def _learn_blocks(
         name=_BLOCK.format(key),
     )
     rows = np.array(_calibration_rows(request, tokens, context)[0])[:, :-1]
-    with show_blocks(key, len(dense.model.layers)) as watch:
+    with show_parts(key, "learning", len(dense.model.layers), "blocks") as watch:
         return block_method.learn_blocks(
             dense.reopened, plan.layers, rows, asked, watch=lambda one: watch(f"{one.path}: error {one.output:.2g}")
+        )
+
+
+def _tune_scales(
+    request: QuantizationRequest,
+    dense: DenseModel,
+    plan: plans.QuantizationPlan,
+    packed: Mapping[str, Packed],
+    tokens: TokenFile,
+    context: Context,
+) -> TunedScales:
+    """Return packed layers with scales and biases trained to the dense model's distributions, which are cached."""
+    rows = np.array(_calibration_rows(request, tokens, context)[0])[:, :-1]
+    key = {
+        "inputs": context.provenance["inputs_digest"],
+        "rows": rows.tolist(),
+        "likeliest": _LIKELIEST,
+        "device": [context.device, compute_device.name()],
+        "versions": [context.provenance["mlx"], context.provenance["mlxflow"]],
+    }
+    teacher = cached_teacher(
+        dense.reopened,
+        rows,
+        num_likeliest=_LIKELIEST,
+        folder=context.state / _TEACHERS,
+        key=digest_json(key),
+    )
+    student = dense.reopened()
+    apply_plan(student, plan.layers, packed)
+    student.eval()
+    with show_parts(context.task, "tuning scales", request.scale_steps, "steps") as watch:
+        return tune_scales(
+            student,
+            plan.layers,
+            rows,
+            teacher,
+            num_steps=request.scale_steps,
+            batch_size=min(len(rows), max(1, block_method.TOKENS_PER_STEP // rows.shape[1])),
+            seed=derive_seed(context.seed, "quantize.scales"),
+            watch=lambda _, loss: watch(f"loss {loss:.3f}"),
         )
 
 
@@ -195,6 +250,11 @@ def _choose_plan(
     if request.method == "block" and tokens is not None:
         length = tokens.train.context_length
         block_method.require_blocks(model, plan.layers, context_length=length, name=_BLOCK.format(key))
+        if request.scale_steps and not any(one.mode == "affine" for one in plan.layers.values()):
+            raise CallError(
+                f"{key}.scale_steps = {request.scale_steps}: trains affine layers, and the plan has none. "
+                'Set mode = "affine", or scale_steps = 0.'
+            )
     if warning := plan.warning(key):
         terminal.say(warning)
     if request.budget is None or tokens is None:

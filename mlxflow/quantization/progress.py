@@ -27,17 +27,19 @@ def show_layers(task: str, count: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def show_blocks(task: str, count: int) -> Iterator[Callable[[str], None]]:
-    """Show the progress over blocks on standard error until the block ends: a bar, or a line every ten seconds.
+def show_parts(task: str, doing: str, count: int, unit: str) -> Iterator[Callable[[str], None]]:
+    """Show the progress over equal parts on standard error until the block ends: a bar, or a line every ten seconds.
 
     Args:
         task: name of the work.
-        count: number of blocks.
+        doing: the activity.
+        count: number of parts.
+        unit: their plural.
 
     Yields:
-        a function to call with a description of each finished block.
+        a function to call with a description of each finished part.
     """
-    lines, done = _ProgressLines(f"{task}: learning", count, "blocks"), 0
+    lines, done = _ProgressLines(f"{task}: {doing}", count, unit), 0
     with _bar(task, count) as update:
 
         def finished(description: str) -> None:

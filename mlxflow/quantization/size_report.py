@@ -2,7 +2,7 @@
 
 from mlxflow.quantization.job import QuantizationResult
 from mlxflow.quantization.streaming_export import LayerFacts
-from mlxflow.report.stage_reports.quantize import BlockFigures, LayerFigures, QuantizeReport
+from mlxflow.report.stage_reports.quantize import BlockFigures, LayerFigures, QuantizeReport, TuningFigures
 
 
 def report_of(method: str, result: QuantizationResult, file_bytes: int) -> QuantizeReport:
@@ -13,7 +13,7 @@ def report_of(method: str, result: QuantizationResult, file_bytes: int) -> Quant
         result: the result of the job.
         file_bytes: of `model.safetensors`.
     """
-    plan, exported, training = result.plan, result.exported, result.training
+    plan, exported, training, tuned = result.plan, result.exported, result.training, result.tuned
     return QuantizeReport(
         method=method,
         mode=plan.default.mode,
@@ -38,6 +38,7 @@ def report_of(method: str, result: QuantizationResult, file_bytes: int) -> Quant
             )
             for one in result.blocks
         ),
+        tuning=tuned and TuningFigures(steps=tuned.num_steps, first_loss=tuned.first_loss, last_loss=tuned.last_loss),
         calibration_text=None if result.texts is None else result.texts.calibration,
         quality=result.quality,
         warnings=tuple(result.warnings),

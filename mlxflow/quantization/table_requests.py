@@ -48,6 +48,7 @@ def request_of(config: Any, context: Context, tokens: TokenPair | None, *, memor
         config.batch_size,
         config.token_stage,
         config.block_steps,
+        config.scale_steps,
     )
 
 

@@ -91,6 +91,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         int,
         Meta(ge=0, le=MAX_STEPS, description="of block: updates of each block, of 2,048 tokens; 0: compensation only"),
     ] = 100
+    scale_steps: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=MAX_STEPS,
+            description="of block: updates of all scales and biases afterwards, to the dense model's distributions; "
+            "they hold the whole model in memory; 0: none",
+        ),
+    ] = 0
 
     num_steps: Annotated[
         Literal["auto"] | Annotated[int, Meta(ge=1, le=MAX_STEPS)],

@@ -16,8 +16,8 @@ FORMAT_NAMES = {
     "float32": "F32",
 }
 
-#: numpy's dtypes of the columns of token files, shards and timelines, by the format's names.
-NUMPY_TYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "F32": "<f4"}
+#: numpy's dtypes of mapped tensors by the format's names: columns of token files, shards and timelines, probabilities.
+NUMPY_TYPES = {"U8": "<u1", "U16": "<u2", "U32": "<u4", "U64": "<u8", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 
 #: Dtypes of weights, by the format's names: the integer dtype in which numpy reads their bits, and MLX's name.
 WEIGHT_TYPES = {"F32": ("<u4", "float32"), "F16": ("<u2", "float16"), "BF16": ("<u2", "bfloat16")}

@@ -242,6 +242,21 @@ def test_block_reports_its_texts_and_blocks_and_leaves_no_files(job: Job) -> Non
     assert not list((job.folder / "artifacts").rglob("block-*.safetensors"))
 
 
+def test_scales_tuned_after_the_blocks_lose_less_and_variants_share_the_teacher(job: Job) -> None:
+    table = {"method": "block", "bits": 2, "group_size": 32, "block_steps": 4, "max_validation_rows": 64}
+    blocks = job.run(**table)
+    tuned = job.run(**table, scale_steps=24)
+    assert tuned["tuning"]["steps"] == 24
+    assert tuned["tuning"]["last_loss"] < tuned["tuning"]["first_loss"]
+    assert tuned["quality"]["kl"] < blocks["quality"]["kl"]
+    assert tuned["bits_per_weight"] == blocks["bits_per_weight"]
+    teachers = list((job.folder / "artifacts").rglob("*.teacher.safetensors"))
+    written = [file.stat().st_ino for file in teachers]
+    assert len(written) == 1
+    job.run(**table | {"bits": 3}, scale_steps=1)
+    assert [file.stat().st_ino for file in (job.folder / "artifacts").rglob("*.teacher.safetensors")] == written
+
+
 def test_fewer_calibration_rows_than_requested_are_a_warning(job: Job) -> None:
     rows = TokenFile.open(job.folder / "artifacts/pretokenize/train.safetensors").rows.num_rows
     report = job.run(method="block", bits=4, block_steps=0, calibration_rows=100_000)
@@ -404,6 +419,12 @@ def test_a_weight_that_is_not_finite_is_named(job: Job) -> None:
             "Use one of them.",
         ),
         (UserError, {"method": "dwq", "mode": "symmetric"}, 'quantize.method = "dwq": trains scales and biases apart'),
+        (
+            UserError,
+            {"method": "block", "mode": "symmetric", "scale_steps": 5},
+            "quantize.scale_steps = 5: trains affine layers, and the plan has none. "
+            'Set mode = "affine", or scale_steps = 0.',
+        ),
         (UserError, {"model": "nowhere"}, 'quantize.model = "nowhere": no such folder'),
         (UserError, {"model": "notes"}, 'quantize.model = "notes": has no config.json. Name a model folder.'),
         (

@@ -76,6 +76,20 @@ class BlockFigures(ReportTable, frozen=True, kw_only=True):
     error: float
 
 
+class TuningFigures(ReportTable, frozen=True, kw_only=True):
+    """The training of all scales and biases after the blocks.
+
+    Attributes:
+        steps: updates.
+        first_loss: divergence from the dense model in nats per token, in the first updates.
+        last_loss: in the last ones.
+    """
+
+    steps: Count
+    first_loss: float
+    last_loss: float
+
+
 class QuantizeReport(StageReport, frozen=True, kw_only=True):
     """The figures of a quantize stage.
 
@@ -98,6 +112,7 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
         kernels: names of the fused GPU kernels in use; None if nothing was trained.
         training: of quantization-aware training; None without it.
         blocks: of the method "block"; empty for others.
+        tuning: of all scales after the blocks; None without.
         calibration_text: the rows that the method learned; None if it learned none.
         quality: None without tokens.
         warnings: about figures that flatter the method.
@@ -122,6 +137,7 @@ class QuantizeReport(StageReport, frozen=True, kw_only=True):
     kernels: tuple[str, ...] | None = None
     training: TrainingFigures | None = None
     blocks: tuple[BlockFigures, ...] = ()
+    tuning: TuningFigures | None = None
     calibration_text: str | None = None
     quality: QualityFigures | None = None
     warnings: tuple[str, ...] = ()
