@@ -5,8 +5,9 @@ its own, and appends a line of JSON for each to DIR/results.jsonl: stored bits o
 divergence from the dense model with standard errors over documents, seconds and resident memory. Variants that have a
 line are left out, so a run can be continued. `python -m benchmarks.quality table DIR/results.jsonl` prints the table.
 
-GPTQ, AWQ and DWQ use mlx-lm's functions (of AWQ, its search), `dynamic_quant` is mlx-lm's; all of them, and rounding,
-quantize embedding and head with the same bits as the rest.
+GPTQ, AWQ and DWQ use mlx-lm's functions (of AWQ, its search); `dynamic` is mlx-lm's dynamic_quant between one bit less
+and one bit more, with the threshold that gives the size of the width. All of them, and rounding, quantize embedding and
+head with the same bits as the rest. `e2e` is `block` with scales trained together afterwards.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from mlxflow.device import cpu_backend
 cpu_backend.prepare()
 
 import mlx.core as mx
+import tomli_w
 
 from benchmarks.real_models import MODELS, sense_of
 from benchmarks.real_texts import texts
@@ -33,6 +35,8 @@ from mlxflow.data.token_file import Rows, TokenFile
 from mlxflow.evaluation.dense_reference import cached_reference
 from mlxflow.evaluation.kl_divergence import compare_positions
 from mlxflow.models import model_folder, quantized_layers
+from mlxflow.quantization.calibrated import choose_rows
+from mlxflow.quantization.settings import BITS
 from mlxflow.storage.digests import digest_json
 
 #: Keys of the `[quantize]` table by name of a method.
@@ -41,7 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "awq": {"method": "awq"},
     "dwq": {"method": "dwq"},
+    "dynamic": {},
     "block": {"method": "block"},
+    "e2e": {"method": "block"},
 }
 MLX_LM = ("gptq", "awq", "dwq", "dynamic")
 
@@ -65,6 +71,7 @@ def main() -> None:
     run.add_argument("--context-length", type=int, default=256)
     run.add_argument("--calibration-rows", type=int, default=128)
     run.add_argument("--block-steps", type=int, default=100)
+    run.add_argument("--scale-steps", type=int, default=100, help="of e2e")
     run.add_argument("--documents", type=int, default=100, help="news articles that judge")
     run.add_argument("--device", default="auto")
     run.add_argument("--write", type=int, default=0, metavar="TOKENS", help="of a sample that each model writes")
@@ -88,25 +95,30 @@ def _run(parsed: argparse.Namespace) -> None:
     judge = None
     for seed in parsed.seeds.split(","):
         job = folder / f"seed{seed}"
-        variants = dict(_variants(parsed, dense, seed))
-        _write_workflow(job, parsed, dense, seed, variants)
+        job.mkdir(exist_ok=True)
+        _write_workflow(job, parsed, dense, seed, [])
         if not (job / "artifacts/pretokenize").exists():
             _command(job, "pretokenize")
-        for name, table in variants.items():
+        for bits, method in _variants(parsed):
+            name = f"{method}_w{bits}g{parsed.group_size}"
             whole = f"{parsed.model} {name} seed {seed}"
             if whole in known:
                 continue
             judge = judge or Judge(dense, job, folder / "cache", documents=parsed.documents)
             begin = time.perf_counter()
+            table = _table(parsed, dense, method, bits)
+            if method == "dynamic":
+                table["layers"] = _dynamic_rules(parsed, dense, job, bits)
+            _write_workflow(job, parsed, dense, seed, [{"name": name, **table}])
             _command(job, f"quantize:{name}")
             seconds = time.perf_counter() - begin
             artifact = job / "artifacts/quantize" / name
             line = {
                 "name": whole,
                 "model": parsed.model,
-                "method": name.partition("_")[0],
-                "bits": table["bits"],
-                "group_size": table["group_size"],
+                "method": method,
+                "bits": bits,
+                "group_size": parsed.group_size,
                 "seed": int(seed),
                 "device": str(mx.default_device()),
                 "seconds": round(seconds, 1),
@@ -120,39 +132,64 @@ def _run(parsed: argparse.Namespace) -> None:
             print(json.dumps(line), flush=True)
 
 
-def _variants(parsed: argparse.Namespace, dense: Path, seed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a name and a `[quantize]` table for each method and width."""
+def _variants(parsed: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """Yield width and method of every variant that mlx-lm and this project have."""
     for bits in map(int, parsed.widths.split(",")):
         for method in parsed.methods.split(","):
-            if method == "gptq" and bits not in _GPTQ_BITS:
-                continue
-            table = {
-                "model": str(dense),
-                "data": "pretokenize",
-                "bits": bits,
-                "group_size": parsed.group_size,
-                "calibration_rows": parsed.calibration_rows,
-                "max_validation_rows": 1,
-                **METHODS[method],
-            }
-            if method == "block":
-                table["block_steps"] = parsed.block_steps
-            yield f"{method}_w{bits}g{parsed.group_size}", table
+            if (method != "gptq" or bits in _GPTQ_BITS) and (method != "dynamic" or bits - 1 in BITS["affine"]):
+                yield bits, method
+
+
+def _table(parsed: argparse.Namespace, dense: Path, method: str, bits: int) -> dict[str, Any]:
+    """Return the `[quantize]` table of a variant."""
+    table: dict[str, Any] = {
+        "model": str(dense),
+        "data": "pretokenize",
+        "bits": bits,
+        "group_size": parsed.group_size,
+        "calibration_rows": parsed.calibration_rows,
+        "max_validation_rows": 1,
+        **METHODS[method],
+    }
+    if method in ("block", "e2e"):
+        table["block_steps"] = parsed.block_steps
+    if method == "e2e":
+        table["scale_steps"] = parsed.scale_steps
+    return table
+
+
+def _dynamic_rules(parsed: argparse.Namespace, dense: Path, job: Path, bits: int) -> list[dict[str, Any]]:
+    """Return the rules for layers that mlx-lm's dynamic_quant chooses: one bit less or more, as large as the width."""
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+
+    rows = TokenFile.open(job / "artifacts/pretokenize/train.safetensors").rows
+    chosen = rows.take(choose_rows(rows.marks, count=parsed.calibration_rows, seed=0)).tokens
+    size, low, high = parsed.group_size, bits - 1, bits + 1
+    tokens = mx.array(chosen.astype(np.int32))[:, :-1]
+    found = dict(estimate_sensitivities(model_folder.load(dense)[0], tokens, low, size, high, size))
+    stored = model_folder.load(dense)[0]
+    stored.set_dtype(mx.bfloat16)
+    threshold = estimate_threshold(stored, found, bits + 32 / size, low, size, high, size)
+    return [{"match": path, "bits": high if cost > threshold else low} for path, cost in found.items()]
 
 
 def _write_workflow(
-    job: Path, parsed: argparse.Namespace, dense: Path, seed: str, variants: dict[str, dict[str, Any]]
+    job: Path, parsed: argparse.Namespace, dense: Path, seed: str, variants: list[dict[str, Any]]
 ) -> None:
     articles, news = texts()
-    lines = [
-        f'[workflow]\nseed = {seed}\ndevice = "{parsed.device}"\nstages = ["pretokenize", "quantize"]\n[pretokenize]',
-        f"sources = [{json.dumps(str(articles))}]\nvalidation_sources = [{json.dumps(str(news))}]",
-        f"context_length = {parsed.context_length}\ntokenizer = {{ from = {json.dumps(str(dense))} }}",
-    ]
-    for name, table in variants.items():
-        lines += ["[[quantize]]", f'name = "{name}"', *(f"{key} = {json.dumps(one)}" for key, one in table.items())]
-    job.mkdir(exist_ok=True)
-    (job / "workflow.toml").write_text("\n".join(lines) + "\n")
+    workflow = {
+        "workflow": {"seed": int(seed), "device": parsed.device, "stages": ["pretokenize", "quantize"]},
+        "pretokenize": {
+            "sources": [str(articles)],
+            "validation_sources": [str(news)],
+            "context_length": parsed.context_length,
+            "tokenizer": {"from": str(dense)},
+        },
+        **({"quantize": variants} if variants else {}),
+    }
+    if not variants:
+        workflow["workflow"]["stages"] = ["pretokenize"]  # type: ignore[index]
+    (job / "workflow.toml").write_text(tomli_w.dumps(workflow))
 
 
 def _command(job: Path, stage: str) -> None:
