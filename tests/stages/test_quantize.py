@@ -359,7 +359,7 @@ def test_a_local_model_is_quantized_without_training_or_tokens(job: Job) -> None
     assert "quality" not in report
     assert report["compression_ratio_fp32"] == pytest.approx(2 * report["compression_ratio_bf16"])
     assert {path.name for path in job.artifact.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "report.toml", "tokenizer.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "report.toml", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
     assert json.loads((job.artifact / "config.json").read_text())["torch_dtype"] == "bfloat16"
