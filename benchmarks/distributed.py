@@ -66,7 +66,8 @@ def main(ranks: int, job: str, rounds: int, rows: Sequence[str]) -> None:
         if not row.startswith("mlx-lm"):
             names = {"alone": "times_alone", "side by side": "efficiency"}
             figures |= {names[other]: round(speed / bound, 3) for other, bound in bounds.items()}
-            figures |= _step(JOBS[job], count / speed, ranks / bounds.get("side by side", float("inf")))
+            alone = ranks / bounds["side by side"] if count > 1 and "side by side" in bounds else 0.0
+            figures |= _step(JOBS[job], count / speed, alone)
         print(json.dumps(line | figures | {"peak_gb_a_rank": peaks[row]}), flush=True)
 
 

@@ -48,7 +48,7 @@ class Host(NamedTuple):
     def is_here(self) -> bool:
         """Whether it is this machine."""
         name = socket.gethostname()
-        if self.ssh in (*_THIS_HOST, name, name.partition(".")[0]):
+        if self.ssh in (*_THIS_HOST, name, name.partition(".")[0], f"{name}.local"):
             return True
         import psutil
 

@@ -134,7 +134,7 @@ def start_ranks(
 
     Raises:
         HostError: a rank on another host cannot be started.
-        SystemExit: a stop was requested.
+        StopRequestedError: a stop was requested.
         WorkflowError: the first host is not this one.
     """
     _require_first_here(launch.hosts)

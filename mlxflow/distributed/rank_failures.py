@@ -33,6 +33,9 @@ def reported(rank: Rank, task: str) -> Iterator[None]:
     except MlxflowError as error:
         heart.fail("refused", str(error), error.exit_code)
         raise SystemExit(error.exit_code) from error
+    except ImportError as error:  # another start would fail in the same way
+        heart.fail("refused", f"{task}: {type(error).__name__}: {reason_of(error)}. Install it again.", 1)
+        raise SystemExit(1) from error
     except OSError as error:
         if not is_about_a_file(error):
             raise

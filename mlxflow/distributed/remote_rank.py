@@ -129,7 +129,7 @@ class RemoteRank(RunningRank):
 
         Raises:
             HostError: the host cannot be used.
-            SystemExit: a stop was requested.
+            StopRequestedError: a stop was requested.
         """
         try:
             self._require_versions(self.link.greeting())

@@ -40,6 +40,10 @@ class LinkError(Exception):
         self.is_final = is_final
 
 
+class StopRequestedError(Exception):
+    """A stop was requested while the agent was waited for."""
+
+
 class SshLink:
     """A connection to an agent.
 
@@ -60,6 +64,7 @@ class SshLink:
         self._log = log
         self._stop_requested = stop_requested
         self._decoder = frames.Decoder()
+        self._is_greeted = False
         try:
             self._ssh: subprocess.Popen[bytes] = child_processes.start(
                 _ssh_command(host, command),
@@ -80,14 +85,14 @@ class SshLink:
 
         Raises:
             LinkError: the agent does not answer.
-            SystemExit: a stop was requested.
+            StopRequestedError: a stop was requested.
         """
         for data in self._data(_CONNECT_SECONDS + _GREETING_SECONDS):
             line = self._decoder.take_line(data)
             while line is not None:
                 if line.startswith(frames.GREETING):
-                    with suppress(ValueError):
-                        return dict(json.loads(line.removeprefix(frames.GREETING)))
+                    self._is_greeted = True
+                    return dict(json.loads(line.removeprefix(frames.GREETING)))
                 line = self._decoder.take_line(b"")
         raise self._failure()
 
@@ -96,7 +101,7 @@ class SshLink:
 
         Raises:
             LinkError: the connection has ended.
-            SystemExit: a stop was requested.
+            StopRequestedError: a stop was requested.
         """
         for data in self._data(float("inf")):
             yield from self._decoder.add(data)
@@ -131,7 +136,7 @@ class SshLink:
 
         Raises:
             LinkError: the connection has ended.
-            SystemExit: a stop was requested.
+            StopRequestedError: a stop was requested.
         """
         self.post(frame)
         while len(self._outbox):
@@ -160,7 +165,7 @@ class SshLink:
         """
         with suppress(OSError):
             self._files[0].close()
-        until = time.monotonic() + _END_SECONDS
+        until = time.monotonic() + (_END_SECONDS if self._is_greeted else 0.0)
         while self._ssh.poll() is None and time.monotonic() < until:
             for pipe in self._ready(_TICK_SECONDS):
                 for frame in self.read(pipe):
@@ -194,7 +199,7 @@ class SshLink:
 
     def _check_stop(self) -> None:
         if self._stop_requested():
-            raise SystemExit(1)
+            raise StopRequestedError
 
     def _ready(self, seconds: float) -> list[int]:
         if not self.pipes:

@@ -15,6 +15,7 @@ from mlxflow.distributed.heartbeat import Failure
 from mlxflow.distributed.launcher import Launch, RankProcess, start_ranks
 from mlxflow.distributed.remote_rank import HostError
 from mlxflow.distributed.running_rank import RunningRank
+from mlxflow.distributed.ssh_link import StopRequestedError
 from mlxflow.messages import terminal
 from mlxflow.messages.errors import StageError, UserError
 
@@ -168,6 +169,8 @@ class _Watch:
                 failure = Failure("host", (str(error),), 1)
                 words = f"rank {error.number} could not be started: {error}".rstrip(".")
                 cause = Cause(words, error.number, failure, is_final=error.is_final, has_trained=False)
+            except StopRequestedError:
+                cause = Cause("a signal ended the start", 0)
             finally:
                 self._end()
             if stop_requested() and (cause or any(rank.exit_code for rank in self._ranks)):

@@ -25,6 +25,11 @@ def _raise(error: BaseException) -> Callable[[], None]:
         (StageError("a"), Failure("refused", ("a",), 1), SystemExit),
         (ValueError("odd\nnumber"), Failure("error", ("ValueError: odd number",), 1), ValueError),
         (
+            ModuleNotFoundError("No module named 'x'"),
+            Failure("refused", ("train: ModuleNotFoundError: No module named 'x'. Install it again.",), 1),
+            SystemExit,
+        ),
+        (
             RuntimeError("[ring] connection to a peer was lost"),
             Failure("peer", ("RuntimeError: [ring] connection to a peer was lost",), 1),
             SystemExit,
@@ -47,7 +52,7 @@ def test_a_rank_reports_why_it_ends(error: Exception, failure: Failure, raised: 
     found = read_message(line)
     assert isinstance(found, Failure)
     assert found[::2] == failure[::2]
-    if failure.kind != "refused" or isinstance(error, WorkflowError):
+    if failure.kind != "refused" or isinstance(error, WorkflowError | ImportError):
         assert found == failure
 
 

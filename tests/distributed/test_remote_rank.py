@@ -228,3 +228,14 @@ def test_a_host_that_is_lost_in_mid_step_and_comes_back_changes_no_byte(
         re.M,
     )
     assert not _processes_with(other_host)
+
+
+def test_a_signal_while_ssh_connects_ends_the_run_at_once(
+    train_on_hosts: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = tmp_path / "ssh/bin/ssh"
+    client.write_text(f"#!/bin/sh\nkill -TERM {os.getpid()}\nexec sleep 600\n")
+    with pytest.raises(SystemExit) as caught:
+        train_on_hosts()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert not [one for one in psutil.Process().children(recursive=True) if "sleep" in one.name()]

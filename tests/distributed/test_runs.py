@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -221,3 +222,17 @@ def test_two_runs_at_once_take_ports_of_their_own(trained_alone: Alone, tmp_path
     assert [run.wait() for run in runs] == [0, 0]
     for number in range(2):
         assert (tmp_path / str(number) / "artifacts/train/model.safetensors").read_bytes() == trained_alone[1]
+
+
+def test_a_backend_that_mlx_has_not_is_named_once(train: Build, capfd: pytest.CaptureFixture[str]) -> None:
+    if mx.distributed.is_available("jaccl"):
+        pytest.skip("MLX has jaccl here")
+    hosts = [{"ssh": "localhost", "ips": ["127.0.0.1"], "rdma": rdma} for rdma in ([None, "a"], ["a", None])]
+    Path("hosts.json").write_text(json.dumps(hosts))
+    with pytest.raises(UserError) as caught:
+        train(1, hosts='"hosts.json"', backend='"jaccl"')
+    assert re.fullmatch(
+        r'workflow\.distributed\.backend = "jaccl": MLX \S+ has no jaccl on \S+\. Use backend = "ring"\.',
+        str(caught.value),
+    )
+    assert "Traceback" not in capfd.readouterr().err
