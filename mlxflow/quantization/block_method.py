@@ -20,7 +20,7 @@ from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.block_calls import BlockCall, RecordedPass, record_blocks
 from mlxflow.quantization.block_training import BlockRows, relative_error, train_block
 from mlxflow.quantization.codec import Packed, symmetric_grid, unpack
-from mlxflow.quantization.error_compensation import compensated
+from mlxflow.quantization.error_compensation import Compensation
 from mlxflow.quantization.hidden_streams import HiddenStreams
 from mlxflow.quantization.layer_inputs import input_products, other_weights, remove_weights
 from mlxflow.quantization.outside_layers import round_outside
@@ -237,8 +237,9 @@ class _BlockWork:
             grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
             inputs = products.pop(path, None)
             if inputs is not None and inputs.shape[-1] == weight.shape[-1]:
-                numbers = (np.array(one.astype(mx.float32)) for one in (weight, inputs, grid))
-                weight = mx.array(compensated(*numbers, bits=setting.bits))
+                compensation = Compensation(np.array(inputs))
+                numbers = (np.array(one.astype(mx.float32)) for one in (weight, grid))
+                weight = mx.array(compensation.applied(*numbers, bits=setting.bits))
             dtypes = modules[path].weight.dtype, stored[path]
             layers[path], arrays[path] = GridLayer.begin(weight, setting, grid, dtypes=dtypes)
         mx.eval(arrays)

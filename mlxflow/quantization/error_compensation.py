@@ -15,42 +15,63 @@ _DAMPING = (0.01, 0.1, 1.0)
 # Columns whose errors are collected before all later columns are updated by one product
 _COLUMNS_AT_ONCE = 64
 
+# Numbers of a matrix that are compensated at a time; copies are several times as large
+_NUMBERS_AT_ONCE = 1 << 24
 
-def compensated(
-    weight: NDArray[np.float32], inputs: NDArray[np.float32], grid: NDArray[np.float32], *, bits: int
-) -> NDArray[np.float32]:
-    """Return weights that lose less of their products with the inputs when they are rounded to their grid.
+
+class Compensation:
+    """Compensates matrices that have the same inputs, or parts of their rows.
 
     Args:
-        weight: (..., D).
         inputs: sum over inputs of x x^T, (D, D).
-        grid: scales and biases, (2, ..., D / G), as they will be stored.
-        bits: of a code.
-
-    Returns:
-        The weights, (..., D), before rounding.
     """
-    width = weight.shape[-1]
-    columns = weight.reshape(-1, width).T.copy()  # (D, N): each column is consecutive in memory
-    scales, biases = (part.reshape(-1, part.shape[-1]).T for part in grid)
-    scales = np.where(scales == 0, np.float32(1), scales)
-    order = np.argsort(-np.diag(inputs), kind="stable")
-    groups = order * scales.shape[0] // width
-    columns = columns[order]
-    factor = _inverse_factor(inputs[order][:, order])
-    for begin in range(0, width, _COLUMNS_AT_ONCE):
-        end = min(begin + _COLUMNS_AT_ONCE, width)
-        errors = np.empty((end - begin, columns.shape[1]), np.float32)
-        for place in range(begin, end):
-            scale, bias = scales[groups[place]], biases[groups[place]]
-            codes = np.clip(np.rint((columns[place] - bias) / scale), 0, 2**bits - 1)
-            error = (columns[place] - codes * scale - bias) / factor[place, place]
-            columns[place + 1 : end] -= np.outer(factor[place, place + 1 : end], error)
-            errors[place - begin] = error
-        columns[end:] -= factor[begin:end, end:].T @ errors
-    result = np.empty_like(columns)
-    result[order] = columns
-    return np.ascontiguousarray(result.T).reshape(weight.shape)
+
+    def __init__(self, inputs: NDArray[np.float32]) -> None:
+        self._order = np.argsort(-np.diag(inputs), kind="stable")
+        self._factor = _inverse_factor(inputs[self._order][:, self._order])
+
+    def applied(self, weight: NDArray[np.float32], grid: NDArray[np.float32], *, bits: int) -> NDArray[np.float32]:
+        """Return weights that lose less of their products with the inputs when they are rounded to their grid.
+
+        Args:
+            weight: (..., D).
+            grid: scales and biases, (2, ..., D / G), as they will be stored.
+            bits: of a code.
+
+        Returns:
+            The weights, (..., D), before rounding.
+        """
+        width = weight.shape[-1]
+        rows = weight.reshape(-1, width)
+        scales, biases = (part.reshape(len(rows), -1) for part in grid)
+        result = np.empty_like(rows)
+        step = max(1, _NUMBERS_AT_ONCE // width)
+        for begin in range(0, len(rows), step):
+            part = slice(begin, begin + step)
+            result[part] = self._columnwise(rows[part], scales[part], biases[part], bits)
+        return result.reshape(weight.shape)
+
+    def _columnwise(
+        self, rows: NDArray[np.float32], scales: NDArray[np.float32], biases: NDArray[np.float32], bits: int
+    ) -> NDArray[np.float32]:
+        """Return compensated rows, (N, D), of a grid of (N, D / G) scales and biases."""
+        order, factor, width = self._order, self._factor, rows.shape[1]
+        columns = rows.T[order]  # (D, N): each column is consecutive in memory
+        scales = np.where(scales == 0, np.float32(1), scales).T
+        biases, groups = biases.T, order * scales.shape[0] // width
+        for begin in range(0, width, _COLUMNS_AT_ONCE):
+            end = min(begin + _COLUMNS_AT_ONCE, width)
+            errors = np.empty((end - begin, columns.shape[1]), np.float32)
+            for place in range(begin, end):
+                scale, bias = scales[groups[place]], biases[groups[place]]
+                codes = np.clip(np.rint((columns[place] - bias) / scale), 0, 2**bits - 1)
+                error = (columns[place] - codes * scale - bias) / factor[place, place]
+                columns[place + 1 : end] -= np.outer(factor[place, place + 1 : end], error)
+                errors[place - begin] = error
+            columns[end:] -= factor[begin:end, end:].T @ errors
+        result = np.empty_like(columns)
+        result[order] = columns
+        return result.T
 
 
 def _inverse_factor(inputs: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from mlxflow.ops.patching import layer_method
 from mlxflow.quantization.affine_grid import best_grid
 from mlxflow.quantization.block_calls import record_blocks
 from mlxflow.quantization.codec import Packed, pack, symmetric_grid, unpack
-from mlxflow.quantization.error_compensation import compensated
+from mlxflow.quantization.error_compensation import Compensation
 from mlxflow.quantization.layer_inputs import input_products, remove_weights
 from mlxflow.quantization.plan import quantizable_layers
 from mlxflow.quantization.scale_groups import cast_to
@@ -25,6 +25,9 @@ from mlxflow.quantization.settings import Setting
 
 # Weight of the lookups of an embedding that is also the head, relative to the mean over its columns as a head
 _LOOKUPS = 1.0
+
+# Numbers of a matrix that are rounded at a time: intermediate results of the search for grids are ten times as large
+_NUMBERS_AT_ONCE = 1 << 24
 
 
 def round_outside(
@@ -44,20 +47,35 @@ def round_outside(
     layers = quantizable_layers(model)
     rounded = {}
     for path, setting in plan.items():
-        weight, grid = layers[path].weight, None
-        exact = weight
-        if path in affine:
-            grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(weight, setting)
-        inputs = products.pop(path, None)
-        if grid is not None and inputs is not None and inputs.shape[-1] == weight.shape[-1]:
+        weight, inputs = layers[path].weight, products.pop(path, None)
+        if path not in affine:
+            packed = pack(weight, setting)
+        elif inputs is None or inputs.shape[-1] != weight.shape[-1]:
+            packed = _packed(weight, setting, None)
+        else:
             if hasattr(layers[path], "as_linear"):
                 inputs = inputs + mx.eye(len(inputs)) * (_LOOKUPS * mx.diag(inputs).mean())
-            numbers = (np.array(one.astype(mx.float32)) for one in (weight, inputs, grid))
-            exact = mx.array(compensated(*numbers, bits=setting.bits))
-        packed = pack(exact, setting, grid)
+            packed = _packed(weight, setting, Compensation(np.array(inputs)))
         mx.eval(packed)
         rounded[path] = packed, unpack(packed, setting, weight.dtype)
     return rounded
+
+
+def _packed(weight: mx.array, setting: Setting, compensation: Compensation | None) -> Packed:
+    """Return the codes of a matrix on its best grid, compensated or not; some rows at a time."""
+    parts = []
+    step = max(1, _NUMBERS_AT_ONCE // weight.shape[-1])
+    for begin in range(0, len(weight), step):
+        rows = weight[begin : begin + step]
+        grid = (symmetric_grid if setting.mode == "symmetric" else best_grid)(rows, setting)
+        exact = rows
+        if compensation is not None:
+            numbers = (np.array(one.astype(mx.float32)) for one in (rows, grid))
+            exact = mx.array(compensation.applied(*numbers, bits=setting.bits))
+        parts.append(pack(exact, setting, grid))
+        mx.eval(parts[-1])
+    codes, scales, biases = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
+    return Packed(codes, scales, biases)
 
 
 def _head_inputs(model: nn.Module, paths: list[str], tokens: NDArray[Any], *, name: str) -> dict[str, mx.array]:

@@ -2,9 +2,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxflow.quantization import error_compensation
 from mlxflow.quantization.affine_grid import round_on
 from mlxflow.quantization.codec import mlx_grid, round_trip
-from mlxflow.quantization.error_compensation import compensated
+from mlxflow.quantization.error_compensation import Compensation
 from mlxflow.quantization.settings import Setting
 
 
@@ -21,7 +22,7 @@ def test_compensated_weights_lose_less_of_their_products(bits: int) -> None:
     weight, inputs = _case()
     setting = Setting("affine", bits, 32)
     grid = mlx_grid(mx.array(weight), setting)
-    made = compensated(weight, inputs.T @ inputs, np.array(grid), bits=bits)
+    made = Compensation(inputs.T @ inputs).applied(weight, np.array(grid), bits=bits)
     rounded = np.array(round_on(mx.array(made), setting, grid))
 
     def lost(matrix: np.ndarray) -> float:
@@ -36,7 +37,7 @@ def test_without_correlated_inputs_the_weights_are_unchanged() -> None:
     grid = np.array(mlx_grid(mx.array(weight), setting))
     identity = np.eye(128, dtype=np.float32)
     for inputs in (identity, np.full_like(identity, np.inf), identity * 0):
-        assert np.allclose(compensated(weight, inputs, grid, bits=3), weight, atol=1e-5)
+        assert np.allclose(Compensation(inputs).applied(weight, grid, bits=3), weight, atol=1e-5)
 
 
 def test_experts_and_inputs_without_rank_are_compensated_too() -> None:
@@ -44,7 +45,16 @@ def test_experts_and_inputs_without_rank_are_compensated_too() -> None:
     setting = Setting("affine", 4, 32)
     grid = np.array(mlx_grid(mx.array(weight), setting))
     few = inputs[:5].T @ inputs[:5]
-    made = compensated(weight, few, grid, bits=4)
+    made = Compensation(few).applied(weight, grid, bits=4)
     assert np.isfinite(made).all()
-    experts = compensated(weight.reshape(4, 24, 128), few, grid.reshape(2, 4, 24, 4), bits=4)
+    experts = Compensation(few).applied(weight.reshape(4, 24, 128), grid.reshape(2, 4, 24, 4), bits=4)
     assert np.array_equal(experts.reshape(96, 128), made)
+
+
+def test_parts_of_the_rows_are_compensated_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = _case()
+    grid = np.array(mlx_grid(mx.array(weight), Setting("affine", 3, 32)))
+    compensation = Compensation(inputs.T @ inputs)
+    whole = compensation.applied(weight, grid, bits=3)
+    monkeypatch.setattr(error_compensation, "_NUMBERS_AT_ONCE", 128 * 40)
+    assert np.allclose(compensation.applied(weight, grid, bits=3), whole, atol=1e-4)

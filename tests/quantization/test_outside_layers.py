@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.architecture_configs import config_of
 from mlxflow.models import model_folder
+from mlxflow.quantization import outside_layers
 from mlxflow.quantization.affine_grid import best_grid, round_on
 from mlxflow.quantization.layer_inputs import other_weights
 from mlxflow.quantization.outside_layers import round_outside
@@ -48,3 +49,12 @@ def test_the_logits_change_less_than_with_grids_alone(ties: bool) -> None:
 def test_modes_without_a_grid_are_rounded() -> None:
     made = round_outside(_model, {"lm_head": Setting("mxfp4", 4, 32)}, TOKENS, name="quantize.method")
     assert made["lm_head"][0].biases is None
+
+
+def test_parts_of_the_rows_are_rounded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"lm_head": Setting("affine", 3, 32)}
+    whole = round_outside(_model, plan, TOKENS, name="quantize.method")["lm_head"]
+    monkeypatch.setattr(outside_layers, "_NUMBERS_AT_ONCE", 64 * 50)
+    parts = round_outside(_model, plan, TOKENS, name="quantize.method")["lm_head"]
+    assert whole[0].weight.shape == parts[0].weight.shape
+    assert mx.allclose(parts[1], whole[1], atol=1e-5)
