@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlxflow.distributed.team import Team
 
 #: Numbers that all ranks together send at a time.
-PIECE = 1 << 26
+PIECE = 1 << 28
 
 
 def gather_pieces(team: Team, array: mx.array, *, piece: int = PIECE) -> list[mx.array]:

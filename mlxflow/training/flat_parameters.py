@@ -1,31 +1,48 @@
 """Many small arrays as a few long ones, so that an operation on all of them takes a few kernel launches."""
 
+import math
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-#: Numbers in one partial sum: a single long sum in fp32 loses precision.
+# Numbers in one partial sum: a single long sum in fp32 loses precision
 _SUMMED_AT_ONCE = 1024
+
+#: Long arrays that many leaves are split into, about equal: ranks send one while they compute the next.
+PARTS = 8
+
+# Leaves of fewer numbers in all are not split; a long array has fewer than MLX can index
+_FEW, _MOST = 1 << 16, 1 << 30
+
+#: Path and shape of an array in a tree.
+Leaf = tuple[str, tuple[int, ...]]
 
 
 class FlatLayout:
     """The offset of each array of a tree in long arrays: of shape (1, N) for matrices, (N,) for vectors.
 
-    Each dtype has long arrays of its own. `scatter` returns views that share the memory of the long arrays.
+    Each dtype has long arrays of its own; many numbers have several, of whole leaves. `scatter` returns views that
+    share the memory of the long arrays.
 
     Args:
         tree: of arrays; their shapes and dtypes define the layout.
+        parts: number of long arrays that many leaves are split into.
 
     Attributes:
-        places: path and shape of each array in a long array, by the name of the long array.
+        places: the leaves of a long array in their order, by the name of the long array.
     """
 
-    def __init__(self, tree: Any) -> None:
-        self.places: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    def __init__(self, tree: Any, *, parts: int = PARTS) -> None:
+        kinds: dict[str, list[Leaf]] = {}
         for path, leaf in tree_flatten(tree):
             kind = "vectors" if leaf.ndim < 2 else "matrices"
-            self.places.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
+            kinds.setdefault(f"{kind}_{str(leaf.dtype).rpartition('.')[2]}", []).append((path, leaf.shape))
+        self.places: dict[str, list[Leaf]] = {}
+        for name, leaves in kinds.items():
+            groups = split_leaves(leaves, parts=parts)
+            for number, group in enumerate(groups):
+                self.places[name if len(groups) == 1 else f"{name}_{number}"] = group
 
     def gather(self, tree: Any) -> dict[str, mx.array]:
         """Return the leaves of a tree as long arrays; their dtypes may differ from those of the layout."""
@@ -47,17 +64,29 @@ class FlatLayout:
         for name, places in self.places.items():
             flat, begin = arrays[name].reshape(-1), 0
             for path, shape in places:
-                end = begin + _size(shape)
+                end = begin + math.prod(shape)
                 leaves.append((path, flat[begin:end].reshape(shape)))
                 begin = end
         return tree_unflatten(leaves)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+def split_leaves(leaves: list[Leaf], *, parts: int = PARTS) -> list[list[Leaf]]:
+    """Return leaves in their order in groups of about equal size; a single large leaf is a group of its own.
+
+    Args:
+        leaves: in the order of the tree.
+        parts: number of groups of leaves with many numbers.
+    """
+    most = min(_MOST, max(_FEW, sum(math.prod(shape) for _, shape in leaves) // parts))
+    groups: list[list[Leaf]] = [[]]
+    size = 0
+    for path, shape in leaves:
+        if size and size + math.prod(shape) > most:
+            groups.append([])
+            size = 0
+        groups[-1].append((path, shape))
+        size += math.prod(shape)
+    return groups
 
 
 def sum_of_squares(array: mx.array) -> mx.array:

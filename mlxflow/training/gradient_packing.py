@@ -1,17 +1,15 @@
 """The sums of an update as a few arrays for other ranks, in the order in which the backward pass computes them."""
 
+import math
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxflow.training.flat_parameters import FlatLayout
+from mlxflow.training.flat_parameters import FlatLayout, Leaf, split_leaves
 
 # Arrays of fewer numbers are sent together, in fp32
 _FEW = 1 << 16
-
-#: Parts that the gradients are sent in, about equal: one is sent while the backward pass computes the next.
-PARTS = 8
 
 
 class Gradients(NamedTuple):
@@ -42,18 +40,6 @@ class Joined(NamedTuple):
     arrays: Any
 
 
-class _LeafGroup(NamedTuple):
-    """Leaves that are sent as one array.
-
-    Attributes:
-        name: of the long array that they are a part of; empty if there is none.
-        leaves: path and shape of each, in the order of the tree.
-    """
-
-    name: str
-    leaves: list[tuple[str, tuple[int, ...]]]
-
-
 class GradientPacking:
     """Packs the gradients of a model into arrays of one dimension, and sums of such arrays into the update's form.
 
@@ -63,29 +49,21 @@ class GradientPacking:
     Args:
         trainable: tree of the trainable weights.
         layout: of the long arrays of the update; None if it takes a tree.
-        parts: number of parts of about equal size.
     """
 
-    def __init__(self, trainable: Any, layout: FlatLayout | None, *, parts: int = PARTS) -> None:
+    def __init__(self, trainable: Any, layout: FlatLayout | None) -> None:
         leaves = [(path, leaf.shape) for path, leaf in tree_flatten(trainable)]
         self._layout = layout
-        places = {"": leaves} if layout is None else layout.places
-        self._small: list[_LeafGroup] = []
-        self._parts: list[_LeafGroup] = []
-        most = max(_FEW, sum(_size(shape) for _, shape in leaves) // parts)
-        for name, of_name in places.items():
-            if sum(_size(shape) for _, shape in of_name) < _FEW:
-                self._small.append(_LeafGroup(name, of_name))
-            else:
-                self._parts += _split(name, of_name, most)
-        self._parts.reverse()
+        places = layout.places if layout else {str(at): group for at, group in enumerate(split_leaves(leaves))}
+        self._long = {name: group for name, group in reversed(places.items()) if _size(group) >= _FEW}
+        self._short = {name: group for name, group in places.items() if _size(group) < _FEW}
 
     def pack(self, gradients: Gradients) -> list[mx.array]:
         """Return the arrays to send."""
         leaves = dict(tree_flatten(gradients.tree))
-        small = [_long(leaves, part).astype(mx.float32) for part in self._small]
+        short = [_joined(leaves, group).astype(mx.float32) for group in self._short.values()]
         scalars = [gradients.total.reshape(1), gradients.targets.reshape(1)]
-        return [*(_long(leaves, part) for part in self._parts), mx.concatenate([*scalars, *small])]
+        return [*(_joined(leaves, group) for group in self._long.values()), mx.concatenate([*scalars, *short])]
 
     def unpack(self, arrays: list[list[mx.array]]) -> Joined:
         """Return sums of such arrays as the update takes them.
@@ -93,47 +71,31 @@ class GradientPacking:
         Args:
             arrays: the pieces of each.
         """
-        *long, last = arrays
-        small = last[0] if len(last) == 1 else mx.concatenate(last)
-        found: dict[str, list[mx.array]] = {}
-        for part, pieces in zip(reversed(self._parts), reversed(long), strict=True):
-            found.setdefault(part.name, []).extend(pieces)
+        *long, small = [pieces[0] if len(pieces) == 1 else mx.concatenate(pieces) for pieces in arrays]
+        found = dict(zip(self._long, long, strict=True))
         begin = 2
-        for part in self._small:
-            end = begin + sum(_size(shape) for _, shape in part.leaves)
-            found[part.name] = [small[begin:end]]
-            begin = end
-        joined = {name: parts[0] if len(parts) == 1 else mx.concatenate(parts) for name, parts in found.items()}
-        return Joined(small[0], small[1], self._shaped(joined))
-
-    def _shaped(self, joined: dict[str, mx.array]) -> Any:
+        for name, group in self._short.items():
+            found[name] = small[begin : begin + _size(group)]
+            begin += _size(group)
         if self._layout is not None:
-            return self._layout.shaped(joined)
-        leaves, begin = [], 0
-        for path, shape in [leaf for part in (*self._small, *reversed(self._parts)) for leaf in part.leaves]:
-            leaves.append((path, joined[""][begin : begin + _size(shape)].reshape(shape)))
-            begin += _size(shape)
-        return tree_unflatten(leaves)
+            ordered = {name: found[name] for name in self._layout.places}
+            return Joined(small[0], small[1], self._layout.shaped(ordered))
+        return Joined(small[0], small[1], self._tree(found))
+
+    def _tree(self, found: dict[str, mx.array]) -> Any:
+        leaves = {}
+        for name, group in {**self._long, **self._short}.items():
+            begin = 0
+            for path, shape in group:
+                end = begin + math.prod(shape)
+                leaves[path] = found[name][begin:end].reshape(shape)
+                begin = end
+        return tree_unflatten(list(leaves.items()))
 
 
-def _split(name: str, leaves: list[tuple[str, tuple[int, ...]]], most: int) -> list[_LeafGroup]:
-    """Return leaves in parts of at most `most` numbers, except where a leaf alone has more."""
-    parts, size = [_LeafGroup(name, [])], 0
-    for path, shape in leaves:
-        if size and size + _size(shape) > most:
-            parts.append(_LeafGroup(name, []))
-            size = 0
-        parts[-1].leaves.append((path, shape))
-        size += _size(shape)
-    return parts
+def _joined(leaves: dict[str, mx.array], group: list[Leaf]) -> mx.array:
+    return mx.concatenate([leaves[path].reshape(-1) for path, _ in group])
 
 
-def _long(leaves: dict[str, mx.array], part: _LeafGroup) -> mx.array:
-    return mx.concatenate([leaves[path].reshape(-1) for path, _ in part.leaves])
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+def _size(group: list[Leaf]) -> int:
+    return sum(math.prod(shape) for _, shape in group)

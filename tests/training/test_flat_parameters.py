@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxflow.training import flat_parameters
 from mlxflow.training.flat_parameters import FlatLayout, sum_of_squares
 
 
@@ -52,3 +53,25 @@ def test_squares_are_summed_in_fp32_without_losing_digits(size: int) -> None:
     numbers = mx.random.normal((size,), key=mx.random.key(0)).astype(mx.bfloat16)
     exact = np.square(np.array(numbers.astype(mx.float32)).astype(np.float64)).sum()
     assert float(sum_of_squares(numbers)) == pytest.approx(exact, rel=1e-5)
+
+
+def test_many_numbers_are_several_long_arrays_of_whole_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flat_parameters, "_FEW", 10)
+    tree = {"embed": mx.ones((40, 8)), "layers": [{"w": mx.full((8, 16), float(n))} for n in range(5)]}
+    layout = FlatLayout(tree, parts=3)
+    long = layout.gather(tree)
+    assert {name: array.size for name, array in long.items()} == {
+        "matrices_float32_0": 320,
+        "matrices_float32_1": 256,
+        "matrices_float32_2": 256,
+        "matrices_float32_3": 128,
+    }
+    back = dict(tree_flatten(layout.scatter(long)))
+    assert all(mx.array_equal(back[path], leaf) for path, leaf in tree_flatten(tree))
+
+
+def test_a_long_array_has_fewer_numbers_than_mlx_can_index() -> None:
+    leaves: list[flat_parameters.Leaf] = [(str(number), (4096, 14336)) for number in range(200)]
+    sizes = [sum(4096 * 14336 for _ in group) for group in flat_parameters.split_leaves(leaves)]
+    assert max(sizes) < 2**31
+    assert sum(sizes) == 200 * 4096 * 14336
