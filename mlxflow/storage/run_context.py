@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
         begun: the value of the module's `begin`; None without one.
         digests: of the inputs as first read by this run.
         time_ranks: returns the speeds of a train stage on one process and on all ranks, measured in a number of
-            updates; empty if the workflow has one rank.
+            updates; empty if the workflow has one rank, and in the copy that a child process of the stage gets.
     """
 
     task: str
@@ -95,6 +96,11 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     published: Path | None = None
     begun: Any = None
     time_ranks: Callable[[str, int], tuple[RankSpeed, ...]] = lambda task, num_steps: ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy in another process is made of: it cannot start ranks, which takes the stages' modules."""
+        fields = {name: getattr(self, name) for name in self.__struct_fields__ if name != "time_ranks"}
+        return partial(type(self), **fields), ()
 
 
 def derive_seed(seed: int, name: str) -> int:
