@@ -56,6 +56,11 @@ class RankSpeed(NamedTuple):
     waited_seconds: tuple[float, ...]
 
 
+def no_rank_speeds(task: str, num_steps: int) -> tuple[RankSpeed, ...]:
+    """Return no speeds; unlike a lambda, it can be sent to another process."""
+    return ()
+
+
 class Context(msgspec.Struct, frozen=True, kw_only=True):
     """The environment of a running stage: everything it gets besides its own table.
 
@@ -95,7 +100,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     digests: ObservedInputs
     published: Path | None = None
     begun: Any = None
-    time_ranks: Callable[[str, int], tuple[RankSpeed, ...]] = lambda task, num_steps: ()
+    time_ranks: Callable[[str, int], tuple[RankSpeed, ...]] = no_rank_speeds
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what a copy in another process is made of: it cannot start ranks, which takes the stages' modules."""

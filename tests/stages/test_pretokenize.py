@@ -26,6 +26,7 @@ from mlxflow.messages.errors import MlxflowError, SourceError, WorkflowError
 from mlxflow.storage.report_files import read_report
 from mlxflow.workflow.execution import execute_stage
 from mlxflow.workflow.loader import load_workflow
+from tests.conftest import mlxflow
 
 TEXTS = [f"note {i}: the {i * 7 % 13}th thing to remember, and {i * i} more of it\n" * 3 for i in range(40)]
 
@@ -1185,3 +1186,17 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(job: Job, monkeypatch:
     monkeypatch.setattr(input_files, "list_files", list_and_edit)
     said = job.fails('sources = ["a.jsonl"]\ntokenizer.from = "mine"')
     assert said == f"{job.folder}/a.jsonl: changed while it was read. Run the stage again."
+
+
+def test_a_tokenizer_of_a_folder_is_used_by_a_run_of_its_own(built: Path, tmp_path: Path) -> None:
+    """The guarded process gets the context of a real run, which must be possible to send."""
+    for name in ("train", "held"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {number} of many lines\n" for number in range(200)))
+    (tmp_path / "workflow.toml").write_text(
+        "[pretokenize]\nsources = ['train.txt']\nvalidation_sources = ['held.txt']\ncontext_length = 8\n"
+        f"tokenizer.from = '{built / 'artifacts/train'}'\n"
+    )
+    result = mlxflow(tmp_path, "run", "pretokenize")
+    assert result.returncode == 0, result.stderr
+    made = TokenFile.open(tmp_path / "artifacts/pretokenize/train.safetensors")
+    assert made.vocab_size == TokenFile.open(built / "artifacts/pretokenize/train.safetensors").vocab_size
