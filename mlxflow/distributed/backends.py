@@ -7,7 +7,8 @@ from socket import gethostname
 
 from mlxflow.device.compute_device import may_have_gpu
 from mlxflow.distributed.hosts import Hostfile
-from mlxflow.distributed.table import BACKENDS, Distributed
+from mlxflow.distributed.rank import BACKENDS
+from mlxflow.distributed.table import Distributed
 from mlxflow.messages.errors import WorkflowError
 
 _GPUS = Path("/proc/driver/nvidia/gpus")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mlxflow.distributed.table import BACKENDS, MAX_PROCESSES
+from mlxflow.distributed.rank import BACKENDS, MAX_PROCESSES
 
 #: The most bytes of a hostfile.
 MAX_BYTES = 1 << 20

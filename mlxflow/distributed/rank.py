@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple, Self
 
+#: The most processes of a run.
+MAX_PROCESSES = 256
+
+#: What the backend of a workflow may be.
+BACKENDS = ("auto", "ring", "nccl", "jaccl")
+
 _RANK, _BEATS = "MLXFLOW_RANK", "MLXFLOW_BEATS_FD"
 
 

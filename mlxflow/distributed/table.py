@@ -6,11 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-#: The most processes of a run.
-MAX_PROCESSES = 256
-
-#: What `backend` may be.
-BACKENDS = ("auto", "ring", "nccl", "jaccl")
+from mlxflow.distributed.rank import MAX_PROCESSES
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*")
 _DURATION_PATTERN = r"^\s*\d+(\.\d+)?\s*(s|min|h)\s*$"
