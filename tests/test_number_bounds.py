@@ -51,7 +51,8 @@ def test_the_bounds_tests_cover_every_number() -> None:
     keys = {key for key, *_ in NUMBERS}
     assert {"workflow.seed", "train.num_steps", "train.checkpointing", "train.betas", "train.lora.rank"} <= keys
     assert {"pretokenize.sources.weight", "quantize.learning_rate", "benchmark.batch_sizes"} <= keys
-    assert {key for key, type_, _ in LEAVES if type_ not in (int, float, str, bool)} == {"train.optimizer_options"}
+    tables = {"train.optimizer_options", "train.model.args"}
+    assert {key for key, type_, _ in LEAVES if type_ not in (int, float, str, bool)} == tables
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 10**22, -(10**22)])
@@ -147,7 +148,7 @@ def test_the_bounds_tests_cover_every_size() -> None:
 @pytest.mark.parametrize("value", ["900%", "100.5%", "9999999 TB", f"{400 * '9'} GB"])
 def test_sizes_above_the_maximum_are_refused(key: str, value: str) -> None:
     table, _, name = key.partition(".")
-    shares = "a size in bytes" if name == "target_size" else "at most 100%"
+    shares = "a size in bytes" if name in ("target_size", "max_shard_size") else "at most 100%"
     expected = f"expected {shares if '%' in value else 'at most 1024 TiB'}. "
     line = mistakes(f"[{table}]\n{name} = {toml_value(value)}")
     assert line.startswith(f"workflow.toml: {key} = {toml_value(value)}: {expected}")
@@ -195,6 +196,8 @@ CONTRADICTIONS = {
     "expected at least the lowest of candidate_bits = 4. Change one of the two.",
     '[quantize]\ntarget_size = "0 GB"': 'workflow.toml: quantize.target_size = "0 GB": expected more than 0 bytes. '
     'Write such as "200 MB".',
+    '[export]\nmax_shard_size = "0 GB"': 'workflow.toml: export.max_shard_size = "0 GB": expected more than 0 bytes. '
+    'Use export.max_shard_size = "5 GB" (the default).',
 }
 
 

@@ -11,7 +11,7 @@ from mlxflow.messages import terminal
 from mlxflow.messages.errors import ArtifactError, WorkflowError
 from mlxflow.messages.os_errors import advise_on
 from mlxflow.models import vocabularies
-from mlxflow.models.new_model import llama_config
+from mlxflow.models.new_model import new_config
 from mlxflow.storage import config_json, gguf_header, paths, remote_code
 from mlxflow.storage.toml_tables import Problem, problem_message, toml_value
 from mlxflow.training import length, run_warnings
@@ -175,7 +175,7 @@ def _architecture(workflow: Workflow, maker: Stage) -> tuple[dict[str, Any] | No
     tokens: Any = workflow.find(config.input).config
     # an upper bound: the plan depends on the widths only
     vocab_size = tokens.tokenizer.vocab_size
-    return llama_config(config.model, vocab_size=vocab_size, context_length=tokens.context_length), None
+    return new_config(config.model, vocab_size=vocab_size, context_length=tokens.context_length), None
 
 
 def _named_folder(workflow: Workflow, stage: Stage) -> Path | None:

@@ -1,20 +1,21 @@
 """Write a model or its adapters in the format of another program."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
 
-from mlxflow.device.compute_device import SIZE_PATTERN, parse_size
+from mlxflow.device.compute_device import SIZE_PATTERN, parse_size, size_mistake
 from mlxflow.models import gguf_architectures
 from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS, CONFIG, INDEX, TOKENIZER_CONFIG, adapters_folder
 from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import Problem
 from mlxflow.workflow.stage import Artifacts, Beside, model_files_of
-from mlxflow.workflow.stage_references import trained_length
+from mlxflow.workflow.stage_references import new_architecture, trained_length
 
 if TYPE_CHECKING:
     from mlxflow.models.gguf_writing import WrittenModel
@@ -69,6 +70,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         str, Meta(description="of peft: base_model_name_or_path; auto: what the train stage starts from")
     ] = "auto"
 
+    def problems(self) -> Iterator[Problem]:
+        """Yield a size of shards that is no number of bytes."""
+        advice = 'Use export.max_shard_size = "5 GB" (the default).'
+        expected = "expected a size in bytes" if self.max_shard_size.strip().endswith("%") else None
+        expected = expected or size_mistake(self.max_shard_size)
+        if expected is None and not parse_size(self.max_shard_size, 0):
+            expected = "expected more than 0 bytes"
+        if expected:
+            yield Problem("max_shard_size", self.max_shard_size, expected, advice)
+
     @property
     def writes_adapters(self) -> bool:
         """Whether adapters are written, not a model."""
@@ -116,7 +127,7 @@ def resolve(config: Config, artifacts: Artifacts) -> Config:
     """Return the table with `base_model` resolved; report what cannot be written, and a missing package."""
     if "gguf" in config.format:
         origin, _ = trained_length(config.model, artifacts)
-        model_type = artifacts.model_type(origin) if origin else ""
+        model_type = artifacts.model_type(origin) if origin else new_architecture(config.model, artifacts)
         if model_type and model_type not in gguf_architectures.MODEL_TYPES:
             expected, _, known = gguf_architectures.unknown_architecture(model_type).partition(". ")
             artifacts.note(Problem("model", config.model, expected, known))

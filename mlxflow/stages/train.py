@@ -34,7 +34,7 @@ VERSION = 10
 #: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")
 
-LATER_KEYS = {"num_epochs": "auto", "require_improvement": False}
+LATER_KEYS = {"num_epochs": "auto", "require_improvement": False, "model.args": {}}
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlxflow.data.token_file import TokenFile
 from mlxflow.messages.errors import ArtifactError
 from mlxflow.models import adapter_files, gguf_reading, model_folder, quantized_layers, tokenizer_files, vocabularies
-from mlxflow.models.new_model import ModelConfig, llama_config
+from mlxflow.models.new_model import ModelConfig, new_config
 from mlxflow.models.vocabulary_growth import grow_vocabulary
 from mlxflow.storage import config_json
 from mlxflow.training import adapters
@@ -95,7 +95,7 @@ def make_model(
     if source.folder is not None:
         model, config = _open(source.folder, source, settings, tokens, names)
     else:
-        config = llama_config(
+        config = new_config(
             source.shape,
             vocab_size=tokens.vocab_size,
             context_length=tokens.context_length,

@@ -117,6 +117,24 @@ def trained_length(name: str, known: Known | Artifacts) -> tuple[str, int | Lite
     return ("", None) if names_stage(name) else (name, None)
 
 
+def new_architecture(name: str, known: Known | Artifacts) -> str:
+    """Return the architecture of a model that a stage trains from scratch; empty for others.
+
+    Args:
+        name: of the model: a stage, a folder or one of the hub.
+        known: the tables of all stages.
+    """
+    passed: set[str] = set()
+    while names_stage(name) and name not in passed and (table := known.table(name)) is not None:
+        passed.add(name)
+        made: Any = table
+        model: Any = getattr(made, "model", "")
+        if hasattr(model, "architecture") and not model.from_:
+            return str(model.architecture)
+        name = getattr(model, "from_", model) or made.input
+    return ""
+
+
 def tokens_of_model(quantized: Any, artifacts: Artifacts) -> str:
     """Return the pretokenize stage whose tokens the model of a quantize stage was trained on; empty for a folder.
 
