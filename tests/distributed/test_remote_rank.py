@@ -10,19 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from mlxflow.distributed import launcher, remote_rank
 from mlxflow.distributed import supervisor as supervising
+from mlxflow.distributed.rank_start import free_ports
 from mlxflow.distributed.remote_rank import RemoteRank
 from mlxflow.messages.errors import StageError
 from mlxflow.workflow import remote_agent
 from tests.distributed.conftest import Alone, Build, Faults
 from tests.distributed.ssh_server import serving
 
-HOSTS = [
+HOSTS: list[dict[str, Any]] = [
     {"ssh": "localhost", "ips": ["127.0.0.1"]},
     {"ssh": "otherhost", "ips": ["127.0.0.2"]},
 ]
@@ -31,6 +33,10 @@ HOSTS = [
 @pytest.fixture
 def other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Reach this machine through ssh as otherhost, with the folder of its caches; return that folder."""
+    try:
+        free_ports(1, HOSTS[1]["ips"][0])
+    except OSError as error:
+        pytest.skip(f"needs a second address of this machine, {HOSTS[1]['ips'][0]} ({error.strerror})")
     cache = tmp_path / "other-cache"
     cache.mkdir(mode=0o700)
     monkeypatch.setenv("OPENBLAS_CORETYPE", os.environ.get("OPENBLAS_CORETYPE", ""))
