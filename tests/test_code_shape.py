@@ -70,6 +70,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "mlxflow/training/lora_config.py": "tests/stages/test_fuse.py",
     "mlxflow/training/setting_checks.py": "tests/test_number_bounds.py",
     "mlxflow/training/starting_model.py": "tests/stages/test_finetune.py",
+    "mlxflow/training/table_job.py": "tests/stages/test_train.py",
     "mlxflow/workflow/remote_files.py": "tests/distributed/test_remote_rank.py",
 }
 

@@ -1,4 +1,4 @@
-"""`mlxflow fit`: which batch sizes and context lengths fit into the memory."""
+"""`mlxflow fit`: what fits into the memory, of a profile stage's shapes; or what a training will take."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from mlxflow.workflow.stage import rooted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mlxflow fit`."""
-    parser.add_argument("stage", nargs="?", default="profile", help="a profile stage; default: profile")
+    parser.add_argument("stage", nargs="?", default="profile", help="a train or profile stage; default: profile")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[], help="default: around the stage's own")
     parser.add_argument("--context-lengths", type=int, nargs="+", default=[], help="default: around the data's own")
     add_workflow(parser)
@@ -33,18 +33,22 @@ def run(parsed: argparse.Namespace) -> None:
 def fit(workflow: Workflow, stage: Stage, *, batch_sizes: Sequence[int], context_lengths: Sequence[int]) -> None:
     """Print the predicted peak of a training step for each shape, and the largest batch that fits for each length.
 
+    For a train stage, whose model need not be built: the predicted peak of its steps and the seconds to its end.
+
     Args:
         workflow: the workflow.
-        stage: a profile stage; its model and data are measured.
+        stage: a train stage, or a profile stage whose model and data are measured.
         batch_sizes: rows in one forward pass; empty: from half of the stage's own to eight times as many.
         context_lengths: of the rows; empty: half, the same and twice the data's.
 
     Raises:
-        CallError: it is no profile stage, or a size is below 1.
+        CallError: it is another stage, or a size is below 1.
         ArtifactError: the model or its data are not built.
     """
-    if stage.name != "profile":
-        raise CallError(f"{stage.task}: expected a profile stage. Name one.")
+    if stage.name not in ("profile", "train"):
+        raise CallError(f"{stage.task}: expected a train or profile stage. Name one.")
+    if stage.name == "train" and (batch_sizes or context_lengths):
+        raise CallError(f"{stage.task}: sizes are tried for a profile stage only. Leave them out.")
     wrong = [number for number in (*batch_sizes, *context_lengths) if number < 1]
     if wrong:
         raise CallError(f"fit: {wrong[0]}: expected a number of at least 1. Use one such as 32.")
@@ -52,11 +56,45 @@ def fit(workflow: Workflow, stage: Stage, *, batch_sizes: Sequence[int], context
 
     cpu_backend.prepare()
     inputs = rooted(stage.inputs, workflow.root)
+    if stage.name == "train":
+        _forecast(workflow, stage, inputs)
+        return
     for path in (inputs.config, inputs.model, inputs.tokens):  # type: ignore[attr-defined]
         if not path.exists():
             raise ArtifactError(f"{path}: missing. {advise_build(stage.task)}")
     with remote_code.trusting_code(workflow.trusts_code(stage)):
         _print(workflow, stage, inputs, batch_sizes, context_lengths)
+
+
+def _forecast(workflow: Workflow, stage: Stage, inputs: Any) -> None:
+    """Print what a training will take."""
+    from mlxflow.device import compute_device, cpu_backend
+    from mlxflow.stages import train
+    from mlxflow.training.forecast import forecast
+
+    for path in (inputs.train, inputs.validation, *inputs.tokenizer):
+        if not path.exists():
+            raise ArtifactError(f"{path}: missing. {advise_build(stage.config.input)}")  # type: ignore[attr-defined]
+    chosen = compute_device.select(workflow.settings.device, key="workflow.device")
+    if chosen == "cpu":
+        cpu_backend.prepare_compiler()
+    limit = compute_device.parse_size(workflow.settings.memory_limit, compute_device.working_set_bytes())
+    context = _context(workflow, stage, chosen, limit)
+    with remote_code.trusting_code(workflow.trusts_code(stage)):
+        request, tokens, _, _ = train.table_job(stage.config, inputs, context)  # type: ignore[arg-type]
+        expected = forecast(request, tokens, context)
+    if expected.peak_bytes is None:
+        write_markdown(
+            f"{stage.task}: does not fit: a quarter of a pass of {expected.tokens:,} tokens ends in an error\n"
+        )
+        return
+    fits = "fits" if expected.peak_bytes <= limit else "does not fit"
+    write_markdown(
+        f"{stage.task}: {fits}: {expected.peak_bytes / 1e6:,.1f} MB in a pass of {expected.tokens:,} tokens; "
+        f"limit {limit / 1e6:,.0f} MB\n"
+        f"{expected.num_steps:,} steps: about {expected.seconds:,.0f} seconds, without validations\n"
+        + (f"checkpointing: {expected.note}\n" if expected.note else "")
+    )
 
 
 def _print(workflow: Workflow, stage: Stage, inputs: Any, sizes: Sequence[int], lengths: Sequence[int]) -> None:

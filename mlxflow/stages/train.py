@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import Meta
@@ -13,9 +13,9 @@ from mlxflow.messages import terminal
 from mlxflow.models.new_model import ModelConfig
 from mlxflow.storage import layout
 from mlxflow.storage.model_files import ADAPTERS, adapters_folder
-from mlxflow.storage.run_context import Context, ModelFolder, derive_seed
+from mlxflow.storage.run_context import Context, ModelFolder
 from mlxflow.storage.toml_tables import MAX_ROWS, MAX_STEPS, Problem, limit
-from mlxflow.training import defaults, length, setting_checks, table_settings
+from mlxflow.training import defaults, length, setting_checks
 from mlxflow.training.lora_config import LoraConfig, decide_fuse
 from mlxflow.training.optimizer_options import DEFAULT_BETAS, Optimizer, optimizer_problems
 from mlxflow.training.table_settings import most_ranks as most_ranks
@@ -26,8 +26,8 @@ from mlxflow.workflow.stage_references import model_inputs, note_other_model
 if TYPE_CHECKING:
     from mlxflow.report.stage_reports.train import TrainReport
     from mlxflow.training.run import RunFiles
-    from mlxflow.training.run_warnings import RunOutline
     from mlxflow.training.settings import SettingNames
+    from mlxflow.training.table_job import TableJob
 
 VERSION = 10
 
@@ -282,40 +282,16 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
         StageError: the loss stays without a finite value, or `require_improvement` refuses the model.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
-    from mlxflow.data.token_file import TokenFile
     from mlxflow.report.stage_reports.train import TrainReport
-    from mlxflow.training import job, kernel_selection, model_artifact, optimizers, starting_model
+    from mlxflow.training import job, model_artifact
     from mlxflow.training.figures import TrainingFigures
-    from mlxflow.training.run_warnings import Ending, outline_of
-    from mlxflow.training.settings import SettingNames
+    from mlxflow.training.run_warnings import Ending
 
-    tokens = TokenFile.open(inputs.train)
-    names = SettingNames.of_stage(context.task, config.input, MEMORY_LIMIT_KEY)
-    config = length.fitted(config, tokens.rows.num_rows, key=names.of("batch_size"))
-    rows = tokens.full_rows(cast("int", config.batch_size), names.of("batch_size"), sources=names.sources)
-    settings = table_settings.training_settings(config, length.planned_steps(config, rows.num_rows))
-    setting_checks.require_fitting_steps(config, settings.num_steps, rows.num_rows, table=context.task)
-    compute_device.bound_graphs(recomputes=settings.checkpoint_every > 0)
-    optimizers.require_known(
-        config.optimizer,
-        config.optimizer_options,
-        reserved=("weight_decay", "betas"),
-        key=names.of("optimizer_options"),
-    )
-    base = starting_model.find_folder(config.model.from_, inputs.base, names)
+    compute_device.bound_graphs(recomputes=config.checkpointing != "none")
+    names = setting_names(config, context.task)
+    request, tokens, rows, config = table_job(config, inputs, context)
     trained = job.run_job(
-        job.Job(
-            settings,
-            names,
-            starting_model.ModelSource(config.model, base, config.fuse, inputs.tokenizer[0]),
-            kernel_selection.KernelRequest.of(config.kernels, context),
-            masks_documents=config.document_mask,
-            fused_loss=config.fused_loss,
-            picks_checkpointing=config.checkpointing == "auto",
-            outline=cast("RunOutline", outline_of(config, inputs.train, inputs.validation)),
-            model_seed=derive_seed(context.seed, "train.model"),
-            data_seed=derive_seed(context.seed, "train.batches"),
-        ),
+        request,
         tokens,
         _run_files(config, inputs, outputs, context, names),
         outputs=outputs,
@@ -333,6 +309,20 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     warnings = [*([lost] if lost else []), *judged]
     terminal.say(*warnings)
     return TrainReport.of(trained, figures, quality, warnings)
+
+
+def setting_names(config: Config, task: str) -> "SettingNames":
+    """Return the names of the settings of a train stage, for messages."""
+    from mlxflow.training.settings import SettingNames
+
+    return SettingNames.of_stage(task, config.input, MEMORY_LIMIT_KEY)
+
+
+def table_job(config: Config, inputs: Inputs, context: Context) -> "TableJob":
+    """Return the job of a table and its tokens; see `mlxflow.training.table_job`."""
+    from mlxflow.training.table_job import job_of
+
+    return job_of(config, inputs, context, setting_names(config, context.task))
 
 
 def _run_files(config: Config, inputs: Inputs, outputs: Outputs, context: Context, names: "SettingNames") -> "RunFiles":

@@ -98,7 +98,7 @@ def run_job(
         SystemExit: a signal ended the run; a checkpoint is saved.
         UserError: a setting does not fit the model, or no batch fits into the memory.
     """
-    start, subject, kernels = _prepare(job, tokens, context)
+    start, subject, kernels = prepare(job, tokens, context)
     warnings = _warn(job, start)
     settings = subject.settings.replace(kernels=tuple(kernels.selected))
     if job.picks_checkpointing:
@@ -127,10 +127,19 @@ def run_job(
     return Trained(settings, kernels, result, fuse if start.adapter_config else "", parameters, warnings)
 
 
-def _prepare(
+def prepare(
     job: Job, tokens: TokenFile, context: Context
 ) -> tuple[starting_model.StartingModel, build.Subject, ModelKernels]:
-    """Open the model, resolve the settings that depend on it, and select the kernels."""
+    """Open the model, resolve the settings that depend on it, and select the kernels.
+
+    Args:
+        job: the request.
+        tokens: to train on.
+        context: of the stage.
+
+    Raises:
+        UserError: a setting does not fit the model.
+    """
     names = job.names
     with kernel_selection.begin_verification(job.kernels) as ahead:
         start = starting_model.make_model(

@@ -1,8 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from mlxflow.__main__ import main
+from mlxflow.storage.report_files import read_report
 from tests.conftest import mlxflow
 
 
@@ -10,11 +12,15 @@ def test_fit_refuses_other_stages_and_invalid_sizes(
     job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(job)
+    assert main(["fit", "pretokenize"]) == 2
     assert main(["fit", "train"]) == 2
+    assert main(["fit", "train", "--batch-sizes", "2"]) == 2
     assert main(["fit", "--batch-sizes", "0"]) == 2
     assert main(["fit"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "train: expected a profile stage. Name one.",
+        "pretokenize: expected a train or profile stage. Name one.",
+        "artifacts/pretokenize/train.safetensors: missing. Run: mlxflow build pretokenize",
+        "train: sizes are tried for a profile stage only. Leave them out.",
         "fit: 0: expected a number of at least 1. Use one such as 32.",
         "artifacts/train/config.json: missing. Run: mlxflow build profile",
     ]
@@ -27,3 +33,23 @@ def test_fit_prints_the_predicted_peak_of_each_shape(built: Path) -> None:
     assert lines[2] == "| context_length | batch 2 | batch 4 | largest that fits |"
     assert [line.split()[1] for line in lines[4:7]] == ["8", "16", "32"]
     assert "predicted" in lines[-1]
+
+
+def test_fit_says_what_a_training_will_take_before_its_model_exists(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = read_report(built / "artifacts/train/report.toml")["run"]["training_peak_memory_bytes"]
+    (tmp_path / "artifacts").mkdir()
+    for name in ("workflow.toml", "notes", "artifacts/pretokenize"):
+        (tmp_path / name).symlink_to(built / name)
+    result = mlxflow(tmp_path, "fit", "train")
+    assert result.returncode == 0, result.stderr
+    found = re.fullmatch(
+        r"train: fits: ([\d,.]+) MB in a pass of [\d,]+ tokens; limit [\d,]+ MB\n"
+        r"\d+ steps: about [\d,]+ seconds, without validations\n",
+        result.stdout,
+    )
+    assert found, result.stdout
+    predicted = float(found[1].replace(",", "")) * 1e6
+    assert 0.5 * trained < predicted < 2 * trained  # a tiny model: buffers of a step in flight are a large part
+    assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["pretokenize"]
