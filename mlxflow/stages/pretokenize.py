@@ -15,7 +15,7 @@ from mlxflow.data.sources import Corpus
 from mlxflow.messages import terminal
 from mlxflow.storage import gguf_header, layout
 from mlxflow.storage.model_files import HUB_MODEL
-from mlxflow.storage.run_context import Context, no_rank_speeds
+from mlxflow.storage.run_context import Context
 from mlxflow.storage.toml_tables import Problem
 from mlxflow.training import defaults
 from mlxflow.workflow.stage import Artifacts, names_stage
@@ -253,10 +253,9 @@ def run(*, config: Config, inputs: Inputs, outputs: Outputs, context: Context) -
     from mlxflow.data.guard import Guard
     from mlxflow.data.shard_cache import remove_unfinished
 
-    sent = msgspec.structs.replace(context, time_ranks=no_rank_speeds)  # the workflow's cannot be sent
     with Guard() as process:
         try:
-            report, digests = process.call(f"{__name__}:watched_work", config, inputs, outputs, sent)
+            report, digests = process.call(f"{__name__}:watched_work", config, inputs, outputs, context)
         finally:
             remove_unfinished(context.state / layout.SHARDS, process.end())
     context.digests.join(digests)
