@@ -138,6 +138,7 @@ def _config(architecture: GgufArchitecture, field: Callable[[str], Any], reader:
         config = gguf_architectures.config_json(architecture, field)
     except KeyError as error:
         raise ArtifactError(f"{key}: its header has no {error.args[0]}. Download it again.") from error
+    _require_known_rope(architecture.name, field, config["head_dim"], key)
     names = {tensor.name for tensor in reader.tensors}
     config |= _rope_scaling(config, reader, key)
     config["tie_word_embeddings"] = "output.weight" not in names
@@ -152,6 +153,24 @@ def _config(architecture: GgufArchitecture, field: Callable[[str], Any], reader:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     config["bos_token_id"] = field("tokenizer.ggml.bos_token_id")
     return {name: value for name, value in config.items() if value is not None}
+
+
+def _require_known_rope(name: str, field: Callable[[str], Any], head_dim: int, key: str) -> None:
+    """Check that the rotary embedding is one that `config_json` describes.
+
+    Raises:
+        ArtifactError: it has another scaling, or turns a part of each head.
+    """
+    kind, factor = field(f"{name}.rope.scaling.type"), field(f"{name}.rope.scaling.factor")
+    if kind not in (None, "none", "linear"):
+        problem = f'a rotary embedding scaled by "{kind}"'
+    elif kind == "none" and factor is not None:
+        problem = f'a rotary embedding scaled by "none" with the factor {factor:g}'
+    elif (turned := field(f"{name}.rope.dimension_count")) not in (None, head_dim):
+        problem = f"a rotary embedding of {turned} of {head_dim} numbers of a head"
+    else:
+        return
+    raise ArtifactError(f"{key}: its header has {problem}, which cannot be read. Use the original model folder.")
 
 
 def _rope_scaling(config: dict[str, Any], reader: Any, key: str) -> dict[str, Any]:

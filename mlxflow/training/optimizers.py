@@ -181,8 +181,8 @@ class Update:
         if self.layout is None:
             kind = type(getattr(self._optimizer, "optimizers", [self._optimizer])[0]).__name__
             raise UserError(
-                f"workflow.distributed.optimizer_sharding = true: {kind} updates whole matrices, which cannot be split "
-                "between ranks. Remove it, or choose adamw or sgd as the optimizer."
+                f"optimizer_sharding = true: {kind} updates whole matrices, which cannot be split between ranks. "
+                "Remove it, or choose adamw or sgd as the optimizer."
             )
         return OptimizerShards(weights, team)
 

@@ -92,8 +92,8 @@ def test_an_optimizer_of_whole_matrices_is_not_sharded(train: Build) -> None:
     with pytest.raises(UserError) as caught:
         train(2, train=FIXED + '\noptimizer = "muon"\n', optimizer_sharding="true", restarts=3)
     assert str(caught.value) == (
-        "workflow.distributed.optimizer_sharding = true: Muon updates whole matrices, which cannot be split between "
-        "ranks. Remove it, or choose adamw or sgd as the optimizer."
+        "optimizer_sharding = true: Muon updates whole matrices, which cannot be split between ranks. Remove it, or "
+        "choose adamw or sgd as the optimizer."
     )
 
 

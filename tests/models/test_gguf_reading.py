@@ -1,7 +1,10 @@
 """GGUF files as model folders; see test_gguf_writing for files of every architecture."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -65,13 +68,41 @@ def test_a_tensor_without_a_place_is_refused(file: Path, into: Path, tmp_path: P
     assert not (into / "config.json").exists()
 
 
-def _copy_with(file: Path, other: Path, name: str) -> None:
-    """Write a file with the fields of another one and a single tensor."""
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, 'a rotary embedding scaled by "yarn"'),
+        ({"rope.scaling.type": "longrope"}, 'a rotary embedding scaled by "longrope"'),
+        (
+            {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+            'a rotary embedding scaled by "none" with the factor 4',
+        ),
+        ({"rope.dimension_count": 4}, "a rotary embedding of 4 of 32 numbers of a head"),
+    ],
+)
+def test_a_rotary_embedding_that_the_folder_cannot_have_is_refused(
+    file: Path, into: Path, tmp_path: Path, changed: dict[str, Any], problem: str
+) -> None:
+    other = tmp_path / "other.gguf"
+    _copy_with(file, other, "output_norm.weight", changed)
+    with pytest.raises(ArtifactError) as caught:
+        gguf_reading.write_folder(other, into, key="other.gguf")
+    assert str(caught.value) == (
+        f"other.gguf: its header has {problem}, which cannot be read. Use the original model folder."
+    )
+    assert not list(into.iterdir())
+
+
+def _copy_with(file: Path, other: Path, name: str, changed: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write a file with the fields of another one, some of them changed or added, and a single tensor."""
     from gguf import GGUFReader, GGUFValueType
 
     writer = GGUFWriter(other, "llama")
+    kinds = {str: GGUFValueType.STRING, float: GGUFValueType.FLOAT32, int: GGUFValueType.UINT32}
+    for name_of_value, value in changed.items():
+        writer.add_key_value(f"llama.{name_of_value}", value, kinds[type(value)])
     for key, field in GGUFReader(file).fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":
+        if key.startswith("GGUF.") or key == "general.architecture" or key.removeprefix("llama.") in changed:
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
