@@ -6,11 +6,13 @@ that clients with a fixed name work, and no request makes the machine download o
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlxflow.models import adapter_files
-from mlxflow.ops import mlx_lm_import
+from mlxflow.ops import mlx_lm_import, patching
 from mlxflow.storage.temporary_files import scratch_folder
 
 
@@ -34,9 +36,19 @@ def answer_requests(folder: Path, *, host: str, port: int, trusts_code: bool) ->
         mlx_lm_import.prepare()
         from mlx_lm import server
 
-        server.ModelProvider = _one_model(server.ModelProvider)
         sys.argv = ["mlx_lm.server", *arguments]
-        server.main()
+        with bound_to_one_model():
+            server.main()
+
+
+@contextmanager
+def bound_to_one_model() -> Iterator[None]:
+    """Let mlx-lm's server open the model of its command line for every name, until the block ends."""
+    from mlx_lm import server
+
+    one = _one_model(server.ModelProvider)
+    with patching.attributes((server, "ModelProvider", one), by=__name__):
+        yield
 
 
 def _one_model(provider: Any) -> Any:

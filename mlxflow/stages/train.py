@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlxflow.training.settings import SettingNames
     from mlxflow.training.table_job import TableJob
 
-VERSION = 10
+VERSION = 11  # gradients of recomputed layers with dropout had another mask
 
 #: Keys that do not affect the artifact.
 EXECUTION_ONLY_KEYS = ("workers", "prefetch_batches", "save_every", "keep_checkpoints", "lazy_eval_every")

@@ -11,11 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
+from mlx_lm import server
 from mlx_lm.models import activations, base, llama
 from mlx_lm.tuner import lora
 
 from benchmarks.architecture_configs import config_of
+from mlxflow.evaluation import model_server
 from mlxflow.evaluation.model_body import Body
 from mlxflow.kernels import layer_patching
 from mlxflow.kernels.registry import recorded
@@ -34,8 +37,11 @@ from mlxflow.ops.gradient_checkpointing import recomputed
 from mlxflow.ops.patching import Replacement, active
 from mlxflow.ops.swiglu_cpu import replaced_swiglu
 from mlxflow.quantization.awq import scale_and_clip
+from mlxflow.quantization.block_calls import record_blocks
 from mlxflow.quantization.fake_quant import fake_quantized
+from mlxflow.quantization.layer_inputs import input_products
 from mlxflow.quantization.mlx_lm_patches import dense_products, following
+from mlxflow.quantization.outside_layers import round_outside
 from mlxflow.quantization.settings import Setting
 from mlxflow.training.output_head import find_head
 from tests.conftest import REPOSITORY
@@ -145,6 +151,11 @@ BLOCKS: list[tuple[str, Callable[[nn.Module], Block], set[str]]] = [
         lambda model: dense_products(_quantized(model)),
         {f"class of {LAYERS}.quantized.QuantizedLinear", f"class of {LAYERS}.quantized.QuantizedEmbedding"},
     ),
+    (
+        "mlxflow.evaluation.model_server",
+        lambda _: model_server.bound_to_one_model(),
+        {"mlx_lm.server.ModelProvider"},
+    ),
     ("mlxflow.evaluation.model_body", _noting_body, {"class of mlx_lm.models.llama.LlamaModel"}),
     (
         "mlxflow.models.config_fields",
@@ -187,6 +198,23 @@ CALLS: list[tuple[str, Callable[[nn.Module], Any], set[str]]] = [
         },
     ),
     (
+        "mlxflow.quantization.block_calls",
+        lambda model: record_blocks(model, context_length=8, name="quantize.method"),
+        {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
+    (
+        "mlxflow.quantization.layer_inputs",
+        lambda model: input_products(
+            model, ["model.layers.0.self_attn.q_proj"], lambda begin, end: model(TOKENS), [(0, 1)]
+        ),
+        {f"class of {LAYERS}.linear.Linear"},
+    ),
+    (
+        "mlxflow.quantization.outside_layers",
+        lambda model: round_outside(_model, {"lm_head": SETTING}, np.array(TOKENS), name="quantize.method"),
+        {"class of mlx_lm.models.llama.TransformerBlock"},
+    ),
+    (
         "mlxflow.ops.mlx_lm_import",
         lambda _: _import_utils(),
         {"sys.modules[mlx_lm.tokenizer_utils]", "sys.modules[huggingface_hub]", "resource.setrlimit"},
@@ -218,7 +246,18 @@ def _import_utils() -> None:
 
 def _state(model: nn.Module) -> list[Any]:
     """Return all that the blocks replace: operations, methods, the classes of layers and modules."""
-    owners = [mx, mx.fast, nn.Linear, nn.Embedding, base, base.BaseModelArgs, activations, llama, lora.LoRALinear]
+    owners = [
+        mx,
+        mx.fast,
+        nn.Linear,
+        nn.Embedding,
+        base,
+        base.BaseModelArgs,
+        activations,
+        llama,
+        lora.LoRALinear,
+        server,
+    ]
     return [
         *(dict(vars(owner)) for owner in owners),
         {path: type(layer) for path, layer in model.named_modules()},
