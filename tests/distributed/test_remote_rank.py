@@ -76,7 +76,7 @@ def test_a_rank_on_another_host_gets_the_files_and_trains_the_same_bytes(
     assert train_on_hosts() == trained_alone[1]
     said = capfd.readouterr().err
     assert re.search(r"^rank 1 on otherhost: copies \d+ files, [\d,]+ bytes$", said, re.M)
-    ended = r"^train: rank 1 on otherhost ended with signal SIGKILL at step [78] \(.*restart 1 of 3\)$"
+    ended = r"^train: rank 1 on otherhost ended with signal SIGKILL at step \d+ \(.*restart 1 of 3\)$"
     assert re.search(ended, said, re.M)
     assert re.search(r"^rank 0: train: resumes from step [46] \(", said, re.M)
     names = {path.name for path in _copy_of(other_host).rglob("*") if path.is_file()}

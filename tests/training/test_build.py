@@ -101,8 +101,8 @@ def _benchmark(inputs: benchmark.Inputs, context: Context, made: Path, method: s
 @pytest.fixture
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every stage order its rows, and draw its adapters, by one seed."""
-    for stage in ("train", "profile", "benchmark"):
-        monkeypatch.setattr(f"mlxflow.stages.{stage}.derive_seed", lambda seed, name: 5)
+    for module in ("training.table_job", "stages.profile", "stages.benchmark"):
+        monkeypatch.setattr(f"mlxflow.{module}.derive_seed", lambda seed, name: 5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

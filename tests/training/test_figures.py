@@ -20,7 +20,7 @@ def _result() -> Any:
         "tokens_per_second": 32.0,
         "peak_memory_bytes": 1024,
     }
-    return SimpleNamespace(**losses, **seconds, **counts)
+    return SimpleNamespace(rank_waited_seconds=(), **losses, **seconds, **counts)
 
 
 @pytest.mark.parametrize(("keeps_best", "loss"), [(True, 1.0), (False, 2.0)])
