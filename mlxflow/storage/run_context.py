@@ -57,7 +57,7 @@ class RankSpeed(NamedTuple):
 
 
 def no_rank_speeds(task: str, num_steps: int) -> tuple[RankSpeed, ...]:
-    """Return no speeds; unlike a lambda, it can be sent to another process."""
+    """Return no speeds, for a context without ranks."""
     return ()
 
 

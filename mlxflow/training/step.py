@@ -114,10 +114,6 @@ class Step:
         zeros = tree_map(lambda weight: mx.zeros(weight.shape, mx.float32), self._model.trainable_parameters())
         return Gradients(mx.array(0.0), mx.array(0.0), zeros)
 
-    def join(self, gradients: Gradients) -> Joined:
-        """Return gradients as the update takes them."""
-        return Joined(gradients.total, gradients.targets, self._of_update.join(gradients.tree))
-
     def packing(self) -> GradientPacking:
         """Return how the gradients are sent to other ranks."""
         return GradientPacking(self._model.trainable_parameters(), self._of_update.layout)
