@@ -68,7 +68,8 @@ def _benchmark(report: dict[str, Any]) -> Iterator[str]:
     speeds = {row["name"]: row["tokens_per_second"] for row in report["training"] if "tokens_per_second" in row}
     if "workflow" in speeds:
         yield f"training {speeds['workflow']:,.0f} tokens/s"
-    yield f"{len(report['models'])} models measured"
+    models = len(report["models"])
+    yield f"{models} model{'' if models == 1 else 's'} measured"
 
 
 _FIGURES = {

@@ -33,7 +33,7 @@ QUALITY = {"dense_perplexity": 8.126, "perplexity": 12.04}
         (
             "benchmark",
             {"training": [{"name": "workflow", "tokens_per_second": 1234.5}], "models": [{}]},
-            "training 1,234 tokens/s, 1 models measured",
+            "training 1,234 tokens/s, 1 model measured",
         ),
         ("report", {}, ""),
         ("train", {}, ""),
