@@ -29,7 +29,7 @@ def variables_of(
     """Return the variables of a rank.
 
     Args:
-        backend: "ring", "nccl" or "jaccl".
+        backend: "ring", "nccl", "jaccl" or "mpi", whose variables `MpiMeeting` has.
         number: of the rank.
         addresses: "IP:port" of all ranks: for ring, each that a rank listens on; else the first one of rank 0 counts,
             and for nccl one of another rank, where the ranks exchange numbers.
@@ -42,6 +42,8 @@ def variables_of(
     if backend == "jaccl":
         values["MLX_JACCL_COORDINATOR"] = addresses[0][0]
         return Variables(values, {"MLX_IBV_DEVICES": json.dumps([list(devices) for devices in rdma])})
+    if backend == "mpi":
+        return Variables(values, {})
     host, _, port = addresses[0][0].rpartition(":")
     meeting = _meeting(addresses, key)
     return Variables(values | {"NCCL_HOST_IP": host, "NCCL_PORT": port}, {MEETING: meeting.write()})

@@ -15,7 +15,7 @@ _GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def resolve_backend(table: Distributed, device: str, found: Hostfile | None = None) -> str:
-    """Return "ring", "nccl" or "jaccl".
+    """Return "ring", "nccl", "jaccl" or "mpi".
 
     Args:
         table: `[workflow.distributed]`.

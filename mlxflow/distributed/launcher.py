@@ -5,7 +5,7 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -13,6 +13,7 @@ import psutil
 
 from mlxflow.distributed.backend_variables import variables_of
 from mlxflow.distributed.hosts import Hostfile
+from mlxflow.distributed.mpi_meeting import MpiMeeting
 from mlxflow.distributed.rank import Rank
 from mlxflow.distributed.rank_start import RankStart, free_ports
 from mlxflow.distributed.remote_rank import RemoteRank, Remotes
@@ -30,7 +31,7 @@ class Launch(NamedTuple):
         command: program and arguments of every rank on this host.
         data: the standard input of every rank.
         size: number of ranks.
-        backend: "ring", "nccl" or "jaccl".
+        backend: "ring", "nccl", "jaccl" or "mpi".
         reduction: see `Rank`.
         shards_optimizer: see `Rank`.
         logs: a file for the output of each rank.
@@ -122,13 +123,19 @@ class RankProcess(RunningRank):
 
 
 def start_ranks(
-    launch: Launch, ranks: list[RunningRank], stop_requested: Callable[[], bool], start: Callable[..., RankProcess]
+    launch: Launch,
+    ranks: list[RunningRank],
+    held: ExitStack,
+    *,
+    stop_requested: Callable[[], bool],
+    start: Callable[..., RankProcess],
 ) -> None:
     """Start all ranks: first the agents on other hosts, which check their versions and files, then every rank.
 
     Args:
         launch: how.
         ranks: gets each of them as soon as something of it runs.
+        held: gets what must last as long as the ranks.
         stop_requested: whether to give up.
         start: starts a rank on this host: `RankProcess`.
 
@@ -153,9 +160,12 @@ def start_ranks(
     for number, one in remote.items():
         count = launch.hosts.place_on_host(number)[1] if launch.hosts else 0
         one.prepare(launch.backend, count)
+    group = held.enter_context(MpiMeeting(launch.size, stop_requested)).variables if launch.backend == "mpi" else ()
     addresses, key = list(_addresses(launch, remote)), secrets.token_hex(16)
     for number in range(launch.size):
         begin = _start_of(launch, number, addresses, key)
+        if group:
+            begin = begin._replace(environment=begin.environment | group[number])
         if number in remote:
             remote[number].begin(begin)
         else:

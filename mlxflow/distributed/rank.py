@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 MAX_PROCESSES = 256
 
 #: What the backend of a workflow may be.
-BACKENDS = ("auto", "ring", "nccl", "jaccl")
+BACKENDS = ("auto", "ring", "nccl", "jaccl", "mpi")
 
 _RANK, _BEATS = "MLXFLOW_RANK", "MLXFLOW_BEATS_FD"
 
@@ -22,7 +22,7 @@ class Rank(NamedTuple):
     Attributes:
         number: of the process, from 0; rank 0 writes the artifact.
         size: processes in the run.
-        backend: "ring", "nccl" or "jaccl"; empty for a single process.
+        backend: "ring", "nccl", "jaccl" or "mpi"; empty for a single process.
         reduction: "ordered" or "fast".
         beats: descriptor of the pipe for heartbeats; -1 for none.
         sharing: ranks that share this one's device and its memory, itself included.

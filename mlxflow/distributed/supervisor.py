@@ -8,6 +8,7 @@ checkpoints, so no rank needs time to clean up.
 import select
 import signal
 import time
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from mlxflow.device.stop_signals import StopFlag, stop_on_signals
@@ -160,9 +161,9 @@ class _Watch:
         Raises:
             SystemExit: a signal ended the run.
         """
-        with stop_on_signals() as stop_requested:
+        with stop_on_signals() as stop_requested, ExitStack() as held:
             try:
-                start_ranks(self._launch, self._ranks, stop_requested, RankProcess)
+                start_ranks(self._launch, self._ranks, held, stop_requested=stop_requested, start=RankProcess)
                 self._alive = dict.fromkeys(range(self._launch.size), time.monotonic())
                 cause = self._watch(stop_requested)
             except HostError as error:

@@ -44,11 +44,11 @@ class Distributed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         str, Meta(description="the Python with mlxflow on the other hosts; empty: the same path as on this one")
     ] = ""
     backend: Annotated[
-        Literal["auto", "ring", "nccl", "jaccl"],
+        Literal["auto", "ring", "nccl", "jaccl", "mpi"],
         Meta(
-            description="communication between ranks: ring over TCP, nccl with one NVIDIA GPU for each rank, or jaccl "
-            "over Thunderbolt with RDMA; auto: what the hostfile says, or nccl if device allows a GPU and there are "
-            "NVIDIA GPUs, else ring"
+            description="communication between ranks: ring over TCP, nccl with one NVIDIA GPU for each rank, jaccl "
+            "over Thunderbolt with RDMA, or mpi by the Open MPI of this machine; auto: what the hostfile says, or nccl "
+            "if device allows a GPU and there are NVIDIA GPUs, else ring"
         ),
     ] = "auto"
     reduction: Annotated[

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mlxflow.device import compute_device
 from mlxflow.distributed.backends import require_available, require_gpus
+from mlxflow.distributed.mpi_meeting import require_mpirun
 from mlxflow.distributed.rank import Rank
 from mlxflow.messages import terminal
 from mlxflow.storage import atomic_folders, layout
@@ -34,6 +35,8 @@ def run_ranks(workflow: Workflow, stage: Stage, into: Path | None, handover: Han
 
     table, ranks = workflow.settings.distributed, workflow.ranks
     require_gpus(table, ranks.backend, ranks.hosts)
+    if ranks.backend == "mpi":
+        require_mpirun()
     _advise_on_threads(workflow)
     apart = Path(layout.STATE, layout.RANKS) if into else None  # no checkpoint of the workflow's own run
     launch = Launch(

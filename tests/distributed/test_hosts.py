@@ -40,7 +40,7 @@ def test_all_mistakes_come_with_their_lines() -> None:
     found, lines = read_hostfile(text, "hosts.json")
     assert found is None
     assert lines == [
-        'hosts.json:2: backend = "gloo": expected one of auto, ring, nccl, jaccl.',
+        'hosts.json:2: backend = "gloo": expected one of auto, ring, nccl, jaccl, mpi.',
         'hosts.json:3: envs = "A": expected a list of texts such as "NAME=value".',
         'hosts.json:3: envs = "MLX_RANK=3": mlxflow sets this variable itself. Remove it.',
         "hosts.json:4: nodes = 1: unknown key. Expected hosts, backend and envs.",
@@ -111,6 +111,9 @@ def test_jaccl_needs_a_device_to_every_other_host() -> None:
         lacking,
     ]
     assert _mistakes("jaccl", *hosts, environment=(("MLX_JACCL_RING", "1"),)) == [own, lacking]
+    assert _mistakes("mpi", *hosts) == [
+        'h: backend "mpi" connects the ranks of one machine only. Use "ring", or processes without hosts.'
+    ]
     assert _mistakes("jaccl", *[Host(1, "a")] * 33) == ['h: 33 hosts: expected at most 32 for backend "jaccl".']
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,17 @@ def _launch(tmp_path: Path, backend: str, hosts: Hostfile | None = None) -> Laun
     return Launch(command, b"given", 2, backend, "fast", False, logs, open_log, 0, hosts, None)
 
 
+def _start(launch: Launch, ranks: list[RunningRank]) -> None:
+    with ExitStack() as held:
+        launcher.start_ranks(launch, ranks, held, stop_requested=lambda: False, start=RankProcess)
+
+
 def _output_of(tmp_path: Path, launch: Launch, number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what a rank of two prints: its variables, and its standard input."""
     ports = iter([7001, 7002])
     monkeypatch.setattr(launcher, "free_ports", lambda count, *address: [next(ports) for _ in range(count)])
     ranks: list[RunningRank] = []
-    launcher.start_ranks(launch, ranks, lambda: False, RankProcess)
+    _start(launch, ranks)
     for rank in ranks:
         assert rank.beat == Beat()
         while rank.pipes:
@@ -105,14 +111,14 @@ def test_ranks_of_a_hostfile_get_its_addresses_and_variables(tmp_path: Path, mon
 def test_the_first_host_is_this_machine(tmp_path: Path) -> None:
     hosts = Hostfile("hosts.json", (Host(1, "mac-b", ("10.0.0.2",)), Host(2, "localhost", ("127.0.0.1",))))
     with pytest.raises(WorkflowError, match=r"^hosts\.json:1: entry 1: ssh = mac-b: expected this machine, "):
-        launcher.start_ranks(_launch(tmp_path, "ring", hosts), [], lambda: False, RankProcess)
+        _start(_launch(tmp_path, "ring", hosts), [])
 
 
 def test_an_address_of_another_machine_is_named(tmp_path: Path) -> None:
     here = Host(3, "localhost", ("192.0.2.1",))
     launch = _launch(tmp_path, "ring", Hostfile("h.json", (here, here)))
     with pytest.raises(WorkflowError, match=r"^h\.json:3: entry 1: ips: cannot be used on this machine \("):
-        launcher.start_ranks(launch, [], lambda: False, RankProcess)
+        _start(launch, [])
 
 
 def test_a_rank_that_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -> None:
@@ -120,6 +126,6 @@ def test_a_rank_that_cannot_be_started_leaves_no_descriptor(tmp_path: Path) -> N
     counts = []
     for _ in range(2):  # the first start opens a pipe that is kept
         with pytest.raises(FileNotFoundError):
-            launcher.start_ranks(launch, [], lambda: False, RankProcess)
+            _start(launch, [])
         counts.append(len(os.listdir("/dev/fd")))  # noqa: PTH208
     assert counts[0] == counts[1]
